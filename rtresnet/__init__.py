@@ -1,0 +1,22 @@
+"""Residual networks from images to measured TensorRT engines.
+
+`rtresnet --help` lists the verbs. In Python, `rtresnet.load(path)` runs an ONNX file or a plan;
+nothing heavier than NumPy is imported until it is called.
+"""
+
+from rtresnet.errors import EnvironmentLack, GateMissed, InputError, RtresnetError
+from rtresnet.preprocess import Preprocess
+from rtresnet.runtime.session import Session, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EnvironmentLack",
+    "GateMissed",
+    "InputError",
+    "Preprocess",
+    "RtresnetError",
+    "Session",
+    "__version__",
+    "load",
+]

@@ -1,0 +1,381 @@
+"""Files that know where they came from: sidecars, hashes, atomic writes.
+
+Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` beside it. It names the
+artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
+checked without opening anything but JSON. `rtresnet inspect X` prints it.
+
+Deliberately unaware of what is inside an artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rtresnet.errors import ArtifactError, InputError
+from rtresnet.preprocess import Preprocess
+
+SCHEMA = 1
+KINDS = ("checkpoint", "onnx", "plan")
+SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "checkpoint"}
+SUFFIXES[".th"] = "checkpoint"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which net: the name in the zoo, its variants, and what its outputs mean."""
+
+    architecture: str
+    classes: tuple[str, ...]
+    shortcut: str
+    stride_in: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where the numbers came from. `origin` is untrained, trained, imagenet or file."""
+
+    origin: str
+    sha256: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """The artifact this one was made from; `file` is relative to the sidecar's folder."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How the activation scales of an INT8 file were found. `images` is the data's name."""
+
+    method: str
+    images: str
+    images_sha256: str
+    n: int
+    scales: str
+    scales_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One optimization profile: smallest, best and largest batch."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attestation:
+    """What the builder's own layer dump says the convolutions take as input.
+
+    Attributes:
+        convolutions: Number of convolution kernels in the engine.
+        dtypes: Input type (Int8, Half, Float) to the number of convolutions taking it.
+        layers: Number of layers after fusion.
+    """
+
+    convolutions: int
+    dtypes: dict[str, int]
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a serialized engine was built for; None of it can be read from the plan itself."""
+
+    builder: str
+    version: str
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    seconds: float
+    attested: Attestation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The record beside an artifact. Unknown values are None, never a guess."""
+
+    kind: str
+    file: str
+    model: Model
+    input: Preprocess
+    weights: Weights
+    precision: str
+    parent: Link | None = None
+    calibration: Calibration | None = None
+    plan: Plan | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    bytes: int = 0
+    schema: int = SCHEMA
+
+
+def sidecar_path(path: str | os.PathLike[str]) -> Path:
+    """`engines/resnet50.plan` to `engines/resnet50.plan.json`."""
+    return Path(f"{os.fspath(path)}.json")
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of artifact a file name promises.
+
+    Raises:
+        InputError: The suffix is none of .pt .pth .th .onnx .plan.
+    """
+    try:
+        return SUFFIXES[Path(path).suffix.lower()]
+    except KeyError:
+        raise InputError(
+            f"{path}: not a checkpoint (.pt, .pth, .th), an ONNX file (.onnx) or a plan (.plan)"
+        ) from None
+
+
+def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
+    """The path, if it is a readable, non-empty file.
+
+    Raises:
+        InputError: It is not; `fix` says what makes it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file", fix=fix)
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise InputError(f"{path}: not a readable file", fix=fix)
+    if path.stat().st_size == 0:
+        raise ArtifactError(f"{path}: the file is empty", fix=fix)
+    return path
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
+
+    Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
+    before stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def publish(
+    path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
+) -> Sidecar:
+    """Writes an artifact and its sidecar.
+
+    Args:
+        path: Where the artifact goes.
+        write: Called with a temporary path; must leave the artifact's bytes there.
+        sidecar: Everything but file name, hash, size and versions, which are filled in here.
+
+    Returns:
+        The sidecar as written.
+    """
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        write(temporary)
+        sidecar = dataclasses.replace(
+            sidecar,
+            file=path.name,
+            sha256=sha256(temporary),
+            bytes=temporary.stat().st_size,
+            made_by=provenance() | sidecar.made_by,
+        )
+    # Killed between the two writes, the old sidecar no longer matches: detected, never trusted.
+    write_text(sidecar_path(path), to_json(sidecar))
+    return sidecar
+
+
+def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
+    """Adds measurements (accuracy, parity, with their n) to an artifact's sidecar."""
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        merged = dataclasses.replace(sidecar, measured=sidecar.measured | measured)
+        write_text(sidecar_path(path), to_json(merged))
+
+
+def provenance() -> dict[str, str]:
+    """The command line and the versions of what can have had a hand in an artifact."""
+    made_by = {"command": " ".join(["rtresnet", *sys.argv[1:]])}
+    for module in ("rtresnet", "numpy", "torch", "onnx", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            made_by[module] = metadata.version(module)
+    return made_by
+
+
+def link_to(parent: str | os.PathLike[str], child: str | os.PathLike[str]) -> Link:
+    """The parent as `child`'s sidecar should name it."""
+    relative = os.path.relpath(Path(parent).resolve(), Path(child).resolve().parent)
+    return Link(file=relative, sha256=sha256(parent))
+
+
+def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
+    """The sidecar of the artifact at `path`, or None where there is none. Checks no hash.
+
+    Raises:
+        ArtifactError: The sidecar is not valid JSON, of another schema, or incomplete.
+    """
+    place = sidecar_path(path)
+    try:
+        data = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{place}: not valid JSON ({error})", fix=f"make {path} anew") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise ArtifactError(
+            f"{place}: sidecar schema {found}, this rtresnet reads {SCHEMA}",
+            fix=f"make {path} anew: {_command(data)}",
+        )
+    try:
+        return from_json(Sidecar, data)
+    except (KeyError, TypeError, InputError) as error:
+        raise ArtifactError(
+            f"{place}: broken sidecar ({error})", fix=f"make {path} anew: {_command(data)}"
+        ) from None
+
+
+def verify(path: str | os.PathLike[str]) -> Sidecar | None:
+    """Reads the sidecar and checks that the file is the one it describes.
+
+    Raises:
+        ArtifactError: The hash differs: truncated, replaced, or of another build.
+    """
+    require_file(path)
+    sidecar = read_sidecar(path)
+    if sidecar is not None and sidecar.sha256 != sha256(path):
+        size = Path(path).stat().st_size
+        what = (
+            f"truncated ({size} of {sidecar.bytes} bytes)"
+            if size < sidecar.bytes
+            else "not the file its sidecar describes"
+        )
+        raise ArtifactError(
+            f"{path}: {what}", fix=f"make it anew: {sidecar.made_by.get('command', 'unknown')}"
+        )
+    return sidecar
+
+
+def parent_path(path: str | os.PathLike[str], sidecar: Sidecar) -> Path | None:
+    """Where the parent stands, or None for the head of a chain. It may no longer exist."""
+    if sidecar.parent is None:
+        return None
+    return Path(os.path.normpath(Path(path).parent / sidecar.parent.file))
+
+
+def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, str]]:
+    """Walks from an artifact to its origin.
+
+    Yields:
+        (path, sidecar or None, state), where state is ok, missing, changed or no sidecar. The
+        walk ends at the first link that is not ok.
+    """
+    current: Path | None = Path(path)
+    expected: str | None = None
+    while current is not None:
+        sidecar = read_sidecar(current)
+        if not current.exists():
+            yield current, sidecar, "missing"
+            return
+        actual = sha256(current)
+        if (expected and actual != expected) or (sidecar and sidecar.sha256 != actual):
+            yield current, sidecar, "changed"
+            return
+        if sidecar is None:
+            yield current, None, "no sidecar"
+            return
+        yield current, sidecar, "ok"
+        expected = sidecar.parent.sha256 if sidecar.parent else None
+        current = parent_path(current, sidecar)
+
+
+def to_json(record: Any) -> str:
+    """A dataclass as indented JSON; lists of scalars stay on one line."""
+    text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False)
+    flat = re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
+    return flat + "\n"
+
+
+def from_json(cls: type[T], data: dict[str, Any]) -> T:
+    """Builds a dataclass from parsed JSON, refusing missing and unknown fields.
+
+    Raises:
+        TypeError: A field is missing, unknown or of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    if not isinstance(data, dict):
+        raise TypeError(f"{cls.__name__} is not an object")
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}")
+    return cls(**{name: _coerce(hints[name], value, name) for name, value in data.items()})
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(Any, hint), value)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise TypeError(f"{name} is not a list")
+        return tuple(_coerce(arguments[0], item, name) for item in value)
+    expected = origin or hint
+    accepted = (int, float) if expected is float else expected
+    if expected is not Any and not isinstance(value, accepted):
+        raise TypeError(f"{name} is {value!r}, expected {expected.__name__}")
+    return value
+
+
+def _command(data: Any) -> str:
+    made_by = data.get("made_by") if isinstance(data, dict) else None
+    return made_by.get("command", "unknown") if isinstance(made_by, dict) else "unknown"

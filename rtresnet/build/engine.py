@@ -1,0 +1,182 @@
+"""Parse, build, attest, publish: a typed ONNX file to a plan.
+
+TensorRT reports most failures in its log and returns False or None; the log is kept, and what it
+said ends up in the exception. `rtresnet build` reaches this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Model, Plan, Profile, Sidecar, Weights
+from rtresnet.build import attest, header, targets
+from rtresnet.errors import ArtifactError, GateMissed, InputError
+from rtresnet.preprocess import Preprocess
+
+EXPECTED = {"int8": "Int8", "fp16": "Half", "fp32": "Float"}
+
+
+def build(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    profiles: Sequence[Profile],
+    target: Sequence[str] = (),
+    builder: str = "auto",
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Sidecar:
+    """Compiles an ONNX file into a plan with a sidecar.
+
+    Args:
+        source: FP32, FP16 or Q/DQ INT8 ONNX file.
+        out: Where the plan goes.
+        profiles: At least one.
+        target: Compute capabilities; empty for the builder's default.
+        builder: See `targets.builder`.
+        progress: Called with the name of each phase.
+
+    Returns:
+        The plan's sidecar, with what the layer dump attests.
+
+    Raises:
+        ArtifactError: The file does not parse; every complaint is in the message.
+        GateMissed: A convolution does not take the precision the file promises. Nothing is
+            written then.
+    """
+    source = Path(source)
+    parent = artifacts.verify(source)
+    trt = targets.builder(builder)
+    log = _log(trt)
+    maker = trt.Builder(log)
+    network = maker.create_network(_creation_flags(trt))
+    progress("parse")
+    _parse(trt, network, log, source)
+    parent = parent or _stranger(network, source)
+    config = maker.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    targets.apply(trt, config, target)
+    tensor = network.get_input(0)
+    for profile in profiles:
+        entry = maker.create_optimization_profile()
+        shapes = [(n, *tuple(tensor.shape)[1:]) for n in (profile.min, profile.opt, profile.max)]
+        entry.set_shape(tensor.name, *shapes)
+        if config.add_optimization_profile(entry) < 0:
+            raise InputError(f"the builder refuses the profile {profile}: {log.complaints()}")
+    progress("build")
+    started = time.perf_counter()
+    serialized = maker.build_serialized_network(network, config)
+    seconds = time.perf_counter() - started
+    if serialized is None:
+        raise ArtifactError(f"{source}: the build failed: {log.complaints()}")
+    attested = attest.read_dump(log.layers, _convolutions(trt, network))
+    _hold(source, parent.precision, attested)
+    return _publish(trt, serialized, out, source, parent, tuple(profiles), attested, seconds)
+
+
+def _publish(
+    trt: Any,
+    serialized: Any,
+    out: str | os.PathLike[str],
+    source: Path,
+    parent: Sidecar,
+    profiles: tuple[Profile, ...],
+    attested: artifacts.Attestation | None,
+    seconds: float,
+) -> Sidecar:
+    data = memoryview(serialized)
+    # The targets of a plan built without --target are known from its header only.
+    head = header.parse(bytes(data[: header.SIZE]))
+    plan = Plan(
+        builder=trt.__name__,
+        version=trt.__version__,
+        targets=head.targets if head else (),
+        profiles=profiles,
+        seconds=round(seconds, 3),
+        attested=attested,
+    )
+    sidecar = dataclasses.replace(
+        parent, kind="plan", parent=artifacts.link_to(source, out), plan=plan, measured={}
+    )
+    return artifacts.publish(out, lambda temporary: temporary.write_bytes(data), sidecar)
+
+
+def _hold(source: Path, precision: str, attested: artifacts.Attestation | None) -> None:
+    """The gate: every convolution takes what the file's name promises."""
+    if attested is None or precision not in EXPECTED:
+        return
+    wanted = EXPECTED[precision]
+    wrong = {t: n for t, n in attested.dtypes.items() if t not in (wanted, attest.UNKNOWN)}
+    if wrong:
+        raise GateMissed(
+            f"{source}: {precision} was asked for, and of {attested.convolutions} convolutions "
+            + ", ".join(f"{count} take {dtype}" for dtype, count in wrong.items()),
+            fix="make the ONNX file anew with: rtresnet quantize",
+        )
+
+
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors, and the layer dump that goes by at VERBOSE."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message.strip())
+            elif message.startswith("Layers:\n"):
+                self.layers = message
+
+        def complaints(self) -> str:
+            return " | ".join(dict.fromkeys(self.errors)) or "the builder gave no reason"
+
+    return Log()
+
+
+def _creation_flags(trt: Any) -> int:
+    """TensorRT 10 must be told what 11 and RTX always do: types come from the file alone."""
+    flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
+    strongly_typed = getattr(flags, "STRONGLY_TYPED", None)
+    return 1 << int(strongly_typed) if strongly_typed is not None else 0
+
+
+def _parse(trt: Any, network: Any, log: Any, source: Path) -> None:
+    parser = trt.OnnxParser(network, log)
+    if parser.parse(source.read_bytes()):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    what = "; ".join(f"{e.node_name() or 'file'}: {e.desc()}" for e in errors) or log.complaints()
+    raise ArtifactError(f"{source}: TensorRT cannot parse it ({what[:500]})")
+
+
+def _convolutions(trt: Any, network: Any) -> list[str]:
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return [layer.name for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
+
+
+def _stranger(network: Any, source: Path) -> Sidecar:
+    """What can be said of an ONNX file that came without a sidecar: its shapes."""
+    shape, classes = tuple(network.get_input(0).shape), tuple(network.get_output(0).shape)[-1]
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] < 1 or classes < 1:
+        raise ArtifactError(f"{source}: input {shape}: not a net from [N, 3, S, S] to [N, classes]")
+    return Sidecar(
+        kind="onnx",
+        file=source.name,
+        model=Model(
+            architecture="unknown",
+            classes=tuple(str(index) for index in range(classes)),
+            shortcut="unknown",
+            stride_in="unknown",
+        ),
+        input=Preprocess.for_size(shape[2]),
+        weights=Weights(origin="file", sha256=artifacts.sha256(source), source=str(source)),
+        precision="unknown",
+    )

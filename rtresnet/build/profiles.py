@@ -1,0 +1,29 @@
+"""Optimization profiles from the command line: `1:8:32` is the smallest, best and largest batch."""
+
+from __future__ import annotations
+
+from rtresnet.artifacts import Profile
+from rtresnet.errors import InputError
+
+DEFAULT = "1:8:32"
+
+
+def parse(text: str) -> Profile:
+    """Reads MIN:OPT:MAX, or one number for a fixed batch.
+
+    Raises:
+        InputError: Not whole numbers, below 1, or not in ascending order.
+    """
+    parts = text.split(":")
+    try:
+        values = [int(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
+        raise InputError(
+            f"--batch {text}: needs MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX",
+            fix=f"as in --batch {DEFAULT}",
+        )
+    return Profile(min=values[0], opt=values[1], max=values[2])

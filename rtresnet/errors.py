@@ -1,0 +1,82 @@
+"""Every error a person can meet, as a tree. The exit code is a property of the class.
+
+    RtresnetError
+    ├── InputError (2, also a ValueError)   what was given cannot be used
+    │   ├── UnknownName                     a name that is not in a table; suggests the nearest
+    │   ├── DataError                       images or labels
+    │   └── ArtifactError                   a checkpoint, ONNX file, plan or sidecar
+    ├── EnvironmentLack (3)                 this machine lacks a package, a device or a builder
+    └── GateMissed (1)                      everything ran, and a bound was not held
+
+An error says what went wrong and where; `fix` is the command or the option that mends it.
+The command line prints both on one line, in one place (`cli/main.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RtresnetError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        message: What went wrong, naming the file, the tensor or the option.
+        fix: How to mend it, as the end of the sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(f"{message}; {fix}" if fix else message)
+        self.message = message
+        self.fix = fix
+
+
+class InputError(RtresnetError, ValueError):
+    """A value, an option or a file that cannot be used as given."""
+
+
+class UnknownName(InputError):
+    """A name that is not in its table.
+
+    Args:
+        what: The kind of thing, as in "model".
+        name: What was asked for.
+        known: Every name that would have been accepted.
+    """
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        known = list(known)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
+        super().__init__(f"unknown {what} {name!r}", fix=fix)
+
+
+class DataError(InputError):
+    """Images or labels that cannot be read, or that no net can learn from."""
+
+
+class ArtifactError(InputError):
+    """A checkpoint, ONNX file, plan or sidecar that is broken or does not match its chain."""
+
+
+class EnvironmentLack(RtresnetError):
+    """The machine lacks something; `fix` says how to get it."""
+
+    exit_code = 3
+
+
+class GateMissed(RtresnetError):
+    """A bound was not held: the work was done, and the result is not good enough."""
+
+    exit_code = 1
+
+
+def missing_package(package: str, extra: str, purpose: str) -> EnvironmentLack:
+    """The error for an optional package that is not installed."""
+    return EnvironmentLack(
+        f"{purpose} needs the package {package}, which is not installed",
+        fix=f"pip install 'rtresnet[{extra}]'",
+    )

@@ -1,0 +1,1 @@
+"""Checkpoint in, folded FP32 ONNX file out."""

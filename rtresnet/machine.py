@@ -1,0 +1,97 @@
+"""What this machine is, for figures that can be defended and for choices that depend on a GPU.
+
+Standard library only. The GPU is asked through the driver (libcuda) by ctypes, because a CUDA
+binding need not be installed to know that there is no device; everything that *uses* a GPU is in
+`runtime/cuda.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One CUDA device: its name, compute capability and memory in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    @property
+    def target(self) -> str:
+        """As builders name it: sm_89."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """Every CUDA device the driver shows; empty without a driver or a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    found = []
+    for index in range(count.value):
+        device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        calls = (
+            driver.cuDeviceGet(ctypes.byref(device), index),
+            driver.cuDeviceGetName(name, 256, device),
+            driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),
+            driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
+            driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device),
+        )
+        if not any(calls):
+            capability = (major.value, minor.value)
+            found.append(
+                Gpu(name=name.value.decode(), capability=capability, memory=memory.value)
+            )
+    return tuple(found)
+
+
+def cpu() -> str:
+    """The processor's name and the cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {cores()} cores"
+
+
+def cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def version(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for name in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Version of each distribution that is installed, and Python's."""
+    found = {name: version(name) for name in distributions}
+    return {"python": platform.python_version()} | {n: v for n, v in found.items() if v}

@@ -1,0 +1,94 @@
+"""What two sets of logits, or logits and labels, say of each other. Pure NumPy.
+
+One definition of accuracy, agreement and parity for every room that needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+Forward = Callable[[np.ndarray], np.ndarray]
+"""float32 images [N, 3, S, S] to float32 logits [N, classes]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Top-1 and top-5 as counts, so that nothing is lost to rounding.
+
+    Attributes:
+        n: Images counted.
+        top1: Images whose largest logit is the label.
+        top5: Images whose label is among the five largest; None with five classes or fewer.
+    """
+
+    n: int
+    top1: int
+    top5: int | None
+
+    @property
+    def top1_percent(self) -> float:
+        """Share of `n`, in percent."""
+        return 100 * self.top1 / self.n
+
+    @property
+    def top5_percent(self) -> float | None:
+        """Share of `n`, in percent."""
+        return None if self.top5 is None else 100 * self.top5 / self.n
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
+    """Counts hits of logits [N, classes] against labels [N]."""
+    top5 = None
+    if logits.shape[1] > 5:
+        best = np.argpartition(-logits, 5, axis=1)[:, :5]
+        top5 = int((best == labels[:, None]).any(axis=1).sum())
+    return Accuracy(n=len(labels), top1=int((logits.argmax(axis=1) == labels).sum()), top5=top5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far two backends are apart on the same images.
+
+    Attributes:
+        n: Images compared.
+        largest: Largest absolute difference of any logit.
+        relative: Norm of the difference over the norm of the reference.
+        agreement: Share of images with the same top-1, in [0, 1].
+    """
+
+    n: int
+    largest: float
+    relative: float
+    agreement: float
+
+
+def parity(reference: np.ndarray, candidate: np.ndarray) -> Parity:
+    """Compares logits [N, classes] of a candidate with those of a reference."""
+    difference = candidate.astype(np.float64) - reference.astype(np.float64)
+    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    return Parity(
+        n=len(reference),
+        largest=float(np.abs(difference).max()),
+        relative=float(np.linalg.norm(difference)) / norm if norm else float("inf"),
+        agreement=float((reference.argmax(axis=1) == candidate.argmax(axis=1)).mean()),
+    )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis, computed without overflow."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def collect(
+    forward: Forward, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs every batch of (images, labels) and returns all logits and all labels."""
+    logits, labels = [], []
+    for images, truth in batches:
+        logits.append(forward(images))
+        labels.append(truth)
+    return np.concatenate(logits), np.concatenate(labels)

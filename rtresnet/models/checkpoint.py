@@ -1,0 +1,380 @@
+"""Checkpoints: save, load, import foreign ones, download the public ImageNet weights.
+
+A file is a dict of tensors and plain values, read with `weights_only=True`: nothing in it can
+run. Ours carries the architecture, class names and input contract; a foreign one (torchvision,
+timm, the public CIFAR nets) carries names and shapes only, and the net is recognized by those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Model, Sidecar, Weights
+from rtresnet.errors import ArtifactError, InputError, UnknownName
+from rtresnet.models import zoo
+from rtresnet.models.resnet import ResNet
+from rtresnet.preprocess import Preprocess
+
+FORMAT = 1
+
+# torchvision's IMAGENET1K_V1 files; the eight digits in a name begin the file's sha256.
+WEIGHTS_URL = "https://download.pytorch.org/models/"
+IMAGENET_FILES = {
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet34": "resnet34-b627a593.pth",
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+    "resnet152": "resnet152-394f9c45.pth",
+}
+
+# Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets say `linear`.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+_RENAMED = (("linear.", "fc."), ("classifier.", "fc."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Weights and what they mean.
+
+    Attributes:
+        model: Architecture, class names, variants.
+        input: What the net expects of an image.
+        weights: Where the numbers came from.
+        state: Parameter and buffer name to tensor, in our names.
+        training: What `train` needs to go on; empty in a foreign file.
+        measured: Accuracy and the like, with n.
+    """
+
+    model: Model
+    input: Preprocess
+    weights: Weights
+    state: dict[str, Tensor]
+    training: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> zoo.Spec:
+        """The net's entry in the zoo."""
+        return spec_of(self.model)
+
+    def net(self) -> ResNet:
+        """The net with these weights, in evaluation mode, on the CPU."""
+        net = zoo.build(self.spec, len(self.model.classes))
+        net.load_state_dict(self.state)
+        return net.eval()
+
+
+def spec_of(model: Model) -> zoo.Spec:
+    """The zoo entry a sidecar or checkpoint names."""
+    plain = model.architecture.startswith("plain")
+    return zoo.spec(
+        model.architecture, shortcut=None if plain else model.shortcut, stride_in=model.stride_in
+    )
+
+
+def model_of(spec: zoo.Spec, classes: tuple[str, ...] | None = None) -> Model:
+    """The record of a net for sidecars; classes default to their numbers."""
+    return Model(
+        architecture=spec.name,
+        classes=classes or tuple(str(index) for index in range(spec.num_classes)),
+        shortcut=spec.shortcut or "none",
+        stride_in=spec.stride_in,
+    )
+
+
+def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
+    """A checkpoint of freshly initialized weights: latency is real, accuracy is not.
+
+    Batch norm takes its statistics from one batch of noise. Left at mean 0 and variance 1, the
+    activations of a deep net grow past what FP16 can hold (1e8 at ResNet-152's logits), and
+    whatever is built from it could not even be compared.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        net = zoo.build(spec)
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        net.train()(torch.randn(4, 3, input.size, input.size))
+    return Checkpoint(
+        model=model_of(spec),
+        input=input,
+        weights=Weights(origin="untrained"),
+        state=net.state_dict(),
+    )
+
+
+def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
+    """Writes a checkpoint and its sidecar, atomically."""
+    payload = {
+        "rtresnet": FORMAT,
+        "model": dataclasses.asdict(checkpoint.model),
+        "input": dataclasses.asdict(checkpoint.input),
+        "weights": dataclasses.asdict(checkpoint.weights),
+        "state": checkpoint.state,
+        "training": checkpoint.training,
+        "measured": checkpoint.measured,
+    }
+
+    def write(temporary: Path) -> None:
+        # Through a Python file, so that a full disk is an OSError with a name, not torch's own.
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+
+    sidecar = Sidecar(
+        kind="checkpoint",
+        file=Path(path).name,
+        model=checkpoint.model,
+        input=checkpoint.input,
+        weights=checkpoint.weights,
+        precision="fp32",
+        measured=checkpoint.measured,
+    )
+    return artifacts.publish(path, write, sidecar)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    input: Preprocess | None = None,
+) -> Checkpoint:
+    """Reads one of our checkpoints, or recognizes and imports a foreign one.
+
+    Args:
+        path: A file that torch.save wrote.
+        model: The net it must fit, by name; None takes what the file says or looks like.
+        input: The input contract of a foreign file; ImageNet's mean and std by default.
+
+    Raises:
+        ArtifactError: Truncated, not a checkpoint, not matching its sidecar, or not fitting
+            `model`; the message says which tensors and which `--model` would fit.
+    """
+    path = artifacts.require_file(path, fix="train one with: rtresnet train")
+    artifacts.verify(path)
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises almost anything: pickle, zip, key, runtime
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        raise ArtifactError(
+            f"{path}: cannot be read as a checkpoint, truncated or not one of torch ({reason})",
+            fix="copy it again, or save it again as a plain state_dict",
+        ) from error
+    if isinstance(payload, dict) and "rtresnet" in payload:
+        return _ours(path, payload, model)
+    return _foreign(path, payload, model, input)
+
+
+def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint:
+    if payload["rtresnet"] != FORMAT:
+        raise ArtifactError(f"{path}: checkpoint format {payload['rtresnet']}, this reads {FORMAT}")
+    try:
+        checkpoint = Checkpoint(
+            model=artifacts.from_json(Model, payload["model"]),
+            input=artifacts.from_json(Preprocess, payload["input"]),
+            weights=artifacts.from_json(Weights, payload["weights"]),
+            state=payload["state"],
+            training=payload["training"],
+            measured=payload["measured"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
+    spec = zoo.spec(wanted) if wanted else checkpoint.spec
+    if spec.name != checkpoint.spec.name:
+        _refuse(path, checkpoint.state, spec, len(checkpoint.model.classes))
+    _check(path, checkpoint.state, checkpoint.spec, len(checkpoint.model.classes))
+    if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
+        origin = dataclasses.replace(
+            checkpoint.weights, sha256=artifacts.sha256(path), source=os.fspath(path)
+        )
+        checkpoint = dataclasses.replace(checkpoint, weights=origin)
+    return checkpoint
+
+
+def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | None) -> Checkpoint:
+    state = adopt(payload)
+    if not state or "fc.weight" not in state or "conv1.weight" not in state:
+        found = ", ".join(list(state)[:3]) or "no tensors"
+        raise ArtifactError(
+            f"{path}: not a residual net in the naming of torchvision, timm or the public CIFAR "
+            f"nets (found {found})"
+        )
+    recognized = recognize(state)
+    spec = recognized
+    if wanted is not None:
+        spec = zoo.spec(wanted)
+        if spec.shortcut is not None and recognized is not None:
+            spec = zoo.spec(wanted, shortcut=recognized.shortcut)
+    if spec is None:
+        raise ArtifactError(
+            f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
+        )
+    classes = state["fc.weight"].shape[0]
+    _check(path, state, spec, classes)
+    return Checkpoint(
+        model=model_of(spec, tuple(str(index) for index in range(classes))),
+        input=input or Preprocess.for_size(spec.size),
+        weights=Weights(origin="file", sha256=artifacts.sha256(path), source=os.fspath(path)),
+        state=state,
+    )
+
+
+def adopt(payload: Any) -> dict[str, Tensor]:
+    """Finds the tensors in a foreign file and gives them our names."""
+    for key in ("state_dict", "model", "model_state_dict", "net"):
+        if isinstance(payload, Mapping) and isinstance(payload.get(key), Mapping):
+            payload = payload[key]
+    if not isinstance(payload, Mapping):
+        return {}
+    state = {}
+    for name, tensor in payload.items():
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
+            continue
+        while name.startswith(_PREFIXES):
+            name = name.split(".", 1)[1]
+        for old, new in _RENAMED:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+        name = re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name)
+        state[name] = tensor
+    for name in [name for name in state if name.endswith("running_mean")]:
+        # Files from before torch 0.4.1 lack the counter; it plays no part in inference.
+        state.setdefault(
+            name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.long)
+        )
+    return state
+
+
+def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
+    """The zoo net whose blocks these names describe, or None.
+
+    A plain net's tensors are those of its residual net with option A: that one is returned.
+    """
+    blocks: dict[int, set[int]] = {}
+    for name in state:
+        if match := re.match(r"layer(\d+)\.(\d+)\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    bottleneck = "layer1.0.conv3.weight" in state
+    if "layer1.0.downsample.0.weight" in state and not bottleneck:
+        shortcut = "C"
+    elif "layer1.1.downsample.0.weight" in state:
+        shortcut = "C"
+    elif any(".downsample." in name for name in state):
+        shortcut = "B"
+    else:
+        shortcut = "A"
+    if len(counts) == 3 and len(set(counts)) == 1 and not bottleneck:
+        name = f"resnet{6 * counts[0] + 2}"
+    else:
+        shape = ("bottleneck" if bottleneck else "basic", counts)
+        depths = [depth for depth, entry in zoo.IMAGENET_COUNTS.items() if entry == shape]
+        if not depths:
+            return None
+        name = f"resnet{depths[0]}"
+    try:
+        return zoo.spec(name, shortcut=shortcut)
+    except UnknownName:
+        return None
+
+
+def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> None:
+    problems = _differences(state, spec, classes)
+    if problems:
+        _refuse(path, state, spec, classes)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{path}: {name} holds values that are not finite")
+
+
+def _differences(state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> list[str]:
+    expected = zoo.build(spec, classes, device="meta").state_dict()
+    problems = []
+    for name, tensor in expected.items():
+        if name not in state:
+            problems.append(f"{name} {list(tensor.shape)} is missing")
+        elif state[name].shape != tensor.shape:
+            problems.append(
+                f"{name} is {list(state[name].shape)} instead of {list(tensor.shape)}"
+            )
+    problems += [f"{name} {list(state[name].shape)} is unknown" for name in state.keys() - expected]
+    return problems
+
+
+def _refuse(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> None:
+    problems = _differences(state, spec, classes) or ["the file says so itself"]
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    fits = recognize(state)
+    fix = None
+    if fits is not None and fits.name != spec.name and not _differences(state, fits, classes):
+        fix = f"it fits --model {fits.name}"
+    raise ArtifactError(
+        f"{path}: does not fit {spec.name}: {', '.join(problems[:3])}{more}", fix=fix
+    )
+
+
+def imagenet(architecture: str) -> Checkpoint:
+    """torchvision's published ImageNet weights, downloaded once and checked.
+
+    Environment: RTRESNET_CACHE is the folder kept (default ~/.cache/rtresnet),
+    RTRESNET_WEIGHTS_URL a mirror's address.
+
+    Raises:
+        InputError: No published weights for this net, or the download failed.
+    """
+    if architecture not in IMAGENET_FILES:
+        raise InputError(
+            f"no published ImageNet weights for {architecture}",
+            fix="they exist for " + ", ".join(IMAGENET_FILES),
+        )
+    base = os.environ.get("RTRESNET_WEIGHTS_URL", WEIGHTS_URL)
+    cache = Path(os.environ.get("RTRESNET_CACHE", Path.home() / ".cache" / "rtresnet"))
+    name = IMAGENET_FILES[architecture]
+    checkpoint = load(download(base.rstrip("/") + "/" + name, cache), model=architecture)
+    source = Weights(origin="imagenet", sha256=checkpoint.weights.sha256, source=name)
+    return dataclasses.replace(checkpoint, weights=source)
+
+
+def download(url: str, cache: Path) -> Path:
+    """Fetches a file whose name carries the first eight digits of its sha256.
+
+    Raises:
+        InputError: Unreachable, or the bytes do not match the name.
+    """
+    name = url.rsplit("/", 1)[1]
+    path = cache / name
+    match = re.search(r"-([0-9a-f]{8})\.\w+$", name)
+    if match is None:
+        raise InputError(f"{url}: the file's name carries no hash to check it against")
+    if path.exists() and artifacts.sha256(path).startswith(match[1]):
+        return path
+    try:
+        with artifacts.atomic_path(path) as temporary:
+            with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
+                shutil.copyfileobj(reply, file)
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            if not digest.startswith(match[1]):
+                raise InputError(
+                    f"{url}: the download's sha256 begins {digest[:8]}, not {match[1]}",
+                    fix="try again; a proxy may have answered in its place",
+                )
+    except urllib.error.URLError as error:
+        raise InputError(
+            f"{url}: cannot be downloaded ({error.reason})",
+            fix=f"put the file at {path}, or name your own with --weights FILE",
+        ) from None
+    return path

@@ -1,0 +1,144 @@
+"""The named nets: a table for ImageNet (table 1 of the paper), the 6n+2 rule for CIFAR.
+
+`rtresnet models` prints it. Pure Python but for `build`, so that names can be checked and
+listed without torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rtresnet.errors import InputError, UnknownName
+
+if TYPE_CHECKING:
+    from rtresnet.models.resnet import ResNet
+
+IMAGENET_COUNTS = {
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+}
+CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
+
+# Section 3.3 sets VGG-19's 19.6 billion multiply-adds beside the 34-layer nets' 3.6.
+VGG19_MULTIPLY_ADDS = 19_600_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One net of the paper, up to its number of classes.
+
+    Attributes:
+        name: As on the command line.
+        family: "imagenet" or "cifar": the stem, the input size, the customary classes.
+        block: "basic" or "bottleneck".
+        counts: Blocks a stage.
+        shortcut: "A", "B" or "C"; None for a plain net.
+        stride_in: Where a bottleneck strides: "1x1" (v1) or "3x3" (v1.5).
+    """
+
+    name: str
+    family: str
+    depth: int
+    block: str
+    counts: tuple[int, ...]
+    shortcut: str | None
+    stride_in: str
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels a stage."""
+        return (16, 32, 64) if self.family == "cifar" else (64, 128, 256, 512)
+
+    @property
+    def size(self) -> int:
+        """Customary side of the input, in pixels."""
+        return 32 if self.family == "cifar" else 224
+
+    @property
+    def num_classes(self) -> int:
+        """Customary number of classes."""
+        return 10 if self.family == "cifar" else 1000
+
+
+def names() -> list[str]:
+    """Every net of the paper by name, shallow to deep, residual before plain."""
+    return [
+        *(f"resnet{depth}" for depth in IMAGENET_COUNTS),
+        *("plain18", "plain34"),
+        *(f"resnet{depth}" for depth in CIFAR_DEPTHS),
+        *(f"plain{depth}" for depth in CIFAR_DEPTHS),
+    ]
+
+
+def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None) -> Spec:
+    """Looks a net up.
+
+    Any depth of 6n+2 that is not an ImageNet net is a CIFAR net: resnet8 and resnet26 work too.
+
+    Args:
+        name: For instance "resnet50" or "plain20".
+        shortcut: "A", "B" or "C"; default B for ImageNet, A for CIFAR, as the paper.
+        stride_in: "1x1" or "3x3" (default).
+
+    Raises:
+        UnknownName: No such net, option or stride.
+        InputError: A shortcut option for a plain net.
+    """
+    match = re.fullmatch(r"(resnet|plain)(\d+)", name)
+    if match is None:
+        raise UnknownName("model", name, names())
+    kind, depth = match[1], int(match[2])
+    if depth in IMAGENET_COUNTS and (kind == "resnet" or f"plain{depth}" in names()):
+        family, (block, counts) = "imagenet", IMAGENET_COUNTS[depth]
+    elif depth % 6 == 2 and depth >= 8 and depth not in IMAGENET_COUNTS:
+        family, block, counts = "cifar", "basic", ((depth - 2) // 6,) * 3
+    else:
+        raise UnknownName("model", name, names())
+    if kind == "plain":
+        if shortcut is not None:
+            raise InputError(f"{name} is a plain net and takes no shortcut option")
+    else:
+        shortcut = shortcut or ("A" if family == "cifar" else "B")
+        if shortcut not in ("A", "B", "C"):
+            raise UnknownName("shortcut option", shortcut, ("A", "B", "C"))
+    stride_in = stride_in or "3x3"
+    if stride_in not in ("1x1", "3x3"):
+        raise UnknownName("stride position", stride_in, ("1x1", "3x3"))
+    return Spec(
+        name=name,
+        family=family,
+        depth=depth,
+        block=block,
+        counts=counts,
+        shortcut=shortcut,
+        stride_in=stride_in,
+    )
+
+
+def build(spec: Spec, num_classes: int | None = None, *, device: str = "cpu") -> ResNet:
+    """Makes the net with freshly initialized weights.
+
+    Args:
+        spec: From `spec()`.
+        num_classes: Number of logits; the family's customary number by default.
+        device: "meta" makes shapes only, at no cost.
+    """
+    import torch
+
+    from rtresnet.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    with torch.device(device):
+        return ResNet(
+            block=Bottleneck if spec.block == "bottleneck" else BasicBlock,
+            counts=spec.counts,
+            widths=spec.widths,
+            stem=spec.family,
+            shortcut=spec.shortcut,
+            stride_in=spec.stride_in,
+            num_classes=num_classes or spec.num_classes,
+        )

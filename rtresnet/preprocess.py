@@ -1,0 +1,119 @@
+"""What happens to an image before a net sees it: resize, crop, mean, std.
+
+The single source of truth for training's evaluation, calibration, export parity and serving,
+so that none of them can differ. NumPy only, so that a serving machine needs nothing else; the
+resize is Pillow's antialiased bilinear filter, fixed-point rounding included (tested bit for bit
+on landscape images; Pillow 13 takes the rows of a tall image first, which moves a value by one
+level of 255 at most).
+
+Deliberately unaware of files and of how images are decoded: see `data/sources.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rtresnet.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
+_FIXED_POINT = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """The input contract of a net: uint8 RGB in, normalized float32 NCHW out.
+
+    Attributes:
+        size: Side of the square the net takes, in pixels.
+        resize: The shorter side is resized to this before the centre crop, in pixels.
+        mean: Per channel (R, G, B), in units of [0, 1].
+        std: Likewise.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.resize < self.size:
+            raise InputError(
+                f"input size {self.size} with resize {self.resize}: "
+                "both must be positive and the resize at least the size"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise InputError("mean and std need three values each, R,G,B")
+        if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
+            raise InputError(f"mean {self.mean} and std {self.std} must be finite, std positive")
+
+    @classmethod
+    def for_size(cls, size: int, **kwargs: Any) -> Preprocess:
+        """The customary contract at `size`: 256/224 above 64 pixels, no crop margin below."""
+        return cls(size=size, resize=round(size * 256 / 224) if size > 64 else size, **kwargs)
+
+    def crop(self, image: np.ndarray) -> np.ndarray:
+        """Resizes the shorter side and cuts the centre: uint8 HWC to uint8 [size, size, 3]."""
+        height, width = image.shape[:2]
+        short = min(height, width)
+        if short != self.resize:
+            image = resize(
+                image, int(height * self.resize / short), int(width * self.resize / short)
+            )
+        top = round((image.shape[0] - self.size) / 2)
+        left = round((image.shape[1] - self.size) / 2)
+        return image[top : top + self.size, left : left + self.size]
+
+    def normalize(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std."""
+        scale = (1 / (255 * np.asarray(self.std))).astype(np.float32)
+        shift = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
+        out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
+        np.multiply(images.transpose(0, 3, 1, 2), scale[:, None, None], out=out)
+        out += shift[:, None, None]
+        return out
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bilinear resize of a uint8 image [H, W, C] to uint8 [height, width, C].
+
+    Along the width first, then along the height. Every product and sum is an integer below
+    2^53, so float64 matrix products are exact.
+    """
+    source_height, source_width, channels = image.shape
+    if width != source_width:
+        rows = image.transpose(0, 2, 1).reshape(-1, source_width)
+        image = _apply(rows, _taps(source_width, width).T).reshape(source_height, channels, width)
+        image = image.transpose(0, 2, 1)
+    if height != source_height:
+        columns = image.reshape(source_height, -1)
+        image = _apply(_taps(source_height, height), columns).reshape(height, width, channels)
+    return np.ascontiguousarray(image)
+
+
+def _apply(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    product = left.astype(np.float64) @ right.astype(np.float64)
+    return np.clip(np.floor((product + _FIXED_POINT / 2) / _FIXED_POINT), 0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(source: int, target: int) -> np.ndarray:
+    """The resampling matrix [target, source] in fixed point, for the triangle filter."""
+    scale = source / target
+    stretch = max(scale, 1.0)  # below 1 the filter keeps its width: plain interpolation
+    matrix = np.zeros((target, source))
+    for row in range(target):
+        centre = (row + 0.5) * scale
+        first = max(int(centre - stretch + 0.5), 0)
+        last = min(int(centre + stretch + 0.5), source)
+        position = (np.arange(first, last) - centre + 0.5) / stretch
+        weight = np.maximum(1 - np.abs(position), 0)
+        matrix[row, first:last] = np.floor(0.5 + weight / weight.sum() * _FIXED_POINT)
+    matrix.setflags(write=False)
+    return matrix

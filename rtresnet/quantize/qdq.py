@@ -1,0 +1,183 @@
+"""Where INT8 enters: QuantizeLinear and DequantizeLinear pairs, placed as TensorRT fuses them.
+
+Before: a folded FP32 model. After: the same graph with these changes and no other.
+
+ 1. The data input of every Conv and Gemm is quantized: their kernels then run in INT8.
+ 2. Of a residual Add only the shortcut's input is quantized. The branch that ends in a
+    convolution stays as it is, so that convolution, addition and ReLU fuse into one kernel;
+    quantizing both inputs adds rounding and wins nothing.
+ 3. A tensor is quantized once and shared by all that rules 1 and 2 make read it.
+ 4. Nothing stands between a convolution or Add and its ReLU, and the logits stay float.
+ 5. Activations are symmetric, int8, one scale a tensor. The zero point is written out: left
+    out, TensorRT reads int8 and ONNX Runtime uint8.
+ 6. Scales have rank 0. A scale of shape [1] passes every check, and TensorRT then runs the
+    convolution in float without a word.
+ 7. Weights are int8 constants behind a DequantizeLinear alone, one scale an output channel
+    (axis 0 of [out, in, h, w] and of [classes, features]), in [-127, 127].
+ 8. Biases stay float: TensorRT rejects an int32 bias behind a DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from rtresnet.errors import ArtifactError
+
+WEIGHTED = ("Conv", "Gemm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One input of one node."""
+
+    node: str
+    index: int
+
+
+def placement(model: onnx.ModelProto) -> dict[str, list[Use]]:
+    """The activations to quantize, in graph order, and the inputs that read them quantized.
+
+    Raises:
+        ArtifactError: The graph has no Conv, or is quantized already.
+    """
+    nodes = model.graph.node
+    if any(node.op_type == "DequantizeLinear" for node in nodes):
+        raise ArtifactError(f"{model.graph.name}: quantized already", fix="start from the FP32 file")
+    if not any(node.op_type == "Conv" for node in nodes):
+        raise ArtifactError(f"{model.graph.name}: holds no convolution")
+    constants = {tensor.name for tensor in model.graph.initializer}
+    places: dict[str, list[Use]] = {}
+    for node in nodes:
+        if node.op_type in WEIGHTED:
+            index = 0
+        elif node.op_type == "Add" and not constants.intersection(node.input):
+            index = shortcut_input(model, node)
+        else:
+            continue
+        places.setdefault(node.input[index], []).append(Use(node=node.name, index=index))
+    return places
+
+
+def shortcut_input(model: onnx.ModelProto, add: onnx.NodeProto) -> int:
+    """Which input of a residual Add is the shortcut: the one with fewer convolutions behind it.
+
+    Counted back to the tensor where the two branches part.
+    """
+    producers = {out: node for node in model.graph.node for out in node.output}
+
+    def path(tensor: str) -> dict[str, int]:
+        """Tensors behind `tensor` along first inputs, with convolutions passed on the way."""
+        seen, convolutions = {tensor: 0}, 0
+        while (node := producers.get(tensor)) is not None and node.input:
+            convolutions += node.op_type == "Conv"
+            tensor = node.input[0]
+            seen[tensor] = convolutions
+        return seen
+
+    first, second = path(add.input[0]), path(add.input[1])
+    fork = next((tensor for tensor in first if tensor in second), None)
+    if fork is None:
+        raise ArtifactError(f"the inputs of {add.name} have no common origin: not a residual Add")
+    return 0 if first[fork] < second[fork] else 1
+
+
+def insert(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.ModelProto:
+    """Writes the Q/DQ pairs.
+
+    Args:
+        model: Folded FP32 model. Not changed.
+        scales: Activation tensor to scale, for every tensor of `placement(model)`.
+
+    Returns:
+        The quantized model, checked; weights are stored as int8, a quarter of the bytes.
+
+    Raises:
+        ArtifactError: A scale is missing, not positive or not finite.
+    """
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    graph = quantized.graph
+    by_name = {node.name: node for node in graph.node}
+    pairs: dict[str, list[onnx.NodeProto]] = {}
+    for tensor, uses in placement(model).items():
+        scale = scales.get(tensor)
+        if scale is None or not np.isfinite(scale) or scale <= 0:
+            raise ArtifactError(f"{tensor}: scale {scale} cannot be used", fix="calibrate again")
+        pairs[tensor] = _pair(graph, tensor, float(scale))
+        for use in uses:
+            by_name[use.node].input[use.index] = f"{tensor}.dq"
+    weights = _quantize_weights(graph)
+    ordered = [*pairs.get(graph.input[0].name, ())]
+    for node in graph.node:
+        ordered += weights.get(node.name, [])
+        ordered.append(node)
+        for out in node.output:
+            ordered += pairs.get(out, ())
+    del graph.node[:]
+    graph.node.extend(ordered)
+    del graph.value_info[:]
+    onnx.checker.check_model(quantized, full_check=True)
+    return onnx.shape_inference.infer_shapes(quantized, strict_mode=True, data_prop=True)
+
+
+def weight_scales(weight: np.ndarray) -> np.ndarray:
+    """One float32 scale an output channel (axis 0): largest magnitude over 127.
+
+    A channel of zeros gets scale 1: any would do, and none is divided by.
+    """
+    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
+    return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+
+
+def quantize_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Rounds half to even, as QuantizeLinear does, into int8 [-127, 127]."""
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    return np.clip(np.rint(weight / scales.reshape(shape)), -127, 127).astype(np.int8)
+
+
+def _constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> str:
+    graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def _pair(graph: onnx.GraphProto, tensor: str, scale: float) -> list[onnx.NodeProto]:
+    constants = [
+        _constant(graph, f"{tensor}.scale", np.array(scale, np.float32)),
+        _constant(graph, f"{tensor}.zero_point", np.array(0, np.int8)),
+    ]
+    quantize = helper.make_node(
+        "QuantizeLinear", [tensor, *constants], [f"{tensor}.q"], name=f"{tensor}.q"
+    )
+    dequantize = helper.make_node(
+        "DequantizeLinear", [f"{tensor}.q", *constants], [f"{tensor}.dq"], name=f"{tensor}.dq"
+    )
+    return [quantize, dequantize]
+
+
+def _quantize_weights(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = {}
+    for node in graph.node:
+        if node.op_type not in WEIGHTED:
+            continue
+        name = node.input[1]
+        weight = numpy_helper.to_array(constants[name])
+        scales = weight_scales(weight)
+        constants[name].CopyFrom(numpy_helper.from_array(quantize_weight(weight, scales), name))
+        inputs = [
+            name,
+            _constant(graph, f"{name}.scale", scales),
+            _constant(graph, f"{name}.zero_point", np.zeros(len(weight), np.int8)),
+        ]
+        node.input[1] = f"{name}.dq"
+        nodes[node.name] = [
+            helper.make_node(
+                "DequantizeLinear", inputs, [f"{name}.dq"], name=f"{name}.dq", axis=0
+            )
+        ]
+    return nodes

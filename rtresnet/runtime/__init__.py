@@ -1,0 +1,1 @@
+"""Running artifacts: ONNX files and plans behind one call. Never imports torch."""

@@ -1,0 +1,35 @@
+"""What every backend can do. Three files implement it; nothing else knows which library runs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Backend(Protocol):
+    """One loaded artifact on one device.
+
+    Attributes:
+        provider: What runs the net, as printed beside every figure.
+        device: "cpu" or the GPU's name.
+        threads: Intra-op threads; None on a GPU.
+        packages: Distributions whose versions belong beside every figure.
+    """
+
+    provider: str
+    device: str
+    threads: int | None
+    packages: tuple[str, ...]
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """float32 [N, 3, S, S] to float32 logits [N, classes]; any N from 1."""
+        ...
+
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of the last call's parts, by events; empty where there is nothing to tell."""
+        ...
+
+    def close(self) -> None:
+        """Gives memory and handles back. Calling it twice is fine."""
+        ...
