@@ -74,9 +74,9 @@ class GateMissed(RtresnetError):
     exit_code = 1
 
 
-def missing_package(package: str, extra: str, purpose: str) -> EnvironmentLack:
-    """The error for an optional package that is not installed."""
+def missing_package(package: str, purpose: str) -> EnvironmentLack:
+    """The error for an optional package (its name on PyPI) that is not installed."""
     return EnvironmentLack(
         f"{purpose} needs the package {package}, which is not installed",
-        fix=f"pip install 'rtresnet[{extra}]'",
+        fix=f"pip install {package}",
     )

@@ -18,6 +18,16 @@ from dataclasses import dataclass
 from importlib import metadata
 
 
+# Where a module's name is not that of the package that brings it.
+DISTRIBUTIONS = {
+    "tensorrt_rtx": "tensorrt-rtx-cu13",
+    "tensorrt": "tensorrt-cu13",
+    "onnxruntime_ep_openvino": "onnxruntime-ep-openvino",
+    "cuda.bindings": "cuda-python",
+    "sklearn": "scikit-learn",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
     """One CUDA device: its name, compute capability and memory in bytes."""
@@ -56,9 +66,7 @@ def gpus() -> tuple[Gpu, ...]:
         )
         if not any(calls):
             capability = (major.value, minor.value)
-            found.append(
-                Gpu(name=name.value.decode(), capability=capability, memory=memory.value)
-            )
+            found.append(Gpu(name=name.value.decode(), capability=capability, memory=memory.value))
     return tuple(found)
 
 
@@ -79,8 +87,9 @@ def cores() -> int:
 
 
 def installed(module: str) -> bool:
-    """Whether a module could be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    """Whether a module could be imported, without importing more than its parents."""
+    parent = module.rpartition(".")[0]
+    return (not parent or installed(parent)) and importlib.util.find_spec(module) is not None
 
 
 def version(*distributions: str) -> str | None:

@@ -34,9 +34,9 @@ def builder(choice: str = "auto") -> Any:
         choice = "tensorrt" if machine.installed("tensorrt") and machine.gpus() else "rtx"
     module = BUILDERS[choice]
     if not machine.installed(module):
-        extra = "rtx" if choice == "rtx" else "gpu"
         raise EnvironmentLack(
-            f"no {module} builder is installed", fix=f"pip install 'rtresnet[{extra}]'"
+            f"no {module} builder is installed",
+            fix=f"pip install {machine.DISTRIBUTIONS[module]}",
         )
     if choice == "tensorrt" and not machine.gpus():
         raise EnvironmentLack(
@@ -59,8 +59,11 @@ def parse(text: str | None) -> tuple[str, ...]:
         InputError: sm_90, which TensorRT-RTX does not serve.
         UnknownName: Any other name that is no target.
     """
-    names = tuple(part.strip().lower().replace("sm", "sm_").replace("__", "_") for part in
-                  (text or "").split(",") if part.strip())
+    names = tuple(
+        part.strip().lower().replace("sm", "sm_").replace("__", "_")
+        for part in (text or "").split(",")
+        if part.strip()
+    )
     for name in names:
         if name == "sm_90":
             raise InputError(

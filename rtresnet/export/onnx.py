@@ -95,7 +95,9 @@ class _Writer:
         self.writers[type(module)](name, module, inputs)
 
     def node(self, op: str, name: str, inputs: list[str], out: str = "", **attributes: Any) -> None:
-        self.nodes.append(helper.make_node(op, inputs, [out or name], name=out or name, **attributes))
+        self.nodes.append(
+            helper.make_node(op, inputs, [out or name], name=out or name, **attributes)
+        )
 
     def constant(self, name: str, value: Tensor | list[int]) -> str:
         if isinstance(value, Tensor):
@@ -124,14 +126,16 @@ class _Writer:
         self.node("Gemm", name, [*inputs, weight, bias], transB=1)
 
     def max_pool(self, name: str, module: nn.MaxPool2d, inputs: list[str]) -> None:
-        kernel, stride, padding = (int(v) for v in (module.kernel_size, module.stride, module.padding))  # type: ignore[call-overload]
+        def pair(value: Any) -> list[int]:
+            return [value, value] if isinstance(value, int) else list(value)
+
         self.node(
             "MaxPool",
             name,
             inputs,
-            kernel_shape=[kernel] * 2,
-            strides=[stride] * 2,
-            pads=[padding] * 4,
+            kernel_shape=pair(module.kernel_size),
+            strides=pair(module.stride),
+            pads=pair(module.padding) * 2,
         )
 
     def pad_shortcut(self, name: str, module: PadShortcut, inputs: list[str]) -> None:

@@ -270,9 +270,9 @@ def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
     bottleneck = "layer1.0.conv3.weight" in state
-    if "layer1.0.downsample.0.weight" in state and not bottleneck:
-        shortcut = "C"
-    elif "layer1.1.downsample.0.weight" in state:
+    if (
+        "layer1.0.downsample.0.weight" in state and not bottleneck
+    ) or "layer1.1.downsample.0.weight" in state:
         shortcut = "C"
     elif any(".downsample." in name for name in state):
         shortcut = "B"
@@ -308,9 +308,7 @@ def _differences(state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> l
         if name not in state:
             problems.append(f"{name} {list(tensor.shape)} is missing")
         elif state[name].shape != tensor.shape:
-            problems.append(
-                f"{name} is {list(state[name].shape)} instead of {list(tensor.shape)}"
-            )
+            problems.append(f"{name} is {list(state[name].shape)} instead of {list(tensor.shape)}")
     problems += [f"{name} {list(state[name].shape)} is unknown" for name in state.keys() - expected]
     return problems
 

@@ -83,7 +83,8 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(out))
         if self.add is not None:
             out = self.add(out, x if self.downsample is None else self.downsample(x))
-        return self.relu2(out)
+        activated: Tensor = self.relu2(out)
+        return activated
 
 
 class Bottleneck(nn.Module):
@@ -119,7 +120,8 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         if self.add is not None:
             out = self.add(out, x if self.downsample is None else self.downsample(x))
-        return self.relu3(out)
+        activated: Tensor = self.relu3(out)
+        return activated
 
 
 class ResNet(nn.Module):
@@ -156,9 +158,7 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else None
         self.stages = [f"layer{index}" for index in range(1, len(counts) + 1)]
-        for index, (name, count, width) in enumerate(
-            zip(self.stages, counts, widths, strict=True)
-        ):
+        for index, (name, count, width) in enumerate(zip(self.stages, counts, widths, strict=True)):
             blocks = []
             for position in range(count):
                 stride = 2 if index > 0 and position == 0 else 1

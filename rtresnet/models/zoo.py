@@ -15,7 +15,7 @@ from rtresnet.errors import InputError, UnknownName
 if TYPE_CHECKING:
     from rtresnet.models.resnet import ResNet
 
-IMAGENET_COUNTS = {
+IMAGENET_COUNTS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
     34: ("basic", (3, 4, 6, 3)),
     50: ("bottleneck", (3, 4, 6, 3)),
@@ -94,7 +94,8 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
         raise UnknownName("model", name, names())
     kind, depth = match[1], int(match[2])
     if depth in IMAGENET_COUNTS and (kind == "resnet" or f"plain{depth}" in names()):
-        family, (block, counts) = "imagenet", IMAGENET_COUNTS[depth]
+        family = "imagenet"
+        block, counts = IMAGENET_COUNTS[depth]
     elif depth % 6 == 2 and depth >= 8 and depth not in IMAGENET_COUNTS:
         family, block, counts = "cifar", "basic", ((depth - 2) // 6,) * 3
     else:

@@ -78,7 +78,7 @@ def _observer(
     try:
         import onnxruntime
     except ImportError:
-        raise missing_package("onnxruntime", "cpu", "calibration") from None
+        raise missing_package("onnxruntime", "calibration") from None
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     source = model.graph.input[0].name

@@ -47,7 +47,9 @@ def placement(model: onnx.ModelProto) -> dict[str, list[Use]]:
     """
     nodes = model.graph.node
     if any(node.op_type == "DequantizeLinear" for node in nodes):
-        raise ArtifactError(f"{model.graph.name}: quantized already", fix="start from the FP32 file")
+        raise ArtifactError(
+            f"{model.graph.name}: quantized already", fix="start from the FP32 file"
+        )
     if not any(node.op_type == "Conv" for node in nodes):
         raise ArtifactError(f"{model.graph.name}: holds no convolution")
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -131,13 +133,15 @@ def weight_scales(weight: np.ndarray) -> np.ndarray:
     A channel of zeros gets scale 1: any would do, and none is divided by.
     """
     largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
-    return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    scales: np.ndarray = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return scales
 
 
 def quantize_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Rounds half to even, as QuantizeLinear does, into int8 [-127, 127]."""
     shape = (-1,) + (1,) * (weight.ndim - 1)
-    return np.clip(np.rint(weight / scales.reshape(shape)), -127, 127).astype(np.int8)
+    quantized: np.ndarray = np.clip(np.rint(weight / scales.reshape(shape)), -127, 127)
+    return quantized.astype(np.int8)
 
 
 def _constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> str:
@@ -176,8 +180,6 @@ def _quantize_weights(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]
         ]
         node.input[1] = f"{name}.dq"
         nodes[node.name] = [
-            helper.make_node(
-                "DequantizeLinear", inputs, [f"{name}.dq"], name=f"{name}.dq", axis=0
-            )
+            helper.make_node("DequantizeLinear", inputs, [f"{name}.dq"], name=f"{name}.dq", axis=0)
         ]
     return nodes

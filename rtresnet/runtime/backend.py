@@ -27,7 +27,7 @@ class Backend(Protocol):
         ...
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last call's parts, by events; empty where there is nothing to tell."""
+        """Milliseconds of the last call's parts, by events; empty where nothing is known."""
         ...
 
     def close(self) -> None:

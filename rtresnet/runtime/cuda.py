@@ -10,6 +10,7 @@ Addresses and stream handles are plain integers, as TensorRT takes them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,7 +49,7 @@ def open_cuda(device: int = 0) -> Cuda:
             fix="a plan runs on a GPU only; measure its ONNX file with --device cpu",
         )
     choice = os.environ.get("RTRESNET_CUDA", "cuda-python")
-    bindings = {"cuda-python": CudaPython, "pycuda": PyCuda}
+    bindings: dict[str, Callable[[int], Cuda]] = {"cuda-python": CudaPython, "pycuda": PyCuda}
     if choice not in bindings:
         raise UnknownName("CUDA binding in RTRESNET_CUDA", choice, bindings)
     return bindings[choice](device)
@@ -61,7 +62,7 @@ class CudaPython:
         try:
             from cuda.bindings import runtime
         except ImportError:
-            raise missing_package("cuda-python", "rtx", "running a plan") from None
+            raise missing_package("cuda-python", "running a plan") from None
         self._rt = runtime
         self._call("cudaSetDevice", device)
 
@@ -123,7 +124,7 @@ class PyCuda:
         try:
             import pycuda.driver as driver
         except ImportError:
-            raise missing_package("pycuda", "pycuda", "RTRESNET_CUDA=pycuda") from None
+            raise missing_package("pycuda", "RTRESNET_CUDA=pycuda") from None
         self._driver = driver
         driver.init()
         self._context = driver.Device(device).retain_primary_context()
@@ -167,7 +168,8 @@ class PyCuda:
         return buffer
 
     def free_pinned(self, buffer: np.ndarray) -> None:
-        buffer.base.free()
+        allocation: Any = buffer.base
+        allocation.free()
 
     def to_device(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
         self._driver.memcpy_htod_async(address, source[:size], self._streams[stream])

@@ -100,7 +100,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise missing_package("onnxruntime", "cpu", "running an ONNX file") from None
+        raise missing_package("onnxruntime", "running an ONNX file") from None
     return onnxruntime
 
 
@@ -132,7 +132,7 @@ def _use_openvino(options: Any, threads: int | None) -> None:
     device = openvino_device()
     if device is None:
         if not machine.installed("onnxruntime_ep_openvino"):
-            raise missing_package("onnxruntime-ep-openvino", "cpu", "the OpenVINO provider")
+            raise missing_package("onnxruntime-ep-openvino", "the OpenVINO provider")
         raise EnvironmentLack(
             f"the OpenVINO plugin offers no device on this processor ({machine.cpu()})",
             fix="use --provider cpu",
@@ -150,11 +150,13 @@ def unsigned_activations(path: str | os.PathLike[str]) -> str | bytes:
     try:
         import onnx
     except ImportError:
-        raise missing_package("onnx", "cpu", "the CPU provider on an INT8 file") from None
+        raise missing_package("onnx", "the CPU provider on an INT8 file") from None
     try:
         model = onnx.load(os.fspath(path))
     except Exception as error:  # protobuf's DecodeError is not one type across versions
-        raise ArtifactError(f"{path}: not an ONNX file, or truncated", fix="export it anew") from error
+        raise ArtifactError(
+            f"{path}: not an ONNX file, or truncated", fix="export it anew"
+        ) from error
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     quantized = {n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
     moved: dict[str, str] = {}

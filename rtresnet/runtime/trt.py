@@ -6,6 +6,7 @@ A batch above the profile's largest is split; one below its smallest is filled u
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 
 from rtresnet import artifacts, machine
 from rtresnet.artifacts import Sidecar
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
+from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, missing_package
 from rtresnet.runtime.cuda import open_cuda
 
 
@@ -32,10 +33,9 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
     plan = sidecar.plan
     anew = f"build it anew: {sidecar.made_by.get('command', 'rtresnet build')}"
     if not machine.installed(plan.builder):
-        extra = "rtx" if plan.builder == "tensorrt_rtx" else "gpu"
         raise EnvironmentLack(
             f"{path}: built by {plan.builder} {plan.version}, which is not installed",
-            fix=f"pip install 'rtresnet[{extra}]'",
+            fix=f"pip install {machine.DISTRIBUTIONS.get(plan.builder, plan.builder)}",
         )
     installed = importlib.import_module(plan.builder).__version__
     if installed != plan.version:
@@ -63,7 +63,7 @@ class TrtBackend:
         ArtifactError: Version or target do not match.
     """
 
-    threads = None
+    threads: int | None = None
 
     def __init__(self, path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
         check_compatible(path, sidecar)
@@ -71,10 +71,12 @@ class TrtBackend:
         self._undo: list[Callable[[], None]] = []
         cuda = self._cuda = open_cuda()
         if not machine.installed(name):
-            raise EnvironmentLack(f"{path}: {name} is not installed", fix="pip install 'rtresnet[rtx]'")
+            raise missing_package(machine.DISTRIBUTIONS[name], "running a plan")
         trt = importlib.import_module(name)
         self.provider = "TensorRT-RTX" if name == "tensorrt_rtx" else "TensorRT"
-        self.packages = ("tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt",)
+        self.packages: tuple[str, ...] = (
+            "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt",
+        )
         self.device = machine.gpus()[0].name
         try:
             self._load(trt, Path(path), cuda)
@@ -105,7 +107,7 @@ class TrtBackend:
         self._stream = cuda.stream()
         self._undo.append(lambda: cuda.destroy_stream(self._stream))
         self._events = [cuda.event() for _ in range(4)]
-        self._undo += [lambda event=event: cuda.destroy_event(event) for event in self._events]
+        self._undo += [functools.partial(cuda.destroy_event, event) for event in self._events]
         self._in_size = 4 * int(np.prod(self._image))
         self._out_size = 4 * self._classes
         self._device_in = self._allocate(self._in_size * self.largest)

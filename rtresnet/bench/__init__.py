@@ -1,0 +1,1 @@
+"""Latency that can be defended: load, statistics, and what machine it was."""

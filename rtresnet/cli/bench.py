@@ -1,0 +1,164 @@
+"""`rtresnet bench`: latency and throughput of ONNX files and plans."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtresnet.cli import common
+from rtresnet.errors import InputError
+
+
+@click.command("bench")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--batch", default="1,8", show_default=True, metavar="N,...", help="Batches to measure."
+)
+@click.option(
+    "--seconds", type=float, default=3.0, show_default=True, help="For each, after warm-up."
+)
+@common.device_options
+@common.json_option
+def command(
+    paths: tuple[str, ...], batch: str, seconds: float, json_file: str | None, **options: Any
+) -> None:
+    """Measure latency: median, p90, p95, p99, images/s, one request after another.
+
+    A plan needs a GPU. Without one, `--device auto` measures the ONNX file it was built from on
+    the CPU and says so; `--device cuda` exits 3.
+    """
+    result = run(paths, batch=batch, seconds=seconds, **options)
+    show(result)
+    common.write_json(json_file, "bench", result)
+
+
+def run(
+    paths: tuple[str, ...], *, batch: str, seconds: float, device: str = "auto", **options: Any
+) -> dict[str, Any]:
+    """The verb's body; returns what `--json` writes."""
+    from rtresnet.bench import load
+    from rtresnet.runtime.session import load as load_session
+
+    batches = parse_batches(batch)
+    chosen = [stand_in_for(path, device) for path in paths]
+    results: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        sessions = [
+            stack.enter_context(
+                load_session(target, device="cpu" if stand_in else device, **options)
+            )
+            for target, stand_in in chosen
+        ]
+        sizes = {session.preprocess.size for session in sessions}
+        if len(sizes) > 1:
+            raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
+        for count in batches:
+            total = seconds * len(paths)
+            with common.progress(f"measuring at batch {count}", total=total) as update:
+                measured = load.measure(
+                    sessions, batch=count, size=sizes.copy().pop(), seconds=seconds,
+                    on_progress=update,
+                )  # fmt: skip
+            for path, (target, stand_in), session, taken in zip(
+                paths, chosen, sessions, measured, strict=True
+            ):
+                sidecar = session.sidecar
+                results.append(
+                    {
+                        "asked": path,
+                        "measured": target,
+                        "instead_of_plan": stand_in is not None,
+                        "precision": sidecar.precision if sidecar else None,
+                        "untrained": bool(sidecar and sidecar.weights.origin == "untrained"),
+                        "size": session.preprocess.size,
+                    }
+                    | dataclasses.asdict(taken)
+                    | session.describe()
+                )
+    return {"notes": [stand_in for _, stand_in in chosen if stand_in], "results": results}
+
+
+def parse_batches(given: str) -> list[int]:
+    """`1,8` to [1, 8].
+
+    Raises:
+        InputError: Not whole numbers from 1.
+    """
+    try:
+        batches = [int(part) for part in given.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise InputError(
+            f"--batch {given}: whole numbers from 1 are needed", fix="as in --batch 1,8"
+        )
+    return batches
+
+
+def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
+    """What to measure for `path`, and the sentence that says so where it is not `path` itself."""
+    from rtresnet import artifacts, machine
+
+    artifacts.require_file(path, fix="make one with: rtresnet export")
+    if artifacts.kind_of(path) != "plan" or machine.gpus() or device == "cuda":
+        return path, None
+    sidecar = artifacts.verify(path)
+    parent = artifacts.parent_path(path, sidecar) if sidecar else None
+    if sidecar is None or parent is None:
+        raise InputError(
+            f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
+        )
+    artifacts.require_file(parent, fix="bring the ONNX file along, or run on a GPU")
+    if sidecar.parent is not None and artifacts.sha256(parent) != sidecar.parent.sha256:
+        raise InputError(
+            f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
+        )
+    return str(parent), (
+        f"no GPU here: {path} was not measured; {parent}, which it was built from, was, on the CPU"
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table, with what it was taken on under it."""
+    from rtresnet.report import tables
+
+    console = common.out_console()
+    for line in result["notes"]:
+        console.print(f"NOTE: {line}", style="bold yellow", markup=False)
+    several = len({entry["measured"] for entry in result["results"]}) > 1
+    rows = []
+    for entry in result["results"]:
+        latency = entry["latency"]
+        rows.append(
+            (
+                Path(entry["measured"]).name,
+                entry["batch"],
+                *(latency[name] for name in ("median", "p90", "p95", "p99", "images_per_second")),
+                latency["n"],
+                *((round(entry["speed"], 2),) if several else ()),
+            )
+        )
+    headings = ["file", "batch", "median", "p90", "p95", "p99", "images/s", "n"]
+    if several:
+        headings.append("speed")
+    tables.show(console, headings, rows)
+    console.print("Latency in ms a batch, wall time, one request after another.")
+    if several:
+        console.print("Speed against the first file, measured in turn.")
+    for line in sorted({where(entry) for entry in result["results"]}):
+        console.print(line, soft_wrap=True, markup=False)
+    if any(entry["untrained"] for entry in result["results"]):
+        console.print("Untrained weights: latency is meaningful, accuracy is not.")
+    if not all(entry["steady"] for entry in result["results"]):
+        console.print("Not steady after 2 s of warm-up: another load on this machine?")
+
+
+def where(entry: dict[str, Any]) -> str:
+    """Device, provider, threads and versions on one line."""
+    threads = f", {entry['threads']} threads" if entry["threads"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    return f"{entry['device']}; {entry['provider']}{threads}; {versions}"

@@ -1,0 +1,270 @@
+"""What several verbs share: options, output, and opening any artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rtresnet.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from rtresnet.preprocess import Preprocess
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DATA_HELP = "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), npz:FILE, synthetic:N."
+
+
+def json_option(function: F) -> F:
+    """`--json FILE`: the result for machines; an unknown is null."""
+    return click.option(
+        "--json", "json_file", metavar="FILE", help="Write the result as JSON too (- for stdout)."
+    )(function)
+
+
+def device_options(function: F) -> F:
+    """`--device`, `--provider`, `--threads`: where an ONNX file or a plan runs."""
+    for option in (
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads [every core]."),
+        click.option(
+            "--provider",
+            type=click.Choice(("auto", "cpu", "openvino", "cuda")),
+            default="auto",
+            help="For ONNX files; auto: OpenVINO's plugin where it serves this CPU, else cpu.",
+        ),
+        click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto"),
+    ):
+        function = option(function)
+    return function
+
+
+def input_options(function: F) -> F:
+    """`--size`, `--mean`, `--std`: the input contract of weights that do not say theirs."""
+    for option in (
+        click.option("--std", metavar="R,G,B", help="Of the input, in units of [0, 1]."),
+        click.option("--mean", metavar="R,G,B", help="Of the input, in units of [0, 1]."),
+        click.option("--size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
+    ):
+        function = option(function)
+    return function
+
+
+def preprocess_from(
+    base: Preprocess, size: int | None, mean: str | None, std: str | None
+) -> Preprocess:
+    """`base` with what the options say instead."""
+    changed: dict[str, Any] = {}
+    if size is not None and size != base.size:
+        changed |= {"size": size, "resize": type(base).for_size(size).resize}
+    for name, given in (("mean", mean), ("std", std)):
+        if given is not None:
+            changed[name] = _triple(name, given)
+    return dataclasses.replace(base, **changed)
+
+
+def _triple(name: str, given: str) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(part) for part in given.split(","))
+    except ValueError:
+        raise InputError(
+            f"--{name} {given}: needs three numbers", fix="as in 0.5,0.5,0.5"
+        ) from None
+    return red, green, blue
+
+
+def out_console() -> Console:
+    """Results go to standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+def err_console() -> Console:
+    """Progress, notes and warnings go to standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def note(line: str) -> None:
+    """A line on standard error."""
+    click.echo(line, err=True)
+
+
+def warn_loudly(title: str, body: str) -> None:
+    """A warning that nobody can miss."""
+    from rich import box
+    from rich.panel import Panel
+
+    err_console().print(
+        Panel(body, title=f"WARNING: {title}", style="bold yellow", box=box.HEAVY, width=78)
+    )
+
+
+def write_json(target: str | None, verb: str, result: dict[str, Any]) -> None:
+    """Writes `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
+    if target is None:
+        return
+    from rtresnet import artifacts
+
+    record = {"verb": verb, "made_by": artifacts.provenance(), "result": result}
+    text = json.dumps(record, indent=1) + "\n"
+    if target == "-":
+        click.echo(text, nl=False)
+    else:
+        artifacts.write_text(target, text)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """A bar (a spinner without `total`) on a terminal, one line elsewhere.
+
+    Yields:
+        update(completed=None, description=None).
+    """
+    if not sys.stderr.isatty():
+        note(description)
+        yield lambda completed=None, description=None: None
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    if total is not None:
+        columns.insert(2, BarColumn())
+    with Progress(*columns, console=err_console(), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+
+        def update(completed: float | None = None, description: str | None = None) -> None:
+            bar.update(task, completed=completed, description=description)
+
+        yield update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Any artifact, ready to run.
+
+    Attributes:
+        forward: float32 [N, 3, S, S] to float32 logits [N, classes].
+        classes: Their names.
+        where: Device, provider, threads and versions.
+        close: Gives memory back.
+    """
+
+    path: Path
+    forward: Callable[[np.ndarray], np.ndarray]
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    precision: str
+    where: dict[str, Any]
+    close: Callable[[], None]
+
+
+def open_artifact(
+    path: str,
+    *,
+    device: str = "auto",
+    provider: str = "auto",
+    threads: int | None = None,
+    model: str | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+) -> Opened:
+    """Opens a checkpoint (in torch), an ONNX file or a plan (in the runtime)."""
+    from rtresnet import artifacts
+
+    artifacts.require_file(path)
+    if artifacts.kind_of(path) == "checkpoint":
+        return _open_checkpoint(path, device, threads, model, size, mean, std)
+    from rtresnet.preprocess import Preprocess
+    from rtresnet.runtime.session import load
+
+    session = load(path, device=device, provider=provider, threads=threads)
+    if session.sidecar is None and size is not None:
+        base = Preprocess.for_size(size)
+    else:
+        base = session.preprocess
+    return Opened(
+        path=Path(path),
+        forward=session,
+        preprocess=preprocess_from(base, size, mean, std),
+        classes=session.sidecar.model.classes if session.sidecar else (),
+        precision=session.sidecar.precision if session.sidecar else "unknown",
+        where=session.describe(),
+        close=session.close,
+    )
+
+
+def _open_checkpoint(
+    path: str,
+    device: str,
+    threads: int | None,
+    model: str | None,
+    size: int | None,
+    mean: str | None,
+    std: str | None,
+) -> Opened:
+    require_torch("reading a checkpoint")
+    import torch
+
+    from rtresnet import machine
+    from rtresnet.models import checkpoint
+    from rtresnet.models.reference import TorchBackend
+
+    place = torch_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = checkpoint.load(path, model=model)
+    return Opened(
+        path=Path(path),
+        forward=TorchBackend(loaded.net().to(place)),
+        preprocess=preprocess_from(loaded.input, size, mean, std),
+        classes=loaded.model.classes,
+        precision="fp32",
+        where={
+            "device": machine.cpu() if place == "cpu" else torch.cuda.get_device_name(),
+            "provider": "torch",
+            "threads": torch.get_num_threads() if place == "cpu" else None,
+            "versions": machine.versions(("rtresnet", "numpy", "torch")),
+        },
+        close=lambda: None,
+    )
+
+
+def require_torch(purpose: str) -> None:
+    """Raises EnvironmentLack where torch is not installed."""
+    from rtresnet import machine
+    from rtresnet.errors import EnvironmentLack
+
+    if not machine.installed("torch"):
+        raise EnvironmentLack(
+            f"{purpose} needs torch, which is not installed", fix="pip install torch"
+        )
+
+
+def torch_device(choice: str) -> str:
+    """ "auto" is the GPU where torch sees one.
+
+    Raises:
+        EnvironmentLack: CUDA was asked for and torch sees none.
+    """
+    import torch
+
+    from rtresnet.errors import EnvironmentLack
+
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLack("torch sees no CUDA device", fix="see: rtresnet doctor")
+    return choice

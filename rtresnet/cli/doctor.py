@@ -1,0 +1,105 @@
+"""`rtresnet doctor`: what this machine can do, and the command for what it lacks."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import click
+
+from rtresnet.cli import common
+
+# module: what it is for
+PACKAGES = {
+    "torch": "train, read checkpoints",
+    "onnx": "export, quantize",
+    "onnxruntime": "calibrate; run ONNX files",
+    "onnxruntime_ep_openvino": "run INT8 fast on an Intel CPU",
+    "tensorrt_rtx": "build plans, GPU or not; run them",
+    "tensorrt": "build and run plans on this machine's GPU",
+    "cuda.bindings": "run plans",
+    "pycuda": "run plans, with RTRESNET_CUDA=pycuda",
+    "sklearn": "the data set digits",
+    "matplotlib": "plots",
+}
+
+
+@click.command("doctor")
+@common.json_option
+def command(json_file: str | None) -> None:
+    """Show what this machine can do, and the command for each thing missing."""
+    from rtresnet.report import tables
+
+    result = run()
+    console = common.out_console()
+    console.print(f"{result['cpu']}; Python {result['python']}", soft_wrap=True)
+    for gpu in result["gpus"]:
+        console.print(f"GPU: {gpu['name']}, {gpu['target']}, {gpu['memory'] / 2**30:.0f} GiB")
+    if not result["gpus"]:
+        console.print(
+            "GPU: none, or no driver. Plans can be built here, and run on another machine."
+        )
+    rows = [(p["package"], p["version"] or "missing", p["purpose"]) for p in result["packages"]]
+    tables.show(console, ("package", "version", "for"), rows)
+    missing = [p["package"] for p in result["packages"] if not p["version"]]
+    if missing:
+        console.print("Missing, each with: pip install NAME - " + ", ".join(missing))
+    for name, state in result["runs"].items():
+        console.print(f"{name}: {state}", soft_wrap=True, markup=False)
+    common.write_json(json_file, "doctor", result)
+
+
+def run() -> dict[str, Any]:
+    """The verb's body; returns what `--json` writes."""
+    from rtresnet import machine
+
+    packages = []
+    for module, purpose in PACKAGES.items():
+        name = machine.DISTRIBUTIONS.get(module, module)
+        version = None
+        if machine.installed(module):
+            version = machine.version(name, f"{name}-gpu", module) or "unknown"
+        packages.append({"package": name, "version": version, "purpose": purpose})
+    gpus = [
+        {"name": gpu.name, "target": gpu.target, "memory": gpu.memory} for gpu in machine.gpus()
+    ]
+    return {
+        "cpu": machine.cpu(),
+        "python": platform.python_version(),
+        "gpus": gpus,
+        "packages": packages,
+        "runs": {
+            "ONNX files run on": _providers(),
+            "plans are built by": _builder(),
+            "plans run on": gpus[0]["name"] if gpus else "nothing here: no GPU",
+        },
+    }
+
+
+def _providers() -> str:
+    from rtresnet import machine
+    from rtresnet.runtime.ort import openvino_device
+
+    if not machine.installed("onnxruntime"):
+        return "nothing: pip install onnxruntime"
+    import onnxruntime
+
+    found = [
+        name for name in onnxruntime.get_available_providers() if name != "AzureExecutionProvider"
+    ]
+    if openvino_device() is not None:
+        found.insert(0, "OpenVINO plugin (the default on this CPU)")
+    elif machine.installed("onnxruntime_ep_openvino"):
+        found.append("not the OpenVINO plugin, which offers no device on this processor")
+    return ", ".join(found)
+
+
+def _builder() -> str:
+    from rtresnet.build import targets
+    from rtresnet.errors import EnvironmentLack
+
+    try:
+        module = targets.builder()
+    except EnvironmentLack as lack:
+        return f"nothing: {lack}"
+    return f"{module.__name__} {module.__version__}"

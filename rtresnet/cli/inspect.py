@@ -1,0 +1,157 @@
+"""`rtresnet inspect`: what an artifact is, and where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtresnet.cli import common
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@common.json_option
+def command(path: Path, json_file: str | None) -> None:
+    """Show an artifact, its whole chain, and a plan's header. Needs no GPU."""
+    result = run(path)
+    console = common.out_console()
+    for index, link in enumerate(result["chain"]):
+        console.print(f"{'  ' * index}{'<- ' if index else ''}{_headline(link)}", soft_wrap=True)
+        for line in _details(link, path):
+            console.print(f"{'  ' * index}   {line}", soft_wrap=True, markup=False)
+    if result["header"]:
+        head = result["header"]
+        console.print(
+            f"header: TensorRT-RTX {head['version']}, {head['bytes']:,} bytes, for "
+            f"{', '.join(head['targets'])}",
+            soft_wrap=True,
+        )
+    if result["operations"]:
+        counted = ", ".join(f"{count} {name}" for name, count in result["operations"].items())
+        console.print(f"graph: {counted}", soft_wrap=True)
+    common.write_json(json_file, "inspect", result)
+
+
+def run(path: Path) -> dict[str, Any]:
+    """The verb's body; returns what `--json` writes.
+
+    Raises:
+        ArtifactError: The file is damaged or does not match its sidecar.
+    """
+    from rtresnet import artifacts, machine
+    from rtresnet.build import header
+    from rtresnet.errors import ArtifactError
+
+    artifacts.require_file(path)
+    kind = artifacts.kind_of(path)
+    sidecar = artifacts.verify(path)
+    head, operations = None, None
+    if kind == "plan":
+        found = header.read(path)
+        if found is None and sidecar is None:
+            raise ArtifactError(
+                f"{path}: no sidecar and not a TensorRT-RTX plan; nothing can be said of it here"
+            )
+        head = dataclasses.asdict(found) if found else None
+    elif kind == "onnx" and machine.installed("onnx"):
+        operations = _operations(path)
+    elif kind == "checkpoint" and sidecar is None:
+        return _foreign_checkpoint(path)
+    chain = [
+        {
+            "path": str(link),
+            "state": state,
+            "sidecar": dataclasses.asdict(record) if record else None,
+        }
+        for link, record, state in artifacts.chain(path)
+    ]
+    return {"kind": kind, "chain": chain, "header": head, "operations": operations}
+
+
+def _foreign_checkpoint(path: Path) -> dict[str, Any]:
+    common.require_torch("reading a checkpoint without sidecar")
+    from rtresnet.models import checkpoint
+
+    loaded = checkpoint.load(path)
+    record = {
+        "kind": "checkpoint",
+        "model": dataclasses.asdict(loaded.model),
+        "input": dataclasses.asdict(loaded.input),
+        "weights": dataclasses.asdict(loaded.weights),
+        "precision": "fp32",
+    }
+    link = {"path": str(path), "state": "no sidecar, recognized by its tensors", "sidecar": record}
+    return {"kind": "checkpoint", "chain": [link], "header": None, "operations": None}
+
+
+def _operations(path: Path) -> dict[str, int]:
+    from collections import Counter
+
+    import onnx
+
+    from rtresnet.errors import ArtifactError
+
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's and the checker's errors share no base
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ArtifactError(f"{path}: not an ONNX file, or truncated ({reason})") from error
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def _headline(link: dict[str, Any]) -> str:
+    record = link["sidecar"]
+    what = ""
+    if record:
+        what = f": {record['kind']}, {record['model']['architecture']}, {record['precision']}"
+    return f"{link['path']}{what}  ({link['state']})"
+
+
+def _details(link: dict[str, Any], path: Path) -> list[str]:
+    record = link["sidecar"]
+    if record is None:
+        return []
+    lines = []
+    if record.get("sha256"):
+        lines.append(f"sha256 {record['sha256'][:16]}..., {record['bytes'] / 1e6:.2f} MB")
+    if link["path"] == str(path):
+        i = record["input"]
+        lines.append(
+            f"input {i['size']}x{i['size']} (resize {i['resize']}), mean {list(i['mean'])}, "
+            f"std {list(i['std'])}; {len(record['model']['classes'])} classes"
+        )
+        weights = record["weights"]
+        lines.append(
+            f"weights {weights['origin']}"
+            + (f" ({weights['source']})" if weights["source"] else "")
+        )
+    if record.get("calibration"):
+        c = record["calibration"]
+        lines.append(
+            f"calibrated by {c['method']} on {c['n']} images of {c['images']}: {c['scales']}"
+        )
+    if record.get("plan"):
+        p = record["plan"]
+        batches = ", ".join(f"{q['min']}:{q['opt']}:{q['max']}" for q in p["profiles"])
+        lines.append(
+            f"{p['builder']} {p['version']}, batches {batches}, for {', '.join(p['targets'])}"
+        )
+        if p["attested"]:
+            lines.append(
+                f"convolutions take {p['attested']['dtypes']}, {p['attested']['layers']} layers"
+            )
+    for name, value in (record.get("measured") or {}).items():
+        lines.append(f"{name} {_measured(value)}")
+    if record.get("made_by"):
+        lines.append(f"made by: {record['made_by'].get('command')}")
+    return lines
+
+
+def _measured(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_measured(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,92 @@
+"""`rtresnet`: the verbs, and the one place where errors become messages and exit codes.
+
+0 done; 1 a gate was missed; 2 usage or input; 3 the environment lacks something; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+
+import click
+
+from rtresnet.errors import RtresnetError
+
+VERBS = (
+    "quickstart",
+    "train",
+    "export",
+    "quantize",
+    "build",
+    "eval",
+    "predict",
+    "compare",
+    "bench",
+    "study",
+    "inspect",
+    "models",
+    "doctor",
+)
+
+
+class Verbs(click.Group):
+    """Imports a verb's file when the verb is named, so that --help needs nothing heavy."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work, not of the alphabet."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the verb's file."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"rtresnet.cli.{cmd_name}").command
+        return command
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rtresnet", prog_name="rtresnet")
+def cli() -> None:
+    """Residual networks from images to measured TensorRT engines.
+
+    images - train - export - quantize - build - bench: one verb a step, files in between.
+    Start with: rtresnet quickstart
+    """
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    try:
+        # In standalone mode click would print and exit by itself, in places we do not see.
+        result = cli.main(arguments, prog_name="rtresnet", standalone_mode=False)
+        return result if isinstance(result, int) and not isinstance(result, bool) else 0
+    except click.exceptions.Exit as exit_request:
+        return exit_request.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing half-written was left", err=True)
+        return 130
+    except RtresnetError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(_system_error(error), 2)
+
+
+def _system_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full; free some room and run the same command again"
+    return f"{where}{error.strerror or error}"
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code

@@ -1,0 +1,207 @@
+"""`rtresnet quickstart`: the whole way once, on real images, on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtresnet.cli import bench, common, export, train
+from rtresnet.cli import compare as compare_verb
+from rtresnet.cli import eval as eval_verb
+from rtresnet.errors import EnvironmentLack
+
+MODEL, DATA = "resnet20", "digits"
+NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
+
+
+@click.command("quickstart")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="runs/quickstart", show_default=True
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="Of measuring, each.")
+@common.json_option
+def command(out: Path, epochs: int, seconds: float, json_file: str | None) -> None:
+    """Train, export, quantize, build and measure a small net; write a page.
+
+    ResNet-20 on the digits that scikit-learn ships, about two minutes on two cores.
+    What an earlier quickstart left in --out is replaced.
+    """
+    _check_packages()
+    if (out / "quickstart.json").exists():
+        shutil.rmtree(out)
+    started = time.time()
+    result = run(out, epochs=epochs, seconds=seconds)
+    result["seconds"] = round(time.time() - started, 1)
+    _show(result)
+    _write_page(out / "index.html", result)
+    common.write_json(str(out / "quickstart.json"), "quickstart", result)
+    console = common.out_console()
+    console.print(f"page: {out / 'index.html'}   ({result['seconds']:.0f} s in all)")
+    console.print(f"next: rtresnet inspect {out / 'engines' / f'{MODEL}-int8.plan'}")
+    common.write_json(json_file, "quickstart", result)
+
+
+def _check_packages() -> None:
+    from rtresnet import machine
+
+    missing = [machine.DISTRIBUTIONS.get(m, m) for m in NEEDED if not machine.installed(m)]
+    if missing:
+        raise EnvironmentLack(
+            f"quickstart needs {', '.join(missing)}", fix="pip install " + " ".join(missing)
+        )
+
+
+def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
+    """Every verb's body in turn; returns their results."""
+    trained = train.run(
+        model=MODEL, data=DATA, epochs=epochs, batch=None, lr=None, weights=None, flip=None, seed=0,
+        out=out / "train", resume=False, device="cpu", size=None, mean=None, std=None,
+    )  # fmt: skip
+    exported = export.run(
+        model=None, weights=trained["checkpoint"], fp32=True, fp16=True, int8=True, calib=DATA,
+        calibrator="entropy", calib_images=512, batch="1:8:32", target=None, builder="rtx",
+        size=None, mean=None, std=None, out=out / "engines", no_plan=False,
+    )  # fmt: skip
+    files = [entry["file"] for entry in exported["onnx"]]
+    precisions = [entry["precision"] for entry in exported["onnx"]]
+    evaluated = [eval_verb.run(path, DATA) for path in files]
+    compared = [compare_verb.run(trained["checkpoint"], path, DATA) for path in files]
+    measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
+    log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]
+    return {
+        "model": MODEL,
+        "data": DATA,
+        "train": trained | {"log": log},
+        "export": exported,
+        "eval": dict(zip(precisions, evaluated, strict=True)),
+        "compare": dict(zip(precisions, compared, strict=True)),
+        "bench": measured,
+    }
+
+
+HEADINGS = (
+    "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms, b1", "ms, b8", "img/s, b8",
+    "speed",
+)  # fmt: skip
+
+
+def rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
+    """The one table: a row a precision."""
+    table = []
+    for entry, plan in zip(result["export"]["onnx"], result["export"]["plans"], strict=True):
+        precision = entry["precision"]
+        timings = {
+            r["batch"]: r for r in result["bench"]["results"] if r["precision"] == precision
+        }
+        table.append(
+            (
+                precision,
+                round(entry["bytes"] / 1e6, 2),
+                round(plan["bytes"] / 1e6, 2),
+                round(result["eval"][precision]["top1_percent"], 2),
+                round(100 * result["compare"][precision]["agreement"], 2),
+                timings[1]["latency"]["median"],
+                timings[8]["latency"]["median"],
+                round(timings[8]["latency"]["images_per_second"]),
+                round(timings[8]["speed"], 2),
+            )
+        )
+    return table
+
+
+def legend(result: dict[str, Any]) -> str:
+    """What the table's columns are, with n."""
+    evaluated = result["eval"]["fp32"]
+    return (
+        f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms: "
+        "median latency of a batch of 1 or 8; speed: against FP32 at batch 8, measured in turn. "
+        f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}."
+    )
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rtresnet.report import tables
+
+    console = common.out_console()
+    tables.show(console, HEADINGS, rows(result))
+    console.print(legend(result), markup=False)
+    plans = result["export"]["plans"]
+    console.print(
+        f"Plans by {plans[0]['builder']} {plans[0]['version']} for "
+        f"{', '.join(plans[0]['targets'])}; built without a GPU, they run on one.",
+        markup=False,
+    )
+
+
+def _write_page(path: Path, result: dict[str, Any]) -> None:
+    from rtresnet import artifacts
+    from rtresnet.report import page, plots
+
+    tested = result["train"]["measured"]
+    samples = {
+        r["precision"]: r["samples"] for r in result["bench"]["results"] if r["batch"] == 1
+    }
+    links = [
+        (
+            str(link),
+            record.precision if record else None,
+            record.sha256[:16] if record else None,
+            state,
+        )
+        for link, record, state in artifacts.chain(result["export"]["plans"][-1]["plan"])
+    ]
+    attested = [
+        (
+            Path(plan["plan"]).name,
+            plan["attested"]["convolutions"],
+            ", ".join(f"{n} {dtype}" for dtype, n in plan["attested"]["dtypes"].items()),
+            plan["attested"]["layers"],
+            round(plan["seconds"], 2),
+        )
+        for plan in result["export"]["plans"]
+    ]
+    parts = [
+        page.paragraph(
+            f"{result['model']} trained on {result['data']}, exported, quantized, compiled into "
+            f"TensorRT engines and measured in {result['seconds']:.0f} s.",
+        ),
+        page.heading("Three precisions of one net"),
+        page.table(HEADINGS, rows(result)),
+        page.paragraph(legend(result), "dim"),
+        page.side_by_side(
+            page.heading("Training")
+            + page.picture(
+                plots.training_curve(result["train"]["log"]),
+                f"Error on the training and the {tested['val_n']} held-out images. Test top-1 "
+                f"{tested['test_top1']:.2f} % of {tested['test_n']} images, looked at once.",
+            ),
+            page.heading("Latency")
+            + page.picture(
+                plots.latency_distribution(samples, "ms a batch of 1"),
+                "Every request, one after another, the three files in turn.",
+            ),
+        ),
+        page.heading("What the builder attests"),
+        page.table(("plan", "convolutions", "they take", "layers", "built in s"), attested),
+        page.paragraph(
+            "Read from TensorRT's own layer dump at build time: the type each convolution's "
+            "kernel takes as input.",
+            "dim",
+        ),
+        page.heading("Where the INT8 plan came from"),
+        page.table(("artifact", "precision", "sha256", "state"), links),
+        page.heading("Do it yourself"),
+        page.code(
+            f"rtresnet train --model {result['model']} --data {result['data']}\n"
+            f"rtresnet export --model {result['model']} --int8 --calib {result['data']}\n"
+            f"rtresnet bench engines/{result['model']}-int8.onnx"
+        ),
+    ]
+    title = f"{result['model']} on {result['data']}: FP32, FP16, INT8"
+    artifacts.write_text(path, page.document(title, parts))

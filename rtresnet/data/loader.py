@@ -1,0 +1,153 @@
+"""Batches out of a source: decoded in threads, broken images counted and named.
+
+For evaluation and calibration a batch is float32 NCHW, ready for a net; for training it is uint8
+NHWC, and the rest happens on the device (`augment.py`). Pillow and NumPy release the GIL while
+they decode and resize, so threads are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+
+from rtresnet import machine
+from rtresnet.data.sources import Arrays, CorruptImage, Source
+from rtresnet.errors import DataError
+from rtresnet.preprocess import Preprocess
+
+TOLERATED = 0.01  # the share of broken images above which the data is at fault, not an image
+
+
+class Tally:
+    """Broken images: named once, counted, and too many of them an error.
+
+    Args:
+        total: How many images there are.
+        warn: Called with a line for each broken image.
+    """
+
+    def __init__(self, total: int, warn: Callable[[str], None] = lambda line: None) -> None:
+        self.total, self.warn = total, warn
+        self.skipped: dict[int, str] = {}
+
+    def skip(self, index: int, error: CorruptImage) -> None:
+        """Notes one broken image.
+
+        Raises:
+            DataError: More than 1 % of the images are broken.
+        """
+        if index in self.skipped:
+            return
+        self.skipped[index] = str(error)
+        self.warn(f"skipped {error}")
+        if len(self.skipped) > TOLERATED * self.total:
+            raise DataError(
+                f"{len(self.skipped)} of {self.total} images cannot be decoded, more than "
+                f"{TOLERATED:.0%}: the last one is {error}",
+                fix="mend or remove them",
+            )
+
+
+def indexed(
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    transform: Callable[[int, np.ndarray], np.ndarray],
+    tally: Tally,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Decodes and transforms images in order, a few ahead, leaving out the broken ones.
+
+    Yields:
+        (index, uint8 [S, S, 3]).
+    """
+
+    def work(index: int) -> np.ndarray | CorruptImage:
+        try:
+            return transform(index, source.image(index))
+        except CorruptImage as error:
+            return error
+
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        waiting = iter([int(index) for index in indices])
+        pending = [(i, pool.submit(work, i)) for i in islice(waiting, 8 * machine.cores())]
+        try:
+            while pending:
+                index, future = pending.pop(0)
+                result = future.result()
+                for following in islice(waiting, 1):
+                    pending.append((following, pool.submit(work, following)))
+                if isinstance(result, CorruptImage):
+                    tally.skip(index, result)
+                else:
+                    yield index, result
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def materialize(source: Source, preprocess: Preprocess, tally: Tally) -> Arrays:
+    """Every image cropped to `preprocess.size`, in memory; the source itself if it fits as is."""
+    side = preprocess.size
+    if isinstance(source, Arrays) and source.images.shape[1:3] == (side, side):
+        return source
+    kept = list(indexed(source, range(len(source)), lambda _, im: preprocess.crop(im), tally))
+    if not kept:
+        raise DataError(f"{source.name}: no image could be decoded")
+    images = np.stack([image for _, image in kept])
+    labels = source.labels[[index for index, _ in kept]]
+    return Arrays(source.name, images, labels, source.classes, splits=source.splits)
+
+
+def batches(
+    source: Source,
+    preprocess: Preprocess,
+    size: int,
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    tally: Tally | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Evaluation batches.
+
+    Args:
+        source: The images.
+        preprocess: The net's input contract.
+        size: Images a batch; the last one may be smaller.
+        indices: Which images, in which order; all of them by default.
+        tally: Takes the broken images.
+
+    Yields:
+        (float32 [N, 3, S, S], int64 labels [N]).
+    """
+    chosen = range(len(source)) if indices is None else indices
+    tally = tally or Tally(len(source))
+    images: list[np.ndarray] = []
+    kept: list[int] = []
+    for index, image in indexed(source, chosen, lambda _, im: preprocess.crop(im), tally):
+        images.append(image)
+        kept.append(index)
+        if len(images) == size:
+            yield preprocess.normalize(np.stack(images)), source.labels[kept]
+            images, kept = [], []
+    if images:
+        yield preprocess.normalize(np.stack(images)), source.labels[kept]
+
+
+def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:
+    """`n` indices spread evenly over the classes, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(source))
+    # Each image's rank within its class: sorting by it takes one of every class in turn.
+    rank = np.empty(len(order), int)
+    seen: dict[int, int] = {}
+    for position, index in enumerate(order):
+        label = int(source.labels[index])
+        rank[position] = seen.get(label, 0)
+        seen[label] = rank[position] + 1
+    return order[np.argsort(rank, kind="stable")][:n]
+
+
+def batch_size(preprocess: Preprocess) -> int:
+    """A batch that keeps a net's activations within some hundred MB: 128 at 32 pixels, 4 at 224."""
+    return int(np.clip(128 * 32**2 / preprocess.size**2, 4, 128))

@@ -1,0 +1,387 @@
+"""Images by name: one way to say where they are, the same for every verb.
+
+    digits              8x8 scans that scikit-learn ships, shown as 32x32; no network
+    fashion-mnist:DIR   idx files, plain or .gz
+    cifar10:DIR         the python batches
+    folder:DIR          one folder a class, optionally under train/ and test/ or val/
+    DIR                 the same
+    npz:FILE            arrays `images` uint8 [N, H, W, 3] or [N, H, W], `labels` [N]
+    synthetic:N         N random images, for measuring without data
+
+Everything is uint8 RGB in here. Resizing, cropping and normalizing is `preprocess.py`'s.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rtresnet.errors import DataError, InputError, UnknownName, missing_package
+from rtresnet.preprocess import resize
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+FORMS = ("digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "npz:FILE", "synthetic:N")
+SPLITS = ("train", "test", "all")
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FASHION = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle-boot",
+]
+
+
+class CorruptImage(DataError):
+    """One image that cannot be decoded. Batches count it, report it and go on."""
+
+
+class Source(Protocol):
+    """A set of images. `labels` is -1 where there are none.
+
+    Attributes:
+        name: As the person gave it.
+        classes: Class names, in the order of the labels.
+        labels: int64 [N].
+        splits: Whether the set came divided into train and test by whoever made it.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    splits: bool
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 RGB [H, W, 3]. Raises CorruptImage."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 over what the images and labels are made of."""
+        ...
+
+
+class Arrays:
+    """Images of one size in memory: uint8 [N, H, W, 3]."""
+
+    def __init__(
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        *,
+        splits: bool = False,
+    ) -> None:
+        self.name, self.images, self.classes, self.splits = name, images, tuple(classes), splits
+        self.labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 RGB [H, W, 3]."""
+        picture: np.ndarray = self.images[index]
+        return picture
+
+    def fingerprint(self) -> str:
+        """sha256 of pixels and labels."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+
+class Files:
+    """Image files, decoded when asked for."""
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[Path],
+        labels: np.ndarray,
+        classes: Sequence[str],
+        *,
+        splits: bool = False,
+    ) -> None:
+        self.name, self.paths, self.classes, self.splits = name, list(paths), tuple(classes), splits
+        self.labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 RGB [H, W, 3]."""
+        return decode(self.paths[index])
+
+    def fingerprint(self) -> str:
+        """sha256 of names, sizes and labels: contents would mean reading a whole ImageNet."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels, strict=True):
+            parent = path.parent.name
+            digest.update(f"{parent}/{path.name}\0{path.stat().st_size}\0{label}\n".encode())
+        return digest.hexdigest()
+
+
+def decode(path: str | os.PathLike[str], data: bytes | None = None) -> np.ndarray:
+    """Decodes an image file to uint8 RGB [H, W, 3], upright as its EXIF says.
+
+    Raises:
+        CorruptImage: Not an image, truncated, or larger than Pillow's bomb limit.
+        DataError: The file cannot be read at all.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data) if data is not None else path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error) as error:
+        raise CorruptImage(f"{path}: not an image or damaged ({error})") from None
+    except Image.DecompressionBombError as error:
+        raise CorruptImage(f"{path}: {error}") from None
+    except OSError as error:
+        if error.errno is None:  # Pillow's own, such as "image file is truncated"
+            raise CorruptImage(f"{path}: {error}") from None
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def open_source(spec: str, split: str = "all") -> Source:
+    """Opens images by name.
+
+    Args:
+        spec: One of FORMS, or a path to a folder.
+        split: "train", "test" or "all". A set that came undivided is "all" of it whatever is
+            asked for; `source.splits` says which it is.
+
+    Raises:
+        DataError: Nothing there, an empty class, a single class, or arrays that do not fit.
+        UnknownName: No such form.
+    """
+    if split not in SPLITS:
+        raise UnknownName("split", split, SPLITS)
+    form, _, argument = spec.partition(":")
+    if spec == "digits":
+        return _digits(split)
+    if form == "fashion-mnist" and argument:
+        return _fashion_mnist(spec, _folder(argument), split)
+    if form == "cifar10" and argument:
+        return _cifar10(spec, _folder(argument), split)
+    if form == "npz" and argument:
+        return _npz(spec, Path(argument))
+    if form == "synthetic" and argument:
+        return _synthetic(spec, argument)
+    if form == "folder" and argument:
+        return _class_folders(spec, _folder(argument), split)
+    if Path(spec).is_dir():
+        return _class_folders(spec, Path(spec), split)
+    if os.sep in spec or (form == spec and Path(spec).suffix):
+        raise DataError(f"{spec}: no such folder", fix="data is one of " + ", ".join(FORMS))
+    raise UnknownName("data", spec, FORMS)
+
+
+def open_images(spec: str) -> Source:
+    """Opens images without needing labels: a labelled source, a folder of images, or a list.
+
+    A list is a text file with a path a line, relative to the list.
+
+    Raises:
+        DataError: No images there.
+    """
+    path = Path(spec.removeprefix("folder:"))
+    if path.is_file() and path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        paths = [path.parent / line for line in lines if line and not line.startswith("#")]
+        missing = [entry for entry in paths if not entry.is_file()]
+        if missing:
+            raise DataError(f"{path}: lists {missing[0]}, which is not there")
+    elif path.is_dir():
+        paths = images_under(path)
+    else:
+        return open_source(spec, "train")
+    if not paths:
+        raise DataError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)})")
+    return Files(spec, paths, np.full(len(paths), -1), ())
+
+
+def images_under(folder: Path) -> list[Path]:
+    """Every image file below a folder, sorted."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in found if path.is_file())
+
+
+def _folder(argument: str) -> Path:
+    folder = Path(argument).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    return folder
+
+
+def _digits(split: str) -> Source:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise missing_package("scikit-learn", "the data set 'digits'") from None
+    data = load_digits()
+    small = (data.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([resize(np.repeat(image[..., None], 3, 2), 32, 32) for image in small])
+    # The set comes undivided: a fifth, drawn once and for ever, is the test split.
+    order = np.random.default_rng(0).permutation(len(images))
+    cut = len(images) // 5
+    chosen = {"train": order[cut:], "test": order[:cut], "all": np.arange(len(images))}[split]
+    names = [str(digit) for digit in range(10)]
+    return Arrays("digits", images[chosen], data.target[chosen], names, splits=True)
+
+
+def _fashion_mnist(spec: str, folder: Path, split: str) -> Source:
+    prefixes = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[split]
+    images = np.concatenate([_idx(folder, f"{prefix}-images-idx3-ubyte") for prefix in prefixes])
+    labels = np.concatenate([_idx(folder, f"{prefix}-labels-idx1-ubyte") for prefix in prefixes])
+    # 28 pixels and a border of 2: the 32 a CIFAR net takes, no pixel touched.
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return _arrays(spec, padded, labels, FASHION, splits=True)
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if not path.exists():
+            continue
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        rank = raw[3] if len(raw) > 3 else 0
+        shape = np.frombuffer(raw[4 : 4 + 4 * rank], ">u4").astype(int)
+        if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * rank + shape.prod():
+            raise DataError(f"{path}: not an idx file of bytes, or truncated")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    raise DataError(f"{folder / name}: no such file, nor with .gz")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """The python batches are pickles. This one can make NumPy arrays and nothing else."""
+
+    ALLOWED = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in an image batch")
+
+
+def _cifar10(spec: str, folder: Path, split: str) -> Source:
+    nested = folder / "cifar-10-batches-py"
+    folder = nested if nested.is_dir() else folder
+    train = [f"data_batch_{index}" for index in range(1, 6)]
+    names = {"train": train, "test": ["test_batch"], "all": [*train, "test_batch"]}[split]
+    images, labels = [], []
+    for name in names:
+        try:
+            with open(folder / name, "rb") as file:
+                batch = _ArraysOnly(file, encoding="bytes").load()
+            images.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32))
+            labels.append(np.asarray(batch[b"labels"]))
+        except FileNotFoundError:
+            raise DataError(f"{folder / name}: no such file") from None
+        except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{folder / name}: not a CIFAR-10 batch ({error})") from None
+    pixels = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
+    return _arrays(spec, pixels, np.concatenate(labels), CIFAR10, splits=True)
+
+
+def _npz(spec: str, path: Path) -> Source:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+            named = [str(name) for name in file["classes"]] if "classes" in file else None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]}", fix="it needs `images` and `labels`") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}: not an npz file of plain arrays, or truncated ({error})"
+        ) from None
+    count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
+    return _arrays(spec, images, labels, named or [str(index) for index in range(count)])
+
+
+def _synthetic(spec: str, argument: str) -> Source:
+    if not argument.isdigit() or int(argument) < 1:
+        raise InputError(f"{spec}: needs a number of images", fix="as in synthetic:256")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (int(argument), 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(int(argument)) % 10
+    return Arrays(spec, images, labels, [str(index) for index in range(10)])
+
+
+def _arrays(
+    spec: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], splits: bool = False
+) -> Source:
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=3)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise DataError(
+            f"{spec}: images are {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]"
+        )
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{spec}: labels are {labels.dtype} {list(labels.shape)}, not whole numbers "
+            f"[{len(images)}]"
+        )
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"{spec}: labels reach from {labels.min()} to {labels.max()}")
+    return Arrays(spec, images, labels, classes, splits=splits)
+
+
+def _class_folders(spec: str, root: Path, split: str) -> Source:
+    halves = {"train": [root / "train"], "test": [root / "test", root / "val"]}
+    divided = (root / "train").is_dir() and any(half.is_dir() for half in halves["test"])
+    if divided:
+        test = next(half for half in halves["test"] if half.is_dir())
+        roots = {"train": [root / "train"], "test": [test], "all": [root / "train", test]}[split]
+        names_from = root / "train"
+    else:
+        single = [h for h in (*halves["train"], *halves["test"]) if h.is_dir()]
+        roots = single[:1] or [root]
+        names_from = roots[0]
+    classes = sorted(e.name for e in names_from.iterdir() if e.is_dir() and e.name[0] != ".")
+    if not classes:
+        raise DataError(f"{names_from}: no class folders", fix="one folder a class is needed")
+    if len(classes) == 1:
+        raise DataError(
+            f"{names_from}: one class only ({classes[0]})", fix="a classifier needs two or more"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for base in roots:
+        strange = {e.name for e in base.iterdir() if e.is_dir() and e.name[0] != "."}.difference(
+            classes
+        )
+        if strange:
+            raise DataError(f"{base}: class {sorted(strange)[0]!r} is not under {names_from}")
+        for label, name in enumerate(classes):
+            found = images_under(base / name) if (base / name).is_dir() else []
+            if not found and base == names_from:
+                raise DataError(f"{base / name}: the class has no image")
+            paths += found
+            labels += [label] * len(found)
+    if not paths:
+        raise DataError(f"{roots[0]}: no image in any class")
+    return Files(spec, paths, np.array(labels), classes, splits=divided)

@@ -1,0 +1,1 @@
+"""Images and a net in, a checkpoint out."""
