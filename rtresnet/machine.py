@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 
-
 # Where a module's name is not that of the package that brings it.
 DISTRIBUTIONS = {
     "tensorrt_rtx": "tensorrt-rtx-cu13",

@@ -96,9 +96,7 @@ def rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
     table = []
     for entry, plan in zip(result["export"]["onnx"], result["export"]["plans"], strict=True):
         precision = entry["precision"]
-        timings = {
-            r["batch"]: r for r in result["bench"]["results"] if r["precision"] == precision
-        }
+        timings = {r["batch"]: r for r in result["bench"]["results"] if r["precision"] == precision}
         table.append(
             (
                 precision,
@@ -144,9 +142,7 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
     from rtresnet.report import page, plots
 
     tested = result["train"]["measured"]
-    samples = {
-        r["precision"]: r["samples"] for r in result["bench"]["results"] if r["batch"] == 1
-    }
+    samples = {r["precision"]: r["samples"] for r in result["bench"]["results"] if r["batch"] == 1}
     links = [
         (
             str(link),

@@ -54,9 +54,7 @@ def training_curve(log: Sequence[Mapping[str, float]]) -> str:
     epochs = [entry["epoch"] for entry in log]
     for name, label, style in (("train_top1", "training", "--"), ("val_top1", "held out", "-")):
         errors = [100 - entry[name] for entry in log]
-        axes.plot(
-            epochs, errors, style, color=COLOURS[0], marker="o", markersize=3.5, label=label
-        )
+        axes.plot(epochs, errors, style, color=COLOURS[0], marker="o", markersize=3.5, label=label)
     axes.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
