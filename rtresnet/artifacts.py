@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import types
 import typing
@@ -241,7 +242,7 @@ def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
 
 def provenance() -> dict[str, str]:
     """The command line and the versions of what can have had a hand in an artifact."""
-    made_by = {"command": " ".join(["rtresnet", *sys.argv[1:]])}
+    made_by = {"command": shlex.join(["rtresnet", *sys.argv[1:]])}
     for module in ("rtresnet", "numpy", "torch", "onnx", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             made_by[module] = metadata.version(module)

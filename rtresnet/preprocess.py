@@ -21,6 +21,7 @@ from rtresnet.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LAYOUT = "NCHW RGB float32"
 
 # Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
 _FIXED_POINT = 1 << 22
@@ -35,12 +36,14 @@ class Preprocess:
         resize: The shorter side is resized to this before the centre crop, in pixels.
         mean: Per channel (R, G, B), in units of [0, 1].
         std: Likewise.
+        layout: Of the net's input; the only one there is so far.
     """
 
     size: int
     resize: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    layout: str = LAYOUT
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.resize < self.size:
@@ -48,6 +51,8 @@ class Preprocess:
                 f"input size {self.size} with resize {self.resize}: "
                 "both must be positive and the resize at least the size"
             )
+        if self.layout != LAYOUT:
+            raise InputError(f"pixel layout {self.layout!r}; this rtresnet knows {LAYOUT!r}")
         if len(self.mean) != 3 or len(self.std) != 3:
             raise InputError("mean and std need three values each, R,G,B")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:

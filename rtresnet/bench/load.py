@@ -76,8 +76,8 @@ def measure(
     steady = [warm_up(lambda infer=infer: infer(images)) for infer in candidates]  # type: ignore[misc]
     slices: list[list[list[float]]] = [[] for _ in candidates]
     for round_number in range(rounds):
-        order = np.roll(np.arange(len(candidates)), round_number)
-        for index in order:
+        for position in range(len(candidates)):
+            index = (position + round_number) % len(candidates)
             slices[index].append(_slice(candidates[index], images, seconds / rounds))
             on_progress(sum(sum(part) for parts in slices for part in parts) / 1e3)
     medians = [[float(np.median(part)) for part in parts] for parts in slices]

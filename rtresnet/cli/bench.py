@@ -139,7 +139,7 @@ def show(result: dict[str, Any]) -> None:
                 entry["batch"],
                 *(latency[name] for name in ("median", "p90", "p95", "p99", "images_per_second")),
                 latency["n"],
-                *((round(entry["speed"], 2),) if several else ()),
+                *((f"{entry['speed']:.2f}",) if several else ()),
             )
         )
     headings = ["file", "batch", "median", "p90", "p95", "p99", "images/s", "n"]

@@ -86,28 +86,26 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
 
 
 HEADINGS = (
-    "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms, b1", "ms, b8", "img/s, b8",
-    "speed",
+    "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms b1", "img/s b8", "speed b8",
 )  # fmt: skip
 
 
 def rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
     """The one table: a row a precision."""
-    table = []
+    table: list[tuple[object, ...]] = []
     for entry, plan in zip(result["export"]["onnx"], result["export"]["plans"], strict=True):
         precision = entry["precision"]
         timings = {r["batch"]: r for r in result["bench"]["results"] if r["precision"] == precision}
         table.append(
             (
                 precision,
-                round(entry["bytes"] / 1e6, 2),
-                round(plan["bytes"] / 1e6, 2),
-                round(result["eval"][precision]["top1_percent"], 2),
-                round(100 * result["compare"][precision]["agreement"], 2),
-                timings[1]["latency"]["median"],
-                timings[8]["latency"]["median"],
-                round(timings[8]["latency"]["images_per_second"]),
-                round(timings[8]["speed"], 2),
+                f"{entry['bytes'] / 1e6:.2f}",
+                f"{plan['bytes'] / 1e6:.2f}",
+                f"{result['eval'][precision]['top1_percent']:.2f}",
+                f"{100 * result['compare'][precision]['agreement']:.2f}",
+                f"{timings[1]['latency']['median']:.3f}",
+                f"{timings[8]['latency']['images_per_second']:,.0f}",
+                f"{timings[8]['speed']:.2f}",
             )
         )
     return table
@@ -117,8 +115,8 @@ def legend(result: dict[str, Any]) -> str:
     """What the table's columns are, with n."""
     evaluated = result["eval"]["fp32"]
     return (
-        f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms: "
-        "median latency of a batch of 1 or 8; speed: against FP32 at batch 8, measured in turn. "
+        f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
+        "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
         f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from rtresnet.report.tables import Row, text
+from rtresnet.report.tables import Row, numeric, text
 
 STYLE = """
 :root { color-scheme: light dark; --fg: #1b1f24; --bg: #ffffff; --dim: #5b6470;
@@ -65,10 +65,8 @@ def code(words: str) -> str:
 
 def table(headings: Sequence[str], rows: Sequence[Row]) -> str:
     """A table; columns of numbers are set right. An unknown is a dash."""
-    numeric = [
-        all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(headings))
-    ]
-    classes = [' class="n"' if flag else "" for flag in numeric]
+    right = [numeric(row[index] for row in rows) for index in range(len(headings))]
+    classes = [' class="n"' if flag else "" for flag in right]
     head = "".join(
         f"<th{cls}>{html.escape(name)}</th>" for cls, name in zip(classes, headings, strict=True)
     )

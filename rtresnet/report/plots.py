@@ -62,7 +62,7 @@ def training_curve(log: Sequence[Mapping[str, float]]) -> str:
 
 
 def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Share of requests answered within a latency, a curve an artifact, to the 99.5th percentile."""
+    """Share of requests answered within a latency, a curve an artifact, up to p99.5."""
     import numpy as np
 
     drawn, axes = figure()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -32,9 +32,9 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def megabytes(size: int) -> str:
-    """Bytes as MB (10^6)."""
-    return f"{number(size / 1e6)} MB"
+def numeric(cells: Iterable[object]) -> bool:
+    """Whether a column holds numbers only (and dashes), and so is set right."""
+    return all(re.fullmatch(r"[-+\d.,e]+", text(cell)) for cell in cells)
 
 
 def show(
@@ -43,9 +43,10 @@ def show(
     """Prints a table; columns of numbers are set right."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for index, heading in enumerate(headings):
-        numeric = all(isinstance(row[index], int | float | None) for row in rows)
-        options: dict[str, Any] = {"justify": "right"} if numeric else {"overflow": "fold"}
-        table.add_column(heading, **options)
+        right = numeric(row[index] for row in rows)
+        table.add_column(
+            heading, justify="right" if right else "left", overflow="fold", min_width=len(heading)
+        )
     for row in rows:
         table.add_row(*(Text(text(value)) for value in row))
     console.print(table)
