@@ -21,6 +21,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,9 @@ SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "chec
 SUFFIXES[".th"] = "checkpoint"
 
 T = TypeVar("T")
+
+# The command line being carried out, for `made_by`; from Python it is the script's own.
+command: ContextVar[Sequence[str]] = ContextVar("command", default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +198,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A full disk is met by write(), which does not know the file's name.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -242,7 +250,7 @@ def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
 
 def provenance() -> dict[str, str]:
     """The command line and the versions of what can have had a hand in an artifact."""
-    made_by = {"command": shlex.join(["rtresnet", *sys.argv[1:]])}
+    made_by = {"command": shlex.join(command.get() or sys.argv)}
     for module in ("rtresnet", "numpy", "torch", "onnx", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             made_by[module] = metadata.version(module)

@@ -15,6 +15,7 @@ The command line prints both on one line, in one place (`cli/main.py`).
 from __future__ import annotations
 
 import difflib
+import os.path
 from collections.abc import Iterable
 
 
@@ -49,8 +50,14 @@ class UnknownName(InputError):
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
+
+        def likeness(entry: str) -> tuple[float, int]:
+            ratio = difflib.SequenceMatcher(None, name, entry).ratio()
+            return ratio, len(os.path.commonprefix((name, entry)))
+
+        near = max(known, key=likeness, default="")
+        close = likeness(near)[0] >= 0.5
+        fix = f"did you mean {near!r}?" if close else "known: " + ", ".join(known)
         super().__init__(f"unknown {what} {name!r}", fix=fix)
 
 

@@ -128,7 +128,7 @@ def show(result: dict[str, Any]) -> None:
 
     console = common.out_console()
     for line in result["notes"]:
-        console.print(f"NOTE: {line}", style="bold yellow", markup=False)
+        console.print(f"NOTE: {line}", style="bold yellow", markup=False, soft_wrap=True)
     several = len({entry["measured"] for entry in result["results"]}) > 1
     rows = []
     for entry in result["results"]:

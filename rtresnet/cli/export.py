@@ -155,8 +155,8 @@ def resolve(
             raise InputError("--weights untrained", fix="say of which net: --model NAME")
         common.warn_loudly(
             "untrained weights",
-            f"No checkpoint of {spec.name} was given or found under runs/, so these are random\n"
-            "weights. Latency is meaningful, accuracy is not.",
+            f"No checkpoint of {spec.name} was given or found under runs/, so these are "
+            "random weights. Latency is meaningful, accuracy is not.",
         )
         return checkpoint.untrained(spec, Preprocess.for_size(size or spec.size)), None
     if weights == "imagenet":

@@ -12,6 +12,7 @@ import sys
 
 import click
 
+from rtresnet import artifacts
 from rtresnet.errors import RtresnetError
 
 VERBS = (
@@ -58,9 +59,11 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    token = artifacts.command.set(["rtresnet", *given])
     try:
         # In standalone mode click would print and exit by itself, in places we do not see.
-        result = cli.main(arguments, prog_name="rtresnet", standalone_mode=False)
+        result = cli.main(given, prog_name="rtresnet", standalone_mode=False)
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
@@ -78,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(_system_error(error), 2)
+    finally:
+        artifacts.command.reset(token)
 
 
 def _system_error(error: OSError) -> str:

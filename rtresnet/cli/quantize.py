@@ -187,7 +187,7 @@ def calibration_batches(
     if spec is None and not found:
         common.warn_loudly(
             "no calibration images",
-            "calib/ holds none, so the INT8 scales come from random noise.\n"
+            "calib/ holds none, so the INT8 scales come from random noise. "
             "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
         )
         spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES

@@ -168,7 +168,8 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(1)
         self.fc = nn.Linear(channels, num_classes)
-        self.apply(initialize)
+        if not self.fc.weight.is_meta:
+            self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized float images [N, 3, H, W] to logits [N, num_classes]."""
@@ -195,7 +196,7 @@ def multiply_adds(model: nn.Module, size: int) -> int:
     Counted on a run of the net itself, as the paper counts: BN, ReLU, pooling and the addition
     are left out. On the meta device nothing is computed.
     """
-    total = 0
+    total, training = 0, model.training
 
     def count(module: nn.Module, _: object, out: Tensor) -> None:
         nonlocal total
@@ -211,8 +212,9 @@ def multiply_adds(model: nn.Module, size: int) -> int:
     weight = next(model.parameters())
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, size, size, device=weight.device))
+            model.eval()(torch.zeros(1, 3, size, size, device=weight.device))
     finally:
+        model.train(training)
         for hook in hooks:
             hook.remove()
     return total

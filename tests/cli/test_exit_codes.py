@@ -1,0 +1,256 @@
+"""A user's mistake is one line on standard error, with the way out, and the right exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtresnet import machine
+from rtresnet.cli.main import main
+
+needs_no_gpu = pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "--model", "resnet51"], ["resnet51", "resnet50"]),
+        (["export"], ["--model"]),
+        (["export", "--model", "resnet8", "--batch", "0"], ["--batch 0", "1:8:32"]),
+        (["export", "--model", "resnet8", "--batch", "8:4:2"], ["8:4:2"]),
+        (["export", "--model", "resnet8", "--target", "sm_90"], ["sm_90", "--builder tensorrt"]),
+        (["export", "--model", "resnet8", "--target", "sm_88"], ["sm_88", "sm_8"]),
+        (["export", "--model", "resnet8", "--weights", "imagenet"], ["resnet8", "resnet50"]),
+        (["export", "--weights", "nothing.pt"], ["nothing.pt", "no such file"]),
+        (["export", "--model", "resnet8", "--mean", "1,2"], ["--mean 1,2", "three"]),
+        (["train", "--data", "digit"], ["'digit'", "'digits'"]),
+        (["train", "--data", "folder:nowhere"], ["nowhere", "no such folder"]),
+        (["train", "--model", "resnet21"], ["resnet21"]),
+        (["eval", "nothing.onnx", "--data", "digits"], ["nothing.onnx", "no such file"]),
+        (["eval", "pyproject.toml", "--data", "digits"], ["no such file"]),
+        (["bench", "nothing.plan"], ["nothing.plan", "rtresnet export"]),
+        (["quantize", "nothing.onnx"], ["nothing.onnx"]),
+        (["build", "nothing.onnx"], ["nothing.onnx"]),
+        (["predict", "nothing.jpg"], ["nothing.jpg", "no such image"]),
+        (["inspect", "nothing.plan"], ["nothing.plan"]),
+        (["compare", "a.onnx", "b.onnx", "--data", "digits"], ["a.onnx"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    for word in words:
+        assert word in message
+    assert not list(here.rglob("*.onnx")) and not list(here.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["train", "--epochs", "0"], ["bench"], ["eval", "x"]]
+)
+def test_usage_errors_are_exit_code_2(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied(engines: Path, tmp_path: Path) -> Path:
+    """Artifacts that a test may break."""
+    return shutil.copytree(engines, tmp_path / "engines")
+
+
+@pytest.mark.parametrize(
+    "verb", [["inspect"], ["bench"], ["eval", "--data", "synthetic:4"], ["quantize"], ["build"]]
+)
+def test_a_truncated_onnx_file_is_named_with_the_command_that_makes_it_anew(
+    copied: Path, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    path = copied / "resnet8.onnx"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main([verb[0], str(path), *verb[1:]]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in message and "truncated" in message and "rtresnet export" in message
+
+
+def test_a_truncated_onnx_file_without_sidecar_is_named(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "stray.onnx"
+    path.write_bytes((copied / "resnet8.onnx").read_bytes()[:1000])
+    for verb in (["inspect"], ["quantize"], ["bench"]):
+        assert main([*verb, str(path)]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("error: ") and str(path) in message
+
+
+def test_a_truncated_checkpoint_is_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cut.pt"
+    path.write_bytes((trained / "best.pt").read_bytes()[:5000])
+    for verb in (["inspect"], ["export", "--weights"], ["eval", "--data", "digits"]):
+        assert main([*verb, str(path)]) == 2
+        assert str(path) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_truncated_plan_is_named_even_without_its_sidecar(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "resnet8.plan"
+    if not path.exists():
+        pytest.skip("no TensorRT-RTX here")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["inspect", str(path)]) == 2
+    assert "truncated" in capsys.readouterr().err
+    Path(f"{path}.json").unlink()
+    assert main(["inspect", str(path)]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_a_sidecar_of_another_file_is_refused(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(copied / "resnet8.onnx.json", copied / "resnet8-int8.onnx.json")
+    assert main(["bench", str(copied / "resnet8-int8.onnx")]) == 2
+    assert "resnet8-int8.onnx" in capsys.readouterr().err
+
+
+@needs_no_gpu
+def test_a_plan_without_a_gpu_is_exit_code_3_naming_its_onnx_file(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "resnet8-int8.plan"
+    if not path.exists():
+        pytest.skip("no TensorRT-RTX here")
+    for verb in (["bench", "--device", "cuda"], ["eval", "--data", "synthetic:4"]):
+        arguments = [verb[0], str(path), *verb[1:]]
+        assert main(arguments) == 3
+        assert "resnet8-int8.onnx" in capsys.readouterr().err
+
+
+@needs_no_gpu
+def test_a_plan_of_another_version_or_without_its_builder_is_refused(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "resnet8.plan"
+    if not path.exists():
+        pytest.skip("no TensorRT-RTX here")
+    sidecar = json.loads(Path(f"{path}.json").read_text())
+    sidecar["plan"]["version"] = "1.0.0"
+    Path(f"{path}.json").write_text(json.dumps(sidecar))
+    assert main(["eval", str(path), "--data", "synthetic:4"]) == 2
+    message = capsys.readouterr().err
+    assert "1.0.0" in message and "build it anew: rtresnet" in message
+
+
+@needs_no_gpu
+def test_bench_refuses_a_stand_in_that_is_not_what_the_plan_was_built_from(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "resnet8.plan"
+    if not path.exists():
+        pytest.skip("no TensorRT-RTX here")
+    with open(copied / "resnet8-fp16.onnx", "ab") as file:
+        file.write(b"\0")
+    assert main(["bench", str(path)]) == 2
+    assert "resnet8-fp16.onnx" in capsys.readouterr().err
+
+
+def test_a_provider_that_is_not_here_is_exit_code_3(
+    engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rtresnet.runtime.ort import openvino_device
+
+    missing = ["cuda"] if not machine.gpus() else []
+    missing += ["openvino"] if openvino_device() is None else []
+    for provider in missing:
+        assert main(["bench", str(engines / "resnet8.onnx"), "--provider", provider]) == 3
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("batch", ["0", "-1", "1,x", ""])
+def test_a_batch_below_one_is_refused(
+    engines: Path, capsys: pytest.CaptureFixture[str], batch: str
+) -> None:
+    assert main(["bench", str(engines / "resnet8.onnx"), f"--batch={batch}"]) == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+def test_corrupt_images_are_named_and_too_many_stop(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for label in "0123":
+        (tmp_path / label).mkdir()
+        for index in range(60):
+            Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / label / f"{index}.png")
+    arguments = ["eval", str(engines / "resnet8.onnx"), "--data", str(tmp_path), "--json", "-"]
+    (tmp_path / "1" / "7.png").write_bytes(b"not an image")
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "1 skipped" in captured.out and "7.png" in captured.err
+    assert '"n": 239' in captured.out
+    for index in range(10):
+        (tmp_path / "2" / f"{index}.png").write_bytes(b"")
+    assert main(arguments) == 2
+    assert "cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("may not mount a small disk here")
+    try:
+        source = str(engines / "resnet8.onnx")
+        assert main(["quantize", source, "--fp16", "--out", str(disk / "half.onnx")]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert (
+            message.startswith("error: ") and "disk is full" in message and "half.onnx" in message
+        )
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m rtresnet models | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_os_error_says_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtresnet.cli import main as module
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/etc/secret")
+
+    monkeypatch.setattr(module.cli, "main", refuse)
+    assert main(["models"]) == 2
+    assert capsys.readouterr().err == "error: /etc/secret: Permission denied\n"

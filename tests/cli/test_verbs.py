@@ -1,0 +1,271 @@
+"""Every verb, for real, on the small trained net."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from rtresnet import machine
+from rtresnet.artifacts import chain, read_sidecar
+from rtresnet.cli.main import main
+
+needs_rtx = pytest.mark.skipif(not machine.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
+
+
+def run(arguments: list[str], tmp_path: Path) -> dict:  # type: ignore[type-arg]
+    """Runs a verb and returns what it wrote with --json."""
+    file = tmp_path / "result.json"
+    assert main([*arguments, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert record["verb"] == arguments[0]
+    assert record["made_by"]["rtresnet"]
+    result: dict = record["result"]  # type: ignore[type-arg]
+    return result
+
+
+def test_export_writes_the_promised_names_with_sidecars(engines: Path) -> None:
+    names = {path.name for path in engines.iterdir() if path.suffix != ".json"}
+    onnx_files = {"resnet8.onnx", "resnet8-fp16.onnx", "resnet8-int8.onnx"}
+    plans = {"resnet8.plan", "resnet8-fp32.plan", "resnet8-int8.plan"}
+    assert names == onnx_files | (plans if machine.installed("tensorrt_rtx") else set())
+    for name in names:
+        assert (engines / f"{name}.json").exists()
+
+
+def test_export_records_parity_with_torch(engines: Path) -> None:
+    sidecar = read_sidecar(engines / "resnet8.onnx")
+    assert sidecar is not None
+    parity = sidecar.measured["parity"]
+    assert 0 <= parity["relative"] < 1e-4 and parity["n"] == 3
+
+
+@needs_rtx
+def test_the_chain_leads_from_a_plan_to_the_checkpoint(engines: Path, trained: Path) -> None:
+    links = list(chain(engines / "resnet8-int8.plan"))
+    assert [state for _, _, state in links] == ["ok"] * 4
+    assert [record.kind for _, record, _ in links if record] == [
+        "plan",
+        "onnx",
+        "onnx",
+        "checkpoint",
+    ]
+    assert links[-1][0].samefile(trained / "best.pt")
+
+
+@needs_rtx
+def test_plans_are_attested(engines: Path) -> None:
+    for name, dtype in (("resnet8-fp32", "Float"), ("resnet8", "Half"), ("resnet8-int8", "Int8")):
+        sidecar = read_sidecar(engines / f"{name}.plan")
+        assert (
+            sidecar is not None and sidecar.plan is not None and sidecar.plan.attested is not None
+        )
+        assert sidecar.plan.attested.dtypes == {dtype: 7}
+
+
+@pytest.mark.parametrize(
+    "name", ["best.pt", "resnet8.onnx", "resnet8-fp16.onnx", "resnet8-int8.onnx"]
+)
+def test_eval_gives_the_same_accuracy_for_every_artifact(
+    engines: Path, trained: Path, tints: str, tmp_path: Path, name: str
+) -> None:
+    path = (trained if name.endswith(".pt") else engines) / name
+    result = run(["eval", str(path), "--data", tints], tmp_path)
+    assert result["n"] == 240
+    assert result["top1_percent"] > 90
+    assert result["top5"] is None
+    sidecar = read_sidecar(path)
+    assert sidecar is not None and sidecar.measured["accuracy"]["top1"] == result["top1"]
+
+
+def test_compare_finds_an_artifact_equal_to_itself_and_int8_near(
+    engines: Path, trained: Path, tints: str, tmp_path: Path
+) -> None:
+    reference = str(trained / "best.pt")
+    same = run(["compare", reference, reference, "--data", tints], tmp_path)
+    assert same["largest"] == 0 and same["agreement"] == 1
+    fp32 = run(["compare", reference, str(engines / "resnet8.onnx"), "--data", tints], tmp_path)
+    int8 = run(
+        ["compare", reference, str(engines / "resnet8-int8.onnx"), "--data", tints], tmp_path
+    )
+    assert fp32["agreement"] == 1 and fp32["relative"] < 1e-4
+    assert int8["agreement"] > 0.95 and fp32["relative"] < int8["relative"] < 0.2
+
+
+def test_predict_names_the_class_and_the_broken_image(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(5).integers(0, 120, (32, 32, 3), dtype=np.uint8)
+    pixels[..., 1] += 110
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "green.png")
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    arguments = ["predict", str(tmp_path / "images"), "--with", str(engines / "resnet8-int8.onnx")]
+    result = run([*arguments, "--top", "2"], tmp_path)
+    assert len(result["images"]) == 1 and "broken.jpg" in result["skipped"][0]
+    best, second = result["images"][0]["top"]
+    assert best["class"] == "1"
+    assert 1 >= best["probability"] > second["probability"] > 0
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+def test_bench_reports_what_figures_need(engines: Path, tmp_path: Path) -> None:
+    files = [str(engines / name) for name in ("resnet8.onnx", "resnet8-int8.onnx")]
+    result = run(["bench", *files, "--batch", "1,3", "--seconds", "0.1"], tmp_path)
+    assert [(r["measured"], r["batch"]) for r in result["results"]] == [
+        (files[0], 1), (files[1], 1), (files[0], 3), (files[1], 3),
+    ]  # fmt: skip
+    for entry in result["results"]:
+        latency = entry["latency"]
+        assert latency["n"] == len(entry["samples"]) >= 15
+        assert 0 < latency["median"] <= max(entry["samples"])
+        assert entry["device"] == machine.cpu() and entry["threads"] == machine.cores()
+        assert entry["versions"]["onnxruntime"] and entry["provider"]
+        assert (latency["p99"] is None) == (latency["n"] < 100)
+    assert result["results"][0]["speed"] == 1
+
+
+@needs_rtx
+@pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")
+def test_bench_of_a_plan_without_a_gpu_says_first_what_it_measured(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = str(engines / "resnet8.plan")
+    result = run(["bench", plan, "--batch", "1", "--seconds", "0.1"], tmp_path)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("NOTE: no GPU here") and "resnet8-fp16.onnx" in first
+    assert next(iter(result)) == "notes" and plan in result["notes"][0]
+    entry = result["results"][0]
+    assert entry["asked"] == plan and entry["instead_of_plan"] is True
+    assert entry["measured"].endswith("resnet8-fp16.onnx")
+
+
+@needs_rtx
+def test_inspect_shows_a_plans_header_without_its_sidecar(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "stray.plan"
+    plan.write_bytes((engines / "resnet8.plan").read_bytes())
+    result = run(["inspect", str(plan)], tmp_path)
+    assert result["header"]["version"] == __import__("tensorrt_rtx").__version__
+    assert "sm_89" in result["header"]["targets"]
+    assert "no sidecar" in capsys.readouterr().out
+
+
+def test_inspect_counts_an_onnx_files_operations(engines: Path, tmp_path: Path) -> None:
+    result = run(["inspect", str(engines / "resnet8-int8.onnx")], tmp_path)
+    assert result["operations"]["Conv"] == 7
+    assert [link["state"] for link in result["chain"]] == ["ok"] * 3
+
+
+def test_models_lists_the_papers_nets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(["models"], tmp_path)
+    found = {record["model"]: record for record in result["models"]}
+    assert found["resnet50"]["parameters"] == 25_557_032
+    assert found["resnet110"]["parameters"] == 1_727_962
+    assert result["vgg19_multiply_adds"] == 19_600_000_000
+    out = capsys.readouterr().out
+    assert "VGG-19" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_doctor_knows_what_is_here(tmp_path: Path) -> None:
+    result = run(["doctor"], tmp_path)
+    versions = {package["package"]: package["version"] for package in result["packages"]}
+    assert versions["torch"] and versions["onnx"]
+    assert len(result["gpus"]) == len(machine.gpus())
+
+
+def test_study_responses_covers_every_3x3_layer(trained: Path, tints: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    best = str(trained / "best.pt")
+    assert main(["study", "responses", best, "--data", tints, "--json", str(file)]) == 0
+    (entry,) = json.loads(file.read_text())["result"]["results"]
+    assert len(entry["responses"]) == 7 and all(value > 0 for value in entry["responses"].values())
+
+
+def test_export_without_weights_takes_the_best_run_of_that_net(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "runs" / "mine")
+    result = run(["export", "--model", "resnet8", "--no-plan"], tmp_path)
+    assert result["weights"] == "trained"
+    assert "runs/mine/best.pt" in capsys.readouterr().err
+
+
+def test_export_of_untrained_weights_warns_and_marks_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(["export", "--model", "resnet8", "--int8", "--no-plan"], tmp_path)
+    warnings = capsys.readouterr().err
+    assert "untrained weights" in warnings and "no calibration images" in warnings
+    sidecar = read_sidecar("engines/resnet8-int8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert sidecar.weights.origin == "untrained" and "noise" in sidecar.calibration.images
+    run(["bench", "engines/resnet8-int8.onnx", "--batch", "1", "--seconds", "0.1"], tmp_path)
+    assert "Untrained weights" in capsys.readouterr().out
+
+
+def test_calib_holds_images_lists_and_the_scales_that_came_of_them(
+    engines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calib").mkdir()
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "calib" / f"{index}.png")
+    source = str(engines / "resnet8.onnx")
+    out = tmp_path / "small.onnx"
+    result = run(["quantize", source, "--calibrator", "max", "--out", str(out)], tmp_path)
+    assert "WARNING" not in capsys.readouterr().err
+    assert (result["calibration"]["n"], result["calibration"]["method"]) == (3, "max")
+    scales = json.loads(Path(result["calibration"]["scales"]).read_text())
+    quantized = onnx.load(out)
+    stored = {
+        t.name.removesuffix(".scale"): float(onnx.numpy_helper.to_array(t))
+        for t in quantized.graph.initializer
+        if t.name.endswith(".scale") and not t.dims
+    }
+    assert stored == pytest.approx(scales["scales"])
+    (tmp_path / "list.txt").write_text("calib/0.png\n# a comment\n\ncalib/2.png\n")
+    result = run(["quantize", source, "--calib", "list.txt", "--out", str(out)], tmp_path)
+    assert result["calibration"]["n"] == 2
+
+
+@needs_rtx
+def test_build_makes_the_plan_that_export_makes(engines: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine.plan"
+    arguments = ["build", str(engines / "resnet8-fp16.onnx"), "--out", str(out)]
+    result = run([*arguments, "--target", "sm_86,sm_89", "--batch", "2:4:16"], tmp_path)
+    assert result["targets"] == ["sm_86", "sm_89"]
+    assert result["profiles"] == [{"min": 2, "opt": 4, "max": 16}]
+    assert out.stat().st_size == result["bytes"]
+
+
+def test_export_says_what_to_install_where_there_is_no_builder(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda m: m != "tensorrt_rtx" and real(m))
+    monkeypatch.chdir(tmp_path)
+    result = run(["export", "--weights", str(trained / "best.pt")], tmp_path)
+    assert result["plans"] == [] and Path("engines/resnet8-fp16.onnx").exists()
+    assert "pip install tensorrt-rtx-cu13" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""Shared by every room: small images, a trained small net, and its artifacts, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtresnet.cli.main import main
+
+
+def tinted_noise(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with a tint: red, green, blue or grey, which a small net learns in a few steps."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 120, (count, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(count) % 4
+    for image, label in zip(images, labels, strict=True):
+        image[..., slice(None) if label == 3 else label] += 110
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def tints(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An npz data set of 240 images in four classes, as `--data` takes it."""
+    path = tmp_path_factory.mktemp("data") / "tints.npz"
+    images, labels = tinted_noise(240)
+    np.savez(path, images=images, labels=labels)
+    return f"npz:{path}"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
+    """The run folder of a ResNet-8 trained on `tints`."""
+    out = tmp_path_factory.mktemp("run") / "tints"
+    arguments = ["--model", "resnet8", "--data", tints, "--epochs", "4", "--out", str(out)]
+    assert main(["train", *arguments]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory, trained: Path, tints: str) -> Path:
+    """A folder with the trained net's ONNX files in three precisions, and plans if there is RTX."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # calib/ and engines/ are relative to where a person stands
+        weights = ["--weights", str(trained / "best.pt")]
+        assert main(["export", *weights, "--fp32", "--fp16", "--int8", "--calib", tints]) == 0
+    return folder / "engines"

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rtresnet.report import page
+
+LOG = [{"epoch": e, "train_top1": 50.0 + 10 * e, "val_top1": 45.0 + 10 * e} for e in range(1, 5)]
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed by another."""
+
+    VOID = ("meta", "link", "br", "path", "use", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def sample_page() -> str:
+    pytest.importorskip("matplotlib")
+    from rtresnet.report import plots
+
+    parts = [
+        page.heading("A & B"),
+        page.table(("name", "ms"), [("<b>bold</b>", 1.5), ("plain", None)]),
+        page.picture(plots.training_curve(LOG), "curve"),
+        page.picture(plots.latency_distribution({"fp32": [1.0, 2.0, 3.0]}, "ms"), "latency"),
+    ]
+    return page.document("Title <1>", parts)
+
+
+def test_the_page_is_self_contained_and_escaped() -> None:
+    text = sample_page()
+    Balanced().feed(text)
+    assert "<b>bold</b>" not in text and "&lt;b&gt;bold" in text
+    links = re.findall(r'(?:src|href)="([^"#]*)"', text)
+    assert set(links) <= {"data:,"}
+    assert "@import" not in text and "url(http" not in text
+
+
+def test_plots_follow_the_pages_colours() -> None:
+    text = sample_page()
+    assert "#000000" not in text
+    assert 'fill="currentColor"' in text
+
+
+def test_the_same_numbers_give_the_same_page() -> None:
+    assert sample_page() == sample_page()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
+def test_a_browser_renders_it_without_a_complaint(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(sample_page(), encoding="utf-8")
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom",
+    ]  # fmt: skip
+    done = subprocess.run(
+        ["chromium", *flags, file.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("<svg") == 2
+    assert "Title &lt;1&gt;" in done.stdout
+    assert "CONSOLE" not in done.stderr

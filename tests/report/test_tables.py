@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from rtresnet.report import tables
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "-"), (0.0, "0.0"), (0.00012, "1.2e-04"), (0.1234, "0.123"), (1.2345, "1.234"),
+        (12.345, "12.35"), (123.45, "123.5"), (1234.5, "1,234"), (7, "7"), ("a", "a"),
+        (float("nan"), "nan"),
+    ],
+)  # fmt: skip
+def test_cells_are_readable(value: object, shown: str) -> None:
+    assert tables.text(value) == shown
+
+
+def test_numbers_are_set_right_and_nothing_is_read_as_markup() -> None:
+    out = io.StringIO()
+    tables.show(
+        Console(file=out, width=60), ("name", "ms"), [("a[cpu]", 1.0), ("b", 100.0), ("c", None)]
+    )
+    lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+    assert any("a[cpu]" in line for line in lines)
+    ends = {len(line) for line in lines if line.strip().startswith(("a[", "b ", "c "))}
+    assert len(ends) == 1

@@ -1,0 +1,136 @@
+"""Who may import whom. The table of the design, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "rtresnet"
+BASE = {"errors", "artifacts", "preprocess", "metrics", "machine", ""}
+HEAVY = {
+    "torch", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "tensorrt", "tensorrt_rtx", "cuda",
+    "pycuda", "PIL", "sklearn", "matplotlib", "rich", "click", "numpy",
+}  # fmt: skip
+
+# room: (rooms it may import beside the base, packages it may import beside the standard library)
+ALLOWED: dict[str, tuple[set[str], set[str]]] = {
+    "": (set(), {"numpy"}),
+    "models": ({"models"}, {"numpy", "torch"}),
+    "data": ({"data"}, {"numpy", "torch", "PIL", "sklearn"}),
+    "train": ({"train", "models", "data"}, {"numpy", "torch"}),
+    "study": ({"study", "models", "data"}, {"numpy", "torch"}),
+    "export": ({"export", "models"}, {"numpy", "torch", "onnx"}),
+    "quantize": ({"quantize"}, {"numpy", "onnx", "onnxruntime"}),
+    "build": ({"build"}, {"numpy"}),
+    "runtime": ({"runtime"}, {"numpy"}),
+    "bench": ({"bench", "runtime"}, {"numpy"}),
+    "report": ({"report", "bench"}, {"numpy", "rich", "matplotlib"}),
+    "cli": (set(), HEAVY),
+}
+# The one file of a room that may import what the room may not.
+SEAMS = {
+    "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino", "onnx"},
+    "runtime/cuda.py": {"cuda", "pycuda"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every imported module, dotted, wherever in the file the import stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            if module == "rtresnet" or module.count(".") == 0:
+                found |= {f"{module}.{alias.name}" for alias in node.names}
+            else:
+                found.add(module)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    room = relative.parts[0] if len(relative.parts) > 1 else ""
+    if str(relative) in ("__init__.py", "__main__.py"):
+        return
+    rooms, packages = ALLOWED[room]
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "rtresnet":
+            used = rest.split(".")[0]
+            assert room == "cli" or used in rooms | BASE, f"{relative} imports {name}"
+        elif top in HEAVY:
+            seam = SEAMS.get(relative.as_posix(), set())
+            assert top in packages | seam, f"{relative} imports {name}"
+
+
+def test_the_table_covers_every_room() -> None:
+    rooms = {path.relative_to(ROOT).parts[0] for path in FILES if path.parent != ROOT}
+    assert rooms == set(ALLOWED) - {""}
+
+
+BLOCKED = sorted(HEAVY - {"numpy", "click", "rich"})
+BARE = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+"""
+
+
+def bare(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code where none of the heavy packages can be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", BARE + code], capture_output=True, text=True, check=False
+    )
+
+
+def test_every_help_works_with_no_heavy_package() -> None:
+    code = """
+from rtresnet.cli.main import VERBS, main
+assert main(["--help"]) == 0
+for verb in VERBS:
+    assert main([verb, "--help"]) == 0, verb
+print("all", len(VERBS))
+"""
+    done = bare(code)
+    assert done.returncode == 0, done.stderr
+    assert "all 13" in done.stdout
+
+
+def test_serving_imports_no_heavy_package() -> None:
+    code = """
+import importlib
+import rtresnet
+for room in ("runtime", "bench", "build", "report", "train.evaluate", "data.loader"):
+    importlib.import_module(f"rtresnet.{room}")
+for name in ("runtime.session", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.load",
+             "build.engine", "report.page", "report.plots", "models.zoo"):
+    importlib.import_module(f"rtresnet.{name}")
+"""
+    done = bare(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_module_imports() -> None:
+    names = [
+        ".".join(("rtresnet", *path.relative_to(ROOT).with_suffix("").parts)) for path in FILES
+    ]
+    code = f"import importlib\nfor name in {names!r}:\n    importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_package_is_one_line_and_exit_code_3() -> None:
+    code = "from rtresnet.cli.main import main\nsys.exit(main(['train']))"
+    done = bare(code)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "pip install torch" in done.stderr
