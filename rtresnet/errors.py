@@ -15,7 +15,7 @@ The command line prints both on one line, in one place (`cli/main.py`).
 from __future__ import annotations
 
 import difflib
-import os.path
+import itertools
 from collections.abc import Iterable
 
 
@@ -53,7 +53,10 @@ class UnknownName(InputError):
 
         def likeness(entry: str) -> tuple[float, int]:
             ratio = difflib.SequenceMatcher(None, name, entry).ratio()
-            return ratio, len(os.path.commonprefix((name, entry)))
+            same = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(name, entry, strict=False)
+            )
+            return ratio, len(list(same))
 
         near = max(known, key=likeness, default="")
         close = likeness(near)[0] >= 0.5

@@ -142,7 +142,7 @@ def show(result: dict[str, Any]) -> None:
                 *((f"{entry['speed']:.2f}",) if several else ()),
             )
         )
-    headings = ["file", "batch", "median", "p90", "p95", "p99", "images/s", "n"]
+    headings = ["file", "batch", "median", "p90", "p95", "p99", "img/s", "n"]
     if several:
         headings.append("speed")
     tables.show(console, headings, rows)

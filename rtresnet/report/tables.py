@@ -41,7 +41,7 @@ def show(
     console: Console, headings: Sequence[str], rows: Sequence[Row], *, title: str | None = None
 ) -> None:
     """Prints a table; columns of numbers are set right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
         right = numeric(row[index] for row in rows)
         table.add_column(

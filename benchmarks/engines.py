@@ -1,0 +1,72 @@
+"""Size, build time and CPU speed of the zoo's nets in three precisions.
+
+    python benchmarks/engines.py resnet18 resnet50 resnet152
+
+Weights are untrained: sizes, build times and speed do not depend on them. The three ONNX files of a
+net are measured in turn, in one process, at batch 1 and 8.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from common import markdown, rtresnet, save
+
+HEADINGS = (
+    "net", "precision", "ONNX MB", "plan MB", "build s", "convolutions", "ms, batch 1",
+    "images/s, batch 8", "speed, batch 8", "n",
+)  # fmt: skip
+
+
+def measure(model: str) -> tuple[list[tuple[object, ...]], dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        exported = rtresnet(
+            "export", "--model", model, "--weights", "untrained", "--fp32", "--fp16", "--int8",
+            cwd=place,
+        )  # fmt: skip
+        files = [entry["file"] for entry in exported["onnx"]]
+        bench = rtresnet("bench", *files, "--batch", "1,8", "--seconds", "10", cwd=place)
+    for entry in bench["results"]:
+        del entry["samples"]
+    rows = []
+    for entry, plan in zip(exported["onnx"], exported["plans"], strict=True):
+        one, eight = (r for r in bench["results"] if r["precision"] == entry["precision"])
+        took = plan["attested"]["dtypes"]
+        rows.append(
+            (
+                model,
+                entry["precision"],
+                f"{entry['bytes'] / 1e6:.1f}",
+                f"{plan['bytes'] / 1e6:.1f}",
+                f"{plan['seconds']:.1f}",
+                ", ".join(f"{count} {dtype}" for dtype, count in took.items()),
+                f"{one['latency']['median']:.1f}",
+                f"{eight['latency']['images_per_second']:.1f}",
+                f"{eight['speed']:.2f}",
+                eight["latency"]["n"],
+            )
+        )
+    return rows, {"export": exported, "bench": bench}
+
+
+def main() -> None:
+    rows, records = [], {}
+    for model in sys.argv[1:] or ["resnet18", "resnet50", "resnet152"]:
+        found, records[model] = measure(model)
+        rows += found
+    first = next(iter(records.values()))
+    where, plan = first["bench"]["results"][0], first["export"]["plans"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    caption = (
+        f"Plans by {plan['builder']} {plan['version']} for {', '.join(plan['targets'])}. Speed of "
+        f"the ONNX files on {where['device']}, {where['provider']}, {where['threads']} threads, "
+        f"{versions}; 10 s each, in turn; speed against FP32; n batches of 8."
+    )
+    save("engines", records, markdown(HEADINGS, rows) + "\n\n" + caption)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Runs the README's own commands and writes what they print into it.
+
+    python benchmarks/readme.py            # the verbs' session and the quickstart's table
+    python benchmarks/readme.py --tables   # only copy in the tables of benchmarks/results/
+
+Everything a person sees in the README between the markers or after a `$` comes from here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+
+
+def commands(block: str) -> list[str]:
+    return [line[2:] for line in block.splitlines() if line.startswith("$ ")]
+
+
+def output(command: str, cwd: str) -> str:
+    """Both streams of a command, as a terminal shows them, without trailing space."""
+    done = subprocess.run(
+        f"{sys.executable} -m {command}", shell=True, cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True,
+    )  # fmt: skip
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    return "\n".join(lines).strip("\n")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """Replaces what stands after a marker up to the next blank-line-separated heading or text."""
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    if end not in text:
+        text = text.replace(begin, f"{begin}\n{end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content.strip()}\n{end}{rest.partition(end)[2]}"
+
+
+def main() -> None:
+    text = README.read_text()
+    for name, file in (("engines table", "engines"), ("accuracy table", "accuracy-resnet20")):
+        path = RESULTS / f"{file}.md"
+        if path.exists():
+            text = between(text, name, path.read_text())
+    if "--tables" not in sys.argv:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def run(block: re.Match[str]) -> str:
+                parts = [f"$ {c}\n{output(c, folder)}\n" for c in commands(block[1])]
+                return "```console\n" + "".join(parts) + "```"
+
+            text = BLOCK.sub(run, text)
+            shown = output("rtresnet quickstart", folder)
+            table = shown[shown.index(" precision") :]
+            text = between(text, "quickstart table", "```\n" + table + "\n```")
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

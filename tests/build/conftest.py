@@ -1,0 +1,102 @@
+"""ONNX files with sidecars in three precisions, and one real plan, made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Profile, Sidecar, Weights
+from rtresnet.build import engine
+from rtresnet.export.fold import fold
+from rtresnet.export.onnx import to_onnx
+from rtresnet.models import checkpoint, zoo
+from rtresnet.preprocess import Preprocess
+from rtresnet.quantize import calibrate, half, qdq
+
+Publish = Callable[[onnx.ModelProto, Path, str], Sidecar]
+
+
+def publish_resnet8(model: onnx.ModelProto, path: Path, precision: str, size: int = 32) -> Sidecar:
+    """Writes a model with the sidecar of the net its graph is named after."""
+    spec = zoo.spec(model.graph.name if model.graph.name.startswith("resnet") else "resnet8")
+    return artifacts.publish(
+        path,
+        lambda temporary: temporary.write_bytes(model.SerializeToString()),
+        Sidecar(
+            kind="onnx",
+            file=path.name,
+            model=checkpoint.model_of(spec),
+            input=Preprocess.for_size(size),
+            weights=Weights(origin="untrained"),
+            precision=precision,
+            measured={"parity": {"n": 3}},
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def publish() -> Publish:
+    """publish(model, path, "int8"): an ONNX file and a sidecar that matches it."""
+    return publish_resnet8
+
+
+@pytest.fixture(scope="session")
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """onnx_file("resnet8", "int8", size=32): a published file. Read only."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def make(name: str, precision: str, size: int = 32) -> Path:
+        torch.manual_seed(0)
+        net = zoo.build(zoo.spec(name))
+        with torch.no_grad():
+            for norm in net.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.bias.normal_(0, 0.2)
+        model = to_onnx(fold(net.eval()), size=size, name=name)
+        if precision == "fp16":
+            model = half.to_half(model)
+        elif precision == "int8":
+            rng = np.random.default_rng(0)
+            images = rng.standard_normal((8, 3, size, size)).astype(np.float32)
+            scales = calibrate.calibrate(model, list(qdq.placement(model)), lambda: [images])
+            model = qdq.insert(model, scales)
+        path = folder / f"{name}-{precision}.onnx"
+        publish_resnet8(model, path, precision, size)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plan(onnx_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real INT8 plan of resnet8, built with TensorRT-RTX. Read only."""
+    pytest.importorskip("tensorrt_rtx")
+    path = tmp_path_factory.mktemp("plan") / "resnet8-int8.plan"
+    engine.build(
+        onnx_file("resnet8", "int8"), path, profiles=[Profile(min=1, opt=4, max=8)], builder="rtx"
+    )
+    return path
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtresnet.machine.gpus", tuple)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rtresnet.machine import Gpu
+
+    gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
+    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (dataclasses.replace(gpu),))

@@ -1,0 +1,356 @@
+"""Real builds. No GPU is needed: TensorRT-RTX builds without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Attestation, Profile, Sidecar, read_sidecar, sidecar_path
+from rtresnet.build import engine, header
+from rtresnet.errors import ArtifactError, GateMissed, InputError
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+PROFILE = Profile(min=1, opt=4, max=8)
+OnnxFile = Callable[..., Path]
+Publish = Callable[[onnx.ModelProto, Path, str], Sidecar]
+
+
+def build(source: Path, out: Path, **options: object) -> Sidecar:
+    return engine.build(
+        source,
+        out,
+        **{"profiles": [PROFILE], "builder": "rtx"} | options,  # type: ignore[arg-type]
+    )
+
+
+def refused(source: Path, error: type[Exception] = ArtifactError) -> str:
+    """Builds what must not build; returns the message. Nothing may be left behind."""
+    out = source.parent / "plans" / "refused.plan"
+    with pytest.raises(error) as caught:
+        build(source, out)
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+    assert str(source) in str(caught.value)
+    return str(caught.value)
+
+
+def changed(path: Path) -> onnx.ModelProto:
+    return onnx.load(path)
+
+
+def foreign(
+    nodes: list[onnx.NodeProto],
+    shape: list[int | str],
+    classes: list[int | str],
+    dtype: int = TensorProto.FLOAT,
+) -> onnx.ModelProto:
+    """A file of another maker, with weights for a convolution of 3 to 4 channels."""
+    weight = np.ones((4, 3, 3, 3), helper.tensor_dtype_to_np_dtype(dtype)) / 27
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info("images", dtype, shape)],
+        [helper.make_tensor_value_info("logits", dtype, classes)],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+CONVOLUTION = [
+    helper.make_node("Conv", ["images", "weight"], ["c"], name="conv"),
+    helper.make_node("GlobalAveragePool", ["c"], ["p"], name="pool"),
+    helper.make_node("Flatten", ["p"], ["logits"], name="flatten"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "precision", "dtype", "convolutions"),
+    [
+        ("resnet8", 32, "fp32", "Float", 7),
+        ("resnet8", 32, "fp16", "Half", 7),
+        ("resnet8", 32, "int8", "Int8", 7),
+        ("resnet18", 64, "int8", "Int8", 20),
+    ],
+)
+def test_a_plan_comes_with_a_sidecar_that_tells_all(
+    name: str,
+    size: int,
+    precision: str,
+    dtype: str,
+    convolutions: int,
+    onnx_file: OnnxFile,
+    tmp_path: Path,
+) -> None:
+    source, out = onnx_file(name, precision, size), tmp_path / "plans" / f"{name}.plan"
+    returned = build(source, out)
+    parent, sidecar = read_sidecar(source), artifacts.verify(out)
+    assert parent is not None and sidecar is not None
+    assert sidecar == returned
+    assert (sidecar.kind, sidecar.file, sidecar.precision) == ("plan", out.name, precision)
+    assert sidecar.bytes == out.stat().st_size
+    assert (sidecar.model, sidecar.input, sidecar.weights) == (
+        parent.model,
+        parent.input,
+        parent.weights,
+    )
+    assert sidecar.measured == {}, "what was measured of the ONNX file is not of the plan"
+    plan = sidecar.plan
+    assert plan is not None
+    assert (plan.builder, plan.version) == ("tensorrt_rtx", trt.__version__)
+    assert plan.profiles == (PROFILE,)
+    assert 0 < plan.seconds < 60
+    assert plan.attested is not None
+    assert plan.attested == Attestation(
+        convolutions=convolutions, dtypes={dtype: convolutions}, layers=plan.attested.layers
+    )
+    head = header.read(out)
+    assert head is not None and head.targets == plan.targets
+    assert set(plan.targets) >= {"sm_80", "sm_86", "sm_89", "sm_120"}
+    assert [path.name for path in sorted(out.parent.iterdir())] == [
+        out.name,
+        f"{out.name}.json",
+    ]
+
+
+def test_the_parent_link_leads_to_the_onnx_file(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    source, out = onnx_file("resnet8", "fp16"), tmp_path / "elsewhere" / "net.plan"
+    sidecar = build(source, out)
+    assert sidecar.parent is not None
+    assert sidecar.parent.sha256 == artifacts.sha256(source)
+    found = artifacts.parent_path(out, sidecar)
+    assert found is not None and found.samefile(source)
+    assert [state for _, _, state in artifacts.chain(out)] == ["ok", "ok"]
+
+
+def test_chosen_targets_are_those_of_the_plan(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    out = tmp_path / "net.plan"
+    sidecar = build(onnx_file("resnet8", "fp16"), out, target=("sm_120", "sm_86"))
+    head = header.read(out)
+    assert sidecar.plan is not None and head is not None
+    assert set(sidecar.plan.targets) == set(head.targets) == {"sm_86", "sm_120"}
+
+
+def test_several_profiles_are_recorded(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    profiles = [PROFILE, Profile(min=16, opt=16, max=16)]
+    sidecar = build(onnx_file("resnet8", "fp32"), tmp_path / "net.plan", profiles=profiles)
+    assert sidecar.plan is not None and sidecar.plan.profiles == tuple(profiles)
+
+
+def test_the_phases_are_told(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    phases: list[str] = []
+    build(onnx_file("resnet8", "fp32"), tmp_path / "net.plan", progress=phases.append)
+    assert phases == ["parse", "build"]
+
+
+def test_building_anew_replaces_plan_and_sidecar(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    out = tmp_path / "net.plan"
+    first = build(onnx_file("resnet8", "fp32"), out)
+    second = build(onnx_file("resnet8", "fp16"), out)
+    assert artifacts.verify(out) == second
+    assert second.bytes < first.bytes
+
+
+def test_scales_of_shape_1_are_caught_by_the_gate(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    """The silent trap: the checker passes, the build passes, the convolutions run in float."""
+    model = changed(onnx_file("resnet8", "int8"))
+    activations = {n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name in activations:
+            assert not tensor.dims
+            tensor.dims.append(1)
+    onnx.checker.check_model(model, full_check=True)
+    source = tmp_path / "trap.onnx"
+    publish(model, source, "int8")
+    message = refused(source, GateMissed)
+    assert "7 take Float" in message
+    assert GateMissed.exit_code == 1
+
+
+def test_a_file_with_a_false_promise_is_caught_by_the_gate(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    source = tmp_path / "false.onnx"
+    publish(changed(onnx_file("resnet8", "fp32")), source, "fp16")
+    assert "7 take Float" in refused(source, GateMissed)
+
+
+def test_one_convolution_left_in_float_is_caught_by_the_gate(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    model = changed(onnx_file("resnet8", "int8"))
+    node = next(n for n in model.graph.node if n.name == "layer2.0.conv2")
+    node.input[0] = node.input[0].removesuffix(".dq")
+    source = tmp_path / "one.onnx"
+    publish(model, source, "int8")
+    message = refused(source, GateMissed)
+    assert "of 7 convolutions" in message and "1 take" in message
+
+
+def test_an_earlier_plan_survives_a_missed_gate(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    out, source = tmp_path / "net.plan", tmp_path / "false.onnx"
+    before = build(onnx_file("resnet8", "fp16"), out)
+    publish(changed(onnx_file("resnet8", "fp32")), source, "fp16")
+    with pytest.raises(GateMissed):
+        build(source, out)
+    assert artifacts.verify(out) == before
+
+
+def test_a_truncated_file_is_refused_with_the_parsers_complaint(
+    onnx_file: OnnxFile, tmp_path: Path
+) -> None:
+    data = onnx_file("resnet8", "fp32").read_bytes()
+    source = tmp_path / "cut.onnx"
+    source.write_bytes(data[: len(data) // 2])
+    assert "Failed to parse the ONNX model" in refused(source)
+
+
+@pytest.mark.parametrize("data", [b"{}", b"hello world, this is no onnx", bytes(100)])
+def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
+    source = tmp_path / "odd.onnx"
+    source.write_bytes(data)
+    refused(source)
+
+
+def test_a_graph_without_input_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1, 3], [1, 2, 3])
+    model = foreign([helper.make_node("Constant", [], ["logits"], value=value)], [1], [1, 3])
+    del model.graph.input[:]
+    source = tmp_path / "constant.onnx"
+    source.write_bytes(model.SerializeToString())
+    refused(source)
+
+
+def test_a_graph_with_a_scalar_output_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("ReduceSum", ["images"], ["logits"], keepdims=0)]
+    source = tmp_path / "sum.onnx"
+    source.write_bytes(foreign(nodes, ["n", 3, 8, 8], []).SerializeToString())
+    refused(source)
+
+
+def test_an_unsupported_operator_is_named_with_its_node(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["images"], ["q", "s", "z"], name="odd_node"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["logits"], name="back"),
+    ]
+    source = tmp_path / "odd.onnx"
+    model = foreign(nodes, ["n", 3, 8, 8], ["n", 3, 8, 8])
+    source.write_bytes(model.SerializeToString())
+    message = refused(source)
+    assert "odd_node" in message
+    assert "DynamicQuantizeLinear" in message
+
+
+def test_unsigned_activations_are_refused_with_the_parsers_reason(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    model = changed(onnx_file("resnet8", "int8"))
+    activations = {n.input[2] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name in activations:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(128, np.uint8), tensor.name))
+    del model.graph.value_info[:]
+    source = tmp_path / "unsigned.onnx"
+    publish(model, source, "int8")
+    message = refused(source)
+    assert "Non-zero zero point is not supported" in message
+    assert ".q" in message
+
+
+def test_a_failed_build_tells_what_the_builder_said(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    out = tmp_path / "net.plan"
+    with pytest.raises(ArtifactError, match=r"the build failed.*SM75"):
+        build(onnx_file("resnet8", "fp32"), out, target=("sm_75",))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_does_not_match_its_sidecar_is_refused(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    source = tmp_path / "net.onnx"
+    publish(changed(onnx_file("resnet8", "fp32")), source, "fp32")
+    data = bytearray(source.read_bytes())
+    data[-1] ^= 1
+    source.write_bytes(data)
+    assert "not the file its sidecar describes" in refused(source)
+    source.write_bytes(data[:-10])
+    assert "truncated" in refused(source)
+
+
+def test_a_broken_sidecar_is_refused(onnx_file: OnnxFile, publish: Publish, tmp_path: Path) -> None:
+    source = tmp_path / "net.onnx"
+    publish(changed(onnx_file("resnet8", "fp32")), source, "fp32")
+    sidecar_path(source).write_text("{")
+    assert "not valid JSON" in refused(source)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere.onnx", InputError)
+
+
+def test_a_foreign_file_without_sidecar_builds(tmp_path: Path) -> None:
+    source, out = tmp_path / "foreign.onnx", tmp_path / "foreign.plan"
+    source.write_bytes(foreign(CONVOLUTION, ["n", 3, 80, 80], ["n", 4]).SerializeToString())
+    sidecar = build(source, out)
+    assert artifacts.verify(out) == sidecar
+    assert sidecar.model.architecture == "unknown"
+    assert sidecar.model.classes == ("0", "1", "2", "3")
+    assert (sidecar.input.size, sidecar.precision) == (80, "unknown")
+    assert sidecar.weights == artifacts.Weights(
+        origin="file", sha256=artifacts.sha256(source), source=str(source)
+    )
+    assert sidecar.plan is not None and sidecar.plan.attested is not None
+    assert sidecar.plan.attested.dtypes == {"Float": 1}
+    assert not sidecar_path(source).exists()
+
+
+@pytest.mark.parametrize(
+    "shape", [["n", 3, 8, 9], ["n", 3, "h", "w"], ["n", 3, 8]], ids=["oblong", "dynamic", "rank 3"]
+)
+def test_a_foreign_file_of_another_shape_is_refused(tmp_path: Path, shape: list[int | str]) -> None:
+    nodes = [helper.make_node("Flatten", ["images"], ["logits"], name="flatten")]
+    source = tmp_path / "foreign.onnx"
+    source.write_bytes(foreign(nodes, shape, ["n", "classes"]).SerializeToString())
+    assert "[N, 3, S, S]" in refused(source)
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.UINT8])
+def test_a_foreign_file_that_does_not_take_float32_is_refused(tmp_path: Path, dtype: int) -> None:
+    """The runtime would hand it float32 bytes and read float32 bytes, without a word."""
+    pool = helper.make_node("GlobalAveragePool", ["f"], ["p"], name="pool")
+    nodes = [
+        helper.make_node("Cast", ["images"], ["f"], name="cast", to=TensorProto.FLOAT),
+        pool,
+        helper.make_node("Flatten", ["p"], ["logits"], name="flatten"),
+    ]
+    model = foreign(nodes, ["n", 3, 8, 8], ["n", 3])
+    model.graph.input[0].type.tensor_type.elem_type = dtype
+    source = tmp_path / "foreign.onnx"
+    source.write_bytes(model.SerializeToString())
+    assert "float32" in refused(source).lower()
+
+
+def test_a_fixed_batch_that_the_profile_misses_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "fixed.onnx"
+    source.write_bytes(foreign(CONVOLUTION, [1, 3, 8, 8], [1, 4]).SerializeToString())
+    assert "[4,3,8,8]" in refused(source)
+    sidecar = build(source, tmp_path / "fixed.plan", profiles=[Profile(min=1, opt=1, max=1)])
+    assert sidecar.plan is not None
+
+
+def test_the_sidecar_of_a_plan_is_plain_json(plan: Path) -> None:
+    data = json.loads(sidecar_path(plan).read_text())
+    sidecar = read_sidecar(plan)
+    assert sidecar is not None
+    assert data == json.loads(json.dumps(dataclasses.asdict(sidecar)))

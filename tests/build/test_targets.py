@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from rtresnet import machine
+from rtresnet.build import targets
+from rtresnet.errors import EnvironmentLack, InputError, UnknownName
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The builders that this machine pretends to have; add to it."""
+    modules: set[str] = set()
+    for name in targets.BUILDERS.values():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(machine, "installed", modules.__contains__)
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, ()),
+        ("", ()),
+        (" , ", ()),
+        ("sm_86", ("sm_86",)),
+        ("sm86", ("sm_86",)),
+        ("SM_86", ("sm_86",)),
+        ("Sm120", ("sm_120",)),
+        (" sm_89 , sm_86 ", ("sm_89", "sm_86")),
+        ("sm_86,sm86,SM_86,sm_89", ("sm_86", "sm_89")),
+    ],
+)
+def test_targets_are_read(text: str | None, expected: tuple[str, ...]) -> None:
+    assert targets.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["sm_90", "sm90", "SM_90", "sm_86,sm_90"])
+def test_sm_90_is_refused_with_the_reason_and_the_way_out(text: str) -> None:
+    with pytest.raises(InputError, match="TensorRT-RTX does not build for sm_90") as caught:
+        targets.parse(text)
+    assert "H100" in str(caught.value) and "--builder tensorrt" in str(caught.value)
+
+
+def test_an_unknown_target_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"'sm_88'.*did you mean 'sm_8[069]'"):
+        targets.parse("sm_88")
+
+
+@pytest.mark.parametrize("text", ["86", "ampere", "sm_", "sm_86;sm_89"])
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(UnknownName, match="unknown target"):
+        targets.parse(text)
+
+
+def test_an_unknown_builder_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'rtx'"):
+        targets.builder("rtxx")
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_auto_is_tensorrt_where_it_and_a_gpu_are(installed: set[str]) -> None:
+    installed |= {"tensorrt", "tensorrt_rtx"}
+    assert targets.builder().__name__ == "tensorrt"
+    installed.remove("tensorrt")
+    assert targets.builder().__name__ == "tensorrt_rtx"
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_auto_is_rtx_where_there_is_no_gpu(installed: set[str]) -> None:
+    installed |= {"tensorrt", "tensorrt_rtx"}
+    assert targets.builder().__name__ == "tensorrt_rtx"
+    assert targets.available()
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_tensorrt_without_a_gpu_is_refused(installed: set[str]) -> None:
+    installed.add("tensorrt")
+    with pytest.raises(EnvironmentLack, match="--builder rtx") as caught:
+        targets.builder("tensorrt")
+    assert caught.value.exit_code == 3
+    assert not targets.available()
+
+
+@pytest.mark.usefixtures("with_gpu")
+@pytest.mark.parametrize(
+    ("choice", "package"),
+    [("auto", "tensorrt-rtx-cu13"), ("rtx", "tensorrt-rtx-cu13"), ("tensorrt", "tensorrt-cu13")],
+)
+def test_a_builder_that_is_not_installed_is_named_with_its_package(
+    choice: str, package: str, installed: set[str]
+) -> None:
+    assert not installed
+    with pytest.raises(EnvironmentLack, match=f"pip install {package}$") as caught:
+        targets.builder(choice)
+    assert caught.value.exit_code == 3
+    assert not targets.available()
+
+
+def test_the_names_are_those_of_the_installed_rtx() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    known = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    assert {name.replace("_", "").upper() for name in targets.RTX_TARGETS} == known
+
+
+def test_chosen_targets_reach_the_configuration() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    targets.apply(trt, config, ("sm_86", "sm_120"))
+    chosen = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
+    assert chosen == [trt.ComputeCapability.SM86, trt.ComputeCapability.SM120]
+
+
+def test_no_target_leaves_the_configuration_alone() -> None:
+    targets.apply(SimpleNamespace(), None, ())
+
+
+def test_a_builder_for_its_own_gpu_takes_no_target() -> None:
+    with pytest.raises(InputError, match=r"--target.*--builder rtx"):
+        targets.apply(SimpleNamespace(), SimpleNamespace(), ("sm_86",))
+
+
+def test_a_target_that_the_builder_refuses_is_named() -> None:
+    trt = SimpleNamespace(ComputeCapability=SimpleNamespace(SM86=86))
+    config = SimpleNamespace(set_compute_capability=lambda capability, index: False)
+    with pytest.raises(InputError, match="sm_86"):
+        targets.apply(trt, config, ("sm_86",))

@@ -1,0 +1,657 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtresnet import artifacts
+from rtresnet.errors import ArtifactError, InputError, UnknownName
+from rtresnet.models import checkpoint as checkpoints
+from rtresnet.models import zoo
+from rtresnet.models.checkpoint import Checkpoint, load, recognize, save, untrained
+from rtresnet.models.resnet import BasicBlock, ResNet
+from rtresnet.preprocess import IMAGENET_MEAN, Preprocess
+
+State = dict[str, Tensor]
+SMALL = Preprocess.for_size(32)
+
+
+def ours(name: str = "resnet8", **variant: str) -> Checkpoint:
+    return untrained(zoo.spec(name, **variant), SMALL)  # type: ignore[arg-type]
+
+
+def weights(name: str = "resnet8", classes: int = 10, **variant: str) -> State:
+    """A net's tensors under our names, which are torchvision's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        spec = zoo.spec(name, **variant)  # type: ignore[arg-type]
+        return dict(zoo.build(spec, classes).state_dict())
+
+
+def written(path: Path, payload: object) -> Path:
+    torch.save(payload, path)
+    return path
+
+
+def refusal(path: Path, **kwargs: Any) -> str:
+    """The one line with which a file is refused; it names the file."""
+    with pytest.raises(ArtifactError) as caught:
+        load(path, **kwargs)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+# --- save and load
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("resnet8", {}),
+        ("resnet8", {"shortcut": "C"}),
+        ("plain8", {}),
+        ("resnet20", {"shortcut": "B"}),
+    ],
+)
+def test_a_checkpoint_comes_back_to_the_bit(
+    tmp_path: Path, name: str, variant: dict[str, str]
+) -> None:
+    saved = dataclasses.replace(
+        ours(name, **variant),
+        training={"epoch": 3, "momentum": [torch.arange(3.0)], "recipe": {"lr": 0.1}},
+        measured={"accuracy": {"n": 10, "top1": 9, "top5": None}},
+    )
+    save(tmp_path / "net.pt", saved)
+    found = load(tmp_path / "net.pt")
+    assert_same(found.state, saved.state)
+    assert torch.equal(found.training.pop("momentum")[0], torch.arange(3.0))
+    assert found.training == {"epoch": 3, "recipe": {"lr": 0.1}}
+    assert (found.model, found.input, found.weights) == (saved.model, saved.input, saved.weights)
+    assert found.measured == saved.measured
+    assert found.spec == zoo.spec(name, **variant)  # type: ignore[arg-type]
+
+
+def test_the_loaded_net_gives_the_same_logits(tmp_path: Path) -> None:
+    saved = ours()
+    save(tmp_path / "net.pt", saved)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(load(tmp_path / "net.pt").net()(images), saved.net()(images))
+
+
+def test_a_loaded_net_is_in_evaluation_mode() -> None:
+    assert not any(module.training for module in ours().net().modules())
+
+
+def test_saving_writes_a_sidecar_that_verifies(tmp_path: Path) -> None:
+    saved = dataclasses.replace(ours(), measured={"accuracy": {"n": 10}})
+    path = tmp_path / "net.pt"
+    returned = save(path, saved)
+    assert returned == artifacts.verify(path)
+    assert (returned.kind, returned.file, returned.precision) == ("checkpoint", "net.pt", "fp32")
+    assert (returned.model, returned.input) == (saved.model, saved.input)
+    assert returned.weights.origin == "untrained"
+    assert returned.measured == {"accuracy": {"n": 10}}
+
+
+def test_class_names_and_input_contract_travel_with_the_file(tmp_path: Path) -> None:
+    model = dataclasses.replace(ours().model, classes=("chat", "chien", "猫"))
+    contract = Preprocess(size=48, resize=50, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    state = weights(classes=3)
+    save(tmp_path / "net.pt", dataclasses.replace(ours(), model=model, input=contract, state=state))
+    found = load(tmp_path / "net.pt")
+    assert found.model.classes == ("chat", "chien", "猫")
+    assert found.input == contract
+    assert found.net()(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+
+
+def test_trained_weights_are_known_by_the_hash_of_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    save(path, dataclasses.replace(ours(), weights=artifacts.Weights(origin="trained")))
+    found = load(path).weights
+    assert found == artifacts.Weights(
+        origin="trained", sha256=artifacts.sha256(path), source=str(path)
+    )
+
+
+def test_a_file_that_is_not_the_one_of_its_sidecar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    save(path, ours())
+    written(path, weights("resnet20"))
+    assert "not the file its sidecar describes" in refusal(path)
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    save(path, ours())
+    unpicklable = dataclasses.replace(ours(), training={"hook": lambda: None})
+    with pytest.raises(Exception, match=r"lambda|pickle"):
+        save(path, unpicklable)
+    assert_same(load(path).state, ours().state)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["net.pt", "net.pt.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB."""
+    if shutil.which("mount") is None:
+        pytest.skip("no mount command")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(small_disk: Path) -> None:
+    path = small_disk / "net.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError) as caught:
+        save(path, ours())
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in small_disk.iterdir()] == ["net.pt"]
+
+
+# --- files that are broken or hostile
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.target}",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    refusal(written(tmp_path / "zip.pt", {"state_dict": weights() | {"x": Evil(ran)}}))
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil(ran), protocol=2))
+    refusal(tmp_path / "bare.pt")
+    legacy = tmp_path / "legacy.pt"
+    torch.save({"x": Evil(ran)}, legacy, _use_new_zipfile_serialization=False)
+    refusal(legacy)
+    assert not ran.exists()
+
+
+def test_a_whole_pickled_module_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    path = written(tmp_path / "module.pt", zoo.build(zoo.spec("resnet8")))
+    assert "save it again as a plain state_dict" in refusal(path)
+
+
+@pytest.mark.parametrize("keep", [0.999, 0.9, 0.5, 0.01])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: float) -> None:
+    path = written(tmp_path / "net.pt", weights())
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    assert "truncated" in refusal(path)
+
+
+def test_a_truncated_checkpoint_of_ours_says_how_much_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    size = save(path, ours()).bytes
+    path.write_bytes(path.read_bytes()[:1000])
+    assert f"truncated (1000 of {size} bytes)" in refusal(path)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\0" * 1000, b"PK\x03\x04", b"<html></html>"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "net.pt"
+    path.write_bytes(content)
+    assert "cannot be read as a checkpoint" in refusal(path)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").touch()
+    assert "is empty" in refusal(tmp_path / "net.pt")
+
+
+def test_a_missing_file_comes_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.pt: no such file; .*rtresnet train"):
+        load(tmp_path / "gone.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    state = weights()
+    state["layer2.0.bn1.running_var"][3] = value
+    assert "layer2.0.bn1.running_var" in refusal(written(tmp_path / "foreign.pt", state))
+    save(tmp_path / "ours.pt", dataclasses.replace(ours(), state=state))
+    assert "layer2.0.bn1.running_var" in refusal(tmp_path / "ours.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rtresnet": 99}, "format 99"),
+        ({"model": {"architecture": "resnet8"}}, "classes"),
+        ({"model": {"flavour": "vanilla"}}, "flavour"),
+        ({"weights": {"origin": 3}}, "origin"),
+        ({"input": {"size": 0, "resize": 0}}, "size 0"),
+        (
+            {"model": {"architecture": "vgg", "classes": ["a"], "shortcut": "A"}},
+            "stride_in",
+        ),
+    ],
+)
+def test_a_checkpoint_of_ours_that_makes_no_sense_is_refused(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "net.pt"
+    save(path, ours())
+    payload = torch.load(path, weights_only=True) | change
+    assert says in refusal(written(tmp_path / "odd.pt", payload))
+
+
+@pytest.mark.parametrize("part", ["model", "input", "weights", "state", "training", "measured"])
+def test_a_checkpoint_of_ours_without_a_part_is_refused(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "net.pt"
+    save(path, ours())
+    payload = torch.load(path, weights_only=True)
+    del payload[part]
+    assert f"'{part}'" in refusal(written(tmp_path / "odd.pt", payload))
+
+
+def test_a_checkpoint_with_a_net_this_version_does_not_know_is_refused_by_its_file(
+    tmp_path: Path,
+) -> None:
+    model = dataclasses.replace(ours().model, architecture="wide50")
+    path = tmp_path / "net.pt"
+    save(path, dataclasses.replace(ours(), model=model))
+    assert "wide50" in refusal(path)
+
+
+# --- foreign files
+
+
+def torchvision_names(counts: tuple[int, ...], convolutions: int, projected: set[int]) -> set[str]:
+    """The names in torchvision's files, written out from its documentation."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{part}" for part in norm}
+    for stage, count in enumerate(counts, 1):
+        for block in range(count):
+            prefix = f"layer{stage}.{block}"
+            for index in range(1, convolutions + 1):
+                names.add(f"{prefix}.conv{index}.weight")
+                names |= {f"{prefix}.bn{index}.{part}" for part in norm}
+            if block == 0 and stage in projected:
+                names.add(f"{prefix}.downsample.0.weight")
+                names |= {f"{prefix}.downsample.1.{part}" for part in norm}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "convolutions", "projected", "entries"),
+    [
+        ("resnet18", (2, 2, 2, 2), 2, {2, 3, 4}, 122),
+        ("resnet34", (3, 4, 6, 3), 2, {2, 3, 4}, 218),
+        ("resnet50", (3, 4, 6, 3), 3, {1, 2, 3, 4}, 320),
+        ("resnet101", (3, 4, 23, 3), 3, {1, 2, 3, 4}, 626),
+    ],
+)
+def test_our_names_are_torchvisions(
+    name: str, counts: tuple[int, ...], convolutions: int, projected: set[int], entries: int
+) -> None:
+    expected = torchvision_names(counts, convolutions, projected)
+    assert len(expected) == entries
+    assert set(zoo.build(zoo.spec(name), device="meta").state_dict()) == expected
+
+
+def test_torchvisions_file_is_recognized(tmp_path: Path) -> None:
+    state = weights("resnet18", 7)
+    path = written(tmp_path / "resnet18.pth", state)
+    found = load(path)
+    assert found.spec == zoo.spec("resnet18")
+    assert found.model.classes == tuple("0123456")
+    assert found.input == Preprocess(size=224, resize=256)
+    assert found.input.mean == IMAGENET_MEAN
+    assert found.weights == artifacts.Weights(
+        origin="file", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), source=str(path)
+    )
+    assert_same(found.state, state)
+
+
+def renamed(state: State, *changes: tuple[str, str], prefix: str = "") -> State:
+    def rename(name: str) -> str:
+        for old, new in changes:
+            name = name.replace(old, new)
+        return prefix + name
+
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "disguise"),
+    [
+        ("resnet20", {}, lambda s: renamed(s, prefix="module.")),
+        ("resnet20", {}, lambda s: renamed(s, prefix="_orig_mod.")),
+        ("resnet20", {}, lambda s: renamed(s, prefix="module._orig_mod.")),
+        ("resnet20", {}, lambda s: {"state_dict": renamed(s, prefix="model.")}),
+        ("resnet20", {}, lambda s: {"model": renamed(s, prefix="backbone.")}),
+        ("resnet20", {}, lambda s: renamed(s, ("fc.", "linear."))),
+        ("resnet20", {}, lambda s: renamed(s, ("fc.", "classifier."))),
+        ("resnet20", {}, lambda s: {"state_dict": s, "epoch": 200, "best_prec1": 91.7}),
+        ("resnet20", {}, lambda s: {"model_state_dict": s, "optimizer": {"lr": 0.1}}),
+        ("resnet20", {}, lambda s: {"state_dict": {"model": s}}),
+        (
+            "resnet20",
+            {},
+            lambda s: {"state_dict": renamed(s, ("fc.", "linear."), prefix="module.")},
+        ),
+        (
+            "resnet26",
+            {"shortcut": "B"},
+            lambda s: {
+                "net": renamed(
+                    s, ("fc.", "linear."), (".downsample.", ".shortcut."), prefix="module."
+                ),
+                "acc": 93.02,
+                "epoch": 199,
+            },
+        ),
+        ("resnet20", {"shortcut": "C"}, lambda s: renamed(s, prefix="module.")),
+    ],
+    ids=range(13),
+)
+def test_a_public_checkpoint_is_recognized_whatever_it_is_wrapped_in(
+    tmp_path: Path, name: str, variant: dict[str, str], disguise: Callable[[State], object]
+) -> None:
+    state = weights(name, **variant)
+    found = load(written(tmp_path / "foreign.th", disguise(state)))
+    assert found.spec == zoo.spec(name, **variant)  # type: ignore[arg-type]
+    assert_same(found.state, state)
+
+
+def test_files_from_before_the_batch_counter_are_read(tmp_path: Path) -> None:
+    state = weights()
+    old = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    found = load(written(tmp_path / "old.th", old))
+    assert_same(found.state, state)
+
+
+def test_half_precision_weights_become_a_float32_net(tmp_path: Path) -> None:
+    state = {name: t.half() if t.is_floating_point() else t for name, t in weights().items()}
+    net = load(written(tmp_path / "half.pt", state)).net()
+    assert net.fc.weight.dtype == torch.float32
+    assert torch.equal(net.fc.weight, state["fc.weight"].float())
+
+
+def test_the_input_contract_of_a_foreign_file_can_be_given(tmp_path: Path) -> None:
+    path = written(tmp_path / "foreign.pt", weights())
+    assert load(path).input == Preprocess(size=32, resize=32)
+    contract = Preprocess(size=40, resize=44, mean=(0, 0, 0), std=(1, 1, 1))
+    assert load(path, input=contract).input == contract
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {},
+        {"state_dict": {}},
+        [1, 2],
+        torch.zeros(3),
+        {"epoch": 3, "lr": 0.1},
+        {"features.0.weight": torch.zeros(64, 3, 3, 3), "classifier.weight": torch.zeros(2, 2)},
+    ],
+    ids=range(6),
+)
+def test_a_file_with_no_residual_net_in_it_is_refused(tmp_path: Path, payload: object) -> None:
+    assert "not a residual net" in refusal(written(tmp_path / "other.pt", payload))
+
+
+def test_a_refused_file_is_told_by_what_was_found_in_it(tmp_path: Path) -> None:
+    state = {f"features.{index}.weight": torch.zeros(1) for index in range(9)}
+    assert "features.0.weight" in refusal(written(tmp_path / "vgg.pt", state))
+
+
+def test_blocks_of_no_net_in_the_zoo_are_refused(tmp_path: Path) -> None:
+    state = {n: t for n, t in weights("resnet18", 2).items() if not n.startswith("layer3.1")}
+    assert "rtresnet models" in refusal(written(tmp_path / "resnet17.pt", state))
+
+
+# --- --model
+
+
+def test_the_right_model_is_accepted(tmp_path: Path) -> None:
+    foreign = written(tmp_path / "foreign.pt", weights())
+    assert load(foreign, model="resnet8").spec.name == "resnet8"
+    save(tmp_path / "ours.pt", ours())
+    assert load(tmp_path / "ours.pt", model="resnet8").spec.name == "resnet8"
+
+
+def test_tensors_that_fit_a_plain_net_too_are_taken_as_told(tmp_path: Path) -> None:
+    path = written(tmp_path / "foreign.pt", weights("plain8"))
+    assert load(path).spec == zoo.spec("resnet8")
+    assert load(path, model="plain8").spec == zoo.spec("plain8")
+
+
+def test_the_model_keeps_the_shortcut_option_the_tensors_show(tmp_path: Path) -> None:
+    path = written(tmp_path / "foreign.pt", weights("resnet8", shortcut="C"))
+    assert load(path, model="resnet8").spec == zoo.spec("resnet8", shortcut="C")
+
+
+def test_a_wrong_model_is_refused_with_tensors_shapes_and_the_model_that_fits(
+    tmp_path: Path,
+) -> None:
+    foreign = written(tmp_path / "foreign.pt", weights("resnet20"))
+    save(tmp_path / "ours.pt", ours("resnet20"))
+    for path in (foreign, tmp_path / "ours.pt"):
+        message = refusal(path, model="resnet18")
+        assert "does not fit resnet18" in message
+        assert "conv1.weight is [16, 3, 3, 3] instead of [64, 3, 7, 7]" in message
+        assert message.endswith("it fits --model resnet20")
+        message = refusal(path, model="resnet8")
+        assert "layer1.1.conv1.weight [16, 16, 3, 3] is unknown" in message
+        assert message.endswith("it fits --model resnet20")
+
+
+def test_missing_tensors_are_told_with_their_shapes(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path / "net.pt", weights("resnet8")), model="resnet14")
+    assert "layer1.1.conv1.weight [16, 16, 3, 3] is missing" in message
+    assert message.endswith("it fits --model resnet8")
+
+
+def test_a_head_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    state = weights() | {"fc.bias": torch.zeros(3)}
+    message = refusal(written(tmp_path / "net.pt", state))
+    assert "fc.bias is [3] instead of [10]" in message
+
+
+def test_tensors_the_net_does_not_have_are_told(tmp_path: Path) -> None:
+    state = weights() | {"layer1.0.se.weight": torch.zeros(4, 16)}
+    assert "layer1.0.se.weight [4, 16] is unknown" in refusal(written(tmp_path / "se.pt", state))
+
+
+def test_an_unknown_model_comes_with_the_nearest(tmp_path: Path) -> None:
+    path = written(tmp_path / "net.pt", weights())
+    with pytest.raises(UnknownName, match="did you mean 'resnet50'"):
+        load(path, model="resnet51")
+
+
+def test_the_model_that_is_said_to_fit_does_fit(tmp_path: Path) -> None:
+    save(tmp_path / "plain.pt", ours("plain8"))
+    message = refusal(tmp_path / "plain.pt", model="resnet50")
+    advice = message.rpartition("--model ")[2]
+    assert load(tmp_path / "plain.pt", model=advice).spec == zoo.spec("plain8")
+
+
+# --- recognize
+
+RECOGNIZABLE = [
+    (name, option)
+    for name in zoo.names()
+    if "1202" not in name
+    for option in (("A", "B", "C") if name.startswith("resnet") else (None,))
+]
+
+
+@pytest.mark.parametrize(("name", "option"), RECOGNIZABLE)
+def test_every_net_of_the_zoo_is_recognized(name: str, option: str | None) -> None:
+    spec = zoo.spec(name, shortcut=option)
+    state = zoo.build(spec, device="meta").state_dict()
+    if option is None:  # a plain net's tensors are those of its residual net with option A
+        spec = zoo.spec(f"resnet{spec.depth}", shortcut="A")
+    assert recognize(state) == spec
+
+
+def test_no_tensors_are_no_net() -> None:
+    assert recognize({}) is None
+
+
+@pytest.mark.parametrize("blocks", [8, 16, 25])
+def test_a_cifar_net_of_a_depth_that_imagenet_has_taken_is_no_net_of_the_zoo(blocks: int) -> None:
+    """6 * 8 + 2 is 50, but that name is the ImageNet net's."""
+    with torch.device("meta"):
+        net = ResNet(
+            block=BasicBlock,
+            counts=(blocks,) * 3,
+            widths=(16, 32, 64),
+            stem="cifar",
+            shortcut="A",
+            stride_in="3x3",
+            num_classes=10,
+        )
+    found = recognize(net.state_dict())
+    assert found is None or found.counts == (blocks,) * 3
+
+
+# --- untrained weights
+
+
+def test_an_untrained_deep_net_gives_logits_of_sane_size() -> None:
+    made = untrained(zoo.spec("resnet50"), Preprocess.for_size(64))
+    with torch.inference_mode():
+        logits = made.net()(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert logits.shape == (4, 1000)
+    assert torch.isfinite(logits).all()
+    assert 0.01 < logits.std() < 100
+
+
+def test_untrained_weights_say_so_and_follow_from_the_seed() -> None:
+    before = torch.random.get_rng_state()
+    first, same, other = ours(), ours(), untrained(zoo.spec("resnet8"), SMALL, seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert first.weights == artifacts.Weights(origin="untrained")
+    assert_same(first.state, same.state)
+    assert not torch.equal(first.state["conv1.weight"], other.state["conv1.weight"])
+
+
+# --- downloads
+
+
+def hashed(folder: Path, stem: str, content: bytes) -> Path:
+    """A file whose name carries its hash, as the published ones."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_download_is_checked_and_kept(tmp_path: Path) -> None:
+    source = hashed(tmp_path / "mirror", "net", b"weights" * 1000)
+    cache = tmp_path / "deep" / "cache"
+    path = checkpoints.download(source.as_uri(), cache)
+    assert path == cache / source.name
+    assert path.read_bytes() == source.read_bytes()
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_second_download_needs_no_network(tmp_path: Path) -> None:
+    source = hashed(tmp_path / "mirror", "net", b"weights")
+    first = checkpoints.download(source.as_uri(), tmp_path / "cache")
+    source.unlink()
+    assert checkpoints.download(source.as_uri(), tmp_path / "cache") == first
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_anew(tmp_path: Path) -> None:
+    source = hashed(tmp_path / "mirror", "net", b"weights")
+    path = checkpoints.download(source.as_uri(), tmp_path / "cache")
+    path.write_bytes(b"weig")
+    checkpoints.download(source.as_uri(), tmp_path / "cache")
+    assert path.read_bytes() == b"weights"
+
+
+def test_bytes_that_do_not_match_the_name_are_refused_and_not_kept(tmp_path: Path) -> None:
+    source = hashed(tmp_path / "mirror", "net", b"weights")
+    source.write_bytes(b"please log in to the wireless network")
+    with pytest.raises(InputError) as caught:
+        checkpoints.download(source.as_uri(), tmp_path / "cache")
+    actual = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    assert actual in str(caught.value)
+    assert source.stem.split("-")[1] in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_file_that_cannot_be_reached_comes_with_where_to_put_it(tmp_path: Path) -> None:
+    url = (tmp_path / "mirror" / "net-01234567.pth").as_uri()
+    with pytest.raises(InputError) as caught:
+        checkpoints.download(url, tmp_path / "cache")
+    assert url in str(caught.value)
+    assert str(tmp_path / "cache" / "net-01234567.pth") in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_name_without_a_hash_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(b"weights")
+    with pytest.raises(InputError, match="no hash"):
+        checkpoints.download((tmp_path / "net.pth").as_uri(), tmp_path / "cache")
+
+
+def test_the_imagenet_weights_come_from_the_mirror_and_then_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = weights("resnet18", 5)
+    draft = written(tmp_path / "draft.pth", state)
+    source = hashed(tmp_path / "mirror", "resnet18", draft.read_bytes())
+    monkeypatch.setitem(checkpoints.IMAGENET_FILES, "resnet18", source.name)
+    monkeypatch.setenv("RTRESNET_WEIGHTS_URL", source.parent.as_uri() + "/")
+    monkeypatch.setenv("RTRESNET_CACHE", str(tmp_path / "cache"))
+    found = checkpoints.imagenet("resnet18")
+    digest = hashlib.sha256(draft.read_bytes()).hexdigest()
+    assert found.spec == zoo.spec("resnet18")
+    assert found.input == Preprocess(size=224, resize=256)
+    assert found.weights == artifacts.Weights(origin="imagenet", sha256=digest, source=source.name)
+    assert_same(found.state, state)
+    source.unlink()
+    assert checkpoints.imagenet("resnet18").weights == found.weights
+
+
+def test_published_files_carry_their_hash_in_their_name() -> None:
+    for architecture, name in checkpoints.IMAGENET_FILES.items():
+        assert zoo.spec(architecture).family == "imagenet"
+        assert name.startswith(architecture + "-")
+        assert len(name.removesuffix(".pth").split("-")[1]) == 8
+
+
+@pytest.mark.parametrize("name", ["resnet20", "plain34"])
+def test_a_net_without_published_weights_is_told_which_have_some(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}; .*resnet18.*resnet152"):
+        checkpoints.imagenet(name)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from rtresnet.errors import InputError, UnknownName
+from rtresnet.models import zoo
+
+
+def test_every_net_of_the_paper_has_a_name() -> None:
+    assert zoo.names() == [
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34"),
+        *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet1202"),
+        *("plain20", "plain32", "plain44", "plain56", "plain110", "plain1202"),
+    ]
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_name_leads_to_its_net(name: str) -> None:
+    spec = zoo.spec(name)
+    assert spec.name == name
+    assert name.endswith(str(spec.depth))
+    layers = {"basic": 2, "bottleneck": 3}[spec.block]
+    assert layers * sum(spec.counts) + 2 == spec.depth
+    assert len(spec.widths) == len(spec.counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "counts"),
+    [
+        ("resnet18", "basic", (2, 2, 2, 2)),
+        ("resnet34", "basic", (3, 4, 6, 3)),
+        ("plain34", "basic", (3, 4, 6, 3)),
+        ("resnet50", "bottleneck", (3, 4, 6, 3)),
+        ("resnet101", "bottleneck", (3, 4, 23, 3)),
+        ("resnet152", "bottleneck", (3, 8, 36, 3)),
+    ],
+)
+def test_imagenet_nets_are_those_of_table_1(name: str, block: str, counts: tuple[int, ...]) -> None:
+    spec = zoo.spec(name)
+    assert (spec.block, spec.counts, spec.family) == (block, counts, "imagenet")
+    assert (spec.widths, spec.size, spec.num_classes) == ((64, 128, 256, 512), 224, 1000)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 6, 7, 9, 18, 200])
+@pytest.mark.parametrize("kind", ["resnet", "plain"])
+def test_every_depth_of_6n_plus_2_is_a_cifar_net(kind: str, n: int) -> None:
+    spec = zoo.spec(f"{kind}{6 * n + 2}")
+    assert (spec.family, spec.block, spec.counts) == ("cifar", "basic", (n, n, n))
+    assert (spec.widths, spec.size, spec.num_classes) == ((16, 32, 64), 32, 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet2", "resnet0", "resnet19", "resnet21", "plain50", "plain101", "plain152", "resnet"],
+)
+def test_other_depths_are_unknown(name: str) -> None:
+    with pytest.raises(UnknownName, match=f"unknown model '{name}'"):
+        zoo.spec(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("resnet51", "resnet50"),
+        ("ResNet18", "resnet18"),
+        ("resnet-34", "resnet34"),
+        ("resent101", "resnet101"),
+        ("plian20", "plain20"),
+        ("resnet1203", "resnet1202"),
+    ],
+)
+def test_a_misspelt_name_comes_with_the_nearest(given: str, nearest: str) -> None:
+    with pytest.raises(UnknownName, match=f"did you mean '{nearest}'"):
+        zoo.spec(given)
+
+
+@pytest.mark.parametrize("given", ["vgg", "", "20", "🦊"])
+def test_a_name_from_elsewhere_comes_with_the_table(given: str) -> None:
+    with pytest.raises(UnknownName, match=r"known: resnet18, .*, plain1202"):
+        zoo.spec(given)
+
+
+@pytest.mark.parametrize("given", ["resnet50 ", "xresnet50", "resnet50d", "resnet-1", "resnet5.0"])
+def test_a_name_is_matched_whole(given: str) -> None:
+    with pytest.raises(UnknownName):
+        zoo.spec(given)
+
+
+def test_the_shortcut_is_b_for_imagenet_and_a_for_cifar_unless_told() -> None:
+    assert zoo.spec("resnet50").shortcut == "B"
+    assert zoo.spec("resnet20").shortcut == "A"
+    assert zoo.spec("plain20").shortcut is None
+    assert [zoo.spec("resnet18", shortcut=option).shortcut for option in "ABC"] == ["A", "B", "C"]
+
+
+def test_bottlenecks_stride_in_the_3x3_unless_told() -> None:
+    assert zoo.spec("resnet50").stride_in == "3x3"
+    assert zoo.spec("resnet50", stride_in="1x1").stride_in == "1x1"
+
+
+@pytest.mark.parametrize("name", ["plain20", "plain34"])
+@pytest.mark.parametrize("option", ["A", "B", "C"])
+def test_a_plain_net_takes_no_shortcut(name: str, option: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is a plain net"):
+        zoo.spec(name, shortcut=option)
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(UnknownName, match=r"shortcut option 'D'.*A, B, C"):
+        zoo.spec("resnet50", shortcut="D")
+    with pytest.raises(UnknownName, match=r"stride position '2x2'"):
+        zoo.spec("resnet50", stride_in="2x2")
+
+
+def test_names_can_be_looked_up_without_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+from rtresnet.models import zoo
+print(zoo.spec("resnet50").counts)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(3, 4, 6, 3)\n"
