@@ -327,6 +327,7 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
     """
     current: Path | None = Path(path)
     expected: str | None = None
+    seen: set[Path] = set()
     while current is not None:
         sidecar = read_sidecar(current)
         if not current.exists():
@@ -340,8 +341,11 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
             yield current, None, "no sidecar"
             return
         yield current, sidecar, "ok"
+        seen.add(current)
         expected = sidecar.parent.sha256 if sidecar.parent else None
         current = parent_path(current, sidecar)
+        if current in seen:  # a step that wrote over its own input and changed nothing
+            return
 
 
 def to_json(record: Any) -> str:

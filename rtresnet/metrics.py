@@ -40,12 +40,13 @@ class Accuracy:
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
-    """Counts hits of logits [N, classes] against labels [N]."""
-    top5 = None
+    """Counts hits of logits [N, classes] against labels [N]; a row with a NaN is never one."""
+    top5, known = None, ~np.isnan(logits).any(axis=1)
     if logits.shape[1] > 5:
         best = np.argpartition(-logits, 5, axis=1)[:, :5]
-        top5 = int((best == labels[:, None]).any(axis=1).sum())
-    return Accuracy(n=len(labels), top1=int((logits.argmax(axis=1) == labels).sum()), top5=top5)
+        top5 = int(((best == labels[:, None]).any(axis=1) & known).sum())
+    hits = (logits.argmax(axis=1) == labels) & known
+    return Accuracy(n=len(labels), top1=int(hits.sum()), top5=top5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,13 @@ class Parity:
 def parity(reference: np.ndarray, candidate: np.ndarray) -> Parity:
     """Compares logits [N, classes] of a candidate with those of a reference."""
     difference = candidate.astype(np.float64) - reference.astype(np.float64)
+    same = reference.argmax(axis=1) == candidate.argmax(axis=1)
     norm = float(np.linalg.norm(reference.astype(np.float64)))
     return Parity(
         n=len(reference),
         largest=float(np.abs(difference).max()),
         relative=float(np.linalg.norm(difference)) / norm if norm else float("inf"),
-        agreement=float((reference.argmax(axis=1) == candidate.argmax(axis=1)).mean()),
+        agreement=float((same & ~np.isnan(difference).any(axis=1)).mean()),
     )
 
 

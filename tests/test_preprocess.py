@@ -71,7 +71,14 @@ def test_resize_keeps_channels_apart() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "top", "left"),
-    [(32, 32, 0, 0), (32, 40, 0, 4), (32, 41, 0, 4), (32, 43, 0, 6), (48, 32, 8, 0)],
+    [
+        (32, 32, 0, 0),
+        (32, 40, 0, 4),
+        (32, 41, 0, 4),
+        (32, 43, 0, 6),
+        (48, 32, 8, 0),
+        (43, 32, 6, 0),
+    ],
 )
 def test_crop_cuts_the_centre(height: int, width: int, top: int, left: int) -> None:
     image = noise(height, width)

@@ -90,7 +90,8 @@ def indexed(
 def materialize(source: Source, preprocess: Preprocess, tally: Tally) -> Arrays:
     """Every image cropped to `preprocess.size`, in memory; the source itself if it fits as is."""
     side = preprocess.size
-    if isinstance(source, Arrays) and source.images.shape[1:3] == (side, side):
+    whole = preprocess.resize == side
+    if whole and isinstance(source, Arrays) and source.images.shape[1:3] == (side, side):
         return source
     kept = list(indexed(source, range(len(source)), lambda _, im: preprocess.crop(im), tally))
     if not kept:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import os
 import pickle
-import zipfile
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,8 +149,12 @@ def decode(path: str | os.PathLike[str], data: bytes | None = None) -> np.ndarra
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data) if data is not None else path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with Image.open(io.BytesIO(data) if data is not None else path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut at 255, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image.info.pop("transparency", None)  # left out anyway; Pillow would warn
+            return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error) as error:
         raise CorruptImage(f"{path}: not an image or damaged ({error})") from None
     except Image.DecompressionBombError as error:
@@ -204,7 +209,10 @@ def open_images(spec: str) -> Source:
     """
     path = Path(spec.removeprefix("folder:"))
     if path.is_file() and path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not a list in UTF-8 ({error})") from None
         paths = [path.parent / line for line in lines if line and not line.startswith("#")]
         missing = [entry for entry in paths if not entry.is_file()]
         if missing:
@@ -221,7 +229,8 @@ def open_images(spec: str) -> Source:
 def images_under(folder: Path) -> list[Path]:
     """Every image file below a folder, sorted."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in found if path.is_file())
+    seen = (p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
+    return sorted(path for path in seen if path.is_file())
 
 
 def _folder(argument: str) -> Path:
@@ -252,6 +261,8 @@ def _fashion_mnist(spec: str, folder: Path, split: str) -> Source:
     images = np.concatenate([_idx(folder, f"{prefix}-images-idx3-ubyte") for prefix in prefixes])
     labels = np.concatenate([_idx(folder, f"{prefix}-labels-idx1-ubyte") for prefix in prefixes])
     # 28 pixels and a border of 2: the 32 a CIFAR net takes, no pixel touched.
+    if images.ndim != 3:
+        raise DataError(f"{spec}: images are {list(images.shape)}, not [N, 28, 28]")
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     return _arrays(spec, padded, labels, FASHION, splits=True)
 
@@ -265,10 +276,11 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
         rank = raw[3] if len(raw) > 3 else 0
-        shape = np.frombuffer(raw[4 : 4 + 4 * rank], ">u4").astype(int)
-        if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * rank + shape.prod():
+        start = 4 + 4 * rank
+        shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else ()
+        if raw[:3] != b"\0\0\x08" or not shape or len(raw) != start + math.prod(shape):
             raise DataError(f"{path}: not an idx file of bytes, or truncated")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
     raise DataError(f"{folder / name}: no such file, nor with .gz")
 
 
@@ -296,10 +308,10 @@ def _cifar10(spec: str, folder: Path, split: str) -> Source:
             with open(folder / name, "rb") as file:
                 batch = _ArraysOnly(file, encoding="bytes").load()
             images.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32))
-            labels.append(np.asarray(batch[b"labels"]))
+            labels.append(np.asarray(batch[b"labels"]).reshape(len(images[-1])))
         except FileNotFoundError:
             raise DataError(f"{folder / name}: no such file") from None
-        except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
+        except Exception as error:  # a damaged pickle raises almost anything
             raise DataError(f"{folder / name}: not a CIFAR-10 batch ({error})") from None
     pixels = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
     return _arrays(spec, pixels, np.concatenate(labels), CIFAR10, splits=True)
@@ -314,7 +326,7 @@ def _npz(spec: str, path: Path) -> Source:
         raise DataError(f"{path}: no such file") from None
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]}", fix="it needs `images` and `labels`") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged file raises almost anything: zip, tokenizer, type
         raise DataError(
             f"{path}: not an npz file of plain arrays, or truncated ({error})"
         ) from None
@@ -362,6 +374,11 @@ def _class_folders(spec: str, root: Path, split: str) -> Source:
         roots = single[:1] or [root]
         names_from = roots[0]
     classes = sorted(e.name for e in names_from.iterdir() if e.is_dir() and e.name[0] != ".")
+    for name in classes:
+        if name != name.encode(errors="replace").decode():
+            raise DataError(
+                f"{names_from}: the name of class {name!r} is not UTF-8", fix="rename the folder"
+            )
     if not classes:
         raise DataError(f"{names_from}: no class folders", fix="one folder a class is needed")
     if len(classes) == 1:

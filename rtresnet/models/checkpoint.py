@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -131,9 +132,10 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     }
 
     def write(temporary: Path) -> None:
-        # Through a Python file, so that a full disk is an OSError with a name, not torch's own.
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
+        # Through memory, so that a full disk is an OSError with a name, not torch's RuntimeError.
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        temporary.write_bytes(buffer.getbuffer())
 
     sidecar = Sidecar(
         kind="checkpoint",
@@ -191,12 +193,13 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             training=payload["training"],
             measured=payload["measured"],
         )
-    except (KeyError, TypeError) as error:
+        said = checkpoint.spec
+    except (KeyError, TypeError, InputError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
-    spec = zoo.spec(wanted) if wanted else checkpoint.spec
-    if spec.name != checkpoint.spec.name:
-        _refuse(path, checkpoint.state, spec, len(checkpoint.model.classes))
-    _check(path, checkpoint.state, checkpoint.spec, len(checkpoint.model.classes))
+    spec = zoo.spec(wanted) if wanted else said
+    if spec.name != said.name:
+        _refuse(path, checkpoint.state, spec, len(checkpoint.model.classes), said)
+    _check(path, checkpoint.state, said, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
         origin = dataclasses.replace(
             checkpoint.weights, sha256=artifacts.sha256(path), source=os.fspath(path)
@@ -287,9 +290,10 @@ def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
             return None
         name = f"resnet{depths[0]}"
     try:
-        return zoo.spec(name, shortcut=shortcut)
+        found = zoo.spec(name, shortcut=shortcut)
     except UnknownName:
         return None
+    return found if found.counts == counts else None  # 6n+2 may be a name that ImageNet has taken
 
 
 def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> None:
@@ -309,14 +313,21 @@ def _differences(state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> l
             problems.append(f"{name} {list(tensor.shape)} is missing")
         elif state[name].shape != tensor.shape:
             problems.append(f"{name} is {list(state[name].shape)} instead of {list(tensor.shape)}")
-    problems += [f"{name} {list(state[name].shape)} is unknown" for name in state.keys() - expected]
+    unknown = [name for name in state if name not in expected]
+    problems += [f"{name} {list(state[name].shape)} is unknown" for name in unknown]
     return problems
 
 
-def _refuse(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> None:
+def _refuse(
+    path: Path,
+    state: Mapping[str, Tensor],
+    spec: zoo.Spec,
+    classes: int,
+    said: zoo.Spec | None = None,
+) -> None:
     problems = _differences(state, spec, classes) or ["the file says so itself"]
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    fits = recognize(state)
+    fits = said or recognize(state)  # what the file says goes before what its tensors look like
     fix = None
     if fits is not None and fits.name != spec.name and not _differences(state, fits, classes):
         fix = f"it fits --model {fits.name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from rtresnet.artifacts import Profile, Sidecar, Weights
 from rtresnet.build import engine
 from rtresnet.export.fold import fold
 from rtresnet.export.onnx import to_onnx
+from rtresnet.machine import Gpu
 from rtresnet.models import checkpoint, zoo
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import calibrate, half, qdq
@@ -25,9 +25,9 @@ from rtresnet.quantize import calibrate, half, qdq
 Publish = Callable[[onnx.ModelProto, Path, str], Sidecar]
 
 
-def publish_resnet8(model: onnx.ModelProto, path: Path, precision: str, size: int = 32) -> Sidecar:
-    """Writes a model with the sidecar of the net its graph is named after."""
-    spec = zoo.spec(model.graph.name if model.graph.name.startswith("resnet") else "resnet8")
+def publish_file(model: onnx.ModelProto, path: Path, precision: str, size: int = 32) -> Sidecar:
+    """Writes a model with the sidecar of the net that its graph is named after."""
+    spec = zoo.spec(model.graph.name)
     return artifacts.publish(
         path,
         lambda temporary: temporary.write_bytes(model.SerializeToString()),
@@ -46,7 +46,7 @@ def publish_resnet8(model: onnx.ModelProto, path: Path, precision: str, size: in
 @pytest.fixture(scope="session")
 def publish() -> Publish:
     """publish(model, path, "int8"): an ONNX file and a sidecar that matches it."""
-    return publish_resnet8
+    return publish_file
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             scales = calibrate.calibrate(model, list(qdq.placement(model)), lambda: [images])
             model = qdq.insert(model, scales)
         path = folder / f"{name}-{precision}.onnx"
-        publish_resnet8(model, path, precision, size)
+        publish_file(model, path, precision, size)
         return path
 
     return make
@@ -96,7 +96,5 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rtresnet.machine import Gpu
-
     gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
-    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (dataclasses.replace(gpu),))
+    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))

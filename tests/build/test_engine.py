@@ -216,7 +216,9 @@ def test_a_truncated_file_is_refused_with_the_parsers_complaint(
     assert "Failed to parse the ONNX model" in refused(source)
 
 
-@pytest.mark.parametrize("data", [b"{}", b"hello world, this is no onnx", bytes(100)])
+@pytest.mark.parametrize(
+    "data", [b"{}", b"hello world, this is no onnx", bytes(100)], ids=["json", "text", "zeros"]
+)
 def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
     source = tmp_path / "odd.onnx"
     source.write_bytes(data)
@@ -325,13 +327,12 @@ def test_a_foreign_file_of_another_shape_is_refused(tmp_path: Path, shape: list[
     assert "[N, 3, S, S]" in refused(source)
 
 
-@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.UINT8])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.UINT8], ids=["half", "uint8"])
 def test_a_foreign_file_that_does_not_take_float32_is_refused(tmp_path: Path, dtype: int) -> None:
     """The runtime would hand it float32 bytes and read float32 bytes, without a word."""
-    pool = helper.make_node("GlobalAveragePool", ["f"], ["p"], name="pool")
     nodes = [
         helper.make_node("Cast", ["images"], ["f"], name="cast", to=TensorProto.FLOAT),
-        pool,
+        helper.make_node("GlobalAveragePool", ["f"], ["p"], name="pool"),
         helper.make_node("Flatten", ["p"], ["logits"], name="flatten"),
     ]
     model = foreign(nodes, ["n", 3, 8, 8], ["n", 3])

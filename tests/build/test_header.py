@@ -74,7 +74,9 @@ def test_a_truncated_real_plan_is_refused(plan: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"not a plan", b"ftrt" + bytes(200), b"\x08\x08" * 100, b"PK\x03\x04" * 40]
+    "data",
+    [b"not a plan", b"ftrt" + bytes(200), b"\x08\x08" * 100, b"PK\x03\x04" * 40],
+    ids=["text", "tensorrt", "onnx", "zip"],
 )
 def test_a_file_that_is_no_plan_has_no_header(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "other.plan"

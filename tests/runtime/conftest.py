@@ -1,0 +1,88 @@
+"""ONNX files with sidecars in three precisions, and a machine with or without a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Sidecar, Weights
+from rtresnet.export.fold import fold
+from rtresnet.export.onnx import to_onnx
+from rtresnet.machine import Gpu
+from rtresnet.models import checkpoint, zoo
+from rtresnet.preprocess import Preprocess
+from rtresnet.quantize import calibrate, half, qdq
+
+Images = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    """images(count, size=32, seed=0): standard normal float32 [count, 3, size, size]."""
+
+    def make(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return rng.standard_normal((count, 3, size, size)).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Callable[..., Path]:
+    """onnx_file("resnet8", "int8", size=32): a file with its sidecar. Read only."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def make(name: str, precision: str, size: int = 32, shortcut: str | None = None) -> Path:
+        torch.manual_seed(0)
+        spec = zoo.spec(name, shortcut=shortcut)
+        net = zoo.build(spec)
+        with torch.no_grad():
+            for norm in net.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.bias.normal_(0, 0.2)
+        model = to_onnx(fold(net.eval()), size=size, name=name)
+        if precision == "fp16":
+            model = half.to_half(model)
+        elif precision == "int8":
+            tensors = list(qdq.placement(model))
+            model = qdq.insert(
+                model, calibrate.calibrate(model, tensors, lambda: [images(16, size, seed=9)])
+            )
+        path = folder / f"{name}{shortcut or ''}-{precision}.onnx"
+        artifacts.publish(
+            path,
+            lambda temporary: temporary.write_bytes(model.SerializeToString()),
+            Sidecar(
+                kind="onnx",
+                file=path.name,
+                model=checkpoint.model_of(spec),
+                input=Preprocess.for_size(size),
+                weights=Weights(origin="untrained"),
+                precision=precision,
+            ),
+        )
+        return path
+
+    return make
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtresnet.machine.gpus", tuple)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The GPU that this machine pretends to have."""
+    gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
+    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))
+    return gpu

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rtresnet import machine
+from rtresnet.errors import ArtifactError, EnvironmentLack, UnknownName
+from rtresnet.quantize import qdq
+from rtresnet.runtime.ort import OrtBackend, openvino_device, unsigned_activations
+
+ort = pytest.importorskip("onnxruntime")
+
+OnnxFile = Callable[..., Path]
+Images = Callable[..., np.ndarray]
+
+
+def run_as_written(
+    model: onnx.ModelProto, batch: np.ndarray, also: list[str], dtype: int = TensorProto.FLOAT
+) -> list[np.ndarray]:
+    """Logits and other tensors with every optimization off: node by node as the file says."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(helper.make_tensor_value_info(n, dtype, None) for n in also)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    found: list[np.ndarray] = session.run(None, {"images": batch})
+    return found
+
+
+def relative(got: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet8", 32), ("resnet18", 64)])
+def test_moved_activations_are_the_same_integers_plus_128(
+    name: str, size: int, onnx_file: OnnxFile, images: Images
+) -> None:
+    path = onnx_file(name, "int8", size)
+    signed = onnx.load(path)
+    moved = onnx.load_from_string(unsigned_activations(path))
+    onnx.checker.check_model(moved, full_check=True)
+    tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(tensors) > 7
+    for seed, factor in ((0, 1.0), (1, 3.0)):  # three times the range: some of it is clipped
+        batch = images(3, size, seed=seed) * np.float32(factor)
+        before = run_as_written(signed, batch, tensors, TensorProto.INT8)
+        after = run_as_written(moved, batch, tensors, TensorProto.UINT8)
+        for tensor, old, new in zip(tensors, before[1:], after[1:], strict=True):
+            assert (old.dtype, new.dtype) == (np.int8, np.uint8)
+            np.testing.assert_array_equal(new.astype(int), old.astype(int) + 128, err_msg=tensor)
+        np.testing.assert_array_equal(after[0], before[0])
+        reached = np.concatenate([old.ravel() for old in before[1:]])
+        assert reached.max() == 127
+    assert reached.min() == -128
+
+
+def test_moved_activations_leave_the_weights_alone(onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", "int8")
+    signed, moved = onnx.load(path), onnx.load_from_string(unsigned_activations(path))
+    before = {t.name: t for t in signed.graph.initializer}
+    after = {t.name: t for t in moved.graph.initializer}
+    assert all(after[name] == tensor for name, tensor in before.items())
+    added = {name: numpy_helper.to_array(after[name]) for name in after.keys() - before.keys()}
+    quantizers = [n for n in moved.graph.node if n.op_type == "QuantizeLinear"]
+    assert {n.input[2] for n in quantizers} == set(added)
+    assert all(value.dtype == np.uint8 and value == 128 for value in added.values())
+    for old, new in zip(signed.graph.node, moved.graph.node, strict=True):
+        if new.op_type == "DequantizeLinear" and new.input[0] in before:
+            assert old == new
+
+
+def test_the_file_on_disk_stays_as_it_is(onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", "int8")
+    before = path.read_bytes()
+    OrtBackend(path, provider="cpu").close()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_file_without_quantization_is_not_touched(precision: str, onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", precision)
+    assert unsigned_activations(path) == str(path)
+
+
+def test_a_file_moved_already_is_not_touched(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    path = tmp_path / "moved.onnx"
+    data = unsigned_activations(onnx_file("resnet8", "int8"))
+    assert isinstance(data, bytes)
+    path.write_bytes(data)
+    assert unsigned_activations(path) == str(path)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.1)])
+def test_the_cpu_provider_agrees_with_the_file_as_written(
+    precision: str, bound: float, onnx_file: OnnxFile, images: Images
+) -> None:
+    batch = images(8)
+    backend = OrtBackend(onnx_file("resnet8", precision), provider="cpu")
+    logits = backend.infer(batch)
+    assert logits.shape == (8, 10) and logits.dtype == np.float32
+    (written,) = run_as_written(onnx.load(onnx_file("resnet8", precision)), batch, [])
+    (reference,) = run_as_written(onnx.load(onnx_file("resnet8", "fp32")), batch, [])
+    assert relative(logits, reference) < bound
+    # Optimizing rounds differently, which costs an INT8 net less than quantizing did.
+    assert relative(logits, written) <= max(1e-5, relative(written, reference))
+
+
+def test_a_dot_product_beyond_16_bits_is_exact(tmp_path: Path) -> None:
+    """Largest weights on largest activations: without VNNI, u8s8 kernels saturate at 32767."""
+    channels, value = 32, helper.make_tensor_value_info
+    first = np.full((channels, 3, 1, 1), 1 / 3, np.float32)
+    others = {n: np.full((channels, channels, 1, 1), 1 / channels, np.float32) for n in "bc"}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["images", "wa"], ["a"], name="a"),
+            helper.make_node("Conv", ["a", "wb"], ["b"], name="b"),
+            helper.make_node("Conv", ["b", "wc"], ["c"], name="c"),
+            helper.make_node("GlobalAveragePool", ["c"], ["p"], name="p"),
+            helper.make_node("Flatten", ["p"], ["logits"], name="f"),
+        ],
+        "ones",
+        [value("images", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [value("logits", TensorProto.FLOAT, ["n", channels])],
+        [
+            numpy_helper.from_array(first, "wa"),
+            *(numpy_helper.from_array(weight, f"w{name}") for name, weight in others.items()),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    path = tmp_path / "ones.onnx"
+    onnx.save(qdq.insert(model, dict.fromkeys(qdq.placement(model), 1 / 127)), path)
+    logits = OrtBackend(path, provider="cpu").infer(np.ones((2, 3, 8, 8), np.float32))
+    np.testing.assert_allclose(logits, 1, atol=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_any_batch_runs_and_its_rows_equal_the_same_rows_alone(
+    precision: str, onnx_file: OnnxFile, images: Images
+) -> None:
+    backend = OrtBackend(onnx_file("resnet8", precision), provider="cpu")
+    batch = images(5)
+    alone = np.concatenate([backend.infer(batch[index : index + 1]) for index in range(5)])
+    np.testing.assert_allclose(backend.infer(batch), alone, atol=1e-4 * np.abs(alone).max())
+
+
+def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu", threads=1)
+    assert (backend.provider, backend.device, backend.threads) == ("ONNX Runtime CPU", "cpu", 1)
+    assert backend.packages == ("onnxruntime",)
+    assert backend._session.get_providers() == ["CPUExecutionProvider"]
+    assert backend._session.get_session_options().intra_op_num_threads == 1
+    assert backend.timings() == {}
+
+
+def test_every_core_is_the_default(onnx_file: OnnxFile) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+    assert backend.threads == machine.cores()
+    assert backend._session.get_session_options().intra_op_num_threads == machine.cores()
+
+
+def test_auto_is_openvino_where_it_serves_this_processor(onnx_file: OnnxFile) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"))
+    expected = "ONNX Runtime CPU" if openvino_device() is None else "OpenVINO plugin"
+    assert backend.provider == expected
+
+
+def test_openvino_runs_or_is_an_error_but_never_a_fallback(
+    onnx_file: OnnxFile, images: Images
+) -> None:
+    path = onnx_file("resnet8", "fp32")
+    if openvino_device() is None:
+        with pytest.raises(EnvironmentLack, match="(?i)openvino") as caught:
+            OrtBackend(path, provider="openvino")
+        assert caught.value.exit_code == 3
+        return
+    backend = OrtBackend(path, provider="openvino")
+    assert "onnxruntime-ep-openvino" in backend.packages
+    reference = OrtBackend(path, provider="cpu").infer(images(4))
+    assert relative(backend.infer(images(4)), reference) < 1e-4
+
+
+def test_openvino_that_is_not_installed_is_named_with_its_package(
+    onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "installed", lambda module: "openvino" not in module)
+    assert openvino_device() is None
+    with pytest.raises(EnvironmentLack, match="pip install onnxruntime-ep-openvino"):
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="openvino")
+    assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="has CUDA")
+def test_cuda_that_is_not_there_is_an_error_not_a_fallback(onnx_file: OnnxFile) -> None:
+    with pytest.raises(EnvironmentLack, match="pip install onnxruntime-gpu") as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+    assert caught.value.exit_code == 3
+
+
+def test_cuda_that_does_not_start_is_an_error_not_a_fallback(
+    onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime itself falls back to the CPU here, with a warning."""
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: names)
+
+    class FallsBack(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: object, options: object, providers: object) -> None:
+            super().__init__(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", FallsBack)
+    with pytest.raises(EnvironmentLack, match="did not start"):
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+
+
+def test_an_unknown_provider_suggests_the_nearest(onnx_file: OnnxFile) -> None:
+    with pytest.raises(UnknownName, match="did you mean 'openvino'"):
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="openvinno")
+
+
+@pytest.mark.parametrize("data", [b"{}", b"hello, this is no onnx", bytes(100)], ids=str)
+def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "garbage.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"garbage\.onnx"):
+        OrtBackend(path, provider="cpu")
+
+
+def test_a_truncated_file_is_refused(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(onnx_file("resnet8", "fp32").read_bytes()[:10_000])
+    with pytest.raises(ArtifactError, match=r"cut\.onnx"):
+        OrtBackend(path, provider="cpu")
+
+
+def test_an_operator_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Wibble", ["images"], ["logits"], domain="com.example")],
+        "odd",
+        [value("images", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [value("logits", TensorProto.FLOAT, ["n", 3])],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)]
+    path = tmp_path / "odd.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    with pytest.raises(ArtifactError, match="Wibble"):
+        OrtBackend(path, provider="cpu")
+
+
+def test_closing_twice_is_fine(onnx_file: OnnxFile) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+    backend.close()
+    backend.close()

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rtresnet
+from rtresnet import artifacts, machine
+from rtresnet.artifacts import Link, Plan, Profile, Sidecar, sidecar_path
+from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.machine import Gpu
+from rtresnet.runtime.session import Session, load
+
+OnnxFile = Callable[..., Path]
+Images = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def copied(onnx_file: OnnxFile, tmp_path: Path) -> Path:
+    """An FP32 file with its sidecar, to spoil."""
+    source = onnx_file("resnet8", "fp32")
+    shutil.copy(source, tmp_path)
+    shutil.copy(sidecar_path(source), tmp_path)
+    return tmp_path / source.name
+
+
+@pytest.fixture
+def plan(copied: Path) -> Path:
+    """What says of itself that it is a plan of the installed RTX; it is never deserialized."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    parent = artifacts.read_sidecar(copied)
+    assert parent is not None
+    path = copied.parent / "net.plan"
+    artifacts.publish(
+        path,
+        lambda temporary: temporary.write_bytes(b"not really a plan"),
+        dataclasses.replace(
+            parent,
+            kind="plan",
+            parent=artifacts.link_to(copied, path),
+            plan=Plan(
+                builder="tensorrt_rtx",
+                version=trt.__version__,
+                targets=("sm_86", "sm_89"),
+                profiles=(Profile(min=1, opt=8, max=32),),
+                seconds=1.0,
+            ),
+            made_by={"command": "rtresnet build net.onnx --target sm_86,sm_89"},
+        ),
+    )
+    return path
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Changes fields of the plan's part of a sidecar, as another machine would have written."""
+    sidecar = artifacts.read_sidecar(path)
+    assert sidecar is not None and sidecar.plan is not None
+    changed = dataclasses.replace(
+        sidecar,
+        plan=dataclasses.replace(sidecar.plan, **changes),  # type: ignore[arg-type]
+    )
+    artifacts.write_text(sidecar_path(path), artifacts.to_json(changed))
+
+
+def untouched(*arguments: object, **options: object) -> None:
+    raise AssertionError("something was loaded before the sidecar was checked")
+
+
+def test_an_onnx_file_runs(onnx_file: OnnxFile, images: Images) -> None:
+    path = onnx_file("resnet8", "fp32")
+    with rtresnet.load(path, provider="cpu") as session:
+        logits = session(images(3))
+        assert logits.shape == (3, 10) and np.isfinite(logits).all()
+        assert session.path == path
+        assert session.sidecar == artifacts.read_sidecar(path)
+        assert session.preprocess.size == 32
+
+
+def test_leaving_the_block_closes_the_backend(onnx_file: OnnxFile) -> None:
+    class Counting:
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    backend = Counting()
+    with Session(Path("x.onnx"), None, backend) as session:  # type: ignore[arg-type]
+        assert backend.closed == 0
+    assert backend.closed == 1
+    with pytest.raises(KeyError), session:
+        raise KeyError
+    assert backend.closed == 2
+
+
+def test_the_description_has_what_belongs_beside_a_figure(onnx_file: OnnxFile) -> None:
+    with load(onnx_file("resnet8", "fp32"), provider="cpu", threads=1) as session:
+        described = session.describe()
+    assert described["device"] == machine.cpu()
+    assert described["provider"] == "ONNX Runtime CPU"
+    assert described["threads"] == 1
+    versions = described["versions"]
+    assert isinstance(versions, dict) and {"python", "onnxruntime", "numpy"} <= set(versions)
+
+
+def test_a_file_that_does_not_match_is_refused_before_anything_is_loaded(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtresnet.runtime.ort.OrtBackend", untouched)
+    data = bytearray(copied.read_bytes())
+    data[len(data) // 2] ^= 1
+    copied.write_bytes(data)
+    with pytest.raises(ArtifactError, match="not the file its sidecar describes"):
+        load(copied)
+    copied.write_bytes(data[:1000])
+    with pytest.raises(ArtifactError, match="truncated"):
+        load(copied)
+    copied.write_bytes(b"")
+    with pytest.raises(ArtifactError, match="empty"):
+        load(copied)
+
+
+def test_a_plan_that_does_not_match_is_refused_before_anything_is_loaded(
+    plan: Path, with_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    plan.write_bytes(b"quite another plan")
+    with pytest.raises(ArtifactError, match="not the file its sidecar describes"):
+        load(plan)
+
+
+def test_a_broken_sidecar_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtresnet.runtime.ort.OrtBackend", untouched)
+    sidecar_path(copied).write_text("{")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        load(copied)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.onnx.*no such file"):
+        load(tmp_path / "nowhere.onnx")
+
+
+@pytest.mark.parametrize("name", ["best.pt", "model.engine", "model", "model.onnx.json"])
+def test_what_is_neither_onnx_nor_plan_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"something")
+    with pytest.raises(InputError, match="ONNX file") as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_device_suggests_the_nearest(onnx_file: OnnxFile) -> None:
+    with pytest.raises(UnknownName, match="did you mean 'cuda'"):
+        load(onnx_file("resnet8", "fp32"), device="cudaa")
+
+
+def test_a_device_and_a_provider_that_contradict_are_refused(onnx_file: OnnxFile) -> None:
+    """What is asked for is what runs."""
+    for device, provider in (("cuda", "cpu"), ("cuda", "openvino"), ("cpu", "cuda")):
+        with pytest.raises(InputError, match=provider):
+            load(onnx_file("resnet8", "fp32"), device=device, provider=provider)
+
+
+def test_a_file_without_sidecar_runs_but_knows_no_preprocessing(
+    copied: Path, images: Images
+) -> None:
+    sidecar_path(copied).unlink()
+    with load(copied, provider="cpu") as session:
+        assert session.sidecar is None
+        assert session(images(2)).shape == (2, 10)
+        with pytest.raises(InputError, match=rf"{copied.name}\.json") as caught:
+            _ = session.preprocess
+    assert "mean and std are unknown" in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_a_plan_without_a_gpu_names_the_onnx_file(plan: Path, copied: Path, device: str) -> None:
+    with pytest.raises(EnvironmentLack, match="NVIDIA GPU") as caught:
+        load(plan, device=device)
+    assert caught.value.exit_code == 3
+    assert str(copied) in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_plan_without_sidecar_and_gpu_is_refused_in_the_same_way(plan: Path) -> None:
+    sidecar_path(plan).unlink()
+    with pytest.raises(EnvironmentLack, match="its ONNX file"):
+        load(plan)
+
+
+def test_a_plan_asked_onto_the_cpu_is_not_told_that_there_is_no_gpu(
+    plan: Path, copied: Path, with_gpu: Gpu
+) -> None:
+    with pytest.raises((EnvironmentLack, InputError)) as caught:
+        load(plan, device="cpu")
+    assert str(copied) in str(caught.value)
+    assert "there is none here" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_plan_of_another_version_names_the_rebuild_command(
+    plan: Path, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    found = (Gpu(name="Test GPU", capability=(8, 9), memory=1),) if gpu else ()
+    monkeypatch.setattr(machine, "gpus", lambda: found)
+    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    rewrite(plan, version="1.2.3.4")
+    with pytest.raises(ArtifactError, match=r"built by tensorrt_rtx 1\.2\.3\.4") as caught:
+        load(plan)
+    message = str(caught.value)
+    assert trt.__version__ in message
+    assert "rtresnet build net.onnx --target sm_86,sm_89" in message
+
+
+def test_a_plan_for_another_gpu_names_both(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(name="Test GPU", capability=(12, 0), memory=1)
+    monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
+    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    with pytest.raises(ArtifactError, match=r"sm_86, sm_89.*Test GPU.*sm_120") as caught:
+        load(plan)
+    assert "rtresnet build net.onnx" in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_plan_of_a_builder_that_is_not_installed_names_its_package(
+    plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "installed", lambda module: module != "tensorrt")
+    rewrite(plan, builder="tensorrt")
+    with pytest.raises(EnvironmentLack, match="pip install tensorrt-cu13") as caught:
+        load(plan)
+    assert caught.value.exit_code == 3
+
+
+def test_the_parent_of_a_plan_may_be_gone(plan: Path, copied: Path) -> None:
+    copied.unlink()
+    sidecar: Sidecar | None = artifacts.verify(plan)
+    assert sidecar is not None
+    assert sidecar.parent == Link(file=copied.name, sha256=sidecar.parent.sha256)  # type: ignore[union-attr]
