@@ -14,12 +14,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import secrets
 import shlex
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +26,7 @@ from typing import Any, TypeVar
 
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.preprocess import Preprocess
+from rtresnet.records import from_json, to_json
 
 SCHEMA = 1
 KINDS = ("checkpoint", "onnx", "plan")
@@ -346,47 +344,6 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
         current = parent_path(current, sidecar)
         if current in seen:  # a step that wrote over its own input and changed nothing
             return
-
-
-def to_json(record: Any) -> str:
-    """A dataclass as indented JSON; lists of scalars stay on one line."""
-    text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False)
-    flat = re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
-    return flat + "\n"
-
-
-def from_json(cls: type[T], data: dict[str, Any]) -> T:
-    """Builds a dataclass from parsed JSON, refusing missing and unknown fields.
-
-    Raises:
-        TypeError: A field is missing, unknown or of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    if not isinstance(data, dict):
-        raise TypeError(f"{cls.__name__} is not an object")
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}")
-    return cls(**{name: _coerce(hints[name], value, name) for name, value in data.items()})
-
-
-def _coerce(hint: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _coerce(next(a for a in arguments if a is not type(None)), value, name)
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(Any, hint), value)
-    if origin is tuple:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise TypeError(f"{name} is not a list")
-        return tuple(_coerce(arguments[0], item, name) for item in value)
-    expected = origin or hint
-    accepted = (int, float) if expected is float else expected
-    if expected is not Any and not isinstance(value, accepted):
-        raise TypeError(f"{name} is {value!r}, expected {expected.__name__}")
-    return value
 
 
 def _command(data: Any) -> str:

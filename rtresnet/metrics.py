@@ -70,11 +70,12 @@ def parity(reference: np.ndarray, candidate: np.ndarray) -> Parity:
     """Compares logits [N, classes] of a candidate with those of a reference."""
     difference = candidate.astype(np.float64) - reference.astype(np.float64)
     same = reference.argmax(axis=1) == candidate.argmax(axis=1)
+    error = float(np.linalg.norm(difference))
     norm = float(np.linalg.norm(reference.astype(np.float64)))
     return Parity(
         n=len(reference),
         largest=float(np.abs(difference).max()),
-        relative=float(np.linalg.norm(difference)) / norm if norm else float("inf"),
+        relative=error / norm if norm else (0.0 if error == 0 else float("inf")),
         agreement=float((same & ~np.isnan(difference).any(axis=1)).mean()),
     )
 

@@ -27,18 +27,17 @@ from rtresnet.artifacts import (
     Weights,
     atomic_path,
     chain,
-    from_json,
     link_to,
     publish,
     read_sidecar,
     sidecar_path,
-    to_json,
     update_measured,
     verify,
     write_text,
 )
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.preprocess import Preprocess
+from rtresnet.records import from_json, to_json
 
 MODEL = Model(architecture="resnet20", classes=("cat", "chat"), shortcut="A", stride_in="3x3")
 MINIMAL = Sidecar(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "rtresnet"
-BASE = {"errors", "artifacts", "preprocess", "metrics", "machine", ""}
+BASE = {"errors", "artifacts", "preprocess", "metrics", "machine", "records", ""}
 HEAVY = {
     "torch", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "tensorrt", "tensorrt_rtx", "cuda",
     "pycuda", "PIL", "sklearn", "matplotlib", "rich", "click", "numpy",

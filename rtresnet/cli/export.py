@@ -139,7 +139,7 @@ def resolve(
 ) -> tuple[Checkpoint, Path | None]:
     """The checkpoint to export, and its file where it has one."""
     from rtresnet.errors import InputError
-    from rtresnet.models import checkpoint, zoo
+    from rtresnet.models import checkpoint, download, zoo
     from rtresnet.preprocess import Preprocess
 
     if weights is None and model is None:
@@ -162,7 +162,7 @@ def resolve(
     if weights == "imagenet":
         if spec is None:
             raise InputError("--weights imagenet", fix="say of which net: --model NAME")
-        return checkpoint.imagenet(spec.name), None
+        return download.imagenet(spec.name), None
     assert weights is not None
     return checkpoint.load(weights, model=model), Path(weights)
 

@@ -40,6 +40,7 @@ def run(
 
     from rtresnet import metrics
     from rtresnet.data import loader, sources
+    from rtresnet.data.decode import CorruptImage
 
     paths = _files(images)
     if artifact is None:
@@ -56,7 +57,7 @@ def run(
             for index in range(start, min(start + size, len(paths))):
                 try:
                     good.append((index, opened.preprocess.crop(source.image(index))))
-                except sources.CorruptImage as error:
+                except CorruptImage as error:
                     skipped.append(str(error))
                     common.note(f"skipped {error}")
             if not good:

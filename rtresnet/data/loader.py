@@ -14,7 +14,8 @@ from itertools import islice
 import numpy as np
 
 from rtresnet import machine
-from rtresnet.data.sources import Arrays, CorruptImage, Source
+from rtresnet.data.decode import CorruptImage
+from rtresnet.data.sources import Arrays, Source
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
 

@@ -13,43 +13,22 @@ Everything is uint8 RGB in here. Resizing, cropping and normalizing is `preproce
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import math
 import os
-import pickle
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from rtresnet.data.decode import decode
+from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.errors import DataError, InputError, UnknownName, missing_package
 from rtresnet.preprocess import resize
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 FORMS = ("digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "npz:FILE", "synthetic:N")
 SPLITS = ("train", "test", "all")
-CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-FASHION = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle-boot",
-]
-
-
-class CorruptImage(DataError):
-    """One image that cannot be decoded. Batches count it, report it and go on."""
 
 
 class Source(Protocol):
@@ -139,32 +118,6 @@ class Files:
         return digest.hexdigest()
 
 
-def decode(path: str | os.PathLike[str], data: bytes | None = None) -> np.ndarray:
-    """Decodes an image file to uint8 RGB [H, W, 3], upright as its EXIF says.
-
-    Raises:
-        CorruptImage: Not an image, truncated, or larger than Pillow's bomb limit.
-        DataError: The file cannot be read at all.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data) if data is not None else path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut at 255, not scale
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image.info.pop("transparency", None)  # left out anyway; Pillow would warn
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error) as error:
-        raise CorruptImage(f"{path}: not an image or damaged ({error})") from None
-    except Image.DecompressionBombError as error:
-        raise CorruptImage(f"{path}: {error}") from None
-    except OSError as error:
-        if error.errno is None:  # Pillow's own, such as "image file is truncated"
-            raise CorruptImage(f"{path}: {error}") from None
-        raise DataError(f"{path}: {error.strerror}") from None
-
-
 def open_source(spec: str, split: str = "all") -> Source:
     """Opens images by name.
 
@@ -183,11 +136,11 @@ def open_source(spec: str, split: str = "all") -> Source:
     if spec == "digits":
         return _digits(split)
     if form == "fashion-mnist" and argument:
-        return _fashion_mnist(spec, _folder(argument), split)
+        return _arrays(spec, *read_fashion_mnist(_folder(argument), split), splits=True)
     if form == "cifar10" and argument:
-        return _cifar10(spec, _folder(argument), split)
+        return _arrays(spec, *read_cifar10(_folder(argument), split), splits=True)
     if form == "npz" and argument:
-        return _npz(spec, Path(argument))
+        return _arrays(spec, *read_npz(Path(argument)))
     if form == "synthetic" and argument:
         return _synthetic(spec, argument)
     if form == "folder" and argument:
@@ -256,86 +209,8 @@ def _digits(split: str) -> Source:
     return Arrays("digits", images[chosen], data.target[chosen], names, splits=True)
 
 
-def _fashion_mnist(spec: str, folder: Path, split: str) -> Source:
-    prefixes = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[split]
-    images = np.concatenate([_idx(folder, f"{prefix}-images-idx3-ubyte") for prefix in prefixes])
-    labels = np.concatenate([_idx(folder, f"{prefix}-labels-idx1-ubyte") for prefix in prefixes])
-    # 28 pixels and a border of 2: the 32 a CIFAR net takes, no pixel touched.
-    if images.ndim != 3:
-        raise DataError(f"{spec}: images are {list(images.shape)}, not [N, 28, 28]")
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    return _arrays(spec, padded, labels, FASHION, splits=True)
-
-
-def _idx(folder: Path, name: str) -> np.ndarray:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if not path.exists():
-            continue
-        try:
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        rank = raw[3] if len(raw) > 3 else 0
-        start = 4 + 4 * rank
-        shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else ()
-        if raw[:3] != b"\0\0\x08" or not shape or len(raw) != start + math.prod(shape):
-            raise DataError(f"{path}: not an idx file of bytes, or truncated")
-        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-    raise DataError(f"{folder / name}: no such file, nor with .gz")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """The python batches are pickles. This one can make NumPy arrays and nothing else."""
-
-    ALLOWED = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in an image batch")
-
-
-def _cifar10(spec: str, folder: Path, split: str) -> Source:
-    nested = folder / "cifar-10-batches-py"
-    folder = nested if nested.is_dir() else folder
-    train = [f"data_batch_{index}" for index in range(1, 6)]
-    names = {"train": train, "test": ["test_batch"], "all": [*train, "test_batch"]}[split]
-    images, labels = [], []
-    for name in names:
-        try:
-            with open(folder / name, "rb") as file:
-                batch = _ArraysOnly(file, encoding="bytes").load()
-            images.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32))
-            labels.append(np.asarray(batch[b"labels"]).reshape(len(images[-1])))
-        except FileNotFoundError:
-            raise DataError(f"{folder / name}: no such file") from None
-        except Exception as error:  # a damaged pickle raises almost anything
-            raise DataError(f"{folder / name}: not a CIFAR-10 batch ({error})") from None
-    pixels = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
-    return _arrays(spec, pixels, np.concatenate(labels), CIFAR10, splits=True)
-
-
-def _npz(spec: str, path: Path) -> Source:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
-            named = [str(name) for name in file["classes"]] if "classes" in file else None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except KeyError as error:
-        raise DataError(f"{path}: {error.args[0]}", fix="it needs `images` and `labels`") from None
-    except Exception as error:  # a damaged file raises almost anything: zip, tokenizer, type
-        raise DataError(
-            f"{path}: not an npz file of plain arrays, or truncated ({error})"
-        ) from None
-    count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-    return _arrays(spec, images, labels, named or [str(index) for index in range(count)])
-
-
 def _synthetic(spec: str, argument: str) -> Source:
-    if not argument.isdigit() or int(argument) < 1:
+    if not argument.isdecimal() or int(argument) < 1:
         raise InputError(f"{spec}: needs a number of images", fix="as in synthetic:256")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (int(argument), 32, 32, 3), dtype=np.uint8)

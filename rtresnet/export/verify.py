@@ -62,7 +62,8 @@ def check_parity(
     got = np.concatenate([candidate(images[:1]), candidate(images[1:])])
     rounding = metrics.parity(double, single).relative
     error = metrics.parity(double, got).relative
-    if not error <= max(FLOOR, FACTOR * rounding):  # also true of NaN
+    within = error <= max(FLOOR, FACTOR * rounding)  # False where either is NaN
+    if not within or not np.isfinite(rounding):
         raise GateMissed(
             f"the ONNX file is off by {error:.1e} relative where torch's float32 is off by "
             f"{rounding:.1e}",

@@ -1,4 +1,4 @@
-"""Checkpoints: save, load, import foreign ones, download the public ImageNet weights.
+"""Checkpoints: save them, load them, and check that they fit.
 
 A file is a dict of tensors and plain values, read with `weights_only=True`: nothing in it can
 run. Ours carries the architecture, class names and input contract; a foreign one (torchvision,
@@ -8,13 +8,8 @@ timm, the public CIFAR nets) carries names and shapes only, and the net is recog
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import os
-import re
-import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,26 +20,14 @@ from torch import Tensor
 
 from rtresnet import artifacts
 from rtresnet.artifacts import Model, Sidecar, Weights
-from rtresnet.errors import ArtifactError, InputError, UnknownName
+from rtresnet.errors import ArtifactError, InputError
 from rtresnet.models import zoo
+from rtresnet.models.foreign import adopt, recognize
 from rtresnet.models.resnet import ResNet
 from rtresnet.preprocess import Preprocess
+from rtresnet.records import from_json
 
 FORMAT = 1
-
-# torchvision's IMAGENET1K_V1 files; the eight digits in a name begin the file's sha256.
-WEIGHTS_URL = "https://download.pytorch.org/models/"
-IMAGENET_FILES = {
-    "resnet18": "resnet18-f37072fd.pth",
-    "resnet34": "resnet34-b627a593.pth",
-    "resnet50": "resnet50-0676ba61.pth",
-    "resnet101": "resnet101-63fe2227.pth",
-    "resnet152": "resnet152-394f9c45.pth",
-}
-
-# Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets say `linear`.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-_RENAMED = (("linear.", "fc."), ("classifier.", "fc."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +169,9 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
         raise ArtifactError(f"{path}: checkpoint format {payload['rtresnet']}, this reads {FORMAT}")
     try:
         checkpoint = Checkpoint(
-            model=artifacts.from_json(Model, payload["model"]),
-            input=artifacts.from_json(Preprocess, payload["input"]),
-            weights=artifacts.from_json(Weights, payload["weights"]),
+            model=from_json(Model, payload["model"]),
+            input=from_json(Preprocess, payload["input"]),
+            weights=from_json(Weights, payload["weights"]),
             state=payload["state"],
             training=payload["training"],
             measured=payload["measured"],
@@ -236,66 +219,6 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
     )
 
 
-def adopt(payload: Any) -> dict[str, Tensor]:
-    """Finds the tensors in a foreign file and gives them our names."""
-    for key in ("state_dict", "model", "model_state_dict", "net"):
-        if isinstance(payload, Mapping) and isinstance(payload.get(key), Mapping):
-            payload = payload[key]
-    if not isinstance(payload, Mapping):
-        return {}
-    state = {}
-    for name, tensor in payload.items():
-        if not isinstance(tensor, Tensor) or not isinstance(name, str):
-            continue
-        while name.startswith(_PREFIXES):
-            name = name.split(".", 1)[1]
-        for old, new in _RENAMED:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        name = re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name)
-        state[name] = tensor
-    for name in [name for name in state if name.endswith("running_mean")]:
-        # Files from before torch 0.4.1 lack the counter; it plays no part in inference.
-        state.setdefault(
-            name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.long)
-        )
-    return state
-
-
-def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
-    """The zoo net whose blocks these names describe, or None.
-
-    A plain net's tensors are those of its residual net with option A: that one is returned.
-    """
-    blocks: dict[int, set[int]] = {}
-    for name in state:
-        if match := re.match(r"layer(\d+)\.(\d+)\.", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    bottleneck = "layer1.0.conv3.weight" in state
-    if (
-        "layer1.0.downsample.0.weight" in state and not bottleneck
-    ) or "layer1.1.downsample.0.weight" in state:
-        shortcut = "C"
-    elif any(".downsample." in name for name in state):
-        shortcut = "B"
-    else:
-        shortcut = "A"
-    if len(counts) == 3 and len(set(counts)) == 1 and not bottleneck:
-        name = f"resnet{6 * counts[0] + 2}"
-    else:
-        shape = ("bottleneck" if bottleneck else "basic", counts)
-        depths = [depth for depth, entry in zoo.IMAGENET_COUNTS.items() if entry == shape]
-        if not depths:
-            return None
-        name = f"resnet{depths[0]}"
-    try:
-        found = zoo.spec(name, shortcut=shortcut)
-    except UnknownName:
-        return None
-    return found if found.counts == counts else None  # 6n+2 may be a name that ImageNet has taken
-
-
 def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> None:
     problems = _differences(state, spec, classes)
     if problems:
@@ -334,56 +257,3 @@ def _refuse(
     raise ArtifactError(
         f"{path}: does not fit {spec.name}: {', '.join(problems[:3])}{more}", fix=fix
     )
-
-
-def imagenet(architecture: str) -> Checkpoint:
-    """torchvision's published ImageNet weights, downloaded once and checked.
-
-    Environment: RTRESNET_CACHE is the folder kept (default ~/.cache/rtresnet),
-    RTRESNET_WEIGHTS_URL a mirror's address.
-
-    Raises:
-        InputError: No published weights for this net, or the download failed.
-    """
-    if architecture not in IMAGENET_FILES:
-        raise InputError(
-            f"no published ImageNet weights for {architecture}",
-            fix="they exist for " + ", ".join(IMAGENET_FILES),
-        )
-    base = os.environ.get("RTRESNET_WEIGHTS_URL", WEIGHTS_URL)
-    cache = Path(os.environ.get("RTRESNET_CACHE", Path.home() / ".cache" / "rtresnet"))
-    name = IMAGENET_FILES[architecture]
-    checkpoint = load(download(base.rstrip("/") + "/" + name, cache), model=architecture)
-    source = Weights(origin="imagenet", sha256=checkpoint.weights.sha256, source=name)
-    return dataclasses.replace(checkpoint, weights=source)
-
-
-def download(url: str, cache: Path) -> Path:
-    """Fetches a file whose name carries the first eight digits of its sha256.
-
-    Raises:
-        InputError: Unreachable, or the bytes do not match the name.
-    """
-    name = url.rsplit("/", 1)[1]
-    path = cache / name
-    match = re.search(r"-([0-9a-f]{8})\.\w+$", name)
-    if match is None:
-        raise InputError(f"{url}: the file's name carries no hash to check it against")
-    if path.exists() and artifacts.sha256(path).startswith(match[1]):
-        return path
-    try:
-        with artifacts.atomic_path(path) as temporary:
-            with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
-                shutil.copyfileobj(reply, file)
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-            if not digest.startswith(match[1]):
-                raise InputError(
-                    f"{url}: the download's sha256 begins {digest[:8]}, not {match[1]}",
-                    fix="try again; a proxy may have answered in its place",
-                )
-    except urllib.error.URLError as error:
-        raise InputError(
-            f"{url}: cannot be downloaded ({error.reason})",
-            fix=f"put the file at {path}, or name your own with --weights FILE",
-        ) from None
-    return path

@@ -30,6 +30,9 @@ from rtresnet.errors import ArtifactError
 
 WEIGHTED = ("Conv", "Gemm")
 
+# What a float32 scale can be without becoming zero, a subnormal or infinity.
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
@@ -108,7 +111,7 @@ def insert(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.ModelPro
     pairs: dict[str, list[onnx.NodeProto]] = {}
     for tensor, uses in placement(model).items():
         scale = scales.get(tensor)
-        if scale is None or not np.isfinite(scale) or scale <= 0:
+        if scale is None or not SMALLEST <= scale <= LARGEST:  # also refuses NaN
             raise ArtifactError(f"{tensor}: scale {scale} cannot be used", fix="calibrate again")
         pairs[tensor] = _pair(graph, tensor, float(scale))
         for use in uses:
@@ -130,10 +133,10 @@ def insert(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.ModelPro
 def weight_scales(weight: np.ndarray) -> np.ndarray:
     """One float32 scale an output channel (axis 0): largest magnitude over 127.
 
-    A channel of zeros gets scale 1: any would do, and none is divided by.
+    A channel of zeros, or of less than a float32 scale can say, gets scale 1 and becomes zeros.
     """
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
-    scales: np.ndarray = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    steps = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64) / 127
+    scales: np.ndarray = np.where(steps >= SMALLEST, steps, 1).astype(np.float32)
     return scales
 
 

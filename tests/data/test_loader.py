@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtresnet.data.decode import CorruptImage
 from rtresnet.data.loader import Tally, batch_size, batches, indexed, materialize, sample
-from rtresnet.data.sources import Arrays, CorruptImage, Files
+from rtresnet.data.sources import Arrays, Files
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
 

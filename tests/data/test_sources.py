@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtresnet.data.decode import CorruptImage, decode
+from rtresnet.data.formats import CIFAR10, FASHION
 from rtresnet.data.sources import (
-    CIFAR10,
-    FASHION,
     Arrays,
-    CorruptImage,
     Files,
     Source,
-    decode,
     images_under,
     open_images,
     open_source,

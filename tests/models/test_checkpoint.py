@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rtresnet import artifacts
 from rtresnet.errors import ArtifactError, InputError, UnknownName
-from rtresnet.models import checkpoint as checkpoints
+from rtresnet.models import download as public
 from rtresnet.models import zoo
-from rtresnet.models.checkpoint import Checkpoint, load, recognize, save, untrained
+from rtresnet.models.checkpoint import Checkpoint, load, save, untrained
+from rtresnet.models.foreign import recognize
 from rtresnet.models.resnet import BasicBlock, ResNet
 from rtresnet.preprocess import IMAGENET_MEAN, Preprocess
 
@@ -580,7 +581,7 @@ def hashed(folder: Path, stem: str, content: bytes) -> Path:
 def test_a_download_is_checked_and_kept(tmp_path: Path) -> None:
     source = hashed(tmp_path / "mirror", "net", b"weights" * 1000)
     cache = tmp_path / "deep" / "cache"
-    path = checkpoints.download(source.as_uri(), cache)
+    path = public.download(source.as_uri(), cache)
     assert path == cache / source.name
     assert path.read_bytes() == source.read_bytes()
     assert list(cache.iterdir()) == [path]
@@ -588,16 +589,16 @@ def test_a_download_is_checked_and_kept(tmp_path: Path) -> None:
 
 def test_a_second_download_needs_no_network(tmp_path: Path) -> None:
     source = hashed(tmp_path / "mirror", "net", b"weights")
-    first = checkpoints.download(source.as_uri(), tmp_path / "cache")
+    first = public.download(source.as_uri(), tmp_path / "cache")
     source.unlink()
-    assert checkpoints.download(source.as_uri(), tmp_path / "cache") == first
+    assert public.download(source.as_uri(), tmp_path / "cache") == first
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_anew(tmp_path: Path) -> None:
     source = hashed(tmp_path / "mirror", "net", b"weights")
-    path = checkpoints.download(source.as_uri(), tmp_path / "cache")
+    path = public.download(source.as_uri(), tmp_path / "cache")
     path.write_bytes(b"weig")
-    checkpoints.download(source.as_uri(), tmp_path / "cache")
+    public.download(source.as_uri(), tmp_path / "cache")
     assert path.read_bytes() == b"weights"
 
 
@@ -605,7 +606,7 @@ def test_bytes_that_do_not_match_the_name_are_refused_and_not_kept(tmp_path: Pat
     source = hashed(tmp_path / "mirror", "net", b"weights")
     source.write_bytes(b"please log in to the wireless network")
     with pytest.raises(InputError) as caught:
-        checkpoints.download(source.as_uri(), tmp_path / "cache")
+        public.download(source.as_uri(), tmp_path / "cache")
     actual = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
     assert actual in str(caught.value)
     assert source.stem.split("-")[1] in str(caught.value)
@@ -615,7 +616,7 @@ def test_bytes_that_do_not_match_the_name_are_refused_and_not_kept(tmp_path: Pat
 def test_a_file_that_cannot_be_reached_comes_with_where_to_put_it(tmp_path: Path) -> None:
     url = (tmp_path / "mirror" / "net-01234567.pth").as_uri()
     with pytest.raises(InputError) as caught:
-        checkpoints.download(url, tmp_path / "cache")
+        public.download(url, tmp_path / "cache")
     assert url in str(caught.value)
     assert str(tmp_path / "cache" / "net-01234567.pth") in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -624,7 +625,7 @@ def test_a_file_that_cannot_be_reached_comes_with_where_to_put_it(tmp_path: Path
 def test_a_name_without_a_hash_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pth").write_bytes(b"weights")
     with pytest.raises(InputError, match="no hash"):
-        checkpoints.download((tmp_path / "net.pth").as_uri(), tmp_path / "cache")
+        public.download((tmp_path / "net.pth").as_uri(), tmp_path / "cache")
 
 
 def test_the_imagenet_weights_come_from_the_mirror_and_then_from_the_cache(
@@ -633,21 +634,21 @@ def test_the_imagenet_weights_come_from_the_mirror_and_then_from_the_cache(
     state = weights("resnet18", 5)
     draft = written(tmp_path / "draft.pth", state)
     source = hashed(tmp_path / "mirror", "resnet18", draft.read_bytes())
-    monkeypatch.setitem(checkpoints.IMAGENET_FILES, "resnet18", source.name)
+    monkeypatch.setitem(public.IMAGENET_FILES, "resnet18", source.name)
     monkeypatch.setenv("RTRESNET_WEIGHTS_URL", source.parent.as_uri() + "/")
     monkeypatch.setenv("RTRESNET_CACHE", str(tmp_path / "cache"))
-    found = checkpoints.imagenet("resnet18")
+    found = public.imagenet("resnet18")
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
     assert found.spec == zoo.spec("resnet18")
     assert found.input == Preprocess(size=224, resize=256)
     assert found.weights == artifacts.Weights(origin="imagenet", sha256=digest, source=source.name)
     assert_same(found.state, state)
     source.unlink()
-    assert checkpoints.imagenet("resnet18").weights == found.weights
+    assert public.imagenet("resnet18").weights == found.weights
 
 
 def test_published_files_carry_their_hash_in_their_name() -> None:
-    for architecture, name in checkpoints.IMAGENET_FILES.items():
+    for architecture, name in public.IMAGENET_FILES.items():
         assert zoo.spec(architecture).family == "imagenet"
         assert name.startswith(architecture + "-")
         assert len(name.removesuffix(".pth").split("-")[1]) == 8
@@ -656,4 +657,4 @@ def test_published_files_carry_their_hash_in_their_name() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "plain34"])
 def test_a_net_without_published_weights_is_told_which_have_some(name: str) -> None:
     with pytest.raises(InputError, match=rf"{name}; .*resnet18.*resnet152"):
-        checkpoints.imagenet(name)
+        public.imagenet(name)

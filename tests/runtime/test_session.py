@@ -13,6 +13,7 @@ from rtresnet import artifacts, machine
 from rtresnet.artifacts import Link, Plan, Profile, Sidecar, sidecar_path
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.machine import Gpu
+from rtresnet.records import to_json
 from rtresnet.runtime.session import Session, load
 
 OnnxFile = Callable[..., Path]
@@ -63,7 +64,7 @@ def rewrite(path: Path, **changes: object) -> None:
         sidecar,
         plan=dataclasses.replace(sidecar.plan, **changes),  # type: ignore[arg-type]
     )
-    artifacts.write_text(sidecar_path(path), artifacts.to_json(changed))
+    artifacts.write_text(sidecar_path(path), to_json(changed))
 
 
 def untouched(*arguments: object, **options: object) -> None:

@@ -1,0 +1,117 @@
+"""Public data sets' own files to arrays: idx, CIFAR-10's python batches, npz.
+
+A damaged file is a DataError that names it. Whether the arrays are images with labels is checked
+in `sources.py`, the same for all.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtresnet.errors import DataError
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FASHION = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle-boot",
+]
+
+Raw = tuple[np.ndarray, np.ndarray, Sequence[str]]
+"""Images, labels, class names."""
+
+
+def read_fashion_mnist(folder: Path, split: str) -> Raw:
+    """idx files, plain or .gz; 28 pixels and a border of 2: a CIFAR net's 32, no pixel touched."""
+    prefixes = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[split]
+    images = np.concatenate([_idx(folder, f"{prefix}-images-idx3-ubyte") for prefix in prefixes])
+    labels = np.concatenate([_idx(folder, f"{prefix}-labels-idx1-ubyte") for prefix in prefixes])
+    if images.ndim != 3:
+        raise DataError(f"{folder}: images are {list(images.shape)}, not [N, 28, 28]")
+    return np.pad(images, ((0, 0), (2, 2), (2, 2))), labels, FASHION
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if not path.exists():
+            continue
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        rank = raw[3] if len(raw) > 3 else 0
+        start = 4 + 4 * rank
+        shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else ()
+        if raw[:3] != b"\0\0\x08" or not shape or len(raw) != start + math.prod(shape):
+            raise DataError(f"{path}: not an idx file of bytes, or truncated")
+        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    raise DataError(f"{folder / name}: no such file, nor with .gz")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """The python batches are pickles. This one can make NumPy arrays and nothing else."""
+
+    ALLOWED = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuses everything that is not part of an array."""
+        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in an image batch")
+
+
+def read_cifar10(folder: Path, split: str) -> Raw:
+    """The python batches, in `folder` or the folder they unpack into."""
+    nested = folder / "cifar-10-batches-py"
+    folder = nested if nested.is_dir() else folder
+    train = [f"data_batch_{index}" for index in range(1, 6)]
+    names = {"train": train, "test": ["test_batch"], "all": [*train, "test_batch"]}[split]
+    images, labels = [], []
+    for name in names:
+        try:
+            with open(folder / name, "rb") as file:
+                batch = _ArraysOnly(file, encoding="bytes").load()
+            images.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32))
+            labels.append(np.asarray(batch[b"labels"]).reshape(len(images[-1])))
+        except FileNotFoundError:
+            raise DataError(f"{folder / name}: no such file") from None
+        except Exception as error:  # a damaged pickle raises almost anything
+            raise DataError(f"{folder / name}: not a CIFAR-10 batch ({error})") from None
+    pixels = np.ascontiguousarray(np.concatenate(images).transpose(0, 2, 3, 1))
+    return pixels, np.concatenate(labels), CIFAR10
+
+
+def read_npz(path: Path) -> Raw:
+    """`images`, `labels` and, where there are any, `classes`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+            named = [str(name) for name in file["classes"]] if "classes" in file else None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]}", fix="it needs `images` and `labels`") from None
+    except Exception as error:  # a damaged file raises almost anything: zip, tokenizer, type
+        raise DataError(
+            f"{path}: not an npz file of plain arrays, or truncated ({error})"
+        ) from None
+    count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
+    return images, labels, named or [str(index) for index in range(count)]

@@ -1,0 +1,57 @@
+"""Frozen dataclasses to JSON and back, strictly: a missing, unknown or mistyped field is refused.
+
+Knows nothing of what the records mean; see `artifacts.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def to_json(record: Any) -> str:
+    """A dataclass as indented JSON; lists of scalars stay on one line."""
+    text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False)
+    flat = re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
+    return flat + "\n"
+
+
+def from_json(cls: type[T], data: dict[str, Any]) -> T:
+    """Builds a dataclass from parsed JSON, refusing missing and unknown fields.
+
+    Raises:
+        TypeError: A field is missing, unknown or of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    if not isinstance(data, dict):
+        raise TypeError(f"{cls.__name__} is not an object")
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}")
+    return cls(**{name: _coerce(hints[name], value, name) for name, value in data.items()})
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(Any, hint), value)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise TypeError(f"{name} is not a list")
+        return tuple(_coerce(arguments[0], item, name) for item in value)
+    expected = origin or hint
+    accepted = (int, float) if expected is float else expected
+    if expected is not Any and not isinstance(value, accepted):
+        raise TypeError(f"{name} is {value!r}, expected {expected.__name__}")
+    return value
