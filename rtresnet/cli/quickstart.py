@@ -121,12 +121,26 @@ def legend(result: dict[str, Any]) -> str:
     )
 
 
+def caveat(result: dict[str, Any]) -> str | None:
+    """Why INT8 is no faster, where it is not; None where it is."""
+    found = [r for r in result["bench"]["results"] if r["precision"] == "int8"]
+    if all(entry["speed"] > 1 for entry in found):
+        return None
+    return (
+        f"INT8 is not faster than FP32 here: the file is laid out for TensorRT's kernels, and "
+        f"{found[0]['provider']} runs the convolution before each addition in float. On an Intel "
+        "CPU the OpenVINO plugin is faster; the plan is for a GPU."
+    )
+
+
 def _show(result: dict[str, Any]) -> None:
     from rtresnet.report import tables
 
     console = common.out_console()
     tables.show(console, HEADINGS, rows(result))
     console.print(legend(result), markup=False)
+    if slow := caveat(result):
+        console.print(slow, markup=False)
     plans = result["export"]["plans"]
     console.print(
         f"Plans by {plans[0]['builder']} {plans[0]['version']} for "
@@ -168,6 +182,7 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
         page.heading("Three precisions of one net"),
         page.table(HEADINGS, rows(result)),
         page.paragraph(legend(result), "dim"),
+        *([page.paragraph(slow, "note")] if (slow := caveat(result)) else []),
         page.side_by_side(
             page.heading("Training")
             + page.picture(

@@ -38,7 +38,8 @@ def svg(drawn: Any, label: str) -> str:
     # A fixed salt: the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtresnet"}):
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = out.getvalue()
+    # matplotlib's own metadata names addresses outside the page, and nobody reads it there.
+    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :]
     text = text.replace("#000000", "currentColor")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
