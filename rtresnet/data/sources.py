@@ -171,7 +171,8 @@ def open_images(spec: str) -> Source:
         if missing:
             raise DataError(f"{path}: lists {missing[0]}, which is not there")
     elif path.is_dir():
-        paths = images_under(path)
+        # Where the folder is divided, what is tested on must not be calibrated on.
+        paths = images_under(path / "train" if (path / "train").is_dir() else path)
     else:
         return open_source(spec, "train")
     if not paths:

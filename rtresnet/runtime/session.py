@@ -112,13 +112,15 @@ def load(
 
         if not machine.gpus() or device == "cpu":
             trt.check_compatible(path, sidecar)
-            raise trt.plan_needs_gpu(path)
+            raise trt.plan_needs_gpu(path, here=bool(machine.gpus()))
         backend = trt.TrtBackend(path, sidecar)
     elif kind == "onnx":
         from rtresnet.runtime.ort import OrtBackend
 
         if device == "cuda" and provider == "auto":
             provider = "cuda"
+        if device != "auto" and (device == "cuda") != (provider == "cuda"):
+            raise InputError(f"--device {device} and --provider {provider} contradict each other")
         backend = OrtBackend(path, provider=provider, threads=threads)
     else:
         raise InputError(f"{path}: the runtime takes ONNX files and plans", fix="rtresnet export")

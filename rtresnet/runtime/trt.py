@@ -6,7 +6,6 @@ A batch above the profile's largest is split; one below its smallest is filled u
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -68,6 +67,7 @@ class TrtBackend:
     def __init__(self, path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
         check_compatible(path, sidecar)
         name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
+        self._ran = False
         self._undo: list[Callable[[], None]] = []
         cuda = self._cuda = open_cuda()
         if not machine.installed(name):
@@ -85,8 +85,10 @@ class TrtBackend:
             raise
 
     def _load(self, trt: Any, path: Path, cuda: Any) -> None:
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        # Kept as long as the engine that came of them.
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise EnvironmentLack(
                 f"{path}: {self.provider} {trt.__version__} does not accept this plan on "
@@ -106,8 +108,7 @@ class TrtBackend:
         self._classes = tuple(self._engine.get_tensor_shape(self._output))[-1]
         self._stream = cuda.stream()
         self._undo.append(lambda: cuda.destroy_stream(self._stream))
-        self._events = [cuda.event() for _ in range(4)]
-        self._undo += [functools.partial(cuda.destroy_event, event) for event in self._events]
+        self._events = [self._event() for _ in range(4)]
         self._in_size = 4 * int(np.prod(self._image))
         self._out_size = 4 * self._classes
         self._device_in = self._allocate(self._in_size * self.largest)
@@ -116,6 +117,11 @@ class TrtBackend:
         self._host_out = self._allocate_pinned(self._out_size * self.largest)
         self._context.set_tensor_address(self._input, self._device_in)
         self._context.set_tensor_address(self._output, self._device_out)
+
+    def _event(self) -> Any:
+        event = self._cuda.event()
+        self._undo.append(lambda: self._cuda.destroy_event(event))
+        return event
 
     def _allocate(self, size: int) -> int:
         address = self._cuda.allocate(size)
@@ -157,11 +163,14 @@ class TrtBackend:
         cuda.to_host(self._host_out, self._device_out, count * self._out_size, stream)
         cuda.record(events[3], stream)
         cuda.synchronize(stream)
+        self._ran = True
         out = self._host_out[: len(images) * self._out_size].view(np.float32)
         return out.reshape(len(images), self._classes)
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last part's copy in, compute and copy out."""
+        """Milliseconds of the last part's copy in, compute and copy out; empty before the first."""
+        if not self._ran:
+            return {}
         e, elapsed = self._events, self._cuda.elapsed
         return {
             "h2d": elapsed(e[0], e[1]),
@@ -171,7 +180,7 @@ class TrtBackend:
 
     def close(self) -> None:
         """Frees every buffer, event and stream, last made first."""
-        self._context = self._engine = None
+        self._context = self._engine = self._runtime = None
         while self._undo:
             self._undo.pop()()
 
@@ -185,9 +194,10 @@ def _runtime_config(trt: Any, engine: Any) -> Any:
     return config
 
 
-def plan_needs_gpu(path: str | os.PathLike[str]) -> EnvironmentLack:
-    """The error for a plan on a machine without a GPU."""
+def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> EnvironmentLack:
+    """The error for a plan on a machine without a GPU, or (`here`) asked onto the CPU of one."""
     sidecar = artifacts.read_sidecar(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"
-    return EnvironmentLack(f"{path}: a plan runs on an NVIDIA GPU, and there is none here", fix=fix)
+    why = "a plan runs on an NVIDIA GPU" + ("" if here else ", and there is none here")
+    return EnvironmentLack(f"{path}: {why}", fix=fix)

@@ -886,3 +886,14 @@ def test_a_label_of_a_file_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     path = picture(tmp_path / "1.png")
     found = {Files("f", [path], np.array([label]), "ab").fingerprint() for label in (0, 1)}
     assert len(found) == 2
+
+
+def test_a_divided_folder_gives_its_training_images_to_calibration_and_no_others(
+    tmp_path: Path,
+) -> None:
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            picture(tmp_path / split / label / f"{split}.png")
+    found = open_images(str(tmp_path))
+    assert isinstance(found, Files)
+    assert {path.name for path in found.paths} == {"train.png"} and len(found) == 2

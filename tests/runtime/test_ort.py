@@ -49,7 +49,7 @@ def test_moved_activations_are_the_same_integers_plus_128(
     onnx.checker.check_model(moved, full_check=True)
     tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
     assert len(tensors) > 7
-    for seed, factor in ((0, 1.0), (1, 3.0)):  # three times the range: some of it is clipped
+    for seed, factor in ((0, 1), (1, 3)):  # three times the range: some of it is clipped
         batch = images(3, size, seed=seed) * np.float32(factor)
         before = run_as_written(signed, batch, tensors, TensorProto.INT8)
         after = run_as_written(moved, batch, tensors, TensorProto.UINT8)
@@ -57,9 +57,7 @@ def test_moved_activations_are_the_same_integers_plus_128(
             assert (old.dtype, new.dtype) == (np.int8, np.uint8)
             np.testing.assert_array_equal(new.astype(int), old.astype(int) + 128, err_msg=tensor)
         np.testing.assert_array_equal(after[0], before[0])
-        reached = np.concatenate([old.ravel() for old in before[1:]])
-        assert reached.max() == 127
-    assert reached.min() == -128
+    assert {int(before[1].min()), int(before[1].max())} == {-128, 127}
 
 
 def test_moved_activations_leave_the_weights_alone(onnx_file: OnnxFile) -> None:
@@ -177,7 +175,7 @@ def test_openvino_runs_or_is_an_error_but_never_a_fallback(
 ) -> None:
     path = onnx_file("resnet8", "fp32")
     if openvino_device() is None:
-        with pytest.raises(EnvironmentLack, match="(?i)openvino") as caught:
+        with pytest.raises(EnvironmentLack, match=r"(?i)openvino") as caught:
             OrtBackend(path, provider="openvino")
         assert caught.value.exit_code == 3
         return

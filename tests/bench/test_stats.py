@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rtresnet.bench.stats import Latency, percentile, summarize
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "expected"),
+    [
+        (100, 0.99, 99),
+        (100, 0.95, 95),
+        (100, 0.90, 90),
+        (10, 0.90, 9),
+        (11, 0.90, 10),
+        (20, 0.95, 19),
+        (1000, 0.99, 990),
+        (101, 0.99, 100),
+        (199, 0.99, 198),
+        (2, 0.5, 1),
+        (3, 0.5, 2),
+    ],
+)
+def test_a_percentile_is_the_nearest_rank(n: int, share: float, expected: float) -> None:
+    samples = np.arange(1, n + 1, dtype=np.float64)
+    shuffled = np.random.default_rng(0).permutation(samples)
+    assert percentile(shuffled, share) == expected
+    assert (samples <= expected).mean() >= share
+    assert (samples < expected).mean() < share
+
+
+@pytest.mark.parametrize(("share", "needed"), [(0.99, 100), (0.95, 20), (0.90, 10)])
+def test_a_percentile_needs_a_sample_beyond_it(share: float, needed: int) -> None:
+    for n in (1, needed // 2, needed - 1):
+        assert percentile(np.ones(n), share) is None
+    assert percentile(np.ones(needed), share) == 1
+
+
+def test_every_share_is_a_sample_at_every_n() -> None:
+    for n in range(1, 400):
+        samples = np.arange(n, dtype=np.float64)
+        for share in (0.9, 0.95, 0.99):
+            found = percentile(samples, share)
+            assert (found is None) == (n < round(1 / (1 - share)))
+            if found is not None:
+                assert (samples <= found).sum() >= share * n - 1e-6
+
+
+def test_a_percentile_is_never_interpolated() -> None:
+    samples = np.array([1.0] * 94 + [50.0] * 6)
+    assert percentile(samples, 0.90) == 1
+    assert percentile(samples, 0.95) == 50
+
+
+def test_a_summary_has_every_figure() -> None:
+    milliseconds = np.arange(1, 101, dtype=np.float32)
+    found = summarize(milliseconds, batch=8, wall_seconds=4.0)
+    assert found == Latency(
+        n=100,
+        median=50.5,
+        mean=50.5,
+        std=pytest.approx(np.std(np.arange(1, 101), ddof=1)),
+        p90=90,
+        p95=95,
+        p99=99,
+        images_per_second=200,
+    )
+
+
+def test_the_tail_is_kept() -> None:
+    found = summarize(np.array([1.0] * 99 + [1000.0]), batch=1, wall_seconds=1.099)
+    assert found.median == 1
+    assert found.mean == pytest.approx(10.99)
+    assert found.images_per_second == pytest.approx(100 / 1.099)
+    assert found.p99 == 1
+    assert found.std > 90
+
+
+def test_a_single_sample_has_no_percentiles_and_no_spread() -> None:
+    found = summarize(np.array([2.5]), batch=4, wall_seconds=0.0025)
+    assert found == Latency(
+        n=1,
+        median=2.5,
+        mean=2.5,
+        std=0,
+        p90=None,
+        p95=None,
+        p99=None,
+        images_per_second=pytest.approx(1600),
+    )
+
+
+def test_a_summary_does_not_change_its_samples() -> None:
+    samples = np.array([3.0, 1.0, 2.0])
+    summarize(samples, batch=1, wall_seconds=1)
+    assert samples.tolist() == [3, 1, 2]
