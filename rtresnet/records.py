@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -18,9 +19,18 @@ T = TypeVar("T")
 
 def to_json(record: Any) -> str:
     """A dataclass as indented JSON; lists of scalars stay on one line."""
-    text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False)
+    text = json.dumps(known(dataclasses.asdict(record)), indent=1, ensure_ascii=False)
     flat = re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
     return flat + "\n"
+
+
+def known(value: Any) -> Any:
+    """The same, with None for every float that is not finite: strict JSON has no word for those."""
+    if isinstance(value, dict):
+        return {key: known(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(cls: type[T], data: dict[str, Any]) -> T:

@@ -573,3 +573,10 @@ def test_a_disk_that_fills_up_before_the_sidecar_is_noticed_by_verify(small_disk
     assert names_in(small_disk) == ["net.pt", "net.pt.json"]
     with pytest.raises(ArtifactError, match="not the file its sidecar describes"):
         verify(path)
+
+
+def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
+    odd = dataclasses.replace(MINIMAL, measured={"parity": {"relative": float("inf"), "n": 3}})
+    text = to_json(odd)
+    assert "Infinity" not in text
+    assert json.loads(text)["measured"] == {"parity": {"relative": None, "n": 3}}

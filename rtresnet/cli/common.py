@@ -115,9 +115,9 @@ def write_json(target: str | None, verb: str, result: dict[str, Any]) -> None:
     """Writes `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
     if target is None:
         return
-    from rtresnet import artifacts
+    from rtresnet import artifacts, records
 
-    record = {"verb": verb, "made_by": artifacts.provenance(), "result": result}
+    record = records.known({"verb": verb, "made_by": artifacts.provenance(), "result": result})
     text = json.dumps(record, indent=1) + "\n"
     if target == "-":
         click.echo(text, nl=False)

@@ -82,7 +82,8 @@ class Arrays:
 
     def fingerprint(self) -> str:
         """sha256 of pixels and labels."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
@@ -127,7 +128,7 @@ def open_source(spec: str, split: str = "all") -> Source:
             asked for; `source.splits` says which it is.
 
     Raises:
-        DataError: Nothing there, an empty class, a single class, or arrays that do not fit.
+        DataError: Nothing there, an empty class, a single class folder, or arrays that do not fit.
         UnknownName: No such form.
     """
     if split not in SPLITS:
@@ -145,7 +146,7 @@ def open_source(spec: str, split: str = "all") -> Source:
         return _synthetic(spec, argument)
     if form == "folder" and argument:
         return _class_folders(spec, _folder(argument), split)
-    if Path(spec).is_dir():
+    if spec and Path(spec).is_dir():
         return _class_folders(spec, Path(spec), split)
     if os.sep in spec or (form == spec and Path(spec).suffix):
         raise DataError(f"{spec}: no such folder", fix="data is one of " + ", ".join(FORMS))

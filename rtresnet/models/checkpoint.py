@@ -177,7 +177,9 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             measured=payload["measured"],
         )
         said = checkpoint.spec
-    except (KeyError, TypeError, InputError) as error:
+        if not all(isinstance(tensor, Tensor) for tensor in checkpoint.state.values()):
+            raise TypeError("state holds something else than tensors")
+    except (KeyError, TypeError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
     spec = zoo.spec(wanted) if wanted else said
     if spec.name != said.name:

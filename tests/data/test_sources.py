@@ -897,3 +897,18 @@ def test_a_divided_folder_gives_its_training_images_to_calibration_and_no_others
     found = open_images(str(tmp_path))
     assert isinstance(found, Files)
     assert {path.name for path in found.paths} == {"train.png"} and len(found) == 2
+
+
+def test_no_name_is_not_the_current_folder() -> None:
+    with pytest.raises(InputError):
+        open_source("")
+
+
+def test_the_same_bytes_in_another_shape_are_other_images() -> None:
+    pixels = noise(2, 4, 8, 3)
+    labels = np.zeros(2, int)
+    wide, tall = (
+        Arrays("a", pixels, labels, "ab"),
+        Arrays("a", pixels.reshape(2, 8, 4, 3), labels, "ab"),
+    )
+    assert wide.fingerprint() != tall.fingerprint()

@@ -658,3 +658,13 @@ def test_published_files_carry_their_hash_in_their_name() -> None:
 def test_a_net_without_published_weights_is_told_which_have_some(name: str) -> None:
     with pytest.raises(InputError, match=rf"{name}; .*resnet18.*resnet152"):
         public.imagenet(name)
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"fc.weight": 3}, None])
+def test_a_checkpoint_whose_state_is_no_dict_of_tensors_is_refused(
+    tmp_path: Path, state: object
+) -> None:
+    save(tmp_path / "net.pt", ours())
+    payload = torch.load(tmp_path / "net.pt", weights_only=True)
+    payload["state"] = state
+    assert "broken checkpoint" in refusal(written(tmp_path / "odd.pt", payload))
