@@ -2,11 +2,9 @@
 
 What is asked for is what runs. A provider that is not there is an error, never a fallback.
 
-Two things are done to be right and fast on a CPU, both in memory; the file stays TensorRT's:
+Two things are done to be right and fast on a CPU; the file on disk stays TensorRT's:
 
-- The CPU provider is slower than FP32 on signed int8 activations and fast on unsigned ones. An
-  int8 activation with zero point 0 becomes uint8 with zero point 128: q + 128 for every q, the
-  same rounding, the same clipping, the same numbers after dequantization.
+- For the CPU provider a Q/DQ file is rewritten in memory (`cpu_form.py`).
 - OpenVINO computes FP32 files in BF16 where the processor can (ResNet-50's logits then differ by
   11 % relative, measured). It is told f32: precision lives in the file.
 """
@@ -21,6 +19,7 @@ import numpy as np
 
 from rtresnet import machine
 from rtresnet.errors import ArtifactError, EnvironmentLack, UnknownName, missing_package
+from rtresnet.runtime.cpu_form import for_cpu
 
 PROVIDERS = ("auto", "cpu", "openvino", "cuda")
 
@@ -67,7 +66,7 @@ class OrtBackend:
             self.device = machine.gpus()[0].name if machine.gpus() else "cuda"
         else:
             self.provider, names = "ONNX Runtime CPU", ["CPUExecutionProvider"]
-        model = unsigned_activations(path) if provider == "cpu" else os.fspath(path)
+        model = for_cpu(path) if provider == "cpu" else os.fspath(path)
         try:
             self._session: Any = ort.InferenceSession(model, options, providers=names or None)
         except Exception as error:  # ONNX Runtime raises its own types, one for each status code
@@ -139,43 +138,3 @@ def _use_openvino(options: Any, threads: int | None) -> None:
         )
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
     options.add_provider_for_devices([device], {"load_config": json.dumps({"CPU": settings})})
-
-
-def unsigned_activations(path: str | os.PathLike[str]) -> str | bytes:
-    """A Q/DQ file with activations moved from int8 around 0 to uint8 around 128.
-
-    Returns:
-        The serialized model, or the path itself where nothing is to be moved.
-    """
-    try:
-        import onnx
-    except ImportError:
-        raise missing_package("onnx", "the CPU provider on an INT8 file") from None
-    try:
-        model = onnx.load(os.fspath(path))
-    except Exception as error:  # protobuf's DecodeError is not one type across versions
-        raise ArtifactError(
-            f"{path}: not an ONNX file, or truncated", fix="export it anew"
-        ) from error
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    quantized = {n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    moved: dict[str, str] = {}
-    for node in model.graph.node:
-        is_pair = node.op_type == "QuantizeLinear" or (
-            node.op_type == "DequantizeLinear" and node.input[0] in quantized
-        )
-        if not is_pair or len(node.input) < 3:
-            continue
-        zero = constants.get(node.input[2])
-        if zero is None or zero.data_type != onnx.TensorProto.INT8:
-            continue
-        values = onnx.numpy_helper.to_array(zero)
-        if zero.name not in moved:
-            moved[zero.name] = f"{zero.name}.unsigned"
-            shifted = (values.astype(np.int16) + 128).astype(np.uint8)
-            model.graph.initializer.append(onnx.numpy_helper.from_array(shifted, moved[zero.name]))
-        node.input[2] = moved[zero.name]
-    if not moved:
-        return os.fspath(path)
-    del model.graph.value_info[:]  # it still calls the moved tensors int8
-    return bytes(model.SerializeToString())

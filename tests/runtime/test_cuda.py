@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_a_binding_that_is_not_installed_is_named(
         monkeypatch.delenv("RTRESNET_CUDA", raising=False)
     else:
         monkeypatch.setenv("RTRESNET_CUDA", choice)
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(EnvironmentLack, match=f"pip install {package}$") as caught:
         open_cuda()
     assert caught.value.exit_code == 3

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from rtresnet import machine
 from rtresnet.errors import ArtifactError, EnvironmentLack, UnknownName
 from rtresnet.quantize import qdq
-from rtresnet.runtime.ort import OrtBackend, openvino_device, unsigned_activations
+from rtresnet.runtime.cpu_form import for_cpu, quantize_at_convolutions, unsigned
+from rtresnet.runtime.ort import OrtBackend, openvino_device
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -45,7 +46,7 @@ def test_moved_activations_are_the_same_integers_plus_128(
 ) -> None:
     path = onnx_file(name, "int8", size)
     signed = onnx.load(path)
-    moved = onnx.load_from_string(unsigned_activations(path))
+    moved = unsigned(path)
     onnx.checker.check_model(moved, full_check=True)
     tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
     assert len(tensors) > 7
@@ -60,9 +61,52 @@ def test_moved_activations_are_the_same_integers_plus_128(
     assert {int(before[1].min()), int(before[1].max())} == {-128, 127}
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "moves"), [("resnet8", 32, 4), ("resnet18", 64, 9), ("resnet50", 64, 33)]
+)
+def test_quantizing_at_the_convolution_gives_the_same_integers(
+    name: str, size: int, moves: int, onnx_file: OnnxFile, images: Images
+) -> None:
+    path = onnx_file(name, "int8", size)
+    signed, form = onnx.load(path), unsigned(path)
+    assert quantize_at_convolutions(form) == moves
+    onnx.checker.check_model(form, full_check=True)
+    tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
+    for seed, factor in ((0, 1), (1, 3)):
+        batch = images(3, size, seed=seed) * np.float32(factor)
+        before = run_as_written(signed, batch, tensors, TensorProto.INT8)
+        after = run_as_written(form, batch, tensors, TensorProto.UINT8)
+        for tensor, old, new in zip(tensors, before[1:], after[1:], strict=True):
+            np.testing.assert_array_equal(new.astype(int), old.astype(int) + 128, err_msg=tensor)
+        np.testing.assert_array_equal(after[0], before[0])
+
+
+def test_the_cpu_provider_then_runs_those_convolutions_in_integers(
+    onnx_file: OnnxFile, tmp_path: Path
+) -> None:
+    data = for_cpu(onnx_file("resnet50", "int8", 64))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx")
+    integer = sum(node.op_type == "QLinearConv" for node in optimized.graph.node)
+    assert integer == 33 + 4  # the shortcuts' projections were integer before
+
+
+def test_another_zero_point_is_left_where_it_is(onnx_file: OnnxFile) -> None:
+    form = unsigned(onnx_file("resnet8", "int8"))
+    for tensor in form.graph.initializer:
+        if tensor.name.endswith(".unsigned"):
+            tensor.CopyFrom(numpy_helper.from_array(np.array(7, np.uint8), tensor.name))
+    before = form.SerializeToString()
+    assert quantize_at_convolutions(form) == 0
+    assert form.SerializeToString() == before
+
+
 def test_moved_activations_leave_the_weights_alone(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "int8")
-    signed, moved = onnx.load(path), onnx.load_from_string(unsigned_activations(path))
+    signed, moved = onnx.load(path), unsigned(path)
     before = {t.name: t for t in signed.graph.initializer}
     after = {t.name: t for t in moved.graph.initializer}
     assert all(after[name] == tensor for name, tensor in before.items())
@@ -85,15 +129,15 @@ def test_the_file_on_disk_stays_as_it_is(onnx_file: OnnxFile) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_file_without_quantization_is_not_touched(precision: str, onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", precision)
-    assert unsigned_activations(path) == str(path)
+    assert for_cpu(path) == str(path)
 
 
 def test_a_file_moved_already_is_not_touched(onnx_file: OnnxFile, tmp_path: Path) -> None:
     path = tmp_path / "moved.onnx"
-    data = unsigned_activations(onnx_file("resnet8", "int8"))
+    data = for_cpu(onnx_file("resnet8", "int8"))
     assert isinstance(data, bytes)
     path.write_bytes(data)
-    assert unsigned_activations(path) == str(path)
+    assert for_cpu(path) == str(path)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.1)])
