@@ -80,6 +80,21 @@ def cpu() -> str:
     return f"{name}, {cores()} cores"
 
 
+@functools.cache
+def exact_int8() -> bool:
+    """Whether the processor adds up u8 by s8 products without saturating at 16 bits.
+
+    x86 needs VNNI for that (avx512_vnni or avx_vnni); other processors do it as they are.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("flags"):
+                return bool({"avx512_vnni", "avx_vnni"}.intersection(line.split()))
+    return False
+
+
 def cores() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,23 @@ def build(
         GateMissed: A convolution does not take the precision the file promises. Nothing is
             written then.
     """
-    source = Path(source)
+    try:
+        return _build(Path(source), out, tuple(profiles), target, builder, progress)
+    except BaseException as error:
+        # TensorRT-RTX 1.7 locks up when a builder is destroyed while another is being made. One
+        # that a traceback keeps is destroyed when Python happens to collect it: let go of it now.
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def _build(
+    source: Path,
+    out: str | os.PathLike[str],
+    profiles: tuple[Profile, ...],
+    target: Sequence[str],
+    builder: str,
+    progress: Callable[[str], None],
+) -> Sidecar:
     parent = artifacts.verify(source)
     trt = targets.builder(builder)
     log = _log(trt)
@@ -57,7 +74,7 @@ def build(
     network = maker.create_network(_creation_flags(trt))
     progress("parse")
     _parse(trt, network, log, source)
-    parent = parent or _stranger(network, source)
+    parent = parent or _stranger(trt, network, source)
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     targets.apply(trt, config, target)
@@ -76,7 +93,7 @@ def build(
         raise ArtifactError(f"{source}: the build failed: {log.complaints()}")
     attested = attest.read_dump(log.layers, _convolutions(trt, network))
     _hold(source, parent.precision, attested)
-    return _publish(trt, serialized, out, source, parent, tuple(profiles), attested, seconds)
+    return _publish(trt, serialized, out, source, parent, profiles, attested, seconds)
 
 
 def _publish(
@@ -150,11 +167,19 @@ def _creation_flags(trt: Any) -> int:
 
 def _parse(trt: Any, network: Any, log: Any, source: Path) -> None:
     parser = trt.OnnxParser(network, log)
-    if parser.parse(source.read_bytes()):
-        return
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    what = "; ".join(f"{e.node_name() or 'file'}: {e.desc()}" for e in errors) or log.complaints()
-    raise ArtifactError(f"{source}: TensorRT cannot parse it ({what[:500]})")
+    if not parser.parse(source.read_bytes()):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        what = "; ".join(map(_complaint, errors)) or log.complaints()
+        raise ArtifactError(f"{source}: TensorRT cannot parse it ({what[:500]})")
+    if not network.num_inputs or not network.num_outputs:  # of some other files it parses nothing
+        raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
+
+
+def _complaint(error: Any) -> str:
+    """Which node, what it is, and what the parser says of it: at times no more than `false`."""
+    node = f"{error.node_name() or 'a node'} ({error.node_operator()})"
+    where = node if error.node_operator() else "file"
+    return f"{where}: {error.code().name} {error.desc()}"
 
 
 def _convolutions(trt: Any, network: Any) -> list[str]:
@@ -162,17 +187,23 @@ def _convolutions(trt: Any, network: Any) -> list[str]:
     return [layer.name for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
 
 
-def _stranger(network: Any, source: Path) -> Sidecar:
+def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:
     """What can be said of an ONNX file that came without a sidecar: its shapes."""
-    shape, classes = tuple(network.get_input(0).shape), tuple(network.get_output(0).shape)[-1]
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] < 1 or classes < 1:
-        raise ArtifactError(f"{source}: input {shape}: not a net from [N, 3, S, S] to [N, classes]")
+    images, logits = network.get_input(0), network.get_output(0)
+    shape, out = tuple(images.shape), tuple(logits.shape)
+    square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] > 0
+    floats = images.dtype == logits.dtype == trt.float32
+    if not square or not floats or len(out) != 2 or out[1] < 1:
+        raise ArtifactError(
+            f"{source}: {images.dtype.name} {list(shape)} to {logits.dtype.name} {list(out)}: not "
+            "a net from float32 [N, 3, S, S] to float32 [N, classes]"
+        )
     return Sidecar(
         kind="onnx",
         file=source.name,
         model=Model(
             architecture="unknown",
-            classes=tuple(str(index) for index in range(classes)),
+            classes=tuple(str(index) for index in range(out[1])),
             shortcut="unknown",
             stride_in="unknown",
         ),

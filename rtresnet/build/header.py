@@ -35,11 +35,12 @@ def read(path: str | os.PathLike[str]) -> Header | None:
     """
     path = artifacts.require_file(path)
     with open(path, "rb") as file:
-        header = parse(file.read(SIZE))
-    actual = path.stat().st_size
-    if header is not None and header.bytes != actual:
+        head = file.read(SIZE)
+    header, actual = parse(head), path.stat().st_size
+    cut = header is None and head.startswith(MAGIC) and actual < SIZE
+    if cut or (header is not None and header.bytes != actual):
         raise ArtifactError(
-            f"{path}: truncated ({actual} of {header.bytes} bytes)",
+            f"{path}: truncated ({actual} of {header.bytes if header else 'at least 64'} bytes)",
             fix="copy it again or build it anew",
         )
     return header

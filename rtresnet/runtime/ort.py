@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rtresnet import machine
-from rtresnet.errors import ArtifactError, EnvironmentLack, UnknownName, missing_package
+from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName, missing_package
 from rtresnet.runtime.cpu_form import for_cpu
 
 PROVIDERS = ("auto", "cpu", "openvino", "cuda")
@@ -50,6 +50,9 @@ class OrtBackend:
         options.log_severity_level = 3
         self.threads = threads or machine.cores() if provider != "cuda" else None
         options.intra_op_num_threads = self.threads or 0
+        if provider == "cpu" and not machine.exact_int8():
+            # Slower, and right: the fast kernels would saturate at 16 bits on this processor.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self.device = "cpu"
         self.packages: tuple[str, ...] = ("onnxruntime",)
         names: list[str] = []
@@ -83,7 +86,12 @@ class OrtBackend:
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """float32 [N, 3, S, S] to float32 logits [N, classes]."""
-        logits: np.ndarray = self._session.run(None, {self._input: images})[0]
+        try:
+            logits: np.ndarray = self._session.run(None, {self._input: images})[0]
+        except Exception as error:  # InvalidArgument, which has no name outside its module
+            raise InputError(
+                f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
+            ) from error
         return logits
 
     def timings(self) -> dict[str, float]:

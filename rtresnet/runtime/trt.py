@@ -115,8 +115,9 @@ class TrtBackend:
         self._device_out = self._allocate(self._out_size * self.largest)
         self._host_in = self._allocate_pinned(self._in_size * self.largest)
         self._host_out = self._allocate_pinned(self._out_size * self.largest)
-        self._context.set_tensor_address(self._input, self._device_in)
-        self._context.set_tensor_address(self._output, self._device_out)
+        for tensor, address in ((self._input, self._device_in), (self._output, self._device_out)):
+            if not self._context.set_tensor_address(tensor, address):
+                raise EnvironmentLack(f"{path}: {self.provider} refuses a buffer for {tensor}")
 
     def _event(self) -> Any:
         event = self._cuda.event()

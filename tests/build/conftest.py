@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,12 +87,6 @@ def plan(onnx_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         onnx_file("resnet8", "int8"), path, profiles=[Profile(min=1, opt=4, max=8)], builder="rtx"
     )
     return path
-
-
-@pytest.fixture(autouse=True)
-def collected() -> None:
-    """Lets go of builders that tracebacks of earlier tests hold: see test_engine's last test."""
-    gc.collect()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import machine
-from rtresnet.errors import ArtifactError, EnvironmentLack, UnknownName
+from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.quantize import qdq
 from rtresnet.runtime.cpu_form import for_cpu, quantize_at_convolutions, unsigned
 from rtresnet.runtime.ort import OrtBackend, openvino_device
@@ -301,3 +301,21 @@ def test_closing_twice_is_fine(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     backend.close()
     backend.close()
+
+
+def test_images_of_the_wrong_shape_are_refused_by_name(onnx_file: OnnxFile) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+    with pytest.raises(InputError, match=r"\[2, 3, 16, 16\]"):
+        backend.infer(np.zeros((2, 3, 16, 16), np.float32))
+
+
+def test_a_processor_that_saturates_is_told_to_be_exact(
+    onnx_file: OnnxFile, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, batch = onnx_file("resnet8", "int8"), images(4)
+    expected = OrtBackend(path, provider="cpu").infer(batch)
+    monkeypatch.setattr(machine, "exact_int8", lambda: False)
+    backend = OrtBackend(path, provider="cpu")
+    entry = backend._session.get_session_options().get_session_config_entry
+    assert entry("session.x64quantprecision") == "1"
+    assert relative(backend.infer(batch), expected) < 0.05
