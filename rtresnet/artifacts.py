@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -119,7 +120,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """The record beside an artifact. Unknown values are None, never a guess."""
+    """The record beside an artifact. Unknown is None; `assumed` names what had to be guessed."""
 
     kind: str
     file: str
@@ -127,6 +128,7 @@ class Sidecar:
     input: Preprocess
     weights: Weights
     precision: str
+    assumed: tuple[str, ...] = ()
     parent: Link | None = None
     calibration: Calibration | None = None
     plan: Plan | None = None
@@ -181,6 +183,24 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a folder to write into.
+
+    Raises:
+        InputError: It cannot be made, or not be written into.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"{path}: cannot be made a folder", fix="choose another --out") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: not writable", fix="choose another --out")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
@@ -189,7 +209,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     before stays as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
@@ -197,8 +217,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        # A full disk is met by write(), which does not know the file's name.
-        error.filename = error.filename or str(path)
+        # A full disk is met by write(), which does not know the file's name; nor is the temporary
+        # one anything to a person.
+        error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -102,6 +102,7 @@ GOLDEN = """\
   "source": "runs/cats/best.pt"
  },
  "precision": "int8",
+ "assumed": [],
  "parent": {
   "file": "cats.int8.onnx",
   "sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"

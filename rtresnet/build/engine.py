@@ -118,7 +118,12 @@ def _publish(
         attested=attested,
     )
     sidecar = dataclasses.replace(
-        parent, kind="plan", parent=artifacts.link_to(source, out), plan=plan, measured={}
+        parent,
+        kind="plan",
+        parent=artifacts.link_to(source, out),
+        plan=plan,
+        measured={},
+        made_by={},
     )
     return artifacts.publish(out, lambda temporary: temporary.write_bytes(data), sidecar)
 
@@ -210,4 +215,5 @@ def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:
         input=Preprocess.for_size(shape[2]),
         weights=Weights(origin="file", sha256=artifacts.sha256(source), source=str(source)),
         precision="unknown",
+        assumed=("model", "input"),
     )

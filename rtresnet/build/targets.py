@@ -14,7 +14,14 @@ from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, InputError, UnknownName
 
 # What TensorRT-RTX 1.7 lists, in the order of the bits of a plan's header.
-RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+RTX_TARGETS = {
+    "sm_75": "RTX 20, T4",
+    "sm_80": "A100, A30",
+    "sm_86": "RTX 30, A10, A40",
+    "sm_89": "RTX 40, L4, L40",
+    "sm_120": "RTX 50",
+    "sm_121": "GB10",
+}
 BUILDERS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
@@ -57,7 +64,7 @@ def parse(text: str | None) -> tuple[str, ...]:
 
     Raises:
         InputError: sm_90, which TensorRT-RTX does not serve.
-        UnknownName: Any other name that is no target.
+        InputError: Any other name that is no target.
     """
     names = tuple(
         part.strip().lower().replace("sm", "sm_").replace("__", "_")
@@ -71,7 +78,8 @@ def parse(text: str | None) -> tuple[str, ...]:
                 fix="build there with --builder tensorrt",
             )
         if name not in RTX_TARGETS:
-            raise UnknownName("target", name, RTX_TARGETS)
+            known = ", ".join(f"{target} ({gpus})" for target, gpus in RTX_TARGETS.items())
+            raise InputError(f"--target {text}: {name} is no target", fix=f"known: {known}")
     return tuple(dict.fromkeys(names))
 
 

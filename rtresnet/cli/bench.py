@@ -45,6 +45,9 @@ def run(
 
     batches = parse_batches(batch)
     chosen = [stand_in_for(path, device) for path in paths]
+    for _, stand_in in chosen:
+        if stand_in:
+            common.note(stand_in)
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         sessions = [
@@ -53,7 +56,7 @@ def run(
             )
             for target, stand_in in chosen
         ]
-        sizes = {session.preprocess.size for session in sessions}
+        sizes = {session.size for session in sessions}
         if len(sizes) > 1:
             raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
         for count in batches:
@@ -74,7 +77,7 @@ def run(
                         "instead_of_plan": stand_in is not None,
                         "precision": sidecar.precision if sidecar else None,
                         "untrained": bool(sidecar and sidecar.weights.origin == "untrained"),
-                        "size": session.preprocess.size,
+                        "size": session.size,
                     }
                     | dataclasses.asdict(taken)
                     | session.describe()
@@ -118,7 +121,7 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
             f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
         )
     return str(parent), (
-        f"no GPU here: {path} was not measured; {parent}, which it was built from, was, on the CPU"
+        f"no GPU here: measured is {parent} on the CPU, which {path} was built from"
     )
 
 

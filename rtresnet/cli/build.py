@@ -75,6 +75,12 @@ def build_file(
         out = source.parent / plan_name(source, sidecar.precision if sidecar else "unknown")
     with common.progress(f"building {out}"):
         written = engine.build(source, out, profiles=[profile], target=chosen, builder=builder)
+    if written.assumed:
+        common.warn_loudly(
+            "an ONNX file without sidecar",
+            f"Nothing says what {source} expects of an image or what its classes are. The plan can "
+            "be measured; to evaluate or predict, export the net with rtresnet.",
+        )
     plan: dict[str, Any] = dataclasses.asdict(written)["plan"]
     return {"plan": str(out), "bytes": written.bytes} | plan
 

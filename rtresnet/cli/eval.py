@@ -54,6 +54,11 @@ def run(
     opened = common.open_artifact(artifact, **options)
     source = open_source(data, split)
     tally = loader.Tally(len(source), common.note)
+    fits = len(source.classes) == len(opened.classes)
+    if not fits:
+        common.note(
+            f"note: the data has {len(source.classes)} classes and the net {len(opened.classes)}"
+        )
     with contextlib.closing(opened), common.progress(f"evaluating {artifact}"):
         accuracy = evaluate(opened.forward, source, opened.preprocess, batch=batch, tally=tally)
     measured = dataclasses.asdict(accuracy) | {
@@ -61,7 +66,7 @@ def run(
         "top5_percent": accuracy.top5_percent,
     }
     about = {"data": data, "split": split if source.splits else "all"}
-    if not any(options.get(name) for name in ("size", "mean", "std")):
+    if fits and not any(options.get(name) for name in ("size", "mean", "std")):
         artifacts.update_measured(artifact, accuracy=measured | about)
     return (
         {"artifact": artifact, "precision": opened.precision}

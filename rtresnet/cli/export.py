@@ -83,11 +83,17 @@ def run(
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
     common.require_torch("export")
+    from rtresnet import artifacts
     from rtresnet.build import profiles, targets
 
     # What can be refused is refused before anything is computed.
     profiles.parse(batch)
     targets.parse(target)
+    if int8 and calib is not None:
+        from rtresnet.data.sources import open_images
+
+        open_images(calib)
+    artifacts.make_folder(out)
     checkpoint, origin = resolve(model, weights, size)
     changed = common.preprocess_from(checkpoint.input, size, mean, std)
     checkpoint = dataclasses.replace(checkpoint, input=changed)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
+from rtresnet.errors import ArtifactError
 
 
 @click.command("inspect")
@@ -33,6 +34,11 @@ def command(path: Path, json_file: str | None) -> None:
         counted = ", ".join(f"{count} {name}" for name, count in result["operations"].items())
         console.print(f"graph: {counted}", soft_wrap=True)
     common.write_json(json_file, "inspect", result)
+    if result["chain"][-1]["state"] == "changed":
+        raise ArtifactError(
+            f"{result['chain'][-1]['path']}: changed since {path} was made from it",
+            fix="make the later files anew, by the commands above",
+        )
 
 
 def run(path: Path) -> dict[str, Any]:
@@ -43,7 +49,6 @@ def run(path: Path) -> dict[str, Any]:
     """
     from rtresnet import artifacts, machine
     from rtresnet.build import header
-    from rtresnet.errors import ArtifactError
 
     artifacts.require_file(path)
     kind = artifacts.kind_of(path)
@@ -92,8 +97,6 @@ def _operations(path: Path) -> dict[str, int]:
 
     import onnx
 
-    from rtresnet.errors import ArtifactError
-
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -141,9 +144,8 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"{p['builder']} {p['version']}, batches {batches}, for {', '.join(p['targets'])}"
         )
         if p["attested"]:
-            lines.append(
-                f"convolutions take {p['attested']['dtypes']}, {p['attested']['layers']} layers"
-            )
+            took = ", ".join(f"{count} {dtype}" for dtype, count in p["attested"]["dtypes"].items())
+            lines.append(f"convolutions take: {took}; {p['attested']['layers']} layers")
     for name, value in (record.get("measured") or {}).items():
         lines.append(f"{name} {_measured(value)}")
     if record.get("made_by"):

@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "rtresnet"
+        return _fail(f"{error.format_message()}; see: {path} --help", 2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-written was left", err=True)
+        click.echo("interrupted", err=True)
         return 130
     except RtresnetError as error:
         return _fail(str(error), error.exit_code)

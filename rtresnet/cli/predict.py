@@ -27,7 +27,7 @@ def command(
     result = run(images, artifact, top=top, **options)
     console = common.out_console()
     for entry in result["images"]:
-        guesses = "  ".join(f"{g['class']} {100 * g['probability']:.1f} %" for g in entry["top"])
+        guesses = "  ".join(f"{g['class']} ({100 * g['probability']:.1f} %)" for g in entry["top"])
         console.print(f"{entry['image']}: {guesses}", soft_wrap=True, markup=False)
     common.write_json(json_file, "predict", result)
 
@@ -75,7 +75,7 @@ def run(
                     }
                 )
     if not results:
-        raise DataError(f"none of the {len(paths)} images could be decoded: {skipped[0]}")
+        raise DataError(f"none of the {len(paths)} images could be decoded")
     return {"artifact": artifact, "images": results, "skipped": skipped} | opened.where
 
 

@@ -137,6 +137,7 @@ def quantize_file(
             parent=artifacts.link_to(source, out),
             calibration=calibration,
             measured={},
+            made_by={},
         ),
     )
 
@@ -149,7 +150,7 @@ def _int8(
 
     batches, name, fingerprint, count = calibration_batches(calib, sidecar.input, images)
     tensors = list(qdq.placement(model))
-    with common.progress(f"calibrating on {count} images ({calibrator})"):
+    with common.progress(f"calibrating on {count} images of {name} ({calibrator})"):
         scales = calibrate.calibrate(model, tensors, batches, calibrator)
     path = calibrate.write_scales(
         CALIB / f"{out.stem}.json",
@@ -191,7 +192,7 @@ def calibration_batches(
             "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
         )
         spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES
-        name = f"noise ({RANDOM_IMAGES} images)"
+        name = "noise"
     else:
         spec = spec or str(CALIB)
         name = spec

@@ -141,6 +141,8 @@ def _show(result: dict[str, Any]) -> None:
     console.print(legend(result), markup=False)
     if slow := caveat(result):
         console.print(slow, markup=False)
+    if not all(entry["steady"] for entry in result["bench"]["results"]):
+        console.print("Not steady after 2 s of warm-up: another load on this machine?")
     plans = result["export"]["plans"]
     console.print(
         f"Plans by {plans[0]['builder']} {plans[0]['version']} for "

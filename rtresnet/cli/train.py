@@ -119,6 +119,8 @@ def run(
                     f"go on with: rtresnet train --model {spec.name} --data {data} "
                     f"--epochs {epochs} --out {folder} --resume"
                 )
+            else:
+                common.note("no epoch was finished: start again, without --resume")
             raise
     measured = best.measured
     common.out_console().print(

@@ -31,8 +31,8 @@ def decode(path: str | os.PathLike[str], data: bytes | None = None) -> np.ndarra
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             image.info.pop("transparency", None)  # left out anyway; Pillow would warn
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error) as error:
-        raise CorruptImage(f"{path}: not an image or damaged ({error})") from None
+    except (UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error):
+        raise CorruptImage(f"{path}: not an image, or damaged") from None
     except Image.DecompressionBombError as error:
         raise CorruptImage(f"{path}: {error}") from None
     except OSError as error:

@@ -170,7 +170,9 @@ def open_images(spec: str) -> Source:
         paths = [path.parent / line for line in lines if line and not line.startswith("#")]
         missing = [entry for entry in paths if not entry.is_file()]
         if missing:
-            raise DataError(f"{path}: lists {missing[0]}, which is not there")
+            raise DataError(
+                f"{path}: lists {missing[0]}, which is not there (paths are relative to the list)"
+            )
     elif path.is_dir():
         # Where the folder is divided, what is tested on must not be calibrated on.
         paths = images_under(path / "train" if (path / "train").is_dir() else path)

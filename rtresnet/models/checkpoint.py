@@ -154,7 +154,12 @@ def load(
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises almost anything: pickle, zip, key, runtime
-        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        if "was not an allowed global" in str(error):
+            raise ArtifactError(
+                f"{path}: holds pickled code, such as a whole module, and that is not loaded",
+                fix="save model.state_dict() instead",
+            ) from error
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:80]
         raise ArtifactError(
             f"{path}: cannot be read as a checkpoint, truncated or not one of torch ({reason})",
             fix="copy it again, or save it again as a plain state_dict",

@@ -13,12 +13,14 @@ class Backend(Protocol):
     Attributes:
         provider: What runs the net, as printed beside every figure.
         device: "cpu" or the GPU's name.
+        size: Side of the input, in pixels; None where the file leaves it open.
         threads: Intra-op threads; None on a GPU.
         packages: Distributions whose versions belong beside every figure.
     """
 
     provider: str
     device: str
+    size: int | None
     threads: int | None
     packages: tuple[str, ...]
 

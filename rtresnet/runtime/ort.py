@@ -82,7 +82,9 @@ class OrtBackend:
                 "the CUDA provider was asked for and did not start",
                 fix="see: rtresnet doctor",
             )
-        self._input = self._session.get_inputs()[0].name
+        tensor = self._session.get_inputs()[0]
+        self._input, side = tensor.name, tensor.shape[-1]
+        self.size = side if isinstance(side, int) else None
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """float32 [N, 3, S, S] to float32 logits [N, classes]."""
@@ -108,6 +110,8 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError:
         raise missing_package("onnxruntime", "running an ONNX file") from None
+    onnxruntime.disable_telemetry_events()
+    onnxruntime.set_default_logger_severity(3)  # errors only: they come as exceptions too
     return onnxruntime
 
 

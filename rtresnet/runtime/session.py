@@ -46,15 +46,26 @@ class Session:
         """How an image becomes input.
 
         Raises:
-            InputError: The file has no sidecar, so nobody knows.
+            InputError: The file has no sidecar, or one that had to guess: nobody knows.
         """
-        if self.sidecar is None:
+        if self.sidecar is None or "input" in self.sidecar.assumed:
             raise InputError(
-                f"{self.path}: no sidecar ({artifacts.sidecar_path(self.path).name}), so its "
-                "input size, mean and std are unknown",
+                f"{self.path}: no sidecar ({artifacts.sidecar_path(self.path).name}) of an export, "
+                "so its mean and std are unknown",
                 fix="export it with rtresnet, or copy the sidecar along",
             )
         return self.sidecar.input
+
+    @property
+    def size(self) -> int:
+        """Side of the input, in pixels.
+
+        Raises:
+            InputError: The file leaves it open.
+        """
+        if self.backend.size is None:
+            raise InputError(f"{self.path}: its input has no fixed size")
+        return self.backend.size
 
     def describe(self) -> dict[str, object]:
         """Device, provider, threads and versions, as they belong beside every figure."""

@@ -105,6 +105,7 @@ class TrtBackend:
         smallest, _, largest = self._engine.get_tensor_profile_shape(self._input, 0)
         self.smallest, self.largest = smallest[0], largest[0]
         self._image = tuple(largest[1:])
+        self.size: int | None = self._image[-1]
         self._classes = tuple(self._engine.get_tensor_shape(self._output))[-1]
         self._stream = cuda.stream()
         self._undo.append(lambda: cuda.destroy_stream(self._stream))

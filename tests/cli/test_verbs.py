@@ -269,3 +269,50 @@ def test_export_says_what_to_install_where_there_is_no_builder(
     result = run(["export", "--weights", str(trained / "best.pt")], tmp_path)
     assert result["plans"] == [] and Path("engines/resnet8-fp16.onnx").exists()
     assert "pip install tensorrt-rtx-cu13" in capsys.readouterr().err
+
+
+def test_every_artifact_names_the_command_that_made_it(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "half.onnx"
+    run(["quantize", str(engines / "resnet8.onnx"), "--fp16", "--out", str(out)], tmp_path)
+    sidecar = read_sidecar(out)
+    assert sidecar is not None and sidecar.made_by["command"].startswith("rtresnet quantize ")
+
+
+@needs_rtx
+def test_a_plan_of_an_onnx_file_without_sidecar_says_what_it_had_to_guess(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stray = tmp_path / "stray.onnx"
+    stray.write_bytes((engines / "resnet8.onnx").read_bytes())
+    run(["build", str(stray)], tmp_path)
+    assert "without sidecar" in capsys.readouterr().err
+    sidecar = read_sidecar(tmp_path / "stray.plan")
+    assert sidecar is not None and sidecar.assumed == ("model", "input")
+    assert main(["eval", str(stray), "--data", "synthetic:4"]) == 2
+    run(["bench", str(stray), "--batch", "1", "--seconds", "0.1"], tmp_path)
+
+
+@needs_rtx
+def test_inspect_ends_with_an_error_where_the_chain_has_changed(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(engines, tmp_path / "engines")
+    with open(folder / "resnet8-int8.onnx", "ab") as file:
+        file.write(b"\0")
+    assert main(["inspect", str(folder / "resnet8-int8.plan")]) == 2
+    captured = capsys.readouterr()
+    assert "(changed)" in captured.out and "resnet8-int8.onnx: changed" in captured.err
+
+
+def test_what_export_needs_is_checked_before_it_writes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = ["--weights", str(trained / "best.pt")]
+    assert main(["export", *weights, "--int8", "--calib", "/nowhere"]) == 2
+    (tmp_path / "file").touch()
+    assert main(["export", *weights, "--out", "file"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

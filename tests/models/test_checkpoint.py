@@ -205,7 +205,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path) -> Non
 
 def test_a_whole_pickled_module_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     path = written(tmp_path / "module.pt", zoo.build(zoo.spec("resnet8")))
-    assert "save it again as a plain state_dict" in refusal(path)
+    assert "save model.state_dict() instead" in refusal(path)
 
 
 @pytest.mark.parametrize("keep", [0.999, 0.9, 0.5, 0.01])
