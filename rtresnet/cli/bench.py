@@ -13,7 +13,7 @@ from rtresnet.cli import common
 from rtresnet.errors import InputError
 
 
-@click.command("bench")
+@click.command("bench", short_help="Measure latency and throughput.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--batch", default="1,8", show_default=True, metavar="N,...", help="Batches to measure."

@@ -12,7 +12,7 @@ from rtresnet.cli import common
 from rtresnet.errors import DataError, InputError
 
 
-@click.command("compare")
+@click.command("compare", short_help="Measure how far two artifacts agree.")
 @click.argument("reference")
 @click.argument("candidate")
 @click.option("--data", required=True, help=common.DATA_HELP)

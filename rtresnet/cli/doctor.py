@@ -24,7 +24,7 @@ PACKAGES = {
 }
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Show what this machine can do, and what it lacks.")
 @common.json_option
 def command(json_file: str | None) -> None:
     """Show what this machine can do, and the command for each thing missing."""

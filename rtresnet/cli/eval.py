@@ -11,7 +11,7 @@ import click
 from rtresnet.cli import common
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure top-1 and top-5 accuracy.")
 @click.argument("artifact")
 @click.option("--data", required=True, help=common.DATA_HELP)
 @click.option(

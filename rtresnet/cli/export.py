@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 
-@click.command("export")
+@click.command("export", short_help="Turn a checkpoint into ONNX files and plans.")
 @click.option("--model", help="See `rtresnet models` [the weights' own].")
 @click.option(
     "--weights",

@@ -12,7 +12,7 @@ from rtresnet.cli import common
 from rtresnet.errors import DataError, InputError
 
 
-@click.command("predict")
+@click.command("predict", short_help="Print the most probable classes of images.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(
     "--with", "artifact", metavar="FILE", help="Checkpoint, ONNX file or plan [the newest]."

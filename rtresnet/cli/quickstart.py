@@ -19,7 +19,9 @@ MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
 
 
-@click.command("quickstart")
+@click.command(
+    "quickstart", short_help="Train, export, build and measure a small net; write a page."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default="runs/quickstart", show_default=True
 )

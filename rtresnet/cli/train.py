@@ -81,6 +81,7 @@ def run(
     if lr is not None or start is not None:
         settings = dataclasses.replace(settings, lr=lr if lr is not None else settings.lr / 10)
     folder = out or default_folder(spec.name, data, resume)
+    loop.check_folder(folder, resume)
     job = loop.Job(
         spec=spec,
         source=source,

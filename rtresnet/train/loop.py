@@ -89,6 +89,7 @@ def train(
         GateMissed: The loss is no longer finite.
         InputError: The folder holds a run already, or a run that differs from this one.
     """
+    check_folder(job.out, resume)
     torch.manual_seed(job.recipe.seed)
     tally = loader.Tally(len(job.source), warn)
     source = job.source
@@ -98,12 +99,23 @@ def train(
     run = _Run(job, source, parts, tally)
     if resume:
         run.restore()
-    elif (job.out / "last.pt").exists():
-        raise InputError(f"{job.out}: holds a run already", fix="add --resume, or another --out")
     for number in range(run.epoch, job.recipe.epochs):
         record = run.one_epoch(number, on_step)
         on_epoch(record)
     return run.finish()
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuses to write over a run, and to resume where there is none.
+
+    Raises:
+        InputError: Either.
+    """
+    there = (out / "last.pt").exists()
+    if there and not resume:
+        raise InputError(f"{out}: holds a run already", fix="add --resume, or another --out")
+    if resume and not there:
+        raise InputError(f"{out}: no finished epoch to go on from", fix="start without --resume")
 
 
 class _Run:

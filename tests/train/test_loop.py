@@ -160,3 +160,11 @@ def test_a_folder_of_photographs_trains_at_a_size_above_the_small_ones(tmp_path:
     best = checkpoint.load(out / "best.pt")
     assert best.model.classes == ("dark", "light")
     assert (best.input.size, best.input.resize) == (72, 82)
+
+
+def test_resuming_where_there_is_no_run_says_so(
+    tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tints, tmp_path / "run", "--resume") == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "without --resume" in message and not (tmp_path / "run").exists()
