@@ -15,7 +15,7 @@ from rtresnet.errors import ArtifactError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.artifacts import Sidecar
+    from rtresnet.artifacts import Calibration, Sidecar
     from rtresnet.preprocess import Preprocess
 
 CALIB = Path("calib")
@@ -127,6 +127,7 @@ def quantize_file(
         result = half.to_half(model)
     else:
         result, calibration = _int8(model, sidecar, out, calib, calibrator, images)
+        _say_what_is_replaced(out, calibration)
     return artifacts.publish(
         out,
         lambda temporary: temporary.write_bytes(result.SerializeToString()),
@@ -140,6 +141,20 @@ def quantize_file(
             made_by={},
         ),
     )
+
+
+def _say_what_is_replaced(out: Path, calibration: Calibration) -> None:
+    from rtresnet import artifacts
+
+    try:
+        old = artifacts.read_sidecar(out)
+    except ArtifactError:  # what is replaced may be broken
+        return
+    if old and old.calibration and old.calibration.images_sha256 != calibration.images_sha256:
+        common.note(
+            f"replaces {out}, which was calibrated on {old.calibration.images}; a plan built from "
+            "it no longer matches"
+        )
 
 
 def _int8(

@@ -316,3 +316,20 @@ def test_what_export_needs_is_checked_before_it_writes(
     (tmp_path / "file").touch()
     assert main(["export", *weights, "--out", "file"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_quantize_says_which_calibration_it_replaces(
+    engines: Path,
+    tints: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "small.onnx"
+    arguments = ["quantize", str(engines / "resnet8.onnx"), "--out", str(out)]
+    run([*arguments, "--calib", tints], tmp_path)
+    run([*arguments, "--calib", tints], tmp_path)
+    assert "replaces" not in capsys.readouterr().err
+    run(arguments, tmp_path)
+    assert f"calibrated on {tints}" in capsys.readouterr().err
