@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rtresnet.cli.main import main
+from rtresnet.machine import Gpu
 
 
 def tinted_noise(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -47,3 +48,16 @@ def engines(tmp_path_factory: pytest.TempPathFactory, trained: Path, tints: str)
         weights = ["--weights", str(trained / "best.pt")]
         assert main(["export", *weights, "--fp32", "--fp16", "--int8", "--calib", tints]) == 0
     return folder / "engines"
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtresnet.machine.gpus", tuple)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The GPU that this machine pretends to have."""
+    gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
+    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))
+    return gpu

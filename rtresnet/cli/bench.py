@@ -46,8 +46,10 @@ def run(
     batches = parse_batches(batch)
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:
-        if stand_in:
-            common.note(stand_in)
+        if stand_in:  # before the wait, not after it
+            common.out_console().print(
+                f"NOTE: {stand_in}", style="bold yellow", markup=False, soft_wrap=True
+            )
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         sessions = [
@@ -59,13 +61,13 @@ def run(
         sizes = {session.size for session in sessions}
         if len(sizes) > 1:
             raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
+        (size,) = sizes
         for count in batches:
             total = seconds * len(paths)
             with common.progress(f"measuring at batch {count}", total=total) as update:
                 measured = load.measure(
-                    sessions, batch=count, size=sizes.copy().pop(), seconds=seconds,
-                    on_progress=update,
-                )  # fmt: skip
+                    sessions, batch=count, size=size, seconds=seconds, on_progress=update
+                )
             for path, (target, stand_in), session, taken in zip(
                 paths, chosen, sessions, measured, strict=True
             ):
@@ -77,7 +79,7 @@ def run(
                         "instead_of_plan": stand_in is not None,
                         "precision": sidecar.precision if sidecar else None,
                         "untrained": bool(sidecar and sidecar.weights.origin == "untrained"),
-                        "size": session.size,
+                        "size": size,
                     }
                     | dataclasses.asdict(taken)
                     | session.describe()
@@ -130,8 +132,6 @@ def show(result: dict[str, Any]) -> None:
     from rtresnet.report import tables
 
     console = common.out_console()
-    for line in result["notes"]:
-        console.print(f"NOTE: {line}", style="bold yellow", markup=False, soft_wrap=True)
     several = len({entry["measured"] for entry in result["results"]}) > 1
     rows = []
     for entry in result["results"]:

@@ -17,7 +17,6 @@ from rtresnet.artifacts import Profile, Sidecar, Weights
 from rtresnet.build import engine
 from rtresnet.export.fold import fold
 from rtresnet.export.onnx import to_onnx
-from rtresnet.machine import Gpu
 from rtresnet.models import checkpoint, zoo
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import calibrate, half, qdq
@@ -87,14 +86,3 @@ def plan(onnx_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         onnx_file("resnet8", "int8"), path, profiles=[Profile(min=1, opt=4, max=8)], builder="rtx"
     )
     return path
-
-
-@pytest.fixture
-def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rtresnet.machine.gpus", tuple)
-
-
-@pytest.fixture
-def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
-    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))

@@ -15,7 +15,6 @@ from rtresnet import artifacts
 from rtresnet.artifacts import Sidecar, Weights
 from rtresnet.export.fold import fold
 from rtresnet.export.onnx import to_onnx
-from rtresnet.machine import Gpu
 from rtresnet.models import checkpoint, zoo
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import calibrate, half, qdq
@@ -73,16 +72,3 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Calla
         return path
 
     return make
-
-
-@pytest.fixture
-def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rtresnet.machine.gpus", tuple)
-
-
-@pytest.fixture
-def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """The GPU that this machine pretends to have."""
-    gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
-    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))
-    return gpu
