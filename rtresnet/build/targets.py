@@ -14,7 +14,7 @@ from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, InputError, UnknownName
 
 # What TensorRT-RTX 1.7 lists, in the order of the bits of a plan's header.
-RTX_TARGETS = {
+GPUS = {
     "sm_75": "RTX 20, T4",
     "sm_80": "A100, A30",
     "sm_86": "RTX 30, A10, A40",
@@ -22,6 +22,7 @@ RTX_TARGETS = {
     "sm_120": "RTX 50",
     "sm_121": "GB10",
 }
+RTX_TARGETS = tuple(GPUS)
 BUILDERS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
@@ -78,7 +79,7 @@ def parse(text: str | None) -> tuple[str, ...]:
                 fix="build there with --builder tensorrt",
             )
         if name not in RTX_TARGETS:
-            known = ", ".join(f"{target} ({gpus})" for target, gpus in RTX_TARGETS.items())
+            known = ", ".join(f"{target} ({gpus})" for target, gpus in GPUS.items())
             raise InputError(f"--target {text}: {name} is no target", fix=f"known: {known}")
     return tuple(dict.fromkeys(names))
 

@@ -45,14 +45,17 @@ def test_sm_90_is_refused_with_the_reason_and_the_way_out(text: str) -> None:
     assert "H100" in str(caught.value) and "--builder tensorrt" in str(caught.value)
 
 
-def test_an_unknown_target_suggests_the_nearest() -> None:
-    with pytest.raises(UnknownName, match=r"'sm_88'.*did you mean 'sm_8[069]'"):
+def test_an_unknown_target_lists_all_with_their_gpus_and_suggests_none() -> None:
+    with pytest.raises(InputError, match=r"sm_88 is no target; known: ") as caught:
         targets.parse("sm_88")
+    for target in targets.RTX_TARGETS:
+        assert f"{target} ({targets.GPUS[target]})" in str(caught.value)
+    assert "did you mean" not in str(caught.value)  # the nearest name is another GPU
 
 
 @pytest.mark.parametrize("text", ["86", "ampere", "sm_", "sm_86;sm_89"])
 def test_what_is_no_target_is_refused(text: str) -> None:
-    with pytest.raises(UnknownName, match="unknown target"):
+    with pytest.raises(InputError, match=rf"--target {text}: .*no target; known: sm_75"):
         targets.parse(text)
 
 
