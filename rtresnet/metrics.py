@@ -5,7 +5,7 @@ One definition of accuracy, agreement and parity for every room that needs one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,14 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
         top5 = int(((best == labels[:, None]).any(axis=1) & known).sum())
     hits = (logits.argmax(axis=1) == labels) & known
     return Accuracy(n=len(labels), top1=int(hits.sum()), top5=top5)
+
+
+def together(counts: Sequence[Accuracy]) -> Accuracy:
+    """The counts of several batches (at least one, of one net) as one."""
+    top5 = None if counts[0].top5 is None else sum(count.top5 or 0 for count in counts)
+    return Accuracy(
+        n=sum(count.n for count in counts), top1=sum(count.top1 for count in counts), top5=top5
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,12 +65,7 @@ class Preprocess:
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """Resizes the shorter side and cuts the centre: uint8 HWC to uint8 [size, size, 3]."""
-        height, width = image.shape[:2]
-        short = min(height, width)
-        if short != self.resize:
-            image = resize(
-                image, int(height * self.resize / short), int(width * self.resize / short)
-            )
+        image = resize_shorter(image, self.resize)
         top = round((image.shape[0] - self.size) / 2)
         left = round((image.shape[1] - self.size) / 2)
         return image[top : top + self.size, left : left + self.size]
@@ -83,6 +78,15 @@ class Preprocess:
         np.multiply(images.transpose(0, 3, 1, 2), scale[:, None, None], out=out)
         out += shift[:, None, None]
         return out
+
+
+def resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
+    """Resizes a uint8 image [H, W, C] so that its shorter side has `side` pixels."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    if short == side:
+        return image
+    return resize(image, int(height * side / short), int(width * side / short))
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DATA_HELP = "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), npz:FILE, synthetic:N."
+DATA_HELP = (
+    "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
+    "synthetic:N."
+)
 
 
 def json_option(function: F) -> F:
@@ -97,8 +100,8 @@ def err_console() -> Console:
 
 
 def note(line: str) -> None:
-    """A line on standard error."""
-    click.echo(line, err=True)
+    """A line on standard error, above a progress bar where there is one."""
+    print(line, file=sys.stderr)
 
 
 def warn_loudly(title: str, body: str) -> None:
@@ -125,6 +128,11 @@ def write_json(target: str | None, verb: str, result: dict[str, Any]) -> None:
         artifacts.write_text(target, text)
 
 
+def on_terminal() -> bool:
+    """Whether progress can be drawn; elsewhere it comes in lines."""
+    return sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
     """A bar (a spinner without `total`) on a terminal, one line elsewhere.
@@ -132,7 +140,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
     Yields:
         update(completed=None, description=None).
     """
-    if not sys.stderr.isatty():
+    if not on_terminal():
         note(description)
         yield lambda completed=None, description=None: None
         return

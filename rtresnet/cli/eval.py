@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtresnet.cli import common
 
+if TYPE_CHECKING:
+    from rtresnet import metrics
+    from rtresnet.train.protocols import Member
+
 
 @click.command("eval", short_help="Measure top-1 and top-5 accuracy.")
-@click.argument("artifact")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--data", required=True, help=common.DATA_HELP)
 @click.option(
     "--split",
@@ -21,57 +26,202 @@ from rtresnet.cli import common
     show_default=True,
     help="A set that came undivided is evaluated whole.",
 )
+@click.option(
+    "--protocol",
+    type=click.Choice(("center", "10-crop", "dense")),
+    default="center",
+    show_default=True,
+    help="dense: whole images at five scales, checkpoints only.",
+)
+@click.option(
+    "--resize",
+    type=click.IntRange(min=1),
+    help="Shorter side before the crop [the artifact's]; with dense, its one scale.",
+)
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--model", help="The net of a foreign checkpoint [recognized].")
 @common.input_options
 @common.device_options
 @common.json_option
 def command(
-    artifact: str, data: str, split: str, batch: int | None, json_file: str | None, **options: Any
+    artifacts: tuple[str, ...],
+    data: str,
+    split: str,
+    protocol: str,
+    resize: int | None,
+    batch: int | None,
+    json_file: str | None,
+    **options: Any,
 ) -> None:
-    """Measure top-1 (and top-5 above five classes), single centre crop."""
-    result = run(artifact, data, split=split, batch=batch, **options)
-    top5 = "" if result["top5"] is None else f", top-5 {result['top5_percent']:.2f} %"
-    skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
-    common.out_console().print(
-        f"{artifact}: top-1 {result['top1_percent']:.2f} % ({result['top1']} of {result['n']})"
-        f"{top5}{skipped}  [{result['precision']}, {result['provider']}]",
-        soft_wrap=True,
-        markup=False,
+    """Measure top-1 (and top-5 above five classes).
+
+    Several artifacts are an ensemble: their probabilities are averaged, image by image.
+    """
+    result = run(
+        *artifacts, data=data, split=split, protocol=protocol, resize=resize, batch=batch, **options
     )
+    for entry in result["members"]:
+        _show(
+            entry["artifact"], entry, f"{entry['precision']}, {entry['provider']}; {entry['shown']}"
+        )
+    if len(artifacts) > 1:
+        _show(result["artifact"], result, f"mean of probabilities; {protocol}")
     common.write_json(json_file, "eval", result)
 
 
 def run(
-    artifact: str, data: str, *, split: str = "test", batch: int | None = None, **options: Any
+    *artifacts: str,
+    data: str,
+    split: str = "test",
+    protocol: str = "center",
+    resize: int | None = None,
+    batch: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
-    from rtresnet import artifacts
+    from rtresnet.artifacts import update_measured
     from rtresnet.data import loader
     from rtresnet.data.sources import open_source
-    from rtresnet.train.evaluate import evaluate
+    from rtresnet.train import protocols
 
-    opened = common.open_artifact(artifact, **options)
-    source = open_source(data, split)
-    tally = loader.Tally(len(source), common.note)
-    fits = len(source.classes) == len(opened.classes)
-    if not fits:
-        common.note(
-            f"note: the data has {len(source.classes)} classes and the net {len(opened.classes)}"
-        )
-    with contextlib.closing(opened), common.progress(f"evaluating {artifact}"):
-        accuracy = evaluate(opened.forward, source, opened.preprocess, batch=batch, tally=tally)
-    measured = dataclasses.asdict(accuracy) | {
+    if protocol == "dense":
+        for path in artifacts:
+            _require_checkpoint(path)
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for path in artifacts:
+            opened.append(common.open_artifact(path, **options))
+            stack.callback(opened[-1].close)
+        _require_same_classes(opened)
+        members = [_member(entry, protocol, resize) for entry in opened]
+        source = open_source(data, split)
+        fits = len(source.classes) == len(opened[0].classes)
+        if not fits:
+            common.note(
+                f"note: the data has {len(source.classes)} classes and the net "
+                f"{len(opened[0].classes)}"
+            )
+        tally = loader.Tally(len(source), common.note)
+        with common.progress(f"evaluating {', '.join(artifacts)}", total=len(source)) as update:
+            result = protocols.measure(members, source, batch=batch, tally=tally, on_images=update)
+    skipped = {"skipped": list(tally.skipped.values())}
+    about = {"data": data, "split": split if source.splits else "all"}
+    own = protocol == "center" and not any((resize, *map(options.get, ("size", "mean", "std"))))
+    entries = []
+    for path, artifact, member, found in zip(
+        artifacts, opened, members, result.members, strict=True
+    ):
+        measured = _measured(found)
+        if fits and own:
+            update_measured(path, accuracy=measured | about)
+        entries.append(
+            {"artifact": path, "precision": artifact.precision}
+            | measured | about | skipped | _shown(member) | artifact.where
+        )  # fmt: skip
+    if len(entries) == 1:
+        return entries[0] | {"members": entries}
+    return (
+        {"artifact": f"ensemble of {len(entries)}", "protocol": protocol}
+        | _measured(result.ensemble) | about | skipped | {"members": entries}
+    )  # fmt: skip
+
+
+def _measured(accuracy: metrics.Accuracy) -> dict[str, Any]:
+    return dataclasses.asdict(accuracy) | {
         "top1_percent": accuracy.top1_percent,
         "top5_percent": accuracy.top5_percent,
     }
-    about = {"data": data, "split": split if source.splits else "all"}
-    if fits and not any(options.get(name) for name in ("size", "mean", "std")):
-        artifacts.update_measured(artifact, accuracy=measured | about)
-    return (
-        {"artifact": artifact, "precision": opened.precision}
-        | measured
-        | about
-        | {"skipped": list(tally.skipped.values())}
-        | opened.where
+
+
+def _shown(member: Member) -> dict[str, Any]:
+    """How the images were shown, for the JSON and (`shown`) in words."""
+    size, resize, views = member.preprocess.size, member.preprocess.resize, member.views_an_image
+    scales = ", ".join(map(str, member.scales))
+    pixels = f"shorter side {scales}" if scales else f"{size} of {resize}"
+    return {
+        "protocol": member.protocol,
+        "size": size,
+        "resize": None if scales else resize,
+        "scales": list(member.scales) or None,
+        "views": views,
+        "shown": f"{member.protocol}, {pixels} px, {views} view{'s' if views > 1 else ''}",
+    }
+
+
+def _show(name: str, entry: dict[str, Any], how: str) -> None:
+    top5 = "" if entry["top5"] is None else f", top-5 {entry['top5_percent']:.2f} %"
+    skipped = f", {len(entry['skipped'])} skipped" if entry["skipped"] else ""
+    common.out_console().print(
+        f"{name}: top-1 {entry['top1_percent']:.2f} % ({entry['top1']} of {entry['n']})"
+        f"{top5}{skipped}  [{how}]",
+        soft_wrap=True,
+        markup=False,
     )
+
+
+def _require_checkpoint(path: str) -> None:
+    """Raises InputError where an artifact takes images of one size only."""
+    from rtresnet import artifacts
+    from rtresnet.errors import InputError
+
+    artifacts.require_file(path)
+    if artifacts.kind_of(path) == "checkpoint":
+        return
+    origin = list(artifacts.chain(path))[-1]
+    known = origin[2] == "ok" and artifacts.kind_of(origin[0]) == "checkpoint"
+    raise InputError(
+        f"{path}: takes images of one size, and --protocol dense shows them whole",
+        fix="evaluate the checkpoint it was made from" + (f", {origin[0]}" if known else ""),
+    )
+
+
+def _member(opened: common.Opened, protocol: str, resize: int | None) -> Member:
+    from rtresnet.errors import InputError
+    from rtresnet.train.protocols import Member, dense_scales
+
+    preprocess, size = opened.preprocess, opened.preprocess.size
+    if resize is not None and resize < size:
+        raise InputError(
+            f"--resize {resize}: {opened.path} takes {size} x {size} pixels, which must fit",
+            fix=f"--resize {size} or more",
+        )
+    if protocol != "dense":
+        side = resize or preprocess.resize
+        preprocess = dataclasses.replace(preprocess, resize=side)
+        return Member(forward=opened.forward, preprocess=preprocess, protocol=protocol)
+    from rtresnet.models.reference import DenseBackend, TorchBackend
+    from rtresnet.models.resnet import ResNet
+
+    assert isinstance(opened.forward, TorchBackend) and isinstance(opened.forward.net, ResNet)
+    return Member(
+        forward=DenseBackend(opened.forward.net),
+        preprocess=preprocess,
+        protocol=protocol,
+        scales=(resize,) if resize else dense_scales(size),
+    )
+
+
+def _require_same_classes(opened: Sequence[common.Opened]) -> None:
+    """Raises InputError where nets of an ensemble mean different things by a class's number."""
+    from rtresnet.errors import InputError
+
+    first = opened[0]
+    for other in opened[1:]:
+        if len(first.classes) != len(other.classes):
+            raise InputError(
+                f"{other.path} has {len(other.classes)} classes and {first.path} "
+                f"{len(first.classes)}",
+                fix="an ensemble needs nets of the same classes; evaluate them one by one",
+            )
+        if _named(first) and _named(other) and first.classes != other.classes:
+            pairs = zip(first.classes, other.classes, strict=True)
+            number, (one, two) = next((n, p) for n, p in enumerate(pairs) if p[0] != p[1])
+            raise InputError(
+                f"class {number} is {two!r} in {other.path} and {one!r} in {first.path}",
+                fix="an ensemble needs nets of the same classes; evaluate them one by one",
+            )
+
+
+def _named(opened: common.Opened) -> bool:
+    """A foreign checkpoint's classes are numbers: they agree with any names."""
+    return opened.classes != tuple(str(index) for index in range(len(opened.classes)))

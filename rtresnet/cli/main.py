@@ -17,6 +17,7 @@ from rtresnet.errors import RtresnetError
 
 VERBS = (
     "quickstart",
+    "pack",
     "train",
     "export",
     "quantize",

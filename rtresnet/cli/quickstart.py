@@ -62,8 +62,7 @@ def _check_packages() -> None:
 def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     """Every verb's body in turn; returns their results."""
     trained = train.run(
-        model=MODEL, data=DATA, epochs=epochs, batch=None, lr=None, weights=None, flip=None, seed=0,
-        out=out / "train", resume=False, device="cpu", size=None, mean=None, std=None,
+        model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
     )  # fmt: skip
     exported = export.run(
         model=None, weights=trained["checkpoint"], fp32=True, fp16=True, int8=True, calib=DATA,
@@ -72,7 +71,7 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     )  # fmt: skip
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]
-    evaluated = [eval_verb.run(path, DATA) for path in files]
+    evaluated = [eval_verb.run(path, data=DATA) for path in files]
     compared = [compare_verb.run(trained["checkpoint"], path, DATA) for path in files]
     measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
     log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]

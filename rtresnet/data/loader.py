@@ -7,9 +7,11 @@ they decode and resize, so threads are enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Arrays, Source
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 TOLERATED = 0.01  # the share of broken images above which the data is at fault, not an image
 
@@ -70,19 +75,25 @@ def indexed(
         except CorruptImage as error:
             return error
 
+    for index, result in ahead(work, (int(index) for index in indices)):
+        if isinstance(result, CorruptImage):
+            tally.skip(index, result)
+        else:
+            yield index, result
+
+
+def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
+    """Maps in threads, in order, a few items ahead of who asks. What `work` raises comes out."""
     with ThreadPoolExecutor(machine.cores()) as pool:
-        waiting = iter([int(index) for index in indices])
-        pending = [(i, pool.submit(work, i)) for i in islice(waiting, 8 * machine.cores())]
+        waiting = iter(items)
+        pending = deque((i, pool.submit(work, i)) for i in islice(waiting, 8 * machine.cores()))
         try:
             while pending:
-                index, future = pending.pop(0)
+                item, future = pending.popleft()
                 result = future.result()
                 for following in islice(waiting, 1):
                     pending.append((following, pool.submit(work, following)))
-                if isinstance(result, CorruptImage):
-                    tally.skip(index, result)
-                else:
-                    yield index, result
+                yield item, result
         finally:
             for _, future in pending:
                 future.cancel()

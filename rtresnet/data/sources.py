@@ -5,6 +5,7 @@
     cifar10:DIR         the python batches
     folder:DIR          one folder a class, optionally under train/ and test/ or val/
     DIR                 the same
+    shards:DIR          what `rtresnet pack` made of such a folder
     npz:FILE            arrays `images` uint8 [N, H, W, 3] or [N, H, W], `labels` [N]
     synthetic:N         N random images, for measuring without data
 
@@ -23,11 +24,20 @@ import numpy as np
 
 from rtresnet.data.decode import decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
+from rtresnet.data.shards import Shards, files_fingerprint
 from rtresnet.errors import DataError, InputError, UnknownName, missing_package
 from rtresnet.preprocess import resize
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
-FORMS = ("digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "npz:FILE", "synthetic:N")
+FORMS = (
+    "digits",
+    "fashion-mnist:DIR",
+    "cifar10:DIR",
+    "folder:DIR",
+    "shards:DIR",
+    "npz:FILE",
+    "synthetic:N",
+)
 SPLITS = ("train", "test", "all")
 
 
@@ -48,8 +58,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> np.ndarray:
-        """uint8 RGB [H, W, 3]. Raises CorruptImage."""
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        """uint8 RGB [H, W, 3], perhaps smaller but for `at_least` pixels. Raises CorruptImage."""
         ...
 
     def fingerprint(self) -> str:
@@ -75,8 +85,8 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, index: int) -> np.ndarray:
-        """uint8 RGB [H, W, 3]."""
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        """uint8 RGB [H, W, 3], always whole."""
         picture: np.ndarray = self.images[index]
         return picture
 
@@ -106,17 +116,15 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int) -> np.ndarray:
-        """uint8 RGB [H, W, 3]."""
-        return decode(self.paths[index])
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        """uint8 RGB [H, W, 3]; see `decode`."""
+        return decode(self.paths[index], at_least=at_least)
 
     def fingerprint(self) -> str:
         """sha256 of names, sizes and labels: contents would mean reading a whole ImageNet."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels, strict=True):
-            parent = path.parent.name
-            digest.update(f"{parent}/{path.name}\0{path.stat().st_size}\0{label}\n".encode())
-        return digest.hexdigest()
+        names = (os.fsencode(f"{path.parent.name}/{path.name}") for path in self.paths)
+        sizes = (path.stat().st_size for path in self.paths)
+        return files_fingerprint(names, sizes, self.labels)
 
 
 def open_source(spec: str, split: str = "all") -> Source:
@@ -144,6 +152,8 @@ def open_source(spec: str, split: str = "all") -> Source:
         return _arrays(spec, *read_npz(Path(argument)))
     if form == "synthetic" and argument:
         return _synthetic(spec, argument)
+    if form == "shards" and argument:
+        return Shards(spec, _folder(argument), split)
     if form == "folder" and argument:
         return _class_folders(spec, _folder(argument), split)
     if spec and Path(spec).is_dir():

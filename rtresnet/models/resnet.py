@@ -171,14 +171,18 @@ class ResNet(nn.Module):
         if not self.fc.weight.is_meta:
             self.apply(initialize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalized float images [N, 3, H, W] to logits [N, num_classes]."""
+    def features(self, x: Tensor) -> Tensor:
+        """Normalized float images [N, 3, H, W] to the last stage's map [N, C, h, w]."""
         x = self.relu(self.bn1(self.conv1(x)))
         if self.maxpool is not None:
             x = self.maxpool(x)
         for name in self.stages:
             x = getattr(self, name)(x)
-        logits: Tensor = self.fc(self.flatten(self.avgpool(x)))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized float images [N, 3, H, W] to logits [N, num_classes]."""
+        logits: Tensor = self.fc(self.flatten(self.avgpool(self.features(x))))
         return logits
 
 

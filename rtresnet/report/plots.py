@@ -49,17 +49,35 @@ def svg(drawn: Any, label: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def training_curve(log: Sequence[Mapping[str, float]]) -> str:
-    """Training and held-out error against epochs, as figure 6 of the paper draws them."""
+def training_figure(log: Sequence[Mapping[str, Any]]) -> Any:
+    """Training and held-out error, and the learning rate, against epochs (as figure 6)."""
     drawn, axes = figure()
     epochs = [entry["epoch"] for entry in log]
     for name, label, style in (("train_top1", "training", "--"), ("val_top1", "held out", "-")):
+        if any(entry[name] is None for entry in log):
+            continue
         errors = [100 - entry[name] for entry in log]
-        axes.plot(epochs, errors, style, color=COLOURS[0], marker="o", markersize=3.5, label=label)
+        dots = {"marker": "o", "markersize": 3.5} if len(log) <= 40 else {}
+        axes.plot(epochs, errors, style, color=COLOURS[0], label=label, **dots)
     axes.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if all(entry.get("lr") for entry in log) and len(log) > 1:
+        rate, rates = axes.twinx(), [entry["lr"] for entry in log]
+        rate.plot(epochs, rates, color=COLOURS[5], linewidth=1, alpha=0.8)
+        rate.set_ylabel("learning rate", color=COLOURS[5])
+        if len(set(rates)) < len(rates) / 2:  # one that falls tenfold in steps
+            rate.set_yscale("log")
+        else:
+            rate.set_ylim(0, None)
+        rate.spines[["top"]].set_visible(False)
+        rate.tick_params(colors=COLOURS[5], which="both")
     axes.legend(frameon=False)
-    return svg(drawn, "training and held-out error against epochs")
+    return drawn
+
+
+def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
+    """`training_figure` for a page."""
+    return svg(training_figure(log), "training and held-out error against epochs")
 
 
 def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> str:

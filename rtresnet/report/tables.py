@@ -33,8 +33,8 @@ def number(value: float) -> str:
 
 
 def numeric(cells: Iterable[object]) -> bool:
-    """Whether a column holds numbers only (and dashes), and so is set right."""
-    return all(re.fullmatch(r"[-+\d.,e]+", text(cell)) for cell in cells)
+    """Whether a column holds numbers only (dashes, deviations), and so is set right."""
+    return all(re.fullmatch(r"[-+\d.,e]+( ± [\d.]+)?", text(cell)) for cell in cells)
 
 
 def show(

@@ -30,8 +30,7 @@ def evaluate(
     Raises:
         DataError: No labels, none decodable, or more than 1 % broken.
     """
-    if len(source.labels) and source.labels.min() < 0:
-        raise DataError(f"{source.name}: has no labels")
+    require_labels(source)
     found = loader.batches(
         source,
         preprocess,
@@ -41,16 +40,26 @@ def evaluate(
     )
     counts: list[metrics.Accuracy] = []
     for images, labels in found:
-        logits = forward(images)
-        if labels.max() >= logits.shape[1]:
-            raise DataError(
-                f"{source.name}: has label {labels.max()}, and the net only {logits.shape[1]} "
-                "classes"
-            )
-        counts.append(metrics.accuracy(logits, labels))
+        counts.append(count(forward(images), labels, source))
     if not counts:
         raise DataError(f"{source.name}: no image could be evaluated")
-    top5 = None if counts[0].top5 is None else sum(count.top5 or 0 for count in counts)
-    return metrics.Accuracy(
-        n=sum(count.n for count in counts), top1=sum(count.top1 for count in counts), top5=top5
-    )
+    return metrics.together(counts)
+
+
+def require_labels(source: Source) -> None:
+    """Raises DataError where images have no labels."""
+    if len(source.labels) and source.labels.min() < 0:
+        raise DataError(f"{source.name}: has no labels")
+
+
+def count(scores: np.ndarray, labels: np.ndarray, source: Source) -> metrics.Accuracy:
+    """Hits of scores [N, classes] against labels [N] of `source`.
+
+    Raises:
+        DataError: A label beyond the classes.
+    """
+    if labels.max() >= scores.shape[1]:
+        raise DataError(
+            f"{source.name}: has label {labels.max()}, and the net only {scores.shape[1]} classes"
+        )
+    return metrics.accuracy(scores, labels)

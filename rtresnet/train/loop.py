@@ -1,10 +1,14 @@
-"""The training loop: SGD, one epoch after another, a checkpoint after each.
+"""The training loop: steps, an evaluation an epoch, checkpoints from which a run goes on.
 
 `rtresnet train` reaches it. It writes into one folder:
 
     best.pt     the epoch with the highest accuracy on the held-out images, the last of equals
-    last.pt     the last finished epoch, with all that --resume needs
+    last.pt     the latest state, with all that --resume needs
     log.jsonl   a line an epoch
+
+A run can be killed at any moment. Files are replaced whole, best.pt before last.pt; what a step
+computes follows from its number (`feed.py`, `recipe.py`); and last.pt holds everything else:
+weights, momentum, averages, the step, the epoch's sums so far, the log.
 """
 
 from __future__ import annotations
@@ -20,25 +24,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from rtresnet import artifacts, metrics
+from rtresnet import artifacts, machine, metrics
 from rtresnet.artifacts import Weights
-from rtresnet.data import augment, loader
+from rtresnet.data import cache, loader
 from rtresnet.data.sources import Source
-from rtresnet.errors import DataError, GateMissed, InputError
+from rtresnet.errors import GateMissed, InputError
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.models.reference import TorchBackend
 from rtresnet.preprocess import Preprocess
-from rtresnet.train import feed
-from rtresnet.train.evaluate import evaluate
-from rtresnet.train.recipe import Recipe, differences
+from rtresnet.train import distributed, feed
+from rtresnet.train.average import recompute_statistics
+from rtresnet.train.distributed import ALONE, World
+from rtresnet.train.recipe import Recipe
+from rtresnet.train.recipes import SMALL
+from rtresnet.train.score import Scorer
+from rtresnet.train.state import adopt_weights, check_folder, check_same, saved_run
+from rtresnet.train.step import Stepper, check_compiler, settle_precision
+from rtresnet.train.stop import Stop, held_back
+
+SAVE_SECONDS = 300.0
+AGREE_STEPS = 10  # how often several processes ask each other whether to stop
+READ_STEPS = 20  # how often the losses are read from a GPU, which waits for them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train on what. `test` is the set's own test split, or None."""
+    """What to train on what.
+
+    Attributes:
+        spec: The net.
+        source: The training images, also those to be held out.
+        test: The set's own test split, or None where it came undivided.
+        preprocess: The net's input contract.
+        recipe: How.
+        out: The run's folder.
+        device: "cpu", "cuda" or "cuda:N".
+        start: Weights to go on from.
+        save_every: Seconds between writes of last.pt within an epoch.
+        cached: Whether decoded photographs are kept in memory where they fit.
+    """
 
     spec: zoo.Spec
     source: Source
@@ -48,18 +73,27 @@ class Job:
     out: Path
     device: str = "cpu"
     start: Checkpoint | None = None
+    save_every: float = SAVE_SECONDS
+    cached: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Told after every step."""
+    """Told after every step.
+
+    Attributes:
+        epoch: From 0.
+        step: Steps done, of `total`.
+        seconds_left: An estimate, evaluations included.
+    """
 
     epoch: int
     step: int
-    steps: int
+    total: int
     loss: float
     lr: float
     images_per_second: float
+    seconds_left: float
 
 
 Listener = Callable[[Progress], None]
@@ -69,6 +103,7 @@ def train(
     job: Job,
     *,
     resume: bool = False,
+    world: World = ALONE,
     on_step: Listener = lambda progress: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     warn: Callable[[str], None] = lambda line: None,
@@ -78,6 +113,7 @@ def train(
     Args:
         job: What to train on what.
         resume: Go on from `job.out / "last.pt"`.
+        world: Which of several processes this is.
         on_step: For a progress line.
         on_epoch: Gets each log record.
         warn: Gets a line for each image that could not be read.
@@ -88,219 +124,299 @@ def train(
     Raises:
         GateMissed: The loss is no longer finite.
         InputError: The folder holds a run already, or a run that differs from this one.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
     check_folder(job.out, resume)
-    torch.manual_seed(job.recipe.seed)
+    job = settled(job)
+    recipe = job.recipe
+    distributed.check_batch(recipe.batch, recipe.accumulate, world)
+    check_compiler(recipe, job.device)
+    torch.manual_seed(recipe.seed)
+    machine.keep_freed_memory()
     tally = loader.Tally(len(job.source), warn)
-    source = job.source
-    if job.preprocess.size <= feed.SMALL:
+    source: Source = job.source
+    if job.preprocess.size <= SMALL:
         source = loader.materialize(source, job.preprocess, tally)
-    parts = feed.split(source, job.recipe.seed)
-    run = _Run(job, source, parts, tally)
+    elif job.cached:
+        # Processes of one machine share its memory; each keeps what it comes across.
+        budget = cache.default_budget() // world.size
+        source = cache.cached_or_same(source, feed.at_least(job.preprocess.size), budget)
+    parts = feed.split(source, recipe.seed, recipe.holdout)
+    run = _Run(job, source, parts, tally, world)
     if resume:
         run.restore()
-    for number in range(run.epoch, job.recipe.epochs):
-        record = run.one_epoch(number, on_step)
-        on_epoch(record)
-    return run.finish()
+    artifacts.make_folder(job.out)  # that it cannot be written into is better told now
+    with held_back() as stop:
+        run.go(stop, on_step, on_epoch)
+        return run.finish()
 
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Refuses to write over a run, and to resume where there is none.
+def settled(job: Job) -> Job:
+    """The job with what "auto" means on its device."""
+    precision = settle_precision(job.recipe, job.device)
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, precision=precision))
 
-    Raises:
-        InputError: Either.
-    """
-    there = (out / "last.pt").exists()
-    if there and not resume:
-        raise InputError(f"{out}: holds a run already", fix="add --resume, or another --out")
-    if resume and not there:
-        raise InputError(f"{out}: no finished epoch to go on from", fix="start without --resume")
+
+@dataclass(kw_only=True)
+class _Sums:
+    """What an epoch's record is made of, so far. Counts are of all processes' images."""
+
+    loss: float = 0.0
+    hits: float = 0.0
+    seen: int = 0
+    seconds: float = 0.0
 
 
 class _Run:
-    def __init__(self, job: Job, source: Source, parts: feed.Split, tally: loader.Tally) -> None:
-        self.job, self.source, self.parts, self.tally = job, source, parts, tally
+    def __init__(
+        self, job: Job, source: Source, parts: feed.Split, tally: loader.Tally, world: World
+    ) -> None:
+        self.job, self.source, self.parts = job, source, parts
+        self.tally, self.world, self.recipe = tally, world, job.recipe
         self.fingerprint = job.source.fingerprint()
         self.model = checkpoint.model_of(job.spec, source.classes)
         net = zoo.build(job.spec, len(source.classes))
         if job.start is not None:
             adopt_weights(net, job.start)
-        self.net = net.to(job.device)
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(),
-            lr=job.recipe.lr,
-            momentum=job.recipe.momentum,
-            weight_decay=job.recipe.weight_decay,
-        )
-        self.steps = max(1, len(parts.train) // job.recipe.batch)
-        self.epoch, self.best = 0, -1.0
-        self.log: list[dict[str, Any]] = []
+        net = net.to(job.device)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.feed = feed.Feed(
+            source, parts.train, job.preprocess, job.recipe,
+            world=world, device=job.device, tally=tally,
+        )  # fmt: skip
+        self.scorer = Scorer(self.feed, world, tally.warn)
+        self.stepper = Stepper(net, job.recipe, world, job.device)
+        self.total, self.steps_an_epoch = self.feed.total, self.feed.steps_an_epoch
+        self.step, self.best = 0, -1.0
+        self.sums, self.log = _Sums(), list[dict[str, Any]]()
+        self.saved_at = self.started_at = time.perf_counter()
+        self.first_step = 0
 
-    def one_epoch(self, number: int, on_step: Listener) -> dict[str, Any]:
-        recipe, job = self.job.recipe, self.job
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
-        self.net.train()
-        losses, hits, seen, started = 0.0, 0, 0, time.perf_counter()
-        batches = feed.epoch(
-            self.source,
-            self.parts.train,
-            job.preprocess,
-            batch=recipe.batch,
-            seed=recipe.seed,
-            number=number,
-            tally=self.tally,
-        )
-        for index, (images, labels) in enumerate(batches):
-            step = number * self.steps + index
-            lr = recipe.lr_at(step, recipe.epochs * self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            loss, correct = self._step(images, labels, generator)
+    def go(self, stop: Stop, on_step: Listener, on_epoch: Callable[[dict[str, Any]], None]) -> None:
+        """From `self.step` to the end."""
+        self.first_step = self.step
+        while self.step < self.total:
+            end = min((self.step // self.steps_an_epoch + 1) * self.steps_an_epoch, self.total)
+            self._steps(end, stop, on_step)
+            record = self._record()
+            self._keep(record)
+            on_epoch(record)
+
+    def _steps(self, end: int, stop: Stop, on_step: Listener) -> None:
+        recipe, mark = self.recipe, time.perf_counter()
+        read = READ_STEPS if self.job.device.startswith("cuda") else 1
+        unread: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
+        self.stepper.train()
+        for step, micros in self.feed.steps(self.step, end):
+            lr = recipe.lr_at(step, self.total)
+            unread.append((step, lr, *self.stepper.step(micros, lr)))
+            self.step = step + 1
+            if len(unread) < read and self.step < end:
+                continue
+            loss = self._read(unread)
+            unread = []
+            now = time.perf_counter()
+            self.sums.seconds += now - mark
+            mark = now
+            on_step(self._progress(step, loss, lr))
+            self._stop_if_asked(stop)
+            if now - self.saved_at >= self.job.save_every and self.step < end:
+                self._save()
+                mark = time.perf_counter()
+        self._stop_if_asked(stop, now=True)
+
+    def _read(self, unread: list[tuple[int, float, torch.Tensor, torch.Tensor]]) -> float:
+        """Takes losses and hits into the sums; returns the mean loss."""
+        values = torch.stack([torch.stack([loss, hits]) for *_, loss, hits in unread]).double()
+        local = values.cpu().numpy()
+        both = self.world.sums(local, self.job.device)
+        losses, hits = both[:, 0] / self.world.size, both[:, 1]
+        for (step, lr, *_), loss in zip(unread, losses, strict=True):
             if not math.isfinite(loss):
                 raise GateMissed(
                     f"the loss is {loss} at step {step}, learning rate {lr:g}",
-                    fix=f"start again with --lr {recipe.lr / 4:g}",
+                    fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set clip=1",
                 )
-            losses, hits, seen = losses + loss * len(labels), hits + correct, seen + len(labels)
-            rate = seen / (time.perf_counter() - started)
-            on_step(
-                Progress(
-                    epoch=number,
-                    step=index,
-                    steps=self.steps,
-                    loss=loss,
-                    lr=lr,
-                    images_per_second=rate,
-                )
-            )
-        if not seen:
-            raise DataError(f"{self.source.name}: no training image could be decoded")
-        seconds = time.perf_counter() - started
-        val = self._accuracy(self.source, self.parts.val)
-        record = {
-            "epoch": number + 1,
-            "loss": losses / seen,
-            "lr": lr,
-            "train_top1": 100 * hits / seen,
-            "val_top1": val.top1_percent,
-            "val_n": val.n,
-            "images_per_second": seen / seconds,
-            "seconds": time.perf_counter() - started,
+        images = len(unread) * self.recipe.batch
+        self.sums.loss += float(losses.sum()) * self.recipe.batch
+        self.sums.hits += float(hits.sum())
+        self.sums.seen += images
+        return float(losses.mean())
+
+    def _progress(self, step: int, loss: float, lr: float) -> Progress:
+        spent = time.perf_counter() - self.started_at
+        done = self.step - self.first_step
+        return Progress(
+            epoch=step // self.steps_an_epoch,
+            step=self.step,
+            total=self.total,
+            loss=loss,
+            lr=lr,
+            images_per_second=self.sums.seen / max(self.sums.seconds, 1e-9),
+            seconds_left=spent / done * (self.total - self.step),
+        )
+
+    def _stop_if_asked(self, stop: Stop, now: bool = False) -> None:
+        """Saves and raises; several processes agree first, so that all stop at one step."""
+        asked = stop.asked
+        if self.world.size > 1:
+            if not now and self.step % AGREE_STEPS:
+                return
+            asked = self.world.any(asked, self.job.device)
+        if asked:
+            self._save()
+            raise KeyboardInterrupt
+
+    def _record(self) -> dict[str, Any]:
+        """Evaluates; the epoch's line in the log."""
+        val = None
+        if len(self.parts.val):
+            val = self._score(self.source, self.parts.val)
+        seconds, last = self.sums.seconds, self.step - 1
+        return {
+            "epoch": math.ceil(self.step / self.steps_an_epoch),
+            "step": self.step,
+            "loss": self.sums.loss / self.sums.seen,
+            "lr": self.recipe.lr_at(last, self.total),
+            "side": self.feed.side(last),
+            "train_top1": 100 * self.sums.hits / self.sums.seen,
+            "val_top1": None if val is None else val.top1_percent,
+            "val_n": None if val is None else val.n,
+            "images_per_second": self.sums.seen / seconds,
+            "seconds": seconds,
             "skipped": len(self.tally.skipped),
         }
-        self._save(number + 1, record)
-        return record
 
-    def _step(
-        self, pixels: np.ndarray, truth: np.ndarray, generator: torch.Generator
-    ) -> tuple[float, int]:
-        recipe, device = self.job.recipe, self.job.device
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(truth).to(device)
-        if recipe.padding and self.job.preprocess.size <= feed.SMALL:
-            images = augment.pad_and_crop(images, recipe.padding, generator)
-        if recipe.flip:
-            images = augment.flip(images, generator)
-        inputs = augment.normalize(images, self.job.preprocess)
-        logits = self.net(inputs.contiguous(memory_format=torch.channels_last))
-        loss = nn.functional.cross_entropy(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return loss.item(), int((logits.argmax(1) == labels).sum())
+    def _score(self, source: Source, indices: np.ndarray | None) -> metrics.Accuracy:
+        """Of the weights that are kept."""
+        return self.scorer.accuracy(self.stepper.kept, source, indices)
 
-    def _accuracy(self, source: Source, indices: np.ndarray | None) -> metrics.Accuracy:
-        backend = TorchBackend(self.net)
-        return evaluate(
-            backend,
-            source,
-            self.job.preprocess,
-            indices=indices,
-            tally=loader.Tally(len(source), self.tally.warn),
-        )
+    def _about(self) -> dict[str, Any]:
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "data": self.job.source.name,
+            "fingerprint": self.fingerprint,
+            "total": self.total,
+        }
 
     def _checkpoint(self, training: dict[str, Any], measured: dict[str, Any]) -> Checkpoint:
         return Checkpoint(
             model=self.model,
             input=self.job.preprocess,
             weights=Weights(origin="trained", source=self.job.source.name),
-            state={name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()},
+            state=_on_cpu(self.stepper.kept),
             training=training,
             measured=measured,
         )
 
-    def _save(self, epoch: int, record: dict[str, Any]) -> None:
+    def _keep(self, record: dict[str, Any]) -> None:
+        """The end of an epoch: best.pt where it is better, then last.pt, then the log."""
         self.log.append(record)
-        out, improved = self.job.out, record["val_top1"] >= self.best
-        self.best = max(self.best, record["val_top1"])
-        recipe = dataclasses.asdict(self.job.recipe)
-        measured = {"val_top1": record["val_top1"], "val_n": record["val_n"], "epoch": epoch}
-        about = {"recipe": recipe, "data": self.job.source.name, "fingerprint": self.fingerprint}
-        if improved:
-            checkpoint.save(out / "best.pt", self._checkpoint(about, measured))
-        state = about | {
-            "epoch": epoch,
+        self.sums = _Sums()
+        score = math.inf if record["val_top1"] is None else record["val_top1"]
+        if score >= self.best:
+            self.best = score
+            if self.world.first:
+                checkpoint.save(
+                    self.job.out / "best.pt", self._checkpoint(self._about(), self._measured())
+                )
+        self._save()
+        if self.world.first:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            artifacts.write_text(self.job.out / "log.jsonl", lines)
+
+    def _measured(self) -> dict[str, Any]:
+        if not self.log:
+            return {}
+        record = self.log[-1]
+        return {name: record[name] for name in ("val_top1", "val_n", "epoch")}
+
+    def _save(self) -> None:
+        self.saved_at = time.perf_counter()
+        if not self.world.first:
+            return
+        stepper = self.stepper
+        state = self._about() | {
+            "step": self.step,
             "best": self.best,
             "log": self.log,
-            "optimizer": self.optimizer.state_dict(),
+            "sums": dataclasses.asdict(self.sums),
+            "optimizer": stepper.optimizer.state_dict(),
+            "scaler": stepper.scaler.state_dict(),
+            # Nothing draws from it in training; kept so that nothing can come to depend on it.
+            "random": torch.get_rng_state(),
         }
-        checkpoint.save(out / "last.pt", self._checkpoint(state, measured))
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-        artifacts.write_text(out / "log.jsonl", lines)
+        if stepper.average:
+            state |= {"weights": _on_cpu(stepper.net), "updates": stepper.average.updates}
+        checkpoint.save(self.job.out / "last.pt", self._checkpoint(state, self._measured()))
 
     def restore(self) -> None:
-        last = checkpoint.load(self.job.out / "last.pt")
+        """Takes up the state of last.pt."""
+        out = self.job.out
+        if self.world.first:
+            saved_run(out)
+        self.world.wait()
+        last = saved_run(out)
         saved = last.training
-        changed = differences(saved["recipe"], self.job.recipe)
-        if changed:
-            raise InputError(
-                f"{self.job.out}: its run has another recipe ({', '.join(changed)})",
-                fix="resume with the same options, or train into another --out",
-            )
+        check_same(out, saved, self.recipe)
         if last.model != self.model or saved["fingerprint"] != self.fingerprint:
             raise InputError(
-                f"{self.job.out}: its run is {last.model.architecture} on {saved['data']}, or "
+                f"{out}: its run is {last.model.architecture} on {saved['data']}, or "
                 "those images have changed since",
                 fix="train into another --out",
             )
-        self.net.load_state_dict(last.state)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.epoch, self.best, self.log = saved["epoch"], saved["best"], saved["log"]
+        stepper = self.stepper
+        if stepper.average:
+            stepper.average.restore(last.state, saved["updates"])
+        stepper.net.load_state_dict(saved["weights"] if stepper.average else last.state)
+        stepper.optimizer.load_state_dict(saved["optimizer"])
+        stepper.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["random"])
+        self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
+        self.sums = _Sums(**saved["sums"])
 
     def finish(self) -> Checkpoint:
-        """Tests the best epoch, once, and notes the result in its checkpoint."""
-        path = self.job.out / "best.pt"
+        """Batch norm's statistics anew where asked for, then the one test."""
+        path, net = self.job.out / "best.pt", self.stepper.kept
+        self.world.wait()
         best = checkpoint.load(path)
-        self.net.load_state_dict(best.state)
+        if "test_top1" in best.measured:  # finished before
+            return best
+        net.load_state_dict(best.state)
+        measured = dict(best.measured)
+        if self.recipe.bn_images:
+            measured |= self._recompute(net, best)
         if self.job.test is not None:
-            accuracy = self._accuracy(self.job.test, None)
+            accuracy = self._score(self.job.test, None)
         else:
-            accuracy = self._accuracy(self.source, self.parts.test)
-        tested = {"test_top1": accuracy.top1_percent, "test_n": accuracy.n}
+            accuracy = self._score(self.source, self.parts.test)
+        measured |= {"test_top1": accuracy.top1_percent, "test_n": accuracy.n}
         if accuracy.top5_percent is not None:
-            tested["test_top5"] = accuracy.top5_percent
+            measured["test_top5"] = accuracy.top5_percent
         weights = dataclasses.replace(best.weights, sha256=None, source=self.job.source.name)
-        final = dataclasses.replace(best, measured=best.measured | tested, weights=weights)
-        checkpoint.save(path, final)
+        final = dataclasses.replace(best, measured=measured, weights=weights, state=_on_cpu(net))
+        if self.world.first:
+            checkpoint.save(path, final)
         return final
 
-
-def adopt_weights(net: nn.Module, start: Checkpoint) -> None:
-    """Loads a checkpoint to go on from; an FC of another class count stays new.
-
-    Raises:
-        InputError: The checkpoint is of another architecture.
-    """
-    state = dict(start.state)
-    own = net.state_dict()
-    for name in ("fc.weight", "fc.bias"):
-        if state[name].shape != own[name].shape:
-            state[name] = own[name]
-    if any(name not in state or state[name].shape != own[name].shape for name in own):
-        raise InputError(
-            f"the weights are of {start.model.architecture}",
-            fix=f"--model {start.model.architecture}",
+    def _recompute(self, net: torch.nn.Module, best: Checkpoint) -> dict[str, Any]:
+        """New statistics, unless the held-out images are recognized less well with them."""
+        rng = np.random.default_rng((self.recipe.seed, feed.STEP))
+        chosen = rng.permutation(self.parts.train)[: self.recipe.bn_images]
+        batches = loader.batches(
+            self.source, self.job.preprocess, min(self.recipe.batch, 256), indices=chosen
         )
-    net.load_state_dict(state)
+        used = recompute_statistics(
+            net, (torch.from_numpy(images).to(self.job.device) for images, _ in batches)
+        )
+        if not len(self.parts.val):
+            return {"bn_images": used}
+        val = self._score(self.source, self.parts.val)
+        if val.top1_percent < best.measured["val_top1"]:
+            net.load_state_dict(best.state)
+            return {"bn_images": 0}
+        return {"bn_images": used, "val_top1": val.top1_percent}
+
+
+def _on_cpu(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}

@@ -1,49 +1,102 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from rtresnet.data.loader import Tally
-from rtresnet.data.sources import Arrays
+from rtresnet.data.sources import Arrays, Files
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
 from rtresnet.train import feed
+from rtresnet.train.distributed import World
+from rtresnet.train.recipe import Recipe
+
+PLAIN = {"epochs": 3, "batch": 10, "padding": 0, "flip": "none"}
 
 
-def numbered(count: int, *, splits: bool = False) -> Arrays:
+def numbered(count: int, *, splits: bool = False, size: int = 8) -> Arrays:
     """Images whose pixels are their own number."""
-    images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    numbers = np.arange(count, dtype=np.uint8)[:, None, None, None]
+    images = numbers * np.ones((1, size, size, 3), np.uint8)
     return Arrays(
         "numbered", images, np.arange(count), [str(i) for i in range(count)], splits=splits
     )
 
 
-def epoch_labels(number: int, seed: int = 0, batch: int = 10) -> list[int]:
-    source = numbered(100)
-    batches = feed.epoch(
-        source, np.arange(100), Preprocess.for_size(8),
-        batch=batch, seed=seed, number=number, tally=Tally(100),
+def fed(world: World = World(), count: int = 100, size: int = 8, **fields: object) -> feed.Feed:  # noqa: B008
+    recipe = Recipe(**(PLAIN | fields))  # type: ignore[arg-type]
+    contract = Preprocess.for_size(size, mean=(0, 0, 0), std=(1, 1, 1))
+    return feed.Feed(
+        numbered(count, size=size), np.arange(count), contract, recipe, world=world,
+        tally=Tally(count),
     )  # fmt: skip
-    return [int(label) for _, labels in batches for label in labels]
+
+
+def labels(found: feed.Feed, first: int, end: int) -> list[int]:
+    steps = found.steps(first, end)
+    return [int(label) for _, micros in steps for micro in micros for label in micro.labels]
 
 
 def test_every_image_comes_once_an_epoch_in_a_new_order() -> None:
-    first, second = epoch_labels(0), epoch_labels(1)
+    first, second = labels(fed(), 0, 10), labels(fed(), 10, 20)
     assert sorted(first) == sorted(second) == list(range(100))
     assert first != second != list(range(100))
 
 
-def test_an_epoch_is_the_same_for_the_same_seed_and_number() -> None:
-    assert epoch_labels(3) == epoch_labels(3)
-    assert epoch_labels(3) != epoch_labels(3, seed=1)
+def test_an_image_keeps_its_label() -> None:
+    for _, micros in fed(flip="random", padding=2, padding_mode="reflect").steps(0, 10):
+        for micro in micros:
+            assert torch.equal((micro.inputs[:, 0, 4, 4] * 255).round().long(), micro.labels)
+
+
+def test_what_a_step_gets_follows_from_its_number_alone() -> None:
+    fields = {"flip": "random", "padding": 2, "mixup": 0.2, "cutmix": 1.0, "erasing": 0.5,
+              "trivial_augment": True, "colour": 0.1}  # fmt: skip
+    whole = dict(fed(**fields).steps(0, 10))
+    for start in (0, 3, 9):
+        for step, micros in fed(**fields).steps(start, 10):
+            assert torch.equal(micros[0].inputs, whole[step][0].inputs)
+            assert micros[0].share == whole[step][0].share
+    other = fed(seed=1, **fields)
+    assert not torch.equal(next(other.steps(0, 1))[1][0].inputs, whole[0][0].inputs)
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (1, 2), (2, 5), (5, 2)])
+def test_processes_and_parts_share_the_very_same_batch(size: int, accumulate: int) -> None:
+    fields = {"flip": "random", "padding": 2, "erasing": 0.5, "trivial_augment": True}
+    (_, (whole,)) = next(fed(**fields).steps(3, 4))
+    pieces: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    for rank in range(size):
+        _, micros = next(fed(World(rank, size), accumulate=accumulate, **fields).steps(3, 4))
+        assert len(micros) == accumulate
+        for number, micro in enumerate(micros):
+            pieces.append((number * size + rank, micro.inputs, micro.labels))
+    pieces.sort(key=lambda piece: piece[0])
+    assert torch.equal(torch.cat([inputs for _, inputs, _ in pieces]), whole.inputs)
+    assert torch.equal(torch.cat([truth for *_, truth in pieces]), whole.labels)
 
 
 def test_a_last_partial_batch_is_left_out() -> None:
-    assert len(epoch_labels(0, batch=30)) == 90
+    found = fed(batch=30)
+    assert (found.steps_an_epoch, found.total) == (3, 9)
+    assert len(labels(found, 0, 3)) == 90
 
 
-def test_a_batch_larger_than_the_set_becomes_the_set() -> None:
-    assert len(epoch_labels(0, batch=1000)) == 100
+def test_mirroring_in_alternate_epochs_shows_each_image_both_ways() -> None:
+    found = fed(flip="alternate")
+    flipped = [found._mirrored(step, slice(0, 10), np.arange(100)) for step in (0, 10, 20)]
+    assert (flipped[0] != flipped[1]).all() and (flipped[0] == flipped[2]).all()
+    assert 30 < flipped[0].sum() < 70
+
+
+def test_images_are_smaller_where_the_recipe_says_so() -> None:
+    found = fed(size=16, progressive=((0.0, 0.5), (0.5, 1.0)))
+    sides = [micros[0].inputs.shape[2] for step in (0, 14, 15, 29)
+             for _, micros in found.steps(step, step + 1)]  # fmt: skip
+    assert sides == [8, 8, 16, 16]
 
 
 def test_the_splits_are_disjoint_and_whole() -> None:
@@ -60,24 +113,68 @@ def test_a_set_with_its_own_test_split_gives_none_of_its_training_images_to_test
     assert (len(parts.train), len(parts.val)) == (90, 10)
 
 
+def test_nothing_need_be_held_out() -> None:
+    parts = feed.split(numbered(100, splits=True), seed=0, holdout=0.0)
+    assert (len(parts.train), len(parts.val)) == (100, 0)
+
+
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(DataError, match="too few"):
         feed.split(numbered(19), seed=0)
 
 
-def test_random_crops_stay_inside_and_vary_in_place_and_scale() -> None:
-    ramp = np.linspace(0, 255, 400).astype(np.uint8)
-    image = np.stack([np.tile(ramp, (300, 1))] * 3, axis=2)
-    crops = [feed.random_crop(image, 56, np.random.default_rng(seed)) for seed in range(40)]
-    assert {crop.shape for crop in crops} == {(56, 56, 3)}
-    left = {int(crop[0, 0, 0]) for crop in crops}
-    width = {int(crop[0, -1, 0]) - int(crop[0, 0, 0]) for crop in crops}
-    assert len(left) > 10 and len(width) > 10
-    # Between 224/480 and 224/256 of the shorter side, of 300 pixels, over a ramp of 400 pixels.
-    assert min(width) >= 255 / 400 * 300 * 224 / 480 - 6
-    assert max(width) <= 255 / 400 * 300 * 224 / 256 + 6
+def photographs(folder: Path, broken: tuple[int, ...] = ()) -> Files:
+    from PIL import Image
+
+    paths = []
+    for index in range(20):
+        paths.append(folder / f"{index:02d}.png")
+        level = np.full((90, 120, 3), 10 * index, np.uint8)
+        Image.fromarray(level).save(paths[-1])
+        if index in broken:
+            paths[-1].write_bytes(paths[-1].read_bytes()[:40])
+    return Files("photographs", paths, np.arange(20), [str(i) for i in range(20)])
 
 
-def test_an_image_smaller_than_the_crop_is_enlarged() -> None:
-    small = np.zeros((5, 9, 3), np.uint8)
-    assert feed.random_crop(small, 32, np.random.default_rng(0)).shape == (32, 32, 3)
+def photo_feed(source: Files, **fields: object) -> feed.Feed:
+    recipe = Recipe(**(PLAIN | {"crop": "area"} | fields))  # type: ignore[arg-type]
+    contract = Preprocess.for_size(72, mean=(0, 0, 0), std=(1, 1, 1))
+    return feed.Feed(source, np.arange(20), contract, recipe, tally=Tally(20))
+
+
+@pytest.mark.parametrize("crop", ["area", "scale"])
+def test_photographs_are_cut_to_size_and_keep_their_labels(tmp_path: Path, crop: str) -> None:
+    for _, (micro,) in photo_feed(photographs(tmp_path), crop=crop).steps(0, 2):
+        assert micro.inputs.shape == (10, 3, 72, 72)
+        assert torch.equal((micro.inputs[:, 0, 0, 0] * 255 / 10).round().long(), micro.labels)
+
+
+def test_a_broken_photograph_leaves_every_other_step_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole = photo_feed(photographs(tmp_path / "whole"), batch=2)
+    broken = photo_feed(photographs(tmp_path / "broken", broken=(7,)), batch=2)
+    broken.tally.total = 10_000  # one of twenty would be too many
+    met = 0
+    for (_, (first,)), (_, (second,)) in zip(whole.steps(0, 10), broken.steps(0, 10), strict=True):
+        if 7 in first.labels:
+            met += 1
+            kept = next(int(label) for label in first.labels if label != 7)
+            assert second.labels.tolist() == [kept, kept]
+        else:
+            assert torch.equal(first.inputs, second.inputs)
+    assert met == 1 and list(broken.tally.skipped) == [7]
+
+
+def test_a_batch_without_any_readable_image_stops_the_run(tmp_path: Path) -> None:
+    found = photo_feed(photographs(tmp_path, broken=tuple(range(20))))
+    found.tally.total = 10_000
+    with pytest.raises(DataError, match="no image of step 0"):
+        list(found.steps(0, 2))
+
+
+def test_what_goes_wrong_in_a_thread_comes_out(tmp_path: Path) -> None:
+    source = photographs(tmp_path)
+    source.paths[3].unlink()
+    with pytest.raises(DataError, match=r"03\.png"):
+        list(photo_feed(source).steps(0, 2))

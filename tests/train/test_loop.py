@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,12 +21,12 @@ def train(data: str, out: Path, *more: str, epochs: int = 4) -> int:
     return main(["train", *arguments, *more])
 
 
-def final_state(out: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(out / "last.pt").state
+def final_state(out: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.load(out / name).state
 
 
-def assert_identical(first: Path, second: Path) -> None:
-    a, b = final_state(first), final_state(second)
+def assert_identical(first: Path, second: Path, name: str = "last.pt") -> None:
+    a, b = final_state(first, name), final_state(second, name)
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -54,24 +53,53 @@ def test_the_same_seed_gives_the_same_weights(tints: str, trained: Path, tmp_pat
     assert not torch.equal(a["fc.weight"], b["fc.weight"])
 
 
-def test_killed_and_resumed_ends_in_identical_weights(
-    tints: str, trained: Path, tmp_path: Path
+ZYGOTE = """
+import os, random, signal, sys, time
+from rtresnet.cli.main import main
+import rtresnet.train.loop
+# Forked from a process that has imported torch but started no threads: a child trains at once.
+state, kills, arguments = sys.argv[1] + "/last.pt", int(sys.argv[2]), sys.argv[3:]
+draw, killed = random.Random(7), 0
+def written():
+    return os.stat(state).st_mtime_ns if os.path.exists(state) else 0
+while killed < kills:
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        os._exit(main([*arguments, *(["--resume"] if written() else [])]))
+    for _ in range(draw.choice((0, 1, 1, 2, 3))):  # so many states saved, and then some
+        before, limit = written(), time.monotonic() + 60
+        while written() == before and time.monotonic() < limit:
+            time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.15))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"finished after {killed} kills, {os.waitstatus_to_exitcode(status)}")
+    killed += 1
+"""
+
+
+def test_killed_at_20_random_moments_it_ends_in_identical_weights(
+    tints: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "rtresnet", "train", "--model", "resnet8", "--data", tints,
-        "--epochs", "4", "--out", str(out),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (out / "log.jsonl").exists() and time.time() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (out / "last.pt").exists()
-    assert subprocess.run([*command, "--resume"], check=False, capture_output=True).returncode == 0
-    assert len((out / "log.jsonl").read_text().splitlines()) == 4
-    assert_identical(out, trained)
+    unbroken, out = tmp_path / "unbroken", tmp_path / "run"
+    arguments = ["train", "--model", "resnet8", "--data", tints, "--epochs", "16", "--save-every",
+                 "0", "--set", "precision=fp32"]  # fmt: skip
+    assert main([*arguments, "--out", str(unbroken)]) == 0
+    killed = [*arguments, "--out", str(out)]
+    subprocess.run([sys.executable, "-c", ZYGOTE, str(out), "20", *killed], check=True)
+    assert main([*killed, "--resume"]) == 0
+    assert_identical(out, unbroken)
+    assert_identical(out, unbroken, "best.pt")
+    ours, theirs = ((run / "log.jsonl").read_text().splitlines() for run in (out, unbroken))
+    for first, second in zip(ours, theirs, strict=True):
+        assert untimed(first) == untimed(second)
+
+
+def untimed(line: str) -> dict[str, object]:
+    timed = ("seconds", "images_per_second")
+    return {name: value for name, value in json.loads(line).items() if name not in timed}
 
 
 def test_ctrl_c_says_how_to_go_on(tints: str, tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""Writes a pack of shards (`shards.py` has the format) from a folder of class folders.
+
+The tar files depend on the images alone: no times, no owners. The index comes last, so that what
+was interrupted can never be taken for a pack; what a killed run left is marked, and replaced by
+the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtresnet import artifacts
+from rtresnet.data.loader import ahead
+from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
+from rtresnet.data.sources import Files, open_source
+from rtresnet.errors import DataError, InputError
+
+SHARD_BYTES = 512 << 20
+END = bytes(1024)  # two empty blocks end a tar file
+
+
+def pack(
+    source: str,
+    out: str | os.PathLike[str],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Packs a folder's image files, unchanged and in the folder source's own order.
+
+    Damaged images are packed as they are: whoever reads them counts and names them.
+
+    Args:
+        source: `folder:DIR` or DIR, as `open_source` takes it.
+        out: The folder of the pack.
+        shard_bytes: A shard is closed before it would become longer, if it holds an image.
+        force: Replaces a finished pack.
+        progress: Called with images packed so far and all images.
+
+    Returns:
+        The index, as written: classes, splits, shards.
+
+    Raises:
+        DataError: What the folder source raises, or a file that cannot be read.
+        InputError: `out` holds a finished pack, or files that no run of this has left.
+        OSError: The disk is full, among others. No index is written then, and no shard kept.
+    """
+    folder, files = Path(out), {"train": _files(source, "train")}
+    if files["train"].splits:
+        files["test"] = _files(source, "test")
+    else:
+        files = {"all": files["train"]}
+    plain = source.removeprefix("folder:")
+    root = Path(source) if plain == source else Path(plain).expanduser()
+    if folder.resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"{folder}: lies in {root}, where it would be a class", fix="choose another --out"
+        )
+    artifacts.make_folder(folder)
+    _make_room(folder, force)
+    rows, total = _Rows(), sum(map(len, files.values()))
+    shards: list[dict[str, Any]] = []
+    try:
+        for split, part in files.items():
+            images = _images(part, root)
+            shards += _write_split(folder, split, images, rows, shard_bytes, progress, total)
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "classes": next(iter(files.values())).classes,
+            "splits": {split: len(part) for split, part in files.items()},
+            "shards": shards,
+            "table_sha256": rows.write(folder / TABLE),
+            "made_by": artifacts.provenance(),
+        }
+        artifacts.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    except BaseException:
+        _sweep(folder)
+        raise
+    finally:
+        (folder / UNFINISHED).unlink(missing_ok=True)
+    return index
+
+
+class _Rows:
+    """The table: an entry an image, in columns."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
+        self.names: list[bytes] = []
+
+    def add(self, name: bytes, **entries: int) -> None:
+        self.names.append(name)
+        for column, value in entries.items():
+            self.columns[column].append(value)
+
+    def write(self, path: Path) -> str:
+        """Returns the table's sha256."""
+        arrays = {column: np.array(values, np.int64) for column, values in self.columns.items()}
+        names = np.frombuffer(b"\0".join(self.names), np.uint8)
+        with artifacts.atomic_path(path) as temporary:
+            with open(temporary, "wb") as file:
+                np.savez(file, allow_pickle=False, names=names, **arrays)
+            return artifacts.sha256(temporary)
+
+
+def _files(source: str, split: str) -> Files:
+    found = open_source(source, split)
+    if not isinstance(found, Files):
+        raise DataError(f"{source}: not a folder of images", fix="only class folders are packed")
+    return found
+
+
+def _images(files: Files, root: Path) -> Iterator[tuple[str, int, bytes]]:
+    """CLASS/FILE, label and bytes of each image file, read a few ahead."""
+    for index, data in ahead(lambda index: _read(files.paths[index]), range(len(files))):
+        parts = files.paths[index].relative_to(root).parts
+        # A class folder lies in the root, or in the one folder between: see `open_source`.
+        parts = parts[1:] if parts[0] in ("train", "test", "val") else parts
+        yield "/".join(parts), int(files.labels[index]), data
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    images: Iterator[tuple[str, int, bytes]],
+    rows: _Rows,
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+    total: int,
+) -> Iterator[dict[str, Any]]:
+    """Yields each shard's file and size once it is written."""
+    first = max(rows.columns["shard"], default=-1) + 1
+    number, waiting = 0, next(images, None)
+    while waiting is not None:
+        path = folder / f"{split}-{number:05}.tar"
+        with artifacts.atomic_path(path) as temporary, open(temporary, "wb") as file:
+            while waiting is not None:
+                name, label, data = waiting
+                header, padding = _frame(name, len(data))
+                size = len(header) + len(data) + padding
+                if file.tell() and file.tell() + size + len(END) > shard_bytes:
+                    break
+                offset = file.tell() + len(header)
+                file.write(header + data + bytes(padding))
+                rows.add(
+                    os.fsencode(name),
+                    shard=first + number,
+                    offset=offset,
+                    length=len(data),
+                    label=label,
+                )
+                progress(len(rows.names), total)
+                waiting = next(images, None)
+            file.write(END)
+            size = file.tell()
+        yield {"file": path.name, "bytes": size}
+        number += 1
+
+
+def _frame(name: str, size: int) -> tuple[bytes, int]:
+    """A tar member's header, and how many zeros follow its bytes. GNU's form takes any name."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    header = member.tobuf(tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape")
+    return header, -size % tarfile.BLOCKSIZE
+
+
+def _make_room(folder: Path, force: bool) -> None:
+    """Removes a pack that may be replaced, or what is left of one, and nothing that is not ours."""
+    index = folder / INDEX
+    finished = index.exists() and FORMAT in index.read_text(encoding="utf-8", errors="replace")
+    if finished and not force:
+        raise InputError(f"{folder}: holds a pack already", fix="--force replaces it")
+    strange = next(_pieces(folder), None)
+    if strange is not None and not finished and not (folder / UNFINISHED).exists():
+        raise InputError(f"{strange}: is there, and of no pack", fix="choose another --out")
+    artifacts.write_text(folder / UNFINISHED, "rtresnet pack is at work here, or was killed\n")
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    for path in list(_pieces(folder)):
+        path.unlink(missing_ok=True)
+
+
+def _pieces(folder: Path) -> Iterator[Path]:
+    """Every file of a pack, the index first, and what a killed run had half-written."""
+    for name in (INDEX, TABLE, *(f"{split}-[0-9]*.tar" for split in ("train", "test", "all"))):
+        yield from folder.glob(name)
+        yield from folder.glob(f".{name}.*.tmp")

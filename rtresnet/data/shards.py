@@ -1,0 +1,194 @@
+"""Photographs in a few large files: what a million small ones cost a disk is paid once.
+
+A pack is a folder of plain tar files, which any tar reads, and an index:
+
+    train-00000.tar ...   image files, unchanged, as CLASS/FILE; all-00000.tar for undivided sets
+    index.npz             int64 columns: shard, offset and length in bytes, label; and the names,
+                          CLASS/FILE, in uint8 with a zero between two
+    index.json            classes, splits, each shard's size, the table's sha256; written last
+
+`rtresnet pack` writes it (`packing.py`). An image is one read at an offset, from any thread, and
+the bits are those of the folder that was packed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtresnet.data.decode import CorruptImage, decode
+from rtresnet.errors import DataError
+
+INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
+FORMAT, VERSION = "rtresnet shards", 1
+COLUMNS = ("shard", "offset", "length", "label")  # int64, an entry an image
+
+
+class Shards:
+    """The images of a pack, read where they lie.
+
+    Args:
+        name: As the person gave it.
+        folder: Of the pack.
+        split: "train", "test" or "all"; a set that was packed undivided is "all" of it.
+
+    Raises:
+        DataError: No pack, an unfinished one, or one whose files are not those of its index.
+    """
+
+    def __init__(self, name: str, folder: Path, split: str) -> None:
+        self.name, self.folder = name, folder
+        index = _read_index(folder)
+        table = _read_table(folder / TABLE, index)
+        self.classes: tuple[str, ...] = tuple(index["classes"])
+        counts: dict[str, int] = index["splits"]
+        self.splits = "all" not in counts
+        first, end = 0, sum(counts.values())
+        if self.splits and split != "all":
+            first = 0 if split == "train" else counts["train"]
+            end = first + counts[split]
+        self._shard, self._offset, self._length, self.labels = (
+            table[column][first:end] for column in COLUMNS
+        )
+        self._names, self._first, self._end = table["names"], first, end
+        self._paths = [folder / shard["file"] for shard in index["shards"]]
+        for path, shard in zip(self._paths, index["shards"], strict=True):
+            _check_size(path, shard["bytes"])
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        """uint8 RGB [H, W, 3]; see `decode`.
+
+        Raises:
+            CorruptImage: It is damaged, as it was when it was packed.
+            DataError: Its shard is no longer there, or was cut short since it was opened.
+        """
+        shard, length = int(self._shard[index]), int(self._length[index])
+        path = self._paths[shard]
+        try:
+            data = os.pread(self._descriptor(shard), length, int(self._offset[index]))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        if len(data) != length:
+            raise DataError(f"{path}: truncated while it was in use", fix="pack it anew")
+        try:
+            return decode("", data, at_least=at_least)
+        except CorruptImage as error:  # only now is the name worth looking up
+            raise CorruptImage(f"{path}: {os.fsdecode(self._named[index])}{error}") from None
+
+    def fingerprint(self) -> str:
+        """That of the folder it was packed from: a run begun on one may go on with the other."""
+        names = (b"/".join(name.split(b"/")[-2:]) for name in self._named)
+        return files_fingerprint(names, self._length, self.labels)
+
+    def _descriptor(self, shard: int) -> int:
+        """A shard's file, opened when it is first read."""
+        found = self._open.get(shard)
+        if found is None:
+            with self._lock:
+                if shard not in self._open:
+                    self._open[shard] = os.open(self._paths[shard], os.O_RDONLY)
+                found = self._open[shard]
+        return found
+
+    @cached_property
+    def _named(self) -> list[bytes]:
+        """CLASS/FILE of each image. Split when first asked for: there may be a million."""
+        return self._names.tobytes().split(b"\0")[self._first : self._end]
+
+
+def files_fingerprint(names: Iterable[bytes], sizes: Iterable[int], labels: Iterable[int]) -> str:
+    """sha256 of image files' names (PARENT/FILE), sizes in bytes and labels."""
+    digest = hashlib.sha256()
+    for name, size, label in zip(names, sizes, labels, strict=True):
+        digest.update(b"%b\0%d\0%d\n" % (name, size, label))
+    return digest.hexdigest()
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / UNFINISHED).exists():
+            raise DataError(
+                f"{folder}: packing was interrupted", fix="run the same rtresnet pack again"
+            ) from None
+        raise DataError(
+            f"{folder}: no {INDEX}, so these are no shards",
+            fix="rtresnet pack FOLDER --out DIR makes them",
+        ) from None
+    except ValueError as error:  # not JSON, not UTF-8
+        raise DataError(f"{path}: damaged ({error})", fix="pack it anew") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise DataError(f"{path}: not an index of shards", fix="pack it anew")
+    if index.get("version") != VERSION:
+        raise DataError(
+            f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
+            fix="pack it anew",
+        )
+    splits = index.get("splits")
+    whole = (
+        isinstance(splits, dict)
+        and tuple(splits) in (("all",), ("train", "test"))
+        and all(isinstance(count, int) and count >= 0 for count in splits.values())
+        and isinstance(index.get("classes"), list)
+        and all(isinstance(name, str) for name in index["classes"])
+        and isinstance(index.get("shards"), list)
+        and all(
+            isinstance(shard, dict)
+            and isinstance(shard.get("file"), str)
+            and isinstance(shard.get("bytes"), int)
+            for shard in index["shards"]
+        )
+    )
+    if not whole:
+        raise DataError(f"{path}: entries are missing or damaged", fix="pack it anew")
+    return index
+
+
+def _read_table(path: Path, index: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The columns, which fit the index: the sha256 vouches for all but what the index says."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", fix="pack it anew") from None
+    if hashlib.sha256(content).hexdigest() != index.get("table_sha256"):
+        raise DataError(f"{path}: not the table that {INDEX} describes", fix="pack it anew")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        table = {column: file[column] for column in file.files}
+    labels, shards = table["label"], table["shard"]
+    if (
+        len(labels) != sum(index["splits"].values())
+        or labels.max(initial=0) >= len(index["classes"])
+        or shards.max(initial=0) >= len(index["shards"])
+    ):
+        raise DataError(f"{path.with_name(INDEX)}: does not fit {TABLE}", fix="pack it anew")
+    return table
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", fix="pack it anew") from None
+    if found != size:
+        what = "truncated" if found < size else "replaced"
+        raise DataError(f"{path}: {what} ({found} of {size} bytes)", fix="pack it anew")

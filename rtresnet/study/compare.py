@@ -1,0 +1,257 @@
+"""Nets side by side under one recipe and one set of seeds.
+
+The degradation study (section 4.1 and 4.2, figures 1, 4 and 6, table 2): plain nets get worse with
+depth, residual ones do not. The study of shortcuts (section 4.1, table 3): options A, B and C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtresnet.data.sources import Source
+from rtresnet.errors import InputError, UnknownName
+from rtresnet.models import zoo
+from rtresnet.models.resnet import multiply_adds
+from rtresnet.models.zoo import Spec
+from rtresnet.preprocess import Preprocess
+from rtresnet.study.runs import Outcome, Run
+from rtresnet.train import feed, loop, recipes
+from rtresnet.train.recipe import Recipe
+
+ERRORS = ("train_error", "val_error", "test_error")
+
+
+def degradation_nets(depths: Sequence[int]) -> dict[str, Spec]:
+    """Plain and residual nets; option A, so that both have the same parameters (section 4.1).
+
+    Raises:
+        UnknownName: No nets of such a depth.
+    """
+    plain = [zoo.spec(f"plain{depth}") for depth in depths]
+    residual = [zoo.spec(f"resnet{depth}", shortcut="A") for depth in depths]
+    return {spec.name: spec for spec in (*plain, *residual)}
+
+
+def shortcut_nets(model: str) -> dict[str, Spec]:
+    """A residual net under each option, and its plain counterpart where the zoo has one.
+
+    Raises:
+        UnknownName: No such net.
+        InputError: The net has no shortcuts.
+    """
+    if zoo.spec(model).shortcut is None:
+        residual = model.replace("plain", "resnet")
+        raise InputError(f"{model} has no shortcuts", fix=f"--model {residual}")
+    plain = model.replace("resnet", "plain")
+    try:
+        counterpart = {plain: zoo.spec(plain)}
+    except UnknownName:  # a net of bottlenecks
+        counterpart = {}
+    return counterpart | {f"{model}-{option}": zoo.spec(model, shortcut=option) for option in "ABC"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What the nets of a study have in common.
+
+    Attributes:
+        source: Training images.
+        test: The set's own test split, if it came with one.
+        recipe: A recipe's name.
+        settings: Its fields that are set.
+        seeds: How many: 0, 1, 2, ...
+        out: Folder of the study.
+        device: "cpu" or "cuda".
+        size: Side of the input in pixels; None is the net's customary one.
+    """
+
+    source: Source
+    test: Source | None
+    recipe: str
+    settings: Mapping[str, Any]
+    seeds: int
+    out: Path
+    device: str
+    size: int | None = None
+
+
+def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
+    """Every net under the first seed, then every net under the second, and so on.
+
+    Raises:
+        UnknownName, InputError: The recipe or a setting.
+    """
+    fingerprint = terms.source.fingerprint()
+    runs = []
+    for seed in range(terms.seeds):
+        for label, spec in nets.items():
+            preprocess = Preprocess.for_size(terms.size or spec.size)
+            recipe = recipes.resolve(
+                terms.recipe,
+                images=len(terms.source) * 9 // 10,
+                size=preprocess.size,
+                depth=spec.depth,
+                settings={**terms.settings, "seed": seed},
+            )
+            job = loop.Job(
+                spec=spec, source=terms.source, test=terms.test, preprocess=preprocess,
+                recipe=recipe, out=terms.out / f"{label}-seed{seed}", device=terms.device,
+            )  # fmt: skip
+            runs.append(Run(label=label, job=job, fingerprint=fingerprint))
+    return runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Over seeds: the mean, and the standard deviation of a sample (None of a single one)."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of one value or more."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(mean=float(np.mean(values)), std=std, n=len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """An error in percent against steps, over the seeds that did not diverge.
+
+    Attributes:
+        std: None with a single seed.
+    """
+
+    steps: list[int]
+    mean: list[float]
+    std: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    """A net of the study and all its outcomes."""
+
+    label: str
+    spec: Spec
+    parameters: int
+    multiply_adds: int
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def finished(self) -> list[Outcome]:
+        """Without the seeds that diverged."""
+        return [outcome for outcome in self.outcomes if outcome.diverged is None]
+
+    def error(self, name: str) -> Spread | None:
+        """One of ERRORS over the seeds; None where none finished or nothing was held out."""
+        values = [getattr(outcome, name) for outcome in self.finished]
+        return spread(values) if values and None not in values else None
+
+    def curve(self, name: str) -> Curve | None:
+        """Of "train_top1" or "val_top1" as an error; None likewise."""
+        logs = [outcome.log for outcome in self.finished]
+        if not logs or any(record[name] is None for log in logs for record in log):
+            return None
+        errors = np.array([[100 - record[name] for record in log] for log in logs])
+        return Curve(
+            steps=[record["step"] for record in logs[0]],
+            mean=errors.mean(axis=0).tolist(),
+            std=errors.std(axis=0, ddof=1).tolist() if len(logs) > 1 else None,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON."""
+        errors = {name: self.error(name) for name in ERRORS}
+        return {
+            "net": self.label,
+            "shortcut": self.spec.shortcut,
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "recipe": dataclasses.asdict(self.outcomes[0].run.job.recipe),
+            **{name: found and dataclasses.asdict(found) for name, found in errors.items()},
+            "diverged": len(self.outcomes) - len(self.finished),
+            "seeds": [_seed_record(outcome) for outcome in self.outcomes],
+        }
+
+
+def _seed_record(outcome: Outcome) -> dict[str, Any]:
+    record = {
+        "seed": outcome.run.seed,
+        "folder": str(outcome.run.job.out),
+        "diverged": outcome.diverged,
+    }
+    if outcome.diverged is None:
+        record |= {name: getattr(outcome, name) for name in ERRORS}
+        record |= {"measured": outcome.measured, "log": outcome.log}
+    return record
+
+
+def summarize(outcomes: Sequence[Outcome]) -> list[Net]:
+    """The outcomes by net, in the order of their first appearance."""
+    labels = list(dict.fromkeys(outcome.run.label for outcome in outcomes))
+    nets = []
+    for label in labels:
+        own = tuple(outcome for outcome in outcomes if outcome.run.label == label)
+        job = own[0].run.job
+        net = zoo.build(job.spec, len(job.source.classes), device="meta")
+        nets.append(
+            Net(
+                label=label,
+                spec=job.spec,
+                parameters=sum(parameter.numel() for parameter in net.parameters()),
+                multiply_adds=multiply_adds(net, job.preprocess.size),
+                outcomes=own,
+            )
+        )
+    return nets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long a run is and how long the paper's was.
+
+    Attributes:
+        images: Training images, those held out not counted.
+        steps, batch: Of this run.
+        paper_steps, paper_batch: Of the paper's.
+    """
+
+    images: int
+    steps: int
+    batch: int
+    paper_steps: int
+    paper_batch: int
+
+    def words(self, data: str) -> str:
+        """A figure's subtitle: what a reader must know before comparing with the paper's."""
+        of = f"{self.steps:,} of the paper's {self.paper_steps:,} steps"
+        if self.steps >= self.paper_steps:
+            of = f"{self.steps:,} steps (the paper's: {self.paper_steps:,})"
+        if self.batch != self.paper_batch:
+            of += f", {self.batch} images each (the paper's: {self.paper_batch})"
+        return f"{of}; {self.images:,} training images of {data}"
+
+
+def length(run: Run) -> Length:
+    """Of a run that need not have begun."""
+    job, recipe = run.job, run.job.recipe
+    paper: Recipe = recipes.PAPER_CIFAR if job.spec.family == "cifar" else recipes.PAPER_IMAGENET
+    images = len(feed.split(job.source, recipe.seed, recipe.holdout).train)
+    return Length(
+        images=images,
+        steps=recipe.total(max(1, images // recipe.batch)),
+        batch=recipe.batch,
+        paper_steps=paper.steps,
+        paper_batch=paper.batch,
+    )

@@ -1,0 +1,186 @@
+"""The runs of a study: each an ordinary run folder, made once, gone on with after a Ctrl-C.
+
+A run that finished under the same net, recipe and images is not made again; one made under
+others is never written over. A run that diverged is a result too, and leaves `diverged.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rtresnet import artifacts
+from rtresnet.data import loader
+from rtresnet.data.sources import Arrays, Source
+from rtresnet.errors import GateMissed, InputError
+from rtresnet.models import checkpoint
+from rtresnet.train import loop, state
+
+DIVERGED = "diverged.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One net under one seed.
+
+    Attributes:
+        label: Of the net in figures and tables.
+        job: What to train on what; its recipe has the seed.
+        fingerprint: Of the job's images, which takes a while to compute.
+    """
+
+    label: str
+    job: loop.Job
+    fingerprint: str
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return self.job.recipe.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        run: Which.
+        diverged: Why there is no result, or None.
+        log: A record an epoch, as in log.jsonl.
+        measured: Of the epoch that was kept.
+    """
+
+    run: Run
+    diverged: str | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def train_error(self) -> float:
+        """Of the last epoch, on the augmented images as they were trained on, in percent."""
+        return 100 - float(self.log[-1]["train_top1"])
+
+    @property
+    def val_error(self) -> float | None:
+        """Of the kept epoch, in percent; None where nothing was held out."""
+        value = self.measured["val_top1"]
+        return None if value is None else 100 - float(value)
+
+    @property
+    def test_error(self) -> float:
+        """Of the kept epoch, in percent."""
+        return 100 - float(self.measured["test_top1"])
+
+
+def found(run: Run) -> Outcome | None:
+    """The outcome of a run that was made before; None where it is still to be made or finished.
+
+    Raises:
+        InputError: The folder holds a run of another net, recipe or images.
+    """
+    out = run.job.out
+    if (out / DIVERGED).exists():
+        record = json.loads((out / DIVERGED).read_text(encoding="utf-8"))
+        _require_same(run, record)
+        return Outcome(run=run, diverged=record["message"])
+    if not (out / "last.pt").exists():
+        return None
+    last = state.saved_run(out)
+    _require_same(run, last.training | {"model": dataclasses.asdict(last.model)})
+    best = checkpoint.load(out / "best.pt") if (out / "best.pt").exists() else last
+    return _finished(run, best.measured) if "test_top1" in best.measured else None
+
+
+def make(
+    run: Run,
+    *,
+    on_step: loop.Listener = lambda progress: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Trains, or goes on where a run was interrupted.
+
+    Raises:
+        InputError: The folder holds another run.
+        KeyboardInterrupt: Ctrl-C; the state is saved.
+    """
+    before = found(run)
+    if before is not None:
+        return before
+    resume = (run.job.out / "last.pt").exists()
+    try:
+        best = loop.train(run.job, resume=resume, on_step=on_step, warn=warn)
+    except GateMissed as error:
+        record = _identity(run) | {"message": error.message}
+        artifacts.make_folder(run.job.out)
+        artifacts.write_text(run.job.out / DIVERGED, json.dumps(record, indent=1) + "\n")
+        return Outcome(run=run, diverged=error.message)
+    return _finished(run, best.measured)
+
+
+def _finished(run: Run, measured: dict[str, Any]) -> Outcome:
+    lines = (run.job.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return Outcome(run=run, log=[json.loads(line) for line in lines], measured=measured)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What makes a run this one and no other, beside its seed."""
+    job = loop.settled(run.job)
+    return {
+        "recipe": dataclasses.asdict(job.recipe),
+        "fingerprint": run.fingerprint,
+        "data": job.source.name,
+        "model": dataclasses.asdict(checkpoint.model_of(job.spec, job.source.classes)),
+    }
+
+
+def _require_same(run: Run, record: dict[str, Any]) -> None:
+    out, own = run.job.out, _identity(run)
+    try:
+        state.check_same(out, record, loop.settled(run.job).recipe)
+    except InputError as error:
+        raise InputError(error.message, fix="give the study another --out") from None
+    for name, what in (("model", "another net"), ("fingerprint", "other images")):
+        if json.dumps(record[name]) != json.dumps(own[name]):
+            raise InputError(
+                f"{out}: its run has {what} ({record['model']['architecture']} on "
+                f"{record['data']})",
+                fix="give the study another --out",
+            )
+
+
+class _Part:
+    """Some of a source's images."""
+
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+        self.source, self.chosen = source, chosen
+        self.name = f"{source.name} ({len(chosen)} images)"
+        self.classes, self.splits = source.classes, source.splits
+        self.labels = source.labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        return self.source.image(int(self.chosen[index]), at_least)
+
+    def fingerprint(self) -> str:
+        own = self.source.fingerprint().encode() + self.chosen.tobytes()
+        return hashlib.sha256(own).hexdigest()
+
+
+def part(source: Source, images: int | None) -> Source:
+    """`images` of a source, spread evenly over the classes, always the same; None is all."""
+    if images is None or images >= len(source):
+        return source
+    chosen = loader.sample(source, images)
+    some = _Part(source, chosen)
+    if isinstance(source, Arrays):
+        pixels = source.images[chosen]
+        return Arrays(some.name, pixels, some.labels, source.classes, splits=source.splits)
+    return some

@@ -1,0 +1,86 @@
+"""What is kept of the weights besides the weights: their running average, and batch norm's
+statistics computed anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """An exponential moving average of a net's weights and statistics.
+
+    Young averages forget faster, so that they do not remember the initialization: the decay of
+    update t is min(decay, (1 + t) / (10 + t)).
+
+    Args:
+        net: Copied.
+        decay: Of the average, in [0, 1).
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """Takes a step of `net` in."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        ours, theirs = _floats(self.net), _floats(net)
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+    def restore(self, state: dict[str, Tensor], updates: int) -> None:
+        """Goes on where a run was interrupted."""
+        self.net.load_state_dict(state)
+        self.updates = updates
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+def _floats(net: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+
+
+def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Batch norm's mean and variance over many images, the weights as they are.
+
+    The running averages of training lag behind the weights; the paper's authors recomputed them
+    after training. Every batch counts by its images.
+
+    Args:
+        net: Its statistics are replaced; in evaluation mode afterwards.
+        batches: float32 [N, 3, S, S], normalized as in evaluation.
+
+    Returns:
+        Images used.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    sums = [[torch.zeros_like(tensor) for tensor in _statistics(norm)] for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    net.eval()
+    for norm in norms:
+        norm.train().momentum = 1.0  # the running statistics become the batch's own
+    with torch.no_grad():
+        for images in batches:
+            if len(images) < 2:
+                continue
+            net(images)
+            count += len(images)
+            for norm, total in zip(norms, sums, strict=True):
+                for tensor, statistic in zip(total, _statistics(norm), strict=True):
+                    tensor += len(images) * statistic
+    for norm, momentum, total in zip(norms, momenta, sums, strict=True):
+        norm.momentum = momentum
+        for tensor, statistic in zip(total, _statistics(norm), strict=True):
+            if count:
+                statistic.copy_(tensor / count)
+    net.eval()
+    return count

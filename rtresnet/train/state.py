@@ -1,0 +1,91 @@
+"""A run's folder: may it be written into, can it be gone on with, and with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtresnet import artifacts
+from rtresnet.errors import ArtifactError, InputError
+from rtresnet.models import checkpoint
+from rtresnet.models.checkpoint import Checkpoint
+from rtresnet.train.recipe import Recipe, differences
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuses to write over a run, and to resume where there is none.
+
+    Raises:
+        InputError: Either.
+    """
+    there = (out / "last.pt").exists()
+    if there and not resume:
+        raise InputError(f"{out}: holds a run already", fix="add --resume, or another --out")
+    if resume and not there:
+        raise InputError(f"{out}: no saved state to go on from", fix="start without --resume")
+
+
+def saved_run(out: Path) -> Checkpoint:
+    """The state of a run, from its last.pt.
+
+    Raises:
+        InputError: There is none, or the file holds a net only.
+    """
+    check_folder(out, resume=True)
+    for name in ("best.pt", "last.pt"):
+        _drop_stale_sidecar(out / name)
+    last = checkpoint.load(out / "last.pt")
+    if not {"recipe", "fingerprint", "step", "sums", "optimizer"} <= last.training.keys():
+        raise InputError(
+            f"{out / 'last.pt'}: holds no state of a run",
+            fix=f"train from it instead: --weights {out / 'last.pt'} with another --out",
+        )
+    return last
+
+
+def check_same(out: Path, saved: dict[str, Any], recipe: Recipe) -> None:
+    """Refuses to go on with a run under another recipe.
+
+    Raises:
+        InputError: Names the fields that differ.
+    """
+    changed = differences(saved["recipe"], recipe)
+    if changed:
+        raise InputError(
+            f"{out}: its run has another recipe ({', '.join(changed)})",
+            fix="resume with the same options, or train into another --out",
+        )
+
+
+def _drop_stale_sidecar(path: Path) -> None:
+    """A kill between a file's replacement and its sidecar's leaves the old sidecar behind.
+
+    The file is whole, since it is replaced in one step, and says itself what it is.
+    """
+    try:
+        artifacts.verify(path)
+    except ArtifactError:
+        artifacts.sidecar_path(path).unlink(missing_ok=True)
+    except InputError:  # there is no such file yet
+        return
+
+
+def adopt_weights(net: torch.nn.Module, start: Checkpoint) -> None:
+    """Loads a checkpoint to go on from; an FC of another class count stays new.
+
+    Raises:
+        InputError: The checkpoint is of another architecture.
+    """
+    state = dict(start.state)
+    own = net.state_dict()
+    for name in ("fc.weight", "fc.bias"):
+        if state[name].shape != own[name].shape:
+            state[name] = own[name]
+    if any(name not in state or state[name].shape != own[name].shape for name in own):
+        raise InputError(
+            f"the weights are of {start.model.architecture}",
+            fix=f"--model {start.model.architecture}",
+        )
+    net.load_state_dict(state)

@@ -1,0 +1,156 @@
+"""One optimizer step: forward and backward over a batch's parts, then SGD.
+
+Knows the numerics (autocast, compilation, gradient clipping), not what comes before or after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtresnet import machine
+from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.models.resnet import ResNet
+from rtresnet.train.average import Average
+from rtresnet.train.distributed import World
+from rtresnet.train.feed import Micro
+from rtresnet.train.recipe import Recipe
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def settle_precision(recipe: Recipe, device: str) -> str:
+    """What "auto" means on this device, and whether the rest can be had there.
+
+    Raises:
+        InputError: FP16 without a GPU: small gradients vanish, and there is nothing to gain.
+    """
+    if recipe.precision == "auto":
+        on_gpu = device.startswith("cuda")
+        able = torch.cuda.is_bf16_supported() if on_gpu else machine.native_bf16()
+        return "bf16" if able else "fp32"
+    if recipe.precision == "fp16" and not device.startswith("cuda"):
+        raise InputError("precision=fp16 trains on a GPU only", fix="--set precision=bf16")
+    return recipe.precision
+
+
+def check_compiler(recipe: Recipe, device: str) -> None:
+    """torch.compile on a CPU writes C++.
+
+    Raises:
+        EnvironmentLack: There is no compiler for it.
+    """
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if recipe.compile and device == "cpu" and not any(shutil.which(n) for n in names if n):
+        raise EnvironmentLack(
+            "torch.compile needs a C++ compiler, and there is none",
+            fix="apt install g++, or leave --compile out",
+        )
+
+
+class Stepper:
+    """A net in training.
+
+    Args:
+        net: On its device; changed by every step.
+        recipe: With a settled precision.
+        world: Over which gradients are averaged.
+        device: The net's.
+    """
+
+    def __init__(self, net: ResNet, recipe: Recipe, world: World, device: str) -> None:
+        self.net, self.recipe = net, recipe
+        self.kind = "cuda" if device.startswith("cuda") else "cpu"
+        self.frozen = freeze(net, recipe.freeze)
+        self.optimizer = torch.optim.SGD(
+            _groups(net, recipe),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            fused=True,
+        )
+        self.average = Average(net, recipe.ema) if recipe.ema else None
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=recipe.precision == "fp16")
+        self.wrapped = world.wrap(net, device)
+        self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights to be evaluated and kept: the average where there is one."""
+        return self.average.net if self.average else self.net
+
+    def train(self) -> None:
+        """Into training mode; what is frozen stays in evaluation mode."""
+        self.net.train()
+        for part in self.frozen:
+            part.eval()
+
+    def step(self, micros: Sequence[Micro], lr: float) -> tuple[Tensor, Tensor]:
+        """One update.
+
+        Returns:
+            The mean loss and the number of hits of this process's images, on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, hits = [], []
+        for number, micro in enumerate(micros):
+            with self._gradients_stay_here(last=number == len(micros) - 1):
+                loss, correct = self._backward(micro, len(micros))
+            losses.append(loss)
+            hits.append(correct)
+        self.scaler.unscale_(self.optimizer)
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self.net)
+        return torch.stack(losses).mean(), torch.stack(hits).sum()
+
+    def _backward(self, micro: Micro, parts: int) -> tuple[Tensor, Tensor]:
+        cast = AUTOCAST.get(self.recipe.precision)
+        with torch.autocast(self.kind, cast or torch.bfloat16, enabled=cast is not None):
+            logits = self.forward(micro.inputs)
+        logits = logits.float()
+        smoothing = self.recipe.label_smoothing
+        loss = nn.functional.cross_entropy(logits, micro.labels, label_smoothing=smoothing)
+        if micro.share != 1:
+            other = nn.functional.cross_entropy(logits, micro.others, label_smoothing=smoothing)
+            loss = micro.share * loss + (1 - micro.share) * other
+        self.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), (logits.argmax(1) == micro.labels).sum()
+
+    def _gradients_stay_here(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are averaged over the processes once a step, with its last part."""
+        if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+
+def freeze(net: ResNet, parts: int) -> list[nn.Module]:
+    """Stops the first `parts` of stem and stages from learning; returns them."""
+    if not parts:
+        return []
+    frozen: list[nn.Module] = [net.conv1, net.bn1]
+    frozen += [getattr(net, name) for name in net.stages[: parts - 1]]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def _groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    if recipe.decay_norms:
+        return [{"params": learning, "weight_decay": recipe.weight_decay}]
+    return [
+        {"params": [p for p in learning if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in learning if p.ndim == 1], "weight_decay": 0.0},
+    ]

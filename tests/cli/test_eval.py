@@ -1,0 +1,157 @@
+"""`rtresnet eval` under the paper's protocols, for real, on the small trained net."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtresnet.artifacts import read_sidecar
+from rtresnet.cli.main import main
+from rtresnet.models import checkpoint
+
+
+@pytest.fixture
+def best(trained: Path, tmp_path: Path) -> Path:
+    """The trained net, where its sidecar may be changed."""
+    for name in ("best.pt", "best.pt.json"):
+        shutil.copy(trained / name, tmp_path / name)
+    return tmp_path / "best.pt"
+
+
+def evaluate(*arguments: object, data: str, out: Path) -> dict:  # type: ignore[type-arg]
+    file = out / "result.json"
+    assert main(["eval", *map(str, arguments), "--data", data, "--json", str(file)]) == 0
+    result: dict = json.loads(file.read_text())["result"]  # type: ignore[type-arg]
+    return result
+
+
+def refused(*arguments: object, data: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["eval", *map(str, arguments), "--data", data]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+def test_the_plain_protocol_says_what_it_is_and_is_remembered(
+    best: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(best, data=tints, out=tmp_path)
+    said = {name: result[name] for name in ("protocol", "size", "resize", "scales", "views", "n")}
+    assert said == {
+        "protocol": "center", "size": 32, "resize": 32, "scales": None, "views": 1, "n": 240,
+    }  # fmt: skip
+    assert "center, 32 of 32 px, 1 view]" in capsys.readouterr().out
+    sidecar = read_sidecar(best)
+    assert sidecar is not None and sidecar.measured["accuracy"]["top1"] == result["top1"]
+
+
+def test_ten_crops_of_a_larger_image_are_said_and_not_remembered(
+    best: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_sidecar(best)
+    result = evaluate(best, "--protocol", "10-crop", "--resize", 40, data=tints, out=tmp_path)
+    assert (result["views"], result["size"], result["resize"], result["n"]) == (10, 32, 40, 240)
+    assert result["top1_percent"] > 90
+    assert "10-crop, 32 of 40 px, 10 views]" in capsys.readouterr().out
+    assert read_sidecar(best) == before
+
+
+def test_another_resize_is_not_remembered(best: Path, tints: str, tmp_path: Path) -> None:
+    before = read_sidecar(best)
+    assert evaluate(best, "--resize", 40, data=tints, out=tmp_path)["resize"] == 40
+    assert read_sidecar(best) == before
+
+
+def test_dense_takes_the_papers_scales_in_proportion(
+    best: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(best, "--protocol", "dense", data=tints, out=tmp_path)
+    assert result["scales"] == [32, 37, 55, 69, 91] and result["views"] == 10
+    assert result["n"] == 240
+    assert "dense, shorter side 32, 37, 55, 69, 91 px, 10 views]" in capsys.readouterr().out
+    one = evaluate(best, "--protocol", "dense", "--resize", 40, data=tints, out=tmp_path)
+    assert one["scales"] == [40] and one["views"] == 2
+
+
+def test_dense_of_an_onnx_file_names_the_checkpoint_it_was_made_from(
+    engines: Path, trained: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = engines / "resnet8.onnx"
+    message = refused(file, "--protocol", "dense", data=tints, capsys=capsys)
+    assert "images of one size" in message and "best.pt" in message
+
+
+def test_ten_crops_work_with_an_onnx_file(
+    engines: Path, best: Path, tints: str, tmp_path: Path
+) -> None:
+    ten = ("--protocol", "10-crop", "--resize", 36)
+    onnx = evaluate(engines / "resnet8.onnx", *ten, data=tints, out=tmp_path)
+    assert onnx["top1"] == evaluate(best, *ten, data=tints, out=tmp_path)["top1"]
+
+
+def test_a_resize_below_the_size_is_refused(
+    best: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(best, "--resize", 20, data=tints, capsys=capsys)
+    assert "--resize 20" in message and "--resize 32 or more" in message
+
+
+def test_an_ensemble_prints_each_net_and_their_mean(
+    best: Path, engines: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(best, engines / "resnet8.onnx", data=tints, out=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        str(best), str(engines / "resnet8.onnx"), "ensemble of 2",
+    ]  # fmt: skip
+    single = evaluate(best, data=tints, out=tmp_path)
+    assert [entry["top1"] for entry in result["members"]] == [single["top1"]] * 2
+    assert result["top1"] == single["top1"] and result["n"] == 240
+
+
+def with_classes(path: Path, names: tuple[str, ...], out: Path) -> Path:
+    import dataclasses
+
+    loaded = checkpoint.load(path)
+    state = dict(loaded.state)
+    for name in ("fc.weight", "fc.bias"):
+        state[name] = state[name][: len(names)]
+    model = dataclasses.replace(loaded.model, classes=names)
+    checkpoint.save(out, dataclasses.replace(loaded, model=model, state=state))
+    return out
+
+
+def test_nets_of_other_classes_are_no_ensemble(
+    best: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = with_classes(best, ("a", "b", "c"), tmp_path / "three.pt")
+    message = refused(best, three, data=tints, capsys=capsys)
+    assert "three.pt has 3 classes" in message and "one by one" in message
+    letters = with_classes(best, ("a", "b", "c", "d"), tmp_path / "letters.pt")
+    other = with_classes(best, ("a", "x", "c", "d"), tmp_path / "other.pt")
+    message = refused(letters, other, data=tints, capsys=capsys)
+    assert "class 1 is 'x'" in message
+    # Numbers for names say nothing: such a net agrees with any other of as many classes.
+    assert len(evaluate(best, letters, data=tints, out=tmp_path)["members"]) == 2
+
+
+def test_broken_images_are_left_out_for_all(
+    best: Path, engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for label in "0123":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(30):
+            pixels = np.full((40, 48, 3), 60 * int(label), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index}.png")
+    (tmp_path / "data" / "1" / "7.png").write_bytes(b"not an image")
+    data = str(tmp_path / "data")
+    result = evaluate(best, engines / "resnet8.onnx", data=data, out=tmp_path)
+    assert [entry["n"] for entry in (*result["members"], result)] == [119] * 3
+    captured = capsys.readouterr()
+    assert captured.err.count("7.png") == 1 and "1 skipped" in captured.out

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtresnet.data import decode as module
+from rtresnet.data.decode import CorruptImage, decode
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / (9 + c)) * 60 + np.cos(y / (7 + c)) * 60 + 128 for c in range(3)]
+    noise = np.random.default_rng(seed).integers(-8, 8, (height, width, 3))
+    return Image.fromarray((np.stack(waves, 2) + noise).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90, **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+@pytest.fixture(params=["pillow", "simplejpeg"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr(module, "_simplejpeg", lambda: None)
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize(
+    ("at_least", "shape"),
+    [
+        (None, (602, 801)), (602, (602, 801)), (302, (602, 801)), (301, (301, 401)),
+        (151, (301, 401)), (150, (151, 201)), (75, (76, 101)), (1, (76, 101)),
+    ],
+)  # fmt: skip
+def test_a_jpeg_is_decoded_as_small_as_will_do(
+    decoder: str, at_least: int | None, shape: tuple[int, int]
+) -> None:
+    pixels = decode("a.jpg", jpeg(photograph(801, 602)), at_least=at_least)
+    assert pixels.shape == (*shape, 3) and pixels.dtype == np.uint8
+
+
+def test_a_smaller_decoding_shows_the_same(decoder: str) -> None:
+    smooth = Image.fromarray(np.linspace(0, 255, 800 * 600 * 3).reshape(600, 800, 3).astype("u1"))
+    half = decode("a.jpg", jpeg(smooth), at_least=200).astype(int)
+    expected = np.asarray(smooth.resize((400, 300), Image.Resampling.BOX)).astype(int)
+    assert np.abs(half - expected).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("at_least", [None, 40])
+def test_an_image_is_upright_as_its_exif_says(
+    decoder: str, orientation: int, at_least: int | None
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpeg(photograph(160, 96), exif=exif)
+    turned = orientation >= 5
+    scale = 1 if at_least is None else 2
+    expected = (160 // scale, 96 // scale) if turned else (96 // scale, 160 // scale)
+    assert decode("a.jpg", data, at_least=at_least).shape[:2] == expected
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_printers_colours_become_rgb(decoder: str, mode: str) -> None:
+    data = jpeg(photograph(64, 48).convert(mode))
+    assert decode("a.jpg", data).shape == (48, 64, 3)
+    assert decode("a.jpg", data, at_least=24).shape == (24, 32, 3)
+
+
+def test_other_formats_are_decoded_whole(decoder: str) -> None:
+    out = io.BytesIO()
+    photograph(64, 48).save(out, "PNG")
+    assert np.array_equal(
+        decode("a.png", out.getvalue(), at_least=4), np.asarray(photograph(64, 48))
+    )
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("at_least", [None, 50])
+def test_a_truncated_jpeg_is_corrupt_whoever_reads_it(
+    decoder: str, keep: float, at_least: int | None
+) -> None:
+    data = jpeg(photograph(320, 240))
+    with pytest.raises(CorruptImage, match=r"a\.jpg"):
+        decode("a.jpg", data[: int(len(data) * keep)], at_least=at_least)
+
+
+def test_a_jpeg_of_noise_inside_is_decoded_or_corrupt_but_nothing_else(decoder: str) -> None:
+    data = bytearray(jpeg(photograph(320, 240)))
+    rng = np.random.default_rng(0)
+    for place in rng.integers(700, len(data), 40):
+        data[place] = int(rng.integers(256))
+        try:
+            assert decode("a.jpg", bytes(data)).shape == (240, 320, 3)
+        except CorruptImage as error:
+            assert "a.jpg" in str(error)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("size", [(801, 602), (33, 47), (8, 8), (500, 375)])
+def test_both_decoders_give_the_same_bits(
+    subsampling: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    for progressive in (False, True):
+        data = jpeg(photograph(*size), subsampling=subsampling, progressive=progressive)
+        for at_least in (None, min(size) // 2, min(size) // 4, min(size) // 8, 1):
+            with monkeypatch.context() as patch:
+                ours = decode("a.jpg", data, at_least=at_least)
+                patch.setattr(module, "_simplejpeg", lambda: None)
+                assert np.array_equal(ours, decode("a.jpg", data, at_least=at_least))
+
+
+def test_simplejpeg_is_optional(tmp_path: Path) -> None:
+    photograph(32, 24).save(tmp_path / "a.jpg")
+    code = (
+        "import sys; sys.modules['simplejpeg'] = None\n"
+        "from rtresnet.data.decode import decode\n"
+        f"print(decode({str(tmp_path / 'a.jpg')!r}).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(24, 32, 3)"

@@ -1,0 +1,168 @@
+"""Real processes: torchrun starts two, which talk through gloo on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rtresnet.cli.main import main
+from rtresnet.data.sources import open_source
+from rtresnet.errors import InputError
+from rtresnet.models import checkpoint
+from rtresnet.models.reference import TorchBackend
+from rtresnet.train import feed
+from rtresnet.train.distributed import World, check_batch
+from rtresnet.train.evaluate import evaluate
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: str, processes: int = 2, restarts: int = 0) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+        "--standalone", "--max-restarts", str(restarts), "--monitor-interval", "0.2",
+        "-m", "rtresnet", *arguments,
+    ]  # fmt: skip
+
+
+def arguments(data: str, out: Path, *more: str) -> list[str]:
+    return ["train", "--model", "resnet8", "--data", data, "--out", str(out), "--epochs", "3",
+            "--set", "precision=fp32", *more]  # fmt: skip
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
+    """The run folder of two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    command = torchrun(*arguments(tints, out))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best.pt") == 1  # one of the two speaks
+    assert "2 processes" in done.stderr
+    return out
+
+
+def test_two_processes_have_the_losses_of_one(together: Path, tints: str, tmp_path: Path) -> None:
+    # Batch norm takes a process's part of the batch; so does one process in two parts.
+    assert main(arguments(tints, tmp_path / "run", "--set", "accumulate=2")) == 0
+    ours, alone = log_of(together), log_of(tmp_path / "run")
+    assert len(ours) == len(alone) == 3
+    for two, one in zip(ours, alone, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["train_top1"] == pytest.approx(one["train_top1"], abs=0.6)
+        assert (two["lr"], two["step"], two["val_n"]) == (one["lr"], one["step"], one["val_n"])
+    first, second = (checkpoint.load(out / "last.pt").state for out in (together, tmp_path / "run"))
+    for name, tensor in first.items():
+        if "running" not in name:
+            assert torch.allclose(tensor, second[name], atol=1e-3), name
+
+
+def test_two_processes_count_every_image_once(tmp_path: Path, tints: str) -> None:
+    # 29 images held out, an odd number: shares of 15 and 14.
+    with np.load(tints.removeprefix("npz:")) as file:
+        np.savez(tmp_path / "odd.npz", images=file["images"][:239], labels=file["labels"][:239])
+    data = f"npz:{tmp_path / 'odd.npz'}"
+    out = tmp_path / "run"
+    command = torchrun(*arguments(data, out, "--set", "holdout=0.121", "--epochs", "1"))
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+    (record,) = log_of(out)
+    source, best = open_source(data), checkpoint.load(out / "best.pt")
+    parts = feed.split(source, 0, 0.121)
+    assert parts.test is not None and record["val_n"] == 29
+    tested = best.measured["test_n"], best.measured["test_top1"]
+    for indices, (n, top1) in ((parts.val, (29, record["val_top1"])), (parts.test, tested)):
+        alone = evaluate(TorchBackend(best.net()), source, best.input, indices=indices)
+        assert (n, top1) == (alone.n, pytest.approx(alone.top1_percent))
+
+
+def test_a_killed_process_is_started_anew_and_the_run_ends_the_same(
+    together: Path, tints: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = torchrun(*arguments(tints, out, "--save-every", "0"), restarts=2)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for(out / "last.pt")
+    victims = workers(process.pid)
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    ours, theirs = (checkpoint.load(run / "best.pt") for run in (out, together))
+    for name in ours.state:
+        assert torch.equal(ours.state[name], theirs.state[name]), name
+    assert len(log_of(out)) == 3
+
+
+def test_a_run_of_two_processes_is_resumed_by_one(tints: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        torchrun(*arguments(tints, out, "--save-every", "0", "--epochs", "40")),
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(out / "last.pt")
+    for pid in workers(process.pid):
+        os.kill(pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert "--resume" in errors and process.returncode != 0
+    step = checkpoint.load(out / "last.pt").training["step"]
+    assert 0 < step < 240
+    assert main(["train", "--out", str(out), "--resume", "--set", "epochs=41"]) == 2
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert checkpoint.load(out / "last.pt").training["step"] == 240
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+def workers(parent: int) -> list[int]:
+    """Processes that torchrun started, by rank."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks = [int(v.partition(b"=")[2]) for v in variables if v.startswith(b"RANK=")]
+        if int(fields[1]) == parent and ranks:
+            found.append((ranks[0], int(entry.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def test_a_batch_that_cannot_be_shared_names_the_nearest_that_can() -> None:
+    check_batch(128, 2, World(0, 4))
+    with pytest.raises(InputError, match="--batch 96"):
+        check_batch(100, 4, World(0, 8))
+
+
+def test_shards_hold_every_image_once() -> None:
+    indices = np.random.default_rng(0).permutation(23)
+    shards = [World(rank, 4).shard(indices) for rank in range(4)]
+    assert sorted(np.concatenate(shards)) == list(range(23))
+
+
+def test_alone_nothing_is_exchanged(tints: str) -> None:
+    alone = World()
+    assert alone.sums(np.array([1.0, 2.0]), "cpu").tolist() == [1, 2]
+    assert alone.any(True, "cpu") and not alone.any(False, "cpu")
+    assert alone.share("x") == "x" and alone.part(12, 3, 1) == slice(4, 8)
