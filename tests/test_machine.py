@@ -49,3 +49,9 @@ def test_the_version_is_that_of_the_first_distribution_there_is() -> None:
 def test_versions_leave_out_what_is_not_installed() -> None:
     found = machine.versions(["numpy", "no-such-distribution"])
     assert found == {"python": platform.python_version(), "numpy": metadata.version("numpy")}
+
+
+def test_available_memory_is_some_of_what_there_is() -> None:
+    available = machine.available_memory()
+    if available is not None:
+        assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -27,7 +27,7 @@ def command(json_file: str | None, **options: Any) -> None:
     """Put a folder of photographs into a few large tar files, for --data shards:DIR.
 
     SOURCE has one folder a class, optionally under train/ and test/ or val/. The files' bytes stay
-    as they are; reading them is what becomes faster, where a disk holds a million of them.
+    as they are, and a disk is spared a million small ones.
     """
     result = run(**options)
     counts = ", ".join(f"{split} {count:,}" for split, count in result["splits"].items())

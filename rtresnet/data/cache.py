@@ -80,8 +80,8 @@ def cached_or_same(source: Source, at_least: int | None, budget: int | None = No
     for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)):
         with contextlib.suppress(CorruptImage):
             sizes.append(cached.image(int(index), at_least).nbytes)
-    # Where no probe could be decoded there is nothing to keep, and the run will say why.
-    return cached if np.mean(sizes or [0]) * len(source) <= budget else source
+    fits = bool(sizes) and np.mean(sizes) * len(source) <= budget
+    return cached if fits else source  # no probe could be decoded: the run will say why
 
 
 def default_budget() -> int:

@@ -93,7 +93,8 @@ def _by_simplejpeg(data: bytes, at_least: int | None) -> np.ndarray | None:
 
     try:
         height, width, colours, _ = package.decode_jpeg_header(header)
-        if colours != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        limit = Image.MAX_IMAGE_PIXELS
+        if colours != "YCbCr" or (limit is not None and height * width > limit):
             return None
         short = min(height, width)
         factor = next((f for f in FACTORS if at_least and short // at_least >= f), 1)

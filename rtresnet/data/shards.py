@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import threading
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,7 @@ from rtresnet.errors import DataError
 
 INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
 FORMAT, VERSION = "rtresnet shards", 1
+ANEW = "pack it anew: rtresnet pack FOLDER --out DIR --force"
 COLUMNS = ("shard", "offset", "length", "label")  # int64, an entry an image
 
 
@@ -64,7 +64,6 @@ class Shards:
         for path, shard in zip(self._paths, index["shards"], strict=True):
             _check_size(path, shard["bytes"])
         self._open: dict[int, int] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,7 +86,7 @@ class Shards:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
         if len(data) != length:
-            raise DataError(f"{path}: truncated while it was in use", fix="pack it anew")
+            raise DataError(f"{path}: truncated while it was in use", fix=ANEW)
         try:
             return decode("", data, at_least=at_least)
         except CorruptImage as error:  # only now is the name worth looking up
@@ -102,10 +101,11 @@ class Shards:
         """A shard's file, opened when it is first read."""
         found = self._open.get(shard)
         if found is None:
-            with self._lock:
-                if shard not in self._open:
-                    self._open[shard] = os.open(self._paths[shard], os.O_RDONLY)
-                found = self._open[shard]
+            # No lock: a fork would inherit it held. Of two threads, the first one's is kept.
+            opened = os.open(self._paths[shard], os.O_RDONLY)
+            found = self._open.setdefault(shard, opened)
+            if found != opened:
+                os.close(opened)
         return found
 
     @cached_property
@@ -136,13 +136,13 @@ def _read_index(folder: Path) -> dict[str, Any]:
             fix="rtresnet pack FOLDER --out DIR makes them",
         ) from None
     except ValueError as error:  # not JSON, not UTF-8
-        raise DataError(f"{path}: damaged ({error})", fix="pack it anew") from None
+        raise DataError(f"{path}: damaged ({error})", fix=ANEW) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{path}: not an index of shards", fix="pack it anew")
+        raise DataError(f"{path}: not an index of shards", fix=ANEW)
     if index.get("version") != VERSION:
         raise DataError(
             f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
-            fix="pack it anew",
+            fix=ANEW,
         )
     splits = index.get("splits")
     whole = (
@@ -160,7 +160,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         )
     )
     if not whole:
-        raise DataError(f"{path}: entries are missing or damaged", fix="pack it anew")
+        raise DataError(f"{path}: entries are missing or damaged", fix=ANEW)
     return index
 
 
@@ -169,9 +169,9 @@ def _read_table(path: Path, index: dict[str, Any]) -> dict[str, np.ndarray]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", fix="pack it anew") from None
+        raise DataError(f"{path}: {error.strerror}", fix=ANEW) from None
     if hashlib.sha256(content).hexdigest() != index.get("table_sha256"):
-        raise DataError(f"{path}: not the table that {INDEX} describes", fix="pack it anew")
+        raise DataError(f"{path}: not the table that {INDEX} describes", fix=ANEW)
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         table = {column: file[column] for column in file.files}
     labels, shards = table["label"], table["shard"]
@@ -180,7 +180,7 @@ def _read_table(path: Path, index: dict[str, Any]) -> dict[str, np.ndarray]:
         or labels.max(initial=0) >= len(index["classes"])
         or shards.max(initial=0) >= len(index["shards"])
     ):
-        raise DataError(f"{path.with_name(INDEX)}: does not fit {TABLE}", fix="pack it anew")
+        raise DataError(f"{path.with_name(INDEX)}: does not fit {TABLE}", fix=ANEW)
     return table
 
 
@@ -188,7 +188,7 @@ def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", fix="pack it anew") from None
+        raise DataError(f"{path}: {error.strerror}", fix=ANEW) from None
     if found != size:
         what = "truncated" if found < size else "replaced"
-        raise DataError(f"{path}: {what} ({found} of {size} bytes)", fix="pack it anew")
+        raise DataError(f"{path}: {what} ({found} of {size} bytes)", fix=ANEW)

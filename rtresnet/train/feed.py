@@ -202,7 +202,8 @@ class Feed:
             odd = step // self.steps_an_epoch % 2 == 1
             return np.logical_xor(self.flips[chosen], odd)
         drawn = np.random.default_rng((self.recipe.seed, FLIP, step)).random(self.batch)
-        return np.less(drawn, 0.5)[place]
+        mirrored: np.ndarray = drawn < 0.5
+        return mirrored[place]
 
     def _micro(
         self, step: int, place: slice, images: Tensor, labels: Tensor, mirrored: np.ndarray
@@ -222,11 +223,12 @@ class Feed:
             boxes = augment.erasing_boxes(rng, self.batch, side, recipe.erasing)[place]
             inputs = augment.erase(inputs, boxes)
         share, others = 1.0, labels
-        alphas = [alpha for alpha in (recipe.mixup, recipe.cutmix) if alpha]
-        if alphas and len(labels) > 1:
-            alpha = alphas[int(rng.integers(len(alphas)))]
+        mixes = [name for name in ("mixup", "cutmix") if getattr(recipe, name)]
+        if mixes and len(labels) > 1:
+            mix = mixes[int(rng.integers(len(mixes)))]
+            alpha = getattr(recipe, mix)
             share, others = float(rng.beta(alpha, alpha)), labels.roll(1)
-            if alpha is recipe.mixup and recipe.mixup:
+            if mix == "mixup":
                 inputs = augment.mixup(inputs, share)
             else:
                 inputs, share = augment.cutmix(inputs, augment.cutmix_box(rng, side, share))

@@ -122,6 +122,70 @@ def test_both_decoders_give_the_same_bits(
                 assert np.array_equal(ours, decode("a.jpg", data, at_least=at_least))
 
 
+def by_both(data: bytes, at_least: int | None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What each decoder makes of it: bytes and shape, or the error's text."""
+    found: list[object] = []
+    for way in (lambda: __import__("simplejpeg"), lambda: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_simplejpeg", way)
+            try:
+                pixels = decode("a.jpg", data, at_least=at_least)
+                found.append((pixels.shape, pixels.tobytes()))
+            except CorruptImage as error:
+                found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("where", ["exif", "xmp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_both_decoders_turn_an_image_the_same_way(
+    where: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    said = {"exif": exif} if where == "exif" else {
+        "xmp": f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
+    }  # fmt: skip
+    data = jpeg(photograph(100, 60), **said)
+    upright = decode("a.jpg", jpeg(photograph(100, 60)))
+    assert (orientation == 1) == np.array_equal(decode("a.jpg", data), upright)
+    for at_least in (None, 30):
+        ours, theirs = by_both(data, at_least, monkeypatch)
+        assert ours == theirs
+
+
+def test_damage_is_the_same_to_both_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simplejpeg")
+    exif, rng, broken = Image.Exif(), np.random.default_rng(0), 0
+    exif[0x0112] = 6
+    whole = jpeg(photograph(64, 48), exif=exif)
+    for number in range(200):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data) if number % 2 else 700, 2):
+            data[place] = int(rng.integers(256))
+        ours, theirs = by_both(bytes(data[: rng.integers(len(data) // 2, 2 * len(data))]), None,
+                               monkeypatch)  # fmt: skip
+        assert ours == theirs
+        broken += isinstance(ours, str)
+    assert 20 < broken < 180
+
+
+def test_a_jpeg_that_unpacks_to_gigabytes_is_corrupt(
+    decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(CorruptImage, match="exceeds limit"):
+        decode("a.jpg", jpeg(photograph(64, 48)), at_least=6)
+
+
+def test_without_a_limit_to_an_images_size_any_is_decoded(
+    decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode("a.jpg", jpeg(photograph(64, 48))).shape == (48, 64, 3)
+
+
 def test_simplejpeg_is_optional(tmp_path: Path) -> None:
     photograph(32, 24).save(tmp_path / "a.jpg")
     code = (

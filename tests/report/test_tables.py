@@ -29,3 +29,8 @@ def test_numbers_are_set_right_and_nothing_is_read_as_markup() -> None:
     assert any("a[cpu]" in line for line in lines)
     ends = {len(line) for line in lines if line.strip().startswith(("a[", "b ", "c "))}
     assert len(ends) == 1
+
+
+def test_means_with_their_deviations_are_numbers() -> None:
+    assert tables.numeric(["12.34 ± 0.56", "7.00", None])
+    assert not tables.numeric(["12.34 ± 0.56", "diverged"])
