@@ -199,10 +199,10 @@ class Feed:
         if self.recipe.flip == "none":
             return np.zeros(len(chosen), bool)
         if self.recipe.flip == "alternate":  # each image is seen both ways in any two epochs
-            odd = step // self.steps_an_epoch % 2 == 1
-            return np.logical_xor(self.flips[chosen], odd)
+            mirrored: np.ndarray = self.flips[chosen] ^ (step // self.steps_an_epoch % 2 == 1)
+            return mirrored
         drawn = np.random.default_rng((self.recipe.seed, FLIP, step)).random(self.batch)
-        mirrored: np.ndarray = drawn < 0.5
+        mirrored = drawn < 0.5
         return mirrored[place]
 
     def _micro(
