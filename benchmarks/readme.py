@@ -17,6 +17,15 @@ from pathlib import Path
 from common import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
+TABLES = {
+    "engines table": "engines",
+    "accuracy table": "accuracy-resnet20",
+    "training table": "train",
+    "time to accuracy table": "train-accuracy",
+    "decoding table": "decode",
+    "degradation table": "degradation",
+    "shortcuts table": "shortcuts",
+}
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
@@ -45,7 +54,7 @@ def between(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     text = README.read_text()
-    for name, file in (("engines table", "engines"), ("accuracy table", "accuracy-resnet20")):
+    for name, file in TABLES.items():
         path = RESULTS / f"{file}.md"
         if path.exists():
             text = between(text, name, path.read_text())

@@ -69,7 +69,13 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How the activation scales of an INT8 file were found. `images` is the data's name."""
+    """How the activation scales of an INT8 file were found.
+
+    Attributes:
+        images: The data's name.
+        kept: Nodes that were left in float, so that the accuracy holds.
+        rest: What is not INT8: "fp32" or "fp16".
+    """
 
     method: str
     images: str
@@ -77,6 +83,8 @@ class Calibration:
     n: int
     scales: str
     scales_sha256: str
+    kept: tuple[str, ...] = ()
+    rest: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,9 @@ GOLDEN = """\
   "images_sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
   "n": 512,
   "scales": "../calib/cats.json",
-  "scales_sha256": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd"
+  "scales_sha256": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
+  "kept": [],
+  "rest": "fp32"
  },
  "plan": {
   "builder": "TensorRT-RTX",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "rtresnet"
-BASE = {"errors", "artifacts", "preprocess", "metrics", "machine", "records", ""}
+BASE = {"errors", "artifacts", "preprocess", "metrics", "machine", "records", "norms", ""}
 HEAVY = {
     "torch", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "tensorrt", "tensorrt_rtx", "cuda",
     "pycuda", "PIL", "simplejpeg", "sklearn", "matplotlib", "rich", "click", "numpy",
@@ -103,7 +103,7 @@ print("all", len(VERBS))
 """
     done = bare(code)
     assert done.returncode == 0, done.stderr
-    assert "all 14" in done.stdout
+    assert "all 15" in done.stdout
 
 
 def test_serving_imports_no_heavy_package() -> None:

@@ -185,7 +185,7 @@ def best_run(architecture: str) -> Path | None:
             common.note(f"passed over: {error}")
             continue
         if sidecar is not None and sidecar.model.architecture == architecture:
-            found.append((sidecar.measured.get("val_top1", 0.0), path))
+            found.append((sidecar.measured.get("val_top1") or 0.0, path))
     return max(found)[1] if found else None
 
 

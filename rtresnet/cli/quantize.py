@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,11 @@ from rtresnet.cli import common
 from rtresnet.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from rtresnet.artifacts import Calibration, Sidecar
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.cli.quantize_gate import Gate
 
-CALIB = Path("calib")
-RANDOM_IMAGES = 32
+Contract = tuple["int | None", "str | None", "str | None"]
+"""What the options say of size, mean and std."""
 DATA_OR_LIST = "any data, a folder of images, or a list in a .txt file"
 
 
@@ -35,15 +32,16 @@ def calibration_options(function: Any) -> Any:
         ),
         click.option(
             "--calibrator",
-            type=click.Choice(("max", "entropy")),
-            default="entropy",
+            type=click.Choice(("auto", "max", "percentile", "entropy", "mse")),
+            default="auto",
             show_default=True,
-            help="How a range is chosen.",
+            help="How a range is chosen; auto: by the noise each causes at the output.",
         ),
         click.option(
             "--calib",
             metavar="SPEC",
-            help=f"Images to calibrate on: {DATA_OR_LIST} [the images in calib/].",
+            help=f"Images to calibrate on: {DATA_OR_LIST}; or none, for ranges from what batch "
+            "norm knew [the images in calib/].",
         ),
     ):
         function = option(function)
@@ -56,6 +54,22 @@ def calibration_options(function: Any) -> Any:
 @click.option("--fp16", "precision", flag_value="fp16")
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path), help="[MODEL-int8.onnx beside the source].")
+@click.option(
+    "--rest",
+    type=click.Choice(("fp32", "fp16")),
+    default="fp32",
+    show_default=True,
+    help="What INT8 kernels hand one another: fp16 for TensorRT, fp32 for CPUs too.",
+)
+@click.option("--eval", "data", metavar="SPEC", help="Hold --max-drop on these labelled images.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Points of top-1 that INT8 may lose against FP32, with --eval.",
+)
+@common.input_options
 @common.json_option
 def command(
     source: Path,
@@ -64,12 +78,28 @@ def command(
     calibrator: str,
     calib_images: int,
     out: Path | None,
+    data: str | None,
+    max_drop: float,
+    rest: str,
+    size: int | None,
+    mean: str | None,
+    std: str | None,
     json_file: str | None,
 ) -> None:
-    """Write an INT8 or FP16 version of an FP32 ONNX file."""
+    """Write an INT8 or FP16 version of an FP32 ONNX file.
+
+    With --eval, INT8 is measured against FP32 on the same images, and where it loses more than
+    --max-drop, the most harmful blocks stay in float.
+    """
+    from rtresnet.cli.quantize_gate import Gate
+
+    gate = Gate(data=data, max_drop=max_drop) if data else None
+    if gate and precision == "fp16":
+        raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
     written = quantize_file(
-        source, precision, out, calib=calib, calibrator=calibrator, images=calib_images
-    )
+        source, precision, out, calib=calib, calibrator=calibrator, images=calib_images,
+        gate=gate, rest=rest, contract=(size, mean, std),
+    )  # fmt: skip
     path = (out or default_out(source, precision)).as_posix()
     line = f"{path}: {precision}, {written.bytes / 1e6:.1f} MB"
     if written.calibration:
@@ -92,6 +122,9 @@ def quantize_file(
     calib: str | None,
     calibrator: str,
     images: int,
+    gate: Gate | None = None,
+    rest: str = "fp32",
+    contract: Contract = (None, None, None),
 ) -> Sidecar:
     """Quantizes one file; returns the new file's sidecar."""
     from rtresnet import artifacts, machine
@@ -111,22 +144,23 @@ def quantize_file(
             f"{source}: not an ONNX file, or truncated ({reason})", fix="rtresnet export"
         ) from error
     if sidecar is None:
-        raise InputError(
-            f"{source}: no sidecar, so its input size, mean and std are unknown",
-            fix="export the net with rtresnet",
-        )
+        sidecar = _foreign(source, model, contract)
     if sidecar.precision != "fp32":
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
     out = out or default_out(source, precision)
-    calibration = None
+    calibration, measured = None, dict[str, Any]()
     if precision == "fp16":
         from rtresnet.quantize import half
 
         result = half.to_half(model)
     else:
-        result, calibration = _int8(model, sidecar, out, calib, calibrator, images)
+        from rtresnet.cli.quantize_int8 import int8
+
+        result, calibration, measured = int8(
+            source, model, sidecar, out, calib, calibrator, images, gate, rest
+        )
         _say_what_is_replaced(out, calibration)
     return artifacts.publish(
         out,
@@ -137,9 +171,40 @@ def quantize_file(
             precision=precision,
             parent=artifacts.link_to(source, out),
             calibration=calibration,
-            measured={},
+            measured=measured,
             made_by={},
         ),
+    )
+
+
+def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
+    """The record of an ONNX file that somebody else made."""
+    from rtresnet import artifacts
+    from rtresnet.preprocess import Preprocess
+
+    size, mean, std = contract
+    if size is None:
+        raise InputError(
+            f"{source}: no sidecar, so its input size, mean and std are unknown",
+            fix="say them: --size 224 [--mean R,G,B --std R,G,B]",
+        )
+    shape = model.graph.output[0].type.tensor_type.shape.dim
+    if not shape or not shape[-1].dim_value:
+        raise ArtifactError(f"{source}: its output has no fixed number of classes")
+    digest = artifacts.sha256(source)
+    return artifacts.Sidecar(
+        kind="onnx",
+        file=source.name,
+        model=artifacts.Model(
+            architecture="unknown",
+            classes=tuple(str(index) for index in range(shape[-1].dim_value)),
+            shortcut="none",
+            stride_in="3x3",
+        ),
+        input=common.preprocess_from(Preprocess.for_size(size), size, mean, std),
+        weights=artifacts.Weights(origin="file", sha256=digest, source=source.as_posix()),
+        precision="fp32",
+        sha256=digest,
     )
 
 
@@ -155,69 +220,3 @@ def _say_what_is_replaced(out: Path, calibration: Calibration) -> None:
             f"replaces {out}, which was calibrated on {old.calibration.images}; a plan built from "
             "it no longer matches"
         )
-
-
-def _int8(
-    model: Any, sidecar: Sidecar, out: Path, calib: str | None, calibrator: str, images: int
-) -> tuple[Any, Any]:
-    from rtresnet import artifacts
-    from rtresnet.quantize import calibrate, qdq
-
-    batches, name, fingerprint, count = calibration_batches(calib, sidecar.input, images)
-    tensors = list(qdq.placement(model))
-    with common.progress(f"calibrating on {count} images of {name} ({calibrator})"):
-        scales = calibrate.calibrate(model, tensors, batches, calibrator)
-    path = calibrate.write_scales(
-        CALIB / f"{out.stem}.json",
-        scales,
-        method=calibrator,
-        images=name,
-        images_sha256=fingerprint,
-        n=count,
-        onnx_sha256=sidecar.sha256,
-    )
-    calibration = artifacts.Calibration(
-        method=calibrator,
-        images=name,
-        images_sha256=fingerprint,
-        n=count,
-        scales=path.as_posix(),
-        scales_sha256=artifacts.sha256(path),
-    )
-    return qdq.insert(model, scales), calibration
-
-
-def calibration_batches(
-    spec: str | None, preprocess: Preprocess, images: int
-) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
-    """The calibration images as repeatable batches, with their name, hash and number.
-
-    Without a spec, the images in calib/; without those, noise and a warning.
-    """
-    from rtresnet.data import loader, sources
-
-    found = CALIB.is_dir() and bool(sources.images_under(CALIB))
-    lists = sorted(CALIB.glob("*.txt")) if CALIB.is_dir() else []
-    if spec is None and not found and lists:
-        spec = str(lists[0])
-    if spec is None and not found:
-        common.warn_loudly(
-            "no calibration images",
-            "calib/ holds none, so the INT8 scales come from random noise. "
-            "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
-        )
-        spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES
-        name = "noise"
-    else:
-        spec = spec or str(CALIB)
-        name = spec
-    source = sources.open_images(spec)
-    chosen = loader.sample(source, images)
-    tally = loader.Tally(len(chosen), common.note)
-    size = loader.batch_size(preprocess)
-
-    def batches() -> Iterator[np.ndarray]:
-        for pixels, _ in loader.batches(source, preprocess, size, indices=chosen, tally=tally):
-            yield pixels
-
-    return batches, name, source.fingerprint(), len(chosen)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from rtresnet import norms
 from rtresnet.models.resnet import Add, PadShortcut
 
 
@@ -36,10 +38,12 @@ def fold(net: nn.Module) -> fx.GraphModule:
         net: float32, on the CPU. Not changed.
 
     Returns:
-        The same function as a graph; every convolution has a bias.
+        The same function as a graph; every convolution has a bias. Its `meta` says what batch
+        norm knew (`norms.py`).
     """
     graph = trace(copy.deepcopy(net).eval())
     modules = dict(graph.named_modules())
+    known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for node in graph.graph.nodes:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(norm, nn.BatchNorm2d):
@@ -48,8 +52,10 @@ def fold(net: nn.Module) -> fx.GraphModule:
         convolution = modules[before.target]
         assert isinstance(convolution, nn.Conv2d) and len(before.users) == 1
         graph.add_submodule(before.target, fold_pair(convolution, norm))
+        known[before.target] = (norm.bias.detach().numpy(), norm.weight.detach().abs().numpy())
         node.replace_all_uses_with(before)
         graph.graph.erase_node(node)
+    graph.meta[norms.KEY] = known
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph

@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from rtresnet import norms
 from rtresnet.models.resnet import Add, PadShortcut
 
 OPSET = 18
@@ -70,6 +71,8 @@ def to_onnx(graph: fx.GraphModule, *, size: int, name: str) -> onnx.ModelProto:
         ir_version=8,
         producer_name="rtresnet",
     )
+    if graph.meta.get(norms.KEY):
+        model.metadata_props.add(key=norms.KEY, value=norms.pack(graph.meta[norms.KEY]))
     onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 

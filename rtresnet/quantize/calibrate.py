@@ -1,46 +1,111 @@
 """Activation ranges from images: which scale each quantized tensor gets.
 
-`max` keeps the largest magnitude seen. `entropy` clips where the Kullback-Leibler divergence
-between the histogram and its 128-level quantization is smallest (Migacz, GTC 2017).
-
-The FP32 model runs in ONNX Runtime with the tensors of `qdq.placement` as extra outputs; only
-running maxima and histograms are kept, so memory does not grow with the number of images.
+One pass of the FP32 model over the images, with the tensors of `qdq.placement` as extra outputs,
+fills a histogram a tensor (`histogram.py`); each method makes limits of them (`limits.py`). `auto`
+compares the methods by the noise that they cause in the logits of images that were held back, keeps
+the best for the net, and then tries other limits for single tensors.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 
-from rtresnet import artifacts
-from rtresnet.errors import DataError, UnknownName, missing_package
+from rtresnet.errors import DataError, UnknownName
+from rtresnet.quantize import limits
+from rtresnet.quantize.correct import correct_biases
+from rtresnet.quantize.equalize import Outlier, equalize, outliers
+from rtresnet.quantize.histogram import Histogram
+from rtresnet.quantize.simulate import Simulation, noise_ratio, session
 
-METHODS = ("max", "entropy")
-BINS = 2048
-LEVELS = 128
+METHODS = ("auto", *limits.METHODS)
 
 Batches = Callable[[], Iterable[np.ndarray]]
 """Called once a pass; gives float32 batches [N, 3, S, S], the same ones each time."""
 
+# Of the images, how many are held back to choose by; a run of a net of 224 pixels takes a hundred
+# times as long as one of 32, and the choice must not outweigh the calibration.
+HELD_BACK = 1 / 4
+SMALL, SMALL_HELD, MOST_HELD = 64, 128, 16
+FACTORS = (0.85, 1.2)  # tried on single tensors, times the limit they have
+SMALL_TRIES, TRIES = 40, 8
+GAIN = 0.05  # dB that a single tensor's other limit must bring
+WITHOUT_IMAGES = "mse"  # there is nothing to choose by
+GAIN = 0.02  # dB that a single tensor's other limit must bring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """Scales, and how they came about.
+
+    Attributes:
+        model: To be quantized: the one given, perhaps with outliers brought down and biases
+            corrected.
+        scales: Tensor to scale, float32 units a step.
+        method: Asked for, or chosen by "auto".
+        own: Tensors whose limit is not the method's, with the factor between them.
+        ratios: What was tried, with the signal-to-noise of the logits in dB.
+        outliers: Tensors whose range a few channels set.
+        mended: Those of them that were brought down.
+        corrected: Whether biases were corrected.
+    """
+
+    model: onnx.ModelProto
+    scales: dict[str, float]
+    method: str
+    own: dict[str, float]
+    ratios: dict[str, float]
+    outliers: list[Outlier]
+    mended: list[Outlier]
+    corrected: bool
+
+
+def observe(
+    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[np.ndarray]
+) -> dict[str, Histogram]:
+    """What the tensors' values are like, in one pass.
+
+    Args:
+        model: Folded FP32 model.
+        tensors: From `qdq.placement`.
+        batches: float32 [N, 3, S, S] each.
+
+    Raises:
+        DataError: No images, or an activation that is not finite.
+    """
+    source = model.graph.input[0].name
+    inner = [name for name in tensors if name != source]
+    running = session(model, inner)
+    found = {name: Histogram(name) for name in tensors}
+    count = 0
+    for images in batches:
+        values = running.run(inner, {source: images})
+        for name, seen in zip(inner, values, strict=True):
+            found[name].add(seen)
+        if source in found:
+            found[source].add(images)
+        count += len(images)
+    if count == 0:
+        raise DataError("no calibration images")
+    return found
+
 
 def calibrate(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Batches, method: str = "max"
-) -> dict[str, float]:
+    model: onnx.ModelProto, tensors: Sequence[str], batches: Batches, method: str = "auto"
+) -> Calibrated:
     """Finds a scale for each tensor.
 
     Args:
         model: Folded FP32 model.
         tensors: From `qdq.placement`.
         batches: The calibration images, preprocessed.
-        method: "max" (one pass) or "entropy" (two).
-
-    Returns:
-        Tensor to scale, float32 units a step.
+        method: One of METHODS. All but "auto" take the model as it is.
 
     Raises:
         DataError: No images, or an activation that is not finite.
@@ -48,108 +113,145 @@ def calibrate(
     """
     if method not in METHODS:
         raise UnknownName("calibrator", method, METHODS)
-    observe = _observer(model, tensors)
-    largest = dict.fromkeys(tensors, 0.0)
-    count = 0
-    for activations in observe(batches()):
-        for name, values in activations.items():
-            peak = float(np.abs(values).max())
-            if not np.isfinite(peak):
-                raise DataError(f"{name} is not finite on the calibration images")
-            largest[name] = max(largest[name], peak)
-        count += 1
-    if count == 0:
-        raise DataError("no calibration images")
-    limits = largest
-    if method == "entropy":
-        histograms = {name: np.zeros(BINS) for name in tensors}
-        for activations in observe(batches()):
-            for name, values in activations.items():
-                if largest[name] > 0:
-                    histograms[name] += _histogram(values, largest[name])
-        limits = {n: entropy_limit(histograms[n], largest[n]) for n in tensors}
-    # A tensor that is zero on every image keeps a harmless scale instead of a division by zero.
-    return {name: limit / 127 if limit > 0 else 1.0 for name, limit in limits.items()}
+    if method != "auto":
+        found = observe(model, tensors, batches())
+        return Calibrated(
+            model=model, scales=scales_by(method, found), method=method, own={}, ratios={},
+            outliers=outliers(found), mended=[], corrected=False,
+        )  # fmt: skip
+    held, others = hold_back(batches())
+    found = observe(model, tensors, others)
+    seen, (equal, mended) = outliers(found), equalize(model, found)
+    if mended:
+        _, others = hold_back(batches())
+        found = observe(equal, tensors, others)
+    chosen = choose(equal, found, held, _reference(model, held))
+    return dataclasses.replace(chosen, outliers=seen, mended=mended)
 
 
-def _observer(
-    model: onnx.ModelProto, tensors: Sequence[str]
-) -> Callable[[Iterable[np.ndarray]], Iterator[dict[str, np.ndarray]]]:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise missing_package("onnxruntime", "calibration") from None
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    source = model.graph.input[0].name
-    inner = [name for name in tensors if name != source]
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-    def observe(batches: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for images in batches:
-            values = dict(zip(inner, session.run(inner, {source: images}), strict=True))
-            if source in tensors:
-                values[source] = images
-            yield values
-
-    return observe
-
-
-def _histogram(values: np.ndarray, limit: float) -> np.ndarray:
-    index = np.abs(values).ravel() * np.float32(BINS / limit)
-    return np.bincount(np.minimum(index, BINS - 1).astype(np.int32), minlength=BINS)
-
-
-def entropy_limit(histogram: np.ndarray, limit: float) -> float:
-    """The clipping point of least divergence.
+def repeat(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Batches,
+    saved: Mapping[str, Any],
+) -> Calibrated:
+    """What an earlier calibration of the same model and images came to, without its search.
 
     Args:
-        histogram: Counts of magnitudes in equal bins over [0, limit].
-        limit: Largest magnitude seen.
-
-    Returns:
-        A magnitude in (0, limit]; `limit` itself where the histogram says nothing.
+        model: Folded FP32 model.
+        tensors: From `qdq.placement`.
+        batches: The calibration images, preprocessed.
+        saved: From `scales.read`.
     """
-    # Exact zeros (half of what a ReLU puts out) say nothing of the range and would hide the rest.
-    histogram = histogram.astype(np.float64)
-    histogram[0] = 0
-    if histogram.sum() == 0:
-        return limit
-    best, best_divergence = BINS, np.inf
-    for stop in range(LEVELS, BINS + 1, 16):
-        reference = histogram[:stop].copy()
-        inside = reference.copy()
-        reference[-1] += histogram[stop:].sum()
-        edges = np.arange(LEVELS) * stop // LEVELS
-        width = np.diff(np.append(edges, stop))
-        occupied = np.add.reduceat((inside > 0).astype(float), edges)
-        mean = np.add.reduceat(inside, edges) / np.maximum(occupied, 1)
-        candidate = np.repeat(mean, width) * (inside > 0)
-        divergence = _divergence(reference, candidate)
-        if divergence < best_divergence:
-            best, best_divergence = stop, divergence
-    return limit * best / BINS
+    seen, mended = list[Outlier](), list[Outlier]()
+    if saved["brought_down"] or saved["biases_corrected"]:
+        _, others = hold_back(batches())
+        found = observe(model, tensors, others)
+        seen = outliers(found)
+        if saved["brought_down"]:
+            model, mended = equalize(model, found)
+            _, others = hold_back(batches())
+            found = observe(model, tensors, others)
+        if saved["biases_corrected"]:
+            model = correct_biases(model, found)
+    return Calibrated(
+        model=model, scales=saved["scales"], method=saved["method"],
+        own=saved.get("own_factors", {}), ratios=saved.get("signal_to_noise_db", {}),
+        outliers=seen, mended=mended, corrected=saved["biases_corrected"],
+    )  # fmt: skip
 
 
-def _divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p || q) of two histograms; an empty bin of q under mass of p counts as a tiny share."""
-    if q.sum() == 0:
-        return float("inf")
-    p, q = p / p.sum(), q / q.sum()
-    mass = p > 0
-    return float(np.sum(p[mass] * np.log(p[mass] / np.maximum(q[mass], 1e-10))))
+def from_ranges(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> Calibrated:
+    """Scales of histograms that no image made (`data_free.py`); biases are corrected."""
+    return Calibrated(
+        model=correct_biases(model, found), scales=scales_by(WITHOUT_IMAGES, found),
+        method=WITHOUT_IMAGES, own={}, ratios={}, outliers=outliers(found), mended=[],
+        corrected=True,
+    )  # fmt: skip
 
 
-def write_scales(
-    path: str | os.PathLike[str], scales: dict[str, float], **about: str | int
-) -> Path:
-    """Writes scales as JSON, a line a tensor, so that a change shows in a diff."""
-    text = json.dumps({"schema": 1, **about, "scales": scales}, indent=1)
-    artifacts.write_text(path, text + "\n")
-    return Path(path)
+def scales_by(method: str, found: Mapping[str, Histogram]) -> dict[str, float]:
+    """Every tensor's scale by one method."""
+    limit = limits.METHODS[method]
+    return {name: limits.scale(limit(seen)) for name, seen in found.items()}
+
+
+def hold_back(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
+    """Splits a share of the images off until there are enough; the rest streams on.
+
+    A batch gives its last images. The list fills while the rest is read; a single image serves as
+    both.
+    """
+    held: list[np.ndarray] = []
+
+    def others() -> Iterable[np.ndarray]:
+        for number, images in enumerate(batches):
+            most = SMALL_HELD if images.shape[-1] <= SMALL else MOST_HELD
+            wanted = max(0, min(math.ceil(len(images) * HELD_BACK), most - sum(map(len, held))))
+            rest = len(images) - wanted
+            if wanted:
+                held.append(images[rest:])
+            if rest or number == 0:
+                yield images[:rest] if rest else images
+
+    return held, others()
+
+
+def choose(
+    model: onnx.ModelProto,
+    found: Mapping[str, Histogram],
+    held: Sequence[np.ndarray],
+    reference: np.ndarray,
+) -> Calibrated:
+    """The scales of least noise in the logits of the images held back.
+
+    Every method for the whole net first, with and without corrected biases; then other limits for
+    single tensors, those with most noise of their own first.
+    """
+    ratios: dict[str, float] = {}
+    candidates = {name: scales_by(name, found) for name in limits.METHODS}
+    variants = {False: model, True: correct_biases(model, found)}
+    simulations = {corrected: Simulation(variant) for corrected, variant in variants.items()}
+    reached, best, corrected = -math.inf, "", False
+    for with_biases, simulation in simulations.items():
+        for name, scales in candidates.items():
+            ratio = noise_ratio(reference, simulation.logits(held, scales))
+            ratios[f"{name}, biases corrected" if with_biases else name] = ratio
+            if ratio > reached:
+                reached, best, corrected = ratio, name, with_biases
+    model, simulation, scales = variants[corrected], simulations[corrected], candidates[best]
+    own: dict[str, float] = {}
+    tries = SMALL_TRIES if held[0].shape[-1] <= SMALL else TRIES
+    for name in sorted(scales, key=lambda name: -limits.noise(found[name], scales[name])):
+        for factor in FACTORS:
+            if tries <= 0:
+                break
+            tries -= 1
+            changed = scales | {name: scales[name] * factor}
+            ratio = noise_ratio(reference, simulation.logits(held, changed))
+            if ratio > reached + GAIN:
+                scales, reached, own[name] = changed, ratio, factor
+                break
+    ratios["kept"] = reached
+    return Calibrated(
+        model=model, scales=scales, method=best, own=own, ratios=ratios, outliers=[], mended=[],
+        corrected=corrected,
+    )  # fmt: skip
+
+
+def references(
+    model: onnx.ModelProto, batches: Iterable[np.ndarray]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The images that `calibrate` holds back, and the float net's logits on them."""
+    held, others = hold_back(batches)
+    for _ in others:
+        continue
+    return held, _reference(model, held)
+
+
+def _reference(model: onnx.ModelProto, held: Sequence[np.ndarray]) -> np.ndarray:
+    running, source = session(model), model.graph.input[0].name
+    logits = np.concatenate([running.run(None, {source: images})[0] for images in held])
+    if not np.isfinite(logits).all():
+        raise DataError(f"{model.graph.output[0].name} is not finite on the calibration images")
+    return logits

@@ -19,7 +19,7 @@ Before: a folded FP32 model. After: the same graph with these changes and no oth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +42,12 @@ class Use:
     index: int
 
 
-def placement(model: onnx.ModelProto) -> dict[str, list[Use]]:
+def placement(model: onnx.ModelProto, keep: Collection[str] = ()) -> dict[str, list[Use]]:
     """The activations to quantize, in graph order, and the inputs that read them quantized.
+
+    Args:
+        model: Folded FP32 model.
+        keep: Names of nodes that stay in float.
 
     Raises:
         ArtifactError: The graph has no Conv, or is quantized already.
@@ -58,6 +62,8 @@ def placement(model: onnx.ModelProto) -> dict[str, list[Use]]:
     constants = {tensor.name for tensor in model.graph.initializer}
     places: dict[str, list[Use]] = {}
     for node in nodes:
+        if node.name in keep:
+            continue
         if node.op_type in WEIGHTED:
             index = 0
         elif node.op_type == "Add" and not constants.intersection(node.input):
@@ -91,12 +97,15 @@ def shortcut_input(model: onnx.ModelProto, add: onnx.NodeProto) -> int:
     return 0 if first[fork] < second[fork] else 1
 
 
-def insert(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.ModelProto:
+def insert(
+    model: onnx.ModelProto, scales: Mapping[str, float], keep: Collection[str] = ()
+) -> onnx.ModelProto:
     """Writes the Q/DQ pairs.
 
     Args:
         model: Folded FP32 model. Not changed.
-        scales: Activation tensor to scale, for every tensor of `placement(model)`.
+        scales: Activation tensor to scale, for every tensor of `placement(model, keep)`.
+        keep: Names of nodes that stay in float, weights and all.
 
     Returns:
         The quantized model, checked; weights are stored as int8, a quarter of the bytes.
@@ -109,14 +118,14 @@ def insert(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.ModelPro
     graph = quantized.graph
     by_name = {node.name: node for node in graph.node}
     pairs: dict[str, list[onnx.NodeProto]] = {}
-    for tensor, uses in placement(model).items():
+    for tensor, uses in placement(model, keep).items():
         scale = scales.get(tensor)
         if scale is None or not SMALLEST <= scale <= LARGEST:  # also refuses NaN
             raise ArtifactError(f"{tensor}: scale {scale} cannot be used", fix="calibrate again")
         pairs[tensor] = _pair(graph, tensor, float(scale))
         for use in uses:
             by_name[use.node].input[use.index] = f"{tensor}.dq"
-    weights = _quantize_weights(graph)
+    weights = _quantize_weights(graph, keep)
     ordered = [*pairs.get(graph.input[0].name, ())]
     for node in graph.node:
         ordered += weights.get(node.name, [])
@@ -166,11 +175,13 @@ def _pair(graph: onnx.GraphProto, tensor: str, scale: float) -> list[onnx.NodePr
     return [quantize, dequantize]
 
 
-def _quantize_weights(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+def _quantize_weights(
+    graph: onnx.GraphProto, keep: Collection[str]
+) -> dict[str, list[onnx.NodeProto]]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {}
     for node in graph.node:
-        if node.op_type not in WEIGHTED:
+        if node.op_type not in WEIGHTED or node.name in keep:
             continue
         name = node.input[1]
         weight = numpy_helper.to_array(constants[name])

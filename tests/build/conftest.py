@@ -68,7 +68,8 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         elif precision == "int8":
             rng = np.random.default_rng(0)
             images = rng.standard_normal((8, 3, size, size)).astype(np.float32)
-            scales = calibrate.calibrate(model, list(qdq.placement(model)), lambda: [images])
+            tensors = list(qdq.placement(model))
+            scales = calibrate.calibrate(model, tensors, lambda: [images], "max").scales
             model = qdq.insert(model, scales)
         path = folder / f"{name}-{precision}.onnx"
         publish_file(model, path, precision, size)

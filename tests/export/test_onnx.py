@@ -159,7 +159,8 @@ def test_no_path_and_no_metadata_leak_into_the_file(exported: Exported) -> None:
         assert str(place).encode() not in data
     assert b".py" not in data
     assert model.producer_name == "rtresnet"
-    assert not model.metadata_props and not model.doc_string and not model.graph.doc_string
+    assert [entry.key for entry in model.metadata_props] == ["rtresnet.norms"]
+    assert not model.doc_string and not model.graph.doc_string
     assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
 
 

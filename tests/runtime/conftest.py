@@ -54,7 +54,10 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Calla
         elif precision == "int8":
             tensors = list(qdq.placement(model))
             model = qdq.insert(
-                model, calibrate.calibrate(model, tensors, lambda: [images(16, size, seed=9)])
+                model,
+                calibrate.calibrate(
+                    model, tensors, lambda: [images(16, size, seed=9)], "max"
+                ).scales,
             )
         path = folder / f"{name}{shortcut or ''}-{precision}.onnx"
         artifacts.publish(

@@ -1,0 +1,214 @@
+"""The INT8 half of `rtresnet quantize`: calibration, with images or without, and its gate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtresnet import records
+from rtresnet.cli import common
+from rtresnet.errors import ArtifactError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rtresnet.artifacts import Calibration, Sidecar
+    from rtresnet.cli.quantize_gate import Gate
+    from rtresnet.preprocess import Preprocess
+    from rtresnet.quantize.calibrate import Calibrated
+
+CALIB = Path("calib")
+RANDOM_IMAGES = 32
+
+
+def int8(
+    source: Path,
+    model: Any,
+    sidecar: Sidecar,
+    out: Path,
+    calib: str | None,
+    calibrator: str,
+    images: int,
+    gate: Gate | None,
+    rest: str,
+) -> tuple[Any, Calibration, dict[str, Any]]:
+    """Quantizes a model.
+
+    Args:
+        source: The FP32 file.
+        model: What is in it.
+        sidecar: Its record.
+        out: Where the INT8 file will go; names the file of scales.
+        calib: Images, None for those in calib/, or "none".
+        calibrator: See `calibrate.METHODS`.
+        images: How many.
+        gate: What must be held, if anything.
+        rest: "fp32" or "fp16".
+
+    Returns:
+        The quantized model, how it was calibrated, and what was measured.
+    """
+    from rtresnet import artifacts
+    from rtresnet.cli import quantize_gate
+    from rtresnet.quantize import calibrate, qdq, scales
+    from rtresnet.quantize.prepare import prepare
+
+    model = prepare(model)
+    if calib == "none":
+        if gate is not None:
+            raise InputError("--eval needs --calib with images, for the noise of each block")
+        return _without_images(model, sidecar, out, rest)
+    batches, name, fingerprint, count = calibration_batches(calib, sidecar.input, images)
+    tensors, path = list(qdq.placement(model)), CALIB / f"{out.stem}.json"
+    about = {
+        "onnx_sha256": sidecar.sha256,
+        "images": name,
+        "images_sha256": fingerprint,
+        "n": count,
+        "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
+        "calibrator": calibrator,
+    }
+    saved = _saved_scales(path, about)
+    with common.progress(f"calibrating on {count} images of {name} ({calibrator})"):
+        if saved is not None:
+            found = calibrate.repeat(model, tensors, batches, saved)
+        else:
+            found = calibrate.calibrate(model, tensors, batches, calibrator)
+            scales.write(path, found, about)
+    _tell(found)
+    kept: tuple[str, ...] = ()
+    measured: dict[str, Any] = {}
+    if gate is None:
+        result = qdq.insert(found.model, found.scales)
+    else:
+        held, logits = calibrate.references(model, batches())
+        passed = quantize_gate.hold(gate, source, found, held, logits, sidecar.input)
+        result, kept, measured = passed.model, passed.kept, passed.measured
+    calibration = artifacts.Calibration(
+        method=found.method,
+        images=name,
+        images_sha256=fingerprint,
+        n=count,
+        scales=path.as_posix(),
+        scales_sha256=artifacts.sha256(path),
+        kept=kept,
+        rest=rest,
+    )
+    return _with_rest(result, rest), calibration, measured
+
+
+def _without_images(
+    model: Any, sidecar: Sidecar, out: Path, rest: str
+) -> tuple[Any, Calibration, dict[str, Any]]:
+    """INT8 from what the file says of its batch norms."""
+    from rtresnet import artifacts
+    from rtresnet.quantize import calibrate, data_free, qdq, scales
+
+    tensors, path = list(qdq.placement(model)), CALIB / f"{out.stem}.json"
+    low, high = (sidecar.input.normalize(_plane(level))[0, :, 0, 0] for level in (0, 255))
+    found = calibrate.from_ranges(model, data_free.ranges(model, tensors, low, high))
+    about = {
+        "onnx_sha256": sidecar.sha256,
+        "images": "none: ranges from the batch norms",
+        "images_sha256": "",
+        "n": 0,
+        "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
+        "calibrator": "batch norms",
+    }
+    scales.write(path, found, about)
+    calibration = artifacts.Calibration(
+        method=found.method,
+        images=about["images"],
+        images_sha256="",
+        n=0,
+        scales=path.as_posix(),
+        scales_sha256=artifacts.sha256(path),
+        rest=rest,
+    )
+    return _with_rest(qdq.insert(found.model, found.scales), rest), calibration, {}
+
+
+def _plane(level: int) -> np.ndarray:
+    import numpy as np
+
+    return np.full((1, 1, 1, 3), level, np.uint8)
+
+
+def _with_rest(model: Any, rest: str) -> Any:
+    from rtresnet.quantize import half
+
+    return half.to_half(model) if rest == "fp16" else model
+
+
+def _saved_scales(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Scales that were found before for just this; says why not, where there are others."""
+    from rtresnet.quantize import scales
+
+    if not path.exists():
+        return None
+    try:
+        saved = scales.read(path)
+    except ArtifactError as error:
+        common.note(f"calibrating anew: {error.message}")
+        return None
+    other = scales.differences(saved, about)
+    if other:
+        common.note(f"calibrating anew: {path} was made with other {', '.join(other)}")
+        return None
+    common.note(f"scales of {path} are used again")
+    return saved
+
+
+def _tell(found: Calibrated) -> None:
+    if found.ratios:
+        tried = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.ratios.items())
+        common.note(f"signal to noise of the logits, dB: {tried}")
+    mended = {outlier.tensor for outlier in found.mended}
+    for outlier in found.outliers:
+        remedy = (
+            "brought down, with the next convolution's weights raised"
+            if outlier.tensor in mended
+            else "left as it is: it lies on the shortcut"
+        )
+        common.note(
+            f"{outlier.tensor}: {len(outlier.channels)} of its channels set the range, up to "
+            f"{outlier.times:.0f} times the median; {remedy}"
+        )
+
+
+def calibration_batches(
+    spec: str | None, preprocess: Preprocess, images: int
+) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
+    """The calibration images as repeatable batches, with their name, hash and number.
+
+    Without a spec, the images in calib/; without those, noise and a warning.
+    """
+    from rtresnet.data import loader, sources
+
+    found = CALIB.is_dir() and bool(sources.images_under(CALIB))
+    lists = sorted(CALIB.glob("*.txt")) if CALIB.is_dir() else []
+    if spec is None and not found and lists:
+        spec = str(lists[0])
+    if spec is None and not found:
+        common.warn_loudly(
+            "no calibration images",
+            "calib/ holds none, so the INT8 scales come from random noise. "
+            "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
+        )
+        spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES
+        name = "noise"
+    else:
+        spec = spec or str(CALIB)
+        name = spec
+    source = sources.open_images(spec)
+    chosen = loader.sample(source, images)
+    tally = loader.Tally(len(chosen), common.note)
+    size = loader.batch_size(preprocess)
+
+    def batches() -> Iterator[np.ndarray]:
+        for pixels, _ in loader.batches(source, preprocess, size, indices=chosen, tally=tally):
+            yield pixels
+
+    return batches, name, source.fingerprint(), len(chosen)

@@ -1,0 +1,47 @@
+"""Biases that make up for the mean error of rounded weights (Nagel et al., 2019, section 4.2).
+
+Rounding a weight to its step shifts a channel's mean output by (rounded - exact) * mean input.
+The mean input of each channel is known from calibration, so the shift can be taken off the bias.
+Padding is passed over: at a border the shift is smaller than assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from rtresnet.quantize import qdq
+from rtresnet.quantize.histogram import Histogram
+
+
+def correct_biases(
+    model: onnx.ModelProto, found: Mapping[str, Histogram], keep: Collection[str] = ()
+) -> onnx.ModelProto:
+    """The model with corrected biases; to be quantized with the same weights' scales.
+
+    Args:
+        model: Folded FP32 model. Not changed.
+        found: From calibration, of every tensor that a convolution or the FC reads.
+        keep: Names of nodes that stay in float.
+    """
+    corrected = onnx.ModelProto()
+    corrected.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in corrected.graph.initializer}
+    for node in corrected.graph.node:
+        if node.op_type not in qdq.WEIGHTED or node.name in keep or len(node.input) < 3:
+            continue
+        weight = numpy_helper.to_array(constants[node.input[1]])
+        scales = qdq.weight_scales(weight)
+        rounded = qdq.quantize_weight(weight, scales).astype(np.float64)
+        error = rounded * scales.reshape((-1,) + (1,) * (weight.ndim - 1)) - weight
+        means = found[node.input[0]].means
+        if len(means) != weight.shape[1]:  # grouped convolutions see a part of the channels
+            continue
+        shift = error.reshape(*weight.shape[:2], -1).sum(2) @ means
+        bias = constants[node.input[2]]
+        values = (numpy_helper.to_array(bias) - shift).astype(np.float32)
+        bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    return corrected

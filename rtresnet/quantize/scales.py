@@ -1,0 +1,79 @@
+"""Scales as text: calib/NAME.json, a line a tensor, so that a change shows in a diff.
+
+Beside the scales stands what they hold for: hashes of the weights and the images, how many images,
+their preprocessing, the method. They are used again only where all of it is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rtresnet import artifacts
+from rtresnet.errors import ArtifactError, InputError
+from rtresnet.quantize.calibrate import Calibrated
+
+SCHEMA = 2
+ABOUT = {
+    "onnx_sha256": "weights",
+    "images_sha256": "images",
+    "n": "number of images",
+    "preprocessing": "preprocessing",
+    "calibrator": "calibrator",
+}
+
+
+def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
+    """Writes what was found, and what for.
+
+    Args:
+        path: In calib/.
+        found: From calibration.
+        about: Every field of ABOUT, and `images`, their name.
+    """
+    record = {
+        "schema": SCHEMA,
+        **about,
+        "method": found.method,
+        "biases_corrected": found.corrected,
+        "brought_down": [outlier.tensor for outlier in found.mended],
+        "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in found.ratios.items()},
+        "own_factors": found.own,
+        "scales": found.scales,
+    }
+    artifacts.write_text(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file that `write` wrote.
+
+    Raises:
+        ArtifactError: It is not one.
+    """
+    try:
+        record = json.loads(artifacts.require_file(path).read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"{path}: scales of schema {record['schema']}, this rtresnet reads {SCHEMA}",
+                fix="calibrate again",
+            )
+        whole = {*ABOUT, "method", "biases_corrected", "brought_down", "scales"} <= record.keys()
+        numbers = all(isinstance(value, float) for value in record["scales"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise ArtifactError(
+            f"{path}: not a file of scales ({error})", fix="calibrate again"
+        ) from None
+    if not whole or not numbers:
+        raise ArtifactError(f"{path}: not a file of scales", fix="calibrate again")
+    return dict(record)
+
+
+def differences(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    """What scales were made for and are now wanted for, where it is not the same."""
+    return [name for field, name in ABOUT.items() if saved.get(field) != about[field]]

@@ -1,0 +1,114 @@
+"""Which blocks of a net suffer from INT8, and which to leave in float.
+
+The noise is that of the logits on a few images, against the float net (`simulate.py`). A block is
+what lies between two residual additions, with its shortcut; the stem and the FC are blocks too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from rtresnet.quantize import qdq
+from rtresnet.quantize.simulate import Simulation, noise_ratio
+
+NAMED = re.compile(r"(layer\d+[./]\d+)[./]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One block under INT8.
+
+    Attributes:
+        name: layer1.0 and the like, "stem", "fc".
+        nodes: Its convolutions, additions and FC.
+        weights: Share of the net's weights, in [0, 1]: they stay four times as large in float.
+        alone: Signal-to-noise with this block alone quantized, in dB.
+        gain: What leaving it alone in float gains over the whole net in INT8, in dB.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    weights: float
+    alone: float
+    gain: float
+
+
+def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Nodes that can be quantized, by block, in graph order."""
+    nodes = [n for n in model.graph.node if n.op_type in (*qdq.WEIGHTED, "Add")]
+    convolutions = [node for node in nodes if node.op_type == "Conv"]
+    if sum(NAMED.match(node.name) is not None for node in convolutions) >= len(convolutions) - 1:
+        return _by_name(nodes)
+    return _by_additions(nodes)
+
+
+def _by_name(nodes: Sequence[onnx.NodeProto]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        match = NAMED.match(node.name)
+        other = "fc" if node.op_type == "Gemm" else "stem"
+        found.setdefault(match[1].replace("/", ".") if match else other, []).append(node.name)
+    return found
+
+
+def _by_additions(nodes: Sequence[onnx.NodeProto]) -> dict[str, list[str]]:
+    """For names that say nothing: an Add ends a block; the net begins with the stem."""
+    found: dict[str, list[str]] = {}
+    number, current = 0, "stem"
+    for node in nodes:
+        if current == "stem" and found and node.op_type == "Conv":
+            number, current = 1, "block1"
+        if node.op_type == "Gemm":
+            found.setdefault("fc", []).append(node.name)
+            continue
+        found.setdefault(current, []).append(node.name)
+        if node.op_type == "Add":
+            number += 1
+            current = f"block{number}"
+    return found
+
+
+def sensitivity(
+    model: onnx.ModelProto,
+    scales: Mapping[str, float],
+    held: Sequence[np.ndarray],
+    reference: np.ndarray,
+) -> list[Block]:
+    """Every block, the most harmful first.
+
+    Args:
+        model: Folded FP32 model, as it is quantized.
+        scales: Of every tensor of `qdq.placement(model)`.
+        held: float32 [N, 3, S, S] each.
+        reference: Logits of the float net on them.
+    """
+    parts = blocks(model)
+    everything = [name for names in parts.values() for name in names]
+    whole = noise_ratio(reference, Simulation(model).logits(held, scales))
+    sizes = _weights(model)
+    total = sum(sizes.values())
+    found = []
+    for name, nodes in parts.items():
+        without = Simulation(model, nodes).logits(held, scales)
+        rest = [other for other in everything if other not in nodes]
+        alone = Simulation(model, rest).logits(held, scales)
+        found.append(
+            Block(
+                name=name,
+                nodes=tuple(nodes),
+                weights=sum(sizes.get(node, 0) for node in nodes) / total,
+                alone=noise_ratio(reference, alone),
+                gain=noise_ratio(reference, without) - whole,
+            )
+        )
+    return sorted(found, key=lambda block: -block.gain)
+
+
+def _weights(model: onnx.ModelProto) -> dict[str, int]:
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    return {n.name: sizes[n.input[1]] for n in model.graph.node if n.op_type in qdq.WEIGHTED}

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from rtresnet import artifacts
+from rtresnet.cli.main import main
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def source(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The trained net's FP32 file in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet8.onnx", "resnet8.onnx.json"):
+        shutil.copy(engines / name, tmp_path / name)
+    return tmp_path / "resnet8.onnx"
+
+
+def quantize(source: Path, *more: str) -> int:
+    return main(["quantize", str(source), *more])
+
+
+def test_scales_are_used_again_where_nothing_has_changed(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--calib", tints, "--calib-images", "64"]
+    assert quantize(source, *arguments) == 0
+    first = Path("resnet8-int8.onnx").read_bytes()
+    scales = Path("calib/resnet8-int8.json").read_text()
+    capsys.readouterr()
+    assert quantize(source, *arguments) == 0
+    assert "are used again" in capsys.readouterr().err
+    assert Path("resnet8-int8.onnx").read_bytes() == first
+    assert Path("calib/resnet8-int8.json").read_text() == scales
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (["--calib-images", "32"], "number of images"),
+        (["--calibrator", "max"], "calibrator"),
+        (["--calib", "digits"], "images"),
+    ],
+)
+def test_scales_made_for_something_else_are_made_anew_and_why_is_said(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str], changed: list[str], reason: str
+) -> None:
+    assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
+    capsys.readouterr()
+    assert quantize(source, "--calib", tints, "--calib-images", "64", *changed) == 0
+    said = capsys.readouterr().err
+    assert "calibrating anew" in said and reason in said
+
+
+def test_a_damaged_file_of_scales_is_made_anew(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("calib").mkdir()
+    for text in ("", "{", "[]", '{"schema": 2}', '{"schema": 1, "scales": {}}'):
+        Path("calib/resnet8-int8.json").write_text(text)
+        assert quantize(source, "--calib", tints, "--calib-images", "16") == 0
+        assert "calibrating anew" in capsys.readouterr().err
+
+
+def test_the_file_of_scales_has_a_line_a_tensor(source: Path, tints: str) -> None:
+    assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
+    text = Path("calib/resnet8-int8.json").read_text()
+    record = json.loads(text)
+    for name, scale in record["scales"].items():
+        (_line,) = (line for line in text.splitlines() if f'"{name}": {scale}' in line)
+    assert record["signal_to_noise_db"]["kept"] > 15
+
+
+def test_without_images_the_ranges_come_from_the_batch_norms(source: Path, tints: str) -> None:
+    assert quantize(source, "--calib", "none") == 0
+    sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert "batch norms" in sidecar.calibration.images and sidecar.calibration.n == 0
+    out = Path("eval.json")
+    assert main(["eval", "resnet8-int8.onnx", "--data", tints, "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["result"]["top1_percent"] > 90
+
+
+def test_the_gate_measures_and_records_what_is_lost(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(source, "--calib", tints, "--eval", tints, "--max-drop", "2") == 0
+    shown = capsys.readouterr().out
+    assert "INT8 loses" in shown and "95 %" in shown and "layer1.0" in shown
+    assert max(map(len, shown.split("INT8 loses")[0].splitlines())) <= 80
+    sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert sidecar.measured["drop"]["n"] == 240 and sidecar.calibration.kept == ()
+
+
+def harmed(source: Path) -> None:
+    """The same function, with channels of the last block a thousand times larger for the FC.
+
+    They are the first ones, which the shortcut fills with zeros. An addition lies before them, so
+    they cannot be brought down.
+    """
+    from onnx import numpy_helper
+
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("layer3.0.conv2.weight", "layer3.0.conv2.bias"):
+            values[:4] *= 1000
+        elif tensor.name == "fc.weight":
+            values[:, :4] /= 1000
+        else:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    artifacts.publish(source, lambda path: path.write_bytes(model.SerializeToString()), sidecar)
+
+
+def test_where_too_much_is_lost_the_worst_blocks_stay_in_float(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harmed(source)
+    assert quantize(source, "--calib", tints, "--calibrator", "max", "--eval", tints,
+                    "--max-drop", "0") == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    kept = sidecar.calibration.kept
+    assert kept and "left in float" in shown
+    assert "fc" in kept
+    model = onnx.load("resnet8-int8.onnx")
+    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in kept}
+    assert not any(name.endswith(".dq") for name in inputs.values())
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
+def test_the_gate_needs_labels_and_is_for_int8(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(source, "--fp16", "--eval", tints) == 2
+    assert quantize(source, "--calib", "none", "--eval", tints) == 2
+    assert "for the noise of each block" in capsys.readouterr().err
+
+
+def test_the_rest_can_be_fp16(source: Path, tints: str) -> None:
+    assert quantize(source, "--calib", tints, "--calib-images", "64", "--out", "a.onnx") == 0
+    assert quantize(source, "--calib", tints, "--calib-images", "64", "--rest", "fp16",
+                    "--out", "b.onnx") == 0  # fmt: skip
+    sidecar = artifacts.read_sidecar("b.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert sidecar.calibration.rest == "fp16"
+    types = {tensor.data_type for tensor in onnx.load("b.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types and onnx.TensorProto.INT8 in types
+    assert main(["compare", "a.onnx", "b.onnx", "--data", tints, "--json", "c.json"]) == 0
+    assert json.loads(Path("c.json").read_text())["result"]["agreement"] > 0.98
+
+
+def test_a_foreign_file_is_quantized_when_its_input_is_said(
+    source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(source, tmp_path / "foreign.onnx")
+    foreign = tmp_path / "foreign.onnx"
+    assert quantize(foreign, "--calib", tints) == 2
+    assert "--size" in capsys.readouterr().err
+    assert quantize(foreign, "--calib", tints, "--size", "32") == 0
+    sidecar = artifacts.read_sidecar("foreign-int8.onnx")
+    assert sidecar is not None and sidecar.input.size == 32
+    assert len(sidecar.model.classes) == 4 and sidecar.weights.origin == "file"
+    assert main(["inspect", "foreign-int8.onnx"]) == 0
+
+
+def test_outliers_are_told_with_the_remedy(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from onnx import numpy_helper
+
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("layer2.0.conv1.weight", "layer2.0.conv1.bias"):
+            values[5] *= 100
+        elif tensor.name == "layer2.0.conv2.weight":
+            values[:, 5] /= 100
+        else:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    artifacts.publish(source, lambda path: path.write_bytes(model.SerializeToString()), sidecar)
+    assert quantize(source, "--calib", tints, "--eval", tints, "--max-drop", "0.5") == 0
+    captured = capsys.readouterr()
+    assert "layer2.0.relu1: 1 of its channels" in captured.err and "brought down" in captured.err
+    assert "INT8 loses" in captured.out  # and no block was left in float
