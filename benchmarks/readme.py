@@ -25,6 +25,7 @@ TABLES = {
     "decoding table": "decode",
     "degradation table": "degradation",
     "shortcuts table": "shortcuts",
+    "quantize table": "quantize",
 }
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 

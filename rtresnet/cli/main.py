@@ -21,6 +21,7 @@ VERBS = (
     "train",
     "export",
     "quantize",
+    "lint",
     "build",
     "eval",
     "predict",

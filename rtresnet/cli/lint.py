@@ -1,0 +1,164 @@
+"""`rtresnet lint`: whether TensorRT will run a quantized ONNX file as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rtresnet.cli import common
+from rtresnet.errors import ArtifactError, GateMissed, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rtresnet.artifacts import Sidecar
+    from rtresnet.quantize.findings import Finding
+    from rtresnet.quantize.repair import Repair
+
+WIDTH = 80
+NAMED = 3  # nodes that are named of all that break one rule in one way
+
+
+@click.command("lint", short_help="Judge the INT8 of any ONNX file before building.")
+@click.argument("path", metavar="FILE.onnx", type=click.Path(path_type=Path))
+@click.option(
+    "--fix",
+    "out",
+    metavar="OUT.onnx",
+    type=click.Path(path_type=Path),
+    help="Repair what can be repaired without changing a bit of the outputs, and write it here.",
+)
+@common.json_option
+def command(path: Path, out: Path | None, json_file: str | None) -> None:
+    """Say where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
+
+    For files made by any tool. Needs neither a GPU nor TensorRT; --fix needs ONNX Runtime. Exit
+    code 0 means nothing worse than a note, 1 that there is.
+    """
+    from rtresnet import artifacts, machine
+    from rtresnet.errors import missing_package
+
+    sidecar = artifacts.verify(artifacts.require_file(path))
+    if not machine.installed("onnx"):
+        raise missing_package("onnx", "reading an ONNX file")
+    from rtresnet.quantize.lint import lint
+
+    model = _read(path)
+    findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
+    for line in _listed(findings):
+        click.echo(line)
+    if out is not None:
+        findings, repaired = _repair(path, out, model, sidecar)
+        findings = _meant(findings, sidecar)
+    worse = _counted(findings)
+    where = out or path
+    if not worse:
+        notes = len(findings)
+        click.echo(f"{where}: nothing to mend" + (f", {_number(notes, 'note')}" if notes else ""))
+    result = {
+        "file": str(path),
+        "fixed": str(out) if out else None,
+        "findings": [dataclasses.asdict(entry) for entry in findings],
+        "repaired": [dataclasses.asdict(entry) for entry in repaired],
+    }
+    common.write_json(json_file, "lint", result)
+    if worse:
+        mends = out is None and any("--fix" in entry.mend for entry in findings)
+        raise GateMissed(
+            f"{where}: {worse}",
+            fix=f"mend what can be: rtresnet lint {path} --fix OUT.onnx" if mends else None,
+        )
+
+
+def _meant(findings: list[Finding], sidecar: Sidecar | None) -> list[Finding]:
+    """What `quantize --eval` left in float on purpose is worth a note only."""
+    kept = sidecar.calibration.kept if sidecar and sidecar.calibration else ()
+    return [
+        dataclasses.replace(entry, severity="note")
+        if entry.node in kept and entry.rule.startswith("float-")
+        else entry
+        for entry in findings
+    ]
+
+
+def _read(path: Path) -> Any:
+    """Any ONNX model, also one that the checker refuses: why it does is for the rules to say."""
+    import onnx
+
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's errors and those of external data share no base
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ArtifactError(f"{path}: not an ONNX file, or truncated ({reason})") from error
+    if not model.graph.node or not model.opset_import:
+        raise ArtifactError(f"{path}: not an ONNX file, or truncated (it holds no graph)")
+    return model
+
+
+def _repair(
+    path: Path, out: Path, model: Any, sidecar: Sidecar | None
+) -> tuple[list[Finding], list[Repair]]:
+    """Writes the repaired file and says what was done and what is left."""
+    from rtresnet import artifacts
+    from rtresnet.quantize.repair import fix
+
+    if sidecar is None and artifacts.sidecar_path(out).exists():
+        raise InputError(f"{out}: has a sidecar, of another file", fix="choose another --fix")
+    with common.progress(f"repairing {path}, and comparing outputs"):
+        fixed, repaired, left = fix(model)
+
+    def write(target: Path) -> None:
+        target.write_bytes(fixed.SerializeToString())
+
+    if sidecar is None:
+        with artifacts.atomic_path(out) as temporary:
+            write(temporary)
+    else:
+        in_place = out.exists() and out.samefile(path)
+        parent = sidecar.parent if in_place else artifacts.link_to(path, out)
+        artifacts.publish(out, write, dataclasses.replace(sidecar, parent=parent, made_by={}))
+    for (rule, what), count in Counter((entry.rule, entry.what) for entry in repaired).items():
+        click.echo(f"repaired  {rule}, {_number(count, 'node')}: {what}")
+    click.echo(f"{out}: " + ("same outputs, bit for bit" if repaired else "nothing was repaired"))
+    if repaired and left:
+        click.echo("left:")
+        for line in _listed(left):
+            click.echo(line)
+    return left, repaired
+
+
+def _listed(findings: Iterable[Finding]) -> list[str]:
+    """Three lines or so for each way in which a rule is broken, with the first nodes' names."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for entry in findings:
+        key = (entry.severity, entry.rule, entry.consequence, entry.mend)
+        groups.setdefault(key, []).append(entry.node)
+    lines = []
+    for (severity, rule, consequence, mend), nodes in groups.items():
+        lines.append(f"{severity:<8} {rule}, {_number(len(nodes), 'node')}")
+        more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+        lines += _wrapped("at    ", ", ".join(nodes[:NAMED]) + more)
+        lines += _wrapped("so    ", consequence)
+        lines += _wrapped("mend  ", mend)
+    return lines
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=f"  {head}", subsequent_indent=" " * 8, break_on_hyphens=False
+    )
+
+
+def _counted(findings: Iterable[Finding]) -> str:
+    """As in "3 errors, 1 warning"; empty where there is nothing worse than a note."""
+    count = Counter(entry.severity for entry in findings)
+    return ", ".join(_number(count[s], s) for s in ("error", "warning") if count[s])
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
