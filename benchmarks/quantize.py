@@ -4,8 +4,8 @@
         [--modelopt PYTHON] WEIGHTS...
 
 Every file is calibrated on the same 512 training images and compared with the FP32 file on all the
-test images. ONNX Runtime's `quantize_static` is given the flags that TensorRT needs. NVIDIA ModelOpt
-runs in an environment of its own, whose python `--modelopt` names: it is no dependency of ours.
+test images. ONNX Runtime's `quantize_static` is given the flags that TensorRT needs. NVIDIA
+ModelOpt runs in an environment of its own, whose python `--modelopt` names: it is no dependency.
 """
 
 from __future__ import annotations
@@ -34,13 +34,18 @@ import sys, numpy as np
 from modelopt.onnx.quantization import quantize
 source, images, method, out = sys.argv[1:]
 quantize(source, quantize_mode="int8", calibration_data={"images": np.load(images)},
-         calibration_method=method, output_path=out, calibration_eps=["cpu"])
+         calibration_method=method, output_path=out, calibration_eps=["cpu"],
+         high_precision_dtype="fp32")
 """
 
 
 def onnxruntime_file(source: Path, images: np.ndarray, method: str, out: Path) -> Path:
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
-    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -163,9 +168,9 @@ def main() -> None:
     names = ("rtresnet", "numpy", "onnx", "onnxruntime")
     versions = ", ".join(f"{n} {v}" for n, v in machine.versions(names).items())
     caption = (
-        f"Agreement and drop against the FP32 file on the same images; calibrated on {IMAGES} training "
-        f"images of {Path(options.calib.partition(':')[2]).name}; ONNX Runtime CPU on {machine.cpu()}, "
-        f"{versions}."
+        f"Agreement and drop against the FP32 file on the same images; calibrated on {IMAGES} "
+        f"training images of {Path(options.calib.partition(':')[2]).name}; ONNX Runtime CPU on "
+        f"{machine.cpu()}, {versions}."
     )
     save(options.name, {"results": results, "versions": versions},
          markdown(headings, rows) + "\n\n" + caption)  # fmt: skip
