@@ -68,7 +68,7 @@ def main() -> None:
 
             text = BLOCK.sub(run, text)
             shown = output("rtresnet quickstart", folder)
-            table = shown[shown.index(" precision") :]
+            table = shown[shown.index(" precision  ONNX") :]
             text = between(text, "quickstart table", "```\n" + table + "\n```")
     README.write_text(text)
 

@@ -163,8 +163,13 @@ def _saved_scales(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
 
 def _tell(found: Calibrated) -> None:
     if found.ratios:
-        tried = ", ".join(f"{name} {ratio:.1f}" for name, ratio in found.ratios.items())
-        common.note(f"signal to noise of the logits, dB: {tried}")
+        tried = [ratio for name, ratio in found.ratios.items() if name != "kept"]
+        biases = ", biases corrected" if found.corrected else ""
+        own = f", {len(found.own)} tensors with a range of their own" if found.own else ""
+        common.note(
+            f"ranges by {found.method}{biases}{own}: {found.ratios['kept']:.1f} dB signal to noise "
+            f"at the logits (tried: {min(tried):.1f} to {max(tried):.1f})"
+        )
     mended = {outlier.tensor for outlier in found.mended}
     for outlier in found.outliers:
         remedy = (

@@ -146,7 +146,7 @@ def train(
     if resume:
         run.restore()
     artifacts.make_folder(job.out)  # that it cannot be written into is better told now
-    with held_back() as stop:
+    with held_back(alone=world.size == 1) as stop:
         run.go(stop, on_step, on_epoch)
         return run.finish()
 

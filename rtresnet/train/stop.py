@@ -16,10 +16,14 @@ class Stop:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[Stop]:
+def held_back(*, alone: bool) -> Iterator[Stop]:
     """Turns the first SIGINT or SIGTERM into `stop.asked`; a second one acts at once.
 
     Does nothing outside of the main thread, where Python hands out no signals.
+
+    Args:
+        alone: With other processes SIGTERM is torchrun's, and means that one of them is gone: a
+            step that waits for it would never be done.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -31,7 +35,8 @@ def held_back() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.asked = True
 
-    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    held = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    before = {name: signal.signal(name, ask) for name in held}
     try:
         yield stop
     finally:

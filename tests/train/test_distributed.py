@@ -99,7 +99,7 @@ def test_a_killed_process_is_started_anew_and_the_run_ends_the_same(
     victims = workers(process.pid)
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     ours, theirs = (checkpoint.load(run / "best.pt") for run in (out, together))
     for name in ours.state:
@@ -116,7 +116,7 @@ def test_a_run_of_two_processes_is_resumed_by_one(tints: str, tmp_path: Path) ->
     wait_for(out / "last.pt")
     for pid in workers(process.pid):
         os.kill(pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert "--resume" in errors and process.returncode != 0
     step = checkpoint.load(out / "last.pt").training["step"]
     assert 0 < step < 240
