@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +65,31 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
     monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))
     return gpu
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """disk_of("64k"): a real file system of that size, where mounting is permitted."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        if shutil.which("mount") is None or os.sysconf("SC_PAGE_SIZE") != 4096:
+            pytest.skip("no mount command, or pages of another size")
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
+def small_disk(disk_of: Callable[[str], Path]) -> Path:
+    """A real file system of 64 KiB: sixteen pages of 4 KiB."""
+    return disk_of("64k")

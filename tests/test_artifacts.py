@@ -6,10 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,23 +152,6 @@ GOLDEN = """\
  "schema": 1
 }
 """
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KiB: sixteen pages of 4 KiB."""
-    if shutil.which("mount") is None or os.sysconf("SC_PAGE_SIZE") != 4096:
-        pytest.skip("no mount command, or pages of another size")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def make(path: Path, content: bytes = b"content", **changes: Any) -> Path:

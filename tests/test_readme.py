@@ -26,8 +26,12 @@ pytestmark = [
 
 
 def first_words(text: str) -> set[str]:
-    """The word each line begins with: what a line is about, whatever its figures are."""
-    return {line.split()[0].strip(":") for line in text.splitlines() if line.strip()}
+    """The word each line begins with: what a line is about, whatever its figures are.
+
+    Rules are left out: how long one is depends on how wide the figures above it are.
+    """
+    words = {line.split()[0].strip(":") for line in text.splitlines() if line.strip()}
+    return {word for word in words if word.strip("─")}
 
 
 def shell(command: str, cwd: Path) -> str:

@@ -89,7 +89,7 @@ def run(
     # What can be refused is refused before anything is computed.
     profiles.parse(batch)
     targets.parse(target)
-    if int8 and calib is not None:
+    if int8 and calib not in (None, "none"):
         from rtresnet.data.sources import open_images
 
         open_images(calib)

@@ -104,7 +104,8 @@ def command(
     line = f"{path}: {precision}, {written.bytes / 1e6:.1f} MB"
     if written.calibration:
         c = written.calibration
-        line += f", scales by {c.method} from {c.n} images of {c.images} in {c.scales}"
+        images = f"{c.n} images of {c.images}" if c.n else "what batch norm knew, no images"
+        line += f", scales by {c.method} from {images} in {c.scales}"
     common.out_console().print(line, soft_wrap=True)
     common.write_json(json_file, "quantize", dataclasses.asdict(written))
 

@@ -74,7 +74,6 @@ def hold(
     from rtresnet.data.sources import open_source
     from rtresnet.errors import GateMissed
     from rtresnet.metrics import paired_drop
-    from rtresnet.quantize import qdq
     from rtresnet.quantize.sensitivity import sensitivity
     from rtresnet.train.evaluate import require_labels
 
@@ -83,11 +82,11 @@ def hold(
     with common.progress(f"measuring FP32 on {len(source)} images of {gate.data}"):
         base = _hits(reference, source, preprocess)
     with common.progress("measuring the noise of each block"):
-        ranked = sensitivity(found.model, found.scales, held, logits)
+        ranked = sensitivity(found, held, logits)
     tried: list[tuple[int, Drop]] = []
     for count in range(len(ranked)):
         kept = tuple(node for block in ranked[:count] for node in block.nodes)
-        model = qdq.insert(found.model, found.scales, kept)
+        model = found.quantized(kept)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             path.write_bytes(model.SerializeToString())

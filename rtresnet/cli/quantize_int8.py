@@ -81,7 +81,7 @@ def int8(
     kept: tuple[str, ...] = ()
     measured: dict[str, Any] = {}
     if gate is None:
-        result = qdq.insert(found.model, found.scales)
+        result = found.quantized()
     else:
         held, logits = calibrate.references(model, batches())
         passed = quantize_gate.hold(gate, source, found, held, logits, sidecar.input)
@@ -127,7 +127,7 @@ def _without_images(
         scales_sha256=artifacts.sha256(path),
         rest=rest,
     )
-    return _with_rest(qdq.insert(found.model, found.scales), rest), calibration, {}
+    return _with_rest(found.quantized(), rest), calibration, {}
 
 
 def _plane(level: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def _saved_scales(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
 def _tell(found: Calibrated) -> None:
     if found.ratios:
         tried = [ratio for name, ratio in found.ratios.items() if name != "kept"]
-        biases = ", biases corrected" if found.corrected else ""
+        biases = ", biases corrected" if found.shifts else ""
         own = f", {len(found.own)} tensors with a range of their own" if found.own else ""
         common.note(
             f"ranges by {found.method}{biases}{own}: {found.ratios['kept']:.1f} dB signal to noise "

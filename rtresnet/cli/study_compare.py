@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rtresnet.report.study_plots import Panel
     from rtresnet.study.compare import Net, Terms
     from rtresnet.study.runs import Outcome, Run
-    from rtresnet.train.loop import Progress
+    from rtresnet.train.job import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 

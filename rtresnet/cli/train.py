@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common
+from rtresnet.cli import common, train_show
 
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source
     from rtresnet.train.distributed import World
-    from rtresnet.train.loop import Job, Progress
+    from rtresnet.train.job import Job
 
 NOT_MIRRORED = ("digits",)  # a mirrored digit is another digit, or none
-LINE_SECONDS = 60  # where there is no terminal, a line this often within an epoch
 
 
 @click.command("train")
@@ -86,6 +84,7 @@ def run(
     """The verb's body; returns what `--json` writes."""
     common.require_torch("training")
     from rtresnet.train import distributed, loop, recipes, state
+    from rtresnet.train.job import settled
 
     given = recipes.parse(settings)
     for name, value in (("epochs", epochs), ("batch", batch), ("lr", lr), ("seed", seed)):
@@ -95,19 +94,25 @@ def run(
         given["flip"] = "random" if flip else "none"
     if compiled:
         given["compile"] = True
-    write_events = _event_writer() if tensorboard else None
+    write_events = train_show.event_writer() if tensorboard else None
+    asked = _Asked(
+        model=model, data=data, recipe=recipe, fields=given, weights=weights,
+        contract=(size, mean, std),
+    )  # fmt: skip
     with distributed.world(common.torch_device(device)) as (world, place):
-        folder = world.share(out or default_folder(model, data, resume))
-        resume = resume or (world.restarts > 0 and (folder / "last.pt").exists())
+        folder, resume = world.share(
+            _folder(out, asked, resume, world) if world.first else (Path(), resume)
+        )
         state.check_folder(folder, resume)
-        prepare = _resumed if resume else _fresh
-        job = prepare(folder, model, data, recipe, given, weights, (size, mean, std))
-        job = loop.settled(dataclasses.replace(job, device=place, cached=cache))
+        job = _resumed(folder, asked) if resume else _fresh(folder, asked)
+        job = settled(dataclasses.replace(job, device=place, cached=cache))
         if save_every is not None:
             job = dataclasses.replace(job, save_every=save_every)
         say = common.note if world.first else (lambda line: None)
-        _announce(job, world, say)
-        with _listeners(job, say, write_events if world.first else None) as (on_step, on_epoch):
+        train_show.announce(job, world, say)
+        silent = contextlib.nullcontext((lambda progress: None, lambda record: None))
+        shown = train_show.listeners(job, say, write_events) if world.first else silent
+        with shown as (on_step, on_epoch):
             try:
                 best = loop.train(
                     job, resume=resume, world=world, on_step=on_step, on_epoch=on_epoch, warn=say
@@ -117,7 +122,7 @@ def run(
                     say(f"saved; go on with: rtresnet train --out {folder} --resume")
                 raise
     if world.first:
-        _report(folder, job, best.measured)
+        train_show.report(folder, job, best.measured)
     return {
         "first": world.first,
         "checkpoint": str(folder / "best.pt"),
@@ -127,38 +132,57 @@ def run(
     }
 
 
-InputOptions = tuple["int | None", "str | None", "str | None"]
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the options say; None where they say nothing.
+
+    Attributes:
+        fields: Of the recipe.
+        contract: Size, mean and std of the input.
+    """
+
+    model: str | None
+    data: str | None
+    recipe: str | None
+    fields: dict[str, Any]
+    weights: str | None
+    contract: tuple[int | None, str | None, str | None]
 
 
-def _fresh(
-    folder: Path,
-    model: str | None,
-    data: str | None,
-    recipe: str | None,
-    given: dict[str, Any],
-    weights: str | None,
-    contract: InputOptions,
-) -> Job:
+def _folder(out: Path | None, asked: _Asked, resume: bool, world: World) -> tuple[Path, bool]:
+    """The run's folder, and whether to go on with what is in it.
+
+    Started anew by torchrun, a run goes on by itself, but only with what its own launch saved.
+    """
+    from rtresnet.train.state import launch_of
+
+    if world.restarts and not resume:
+        found = out or default_folder(asked.model, asked.data, resume=True)
+        if launch_of(found) == world.launch:
+            return found, True
+    return out or default_folder(asked.model, asked.data, resume), resume
+
+
+def _fresh(folder: Path, asked: _Asked) -> Job:
     from rtresnet.models import checkpoint, zoo
     from rtresnet.preprocess import Preprocess
     from rtresnet.train import recipes
-    from rtresnet.train.loop import Job
+    from rtresnet.train.job import Job
 
-    start = checkpoint.load(weights, model=model) if weights else None
-    spec = start.spec if start else zoo.spec(model or "resnet20")
-    data = data or "digits"
+    start = checkpoint.load(asked.weights, model=asked.model) if asked.weights else None
+    spec = start.spec if start else zoo.spec(asked.model or "resnet20")
+    data = asked.data or "digits"
     source, test = _sources(data)
     base = start.input if start else Preprocess.for_size(spec.size)
-    preprocess = common.preprocess_from(base, *contract)
-    if data in NOT_MIRRORED:
-        given = {"flip": "none"} | given
+    preprocess = common.preprocess_from(base, *asked.contract)
+    fixed = {"flip": "none"} if data in NOT_MIRRORED else {}
     default = "speed" if preprocess.size <= recipes.SMALL else "modern"
     settings = recipes.resolve(
-        recipe or ("finetune" if start else default),
+        asked.recipe or ("finetune" if start else default),
         images=len(source) * 9 // 10,
         size=preprocess.size,
         depth=spec.depth,
-        settings=given,
+        settings=fixed | asked.fields,
     )
     return Job(
         spec=spec, source=source, test=test, preprocess=preprocess, recipe=settings, out=folder,
@@ -166,36 +190,27 @@ def _fresh(
     )  # fmt: skip
 
 
-def _resumed(
-    folder: Path,
-    model: str | None,
-    data: str | None,
-    recipe: str | None,
-    given: dict[str, Any],
-    weights: str | None,
-    contract: InputOptions,
-) -> Job:
-    """The run's own net, data and recipe; what is given besides must agree with them."""
+def _resumed(folder: Path, asked: _Asked) -> Job:
+    """The run's own net, data and recipe; what is asked for besides must agree with them."""
     from rtresnet.errors import InputError
     from rtresnet.models import zoo
     from rtresnet.train import recipes
-    from rtresnet.train.loop import Job
+    from rtresnet.train.job import Job
     from rtresnet.train.recipe import Recipe
     from rtresnet.train.state import check_same, saved_run
 
     saved = saved_run(folder)
-    if recipe:
-        given = {"name": recipes.named(recipe).name} | given
+    name = {"name": recipes.named(asked.recipe).name} if asked.recipe else {}
     own = Recipe(**saved.training["recipe"])
-    check_same(folder, saved.training, dataclasses.replace(own, **given))
-    spec = zoo.spec(model) if model else saved.spec
-    preprocess = common.preprocess_from(saved.input, *contract)
+    check_same(folder, saved.training, dataclasses.replace(own, **(name | asked.fields)))
+    spec = zoo.spec(asked.model) if asked.model else saved.spec
+    preprocess = common.preprocess_from(saved.input, *asked.contract)
     if spec.name != saved.spec.name or preprocess != saved.input:
         raise InputError(
             f"{folder}: its run is {saved.spec.name} at {saved.input.size} pixels",
             fix="leave these options out, or train into another --out",
         )
-    source, test = _sources(data or saved.training["data"])
+    source, test = _sources(asked.data or saved.training["data"])
     return Job(
         spec=saved.spec, source=source, test=test, preprocess=preprocess, recipe=own, out=folder
     )
@@ -206,101 +221,6 @@ def _sources(data: str) -> tuple[Source, Source | None]:
 
     source = open_source(data, "train")
     return source, open_source(data, "test") if source.splits else None
-
-
-def _announce(job: Job, world: World, say: Callable[[str], None]) -> None:
-    from rtresnet.train.recipes import describe
-
-    together = f", {world.size} processes" if world.size > 1 else ""
-    say(
-        f"{job.spec.name} on {job.source.name}: {len(job.source)} images, "
-        f"{len(job.source.classes)} classes, {job.preprocess.size} px, {job.device}{together}"
-    )
-    for line in describe(job.recipe):
-        say(line)
-
-
-@contextlib.contextmanager
-def _listeners(job: Job, say: Callable[[str], None], events: Any) -> Any:
-    """What shows the progress: a bar on a terminal, lines elsewhere, event files if asked."""
-    writer = events(str(job.out / "tensorboard")) if events else None
-    told = time.monotonic()
-    with common.progress("training", total=1.0) as update:
-
-        def on_step(p: Progress) -> None:
-            nonlocal told
-            text = (
-                f"epoch {p.epoch + 1}  loss {p.loss:.3f}  lr {p.lr:.2g}  "
-                f"{p.images_per_second:,.0f} img/s  {_clock(p.seconds_left)} left"
-            )
-            update(completed=p.step / p.total, description=text)
-            if not common.on_terminal() and time.monotonic() - told > LINE_SECONDS:
-                told = time.monotonic()
-                say(f"step {p.step}/{p.total}  {text}")
-            if writer:
-                writer.add_scalar("loss", p.loss, p.step)
-                writer.add_scalar("lr", p.lr, p.step)
-
-        def on_epoch(record: dict[str, Any]) -> None:
-            nonlocal told
-            told = time.monotonic()
-            val = "" if record["val_top1"] is None else f"val {record['val_top1']:6.2f} %  "
-            say(
-                f"epoch {record['epoch']:3d}  step {record['step']:,}  "
-                f"loss {record['loss']:.4f}  train {record['train_top1']:6.2f} %  {val}"
-                f"{record['images_per_second']:,.0f} img/s"
-            )
-            if writer:
-                for name in ("train_top1", "val_top1"):
-                    if record[name] is not None:
-                        writer.add_scalar(name, record[name], record["step"])
-
-        yield on_step, on_epoch
-    if writer:
-        writer.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _event_writer() -> Any:
-    from rtresnet.errors import missing_package
-
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise missing_package("tensorboard", "--tensorboard") from None
-    return SummaryWriter
-
-
-def _report(folder: Path, job: Job, measured: dict[str, Any]) -> None:
-    from rtresnet import machine
-
-    chosen = (
-        ""
-        if measured["val_top1"] is None
-        else f", val {measured['val_top1']:.2f} % of {measured['val_n']}"
-    )
-    common.out_console().print(
-        f"{folder / 'best.pt'}: test top-1 {measured['test_top1']:.2f} % of {measured['test_n']} "
-        f"images (epoch {measured['epoch']}{chosen})",
-        soft_wrap=True,
-    )
-    if not machine.installed("matplotlib"):
-        common.note("no curves: pip install matplotlib")
-        return
-    from rtresnet.report import run_page
-    from rtresnet.train.recipes import describe
-
-    run_page.write(
-        folder,
-        title=f"{job.spec.name} on {job.source.name}",
-        recipe="\n".join(describe(job.recipe)),
-        measured=measured,
-    )
 
 
 def default_folder(model: str | None, data: str | None, resume: bool) -> Path:

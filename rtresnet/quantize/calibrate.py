@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 
 from rtresnet.errors import DataError, UnknownName
-from rtresnet.quantize import limits
-from rtresnet.quantize.correct import correct_biases
+from rtresnet.quantize import limits, qdq
+from rtresnet.quantize.correct import bias_shifts
 from rtresnet.quantize.equalize import Outlier, equalize, outliers
 from rtresnet.quantize.histogram import Histogram
 from rtresnet.quantize.simulate import Simulation, noise_ratio, session
@@ -35,7 +35,6 @@ HELD_BACK = 1 / 4
 SMALL, SMALL_HELD, MOST_HELD = 64, 128, 16
 FACTORS = (0.85, 1.2)  # tried on single tensors, times the limit they have
 SMALL_TRIES, TRIES = 40, 8
-GAIN = 0.05  # dB that a single tensor's other limit must bring
 WITHOUT_IMAGES = "mse"  # there is nothing to choose by
 GAIN = 0.02  # dB that a single tensor's other limit must bring
 
@@ -45,15 +44,14 @@ class Calibrated:
     """Scales, and how they came about.
 
     Attributes:
-        model: To be quantized: the one given, perhaps with outliers brought down and biases
-            corrected.
+        model: To be quantized: the one given, perhaps with outliers brought down.
         scales: Tensor to scale, float32 units a step.
         method: Asked for, or chosen by "auto".
         own: Tensors whose limit is not the method's, with the factor between them.
         ratios: What was tried, with the signal-to-noise of the logits in dB.
         outliers: Tensors whose range a few channels set.
         mended: Those of them that were brought down.
-        corrected: Whether biases were corrected.
+        shifts: Node to what is to be taken off its bias; empty where that did not help.
     """
 
     model: onnx.ModelProto
@@ -63,7 +61,11 @@ class Calibrated:
     ratios: dict[str, float]
     outliers: list[Outlier]
     mended: list[Outlier]
-    corrected: bool
+    shifts: dict[str, np.ndarray]
+
+    def quantized(self, keep: Collection[str] = ()) -> onnx.ModelProto:
+        """The INT8 model, but for the nodes to keep in float."""
+        return qdq.insert(self.model, self.scales, keep, self.shifts)
 
 
 def observe(
@@ -117,7 +119,7 @@ def calibrate(
         found = observe(model, tensors, batches())
         return Calibrated(
             model=model, scales=scales_by(method, found), method=method, own={}, ratios={},
-            outliers=outliers(found), mended=[], corrected=False,
+            outliers=outliers(found), mended=[], shifts={},
         )  # fmt: skip
     held, others = hold_back(batches())
     found = observe(model, tensors, others)
@@ -143,7 +145,7 @@ def repeat(
         batches: The calibration images, preprocessed.
         saved: From `scales.read`.
     """
-    seen, mended = list[Outlier](), list[Outlier]()
+    seen, mended, shifts = list[Outlier](), list[Outlier](), dict[str, np.ndarray]()
     if saved["brought_down"] or saved["biases_corrected"]:
         _, others = hold_back(batches())
         found = observe(model, tensors, others)
@@ -153,20 +155,19 @@ def repeat(
             _, others = hold_back(batches())
             found = observe(model, tensors, others)
         if saved["biases_corrected"]:
-            model = correct_biases(model, found)
+            shifts = bias_shifts(model, found)
     return Calibrated(
         model=model, scales=saved["scales"], method=saved["method"],
         own=saved.get("own_factors", {}), ratios=saved.get("signal_to_noise_db", {}),
-        outliers=seen, mended=mended, corrected=saved["biases_corrected"],
+        outliers=seen, mended=mended, shifts=shifts,
     )  # fmt: skip
 
 
 def from_ranges(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> Calibrated:
     """Scales of histograms that no image made (`data_free.py`); biases are corrected."""
     return Calibrated(
-        model=correct_biases(model, found), scales=scales_by(WITHOUT_IMAGES, found),
-        method=WITHOUT_IMAGES, own={}, ratios={}, outliers=outliers(found), mended=[],
-        corrected=True,
+        model=model, scales=scales_by(WITHOUT_IMAGES, found), method=WITHOUT_IMAGES, own={},
+        ratios={}, outliers=outliers(found), mended=[], shifts=bias_shifts(model, found),
     )  # fmt: skip
 
 
@@ -210,16 +211,16 @@ def choose(
     """
     ratios: dict[str, float] = {}
     candidates = {name: scales_by(name, found) for name in limits.METHODS}
-    variants = {False: model, True: correct_biases(model, found)}
-    simulations = {corrected: Simulation(variant) for corrected, variant in variants.items()}
-    reached, best, corrected = -math.inf, "", False
-    for with_biases, simulation in simulations.items():
+    shifts = bias_shifts(model, found)
+    simulations = {"": Simulation(model), ", biases corrected": Simulation(model, (), shifts)}
+    reached, best, biases = -math.inf, "", ""
+    for corrected, simulation in simulations.items():
         for name, scales in candidates.items():
             ratio = noise_ratio(reference, simulation.logits(held, scales))
-            ratios[f"{name}, biases corrected" if with_biases else name] = ratio
+            ratios[name + corrected] = ratio
             if ratio > reached:
-                reached, best, corrected = ratio, name, with_biases
-    model, simulation, scales = variants[corrected], simulations[corrected], candidates[best]
+                reached, best, biases = ratio, name, corrected
+    simulation, scales = simulations[biases], candidates[best]
     own: dict[str, float] = {}
     tries = SMALL_TRIES if held[0].shape[-1] <= SMALL else TRIES
     for name in sorted(scales, key=lambda name: -limits.noise(found[name], scales[name])):
@@ -235,7 +236,7 @@ def choose(
     ratios["kept"] = reached
     return Calibrated(
         model=model, scales=scales, method=best, own=own, ratios=ratios, outliers=[], mended=[],
-        corrected=corrected,
+        shifts=shifts if biases else {},
     )  # fmt: skip
 
 

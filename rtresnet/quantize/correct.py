@@ -7,7 +7,7 @@ Padding is passed over: at a border the shift is smaller than assumed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -17,31 +17,27 @@ from rtresnet.quantize import qdq
 from rtresnet.quantize.histogram import Histogram
 
 
-def correct_biases(
-    model: onnx.ModelProto, found: Mapping[str, Histogram], keep: Collection[str] = ()
-) -> onnx.ModelProto:
-    """The model with corrected biases; to be quantized with the same weights' scales.
+def bias_shifts(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict[str, np.ndarray]:
+    """What `qdq.insert` is to take off the bias of each node whose weights it rounds.
 
     Args:
-        model: Folded FP32 model. Not changed.
+        model: Folded FP32 model.
         found: From calibration, of every tensor that a convolution or the FC reads.
-        keep: Names of nodes that stay in float.
+
+    Returns:
+        Node to float64 [out channels].
     """
-    corrected = onnx.ModelProto()
-    corrected.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in corrected.graph.initializer}
-    for node in corrected.graph.node:
-        if node.op_type not in qdq.WEIGHTED or node.name in keep or len(node.input) < 3:
+    shifts = {}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in qdq.WEIGHTED or len(node.input) < 3:
             continue
         weight = numpy_helper.to_array(constants[node.input[1]])
-        scales = qdq.weight_scales(weight)
-        rounded = qdq.quantize_weight(weight, scales).astype(np.float64)
-        error = rounded * scales.reshape((-1,) + (1,) * (weight.ndim - 1)) - weight
         means = found[node.input[0]].means
         if len(means) != weight.shape[1]:  # grouped convolutions see a part of the channels
             continue
-        shift = error.reshape(*weight.shape[:2], -1).sum(2) @ means
-        bias = constants[node.input[2]]
-        values = (numpy_helper.to_array(bias) - shift).astype(np.float32)
-        bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-    return corrected
+        scales = qdq.weight_scales(weight)
+        rounded = qdq.quantize_weight(weight, scales).astype(np.float64)
+        error = rounded * scales.reshape((-1,) + (1,) * (weight.ndim - 1)) - weight
+        shifts[node.name] = error.reshape(*weight.shape[:2], -1).sum(2) @ means
+    return shifts

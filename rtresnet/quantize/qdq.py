@@ -98,7 +98,10 @@ def shortcut_input(model: onnx.ModelProto, add: onnx.NodeProto) -> int:
 
 
 def insert(
-    model: onnx.ModelProto, scales: Mapping[str, float], keep: Collection[str] = ()
+    model: onnx.ModelProto,
+    scales: Mapping[str, float],
+    keep: Collection[str] = (),
+    shifts: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
     """Writes the Q/DQ pairs.
 
@@ -106,6 +109,8 @@ def insert(
         model: Folded FP32 model. Not changed.
         scales: Activation tensor to scale, for every tensor of `placement(model, keep)`.
         keep: Names of nodes that stay in float, weights and all.
+        shifts: Node to what is taken off its bias, where its weights are rounded
+            (`correct.py`); float64 [out channels].
 
     Returns:
         The quantized model, checked; weights are stored as int8, a quarter of the bytes.
@@ -125,7 +130,7 @@ def insert(
         pairs[tensor] = _pair(graph, tensor, float(scale))
         for use in uses:
             by_name[use.node].input[use.index] = f"{tensor}.dq"
-    weights = _quantize_weights(graph, keep)
+    weights = _quantize_weights(graph, keep, shifts or {})
     ordered = [*pairs.get(graph.input[0].name, ())]
     for node in graph.node:
         ordered += weights.get(node.name, [])
@@ -176,13 +181,17 @@ def _pair(graph: onnx.GraphProto, tensor: str, scale: float) -> list[onnx.NodePr
 
 
 def _quantize_weights(
-    graph: onnx.GraphProto, keep: Collection[str]
+    graph: onnx.GraphProto, keep: Collection[str], shifts: Mapping[str, np.ndarray]
 ) -> dict[str, list[onnx.NodeProto]]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {}
     for node in graph.node:
         if node.op_type not in WEIGHTED or node.name in keep:
             continue
+        if node.name in shifts:
+            bias = constants[node.input[2]]
+            values = numpy_helper.to_array(bias) - shifts[node.name]
+            bias.CopyFrom(numpy_helper.from_array(values.astype(np.float32), bias.name))
         name = node.input[1]
         weight = numpy_helper.to_array(constants[name])
         scales = weight_scales(weight)

@@ -38,7 +38,7 @@ def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
         "schema": SCHEMA,
         **about,
         "method": found.method,
-        "biases_corrected": found.corrected,
+        "biases_corrected": bool(found.shifts),
         "brought_down": [outlier.tensor for outlier in found.mended],
         "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in found.ratios.items()},
         "own_factors": found.own,

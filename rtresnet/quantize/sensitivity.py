@@ -7,13 +7,14 @@ what lies between two residual additions, with its shortcut; the stem and the FC
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from rtresnet.quantize import qdq
+from rtresnet.quantize.calibrate import Calibrated
 from rtresnet.quantize.simulate import Simulation, noise_ratio
 
 NAMED = re.compile(r"(layer\d+[./]\d+)[./]")
@@ -74,39 +75,37 @@ def _by_additions(nodes: Sequence[onnx.NodeProto]) -> dict[str, list[str]]:
 
 
 def sensitivity(
-    model: onnx.ModelProto,
-    scales: Mapping[str, float],
-    held: Sequence[np.ndarray],
-    reference: np.ndarray,
+    found: Calibrated, held: Sequence[np.ndarray], reference: np.ndarray
 ) -> list[Block]:
     """Every block, the most harmful first.
 
     Args:
-        model: Folded FP32 model, as it is quantized.
-        scales: Of every tensor of `qdq.placement(model)`.
+        found: From calibration.
         held: float32 [N, 3, S, S] each.
         reference: Logits of the float net on them.
     """
-    parts = blocks(model)
+    parts = blocks(found.model)
     everything = [name for names in parts.values() for name in names]
-    whole = noise_ratio(reference, Simulation(model).logits(held, scales))
-    sizes = _weights(model)
+
+    def ratio(keep: Sequence[str]) -> float:
+        simulation = Simulation(found.model, keep, found.shifts)
+        return noise_ratio(reference, simulation.logits(held, found.scales))
+
+    whole, sizes = ratio(()), _weights(found.model)
     total = sum(sizes.values())
-    found = []
+    ranked = []
     for name, nodes in parts.items():
-        without = Simulation(model, nodes).logits(held, scales)
         rest = [other for other in everything if other not in nodes]
-        alone = Simulation(model, rest).logits(held, scales)
-        found.append(
+        ranked.append(
             Block(
                 name=name,
                 nodes=tuple(nodes),
                 weights=sum(sizes.get(node, 0) for node in nodes) / total,
-                alone=noise_ratio(reference, alone),
-                gain=noise_ratio(reference, without) - whole,
+                alone=ratio(rest),
+                gain=ratio(nodes) - whole,
             )
         )
-    return sorted(found, key=lambda block: -block.gain)
+    return sorted(ranked, key=lambda block: -block.gain)
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, int]:

@@ -24,11 +24,17 @@ class Simulation:
     Args:
         model: Folded FP32 model. Not changed.
         keep: Names of nodes that stay in float.
+        shifts: See `qdq.insert`.
     """
 
-    def __init__(self, model: onnx.ModelProto, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        keep: Collection[str] = (),
+        shifts: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.tensors = list(qdq.placement(model, keep))
-        quantized = qdq.insert(model, dict.fromkeys(self.tensors, 1.0), keep)
+        quantized = qdq.insert(model, dict.fromkeys(self.tensors, 1.0), keep, shifts)
         graph = quantized.graph
         self.input = graph.input[0].name
         scales = {f"{tensor}.scale" for tensor in self.tensors}

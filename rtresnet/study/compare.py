@@ -21,7 +21,8 @@ from rtresnet.models.resnet import multiply_adds
 from rtresnet.models.zoo import Spec
 from rtresnet.preprocess import Preprocess
 from rtresnet.study.runs import Outcome, Run
-from rtresnet.train import feed, loop, recipes
+from rtresnet.train import feed, recipes
+from rtresnet.train.job import Job
 from rtresnet.train.recipe import Recipe
 
 ERRORS = ("train_error", "val_error", "test_error")
@@ -99,7 +100,7 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
                 depth=spec.depth,
                 settings={**terms.settings, "seed": seed},
             )
-            job = loop.Job(
+            job = Job(
                 spec=spec, source=terms.source, test=terms.test, preprocess=preprocess,
                 recipe=recipe, out=terms.out / f"{label}-seed{seed}", device=terms.device,
             )  # fmt: skip

@@ -21,6 +21,7 @@ from rtresnet.data.sources import Arrays, Source
 from rtresnet.errors import GateMissed, InputError
 from rtresnet.models import checkpoint
 from rtresnet.train import loop, state
+from rtresnet.train.job import Job, Listener, settled
 
 DIVERGED = "diverged.json"
 
@@ -36,7 +37,7 @@ class Run:
     """
 
     label: str
-    job: loop.Job
+    job: Job
     fingerprint: str
 
     @property
@@ -100,7 +101,7 @@ def found(run: Run) -> Outcome | None:
 def make(
     run: Run,
     *,
-    on_step: loop.Listener = lambda progress: None,
+    on_step: Listener = lambda progress: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Trains, or goes on where a run was interrupted.
@@ -130,7 +131,7 @@ def _finished(run: Run, measured: dict[str, Any]) -> Outcome:
 
 def _identity(run: Run) -> dict[str, Any]:
     """What makes a run this one and no other, beside its seed."""
-    job = loop.settled(run.job)
+    job = settled(run.job)
     return {
         "recipe": dataclasses.asdict(job.recipe),
         "fingerprint": run.fingerprint,
@@ -142,7 +143,7 @@ def _identity(run: Run) -> dict[str, Any]:
 def _require_same(run: Run, record: dict[str, Any]) -> None:
     out, own = run.job.out, _identity(run)
     try:
-        state.check_same(out, record, loop.settled(run.job).recipe)
+        state.check_same(out, record, settled(run.job).recipe)
     except InputError as error:
         raise InputError(error.message, fix="give the study another --out") from None
     for name, what in (("model", "another net"), ("fingerprint", "other images")):

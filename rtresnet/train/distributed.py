@@ -31,11 +31,13 @@ class World:
         rank: From 0; rank 0 writes the files and the lines.
         size: Processes.
         restarts: How often torchrun has started this group anew.
+        launch: torchrun's name for all of it, the same after a restart.
     """
 
     rank: int = 0
     size: int = 1
     restarts: int = 0
+    launch: str = ""
 
     @property
     def first(self) -> bool:
@@ -53,10 +55,6 @@ class World:
         total = torch.from_numpy(np.asarray(values, np.float64)).to(device)
         distributed.all_reduce(total)
         return total.cpu().numpy()
-
-    def any(self, flag: bool, device: str) -> bool:
-        """Whether any process says yes."""
-        return bool(self.sums(np.array([float(flag)]), device)[0])
 
     def share(self, value: T) -> T:
         """Rank 0's value."""
@@ -106,22 +104,18 @@ def world(device: str) -> Iterator[tuple[World, str]]:
     Yields:
         The world, and this process's device ("cuda" becomes its own "cuda:N").
     """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if not launched() or os.environ.get("WORLD_SIZE") == "1":
-        yield World(restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))), device
+        yield World(restarts=restarts, launch=launch), device
         return
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield (
-            World(
-                rank=distributed.get_rank(),
-                size=distributed.get_world_size(),
-                restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            ),
-            device,
-        )
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        yield World(rank=rank, size=size, restarts=restarts, launch=launch), device
     finally:
         distributed.destroy_process_group()
 

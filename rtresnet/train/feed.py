@@ -179,7 +179,8 @@ class Feed:
             if not good:
                 raise DataError(f"{self.source.name}: no image of step {step} could be decoded")
             # A broken image's place goes to a good one of the same part: later steps keep theirs.
-            filled = np.array([n if n in good else good[n % len(good)] for n in range(len(cuts))])
+            filled = np.array(good)[np.arange(len(cuts)) % len(good)]
+            filled[good] = good
             pixels = np.stack([cuts[n][1] for n in filled])
             images = torch.from_numpy(pixels).to(self.device, non_blocking=True)
             labels = self.labels[torch.from_numpy(chosen[filled])]

@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,71 +31,17 @@ from rtresnet.data.sources import Source
 from rtresnet.errors import GateMissed, InputError
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.preprocess import Preprocess
 from rtresnet.train import distributed, feed
 from rtresnet.train.average import recompute_statistics
 from rtresnet.train.distributed import ALONE, World
-from rtresnet.train.recipe import Recipe
+from rtresnet.train.job import Job, Listener, Progress, settled
 from rtresnet.train.recipes import SMALL
 from rtresnet.train.score import Scorer
 from rtresnet.train.state import adopt_weights, check_folder, check_same, saved_run
-from rtresnet.train.step import Stepper, check_compiler, settle_precision
+from rtresnet.train.step import Stepper, check_compiler
 from rtresnet.train.stop import Stop, held_back
 
-SAVE_SECONDS = 300.0
-AGREE_STEPS = 10  # how often several processes ask each other whether to stop
 READ_STEPS = 20  # how often the losses are read from a GPU, which waits for them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to train on what.
-
-    Attributes:
-        spec: The net.
-        source: The training images, also those to be held out.
-        test: The set's own test split, or None where it came undivided.
-        preprocess: The net's input contract.
-        recipe: How.
-        out: The run's folder.
-        device: "cpu", "cuda" or "cuda:N".
-        start: Weights to go on from.
-        save_every: Seconds between writes of last.pt within an epoch.
-        cached: Whether decoded photographs are kept in memory where they fit.
-    """
-
-    spec: zoo.Spec
-    source: Source
-    test: Source | None
-    preprocess: Preprocess
-    recipe: Recipe
-    out: Path
-    device: str = "cpu"
-    start: Checkpoint | None = None
-    save_every: float = SAVE_SECONDS
-    cached: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Told after every step.
-
-    Attributes:
-        epoch: From 0.
-        step: Steps done, of `total`.
-        seconds_left: An estimate, evaluations included.
-    """
-
-    epoch: int
-    step: int
-    total: int
-    loss: float
-    lr: float
-    images_per_second: float
-    seconds_left: float
-
-
-Listener = Callable[[Progress], None]
 
 
 def train(
@@ -151,12 +96,6 @@ def train(
         return run.finish()
 
 
-def settled(job: Job) -> Job:
-    """The job with what "auto" means on its device."""
-    precision = settle_precision(job.recipe, job.device)
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, precision=precision))
-
-
 @dataclass(kw_only=True)
 class _Sums:
     """What an epoch's record is made of, so far. Counts are of all processes' images."""
@@ -193,11 +132,12 @@ class _Run:
         self.first_step = 0
 
     def go(self, stop: Stop, on_step: Listener, on_epoch: Callable[[dict[str, Any]], None]) -> None:
-        """From `self.step` to the end."""
+        """To the end. An epoch is over when it is in the log, not when its last step is done."""
         self.first_step = self.step
-        while self.step < self.total:
-            end = min((self.step // self.steps_an_epoch + 1) * self.steps_an_epoch, self.total)
-            self._steps(end, stop, on_step)
+        while len(self.log) * self.steps_an_epoch < self.total:
+            end = min((len(self.log) + 1) * self.steps_an_epoch, self.total)
+            if self.step < end:
+                self._steps(end, stop, on_step)
             record = self._record()
             self._keep(record)
             on_epoch(record)
@@ -213,35 +153,41 @@ class _Run:
             self.step = step + 1
             if len(unread) < read and self.step < end:
                 continue
-            loss = self._read(unread)
+            loss, asked = self._read(unread, stop.asked)
             unread = []
             now = time.perf_counter()
             self.sums.seconds += now - mark
             mark = now
             on_step(self._progress(step, loss, lr))
-            self._stop_if_asked(stop)
-            if now - self.saved_at >= self.job.save_every and self.step < end:
+            if asked:
+                self._save()
+                raise KeyboardInterrupt
+            if now - self.saved_at >= self.job.save_every:
                 self._save()
                 mark = time.perf_counter()
-        self._stop_if_asked(stop, now=True)
 
-    def _read(self, unread: list[tuple[int, float, torch.Tensor, torch.Tensor]]) -> float:
-        """Takes losses and hits into the sums; returns the mean loss."""
+    def _read(
+        self, unread: list[tuple[int, float, torch.Tensor, torch.Tensor]], asked: bool
+    ) -> tuple[float, bool]:
+        """Takes losses and hits into the sums.
+
+        Returns:
+            The mean loss, and whether any process was asked to stop: all of them hear of it here,
+            and so stop at one step.
+        """
         values = torch.stack([torch.stack([loss, hits]) for *_, loss, hits in unread]).double()
-        local = values.cpu().numpy()
-        both = self.world.sums(local, self.job.device)
-        losses, hits = both[:, 0] / self.world.size, both[:, 1]
+        told = self.world.sums(np.append(values.cpu().numpy(), float(asked)), self.job.device)
+        losses, hits = told[:-1:2] / self.world.size, told[1:-1:2]
         for (step, lr, *_), loss in zip(unread, losses, strict=True):
             if not math.isfinite(loss):
                 raise GateMissed(
                     f"the loss is {loss} at step {step}, learning rate {lr:g}",
                     fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set clip=1",
                 )
-        images = len(unread) * self.recipe.batch
         self.sums.loss += float(losses.sum()) * self.recipe.batch
         self.sums.hits += float(hits.sum())
-        self.sums.seen += images
-        return float(losses.mean())
+        self.sums.seen += len(unread) * self.recipe.batch
+        return float(losses.mean()), bool(told[-1])
 
     def _progress(self, step: int, loss: float, lr: float) -> Progress:
         spent = time.perf_counter() - self.started_at
@@ -256,17 +202,6 @@ class _Run:
             seconds_left=spent / done * (self.total - self.step),
         )
 
-    def _stop_if_asked(self, stop: Stop, now: bool = False) -> None:
-        """Saves and raises; several processes agree first, so that all stop at one step."""
-        asked = stop.asked
-        if self.world.size > 1:
-            if not now and self.step % AGREE_STEPS:
-                return
-            asked = self.world.any(asked, self.job.device)
-        if asked:
-            self._save()
-            raise KeyboardInterrupt
-
     def _record(self) -> dict[str, Any]:
         """Evaluates; the epoch's line in the log."""
         val = None
@@ -274,7 +209,7 @@ class _Run:
             val = self._score(self.source, self.parts.val)
         seconds, last = self.sums.seconds, self.step - 1
         return {
-            "epoch": math.ceil(self.step / self.steps_an_epoch),
+            "epoch": len(self.log) + 1,
             "step": self.step,
             "loss": self.sums.loss / self.sums.seen,
             "lr": self.recipe.lr_at(last, self.total),
@@ -341,6 +276,7 @@ class _Run:
             "best": self.best,
             "log": self.log,
             "sums": dataclasses.asdict(self.sums),
+            "launch": self.world.launch,
             "optimizer": stepper.optimizer.state_dict(),
             "scaler": stepper.scaler.state_dict(),
             # Nothing draws from it in training; kept so that nothing can come to depend on it.

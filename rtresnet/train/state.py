@@ -45,6 +45,14 @@ def saved_run(out: Path) -> Checkpoint:
     return last
 
 
+def launch_of(out: Path) -> str | None:
+    """Which launch of torchrun saved a run's state last; None where there is none to read."""
+    try:
+        return str(saved_run(out).training.get("launch", ""))
+    except InputError:
+        return None
+
+
 def check_same(out: Path, saved: dict[str, Any], recipe: Recipe) -> None:
     """Refuses to go on with a run under another recipe.
 

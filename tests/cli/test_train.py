@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -142,39 +141,27 @@ def test_sigterm_saves_as_ctrl_c_does(tints: str, tmp_path: Path) -> None:
     assert state["step"] >= 6 * len((out / "log.jsonl").read_text().splitlines())
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_the_previous_state_and_the_run_goes_on_from_it(
-    tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tints: str, tmp_path: Path, disk_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--epochs", "3", "--set", "precision=fp32"]
     assert run(tints, tmp_path / "unbroken", *options) == 0
     # Room for best.pt and one last.pt, not for the second beside it.
     needed = sum((tmp_path / "unbroken" / name).stat().st_size for name in ("best.pt", "last.pt"))
-    with small_disk(tmp_path / "disk", f"{needed // 1024 + 200}k") as disk:
-        capsys.readouterr()
-        assert run(tints, disk / "run", *options) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert "last.pt" in message or "best.pt" in message
-        assert "the disk is full" in message
-        assert not list((disk / "run").glob(".*.tmp"))
-        assert checkpoint.load(disk / "run" / "last.pt").training["step"] == 6
-        larger = ["mount", "-o", "remount,size=50m", str(disk)]
-        subprocess.run(larger, check=True)
-        assert main(["train", "--out", str(disk / "run"), "--resume"]) == 0
-        ours = checkpoint.load(disk / "run" / "last.pt").state
-        theirs = checkpoint.load(tmp_path / "unbroken" / "last.pt").state
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    disk = disk_of(f"{needed // 1024 + 200}k")
+    capsys.readouterr()
+    assert run(tints, disk / "run", *options) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "last.pt" in message or "best.pt" in message
+    assert "the disk is full" in message
+    assert not list((disk / "run").glob(".*.tmp"))
+    assert checkpoint.load(disk / "run" / "last.pt").training["step"] == 6
+    larger = ["mount", "-o", "remount,size=50m", str(disk)]
+    subprocess.run(larger, check=True)
+    assert main(["train", "--out", str(disk / "run"), "--resume"]) == 0
+    ours = checkpoint.load(disk / "run" / "last.pt").state
+    theirs = checkpoint.load(tmp_path / "unbroken" / "last.pt").state
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_curves_and_the_page_are_drawn(trained: Path) -> None:

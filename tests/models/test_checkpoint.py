@@ -5,9 +5,7 @@ import errno
 import hashlib
 import os
 import pickle
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,23 +148,6 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         save(path, unpicklable)
     assert_same(load(path).state, ours().state)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["net.pt", "net.pt.json"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KiB."""
-    if shutil.which("mount") is None:
-        pytest.skip("no mount command")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_full_disk_is_an_os_error_that_names_the_file(small_disk: Path) -> None:

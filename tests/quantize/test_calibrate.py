@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_auto_passes_once_too_and_keeps_the_method_of_least_noise(
     tried = {name: ratio for name, ratio in found.ratios.items() if name != "kept"}
     assert len(tried) == 2 * len(METHODS)
     best = max(tried, key=lambda name: tried[name])
-    assert best.startswith(found.method) and ("biases" in best) == found.corrected
+    assert best.startswith(found.method) and ("biases" in best) == bool(found.shifts)
     assert found.ratios["kept"] >= tried[best]
 
 
@@ -107,8 +108,7 @@ def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
     held, others = hold_back([batch])
     list(others)
     reference = session(model).run(None, {"images": held[0]})[0]
-    written = qdq.insert(found.model, found.scales)
-    logits = session(written).run(None, {"images": held[0]})[0]
+    logits = session(found.quantized()).run(None, {"images": held[0]})[0]
     assert noise_ratio(reference, logits) == pytest.approx(found.ratios["kept"], abs=0.05)
 
 
@@ -171,7 +171,7 @@ def test_a_dead_tensor_gets_scale_1(
     dead = with_constant(model, "layer2.0.conv1.bias", lambda bias: np.full_like(bias, -1e6))
     found = calibrate(dead, tensors, lambda: batches, method)
     assert found.scales["layer2.0.relu1"] == 1
-    qdq.insert(found.model, found.scales)
+    found.quantized()
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
@@ -187,7 +187,7 @@ def test_a_constant_image_and_a_dead_channel_give_usable_scales(
     grey = np.full((4, 3, 32, 32), 0.5, np.float32)
     found = calibrate(dead, tensors, lambda: [grey], method)
     assert all(np.isfinite(scale) and scale > 0 for scale in found.scales.values())
-    qdq.insert(found.model, found.scales)
+    found.quantized()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -254,7 +254,7 @@ def test_a_channel_a_hundred_times_larger_is_brought_down_and_costs_nothing(
         ("whole", model, "auto"), ("naive", outlying, "max"), ("ours", outlying, "auto")
     ):  # fmt: skip
         found = calibrate(given, tensors, lambda: [batch], method)
-        logits = Simulation(found.model).logits([fresh], found.scales)
+        logits = Simulation(found.model, (), found.shifts).logits([fresh], found.scales)
         ratio[name] = noise_ratio(reference, logits)
         seen = [outlier.tensor for outlier in found.outliers]
         assert ("layer2.0.relu1" in seen) == (name != "whole")
@@ -278,25 +278,40 @@ def test_equalizing_leaves_the_function_as_it_is(
     assert again.largest == pytest.approx(np.delete(again.channels, 5).max(), rel=1e-4)
 
 
-def test_corrected_biases_take_the_mean_error_off_every_channel(
+def test_shifted_biases_take_the_mean_error_off_every_channel(
     model: onnx.ModelProto, tensors: list[str], images: Images
 ) -> None:
-    from rtresnet.quantize.correct import correct_biases
+    from rtresnet.quantize.correct import bias_shifts
 
     batch = images(64, 32) + 1  # with a mean, or there is nothing to correct
     found = observe(model, tensors, [batch])
-    corrected = correct_biases(model, found)
     # Of the first convolution: exact input, rounded weights.
-    name, errors = "conv1", []
-    for changed in (model, corrected):
-        constants = {t.name: numpy_helper.to_array(t) for t in changed.graph.initializer}
-        weight = constants["conv1.weight"]
-        scales = qdq.weight_scales(weight)
-        rounded = qdq.quantize_weight(weight, scales) * scales[:, None, None, None]
-        quantized = with_constant(changed, "conv1.weight", lambda _, r=rounded: r)
-        exact, shifted = (
-            session(m, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
-            for m in (model, quantized)
-        )
-        errors.append(np.abs(shifted - exact).mean())
+    name, scales = "conv1", {"images": 1e-4}
+    rest = [node.name for node in model.graph.node if node.name != name]
+    exact = session(model, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
+    errors = []
+    for shifts in ({}, bias_shifts(model, found)):
+        written = qdq.insert(model, scales, rest, shifts)
+        for node in written.graph.node:  # its input in float: only the weights are at issue
+            if node.name == name:
+                node.input[0] = "images"
+        mean = session(written, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
+        errors.append(np.abs(mean - exact).mean())
     assert errors[1] < errors[0] / 3
+
+
+def test_a_node_that_stays_in_float_keeps_its_bias(
+    model: onnx.ModelProto, tensors: list[str], images: Images
+) -> None:
+    found = calibrate(model, tensors, lambda: [images(64, 32) + 1])
+    shifts = {node.name: np.ones(node_channels(model, node)) for node in model.graph.node
+              if node.op_type == "Conv"}  # fmt: skip
+    kept = dataclasses.replace(found, shifts=shifts).quantized(["layer1.0.conv1"])
+    biases = {t.name: numpy_helper.to_array(t) for t in kept.graph.initializer}
+    before = {t.name: numpy_helper.to_array(t) for t in found.model.graph.initializer}
+    for name, moved in (("layer1.0.conv1", 0), ("layer1.0.conv2", 1)):
+        assert np.allclose(before[f"{name}.bias"] - biases[f"{name}.bias"], moved, atol=1e-5)
+
+
+def node_channels(model: onnx.ModelProto, node: onnx.NodeProto) -> int:
+    return next(t.dims[0] for t in model.graph.initializer if t.name == node.input[1])

@@ -24,7 +24,7 @@ def test_every_tensor_gets_a_scale(exported: Exported, options: dict[str, str]) 
     found = from_ranges(model, ranges(model, tensors, LOW, HIGH))
     assert set(found.scales) == set(tensors)
     assert all(np.isfinite(scale) and scale > 0 for scale in found.scales.values())
-    qdq.insert(found.model, found.scales)
+    found.quantized()
 
 
 def test_the_input_has_the_range_of_its_pixels(exported: Exported) -> None:

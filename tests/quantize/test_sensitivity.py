@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from rtresnet.quantize import qdq
-from rtresnet.quantize.calibrate import calibrate, references
+from rtresnet.quantize.calibrate import calibrate, observe, references
+from rtresnet.quantize.correct import bias_shifts
 from rtresnet.quantize.sensitivity import blocks, sensitivity
 from rtresnet.quantize.simulate import Simulation, noise_ratio, session
 
@@ -30,8 +33,9 @@ def test_the_block_with_a_bad_range_is_found_first_and_leaving_it_in_float_helps
     tensors = list(qdq.placement(model))
     found = calibrate(model, tensors, lambda: [images(32, 32)], "max")
     scales = found.scales | {"layer2.0.relu1": found.scales["layer2.0.relu1"] * 60}
+    found = dataclasses.replace(found, scales=scales)
     held, reference = references(model, [images(32, 32)])
-    ranked = sensitivity(model, scales, held, reference)
+    ranked = sensitivity(found, held, reference)
     assert ranked[0].name == "layer2.0" and ranked[0].gain > 3
     assert ranked[0].alone == min(block.alone for block in ranked)
     assert sum(block.weights for block in ranked) == pytest.approx(1)
@@ -57,3 +61,20 @@ def test_the_simulation_is_the_file_that_is_written(exported: Exported, images: 
     simulated = Simulation(model, keep).logits([batch], found.scales)
     written = session(qdq.insert(model, found.scales, keep)).run(None, {"images": batch})[0]
     assert noise_ratio(written, simulated) > 60
+
+
+def test_a_block_left_in_float_keeps_its_own_biases(exported: Exported, images: Images) -> None:
+    # A bias that makes up for rounded weights would be wrong where they are not rounded.
+    model, batch = exported("resnet8", 32), images(96, 32) + 1
+    found = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
+    shifts = bias_shifts(model, observe(model, [*found.scales], [batch]))
+    found = dataclasses.replace(found, shifts=shifts)
+    keep = blocks(model)["layer1.0"]
+    before, after = (
+        {tensor.name: numpy_helper.to_array(tensor) for tensor in m.graph.initializer}
+        for m in (model, found.quantized(keep))
+    )
+    for node in model.graph.node:
+        if node.op_type in qdq.WEIGHTED:
+            same = np.array_equal(before[node.input[2]], after[node.input[2]])
+            assert same == (node.name in keep), node.name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +53,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best.pt") == 1  # one of the two speaks
-    assert "2 processes" in done.stderr
+    assert "2 processes" in done.stderr and done.stderr.count("training\n") == 1
     return out
 
 
@@ -105,6 +107,39 @@ def test_a_killed_process_is_started_anew_and_the_run_ends_the_same(
     for name in ours.state:
         assert torch.equal(ours.state[name], theirs.state[name]), name
     assert len(log_of(out)) == 3
+
+
+def test_a_restart_finds_its_own_run_among_others_without_being_told(
+    trained: Path, tints: str, tmp_path: Path
+) -> None:
+    name = Path("runs") / f"resnet8-{re.sub(r'[^A-Za-z0-9]+', '-', tints).strip('-')[-40:]}"
+    old, new = tmp_path / name, tmp_path / f"{name}-2"
+    shutil.copytree(trained, old)
+    before = (old / "last.pt").read_bytes()
+    command = torchrun("train", "--model", "resnet8", "--data", tints, "--epochs", "3",
+                       "--save-every", "0", restarts=1)  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for(new / "last.pt")
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == [old.name, new.name]
+    assert (old / "last.pt").read_bytes() == before and len(log_of(new)) == 3
+
+
+def test_a_folder_that_was_refused_is_not_gone_on_with_by_a_restart(
+    trained: Path, tints: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    before = (out / "last.pt").read_bytes()
+    command = torchrun("train", "--model", "resnet8", "--data", tints, "--out", str(out),
+                       restarts=1)  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "holds a run already" in done.stderr
+    assert "recipe speed" not in done.stderr
+    assert (out / "last.pt").read_bytes() == before
 
 
 def test_a_run_of_two_processes_is_resumed_by_one(tints: str, tmp_path: Path) -> None:
@@ -164,5 +199,4 @@ def test_shards_hold_every_image_once() -> None:
 def test_alone_nothing_is_exchanged(tints: str) -> None:
     alone = World()
     assert alone.sums(np.array([1.0, 2.0]), "cpu").tolist() == [1, 2]
-    assert alone.any(True, "cpu") and not alone.any(False, "cpu")
     assert alone.share("x") == "x" and alone.part(12, 3, 1) == slice(4, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,14 @@ def test_every_recipe_and_precision_learns(
 
 
 def test_a_resumed_run_ends_as_the_unbroken_one(
-    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tints: str, tmp_path: Path, interrupt_in: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr("rtresnet.train.loop.READ_STEPS", 1)
     unbroken, out = tmp_path / "unbroken", tmp_path / "run"
     assert run(tints, unbroken, "--epochs", "3", "--save-every", "0") == 0
-
-    def interrupt(self: object, *_: object, **__: object) -> None:
-        if self.step == 9:  # type: ignore[attr-defined]
-            self._save()  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rtresnet.train.loop._Run._stop_if_asked", interrupt)
-        assert run(tints, out, "--epochs", "3", "--save-every", "0") == 130
+    interrupt_in(9)
+    assert run(tints, out, "--epochs", "3", "--save-every", "0") == 130
     assert main(["train", "--out", str(out), "--resume", "--device", "cuda"]) == 0
     ours, theirs = (checkpoint.load(path / "last.pt") for path in (out, unbroken))
     assert ours.training["step"] == theirs.training["step"] == 18

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,24 @@ def test_killed_at_20_random_moments_it_ends_in_identical_weights(
     ours, theirs = ((run / "log.jsonl").read_text().splitlines() for run in (out, unbroken))
     for first, second in zip(ours, theirs, strict=True):
         assert untimed(first) == untimed(second)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 12])
+def test_stopped_in_any_step_also_an_epochs_and_the_runs_last_it_goes_on_as_if_it_had_not_been(
+    step: int, tints: str, tmp_path: Path, interrupt_in: Callable[[int], None]
+) -> None:
+    unbroken, out = tmp_path / "unbroken", tmp_path / "run"
+    options = ["--set", "precision=fp32"]
+    assert train(tints, unbroken, *options, epochs=2) == 0
+    interrupt_in(step)
+    assert train(tints, out, *options, epochs=2) == 130
+    assert checkpoint.load(out / "last.pt").training["step"] == step
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    for name in ("best.pt", "last.pt"):
+        assert_identical(out, unbroken, name)
+    ours, theirs = ((run / "log.jsonl").read_text().splitlines() for run in (out, unbroken))
+    assert [untimed(line) for line in ours] == [untimed(line) for line in theirs]
+    assert len(ours) == 2
 
 
 def untimed(line: str) -> dict[str, object]:
