@@ -17,6 +17,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from rtresnet.errors import InputError
 
@@ -112,9 +114,14 @@ def world(device: str) -> Iterator[tuple[World, str]]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store over a restart, and torch 2.13 no longer tells the attempts apart in
+    # it: a process would connect to the address of one that is gone.
+    store = PrefixStore(f"attempt {restarts}", store)
+    distributed.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size
+    )
     try:
-        rank, size = distributed.get_rank(), distributed.get_world_size()
         yield World(rank=rank, size=size, restarts=restarts, launch=launch), device
     finally:
         distributed.destroy_process_group()
