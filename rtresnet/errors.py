@@ -6,6 +6,7 @@
     │   ├── DataError                       images or labels
     │   └── ArtifactError                   a checkpoint, ONNX file, plan or sidecar
     ├── EnvironmentLack (3)                 this machine lacks a package, a device or a builder
+    │   └── Overloaded                      or, for the moment, the time
     └── GateMissed (1)                      everything ran, and a bound was not held
 
 An error says what went wrong and where; `fix` is the command or the option that mends it.
@@ -76,6 +77,10 @@ class EnvironmentLack(RtresnetError):
     """The machine lacks something; `fix` says how to get it."""
 
     exit_code = 3
+
+
+class Overloaded(EnvironmentLack):
+    """More is waiting to be computed than was agreed on; the same call may succeed later."""
 
 
 class GateMissed(RtresnetError):

@@ -9,6 +9,7 @@ from rtresnet.errors import (
     EnvironmentLack,
     GateMissed,
     InputError,
+    Overloaded,
     RtresnetError,
     UnknownName,
     missing_package,
@@ -21,6 +22,7 @@ TREE = {
     DataError: (InputError, 2),
     ArtifactError: (InputError, 2),
     EnvironmentLack: (RtresnetError, 3),
+    Overloaded: (EnvironmentLack, 3),
     GateMissed: (RtresnetError, 1),
 }
 

@@ -1,0 +1,240 @@
+"""`rtresnet.Batcher`: many threads ask for one image each, the device computes batches.
+
+    with rtresnet.load("engines/resnet50.plan") as session, rtresnet.Batcher(session) as batcher:
+        logits = batcher.submit(image).result()      # from as many threads as there are requests
+
+A batch starts when it is full or when its first image has waited long enough, whichever is first.
+While one is computed the next one gathers, so that under load they are full and nobody waits for
+the clock. Deliberately unaware of where images come from and of what the rows mean.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from rtresnet.errors import InputError, Overloaded
+from rtresnet.runtime.session import Session
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Call:
+    image: np.ndarray
+    future: Future[Any]
+    arrived: float  # by time.monotonic
+
+
+class Batcher:
+    """Forms batches of what many threads submit.
+
+    Futures are settled in the order of the calls, whatever the number of workers. A batch that
+    fails fails its own calls, all of them: an image that does not fit is refused at `submit`, or
+    never shares a batch with others, so what is left is the device's or the session's own failure.
+
+    Args:
+        session: What `rtresnet.load` returns, or any function of images [N, ...] that returns an
+            array [N, ...] or a tuple of them. It may use the images during the call only: their
+            memory is used again.
+        max_batch: Images a batch at most.
+        max_wait_ms: How long the first image of a batch may wait for others, in milliseconds.
+        queue_limit: Images that may wait; one more is refused.
+        workers: Batches computed at the same time, for a session that takes calls from several
+            threads at once.
+
+    Raises:
+        InputError: A limit that makes no sense.
+    """
+
+    def __init__(
+        self,
+        session: Callable[[np.ndarray], Any],
+        max_batch: int = 32,
+        max_wait_ms: float = 2.0,
+        queue_limit: int = 1024,
+        *,
+        workers: int = 1,
+    ) -> None:
+        if max_batch < 1 or workers < 1 or queue_limit < 1 or not max_wait_ms >= 0:
+            raise InputError(
+                f"max_batch {max_batch}, max_wait_ms {max_wait_ms}, queue_limit {queue_limit}, "
+                f"workers {workers}: each must be at least 1, the wait at least 0"
+            )
+        self._session, self._max_batch, self._limit = session, max_batch, queue_limit
+        self._wait = max_wait_ms / 1000
+        self._expected = _expected(session)
+        self._queue: deque[_Call] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._closed = False
+        # Batches are numbered as they are formed, and settled by number.
+        self._formed = self._settled = 0
+        self._finished: dict[int, tuple[list[_Call], list[Any] | BaseException]] = {}
+        self._settling = False
+        # Daemons, or a forgotten close() would keep the interpreter from ending; atexit drains.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True)
+            for n in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+
+    def submit(self, image: np.ndarray) -> Future[Any]:
+        """Asks for one image.
+
+        Args:
+            image: As the session takes it, without N: float32 [3, S, S] as a rule. It must not be
+                changed before the future is done.
+
+        Returns:
+            A future of this image's row of what the session returns, or of the tuple of its rows.
+            Cancelling it before its batch has started leaves it out.
+
+        Raises:
+            Overloaded: `queue_limit` images are waiting.
+            InputError: The image is not what the session takes, or the batcher is closed.
+        """
+        image = np.asarray(image)
+        if self._expected is not None and (image.shape, image.dtype) != self._expected:
+            shape, dtype = self._expected
+            raise InputError(
+                f"an image of {image.dtype} {list(image.shape)}; the session takes "
+                f"{dtype} {list(shape)}"
+            )
+        call = _Call(image=image, future=Future(), arrived=time.monotonic())
+        with self._changed:
+            if self._closed:
+                raise InputError("submit after close: the batcher takes no more images")
+            waiting = len(self._queue)
+            if waiting >= self._limit:
+                raise Overloaded(
+                    f"{waiting} images are waiting already (queue_limit {self._limit})",
+                    fix="try again later",
+                )
+            self._queue.append(call)
+            # Only what a worker can be waiting for: a first image, or a full batch.
+            if waiting == 0 or waiting + 1 == self._max_batch:
+                self._changed.notify()
+        return call.future
+
+    def close(self) -> None:
+        """Takes no more images, finishes those it has, ends. Calling it twice is fine."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # a future's callback may close
+                thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        room: np.ndarray | None = None
+        while (taken := self._take()) is not None:
+            number, calls = taken
+            outcome, room = self._compute(calls, room)
+            self._settle(number, calls, outcome)
+            del taken, calls, outcome  # or an idle worker would hold on to the last images
+
+    def _compute(
+        self, calls: list[_Call], room: np.ndarray | None
+    ) -> tuple[list[Any] | BaseException, np.ndarray | None]:
+        """Rows or the failure, and where the batch was put together, for the next one."""
+        if not calls:
+            return [], room
+        try:
+            image = calls[0].image
+            if room is None or (room.shape[1:], room.dtype) != (image.shape, image.dtype):
+                room = np.empty((self._max_batch, *image.shape), image.dtype)
+            images = np.stack([call.image for call in calls], out=room[: len(calls)])
+            return _rows(self._session(images), len(calls)), room
+        except BaseException as error:  # whatever it is, it is its callers' to know
+            return error, room
+
+    def _take(self) -> tuple[int, list[_Call]] | None:
+        """The next batch and its number, when it is time; None at the end."""
+        with self._changed:
+            while True:
+                if not self._queue:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                    continue
+                left = self._queue[0].arrived + self._wait - time.monotonic()
+                if len(self._queue) >= self._max_batch or left <= 0 or self._closed:
+                    break
+                self._changed.wait(min(left, 3600))  # a lock cannot wait for ever
+            calls: list[_Call] = []
+            while self._queue and len(calls) < self._max_batch and _alike(calls, self._queue[0]):
+                call = self._queue.popleft()
+                if call.future.set_running_or_notify_cancel():
+                    calls.append(call)
+            if self._queue:
+                self._changed.notify()  # another worker may be asleep, and this one is now busy
+            number, self._formed = self._formed, self._formed + 1
+            return number, calls
+
+    def _settle(self, number: int, calls: list[_Call], outcome: list[Any] | BaseException) -> None:
+        """Hands results out in the order of the batches; one thread at a time, without the lock.
+
+        A future's callbacks run in here, and may submit.
+        """
+        with self._changed:
+            self._finished[number] = calls, outcome
+            if self._settling:
+                return
+            self._settling = True
+        while True:
+            with self._changed:
+                if self._settled not in self._finished:
+                    self._settling = False
+                    return
+                calls, outcome = self._finished.pop(self._settled)
+                self._settled += 1
+            if isinstance(outcome, BaseException):
+                for call in calls:
+                    call.future.set_exception(outcome)
+            else:
+                for call, row in zip(calls, outcome, strict=True):
+                    call.future.set_result(row)
+
+
+def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+    """Shape and type of one image, where the session says; None where anything may fit."""
+    if not isinstance(session, Session) or session.backend.size is None:
+        return None
+    return (3, session.size, session.size), np.dtype(np.float32)
+
+
+def _alike(calls: list[_Call], call: _Call) -> bool:
+    if not calls:
+        return True
+    first = calls[0].image
+    return (first.shape, first.dtype) == (call.image.shape, call.image.dtype)
+
+
+def _rows(result: Any, count: int) -> list[Any]:
+    """A row of its own for each image: backends may use the memory of their outputs again."""
+    if isinstance(result, tuple):
+        return list(zip(*(_rows(part, count) for part in result), strict=True))
+    if len(result) != count:
+        raise InputError(f"the session returned {len(result)} rows for {count} images")
+    return [np.array(row) for row in result]
