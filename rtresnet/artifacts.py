@@ -128,7 +128,10 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """The record beside an artifact. Unknown is None; `assumed` names what had to be guessed."""
+    """The record beside an artifact. Unknown is None; `assumed` names what had to be guessed.
+
+    `topk` is how many classes a file gives, with their probabilities; None where it gives logits.
+    """
 
     kind: str
     file: str
@@ -136,6 +139,7 @@ class Sidecar:
     input: Preprocess
     weights: Weights
     precision: str
+    topk: int | None = None
     assumed: tuple[str, ...] = ()
     parent: Link | None = None
     calibration: Calibration | None = None

@@ -21,7 +21,7 @@ from rtresnet.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LAYOUT = "NCHW RGB float32"
+FLOAT, UINT8 = "NCHW RGB float32", "NHWC RGB uint8"
 
 # Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
 _FIXED_POINT = 1 << 22
@@ -29,21 +29,22 @@ _FIXED_POINT = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """The input contract of a net: uint8 RGB in, normalized float32 NCHW out.
+    """The input contract of a net: what becomes of a uint8 RGB image before the net sees it.
 
     Attributes:
         size: Side of the square the net takes, in pixels.
         resize: The shorter side is resized to this before the centre crop, in pixels.
         mean: Per channel (R, G, B), in units of [0, 1].
         std: Likewise.
-        layout: Of the net's input; the only one there is so far.
+        layout: Of the file's input. FLOAT: normalized, planes. UINT8: pixels as they are, and the
+            file subtracts the mean and divides by std itself.
     """
 
     size: int
     resize: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    layout: str = LAYOUT
+    layout: str = FLOAT
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.resize < self.size:
@@ -51,8 +52,10 @@ class Preprocess:
                 f"input size {self.size} with resize {self.resize}: "
                 "both must be positive and the resize at least the size"
             )
-        if self.layout != LAYOUT:
-            raise InputError(f"pixel layout {self.layout!r}; this rtresnet knows {LAYOUT!r}")
+        if self.layout not in (FLOAT, UINT8):
+            raise InputError(
+                f"pixel layout {self.layout!r}; this rtresnet knows {FLOAT!r} and {UINT8!r}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3:
             raise InputError("mean and std need three values each, R,G,B")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
@@ -70,10 +73,18 @@ class Preprocess:
         left = round((image.shape[1] - self.size) / 2)
         return image[top : top + self.size, left : left + self.size]
 
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] to what the file takes, by its layout: the same, or normalized."""
+        return images if self.layout == UINT8 else self.normalize(images)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and shift, float32 [3] each, that normalize a level from 0 to 255."""
+        mean, std = np.asarray(self.mean), np.asarray(self.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std."""
-        scale = (1 / (255 * np.asarray(self.std))).astype(np.float32)
-        shift = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
+        scale, shift = self.factors()
         out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
         np.multiply(images.transpose(0, 3, 1, 2), scale[:, None, None], out=out)
         out += shift[:, None, None]

@@ -99,6 +99,7 @@ GOLDEN = """\
   "source": "runs/cats/best.pt"
  },
  "precision": "int8",
+ "topk": null,
  "assumed": [],
  "parent": {
   "file": "cats.int8.onnx",
@@ -176,6 +177,12 @@ def test_the_sidecars_format_is_pinned_byte_for_byte() -> None:
 
 def test_the_pinned_format_reads_back_as_the_same_record() -> None:
     assert from_json(Sidecar, json.loads(GOLDEN)) == FULL
+
+
+def test_a_record_from_before_there_were_top_k_files_is_one_of_logits() -> None:
+    old = json.loads(GOLDEN)
+    del old["topk"]
+    assert from_json(Sidecar, old) == FULL
 
 
 def test_unknown_values_are_written_as_null_and_read_back() -> None:

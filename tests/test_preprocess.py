@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from rtresnet.errors import InputError
-from rtresnet.preprocess import Preprocess, resize
+from rtresnet.preprocess import UINT8, Preprocess, resize
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -129,6 +129,15 @@ def test_normalize_of_black_and_white_is_the_range_of_the_channel() -> None:
     found = contract.normalize(np.array([[[[0, 0, 0]]], [[[255, 255, 255]]]], np.uint8))
     assert found[0].ravel() == pytest.approx([0, -1, -4])
     assert found[1].ravel() == pytest.approx([1, 1, 0])
+
+
+def test_prepare_stops_where_the_file_takes_over() -> None:
+    images = noise(8, 8)[None]
+    plain = Preprocess(size=8, resize=8)
+    assert np.array_equal(plain.prepare(images), plain.normalize(images))
+    pixels = Preprocess(size=8, resize=8, layout=UINT8)
+    assert pixels.prepare(images) is images
+    assert np.array_equal(pixels.normalize(images), plain.normalize(images))
 
 
 @pytest.mark.parametrize(("size", "margin"), [(224, 256), (32, 32), (64, 64), (299, 342)])

@@ -131,7 +131,7 @@ def batches(
         tally: Takes the broken images.
 
     Yields:
-        (float32 [N, 3, S, S], int64 labels [N]).
+        (images as the file takes them, int64 labels [N]).
     """
     chosen = range(len(source)) if indices is None else indices
     tally = tally or Tally(len(source))
@@ -141,10 +141,10 @@ def batches(
         images.append(image)
         kept.append(index)
         if len(images) == size:
-            yield preprocess.normalize(np.stack(images)), source.labels[kept]
+            yield preprocess.prepare(np.stack(images)), source.labels[kept]
             images, kept = [], []
     if images:
-        yield preprocess.normalize(np.stack(images)), source.labels[kept]
+        yield preprocess.prepare(np.stack(images)), source.labels[kept]
 
 
 def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+
+TopK = tuple[np.ndarray, np.ndarray]
+"""indices int64 [N, K] of the K most probable classes and their probabilities float32 [N, K], the
+most probable first."""
+
+LAYOUTS: dict[str, Literal["nchw", "nhwc"]] = {"float32": "nchw", "uint8": "nhwc"}
+"""The layout that goes with each type a file may take."""
 
 
 class Backend(Protocol):
@@ -14,6 +21,8 @@ class Backend(Protocol):
         provider: What runs the net, as printed beside every figure.
         device: "cpu" or the GPU's name.
         size: Side of the input, in pixels; None where the file leaves it open.
+        input_dtype: float32, normalized, or uint8, pixels as they are.
+        layout: "nchw", which goes with float32, or "nhwc", with uint8.
         threads: Intra-op threads; None on a GPU.
         packages: Distributions whose versions belong beside every figure.
     """
@@ -21,11 +30,23 @@ class Backend(Protocol):
     provider: str
     device: str
     size: int | None
+    input_dtype: np.dtype[Any]
+    layout: Literal["nchw", "nhwc"]
     threads: int | None
     packages: tuple[str, ...]
 
-    def infer(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, 3, S, S] to float32 logits [N, classes]; any N from 1."""
+    def infer(self, images: np.ndarray) -> np.ndarray | TopK:
+        """Runs a batch of any N from 1.
+
+        Args:
+            images: `input_dtype`, [N, 3, S, S] or [N, S, S, 3] as `layout` says.
+
+        Returns:
+            float32 logits [N, classes], or of a top-K file indices and probabilities.
+
+        Raises:
+            InputError: Another type or shape.
+        """
         ...
 
     def timings(self) -> dict[str, float]:

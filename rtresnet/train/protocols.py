@@ -93,7 +93,7 @@ class Member:
         return total / len(images[0])
 
     def _probabilities(self, views: np.ndarray) -> np.ndarray:
-        logits = self.forward(self.preprocess.normalize(views)).astype(np.float64)
+        logits = self.forward(self.preprocess.prepare(views)).astype(np.float64)
         return metrics.softmax(logits.mean(axis=(2, 3)) if logits.ndim == 4 else logits)
 
 
