@@ -4,8 +4,10 @@
         logits = batcher.submit(image).result()      # from as many threads as there are requests
 
 A batch starts when it is full or when its first image has waited long enough, whichever is first.
-While one is computed the next one gathers, so that under load they are full and nobody waits for
-the clock. Deliberately unaware of where images come from and of what the rows mean.
+While one is computed the next one gathers, and is put together as soon as it is full; results are
+handed out while the next one is computed. So under load batches are full, one follows the other at
+once, and nobody waits for the clock. Deliberately unaware of where images come from and of what the
+rows mean.
 """
 
 from __future__ import annotations
@@ -72,16 +74,19 @@ class Batcher:
         self._wait = max_wait_ms / 1000
         self._expected = _expected(session)
         self._queue: deque[_Call] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self._changed, self._turn = threading.Condition(lock), threading.Condition(lock)
         self._closed = False
-        # Batches are numbered as they are formed, and settled by number.
-        self._formed = self._settled = 0
+        self._workers = workers
+        # Batches are numbered as they are formed; they start, and are settled, by number.
+        self._formed = self._started = self._computed = self._settled = 0
         self._finished: dict[int, tuple[list[_Call], list[Any] | BaseException]] = {}
         self._settling = False
+        # One more than turns: it prepares a batch ahead, and hands out the results of the last.
         # Daemons, or a forgotten close() would keep the interpreter from ending; atexit drains.
         self._threads = [
             threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True)
-            for n in range(workers)
+            for n in range(workers + 1)
         ]
         for thread in self._threads:
             thread.start()
@@ -147,27 +152,40 @@ class Batcher:
         self.close()
 
     def _work(self) -> None:
-        room: np.ndarray | None = None
+        room = np.empty(0)
         while (taken := self._take()) is not None:
             number, calls = taken
-            outcome, room = self._compute(calls, room)
+            outcome: list[Any] | BaseException = []
+            try:
+                room = self._together(calls, room)
+            except BaseException as error:  # no memory
+                outcome = error
+            with self._changed:
+                while number != self._started or number - self._computed >= self._workers:
+                    self._turn.wait()
+                self._started += 1
+                self._turn.notify_all()
+            try:
+                if calls and not isinstance(outcome, BaseException):
+                    outcome = _rows(self._session(room[: len(calls)]), len(calls))
+            except BaseException as error:  # whatever it is, it is its callers' to know
+                outcome = error
+            with self._changed:
+                self._computed += 1
+                self._turn.notify_all()
+                if self._queue:
+                    self._changed.notify()
             self._settle(number, calls, outcome)
-            del taken, calls, outcome  # or an idle worker would hold on to the last images
+            del taken, calls, outcome  # or an idle thread would hold on to the last images
 
-    def _compute(
-        self, calls: list[_Call], room: np.ndarray | None
-    ) -> tuple[list[Any] | BaseException, np.ndarray | None]:
-        """Rows or the failure, and where the batch was put together, for the next one."""
-        if not calls:
-            return [], room
-        try:
+    def _together(self, calls: list[_Call], room: np.ndarray) -> np.ndarray:
+        """The images at the head of `room`, or of another where they do not fit."""
+        if calls:
             image = calls[0].image
-            if room is None or (room.shape[1:], room.dtype) != (image.shape, image.dtype):
+            if (room.shape[1:], room.dtype) != (image.shape, image.dtype):
                 room = np.empty((self._max_batch, *image.shape), image.dtype)
-            images = np.stack([call.image for call in calls], out=room[: len(calls)])
-            return _rows(self._session(images), len(calls)), room
-        except BaseException as error:  # whatever it is, it is its callers' to know
-            return error, room
+            np.stack([call.image for call in calls], out=room[: len(calls)])
+        return room
 
     def _take(self) -> tuple[int, list[_Call]] | None:
         """The next batch and its number, when it is time; None at the end."""
@@ -178,17 +196,21 @@ class Batcher:
                         return None
                     self._changed.wait()
                     continue
-                left = self._queue[0].arrived + self._wait - time.monotonic()
-                if len(self._queue) >= self._max_batch or left <= 0 or self._closed:
+                if len(self._queue) >= self._max_batch or self._closed:
                     break
-                self._changed.wait(min(left, 3600))  # a lock cannot wait for ever
+                # One that is not full keeps gathering for as long as it could not start anyway.
+                left = self._queue[0].arrived + self._wait - time.monotonic()
+                free = self._formed - self._computed < self._workers
+                if left <= 0 and free:
+                    break
+                self._changed.wait(min(left, 3600) if free else None)  # no lock waits for ever
             calls: list[_Call] = []
             while self._queue and len(calls) < self._max_batch and _alike(calls, self._queue[0]):
                 call = self._queue.popleft()
                 if call.future.set_running_or_notify_cancel():
                     calls.append(call)
             if self._queue:
-                self._changed.notify()  # another worker may be asleep, and this one is now busy
+                self._changed.notify()  # another thread may be asleep, and this one is now busy
             number, self._formed = self._formed, self._formed + 1
             return number, calls
 

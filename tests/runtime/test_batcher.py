@@ -78,6 +78,20 @@ def test_what_arrives_while_a_batch_is_computed_makes_the_next_one() -> None:
     assert gate.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
+def test_a_full_batch_is_put_together_while_another_is_computed() -> None:
+    gate = Gate()
+    with Batcher(gate, max_batch=2, max_wait_ms=NEVER, queue_limit=2) as batcher:
+        futures = [batcher.submit(image(value)) for value in (0, 1)]
+        gate.wait()
+        futures += [batcher.submit(image(value)) for value in (2, 3)]
+        while not futures[3].running():  # taken out of the queue, which has room for two again
+            pass
+        futures += [batcher.submit(image(value)) for value in (4, 5)]
+        gate.let_go(3)
+        assert [first(future) for future in futures] == [0, 2, 4, 6, 8, 10]
+    assert gate.batches == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_a_failure_belongs_to_its_batch_and_the_next_one_goes_on() -> None:
     gate = Gate()
 
@@ -153,7 +167,7 @@ def test_rows_are_the_callers_own_when_a_session_uses_its_memory_again() -> None
 
 def test_above_the_limit_a_call_is_refused_and_the_others_are_served() -> None:
     gate = Gate()
-    with Batcher(gate, max_batch=1, max_wait_ms=0, queue_limit=2) as batcher:
+    with Batcher(gate, max_batch=4, max_wait_ms=0, queue_limit=2) as batcher:
         futures = [batcher.submit(image(0))]
         gate.wait()  # that one is being computed, and waits no more
         futures += [batcher.submit(image(value)) for value in (1, 2)]
@@ -166,7 +180,7 @@ def test_above_the_limit_a_call_is_refused_and_the_others_are_served() -> None:
 
 def test_a_cancelled_call_is_left_out_of_its_batch() -> None:
     gate = Gate()
-    with Batcher(gate, max_batch=2, max_wait_ms=0) as batcher:
+    with Batcher(gate, max_batch=8, max_wait_ms=0) as batcher:
         running = batcher.submit(image(0))
         gate.wait()
         futures = [batcher.submit(image(value)) for value in (1, 2, 3)]
@@ -293,7 +307,7 @@ def test_no_thread_is_left_behind() -> None:
     before = threading.active_count()
     with Batcher(lambda images: images, workers=4) as batcher:
         batcher.submit(image(0))
-        assert threading.active_count() == before + 4
+        assert threading.active_count() == before + 5  # one prepares ahead
     assert threading.active_count() == before
 
 
