@@ -1,11 +1,13 @@
 """INT8 against FP32: agreement, accuracy and noise, beside other tools' on the same images.
 
-    python benchmarks/quantize.py --data folder:cifar10 --calib folder:cifar10 \\
+    python benchmarks/quantize.py --data folder:cifar10 [--data npz:FILE] --calib folder:cifar10 \\
         [--modelopt PYTHON] WEIGHTS...
 
 Every file is calibrated on the same 512 training images and compared with the FP32 file on all the
-test images. ONNX Runtime's `quantize_static` is given the flags that TensorRT needs. NVIDIA
-ModelOpt runs in an environment of its own, whose python `--modelopt` names: it is no dependency.
+test images of every `--data`. ONNX Runtime's `quantize_static` is given the flags that TensorRT
+needs. NVIDIA ModelOpt runs in an environment of its own, whose python `--modelopt` names: it is no
+dependency. Two more comparisons: ranges without images beside ranges from noise, and a net of the
+same function in which one channel was made a hundred times larger, by the plain method and by ours.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from common import markdown, rtresnet, save
 import rtresnet as package
 from rtresnet import machine, metrics
 from rtresnet.data import loader
-from rtresnet.data.sources import open_images, open_source
+from rtresnet.data.sources import Source, open_images, open_source
+from rtresnet.preprocess import Preprocess
 
 OURS = ("auto", "max", "percentile", "entropy", "mse")
 IMAGES = 512
+TIMES = 100  # what one channel is multiplied by; the next convolution's weights are divided by it
 
 MODELOPT = """
 import sys, numpy as np
@@ -96,14 +100,41 @@ def noise_ratio(reference: np.ndarray, logits: np.ndarray) -> float:
     return float(10 * np.log10(np.square(reference, dtype=np.float64).sum() / noise))
 
 
+def with_an_outlier(source: Path, out: Path) -> Path:
+    """The same function, with one channel inside the middle block a hundred times larger."""
+    model = onnx.load(source)
+    readers = {name: node for node in model.graph.node for name in node.input}
+    pairs = []
+    for node in model.graph.node:
+        after = readers.get(node.output[0])
+        following = readers.get(after.output[0]) if after and after.op_type == "Relu" else None
+        alone = sum(after.output[0] in n.input for n in model.graph.node) == 1 if after else False
+        if node.op_type == "Conv" and following and following.op_type == "Conv" and alone:
+            pairs.append((node, following))
+    first, second = pairs[len(pairs) // 2]
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, factor, axis in (
+        (first.input[1], TIMES, 0), (first.input[2], TIMES, 0), (second.input[1], 1 / TIMES, 1),
+    ):  # fmt: skip
+        values = onnx.numpy_helper.to_array(constants[name]).copy()
+        channel = values[:, 0] if axis else values[:1]
+        channel *= np.float32(factor)
+        constants[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, out)
+    return out
+
+
+def quantized(source: Path, out: Path, calib: str, method: str, *more: str) -> Path:
+    rtresnet("quantize", str(source), "--calib", calib, "--calib-images", str(IMAGES),
+             "--calibrator", method, "--out", str(out), *more, cwd=source.parent)  # fmt: skip
+    return out
+
+
 def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     exported = rtresnet("export", "--weights", weights, "--fp32", "--no-plan", cwd=folder)
     source = folder / exported["onnx"][0]["file"]
     with package.load(str(source), provider="cpu") as session:
         contract = session.preprocess
-    test = open_source(options.data, "test")
-    found = list(loader.batches(test, contract, 128))
-    images, labels = (np.concatenate([batch[n] for batch in found]) for n in (0, 1))
     calib = open_images(options.calib)
     chosen = loader.sample(calib, IMAGES)
     batches = loader.batches(calib, contract, 128, indices=chosen)
@@ -111,10 +142,19 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     np.save(folder / "calib.npy", seen)
     files: list[tuple[str, Path, bool]] = []
     for method in OURS:
-        out = folder / f"{source.stem}-{method}.onnx"
-        rtresnet("quantize", str(source), "--calib", options.calib, "--calib-images", str(IMAGES),
-                 "--calibrator", method, "--out", str(out), cwd=folder)  # fmt: skip
+        out = quantized(source, folder / f"{source.stem}-{method}.onnx", options.calib, method)
         files.append((f"rtresnet, {method}", out, True))
+    out = quantized(source, folder / f"{source.stem}-none.onnx", "none", "auto")
+    files.append(("rtresnet, no images", out, True))
+    noise = quantized(source, folder / f"{source.stem}-noise.onnx", f"synthetic:{IMAGES}", "auto")
+    files.append(("rtresnet, auto, on noise", noise, True))
+    larger = with_an_outlier(source, folder / f"{source.stem}-outlier.onnx")
+    triples = {n: ",".join(map(str, getattr(contract, n))) for n in ("mean", "std")}
+    said = ("--size", str(contract.size), "--mean", triples["mean"], "--std", triples["std"])
+    for method in ("max", "auto"):
+        out = folder / f"{larger.stem}-{method}.onnx"
+        quantized(larger, out, options.calib, method, *said)
+        files.append((f"rtresnet, {method}, a channel x{TIMES}", out, True))
     for method in ("MinMax", "Percentile", "Entropy"):
         out = onnxruntime_file(source, seen, method, folder / f"{source.stem}-ort-{method}.onnx")
         files.append((f"ONNX Runtime, {method}", out, False))
@@ -122,33 +162,41 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
         out = folder / f"{source.stem}-modelopt-{method}.onnx"
         modelopt_file(options.modelopt, source, folder / "calib.npy", method, out)
         files.append((f"ModelOpt, {method}", out, False))
+    return [
+        {"net": exported["model"], "data": data, **entry}
+        for data in options.data
+        for entry in compared(source, files, open_source(data, "test"), contract)
+    ]
+
+
+def compared(
+    source: Path, files: list[tuple[str, Path, bool]], test: Source, contract: Preprocess
+) -> Iterator[dict[str, Any]]:
+    found = list(loader.batches(test, contract, 128))
+    images, labels = (np.concatenate([batch[n] for batch in found]) for n in (0, 1))
     reference = ours(source, images)
-    base = int((reference.argmax(1) == labels).sum())
-    results = []
+    right = reference.argmax(1) == labels
     for name, path, is_ours in files:
         logits = (ours if is_ours else plainly)(path, images)
-        drop = metrics.paired_drop(reference.argmax(1) == labels, logits.argmax(1) == labels)
-        results.append(
-            {
-                "net": exported["model"],
-                "by": name,
-                "n": len(images),
-                "fp32_top1": base,
-                "agreement": 100 * metrics.parity(reference, logits).agreement,
-                "drop": drop.points,
-                "low": drop.low,
-                "high": drop.high,
-                "noise_ratio": noise_ratio(reference, logits),
-                "pairs": sum(n.op_type == "QuantizeLinear" for n in onnx.load(path).graph.node),
-            }
-        )
-    return results
+        drop = metrics.paired_drop(right, logits.argmax(1) == labels)
+        yield {
+            "by": name,
+            "n": len(images),
+            "fp32_top1": int(right.sum()),
+            "top1": int((logits.argmax(1) == labels).sum()),
+            "agreement": 100 * metrics.parity(reference, logits).agreement,
+            "drop": drop.points,
+            "low": drop.low,
+            "high": drop.high,
+            "noise_ratio": noise_ratio(reference, logits),
+            "pairs": sum(n.op_type == "QuantizeLinear" for n in onnx.load(path).graph.node),
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", nargs="+")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", required=True, action="append")
     parser.add_argument("--calib", required=True)
     parser.add_argument("--modelopt", metavar="PYTHON")
     parser.add_argument("--name", default="quantize")
@@ -157,11 +205,22 @@ def main() -> None:
     for weights in options.weights:
         with tempfile.TemporaryDirectory() as folder:
             results += measure(str(Path(weights).resolve()), options, Path(folder))
-    headings = ("net", "INT8 by", "agreement %", "drop, points", "95 %", "SNR dB", "images")
+    headings = (
+        "net",
+        "images",
+        "INT8 by",
+        "agreement %",
+        "drop, points",
+        "95 %",
+        "right",
+        "FP32 right",
+        "SNR dB",
+    )
     rows = [
         (
-            e["net"], e["by"], f"{e['agreement']:.2f}", f"{e['drop']:.2f}",
-            f"{e['low']:.2f} to {e['high']:.2f}", f"{e['noise_ratio']:.1f}", e["n"],
+            e["net"], e["n"], e["by"], f"{e['agreement']:.2f}", f"{e['drop']:.2f}",
+            f"{e['low']:.2f} to {e['high']:.2f}", e["top1"], e["fp32_top1"],
+            f"{e['noise_ratio']:.1f}",
         )
         for e in results
     ]  # fmt: skip
