@@ -101,22 +101,40 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Attestation:
-    """What the builder's own layer dump says the convolutions take as input.
+    """What the builder's own layer dump says of the engine. None: built before it was counted.
 
     Attributes:
-        convolutions: Number of convolution kernels in the engine.
+        convolutions: Number of the net's convolutions.
         dtypes: Input type (Int8, Half, Float) to the number of convolutions taking it.
         layers: Number of layers after fusion.
+        stages: The same as `dtypes`, a stage (stem, layer1, ...).
+        adds: Number of residual Adds.
+        unfused_adds: Those that run in a layer of their own, by name.
+        requantizes: Layers that only bring a wider type to int8.
+        reformats: Layers that only move or convert.
+        rounds: Quantizers whose int8 leaves no layer: they cost accuracy and gain nothing.
+        activations: Bytes of activation memory, a profile.
     """
 
     convolutions: int
     dtypes: dict[str, int]
     layers: int
+    stages: dict[str, dict[str, int]] | None = None
+    adds: int | None = None
+    unfused_adds: tuple[str, ...] | None = None
+    requantizes: int | None = None
+    reformats: int | None = None
+    rounds: tuple[str, ...] | None = None
+    activations: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a serialized engine was built for; None of it can be read from the plan itself."""
+    """What a serialized engine was built for; little of it can be read from the plan itself.
+
+    Attributes:
+        layers: The file that keeps the engine's fused layers.
+    """
 
     builder: str
     version: str
@@ -124,6 +142,7 @@ class Plan:
     profiles: tuple[Profile, ...]
     seconds: float
     attested: Attestation | None = None
+    layers: Link | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,19 @@ FULL = Sidecar(
         targets=("sm_80", "sm_89"),
         profiles=(Profile(min=1, opt=8, max=32),),
         seconds=1.5,
-        attested=Attestation(convolutions=21, dtypes={"Int8": 20, "Float": 1}, layers=30),
+        attested=Attestation(
+            convolutions=21,
+            dtypes={"Int8": 20, "Float": 1},
+            layers=30,
+            stages={"stem": {"Int8": 1}, "layer1": {"Int8": 19, "Float": 1}},
+            adds=9,
+            unfused_adds=("layer1.0.add",),
+            requantizes=2,
+            reformats=1,
+            rounds=("layer1.0.add.q",),
+            activations=(4096,),
+        ),
+        layers=Link(file="cats.int8.plan.layers.json", sha256="f" * 64),
     ),
     measured={"accuracy": {"n": 359, "top1": 350, "top5": None}, "parity": [0.5, 1e-06]},
     made_by={"command": "rtresnet build cats.int8.onnx", "rtresnet": "0.1.0"},
@@ -75,84 +87,11 @@ FULL = Sidecar(
     bytes=1234567,
 )
 
-# The file format. A change here is a change of SCHEMA: files that people have must still read.
-GOLDEN = """\
-{
- "kind": "plan",
- "file": "cats.int8.plan",
- "model": {
-  "architecture": "resnet20",
-  "classes": [ "cat", "chat" ],
-  "shortcut": "A",
-  "stride_in": "3x3"
- },
- "input": {
-  "size": 32,
-  "resize": 36,
-  "mean": [ 0.5, 0.25, 0.125 ],
-  "std": [ 0.5, 0.5, 0.25 ],
-  "layout": "NCHW RGB float32"
- },
- "weights": {
-  "origin": "trained",
-  "sha256": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-  "source": "runs/cats/best.pt"
- },
- "precision": "int8",
- "topk": null,
- "assumed": [],
- "parent": {
-  "file": "cats.int8.onnx",
-  "sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
- },
- "calibration": {
-  "method": "entropy",
-  "images": "folder:cats",
-  "images_sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
-  "n": 512,
-  "scales": "../calib/cats.json",
-  "scales_sha256": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
-  "kept": [],
-  "rest": "fp32"
- },
- "plan": {
-  "builder": "TensorRT-RTX",
-  "version": "1.7.0",
-  "targets": [ "sm_80", "sm_89" ],
-  "profiles": [
-   {
-    "min": 1,
-    "opt": 8,
-    "max": 32
-   }
-  ],
-  "seconds": 1.5,
-  "attested": {
-   "convolutions": 21,
-   "dtypes": {
-    "Int8": 20,
-    "Float": 1
-   },
-   "layers": 30
-  }
- },
- "measured": {
-  "accuracy": {
-   "n": 359,
-   "top1": 350,
-   "top5": null
-  },
-  "parity": [ 0.5, 1e-06 ]
- },
- "made_by": {
-  "command": "rtresnet build cats.int8.onnx",
-  "rtresnet": "0.1.0"
- },
- "sha256": "eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee",
- "bytes": 1234567,
- "schema": 1
-}
-"""
+# The file format, one file a kind, and what was written before engines' layers were counted. A
+# change here is a change of SCHEMA, unless what people have still reads.
+GOLDEN = Path(__file__).parent / "golden"
+ONNX = dataclasses.replace(FULL, kind="onnx", file="cats.int8.onnx", plan=None, parent=None)
+KINDS = {"checkpoint": MINIMAL, "onnx": ONNX, "plan": FULL}
 
 
 def make(path: Path, content: bytes = b"content", **changes: Any) -> Path:
@@ -171,18 +110,38 @@ def names_in(folder: Path) -> list[str]:
 # --- the sidecar's format
 
 
-def test_the_sidecars_format_is_pinned_byte_for_byte() -> None:
-    assert to_json(FULL) == GOLDEN
-
-
-def test_the_pinned_format_reads_back_as_the_same_record() -> None:
-    assert from_json(Sidecar, json.loads(GOLDEN)) == FULL
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sidecars_format_is_pinned_byte_for_byte(kind: str) -> None:
+    text = (GOLDEN / f"{kind}.json").read_text(encoding="utf-8")
+    assert to_json(KINDS[kind]) == text
+    assert from_json(Sidecar, json.loads(text)) == KINDS[kind]
 
 
 def test_a_record_from_before_there_were_top_k_files_is_one_of_logits() -> None:
-    old = json.loads(GOLDEN)
+    old = json.loads(to_json(FULL))
     del old["topk"]
     assert from_json(Sidecar, old) == FULL
+
+
+def test_a_plans_record_from_before_its_layers_were_counted_still_reads(tmp_path: Path) -> None:
+    path = tmp_path / "cats.int8.plan"
+    sidecar_path(path).write_bytes((GOLDEN / "plan-before-layers.json").read_bytes())
+    old = read_sidecar(path)
+    assert FULL.plan is not None
+    counted = Attestation(convolutions=21, dtypes={"Int8": 20, "Float": 1}, layers=30)
+    plan = dataclasses.replace(FULL.plan, attested=counted, layers=None)
+    assert old == dataclasses.replace(FULL, plan=plan)
+
+
+@pytest.mark.parametrize("schema", [0, 2])
+def test_a_plans_record_of_another_schema_names_the_command_that_renews_it(
+    tmp_path: Path, schema: int
+) -> None:
+    data = json.loads((GOLDEN / "plan.json").read_text()) | {"schema": schema}
+    path = tmp_path / "cats.int8.plan"
+    sidecar_path(path).write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=r"rtresnet build cats\.int8\.onnx"):
+        read_sidecar(path)
 
 
 def test_unknown_values_are_written_as_null_and_read_back() -> None:

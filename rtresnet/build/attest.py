@@ -1,50 +1,81 @@
-"""Reads the builder's own layer dump: which type does each convolution really take?
+"""Holds the engine against the file: what each convolution really takes, and what did not fuse.
 
-TensorRT-RTX writes the fused layers to its log at VERBOSE while it builds, GPU or not. A layer
-names the ONNX nodes it came from. The kernel of a convolution is a `correlation`, or, for some
-1x1 convolutions, a matrix product (`gemm`, `runtime_fusion`); other layers that name the node
-(`kgen`) only scale, add or convert around it. The kernel's first input has the type it runs in.
+A layer of the dump names the ONNX nodes it came from, but only kernels compute: other layers that
+name a convolution scale, add or convert around it. The kernel's first input has the type it runs
+in. An Add that no kernel names runs in a layer of its own, and what it adds went through memory.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rtresnet.artifacts import Attestation
+from rtresnet.build.layers import KERNELS, Layer
+from rtresnet.build.nodes import ADD, CONVOLUTION, Node
 
-KERNELS = ("correlation", "gemm", "runtime_fusion")
 UNKNOWN = "unknown"
 
-LAYER = re.compile(
-    r"^Name: .*?, LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: "
-    r".*, Metadata: (?P<metadata>.*)$",
-    re.MULTILINE,
-)
-DATATYPE = re.compile(r"Datatype: (\w+)")
-ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
-
-def read_dump(text: str, convolutions: Sequence[str]) -> Attestation | None:
-    """Finds every convolution's kernel.
+def attest(
+    layers: Sequence[Layer], nodes: Mapping[str, Node], activations: Sequence[int] = ()
+) -> Attestation | None:
+    """Counts what the layers of an engine show.
 
     Args:
-        text: The log message that begins with "Layers:".
-        convolutions: The names of the network's convolutions.
+        layers: As `layers.read_dump` gives them.
+        nodes: The network's nodes by name.
+        activations: Bytes of activation memory, a profile.
 
     Returns:
-        Convolutions counted by input type ("unknown" where no kernel names one), or None where
-        the builder wrote no dump.
+        The counts, or None where the builder wrote no dump.
     """
-    layers = list(LAYER.finditer(text))
     if not layers:
         return None
-    kernel_types: dict[str, str] = {}
+    types = kernel_types(layers, nodes)
+    stages: dict[str, Counter[str]] = {}
+    for name, dtype in types.items():
+        stages.setdefault(nodes[name].stage, Counter())[dtype] += 1
+    fused = [
+        {
+            name
+            for layer in layers
+            if layer.kind in KERNELS and layer.profile == p
+            for name in layer.nodes
+        }
+        for p in sorted({layer.profile for layer in layers})
+    ]
+    adds = [node.name for node in nodes.values() if node.operation == ADD]
+    first = [layer for layer in layers if layer.profile == 0]
+    roles = Counter(layer.role for layer in first)
+    return Attestation(
+        convolutions=len(types),
+        dtypes=dict(Counter(types.values())),
+        layers=len(first) - roles["idle"],
+        stages={stage: dict(counted) for stage, counted in stages.items()},
+        adds=len(adds),
+        unfused_adds=tuple(name for name in adds if not all(name in f for f in fused)),
+        requantizes=roles["requantize"],
+        reformats=roles["reformat"],
+        rounds=tuple(name for layer in first for name in layer.rounds),
+        activations=tuple(activations),
+    )
+
+
+def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str, str]:
+    """Each convolution's name to the type its kernel takes, the widest of all profiles."""
+    found: dict[str, set[str]] = {}
     for layer in layers:
-        found = DATATYPE.search(layer["inputs"])
-        if layer["type"] in KERNELS and found:
-            for name in ORIGIN.findall(layer["metadata"]):
-                kernel_types.setdefault(name, found[1])
-    dtypes = Counter(kernel_types.get(name, UNKNOWN) for name in convolutions)
-    return Attestation(convolutions=len(convolutions), dtypes=dict(dtypes), layers=len(layers))
+        if layer.kind in KERNELS and layer.inputs:
+            for name in layer.nodes:
+                found.setdefault(name, set()).add(layer.inputs[0].dtype)
+    return {
+        node.name: _widest(found.get(node.name, {UNKNOWN}))
+        for node in nodes.values()
+        if node.operation == CONVOLUTION
+    }
+
+
+def _widest(dtypes: set[str]) -> str:
+    order = ("Float", "BFloat16", "Half")
+    return next((dtype for dtype in order if dtype in dtypes), min(dtypes))

@@ -1,26 +1,32 @@
 """Parse, build, attest, publish: a typed ONNX file to a plan.
 
 TensorRT reports most failures in its log and returns False or None; the log is kept, and what it
-said ends up in the exception. `rtresnet build` reaches this.
+said ends up in the exception, with the ONNX node and the block it speaks of. `rtresnet build`
+reaches this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts
-from rtresnet.artifacts import Model, Plan, Profile, Sidecar, Weights
-from rtresnet.build import attest, header, targets
+from rtresnet import artifacts, records
+from rtresnet.artifacts import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
+from rtresnet.build import attest, header, layers, manifest, monitor, nodes, preflight, targets
+from rtresnet.build.layers import Layer, Layers
+from rtresnet.build.nodes import ADD, CONVOLUTION, Node
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
 
 EXPECTED = {"int8": "Int8", "fp16": "Half", "fp32": "Float"}
+ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # one a profile
 
 
 def build(
@@ -30,9 +36,10 @@ def build(
     profiles: Sequence[Profile],
     target: Sequence[str] = (),
     builder: str = "auto",
+    timing_cache: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Sidecar:
-    """Compiles an ONNX file into a plan with a sidecar.
+    """Compiles an ONNX file into a plan with a sidecar and a file of its layers.
 
     Args:
         source: FP32, FP16 or Q/DQ INT8 ONNX file.
@@ -40,18 +47,24 @@ def build(
         profiles: At least one.
         target: Compute capabilities; empty for the builder's default.
         builder: See `targets.builder`.
+        timing_cache: For `tensorrt` only: measured kernels are read from and kept in this file.
         progress: Called with the name of each phase.
 
     Returns:
         The plan's sidecar, with what the layer dump attests.
 
     Raises:
-        ArtifactError: The file does not parse; every complaint is in the message.
+        ArtifactError: The file does not parse, or does not build; every complaint is in the
+            message.
+        InputError: A target, a profile or an option that the builder does not take.
         GateMissed: A convolution does not take the precision the file promises. Nothing is
             written then.
+        KeyboardInterrupt: Ctrl-C; nothing is written then.
     """
     try:
-        return _build(Path(source), out, tuple(profiles), target, builder, progress)
+        return _build(
+            Path(source), Path(out), tuple(profiles), target, builder, timing_cache, progress
+        )
     except BaseException as error:
         # TensorRT-RTX 1.7 locks up when a builder is destroyed while another is being made. One
         # that a traceback keeps is destroyed when Python happens to collect it: let go of it now.
@@ -59,104 +72,199 @@ def build(
         raise
 
 
+def check(
+    source: str | os.PathLike[str], *, target: Sequence[str] = (), builder: str = "auto"
+) -> None:
+    """Refuses a file that cannot be built for these targets, without building it.
+
+    Raises:
+        ArtifactError: As `build`.
+        InputError: As `build`.
+    """
+    trt = targets.builder(builder)
+    log = _log(trt)
+    try:
+        maker = trt.Builder(log)
+        network = maker.create_network(_creation_flags(trt))
+        preflight.parse(trt, maker, network, log, Path(source))
+        preflight.check_targets(Path(source), target, nodes.read(trt, network))
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # as in build
+        raise
+
+
 def _build(
     source: Path,
-    out: str | os.PathLike[str],
+    out: Path,
     profiles: tuple[Profile, ...],
     target: Sequence[str],
     builder: str,
+    timing_cache: str | os.PathLike[str] | None,
     progress: Callable[[str], None],
 ) -> Sidecar:
     parent = artifacts.verify(source)
     trt = targets.builder(builder)
+    if timing_cache is not None and hasattr(trt, "ComputeCapability"):
+        raise InputError(
+            "--timing-cache: TensorRT-RTX measures no kernels while it builds, there is nothing "
+            "to keep",
+            fix="leave it out, or use --builder tensorrt",
+        )
     log = _log(trt)
     maker = trt.Builder(log)
     network = maker.create_network(_creation_flags(trt))
     progress("parse")
-    _parse(trt, network, log, source)
+    preflight.parse(trt, maker, network, log, source)
     parent = parent or _stranger(trt, network, source)
+    graph = nodes.read(trt, network)
+    preflight.check_targets(source, target, graph)
+    network.name = manifest.write(parent, profiles)
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     targets.apply(trt, config, target)
-    tensor = network.get_input(0)
+    _add_profiles(maker, config, network.get_input(0), profiles, log)
+    progress("build")
+    started = time.perf_counter()
+    with _timing_cache(config, timing_cache):
+        serialized = monitor.run(trt, maker, network, config, progress)
+    seconds = time.perf_counter() - started
+    if serialized is None:
+        said = log.complaints()
+        raise ArtifactError(
+            f"{source}: the build failed{preflight.whereabouts(said, graph)}: {said}"
+        )
+    dump = layers.read_dump(log.layers, graph)
+    attested = attest.attest(dump, graph, log.activations)
+    if attested is not None:
+        _hold(source, parent, attested, attest.kernel_types(dump, graph))
+    plan = Plan(
+        builder=trt.__name__,
+        version=trt.__version__,
+        targets=(),
+        profiles=profiles,
+        seconds=round(seconds, 3),
+        attested=attested,
+    )
+    return _publish(serialized, out, source, parent, plan, _kept(dump, graph, plan))
+
+
+def _add_profiles(
+    maker: Any, config: Any, tensor: Any, profiles: tuple[Profile, ...], log: Any
+) -> None:
     for profile in profiles:
         entry = maker.create_optimization_profile()
         shapes = [(n, *tuple(tensor.shape)[1:]) for n in (profile.min, profile.opt, profile.max)]
         entry.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(entry) < 0:
             raise InputError(f"the builder refuses the profile {profile}: {log.complaints()}")
-    progress("build")
-    started = time.perf_counter()
-    serialized = maker.build_serialized_network(network, config)
-    seconds = time.perf_counter() - started
-    if serialized is None:
-        raise ArtifactError(f"{source}: the build failed: {log.complaints()}")
-    attested = attest.read_dump(log.layers, _convolutions(trt, network))
-    _hold(source, parent, attested)
-    return _publish(trt, serialized, out, source, parent, profiles, attested, seconds)
+
+
+@contextlib.contextmanager
+def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """What `tensorrt` measured, from an earlier build to this one and on to the next."""
+    if path is None:
+        yield
+        return
+    path = Path(path)
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise ArtifactError(
+            f"{path}: not a timing cache of this GPU and this version of TensorRT",
+            fix="remove it, and the build makes it anew",
+        )
+    yield
+    kept = memoryview(config.get_timing_cache().serialize())
+    with artifacts.atomic_path(path) as temporary:
+        temporary.write_bytes(kept)
+
+
+def _kept(dump: Sequence[Layer], graph: Mapping[str, Node], plan: Plan) -> str | None:
+    """The text of the layer file; None where the builder wrote no dump."""
+    if not dump:
+        return None
+    named = {word: tuple(n.name for n in graph.values() if n.operation == word)
+             for word in (CONVOLUTION, ADD)}  # fmt: skip
+    return records.to_json(
+        Layers(
+            batches=tuple(profile.opt for profile in plan.profiles),
+            activations=plan.attested.activations or () if plan.attested else (),
+            convolutions=named[CONVOLUTION],
+            adds=named[ADD],
+            layers=tuple(dump),
+        )
+    )
 
 
 def _publish(
-    trt: Any,
-    serialized: Any,
-    out: str | os.PathLike[str],
-    source: Path,
-    parent: Sidecar,
-    profiles: tuple[Profile, ...],
-    attested: artifacts.Attestation | None,
-    seconds: float,
+    serialized: Any, out: Path, source: Path, parent: Sidecar, plan: Plan, kept: str | None
 ) -> Sidecar:
     data = memoryview(serialized)
     # The targets of a plan built without --target are known from its header only.
     head = header.parse(bytes(data[: header.SIZE]))
-    plan = Plan(
-        builder=trt.__name__,
-        version=trt.__version__,
-        targets=head.targets if head else (),
-        profiles=profiles,
-        seconds=round(seconds, 3),
-        attested=attested,
-    )
-    sidecar = dataclasses.replace(
-        parent,
-        kind="plan",
-        parent=artifacts.link_to(source, out),
-        plan=plan,
-        measured={},
-        made_by={},
-    )
-    return artifacts.publish(out, lambda temporary: temporary.write_bytes(data), sidecar)
-
-
-def _hold(source: Path, parent: Sidecar, attested: artifacts.Attestation | None) -> None:
-    """The gate: every convolution takes what the file's name promises, but for those left out."""
-    precision = parent.precision
-    if attested is None or precision not in EXPECTED:
-        return
-    wanted = EXPECTED[precision]
-    wrong = {t: n for t, n in attested.dtypes.items() if t not in (wanted, attest.UNKNOWN)}
-    if sum(wrong.values()) > (len(parent.calibration.kept) if parent.calibration else 0):
-        raise GateMissed(
-            f"{source}: {precision} was asked for, and of {attested.convolutions} convolutions "
-            + ", ".join(f"{count} take {dtype}" for dtype, count in wrong.items()),
-            fix="make the ONNX file anew with: rtresnet quantize",
+    plan = dataclasses.replace(plan, targets=head.targets if head else ())
+    place = layers.path_for(out)
+    with contextlib.ExitStack() as stack:
+        if kept is not None:
+            # Put in place last: until then the sidecar's hash is not that of the old file.
+            temporary = stack.enter_context(artifacts.atomic_path(place))
+            temporary.write_text(kept, encoding="utf-8")
+            link = Link(file=place.name, sha256=artifacts.sha256(temporary))
+            plan = dataclasses.replace(plan, layers=link)
+        sidecar = artifacts.publish(
+            out,
+            lambda temporary: temporary.write_bytes(data),
+            dataclasses.replace(
+                parent,
+                kind="plan",
+                parent=artifacts.link_to(source, out),
+                plan=plan,
+                measured={},
+                made_by={},
+            ),
         )
+    if kept is None:
+        place.unlink(missing_ok=True)
+    return sidecar
+
+
+def _hold(source: Path, parent: Sidecar, attested: Attestation, types: Mapping[str, str]) -> None:
+    """The gate: every convolution takes what the file's name promises, but for those left out."""
+    wanted = EXPECTED.get(parent.precision)
+    if wanted is None:
+        return
+    wrong = {name: t for name, t in types.items() if t not in (wanted, attest.UNKNOWN)}
+    if len(wrong) <= (len(parent.calibration.kept) if parent.calibration else 0):
+        return
+    counts = {t: n for t, n in attested.dtypes.items() if t in wrong.values()}
+    named = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+    raise GateMissed(
+        f"{source}: {parent.precision} was asked for, and of {attested.convolutions} convolutions "
+        + ", ".join(f"{count} take {dtype}" for dtype, count in counts.items())
+        + f" ({named})",
+        fix="make the ONNX file anew with: rtresnet quantize",
+    )
 
 
 def _log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors, and the layer dump that goes by at VERBOSE."""
+        """Keeps errors and warnings, and the layer dump that goes by at VERBOSE."""
 
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.warnings: list[str] = []
+            self.activations: list[int] = []
             self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.strip())
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message.strip())
             elif message.startswith("Layers:\n"):
                 self.layers = message
+            elif memory := ACTIVATIONS.match(message):
+                self.activations.append(int(memory[1]))
 
         def complaints(self) -> str:
             return " | ".join(dict.fromkeys(self.errors)) or "the builder gave no reason"
@@ -169,28 +277,6 @@ def _creation_flags(trt: Any) -> int:
     flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
     strongly_typed = getattr(flags, "STRONGLY_TYPED", None)
     return 1 << int(strongly_typed) if strongly_typed is not None else 0
-
-
-def _parse(trt: Any, network: Any, log: Any, source: Path) -> None:
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(source.read_bytes()):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        what = "; ".join(map(_complaint, errors)) or log.complaints()
-        raise ArtifactError(f"{source}: TensorRT cannot parse it ({what[:500]})")
-    if not network.num_inputs or not network.num_outputs:  # of some other files it parses nothing
-        raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
-
-
-def _complaint(error: Any) -> str:
-    """Which node, what it is, and what the parser says of it: at times no more than `false`."""
-    node = f"{error.node_name() or 'a node'} ({error.node_operator()})"
-    where = node if error.node_operator() else "file"
-    return f"{where}: {error.code().name} {error.desc()}"
-
-
-def _convolutions(trt: Any, network: Any) -> list[str]:
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return [layer.name for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
 
 
 def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:

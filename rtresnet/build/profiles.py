@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rtresnet.artifacts import Profile
 from rtresnet.errors import InputError
 
@@ -27,3 +29,12 @@ def parse(text: str) -> Profile:
             fix=f"as in --batch {DEFAULT}",
         )
     return Profile(min=values[0], opt=values[1], max=values[2])
+
+
+def parse_all(texts: Sequence[str]) -> tuple[Profile, ...]:
+    """Reads every --batch, each once, in the order given; DEFAULT where there is none.
+
+    Raises:
+        InputError: As `parse`.
+    """
+    return tuple(dict.fromkeys(parse(text) for text in texts or (DEFAULT,)))

@@ -7,22 +7,17 @@ TensorRT (`tensorrt`) builds for the GPU in the machine. Same Python API, one se
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from rtresnet import machine
+from rtresnet.build import gpus
 from rtresnet.errors import EnvironmentLack, InputError, UnknownName
 
-# What TensorRT-RTX 1.7 lists, in the order of the bits of a plan's header.
-GPUS = {
-    "sm_75": "RTX 20, T4",
-    "sm_80": "A100, A30",
-    "sm_86": "RTX 30, A10, A40",
-    "sm_89": "RTX 40, L4, L40",
-    "sm_120": "RTX 50",
-    "sm_121": "GB10",
-}
-RTX_TARGETS = tuple(GPUS)
+RTX_TARGETS = tuple(gpus.SERVED)
+DEFAULT = RTX_TARGETS[1:]  # what TensorRT-RTX builds for when nothing is said
+CURRENT = "current"
 BUILDERS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
@@ -38,8 +33,7 @@ def builder(choice: str = "auto") -> Any:
     """
     if choice not in ("auto", *BUILDERS):
         raise UnknownName("builder", choice, ("auto", *BUILDERS))
-    if choice == "auto":
-        choice = "tensorrt" if machine.installed("tensorrt") and machine.gpus() else "rtx"
+    choice = _chosen(choice)
     module = BUILDERS[choice]
     if not machine.installed(module):
         raise EnvironmentLack(
@@ -53,6 +47,12 @@ def builder(choice: str = "auto") -> Any:
     return importlib.import_module(module)
 
 
+def _chosen(choice: str) -> str:
+    if choice != "auto":
+        return choice
+    return "tensorrt" if machine.installed("tensorrt") and machine.gpus() else "rtx"
+
+
 def available() -> bool:
     """Whether `builder("auto")` would find one."""
     return machine.installed("tensorrt_rtx") or (
@@ -60,28 +60,83 @@ def available() -> bool:
     )
 
 
-def parse(text: str | None) -> tuple[str, ...]:
-    """`sm_86,sm_89` to names; None or an empty text leaves the choice to the builder.
+def parse(given: str | Sequence[str] | None, builder: str = "auto") -> tuple[str, ...]:
+    """What `--target` says, as names; nothing leaves the choice to the builder.
+
+    Args:
+        given: Compute capabilities (sm_86), GPUs ("RTX 4090"), `current` or `all`, each in a text
+            of its own or separated by commas.
+        builder: With "tensorrt", only the GPU in the machine can be meant.
 
     Raises:
-        InputError: sm_90, which TensorRT-RTX does not serve.
-        InputError: Any other name that is no target.
+        InputError: What TensorRT-RTX does not serve, with what does; or no target at all.
+        EnvironmentLack: `current` without a GPU.
     """
-    names = tuple(
-        part.strip().lower().replace("sm", "sm_").replace("__", "_")
-        for part in (text or "").split(",")
-        if part.strip()
-    )
+    texts = [given] if isinstance(given, str) else list(given or ())
+    names = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    found: list[str] = []
     for name in names:
-        if name == "sm_90":
-            raise InputError(
-                "TensorRT-RTX does not build for sm_90 (H100, H200)",
-                fix="build there with --builder tensorrt",
+        if name.lower() == "all":
+            found += RTX_TARGETS
+            continue
+        target = _target(name)
+        if _chosen(builder) == "rtx":
+            _served(name, target)
+        found.append(target)
+    if _chosen(builder) == "tensorrt":
+        _only_own(found)
+    return tuple(dict.fromkeys(found))
+
+
+def _target(name: str) -> str:
+    if name.lower() == CURRENT:
+        if not machine.gpus():
+            raise EnvironmentLack(
+                "--target current: there is no GPU in this machine",
+                fix="name the one it is for, as in --target sm_89 or --target L4",
             )
-        if name not in RTX_TARGETS:
-            known = ", ".join(f"{target} ({gpus})" for target, gpus in GPUS.items())
-            raise InputError(f"--target {text}: {name} is no target", fix=f"known: {known}")
-    return tuple(dict.fromkeys(names))
+        return machine.gpus()[0].target
+    plain = re.fullmatch(r"sm_?(\d{2,3})a?|(\d{1,2})\.(\d)", name.lower())
+    if plain:
+        return f"sm_{plain[1] or plain[2] + plain[3]}"
+    found = gpus.target_of(name)
+    if found is None:
+        raise _no_target(name)
+    return found
+
+
+def _no_target(name: str) -> InputError:
+    known = ", ".join(f"{target} ({names})" for target, names in gpus.SERVED.items())
+    return InputError(f"--target {name}: {name} is no target", fix=f"known: {known}")
+
+
+def _served(name: str, target: str) -> None:
+    if target in RTX_TARGETS:
+        return
+    plain = name.lower().startswith("sm") or name[0].isdigit()
+    called = target if plain else f"{target}, which {name} is"
+    if gpus.too_old(target):
+        raise InputError(
+            f"neither TensorRT-RTX nor TensorRT 11 builds for {called} ({gpus.OLD})",
+            fix="run the ONNX file there, in ONNX Runtime",
+        )
+    if target not in gpus.UNSERVED:
+        raise _no_target(name)
+    raise InputError(
+        f"TensorRT-RTX does not build for {called} ({gpus.UNSERVED[target]})",
+        fix="build on that machine with --builder tensorrt",
+    )
+
+
+def _only_own(found: Sequence[str]) -> None:
+    own = [gpu.target for gpu in machine.gpus()[:1]]
+    if found and list(dict.fromkeys(found)) != own:
+        raise InputError(
+            "tensorrt builds for the GPU in the machine"
+            + (f", {own[0]}" if own else "")
+            + f", not for {', '.join(dict.fromkeys(found))}",
+            fix="leave --target out, or use --builder rtx",
+        )
 
 
 def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
@@ -93,10 +148,8 @@ def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
     if not targets:
         return
     if not hasattr(trt, "ComputeCapability"):
-        raise InputError(
-            "tensorrt builds for the GPU in the machine and takes no --target",
-            fix="leave it out, or use --builder rtx",
-        )
+        _only_own(targets)
+        return
     config.num_compute_capabilities = len(targets)
     for index, name in enumerate(targets):
         capability = getattr(trt.ComputeCapability, name.replace("_", "").upper())

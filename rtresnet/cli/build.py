@@ -26,13 +26,18 @@ def build_options(function: Any) -> Any:
             default="auto",
             help="auto: tensorrt where it and a GPU are there, else rtx.",
         ),
-        click.option("--target", metavar="sm_86,sm_89,...", help="GPUs to build for [sm_80 up]."),
+        click.option(
+            "--target",
+            multiple=True,
+            metavar="sm_86|GPU|current|all",
+            help="What to build for, as in sm_89, L4 or 'RTX 4090'; repeat, or with commas [sm_80 "
+            "up].",
+        ),
         click.option(
             "--batch",
-            default="1:8:32",
-            show_default=True,
+            multiple=True,
             metavar="MIN:OPT:MAX",
-            help="Smallest, best and largest batch.",
+            help="Smallest, best and largest batch; repeat for more profiles [1:8:32].",
         ),
     ):
         function = option(function)
@@ -43,38 +48,80 @@ def build_options(function: Any) -> Any:
 @click.argument("source", metavar="MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The plan [beside the ONNX file].")
 @build_options
+@click.option("--per-target", is_flag=True, help="One plan a target: MODEL-sm_86.plan, ...")
+@click.option(
+    "--timing-cache",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="For tensorrt: keep what it measured for the next build.",
+)
 @common.json_option
 def command(
     source: Path,
     out: Path | None,
-    batch: str,
-    target: str | None,
+    batch: tuple[str, ...],
+    target: tuple[str, ...],
     builder: str,
+    per_target: bool,
+    timing_cache: Path | None,
     json_file: str | None,
 ) -> None:
     """Compile an ONNX file into a TensorRT plan. Needs no GPU with TensorRT-RTX.
 
     Precision is what the file says: FP16 and INT8 come from `export` or `quantize`.
     """
-    result = build_file(source, out, batch=batch, target=target, builder=builder)
-    common.out_console().print(describe(result), soft_wrap=True)
-    common.write_json(json_file, "build", result)
+    from rtresnet.build import targets
+
+    options: dict[str, Any] = {"batch": batch, "builder": builder, "timing_cache": timing_cache}
+    if per_target:
+        chosen = targets.parse(target, builder) or targets.DEFAULT
+        place = out or _beside(source)
+        # What one of them refuses is refused before another is built.
+        check(source, target=chosen, builder=builder)
+        results = [
+            build_file(source, place.with_stem(f"{place.stem}-{one}"), target=(one,), **options)
+            for one in chosen
+        ]
+    else:
+        results = [build_file(source, out, target=target, **options)]
+    for result in results:
+        common.out_console().print(describe(result), soft_wrap=True)
+    common.write_json(json_file, "build", {"plans": results} if per_target else results[0])
+
+
+def check(source: Path, *, target: tuple[str, ...], builder: str) -> None:
+    """Refuses what can be refused without a build."""
+    from rtresnet.build import engine
+
+    engine.check(source, target=target, builder=builder)
 
 
 def build_file(
-    source: Path, out: Path | None, *, batch: str, target: str | None, builder: str
+    source: Path,
+    out: Path | None,
+    *,
+    batch: tuple[str, ...],
+    target: tuple[str, ...],
+    builder: str,
+    timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Builds one file; returns what `--json` writes."""
     from rtresnet import artifacts
     from rtresnet.build import engine, profiles, targets
 
     artifacts.require_file(source, fix="make one with: rtresnet export")
-    profile, chosen = profiles.parse(batch), targets.parse(target)
-    if out is None:
-        sidecar = artifacts.read_sidecar(source)
-        out = source.parent / plan_name(source, sidecar.precision if sidecar else "unknown")
-    with common.progress(f"building {out}"):
-        written = engine.build(source, out, profiles=[profile], target=chosen, builder=builder)
+    chosen = targets.parse(target, builder)
+    out = out or _beside(source)
+    with common.progress(f"building {out}") as update:
+        written = engine.build(
+            source,
+            out,
+            profiles=profiles.parse_all(batch),
+            target=chosen,
+            builder=builder,
+            timing_cache=timing_cache,
+            progress=lambda phase: update(description=f"building {out}: {phase}"),
+        )
     if written.assumed:
         common.warn_loudly(
             "an ONNX file without sidecar",
@@ -85,15 +132,39 @@ def build_file(
     return {"plan": str(out), "bytes": written.bytes} | plan
 
 
+def _beside(source: Path) -> Path:
+    from rtresnet import artifacts
+
+    sidecar = artifacts.read_sidecar(source)
+    return source.parent / plan_name(source, sidecar.precision if sidecar else "unknown")
+
+
 def describe(result: dict[str, Any]) -> str:
     """A line on a plan: for what, how large, what was attested."""
     attested = result["attested"]
-    proof = "not attested: no layer dump"
-    if attested:
-        took = ", ".join(f"{count} take {dtype}" for dtype, count in attested["dtypes"].items())
-        proof = f"of {attested['convolutions']} convolutions {took}"
+    proof = describe_attested(attested) if attested else "not attested: no layer dump"
     targets = ", ".join(result["targets"]) or "the GPU it was built on"
     return (
         f"{result['plan']}: {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s by "
         f"{result['builder']} {result['version']}, for {targets}; {proof}"
     )
+
+
+def describe_attested(attested: dict[str, Any]) -> str:
+    """What the layer dump showed: types, and what did not fuse."""
+    took = ", ".join(f"{count} take {dtype}" for dtype, count in attested["dtypes"].items())
+    parts = [f"of {attested['convolutions']} convolutions {took}"]
+    if len(attested["dtypes"]) > 1 and attested["stages"]:
+        rare = min(attested["dtypes"], key=attested["dtypes"].__getitem__)
+        where = [f"{n} in {stage}" for stage, t in attested["stages"].items() if (n := t.get(rare))]
+        parts[0] += f" ({rare}: {', '.join(where)})"
+    if attested["adds"]:
+        unfused = len(attested["unfused_adds"])
+        adds = attested["adds"]
+        parts.append(f"{unfused} of {adds} adds not fused" if unfused else f"{adds} adds fused")
+    for key, word in (("requantizes", "requantize"), ("reformats", "reformat")):
+        if attested[key]:
+            parts.append(f"{attested[key]} layers {word}")
+    if attested["rounds"]:
+        parts.append(f"{len(attested['rounds'])} Q/DQ pairs only round")
+    return ", ".join(parts)

@@ -72,8 +72,8 @@ def run(
     calib: str | None,
     calibrator: str,
     calib_images: int,
-    batch: str,
-    target: str | None,
+    batch: tuple[str, ...],
+    target: tuple[str, ...],
     builder: str,
     size: int | None,
     mean: str | None,
@@ -87,8 +87,8 @@ def run(
     from rtresnet.build import profiles, targets
 
     # What can be refused is refused before anything is computed.
-    profiles.parse(batch)
-    targets.parse(target)
+    profiles.parse_all(batch)
+    targets.parse(target, builder)
     if int8 and calib not in (None, "none"):
         from rtresnet.data.sources import open_images
 

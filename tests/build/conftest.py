@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from torch import nn
 from rtresnet import artifacts
 from rtresnet.artifacts import Profile, Sidecar, Weights
 from rtresnet.build import engine
+from rtresnet.build.nodes import Node
 from rtresnet.export.fold import fold
 from rtresnet.export.onnx import to_onnx
 from rtresnet.models import checkpoint, zoo
@@ -87,3 +89,59 @@ def plan(onnx_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
         onnx_file("resnet8", "int8"), path, profiles=[Profile(min=1, opt=4, max=8)], builder="rtx"
     )
     return path
+
+
+def _tensor(name: str, dtype: str, shape: str = "-1,16,32,32") -> str:
+    return (
+        f"{{ Name: {name}, Dimensions: [{shape}], Strides: [16384,1,512,16], "
+        f"StrideOrder: [3,0,2,1], Datatype: {dtype}, Format: (NHWC) Channel major format }}"
+    )
+
+
+def dumped(
+    kind: str, dtypes: list[str], origins: list[str], name: str = "l_myl0_1", out: str = "Float"
+) -> str:
+    """One line as TensorRT-RTX 1.7.1 writes it."""
+    inputs = ", ".join(_tensor(f"__mye{i}_myl0", dtype) for i, dtype in enumerate(dtypes))
+    metadata = "".join(f"[ONNX Layer: {origin}]" for origin in origins)
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {inputs}], "
+        f"Constants: [ {_tensor('w', 'Half', '16,16,3,3')}, {_tensor('b', 'Float', '1,16,1,1')}], "
+        f"Outputs: [ {_tensor('out', out)}], TacticName: __myelin_CASK_STUB, StreamId: 0, "
+        f"Metadata: {metadata}"
+    )
+
+
+def dump(*lines: str) -> str:
+    """The log message around such lines."""
+    return (
+        "Layers:\nName: __mye1421_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], "
+        "Outputs: [], TacticName: , StreamId: 0, Metadata: \n"
+        + "\n".join(lines)
+        + "\n\nI/O Tensors:\n Name: images, IOMode: Input, DataType: Float, Dimensions: "
+        "[-1,3,32,32], Location: Device, IsShapeInferenceIO: false\n\n"
+        "Engine Metadata:\n Multi-Device: Disabled\n"
+    )
+
+
+def nodes_of(**operations: str) -> dict[str, Node]:
+    """nodes_of(layer1_0_conv1="conv"): nodes by name, _ for . and the stage out of the name."""
+    found = {}
+    for key, operation in operations.items():
+        name = key.replace("_", ".")
+        parts = name.split(".")
+        inside = parts[0].startswith("layer")
+        found[name] = Node(
+            name=name,
+            operation=operation,
+            stage=parts[0] if inside else "stem",
+            block=".".join(parts[:2]) if inside else "stem",
+            dtype="FLOAT",
+        )
+    return found
+
+
+@pytest.fixture(scope="session")
+def fake() -> SimpleNamespace:
+    """fake.dump(fake.dumped(...)): a layer dump; fake.nodes_of(...): the nodes it speaks of."""
+    return SimpleNamespace(dump=dump, dumped=dumped, nodes_of=nodes_of)

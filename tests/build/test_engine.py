@@ -15,8 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import artifacts
-from rtresnet.artifacts import Attestation, Profile, Sidecar, read_sidecar, sidecar_path
-from rtresnet.build import engine, header
+from rtresnet.artifacts import Profile, Sidecar, read_sidecar, sidecar_path
+from rtresnet.build import engine, header, preflight
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -110,15 +110,15 @@ def test_a_plan_comes_with_a_sidecar_that_tells_all(
     assert plan.profiles == (PROFILE,)
     assert 0 < plan.seconds < 60
     assert plan.attested is not None
-    assert plan.attested == Attestation(
-        convolutions=convolutions, dtypes={dtype: convolutions}, layers=plan.attested.layers
-    )
+    assert plan.attested.convolutions == convolutions
+    assert plan.attested.dtypes == {dtype: convolutions}
     head = header.read(out)
     assert head is not None and head.targets == plan.targets
     assert set(plan.targets) >= {"sm_80", "sm_86", "sm_89", "sm_120"}
     assert [path.name for path in sorted(out.parent.iterdir())] == [
         out.name,
         f"{out.name}.json",
+        f"{out.name}.layers.json",
     ]
 
 
@@ -149,7 +149,8 @@ def test_several_profiles_are_recorded(onnx_file: OnnxFile, tmp_path: Path) -> N
 def test_the_phases_are_told(onnx_file: OnnxFile, tmp_path: Path) -> None:
     phases: list[str] = []
     build(onnx_file("resnet8", "fp32"), tmp_path / "net.plan", progress=phases.append)
-    assert phases == ["parse", "build"]
+    assert phases[:2] == ["parse", "build"]
+    assert "building engine" in phases[2:], "the builder's own words"
 
 
 def test_building_anew_replaces_plan_and_sidecar(onnx_file: OnnxFile, tmp_path: Path) -> None:
@@ -252,8 +253,59 @@ def test_an_unsupported_operator_is_named_with_its_node(tmp_path: Path) -> None:
     model = foreign(nodes, ["n", 3, 8, 8], ["n", 3, 8, 8])
     source.write_bytes(model.SerializeToString())
     message = refused(source)
-    assert "odd_node" in message
-    assert "DynamicQuantizeLinear" in message
+    assert "cannot take 1 of its 2 nodes: odd_node (DynamicQuantizeLinear)" in message
+
+
+def test_every_unsupported_node_is_named_before_anything_is_built(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["images"], ["q", "s", "z"], name="first"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["f"], name="back"),
+        helper.make_node("Conv", ["f", "weight"], ["c"], name="conv"),
+        helper.make_node("DynamicQuantizeLinear", ["c"], ["q2", "s2", "z2"], name="second"),
+        helper.make_node("QLinearConv", ["q2", "s2", "z2", "q2", "s2", "z2", "s2", "z2"], ["q3"],
+                         name="third"),
+        helper.make_node("DequantizeLinear", ["q3", "s2", "z2"], ["logits"], name="end"),
+    ]  # fmt: skip
+    source = tmp_path / "odd.onnx"
+    model = foreign(nodes, ["n", 3, 8, 8], ["n", 4, 8, 8])
+    source.write_bytes(model.SerializeToString())
+    message = refused(source)
+    for name in ("first (Dyn", "second (Dyn", "third (QLinearConv)"):
+        assert name in message
+
+
+def test_uint8_that_would_be_read_as_int8_is_refused(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path
+) -> None:
+    model = changed(onnx_file("resnet8", "int8"))
+    activations = {n.input[2] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name in activations:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(0, np.uint8), tensor.name))
+    del model.graph.value_info[:]
+    source = tmp_path / "unsigned.onnx"
+    publish(model, source, "int8")
+    message = refused(source)
+    assert "read as int8 without a word" in message and "rtresnet lint" in message
+
+
+def test_a_timing_cache_is_refused_where_it_would_do_nothing(
+    onnx_file: OnnxFile, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--timing-cache.*--builder tensorrt"):
+        build(onnx_file("resnet8", "fp16"), tmp_path / "n.plan", timing_cache=tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_timing_cache_goes_from_one_build_to_the_next(tmp_path: Path) -> None:
+    """The API is the same in both modules; in this one the cache stays empty."""
+    maker = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    path = tmp_path / "kernels.cache"
+    for _ in range(2):
+        with engine._timing_cache(maker.create_builder_config(), path):
+            pass
+        assert path.stat().st_size > 0
 
 
 def test_unsigned_activations_are_refused_with_the_parsers_reason(
@@ -272,9 +324,28 @@ def test_unsigned_activations_are_refused_with_the_parsers_reason(
     assert ".q" in message
 
 
-def test_a_failed_build_tells_what_the_builder_said(onnx_file: OnnxFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_sm_75_refuses_is_told_before_the_build(
+    onnx_file: OnnxFile, tmp_path: Path, precision: str
+) -> None:
+    phases: list[str] = []
+    out, rest = tmp_path / "net.plan", {"fp32": "--fp16", "int8": "--rest fp16"}[precision]
+    with pytest.raises(InputError, match=rf"sm_75, which fc is; leave sm_75 out.*{rest}"):
+        build(onnx_file("resnet8", precision), out, target=("sm_75",), progress=phases.append)
+    assert phases == ["parse"] and not list(tmp_path.iterdir())
+
+
+def test_sm_75_takes_fp16(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    sidecar = build(onnx_file("resnet8", "fp16"), tmp_path / "net.plan", target=("sm_75",))
+    assert sidecar.plan is not None and sidecar.plan.targets == ("sm_75",)
+
+
+def test_a_failed_build_tells_what_the_builder_said_and_of_which_block(
+    onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "check_targets", lambda *_: None)
     out = tmp_path / "net.plan"
-    with pytest.raises(ArtifactError, match=r"the build failed.*SM75"):
+    with pytest.raises(ArtifactError, match=r"the build failed \(at node fc: matmul in fc\).*SM75"):
         build(onnx_file("resnet8", "fp32"), out, target=("sm_75",))
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from rtresnet import machine
-from rtresnet.build import targets
+from rtresnet.build import gpus, targets
 from rtresnet.errors import EnvironmentLack, InputError, UnknownName
 
 
@@ -49,7 +49,7 @@ def test_an_unknown_target_lists_all_with_their_gpus_and_suggests_none() -> None
     with pytest.raises(InputError, match=r"sm_88 is no target; known: ") as caught:
         targets.parse("sm_88")
     for target in targets.RTX_TARGETS:
-        assert f"{target} ({targets.GPUS[target]})" in str(caught.value)
+        assert f"{target} ({gpus.SERVED[target]})" in str(caught.value)
     assert "did you mean" not in str(caught.value)  # the nearest name is another GPU
 
 
@@ -131,3 +131,76 @@ def test_a_target_that_the_builder_refuses_is_named() -> None:
     config = SimpleNamespace(set_compute_capability=lambda capability, index: False)
     with pytest.raises(InputError, match="sm_86"):
         targets.apply(trt, config, ("sm_86",))
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("RTX 4090", "sm_89"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "sm_89"),
+        ("rtx3060", "sm_86"),
+        ("RTX 2080 Ti", "sm_75"),
+        ("Tesla T4", "sm_75"),
+        ("L4", "sm_89"),
+        ("NVIDIA L40S", "sm_89"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80"),
+        ("A10G", "sm_86"),
+        ("RTX A6000", "sm_86"),
+        ("NVIDIA RTX 6000 Ada Generation", "sm_89"),
+        ("Quadro RTX 8000", "sm_75"),
+        ("RTX 5090", "sm_120"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "sm_120"),
+        ("GB10", "sm_121"),
+        ("8.9", "sm_89"),
+        ("12.0", "sm_120"),
+    ],
+)
+def test_gpus_are_known_by_name(name: str, target: str) -> None:
+    assert targets.parse(name, "rtx") == (target,)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("H100", "sm_90, which H100 is"),
+        ("NVIDIA H100 80GB HBM3", "sm_90"),
+        ("H200", "sm_90"),
+        ("B200", "sm_100"),
+        ("sm_100", "sm_100"),
+        ("Jetson AGX Orin", "sm_87"),
+    ],
+)
+def test_a_gpu_that_rtx_does_not_serve_says_what_does(name: str, words: str) -> None:
+    with pytest.raises(InputError, match="build on that machine with --builder tensorrt") as caught:
+        targets.parse(["L4", name], "rtx")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["V100", "Tesla P100-PCIE-16GB", "GTX 1080 Ti", "sm_61"])
+def test_a_gpu_that_is_too_old_for_either_says_so(name: str) -> None:
+    with pytest.raises(InputError, match="neither TensorRT-RTX nor TensorRT 11"):
+        targets.parse(name, "rtx")
+
+
+def test_all_and_several_options_are_one_list() -> None:
+    assert targets.parse("all", "rtx") == targets.RTX_TARGETS
+    assert targets.parse(["L4", "sm_86,sm_89"], "rtx") == ("sm_89", "sm_86")
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_current_without_a_gpu_is_a_lack_of_the_environment() -> None:
+    with pytest.raises(EnvironmentLack, match=r"no GPU in this machine; .*--target") as caught:
+        targets.parse("current")
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_current_is_the_gpu_in_the_machine() -> None:
+    assert targets.parse("current", "rtx") == targets.parse("current", "tensorrt") == ("sm_89",)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_tensorrt_builds_for_its_own_gpu_only() -> None:
+    assert targets.parse("L40", "tensorrt") == ("sm_89",)
+    with pytest.raises(InputError, match=r"sm_89, not for sm_86; .*--builder rtx"):
+        targets.parse("sm_86", "tensorrt")

@@ -1,0 +1,77 @@
+"""GPUs by the names people know them by, as targets: "RTX 4090" is sm_89.
+
+Compute capabilities as NVIDIA publishes them (developer.nvidia.com/cuda-gpus). Patterns of names,
+so that the table need not know every board; the first that matches counts.
+"""
+
+from __future__ import annotations
+
+import re
+
+# What TensorRT-RTX 1.7 lists, in the order of the bits of a plan's header.
+SERVED = {
+    "sm_75": "RTX 20, T4",
+    "sm_80": "A100, A30",
+    "sm_86": "RTX 30, A10, A40",
+    "sm_89": "RTX 40, L4, L40",
+    "sm_120": "RTX 50",
+    "sm_121": "GB10",
+}
+# What it does not, and what people call it.
+UNSERVED = {
+    "sm_87": "Jetson Orin",
+    "sm_90": "H100, H200",
+    "sm_100": "B100, B200",
+    "sm_103": "B300",
+    "sm_110": "Jetson Thor",
+}
+OLD = "sm_70 and older: V100, P100, GTX 10"
+
+NAMES = (
+    (r"rtx pro \d000( blackwell)?|rtx pro 4500", "sm_120"),
+    (r"(rtx )?\d000 ada|rtx 4500 ada|rtx 5880", "sm_89"),
+    (r"rtx a(2|4|5|6)000|rtx a(4|5)500|rtx a\d00", "sm_86"),
+    (r"(quadro )?rtx (3|4|5|6|8)000", "sm_75"),
+    (r"(rtx )?50[5-9]0|rtx 50", "sm_120"),
+    (r"(rtx )?40[5-9]0|rtx 40", "sm_89"),
+    (r"(rtx )?30[5-9]0|rtx 30", "sm_86"),
+    (r"(rtx )?20[5-8]0|rtx 20|gtx 16\d\d|titan rtx|t4g?|t(4|5|6|10)00|turing", "sm_75"),
+    (r"gb10|dgx spark", "sm_121"),
+    (r"g?b300", "sm_103"),
+    (r"b100|g?b200", "sm_100"),
+    (r"gh200|h20|h[128]00|hopper", "sm_90"),
+    (r"l4|l40s?|l20|l2|ada", "sm_89"),
+    (r"a100x?|a30x?|a800", "sm_80"),
+    (r"a10g?|a16|a40|a2", "sm_86"),
+    (r".*orin.*", "sm_87"),
+    (r".*thor.*", "sm_110"),
+    (r"v100s?|titan v|volta", "sm_70"),
+    (r"p100|p40?|p6|gtx 10\d0|titan xp?|pascal", "sm_61"),
+)
+# What stands around the name: NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090 Laptop GPU.
+VENDOR = re.compile(r"^(nvidia|tesla|geforce|graphics|nvidia corporation)\s+", re.IGNORECASE)
+REST = re.compile(
+    r"[\s-]*((laptop|mobile|max-q|gpu|ti|super|pcie|sxm\d?|nvl?|generation|workstation|server|edition"
+    r"|tensor|core|with|design|d|\d+ ?gb|hbm\d?e?)\b[\s-]*)*$",
+    re.IGNORECASE,
+)
+
+
+def target_of(name: str) -> str | None:
+    """The compute capability of a GPU, as in sm_89; None for a name that the table lacks."""
+    text = " ".join(name.replace("_", " ").split()).lower()
+    while (shorter := VENDOR.sub("", text)) != text:
+        text = shorter
+    text = re.sub(r"(?<=[a-z])-(?=\d)", " ", text)
+    text = re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", text)
+    text = re.sub(r"(?<=\d)(ti|super)\b", r" \1", text)
+    for kept in (text, REST.sub("", text)):
+        for pattern, target in NAMES:
+            if re.fullmatch(pattern, kept):
+                return target
+    return None
+
+
+def too_old(target: str) -> bool:
+    """Whether neither TensorRT-RTX nor TensorRT 11 serves it: below 7.5."""
+    return int(target.removeprefix("sm_")) < 75
