@@ -27,6 +27,8 @@ VERBS = (
     "predict",
     "compare",
     "bench",
+    "profile",
+    "estimate",
     "study",
     "inspect",
     "models",

@@ -1,0 +1,327 @@
+"""An ONNX graph as the kernels that must run: multiply-adds, and bytes in and out of each.
+
+A kernel is a convolution, a matrix product or a pooling with everything elementwise behind it
+(activation, addition, Q/DQ, casts), as TensorRT fuses them: what lies in between is never stored.
+Each kernel reads its inputs and weights once and writes its output once, in the type they are
+stored in: a tensor between QuantizeLinear and DequantizeLinear takes one byte an element. That is
+the least any implementation moves; nothing here is measured.
+
+The only file of this room that imports onnx: shapes are nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from rtresnet import blocks
+from rtresnet.errors import ArtifactError, InputError, missing_package
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
+# The same elements, stored once: what reads them reads what stands before.
+VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
+KEPT = 1024  # elements: a shape or an axis is smaller, a weight's values are not needed
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel, for one image. Weights are read once for the whole batch.
+
+    Attributes:
+        block: "stem", "layer1.0" and so on, "head"; see `rtresnet.blocks`.
+        stage: "stem", "layer1" and so on, "head": blocks with one output size.
+        op: Of the node it is named after.
+        nodes: Names of all nodes in it, and of the tensors these make.
+        dtype: What is multiplied: "fp32", "fp16" or "int8".
+        multiply_adds: Of an image; 0 for a pooling.
+        weights: Bytes of weights and biases.
+        read: Bytes of activations it takes, one entry a tensor.
+        written: Bytes of activations it leaves.
+    """
+
+    name: str
+    block: str
+    stage: str
+    op: str
+    nodes: tuple[str, ...]
+    dtype: str
+    multiply_adds: int
+    weights: int
+    read: tuple[int, ...]
+    written: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """A graph's kernels in its order, and the side of its images, in pixels.
+
+    Attributes:
+        blocks: The block of every node, and of every tensor it makes: runtimes name what they fuse
+            by either.
+    """
+
+    kernels: list[Kernel]
+    blocks: dict[str, str]
+    size: int
+
+
+def count(source: str | os.PathLike[str] | Any) -> Counted:
+    """Counts an ONNX file or a model in memory.
+
+    Raises:
+        ArtifactError: Not an ONNX file.
+        InputError: Its shapes are not known, or it has no convolution.
+    """
+    graph = _Graph(_read(source), str(source) if isinstance(source, str | os.PathLike) else "model")
+    return Counted(kernels=graph.kernels(), blocks=graph.blocks, size=graph.size)
+
+
+def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
+    """The same kernels as if stored and multiplied in another precision; images stay float32.
+
+    For INT8: weights, and activations between kernels, take a byte; logits stay float32.
+    """
+    scale = BYTES[precision]
+    return [
+        replace(
+            kernel,
+            dtype=precision,
+            weights=kernel.weights * scale // BYTES[kernel.dtype],
+            read=tuple(
+                size if first and index == 0 else size * scale // BYTES[kernel.dtype]
+                for index, size in enumerate(kernel.read)
+            ),
+            written=kernel.written if last else kernel.written * scale // BYTES[kernel.dtype],
+        )
+        for kernel, first, last in (
+            (kernel, place == 0, place == len(kernels) - 1) for place, kernel in enumerate(kernels)
+        )
+    ]
+
+
+def precision_of(kernels: list[Kernel]) -> str:
+    """What most multiply-adds are done in."""
+    totals: dict[str, int] = {}
+    for kernel in kernels:
+        totals[kernel.dtype] = totals.get(kernel.dtype, 0) + kernel.multiply_adds
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def _read(source: str | os.PathLike[str] | Any) -> Any:
+    try:
+        import onnx
+    except ImportError:
+        raise missing_package("onnx", "counting multiply-adds") from None
+    model = source
+    if isinstance(source, str | os.PathLike):
+        try:
+            model = onnx.load(os.fspath(source), load_external_data=False)
+        except Exception as error:  # protobuf's DecodeError is not one type across versions
+            raise ArtifactError(
+                f"{source}: not an ONNX file, or truncated", fix="export it anew"
+            ) from error
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    for tensor in small.graph.initializer:
+        if prod(tensor.dims) > KEPT:  # shape inference copies the model; it needs no weights
+            for field in ("raw_data", "float_data", "int32_data"):
+                tensor.ClearField(field)
+    if small.graph.input:
+        batch = small.graph.input[0].type.tensor_type.shape.dim
+        if batch and not batch[0].HasField("dim_value"):
+            batch[0].dim_value = 1
+    del small.graph.value_info[:]
+    for out in small.graph.output:
+        out.type.tensor_type.ClearField("shape")
+    for index, node in enumerate(small.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    return onnx.shape_inference.infer_shapes(small, data_prop=True)
+
+
+class _Graph:
+    def __init__(self, model: Any, where: str) -> None:
+        graph = model.graph
+        self.where = where
+        self.nodes = list(graph.node)
+        self.producers = {out: node for node in self.nodes for out in node.output}
+        self.constants = {t.name: (tuple(t.dims), t.data_type) for t in graph.initializer}
+        self.outputs = {out.name for out in graph.output}
+        typed = [*graph.value_info, *graph.output, *graph.input]
+        self.tensors = {v.name: _shape(v) for v in typed}
+        inputs = [v.name for v in graph.input if v.name not in self.constants]
+        shape = self.tensors[inputs[0]][0] if inputs else ()
+        if len(shape) != 4 or min(shape) < 1:
+            raise InputError(
+                f"{where}: its input is {list(shape)}, not [N, 3, S, S] with a fixed S",
+                fix="export it with a fixed image size",
+            )
+        self.images, self.size = shape[0], shape[-1]
+        names = [(node.name, node.op_type) for node in self.nodes]
+        self.blocks: dict[str, str] = {}
+        for node, block in zip(self.nodes, blocks.assign(names), strict=True):
+            self.blocks |= dict.fromkeys((*node.output, node.name), block)
+
+    def elements(self, tensor: str) -> int:
+        shape, _ = self.tensors.get(tensor, ((), 0))
+        if not shape or min(shape) < 1:
+            raise InputError(
+                f"{self.where}: the shape of {tensor} is not known",
+                fix="export it with a fixed image size",
+            )
+        return prod(shape) // self.images
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether it depends on weights alone."""
+        node = self.producers.get(tensor)
+        if node is None:
+            return tensor in self.constants or not tensor
+        return all(map(self.is_constant, node.input))
+
+    def stored(self, tensor: str) -> tuple[str, int]:
+        """What is in memory for a tensor, behind views: its name there, elements an image."""
+        elements = self.elements(tensor)
+        node = self.producers.get(tensor)
+        if node is not None and self.is_view(node):
+            name, before = self.stored(node.input[0])
+            # Of a Slice only what is taken is read; of a Pad the zeros are not.
+            return name, min(elements, before)
+        return tensor, elements
+
+    def is_view(self, node: Any) -> bool:
+        if node is None:
+            return False
+        if node.op_type in VIEWS or node.op_type == "Constant":
+            return True
+        source = self.producers.get(node.input[0])
+        if node.op_type in ("QuantizeLinear", "Cast"):  # of the images, or back to a float type
+            return source is None or (node.op_type == "Cast" and self.is_view(source))
+        return False
+
+    def weights(self, node: Any) -> tuple[int, tuple[int, ...], str]:
+        """Bytes of weights and biases, the weight's shape, and the type it is stored in."""
+        total, first = 0, ((), 0)
+        for name in node.input[1:]:
+            if not name or not self.is_constant(name):
+                continue
+            while name not in self.constants and name in self.producers:
+                name = self.producers[name].input[0]
+            shape, kind = self.constants.get(name, ((), 0))
+            first = first if first[0] else (shape, kind)
+            total += prod(shape) * _size(kind)
+        return total, first[0], _dtype(first[1])
+
+    def kernels(self) -> list[Kernel]:
+        owner = self._owners()
+        groups: dict[int, list[Any]] = {}
+        for index, node in enumerate(self.nodes):
+            if index in owner:
+                groups.setdefault(owner[index], []).append(node)
+        makers = {
+            out: group for group, members in groups.items() for n in members for out in n.output
+        }
+        reads: dict[int, list[tuple[str, int]]] = {}
+        stored: dict[str, int] = {}
+        for group, members in groups.items():
+            found: dict[str, int] = {}
+            for name in (name for node in members for name in node.input):
+                if name and not self.is_constant(name) and makers.get(name) != group:
+                    place, elements = self.stored(name)
+                    if makers.get(place) != group:
+                        found[place] = max(found.get(place, 0), elements)
+                        stored[place] = self.elements(place)
+            reads[group] = list(found.items())
+        for name in self.outputs:
+            if makers.get(self.stored(name)[0]) is not None:
+                stored[self.stored(name)[0]] = self.elements(name)
+        result = [
+            self._kernel(self.nodes[group], members, reads[group], stored, makers)
+            for group, members in groups.items()
+        ]
+        if not any(kernel.multiply_adds for kernel in result):
+            raise InputError(f"{self.where}: no convolution in it")
+        return self._staged(result, groups)
+
+    def _owners(self) -> dict[int, int]:
+        """Each node's kernel, as the index of the node it is named after; views have none."""
+        owner: dict[int, int] = {}
+        made: dict[str, int] = {}
+        for index, node in enumerate(self.nodes):
+            constant = all(map(self.is_constant, node.input))
+            if not constant and node.op_type in PRODUCTS + POOLS:
+                owner[index] = index
+            elif not constant and not self.is_view(node):
+                inputs = [name for name in node.input if name and not self.is_constant(name)]
+                # An addition runs behind the branch that is not stored for it.
+                direct = [made[name] for name in inputs if name in made]
+                before = [made[p] for p, _ in map(self.stored, inputs) if p in made]
+                if direct or before:
+                    owner[index] = max(direct or before)
+            if index in owner:
+                made.update(dict.fromkeys(node.output, owner[index]))
+        return owner
+
+    def _kernel(
+        self,
+        node: Any,
+        members: list[Any],
+        read: list[tuple[str, int]],
+        stored: Mapping[str, int],
+        makers: Mapping[str, int],
+    ) -> Kernel:
+        weights, shape, dtype = self.weights(node)
+        macs = 0
+        if node.op_type in PRODUCTS and shape:
+            out = self.elements(node.output[0])
+            per = prod(shape[1:]) if node.op_type == "Conv" else prod(shape)
+            macs = out * per if node.op_type == "Conv" else per
+        if node.op_type in POOLS:
+            dtype, weights = _dtype(self.tensors[self.stored(node.input[0])[0]][1]), 0
+        elif dtype == "int8" and not self.is_view(self.producers.get(node.input[0])):
+            dtype = "fp32"  # weights alone are quantized
+        own = {out for member in members for out in member.output}
+        return Kernel(
+            name=node.name,
+            block=self.blocks[node.name],
+            stage="",
+            op=node.op_type,
+            nodes=tuple(dict.fromkeys(name for m in members for name in (m.name, *m.output))),
+            dtype=dtype,
+            multiply_adds=macs,
+            weights=weights,
+            read=tuple(elements * _size(self.tensors[name][1]) for name, elements in read),
+            written=sum(stored[t] * _size(self.tensors[t][1]) for t in own if t in stored),
+        )
+
+    def _staged(self, kernels: list[Kernel], groups: Mapping[int, list[Any]]) -> list[Kernel]:
+        """Names stages: by the blocks' names, or by where the output's size changes."""
+        sides: list[int] = []
+        result = []
+        for kernel, (index, members) in zip(kernels, groups.items(), strict=True):
+            stage = kernel.block.partition(".")[0]
+            if stage.startswith("block"):
+                out = members[-1].output[0] if members else self.nodes[index].output[0]
+                side = self.tensors[out][0][-1]
+                if side not in sides:
+                    sides.append(side)
+                stage = f"stage{sides.index(side) + 1}"
+            result.append(replace(kernel, stage=stage))
+        return result
+
+
+def _shape(value: Any) -> tuple[tuple[int, ...], int]:
+    tensor = value.type.tensor_type
+    return tuple(dim.dim_value for dim in tensor.shape.dim), tensor.elem_type
+
+
+def _size(kind: int) -> int:
+    """Bytes of an element of an ONNX type."""
+    return {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}.get(kind, 4)
+
+
+def _dtype(kind: int) -> str:
+    return {2: "int8", 3: "int8", 10: "fp16", 16: "fp16"}.get(kind, "fp32")

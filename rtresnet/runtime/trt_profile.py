@@ -1,0 +1,79 @@
+"""Time a layer, from TensorRT's IProfiler. Reached by `rtresnet profile X.plan` on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rtresnet import artifacts
+from rtresnet.runtime.ort_profile import LEAST, WARM_UP, Recorded, Run
+from rtresnet.runtime.trt import TrtBackend
+
+
+def profiler(trt: Any) -> Any:
+    """An object of a class derived from the module's IProfiler that keeps what it is told.
+
+    TensorRT calls `report_layer_time(layer_name, ms)` once a layer after each enqueue.
+    """
+
+    class Keeper(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.layers: Run = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.layers.append((layer_name, "", float(ms)))
+
+    return Keeper()
+
+
+def record(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    *,
+    seconds: float,
+    on_progress: Callable[[float], None] = lambda elapsed: None,
+) -> Recorded:
+    """Profiles a plan on the GPU that is here. What is compared is its compute, without copies.
+
+    Args:
+        path: A plan.
+        images: float32 [N, 3, S, S]; N no larger than the plan's largest batch.
+        seconds: For runs with and without the profiler together.
+        on_progress: Called with the seconds spent.
+
+    Raises:
+        EnvironmentLack: No GPU, no TensorRT, or it does not accept the plan.
+        ArtifactError: Version or target do not match.
+    """
+    sidecar = artifacts.verify(path)
+    name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
+    plain, watched = TrtBackend(path, sidecar), TrtBackend(path, sidecar)
+    try:
+        keeper = profiler(importlib.import_module(name))
+        watched.watch(keeper)
+        runs: list[Run] = []
+        whole: list[float] = []
+        for _ in range(WARM_UP):
+            plain.infer(images)
+            watched.infer(images)
+        begin = time.perf_counter()
+        while (elapsed := time.perf_counter() - begin) < seconds or len(whole) < LEAST:
+            plain.infer(images)
+            whole.append(plain.timings()["compute"])
+            keeper.layers = []
+            watched.infer(images)
+            runs.append(keeper.layers)
+            on_progress(elapsed)
+        return Recorded(
+            runs=runs, whole=whole, device=plain.device, provider=plain.provider,
+            threads=None, packages=plain.packages,
+        )  # fmt: skip
+    finally:
+        watched.close()
+        plain.close()

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rtresnet.bench import gpus, kernels
+from rtresnet.bench.kernels import Kernel
+from rtresnet.errors import InputError, UnknownName
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("RTX 4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("Tesla T4", "T4"), ("h200", "H200 SXM"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_found_as_people_and_drivers_write_it(given: str, found: str) -> None:
+    assert gpus.find(given).name == found
+
+
+@pytest.mark.parametrize("other", ["A10G", "H100 NVL", "RTX 4090 Laptop", "RTX", "4090", ""])
+def test_another_card_is_not_taken_for_one_of_the_table(other: str) -> None:
+    with pytest.raises(UnknownName):
+        gpus.find(other)
+
+
+def test_the_table_is_consistent() -> None:
+    for gpu in gpus.GPUS:
+        # The tensor cores of every one of these do INT8 at twice the rate of FP16.
+        assert gpu.int8 == pytest.approx(2 * gpu.fp16, rel=0.03), gpu.name
+        assert gpu.fp32 < gpu.fp16 and gpu.source
+        assert gpus.find(gpu.name) is gpu
+
+
+def kernel(macs: int, read: int, written: int, weights: int) -> Kernel:
+    return Kernel(
+        name="k", block="b", stage="s", op="Conv", nodes=("k",), dtype="int8",
+        multiply_adds=macs, weights=weights, read=(read,), written=written,
+    )  # fmt: skip
+
+
+def test_a_bound_by_hand() -> None:
+    gpu = gpus.find("T4")  # 130 TOP/s, 320 GB/s, 4 MB
+    (bound,) = gpus.estimate([kernel(65_000_000, 3_000_000, 1_000_000, 8_000_000)], gpu, 10)
+    assert bound.compute == pytest.approx(0.01)
+    assert bound.memory == pytest.approx((40e6 + 8e6) / 320e9 * 1e3)
+    # 30 MB in, 10 MB out and 8 MB of weights, of each of which the cache holds 4.
+    assert bound.beyond_cache == pytest.approx((26e6 + 6e6 + 4e6) / 320e9 * 1e3)
+    assert bound.least == bound.beyond_cache and bound.through_memory == bound.memory
+
+
+def test_bounds_hold_against_published_measurements(net_file: Callable[..., Path]) -> None:
+    """NVIDIA of one A100, ResNet-18, batch 32: 0.863 ms in FP16, 0.500 ms in INT8."""
+    torch = pytest.importorskip("torch")
+    from rtresnet.export.fold import fold
+    from rtresnet.export.onnx import to_onnx
+    from rtresnet.models import zoo
+
+    torch.manual_seed(0)
+    model = to_onnx(fold(zoo.build(zoo.spec("resnet18")).eval()), size=224, name="resnet18")
+    counted = kernels.count(model).kernels
+    for precision, measured in (("fp16", 0.863), ("int8", 0.500)):
+        bounds = gpus.estimate(kernels.at(counted, precision), gpus.find("A100"), 32)
+        assert sum(bound.through_memory for bound in bounds) < measured
+        assert sum(bound.least for bound in bounds) > measured / 10  # and says something
+        assert all(bound.least <= bound.through_memory for bound in bounds)
+
+
+def test_a_batch_below_one_is_refused() -> None:
+    with pytest.raises(InputError, match="--batch 0"):
+        gpus.estimate([kernel(1, 1, 1, 1)], gpus.GPUS[0], 0)

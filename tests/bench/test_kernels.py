@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from rtresnet.bench import kernels
+from rtresnet.errors import ArtifactError, InputError
+from rtresnet.models import zoo
+from rtresnet.models.resnet import multiply_adds
+
+Net = Callable[..., Path]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "nameless"])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_multiply_adds_are_those_of_the_net(net_file: Net, precision: str, shortcut: str) -> None:
+    counted = kernels.count(net_file(precision, "resnet8", shortcut))
+    net = zoo.build(zoo.spec("resnet8", shortcut=shortcut), device="meta")
+    assert sum(kernel.multiply_adds for kernel in counted.kernels) == multiply_adds(net, 32)
+    assert counted.size == 32
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("int8", 1)])
+def test_a_fused_convolution_moves_what_it_reads_and_writes(
+    net_file: Net, precision: str, size: int
+) -> None:
+    found = {k.name: k for k in kernels.count(net_file(precision)).kernels}
+    map_bytes = 16 * 32 * 32 * size
+    first, last = found["layer1.0.conv1"], found["layer1.0.conv2"]
+    assert first.dtype == last.dtype == precision
+    assert first.read == (map_bytes,) and first.written == map_bytes
+    assert sorted(last.read) == [map_bytes, map_bytes]  # its input and the shortcut's
+    assert last.written == map_bytes
+    assert {"layer1.0.add", "layer1.0.relu2"} <= set(last.nodes)
+    biases = 16 * 4 if precision != "fp16" else 16 * 2
+    assert 16 * 16 * 9 * size + biases <= first.weights <= 16 * 16 * 9 * size + biases + 16 * 5
+
+
+def test_every_node_that_stores_is_in_one_kernel(net_file: Net) -> None:
+    path = net_file("fp32")
+    counted = kernels.count(path)
+    nodes = onnx.load(path).graph.node
+    inside = [name for kernel in counted.kernels for name in kernel.nodes]
+    assert len(inside) == len(set(inside))
+    views = {node.name for node in nodes if node.op_type in kernels.VIEWS}
+    assert {node.name for node in nodes} - set(inside) == views
+    assert set(counted.blocks) == {name for n in nodes for name in (n.name, *n.output)}
+
+
+def test_blocks_and_stages_come_in_order(net_file: Net) -> None:
+    named = kernels.count(net_file("fp32")).kernels
+    assert list(dict.fromkeys(k.block for k in named)) == [
+        "stem", "layer1.0", "layer2.0", "layer3.0", "head",
+    ]  # fmt: skip
+    nameless = kernels.count(net_file("nameless")).kernels
+    assert list(dict.fromkeys(k.block for k in nameless)) == [
+        "stem", "block1", "block2", "block3", "head",
+    ]  # fmt: skip
+    assert list(dict.fromkeys(k.stage for k in nameless)) == [
+        "stem", "stage1", "stage2", "stage3", "head",
+    ]  # fmt: skip
+    assert [k.multiply_adds for k in nameless] == [k.multiply_adds for k in named]
+
+
+def test_as_if_int8_moves_what_the_int8_file_moves(net_file: Net) -> None:
+    as_if = kernels.at(kernels.count(net_file("fp32")).kernels, "int8")
+    real = kernels.count(net_file("int8")).kernels
+    assert [k.multiply_adds for k in as_if] == [k.multiply_adds for k in real]
+    total = sum(sum(k.read) + k.written for k in as_if)
+    assert total == pytest.approx(sum(sum(k.read) + k.written for k in real), rel=0.1)
+    assert kernels.precision_of(as_if) == kernels.precision_of(real) == "int8"
+
+
+def test_a_fixed_batch_is_counted_an_image(net_file: Net, tmp_path: Path) -> None:
+    model = onnx.load(net_file("fp32"))
+    dynamic = kernels.count(model).kernels
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    assert kernels.count(model).kernels == dynamic
+
+
+def test_what_cannot_be_counted_is_said(net_file: Net, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(net_file("fp32").read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match="not an ONNX file"):
+        kernels.count(broken)
+    open_size = onnx.load(net_file("fp32"))
+    for dim in open_size.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.Clear()
+        dim.dim_param = "side"
+    with pytest.raises(InputError, match="fixed"):
+        kernels.count(open_size)

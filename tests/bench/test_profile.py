@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtresnet import machine
+from rtresnet.bench import gpus, kernels, profile
+from rtresnet.cli.main import main
+from rtresnet.runtime import ort_profile, trt_profile
+
+Net = Callable[..., Path]
+BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1.0", "fc": "head"}
+
+
+@pytest.mark.parametrize(
+    ("ran", "node"),
+    [
+        ("conv1", "conv1"), ("conv1_nchwc", "conv1"), ("conv1_token_2", "conv1"),
+        ("InsertedPrecisionFreeCast_layer1.0.conv1_nchwc", "layer1.0.conv1"),
+        ("layer1.0.conv1 + PWN(layer1.0.add)", "layer1.0.conv1"),
+        ("__myl_Conv_0x12 [layer1.0.add\x1ffc]", "layer1.0.add"),
+        ("fused conv1", "conv1"), ("ReorderOutput_token_7", None), ("", None), ("conv10", None),
+    ],
+)  # fmt: skip
+def test_a_name_after_fusion_is_recognized(ran: str, node: str | None) -> None:
+    assert profile.recognize(ran, BLOCKS) == node
+
+
+def test_what_is_not_recognized_belongs_to_what_ran_before() -> None:
+    run = [("Transpose", "Transpose", 1.0), ("conv1", "Conv", 2.0), ("ReorderOutput", "R", 3.0),
+           ("fc", "Gemm", 4.0)]  # fmt: skip
+    layers = profile.layers_of([run, run, run], BLOCKS)
+    assert [layer.block for layer in layers] == ["stem", "stem", "stem", "head"]
+    assert [layer.recognized for layer in layers] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("ms", "other", "compute", "memory", "bound"),
+    [
+        (10, 0, 8, 2, "compute"), (10, 0, 2, 8, "memory"), (10, 0, 1, 2, "overhead"),
+        (10, 6, 4, 1, "overhead"),
+    ],
+)  # fmt: skip
+def test_what_bounds_a_block(
+    ms: float, other: float, compute: float, memory: float, bound: str
+) -> None:
+    assert profile.bound_by(ms, other, compute, memory) == bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "nameless"])
+def test_a_real_profile_adds_up_block_by_block(net_file: Net, precision: str) -> None:
+    pytest.importorskip("onnxruntime")
+    path = net_file(precision)
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    recorded = ort_profile.record(path, images, seconds=0.01, threads=1)
+    assert len(recorded.runs) == len(recorded.whole) >= ort_profile.LEAST
+    counted = kernels.count(path)
+    gpu = gpus.find("T4")
+    found = profile.profile(
+        recorded.runs, recorded.whole, counted.kernels, counted.blocks,
+        batch=2, rates=gpu, bandwidth=gpu.bandwidth * 1e9,
+    )  # fmt: skip
+    assert [part.name for part in found.blocks] == list(
+        dict.fromkeys(kernel.block for kernel in counted.kernels)
+    )
+    assert all(part.ms > 0 for part in found.blocks)
+    for parts in (found.blocks, found.stages):
+        assert sum(part.ms for part in parts) == pytest.approx(found.total)
+        assert sum(part.share for part in parts) == pytest.approx(1)
+        assert sum(part.flops for part in parts) == 4 * sum(
+            kernel.multiply_adds for kernel in counted.kernels
+        )
+    assert found.unrecognized < 0.5
+    assert found.agrees == (abs(found.total - found.whole) <= 0.1 * found.whole)
+    if precision == "int8":
+        ran, of = found.int8_products or (0, 0)
+        assert of == sum(k.dtype == "int8" for k in counted.kernels) and 0 < ran <= of
+    else:
+        assert found.int8_products is None
+
+
+def test_sums_that_do_not_agree_are_noticed(net_file: Net) -> None:
+    counted = kernels.count(net_file("fp32"))
+    run = [(kernel.name, kernel.op, 1.0) for kernel in counted.kernels]
+    total = float(len(run))
+    for whole, agrees in ((total, True), (1.2 * total, False), (0.8 * total, False)):
+        found = profile.profile(
+            [run], [whole], counted.kernels, counted.blocks, batch=1, rates=None, bandwidth=None
+        )
+        assert found.agrees is agrees
+        assert all(part.bound is None for part in found.blocks)
+
+
+def test_the_verb_shows_blocks_and_writes_them(
+    net_file: Net,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("RTRESNET_CACHE", str(tmp_path))
+    monkeypatch.setattr("rtresnet.bench.roofline.SECONDS", 0.01)
+    monkeypatch.setattr("rtresnet.bench.roofline.SIDES", (64,))
+    monkeypatch.setattr("rtresnet.bench.roofline.COPY", 1 << 20)
+    out = tmp_path / "p.json"
+    arguments = ["profile", str(net_file("int8")), "--seconds", "0.1", "--json", str(out)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    for words in ("stem", "layer3.0", "head", "layers add up to", "Roof:", "Slowest layers:"):
+        assert words in shown
+    result = json.loads(out.read_text())["result"]
+    assert ("NOTE: these differ" in shown) == (not result["agrees"])
+    assert result["precision"] == "int8" and result["roof"]["int8"] > 0
+    assert main(["profile", str(net_file("int8")), "--seconds", "-1"]) == 2
+    assert main(["profile", str(tmp_path / "none.onnx")]) == 2
+
+
+def test_a_plan_without_a_gpu_is_refused_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], without_gpu: None
+) -> None:
+    (tmp_path / "a.plan").write_bytes(b"vtrt")
+    assert main(["profile", str(tmp_path / "a.plan")]) == 3
+    assert "on a CPU use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
+def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
+    trt = pytest.importorskip(module)
+    keeper = trt_profile.profiler(trt)
+    assert isinstance(keeper, trt.IProfiler)
+    keeper.report_layer_time("layer1.0.conv1 + layer1.0.relu1", 0.25)
+    assert keeper.layers == [("layer1.0.conv1 + layer1.0.relu1", "", 0.25)]
+    assert isinstance(trt.IExecutionContext.profiler, property)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not machine.gpus(), reason="no GPU")
+def test_a_plans_layers_add_up_on_a_gpu(net_file: Net, tmp_path: Path) -> None:
+    from rtresnet.artifacts import Profile
+    from rtresnet.build import engine
+
+    plan = tmp_path / "net.plan"
+    builder = "tensorrt" if machine.installed("tensorrt") else "rtx"
+    engine.build(net_file("fp16"), plan, profiles=[Profile(min=1, opt=8, max=8)], builder=builder)
+    images = np.zeros((8, 3, 32, 32), np.float32)
+    recorded = trt_profile.record(plan, images, seconds=1)
+    counted = kernels.count(net_file("fp16"))
+    layers = profile.layers_of(recorded.runs, counted.blocks)
+    assert {layer.block for layer in layers} >= {"layer1.0", "layer2.0", "layer3.0"}

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rtresnet.cli.main import main
+
+
+def test_a_named_net_on_one_gpu_is_a_bound_by_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "e.json"
+    arguments = ["--gpu", "RTX 4090", "--precision", "int8", "--batch", "32", "--json", str(out)]
+    assert main(["estimate", "resnet20", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "no faster than" in shown and "not a measurement" in shown and "whitepaper" in shown
+    for stage in ("stem", "layer1", "layer2", "layer3", "head"):
+        assert stage in shown
+    result = json.loads(out.read_text())["result"]
+    assert result["what"] == "bound" and result["multiply_adds"] == 40_551_040
+    (entry,) = result["results"]
+    assert entry["no_faster_than_ms"] == pytest.approx(
+        sum(stage["no_faster_than_ms"] for stage in entry["stages"])
+    )
+    assert entry["no_faster_than_ms"] <= entry["through_memory_ms"]
+    assert entry["compute_ms"] == pytest.approx(2e3 * 32 * 40_551_040 / 660.6e12)
+
+
+def test_a_file_on_every_gpu(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", str(engines / "resnet8-int8.onnx")]) == 0
+    shown = capsys.readouterr().out
+    assert "int8, batch 1" in shown and "T4" in shown and "H200" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resnet20", "--gpu", "RTX 9999"], "unknown GPU"),
+        (["resnet21"], "unknown model"),
+        (["none.onnx"], "no such file"),
+        (["{engines}/resnet8-int8.onnx", "--precision", "fp16"], "is int8; name its FP32 file"),
+        (["{engines}/resnet8.onnx", "--size", "64"], "has its own"),
+    ],
+)
+def test_what_cannot_be_estimated_is_said(
+    arguments: list[str], words: str, engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [part.replace("{engines}", str(engines)) for part in arguments]
+    assert main(["estimate", *given]) == 2
+    assert words in capsys.readouterr().err
