@@ -44,6 +44,7 @@ def run(trt: Any, maker: Any, network: Any, config: Any, progress: Callable[[str
             if not monitor.cancelled:
                 progress("cancelling: waits for the builder's current step")
             monitor.cancelled = True
+    config.progress_monitor = None  # the builder's objects must not outlive it
     if monitor.cancelled:
         raise KeyboardInterrupt
     if failure:

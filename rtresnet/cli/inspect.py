@@ -9,15 +9,28 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
+from rtresnet.cli.build import describe_attested
 from rtresnet.errors import ArtifactError
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="A plan's fused layers, and what did not fuse.")
+@click.option("--svg", metavar="FILE", help="Draw a plan's layers by stage.")
 @common.json_option
-def command(path: Path, json_file: str | None) -> None:
+def command(path: Path, layers: bool, svg: str | None, json_file: str | None) -> None:
     """Show an artifact, its whole chain, and a plan's header. Needs no GPU."""
+    from rtresnet import artifacts
+
     result = run(path)
+    if layers or svg:
+        from rtresnet.cli import inspect_layers
+        from rtresnet.report import engine_graph
+
+        result["engine"] = inspect_layers.load(path)
+        if svg:
+            drawing = engine_graph.draw(result["engine"], path.name)
+            artifacts.write_text(svg, drawing)
     console = common.out_console()
     for index, link in enumerate(result["chain"]):
         console.print(f"{'  ' * index}{'<- ' if index else ''}{_headline(link)}", soft_wrap=True)
@@ -30,6 +43,11 @@ def command(path: Path, json_file: str | None) -> None:
             f"{', '.join(head['targets'])}",
             soft_wrap=True,
         )
+    if result["manifest"] and result["chain"][0]["sidecar"] is None:
+        said = ", ".join(f"{key} {_measured(value)}" for key, value in result["manifest"].items())
+        console.print(f"it says of itself: {said}", soft_wrap=True, markup=False)
+    if layers:
+        inspect_layers.show(console, result["engine"])
     if result["operations"]:
         counted = ", ".join(f"{count} {name}" for name, count in result["operations"].items())
         console.print(f"graph: {counted}", soft_wrap=True)
@@ -48,12 +66,12 @@ def run(path: Path) -> dict[str, Any]:
         ArtifactError: The file is damaged or does not match its sidecar.
     """
     from rtresnet import artifacts, machine
-    from rtresnet.build import header
+    from rtresnet.build import header, manifest
 
     artifacts.require_file(path)
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
-    head, operations = None, None
+    head, operations, said = None, None, None
     if kind == "plan":
         found = header.read(path)
         if found is None and sidecar is None:
@@ -61,6 +79,7 @@ def run(path: Path) -> dict[str, Any]:
                 f"{path}: no sidecar and not a TensorRT-RTX plan; nothing can be said of it here"
             )
         head = dataclasses.asdict(found) if found else None
+        said = manifest.find(path)
     elif kind == "onnx" and machine.installed("onnx"):
         operations = _operations(path)
     elif kind == "checkpoint" and sidecar is None:
@@ -73,7 +92,13 @@ def run(path: Path) -> dict[str, Any]:
         }
         for link, record, state in artifacts.chain(path)
     ]
-    return {"kind": kind, "chain": chain, "header": head, "operations": operations}
+    return {
+        "kind": kind,
+        "chain": chain,
+        "header": head,
+        "manifest": said,
+        "operations": operations,
+    }
 
 
 def _foreign_checkpoint(path: Path) -> dict[str, Any]:
@@ -89,7 +114,13 @@ def _foreign_checkpoint(path: Path) -> dict[str, Any]:
         "precision": "fp32",
     }
     link = {"path": str(path), "state": "no sidecar, recognized by its tensors", "sidecar": record}
-    return {"kind": "checkpoint", "chain": [link], "header": None, "operations": None}
+    return {
+        "kind": "checkpoint",
+        "chain": [link],
+        "header": None,
+        "manifest": None,
+        "operations": None,
+    }
 
 
 def _operations(path: Path) -> dict[str, int]:
@@ -144,8 +175,7 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"{p['builder']} {p['version']}, batches {batches}, for {', '.join(p['targets'])}"
         )
         if p["attested"]:
-            took = ", ".join(f"{count} {dtype}" for dtype, count in p["attested"]["dtypes"].items())
-            lines.append(f"convolutions take: {took}; {p['attested']['layers']} layers")
+            lines.append(f"{describe_attested(p['attested'])}; {p['attested']['layers']} layers")
     for name, value in (record.get("measured") or {}).items():
         lines.append(f"{name} {_measured(value)}")
     if record.get("made_by"):

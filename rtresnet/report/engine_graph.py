@@ -1,0 +1,183 @@
+"""An engine's layers by stage, as SVG: what runs in which precision, and what did not fuse.
+
+One band a stage, one frame a block, one box a layer in the order of execution: a wide box computes
+(a convolution, a matrix product), a narrow one only moves, converts, adds or rounds. A stripe below
+is the type it writes, where that is another. Drawn by hand, without a plotting library; it follows
+the reader's light or dark, alone and in a page.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+COLOURS = {"Int8": "#10b981", "Half": "#3b82f6", "BFloat16": "#8b5cf6", "Float": "#f59e0b"}
+OTHER = "#6b7280"
+WIDTH, MARGIN = 920, 16
+WIDE, NARROW, HEIGHT, GAP = 52, 13, 34, 3
+FRAME, TITLE, BAND = 12, 26, 14  # around a block, above a stage, between stages
+STYLE = """
+.eg { color: #1b1f24; font: 11px system-ui, sans-serif; }
+.eg text { fill: currentColor; }
+.eg .dim { opacity: .65; }
+.eg .stage { font-size: 13px; font-weight: 600; }
+.eg .in { fill: #fff; font-size: 10px; }
+.eg .frame { fill: currentColor; fill-opacity: .05; stroke: currentColor; stroke-opacity: .2; }
+.eg .unfused { stroke: #dc2626; stroke-width: 2; }
+@media (prefers-color-scheme: dark) { .eg { color: #e5e9ee; } .eg .unfused { stroke: #f87171; } }
+"""
+
+
+def draw(engine: Mapping[str, Any], title: str) -> str:
+    """The picture of one optimization profile's layers.
+
+    Args:
+        engine: What an engine's layer file holds: batches, adds, layers.
+        title: A line on the engine, shown on top.
+
+    Returns:
+        An <svg> element.
+    """
+    batch, adds = engine["batches"][0], set(engine["adds"])
+    layers = [x for x in engine["layers"] if x["profile"] == 0 and x["role"] != "idle"]
+    parts: list[str] = []
+    y = 64.0
+    for stage, group in groupby(layers, key=lambda layer: layer["stage"]):
+        members = list(group)
+        parts.append(
+            f'<text class="stage" x="{MARGIN}" y="{y + 14:g}">{html.escape(stage)}</text>'
+            f'<text class="dim" x="{MARGIN + 62}" y="{y + 14:g}">'
+            f"{html.escape(_summary(members, batch))}</text>"
+        )
+        y = _blocks(parts, members, batch, adds, y + TITLE) + BAND
+    head = f'<text class="stage" x="{MARGIN}" y="20">{html.escape(title)}</text>'
+    head += _legend(layers, adds)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="eg" viewBox="0 0 {WIDTH} {y:g}" '
+        f'role="img" aria-label="layers of {html.escape(title)}"><style>{STYLE}</style>{head}'
+        f"{''.join(parts)}</svg>\n"
+    )
+
+
+def precision(layer: Mapping[str, Any]) -> str:
+    """The type a layer computes in: that of a kernel's first input; of others, of the output."""
+    tensors = layer["inputs"] if layer["role"] in ("conv", "matmul") else layer["outputs"]
+    return str(tensors[0]["dtype"]) if tensors else ""
+
+
+def written(layer: Mapping[str, Any], batch: int) -> int:
+    """Bytes that a layer writes at a batch."""
+    total = 0.0
+    for tensor in layer["outputs"]:
+        size = {"Float": 4.0, "Int32": 4.0, "Int64": 8.0, "Half": 2.0, "BFloat16": 2.0}
+        count = 1
+        for side in tensor["shape"]:
+            count *= batch if side < 0 else side
+        total += count * size.get(tensor["dtype"], 1.0)
+    return int(total)
+
+
+def _summary(members: Sequence[Mapping[str, Any]], batch: int) -> str:
+    kernels = [layer for layer in members if layer["role"] in ("conv", "matmul")]
+    counted: dict[str, int] = {}
+    for layer in kernels:
+        counted[precision(layer)] = counted.get(precision(layer), 0) + 1
+    what = ", ".join(f"{count} in {dtype}" for dtype, count in counted.items())
+    rest = len(members) - len(kernels)
+    size = sum(written(layer, batch) for layer in members) / 1e6
+    others = f"; {rest} other{'s' * (rest > 1)}" if rest else ""
+    return f"{what}{others}; writes {size:.1f} MB at batch {batch}".lstrip("; ")
+
+
+def _blocks(
+    parts: list[str], members: list[Mapping[str, Any]], batch: int, adds: set[str], y: float
+) -> float:
+    """Draws a stage's blocks, wrapped into rows; returns where they end."""
+    x, row = float(MARGIN), FRAME * 2 + HEIGHT + 6
+    for block, group in groupby(members, key=lambda layer: layer["block"]):
+        layers = list(group)
+        width = sum(_width(layer) + GAP for layer in layers) - GAP + FRAME
+        if x > MARGIN and x + width > WIDTH - MARGIN:
+            x, y = float(MARGIN), y + row
+        parts.append(
+            f'<rect class="frame" x="{x:g}" y="{y:g}" width="{width:g}" height="{row - 6:g}" '
+            f'rx="4"/><text class="dim" x="{x + 6:g}" y="{y + 12:g}" font-size="9">'
+            f"{html.escape(block)}</text>"
+        )
+        place = x + FRAME / 2
+        for layer in layers:
+            parts.append(_box(layer, batch, adds, place, y + FRAME + 5))
+            place += _width(layer) + GAP
+        x += width + 6
+    return y + row
+
+
+def _width(layer: Mapping[str, Any]) -> int:
+    return WIDE if layer["role"] in ("conv", "matmul") else NARROW
+
+
+def _box(layer: Mapping[str, Any], batch: int, adds: set[str], x: float, y: float) -> str:
+    colour = COLOURS.get(precision(layer), OTHER)
+    wide = _width(layer) == WIDE
+    alone = not wide and adds & set(layer["nodes"])
+    types = " to ".join(
+        "+".join(dict.fromkeys(t["dtype"] for t in layer[side])) for side in ("inputs", "outputs")
+    )
+    hint = f"{layer['operation']}\n{types}, writes {written(layer, batch):,} bytes\n" + ", ".join(
+        layer["nodes"]
+    )
+    label = ""
+    if wide:
+        first, *rest = layer["operation"].split(" + ")
+        lines = [first.replace("matmul", "product"), "+".join(rest)]
+        label = "".join(
+            f'<text class="in" text-anchor="middle" x="{x + WIDE / 2:g}" y="{y + dy:g}">'
+            f"{html.escape(line)}</text>"
+            for line, dy in zip(lines, (15, 27) if rest else (21, 0), strict=True)
+            if line
+        )
+    mark = ' class="unfused"' if alone else ""
+    out = layer["outputs"][0]["dtype"] if wide and layer["outputs"] else ""
+    edge = ""
+    if out and out != precision(layer):
+        edge = (
+            f'<rect x="{x:g}" y="{y + HEIGHT - 5:g}" width="{WIDE}" height="5" '
+            f'fill="{COLOURS.get(out, OTHER)}"/>'
+        )
+    faint = "" if wide else ' fill-opacity=".55"'
+    return (
+        f'<g><title>{html.escape(hint)}</title><rect{mark} x="{x:g}" y="{y:g}" '
+        f'width="{_width(layer)}" height="{HEIGHT}" rx="2" fill="{colour}"{faint}/>'
+        f"{edge}{label}</g>"
+    )
+
+
+def _legend(layers: Sequence[Mapping[str, Any]], adds: set[str]) -> str:
+    entries = [
+        (dtype, f'height="12" fill="{COLOURS.get(dtype, OTHER)}"', WIDE // 2)
+        for dtype in dict.fromkeys(precision(layer) for layer in layers)
+        if dtype
+    ]
+    entries.append(
+        (
+            "adds, converts, rounds or moves",
+            f'height="12" fill="{OTHER}" fill-opacity=".55"',
+            NARROW,
+        )
+    )
+    if any(_width(layer) == NARROW and adds & set(layer["nodes"]) for layer in layers):
+        entries.append(
+            ("an Add that did not fuse", 'height="12" fill="none" class="unfused"', NARROW)
+        )
+    if any(_width(x) == WIDE and x["outputs"][0]["dtype"] != precision(x) for x in layers):
+        entries.append(("stripe: the type it writes", f'fill="{OTHER}" height="5"', WIDE // 2))
+    x, parts = float(MARGIN), []
+    for words, look, width in entries:
+        parts.append(
+            f'<rect x="{x:g}" y="34" width="{width}" rx="2" {look}/>'
+            f'<text x="{x + width + 5:g}" y="44">{html.escape(words)}</text>'
+        )
+        x += width + 24 + 6.4 * len(words)
+    return "".join(parts)
