@@ -34,16 +34,21 @@ def run(trt: Any, maker: Any, network: Any, config: Any, progress: Callable[[str
             result.append(maker.build_serialized_network(network, config))
         except BaseException as error:
             failure.append(error)
+        finally:
+            done.set()
 
+    # Not Thread.join: before Python 3.13, one that Ctrl-C interrupts takes its thread for ended.
+    done = threading.Event()
     thread = threading.Thread(target=work, name="build")
     thread.start()
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join()
+            done.wait()
         except KeyboardInterrupt:
             if not monitor.cancelled:
                 progress("cancelling: waits for the builder's current step")
             monitor.cancelled = True
+    thread.join()
     config.progress_monitor = None  # the builder's objects must not outlive it
     if monitor.cancelled:
         raise KeyboardInterrupt

@@ -1,0 +1,78 @@
+"""A real process, a real SIGINT, a build that is under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Profile
+from rtresnet.build import engine
+
+pytest.importorskip("tensorrt_rtx")
+
+# As `python -m rtresnet`, and says when the builder has begun.
+WATCHED = """
+import sys
+from rtresnet.build import engine, monitor
+from rtresnet.cli.main import main
+real = monitor.run
+def run(trt, maker, network, config, progress):
+    def told(phase):
+        print(phase, flush=True)
+        progress(phase)
+    return real(trt, maker, network, config, told)
+monitor.run = run
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_stops_a_build_and_leaves_nothing(
+    onnx_file: Callable[..., Path], tmp_path: Path, times: int
+) -> None:
+    source, out = onnx_file("resnet50", "int8", 64), tmp_path / "plans" / "net.plan"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED, "build", str(source), "--out", str(out), "--builder=rtx"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "determining refit engines":  # the long one
+            break
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    said, complaint = process.communicate(timeout=60)
+    # One that comes when Python has already ended is the system's: 130 to a shell, too.
+    assert process.returncode in ((130,) if times == 1 else (130, -2)), complaint
+    assert complaint.splitlines()[-1] == "interrupted" and "Traceback" not in complaint
+    assert "cancelling" in said
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_a_build_that_is_stopped_leaves_the_earlier_plan_and_the_next_one_builds(
+    onnx_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = onnx_file("resnet8", "fp16"), tmp_path / "net.plan"
+    options = {"profiles": [Profile(min=1, opt=4, max=8)], "builder": "rtx"}
+    before = engine.build(source, out, **options)  # type: ignore[arg-type]
+
+    def interrupt(phase: str) -> None:
+        if phase == "building engine":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.build(source, out, progress=interrupt, **options)  # type: ignore[arg-type]
+    assert artifacts.verify(out) == before
+    assert len(list(tmp_path.iterdir())) == 3
+    engine.build(source, out, **options)  # type: ignore[arg-type]
