@@ -29,6 +29,7 @@ VERBS = (
     "bench",
     "profile",
     "estimate",
+    "report",
     "study",
     "inspect",
     "models",

@@ -1,0 +1,50 @@
+"""`rtresnet report`: what was measured, as one page for people and Markdown for a pull request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rtresnet.cli import common
+
+DEFAULT = "engines"
+
+
+@click.command("report", short_help="Make one page of what was measured.")
+@click.argument("results", nargs=-1, metavar="[RESULTS.json|ARTIFACT|FOLDER...]")
+@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
+@click.option("--markdown", metavar="FILE", help="The same as Markdown too (- for stdout).")
+def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
+    """Make one self-contained HTML page of what was measured.
+
+    RESULTS are files that bench, eval, compare, profile or quickstart wrote with --json;
+    artifacts bring what their sidecars know. Without any, the folder engines/ is taken.
+    """
+    from rtresnet import artifacts
+    from rtresnet.errors import InputError
+    from rtresnet.report import markdown as markdown_report
+    from rtresnet.report import result_page
+    from rtresnet.report import results as reading
+
+    if not results and not Path(DEFAULT).is_dir():
+        raise InputError(
+            f"nothing to report: no {DEFAULT}/ here",
+            fix="write results with: rtresnet bench ARTIFACT... --json bench.json",
+        )
+    found = reading.gather(results or (DEFAULT,))
+    text = result_page.html(found)
+    artifacts.write_text(out, text)
+    rendered = markdown_report.render(found) if markdown else ""
+    if markdown == "-":
+        click.echo(rendered, nl=False)
+    elif markdown:
+        artifacts.write_text(markdown, rendered)
+    console = common.err_console() if markdown == "-" else common.out_console()
+    for line in (*result_page.summary(found), *result_page.remarks(found)):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(
+        f"page: {out}, {len(text) / 1e3:.0f} kB: {len(found.artifacts)} artifacts, "
+        f"{len(found.timings)} latencies, {len(found.profiles)} profiles",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip

@@ -1,0 +1,296 @@
+"""The report as one HTML page, and what Markdown shares with it: tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rtresnet.report import page, result_plots
+from rtresnet.report.results import Gathered, Timing
+from rtresnet.report.tables import Row, number
+
+PERCENTILES = ("p90", "p95", "p99", "p999")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A table under a heading, with what explains it."""
+
+    heading: str
+    headings: Sequence[str]
+    rows: Sequence[Row]
+    about: str = ""
+
+
+def latest(timings: Sequence[Timing]) -> list[Timing]:
+    """One an artifact, batch and scenario: the last that was given."""
+    return list({(t.artifact.name, t.batch, t.scenario): t for t in timings}.values())
+
+
+def summary(found: Gathered) -> list[str]:
+    """What each artifact gains and loses against the baseline, in a sentence."""
+    base, batch = found.baseline, found.batch
+    if base is None or batch is None:
+        return []
+    streams = {t.artifact.name: t for t in latest(found.streams(batch))}
+    reference = streams[base.name]
+    lines = []
+    for timing in streams.values():
+        if timing.artifact is base:
+            continue
+        times = speed(timing, reference)
+        line = (
+            f"{timing.artifact.name} answers a batch of {batch} in "
+            f"{number(timing.latency['median'])} ms, {times:.2f} times as fast as {base.name}"
+        )
+        if timing.artifact.top1 is not None and base.top1 is not None:
+            points = timing.artifact.top1 - base.top1
+            change = "the same top-1" if points == 0 else f"{points:+.2f} points of top-1"
+            line += f", with {change}"
+        lines.append(line + ".")
+    return lines
+
+
+def speed(timing: Timing, reference: Timing) -> float:
+    """Paired where `bench` measured both in one call, in turn; else the ratio of medians."""
+    paired = timing.speed if reference.speed == 1 else None
+    together = timing.entry.get("versions") == reference.entry.get("versions")
+    if paired and together:
+        return float(paired)
+    return float(reference.latency["median"] / timing.latency["median"])
+
+
+def sections(found: Gathered) -> dict[str, Section]:
+    """Every table by a short name; those without rows are left out."""
+    all_sections = {
+        "artifacts": _artifacts(found),
+        "latency": _latency(found),
+        "blocks": _blocks(found),
+        "chain": _chain(found),
+        "environment": _environment(found),
+    }
+    return {name: section for name, section in all_sections.items() if section.rows}
+
+
+def _artifacts(found: Gathered) -> Section:
+    batch = found.batch
+    streams = {t.artifact.name: t for t in latest(found.streams(batch))} if batch else {}
+    base = found.baseline
+    rows = []
+    for artifact in found.artifacts:
+        timing = streams.get(artifact.name)
+        agreement = artifact.agreement
+        rows.append(
+            (
+                artifact.name,
+                artifact.precision,
+                artifact.bytes / 1e6 if artifact.bytes is not None else None,
+                artifact.top1,
+                artifact.accuracy.get("n"),
+                100 * agreement[0] if agreement else None,
+                timing.latency["median"] if timing else None,
+                timing.latency.get("images_per_second") if timing else None,
+                speed(timing, streams[base.name]) if timing and base else None,
+            )
+        )
+    data = dict.fromkeys(
+        f"{a.accuracy['data']}, {a.accuracy.get('split') or 'all'}"
+        for a in found.artifacts if a.top1 is not None and a.accuracy.get("data")
+    )  # fmt: skip
+    about = []
+    if data:
+        about.append(f"Top-1 on {'; '.join(data)}.")
+    if any(a.agreement for a in found.artifacts):
+        names = dict.fromkeys(a.agreement[2] for a in found.artifacts if a.agreement)
+        about.append(f"Agreement: same top-1 as {', '.join(names)}.")
+    if base is not None:
+        about.append(f"Speed against {base.name}.")
+    return Section(
+        heading="Artifacts",
+        headings=("artifact", "precision", "MB", "top-1 %", "images", "agree %",
+                  f"ms, batch {batch}", "images/s", "speed"),
+        rows=rows,
+        about=" ".join(about),
+    )  # fmt: skip
+
+
+def _latency(found: Gathered) -> Section:
+    timings = latest(found.timings)
+    scenarios = len({t.scenario for t in timings}) > 1
+    shares = [p for p in PERCENTILES if any(t.latency.get(p) is not None for t in timings)]
+    rows = [
+        (
+            t.artifact.name, *((t.scenario,) if scenarios else ()), t.batch, t.latency["median"],
+            *(t.latency.get(p) for p in shares), t.latency.get("std"),
+            t.latency.get("images_per_second"), t.latency.get("n"),
+        )
+        for t in timings
+    ]  # fmt: skip
+    names = {"p999": "p99.9"}
+    return Section(
+        heading="Latency",
+        headings=("artifact", *(("scenario",) if scenarios else ()), "batch", "median ms",
+                  *(names.get(p, p) for p in shares), "std", "images/s", "n"),
+        rows=rows,
+        about="Milliseconds a batch, wall time, every sample kept. A dash: too few samples.",
+    )  # fmt: skip
+
+
+def _blocks(found: Gathered) -> Section:
+    rows = [
+        (
+            artifact.name, result.get("batch"), part["name"], part["ms"], 100 * part["share"],
+            part.get("flops_per_second", 0) / 1e9, part.get("bytes_per_second", 0) / 1e9,
+            part.get("bound"),
+        )
+        for artifact, result in found.profiles
+        for part in result["blocks"]
+    ]  # fmt: skip
+    off = [a.name for a, result in found.profiles if result.get("agrees") is False]
+    about = "Medians of a node, summed. Bound: what the time goes into, against the roofline."
+    if off:
+        about += f" Sums of {', '.join(off)} differ from the whole by more than 10 %."
+    return Section(
+        heading="Where the time goes, block by block",
+        headings=("artifact", "batch", "block", "ms", "share %", "GFLOP/s", "GB/s", "bound by"),
+        rows=rows,
+        about=about,
+    )
+
+
+def _chain(found: Gathered) -> Section:
+    rows = [
+        (f"{'← ' * depth}{file}", kind, precision, sha[:16] if sha else None, state)
+        for artifact in found.artifacts
+        for depth, (file, kind, precision, sha, state) in enumerate(artifact.chain)
+    ]
+    return Section(
+        heading="Where the artifacts came from",
+        headings=("artifact", "kind", "precision", "sha256", "state"),
+        rows=rows,
+        about="Each arrow is a step back; hashes were checked when this report was made.",
+    )
+
+
+def _environment(found: Gathered) -> Section:
+    rows = [
+        (
+            what, where.get("device"), where.get("provider"), where.get("threads"),
+            ", ".join(f"{name} {version}" for name, version in (where["versions"] or {}).items()),
+        )
+        for what, where in found.environments
+    ]  # fmt: skip
+    return Section(
+        heading="Environment",
+        headings=("of", "device", "provider", "threads", "versions"),
+        rows=rows,
+    )
+
+
+def remarks(found: Gathered) -> list[str]:
+    """Notes, with those that follow from the data."""
+    lines = list(found.notes)
+    if any(artifact.untrained for artifact in found.artifacts):
+        lines.append("Untrained weights: latency is meaningful, accuracy is not shown.")
+    elif found.timings and all(a.top1 is None for a in found.artifacts):
+        lines.append("No accuracy is known: rtresnet eval ARTIFACT --data DATA --json FILE.")
+    return lines
+
+
+def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """The page.
+
+    Args:
+        found: What was gathered.
+        pictures: Further figures, as (caption, svg).
+
+    Raises:
+        EnvironmentLack: matplotlib is not installed.
+    """
+    tables = sections(found)
+    parts = [page.paragraph(line) for line in summary(found)]
+    parts += [page.paragraph(line, "note") for line in remarks(found)]
+    parts.append(_tiles(found))
+    batch = found.batch
+    if batch is not None:
+        parts += _latency_figures(found, batch, tables)
+    elif "artifacts" in tables:
+        parts.append(_table(tables["artifacts"]))
+    if found.profiles:
+        labels = [(f"{a.name}, batch {r.get('batch')}", r) for a, r in found.profiles]
+        parts += [
+            page.heading("Where the time goes"),
+            page.picture(result_plots.stages(labels), "Time of each stage."),
+            _table(tables["blocks"], heading=False),
+        ]
+    for caption, svg in pictures:
+        parts.append(page.picture(svg, caption))
+    parts += [_table(tables[name]) for name in ("chain", "environment") if name in tables]
+    if found.commands:
+        parts += [page.heading("Commands"), page.code("\n".join(found.commands))]
+    return page.document(f"{found.title}: accuracy and latency", [part for part in parts if part])
+
+
+def _latency_figures(found: Gathered, batch: int, tables: dict[str, Section]) -> list[str]:
+    tradeoff = result_plots.tradeoff(found, batch)
+    parts = []
+    if tradeoff:
+        parts += [
+            page.heading("Accuracy against latency"),
+            page.picture(
+                tradeoff,
+                "Up and left is better. Filled: no other artifact is both faster and more "
+                "accurate; the line joins these.",
+            ),
+        ]
+    parts += [_table(tables["artifacts"]), page.heading("Latency")]
+    figures = [
+        (result_plots.tails(found, batch), "Latency against percentile: the tail to the right."),
+        (
+            result_plots.histogram(found, batch),
+            "How often which latency came; the last bin holds all that was slower.",
+        ),
+        (result_plots.batches(found, "median", "median latency, ms"), "Latency against batch."),
+        (
+            result_plots.batches(found, "images_per_second", "images/s"),
+            "Throughput against batch.",
+        ),
+    ]
+    drawn = [page.picture(svg, caption) for svg, caption in figures if svg]
+    if drawn:
+        parts.append(page.side_by_side(*drawn))
+    return [*parts, _table(tables["latency"], heading=False)]
+
+
+def _table(section: Section, *, heading: bool = True) -> str:
+    title = page.heading(section.heading) if heading else ""
+    about = page.paragraph(section.about, "dim") if section.about else ""
+    return title + page.table(section.headings, section.rows, copy=True) + about
+
+
+def _tiles(found: Gathered) -> str:
+    batch = found.batch
+    if batch is None:
+        return ""
+    shades = result_plots.colours(found)
+    entries: list[Any] = []
+    for timing in latest(found.streams(batch)):
+        artifact, best = timing.artifact, [
+            t.latency["images_per_second"] for t in found.timings
+            if t.artifact is timing.artifact and t.latency.get("images_per_second")
+        ]  # fmt: skip
+        lines = []
+        if artifact.top1 is not None:
+            n = artifact.accuracy.get("n")
+            lines.append((f"top-1 of {n:,}" if n else "top-1", f"{artifact.top1:.2f} %"))
+        if timing.latency.get("p99") is not None:
+            lines.append(("p99", f"{number(timing.latency['p99'])} ms"))
+        if best:
+            lines.append(("best throughput", f"{max(best):,.0f} images/s"))
+        if artifact.bytes is not None:
+            lines.append(("size", f"{artifact.bytes / 1e6:.1f} MB"))
+        big = f"{number(timing.latency['median'])} ms"
+        title = f"{artifact.name}, batch {batch}"
+        entries.append((title, shades[artifact.name], big, lines))
+    return page.tiles(entries)

@@ -1,0 +1,296 @@
+"""What was measured, gathered from the verbs' JSON files and from artifacts' sidecars.
+
+Reads tolerantly: a field that is not there is None, a verb that is not known is named and left
+out. Knows no page; see `result_page.py` and `markdown.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtresnet import artifacts
+from rtresnet.errors import ArtifactError, InputError
+
+VERBS = ("bench", "eval", "compare", "profile", "quickstart")
+
+
+@dataclass(kw_only=True)
+class Artifact:
+    """One artifact, and what is known of it.
+
+    Attributes:
+        name: The file's name, unique in a report.
+        accuracy: top1_percent, top5_percent, n, data; empty where it was not measured.
+        agreement: Share of images with the reference's top-1, and of how many; or None.
+        chain: (file, kind, precision, sha256, state), from the artifact to its origin.
+    """
+
+    path: Path
+    name: str
+    precision: str | None = None
+    model: str | None = None
+    bytes: int | None = None
+    untrained: bool = False
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    agreement: tuple[float, int, str] | None = None
+    chain: list[tuple[str, str | None, str | None, str | None, str]] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float | None:
+        """In percent; None where it is not known or the weights are untrained."""
+        return None if self.untrained else self.accuracy.get("top1_percent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One artifact at one batch, as `bench` measured it."""
+
+    artifact: Artifact
+    batch: int
+    scenario: str | None
+    latency: Mapping[str, Any]
+    samples: Sequence[float]
+    speed: float | None
+    entry: Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class Gathered:
+    """Everything a report is made of.
+
+    Attributes:
+        environments: (what, where it ran: device, provider, threads, versions), without repeats.
+        commands: Command lines that the files say they came from.
+        notes: What a reader must be told: stand-ins, untrained weights, busy machines.
+    """
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    profiles: list[tuple[Artifact, Mapping[str, Any]]] = field(default_factory=list)
+    environments: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def batches(self) -> list[int]:
+        """Those of single-stream latency, smallest first."""
+        return sorted({t.batch for t in self.streams()})
+
+    def streams(self, batch: int | None = None) -> list[Timing]:
+        """One request after another: what latencies may be compared by."""
+        return [
+            t for t in self.timings
+            if t.scenario in (None, "single-stream") and batch in (None, t.batch)
+        ]  # fmt: skip
+
+    @property
+    def batch(self) -> int | None:
+        """The smallest batch that most artifacts were measured at."""
+        counts = {b: len({t.artifact.name for t in self.streams(b)}) for b in self.batches}
+        return max(counts, key=lambda b: (counts[b], -b)) if counts else None
+
+    @property
+    def baseline(self) -> Artifact | None:
+        """What others are compared with: the first FP32 artifact that was measured."""
+        measured = [t.artifact for t in self.streams(self.batch)]
+        plain = [artifact for artifact in measured if artifact.precision == "fp32"]
+        return next(iter(plain or measured), None)
+
+    @property
+    def title(self) -> str:
+        """The nets' names."""
+        names = dict.fromkeys(a.model for a in self.artifacts if a.model)
+        return ", ".join(names) or "Measured artifacts"
+
+
+def gather(paths: Iterable[str | Path]) -> Gathered:
+    """Reads files and folders.
+
+    Args:
+        paths: JSON files that verbs wrote with `--json`, artifacts or their sidecars, or folders
+            of these.
+
+    Raises:
+        InputError: A file that is none of these, or nothing to report in any of them.
+        ArtifactError: A broken sidecar.
+    """
+    collector = _Collector()
+    for path in _files(paths):
+        if path.suffix.lower() in artifacts.SUFFIXES:
+            collector.artifact(str(path), given=True)
+        else:
+            collector.read(path)
+    if not collector.found.artifacts:
+        raise InputError(
+            "nothing to report: no artifact and no result in " + ", ".join(map(str, paths)),
+            fix="write one with: rtresnet bench engines/*.onnx --json bench.json",
+        )
+    return collector.finish()
+
+
+def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
+    for path in map(Path, paths):
+        if not path.is_dir():
+            yield artifacts.require_file(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.is_file())
+        for file in inside:
+            if file.suffix.lower() in artifacts.SUFFIXES or _is_result(file):
+                yield file
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a verb that reports are made of wrote it: a folder holds other JSON files too."""
+    if file.suffix != ".json":
+        return False
+    with contextlib.suppress(ValueError):  # neither JSON nor UTF-8
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return isinstance(data, dict) and data.get("verb") in VERBS
+    return False
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self.found = Gathered()
+        self.known: dict[Path, Artifact] = {}
+
+    def artifact(self, path: str, precision: str | None = None, *, given: bool = False) -> Artifact:
+        place = Path(path).absolute()
+        known = self.known.get(place)
+        if known is None:
+            known = self.known[place] = Artifact(path=Path(path), name=Path(path).name)
+            self.found.artifacts.append(known)
+            try:
+                self._sidecar(known)
+            except ArtifactError:
+                if given:  # one that a result mentions may have gone, and the result stays true
+                    raise
+        known.precision = known.precision or precision
+        return known
+
+    def _sidecar(self, known: Artifact) -> None:
+        if not known.path.exists():
+            return
+        known.bytes = known.path.stat().st_size
+        known.chain = [
+            (str(path), s.kind if s else None, s.precision if s else None,
+             s.sha256 if s else None, state)
+            for path, s, state in artifacts.chain(known.path)
+        ]  # fmt: skip
+        sidecar = artifacts.read_sidecar(known.path)
+        if sidecar is not None:
+            known.precision, known.model = sidecar.precision, sidecar.model.architecture
+            known.untrained = sidecar.weights.origin == "untrained"
+            accuracy = sidecar.measured.get("accuracy")
+            if isinstance(accuracy, dict) and known.chain[0][4] == "ok":
+                known.accuracy = accuracy
+
+    def read(self, path: Path) -> None:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not JSON ({error})", fix="write it anew") from None
+        if isinstance(data, dict) and data.get("kind") in artifacts.KINDS and "sha256" in data:
+            self.artifact(str(path.with_suffix("")), given=True)
+            return
+        if not isinstance(data, dict) or data.get("verb") not in VERBS or "result" not in data:
+            verb = data.get("verb") if isinstance(data, dict) else None
+            raise InputError(
+                f"{path}: {f'of the verb {verb}' if verb else 'not written by a verb'}, and a "
+                f"report is made of {', '.join(VERBS)}",
+                fix="leave it out",
+            )
+        command = data.get("made_by", {}).get("command")
+        if command and command not in self.found.commands:
+            self.found.commands.append(command)
+        try:
+            getattr(self, f"_{data['verb']}")(data["result"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"{path}: not a whole result of {data['verb']} ({type(error).__name__} {error})",
+                fix="write it anew",
+            ) from None
+
+    def _bench(self, result: Mapping[str, Any]) -> None:
+        self.found.notes += [note for note in result.get("notes") or () if isinstance(note, str)]
+        for entry in result["results"]:
+            artifact = self.artifact(entry["measured"], entry.get("precision"))
+            artifact.untrained |= bool(entry.get("untrained"))
+            self.found.timings.append(
+                Timing(
+                    artifact=artifact,
+                    batch=int(entry["batch"]),
+                    scenario=entry.get("scenario"),
+                    latency={**entry["latency"], "median": float(entry["latency"]["median"])},
+                    samples=[float(value) for value in entry.get("samples") or ()],
+                    speed=entry.get("speed"),
+                    entry=entry,
+                )
+            )
+            self._where("latency", entry)
+            if entry.get("steady") is False:
+                self.found.notes.append(f"{artifact.name}, batch {entry['batch']}: not steady.")
+            watched = entry.get("environment") or {}
+            self.found.notes += list(watched.get("remarks") or ())
+
+    def _eval(self, result: Mapping[str, Any]) -> None:
+        for entry in result.get("members") or [result]:
+            artifact = self.artifact(entry["artifact"], entry.get("precision"))
+            artifact.accuracy = {
+                name: entry.get(name)
+                for name in ("top1", "top5", "top1_percent", "top5_percent", "n", "data", "split")
+            }
+            self._where("accuracy", entry)
+
+    def _compare(self, result: Mapping[str, Any]) -> None:
+        candidate, reference = result["candidate"], result["reference"]
+        artifact = self.artifact(candidate["artifact"], candidate.get("precision"))
+        share, n = float(result["agreement"]), int(result["n"])
+        artifact.agreement = (share, n, Path(reference["artifact"]).name)
+
+    def _profile(self, result: Mapping[str, Any]) -> None:
+        artifact = self.artifact(result["artifact"], result.get("precision"))
+        for part in (*result["stages"], *result["blocks"]):
+            float(part["ms"]), float(part["share"]), str(part["name"])
+        self.found.profiles.append((artifact, result))
+        self._where("profile", result)
+        if result.get("busy"):
+            self.found.notes.append(f"Profile of {artifact.name}: {result['busy']}.")
+
+    def _quickstart(self, result: Mapping[str, Any]) -> None:
+        self._bench(result["bench"])
+        for entry in result["eval"].values():
+            self._eval(entry)
+        for entry in result["compare"].values():
+            self._compare(entry)
+
+    def _where(self, what: str, entry: Mapping[str, Any]) -> None:
+        where = {name: entry.get(name) for name in ("device", "provider", "threads", "versions")}
+        if (what, where) not in self.found.environments:
+            self.found.environments.append((what, where))
+
+    def finish(self) -> Gathered:
+        """Names made unique by their folders; notes once each."""
+        names = [artifact.name for artifact in self.found.artifacts]
+        for artifact in self.found.artifacts:
+            if names.count(artifact.name) > 1:
+                artifact.name = str(artifact.path)
+        self.found.notes = list(dict.fromkeys(self.found.notes))
+        return self.found
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of those that no other beats, by time: a lower first and a higher second value."""
+    front = []
+    for index, (cost, gain) in enumerate(points):
+        better = any(
+            (c <= cost and g >= gain) and (c < cost or g > gain) for c, g in points
+        )  # fmt: skip
+        if not better:
+            front.append(index)
+    return sorted(front, key=lambda index: points[index])
