@@ -26,7 +26,7 @@ th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align:
          white-space: nowrap; }
 th { font-weight: 600; color: var(--dim); font-size: .85rem; }
 td.n, th.n { text-align: right; }
-figure { margin: 1rem 0; } figure svg { width: 100%; max-width: 46rem; height: auto; }
+figure { margin: 1rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; }
 figcaption { color: var(--dim); font-size: .9rem; }
 code, pre { font: .88rem/1.5 ui-monospace, monospace; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; }
@@ -100,6 +100,12 @@ def heading(words: str) -> str:
 def paragraph(words: str, kind: str = "") -> str:
     """A paragraph; `kind` is "", "dim" or "note"."""
     return f'<p class="{kind}">{html.escape(words)}</p>' if kind else f"<p>{html.escape(words)}</p>"
+
+
+def notes(lines: Sequence[str]) -> str:
+    """What must not be overlooked, in one box; nothing where there is nothing."""
+    inside = "<br>\n".join(map(html.escape, lines))
+    return f'<p class="note">{inside}</p>' if lines else ""
 
 
 def code(words: str) -> str:

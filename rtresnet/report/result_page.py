@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from rtresnet.report import page, result_plots
@@ -94,8 +95,11 @@ def _artifacts(found: Gathered) -> Section:
                 speed(timing, streams[base.name]) if timing and base else None,
             )
         )
+    headings = ("artifact", "precision", "MB", "top-1 %", "images", "agree %",
+                f"ms, batch {batch}", "images/s", "speed")  # fmt: skip
+    kept = [index for index in range(len(headings)) if any(row[index] is not None for row in rows)]
     data = dict.fromkeys(
-        f"{a.accuracy['data']}, {a.accuracy.get('split') or 'all'}"
+        f"{_short(a.accuracy['data'])}, {a.accuracy.get('split') or 'all'}"
         for a in found.artifacts if a.top1 is not None and a.accuracy.get("data")
     )  # fmt: skip
     about = []
@@ -108,11 +112,16 @@ def _artifacts(found: Gathered) -> Section:
         about.append(f"Speed against {base.name}.")
     return Section(
         heading="Artifacts",
-        headings=("artifact", "precision", "MB", "top-1 %", "images", "agree %",
-                  f"ms, batch {batch}", "images/s", "speed"),
-        rows=rows,
+        headings=[headings[index] for index in kept],
+        rows=[[row[index] for index in kept] for row in rows],
         about=" ".join(about),
-    )  # fmt: skip
+    )
+
+
+def _short(data: str) -> str:
+    """A data set's name without the folders it lies in on the machine that measured."""
+    kind, colon, place = data.partition(":")
+    return f"{kind}{colon}{PurePath(place).name}" if colon else PurePath(data).name
 
 
 def _latency(found: Gathered) -> Section:
@@ -210,7 +219,7 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
     """
     tables = sections(found)
     parts = [page.paragraph(line) for line in summary(found)]
-    parts += [page.paragraph(line, "note") for line in remarks(found)]
+    parts.append(page.notes(remarks(found)))
     parts.append(_tiles(found))
     batch = found.batch
     if batch is not None:

@@ -32,30 +32,24 @@ def tradeoff(found: Gathered, batch: int) -> str | None:
         return None
     points = [(t.latency["median"], float(t.artifact.top1 or 0)) for t in timings]
     front = [points[index] for index in pareto(points)]
-    drawn, axes = figure(5.0, 3.5)
+    drawn, axes = figure(4.6, 3.2)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.plot(*zip(*front, strict=True), color=COLOURS[5], linewidth=1.2, zorder=1,
               drawstyle="steps-post", gid="front")  # fmt: skip
     shades = colours(found)
-    low, high = min(p[0] for p in points), max(p[0] for p in points)
     for index, (timing, point) in enumerate(zip(timings, points, strict=True)):
         whole = point in front
         axes.scatter(
             *point, s=60, color=shades[timing.artifact.name] if whole else "none",
             edgecolors=shades[timing.artifact.name], linewidths=1.8, zorder=3,
-            gid=f"artifact-{index}",
-        )  # fmt: skip
-        right = point[0] > (low + high) / 2
-        axes.annotate(
-            timing.artifact.name, point, xytext=(-8 if right else 8, 7 if index % 2 else -7),
-            textcoords="offset points", fontsize=9, ha="right" if right else "left",
-            va="bottom" if index % 2 else "top",
+            label=timing.artifact.name, gid=f"artifact-{index}",
         )  # fmt: skip
     axes.set(xlabel=f"median latency of a batch of {batch}, ms", ylabel="top-1, %")
-    axes.set_xlim(0, 1.08 * high)
+    axes.set_xlim(0, 1.08 * max(p[0] for p in points))
     values = [p[1] for p in points]
     room = max(0.5, 0.6 * (max(values) - min(values)))
     axes.set_ylim(max(0, min(values) - room), min(100.0, max(values)) + room / 2)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
     return svg(drawn, "top-1 accuracy against median latency, an artifact a point")
 
 
@@ -66,7 +60,7 @@ def tails(found: Gathered, batch: int) -> str | None:
     timings = [t for t in _latest(found.streams(batch)) if len(t.samples) > 1]
     if not timings:
         return None
-    drawn, axes = figure(5.0, 3.3)
+    drawn, axes = figure(4.4, 3.0)
     shades = colours(found)
     most = max(len(t.samples) for t in timings)
     for index, timing in enumerate(timings):
@@ -78,7 +72,7 @@ def tails(found: Gathered, batch: int) -> str | None:
     shown = [0.0, *(s for s in SHARES if most * (1 - s) >= 1 - 1e-9)]
     axes.set_xticks([-np.log10(1 - s) for s in shown], [f"{100 * s:g}" for s in shown])
     axes.set(xlabel="percentile", ylabel=f"latency, ms a batch of {batch}", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     return svg(drawn, "latency against percentile")
 
@@ -90,7 +84,7 @@ def histogram(found: Gathered, batch: int) -> str | None:
     timings = [t for t in _latest(found.streams(batch)) if len(t.samples) > 1]
     if not timings:
         return None
-    drawn, axes = figure(5.0, 3.3)
+    drawn, axes = figure(4.4, 3.0)
     shades = colours(found)
     low = min(min(t.samples) for t in timings)
     high = max(float(np.quantile(t.samples, 0.99)) for t in timings)
@@ -102,7 +96,7 @@ def histogram(found: Gathered, batch: int) -> str | None:
         axes.stairs(share, edges, color=shades[timing.artifact.name], linewidth=1.4,
                     label=timing.artifact.name, gid=f"histogram-{index}")  # fmt: skip
     axes.set(xlabel=f"latency, ms a batch of {batch}", ylabel="requests, %")
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=9)
     return svg(drawn, "histogram of latencies")
 
 
@@ -110,7 +104,7 @@ def batches(found: Gathered, name: str, label: str) -> str | None:
     """A figure of `latency` against the batch; None where there is one batch only."""
     if len(found.batches) < 2:
         return None
-    drawn, axes = figure(5.0, 3.3)
+    drawn, axes = figure(4.4, 3.0)
     shades = colours(found)
     for index, artifact in enumerate(found.artifacts):
         points = sorted(
@@ -127,7 +121,7 @@ def batches(found: Gathered, name: str, label: str) -> str | None:
     axes.set_xticks(found.batches, [str(batch) for batch in found.batches])
     axes.minorticks_off()
     axes.set(xlabel="batch", ylabel=label, ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=9)
     return svg(drawn, f"{label} against batch")
 
 
@@ -144,7 +138,7 @@ def stages(profiles: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
                       color=PALETTE[place % len(PALETTE)])  # fmt: skip
             if stage["ms"] > 0.09 * widest:
                 axes.text(left + stage["ms"] / 2, row, f"{100 * stage['share']:.0f} %",
-                          color="white", ha="center", va="center", fontsize=8.5)  # fmt: skip
+                          color="white", ha="center", va="center", fontsize=9)  # fmt: skip
             left += stage["ms"]
     for place, name in enumerate(names):
         axes.barh(0, 0, color=PALETTE[place % len(PALETTE)], label=name)
@@ -153,7 +147,7 @@ def stages(profiles: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.set_xlabel("ms")
-    axes.legend(frameon=False, fontsize=8.5, ncols=len(names), loc="lower left",
+    axes.legend(frameon=False, fontsize=9, ncols=len(names), loc="lower left",
                 bbox_to_anchor=(0, 1), columnspacing=1, handlelength=1)  # fmt: skip
     return svg(drawn, "time of each stage")
 

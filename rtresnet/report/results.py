@@ -275,7 +275,10 @@ class _Collector:
             self.found.environments.append((what, where))
 
     def finish(self) -> Gathered:
-        """Names made unique by their folders; notes once each."""
+        """What was measured first; names made unique by their folders; notes once each."""
+        measured = list(dict.fromkeys(t.artifact.name for t in self.found.timings))
+        order = {name: index for index, name in enumerate(measured)}
+        self.found.artifacts.sort(key=lambda a: order.get(a.name, len(order)))
         names = [artifact.name for artifact in self.found.artifacts]
         for artifact in self.found.artifacts:
             if names.count(artifact.name) > 1:

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rtresnet.cli.main import main
+
+
+def test_a_page_and_markdown_of_real_artifacts(
+    engines: Path, tmp_path: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    accuracy, out = tmp_path / "e.json", tmp_path / "r.html"
+    file = str(engines / "resnet8-int8.onnx")
+    assert main(["eval", file, "--data", tints, "--json", str(accuracy)]) == 0
+    given = [str(engines), str(accuracy), "--out", str(out), "--markdown", str(tmp_path / "r.md")]
+    assert main(["report", *given]) == 0
+    assert f"page: {out}" in capsys.readouterr().out
+    assert "resnet8-int8.onnx" in out.read_text()
+    assert "| resnet8-int8.onnx | int8 |" in (tmp_path / "r.md").read_text()
+    assert main(["report", file, "--out", str(out), "--markdown", "-"]) == 0
+    assert capsys.readouterr().out.startswith("## resnet8: accuracy and latency")
+
+
+def test_nothing_to_report_is_said_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2
+    (tmp_path / "bad.json").write_text('{"verb": "bench", "result": {}}')
+    assert main(["report", "bad.json"]) == 2
+    assert "not a whole result of bench" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

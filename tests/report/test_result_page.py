@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from rtresnet.report import markdown, result_page, results
+
+PHONE = 390
+
+
+@pytest.fixture
+def text(measured: list[Path]) -> str:
+    return result_page.html(results.gather(measured))
+
+
+def marks(text: str, name: str) -> list[str]:
+    return re.findall(rf'id="({name}-\d+(?:-\d+)?)"', text)
+
+
+def test_plots_have_a_mark_for_every_datum(text: str) -> None:
+    assert marks(text, "artifact") == [f"artifact-{index}" for index in range(4)]
+    assert len(marks(text, "tail")) == len(marks(text, "histogram")) == 4
+    assert len(marks(text, "batch")) == 8  # latency and throughput
+    assert marks(text, "stage") == ["stage-0-0", "stage-0-1", "stage-1-0", "stage-1-1"]
+
+
+def test_the_values_are_those_of_the_files(text: str, measured: list[Path]) -> None:
+    found = results.gather(measured)
+    for timing in found.timings:
+        for name in ("median", "p99", "images_per_second"):
+            assert f'data-v="{timing.latency[name]!r}"' in text
+    for value in ("91.50", "91.25", "90.00", "80.00", "98.44"):
+        assert f">{value}</td>" in text
+    assert 'data-v="98.4375"' in text
+
+
+def test_the_summary_says_what_is_gained_and_lost(measured: list[Path]) -> None:
+    found = results.gather(measured)
+    lines = result_page.summary(found)
+    assert len(lines) == 3
+    assert "1.60 times as fast as net-fp32.onnx, with -0.25 points of top-1" in lines[0]
+    assert "2.67 times as fast as net-fp32.onnx, with -1.50 points of top-1" in lines[1]
+
+
+def test_it_is_small_self_contained_and_escaped(text: str) -> None:
+    assert len(text) < 2_000_000
+    assert set(re.findall(r'(?:src|href)="([^"#]*)"', text)) <= {"data:,"}
+    assert not re.search(r"https?://", re.sub(r'xmlns\S*="[^"]*"', "", text))
+    assert "a&lt;b&gt;.onnx" in text and "a<b>" not in text
+    assert "/somewhere/else" not in text and "npz:images.npz" in text
+
+
+def test_the_same_files_give_the_same_page(measured: list[Path]) -> None:
+    assert result_page.html(results.gather(measured)) == result_page.html(results.gather(measured))
+
+
+def test_latency_alone_makes_a_page_too(measured: list[Path]) -> None:
+    found = results.gather(measured[:1])
+    text = result_page.html(found)
+    assert not marks(text, "artifact") and marks(text, "tail")
+    assert any("No accuracy is known" in line for line in result_page.remarks(found))
+
+
+def test_artifacts_alone_make_a_page_too(engines: Path) -> None:
+    text = result_page.html(results.gather([engines]))
+    assert "resnet8-int8.onnx" in text and "checkpoint" in text and "<svg" not in text
+
+
+def test_markdown_has_the_same_tables(measured: list[Path]) -> None:
+    found = results.gather(measured)
+    text = markdown.render(found)
+    for section in result_page.sections(found).values():
+        assert f"### {section.heading}" in text
+    rows = [line for line in text.splitlines() if line.startswith("| net-int8.onnx")]
+    assert any("| 90.00 |" in row and "| 98.44 |" in row for row in rows)
+    widths = {row.count(" | ") for row in rows if "98.44" in row}
+    (heading,) = [line for line in text.splitlines() if line.startswith("| artifact | precision")]
+    assert widths == {heading.count(" | ")}
+    assert markdown.table(["a|b"], [["<x>|y"]]) == "| a\\|b |\n|---|\n| &lt;x>\\|y |"
+
+
+def test_a_browser_renders_it_and_copies_its_tables(
+    text: str, browser: Callable[[str], str]
+) -> None:
+    probe = """<script>
+    const report = document.createElement("pre");
+    report.id = "report";
+    report.textContent = csv(document.querySelector("table"));
+    report.dataset.svgs = document.querySelectorAll("svg").length;
+    report.dataset.shown = [...document.querySelectorAll("svg")]
+      .filter(svg => svg.getBoundingClientRect().height > 50).length;
+    report.dataset.buttons = [...document.querySelectorAll("button.copy")]
+      .filter(button => getComputedStyle(button).display !== "none").length;
+    document.body.append(report);
+    </script></body>"""
+    dom = browser(text.replace("</body>", probe))
+    (report,) = re.findall(r'<pre id="report"([^>]*)>(.*?)</pre>', dom, re.DOTALL)
+    figures = dict(re.findall(r'data-(\w+)="(\d+)"', report[0]))
+    assert figures["svgs"] == figures["shown"] == "6"
+    assert int(figures["buttons"]) == text.count('class="copy"') > 2
+    lines = html.unescape(report[1]).splitlines()
+    assert lines[0].startswith("artifact,precision,top-1 %")
+    assert '"ms, batch 1"' in lines[0]
+    assert len(lines) == 5 and lines[3].startswith("net-int8.onnx,int8,90.0,846,98.4375,")
+
+
+@pytest.mark.parametrize("width", [PHONE, 320, 768])
+def test_nothing_sticks_out_of_a_phone(
+    width: int, text: str, browser: Callable[[str], str]
+) -> None:
+    # A window cannot be made as narrow as a phone, but a frame can.
+    host = (
+        f'<body><iframe style="border:0;width:{width}px;height:800px" '
+        f'srcdoc="{html.escape(text)}"></iframe><script>onload = () => {{'
+        'const page = document.querySelector("iframe").contentDocument.documentElement;'
+        'document.body.dataset.measured = page.scrollWidth + " of " + page.clientWidth;'
+        "}</script></body>"
+    )
+    assert f'data-measured="{width} of {width}"' in browser(host)
