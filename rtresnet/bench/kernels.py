@@ -160,7 +160,7 @@ class _Graph:
                 f"{where}: its input is {list(shape)}, not [N, 3, S, S] with a fixed S",
                 fix="export it with a fixed image size",
             )
-        self.images, self.size = shape[0], shape[-1]
+        self.images, self.size = shape[0], shape[2]  # [N, 3, S, S] or [N, S, S, 3]
         names = [(node.name, node.op_type) for node in self.nodes]
         self.blocks: dict[str, str] = {}
         for node, block in zip(self.nodes, blocks.assign(names), strict=True):

@@ -70,6 +70,7 @@ def record(
         watched = OrtBackend(
             path, provider="cpu", threads=threads, profile=str(Path(folder) / "nodes")
         )
+        images = fitting(images, plain.input_dtype, plain.layout)
         whole: list[float] = []
         for _ in range(WARM_UP):
             plain.infer(images)
@@ -88,6 +89,14 @@ def record(
         runs=runs[WARM_UP:], whole=whole, device=plain.device, provider=plain.provider,
         threads=plain.threads, packages=plain.packages,
     )  # fmt: skip
+
+
+def fitting(images: np.ndarray, dtype: np.dtype[Any], layout: str) -> np.ndarray:
+    """Standard normal float32 [N, 3, S, S] as a file takes its input, pixels for uint8."""
+    if dtype == np.uint8:
+        images = np.clip(128 + 64 * images, 0, 255)
+    placed = images.transpose(0, 2, 3, 1) if layout == "nhwc" else images
+    return np.ascontiguousarray(placed, dtype)
 
 
 def parse(events: list[dict[str, Any]]) -> list[Run]:

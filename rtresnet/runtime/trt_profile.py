@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rtresnet import artifacts
-from rtresnet.runtime.ort_profile import LEAST, WARM_UP, Recorded, Run
+from rtresnet.runtime.ort_profile import LEAST, WARM_UP, Recorded, Run, fitting
 from rtresnet.runtime.trt import TrtBackend
 
 
@@ -53,8 +53,11 @@ def record(
     """
     sidecar = artifacts.verify(path)
     name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
-    plain, watched = TrtBackend(path, sidecar), TrtBackend(path, sidecar)
+    # Inside a CUDA graph there are no layers to be told of: both run without, to be comparable.
+    plain = TrtBackend(path, sidecar, graphs=False)
+    watched = TrtBackend(path, sidecar, graphs=False)
     try:
+        images = fitting(images, plain.input_dtype, plain.layout)
         keeper = profiler(importlib.import_module(name))
         watched.watch(keeper)
         runs: list[Run] = []
