@@ -1,8 +1,13 @@
-"""`rtresnet predict`: what is on these images?"""
+"""`rtresnet predict`: what is on these images?
+
+A few are answered on the terminal (here), a folder of any size into a file (`predict_bulk.py`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,93 +17,143 @@ from rtresnet.cli import common
 from rtresnet.errors import DataError, InputError
 
 
-@click.command("predict", short_help="Print the most probable classes of images.")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.command("predict", short_help="The most probable classes of images.")
+@click.argument("images", nargs=-1, required=True, metavar="[ARTIFACT] IMAGE...")
 @click.option(
     "--with", "artifact", metavar="FILE", help="Checkpoint, ONNX file or plan [the newest]."
 )
-@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--top", type=click.IntRange(min=1), help="Classes an image [3].")
+@click.option("--batch", type=click.IntRange(min=1), help="Images at a time [by size and device].")
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads [one a core].")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a table: *.parquet, *.csv or *.jsonl.",
+)
+@click.option("--resume", is_flag=True, help="Go on with an --out that was stopped.")
+@click.option("--ray", is_flag=True, help="On Ray Data: where RAY_ADDRESS says, or a local one.")
+@click.option(
+    "--actors", type=click.IntRange(min=1), help="Processes of Ray [one a GPU, or one a machine]."
+)
+@click.option("--model", help="The net of a foreign checkpoint [recognized].")
+@common.input_options
 @common.device_options
 @common.json_option
 def command(
-    images: tuple[str, ...], artifact: str | None, top: int, json_file: str | None, **options: Any
+    images: tuple[str, ...],
+    artifact: str | None,
+    out: Path | None,
+    resume: bool,
+    ray: bool,
+    actors: int | None,
+    json_file: str | None,
+    **options: Any,
 ) -> None:
-    """Print the most probable classes of image files, or of every image in a folder."""
-    result = run(images, artifact, top=top, **options)
+    """Print the most probable classes of image files, or of every image in a folder.
+
+    With --out FILE they go into a table, batch by batch: for as many images as there are. What was
+    stopped or killed goes on with --resume. A broken image is a row with an error.
+    """
+    if out is None and (resume or ray or actors):
+        raise click.UsageError("--resume, --ray and --actors go with --out")
+    if actors and not ray:
+        raise click.UsageError("--actors goes with --ray")
+    options["decoders"] = options.pop("workers")
+    artifact, names = _named(images, artifact)
+    if out is None:
+        result = run(names, artifact, **options)
+        _show(result)
+    else:
+        from rtresnet.cli import predict_bulk
+
+        result = predict_bulk.run(
+            names, artifact, out, resume=resume, ray=ray, actors=actors, **options
+        )
+        _summarize(result)
+    common.write_json(json_file, "predict", result)
+
+
+def run(names: Sequence[str], artifact: str, **options: Any) -> dict[str, Any]:
+    """The verb's body for a few images; returns what `--json` writes.
+
+    Args:
+        names: The image files.
+        artifact: Checkpoint, ONNX file or plan.
+        options: As `predict_rows.Predictor` takes them.
+    """
+    from rtresnet.cli.predict_rows import Predictor
+
+    found, skipped = [], []
+    with contextlib.closing(Predictor(artifact, **options)) as predictor:
+        for rows in predictor.batches(names):
+            for row in rows:
+                # Every image was named by the person: a broken one is told, whatever their share.
+                if row.error is not None:
+                    skipped.append(row.error)
+                    common.note(f"skipped {row.error}")
+                    continue
+                top = [{"class": name, "probability": value} for name, value in row.top]
+                found.append({"image": row.image, "top": top})
+        where = predictor.about.where
+    if not found:
+        raise DataError(f"none of the {len(names)} images could be decoded")
+    return {"artifact": artifact, "images": found, "skipped": skipped} | where
+
+
+def _show(result: dict[str, Any]) -> None:
     console = common.out_console()
     for entry in result["images"]:
         guesses = "  ".join(f"{g['class']} ({100 * g['probability']:.1f} %)" for g in entry["top"])
         console.print(f"{entry['image']}: {guesses}", soft_wrap=True, markup=False)
-    common.write_json(json_file, "predict", result)
 
 
-def run(
-    images: tuple[str, ...], artifact: str | None, *, top: int, **options: Any
-) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes."""
-    import numpy as np
+def _summarize(result: dict[str, Any]) -> None:
+    broken = f", {result['broken']:,} of them broken" if result["broken"] else ""
+    here = result["images"] - result["resumed_at"]
+    common.out_console().print(
+        f"{result['out']}: {result['images']:,} images{broken}; {here:,} in "
+        f"{result['seconds']:,.1f} s, {result['images_per_second']:,.0f} img/s  "
+        f"[{result['artifact']}, batch {result['batch']}, {result['provider']}, "
+        f"{result['device']}]",
+        soft_wrap=True,
+        markup=False,
+    )
 
-    from rtresnet import metrics
-    from rtresnet.data import loader, sources
-    from rtresnet.data.decode import CorruptImage
 
-    paths = _files(images)
+def _named(given: Sequence[str], artifact: str | None) -> tuple[str, list[str]]:
+    """The artifact and every image file; an artifact may also be the first of the files.
+
+    Raises:
+        InputError: A file that is not there, or nothing to predict with.
+        DataError: A folder without images, or nothing but an artifact.
+    """
+    from rtresnet import artifacts
+
+    if artifact is None and Path(given[0]).suffix.lower() in artifacts.SUFFIXES:
+        artifact, given = given[0], given[1:]
+        artifacts.require_file(artifact)
+        if not given:
+            raise DataError(f"no images for {artifact}", fix="name image files or a folder")
+    names = [name for entry in given for name in _files(Path(entry))]
     if artifact is None:
         artifact = str(newest())
         common.note(f"with {artifact}")
-    opened = common.open_artifact(artifact, **options)
-    source = sources.Files("images", paths, np.full(len(paths), -1), ())
-    # Here every image was named by the person: a broken one is reported, whatever its share.
-    results, skipped = [], []
-    with contextlib.closing(opened):
-        size = loader.batch_size(opened.preprocess)
-        for start in range(0, len(paths), size):
-            good = []
-            for index in range(start, min(start + size, len(paths))):
-                try:
-                    good.append((index, opened.preprocess.crop(source.image(index))))
-                except CorruptImage as error:
-                    skipped.append(str(error))
-                    common.note(f"skipped {error}")
-            if not good:
-                continue
-            pixels = opened.preprocess.normalize(np.stack([image for _, image in good]))
-            for (index, _), row in zip(good, metrics.softmax(opened.forward(pixels)), strict=True):
-                best = np.argsort(-row)[:top]
-                results.append(
-                    {
-                        "image": str(paths[index]),
-                        "top": [
-                            {"class": _name(opened.classes, i), "probability": float(row[i])}
-                            for i in best
-                        ],
-                    }
-                )
-    if not results:
-        raise DataError(f"none of the {len(paths)} images could be decoded")
-    return {"artifact": artifact, "images": results, "skipped": skipped} | opened.where
+    return artifact, names
 
 
-def _name(classes: tuple[str, ...], index: Any) -> str:
-    return classes[index] if index < len(classes) else str(index)
+def _files(path: Path) -> list[str]:
+    from rtresnet.data.sources import IMAGE_SUFFIXES, images_under
 
-
-def _files(given: tuple[str, ...]) -> list[Path]:
-    from rtresnet.data.sources import images_under
-
-    paths: list[Path] = []
-    for name in given:
-        path = Path(name)
-        if path.is_dir():
-            found = images_under(path)
-            if not found:
-                raise DataError(f"{path}: no images in this folder")
-            paths += found
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise InputError(f"{path}: no such image")
-    return paths
+    if path.is_dir():
+        # Names and not paths: of a million images the one takes a tenth of the memory.
+        found = [os.fspath(image) for image in images_under(path)]
+        if not found:
+            raise DataError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        return found
+    if not path.is_file():
+        raise InputError(f"{path}: no such image")
+    return [os.fspath(path)]
 
 
 def newest() -> Path:

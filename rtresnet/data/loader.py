@@ -82,11 +82,14 @@ def indexed(
             yield index, result
 
 
-def ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
+def ahead(
+    work: Callable[[T], U], items: Iterable[T], threads: int | None = None
+) -> Iterator[tuple[T, U]]:
     """Maps in threads, in order, a few items ahead of who asks. What `work` raises comes out."""
-    with ThreadPoolExecutor(machine.cores()) as pool:
+    threads = threads or machine.cores()
+    with ThreadPoolExecutor(threads) as pool:
         waiting = iter(items)
-        pending = deque((i, pool.submit(work, i)) for i in islice(waiting, 8 * machine.cores()))
+        pending = deque((i, pool.submit(work, i)) for i in islice(waiting, 8 * threads))
         try:
             while pending:
                 item, future = pending.popleft()

@@ -1,0 +1,231 @@
+"""Where predictions go: a journal while they are made, a table when they are complete.
+
+`OUT.part` holds a line of JSON that says what is being made, then one an image, in order. It is
+flushed batch by batch, so that whoever kills the process loses one batch. At the end it becomes
+OUT, in one step. Knows nothing of how predictions are made.
+
+The columns, in every form: image, class_1, probability_1, ... to K, error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rtresnet.cli.predict_rows import Row
+from rtresnet.errors import EnvironmentLack, InputError
+
+FORMS = (".parquet", ".csv", ".jsonl")
+VERSION = 1
+ROWS_AT_ONCE = 4096  # of a row group in Parquet
+
+
+def check_form(out: Path) -> None:
+    """Raises what would otherwise be found out at the end.
+
+    Raises:
+        InputError: The suffix is none of FORMS, or nothing can be written there.
+        EnvironmentLack: Parquet without pyarrow.
+    """
+    from rtresnet import artifacts, machine
+
+    if out.suffix.lower() not in FORMS:
+        raise InputError(
+            f"--out {out}: {out.suffix or 'no suffix'} is not a form of table",
+            fix=f"name it *{', *'.join(FORMS)}",
+        )
+    if out.is_dir():
+        raise InputError(f"--out {out}: a folder is there", fix="choose another --out")
+    artifacts.make_folder(out.parent)
+    if out.suffix.lower() == ".parquet" and not machine.installed("pyarrow"):
+        raise EnvironmentLack(
+            "Parquet needs the package pyarrow, which is not installed",
+            fix="pip install 'rtresnet[bulk]', or pip install pyarrow; or --out of another form",
+        )
+
+
+class Journal:
+    """`OUT.part`, held by one process at a time.
+
+    Args:
+        out: The table that it becomes.
+        head: What is made: everything that decides a row, and the images. Compared on resuming.
+        batch: Rows are kept in whole batches: one that was cut off is made again.
+        resume: Go on with what is there.
+
+    Attributes:
+        done: Rows that are there.
+        broken: Rows with an error among them.
+
+    Raises:
+        InputError: There is one already and `resume` was not asked for, or it is of another model,
+            other options or other images, or another process writes it.
+    """
+
+    def __init__(self, out: Path, head: dict[str, Any], *, batch: int, resume: bool) -> None:
+        self.out, self.path = out, Path(f"{out}.part")
+        self.head = {"journal": VERSION, **head}
+        self.done = self.broken = 0
+        there = self.path.exists() and self.path.stat().st_size > 0
+        if there and not resume:
+            raise InputError(
+                f"{self.path}: predictions that were not finished",
+                fix=f"go on with --resume, or remove {self.path}",
+            )
+        # Not truncated by opening it: another process may be writing.
+        self._file: TextIO = open(self.path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
+        try:
+            self._lock()
+            if there:
+                self._continue(batch)
+            if self.done == 0:
+                self._file.truncate(0)
+                self._write([self.head])
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.path}: another process is writing it", fix="choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def _continue(self, batch: int) -> None:
+        self._file.seek(0)
+        # readline and not iteration, which forbids tell()
+        whole = _parsed(self._file.readline())
+        if whole is None:
+            return  # killed before the first line was written
+        other = [key for key in {**whole, **self.head} if whole.get(key) != self.head.get(key)]
+        if other:
+            key = other[0]
+            raise InputError(
+                f"{self.path}: made with another {key.replace('_', ' ')} ({_short(whole.get(key))} "
+                f"then, {_short(self.head.get(key))} now)",
+                fix=f"use that one, or remove {self.path} to begin anew",
+            )
+        end, broken = self._file.tell(), 0
+        read = 0
+        while (row := _parsed(self._file.readline())) is not None:
+            read += 1
+            broken += row["error"] is not None
+            if read % batch == 0 or read == self.head["images"]:
+                self.done, self.broken, end = read, broken, self._file.tell()
+        self._file.seek(end)
+        self._file.truncate()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Appends a batch."""
+        self._write([_flat(row, self.head["top"]) for row in rows])
+        self.done += len(rows)
+        self.broken += sum(row.error is not None for row in rows)
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        try:
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # write() does not know it
+            raise
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row, as it was added, with the columns of the table."""
+        with open(self.path, encoding="utf-8") as file:
+            next(file)
+            for line in file:
+                yield json.loads(line)
+
+    def finish(self) -> None:
+        """Makes the table of it and removes it."""
+        from rtresnet import artifacts
+
+        write = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}[self.out.suffix.lower()]
+        with artifacts.atomic_path(self.out) as temporary:
+            write(temporary, self)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes it."""
+        self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Lets others have it."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def columns(top: int) -> list[str]:
+    """Of a table with the `top` best classes."""
+    best = [f"{name}_{n}" for n in range(1, top + 1) for name in ("class", "probability")]
+    return ["image", *best, "error"]
+
+
+def _flat(row: Row, top: int) -> dict[str, Any]:
+    best: list[Any] = [value for pair in row.top for value in pair] or [None] * (2 * top)
+    return dict(zip(columns(top), [row.image, *best, row.error], strict=True))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A whole line; None at the end, and for what a killed process or a lost disk left."""
+    with contextlib.suppress(json.JSONDecodeError):
+        found = json.loads(line) if line.endswith("\n") else None
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _jsonl(path: Path, journal: Journal) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in journal.rows())
+
+
+def _csv(path: Path, journal: Journal) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns(journal.head["top"]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(journal.rows())
+
+
+def _parquet(path: Path, journal: Journal) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema(
+        [
+            (name, pa.float32() if name.startswith("probability") else pa.string())
+            for name in columns(journal.head["top"])
+        ],
+        metadata={"rtresnet": json.dumps(journal.head)},
+    )
+    rows = journal.rows()
+    with parquet.ParquetWriter(os.fspath(path), schema) as writer:
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(chunk, schema))
