@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "build": ({"build"}, {"numpy"}),
     "runtime": ({"runtime"}, {"numpy"}),
     "bench": ({"bench", "runtime"}, {"numpy"}),
+    "serve": ({"serve"}, set()),
     "report": ({"report", "bench"}, {"numpy", "rich", "matplotlib"}),
     "cli": (set(), HEAVY),
 }

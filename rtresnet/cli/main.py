@@ -26,6 +26,8 @@ VERBS = (
     "eval",
     "predict",
     "compare",
+    "check",
+    "package",
     "bench",
     "profile",
     "estimate",

@@ -1,0 +1,248 @@
+"""`rtresnet check`: is an image's answer its own, whatever batch it comes in?"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rtresnet.cli import common
+from rtresnet.errors import DataError, GateMissed, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rtresnet.bench.consistency import Answers, Check, Infer
+    from rtresnet.preprocess import Preprocess
+
+BATCHES = (1, 8, 32)  # tried where no profile says what matters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is checked: how to ask it, and what it expects.
+
+    Attributes:
+        prepare: uint8 crops [N, S, S, 3] to what it takes.
+        preprocess: For images; None where nobody knows what the file was made for.
+        sizes: Batches that matter to it.
+    """
+
+    infer: Infer
+    prepare: Callable[[np.ndarray], np.ndarray]
+    preprocess: Preprocess | None
+    size: int
+    sizes: tuple[int, ...]
+    precision: str
+    where: dict[str, Any]
+    close: Callable[[], None]
+
+
+@click.command("check", short_help="Check that batches do not change an answer.")
+@click.argument("path")
+@click.option("--data", metavar="SPEC", help=f"Images [noise]: {common.DATA_HELP}")
+@click.option(
+    "--images", type=click.IntRange(min=2), default=16, show_default=True, help="How many."
+)
+@common.device_options
+@common.json_option
+def command(
+    path: str, data: str | None, images: int, json_file: str | None, **options: Any
+) -> None:
+    """Hold an artifact against itself, and against the FP32 ONNX file it came from.
+
+    An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 of
+    other files), at odd batches, after other batches and beside a broken image must get the same
+    answer, within what its precision can do. Exit code 1 where it does not.
+    """
+    result = run(path, data=data, images=images, **options)
+    show(result)
+    common.write_json(json_file, "check", result)
+    failed = [entry for entry in result["checks"] if not entry["ok"]]
+    if failed:
+        first = failed[0]
+        more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise GateMissed(
+            f"{path}: {first['name']} ({first['compared']}): {first['why']}{more}",
+            fix="noise is not what its ranges were made for: --data SPEC"
+            if first["name"] == "parent" and data is None and result["precision"] == "int8"
+            else None,
+        )
+
+
+def run(path: str, *, data: str | None = None, images: int = 16, **options: Any) -> dict[str, Any]:
+    """The verb's body; returns what `--json` writes."""
+    from rtresnet.bench import consistency
+
+    subject = _open(path, **options)
+    with contextlib.closing(subject), common.progress(f"checking {path}"):
+        pixels = _photographs(data, images, path, subject) if data else _noise(images, subject.size)
+        given = subject.prepare(pixels)
+        single = consistency.alone(subject.infer, given)
+        share = consistency.BATCHES[_bound(subject)]
+        checks = consistency.check(subject.infer, given, single, sizes=subject.sizes, share=share)
+    parent, missing = _ancestor(path)
+    if parent is not None and checks[0].name != "alone":
+        with common.progress(f"running {parent}"):
+            checks.append(_against(parent, pixels, single, _bound(subject)))
+    apart = consistency.separation(single)
+    return {
+        "artifact": path,
+        "precision": subject.precision,
+        "bound": _bound(subject),
+        "images": data or "noise",
+        "n": len(pixels),
+        "range": float(single.values.max() - single.values.min()),
+        "apart": apart,
+        "told_apart": bool(apart > single.allowed(share)),
+        "parent": str(parent) if parent else None,
+        "no_parent": missing,
+        "checks": [dataclasses.asdict(entry) | {"ok": entry.ok} for entry in checks],
+    } | subject.where
+
+
+def _open(path: str, **options: Any) -> Subject:
+    from rtresnet import artifacts
+
+    artifacts.require_file(path)
+    if artifacts.kind_of(path) == "checkpoint":
+        return _open_checkpoint(path, **options)
+    from rtresnet.preprocess import Preprocess
+    from rtresnet.runtime.session import load
+
+    session = load(path, **options)
+    sidecar = session.sidecar
+    known = sidecar is not None and "input" not in sidecar.assumed
+    # A stranger's file gets noise of the customary kind: what it means to the net does not matter.
+    prepare = session.prepare if known else Preprocess.for_size(session.size).normalize
+    if session.backend.layout == "nhwc":
+        prepare = session.prepare
+    profiles = sidecar.plan.profiles if sidecar and sidecar.plan else ()
+    sizes = {size for profile in profiles for size in (profile.min, profile.opt, profile.max)}
+    return Subject(
+        infer=session,
+        prepare=prepare,
+        preprocess=session.preprocess if known else None,
+        size=session.size,
+        sizes=tuple(sorted(sizes)) or BATCHES,
+        precision=sidecar.precision if sidecar else "unknown",
+        where=session.describe(),
+        close=session.close,
+    )
+
+
+def _open_checkpoint(path: str, **options: Any) -> Subject:
+    if options.get("provider", "auto") != "auto":
+        raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
+    opened = common.open_artifact(path, **options)
+    return Subject(
+        infer=opened.forward,
+        prepare=opened.preprocess.normalize,
+        preprocess=opened.preprocess,
+        size=opened.preprocess.size,
+        sizes=BATCHES,
+        precision=opened.precision,
+        where=opened.where,
+        close=opened.close,
+    )
+
+
+def _bound(subject: Subject) -> str:
+    """The row of the tolerances' table. On a GPU TensorRT and torch multiply FP32 as TF32."""
+    from rtresnet import machine
+    from rtresnet.bench import consistency
+
+    precision = subject.precision if subject.precision in consistency.BATCHES else None
+    if precision == "fp32" and subject.where["device"] != machine.cpu():
+        return "tf32"
+    return precision or consistency.UNKNOWN
+
+
+def _photographs(data: str, count: int, path: str, subject: Subject) -> np.ndarray:
+    import numpy as np
+
+    from rtresnet.data import loader
+    from rtresnet.data.sources import open_source
+
+    if subject.preprocess is None:
+        raise InputError(
+            f"{path}: no sidecar, so nobody knows what becomes of an image before it",
+            fix="leave out --data, and it is checked on noise",
+        )
+    crop, source = subject.preprocess.crop, open_source(data, "all")
+    tally = loader.Tally(len(source), common.note)
+    chosen = loader.sample(source, count)
+    found = [image for _, image in loader.indexed(source, chosen, lambda _, i: crop(i), tally)]
+    if len(found) < 2:
+        raise DataError(f"{data}: fewer than two images could be decoded")
+    return np.stack(found)
+
+
+def _noise(count: int, size: int) -> np.ndarray:
+    """Noise of many tints and strengths: a net answers plain noise alike, whatever the seed."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    tint, width = rng.integers(0, 192, (count, 1, 1, 3)), rng.integers(8, 64, (count, 1, 1, 1))
+    grain = rng.integers(0, 64, (count, size, size, 3)) * width // 64
+    return (tint + grain).astype(np.uint8)
+
+
+def _ancestor(path: str) -> tuple[Path | None, str | None]:
+    """The FP32 ONNX file of an artifact's chain, or why there is none to compare with."""
+    from rtresnet import artifacts
+
+    for place, sidecar, state in list(artifacts.chain(path))[1:]:
+        if place.suffix.lower() != ".onnx":
+            break
+        if state != "ok":
+            return None, f"{place} is {state}"
+        if sidecar is not None and sidecar.precision == "fp32":
+            return place, None
+    return None, "no FP32 ONNX file in its chain"
+
+
+def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> Check:
+    from rtresnet.bench import consistency
+    from rtresnet.runtime.session import load
+
+    with load(parent, provider="cpu") as session:
+        want = consistency.alone(session, session.prepare(pixels))
+    if want.logits and not single.logits:
+        want = want.top(single.values.shape[1])
+    tolerance = want.allowed(consistency.PARENT[bound])
+    return consistency.compare("parent", parent.name, single, want, tolerance)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table, with what was compared and where under it."""
+    from rtresnet.report import tables
+
+    console = common.out_console()
+    rows = [
+        (entry["name"], entry["compared"], entry["n"], entry["largest"], entry["tolerance"],
+         "ok" if entry["ok"] else "FAILED")
+        for entry in result["checks"]
+    ]  # fmt: skip
+    headings = ("check", "compared", "n", "difference", "tolerance", "verdict")
+    tables.show(console, headings, rows)
+    lines = [
+        f"{result['n']} images ({result['images']}), held to what {result['bound']} can do; "
+        f"answers range over {tables.number(result['range'])}."
+    ]
+    if result["parent"] is None:
+        lines.append(f"Not compared with an FP32 file: {result['no_parent']}.")
+    if not result["told_apart"]:
+        lines.append(
+            "WEAK: two of the images get the same answer within the tolerance, so rows that are "
+            "mixed up could pass. Name other images: --data SPEC"
+        )
+    threads = f", {result['threads']} threads" if result["threads"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines.append(f"{result['device']}; {result['provider']}{threads}; {versions}")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)

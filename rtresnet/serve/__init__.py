@@ -1,0 +1,1 @@
+"""An artifact as somebody else's server takes it."""

@@ -1,0 +1,227 @@
+"""Each check, held against a backend that is right and one that is wrong in just its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtresnet.bench import consistency
+from rtresnet.bench.consistency import Check
+
+SIZES = (1, 4, 8)
+IMAGES = np.random.default_rng(0).standard_normal((6, 3, 4, 4)).astype(np.float32)
+WEIGHTS = np.random.default_rng(1).standard_normal((48, 5)).astype(np.float32)
+Backend = Callable[[np.ndarray], Any]
+
+
+def sound(images: np.ndarray) -> np.ndarray:
+    """A net of one layer. Row by row: a matrix product would sum in an order of its own."""
+    rows = [row.reshape(-1).astype(np.float32) @ WEIGHTS for row in images]
+    return np.stack(rows) / (255 if images.dtype == np.uint8 else 1)
+
+
+def shifted(images: np.ndarray) -> np.ndarray:
+    return np.roll(sound(images), 1, axis=0)
+
+
+def swapped_at_the_end(images: np.ndarray) -> np.ndarray:
+    found = sound(images)
+    if len(found) > 4:
+        found[[-1, -2]] = found[[-2, -1]]
+    return found
+
+
+def by_batch_size(images: np.ndarray) -> np.ndarray:
+    return sound(images) * np.float32(1 + 0.01 * (len(images) == 8))
+
+
+def normalized_over_the_batch(images: np.ndarray) -> np.ndarray:
+    return sound(images) - sound(images).mean(axis=0) * (len(images) > 1)
+
+
+def wrong_when_odd(images: np.ndarray) -> np.ndarray:
+    found = sound(images)
+    if len(found) == 7:
+        found[-1] = 0
+    return found
+
+
+def cut_at_the_largest(images: np.ndarray) -> np.ndarray:
+    return sound(images)[: max(SIZES)]
+
+
+def sorting(images: np.ndarray) -> np.ndarray:
+    """Right for images in one order only: rows come back by their first pixel."""
+    return sound(images[np.argsort(images[:, 0, 0, 0])])
+
+
+class Stale:
+    """Gives the answers of the batch before, where it was as large."""
+
+    def __init__(self) -> None:
+        self.last: np.ndarray | None = None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        found, before = sound(images), self.last
+        self.last = found
+        return before if before is not None and before.shape == found.shape else found
+
+
+class Drifting:
+    """Adds up: the same question gets another answer each time."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        return sound(images) + np.float32(0.01 * self.calls)
+
+
+class OneBuffer:
+    """Gives away the buffer that the next batch is written to."""
+
+    def __init__(self) -> None:
+        self.buffer = np.zeros((64, 5), np.float32)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.buffer[: len(images)] = sound(images)
+        return self.buffer[: len(images)]
+
+
+def leaking(images: np.ndarray) -> np.ndarray:
+    """A NaN spreads by a sum over the batch that is worth nothing otherwise."""
+    return sound(images) + 0 * images.sum(dtype=np.float32)
+
+
+class Poisoned:
+    """A NaN stays in memory until the next call."""
+
+    def __init__(self) -> None:
+        self.memory = np.float32(0)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        found = sound(images) + self.memory
+        self.memory = np.float32(0) * images.sum(dtype=np.float32)
+        return found
+
+
+def whitening(images: np.ndarray) -> np.ndarray:
+    return sound(images) * np.float32(1 + (images == 255).all(axis=(1, 2, 3)).any())
+
+
+def checks(backend: Backend, images: np.ndarray = IMAGES, share: float = 1e-4) -> list[Check]:
+    single = consistency.alone(backend, images)
+    return consistency.check(backend, images, single, sizes=SIZES, share=share)
+
+
+def test_a_sound_backend_passes_everything() -> None:
+    found = checks(sound)
+    assert all(check.ok and check.largest == 0 and check.moved == 0 for check in found)
+    assert [f"{check.name}: {check.compared}" for check in found] == [
+        "in a batch: 4 with alone",
+        "permuted: 4 with alone",
+        "batch size: 1 with alone",
+        "batch size: 4 with alone",
+        "batch size: 8 with alone",
+        "odd batch: 3 with alone",
+        "odd batch: 7 with alone",
+        "odd batch: 9 with alone",
+        "repeated: 4, others between",
+        "NaN in one row: the others",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "caught"),
+    [
+        (shifted, "in a batch"),
+        (sorting, "permuted"),
+        (swapped_at_the_end, "batch size"),
+        (by_batch_size, "batch size"),
+        (normalized_over_the_batch, "in a batch"),
+        (wrong_when_odd, "odd batch"),
+        (cut_at_the_largest, "odd batch"),
+        (Stale(), "permuted"),
+        (Drifting(), "repeated"),
+        (OneBuffer(), "repeated"),
+        (leaking, "NaN in one row"),
+        (Poisoned(), "NaN in one row"),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_a_backend_that_is_wrong_in_one_way_is_caught(backend: Backend, caught: str) -> None:
+    failed = {check.name: check.why for check in checks(backend) if not check.ok}
+    assert caught in failed and failed[caught]
+
+
+@pytest.mark.parametrize(
+    ("backend", "caught"),
+    [
+        (by_batch_size, {"batch size"}),
+        (wrong_when_odd, {"odd batch"}),
+        (OneBuffer(), {"repeated"}),
+        (leaking, {"NaN in one row"}),
+        (Poisoned(), {"NaN in one row"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_no_other_check_would_have_caught_it(backend: Backend, caught: set[str]) -> None:
+    assert {check.name for check in checks(backend) if not check.ok} == caught
+
+
+def test_pixels_have_no_nan_and_are_held_against_white() -> None:
+    pixels = np.random.default_rng(2).integers(0, 200, (6, 4, 4, 3), dtype=np.uint8)
+    assert all(check.ok for check in checks(sound, pixels))
+    assert [c.name for c in checks(whitening, pixels) if not c.ok] == ["white in one row"]
+
+
+def test_answers_that_are_no_numbers_are_told_first() -> None:
+    (only,) = checks(lambda images: sound(images) * np.float32(np.nan))
+    assert only.name == "alone" and only.why == "6 answers are not finite"
+
+
+def top2(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from rtresnet.metrics import softmax
+
+    found = softmax(sound(images) / 4)
+    order = np.argsort(-found, axis=1)[:, :2].astype(np.int64)
+    return order, np.take_along_axis(found, order, axis=1).astype(np.float32)
+
+
+def test_a_top_k_file_is_checked_by_its_probabilities_and_its_first_class() -> None:
+    assert all(check.ok for check in checks(top2))
+
+    def renamed(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        indices, probabilities = top2(images)
+        return indices + (len(images) == 8), probabilities
+
+    (failed,) = (check for check in checks(renamed) if not check.ok)
+    assert failed.compared == "8 with alone" and "top-1" in str(failed.why)
+    assert failed.largest == 0 and failed.moved > 0
+
+
+def test_a_top_1_may_change_only_where_the_margin_is_within_the_tolerance() -> None:
+    want = consistency.answers(np.array([[1.0, 0.95, 0], [1.0, 0.5, 0]], np.float32))
+    close = consistency.answers(np.array([[0.95, 1.0, 0], [1.0, 0.5, 0]], np.float32))
+    assert consistency.compare("", "", close, want, 0.06).ok
+    assert not consistency.compare("", "", close, want, 0.04).ok
+    far = consistency.answers(np.array([[1.0, 0.95, 0], [0.74, 0.76, 0]], np.float32))
+    found = consistency.compare("", "", far, want, 0.3)
+    assert found.largest < 0.3 and found.moved == 1 and not found.ok
+
+
+def test_the_tolerance_is_a_share_of_the_logits_range() -> None:
+    logits = consistency.answers(np.array([[-3.0, 5.0], [1.0, 2.0]]))
+    assert logits.allowed(0.01) == pytest.approx(0.08)
+    assert logits.top(1).allowed(0.01) == pytest.approx(0.1)
+    assert logits.top(1).allowed(0.9) == consistency.WIDEST
+
+
+def test_images_that_cannot_be_told_apart_are_known() -> None:
+    assert consistency.separation(consistency.alone(sound, IMAGES)) > 0.1
+    twins = IMAGES[[0, 1, 0]]
+    assert consistency.separation(consistency.alone(sound, twins)) == 0
