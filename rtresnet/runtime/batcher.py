@@ -96,8 +96,8 @@ class Batcher:
         """Asks for one image.
 
         Args:
-            image: As the session takes it, without N: float32 [3, S, S] as a rule. It must not be
-                changed before the future is done.
+            image: As the session takes it, without N: float32 [3, S, S], or uint8 [S, S, 3] for a
+                file that takes pixels. It must not be changed before the future is done.
 
         Returns:
             A future of this image's row of what the session returns, or of the tuple of its rows.
@@ -243,7 +243,9 @@ def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
     """Shape and type of one image, where the session says; None where anything may fit."""
     if not isinstance(session, Session) or session.backend.size is None:
         return None
-    return (3, session.size, session.size), np.dtype(np.float32)
+    side, backend = session.backend.size, session.backend
+    shape = (side, side, 3) if backend.layout == "nhwc" else (3, side, side)
+    return shape, np.dtype(backend.input_dtype)
 
 
 def _alike(calls: list[_Call], call: _Call) -> bool:

@@ -1,0 +1,450 @@
+"""`rtresnet predict`: a few images, a folder into a table, and what stops on the way."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtresnet import machine
+from rtresnet.cli import common
+from rtresnet.cli.main import main
+from rtresnet.cli.predict_rows import Predictor
+from rtresnet.errors import InputError
+from rtresnet.preprocess import UINT8, Preprocess
+
+COUNT, BATCH, BROKEN = 50, 4, 13
+DEADLINE = 60  # seconds after which a process has failed
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained ResNet-8 as ONNX: ten classes at 32 pixels."""
+    folder = tmp_path_factory.mktemp("net")
+    arguments = ["--model", "resnet8", "--weights", "untrained", "--no-plan", "--out", str(folder)]
+    assert main(["export", *arguments]) == 0
+    return folder / "resnet8.onnx"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in two folders, one of them broken; and a file that is no image."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(COUNT):
+        path = root / ("a" if index < 30 else "b, c") / f"{index:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+    (root / "a" / f"{BROKEN:03}.png").write_bytes(b"\x89PNG and then nothing")
+    (root / "a" / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.fixture
+def predict(net: Path, folder: Path, tmp_path: Path) -> Callable[..., int]:
+    """predict("x.csv", "--top", "2"): the exit code of a bulk run over the folder."""
+
+    def run(out: str, *more: str) -> int:
+        arguments = [str(net), str(folder), "--out", str(tmp_path / out), "--batch", str(BATCH)]
+        return main(["predict", *arguments, *more])
+
+    return run
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_form_says_the_same_as_the_terminal(
+    predict: Callable[..., int], net: Path, folder: Path, tmp_path: Path
+) -> None:
+    result = tmp_path / "result.json"
+    assert predict("x.jsonl", "--top", "2", "--json", str(result)) == 0
+    assert predict("x.csv", "--top", "2") == 0
+    found = rows(tmp_path / "x.jsonl")
+    assert list(found[0]) == [
+        "image", "class_1", "probability_1", "class_2", "probability_2", "error"
+    ]  # fmt: skip
+    assert len(found) == COUNT
+    names = [row["image"] for row in found]
+    assert names == sorted(names) and names[-1] == str(folder / "b, c" / f"{COUNT - 1:03}.png")
+    (broken,) = (row for row in found if row["error"])
+    assert broken["image"] == names[BROKEN] and names[BROKEN] in broken["error"]
+    assert broken["class_1"] is None and broken["probability_2"] is None
+    with open(tmp_path / "x.csv", newline="") as file:
+        as_text = list(csv.DictReader(file))
+    assert as_text == [{k: "" if v is None else str(v) for k, v in row.items()} for row in found]
+    shown = tmp_path / "shown.json"
+    few = ["predict", str(folder), "--with", str(net), "--top", "2", "--batch", str(BATCH)]
+    assert main([*few, "--json", str(shown)]) == 0
+    terminal = json.loads(shown.read_text())["result"]
+    assert [(e["image"], e["top"][0]["class"], e["top"][1]["probability"]) for e in
+            terminal["images"]] == [
+        (row["image"], row["class_1"], row["probability_2"]) for row in found if not row["error"]
+    ]  # fmt: skip
+    assert terminal["skipped"] == [broken["error"]]
+    summary = json.loads(result.read_text())["result"]
+    assert (summary["images"], summary["broken"], summary["resumed_at"]) == (COUNT, 1, 0)
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
+
+
+def test_parquet_keeps_the_types_and_says_what_made_it(
+    predict: Callable[..., int], tmp_path: Path
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert predict("x.parquet") == 0 and predict("x.jsonl") == 0
+    table = parquet.read_table(tmp_path / "x.parquet")
+    assert table.schema.field("probability_1").type == "float"
+    found = rows(tmp_path / "x.jsonl")
+    for given, row in zip(table.to_pylist(), found, strict=True):
+        for name, value in row.items():
+            expected = np.float32(value) if isinstance(value, float) else value
+            assert given[name] == expected
+    head = json.loads(table.schema.metadata[b"rtresnet"])
+    assert head["images"] == COUNT and len(head["model"]) == 64 and head["top"] == 3
+
+
+STOPS_AT = """
+import sys, time
+from pathlib import Path
+from rtresnet.cli import predict_rows
+from rtresnet.cli.main import main
+
+read = predict_rows.Predictor._read
+
+def reads(self, name):
+    while name.endswith({stop!r}) and not Path({go!r}).exists():
+        time.sleep(0.01)
+    return read(self, name)
+
+predict_rows.Predictor._read = reads
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stopped(
+    arguments: Sequence[str], part: Path, at: int, number: signal.Signals, go: Path
+) -> tuple[int, str]:
+    """A process of its own that gets a signal when it has made what comes before image `at`."""
+    code = STOPS_AT.format(stop=f"{at:03}.png", go=str(go))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "predict", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + DEADLINE
+    while not part.exists() or part.read_bytes().count(b"\n") < 1 + at // BATCH * BATCH:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    if number != signal.SIGKILL:
+        time.sleep(0.1)  # the image under way is still finished
+        go.touch()
+    errors = process.communicate(timeout=DEADLINE)[1]
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_was_stopped_goes_on_to_the_same_table(
+    predict: Callable[..., int],
+    net: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    assert predict("whole.jsonl") == 0
+    out, part = tmp_path / "x.jsonl", tmp_path / "x.jsonl.part"
+    arguments = [str(net), str(folder), "--out", str(out), "--batch", str(BATCH)]
+    code, errors = stopped(arguments, part, 30, number, tmp_path / "go")
+    assert not out.exists() and len(rows(part)) == 1 + 28
+    if number == signal.SIGINT:
+        assert code == 130
+        assert "28 of 50" in errors and "--resume" in errors and "Traceback" not in errors
+    else:
+        assert code == -number
+    with part.open("a") as file:  # what a process that is killed while it writes leaves
+        file.write(part.read_text().splitlines()[1] + '\n{"image": "half a li')
+    capsys.readouterr()
+    assert predict("x.jsonl", "--resume") == 0
+    assert "going on at image 28 of 50" in capsys.readouterr().err
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+@pytest.fixture
+def part(predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A journal that a failing net left after five batches."""
+    rows_of, made = Predictor._rows, [0]
+
+    def fails(self: Predictor, entries: Any) -> Any:
+        made[0] += 1
+        if made[0] == 6:
+            raise InputError("the net fails")
+        return rows_of(self, entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "_rows", fails)
+        assert predict("x.csv") == 2
+    path = tmp_path / "x.csv.part"
+    assert len(rows(path)) == 1 + 5 * BATCH
+    return path
+
+
+def test_what_was_not_finished_is_neither_lost_nor_mixed(
+    predict: Callable[..., int],
+    part: Path,
+    net: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = part.read_bytes()
+    assert predict("x.csv") == 2
+    assert "--resume" in last_line(capsys)
+    for more, word in (
+        (["--top", "2"], "top (3 then, 2 now)"),
+        (["--batch", "5"], "batch (4 then, 5 now)"),
+        (["--mean", "0.5,0.5,0.5"], "preprocess"),
+        ([str(folder / "a" / "001.png")], "images (50 then, 51 now)"),
+    ):
+        assert predict("x.csv", "--resume", *more) == 2
+        assert word in last_line(capsys)
+    other = shutil.copy(net.with_name("resnet8-fp16.onnx"), tmp_path / "other.onnx")
+    shutil.copy(net.with_name("resnet8-fp16.onnx.json"), tmp_path / "other.onnx.json")
+    common_part = ["--out", str(tmp_path / "x.csv"), "--batch", str(BATCH), "--resume"]
+    assert main(["predict", str(other), str(folder), *common_part]) == 2
+    assert "another model" in last_line(capsys)
+    shutil.copytree(folder, tmp_path / "moved")
+    assert main(["predict", str(net), str(tmp_path / "moved"), *common_part]) == 2
+    assert "another list of images" in last_line(capsys)
+    with part.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert predict("x.csv", "--resume") == 2
+        assert "another process" in last_line(capsys)
+    assert part.read_bytes() == before
+    assert predict("x.csv", "--resume") == 0
+    assert predict("whole.csv") == 0
+    assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("spoil", [b"", b'{"journal"', b"\0" * 600, b'[1]\n"a"\n'])
+def test_a_journal_without_its_first_line_is_begun_anew(
+    predict: Callable[..., int], tmp_path: Path, spoil: bytes
+) -> None:
+    (tmp_path / "x.csv.part").write_bytes(spoil)
+    assert predict("x.csv", "--resume") == 0
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + COUNT
+
+
+def test_nothing_to_resume_begins_and_a_finished_table_is_replaced_whole(
+    predict: Callable[..., int], tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text("an older table")
+    assert predict("x.csv", "--resume") == 0
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + COUNT
+
+
+def test_a_full_disk_is_said_and_what_was_made_goes_on(
+    net: Path, folder: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hog = small_disk / "hog"
+    hog.write_bytes(b"x" * (13 << 12))
+    arguments = ["predict", str(net), str(folder), "--out", str(small_disk / "x.csv")]
+    arguments += ["--batch", "1", "--top", "10"]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert "disk is full" in errors and "x.csv.part" in errors and "Traceback" not in errors
+    assert not (small_disk / "x.csv").exists()
+    hog.unlink()
+    assert main([*arguments, "--resume"]) == 0
+    assert len((small_disk / "x.csv").read_text().splitlines()) == 1 + COUNT
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "words"),
+    [
+        ("x.xlsx", [], ["x.xlsx", "*.parquet"]),
+        ("x", [], ["no suffix", "*.csv"]),
+        ("file/x.csv", [], ["file", "cannot be made a folder"]),
+        ("there.csv", [], ["there.csv", "a folder is there"]),
+        ("x.csv", ["--top", "11"], ["--top 11", "10 classes", "--top 10"]),
+        ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such image"]),
+        ("x.csv", ["--actors", "2"], ["--actors goes with --ray"]),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_made(
+    predict: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    more: list[str],
+    words: list[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "there.csv").mkdir()
+    assert predict(out, *more) == 2
+    message = last_line(capsys)
+    for word in words:
+        assert word in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there.csv"]
+
+
+def test_images_that_are_not_there(
+    net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    out = ["--out", str(tmp_path / "x.csv")]
+    assert main(["predict", str(net), str(tmp_path / "empty"), *out]) == 2
+    assert "no images in this folder" in last_line(capsys)
+    assert main(["predict", str(net), *out]) == 2
+    assert "no images for" in last_line(capsys)
+    assert main(["predict", str(net), "--resume", "x.jpg"]) == 2
+    assert "go with --out" in last_line(capsys)
+    for index in range(3):
+        (tmp_path / "empty" / f"{index}.jpg").write_bytes(b"\xff\xd8\xff")
+    assert main(["predict", str(net), str(tmp_path / "empty"), *out]) == 2
+    assert "none of the 3 images could be decoded" in last_line(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+@pytest.mark.parametrize(("out", "more", "package"), [
+    ("x.parquet", [], "pyarrow"),
+    ("x.csv", ["--ray"], "ray[data]"),
+])  # fmt: skip
+def test_a_missing_package_is_exit_code_3(
+    predict: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    more: list[str],
+    package: str,
+) -> None:
+    installed = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda name: name != "pyarrow" and installed(name))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert predict(out, *more) == 3
+    message = last_line(capsys)
+    assert "pip install" in message and package in message
+
+
+def test_names_that_are_not_utf8_and_a_file_that_goes_away(
+    net: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    strange = b"caf\xe9.png"
+    with open(strange, "wb") as file:
+        file.write((folder / "a" / "000.png").read_bytes())
+    Path("gone.png").touch()
+    read = Predictor._read
+
+    def late(self: Predictor, name: str) -> Any:
+        Path("gone.png").unlink(missing_ok=True)
+        return read(self, name)
+
+    monkeypatch.setattr(Predictor, "_read", late)
+    for form in ("csv", "jsonl", *(["parquet"] if machine.installed("pyarrow") else [])):
+        Path("gone.png").touch()
+        given = [strange.decode(errors="surrogateescape"), "gone.png"]
+        assert main(["predict", str(net), *given, "--out", f"x.{form}"]) == 0
+    first, second = rows(Path("x.jsonl"))
+    assert first["image"] == r"caf\udce9.png" and first["class_1"]
+    assert "gone.png: No such file" in second["error"]
+
+
+@dataclasses.dataclass
+class BestTwo:
+    """A file that takes pixels and gives the best two classes, as the runtime hands them out."""
+
+    seen: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.seen.append(images.copy())
+        count = len(images)
+        indices = np.tile(np.array([[2, 0]], np.int64), (count, 1))
+        return indices, np.tile(np.array([[0.7, 0.2]], np.float32), (count, 1))
+
+
+def opened(forward: Callable[[np.ndarray], Any], **preprocess: Any) -> Callable[..., common.Opened]:
+    def open_artifact(path: str, **options: Any) -> common.Opened:
+        return common.Opened(
+            path=Path(path),
+            forward=forward,
+            preprocess=Preprocess.for_size(32, **preprocess),
+            classes=("cat", "dog", "owl"),
+            precision="fp32",
+            where={"device": "x", "provider": "x", "threads": 1, "versions": {}},
+            close=lambda: None,
+        )
+
+    return open_artifact
+
+
+def test_a_file_that_takes_pixels_and_gives_the_best_classes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = BestTwo()
+    monkeypatch.setattr(common, "open_artifact", opened(net, layout=UINT8))
+    predictor = Predictor("x.onnx", top=2)
+    ((row,),) = predictor.batches([str(folder / "a" / "000.png")])
+    assert row.top == (("owl", 0.7), ("cat", 0.2))
+    (images,) = net.seen
+    assert images.dtype == np.uint8 and images.shape == (1, 32, 32, 3)
+    with pytest.raises(InputError, match="--top 2"):
+        list(Predictor("x.onnx", top=3).batches([str(folder / "a" / "000.png")]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error_of_their_image(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def forward(images: np.ndarray) -> np.ndarray:
+        logits = np.zeros((len(images), 3), np.float32)
+        logits[0, 1] = value
+        return logits
+
+    monkeypatch.setattr(common, "open_artifact", opened(forward))
+    names = [str(folder / "a" / f"{index:03}.png") for index in range(2)]
+    ((bad, good),) = Predictor("x.onnx").batches(names)
+    assert bad.error == "the net's output is not finite" and bad.top == ()
+    assert good.error is None and len(good.top) == 3
+
+
+def test_on_a_local_ray_the_table_is_the_same(
+    predict: Callable[..., int],
+    tmp_path: Path,
+    net: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("ray.data")
+    assert predict("here.jsonl") == 0
+    assert predict("x.jsonl", "--ray", "--actors", "2") == 0
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+    # Goes on with what a run without Ray left: it is the same journal.
+    shutil.copy(tmp_path / "x.jsonl", tmp_path / "kept.jsonl")
+    code = stopped(
+        [str(net), str(folder), "--out", str(tmp_path / "x.jsonl"), "--batch", str(BATCH)],
+        tmp_path / "x.jsonl.part", 30, signal.SIGKILL, tmp_path / "go",
+    )[0]  # fmt: skip
+    assert code == -signal.SIGKILL
+    assert predict("x.jsonl", "--ray", "--resume") == 0
+    assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "kept.jsonl").read_bytes()
+    capsys.readouterr()
+    assert predict("y.jsonl", "--ray", "--top", "11") == 2
+    assert last_line(capsys).startswith("error: --top 11")
