@@ -26,6 +26,7 @@ TABLES = {
     "degradation table": "degradation",
     "shortcuts table": "shortcuts",
     "quantize table": "quantize",
+    "calibration table": "calibration",
 }
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
