@@ -3,7 +3,7 @@
 # make check        ruff and mypy
 
 PYTHON ?= python3
-EXTRAS := cpu,rtx,demo,report,bulk,test
+EXTRAS := cpu,rtx,demo,report,bulk,triton,test
 BIN := .venv/bin
 
 quickstart: .venv/.ready

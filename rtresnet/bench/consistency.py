@@ -202,13 +202,12 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
     )
 
 
-def separation(single: Answers) -> float:
-    """The least by which the answers to two of the images differ."""
-    values = single.values
-    return min(
-        float(np.abs(values[one] - values[other]).max())
-        for one in range(len(values))
-        for other in range(one)
+def told_apart(single: Answers, tolerance: float) -> float:
+    """The share of pairs of images, in [0, 1], that would be noticed if they changed places."""
+    values, many = single.values, len(single)
+    pairs = [(one, other) for one in range(many) for other in range(one)]
+    return float(
+        np.mean([np.abs(values[one] - values[other]).max() > tolerance for one, other in pairs])
     )
 
 

@@ -1,0 +1,191 @@
+"""`rtresnet check` as a person meets it, with backends that are sound and that are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtresnet import artifacts
+from rtresnet.cli.main import main
+from rtresnet.runtime.session import Session
+
+ort = pytest.importorskip("onnxruntime")
+from rtresnet.runtime.ort import OrtBackend  # noqa: E402
+
+Infer = Callable[..., Any]
+
+
+@pytest.fixture
+def copied(engines: Path, tmp_path: Path) -> Path:
+    """Artifacts that a test may break."""
+    return shutil.copytree(engines, tmp_path / "engines")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Infer], Any]], None]:
+    """broken(change): every ONNX file gives change(images, right) instead of right(images)."""
+    right = OrtBackend.infer
+
+    def install(change: Callable[[Any, Infer], Any]) -> None:
+        monkeypatch.setattr(
+            OrtBackend, "infer", lambda self, images: change(images, lambda i: right(self, i))
+        )
+
+    return install
+
+
+def checked(path: Path, tmp_path: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    record = tmp_path / "check.json"
+    code = main(["check", str(path), "--images", "6", "--json", str(record), *more])
+    return code, json.loads(record.read_text())["result"]
+
+
+@pytest.mark.parametrize("name", ["resnet8.onnx", "resnet8-fp16.onnx", "resnet8-int8.onnx"])
+def test_our_files_pass_and_are_held_against_the_fp32_file(
+    engines: Path, tmp_path: Path, tints: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = checked(engines / name, tmp_path, "--provider", "cpu", "--data", tints)
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    assert {entry["compared"] for entry in result["checks"] if entry["name"] == "batch size"} == {
+        "1 with alone", "8 with alone", "32 with alone",
+    }  # fmt: skip
+    last = result["checks"][-1]
+    if name == "resnet8.onnx":
+        assert result["parent"] is None and "no FP32 ONNX file in its chain" in told.out
+    else:
+        assert last["name"] == "parent" and last["compared"] == "resnet8.onnx" and last["n"] == 6
+        assert 0 < last["largest"] < last["tolerance"]
+    table = told.out.split("6 images")[0]
+    assert max(map(len, table.splitlines())) <= 80 and "FAILED" not in table
+    assert f"6 images ({tints})" in told.out and "WEAK" not in told.out
+
+
+def test_a_checkpoint_is_checked_in_torch(trained: Path, tmp_path: Path) -> None:
+    code, result = checked(trained / "best.pt", tmp_path)
+    assert (code, result["provider"], result["bound"]) == (0, "torch", "fp32")
+    assert result["images"] == "noise" and result["told_apart"] > 0.5
+
+
+def test_a_strangers_file_is_checked_on_noise_and_held_to_the_widest_bound(
+    copied: Path, tmp_path: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "resnet8.onnx"
+    artifacts.sidecar_path(path).unlink()
+    code, result = checked(path, tmp_path, "--provider", "cpu")
+    assert (code, result["precision"], result["bound"]) == (0, "unknown", "int8")
+    assert main(["check", str(path), "--data", tints]) == 2
+    assert "leave out --data" in capsys.readouterr().err
+
+
+def test_rows_that_are_mixed_up_are_exit_code_1_and_told(
+    engines: Path, tmp_path: Path, broken: Infer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken(lambda images, right: np.roll(right(images), 1, axis=0))
+    code, result = checked(engines / "resnet8.onnx", tmp_path, "--provider", "cpu")
+    told = capsys.readouterr()
+    assert code == 1 and "FAILED" in told.out
+    assert "resnet8.onnx: in a batch (8 with alone): 8 of 8 answers differ" in told.err
+    assert {entry["name"] for entry in result["checks"] if entry["ok"]} <= {
+        "batch size", "odd batch", "repeated",
+    }  # fmt: skip
+
+
+def test_an_engine_that_disagrees_with_its_fp32_file_fails_on_that_alone(
+    engines: Path, tmp_path: Path, broken: Infer, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(engines, tmp_path / "engines")
+    path = tmp_path / "engines" / "resnet8-int8.onnx"
+    from rtresnet.bench import consistency
+
+    real, calls = consistency.alone, []
+
+    def alone(infer: Infer, images: np.ndarray) -> consistency.Answers:
+        calls.append(infer)
+        found = real(infer, images)
+        return found[np.arange(len(images))[::-1]] if len(calls) > 1 else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(consistency, "alone", alone)  # the second is the FP32 file's
+        code, result = checked(path, tmp_path, "--provider", "cpu", "--data", tints)
+    assert code == 1
+    assert [e["name"] for e in result["checks"] if not e["ok"]] == ["parent"]
+    assert "parent (resnet8.onnx): " in capsys.readouterr().err
+
+
+def test_answers_that_are_not_finite_are_exit_code_1(
+    engines: Path, tmp_path: Path, broken: Infer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken(lambda images, right: right(images) * np.float32(np.nan))
+    code, result = checked(engines / "resnet8-int8.onnx", tmp_path, "--provider", "cpu")
+    assert code == 1 and "6 answers are not finite" in capsys.readouterr().err
+    assert result["checks"][0]["largest"] is None  # JSON has no NaN
+
+
+def test_images_that_all_look_alike_are_said_to_prove_little(
+    engines: Path, tmp_path: Path, broken: Infer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken(lambda images, right: np.repeat(np.eye(1, 4, dtype=np.float32), len(images), axis=0))
+    code, result = checked(engines / "resnet8.onnx", tmp_path, "--provider", "cpu")
+    assert code == 0 and result["told_apart"] == 0
+    assert "WEAK: 100 % of the pairs of images get the same answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["missing", "changed"])
+def test_an_fp32_file_that_is_not_there_any_more_is_said_to_be_so(
+    copied: Path, tmp_path: Path, state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = copied / "resnet8.onnx"
+    parent.unlink() if state == "missing" else parent.write_bytes(b"something else")
+    code, result = checked(copied / "resnet8-fp16.onnx", tmp_path, "--provider", "cpu")
+    assert code == 0 and result["no_parent"] == f"{parent} is {state}"
+    assert f"Not compared with an FP32 file: {parent} is {state}." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_plan_without_a_gpu_is_exit_code_3(
+    engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = engines / "resnet8-int8.plan"
+    if not plan.exists():
+        pytest.skip("no TensorRT-RTX here")
+    assert main(["check", str(plan)]) == 3
+    assert "resnet8-int8.onnx" in capsys.readouterr().err
+
+
+def test_a_plan_is_checked_at_the_batches_of_its_profiles(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ONNX file that the plan was built from stands in for a GPU."""
+    plan, source = engines / "resnet8-int8.plan", engines / "resnet8-int8.onnx"
+    if not plan.exists():
+        pytest.skip("no TensorRT-RTX here")
+    from rtresnet.runtime import session
+
+    real = session.load
+
+    def load(path: Any, **options: Any) -> Session:
+        if Path(path) != plan:
+            return real(path, **options)
+        return Session(Path(path), artifacts.verify(path), OrtBackend(source, provider="cpu"))
+
+    monkeypatch.setattr(session, "load", load)
+    code, result = checked(plan, tmp_path)
+    assert code == 0 and result["checks"][-1]["compared"] == "resnet8.onnx"
+    sidecar = artifacts.read_sidecar(plan)
+    assert sidecar is not None and sidecar.plan is not None
+    wanted = {n for p in sidecar.plan.profiles for n in (p.min, p.opt, p.max)}
+    tried = {e["compared"] for e in result["checks"] if e["name"] == "batch size"}
+    assert tried == {f"{n} with alone" for n in wanted}
+
+
+def test_options_that_do_not_fit_are_exit_code_2(trained: Path, tmp_path: Path) -> None:
+    assert main(["check", str(trained / "best.pt"), "--provider", "cpu"]) == 2
+    assert main(["check", str(tmp_path / "none.onnx")]) == 2
+    assert main(["check", str(trained / "best.pt"), "--images", "1"]) == 2

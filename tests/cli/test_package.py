@@ -1,0 +1,189 @@
+"""`rtresnet package --triton` as a person meets it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from rtresnet import artifacts
+from rtresnet.artifacts import Plan, Profile
+from rtresnet.cli.main import main
+
+
+@pytest.fixture
+def copied(engines: Path, tmp_path: Path) -> Path:
+    """Artifacts that a test may break."""
+    return shutil.copytree(engines, tmp_path / "engines")
+
+
+@pytest.fixture
+def tensorrt_plan(copied: Path) -> Path:
+    """What a plan by TensorRT would be: its sidecar counts here, nothing reads its bytes."""
+    source, path = copied / "resnet8-int8.onnx", copied / "served.plan"
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    profiles = (Profile(min=1, opt=1, max=4), Profile(min=4, opt=16, max=64))
+    plan = Plan(
+        builder="tensorrt", version="10.14.1.48", targets=("sm_90",), profiles=profiles, seconds=9.0
+    )
+    made = dataclasses.replace(
+        sidecar, kind="plan", plan=plan, parent=artifacts.link_to(source, path), made_by={}
+    )
+    artifacts.publish(path, lambda target: target.write_bytes(b"ftrt and so on"), made)
+    return path
+
+
+def config(root: Path, name: str) -> Any:
+    pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    return text_format.Parse((root / name / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def test_an_onnx_file_with_its_labels_and_its_record(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, record, source = tmp_path / "models", tmp_path / "out.json", engines / "resnet8-int8.onnx"
+    arguments = ["package", str(source), "--triton", str(root), "--json", str(record)]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    folder = root / "resnet8-int8" / "1"
+    assert f"{folder}: onnxruntime, batches to 32, " in told.out
+    assert f"next: tritonserver --model-repository {root}" in told.out
+    assert "builds a TensorRT engine" in told.err
+    result = json.loads(record.read_text())["result"]
+    assert (result["name"], result["version"], result["max_batch"]) == ("resnet8-int8", 1, 32)
+    assert (folder / "model.onnx").read_bytes() == source.read_bytes()
+    sidecar = artifacts.verify(folder / "model.onnx")
+    assert sidecar is not None
+    assert [state for _, _, state in artifacts.chain(folder / "model.onnx")][:3] == ["ok"] * 3
+    labels = (root / "resnet8-int8" / "labels.txt").read_text().splitlines()
+    assert tuple(labels) == sidecar.model.classes
+    found = config(root, "resnet8-int8")
+    assert (found.name, found.backend) == ("resnet8-int8", "onnxruntime")
+    assert found.input[0].name == onnx.load(source).graph.input[0].name
+    assert list(found.input[0].dims) == [3, 32, 32] and list(found.output[0].dims) == [4]
+    assert found.output[0].label_filename == "labels.txt"
+    assert found.parameters["sha256"].string_value == sidecar.sha256
+    assert found.parameters["parent_sha256"].string_value == sidecar.parent.sha256  # type: ignore[union-attr]
+    assert "mean (0.485, 0.456, 0.406)" in found.parameters["input"].string_value
+
+
+def test_a_tensorrt_plan_with_the_version_that_it_needs(
+    tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "models"
+    options = ["--name", "net", "--version", "7", "--max-delay-us", "100", "--instances", "2"]
+    assert main(["package", str(tensorrt_plan), "--triton", str(root), *options]) == 0
+    told = capsys.readouterr()
+    assert "the container needs TensorRT 10.14.1.48 and a GPU of sm_90" in told.err
+    assert (root / "net" / "7" / "model.plan").read_bytes() == tensorrt_plan.read_bytes()
+    found = config(root, "net")
+    assert (found.backend, found.max_batch_size) == ("tensorrt", 64)
+    assert list(found.dynamic_batching.preferred_batch_size) == [1, 16]
+    assert found.dynamic_batching.max_queue_delay_microseconds == 100
+    (group,) = found.instance_group
+    assert (group.count, group.kind, list(group.profile)) == (2, 1, ["0", "1"])
+    assert found.parameters["tensorrt"].string_value == "10.14.1.48"
+
+
+def test_a_plan_by_tensorrt_rtx_is_refused_with_the_way_out(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, root = copied / "resnet8-int8.plan", tmp_path / "models"
+    if not plan.exists():
+        pytest.skip("no TensorRT-RTX here")
+    assert main(["package", str(plan), "--triton", str(root)]) == 2
+    message = capsys.readouterr().err
+    assert "built by TensorRT-RTX" in message and "--builder tensorrt" in message
+    assert f"package {copied / 'resnet8-int8.onnx'}" in message
+    artifacts.sidecar_path(plan).unlink()  # its first bytes say so too
+    assert main(["package", str(plan), "--triton", str(root)]) == 2
+    assert "built by TensorRT-RTX" in capsys.readouterr().err
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--max-batch", "65"], "the plan takes 64 at most; rtresnet build"),
+        (["--device", "cpu"], "a plan runs on a GPU only"),
+        (["--name", "../net"], "--name ../net"),
+    ],
+)
+def test_what_a_plan_cannot_do_is_refused(
+    tensorrt_plan: Path, tmp_path: Path, options: list[str], told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    root = tmp_path / "models"
+    assert main(["package", str(tensorrt_plan), "--triton", str(root), *options]) == 2
+    assert told in capsys.readouterr().err and not root.exists()
+
+
+def test_a_plan_needs_its_sidecar_and_the_onnx_file_it_was_built_from(
+    tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["package", str(tensorrt_plan), "--triton", str(tmp_path / "models")]
+    parent = tensorrt_plan.parent / "resnet8-int8.onnx"
+    parent.write_bytes(b"another file")
+    assert main(arguments) == 2 and "no longer the file" in capsys.readouterr().err
+    parent.unlink()
+    assert main(arguments) == 2 and "bring the ONNX file along" in capsys.readouterr().err
+    artifacts.sidecar_path(tensorrt_plan).unlink()
+    assert main(arguments) == 2 and "no sidecar" in capsys.readouterr().err
+
+
+def test_a_strangers_onnx_file_has_no_labels(copied: Path, tmp_path: Path) -> None:
+    path, root = copied / "resnet8.onnx", tmp_path / "models"
+    artifacts.sidecar_path(path).unlink()
+    assert main(["package", str(path), "--triton", str(root), "--device", "cuda"]) == 0
+    assert not (root / "resnet8" / "labels.txt").exists()
+    assert not artifacts.sidecar_path(root / "resnet8" / "1" / "model.onnx").exists()
+    found = config(root, "resnet8")
+    assert not found.output[0].label_filename and found.instance_group[0].kind == 1
+
+
+def test_a_fixed_batch_is_refused(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(copied / "resnet8.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    path = tmp_path / "one.onnx"
+    onnx.save(model, path)
+    assert main(["package", str(path), "--triton", str(tmp_path / "models")]) == 2
+    assert "fixed batch (1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"text\n", b"\x08\x08"])
+def test_what_is_no_onnx_file_is_refused(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, root = tmp_path / "some.onnx", tmp_path / "models"
+    path.write_bytes(content)
+    assert main(["package", str(path), "--triton", str(root)]) == 2
+    assert "not an ONNX file" in capsys.readouterr().err and not root.exists()
+
+
+def test_a_truncated_file_and_a_checkpoint_are_refused(
+    copied: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, root = copied / "resnet8.onnx", ["--triton", str(tmp_path / "models")]
+    path.write_bytes(path.read_bytes()[:2000])
+    assert main(["package", str(path), *root]) == 2 and "truncated" in capsys.readouterr().err
+    assert main(["package", str(trained / "best.pt"), *root]) == 2
+    assert "rtresnet export" in capsys.readouterr().err
+
+
+def test_the_same_file_twice_is_told(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, root = engines / "resnet8.onnx", tmp_path / "models"
+    assert main(["package", str(path), "--triton", str(root)]) == 0
+    assert main(["package", str(path), "--triton", str(root)]) == 2
+    assert "is this file already; nothing was written" in capsys.readouterr().err
