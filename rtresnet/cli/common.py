@@ -41,7 +41,7 @@ def device_options(function: F) -> F:
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads [every core]."),
         click.option(
             "--provider",
-            type=click.Choice(("auto", "cpu", "openvino", "cuda")),
+            type=click.Choice(("auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx")),
             default="auto",
             help="For ONNX files; auto: OpenVINO's plugin where it serves this CPU, else cpu.",
         ),
@@ -205,7 +205,7 @@ def open_artifact(
         base = session.preprocess
     return Opened(
         path=Path(path),
-        forward=session,
+        forward=session.logits,
         preprocess=preprocess_from(base, size, mean, std),
         classes=session.sidecar.model.classes if session.sidecar else (),
         precision=session.sidecar.precision if session.sidecar else "unknown",

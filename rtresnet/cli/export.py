@@ -209,6 +209,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
         data = model.SerializeToString()
         measured: dict[str, Any] = {}
         if machine.installed("onnxruntime"):
+            from rtresnet.runtime.backend import logits
             from rtresnet.runtime.ort import OrtBackend
 
             with tempfile.TemporaryDirectory() as folder:
@@ -216,8 +217,9 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
                 trial.write_bytes(data)
                 backend = OrtBackend(trial, provider="cpu")
                 measured["parity"] = verify.check_parity(
-                    net, backend.infer, size=checkpoint.input.size
-                ) | {"with": backend.provider}
+                    net, lambda images: logits(backend.infer(images), path),
+                    size=checkpoint.input.size,
+                ) | {"with": backend.provider}  # fmt: skip
         else:
             common.note("parity not checked: pip install onnxruntime")
     weights = checkpoint.weights

@@ -6,9 +6,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from rtresnet.errors import InputError
+
 TopK = tuple[np.ndarray, np.ndarray]
 """indices int64 [N, K] of the K most probable classes and their probabilities float32 [N, K], the
 most probable first."""
+
+TOPK = ("indices", "probabilities")
+"""What the outputs of a top-K file are called."""
 
 LAYOUTS: dict[str, Literal["nchw", "nhwc"]] = {"float32": "nchw", "uint8": "nhwc"}
 """The layout that goes with each type a file may take."""
@@ -56,3 +61,17 @@ class Backend(Protocol):
     def close(self) -> None:
         """Gives memory and handles back. Calling it twice is fine."""
         ...
+
+
+def logits(found: np.ndarray | TopK, path: object) -> np.ndarray:
+    """What `infer` returned, where logits are needed.
+
+    Raises:
+        InputError: The file gives the most probable classes only.
+    """
+    if isinstance(found, tuple):
+        raise InputError(
+            f"{path}: gives the most probable classes, and this needs logits",
+            fix="use the file it was made from",
+        )
+    return found

@@ -1,6 +1,9 @@
-"""ONNX Runtime: the CPU provider, the OpenVINO plugin, CUDA. The only file that imports it.
+"""ONNX Runtime and its execution providers. The only file that imports it.
 
-What is asked for is what runs. A provider that is not there is an error, never a fallback.
+What is asked for is what runs. A provider that is not there is an error, never a fallback, and
+after loading, the session is asked where it put every node. ONNX Runtime itself falls back in four
+places, with a warning at most: a provider it was not built with, one that does not start, a node
+that the provider has no kernel for, a run that fails.
 
 Two things are done to be right and fast on a CPU; the file on disk stays TensorRT's:
 
@@ -11,17 +14,70 @@ Two things are done to be right and fast on a CPU; the file on disk stays Tensor
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from rtresnet import machine
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName, missing_package
+from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
 from rtresnet.runtime.cpu_form import for_cpu
 
-PROVIDERS = ("auto", "cpu", "openvino", "cuda")
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One execution provider.
+
+    Attributes:
+        ep: ONNX Runtime's name for it.
+        shown: As printed beside every figure.
+        package: What brings it, as pip knows it.
+        plugin: Module of a plugin that is registered at run time; None for one that is built in.
+        gpu: Whether it needs an NVIDIA GPU.
+    """
+
+    ep: str
+    shown: str
+    package: str
+    plugin: str | None = None
+    gpu: bool = False
+
+
+PROVIDERS = {
+    "cpu": Provider(ep="CPUExecutionProvider", shown="ONNX Runtime CPU", package="onnxruntime"),
+    "openvino": Provider(
+        ep="OpenVINOExecutionProvider",
+        shown="OpenVINO plugin",
+        package="onnxruntime-ep-openvino",
+        plugin="onnxruntime_ep_openvino",
+    ),
+    "cuda": Provider(
+        ep="CUDAExecutionProvider",
+        shown="ONNX Runtime CUDA",
+        package="onnxruntime-gpu",
+        gpu=True,
+    ),
+    "tensorrt": Provider(
+        ep="TensorrtExecutionProvider",
+        shown="ONNX Runtime TensorRT",
+        package="onnxruntime-gpu",
+        gpu=True,
+    ),
+    "tensorrt-rtx": Provider(
+        ep="NvTensorRTRTXExecutionProvider",
+        shown="TensorRT-RTX plugin",
+        package="onnxruntime-ep-nv-tensorrt-rtx",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        gpu=True,
+    ),
+}
+RECORD = "session.record_ep_graph_assignment_info"
+NO_FALLBACK = "session.disable_cpu_ep_fallback"
 
 
 class OrtBackend:
@@ -29,80 +85,142 @@ class OrtBackend:
 
     Args:
         path: The ONNX file.
-        provider: "cpu", "openvino", "cuda", or "auto": OpenVINO where the plugin offers this
-            processor, else ONNX Runtime's own CPU provider.
+        provider: A key of PROVIDERS, or "auto": OpenVINO where the plugin offers this processor,
+            else ONNX Runtime's own CPU provider.
         threads: Intra-op threads; every core this process may use by default.
+        profile: Begin of the file's name that ONNX Runtime's profile goes to; None for no profile.
+
+    Attributes:
+        placement: Nodes of the net on each execution provider, as the session says.
 
     Raises:
-        EnvironmentLack: The provider is not here.
+        EnvironmentLack: The provider is not here, or part of the net would run on another one.
         ArtifactError: The file cannot be loaded.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        profile: str | None = None,
     ) -> None:
         ort = _onnxruntime()
-        if provider not in PROVIDERS:
-            raise UnknownName("provider", provider, PROVIDERS)
         if provider == "auto":
             provider = "openvino" if openvino_device() is not None else "cpu"
+        if provider not in PROVIDERS:
+            raise UnknownName("provider", provider, ["auto", *PROVIDERS])
+        about = PROVIDERS[provider]
+        self.provider = about.shown
+        self.packages: tuple[str, ...] = ("onnxruntime",)
+        if about.package != "onnxruntime":
+            self.packages += (about.package,)
+        self.device = "cpu"
+        self.threads: int | None = None if about.gpu else threads or machine.cores()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self.threads = threads or machine.cores() if provider != "cuda" else None
         options.intra_op_num_threads = self.threads or 0
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
         if provider == "cpu" and not machine.exact_int8():
             # Slower, and right: the fast kernels would saturate at 16 bits on this processor.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        self.device = "cpu"
-        self.packages: tuple[str, ...] = ("onnxruntime",)
-        names: list[str] = []
-        if provider == "openvino":
-            self.provider = "OpenVINO plugin"
-            self.packages += ("onnxruntime-ep-openvino",)
-            _use_openvino(options, self.threads)
-        elif provider == "cuda":
-            if "CUDAExecutionProvider" not in ort.get_available_providers():
-                raise EnvironmentLack(
-                    "onnxruntime has no CUDA provider here", fix="pip install onnxruntime-gpu"
-                )
-            self.provider, names = "ONNX Runtime CUDA", ["CUDAExecutionProvider"]
+        names = _choose(ort, options, about, self.threads)
+        if about.gpu:
             self.device = machine.gpus()[0].name if machine.gpus() else "cuda"
-        else:
-            self.provider, names = "ONNX Runtime CPU", ["CPUExecutionProvider"]
+        tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+        if tells:
+            options.add_session_config_entry(RECORD, "1")
+        elif provider != "cpu":  # ONNX Runtime before 1.24 does not say where, but refuses
+            options.add_session_config_entry(NO_FALLBACK, "1")
         model = for_cpu(path) if provider == "cpu" else os.fspath(path)
         try:
-            self._session: Any = ort.InferenceSession(model, options, providers=names or None)
-        except Exception as error:  # ONNX Runtime raises its own types, one for each status code
-            raise ArtifactError(
-                f"{path}: ONNX Runtime cannot load it ({str(error)[:200]})",
-                fix="check it with: rtresnet inspect",
-            ) from error
-        if provider == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise EnvironmentLack(
-                "the CUDA provider was asked for and did not start",
-                fix="see: rtresnet doctor",
+            self._session: Any = ort.InferenceSession(
+                model, options, providers=names or None, enable_fallback=0
             )
-        tensor = self._session.get_inputs()[0]
-        self._input, side = tensor.name, tensor.shape[-1]
-        self.size = side if isinstance(side, int) else None
+        except Exception as error:  # ONNX Runtime raises its own types, one for each status code
+            raise _load_error(path, about, error) from error
+        self.placement = hold_placement(self._session, about.ep) if tells else {}
+        self._describe_ends()
 
-    def infer(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, 3, S, S] to float32 logits [N, classes]."""
+    def _describe_ends(self) -> None:
+        tensor, outputs = self._session.get_inputs()[0], self._session.get_outputs()
+        self._input = tensor.name
+        kind = "uint8" if tensor.type == "tensor(uint8)" else "float32"
+        self.input_dtype: np.dtype[Any] = np.dtype(kind)
+        self.layout: Literal["nchw", "nhwc"] = LAYOUTS[kind]
+        side = tensor.shape[2] if len(tensor.shape) == 4 else None
+        self.size = side if isinstance(side, int) else None
+        names = [output.name for output in outputs]
+        self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
+
+    def infer(self, images: np.ndarray) -> np.ndarray | TopK:
+        """A batch of any N from 1 to logits, or to indices and probabilities."""
         try:
-            logits: np.ndarray = self._session.run(None, {self._input: images})[0]
+            found = self._session.run(self._outputs, {self._input: images})
         except Exception as error:  # InvalidArgument, which has no name outside its module
             raise InputError(
                 f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
             ) from error
-        return logits
+        return tuple(found) if len(found) > 1 else found[0]
 
     def timings(self) -> dict[str, float]:
         """Nothing but wall time is known on a CPU."""
         return {}
 
+    def end_profile(self) -> str:
+        """Path of the profile that was asked for; nothing is recorded any more."""
+        path: str = self._session.end_profiling()
+        return path
+
     def close(self) -> None:
         """Drops the session."""
         self._session = None
+
+
+def hold_placement(session: Any, ep: str) -> dict[str, int]:
+    """Reads back where an ONNX Runtime session put every node.
+
+    Args:
+        session: An InferenceSession that was made with RECORD on.
+        ep: The execution provider that must have them all.
+
+    Returns:
+        Execution provider to the number of nodes it runs.
+
+    Raises:
+        EnvironmentLack: Some are on another provider; the message says how many, and which.
+    """
+    nodes = [
+        (part.ep_name, node.name or "unnamed", node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    strays = [(name, op, where) for where, name, op in nodes if where != ep]
+    if strays:
+        shown = ", ".join(f"{name} ({op}) on {where}" for name, op, where in strays[:3])
+        raise EnvironmentLack(
+            f"{ep} was asked for, and {len(strays)} of {len(nodes)} nodes would run elsewhere: "
+            f"{shown}{', ...' if len(strays) > 3 else ''}",
+            fix="see what there is: rtresnet doctor",
+        )
+    return dict(Counter(where for where, _, _ in nodes))
+
+
+def _load_error(
+    path: str | os.PathLike[str], about: Provider, error: Exception
+) -> ArtifactError | EnvironmentLack:
+    """Whether it is the file or the provider that does not work."""
+    reason = str(error)[:200]
+    if type(error).__name__ == "EPFail" or "fallback to CPU EP" in str(error):
+        return EnvironmentLack(
+            f"{path}: {about.shown} was asked for and cannot run it ({reason})",
+            fix="see what there is: rtresnet doctor",
+        )
+    return ArtifactError(
+        f"{path}: {about.shown} cannot load it ({reason})", fix="check it with: rtresnet inspect"
+    )
 
 
 def _onnxruntime() -> Any:
@@ -115,38 +233,63 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+def _choose(ort: Any, options: Any, about: Provider, threads: int | None) -> list[str]:
+    """Puts a plugin's device into the options, or returns the name of a provider built in."""
+    if about.plugin is None:
+        if about.ep not in ort.get_available_providers():
+            raise EnvironmentLack(
+                f"this onnxruntime was built without {about.ep}",
+                fix=f"pip install {about.package}",
+            )
+        return [about.ep]
+    if not machine.installed(about.plugin):
+        raise missing_package(about.package, f"--provider for {about.shown}")
+    device = _plugin_device(about)
+    if device is None:
+        hardware = "GPU, or there is none" if about.gpu else f"processor ({machine.cpu()})"
+        raise EnvironmentLack(
+            f"the {about.shown} offers no device on this {hardware}", fix="use --provider cpu"
+        )
+    settings = {}
+    if about is PROVIDERS["openvino"]:
+        cpu = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
+        settings["load_config"] = json.dumps({"CPU": cpu})
+    options.add_provider_for_devices([device], settings)
+    return []
+
+
 def openvino_device() -> Any | None:
     """The plugin's CPU device, or None: not installed, or it does not serve this processor.
 
     The plugin (1.8) offers processors made by Intel only: microsoft/onnxruntime#31981.
     """
-    if not machine.installed("onnxruntime_ep_openvino"):
-        return None
+    about = PROVIDERS["openvino"]
+    assert about.plugin is not None
+    return _plugin_device(about) if machine.installed(about.plugin) else None
+
+
+def _plugin_device(about: Provider) -> Any | None:
+    """The first device of the right kind that an installed plugin offers, if any.
+
+    Raises:
+        EnvironmentLack: The plugin's library does not load.
+    """
     ort = _onnxruntime()
-    import onnxruntime_ep_openvino as plugin
-
-    def devices() -> list[Any]:
-        name = plugin.get_ep_name()
-        cpu = ort.OrtHardwareDeviceType.CPU
-        return [d for d in ort.get_ep_devices() if d.ep_name == name and d.device.type == cpu]
-
-    if not _registered:
-        ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
-        _registered.append(plugin.get_ep_name())
-    return next(iter(devices()), None)
+    assert about.plugin is not None
+    if about.plugin not in _registered:
+        plugin = importlib.import_module(about.plugin)
+        try:
+            ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+        except Exception as error:  # ONNX Runtime's Fail, or the plugin's own
+            raise EnvironmentLack(
+                f"the {about.shown} does not load: {str(error).rpartition('error: ')[2][:200]}",
+                fix="use --provider cpu",
+            ) from error
+        _registered.append(about.plugin)
+    kinds = ort.OrtHardwareDeviceType
+    kind = kinds.GPU if about.gpu else kinds.CPU
+    offered = (d for d in ort.get_ep_devices() if d.ep_name == about.ep)
+    return next((d for d in offered if d.device.type == kind), None)
 
 
 _registered: list[str] = []  # a library is registered once a process, or ONNX Runtime raises
-
-
-def _use_openvino(options: Any, threads: int | None) -> None:
-    device = openvino_device()
-    if device is None:
-        if not machine.installed("onnxruntime_ep_openvino"):
-            raise missing_package("onnxruntime-ep-openvino", "the OpenVINO provider")
-        raise EnvironmentLack(
-            f"the OpenVINO plugin offers no device on this processor ({machine.cpu()})",
-            fix="use --provider cpu",
-        )
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
-    options.add_provider_for_devices([device], {"load_config": json.dumps({"CPU": settings})})

@@ -1,9 +1,12 @@
 """`rtresnet.load(path)`: an artifact ready to run, with everything its sidecar knows.
 
     with rtresnet.load("engines/resnet50.plan") as session:
-        logits = session(images)          # float32 [N, 3, S, S] to [N, classes]
+        crops = np.stack([session.preprocess.crop(image) for image in images])
+        logits = session(session.prepare(crops))          # float32 [N, classes]
 
-The sidecar is checked before anything is deserialized.
+What a file takes (normalized planes, or pixels as they are) and gives (logits, or the K most
+probable classes) is the file's: `prepare` does what it does not do itself. The sidecar is checked
+before anything is deserialized. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,13 +21,13 @@ from rtresnet import artifacts, machine
 from rtresnet.artifacts import Sidecar
 from rtresnet.errors import InputError, UnknownName
 from rtresnet.preprocess import Preprocess
-from rtresnet.runtime.backend import Backend
+from rtresnet.runtime.backend import Backend, TopK, logits
 
 DEVICES = ("auto", "cpu", "cuda")
 
 
 class Session:
-    """A loaded ONNX file or plan.
+    """A loaded ONNX file or plan; use it in a `with` block, or call `close`.
 
     Attributes:
         path: The file that runs.
@@ -37,9 +40,39 @@ class Session:
         self.sidecar = sidecar
         self.backend = backend
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Normalized float32 [N, 3, S, S] to float32 logits [N, classes]."""
+    def __call__(self, images: np.ndarray) -> np.ndarray | TopK:
+        """Runs a batch of any N from 1.
+
+        Args:
+            images: What `prepare` returns: normalized float32 [N, 3, S, S]; for a file that takes
+                pixels, uint8 [N, S, S, 3].
+
+        Returns:
+            float32 logits [N, classes]; of a top-K file indices int64 [N, K] and probabilities
+            float32 [N, K], the most probable first.
+
+        Raises:
+            InputError: Images of another type or shape.
+        """
         return self.backend.infer(images)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """As calling it, where nothing but logits will do.
+
+        Raises:
+            InputError: The file gives the most probable classes only.
+        """
+        return logits(self(images), self.path)
+
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """uint8 crops [N, S, S, 3] to what the file takes.
+
+        Raises:
+            InputError: The file takes normalized images, and nobody knows its mean and std.
+        """
+        if self.backend.input_dtype == np.uint8:
+            return images
+        return self.preprocess.normalize(images)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -57,6 +90,27 @@ class Session:
         return self.sidecar.input
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image as the file takes it: (3, S, S), or (S, S, 3) of pixels.
+
+        Raises:
+            InputError: The file leaves the size open.
+        """
+        side = self.size
+        return (side, side, 3) if self.backend.layout == "nhwc" else (3, side, side)
+
+    def example(self, count: int, seed: int = 0) -> np.ndarray:
+        """`count` random images of the type and shape the file takes, for timing it.
+
+        Raises:
+            InputError: The file leaves the size open.
+        """
+        rng, shape = np.random.default_rng(seed), (count, *self.image_shape)
+        if self.backend.input_dtype == np.uint8:
+            return rng.integers(0, 256, shape, dtype=np.uint8)
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    @property
     def size(self) -> int:
         """Side of the input, in pixels.
 
@@ -68,11 +122,16 @@ class Session:
         return self.backend.size
 
     def describe(self) -> dict[str, object]:
-        """Device, provider, threads and versions, as they belong beside every figure."""
+        """Device, provider, threads and versions, as they belong beside every figure.
+
+        `placement` is the number of nodes on each of ONNX Runtime's execution providers; empty of
+        a plan, which is one piece.
+        """
         return {
             "device": machine.cpu() if self.backend.device == "cpu" else self.backend.device,
             "provider": self.backend.provider,
             "threads": self.backend.threads,
+            "placement": getattr(self.backend, "placement", {}),
             "versions": machine.versions(("rtresnet", "numpy", *self.backend.packages)),
         }
 
@@ -104,13 +163,15 @@ def load(
     Args:
         path: A .onnx or .plan file.
         device: "cpu", "cuda", or "auto": a plan on the GPU, an ONNX file on the CPU.
-        provider: For an ONNX file: see `runtime.ort.OrtBackend`.
+        provider: For an ONNX file: "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx", or
+            "auto". What is asked for runs the whole net, or loading fails.
         threads: Intra-op threads on a CPU; every core by default.
 
     Raises:
         InputError: No such file, or not an ONNX file or a plan.
         ArtifactError: The file does not match its sidecar, or another version or GPU.
-        EnvironmentLack: The device, the provider or a package is not here.
+        EnvironmentLack: The device, the provider or a package is not here, or the provider would
+            leave part of the net to another.
     """
     if device not in DEVICES:
         raise UnknownName("device", device, DEVICES)
@@ -126,11 +187,12 @@ def load(
             raise trt.plan_needs_gpu(path, here=bool(machine.gpus()))
         backend = trt.TrtBackend(path, sidecar)
     elif kind == "onnx":
-        from rtresnet.runtime.ort import OrtBackend
+        from rtresnet.runtime.ort import PROVIDERS, OrtBackend
 
         if device == "cuda" and provider == "auto":
             provider = "cuda"
-        if device != "auto" and (device == "cuda") != (provider == "cuda"):
+        on_gpu = provider in PROVIDERS and PROVIDERS[provider].gpu
+        if device != "auto" and (device == "cuda") != on_gpu:
             raise InputError(f"--device {device} and --provider {provider} contradict each other")
         backend = OrtBackend(path, provider=provider, threads=threads)
     else:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,7 +14,14 @@ from rtresnet import machine
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.quantize import qdq
 from rtresnet.runtime.cpu_form import for_cpu, quantize_at_convolutions, unsigned
-from rtresnet.runtime.ort import OrtBackend, openvino_device
+from rtresnet.runtime.ort import (
+    PROVIDERS,
+    RECORD,
+    OrtBackend,
+    Provider,
+    hold_placement,
+    openvino_device,
+)
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -239,27 +248,131 @@ def test_openvino_that_is_not_installed_is_named_with_its_package(
     assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="has CUDA")
-def test_cuda_that_is_not_there_is_an_error_not_a_fallback(onnx_file: OnnxFile) -> None:
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_provider_that_onnxruntime_was_built_without_is_an_error(
+    name: str, onnx_file: OnnxFile
+) -> None:
+    if PROVIDERS[name].ep in ort.get_available_providers():
+        pytest.skip("it is here")
     with pytest.raises(EnvironmentLack, match="pip install onnxruntime-gpu") as caught:
-        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+        OrtBackend(onnx_file("resnet8", "fp32"), provider=name)
     assert caught.value.exit_code == 3
+    assert PROVIDERS[name].ep in str(caught.value)
 
 
-def test_cuda_that_does_not_start_is_an_error_not_a_fallback(
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+def test_the_names_are_those_of_onnx_runtime(name: str) -> None:
+    known = {
+        *ort.get_all_providers(),
+        "NvTensorRTRTXExecutionProvider",
+    }  # that one is a plugin only
+    assert PROVIDERS[name].ep in known
+
+
+def test_every_node_is_where_it_was_asked_to_be(onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", "fp32")
+    backend = OrtBackend(path, provider="cpu")
+    assert backend.placement == {"CPUExecutionProvider": len(onnx.load(path).graph.node)}
+
+
+@pytest.fixture
+def takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The provider "cuda" becomes one that starts everywhere and has no kernel for any node."""
+    azure = Provider(ep="AzureExecutionProvider", shown="Azure", package="onnxruntime")
+    if azure.ep not in ort.get_available_providers():
+        pytest.skip("onnxruntime without the Azure provider")
+    monkeypatch.setitem(PROVIDERS, "cuda", azure)
+
+
+@pytest.mark.usefixtures("takes_nothing")
+def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", "fp32")
+    total = len(onnx.load(path).graph.node)
+    session = ort.InferenceSession(path, providers=["AzureExecutionProvider"])
+    assert session.get_providers()[0] == "AzureExecutionProvider"  # which says it is in use
+    with pytest.raises(EnvironmentLack) as caught:
+        OrtBackend(path, provider="cuda")
+    assert caught.value.exit_code == 3
+    assert f"AzureExecutionProvider was asked for, and {total} of {total} nodes" in str(
+        caught.value
+    )
+    assert "conv1 (Conv) on CPUExecutionProvider" in str(caught.value)
+
+
+@pytest.mark.usefixtures("takes_nothing")
+def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ONNX Runtime itself falls back to the CPU here, with a warning."""
-    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(ort, "get_available_providers", lambda: names)
-
-    class FallsBack(ort.InferenceSession):  # type: ignore[misc]
-        def __init__(self, model: object, options: object, providers: object) -> None:
-            super().__init__(model, options, providers=["CPUExecutionProvider"])
-
-    monkeypatch.setattr(ort, "InferenceSession", FallsBack)
-    with pytest.raises(EnvironmentLack, match="did not start"):
+    base = ort.InferenceSession.__mro__[1]
+    monkeypatch.delattr(base, "get_provider_graph_assignment_info")
+    with pytest.raises(EnvironmentLack, match="fallback to CPU EP"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+    assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").placement == {}
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
+    onnx_file: OnnxFile,
+) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("has CUDA")
+    options = ort.SessionOptions()
+    options.add_session_config_entry(RECORD, "1")
+    session = ort.InferenceSession(
+        onnx_file("resnet8", "fp32"), options, providers=["CUDAExecutionProvider"]
+    )
+    with pytest.raises(EnvironmentLack, match="CUDAExecutionProvider was asked for"):
+        hold_placement(session, "CUDAExecutionProvider")
+
+
+def test_one_node_elsewhere_is_enough() -> None:
+    part, node = ort.OrtEpAssignedSubgraph, ort.OrtEpAssignedNode
+    assert hasattr(part, "ep_name") and hasattr(part, "get_nodes")
+    assert hasattr(node, "name") and hasattr(node, "op_type")
+
+    def on(ep: str, *names: str) -> SimpleNamespace:
+        nodes = [SimpleNamespace(name=name, op_type="Conv") for name in names]
+        return SimpleNamespace(ep_name=ep, get_nodes=lambda: nodes)
+
+    def session(*parts: SimpleNamespace) -> SimpleNamespace:
+        return SimpleNamespace(get_provider_graph_assignment_info=lambda: list(parts))
+
+    fused = on("CUDAExecutionProvider", "conv1", "layer1.0.conv1")
+    assert hold_placement(session(fused), "CUDAExecutionProvider") == {"CUDAExecutionProvider": 2}
+    with pytest.raises(EnvironmentLack) as caught:
+        hold_placement(session(fused, on("CPUExecutionProvider", "")), "CUDAExecutionProvider")
+    assert "1 of 3 nodes would run elsewhere: unnamed (Conv) on CPU" in str(caught.value)
+
+
+def test_a_run_that_fails_is_not_tried_again_elsewhere(onnx_file: OnnxFile) -> None:
+    """By default ONNX Runtime's Python session makes itself anew on the CPU provider then."""
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+    assert backend._session._enable_fallback is False
+
+
+def test_a_plugin_that_is_not_installed_is_named_with_its_package(onnx_file: OnnxFile) -> None:
+    if machine.installed("onnxruntime_ep_nv_tensorrt_rtx"):
+        pytest.skip("it is here")
+    with pytest.raises(EnvironmentLack, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
+
+
+def test_a_plugin_whose_library_does_not_load_says_why(
+    onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NVIDIA's does without a driver."""
+    library = tmp_path / "libplugin.so"
+    library.write_bytes(b"no library")
+    (tmp_path / "plugin_of_a_test.py").write_text(
+        "get_ep_name = lambda: 'TestExecutionProvider'\n"
+        f"get_library_path = lambda: {str(library)!r}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = dataclasses.replace(PROVIDERS["tensorrt-rtx"], plugin="plugin_of_a_test")
+    monkeypatch.setitem(PROVIDERS, "tensorrt-rtx", plugin)
+    with pytest.raises(EnvironmentLack, match=r"does not load: .*libplugin\.so") as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
+    assert caught.value.exit_code == 3
 
 
 def test_an_unknown_provider_suggests_the_nearest(onnx_file: OnnxFile) -> None:
