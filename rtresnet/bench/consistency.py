@@ -69,19 +69,24 @@ class Answers:
 
     Attributes:
         values: float64 [N, classes], logits; or [N, K], probabilities in descending order.
-        first: int64 [N], the top-1 class.
-        logits: Which of the two `values` are.
+        classes: int64 [N, K], what the probabilities are of; None of logits.
     """
 
     values: np.ndarray
-    first: np.ndarray
-    logits: bool
+    classes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, index: np.ndarray) -> Answers:
-        return Answers(values=self.values[index], first=self.first[index], logits=self.logits)
+        classes = None if self.classes is None else self.classes[index]
+        return Answers(values=self.values[index], classes=classes)
+
+    @property
+    def first(self) -> np.ndarray:
+        """The top-1 class, int64 [N]."""
+        found = self.values.argmax(axis=1) if self.classes is None else self.classes[:, 0]
+        return np.asarray(found)
 
     @property
     def margin(self) -> np.ndarray:
@@ -93,33 +98,47 @@ class Answers:
 
     def allowed(self, share: float) -> float:
         """A share of the logits' range, in units of `values`."""
-        if not self.logits:
+        if self.classes is not None:
             return min(share * PROBABILITIES, WIDEST)
         return share * float(np.ptp(self.values))
 
+    def difference(self, other: Answers) -> np.ndarray:
+        """Largest difference of any class, [N]; NaN where an answer holds one."""
+        mine, theirs = self.values, other.values
+        if self.classes is not None and other.classes is not None:
+            known = np.unique(np.concatenate((self.classes, other.classes), axis=None))
+            mine, theirs = self._of(known), other._of(known)
+        return np.asarray(np.abs(mine - theirs).max(axis=1))
+
+    def _of(self, known: np.ndarray) -> np.ndarray:
+        """Probabilities of these classes. One that is not among the K best counts as the last of
+        them: no sound pair of answers comes out further apart than it is."""
+        assert self.classes is not None
+        found = np.repeat(self.values.min(axis=1, keepdims=True), len(known), axis=1)
+        np.put_along_axis(found, np.searchsorted(known, self.classes), self.values, axis=1)
+        return found
+
     def top(self, k: int) -> Answers:
         """The answers a top-K file would give instead of these logits."""
-        values = -np.sort(-softmax(self.values), axis=1)[:, :k]
-        return Answers(values=values, first=self.first, logits=False)
+        shares = softmax(self.values)
+        best = np.argsort(-shares, axis=1)[:, :k]
+        return Answers(values=np.take_along_axis(shares, best, axis=1), classes=best)
 
 
 def answers(found: np.ndarray | TopK) -> Answers:
     """What a backend returned, copied."""
     if isinstance(found, tuple):
-        indices, probabilities = found
-        values = np.array(probabilities, np.float64)
-        return Answers(values=values, first=np.array(indices[:, 0]), logits=False)
-    values = np.array(found, np.float64)
-    return Answers(values=values, first=values.argmax(axis=1), logits=True)
+        return Answers(values=np.array(found[1], np.float64), classes=np.array(found[0]))
+    return Answers(values=np.array(found, np.float64))
 
 
 def alone(infer: Infer, images: np.ndarray) -> Answers:
     """Every image in a batch of its own: the reference of everything else here."""
     rows = [answers(infer(images[index : index + 1])) for index in range(len(images))]
+    classes = [row.classes for row in rows if row.classes is not None]
     return Answers(
         values=np.concatenate([row.values for row in rows]),
-        first=np.concatenate([row.first for row in rows]),
-        logits=rows[0].logits,
+        classes=np.concatenate(classes) if classes else None,
     )
 
 
@@ -182,7 +201,7 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
     if got.values.shape != want.values.shape:
         shapes = f"{list(got.values.shape)} came back for {list(want.values.shape)}"
         return _broken(name, compared, len(want), tolerance, shapes)
-    difference = np.abs(got.values - want.values).max(axis=1)
+    difference = got.difference(want)
     moved = (got.first != want.first) & (want.margin > tolerance)
     wrong = ~(difference <= tolerance)  # not a number is wrong too
     why = None
@@ -204,11 +223,8 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
 
 def told_apart(single: Answers, tolerance: float) -> float:
     """The share of pairs of images, in [0, 1], that would be noticed if they changed places."""
-    values, many = single.values, len(single)
-    pairs = [(one, other) for one in range(many) for other in range(one)]
-    return float(
-        np.mean([np.abs(values[one] - values[other]).max() > tolerance for one, other in pairs])
-    )
+    ones, others = np.tril_indices(len(single), -1)
+    return float((single[ones].difference(single[others]) > tolerance).mean())
 
 
 def _repeated(

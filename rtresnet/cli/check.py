@@ -44,7 +44,7 @@ class Subject:
 
 @click.command("check", short_help="Check that batches do not change an answer.")
 @click.argument("path")
-@click.option("--data", metavar="SPEC", help=f"Images [noise]: {common.DATA_HELP}")
+@click.option("--data", metavar="SPEC", help=f"Images, labelled or not [noise]: {common.DATA_HELP}")
 @click.option(
     "--images", type=click.IntRange(min=2), default=16, show_default=True, help="How many."
 )
@@ -165,14 +165,14 @@ def _photographs(data: str, count: int, path: str, subject: Subject) -> np.ndarr
     import numpy as np
 
     from rtresnet.data import loader
-    from rtresnet.data.sources import open_source
+    from rtresnet.data.sources import open_images
 
     if subject.preprocess is None:
         raise InputError(
             f"{path}: no sidecar, so nobody knows what becomes of an image before it",
             fix="leave out --data, and it is checked on noise",
         )
-    crop, source = subject.preprocess.crop, open_source(data, "all")
+    crop, source = subject.preprocess.crop, open_images(data)
     tally = loader.Tally(len(source), common.note)
     chosen = loader.sample(source, count)
     found = [image for _, image in loader.indexed(source, chosen, lambda _, i: crop(i), tally)]
@@ -211,7 +211,7 @@ def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> C
 
     with load(parent, provider="cpu") as session:
         want = consistency.alone(session, session.prepare(pixels))
-    if want.logits and not single.logits:
+    if want.classes is None and single.classes is not None:
         want = want.top(single.values.shape[1])
     tolerance = want.allowed(consistency.PARENT[bound])
     return consistency.compare("parent", parent.name, single, want, tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import artifacts
 from rtresnet.cli.main import main
+from rtresnet.preprocess import UINT8
 from rtresnet.runtime.session import Session
 
 ort = pytest.importorskip("onnxruntime")
@@ -146,6 +150,60 @@ def test_an_fp32_file_that_is_not_there_any_more_is_said_to_be_so(
     code, result = checked(copied / "resnet8-fp16.onnx", tmp_path, "--provider", "cpu")
     assert code == 0 and result["no_parent"] == f"{parent} is {state}"
     assert f"Not compared with an FP32 file: {parent} is {state}." in capsys.readouterr().out
+
+
+def pixels_in_best_out(source: Path, path: Path, k: int) -> Path:
+    """The file with its preprocessing inside, and the k most probable classes out."""
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    model = onnx.load(source)
+    graph, make = model.graph, helper.make_node
+    image, logits = graph.input[0].name, graph.output[0].name
+    scale, shift = (value.reshape(1, 3, 1, 1) for value in sidecar.input.factors())
+    side, one = sidecar.input.size, np.array([k], np.int64)
+    for name, value in (("scale", scale), ("shift", shift), ("k", one)):
+        graph.initializer.append(numpy_helper.from_array(value, name))
+    before = [
+        make("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
+        make("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+        make("Mul", ["planes", "scale"], ["scaled"]),
+        make("Add", ["scaled", "shift"], [image]),
+    ]
+    after = [
+        make("Softmax", [logits], ["shares"], axis=1),
+        make("TopK", ["shares", "k"], ["probabilities", "indices"], axis=1),
+    ]
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:], graph.input[:], graph.output[:]
+    graph.node.extend(nodes)
+    info = helper.make_tensor_value_info
+    graph.input.append(info("pixels", TensorProto.UINT8, ["batch", side, side, 3]))
+    graph.output.append(info("indices", TensorProto.INT64, ["batch", k]))
+    graph.output.append(info("probabilities", TensorProto.FLOAT, ["batch", k]))
+    made = dataclasses.replace(
+        sidecar,
+        input=dataclasses.replace(sidecar.input, layout=UINT8),
+        topk=k,
+        parent=artifacts.link_to(source, path),
+    )
+    artifacts.publish(path, lambda p: p.write_bytes(model.SerializeToString()), made)
+    return path
+
+
+@pytest.mark.parametrize("precision", ["-fp16", "-int8"])
+def test_a_file_that_takes_pixels_and_gives_the_best_is_checked_and_packaged(
+    copied: Path, tmp_path: Path, tints: str, precision: str
+) -> None:
+    path = pixels_in_best_out(copied / f"resnet8{precision}.onnx", copied / "served.onnx", 3)
+    code, result = checked(path, tmp_path, "--provider", "cpu", "--data", tints)
+    assert code == 0
+    names = [entry["name"] for entry in result["checks"]]
+    assert "white in one row" in names and names[-1] == "parent"
+    assert 0 < result["checks"][-1]["largest"] < result["checks"][-1]["tolerance"] <= 0.5
+    assert main(["package", str(path), "--triton", str(tmp_path / "models")]) == 0
+    text = (tmp_path / "models" / "served" / "config.pbtxt").read_text()
+    assert "data_type: TYPE_UINT8" in text and "FORMAT_NHWC" in text and "TYPE_INT64" in text
+    assert "label_filename" not in text
 
 
 @pytest.mark.usefixtures("without_gpu")
