@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
+from rtresnet.cli.ends import asked, ends_options, write_with
 
 
 def plan_name(source: Path, precision: str) -> str:
@@ -48,6 +49,7 @@ def build_options(function: Any) -> Any:
 @click.argument("source", metavar="MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The plan [beside the ONNX file].")
 @build_options
+@ends_options
 @click.option("--per-target", is_flag=True, help="One plan a target: MODEL-sm_86.plan, ...")
 @click.option(
     "--timing-cache",
@@ -62,16 +64,23 @@ def command(
     batch: tuple[str, ...],
     target: tuple[str, ...],
     builder: str,
+    takes: str,
+    topk: int | None,
     per_target: bool,
     timing_cache: Path | None,
     json_file: str | None,
 ) -> None:
     """Compile an ONNX file into a TensorRT plan. Needs no GPU with TensorRT-RTX.
 
-    Precision is what the file says: FP16 and INT8 come from `export` or `quantize`.
+    Precision is what the file says: FP16 and INT8 come from `export` or `quantize`. With --input
+    or --topk, MODEL-u8-top5.onnx and the like is written first, and the plan built from that.
     """
     from rtresnet.build import targets
 
+    if asked(takes, topk):
+        check(source, target=targets.parse(target, builder), builder=builder)
+        source, _ = write_with(source, takes, topk)
+        common.note(f"{source}: written, to build from")
     options: dict[str, Any] = {"batch": batch, "builder": builder, "timing_cache": timing_cache}
     if per_target:
         chosen = targets.parse(target, builder) or targets.DEFAULT

@@ -11,6 +11,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.build import build_file, build_options, describe, plan_name
+from rtresnet.cli.ends import asked, ends_options, require_classes, write_with
 from rtresnet.cli.quantize import calibration_options, quantize_file
 from rtresnet.errors import ArtifactError
 
@@ -32,6 +33,7 @@ RUNS = Path("runs")
 @click.option("--int8", is_flag=True, help="A plan in INT8.")
 @calibration_options
 @build_options
+@ends_options
 @common.input_options
 @click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True)
 @click.option("--no-plan", is_flag=True, help="Stop at the ONNX file.")
@@ -40,7 +42,8 @@ def command(json_file: str | None, **options: Any) -> None:
     """Turn a checkpoint into ONNX files and plans, each with a sidecar.
 
     Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx or MODEL-int8.onnx, and the
-    plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan.
+    plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan. With --input or --topk also
+    MODEL-int8-u8-top5.onnx and the like, and the plans from those.
     """
     result = run(**options)
     console = common.out_console()
@@ -80,6 +83,8 @@ def run(
     std: str | None,
     out: Path,
     no_plan: bool,
+    takes: str = "float32-nchw",
+    topk: int | None = None,
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
     common.require_torch("export")
@@ -97,7 +102,8 @@ def run(
     checkpoint, origin = resolve(model, weights, size)
     changed = common.preprocess_from(checkpoint.input, size, mean, std)
     checkpoint = dataclasses.replace(checkpoint, input=changed)
-    precisions = [p for p, asked in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if asked]
+    require_classes(topk, len(checkpoint.model.classes), checkpoint.model.architecture)
+    precisions = [p for p, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted]
     base = out / f"{checkpoint.model.architecture}.onnx"
     written = [_write_fp32(checkpoint, origin, base)]
     sources = []
@@ -109,6 +115,9 @@ def run(
                     base, precision, source, calib=calib, calibrator=calibrator, images=calib_images
                 )
             )
+        if asked(takes, topk):
+            source, changed_ends = write_with(source, takes, topk)
+            written.append(changed_ends)
         sources.append((source, precision))
     plans = []
     if not no_plan and _builder_there(builder):
