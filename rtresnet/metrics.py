@@ -94,6 +94,28 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
+def from_best(indices: np.ndarray, probabilities: np.ndarray, classes: int) -> np.ndarray:
+    """What the K most probable classes say of all of them, as logits whose softmax they are.
+
+    Args:
+        indices: int64 [N, K].
+        probabilities: [N, K], descending.
+        classes: How many there are; the others share what is left, equally.
+
+    Returns:
+        float64 [N, classes].
+    """
+    best = probabilities.astype(np.float64)
+    others = classes - best.shape[1]
+    # Rounding may leave less than nothing, and nothing has no logarithm.
+    tiny = np.finfo(np.float64).tiny
+    left = np.maximum(1 - best.sum(axis=1, keepdims=True), tiny) / max(others, 1)
+    logits = np.repeat(np.log(np.minimum(left, best[:, -1:])), classes, axis=1)
+    with np.errstate(divide="ignore"):
+        np.put_along_axis(logits, indices, np.log(best), axis=1)
+    return logits
+
+
 def collect(
     forward: Forward, batches: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:

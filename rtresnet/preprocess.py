@@ -103,37 +103,53 @@ def resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Antialiased bilinear resize of a uint8 image [H, W, C] to uint8 [height, width, C].
 
-    Along the width first, then along the height. Every product and sum is an integer below
-    2^53, so float64 matrix products are exact.
+    Along the width first, then along the height. Every product and sum is a whole number below
+    2^31. The sums are few and taken as they are: as matrix products they would be mostly zeros,
+    and BLAS would start threads of its own beneath the threads that decode.
     """
     source_height, source_width, channels = image.shape
     if width != source_width:
-        rows = image.transpose(0, 2, 1).reshape(-1, source_width)
-        image = _apply(rows, _taps(source_width, width).T).reshape(source_height, channels, width)
-        image = image.transpose(0, 2, 1)
+        columns = np.ascontiguousarray(image.transpose(1, 0, 2)).reshape(source_width, -1)
+        columns = _weighted(columns, width).reshape(width, source_height, channels)
+        image = np.ascontiguousarray(columns.transpose(1, 0, 2))
     if height != source_height:
-        columns = image.reshape(source_height, -1)
-        image = _apply(_taps(source_height, height), columns).reshape(height, width, channels)
+        rows = image.reshape(source_height, -1)
+        image = _weighted(rows, height).reshape(height, width, channels)
     return np.ascontiguousarray(image)
 
 
-def _apply(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    product = left.astype(np.float64) @ right.astype(np.float64)
-    return np.clip(np.floor((product + _FIXED_POINT / 2) / _FIXED_POINT), 0, 255).astype(np.uint8)
+def _weighted(rows: np.ndarray, target: int) -> np.ndarray:
+    """uint8 [source, n] to uint8 [target, n]: each a mean of a few neighbours."""
+    total = np.full((target, rows.shape[1]), _FIXED_POINT // 2, np.int32)
+    part = np.empty_like(total)
+    for index, weight in zip(*_taps(len(rows), target), strict=True):
+        np.multiply(rows[index], weight, out=part)
+        total += part
+    return np.minimum(total // _FIXED_POINT, 255).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=64)
-def _taps(source: int, target: int) -> np.ndarray:
-    """The resampling matrix [target, source] in fixed point, for the triangle filter."""
+def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows go into each, [K, target], and their weights in fixed point, int32 [K, target, 1].
+
+    The triangle filter; where it covers fewer than K rows the other weights are zero.
+    """
     scale = source / target
     stretch = max(scale, 1.0)  # below 1 the filter keeps its width: plain interpolation
-    matrix = np.zeros((target, source))
+    starts, weights = [], []
     for row in range(target):
         centre = (row + 0.5) * scale
         first = max(int(centre - stretch + 0.5), 0)
         last = min(int(centre + stretch + 0.5), source)
         position = (np.arange(first, last) - centre + 0.5) / stretch
         weight = np.maximum(1 - np.abs(position), 0)
-        matrix[row, first:last] = np.floor(0.5 + weight / weight.sum() * _FIXED_POINT)
-    matrix.setflags(write=False)
-    return matrix
+        starts.append(first)
+        weights.append(np.floor(0.5 + weight / weight.sum() * _FIXED_POINT))
+    most = max(map(len, weights))
+    index = np.minimum(np.add.outer(np.arange(most), starts), source - 1)
+    table = np.zeros((most, target, 1), np.int32)
+    for row, weight in enumerate(weights):
+        table[: len(weight), row, 0] = weight
+    index.setflags(write=False)
+    table.setflags(write=False)
+    return index, table

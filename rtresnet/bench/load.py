@@ -1,130 +1,251 @@
-"""One request after another, timed from outside: the single-stream load.
+"""One request after another, timed from outside: single-stream, multi-stream and offline.
 
-Several artifacts are measured in turn, a slice of the time each, round after round, so that a
-drift of the machine meets all of them; their speeds are compared round by round. Input is made
-before the clock starts. Warm-up ends when three windows in a row agree within 5 %, or at its cap,
-and the result says which.
+Several artifacts are measured in turn, a short slice of the time each, in an order drawn anew for
+every round, so that whatever else the machine does meets all of them; their speeds are compared
+slice by slice. Input is made before the clock starts. Warm-up ends when three windows in a row
+agree within 5 %, or at its cap, and the result says which.
+
+Every request in a slice is a sample. Where requests are short, one more comes before each slice and
+is not counted: it finds the caches as the other artifact left them.
+
+Requests that arrive by themselves are in `scenarios.py`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from rtresnet.bench import stats
+from rtresnet.bench import compare, stats
+from rtresnet.bench.clock import Clock, WallClock
 from rtresnet.errors import InputError
 
-WINDOW, STEADY, CAP_SECONDS = 3, 0.05, 2.0
-ROUNDS = 5
+WINDOW_CALLS, WINDOW_SECONDS, STEADY, CAP_SECONDS = 3, 0.05, 0.05, 2.0
+FEWEST_ROUNDS, SLICE_SECONDS, LONG = 15, 0.05, 0.1
 
-Infer = Callable[[np.ndarray], object]
-"""Takes float32 [batch, 3, size, size] and returns when the result is there."""
+Part = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What is measured.
+
+    Attributes:
+        serve: Takes a request and returns when the result is there.
+        requests: Made beforehand, served in turn, over and over.
+        timings: Milliseconds of the parts of the last request: h2d, compute, d2h, enqueue; empty
+            where only wall time is known.
+    """
+
+    serve: Callable[[Any], object]
+    requests: Sequence[Any]
+    timings: Callable[[], Part] = dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warm:
+    """How a warm-up ended.
+
+    Attributes:
+        steady: Whether by itself, and not at the cap.
+        seconds: A request at its end.
+    """
+
+    steady: bool
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Latency of one artifact at one batch.
+    """One artifact under one load.
 
     Attributes:
         batch: Images a request.
         latency: The summary.
-        speed: Times as fast as the first artifact of the same call: the median over rounds of
-            the ratio of medians.
+        speed: Times as fast as the first artifact of the same call.
+        comparison: What that rests on; None for the first.
         steady: Whether warm-up ended by itself.
+        wall_seconds: In which the samples were taken.
+        parts: Summaries of h2d, compute, d2h, enqueue on a GPU.
+        load: What the scenario has to say of itself: qps, concurrency, ...
+        trtexec: What trtexec would have printed.
         samples: Milliseconds, one a request, in order of time.
     """
 
     batch: int
     latency: stats.Latency
     speed: float
+    comparison: compare.Comparison | None = None
     steady: bool
+    wall_seconds: float
+    parts: dict[str, stats.Latency] = field(default_factory=dict)
+    load: dict[str, Any] = field(default_factory=dict)
+    trtexec: str | None = None
     samples: tuple[float, ...]
 
 
+@dataclass(kw_only=True)
+class _Taken:
+    """What one candidate has shown so far; slices in order of time."""
+
+    slices: list[list[float]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    wall: float = 0.0
+    served: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.slices))
+
+
 def measure(
-    candidates: Sequence[Infer],
+    candidates: Sequence[Candidate],
     *,
     batch: int,
-    size: int,
     seconds: float,
-    rounds: int = ROUNDS,
+    queries: int | None = None,
+    seed: int = 0,
+    clock: Clock | None = None,
     on_progress: Callable[[float], None] = lambda elapsed: None,
 ) -> list[Measurement]:
-    """Times every candidate on the same random images, in turn.
+    """Times every candidate, in turn.
 
     Args:
         candidates: What to time.
         batch: Images a request.
-        size: Side of an image, in pixels.
-        seconds: Spent on each candidate after warm-up; at least three requests a round are made.
-        rounds: Slices of that time.
+        seconds: Spent on each candidate after warm-up, on average; 15 slices are made at least.
+        queries: So many requests to each candidate, instead of `seconds`.
+        seed: Of the order.
+        clock: For tests.
         on_progress: Called between slices with the seconds spent on measuring, all candidates
             together.
 
     Raises:
-        InputError: Batch or seconds out of range.
+        InputError: Batch, seconds or queries out of range.
     """
+    check(batch=batch, seconds=seconds, queries=queries)
+    clock = clock or WallClock()
+    rng = np.random.default_rng(seed)
+    warm = [warm_up(candidate, clock) for candidate in candidates]
+    taken = [_Taken() for _ in candidates]
+    length = SLICE_SECONDS if queries else min(SLICE_SECONDS, seconds / FEWEST_ROUNDS)
+
+    most = -(-queries // FEWEST_ROUNDS) if queries else None
+
+    def done() -> bool:
+        if queries:
+            return all(entry.count >= queries for entry in taken)
+        rounds, spent = len(taken[0].slices), sum(entry.wall for entry in taken)
+        return rounds >= FEWEST_ROUNDS and spent >= seconds * len(taken)
+
+    while not done():
+        for index in rng.permutation(len(candidates)):
+            limit = min(most, queries - taken[index].count) if queries and most else None
+            _slice(candidates[index], taken[index], warm[index].seconds, length, limit, clock)
+            on_progress(sum(entry.wall for entry in taken))
+    results = [
+        result(np.concatenate(entry.slices), entry.wall, entry.parts, batch, start.steady)
+        for entry, start in zip(taken, warm, strict=True)
+    ]
+    medians = [[float(np.median(part)) for part in entry.slices] for entry in taken]
+    compared = [compare.paired(medians[0], other, comparisons=len(taken) - 1) for other in medians]
+    return [results[0]] + [
+        dataclasses.replace(entry, speed=found.speed, comparison=found)
+        for entry, found in zip(results[1:], compared[1:], strict=True)
+    ]
+
+
+def check(*, batch: int, seconds: float, queries: int | None) -> None:
+    """Raises InputError where a load could not be made."""
     if batch < 1:
         raise InputError(f"--batch {batch}: a batch holds at least one image")
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds {seconds:g}: must be above 0")
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((batch, 3, size, size)).astype(np.float32)
-    steady = [warm_up(lambda infer=infer: infer(images)) for infer in candidates]  # type: ignore[misc]
-    slices: list[list[list[float]]] = [[] for _ in candidates]
-    for round_number in range(rounds):
-        for position in range(len(candidates)):
-            index = (position + round_number) % len(candidates)
-            slices[index].append(_slice(candidates[index], images, seconds / rounds))
-            on_progress(sum(sum(part) for parts in slices for part in parts) / 1e3)
-    medians = [[float(np.median(part)) for part in parts] for parts in slices]
-    results = []
-    for index, parts in enumerate(slices):
-        samples = np.concatenate(parts)
-        ratios = np.divide(medians[0], medians[index])
-        results.append(
-            Measurement(
-                batch=batch,
-                latency=stats.summarize(samples, batch=batch, wall_seconds=samples.sum() / 1e3),
-                speed=float(np.median(ratios)),
-                steady=steady[index],
-                samples=tuple(samples),
-            )
-        )
-    return results
+    if queries is not None and queries < 1:
+        raise InputError(f"--queries {queries}: must be at least 1")
 
 
-def _slice(infer: Infer, images: np.ndarray, seconds: float) -> list[float]:
+def _slice(
+    candidate: Candidate,
+    taken: _Taken,
+    expected: float,
+    length: float,
+    limit: int | None,
+    clock: Clock,
+) -> None:
+    """Requests for `length` seconds, three at least where they are short, `limit` at most."""
+    if limit == 0:
+        return
+    fewest = 3 if expected < LONG else 1
+    requests, serve = candidate.requests, candidate.serve
+    if expected < LONG:
+        serve(requests[taken.served % len(requests)])
     samples: list[float] = []
-    begin = before = time.perf_counter_ns()
-    while before - begin < seconds * 1e9 or len(samples) < 3:
-        infer(images)
-        after = time.perf_counter_ns()
-        samples.append((after - before) / 1e6)
+    begin = before = clock.now()
+    while before - begin < length or len(samples) < fewest:
+        serve(requests[taken.served % len(requests)])
+        after = clock.now()
+        samples.append((after - before) * 1e3)
+        taken.served += 1
+        if parts := candidate.timings():
+            taken.parts.append(parts)
+            after = clock.now()  # what asking for them took is nobody's latency
         before = after
-    return samples
+        if len(samples) == limit:
+            break
+    taken.slices.append(samples)
+    taken.wall += before - begin
 
 
-def warm_up(call: Callable[[], object]) -> bool:
-    """Calls until three windows of three calls have medians within 5 %, or for two seconds.
+def result(
+    samples: np.ndarray,
+    wall: float,
+    parts: Sequence[Mapping[str, float]],
+    batch: int,
+    steady: bool,
+    *,
+    open_loop: bool = False,
+) -> Measurement:
+    """Samples in milliseconds, and the seconds they took, as a measurement."""
+    # A request that was split has no parts of its own.
+    names = set.intersection(*map(set, parts)) if len(parts) == len(samples) else set()
+    by_name = {name: np.asarray([part[name] for part in parts]) for name in sorted(names)}
+    return Measurement(
+        batch=batch,
+        latency=stats.summarize(samples, batch=batch, wall_seconds=wall, open_loop=open_loop),
+        speed=1.0,
+        steady=steady,
+        wall_seconds=wall,
+        parts={
+            name: stats.summarize(values, batch=batch, wall_seconds=None)
+            for name, values in by_name.items()
+        },
+        trtexec=stats.trtexec(samples, wall_seconds=wall, parts=by_name),
+        samples=tuple(round(float(sample), 6) for sample in samples),
+    )
 
-    Returns:
-        Whether it became steady.
+
+def warm_up(candidate: Candidate, clock: Clock) -> Warm:
+    """Serves until three windows have medians within 5 %, or for two seconds.
+
+    A window is three requests, and 50 ms of them where they are short.
     """
     medians: list[float] = []
-    deadline = time.perf_counter() + CAP_SECONDS
+    begin, served = clock.now(), 0
     while True:
-        window = []
-        for _ in range(WINDOW):
-            start = time.perf_counter()
-            call()
-            window.append(time.perf_counter() - start)
+        window: list[float] = []
+        start = clock.now()
+        while len(window) < WINDOW_CALLS or clock.now() - start < WINDOW_SECONDS:
+            before = clock.now()
+            candidate.serve(candidate.requests[served % len(candidate.requests)])
+            window.append(clock.now() - before)
+            served += 1
         medians.append(float(np.median(window)))
         last = medians[-3:]
-        if len(last) == 3 and max(last) <= min(last) * (1 + STEADY):
-            return True
-        if time.perf_counter() > deadline:
-            return False
+        steady = len(last) == 3 and max(last) <= min(last) * (1 + STEADY)
+        if steady or clock.now() - begin > CAP_SECONDS:
+            return Warm(steady=steady, seconds=medians[-1])

@@ -21,29 +21,47 @@ from rtresnet.errors import InputError
 @click.option(
     "--seconds", type=float, default=3.0, show_default=True, help="For each, after warm-up."
 )
+@click.option(
+    "--qps",
+    type=float,
+    help="Poisson arrivals at this rate, one image each, however late the answers are; latency "
+    "counts from the moment a request was meant to come.",
+)
 @common.device_options
 @common.json_option
 def command(
-    paths: tuple[str, ...], batch: str, seconds: float, json_file: str | None, **options: Any
+    paths: tuple[str, ...],
+    batch: str,
+    seconds: float,
+    qps: float | None,
+    json_file: str | None,
+    **options: Any,
 ) -> None:
     """Measure latency: median, p90, p95, p99, images/s, one request after another.
 
     A plan needs a GPU. Without one, `--device auto` measures the ONNX file it was built from on
     the CPU and says so; `--device cuda` exits 3.
     """
-    result = run(paths, batch=batch, seconds=seconds, **options)
+    result = run(paths, batch=batch, seconds=seconds, qps=qps, **options)
     show(result)
     common.write_json(json_file, "bench", result)
 
 
 def run(
-    paths: tuple[str, ...], *, batch: str, seconds: float, device: str = "auto", **options: Any
+    paths: tuple[str, ...],
+    *,
+    batch: str,
+    seconds: float,
+    qps: float | None = None,
+    device: str = "auto",
+    **options: Any,
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
-    from rtresnet.bench import load
+    from rtresnet.bench import load, scenarios
+    from rtresnet.bench.environment import Watch
     from rtresnet.runtime.session import load as load_session
 
-    batches = parse_batches(batch)
+    batches = parse_batches(batch) if qps is None else [1]
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:
         if stand_in:  # before the wait, not after it
@@ -62,12 +80,25 @@ def run(
         if len(sizes) > 1:
             raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
         (size,) = sizes
+        gpus = [s.backend.device for s in sessions if s.backend.device != "cpu"]
+        watch = stack.enter_context(Watch(next(iter(gpus), None)))
         for count in batches:
             total = seconds * len(paths)
             with common.progress(f"measuring at batch {count}", total=total) as update:
-                measured = load.measure(
-                    sessions, batch=count, size=size, seconds=seconds, on_progress=update
-                )
+                candidates = [
+                    load.Candidate(
+                        serve=session,
+                        requests=[session.example(count)],
+                        timings=session.backend.timings,
+                    )
+                    for session in sessions
+                ]
+                if qps is None:
+                    measured = load.measure(
+                        candidates, batch=count, seconds=seconds, on_progress=update
+                    )
+                else:
+                    measured = [scenarios.server(c, qps=qps, seconds=seconds) for c in candidates]
             for path, (target, stand_in), session, taken in zip(
                 paths, chosen, sessions, measured, strict=True
             ):
@@ -84,7 +115,8 @@ def run(
                     | dataclasses.asdict(taken)
                     | session.describe()
                 )
-    return {"notes": [stand_in for _, stand_in in chosen if stand_in], "results": results}
+    notes = [stand_in for _, stand_in in chosen if stand_in]
+    return {"notes": notes, "qps": qps, "environment": watch.report, "results": results}
 
 
 def parse_batches(given: str) -> list[int]:
@@ -149,9 +181,24 @@ def show(result: dict[str, Any]) -> None:
     if several:
         headings.append("speed")
     tables.show(console, headings, rows)
-    console.print("Latency in ms a batch, wall time, one request after another.")
-    if several:
+    if result["qps"] is None:
+        console.print("Latency in ms a batch, wall time, one request after another.")
+    else:
+        console.print(
+            f"Latency in ms from when a request was meant to come, {result['qps']:g} a second."
+        )
+    for remark in result["environment"]["remarks"]:
+        console.print(f"NOTE: {remark}", style="bold yellow", markup=False, soft_wrap=True)
+    if several and result["qps"] is None:
         console.print("Speed against the first file, measured in turn.")
+        for entry in result["results"]:
+            if found := entry["comparison"]:
+                console.print(
+                    f"{Path(entry['measured']).name}, batch {entry['batch']}: {found['verdict']} "
+                    f"({found['low']:.2f} to {found['high']:.2f} times as fast, "
+                    f"{100 * found['level']:.0f} %, {found['n']} rounds)",
+                    soft_wrap=True, markup=False,
+                )  # fmt: skip
     for line in sorted({where(entry) for entry in result["results"]}):
         console.print(line, soft_wrap=True, markup=False)
     if any(entry["untrained"] for entry in result["results"]):

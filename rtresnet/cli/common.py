@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rtresnet.preprocess import Preprocess
+    from rtresnet.runtime.backend import TopK
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,19 +164,32 @@ class Opened:
     """Any artifact, ready to run.
 
     Attributes:
-        forward: float32 [N, 3, S, S] to float32 logits [N, classes].
+        forward: What `preprocess.prepare` returns to float32 logits [N, classes], or of a top-K
+            file to indices and probabilities.
         classes: Their names.
+        topk: How many classes an image the file gives; None where it gives logits.
         where: Device, provider, threads and versions.
         close: Gives memory back.
     """
 
     path: Path
-    forward: Callable[[np.ndarray], np.ndarray]
+    forward: Callable[[np.ndarray], np.ndarray | TopK]
     preprocess: Preprocess
     classes: tuple[str, ...]
     precision: str
     where: dict[str, Any]
     close: Callable[[], None]
+    topk: int | None = None
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """As `forward`; of a top-K file what its answer says of all classes (`metrics`)."""
+        from rtresnet import metrics
+        from rtresnet.runtime.backend import logits
+
+        found = self.forward(images)
+        if isinstance(found, tuple) and self.classes:
+            return metrics.from_best(*found, len(self.classes))
+        return logits(found, self.path)
 
 
 def open_artifact(
@@ -195,22 +209,29 @@ def open_artifact(
     artifacts.require_file(path)
     if artifacts.kind_of(path) == "checkpoint":
         return _open_checkpoint(path, device, threads, model, size, mean, std)
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.preprocess import UINT8, Preprocess
     from rtresnet.runtime.session import load
 
     session = load(path, device=device, provider=provider, threads=threads)
+    pixels = session.backend.layout == "nhwc"
+    if pixels and (mean or std):
+        raise InputError(
+            f"{path}: normalizes inside, so --mean and --std change nothing",
+            fix="leave them out, or use the file it was made from",
+        )
     if session.sidecar is None and size is not None:
-        base = Preprocess.for_size(size)
+        base = Preprocess.for_size(size, **({"layout": UINT8} if pixels else {}))
     else:
         base = session.preprocess
     return Opened(
         path=Path(path),
-        forward=session.logits,
+        forward=session,
         preprocess=preprocess_from(base, size, mean, std),
         classes=session.sidecar.model.classes if session.sidecar else (),
         precision=session.sidecar.precision if session.sidecar else "unknown",
         where=session.describe(),
         close=session.close,
+        topk=session.sidecar.topk if session.sidecar else None,
     )
 
 

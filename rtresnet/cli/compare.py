@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtresnet.cli import common
 from rtresnet.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rtresnet.runtime.backend import TopK
 
 
 @click.command("compare", short_help="Measure how far two artifacts agree.")
@@ -31,12 +36,17 @@ def command(
     json_file: str | None,
     **options: Any,
 ) -> None:
-    """Measure agreement of two artifacts: top-1, largest and relative difference of logits."""
+    """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
+
+    A file that gives the most probable classes only is compared by its top-1.
+    """
     result = run(reference, candidate, data, split=split, batch=batch, **options)
+    apart = "logits not known"
+    if result["largest"] is not None:
+        apart = f"largest difference {result['largest']:.3g}, relative {result['relative']:.2e}"
     common.out_console().print(
         f"{candidate} against {reference}: agreement {100 * result['agreement']:.2f} % of "
-        f"{result['n']} images, largest difference {result['largest']:.3g}, relative "
-        f"{result['relative']:.2e}",
+        f"{result['n']} images, {apart}",
         soft_wrap=True,
         markup=False,
     )
@@ -53,14 +63,11 @@ def run(
     **options: Any,
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
-    import numpy as np
-
-    from rtresnet import metrics
     from rtresnet.data import loader
     from rtresnet.data.sources import open_source
 
     source = open_source(data, split)
-    logits, where = [], []
+    answers, classes, where = [], [], []
     for path in (reference, candidate):
         opened = common.open_artifact(path, **options)
         found = loader.batches(
@@ -73,11 +80,45 @@ def run(
             parts = [opened.forward(images) for images, _ in found]
         if not parts:
             raise DataError(f"{data}: no image could be decoded")
-        logits.append(np.concatenate(parts))
+        answers.append(_joined(parts))
+        classes.append(len(opened.classes))
         where.append(opened.where | {"artifact": path, "precision": opened.precision})
-    if logits[0].shape != logits[1].shape:
-        raise InputError(
-            f"{reference} has {logits[0].shape[1]} classes and {candidate} {logits[1].shape[1]}"
-        )
-    parity = metrics.parity(logits[0], logits[1])
-    return dataclasses.asdict(parity) | {"data": data, "reference": where[0], "candidate": where[1]}
+    first, second = answers
+    counts = [
+        count if isinstance(found, tuple) else found.shape[1]
+        for found, count in zip(answers, classes, strict=True)
+    ]
+    if counts[0] != counts[1]:
+        raise InputError(f"{reference} has {counts[0]} classes and {candidate} {counts[1]}")
+    return _compared(first, second) | {
+        "data": data, "reference": where[0], "candidate": where[1]
+    }  # fmt: skip
+
+
+def _joined(parts: list[Any]) -> np.ndarray | TopK:
+    import numpy as np
+
+    if isinstance(parts[0], tuple):
+        indices, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return indices, probabilities
+    return np.concatenate(parts)
+
+
+def _compared(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dict[str, Any]:
+    """n, largest, relative, agreement; the differences are None where logits are not known."""
+    from rtresnet import metrics
+
+    if not isinstance(reference, tuple) and not isinstance(candidate, tuple):
+        return dataclasses.asdict(metrics.parity(reference, candidate))
+    first, second = _top1(reference), _top1(candidate)
+    agreement = float(((first == second) & (first >= 0)).mean())
+    return {"n": len(first), "largest": None, "relative": None, "agreement": agreement}
+
+
+def _top1(found: np.ndarray | TopK) -> np.ndarray:
+    """int64 [N]; -1 where an answer is not a number."""
+    import numpy as np
+
+    values = found[1] if isinstance(found, tuple) else found
+    best = found[0][:, 0] if isinstance(found, tuple) else found.argmax(axis=1)
+    return np.where(np.isnan(values).any(axis=1), -1, best)

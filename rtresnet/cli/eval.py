@@ -93,6 +93,7 @@ def run(
             opened.append(common.open_artifact(path, **options))
             stack.callback(opened[-1].close)
         _require_same_classes(opened)
+        _require_all_probabilities(opened, protocol)
         members = [_member(entry, protocol, resize) for entry in opened]
         source = open_source(data, split)
         fits = len(source.classes) == len(opened[0].classes)
@@ -111,7 +112,7 @@ def run(
     for path, artifact, member, found in zip(
         artifacts, opened, members, result.members, strict=True
     ):
-        measured = _measured(found)
+        measured = _measured(found, artifact.topk)
         if fits and own:
             update_measured(path, accuracy=measured | about)
         entries.append(
@@ -126,7 +127,9 @@ def run(
     )  # fmt: skip
 
 
-def _measured(accuracy: metrics.Accuracy) -> dict[str, Any]:
+def _measured(accuracy: metrics.Accuracy, topk: int | None = None) -> dict[str, Any]:
+    if topk is not None and topk < 5:
+        accuracy = dataclasses.replace(accuracy, top5=None)
     return dataclasses.asdict(accuracy) | {
         "top1_percent": accuracy.top1_percent,
         "top5_percent": accuracy.top5_percent,
@@ -188,7 +191,7 @@ def _member(opened: common.Opened, protocol: str, resize: int | None) -> Member:
     if protocol != "dense":
         side = resize or preprocess.resize
         preprocess = dataclasses.replace(preprocess, resize=side)
-        return Member(forward=opened.forward, preprocess=preprocess, protocol=protocol)
+        return Member(forward=opened.logits, preprocess=preprocess, protocol=protocol)
     from rtresnet.models.reference import DenseBackend, TorchBackend
     from rtresnet.models.resnet import ResNet
 
@@ -199,6 +202,22 @@ def _member(opened: common.Opened, protocol: str, resize: int | None) -> Member:
         protocol=protocol,
         scales=(resize,) if resize else dense_scales(size),
     )
+
+
+def _require_all_probabilities(opened: Sequence[common.Opened], protocol: str) -> None:
+    """Raises InputError where a mean needs probabilities that a top-K file keeps to itself."""
+    from rtresnet import artifacts
+    from rtresnet.errors import InputError
+
+    for entry in opened:
+        if entry.topk is not None and (len(opened) > 1 or protocol != "center"):
+            sidecar = artifacts.read_sidecar(entry.path)
+            parent = artifacts.parent_path(entry.path, sidecar) if sidecar else None
+            raise InputError(
+                f"{entry.path}: gives the {entry.topk} most probable classes; an ensemble or "
+                "several crops are a mean over all of them",
+                fix=f"use {parent or 'the file it was made from'}",
+            )
 
 
 def _require_same_classes(opened: Sequence[common.Opened]) -> None:

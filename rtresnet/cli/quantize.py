@@ -144,6 +144,7 @@ def quantize_file(
         raise ArtifactError(
             f"{source}: not an ONNX file, or truncated ({reason})", fix="rtresnet export"
         ) from error
+    _require_plain(source, model, sidecar)
     if sidecar is None:
         sidecar = _foreign(source, model, contract)
     if sidecar.precision != "fp32":
@@ -176,6 +177,23 @@ def quantize_file(
             made_by={},
         ),
     )
+
+
+def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
+    """Raises InputError where the ends were changed before the precision."""
+    import onnx
+
+    from rtresnet import artifacts
+
+    ends = [entry.type.tensor_type.elem_type for entry in (*model.graph.input, *model.graph.output)]
+    if {onnx.TensorProto.UINT8, onnx.TensorProto.INT64} & set(ends):
+        parent = artifacts.parent_path(source, sidecar) if sidecar else None
+        raise InputError(
+            f"{source}: takes pixels or gives the most probable classes; that comes last",
+            fix=f"rtresnet quantize {parent}, then rtresnet build with --input and --topk"
+            if parent
+            else "quantize the file it was made from",
+        )
 
 
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:

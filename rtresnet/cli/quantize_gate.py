@@ -110,13 +110,14 @@ def _hits(path: Path, source: Source, preprocess: Preprocess) -> np.ndarray:
     import numpy as np
 
     from rtresnet.data import loader
+    from rtresnet.runtime.backend import logits
     from rtresnet.runtime.ort import OrtBackend
 
     backend = OrtBackend(path)
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
         found = [
-            backend.infer(images).argmax(1) == labels
+            logits(backend.infer(images), path).argmax(1) == labels
             for images, labels in loader.batches(source, preprocess, size)
         ]
     return np.concatenate(found)

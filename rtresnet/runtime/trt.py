@@ -1,23 +1,35 @@
 """TensorRT and TensorRT-RTX plans. The only file of the runtime that imports either.
 
-One context, one stream, pinned host buffers and device buffers for the largest batch, made once.
-A batch above the profile's largest is split; one below its smallest is filled up and cut.
+What is known is checked first: the sidecar before anything is deserialized, then what
+TensorRT-RTX says of the plan's header, then the memory. Everything a call needs is made when the
+plan is loaded, in `lanes.py`, which also has the order of copies and computation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+import queue
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rtresnet import artifacts, machine
 from rtresnet.artifacts import Sidecar
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, missing_package
+from rtresnet.runtime.arguments import make_results, take
 from rtresnet.runtime.cuda import open_cuda
+from rtresnet.runtime.ends import Ends
+from rtresnet.runtime.ends import read as read_ends
+from rtresnet.runtime.lanes import Lane, Span
+from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
 
 
 def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
@@ -51,149 +63,312 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
 
 
 class TrtBackend:
-    """A plan on a GPU. See `runtime.backend.Backend`.
+    """A plan on a GPU. See `runtime.backend.Backend`. Takes calls from several threads.
 
     Args:
         path: The plan.
         sidecar: Its sidecar, where there is one.
+        contexts: Calls that may run at the same time, each with buffers of its own; one more
+            waits for its turn.
+        graphs: CUDA graphs, one a batch size. None: where they are possible; True: or an error;
+            False: none. TensorRT-RTX captures them itself, for `tensorrt` it is done here, for the
+            first 16 batch sizes of numpy images.
+        cache: Whether TensorRT-RTX's compiled kernels are read from and written to `cache_path`.
+
+    Attributes:
+        profiles: The plan's optimization profiles.
+        graphs: "built in", "by hand" or "none".
 
     Raises:
-        EnvironmentLack: No GPU, no TensorRT, or TensorRT does not accept the plan.
-        ArtifactError: Version or target do not match.
+        EnvironmentLack: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
+        ArtifactError: Version or target do not match, or what goes in and out is not a net's.
     """
 
     threads: int | None = None
 
-    def __init__(self, path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        sidecar: Sidecar | None,
+        *,
+        contexts: int = 1,
+        graphs: bool | None = None,
+        cache: bool = True,
+    ) -> None:
+        if contexts < 1:
+            raise InputError(f"contexts is {contexts}, at least 1 is needed")
         check_compatible(path, sidecar)
         name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
-        self._ran = False
-        self._undo: list[Callable[[], None]] = []
-        cuda = self._cuda = open_cuda()
+        # Without a device TensorRT ends the process where it should raise: this asks for one.
+        self._cuda = open_cuda()
         if not machine.installed(name):
             raise missing_package(machine.DISTRIBUTIONS[name], "running a plan")
         trt = importlib.import_module(name)
+        self.path = Path(path)
         self.provider = "TensorRT-RTX" if name == "tensorrt_rtx" else "TensorRT"
         self.packages: tuple[str, ...] = (
             "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt",
         )
         self.device = machine.gpus()[0].name
+        self._said: deque[str] = deque(maxlen=8)
+        self._stack = ExitStack()
+        self._lanes: list[Lane] = []
+        self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()
+        self._closing, self._closed = threading.Lock(), False
+        self._last_lane: Lane | None = None
+        self._engine: Any = None
+        self._cache: KernelCache | None = None
+        self._by_hand: bool | None = False
+        self._built_in = False
         try:
-            self._load(trt, Path(path), cuda)
-        except BaseException:
-            self.close()
+            with self._cuda.active():
+                self._load(trt, contexts, graphs, cache)
+        except BaseException as error:
+            self._closed = True
+            traceback.clear_frames(error.__traceback__)  # which hold contexts and the engine
+            with self._cuda.active():
+                self._stack.close()
             raise
 
-    def _load(self, trt: Any, path: Path, cuda: Any) -> None:
-        # Kept as long as the engine that came of them.
-        self._logger = trt.Logger(trt.Logger.ERROR)
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
+    def _load(self, trt: Any, contexts: int, graphs: bool | None, cache: bool) -> None:
+        cuda = self._cuda
+        logger = _logger(trt, self._said)
+        runtime = trt.Runtime(logger)
+        data = self.path.read_bytes()
+        check_header(trt, runtime, data, self.path)
+        self._hold_memory(len(data), "its weights")
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
             raise EnvironmentLack(
-                f"{path}: {self.provider} {trt.__version__} does not accept this plan on "
-                f"{self.device}",
-                fix="build it on this machine: rtresnet build",
+                f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
+                f"{self.device}: {self._complaints()}",
+                fix=REBUILD,
             )
-        self._context = self._engine.create_execution_context(_runtime_config(trt, self._engine))
-        if self._context is None:
-            raise EnvironmentLack(f"{path}: no execution context (GPU memory?)")
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        modes = {n: self._engine.get_tensor_mode(n) for n in names}
-        self._input = next(n for n, mode in modes.items() if mode == trt.TensorIOMode.INPUT)
-        self._output = next(n for n, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT)
-        smallest, _, largest = self._engine.get_tensor_profile_shape(self._input, 0)
-        self.smallest, self.largest = smallest[0], largest[0]
-        self._image = tuple(largest[1:])
-        self.size: int | None = self._image[-1]
-        self._classes = tuple(self._engine.get_tensor_shape(self._output))[-1]
-        self._stream = cuda.stream()
-        self._undo.append(lambda: cuda.destroy_stream(self._stream))
-        self._events = [self._event() for _ in range(4)]
-        self._in_size = 4 * int(np.prod(self._image))
-        self._out_size = 4 * self._classes
-        self._device_in = self._allocate(self._in_size * self.largest)
-        self._device_out = self._allocate(self._out_size * self.largest)
-        self._host_in = self._allocate_pinned(self._in_size * self.largest)
-        self._host_out = self._allocate_pinned(self._out_size * self.largest)
-        for tensor, address in ((self._input, self._device_in), (self._output, self._device_out)):
-            if not self._context.set_tensor_address(tensor, address):
-                raise EnvironmentLack(f"{path}: {self.provider} refuses a buffer for {tensor}")
+        self._engine = engine
+        # Lanes hold contexts, contexts need the engine, the engine the runtime and its logger.
+        self._stack.callback(self._forget, [logger, runtime, engine])
+        del data, logger, runtime
+        self.ends = ends = read_ends(trt, engine, self.path)
+        self._describe(ends)
+        self._hold_memory(
+            contexts * ends.lane_bytes,
+            f"{contexts} x activations and buffers for batches of up to {ends.largest}",
+        )
+        config = self._configure(trt, engine, graphs, cache)
 
-    def _event(self) -> Any:
-        event = self._cuda.event()
-        self._undo.append(lambda: self._cuda.destroy_event(event))
-        return event
+        def make_context(profile: int, scratch: int, stream: int) -> Any:
+            context = engine.create_execution_context(config)
+            self._must(context, "create_execution_context")
+            if scratch:
+                context.set_device_memory(scratch, ends.scratch)
+            switched = context.set_optimization_profile_async(profile, stream)
+            self._must(switched, f"set_optimization_profile_async({profile})")
+            cuda.synchronize(stream)
+            return context
 
-    def _allocate(self, size: int) -> int:
-        address = self._cuda.allocate(size)
-        self._undo.append(lambda: self._cuda.free(address))
-        return address
-
-    def _allocate_pinned(self, size: int) -> np.ndarray:
-        buffer = self._cuda.allocate_pinned(size)
-        self._undo.append(lambda: self._cuda.free_pinned(buffer))
-        return buffer
-
-    def infer(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, 3, S, S] to float32 logits [N, classes]; any N from 1."""
-        if images.dtype != np.float32 or images.shape[1:] != self._image or not len(images):
-            raise InputError(
-                f"images are {images.dtype} {list(images.shape)}, the plan takes float32 "
-                f"[N, {', '.join(map(str, self._image))}]"
+        for _ in range(contexts):
+            lane = Lane(
+                cuda,
+                ends,
+                make_context,
+                self._must,
+                graphs=self._by_hand,
+                stack=self._stack,
             )
-        logits = np.empty((len(images), self._classes), np.float32)
-        for start in range(0, len(images), self.largest):
-            part = images[start : start + self.largest]
-            logits[start : start + len(part)] = self._run(np.ascontiguousarray(part))
-        return logits
+            self._lanes.append(lane)
+            self._free.put(lane)
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        count = max(len(images), self.smallest)
-        source, size = images.reshape(-1).view(np.uint8), count * self._in_size
-        self._host_in[: len(source)] = source
-        self._host_in[len(source) : size] = 0
-        if not self._context.set_input_shape(self._input, (count, *self._image)):
-            raise InputError(f"the plan refuses a batch of {count}")
-        cuda, stream, events = self._cuda, self._stream, self._events
-        cuda.record(events[0], stream)
-        cuda.to_device(self._device_in, self._host_in, size, stream)
-        cuda.record(events[1], stream)
-        if not self._context.execute_async_v3(stream):
-            raise EnvironmentLack(f"execute_async_v3 failed on {self.device}")
-        cuda.record(events[2], stream)
-        cuda.to_host(self._host_out, self._device_out, count * self._out_size, stream)
-        cuda.record(events[3], stream)
-        cuda.synchronize(stream)
-        self._ran = True
-        out = self._host_out[: len(images) * self._out_size].view(np.float32)
-        return out.reshape(len(images), self._classes)
+    def _describe(self, ends: Ends) -> None:
+        row = ends.input.row
+        self.profiles = ends.profiles
+        self.largest = ends.largest
+        self.smallest = min(profile.min for profile in ends.profiles)
+        self.input_dtype: np.dtype[Any] = ends.input.dtype
+        self.layout: Literal["nchw", "nhwc"] = "nchw" if row[0] == 3 else "nhwc"
+        self.size: int | None = row[1]
+
+    def _configure(self, trt: Any, engine: Any, graphs: bool | None, cache: bool) -> Any:
+        config = engine.create_runtime_config()
+        self._must(config, "create_runtime_config")
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if not hasattr(trt, "IRuntimeCache"):
+            possible = self._cuda.graphs
+            if graphs and not possible:
+                raise EnvironmentLack(
+                    "CUDA graphs were asked for, and this CUDA binding has none",
+                    fix="leave RTRESNET_CUDA unset and pip install cuda-python",
+                )
+            self._by_hand = graphs if possible else False
+            return config
+        # The default first runs fallback kernels: whatever is timed meanwhile is not the engine.
+        kernels = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        self._built_in = graphs is not False
+        if self._built_in:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if cache:
+            kept = self._cache = KernelCache(config, self.path)
+            self._must(kept.cache, "create_runtime_cache")
+            self._must(config.set_runtime_cache(kept.cache), "set_runtime_cache")
+            self._said.clear()  # of what a cache that does not fit made it say
+            self._stack.callback(self._forget, [kept])
+        return config
+
+    @property
+    def graphs(self) -> str:
+        """Who captures CUDA graphs: "built in", "by hand" or "none"."""
+        if self._built_in:
+            return "built in"
+        return "by hand" if any(lane.graphs is not False for lane in self._lanes) else "none"
+
+    def _forget(self, held: list[Any]) -> None:
+        """Lets go of TensorRT's objects, last made first."""
+        self._engine = self._cache = None
+        while held:
+            held.pop()
+
+    def _hold_memory(self, needed: int, what: str) -> None:
+        free, total = self._cuda.memory()
+        if needed > free:
+            raise EnvironmentLack(
+                f"{self.path}: {what} need {needed / 1e6:,.0f} MB on {self.device}, and "
+                f"{free / 1e6:,.0f} of {total / 1e6:,.0f} MB are free",
+                fix="fewer contexts, or build it with a smaller --batch maximum",
+            )
+
+    def _must(self, returned: object, call: str) -> None:
+        """Most calls of TensorRT that fail only log, and return False or None."""
+        if returned is None or returned is False:
+            raise EnvironmentLack(
+                f"{self.path}: {call} failed on {self.device}: {self._complaints()}"
+            )
+
+    def _complaints(self) -> str:
+        said = " | ".join(dict.fromkeys(self._said)) or "TensorRT gave no reason"
+        self._said.clear()
+        return said
+
+    def infer(self, images: Any, out: Any = None) -> Any:
+        """Runs a batch of any N from 1. See `runtime.backend.Backend.infer`.
+
+        Args:
+            images: `input_dtype` [N, 3, S, S], or [N, S, S, 3] as `layout` says: a numpy array;
+                or anything on this GPU with DLPack or `__cuda_array_interface__`, C-contiguous,
+                which is computed from where it lies. Pinned memory is not copied on the host.
+            out: Where the result goes, of its shape and type, on the host or on this GPU; a tuple
+                of two for a top-K plan. The call then allocates nothing.
+
+        Returns:
+            float32 logits [N, classes], or indices int64 [N, K] and probabilities float32 [N, K]
+            of a top-K plan: numpy arrays, or `out` as it was given.
+
+        Raises:
+            InputError: Another type or shape, or the backend is closed.
+            EnvironmentLack: A call of CUDA or TensorRT failed; the message names it.
+        """
+        with self._lane() as lane:
+            given = take(self.ends, images, lane.compute)
+            results = make_results(self.ends, out, len(given), lane.compute)
+            lane.run(given, results)
+        if out is not None:
+            return out
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        lane = self._free.get()
+        if lane is None:
+            self._free.put(None)  # for the next one who asks
+            raise InputError(f"{self.path}: infer after close")
+        try:
+            with self._cuda.active():
+                yield lane
+            self._last_lane = lane
+        finally:
+            self._free.put(lane)
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last part's copy in, compute and copy out; empty before the first."""
-        if not self._ran:
+        """Milliseconds of the last call's last part; empty before the first.
+
+        `h2d`, `compute` and `d2h` by events on the GPU, `enqueue` of the host, for handing the
+        work over. What was not copied took 0.
+        """
+        last = self._last_lane
+        if last is None or self._closed:
             return {}
-        e, elapsed = self._events, self._cuda.elapsed
-        return {
-            "h2d": elapsed(e[0], e[1]),
-            "compute": elapsed(e[1], e[2]),
-            "d2h": elapsed(e[2], e[3]),
-        }
+        with self._all_lanes(), self._cuda.active():
+            return last.timings()
+
+    @contextlib.contextmanager
+    def _all_lanes(self) -> Iterator[None]:
+        """Waits until no call is running, and holds new ones back."""
+        with self._closing:
+            taken = [] if self._closed else [self._free.get() for _ in self._lanes]
+            try:
+                yield
+            finally:
+                for lane in taken:
+                    self._free.put(lane)
+
+    def timeline(self, images: np.ndarray) -> list[dict[str, Span]]:
+        """Runs a batch and tells when each part was copied and computed.
+
+        Returns:
+            For each part "h2d", "compute" and "d2h" as (begin, end) in milliseconds since the
+            call, by events: where they overlap, they did.
+        """
+        with self._lane() as lane:
+            given = take(self.ends, images, lane.compute)
+            return lane.timeline(given, make_results(self.ends, None, len(given), lane.compute))
+
+    def watch(self, profiler: Any) -> None:
+        """Has an IProfiler told the time of every layer from now on; each run is then waited for.
+
+        Raises:
+            InputError: The backend has CUDA graphs, which have no layers; load with graphs=False.
+        """
+        if self.graphs != "none":
+            raise InputError("layers cannot be timed inside a CUDA graph: load with graphs=False")
+        with self._all_lanes():
+            for lane in self._lanes:
+                lane.watch(profiler)
 
     def close(self) -> None:
-        """Frees every buffer, event and stream, last made first."""
-        self._context = self._engine = self._runtime = None
-        while self._undo:
-            self._undo.pop()()
+        """Waits for calls that run, keeps the compiled kernels, frees everything.
+
+        Calling it twice is fine.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in self._lanes:
+                self._free.get()
+            self._free.put(None)
+            with self._cuda.active():
+                try:
+                    if self._cache is not None and self._last_lane is not None:
+                        self._cache.save()
+                finally:
+                    self._last_lane = None
+                    self._lanes.clear()
+                    self._stack.close()
 
 
-def _runtime_config(trt: Any, engine: Any) -> Any:
-    config = engine.create_runtime_config()
-    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-        # The default first runs fallback kernels: whatever is timed meanwhile is not the engine.
-        strategies = trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-    return config
+def _logger(trt: Any, said: deque[str]) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps the last errors, for the exception."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                said.append(message.strip())
+
+    return Log()
 
 
 def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> EnvironmentLack:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rtresnet.bench.stats import Latency, percentile, summarize
+from rtresnet.bench.stats import percentile, summarize, trtexec
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,35 @@ def test_a_percentile_is_never_interpolated() -> None:
 def test_a_summary_has_every_figure() -> None:
     milliseconds = np.arange(1, 101, dtype=np.float32)
     found = summarize(milliseconds, batch=8, wall_seconds=4.0)
-    assert found == Latency(
-        n=100,
-        median=50.5,
-        mean=50.5,
-        std=pytest.approx(np.std(np.arange(1, 101), ddof=1)),
-        p90=90,
-        p95=95,
-        p99=99,
-        images_per_second=200,
-    )
+    assert (found.n, found.median, found.mean, found.images_per_second) == (100, 50.5, 50.5, 200)
+    assert found.std == pytest.approx(np.std(np.arange(1, 101), ddof=1))
+    assert (found.p90, found.p95, found.p99, found.p999) == (90, 95, 99, None)
+    # A ramp is as correlated as can be: there are too few independent pieces for an interval.
+    assert set(found.intervals) >= {"median", "mean", "p99"}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say_also_of_correlated_samples() -> None:
+    rng, inside, plain = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        shocks = rng.standard_normal(600)
+        series = np.empty(600)
+        series[0] = shocks[0]
+        for n in range(1, 600):
+            series[n] = 0.7 * series[n - 1] + shocks[n]
+        interval = summarize(series + 50, batch=1, wall_seconds=1).intervals["mean"]
+        assert interval is not None
+        inside += interval[0] < 50 < interval[1]
+        half = 1.96 * series.std() / np.sqrt(600)
+        plain += abs(series.mean()) < half
+    assert inside >= 0.87 * 200 and plain < 0.75 * 200
+
+
+def test_trtexecs_percentile_rule_and_batches_a_second() -> None:
+    line = trtexec(np.arange(1.0, 201.0), wall_seconds=4)
+    assert "Throughput: 50 qps" in line
+    # sorted[N - 1 - int((1 - p) * N)] of 200 samples; 1 - 0.99 is a little less in float32.
+    for share, value in ((90, 180), (95, 190), (99, 199)):
+        assert f"percentile({share}%) = {value} ms" in line, line
 
 
 def test_the_tail_is_kept() -> None:
@@ -79,16 +98,10 @@ def test_the_tail_is_kept() -> None:
 
 def test_a_single_sample_has_no_percentiles_and_no_spread() -> None:
     found = summarize(np.array([2.5]), batch=4, wall_seconds=0.0025)
-    assert found == Latency(
-        n=1,
-        median=2.5,
-        mean=2.5,
-        std=0,
-        p90=None,
-        p95=None,
-        p99=None,
-        images_per_second=pytest.approx(1600),
-    )
+    assert (found.n, found.median, found.mean, found.std) == (1, 2.5, 2.5, 0)
+    assert found.p90 is found.p95 is found.p99 is found.p999 is None
+    assert found.images_per_second == pytest.approx(1600)
+    assert not any(found.intervals.values())
 
 
 def test_a_summary_does_not_change_its_samples() -> None:

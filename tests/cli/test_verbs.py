@@ -131,6 +131,20 @@ def test_bench_reports_what_figures_need(engines: Path, tmp_path: Path) -> None:
     assert result["results"][0]["speed"] == 1
 
 
+def test_bench_takes_arrivals_at_a_rate_and_tells_what_the_machine_did(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    source = next(engines.glob("*.onnx"))
+    assert main(["bench", str(source), "--qps", "40", "--seconds", "1", "--json", str(out)]) == 0
+    assert "when a request was meant to come, 40 a second" in capsys.readouterr().out
+    result = json.loads(out.read_text())["result"]
+    (entry,) = result["results"]
+    assert entry["batch"] == 1 and entry["load"]["qps"] == 40 and entry["latency"]["n"] > 10
+    assert result["environment"]["host"]["cores"] >= 1
+    assert main(["bench", str(source), "--qps", "0"]) == 2
+
+
 @needs_rtx
 @pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")
 def test_bench_of_a_plan_without_a_gpu_says_first_what_it_measured(

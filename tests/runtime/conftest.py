@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,12 @@ from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import calibrate, half, qdq
 
 Images = Callable[..., np.ndarray]
+
+# Tests have no package to be imported from: `import fake_gpu` finds it here.
+_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).parent / "fake_gpu.py")
+assert _spec is not None and _spec.loader is not None
+sys.modules["fake_gpu"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["fake_gpu"])
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +84,9 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Calla
         return path
 
     return make
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A fake GPU with a fake TensorRT on it; see fake_gpu.py."""
+    return sys.modules["fake_gpu"].Bench(monkeypatch, tmp_path)

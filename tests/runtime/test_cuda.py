@@ -3,44 +3,76 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, UnknownName
-from rtresnet.runtime.cuda import CudaPython, open_cuda
+from rtresnet.runtime.cuda import Cuda, CudaPython, PyCuda, open_cuda
 
 CALLS = {
+    "cudaGetDevice": 0,
     "cudaSetDevice": 1,
-    "cudaStreamCreate": 0,
+    "cudaMemGetInfo": 0,
+    "cudaStreamCreateWithFlags": 1,
     "cudaStreamSynchronize": 1,
     "cudaStreamDestroy": 1,
     "cudaEventCreate": 0,
     "cudaEventRecord": 2,
+    "cudaStreamWaitEvent": 3,
+    "cudaEventSynchronize": 1,
+    "cudaEventQuery": 1,
     "cudaEventElapsedTime": 2,
     "cudaEventDestroy": 1,
     "cudaMalloc": 1,
     "cudaFree": 1,
     "cudaMallocHost": 1,
     "cudaFreeHost": 1,
+    "cudaPointerGetAttributes": 1,
     "cudaMemcpyAsync": 5,
+    "cudaMemsetAsync": 4,
+    "cudaStreamBeginCapture": 2,
+    "cudaStreamEndCapture": 1,
+    "cudaGraphInstantiate": 2,
+    "cudaGraphLaunch": 2,
+    "cudaGraphExecDestroy": 1,
+    "cudaGraphDestroy": 1,
 }
 BUFFER = np.zeros(8, np.uint8)
 OPERATIONS: dict[str, Callable[[CudaPython], object]] = {
-    "cudaStreamCreate": lambda cuda: cuda.stream(),
+    "cudaGetDevice": lambda cuda: cuda.active().__enter__(),
+    "cudaMemGetInfo": lambda cuda: cuda.memory(),
+    "cudaStreamCreateWithFlags": lambda cuda: cuda.stream(),
     "cudaStreamSynchronize": lambda cuda: cuda.synchronize(1),
     "cudaStreamDestroy": lambda cuda: cuda.destroy_stream(1),
     "cudaEventCreate": lambda cuda: cuda.event(),
     "cudaEventRecord": lambda cuda: cuda.record(1, 1),
+    "cudaStreamWaitEvent": lambda cuda: cuda.wait(1, 1),
+    "cudaEventSynchronize": lambda cuda: cuda.join(1),
+    "cudaEventQuery": lambda cuda: cuda.finished(1),
     "cudaEventElapsedTime": lambda cuda: cuda.elapsed(1, 2),
     "cudaEventDestroy": lambda cuda: cuda.destroy_event(1),
     "cudaMalloc": lambda cuda: cuda.allocate(8),
     "cudaFree": lambda cuda: cuda.free(1),
     "cudaMallocHost": lambda cuda: cuda.allocate_pinned(8),
     "cudaFreeHost": lambda cuda: cuda.free_pinned(BUFFER),
-    "cudaMemcpyAsync": lambda cuda: cuda.to_device(1, BUFFER, 8, 1),
+    "cudaPointerGetAttributes": lambda cuda: cuda.is_pinned(BUFFER),
+    "cudaMemsetAsync": lambda cuda: cuda.zero(1, 8, 1),
+    "cudaStreamBeginCapture": lambda cuda: cuda.begin_capture(1),
+    "cudaStreamEndCapture": lambda cuda: cuda.end_capture(1),
+    "cudaGraphLaunch": lambda cuda: cuda.launch(1, 1),
+    "cudaGraphExecDestroy": lambda cuda: cuda.destroy_graph(1),
 }
+COPIES: tuple[Callable[[CudaPython], object], ...] = (
+    lambda cuda: cuda.to_device(1, BUFFER, 8, 1),
+    lambda cuda: cuda.to_host(BUFFER, 1, 8, 1),
+    lambda cuda: cuda.on_device(1, 2, 8, 1),
+)
+# Reached only where another call succeeded before.
+INNER = {"cudaSetDevice", "cudaMemcpyAsync", "cudaGraphInstantiate", "cudaGraphDestroy"}
 
 
 @pytest.mark.parametrize(("name", "arity"), CALLS.items())
@@ -52,7 +84,7 @@ def test_a_call_exists_in_cuda_python_with_the_arity_used(name: str, arity: int)
 def test_the_table_of_calls_is_complete() -> None:
     source = inspect.getsource(CudaPython)
     assert {part.split('"')[0] for part in source.split('_call("')[1:]} == set(CALLS)
-    assert set(OPERATIONS) == set(CALLS) - {"cudaSetDevice"}
+    assert set(OPERATIONS) == set(CALLS) - INNER
 
 
 def test_the_constants_exist_in_cuda_python() -> None:
@@ -60,6 +92,12 @@ def test_the_constants_exist_in_cuda_python() -> None:
     assert int(runtime.cudaError_t.cudaSuccess) == 0
     assert runtime.cudaMemcpyKind.cudaMemcpyHostToDevice == 1
     assert runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost == 2
+    assert runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice == 3
+    assert runtime.cudaStreamNonBlocking == 1
+    assert runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal == 1
+    assert runtime.cudaMemoryType.cudaMemoryTypeHost == 1
+    assert runtime.cudaError_t.cudaErrorNotReady == 600
+    runtime.cudaGetLastError()
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU, so the calls succeed or crash")
@@ -74,14 +112,113 @@ def test_an_error_of_the_driver_names_the_call_and_its_code(name: str) -> None:
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU")
-def test_copying_back_and_opening_fail_in_the_same_way() -> None:
+def test_copying_and_opening_fail_in_the_same_way() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    with pytest.raises(EnvironmentLack, match="cudaSetDevice failed"):
+    with pytest.raises(EnvironmentLack, match="cudaGetDevice failed"):
         CudaPython(0)
     cuda = CudaPython.__new__(CudaPython)
     cuda._rt = runtime
-    with pytest.raises(EnvironmentLack, match="cudaMemcpyAsync failed"):
-        cuda.to_host(BUFFER, 1, 8, 1)
+    for copy in COPIES:
+        with pytest.raises(EnvironmentLack, match="cudaMemcpyAsync failed"):
+            copy(cuda)
+
+
+class Recorder:
+    """A runtime that succeeds at everything but what it is told to fail at."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.answers = answers
+        runtime = pytest.importorskip("cuda.bindings.runtime")
+        self.cudaError_t = runtime.cudaError_t
+        self.cudaStreamCaptureMode = runtime.cudaStreamCaptureMode
+        self.cudaMemoryType = runtime.cudaMemoryType
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            answer = self.answers.get(name, ())
+            if isinstance(answer, self.cudaError_t):
+                return (answer, None)
+            return (self.cudaError_t.cudaSuccess, *answer)
+
+        return call
+
+
+def on(recorder: Recorder, device: int = 0) -> CudaPython:
+    cuda = CudaPython.__new__(CudaPython)
+    cuda._rt, cuda._device = recorder, device
+    return cuda
+
+
+def test_the_callers_device_is_given_back() -> None:
+    recorder = Recorder(cudaGetDevice=(2,))
+    with on(recorder).active():
+        assert recorder.calls == [("cudaGetDevice",), ("cudaSetDevice", 0)]
+    assert recorder.calls[2:] == [("cudaSetDevice", 2)]
+    recorder = Recorder(cudaGetDevice=(0,))
+    with pytest.raises(KeyError), on(recorder).active():
+        raise KeyError
+    assert recorder.calls == [("cudaGetDevice",)]
+
+
+def test_a_graph_that_cannot_be_instantiated_is_destroyed() -> None:
+    codes = pytest.importorskip("cuda.bindings.runtime").cudaError_t
+    bad = codes.cudaErrorMemoryAllocation
+    recorder = Recorder(cudaStreamEndCapture=("graph",), cudaGraphInstantiate=bad)
+    with pytest.raises(EnvironmentLack, match="cudaGraphInstantiate failed"):
+        on(recorder).end_capture(1)
+    assert ("cudaGraphDestroy", "graph") in recorder.calls
+    recorder = Recorder(cudaStreamEndCapture=("graph",), cudaGraphInstantiate=("exec",))
+    assert on(recorder).end_capture(1) == "exec"
+    assert recorder.calls[-1] == ("cudaGraphDestroy", "graph")
+
+
+def test_an_error_is_not_left_for_another_library_to_find() -> None:
+    codes = pytest.importorskip("cuda.bindings.runtime").cudaError_t
+    recorder = Recorder(cudaMalloc=codes.cudaErrorMemoryAllocation)
+    with pytest.raises(
+        EnvironmentLack, match=r"cudaMalloc failed: cudaErrorMemoryAllocation \(2\)"
+    ):
+        on(recorder).allocate(8)
+    assert recorder.calls[-1] == ("cudaGetLastError",)
+
+
+def test_an_event_that_is_not_done_is_no_error() -> None:
+    codes = pytest.importorskip("cuda.bindings.runtime").cudaError_t
+    assert on(Recorder(cudaEventQuery=codes.cudaErrorNotReady)).finished(1) is False
+    assert on(Recorder()).finished(1) is True
+    with pytest.raises(EnvironmentLack, match="cudaEventQuery failed: cudaErrorLaunchFailure"):
+        on(Recorder(cudaEventQuery=codes.cudaErrorLaunchFailure)).finished(1)
+
+
+def test_pinned_is_what_the_driver_says_is_host_memory() -> None:
+    kinds = pytest.importorskip("cuda.bindings.runtime").cudaMemoryType
+    for kind, pinned in (
+        (kinds.cudaMemoryTypeHost, True),
+        (kinds.cudaMemoryTypeUnregistered, False),
+    ):
+        recorder = Recorder(cudaPointerGetAttributes=(SimpleNamespace(type=kind),))
+        assert on(recorder).is_pinned(BUFFER) is pinned
+        assert recorder.calls == [("cudaPointerGetAttributes", BUFFER.ctypes.data)]
+
+
+def test_both_bindings_have_every_operation() -> None:
+    for binding in (CudaPython, PyCuda):
+        for name, function in inspect.getmembers(Cuda, inspect.isfunction):
+            if name[0] != "_":
+                wanted = list(inspect.signature(function).parameters)
+                assert list(inspect.signature(getattr(binding, name)).parameters) == wanted
+
+
+def test_pycuda_has_no_graphs_and_says_so() -> None:
+    cuda = PyCuda.__new__(PyCuda)
+    assert not cuda.graphs and CudaPython.graphs
+    for call in (cuda.begin_capture, cuda.end_capture, cuda.destroy_graph):
+        with pytest.raises(EnvironmentLack, match="pycuda has no CUDA graphs; leave RTRESNET_CUDA"):
+            call(1)
+    with pytest.raises(EnvironmentLack, match="no CUDA graphs"):
+        cuda.launch(1, 1)
 
 
 @pytest.mark.usefixtures("without_gpu")

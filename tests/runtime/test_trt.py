@@ -1,282 +1,105 @@
-"""The TensorRT backend without a GPU: a fake device with real memory, and the real API's names.
-
-The fake puts work on a stream off until the stream is synchronized, which is the latest that a
-device may do it: whoever reads too early reads garbage here too.
-"""
+"""The TensorRT backend without a GPU: on a fake device, and by the real API's names."""
 
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
+import itertools
+import random
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable
+import threading
+import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import fake_gpu
 import numpy as np
 import pytest
+from fake_gpu import (
+    CLASSES,
+    TOP,
+    Bench,
+    Diagnostics,
+    Validity,
+    WithDlpack,
+    WithInterface,
+    expected,
+    images,
+)
 
-from rtresnet import machine
-from rtresnet.errors import EnvironmentLack, InputError
-from rtresnet.machine import Gpu
-from rtresnet.runtime import trt as module
+from rtresnet.artifacts import Profile
+from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
+from rtresnet.runtime import arguments, ends, lanes, rtx, slots, trt
 from rtresnet.runtime.cuda import Cuda
+from rtresnet.runtime.ends import split
+from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
 
-IMAGE = (3, 4, 4)
-CLASSES = 5
-WEIGHTS = np.random.default_rng(0).standard_normal((48, CLASSES)).astype(np.float32)
-MILLISECONDS = {"to_device": 1.0, "execute": 5.0, "to_host": 2.0}
+LONG = 30  # seconds after which a test has failed
 
 
-class FakeCuda:
-    """The protocol of `runtime.cuda.Cuda` on host memory; fails at one chosen call.
-
-    Attributes:
-        log: Every call by name, in order.
-        live: What was made and not yet given back.
-        freed: What was given back, in order.
-    """
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.live: list[tuple[str, Any]] = []
-        self.made: list[tuple[str, Any]] = []
-        self.freed: list[tuple[str, Any]] = []
-        self.fail_at: tuple[str, int] | None = None
-        self.memory: dict[int, np.ndarray] = {}
-        self.pinned: dict[int, np.ndarray] = {}
-        self.copied: list[tuple[str, int]] = []
-        self.queue: list[Callable[[], None]] = []
-        self.times: dict[int, float] = {}
-        self.now = 0.0
-
-    def _make(self, kind: str, handle: Any) -> Any:
-        self.log.append(kind)
-        if self.fail_at == (kind, self.log.count(kind)):
-            raise EnvironmentLack(f"{kind} failed")
-        self.live.append((kind, handle))
-        self.made.append((kind, handle))
-        return handle
-
-    def _free(self, kind: str, handle: Any) -> None:
-        self.live.remove((kind, handle))  # a ValueError where it was freed twice
-        self.freed.append((kind, handle))
-
-    def stream(self) -> int:
-        return int(self._make("stream", 7))
-
-    def destroy_stream(self, stream: int) -> None:
-        self._free("stream", stream)
-
-    def event(self) -> int:
-        return int(self._make("event", 100 + self.log.count("event")))
-
-    def destroy_event(self, event: int) -> None:
-        self._free("event", event)
-
-    def allocate(self, size: int) -> int:
-        address = int(self._make("allocate", 4096 * (1 + self.log.count("allocate"))))
-        self.memory[address] = np.full(size, 255, np.uint8)  # as float32: not a number
-        return address
-
-    def free(self, address: int) -> None:
-        self._free("allocate", address)
-        del self.memory[address]
-
-    def allocate_pinned(self, size: int) -> np.ndarray:
-        buffer = np.full(size, 255, np.uint8)
-        self._make("allocate_pinned", id(buffer))
-        self.pinned[id(buffer)] = buffer
-        return buffer
-
-    def free_pinned(self, buffer: np.ndarray) -> None:
-        self._free("allocate_pinned", id(buffer))
-
-    def enqueue(self, name: str, stream: int, work: Callable[[], None]) -> None:
-        assert ("stream", stream) in self.live
-        self.log.append(name)
-
-        def timed() -> None:
-            work()
-            self.now += MILLISECONDS.get(name, 0)
-
-        self.queue.append(timed)
-
-    def record(self, event: int, stream: int) -> None:
-        assert ("event", event) in self.live
-        self.enqueue("record", stream, lambda: self.times.__setitem__(event, self.now))
-
-    def elapsed(self, start: int, stop: int) -> float:
-        if start not in self.times or stop not in self.times:
-            raise EnvironmentLack("cudaEventElapsedTime failed: cudaErrorInvalidResourceHandle")
-        return self.times[stop] - self.times[start]
-
-    def to_device(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
-        assert id(source) in self.pinned and source.dtype == np.uint8
-        assert size <= len(source) and size <= len(self.memory[address])
-        self.copied.append(("to_device", size))
-
-        def copy() -> None:
-            self.memory[address][:size] = source[:size]
-
-        self.enqueue("to_device", stream, copy)
-
-    def to_host(self, target: np.ndarray, address: int, size: int, stream: int) -> None:
-        assert id(target) in self.pinned and target.dtype == np.uint8
-        assert size <= len(target) and size <= len(self.memory[address])
-        self.copied.append(("to_host", size))
-
-        def copy() -> None:
-            target[:size] = self.memory[address][:size]
-
-        self.enqueue("to_host", stream, copy)
-
-    def synchronize(self, stream: int) -> None:
-        self.log.append("synchronize")
-        while self.queue:
-            self.queue.pop(0)()
+def close(got: Any, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-class FakeContext:
-    """Logits are the pixels times a fixed matrix."""
-
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine = engine
-        self.addresses: dict[str, int] = {}
-        self.shape: tuple[int, ...] | None = None
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        if self.engine.device.fail_at == ("set_tensor_address", 1):
-            raise RuntimeError("set_tensor_address")
-        self.addresses[name] = address
-        return True
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        smallest, _, largest = self.engine.get_tensor_profile_shape(name, 0)
-        fits = smallest[0] <= shape[0] <= largest[0] and tuple(shape[1:]) == IMAGE
-        self.shape = tuple(shape) if fits and not self.engine.refuses_shape else None
-        return self.shape is not None
-
-    def execute_async_v3(self, stream: int) -> bool:
-        if self.engine.fails or self.shape is None or len(self.addresses) < 2:
-            return False
-        device, (count, *_) = self.engine.device, self.shape
-        source = device.memory[self.addresses["images"]]
-        target = device.memory[self.addresses["logits"]]
-
-        def work() -> None:
-            batch = source[: count * 192].view(np.float32).reshape(count, 48)
-            self.engine.batches.append(batch.copy())
-            target[: count * 4 * CLASSES] = (batch @ WEIGHTS).reshape(-1).view(np.uint8)
-
-        device.enqueue("execute", stream, work)
-        return True
+# How a call is cut.
 
 
-class FakeEngine:
-    """One input, one output (named first), one profile."""
-
-    num_io_tensors = 2
-
-    def __init__(self, device: FakeCuda, profile: tuple[int, int, int]) -> None:
-        self.device = device
-        self.profile = profile
-        self.batches: list[np.ndarray] = []
-        self.config: Any = None
-        self.refuses_shape = self.fails = self.without_context = False
-
-    def get_tensor_name(self, index: int) -> str:
-        return ("logits", "images")[index]
-
-    def get_tensor_mode(self, name: str) -> str:
-        return {"images": "in", "logits": "out"}[name]
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        assert (name, profile) == ("images", 0)
-        return [(count, *IMAGE) for count in self.profile]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return {"images": (-1, *IMAGE), "logits": (-1, CLASSES)}[name]
-
-    def create_runtime_config(self) -> Any:
-        self.config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="lazy")
-        return self.config
-
-    def create_execution_context(self, config: Any) -> FakeContext | None:
-        assert config is self.config
-        return None if self.without_context else FakeContext(self)
+@pytest.mark.parametrize(
+    ("count", "profiles", "parts"),
+    [
+        (5, ["1:8:8", "1:32:32"], [(5, 0)]),
+        (12, ["1:8:32", "1:32:32"], [(12, 0)]),
+        (30, ["1:8:32", "1:32:32"], [(30, 1)]),
+        (2, ["4:4:8"], [(4, 0)]),
+        (6, ["1:1:4", "8:8:16"], [(8, 1)]),
+        (33, ["1:1:1", "1:32:32"], [(32, 1), (1, 0)]),
+        (1, ["1:8:8", "1:8:32"], [(1, 0)]),
+    ],
+)
+def test_the_best_profile_runs_a_part(
+    count: int, profiles: list[str], parts: list[tuple[int, int]]
+) -> None:
+    made = [Profile(min=a, opt=b, max=c) for a, b, c in (map(int, p.split(":")) for p in profiles)]
+    assert [(part.run, part.profile) for part in split(count, tuple(made))] == parts
 
 
-class Bench:
-    """The fake device, its TensorRT, and backends loaded on them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.cuda = FakeCuda()
-        self.engine = FakeEngine(self.cuda, (1, 4, 8))
-        self.accepts = True
-        self.path = folder / "net.plan"
-        self.path.write_bytes(b"plan")
-        self.trt = ModuleType("tensorrt_rtx")
-        logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
-
-        class Runtime:
-            def __init__(runtime, logger: object) -> None:
-                pass
-
-            def deserialize_cuda_engine(runtime, data: bytes) -> FakeEngine | None:
-                assert data == b"plan"
-                return self.engine if self.accepts else None
-
-        self.trt.__dict__.update(
-            __version__="1.7.1.116",
-            Logger=logger,
-            Runtime=Runtime,
-            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
-            DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+def test_every_cut_covers_every_row_once_and_fits() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        profiles = tuple(
+            Profile(min=low, opt=rng.randint(low, high), max=high)
+            for low, high in (sorted(rng.choices(range(1, 20), k=2)) for _ in range(3))
         )
-        for name in ("tensorrt_rtx", "tensorrt"):
-            monkeypatch.setitem(sys.modules, name, self.trt)
-        gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
-        monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
-        monkeypatch.setattr(machine, "installed", lambda name: True)
-        monkeypatch.setattr(module, "open_cuda", lambda: self.cuda)
-
-    def load(self) -> TrtBackend:
-        return TrtBackend(self.path, None)
-
-    def sizes(self) -> list[int]:
-        """Batches that were executed."""
-        return [len(batch) for batch in self.engine.batches]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
-    return Bench(monkeypatch, tmp_path)
-
-
-def images(count: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((count, *IMAGE)).astype(np.float32)
-
-
-def expected(batch: np.ndarray) -> np.ndarray:
-    return np.asarray(batch.reshape(len(batch), 48) @ WEIGHTS)
+        count = rng.randint(1, 60)
+        parts, at = split(count, profiles), 0
+        for part in parts:
+            held = profiles[part.profile]
+            assert part.start == at and held.min <= part.run <= held.max and part.rows <= part.run
+            # Filled up only where no profile holds as few.
+            assert part.run == part.rows or not any(p.min <= part.rows <= p.max for p in profiles)
+            at += part.rows
+        assert at == count
 
 
 @pytest.mark.parametrize(
     ("count", "executed"),
-    [(1, [1]), (5, [5]), (8, [8]), (9, [8, 1]), (16, [8, 8]), (19, [8, 8, 3])],
+    [(1, [1]), (5, [5]), (8, [8]), (9, [8, 1]), (16, [8, 8]), (43, [8, 8, 8, 8, 8, 3])],
 )
-def test_a_batch_above_the_largest_is_split(bench: Bench, count: int, executed: list[int]) -> None:
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_a_batch_above_the_largest_is_split(
+    bench: Bench, count: int, executed: list[int], rtx_built: bool
+) -> None:
+    if not rtx_built:
+        bench.by_hand()
     backend = bench.load()
-    logits = backend.infer(images(count))
-    assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, expected(images(count)), rtol=1e-5, atol=1e-5)
-    assert bench.sizes() == executed
+    for _ in range(3):  # plain, captured, launched
+        bench.engine.runs.clear()
+        logits = backend.infer(images(count))
+        assert logits.dtype == np.float32
+        close(logits, expected(images(count)))
+        assert bench.sizes() == executed
 
 
 @pytest.mark.parametrize(
@@ -285,31 +108,82 @@ def test_a_batch_above_the_largest_is_split(bench: Bench, count: int, executed: 
 def test_a_batch_below_the_smallest_is_filled_up_and_cut(
     bench: Bench, count: int, executed: list[int]
 ) -> None:
-    bench.engine.profile = (4, 4, 8)
+    bench.engine.profiles = [(4, 4, 8)]
     backend = bench.load()
-    backend.infer(images(8, seed=1))  # leaves pixels behind
-    bench.engine.batches.clear()
-    logits = backend.infer(images(count))
-    np.testing.assert_allclose(logits, expected(images(count)), rtol=1e-5, atol=1e-5)
+    backend.infer(images(16, seed=1))  # leaves pixels behind
+    bench.engine.runs.clear()
+    close(backend.infer(images(count)), expected(images(count)))
     assert bench.sizes() == executed
-    filled = bench.engine.batches[-1][count % 8 or 8 :]
+    filled = bench.engine.runs[-1][1][count % 8 or 8 :]
     assert not filled.any(), "what is filled up is zeros, not yesterday's image"
 
 
-def test_work_is_put_on_the_stream_in_order_and_waited_for_once(bench: Bench) -> None:
+def test_several_profiles_share_one_lane(bench: Bench) -> None:
+    bench.engine.profiles = [(1, 1, 1), (1, 4, 4), (2, 8, 8)]
     backend = bench.load()
+    for count in (1, 3, 8, 1, 10):
+        close(backend.infer(images(count)), expected(images(count)))
+    ran = [(profile, len(batch)) for profile, batch in bench.engine.runs]
+    assert ran == [(0, 1), (1, 3), (2, 8), (0, 1), (2, 8), (0, 2)] or ran[:4] == [
+        (0, 1), (1, 3), (2, 8), (0, 1),
+    ]  # fmt: skip
+    assert (backend.smallest, backend.largest) == (1, 8)
+
+
+# Order.
+
+
+def test_a_call_of_one_part_runs_on_one_stream_and_is_waited_for_once(bench: Bench) -> None:
+    backend = bench.load()
+    backend.infer(images(3))
     bench.cuda.log.clear()
     backend.infer(images(3))
     assert bench.cuda.log == [
-        "record",
-        "to_device",
-        "record",
-        "execute",
-        "record",
-        "to_host",
-        "record",
-        "synchronize",
-    ]
+        "is_pinned", "record", "to_device", "record", "execute", "record", "to_host", "record",
+        "join",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_no_order_that_a_device_may_choose_changes_a_result(
+    bench: Bench, seed: int, rtx_built: bool
+) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    bench.engine.profiles = [(2, 4, 8), (1, 1, 2)]
+    backend = bench.load()
+    bench.cuda.shuffle = random.Random(seed)
+    for count in (43, 5, 1, 16, 9, 43):
+        batch = images(count, seed=count)
+        close(backend.infer(batch), expected(batch))
+    _, there = bench.on_gpu(images(21))
+    _, out = bench.on_gpu(np.zeros((21, CLASSES), np.float32))
+    backend.infer(WithDlpack(there), out=WithDlpack(out))
+    close(out, expected(images(21)))
+    backend.close()
+    assert bench.cuda.live == [entry for entry in bench.cuda.live if entry[0] == "allocate"]
+
+
+def test_copies_run_while_another_part_is_computed(bench: Bench) -> None:
+    parts = bench.load().timeline(images(40))
+    assert len(parts) == 5
+    for part, later in itertools.pairwise(parts):
+        assert part["h2d"][1] <= part["compute"][0] and part["compute"][1] <= part["d2h"][0]
+        # One part is computed after the other, without a gap once they are under way.
+        assert later["compute"][0] >= part["compute"][1]
+        assert later["h2d"][0] < part["compute"][1], "copied in while the one before is computed"
+    for part, later in itertools.pairwise(parts[:-1]):
+        assert part["d2h"][1] > later["compute"][0], "copied out while the next one is computed"
+    whole = parts[-1]["d2h"][1] - parts[0]["h2d"][0]
+    assert whole < 0.75 * 5 * (4 + 5 + 2), "in turn it would be 55 ms"
+
+
+def test_a_part_is_not_split_off_where_one_will_do(bench: Bench) -> None:
+    assert len(bench.load().timeline(images(8))) == 1
+
+
+# Memory.
 
 
 def test_only_the_bytes_of_the_batch_are_copied(bench: Bench) -> None:
@@ -318,31 +192,72 @@ def test_only_the_bytes_of_the_batch_are_copied(bench: Bench) -> None:
     assert bench.cuda.copied == [("to_device", 3 * 192), ("to_host", 3 * 4 * CLASSES)]
 
 
-def test_buffers_hold_the_largest_batch_and_are_made_once(bench: Bench) -> None:
-    backend = bench.load()
-    made = list(bench.cuda.made)
-    assert sorted(len(memory) for memory in bench.cuda.memory.values()) == [160, 8 * 192]
-    assert sorted(len(buffer) for buffer in bench.cuda.pinned.values()) == [160, 8 * 192]
-    for count in (1, 8, 20):
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_nothing_is_made_by_a_call_after_warm_up(bench: Bench, rtx_built: bool) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    backend = bench.load(contexts=2)
+    sizes = (1, 8, 20, 3)
+    for _ in range(5):
+        for count in sizes:
+            backend.infer(images(count))
+    made, contexts = bench.cuda.made.copy(), bench.engine.contexts
+    for count in sizes * 20:
         backend.infer(images(count))
-    assert bench.cuda.made == made
+    assert bench.cuda.made == made and bench.engine.contexts == contexts
 
 
 def test_a_result_is_not_overwritten_by_the_next(bench: Bench) -> None:
     backend = bench.load()
     first = backend.infer(images(4))
     backend.infer(images(4, seed=1))
-    np.testing.assert_allclose(first, expected(images(4)), rtol=1e-5, atol=1e-5)
+    close(first, expected(images(4)))
+
+
+def test_a_result_goes_where_it_is_asked_for(bench: Bench) -> None:
+    backend = bench.load()
+    out = np.full((11, CLASSES), np.nan, np.float32)
+    assert backend.infer(images(11), out=out) is out
+    close(out, expected(images(11)))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.empty((3, CLASSES), np.float64),
+        np.empty((2, CLASSES), np.float32),
+        np.empty(3, np.float32),
+        [[0.0] * CLASSES] * 3,
+        (np.empty((3, CLASSES), np.float32),) * 2,
+        np.broadcast_to(np.float32(0), (3, CLASSES)),
+    ],
+    ids=["float64", "rows", "rank", "list", "two", "read-only"],
+)
+def test_an_out_that_does_not_fit_is_refused(bench: Bench, out: Any) -> None:
+    with pytest.raises(InputError, match="out "):
+        bench.load().infer(images(3), out=out)
 
 
 def test_images_need_not_lie_in_one_piece(bench: Bench) -> None:
     backend = bench.load()
-    batch = images(12)[::2]
+    batch = images(24)[::2]
     assert not batch.flags.c_contiguous
-    np.testing.assert_allclose(backend.infer(batch), expected(batch), rtol=1e-5, atol=1e-5)
+    close(backend.infer(batch), expected(batch))
     last = np.moveaxis(np.ascontiguousarray(np.moveaxis(images(3), 1, -1)), -1, 1)
     assert not last.flags.c_contiguous
-    np.testing.assert_allclose(backend.infer(last), expected(images(3)), rtol=1e-5, atol=1e-5)
+    close(backend.infer(last), expected(images(3)))
+
+
+def test_pinned_images_are_copied_from_where_they_are(bench: Bench) -> None:
+    backend = bench.load()
+    with bench.cuda.active():
+        pinned = bench.cuda.allocate_pinned(12 * 192).view(np.float32).reshape(12, 3, 4, 4)
+    pinned[:] = images(12)
+    before = [slot.host_in.copy() for slot in backend._lanes[0].slots]
+    close(backend.infer(pinned), expected(images(12)))
+    after = [slot.host_in for slot in backend._lanes[0].slots]
+    for ours, was in zip(after, before, strict=True):
+        np.testing.assert_array_equal(ours.view(np.uint8), was.view(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -358,92 +273,479 @@ def test_images_need_not_lie_in_one_piece(bench: Bench) -> None:
         images(2).transpose(0, 2, 3, 1),
         images(0),
         np.float32(1),
+        "images",
     ],
     ids=[
         "float64", "float16", "big endian", "uint8", "grey", "small", "one image", "NHWC", "empty",
-        "scalar",
+        "scalar", "text",
     ],
 )  # fmt: skip
-def test_images_of_another_type_or_shape_are_refused(bench: Bench, batch: np.ndarray) -> None:
+def test_images_of_another_type_or_shape_are_refused(bench: Bench, batch: Any) -> None:
     backend = bench.load()
     bench.cuda.log.clear()
-    with pytest.raises(InputError, match=r"takes float32 \[N, 3, 4, 4\]") as caught:
+    with pytest.raises(InputError, match=r"takes float32 \[N, 3, 4, 4\]"):
         backend.infer(batch)
-    assert str(batch.dtype) in str(caught.value)
     assert bench.cuda.log == []
 
 
-def test_closing_frees_everything_last_made_first(bench: Bench) -> None:
+# Arrays on the GPU.
+
+
+def copies(bench: Bench) -> list[str]:
+    return [name for name, _ in bench.cuda.copied]
+
+
+@pytest.mark.parametrize("wrap", [WithDlpack, WithInterface])
+@pytest.mark.parametrize("count", [3, 20])
+def test_images_on_the_gpu_are_computed_from_where_they_lie(
+    bench: Bench, wrap: Any, count: int
+) -> None:
     backend = bench.load()
-    backend.infer(images(3))
-    kinds = Counter(kind for kind, _ in bench.cuda.made)
-    assert kinds == {"stream": 1, "event": 4, "allocate": 2, "allocate_pinned": 2}
-    backend.close()
-    assert bench.cuda.live == []
-    assert bench.cuda.freed[-1][0] == "stream"
-    assert [kind for kind, _ in bench.cuda.freed] == [k for k, _ in reversed(bench.cuda.made)]
-    backend.close()
-    assert len(bench.cuda.freed) == len(bench.cuda.made)
+    _, there = bench.on_gpu(images(count))
+    close(backend.infer(wrap(there)), expected(images(count)))
+    # Rows 8 and 16 begin at multiples of 256 bytes.
+    assert set(copies(bench)) == {"to_host"}
+    timings = backend.timings()
+    assert timings["h2d"] == 0 and timings["compute"] == 5 and timings["d2h"] == 2
+
+
+def test_a_result_is_written_where_it_lies_on_the_gpu(bench: Bench) -> None:
+    backend = bench.load()
+    _, there = bench.on_gpu(images(5))
+    _, result = bench.on_gpu(np.zeros((5, CLASSES), np.float32))
+    out = WithInterface(result)
+    assert backend.infer(WithDlpack(there), out=out) is out
+    close(result, expected(images(5)))
+    assert copies(bench) == []
+
+
+def test_rows_of_others_are_left_alone_where_a_batch_is_filled_up(bench: Bench) -> None:
+    bench.engine.profiles = [(4, 4, 8)]
+    backend = bench.load()
+    _, there = bench.on_gpu(images(4))
+    _, result = bench.on_gpu(np.zeros((4, CLASSES), np.float32))
+    backend.infer(WithDlpack(there[:2]), out=WithDlpack(result[:2]))
+    close(result[:2], expected(images(2)))
+    assert not result[2:].any()
+    assert not bench.engine.runs[-1][1][2:].any()
+
+
+def test_an_address_that_tensorrt_does_not_take_is_copied_on_the_gpu(bench: Bench) -> None:
+    backend = bench.load()
+    _, there = bench.on_gpu(images(19), offset=64)
+    _, result = bench.on_gpu(np.zeros((19, CLASSES), np.float32), offset=4)
+    backend.infer(WithDlpack(there), out=WithDlpack(result))
+    close(result, expected(images(19)))
+    assert set(copies(bench)) == {"on_device"}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_what_is_still_being_written_is_waited_for(bench: Bench, version: int) -> None:
+    backend = bench.load()
+    _, there = bench.on_gpu(np.zeros((3, 3, 4, 4), np.float32))
+    with bench.cuda.active():
+        theirs = 1 if version == 2 else bench.cuda.stream()
+        bench.cuda.enqueue("theirs", theirs, lambda: np.copyto(there, images(3)))
+    said = {"version": version} | ({"stream": theirs} if version == 3 else {})
+    close(backend.infer(WithInterface(there, **said)), expected(images(3)))
+
+
+def test_dlpack_is_told_the_stream_that_will_read(bench: Bench) -> None:
+    backend = bench.load()
+    tensor = WithDlpack(bench.on_gpu(images(3))[1])
+    backend.infer(tensor)
+    assert tensor.streams == [backend._lanes[0].compute]
+
+
+def test_dlpack_on_the_host_is_an_array_like_any(bench: Bench) -> None:
+    torch = pytest.importorskip("torch")
+    close(bench.load().infer(torch.from_numpy(images(3))), expected(images(3)))
+
+
+class Kept(WithDlpack):
+    def __dlpack__(self, *, stream: int) -> Any:
+        raise BufferError("requires grad")
 
 
 @pytest.mark.parametrize(
-    "fail_at",
+    ("make", "message"),
     [
-        ("stream", 1),
-        *(("event", number) for number in (1, 2, 3, 4)),
-        *(("allocate", number) for number in (1, 2)),
-        *(("allocate_pinned", number) for number in (1, 2)),
-        ("set_tensor_address", 1),
+        (lambda view: WithDlpack(view[:, :, ::2]), "not contiguous"),
+        (lambda view: WithInterface(view, strides=(4, 4, 4, 4)), "not contiguous"),
+        (lambda view: WithDlpack(view.astype(np.float16)), "takes float32"),
+        (lambda view: WithDlpack(view.astype(np.complex64)), "DLPack code 5"),
+        (lambda view: WithInterface(view, typestr="<f8"), "takes float32"),
+        (lambda view: WithDlpack(view[0]), "takes float32"),
+        (lambda view: WithDlpack(view, (2, 1)), "on GPU 1, the plan on GPU 0"),
+        (lambda view: Kept(view), "requires grad"),
     ],
-    ids=lambda value: " ".join(map(str, value)),
 )
-def test_what_was_made_is_freed_when_loading_fails_half_way(
-    bench: Bench, fail_at: tuple[str, int]
+def test_an_array_on_the_gpu_that_does_not_fit_is_refused(
+    bench: Bench, make: Any, message: str
 ) -> None:
-    bench.cuda.fail_at = fail_at
-    with pytest.raises((EnvironmentLack, RuntimeError), match=fail_at[0]):
-        bench.load()
-    assert bench.cuda.live == []
-
-
-def test_a_plan_that_is_not_accepted_says_by_what_and_where(bench: Bench) -> None:
-    bench.accepts = False
-    with pytest.raises(EnvironmentLack, match=r"net\.plan.*TensorRT-RTX 1\.7\.1.*Test GPU"):
-        bench.load()
-    assert bench.cuda.live == []
-
-
-def test_a_plan_without_a_context_is_refused(bench: Bench) -> None:
-    bench.engine.without_context = True
-    with pytest.raises(EnvironmentLack, match="no execution context"):
-        bench.load()
-    assert bench.cuda.live == []
-
-
-def test_a_shape_that_the_engine_refuses_is_told(bench: Bench) -> None:
     backend = bench.load()
-    bench.engine.refuses_shape = True
-    with pytest.raises(InputError, match="batch of 3"):
-        backend.infer(images(3))
+    with pytest.raises(InputError, match=message):
+        backend.infer(make(bench.on_gpu(images(2))[1]))
+    close(backend.infer(images(3)), expected(images(3)))
 
 
-def test_an_execution_that_fails_is_told_and_the_backend_still_closes(bench: Bench) -> None:
+def test_a_result_that_may_not_be_written_is_refused(bench: Bench) -> None:
+    _, there = bench.on_gpu(np.zeros((2, CLASSES), np.float32))
+    out = WithInterface(there, data=(there.ctypes.data, True))
+    with pytest.raises(InputError, match="read-only"):
+        bench.load().infer(images(2), out=out)
+
+
+# Other ends.
+
+
+def test_pixels_as_they_are(bench: Bench) -> None:
+    bench.engine.dtype = "uint8"
     backend = bench.load()
-    bench.engine.fails = True
-    with pytest.raises(EnvironmentLack, match="execute_async_v3 failed on Test GPU"):
+    assert (backend.input_dtype, backend.layout, backend.size) == (np.uint8, "nhwc", 4)
+    batch = images(11, dtype="uint8")
+    np.testing.assert_allclose(backend.infer(batch), expected(batch), rtol=1e-4)
+    assert bench.cuda.copied[0] == ("to_device", 8 * 48), "a quarter of the bytes"
+    with pytest.raises(InputError, match=r"takes uint8 \[N, 4, 4, 3\]"):
+        backend.infer(images(2))
+
+
+@pytest.mark.parametrize("order", [["indices", "probabilities"], ["probabilities", "indices"]])
+@pytest.mark.parametrize("index_dtype", ["int64", "int32"])
+def test_a_top_k_plan_gives_indices_and_probabilities(
+    bench: Bench, order: list[str], index_dtype: str
+) -> None:
+    bench.engine.outputs, bench.engine.index_dtype = order, index_dtype
+    backend = bench.load()
+    wanted = np.argsort(-expected(images(11)), axis=1)[:, :TOP]
+    indices, probabilities = backend.infer(images(11))
+    assert indices.dtype == np.int64 and probabilities.dtype == np.float32
+    np.testing.assert_array_equal(indices, wanted)
+    close(probabilities, np.take_along_axis(expected(images(11)), wanted, 1))
+    out = (np.zeros((3, TOP), np.int64), np.zeros((3, TOP), np.float32))
+    assert backend.infer(images(3), out=out) is out
+    np.testing.assert_array_equal(out[0], wanted[:3])
+
+
+def test_one_output_on_the_gpu_and_one_on_the_host(bench: Bench) -> None:
+    bench.engine.outputs = ["indices", "probabilities"]
+    backend = bench.load()
+    bench.cuda.shuffle = random.Random(1)
+    _, there = bench.on_gpu(np.zeros((21, TOP), np.int64), offset=8)
+    backend.infer(images(21), out=(WithDlpack(there), np.zeros((21, TOP), np.float32)))
+    np.testing.assert_array_equal(there, np.argsort(-expected(images(21)), axis=1)[:, :TOP])
+
+
+def test_an_engine_that_is_not_a_nets_is_refused(bench: Bench) -> None:
+    bench.engine.get_tensor_shape = lambda name: (-1, 7)  # type: ignore[method-assign]
+    with pytest.raises(ArtifactError, match=r"not a net.*images \[-1, 7\]"):
+        bench.load()
+    assert bench.cuda.live == []
+
+
+# CUDA graphs.
+
+
+def test_tensorrt_rtx_captures_by_itself(bench: Bench) -> None:
+    backend = bench.load()
+    for _ in range(3):
         backend.infer(images(3))
+    assert bench.engine.config.cuda_graph_strategy == "whole"
+    assert "begin_capture" not in bench.cuda.log and backend.graphs == "built in"
+    assert bench.load(graphs=False).graphs == "none"
+    assert bench.engine.config.cuda_graph_strategy == "default"
+
+
+def test_for_tensorrt_a_shape_is_captured_at_its_second_call(bench: Bench) -> None:
+    bench.by_hand()
+    backend = bench.load()
+    assert backend.graphs == "by hand"
+    done = []
+    for count in (3, 3, 3, 5, 3, 5, 5):
+        bench.cuda.log.clear()
+        close(backend.infer(images(count)), expected(images(count)))
+        done.append([name for name in ("begin_capture", "launch") if name in bench.cuda.log])
+    both = ["begin_capture", "launch"]
+    assert done == [[], both, ["launch"], [], ["launch"], both, ["launch"]]
+
+
+def test_graphs_are_left_for_what_stays_and_for_so_many(bench: Bench) -> None:
+    bench.by_hand()
+    bench.engine.profiles = [(1, 16, 32)]
+    backend = bench.load()
+    _, there = bench.on_gpu(images(3))
+    for _ in range(3):
+        backend.infer(WithDlpack(there))
+    assert not bench.cuda.made["end_capture"]
+    for count in range(1, 31):
+        for _ in range(2):
+            close(backend.infer(images(count)), expected(images(count)))
+    assert bench.cuda.made["end_capture"] == lanes.MOST_GRAPHS
+
+
+def test_without_graphs_none_are_captured(bench: Bench) -> None:
+    bench.by_hand()
+    backend = bench.load(graphs=False)
+    for _ in range(3):
+        backend.infer(images(3))
+    assert "begin_capture" not in bench.cuda.log and backend.graphs == "none"
+
+
+def test_a_binding_without_graphs_runs_without_or_says_so(bench: Bench) -> None:
+    bench.by_hand()
+    bench.cuda.graphs = False
+    backend = bench.load()
+    for _ in range(3):
+        backend.infer(images(3))
+    assert backend.graphs == "none" and "begin_capture" not in bench.cuda.log
     backend.close()
+    with pytest.raises(EnvironmentLack, match="CUDA graphs were asked for"):
+        bench.load(graphs=True)
+    assert bench.cuda.live == []
+
+
+def test_what_cannot_be_captured_runs_without_and_says_so(bench: Bench) -> None:
+    bench.by_hand()
+    bench.cuda.fail_capture = True
+    backend = bench.load()
+    backend.infer(images(3))
+    with pytest.warns(RuntimeWarning, match="no CUDA graphs: cudaStreamEndCapture failed"):
+        close(backend.infer(images(3)), expected(images(3)))
+    close(backend.infer(images(3)), expected(images(3)))
+    assert backend.graphs == "none"
+    backend.close()
+    assert bench.cuda.live == []
+
+
+def test_what_cannot_be_captured_is_an_error_where_graphs_were_asked_for(bench: Bench) -> None:
+    bench.by_hand()
+    backend = bench.load(graphs=True)
+    backend.infer(images(3))
+    bench.engine.fail_at = ("execute_async_v3", 2)
+    with pytest.raises(EnvironmentLack, match="execute_async_v3 does not like it"):
+        backend.infer(images(3))
+    close(backend.infer(images(3)), expected(images(3)))
+    backend.close()
+    assert bench.cuda.live == []
+
+
+# Several at once.
+
+
+def test_as_many_calls_as_contexts_run_at_once(bench: Bench) -> None:
+    backend = bench.load(contexts=3)
+    together = threading.Barrier(3)
+    bench.cuda.on_join = lambda: together.wait(LONG)
+    results: dict[int, np.ndarray] = {}
+
+    def call(seed: int) -> None:
+        results[seed] = backend.infer(images(4, seed))
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert not together.broken
+    for seed in range(3):
+        close(results[seed], expected(images(4, seed)))
+
+
+@pytest.mark.parametrize("contexts", [1, 3])
+def test_many_threads_get_their_own_results(bench: Bench, contexts: int) -> None:
+    bench.by_hand()
+    backend = bench.load(contexts=contexts)
+    wrong: list[int] = []
+
+    def call(number: int) -> None:
+        for index in range(10):
+            batch = images(1 + (number + index) % 12, seed=number * 100 + index)
+            got = backend.infer(batch)
+            backend.timings()
+            if not np.allclose(got, expected(batch), rtol=1e-4, atol=1e-4):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    backend.close()
+    assert bench.cuda.live == []
+
+
+def test_closing_waits_for_a_call_and_refuses_the_next(bench: Bench) -> None:
+    backend = bench.load()
+    inside, go = threading.Event(), threading.Event()
+    bench.cuda.on_join = lambda: (inside.set(), go.wait(LONG))
+    got: list[np.ndarray] = []
+    caller = threading.Thread(target=lambda: got.append(backend.infer(images(3))))
+    caller.start()
+    assert inside.wait(LONG)
+    closer = threading.Thread(target=backend.close)
+    closer.start()
+    go.set()
+    for thread in (caller, closer):
+        thread.join(LONG)
+    close(got[0], expected(images(3)))
+    assert bench.cuda.live == []
+    for _ in range(2):
+        with pytest.raises(InputError, match="infer after close"):
+            backend.infer(images(3))
+    assert backend.timings() == {}
+
+
+def test_no_context_makes_no_sense(bench: Bench) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        bench.load(contexts=0)
+
+
+# Failures, and what is left of them.
+
+
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_closing_frees_everything(bench: Bench, rtx_built: bool) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    backend = bench.load(contexts=2)
+    for count in (3, 20, 3, 20):
+        backend.infer(images(count))
+    bench.cuda.log.clear()
+    backend.close()
+    assert bench.cuda.live == []
+    kinds = [entry.removeprefix("destroy ") for entry in bench.cuda.log]
+    first, last = kinds.index("context"), len(kinds) - 1 - kinds[::-1].index("context")
+    for needed in ("allocate", "stream"):  # a lane's contexts go before what they use
+        assert needed not in kinds[: first + 1] and needed in kinds[last:]
+    backend.close()
+    assert len(bench.cuda.log) == len(kinds)
+
+
+def test_what_was_made_is_freed_whichever_call_of_loading_fails(bench: Bench) -> None:
+    for number in itertools.count(1):
+        bench.cuda.log.clear()
+        bench.cuda.fail_at = number
+        try:
+            backend = bench.load(contexts=2)
+        except EnvironmentLack as error:
+            assert "cudaErrorUnknown" in str(error)
+            assert bench.cuda.live == [], f"call {number}"
+        else:
+            reached = len(bench.cuda.log) >= number  # a context is made, and that does not fail
+            backend.close()
+            if not reached:
+                break
+    assert number > 50
+    assert bench.cuda.live == []
+
+
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_whichever_call_of_infer_fails_the_next_one_is_right(bench: Bench, rtx_built: bool) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    failed = 0
+    for number in itertools.count(1):
+        bench.cuda.fail_at = None
+        backend = bench.load()
+        backend.infer(images(20))  # the second one captures
+        bench.cuda.log.clear()
+        bench.cuda.fail_at = number
+        before = failed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a capture that fails is told, and done without
+            try:
+                backend.infer(images(20, seed=number))
+            except EnvironmentLack as error:
+                assert "cudaErrorUnknown" in str(error)
+                failed += 1
+            reached = len(bench.cuda.log) >= number
+            bench.cuda.fail_at = None
+            close(backend.infer(images(20)), expected(images(20)))
+        backend.close()
+        assert bench.cuda.live == [], f"call {number}"
+        if not reached:
+            break
+        assert failed == before + 1 or not rtx_built
+    assert failed > 20
+
+
+CALLS = [
+    "create_runtime_config", "create_runtime_cache", "set_runtime_cache",
+    "create_execution_context", "set_optimization_profile_async",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_of_loading_that_fails_tells_what_was_logged(bench: Bench, call: str) -> None:
+    bench.engine.fail_at = (call, 1)
+    said = rf"net\.plan: {call}.* failed on Test GPU: Error Code 3: {call} does not like it"
+    with pytest.raises(EnvironmentLack, match=said if "cache" not in call else call):
+        bench.load()
+    assert bench.cuda.live == []
+
+
+@pytest.mark.parametrize("call", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_a_call_of_infer_that_fails_tells_what_was_logged(
+    bench: Bench, call: str, rtx_built: bool
+) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    backend = bench.load()
+    bench.engine.fail_at = (call, 1)
+    said = rf"{call}.* failed on Test GPU: Error Code 3: {call} does not like it$"
+    with pytest.raises(EnvironmentLack, match=said):
+        backend.infer(images(20))
+    for _ in range(3):
+        close(backend.infer(images(20)), expected(images(20)))
+    backend.close()
+    assert bench.cuda.live == []
+
+
+def test_a_plan_that_is_not_accepted_says_by_what_where_and_why(bench: Bench) -> None:
+    bench.accepts = False
+    said = r"net\.plan.*TensorRT-RTX 1\.7\.1.*Test GPU.*magic tag does not match.*rtresnet build"
+    with pytest.raises(EnvironmentLack, match=said):
+        bench.load()
+    assert bench.cuda.live == []
+
+
+def test_a_header_that_will_not_run_here_says_why(bench: Bench) -> None:
+    bench.validity = (Validity.INVALID, Diagnostics.VERSION_MISMATCH | Diagnostics.UNSUPPORTED_CC)
+    with pytest.raises(EnvironmentLack, match="version mismatch, unsupported cc; build it"):
+        bench.load()
+    bench.validity = (Validity.INVALID, 0)
+    with pytest.raises(EnvironmentLack, match="no reason given"):
+        bench.load()
+    assert bench.cuda.live == []
+
+
+def test_a_plan_that_will_be_slow_is_told(bench: Bench) -> None:
+    bench.validity = (Validity.SUBOPTIMAL, Diagnostics.UNSUPPORTED_CC)
+    with pytest.warns(RuntimeWarning, match=r"slower than it could \(unsupported cc\)"):
+        bench.load()
+
+
+def test_memory_is_held_against_what_is_free(bench: Bench) -> None:
+    bench.cuda.room = 199
+    with pytest.raises(EnvironmentLack, match=r"its weights need 0 MB.*are free; fewer contexts"):
+        bench.load()
+    one = 2 * 8 * (192 + 4 * CLASSES) + 512
+    bench.cuda.room = one
+    bench.load().close()
+    with pytest.raises(EnvironmentLack, match="2 x activations and buffers for batches of up to 8"):
+        bench.load(contexts=2)
     assert bench.cuda.live == []
 
 
 def test_timings_are_those_of_the_events(bench: Bench) -> None:
     backend = bench.load()
+    assert backend.timings() == {}
     backend.infer(images(3))
-    assert backend.timings() == {"h2d": 1.0, "compute": 5.0, "d2h": 2.0}
-
-
-def test_there_are_no_timings_before_the_first_call(bench: Bench) -> None:
-    assert bench.load().timings() == {}
+    timings = backend.timings()
+    assert timings.pop("enqueue") > 0
+    assert timings == {"h2d": 4.0, "compute": 5.0, "d2h": 2.0}
 
 
 def test_the_backend_says_what_runs(bench: Bench) -> None:
@@ -452,6 +754,21 @@ def test_the_backend_says_what_runs(bench: Bench) -> None:
     assert backend.threads is None
     assert backend.packages == ("tensorrt-rtx-cu13",)
     assert (backend.smallest, backend.largest) == (1, 8)
+    assert (backend.input_dtype, backend.layout, backend.size) == (np.float32, "nchw", 4)
+
+
+def test_layers_are_timed_on_every_context_but_not_in_graphs(bench: Bench) -> None:
+    with pytest.raises(InputError, match="graphs=False"):
+        bench.load().watch(object())
+    bench.engine.profiles = [(1, 1, 1), (1, 4, 8)]
+    backend, profiler = bench.load(graphs=False, contexts=2), object()
+    backend.watch(profiler)
+    backend.infer(images(20))  # makes one more context
+    found = [context.profiler for lane in backend._lanes for context in lane.contexts]
+    assert found == [profiler] * 5
+
+
+# The kernels that TensorRT-RTX compiles.
 
 
 def test_rtx_specializes_kernels_at_once(bench: Bench) -> None:
@@ -460,16 +777,79 @@ def test_rtx_specializes_kernels_at_once(bench: Bench) -> None:
     assert bench.engine.config.dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
-def test_tensorrt_has_no_such_strategy(bench: Bench) -> None:
-    del bench.trt.DynamicShapesKernelSpecializationStrategy
-    bench.load()
+def test_compiled_kernels_are_kept_beside_the_plan(bench: Bench) -> None:
+    kept = cache_path(bench.path)
+    bench.load().close()
+    assert not kept.exists(), "nothing ran"
+    for count, wanted in ((3, b"kernels3"), (5, b"kernels35"), (3, b"kernels35")):
+        bench.engine.runs.clear()
+        with_one = bench.load()
+        with_one.infer(images(count))
+        with_one.close()
+        assert kept.read_bytes() == wanted
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["net.plan", "net.plan.cache"]
+
+
+def test_kernels_that_nothing_was_added_to_are_not_written_again(bench: Bench) -> None:
+    kept = cache_path(bench.path)
+    kept.write_bytes(b"kernels3")
+    before = kept.stat().st_mtime_ns
+    backend = bench.load()
+    backend.infer(images(3))
+    backend.close()
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("blob", [b"", b"of another GPU"])
+def test_kernels_of_another_gpu_are_replaced(bench: Bench, blob: bytes) -> None:
+    cache_path(bench.path).write_bytes(blob)
+    backend = bench.load()
+    backend.infer(images(3))
+    bench.engine.fail_at = ("execute_async_v3", 2)
+    with pytest.raises(EnvironmentLack) as caught:
+        backend.infer(images(3))
+    assert "another GPU" not in str(caught.value)
+    backend.close()
+    assert cache_path(bench.path).read_bytes() == b"kernels3"
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    backend = bench.load()
+    backend.infer(images(3))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(RuntimeWarning, match=r"net\.plan\.cache: the compiled kernels are not kept"):
+        backend.close()
+    assert bench.cuda.live == [] and not cache_path(bench.path).exists()
+
+
+def test_a_cache_that_is_not_wanted_is_not_made(bench: Bench) -> None:
+    backend = bench.load(cache=False)
+    backend.infer(images(3))
+    backend.close()
+    assert bench.engine.config.cache is None and not cache_path(bench.path).exists()
+
+
+def test_tensorrt_has_no_kernels_to_keep(bench: Bench) -> None:
+    bench.by_hand()
+    backend = bench.load()
+    backend.infer(images(3))
+    backend.close()
     assert bench.engine.config.dynamic_shapes_kernel_specialization_strategy == "lazy"
+    assert not cache_path(bench.path).exists()
+
+
+# Without.
 
 
 def test_without_the_package_nothing_is_loaded(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "installed", lambda name: False)
+    monkeypatch.setattr("rtresnet.machine.installed", lambda name: False)
     with pytest.raises(EnvironmentLack, match="pip install tensorrt-rtx-cu13"):
         bench.load()
     assert bench.cuda.live == []
@@ -482,33 +862,46 @@ def test_without_a_gpu_there_is_no_backend(tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
 
 
+def test_a_lane_keeps_nothing_alive_after_close(bench: Bench) -> None:
+    backend = bench.load()
+    backend.infer(images(3))
+    backend.close()
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is fake_gpu.FakeContext]
+
+
+# The real API.
+
+
 def test_the_fake_device_has_the_operations_of_the_protocol() -> None:
     def operations(cls: type) -> dict[str, list[str]]:
         functions = inspect.getmembers(cls, inspect.isfunction)
         return {n: list(inspect.signature(f).parameters) for n, f in functions if n[0] != "_"}
 
-    fake = operations(FakeCuda)
-    fake.pop("enqueue")
+    fake = operations(fake_gpu.FakeCuda)
+    for helper in ("enqueue", "at"):
+        fake.pop(helper)
     assert fake == operations(Cuda)
 
 
-# What the names in runtime/trt.py stand for.
+# What the names in the runtime's files stand for.
 OWNERS = {
     "trt": "",
     "runtime": "Runtime",
-    "self._runtime": "Runtime",
     "engine": "ICudaEngine",
-    "self._engine": "ICudaEngine",
-    "self._context": "IExecutionContext",
+    "context": "IExecutionContext",
+    "self.context": "IExecutionContext",
     "config": "IRuntimeConfig",
-    "strategies": "DynamicShapesKernelSpecializationStrategy",
+    "kernels": "DynamicShapesKernelSpecializationStrategy",
+    "self.cache": "IRuntimeCache",
 }
+FILES = (trt, lanes, slots, ends, rtx, arguments)
 
 
 def used_names() -> set[str]:
-    """Every attribute of a TensorRT object in runtime/trt.py, as "Class.attribute"."""
+    """Every attribute of a TensorRT object in the runtime, as "Class.attribute"."""
     found = set()
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for node in itertools.chain(*(ast.walk(ast.parse(inspect.getsource(f))) for f in FILES)):
         if not isinstance(node, ast.Attribute):
             continue
         owner = ast.unparse(node.value)
@@ -520,24 +913,63 @@ def used_names() -> set[str]:
 
 
 def test_every_tensorrt_name_used_is_in_the_real_api() -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
+    real = pytest.importorskip("tensorrt_rtx")
     names = used_names()
-    assert {"ICudaEngine.create_execution_context", "IExecutionContext.execute_async_v3"} <= names
-    assert {"Runtime.deserialize_cuda_engine", "TensorIOMode.INPUT", "Logger.ERROR"} <= names
-    assert len(names) > 18
+    wanted = {
+        "ICudaEngine.create_execution_context", "ICudaEngine.device_memory_size_v2",
+        "IExecutionContext.execute_async_v3", "IExecutionContext.set_device_memory",
+        "IExecutionContext.set_optimization_profile_async", "IExecutionContext.profiler",
+        "IRuntimeConfig.set_runtime_cache", "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "Runtime.engine_header_size",
+        "IRuntimeCache.serialize", "IRuntimeCache.deserialize", "Runtime.get_engine_validity",
+        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "EngineValidity.SUBOPTIMAL", "ILogger.ERROR",
+        "EngineInvalidityDiagnostics.__members__", "TensorIOMode.INPUT", "nptype",
+    }  # fmt: skip
+    assert wanted <= names
     for name in sorted(names):
-        value = trt
+        value = real
         for part in name.split("."):
             assert hasattr(value, part), name
             value = getattr(value, part)
 
 
-def test_the_fake_engine_has_no_method_that_the_real_one_lacks() -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
-    for fake, real in ((FakeEngine, trt.ICudaEngine), (FakeContext, trt.IExecutionContext)):
-        for name, function in inspect.getmembers(fake, inspect.isfunction):
-            if name.startswith("_"):
-                continue
-            overloads = re.findall(rf"{name}\((.*)\) ->", getattr(real, name).__doc__ or "")
-            arities = {len(re.findall(r"\b\w+: ", overload)) for overload in overloads}
-            assert len(inspect.signature(function).parameters) in arities, (name, overloads)
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [
+        (fake_gpu.FakeEngine, "ICudaEngine"),
+        (fake_gpu.FakeContext, "IExecutionContext"),
+        (fake_gpu.FakeConfig, "IRuntimeConfig"),
+        (fake_gpu.FakeCache, "IRuntimeCache"),
+    ],
+)
+def test_the_fake_takes_what_the_real_one_takes(fake: type, real: str) -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    for name, function in inspect.getmembers(fake, inspect.isfunction):
+        if name.startswith("_") or name in ("answer", "compute"):
+            continue
+        documented = getattr(getattr(module, real), name).__doc__ or ""
+        overloads = re.findall(rf"{name}\(self: [\w.:]+(.*?)\) ->", documented)
+        taken = [re.findall(r", (\w+): ", overload) for overload in overloads]
+        assert list(inspect.signature(function).parameters)[1:] in taken or any(
+            len(names) == len(inspect.signature(function).parameters) - 1 for names in taken
+        ), (name, documented)
+
+
+def test_the_real_runtime_tells_of_a_header_without_a_gpu() -> None:
+    """As `rtx.check_header` asks it; that a device is probed first is `open_cuda`'s doing."""
+    real = pytest.importorskip("tensorrt_rtx")
+    said: Any = trt.deque(maxlen=8)
+    runtime = real.Runtime(trt._logger(real, said))
+    assert runtime.engine_header_size == 64
+    validity, bits = runtime.get_engine_validity(b"vtrt" + bytes(60))
+    assert validity == real.EngineValidity.INVALID and isinstance(int(bits), int)
+    assert runtime.deserialize_cuda_engine(b"vtrt" + bytes(600)) is None
+    assert said, "what TensorRT logs is kept for the exception"
+
+
+def test_the_types_an_engine_may_have_are_those_of_numpy() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    found = {name: np.dtype(real.nptype(getattr(real.DataType, name))).name
+             for name in ("FLOAT", "HALF", "UINT8", "INT32", "INT64")}  # fmt: skip
+    assert list(found.values()) == ["float32", "float16", "uint8", "int32", "int64"]
