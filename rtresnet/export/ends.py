@@ -202,6 +202,4 @@ def _images(n: int, size: int, seed: int) -> np.ndarray:
     small = min(8, size)
     smooth = [rng.integers(0, 256, (small, small, 3), dtype=np.uint8) for _ in range(n)]
     noisy = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-    return np.stack(
-        [resize(smooth[i], size, size) if i % 2 == 0 else noisy[i] for i in range(n)]
-    )
+    return np.stack([resize(smooth[i], size, size) if i % 2 == 0 else noisy[i] for i in range(n)])
