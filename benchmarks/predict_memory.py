@@ -2,8 +2,8 @@
 
     python benchmarks/predict_memory.py [--images 10000]
 
-Writes small photographs of several sizes, and has a process of its own predict a tenth of them, then
-all, each into a table; what is reported is the process's largest resident set, as the kernel counts
+Writes small photographs of several sizes, and has a process of its own predict a tenth of them,
+then all, each into a table; what is reported is the process's largest resident set, as the kernel counts
 it. Weights are untrained: memory does not depend on them.
 """
 
