@@ -24,7 +24,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FLOAT, UINT8 = "NCHW RGB float32", "NHWC RGB uint8"
 
 # Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
-_FIXED_POINT = 1 << 22
+_BITS = 22
+_FIXED_POINT = 1 << _BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     source_height, source_width, channels = image.shape
     if width != source_width:
         columns = np.ascontiguousarray(image.transpose(1, 0, 2)).reshape(source_width, -1)
-        columns = _weighted(columns, width).reshape(width, source_height, channels)
-        image = np.ascontiguousarray(columns.transpose(1, 0, 2))
+        narrow = _weighted(columns, width).reshape(width, source_height, channels)
+        image = np.ascontiguousarray(narrow.transpose(1, 0, 2))
     if height != source_height:
         rows = image.reshape(source_height, -1)
         image = _weighted(rows, height).reshape(height, width, channels)
@@ -125,7 +126,8 @@ def _weighted(rows: np.ndarray, target: int) -> np.ndarray:
     for index, weight in zip(*_taps(len(rows), target), strict=True):
         np.multiply(rows[index], weight, out=part)
         total += part
-    return np.minimum(total // _FIXED_POINT, 255).astype(np.uint8)
+    total >>= _BITS
+    return np.minimum(total, 255, out=total).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=64)
