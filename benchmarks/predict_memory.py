@@ -3,8 +3,8 @@
     python benchmarks/predict_memory.py [--images 10000]
 
 Writes small photographs of several sizes, and has a process of its own predict a tenth of them,
-then all, each into a table; what is reported is the process's largest resident set, as the kernel counts
-it. Weights are untrained: memory does not depend on them.
+then all, each into a table; what is reported is the process's largest resident set, as the kernel
+counts it. Weights are untrained: memory does not depend on them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=10000)
     options = parser.parse_args()
-    cases = [("resnet8", 32, "parquet"), ("resnet8", 32, "csv"), ("resnet18", 64, "jsonl")]
+    cases = [("resnet8", 32, "parquet"), ("resnet8", 32, "csv"), ("resnet8", 128, "jsonl")]
     found = []
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
