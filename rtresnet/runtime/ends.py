@@ -104,7 +104,10 @@ def read(trt: Any, engine: Any, path: Path) -> Ends:
     for index in range(engine.num_optimization_profiles):
         low, best, high = engine.get_tensor_profile_shape(inputs[0], index)
         profiles.append(Profile(min=low[0], opt=best[0], max=high[0]))
-    dtypes = {n: np.dtype(trt.nptype(engine.get_tensor_dtype(n))) for n in names}
+    try:
+        dtypes = {n: np.dtype(trt.nptype(engine.get_tensor_dtype(n))) for n in names}
+    except TypeError as error:  # bfloat16, for one
+        raise ArtifactError(f"{path}: an input or output of a type numpy lacks: {error}") from error
     tensors = {n: Tensor(name=n, dtype=dtypes[n], row=rows[n]) for n in names}
     outputs.sort(key=lambda n: dtypes[n].kind == "f")  # a top-K plan's indices come first
     return Ends(

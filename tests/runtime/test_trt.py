@@ -443,6 +443,16 @@ def test_an_engine_that_is_not_a_nets_is_refused(bench: Bench) -> None:
     assert bench.cuda.live == []
 
 
+def test_an_end_of_a_type_that_numpy_lacks_is_refused(bench: Bench) -> None:
+    def nptype(dtype: str) -> Any:
+        raise TypeError("Could not resolve TensorRT datatype")
+
+    bench.trt.nptype = nptype  # type: ignore[attr-defined]
+    with pytest.raises(ArtifactError, match="of a type numpy lacks"):
+        bench.load()
+    assert bench.cuda.live == []
+
+
 # CUDA graphs.
 
 
