@@ -307,10 +307,12 @@ def provenance() -> dict[str, str]:
     return made_by
 
 
-def link_to(parent: str | os.PathLike[str], child: str | os.PathLike[str]) -> Link:
-    """The parent as `child`'s sidecar should name it."""
+def link_to(
+    parent: str | os.PathLike[str], child: str | os.PathLike[str], digest: str | None = None
+) -> Link:
+    """The parent as `child`'s sidecar should name it; `digest` where its sha256 is known."""
     relative = os.path.relpath(Path(parent).resolve(), Path(child).resolve().parent)
-    return Link(file=relative, sha256=sha256(parent))
+    return Link(file=relative, sha256=digest or sha256(parent))
 
 
 def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:

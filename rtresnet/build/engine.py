@@ -290,9 +290,11 @@ def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:
             f"{source}: {images.dtype.name} {list(shape)} to {logits.dtype.name} {list(out)}: not "
             "a net from float32 [N, 3, S, S] to float32 [N, classes]"
         )
+    digest = artifacts.sha256(source)
     return Sidecar(
         kind="onnx",
         file=source.name,
+        sha256=digest,
         model=Model(
             architecture="unknown",
             classes=tuple(str(index) for index in range(out[1])),
@@ -300,7 +302,7 @@ def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:
             stride_in="unknown",
         ),
         input=Preprocess.for_size(shape[2]),
-        weights=Weights(origin="file", sha256=artifacts.sha256(source), source=str(source)),
+        weights=Weights(origin="file", sha256=digest, source=str(source)),
         precision="unknown",
         assumed=("model", "input"),
     )

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import artifacts
 from rtresnet.artifacts import Profile, Sidecar, read_sidecar, sidecar_path
-from rtresnet.build import engine, header, preflight
+from rtresnet.build import engine, header, manifest, preflight
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -388,6 +388,8 @@ def test_a_foreign_file_without_sidecar_builds(tmp_path: Path) -> None:
     assert sidecar.plan is not None and sidecar.plan.attested is not None
     assert sidecar.plan.attested.dtypes == {"Float": 1}
     assert not sidecar_path(source).exists()
+    said = manifest.find(out)
+    assert said is not None and said["onnx"] == artifacts.sha256(source)[:16]
 
 
 @pytest.mark.parametrize(
