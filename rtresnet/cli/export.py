@@ -88,7 +88,7 @@ def run(
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
     common.require_torch("export")
-    from rtresnet import artifacts
+    from rtresnet import artifacts, learned
     from rtresnet.build import profiles, targets
 
     # What can be refused is refused before anything is computed.
@@ -100,6 +100,8 @@ def run(
         open_images(calib)
     artifacts.make_folder(out)
     checkpoint, origin = resolve(model, weights, size)
+    if int8:
+        learned.refuse_calibration(origin, checkpoint.learned, calib, calibrator)
     changed = common.preprocess_from(checkpoint.input, size, mean, std)
     checkpoint = dataclasses.replace(checkpoint, input=changed)
     require_classes(topk, len(checkpoint.model.classes), checkpoint.model.architecture)
@@ -213,6 +215,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
             fold.fold(checkpoint.net()),
             size=checkpoint.input.size,
             name=checkpoint.model.architecture,
+            scales=checkpoint.learned,
         )
         verify.check_folded(model)
         data = model.SerializeToString()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rtresnet.artifacts import Calibration, Sidecar
     from rtresnet.cli.quantize_gate import Gate
+    from rtresnet.learned import Learned
     from rtresnet.preprocess import Preprocess
     from rtresnet.quantize.calibrate import Calibrated
 
@@ -50,12 +51,22 @@ def int8(
     Returns:
         The quantized model, how it was calibrated, and what was measured.
     """
-    from rtresnet import artifacts
+    from rtresnet import artifacts, learned
     from rtresnet.cli import quantize_gate
     from rtresnet.quantize import calibrate, qdq, scales
     from rtresnet.quantize.prepare import prepare
 
     model = prepare(model)
+    learned_scales = learned.of({entry.key: entry.value for entry in model.metadata_props})
+    learned.refuse_calibration(source, learned_scales, calib, calibrator)
+    if learned_scales is not None:
+        if gate is not None:
+            raise InputError(
+                f"{source}: --eval would leave blocks in float, and its scales were learned with "
+                "all of them in INT8",
+                fix="leave --eval out, and see: rtresnet compare",
+            )
+        return _as_learned(model, learned_scales, sidecar, out, rest)
     if calib == "none":
         if gate is not None:
             raise InputError("--eval needs --calib with images, for the noise of each block")
@@ -99,35 +110,66 @@ def int8(
     return _with_rest(result, rest), calibration, measured
 
 
+def _as_learned(
+    model: Any, learned: Learned, sidecar: Sidecar, out: Path, rest: str
+) -> tuple[Any, Calibration, dict[str, Any]]:
+    """INT8 with the scales that training left in the file."""
+    from rtresnet.learned import METHOD
+    from rtresnet.quantize.calibrate import Calibrated
+
+    found = Calibrated(
+        model=model, scales=learned.scales, method=METHOD, own={}, ratios={}, outliers=[],
+        mended=[], shifts={},
+    )  # fmt: skip
+    about = {
+        "images": learned.images,
+        "images_sha256": learned.images_sha256,
+        "n": learned.n,
+        "calibrator": METHOD,
+    }
+    return _uncalibrated(found, about, sidecar, out, rest)
+
+
 def _without_images(
     model: Any, sidecar: Sidecar, out: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """INT8 from what the file says of its batch norms."""
-    from rtresnet import artifacts
-    from rtresnet.quantize import calibrate, data_free, qdq, scales
+    from rtresnet.quantize import calibrate, data_free, qdq
 
-    tensors, path = list(qdq.placement(model)), CALIB / f"{out.stem}.json"
     low, high = (sidecar.input.normalize(_plane(level))[0, :, 0, 0] for level in (0, 255))
-    found = calibrate.from_ranges(model, data_free.ranges(model, tensors, low, high))
+    ranges = data_free.ranges(model, list(qdq.placement(model)), low, high)
     about = {
-        "onnx_sha256": sidecar.sha256,
         "images": "none: ranges from the batch norms",
         "images_sha256": "",
         "n": 0,
-        "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
         "calibrator": "batch norms",
     }
-    scales.write(path, found, about)
+    return _uncalibrated(calibrate.from_ranges(model, ranges), about, sidecar, out, rest)
+
+
+def _uncalibrated(
+    found: Calibrated, about: dict[str, Any], sidecar: Sidecar, out: Path, rest: str
+) -> tuple[Any, Calibration, dict[str, Any]]:
+    """What is left to do once there are scales that no image was run for."""
+    from rtresnet import artifacts
+    from rtresnet.quantize import scales
+
+    model, path = _with_rest(found.quantized(), rest), CALIB / f"{out.stem}.json"
+    more = {
+        "onnx_sha256": sidecar.sha256,
+        "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
+    }
+    scales.write(path, found, about | more)
     calibration = artifacts.Calibration(
         method=found.method,
         images=about["images"],
-        images_sha256="",
-        n=0,
+        images_sha256=about["images_sha256"],
+        n=about["n"],
         scales=path.as_posix(),
         scales_sha256=artifacts.sha256(path),
         rest=rest,
     )
-    return _with_rest(found.quantized(), rest), calibration, {}
+    return model, calibration, {}
 
 
 def _plane(level: int) -> np.ndarray:

@@ -25,7 +25,7 @@ NOT_MIRRORED = ("digits",)  # a mirrored digit is another digit, or none
 @click.option("--model", help="See `rtresnet models` [resnet20, or the weights'].")
 @click.option("--data", help=f"{common.DATA_HELP} [digits]")
 @click.option(
-    "--recipe", help="paper-cifar, paper-imagenet, modern, finetune, speed [see the README]."
+    "--recipe", help="paper-cifar, paper-imagenet, modern, finetune, qat, speed [see the README]."
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Length of the run [the recipe's].")
 @click.option(
@@ -34,6 +34,9 @@ NOT_MIRRORED = ("digits",)  # a mirrored digit is another digit, or none
 @click.option("--lr", type=float, help="Learning rate [the recipe's, in proportion to the batch].")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any recipe field.")
 @click.option("--weights", metavar="FILE", help="Go on from a checkpoint, ours or a foreign one.")
+@click.option(
+    "--qat", is_flag=True, help="Fine-tune --weights for INT8: its rounding is trained with."
+)
 @click.option("--flip/--no-flip", default=None, help="Mirror images [the recipe's; not digits].")
 @click.option("--seed", type=click.IntRange(min=0), help="Of everything random [0].")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run [runs/MODEL-DATA].")
@@ -68,6 +71,7 @@ def run(
     lr: float | None = None,
     settings: tuple[str, ...] = (),
     weights: str | None = None,
+    qat: bool = False,
     flip: bool | None = None,
     seed: int | None = None,
     out: Path | None = None,
@@ -94,6 +98,8 @@ def run(
         given["flip"] = "random" if flip else "none"
     if compiled:
         given["compile"] = True
+    if qat:
+        given["qat"] = True
     write_events = train_show.event_writer() if tensorboard else None
     asked = _Asked(
         model=model, data=data, recipe=recipe, fields=given, weights=weights,
@@ -166,7 +172,7 @@ def _folder(out: Path | None, asked: _Asked, resume: bool, world: World) -> tupl
 def _fresh(folder: Path, asked: _Asked) -> Job:
     from rtresnet.models import checkpoint, zoo
     from rtresnet.preprocess import Preprocess
-    from rtresnet.train import recipes
+    from rtresnet.train import recipes, state
     from rtresnet.train.job import Job
 
     start = checkpoint.load(asked.weights, model=asked.model) if asked.weights else None
@@ -178,12 +184,13 @@ def _fresh(folder: Path, asked: _Asked) -> Job:
     fixed = {"flip": "none"} if data in NOT_MIRRORED else {}
     default = "speed" if preprocess.size <= recipes.SMALL else "modern"
     settings = recipes.resolve(
-        asked.recipe or ("finetune" if start else default),
+        asked.recipe or ("qat" if asked.fields.get("qat") else "finetune" if start else default),
         images=len(source) * 9 // 10,
         size=preprocess.size,
         depth=spec.depth,
         settings=fixed | asked.fields,
     )
+    state.check_start(settings, start)
     return Job(
         spec=spec, source=source, test=test, preprocess=preprocess, recipe=settings, out=folder,
         start=start,

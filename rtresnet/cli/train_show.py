@@ -106,9 +106,10 @@ def report(folder: Path, job: Job, measured: dict[str, Any]) -> None:
         if measured["val_top1"] is None
         else f", val {measured['val_top1']:.2f} % of {measured['val_n']}"
     )
+    rounded = "in INT8, " if job.recipe.qat else ""
     common.out_console().print(
-        f"{folder / 'best.pt'}: test top-1 {measured['test_top1']:.2f} % of {measured['test_n']} "
-        f"images (epoch {measured['epoch']}{chosen})",
+        f"{folder / 'best.pt'}: {rounded}test top-1 {measured['test_top1']:.2f} % of "
+        f"{measured['test_n']} images (epoch {measured['epoch']}{chosen})",
         soft_wrap=True,
     )
     if not machine.installed("matplotlib"):

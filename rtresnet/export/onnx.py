@@ -20,20 +20,23 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from rtresnet import norms
+from rtresnet import learned, norms
+from rtresnet.models.graph import INPUT, OUTPUT
 from rtresnet.models.resnet import Add, PadShortcut
 
 OPSET = 18
-INPUT, OUTPUT = "images", "logits"
 
 
-def to_onnx(graph: fx.GraphModule, *, size: int, name: str) -> onnx.ModelProto:
+def to_onnx(
+    graph: fx.GraphModule, *, size: int, name: str, scales: learned.Learned | None = None
+) -> onnx.ModelProto:
     """Writes a folded net.
 
     Args:
         graph: From `fold()`.
         size: Side of the input, in pixels.
         name: The graph's name, shown by viewers.
+        scales: Of activations, where training learned them: the file carries them on.
 
     Returns:
         A checked model, opset 18, with every shape inferred.
@@ -73,6 +76,8 @@ def to_onnx(graph: fx.GraphModule, *, size: int, name: str) -> onnx.ModelProto:
     )
     if graph.meta.get(norms.KEY):
         model.metadata_props.add(key=norms.KEY, value=norms.pack(graph.meta[norms.KEY]))
+    if scales is not None:
+        model.metadata_props.add(key=learned.KEY, value=learned.pack(scales))
     onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtresnet import artifacts
-from rtresnet.artifacts import Model, Sidecar, Weights
+from rtresnet import artifacts, learned
+from rtresnet.artifacts import Calibration, Model, Sidecar, Weights
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.models import zoo
 from rtresnet.models.foreign import adopt, recognize
@@ -40,7 +40,8 @@ class Checkpoint:
         weights: Where the numbers came from.
         state: Parameter and buffer name to tensor, in our names.
         training: What `train` needs to go on; empty in a foreign file.
-        measured: Accuracy and the like, with n.
+        measured: Accuracy and the like, with n; after fine-tuning for INT8, of the net in INT8.
+        learned: Scales of activations, where the net was fine-tuned for INT8.
     """
 
     model: Model
@@ -49,6 +50,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     training: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    learned: learned.Learned | None = None
 
     @property
     def spec(self) -> zoo.Spec:
@@ -113,6 +115,8 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         "training": checkpoint.training,
         "measured": checkpoint.measured,
     }
+    if checkpoint.learned is not None:
+        payload["learned"] = dataclasses.asdict(checkpoint.learned)
 
     def write(temporary: Path) -> None:
         # Through memory, so that a full disk is an OSError with a name, not torch's RuntimeError.
@@ -127,9 +131,24 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         input=checkpoint.input,
         weights=checkpoint.weights,
         precision="fp32",
+        calibration=_calibration(Path(path), checkpoint.learned),
         measured=checkpoint.measured,
     )
     return artifacts.publish(path, write, sidecar)
+
+
+def _calibration(path: Path, found: learned.Learned | None) -> Calibration | None:
+    """The record of learned scales, which lie in the checkpoint itself."""
+    if found is None:
+        return None
+    return Calibration(
+        method=learned.METHOD,
+        images=found.images,
+        images_sha256=found.images_sha256,
+        n=found.n,
+        scales=path.name,
+        scales_sha256=found.sha256,
+    )
 
 
 def load(
@@ -180,6 +199,7 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             state=payload["state"],
             training=payload["training"],
             measured=payload["measured"],
+            learned=learned.checked(payload["learned"]) if "learned" in payload else None,
         )
         said = checkpoint.spec
         if not all(isinstance(tensor, Tensor) for tensor in checkpoint.state.values()):

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from rtresnet.quantize import qdq
+from rtresnet.quantize import places, qdq
 from rtresnet.quantize.histogram import Histogram
 
 
@@ -30,7 +30,7 @@ def bias_shifts(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict[
     shifts = {}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type not in qdq.WEIGHTED or len(node.input) < 3:
+        if node.op_type not in places.WEIGHTED or len(node.input) < 3:
             continue
         weight = numpy_helper.to_array(constants[node.input[1]])
         means = found[node.input[0]].means

@@ -15,31 +15,23 @@ Before: a folded FP32 model. After: the same graph with these changes and no oth
  7. Weights are int8 constants behind a DequantizeLinear alone, one scale an output channel
     (axis 0 of [out, in, h, w] and of [classes, features]), in [-127, 127].
  8. Biases stay float: TensorRT rejects an int32 bias behind a DequantizeLinear.
+
+Rules 1 to 3 need names only and stand in `places.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from rtresnet.errors import ArtifactError
-
-WEIGHTED = ("Conv", "Gemm")
+from rtresnet.quantize.places import WEIGHTED, Use, places
 
 # What a float32 scale can be without becoming zero, a subnormal or infinity.
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """One input of one node."""
-
-    node: str
-    index: int
 
 
 def placement(model: onnx.ModelProto, keep: Collection[str] = ()) -> dict[str, list[Use]]:
@@ -50,7 +42,7 @@ def placement(model: onnx.ModelProto, keep: Collection[str] = ()) -> dict[str, l
         keep: Names of nodes that stay in float.
 
     Raises:
-        ArtifactError: The graph has no Conv, or is quantized already.
+        ArtifactError: The graph has no Conv, is quantized already, or has an Add of no block.
     """
     nodes = model.graph.node
     if any(node.op_type == "DequantizeLinear" for node in nodes):
@@ -59,42 +51,7 @@ def placement(model: onnx.ModelProto, keep: Collection[str] = ()) -> dict[str, l
         )
     if not any(node.op_type == "Conv" for node in nodes):
         raise ArtifactError(f"{model.graph.name}: holds no convolution")
-    constants = {tensor.name for tensor in model.graph.initializer}
-    places: dict[str, list[Use]] = {}
-    for node in nodes:
-        if node.name in keep:
-            continue
-        if node.op_type in WEIGHTED:
-            index = 0
-        elif node.op_type == "Add" and not constants.intersection(node.input):
-            index = shortcut_input(model, node)
-        else:
-            continue
-        places.setdefault(node.input[index], []).append(Use(node=node.name, index=index))
-    return places
-
-
-def shortcut_input(model: onnx.ModelProto, add: onnx.NodeProto) -> int:
-    """Which input of a residual Add is the shortcut: the one with fewer convolutions behind it.
-
-    Counted back to the tensor where the two branches part.
-    """
-    producers = {out: node for node in model.graph.node for out in node.output}
-
-    def path(tensor: str) -> dict[str, int]:
-        """Tensors behind `tensor` along first inputs, with convolutions passed on the way."""
-        seen, convolutions = {tensor: 0}, 0
-        while (node := producers.get(tensor)) is not None and node.input:
-            convolutions += node.op_type == "Conv"
-            tensor = node.input[0]
-            seen[tensor] = convolutions
-        return seen
-
-    first, second = path(add.input[0]), path(add.input[1])
-    fork = next((tensor for tensor in first if tensor in second), None)
-    if fork is None:
-        raise ArtifactError(f"the inputs of {add.name} have no common origin: not a residual Add")
-    return 0 if first[fork] < second[fork] else 1
+    return places(nodes, {tensor.name for tensor in model.graph.initializer}, keep)
 
 
 def insert(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from rtresnet.quantize import qdq
+from rtresnet.quantize import places
 from rtresnet.quantize.calibrate import Calibrated
 from rtresnet.quantize.simulate import Simulation, noise_ratio
 
@@ -41,7 +41,7 @@ class Block:
 
 def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
     """Nodes that can be quantized, by block, in graph order."""
-    nodes = [n for n in model.graph.node if n.op_type in (*qdq.WEIGHTED, "Add")]
+    nodes = [n for n in model.graph.node if n.op_type in (*places.WEIGHTED, "Add")]
     convolutions = [node for node in nodes if node.op_type == "Conv"]
     if sum(NAMED.match(node.name) is not None for node in convolutions) >= len(convolutions) - 1:
         return _by_name(nodes)
@@ -110,4 +110,4 @@ def sensitivity(
 
 def _weights(model: onnx.ModelProto) -> dict[str, int]:
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
-    return {n.name: sizes[n.input[1]] for n in model.graph.node if n.op_type in qdq.WEIGHTED}
+    return {n.name: sizes[n.input[1]] for n in model.graph.node if n.op_type in places.WEIGHTED}

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,27 @@ from rtresnet.artifacts import Weights
 from rtresnet.data import cache, loader
 from rtresnet.data.sources import Source
 from rtresnet.errors import GateMissed, InputError
+from rtresnet.learned import Learned
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.train import distributed, feed
+from rtresnet.models.resnet import ResNet
+from rtresnet.train import distributed, feed, qat
 from rtresnet.train.average import recompute_statistics
 from rtresnet.train.distributed import ALONE, World
 from rtresnet.train.job import Job, Listener, Progress, settled
+from rtresnet.train.qat import FakeQuantized
 from rtresnet.train.recipes import SMALL
 from rtresnet.train.score import Scorer
-from rtresnet.train.state import adopt_weights, check_folder, check_same, saved_run
+from rtresnet.train.state import (
+    adopt_weights,
+    as_kept,
+    as_loaded,
+    check_folder,
+    check_same,
+    check_start,
+    on_cpu,
+    saved_run,
+)
 from rtresnet.train.step import Stepper, check_compiler
 from rtresnet.train.stop import Stop, held_back
 
@@ -72,6 +84,8 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
     check_folder(job.out, resume)
+    if not resume:
+        check_start(job.recipe, job.start)
     job = settled(job)
     recipe = job.recipe
     distributed.check_batch(recipe.batch, recipe.accumulate, world)
@@ -124,12 +138,31 @@ class _Run:
             world=world, device=job.device, tally=tally,
         )  # fmt: skip
         self.scorer = Scorer(self.feed, world, tally.warn)
-        self.stepper = Stepper(net, job.recipe, world, job.device)
+        learner = self._rounding(net) if job.recipe.qat else net
+        self.stepper = Stepper(learner, job.recipe, world, job.device)
         self.total, self.steps_an_epoch = self.feed.total, self.feed.steps_an_epoch
         self.step, self.best = 0, -1.0
         self.sums, self.log = _Sums(), list[dict[str, Any]]()
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
+
+    def _rounding(self, net: ResNet) -> FakeQuantized:
+        """The net with fake quantization, its scales those it came with or from some images."""
+        fake, start = FakeQuantized(net).to(self.job.device), self.job.start
+        if start is not None and start.learned is not None:
+            fake.set_scales(start.learned.scales)
+        elif start is not None:  # else the run's own are about to be restored
+            qat.calibrate(fake, self._some_images(qat.CALIBRATION_IMAGES))
+            fake.set_scales(self.world.share(fake.named_scales()))
+        return fake
+
+    def _some_images(self, count: int) -> Iterator[torch.Tensor]:
+        """Training images at random, as in evaluation, on the device."""
+        rng = np.random.default_rng((self.recipe.seed, feed.STEP))
+        chosen = rng.permutation(self.parts.train)[:count]
+        batch = min(self.recipe.batch, 256)
+        for images, _ in loader.batches(self.source, self.job.preprocess, batch, indices=chosen):
+            yield torch.from_numpy(images).to(self.job.device)
 
     def go(self, stop: Stop, on_step: Listener, on_epoch: Callable[[dict[str, Any]], None]) -> None:
         """To the end. An epoch is over when it is in the log, not when its last step is done."""
@@ -239,9 +272,21 @@ class _Run:
             model=self.model,
             input=self.job.preprocess,
             weights=Weights(origin="trained", source=self.job.source.name),
-            state=_on_cpu(self.stepper.kept),
+            state=as_kept(self.stepper.kept),
+            learned=self._learned(),
             training=training,
             measured=measured,
+        )
+
+    def _learned(self) -> Learned | None:
+        kept = self.stepper.kept
+        if not isinstance(kept, FakeQuantized):
+            return None
+        return Learned(
+            scales=kept.named_scales(),
+            images=self.job.source.name,
+            images_sha256=self.fingerprint,
+            n=len(self.parts.train),
         )
 
     def _keep(self, record: dict[str, Any]) -> None:
@@ -283,7 +328,7 @@ class _Run:
             "random": torch.get_rng_state(),
         }
         if stepper.average:
-            state |= {"weights": _on_cpu(stepper.net), "updates": stepper.average.updates}
+            state |= {"weights": on_cpu(stepper.net), "updates": stepper.average.updates}
         checkpoint.save(self.job.out / "last.pt", self._checkpoint(state, self._measured()))
 
     def restore(self) -> None:
@@ -303,8 +348,10 @@ class _Run:
             )
         stepper = self.stepper
         if stepper.average:
-            stepper.average.restore(last.state, saved["updates"])
-        stepper.net.load_state_dict(saved["weights"] if stepper.average else last.state)
+            stepper.average.restore(as_loaded(stepper.average.net, last), saved["updates"])
+        stepper.net.load_state_dict(
+            saved["weights"] if stepper.average else as_loaded(stepper.net, last)
+        )
         stepper.optimizer.load_state_dict(saved["optimizer"])
         stepper.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
@@ -318,7 +365,7 @@ class _Run:
         best = checkpoint.load(path)
         if "test_top1" in best.measured:  # finished before
             return best
-        net.load_state_dict(best.state)
+        net.load_state_dict(as_loaded(net, best))
         measured = dict(best.measured)
         if self.recipe.bn_images:
             measured |= self._recompute(net, best)
@@ -330,21 +377,14 @@ class _Run:
         if accuracy.top5_percent is not None:
             measured["test_top5"] = accuracy.top5_percent
         weights = dataclasses.replace(best.weights, sha256=None, source=self.job.source.name)
-        final = dataclasses.replace(best, measured=measured, weights=weights, state=_on_cpu(net))
+        final = dataclasses.replace(best, measured=measured, weights=weights, state=as_kept(net))
         if self.world.first:
             checkpoint.save(path, final)
         return final
 
     def _recompute(self, net: torch.nn.Module, best: Checkpoint) -> dict[str, Any]:
         """New statistics, unless the held-out images are recognized less well with them."""
-        rng = np.random.default_rng((self.recipe.seed, feed.STEP))
-        chosen = rng.permutation(self.parts.train)[: self.recipe.bn_images]
-        batches = loader.batches(
-            self.source, self.job.preprocess, min(self.recipe.batch, 256), indices=chosen
-        )
-        used = recompute_statistics(
-            net, (torch.from_numpy(images).to(self.job.device) for images, _ in batches)
-        )
+        used = recompute_statistics(net, self._some_images(self.recipe.bn_images))
         if not len(self.parts.val):
             return {"bn_images": used}
         val = self._score(self.source, self.parts.val)
@@ -352,7 +392,3 @@ class _Run:
             net.load_state_dict(best.state)
             return {"bn_images": 0}
         return {"bn_images": used, "val_top1": val.top1_percent}
-
-
-def _on_cpu(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}

@@ -69,6 +69,7 @@ class Recipe:
         precision: Of the forward and backward pass; "auto" is bf16 where the
             GPU or the processor computes in it.
         compile: Whether torch.compile is used.
+        qat: Whether the net learns with the rounding of its INT8 file (`qat.py`).
     """
 
     name: str = "custom"
@@ -111,6 +112,7 @@ class Recipe:
     freeze: int = 0
     precision: str = "auto"
     compile: bool = False
+    qat: bool = False
 
     def __post_init__(self) -> None:
         for field, choices in CHOICES.items():
@@ -130,6 +132,17 @@ class Recipe:
             raise InputError(f"area={self.area}: needs two shares, the smaller first")
         if any(len(pair) != 2 or not 0 < pair[1] <= 1 for pair in self.progressive):
             raise InputError(f"progressive={self.progressive}: needs pairs of (from, share)")
+        if self.qat and self.precision in ("bf16", "fp16"):
+            raise InputError(
+                f"precision={self.precision}: INT8 is rounded from float32 in training",
+                fix="--set precision=fp32",
+            )
+        if self.qat and self.bn_images:
+            raise InputError(
+                f"bn_images={self.bn_images}: fine-tuning for INT8 folds batch norm, and its "
+                "statistics stay",
+                fix="--set bn_images=0",
+            )
 
     def total(self, steps_an_epoch: int) -> int:
         """Steps in the whole run."""
@@ -188,11 +201,15 @@ BOUNDS = (
 
 
 def differences(old: dict[str, Any], new: Recipe) -> list[str]:
-    """Fields in which a stored recipe differs from one asked for, as `field old -> new`."""
+    """Fields in which a stored recipe differs from one asked for, as `field old -> new`.
+
+    A field that was not yet known when the recipe was stored had its default's effect.
+    """
+    known = dataclasses.asdict(Recipe(epochs=1)) | {"epochs": None} | old
     return [
-        f"{name} {old.get(name)} -> {value}"
+        f"{name} {known[name]} -> {value}"
         for name, value in dataclasses.asdict(new).items()
-        if _plain(value) != _plain(old.get(name))
+        if _plain(value) != _plain(known[name])
     ]
 
 

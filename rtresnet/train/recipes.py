@@ -4,6 +4,7 @@ paper-cifar     section 4.2, as published
 paper-imagenet  section 3.4, as published
 modern          what has been learnt since, for long runs on many images
 finetune        from weights to other images
+qat             from weights to the same net in INT8, with the rounding in training
 speed           good accuracy in as few passes as possible, on small images
 """
 
@@ -50,6 +51,12 @@ FINETUNE = Recipe(
     area=(0.35, 1.0), padding_mode="reflect", ema=0.99,
 )  # fmt: skip
 
+# Fine-tuning with rounding: few passes at a tenth of the rate, and the images as they are met
+# later, because the ranges of activations are learned along with the weights.
+QAT = dataclasses.replace(
+    FINETUNE, name="qat", epochs=3, lr=0.001, label_smoothing=0.0, precision="fp32", qat=True,
+)  # fmt: skip
+
 # A one-cycle rate with Nesterov momentum, larger batches and decay, mirroring in alternate
 # epochs, averaged weights, and a beginning on smaller images.
 SPEED = Recipe(
@@ -59,7 +66,9 @@ SPEED = Recipe(
     progressive=((0.0, 0.625), (0.4, 0.75), (0.7, 1.0)),
 )  # fmt: skip
 
-RECIPES = {recipe.name: recipe for recipe in (PAPER_CIFAR, PAPER_IMAGENET, MODERN, FINETUNE, SPEED)}
+RECIPES = {
+    recipe.name: recipe for recipe in (PAPER_CIFAR, PAPER_IMAGENET, MODERN, FINETUNE, QAT, SPEED)
+}
 
 SMALLEST_BATCH = 32
 STEPS_AN_EPOCH = 40  # below this a batch leaves too few updates to learn from

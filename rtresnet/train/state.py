@@ -1,4 +1,5 @@
-"""A run's folder: may it be written into, can it be gone on with, and with what."""
+"""A run's folder: may it be written into, can it be gone on with, and with what; and how a net in
+training goes into a checkpoint and comes out of it."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rtresnet import artifacts
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
+from rtresnet.train.qat import FakeQuantized
 from rtresnet.train.recipe import Recipe, differences
 
 
@@ -25,6 +28,16 @@ def check_folder(out: Path, resume: bool) -> None:
         raise InputError(f"{out}: holds a run already", fix="add --resume, or another --out")
     if resume and not there:
         raise InputError(f"{out}: no saved state to go on from", fix="start without --resume")
+
+
+def check_start(recipe: Recipe, start: Checkpoint | None) -> None:
+    """Refuses to learn INT8 from nothing: its batch norms' statistics would never be found.
+
+    Raises:
+        InputError: Fine-tuning for INT8 without weights.
+    """
+    if recipe.qat and start is None:
+        raise InputError("--qat fine-tunes a trained net", fix="say which: --weights FILE")
 
 
 def saved_run(out: Path) -> Checkpoint:
@@ -97,3 +110,22 @@ def adopt_weights(net: torch.nn.Module, start: Checkpoint) -> None:
             fix=f"--model {start.model.architecture}",
         )
     net.load_state_dict(state)
+
+
+def as_kept(net: torch.nn.Module) -> dict[str, Tensor]:
+    """A net's weights as a checkpoint has them: on the CPU, under the zoo's names."""
+    return on_cpu(net.net if isinstance(net, FakeQuantized) else net)
+
+
+def as_loaded(net: torch.nn.Module, kept: Checkpoint) -> dict[str, Tensor]:
+    """The reverse: what `net.load_state_dict` takes, learned scales included."""
+    if not isinstance(net, FakeQuantized):
+        return kept.state
+    assert kept.learned is not None
+    scales = torch.tensor([kept.learned.scales[name] for name in net.places])
+    return {f"net.{name}": tensor for name, tensor in kept.state.items()} | {"scales": scales}
+
+
+def on_cpu(net: torch.nn.Module) -> dict[str, Tensor]:
+    """All of a net's tensors."""
+    return {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}

@@ -20,17 +20,20 @@ from rtresnet.models.resnet import ResNet
 from rtresnet.train.average import Average
 from rtresnet.train.distributed import World
 from rtresnet.train.feed import Micro
+from rtresnet.train.qat import FakeQuantized
 from rtresnet.train.recipe import Recipe
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def settle_precision(recipe: Recipe, device: str) -> str:
-    """What "auto" means on this device, and whether the rest can be had there.
+    """What "auto" means on this device and for this recipe, and whether the rest can be had there.
 
     Raises:
         InputError: FP16 without a GPU: small gradients vanish, and there is nothing to gain.
     """
+    if recipe.precision == "auto" and recipe.qat:
+        return "fp32"
     if recipe.precision == "auto":
         on_gpu = device.startswith("cuda")
         able = torch.cuda.is_bf16_supported() if on_gpu else machine.native_bf16()
@@ -64,10 +67,13 @@ class Stepper:
         device: The net's.
     """
 
-    def __init__(self, net: ResNet, recipe: Recipe, world: World, device: str) -> None:
+    def __init__(
+        self, net: ResNet | FakeQuantized, recipe: Recipe, world: World, device: str
+    ) -> None:
         self.net, self.recipe = net, recipe
+        self.fake = net if isinstance(net, FakeQuantized) else None
         self.kind = "cuda" if device.startswith("cuda") else "cpu"
-        self.frozen = freeze(net, recipe.freeze)
+        self.frozen = freeze(net.net if isinstance(net, FakeQuantized) else net, recipe.freeze)
         self.optimizer = torch.optim.SGD(
             _groups(net, recipe),
             lr=recipe.lr,
@@ -109,8 +115,11 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
+        scales = self.fake.scales.detach().clone() if self.fake else None
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.fake and scales is not None:
+            self.fake.hold_scales(scales)
         if self.average:
             self.average.update(self.net)
         return torch.stack(losses).mean(), torch.stack(hits).sum()
@@ -148,9 +157,14 @@ def freeze(net: ResNet, parts: int) -> list[nn.Module]:
 
 def _groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    if recipe.decay_norms:
+    scales = net.scales if isinstance(net, FakeQuantized) else None  # of activations: no decay
+    if recipe.decay_norms and scales is None:
         return [{"params": learning, "weight_decay": recipe.weight_decay}]
+
+    def decays(parameter: Tensor) -> bool:
+        return parameter is not scales and (parameter.ndim > 1 or recipe.decay_norms)
+
     return [
-        {"params": [p for p in learning if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in learning if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in learning if decays(p)], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in learning if not decays(p)], "weight_decay": 0.0},
     ]
