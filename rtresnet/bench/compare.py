@@ -55,7 +55,9 @@ def paired(
     """Compares latencies of slices measured side by side, one pair a round.
 
     The median of the rounds' ratios: a round in which something else ran during one of its slices
-    moves it by one rank, however much it took. Its interval draws blocks of rounds.
+    moves it by one rank, however much it took. Its interval is the hull of two: one that draws
+    blocks of rounds, for rounds that depend on their neighbours, and the sign test's, which holds
+    for any number of rounds and any noise.
 
     Args:
         reference: A latency a round.
@@ -67,7 +69,9 @@ def paired(
     level = 1 - 0.05 / max(comparisons, 1)
     ranks = ratios.argsort().argsort().astype(np.float64)
     block = bootstrap.block_length(ranks)
-    low, high = np.exp(bootstrap.interval(bootstrap.resample(ratios, block, [0.5])[1], level))
+    drawn = bootstrap.interval(bootstrap.resample(ratios, block, [0.5])[1], level)
+    signs = median_bounds(ratios, level)
+    low, high = np.exp([min(drawn[0], signs[0]), max(drawn[1], signs[1])])
     if n < FEWEST_PAIRS:
         low, high = 0.0, float("inf")
     return Comparison(
@@ -79,6 +83,16 @@ def paired(
         paired=True,
         verdict=verdict(low, high),
     )
+
+
+def median_bounds(samples: np.ndarray, level: float) -> bootstrap.Interval:
+    """The sign test's interval for the median of independent samples: two of the samples."""
+    n, ordered = len(samples), np.sort(samples)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    chances = log_factorial[-1] - log_factorial - log_factorial[::-1] - n * np.log(2)
+    below = np.cumsum(np.exp(chances))  # P(at most k of n lie below the median)
+    out = int(np.searchsorted(below, (1 - level) / 2, side="right"))  # samples left out a side
+    return float(ordered[max(out - 1, 0)]), float(ordered[min(n - out, n - 1)])
 
 
 def apart(

@@ -86,9 +86,9 @@ def largest(
     def holds(index: int, times: int = 1) -> bool:
         known = points.setdefault(index, [])
         while len(known) < times:
-            known.append(_point(loads[index], measure(loads[index]), bound))
+            known.append(point(loads[index], measure(loads[index]), bound))
             on_point(known[-1])
-        return 2 * sum(point.holds for point in known) > len(known)
+        return 2 * sum(entry.holds for entry in known) > len(known)
 
     low, high = -1, len(loads)  # holds, does not
     step = 0
@@ -106,7 +106,7 @@ def largest(
             low -= 1
         elif low + 1 < len(loads) and holds(low + 1, REPEATS):
             low += 1
-    everything = [point for index in sorted(points) for point in points[index]]
+    everything = [entry for index in sorted(points) for entry in points[index]]
     return Found(
         best=loads[low] if low >= 0 else None,
         limit=low == len(loads) - 1,
@@ -114,7 +114,8 @@ def largest(
     )
 
 
-def _point(load: float, measured: Measurement, bound: float) -> Point:
+def point(load: float, measured: Measurement, bound: float) -> Point:
+    """What a measurement says of a bound."""
     latency = measured.latency
     return Point(
         load=load,

@@ -4,71 +4,170 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common
+from rtresnet.cli import bench_baseline, bench_find, bench_load, common
+from rtresnet.cli.bench_show import show, where
 from rtresnet.errors import InputError
+
+if TYPE_CHECKING:
+    from rtresnet.runtime.session import Session
+
+__all__ = ["command", "run", "where"]
 
 
 @click.command("bench", short_help="Measure latency and throughput.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option(
-    "--batch", default="1,8", show_default=True, metavar="N,...", help="Batches to measure."
-)
+@click.option("--batch", metavar="N,...", help="Batches to measure [1,8; offline 8].")
 @click.option(
     "--seconds", type=float, default=3.0, show_default=True, help="For each, after warm-up."
+)
+@click.option("--queries", type=click.IntRange(min=1), help="So many requests, not --seconds.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of input, order, arrivals.")
+@click.option(
+    "--scenario",
+    type=click.Choice(bench_load.SCENARIOS),
+    help="As MLPerf defines them; closed keeps --concurrency requests in flight. [single-stream]",
 )
 @click.option(
     "--qps",
     type=float,
-    help="Poisson arrivals at this rate, one image each, however late the answers are; latency "
-    "counts from the moment a request was meant to come.",
+    help="Server: Poisson arrivals at this rate, one image each, however late the answers are; "
+    "latency counts from the moment a request was meant to come.",
 )
+@click.option("--concurrency", type=click.IntRange(min=1), help="Closed: requests in flight.")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Server and closed: form batches of so many images.",
+)  # fmt: skip
+@click.option(
+    "--max-wait", default="2ms", show_default=True, help="How long an image waits for a batch."
+)
+@click.option(
+    "--with-preprocess", metavar="PATH", help="From encoded bytes: an image or a folder of them."
+)
+@click.option("--find-batch", is_flag=True, help="The largest batch that holds --p99.")
+@click.option("--find-qps", is_flag=True, help="The highest rate of arrivals that holds --p99.")
+@click.option("--p99", metavar="TIME", help="The bound, as in 10ms.")
+@click.option("--plot", metavar="FILE", help="The curve of a search: .svg or .png.")
+@click.option("--baseline", metavar="FILE", help="Exit 1 if slower than in this --json file.")
+@click.option("--tolerance", default="3%", show_default=True, help="Of --baseline.")
+@click.option("--force", is_flag=True, help="Compare with a baseline of another device or version.")
+@click.option("--intervals", is_flag=True, help="Print 95 % confidence intervals too.")
+@click.option("--trtexec", is_flag=True, help="Print what trtexec would have printed too.")
 @common.device_options
 @common.json_option
 def command(
     paths: tuple[str, ...],
-    batch: str,
-    seconds: float,
-    qps: float | None,
     json_file: str | None,
+    find_batch: bool,
+    find_qps: bool,
+    p99: str | None,
+    plot: str | None,
+    tolerance: str,
+    intervals: bool,
+    trtexec: bool,
     **options: Any,
 ) -> None:
     """Measure latency: median, p90, p95, p99, images/s, one request after another.
 
-    A plan needs a GPU. Without one, `--device auto` measures the ONNX file it was built from on
-    the CPU and says so; `--device cuda` exits 3.
+    Several files are measured in turn and compared. A plan needs a GPU. Without one, `--device
+    auto` measures the ONNX file it was built from on the CPU and says so; `--device cuda` exits 3.
     """
-    result = run(paths, batch=batch, seconds=seconds, qps=qps, **options)
-    show(result)
+    if find_batch or find_qps:
+        what = "qps" if find_qps else "batch"
+        if find_batch and find_qps:
+            raise InputError("--find-batch and --find-qps are two searches", fix="choose one")
+        _find(paths, what, p99, plot, json_file, options)
+        return
+    for name, given in (("p99", p99), ("plot", plot)):
+        if given is not None:
+            raise InputError(f"--{name} belongs to --find-batch or --find-qps")
+    allowed = bench_baseline.percent(tolerance)
+    result = run(paths, **options)
+    show(result, intervals=intervals, trtexec=trtexec)
+    recorded = result.pop("recorded", None)
+    if recorded is not None:
+        result["regressions"] = bench_baseline.gate(
+            options["baseline"], recorded, result["results"], allowed
+        )
     common.write_json(json_file, "bench", result)
+    if judged := result.get("regressions"):
+        bench_baseline.refuse_regressions(judged, result["results"])
 
 
 def run(
     paths: tuple[str, ...],
     *,
-    batch: str,
-    seconds: float,
+    batch: str | None = None,
+    seconds: float = 3.0,
+    queries: int | None = None,
+    seed: int = 0,
+    scenario: str | None = None,
     qps: float | None = None,
+    concurrency: int | None = None,
+    max_batch: int = 1,
+    max_wait: str = "2ms",
+    with_preprocess: str | None = None,
+    baseline: str | None = None,
+    force: bool = False,
     device: str = "auto",
     **options: Any,
 ) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes."""
-    from rtresnet.bench import load, scenarios
-    from rtresnet.bench.environment import Watch
+    """The verb's body; returns what `--json` writes; with a baseline, its results as `recorded`."""
+    load = bench_load.choose(
+        scenario=scenario, batch=batch, qps=qps, concurrency=concurrency, max_batch=max_batch,
+        with_preprocess=with_preprocess, seconds=seconds, queries=queries, seed=seed,
+        max_wait_ms=bench_load.milliseconds(max_wait, "max-wait"),
+    )  # fmt: skip
+    recorded = bench_baseline.read(baseline) if baseline is not None else None
+    results: list[dict[str, Any]] = []
+    with _opened(paths, device, options) as (sessions, facts, watch):
+        planned = [
+            fact
+            | {"batch": count, "scenario": load.scenario, "load": load.facts()}
+            | {"with_preprocess": bool(load.images)}
+            for count in load.batches
+            for fact in facts
+        ]
+        if recorded is not None and baseline is not None:
+            bench_baseline.require_alike(baseline, recorded, planned, force)
+        for place, count in enumerate(load.batches):
+            total = seconds * len(paths)
+            with common.progress(f"measuring at batch {count}", total=total) as update:
+                measured = bench_load.measure(sessions, load, count, update)
+            about = planned[place * len(paths) :]
+            for fact, taken in zip(about, measured, strict=False):
+                entry = fact | dataclasses.asdict(taken)
+                results.append(entry | {"load": taken.load | load.facts()})
+    return {
+        "notes": [fact["note"] for fact in facts if fact["note"]],
+        "scenario": load.scenario,
+        "qps": qps,
+        "seed": seed,
+        "with_preprocess": bool(load.images),
+        "environment": watch.report,
+        "results": results,
+    } | ({"recorded": recorded} if recorded is not None else {})
+
+
+@contextlib.contextmanager
+def _opened(
+    paths: Sequence[str], device: str, options: dict[str, Any]
+) -> Iterator[tuple[list[Session], list[dict[str, Any]], Any]]:
+    """Sessions, what is known of each before it is measured, and a watch on the machine."""
+    from rtresnet.bench import environment
     from rtresnet.runtime.session import load as load_session
 
-    batches = parse_batches(batch) if qps is None else [1]
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:
         if stand_in:  # before the wait, not after it
             common.out_console().print(
                 f"NOTE: {stand_in}", style="bold yellow", markup=False, soft_wrap=True
             )
-    results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         sessions = [
             stack.enter_context(
@@ -79,61 +178,78 @@ def run(
         sizes = {session.size for session in sessions}
         if len(sizes) > 1:
             raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
-        (size,) = sizes
+        facts = []
+        for path, (target, stand_in), session in zip(paths, chosen, sessions, strict=True):
+            sidecar = session.sidecar
+            facts.append(
+                {
+                    "asked": path,
+                    "measured": target,
+                    "instead_of_plan": stand_in is not None,
+                    "note": stand_in,
+                    "precision": sidecar.precision if sidecar else None,
+                    "untrained": bool(sidecar and sidecar.weights.origin == "untrained"),
+                    "size": session.size,
+                    "chain": environment.chain_of(target),
+                }
+                | session.describe()
+            )
         gpus = [s.backend.device for s in sessions if s.backend.device != "cpu"]
-        watch = stack.enter_context(Watch(next(iter(gpus), None)))
-        for count in batches:
-            total = seconds * len(paths)
-            with common.progress(f"measuring at batch {count}", total=total) as update:
-                candidates = [
-                    load.Candidate(
-                        serve=session,
-                        requests=[session.example(count)],
-                        timings=session.backend.timings,
-                    )
-                    for session in sessions
-                ]
-                if qps is None:
-                    measured = load.measure(
-                        candidates, batch=count, seconds=seconds, on_progress=update
-                    )
-                else:
-                    measured = [scenarios.server(c, qps=qps, seconds=seconds) for c in candidates]
-            for path, (target, stand_in), session, taken in zip(
-                paths, chosen, sessions, measured, strict=True
-            ):
-                sidecar = session.sidecar
-                results.append(
-                    {
-                        "asked": path,
-                        "measured": target,
-                        "instead_of_plan": stand_in is not None,
-                        "precision": sidecar.precision if sidecar else None,
-                        "untrained": bool(sidecar and sidecar.weights.origin == "untrained"),
-                        "size": size,
-                    }
-                    | dataclasses.asdict(taken)
-                    | session.describe()
-                )
-    notes = [stand_in for _, stand_in in chosen if stand_in]
-    return {"notes": notes, "qps": qps, "environment": watch.report, "results": results}
+        with environment.Watch(next(iter(gpus), None)) as watch:
+            yield sessions, facts, watch
 
 
-def parse_batches(given: str) -> list[int]:
-    """`1,8` to [1, 8].
-
-    Raises:
-        InputError: Not whole numbers from 1.
-    """
-    try:
-        batches = [int(part) for part in given.split(",")]
-    except ValueError:
-        batches = [0]
-    if min(batches) < 1:
-        raise InputError(
-            f"--batch {given}: whole numbers from 1 are needed", fix="as in --batch 1,8"
-        )
-    return batches
+def _find(
+    paths: tuple[str, ...],
+    what: str,
+    p99: str | None,
+    plot: str | None,
+    json_file: str | None,
+    options: dict[str, Any],
+) -> None:
+    if p99 is None:
+        raise InputError(f"--find-{what} needs a bound", fix="as in --p99 10ms")
+    for name in ("scenario", "qps", "concurrency", "batch", "baseline"):
+        if options.pop(name) is not None:
+            raise InputError(f"--{name} and --find-{what} do not go together")
+    if options.pop("force"):
+        raise InputError("--force belongs to --baseline")
+    bound = bench_load.milliseconds(p99, "p99")
+    if plot is not None:
+        bench_find.check_plot(plot)
+    if what == "batch" and options["max_batch"] > 1:
+        raise InputError("--max-batch and --find-batch do not go together")
+    names = ("seconds", "queries", "seed", "max_batch", "with_preprocess")
+    asked = {name: options.pop(name) for name in names}
+    max_wait = bench_load.milliseconds(options.pop("max_wait"), "max-wait")
+    images = asked.pop("with_preprocess")
+    load = bench_load.Load(
+        **asked, max_wait_ms=max_wait, images=bench_load.read_images(images) if images else ()
+    )
+    device, searches = options.pop("device"), []
+    with _opened(paths, device, options) as (sessions, facts, watch):
+        for session, fact in zip(sessions, facts, strict=True):
+            found = bench_find.search(session, load, what=what, bound=bound)
+            searches.append((fact, bench_find.as_json(found, what, bound)))
+    for fact, search in searches:
+        bench_find.show(fact["measured"], search, bound)
+    console = common.out_console()
+    for line in sorted({where(fact) for fact in facts}):
+        console.print(line, soft_wrap=True, markup=False)
+    for remark in watch.report["remarks"]:
+        console.print(f"NOTE: {remark}", style="bold yellow", markup=False, soft_wrap=True)
+    if plot is not None:
+        bench_find.write_plot(plot, [(fact["measured"], found) for fact, found in searches], bound)
+    common.write_json(
+        json_file,
+        "bench-find",
+        {
+            "environment": watch.report,
+            "searches": [fact | {"search": found} for fact, found in searches],
+        },
+    )
+    for fact, search in searches:
+        bench_find.require_best(fact["measured"], search, bound)
 
 
 def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
@@ -157,58 +273,3 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
     return str(parent), (
         f"no GPU here: measured is {parent} on the CPU, which {path} was built from"
     )
-
-
-def show(result: dict[str, Any]) -> None:
-    """The table, with what it was taken on under it."""
-    from rtresnet.report import tables
-
-    console = common.out_console()
-    several = len({entry["measured"] for entry in result["results"]}) > 1
-    rows = []
-    for entry in result["results"]:
-        latency = entry["latency"]
-        rows.append(
-            (
-                Path(entry["measured"]).name,
-                entry["batch"],
-                *(latency[name] for name in ("median", "p90", "p95", "p99", "images_per_second")),
-                latency["n"],
-                *((f"{entry['speed']:.2f}",) if several else ()),
-            )
-        )
-    headings = ["file", "batch", "median", "p90", "p95", "p99", "img/s", "n"]
-    if several:
-        headings.append("speed")
-    tables.show(console, headings, rows)
-    if result["qps"] is None:
-        console.print("Latency in ms a batch, wall time, one request after another.")
-    else:
-        console.print(
-            f"Latency in ms from when a request was meant to come, {result['qps']:g} a second."
-        )
-    for remark in result["environment"]["remarks"]:
-        console.print(f"NOTE: {remark}", style="bold yellow", markup=False, soft_wrap=True)
-    if several and result["qps"] is None:
-        console.print("Speed against the first file, measured in turn.")
-        for entry in result["results"]:
-            if found := entry["comparison"]:
-                console.print(
-                    f"{Path(entry['measured']).name}, batch {entry['batch']}: {found['verdict']} "
-                    f"({found['low']:.2f} to {found['high']:.2f} times as fast, "
-                    f"{100 * found['level']:.0f} %, {found['n']} rounds)",
-                    soft_wrap=True, markup=False,
-                )  # fmt: skip
-    for line in sorted({where(entry) for entry in result["results"]}):
-        console.print(line, soft_wrap=True, markup=False)
-    if any(entry["untrained"] for entry in result["results"]):
-        console.print("Untrained weights: latency is meaningful, accuracy is not.")
-    if not all(entry["steady"] for entry in result["results"]):
-        console.print("Not steady after 2 s of warm-up: another load on this machine?")
-
-
-def where(entry: dict[str, Any]) -> str:
-    """Device, provider, threads and versions on one line."""
-    threads = f", {entry['threads']} threads" if entry["threads"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    return f"{entry['device']}; {entry['provider']}{threads}; {versions}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
+from typing import Any
+
 import numpy as np
 import pytest
 
 from rtresnet.bench import scenarios
 from rtresnet.bench.load import Candidate
 from rtresnet.errors import InputError
+from rtresnet.runtime.batcher import Batcher
 
 
 class Simulated:
@@ -59,3 +64,82 @@ def test_a_rate_out_of_range_is_refused(qps: float) -> None:
     clock = Simulated()
     with pytest.raises(InputError, match="--qps"):
         scenarios.server(constant(clock, 0.1), qps=qps, seconds=1, clock=clock)
+
+
+@pytest.mark.parametrize("clients", [1, 2, 7])
+def test_clients_in_flight_wait_for_each_other(clients: int) -> None:
+    clock = Simulated()
+    found = scenarios.closed(
+        constant(clock, 0.005), concurrency=clients, seconds=4, batch=2, clock=clock
+    )
+    # Little's law: requests in flight = throughput times latency.
+    assert min(found.samples) == pytest.approx(5 * clients)
+    assert max(found.samples) == pytest.approx(5 * clients)
+    assert found.latency.images_per_second == pytest.approx(400)
+    assert 800 <= found.latency.n <= 801 and found.load["concurrency"] == clients
+
+
+def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
+    clock = Simulated()
+    serve = constant(clock, 0.005)
+    assert (
+        scenarios.closed(serve, concurrency=3, seconds=9, queries=25, clock=clock).latency.n == 25
+    )
+    few = scenarios.closed(serve, concurrency=1, seconds=0.001, fewest=100, clock=clock)
+    assert few.latency.n == 100
+    given_up = scenarios.closed(
+        serve, concurrency=1, seconds=9, give_up=lambda taken: len(taken) == 12, clock=clock
+    )
+    assert given_up.latency.n == 12
+
+
+def test_a_batcher_serves_arrivals_and_clients() -> None:
+    sizes: list[int] = []
+
+    def session(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        return images
+
+    with Batcher(session, 4, 1.0) as batcher:
+        asked = Candidate(
+            serve=lambda image: batcher.submit(image).result(), requests=[np.zeros(1)]
+        )
+        arrived = scenarios.server(asked, qps=2000, seconds=9, queries=60, submit=batcher.submit)
+        assert arrived.latency.n == 60 and arrived.load["refused"] == 0
+        assert arrived.load["service_ms"] is None and min(arrived.samples) > 0
+        sizes.clear()
+        flown = scenarios.closed(asked, concurrency=8, seconds=9, queries=80, submit=batcher.submit)
+        assert flown.latency.n == 80 and max(sizes) == 4
+
+
+def test_an_error_of_the_session_comes_out_of_the_batcher() -> None:
+    def session(images: np.ndarray) -> np.ndarray:
+        raise RuntimeError("out of memory")
+
+    with Batcher(session, 4, 1.0) as batcher:
+        asked = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            scenarios.server(asked, qps=1000, seconds=9, queries=20, submit=batcher.submit)
+
+
+def test_a_full_queue_refuses_and_that_is_counted() -> None:
+    gate = threading.Event()
+
+    def session(images: np.ndarray) -> np.ndarray:
+        gate.wait(30)
+        return images
+
+    with Batcher(session, 1, 0.0, 2) as batcher:
+        sent = 0
+
+        def submit(image: np.ndarray) -> Future[Any]:
+            nonlocal sent
+            sent += 1
+            if sent == 50:
+                gate.set()
+            return batcher.submit(image)
+
+        asked = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
+        found = scenarios.server(asked, qps=2000, seconds=9, queries=50, submit=submit)
+    # One or two are being served, two wait.
+    assert found.load["refused"] + found.latency.n == 50 and found.load["refused"] >= 45

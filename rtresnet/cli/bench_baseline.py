@@ -1,0 +1,113 @@
+"""`rtresnet bench --baseline FILE`: the file, what must be alike, and the gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rtresnet.cli import common
+from rtresnet.errors import GateMissed, InputError
+
+
+def percent(given: str) -> float:
+    """`3%` or `3` to 0.03.
+
+    Raises:
+        InputError: Not a percentage from 0.
+    """
+    try:
+        value = float(given.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1000:
+        raise InputError(f"--tolerance {given}: a percentage is needed", fix="as in --tolerance 3%")
+    return value / 100
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    """The results in a file that `bench --json` wrote.
+
+    Raises:
+        InputError: It is none.
+    """
+    from rtresnet import artifacts
+
+    fix = f"make one with: rtresnet bench ARTIFACT --json {path}"
+    artifacts.require_file(path, fix=fix)
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = record["result"]["results"]
+        usable = record["verb"] == "bench" and bool(results)
+        usable = usable and all(min(entry["samples"]) > 0 for entry in results)
+    except (ValueError, KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise InputError(f"{path}: not a result of rtresnet bench", fix=fix)
+    return list(results)
+
+
+def require_alike(
+    path: str, recorded: Sequence[dict[str, Any]], planned: Sequence[dict[str, Any]], force: bool
+) -> None:
+    """Refuses what cannot be held against each other, before anything is measured.
+
+    Raises:
+        InputError: Another number of results; or another file, load, device or version, unless
+            `force`.
+    """
+    from rtresnet.bench import baseline
+
+    if len(recorded) != len(planned):
+        raise InputError(
+            f"{path}: {len(recorded)} results, and {len(planned)} are to be measured",
+            fix="name the same files and batches",
+        )
+    for now, then in zip(planned, recorded, strict=True):
+        if baseline.scenario(now) != baseline.scenario(then):
+            raise InputError(f"{path}: {'; '.join(baseline.unlike(now, then))}")
+        if (different := baseline.unlike(now, then)) and not force:
+            raise InputError(
+                f"{path}: {'; '.join(different)}", fix="--force compares them all the same"
+            )
+
+
+def gate(
+    path: str,
+    recorded: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    tolerance: float,
+) -> list[dict[str, Any]]:
+    """Prints a line a result, and returns what goes into the JSON file."""
+    import dataclasses
+
+    from rtresnet.bench import baseline
+
+    console, found = common.out_console(), []
+    for now, then in zip(results, recorded, strict=True):
+        judged = baseline.judge(now, then, tolerance=tolerance)
+        found.append(dataclasses.asdict(judged) | {"tolerance": tolerance, "baseline": path})
+        name = f"{Path(now['measured']).name}, batch {now['batch']}"
+        if (seen := judged.comparison) is None:
+            words = f"too few samples for a {judged.figure}"
+        else:
+            words = (
+                f"{judged.figure} latency {seen.speed:.3f} times as fast "
+                f"({seen.low:.3f} to {seen.high:.3f}): "
+                + ("REGRESSION" if judged.regression else "no regression shown")
+                + f" beyond {100 * tolerance:g} %"
+            )
+        console.print(f"{name}, against {path}: {words}", markup=False, soft_wrap=True)
+    return found
+
+
+def refuse_regressions(judged: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> None:
+    """Raises GateMissed where there is a regression, naming the files."""
+    slower = [
+        f"{Path(entry['measured']).name} at batch {entry['batch']}"
+        for entry, found in zip(results, judged, strict=True)
+        if found["regression"]
+    ]
+    if slower:
+        raise GateMissed(f"slower than {judged[0]['baseline']}: {', '.join(slower)}")

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rtresnet.bench import load, search
+
+
+def measured(p99: float) -> load.Measurement:
+    return load.result(np.full(100, p99), 1.0, [], 1, True)
+
+
+@pytest.mark.parametrize("gallop", [True, False])
+@pytest.mark.parametrize("edge", [1, 2, 3, 7, 8, 100, 255, 256])
+def test_the_edge_is_found(edge: int, gallop: bool) -> None:
+    tried: list[float] = []
+
+    def measure(count: float) -> load.Measurement:
+        tried.append(count)
+        return measured(10.0 if count <= edge else 10.1)
+
+    found = search.largest(range(1, 257), measure, bound=10, gallop=gallop)
+    assert found.best == edge and found.limit == (edge == 256)
+    assert [point.load for point in found.points] == sorted(tried)
+    assert tried.count(edge) == search.REPEATS
+    assert edge == 256 or tried.count(edge + 1) == search.REPEATS
+    assert not gallop or max(tried) <= 2 * edge + 1
+    assert len(tried) <= 24
+
+
+def test_none_holds() -> None:
+    found = search.largest(range(1, 9), lambda count: measured(11), bound=10, gallop=True)
+    assert found.best is None and not any(point.holds for point in found.points)
+
+
+def test_the_majority_decides_at_the_edge() -> None:
+    calls: dict[float, int] = {}
+
+    def measure(count: float) -> load.Measurement:
+        calls[count] = calls.get(count, 0) + 1
+        lucky = count == 5 and calls[count] == 1
+        return measured(9 if count <= 4 or lucky else 11)
+
+    assert search.largest(range(1, 65), measure, bound=10, gallop=True).best == 4
+
+
+def test_noise_does_not_make_it_search_for_ever() -> None:
+    rng = np.random.default_rng(0)
+    found = search.largest(
+        range(1, 65), lambda count: measured(rng.uniform(5, 15)), bound=10, gallop=False
+    )
+    assert len(found.points) < 64 * search.REPEATS
+
+
+def test_a_run_is_given_up_when_most_are_late_and_not_before_ten() -> None:
+    give_up = search.hopeless(10)
+    latencies: list[float] = []
+    for _ in range(9):
+        latencies.append(11)
+        assert not give_up(latencies)
+    assert give_up([*latencies, 11])
+    patient = search.hopeless(10)
+    assert not patient([9.0] * 50 + [11.0] * 50)
+
+
+def test_too_few_samples_for_a_p99_do_not_hold() -> None:
+    few = load.result(np.full(99, 1.0), 1.0, [], 1, True)
+    assert not search.point(1, few, 10).holds

@@ -1,0 +1,226 @@
+"""`rtresnet bench` for real, on the small trained net: every scenario, search and gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtresnet import machine
+from rtresnet.cli.bench_load import milliseconds
+from rtresnet.cli.main import main
+from rtresnet.errors import InputError
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def net(engines: Path) -> str:
+    return str(engines / "resnet8.onnx")
+
+
+def run(arguments: list[str], tmp_path: Path, code: int = 0) -> dict[str, Any]:
+    file = tmp_path / "result.json"
+    assert main(["bench", *arguments, "--json", str(file)]) == code
+    result: dict[str, Any] = json.loads(file.read_text())["result"]
+    return result
+
+
+def recorded(net: str, tmp_path: Path, scale: float = 1.0, **changed: Any) -> str:
+    """A baseline in which everything took `scale` times as long as it does now."""
+    result = run([net, "--batch", "1", "--queries", "200"], tmp_path)
+    for entry in result["results"]:
+        entry["samples"] = [scale * sample for sample in entry["samples"]]
+        entry |= changed
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps({"verb": "bench", "result": result}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "words"),
+    [
+        (["--scenario", "multi-stream"], 8, "a query of 8 images"),
+        (["--scenario", "offline", "--batch", "4"], 4, "one batch after another"),
+        (["--scenario", "server", "--qps", "300"], 1, "300 a second"),
+        (["--qps", "300", "--max-batch", "4"], 1, "300 a second"),
+        (["--concurrency", "3"], 1, "3 of them in flight"),
+        (["--concurrency", "8", "--max-batch", "4", "--max-wait", "1ms"], 1, "8 of them"),
+    ],
+)
+def test_every_scenario(
+    net: str, tmp_path: Path, capsys: Captured, options: list[str], batch: int, words: str
+) -> None:
+    result = run([net, *options, "--queries", "30", "--seed", "7"], tmp_path)
+    (entry,) = result["results"]
+    assert entry["batch"] == batch and entry["scenario"] == result["scenario"]
+    assert entry["latency"]["n"] == len(entry["samples"]) == 30
+    assert entry["chain"][0]["file"] == "resnet8.onnx" and len(entry["chain"][0]["sha256"]) == 64
+    assert entry["trtexec"].startswith("Throughput: ")
+    assert result["environment"]["host"]["model"] == machine.cpu()
+    out = capsys.readouterr().out
+    assert words in out
+    assert all(len(line) <= 80 for line in out.splitlines() if "─" in line)
+
+
+def test_two_files_under_arrivals_are_told_apart_without_pairs(
+    engines: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    files = [str(engines / name) for name in ("resnet8.onnx", "resnet8-int8.onnx")]
+    result = run([*files, "--qps", "100", "--queries", "120"], tmp_path)
+    first, second = result["results"]
+    assert first["comparison"] is None and second["comparison"]["paired"] is False
+    assert "not paired" in capsys.readouterr().out
+
+
+def test_intervals_and_trtexecs_lines(net: str, tmp_path: Path, capsys: Captured) -> None:
+    options = ["--batch", "1", "--queries", "1500", "--intervals", "--trtexec"]
+    (entry,) = run([net, *options], tmp_path)["results"]
+    low, high = entry["latency"]["intervals"]["p99"]
+    assert low <= entry["latency"]["p99"] <= high
+    assert entry["latency"]["intervals"]["p999"] is None  # 10 samples beyond take 10,000
+    out = capsys.readouterr().out
+    assert "95 % intervals" in out and "percentile(99%) = " in out
+
+
+def test_from_encoded_bytes(net: str, tmp_path: Path, capsys: Captured) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        pixels = rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    options = ["--batch", "2", "--queries", "20", "--with-preprocess"]
+    result = run([net, *options, str(folder)], tmp_path)
+    assert result["with_preprocess"] is True and result["results"][0]["latency"]["n"] == 20
+    assert "From encoded bytes" in capsys.readouterr().out
+    (folder / "0.jpg").write_bytes(b"\xff\xd8\xff")
+    assert main(["bench", net, *options, str(folder / "0.jpg")]) == 2
+    assert "0.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_largest_batch_and_its_curve(
+    net: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("rtresnet.cli.bench_find.LARGEST_BATCH", 2)
+    plot = tmp_path / f"curve.{suffix}"
+    options = ["--find-batch", "--p99", "10s", "--seconds", "0.05", "--plot", str(plot)]
+    (found,) = run([net, *options], tmp_path)["searches"]
+    assert found["search"]["best"] == 2 and found["search"]["limit"] is True
+    assert all(point["n"] >= 100 for point in found["search"]["points"])
+    assert "batch 2 holds a p99 of 10000 ms" in capsys.readouterr().out
+    start = plot.read_bytes()[:8]
+    assert start.startswith(b"<svg") if suffix == "svg" else start == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_highest_rate(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtresnet.cli.bench_find.STEP", 4)
+    options = ["--find-qps", "--p99", "10s", "--seconds", "0.05", "--queries", "20"]
+    # 20 arrivals have no p99, and what is unknown does not hold.
+    assert main(["bench", net, *options]) == 1
+    options[-1] = "100"
+    (found,) = run([net, *options], tmp_path)["searches"]
+    assert found["search"]["best"] > 0
+    assert all(point["p99"] for point in found["search"]["points"])
+
+
+@pytest.mark.parametrize("what", ["batch", "qps"])
+def test_a_bound_that_nothing_holds_is_exit_code_1(net: str, capsys: Captured, what: str) -> None:
+    options = [f"--find-{what}", "--p99", "1us", "--seconds", "0.05"]
+    assert main(["bench", net, *options]) == 1
+    assert f"no {what} holds a p99 of 0.001 ms" in capsys.readouterr().err
+
+
+def test_a_regression_is_exit_code_1_and_stands_in_the_json(
+    net: str, tmp_path: Path, capsys: Captured
+) -> None:
+    path = recorded(net, tmp_path, scale=0.01)
+    options = [net, "--batch", "1", "--queries", "200", "--baseline", path]
+    result = run(options, tmp_path, code=1)
+    (judged,) = result["regressions"]
+    assert judged["regression"] is True and judged["figure"] == "median"
+    assert "recorded" not in result
+    captured = capsys.readouterr()
+    assert "REGRESSION beyond 3 %" in captured.out and "resnet8.onnx at batch 1" in captured.err
+
+
+def test_no_regression_is_exit_code_0(net: str, tmp_path: Path, capsys: Captured) -> None:
+    path = recorded(net, tmp_path, scale=100)
+    run([net, "--batch", "1", "--queries", "200", "--baseline", path], tmp_path)
+    assert "no regression shown beyond 3 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"device": "NVIDIA H100"}, "device"),
+        ({"batch": 8}, "batch"),
+        ({"versions": {"onnxruntime": "1.0"}}, "versions"),
+    ],
+)
+def test_another_machine_version_or_batch_is_refused_unless_forced(
+    net: str, tmp_path: Path, capsys: Captured, changed: dict[str, Any], word: str
+) -> None:
+    path = recorded(net, tmp_path, scale=100, **changed)
+    options = ["bench", net, "--batch", "1", "--queries", "50", "--baseline", path]
+    assert main(options) == 2
+    err = capsys.readouterr().err
+    assert f"{word}: " in err and "--force" in err
+    assert main([*options, "--force"]) == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"verb": "eval", "result": {}}'])
+def test_a_baseline_that_is_none_is_refused_before_anything_is_measured(
+    net: str, tmp_path: Path, capsys: Captured, text: str
+) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(text)
+    assert main(["bench", net, "--baseline", str(path)]) == 2
+    assert "baseline.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--scenario", "server"], "--qps"),
+        (["--scenario", "closed"], "--concurrency"),
+        (["--scenario", "offline", "--qps", "5"], "server"),
+        (["--qps", "5", "--batch", "8"], "--batch"),
+        (["--max-batch", "4"], "--max-batch"),
+        (["--qps", "5", "--max-batch", "4", "--with-preprocess", "."], "--max-batch"),
+        (["--with-preprocess", "nothing.jpg"], "nothing.jpg"),
+        (["--find-batch"], "--p99"),
+        (["--find-batch", "--find-qps", "--p99", "1ms"], "choose one"),
+        (["--find-qps", "--p99", "fast"], "--p99 fast"),
+        (["--find-batch", "--p99", "1ms", "--plot", "curve.pdf"], ".svg or .png"),
+        (["--find-batch", "--p99", "1ms", "--qps", "5"], "--qps"),
+        (["--p99", "1ms"], "--find-batch"),
+        (["--tolerance", "much"], "--tolerance much"),
+        (["--seconds", "0"], "--seconds"),
+    ],
+)
+def test_what_does_not_go_together_is_exit_code_2(
+    net: str, capsys: Captured, options: list[str], word: str
+) -> None:
+    assert main(["bench", net, *options]) == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("10ms", 10), ("0.5s", 500), ("250us", 0.25), ("7", 7), (".5ms", 0.5)]
+)
+def test_times(given: str, expected: float) -> None:
+    assert milliseconds(given, "p99") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1ms", "ms", "1e3", "1 h", "0ms"])
+def test_what_is_no_time_is_refused(given: str) -> None:
+    with pytest.raises(InputError, match="--p99"):
+        milliseconds(given, "p99")
