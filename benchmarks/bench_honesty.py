@@ -1,0 +1,306 @@
+"""Does `rtresnet bench` measure what it says? Held against what is known beforehand.
+
+    python benchmarks/bench_honesty.py                       # all, some 35 minutes
+    python benchmarks/bench_honesty.py --only server --only single
+    python benchmarks/bench_honesty.py --only openvino --openvino VENV/bin/python
+
+    single     median of a service of 5 ms, within 0.1 ms
+    offline    throughput of that service, within 1 %
+    server     p99 under Poisson arrivals at several loads, within 10 % of M/D/1 theory
+    same       a net against itself: no difference in at least 19 of 20 runs
+    slowdown   a net against itself made 5 % slower: found in at least 19 of 20 runs
+    bare       throughput of ResNet-50, FP32 and INT8, within 3 % of a bare loop, same session
+    openvino   the same files in OpenVINO: this tool's loop within 10 % of benchmark_app
+
+`single`, `offline` and `server` take a service that looks at the clock until its time is over. A
+section that is run alone replaces its own part of the results. `openvino` needs a Python with the
+package openvino, which brings benchmark_app; there the same compiled model is run by this tool's
+loop and by benchmark_app, so that what is compared is how they count, not two runtimes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, markdown, rtresnet
+
+from rtresnet import machine
+from rtresnet.bench import load, queueing, scenarios
+from rtresnet.bench.environment import Watch
+
+ROOT = Path(__file__).parent.parent
+HEADINGS = ("section", "what", "expected", "measured", "off by", "bound", "held", "n")
+SERVICE = 0.005
+Row = tuple[object, ...]
+
+
+def spin(seconds: float) -> Callable[[object], None]:
+    def serve(request: object) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return serve
+
+
+def known() -> load.Candidate:
+    return load.Candidate(serve=spin(SERVICE), requests=[0])
+
+
+def row(
+    name: str,
+    what: str,
+    expected: float,
+    found: float,
+    bound: float,
+    n: object,
+    *,
+    ms: bool = False,
+) -> Row:
+    """A line; `bound` is a share, or milliseconds if `ms`."""
+    off = found - expected if ms else found / expected - 1
+    words = (f"{off:+.3f} ms", f"{bound:g} ms") if ms else (f"{off:+.1%}", f"{bound:.0%}")
+    held = "yes" if abs(off) <= bound else "NO"
+    return (name, what, f"{expected:.4g}", f"{found:.4g}", *words, held, n)
+
+
+def single(options: argparse.Namespace) -> list[Row]:
+    (found,) = load.measure([known()], batch=1, seconds=options.seconds / 2)
+    median = found.latency.median
+    return [row("single", "median, ms", 1e3 * SERVICE, median, 0.1, found.latency.n, ms=True)]
+
+
+def offline(options: argparse.Namespace) -> list[Row]:
+    (found,) = load.measure([known()], batch=8, seconds=options.seconds / 2)
+    rate = found.latency.images_per_second or 0
+    return [row("offline", "images/s", 8 / SERVICE, rate, 0.01, found.latency.n)]
+
+
+def server(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    for busy in (0.3, 0.5, 0.7, 0.8):
+        qps = busy / SERVICE
+        found = scenarios.server(known(), qps=qps, seconds=3 * options.seconds)
+        theory = 1e3 * queueing.latency_quantile(0.99, rate=qps, service=SERVICE)
+        p99 = found.latency.p99 or 0
+        # The same arrivals, served without a machine: what is left is the machine's.
+        moments = scenarios.arrivals(qps, seconds=3 * options.seconds, queries=None, seed=0)
+        exact = float(np.quantile(queued(moments), 0.99)) * 1e3
+        what = f"p99 at load {busy:g}, ms"
+        rows.append(row("server", what, theory, p99, 0.10, found.latency.n))
+        rows.append(
+            row("server", what + ", these arrivals exactly", exact, p99, 0.10, found.latency.n)
+        )
+    return rows
+
+
+def queued(moments: np.ndarray) -> np.ndarray:
+    """Latencies by Lindley's recursion."""
+    free, found = 0.0, np.empty(len(moments))
+    for index, moment in enumerate(moments):
+        free = max(free, moment) + SERVICE
+        found[index] = free - moment
+    return found
+
+
+@contextmanager
+def exported(model: str, *precisions: str) -> Iterator[list[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        given = [f"--{precision}" for precision in precisions]
+        made = rtresnet(
+            "export", "--model", model, "--weights", "untrained", *given, "--no-plan",
+            cwd=Path(folder),
+        )  # fmt: skip
+        files = {entry["precision"]: entry["file"] for entry in made["onnx"]}
+        yield [str(Path(folder) / files[precision]) for precision in precisions]
+
+
+def pairs(options: argparse.Namespace, slower: float) -> list[str]:
+    """Verdicts of runs in which a net, loaded twice, meets itself, the second slowed down."""
+    from rtresnet.runtime.session import load as load_session
+
+    verdicts = []
+    with exported("resnet20", "fp32") as (file,):
+        for seed in range(options.runs):
+            with load_session(file) as first, load_session(file) as second:
+                image = first.example(1)
+                plain = load.Candidate(serve=first, requests=[image])
+
+                def handicapped(request: Any, session: Any = second) -> None:
+                    begin = time.perf_counter()
+                    session(request)
+                    end = time.perf_counter()
+                    wait = end + slower * (end - begin)
+                    while time.perf_counter() < wait:
+                        pass
+
+                other = load.Candidate(serve=handicapped if slower else second, requests=[image])
+                _, found = load.measure(
+                    [plain, other], batch=1, seconds=options.seconds / 2, seed=seed
+                )
+            seen = found.comparison
+            assert seen is not None
+            print(f"  run {seed}: {seen.verdict}, {seen.low:.3f} to {seen.high:.3f}", flush=True)
+            verdicts.append(seen.verdict)
+    return verdicts
+
+
+def verdict_row(name: str, what: str, verdicts: list[str], wanted: str) -> list[Row]:
+    hits, n = verdicts.count(wanted), len(verdicts)
+    enough = -(-19 * n // 20)
+    held = "yes" if hits >= enough else "NO"
+    return [(name, what, wanted, f"{hits} of {n}", "", f"{enough} of {n}", held, n)]
+
+
+def same(options: argparse.Namespace) -> list[Row]:
+    return verdict_row("same", "net against itself", pairs(options, 0.0), "no difference shown")
+
+
+def slowdown(options: argparse.Namespace) -> list[Row]:
+    return verdict_row("slowdown", "net against itself, 5 % slower", pairs(options, 0.05), "slower")
+
+
+def bare(options: argparse.Namespace) -> list[Row]:
+    from rtresnet.runtime.session import load as load_session
+
+    rows = []
+    with exported("resnet50", "fp32", "int8") as files:
+        for precision, file in zip(("FP32", "INT8"), files, strict=True):
+            with load_session(file) as session:
+                images = session.example(8)
+                loops, benches = [], []
+                for _ in range(options.rounds):  # in turn: a busy machine meets both
+                    count, begin = 0, time.perf_counter()
+                    while time.perf_counter() - begin < options.seconds / 4:
+                        session(images)
+                        count += 8
+                    loops.append(count / (time.perf_counter() - begin))
+                    asked = load.Candidate(serve=session, requests=[images])
+                    (found,) = load.measure([asked], batch=8, seconds=options.seconds / 4)
+                    benches.append(found.latency.images_per_second)
+            ratio = statistics.median(b / a for a, b in zip(loops, benches, strict=True))
+            loop = statistics.median(loops)
+            what = f"ResNet-50 {precision}, images/s, bare loop"
+            rows.append(row("bare", what, loop, loop * ratio, 0.03, options.rounds))
+    return rows
+
+
+IN_OPENVINO = """
+import json, sys
+import numpy as np
+import openvino
+from rtresnet.bench import load
+
+path, threads, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+core = openvino.Core()
+model = core.read_model(path)
+model.reshape([8, 3, 224, 224])
+compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
+                                             "INFERENCE_PRECISION_HINT": "f32"})
+request = compiled.create_infer_request()
+images = np.random.default_rng(0).standard_normal((8, 3, 224, 224), dtype=np.float32)
+request.set_input_tensor(openvino.Tensor(images))
+candidate = load.Candidate(serve=lambda images: request.infer(), requests=[images])
+(found,) = load.measure([candidate], batch=8, seconds=seconds)
+print(json.dumps([found.latency.images_per_second, openvino.__version__]))
+"""
+
+
+def openvino(options: argparse.Namespace) -> list[Row]:
+    if options.openvino is None:
+        print("  left out: --openvino names no Python with the package openvino")
+        return []
+    rows, threads = [], str(machine.cores())
+    app = str(Path(options.openvino).parent / "benchmark_app")
+    seconds = str(options.seconds / 2)
+    with exported("resnet50", "fp32", "int8") as files:
+        for precision, file in zip(("FP32", "INT8"), files, strict=True):
+            theirs, ours, version = [], [], ""
+            for _ in range(options.rounds):
+                said = subprocess.run(
+                    [app, "-m", file, "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams",
+                     "1", "-nthreads", threads, "-shape", "[8,3,224,224]", "-infer_precision",
+                     "f32", "-t", str(int(options.seconds / 2))],
+                    capture_output=True, text=True, check=True,
+                ).stdout  # fmt: skip
+                match = re.search(r"Throughput:\s+([\d.]+) FPS", said)
+                assert match, said
+                theirs.append(float(match[1]))
+                done = subprocess.run(
+                    [options.openvino, "-c", IN_OPENVINO, file, threads, seconds],
+                    capture_output=True, text=True, check=True,
+                    env=os.environ | {"PYTHONPATH": str(ROOT)},
+                ).stdout  # fmt: skip
+                rate, version = json.loads(done.splitlines()[-1])
+                ours.append(rate)
+            ratio = statistics.median(b / a for a, b in zip(theirs, ours, strict=True))
+            theirs_rate = statistics.median(theirs)
+            what = f"ResNet-50 {precision}, images/s, benchmark_app {version.split('-')[0]}"
+            rows.append(
+                row("openvino", what, theirs_rate, theirs_rate * ratio, 0.10, options.rounds)
+            )
+    return rows
+
+
+SECTIONS = {
+    f.__name__: f for f in (single, offline, server, same, slowdown, bare, openvino)
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=SECTIONS)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a run")
+    parser.add_argument("--runs", type=int, default=20, help="of same and slowdown")
+    parser.add_argument("--rounds", type=int, default=5, help="of bare and openvino")
+    parser.add_argument("--openvino", metavar="PYTHON", help="one with the package openvino")
+    options = parser.parse_args()
+    path = RESULTS / "bench-honesty.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.only or SECTIONS:
+        print(name, flush=True)
+        with Watch() as watch:
+            rows = SECTIONS[name](options)
+        if rows:
+            record[name] = {
+                "rows": rows, "environment": watch.report, "seconds": options.seconds,
+                "nice": os.nice(0),
+                "versions": machine.versions(("rtresnet", "numpy", "onnxruntime")),
+            }  # fmt: skip
+            write(path, {key: record[key] for key in SECTIONS if key in record})
+    missed = [entry for section in record.values() for entry in section["rows"] if "NO" in entry]
+    sys.exit(1 if missed else 0)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The record, and the table with what disturbed each section."""
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    table = markdown(HEADINGS, [entry for section in record.values() for entry in section["rows"]])
+    last = next(reversed(record.values()))
+    notes = [
+        f"{name}: {', '.join(section['environment']['remarks']) or 'quiet'}"
+        + (f"; priority {section['nice']}" if section["nice"] else "")
+        for name, section in record.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    caption = f"{machine.cpu()}, {versions}. The machine meanwhile: {'. '.join(notes)}."
+    path.with_suffix(".md").write_text(f"{table}\n\n{caption}\n")
+    print(table, flush=True)
+
+
+if __name__ == "__main__":
+    main()
