@@ -132,7 +132,14 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         rtresnet(
-            "export", "--model", "resnet18", "--weights", "untrained", "--fp32", cwd=Path(folder)
+            "export",
+            "--model",
+            "resnet18",
+            "--weights",
+            "untrained",
+            "--fp32",
+            "--no-plan",
+            cwd=Path(folder),
         )
         (path,) = Path(folder).rglob("resnet18*.onnx")
         with load(path, provider="cpu") as session:

@@ -25,7 +25,7 @@ from rtresnet.errors import EnvironmentLack, InputError
 
 FORMS = (".parquet", ".csv", ".jsonl")
 VERSION = 1
-ROWS_AT_ONCE = 4096  # of a row group in Parquet
+ROWS_AT_ONCE, GROUP = 1024, 16  # as Python objects, which are large; and how many make a row group
 
 
 def check_form(out: Path) -> None:
@@ -225,7 +225,12 @@ def _parquet(path: Path, journal: Journal) -> None:
         ],
         metadata={"rtresnet": json.dumps(journal.head)},
     )
-    rows = journal.rows()
+    rows, group = journal.rows(), []
     with parquet.ParquetWriter(os.fspath(path), schema) as writer:
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(chunk, schema))
+            group.append(pa.RecordBatch.from_pylist(chunk, schema))
+            if len(group) == GROUP:
+                writer.write_table(pa.Table.from_batches(group, schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_batches(group, schema))
