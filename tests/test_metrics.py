@@ -163,3 +163,24 @@ def test_nets_that_agree_everywhere_still_have_an_interval() -> None:
     same = np.ones(50, bool)
     drop = metrics.paired_drop(same, same)
     assert drop.points == 0 and drop.low < 0 < drop.high
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_the_best_classes_say_what_they_can_of_all(k: int) -> None:
+    rows = metrics.softmax(np.random.default_rng(0).normal(0, 3, (20, 10)))
+    indices = np.argsort(-rows, axis=1)[:, :k]
+    best = np.take_along_axis(rows, indices, axis=1).astype(np.float32)
+    logits = metrics.from_best(indices, best, 10)
+    found = metrics.softmax(logits)
+    np.testing.assert_array_equal(np.argsort(-logits, axis=1, kind="stable")[:, 0], indices[:, 0])
+    kept = np.take_along_axis(found, indices, axis=1)
+    assert (kept >= best - 1e-6).all() and (kept[:, -1:] >= found.min(axis=1, keepdims=True)).all()
+    if k == 10:
+        np.testing.assert_allclose(found, rows, atol=1e-6)
+    certain = metrics.from_best(np.array([[2]]), np.array([[1.0]], np.float32), 4)
+    np.testing.assert_allclose(metrics.softmax(certain), [[0, 0, 1, 0]], atol=1e-12)
+
+
+def test_a_best_class_that_is_no_number_is_no_hit() -> None:
+    logits = metrics.from_best(np.array([[0, 1]]), np.full((1, 2), np.nan, np.float32), 6)
+    assert metrics.accuracy(logits, np.array([0])) == metrics.Accuracy(n=1, top1=0, top5=0)

@@ -3,9 +3,9 @@
 Before: a folded FP32 model. After: the same graph with these changes and no other.
 
  1. The data input of every Conv and Gemm is quantized: their kernels then run in INT8.
- 2. Of a residual Add only the shortcut's input is quantized. The branch that ends in a
-    convolution stays as it is, so that convolution, addition and ReLU fuse into one kernel;
-    quantizing both inputs adds rounding and wins nothing.
+ 2. Of a residual Add only the shortcut's input is quantized. Nothing then stands between the
+    convolution that ends the other branch, the addition and ReLU, and a builder may fuse them
+    (TensorRT-RTX 1.7.1 fuses none in INT8); quantizing both inputs adds rounding and wins nothing.
  3. A tensor is quantized once and shared by all that rules 1 and 2 make read it.
  4. Nothing stands between a convolution or Add and its ReLU, and the logits stay float.
  5. Activations are symmetric, int8, one scale a tensor. The zero point is written out: left

@@ -142,6 +142,10 @@ class FakeCuda:
         start = address - self._arena.ctypes.data
         return self._arena[start : start + size]
 
+    def is_idle(self) -> bool:
+        """Whether nothing is left to be done."""
+        return not any(self._streams.values())
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         self._inside.depth = getattr(self._inside, "depth", 0) + 1
@@ -415,7 +419,7 @@ class FakeEngine:
         return self.answer("create_runtime_config", self.config)
 
     def create_execution_context(self, runtime_config: Any) -> FakeContext | None:
-        assert runtime_config is self.config and runtime_config.strategy == "user"
+        assert runtime_config.engine is self and runtime_config.strategy == "user"
         if self.answer("create_execution_context", True) is False:
             return None
         self.contexts += 1

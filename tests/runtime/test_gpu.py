@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import fake_gpu
 import numpy as np
 import pytest
 
-from rtresnet import machine
+from rtresnet import artifacts, machine
 from rtresnet.artifacts import Profile
 from rtresnet.build import engine
 from rtresnet.build.targets import RTX_TARGETS
 from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.runtime.cuda import open_cuda
+from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.session import Session, load
+from rtresnet.runtime.trt import TrtBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +99,7 @@ def test_timings_are_positive(session: Session, images: Images) -> None:
     with session:
         session(images(8))
         timings = session.backend.timings()
-    assert set(timings) == {"h2d", "compute", "d2h"}
+    assert set(timings) == {"h2d", "compute", "d2h", "enqueue"}
     assert all(0 < value < 1000 for value in timings.values())
 
 
@@ -126,3 +133,126 @@ def test_bytes_that_are_no_plan_are_not_accepted(builder: str, tmp_path: Path) -
     path.write_bytes(b"vtrt" + bytes(1000))
     with pytest.raises(EnvironmentLack, match="does not accept"):
         load(path)
+
+
+# Everything below knows the backend itself: what `rtresnet.load` has no options for.
+
+
+def backend_of(plan: Path, **options: Any) -> TrtBackend:
+    return TrtBackend(plan, artifacts.verify(plan), **options)
+
+
+def test_graphs_change_no_logits(plan: Path, images: Images) -> None:
+    batches = [images(count, seed=count) for count in (1, 8, 70)]
+    found = []
+    for graphs in (False, None):
+        backend = backend_of(plan, graphs=graphs)
+        for _ in range(3):  # plain, captured, launched
+            logits = [backend.infer(batch) for batch in batches]
+        found.append(logits)
+        backend.close()
+    for plain, captured in zip(*found, strict=True):
+        np.testing.assert_allclose(captured, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0, 64])
+def test_arrays_on_the_gpu_are_taken_where_they_are(
+    plan: Path, images: Images, offset: int
+) -> None:
+    backend, batch = backend_of(plan), images(70)
+    wanted, cuda = backend.infer(batch), backend._cuda
+    with cuda.active():
+        address = cuda.allocate(batch.nbytes + offset) + offset
+        result = cuda.allocate(wanted.nbytes)
+        stream = cuda.stream()
+        cuda.to_device(address, batch, batch.nbytes, stream)
+        cuda.synchronize(stream)
+    there = fake_gpu.WithInterface(batch, data=(address, False))
+    out = fake_gpu.WithInterface(wanted, data=(result, False))
+    assert backend.infer(there, out=out) is out
+    got = np.empty_like(wanted)
+    with cuda.active():
+        cuda.to_host(got, result, got.nbytes, stream)
+        cuda.synchronize(stream)
+        cuda.free(address - offset)
+        cuda.free(result)
+        cuda.destroy_stream(stream)
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+    backend.close()
+
+
+def test_a_tensor_of_torchs_is_taken_where_it_is(plan: Path, images: Images) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    backend, batch = backend_of(plan), images(9)
+    tensor = torch.zeros(batch.shape, device="cuda")
+    tensor.copy_(torch.from_numpy(batch))  # still under way when infer is called
+    np.testing.assert_allclose(backend.infer(tensor), backend.infer(batch), rtol=1e-3, atol=1e-3)
+    out = torch.zeros(9, backend.ends.outputs[0].row[0], device="cuda")
+    backend.infer(tensor, out=out)
+    np.testing.assert_allclose(out.cpu().numpy(), backend.infer(batch), rtol=1e-3, atol=1e-3)
+    backend.close()
+
+
+def test_several_threads_get_their_own_logits(plan: Path, images: Images) -> None:
+    backend = backend_of(plan, contexts=2)
+    batches = [images(3 + index, seed=index) for index in range(8)]
+    wanted = [backend.infer(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for got, logits in zip(pool.map(backend.infer, batches * 10), wanted * 10, strict=True):
+            np.testing.assert_allclose(got, logits, rtol=1e-3, atol=1e-3)
+    backend.close()
+
+
+def test_copies_overlap_computation(plan: Path, images: Images) -> None:
+    backend = backend_of(plan)
+    backend.infer(images(10 * LARGEST))
+    parts = backend.timeline(images(10 * LARGEST))
+    assert len(parts) == 10
+    for part, later in itertools.pairwise(parts):
+        assert part["h2d"][1] <= part["compute"][1] <= later["compute"][1]
+    early = [later["h2d"][0] < part["d2h"][1] for part, later in itertools.pairwise(parts)]
+    assert any(early), "each part was copied in only after the one before had left"
+    backend.close()
+
+
+@pytest.mark.slow
+def test_ten_thousand_calls_leave_nothing_behind(plan: Path, images: Images) -> None:
+    backend = backend_of(plan)
+    batches = [images(count) for count in (1, 8, LARGEST)]
+    for _ in range(3):
+        for batch in batches:
+            backend.infer(batch)
+    with backend._cuda.active():
+        before = backend._cuda.memory()[0]
+    for index in range(10_000):
+        backend.infer(batches[index % 3])
+    with backend._cuda.active():
+        assert before - backend._cuda.memory()[0] < 1 << 20
+    backend.close()
+
+
+def test_closing_gives_the_memory_back(plan: Path, images: Images) -> None:
+    backend_of(plan).close()
+    cuda, free = open_cuda(), []
+    for _ in range(5):
+        backend = backend_of(plan)
+        backend.infer(images(40))
+        backend.close()
+        with cuda.active():
+            free.append(cuda.memory()[0])
+    assert free[1] - free[-1] < 1 << 20
+
+
+def test_compiled_kernels_are_read_again(plan: Path, builder: str, images: Images) -> None:
+    if builder != "rtx":
+        pytest.skip("only TensorRT-RTX compiles kernels on the spot")
+    for _ in range(2):
+        backend = backend_of(plan)
+        backend.infer(images(3))
+        backend.close()
+    kept = cache_path(plan).read_bytes()
+    backend = backend_of(plan)
+    assert backend._cache is not None and backend._cache._kept == kept
+    backend.close()

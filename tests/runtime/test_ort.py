@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import machine
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.export import ends
+from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import qdq
 from rtresnet.runtime.cpu_form import for_cpu, quantize_at_convolutions, unsigned
 from rtresnet.runtime.ort import (
@@ -101,6 +103,28 @@ def test_the_cpu_provider_then_runs_those_convolutions_in_integers(
     optimized = onnx.load(tmp_path / "optimized.onnx")
     integer = sum(node.op_type == "QLinearConv" for node in optimized.graph.node)
     assert integer == 33 + 4  # the shortcuts' projections were integer before
+
+
+@pytest.mark.parametrize(("pixels", "topk"), [(True, None), (True, 3), (False, 3)])
+def test_ends_inside_the_file_cost_no_integer_convolution(
+    pixels: bool, topk: int | None, onnx_file: OnnxFile, tmp_path: Path
+) -> None:
+    def integer(path: Path) -> int:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(for_cpu(path), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+        return sum(node.op_type == "QLinearConv" for node in nodes)
+
+    plain, path = onnx_file("resnet18", "int8", 64), tmp_path / "ends.onnx"
+    contract = Preprocess.for_size(64)
+    changed = ends.rewrite(onnx.load(plain), contract, pixels=pixels, topk=topk)
+    onnx.save(changed, path)
+    assert integer(path) == integer(plain) > 8
+    before, after = OrtBackend(plain, provider="cpu"), OrtBackend(path, provider="cpu")
+    assert after.input_dtype == (np.uint8 if pixels else np.float32)
+    ends.check(before.infer, after.infer, contract, pixels=pixels, topk=topk)  # type: ignore[arg-type]
 
 
 def test_another_zero_point_is_left_where_it_is(onnx_file: OnnxFile) -> None:

@@ -103,6 +103,9 @@ def test_the_description_has_what_belongs_beside_a_figure(onnx_file: OnnxFile) -
     assert described["device"] == machine.cpu()
     assert described["provider"] == "ONNX Runtime CPU"
     assert described["threads"] == 1
+    placement = described["placement"]
+    assert isinstance(placement, dict) and list(placement) == ["CPUExecutionProvider"]
+    assert placement["CPUExecutionProvider"] > 20
     versions = described["versions"]
     assert isinstance(versions, dict) and {"python", "onnxruntime", "numpy"} <= set(versions)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib.util
 import inspect
 import itertools
 import random
@@ -323,10 +324,10 @@ def test_rows_of_others_are_left_alone_where_a_batch_is_filled_up(bench: Bench) 
     bench.engine.profiles = [(4, 4, 8)]
     backend = bench.load()
     _, there = bench.on_gpu(images(4))
-    _, result = bench.on_gpu(np.zeros((4, CLASSES), np.float32))
+    _, result = bench.on_gpu(np.full((4, CLASSES), 7, np.float32))
     backend.infer(WithDlpack(there[:2]), out=WithDlpack(result[:2]))
     close(result[:2], expected(images(2)))
-    assert not result[2:].any()
+    assert (result[2:] == 7).all()
     assert not bench.engine.runs[-1][1][2:].any()
 
 
@@ -669,6 +670,7 @@ def test_whichever_call_of_infer_fails_the_next_one_is_right(bench: Bench, rtx_b
             except EnvironmentLack as error:
                 assert "cudaErrorUnknown" in str(error)
                 failed += 1
+                assert bench.cuda.is_idle(), f"call {number}: something may still write"
             reached = len(bench.cuda.log) >= number
             bench.cuda.fail_at = None
             close(backend.infer(images(20)), expected(images(20)))
@@ -711,6 +713,15 @@ def test_a_call_of_infer_that_fails_tells_what_was_logged(
         close(backend.infer(images(20)), expected(images(20)))
     backend.close()
     assert bench.cuda.live == []
+
+
+def test_a_shape_that_was_refused_is_not_taken_for_the_one_before(bench: Bench) -> None:
+    backend = bench.load()
+    backend.infer(images(8))
+    bench.engine.fail_at = ("set_input_shape", 2)
+    with pytest.raises(EnvironmentLack, match="set_input_shape"):
+        backend.infer(images(3))
+    close(backend.infer(images(8)), expected(images(8)))
 
 
 def test_a_plan_that_is_not_accepted_says_by_what_where_and_why(bench: Bench) -> None:
@@ -889,7 +900,7 @@ def test_the_fake_device_has_the_operations_of_the_protocol() -> None:
         return {n: list(inspect.signature(f).parameters) for n, f in functions if n[0] != "_"}
 
     fake = operations(fake_gpu.FakeCuda)
-    for helper in ("enqueue", "at"):
+    for helper in ("enqueue", "at", "is_idle"):
         fake.pop(helper)
     assert fake == operations(Cuda)
 
@@ -983,3 +994,38 @@ def test_the_types_an_engine_may_have_are_those_of_numpy() -> None:
     found = {name: np.dtype(real.nptype(getattr(real.DataType, name))).name
              for name in ("FLOAT", "HALF", "UINT8", "INT32", "INT64")}  # fmt: skip
     assert list(found.values()) == ["float32", "float16", "uint8", "int32", "int64"]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    spec = importlib.util.spec_from_file_location("runtime_gpu", folder / "runtime_gpu.py")
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_the_benchmark_for_a_gpu_runs_on_the_fake_one(
+    bench: Bench, script: Any, dtype: str, rtx_built: bool
+) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    bench.engine.dtype = dtype
+    found = script.measure(bench.path, 8, 0.01, 30)
+    assert set(found["rates"]) == {
+        "bare engine", "infer, on the GPU", "infer, numpy", "infer, numpy, no graphs",
+    }  # fmt: skip
+    assert all(entry["images_per_second"] > 0 for entry in found["rates"].values())
+    assert found["overlap"]["overlapped"] > 0.5 and found["leaked_bytes"] == 0
+    assert bench.cuda.live == []
+
+
+def test_overlap_is_the_share_of_copies_under_computation(script: Any) -> None:
+    one = {"h2d": (0.0, 2.0), "compute": (2.0, 6.0), "d2h": (6.0, 7.0)}
+    two = {"h2d": (3.0, 5.0), "compute": (6.0, 9.0), "d2h": (9.0, 10.0)}
+    assert script.overlap([one, two]) == {"copy_ms": 6.0, "overlapped": 0.5}
+    assert script.overlap([one])["overlapped"] == 0
