@@ -1,23 +1,22 @@
 """Which blocks of a net suffer from INT8, and which to leave in float.
 
 The noise is that of the logits on a few images, against the float net (`simulate.py`). A block is
-what lies between two residual additions, with its shortcut; the stem and the FC are blocks too.
+what lies between two residual additions, with its shortcut; the stem and the FC are blocks
+too (`rtresnet/blocks.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
+from rtresnet.blocks import HEAD, assign
 from rtresnet.quantize import places
 from rtresnet.quantize.calibrate import Calibrated
 from rtresnet.quantize.simulate import Simulation, noise_ratio
-
-NAMED = re.compile(r"(layer\d+[./]\d+)[./]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,35 +41,10 @@ class Block:
 def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
     """Nodes that can be quantized, by block, in graph order."""
     nodes = [n for n in model.graph.node if n.op_type in (*places.WEIGHTED, "Add")]
-    convolutions = [node for node in nodes if node.op_type == "Conv"]
-    if sum(NAMED.match(node.name) is not None for node in convolutions) >= len(convolutions) - 1:
-        return _by_name(nodes)
-    return _by_additions(nodes)
-
-
-def _by_name(nodes: Sequence[onnx.NodeProto]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for node in nodes:
-        match = NAMED.match(node.name)
-        other = "fc" if node.op_type == "Gemm" else "stem"
-        found.setdefault(match[1].replace("/", ".") if match else other, []).append(node.name)
-    return found
-
-
-def _by_additions(nodes: Sequence[onnx.NodeProto]) -> dict[str, list[str]]:
-    """For names that say nothing: an Add ends a block; the net begins with the stem."""
-    found: dict[str, list[str]] = {}
-    number, current = 0, "stem"
-    for node in nodes:
-        if current == "stem" and found and node.op_type == "Conv":
-            number, current = 1, "block1"
-        if node.op_type == "Gemm":
-            found.setdefault("fc", []).append(node.name)
-            continue
-        found.setdefault(current, []).append(node.name)
-        if node.op_type == "Add":
-            number += 1
-            current = f"block{number}"
+    for node, block in zip(nodes, assign([(n.name, n.op_type) for n in nodes]), strict=True):
+        # Of the head nothing but the FC can be quantized.
+        found.setdefault("fc" if block == HEAD else block, []).append(node.name)
     return found
 
 
