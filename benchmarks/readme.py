@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 from common import RESULTS
+from PIL import Image
+from sklearn.datasets import load_digits
 
 README = Path(__file__).parent.parent / "README.md"
 TABLES = {
@@ -45,6 +47,13 @@ def output(command: str, cwd: str) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def save_scans(folder: Path) -> None:
+    """What the session's `predict` is given: 20 of scikit-learn's scans as image files."""
+    folder.mkdir()
+    for number, scan in enumerate(load_digits().images[:20]):
+        Image.fromarray((scan * 15.9).astype("uint8")).save(folder / f"{number:02d}.png")
+
+
 def between(text: str, name: str, content: str) -> str:
     """Replaces what stands after a marker up to the next blank-line-separated heading or text."""
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
@@ -62,6 +71,7 @@ def main() -> None:
             text = between(text, name, path.read_text())
     if "--tables" not in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
+            save_scans(Path(folder) / "scans")
 
             def run(block: re.Match[str]) -> str:
                 parts = [f"$ {c}\n{output(c, folder)}\n" for c in commands(block[1])]

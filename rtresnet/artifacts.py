@@ -19,6 +19,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -262,6 +263,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_hashed(path: Path, data: memoryview) -> str:
+    """Writes bytes, down to the disk, and hashes them meanwhile; returns the sha256."""
+    with ThreadPoolExecutor(1) as beside, open(path, "wb") as file:
+        digest = beside.submit(hashlib.sha256, data)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return digest.result().hexdigest()
+
+
 def publish(
     path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
 ) -> Sidecar:
@@ -269,7 +280,8 @@ def publish(
 
     Args:
         path: Where the artifact goes.
-        write: Called with a temporary path; must leave the artifact's bytes there.
+        write: Called with a temporary path; must leave the artifact's bytes there. It may return
+            their hash as `write_hashed` does; else the file is read again for it.
         sidecar: Everything but file name, hash, size and versions, which are filled in here.
 
     Returns:
@@ -277,11 +289,11 @@ def publish(
     """
     path = Path(path)
     with atomic_path(path) as temporary:
-        write(temporary)
+        digest = write(temporary)
         sidecar = dataclasses.replace(
             sidecar,
             file=path.name,
-            sha256=sha256(temporary),
+            sha256=digest if isinstance(digest, str) else sha256(temporary),
             bytes=temporary.stat().st_size,
             made_by=provenance() | sidecar.made_by,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,24 +37,38 @@ def first_words(text: str) -> set[str]:
 
 def shell(command: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *command.split()],
+        [sys.executable, "-m", *shlex.split(command)],
         cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     return done.stdout
 
 
+def save_scans(folder: Path) -> None:
+    """A few of scikit-learn's scans as image files, as benchmarks/readme.py makes them."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder.mkdir()
+    for number, scan in enumerate(load_digits().images[:20]):
+        Image.fromarray((scan * 15.9).astype("uint8")).save(folder / f"{number:02d}.png")
+
+
 def test_the_session_runs_and_prints_what_is_shown(tmp_path: Path) -> None:
     assert len(SESSION) >= 5
+    save_scans(tmp_path / "scans")
     for block in SESSION:
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")
             assert command.startswith("rtresnet ")
             missing = first_words(shown) - first_words(shell(command, tmp_path))
             assert not missing, f"{command} no longer prints lines about {missing}"
-    (code,) = PYTHON
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "\n".join(PYTHON)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -14,6 +14,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,6 @@ def _build(
     timing_cache: str | os.PathLike[str] | None,
     progress: Callable[[str], None],
 ) -> Sidecar:
-    parent = artifacts.verify(source)
     trt = targets.builder(builder)
     if timing_cache is not None and hasattr(trt, "ComputeCapability"):
         raise InputError(
@@ -114,8 +114,13 @@ def _build(
     maker = trt.Builder(log)
     network = maker.create_network(_creation_flags(trt))
     progress("parse")
-    preflight.parse(trt, maker, network, log, source)
-    parent = parent or _stranger(trt, network, source)
+    with ThreadPoolExecutor(1) as beside:  # hashing takes about as long as parsing
+        verified = beside.submit(artifacts.verify, source)
+        try:
+            preflight.parse(trt, maker, network, log, source)
+        finally:
+            known = verified.result()  # what is wrong with the file comes before what follows of it
+    parent = known or _stranger(trt, network, source)
     graph = nodes.read(trt, network)
     preflight.check_targets(source, target, graph)
     network.name = manifest.write(parent, profiles)
@@ -212,11 +217,11 @@ def _publish(
             plan = dataclasses.replace(plan, layers=link)
         sidecar = artifacts.publish(
             out,
-            lambda temporary: temporary.write_bytes(data),
+            lambda temporary: artifacts.write_hashed(temporary, data),
             dataclasses.replace(
                 parent,
                 kind="plan",
-                parent=artifacts.link_to(source, out),
+                parent=artifacts.link_to(source, out, parent.sha256),
                 plan=plan,
                 measured={},
                 made_by={},

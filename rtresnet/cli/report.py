@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rtresnet.cli import common
+
+if TYPE_CHECKING:
+    from rtresnet.report.results import Gathered
 
 DEFAULT = "engines"
 
@@ -33,7 +38,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
             fix="write results with: rtresnet bench ARTIFACT... --json bench.json",
         )
     found = reading.gather(results or (DEFAULT,))
-    text = result_page.html(found)
+    text = result_page.html(found, list(_engines(found)))
     artifacts.write_text(out, text)
     rendered = markdown_report.render(found) if markdown else ""
     if markdown == "-":
@@ -48,3 +53,20 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         f"{len(found.timings)} latencies, {len(found.profiles)} profiles",
         soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
+    """A caption and a picture of every plan whose layers were kept."""
+    from rtresnet import artifacts
+    from rtresnet.cli import inspect_layers
+    from rtresnet.report import engine_graph
+
+    for artifact in found.artifacts:
+        sidecar = artifacts.read_sidecar(artifact.path) if artifact.path.exists() else None
+        if sidecar is None or sidecar.plan is None or sidecar.plan.layers is None:
+            continue
+        engine = inspect_layers.load(artifact.path)
+        yield (
+            f"The fused layers of {artifact.name}, in the order of execution.",
+            engine_graph.draw(engine, artifact.name),
+        )

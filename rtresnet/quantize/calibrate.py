@@ -88,8 +88,8 @@ def observe(
     count = 0
     for images in batches:
         values = running.run(inner, {source: images})
-        for name, seen in zip(inner, values, strict=True):
-            found[name].add(seen)
+        for name in reversed(inner):  # each let go of when it was seen, before the next batch runs
+            found[name].add(values.pop())
         if source in found:
             found[source].add(images)
         count += len(images)

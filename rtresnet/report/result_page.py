@@ -212,7 +212,7 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
 
     Args:
         found: What was gathered.
-        pictures: Further figures, as (caption, svg).
+        pictures: Of the engines' layers, as (caption, svg).
 
     Raises:
         EnvironmentLack: matplotlib is not installed.
@@ -233,8 +233,9 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
             page.picture(result_plots.stages(labels), "Time of each stage."),
             _table(tables["blocks"], heading=False),
         ]
-    for caption, svg in pictures:
-        parts.append(page.picture(svg, caption))
+    if pictures:
+        parts.append(page.heading("What the engines fuse"))
+        parts += [page.picture(svg, caption) for caption, svg in pictures]
     parts += [_table(tables[name]) for name in ("chain", "environment") if name in tables]
     if found.commands:
         parts += [page.heading("Commands"), page.code("\n".join(found.commands))]

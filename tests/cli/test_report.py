@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,24 @@ def test_a_page_and_markdown_of_real_artifacts(
     assert "| resnet8-int8.onnx | int8 |" in (tmp_path / "r.md").read_text()
     assert main(["report", file, "--out", str(out), "--markdown", "-"]) == 0
     assert capsys.readouterr().out.startswith("## resnet8: accuracy and latency")
+
+
+def test_the_page_shows_what_a_plan_fuses(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorrt_rtx")
+    out, copy = tmp_path / "r.html", tmp_path / "engines"
+    shutil.copytree(engines, copy)
+    plan = copy / "resnet8-int8.plan"
+    assert main(["report", str(plan), "--out", str(out)]) == 0
+    text = out.read_text()
+    assert "The fused layers of resnet8-int8.plan" in text
+    assert text.count('class="frame"') >= 4  # stem, three blocks, head
+    (copy / "resnet8-int8.plan.layers.json").write_text("{}")
+    assert main(["report", str(plan), "--out", str(out)]) == 2
+    assert "not the file that belongs to" in capsys.readouterr().err
+    assert out.read_text() == text
 
 
 def test_nothing_to_report_is_said_and_nothing_is_written(
