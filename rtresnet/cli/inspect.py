@@ -11,6 +11,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.build import describe_attested
 from rtresnet.errors import ArtifactError
+from rtresnet.preprocess import FLOAT
 
 
 @click.command("inspect")
@@ -158,6 +159,10 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"input {i['size']}x{i['size']} (resize {i['resize']}), mean {list(i['mean'])}, "
             f"std {list(i['std'])}; {len(record['model']['classes'])} classes"
         )
+        if i.get("layout", FLOAT) != FLOAT:
+            lines.append(f"takes {i['layout']}: mean and std are inside")
+        if record.get("topk"):
+            lines.append(f"gives the {record['topk']} most probable classes, no logits")
         weights = record["weights"]
         lines.append(
             f"weights {weights['origin']}"

@@ -21,12 +21,13 @@ FRAME, TITLE, BAND = 12, 26, 14  # around a block, above a stage, between stages
 STYLE = """
 .eg { color: #1b1f24; font: 11px system-ui, sans-serif; }
 .eg text { fill: currentColor; }
-.eg .dim { opacity: .65; }
+.eg .faint { opacity: .65; }
 .eg .stage { font-size: 13px; font-weight: 600; }
 .eg .in { fill: #fff; font-size: 10px; }
 .eg .frame { fill: currentColor; fill-opacity: .05; stroke: currentColor; stroke-opacity: .2; }
 .eg .unfused { stroke: #dc2626; stroke-width: 2; }
 @media (prefers-color-scheme: dark) { .eg { color: #e5e9ee; } .eg .unfused { stroke: #f87171; } }
+@media print { .eg { color: #000; } }
 """
 
 
@@ -48,7 +49,7 @@ def draw(engine: Mapping[str, Any], title: str) -> str:
         members = list(group)
         parts.append(
             f'<text class="stage" x="{MARGIN}" y="{y + 14:g}">{html.escape(stage)}</text>'
-            f'<text class="dim" x="{MARGIN + 62}" y="{y + 14:g}">'
+            f'<text class="faint" x="{MARGIN + 62}" y="{y + 14:g}">'
             f"{html.escape(_summary(members, batch))}</text>"
         )
         y = _blocks(parts, members, batch, adds, y + TITLE) + BAND
@@ -103,7 +104,7 @@ def _blocks(
             x, y = float(MARGIN), y + row
         parts.append(
             f'<rect class="frame" x="{x:g}" y="{y:g}" width="{width:g}" height="{row - 6:g}" '
-            f'rx="4"/><text class="dim" x="{x + 6:g}" y="{y + 12:g}" font-size="9">'
+            f'rx="4"/><text class="faint" x="{x + 6:g}" y="{y + 12:g}" font-size="9">'
             f"{html.escape(block)}</text>"
         )
         place = x + FRAME / 2
@@ -146,10 +147,10 @@ def _box(layer: Mapping[str, Any], batch: int, adds: set[str], x: float, y: floa
             f'<rect x="{x:g}" y="{y + HEIGHT - 5:g}" width="{WIDE}" height="5" '
             f'fill="{COLOURS.get(out, OTHER)}"/>'
         )
-    faint = "" if wide else ' fill-opacity=".55"'
+    clear = "" if wide else ' fill-opacity=".55"'
     return (
         f'<g><title>{html.escape(hint)}</title><rect{mark} x="{x:g}" y="{y:g}" '
-        f'width="{_width(layer)}" height="{HEIGHT}" rx="2" fill="{colour}"{faint}/>'
+        f'width="{_width(layer)}" height="{HEIGHT}" rx="2" fill="{colour}"{clear}/>'
         f"{edge}{label}</g>"
     )
 

@@ -27,6 +27,7 @@ th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align:
 th { font-weight: 600; color: var(--dim); font-size: .85rem; }
 td.n, th.n { text-align: right; }
 figure { margin: 1rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; }
+figure.wide { overflow-x: auto; } figure.wide svg { max-width: none; min-width: 44rem; }
 figcaption { color: var(--dim); font-size: .9rem; }
 code, pre { font: .88rem/1.5 ui-monospace, monospace; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; }
@@ -50,6 +51,7 @@ button.copy { display: none; font: inherit; font-size: .82rem;
 @media print { :root { color-scheme: light; --fg: #000; --bg: #fff; --dim: #444; --line: #bbb;
                        --soft: #fff; }
   body { max-width: none; padding: 0; font-size: 11pt; } .js button.copy { display: none; }
+  figure.wide svg { min-width: 0; }
   figure, .tile, tr { break-inside: avoid; } h2 { break-after: avoid; }
   .scroll { overflow: visible; } td, th { white-space: normal; padding: .2rem .4rem; } }
 """
@@ -163,9 +165,10 @@ def tiles(entries: Sequence[tuple[str, str, str, Sequence[tuple[str, str]]]]) ->
     return '<div class="tiles">' + "".join(cards) + "</div>"
 
 
-def picture(svg: str, caption: str) -> str:
-    """A plot with its caption."""
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+def picture(svg: str, caption: str, *, wide: bool = False) -> str:
+    """A plot with its caption; a wide one keeps its size on a phone, and scrolls."""
+    opening = '<figure class="wide">' if wide else "<figure>"
+    return f"{opening}{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def side_by_side(*parts: str) -> str:

@@ -235,7 +235,7 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
         ]
     if pictures:
         parts.append(page.heading("What the engines fuse"))
-        parts += [page.picture(svg, caption) for caption, svg in pictures]
+        parts += [page.picture(svg, caption, wide=True) for caption, svg in pictures]
     parts += [_table(tables[name]) for name in ("chain", "environment") if name in tables]
     if found.commands:
         parts += [page.heading("Commands"), page.code("\n".join(found.commands))]

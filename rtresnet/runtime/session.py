@@ -157,6 +157,7 @@ def load(
     device: str = "auto",
     provider: str = "auto",
     threads: int | None = None,
+    contexts: int = 1,
 ) -> Session:
     """Loads an ONNX file or a plan.
 
@@ -166,9 +167,11 @@ def load(
         provider: For an ONNX file: "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx", or
             "auto". What is asked for runs the whole net, or loading fails.
         threads: Intra-op threads on a CPU; every core by default.
+        contexts: Of a plan: calls that may run at the same time, each with buffers of its own;
+            one more waits for its turn. An ONNX file takes any number.
 
     Raises:
-        InputError: No such file, or not an ONNX file or a plan.
+        InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
         ArtifactError: The file does not match its sidecar, or another version or GPU.
         EnvironmentLack: The device, the provider or a package is not here, or the provider would
             leave part of the net to another.
@@ -185,7 +188,7 @@ def load(
         if not machine.gpus() or device == "cpu":
             trt.check_compatible(path, sidecar)
             raise trt.plan_needs_gpu(path, here=bool(machine.gpus()))
-        backend = trt.TrtBackend(path, sidecar)
+        backend = trt.TrtBackend(path, sidecar, contexts=contexts)
     elif kind == "onnx":
         from rtresnet.runtime.ort import PROVIDERS, OrtBackend
 

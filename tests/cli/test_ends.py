@@ -71,6 +71,15 @@ def test_the_sidecar_says_what_goes_in_and_comes_out(files: Path) -> None:
         assert [state for _, _, state in artifacts.chain(path)][:2] == ["ok", "ok"]
 
 
+def test_inspect_says_it_too(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(files / "resnet8-u8-top2.onnx")]) == 0
+    shown = capsys.readouterr().out
+    assert f"takes {UINT8}: mean and std are inside" in shown
+    assert "gives the 2 most probable classes, no logits" in shown
+    assert main(["inspect", str(files / "resnet8.onnx")]) == 0
+    assert "takes" not in capsys.readouterr().out
+
+
 def test_a_session_takes_crops_whatever_the_file_does_itself(
     files: Path, crops: np.ndarray
 ) -> None:

@@ -29,6 +29,7 @@ from fake_gpu import (
     images,
 )
 
+import rtresnet
 from rtresnet.artifacts import Profile
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
 from rtresnet.runtime import arguments, ends, lanes, rtx, slots, trt
@@ -560,6 +561,15 @@ def test_as_many_calls_as_contexts_run_at_once(bench: Bench) -> None:
     assert not together.broken
     for seed in range(3):
         close(results[seed], expected(images(4, seed)))
+
+
+def test_load_takes_the_number_of_contexts(bench: Bench) -> None:
+    made = []
+    for contexts in (1, 3):
+        before = bench.engine.contexts
+        with rtresnet.load(bench.path, contexts=contexts):
+            made.append(bench.engine.contexts - before)
+    assert made[1] == 3 * made[0] > 0
 
 
 @pytest.mark.parametrize("contexts", [1, 3])
