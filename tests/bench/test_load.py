@@ -6,23 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from simulated import Simulated
 
 from rtresnet.bench import load
 from rtresnet.bench.load import Candidate, measure, warm_up
 from rtresnet.errors import InputError
-
-
-class Simulated:
-    """A clock that moves when somebody serves or sleeps."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep_until(self, moment: float, *, exactly: bool) -> None:
-        self.time = max(self.time, moment)
 
 
 def takes(

@@ -8,22 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulated import Simulated
 
 from rtresnet.bench import scenarios
 from rtresnet.bench.load import Candidate
 from rtresnet.errors import InputError
 from rtresnet.runtime.batcher import Batcher
-
-
-class Simulated:
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep_until(self, moment: float, *, exactly: bool) -> None:
-        self.time = max(self.time, moment)
 
 
 def constant(clock: Simulated, seconds: float) -> Candidate:
