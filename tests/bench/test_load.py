@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from simulated import Simulated
 
 from rtresnet.bench import load
 from rtresnet.bench.load import Candidate, measure, warm_up
 from rtresnet.errors import InputError
+from tests.bench.simulated import Simulated
 
 
 def takes(

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated import Simulated
 
 from rtresnet.bench import scenarios
 from rtresnet.bench.load import Candidate
 from rtresnet.errors import InputError
 from rtresnet.runtime.batcher import Batcher
+from tests.bench.simulated import Simulated
 
 
 def constant(clock: Simulated, seconds: float) -> Candidate:
