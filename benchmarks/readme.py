@@ -29,6 +29,7 @@ TABLES = {
     "shortcuts table": "shortcuts",
     "quantize table": "quantize",
     "calibration table": "calibration",
+    "qat table": "qat",
 }
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 

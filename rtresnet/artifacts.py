@@ -234,19 +234,24 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
 
     Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
     before stays as it was.
+
+    Args:
+        path: What is replaced.
+        durable: Holds when the power fails too, at the price of waiting for the disk.
     """
     path = Path(path)
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         # A full disk is met by write(), which does not know the file's name; nor is the temporary
@@ -263,16 +268,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_hashed(path: Path, data: memoryview) -> str:
-    """Writes bytes, down to the disk, and hashes them meanwhile; returns the sha256."""
-    with ThreadPoolExecutor(1) as beside, open(path, "wb") as file:
-        digest = beside.submit(hashlib.sha256, data)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return digest.result().hexdigest()
-
-
 def publish(
     path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
 ) -> Sidecar:
@@ -280,8 +275,7 @@ def publish(
 
     Args:
         path: Where the artifact goes.
-        write: Called with a temporary path; must leave the artifact's bytes there. It may return
-            their hash as `write_hashed` does; else the file is read again for it.
+        write: Called with a temporary path; must leave the artifact's bytes there.
         sidecar: Everything but file name, hash, size and versions, which are filled in here.
 
     Returns:
@@ -289,14 +283,40 @@ def publish(
     """
     path = Path(path)
     with atomic_path(path) as temporary:
-        digest = write(temporary)
-        sidecar = dataclasses.replace(
-            sidecar,
-            file=path.name,
-            sha256=digest if isinstance(digest, str) else sha256(temporary),
-            bytes=temporary.stat().st_size,
-            made_by=provenance() | sidecar.made_by,
-        )
+        write(temporary)
+        size, digest = temporary.stat().st_size, sha256(temporary)
+    return _put_beside(path, sidecar, size, digest)
+
+
+def publish_bytes(
+    path: str | os.PathLike[str], data: memoryview, describe: Callable[[], Sidecar]
+) -> Sidecar:
+    """As `publish`, for bytes that are there: written and hashed while they are described.
+
+    Does not wait for the disk: what a failing power cuts short, its sidecar's hash shows.
+
+    Args:
+        path: Where the artifact goes.
+        data: Its bytes.
+        describe: Gives the sidecar. If it raises, nothing is written.
+    """
+    path = Path(path)
+    with atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as beside:
+        written = beside.submit(temporary.write_bytes, data)
+        hashed = beside.submit(hashlib.sha256, data)
+        sidecar = describe()
+        size, digest = written.result(), hashed.result().hexdigest()
+    return _put_beside(path, sidecar, size, digest)
+
+
+def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar:
+    sidecar = dataclasses.replace(
+        sidecar,
+        file=path.name,
+        sha256=digest,
+        bytes=size,
+        made_by=provenance() | sidecar.made_by,
+    )
     # Killed between the two writes, the old sidecar no longer matches: detected, never trusted.
     write_text(sidecar_path(path), to_json(sidecar))
     return sidecar

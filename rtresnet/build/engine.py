@@ -138,19 +138,14 @@ def _build(
         raise ArtifactError(
             f"{source}: the build failed{preflight.whereabouts(said, graph)}: {said}"
         )
-    dump = layers.read_dump(log.layers, graph)
-    attested = attest.attest(dump, graph, log.activations)
-    if attested is not None:
-        _hold(source, parent, attested, attest.kernel_types(dump, graph))
     plan = Plan(
         builder=trt.__name__,
         version=trt.__version__,
         targets=(),
         profiles=profiles,
         seconds=round(seconds, 3),
-        attested=attested,
     )
-    return _publish(serialized, out, source, parent, plan, _kept(dump, graph, plan))
+    return _publish(memoryview(serialized), out, source, parent, plan, graph, log)
 
 
 def _add_profiles(
@@ -201,33 +196,46 @@ def _kept(dump: Sequence[Layer], graph: Mapping[str, Node], plan: Plan) -> str |
 
 
 def _publish(
-    serialized: Any, out: Path, source: Path, parent: Sidecar, plan: Plan, kept: str | None
+    data: memoryview,
+    out: Path,
+    source: Path,
+    parent: Sidecar,
+    plan: Plan,
+    graph: Mapping[str, Node],
+    log: Any,
 ) -> Sidecar:
-    data = memoryview(serialized)
-    # The targets of a plan built without --target are known from its header only.
-    head = header.parse(bytes(data[: header.SIZE]))
-    plan = dataclasses.replace(plan, targets=head.targets if head else ())
+    """Attests the engine, holds it to what was asked for, and writes its three files."""
     place = layers.path_for(out)
     with contextlib.ExitStack() as stack:
-        if kept is not None:
-            # Put in place last: until then the sidecar's hash is not that of the old file.
-            temporary = stack.enter_context(artifacts.atomic_path(place))
-            temporary.write_text(kept, encoding="utf-8")
-            link = Link(file=place.name, sha256=artifacts.sha256(temporary))
-            plan = dataclasses.replace(plan, layers=link)
-        sidecar = artifacts.publish(
-            out,
-            lambda temporary: artifacts.write_hashed(temporary, data),
-            dataclasses.replace(
+
+        def describe() -> Sidecar:
+            dump = layers.read_dump(log.layers, graph)
+            attested = attest.attest(dump, graph, log.activations)
+            if attested is not None:
+                _hold(source, parent, attested, attest.kernel_types(dump, graph))
+            # The targets of a plan built without --target are known from its header only.
+            head = header.parse(bytes(data[: header.SIZE]))
+            found = dataclasses.replace(
+                plan, attested=attested, targets=head.targets if head else ()
+            )
+            kept = _kept(dump, graph, found)
+            if kept is not None:
+                # Put in place last: until then the sidecar's hash is not that of the old file.
+                temporary = stack.enter_context(artifacts.atomic_path(place, durable=False))
+                temporary.write_text(kept, encoding="utf-8")
+                link = Link(file=place.name, sha256=artifacts.sha256(temporary))
+                found = dataclasses.replace(found, layers=link)
+            return dataclasses.replace(
                 parent,
                 kind="plan",
                 parent=artifacts.link_to(source, out, parent.sha256),
-                plan=plan,
+                plan=found,
                 measured={},
                 made_by={},
-            ),
-        )
-    if kept is None:
+            )
+
+        sidecar = artifacts.publish_bytes(out, data, describe)
+    if sidecar.plan is not None and sidecar.plan.layers is None:
         place.unlink(missing_ok=True)
     return sidecar
 
