@@ -45,9 +45,8 @@ def measure(weights: str, options: argparse.Namespace, place: Path) -> dict[str,
     fake.set_scales(kept.learned.scales)
     (written,) = [entry for entry in after["onnx"] if entry["precision"] == "int8"]
     (plain,) = before["onnx"]
-    sessions = [
-        simulate.session(onnx.load(place / entry["file"])) for entry in (written, plain)
-    ]  # fmt: skip
+    files = [place / entry["file"] for entry in (written, plain)]
+    sessions = [simulate.session(onnx.load(file)) for file in files]
     found: list[list[np.ndarray]] = []
     for images, labels in loader.batches(open_source(options.data, "test"), kept.input, 128):
         with torch.inference_mode():

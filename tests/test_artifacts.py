@@ -26,13 +26,14 @@ from rtresnet.artifacts import (
     chain,
     link_to,
     publish,
+    publish_bytes,
     read_sidecar,
     sidecar_path,
     update_measured,
     verify,
     write_text,
 )
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json, to_json
 
@@ -490,6 +491,38 @@ def test_publish_that_fails_keeps_artifact_and_sidecar(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
     assert verify(path) is not None
     assert names_in(tmp_path) == ["net.pt", "net.pt.json"]
+
+
+def test_bytes_are_published_as_a_file_is(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000
+    one = publish(tmp_path / "a" / "net.pt", lambda path: path.write_bytes(data), MINIMAL)
+    two = publish_bytes(tmp_path / "b" / "net.pt", memoryview(data), lambda: MINIMAL)
+    assert one == two == verify(tmp_path / "b" / "net.pt")
+    assert names_in(tmp_path / "b") == ["net.pt", "net.pt.json"]
+
+
+@pytest.mark.parametrize("error", [GateMissed("no"), KeyboardInterrupt()])
+def test_bytes_whose_description_fails_are_not_published(
+    tmp_path: Path, error: BaseException
+) -> None:
+    path = make(tmp_path / "net.pt", b"old")
+
+    def describe() -> Sidecar:
+        raise error
+
+    with pytest.raises(type(error)):
+        publish_bytes(path, memoryview(b"new"), describe)
+    assert path.read_bytes() == b"old" and verify(path) is not None
+    assert names_in(tmp_path) == ["net.pt", "net.pt.json"]
+
+
+def test_a_full_disk_under_published_bytes_keeps_the_old_artifact_valid(small_disk: Path) -> None:
+    path = make(small_disk / "net.pt", b"old")
+    with pytest.raises(OSError) as caught:
+        publish_bytes(path, memoryview(bytes(200_000)), lambda: MINIMAL)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == b"old" and verify(path) is not None
+    assert names_in(small_disk) == ["net.pt", "net.pt.json"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(small_disk: Path) -> None:

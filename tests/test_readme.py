@@ -44,19 +44,14 @@ def shell(command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def save_scans(folder: Path) -> None:
-    """A few of scikit-learn's scans as image files, as benchmarks/readme.py makes them."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
+def test_the_session_runs_and_prints_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
 
-    folder.mkdir()
-    for number, scan in enumerate(load_digits().images[:20]):
-        Image.fromarray((scan * 15.9).astype("uint8")).save(folder / f"{number:02d}.png")
-
-
-def test_the_session_runs_and_prints_what_is_shown(tmp_path: Path) -> None:
     assert len(SESSION) >= 5
-    save_scans(tmp_path / "scans")
+    readme.save_scans(tmp_path / "scans")
     for block in SESSION:
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")

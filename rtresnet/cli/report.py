@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,16 +57,22 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
 
 
 def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
-    """A caption and a picture of every plan whose layers were kept."""
+    """A caption and a picture of every plan whose layers were kept; notes where they are gone."""
     from rtresnet import artifacts
-    from rtresnet.cli import inspect_layers
+    from rtresnet.build import layers
     from rtresnet.report import engine_graph
 
     for artifact in found.artifacts:
-        sidecar = artifacts.read_sidecar(artifact.path) if artifact.path.exists() else None
+        if not artifact.chain or artifact.chain[0][-1] != "ok":  # gone, or not what it was
+            continue
+        sidecar = artifacts.read_sidecar(artifact.path)
         if sidecar is None or sidecar.plan is None or sidecar.plan.layers is None:
             continue
-        engine = inspect_layers.load(artifact.path)
+        file = sidecar.plan.layers.file
+        if not (artifact.path.parent / file).exists():
+            found.notes.append(f"The layers of {artifact.name} are not shown: {file} is not there.")
+            continue
+        engine = dataclasses.asdict(layers.load(artifact.path, sidecar))
         yield (
             f"The fused layers of {artifact.name}, in the order of execution.",
             engine_graph.draw(engine, artifact.name),

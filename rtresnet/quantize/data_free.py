@@ -2,10 +2,10 @@
 
 Each channel has batch norm's mean and deviation (Nagel et al., 2019, section 4.1), and is taken as
 independent of the others. Its distribution is taken as logistic, not normal: what trained
-convolutions put out has longer tails, and ranges from normal values clip too much of them (by a
-seventh, on the CIFAR nets). ReLU cuts a channel off at zero, an addition
-adds means and variances, pooling is taken to change nothing, which errs on the wide side. The
-values so described are drawn, and go through the same histograms as an image's.
+convolutions put out has longer tails, and ranges from normal values clip too much of them. ReLU
+cuts a channel off at zero, an addition adds means and variances, pooling is taken to change
+nothing, which errs on the wide side. The values so described are drawn, and go through the same
+histograms as an image's.
 """
 
 from __future__ import annotations

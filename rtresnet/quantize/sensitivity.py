@@ -1,8 +1,8 @@
 """Which blocks of a net suffer from INT8, and which to leave in float.
 
 The noise is that of the logits on a few images, against the float net (`simulate.py`). A block is
-what lies between two residual additions, with its shortcut; the stem and the FC are blocks
-too (`rtresnet/blocks.py`).
+what lies between two residual additions, with its shortcut; the stem and the FC are blocks too
+(`rtresnet/blocks.py`).
 """
 
 from __future__ import annotations

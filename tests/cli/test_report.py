@@ -40,6 +40,10 @@ def test_the_page_shows_what_a_plan_fuses(
     assert main(["report", str(plan), "--out", str(out)]) == 2
     assert "not the file that belongs to" in capsys.readouterr().err
     assert out.read_text() == text
+    (copy / "resnet8-int8.plan.layers.json").unlink()
+    assert main(["report", str(plan), "--out", str(out)]) == 0
+    assert "layers of resnet8-int8.plan are not shown" in capsys.readouterr().out
+    assert "What the engines fuse" not in out.read_text()
 
 
 def test_nothing_to_report_is_said_and_nothing_is_written(
