@@ -107,7 +107,7 @@ def run(path: str, *, data: str | None = None, images: int = 16, **options: Any)
 def _open(path: str, **options: Any) -> Subject:
     from rtresnet import artifacts
 
-    artifacts.require_file(path)
+    artifacts.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return _open_checkpoint(path, **options)
     from rtresnet.preprocess import Preprocess

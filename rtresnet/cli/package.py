@@ -75,7 +75,7 @@ def run(
     from rtresnet import artifacts
     from rtresnet.serve import triton
 
-    kind = artifacts.kind_of(artifacts.require_file(path))
+    kind = artifacts.kind_of(artifacts.require_file(path, fix="make one with: rtresnet export"))
     if kind not in triton.BACKENDS:
         raise InputError(f"{path}: Triton takes plans and ONNX files", fix="rtresnet export")
     sidecar = artifacts.verify(path)

@@ -136,7 +136,7 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
-            yield artifacts.require_file(path)
+            yield artifacts.require_file(path, fix="write results with: rtresnet bench --json FILE")
             continue
         inside = sorted(p for p in path.iterdir() if p.is_file())
         for file in inside:

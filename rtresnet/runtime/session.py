@@ -178,7 +178,7 @@ def load(
     """
     if device not in DEVICES:
         raise UnknownName("device", device, DEVICES)
-    path = artifacts.require_file(path)
+    path = artifacts.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     backend: Backend
