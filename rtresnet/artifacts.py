@@ -1,4 +1,4 @@
-"""Files that know where they came from: sidecars, hashes, atomic writes.
+"""Files that know where they came from: sidecars and the chain they make.
 
 Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` beside it. It names the
 artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import secrets
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +22,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from rtresnet import storage
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json, to_json
@@ -34,8 +33,6 @@ SCHEMA = 1
 KINDS = ("checkpoint", "onnx", "plan")
 SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "checkpoint"}
 SUFFIXES[".th"] = "checkpoint"
-
-T = TypeVar("T")
 
 # The command line being carried out, for `made_by`; from Python it is the script's own.
 command: ContextVar[Sequence[str]] = ContextVar("command", default=())
@@ -190,84 +187,6 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         ) from None
 
 
-def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
-    """The path, if it is a readable, non-empty file.
-
-    Raises:
-        InputError: It is not; `fix` says what makes it.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file", fix=fix)
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise InputError(f"{path}: not a readable file", fix=fix)
-    if path.stat().st_size == 0:
-        raise ArtifactError(f"{path}: the file is empty", fix=fix)
-    return path
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Makes a folder to write into.
-
-    Raises:
-        InputError: It cannot be made, or not be written into.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise InputError(f"{path}: cannot be made a folder", fix="choose another --out") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{path}: not writable", fix="choose another --out")
-    return path
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
-
-    Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
-    before stays as it was.
-
-    Args:
-        path: What is replaced.
-        durable: Holds when the power fails too, at the price of waiting for the disk.
-    """
-    path = Path(path)
-    make_folder(path.parent)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        yield temporary
-        if durable:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # A full disk is met by write(), which does not know the file's name; nor is the temporary
-        # one anything to a person.
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def publish(
     path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
 ) -> Sidecar:
@@ -282,9 +201,9 @@ def publish(
         The sidecar as written.
     """
     path = Path(path)
-    with atomic_path(path) as temporary:
+    with storage.atomic_path(path) as temporary:
         write(temporary)
-        size, digest = temporary.stat().st_size, sha256(temporary)
+        size, digest = temporary.stat().st_size, storage.sha256(temporary)
     return _put_beside(path, sidecar, size, digest)
 
 
@@ -301,7 +220,7 @@ def publish_bytes(
         describe: Gives the sidecar. If it raises, nothing is written.
     """
     path = Path(path)
-    with atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as beside:
+    with storage.atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as beside:
         written = beside.submit(temporary.write_bytes, data)
         hashed = beside.submit(hashlib.sha256, data)
         sidecar = describe()
@@ -318,7 +237,7 @@ def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar
         made_by=provenance() | sidecar.made_by,
     )
     # Killed between the two writes, the old sidecar no longer matches: detected, never trusted.
-    write_text(sidecar_path(path), to_json(sidecar))
+    storage.write_text(sidecar_path(path), to_json(sidecar))
     return sidecar
 
 
@@ -327,7 +246,7 @@ def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
     sidecar = read_sidecar(path)
     if sidecar is not None:
         merged = dataclasses.replace(sidecar, measured=sidecar.measured | measured)
-        write_text(sidecar_path(path), to_json(merged))
+        storage.write_text(sidecar_path(path), to_json(merged))
 
 
 def provenance() -> dict[str, str]:
@@ -344,7 +263,7 @@ def link_to(
 ) -> Link:
     """The parent as `child`'s sidecar should name it; `digest` where its sha256 is known."""
     relative = os.path.relpath(Path(parent).resolve(), Path(child).resolve().parent)
-    return Link(file=relative, sha256=digest or sha256(parent))
+    return Link(file=relative, sha256=digest or storage.sha256(parent))
 
 
 def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
@@ -380,9 +299,9 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
     Raises:
         ArtifactError: The hash differs: truncated, replaced, or of another build.
     """
-    require_file(path)
+    storage.require_file(path)
     sidecar = read_sidecar(path)
-    if sidecar is not None and sidecar.sha256 != sha256(path):
+    if sidecar is not None and sidecar.sha256 != storage.sha256(path):
         size = Path(path).stat().st_size
         what = (
             f"truncated ({size} of {sidecar.bytes} bytes)"
@@ -417,7 +336,7 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
         if not current.exists():
             yield current, sidecar, "missing"
             return
-        actual = sha256(current)
+        actual = storage.sha256(current)
         if (expected and actual != expected) or (sidecar and sidecar.sha256 != actual):
             yield current, sidecar, "changed"
             return

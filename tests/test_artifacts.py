@@ -22,7 +22,6 @@ from rtresnet.artifacts import (
     Profile,
     Sidecar,
     Weights,
-    atomic_path,
     chain,
     link_to,
     publish,
@@ -31,7 +30,6 @@ from rtresnet.artifacts import (
     sidecar_path,
     update_measured,
     verify,
-    write_text,
 )
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
@@ -353,13 +351,6 @@ def test_a_file_that_is_not_there_or_empty_is_told_so(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
-def test_the_hash_is_that_of_the_whole_file(tmp_path: Path) -> None:
-    content = os.urandom((2 << 20) + 17)
-    path = tmp_path / "large"
-    path.write_bytes(content)
-    assert artifacts.sha256(path) == hashlib.sha256(content).hexdigest()
-
-
 def test_the_kind_follows_from_the_name() -> None:
     kinds = {"a.pt": "checkpoint", "a.PTH": "checkpoint", "b.fp16.onnx": "onnx", "c.plan": "plan"}
     assert {name: artifacts.kind_of(name) for name in kinds} == kinds
@@ -439,46 +430,6 @@ def test_a_chain_that_bites_its_tail_ends(tmp_path: Path) -> None:
 # --- atomic writes
 
 
-def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "a.txt"
-    write_text(path, "old")
-    write_text(path, "new: été\n")
-    assert path.read_bytes() == "new: été\n".encode()
-    assert names_in(path.parent) == ["a.txt"]
-
-
-def test_the_temporary_file_is_beside_the_target_and_the_target_untouched_meanwhile(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with atomic_path(path) as temporary:
-        temporary.write_text("new")
-        assert temporary.parent == tmp_path
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-
-
-@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt, SystemExit])
-def test_whatever_interrupts_a_write_the_old_file_stays_and_nothing_else(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_text("half of the n")
-        raise error
-    assert path.read_text() == "old"
-    assert names_in(tmp_path) == ["a.txt"]
-
-
-def test_an_interrupted_first_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert names_in(tmp_path) == []
-
-
 def test_publish_that_fails_keeps_artifact_and_sidecar(tmp_path: Path) -> None:
     path = make(tmp_path / "net.pt", b"old")
 
@@ -523,16 +474,6 @@ def test_a_full_disk_under_published_bytes_keeps_the_old_artifact_valid(small_di
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == b"old" and verify(path) is not None
     assert names_in(small_disk) == ["net.pt", "net.pt.json"]
-
-
-def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(small_disk: Path) -> None:
-    path = small_disk / "a.bin"
-    path.write_bytes(b"old")
-    with pytest.raises(OSError) as caught, atomic_path(path) as temporary:
-        temporary.write_bytes(bytes(200_000))
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
-    assert path.read_bytes() == b"old"
-    assert names_in(small_disk) == ["a.bin"]
 
 
 def test_a_full_disk_under_publish_keeps_the_old_artifact_valid(small_disk: Path) -> None:

@@ -16,6 +16,7 @@ BASE = {
     "errors",
     "blocks",
     "artifacts",
+    "storage",
     "preprocess",
     "metrics",
     "machine",

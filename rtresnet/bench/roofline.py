@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts, machine
+from rtresnet import machine, storage
 from rtresnet.errors import missing_package
 from rtresnet.records import from_json
 from rtresnet.runtime.ort import OrtBackend
@@ -75,7 +75,7 @@ def of_this_machine(
     roof = (measure or measured)(threads)
     entries = {label: asdict(entry) for label, entry in (kept | {name: roof}).items()}
     with contextlib.suppress(OSError, ValueError):  # a home that is not writable
-        artifacts.write_text(place, json.dumps(entries, indent=1) + "\n")
+        storage.write_text(place, json.dumps(entries, indent=1) + "\n")
     return roof, True
 
 

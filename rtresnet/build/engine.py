@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts, records
+from rtresnet import artifacts, records, storage
 from rtresnet.artifacts import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 from rtresnet.build import attest, header, layers, manifest, monitor, nodes, preflight, targets
 from rtresnet.build.layers import Layer, Layers
@@ -174,7 +174,7 @@ def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[
         )
     yield
     kept = memoryview(config.get_timing_cache().serialize())
-    with artifacts.atomic_path(path) as temporary:
+    with storage.atomic_path(path) as temporary:
         temporary.write_bytes(kept)
 
 
@@ -221,9 +221,9 @@ def _publish(
             kept = _kept(dump, graph, found)
             if kept is not None:
                 # Put in place last: until then the sidecar's hash is not that of the old file.
-                temporary = stack.enter_context(artifacts.atomic_path(place, durable=False))
+                temporary = stack.enter_context(storage.atomic_path(place, durable=False))
                 temporary.write_text(kept, encoding="utf-8")
-                link = Link(file=place.name, sha256=artifacts.sha256(temporary))
+                link = Link(file=place.name, sha256=storage.sha256(temporary))
                 found = dataclasses.replace(found, layers=link)
             return dataclasses.replace(
                 parent,
@@ -303,7 +303,7 @@ def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:
             f"{source}: {images.dtype.name} {list(shape)} to {logits.dtype.name} {list(out)}: not "
             "a net from float32 [N, 3, S, S] to float32 [N, classes]"
         )
-    digest = artifacts.sha256(source)
+    digest = storage.sha256(source)
     return Sidecar(
         kind="onnx",
         file=source.name,

@@ -10,7 +10,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.build.targets import RTX_TARGETS
 from rtresnet.errors import ArtifactError
 
@@ -33,7 +33,7 @@ def read(path: str | os.PathLike[str]) -> Header | None:
     Raises:
         ArtifactError: Empty or truncated.
     """
-    path = artifacts.require_file(path)
+    path = storage.require_file(path)
     with open(path, "rb") as file:
         head = file.read(SIZE)
     header, actual = parse(head), path.stat().st_size

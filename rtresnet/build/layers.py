@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.artifacts import Sidecar
 from rtresnet.build.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, STEM, WEIGHTS, Node
 from rtresnet.errors import ArtifactError, InputError
@@ -272,8 +272,8 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
         why = "it has no sidecar" if sidecar is None else "its sidecar names no layer file"
         raise InputError(f"{plan}: the layers are not known, {why}", fix=anew)
     place = Path(plan).parent / link.file
-    artifacts.require_file(place, fix=anew)
-    if artifacts.sha256(place) != link.sha256:
+    storage.require_file(place, fix=anew)
+    if storage.sha256(place) != link.sha256:
         raise ArtifactError(f"{place}: not the file that belongs to {plan}", fix=anew)
     data = json.loads(place.read_text(encoding="utf-8"))
     if data.get("schema") != SCHEMA:

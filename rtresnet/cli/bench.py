@@ -254,9 +254,9 @@ def _find(
 
 def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
     """What to measure for `path`, and the sentence that says so where it is not `path` itself."""
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
 
-    artifacts.require_file(path, fix="make one with: rtresnet export")
+    storage.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) != "plan" or machine.gpus() or device == "cuda":
         return path, None
     sidecar = artifacts.verify(path)
@@ -265,8 +265,8 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
         raise InputError(
             f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
         )
-    artifacts.require_file(parent, fix="bring the ONNX file along, or run on a GPU")
-    if sidecar.parent is not None and artifacts.sha256(parent) != sidecar.parent.sha256:
+    storage.require_file(parent, fix="bring the ONNX file along, or run on a GPU")
+    if sidecar.parent is not None and storage.sha256(parent) != sidecar.parent.sha256:
         raise InputError(
             f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
         )

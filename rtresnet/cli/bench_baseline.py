@@ -32,10 +32,10 @@ def read(path: str) -> list[dict[str, Any]]:
     Raises:
         InputError: It is none.
     """
-    from rtresnet import artifacts
+    from rtresnet import storage
 
     fix = f"make one with: rtresnet bench ARTIFACT --json {path}"
-    artifacts.require_file(path, fix=fix)
+    storage.require_file(path, fix=fix)
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         results = record["result"]["results"]

@@ -134,7 +134,7 @@ def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]], boun
         InputError: Another suffix.
         EnvironmentLack: matplotlib is not installed.
     """
-    from rtresnet import artifacts
+    from rtresnet import storage
     from rtresnet.report import plots
 
     check_plot(target)
@@ -149,9 +149,9 @@ def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]], boun
     axes.set(xlabel=what, ylabel="latency, ms", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     if target.lower().endswith(".svg"):
-        artifacts.write_text(target, plots.svg(drawn, f"latency against {what}") + "\n")
+        storage.write_text(target, plots.svg(drawn, f"latency against {what}") + "\n")
     else:
-        with artifacts.atomic_path(target) as temporary:
+        with storage.atomic_path(target) as temporary:
             drawn.savefig(temporary, format="png", dpi=150)
 
 

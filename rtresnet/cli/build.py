@@ -115,10 +115,10 @@ def build_file(
     timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Builds one file; returns what `--json` writes."""
-    from rtresnet import artifacts
+    from rtresnet import storage
     from rtresnet.build import engine, profiles, targets
 
-    artifacts.require_file(source, fix="make one with: rtresnet export")
+    storage.require_file(source, fix="make one with: rtresnet export")
     chosen = targets.parse(target, builder)
     out = out or _beside(source)
     with common.progress(f"building {out}") as update:

@@ -105,9 +105,9 @@ def run(path: str, *, data: str | None = None, images: int = 16, **options: Any)
 
 
 def _open(path: str, **options: Any) -> Subject:
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
 
-    artifacts.require_file(path, fix="make one with: rtresnet export")
+    storage.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return _open_checkpoint(path, **options)
     from rtresnet.preprocess import Preprocess

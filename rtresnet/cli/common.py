@@ -119,14 +119,14 @@ def write_json(target: str | None, verb: str, result: dict[str, Any]) -> None:
     """Writes `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
     if target is None:
         return
-    from rtresnet import artifacts, records
+    from rtresnet import artifacts, records, storage
 
     record = records.known({"verb": verb, "made_by": artifacts.provenance(), "result": result})
     text = json.dumps(record, indent=1) + "\n"
     if target == "-":
         click.echo(text, nl=False)
     else:
-        artifacts.write_text(target, text)
+        storage.write_text(target, text)
 
 
 def on_terminal() -> bool:
@@ -204,9 +204,9 @@ def open_artifact(
     std: str | None = None,
 ) -> Opened:
     """Opens a checkpoint (in torch), an ONNX file or a plan (in the runtime)."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
 
-    artifacts.require_file(path)
+    storage.require_file(path)
     if artifacts.kind_of(path) == "checkpoint":
         return _open_checkpoint(path, device, threads, model, size, mean, std)
     from rtresnet.preprocess import UINT8, Preprocess

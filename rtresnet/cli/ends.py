@@ -68,10 +68,10 @@ def write_with(source: Path, takes: str, topk: int | None) -> tuple[Path, Sideca
         ArtifactError: Not an ONNX file of a plain net.
         GateMissed: The answers differ.
     """
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
     from rtresnet.preprocess import UINT8
 
-    sidecar = artifacts.verify(artifacts.require_file(source, fix="make one with: rtresnet export"))
+    sidecar = artifacts.verify(storage.require_file(source, fix="make one with: rtresnet export"))
     pixels, out = takes == "uint8-nhwc", path_with(source, takes, topk)
     if sidecar is None or (pixels and "input" in sidecar.assumed):
         raise InputError(

@@ -92,11 +92,11 @@ def _counted(
     model: str, precision: str | None, size: int | None
 ) -> tuple[list[Any], str, dict[str, Any]]:
     """The kernels of a file or of a named net, in the precision asked for."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.bench import kernels
 
     if Path(model).suffix.lower() in artifacts.SUFFIXES:
-        artifacts.require_file(model)
+        storage.require_file(model)
         if artifacts.kind_of(model) != "onnx":
             raise InputError(f"{model}: takes an ONNX file or a net's name", fix="rtresnet export")
         artifacts.verify(model)

@@ -164,10 +164,10 @@ def _show(name: str, entry: dict[str, Any], how: str) -> None:
 
 def _require_checkpoint(path: str) -> None:
     """Raises InputError where an artifact takes images of one size only."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.errors import InputError
 
-    artifacts.require_file(path)
+    storage.require_file(path)
     if artifacts.kind_of(path) == "checkpoint":
         return
     origin = list(artifacts.chain(path))[-1]

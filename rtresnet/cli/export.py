@@ -88,7 +88,7 @@ def run(
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
     common.require_torch("export")
-    from rtresnet import artifacts, learned
+    from rtresnet import learned, storage
     from rtresnet.build import profiles, targets
 
     # What can be refused is refused before anything is computed.
@@ -98,7 +98,7 @@ def run(
         from rtresnet.data.sources import open_images
 
         open_images(calib)
-    artifacts.make_folder(out)
+    storage.make_folder(out)
     checkpoint, origin = resolve(model, weights, size)
     if int8:
         learned.refuse_calibration(origin, checkpoint.learned, calib, calibrator)

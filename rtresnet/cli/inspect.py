@@ -21,7 +21,7 @@ from rtresnet.preprocess import FLOAT
 @common.json_option
 def command(path: Path, layers: bool, svg: str | None, json_file: str | None) -> None:
     """Show an artifact, its whole chain, and a plan's header. Needs no GPU."""
-    from rtresnet import artifacts
+    from rtresnet import storage
 
     result = run(path)
     if layers or svg:
@@ -31,7 +31,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
         result["engine"] = inspect_layers.load(path)
         if svg:
             drawing = engine_graph.draw(result["engine"], path.name)
-            artifacts.write_text(svg, drawing)
+            storage.write_text(svg, drawing)
     console = common.out_console()
     for index, link in enumerate(result["chain"]):
         console.print(f"{'  ' * index}{'<- ' if index else ''}{_headline(link)}", soft_wrap=True)
@@ -66,10 +66,10 @@ def run(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: The file is damaged or does not match its sidecar.
     """
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
     from rtresnet.build import header, manifest
 
-    artifacts.require_file(path)
+    storage.require_file(path)
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     head, operations, said = None, None, None

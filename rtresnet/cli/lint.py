@@ -40,10 +40,10 @@ def command(path: Path, out: Path | None, json_file: str | None) -> None:
     For files made by any tool. Needs neither a GPU nor TensorRT; --fix needs ONNX Runtime. Exit
     code 0 means nothing worse than a note, 1 that there is.
     """
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
     from rtresnet.errors import missing_package
 
-    sidecar = artifacts.verify(artifacts.require_file(path))
+    sidecar = artifacts.verify(storage.require_file(path))
     if not machine.installed("onnx"):
         raise missing_package("onnx", "reading an ONNX file")
     from rtresnet.quantize.lint import lint
@@ -104,7 +104,7 @@ def _repair(
     path: Path, out: Path, model: Any, sidecar: Sidecar | None
 ) -> tuple[list[Finding], list[Repair]]:
     """Writes the repaired file and says what was done and what is left."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.quantize.repair import fix
 
     if sidecar is None and artifacts.sidecar_path(out).exists():
@@ -116,7 +116,7 @@ def _repair(
         target.write_bytes(fixed.SerializeToString())
 
     if sidecar is None:
-        with artifacts.atomic_path(out) as temporary:
+        with storage.atomic_path(out) as temporary:
             write(temporary)
     else:
         in_place = out.exists() and out.samefile(path)

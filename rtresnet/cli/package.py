@@ -72,10 +72,10 @@ def run(
     device: str = "auto",
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.serve import triton
 
-    kind = artifacts.kind_of(artifacts.require_file(path, fix="make one with: rtresnet export"))
+    kind = artifacts.kind_of(storage.require_file(path, fix="make one with: rtresnet export"))
     if kind not in triton.BACKENDS:
         raise InputError(f"{path}: Triton takes plans and ONNX files", fix="rtresnet export")
     sidecar = artifacts.verify(path)
@@ -125,7 +125,7 @@ def _plan(path: Path, sidecar: Sidecar | None, device: str) -> tuple[tuple[Profi
     Raises:
         ArtifactError: Triton would not load it, or it is not known what it is.
     """
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.build import header
 
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
@@ -148,7 +148,7 @@ def _plan(path: Path, sidecar: Sidecar | None, device: str) -> tuple[tuple[Profi
             f"{path}: its tensors' names stand in {parent or 'its ONNX file'}, which is not here",
             fix="bring the ONNX file along",
         )
-    if artifacts.sha256(parent) != sidecar.parent.sha256:
+    if storage.sha256(parent) != sidecar.parent.sha256:
         raise ArtifactError(
             f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
         )
@@ -202,10 +202,10 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
     """What a person at the server wants to know of the model, without the sidecar at hand."""
-    from rtresnet import artifacts
+    from rtresnet import storage
 
     if sidecar is None:
-        return {"sha256": artifacts.sha256(path)}
+        return {"sha256": storage.sha256(path)}
     ours = sidecar.input
     record = {
         "sha256": sidecar.sha256,

@@ -128,11 +128,11 @@ def _named(given: Sequence[str], artifact: str | None) -> tuple[str, list[str]]:
         InputError: A file that is not there, or nothing to predict with.
         DataError: A folder without images, or nothing but an artifact.
     """
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
 
     if artifact is None and Path(given[0]).suffix.lower() in artifacts.SUFFIXES:
         artifact, given = given[0], given[1:]
-        artifacts.require_file(artifact)
+        storage.require_file(artifact)
         if not given:
             raise DataError(f"no images for {artifact}", fix="name image files or a folder")
     names = [name for entry in given for name in _files(Path(entry))]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.cli import common
 from rtresnet.cli.predict_out import Journal, check_form
 from rtresnet.cli.predict_rows import About, Predictor, Row
@@ -75,7 +75,7 @@ def run(
         about = maker.about
         listed = "\n".join(names).encode("utf-8", "surrogateescape")
         head = {
-            "model": artifacts.sha256(artifact),
+            "model": storage.sha256(artifact),
             **about.decisive(),
             "images": len(names),
             "list_of_images": hashlib.sha256(listed).hexdigest(),

@@ -35,7 +35,7 @@ def check_form(out: Path) -> None:
         InputError: The suffix is none of FORMS, or nothing can be written there.
         EnvironmentLack: Parquet without pyarrow.
     """
-    from rtresnet import artifacts, machine
+    from rtresnet import machine, storage
 
     if out.suffix.lower() not in FORMS:
         raise InputError(
@@ -44,7 +44,7 @@ def check_form(out: Path) -> None:
         )
     if out.is_dir():
         raise InputError(f"--out {out}: a folder is there", fix="choose another --out")
-    artifacts.make_folder(out.parent)
+    storage.make_folder(out.parent)
     if out.suffix.lower() == ".parquet" and not machine.installed("pyarrow"):
         raise EnvironmentLack(
             "Parquet needs the package pyarrow, which is not installed",
@@ -150,10 +150,10 @@ class Journal:
 
     def finish(self) -> None:
         """Makes the table of it and removes it."""
-        from rtresnet import artifacts
+        from rtresnet import storage
 
         write = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}[self.out.suffix.lower()]
-        with artifacts.atomic_path(self.out) as temporary:
+        with storage.atomic_path(self.out) as temporary:
             write(temporary, self)
         self.discard()
 

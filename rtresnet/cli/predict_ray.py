@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.cli.predict_rows import About, Predictor, Row
 from rtresnet.errors import EnvironmentLack, InputError, RtresnetError, missing_package
 
@@ -28,7 +28,7 @@ class Actor:
 
     def __init__(self, folder: str, artifact: str, digest: str, options: dict[str, Any]) -> None:
         _stand_in(folder)
-        if artifacts.sha256(artifacts.require_file(artifact)) != digest:
+        if storage.sha256(storage.require_file(artifact)) != digest:
             raise InputError(f"{artifact}: not the file that it is where predict was started")
         self.predictor = Predictor(artifact, **options)
 
@@ -54,7 +54,7 @@ class OnRay:
     def __init__(self, artifact: str, *, actors: int | None = None, **options: Any) -> None:
         self._ray = _ray()
         self._artifact, self._folder = artifact, str(Path.cwd())
-        self._digest = artifacts.sha256(artifacts.require_file(artifact))
+        self._digest = storage.sha256(storage.require_file(artifact))
         self._ours = not self._ray.is_initialized()
         if self._ours:
             self._start()

@@ -56,12 +56,12 @@ def run(
     """
     import numpy as np
 
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
     from rtresnet.bench import kernels, profile
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds {seconds:g}: must be above 0")
-    artifacts.require_file(path, fix="make one with: rtresnet export")
+    storage.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     if kind == "checkpoint":
         raise InputError(f"{path}: a profile is of an ONNX file or a plan", fix="rtresnet export")

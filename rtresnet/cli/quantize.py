@@ -128,10 +128,10 @@ def quantize_file(
     contract: Contract = (None, None, None),
 ) -> Sidecar:
     """Quantizes one file; returns the new file's sidecar."""
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
     from rtresnet.errors import missing_package
 
-    sidecar = artifacts.verify(artifacts.require_file(source, fix="make one with: rtresnet export"))
+    sidecar = artifacts.verify(storage.require_file(source, fix="make one with: rtresnet export"))
     if not machine.installed("onnx"):
         raise missing_package("onnx", "quantizing")
     import onnx
@@ -198,7 +198,7 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     """The record of an ONNX file that somebody else made."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.preprocess import Preprocess
 
     size, mean, std = contract
@@ -210,7 +210,7 @@ def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     shape = model.graph.output[0].type.tensor_type.shape.dim
     if not shape or not shape[-1].dim_value:
         raise ArtifactError(f"{source}: its output has no fixed number of classes")
-    digest = artifacts.sha256(source)
+    digest = storage.sha256(source)
     return artifacts.Sidecar(
         kind="onnx",
         file=source.name,

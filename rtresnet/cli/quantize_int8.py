@@ -51,7 +51,7 @@ def int8(
     Returns:
         The quantized model, how it was calibrated, and what was measured.
     """
-    from rtresnet import artifacts, learned
+    from rtresnet import artifacts, learned, storage
     from rtresnet.cli import quantize_gate
     from rtresnet.quantize import calibrate, qdq, scales
     from rtresnet.quantize.prepare import prepare
@@ -103,7 +103,7 @@ def int8(
         images_sha256=fingerprint,
         n=count,
         scales=path.as_posix(),
-        scales_sha256=artifacts.sha256(path),
+        scales_sha256=storage.sha256(path),
         kept=kept,
         rest=rest,
     )
@@ -151,7 +151,7 @@ def _uncalibrated(
     found: Calibrated, about: dict[str, Any], sidecar: Sidecar, out: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """What is left to do once there are scales that no image was run for."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.quantize import scales
 
     model, path = _with_rest(found.quantized(), rest), CALIB / f"{out.stem}.json"
@@ -166,7 +166,7 @@ def _uncalibrated(
         images_sha256=about["images_sha256"],
         n=about["n"],
         scales=path.as_posix(),
-        scales_sha256=artifacts.sha256(path),
+        scales_sha256=storage.sha256(path),
         rest=rest,
     )
     return model, calibration, {}

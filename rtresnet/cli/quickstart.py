@@ -153,7 +153,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write_page(path: Path, result: dict[str, Any]) -> None:
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.report import page, plots
 
     tested = result["train"]["measured"]
@@ -216,4 +216,4 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
         ),
     ]
     title = f"{result['model']} on {result['data']}: FP32, FP16, INT8"
-    artifacts.write_text(path, page.document(title, parts))
+    storage.write_text(path, page.document(title, parts))

@@ -27,7 +27,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     RESULTS are files that bench, eval, compare, profile or quickstart wrote with --json;
     artifacts bring what their sidecars know. Without any, the folder engines/ is taken.
     """
-    from rtresnet import artifacts
+    from rtresnet import storage
     from rtresnet.errors import InputError
     from rtresnet.report import markdown as markdown_report
     from rtresnet.report import result_page
@@ -40,12 +40,12 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         )
     found = reading.gather(results or (DEFAULT,))
     text = result_page.html(found, list(_engines(found)))
-    artifacts.write_text(out, text)
+    storage.write_text(out, text)
     rendered = markdown_report.render(found) if markdown else ""
     if markdown == "-":
         click.echo(rendered, nl=False)
     elif markdown:
-        artifacts.write_text(markdown, rendered)
+        storage.write_text(markdown, rendered)
     console = common.err_console() if markdown == "-" else common.out_console()
     for line in (*result_page.summary(found), *result_page.remarks(found)):
         console.print(line, soft_wrap=True, markup=False)

@@ -39,7 +39,7 @@ def responses(
     After batch norm, before ReLU and addition: how strongly a layer changes its input.
     """
     common.require_torch("the analysis of responses")
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.data import loader
     from rtresnet.data.sources import open_source
     from rtresnet.models import checkpoint
@@ -74,7 +74,7 @@ def responses(
         tables.show(console, headings, rows, title=title)
         parts += [page.heading(title), page.table(headings, rows)]
     study_page.write(
-        artifacts.make_folder(out),
+        storage.make_folder(out),
         "responses",
         title="Layer responses",
         drawn=study_show.response_figure(

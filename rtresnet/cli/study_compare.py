@@ -156,7 +156,7 @@ def _study(
     panels: Callable[[Sequence[Net]], list[Panel]],
 ) -> dict[str, Any]:
     """Makes the runs and all that is drawn from them; returns what `--json` writes."""
-    from rtresnet import artifacts
+    from rtresnet import artifacts, storage
     from rtresnet.report import page, study_page, tables
     from rtresnet.study import compare, runs
     from rtresnet.train.recipes import describe
@@ -165,7 +165,7 @@ def _study(
     planned = compare.plan(nets, terms)
     for run in planned:
         runs.found(run)  # a run that is not this study's is refused before any is made
-    artifacts.make_folder(terms.out)
+    storage.make_folder(terms.out)
     summary = compare.summarize(_make(planned))
     length = compare.length(planned[0])
     seeds = "1 seed" if terms.seeds == 1 else f"mean ± std of {terms.seeds} seeds"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.data.loader import ahead
 from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
 from rtresnet.data.sources import Files, open_source
@@ -64,7 +64,7 @@ def pack(
         raise InputError(
             f"{folder}: lies in {root}, where it would be a class", fix="choose another --out"
         )
-    artifacts.make_folder(folder)
+    storage.make_folder(folder)
     _make_room(folder, force)
     rows, total = _Rows(), sum(map(len, files.values()))
     shards: list[dict[str, Any]] = []
@@ -81,7 +81,7 @@ def pack(
             "table_sha256": rows.write(folder / TABLE),
             "made_by": artifacts.provenance(),
         }
-        artifacts.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        storage.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     except BaseException:
         _sweep(folder)
         raise
@@ -106,10 +106,10 @@ class _Rows:
         """Returns the table's sha256."""
         arrays = {column: np.array(values, np.int64) for column, values in self.columns.items()}
         names = np.frombuffer(b"\0".join(self.names), np.uint8)
-        with artifacts.atomic_path(path) as temporary:
+        with storage.atomic_path(path) as temporary:
             with open(temporary, "wb") as file:
                 np.savez(file, allow_pickle=False, names=names, **arrays)
-            return artifacts.sha256(temporary)
+            return storage.sha256(temporary)
 
 
 def _files(source: str, split: str) -> Files:
@@ -149,7 +149,7 @@ def _write_split(
     number, waiting = 0, next(images, None)
     while waiting is not None:
         path = folder / f"{split}-{number:05}.tar"
-        with artifacts.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with storage.atomic_path(path) as temporary, open(temporary, "wb") as file:
             while waiting is not None:
                 name, label, data = waiting
                 header, padding = _frame(name, len(data))
@@ -190,7 +190,7 @@ def _make_room(folder: Path, force: bool) -> None:
     strange = next(_pieces(folder), None)
     if strange is not None and not finished and not (folder / UNFINISHED).exists():
         raise InputError(f"{strange}: is there, and of no pack", fix="choose another --out")
-    artifacts.write_text(folder / UNFINISHED, "rtresnet pack is at work here, or was killed\n")
+    storage.write_text(folder / UNFINISHED, "rtresnet pack is at work here, or was killed\n")
     _sweep(folder)
 
 

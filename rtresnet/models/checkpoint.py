@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtresnet import artifacts, learned
+from rtresnet import artifacts, learned, storage
 from rtresnet.artifacts import Calibration, Model, Sidecar, Weights
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.models import zoo
@@ -168,7 +168,7 @@ def load(
         ArtifactError: Truncated, not a checkpoint, not matching its sidecar, or not fitting
             `model`; the message says which tensors and which `--model` would fit.
     """
-    path = artifacts.require_file(path, fix="train one with: rtresnet train")
+    path = storage.require_file(path, fix="train one with: rtresnet train")
     artifacts.verify(path)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
@@ -212,7 +212,7 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
     _check(path, checkpoint.state, said, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
         origin = dataclasses.replace(
-            checkpoint.weights, sha256=artifacts.sha256(path), source=os.fspath(path)
+            checkpoint.weights, sha256=storage.sha256(path), source=os.fspath(path)
         )
         checkpoint = dataclasses.replace(checkpoint, weights=origin)
     return checkpoint
@@ -241,7 +241,7 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
     return Checkpoint(
         model=model_of(spec, tuple(str(index) for index in range(classes))),
         input=input or Preprocess.for_size(spec.size),
-        weights=Weights(origin="file", sha256=artifacts.sha256(path), source=os.fspath(path)),
+        weights=Weights(origin="file", sha256=storage.sha256(path), source=os.fspath(path)),
         state=state,
     )
 

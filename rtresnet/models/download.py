@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.artifacts import Weights
 from rtresnet.errors import InputError
 from rtresnet.models.checkpoint import Checkpoint, load
@@ -62,13 +62,13 @@ def download(url: str, cache: Path) -> Path:
     match = re.search(r"-([0-9a-f]{8})\.\w+$", name)
     if match is None:
         raise InputError(f"{url}: the file's name carries no hash to check it against")
-    if path.exists() and artifacts.sha256(path).startswith(match[1]):
+    if path.exists() and storage.sha256(path).startswith(match[1]):
         return path
     try:
-        with artifacts.atomic_path(path) as temporary:
+        with storage.atomic_path(path) as temporary:
             with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
                 shutil.copyfileobj(reply, file)
-            digest = artifacts.sha256(temporary)
+            digest = storage.sha256(temporary)
             if not digest.startswith(match[1]):
                 raise InputError(
                     f"{url}: the download's sha256 begins {digest[:8]}, not {match[1]}",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.quantize.calibrate import Calibrated
 
@@ -44,7 +44,7 @@ def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
         "own_factors": found.own,
         "scales": found.scales,
     }
-    artifacts.write_text(path, json.dumps(record, indent=1) + "\n")
+    storage.write_text(path, json.dumps(record, indent=1) + "\n")
     return path
 
 
@@ -55,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ArtifactError: It is not one.
     """
     try:
-        record = json.loads(artifacts.require_file(path).read_text(encoding="utf-8"))
+        record = json.loads(storage.require_file(path).read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ArtifactError(
                 f"{path}: scales of schema {record['schema']}, this rtresnet reads {SCHEMA}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.errors import ArtifactError, InputError
 
 VERBS = ("bench", "eval", "compare", "profile", "quickstart")
@@ -136,7 +136,7 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
-            yield artifacts.require_file(path, fix="write results with: rtresnet bench --json FILE")
+            yield storage.require_file(path, fix="write results with: rtresnet bench --json FILE")
             continue
         inside = sorted(p for p in path.iterdir() if p.is_file())
         for file in inside:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.report import page, plots
 
 
@@ -26,7 +26,7 @@ def write(folder: Path, *, title: str, recipe: str, measured: Mapping[str, Any])
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     drawn = plots.training_figure(log)
-    with artifacts.atomic_path(folder / "curves.png") as temporary:
+    with storage.atomic_path(folder / "curves.png") as temporary:
         drawn.savefig(temporary, format="png", dpi=150)
     headings = ("epoch", "step", "loss", "learning rate", "side", "train top-1 %", "val top-1 %",
                 "images/s")  # fmt: skip
@@ -50,4 +50,4 @@ def write(folder: Path, *, title: str, recipe: str, measured: Mapping[str, Any])
         page.heading("Epochs"),
         page.table(headings, rows),
     ]
-    artifacts.write_text(folder / "index.html", page.document(title, parts))
+    storage.write_text(folder / "index.html", page.document(title, parts))

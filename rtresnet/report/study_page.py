@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.report import page, plots
 
 
@@ -25,9 +25,9 @@ def write(
     """
     figure: list[str] = []
     if drawn is not None:
-        with artifacts.atomic_path(folder / f"{name}.png") as temporary:
+        with storage.atomic_path(folder / f"{name}.png") as temporary:
             drawn.savefig(temporary, format="png", dpi=150)
         svg = plots.svg(drawn, title)
-        artifacts.write_text(folder / f"{name}.svg", svg.replace("currentColor", "#1b1f24"))
+        storage.write_text(folder / f"{name}.svg", svg.replace("currentColor", "#1b1f24"))
         figure = [page.picture(svg, about)]
-    artifacts.write_text(folder / "index.html", page.document(title, [*figure, *parts]))
+    storage.write_text(folder / "index.html", page.document(title, [*figure, *parts]))

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts, machine
+from rtresnet import machine, storage
 from rtresnet.errors import EnvironmentLack, InputError
 
 REBUILD = "build it on this machine: rtresnet build"
@@ -69,7 +69,7 @@ class KernelCache:
         if not blob or blob == self._kept:
             return
         try:
-            with artifacts.atomic_path(self.path) as temporary:
+            with storage.atomic_path(self.path) as temporary:
                 temporary.write_bytes(blob)
         except (OSError, InputError) as error:  # it saves time next time, no more
             warnings.warn(

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from rtresnet import artifacts, machine
+from rtresnet import artifacts, machine, storage
 from rtresnet.artifacts import Sidecar
 from rtresnet.errors import InputError, UnknownName
 from rtresnet.preprocess import Preprocess
@@ -178,7 +178,7 @@ def load(
     """
     if device not in DEVICES:
         raise UnknownName("device", device, DEVICES)
-    path = artifacts.require_file(path, fix="make one with: rtresnet export")
+    path = storage.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     backend: Backend

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.artifacts import Profile, Sidecar
 from rtresnet.errors import InputError
 
@@ -137,10 +137,10 @@ def write(
     """
     home, source = Path(root) / model.name, Path(source)
     there = versions(home)
-    digest = artifacts.sha256(source)
+    digest = storage.sha256(source)
     for number in there:
         held = home / str(number) / f"model{source.suffix.lower()}"
-        if held.is_file() and artifacts.sha256(held) == digest:
+        if held.is_file() and storage.sha256(held) == digest:
             raise InputError(f"{held}: is this file already; nothing was written")
     number = version or max(there, default=0) + 1
     if number in there:
@@ -154,7 +154,7 @@ def write(
             fix=f"leave out --version for {max(there) + 1}",
         )
     labels = "".join(f"{' '.join(label.split())}\n" for label in model.labels)
-    artifacts.make_folder(root)
+    storage.make_folder(root)
     if not home.exists():
         with _folder(home) as temporary:
             _texts(temporary, model, labels)
@@ -251,8 +251,8 @@ def _require_same_interface(home: Path, model: Model, labels: str) -> None:
 
 def _texts(home: Path, model: Model, labels: str) -> None:
     if labels:
-        artifacts.write_text(home / LABELS, labels)
-    artifacts.write_text(home / "config.pbtxt", config(model))
+        storage.write_text(home / LABELS, labels)
+    storage.write_text(home / "config.pbtxt", config(model))
 
 
 def _version(folder: Path, final: Path, source: Path, sidecar: Sidecar | None) -> None:

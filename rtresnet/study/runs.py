@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, Source
 from rtresnet.errors import GateMissed, InputError
@@ -118,8 +118,8 @@ def make(
         best = loop.train(run.job, resume=resume, on_step=on_step, warn=warn)
     except GateMissed as error:
         record = _identity(run) | {"message": error.message}
-        artifacts.make_folder(run.job.out)
-        artifacts.write_text(run.job.out / DIVERGED, json.dumps(record, indent=1) + "\n")
+        storage.make_folder(run.job.out)
+        storage.write_text(run.job.out / DIVERGED, json.dumps(record, indent=1) + "\n")
         return Outcome(run=run, diverged=error.message)
     return _finished(run, best.measured)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rtresnet import artifacts, machine, metrics
+from rtresnet import machine, metrics, storage
 from rtresnet.artifacts import Weights
 from rtresnet.data import cache, loader
 from rtresnet.data.sources import Source
@@ -104,7 +104,7 @@ def train(
     run = _Run(job, source, parts, tally, world)
     if resume:
         run.restore()
-    artifacts.make_folder(job.out)  # that it cannot be written into is better told now
+    storage.make_folder(job.out)  # that it cannot be written into is better told now
     with held_back(alone=world.size == 1) as stop:
         run.go(stop, on_step, on_epoch)
         return run.finish()
@@ -303,7 +303,7 @@ class _Run:
         self._save()
         if self.world.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-            artifacts.write_text(self.job.out / "log.jsonl", lines)
+            storage.write_text(self.job.out / "log.jsonl", lines)
 
     def _measured(self) -> dict[str, Any]:
         if not self.log:

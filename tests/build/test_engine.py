@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.artifacts import Profile, Sidecar, read_sidecar, sidecar_path
 from rtresnet.build import engine, header, manifest, preflight
 from rtresnet.errors import ArtifactError, GateMissed, InputError
@@ -126,7 +126,7 @@ def test_the_parent_link_leads_to_the_onnx_file(onnx_file: OnnxFile, tmp_path: P
     source, out = onnx_file("resnet8", "fp16"), tmp_path / "elsewhere" / "net.plan"
     sidecar = build(source, out)
     assert sidecar.parent is not None
-    assert sidecar.parent.sha256 == artifacts.sha256(source)
+    assert sidecar.parent.sha256 == storage.sha256(source)
     found = artifacts.parent_path(out, sidecar)
     assert found is not None and found.samefile(source)
     assert [state for _, _, state in artifacts.chain(out)] == ["ok", "ok"]
@@ -383,13 +383,13 @@ def test_a_foreign_file_without_sidecar_builds(tmp_path: Path) -> None:
     assert sidecar.model.classes == ("0", "1", "2", "3")
     assert (sidecar.input.size, sidecar.precision) == (80, "unknown")
     assert sidecar.weights == artifacts.Weights(
-        origin="file", sha256=artifacts.sha256(source), source=str(source)
+        origin="file", sha256=storage.sha256(source), source=str(source)
     )
     assert sidecar.plan is not None and sidecar.plan.attested is not None
     assert sidecar.plan.attested.dtypes == {"Float": 1}
     assert not sidecar_path(source).exists()
     said = manifest.find(out)
-    assert said is not None and said["onnx"] == artifacts.sha256(source)[:16]
+    assert said is not None and said["onnx"] == storage.sha256(source)[:16]
 
 
 @pytest.mark.parametrize(

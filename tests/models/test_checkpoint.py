@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.errors import ArtifactError, InputError, UnknownName
 from rtresnet.models import download as public
 from rtresnet.models import zoo
@@ -129,7 +129,7 @@ def test_trained_weights_are_known_by_the_hash_of_their_file(tmp_path: Path) -> 
     save(path, dataclasses.replace(ours(), weights=artifacts.Weights(origin="trained")))
     found = load(path).weights
     assert found == artifacts.Weights(
-        origin="trained", sha256=artifacts.sha256(path), source=str(path)
+        origin="trained", sha256=storage.sha256(path), source=str(path)
     )
 
 

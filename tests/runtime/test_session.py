@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rtresnet
-from rtresnet import artifacts, machine
+from rtresnet import artifacts, machine, storage
 from rtresnet.artifacts import Link, Plan, Profile, Sidecar, sidecar_path
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.machine import Gpu
@@ -64,7 +64,7 @@ def rewrite(path: Path, **changes: object) -> None:
         sidecar,
         plan=dataclasses.replace(sidecar.plan, **changes),  # type: ignore[arg-type]
     )
-    artifacts.write_text(sidecar_path(path), to_json(changed))
+    storage.write_text(sidecar_path(path), to_json(changed))
 
 
 def untouched(*arguments: object, **options: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet import artifacts
+from rtresnet import artifacts, storage
 from rtresnet.artifacts import Link, Plan, Profile, Sidecar, Weights
 from rtresnet.errors import InputError
 from rtresnet.models import checkpoint, zoo
@@ -141,7 +141,7 @@ def source(tmp_path: Path) -> tuple[Path, Sidecar]:
         input=Preprocess.for_size(32),
         weights=Weights(origin="untrained"),
         precision="fp16",
-        parent=Link(file="net.onnx", sha256=artifacts.sha256(parent)),
+        parent=Link(file="net.onnx", sha256=storage.sha256(parent)),
         plan=Plan(
             builder="tensorrt", version="10.14.1.48", targets=("sm_90",),
             profiles=(Profile(min=1, opt=8, max=32),), seconds=1.0,
@@ -253,8 +253,8 @@ triton.write({str(root)!r}, triton.{plan((1, 8, 32))!r}, {str(path)!r}, None)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert triton.versions(root / "net") == ([1] if existing else [])
     assert triton.write(root, plan((1, 8, 32)), path, None).name == ("2" if existing else "1")
-    assert artifacts.sha256(root / "net" / ("2" if existing else "1") / "model.plan") == (
-        artifacts.sha256(path)
+    assert storage.sha256(root / "net" / ("2" if existing else "1") / "model.plan") == (
+        storage.sha256(path)
     )
 
 

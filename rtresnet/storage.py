@@ -1,0 +1,94 @@
+"""Files on the disk: written whole or not at all, hashed, refused where they cannot be used.
+
+Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from rtresnet.errors import ArtifactError, InputError
+
+
+def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
+    """The path, if it is a readable, non-empty file.
+
+    Raises:
+        InputError: It is not; `fix` says what makes it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file", fix=fix)
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise InputError(f"{path}: not a readable file", fix=fix)
+    if path.stat().st_size == 0:
+        raise ArtifactError(f"{path}: the file is empty", fix=fix)
+    return path
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a folder to write into.
+
+    Raises:
+        InputError: It cannot be made, or not be written into.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"{path}: cannot be made a folder", fix="choose another --out") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: not writable", fix="choose another --out")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
+
+    Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
+    before stays as it was.
+
+    Args:
+        path: What is replaced.
+        durable: Holds when the power fails too, at the price of waiting for the disk.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        # A full disk is met by write(), which does not know the file's name; nor is the temporary
+        # one anything to a person.
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

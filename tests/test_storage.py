@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from rtresnet import storage
+from rtresnet.storage import atomic_path, write_text
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_the_hash_is_that_of_the_whole_file(tmp_path: Path) -> None:
+    content = os.urandom((2 << 20) + 17)
+    path = tmp_path / "large"
+    path.write_bytes(content)
+    assert storage.sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.txt"
+    write_text(path, "old")
+    write_text(path, "new: été\n")
+    assert path.read_bytes() == "new: été\n".encode()
+    assert names_in(path.parent) == ["a.txt"]
+
+
+def test_the_temporary_file_is_beside_the_target_and_the_target_untouched_meanwhile(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt, SystemExit])
+def test_whatever_interrupts_a_write_the_old_file_stays_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_an_interrupted_first_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert names_in(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(small_disk: Path) -> None:
+    path = small_disk / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError) as caught, atomic_path(path) as temporary:
+        temporary.write_bytes(bytes(200_000))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == b"old"
+    assert names_in(small_disk) == ["a.bin"]
