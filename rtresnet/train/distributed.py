@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -123,8 +125,26 @@ def world(device: str) -> Iterator[tuple[World, str]]:
     )
     try:
         yield World(rank=rank, size=size, restarts=restarts, launch=launch), device
+        if not device.startswith("cuda"):
+            _leave_together()
     finally:
         distributed.destroy_process_group()
+
+
+def _leave_together() -> None:
+    """Returns when every process is here and gloo has let go of what it was given.
+
+    Its threads drop a collective's tensors a moment after it is done, for which they need Python's
+    lock. One that asks for it while Python ends aborts the process (torch 2.13), and torchrun then
+    ends the others, wherever they are.
+    """
+    for _ in range(2):  # gloo has two threads
+        last = torch.zeros(1)
+        distributed.all_reduce(last)
+        held = weakref.ref(last)
+        del last
+        while held() is not None:
+            time.sleep(0.001)
 
 
 def check_batch(batch: int, accumulate: int, world: World) -> None:

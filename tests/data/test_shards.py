@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet import artifacts
+from rtresnet import storage
 from rtresnet.data import packing, shards
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.packing import pack
@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_no_index_and_no_shards(
     divided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/dev/full says what a full disk says."""
-    real = artifacts.secrets.token_hex
+    real = storage.secrets.token_hex
 
     def full(count: int) -> str:
         name = real(count)
@@ -323,7 +323,7 @@ def test_a_full_disk_leaves_no_index_and_no_shards(
         return name
 
     out = tmp_path / "pack"
-    monkeypatch.setattr(artifacts.secrets, "token_hex", full)
+    monkeypatch.setattr(storage.secrets, "token_hex", full)
     with pytest.raises(OSError) as caught:
         pack(str(divided), out, shard_bytes=8000)
     assert (caught.value.errno, caught.value.filename) == (

@@ -79,7 +79,8 @@ def test_two_processes_count_every_image_once(tmp_path: Path, tints: str) -> Non
     data = f"npz:{tmp_path / 'odd.npz'}"
     out = tmp_path / "run"
     command = torchrun(*arguments(data, out, "--set", "holdout=0.121", "--epochs", "1"))
-    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     (record,) = log_of(out)
     source, best = open_source(data), checkpoint.load(out / "best.pt")
     parts = feed.split(source, 0, 0.121)
