@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownN
 from rtresnet.export import ends
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import qdq
-from rtresnet.runtime.cpu_form import for_cpu, quantize_at_convolutions, unsigned
+from rtresnet.runtime.cpu_form import for_cpu, quantize_branches, quantize_early, unsigned
 from rtresnet.runtime.ort import (
     PROVIDERS,
     RECORD,
@@ -80,7 +81,7 @@ def test_quantizing_at_the_convolution_gives_the_same_integers(
 ) -> None:
     path = onnx_file(name, "int8", size)
     signed, form = onnx.load(path), unsigned(path)
-    assert quantize_at_convolutions(form) == moves
+    assert quantize_early(form) == moves
     onnx.checker.check_model(form, full_check=True)
     tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
     for seed, factor in ((0, 1), (1, 3)):
@@ -101,8 +102,108 @@ def test_the_cpu_provider_then_runs_those_convolutions_in_integers(
     options.log_severity_level = 3
     ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     optimized = onnx.load(tmp_path / "optimized.onnx")
-    integer = sum(node.op_type == "QLinearConv" for node in optimized.graph.node)
-    assert integer == 33 + 4  # the shortcuts' projections were integer before
+    kinds = Counter(node.op_type for node in optimized.graph.node)
+    assert kinds["QLinearConv"] == 52 and kinds["QLinearAdd"] == 15  # of 53 and 16
+
+
+def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
+    """A residual block's end in the form of rule 1: 1x1 convolution, addition, ReLU, all in Q/DQ.
+
+    The outputs are the block's result and, so that the second Q/DQ pair stays, its integers.
+    """
+    scales = {"x": 0.05, "weight": 1 / 127, "shortcut": shortcut, "result": result}
+    zeros = {"x": 128, "shortcut": 128, "result": 128}
+
+    def pair(name: str, source: str) -> list[onnx.NodeProto]:
+        constants = [f"{name}.scale", f"{name}.zero"]
+        return [
+            helper.make_node("QuantizeLinear", [source, *constants], [f"{name}.q"], name=f"{name}.q"),
+            helper.make_node("DequantizeLinear", [f"{name}.q", *constants], [f"{name}.dq"],
+                             name=f"{name}.dq"),
+        ]  # fmt: skip
+
+    nodes = [
+        *pair("x", "x"),
+        helper.make_node("DequantizeLinear", ["weight", "weight.scale"], ["w"], name="w"),
+        helper.make_node("Conv", ["x.dq", "w"], ["branch"], name="branch"),
+        helper.make_node("Identity" if signed else "Relu", ["before"], ["s"], name="s"),
+        *pair("shortcut", "s"),
+        helper.make_node("Add", ["branch", "shortcut.dq"], ["sum"], name="sum"),
+        helper.make_node("Relu", ["sum"], ["y"], name="y"),
+        *pair("result", "y"),
+    ]
+    constants = [
+        *(numpy_helper.from_array(np.array(v, np.float32), f"{n}.scale") for n, v in scales.items()),
+        *(numpy_helper.from_array(np.array(v, np.uint8), f"{n}.zero") for n, v in zeros.items()),
+        numpy_helper.from_array(np.full((1, 1, 1, 1), 127, np.int8), "weight"),
+    ]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, None, None])
+              for n in ("x", "before")]  # fmt: skip
+    output = helper.make_tensor_value_info("result.dq", TensorProto.FLOAT, [1, 1, None, None])
+    graph = helper.make_graph(nodes, "block", inputs, [output], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def integers(model: onnx.ModelProto, optimized: bool) -> np.ndarray:
+    """The block's quantized result over a grid that goes far beyond every range."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.append(helper.make_tensor_value_info("result.q", TensorProto.UINT8, None))
+    options, levels = ort.SessionOptions(), ort.GraphOptimizationLevel
+    options.log_severity_level = 3
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x, before = np.meshgrid(np.linspace(-7, 7, 300), np.linspace(-9, 9, 301))
+    feed = {"x": x, "before": before}
+    feed = {name: values.astype(np.float32)[None, None] for name, values in feed.items()}
+    found: np.ndarray = session.run(["result.q"], feed)[0]
+    return found.astype(int)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("times", [0.05, 0.5, 1.0, 1.4, 2.0, 2.9, 3.1])
+@pytest.mark.parametrize("result", [0.01, 0.03, 0.2])
+def test_a_quantized_branch_changes_a_result_by_at_most_one_step(
+    result: float, times: float, signed: bool
+) -> None:
+    before = block(result, result * times, signed)
+    after = onnx.ModelProto()
+    after.CopyFrom(before)
+    done = quantize_branches(after)
+    assert done == (times < (1.5 if signed else 3.0))
+    quantize_early(after)
+    onnx.checker.check_model(after, full_check=True)
+    old = integers(before, optimized=False)
+    for optimized in (False, True):
+        off = np.abs(integers(after, optimized) - old)
+        assert off.max() <= done, (optimized, off.max())
+    assert old.min() == 128 and (old.max() == 255 or result == 0.2)
+
+
+def test_a_branch_with_another_reader_or_nothing_quantized_behind_it_stays() -> None:
+    for change in ("branch", "sum", "y"):
+        model = block(0.03, 0.03, signed=False)
+        model.graph.output.append(helper.make_tensor_value_info(change, TensorProto.FLOAT, None))
+        assert quantize_branches(model) == 0, change
+    model = block(0.03, 0.03, signed=False)
+    for tensor in model.graph.initializer:
+        if tensor.name == "result.zero":
+            tensor.CopyFrom(numpy_helper.from_array(np.array(0, np.uint8), tensor.name))
+    assert quantize_branches(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "branches"), [("resnet14", 32, 3), ("resnet18", 64, 7), ("resnet50", 64, 15)]
+)
+def test_every_block_adds_in_integers_where_all_that_reads_it_does(
+    name: str, size: int, branches: int, onnx_file: OnnxFile
+) -> None:
+    form = unsigned(onnx_file(name, "int8", size))
+    assert quantize_branches(form) == branches
+    assert quantize_branches(form) == 0  # not twice
+    onnx.checker.check_model(form, full_check=True)
 
 
 @pytest.mark.parametrize(("pixels", "topk"), [(True, None), (True, 3), (False, 3)])
@@ -121,7 +222,7 @@ def test_ends_inside_the_file_cost_no_integer_convolution(
     contract = Preprocess.for_size(64)
     changed = ends.rewrite(onnx.load(plain), contract, pixels=pixels, topk=topk)
     onnx.save(changed, path)
-    assert integer(path) == integer(plain) > 8
+    assert integer(path) == integer(plain) > 15
     before, after = OrtBackend(plain, provider="cpu"), OrtBackend(path, provider="cpu")
     assert after.input_dtype == (np.uint8 if pixels else np.float32)
     ends.check(before.infer, after.infer, contract, pixels=pixels, topk=topk)  # type: ignore[arg-type]
@@ -133,7 +234,7 @@ def test_another_zero_point_is_left_where_it_is(onnx_file: OnnxFile) -> None:
         if tensor.name.endswith(".unsigned"):
             tensor.CopyFrom(numpy_helper.from_array(np.array(7, np.uint8), tensor.name))
     before = form.SerializeToString()
-    assert quantize_at_convolutions(form) == 0
+    assert quantize_early(form) == 0
     assert form.SerializeToString() == before
 
 
