@@ -52,6 +52,7 @@ class Calibrated:
         outliers: Tensors whose range a few channels set.
         mended: Those of them that were brought down.
         shifts: Node to what is to be taken off its bias; empty where that did not help.
+        exactly: See `qdq.insert`.
     """
 
     model: onnx.ModelProto
@@ -62,10 +63,11 @@ class Calibrated:
     outliers: list[Outlier]
     mended: list[Outlier]
     shifts: dict[str, np.ndarray]
+    exactly: bool = False
 
     def quantized(self, keep: Collection[str] = ()) -> onnx.ModelProto:
         """The INT8 model, but for the nodes to keep in float."""
-        return qdq.insert(self.model, self.scales, keep, self.shifts)
+        return qdq.insert(self.model, self.scales, keep, self.shifts, self.exactly)
 
 
 def observe(

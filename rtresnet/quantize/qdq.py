@@ -28,6 +28,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from rtresnet.errors import ArtifactError
+from rtresnet.quantize import exact
 from rtresnet.quantize.places import WEIGHTED, Use, places
 
 # What a float32 scale can be without becoming zero, a subnormal or infinity.
@@ -59,6 +60,7 @@ def insert(
     scales: Mapping[str, float],
     keep: Collection[str] = (),
     shifts: Mapping[str, np.ndarray] | None = None,
+    exactly: bool = False,
 ) -> onnx.ModelProto:
     """Writes the Q/DQ pairs.
 
@@ -68,6 +70,7 @@ def insert(
         keep: Names of nodes that stay in float, weights and all.
         shifts: Node to what is taken off its bias, where its weights are rounded
             (`correct.py`); float64 [out channels].
+        exactly: With scales and biases as `exact.py` wants them.
 
     Returns:
         The quantized model, checked; weights are stored as int8, a quarter of the bytes.
@@ -78,6 +81,8 @@ def insert(
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     graph = quantized.graph
+    if exactly:
+        scales = {name: exact_scale(scale) for name, scale in scales.items()}
     by_name = {node.name: node for node in graph.node}
     pairs: dict[str, list[onnx.NodeProto]] = {}
     for tensor, uses in placement(model, keep).items():
@@ -87,7 +92,7 @@ def insert(
         pairs[tensor] = _pair(graph, tensor, float(scale))
         for use in uses:
             by_name[use.node].input[use.index] = f"{tensor}.dq"
-    weights = _quantize_weights(graph, keep, shifts or {})
+    weights = _quantize_weights(graph, keep, shifts or {}, scales if exactly else None)
     ordered = [*pairs.get(graph.input[0].name, ())]
     for node in graph.node:
         ordered += weights.get(node.name, [])
@@ -109,6 +114,32 @@ def weight_scales(weight: np.ndarray) -> np.ndarray:
     steps = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64) / 127
     scales: np.ndarray = np.where(steps >= SMALLEST, steps, 1).astype(np.float32)
     return scales
+
+
+def exact_scale(scale: float) -> float:
+    """The scale of an activation nearest to this one with which sums are exact (`exact.py`)."""
+    pattern = exact.nearest(np.array(scale, np.float32).view(np.int32), exact.ACTIVATION_BITS)
+    return float(np.array(pattern, np.int32).view(np.float32))
+
+
+def exact_weight_scales(weight: np.ndarray) -> np.ndarray:
+    """The smallest scales with which sums are exact (`exact.py`) and nothing is clipped."""
+    pattern = exact.at_least(weight_scales(weight).view(np.int32), exact.WEIGHT_BITS)
+    scales: np.ndarray = pattern.view(np.float32)
+    return scales
+
+
+def exact_bias(bias: np.ndarray, scale: float, scales: np.ndarray) -> np.ndarray:
+    """Rounded to whole steps of the sums that it is added to; float32 [out channels].
+
+    Args:
+        bias: float32 [out channels].
+        scale: Of the activation.
+        scales: Of the weights, one an output channel.
+    """
+    steps = scale * scales.astype(np.float64)
+    rounded: np.ndarray = (np.rint(bias / steps) * steps).astype(np.float32)
+    return rounded
 
 
 def quantize_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -138,20 +169,26 @@ def _pair(graph: onnx.GraphProto, tensor: str, scale: float) -> list[onnx.NodePr
 
 
 def _quantize_weights(
-    graph: onnx.GraphProto, keep: Collection[str], shifts: Mapping[str, np.ndarray]
+    graph: onnx.GraphProto,
+    keep: Collection[str],
+    shifts: Mapping[str, np.ndarray],
+    exact_scales: Mapping[str, float] | None,
 ) -> dict[str, list[onnx.NodeProto]]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {}
     for node in graph.node:
         if node.op_type not in WEIGHTED or node.name in keep:
             continue
-        if node.name in shifts:
-            bias = constants[node.input[2]]
-            values = numpy_helper.to_array(bias) - shifts[node.name]
-            bias.CopyFrom(numpy_helper.from_array(values.astype(np.float32), bias.name))
         name = node.input[1]
         weight = numpy_helper.to_array(constants[name])
-        scales = weight_scales(weight)
+        scales = weight_scales(weight) if exact_scales is None else exact_weight_scales(weight)
+        if len(node.input) > 2 and (node.name in shifts or exact_scales is not None):
+            bias = constants[node.input[2]]
+            values = numpy_helper.to_array(bias) - shifts.get(node.name, 0)
+            if exact_scales is not None:
+                source = node.input[0].removesuffix(".dq")
+                values = exact_bias(values, exact_scales[source], scales)
+            bias.CopyFrom(numpy_helper.from_array(values.astype(np.float32), bias.name))
         constants[name].CopyFrom(numpy_helper.from_array(quantize_weight(weight, scales), name))
         inputs = [
             name,

@@ -3,7 +3,9 @@
 `rtresnet train --weights FILE --qat` reaches it. What is computed is what `quantize/qdq.py` writes:
 batch norms folded, their statistics frozen; weights rounded to int8, one scale an output channel;
 activations rounded at the file's own places, since `quantize/places.py` names both. An activation's
-scale is a parameter (Esser et al., 2020). Rounding passes gradients straight through.
+scale is a parameter (Esser et al., 2020). Rounding passes gradients straight through. Scales and
+biases are rounded as well, so that the file's sums come out the same everywhere
+(`quantize/exact.py`).
 
 The weights stay those of the net with its batch norms, which are folded anew in every step: a
 checkpoint remains an ordinary one, that can be exported in float or trained on.
@@ -25,6 +27,7 @@ from torch.nn import functional
 from rtresnet.errors import ArtifactError
 from rtresnet.models.graph import INPUT, folded, trace
 from rtresnet.models.resnet import Add, ResNet
+from rtresnet.quantize import exact
 from rtresnet.quantize.histogram import Histogram
 from rtresnet.quantize.limits import mse, scale
 from rtresnet.quantize.places import places
@@ -35,6 +38,9 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 At = Callable[[str, Tensor], Tensor]
 """What becomes of an activation where the file has a Q/DQ pair."""
+
+Used = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What becomes of weight and bias of an operation that reads the named activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +107,18 @@ class FakeQuantized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized float images [N, 3, H, W] to logits [N, classes]."""
-        scales = dict(zip(self.places, self.scales.unbind(), strict=True))
-        return self._run(images, lambda name, values: quantized(values, scales[name]), rounded)
+        scales = dict(zip(self.places, exact_scales(self.scales).unbind(), strict=True))
+        return self._run(
+            images,
+            lambda name, values: quantized(values, scales[name]),
+            lambda name, weight, bias: rounded(weight, bias, scales[name]),
+        )
 
     def observe(self, images: Tensor, at: At) -> Tensor:
         """The same in float; `at` sees the activations that would be quantized."""
-        return self._run(images, at, lambda weight: weight)
+        return self._run(images, at, lambda name, weight, bias: (weight, bias))
 
-    def _run(self, images: Tensor, at: At, of_weight: Callable[[Tensor], Tensor]) -> Tensor:
+    def _run(self, images: Tensor, at: At, used: Used) -> Tensor:
         values, taken = {INPUT: images}, dict[str, Tensor]()
         for operation, free in zip(self.operations, self.free, strict=True):
             inputs = []
@@ -119,26 +129,24 @@ class FakeQuantized(nn.Module):
                 if name not in taken:  # quantized once, whoever reads it
                     taken[name] = at(name, values[name])
                 inputs.append(taken[name])
-            values[operation.name] = self._operate(operation, inputs, of_weight)
+            values[operation.name] = self._operate(operation, inputs, used)
             for name in free:
                 del values[name]
                 taken.pop(name, None)
         (logits,) = values.values()
         return logits
 
-    def _operate(
-        self, operation: Operation, inputs: list[Tensor], of_weight: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _operate(self, operation: Operation, inputs: list[Tensor], used: Used) -> Tensor:
         module = self.net.get_submodule(operation.name)
         if isinstance(module, nn.Conv2d):
             norm = self.net.get_submodule(operation.norm)
             assert isinstance(norm, nn.BatchNorm2d)
-            weight, bias = folded(module, norm)
-            return functional.conv2d(
-                inputs[0], of_weight(weight), bias, module.stride, module.padding
-            )
+            weight, bias = used(operation.input[0], *folded(module, norm))
+            return functional.conv2d(inputs[0], weight, bias, module.stride, module.padding)
         if isinstance(module, nn.Linear):
-            return functional.linear(inputs[0], of_weight(module.weight), module.bias)
+            return functional.linear(
+                inputs[0], *used(operation.input[0], module.weight, module.bias)
+            )
         result: Tensor = module(*inputs)
         return result
 
@@ -198,12 +206,39 @@ def quantized(values: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """Rounds to int8 [-127, 127] and back, one scale an output channel; gradients pass unchanged.
+def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias as the file has them; gradients pass unchanged.
 
-    Bit for bit what `qdq.quantize_weight` stores with `qdq.weight_scales`.
+    The weight is rounded to int8 [-127, 127] and back, one scale an output channel, bit for bit
+    what `qdq.quantize_weight` stores with `qdq.exact_weight_scales`; the bias as `qdq.exact_bias`
+    does it.
+
+    Args:
+        weight: float32 [out, ...].
+        bias: float32 [out].
+        scale: Of the activation that the weight is multiplied with; float32 scalar.
     """
-    result: Tensor = _Rounded.apply(weight)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        steps = weight.abs().amax(tuple(range(1, weight.ndim))).double() / 127
+        fine = torch.where(steps >= SMALLEST, steps, 1).to(weight.dtype)
+        pattern = exact.at_least(fine.view(torch.int32), exact.WEIGHT_BITS)
+        scales = pattern.view(torch.float32)
+        shaped = scales.view((-1,) + (1,) * (weight.ndim - 1))
+        whole = weight.div(shaped).round_().clamp_(-127, 127).mul_(shaped)
+        units = scale.double() * scales.double()
+        offset = bias.double().div_(units).round_().mul_(units).to(bias.dtype)
+    return _replaced(weight, whole), _replaced(bias, offset)
+
+
+def exact_scales(scales: Tensor) -> Tensor:
+    """Scales of activations as `qdq.exact_scale` has them; gradients pass unchanged."""
+    with torch.no_grad():
+        pattern = exact.nearest(scales.view(torch.int32), exact.ACTIVATION_BITS)
+    return _replaced(scales, pattern.view(torch.float32))
+
+
+def _replaced(value: Tensor, by: Tensor) -> Tensor:
+    result: Tensor = _Replaced.apply(value, by)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -226,14 +261,13 @@ class _Quantized(torch.autograd.Function):
         return passed, torch.sum(gradient * errors) / share
 
 
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        shape = (-1,) + (1,) * (weight.ndim - 1)
-        steps = weight.abs().amax(tuple(range(1, weight.ndim))).double() / 127
-        scales = torch.where(steps >= SMALLEST, steps, 1).to(weight.dtype).view(shape)
-        return weight.div(scales).round_().clamp_(-127, 127).mul_(scales)
+class _Replaced(torch.autograd.Function):
+    """Another value, the same gradient: straight through."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def forward(ctx: Any, value: Tensor, by: Tensor) -> Tensor:
+        return by.view_as(by)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
