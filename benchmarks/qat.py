@@ -83,15 +83,17 @@ def main() -> None:
     rows = [
         (
             e["net"], e["training_images"], e["epochs"], f"{e['agreement']:.2f}", e["n"],
-            f"{e['equal']:.2f}", f"{e['in_integers']:.2f}", f"{e['fp32_top1']:.2f}", f"{e['int8_top1']:.2f}",
+            f"{e['equal']:.2f}", f"{e['in_integers']:.2f}", f"{e['fp32_top1']:.2f}",
+            f"{e['int8_top1']:.2f}",
             f"{e['drop']:.2f}", f"{e['low']:.2f} to {e['high']:.2f}",
         )
         for e in results
     ]  # fmt: skip
     versions = machine.versions(("rtresnet", "torch", "onnx", "onnxruntime"))
     caption = (
-        f"Fine-tuned on {Path(options.data.partition(':')[2]).name}; equal logits: of torch and ONNX, "
-        f"bit for bit; drop: INT8 after against FP32 before; CPU, {machine.cpu()}, "
+        f"Fine-tuned on {Path(options.data.partition(':')[2]).name}; equal logits: of torch and "
+        f"ONNX, bit for bit; in integers: torch and the file as a CPU runs it agree; "
+        f"drop: INT8 after against FP32 before; CPU, {machine.cpu()}, "
         + ", ".join(f"{n} {v}" for n, v in versions.items())
         + "."
     )

@@ -47,7 +47,8 @@ class Batcher:
             array [N, ...] or a tuple of them. It may use the images during the call only: their
             memory is used again.
         max_batch: Images a batch at most.
-        max_wait_ms: How long the first image of a batch may wait for others, in milliseconds.
+        max_wait_ms: How long the first image of a batch may wait for others, in milliseconds. What
+            waking up costs on this machine is measured and counted in.
         queue_limit: Images that may wait; one more is refused.
         workers: Batches computed at the same time, for a session that takes calls from several
             threads at once.
@@ -72,6 +73,7 @@ class Batcher:
             )
         self._session, self._max_batch, self._limit = session, max_batch, queue_limit
         self._wait = max_wait_ms / 1000
+        self._early = 0.0  # seconds by which a wait ends before its time, for what comes after it
         self._expected = _expected(session)
         self._queue: deque[_Call] = deque()
         lock = threading.Lock()
@@ -154,7 +156,8 @@ class Batcher:
     def _work(self) -> None:
         room = np.empty(0)
         while (taken := self._take()) is not None:
-            number, calls = taken
+            number, calls, planned = taken
+            woken = time.monotonic()
             outcome: list[Any] | BaseException = []
             try:
                 room = self._together(calls, room)
@@ -165,6 +168,8 @@ class Batcher:
                     self._turn.wait()
                 self._started += 1
                 self._turn.notify_all()
+                if planned is not None:
+                    self._learn(planned, woken)
             try:
                 if calls and not isinstance(outcome, BaseException):
                     outcome = _rows(self._session(room[: len(calls)]), len(calls))
@@ -187,8 +192,22 @@ class Batcher:
             np.stack([call.image for call in calls], out=room[: len(calls)])
         return room
 
-    def _take(self) -> tuple[int, list[_Call]] | None:
-        """The next batch and its number, when it is time; None at the end."""
+    def _learn(self, planned: float, woken: float) -> None:
+        """How late a batch starts that waited for the clock; its callers will wake as late again.
+
+        Args:
+            planned: When its wait was to end.
+            woken: When the thread went on.
+        """
+        late = (time.monotonic() - planned) + (woken - planned)
+        self._early += (min(late, self._wait / 2) - self._early) / 8
+
+    def _take(self) -> tuple[int, list[_Call], float | None] | None:
+        """The next batch, its number, and when it was to start if only the clock made it start.
+
+        None at the end.
+        """
+        waited = False
         with self._changed:
             while True:
                 if not self._queue:
@@ -196,13 +215,17 @@ class Batcher:
                         return None
                     self._changed.wait()
                     continue
+                planned = None
                 if len(self._queue) >= self._max_batch or self._closed:
                     break
                 # One that is not full keeps gathering for as long as it could not start anyway.
-                left = self._queue[0].arrived + self._wait - time.monotonic()
+                end = self._queue[0].arrived + self._wait - self._early
+                left = end - time.monotonic()
                 free = self._formed - self._computed < self._workers
                 if left <= 0 and free:
+                    planned = end if waited else None
                     break
+                waited = free
                 self._changed.wait(min(left, 3600) if free else None)  # no lock waits for ever
             calls: list[_Call] = []
             while self._queue and len(calls) < self._max_batch and _alike(calls, self._queue[0]):
@@ -212,7 +235,7 @@ class Batcher:
             if self._queue:
                 self._changed.notify()  # another thread may be asleep, and this one is now busy
             number, self._formed = self._formed, self._formed + 1
-            return number, calls
+            return number, calls, planned
 
     def _settle(self, number: int, calls: list[_Call], outcome: list[Any] | BaseException) -> None:
         """Hands results out in the order of the batches; one thread at a time, without the lock.

@@ -36,8 +36,12 @@ from rtresnet.errors import ArtifactError, missing_package
 ZERO = 128
 
 
-def for_cpu(path: str | os.PathLike[str]) -> str | bytes:
+def for_cpu(path: str | os.PathLike[str], faithful: bool = False) -> str | bytes:
     """The serialized model in its CPU form, or the path itself where nothing is quantized.
+
+    Args:
+        path: The ONNX file.
+        faithful: Without rule 3, the one that changes results.
 
     Raises:
         ArtifactError: Not an ONNX file.
@@ -46,7 +50,8 @@ def for_cpu(path: str | os.PathLike[str]) -> str | bytes:
     model = unsigned(path)
     if model is None:
         return os.fspath(path)
-    quantize_branches(model)
+    if not faithful:
+        quantize_branches(model)
     quantize_early(model)
     return bytes(model.SerializeToString())
 
@@ -126,10 +131,11 @@ def _branch(graph: _Graph, add: Any) -> tuple[int, np.ndarray, np.ndarray] | Non
     relu = graph.only_reader(add.output[0])
     quantize = graph.only_reader(relu.output[0]) if relu and relu.op_type == "Relu" else None
     dequantize = graph.makers[add.input[1 - index]]
-    ends = (quantize, dequantize)
-    if graph.only_reader(add.input[index]) is None or not all(map(graph.centred, ends)):
+    if quantize is None or graph.only_reader(add.input[index]) is None:
         return None
-    steps = [graph.constants[end.input[1]] for end in ends]
+    if not graph.centred(quantize) or not graph.centred(dequantize):
+        return None
+    steps = [graph.constants[node.input[1]] for node in (quantize, dequantize)]
     result, shortcut = map(float, steps)
     lowest = -127 * shortcut
     highest = 127 * result + (0 if graph.never_negative(dequantize) else 128 * shortcut)
@@ -220,9 +226,9 @@ class _Graph:
         """Whether a quantized tensor comes out of a ReLU."""
         node = self.makers.get(dequantize.input[0])
         while node is not None and node.op_type in ("QuantizeLinear", "MaxPool", "Slice", "Pad"):
-            if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
-                if not self.constants.get(node.input[2], np.array(-1)) >= 0:
-                    return False
+            padding = node.input[2] if node.op_type == "Pad" and len(node.input) > 2 else ""
+            if padding and not self.constants.get(padding, np.array(-1)) >= 0:
+                return False
             node = self.makers.get(node.input[0])
         return node is not None and node.op_type == "Relu"
 

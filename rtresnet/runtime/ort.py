@@ -89,6 +89,8 @@ class OrtBackend:
             else ONNX Runtime's own CPU provider.
         threads: Intra-op threads; every core this process may use by default.
         profile: Begin of the file's name that ONNX Runtime's profile goes to; None for no profile.
+        faithful: On ONNX Runtime's CPU provider, without the step that its faster form of an INT8
+            file may differ by (`cpu_form.py`, rule 3).
 
     Attributes:
         placement: Nodes of the net on each execution provider, as the session says.
@@ -105,6 +107,7 @@ class OrtBackend:
         provider: str = "auto",
         threads: int | None = None,
         profile: str | None = None,
+        faithful: bool = False,
     ) -> None:
         ort = _onnxruntime()
         if provider == "auto":
@@ -134,7 +137,7 @@ class OrtBackend:
             options.add_session_config_entry(RECORD, "1")
         elif provider != "cpu":  # ONNX Runtime before 1.24 does not say where, but refuses
             options.add_session_config_entry(NO_FALLBACK, "1")
-        model = for_cpu(path) if provider == "cpu" else os.fspath(path)
+        model = for_cpu(path, faithful) if provider == "cpu" else os.fspath(path)
         try:
             self._session: Any = ort.InferenceSession(
                 model, options, providers=names or None, enable_fallback=0

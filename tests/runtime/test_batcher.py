@@ -67,6 +67,26 @@ def test_a_lone_caller_waits_for_the_clock_only() -> None:
         assert first(batcher.submit(image(7))) == 7
 
 
+def test_a_wait_ends_early_by_what_waking_up_has_cost() -> None:
+    with Batcher(lambda images: images, max_batch=1000, max_wait_ms=1000 * 2 * LONG) as batcher:
+        for _ in range(100):
+            batcher._learn(planned=0.0, woken=1e6)  # later than can be made up for
+        assert LONG * 0.99 < batcher._early <= LONG  # half of the wait at most
+        batcher._early = 2 * LONG
+        assert first(batcher.submit(image(7))) == 7  # else it would take a minute
+    with Batcher(lambda images: images, max_batch=1000, max_wait_ms=5) as batcher:
+        for value in range(50):
+            assert first(batcher.submit(image(value))) == value
+        assert 0 < batcher._early <= 0.0025  # learned of real waits
+
+
+def test_what_a_full_batch_costs_says_nothing_of_waking_up() -> None:
+    with Batcher(lambda images: images, max_batch=1, max_wait_ms=5) as batcher:
+        for value in range(20):
+            assert first(batcher.submit(image(value))) == value
+        assert batcher._early == 0
+
+
 def test_what_arrives_while_a_batch_is_computed_makes_the_next_one() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=4, max_wait_ms=0) as batcher:

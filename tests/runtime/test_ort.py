@@ -115,12 +115,11 @@ def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
     zeros = {"x": 128, "shortcut": 128, "result": 128}
 
     def pair(name: str, source: str) -> list[onnx.NodeProto]:
-        constants = [f"{name}.scale", f"{name}.zero"]
+        constants, q, dq = [f"{name}.scale", f"{name}.zero"], f"{name}.q", f"{name}.dq"
         return [
-            helper.make_node("QuantizeLinear", [source, *constants], [f"{name}.q"], name=f"{name}.q"),
-            helper.make_node("DequantizeLinear", [f"{name}.q", *constants], [f"{name}.dq"],
-                             name=f"{name}.dq"),
-        ]  # fmt: skip
+            helper.make_node("QuantizeLinear", [source, *constants], [q], name=q),
+            helper.make_node("DequantizeLinear", [q, *constants], [dq], name=dq),
+        ]
 
     nodes = [
         *pair("x", "x"),
@@ -133,7 +132,10 @@ def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
         *pair("result", "y"),
     ]
     constants = [
-        *(numpy_helper.from_array(np.array(v, np.float32), f"{n}.scale") for n, v in scales.items()),
+        *(
+            numpy_helper.from_array(np.array(v, np.float32), f"{n}.scale")
+            for n, v in scales.items()
+        ),
         *(numpy_helper.from_array(np.array(v, np.uint8), f"{n}.zero") for n, v in zeros.items()),
         numpy_helper.from_array(np.full((1, 1, 1, 1), 127, np.int8), "weight"),
     ]
@@ -151,7 +153,9 @@ def integers(model: onnx.ModelProto, optimized: bool) -> np.ndarray:
     watched.graph.output.append(helper.make_tensor_value_info("result.q", TensorProto.UINT8, None))
     options, levels = ort.SessionOptions(), ort.GraphOptimizationLevel
     options.log_severity_level = 3
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    )
     session = ort.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
