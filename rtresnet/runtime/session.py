@@ -158,6 +158,8 @@ def load(
     provider: str = "auto",
     threads: int | None = None,
     contexts: int = 1,
+    graphs: bool | None = None,
+    cache: bool = True,
 ) -> Session:
     """Loads an ONNX file or a plan.
 
@@ -169,6 +171,9 @@ def load(
         threads: Intra-op threads on a CPU; every core by default.
         contexts: Of a plan: calls that may run at the same time, each with buffers of its own;
             one more waits for its turn. An ONNX file takes any number.
+        graphs: Of a plan: whether calls are CUDA graphs; None where they can be, True or an error.
+        cache: Of a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
+            kept beside it, in PLAN.cache.
 
     Raises:
         InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
@@ -188,7 +193,7 @@ def load(
         if not machine.gpus() or device == "cpu":
             trt.check_compatible(path, sidecar)
             raise trt.plan_needs_gpu(path, here=bool(machine.gpus()))
-        backend = trt.TrtBackend(path, sidecar, contexts=contexts)
+        backend = trt.TrtBackend(path, sidecar, contexts=contexts, graphs=graphs, cache=cache)
     elif kind == "onnx":
         from rtresnet.runtime.ort import PROVIDERS, OrtBackend
 

@@ -572,6 +572,15 @@ def test_load_takes_the_number_of_contexts(bench: Bench) -> None:
     assert made[1] == 3 * made[0] > 0
 
 
+@pytest.mark.parametrize(("graphs", "expected"), [(None, "by hand"), (False, "none")])
+def test_load_takes_whether_there_are_graphs(
+    bench: Bench, graphs: bool | None, expected: str
+) -> None:
+    bench.by_hand()
+    with rtresnet.load(bench.path, graphs=graphs) as session:
+        assert getattr(session.backend, "graphs") == expected  # noqa: B009  # not every backend's
+
+
 @pytest.mark.parametrize("contexts", [1, 3])
 def test_many_threads_get_their_own_results(bench: Bench, contexts: int) -> None:
     bench.by_hand()
@@ -859,9 +868,8 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 
 
 def test_a_cache_that_is_not_wanted_is_not_made(bench: Bench) -> None:
-    backend = bench.load(cache=False)
-    backend.infer(images(3))
-    backend.close()
+    with rtresnet.load(bench.path, cache=False) as session:
+        session(images(3))
     assert bench.engine.config.cache is None and not cache_path(bench.path).exists()
 
 
