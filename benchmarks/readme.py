@@ -28,6 +28,7 @@ TABLES = {
     "degradation table": "degradation",
     "shortcuts table": "shortcuts",
     "quantize table": "quantize",
+    "quantize deep table": "quantize-resnet56",
     "calibration table": "calibration",
     "qat table": "qat",
 }
