@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from rtresnet import branches
+from rtresnet.branches import Extents
 from rtresnet.errors import DataError, UnknownName
 from rtresnet.quantize import limits, qdq
 from rtresnet.quantize.correct import bias_shifts
@@ -53,6 +55,7 @@ class Calibrated:
         mended: Those of them that were brought down.
         shifts: Node to what is to be taken off its bias; empty where that did not help.
         exactly: See `qdq.insert`.
+        branches: What adds to each shortcut, lowest and highest value seen (`branches.py`).
     """
 
     model: onnx.ModelProto
@@ -64,10 +67,14 @@ class Calibrated:
     mended: list[Outlier]
     shifts: dict[str, np.ndarray]
     exactly: bool = False
+    branches: Extents = dataclasses.field(default_factory=dict)
 
     def quantized(self, keep: Collection[str] = ()) -> onnx.ModelProto:
         """The INT8 model, but for the nodes to keep in float."""
-        return qdq.insert(self.model, self.scales, keep, self.shifts, self.exactly)
+        result = qdq.insert(self.model, self.scales, keep, self.shifts, self.exactly)
+        if self.branches:
+            result.metadata_props.add(key=branches.KEY, value=branches.pack(self.branches))
+        return result
 
 
 def observe(
@@ -129,8 +136,9 @@ def calibrate(
     if mended:
         _, others = hold_back(batches())
         found = observe(equal, tensors, others)
-    chosen = choose(equal, found, held, _reference(model, held))
-    return dataclasses.replace(chosen, outliers=seen, mended=mended)
+    reference, extents = _reference(model, held)
+    chosen = choose(equal, found, held, reference)
+    return dataclasses.replace(chosen, outliers=seen, mended=mended, branches=extents)
 
 
 def repeat(
@@ -161,7 +169,7 @@ def repeat(
     return Calibrated(
         model=model, scales=saved["scales"], method=saved["method"],
         own=saved.get("own_factors", {}), ratios=saved.get("signal_to_noise_db", {}),
-        outliers=seen, mended=mended, shifts=shifts,
+        outliers=seen, mended=mended, shifts=shifts, branches=saved.get("branches", {}),
     )  # fmt: skip
 
 
@@ -249,12 +257,36 @@ def references(
     held, others = hold_back(batches)
     for _ in others:
         continue
-    return held, _reference(model, held)
+    return held, _reference(model, held)[0]
 
 
-def _reference(model: onnx.ModelProto, held: Sequence[np.ndarray]) -> np.ndarray:
-    running, source = session(model), model.graph.input[0].name
-    logits = np.concatenate([running.run(None, {source: images})[0] for images in held])
-    if not np.isfinite(logits).all():
-        raise DataError(f"{model.graph.output[0].name} is not finite on the calibration images")
-    return logits
+def _reference(
+    model: onnx.ModelProto, held: Sequence[np.ndarray]
+) -> tuple[np.ndarray, dict[str, tuple[float, float]]]:
+    """The float net's logits, and how far its branches went."""
+    source, output, ends = model.graph.input[0].name, model.graph.output[0].name, _branches(model)
+    running = session(model, [output, *ends])
+    logits, extents = list[np.ndarray](), dict.fromkeys(ends, (0.0, 0.0))
+    for images in held:
+        first, *values = running.run(None, {source: images})
+        logits.append(first)
+        for name in reversed(ends):
+            seen = values.pop()
+            low, high = extents[name]
+            extents[name] = min(low, float(seen.min())), max(high, float(seen.max()))
+    if not all(np.isfinite(some).all() for some in logits):
+        raise DataError(f"{output} is not finite on the calibration images")
+    return np.concatenate(logits), extents
+
+
+def _branches(model: onnx.ModelProto) -> list[str]:
+    """What is added to a shortcut, where a convolution makes it."""
+    makers = {out: node.op_type for node in model.graph.node for out in node.output}
+    shortcuts = {(use.node, use.index) for uses in qdq.placement(model).values() for use in uses}
+    return [
+        name
+        for node in model.graph.node
+        if node.op_type == "Add"
+        for index, name in enumerate(node.input)
+        if (node.name, 1 - index) in shortcuts and makers.get(name) == "Conv"
+    ]

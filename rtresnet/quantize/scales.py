@@ -42,6 +42,7 @@ def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
         "brought_down": [outlier.tensor for outlier in found.mended],
         "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in found.ratios.items()},
         "own_factors": found.own,
+        "branches": found.branches,
         "scales": found.scales,
     }
     storage.write_text(path, json.dumps(record, indent=1) + "\n")

@@ -20,6 +20,8 @@ kernels then round the bias to a step of their own, which is part of running INT
     needed to know this. The sum is rounded twice instead of once and its quantized result
     changes by at most one step; where it could change by more, or nothing is quantized behind
     the addition (the last block; one before an option A shortcut), the branch stays in float.
+    Where the file says how far the branch went in calibration (`branches.py`), only that and a
+    quarter more is covered, in finer steps; what goes further still is clipped.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ from typing import Any
 
 import numpy as np
 
+from rtresnet import branches
 from rtresnet.errors import ArtifactError, missing_package
 
 ZERO = 128
+FURTHER = 1.25  # than in calibration
 
 
 def for_cpu(path: str | os.PathLike[str], faithful: bool = False) -> str | bytes:
@@ -100,10 +104,11 @@ def quantize_branches(model: Any) -> int:
     """
     from onnx import helper, numpy_helper
 
-    graph = _Graph(model)
+    graph, known = _Graph(model), {e.key: e.value for e in model.metadata_props}
+    extents = branches.unpack(known[branches.KEY]) if branches.KEY in known else {}
     pairs: dict[str, list[Any]] = {}
     for add in model.graph.node:
-        found = _branch(graph, add)
+        found = _branch(graph, add, extents)
         if found is None:
             continue
         index, scale, zero = found
@@ -122,7 +127,9 @@ def quantize_branches(model: Any) -> int:
     return len(pairs)
 
 
-def _branch(graph: _Graph, add: Any) -> tuple[int, np.ndarray, np.ndarray] | None:
+def _branch(
+    graph: _Graph, add: Any, extents: branches.Extents
+) -> tuple[int, np.ndarray, np.ndarray] | None:
     """Which input of a residual addition is the float branch, its scale and its zero point."""
     kinds = [graph.kind(name) for name in add.input]
     if add.op_type != "Add" or sorted(kinds) != ["Conv", "DequantizeLinear"]:
@@ -139,8 +146,11 @@ def _branch(graph: _Graph, add: Any) -> tuple[int, np.ndarray, np.ndarray] | Non
     result, shortcut = map(float, steps)
     lowest = -127 * shortcut
     highest = 127 * result + (0 if graph.never_negative(dequantize) else 128 * shortcut)
+    if add.input[index] in extents:
+        seen = [FURTHER * end for end in extents[add.input[index]]]
+        lowest, highest = max(lowest, min(0.0, seen[0])), min(highest, max(0.0, seen[1]))
     scale = (highest - lowest) / 255
-    if scale / 2 >= result * (1 - 1e-6):  # rounding to the nearest errs by half of it
+    if not 0 < scale / 2 < result * (1 - 1e-6):  # rounding to the nearest errs by half of it
         return None
     zero = np.array(np.rint(-lowest / scale), np.uint8)
     return index, np.array(scale, steps[0].dtype), zero

@@ -27,7 +27,7 @@ from torch.nn import functional
 from rtresnet.errors import ArtifactError
 from rtresnet.models.graph import INPUT, folded, trace
 from rtresnet.models.resnet import Add, ResNet
-from rtresnet.quantize import exact
+from rtresnet.quantize.exact import ACTIVATION_BITS, WEIGHT_BITS, at_least, nearest
 from rtresnet.quantize.histogram import Histogram
 from rtresnet.quantize.limits import mse, scale
 from rtresnet.quantize.places import places
@@ -221,7 +221,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     with torch.no_grad():
         steps = weight.abs().amax(tuple(range(1, weight.ndim))).double() / 127
         fine = torch.where(steps >= SMALLEST, steps, 1).to(weight.dtype)
-        pattern = exact.at_least(fine.view(torch.int32), exact.WEIGHT_BITS)
+        pattern = at_least(fine.view(torch.int32), WEIGHT_BITS)
         scales = pattern.view(torch.float32)
         shaped = scales.view((-1,) + (1,) * (weight.ndim - 1))
         whole = weight.div(shaped).round_().clamp_(-127, 127).mul_(shaped)
@@ -233,7 +233,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 def exact_scales(scales: Tensor) -> Tensor:
     """Scales of activations as `qdq.exact_scale` has them; gradients pass unchanged."""
     with torch.no_grad():
-        pattern = exact.nearest(scales.view(torch.int32), exact.ACTIVATION_BITS)
+        pattern = nearest(scales.view(torch.int32), ACTIVATION_BITS)
     return _replaced(scales, pattern.view(torch.float32))
 
 

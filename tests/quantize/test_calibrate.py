@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from rtresnet.branches import KEY, unpack
 from rtresnet.errors import DataError, UnknownName
 from rtresnet.quantize import limits, qdq
 from rtresnet.quantize.calibrate import MOST_HELD, SMALL_HELD, calibrate, hold_back, observe
@@ -110,6 +111,29 @@ def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
     reference = session(model).run(None, {"images": held[0]})[0]
     logits = session(found.quantized()).run(None, {"images": held[0]})[0]
     assert noise_ratio(reference, logits) == pytest.approx(found.ratios["kept"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("resnet8", 32, [f"layer{n}.0.conv2" for n in (1, 2, 3)]),
+        ("resnet18", 64, [f"layer{n}.{b}.conv2" for n in (1, 2, 3, 4) for b in (0, 1)]),
+        ("plain8", 32, []),
+    ],
+)
+def test_auto_tells_how_far_each_branch_went(
+    name: str, size: int, expected: list[str], exported: Exported, images: Images
+) -> None:
+    model, batch = exported(name, size), images(24, size)
+    found = calibrate(model, list(qdq.placement(model)), lambda: [batch])
+    assert list(found.branches) == expected
+    held, others = hold_back([batch])
+    list(others)
+    for tensor, seen in zip(expected, activations(model, expected, held[0]), strict=True):
+        low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
+        assert found.branches[tensor] == pytest.approx((low, high), rel=1e-5)
+    written = {entry.key: entry.value for entry in found.quantized().metadata_props}
+    assert unpack(written.get(KEY, "{}")) == found.branches
 
 
 @pytest.mark.parametrize(("size", "most"), [(8, SMALL_HELD), (72, MOST_HELD)])

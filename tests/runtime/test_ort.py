@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import machine
+from rtresnet.branches import KEY, pack
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.export import ends
 from rtresnet.preprocess import Preprocess
@@ -184,6 +185,47 @@ def test_a_quantized_branch_changes_a_result_by_at_most_one_step(
         off = np.abs(integers(after, optimized) - old)
         assert off.max() <= done, (optimized, off.max())
     assert old.min() == 128 and (old.max() == 255 or result == 0.2)
+
+
+@pytest.mark.parametrize(
+    ("extent", "branches"), [((-0.7, 0.4), 1), ((0.1, 0.4), 1), ((-900.0, 900.0), 1), ((0, 0), 0)]
+)
+def test_a_branch_of_known_extent_is_rounded_finer(
+    extent: tuple[float, float], branches: int
+) -> None:
+    """(-900, 900): what the scales say of the range still holds. (0, 0): nothing to round."""
+    plain, known = block(0.03, 0.03, signed=False), block(0.03, 0.03, signed=False)
+    known.metadata_props.add(key=KEY, value=pack({"branch": extent}))
+    assert (quantize_branches(plain), quantize_branches(known)) == (1, branches)
+    if not branches:
+        return
+    wide, steps = scale_of(plain, "branch.branch_scale"), scale_of(known, "branch.branch_scale")
+    low, high = max(-127 * 0.03, 1.25 * min(0, extent[0])), min(127 * 0.03, 1.25 * extent[1])
+    assert steps == pytest.approx((high - low) / 255) and steps <= wide * (1 + 1e-6)
+    quantize_early(known)
+    old, x = integers(block(0.03, 0.03, signed=False), False), np.linspace(-7, 7, 300)
+    off = np.abs(integers(known, optimized=True) - old)
+    inside = (np.rint(x / 0.05) * 0.05 >= low) & (np.rint(x / 0.05) * 0.05 <= high)
+    assert inside.any() and off[..., inside].max() <= 1
+    if extent[1] < 1:
+        assert (off > 0)[..., inside].mean() < 0.15  # of a step: far less than half of one
+        assert off[..., ~inside].max() > 1  # and this is clipped
+
+
+def scale_of(model: onnx.ModelProto, name: str) -> float:
+    (tensor,) = [t for t in model.graph.initializer if t.name == name]
+    return float(numpy_helper.to_array(tensor))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"branch": 1}', '{"branch": [2, 1]}', '{"branch": [null, 1]}',
+             '{"branch": [-Infinity, 1]}', '{"branch": ["a", "b"]}'],
+)  # fmt: skip
+def test_damaged_extents_are_an_error(text: str) -> None:
+    model = block(0.03, 0.03, signed=False)
+    model.metadata_props.add(key=KEY, value=text)
+    with pytest.raises(ArtifactError, match="quantize the net anew"):
+        quantize_branches(model)
 
 
 def test_a_branch_with_another_reader_or_nothing_quantized_behind_it_stays() -> None:
