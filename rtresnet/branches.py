@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from rtresnet.errors import ArtifactError
 
@@ -31,9 +32,18 @@ def unpack(text: str) -> dict[str, tuple[float, float]]:
         ArtifactError: Something else.
     """
     try:
-        found = {name: (float(low), float(high)) for name, (low, high) in json.loads(text).items()}
-        if not all(low <= high and math.isfinite(high - low) for low, high in found.values()):
-            raise ValueError("a range that is none")
+        return checked(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{KEY}: damaged ({error})", fix="quantize the net anew") from None
+
+
+def checked(record: Any) -> dict[str, tuple[float, float]]:
+    """Extents as JSON has them, as what they should be.
+
+    Raises:
+        ValueError, TypeError, AttributeError: They are not.
+    """
+    found = {name: (float(low), float(high)) for name, (low, high) in record.items()}
+    if not all(low <= high and math.isfinite(high - low) for low, high in found.values()):
+        raise ValueError("a range that is none")
     return found

@@ -115,11 +115,11 @@ def _as_learned(
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """INT8 with the scales that training left in the file."""
     from rtresnet.learned import METHOD
+    from rtresnet.quantize import exact
     from rtresnet.quantize.calibrate import Calibrated
-    from rtresnet.quantize.qdq import exact_scale
 
     found = Calibrated(
-        model=model, scales={name: exact_scale(scale) for name, scale in learned.scales.items()},
+        model=model, scales={name: exact.scale(scale) for name, scale in learned.scales.items()},
         method=METHOD, own={}, ratios={}, outliers=[], mended=[], shifts={}, exactly=True,
     )  # fmt: skip
     about = {

@@ -125,12 +125,13 @@ def legend(result: dict[str, Any]) -> str:
 def caveat(result: dict[str, Any]) -> str | None:
     """Why INT8 is no faster, where it is not; None where it is."""
     found = [r for r in result["bench"]["results"] if r["precision"] == "int8"]
-    if all(entry["speed"] > 1 for entry in found):
+    slow = [f"batch {entry['batch']}" for entry in found if entry["speed"] <= 1]
+    if not slow:
         return None
     return (
-        f"INT8 is not faster than FP32 here: {result['model']} has 16 to 64 channels, too few for "
-        f"the integer kernels of {found[0]['provider']} to gain what converting costs. They do on "
-        "wider nets; the plan is for a GPU."
+        f"INT8 is not faster than FP32 at {' and '.join(slow)} here: {result['model']} has 16 to "
+        f"64 channels, too few for the integer kernels of {found[0]['provider']} to gain what "
+        "converting costs. They do on wider nets; the plan is for a GPU."
     )
 
 

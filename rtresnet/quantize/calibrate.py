@@ -125,10 +125,11 @@ def calibrate(
     if method not in METHODS:
         raise UnknownName("calibrator", method, METHODS)
     if method != "auto":
-        found = observe(model, tensors, batches())
+        held, every = hold_back(batches(), apart=False)
+        found = observe(model, tensors, every)
         return Calibrated(
             model=model, scales=scales_by(method, found), method=method, own={}, ratios={},
-            outliers=outliers(found), mended=[], shifts={},
+            outliers=outliers(found), mended=[], shifts={}, branches=_reference(model, held)[1],
         )  # fmt: skip
     held, others = hold_back(batches())
     found = observe(model, tensors, others)
@@ -169,7 +170,7 @@ def repeat(
     return Calibrated(
         model=model, scales=saved["scales"], method=saved["method"],
         own=saved.get("own_factors", {}), ratios=saved.get("signal_to_noise_db", {}),
-        outliers=seen, mended=mended, shifts=shifts, branches=saved.get("branches", {}),
+        outliers=seen, mended=mended, shifts=shifts, branches=saved["branches"],
     )  # fmt: skip
 
 
@@ -187,11 +188,13 @@ def scales_by(method: str, found: Mapping[str, Histogram]) -> dict[str, float]:
     return {name: limits.scale(limit(seen)) for name, seen in found.items()}
 
 
-def hold_back(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
+def hold_back(
+    batches: Iterable[np.ndarray], *, apart: bool = True
+) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
     """Splits a share of the images off until there are enough; the rest streams on.
 
     A batch gives its last images. The list fills while the rest is read; a single image serves as
-    both.
+    both, and all of them do unless `apart`.
     """
     held: list[np.ndarray] = []
 
@@ -202,8 +205,8 @@ def hold_back(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable
             rest = len(images) - wanted
             if wanted:
                 held.append(images[rest:])
-            if rest or number == 0:
-                yield images[:rest] if rest else images
+            if rest or number == 0 or not apart:
+                yield images[:rest] if rest and apart else images
 
     return held, others()
 

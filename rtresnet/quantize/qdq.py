@@ -82,7 +82,7 @@ def insert(
     quantized.CopyFrom(model)
     graph = quantized.graph
     if exactly:
-        scales = {name: exact_scale(scale) for name, scale in scales.items()}
+        scales = {name: exact.scale(scale) for name, scale in scales.items()}
     by_name = {node.name: node for node in graph.node}
     pairs: dict[str, list[onnx.NodeProto]] = {}
     for tensor, uses in placement(model, keep).items():
@@ -114,32 +114,6 @@ def weight_scales(weight: np.ndarray) -> np.ndarray:
     steps = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64) / 127
     scales: np.ndarray = np.where(steps >= SMALLEST, steps, 1).astype(np.float32)
     return scales
-
-
-def exact_scale(scale: float) -> float:
-    """The scale of an activation nearest to this one with which sums are exact (`exact.py`)."""
-    pattern = exact.nearest(np.array(scale, np.float32).view(np.int32), exact.ACTIVATION_BITS)
-    return float(np.array(pattern, np.int32).view(np.float32))
-
-
-def exact_weight_scales(weight: np.ndarray) -> np.ndarray:
-    """The smallest scales with which sums are exact (`exact.py`) and nothing is clipped."""
-    pattern = exact.at_least(weight_scales(weight).view(np.int32), exact.WEIGHT_BITS)
-    scales: np.ndarray = pattern.view(np.float32)
-    return scales
-
-
-def exact_bias(bias: np.ndarray, scale: float, scales: np.ndarray) -> np.ndarray:
-    """Rounded to whole steps of the sums that it is added to; float32 [out channels].
-
-    Args:
-        bias: float32 [out channels].
-        scale: Of the activation.
-        scales: Of the weights, one an output channel.
-    """
-    steps = scale * scales.astype(np.float64)
-    rounded: np.ndarray = (np.rint(bias / steps) * steps).astype(np.float32)
-    return rounded
 
 
 def quantize_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -181,13 +155,15 @@ def _quantize_weights(
             continue
         name = node.input[1]
         weight = numpy_helper.to_array(constants[name])
-        scales = weight_scales(weight) if exact_scales is None else exact_weight_scales(weight)
+        scales = weight_scales(weight)
+        if exact_scales is not None:
+            scales = exact.weight_scales(scales)
         if len(node.input) > 2 and (node.name in shifts or exact_scales is not None):
             bias = constants[node.input[2]]
             values = numpy_helper.to_array(bias) - shifts.get(node.name, 0)
             if exact_scales is not None:
                 source = node.input[0].removesuffix(".dq")
-                values = exact_bias(values, exact_scales[source], scales)
+                values = exact.bias(values, exact_scales[source], scales)
             bias.CopyFrom(numpy_helper.from_array(values.astype(np.float32), bias.name))
         constants[name].CopyFrom(numpy_helper.from_array(quantize_weight(weight, scales), name))
         inputs = [

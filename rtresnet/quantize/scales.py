@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rtresnet import storage
+from rtresnet import branches, storage
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.quantize.calibrate import Calibrated
 
 SCHEMA = 2
+PAIR = re.compile(r"\[\n\s+(\S+),\n\s+(\S+)\n\s+\]")  # lowest and highest value: one line, not four
 ABOUT = {
     "onnx_sha256": "weights",
     "images_sha256": "images",
@@ -45,7 +47,8 @@ def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
         "branches": found.branches,
         "scales": found.scales,
     }
-    storage.write_text(path, json.dumps(record, indent=1) + "\n")
+    lines = PAIR.sub(r"[\1, \2]", json.dumps(record, indent=1))
+    storage.write_text(path, lines + "\n")
     return path
 
 
@@ -64,6 +67,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         whole = {*ABOUT, "method", "biases_corrected", "brought_down", "scales"} <= record.keys()
         numbers = all(isinstance(value, float) for value in record["scales"].values())
+        record["branches"] = branches.checked(record.get("branches", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

@@ -188,12 +188,14 @@ def load(
     sidecar = artifacts.verify(path)
     backend: Backend
     if kind == "plan":
-        from rtresnet.runtime import trt
+        from rtresnet.runtime import fits
 
         if not machine.gpus() or device == "cpu":
-            trt.check_compatible(path, sidecar)
-            raise trt.plan_needs_gpu(path, here=bool(machine.gpus()))
-        backend = trt.TrtBackend(path, sidecar, contexts=contexts, graphs=graphs, cache=cache)
+            fits.check_compatible(path, sidecar)
+            raise fits.plan_needs_gpu(path, here=bool(machine.gpus()))
+        from rtresnet.runtime.trt import TrtBackend
+
+        backend = TrtBackend(path, sidecar, contexts=contexts, graphs=graphs, cache=cache)
     elif kind == "onnx":
         from rtresnet.runtime.ort import PROVIDERS, OrtBackend
 

@@ -1,8 +1,8 @@
-"""TensorRT and TensorRT-RTX plans. The only file of the runtime that imports either.
+"""TensorRT and TensorRT-RTX plans. The only file of the runtime that runs either.
 
-What is known is checked first: the sidecar before anything is deserialized, then what
-TensorRT-RTX says of the plan's header, then the memory. Everything a call needs is made when the
-plan is loaded, in `lanes.py`, which also has the order of copies and computation.
+What is known is checked first: the sidecar before anything is deserialized (`fits.py`), then what
+TensorRT-RTX says of the plan's header (`rtx.py`), then the memory. Everything a call needs is made
+when the plan is loaded, in `lanes.py`, which also has the order of copies and computation.
 """
 
 from __future__ import annotations
@@ -21,45 +21,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtresnet import artifacts, machine
+from rtresnet import machine
 from rtresnet.artifacts import Sidecar
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, missing_package
+from rtresnet.errors import EnvironmentLack, InputError, missing_package
 from rtresnet.runtime.arguments import make_results, take
 from rtresnet.runtime.cuda import open_cuda
 from rtresnet.runtime.ends import Ends
 from rtresnet.runtime.ends import read as read_ends
+from rtresnet.runtime.fits import check_compatible
 from rtresnet.runtime.lanes import Lane, Span
 from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
-
-
-def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
-    """Holds a plan's sidecar against what is installed and present, before deserializing.
-
-    Raises:
-        ArtifactError: Built by another version, or for other GPUs.
-        EnvironmentLack: The module that built it is not installed.
-    """
-    if sidecar is None or sidecar.plan is None:
-        return
-    plan = sidecar.plan
-    anew = f"build it anew: {sidecar.made_by.get('command', 'rtresnet build')}"
-    if not machine.installed(plan.builder):
-        raise EnvironmentLack(
-            f"{path}: built by {plan.builder} {plan.version}, which is not installed",
-            fix=f"pip install {machine.DISTRIBUTIONS.get(plan.builder, plan.builder)}",
-        )
-    installed = importlib.import_module(plan.builder).__version__
-    if installed != plan.version:
-        raise ArtifactError(
-            f"{path}: built by {plan.builder} {plan.version}, installed is {installed}", fix=anew
-        )
-    gpus = machine.gpus()
-    if gpus and plan.targets and gpus[0].target not in plan.targets:
-        raise ArtifactError(
-            f"{path}: built for {', '.join(plan.targets)}, and this GPU ({gpus[0].name}) is "
-            f"{gpus[0].target}",
-            fix=anew,
-        )
 
 
 class TrtBackend:
@@ -369,12 +340,3 @@ def _logger(trt: Any, said: deque[str]) -> Any:
                 said.append(message.strip())
 
     return Log()
-
-
-def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> EnvironmentLack:
-    """The error for a plan on a machine without a GPU, or (`here`) asked onto the CPU of one."""
-    sidecar = artifacts.read_sidecar(path)
-    parent = artifacts.parent_path(path, sidecar) if sidecar else None
-    fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"
-    why = "a plan runs on an NVIDIA GPU" + ("" if here else ", and there is none here")
-    return EnvironmentLack(f"{path}: {why}", fix=fix)

@@ -210,8 +210,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     """Weight and bias as the file has them; gradients pass unchanged.
 
     The weight is rounded to int8 [-127, 127] and back, one scale an output channel, bit for bit
-    what `qdq.quantize_weight` stores with `qdq.exact_weight_scales`; the bias as `qdq.exact_bias`
-    does it.
+    what `qdq.quantize_weight` stores with `exact.weight_scales`; the bias as `exact.bias` does it.
 
     Args:
         weight: float32 [out, ...].
@@ -231,7 +230,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 
 
 def exact_scales(scales: Tensor) -> Tensor:
-    """Scales of activations as `qdq.exact_scale` has them; gradients pass unchanged."""
+    """Scales of activations as `exact.scale` has them; gradients pass unchanged."""
     with torch.no_grad():
         pattern = nearest(scales.view(torch.int32), ACTIVATION_BITS)
     return _replaced(scales, pattern.view(torch.float32))

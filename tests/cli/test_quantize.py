@@ -63,8 +63,13 @@ def test_a_damaged_file_of_scales_is_made_anew(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("calib").mkdir()
-    for text in ("", "{", "[]", '{"schema": 2}', '{"schema": 1, "scales": {}}'):
-        Path("calib/resnet8-int8.json").write_text(text)
+    path = Path("calib/resnet8-int8.json")
+    assert quantize(source, "--calib", tints, "--calib-images", "16") == 0
+    record = json.loads(path.read_text())
+    broken = [json.dumps(record | {"branches": wrong}) for wrong in (5, {"x": 1}, {"x": [2, 1]})]
+    for text in ("", "{", "[]", '{"schema": 2}', '{"schema": 1, "scales": {}}', *broken):
+        capsys.readouterr()
+        path.write_text(text)
         assert quantize(source, "--calib", tints, "--calib-images", "16") == 0
         assert "calibrating anew" in capsys.readouterr().err
 
@@ -75,6 +80,9 @@ def test_the_file_of_scales_has_a_line_a_tensor(source: Path, tints: str) -> Non
     record = json.loads(text)
     for name, scale in record["scales"].items():
         (_line,) = (line for line in text.splitlines() if f'"{name}": {scale}' in line)
+    assert len(record["branches"]) == 3
+    for name, (low, high) in record["branches"].items():
+        (_line,) = (line for line in text.splitlines() if f'"{name}": [{low}, {high}]' in line)
     assert record["signal_to_noise_db"]["kept"] > 15
 
 

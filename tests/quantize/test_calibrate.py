@@ -113,6 +113,7 @@ def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
     assert noise_ratio(reference, logits) == pytest.approx(found.ratios["kept"], abs=0.05)
 
 
+@pytest.mark.parametrize("method", ["auto", "max"])
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
@@ -121,11 +122,11 @@ def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
         ("plain8", 32, []),
     ],
 )
-def test_auto_tells_how_far_each_branch_went(
-    name: str, size: int, expected: list[str], exported: Exported, images: Images
+def test_every_method_tells_how_far_each_branch_went(
+    method: str, name: str, size: int, expected: list[str], exported: Exported, images: Images
 ) -> None:
     model, batch = exported(name, size), images(24, size)
-    found = calibrate(model, list(qdq.placement(model)), lambda: [batch])
+    found = calibrate(model, list(qdq.placement(model)), lambda: [batch], method)
     assert list(found.branches) == expected
     held, others = hold_back([batch])
     list(others)

@@ -120,7 +120,7 @@ def test_what_is_written(exported: Exported) -> None:
     for name, asked in scales.items():
         scale = constants[f"{name}.scale"]
         assert significant_bits(scale) <= 3 and abs(scale / asked - 1) <= 1 / 9
-        assert float(scale) == qdq.exact_scale(asked) == qdq.exact_scale(float(scale))
+        assert float(scale) == exact.scale(asked) == exact.scale(float(scale))
     weighted = [node for node in written.graph.node if node.op_type in ("Conv", "Gemm")]
     assert len(weighted) == 8
     for node in weighted:

@@ -23,7 +23,7 @@ from rtresnet.export.onnx import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.resnet import ResNet
 from rtresnet.preprocess import Preprocess
-from rtresnet.quantize import qdq
+from rtresnet.quantize import exact, qdq
 from rtresnet.quantize.simulate import noise_ratio, session
 from rtresnet.train import qat
 from rtresnet.train.distributed import ALONE
@@ -112,12 +112,12 @@ class TestRounding:
         weight[1] *= 1e-40  # less than a float32 scale can say
         weight[2].flat[:3] = 127, 0.5, 1.5  # scale 1, and ties
         bias = np.random.default_rng(1).standard_normal(shape[0]).astype(np.float32)
-        scales, scale = qdq.exact_weight_scales(weight), np.float32(0.0391)
+        scales, scale = exact.weight_scales(qdq.weight_scales(weight)), np.float32(0.0391)
         stored = qdq.quantize_weight(weight, scales).astype(np.float32)
         expected = stored * scales.reshape((-1,) + (1,) * (len(shape) - 1))
         got = qat.rounded(*map(torch.from_numpy, (weight, bias)), torch.tensor(scale))
         assert np.array_equal(got[0].numpy(), expected)
-        assert np.array_equal(got[1].numpy(), qdq.exact_bias(bias, float(scale), scales))
+        assert np.array_equal(got[1].numpy(), exact.bias(bias, float(scale), scales))
 
     def test_activations_are_onnx_runtimes_bit_for_bit(self) -> None:
         rng, scale = np.random.default_rng(0), np.float32(0.0373)
@@ -249,7 +249,7 @@ class TestTheFile:
         assert onnx.load(tuned / "engines/resnet8-int8.onnx") == expected
         constants = {t.name: numpy_helper.to_array(t) for t in expected.graph.initializer}
         for name, scale in of_checkpoint(tuned / "runs/tuned/best.pt").named_scales().items():
-            assert float(constants[f"{name}.scale"]) == qdq.exact_scale(scale)
+            assert float(constants[f"{name}.scale"]) == exact.scale(scale)
 
     def test_its_weights_are_those_that_were_trained(self, tuned: Path) -> None:
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
@@ -299,7 +299,7 @@ class TestTheFile:
         assert plain.calibration is None
         written = json.loads((tuned / result.calibration.scales).read_text())
         assert written["scales"] == {
-            name: qdq.exact_scale(scale) for name, scale in saved.learned.scales.items()
+            name: exact.scale(scale) for name, scale in saved.learned.scales.items()
         }
 
     def test_without_int8_it_is_the_float_net(self, tuned: Path) -> None:
