@@ -48,14 +48,17 @@ def for_cpu(path: str | os.PathLike[str], faithful: bool = False) -> str | bytes
         faithful: Without rule 3, the one that changes results.
 
     Raises:
-        ArtifactError: Not an ONNX file.
+        ArtifactError: Not an ONNX file, or what it says of its branches is damaged.
         EnvironmentLack: The package onnx is not installed.
     """
     model = unsigned(path)
     if model is None:
         return os.fspath(path)
     if not faithful:
-        quantize_branches(model)
+        try:
+            quantize_branches(model)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None
     quantize_early(model)
     return bytes(model.SerializeToString())
 

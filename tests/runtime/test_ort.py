@@ -299,6 +299,20 @@ def test_moved_activations_leave_the_weights_alone(onnx_file: OnnxFile) -> None:
             assert old == new
 
 
+def test_no_thread_spins_between_calls_where_another_session_could_run(onnx_file: OnnxFile) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+    options = backend._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_a_damaged_record_of_branches_names_the_file(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    model, path = onnx.load(onnx_file("resnet8", "int8")), tmp_path / "damaged.onnx"
+    model.metadata_props.add(key=KEY, value="{")
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match=r"damaged\.onnx: rtresnet\.branches: damaged"):
+        OrtBackend(path, provider="cpu")
+
+
 def test_the_file_on_disk_stays_as_it_is(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "int8")
     before = path.read_bytes()
