@@ -4,11 +4,16 @@
 
 Weights are untrained: sizes, build times and speed do not depend on them. The three ONNX files of a
 net are measured in turn, in one process, at batch 1 and 8.
+
+OpenVINO, on a processor that its plugin does not offer, is in another build of ONNX Runtime:
+
+    make .venv/openvino
+    PYTHONPATH=.venv/openvino .venv/bin/python benchmarks/engines.py --provider openvino resnet50
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -20,7 +25,7 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def measure(model: str) -> tuple[list[tuple[object, ...]], dict]:
+def measure(model: str, provider: str) -> tuple[list[tuple[object, ...]], dict]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         exported = rtresnet(
@@ -28,7 +33,9 @@ def measure(model: str) -> tuple[list[tuple[object, ...]], dict]:
             cwd=place,
         )  # fmt: skip
         files = [entry["file"] for entry in exported["onnx"]]
-        bench = rtresnet("bench", *files, "--batch", "1,8", "--seconds", "10", cwd=place)
+        bench = rtresnet(
+            "bench", *files, "--provider", provider, "--batch", "1,8", "--seconds", "10", cwd=place
+        )
     for entry in bench["results"]:
         del entry["samples"]
     rows = []
@@ -53,9 +60,13 @@ def measure(model: str) -> tuple[list[tuple[object, ...]], dict]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["resnet18", "resnet50", "resnet152"])
+    parser.add_argument("--provider", default="cpu", help="as `rtresnet bench --provider`")
+    options = parser.parse_args()
     rows, records = [], {}
-    for model in sys.argv[1:] or ["resnet18", "resnet50", "resnet152"]:
-        found, records[model] = measure(model)
+    for model in options.models:
+        found, records[model] = measure(model, options.provider)
         rows += found
     first = next(iter(records.values()))
     where, plan = first["bench"]["results"][0], first["export"]["plans"][0]
@@ -65,7 +76,8 @@ def main() -> None:
         f"the ONNX files on {where['device']}, {where['provider']}, {where['threads']} threads, "
         f"{versions}; 10 s each, in turn; speed against FP32; n batches of 8."
     )
-    save("engines", records, markdown(HEADINGS, rows) + "\n\n" + caption)
+    name = "engines" if options.provider == "cpu" else f"engines-{options.provider}"
+    save(name, records, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ DATA_HELP = (
 def json_option(function: F) -> F:
     """`--json FILE`: the result for machines; an unknown is null."""
     return click.option(
-        "--json", "json_file", metavar="FILE", help="Write the result as JSON too (- for stdout)."
+        "--json",
+        "json_file",
+        metavar="FILE",
+        help="Write the result as JSON too (-: to stdout, and the tables to stderr).",
     )(function)
 
 
@@ -44,7 +47,7 @@ def device_options(function: F) -> F:
             "--provider",
             type=click.Choice(("auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx")),
             default="auto",
-            help="For ONNX files; auto: OpenVINO's plugin where it serves this CPU, else cpu.",
+            help="For ONNX files; auto: openvino where it is here and serves this CPU, else cpu.",
         ),
         click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto"),
     ):
@@ -87,10 +90,16 @@ def _triple(name: str, given: str) -> tuple[float, float, float]:
 
 
 def out_console() -> Console:
-    """Results go to standard output."""
+    """Results go to standard output; with `--json -` that is the document's alone."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    return Console(stderr=json_on_stdout(), highlight=False, soft_wrap=False)
+
+
+def json_on_stdout() -> bool:
+    """Whether the verb that runs was told `--json -`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.params.get("json_file") == "-"
 
 
 def err_console() -> Console:
@@ -98,6 +107,11 @@ def err_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """A line of the result, as it is."""
+    click.echo(line, err=json_on_stdout())
 
 
 def note(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from typing import Any
 
@@ -14,7 +15,7 @@ PACKAGES = {
     "torch": "train, read checkpoints",
     "onnx": "export, quantize",
     "onnxruntime": "calibrate; run ONNX files",
-    "onnxruntime_ep_openvino": "run INT8 fast on an Intel CPU",
+    "onnxruntime_ep_openvino": "run INT8 faster on an Intel CPU",
     "tensorrt_rtx": "build plans, GPU or not; run them",
     "tensorrt": "build and run plans on this machine's GPU",
     "cuda.bindings": "run plans",
@@ -58,7 +59,9 @@ def run() -> dict[str, Any]:
         name = machine.DISTRIBUTIONS.get(module, module)
         version = None
         if machine.installed(module):
-            version = machine.version(name, f"{name}-gpu", module) or "unknown"
+            version = machine.version(name, module) or "unknown"
+            if module == "onnxruntime":  # several packages bring it, and may lie on top of another
+                version = importlib.import_module(module).__version__
         packages.append({"package": name, "version": version, "purpose": purpose})
     gpus = [
         {"name": gpu.name, "target": gpu.target, "memory": gpu.memory} for gpu in machine.gpus()
@@ -78,7 +81,7 @@ def run() -> dict[str, Any]:
 
 def _providers() -> str:
     from rtresnet import machine
-    from rtresnet.runtime.ort import openvino_device
+    from rtresnet.runtime.ort import openvino
 
     if not machine.installed("onnxruntime"):
         return "nothing: pip install onnxruntime"
@@ -87,10 +90,14 @@ def _providers() -> str:
     found = [
         name for name in onnxruntime.get_available_providers() if name != "AzureExecutionProvider"
     ]
-    if openvino_device() is not None:
-        found.insert(0, "OpenVINO plugin (the default on this CPU)")
+    served_by = openvino()
+    if served_by is not None:
+        found.insert(0, f"{served_by.shown} (the default on this CPU)")
     elif machine.installed("onnxruntime_ep_openvino"):
-        found.append("not the OpenVINO plugin, which offers no device on this processor")
+        found.append(
+            "not the OpenVINO plugin, which offers no device on this processor "
+            "(onnxruntime-openvino in place of onnxruntime would)"
+        )
     return ", ".join(found)
 
 

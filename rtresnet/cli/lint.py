@@ -51,7 +51,7 @@ def command(path: Path, out: Path | None, json_file: str | None) -> None:
     model = _read(path)
     findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
     for line in _listed(findings):
-        click.echo(line)
+        common.say(line)
     if out is not None:
         findings, repaired = _repair(path, out, model, sidecar)
         findings = _meant(findings, sidecar)
@@ -59,7 +59,7 @@ def command(path: Path, out: Path | None, json_file: str | None) -> None:
     where = out or path
     if not worse:
         notes = len(findings)
-        click.echo(f"{where}: nothing to mend" + (f", {_number(notes, 'note')}" if notes else ""))
+        common.say(f"{where}: nothing to mend" + (f", {_number(notes, 'note')}" if notes else ""))
     result = {
         "file": str(path),
         "fixed": str(out) if out else None,
@@ -123,12 +123,12 @@ def _repair(
         parent = sidecar.parent if in_place else artifacts.link_to(path, out)
         artifacts.publish(out, write, dataclasses.replace(sidecar, parent=parent, made_by={}))
     for (rule, what), count in Counter((entry.rule, entry.what) for entry in repaired).items():
-        click.echo(f"repaired  {rule}, {_number(count, 'node')}: {what}")
-    click.echo(f"{out}: " + ("same outputs, bit for bit" if repaired else "nothing was repaired"))
+        common.say(f"repaired  {rule}, {_number(count, 'node')}: {what}")
+    common.say(f"{out}: " + ("same outputs, bit for bit" if repaired else "nothing was repaired"))
     if repaired and left:
-        click.echo("left:")
+        common.say("left:")
         for line in _listed(left):
-            click.echo(line)
+            common.say(line)
     return left, repaired
 
 

@@ -76,6 +76,12 @@ PROVIDERS = {
         gpu=True,
     ),
 }
+# For processors that the plugin does not serve: OpenVINO as a build of ONNX Runtime brings it.
+OPENVINO_BUILT_IN = Provider(
+    ep="OpenVINOExecutionProvider", shown="ONNX Runtime OpenVINO", package="onnxruntime-openvino"
+)
+# Distributions that bring the module onnxruntime.
+BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 RECORD = "session.record_ep_graph_assignment_info"
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 # Threads that wait for work between two calls keep a core each busy for tens of milliseconds, and
@@ -88,8 +94,8 @@ class OrtBackend:
 
     Args:
         path: The ONNX file.
-        provider: A key of PROVIDERS, or "auto": OpenVINO where the plugin offers this processor,
-            else ONNX Runtime's own CPU provider.
+        provider: A key of PROVIDERS, or "auto": OpenVINO where it serves this processor (see
+            `openvino`), else ONNX Runtime's own CPU provider.
         threads: Intra-op threads; every core this process may use by default.
         profile: Begin of the file's name that ONNX Runtime's profile goes to; None for no profile.
         faithful: On ONNX Runtime's CPU provider, without the step that its faster form of an INT8
@@ -114,14 +120,16 @@ class OrtBackend:
     ) -> None:
         ort = _onnxruntime()
         if provider == "auto":
-            provider = "openvino" if openvino_device() is not None else "cpu"
+            provider = "openvino" if openvino() is not None else "cpu"
         if provider not in PROVIDERS:
             raise UnknownName("provider", provider, ["auto", *PROVIDERS])
         about = PROVIDERS[provider]
+        if provider == "openvino":
+            about = openvino() or about
         self.provider = about.shown
-        self.packages: tuple[str, ...] = ("onnxruntime",)
-        if about.package != "onnxruntime":
-            self.packages += (about.package,)
+        # Two builds may be installed on top of each other; the module is of one of them.
+        builds = [name for name in BUILDS if machine.version(name) == ort.__version__]
+        self.packages: tuple[str, ...] = (*builds[:1], *([about.package] if about.plugin else []))
         self.device = "cpu"
         self.threads: int | None = None if about.gpu else threads or machine.cores()
         options = ort.SessionOptions()
@@ -133,7 +141,7 @@ class OrtBackend:
         if provider == "cpu" and not machine.exact_int8():
             # Slower, and right: the fast kernels would saturate at 16 bits on this processor.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        names = _choose(ort, options, about, self.threads)
+        chosen = _choose(ort, options, about, self.threads)
         if about.gpu:
             self.device = machine.gpus()[0].name if machine.gpus() else "cuda"
         tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
@@ -144,7 +152,7 @@ class OrtBackend:
         model = for_cpu(path, faithful) if provider == "cpu" else os.fspath(path)
         try:
             self._session: Any = ort.InferenceSession(
-                model, options, providers=names or None, enable_fallback=0
+                model, options, providers=chosen or None, enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime raises its own types, one for each status code
             raise _load_error(path, about, error) from error
@@ -240,39 +248,52 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _choose(ort: Any, options: Any, about: Provider, threads: int | None) -> list[str]:
-    """Puts a plugin's device into the options, or returns the name of a provider built in."""
+def _choose(
+    ort: Any, options: Any, about: Provider, threads: int | None
+) -> list[tuple[str, dict[str, str]]]:
+    """Puts a plugin's device into the options, or returns a provider that is built in."""
+    settings = {}
+    if about.ep == OPENVINO_BUILT_IN.ep:
+        cpu = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
+        settings["load_config"] = json.dumps({"CPU": cpu})
     if about.plugin is None:
         if about.ep not in ort.get_available_providers():
             raise EnvironmentLack(
                 f"this onnxruntime was built without {about.ep}",
                 fix=f"pip install {about.package}",
             )
-        return [about.ep]
+        return [(about.ep, settings)]
     if not machine.installed(about.plugin):
         raise missing_package(about.package, f"--provider for {about.shown}")
     device = _plugin_device(about)
-    if device is None:
-        hardware = "GPU, or there is none" if about.gpu else f"processor ({machine.cpu()})"
+    if device is None and about.gpu:
         raise EnvironmentLack(
-            f"the {about.shown} offers no device on this {hardware}", fix="use --provider cpu"
+            f"the {about.shown} offers no device on this GPU, or there is none",
+            fix="use --provider cpu",
         )
-    settings = {}
-    if about is PROVIDERS["openvino"]:
-        cpu = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads)}
-        settings["load_config"] = json.dumps({"CPU": cpu})
+    if device is None:
+        build = OPENVINO_BUILT_IN.package
+        raise EnvironmentLack(
+            f"the {about.shown} offers no device on this processor ({machine.cpu()}), and this "
+            f"onnxruntime was built without OpenVINO",
+            fix=f"use --provider cpu, or: pip uninstall -y onnxruntime && pip install {build}",
+        )
     options.add_provider_for_devices([device], settings)
     return []
 
 
-def openvino_device() -> Any | None:
-    """The plugin's CPU device, or None: not installed, or it does not serve this processor.
+def openvino() -> Provider | None:
+    """The OpenVINO that serves this processor: the plugin's, else onnxruntime's own; or None.
 
-    The plugin (1.8) offers processors made by Intel only: microsoft/onnxruntime#31981.
+    The plugin (1.8) offers processors made by Intel only: microsoft/onnxruntime#31981. The build
+    of ONNX Runtime that has OpenVINO in it runs on others too.
     """
-    about = PROVIDERS["openvino"]
-    assert about.plugin is not None
-    return _plugin_device(about) if machine.installed(about.plugin) else None
+    plugin = PROVIDERS["openvino"]
+    assert plugin.plugin is not None
+    if machine.installed(plugin.plugin) and _plugin_device(plugin) is not None:
+        return plugin
+    built_in = OPENVINO_BUILT_IN.ep in _onnxruntime().get_available_providers()
+    return OPENVINO_BUILT_IN if built_in else None
 
 
 def _plugin_device(about: Provider) -> Any | None:

@@ -177,10 +177,10 @@ def test_bench_refuses_a_stand_in_that_is_not_what_the_plan_was_built_from(
 def test_a_provider_that_is_not_here_is_exit_code_3(
     engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rtresnet.runtime.ort import openvino_device
+    from rtresnet.runtime.ort import openvino
 
     missing = ["cuda"] if not machine.gpus() else []
-    missing += ["openvino"] if openvino_device() is None else []
+    missing += ["openvino"] if openvino() is None else []
     for provider in missing:
         assert main(["bench", str(engines / "resnet8.onnx"), "--provider", provider]) == 3
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
@@ -192,6 +192,36 @@ def test_a_batch_below_one_is_refused(
 ) -> None:
     assert main(["bench", str(engines / "resnet8.onnx"), f"--batch={batch}"]) == 2
     assert "--batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["models"],
+        ["inspect", "resnet8.onnx"],
+        ["lint", "resnet8-int8.onnx"],
+        ["check", "resnet8.onnx"],
+        ["compare", "resnet8.onnx", "resnet8-fp16.onnx", "--data", "digits"],
+        ["profile", "resnet8.onnx"],
+        ["bench", "resnet8.onnx", "--queries", "20"],
+        ["estimate", "resnet8", "--gpu", "L4"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_json_for_stdout_is_all_that_goes_there(
+    arguments: list[str],
+    engines: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(engines)
+    main(arguments)
+    plain = capsys.readouterr()
+    main([*arguments, "--json", "-"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verb"] == arguments[0]
+    assert plain.out.strip() and len(captured.err.splitlines()) >= len(plain.out.splitlines())
 
 
 def test_corrupt_images_are_named_and_too_many_stop(
@@ -207,7 +237,7 @@ def test_corrupt_images_are_named_and_too_many_stop(
     (tmp_path / "1" / "7.png").write_bytes(b"not an image")
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "1 skipped" in captured.out and "7.png" in captured.err
+    assert "1 skipped" in captured.err and "7.png" in captured.err
     assert '"n": 239' in captured.out
     for index in range(10):
         (tmp_path / "2" / f"{index}.png").write_bytes(b"")

@@ -1,0 +1,126 @@
+"""OpenVINO as a build of ONNX Runtime has it, in a process of its own.
+
+That build takes the place of onnxruntime, so `make test` puts it beside the environment, into
+.venv/openvino, and only these tests look there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtresnet.runtime import ort as backends
+from rtresnet.runtime.ort import OPENVINO_BUILT_IN, PROVIDERS, OrtBackend
+
+OnnxFile = Callable[..., Path]
+Images = Callable[..., np.ndarray]
+BUILD = Path(sys.prefix) / "openvino"
+beside = pytest.mark.skipif(
+    not (BUILD / "onnxruntime").is_dir(), reason=f"no onnxruntime-openvino in {BUILD}"
+)
+
+
+def with_build(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(BUILD), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+RUN = """
+import sys, numpy as np
+import rtresnet
+with rtresnet.load(sys.argv[1], provider=sys.argv[2]) as session:
+    about = session.describe()
+    images = np.load(sys.argv[3])
+    np.savez(sys.argv[4], *[session(images[:count]) for count in (1, 3, len(images))],
+             provider=about["provider"], versions=list(about["versions"]))
+"""
+
+
+@beside
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("provider", ["openvino", "auto"])
+def test_it_runs_the_file_as_onnxruntime_does(
+    precision: str, provider: str, onnx_file: OnnxFile, images: Images, tmp_path: Path
+) -> None:
+    path, batch = onnx_file("resnet8", precision), images(8)
+    np.save(tmp_path / "images.npy", batch)
+    done = with_build(
+        "-c", RUN, str(path), provider, str(tmp_path / "images.npy"), str(tmp_path / "out.npz")
+    )
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "out.npz")
+    assert found["provider"] == "ONNX Runtime OpenVINO"
+    assert "onnxruntime-openvino" in found["versions"]
+    assert "onnxruntime" not in found["versions"]  # installed too, and not what ran
+    reference = OrtBackend(path, provider="cpu", faithful=True).infer(batch)
+    # Half precision computes in float32 on either; INT8 may round a tie the other way.
+    tolerance = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2}[precision]
+    for key, count in (("arr_0", 1), ("arr_1", 3), ("arr_2", 8)):
+        difference = np.abs(found[key] - reference[:count]).max()
+        assert difference < tolerance * np.abs(reference).max(), key
+
+
+@beside
+def test_bench_names_it_and_so_does_doctor(onnx_file: OnnxFile) -> None:
+    path = str(onnx_file("resnet8", "int8"))
+    done = with_build(
+        "-m", "rtresnet", "bench", path, "--provider", "openvino", "--batch", "8",
+        "--queries", "20", "--json", "-",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["result"]["results"]
+    assert result["provider"] == "ONNX Runtime OpenVINO"
+    said = with_build("-m", "rtresnet", "doctor").stdout
+    assert "ONNX Runtime OpenVINO (the default on this CPU)" in said
+    version = next(BUILD.glob("onnxruntime_openvino-*")).name.split("-")[1].removesuffix(".dist")
+    line = next(line for line in said.splitlines() if line.strip().startswith("onnxruntime "))
+    assert version in line  # of the module, not of the other package that brings it
+
+
+class Built:
+    """An onnxruntime that says which providers it was built with."""
+
+    __version__ = "0"
+
+    def __init__(self, *providers: str) -> None:
+        self.providers = [*providers, "CPUExecutionProvider"]
+
+    def get_available_providers(self) -> list[str]:
+        return self.providers
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "built", "expected"),
+    [
+        (True, object(), (), PROVIDERS["openvino"]),
+        (True, object(), ("OpenVINOExecutionProvider",), PROVIDERS["openvino"]),
+        (True, None, ("OpenVINOExecutionProvider",), OPENVINO_BUILT_IN),
+        (False, None, ("OpenVINOExecutionProvider",), OPENVINO_BUILT_IN),
+        (True, None, (), None),
+        (False, None, (), None),
+    ],
+)
+def test_the_plugin_comes_first_and_the_build_where_it_offers_nothing(
+    installed: bool,
+    device: Any,
+    built: tuple[str, ...],
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends.machine, "installed", lambda module: installed)
+    monkeypatch.setattr(backends, "_plugin_device", lambda about: device)
+    monkeypatch.setattr(backends, "_onnxruntime", lambda: Built(*built))
+    assert backends.openvino() is expected
