@@ -259,6 +259,8 @@ def _hold(source: Path, parent: Sidecar, attested: Attestation, types: Mapping[s
 
 
 def _log(trt: Any) -> Any:
+    error, warning = trt.ILogger.ERROR.value, trt.ILogger.WARNING.value
+
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps errors and warnings, and the layer dump that goes by at VERBOSE."""
 
@@ -270,9 +272,10 @@ def _log(trt: Any) -> Any:
             self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
+            level = severity.value  # an INT8 net's build says 8,000 lines, and enums compare slowly
+            if level <= error:
                 self.errors.append(message.strip())
-            elif severity == trt.ILogger.WARNING:
+            elif level == warning:
                 self.warnings.append(message.strip())
             elif message.startswith("Layers:\n"):
                 self.layers = message

@@ -109,6 +109,7 @@ class Batcher:
             Overloaded: `queue_limit` images are waiting.
             InputError: The image is not what the session takes, or the batcher is closed.
         """
+        arrived = time.monotonic()
         image = np.asarray(image)
         if self._expected is not None and (image.shape, image.dtype) != self._expected:
             shape, dtype = self._expected
@@ -116,7 +117,7 @@ class Batcher:
                 f"an image of {image.dtype} {list(image.shape)}; the session takes "
                 f"{dtype} {list(shape)}"
             )
-        call = _Call(image=image, future=Future(), arrived=time.monotonic())
+        call = _Call(image=image, future=Future(), arrived=arrived)
         with self._changed:
             if self._closed:
                 raise InputError("submit after close: the batcher takes no more images")
@@ -168,11 +169,13 @@ class Batcher:
                     self._turn.wait()
                 self._started += 1
                 self._turn.notify_all()
-                if planned is not None:
-                    self._learn(planned, woken)
+            called = returned = time.monotonic()
             try:
                 if calls and not isinstance(outcome, BaseException):
-                    outcome = _rows(self._session(room[: len(calls)]), len(calls))
+                    result = self._session(room[: len(calls)])
+                    returned = time.monotonic()
+                    outcome = _rows(result, len(calls))
+                    del result  # or an idle thread would hold on to it
             except BaseException as error:  # whatever it is, it is its callers' to know
                 outcome = error
             with self._changed:
@@ -180,6 +183,9 @@ class Batcher:
                 self._turn.notify_all()
                 if self._queue:
                     self._changed.notify()
+                if planned is not None and not isinstance(outcome, BaseException):
+                    # Late to start, late to hand out; its callers will wake as late as this did.
+                    self._learn(called - planned + time.monotonic() - returned + woken - planned)
             self._settle(number, calls, outcome)
             del taken, calls, outcome  # or an idle thread would hold on to the last images
 
@@ -192,15 +198,13 @@ class Batcher:
             np.stack([call.image for call in calls], out=room[: len(calls)])
         return room
 
-    def _learn(self, planned: float, woken: float) -> None:
-        """How late a batch starts that waited for the clock; its callers will wake as late again.
+    def _learn(self, late: float) -> None:
+        """Ends waits as much earlier as batches that waited for the clock came late, in seconds.
 
-        Args:
-            planned: When its wait was to end.
-            woken: When the thread went on.
+        More at once than less again: most are in time then, not half of them.
         """
-        late = (time.monotonic() - planned) + (woken - planned)
-        self._early += (min(late, self._wait / 2) - self._early) / 8
+        late = min(late, self._wait / 2)
+        self._early += (late - self._early) / (8 if late > self._early else 32)
 
     def _take(self) -> tuple[int, list[_Call], float | None] | None:
         """The next batch, its number, and when it was to start if only the clock made it start.

@@ -70,7 +70,7 @@ def test_a_lone_caller_waits_for_the_clock_only() -> None:
 def test_a_wait_ends_early_by_what_waking_up_has_cost() -> None:
     with Batcher(lambda images: images, max_batch=1000, max_wait_ms=1000 * 2 * LONG) as batcher:
         for _ in range(100):
-            batcher._learn(planned=0.0, woken=1e6)  # later than can be made up for
+            batcher._learn(1e6)  # later than can be made up for
         assert LONG * 0.99 < batcher._early <= LONG  # half of the wait at most
         batcher._early = 2 * LONG
         assert first(batcher.submit(image(7))) == 7  # else it would take a minute
