@@ -31,6 +31,7 @@ TABLES = {
     "quantize deep table": "quantize-resnet56",
     "calibration table": "calibration",
     "qat table": "qat",
+    "openvino table": "engines-openvino",
 }
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
