@@ -1,35 +1,24 @@
 """The training loop: steps, an evaluation an epoch, checkpoints from which a run goes on.
 
-`rtresnet train` reaches it. It writes into one folder:
-
-    best.pt     the epoch with the highest accuracy on the held-out images, the last of equals
-    last.pt     the latest state, with all that --resume needs
-    log.jsonl   a line an epoch
-
-A run can be killed at any moment. Files are replaced whole, best.pt before last.pt; what a step
-computes follows from its number (`feed.py`, `recipe.py`); and last.pt holds everything else:
-weights, momentum, averages, the step, the epoch's sums so far, the log.
+`rtresnet train` reaches it. A run can be killed at any moment: what a step computes follows from
+its number (`feed.py`, `recipe.py`), and everything else is in the folder that `keep.py` writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from rtresnet import machine, metrics, storage
-from rtresnet.artifacts import Weights
 from rtresnet.data import cache, loader
 from rtresnet.data.sources import Source
-from rtresnet.errors import GateMissed, InputError
-from rtresnet.learned import Learned
+from rtresnet.errors import GateMissed
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.models.resnet import ResNet
@@ -37,19 +26,11 @@ from rtresnet.train import distributed, feed, qat
 from rtresnet.train.average import recompute_statistics
 from rtresnet.train.distributed import ALONE, World
 from rtresnet.train.job import Job, Listener, Progress, settled
+from rtresnet.train.keep import Keeper, Standing, Sums
 from rtresnet.train.qat import FakeQuantized
 from rtresnet.train.recipes import SMALL
 from rtresnet.train.score import Scorer
-from rtresnet.train.state import (
-    adopt_weights,
-    as_kept,
-    as_loaded,
-    check_folder,
-    check_same,
-    check_start,
-    on_cpu,
-    saved_run,
-)
+from rtresnet.train.state import adopt_weights, as_kept, as_loaded, check_folder, check_start
 from rtresnet.train.step import Stepper, check_compiler
 from rtresnet.train.stop import Stop, held_back
 
@@ -110,24 +91,12 @@ def train(
         return run.finish()
 
 
-@dataclass(kw_only=True)
-class _Sums:
-    """What an epoch's record is made of, so far. Counts are of all processes' images."""
-
-    loss: float = 0.0
-    hits: float = 0.0
-    seen: int = 0
-    seconds: float = 0.0
-
-
 class _Run:
     def __init__(
         self, job: Job, source: Source, parts: feed.Split, tally: loader.Tally, world: World
     ) -> None:
         self.job, self.source, self.parts = job, source, parts
         self.tally, self.world, self.recipe = tally, world, job.recipe
-        self.fingerprint = job.source.fingerprint()
-        self.model = checkpoint.model_of(job.spec, source.classes)
         net = zoo.build(job.spec, len(source.classes))
         if job.start is not None:
             adopt_weights(net, job.start)
@@ -141,8 +110,11 @@ class _Run:
         learner = self._rounding(net) if job.recipe.qat else net
         self.stepper = Stepper(learner, job.recipe, world, job.device)
         self.total, self.steps_an_epoch = self.feed.total, self.feed.steps_an_epoch
-        self.step, self.best = 0, -1.0
-        self.sums, self.log = _Sums(), list[dict[str, Any]]()
+        self.keeper = Keeper(
+            job, checkpoint.model_of(job.spec, source.classes),
+            total=self.total, images=len(parts.train), world=world,
+        )  # fmt: skip
+        self.at = Standing()
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
 
@@ -166,10 +138,10 @@ class _Run:
 
     def go(self, stop: Stop, on_step: Listener, on_epoch: Callable[[dict[str, Any]], None]) -> None:
         """To the end. An epoch is over when it is in the log, not when its last step is done."""
-        self.first_step = self.step
-        while len(self.log) * self.steps_an_epoch < self.total:
-            end = min((len(self.log) + 1) * self.steps_an_epoch, self.total)
-            if self.step < end:
+        self.first_step = self.at.step
+        while len(self.at.log) * self.steps_an_epoch < self.total:
+            end = min((len(self.at.log) + 1) * self.steps_an_epoch, self.total)
+            if self.at.step < end:
                 self._steps(end, stop, on_step)
             record = self._record()
             self._keep(record)
@@ -180,16 +152,16 @@ class _Run:
         read = READ_STEPS if self.job.device.startswith("cuda") else 1
         unread: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self.stepper.train()
-        for step, micros in self.feed.steps(self.step, end):
+        for step, micros in self.feed.steps(self.at.step, end):
             lr = recipe.lr_at(step, self.total)
             unread.append((step, lr, *self.stepper.step(micros, lr)))
-            self.step = step + 1
-            if len(unread) < read and self.step < end:
+            self.at.step = step + 1
+            if len(unread) < read and self.at.step < end:
                 continue
             loss, asked = self._read(unread, stop.asked)
             unread = []
             now = time.perf_counter()
-            self.sums.seconds += now - mark
+            self.at.sums.seconds += now - mark
             mark = now
             on_step(self._progress(step, loss, lr))
             if asked:
@@ -217,22 +189,22 @@ class _Run:
                     f"the loss is {loss} at step {step}, learning rate {lr:g}",
                     fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set clip=1",
                 )
-        self.sums.loss += float(losses.sum()) * self.recipe.batch
-        self.sums.hits += float(hits.sum())
-        self.sums.seen += len(unread) * self.recipe.batch
+        self.at.sums.loss += float(losses.sum()) * self.recipe.batch
+        self.at.sums.hits += float(hits.sum())
+        self.at.sums.seen += len(unread) * self.recipe.batch
         return float(losses.mean()), bool(told[-1])
 
     def _progress(self, step: int, loss: float, lr: float) -> Progress:
         spent = time.perf_counter() - self.started_at
-        done = self.step - self.first_step
+        done = self.at.step - self.first_step
         return Progress(
             epoch=step // self.steps_an_epoch,
-            step=self.step,
+            step=self.at.step,
             total=self.total,
             loss=loss,
             lr=lr,
-            images_per_second=self.sums.seen / max(self.sums.seconds, 1e-9),
-            seconds_left=spent / done * (self.total - self.step),
+            images_per_second=self.at.sums.seen / max(self.at.sums.seconds, 1e-9),
+            seconds_left=spent / done * (self.total - self.at.step),
         )
 
     def _record(self) -> dict[str, Any]:
@@ -240,17 +212,17 @@ class _Run:
         val = None
         if len(self.parts.val):
             val = self._score(self.source, self.parts.val)
-        seconds, last = self.sums.seconds, self.step - 1
+        seconds, last = self.at.sums.seconds, self.at.step - 1
         return {
-            "epoch": len(self.log) + 1,
-            "step": self.step,
-            "loss": self.sums.loss / self.sums.seen,
+            "epoch": len(self.at.log) + 1,
+            "step": self.at.step,
+            "loss": self.at.sums.loss / self.at.sums.seen,
             "lr": self.recipe.lr_at(last, self.total),
             "side": self.feed.side(last),
-            "train_top1": 100 * self.sums.hits / self.sums.seen,
+            "train_top1": 100 * self.at.sums.hits / self.at.sums.seen,
             "val_top1": None if val is None else val.top1_percent,
             "val_n": None if val is None else val.n,
-            "images_per_second": self.sums.seen / seconds,
+            "images_per_second": self.at.sums.seen / seconds,
             "seconds": seconds,
             "skipped": len(self.tally.skipped),
         }
@@ -259,104 +231,24 @@ class _Run:
         """Of the weights that are kept."""
         return self.scorer.accuracy(self.stepper.kept, source, indices)
 
-    def _about(self) -> dict[str, Any]:
-        return {
-            "recipe": dataclasses.asdict(self.recipe),
-            "data": self.job.source.name,
-            "fingerprint": self.fingerprint,
-            "total": self.total,
-        }
-
-    def _checkpoint(self, training: dict[str, Any], measured: dict[str, Any]) -> Checkpoint:
-        return Checkpoint(
-            model=self.model,
-            input=self.job.preprocess,
-            weights=Weights(origin="trained", source=self.job.source.name),
-            state=as_kept(self.stepper.kept),
-            learned=self._learned(),
-            training=training,
-            measured=measured,
-        )
-
-    def _learned(self) -> Learned | None:
-        kept = self.stepper.kept
-        if not isinstance(kept, FakeQuantized):
-            return None
-        return Learned(
-            scales=kept.named_scales(),
-            images=self.job.source.name,
-            images_sha256=self.fingerprint,
-            n=len(self.parts.train),
-        )
-
     def _keep(self, record: dict[str, Any]) -> None:
         """The end of an epoch: best.pt where it is better, then last.pt, then the log."""
-        self.log.append(record)
-        self.sums = _Sums()
+        self.at.log.append(record)
+        self.at.sums = Sums()
         score = math.inf if record["val_top1"] is None else record["val_top1"]
-        if score >= self.best:
-            self.best = score
-            if self.world.first:
-                checkpoint.save(
-                    self.job.out / "best.pt", self._checkpoint(self._about(), self._measured())
-                )
+        if score >= self.at.best:
+            self.at.best = score
+            self.keeper.save_best(self.at, self.stepper)
         self._save()
-        if self.world.first:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-            storage.write_text(self.job.out / "log.jsonl", lines)
-
-    def _measured(self) -> dict[str, Any]:
-        if not self.log:
-            return {}
-        record = self.log[-1]
-        return {name: record[name] for name in ("val_top1", "val_n", "epoch")}
+        self.keeper.write_log(self.at)
 
     def _save(self) -> None:
         self.saved_at = time.perf_counter()
-        if not self.world.first:
-            return
-        stepper = self.stepper
-        state = self._about() | {
-            "step": self.step,
-            "best": self.best,
-            "log": self.log,
-            "sums": dataclasses.asdict(self.sums),
-            "launch": self.world.launch,
-            "optimizer": stepper.optimizer.state_dict(),
-            "scaler": stepper.scaler.state_dict(),
-            # Nothing draws from it in training; kept so that nothing can come to depend on it.
-            "random": torch.get_rng_state(),
-        }
-        if stepper.average:
-            state |= {"weights": on_cpu(stepper.net), "updates": stepper.average.updates}
-        checkpoint.save(self.job.out / "last.pt", self._checkpoint(state, self._measured()))
+        self.keeper.save_last(self.at, self.stepper)
 
     def restore(self) -> None:
         """Takes up the state of last.pt."""
-        out = self.job.out
-        if self.world.first:
-            saved_run(out)
-        self.world.wait()
-        last = saved_run(out)
-        saved = last.training
-        check_same(out, saved, self.recipe)
-        if last.model != self.model or saved["fingerprint"] != self.fingerprint:
-            raise InputError(
-                f"{out}: its run is {last.model.architecture} on {saved['data']}, or "
-                "those images have changed since",
-                fix="train into another --out",
-            )
-        stepper = self.stepper
-        if stepper.average:
-            stepper.average.restore(as_loaded(stepper.average.net, last), saved["updates"])
-        stepper.net.load_state_dict(
-            saved["weights"] if stepper.average else as_loaded(stepper.net, last)
-        )
-        stepper.optimizer.load_state_dict(saved["optimizer"])
-        stepper.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["random"])
-        self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
-        self.sums = _Sums(**saved["sums"])
+        self.at = self.keeper.restore(self.stepper)
 
     def finish(self) -> Checkpoint:
         """Batch norm's statistics anew where asked for, then the one test."""
