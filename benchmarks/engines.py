@@ -8,7 +8,8 @@ net are measured in turn, in one process, at batch 1 and 8.
 OpenVINO, on a processor that its plugin does not offer, is in another build of ONNX Runtime:
 
     make .venv/openvino
-    PYTHONPATH=$PWD/.venv/openvino .venv/bin/python benchmarks/engines.py --provider openvino resnet50
+    PYTHONPATH=$PWD/.venv/openvino .venv/bin/python benchmarks/engines.py \\
+        --provider openvino resnet50
 """
 
 from __future__ import annotations
