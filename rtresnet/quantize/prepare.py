@@ -2,9 +2,10 @@
 
 Before: an FP32 ONNX file of torchvision, timm, the ONNX zoo, or ours. After: the same function with
 
- 1. constants as initializers, none of them listed as an input, no Identity and no Dropout;
+ 1. constants as initializers, none of them listed as an input, each with one reader, no Identity
+    and no Dropout;
  2. every BatchNormalization behind a convolution folded into it, in float64, rounded once;
- 3. the FC as Gemm with its weight [classes, features] and a bias: MatMul and Add become one;
+ 3. the FC as Gemm with its weight [classes, features]: MatMul, and an Add behind it, become one;
  4. a name for every node, its output's where it had none.
 """
 
@@ -39,6 +40,7 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = _Graph(prepared.graph)
     graph.constants_out_of_nodes()
     graph.without("Identity", "Dropout")
+    graph.constants_of_their_own()
     graph.fold_batch_norms()
     graph.fully_connected()
     for node in prepared.graph.node:
@@ -79,6 +81,22 @@ class _Graph:
         kept = [onnx.ValueInfoProto.FromString(entry.SerializeToString()) for entry in inputs]
         del self.graph.input[:]
         self.graph.input.extend(kept)
+
+    def constants_of_their_own(self) -> None:
+        """Copies what several nodes share, as exporters store equal weights once.
+
+        Weights are folded, scaled and quantized in place, for one node each.
+        """
+        constants, taken = self.constants(), set[str]()
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                if name not in constants:
+                    continue
+                if name in taken:
+                    own = self.graph.initializer.add()
+                    own.CopyFrom(constants[name])
+                    own.name = node.input[index] = f"{name}.of.{node.output[0]}.{index}"
+                taken.add(name)
 
     def without(self, *operations: str) -> None:
         """Leaves out what passes its input on; a graph's output keeps its name."""
@@ -149,13 +167,15 @@ class _Graph:
         gone: list[int] = []
         for node in nodes:
             if node.op_type == "MatMul" and node.input[1] in constants:
-                (after,) = readers[node.output[0]] if len(readers[node.output[0]]) == 1 else (None,)
-                bias = [n for n in after.input if n in constants] if after is not None else []
-                if after is None or after.op_type != "Add" or len(bias) != 1:
+                if len(constants[node.input[1]].dims) != 2:
                     continue
-                gone.append(id(after))
-                node.op_type, node.output[0] = "Gemm", after.output[0]
-                node.input.append(bias[0])
+                node.op_type = "Gemm"
+                behind = readers.get(node.output[0], [])
+                bias = [n for n in behind[0].input if n in constants] if len(behind) == 1 else []
+                if bias and behind[0].op_type == "Add":
+                    gone.append(id(behind[0]))
+                    node.output[0] = behind[0].output[0]
+                    node.input.append(bias[0])
                 self._transposed(node, constants)
             elif node.op_type == "Gemm" and node.input[1] in constants:
                 attributes: dict[str, Any] = {

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import norms
 from rtresnet.errors import ArtifactError
+from rtresnet.models import zoo
 from rtresnet.quantize import qdq
+from rtresnet.quantize.lint import lint
 from rtresnet.quantize.prepare import prepare
 from rtresnet.quantize.sensitivity import blocks
 from rtresnet.quantize.simulate import session
@@ -70,6 +75,76 @@ def test_a_foreign_net_becomes_a_folded_one_of_the_same_function(
     assert len(places) == len(qdq.placement(exported(name, size)))
     quantized = qdq.insert(prepared, dict.fromkeys(places, 0.1))
     assert session(quantized).run(None, {"images": batch})[0].shape == first.shape
+
+
+@pytest.mark.parametrize("opset", [13, 17, 20])
+@pytest.mark.parametrize("folded", [True, False])
+def test_what_torch_exports_without_us_becomes_one_too(
+    opset: int, folded: bool, images: Images, tmp_path: Path
+) -> None:
+    """torchvision's names (layer1.0.conv1, downsample.0), as torch.onnx writes them itself."""
+    torch.manual_seed(0)
+    net = zoo.build(zoo.spec("resnet18")).eval()
+    for norm in net.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+    path, batch = tmp_path / "net.onnx", images(2, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter of TorchScript is deprecated, and used
+        torch.onnx.export(
+            net, (torch.from_numpy(batch),), path, dynamo=False, opset_version=opset,
+            training=torch.onnx.TrainingMode.EVAL if folded else torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=folded, input_names=["images"],
+            dynamic_axes={"images": {0: "n"}},
+        )  # fmt: skip
+    foreign = onnx.load(path)
+    norms_there = any(node.op_type == "BatchNormalization" for node in foreign.graph.node)
+    assert norms_there != folded
+    prepared = prepare(foreign)
+    first, second = (session(m).run(None, {"images": batch})[0] for m in (foreign, prepared))
+    assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
+    places = qdq.placement(prepared)
+    assert len(places) == 21  # 20 convolutions, the FC; three of 8 blocks' inputs feed two
+    quantized = qdq.insert(prepared, dict.fromkeys(places, 0.1))
+    assert not [entry for entry in lint(quantized) if entry.severity != "note"]
+
+
+def test_weights_that_several_nodes_share_are_changed_for_each_alone(images: Images) -> None:
+    """Two convolutions of equal weights, stored once, with batch norms that differ."""
+    rng = np.random.default_rng(0)
+    nodes, constants = [], {"w": rng.normal(0, 1, (3, 3, 1, 1)), "zeros": np.zeros(3)}
+    constants |= {"g1": np.full(3, 2.0), "g2": np.full(3, 0.1), "ones": np.ones(3)}
+    constants["fc"] = rng.normal(0, 1, (3, 3))
+    source = "images"
+    for number in (1, 2):
+        nodes += [
+            helper.make_node("Conv", [source, "w"], [f"c{number}"], name=f"conv{number}"),
+            helper.make_node(
+                "BatchNormalization", [f"c{number}", f"g{number}", "zeros", "zeros", "ones"],
+                [f"n{number}"],
+            ),
+            helper.make_node("Relu", [f"n{number}"], [f"r{number}"]),
+        ]  # fmt: skip
+        source = f"r{number}"
+    nodes += [
+        helper.make_node("GlobalAveragePool", [source], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "fc"], ["logits"]),  # and no bias
+    ]
+    graph = helper.make_graph(
+        nodes, "shared",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [None, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [None, 3])],
+        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    prepared, batch = prepare(model), images(2, 8)
+    assert [node.op_type for node in prepared.graph.node][-1] == "Gemm"
+    first, second = (session(m).run(None, {"images": batch})[0] for m in (model, prepared))
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+    assert list(qdq.placement(prepared)) == ["images", "r1", "flat"]
 
 
 def test_blocks_are_found_without_names(exported: Exported) -> None:
