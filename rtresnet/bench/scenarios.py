@@ -28,6 +28,7 @@ from rtresnet.errors import InputError, Overloaded
 Submit = Callable[[Any], "Future[Any]"]
 GiveUp = Callable[[list[float]], bool]
 """Takes the latencies so far, in ms, and says whether going on is of no use."""
+PATIENCE = 1.0  # seconds more, for a few arrivals at the pace of a slow net
 
 
 def server(
@@ -42,6 +43,9 @@ def server(
     clock: Clock | None = None,
 ) -> Measurement:
     """Poisson arrivals, one image a request; `batch` of the result is 1.
+
+    A system that cannot keep up would take for ever: it is left alone when the last arrival has
+    waited as long as all of them took to arrive, and `unanswered` tells how many were left.
 
     Args:
         candidate: What serves, and the requests.
@@ -71,6 +75,7 @@ def server(
         "qps": qps,
         "late_ms": stats.percentile(found.late, 0.99) if found.late.size else None,
         "refused": found.refused,
+        "unanswered": found.unanswered,
         "service_ms": float(np.median(found.service)) if found.service.size else None,
         "md1_p99_ms": None,
     }
@@ -102,6 +107,7 @@ class _Found:
     service: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     parts: list[load.Part] = dataclasses.field(default_factory=list)
     refused: int = 0
+    unanswered: int = 0
 
 
 def _served(candidate: Candidate, clock: Clock, moments: np.ndarray, give_up: GiveUp) -> _Found:
@@ -109,8 +115,10 @@ def _served(candidate: Candidate, clock: Clock, moments: np.ndarray, give_up: Gi
     late: list[float] = []
     service: list[float] = []
     parts: list[load.Part] = []
+    unanswered = 0
     requests, serve = candidate.requests, candidate.serve
     free = after = 0.0
+    end = float(2 * moments[-1] - moments[0]) + PATIENCE
     for number, moment in enumerate(moments.tolist()):
         clock.sleep_until(moment, exactly=True)
         before = clock.now()
@@ -124,12 +132,16 @@ def _served(candidate: Candidate, clock: Clock, moments: np.ndarray, give_up: Gi
             parts.append(known)
         if give_up(latencies):
             break
+        if after > end:
+            unanswered = len(moments) - len(latencies)
+            break
     return _Found(
         latencies=np.asarray(latencies),
         wall=after - float(moments[0]),
         late=np.asarray(late),
         service=np.asarray(service),
         parts=parts,
+        unanswered=unanswered,
     )
 
 

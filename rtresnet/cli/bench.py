@@ -160,7 +160,6 @@ def _opened(
 ) -> Iterator[tuple[list[Session], list[dict[str, Any]], Any]]:
     """Sessions, what is known of each before it is measured, and a watch on the machine."""
     from rtresnet.bench import environment
-    from rtresnet.runtime.session import load as load_session
 
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:
@@ -168,10 +167,11 @@ def _opened(
             common.out_console().print(
                 f"NOTE: {stand_in}", style="bold yellow", markup=False, soft_wrap=True
             )
+    targets = [target for target, _ in chosen]
     with contextlib.ExitStack() as stack:
         sessions = [
             stack.enter_context(
-                load_session(target, device="cpu" if stand_in else device, **options)
+                common.open_session(target, targets, "cpu" if stand_in else device, options)
             )
             for target, stand_in in chosen
         ]

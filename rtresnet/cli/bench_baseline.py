@@ -103,7 +103,7 @@ def gate(
 
 
 def refuse_regressions(judged: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> None:
-    """Raises GateMissed where there is a regression, naming the files."""
+    """Raises GateMissed where there is a regression, InputError where none could be seen."""
     slower = [
         f"{Path(entry['measured']).name} at batch {entry['batch']}"
         for entry, found in zip(results, judged, strict=True)
@@ -111,3 +111,10 @@ def refuse_regressions(judged: Sequence[dict[str, Any]], results: Sequence[dict[
     ]
     if slower:
         raise GateMissed(f"slower than {judged[0]['baseline']}: {', '.join(slower)}")
+    unseen = sorted({found["figure"] for found in judged if found["comparison"] is None})
+    if unseen:
+        raise InputError(
+            f"{judged[0]['baseline']}: too few samples for a {', '.join(unseen)}, so nothing was "
+            "held against it",
+            fix="measure both for longer: --seconds, --queries",
+        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,6 +217,9 @@ def arriving(
 ) -> Measurement:
     """One session under server or closed, through a batcher where the load says so.
 
+    Clients without a batcher each have a thread and call the session themselves: how many of their
+    calls run at the same time is the session's to decide.
+
     Args:
         session: What serves.
         asked: Its requests, in batches.
@@ -225,21 +230,25 @@ def arriving(
     from rtresnet.bench import scenarios
     from rtresnet.runtime.batcher import Batcher
 
-    submit = None
+    submit: Callable[[Any], Any] | None = None
     with contextlib.ExitStack() as stack:
         if load.max_batch > 1:
             limit = max(1024, 2 * (load.concurrency or 0))
             batcher = stack.enter_context(Batcher(session, load.max_batch, load.max_wait_ms, limit))
-            submit = batcher.submit
+            submit = ask = batcher.submit
             asked = dataclasses.replace(
                 asked,
-                serve=lambda image: submit(image).result(),
+                serve=lambda image: ask(image).result(),
                 requests=[request[0] for request in asked.requests],
                 timings=dict,
             )
             for _ in range(3):  # full batches are warmed up too
-                for future in [submit(asked.requests[0]) for _ in range(load.max_batch)]:
+                for future in [ask(asked.requests[0]) for _ in range(load.max_batch)]:
                     future.result()
+        elif load.scenario == "closed" and (load.concurrency or 1) > 1:
+            pool = stack.enter_context(ThreadPoolExecutor(load.concurrency))
+            submit = functools.partial(pool.submit, asked.serve)  # type: ignore[call-arg]
+            asked = dataclasses.replace(asked, timings=dict)  # whose, of several under way?
         common: dict[str, Any] = {"seconds": load.seconds, "queries": load.queries}
         if load.scenario == "server":
             assert load.qps is not None

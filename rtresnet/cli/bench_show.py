@@ -82,6 +82,12 @@ def _facts(entry: dict[str, Any]) -> Iterator[str]:
         )
     elif load.get("service_ms") is not None:
         yield f"{_name(entry)}: overloaded, it takes {load['service_ms']:.3g} ms a request."
+    if load.get("unanswered"):
+        arrived = entry["latency"]["n"] + load["unanswered"]
+        yield (
+            f"{_name(entry)}: {load['unanswered']:,} of {arrived:,} requests had no answer when it "
+            "was stopped; all latencies are lower bounds."
+        )
     if (load.get("late_ms") or 0) > 1:
         yield f"{_name(entry)}: requests were sent up to {load['late_ms']:.2g} ms late (p99)."
     if load.get("refused"):

@@ -135,8 +135,6 @@ def _open(path: str, **options: Any) -> Subject:
 
 
 def _open_checkpoint(path: str, **options: Any) -> Subject:
-    if options.get("provider", "auto") != "auto":
-        raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
     opened = common.open_artifact(path, **options)
     return Subject(
         infer=opened.forward,

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rtresnet.preprocess import Preprocess
-    from rtresnet.runtime.backend import TopK
+    from rtresnet.runtime.backend import Backend, TopK
+    from rtresnet.runtime.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -206,6 +207,34 @@ class Opened:
         return logits(found, self.path)
 
 
+def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The device options that are `path`'s to follow, of several artifacts in one command.
+
+    `--provider` and `--threads` speak to the ONNX files among them; where there are none, they stay
+    and the plan refuses them.
+    """
+    from rtresnet import artifacts
+
+    kinds = [artifacts.kind_of(name) for name in paths]
+    if artifacts.kind_of(path) == "onnx" or "onnx" not in kinds:
+        return dict(options)
+    taken = {"provider"} if artifacts.kind_of(path) == "checkpoint" else {"provider", "threads"}
+    return {name: value for name, value in options.items() if name not in taken}
+
+
+def open_session(path: str, paths: Sequence[str], device: str, options: dict[str, Any]) -> Session:
+    """Any artifact behind the runtime's session, to be timed beside others; closes with it."""
+    from rtresnet import artifacts, storage
+    from rtresnet.runtime.session import Session, load
+
+    mine = options_for(path, paths, options)
+    storage.require_file(path, fix="make one with: rtresnet export")
+    if artifacts.kind_of(path) != "checkpoint":
+        return load(path, device=device, **mine)
+    opened = open_artifact(path, device=device, **mine)
+    return Session(Path(path), artifacts.read_sidecar(path), cast("Backend", opened.forward))
+
+
 def open_artifact(
     path: str,
     *,
@@ -222,6 +251,8 @@ def open_artifact(
 
     storage.require_file(path)
     if artifacts.kind_of(path) == "checkpoint":
+        if provider != "auto":
+            raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
         return _open_checkpoint(path, device, threads, model, size, mean, std)
     from rtresnet.preprocess import UINT8, Preprocess
     from rtresnet.runtime.session import load
@@ -271,7 +302,7 @@ def _open_checkpoint(
     loaded = checkpoint.load(path, model=model)
     return Opened(
         path=Path(path),
-        forward=TorchBackend(loaded.net().to(place)),
+        forward=TorchBackend(loaded.net().to(place), loaded.input.size),
         preprocess=preprocess_from(loaded.input, size, mean, std),
         classes=loaded.model.classes,
         precision="fp32",

@@ -69,7 +69,9 @@ def run(
     source = open_source(data, split)
     answers, classes, where = [], [], []
     for path in (reference, candidate):
-        opened = common.open_artifact(path, **options)
+        opened = common.open_artifact(
+            path, **common.options_for(path, (reference, candidate), options)
+        )
         found = loader.batches(
             source,
             opened.preprocess,

@@ -13,6 +13,7 @@ rows mean.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +27,8 @@ import numpy as np
 
 from rtresnet.errors import InputError, Overloaded
 from rtresnet.runtime.session import Session
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,12 +261,14 @@ class Batcher:
                     return
                 calls, outcome = self._finished.pop(self._settled)
                 self._settled += 1
-            if isinstance(outcome, BaseException):
-                for call in calls:
-                    call.future.set_exception(outcome)
-            else:
-                for call, row in zip(calls, outcome, strict=True):
-                    call.future.set_result(row)
+            for index, call in enumerate(calls):
+                try:
+                    if isinstance(outcome, BaseException):
+                        call.future.set_exception(outcome)
+                    else:
+                        call.future.set_result(outcome[index])
+                except BaseException:  # SystemExit in a callback; others, futures log themselves
+                    log.exception("a future's callback raised")
 
 
 def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -44,7 +46,6 @@ class Cuda(Protocol):
     def record(self, event: Any, stream: int) -> None: ...
     def wait(self, stream: int, event: Any) -> None: ...  # the stream waits, the caller does not
     def join(self, event: Any) -> None: ...  # the caller waits
-    def finished(self, event: Any) -> bool: ...
     def elapsed(self, start: Any, stop: Any) -> float: ...  # milliseconds
     def destroy_event(self, event: Any) -> None: ...
     def allocate(self, size: int) -> int: ...  # aligned to 256 bytes or more
@@ -105,14 +106,13 @@ class CudaPython:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         before = self._call("cudaGetDevice")
-        if before == self._device:
-            yield
-            return
+        # Also where it is the same: a thread that is new to CUDA has no context until it is set.
         self._call("cudaSetDevice", self._device)
         try:
             yield
         finally:
-            self._call("cudaSetDevice", before)
+            if before != self._device:
+                self._call("cudaSetDevice", before)
 
     def memory(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")
@@ -138,12 +138,6 @@ class CudaPython:
 
     def join(self, event: Any) -> None:
         self._call("cudaEventSynchronize", event)
-
-    def finished(self, event: Any) -> bool:
-        if self._rt.cudaEventQuery(event)[0] == self._rt.cudaError_t.cudaErrorNotReady:
-            return False
-        self._call("cudaEventQuery", event)
-        return True
 
     def elapsed(self, start: Any, stop: Any) -> float:
         return float(self._call("cudaEventElapsedTime", start, stop))
@@ -202,8 +196,30 @@ class CudaPython:
         self._call("cudaGraphExecDestroy", graph)
 
 
+def _translated(binding: type) -> type:
+    """Every operation of pycuda raises its own error on a bad code: ours instead, call by call."""
+
+    def with_ours(operation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(operation)
+        def call(self: Any, *arguments: Any) -> Any:
+            try:
+                return operation(self, *arguments)
+            except EnvironmentLack:
+                raise
+            except self._driver.Error as error:
+                raise EnvironmentLack(f"pycuda: {error}") from error  # "cuMemAlloc failed: ..."
+
+        return call
+
+    for name, value in list(vars(binding).items()):
+        if inspect.isfunction(value) and not name.startswith("_") and name != "active":
+            setattr(binding, name, with_ours(value))
+    return binding
+
+
+@_translated
 class PyCuda:
-    """pycuda's driver API on the retained primary context; pycuda raises on every bad code.
+    """pycuda's driver API on the retained primary context.
 
     It has no graphs, and cannot tell whether an array is pinned.
     """
@@ -226,8 +242,6 @@ class PyCuda:
         self._context.push()
         try:
             yield
-        except self._driver.Error as error:
-            raise EnvironmentLack(f"pycuda: {error}") from error  # "cuMemAlloc failed: ..."
         finally:
             self._context.pop()
 
@@ -259,9 +273,6 @@ class PyCuda:
 
     def join(self, event: Any) -> None:
         event.synchronize()
-
-    def finished(self, event: Any) -> bool:
-        return bool(event.query())
 
     def elapsed(self, start: Any, stop: Any) -> float:
         return float(start.time_till(stop))

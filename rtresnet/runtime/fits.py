@@ -9,6 +9,8 @@ from rtresnet import artifacts, machine
 from rtresnet.artifacts import Sidecar
 from rtresnet.errors import ArtifactError, EnvironmentLack
 
+BUILDERS = ("tensorrt_rtx", "tensorrt")
+
 
 def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
     """Holds a plan's sidecar against what is installed and present, before deserializing.
@@ -21,6 +23,8 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
         return
     plan = sidecar.plan
     anew = f"build it anew: {sidecar.made_by.get('command', 'rtresnet build')}"
+    if plan.builder not in BUILDERS:  # a module's name: nothing else is imported for a sidecar
+        raise ArtifactError(f"{path}: its sidecar names the builder {plan.builder!r}", fix=anew)
     if not machine.installed(plan.builder):
         raise EnvironmentLack(
             f"{path}: built by {plan.builder} {plan.version}, which is not installed",

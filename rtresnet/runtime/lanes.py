@@ -40,7 +40,8 @@ class Lane:
     Args:
         cuda: See `runtime.cuda`.
         ends: What goes in and comes out.
-        make_context: profile, scratch address and stream to an execution context in that profile.
+        make_context: profile, scratch address, stream, and whether all it will ever be bound to
+            are the lane's own buffers, to an execution context in that profile.
         must: Takes what a call of TensorRT returned and its name, raises where it failed.
         graphs: Whether to capture a graph for each shape; None for where it is possible.
         stack: Gives back all that is made here, last made first.
@@ -50,7 +51,7 @@ class Lane:
         self,
         cuda: Cuda,
         ends: Ends,
-        make_context: Callable[[int, int, int], Any],
+        make_context: Callable[[int, int, int, bool], Any],
         must: Callable[[object, str], None],
         *,
         graphs: bool | None,
@@ -70,8 +71,8 @@ class Lane:
         stack.callback(self._captured.clear)
         self.contexts: list[Any] = []
         stack.callback(self.contexts.clear)
-        # A context a slot, and one for addresses that are not ours: TensorRT-RTX keeps a graph of
-        # the addresses it last saw. What is not needed for every call is made when it is needed.
+        # A context a slot, and one without graphs for addresses that are not ours: TensorRT-RTX
+        # keeps a graph of those it last saw. What not every call needs is made when one does.
         self._plain: dict[tuple[int, int], Bound] = {}
         stack.callback(self._plain.clear)
         for profile in range(len(ends.profiles)):
@@ -82,8 +83,8 @@ class Lane:
         self._stack.callback(self._cuda.destroy_stream, stream)
         return stream
 
-    def _context(self, profile: int) -> Bound:
-        context = self._make_context(profile, self._scratch, self.compute)
+    def _context(self, profile: int, ours: bool = True) -> Bound:
+        context = self._make_context(profile, self._scratch, self.compute, ours)
         if self._profiler is not None:
             context.profiler = self._profiler
         self.contexts.append(context)
@@ -119,6 +120,7 @@ class Lane:
                 self._finish(slot, results)
             self._last = before
         except BaseException:
+            self._last = None
             self._calm()
             raise
 
@@ -195,7 +197,7 @@ class Lane:
         if bound is None:
             bound = self._plain.get((part.profile, which))
         if bound is None:
-            bound = self._plain[part.profile, which] = self._context(part.profile)
+            bound = self._plain[part.profile, which] = self._context(part.profile, ours)
         bound.bind(part.run, addresses)
         bound.execute(self.compute)
 
@@ -263,11 +265,13 @@ class Lane:
 
     def _calm(self) -> None:
         """After a failure: nothing may still be writing when the buffers are used again."""
-        for stream in (self.copies, self.compute):
-            with contextlib.suppress(EnvironmentLack):
-                self._cuda.synchronize(stream)
-        for slot in self.slots:
-            slot.part = None
+        try:
+            for stream in (self.copies, self.compute):
+                with contextlib.suppress(EnvironmentLack):
+                    self._cuda.synchronize(stream)
+        finally:
+            for slot in self.slots:
+                slot.part = None
 
     def watch(self, profiler: Any) -> None:
         """Has an IProfiler told the time of every layer."""

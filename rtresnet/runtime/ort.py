@@ -161,7 +161,7 @@ class OrtBackend:
 
     def _describe_ends(self) -> None:
         tensor, outputs = self._session.get_inputs()[0], self._session.get_outputs()
-        self._input = tensor.name
+        self._input, self._shape = tensor.name, tensor.shape
         kind = "uint8" if tensor.type == "tensor(uint8)" else "float32"
         self.input_dtype: np.dtype[Any] = np.dtype(kind)
         self.layout: Literal["nchw", "nhwc"] = LAYOUTS[kind]
@@ -171,14 +171,35 @@ class OrtBackend:
         self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
-        """A batch of any N from 1 to logits, or to indices and probabilities."""
+        """A batch of any N from 1 to logits, or to indices and probabilities.
+
+        Raises:
+            InputError: Images of another type or shape, or the backend is closed.
+            EnvironmentLack: The provider failed.
+        """
+        session = self._session
+        if session is None:
+            raise InputError("infer after close")
         try:
-            found = self._session.run(self._outputs, {self._input: images})
-        except Exception as error:  # InvalidArgument, which has no name outside its module
+            found = session.run(self._outputs, {self._input: images})
+        except Exception as error:  # ONNX Runtime raises its own types, for both kinds
+            if self._takes(images):
+                raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
             raise InputError(
                 f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
             ) from error
         return tuple(found) if len(found) > 1 else found[0]
+
+    def _takes(self, images: np.ndarray) -> bool:
+        """Whether type and shape are those of the input; names stand for any length from 1."""
+        return (
+            images.dtype == self.input_dtype
+            and len(images.shape) == len(self._shape)
+            and all(
+                given == wanted if isinstance(wanted, int) else given > 0
+                for given, wanted in zip(images.shape, self._shape, strict=True)
+            )
+        )
 
     def timings(self) -> dict[str, float]:
         """Nothing but wall time is known on a CPU."""

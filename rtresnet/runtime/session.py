@@ -190,6 +190,11 @@ def load(
     if kind == "plan":
         from rtresnet.runtime import fits
 
+        if provider != "auto" or threads is not None:
+            raise InputError(
+                f"{path}: a plan runs in the TensorRT that built it; --provider and --threads are "
+                "for ONNX files"
+            )
         if not machine.gpus() or device == "cpu":
             fits.check_compatible(path, sidecar)
             raise fits.plan_needs_gpu(path, here=bool(machine.gpus()))

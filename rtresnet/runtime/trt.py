@@ -13,7 +13,6 @@ import os
 import queue
 import threading
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from rtresnet import machine
 from rtresnet.artifacts import Sidecar
 from rtresnet.errors import EnvironmentLack, InputError, missing_package
 from rtresnet.runtime.arguments import make_results, take
+from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.cuda import open_cuda
 from rtresnet.runtime.ends import Ends
 from rtresnet.runtime.ends import read as read_ends
@@ -81,7 +81,7 @@ class TrtBackend:
             "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt",
         )
         self.device = machine.gpus()[0].name
-        self._said: deque[str] = deque(maxlen=8)
+        self._complaints = Complaints()
         self._stack = ExitStack()
         self._lanes: list[Lane] = []
         self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()
@@ -97,14 +97,14 @@ class TrtBackend:
         except BaseException as error:
             self._closed = True
             traceback.clear_frames(error.__traceback__)  # which hold contexts and the engine
-            with self._cuda.active():
-                self._stack.close()
+            with contextlib.suppress(EnvironmentLack):  # the first failure is the one to tell
+                self._release()
             raise
 
     def _load(self, trt: Any, contexts: int, graphs: bool | None, cache: bool) -> None:
         cuda = self._cuda
-        logger = _logger(trt, self._said)
-        runtime = trt.Runtime(logger)
+        log = logger(trt, self._complaints)
+        runtime = trt.Runtime(log)
         data = self.path.read_bytes()
         check_header(trt, runtime, data, self.path)
         self._hold_memory(len(data), "its weights")
@@ -112,23 +112,23 @@ class TrtBackend:
         if engine is None:
             raise EnvironmentLack(
                 f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
-                f"{self.device}: {self._complaints()}",
+                f"{self.device}: {self._complaints.take()}",
                 fix=REBUILD,
             )
         self._engine = engine
         # Lanes hold contexts, contexts need the engine, the engine the runtime and its logger.
-        self._stack.callback(self._forget, [logger, runtime, engine])
-        del data, logger, runtime
+        self._stack.callback(self._forget, [log, runtime, engine])
+        del data, log, runtime
         self.ends = ends = read_ends(trt, engine, self.path)
         self._describe(ends)
         self._hold_memory(
             contexts * ends.lane_bytes,
             f"{contexts} x activations and buffers for batches of up to {ends.largest}",
         )
-        config = self._configure(trt, engine, graphs, cache)
+        config, plain = self._configure(trt, engine, graphs, cache)
 
-        def make_context(profile: int, scratch: int, stream: int) -> Any:
-            context = engine.create_execution_context(config)
+        def make_context(profile: int, scratch: int, stream: int, ours: bool) -> Any:
+            context = engine.create_execution_context(config if ours else plain)
             self._must(context, "create_execution_context")
             if scratch:
                 context.set_device_memory(scratch, ends.scratch)
@@ -158,12 +158,19 @@ class TrtBackend:
         self.layout: Literal["nchw", "nhwc"] = "nchw" if row[0] == 3 else "nhwc"
         self.size: int | None = row[1]
 
-    def _configure(self, trt: Any, engine: Any, graphs: bool | None, cache: bool) -> Any:
+    def _config(self, trt: Any, engine: Any) -> Any:
         config = engine.create_runtime_config()
         self._must(config, "create_runtime_config")
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
+        return config
+
+    def _configure(
+        self, trt: Any, engine: Any, graphs: bool | None, cache: bool
+    ) -> tuple[Any, Any]:
+        """How contexts are made: those of our own addresses, and those of the callers'."""
+        config = self._config(trt, engine)
         if not hasattr(trt, "IRuntimeCache"):
             possible = self._cuda.graphs
             if graphs and not possible:
@@ -172,20 +179,31 @@ class TrtBackend:
                     fix="leave RTRESNET_CUDA unset and pip install cuda-python",
                 )
             self._by_hand = graphs if possible else False
-            return config
+            return config, config
+        # A graph is of fixed addresses; where they are the callers' own each call brings others.
+        plain = self._config(trt, engine)
         # The default first runs fallback kernels: whatever is timed meanwhile is not the engine.
         kernels = trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
-        self._built_in = graphs is not False
-        if self._built_in:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        for each in (config, plain):
+            each.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        if graphs is not False:
+            whole = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.cuda_graph_strategy = whole
+            self._built_in = config.cuda_graph_strategy == whole  # the binding drops a refusal
+            if graphs and not self._built_in:
+                raise EnvironmentLack(
+                    f"{self.path}: CUDA graphs were asked for, and {self.provider} takes none on "
+                    f"{self.device}",
+                    fix="leave graphs out",
+                )
         if cache:
             kept = self._cache = KernelCache(config, self.path)
             self._must(kept.cache, "create_runtime_cache")
-            self._must(config.set_runtime_cache(kept.cache), "set_runtime_cache")
-            self._said.clear()  # of what a cache that does not fit made it say
+            for each in (config, plain):
+                self._must(each.set_runtime_cache(kept.cache), "set_runtime_cache")
+            self._complaints.clear()  # of what a cache that does not fit made it say
             self._stack.callback(self._forget, [kept])
-        return config
+        return config, plain
 
     @property
     def graphs(self) -> str:
@@ -213,13 +231,8 @@ class TrtBackend:
         """Most calls of TensorRT that fail only log, and return False or None."""
         if returned is None or returned is False:
             raise EnvironmentLack(
-                f"{self.path}: {call} failed on {self.device}: {self._complaints()}"
+                f"{self.path}: {call} failed on {self.device}: {self._complaints.take()}"
             )
-
-    def _complaints(self) -> str:
-        said = " | ".join(dict.fromkeys(self._said)) or "TensorRT gave no reason"
-        self._said.clear()
-        return said
 
     def infer(self, images: Any, out: Any = None) -> Any:
         """Runs a batch of any N from 1. See `runtime.backend.Backend.infer`.
@@ -254,6 +267,7 @@ class TrtBackend:
             self._free.put(None)  # for the next one who asks
             raise InputError(f"{self.path}: infer after close")
         try:
+            self._complaints.clear()
             with self._cuda.active():
                 yield lane
             self._last_lane = lane
@@ -276,12 +290,24 @@ class TrtBackend:
     def _all_lanes(self) -> Iterator[None]:
         """Waits until no call is running, and holds new ones back."""
         with self._closing:
-            taken = [] if self._closed else [self._free.get() for _ in self._lanes]
+            taken = [] if self._closed else self._collect()
             try:
                 yield
             finally:
                 for lane in taken:
                     self._free.put(lane)
+
+    def _collect(self) -> list[Lane | None]:
+        """Every lane, as they come free; none is lost where the wait is interrupted."""
+        taken: list[Lane | None] = []
+        try:
+            while len(taken) < len(self._lanes):
+                taken.append(self._free.get())
+        except BaseException:
+            for lane in taken:
+                self._free.put(lane)
+            raise
+        return taken
 
     def timeline(self, images: np.ndarray) -> list[dict[str, Span]]:
         """Runs a batch and tells when each part was copied and computed.
@@ -314,29 +340,22 @@ class TrtBackend:
         with self._closing:
             if self._closed:
                 return
+            self._collect()
             self._closed = True
-            for _ in self._lanes:
-                self._free.get()
             self._free.put(None)
+            cache = self._cache if self._last_lane is not None else None
+            self._last_lane = None
+            self._lanes.clear()
+            self._release(cache)
+
+    def _release(self, cache: KernelCache | None = None) -> None:
+        """Frees everything, also on a device that is lost and refuses each call."""
+        try:
             with self._cuda.active():
                 try:
-                    if self._cache is not None and self._last_lane is not None:
-                        self._cache.save()
+                    if cache is not None:
+                        cache.save()
                 finally:
-                    self._last_lane = None
-                    self._lanes.clear()
                     self._stack.close()
-
-
-def _logger(trt: Any, said: deque[str]) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last errors, for the exception."""
-
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                said.append(message.strip())
-
-    return Log()
+        finally:
+            self._stack.close()  # of what is left: all of it, where the device was refused already

@@ -40,6 +40,18 @@ def test_a_late_system_does_not_slow_the_arrivals_down() -> None:
     assert max(found.samples) > 7_000 and found.load["md1_p99_ms"] is None
 
 
+def test_a_system_that_cannot_keep_up_is_left_alone_and_says_so() -> None:
+    clock = Simulated()
+    begin = clock.now()
+    found = scenarios.server(constant(clock, 0.01), qps=10_000, seconds=2, clock=clock)
+    # 20,000 come, 100 a second are served; two seconds of arrivals, two of waiting, one more.
+    assert clock.now() - begin < 6
+    assert found.latency.n + found.load["unanswered"] == pytest.approx(20_000, rel=0.05)
+    assert found.latency.n < 600
+    calm = scenarios.server(constant(clock, 0.01), qps=10, seconds=2, clock=clock)
+    assert calm.load["unanswered"] == 0
+
+
 def test_arrivals_are_poisson_and_seeded() -> None:
     moments = scenarios.arrivals(50, seconds=400, queries=None, seed=3)
     gaps = np.diff(moments)

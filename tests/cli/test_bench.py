@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,55 @@ def recorded(net: str, tmp_path: Path, scale: float = 1.0, **changed: Any) -> st
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps({"verb": "bench", "result": result}))
     return str(path)
+
+
+def test_a_checkpoint_is_timed_beside_its_onnx_file(
+    net: str, trained: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    checkpoint = str(trained / "best.pt")
+    result = run(
+        [checkpoint, net, "--batch", "1", "--queries", "30", "--provider", "cpu"], tmp_path
+    )
+    torch_row, onnx_row = result["results"]
+    assert torch_row["provider"] == "torch" and "torch" in torch_row["versions"]
+    assert onnx_row["provider"] == "ONNX Runtime CPU" and onnx_row["comparison"]
+    assert torch_row["latency"]["n"] == 30 and torch_row["size"] == onnx_row["size"] == 32
+    assert "torch" in capsys.readouterr().out
+    assert main(["bench", checkpoint, "--provider", "cpu"]) == 2
+    assert "takes no --provider" in capsys.readouterr().err
+
+
+def test_clients_call_at_the_same_time(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a batcher too: each has a thread."""
+    from rtresnet.bench.load import Candidate
+    from rtresnet.cli import bench_load
+
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def serve(request: object) -> None:
+        nonlocal inside, most
+        with lock:
+            inside, most = inside + 1, max(most, inside + 1)
+        time.sleep(0.01)
+        with lock:
+            inside -= 1
+
+    load = bench_load.choose(
+        scenario="closed", batch="1", qps=None, concurrency=4, max_batch=1, with_preprocess=None,
+        queries=40,
+    )  # fmt: skip
+    session: Any = None
+    found = bench_load.arriving(session, Candidate(serve=serve, requests=[0]), load)
+    assert most == 4 and found.latency.n == 40 and inside == 0
+    assert found.latency.median < 25  # four in line would wait for each other, 40 ms
+
+
+def test_a_gate_that_saw_nothing_does_not_pass(net: str, tmp_path: Path, capsys: Captured) -> None:
+    few = [net, "--qps", "300", "--queries", "20"]
+    run(few, tmp_path)
+    (tmp_path / "result.json").rename(tmp_path / "then.json")
+    assert main(["bench", *few, "--baseline", str(tmp_path / "then.json")]) == 2
+    assert "too few samples for a p99" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

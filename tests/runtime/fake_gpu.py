@@ -190,10 +190,6 @@ class FakeCuda:
             self._call("join")
             self._until(self._records[event])
 
-    def finished(self, event: Any) -> bool:
-        self._call("finished")
-        return self._records[event].done
-
     def elapsed(self, start: Any, stop: Any) -> float:
         self._call("elapsed")
         for event in (start, stop):
@@ -368,7 +364,8 @@ class FakeEngine:
         self.fail_at: tuple[str, int] | None = None
         self.calls: Counter[str] = Counter()
         self.log: Callable[[str], None] = lambda message: None
-        self.config: Any = None
+        self.configs: list[Any] = []
+        self.made_by: list[Any] = []  # of every context, its config
         self.rtx = True
         self.contexts = 0
 
@@ -415,23 +412,34 @@ class FakeEngine:
         return (-1, CLASSES if name == "logits" else TOP)
 
     def create_runtime_config(self) -> Any:
-        self.config = FakeConfig(self)
-        return self.answer("create_runtime_config", self.config)
+        self.configs.append(FakeConfig(self))
+        return self.answer("create_runtime_config", self.configs[-1])
 
     def create_execution_context(self, runtime_config: Any) -> FakeContext | None:
         assert runtime_config.engine is self and runtime_config.strategy == "user"
         if self.answer("create_execution_context", True) is False:
             return None
         self.contexts += 1
+        self.made_by.append(runtime_config)
         return FakeContext(self)
 
 
 class FakeConfig:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
-        self.strategy = self.cuda_graph_strategy = "default"
+        self.strategy = self._graphs = "default"
         self.dynamic_shapes_kernel_specialization_strategy = "lazy"
         self.cache: Any = None
+
+    @property
+    def cuda_graph_strategy(self) -> str:
+        """What is refused is dropped without a word, as by the real binding."""
+        return self._graphs
+
+    @cuda_graph_strategy.setter
+    def cuda_graph_strategy(self, strategy: str) -> None:
+        if self.engine.answer("cuda_graph_strategy", True):
+            self._graphs = strategy
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
@@ -483,13 +491,13 @@ class Bench:
         bench = self
 
         class ILogger:
-            ERROR = 1
+            ERROR = SimpleNamespace(value=1)
 
         class Runtime:
             engine_header_size = 64
 
             def __init__(self, logger: Any) -> None:
-                bench.engine.log = lambda message: logger.log(1, message)
+                bench.engine.log = lambda message: logger.log(ILogger.ERROR, message)
 
             def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
                 assert len(buffer) == 64

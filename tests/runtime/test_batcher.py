@@ -80,6 +80,23 @@ def test_a_wait_ends_early_by_what_waking_up_has_cost() -> None:
         assert 0 < batcher._early <= 0.0025  # learned of real waits
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, ValueError])
+def test_a_callback_that_raises_stops_nobody_else(
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def callback(future: Future[Any]) -> None:
+        raise kind("from a callback")
+
+    with Batcher(lambda images: images, max_batch=2, max_wait_ms=NEVER) as batcher:
+        gone = batcher.submit(image(1))
+        gone.add_done_callback(callback)
+        beside = batcher.submit(image(2))
+        assert (first(gone), first(beside)) == (1, 2)
+        later = [batcher.submit(image(value)) for value in (3, 4)]
+        assert [first(future) for future in later] == [3, 4]
+    assert "from a callback" in caplog.text
+
+
 def test_what_a_full_batch_costs_says_nothing_of_waking_up() -> None:
     with Batcher(lambda images: images, max_batch=1, max_wait_ms=5) as batcher:
         for value in range(20):

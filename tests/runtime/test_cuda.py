@@ -24,7 +24,6 @@ CALLS = {
     "cudaEventRecord": 2,
     "cudaStreamWaitEvent": 3,
     "cudaEventSynchronize": 1,
-    "cudaEventQuery": 1,
     "cudaEventElapsedTime": 2,
     "cudaEventDestroy": 1,
     "cudaMalloc": 1,
@@ -52,7 +51,6 @@ OPERATIONS: dict[str, Callable[[CudaPython], object]] = {
     "cudaEventRecord": lambda cuda: cuda.record(1, 1),
     "cudaStreamWaitEvent": lambda cuda: cuda.wait(1, 1),
     "cudaEventSynchronize": lambda cuda: cuda.join(1),
-    "cudaEventQuery": lambda cuda: cuda.finished(1),
     "cudaEventElapsedTime": lambda cuda: cuda.elapsed(1, 2),
     "cudaEventDestroy": lambda cuda: cuda.destroy_event(1),
     "cudaMalloc": lambda cuda: cuda.allocate(8),
@@ -159,7 +157,8 @@ def test_the_callers_device_is_given_back() -> None:
     recorder = Recorder(cudaGetDevice=(0,))
     with pytest.raises(KeyError), on(recorder).active():
         raise KeyError
-    assert recorder.calls == [("cudaGetDevice",)]
+    # Set where it is the same as well: a thread new to CUDA has no context before.
+    assert recorder.calls == [("cudaGetDevice",), ("cudaSetDevice", 0)]
 
 
 def test_a_graph_that_cannot_be_instantiated_is_destroyed() -> None:
@@ -182,14 +181,6 @@ def test_an_error_is_not_left_for_another_library_to_find() -> None:
     ):
         on(recorder).allocate(8)
     assert recorder.calls[-1] == ("cudaGetLastError",)
-
-
-def test_an_event_that_is_not_done_is_no_error() -> None:
-    codes = pytest.importorskip("cuda.bindings.runtime").cudaError_t
-    assert on(Recorder(cudaEventQuery=codes.cudaErrorNotReady)).finished(1) is False
-    assert on(Recorder()).finished(1) is True
-    with pytest.raises(EnvironmentLack, match="cudaEventQuery failed: cudaErrorLaunchFailure"):
-        on(Recorder(cudaEventQuery=codes.cudaErrorLaunchFailure)).finished(1)
 
 
 def test_pinned_is_what_the_driver_says_is_host_memory() -> None:
@@ -219,6 +210,23 @@ def test_pycuda_has_no_graphs_and_says_so() -> None:
             call(1)
     with pytest.raises(EnvironmentLack, match="no CUDA graphs"):
         cuda.launch(1, 1)
+
+
+def test_what_pycuda_raises_is_ours_call_by_call() -> None:
+    class Error(Exception):
+        pass
+
+    def lost() -> None:
+        raise Error("cuStreamSynchronize failed: unspecified launch failure")
+
+    cuda = PyCuda.__new__(PyCuda)
+    cuda._driver = SimpleNamespace(Error=Error)
+    cuda._streams = {1: SimpleNamespace(synchronize=lost)}
+    with pytest.raises(EnvironmentLack, match="pycuda: cuStreamSynchronize failed") as caught:
+        cuda.synchronize(1)
+    assert caught.value.exit_code == 3 and isinstance(caught.value.__cause__, Error)
+    with pytest.raises(KeyError):  # a mistake of ours stays one
+        cuda.synchronize(2)
 
 
 @pytest.mark.usefixtures("without_gpu")

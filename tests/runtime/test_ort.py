@@ -618,3 +618,27 @@ def test_a_processor_that_saturates_is_told_to_be_exact(
     entry = backend._session.get_session_options().get_session_config_entry
     assert entry("session.x64quantprecision") == "1"
     assert relative(backend.infer(batch), expected) < 0.05
+
+
+def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
+    onnx_file: OnnxFile, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+
+    class Failing:
+        def run(self, outputs: object, feed: object) -> None:
+            raise RuntimeError("[ONNXRuntimeError] : 6 : bad allocation")
+
+    monkeypatch.setattr(backend, "_session", Failing())
+    with pytest.raises(EnvironmentLack, match=r"ONNX Runtime CPU failed.*bad allocation"):
+        backend.infer(images(2))
+    for wrong in (images(2, 16), images(2).astype(np.float64), images(2)[0], images(0)):
+        with pytest.raises(InputError, match="do not fit"):
+            backend.infer(wrong)
+
+
+def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
+    backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
+    backend.close()
+    with pytest.raises(InputError, match="infer after close"):
+        backend.infer(images(1))

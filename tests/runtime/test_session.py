@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,6 +192,25 @@ def test_a_plan_without_a_gpu_names_the_onnx_file(plan: Path, copied: Path, devi
         load(plan, device=device)
     assert caught.value.exit_code == 3
     assert str(copied) in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"provider": "openvino"}, {"threads": 2}])
+def test_a_plan_takes_no_provider_and_no_threads(plan: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="are for ONNX files"):
+        load(plan, **options)
+
+
+def test_a_sidecar_names_a_builder_and_no_other_module(
+    plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sidecar_path(plan)
+    record = json.loads(path.read_text())
+    record["plan"]["builder"] = "antigravity"
+    path.write_text(json.dumps(record))
+    monkeypatch.delitem(sys.modules, "antigravity", raising=False)
+    with pytest.raises(ArtifactError, match="names the builder 'antigravity'"):
+        load(plan)
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.usefixtures("without_gpu")

@@ -32,7 +32,8 @@ from fake_gpu import (
 import rtresnet
 from rtresnet.artifacts import Profile
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
-from rtresnet.runtime import arguments, ends, lanes, rtx, slots, trt
+from rtresnet.runtime import arguments, complaints, ends, lanes, rtx, slots, trt
+from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.ends import split
 from rtresnet.runtime.rtx import cache_path
@@ -462,10 +463,31 @@ def test_tensorrt_rtx_captures_by_itself(bench: Bench) -> None:
     backend = bench.load()
     for _ in range(3):
         backend.infer(images(3))
-    assert bench.engine.config.cuda_graph_strategy == "whole"
+    assert [config.cuda_graph_strategy for config in bench.engine.made_by] == ["whole"]
     assert "begin_capture" not in bench.cuda.log and backend.graphs == "built in"
+    bench.engine.made_by.clear()
     assert bench.load(graphs=False).graphs == "none"
-    assert bench.engine.config.cuda_graph_strategy == "default"
+    assert [config.cuda_graph_strategy for config in bench.engine.made_by] == ["default"]
+
+
+def test_addresses_of_the_callers_own_are_in_no_graph(bench: Bench) -> None:
+    backend = bench.load()
+    for _ in range(2):
+        _, there = bench.on_gpu(images(3))
+        close(backend.infer(WithDlpack(there)), expected(images(3)))
+    ours, theirs = bench.engine.made_by
+    assert ours.cuda_graph_strategy == "whole" and theirs.cuda_graph_strategy == "default"
+    for config in (ours, theirs):
+        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert ours.cache is theirs.cache is not None
+
+
+def test_graphs_that_tensorrt_rtx_does_not_take_are_not_claimed(bench: Bench) -> None:
+    bench.engine.fail_at = ("cuda_graph_strategy", 1)
+    assert bench.load().graphs == "none"
+    bench.engine.fail_at = ("cuda_graph_strategy", 2)
+    with pytest.raises(EnvironmentLack, match="CUDA graphs were asked for"):
+        bench.load(graphs=True)
 
 
 def test_for_tensorrt_a_shape_is_captured_at_its_second_call(bench: Bench) -> None:
@@ -734,6 +756,84 @@ def test_a_call_of_infer_that_fails_tells_what_was_logged(
     assert bench.cuda.live == []
 
 
+class Interrupted(Exception):
+    """Stands for the KeyboardInterrupt of a Ctrl-C, wherever it comes."""
+
+
+@pytest.mark.parametrize("waiting", ["close", "timings"])
+def test_a_wait_for_running_calls_that_is_interrupted_loses_nothing(
+    bench: Bench, waiting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = bench.load(contexts=2)
+    backend.infer(images(3))
+    get, calls = backend._free.get, itertools.count()
+
+    def interrupted() -> Any:
+        if next(calls) == 1:
+            raise Interrupted
+        return get()
+
+    monkeypatch.setattr(backend._free, "get", interrupted)
+    with pytest.raises(Interrupted):
+        getattr(backend, waiting)()
+    monkeypatch.undo()
+    assert backend._free.qsize() == 2
+    close(backend.infer(images(3)), expected(images(3)))
+    backend.close()
+    assert bench.cuda.live == []
+
+
+def test_a_device_that_is_lost_leaves_nothing_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = bench.load()
+    backend.infer(images(3))
+
+    def lost() -> Any:
+        raise EnvironmentLack("cudaSetDevice failed: cudaErrorLaunchFailure (719)")
+
+    monkeypatch.setattr(bench.cuda, "active", lost)
+    # The fake holds that each call is made while the device is active; a lost one never is.
+    monkeypatch.setattr(bench.cuda, "_call", lambda name: None)
+    with pytest.raises(EnvironmentLack, match="cudaErrorLaunchFailure"):
+        backend.close()
+    assert bench.cuda.live == []
+    backend.close()
+
+
+def test_timings_are_of_no_call_after_one_that_failed(bench: Bench) -> None:
+    backend = bench.load()
+    backend.infer(images(3))
+    assert backend.timings()
+    bench.engine.fail_at = ("execute_async_v3", bench.engine.calls["execute_async_v3"] + 1)
+    with pytest.raises(EnvironmentLack):
+        backend.infer(images(3))
+    assert backend.timings() == {}
+
+
+def test_what_was_logged_before_is_not_told_of_a_later_failure(bench: Bench) -> None:
+    backend = bench.load()
+    bench.engine.log("Error Code 9: long ago")
+    bench.engine.fail_at = ("execute_async_v3", 1)
+    with pytest.raises(EnvironmentLack) as caught:
+        backend.infer(images(3))
+    assert "does not like it" in str(caught.value) and "long ago" not in str(caught.value)
+
+
+def test_a_thread_is_told_of_its_own_complaints_first() -> None:
+    said = Complaints()
+    thread = threading.Thread(target=lambda: said.add("theirs"))
+    thread.start()
+    thread.join()
+    said.add("ours")
+    assert said.take() == "ours"
+    assert said.take() == "theirs"  # better than nothing
+    said.add("ours again")
+    said.clear()
+    assert said.take() == "theirs"
+    assert Complaints().take() == "TensorRT gave no reason"
+
+
 def test_a_shape_that_was_refused_is_not_taken_for_the_one_before(bench: Bench) -> None:
     backend = bench.load()
     backend.infer(images(8))
@@ -814,7 +914,8 @@ def test_layers_are_timed_on_every_context_but_not_in_graphs(bench: Bench) -> No
 def test_rtx_specializes_kernels_at_once(bench: Bench) -> None:
     """Its default runs fallback kernels first, and they would be what is timed."""
     bench.load()
-    assert bench.engine.config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    (config,) = bench.engine.made_by
+    assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
 def test_compiled_kernels_are_kept_beside_the_plan(bench: Bench) -> None:
@@ -870,7 +971,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 def test_a_cache_that_is_not_wanted_is_not_made(bench: Bench) -> None:
     with rtresnet.load(bench.path, cache=False) as session:
         session(images(3))
-    assert bench.engine.config.cache is None and not cache_path(bench.path).exists()
+    assert bench.engine.made_by[0].cache is None and not cache_path(bench.path).exists()
 
 
 def test_tensorrt_has_no_kernels_to_keep(bench: Bench) -> None:
@@ -878,7 +979,7 @@ def test_tensorrt_has_no_kernels_to_keep(bench: Bench) -> None:
     backend = bench.load()
     backend.infer(images(3))
     backend.close()
-    assert bench.engine.config.dynamic_shapes_kernel_specialization_strategy == "lazy"
+    assert bench.engine.made_by[0].dynamic_shapes_kernel_specialization_strategy == "lazy"
     assert not cache_path(bench.path).exists()
 
 
@@ -931,10 +1032,11 @@ OWNERS = {
     "context": "IExecutionContext",
     "self.context": "IExecutionContext",
     "config": "IRuntimeConfig",
+    "each": "IRuntimeConfig",
     "kernels": "DynamicShapesKernelSpecializationStrategy",
     "self.cache": "IRuntimeCache",
 }
-FILES = (trt, lanes, slots, ends, rtx, arguments)
+FILES = (trt, complaints, lanes, slots, ends, rtx, arguments)
 
 
 def used_names() -> set[str]:
@@ -998,13 +1100,13 @@ def test_the_fake_takes_what_the_real_one_takes(fake: type, real: str) -> None:
 def test_the_real_runtime_tells_of_a_header_without_a_gpu() -> None:
     """As `rtx.check_header` asks it; that a device is probed first is `open_cuda`'s doing."""
     real = pytest.importorskip("tensorrt_rtx")
-    said: Any = trt.deque(maxlen=8)
-    runtime = real.Runtime(trt._logger(real, said))
+    said = Complaints()
+    runtime = real.Runtime(logger(real, said))
     assert runtime.engine_header_size == 64
     validity, bits = runtime.get_engine_validity(b"vtrt" + bytes(60))
     assert validity == real.EngineValidity.INVALID and isinstance(int(bits), int)
     assert runtime.deserialize_cuda_engine(b"vtrt" + bytes(600)) is None
-    assert said, "what TensorRT logs is kept for the exception"
+    assert "gave no reason" not in said.take()  # what TensorRT logs is kept
 
 
 def test_the_types_an_engine_may_have_are_those_of_numpy() -> None:

@@ -1,0 +1,53 @@
+"""What TensorRT logs and does not raise, kept for the exception that it belongs to."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+
+class Complaints:
+    """The last errors of each thread: several may be in a call at the same time."""
+
+    def __init__(self) -> None:
+        self._said: deque[tuple[int, str]] = deque(maxlen=32)
+
+    def add(self, message: str) -> None:
+        """Keeps what was logged by a call of this thread."""
+        self._said.append((threading.get_ident(), message.strip()))
+
+    def clear(self) -> None:
+        """Forgets what this thread's earlier calls were told."""
+        me = threading.get_ident()
+        for entry in [entry for entry in tuple(self._said) if entry[0] == me]:
+            self._said.remove(entry)
+
+    def take(self) -> str:
+        """This thread's, and forgets them; all there are where it has none of its own."""
+        me, said = threading.get_ident(), tuple(self._said)
+        mine = [message for thread, message in said if thread == me]
+        self.clear()
+        if not mine:  # the builder and the compiler of kernels log from threads of their own
+            mine = [message for _, message in said]
+        return " | ".join(dict.fromkeys(mine)) or "TensorRT gave no reason"
+
+
+def logger(trt: Any, complaints: Complaints) -> Any:
+    """An ILogger that keeps errors.
+
+    Args:
+        trt: The TensorRT module.
+        complaints: Where they go.
+    """
+    error = trt.ILogger.ERROR.value
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.value <= error:
+                complaints.add(message)
+
+    return Log()
