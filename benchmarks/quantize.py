@@ -1,22 +1,26 @@
 """INT8 against FP32: agreement, accuracy and noise, beside other tools' on the same images.
 
     python benchmarks/quantize.py --data folder:cifar10 [--data npz:FILE] --calib folder:cifar10 \\
-        [--modelopt PYTHON] WEIGHTS...
+        [--modelopt PYTHON] [--nncf PYTHON] WEIGHTS...
 
 Every file is calibrated on the same 512 training images and compared with the FP32 file on all the
 test images of every `--data`: as it is written, by ONNX Runtime without its optimizer, which is
 what a builder is given; and as it runs on a CPU, ours through `rtresnet.load`, the others' as
 anybody would run them. ONNX Runtime's `quantize_static` is given the flags that TensorRT
-needs. NVIDIA ModelOpt runs in an environment of its own, whose python `--modelopt` names: it is no
-dependency. Two more comparisons: ranges without images beside ranges from noise, and a net of the
-same function in which one channel was made a hundred times larger, by the plain method and by ours.
+needs. NVIDIA ModelOpt and NNCF, this one with its defaults, run in environments of their own, whose
+pythons `--modelopt` and `--nncf` name: they are no dependencies. Every file goes through `lint`.
+More comparisons: the float rest in FP16; ranges without images beside ranges from noise; and a net
+of the same function in which one channel was made a hundred times larger, by the plain method and
+by ours. What corrected biases and own ranges bring is what `auto` itself measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from rtresnet.data import loader
 from rtresnet.data.sources import Source, open_images, open_source
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import simulate
+from rtresnet.quantize.lint import lint
 
 OURS = ("auto", "max", "percentile", "entropy", "mse")
 IMAGES = 512
@@ -43,6 +48,13 @@ source, images, method, out = sys.argv[1:]
 quantize(source, quantize_mode="int8", calibration_data={"images": np.load(images)},
          calibration_method=method, output_path=out, calibration_eps=["cpu"],
          high_precision_dtype="fp32")
+"""
+
+NNCF = """
+import sys, nncf, numpy as np, onnx
+source, images, method, out = sys.argv[1:]
+data = nncf.Dataset(np.split(np.load(images), len(np.load(images))), lambda one: {"images": one})
+onnx.save(nncf.quantize(onnx.load(source), data), out)
 """
 
 
@@ -72,12 +84,27 @@ def onnxruntime_file(source: Path, images: np.ndarray, method: str, out: Path) -
     return out
 
 
-def modelopt_file(python: str, source: Path, images: Path, method: str, out: Path) -> Path:
+def elsewhere(python: str, script: str, source: Path, images: Path, method: str, out: Path) -> Path:
+    """A file that another tool makes in its own environment."""
     subprocess.run(
-        [python, "-c", MODELOPT, str(source), str(images), method, str(out)], check=True,
+        [python, "-c", script, str(source), str(images), method, str(out)], check=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return out
+
+
+def linted(path: Path) -> str:
+    """What `rtresnet lint` counts."""
+    counts = Counter(entry.severity for entry in lint(onnx.load(path)))
+    worse = [f"{n} {name}s" for name, n in sorted(counts.items()) if name != "note"]
+    return ", ".join(worse) or "passes"
+
+
+def search(out: Path) -> dict[str, Any]:
+    """What `auto` tried and kept, as its file of scales says."""
+    saved = json.loads((out.parent / "calib" / f"{out.stem}.json").read_text())
+    names = ("method", "biases_corrected", "brought_down", "own_factors", "signal_to_noise_db")
+    return {name: saved[name] for name in names}
 
 
 def plainly(path: Path, images: np.ndarray) -> np.ndarray:
@@ -161,6 +188,10 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     for method in OURS:
         out = quantized(source, folder / f"{source.stem}-{method}.onnx", options.calib, method)
         files.append((f"rtresnet, {method}", out, True))
+    found = search(files[0][1])
+    half = folder / f"{source.stem}-half.onnx"
+    quantized(source, half, options.calib, "auto", "--rest", "fp16")
+    files.append(("rtresnet, auto, rest FP16", half, True))
     out = quantized(source, folder / f"{source.stem}-none.onnx", "none", "auto")
     files.append(("rtresnet, no images", out, True))
     noise = quantized(source, folder / f"{source.stem}-noise.onnx", f"synthetic:{IMAGES}", "auto")
@@ -177,10 +208,14 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
         files.append((f"ONNX Runtime, {method}", out, False))
     for method in ("max", "entropy") if options.modelopt else ():
         out = folder / f"{source.stem}-modelopt-{method}.onnx"
-        modelopt_file(options.modelopt, source, folder / "calib.npy", method, out)
+        elsewhere(options.modelopt, MODELOPT, source, folder / "calib.npy", method, out)
         files.append((f"ModelOpt, {method}", out, False))
+    if options.nncf:
+        out = folder / f"{source.stem}-nncf.onnx"
+        elsewhere(options.nncf, NNCF, source, folder / "calib.npy", "", out)
+        files.append(("NNCF", out, False))
     return [
-        {"net": exported["model"], "data": data, **entry}
+        {"net": exported["model"], "data": data, "search": found, **entry}
         for data in options.data
         for entry in compared(source, files, open_source(data, "test"), contract)
     ]
@@ -208,6 +243,7 @@ def compared(
             "low": drop.low,
             "high": drop.high,
             "noise_ratio": noise_ratio(reference, logits),
+            "lint": linted(path),
             "pairs": sum(n.op_type == "QuantizeLinear" for n in onnx.load(path).graph.node),
         }
 
@@ -218,6 +254,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, action="append")
     parser.add_argument("--calib", required=True)
     parser.add_argument("--modelopt", metavar="PYTHON")
+    parser.add_argument("--nncf", metavar="PYTHON")
     parser.add_argument("--name", default="quantize")
     options = parser.parse_args()
     results = []
@@ -229,26 +266,40 @@ def main() -> None:
     save(options.name, record, table(record))
 
 
+def in_words(found: dict[str, Any]) -> str:
+    """What each step of the search brought."""
+    ratios, method = found["signal_to_noise_db"], found["method"]
+    corrected = ratios.get(f"{method}, biases corrected")
+    return (
+        f"{method} {ratios[method]:.1f} dB, with biases corrected {corrected:.1f}, with ranges of "
+        f"their own for {len(found['own_factors'])} tensors {ratios['kept']:.1f}, "
+        f"{len(found['brought_down'])} tensors brought down"
+    )
+
+
 def table(record: dict[str, Any]) -> str:
     """The first set's rows; what `auto` does on the others in words."""
     first = record["results"][0]["data"]
     headings = (
-        "net", "INT8 by", "agreement %", "drop, points", "95 %", "SNR dB", "on a CPU %", "images",
+        "net", "INT8 by", "agreement %", "drop, points", "95 %", "SNR dB", "on a CPU %", "lint",
+        "images",
     )  # fmt: skip
     rows = [
         (
             e["net"], e["by"], f"{e['agreement']:.2f}", f"{e['drop']:.2f}",
             f"{e['low']:.2f} to {e['high']:.2f}", f"{e['noise_ratio']:.1f}",
-            f"{e['on_cpu']:.2f}", e["n"],
+            f"{e['on_cpu']:.2f}", e["lint"], e["n"],
         )
         for e in record["results"]
         if e["data"] == first
     ]  # fmt: skip
+    auto = [e for e in record["results"] if e["by"] == "rtresnet, auto"]
     others = ", ".join(
         f"{e['net']} {e['top1']} right of {e['n']} in INT8 and {e['fp32_top1']} in FP32"
-        for e in record["results"]
-        if e["data"] != first and e["by"] == "rtresnet, auto"
+        for e in auto
+        if e["data"] != first
     )
+    searched = "; ".join(f"{e['net']} {in_words(e['search'])}" for e in auto if e["data"] == first)
     versions = ", ".join(f"{n} {v}" for n, v in record["versions"].items())
     caption = (
         f"Agreement and drop of the file as it is written, against the FP32 file on the same "
@@ -256,6 +307,7 @@ def table(record: dict[str, Any]) -> str:
         f"training images of {Path(record['calib'].partition(':')[2]).name}; ONNX Runtime CPU on "
         f"{machine.cpu()}, {versions}."
     )
+    caption += f" What auto found, on images held back: {searched}."
     if others:
         caption += f" On the other sets, auto: {others}."
     return markdown(headings, rows) + "\n\n" + caption

@@ -18,11 +18,11 @@ import numpy as np
 import onnx
 
 from rtresnet import branches
-from rtresnet.branches import Extents
 from rtresnet.errors import DataError, UnknownName
 from rtresnet.quantize import limits, qdq
 from rtresnet.quantize.correct import bias_shifts
 from rtresnet.quantize.equalize import Outlier, equalize, outliers
+from rtresnet.quantize.extents import Extents
 from rtresnet.quantize.histogram import Histogram
 from rtresnet.quantize.simulate import Simulation, noise_ratio, session
 
@@ -67,7 +67,7 @@ class Calibrated:
     mended: list[Outlier]
     shifts: dict[str, np.ndarray]
     exactly: bool = False
-    branches: Extents = dataclasses.field(default_factory=dict)
+    branches: branches.Extents = dataclasses.field(default_factory=dict)
 
     def quantized(self, keep: Collection[str] = ()) -> onnx.ModelProto:
         """The INT8 model, but for the nodes to keep in float."""
@@ -78,7 +78,10 @@ class Calibrated:
 
 
 def observe(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[np.ndarray]
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Iterable[np.ndarray],
+    extents: Extents | None = None,
 ) -> dict[str, Histogram]:
     """What the tensors' values are like, in one pass.
 
@@ -86,17 +89,23 @@ def observe(
         model: Folded FP32 model.
         tensors: From `qdq.placement`.
         batches: float32 [N, 3, S, S] each.
+        extents: Shown the same images, if they are wanted.
 
     Raises:
         DataError: No images, or an activation that is not finite.
     """
     source = model.graph.input[0].name
     inner = [name for name in tensors if name != source]
-    running = session(model, inner)
+    nodes, ends = (extents.nodes, extents.outputs) if extents else ([], [])
+    outputs = [*inner, *ends]
+    running = session(model, outputs, nodes)
     found = {name: Histogram(name) for name in tensors}
     count = 0
     for images in batches:
-        values = running.run(inner, {source: images})
+        values = running.run(outputs, {source: images})
+        if extents:
+            extents.see(values[len(inner) :])
+            del values[len(inner) :]
         for name in reversed(inner):  # each let go of when it was seen, before the next batch runs
             found[name].add(values.pop())
         if source in found:
@@ -125,21 +134,21 @@ def calibrate(
     if method not in METHODS:
         raise UnknownName("calibrator", method, METHODS)
     if method != "auto":
-        held, every = hold_back(batches(), apart=False)
-        found = observe(model, tensors, every)
+        extents = Extents(model)
+        found = observe(model, tensors, batches(), extents)
         return Calibrated(
             model=model, scales=scales_by(method, found), method=method, own={}, ratios={},
-            outliers=outliers(found), mended=[], shifts={}, branches=_reference(model, held)[1],
+            outliers=outliers(found), mended=[], shifts={}, branches=extents.found,
         )  # fmt: skip
+    extents = Extents(model)
     held, others = hold_back(batches())
-    found = observe(model, tensors, others)
+    found = observe(model, tensors, others, extents)
     seen, (equal, mended) = outliers(found), equalize(model, found)
-    if mended:
+    if mended:  # which leaves the branches as they were
         _, others = hold_back(batches())
         found = observe(equal, tensors, others)
-    reference, extents = _reference(model, held)
-    chosen = choose(equal, found, held, reference)
-    return dataclasses.replace(chosen, outliers=seen, mended=mended, branches=extents)
+    chosen = choose(equal, found, held, _reference(model, held, extents))
+    return dataclasses.replace(chosen, outliers=seen, mended=mended, branches=extents.found)
 
 
 def repeat(
@@ -189,12 +198,12 @@ def scales_by(method: str, found: Mapping[str, Histogram]) -> dict[str, float]:
 
 
 def hold_back(
-    batches: Iterable[np.ndarray], *, apart: bool = True
+    batches: Iterable[np.ndarray],
 ) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
     """Splits a share of the images off until there are enough; the rest streams on.
 
     A batch gives its last images. The list fills while the rest is read; a single image serves as
-    both, and all of them do unless `apart`.
+    both.
     """
     held: list[np.ndarray] = []
 
@@ -205,8 +214,8 @@ def hold_back(
             rest = len(images) - wanted
             if wanted:
                 held.append(images[rest:])
-            if rest or number == 0 or not apart:
-                yield images[:rest] if rest and apart else images
+            if rest or number == 0:
+                yield images[:rest] if rest else images
 
     return held, others()
 
@@ -260,36 +269,18 @@ def references(
     held, others = hold_back(batches)
     for _ in others:
         continue
-    return held, _reference(model, held)[0]
+    return held, _reference(model, held, Extents(model))
 
 
-def _reference(
-    model: onnx.ModelProto, held: Sequence[np.ndarray]
-) -> tuple[np.ndarray, dict[str, tuple[float, float]]]:
-    """The float net's logits, and how far its branches went."""
-    source, output, ends = model.graph.input[0].name, model.graph.output[0].name, _branches(model)
-    running = session(model, [output, *ends])
-    logits, extents = list[np.ndarray](), dict.fromkeys(ends, (0.0, 0.0))
+def _reference(model: onnx.ModelProto, held: Sequence[np.ndarray], extents: Extents) -> np.ndarray:
+    """The float net's logits; `extents` is shown the images too."""
+    source, output = model.graph.input[0].name, model.graph.output[0].name
+    running = session(model, [output, *extents.outputs], extents.nodes)
+    logits = []
     for images in held:
         first, *values = running.run(None, {source: images})
         logits.append(first)
-        for name in reversed(ends):
-            seen = values.pop()
-            low, high = extents[name]
-            extents[name] = min(low, float(seen.min())), max(high, float(seen.max()))
+        extents.see(values)
     if not all(np.isfinite(some).all() for some in logits):
         raise DataError(f"{output} is not finite on the calibration images")
-    return np.concatenate(logits), extents
-
-
-def _branches(model: onnx.ModelProto) -> list[str]:
-    """What is added to a shortcut, where a convolution makes it."""
-    makers = {out: node.op_type for node in model.graph.node for out in node.output}
-    shortcuts = {(use.node, use.index) for uses in qdq.placement(model).values() for use in uses}
-    return [
-        name
-        for node in model.graph.node
-        if node.op_type == "Add"
-        for index, name in enumerate(node.input)
-        if (node.name, 1 - index) in shortcuts and makers.get(name) == "Conv"
-    ]
+    return np.concatenate(logits)

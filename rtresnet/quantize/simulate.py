@@ -60,12 +60,15 @@ class Simulation:
         return np.concatenate(found)
 
 
-def session(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
+def session(
+    model: onnx.ModelProto, outputs: Sequence[str] = (), more: Sequence[onnx.NodeProto] = ()
+) -> Any:
     """An ONNX Runtime session that computes the graph as it is written.
 
     Args:
         model: Any.
         outputs: Tensors to give instead of the model's own outputs.
+        more: Nodes to compute them with, where the model has none.
     """
     try:
         import onnxruntime
@@ -74,6 +77,7 @@ def session(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
     if outputs:
         watched = onnx.ModelProto()
         watched.CopyFrom(model)
+        watched.graph.node.extend(more)
         del watched.graph.output[:]
         watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         model = watched
