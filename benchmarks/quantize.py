@@ -100,9 +100,9 @@ def linted(path: Path) -> str:
     return ", ".join(worse) or "passes"
 
 
-def search(out: Path) -> dict[str, Any]:
+def search(scales: Path) -> dict[str, Any]:
     """What `auto` tried and kept, as its file of scales says."""
-    saved = json.loads((out.parent / "calib" / f"{out.stem}.json").read_text())
+    saved = json.loads(scales.read_text())
     names = ("method", "biases_corrected", "brought_down", "own_factors", "signal_to_noise_db")
     return {name: saved[name] for name in names}
 
@@ -188,7 +188,7 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     for method in OURS:
         out = quantized(source, folder / f"{source.stem}-{method}.onnx", options.calib, method)
         files.append((f"rtresnet, {method}", out, True))
-    found = search(files[0][1])
+    found = search(source.parent / "calib" / f"{files[0][1].stem}.json")
     half = folder / f"{source.stem}-half.onnx"
     quantized(source, half, options.calib, "auto", "--rest", "fp16")
     files.append(("rtresnet, auto, rest FP16", half, True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ def hold(
     held: Sequence[np.ndarray],
     logits: np.ndarray,
     preprocess: Preprocess,
+    finish: Callable[[Any], Any],
 ) -> Passed:
     """Quantizes everything; then, as long as too much is lost, all but the most harmful blocks.
 
@@ -67,6 +68,7 @@ def hold(
         held: Images for the noise of each block.
         logits: The FP32 net's on them.
         preprocess: The net's input contract.
+        finish: Takes a quantized model, gives what will be written; that is what is measured.
 
     Raises:
         GateMissed: With every block but one in float still too much is lost.
@@ -86,7 +88,7 @@ def hold(
     tried: list[tuple[int, Drop]] = []
     for count in range(len(ranked)):
         kept = tuple(node for block in ranked[:count] for node in block.nodes)
-        model = found.quantized(kept)
+        model = finish(found.quantized(kept))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             path.write_bytes(model.SerializeToString())
@@ -95,7 +97,14 @@ def hold(
         if drop.points <= gate.max_drop:
             _show(ranked, count)
             common.out_console().print(_words(drop, count, gate), soft_wrap=True)
-            measured = {"drop": dataclasses.asdict(drop) | {"data": gate.data}}
+            measured = {
+                "drop": dataclasses.asdict(drop) | {"data": gate.data},
+                "blocks": [
+                    {"name": block.name, "alone_db": block.alone, "gain_db": block.gain,
+                     "weights": block.weights, "runs_in": _runs_in(number, count)}
+                    for number, block in enumerate(ranked)
+                ],
+            }  # fmt: skip
             return Passed(model=model, kept=kept, measured=measured)
     _show(ranked, len(ranked) - 1)
     count, drop = tried[-1]
@@ -131,6 +140,11 @@ def _words(drop: Drop, count: int, gate: Gate) -> str:
     )
 
 
+def _runs_in(number: int, floats: int) -> str:
+    """The most harmful blocks come first, and are the first to stay in float."""
+    return "float" if number < floats else "int8"
+
+
 def _show(ranked: Sequence[Block], count: int) -> None:
     from rtresnet.report import tables
 
@@ -140,7 +154,7 @@ def _show(ranked: Sequence[Block], count: int) -> None:
             f"{block.alone:.1f}",
             f"{block.gain:.2f}",
             f"{100 * block.weights:.1f}",
-            "float" if number < count else "int8",
+            _runs_in(number, count),
         )
         for number, block in enumerate(ranked)
     ]

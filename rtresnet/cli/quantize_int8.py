@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,15 +89,18 @@ def int8(
         else:
             found = calibrate.calibrate(model, tensors, batches, calibrator)
             scales.write(path, found, about)
-    _tell(found)
+    outliers = _tell(found, calibrator)
     kept: tuple[str, ...] = ()
     measured: dict[str, Any] = {}
+    finish = functools.partial(_with_rest, rest=rest)
     if gate is None:
-        result = found.quantized()
+        result = finish(found.quantized())
     else:
         held, logits = calibrate.references(model, batches())
-        passed = quantize_gate.hold(gate, source, found, held, logits, sidecar.input)
+        passed = quantize_gate.hold(gate, source, found, held, logits, sidecar.input, finish)
         result, kept, measured = passed.model, passed.kept, passed.measured
+    if outliers:
+        measured |= {"outliers": outliers}
     calibration = artifacts.Calibration(
         method=found.method,
         images=name,
@@ -107,7 +111,7 @@ def int8(
         kept=kept,
         rest=rest,
     )
-    return _with_rest(result, rest), calibration, measured
+    return result, calibration, measured
 
 
 def _as_learned(
@@ -204,7 +208,8 @@ def _saved_scales(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     return saved
 
 
-def _tell(found: Calibrated) -> None:
+def _tell(found: Calibrated, calibrator: str) -> list[dict[str, Any]]:
+    """Says what was found; returns the outliers with what was done about them."""
     if found.ratios:
         tried = [ratio for name, ratio in found.ratios.items() if name != "kept"]
         biases = ", biases corrected" if found.shifts else ""
@@ -214,16 +219,24 @@ def _tell(found: Calibrated) -> None:
             f"at the logits (tried: {min(tried):.1f} to {max(tried):.1f})"
         )
     mended = {outlier.tensor for outlier in found.mended}
+    told = []
     for outlier in found.outliers:
-        remedy = (
-            "brought down, with the next convolution's weights raised"
-            if outlier.tensor in mended
-            else "left as it is: it lies on the shortcut"
-        )
+        if outlier.tensor in mended:
+            remedy = "brought down, with the next convolution's weights raised"
+        elif calibrator != "auto":
+            remedy = (
+                f"left as it is: {calibrator} takes the net as it is, --calibrator auto may not"
+            )
+        else:
+            remedy = "left as it is: it does not lie between two convolutions, and nothing else"
+        count = len(outlier.channels)
         common.note(
-            f"{outlier.tensor}: {len(outlier.channels)} of its channels set the range, up to "
-            f"{outlier.times:.0f} times the median; {remedy}"
+            f"{outlier.tensor}: {count} of its channels set the range, up to {outlier.times:.0f} "
+            f"times the median; {remedy}"
         )
+        told.append({"tensor": outlier.tensor, "channels": count, "times": outlier.times,
+                     "remedy": remedy})  # fmt: skip
+    return told
 
 
 def calibration_batches(

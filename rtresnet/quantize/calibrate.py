@@ -165,11 +165,11 @@ def repeat(
         batches: The calibration images, preprocessed.
         saved: From `scales.read`.
     """
-    seen, mended, shifts = list[Outlier](), list[Outlier](), dict[str, np.ndarray]()
+    mended, shifts = list[Outlier](), dict[str, np.ndarray]()
     if saved["brought_down"] or saved["biases_corrected"]:
         _, others = hold_back(batches())
-        found = observe(model, tensors, others)
-        seen = outliers(found)
+        # Looked at in the same way: another graph rounds otherwise, and biases with it.
+        found = observe(model, tensors, others, Extents(model))
         if saved["brought_down"]:
             model, mended = equalize(model, found)
             _, others = hold_back(batches())
@@ -179,7 +179,7 @@ def repeat(
     return Calibrated(
         model=model, scales=saved["scales"], method=saved["method"],
         own=saved.get("own_factors", {}), ratios=saved.get("signal_to_noise_db", {}),
-        outliers=seen, mended=mended, shifts=shifts, branches=saved["branches"],
+        outliers=saved["outliers"], mended=mended, shifts=shifts, branches=saved["branches"],
     )  # fmt: skip
 
 

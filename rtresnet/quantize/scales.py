@@ -16,9 +16,10 @@ from typing import Any
 from rtresnet import branches, storage
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.quantize.calibrate import Calibrated
+from rtresnet.quantize.equalize import Outlier
 
 SCHEMA = 2
-PAIR = re.compile(r"\[\n\s+(\S+),\n\s+(\S+)\n\s+\]")  # lowest and highest value: one line, not four
+NUMBERS = re.compile(r"\[[-\d.eE+,\s]+\]")  # a few of them: one line, not one each
 ABOUT = {
     "onnx_sha256": "weights",
     "images_sha256": "images",
@@ -42,12 +43,14 @@ def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
         "method": found.method,
         "biases_corrected": bool(found.shifts),
         "brought_down": [outlier.tensor for outlier in found.mended],
+        "outliers": {o.tensor: [o.times, *o.channels] for o in found.outliers},
         "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in found.ratios.items()},
         "own_factors": found.own,
         "branches": found.branches,
         "scales": found.scales,
     }
-    lines = PAIR.sub(r"[\1, \2]", json.dumps(record, indent=1))
+    lines = NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
+    lines = lines.replace("[ ", "[").replace(" ]", "]")
     storage.write_text(path, lines + "\n")
     return path
 
@@ -68,6 +71,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         whole = {*ABOUT, "method", "biases_corrected", "brought_down", "scales"} <= record.keys()
         numbers = all(isinstance(value, float) for value in record["scales"].values())
         record["branches"] = branches.checked(record.get("branches", {}))
+        record["outliers"] = [
+            Outlier(tensor=name, channels=tuple(map(int, channels)), times=float(times))
+            for name, (times, *channels) in record.get("outliers", {}).items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from rtresnet import artifacts
+from rtresnet.cli import quantize_gate
 from rtresnet.cli.main import main
 
 pytest.importorskip("onnxruntime")
@@ -57,6 +59,27 @@ def test_scales_made_for_something_else_are_made_anew_and_why_is_said(
     assert quantize(source, "--calib", tints, "--calib-images", "64", *changed) == 0
     said = capsys.readouterr().err
     assert "calibrating anew" in said and reason in said
+
+
+def test_scales_of_other_weights_and_another_preprocessing_are_refused_with_the_reason(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dataclasses
+
+    arguments = ["--calib", tints, "--calib-images", "16"]
+    assert quantize(source, *arguments) == 0
+    model, sidecar = onnx.load(source), artifacts.read_sidecar(source)
+    assert sidecar is not None
+    other = dataclasses.replace(sidecar.input, mean=(0.1, 0.2, 0.3))
+    model.graph.doc_string = "retrained"
+    for changed, contract, reason in ((False, other, "preprocessing"), (True, other, "weights")):
+        record = dataclasses.replace(sidecar, input=contract)
+        data = model.SerializeToString() if changed else source.read_bytes()
+        artifacts.publish(source, lambda path, data=data: path.write_bytes(data), record)
+        capsys.readouterr()
+        assert quantize(source, *arguments) == 0
+        said = capsys.readouterr().err
+        assert f"was made with other {reason}" in said
 
 
 def test_a_damaged_file_of_scales_is_made_anew(
@@ -150,6 +173,76 @@ def test_where_too_much_is_lost_the_worst_blocks_stay_in_float(
     assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
+Hits = dict[str, Any]
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
+    """The gate sees what `judge` makes of each INT8 file: (model) -> share of images right."""
+    real, found = quantize_gate._hits, Hits(judge=None, files=[])
+
+    def hits(path: Path, *rest: Any) -> np.ndarray:
+        right = real(path, *rest)
+        model = onnx.load(path)
+        if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+            return right
+        found["files"].append(path.read_bytes())
+        return right & found["judge"](model) if found["judge"] else right
+
+    monkeypatch.setattr(quantize_gate, "_hits", hits)
+    return found
+
+
+@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+def test_what_the_gate_measures_is_what_is_written(
+    source: Path, tints: str, judged: Hits, rest: str
+) -> None:
+    assert quantize(source, "--calib", tints, "--eval", tints, "--rest", rest) == 0
+    assert judged["files"] == [Path("resnet8-int8.onnx").read_bytes()]
+
+
+def floats(model: onnx.ModelProto) -> set[str]:
+    """Names of the convolutions and the FC that read a float activation."""
+    return {
+        node.name for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm") and not node.input[0].endswith(".dq")
+    }  # fmt: skip
+
+
+def test_as_few_blocks_stay_in_float_as_bring_it_back(
+    source: Path, tints: str, judged: Hits, tmp_path: Path
+) -> None:
+    tried: list[int] = []
+
+    def judge(model: onnx.ModelProto) -> bool:
+        tried.append(len(floats(model)))
+        return len(tried) > 2  # what two blocks in float mend, one does not
+
+    judged["judge"] = judge
+    out = tmp_path / "q.json"
+    assert quantize(source, "--calib", tints, "--eval", tints, "--json", str(out)) == 0
+    assert tried[0] == 0 and len(tried) == 3 and tried == sorted(tried)
+    measured = json.loads(out.read_text())["result"]["measured"]
+    places = [entry["runs_in"] for entry in measured["blocks"]]
+    assert places == ["float"] * 2 + ["int8"] * (len(places) - 2)
+    gains = [entry["gain_db"] for entry in measured["blocks"]]
+    assert gains[0] == max(gains)  # the most harmful first
+    sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert floats(onnx.load("resnet8-int8.onnx")) <= set(sidecar.calibration.kept)
+
+
+def test_where_nothing_brings_it_back_the_exit_code_is_1_and_nothing_is_written(
+    source: Path, tints: str, judged: Hits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged["judge"] = lambda model: False
+    assert quantize(source, "--calib", tints, "--eval", tints) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "more than the 0.5 that --max-drop allows" in said and "keep FP16" in said
+    assert not Path("resnet8-int8.onnx").exists()
+    assert len(judged["files"]) == 5  # all but one of stem, three blocks and FC were tried
+
+
 def test_the_gate_needs_labels_and_is_for_int8(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,9 +278,8 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     assert main(["inspect", "foreign-int8.onnx"]) == 0
 
 
-def test_outliers_are_told_with_the_remedy(
-    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def with_an_outlier(source: Path) -> None:
+    """The same function, one channel inside a block a hundred times larger."""
     from onnx import numpy_helper
 
     model = onnx.load(source)
@@ -203,7 +295,37 @@ def test_outliers_are_told_with_the_remedy(
     sidecar = artifacts.read_sidecar(source)
     assert sidecar is not None
     artifacts.publish(source, lambda path: path.write_bytes(model.SerializeToString()), sidecar)
+
+
+@pytest.mark.parametrize(
+    ("calibrator", "remedy"), [("auto", "brought down"), ("max", "--calibrator auto may not")]
+)
+def test_outliers_are_told_with_the_remedy_that_was_taken(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str], calibrator: str, remedy: str
+) -> None:
+    with_an_outlier(source)
+    arguments = ["--calib", tints, "--calibrator", calibrator, "--json", "q.json"]
+    for again in (False, True):
+        assert quantize(source, *arguments) == 0
+        said = capsys.readouterr().err
+        assert ("are used again" in said) == again
+        assert "layer2.0.relu1: 1 of its channels" in said and remedy in said
+        (told,) = json.loads(Path("q.json").read_text())["result"]["measured"]["outliers"]
+        assert told["tensor"] == "layer2.0.relu1" and remedy in told["remedy"]
+        assert told["times"] > 8 and told["channels"] == 1
+
+
+def test_one_outlier_ruins_a_net_and_auto_saves_it(source: Path, tints: str) -> None:
+    """The collapse test: of the trained net, on the images it is measured on."""
+    with_an_outlier(source)
+    ratio = {}
+    for calibrator in ("max", "auto"):
+        assert quantize(source, "--calib", tints, "--calibrator", calibrator) == 0
+        assert main(["compare", "resnet8.onnx", "resnet8-int8.onnx", "--data", tints,
+                     "--json", "c.json"]) == 0  # fmt: skip
+        ratio[calibrator] = json.loads(Path("c.json").read_text())["result"]["relative"]
+    assert ratio["max"] > 5 * ratio["auto"], ratio
     assert quantize(source, "--calib", tints, "--eval", tints, "--max-drop", "0.5") == 0
-    captured = capsys.readouterr()
-    assert "layer2.0.relu1: 1 of its channels" in captured.err and "brought down" in captured.err
-    assert "INT8 loses" in captured.out  # and no block was left in float
+    sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert sidecar.measured["drop"]["points"] <= 0.5 and sidecar.calibration.kept == ()
