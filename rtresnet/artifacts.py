@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rtresnet import storage
+from rtresnet import machine, storage
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json, to_json
@@ -250,8 +250,10 @@ def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """The command line and the versions of what can have had a hand in an artifact."""
+    """The command line, the code's commit and the versions of what can have had a hand in it."""
     made_by = {"command": shlex.join(command.get() or sys.argv)}
+    if (commit := machine.commit()) is not None:
+        made_by["commit"] = commit
     for module in ("rtresnet", "numpy", "torch", "onnx", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             made_by[module] = metadata.version(module)

@@ -16,6 +16,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 # Where a module's name is not that of the package that brings it.
 DISTRIBUTIONS = {
@@ -131,6 +132,26 @@ def available_memory() -> int | None:
 def cores() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def commit() -> str | None:
+    """The git commit of the checkout that this code runs from; None where it was installed."""
+    git = Path(__file__).parent.parent / ".git"
+    with contextlib.suppress(OSError):
+        if git.is_file():  # a worktree's: "gitdir: PATH"
+            git = Path(git.read_text().partition(": ")[2].strip())
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        common = git / "commondir"
+        shared = git / common.read_text().strip() if common.exists() else git
+        if (shared / name).exists():
+            return (shared / name).read_text().strip()
+        packed = (line.partition(" ") for line in (shared / "packed-refs").read_text().splitlines())
+        return next((digest for digest, _, ref in packed if ref == name), None)
+    return None
 
 
 def installed(module: str) -> bool:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +60,43 @@ def test_available_memory_is_some_of_what_there_is() -> None:
     available = machine.available_memory()
     if available is not None:
         assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_commit_is_gits_own(tmp_path: Path) -> None:
+    """Of a branch, packed or not, of a detached head, of a worktree; None without git."""
+    if shutil.which("git") is None:
+        pytest.skip("no git here")
+    here = tmp_path / "checkout"
+    (here / "rtresnet").mkdir(parents=True)
+    shutil.copy(machine.__file__, here / "rtresnet" / "machine.py")
+
+    def git(*arguments: str, folder: Path = here) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(
+            command, cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def commit(folder: Path = here) -> str | None:
+        spec = importlib.util.spec_from_file_location("m", folder / "rtresnet" / "machine.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["m"] = module  # its dataclass looks itself up
+        spec.loader.exec_module(module)
+        found: str | None = module.commit()
+        return found
+
+    assert commit() is None
+    git("init", "-q", "-b", "main")
+    assert commit() is None  # nothing is committed yet
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    assert commit() == head
+    git("pack-refs", "--all")
+    assert commit() == head
+    git("worktree", "add", "-q", "-b", "other", str(tmp_path / "tree"))
+    git("commit", "-qm", "two", "--allow-empty", folder=tmp_path / "tree")
+    assert commit(tmp_path / "tree") == git("rev-parse", "HEAD", folder=tmp_path / "tree") != head
+    git("checkout", "-q", "--detach")
+    assert commit() == head

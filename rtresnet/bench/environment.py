@@ -39,7 +39,7 @@ class Counters:
         busy: Spent computing, by anybody.
         stolen: Wanted and given to other machines by the hypervisor.
         total: Of all processors, whatever they did.
-        own: Spent computing by this process, all threads.
+        own: Spent computing by this process, all threads, and by children that it waited for.
         throttled: In which a control group's quota held its processes back; None if unknown.
     """
 
@@ -68,7 +68,7 @@ def counters(root: Path = Path("/")) -> Counters | None:
         busy=user + nice + system + irq + soft,
         stolen=stolen,
         total=user + nice + system + idle + waiting + irq + soft + stolen,
-        own=own.user + own.system,
+        own=sum(own[:4]),
         throttled=throttled,
     )
 
@@ -201,14 +201,18 @@ def _remarks(host: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> Iterator
 
 
 def chain_of(path: str | os.PathLike[str]) -> list[dict[str, str | None]]:
-    """An artifact and what it came from, by the hashes in the sidecars; nothing is hashed anew."""
+    """An artifact and what it came from, by the hashes in the sidecars; nothing is hashed anew.
+
+    `commit` is git's, of the code that made it.
+    """
     found: list[dict[str, str | None]] = []
     current: Path | None = Path(path)
     while current is not None and len(found) < 16:
         sidecar = artifacts.read_sidecar(current)
         if sidecar is None:
-            found.append({"file": current.name, "sha256": None})
+            found.append({"file": current.name, "sha256": None, "commit": None})
             return found
-        found.append({"file": current.name, "sha256": sidecar.sha256})
+        commit = sidecar.made_by.get("commit")
+        found.append({"file": current.name, "sha256": sidecar.sha256, "commit": commit})
         current = artifacts.parent_path(current, sidecar)
     return found

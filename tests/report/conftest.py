@@ -101,10 +101,10 @@ def measured(write: Callable[..., Path]) -> list[Path]:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Callable[[str], str]:
+def browser(tmp_path: Path) -> Callable[..., str]:
     """browser(page): the DOM after scripts ran, in a real browser that had nothing to complain of.
 
-    Skips where none is installed.
+    `browser(page, "--flag")` starts it with more flags. Skips where none is installed.
     """
     found = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -112,7 +112,7 @@ def browser(tmp_path: Path) -> Callable[[str], str]:
     if not found:
         pytest.skip("no browser here")
 
-    def render(page: str) -> str:
+    def render(page: str, *more: str) -> str:
         file = tmp_path / "rendered.html"
         file.write_text(page, encoding="utf-8")
         flags = [
@@ -123,7 +123,7 @@ def browser(tmp_path: Path) -> Callable[[str], str]:
             "--host-resolver-rules=MAP * ~NOTFOUND",  # no network, whatever the page asks for
         ]  # fmt: skip
         done = subprocess.run(
-            [found, *flags, file.as_uri()],
+            [found, *flags, *more, file.as_uri()],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         assert "CONSOLE" not in done.stderr, done.stderr

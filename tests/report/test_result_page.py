@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import html
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from rtresnet.cli.main import main
 from rtresnet.report import markdown, result_page, results
 
 PHONE = 390
@@ -85,9 +88,7 @@ def test_markdown_has_the_same_tables(measured: list[Path]) -> None:
     assert markdown.table(["a|b"], [["<x>|y"]]) == "| a\\|b |\n|---|\n| &lt;x>\\|y |"
 
 
-def test_a_browser_renders_it_and_copies_its_tables(
-    text: str, browser: Callable[[str], str]
-) -> None:
+def test_a_browser_renders_it_and_copies_its_tables(text: str, browser: Callable[..., str]) -> None:
     probe = """<script>
     const report = document.createElement("pre");
     report.id = "report";
@@ -95,6 +96,9 @@ def test_a_browser_renders_it_and_copies_its_tables(
     report.dataset.svgs = document.querySelectorAll("svg").length;
     report.dataset.shown = [...document.querySelectorAll("svg")]
       .filter(svg => svg.getBoundingClientRect().height > 50).length;
+    for (const name of ["artifact", "tail", "histogram", "batch", "stage"])
+      report.dataset[name] = [...document.querySelectorAll(`svg [id^="${name}-"]`)]
+        .filter(mark => mark.getBoundingClientRect().width > 0).length;
     report.dataset.buttons = [...document.querySelectorAll("button.copy")]
       .filter(button => getComputedStyle(button).display !== "none").length;
     document.body.append(report);
@@ -103,6 +107,10 @@ def test_a_browser_renders_it_and_copies_its_tables(
     (report,) = re.findall(r'<pre id="report"([^>]*)>(.*?)</pre>', dom, re.DOTALL)
     figures = dict(re.findall(r'data-(\w+)="(\d+)"', report[0]))
     assert figures["svgs"] == figures["shown"] == "6"
+    drawn = {
+        name: int(figures[name]) for name in ("artifact", "tail", "histogram", "batch", "stage")
+    }
+    assert drawn == {"artifact": 4, "tail": 4, "histogram": 4, "batch": 8, "stage": 4}
     assert int(figures["buttons"]) == text.count('class="copy"') > 2
     lines = html.unescape(report[1]).splitlines()
     assert lines[0].startswith("artifact,precision,top-1 %")
@@ -111,9 +119,7 @@ def test_a_browser_renders_it_and_copies_its_tables(
 
 
 @pytest.mark.parametrize("width", [PHONE, 320, 768])
-def test_nothing_sticks_out_of_a_phone(
-    width: int, text: str, browser: Callable[[str], str]
-) -> None:
+def test_nothing_sticks_out_of_a_phone(width: int, text: str, browser: Callable[..., str]) -> None:
     # A window cannot be made as narrow as a phone, but a frame can.
     host = (
         f'<body><iframe style="border:0;width:{width}px;height:800px" '
@@ -123,3 +129,73 @@ def test_nothing_sticks_out_of_a_phone(
         "}</script></body>"
     )
     assert f'data-measured="{width} of {width}"' in browser(host)
+
+
+LUMINANCE = """<script>
+const channel = value =>
+  (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+const luminance = color => {
+  const [r, g, b] = color.match(/[0-9.]+/g).map(Number).map(channel);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const style = getComputedStyle(document.body);
+const [text, back] = [luminance(style.color), luminance(style.backgroundColor)];
+document.body.dataset.dark = back < 0.1;
+document.body.dataset.contrast =
+  ((Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05)).toFixed(1);
+</script></body>"""
+
+
+@pytest.mark.parametrize("dark", [True, False])
+def test_it_is_readable_in_dark_mode_and_in_light(
+    dark: bool, text: str, browser: Callable[..., str]
+) -> None:
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    dom = browser(text.replace("</body>", LUMINANCE), scheme)
+    assert f'data-dark="{str(dark).lower()}"' in dom
+    (contrast,) = re.findall(r'data-contrast="([0-9.]+)"', dom)
+    assert float(contrast) > 7  # WCAG 2.2, AAA for text
+
+
+def test_it_prints(text: str, browser: Callable[..., str], tmp_path: Path) -> None:
+    paper = tmp_path / "page.pdf"
+    browser(text, f"--print-to-pdf={paper}")
+    data = paper.read_bytes()
+    pages = len(re.findall(rb"/Type\s*/Page\b", data))
+    assert data.startswith(b"%PDF") and 1 <= pages <= 12
+
+
+def test_the_page_of_a_real_nets_three_precisions_shows_their_numbers(
+    engines: Path, tints: str, tmp_path: Path, browser: Callable[..., str]
+) -> None:
+    files = [str(engines / f"resnet8{part}.onnx") for part in ("", "-fp16", "-int8")]
+    bench, out = tmp_path / "bench.json", tmp_path / "report.html"
+    accuracy = [tmp_path / f"{number}.json" for number in range(3)]
+    assert main(["bench", *files, "--queries", "60", "--json", str(bench)]) == 0
+    for file, place in zip(files, accuracy, strict=True):
+        assert main(["eval", file, "--data", tints, "--json", str(place)]) == 0
+    profile = tmp_path / "profile.json"
+    assert main(["profile", files[0], "--seconds", "0.5", "--json", str(profile)]) == 0
+    given = [str(engines), str(bench), *map(str, accuracy), str(profile)]
+    assert main(["report", *given, "--out", str(out)]) == 0
+    page = out.read_text()
+    assert len(page) < 2_000_000
+    probe = """<script>
+    const report = document.createElement("pre");
+    report.id = "report";
+    report.textContent = csv(document.querySelector("table"));
+    document.body.append(report);
+    </script></body>"""
+    dom = browser(page.replace("</body>", probe))
+    (text,) = re.findall(r'<pre id="report">(.*?)</pre>', dom, re.DOTALL)
+    rows = {row["artifact"]: row for row in csv.DictReader(html.unescape(text).splitlines())}
+    results = json.loads(bench.read_text())["result"]["results"]
+    for entry in results:
+        assert f'data-v="{entry["latency"]["median"]!r}"' in dom
+        if entry["batch"] == 1:
+            shown = rows[Path(entry["measured"]).name]["ms, batch 1"]
+            assert float(shown) == pytest.approx(entry["latency"]["median"])
+    for file, place in zip(files, accuracy, strict=True):
+        known = json.loads(place.read_text())["result"]["top1_percent"]
+        assert float(rows[Path(file).name]["top-1 %"]) == pytest.approx(known)
+    assert len(re.findall(r'id="artifact-\d+"', dom)) == 3
