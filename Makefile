@@ -3,7 +3,7 @@
 # make check        ruff and mypy
 
 PYTHON ?= python3
-EXTRAS := cpu,rtx,demo,report,bulk,triton,test
+EXTRAS := cpu,rtx,demo,report,bulk,ray,triton,test
 BIN := .venv/bin
 
 quickstart: .venv/.ready

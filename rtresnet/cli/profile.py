@@ -57,7 +57,7 @@ def run(
     import numpy as np
 
     from rtresnet import artifacts, machine, storage
-    from rtresnet.bench import kernels, profile
+    from rtresnet.bench import environment, kernels, profile
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds {seconds:g}: must be above 0")
@@ -73,7 +73,11 @@ def run(
     counted = kernels.count(_graph_of(path, sidecar))
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, 3, counted.size, counted.size)).astype(np.float32)
-    with common.progress(f"profiling {path} at batch {batch}", total=seconds) as update:
+    gpu = machine.gpus()[0].name if kind == "plan" else None
+    with (
+        environment.Watch(gpu) as watch,
+        common.progress(f"profiling {path} at batch {batch}", total=seconds) as update,
+    ):
         if kind == "plan":
             from rtresnet.runtime import trt_profile
 
@@ -96,7 +100,8 @@ def run(
         "size": counted.size,
         **dataclasses.asdict(found),
         "roof": roof,
-        "busy": _busy() if recorded.device == "cpu" else None,
+        "environment": watch.report,
+        "chain": environment.chain_of(path),
         "device": machine.cpu() if recorded.device == "cpu" else recorded.device,
         "provider": recorded.provider,
         "threads": recorded.threads,
@@ -139,17 +144,6 @@ def _roof(recorded: Any, anew: bool) -> tuple[dict[str, Any] | None, Any, float 
     rates = {"fp32": gpu.rate("fp32"), "fp16": gpu.rate("fp16"), "int8": gpu.rate("int8")}
     known = rates | {"bandwidth": gpu.bandwidth * 1e9, "source": f"published: {gpu.source}"}
     return known, gpu, gpu.bandwidth * 1e9
-
-
-def _busy() -> str | None:
-    """Says so where other processes want this machine's processors too; the last minute's mean."""
-    import os
-
-    from rtresnet import machine
-
-    load = os.getloadavg()[0]
-    allowed = 1.5 * machine.cores()  # this one itself keeps every core busy
-    return f"the load was {load:.1f} on {machine.cores()} cores" if load > allowed else None
 
 
 def _silence() -> Any:
@@ -212,8 +206,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
                 f"{ran} of {of} INT8 products ran in INT8; {result['provider']} computes the "
                 "others in float."
             )
-    if result["busy"]:
-        lines.append(f"NOTE: {result['busy']}; times are too long, and roofs look far away.")
+    for remark in result["environment"]["remarks"]:
+        lines.append(f"NOTE: {remark}; times are too long, and roofs look far away.")
     roof = result["roof"]
     if roof:
         parts = [

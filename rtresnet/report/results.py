@@ -259,8 +259,8 @@ class _Collector:
             float(part["ms"]), float(part["share"]), str(part["name"])
         self.found.profiles.append((artifact, result))
         self._where("profile", result)
-        if result.get("busy"):
-            self.found.notes.append(f"Profile of {artifact.name}: {result['busy']}.")
+        for remark in (result.get("environment") or {}).get("remarks", ()):
+            self.found.notes.append(f"Profile of {artifact.name}: {remark}.")
 
     def _quickstart(self, result: Mapping[str, Any]) -> None:
         self._bench(result["bench"])
