@@ -9,8 +9,11 @@ import inspect
 import itertools
 import random
 import re
+import subprocess
+import sys
 import threading
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from fake_gpu import (
 import rtresnet
 from rtresnet.artifacts import Profile
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
-from rtresnet.runtime import arguments, complaints, ends, lanes, rtx, slots, trt
+from rtresnet.runtime import arguments, complaints, ends, lanes, rtx, slots, trt, trt_profile
 from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.ends import split
@@ -1075,6 +1078,17 @@ def test_every_tensorrt_name_used_is_in_the_real_api() -> None:
             value = getattr(value, part)
 
 
+def held_against(fake: type, real: Any) -> None:
+    """Every method of the fake is one of the real class, with arguments of the same names."""
+    for name, function in inspect.getmembers(fake, inspect.isfunction):
+        if name.startswith("_") or name in ("answer", "compute"):
+            continue
+        documented = getattr(real, name).__doc__ or ""
+        overloads = re.findall(rf"{name}\(self: [\w.:]+(.*?)\) ->", documented)
+        taken = [re.findall(r", (\w+): ", overload) for overload in overloads]
+        assert list(inspect.signature(function).parameters)[1:] in taken, (name, documented)
+
+
 @pytest.mark.parametrize(
     ("fake", "real"),
     [
@@ -1085,16 +1099,36 @@ def test_every_tensorrt_name_used_is_in_the_real_api() -> None:
     ],
 )
 def test_the_fake_takes_what_the_real_one_takes(fake: type, real: str) -> None:
-    module = pytest.importorskip("tensorrt_rtx")
-    for name, function in inspect.getmembers(fake, inspect.isfunction):
-        if name.startswith("_") or name in ("answer", "compute"):
-            continue
-        documented = getattr(getattr(module, real), name).__doc__ or ""
-        overloads = re.findall(rf"{name}\(self: [\w.:]+(.*?)\) ->", documented)
-        taken = [re.findall(r", (\w+): ", overload) for overload in overloads]
-        assert list(inspect.signature(function).parameters)[1:] in taken or any(
-            len(names) == len(inspect.signature(function).parameters) - 1 for names in taken
-        ), (name, documented)
+    held_against(fake, getattr(pytest.importorskip("tensorrt_rtx"), real))
+
+
+def test_so_does_its_runtime(bench: Bench) -> None:
+    try:
+        metadata.version("tensorrt-rtx-cu13")
+    except metadata.PackageNotFoundError:
+        pytest.skip("no TensorRT-RTX here")
+    probe = "import tensorrt_rtx as t; print(t.Runtime.{}.__doc__)"
+    documented = {
+        name: subprocess.run(
+            [sys.executable, "-c", probe.format(name)], capture_output=True, text=True, check=True
+        ).stdout
+        for name in ("get_engine_validity", "deserialize_cuda_engine")
+    }  # the fake stands in for the module in this process
+    stand_in = type(
+        "Runtime", (), {n: type("m", (), {"__doc__": d}) for n, d in documented.items()}
+    )
+    held_against(bench.trt.Runtime, stand_in)
+
+
+def test_a_profiler_is_what_tensorrt_asks_for() -> None:
+    """`trt_profile.py` implements IProfiler: the method that it overrides is the real one."""
+    real = pytest.importorskip("tensorrt_rtx")
+    keeper = trt_profile.profiler(real)
+    assert isinstance(keeper, real.IProfiler)
+    documented = real.IProfiler.report_layer_time.__doc__ or ""
+    (taken,) = re.findall(r"report_layer_time\(self: [\w.:]+(.*?)\) ->", documented)
+    names = re.findall(r", (\w+): ", taken)
+    assert list(inspect.signature(keeper.report_layer_time).parameters) == names
 
 
 def test_the_real_runtime_tells_of_a_header_without_a_gpu() -> None:
