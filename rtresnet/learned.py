@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from rtresnet import branches
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.records import from_json
 
@@ -31,12 +32,15 @@ class Learned:
         images: The training data's name.
         images_sha256: Their hash.
         n: Number of training images.
+        branches: How far each residual branch went on some of them (`branches.py`); empty where the
+            run has not ended yet.
     """
 
     scales: dict[str, float]
     images: str
     images_sha256: str
     n: int
+    branches: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -57,7 +61,7 @@ def unpack(text: str) -> Learned:
     """
     try:
         return checked(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{KEY}: damaged ({error})", fix="export the net anew") from None
 
 
@@ -65,9 +69,10 @@ def checked(record: Any) -> Learned:
     """A record's fields as what they should be.
 
     Raises:
-        TypeError: They are not.
+        TypeError, ValueError, AttributeError: They are not.
     """
     learned = from_json(Learned, record)
+    learned = dataclasses.replace(learned, branches=branches.checked(learned.branches))
     if not all(
         isinstance(name, str) and isinstance(scale, float) and scale > 0 and math.isfinite(scale)
         for name, scale in learned.scales.items()

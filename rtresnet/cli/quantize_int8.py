@@ -125,6 +125,7 @@ def _as_learned(
     found = Calibrated(
         model=model, scales={name: exact.scale(scale) for name, scale in learned.scales.items()},
         method=METHOD, own={}, ratios={}, outliers=[], mended=[], shifts={}, exactly=True,
+        branches=learned.branches,
     )  # fmt: skip
     about = {
         "images": learned.images,

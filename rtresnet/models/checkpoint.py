@@ -204,7 +204,7 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
         said = checkpoint.spec
         if not all(isinstance(tensor, Tensor) for tensor in checkpoint.state.values()):
             raise TypeError("state holds something else than tensors")
-    except (KeyError, TypeError, AttributeError, InputError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
     spec = zoo.spec(wanted) if wanted else said
     if spec.name != said.name:

@@ -269,7 +269,13 @@ class _Run:
         if accuracy.top5_percent is not None:
             measured["test_top5"] = accuracy.top5_percent
         weights = dataclasses.replace(best.weights, sha256=None, source=self.job.source.name)
-        final = dataclasses.replace(best, measured=measured, weights=weights, state=as_kept(net))
+        learned = best.learned
+        if learned is not None and isinstance(net, FakeQuantized):
+            seen = qat.extents(net.eval(), self._some_images(qat.CALIBRATION_IMAGES))
+            learned = dataclasses.replace(learned, branches=seen)
+        final = dataclasses.replace(
+            best, measured=measured, weights=weights, state=as_kept(net), learned=learned
+        )
         if self.world.first:
             checkpoint.save(path, final)
         return final

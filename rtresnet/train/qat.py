@@ -39,6 +39,8 @@ SMALLEST = torch.finfo(torch.float32).tiny
 At = Callable[[str, Tensor], Tensor]
 """What becomes of an activation where the file has a Q/DQ pair."""
 
+Made = Callable[[str, Tensor], None]
+
 Used = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """What becomes of weight and bias of an operation that reads the named activation."""
 
@@ -89,6 +91,7 @@ class FakeQuantized(nn.Module):
     Attributes:
         places: The activations that are quantized, as `qdq.placement` has them.
         scales: Of them, float32 [places].
+        branches: The float tensors that are added to the shortcuts, as `extents.py` has them.
     """
 
     def __init__(self, net: ResNet) -> None:
@@ -99,26 +102,40 @@ class FakeQuantized(nn.Module):
         self.places = tuple(found)
         self.scales = nn.Parameter(torch.ones(len(found)))
         self.uses = {(use.node, use.index) for uses in found.values() for use in uses}
+        kinds = {op.name: op.op_type for op in self.operations}
+        self.branches = tuple(
+            name
+            for op in self.operations
+            if op.op_type == "Add"
+            for index, name in enumerate(op.input)
+            if (op.name, 1 - index) in self.uses and kinds.get(name) == "Conv"
+        )
         # So that a tensor is freed when nothing reads it any more, as in the net itself.
         last = {name: number for number, op in enumerate(self.operations) for name in op.input}
         self.free: list[list[str]] = [[] for _ in self.operations]
         for name, number in last.items():
             self.free[number].append(name)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalized float images [N, 3, H, W] to logits [N, classes]."""
+    def forward(self, images: Tensor, made: Made | None = None) -> Tensor:
+        """Normalized float images [N, 3, H, W] to logits [N, classes].
+
+        Args:
+            images: float32, on the net's device.
+            made: Shown every operation's result.
+        """
         scales = dict(zip(self.places, exact_scales(self.scales).unbind(), strict=True))
         return self._run(
             images,
             lambda name, values: quantized(values, scales[name]),
             lambda name, weight, bias: rounded(weight, bias, scales[name]),
+            made,
         )
 
     def observe(self, images: Tensor, at: At) -> Tensor:
         """The same in float; `at` sees the activations that would be quantized."""
         return self._run(images, at, lambda name, weight, bias: (weight, bias))
 
-    def _run(self, images: Tensor, at: At, used: Used) -> Tensor:
+    def _run(self, images: Tensor, at: At, used: Used, made: Made | None = None) -> Tensor:
         values, taken = {INPUT: images}, dict[str, Tensor]()
         for operation, free in zip(self.operations, self.free, strict=True):
             inputs = []
@@ -130,6 +147,8 @@ class FakeQuantized(nn.Module):
                     taken[name] = at(name, values[name])
                 inputs.append(taken[name])
             values[operation.name] = self._operate(operation, inputs, used)
+            if made is not None:
+                made(operation.name, values[operation.name])
             for name in free:
                 del values[name]
                 taken.pop(name, None)
@@ -188,6 +207,26 @@ def calibrate(net: FakeQuantized, batches: Iterable[Tensor]) -> None:
         for images in batches:
             net.observe(images, look)
     net.set_scales({name: scale(mse(seen)) for name, seen in found.items()})
+
+
+def extents(net: FakeQuantized, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
+    """How far each branch goes: its lowest and highest value, 0 included.
+
+    Args:
+        net: In evaluation mode.
+        batches: float32 [N, 3, S, S], normalized, on the net's device.
+    """
+    found = dict.fromkeys(net.branches, (0.0, 0.0))
+
+    def look(name: str, values: Tensor) -> None:
+        if name in found:
+            low, high = found[name]
+            found[name] = min(low, float(values.min())), max(high, float(values.max()))
+
+    with torch.inference_mode():
+        for images in batches:
+            net(images, look)
+    return found
 
 
 def quantized(values: Tensor, scale: Tensor) -> Tensor:

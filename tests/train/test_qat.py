@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from rtresnet import learned
+from rtresnet import branches, learned
 from rtresnet.artifacts import read_sidecar
 from rtresnet.cli.main import main
 from rtresnet.errors import ArtifactError, InputError
@@ -24,6 +24,7 @@ from rtresnet.models import checkpoint, zoo
 from rtresnet.models.resnet import ResNet
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import exact, qdq
+from rtresnet.quantize.extents import Extents
 from rtresnet.quantize.simulate import noise_ratio, session
 from rtresnet.train import qat
 from rtresnet.train.distributed import ALONE
@@ -246,10 +247,28 @@ class TestTheFile:
         assert saved.learned is not None
         fp32 = onnx.load(tuned / "engines/resnet8.onnx")
         expected = qdq.insert(fp32, saved.learned.scales, exactly=True)
+        expected.metadata_props.add(key=branches.KEY, value=branches.pack(saved.learned.branches))
         assert onnx.load(tuned / "engines/resnet8-int8.onnx") == expected
         constants = {t.name: numpy_helper.to_array(t) for t in expected.graph.initializer}
         for name, scale in of_checkpoint(tuned / "runs/tuned/best.pt").named_scales().items():
             assert float(constants[f"{name}.scale"]) == exact.scale(scale)
+
+    def test_it_says_how_far_its_branches_went(self, tuned: Path) -> None:
+        """As the file itself computes them, on the images that the run took for it."""
+        fake = of_checkpoint(tuned / "runs/tuned/best.pt").eval()
+        fp32 = onnx.load(tuned / "engines/resnet8.onnx")
+        ends = Extents(fp32)
+        saved = checkpoint.load(tuned / "runs/tuned/best.pt")
+        assert saved.learned is not None
+        assert list(saved.learned.branches) == list(ends.found) == list(fake.branches)
+        assert all(low < 0 < high for low, high in saved.learned.branches.values())
+        batch = images(16)
+        found = qat.extents(fake, [batch[:7], batch[7:]])
+        model = onnx.load(tuned / "engines/resnet8-int8.onnx")
+        running = session(model, ends.outputs, ends.nodes)
+        ends.see(running.run(None, {"images": batch.numpy()}))
+        for name, pair in ends.found.items():
+            assert found[name] == pytest.approx(pair, rel=1e-5)
 
     def test_its_weights_are_those_that_were_trained(self, tuned: Path) -> None:
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
@@ -420,7 +439,9 @@ class TestRecords:
         assert learned.of({learned.KEY: learned.pack(record)}) == record
         assert learned.of({}) is None
         for text in ("", "[]", "{}", learned.pack(record)[:-9], learned.pack(record) + "}",
-                     learned.pack(dataclasses.replace(record, scales={"a": 0.0}))):  # fmt: skip
+                     learned.pack(dataclasses.replace(record, scales={"a": 0.0})),
+                     learned.pack(dataclasses.replace(record, branches={"a": (2.0, 1.0)})),
+                     ):  # fmt: skip
             with pytest.raises(ArtifactError, match="damaged"):
                 learned.unpack(text)
 
