@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +28,21 @@ def takes(
             calls.append(name)
 
     return Candidate(serve=serve, requests=["images"])
+
+
+def test_on_the_real_clock_no_request_is_shorter_than_its_service() -> None:
+    """benchmarks/bench_honesty.py holds how close they come; here, that seconds are seconds."""
+
+    def serve(request: object) -> None:
+        end = time.perf_counter() + 0.002
+        while time.perf_counter() < end:
+            pass
+
+    (found,) = measure([Candidate(serve=serve, requests=[0])], batch=4, seconds=0.5)
+    assert min(found.samples) >= 2.0 and found.latency.median < 200
+    assert 0.5 <= found.wall_seconds < 30
+    assert found.latency.images_per_second is not None
+    assert 4 / 0.2 < found.latency.images_per_second <= 4 / 0.002
 
 
 def test_latency_is_the_service_time_and_throughput_its_inverse() -> None:

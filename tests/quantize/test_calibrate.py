@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnx import numpy_helper
 
 from rtresnet.branches import KEY, unpack
 from rtresnet.errors import DataError, UnknownName
+from rtresnet.quantize import calibrate as calibrate_module
 from rtresnet.quantize import limits, qdq
 from rtresnet.quantize.calibrate import MOST_HELD, SMALL_HELD, calibrate, hold_back, observe
 from rtresnet.quantize.equalize import OUTLIER
@@ -136,6 +138,42 @@ def test_every_method_tells_how_far_each_branch_went(
         assert found.branches[tensor] == pytest.approx((low, high), rel=1e-5)
     written = {entry.key: entry.value for entry in found.quantized().metadata_props}
     assert unpack(written.get(KEY, "{}")) == found.branches
+
+
+@pytest.mark.parametrize("method", ["max", "auto"])
+def test_what_python_holds_does_not_grow_with_the_images(
+    method: str, model: onnx.ModelProto, tensors: list[str], images: Images
+) -> None:
+    """No batch is kept but those held back; benchmarks/calibration.py takes the whole process."""
+
+    def peak(count: int) -> int:
+        def batches() -> Iterator[np.ndarray]:
+            for seed in range(count):
+                yield images(32, 32, seed)
+
+        tracemalloc.start()
+        calibrate(model, tensors, batches, method)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(16)  # what is imported and cached on first use
+    few, many = peak(16), peak(96)  # 0.4 MB a batch, so 31 MB if all were kept
+    assert many - few < 2_000_000, (few, many)
+
+
+def test_a_single_tensor_may_get_a_range_of_its_own(
+    model: onnx.ModelProto, tensors: list[str], images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = images(48, 32, 5)
+    best = calibrate(model, tensors, lambda: [batch])
+    monkeypatch.setattr(calibrate_module, "SMALL_TRIES", 0)
+    for_all = calibrate(model, tensors, lambda: [batch])
+    assert best.own and not for_all.own and best.method == for_all.method
+    assert best.ratios["kept"] > for_all.ratios["kept"] + calibrate_module.GAIN
+    for name in tensors:
+        factor = best.own.get(name, 1.0)
+        assert best.scales[name] == pytest.approx(factor * for_all.scales[name])
 
 
 @pytest.mark.parametrize(("size", "most"), [(8, SMALL_HELD), (72, MOST_HELD)])
