@@ -79,20 +79,24 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
     """Holds the net against what is known of the targets.
 
     Raises:
-        InputError: A target refuses it: found on TensorRT-RTX 1.7, which says so after the build
-            only.
+        InputError: A target refuses it, or computes something else: found on TensorRT-RTX 1.7,
+            which says the first after the build only and the second not at all.
     """
     if "sm_75" not in targets:
         return
+    half = "leave sm_75 out, or give it a file and a plan of its own: rtresnet quantize --fp16"
+    if any(n.operation == "quantize" for n in nodes.values()):
+        raise InputError(
+            f"{source}: with sm_75 among its targets TensorRT-RTX computes INT8 convolutions in "
+            "FP16, for all of them",
+            fix=half,
+        )
     wide = [n.name for n in nodes.values() if n.operation == MATMUL and n.dtype == "FLOAT"]
-    if not wide:
-        return
-    quantized = any(n.operation == "quantize" for n in nodes.values())
-    again = "rtresnet quantize MODEL.onnx " + ("--int8 --rest fp16" if quantized else "--fp16")
-    raise InputError(
-        f"{source}: TensorRT-RTX has no FP32 matrix product for sm_75, which {wide[0]} is",
-        fix=f"leave sm_75 out, or make the file by: {again}",
-    )
+    if wide:
+        raise InputError(
+            f"{source}: TensorRT-RTX has no FP32 matrix product for sm_75, which {wide[0]} is",
+            fix=half,
+        )
 
 
 def whereabouts(message: str, nodes: Mapping[str, Node]) -> str:

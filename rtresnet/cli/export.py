@@ -75,6 +75,7 @@ def run(
     calib: str | None,
     calibrator: str,
     calib_images: int,
+    rest: str,
     batch: tuple[str, ...],
     target: tuple[str, ...],
     builder: str,
@@ -114,7 +115,13 @@ def run(
         if precision != "fp32":
             written.append(
                 quantize_file(
-                    base, precision, source, calib=calib, calibrator=calibrator, images=calib_images
+                    base,
+                    precision,
+                    source,
+                    calib=calib,
+                    calibrator=calibrator,
+                    images=calib_images,
+                    rest=rest,
                 )
             )
         if asked(takes, topk):

@@ -21,8 +21,15 @@ DATA_OR_LIST = "any data, a folder of images, or a list in a .txt file"
 
 
 def calibration_options(function: Any) -> Any:
-    """`--calib`, `--calibrator`, `--calib-images`."""
+    """`--calib`, `--calibrator`, `--calib-images`, `--rest`."""
     for option in (
+        click.option(
+            "--rest",
+            type=click.Choice(("fp32", "fp16")),
+            default="fp32",
+            show_default=True,
+            help="What INT8 kernels hand one another: fp16 for TensorRT, fp32 for CPUs too.",
+        ),
         click.option(
             "--calib-images",
             type=click.IntRange(min=1),
@@ -54,13 +61,6 @@ def calibration_options(function: Any) -> Any:
 @click.option("--fp16", "precision", flag_value="fp16")
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path), help="[MODEL-int8.onnx beside the source].")
-@click.option(
-    "--rest",
-    type=click.Choice(("fp32", "fp16")),
-    default="fp32",
-    show_default=True,
-    help="What INT8 kernels hand one another: fp16 for TensorRT, fp32 for CPUs too.",
-)
 @click.option("--eval", "data", metavar="SPEC", help="Hold --max-drop on these labelled images.")
 @click.option(
     "--max-drop",

@@ -66,8 +66,8 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     )  # fmt: skip
     exported = export.run(
         model=None, weights=trained["checkpoint"], fp32=True, fp16=True, int8=True, calib=DATA,
-        calibrator="auto", calib_images=512, batch=("1:8:32",), target=(), builder="rtx",
-        size=None, mean=None, std=None, out=out / "engines", no_plan=False,
+        calibrator="auto", calib_images=512, rest="fp32", batch=("1:8:32",), target=(),
+        builder="rtx", size=None, mean=None, std=None, out=out / "engines", no_plan=False,
     )  # fmt: skip
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]

@@ -18,6 +18,7 @@ from rtresnet import artifacts, storage
 from rtresnet.artifacts import Profile, Sidecar, read_sidecar, sidecar_path
 from rtresnet.build import engine, header, manifest, preflight
 from rtresnet.errors import ArtifactError, GateMissed, InputError
+from rtresnet.quantize import half
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -324,15 +325,34 @@ def test_unsigned_activations_are_refused_with_the_parsers_reason(
     assert ".q" in message
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "why"),
+    [
+        ("fp32", r"no FP32 matrix product for sm_75, which fc is"),
+        ("int8", r"computes INT8 convolutions in FP16, for all of them"),
+    ],
+)
+@pytest.mark.parametrize("targets", [("sm_75",), ("sm_75", "sm_89")])
 def test_what_sm_75_refuses_is_told_before_the_build(
-    onnx_file: OnnxFile, tmp_path: Path, precision: str
+    onnx_file: OnnxFile, tmp_path: Path, precision: str, why: str, targets: tuple[str, ...]
 ) -> None:
     phases: list[str] = []
-    out, rest = tmp_path / "net.plan", {"fp32": "--fp16", "int8": "--rest fp16"}[precision]
-    with pytest.raises(InputError, match=rf"sm_75, which fc is; leave sm_75 out.*{rest}"):
-        build(onnx_file("resnet8", precision), out, target=("sm_75",), progress=phases.append)
+    out = tmp_path / "net.plan"
+    with pytest.raises(InputError, match=rf"{why}; leave sm_75 out.*--fp16"):
+        build(onnx_file("resnet8", precision), out, target=targets, progress=phases.append)
     assert phases == ["parse"] and not list(tmp_path.iterdir())
+
+
+def test_beside_sm_75_int8_is_half_and_the_gate_sees_it(
+    onnx_file: OnnxFile, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the refusal above rests on. If this fails, TensorRT-RTX has learned INT8 for sm_75."""
+    monkeypatch.setattr(preflight, "check_targets", lambda *_: None)
+    source = tmp_path / "half.onnx"
+    publish(half.to_half(changed(onnx_file("resnet8", "int8"))), source, "int8")
+    with pytest.raises(GateMissed, match="int8 was asked for, and of 7 convolutions 7 take Half"):
+        build(source, tmp_path / "net.plan", target=("sm_75", "sm_89"))
+    build(source, tmp_path / "net.plan", target=("sm_89",))
 
 
 def test_sm_75_takes_fp16(onnx_file: OnnxFile, tmp_path: Path) -> None:

@@ -347,3 +347,18 @@ def test_quantize_says_which_calibration_it_replaces(
     assert "replaces" not in capsys.readouterr().err
     run(arguments, tmp_path)
     assert f"calibrated on {tints}" in capsys.readouterr().err
+
+
+def test_the_float_rest_of_an_int8_export_can_be_fp16(
+    trained: Path, tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--weights", str(trained / "best.pt"), "--int8", "--calib", tints]
+    assert main(["export", *arguments, "--rest", "fp16", "--target", "sm_89"]) == 0
+    types = {t.data_type for t in onnx.load("engines/resnet8-int8.onnx").graph.initializer}
+    assert {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8} <= types
+    sidecar = read_sidecar("engines/resnet8-int8.plan")
+    assert sidecar is not None and sidecar.plan is not None and sidecar.plan.attested is not None
+    assert sidecar.plan.targets == ("sm_89",) and set(sidecar.plan.attested.dtypes) == {"Int8"}
+    assert sidecar.calibration is not None and sidecar.calibration.rest == "fp16"
