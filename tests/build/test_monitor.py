@@ -18,7 +18,9 @@ from rtresnet.build import engine
 
 pytest.importorskip("tensorrt_rtx")
 
-# As `python -m rtresnet`, and says when the builder has begun.
+LONG = "determining refit engines"  # a phase of the builder's
+# As `python -m rtresnet`; says which phase the builder is in, and in the long one lets it wait for
+# the test, which a busy machine may hold up.
 WATCHED = """
 import sys
 from rtresnet.build import engine, monitor
@@ -27,6 +29,8 @@ real = monitor.run
 def run(trt, maker, network, config, progress):
     def told(phase):
         print(phase, flush=True)
+        if phase == "determining refit engines":
+            sys.stdin.readline()
         progress(phase)
     return real(trt, maker, network, config, told)
 monitor.run = run
@@ -41,18 +45,19 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(
     source, out = onnx_file("resnet50", "int8", 64), tmp_path / "plans" / "net.plan"
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, "build", str(source), "--out", str(out), "--builder=rtx"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.strip() == "determining refit engines":  # the long one
+        if line.strip() == LONG:
             break
     for _ in range(times):
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate("go on\n", timeout=60)
     # One that comes when Python has already ended is the system's: 130 to a shell, too.
     assert process.returncode in ((130,) if times == 1 else (130, -2)), complaint
     assert complaint.splitlines()[-1] == "interrupted" and "Traceback" not in complaint
