@@ -199,12 +199,25 @@ def publish(
 
     Returns:
         The sidecar as written.
+
+    Raises:
+        InputError: The name promises another kind of artifact.
     """
-    path = Path(path)
+    path = _named(path, sidecar)
     with storage.atomic_path(path) as temporary:
         write(temporary)
         size, digest = temporary.stat().st_size, storage.sha256(temporary)
     return _put_beside(path, sidecar, size, digest)
+
+
+def _named(path: str | os.PathLike[str], sidecar: Sidecar) -> Path:
+    if kind_of(path) != sidecar.kind:
+        suffixes = [suffix for suffix, kind in SUFFIXES.items() if kind == sidecar.kind]
+        raise InputError(
+            f"{path}: a name of kind {kind_of(path)}, and what would be there is {sidecar.kind}",
+            fix=f"choose a name that ends in {' or '.join(suffixes)}",
+        )
+    return Path(path)
 
 
 def publish_bytes(
@@ -224,6 +237,7 @@ def publish_bytes(
         written = beside.submit(temporary.write_bytes, data)
         hashed = beside.submit(hashlib.sha256, data)
         sidecar = describe()
+        _named(path, sidecar)
         size, digest = written.result(), hashed.result().hexdigest()
     return _put_beside(path, sidecar, size, digest)
 

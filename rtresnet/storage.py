@@ -15,6 +15,8 @@ from pathlib import Path
 
 from rtresnet.errors import ArtifactError, InputError
 
+NETS = (".onnx", ".plan", ".pt", ".pth", ".th")
+
 
 def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
     """The path, if it is a readable, non-empty file.
@@ -64,13 +66,20 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
     """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
 
     Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
-    before stays as it was.
+    before stays as it was. A link stays one, and the file it names is replaced.
 
     Args:
         path: What is replaced.
         durable: Holds when the power fails too, at the price of waiting for the disk.
+
+    Raises:
+        InputError: Something stands there that is no file.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file, and nothing that one could replace")
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -89,6 +98,17 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Writes UTF-8 text atomically; into a pipe or a device as it is.
+
+    Raises:
+        InputError: The name is that of a net: text there would be the end of it.
+    """
+    path = Path(path)
+    if path.suffix.lower() in NETS:
+        raise InputError(f"{path}: the name of a net, and this is text", fix="choose another name")
+    if path.is_fifo() or path.is_char_device():  # also /dev/stdout, and what `>(jq .)` names
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

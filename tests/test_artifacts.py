@@ -98,7 +98,8 @@ def make(path: Path, content: bytes = b"content", **changes: Any) -> Path:
     sidecar = dataclasses.replace(
         MINIMAL, made_by={"command": f"rtresnet make {path.name}"}, **changes
     )
-    publish(path, lambda temporary: temporary.write_bytes(content), sidecar)
+    named = dataclasses.replace(sidecar, kind=artifacts.kind_of(path))
+    publish(path, lambda temporary: temporary.write_bytes(content), named)
     return path
 
 
@@ -503,3 +504,17 @@ def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
     text = to_json(odd)
     assert "Infinity" not in text
     assert json.loads(text)["measured"] == {"parity": {"relative": None, "n": 3}}
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.plan"])
+def test_a_name_of_another_kind_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"what was there")
+    with pytest.raises(InputError, match=r"would be there is checkpoint; .* ends in \.pt"):
+        publish(tmp_path / name, lambda path: path.write_bytes(b"x"), MINIMAL)
+    data = memoryview(b"x")
+    with pytest.raises(InputError, match="would be there is checkpoint"):
+        publish_bytes(tmp_path / name, data, lambda: MINIMAL)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"what was there"

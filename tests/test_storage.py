@@ -3,11 +3,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from rtresnet import storage
+from rtresnet.errors import InputError
 from rtresnet.storage import atomic_path, write_text
 
 
@@ -70,3 +72,39 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(small_disk: Pa
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == b"old"
     assert names_in(small_disk) == ["a.bin"]
+
+
+def test_a_link_stays_one_and_its_file_is_replaced(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old")
+    link.symlink_to(real)
+    storage.write_text(link, "new")
+    assert link.is_symlink() and real.read_text() == "new"
+
+
+def test_a_pipe_is_written_through_and_stays_one(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    storage.write_text(pipe, "text")
+    reader.join(30)
+    assert read == ["text"] and pipe.is_fifo()
+    with pytest.raises(InputError, match="not a file"), storage.atomic_path(pipe):
+        raise AssertionError("it would have been replaced")
+
+
+def test_a_device_is_never_replaced() -> None:
+    before = Path(os.devnull).stat()
+    storage.write_text(os.devnull, "text")
+    with pytest.raises(InputError, match="not a file"), storage.atomic_path(os.devnull):
+        raise AssertionError("it would have been replaced")
+    assert Path(os.devnull).stat().st_rdev == before.st_rdev
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "NET.ONNX", "net.plan", "best.pt", "a.pth", "b.th"])
+def test_text_never_takes_the_place_of_a_net(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(InputError, match="the name of a net"):
+        storage.write_text(tmp_path / name, "{}")
+    assert (tmp_path / name).read_bytes() == b"weights"

@@ -25,7 +25,8 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
     """
     data = source.read_bytes()
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(data):
+    # The path is for weights that lie in a file beside it.
+    if not parser.parse(data, path=str(source)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         # Asked about a file that is not whole, the parser crashes.
         whole = any(error.node_operator() for error in errors)
@@ -35,6 +36,12 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
         )
     if not network.num_inputs or not network.num_outputs:  # of some other files it parses nothing
         raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
+    if min(tuple(network.get_input(0).shape)[1:], default=0) < 1:
+        raise ArtifactError(
+            f"{source}: takes {list(network.get_input(0).shape)}, and a plan needs all but the "
+            "batch fixed",
+            fix="export it with a fixed size, or give quantize --size",
+        )
     if any("UINT8 zero_point" in warning for warning in log.warnings):
         raise ArtifactError(
             f"{source}: quantized to uint8, which TensorRT would read as int8 without a word, and "

@@ -110,6 +110,16 @@ def err_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def given() -> set[str]:
+    """The parameters of the verb that runs which stand on its command line, by Python's names."""
+    context = click.get_current_context()
+    return {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+
+
 def say(line: str) -> None:
     """A line of the result, as it is."""
     click.echo(line, err=json_on_stdout())

@@ -160,7 +160,7 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
     Raises:
         ArtifactError: Not an ONNX file.
-        InputError: Its batch is fixed.
+        InputError: Its batch is fixed, or its weights are elsewhere.
     """
     from rtresnet import machine
     from rtresnet.errors import missing_package
@@ -176,6 +176,11 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     except Exception as error:  # protobuf's own, of no common base
         raise ArtifactError(f"{path}: not an ONNX file, or truncated") from error
     weights = {tensor.name for tensor in graph.initializer}
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
+        raise InputError(
+            f"{path}: its weights lie in a file beside it, and Triton would be given half a net",
+            fix="make one of both: onnx.save(onnx.load(FILE), WHOLE)",
+        )
 
     def read(values: Any) -> tuple[Tensor, ...]:
         found = []

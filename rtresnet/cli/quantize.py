@@ -96,6 +96,14 @@ def command(
     gate = Gate(data=data, max_drop=max_drop) if data else None
     if gate and precision == "fp16":
         raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
+    if not max_drop >= 0:
+        raise InputError(f"--max-drop {max_drop}: must be at least 0")
+    given = common.given()
+    if "max_drop" in given and not data:
+        raise InputError("--max-drop holds nothing without images", fix="add --eval SPEC")
+    for name in ("calib", "calibrator", "calib_images", "rest"):
+        if precision == "fp16" and name in given:
+            raise InputError(f"--{name.replace('_', '-')} is for INT8", fix="leave --fp16 out")
     written = quantize_file(
         source, precision, out, calib=calib, calibrator=calibrator, images=calib_images,
         gate=gate, rest=rest, contract=(size, mean, std),
@@ -145,6 +153,7 @@ def quantize_file(
             f"{source}: not an ONNX file, or truncated ({reason})", fix="rtresnet export"
         ) from error
     _require_plain(source, model, sidecar)
+    _settle_shape(source, model, contract[0])
     if sidecar is None:
         sidecar = _foreign(source, model, contract)
     if sidecar.precision != "fp32":
@@ -152,6 +161,8 @@ def quantize_file(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
     out = out or default_out(source, precision)
+    if out.exists() and out.samefile(source):
+        raise InputError(f"{out}: would replace its own source", fix="choose another --out")
     calibration, measured = None, dict[str, Any]()
     if precision == "fp16":
         from rtresnet.quantize import half
@@ -177,6 +188,24 @@ def quantize_file(
             made_by={},
         ),
     )
+
+
+def _settle_shape(source: Path, model: Any, size: int | None) -> None:
+    """Gives an input whose side is open the side that was said, and refuses a fixed batch."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    images = next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
+    dims = images.type.tensor_type.shape.dim
+    if len(dims) != 4:
+        return
+    if dims[0].dim_value:
+        raise InputError(
+            f"{source}: takes batches of {dims[0].dim_value} only; calibrating needs larger ones",
+            fix="export it again with an open batch (torch.onnx.export: dynamic_axes or "
+            "dynamic_shapes)",
+        )
+    for dim in dims[2:]:
+        if size is not None and not dim.dim_value:
+            dim.dim_value = size
 
 
 def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:

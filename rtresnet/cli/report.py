@@ -38,6 +38,8 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
             f"nothing to report: no {DEFAULT}/ here",
             fix="write results with: rtresnet bench ARTIFACT... --json bench.json",
         )
+    if markdown not in (None, "-") and Path(str(markdown)).resolve() == Path(out).resolve():
+        raise InputError(f"{out}: --out and --markdown name one file", fix="choose two names")
     found = reading.gather(results or (DEFAULT,))
     text = result_page.html(found, list(_engines(found)))
     storage.write_text(out, text)

@@ -245,6 +245,49 @@ def test_corrupt_images_are_named_and_too_many_stop(
     assert "cannot be decoded" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["quantize", "resnet8.onnx", "--calib", "none", "--out", "resnet8.onnx"],
+            "its own source",
+        ),
+        (["quantize", "resnet8.onnx", "--fp16", "--out", "x.plan"], "of kind plan"),
+        (["build", "resnet8.onnx", "--out", "resnet8.onnx"], "of kind onnx"),
+        (["inspect", "resnet8.onnx", "--json", "resnet8.onnx"], "the name of a net"),
+        (["models", "--json", "resnet8.onnx"], "the name of a net"),
+        (["report", "resnet8.onnx", "--out", "resnet8.onnx"], "the name of a net"),
+        (["report", "resnet8.onnx", "--out", "r.md", "--markdown", "r.md"], "name one file"),
+        (["quantize", "resnet8.onnx", "--calib", "none", "--max-drop", "1"], "add --eval"),
+        (["quantize", "resnet8.onnx", "--eval", "digits", "--max-drop", "nan"], "at least 0"),
+        (["quantize", "resnet8.onnx", "--fp16", "--calib", "digits"], "--calib is for INT8"),
+        (["quantize", "resnet8.onnx", "--fp16", "--rest", "fp16"], "--rest is for INT8"),
+        (["bench", "resnet8.onnx", "--tolerance", "5%"], "without --baseline"),
+    ],
+    ids=lambda value: "-".join(value[:4]) if isinstance(value, list) else None,
+)
+def test_nothing_is_overwritten_and_no_option_dropped_in_passing(
+    arguments: list[str],
+    words: str,
+    engines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("resnet8.onnx", "resnet8.onnx.json"):
+        shutil.copy(engines / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "build":
+        pytest.importorskip("tensorrt_rtx")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and words in said
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert kept == before
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     engines: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -329,3 +329,51 @@ def test_one_outlier_ruins_a_net_and_auto_saves_it(source: Path, tints: str) -> 
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None and sidecar.calibration is not None
     assert sidecar.measured["drop"]["points"] <= 0.5 and sidecar.calibration.kept == ()
+
+
+def reshaped(source: Path, out: Path, batch: int | str, side: int | str) -> Path:
+    """The file as somebody else's, its input with another shape."""
+    model = onnx.load(source)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    for dim, value in zip((dims[0], *dims[2:]), (batch, side, side), strict=True):
+        dim.Clear()
+        if isinstance(value, int):
+            dim.dim_value = value
+        else:
+            dim.dim_param = value
+    del model.graph.value_info[:]
+    onnx.save(model, out)
+    return out
+
+
+def test_a_fixed_batch_is_refused_with_the_way_out(
+    source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = reshaped(source, tmp_path / "fixed.onnx", 1, 32)
+    assert quantize(fixed, "--calib", tints, "--size", "32") == 2
+    assert "dynamic_axes" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_side_that_was_open_is_the_one_that_was_said(
+    source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    free = reshaped(source, tmp_path / "free.onnx", "n", "side")
+    assert main(["build", str(free), "--out", "free.plan"]) == 2
+    assert "all but the batch fixed" in capsys.readouterr().err.splitlines()[-1]
+    assert quantize(free, "--calib", tints, "--size", "32") == 0
+    assert main(["build", "free-int8.onnx"]) == 0
+    assert main(["bench", "free-int8.onnx", "--queries", "5"]) == 0
+
+
+def test_weights_in_a_file_beside_are_found_or_asked_for(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    split = tmp_path / "split.onnx"
+    onnx.save(onnx.load(source), split, save_as_external_data=True, location="split.onnx.data",
+              size_threshold=0)  # fmt: skip
+    assert main(["build", str(split), "--out", "split.plan"]) == 0
+    assert main(["package", str(split), "--triton", "store"]) == 2
+    assert "a file beside it" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("store").exists()
