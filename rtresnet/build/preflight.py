@@ -38,8 +38,8 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
         raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
     if min(tuple(network.get_input(0).shape)[1:], default=0) < 1:
         raise ArtifactError(
-            f"{source}: takes {list(network.get_input(0).shape)}, and a plan needs all but the "
-            "batch fixed",
+            f"{source}: takes {list(network.get_input(0).shape)}, and a plan needs [N, 3, S, S], "
+            "all but the batch fixed",
             fix="export it with a fixed size, or give quantize --size",
         )
     if any("UINT8 zero_point" in warning for warning in log.warnings):

@@ -86,9 +86,9 @@ def command(
     for name, given in (("p99", p99), ("plot", plot)):
         if given is not None:
             raise InputError(f"--{name} belongs to --find-batch or --find-qps")
+    allowed = bench_baseline.percent(tolerance)
     if "tolerance" in common.given() and options["baseline"] is None:
         raise InputError("--tolerance holds nothing without --baseline")
-    allowed = bench_baseline.percent(tolerance)
     result = run(paths, **options)
     show(result, intervals=intervals, trtexec=trtexec)
     recorded = result.pop("recorded", None)
