@@ -73,7 +73,7 @@ def run(
         maker = Predictor(artifact, **options)
     with contextlib.closing(maker):
         about = maker.about
-        listed = "\n".join(names).encode("utf-8", "surrogateescape")
+        listed = "\n".join(map(_version, names)).encode("utf-8", "surrogateescape")
         head = {
             "model": storage.sha256(artifact),
             **about.decisive(),
@@ -99,6 +99,15 @@ def run(
         "batch": about.batch,
         "top": about.top,
     } | about.where
+
+
+def _version(name: str) -> str:
+    """An image's name with what changes when its contents do."""
+    try:
+        found = Path(name).stat()
+    except OSError:
+        return name
+    return f"{name}\0{found.st_size}\0{found.st_mtime_ns}"
 
 
 def _fill(journal: Journal, maker: Maker, names: Sequence[str]) -> None:

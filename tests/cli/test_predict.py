@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -233,6 +234,13 @@ def test_what_was_not_finished_is_neither_lost_nor_mixed(
     shutil.copytree(folder, tmp_path / "moved")
     assert main(["predict", str(net), str(tmp_path / "moved"), *common_part]) == 2
     assert "another list of images" in last_line(capsys)
+    changed = folder / "a" / "001.png"
+    content, stat = changed.read_bytes(), changed.stat()
+    changed.write_bytes(content + b"\0")  # the same name, another image
+    assert predict("x.csv", "--resume") == 2
+    assert "another list of images" in last_line(capsys)
+    changed.write_bytes(content)
+    os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with part.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert predict("x.csv", "--resume") == 2
