@@ -203,21 +203,26 @@ def publish(
     Raises:
         InputError: The name promises another kind of artifact.
     """
-    path = _named(path, sidecar)
+    require_name(path, sidecar.kind)
+    path = Path(path)
     with storage.atomic_path(path) as temporary:
         write(temporary)
         size, digest = temporary.stat().st_size, storage.sha256(temporary)
     return _put_beside(path, sidecar, size, digest)
 
 
-def _named(path: str | os.PathLike[str], sidecar: Sidecar) -> Path:
-    if kind_of(path) != sidecar.kind:
-        suffixes = [suffix for suffix, kind in SUFFIXES.items() if kind == sidecar.kind]
+def require_name(path: str | os.PathLike[str], kind: str) -> None:
+    """Refuses a file name that promises another kind of artifact than `kind`.
+
+    Raises:
+        InputError: It does, or none at all.
+    """
+    if kind_of(path) != kind:
+        suffixes = [suffix for suffix, its in SUFFIXES.items() if its == kind]
         raise InputError(
-            f"{path}: a name of kind {kind_of(path)}, and what would be there is {sidecar.kind}",
+            f"{path}: a name of kind {kind_of(path)}, and what would be there is {kind}",
             fix=f"choose a name that ends in {' or '.join(suffixes)}",
         )
-    return Path(path)
 
 
 def publish_bytes(
@@ -237,7 +242,7 @@ def publish_bytes(
         written = beside.submit(temporary.write_bytes, data)
         hashed = beside.submit(hashlib.sha256, data)
         sidecar = describe()
-        _named(path, sidecar)
+        require_name(path, sidecar.kind)
         size, digest = written.result(), hashed.result().hexdigest()
     return _put_beside(path, sidecar, size, digest)
 

@@ -97,18 +97,34 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text atomically; into a pipe or a device as it is.
+def require_text_place(path: str | os.PathLike[str]) -> None:
+    """Refuses what no text can be written to, before there is any.
 
     Raises:
-        InputError: The name is that of a net: text there would be the end of it.
+        InputError: The name of a net, whose end that would be; a folder; or one that is not there
+            and cannot be written into.
     """
     path = Path(path)
     if path.suffix.lower() in NETS:
         raise InputError(f"{path}: the name of a net, and this is text", fix="choose another name")
+    if path.is_dir():
+        raise InputError(f"{path}: a folder", fix="name a file in it")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {there} cannot be written into", fix="choose another place")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text atomically; into a pipe or a device as it is.
+
+    Raises:
+        InputError: See `require_text_place`.
+    """
+    path = Path(path)
     if path.is_fifo() or path.is_char_device():  # also /dev/stdout, and what `>(jq .)` names
         with open(path, "w", encoding="utf-8") as stream:
             stream.write(text)
         return
+    require_text_place(path)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

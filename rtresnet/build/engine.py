@@ -103,6 +103,7 @@ def _build(
     timing_cache: str | os.PathLike[str] | None,
     progress: Callable[[str], None],
 ) -> Sidecar:
+    artifacts.require_name(out, "plan")
     trt = targets.builder(builder)
     if timing_cache is not None and hasattr(trt, "ComputeCapability"):
         raise InputError(

@@ -30,12 +30,24 @@ DATA_HELP = (
 )
 
 
+def text_place(context: click.Context, option: click.Parameter, given: Any) -> Any:
+    """An option's callback: a file of text is refused before what will be in it is computed."""
+    if given is not None and str(given) != "-":
+        from rtresnet import storage
+
+        place = Path(given)
+        if not place.is_fifo() and not place.is_char_device():
+            storage.require_text_place(place)
+    return given
+
+
 def json_option(function: F) -> F:
     """`--json FILE`: the result for machines; an unknown is null."""
     return click.option(
         "--json",
         "json_file",
         metavar="FILE",
+        callback=text_place,
         help="Write the result as JSON too (-: to stdout, and the tables to stderr).",
     )(function)
 

@@ -17,7 +17,9 @@ from rtresnet.preprocess import FLOAT
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="A plan's fused layers, and what did not fuse.")
-@click.option("--svg", metavar="FILE", help="Draw a plan's layers by stage.")
+@click.option(
+    "--svg", metavar="FILE", callback=common.text_place, help="Draw a plan's layers by stage."
+)
 @common.json_option
 def command(path: Path, layers: bool, svg: str | None, json_file: str | None) -> None:
     """Show an artifact, its whole chain, and a plan's header. Needs no GPU."""

@@ -206,8 +206,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
                 f"{ran} of {of} INT8 products ran in INT8; {result['provider']} computes the "
                 "others in float."
             )
-    for remark in result["environment"]["remarks"]:
-        lines.append(f"NOTE: {remark}; times are too long, and roofs look far away.")
+    if remarks := result["environment"]["remarks"]:
+        lines.append(f"NOTE: {'; '.join(remarks)}: times are too long, and roofs look far away.")
     roof = result["roof"]
     if roof:
         parts = [

@@ -139,6 +139,10 @@ def quantize_file(
     from rtresnet import artifacts, machine, storage
     from rtresnet.errors import missing_package
 
+    out = out or default_out(source, precision)
+    artifacts.require_name(out, "onnx")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out}: would replace its own source", fix="choose another --out")
     sidecar = artifacts.verify(storage.require_file(source, fix="make one with: rtresnet export"))
     if not machine.installed("onnx"):
         raise missing_package("onnx", "quantizing")
@@ -153,16 +157,13 @@ def quantize_file(
             f"{source}: not an ONNX file, or truncated ({reason})", fix="rtresnet export"
         ) from error
     _require_plain(source, model, sidecar)
-    _settle_shape(source, model, contract[0])
+    _settle_shape(source, model, contract[0], precision == "int8" and calib != "none")
     if sidecar is None:
         sidecar = _foreign(source, model, contract)
     if sidecar.precision != "fp32":
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
-    out = out or default_out(source, precision)
-    if out.exists() and out.samefile(source):
-        raise InputError(f"{out}: would replace its own source", fix="choose another --out")
     calibration, measured = None, dict[str, Any]()
     if precision == "fp16":
         from rtresnet.quantize import half
@@ -190,18 +191,25 @@ def quantize_file(
     )
 
 
-def _settle_shape(source: Path, model: Any, size: int | None) -> None:
-    """Gives an input whose side is open the side that was said, and refuses a fixed batch."""
+def _settle_shape(source: Path, model: Any, size: int | None, calibrates: bool) -> None:
+    """Gives an input whose side is open the side that was said; refuses what calibrates no images.
+
+    Args:
+        source: The file, for the message.
+        model: Changed.
+        size: Side in pixels, where it was said.
+        calibrates: Whether batches of images are to be run.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     images = next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
     dims = images.type.tensor_type.shape.dim
     if len(dims) != 4:
         return
-    if dims[0].dim_value:
+    if calibrates and dims[0].dim_value:
         raise InputError(
             f"{source}: takes batches of {dims[0].dim_value} only; calibrating needs larger ones",
             fix="export it again with an open batch (torch.onnx.export: dynamic_axes or "
-            "dynamic_shapes)",
+            "dynamic_shapes), or --calib none",
         )
     for dim in dims[2:]:
         if size is not None and not dim.dim_value:

@@ -229,7 +229,7 @@ def _tell(found: Calibrated, calibrator: str) -> list[dict[str, Any]]:
                 f"left as it is: {calibrator} takes the net as it is, --calibrator auto may not"
             )
         else:
-            remedy = "left as it is: it does not lie between two convolutions, and nothing else"
+            remedy = "left as it is: it does not go from one convolution to one other alone"
         count = len(outlier.channels)
         common.note(
             f"{outlier.tensor}: {count} of its channels set the range, up to {outlier.times:.0f} "

@@ -19,8 +19,16 @@ DEFAULT = "engines"
 
 @click.command("report", short_help="Make one page of what was measured.")
 @click.argument("results", nargs=-1, metavar="[RESULTS.json|ARTIFACT|FOLDER...]")
-@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
-@click.option("--markdown", metavar="FILE", help="The same as Markdown too (- for stdout).")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="report.html", show_default=True,
+    callback=common.text_place,
+)  # fmt: skip
+@click.option(
+    "--markdown",
+    metavar="FILE",
+    callback=common.text_place,
+    help="The same as Markdown too (- for stdout).",
+)
 def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     """Make one self-contained HTML page of what was measured.
 

@@ -269,18 +269,22 @@ def references(
     held, others = hold_back(batches)
     for _ in others:
         continue
-    return held, _reference(model, held, Extents(model))
+    return held, _reference(model, held)
 
 
-def _reference(model: onnx.ModelProto, held: Sequence[np.ndarray], extents: Extents) -> np.ndarray:
-    """The float net's logits; `extents` is shown the images too."""
+def _reference(
+    model: onnx.ModelProto, held: Sequence[np.ndarray], extents: Extents | None = None
+) -> np.ndarray:
+    """The float net's logits; `extents` is shown the images too, if they are wanted."""
     source, output = model.graph.input[0].name, model.graph.output[0].name
-    running = session(model, [output, *extents.outputs], extents.nodes)
+    nodes, ends = (extents.nodes, extents.outputs) if extents else ([], [])
+    running = session(model, [output, *ends], nodes)
     logits = []
     for images in held:
         first, *values = running.run(None, {source: images})
         logits.append(first)
-        extents.see(values)
+        if extents:
+            extents.see(values)
     if not all(np.isfinite(some).all() for some in logits):
         raise DataError(f"{output} is not finite on the calibration images")
     return np.concatenate(logits)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from rtresnet.quantize import qdq
+from rtresnet.quantize.places import branches
 
 
 class Extents:
@@ -28,7 +28,7 @@ class Extents:
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        names = _branches(model)
+        names = branches(model.graph.node, {tensor.name for tensor in model.graph.initializer})
         self.outputs = [f"{name}.{end}" for name in names for end in ("lowest", "highest")]
         self.nodes = [
             helper.make_node(operation, [name], [f"{name}.{end}"], keepdims=0)
@@ -42,16 +42,3 @@ class Extents:
         for index, (name, (low, high)) in enumerate(self.found.items()):
             lowest, highest = (float(value) for value in values[2 * index : 2 * index + 2])
             self.found[name] = min(low, lowest), max(high, highest)
-
-
-def _branches(model: onnx.ModelProto) -> list[str]:
-    """What is added to a shortcut, where a convolution makes it."""
-    makers = {out: node.op_type for node in model.graph.node for out in node.output}
-    shortcuts = {(use.node, use.index) for uses in qdq.placement(model).values() for use in uses}
-    return [
-        name
-        for node in model.graph.node
-        if node.op_type == "Add"
-        for index, name in enumerate(node.input)
-        if (node.name, 1 - index) in shortcuts and makers.get(name) == "Conv"
-    ]

@@ -75,6 +75,29 @@ def places(
     return found
 
 
+def branches(
+    nodes: Iterable[N], constants: Collection[str] = (), keep: Collection[str] = ()
+) -> list[str]:
+    """What is added to each quantized shortcut, where a convolution makes it; it stays float.
+
+    Args:
+        nodes: As `places` takes them.
+        constants: Likewise.
+        keep: Likewise.
+    """
+    nodes = list(nodes)
+    makers = {out: node.op_type for node in nodes for out in node.output}
+    found = places(nodes, constants, keep).values()
+    shortcuts = {(use.node, use.index) for uses in found for use in uses}
+    return [
+        name
+        for node in nodes
+        if node.op_type == "Add"
+        for index, name in enumerate(node.input)
+        if (node.name, 1 - index) in shortcuts and makers.get(name) == "Conv"
+    ]
+
+
 def shortcut_input(producers: Mapping[str, N], add: N) -> int:
     """Which input of a residual Add is the shortcut: the one with fewer convolutions behind it.
 

@@ -119,17 +119,18 @@ class OrtBackend:
         faithful: bool = False,
     ) -> None:
         ort = _onnxruntime()
+        served_by = openvino() if provider in ("auto", "openvino") else None
         if provider == "auto":
-            provider = "openvino" if openvino() is not None else "cpu"
+            provider = "openvino" if served_by else "cpu"
         if provider not in PROVIDERS:
             raise UnknownName("provider", provider, ["auto", *PROVIDERS])
-        about = PROVIDERS[provider]
-        if provider == "openvino":
-            about = openvino() or about
+        about = served_by or PROVIDERS[provider]
         self.provider = about.shown
         # Two builds may be installed on top of each other; the module is of one of them.
-        builds = [name for name in BUILDS if machine.version(name) == ort.__version__]
-        self.packages: tuple[str, ...] = (*builds[:1], *([about.package] if about.plugin else []))
+        builds = tuple(name for name in BUILDS if machine.version(name) == ort.__version__)
+        self.packages: tuple[str, ...] = (builds or BUILDS)[:1]
+        if about.plugin:
+            self.packages += (about.package,)
         self.device = "cpu"
         self.threads: int | None = None if about.gpu else threads or machine.cores()
         options = ort.SessionOptions()

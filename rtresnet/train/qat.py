@@ -30,7 +30,7 @@ from rtresnet.models.resnet import Add, ResNet
 from rtresnet.quantize.exact import ACTIVATION_BITS, WEIGHT_BITS, at_least, nearest
 from rtresnet.quantize.histogram import Histogram
 from rtresnet.quantize.limits import mse, scale
-from rtresnet.quantize.places import places
+from rtresnet.quantize.places import branches, places
 
 CALIBRATION_IMAGES = 512  # of the training images, for the scales to begin with
 TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
@@ -102,14 +102,7 @@ class FakeQuantized(nn.Module):
         self.places = tuple(found)
         self.scales = nn.Parameter(torch.ones(len(found)))
         self.uses = {(use.node, use.index) for uses in found.values() for use in uses}
-        kinds = {op.name: op.op_type for op in self.operations}
-        self.branches = tuple(
-            name
-            for op in self.operations
-            if op.op_type == "Add"
-            for index, name in enumerate(op.input)
-            if (op.name, 1 - index) in self.uses and kinds.get(name) == "Conv"
-        )
+        self.branches = tuple(branches(self.operations))
         # So that a tensor is freed when nothing reads it any more, as in the net itself.
         last = {name: number for number, op in enumerate(self.operations) for name in op.input}
         self.free: list[list[str]] = [[] for _ in self.operations]

@@ -318,3 +318,47 @@ def test_an_os_error_says_where(
     monkeypatch.setattr(module.cli, "main", refuse)
     assert main(["models"]) == 2
     assert capsys.readouterr().err == "error: /etc/secret: Permission denied\n"
+
+
+@pytest.mark.parametrize("verb", ["bench", "report", "inspect"])
+@pytest.mark.parametrize("place", ["folder", "net.onnx", "file/under/it.json"])
+def test_a_place_for_text_is_judged_before_the_work(
+    verb: str,
+    place: str,
+    engines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.chdir(tmp_path)
+    option = {"bench": "--json", "report": "--out", "inspect": "--svg"}[verb]
+    # The artifact is not there either: what is told first was looked at first.
+    assert main([verb, "nothing.onnx", option, place]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and place.split("/")[0] in said[0]
+
+
+def test_a_name_of_another_kind_is_refused_before_the_work(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = str(engines / "resnet8.onnx")
+    assert main(["quantize", net, "--calib", "digits", "--out", str(tmp_path / "x.plan")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "of kind plan" in said  # and not a word of calibrating
+
+
+def test_a_fixed_batch_is_no_matter_where_no_image_is_run(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    monkeypatch.chdir(tmp_path)
+    model = onnx.load(engines / "resnet8.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, "fixed.onnx")
+    said = ["quantize", "fixed.onnx", "--size", "32"]
+    assert main([*said, "--fp16"]) == 0
+    assert main([*said, "--calib", "none"]) == 0
+    assert main([*said, "--calib", "digits"]) == 2
