@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import bench_baseline, bench_find, bench_load, common
+from rtresnet.cli import bench_baseline, bench_find, bench_load, common, opening
 from rtresnet.cli.bench_show import show, where
 from rtresnet.errors import InputError
 
@@ -173,7 +173,7 @@ def _opened(
     with contextlib.ExitStack() as stack:
         sessions = [
             stack.enter_context(
-                common.open_session(target, targets, "cpu" if stand_in else device, options)
+                opening.open_session(target, targets, "cpu" if stand_in else device, options)
             )
             for target, stand_in in chosen
         ]

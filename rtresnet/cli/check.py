@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common
+from rtresnet.cli import common, opening
 from rtresnet.errors import DataError, GateMissed, InputError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _open(path: str, **options: Any) -> Subject:
 
 
 def _open_checkpoint(path: str, **options: Any) -> Subject:
-    opened = common.open_artifact(path, **options)
+    opened = opening.open_artifact(path, **options)
     return Subject(
         infer=opened.forward,
         prepare=opened.preprocess.normalize,

@@ -6,21 +6,18 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rtresnet.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
     from rtresnet.preprocess import Preprocess
-    from rtresnet.runtime.backend import Backend, TopK
-    from rtresnet.runtime.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -194,148 +191,6 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
             bar.update(task, completed=completed, description=description)
 
         yield update
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Opened:
-    """Any artifact, ready to run.
-
-    Attributes:
-        forward: What `preprocess.prepare` returns to float32 logits [N, classes], or of a top-K
-            file to indices and probabilities.
-        classes: Their names.
-        topk: How many classes an image the file gives; None where it gives logits.
-        where: Device, provider, threads and versions.
-        close: Gives memory back.
-    """
-
-    path: Path
-    forward: Callable[[np.ndarray], np.ndarray | TopK]
-    preprocess: Preprocess
-    classes: tuple[str, ...]
-    precision: str
-    where: dict[str, Any]
-    close: Callable[[], None]
-    topk: int | None = None
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """As `forward`; of a top-K file what its answer says of all classes (`metrics`)."""
-        from rtresnet import metrics
-        from rtresnet.runtime.backend import logits
-
-        found = self.forward(images)
-        if isinstance(found, tuple) and self.classes:
-            return metrics.from_best(*found, len(self.classes))
-        return logits(found, self.path)
-
-
-def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The device options that are `path`'s to follow, of several artifacts in one command.
-
-    `--provider` and `--threads` speak to the ONNX files among them; where there are none, they stay
-    and the plan refuses them.
-    """
-    from rtresnet import artifacts
-
-    kinds = [artifacts.kind_of(name) for name in paths]
-    if artifacts.kind_of(path) == "onnx" or "onnx" not in kinds:
-        return dict(options)
-    taken = {"provider"} if artifacts.kind_of(path) == "checkpoint" else {"provider", "threads"}
-    return {name: value for name, value in options.items() if name not in taken}
-
-
-def open_session(path: str, paths: Sequence[str], device: str, options: dict[str, Any]) -> Session:
-    """Any artifact behind the runtime's session, to be timed beside others; closes with it."""
-    from rtresnet import artifacts, storage
-    from rtresnet.runtime.session import Session, load
-
-    mine = options_for(path, paths, options)
-    storage.require_file(path, fix="make one with: rtresnet export")
-    if artifacts.kind_of(path) != "checkpoint":
-        return load(path, device=device, **mine)
-    opened = open_artifact(path, device=device, **mine)
-    return Session(Path(path), artifacts.read_sidecar(path), cast("Backend", opened.forward))
-
-
-def open_artifact(
-    path: str,
-    *,
-    device: str = "auto",
-    provider: str = "auto",
-    threads: int | None = None,
-    model: str | None = None,
-    size: int | None = None,
-    mean: str | None = None,
-    std: str | None = None,
-) -> Opened:
-    """Opens a checkpoint (in torch), an ONNX file or a plan (in the runtime)."""
-    from rtresnet import artifacts, storage
-
-    storage.require_file(path)
-    if artifacts.kind_of(path) == "checkpoint":
-        if provider != "auto":
-            raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
-        return _open_checkpoint(path, device, threads, model, size, mean, std)
-    from rtresnet.preprocess import UINT8, Preprocess
-    from rtresnet.runtime.session import load
-
-    session = load(path, device=device, provider=provider, threads=threads)
-    pixels = session.backend.layout == "nhwc"
-    if pixels and (mean or std):
-        raise InputError(
-            f"{path}: normalizes inside, so --mean and --std change nothing",
-            fix="leave them out, or use the file it was made from",
-        )
-    if session.sidecar is None and size is not None:
-        base = Preprocess.for_size(size, **({"layout": UINT8} if pixels else {}))
-    else:
-        base = session.preprocess
-    return Opened(
-        path=Path(path),
-        forward=session,
-        preprocess=preprocess_from(base, size, mean, std),
-        classes=session.sidecar.model.classes if session.sidecar else (),
-        precision=session.sidecar.precision if session.sidecar else "unknown",
-        where=session.describe(),
-        close=session.close,
-        topk=session.sidecar.topk if session.sidecar else None,
-    )
-
-
-def _open_checkpoint(
-    path: str,
-    device: str,
-    threads: int | None,
-    model: str | None,
-    size: int | None,
-    mean: str | None,
-    std: str | None,
-) -> Opened:
-    require_torch("reading a checkpoint")
-    import torch
-
-    from rtresnet import machine
-    from rtresnet.models import checkpoint
-    from rtresnet.models.reference import TorchBackend
-
-    place = torch_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = checkpoint.load(path, model=model)
-    return Opened(
-        path=Path(path),
-        forward=TorchBackend(loaded.net().to(place), loaded.input.size),
-        preprocess=preprocess_from(loaded.input, size, mean, std),
-        classes=loaded.model.classes,
-        precision="fp32",
-        where={
-            "device": machine.cpu() if place == "cpu" else torch.cuda.get_device_name(),
-            "provider": "torch",
-            "threads": torch.get_num_threads() if place == "cpu" else None,
-            "versions": machine.versions(("rtresnet", "numpy", "torch")),
-        },
-        close=lambda: None,
-    )
 
 
 def require_torch(purpose: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common
+from rtresnet.cli import common, opening
 from rtresnet.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def run(
     source = open_source(data, split)
     answers, classes, where = [], [], []
     for path in (reference, candidate):
-        opened = common.open_artifact(
-            path, **common.options_for(path, (reference, candidate), options)
+        opened = opening.open_artifact(
+            path, **opening.options_for(path, (reference, candidate), options)
         )
         found = loader.batches(
             source,

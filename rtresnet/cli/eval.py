@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common
+from rtresnet.cli import common, opening
 
 if TYPE_CHECKING:
     from rtresnet import metrics
@@ -90,7 +90,7 @@ def run(
     with contextlib.ExitStack() as stack:
         opened = []
         for path in artifacts:
-            opened.append(common.open_artifact(path, **options))
+            opened.append(opening.open_artifact(path, **options))
             stack.callback(opened[-1].close)
         _require_same_classes(opened)
         _require_all_probabilities(opened, protocol)
@@ -178,7 +178,7 @@ def _require_checkpoint(path: str) -> None:
     )
 
 
-def _member(opened: common.Opened, protocol: str, resize: int | None) -> Member:
+def _member(opened: opening.Opened, protocol: str, resize: int | None) -> Member:
     from rtresnet.errors import InputError
     from rtresnet.train.protocols import Member, dense_scales
 
@@ -204,7 +204,7 @@ def _member(opened: common.Opened, protocol: str, resize: int | None) -> Member:
     )
 
 
-def _require_all_probabilities(opened: Sequence[common.Opened], protocol: str) -> None:
+def _require_all_probabilities(opened: Sequence[opening.Opened], protocol: str) -> None:
     """Raises InputError where a mean needs probabilities that a top-K file keeps to itself."""
     from rtresnet import artifacts
     from rtresnet.errors import InputError
@@ -220,7 +220,7 @@ def _require_all_probabilities(opened: Sequence[common.Opened], protocol: str) -
             )
 
 
-def _require_same_classes(opened: Sequence[common.Opened]) -> None:
+def _require_same_classes(opened: Sequence[opening.Opened]) -> None:
     """Raises InputError where nets of an ensemble mean different things by a class's number."""
     from rtresnet.errors import InputError
 
@@ -241,6 +241,6 @@ def _require_same_classes(opened: Sequence[common.Opened]) -> None:
             )
 
 
-def _named(opened: common.Opened) -> bool:
+def _named(opened: opening.Opened) -> bool:
     """A foreign checkpoint's classes are numbers: they agree with any names."""
     return opened.classes != tuple(str(index) for index in range(len(opened.classes)))

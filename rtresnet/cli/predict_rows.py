@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.cli import common
+from rtresnet.cli import opening
 from rtresnet.errors import DataError, InputError
 
 TOP = 3
@@ -71,7 +71,7 @@ class Predictor:
         top: Classes a row; by default 3, or as many as the artifact has.
         batch: Images at a time; by default what suits the input's size and the device.
         decoders: Decoding threads; by default one a core.
-        options: As `common.open_artifact` takes them.
+        options: As `opening.open_artifact` takes them.
 
     Raises:
         InputError: The artifact gives fewer classes than `top`.
@@ -89,7 +89,7 @@ class Predictor:
         from rtresnet import artifacts
         from rtresnet.data import loader
 
-        self.opened = common.open_artifact(artifact, **options)
+        self.opened = opening.open_artifact(artifact, **options)
         on_gpu = self.opened.where.get("threads") is None
         self.batch = batch or (GPU_BATCH if on_gpu else loader.batch_size(self.opened.preprocess))
         self.decoders = decoders

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from rtresnet import machine
-from rtresnet.cli import common
+from rtresnet.cli import opening
 from rtresnet.cli.main import main
 from rtresnet.cli.predict_rows import Predictor
 from rtresnet.errors import InputError
@@ -388,9 +388,11 @@ class BestTwo:
         return indices, np.tile(np.array([[0.7, 0.2]], np.float32), (count, 1))
 
 
-def opened(forward: Callable[[np.ndarray], Any], **preprocess: Any) -> Callable[..., common.Opened]:
-    def open_artifact(path: str, **options: Any) -> common.Opened:
-        return common.Opened(
+def opened(
+    forward: Callable[[np.ndarray], Any], **preprocess: Any
+) -> Callable[..., opening.Opened]:
+    def open_artifact(path: str, **options: Any) -> opening.Opened:
+        return opening.Opened(
             path=Path(path),
             forward=forward,
             preprocess=Preprocess.for_size(32, **preprocess),
@@ -407,7 +409,7 @@ def test_a_file_that_takes_pixels_and_gives_the_best_classes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = BestTwo()
-    monkeypatch.setattr(common, "open_artifact", opened(net, layout=UINT8))
+    monkeypatch.setattr(opening, "open_artifact", opened(net, layout=UINT8))
     predictor = Predictor("x.onnx", top=2)
     ((row,),) = predictor.batches([str(folder / "a" / "000.png")])
     assert row.top == (("owl", 0.7), ("cat", 0.2))
@@ -426,7 +428,7 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_image(
         logits[0, 1] = value
         return logits
 
-    monkeypatch.setattr(common, "open_artifact", opened(forward))
+    monkeypatch.setattr(opening, "open_artifact", opened(forward))
     names = [str(folder / "a" / f"{index:03}.png") for index in range(2)]
     ((bad, good),) = Predictor("x.onnx").batches(names)
     assert bad.error == "the net's output is not finite" and bad.top == ()
