@@ -20,8 +20,8 @@ from pathlib import Path
 from common import markdown, rtresnet, save
 
 from rtresnet import machine
-from rtresnet.artifacts import Profile
 from rtresnet.build import engine
+from rtresnet.sidecar import Profile
 
 HEADINGS = ("net", "precision", "bare API s", "rtresnet s", "ratio", "of rounds", "n")
 BATCHES = (1, 8, 32)

@@ -2,7 +2,8 @@
 
 Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` beside it. It names the
 artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
-checked without opening anything but JSON. `rtresnet inspect X` prints it.
+checked without opening anything but JSON. `rtresnet inspect X` prints it. What stands in one:
+`sidecar.py`.
 
 Deliberately unaware of what is inside an artifact.
 """
@@ -19,153 +20,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rtresnet import machine, storage
 from rtresnet.errors import ArtifactError, InputError
-from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json, to_json
+from rtresnet.sidecar import SCHEMA, Link, Sidecar
 
-SCHEMA = 1
 KINDS = ("checkpoint", "onnx", "plan")
 SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "checkpoint"}
 SUFFIXES[".th"] = "checkpoint"
 
 # The command line being carried out, for `made_by`; from Python it is the script's own.
 command: ContextVar[Sequence[str]] = ContextVar("command", default=())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Which net: the name in the zoo, its variants, and what its outputs mean."""
-
-    architecture: str
-    classes: tuple[str, ...]
-    shortcut: str
-    stride_in: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Where the numbers came from. `origin` is untrained, trained, imagenet or file."""
-
-    origin: str
-    sha256: str | None = None
-    source: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """The artifact this one was made from; `file` is relative to the sidecar's folder."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """How the activation scales of an INT8 file were found.
-
-    Attributes:
-        images: The data's name.
-        kept: Nodes that were left in float, so that the accuracy holds.
-        rest: What is not INT8: "fp32" or "fp16".
-    """
-
-    method: str
-    images: str
-    images_sha256: str
-    n: int
-    scales: str
-    scales_sha256: str
-    kept: tuple[str, ...] = ()
-    rest: str = "fp32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """One optimization profile: smallest, best and largest batch."""
-
-    min: int
-    opt: int
-    max: int
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attestation:
-    """What the builder's own layer dump says of the engine. None: built before it was counted.
-
-    Attributes:
-        convolutions: Number of the net's convolutions.
-        dtypes: Input type (Int8, Half, Float) to the number of convolutions taking it.
-        layers: Number of layers after fusion.
-        stages: The same as `dtypes`, a stage (stem, layer1, ...).
-        adds: Number of residual Adds.
-        unfused_adds: Those that run in a layer of their own, by name.
-        requantizes: Layers that only bring a wider type to int8.
-        reformats: Layers that only move or convert.
-        rounds: Quantizers whose int8 leaves no layer: they cost accuracy and gain nothing.
-        activations: Bytes of activation memory, a profile.
-    """
-
-    convolutions: int
-    dtypes: dict[str, int]
-    layers: int
-    stages: dict[str, dict[str, int]] | None = None
-    adds: int | None = None
-    unfused_adds: tuple[str, ...] | None = None
-    requantizes: int | None = None
-    reformats: int | None = None
-    rounds: tuple[str, ...] | None = None
-    activations: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a serialized engine was built for; little of it can be read from the plan itself.
-
-    Attributes:
-        layers: The file that keeps the engine's fused layers.
-    """
-
-    builder: str
-    version: str
-    targets: tuple[str, ...]
-    profiles: tuple[Profile, ...]
-    seconds: float
-    attested: Attestation | None = None
-    layers: Link | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """The record beside an artifact. Unknown is None; `assumed` names what had to be guessed.
-
-    `topk` is how many classes a file gives, with their probabilities; None where it gives logits.
-    """
-
-    kind: str
-    file: str
-    model: Model
-    input: Preprocess
-    weights: Weights
-    precision: str
-    topk: int | None = None
-    assumed: tuple[str, ...] = ()
-    parent: Link | None = None
-    calibration: Calibration | None = None
-    plan: Plan | None = None
-    measured: dict[str, Any] = field(default_factory=dict)
-    made_by: dict[str, str] = field(default_factory=dict)
-    sha256: str = ""
-    bytes: int = 0
-    schema: int = SCHEMA
 
 
 def sidecar_path(path: str | os.PathLike[str]) -> Path:

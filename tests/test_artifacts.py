@@ -14,14 +14,6 @@ import pytest
 
 from rtresnet import artifacts
 from rtresnet.artifacts import (
-    Attestation,
-    Calibration,
-    Link,
-    Model,
-    Plan,
-    Profile,
-    Sidecar,
-    Weights,
     chain,
     link_to,
     publish,
@@ -34,6 +26,7 @@ from rtresnet.artifacts import (
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json, to_json
+from rtresnet.sidecar import Attestation, Calibration, Link, Model, Plan, Profile, Sidecar, Weights
 
 MODEL = Model(architecture="resnet20", classes=("cat", "chat"), shortcut="A", stride_in="3x3")
 MINIMAL = Sidecar(

@@ -16,6 +16,7 @@ BASE = {
     "errors",
     "blocks",
     "artifacts",
+    "sidecar",
     "storage",
     "preprocess",
     "metrics",

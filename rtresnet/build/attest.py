@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rtresnet.artifacts import Attestation
 from rtresnet.build.layers import KERNELS, Layer
 from rtresnet.build.nodes import ADD, CONVOLUTION, Node
+from rtresnet.sidecar import Attestation
 
 UNKNOWN = "unknown"
 

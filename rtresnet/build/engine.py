@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet import artifacts, records, storage
-from rtresnet.artifacts import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 from rtresnet.build import attest, header, layers, manifest, monitor, nodes, preflight, targets
 from rtresnet.build.layers import Layer, Layers
 from rtresnet.build.nodes import ADD, CONVOLUTION, Node
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
+from rtresnet.sidecar import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 
 EXPECTED = {"int8": "Int8", "fp16": "Half", "fp32": "Float"}
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # one a profile

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtresnet import storage
-from rtresnet.artifacts import Sidecar
 from rtresnet.build.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, STEM, WEIGHTS, Node
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.records import from_json
+from rtresnet.sidecar import Sidecar
 
 SCHEMA = 1
 # What computes a convolution: `correlation`, or for some of 1x1 a matrix product.

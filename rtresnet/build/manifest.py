@@ -13,8 +13,8 @@ import os
 from typing import Any
 
 from rtresnet import machine
-from rtresnet.artifacts import Profile, Sidecar
 from rtresnet.errors import InputError
+from rtresnet.sidecar import Profile, Sidecar
 
 LIMIT = 4095
 KEY = b'{"rtresnet":'

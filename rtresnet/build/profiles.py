@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rtresnet.artifacts import Profile
 from rtresnet.errors import InputError
+from rtresnet.sidecar import Profile
 
 DEFAULT = "1:8:32"
 

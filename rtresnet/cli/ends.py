@@ -13,7 +13,7 @@ from rtresnet.cli import common
 from rtresnet.errors import ArtifactError, InputError, missing_package
 
 if TYPE_CHECKING:
-    from rtresnet.artifacts import Sidecar
+    from rtresnet.sidecar import Sidecar
 
 INPUTS = ("float32-nchw", "uint8-nhwc")
 

@@ -215,6 +215,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
         raise missing_package("onnx", "export")
     from rtresnet.export import fold, verify
     from rtresnet.export.onnx import to_onnx
+    from rtresnet.sidecar import Sidecar
 
     net = checkpoint.net()
     with common.progress(f"exporting {path}"):
@@ -245,7 +246,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
     return artifacts.publish(
         path,
         lambda temporary: temporary.write_bytes(data),
-        artifacts.Sidecar(
+        Sidecar(
             kind="onnx",
             file=path.name,
             model=checkpoint.model,

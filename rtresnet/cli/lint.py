@@ -16,9 +16,9 @@ from rtresnet.errors import ArtifactError, GateMissed, InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rtresnet.artifacts import Sidecar
     from rtresnet.quantize.findings import Finding
     from rtresnet.quantize.repair import Repair
+    from rtresnet.sidecar import Sidecar
 
 WIDTH = 80
 NAMED = 3  # nodes that are named of all that break one rule in one way

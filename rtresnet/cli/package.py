@@ -11,8 +11,8 @@ from rtresnet.cli import common
 from rtresnet.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
-    from rtresnet.artifacts import Profile, Sidecar
     from rtresnet.serve.triton import Tensor
+    from rtresnet.sidecar import Profile, Sidecar
 
 LARGEST = 32  # of an ONNX file, which has no profile to say
 

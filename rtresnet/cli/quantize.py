@@ -12,8 +12,8 @@ from rtresnet.cli import common
 from rtresnet.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
-    from rtresnet.artifacts import Calibration, Sidecar
     from rtresnet.cli.quantize_gate import Gate
+    from rtresnet.sidecar import Calibration, Sidecar
 
 Contract = tuple["int | None", "str | None", "str | None"]
 """What the options say of size, mean and std."""
@@ -235,8 +235,9 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     """The record of an ONNX file that somebody else made."""
-    from rtresnet import artifacts, storage
+    from rtresnet import storage
     from rtresnet.preprocess import Preprocess
+    from rtresnet.sidecar import Model, Sidecar, Weights
 
     size, mean, std = contract
     if size is None:
@@ -248,17 +249,17 @@ def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     if not shape or not shape[-1].dim_value:
         raise ArtifactError(f"{source}: its output has no fixed number of classes")
     digest = storage.sha256(source)
-    return artifacts.Sidecar(
+    return Sidecar(
         kind="onnx",
         file=source.name,
-        model=artifacts.Model(
+        model=Model(
             architecture="unknown",
             classes=tuple(str(index) for index in range(shape[-1].dim_value)),
             shortcut="none",
             stride_in="3x3",
         ),
         input=common.preprocess_from(Preprocess.for_size(size), size, mean, std),
-        weights=artifacts.Weights(origin="file", sha256=digest, source=source.as_posix()),
+        weights=Weights(origin="file", sha256=digest, source=source.as_posix()),
         precision="fp32",
         sha256=digest,
     )

@@ -15,11 +15,11 @@ from rtresnet.errors import ArtifactError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.artifacts import Calibration, Sidecar
     from rtresnet.cli.quantize_gate import Gate
     from rtresnet.learned import Learned
     from rtresnet.preprocess import Preprocess
     from rtresnet.quantize.calibrate import Calibrated
+    from rtresnet.sidecar import Calibration, Sidecar
 
 CALIB = Path("calib")
 RANDOM_IMAGES = 32
@@ -52,10 +52,11 @@ def int8(
     Returns:
         The quantized model, how it was calibrated, and what was measured.
     """
-    from rtresnet import artifacts, learned, storage
+    from rtresnet import learned, storage
     from rtresnet.cli import quantize_gate
     from rtresnet.quantize import calibrate, qdq, scales
     from rtresnet.quantize.prepare import prepare
+    from rtresnet.sidecar import Calibration
 
     model = prepare(model)
     learned_scales = learned.of({entry.key: entry.value for entry in model.metadata_props})
@@ -101,7 +102,7 @@ def int8(
         result, kept, measured = passed.model, passed.kept, passed.measured
     if outliers:
         measured |= {"outliers": outliers}
-    calibration = artifacts.Calibration(
+    calibration = Calibration(
         method=found.method,
         images=name,
         images_sha256=fingerprint,
@@ -157,8 +158,9 @@ def _uncalibrated(
     found: Calibrated, about: dict[str, Any], sidecar: Sidecar, out: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """What is left to do once there are scales that no image was run for."""
-    from rtresnet import artifacts, storage
+    from rtresnet import storage
     from rtresnet.quantize import scales
+    from rtresnet.sidecar import Calibration
 
     model, path = _with_rest(found.quantized(), rest), CALIB / f"{out.stem}.json"
     more = {
@@ -166,7 +168,7 @@ def _uncalibrated(
         "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
     }
     scales.write(path, found, about | more)
-    calibration = artifacts.Calibration(
+    calibration = Calibration(
         method=found.method,
         images=about["images"],
         images_sha256=about["images_sha256"],

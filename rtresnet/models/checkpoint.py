@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from rtresnet import artifacts, learned, storage
-from rtresnet.artifacts import Calibration, Model, Sidecar, Weights
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.models import zoo
 from rtresnet.models.foreign import adopt, recognize
 from rtresnet.models.resnet import ResNet
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json
+from rtresnet.sidecar import Calibration, Model, Sidecar, Weights
 
 FORMAT = 1
 

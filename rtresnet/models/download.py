@@ -14,9 +14,9 @@ import urllib.request
 from pathlib import Path
 
 from rtresnet import storage
-from rtresnet.artifacts import Weights
 from rtresnet.errors import InputError
 from rtresnet.models.checkpoint import Checkpoint, load
+from rtresnet.sidecar import Weights
 
 # torchvision's IMAGENET1K_V1 files; the eight digits in a name begin the file's sha256.
 WEIGHTS_URL = "https://download.pytorch.org/models/"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.artifacts import Profile
 from rtresnet.errors import ArtifactError
+from rtresnet.sidecar import Profile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import importlib
 import os
 
 from rtresnet import artifacts, machine
-from rtresnet.artifacts import Sidecar
 from rtresnet.errors import ArtifactError, EnvironmentLack
+from rtresnet.sidecar import Sidecar
 
 BUILDERS = ("tensorrt_rtx", "tensorrt")
 

@@ -18,10 +18,10 @@ from types import TracebackType
 import numpy as np
 
 from rtresnet import artifacts, machine, storage
-from rtresnet.artifacts import Sidecar
 from rtresnet.errors import InputError, UnknownName
 from rtresnet.preprocess import Preprocess
 from rtresnet.runtime.backend import Backend, TopK, logits
+from rtresnet.sidecar import Sidecar
 
 DEVICES = ("auto", "cpu", "cuda")
 

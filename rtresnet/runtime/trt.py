@@ -21,16 +21,17 @@ from typing import Any, Literal
 import numpy as np
 
 from rtresnet import machine
-from rtresnet.artifacts import Sidecar
 from rtresnet.errors import EnvironmentLack, InputError, missing_package
 from rtresnet.runtime.arguments import make_results, take
 from rtresnet.runtime.complaints import Complaints, logger
+from rtresnet.runtime.configs import configure
 from rtresnet.runtime.cuda import open_cuda
 from rtresnet.runtime.ends import Ends
 from rtresnet.runtime.ends import read as read_ends
 from rtresnet.runtime.fits import check_compatible
 from rtresnet.runtime.lanes import Lane, Span
 from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
+from rtresnet.sidecar import Sidecar
 
 
 class TrtBackend:
@@ -89,7 +90,6 @@ class TrtBackend:
         self._last_lane: Lane | None = None
         self._engine: Any = None
         self._cache: KernelCache | None = None
-        self._by_hand: bool | None = False
         self._built_in = False
         try:
             with self._cuda.active():
@@ -125,10 +125,20 @@ class TrtBackend:
             contexts * ends.lane_bytes,
             f"{contexts} x activations and buffers for batches of up to {ends.largest}",
         )
-        config, plain = self._configure(trt, engine, graphs, cache)
+        configs = configure(
+            trt, engine, self._must,
+            graphs=graphs,
+            binding_has_graphs=cuda.graphs,
+            kernels_beside=self.path if cache else None,
+        )  # fmt: skip
+        self._built_in, self._cache = configs.built_in, configs.cache
+        self._complaints.clear()  # of what a cache that does not fit made it say
+        self._stack.callback(self._forget, [configs.cache])
+        ours_config, theirs_config, by_hand = configs.ours, configs.theirs, configs.by_hand
+        del configs  # what makes contexts must not hold the cache
 
         def make_context(profile: int, scratch: int, stream: int, ours: bool) -> Any:
-            context = engine.create_execution_context(config if ours else plain)
+            context = engine.create_execution_context(ours_config if ours else theirs_config)
             self._must(context, "create_execution_context")
             if scratch:
                 context.set_device_memory(scratch, ends.scratch)
@@ -143,7 +153,7 @@ class TrtBackend:
                 ends,
                 make_context,
                 self._must,
-                graphs=self._by_hand,
+                graphs=by_hand,
                 stack=self._stack,
             )
             self._lanes.append(lane)
@@ -157,53 +167,6 @@ class TrtBackend:
         self.input_dtype: np.dtype[Any] = ends.input.dtype
         self.layout: Literal["nchw", "nhwc"] = "nchw" if row[0] == 3 else "nhwc"
         self.size: int | None = row[1]
-
-    def _config(self, trt: Any, engine: Any) -> Any:
-        config = engine.create_runtime_config()
-        self._must(config, "create_runtime_config")
-        config.set_execution_context_allocation_strategy(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
-        return config
-
-    def _configure(
-        self, trt: Any, engine: Any, graphs: bool | None, cache: bool
-    ) -> tuple[Any, Any]:
-        """How contexts are made: those of our own addresses, and those of the callers'."""
-        config = self._config(trt, engine)
-        if not hasattr(trt, "IRuntimeCache"):
-            possible = self._cuda.graphs
-            if graphs and not possible:
-                raise EnvironmentLack(
-                    "CUDA graphs were asked for, and this CUDA binding has none",
-                    fix="leave RTRESNET_CUDA unset and pip install cuda-python",
-                )
-            self._by_hand = graphs if possible else False
-            return config, config
-        # A graph is of fixed addresses; where they are the callers' own each call brings others.
-        plain = self._config(trt, engine)
-        # The default first runs fallback kernels: whatever is timed meanwhile is not the engine.
-        kernels = trt.DynamicShapesKernelSpecializationStrategy
-        for each in (config, plain):
-            each.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
-        if graphs is not False:
-            whole = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            config.cuda_graph_strategy = whole
-            self._built_in = config.cuda_graph_strategy == whole  # the binding drops a refusal
-            if graphs and not self._built_in:
-                raise EnvironmentLack(
-                    f"{self.path}: CUDA graphs were asked for, and {self.provider} takes none on "
-                    f"{self.device}",
-                    fix="leave graphs out",
-                )
-        if cache:
-            kept = self._cache = KernelCache(config, self.path)
-            self._must(kept.cache, "create_runtime_cache")
-            for each in (config, plain):
-                self._must(each.set_runtime_cache(kept.cache), "set_runtime_cache")
-            self._complaints.clear()  # of what a cache that does not fit made it say
-            self._stack.callback(self._forget, [kept])
-        return config, plain
 
     @property
     def graphs(self) -> str:

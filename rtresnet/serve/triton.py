@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtresnet import artifacts, storage
-from rtresnet.artifacts import Profile, Sidecar
 from rtresnet.errors import InputError
+from rtresnet.sidecar import Profile, Sidecar
 
 TYPES = {
     "float32": "TYPE_FP32",

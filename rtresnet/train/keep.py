@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from rtresnet import storage
-from rtresnet.artifacts import Model, Weights
 from rtresnet.errors import InputError
 from rtresnet.learned import Learned
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
+from rtresnet.sidecar import Model, Weights
 from rtresnet.train.distributed import World
 from rtresnet.train.job import Job
 from rtresnet.train.qat import FakeQuantized

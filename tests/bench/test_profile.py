@@ -140,8 +140,8 @@ def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not machine.gpus(), reason="no GPU")
 def test_a_plans_layers_add_up_on_a_gpu(net_file: Net, tmp_path: Path) -> None:
-    from rtresnet.artifacts import Profile
     from rtresnet.build import engine
+    from rtresnet.sidecar import Profile
 
     plan = tmp_path / "net.plan"
     builder = "tensorrt" if machine.installed("tensorrt") else "rtx"

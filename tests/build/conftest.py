@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from rtresnet import artifacts
-from rtresnet.artifacts import Profile, Sidecar, Weights
 from rtresnet.build import engine
 from rtresnet.build.nodes import Node
 from rtresnet.export.fold import fold
@@ -22,6 +21,7 @@ from rtresnet.export.onnx import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import calibrate, half, qdq
+from rtresnet.sidecar import Profile, Sidecar, Weights
 
 Publish = Callable[[onnx.ModelProto, Path, str], Sidecar]
 

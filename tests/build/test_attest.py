@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from rtresnet.artifacts import Attestation, Profile, Sidecar
 from rtresnet.build import attest, engine, layers
 from rtresnet.build.nodes import Node
 from rtresnet.errors import GateMissed
+from rtresnet.sidecar import Attestation, Profile, Sidecar
 
 OnnxFile = Callable[..., Path]
 PROFILE = Profile(min=1, opt=4, max=8)

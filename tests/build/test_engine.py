@@ -15,10 +15,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet import artifacts, storage
-from rtresnet.artifacts import Profile, Sidecar, read_sidecar, sidecar_path
+from rtresnet.artifacts import read_sidecar, sidecar_path
 from rtresnet.build import engine, header, manifest, preflight
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.quantize import half
+from rtresnet.sidecar import Profile, Sidecar, Weights
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -402,7 +403,7 @@ def test_a_foreign_file_without_sidecar_builds(tmp_path: Path) -> None:
     assert sidecar.model.architecture == "unknown"
     assert sidecar.model.classes == ("0", "1", "2", "3")
     assert (sidecar.input.size, sidecar.precision) == (80, "unknown")
-    assert sidecar.weights == artifacts.Weights(
+    assert sidecar.weights == Weights(
         origin="file", sha256=storage.sha256(source), source=str(source)
     )
     assert sidecar.plan is not None and sidecar.plan.attested is not None
@@ -455,7 +456,7 @@ def test_the_sidecar_of_a_plan_is_plain_json(plan: Path) -> None:
 BUILD_AFTER_A_FAILURE = """
 import gc, sys
 from pathlib import Path
-from rtresnet.artifacts import Profile
+from rtresnet.sidecar import Profile
 from rtresnet.build import engine
 from rtresnet.errors import ArtifactError
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
-from rtresnet.artifacts import Sidecar, read_sidecar
+from rtresnet.artifacts import read_sidecar
 from rtresnet.build import engine, layers, manifest, nodes
 from rtresnet.errors import ArtifactError, InputError
+from rtresnet.sidecar import Sidecar
 
 
 def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
@@ -116,7 +117,7 @@ def test_a_plan_without_a_dump_has_no_layer_file(
 ) -> None:
     """As TensorRT builds; an earlier file of layers must not seem to belong to it."""
     pytest.importorskip("tensorrt_rtx")
-    from rtresnet.artifacts import Profile
+    from rtresnet.sidecar import Profile
 
     out = tmp_path / "net.plan"
     options = {"profiles": [Profile(min=1, opt=4, max=8)], "builder": "rtx"}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rtresnet import artifacts
-from rtresnet.artifacts import Profile
 from rtresnet.build import engine
+from rtresnet.sidecar import Profile
 
 pytest.importorskip("tensorrt_rtx")
 

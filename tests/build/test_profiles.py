@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rtresnet.artifacts import Profile
 from rtresnet.build.profiles import DEFAULT, parse
 from rtresnet.errors import InputError
+from rtresnet.sidecar import Profile
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from rtresnet import artifacts
-from rtresnet.artifacts import Plan, Profile
 from rtresnet.cli.main import main
+from rtresnet.sidecar import Plan, Profile
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from rtresnet.models.checkpoint import Checkpoint, load, save, untrained
 from rtresnet.models.foreign import recognize
 from rtresnet.models.resnet import BasicBlock, ResNet
 from rtresnet.preprocess import IMAGENET_MEAN, Preprocess
+from rtresnet.sidecar import Weights
 
 State = dict[str, Tensor]
 SMALL = Preprocess.for_size(32)
@@ -126,11 +127,9 @@ def test_class_names_and_input_contract_travel_with_the_file(tmp_path: Path) -> 
 
 def test_trained_weights_are_known_by_the_hash_of_their_file(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
-    save(path, dataclasses.replace(ours(), weights=artifacts.Weights(origin="trained")))
+    save(path, dataclasses.replace(ours(), weights=Weights(origin="trained")))
     found = load(path).weights
-    assert found == artifacts.Weights(
-        origin="trained", sha256=storage.sha256(path), source=str(path)
-    )
+    assert found == Weights(origin="trained", sha256=storage.sha256(path), source=str(path))
 
 
 def test_a_file_that_is_not_the_one_of_its_sidecar_is_refused(tmp_path: Path) -> None:
@@ -314,7 +313,7 @@ def test_torchvisions_file_is_recognized(tmp_path: Path) -> None:
     assert found.model.classes == tuple("0123456")
     assert found.input == Preprocess(size=224, resize=256)
     assert found.input.mean == IMAGENET_MEAN
-    assert found.weights == artifacts.Weights(
+    assert found.weights == Weights(
         origin="file", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), source=str(path)
     )
     assert_same(found.state, state)
@@ -543,7 +542,7 @@ def test_untrained_weights_say_so_and_follow_from_the_seed() -> None:
     before = torch.random.get_rng_state()
     first, same, other = ours(), ours(), untrained(zoo.spec("resnet8"), SMALL, seed=1)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert first.weights == artifacts.Weights(origin="untrained")
+    assert first.weights == Weights(origin="untrained")
     assert_same(first.state, same.state)
     assert not torch.equal(first.state["conv1.weight"], other.state["conv1.weight"])
 
@@ -622,7 +621,7 @@ def test_the_imagenet_weights_come_from_the_mirror_and_then_from_the_cache(
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
     assert found.spec == zoo.spec("resnet18")
     assert found.input == Preprocess(size=224, resize=256)
-    assert found.weights == artifacts.Weights(origin="imagenet", sha256=digest, source=source.name)
+    assert found.weights == Weights(origin="imagenet", sha256=digest, source=source.name)
     assert_same(found.state, state)
     source.unlink()
     assert public.imagenet("resnet18").weights == found.weights

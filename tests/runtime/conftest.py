@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from rtresnet import artifacts
-from rtresnet.artifacts import Sidecar, Weights
 from rtresnet.export.fold import fold
 from rtresnet.export.onnx import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import calibrate, half, qdq
+from rtresnet.sidecar import Sidecar, Weights
 
 Images = Callable[..., np.ndarray]
 

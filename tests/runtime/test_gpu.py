@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from rtresnet import artifacts, machine
-from rtresnet.artifacts import Profile
 from rtresnet.build import engine
 from rtresnet.build.targets import RTX_TARGETS
 from rtresnet.cli.main import main
@@ -22,6 +21,7 @@ from rtresnet.runtime.cuda import open_cuda
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.session import Session, load
 from rtresnet.runtime.trt import TrtBackend
+from rtresnet.sidecar import Profile
 
 pytestmark = [
     pytest.mark.gpu,

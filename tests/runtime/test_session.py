@@ -13,11 +13,12 @@ import pytest
 
 import rtresnet
 from rtresnet import artifacts, machine, storage
-from rtresnet.artifacts import Link, Plan, Profile, Sidecar, sidecar_path
+from rtresnet.artifacts import sidecar_path
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.machine import Gpu
 from rtresnet.records import to_json
 from rtresnet.runtime.session import Session, load
+from rtresnet.sidecar import Link, Plan, Profile, Sidecar
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]

@@ -33,14 +33,24 @@ from fake_gpu import (
 )
 
 import rtresnet
-from rtresnet.artifacts import Profile
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
-from rtresnet.runtime import arguments, complaints, ends, lanes, rtx, slots, trt, trt_profile
+from rtresnet.runtime import (
+    arguments,
+    complaints,
+    configs,
+    ends,
+    lanes,
+    rtx,
+    slots,
+    trt,
+    trt_profile,
+)
 from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.ends import split
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
+from rtresnet.sidecar import Profile
 
 LONG = 30  # seconds after which a test has failed
 
@@ -1039,7 +1049,7 @@ OWNERS = {
     "kernels": "DynamicShapesKernelSpecializationStrategy",
     "self.cache": "IRuntimeCache",
 }
-FILES = (trt, complaints, lanes, slots, ends, rtx, arguments)
+FILES = (trt, complaints, configs, lanes, slots, ends, rtx, arguments)
 
 
 def used_names() -> set[str]:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from rtresnet import artifacts, storage
-from rtresnet.artifacts import Link, Plan, Profile, Sidecar, Weights
 from rtresnet.errors import InputError
 from rtresnet.models import checkpoint, zoo
 from rtresnet.preprocess import Preprocess
 from rtresnet.serve import triton
 from rtresnet.serve.triton import Model, Tensor
+from rtresnet.sidecar import Link, Plan, Profile, Sidecar, Weights
 
 IMAGES = Tensor(name="images", dtype="float32", dims=(3, 32, 32))
 LOGITS = Tensor(name="logits", dtype="float32", dims=(10,))
@@ -238,7 +238,7 @@ def test_a_killed_process_leaves_no_half_version_and_can_be_run_again(
         path.write_bytes(b"another plan")
     code = f"""
 import os, signal
-from rtresnet.artifacts import Profile
+from rtresnet.sidecar import Profile
 from rtresnet.serve import triton
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
