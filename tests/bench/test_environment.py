@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -60,16 +61,23 @@ def test_a_throttling_gpu_is_said() -> None:
     ]
 
 
-def test_another_process_that_computes_is_seen(tmp_path: Path) -> None:
-    if environment.counters() is None:
-        pytest.skip("no /proc/stat here")
-    code = "import time\nend = time.time() + 1.2\nwhile time.time() < end: pass"
-    with environment.Watch() as watch:
-        subprocess.run([sys.executable, "-c", code], check=True)
-    host = watch.report["host"]
-    # A child's time is not this process's own.
-    assert host["other_cores"] > 0.2 and host["own_cores"] < host["other_cores"] + 1
-    assert watch.report["gpu"] is None
+@pytest.mark.skipif(environment.counters() is None, reason="no /proc/stat here")
+def test_a_process_that_computes_is_anothers_until_it_is_waited_for() -> None:
+    spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 1.0: pass"]
+    with environment.Watch() as ours:
+        subprocess.run(spin, check=True)
+    busy = subprocess.Popen([*spin[:2], "while True: pass"])
+    try:
+        with environment.Watch() as others:
+            time.sleep(1.2)
+    finally:
+        busy.kill()
+        busy.wait()
+    host = ours.report["host"]
+    assert host["own_cores"] * ours.report["seconds"] > 0.9
+    host = others.report["host"]
+    assert host["other_cores"] > 0.2 and host["own_cores"] < 0.2
+    assert ours.report["gpu"] is None
 
 
 def test_the_kernels_files_are_read(tmp_path: Path) -> None:
