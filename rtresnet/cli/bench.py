@@ -41,7 +41,8 @@ __all__ = ["command", "run", "where"]
 @click.option("--concurrency", type=click.IntRange(min=1), help="Closed: requests in flight.")
 @click.option(
     "--max-batch", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Server and closed: form batches of so many images.",
+    help="Server and closed: form batches of so many images. --find-batch: the largest to try "
+    "[1024].",
 )  # fmt: skip
 @click.option(
     "--max-wait", default="2ms", show_default=True, help="How long an image waits for a batch."
@@ -77,8 +78,14 @@ def command(
     Several files are measured in turn and compared. A plan needs a GPU. Without one, `--device
     auto` measures the ONNX file it was built from on the CPU and says so; `--device cuda` exits 3.
     """
+    named = common.given()
+    if "max_wait" in named and options["max_batch"] == 1:
+        raise InputError("--max-wait is of the batches that --max-batch forms", fix="add it")
     if find_batch or find_qps:
         what = "qps" if find_qps else "batch"
+        for name in ("intervals", "trtexec", "tolerance"):
+            if name in named:
+                raise InputError(f"--{name} and --find-{what} do not go together")
         if find_batch and find_qps:
             raise InputError("--find-batch and --find-qps are two searches", fix="choose one")
         _find(paths, what, p99, plot, json_file, options)
@@ -87,7 +94,7 @@ def command(
         if given is not None:
             raise InputError(f"--{name} belongs to --find-batch or --find-qps")
     allowed = bench_baseline.percent(tolerance)
-    if "tolerance" in common.given() and options["baseline"] is None:
+    if "tolerance" in named and options["baseline"] is None:
         raise InputError("--tolerance holds nothing without --baseline")
     result = run(paths, **options)
     show(result, intervals=intervals, trtexec=trtexec)
@@ -219,8 +226,6 @@ def _find(
     bound = bench_load.milliseconds(p99, "p99")
     if plot is not None:
         bench_find.check_plot(plot)
-    if what == "batch" and options["max_batch"] > 1:
-        raise InputError("--max-batch and --find-batch do not go together")
     names = ("seconds", "queries", "seed", "max_batch", "with_preprocess")
     asked = {name: options.pop(name) for name in names}
     max_wait = bench_load.milliseconds(options.pop("max_wait"), "max-wait")
@@ -241,7 +246,7 @@ def _find(
     for remark in watch.report["remarks"]:
         console.print(f"NOTE: {remark}", style="bold yellow", markup=False, soft_wrap=True)
     if plot is not None:
-        bench_find.write_plot(plot, [(fact["measured"], found) for fact, found in searches], bound)
+        bench_find.write_plot(plot, [(fact["measured"], found) for fact, found in searches])
     common.write_json(
         json_file,
         "bench-find",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rtresnet.bench.search import Found, Point
     from rtresnet.runtime.session import Session
 
-LARGEST_BATCH = 1024
+LARGEST_BATCH = 1024  # --max-batch says another
 FEWEST_ARRIVALS = 200
 ALONE = 3
 """Measurements without any queue: where most of them miss the bound, every rate would."""
@@ -42,7 +42,10 @@ def search(session: Session, load: bench_load.Load, *, what: str, bound: float) 
         common.note(f"{point.load:.6g} {unit}: {p99}, n {point.n}")
 
     def at_batch(count: float) -> Measurement:
-        asked = dataclasses.replace(load, scenario="closed", concurrency=1, seed=next(seeds))
+        formed = load.max_batch if what == "qps" else 1
+        asked = dataclasses.replace(
+            load, scenario="closed", concurrency=1, max_batch=formed, seed=next(seeds)
+        )
         return bench_load.arriving(
             session, bench_load.candidate(session, asked, int(count)), asked, int(count),
             fewest=searching.FEWEST, give_up=searching.hopeless(bound),
@@ -56,7 +59,8 @@ def search(session: Session, load: bench_load.Load, *, what: str, bound: float) 
         return bench_load.arriving(session, one, asked, give_up=searching.hopeless(bound))
 
     if what == "batch":
-        most = min(LARGEST_BATCH, getattr(session.backend, "largest", LARGEST_BATCH))
+        most = load.max_batch if load.max_batch > 1 else LARGEST_BATCH
+        most = min(most, getattr(session.backend, "largest", most))
         return searching.largest(
             range(1, most + 1), at_batch, bound=bound, gallop=True, on_point=told
         )
@@ -127,7 +131,7 @@ def require_best(path: str, found: dict[str, Any], bound: float) -> None:
         raise GateMissed(f"{path}: no {found['what']} holds a p99 of {bound:g} ms; {least}: {p99}")
 
 
-def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]], bound: float) -> None:
+def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """The curves as SVG or PNG, by the file's suffix.
 
     Raises:
@@ -138,18 +142,9 @@ def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]], boun
     from rtresnet.report import plots
 
     check_plot(target)
-    drawn, axes = plots.figure()
-    for colour, (name, found) in zip(plots.COLOURS, searches, strict=False):
-        points = [point for point in found["points"] if point["p99"] is not None]
-        loads = [point["load"] for point in points]
-        axes.plot(loads, [p["p99"] for p in points], "o-", color=colour, label=f"{name}, p99")
-        axes.plot(loads, [p["median"] for p in points], ":", color=colour, label=f"{name}, median")
-    axes.axhline(bound, color="#888888", linewidth=1)
-    what = "images a batch" if searches[0][1]["what"] == "batch" else "requests a second"
-    axes.set(xlabel=what, ylabel="latency, ms", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=9)
+    drawn = plots.search_figure(searches)
     if target.lower().endswith(".svg"):
-        storage.write_text(target, plots.svg(drawn, f"latency against {what}") + "\n")
+        storage.write_text(target, plots.svg(drawn, "latency against load") + "\n")
     else:
         with storage.atomic_path(target) as temporary:
             drawn.savefig(temporary, format="png", dpi=150)

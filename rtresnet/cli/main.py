@@ -1,6 +1,7 @@
 """`rtresnet`: the verbs, and the one place where errors become messages and exit codes.
 
-0 done; 1 a gate was missed; 2 usage or input; 3 the environment lacks something; 130 Ctrl-C.
+0 done; 1 a gate was missed; 2 usage or input; 3 the environment lacks something; 130 Ctrl-C;
+141 nobody reads the output any more (head, less), so that whatever came after it is unknown.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ VERBS = (
     "models",
     "doctor",
 )
+
+
+NO_READER = 128 + 13  # what a shell gives a process that SIGPIPE ended
 
 
 class Verbs(click.Group):
@@ -82,10 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except RtresnetError as error:
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; Python would complain once more on its way out.
+    except (BrokenPipeError, SystemExit):
+        # click and rich make a SystemExit(1) of it, which would read as a missed gate. Python would
+        # complain once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return NO_READER
     except OSError as error:
         return _fail(_system_error(error), 2)
     finally:

@@ -160,6 +160,12 @@ def quantize_file(
     _settle_shape(source, model, contract[0], precision == "int8" and calib != "none")
     if sidecar is None:
         sidecar = _foreign(source, model, contract)
+    elif common.preprocess_from(sidecar.input, *contract) != sidecar.input:
+        raise InputError(
+            f"{source}: its sidecar says what it takes, and --size, --mean or --std say something "
+            "else",
+            fix=f"leave them out; see: rtresnet inspect {source}",
+        )
     if sidecar.precision != "fp32":
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"

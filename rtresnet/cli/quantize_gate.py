@@ -50,8 +50,23 @@ class Passed:
     measured: dict[str, Any]
 
 
+def open_labelled(gate: Gate) -> Source:
+    """The images that the gate is held on; opened before the work, which is long.
+
+    Raises:
+        DataError: There are none, or they carry no labels.
+    """
+    from rtresnet.data.sources import open_source
+    from rtresnet.train.evaluate import require_labels
+
+    source = open_source(gate.data, "test")
+    require_labels(source)
+    return source
+
+
 def hold(
     gate: Gate,
+    labelled: Source,
     reference: Path,
     found: Calibrated,
     held: Sequence[np.ndarray],
@@ -63,6 +78,7 @@ def hold(
 
     Args:
         gate: The bound.
+        labelled: Its images.
         reference: The FP32 file.
         found: From calibration.
         held: Images for the noise of each block.
@@ -73,16 +89,12 @@ def hold(
     Raises:
         GateMissed: With every block but one in float still too much is lost.
     """
-    from rtresnet.data.sources import open_source
     from rtresnet.errors import GateMissed
     from rtresnet.metrics import paired_drop
     from rtresnet.quantize.sensitivity import sensitivity
-    from rtresnet.train.evaluate import require_labels
 
-    source = open_source(gate.data, "test")
-    require_labels(source)
-    with common.progress(f"measuring FP32 on {len(source)} images of {gate.data}"):
-        base = _hits(reference, source, preprocess)
+    with common.progress(f"measuring FP32 on {len(labelled)} images of {gate.data}"):
+        base = _hits(reference, labelled, preprocess)
     with common.progress("measuring the noise of each block"):
         ranked = sensitivity(found, held, logits)
     tried: list[tuple[int, Drop]] = []
@@ -92,7 +104,7 @@ def hold(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             path.write_bytes(model.SerializeToString())
-            drop = paired_drop(base, _hits(path, source, preprocess))
+            drop = paired_drop(base, _hits(path, labelled, preprocess))
         tried.append((count, drop))
         if drop.points <= gate.max_drop:
             _show(ranked, count)

@@ -73,6 +73,7 @@ def int8(
         if gate is not None:
             raise InputError("--eval needs --calib with images, for the noise of each block")
         return _without_images(model, sidecar, out, rest)
+    labelled = quantize_gate.open_labelled(gate) if gate is not None else None
     batches, name, fingerprint, count = calibration_batches(calib, sidecar.input, images)
     tensors, path = list(qdq.placement(model)), CALIB / f"{out.stem}.json"
     about = {
@@ -94,11 +95,13 @@ def int8(
     kept: tuple[str, ...] = ()
     measured: dict[str, Any] = {}
     finish = functools.partial(_with_rest, rest=rest)
-    if gate is None:
+    if gate is None or labelled is None:
         result = finish(found.quantized())
     else:
         held, logits = calibrate.references(model, batches())
-        passed = quantize_gate.hold(gate, source, found, held, logits, sidecar.input, finish)
+        passed = quantize_gate.hold(
+            gate, labelled, source, found, held, logits, sidecar.input, finish
+        )
         result, kept, measured = passed.model, passed.kept, passed.measured
     if outliers:
         measured |= {"outliers": outliers}

@@ -26,7 +26,10 @@ NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib
     "--out", type=click.Path(path_type=Path), default="runs/quickstart", show_default=True
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option("--seconds", type=float, default=2.0, show_default=True, help="Of measuring, each.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True, max=3600), default=2.0,
+    show_default=True, help="Of measuring, each.",
+)  # fmt: skip
 @common.json_option
 def command(out: Path, epochs: int, seconds: float, json_file: str | None) -> None:
     """Train, export, quantize, build and measure a small net; write a page.

@@ -75,6 +75,29 @@ def training_figure(log: Sequence[Mapping[str, Any]]) -> Any:
     return drawn
 
 
+def search_figure(searches: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+    """p99 and median against the load, of searches of one kind with one bound.
+
+    Args:
+        searches: (name, what `bench --find-batch` or `--find-qps` writes with --json).
+    """
+    drawn, axes = figure()
+    for index, (name, found) in enumerate(searches):
+        colour = COLOURS[index % len(COLOURS)]
+        points = [point for point in found["points"] if point["p99"] is not None]
+        loads = [point["load"] for point in points]
+        axes.plot(loads, [p["p99"] for p in points], "o-", color=colour, markersize=4.5,
+                  label=f"{name}, p99", gid=f"search-{index}")  # fmt: skip
+        axes.plot(loads, [p["median"] for p in points], ":", color=colour, label=f"{name}, median")
+        if found["best"] is not None:
+            axes.axvline(found["best"], color=colour, linewidth=0.8, alpha=0.6)
+    axes.axhline(searches[0][1]["p99_ms"], color="#888888", linewidth=1)
+    what = "images a batch" if searches[0][1]["what"] == "batch" else "requests a second"
+    axes.set(xlabel=what, ylabel="latency, ms", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9)
+    return drawn
+
+
 def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
     """`training_figure` for a page."""
     return svg(training_figure(log), "training and held-out error against epochs")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from rtresnet.report import page, result_plots
+from rtresnet.report import page, plots, result_plots
 from rtresnet.report.results import Gathered, Timing
 from rtresnet.report.tables import Row, number
 
@@ -67,6 +67,7 @@ def sections(found: Gathered) -> dict[str, Section]:
     all_sections = {
         "artifacts": _artifacts(found),
         "latency": _latency(found),
+        "searches": _searches(found),
         "blocks": _blocks(found),
         "chain": _chain(found),
         "environment": _environment(found),
@@ -144,6 +145,33 @@ def _latency(found: Gathered) -> Section:
         rows=rows,
         about="Milliseconds a batch, wall time, every sample kept. A dash: too few samples.",
     )  # fmt: skip
+
+
+def _searches(found: Gathered) -> Section:
+    rows = []
+    for artifact, search in found.searches:
+        at_best = [p for p in search["points"] if p["load"] == search["best"]]
+        last = at_best[-1] if at_best else {}
+        rows.append(
+            (
+                artifact.name,
+                "images a batch" if search["what"] == "batch" else "requests/s",
+                search["p99_ms"],
+                search["best"],
+                last.get("p99"),
+                last.get("images_per_second"),
+                sum(p["n"] for p in search["points"]),
+            )
+        )
+    about = "The largest load whose p99 holds the bound. A dash: none does."
+    if any(search["limit"] for _, search in found.searches):
+        about += " Where it is the largest that was tried, more may hold as well."
+    return Section(
+        heading="The most that holds a bound",
+        headings=("artifact", "load", "p99 bound, ms", "most", "p99 there, ms", "images/s", "n"),
+        rows=rows,
+        about=about,
+    )
 
 
 def _blocks(found: Gathered) -> Section:
@@ -226,6 +254,9 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
         parts += _latency_figures(found, batch, tables)
     elif "artifacts" in tables:
         parts.append(_table(tables["artifacts"]))
+    if found.searches:
+        parts += [page.heading("Latency against load"), *_search_figures(found)]
+        parts.append(_table(tables["searches"], heading=False))
     if found.profiles:
         labels = [(f"{a.name}, batch {r.get('batch')}", r) for a, r in found.profiles]
         parts += [
@@ -271,6 +302,21 @@ def _latency_figures(found: Gathered, batch: int, tables: dict[str, Section]) ->
     if drawn:
         parts.append(page.side_by_side(*drawn))
     return [*parts, _table(tables["latency"], heading=False)]
+
+
+def _search_figures(found: Gathered) -> list[str]:
+    """A figure a kind of load and bound; what is compared in one has both in common."""
+    kinds: dict[tuple[str, float], list[tuple[str, Any]]] = {}
+    for artifact, search in found.searches:
+        kinds.setdefault((search["what"], search["p99_ms"]), []).append((artifact.name, search))
+    return [
+        page.picture(
+            plots.svg(plots.search_figure(searches), "latency against load"),
+            f"The bound of {number(bound)} ms is the level line; a line down: the most that "
+            "holds it.",
+        )
+        for (_, bound), searches in kinds.items()
+    ]
 
 
 def _table(section: Section, *, heading: bool = True) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from rtresnet import artifacts, storage
 from rtresnet.errors import ArtifactError, InputError
 
-VERBS = ("bench", "eval", "compare", "profile", "quickstart")
+VERBS = ("bench", "bench-find", "eval", "compare", "profile", "quickstart")
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,7 @@ class Gathered:
     """Everything a report is made of.
 
     Attributes:
+        searches: What `bench --find-batch` and `--find-qps` found of an artifact.
         environments: (what, where it ran: device, provider, threads, versions), without repeats.
         commands: Command lines that the files say they came from.
         notes: What a reader must be told: stand-ins, untrained weights, busy machines.
@@ -72,6 +73,7 @@ class Gathered:
     artifacts: list[Artifact] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     profiles: list[tuple[Artifact, Mapping[str, Any]]] = field(default_factory=list)
+    searches: list[tuple[Artifact, Mapping[str, Any]]] = field(default_factory=list)
     environments: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -116,9 +118,11 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
             of these.
 
     Raises:
-        InputError: A file that is none of these, or nothing to report in any of them.
+        InputError: A file that is none of these, an artifact of which nothing is known, or nothing
+            to report in any of them.
         ArtifactError: A broken sidecar.
     """
+    paths = list(paths)
     collector = _Collector()
     for path in _files(paths):
         if path.suffix.lower() in artifacts.SUFFIXES:
@@ -130,6 +134,7 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
             "nothing to report: no artifact and no result in " + ", ".join(map(str, paths)),
             fix="write one with: rtresnet bench engines/*.onnx --json bench.json",
         )
+    collector.require_known([Path(path) for path in paths])
     return collector.finish()
 
 
@@ -209,7 +214,7 @@ class _Collector:
         if command and command not in self.found.commands:
             self.found.commands.append(command)
         try:
-            getattr(self, f"_{data['verb']}")(data["result"])
+            getattr(self, f"_{data['verb'].replace('-', '_')}")(data["result"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
                 f"{path}: not a whole result of {data['verb']} ({type(error).__name__} {error})",
@@ -237,6 +242,19 @@ class _Collector:
                 self.found.notes.append(f"{artifact.name}, batch {entry['batch']}: not steady.")
             watched = entry.get("environment") or {}
             self.found.notes += list(watched.get("remarks") or ())
+
+    def _bench_find(self, result: Mapping[str, Any]) -> None:
+        for entry in result["searches"]:
+            artifact = self.artifact(entry["measured"], entry.get("precision"))
+            artifact.untrained |= bool(entry.get("untrained"))
+            found = entry["search"]
+            float(found["p99_ms"]), str(found["what"]), bool(found["limit"]), found["best"]
+            for point in found["points"]:
+                float(point["load"]), float(point["median"]), point["p99"]
+            self.found.searches.append((artifact, found))
+            self.found.notes += [entry["note"]] if entry.get("note") else []
+            self._where("search", entry)
+        self.found.notes += list((result.get("environment") or {}).get("remarks") or ())
 
     def _eval(self, result: Mapping[str, Any]) -> None:
         for entry in result.get("members") or [result]:
@@ -273,6 +291,20 @@ class _Collector:
         where = {name: entry.get(name) for name in ("device", "provider", "threads", "versions")}
         if (what, where) not in self.found.environments:
             self.found.environments.append((what, where))
+
+    def require_known(self, given: Sequence[Path]) -> None:
+        """Raises InputError for an artifact given by name of which nothing can be told."""
+        measured = {id(a) for a, _ in (*self.found.profiles, *self.found.searches)}
+        measured |= {id(timing.artifact) for timing in self.found.timings}
+        for path in given:
+            known = self.known.get(path.absolute())
+            if known is None or id(known) in measured or known.accuracy or known.agreement:
+                continue
+            if artifacts.read_sidecar(path) is None:
+                raise InputError(
+                    f"{path}: has no sidecar, and no result here tells of it: nothing to report",
+                    fix=f"rtresnet bench {path} --json FILE, and report FILE",
+                )
 
     def finish(self) -> Gathered:
         """What was measured first; names made unique by their folders; notes once each."""

@@ -157,12 +157,12 @@ def test_from_encoded_bytes(net: str, tmp_path: Path, capsys: Captured) -> None:
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_largest_batch_and_its_curve(
-    net: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, suffix: str
+    net: str, tmp_path: Path, capsys: Captured, suffix: str
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("rtresnet.cli.bench_find.LARGEST_BATCH", 2)
     plot = tmp_path / f"curve.{suffix}"
-    options = ["--find-batch", "--p99", "10s", "--seconds", "0.05", "--plot", str(plot)]
+    options = ["--find-batch", "--p99", "10s", "--max-batch", "2", "--seconds", "0.05"]
+    options += ["--plot", str(plot)]
     (found,) = run([net, *options], tmp_path)["searches"]
     assert found["search"]["best"] == 2 and found["search"]["limit"] is True
     assert all(point["n"] >= 100 for point in found["search"]["points"])
@@ -253,6 +253,8 @@ def test_a_baseline_that_is_none_is_refused_before_anything_is_measured(
         (["--find-batch", "--p99", "1ms", "--plot", "curve.pdf"], ".svg or .png"),
         (["--find-batch", "--p99", "1ms", "--qps", "5"], "--qps"),
         (["--p99", "1ms"], "--find-batch"),
+        (["--find-batch", "--p99", "1ms", "--intervals"], "--intervals"),
+        (["--max-wait", "1ms"], "--max-batch"),
         (["--tolerance", "much"], "--tolerance much"),
         (["--seconds", "0"], "--seconds"),
     ],

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet import artifacts
+from rtresnet import artifacts, machine
 from rtresnet.cli.main import main
 from rtresnet.preprocess import UINT8
 from rtresnet.runtime.session import Session
@@ -77,15 +77,35 @@ def test_a_checkpoint_is_checked_in_torch(trained: Path, tmp_path: Path) -> None
     assert result["images"] == "noise" and result["told_apart"] > 0.5
 
 
-def test_a_strangers_file_is_checked_on_noise_and_held_to_the_widest_bound(
-    copied: Path, tmp_path: Path, tints: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = copied / "resnet8.onnx"
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("resnet8.onnx", "fp32"), ("resnet8-fp16.onnx", "fp16"), ("resnet8-int8.onnx", "int8")],
+)
+def test_a_strangers_file_is_checked_on_noise_and_held_to_what_it_computes_in(
+    name: str, precision: str, copied: Path, tmp_path: Path, tints: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = copied / name
     artifacts.sidecar_path(path).unlink()
     code, result = checked(path, tmp_path, "--provider", "cpu")
-    assert (code, result["precision"], result["bound"]) == (0, "unknown", "int8")
+    assert (code, result["precision"], result["bound"]) == (0, precision, precision)
     assert main(["check", str(path), "--data", tints]) == 2
     assert "leave out --data" in capsys.readouterr().err
+
+
+def test_what_does_not_say_its_precision_is_held_to_the_widest_bound(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = copied / "resnet8.onnx"
+    artifacts.sidecar_path(path).unlink()
+    installed = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda name: name != "onnx" and installed(name))
+    code, result = checked(path, tmp_path, "--provider", "cpu")
+    assert (code, result["precision"], result["bound"]) == (0, "unknown", "int8")
+    assert "what int8 can do, as its precision is unknown" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_rows_that_are_mixed_up_are_exit_code_1_and_told(

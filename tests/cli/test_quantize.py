@@ -249,6 +249,10 @@ def test_the_gate_needs_labels_and_is_for_int8(
     assert quantize(source, "--fp16", "--eval", tints) == 2
     assert quantize(source, "--calib", "none", "--eval", tints) == 2
     assert "for the noise of each block" in capsys.readouterr().err
+    assert quantize(source, "--calib", tints, "--eval", "nowhere") == 2
+    said = capsys.readouterr().err
+    assert "nowhere" in said and "calibrating" not in said  # before the work, not after it
+    assert not Path("calib").exists()
 
 
 def test_the_rest_can_be_fp16(source: Path, tints: str) -> None:
@@ -272,6 +276,9 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     assert quantize(foreign, "--calib", tints) == 2
     assert "--size" in capsys.readouterr().err
     assert quantize(foreign, "--calib", tints, "--size", "32") == 0
+    capsys.readouterr()
+    assert quantize("resnet8.onnx", "--calib", tints, "--mean", "0,0,0") == 2  # it has a sidecar
+    assert "say something else" in capsys.readouterr().err
     sidecar = artifacts.read_sidecar("foreign-int8.onnx")
     assert sidecar is not None and sidecar.input.size == 32
     assert len(sidecar.model.classes) == 4 and sidecar.weights.origin == "file"

@@ -71,6 +71,26 @@ def profiled(name: str) -> dict[str, Any]:
     } | WHERE  # fmt: skip
 
 
+def searched(what: str, best: float | None) -> dict[str, Any]:
+    """As `bench --find-batch` (what: "batch") and `--find-qps` ("qps") write it."""
+    points = [
+        {"load": load, "n": 100, "median": load, "p99": p99, "images_per_second": 125.5,
+         "holds": p99 is not None and p99 <= 10}
+        for load, p99 in ((1.0, 2.5), (4.0, 8.75), (8.0, None))
+    ]  # fmt: skip
+    found = {"what": what, "p99_ms": 10.0, "best": best, "limit": False, "points": points}
+    return {
+        "environment": {"remarks": ["other processes used 1.50 of 4 cores"]},
+        "searches": [
+            {
+                "measured": f"engines/net-{name}.onnx", "precision": name, "untrained": False,
+                "note": None, "search": found,
+            } | WHERE
+            for name in ("fp32", "int8")
+        ],
+    }  # fmt: skip
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """write("bench", result): the file that the verb would have written."""

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from rtresnet.cli.main import main
 from rtresnet.report import markdown, result_page, results
+from tests.report.conftest import searched
 
 PHONE = 390
 
@@ -68,6 +69,26 @@ def test_latency_alone_makes_a_page_too(measured: list[Path]) -> None:
     text = result_page.html(found)
     assert not marks(text, "artifact") and marks(text, "tail")
     assert any("No accuracy is known" in line for line in result_page.remarks(found))
+
+
+def test_searches_have_their_curve_and_their_answer(
+    measured: list[Path], write: Callable[..., Path], browser: Callable[..., str]
+) -> None:
+    files = [
+        write("bench-find", searched(*kind), kind[0]) for kind in (("batch", 4), ("qps", None))
+    ]
+    found = results.gather([*measured, *files])
+    text = result_page.html(found)
+    assert marks(text, "search") == ["search-0", "search-1"] * 2  # a figure a kind of load
+    assert "images a batch" in text and "requests a second" in text
+    rows = result_page.sections(found)["searches"].rows
+    assert rows[0] == ("net-fp32.onnx", "images a batch", 10.0, 4, 8.75, 125.5, 300)
+    assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, 300)
+    assert "### The most that holds a bound" in markdown.render(found)
+    assert "other processes used 1.50 of 4 cores" in found.notes
+    assert browser(text).count("<svg") == text.count("<svg")
+    alone = result_page.html(results.gather(files))
+    assert marks(alone, "search") and "net-int8.onnx" in alone
 
 
 def test_artifacts_alone_make_a_page_too(engines: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.report import results
 from rtresnet.report.results import pareto
+from tests.report.conftest import searched
 
 Write = Callable[..., Path]
 
@@ -69,6 +70,17 @@ def test_what_is_not_a_result_is_said(write: Write, tmp_path: Path) -> None:
         results.gather([tmp_path])  # of a folder only results are taken
     with pytest.raises(InputError, match="no such file"):
         results.gather([tmp_path / "none.json"])
+
+
+def test_an_artifact_of_which_nothing_is_known_is_said(write: Write, tmp_path: Path) -> None:
+    file = tmp_path / "a.onnx"
+    file.write_bytes(b"anything")
+    with pytest.raises(InputError, match="has no sidecar, and no result here"):
+        results.gather([file])
+    result = {"searches": searched("batch", 4)["searches"][:1]}
+    result["searches"][0]["measured"] = str(file)
+    (found,) = results.gather([file, write("bench-find", result)]).artifacts
+    assert found.bytes == 8
 
 
 @pytest.mark.parametrize("gone", ["measured", "batch", "latency"])
