@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtresnet.errors import EnvironmentLack
+from rtresnet.errors import EnvironmentLack, UnknownName
 from rtresnet.runtime.rtx import KernelCache
+
+KERNELS = ("eager", "lazy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ def configure(
     *,
     graphs: bool | None,
     binding_has_graphs: bool,
+    kernels: str,
     kernels_beside: Path | None,
 ) -> Configs:
     """Settles how contexts of an engine are made.
@@ -50,11 +53,17 @@ def configure(
         must: Takes what a call returned and its name, raises where it failed.
         graphs: None: where they are possible; True: or an error; False: none.
         binding_has_graphs: Whether the CUDA binding can capture them.
+        kernels: When TensorRT-RTX compiles those of a batch size that is new: "eager": in the
+            first call, which waits; "lazy": beside it, while generic ones serve. For TensorRT they
+            were chosen in the build.
         kernels_beside: The plan whose compiled kernels are kept; None where they are not.
 
     Raises:
+        UnknownName: Another word for `kernels`.
         EnvironmentLack: Graphs were asked for, and there can be none; or a call failed.
     """
+    if kernels not in KERNELS:
+        raise UnknownName("kernels", kernels, KERNELS)
     config = _config(trt, engine, must)
     if not hasattr(trt, "IRuntimeCache"):
         if graphs and not binding_has_graphs:
@@ -66,10 +75,12 @@ def configure(
         return Configs(ours=config, theirs=config, by_hand=by_hand)
     # A graph is of fixed addresses; where they are the callers' own each call brings others.
     theirs = _config(trt, engine, must)
-    # The default first runs fallback kernels: whatever is timed meanwhile is not the engine.
-    kernels = trt.DynamicShapesKernelSpecializationStrategy
+    # TensorRT-RTX's own default is lazy, and whatever is timed meanwhile is not the engine.
+    when = trt.DynamicShapesKernelSpecializationStrategy
     for each in (config, theirs):
-        each.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        each.dynamic_shapes_kernel_specialization_strategy = (
+            when.EAGER if kernels == "eager" else when.LAZY
+        )
     built_in = False
     if graphs is not False:
         whole = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE

@@ -159,6 +159,7 @@ def load(
     threads: int | None = None,
     contexts: int = 1,
     graphs: bool | None = None,
+    kernels: str = "eager",
     cache: bool = True,
 ) -> Session:
     """Loads an ONNX file or a plan.
@@ -172,6 +173,9 @@ def load(
         contexts: Of a plan: calls that may run at the same time, each with buffers of its own;
             one more waits for its turn. An ONNX file takes any number.
         graphs: Of a plan: whether calls are CUDA graphs; None where they can be, True or an error.
+        kernels: Of a plan of TensorRT-RTX, which compiles kernels for each batch size on this
+            machine: "eager": in its first call, which waits for it; "lazy": beside the calls,
+            which generic kernels serve until then. The second is for servers, not for measuring.
         cache: Of a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
             kept beside it, in PLAN.cache.
 
@@ -200,7 +204,9 @@ def load(
             raise fits.plan_needs_gpu(path, here=bool(machine.gpus()))
         from rtresnet.runtime.trt import TrtBackend
 
-        backend = TrtBackend(path, sidecar, contexts=contexts, graphs=graphs, cache=cache)
+        backend = TrtBackend(
+            path, sidecar, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache
+        )
     elif kind == "onnx":
         from rtresnet.runtime.ort import PROVIDERS, OrtBackend
 

@@ -45,6 +45,7 @@ class TrtBackend:
         graphs: CUDA graphs, one a batch size. None: where they are possible; True: or an error;
             False: none. TensorRT-RTX captures them itself, for `tensorrt` it is done here, for the
             first 16 batch sizes of numpy images.
+        kernels: When TensorRT-RTX compiles those of a new batch size: "eager" or "lazy".
         cache: Whether TensorRT-RTX's compiled kernels are read from and written to `cache_path`.
 
     Attributes:
@@ -65,6 +66,7 @@ class TrtBackend:
         *,
         contexts: int = 1,
         graphs: bool | None = None,
+        kernels: str = "eager",
         cache: bool = True,
     ) -> None:
         if contexts < 1:
@@ -93,7 +95,7 @@ class TrtBackend:
         self._built_in = False
         try:
             with self._cuda.active():
-                self._load(trt, contexts, graphs, cache)
+                self._load(trt, contexts, graphs, kernels, cache)
         except BaseException as error:
             self._closed = True
             traceback.clear_frames(error.__traceback__)  # which hold contexts and the engine
@@ -101,7 +103,9 @@ class TrtBackend:
                 self._release()
             raise
 
-    def _load(self, trt: Any, contexts: int, graphs: bool | None, cache: bool) -> None:
+    def _load(
+        self, trt: Any, contexts: int, graphs: bool | None, kernels: str, cache: bool
+    ) -> None:
         cuda = self._cuda
         log = logger(trt, self._complaints)
         runtime = trt.Runtime(log)
@@ -129,6 +133,7 @@ class TrtBackend:
             trt, engine, self._must,
             graphs=graphs,
             binding_has_graphs=cuda.graphs,
+            kernels=kernels,
             kernels_beside=self.path if cache else None,
         )  # fmt: skip
         self._built_in, self._cache = configs.built_in, configs.cache

@@ -428,7 +428,7 @@ class FakeConfig:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.strategy = self._graphs = "default"
-        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
+        self.dynamic_shapes_kernel_specialization_strategy = "its own default"
         self.cache: Any = None
 
     @property
@@ -512,7 +512,9 @@ class Bench:
         self.trt.__dict__.update(
             __version__="1.7.1.116", ILogger=ILogger, Runtime=Runtime, IRuntimeCache=FakeCache,
             TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), nptype=np.dtype,
-            DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+            DynamicShapesKernelSpecializationStrategy=SimpleNamespace(
+                EAGER="eager", LAZY="lazy"
+            ),
             CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
             EngineValidity=Validity, EngineInvalidityDiagnostics=Diagnostics,

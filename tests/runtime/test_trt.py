@@ -33,7 +33,7 @@ from fake_gpu import (
 )
 
 import rtresnet
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError
+from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.runtime import (
     arguments,
     complaints,
@@ -616,6 +616,19 @@ def test_load_takes_whether_there_are_graphs(
         assert getattr(session.backend, "graphs") == expected  # noqa: B009  # not every backend's
 
 
+def test_load_takes_when_kernels_are_compiled(bench: Bench) -> None:
+    for kernels in ("eager", "lazy"):
+        bench.engine.made_by.clear()
+        with rtresnet.load(bench.path, kernels=kernels) as session:
+            session(images(3))
+            _, there = bench.on_gpu(images(3))
+            session(WithDlpack(there))  # type: ignore[arg-type]  # what plans take too
+        strategies = [c.dynamic_shapes_kernel_specialization_strategy for c in bench.engine.made_by]
+        assert strategies == [kernels] * 2
+    with pytest.raises(UnknownName, match="unknown kernels"):
+        rtresnet.load(bench.path, kernels="never")
+
+
 @pytest.mark.parametrize("contexts", [1, 3])
 def test_many_threads_get_their_own_results(bench: Bench, contexts: int) -> None:
     bench.by_hand()
@@ -992,7 +1005,9 @@ def test_tensorrt_has_no_kernels_to_keep(bench: Bench) -> None:
     backend = bench.load()
     backend.infer(images(3))
     backend.close()
-    assert bench.engine.made_by[0].dynamic_shapes_kernel_specialization_strategy == "lazy"
+    assert (
+        bench.engine.made_by[0].dynamic_shapes_kernel_specialization_strategy == "its own default"
+    )
     assert not cache_path(bench.path).exists()
 
 
@@ -1046,7 +1061,7 @@ OWNERS = {
     "self.context": "IExecutionContext",
     "config": "IRuntimeConfig",
     "each": "IRuntimeConfig",
-    "kernels": "DynamicShapesKernelSpecializationStrategy",
+    "when": "DynamicShapesKernelSpecializationStrategy",
     "self.cache": "IRuntimeCache",
 }
 FILES = (trt, complaints, configs, lanes, slots, ends, rtx, arguments)
@@ -1075,6 +1090,8 @@ def test_every_tensorrt_name_used_is_in_the_real_api() -> None:
         "IExecutionContext.set_optimization_profile_async", "IExecutionContext.profiler",
         "IRuntimeConfig.set_runtime_cache", "IRuntimeConfig.cuda_graph_strategy",
         "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        "DynamicShapesKernelSpecializationStrategy.LAZY",
         "Runtime.engine_header_size",
         "IRuntimeCache.serialize", "IRuntimeCache.deserialize", "Runtime.get_engine_validity",
         "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "EngineValidity.SUBOPTIMAL", "ILogger.ERROR",
