@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 from collections.abc import Callable
@@ -200,6 +201,45 @@ def test_both_bindings_have_every_operation() -> None:
             if name[0] != "_":
                 wanted = list(inspect.signature(function).parameters)
                 assert list(inspect.signature(getattr(binding, name)).parameters) == wanted
+
+
+PYCUDA = {
+    "": {
+        "init", "Error", "Device", "Stream", "Event", "mem_get_info", "mem_alloc",
+        "pagelocked_empty", "memcpy_htod_async", "memcpy_dtoh_async", "memcpy_dtod_async",
+        "memset_d8_async",
+    },
+    "Device": {"retain_primary_context"},
+    "Context": {"push", "pop", "synchronize"},
+    "Stream": {"handle", "synchronize", "wait_for_event"},
+    "Event": {"record", "synchronize", "time_till"},
+    "DeviceAllocation": {"free", "__int__"},
+    "PagelockedHostAllocation": {"free"},
+}  # fmt: skip
+"""Read off pycuda's src/wrapper/wrap_cudadrv.cpp of March 2026 (19bed90): it has no wheels."""
+PYCUDA_OBJECTS = {
+    "driver": "", "self._driver": "", "driver.Device(device)": "Device", "self._context": "Context",
+    "self._streams[stream]": "Stream", "stream": "Stream", "event": "Event", "start": "Event",
+    "self._memory.pop(address)": "DeviceAllocation", "allocation": "PagelockedHostAllocation",
+}  # fmt: skip
+
+
+def test_pycuda_is_asked_for_what_it_has() -> None:
+    used: dict[str, set[str]] = {owner: set() for owner in PYCUDA}
+    for node in ast.walk(ast.parse(inspect.getsource(PyCuda))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in PYCUDA_OBJECTS:
+            used[PYCUDA_OBJECTS[ast.unparse(node.value)]].add(node.attr)
+    used[""].add("Error")  # what every operation is translated from
+    used["DeviceAllocation"].add("__int__")
+    assert used == PYCUDA
+
+
+def test_what_pycuda_has_is_in_the_real_one() -> None:
+    """With a driver, or with the CUDA toolkit's stub of one in LD_LIBRARY_PATH as libcuda.so.1."""
+    driver = pytest.importorskip("pycuda.driver", exc_type=ImportError)
+    for owner, names in PYCUDA.items():
+        value = getattr(driver, owner) if owner else driver
+        assert names <= set(dir(value)), owner
 
 
 def test_pycuda_has_no_graphs_and_says_so() -> None:
