@@ -23,7 +23,7 @@ class Gpu:
     Attributes:
         fp32, fp16, int8: Peak of dense matrix products, in 10^12 operations a second.
         bandwidth: Of its memory, in 10^9 bytes a second.
-        l2: Second-level cache, in 10^6 bytes.
+        l2: Second-level cache, in 2^20 bytes: what is published as MB.
         source: The document the rates stand in.
     """
 
@@ -50,9 +50,9 @@ def _gpu(
 
 TURING = "NVIDIA Turing GPU Architecture whitepaper, WP-09183-001"
 GA100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper"
-GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper, V2.0"
-ADA = "NVIDIA Ada GPU Architecture whitepaper, V2.1"
-BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, V1.1"
+GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper"
+ADA = "NVIDIA Ada GPU Architecture whitepaper"
+BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 HOPPER = "NVIDIA H100 Tensor Core GPU datasheet; L2: H100 Architecture whitepaper"
 GPUS = (
     _gpu("T4", 8.1, 65, 130, 320, 4, TURING),
@@ -135,7 +135,7 @@ def estimate(kernels: Sequence[Kernel], gpu: Gpu, batch: int) -> list[Bound]:
     """
     if batch < 1:
         raise InputError(f"--batch {batch}: a batch holds at least one image")
-    cache = gpu.l2 * 1e6
+    cache = gpu.l2 * 2**20
     weights = sum(kernel.weights for kernel in kernels)
     kept_out = max(0.0, 1 - cache / weights) if weights else 0.0
     bounds = []

@@ -71,7 +71,7 @@ def run(
                 "memory_ms": sum(b.memory for b in bounds),
                 "rates": {name: gpu.rate(name) for name in PRECISIONS},
                 "bandwidth": gpu.bandwidth * 1e9,
-                "l2": gpu.l2 * 1e6,
+                "l2": gpu.l2 * 2**20,
                 "source": gpu.source,
                 "stages": _stages(bounds),
             }
@@ -180,7 +180,7 @@ def show(result: dict[str, Any]) -> None:
         console.print(
             f"{entry['gpu']}: no faster than {tables.number(entry['no_faster_than_ms'])} ms a "
             f"batch, no more than {entry['no_more_images_per_second']:,.0f} images/s, where all "
-            f"that fits the {entry['l2'] / 1e6:.0f} MB L2 cache stays there; no faster than "
+            f"that fits the {entry['l2'] / 2**20:.0f} MB L2 cache stays there; no faster than "
             f"{tables.number(entry['through_memory_ms'])} ms where every kernel's output goes "
             "through memory.",
             soft_wrap=True, markup=False,

@@ -49,8 +49,9 @@ def test_a_bound_by_hand() -> None:
     (bound,) = gpus.estimate([kernel(65_000_000, 3_000_000, 1_000_000, 8_000_000)], gpu, 10)
     assert bound.compute == pytest.approx(0.01)
     assert bound.memory == pytest.approx((40e6 + 8e6) / 320e9 * 1e3)
-    # 30 MB in, 10 MB out and 8 MB of weights, of each of which the cache holds 4.
-    assert bound.beyond_cache == pytest.approx((26e6 + 6e6 + 4e6) / 320e9 * 1e3)
+    # 30 MB in, 10 MB out and 8 MB of weights, of each of which the cache holds 4 MiB.
+    held = 4 * 2**20
+    assert bound.beyond_cache == pytest.approx((48e6 - 3 * held) / 320e9 * 1e3)
     assert bound.least == bound.beyond_cache and bound.through_memory == bound.memory
 
 
