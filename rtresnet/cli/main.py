@@ -14,7 +14,7 @@ import sys
 import click
 
 from rtresnet import artifacts
-from rtresnet.errors import RtresnetError
+from rtresnet.errors import RtresnetError, UnknownName
 
 VERBS = (
     "quickstart",
@@ -51,9 +51,13 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the verb's file."""
+        """Imports the verb's file.
+
+        Raises:
+            UnknownName: There is no such verb.
+        """
         if cmd_name not in VERBS:
-            return None
+            raise UnknownName("verb", cmd_name, VERBS)
         command: click.Command = importlib.import_module(f"rtresnet.cli.{cmd_name}").command
         return command
 

@@ -28,6 +28,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["fly"], ["unknown verb 'fly'", "known: quickstart"]),
+        (["benhc", "net.onnx"], ["'benhc'; did you mean 'bench'?"]),
         (["export", "--model", "resnet51"], ["resnet51", "resnet50"]),
         (["export"], ["--model"]),
         (["export", "--model", "resnet8", "--batch", "0"], ["--batch 0", "1:8:32"]),
@@ -62,7 +64,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["fly"], ["train", "--epochs", "0"], ["bench"], ["eval", "x"]]
+    "arguments", [["study", "fly"], ["train", "--epochs", "0"], ["bench"], ["eval", "x"]]
 )
 def test_usage_errors_are_exit_code_2(
     here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
