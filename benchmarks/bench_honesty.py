@@ -300,11 +300,11 @@ def openvino(options: argparse.Namespace) -> list[Row]:
                 if (found := by_the_verb(file, options.seconds / 2)) is not None:
                     verbs.append(found)
             theirs_rate = statistics.median(theirs)
-            app = f"benchmark_app {version.split('-')[0]}"
+            their = f"benchmark_app {version.split('-')[0]}"
             for who, rates in (("our loop", ours), ("rtresnet bench", verbs)):
                 if rates:
                     ratio = statistics.median(b / a for a, b in zip(theirs, rates, strict=True))
-                    what = f"ResNet-50 {precision}, images/s, {app} and {who}"
+                    what = f"ResNet-50 {precision}, images/s, {their} and {who}"
                     found = theirs_rate * ratio
                     rows.append(row("openvino", what, theirs_rate, found, 0.10, options.rounds))
     return rows
