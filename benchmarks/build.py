@@ -10,6 +10,7 @@ hashes, reads the layer dump, attests and writes the sidecar and the layers.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in WAYS:
         once(*sys.argv[1:4])
         return
-    rounds = int(sys.argv[1]) if sys.argv[1:] else 7
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("rounds", type=int, nargs="?", default=7)
+    rounds = parser.parse_args().rounds
     rows, record = [], {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

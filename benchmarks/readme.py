@@ -8,6 +8,7 @@ Everything a person sees in the README between the markers or after a `$` comes 
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -67,12 +68,15 @@ def between(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tables", action="store_true")
+    options = parser.parse_args()
     text = README.read_text()
     for name, file in TABLES.items():
         path = RESULTS / f"{file}.md"
         if path.exists():
             text = between(text, name, path.read_text())
-    if "--tables" not in sys.argv:
+    if not options.tables:
         with tempfile.TemporaryDirectory() as folder:
             save_scans(Path(folder) / "scans")
 
