@@ -216,7 +216,7 @@ PYCUDA = {
     "DeviceAllocation": {"free", "__int__"},
     "PagelockedHostAllocation": {"free"},
 }  # fmt: skip
-"""Read off pycuda's src/wrapper/wrap_cudadrv.cpp of March 2026 (19bed90): it has no wheels."""
+"""Read off pycuda 2026.1, src/wrapper/wrap_cudadrv.cpp: it has no wheels to ask."""
 PYCUDA_OBJECTS = {
     "driver": "", "self._driver": "", "driver.Device(device)": "Device", "self._context": "Context",
     "self._streams[stream]": "Stream", "stream": "Stream", "event": "Event", "start": "Event",
