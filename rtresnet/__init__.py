@@ -1,14 +1,20 @@
 """Residual networks from images to measured TensorRT engines.
 
 `rtresnet --help` lists the verbs. In Python, `rtresnet.load(path)` runs an ONNX file or a plan;
-nothing heavier than NumPy is imported until it is called. `rtresnet.Batcher` makes batches of what
-many threads ask for.
+nothing heavier than NumPy is imported for it, and nothing at all before it is asked for.
+`rtresnet.Batcher` makes batches of what many threads ask for.
 """
 
-from rtresnet.errors import EnvironmentLack, GateMissed, InputError, Overloaded, RtresnetError
-from rtresnet.preprocess import Preprocess
-from rtresnet.runtime.batcher import Batcher
-from rtresnet.runtime.session import Session, load
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rtresnet.errors import EnvironmentLack, GateMissed, InputError, Overloaded, RtresnetError
+    from rtresnet.preprocess import Preprocess
+    from rtresnet.runtime.batcher import Batcher
+    from rtresnet.runtime.session import Session, load
 
 __version__ = "0.1.0"
 
@@ -24,3 +30,20 @@ __all__ = [
     "__version__",
     "load",
 ]
+_HOMES = {
+    "Batcher": "runtime.batcher",
+    "Preprocess": "preprocess",
+    "Session": "runtime.session",
+    "load": "runtime.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'rtresnet' has no attribute {name!r}")
+    home = importlib.import_module(f"rtresnet.{_HOMES.get(name, 'errors')}")
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -142,6 +142,9 @@ def test_serving_imports_no_heavy_package() -> None:
     code = """
 import importlib
 import rtresnet
+assert "numpy" not in sys.modules
+for name in rtresnet.__all__:
+    assert getattr(rtresnet, name) is not None and name in dir(rtresnet)
 for room in ("runtime", "bench", "build", "report", "train.evaluate", "data.loader"):
     importlib.import_module(f"rtresnet.{room}")
 for name in ("runtime.session", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.load",

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 
 import click
 
-from rtresnet import artifacts
 from rtresnet.errors import RtresnetError, UnknownName
 
 VERBS = (
@@ -75,7 +76,20 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    token = artifacts.command.set(["rtresnet", *given])
+    try:
+        with _recorded(given):
+            return _run(given)
+    except (KeyboardInterrupt, click.Abort):
+        pass
+    except ImportError as error:
+        # What an extension module makes of a Ctrl-C while it is imported.
+        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise
+    click.echo("interrupted", err=True)
+    return 130
+
+
+def _run(given: list[str]) -> int:
     try:
         # In standalone mode click would print and exit by itself, in places we do not see.
         result = cli.main(given, prog_name="rtresnet", standalone_mode=False)
@@ -85,9 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "rtresnet"
         return _fail(f"{error.format_message()}; see: {path} --help", 2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        return 130
     except RtresnetError as error:
         return _fail(str(error), error.exit_code)
     except (BrokenPipeError, SystemExit):
@@ -97,6 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_READER
     except OSError as error:
         return _fail(_system_error(error), 2)
+
+
+@contextlib.contextmanager
+def _recorded(given: list[str]) -> Iterator[None]:
+    """The command line stands in whatever is written meanwhile."""
+    from rtresnet import artifacts
+
+    token = artifacts.command.set(["rtresnet", *given])
+    try:
+        yield
     finally:
         artifacts.command.reset(token)
 

@@ -372,3 +372,20 @@ def test_a_fixed_batch_is_no_matter_where_no_image_is_run(
     assert main([*said, "--fp16"]) == 0
     assert main([*said, "--calib", "none"]) == 0
     assert main([*said, "--calib", "digits"]) == 2
+
+
+def test_ctrl_c_while_a_package_is_imported_is_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension module says "initialization failed" and has the reason as its cause."""
+    from rtresnet.cli import main as module
+
+    def fail(cause: BaseException | None) -> None:
+        raise ImportError("initialization failed") from cause
+
+    monkeypatch.setattr(module.cli, "main", lambda *_, **__: fail(KeyboardInterrupt()))
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setattr(module.cli, "main", lambda *_, **__: fail(None))
+    with pytest.raises(ImportError):  # a mistake of ours, not a user's
+        main(["models"])
