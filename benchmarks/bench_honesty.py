@@ -275,21 +275,13 @@ def openvino(options: argparse.Namespace) -> list[Row]:
         print("  left out: --openvino names no Python with the package openvino")
         return []
     rows, threads = [], str(machine.cores())
-    app = str(Path(options.openvino).parent / "benchmark_app")
     seconds = str(options.seconds / 2)
     with exported("resnet50", "fp32", "int8") as files:
         for precision, file in zip(("FP32", "INT8"), files, strict=True):
             theirs, ours, verbs, version = [], [], [], ""
+            theirs_handed, handed = [], handed_over(file)
             for _ in range(options.rounds):
-                said = subprocess.run(
-                    [app, "-m", file, "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams",
-                     "1", "-nthreads", threads, "-shape", "[8,3,224,224]", "-infer_precision",
-                     "f32", "-t", str(int(options.seconds / 2))],
-                    capture_output=True, text=True, check=True,
-                ).stdout  # fmt: skip
-                match = re.search(r"Throughput:\s+([\d.]+) FPS", said)
-                assert match, said
-                theirs.append(float(match[1]))
+                theirs.append(benchmark_app(options, file))
                 done = subprocess.run(
                     [options.openvino, "-c", IN_OPENVINO, file, threads, seconds],
                     capture_output=True, text=True, check=True,
@@ -298,16 +290,47 @@ def openvino(options: argparse.Namespace) -> list[Row]:
                 rate, version = json.loads(done.splitlines()[-1])
                 ours.append(rate)
                 if (found := by_the_verb(file, options.seconds / 2)) is not None:
+                    theirs_handed.append(benchmark_app(options, handed))
                     verbs.append(found)
-            theirs_rate = statistics.median(theirs)
             their = f"benchmark_app {version.split('-')[0]}"
-            for who, rates in (("our loop", ours), ("rtresnet bench", verbs)):
+            for who, given, rates in (
+                ("our loop", theirs, ours),
+                ("rtresnet bench, optimized by ONNX Runtime", theirs_handed, verbs),
+            ):
                 if rates:
-                    ratio = statistics.median(b / a for a, b in zip(theirs, rates, strict=True))
+                    ratio = statistics.median(b / a for a, b in zip(given, rates, strict=True))
                     what = f"ResNet-50 {precision}, images/s, {their} and {who}"
-                    found = theirs_rate * ratio
-                    rows.append(row("openvino", what, theirs_rate, found, 0.10, options.rounds))
+                    rate = statistics.median(given)
+                    rows.append(row("openvino", what, rate, rate * ratio, 0.10, options.rounds))
     return rows
+
+
+def benchmark_app(options: argparse.Namespace, file: str) -> float:
+    """Images/s as OpenVINO's own program prints."""
+    said = subprocess.run(
+        [str(Path(options.openvino).parent / "benchmark_app"), "-m", file, "-d", "CPU", "-api",
+         "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(machine.cores()), "-shape",
+         "[8,3,224,224]", "-infer_precision", "f32", "-t", str(int(options.seconds / 2))],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    match = re.search(r"Throughput:\s+([\d.]+) FPS", said)
+    assert match, said
+    return float(match[1])
+
+
+def handed_over(file: str) -> str:
+    """The file as ONNX Runtime hands it to OpenVINO, which is faster in INT8.
+
+    It quantizes before the max pool instead of behind it: the same numbers in a quarter of the
+    bytes.
+    """
+    import onnxruntime
+
+    options, out = onnxruntime.SessionOptions(), str(Path(file).with_suffix(".handed.onnx"))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = out
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return out
 
 
 def by_the_verb(file: str, seconds: float) -> float | None:

@@ -173,7 +173,7 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
     if record.get("calibration"):
         c = record["calibration"]
         lines.append(
-            f"calibrated by {c['method']} on {c['n']} images of {c['images']}: {c['scales']}"
+            f"calibrated by {c['method']} on {c['n']} images of {c['images']}: {_scales(c)}"
         )
     if record.get("plan"):
         p = record["plan"]
@@ -188,6 +188,16 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
     if record.get("made_by"):
         lines.append(f"made by: {record['made_by'].get('command')}")
     return lines
+
+
+def _scales(calibration: dict[str, Any]) -> str:
+    """Where its scales are, and whether another calibration has been written there since."""
+    from rtresnet import storage
+
+    place = Path(calibration["scales"])
+    known = place.suffix == ".json" and place.is_file()  # learned ones lie in their checkpoint
+    changed = known and storage.sha256(place) != calibration["scales_sha256"]
+    return f"{place.as_posix()}{' (written anew since)' if changed else ''}"
 
 
 def _measured(value: Any) -> str:

@@ -285,6 +285,19 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     assert main(["inspect", "foreign-int8.onnx"]) == 0
 
 
+def test_nets_of_one_name_share_a_file_of_scales_and_inspect_says_so(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, calibrator in (("a", "max"), ("b", "mse")):
+        Path(folder).mkdir()
+        out = f"{folder}/net.onnx"
+        assert quantize(source, "--calib", tints, "--calibrator", calibrator, "--out", out) == 0
+    capsys.readouterr()
+    for folder, words in (("a", "net.json (written anew since)"), ("b", "calib/net.json\n")):
+        assert main(["inspect", f"{folder}/net.onnx"]) == 0
+        assert words in capsys.readouterr().out
+
+
 def with_an_outlier(source: Path) -> None:
     """The same function, one channel inside a block a hundred times larger."""
     from onnx import numpy_helper
