@@ -281,7 +281,7 @@ def openvino(options: argparse.Namespace) -> list[Row]:
             theirs, ours, verbs, version = [], [], [], ""
             theirs_handed, handed = [], handed_over(file)
             for _ in range(options.rounds):
-                theirs.append(benchmark_app(options, file))
+                theirs.append(benchmark_app(options, file, *FIXED))
                 done = subprocess.run(
                     [options.openvino, "-c", IN_OPENVINO, file, threads, seconds],
                     capture_output=True, text=True, check=True,
@@ -290,12 +290,12 @@ def openvino(options: argparse.Namespace) -> list[Row]:
                 rate, version = json.loads(done.splitlines()[-1])
                 ours.append(rate)
                 if (found := by_the_verb(file, options.seconds / 2)) is not None:
-                    theirs_handed.append(benchmark_app(options, handed))
+                    theirs_handed.append(benchmark_app(options, handed, *OPEN))
                     verbs.append(found)
             their = f"benchmark_app {version.split('-')[0]}"
             for who, given, rates in (
                 ("our loop", theirs, ours),
-                ("rtresnet bench, optimized by ONNX Runtime", theirs_handed, verbs),
+                ("rtresnet bench, batch left open", theirs_handed, verbs),
             ):
                 if rates:
                     ratio = statistics.median(b / a for a, b in zip(given, rates, strict=True))
@@ -305,12 +305,16 @@ def openvino(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def benchmark_app(options: argparse.Namespace, file: str) -> float:
+FIXED = ("-shape", "[8,3,224,224]")
+OPEN = ("-shape", "[?,3,224,224]", "-data_shape", "[8,3,224,224]", "-inference_only", "true")
+
+
+def benchmark_app(options: argparse.Namespace, file: str, *shape: str) -> float:
     """Images/s as OpenVINO's own program prints."""
     said = subprocess.run(
         [str(Path(options.openvino).parent / "benchmark_app"), "-m", file, "-d", "CPU", "-api",
-         "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(machine.cores()), "-shape",
-         "[8,3,224,224]", "-infer_precision", "f32", "-t", str(int(options.seconds / 2))],
+         "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(machine.cores()), *shape,
+         "-infer_precision", "f32", "-t", str(int(options.seconds / 2))],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     match = re.search(r"Throughput:\s+([\d.]+) FPS", said)
@@ -319,10 +323,10 @@ def benchmark_app(options: argparse.Namespace, file: str) -> float:
 
 
 def handed_over(file: str) -> str:
-    """The file as ONNX Runtime hands it to OpenVINO, which is faster in INT8.
+    """The file as ONNX Runtime hands it to OpenVINO: quantized before the max pool, not behind it.
 
-    It quantizes before the max pool instead of behind it: the same numbers in a quarter of the
-    bytes.
+    The same numbers in a quarter of the bytes. It also leaves the batch open, with which OpenVINO
+    is another 5 % faster in INT8 than with a batch of 8 compiled in.
     """
     import onnxruntime
 
