@@ -68,7 +68,16 @@ class Preprocess:
         return cls(size=size, resize=round(size * 256 / 224) if size > 64 else size, **kwargs)
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """Resizes the shorter side and cuts the centre: uint8 HWC to uint8 [size, size, 3]."""
+        """Resizes the shorter side and cuts the centre: uint8 [H, W, 3] to uint8 [size, size, 3].
+
+        Raises:
+            InputError: Anything but uint8 RGB.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise InputError(
+                f"an image is {image.dtype} {list(image.shape)}; uint8 RGB [H, W, 3] is needed",
+                fix="of a file: np.asarray(PIL.Image.open(file).convert('RGB'))",
+            )
         image = resize_shorter(image, self.resize)
         top = round((image.shape[0] - self.size) / 2)
         left = round((image.shape[1] - self.size) / 2)
@@ -84,7 +93,13 @@ class Preprocess:
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std."""
+        """uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std.
+
+        Raises:
+            InputError: Images of another shape.
+        """
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise InputError(f"images are {list(images.shape)}; [N, H, W, 3] is needed")
         scale, shift = self.factors()
         out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
         np.multiply(images.transpose(0, 3, 1, 2), scale[:, None, None], out=out)

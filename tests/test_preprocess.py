@@ -168,3 +168,19 @@ def test_for_size_passes_the_rest_on() -> None:
 def test_a_contract_no_net_can_have_is_refused(change: dict[str, object], names: str) -> None:
     with pytest.raises(InputError, match=names):
         Preprocess(**({"size": 32, "resize": 32} | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((0, 8, 3), np.uint8),
+    ],
+)
+def test_what_is_no_rgb_image_is_said(image: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"uint8 RGB \[H, W, 3\] is needed"):
+        Preprocess.for_size(32).crop(image)
+    with pytest.raises(InputError, match=r"\[N, H, W, 3\] is needed"):
+        Preprocess.for_size(32).normalize(image)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from rtresnet.bench.load import Measurement
 
 REPEATS = 3
-FEWEST = 100
-"""Requests that a p99 takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ OLD = "sm_70 and older: V100, P100, GTX 10"
 
 NAMES = (
     (r"rtx pro \d000( blackwell)?|rtx pro 4500", "sm_120"),
-    (r"(rtx )?\d000 ada|rtx 4500 ada|rtx 5880", "sm_89"),
-    (r"rtx a(2|4|5|6)000|rtx a(4|5)500|rtx a\d00", "sm_86"),
+    (r"(rtx )?(\d000|500|3500|4500|5880)( sff)? ada|rtx 5880", "sm_89"),
+    (r"rtx a[1-6]000|rtx a(4|5)500|rtx a\d00|(rtx )?2050", "sm_86"),  # a 2050 is an Ampere
     (r"(quadro )?rtx (3|4|5|6|8)000", "sm_75"),
     (r"(rtx )?50[5-9]0|rtx 50", "sm_120"),
     (r"(rtx )?40[5-9]0|rtx 40", "sm_89"),

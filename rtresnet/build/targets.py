@@ -74,6 +74,8 @@ def parse(given: str | Sequence[str] | None, builder: str = "auto") -> tuple[str
     """
     texts = [given] if isinstance(given, str) else list(given or ())
     names = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    if texts and not names:  # an empty variable in a script
+        raise InputError("--target names nothing", fix="leave it out, or see: rtresnet doctor")
     found: list[str] = []
     for name in names:
         if name.lower() == "all":

@@ -11,7 +11,7 @@ import click
 
 from rtresnet.cli import bench_baseline, bench_find, bench_load, common, opening
 from rtresnet.cli.bench_show import show, where
-from rtresnet.errors import InputError
+from rtresnet.errors import EnvironmentLack, InputError
 
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
@@ -226,6 +226,8 @@ def _find(
     bound = bench_load.milliseconds(p99, "p99")
     if plot is not None:
         bench_find.check_plot(plot)
+    if what == "batch" and (options["queries"] or bench_find.FEWEST) < bench_find.FEWEST:
+        raise InputError(f"--queries {options['queries']}: a p99 takes {bench_find.FEWEST}")
     names = ("seconds", "queries", "seed", "max_batch", "with_preprocess")
     asked = {name: options.pop(name) for name in names}
     max_wait = bench_load.milliseconds(options.pop("max_wait"), "max-wait")
@@ -269,7 +271,7 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
     sidecar = artifacts.verify(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     if sidecar is None or parent is None:
-        raise InputError(
+        raise EnvironmentLack(
             f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
         )
     storage.require_file(parent, fix="bring the ONNX file along, or run on a GPU")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
 
 LARGEST_BATCH = 1024  # --max-batch says another
+FEWEST = 100
+"""Requests that a p99 takes."""
 FEWEST_ARRIVALS = 200
 ALONE = 3
 """Measurements without any queue: where most of them miss the bound, every rate would."""
@@ -48,7 +50,7 @@ def search(session: Session, load: bench_load.Load, *, what: str, bound: float) 
         )
         return bench_load.arriving(
             session, bench_load.candidate(session, asked, int(count)), asked, int(count),
-            fewest=searching.FEWEST, give_up=searching.hopeless(bound),
+            fewest=FEWEST, give_up=searching.hopeless(bound),
         )  # fmt: skip
 
     def at_rate(rate: float) -> Measurement:

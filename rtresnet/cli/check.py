@@ -128,29 +128,21 @@ def _open(path: str, **options: Any) -> Subject:
         preprocess=session.preprocess if known else None,
         size=session.size,
         sizes=tuple(sorted(sizes)) or BATCHES,
-        precision=sidecar.precision if sidecar else _arithmetic(path),
+        precision=sidecar.precision if sidecar else _precision(path),
         where=session.describe(),
         close=session.close,
     )
 
 
-def _arithmetic(path: str) -> str:
-    """What a file without a sidecar computes in, by what is in it."""
+def _precision(path: str) -> str:
+    """Of a file without a sidecar, by what is in it."""
     from rtresnet import artifacts, machine
 
     if artifacts.kind_of(path) != "onnx" or not machine.installed("onnx"):
         return "unknown"
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    if any("Quantize" in node.op_type or "Integer" in node.op_type for node in graph.node):
-        return "int8"
-    types = {tensor.data_type for tensor in graph.initializer} & {
-        onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16,
-    }  # fmt: skip
-    if onnx.TensorProto.FLOAT16 in types and onnx.TensorProto.BFLOAT16 not in types:
-        return "fp16"  # whatever else it has in FP32
-    return "fp32" if types == {onnx.TensorProto.FLOAT} else "unknown"
+    return opening.arithmetic(onnx.load(path, load_external_data=False))
 
 
 def _open_checkpoint(path: str, **options: Any) -> Subject:

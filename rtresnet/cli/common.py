@@ -28,11 +28,23 @@ DATA_HELP = (
 
 
 def text_place(context: click.Context, option: click.Parameter, given: Any) -> Any:
-    """An option's callback: a file of text is refused before what will be in it is computed."""
+    """An option's callback: a file of text is refused before what will be in it is computed.
+
+    Raises:
+        InputError: No text can be written there; or it is the name of an image, or of a net's
+            sidecar.
+    """
     if given is not None and str(given) != "-":
         from rtresnet import storage
+        from rtresnet.data.sources import IMAGE_SUFFIXES
 
         place = Path(given)
+        if place.suffix.lower() in IMAGE_SUFFIXES:
+            raise InputError(f"{place}: the name of an image", fix="choose another name")
+        if place.suffix.lower() == ".json" and place.with_suffix("").suffix in storage.NETS:
+            raise InputError(
+                f"{place}: the name of {place.stem}'s sidecar", fix="choose another name"
+            )
         if not place.is_fifo() and not place.is_char_device():
             storage.require_text_place(place)
     return given
@@ -96,6 +108,8 @@ def _triple(name: str, given: str) -> tuple[float, float, float]:
         raise InputError(
             f"--{name} {given}: needs three numbers", fix="as in 0.5,0.5,0.5"
         ) from None
+    if max(red, green, blue) > 1:
+        raise InputError(f"--{name} {given}: in units of [0, 1]", fix="divide levels by 255")
     return red, green, blue
 
 

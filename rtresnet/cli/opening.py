@@ -53,6 +53,20 @@ class Opened:
         return logits(found, self.path)
 
 
+def arithmetic(model: Any) -> str:
+    """What an onnx.ModelProto computes in: "fp32", "fp16", "int8" or "unknown"."""
+    from onnx import TensorProto
+
+    graph = model.graph
+    if any("Quantize" in node.op_type or "Integer" in node.op_type for node in graph.node):
+        return "int8"
+    floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    types = {tensor.data_type for tensor in graph.initializer} & floats
+    if TensorProto.FLOAT16 in types and TensorProto.BFLOAT16 not in types:
+        return "fp16"  # whatever else it has in FP32
+    return "fp32" if types == {TensorProto.FLOAT} else "unknown"
+
+
 def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """The device options that are `path`'s to follow, of several artifacts in one command.
 

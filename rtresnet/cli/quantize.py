@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common
+from rtresnet.cli import common, opening
 from rtresnet.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def calibration_options(function: Any) -> Any:
 
 @click.command("quantize")
 @click.argument("source", metavar="MODEL.onnx", type=click.Path(path_type=Path))
-@click.option("--int8", "precision", flag_value="int8", default="int8", help="The default.")
-@click.option("--fp16", "precision", flag_value="fp16")
+@click.option("--int8", is_flag=True, help="The default.")
+@click.option("--fp16", is_flag=True)
 @calibration_options
 @click.option("--out", type=click.Path(path_type=Path), help="[MODEL-int8.onnx beside the source].")
 @click.option("--eval", "data", metavar="SPEC", help="Hold --max-drop on these labelled images.")
@@ -73,7 +73,8 @@ def calibration_options(function: Any) -> Any:
 @common.json_option
 def command(
     source: Path,
-    precision: str,
+    int8: bool,
+    fp16: bool,
     calib: str | None,
     calibrator: str,
     calib_images: int,
@@ -93,6 +94,9 @@ def command(
     """
     from rtresnet.cli.quantize_gate import Gate
 
+    if int8 and fp16:
+        raise InputError("--int8 and --fp16 are two files", fix="run it once for each")
+    precision = "fp16" if fp16 else "int8"
     gate = Gate(data=data, max_drop=max_drop) if data else None
     if gate and precision == "fp16":
         raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
@@ -159,6 +163,8 @@ def quantize_file(
     _require_plain(source, model, sidecar)
     _settle_shape(source, model, contract[0], precision == "int8" and calib != "none")
     if sidecar is None:
+        if (found := opening.arithmetic(model)) in ("fp16", "int8"):
+            raise InputError(f"{source}: is {found} already", fix="start from the FP32 file")
         sidecar = _foreign(source, model, contract)
     elif common.preprocess_from(sidecar.input, *contract) != sidecar.input:
         raise InputError(
@@ -220,6 +226,11 @@ def _settle_shape(source: Path, model: Any, size: int | None, calibrates: bool) 
     for dim in dims[2:]:
         if size is not None and not dim.dim_value:
             dim.dim_value = size
+        if size is not None and dim.dim_value != size:
+            raise InputError(
+                f"{source}: takes {dims[2].dim_value}x{dims[3].dim_value} pixels, not {size}",
+                fix=f"--size {dims[2].dim_value}",
+            )
 
 
 def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:

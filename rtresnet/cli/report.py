@@ -48,6 +48,11 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         )
     if markdown not in (None, "-") and Path(str(markdown)).resolve() == Path(out).resolve():
         raise InputError(f"{out}: --out and --markdown name one file", fix="choose two names")
+    for option, place in (("--out", out), ("--markdown", Path(markdown or "-"))):
+        if place.exists() and any(
+            place.samefile(given) for given in results if Path(given).exists()
+        ):
+            raise InputError(f"{place}: is among the results", fix=f"choose another {option}")
     found = reading.gather(results or (DEFAULT,))
     text = result_page.html(found, list(_engines(found)))
     storage.write_text(out, text)
@@ -61,7 +66,8 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         console.print(line, soft_wrap=True, markup=False)
     console.print(
         f"page: {out}, {len(text) / 1e3:.0f} kB: {len(found.artifacts)} artifacts, "
-        f"{len(found.timings)} latencies, {len(found.profiles)} profiles",
+        f"{len(found.timings)} latencies, {len(found.profiles)} profiles"
+        + (f", {len(found.searches)} searches" if found.searches else ""),
         soft_wrap=True, markup=False,
     )  # fmt: skip
 

@@ -197,7 +197,8 @@ def images_under(folder: Path) -> list[Path]:
     """Every image file below a folder, sorted."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     seen = (p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
-    return sorted(path for path in seen if path.is_file())
+    # A link that leads nowhere is an image that cannot be read, and will be named as one.
+    return sorted(p for p in seen if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
 def _folder(argument: str) -> Path:

@@ -181,14 +181,19 @@ class OrtBackend:
         session = self._session
         if session is None:
             raise InputError("infer after close")
+        if not isinstance(images, np.ndarray):
+            raise InputError(f"images are {type(images).__name__}, not a NumPy array")
+        # ONNX Runtime reads another byte order as if it were this one.
+        if not self._takes(images):
+            shape = ", ".join(str(side) for side in self._shape)
+            raise InputError(
+                f"images {images.dtype} {list(images.shape)} do not fit: the file takes "
+                f"{self.input_dtype} [{shape}]"
+            )
         try:
             found = session.run(self._outputs, {self._input: images})
-        except Exception as error:  # ONNX Runtime raises its own types, for both kinds
-            if self._takes(images):
-                raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
-            raise InputError(
-                f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
-            ) from error
+        except Exception as error:  # ONNX Runtime's own types share no base
+            raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
         return tuple(found) if len(found) > 1 else found[0]
 
     def _takes(self, images: np.ndarray) -> bool:

@@ -187,6 +187,9 @@ def load(
     """
     if device not in DEVICES:
         raise UnknownName("device", device, DEVICES)
+    for name, number in (("threads", threads), ("contexts", contexts)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} is {number}, at least 1 is needed")
     path = storage.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)

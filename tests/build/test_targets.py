@@ -20,12 +20,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return modules
 
 
+@pytest.mark.parametrize("given", ["", " , ", ("", ",")])
+def test_a_target_that_names_nothing_is_not_the_default(given: str | tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="--target names nothing"):
+        targets.parse(given)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (None, ()),
-        ("", ()),
-        (" , ", ()),
+        ((), ()),
         ("sm_86", ("sm_86",)),
         ("sm86", ("sm_86",)),
         ("SM_86", ("sm_86",)),
@@ -34,7 +39,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         ("sm_86,sm86,SM_86,sm_89", ("sm_86", "sm_89")),
     ],
 )
-def test_targets_are_read(text: str | None, expected: tuple[str, ...]) -> None:
+def test_targets_are_read(text: str | tuple[()] | None, expected: tuple[str, ...]) -> None:
     assert targets.parse(text) == expected
 
 
@@ -140,6 +145,12 @@ def test_a_target_that_the_builder_refuses_is_named() -> None:
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "sm_89"),
         ("rtx3060", "sm_86"),
         ("RTX 2080 Ti", "sm_75"),
+        ("NVIDIA GeForce RTX 2050", "sm_86"),
+        ("RTX A1000 Laptop GPU", "sm_86"),
+        ("NVIDIA RTX A3000", "sm_86"),
+        ("NVIDIA RTX 4000 SFF Ada Generation", "sm_89"),
+        ("RTX 3500 Ada Generation Laptop GPU", "sm_89"),
+        ("RTX 500 Ada", "sm_89"),
         ("Tesla T4", "sm_75"),
         ("L4", "sm_89"),
         ("NVIDIA L40S", "sm_89"),

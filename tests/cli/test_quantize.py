@@ -275,6 +275,19 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     foreign = tmp_path / "foreign.onnx"
     assert quantize(foreign, "--calib", tints) == 2
     assert "--size" in capsys.readouterr().err
+    for precision in ("--int8", "--fp16"):
+        assert quantize(foreign, precision, "--size", "48") == 2
+        assert "takes 32x32 pixels, not 48" in capsys.readouterr().err
+    assert quantize(foreign, "--size", "32", "--mean", "123,116,103") == 2
+    assert "in units of [0, 1]" in capsys.readouterr().err
+    assert quantize(source, "--fp16", "--int8") == 2
+    assert "two files" in capsys.readouterr().err
+    assert quantize(source, "--fp16", "--out", "half.onnx") == 0
+    artifacts.sidecar_path("half.onnx").unlink()
+    for precision in ("--int8", "--fp16"):
+        assert quantize("half.onnx", precision, "--calib" if precision == "--int8" else "--size",
+                        tints if precision == "--int8" else "32") == 2  # fmt: skip
+        assert "is fp16 already" in capsys.readouterr().err
     assert quantize(foreign, "--calib", tints, "--size", "32") == 0
     capsys.readouterr()
     assert quantize("resnet8.onnx", "--calib", tints, "--mean", "0,0,0") == 2  # it has a sidecar

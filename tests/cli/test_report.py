@@ -46,6 +46,20 @@ def test_the_page_shows_what_a_plan_fuses(
     assert "What the engines fuse" not in out.read_text()
 
 
+def test_no_result_is_replaced_by_the_page(
+    engines: Path, tmp_path: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "e.json"
+    file = str(engines / "resnet8.onnx")
+    assert main(["eval", file, "--data", tints, "--json", str(result)]) == 0
+    before = result.read_bytes()
+    for option in ("--out", "--markdown"):
+        page = ["--out", str(tmp_path / "r.html")] if option == "--markdown" else []
+        assert main(["report", str(result), option, str(result), *page]) == 2
+        assert "is among the results" in capsys.readouterr().err
+    assert result.read_bytes() == before
+
+
 def test_nothing_to_report_is_said_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

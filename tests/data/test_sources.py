@@ -912,3 +912,9 @@ def test_the_same_bytes_in_another_shape_are_other_images() -> None:
         Arrays("a", pixels.reshape(2, 8, 4, 3), labels, "ab"),
     )
     assert wide.fingerprint() != tall.fingerprint()
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in images_under(tmp_path)] == ["gone.png"]

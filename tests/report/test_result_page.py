@@ -82,8 +82,8 @@ def test_searches_have_their_curve_and_their_answer(
     assert marks(text, "search") == ["search-0", "search-1"] * 2  # a figure a kind of load
     assert "images a batch" in text and "requests a second" in text
     rows = result_page.sections(found)["searches"].rows
-    assert rows[0] == ("net-fp32.onnx", "images a batch", 10.0, 4, 8.75, 125.5, 300)
-    assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, 300)
+    assert rows[0] == ("net-fp32.onnx", "images a batch", 10.0, 4, 8.75, 125.5, 100)
+    assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, None)
     assert "### The most that holds a bound" in markdown.render(found)
     assert "other processes used 1.50 of 4 cores" in found.notes
     assert browser(text).count("<svg") == text.count("<svg")

@@ -632,9 +632,16 @@ def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
     monkeypatch.setattr(backend, "_session", Failing())
     with pytest.raises(EnvironmentLack, match=r"ONNX Runtime CPU failed.*bad allocation"):
         backend.infer(images(2))
-    for wrong in (images(2, 16), images(2).astype(np.float64), images(2)[0], images(0)):
+    other_way_round = images(2).astype(
+        images(2).dtype.newbyteorder()
+    )  # ONNX Runtime reads it as is
+    for wrong in (images(2, 16), images(2).astype(np.float64), images(2)[0], images(0),
+                  other_way_round):  # fmt: skip
         with pytest.raises(InputError, match="do not fit"):
             backend.infer(wrong)
+    for nothing in (None, [[1.0]], "abc"):
+        with pytest.raises(InputError, match="not a NumPy array"):
+            backend.infer(nothing)  # type: ignore[arg-type]
 
 
 def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
