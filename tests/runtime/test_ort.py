@@ -28,6 +28,10 @@ from rtresnet.runtime.ort import (
 )
 
 ort = pytest.importorskip("onnxruntime")
+says_where = pytest.mark.skipif(
+    not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"),
+    reason="ONNX Runtime before 1.24 does not say where nodes run",
+)
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
@@ -455,6 +459,7 @@ def test_the_names_are_those_of_onnx_runtime(name: str) -> None:
     assert PROVIDERS[name].ep in known
 
 
+@says_where
 def test_every_node_is_where_it_was_asked_to_be(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "fp32")
     backend = OrtBackend(path, provider="cpu")
@@ -470,6 +475,7 @@ def takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROVIDERS, "cuda", azure)
 
 
+@says_where
 @pytest.mark.usefixtures("takes_nothing")
 def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "fp32")
@@ -485,6 +491,7 @@ def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None
     assert "conv1 (Conv) on CPUExecutionProvider" in str(caught.value)
 
 
+@says_where
 @pytest.mark.usefixtures("takes_nothing")
 def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
@@ -496,6 +503,7 @@ def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
     assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").placement == {}
 
 
+@says_where
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
     onnx_file: OnnxFile,
@@ -511,6 +519,7 @@ def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
         hold_placement(session, "CUDAExecutionProvider")
 
 
+@says_where
 def test_one_node_elsewhere_is_enough() -> None:
     part, node = ort.OrtEpAssignedSubgraph, ort.OrtEpAssignedNode
     assert hasattr(part, "ep_name") and hasattr(part, "get_nodes")

@@ -102,14 +102,20 @@ def test_leaving_the_block_closes_the_backend(onnx_file: OnnxFile) -> None:
 
 
 def test_the_description_has_what_belongs_beside_a_figure(onnx_file: OnnxFile) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
     with load(onnx_file("resnet8", "fp32"), provider="cpu", threads=1) as session:
         described = session.describe()
     assert described["device"] == machine.cpu()
     assert described["provider"] == "ONNX Runtime CPU"
     assert described["threads"] == 1
     placement = described["placement"]
-    assert isinstance(placement, dict) and list(placement) == ["CPUExecutionProvider"]
-    assert placement["CPUExecutionProvider"] > 20
+    assert isinstance(placement, dict)
+    if hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):  # from 1.24
+        assert (
+            list(placement) == ["CPUExecutionProvider"] and placement["CPUExecutionProvider"] > 20
+        )
+    else:
+        assert placement == {}
     versions = described["versions"]
     assert isinstance(versions, dict) and {"python", "onnxruntime", "numpy"} <= set(versions)
 
