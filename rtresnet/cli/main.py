@@ -101,9 +101,12 @@ def _run(given: list[str]) -> int:
         return _fail(f"{error.format_message()}; see: {path} --help", 2)
     except RtresnetError as error:
         return _fail(str(error), error.exit_code)
-    except (BrokenPipeError, SystemExit):
-        # click and rich make a SystemExit(1) of it, which would read as a missed gate. Python would
-        # complain once more on its way out.
+    except (BrokenPipeError, SystemExit) as error:
+        # click and rich make a SystemExit(1) of it, which would read as a missed gate; nobody else
+        # here raises one.
+        if isinstance(error, SystemExit) and error.code != 1:
+            raise
+        # Python would complain once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except OSError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtresnet.cli import common
+from rtresnet.errors import InputError
 
 if TYPE_CHECKING:
     from rtresnet.report.results import Gathered
@@ -17,16 +18,23 @@ if TYPE_CHECKING:
 DEFAULT = "engines"
 
 
+def page_place(context: click.Context, option: click.Parameter, given: Any) -> Any:
+    """An option's callback: `common.text_place`, and no name of a result."""
+    if given is not None and Path(given).suffix.lower() == ".json":
+        raise InputError(f"{given}: the name of a result, and this is a page", fix="name it .html")
+    return common.text_place(context, option, given)
+
+
 @click.command("report", short_help="Make one page of what was measured.")
 @click.argument("results", nargs=-1, metavar="[RESULTS.json|ARTIFACT|FOLDER...]")
 @click.option(
     "--out", type=click.Path(path_type=Path), default="report.html", show_default=True,
-    callback=common.text_place,
+    callback=page_place,
 )  # fmt: skip
 @click.option(
     "--markdown",
     metavar="FILE",
-    callback=common.text_place,
+    callback=page_place,
     help="The same as Markdown too (- for stdout).",
 )
 def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
@@ -36,9 +44,8 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     artifacts bring what their sidecars know. Without any, the folder engines/ is taken.
     """
     from rtresnet import storage
-    from rtresnet.errors import InputError
     from rtresnet.report import markdown as markdown_report
-    from rtresnet.report import result_page
+    from rtresnet.report import result_page, result_tables
     from rtresnet.report import results as reading
 
     if not results and not Path(DEFAULT).is_dir():
@@ -48,11 +55,6 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         )
     if markdown not in (None, "-") and Path(str(markdown)).resolve() == Path(out).resolve():
         raise InputError(f"{out}: --out and --markdown name one file", fix="choose two names")
-    for option, place in (("--out", out), ("--markdown", Path(markdown or "-"))):
-        if place.exists() and any(
-            place.samefile(given) for given in results if Path(given).exists()
-        ):
-            raise InputError(f"{place}: is among the results", fix=f"choose another {option}")
     found = reading.gather(results or (DEFAULT,))
     text = result_page.html(found, list(_engines(found)))
     storage.write_text(out, text)
@@ -62,7 +64,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     elif markdown:
         storage.write_text(markdown, rendered)
     console = common.err_console() if markdown == "-" else common.out_console()
-    for line in (*result_page.summary(found), *result_page.remarks(found)):
+    for line in (*result_tables.summary(found), *result_tables.remarks(found)):
         console.print(line, soft_wrap=True, markup=False)
     console.print(
         f"page: {out}, {len(text) / 1e3:.0f} kB: {len(found.artifacts)} artifacts, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rtresnet.report.result_page import remarks, sections, summary
+from rtresnet.report.result_tables import remarks, sections, summary
 from rtresnet.report.results import Gathered
 from rtresnet.report.tables import Row, numeric, text
 

@@ -1,7 +1,7 @@
 """What was measured, gathered from the verbs' JSON files and from artifacts' sidecars.
 
 Reads tolerantly: a field that is not there is None, a verb that is not known is named and left
-out. Knows no page; see `result_page.py` and `markdown.py`.
+out. Knows no page; see `result_tables.py` and those that use it.
 """
 
 from __future__ import annotations

@@ -183,17 +183,19 @@ class OrtBackend:
             raise InputError("infer after close")
         if not isinstance(images, np.ndarray):
             raise InputError(f"images are {type(images).__name__}, not a NumPy array")
-        # ONNX Runtime reads another byte order as if it were this one.
-        if not self._takes(images):
-            shape = ", ".join(str(side) for side in self._shape)
+        if not images.dtype.isnative:  # ONNX Runtime reads the bytes as if they were
             raise InputError(
-                f"images {images.dtype} {list(images.shape)} do not fit: the file takes "
-                f"{self.input_dtype} [{shape}]"
+                f"images {images.dtype} do not fit: they are in another machine's byte order",
+                fix="images.astype(images.dtype.newbyteorder('='))",
             )
         try:
             found = session.run(self._outputs, {self._input: images})
-        except Exception as error:  # ONNX Runtime's own types share no base
-            raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
+        except Exception as error:  # ONNX Runtime raises its own types, for both kinds
+            if self._takes(images):
+                raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
+            raise InputError(
+                f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
+            ) from error
         return tuple(found) if len(found) > 1 else found[0]
 
     def _takes(self, images: np.ndarray) -> bool:

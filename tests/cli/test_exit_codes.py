@@ -374,6 +374,19 @@ def test_a_fixed_batch_is_no_matter_where_no_image_is_run(
     assert main([*said, "--calib", "digits"]) == 2
 
 
+def test_an_exit_that_no_reader_caused_is_not_taken_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rtresnet.cli import main as module
+
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr(module.cli, "main", leave)
+    with pytest.raises(SystemExit, match="7"):
+        main(["models"])
+
+
 def test_ctrl_c_while_a_package_is_imported_is_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,12 +52,16 @@ def test_no_result_is_replaced_by_the_page(
     result = tmp_path / "e.json"
     file = str(engines / "resnet8.onnx")
     assert main(["eval", file, "--data", tints, "--json", str(result)]) == 0
+    (tmp_path / "results").mkdir()
+    inside = tmp_path / "results" / "e.json"
+    shutil.copy(result, inside)
     before = result.read_bytes()
     for option in ("--out", "--markdown"):
         page = ["--out", str(tmp_path / "r.html")] if option == "--markdown" else []
         assert main(["report", str(result), option, str(result), *page]) == 2
-        assert "is among the results" in capsys.readouterr().err
-    assert result.read_bytes() == before
+        assert "the name of a result" in capsys.readouterr().err
+        assert main(["report", str(inside.parent), option, str(inside), *page]) == 2
+    assert result.read_bytes() == inside.read_bytes() == before
 
 
 def test_nothing_to_report_is_said_and_nothing_is_written(

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rtresnet.cli.main import main
-from rtresnet.report import markdown, result_page, results
+from rtresnet.report import markdown, result_page, result_tables, results
 from tests.report.conftest import searched
 
 PHONE = 390
@@ -46,7 +46,7 @@ def test_the_values_are_those_of_the_files(text: str, measured: list[Path]) -> N
 
 def test_the_summary_says_what_is_gained_and_lost(measured: list[Path]) -> None:
     found = results.gather(measured)
-    lines = result_page.summary(found)
+    lines = result_tables.summary(found)
     assert len(lines) == 3
     assert "1.60 times as fast as net-fp32.onnx, with -0.25 points of top-1" in lines[0]
     assert "2.67 times as fast as net-fp32.onnx, with -1.50 points of top-1" in lines[1]
@@ -68,7 +68,7 @@ def test_latency_alone_makes_a_page_too(measured: list[Path]) -> None:
     found = results.gather(measured[:1])
     text = result_page.html(found)
     assert not marks(text, "artifact") and marks(text, "tail")
-    assert any("No accuracy is known" in line for line in result_page.remarks(found))
+    assert any("No accuracy is known" in line for line in result_tables.remarks(found))
 
 
 def test_searches_have_their_curve_and_their_answer(
@@ -81,7 +81,7 @@ def test_searches_have_their_curve_and_their_answer(
     text = result_page.html(found)
     assert marks(text, "search") == ["search-0", "search-1"] * 2  # a figure a kind of load
     assert "images a batch" in text and "requests a second" in text
-    rows = result_page.sections(found)["searches"].rows
+    rows = result_tables.sections(found)["searches"].rows
     assert rows[0] == ("net-fp32.onnx", "images a batch", 10.0, 4, 8.75, 125.5, 100)
     assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, None)
     assert "### The most that holds a bound" in markdown.render(found)
@@ -99,7 +99,7 @@ def test_artifacts_alone_make_a_page_too(engines: Path) -> None:
 def test_markdown_has_the_same_tables(measured: list[Path]) -> None:
     found = results.gather(measured)
     text = markdown.render(found)
-    for section in result_page.sections(found).values():
+    for section in result_tables.sections(found).values():
         assert f"### {section.heading}" in text
     rows = [line for line in text.splitlines() if line.startswith("| net-int8.onnx")]
     assert any("| 90.00 |" in row and "| 98.44 |" in row for row in rows)

@@ -653,6 +653,19 @@ def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
             backend.infer(nothing)  # type: ignore[arg-type]
 
 
+def test_a_strangers_file_may_take_half_precision(tmp_path: Path) -> None:
+    net = helper.make_graph(
+        [helper.make_node("Flatten", ["x"], ["logits"])], "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["n", 3, 2, 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT16, ["n", 12])],
+    )  # fmt: skip
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(net, opset_imports=[opset], ir_version=10), tmp_path / "half.onnx")
+    images = np.arange(24, dtype=np.float16).reshape(2, 3, 2, 2)
+    found = OrtBackend(tmp_path / "half.onnx", provider="cpu").infer(images)
+    assert isinstance(found, np.ndarray) and (found == images.reshape(2, 12)).all()
+
+
 def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     backend.close()
