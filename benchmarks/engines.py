@@ -5,6 +5,11 @@
 Weights are untrained: sizes, build times and speed do not depend on them. The three ONNX files of a
 net are measured in turn, in one process, at batch 1 and 8.
 
+The results say whether the processor has VNNI, and go into a file for each kind. To see the kernels
+of the other kind on an Intel processor, compile tests/runtime/no_vnni.c as its first lines say and
+
+    ONEDNN_MAX_CPU_ISA=AVX2 LD_PRELOAD=$PWD/no_vnni.so .venv/bin/python benchmarks/engines.py
+
 OpenVINO, on a processor that its plugin does not offer, is in another build of ONNX Runtime:
 
     make .venv/openvino
@@ -15,10 +20,13 @@ OpenVINO, on a processor that its plugin does not offer, is in another build of 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
 from common import markdown, rtresnet, save
+
+from rtresnet import machine
 
 HEADINGS = (
     "net", "precision", "ONNX MB", "plan MB", "build s", "convolutions", "ms, batch 1",
@@ -72,12 +80,17 @@ def main() -> None:
     first = next(iter(records.values()))
     where, plan = first["bench"]["results"][0], first["export"]["plans"][0]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    kind = "with VNNI"
+    if machine.int8_sums_saturate():
+        hidden = "no_vnni" in os.environ.get("LD_PRELOAD", "")
+        kind = "without VNNI" + (" (hidden by tests/runtime/no_vnni.c)" if hidden else "")
     caption = (
         f"Plans by {plan['builder']} {plan['version']} for {', '.join(plan['targets'])}. Speed of "
-        f"the ONNX files on {where['device']}, {where['provider']}, {where['threads']} threads, "
+        f"the ONNX files on {where['device']}, {kind}, {where['provider']}, {where['threads']} threads, "
         f"{versions}; 10 s each, in turn; speed against FP32; n batches of 8."
     )
     name = "engines" if options.provider == "cpu" else f"engines-{options.provider}"
+    name += "-no-vnni" if machine.int8_sums_saturate() else ""
     save(name, records, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 

@@ -1,7 +1,7 @@
 """How far the branch of each residual block went in calibration, kept in the INT8 file.
 
 The file leaves that tensor in float, since TensorRT wants it so; a runtime that quantizes it
-(`runtime/cpu_form.py`) makes finer steps where it knows. A metadata property, which runtimes and
+(`runtime/cpu_rewrite.py`) makes finer steps where it knows. A metadata property, which runtimes and
 builders pass over.
 """
 

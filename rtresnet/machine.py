@@ -27,6 +27,9 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
 }
 
+# Values of oneDNN's ONEDNN_MAX_CPU_ISA that rule VNNI out.
+ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -81,15 +84,16 @@ def cpu() -> str:
     return f"{name}, {cores()} cores"
 
 
-@functools.cache
-def exact_int8() -> bool:
-    """Whether the processor adds up u8 by s8 products without saturating at 16 bits.
+def int8_sums_saturate() -> bool:
+    """Whether integer kernels here add u8 x s8 products in saturating 16 bits: x86 without VNNI.
 
-    x86 needs VNNI for that (avx512_vnni or avx_vnni); other processors do it as they are.
+    ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA), which limits oneDNN and OpenVINO to an older processor's
+    instructions, counts as the processor's limit, so that tests can force the answer.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return bool({"avx512_vnni", "avx_vnni"} & _flags())
+        return False
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.upper() in ISAS_WITHOUT_VNNI or not {"avx512_vnni", "avx_vnni"} & _flags()
 
 
 def native_bf16() -> bool:
@@ -97,6 +101,7 @@ def native_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & _flags())
 
 
+@functools.cache
 def _flags() -> set[str]:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:

@@ -62,7 +62,7 @@ DOORS = {
 # The one file of a room that may import packages that the room may not.
 SEAMS = {
     "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino"},
-    "runtime/cpu_form.py": {"onnx"},
+    "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},
     # Shapes, and so multiply-adds and bytes, stand in the ONNX file alone.
     "bench/kernels.py": {"onnx"},

@@ -114,7 +114,7 @@ def _product(side: int, dtype: str, threads: int) -> float:
     rng = np.random.default_rng(0)
     if dtype == "int8":  # as runtime/ort.py has the processor do it
         weight = rng.integers(0, 100, (side, side)).astype(
-            np.int8 if machine.exact_int8() else np.uint8
+            np.int8 if not machine.int8_sums_saturate() else np.uint8
         )
         given = rng.integers(0, 255, (side, side), dtype=np.uint8)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import bench_baseline, bench_find, bench_load, common, opening
-from rtresnet.cli.bench_show import show, where
+from rtresnet.cli.bench_show import show, where, where_lines
 from rtresnet.errors import EnvironmentLack, InputError
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _find(
     for fact, search in searches:
         bench_find.show(fact["measured"], search, bound)
     console = common.out_console()
-    for line in sorted({where(fact) for fact in facts}):
+    for line in where_lines(facts):
         console.print(line, soft_wrap=True, markup=False)
     for remark in watch.report["remarks"]:
         console.print(f"NOTE: {remark}", style="bold yellow", markup=False, soft_wrap=True)

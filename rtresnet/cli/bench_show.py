@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def _lines(result: dict[str, Any], several: bool) -> Iterator[str]:
         )
         yield f"Speed against the first file{turn}"
         yield from (_verdict(entry) for entry in entries if entry["comparison"])
-    yield from sorted({where(entry) for entry in entries})
+    yield from where_lines(entries)
     if any(entry["untrained"] for entry in entries):
         yield "Untrained weights: latency is meaningful, accuracy is not."
     if not all(entry["steady"] for entry in entries):
@@ -137,3 +137,9 @@ def where(entry: dict[str, Any]) -> str:
     threads = f", {entry['threads']} threads" if entry["threads"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
     return f"{entry['device']}; {entry['provider']}{threads}; {versions}"
+
+
+def where_lines(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """Each device with its provider and versions once, then notes on how INT8 ran."""
+    entries = list(entries)
+    return [*sorted({where(entry) for entry in entries}), *common.int8_notes(entries)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common, opening
+from rtresnet.cli import bench_show, common, opening
 from rtresnet.errors import DataError, GateMissed, InputError
 
 if TYPE_CHECKING:
@@ -251,8 +251,6 @@ def show(result: dict[str, Any]) -> None:
             f"WEAK: {100 * (1 - result['told_apart']):.0f} % of the pairs of images get the same "
             "answer within the tolerance; rows could change places unseen. Name others: --data SPEC"
         )
-    threads = f", {result['threads']} threads" if result["threads"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines.append(f"{result['device']}; {result['provider']}{threads}; {versions}")
+    lines += bench_show.where_lines([result])
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)

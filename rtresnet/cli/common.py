@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -151,6 +151,17 @@ def say(line: str) -> None:
 def note(line: str) -> None:
     """A line on standard error, above a progress bar where there is one."""
     print(line, file=sys.stderr)
+
+
+def int8_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """How INT8 ran where integer sums would saturate, each once; see `Session.describe`."""
+    return sorted({entry["int8_note"] for entry in entries if entry.get("int8_note")})
+
+
+def show_int8_notes(*entries: dict[str, Any]) -> None:
+    """Prints what `int8_notes` returns."""
+    for line in int8_notes(entries):
+        out_console().print(line, markup=False, soft_wrap=True)
 
 
 def warn_loudly(title: str, body: str) -> None:

@@ -45,6 +45,12 @@ def command(json_file: str | None) -> None:
     missing = [p["package"] for p in result["packages"] if not p["version"]]
     if missing:
         console.print("Missing, each with: pip install NAME - " + ", ".join(missing))
+    if result["int8_sums_saturate"]:
+        console.print(
+            "INT8: this CPU has no VNNI. Its integer sums of 16 bits could saturate, so INT8 files "
+            "run in a form that cannot. They gain less speed than with VNNI.",
+            soft_wrap=True,
+        )
     for name, state in result["runs"].items():
         console.print(f"{name}: {state}", soft_wrap=True, markup=False)
     common.write_json(json_file, "doctor", result)
@@ -70,6 +76,7 @@ def run() -> dict[str, Any]:
         "cpu": machine.cpu(),
         "python": platform.python_version(),
         "gpus": gpus,
+        "int8_sums_saturate": machine.int8_sums_saturate(),
         "packages": packages,
         "runs": {
             "ONNX files run on": _providers(),

@@ -134,7 +134,9 @@ def _hits(path: Path, source: Source, preprocess: Preprocess) -> np.ndarray:
     from rtresnet.runtime.backend import logits
     from rtresnet.runtime.ort import OrtBackend
 
-    backend = OrtBackend(path, faithful=True)  # the file is promised, not what a CPU makes of it
+    backend = OrtBackend(
+        path, preserve_numerics=True
+    )  # the file is promised, not what a CPU makes of it
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
         found = [

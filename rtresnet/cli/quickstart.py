@@ -118,10 +118,14 @@ def rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
 def legend(result: dict[str, Any]) -> str:
     """What the table's columns are, with n."""
     evaluated = result["eval"]["fp32"]
-    return (
-        f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
-        "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
-        f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}."
+    notes = common.int8_notes(result["bench"]["results"])
+    return " ".join(
+        (
+            f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
+            "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
+            f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}.",
+            *(f"INT8: {note}." for note in notes),
+        )
     )
 
 

@@ -7,7 +7,8 @@ that the provider has no kernel for, a run that fails.
 
 Two things are done to be right and fast on a CPU; the file on disk stays TensorRT's:
 
-- For the CPU provider a Q/DQ file is rewritten in memory (`cpu_form.py`).
+- A Q/DQ file is rewritten in memory (`cpu_rewrite.py`): always for ONNX Runtime's own CPU provider,
+  for OpenVINO where the processor's integer kernels would saturate.
 - OpenVINO computes FP32 files in BF16 where the processor can (ResNet-50's logits then differ by
   11 % relative, measured). It is told f32: precision lives in the file.
 """
@@ -18,6 +19,7 @@ import importlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ import numpy as np
 from rtresnet import machine
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName, missing_package
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
-from rtresnet.runtime.cpu_form import for_cpu
+from rtresnet.runtime.cpu_rewrite import rewrite_for_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +100,12 @@ class OrtBackend:
             `openvino`), else ONNX Runtime's own CPU provider.
         threads: Intra-op threads; every core this process may use by default.
         profile: Begin of the file's name that ONNX Runtime's profile goes to; None for no profile.
-        faithful: On ONNX Runtime's CPU provider, without the step that its faster form of an INT8
-            file may differ by (`cpu_form.py`, rule 3).
+        preserve_numerics: On ONNX Runtime's CPU provider, skip the one rule of `cpu_rewrite.py`
+            that changes results of an INT8 file, by one step at most.
 
     Attributes:
         placement: Nodes of the net on each execution provider, as the session says.
+        int8_note: How an INT8 file runs where the CPU's integer sums would saturate; else None.
 
     Raises:
         EnvironmentLack: The provider is not here, or part of the net would run on another one.
@@ -116,7 +119,7 @@ class OrtBackend:
         provider: str = "auto",
         threads: int | None = None,
         profile: str | None = None,
-        faithful: bool = False,
+        preserve_numerics: bool = False,
     ) -> None:
         ort = _onnxruntime()
         served_by = openvino() if provider in ("auto", "openvino") else None
@@ -132,6 +135,7 @@ class OrtBackend:
         if about.plugin:
             self.packages += (about.package,)
         self.device = "cpu"
+        self.int8_note: str | None = None
         self.threads: int | None = None if about.gpu else threads or machine.cores()
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -139,9 +143,6 @@ class OrtBackend:
         options.add_session_config_entry(*NO_SPINNING)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        if provider == "cpu" and not machine.exact_int8():
-            # Slower, and right: the fast kernels would saturate at 16 bits on this processor.
-            options.add_session_config_entry("session.x64quantprecision", "1")
         chosen = _choose(ort, options, about, self.threads)
         if about.gpu:
             self.device = machine.gpus()[0].name if machine.gpus() else "cuda"
@@ -150,7 +151,18 @@ class OrtBackend:
             options.add_session_config_entry(RECORD, "1")
         elif provider != "cpu":  # ONNX Runtime before 1.24 does not say where, but refuses
             options.add_session_config_entry(NO_FALLBACK, "1")
-        model = for_cpu(path, faithful) if provider == "cpu" else os.fspath(path)
+        model: str | bytes = os.fspath(path)
+        saturates = machine.int8_sums_saturate()
+        if provider == "cpu" or (provider == "openvino" and saturates):
+            rewritten = rewrite_for_cpu(
+                path,
+                saturates=saturates,
+                integer_chains=provider == "cpu",
+                preserve_numerics=preserve_numerics,
+            )
+            model = rewritten.model
+            if saturates and rewritten.quantized:
+                self.int8_note = _without_vnni(rewritten.float_layers)
         try:
             self._session: Any = ort.InferenceSession(
                 model, options, providers=chosen or None, enable_fallback=0
@@ -221,6 +233,15 @@ class OrtBackend:
     def close(self) -> None:
         """Drops the session."""
         self._session = None
+
+
+def _without_vnni(float_layers: Sequence[str]) -> str:
+    """What runs instead of saturating sums, for people who read a figure."""
+    shown = ", ".join(float_layers[:3]) + (", ..." if len(float_layers) > 3 else "")
+    change = (
+        f"{len(float_layers)} layer(s) run in float ({shown})" if float_layers else "none would"
+    )
+    return f"no VNNI on this CPU, so INT8 sums of 16 bits could saturate: {change}"
 
 
 def hold_placement(session: Any, ep: str) -> dict[str, int]:

@@ -125,13 +125,15 @@ class Session:
         """Device, provider, threads and versions, as they belong beside every figure.
 
         `placement` is the number of nodes on each of ONNX Runtime's execution providers; empty of
-        a plan, which is one piece.
+        a plan, which is one piece. `int8_note` says how an INT8 file runs on a CPU whose integer
+        sums would saturate, and is None elsewhere.
         """
         return {
             "device": machine.cpu() if self.backend.device == "cpu" else self.backend.device,
             "provider": self.backend.provider,
             "threads": self.backend.threads,
             "placement": getattr(self.backend, "placement", {}),
+            "int8_note": getattr(self.backend, "int8_note", None),
             "versions": machine.versions(("rtresnet", "numpy", *self.backend.packages)),
         }
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +88,26 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Calla
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def without_vnni(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables for a process that takes this CPU for one with AVX2 and no more."""
+    compiler = shutil.which("gcc")
+    if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("needs gcc and Linux on x86-64")
+    library = tmp_path_factory.mktemp("cpuid") / "no_vnni.so"
+    source = Path(__file__).parent / "no_vnni.c"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    variables = {"LD_PRELOAD": str(library), "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    tried = subprocess.run(
+        [sys.executable, "-c", ""], env=os.environ | variables, capture_output=True, check=False
+    )
+    if tried.returncode == 77:
+        pytest.skip("this CPU cannot trap CPUID")
+    assert tried.returncode == 0, tried.stderr
+    return variables
 
 
 @pytest.fixture

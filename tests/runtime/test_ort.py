@@ -17,7 +17,13 @@ from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownN
 from rtresnet.export import ends
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import qdq
-from rtresnet.runtime.cpu_form import for_cpu, quantize_branches, quantize_early, unsigned
+from rtresnet.runtime.cpu_rewrite import (
+    dequantize_saturating,
+    quantize_branches,
+    quantize_early,
+    rewrite_for_cpu,
+    to_unsigned,
+)
 from rtresnet.runtime.ort import (
     PROVIDERS,
     RECORD,
@@ -57,14 +63,34 @@ def relative(got: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
 
 
+def rewritten(path: Path, *rules: Callable[[onnx.ModelProto], object]) -> onnx.ModelProto:
+    """The file after rule 1 and others."""
+    model = onnx.load(path)
+    assert to_unsigned(model) > 0
+    for rule in rules:
+        rule(model)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def zero_points(model: onnx.ModelProto) -> dict[str, int]:
+    """Quantized activation to its zero point."""
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    return {
+        node.output[0]: int(values[node.input[2]])
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
 @pytest.mark.parametrize(("name", "size"), [("resnet8", 32), ("resnet18", 64)])
-def test_moved_activations_are_the_same_integers_plus_128(
+def test_to_unsigned_gives_the_same_integers_plus_the_zero_point(
     name: str, size: int, onnx_file: OnnxFile, images: Images
 ) -> None:
     path = onnx_file(name, "int8", size)
-    signed = onnx.load(path)
-    moved = unsigned(path)
-    onnx.checker.check_model(moved, full_check=True)
+    signed, moved = onnx.load(path), rewritten(path)
+    zeros = zero_points(moved)
+    assert zeros["images.q"] == 128 and sorted(set(zeros.values())) == [0, 128]
     tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
     assert len(tensors) > 7
     for seed, factor in ((0, 1), (1, 3)):  # three times the range: some of it is clipped
@@ -73,7 +99,9 @@ def test_moved_activations_are_the_same_integers_plus_128(
         after = run_as_written(moved, batch, tensors, TensorProto.UINT8)
         for tensor, old, new in zip(tensors, before[1:], after[1:], strict=True):
             assert (old.dtype, new.dtype) == (np.int8, np.uint8)
-            np.testing.assert_array_equal(new.astype(int), old.astype(int) + 128, err_msg=tensor)
+            expected = old.astype(int) + zeros[tensor]
+            np.testing.assert_array_equal(new.astype(int), expected, err_msg=tensor)
+            assert zeros[tensor] == 128 or new.max() <= 127
         np.testing.assert_array_equal(after[0], before[0])
     assert {int(before[1].min()), int(before[1].max())} == {-128, 127}
 
@@ -81,11 +109,12 @@ def test_moved_activations_are_the_same_integers_plus_128(
 @pytest.mark.parametrize(
     ("name", "size", "moves"), [("resnet8", 32, 4), ("resnet18", 64, 9), ("resnet50", 64, 33)]
 )
-def test_quantizing_at_the_convolution_gives_the_same_integers(
+def test_quantize_early_gives_the_same_integers(
     name: str, size: int, moves: int, onnx_file: OnnxFile, images: Images
 ) -> None:
     path = onnx_file(name, "int8", size)
-    signed, form = onnx.load(path), unsigned(path)
+    signed, form = onnx.load(path), rewritten(path)
+    zeros = zero_points(form)
     assert quantize_early(form) == moves
     onnx.checker.check_model(form, full_check=True)
     tensors = [n.output[0] for n in signed.graph.node if n.op_type == "QuantizeLinear"]
@@ -94,14 +123,15 @@ def test_quantizing_at_the_convolution_gives_the_same_integers(
         before = run_as_written(signed, batch, tensors, TensorProto.INT8)
         after = run_as_written(form, batch, tensors, TensorProto.UINT8)
         for tensor, old, new in zip(tensors, before[1:], after[1:], strict=True):
-            np.testing.assert_array_equal(new.astype(int), old.astype(int) + 128, err_msg=tensor)
+            expected = old.astype(int) + zeros[tensor]
+            np.testing.assert_array_equal(new.astype(int), expected, err_msg=tensor)
         np.testing.assert_array_equal(after[0], before[0])
 
 
 def test_the_cpu_provider_then_runs_those_convolutions_in_integers(
     onnx_file: OnnxFile, tmp_path: Path
 ) -> None:
-    data = for_cpu(onnx_file("resnet50", "int8", 64))
+    data = rewrite_for_cpu(onnx_file("resnet50", "int8", 64), saturates=False).model
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
@@ -112,12 +142,11 @@ def test_the_cpu_provider_then_runs_those_convolutions_in_integers(
 
 
 def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
-    """A residual block's end in the form of rule 1: 1x1 convolution, addition, ReLU, all in Q/DQ.
+    """A residual block's end, after rule 1: 1x1 convolution, addition, ReLU, all in Q/DQ.
 
     The outputs are the block's result and, so that the second Q/DQ pair stays, its integers.
     """
     scales = {"x": 0.05, "weight": 1 / 127, "shortcut": shortcut, "result": result}
-    zeros = {"x": 128, "shortcut": 128, "result": 128}
 
     def pair(name: str, source: str) -> list[onnx.NodeProto]:
         constants, q, dq = [f"{name}.scale", f"{name}.zero"], f"{name}.q", f"{name}.dq"
@@ -141,14 +170,19 @@ def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
             numpy_helper.from_array(np.array(v, np.float32), f"{n}.scale")
             for n, v in scales.items()
         ),
-        *(numpy_helper.from_array(np.array(v, np.uint8), f"{n}.zero") for n, v in zeros.items()),
+        *(
+            numpy_helper.from_array(np.array(0, np.int8), f"{n}.zero")
+            for n in ("x", "shortcut", "result")
+        ),
         numpy_helper.from_array(np.full((1, 1, 1, 1), 127, np.int8), "weight"),
     ]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, None, None])
               for n in ("x", "before")]  # fmt: skip
     output = helper.make_tensor_value_info("result.dq", TensorProto.FLOAT, [1, 1, None, None])
     graph = helper.make_graph(nodes, "block", inputs, [output], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    assert to_unsigned(model) == 3
+    return model
 
 
 def integers(model: onnx.ModelProto, optimized: bool) -> np.ndarray:
@@ -188,7 +222,7 @@ def test_a_quantized_branch_changes_a_result_by_at_most_one_step(
     for optimized in (False, True):
         off = np.abs(integers(after, optimized) - old)
         assert off.max() <= done, (optimized, off.max())
-    assert old.min() == 128 and (old.max() == 255 or result == 0.2)
+    assert old.min() == 0 and (old.max() == 127 or result == 0.2)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +274,9 @@ def test_a_branch_with_another_reader_or_nothing_quantized_behind_it_stays() -> 
     model = block(0.03, 0.03, signed=False)
     for tensor in model.graph.initializer:
         if tensor.name == "result.zero":
-            tensor.CopyFrom(numpy_helper.from_array(np.array(0, np.uint8), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(np.array(1, np.int8), tensor.name))
+    model = block(0.03, 0.03, signed=False)
+    model.graph.node[-2].input[2] = model.graph.node[-1].input[2] = "x.zero"
     assert quantize_branches(model) == 0
 
 
@@ -250,7 +286,7 @@ def test_a_branch_with_another_reader_or_nothing_quantized_behind_it_stays() -> 
 def test_every_block_adds_in_integers_where_all_that_reads_it_does(
     name: str, size: int, branches: int, onnx_file: OnnxFile
 ) -> None:
-    form = unsigned(onnx_file(name, "int8", size))
+    form = rewritten(onnx_file(name, "int8", size))
     assert quantize_branches(form) == branches
     assert quantize_branches(form) == 0  # not twice
     onnx.checker.check_model(form, full_check=True)
@@ -264,7 +300,8 @@ def test_ends_inside_the_file_cost_no_integer_convolution(
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         options.log_severity_level = 3
-        ort.InferenceSession(for_cpu(path), options, providers=["CPUExecutionProvider"])
+        data = rewrite_for_cpu(path, saturates=False).model
+        ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
         return sum(node.op_type == "QLinearConv" for node in nodes)
 
@@ -278,29 +315,39 @@ def test_ends_inside_the_file_cost_no_integer_convolution(
     ends.check(before.infer, after.infer, contract, pixels=pixels, topk=topk)  # type: ignore[arg-type]
 
 
-def test_another_zero_point_is_left_where_it_is(onnx_file: OnnxFile) -> None:
-    form = unsigned(onnx_file("resnet8", "int8"))
-    for tensor in form.graph.initializer:
-        if tensor.name.endswith(".unsigned"):
-            tensor.CopyFrom(numpy_helper.from_array(np.array(7, np.uint8), tensor.name))
-    before = form.SerializeToString()
-    assert quantize_early(form) == 0
-    assert form.SerializeToString() == before
+def test_to_unsigned_leaves_another_zero_point_alone(onnx_file: OnnxFile) -> None:
+    model = onnx.load(onnx_file("resnet8", "int8"))
+    for tensor in model.graph.initializer:
+        if not tensor.dims and tensor.data_type == TensorProto.INT8:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(7, np.int8), tensor.name))
+    before = model.SerializeToString()
+    assert to_unsigned(model) == quantize_early(model) == quantize_branches(model) == 0
+    assert model.SerializeToString() == before
 
 
-def test_moved_activations_leave_the_weights_alone(onnx_file: OnnxFile) -> None:
+def test_to_unsigned_leaves_the_weights_alone(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "int8")
-    signed, moved = onnx.load(path), unsigned(path)
+    signed, moved = onnx.load(path), rewritten(path)
     before = {t.name: t for t in signed.graph.initializer}
     after = {t.name: t for t in moved.graph.initializer}
     assert all(after[name] == tensor for name, tensor in before.items())
-    added = {name: numpy_helper.to_array(after[name]) for name in after.keys() - before.keys()}
-    quantizers = [n for n in moved.graph.node if n.op_type == "QuantizeLinear"]
-    assert {n.input[2] for n in quantizers} == set(added)
-    assert all(value.dtype == np.uint8 and value == 128 for value in added.values())
-    for old, new in zip(signed.graph.node, moved.graph.node, strict=True):
-        if new.op_type == "DequantizeLinear" and new.input[0] in before:
-            assert old == new
+    dequantizers = {n.name: n for n in moved.graph.node if n.op_type == "DequantizeLinear"}
+    for node in signed.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in before:
+            assert dequantizers[node.name] == node
+
+
+@pytest.mark.parametrize("integers", ["q.out", "dq.only"])
+def test_to_unsigned_leaves_integers_that_others_read(integers: str, onnx_file: OnnxFile) -> None:
+    """A graph output, or a reader that is no DequantizeLinear, expects int8."""
+    model = onnx.load(onnx_file("resnet8", "int8"))
+    if integers == "q.out":
+        model.graph.output.append(helper.make_tensor_value_info("images.q", TensorProto.INT8, None))
+    else:
+        model.graph.node.append(helper.make_node("Identity", ["images.q"], ["copy"], name="copy"))
+    to_unsigned(model)
+    (quantize,) = [n for n in model.graph.node if n.output[0] == "images.q"]
+    assert quantize.input[2] == "images.zero_point"
 
 
 def test_no_thread_spins_between_calls_where_another_session_could_run(onnx_file: OnnxFile) -> None:
@@ -327,15 +374,18 @@ def test_the_file_on_disk_stays_as_it_is(onnx_file: OnnxFile) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_file_without_quantization_is_not_touched(precision: str, onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", precision)
-    assert for_cpu(path) == str(path)
+    for saturates in (False, True):
+        kept = rewrite_for_cpu(path, saturates=saturates)
+        assert (kept.model, kept.quantized, kept.float_layers) == (str(path), False, ())
 
 
 def test_a_file_moved_already_is_not_touched(onnx_file: OnnxFile, tmp_path: Path) -> None:
     path = tmp_path / "moved.onnx"
-    data = for_cpu(onnx_file("resnet8", "int8"))
+    data = rewrite_for_cpu(onnx_file("resnet8", "int8"), saturates=True).model
     assert isinstance(data, bytes)
     path.write_bytes(data)
-    assert for_cpu(path) == str(path)
+    again = rewrite_for_cpu(path, saturates=True)
+    assert (again.model, again.quantized) == (str(path), True)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.1)])
@@ -617,16 +667,111 @@ def test_images_of_the_wrong_shape_are_refused_by_name(onnx_file: OnnxFile) -> N
         backend.infer(np.zeros((2, 3, 16, 16), np.float32))
 
 
-def test_a_processor_that_saturates_is_told_to_be_exact(
+def test_backend_without_vnni_gives_the_same_answers_and_says_how(
     onnx_file: OnnxFile, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, batch = onnx_file("resnet8", "int8"), images(4)
-    expected = OrtBackend(path, provider="cpu").infer(batch)
-    monkeypatch.setattr(machine, "exact_int8", lambda: False)
-    backend = OrtBackend(path, provider="cpu")
-    entry = backend._session.get_session_options().get_session_config_entry
-    assert entry("session.x64quantprecision") == "1"
-    assert relative(backend.infer(batch), expected) < 0.05
+    monkeypatch.setattr(machine, "int8_sums_saturate", lambda: False)
+    with_vnni = OrtBackend(path, provider="cpu")
+    monkeypatch.setattr(machine, "int8_sums_saturate", lambda: True)
+    without = OrtBackend(path, provider="cpu")
+    assert with_vnni.int8_note is None
+    assert without.int8_note is not None and "conv1" in without.int8_note
+    assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").int8_note is None
+    assert relative(without.infer(batch), with_vnni.infer(batch)) < 0.05
+
+
+def products(model: onnx.ModelProto, batch: np.ndarray) -> dict[str, int]:
+    """Layer to a bound on the sum of two u8 x s8 products that its kernel could meet on `batch`."""
+    nodes = {node.output[0]: node for node in model.graph.node}
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    layers = {
+        node.name: (nodes[node.input[0]].input[0], weights[nodes[node.input[1]].input[0]])
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm") and nodes.get(node.input[1]) is not None
+    }
+    tensors = sorted({tensor for tensor, _ in layers.values()})
+    (_, *values) = run_as_written(model, batch, tensors, TensorProto.UINT8)
+    largest = {tensor: int(value.max()) for tensor, value in zip(tensors, values, strict=True)}
+    return {
+        name: 2 * largest[tensor] * int(np.abs(weight.astype(int)).max())
+        for name, (tensor, weight) in layers.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet8", 32), ("resnet18", 64), ("resnet50", 64)])
+def test_no_product_pair_of_the_saturation_free_form_exceeds_16_bits(
+    name: str, size: int, onnx_file: OnnxFile, images: Images
+) -> None:
+    path = onnx_file(name, "int8", size)
+    batch = 3 * images(2, size)  # beyond every range, so that the largest integers appear
+    assert max(products(rewritten(path), batch).values()) > 32767
+    safe = rewritten(path, dequantize_saturating)
+    for rule in (lambda model: None, quantize_branches, quantize_early):
+        rule(safe)
+        found = products(safe, batch)
+        assert len(found) >= 7 and max(found.values()) <= 32767
+
+
+def test_dequantize_saturating_keeps_every_number(onnx_file: OnnxFile, images: Images) -> None:
+    path, batch = onnx_file("resnet18", "int8", 64), images(2, 64)
+    safe = rewritten(path, dequantize_saturating)
+    (expected,), (found,) = (
+        run_as_written(onnx.load(path), batch, []),
+        run_as_written(safe, batch, []),
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("largest", [64, 65])
+@pytest.mark.parametrize("form", ["int8", "uint8", "float"])
+def test_dequantize_saturating_judges_other_tools_weights_by_their_size(
+    largest: int, form: str, tmp_path: Path
+) -> None:
+    """Full-range uint8 activations: 7-bit weights are safe, larger ones run in float.
+
+    "float": a weight behind QuantizeLinear and DequantizeLinear, as some tools write it.
+    """
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-largest, largest + 1, (4, 3, 3, 3))
+    weight.flat[0] = -largest
+    scale = np.array([0.5, 0.25, 1, 2], np.float32)
+    offset = 128 if form == "uint8" else 0
+    zero = np.full(4, offset, np.uint8 if form == "uint8" else np.int8)
+    stored = (weight + offset).astype(zero.dtype)
+    if form == "float":
+        stored = (weight * scale.reshape(4, 1, 1, 1)).astype(np.float32)
+    constants = {
+        "s": np.array(0.02, np.float32), "z": np.array(131, np.uint8), "w": stored, "ws": scale,
+        "wz": zero,
+    }  # fmt: skip
+    quantized = [helper.make_node("QuantizeLinear", ["w", "ws", "wz"], ["wq"], axis=0)]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+        *(quantized if form == "float" else []),
+        helper.make_node(
+            "DequantizeLinear", ["wq" if form == "float" else "w", "ws", "wz"], ["wdq"], axis=0
+        ),
+        helper.make_node("Conv", ["dq", "wdq"], ["y"]),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "other", [value("images", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [value("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "other.onnx")
+    safe = rewrite_for_cpu(tmp_path / "other.onnx", saturates=True)
+    assert safe.quantized
+    assert safe.float_layers == (() if largest == 64 else ("y",))
+    if safe.float_layers:
+        assert isinstance(safe.model, bytes)
+        batch = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
+        (expected,) = run_as_written(model, batch, [])
+        (found,) = run_as_written(onnx.load_from_string(safe.model), batch, [])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_failure_of_the_provider_is_not_put_down_to_the_images(

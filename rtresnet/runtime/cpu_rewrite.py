@@ -1,0 +1,442 @@
+"""Rewrite a Q/DQ file in memory for integer kernels of CPUs. The file on disk stays TensorRT's.
+
+TensorRT wants signed activations that are quantized after the ReLU. CPU kernels want unsigned
+ones, quantized right after the convolution, and on x86 without VNNI their sums must also fit in 16
+bits: `vpmaddubsw` adds two u8 x s8 products and saturates without a word. Before: a Q/DQ file,
+folded, symmetric int8. After:
+
+ 1. An int8 activation with zero point 0 becomes uint8. One that can be negative gets zero point
+    128: q + 128 for every q. One that cannot, because a ReLU makes it, keeps its integers 0 to
+    127 under zero point 0; a Clip at 127 steps in front of the QuantizeLinear stands for the
+    range of int8. The rounding, the clipping and the numbers after dequantization stay the same.
+    Two products of such an activation add up to 2 * 127 * 127 = 32,258 at most, so that 8-bit
+    weights cannot saturate. No rounding of weights to 7 bits is needed.
+ 2. Where products could saturate all the same (the image is signed; files of other tools use all
+    of uint8), a Conv or Gemm gets its weights as float constants and runs in float: the same
+    numbers. Only on CPUs whose kernels saturate.
+ 3. The convolution that ends a residual branch adds into a float tensor, and ONNX Runtime would
+    run it in float: a third of a net's work. Its output is quantized as well, to uint8 over
+    [-127 shortcut steps, 127 result steps]. What lies below becomes zero in the ReLU, and what
+    lies above is clipped by the result's quantization, whatever the shortcut holds. No image is
+    needed to know this. The sum is rounded twice instead of once and its quantized result
+    changes by at most one step. Where it could change by more, or nothing is quantized behind
+    the addition (the last block; one before an option A shortcut), the branch stays in float.
+    Where the file says how far the branch went in calibration (`branches.py`), only that range
+    and a quarter more is covered, in finer steps; values beyond it are clipped.
+ 4. A QuantizeLinear behind ReLU, max pool and Clip moves up to the convolution, and they work on
+    integers. Rounding keeps order and zero stays zero, so the result is bitwise equal, and the
+    ReLU itself is the lower end of uint8.
+
+ONNX Runtime's own provider gets rules 1 to 4, OpenVINO rules 1 and 2 and only where its kernels
+saturate. Rules 1, 2 and 4 change no number of the graph (tested without the provider's
+optimizer). ONNX Runtime's integer kernels then round the bias to a step of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rtresnet import branches
+from rtresnet.errors import ArtifactError, missing_package
+
+# Zero points of rule 1, by the name of their constant: of tensors that can be negative, and of
+# those that a Clip keeps in [0, 127].
+SIGNED, CLIPPED = "rtresnet.zero_point_128", "rtresnet.zero_point_0"
+ZERO_POINTS = {SIGNED: 128, CLIPPED: 0}
+INT8_MAX = 127
+INT16_MAX = 32767
+BRANCH_MARGIN = 1.25  # range of a residual branch, relative to what calibration saw
+QUANTIZED_OPS = ("Conv", "Gemm", "MatMul")
+# Operations that make no negative number out of numbers that are none, by their first input.
+SIGN_PRESERVING = (
+    "QuantizeLinear", "DequantizeLinear", "MaxPool", "AveragePool", "GlobalAveragePool",
+    "ReduceMean", "Flatten", "Reshape", "Squeeze", "Slice", "Pad",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuModel:
+    """A model as a CPU provider loads it.
+
+    Attributes:
+        model: The serialized model, or the file's path where nothing had to change.
+        quantized: Whether the file holds quantized activations.
+        float_layers: Quantized layers that run in float because the CPU's integer sums would
+            saturate (rule 2).
+    """
+
+    model: str | bytes
+    quantized: bool = False
+    float_layers: tuple[str, ...] = ()
+
+
+def rewrite_for_cpu(
+    path: str | os.PathLike[str],
+    *,
+    saturates: bool,
+    integer_chains: bool = True,
+    preserve_numerics: bool = False,
+) -> CpuModel:
+    """Rewrites a file for a CPU provider.
+
+    Args:
+        path: The ONNX file.
+        saturates: Whether the CPU's kernels add u8 x s8 products in saturating 16 bits.
+        integer_chains: Apply rules 3 and 4, which ONNX Runtime's own provider needs.
+        preserve_numerics: Skip rule 3, the one that changes results.
+
+    Raises:
+        ArtifactError: Not an ONNX file, or its record of residual branches is damaged.
+        EnvironmentLack: The package onnx is not installed.
+    """
+    model = _load(path)
+    changed = to_unsigned(model)
+    float_layers = dequantize_saturating(model) if saturates else ()
+    if not changed and not float_layers:
+        quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        return CpuModel(model=os.fspath(path), quantized=quantized)
+    if integer_chains and changed:
+        if not preserve_numerics:
+            try:
+                quantize_branches(model)
+            except ArtifactError as error:
+                raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None
+        quantize_early(model)
+    serialized = bytes(model.SerializeToString())
+    return CpuModel(model=serialized, quantized=True, float_layers=float_layers)
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    try:
+        import onnx
+    except ImportError:
+        raise missing_package("onnx", "the CPU provider on an INT8 file") from None
+    try:
+        return onnx.load(os.fspath(path))
+    except Exception as error:  # protobuf's DecodeError is not one type across versions
+        raise ArtifactError(
+            f"{path}: not an ONNX file, or truncated", fix="export it again: rtresnet export"
+        ) from error
+
+
+def to_unsigned(model: Any) -> int:
+    """Rule 1, in place.
+
+    Returns:
+        How many activations became unsigned.
+    """
+    from onnx import helper
+
+    graph = _Graph(model)
+    clips: dict[str, list[Any]] = {}
+    moved = 0
+    for quantize in model.graph.node:
+        if quantize.op_type != "QuantizeLinear" or not graph.is_int8(quantize):
+            continue
+        name, integers = quantize.input[0], quantize.output[0]
+        readers = graph.readers[integers]
+        if integers in graph.outputs or any(n.op_type != "DequantizeLinear" for n in readers):
+            continue
+        moved += 1
+        zero_point = SIGNED
+        if graph.never_negative(name):
+            zero_point, scale = CLIPPED, graph.constants[quantize.input[1]]
+            graph.add_constant(f"{integers}.limit", (INT8_MAX * scale).astype(scale.dtype))
+            inputs, clipped = [name, "", f"{integers}.limit"], f"{integers}.clipped"
+            clips[integers] = [helper.make_node("Clip", inputs, [clipped], name=clipped)]
+            quantize.input[0] = clipped
+        graph.add_constant(zero_point, np.array(ZERO_POINTS[zero_point], np.uint8))
+        for node in (quantize, *readers):
+            del node.input[2:]
+            node.input.append(zero_point)
+    if moved:
+        _insert(model, before=clips)
+        del model.graph.value_info[:]  # it still calls these tensors int8
+    return moved
+
+
+def dequantize_saturating(model: Any) -> tuple[str, ...]:
+    """Rule 2, in place.
+
+    Returns:
+        Names of the layers that now run in float.
+    """
+    from onnx import helper
+
+    graph = _Graph(model)
+    float_layers: list[str] = []
+    casts: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        activation, weight = (graph.makers.get(name) for name in (*node.input, "", "")[:2])
+        if node.op_type not in QUANTIZED_OPS or weight is None or activation is None:
+            continue
+        if {activation.op_type, weight.op_type} != {"DequantizeLinear"}:
+            continue
+        constant = graph.dequantized(weight)
+        if constant is None:
+            continue
+        largest, values = constant
+        if 2 * (INT8_MAX if graph.is_clipped(activation) else 255) * largest > INT16_MAX:
+            node.input[1] = f"{weight.output[0]}.float"
+            graph.add_constant(node.input[1], values)
+            # Not a DequantizeLinear: behind one, ONNX Runtime quantizes float weights again, with
+            # one scale for all channels (its WeightBiasQuantization).
+            name, (integers, scale, *zero_point) = f"{node.output[0]}.input", activation.input
+            to = helper.np_dtype_to_tensor_dtype(values.dtype)
+            casts[node.output[0]] = [helper.make_node("Cast", [integers], [f"{name}.int"], to=to)]
+            steps = f"{name}.int"
+            if zero_point:
+                casts[node.output[0]] += [
+                    helper.make_node("Cast", zero_point, [f"{name}.zero"], to=to),
+                    helper.make_node("Sub", [steps, f"{name}.zero"], [f"{name}.steps"]),
+                ]
+                steps = f"{name}.steps"
+            casts[node.output[0]].append(helper.make_node("Mul", [steps, scale], [name]))
+            node.input[0] = name
+            float_layers.append(node.name or node.output[0])
+    _insert(model, before=casts)
+    return tuple(float_layers)
+
+
+def quantize_branches(model: Any) -> int:
+    """Rule 3, in place, on a model that rule 1 has changed.
+
+    Returns:
+        How many branches were quantized.
+    """
+    from onnx import helper
+
+    graph, properties = _Graph(model), {e.key: e.value for e in model.metadata_props}
+    extents = branches.unpack(properties[branches.KEY]) if branches.KEY in properties else {}
+    pairs: dict[str, list[Any]] = {}
+    for add in model.graph.node:
+        branch = _branch(graph, add, extents)
+        if branch is None:
+            continue
+        index, scale, zero = branch
+        name = add.input[index]
+        constants = [f"{name}.branch_scale", f"{name}.branch_zero_point"]
+        for label, value in zip(constants, (scale, zero), strict=True):
+            graph.add_constant(label, value)
+        add.input[index] = f"{name}.branch"
+        steps = f"{name}.branch_steps"
+        pairs[name] = [
+            helper.make_node("QuantizeLinear", [name, *constants], [steps], name=steps),
+            helper.make_node("DequantizeLinear", [steps, *constants], [f"{name}.branch"],
+                             name=f"{name}.branch"),
+        ]  # fmt: skip
+    _insert(model, after=pairs)
+    return len(pairs)
+
+
+def _branch(
+    graph: _Graph, add: Any, extents: branches.Extents
+) -> tuple[int, np.ndarray, np.ndarray] | None:
+    """Which input of a residual addition is the float branch, its scale and its zero point."""
+    kinds = [graph.kind(name) for name in add.input]
+    if add.op_type != "Add" or sorted(kinds) != ["Conv", "DequantizeLinear"]:
+        return None
+    index = kinds.index("Conv")
+    dequantize = graph.makers[add.input[1 - index]]
+    relu = graph.only_reader(add.output[0])
+    quantize = graph.only_reader(relu.output[0]) if relu and relu.op_type == "Relu" else None
+    if quantize is not None and quantize.op_type == "Clip":
+        quantize = graph.only_reader(quantize.output[0])
+    if quantize is None or graph.only_reader(add.input[index]) is None:
+        return None
+    if not graph.is_int8_range(quantize) or not graph.is_int8_range(dequantize):
+        return None
+    if not graph.ends_in_integers(add.input[index]):
+        return None
+    steps = [graph.constants[node.input[1]] for node in (quantize, dequantize)]
+    result, shortcut = map(float, steps)
+    lowest = -INT8_MAX * shortcut
+    highest = INT8_MAX * result + (0 if graph.is_clipped(dequantize) else 128 * shortcut)
+    if add.input[index] in extents:
+        low, high = (BRANCH_MARGIN * end for end in extents[add.input[index]])
+        lowest, highest = max(lowest, min(0.0, low)), min(highest, max(0.0, high))
+    scale = (highest - lowest) / 255
+    if not 0 < scale / 2 < result * (1 - 1e-6):  # rounding to the nearest errs by half of it
+        return None
+    zero = np.array(np.rint(-lowest / scale), np.uint8)
+    return index, np.array(scale, steps[0].dtype), zero
+
+
+def quantize_early(model: Any) -> int:
+    """Rule 4, in place, on a model that rule 1 has changed; also up to additions of rule 3.
+
+    Returns:
+        How many QuantizeLinear nodes were moved.
+    """
+    from onnx import helper
+
+    graph = _Graph(model)
+    removed: set[str] = set()
+    moved: dict[str, list[Any]] = {}
+    for quantize in model.graph.node:
+        if quantize.op_type != "QuantizeLinear" or not graph.is_clipped(quantize):
+            continue
+        chain: list[Any] = []
+        name = quantize.input[0]
+        while graph.kind(name) in ("Relu", "MaxPool", "Clip") and graph.only_reader(name):
+            chain.insert(0, graph.makers[name])
+            name = chain[0].input[0]
+        if not graph.only_reader(name) or not graph.ends_in_integers(name):
+            continue
+        result = quantize.output[0]
+        source = f"{result}.early"
+        quantize.input[0], quantize.output[0] = name, source
+        links: list[Any] = []
+        for link in chain:
+            removed.add(link.output[0])
+            if link.op_type == "Relu":  # the zero point is the lowest integer
+                continue
+            link_output = f"{result}.{link.name}"
+            if link.op_type == "Clip":
+                graph.add_constant("activation.max", np.array(INT8_MAX, np.uint8))
+                inputs = [source, "", "activation.max"]
+                links.append(helper.make_node("Clip", inputs, [link_output], name=link.name))
+            else:
+                links.append(helper.make_node("MaxPool", [source], [link_output], name=link.name))
+                links[-1].attribute.extend(link.attribute)
+            source = link_output
+        links[-1].output[0] = result
+        moved[quantize.output[0]] = links
+    if moved:
+        _insert(model, after=moved, removed=removed)
+    return len(moved)
+
+
+class _Graph:
+    """Index of a model's nodes by what they make and read, taken before anything is moved."""
+
+    def __init__(self, model: Any) -> None:
+        from onnx import numpy_helper
+
+        self.model = model
+        self.makers = {out: node for node in model.graph.node for out in node.output}
+        self.readers: dict[str, list[Any]] = defaultdict(list)
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
+        self.outputs = {out.name for out in model.graph.output}
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.constants = {
+            name: numpy_helper.to_array(tensor)
+            for name, tensor in self.initializers.items()
+            if not tensor.dims
+        }
+
+    def add_constant(self, name: str, value: np.ndarray) -> None:
+        """Adds an initializer, once."""
+        from onnx import numpy_helper
+
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(value, name)
+            self.model.graph.initializer.append(self.initializers[name])
+
+    def kind(self, name: str) -> str:
+        """The operation that makes a tensor; empty for inputs and constants."""
+        return self.makers[name].op_type if name in self.makers else ""
+
+    def only_reader(self, name: str) -> Any | None:
+        """The one node that reads a tensor; None where there are more, or it is an output."""
+        readers = self.readers[name]
+        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+    def dequantized(self, node: Any) -> tuple[int, np.ndarray] | None:
+        """A weight behind a DequantizeLinear: its largest integer and its values.
+
+        None for what is no 8-bit constant.
+        """
+        from onnx import numpy_helper
+
+        def constant(name: str) -> np.ndarray | None:
+            tensor = self.initializers.get(name)
+            return None if tensor is None else numpy_helper.to_array(tensor)
+
+        def along(values: np.ndarray) -> np.ndarray:
+            assert weight is not None
+            shape = [-1 if dim == axis % weight.ndim else 1 for dim in range(weight.ndim)]
+            return values.reshape(shape) if values.ndim else values
+
+        maker = self.makers.get(node.input[0])
+        quantize = maker if maker is not None and maker.op_type == "QuantizeLinear" else None
+        weight = constant(node.input[0] if quantize is None else quantize.input[0])
+        scale = constant(node.input[1])
+        if weight is None or scale is None:
+            return None
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        zero = constant(node.input[2]) if len(node.input) > 2 else None
+        if zero is None:
+            zero = np.array(0, weight.dtype if quantize is None else np.uint8)
+        limits = np.iinfo(zero.dtype) if zero.dtype in (np.int8, np.uint8) else None
+        if limits is None:
+            return None
+        zero, scale = along(zero.astype(np.int64)), along(scale)
+        if quantize is not None:
+            weight = np.clip(np.rint(weight / scale) + zero, limits.min, limits.max)
+        steps = weight.astype(np.int64) - zero
+        return int(np.abs(steps).max(initial=0)), steps.astype(scale.dtype) * scale
+
+    def is_int8(self, quantize: Any) -> bool:
+        """Whether it quantizes to int8 with one scale and zero point 0."""
+        scale, zero = (self.constants.get(name) for name in (*quantize.input[1:3], "", "")[:2])
+        return scale is not None and zero is not None and zero.dtype == np.int8 and zero == 0
+
+    def is_int8_range(self, node: Any) -> bool:
+        """Whether it is half of a pair of rule 1: uint8 that covers what int8 covered."""
+        pair = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+        return pair and node.input[2] in ZERO_POINTS
+
+    def is_clipped(self, node: Any) -> bool:
+        """Whether it is half of a pair of rule 1 with integers from 0 to 127."""
+        return self.is_int8_range(node) and node.input[2] == CLIPPED
+
+    def never_negative(self, name: str) -> bool:
+        """Whether a ReLU makes a tensor, up to operations that keep its sign."""
+        node = self.makers.get(name)
+        while node is not None and node.op_type in SIGN_PRESERVING:
+            padding = node.input[2] if node.op_type == "Pad" and len(node.input) > 2 else ""
+            if padding and not self.constants.get(padding, np.array(-1)) >= 0:
+                return False
+            node = self.makers.get(node.input[0])
+        return node is not None and node.op_type == "Relu"
+
+    def ends_in_integers(self, name: str) -> bool:
+        """Whether what makes a tensor has a kernel that puts out integers.
+
+        A QuantizeLinear right behind a float convolution would make ONNX Runtime quantize its
+        weights again (its WeightBiasQuantization), with a saturating kernel.
+        """
+        node = self.makers.get(name)
+        return (
+            node is not None
+            and node.op_type in ("Conv", "Add")
+            and all(self.kind(part) == "DequantizeLinear" for part in node.input[:2])
+        )
+
+
+def _insert(
+    model: Any,
+    *,
+    before: Mapping[str, list[Any]] | None = None,
+    after: Mapping[str, list[Any]] | None = None,
+    removed: Collection[str] = (),
+) -> None:
+    """Puts nodes in front of or behind others, by their first output, and removes some."""
+    before, after = before or {}, after or {}
+    ordered: list[Any] = []
+    for node in model.graph.node:
+        key = node.output[0]  # names of nodes may be missing
+        ordered += before.get(key, ())
+        if key not in removed:
+            ordered += [node, *after.get(key, ())]
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
