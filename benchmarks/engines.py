@@ -87,8 +87,8 @@ def main() -> None:
     caption = (
         f"Plans by {plan['builder']} {plan['version']} for {', '.join(plan['targets'])}. Speed of "
         f"the ONNX files on {where['device']}, {kind}, {where['provider']}, "
-        f"{where['threads']} threads, {versions}; 10 s each, in turn; speed against FP32; n batches "
-        "of 8."
+        f"{where['threads']} threads, {versions}; 10 s each, in turn; speed against FP32; n "
+        "batches of 8."
     )
     name = "engines" if options.provider == "cpu" else f"engines-{options.provider}"
     name += "-no-vnni" if machine.int8_sums_saturate() else ""
