@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SESSION = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROCESSOR = re.compile(r".*, \d+ cores; ")
 NEEDED = ("tensorrt_rtx", "onnxruntime", "sklearn", "matplotlib")
 
 pytestmark = [
@@ -29,9 +30,11 @@ pytestmark = [
 def first_words(text: str) -> set[str]:
     """The word each line begins with: what a line is about, whatever its figures are.
 
-    Rules are left out: how long one is depends on how wide the figures above it are.
+    Rules are left out: how long one is depends on how wide the figures above it are. So are lines
+    that begin with the name of this or that processor.
     """
-    words = {line.split()[0].strip(":") for line in text.splitlines() if line.strip()}
+    lines = (line for line in text.splitlines() if not PROCESSOR.match(line))
+    words = {line.split()[0].strip(":") for line in lines if line.strip()}
     return {word for word in words if word.strip("─")}
 
 
