@@ -69,7 +69,7 @@ class Measurement:
         speed: Times as fast as the first artifact of the same call.
         comparison: What that rests on; None for the first.
         steady: Whether warm-up ended by itself.
-        wall_seconds: In which the samples were taken.
+        wall_seconds: Seconds spent on the samples, without those for reading timings back.
         parts: Summaries of h2d, compute, d2h, enqueue on a GPU.
         load: What the scenario has to say of itself: qps, concurrency, ...
         trtexec: What trtexec would have printed.
@@ -177,7 +177,11 @@ def _slice(
     limit: int | None,
     clock: Clock,
 ) -> None:
-    """Requests for `length` seconds, three at least where they are short, `limit` at most."""
+    """Serves for `length` seconds: at least three requests where they are short, at most `limit`.
+
+    Only the requests count: reading timings back from a GPU is part of no latency and not of the
+    wall time.
+    """
     if limit == 0:
         return
     fewest = 3 if expected < LONG else 1
@@ -185,20 +189,20 @@ def _slice(
     if expected < LONG:
         serve(requests[taken.served % len(requests)])
     samples: list[float] = []
-    begin = before = clock.now()
-    while before - begin < length or len(samples) < fewest:
+    wall = 0.0
+    while wall < length or len(samples) < fewest:
+        before = clock.now()
         serve(requests[taken.served % len(requests)])
-        after = clock.now()
-        samples.append((after - before) * 1e3)
+        spent = clock.now() - before
+        wall += spent
+        samples.append(spent * 1e3)
         taken.served += 1
         if parts := candidate.timings():
             taken.parts.append(parts)
-            after = clock.now()  # what asking for them took is nobody's latency
-        before = after
         if len(samples) == limit:
             break
     taken.slices.append(samples)
-    taken.wall += before - begin
+    taken.wall += wall
 
 
 def result(

@@ -6,7 +6,9 @@ anybody was free to take it. `closed` keeps a number of requests in flight.
 
 Without a batcher requests are served one at a time, in the order of arrival, by the thread that
 measures: waiting is then arithmetic on the clock, and there is no other thread to disturb what is
-measured. With one, requests go through `submit` and the batcher's threads serve them.
+measured. The clock stops while timings are read back and `give_up` is asked, so that both delay no
+request. With a batcher, requests go through `submit`, the batcher's threads serve them, and the
+timings of single requests are not read.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rtresnet.bench import load, queueing, stats
-from rtresnet.bench.clock import Clock, WallClock
+from rtresnet.bench.clock import Clock, PausableClock, WallClock
 from rtresnet.bench.load import Candidate, Measurement
 from rtresnet.errors import InputError, Overloaded
 
@@ -63,7 +65,7 @@ def server(
     load.check(batch=1, seconds=seconds, queries=queries)
     if not 0 < qps < float("inf"):
         raise InputError(f"--qps {qps:g}: must be above 0")
-    clock = clock or WallClock()
+    clock = PausableClock(clock or WallClock())
     moments = arrivals(qps, seconds=seconds, queries=queries, seed=seed)
     warm = load.warm_up(candidate, clock)
     moments += clock.now() + 0.01
@@ -110,7 +112,9 @@ class _Found:
     unanswered: int = 0
 
 
-def _served(candidate: Candidate, clock: Clock, moments: np.ndarray, give_up: GiveUp) -> _Found:
+def _served(
+    candidate: Candidate, clock: PausableClock, moments: np.ndarray, give_up: GiveUp
+) -> _Found:
     latencies: list[float] = []
     late: list[float] = []
     service: list[float] = []
@@ -118,6 +122,12 @@ def _served(candidate: Candidate, clock: Clock, moments: np.ndarray, give_up: Gi
     unanswered = 0
     requests, serve = candidate.requests, candidate.serve
     free = after = 0.0
+
+    def after_request() -> bool:
+        if known := candidate.timings():
+            parts.append(known)
+        return give_up(latencies)
+
     end = float(2 * moments[-1] - moments[0]) + PATIENCE
     for number, moment in enumerate(moments.tolist()):
         clock.sleep_until(moment, exactly=True)
@@ -128,9 +138,7 @@ def _served(candidate: Candidate, clock: Clock, moments: np.ndarray, give_up: Gi
         service.append((after - before) * 1e3)
         late.append((before - max(moment, free)) * 1e3)
         free = after
-        if known := candidate.timings():
-            parts.append(known)
-        if give_up(latencies):
+        if clock.exclude(after_request):
             break
         if after > end:
             unanswered = len(moments) - len(latencies)
@@ -223,7 +231,7 @@ def closed(
     load.check(batch=batch, seconds=seconds, queries=queries)
     if concurrency < 1:
         raise InputError(f"--concurrency {concurrency}: must be at least 1")
-    clock = clock or WallClock()
+    clock = PausableClock(clock or WallClock())
     warm = load.warm_up(candidate, clock)
     requests = candidate.requests
     parts: list[load.Part] = []
@@ -250,6 +258,11 @@ def closed(
         future.result()
         return moment, after
 
+    def after_request() -> bool:
+        if known := candidate.timings():
+            parts.append(known)
+        return give_up(latencies)
+
     for _ in range(concurrency):
         send()
     begin = after = clock.now()
@@ -260,10 +273,9 @@ def closed(
     while True:
         moment, after = answer()
         latencies.append((after - moment) * 1e3)
-        if known := candidate.timings():
-            parts.append(known)
+        hopeless = give_up(latencies) if submit else clock.exclude(after_request)
         enough = len(latencies) >= queries if queries else after - begin >= seconds
-        if (enough and len(latencies) >= fewest) or give_up(latencies):
+        if (enough and len(latencies) >= fewest) or hopeless:
             break
         send()
     for _ in range(concurrency - 1 if submit else 0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rtresnet.bench.load import Candidate
+
 
 class Simulated:
     def __init__(self) -> None:
@@ -12,3 +14,16 @@ class Simulated:
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:
         self.time = max(self.time, moment)
+
+
+def on_gpu(clock: Simulated, service: float, reading: float) -> Candidate:
+    """Serves in `service` seconds; reading the timings of a request back takes `reading` more."""
+
+    def serve(request: object) -> None:
+        clock.time += service
+
+    def timings() -> dict[str, float]:
+        clock.time += reading
+        return {"compute": 1e3 * service}
+
+    return Candidate(serve=serve, requests=["images"], timings=timings)

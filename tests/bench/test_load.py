@@ -11,7 +11,7 @@ import pytest
 from rtresnet.bench import load
 from rtresnet.bench.load import Candidate, measure, warm_up
 from rtresnet.errors import InputError
-from tests.bench.simulated import Simulated
+from tests.bench.simulated import Simulated, on_gpu
 
 
 def takes(
@@ -173,3 +173,12 @@ def test_parts_are_summarized_where_every_request_has_them() -> None:
     (found,) = measure([candidate], batch=1, seconds=1, clock=clock)
     assert found.parts["compute"].median == 7 and set(found.parts) == {"h2d", "compute", "d2h"}
     assert found.trtexec and "Throughput: 100" in found.trtexec
+
+
+def test_measure_timings_are_slow_to_read_throughput_excludes_it() -> None:
+    clock = Simulated()
+    (found,) = measure([on_gpu(clock, 300e-6, 30e-6)], batch=1, seconds=1, clock=clock)
+    assert found.latency.images_per_second == pytest.approx(1 / 300e-6, rel=0.01)
+    assert found.latency.median == pytest.approx(0.3)
+    assert found.wall_seconds == pytest.approx(300e-6 * len(found.samples))
+    assert found.parts["compute"].n == len(found.samples)

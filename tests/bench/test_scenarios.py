@@ -13,7 +13,7 @@ from rtresnet.bench import scenarios
 from rtresnet.bench.load import Candidate
 from rtresnet.errors import InputError
 from rtresnet.runtime.batcher import Batcher
-from tests.bench.simulated import Simulated
+from tests.bench.simulated import Simulated, on_gpu
 
 
 def constant(clock: Simulated, seconds: float) -> Candidate:
@@ -145,3 +145,39 @@ def test_a_full_queue_refuses_and_that_is_counted() -> None:
         found = scenarios.server(asked, qps=2000, seconds=9, queries=50, submit=submit)
     # One or two are being served, two wait.
     assert found.load["refused"] + found.latency.n == 50 and found.load["refused"] >= 45
+
+
+def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
+    found = []
+    for reading in (0.0, 30e-6):
+        clock = Simulated()
+        candidate = on_gpu(clock, 300e-6, reading)
+        found.append(scenarios.server(candidate, qps=2500, seconds=4, clock=clock))
+    plain, timed = found
+    assert timed.samples == pytest.approx(plain.samples)
+    assert timed.wall_seconds == pytest.approx(plain.wall_seconds)
+    assert timed.load["service_ms"] == pytest.approx(0.3)
+    assert timed.load["late_ms"] == pytest.approx(plain.load["late_ms"], abs=1e-9)
+    assert timed.parts["compute"].n == timed.latency.n
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_closed_timings_are_slow_to_read_throughput_excludes_it(clients: int) -> None:
+    clock = Simulated()
+    candidate = on_gpu(clock, 300e-6, 30e-6)
+    found = scenarios.closed(candidate, concurrency=clients, seconds=1, clock=clock)
+    assert found.latency.images_per_second == pytest.approx(1 / 300e-6, rel=0.01)
+    assert max(found.samples) == pytest.approx(0.3 * clients)
+
+
+def test_server_give_up_is_slow_latencies_exclude_it() -> None:
+    clock = Simulated()
+
+    def give_up(latencies: list[float]) -> bool:
+        clock.time += 0.01
+        return False
+
+    found = scenarios.server(
+        on_gpu(clock, 300e-6, 0), qps=100, seconds=1, give_up=give_up, clock=clock
+    )
+    assert found.latency.median == pytest.approx(0.3)
