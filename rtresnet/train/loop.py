@@ -68,6 +68,8 @@ def train(
     if not resume:
         check_start(job.recipe, job.start)
     job = settled(job)
+    # Rank 0's precision: gradients with and without a scaled loss cannot be averaged.
+    job = dataclasses.replace(job, recipe=world.share(job.recipe))
     recipe = job.recipe
     distributed.check_batch(recipe.batch, recipe.accumulate, world)
     check_compiler(recipe, job.device)
@@ -189,6 +191,7 @@ class _Run:
                     f"the loss is {loss} at step {step}, learning rate {lr:g}",
                     fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set clip=1",
                 )
+        self.stepper.loss_scale()  # raises where it has become too small
         self.at.sums.loss += float(losses.sum()) * self.recipe.batch
         self.at.sums.hits += float(hits.sum())
         self.at.sums.seen += len(unread) * self.recipe.batch
@@ -218,6 +221,7 @@ class _Run:
             "step": self.at.step,
             "loss": self.at.sums.loss / self.at.sums.seen,
             "lr": self.recipe.lr_at(last, self.total),
+            "loss_scale": self.stepper.loss_scale(),
             "side": self.feed.side(last),
             "train_top1": 100 * self.at.sums.hits / self.at.sums.seen,
             "val_top1": None if val is None else val.top1_percent,

@@ -66,8 +66,8 @@ class Recipe:
         bn_images: Training images over which batch norm's statistics are computed anew after
             training; 0 keeps the running ones.
         freeze: How many leading parts stay as they are: 1 the stem, 2 the first stage too, ...
-        precision: Of the forward and backward pass; "auto" is bf16 where the
-            GPU or the processor computes in it.
+        precision: Of the forward and backward pass; "auto" is bf16 where the GPU or the processor
+            computes in it, else fp16 on a GPU with tensor cores, else fp32.
         compile: Whether torch.compile is used.
         qat: Whether the net learns with the rounding of its INT8 file (`qat.py`).
     """

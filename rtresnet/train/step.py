@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rtresnet import machine
-from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.errors import EnvironmentLack, GateMissed, InputError
 from rtresnet.models.resnet import ResNet
 from rtresnet.train.average import Average
 from rtresnet.train.distributed import World
@@ -24,21 +24,31 @@ from rtresnet.train.qat import FakeQuantized
 from rtresnet.train.recipe import Recipe
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_SCALE = 2.0**-8  # of the loss in fp16: below it, gradients are too large at any scale
 
 
 def settle_precision(recipe: Recipe, device: str) -> str:
-    """What "auto" means on this device and for this recipe, and whether the rest can be had there.
+    """The precision that "auto" stands for; checks one that was chosen.
+
+    Returns:
+        "bf16" where the GPU or the processor computes in it, which an emulation in software does
+        not count as; "fp16" on GPUs with fp16 tensor cores only (sm_70, sm_75); else "fp32".
+        Quantization-aware training is always "fp32".
 
     Raises:
-        InputError: FP16 without a GPU: small gradients vanish, and there is nothing to gain.
+        InputError: FP16 on a CPU, where it is slower than FP32.
     """
     if recipe.precision == "auto" and recipe.qat:
         return "fp32"
+    on_gpu = device.startswith("cuda")
+    if recipe.precision == "auto" and on_gpu:
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bf16"
+            return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "fp32"
     if recipe.precision == "auto":
-        on_gpu = device.startswith("cuda")
-        able = torch.cuda.is_bf16_supported() if on_gpu else machine.native_bf16()
-        return "bf16" if able else "fp32"
-    if recipe.precision == "fp16" and not device.startswith("cuda"):
+        return "bf16" if machine.native_bf16() else "fp32"
+    if recipe.precision == "fp16" and not on_gpu:
         raise InputError("precision=fp16 trains on a GPU only", fix="--set precision=bf16")
     return recipe.precision
 
@@ -59,6 +69,10 @@ def check_compiler(recipe: Recipe, device: str) -> None:
 
 class Stepper:
     """A net in training.
+
+    In fp16 the loss is scaled so that small gradients do not vanish. A step whose gradients
+    overflow changes no weights and halves the scale. It counts as a step all the same: learning
+    rate and images follow from the step's number, so a resumed run meets the same ones.
 
     Args:
         net: On its device; changed by every step.
@@ -81,6 +95,7 @@ class Stepper:
             nesterov=recipe.nesterov,
             fused=True,
         )
+        self._create_momentum()
         self.average = Average(net, recipe.ema) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(self.kind, enabled=recipe.precision == "fp16")
         self.wrapped = world.wrap(net, device)
@@ -96,6 +111,36 @@ class Stepper:
         self.net.train()
         for part in self.frozen:
             part.eval()
+
+    def _create_momentum(self) -> None:
+        """Starts momentum at zero, which makes the first update the same as without a buffer.
+
+        torch's fused SGD creates the buffers without initializing them, and a first step that is
+        skipped because of an overflow leaves them so.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                state = self.optimizer.state[parameter]
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def loss_scale(self) -> float | None:
+        """The factor that the loss is multiplied with in fp16; None in other precisions.
+
+        Waits for the GPU.
+
+        Raises:
+            GateMissed: It has become so small that every step's gradients overflow.
+        """
+        if not self.scaler.is_enabled():
+            return None
+        scale = float(self.scaler.get_scale())
+        if scale < LEAST_SCALE:
+            raise GateMissed(
+                f"the gradients overflow in fp16 even at a loss scale of {scale:g}, so no step "
+                "changes the weights",
+                fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set precision=fp32",
+            )
+        return scale
 
     def step(self, micros: Sequence[Micro], lr: float) -> tuple[Tensor, Tensor]:
         """One update.
