@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import platform
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,11 +34,20 @@ ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One CUDA device: its name, compute capability and memory in bytes."""
+    """One CUDA device.
+
+    Attributes:
+        name: As the driver calls it.
+        capability: Its compute capability.
+        memory: Bytes in all.
+        uuid: 8-4-4-4-12 hexadecimal digits, the same in CUDA and NVML; of the instance where the
+            GPU is divided by MIG. None where the driver does not tell.
+    """
 
     name: str
     capability: tuple[int, int]
     memory: int
+    uuid: str | None = None
 
     @property
     def target(self) -> str:
@@ -47,7 +57,11 @@ class Gpu:
 
 @functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """Every CUDA device the driver shows; empty without a driver or a device."""
+    """Every CUDA device that is visible to this process, in CUDA's order.
+
+    The order and number are those of CUDA_VISIBLE_DEVICES, which the driver applies itself. Empty
+    without a driver or a device.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -69,8 +83,22 @@ def gpus() -> tuple[Gpu, ...]:
         )
         if not any(calls):
             capability = (major.value, minor.value)
-            found.append(Gpu(name=name.value.decode(), capability=capability, memory=memory.value))
+            found.append(
+                Gpu(
+                    name=name.value.decode(), capability=capability, memory=memory.value,
+                    uuid=_uuid(driver, device),
+                )
+            )  # fmt: skip
     return tuple(found)
+
+
+def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
+    """The UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
+    for function in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):
+        found = (ctypes.c_ubyte * 16)()
+        if hasattr(driver, function) and getattr(driver, function)(found, device) == 0:
+            return str(uuid.UUID(bytes=bytes(found)))
+    return None
 
 
 def cpu() -> str:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +28,48 @@ def test_gpus_are_all_described_or_there_are_none() -> None:
         assert gpu.name
         assert gpu.capability >= (5, 0)
         assert gpu.memory > 1 << 30
+
+
+class Driver:
+    """libcuda with two devices, as ctypes calls it; `uuid_calls` are the functions it has."""
+
+    def __init__(self, *uuid_calls: str) -> None:
+        for name in uuid_calls:
+            setattr(self, name, self.uuid)
+
+    def uuid(self, out: Any, device: ctypes.c_int) -> int:
+        out[:] = bytes(range(15)) + bytes([device.value])
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if name.startswith("cuDeviceGetUuid"):
+            raise AttributeError(name)
+        return lambda *arguments: 0
+
+    def cuDeviceGetCount(self, out: Any) -> int:
+        out._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, out: Any, index: int) -> int:
+        out._obj.value = index
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("calls", "first"),
+    [
+        (("cuDeviceGetUuid_v2", "cuDeviceGetUuid"), "00010203-0405-0607-0809-0a0b0c0d0e00"),
+        (("cuDeviceGetUuid",), "00010203-0405-0607-0809-0a0b0c0d0e00"),
+        ((), None),
+    ],
+)
+def test_gpus_uuid_is_the_drivers_or_none(
+    calls: tuple[str, ...], first: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(*calls))
+    found = machine.gpus.__wrapped__()
+    assert len(found) == 2 and found[0].uuid == first
+    assert first is None or found[1].uuid == f"{first[:-1]}1"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")

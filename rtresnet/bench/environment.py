@@ -92,26 +92,26 @@ class Watch:
     """Looks at the machine from the beginning of a `with` block to its end.
 
     Args:
-        gpu: The GPU that computes, as CUDA calls it; None where none does.
+        gpu: The GPU that computes; None where none does.
 
     Attributes:
         report: After the block: see `summary`.
     """
 
-    def __init__(self, gpu: str | None = None) -> None:
+    def __init__(self, gpu: machine.Gpu | None = None) -> None:
         self.report: dict[str, Any] = {}
-        self._name = gpu
+        self._gpu = gpu
         self._clocks: list[float] = []
-        self._gpu: nvml.Gpu | None = None
+        self._monitor: nvml.GpuMonitor | None = None
         self._gpu_samples: list[dict[str, Any]] = []
         self._gpu_unknown: str | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
-        if self._name is not None:
+        if self._gpu is not None:
             try:
-                self._gpu = nvml.Gpu(self._name)
+                self._monitor = nvml.GpuMonitor(self._gpu)
             except LookupError as error:
                 self._gpu_unknown = str(error)
         self._before, self._start = counters(), time.perf_counter()
@@ -122,8 +122,8 @@ class Watch:
         while True:
             clock = megahertz()
             self._clocks += [] if clock is None else [clock]
-            if self._gpu is not None:
-                self._gpu_samples.append(self._gpu.sample())
+            if self._monitor is not None:
+                self._gpu_samples.append(self._monitor.sample())
             if self._end.wait(EVERY):
                 return
 
@@ -137,11 +137,13 @@ class Watch:
         self._end.set()
         self._thread.join()
         gpu: dict[str, Any] | None = None
-        if self._name is not None:
-            gpu = {"name": self._name, "unknown": self._gpu_unknown}
-            if self._gpu is not None:
-                gpu |= self._gpu.limits() | {"samples": self._gpu_samples}
-                self._gpu.close()
+        if self._gpu is not None:
+            gpu = {
+                "name": self._gpu.name, "uuid": self._gpu.uuid, "unknown": self._gpu_unknown,
+            }  # fmt: skip
+            if self._monitor is not None:
+                gpu |= self._monitor.limits() | {"samples": self._gpu_samples}
+                self._monitor.close()
         self.report = summary(seconds, self._before, after, self._clocks, gpu)
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Set
+from pathlib import Path
 from typing import Any
+
+from rtresnet.machine import Gpu
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons that mean: slower than asked. Idle and clocks that
 # were set by somebody (bits 0x1, 0x2, 0x10, 0x100) are no throttling.
@@ -21,19 +24,24 @@ THROTTLING = {
     0x40: "thermal, by the hardware",
     0x80: "power brake",
 }
+HOST_NAMESPACE = "pid:[4026531836]"  # of PIDs; the inode is a constant of Linux, PROC_PID_INIT_INO
 
 
-class Gpu:
-    """One GPU, found by its name: the driver's order need not be CUDA's.
+class GpuMonitor:
+    """Asks the driver about one GPU, which is matched by its UUID.
+
+    NVML counts every GPU of the machine in an order of its own, whatever CUDA_VISIBLE_DEVICES says,
+    so that neither an index nor a name tells which one computes. On a MIG instance, clocks, power,
+    temperature and throttling are those of its GPU; processes are those of the instance.
 
     Args:
-        name: As CUDA calls it.
+        gpu: As CUDA shows it.
 
     Raises:
-        LookupError: nvidia-ml-py or the driver's library is not here, or no such GPU.
+        LookupError: nvidia-ml-py or the driver's library is missing, or NVML has no such GPU.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         try:
             nvml: Any = importlib.import_module("pynvml")
             nvml.nvmlInit()
@@ -42,47 +50,101 @@ class Gpu:
         except Exception as error:  # NVMLError, which has no name before the import
             raise LookupError(f"NVML: {error}") from None
         self._nvml = nvml
-        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-        found = [handle for handle in handles if _text(nvml.nvmlDeviceGetName(handle)) == name]
-        if not found:
+        try:
+            self._instance, self._whole = self._find(gpu)
+        except BaseException:
             nvml.nvmlShutdown()
-            raise LookupError(f"NVML knows no GPU called {name}")
-        self._handle = found[0]
+            raise
 
-    def _ask(self, function: Callable[..., Any], *arguments: object) -> Any:
-        with contextlib.suppress(self._nvml.NVMLError):
-            return function(self._handle, *arguments)
+    def _find(self, gpu: Gpu) -> tuple[Any, Any]:
+        """Handles of the device that computes and of the GPU it is part of, mostly the same."""
+        nvml = self._nvml
+        if gpu.uuid is None:
+            return (self._only_one_named(gpu.name),) * 2
+        with contextlib.suppress(nvml.NVMLError):
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{gpu.uuid}")
+            return handle, handle
+        with contextlib.suppress(nvml.NVMLError):
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"MIG-{gpu.uuid}")
+            return handle, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        raise LookupError(f"NVML has no GPU with the UUID {gpu.uuid}")
+
+    def _only_one_named(self, name: str) -> Any:
+        """For drivers without UUIDs."""
+        nvml = self._nvml
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        matching = [handle for handle in handles if _text(nvml.nvmlDeviceGetName(handle)) == name]
+        if len(matching) != 1:
+            raise LookupError(f"NVML has {len(matching)} GPUs called {name}, and CUDA no UUID")
+        return matching[0]
+
+    def _ask(self, function: str, *arguments: object) -> Any:
+        """What NVML answers, or None where the GPU, the driver or nvidia-ml-py cannot tell."""
+        nvml = self._nvml
+        unable = (nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError))
+        with contextlib.suppress(*unable, AttributeError):
+            return getattr(nvml, function)(*arguments)
         return None
 
     def limits(self) -> dict[str, float | str | None]:
         """Driver, highest clock in MHz, power limit in W."""
-        nvml, power = self._nvml, self._ask(self._nvml.nvmlDeviceGetPowerManagementLimit)
+        nvml, gpu = self._nvml, self._whole
+        power = self._ask("nvmlDeviceGetPowerManagementLimit", gpu)
+        driver = self._ask("nvmlSystemGetDriverVersion")
         return {
-            "driver": _text(nvml.nvmlSystemGetDriverVersion()),
-            "max_mhz": self._ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
+            "driver": None if driver is None else _text(driver),
+            "max_mhz": self._ask("nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
             "power_limit_w": None if power is None else power / 1e3,
         }
 
     def sample(self) -> dict[str, Any]:
         """Clock in MHz, power in W, temperature in degrees, throttling, other processes."""
-        nvml = self._nvml
-        reasons = self._ask(nvml.nvmlDeviceGetCurrentClocksEventReasons)
-        power = self._ask(nvml.nvmlDeviceGetPowerUsage)
-        processes = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses)
-        others = [p for p in processes or () if p.pid != os.getpid()]
+        nvml, gpu = self._nvml, self._whole
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", gpu)
+        power = self._ask("nvmlDeviceGetPowerUsage", gpu)
+        processes = self._ask("nvmlDeviceGetComputeRunningProcesses", self._instance)
         return {
-            "mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            "mhz": self._ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
             "power_w": None if power is None else power / 1e3,
-            "celsius": self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+            "celsius": self._ask("nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
             "throttled": None
             if reasons is None
             else [why for bit, why in THROTTLING.items() if reasons & bit],
-            "others": None if processes is None else len(others),
+            "others": None
+            if processes is None
+            else other_processes({process.pid for process in processes}),
         }
 
     def close(self) -> None:
         """Lets the library go."""
         self._nvml.nvmlShutdown()
+
+
+def other_processes(pids: Set[int], proc: Path = Path("/proc")) -> int | None:
+    """How many of the processes on a GPU are not this one.
+
+    In a container the driver may report process ids of the host, among which this process cannot
+    find its own.
+
+    Args:
+        pids: As NVML reports them, in any PID namespace.
+        proc: Where the kernel's files are.
+
+    Returns:
+        Their number; None where this process is not among them and its PID namespace is not the
+        host's, so that any of them may be this one.
+    """
+    own = {os.getpid()}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (proc / "self/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                own |= {int(pid) for pid in line.split()[1:]}
+    if pids & own:
+        return len(pids) - 1
+    with contextlib.suppress(OSError):
+        if str((proc / "self/ns/pid").readlink()) == HOST_NAMESPACE:
+            return len(pids)
+    return None if pids else 0
 
 
 def _text(name: str | bytes) -> str:

@@ -168,6 +168,7 @@ def _opened(
     paths: Sequence[str], device: str, options: dict[str, Any]
 ) -> Iterator[tuple[list[Session], list[dict[str, Any]], Any]]:
     """Sessions, what is known of each before it is measured, and a watch on the machine."""
+    from rtresnet import machine
     from rtresnet.bench import environment
 
     chosen = [stand_in_for(path, device) for path in paths]
@@ -203,8 +204,8 @@ def _opened(
                 }
                 | session.describe()
             )
-        gpus = [s.backend.device for s in sessions if s.backend.device != "cpu"]
-        with environment.Watch(next(iter(gpus), None)) as watch:
+        on_gpu = any(session.backend.device != "cpu" for session in sessions)
+        with environment.Watch(next(iter(machine.gpus()), None) if on_gpu else None) as watch:
             yield sessions, facts, watch
 
 

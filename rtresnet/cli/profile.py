@@ -73,7 +73,7 @@ def run(
     counted = kernels.count(_graph_of(path, sidecar))
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, 3, counted.size, counted.size)).astype(np.float32)
-    gpu = machine.gpus()[0].name if kind == "plan" else None
+    gpu = machine.gpus()[0] if kind == "plan" else None
     with (
         environment.Watch(gpu) as watch,
         common.progress(f"profiling {path} at batch {batch}", total=seconds) as update,

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import time
 import types
+import uuid
 from pathlib import Path
 
 import pytest
 
 from rtresnet.bench import environment, nvml
 from rtresnet.bench.environment import Counters, summary
+from rtresnet.machine import Gpu
 
 
 def counted(busy: float, own: float, stolen: float = 0, throttled: float | None = 0) -> Counters:
@@ -108,29 +112,46 @@ class NvmlError(Exception):
     pass
 
 
+FIRST, SECOND, INSTANCE = (str(uuid.UUID(int=number)) for number in (1, 2, 3))
+HANDLES = {f"GPU-{FIRST}": "gpu0", f"GPU-{SECOND}": "gpu1", f"MIG-{INSTANCE}": "mig"}
+
+
+def visible(uuid: str | None) -> Gpu:
+    """What CUDA shows of a machine with two GPUs of the same name, one of them divided by MIG."""
+    return Gpu(name="Test GPU", capability=(9, 0), memory=1 << 36, uuid=uuid)
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The functions of nvidia-ml-py 13 that are used, for two GPUs, the second throttling."""
+    """The functions of nvidia-ml-py 13 that are used; the clocks say which GPU was asked."""
     fake = types.ModuleType("pynvml")
 
     def unsupported(handle: str) -> int:
         raise NvmlError("Not Supported")
 
+    def by_uuid(uuid: str) -> str:
+        if uuid not in HANDLES:
+            raise NvmlError("Not Found")
+        return HANDLES[uuid]
+
     for name, value in {
         "NVMLError": NvmlError,
+        "NVMLLibraryMismatchError": type("NVMLLibraryMismatchError", (Exception,), {}),
         "NVML_CLOCK_SM": 1,
         "NVML_TEMPERATURE_GPU": 0,
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: f"gpu{index}",
-        "nvmlDeviceGetName": lambda handle: {"gpu0": b"Other", "gpu1": "Test GPU"}[handle],
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": {"mig": "gpu1"}.__getitem__,
+        "nvmlDeviceGetName": lambda handle: b"Test GPU",
         "nvmlSystemGetDriverVersion": lambda: "580.1",
         "nvmlDeviceGetMaxClockInfo": lambda handle, clock: 1980,
         "nvmlDeviceGetPowerManagementLimit": lambda handle: 700_000,
         "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x04 | 0x01,
         "nvmlDeviceGetPowerUsage": lambda handle: 699_500,
-        "nvmlDeviceGetClockInfo": lambda handle, clock: 1200,
+        "nvmlDeviceGetClockInfo": lambda handle, clock: {"gpu0": 300, "gpu1": 1200}[handle],
         "nvmlDeviceGetTemperature": lambda handle, sensor: 71,
         "nvmlDeviceGetComputeRunningProcesses": unsupported,
     }.items():
@@ -139,23 +160,103 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return fake
 
 
-def test_the_gpu_is_watched_through_nvml(driver: types.ModuleType) -> None:
-    with environment.Watch("Test GPU") as watch:
+def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleType) -> None:
+    with environment.Watch(visible(SECOND)) as watch:
         pass
     gpu = watch.report["gpu"]
     assert gpu["driver"] == "580.1" and gpu["power_limit_w"] == 700 and gpu["unknown"] is None
+    assert gpu["uuid"] == SECOND
     assert gpu["samples"][0] == {
         "mhz": 1200, "power_w": 699.5, "celsius": 71, "throttled": ["power cap"], "others": None,
     }  # fmt: skip
     assert any("power cap" in remark for remark in watch.report["remarks"])
 
 
-def test_a_gpu_that_nvml_does_not_know_is_unknown_and_no_error(
+@pytest.mark.parametrize(
+    ("uuid", "mhz", "asked_for_processes"),
+    [(FIRST, 300, "gpu0"), (SECOND, 1200, "gpu1"), (INSTANCE, 1200, "mig")],
+    ids=["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1", "a MIG instance"],
+)
+def test_monitor_gpus_of_one_name_are_told_apart_by_uuid(
+    uuid: str, mhz: int, asked_for_processes: str, driver: types.ModuleType
+) -> None:
+    asked = []
+
+    def processes(handle: str) -> list[types.SimpleNamespace]:
+        asked.append(handle)
+        return [types.SimpleNamespace(pid=os.getpid())]
+
+    driver.nvmlDeviceGetComputeRunningProcesses = processes  # type: ignore[attr-defined]
+    sample = nvml.GpuMonitor(visible(uuid)).sample()
+    assert sample["mhz"] == mhz and sample["others"] == 0
+    assert asked == [asked_for_processes]
+
+
+def test_monitor_without_uuid_takes_a_name_only_where_it_is_unique(
+    driver: types.ModuleType,
+) -> None:
+    with pytest.raises(LookupError, match="2 GPUs"):
+        nvml.GpuMonitor(visible(None))
+    driver.nvmlDeviceGetCount = lambda: 1  # type: ignore[attr-defined]
+    assert nvml.GpuMonitor(visible(None)).sample()["mhz"] == 300
+
+
+def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
     driver: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LookupError, match="no GPU called Mine"):
-        nvml.Gpu("Mine")
+    other = str(uuid.UUID(int=9))
+    with pytest.raises(LookupError, match=other):
+        nvml.GpuMonitor(visible(other))
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with environment.Watch("Test GPU") as watch:
+    with environment.Watch(visible(FIRST)) as watch:
         pass
-    assert watch.report["gpu"] == {"name": "Test GPU", "unknown": "nvidia-ml-py is not installed"}
+    assert watch.report["gpu"] == {
+        "name": "Test GPU", "uuid": FIRST, "unknown": "nvidia-ml-py is not installed",
+    }  # fmt: skip
+
+
+def test_monitor_library_older_than_nvidia_ml_py_answers_none(driver: types.ModuleType) -> None:
+    def mismatch(*arguments: object) -> None:
+        raise driver.NVMLLibraryMismatchError  # type: ignore[attr-defined]
+
+    driver.nvmlDeviceGetComputeRunningProcesses = mismatch  # type: ignore[attr-defined]
+    del driver.nvmlDeviceGetCurrentClocksEventReasons  # type: ignore[attr-defined]
+    sample = nvml.GpuMonitor(visible(SECOND)).sample()
+    assert sample["others"] is None and sample["throttled"] is None and sample["mhz"] == 1200
+
+
+def test_nvidia_ml_py_has_every_function_that_is_called() -> None:
+    real = pytest.importorskip("pynvml")
+    names = set(re.findall(r"\bnvml[A-Z]\w+|\bNVML\w+", Path(nvml.__file__).read_text()))
+    assert names > {"nvmlInit", "nvmlDeviceGetHandleByUUID", "NVMLError", "NVML_CLOCK_SM"}
+    assert [name for name in sorted(names) if not hasattr(real, name)] == []
+
+
+def proc_of(folder: Path, pids: str, namespace: str) -> Path:
+    (folder / "self/ns").mkdir(parents=True)
+    (folder / "self/status").write_text(f"Name:\tpython\nNSpid:\t{pids}\nThreads:\t1\n")
+    (folder / "self/ns/pid").symlink_to(namespace)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pids", "nspid", "namespace", "expected"),
+    [
+        ({4242, 7}, "4242", nvml.HOST_NAMESPACE, 1),
+        ({7, 8}, "4242", nvml.HOST_NAMESPACE, 2),
+        (set(), "4242", nvml.HOST_NAMESPACE, 0),
+        ({90001}, "17", "pid:[4026532500]", None),  # the host's number of this very process?
+        ({17, 18}, "17", "pid:[4026532500]", 1),  # a driver that translates them
+        ({90001, 5}, "90001\t17", "pid:[4026532500]", 1),  # the host's /proc in the container
+        (set(), "17", "pid:[4026532500]", 0),
+    ],
+)
+def test_other_processes_in_any_pid_namespace_never_counts_this_one(
+    pids: set[int], nspid: str, namespace: str, expected: int | None, tmp_path: Path
+) -> None:
+    assert nvml.other_processes(pids, proc_of(tmp_path, nspid, namespace)) == expected
+
+
+def test_other_processes_without_proc_knows_its_own_pid(tmp_path: Path) -> None:
+    assert nvml.other_processes({os.getpid(), 1}, tmp_path) == 1
+    assert nvml.other_processes({1}, tmp_path) is None
