@@ -1,4 +1,4 @@
-"""Plans on a real GPU: built here, run here, held against ONNX Runtime on the CPU."""
+"""Plans on a real GPU: built and run by each builder, compared with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ LARGEST = 32
 BOUNDS = {"fp32": 1e-2, "fp16": 1e-2, "int8": 0.1}
 
 
-@pytest.fixture(scope="module")
-def builder() -> str:
-    """What builds for the GPU that is here: tensorrt for any, RTX for those it serves."""
-    if machine.installed("tensorrt"):
-        return "tensorrt"
-    if machine.installed("tensorrt_rtx") and machine.gpus()[0].target in RTX_TARGETS:
-        return "rtx"
-    pytest.skip("no builder for this GPU")
+@pytest.fixture(scope="module", params=["tensorrt", "rtx"])
+def builder(request: pytest.FixtureRequest) -> str:
+    """Each builder that is installed and serves the GPU."""
+    name = str(request.param)
+    if not machine.installed({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[name]):
+        pytest.skip(f"{name} is not installed")
+    if name == "rtx" and machine.gpus()[0].target not in RTX_TARGETS:
+        pytest.skip(f"TensorRT-RTX has no target {machine.gpus()[0].target}")
+    return name
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
@@ -247,10 +248,30 @@ def test_several_threads_get_their_own_logits(plan: Path, images: Images) -> Non
     backend.close()
 
 
-def test_copies_overlap_computation(plan: Path, images: Images) -> None:
-    backend = backend_of(plan)
-    backend.infer(images(10 * LARGEST))
-    parts = backend.timeline(images(10 * LARGEST))
+@pytest.fixture(scope="module")
+def photo_plan(builder: str, onnx_file: OnnxFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At 224 px, so that computing a part takes longer than starting the next copy."""
+    out = tmp_path_factory.mktemp("plans") / "photo.plan"
+    engine.build(
+        onnx_file("resnet18", "fp16", size=224), out,
+        profiles=[Profile(min=1, opt=LARGEST, max=LARGEST)], builder=builder,
+        target=(machine.gpus()[0].target,) if builder == "rtx" else (),
+    )  # fmt: skip
+    return out
+
+
+def test_timeline_large_batch_copies_overlap_computation(photo_plan: Path) -> None:
+    backend, shape = backend_of(photo_plan), (10 * LARGEST, 3, 224, 224)
+    with backend._cuda.active():  # pinned, so that no copy on the host comes between the parts
+        pinned = backend._cuda.allocate_pinned(4 * int(np.prod(shape)))
+    try:
+        batch = pinned.view(np.float32).reshape(shape)
+        batch[:] = 0.5
+        backend.infer(batch)
+        parts = backend.timeline(batch)
+    finally:
+        with backend._cuda.active():
+            backend._cuda.free_pinned(pinned)
     assert len(parts) == 10
     for part, later in itertools.pairwise(parts):
         assert part["h2d"][1] <= part["compute"][1] <= later["compute"][1]
