@@ -22,6 +22,7 @@ BASE = {
     "metrics",
     "machine",
     "records",
+    "typed_json",
     "norms",
     "branches",
     "learned",

@@ -64,7 +64,7 @@ def judge(now: Mapping[str, Any], then: Mapping[str, Any], *, tolerance: float) 
 
     Args:
         now: As `--json` holds it, samples included.
-        then: Likewise.
+        then: The same of the baseline.
         tolerance: 0.03 lets it be 3 % slower.
     """
     figure = FIGURES[scenario(now)]

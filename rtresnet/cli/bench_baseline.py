@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,22 +29,20 @@ def read(path: str) -> list[dict[str, Any]]:
     """The results in a file that `bench --json` wrote.
 
     Raises:
-        InputError: It is none.
+        InputError: The file is not a valid result of `bench`, or holds no samples.
     """
     from rtresnet import storage
+    from rtresnet.report import result_files
 
     fix = f"make one with: rtresnet bench ARTIFACT --json {path}"
     storage.require_file(path, fix=fix)
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = record["result"]["results"]
-        usable = record["verb"] == "bench" and bool(results)
-        usable = usable and all(min(entry["samples"]) > 0 for entry in results)
-    except (ValueError, KeyError, TypeError):
-        usable = False
-    if not usable:
-        raise InputError(f"{path}: not a result of rtresnet bench", fix=fix)
-    return list(results)
+    file = result_files.read(path)
+    if file.verb != "bench":
+        raise InputError(f"{path}: a result of {file.verb}, expected one of bench", fix=fix)
+    results: list[dict[str, Any]] = file.result["results"]
+    if not results or not all(entry.get("samples") for entry in results):
+        raise InputError(f"{path}: holds no samples to compare with", fix=fix)
+    return results
 
 
 def require_alike(

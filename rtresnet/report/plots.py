@@ -49,6 +49,11 @@ def svg(drawn: Any, label: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
+def plain(name: str) -> str:
+    """A name as a label shows it: matplotlib would read what stands between two $ as TeX."""
+    return name.replace("$", r"\$")
+
+
 def training_figure(log: Sequence[Mapping[str, Any]]) -> Any:
     """Training and held-out error, and the learning rate, against epochs (as figure 6)."""
     drawn, axes = figure()
@@ -87,8 +92,9 @@ def search_figure(searches: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
         points = [point for point in found["points"] if point["p99"] is not None]
         loads = [point["load"] for point in points]
         axes.plot(loads, [p["p99"] for p in points], "o-", color=colour, markersize=4.5,
-                  label=f"{name}, p99", gid=f"search-{index}")  # fmt: skip
-        axes.plot(loads, [p["median"] for p in points], ":", color=colour, label=f"{name}, median")
+                  label=f"{plain(name)}, p99", gid=f"search-{index}")  # fmt: skip
+        axes.plot(loads, [p["median"] for p in points], ":", color=colour,
+                  label=f"{plain(name)}, median")  # fmt: skip
         if found["best"] is not None:
             axes.axvline(found["best"], color=colour, linewidth=0.8, alpha=0.6)
     axes.axhline(searches[0][1]["p99_ms"], color="#888888", linewidth=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rtresnet.report.plots import COLOURS, figure, svg
+from rtresnet.report.plots import COLOURS, figure, plain, svg
 from rtresnet.report.results import Gathered, Timing, pareto
 
 PALETTE = (*COLOURS[:5], "#ec4899", "#06b6d4", "#84cc16", "#a16207", COLOURS[5])
@@ -42,7 +42,7 @@ def tradeoff(found: Gathered, batch: int) -> str | None:
         axes.scatter(
             *point, s=60, color=shades[timing.artifact.name] if whole else "none",
             edgecolors=shades[timing.artifact.name], linewidths=1.8, zorder=3,
-            label=timing.artifact.name, gid=f"artifact-{index}",
+            label=plain(timing.artifact.name), gid=f"artifact-{index}",
         )  # fmt: skip
     axes.set(xlabel=f"median latency of a batch of {batch}, ms", ylabel="top-1, %")
     axes.set_xlim(0, 1.08 * max(p[0] for p in points))
@@ -68,7 +68,7 @@ def tails(found: Gathered, batch: int) -> str | None:
         n = len(ordered)
         beyond = 1 - (np.arange(n) + 0.5) / n
         axes.plot(-np.log10(beyond), ordered, color=shades[timing.artifact.name], linewidth=1.8,
-                  label=f"{timing.artifact.name} (n={n})", gid=f"tail-{index}")  # fmt: skip
+                  label=f"{plain(timing.artifact.name)} (n={n})", gid=f"tail-{index}")  # fmt: skip
     shown = [0.0, *(s for s in SHARES if most * (1 - s) >= 1 - 1e-9)]
     axes.set_xticks([-np.log10(1 - s) for s in shown], [f"{100 * s:g}" for s in shown])
     axes.set(xlabel="percentile", ylabel=f"latency, ms a batch of {batch}", ylim=(0, None))
@@ -94,7 +94,7 @@ def histogram(found: Gathered, batch: int) -> str | None:
         share = 100 * counts / len(timing.samples)
         axes.stairs(share, edges, fill=True, alpha=0.35, color=shades[timing.artifact.name])
         axes.stairs(share, edges, color=shades[timing.artifact.name], linewidth=1.4,
-                    label=timing.artifact.name, gid=f"histogram-{index}")  # fmt: skip
+                    label=plain(timing.artifact.name), gid=f"histogram-{index}")  # fmt: skip
     axes.set(xlabel=f"latency, ms a batch of {batch}", ylabel="requests, %")
     axes.legend(frameon=False, fontsize=9)
     return svg(drawn, "histogram of latencies")
@@ -115,7 +115,7 @@ def batches(found: Gathered, name: str, label: str) -> str | None:
         if points:
             axes.plot(
                 *zip(*points, strict=True), marker="o", markersize=4.5, linewidth=1.6,
-                color=shades[artifact.name], label=artifact.name, gid=f"batch-{index}",
+                color=shades[artifact.name], label=plain(artifact.name), gid=f"batch-{index}",
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(found.batches, [str(batch) for batch in found.batches])
@@ -141,8 +141,8 @@ def stages(profiles: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
                           color="white", ha="center", va="center", fontsize=9)  # fmt: skip
             left += stage["ms"]
     for place, name in enumerate(names):
-        axes.barh(0, 0, color=PALETTE[place % len(PALETTE)], label=name)
-    axes.set_yticks(range(len(profiles)), [label for label, _ in profiles])
+        axes.barh(0, 0, color=PALETTE[place % len(PALETTE)], label=plain(name))
+    axes.set_yticks(range(len(profiles)), [plain(label) for label, _ in profiles])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)

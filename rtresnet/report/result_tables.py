@@ -178,7 +178,7 @@ def _blocks(found: Gathered) -> Section:
     rows = [
         (
             artifact.name, result.get("batch"), part["name"], part["ms"], 100 * part["share"],
-            part.get("flops_per_second", 0) / 1e9, part.get("bytes_per_second", 0) / 1e9,
+            (part.get("flops_per_second") or 0) / 1e9, (part.get("bytes_per_second") or 0) / 1e9,
             part.get("bound"),
         )
         for artifact, result in found.profiles

@@ -1,22 +1,20 @@
 """What was measured, gathered from the verbs' JSON files and from artifacts' sidecars.
 
-Reads tolerantly: a field that is not there is None, a verb that is not known is named and left
-out. Knows no page; see `result_tables.py` and those that use it.
+What a file may hold stands in `result_files.py`. Knows no page; see `result_tables.py` and those
+that use it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts, storage
+from rtresnet import artifacts, storage, typed_json
 from rtresnet.errors import ArtifactError, InputError
-
-VERBS = ("bench", "bench-find", "eval", "compare", "profile", "quickstart")
+from rtresnet.report import result_files
 
 
 @dataclass(kw_only=True)
@@ -153,9 +151,9 @@ def _is_result(file: Path) -> bool:
     """Whether a verb that reports are made of wrote it: a folder holds other JSON files too."""
     if file.suffix != ".json":
         return False
-    with contextlib.suppress(ValueError):  # neither JSON nor UTF-8
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return isinstance(data, dict) and data.get("verb") in VERBS
+    with contextlib.suppress(InputError):
+        data = typed_json.load(file)
+        return isinstance(data, dict) and data.get("verb") in tuple(result_files.RESULTS)
     return False
 
 
@@ -192,47 +190,36 @@ class _Collector:
             known.precision, known.model = sidecar.precision, sidecar.model.architecture
             known.untrained = sidecar.weights.origin == "untrained"
             accuracy = sidecar.measured.get("accuracy")
-            if isinstance(accuracy, dict) and known.chain[0][4] == "ok":
-                known.accuracy = accuracy
+            if accuracy is not None and known.chain[0][4] == "ok":
+                valid = typed_json.convert(
+                    accuracy, result_files.Accuracy, error=ArtifactError, at="measured.accuracy",
+                    where=str(artifacts.sidecar_path(known.path)),
+                    fix="measure it again with: rtresnet eval",
+                )  # fmt: skip
+                known.accuracy = {**valid}
 
     def read(self, path: Path) -> None:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not JSON ({error})", fix="write it anew") from None
+        data = typed_json.load(path, fix="write it again, or leave it out")
         if isinstance(data, dict) and data.get("kind") in artifacts.KINDS and "sha256" in data:
             self.artifact(str(path.with_suffix("")), given=True)
             return
-        if not isinstance(data, dict) or data.get("verb") not in VERBS or "result" not in data:
-            verb = data.get("verb") if isinstance(data, dict) else None
-            raise InputError(
-                f"{path}: {f'of the verb {verb}' if verb else 'not written by a verb'}, and a "
-                f"report is made of {', '.join(VERBS)}",
-                fix="leave it out",
-            )
-        command = data.get("made_by", {}).get("command")
-        if command and command not in self.found.commands:
-            self.found.commands.append(command)
-        try:
-            getattr(self, f"_{data['verb'].replace('-', '_')}")(data["result"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(
-                f"{path}: not a whole result of {data['verb']} ({type(error).__name__} {error})",
-                fix="write it anew",
-            ) from None
+        file = result_files.check(path, data)
+        if file.command and file.command not in self.found.commands:
+            self.found.commands.append(file.command)
+        getattr(self, f"_{file.verb.replace('-', '_')}")(file.result)
 
-    def _bench(self, result: Mapping[str, Any]) -> None:
-        self.found.notes += [note for note in result.get("notes") or () if isinstance(note, str)]
+    def _bench(self, result: result_files.Bench) -> None:
+        self.found.notes += result.get("notes") or ()
         for entry in result["results"]:
             artifact = self.artifact(entry["measured"], entry.get("precision"))
             artifact.untrained |= bool(entry.get("untrained"))
             self.found.timings.append(
                 Timing(
                     artifact=artifact,
-                    batch=int(entry["batch"]),
+                    batch=entry["batch"],
                     scenario=entry.get("scenario"),
-                    latency={**entry["latency"], "median": float(entry["latency"]["median"])},
-                    samples=[float(value) for value in entry.get("samples") or ()],
+                    latency=entry["latency"],
+                    samples=entry.get("samples") or (),
                     speed=entry.get("speed"),
                     entry=entry,
                 )
@@ -240,23 +227,19 @@ class _Collector:
             self._where("latency", entry)
             if entry.get("steady") is False:
                 self.found.notes.append(f"{artifact.name}, batch {entry['batch']}: not steady.")
-            watched = entry.get("environment") or {}
-            self.found.notes += list(watched.get("remarks") or ())
+            self.found.notes += _remarks(entry)
 
-    def _bench_find(self, result: Mapping[str, Any]) -> None:
+    def _bench_find(self, result: result_files.BenchFind) -> None:
         for entry in result["searches"]:
             artifact = self.artifact(entry["measured"], entry.get("precision"))
             artifact.untrained |= bool(entry.get("untrained"))
-            found = entry["search"]
-            float(found["p99_ms"]), str(found["what"]), bool(found["limit"]), found["best"]
-            for point in found["points"]:
-                float(point["load"]), float(point["median"]), point["p99"]
-            self.found.searches.append((artifact, found))
-            self.found.notes += [entry["note"]] if entry.get("note") else []
+            self.found.searches.append((artifact, entry["search"]))
+            if note := entry.get("note"):
+                self.found.notes.append(note)
             self._where("search", entry)
-        self.found.notes += list((result.get("environment") or {}).get("remarks") or ())
+        self.found.notes += _remarks(result)
 
-    def _eval(self, result: Mapping[str, Any]) -> None:
+    def _eval(self, result: result_files.Eval) -> None:
         for entry in result.get("members") or [result]:
             artifact = self.artifact(entry["artifact"], entry.get("precision"))
             artifact.accuracy = {
@@ -265,27 +248,25 @@ class _Collector:
             }
             self._where("accuracy", entry)
 
-    def _compare(self, result: Mapping[str, Any]) -> None:
+    def _compare(self, result: result_files.Compare) -> None:
         candidate, reference = result["candidate"], result["reference"]
         artifact = self.artifact(candidate["artifact"], candidate.get("precision"))
-        share, n = float(result["agreement"]), int(result["n"])
-        artifact.agreement = (share, n, Path(reference["artifact"]).name)
+        artifact.agreement = (
+            result["agreement"], result["n"], Path(reference["artifact"]).name
+        )  # fmt: skip
 
-    def _profile(self, result: Mapping[str, Any]) -> None:
+    def _profile(self, result: result_files.Profile) -> None:
         artifact = self.artifact(result["artifact"], result.get("precision"))
-        for part in (*result["stages"], *result["blocks"]):
-            float(part["ms"]), float(part["share"]), str(part["name"])
         self.found.profiles.append((artifact, result))
         self._where("profile", result)
-        for remark in (result.get("environment") or {}).get("remarks", ()):
-            self.found.notes.append(f"Profile of {artifact.name}: {remark}.")
+        self.found.notes += [f"Profile of {artifact.name}: {r}." for r in _remarks(result)]
 
-    def _quickstart(self, result: Mapping[str, Any]) -> None:
+    def _quickstart(self, result: result_files.Quickstart) -> None:
         self._bench(result["bench"])
         for entry in result["eval"].values():
             self._eval(entry)
-        for entry in result["compare"].values():
-            self._compare(entry)
+        for compared in result["compare"].values():
+            self._compare(compared)
 
     def _where(self, what: str, entry: Mapping[str, Any]) -> None:
         where = {name: entry.get(name) for name in ("device", "provider", "threads", "versions")}
@@ -317,6 +298,10 @@ class _Collector:
                 artifact.name = str(artifact.path)
         self.found.notes = list(dict.fromkeys(self.found.notes))
         return self.found
+
+
+def _remarks(entry: Mapping[str, Any]) -> list[str]:
+    return (entry.get("environment") or {}).get("remarks") or []
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -238,6 +238,26 @@ def test_a_baseline_that_is_none_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("samples", [1.0, float("nan")]), ("samples", [1.0, None]), ("samples", []),
+        ("samples", [0]), ("samples", "12"), ("batch", "1"), ("batch", True), ("scenario", "x"),
+        ("load", [1]), ("measured", None), ("versions", [1]),
+    ],
+)  # fmt: skip
+def test_bench_invalid_baseline_exits_2_and_names_the_field(
+    net: str, tmp_path: Path, capsys: Captured, field: str, value: Any
+) -> None:
+    entry = {"measured": net, "batch": 1, "latency": {"median": 1.0}, "samples": [1.0, 2.0]}
+    record = {"verb": "bench", "result": {"results": [entry | {field: value}]}}
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(record))
+    assert main(["bench", net, "--batch", "1", "--baseline", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{path}: " in err and field in err
+
+
+@pytest.mark.parametrize(
     ("options", "word"),
     [
         (["--scenario", "server"], "--qps"),

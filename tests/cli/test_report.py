@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -71,5 +72,27 @@ def test_nothing_to_report_is_said_and_nothing_is_written(
     assert main(["report"]) == 2
     (tmp_path / "bad.json").write_text('{"verb": "bench", "result": {}}')
     assert main(["report", "bad.json"]) == 2
-    assert "not a whole result of bench" in capsys.readouterr().err
+    assert "bad.json: result: " in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"results": [{"measured": "a.onnx", "batch": 1, "latency": {"median": float("nan")}}]},
+        {"results": [{"measured": "a.onnx", "batch": 1, "latency": [1]}]},
+        {"results": [["a.onnx"]]},
+        {"results": "a.onnx"},
+        ["a.onnx"],
+        None,
+    ],
+)
+def test_report_invalid_result_exits_2_and_leaves_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], result: object
+) -> None:
+    file, page = tmp_path / "bench.json", tmp_path / "r.html"
+    file.write_text(json.dumps({"verb": "bench", "result": result}))
+    page.write_text("earlier")
+    assert main(["report", str(file), "--out", str(page)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}: result")
+    assert page.read_text() == "earlier"

@@ -60,6 +60,13 @@ def test_it_is_small_self_contained_and_escaped(text: str) -> None:
     assert "/somewhere/else" not in text and "npz:images.npz" in text
 
 
+def test_html_dollar_signs_in_names_are_no_formula(measured: list[Path], tmp_path: Path) -> None:
+    for path in measured:
+        path.write_text(path.read_text().replace("net-", r"$\\bad$-"))
+    page = result_page.html(results.gather(measured))
+    assert page.count(r"$\bad$-fp32.onnx (n=200)") == 1  # a label of a figure
+
+
 def test_the_same_files_give_the_same_page(measured: list[Path]) -> None:
     assert result_page.html(results.gather(measured)) == result_page.html(results.gather(measured))
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,8 @@ def test_a_quickstarts_file_holds_all_of_it(measured: list[Path], write: Write) 
 def test_what_is_not_a_result_is_said(write: Write, tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     for content, words in (
-        ("{", "not JSON"),
-        ("[1]", "not written by"),
+        ("{", "not valid JSON"),
+        ("[1]", "not a result"),
         ('{"verb": "lint"}', "lint"),
     ):
         broken.write_text(content)
@@ -84,11 +86,103 @@ def test_an_artifact_of_which_nothing_is_known_is_said(write: Write, tmp_path: P
 
 
 @pytest.mark.parametrize("gone", ["measured", "batch", "latency"])
-def test_half_a_result_is_said(gone: str, measured: list[Path], write: Write) -> None:
+def test_gather_missing_field_names_its_place(
+    gone: str, measured: list[Path], write: Write
+) -> None:
     result = json.loads(measured[0].read_text())["result"]
     del result["results"][0][gone]
-    with pytest.raises(InputError, match="not a whole result of bench"):
+    with pytest.raises(InputError, match=rf"bench\.json: result\.results\[0\].*{gone}") as caught:
         results.gather([write("bench", result)])
+    assert "rtresnet bench" in (caught.value.fix or "")
+
+
+WRONG = {
+    "bench": [
+        ("results.0.latency.median", [math.nan, math.inf, True, "1", None, 0, -1, 1e300, [], {}]),
+        ("results.0.latency.p99", [math.nan, True, "1", 0, [1]]),
+        ("results.0.latency", [None, 3, [], "x"]),
+        ("results.0.samples.3", [math.nan, math.inf, True, "1", None, 0, -1, 10**400]),
+        ("results.0.batch", [True, 1.5, "1", 0, -1, None, math.nan]),
+        ("results.0.speed", [math.nan, "1", True, 0]),
+        ("results.0.measured", [None, 1, ["a"]]),
+        ("results.0.versions", ["1.0", [1], {"onnxruntime": 1}]),
+        ("results.0.environment", [[1], "x", {"remarks": 3}, {"remarks": [3]}]),
+        ("results.0.scenario", ["single", 3]),
+        ("results", [None, {}, 3, [3], [None]]),
+        ("notes", [[1], "note", {"a": "b"}]),
+    ],
+    "bench-find": [
+        ("searches.0.search.points.0.load", [math.nan, None, "1", -1, True]),
+        ("searches.0.search.points", [None, {}, [1]]),
+        ("searches.0.search.best", [math.nan, "1", True]),
+        ("searches.0.search.what", ["images", None]),
+        ("searches.0.note", [3]),
+    ],
+    "eval": [
+        ("members.0.top1_percent", [math.nan, "91", 101, -1, True]),
+        ("members.0.n", ["1", -1, 1.5, True]),
+        ("members.0.data", [3, ["x"]]),
+        ("members", [3, "x", [3]]),
+    ],
+    "compare": [
+        ("agreement", [math.nan, None, 1.5, "1", True]),
+        ("candidate", [None, [], "a.onnx", {}]),
+    ],
+    "profile": [
+        ("blocks.0.ms", [math.nan, None, "1", -1]),
+        ("stages.0.share", [math.nan, 2, None]),
+        ("stages", [None, {}, 3]),
+    ],
+}
+
+
+@pytest.mark.parametrize("verb", WRONG)
+def test_gather_wrong_value_is_refused_with_its_place(
+    verb: str, measured: list[Path], write: Write
+) -> None:
+    whole = {json.loads(path.read_text())["verb"]: path for path in measured}
+    valid = (
+        searched("batch", 4) if verb == "bench-find"
+        else json.loads(whole[verb].read_text())["result"]
+    )  # fmt: skip
+    for place, values in WRONG[verb]:
+        for value in values:
+            result = copy.deepcopy(valid)
+            *steps, last = [int(step) if step.isdigit() else step for step in place.split(".")]
+            inside = result
+            for step in steps:
+                inside = inside[step]
+            inside[last] = value
+            with pytest.raises(InputError) as caught:
+                results.gather([write(verb, result)])
+            top = place.split(".")[0]
+            assert f"{verb}.json: result.{top}" in str(caught.value), (place, value)
+
+
+def test_gather_results_of_older_versions_are_read(write: Write) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    engines = json.loads((folder / "engines.json").read_text())
+    accuracy = json.loads((folder / "accuracy-resnet20.json").read_text())
+    found = results.gather(
+        [
+            *(write("bench", net["bench"], f"bench-{name}") for name, net in engines.items()),
+            *(write("eval", entry, f"eval-{n}") for n, entry in enumerate(accuracy["eval"])),
+            *(write("compare", entry, f"c-{n}") for n, entry in enumerate(accuracy["compare"])),
+        ]
+    )
+    assert {timing.artifact.name for timing in found.timings} >= {"resnet18.onnx", "resnet50.onnx"}
+    assert any(artifact.top1 for artifact in found.artifacts)
+    assert any(artifact.agreement for artifact in found.artifacts)
+
+
+def test_gather_wrong_accuracy_in_a_sidecar_is_refused(engines: Path, tmp_path: Path) -> None:
+    for name in ("resnet8.onnx", "resnet8.onnx.json"):
+        shutil.copy(engines / name, tmp_path)
+    sidecar = json.loads((tmp_path / "resnet8.onnx.json").read_text())
+    sidecar["measured"]["accuracy"] = {"top1_percent": "91", "n": 3}
+    (tmp_path / "resnet8.onnx.json").write_text(json.dumps(sidecar))
+    with pytest.raises(ArtifactError, match=r"measured\.accuracy\.top1_percent"):
+        results.gather([tmp_path / "resnet8.onnx"])
 
 
 def test_unknown_and_missing_fields_do_no_harm(measured: list[Path], write: Write) -> None:

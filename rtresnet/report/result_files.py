@@ -1,0 +1,247 @@
+"""Format of the files that `--json` writes, as far as `report` and `bench --baseline` read them.
+
+Fields that older versions did not write are optional; fields that are not declared are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
+
+from rtresnet import typed_json
+from rtresnet.errors import InputError
+
+# Bounds keep arithmetic and plots finite; no figure of a machine comes near them.
+Positive = Annotated[float, Meta(ge=1e-12, le=1e15)]
+Figure = Annotated[float, Meta(ge=0, le=1e15)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Count = Annotated[int, Meta(ge=0, le=10**15)]
+Batch = Annotated[int, Meta(ge=1, le=10**9)]
+
+
+class Where(TypedDict):
+    """What a figure was taken on."""
+
+    device: NotRequired[str | None]
+    provider: NotRequired[str | None]
+    threads: NotRequired[Count | None]
+    versions: NotRequired[dict[str, str] | None]
+
+
+class Environment(TypedDict):
+    """What the machine did meanwhile."""
+
+    remarks: NotRequired[list[str] | None]
+
+
+class Latency(TypedDict):
+    """A summary in milliseconds; None: too few samples."""
+
+    n: NotRequired[Count | None]
+    median: Positive
+    std: NotRequired[Figure | None]
+    p90: NotRequired[Positive | None]
+    p95: NotRequired[Positive | None]
+    p99: NotRequired[Positive | None]
+    p999: NotRequired[Positive | None]
+    images_per_second: NotRequired[Figure | None]
+
+
+class Load(TypedDict):
+    """What a scenario was asked for."""
+
+    qps: NotRequired[Positive | None]
+    concurrency: NotRequired[Count | None]
+    max_batch: NotRequired[Count | None]
+
+
+class Entry(Where):
+    """One artifact at one batch, under one load."""
+
+    measured: str
+    precision: NotRequired[str | None]
+    untrained: NotRequired[bool | None]
+    batch: Batch
+    scenario: NotRequired[
+        Literal["single-stream", "multi-stream", "offline", "server", "closed"] | None
+    ]
+    with_preprocess: NotRequired[bool | None]
+    load: NotRequired[Load | None]
+    latency: Latency
+    speed: NotRequired[Positive | None]
+    steady: NotRequired[bool | None]
+    samples: NotRequired[list[Positive] | None]
+    environment: NotRequired[Environment | None]
+
+
+class Bench(TypedDict):
+    """`bench --json`."""
+
+    notes: NotRequired[list[str] | None]
+    results: list[Entry]
+
+
+class Point(TypedDict):
+    """One measurement of a search."""
+
+    load: Figure
+    n: NotRequired[Count | None]
+    median: Positive
+    p99: Positive | None
+    images_per_second: NotRequired[Figure | None]
+
+
+class Search(TypedDict):
+    """A search for the largest load that holds a bound."""
+
+    what: Literal["batch", "qps"]
+    p99_ms: Positive
+    best: Positive | None
+    limit: bool
+    points: list[Point]
+
+
+class SearchEntry(Where):
+    """A search of one artifact."""
+
+    measured: str
+    precision: NotRequired[str | None]
+    untrained: NotRequired[bool | None]
+    note: NotRequired[str | None]
+    search: Search
+
+
+class BenchFind(TypedDict):
+    """`bench --find-batch --json` and `bench --find-qps --json`."""
+
+    environment: NotRequired[Environment | None]
+    searches: list[SearchEntry]
+
+
+class Accuracy(TypedDict):
+    """Accuracy, in a result of `eval` and in a sidecar."""
+
+    top1: NotRequired[Count | None]
+    top5: NotRequired[Count | None]
+    top1_percent: NotRequired[Percent | None]
+    top5_percent: NotRequired[Percent | None]
+    n: NotRequired[Count | None]
+    data: NotRequired[str | None]
+    split: NotRequired[str | None]
+
+
+class Artifact(TypedDict):
+    """An artifact and its precision."""
+
+    artifact: str
+    precision: NotRequired[str | None]
+
+
+class Member(Artifact, Accuracy, Where):
+    """One artifact's accuracy."""
+
+
+class Eval(Member):
+    """`eval --json`: the accuracy of the only member, or of the ensemble."""
+
+    members: NotRequired[list[Member] | None]
+
+
+class Compare(TypedDict):
+    """`compare --json`."""
+
+    reference: Artifact
+    candidate: Artifact
+    agreement: Share
+    n: Count
+
+
+class Part(TypedDict):
+    """A block or a stage."""
+
+    name: str
+    ms: Figure
+    share: Share
+    flops_per_second: NotRequired[Figure | None]
+    bytes_per_second: NotRequired[Figure | None]
+    bound: NotRequired[str | None]
+
+
+class Profile(Artifact, Where):
+    """`profile --json`."""
+
+    batch: NotRequired[Batch]
+    agrees: NotRequired[bool | None]
+    stages: list[Part]
+    blocks: list[Part]
+    environment: NotRequired[Environment | None]
+
+
+class Quickstart(TypedDict):
+    """`quickstart --json`: accuracy and agreement by precision."""
+
+    bench: Bench
+    eval: dict[str, Eval]
+    compare: dict[str, Compare]
+
+
+class MadeBy(TypedDict):
+    """Where a file came from."""
+
+    command: NotRequired[str | None]
+
+
+RESULTS: dict[str, Any] = {
+    "bench": Bench,
+    "bench-find": BenchFind,
+    "eval": Eval,
+    "compare": Compare,
+    "profile": Profile,
+    "quickstart": Quickstart,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFile:
+    """A file that was read.
+
+    Attributes:
+        verb: The command that wrote it.
+        command: Its command line, where the file says it.
+        result: Of the type that `RESULTS` has for the verb.
+    """
+
+    verb: str
+    command: str | None
+    result: Any
+
+
+def read(path: str | Path) -> ResultFile:
+    """Reads a file that a command wrote with `--json`.
+
+    Raises:
+        InputError: Not JSON, not the result of a command in `RESULTS`, or not valid.
+    """
+    return check(path, typed_json.load(path, fix="write it again, or leave it out"))
+
+
+def check(path: str | Path, data: Any) -> ResultFile:
+    """As `read`, of a file that is parsed already."""
+    verb = data.get("verb") if isinstance(data, dict) else None
+    if not isinstance(verb, str) or verb not in RESULTS or "result" not in data:
+        problem = f"a result of {verb}" if isinstance(verb, str) else "not a result of a command"
+        raise InputError(
+            f"{path}: {problem}, expected a result of {', '.join(RESULTS)}", fix="leave it out"
+        )
+    about: dict[str, Any] = {"where": str(path), "fix": f"write it again with rtresnet {verb}"}
+    made_by = typed_json.convert(data.get("made_by", {}), MadeBy, at="made_by", **about)
+    return ResultFile(
+        verb=verb,
+        command=made_by.get("command"),
+        result=typed_json.convert(data["result"], RESULTS[verb], at="result", **about),
+    )
