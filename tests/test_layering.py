@@ -23,6 +23,7 @@ BASE = {
     "machine",
     "records",
     "typed_json",
+    "terminal",
     "norms",
     "branches",
     "learned",

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rtresnet.errors import InputError
+from rtresnet.terminal import escape
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from rtresnet.cli.console import Console
     from rtresnet.preprocess import Preprocess
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -115,9 +115,9 @@ def _triple(name: str, given: str) -> tuple[float, float, float]:
 
 def out_console() -> Console:
     """Results go to standard output; with `--json -` that is the document's alone."""
-    from rich.console import Console
+    from rtresnet.cli.console import Console
 
-    return Console(stderr=json_on_stdout(), highlight=False, soft_wrap=False)
+    return Console(stderr=json_on_stdout())
 
 
 def json_on_stdout() -> bool:
@@ -128,9 +128,9 @@ def json_on_stdout() -> bool:
 
 def err_console() -> Console:
     """Progress, notes and warnings go to standard error."""
-    from rich.console import Console
+    from rtresnet.cli.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True)
 
 
 def given() -> set[str]:
@@ -144,13 +144,13 @@ def given() -> set[str]:
 
 
 def say(line: str) -> None:
-    """A line of the result, as it is."""
-    click.echo(line, err=json_on_stdout())
+    """Prints a line of the result."""
+    click.echo(escape(line), err=json_on_stdout())
 
 
 def note(line: str) -> None:
-    """A line on standard error, above a progress bar where there is one."""
-    print(line, file=sys.stderr)
+    """Prints a line on standard error, above a progress bar where there is one."""
+    print(escape(line), file=sys.stderr)
 
 
 def int8_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
@@ -168,10 +168,10 @@ def warn_loudly(title: str, body: str) -> None:
     """A warning that nobody can miss."""
     from rich import box
     from rich.panel import Panel
+    from rich.text import Text
 
-    err_console().print(
-        Panel(body, title=f"WARNING: {title}", style="bold yellow", box=box.HEAVY, width=78)
-    )
+    heading = Text(f"WARNING: {title}")
+    err_console().print(Panel(body, title=heading, style="bold yellow", box=box.HEAVY, width=78))
 
 
 def write_json(target: str | None, verb: str, result: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
         return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     if total is not None:
         columns.insert(2, BarColumn())
     with Progress(*columns, console=err_console(), transient=True) as bar:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import click
 
 from rtresnet.errors import RtresnetError, UnknownName
+from rtresnet.terminal import escape
 
 VERBS = (
     "quickstart",
@@ -133,5 +134,5 @@ def _system_error(error: OSError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    click.echo(escape(f"error: {message}"), err=True)
     return code

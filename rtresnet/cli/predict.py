@@ -31,6 +31,13 @@ from rtresnet.errors import DataError, InputError
     metavar="FILE",
     help="Write a table: *.parquet, *.csv or *.jsonl.",
 )
+@click.option(
+    "--excel-safe",
+    is_flag=True,
+    help="CSV: put an apostrophe before names that a spreadsheet would run as a formula (that "
+    "start with = + - @, tab or carriage return). Without it, do not open a CSV with names of "
+    "unknown origin in a spreadsheet.",
+)
 @click.option("--resume", is_flag=True, help="Go on with an --out that was stopped.")
 @click.option("--ray", is_flag=True, help="On Ray Data: where RAY_ADDRESS says, or a local one.")
 @click.option(
@@ -44,6 +51,7 @@ def command(
     images: tuple[str, ...],
     artifact: str | None,
     out: Path | None,
+    excel_safe: bool,
     resume: bool,
     ray: bool,
     actors: int | None,
@@ -57,6 +65,8 @@ def command(
     """
     if out is None and (resume or ray or actors):
         raise click.UsageError("--resume, --ray and --actors go with --out")
+    if excel_safe and (out is None or out.suffix.lower() != ".csv"):
+        raise click.UsageError("--excel-safe needs --out FILE.csv")
     if actors and not ray:
         raise click.UsageError("--actors goes with --ray")
     options["decoders"] = options.pop("workers")
@@ -68,8 +78,9 @@ def command(
         from rtresnet.cli import predict_bulk
 
         result = predict_bulk.run(
-            names, artifact, out, resume=resume, ray=ray, actors=actors, **options
-        )
+            names, artifact, out, excel_safe=excel_safe, resume=resume, ray=ray, actors=actors,
+            **options,
+        )  # fmt: skip
         _summarize(result)
     common.write_json(json_file, "predict", result)
 

@@ -46,6 +46,7 @@ def run(
     artifact: str,
     out: Path,
     *,
+    excel_safe: bool = False,
     resume: bool = False,
     ray: bool = False,
     actors: int | None = None,
@@ -57,6 +58,7 @@ def run(
         names: The image files.
         artifact: Checkpoint, ONNX file or plan.
         out: The table.
+        excel_safe: Write names so that a spreadsheet reads none as a formula.
         resume: Go on with `OUT.part`, if there is one.
         ray: On Ray Data, in the cluster that RAY_ADDRESS names or in a local one.
         actors: Processes of Ray; by default one a GPU, or one a machine.
@@ -86,7 +88,7 @@ def run(
             if journal.broken == len(names):
                 journal.discard()
                 raise DataError(f"none of the {len(names)} images could be decoded")
-            journal.finish()
+            journal.finish(excel_safe=excel_safe)
     seconds = time.perf_counter() - begin
     return {
         "artifact": artifact,

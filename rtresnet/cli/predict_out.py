@@ -24,6 +24,7 @@ from rtresnet.cli.predict_rows import Row
 from rtresnet.errors import EnvironmentLack, InputError
 
 FORMS = (".parquet", ".csv", ".jsonl")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 VERSION = 1
 ROWS_AT_ONCE, GROUP = 1024, 16  # as Python objects, which are large; and how many make a row group
 
@@ -148,13 +149,21 @@ class Journal:
             for line in file:
                 yield json.loads(line)
 
-    def finish(self) -> None:
-        """Makes the table of it and removes it."""
+    def finish(self, *, excel_safe: bool = False) -> None:
+        """Makes the table of it and removes it.
+
+        Args:
+            excel_safe: In a CSV file, text that a spreadsheet would run as a formula starts with
+                an apostrophe.
+        """
         from rtresnet import storage
 
-        write = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}[self.out.suffix.lower()]
+        form = self.out.suffix.lower()
         with storage.atomic_path(self.out) as temporary:
-            write(temporary, self)
+            if form == ".csv":
+                _csv(temporary, self, excel_safe=excel_safe)
+            else:
+                {".parquet": _parquet, ".jsonl": _jsonl}[form](temporary, self)
         self.discard()
 
     def discard(self) -> None:
@@ -207,11 +216,29 @@ def _jsonl(path: Path, journal: Journal) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in journal.rows())
 
 
-def _csv(path: Path, journal: Journal) -> None:
+def _csv(path: Path, journal: Journal, *, excel_safe: bool) -> None:
+    rows = journal.rows()
+    if excel_safe:
+        rows = ({name: _no_formula(value) for name, value in row.items()} for row in rows)
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns(journal.head["top"]), lineterminator="\n")
+        writer = csv.DictWriter(_LineFeeds(file), columns(journal.head["top"]))
         writer.writeheader()
-        writer.writerows(journal.rows())
+        writer.writerows(rows)
+
+
+class _LineFeeds:
+    """A file whose rows end in LF. With that as its terminator, csv leaves CR unquoted."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def _no_formula(value: Any) -> Any:
+    """What a spreadsheet shows and does not run; see OWASP on CSV injection."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _parquet(path: Path, journal: Journal) -> None:

@@ -11,6 +11,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.errors import InputError
+from rtresnet.terminal import escape
 
 if TYPE_CHECKING:
     from rtresnet.report.results import Gathered
@@ -60,7 +61,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     storage.write_text(out, text)
     rendered = markdown_report.render(found) if markdown else ""
     if markdown == "-":
-        click.echo(rendered, nl=False)
+        click.echo(escape(rendered), nl=False)
     elif markdown:
         storage.write_text(markdown, rendered)
     console = common.err_console() if markdown == "-" else common.out_console()

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rtresnet.terminal import escape_cell
+
 Row = Sequence[object]
 
 
@@ -48,5 +50,5 @@ def show(
             heading, justify="right" if right else "left", overflow="fold", min_width=len(heading)
         )
     for row in rows:
-        table.add_row(*(Text(text(value)) for value in row))
+        table.add_row(*(Text(escape_cell(text(value))) for value in row))
     console.print(table)

@@ -1,0 +1,177 @@
+"""What reaches the terminal: nothing that a file made up controls it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rtresnet import terminal
+from rtresnet.cli import common
+from rtresnet.cli.main import main
+
+Captured = pytest.CaptureFixture[str]
+NAME = "\x1b]0;owned\x07\x9b31m[bold]:smile:\u202egnp\r$"
+NASTY = f"{NAME}[/red]"
+
+
+@pytest.fixture(scope="module")
+def nasty(engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX file in a folder, with class names, a data name and a command line to be wary of."""
+    folder = tmp_path_factory.mktemp("nasty") / f"a{NAME}"
+    folder.mkdir()
+    path = folder / f"net{NAME}.onnx"
+    shutil.copy(engines / "resnet8.onnx", path)
+    sidecar = json.loads((engines / "resnet8.onnx.json").read_text())
+    sidecar["model"]["classes"] = [f"{n}{NASTY}" for n in range(4)]
+    sidecar["weights"]["source"] = NASTY
+    sidecar["made_by"]["command"] = NASTY
+    sidecar["measured"]["note"] = {NASTY: NASTY}
+    Path(f"{path}.json").write_text(json.dumps(sidecar))
+    return path
+
+
+def harmless(captured: Captured) -> str:
+    """Everything that was printed, once it holds no character that controls a terminal."""
+    out, err = captured.readouterr()
+    for text in (out, err):
+        assert terminal.escape(text) == text
+    return out + err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect"], ["inspect", "--layers"], ["check"], ["lint"],
+        ["bench", "--queries", "3", "--batch", "1"], ["profile", "--seconds", "0.1"],
+        ["report", "--markdown", "-"], ["estimate"], ["build"],
+        ["quantize", "--calib", "none"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_commands_escape_what_files_hold(
+    arguments: list[str], nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code = main([arguments[0], str(nasty), *arguments[1:]])
+    assert code in (0, 1, 2, 3)
+    assert "\\x1b]0;owned\\x07" in harmless(capsys)
+
+
+def test_data_commands_escape_what_files_hold(
+    nasty: Path, tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / f"data{NAME}.npz"
+    shutil.copy(tints.removeprefix("npz:"), data)
+    image = tmp_path / f"image{NAME}.png"
+    Image.new("RGB", (40, 40)).save(image)
+    (tmp_path / f"broken{NAME}.png").write_bytes(b"no image")
+    images = [str(image), str(tmp_path / f"broken{NAME}.png")]
+    assert main(["predict", *images, "--with", str(nasty)]) == 0
+    assert "skipped" in harmless(capsys)
+    main(["eval", str(nasty), "--data", f"npz:{data}"])
+    main(["compare", str(nasty), str(nasty), "--data", f"npz:{data}"])
+    assert ":smile:" in harmless(capsys)
+
+
+def test_errors_escape_names(capsys: Captured) -> None:
+    assert main(["eval", f"{NASTY}.onnx", "--data", "digits"]) == 2
+    assert main([f"verb{NASTY}"]) == 2
+    assert main(["eval", f"--{NASTY}"]) == 2
+    assert main(["bench", "a.onnx", "--batch", NASTY]) == 2
+    assert harmless(capsys).count("error: ") == 4
+
+
+def test_progress_shows_names_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(common, "on_terminal", lambda: True)
+    with common.progress(f"running {NASTY}", total=2) as update:
+        update(1)
+        common.note(NASTY)
+    harmless(capsys)
+
+
+def test_warning_shows_names_as_they_are(capsys: Captured) -> None:
+    common.warn_loudly(NASTY, NASTY)
+    assert "[/red]" in harmless(capsys)
+
+
+def test_json_on_stdout_is_not_changed(nasty: Path, tmp_path: Path, capsys: Captured) -> None:
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 40)).save(image)
+    assert main(["predict", str(image), "--with", str(nasty), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["result"]
+    assert found["artifact"] == str(nasty)
+    assert NASTY in found["images"][0]["top"][0]["class"]
+
+
+def test_report_page_escapes_markup_in_names(
+    engines: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    pytest.importorskip("matplotlib")
+    script = "<script>alert(1)</script>"
+    path = tmp_path / "<img src=x onerror=alert(1)>.onnx"
+    shutil.copy(engines / "resnet8.onnx", path)
+    record = {
+        "verb": "bench",
+        "made_by": {"command": script},
+        "result": {
+            "notes": [script],
+            "results": [
+                {
+                    "measured": str(path), "batch": 1, "latency": {"median": 1.0},
+                    "samples": [1.0, 2.0], "device": script, "versions": {script: script},
+                }
+            ],
+        },
+    }  # fmt: skip
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    page, markdown = tmp_path / "r.html", tmp_path / "r.md"
+    given = [str(tmp_path / "bench.json"), "--out", str(page), "--markdown", str(markdown)]
+    assert main(["report", *given]) == 0
+    for text in (page.read_text(), markdown.read_text().split("```")[0]):
+        assert "<script>alert" not in text and "<img" not in text
+
+
+FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1")
+
+
+def test_predict_excel_safe_marks_formulas_in_csv(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tmp_path / "net.onnx"
+    shutil.copy(engines / "resnet8.onnx", net)
+    sidecar = json.loads((engines / "resnet8.onnx.json").read_text())
+    sidecar["model"]["classes"] = ["=cmd|' /C calc'!A0", "+red", "-green", "@blue"]
+    Path(f"{net}.json").write_text(json.dumps(sidecar))
+    monkeypatch.chdir(tmp_path)
+    for name in (*FORMULAS, "plain"):
+        Image.new("RGB", (40, 40)).save(f"{name}.png")
+    images = [f"{name}.png" for name in ("plain", *FORMULAS)]
+    predict = ["predict", "--with", str(net), "--out", "t.csv"]
+
+    def rows() -> list[dict[str, str]]:
+        with open("t.csv", encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    assert main([*predict, "--", *images]) == 0
+    assert rows()[1]["image"] == "=1+1.png"
+    assert main([*predict, "--excel-safe", "--", *images]) == 0
+    first, *others = rows()
+    assert first["image"] == "plain.png"
+    assert [row["image"] for row in others] == [f"'{name}.png" for name in FORMULAS]
+    assert all(row["class_1"].startswith("'") for row in (first, *others))
+    assert all(0 <= float(row["probability_1"]) <= 1 for row in (first, *others))
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "t.jsonl"], ["--out", "t.parquet"]])
+def test_predict_excel_safe_needs_csv(out: list[str], capsys: Captured) -> None:
+    assert main(["predict", "a.png", "--with", "a.onnx", "--excel-safe", *out]) == 2
+    assert "--excel-safe" in capsys.readouterr().err
