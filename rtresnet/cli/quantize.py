@@ -161,14 +161,14 @@ def quantize_file(
     contract: Contract = (None, None, None),
 ) -> Sidecar:
     """Quantizes one file; returns the new file's sidecar."""
-    from rtresnet import artifacts, machine, storage
+    from rtresnet import artifacts, machine
     from rtresnet.errors import missing_package
 
     out = out or default_out(source, precision)
     artifacts.require_name(out, "onnx")
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would replace its own source", fix="choose another --out")
-    sidecar = artifacts.verify(storage.require_file(source, fix="make one with: rtresnet export"))
+    sidecar = artifacts.verify(artifacts.require_onnx(source, "quantize"))
     if not machine.installed("onnx"):
         raise missing_package("onnx", "quantizing")
     import onnx
