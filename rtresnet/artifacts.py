@@ -56,6 +56,36 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         ) from None
 
 
+def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
+    """The path, if it is a readable file that may be ONNX; for a verb that takes nothing else.
+
+    Args:
+        path: What was named.
+        verb: As in "quantize", for the message.
+
+    Raises:
+        InputError: There is no such file, or it is a checkpoint or a plan; `fix` names the command
+            to use.
+    """
+    path = storage.require_file(path, fix="make one with: rtresnet export")
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind == "checkpoint":
+        raise InputError(
+            f"{path}: a checkpoint, and {verb} takes an ONNX file",
+            fix=f"make one with: {shlex.join(['rtresnet', 'export', '--weights', str(path)])}",
+        )
+    if kind == "plan" and verb == "build":
+        raise InputError(f"{path}: is a plan already", fix=f"see: rtresnet inspect {path}")
+    if kind == "plan":
+        sidecar = read_sidecar(path)
+        parent = parent_path(path, sidecar) if sidecar else None
+        raise InputError(
+            f"{path}: a plan, and {verb} takes an ONNX file",
+            fix=f"use the one it was built from{f': rtresnet {verb} {parent}' if parent else ''}",
+        )
+    return path
+
+
 def publish(
     path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
 ) -> Sidecar:
@@ -239,6 +269,30 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
         current = parent_path(current, sidecar)
         if current in seen:  # a step that wrote over its own input and changed nothing
             return
+
+
+def under(
+    folder: str | os.PathLike[str],
+) -> Iterator[tuple[Path, Sidecar | None, str]]:
+    """Finds every artifact in a folder and the folders in it, by suffix, and checks its hash.
+
+    Yields:
+        (path, sidecar or None, state), in the order of their names. The state is ok, changed,
+        no sidecar or broken sidecar; of an artifact whose own state is ok, also what is wrong
+        with the first of its ancestors, as in "resnet8.onnx missing".
+    """
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
+        try:
+            (_, sidecar, state), *ancestors = chain(path)
+        except ArtifactError:
+            yield path, None, "broken sidecar"
+            continue
+        wrong = [
+            f"{link.name} {its}" for link, _, its in ancestors if its in ("missing", "changed")
+        ]
+        yield path, sidecar, wrong[0] if wrong else state
 
 
 def _command(data: Any) -> str:

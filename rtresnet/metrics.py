@@ -5,8 +5,10 @@ One definition of accuracy, agreement and parity for every room that needs one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -133,11 +135,15 @@ class Drop:
 
     Attributes:
         n: Images.
-        points: Top-1 of the first less top-1 of the second.
+        lost: Images that only the first net classifies correctly.
+        won: Images that only the second net classifies correctly.
+        points: Top-1 of the first less top-1 of the second; negative where the second is better.
         low, high: 95 % confidence interval of `points`.
     """
 
     n: int
+    lost: int
+    won: int
     points: float
     low: float
     high: float
@@ -152,10 +158,72 @@ def paired_drop(reference: np.ndarray, candidate: np.ndarray) -> Drop:
     """
     n = len(reference)
     lost, won = int((reference & ~candidate).sum()), int((~reference & candidate).sum())
-    points = 100 * (lost - won) / n
+    low, high = _interval(lost, won, n)
+    return Drop(n=n, lost=lost, won=won, points=100 * (lost - won) / n, low=low, high=high)
+
+
+def _interval(lost: float, won: float, n: float) -> tuple[float, float]:
     total = n + 2
     difference = (lost - won) / total
     variance = (lost + won + 1) / total - difference**2
-    reach = 196 * float(np.sqrt(variance / total))
-    centre = 100 * difference
-    return Drop(n=n, points=points, low=centre - reach, high=centre + reach)
+    reach = 196 * math.sqrt(variance / total)
+    return 100 * difference - reach, 100 * difference + reach
+
+
+Verdict = Literal["held", "not shown to hold", "missed"]
+
+
+def verdict(drop: Drop, bound: float) -> Verdict:
+    """Says what a measured drop shows about a bound.
+
+    Args:
+        drop: From `paired_drop`.
+        bound: Largest loss that is allowed, in points.
+
+    Returns:
+        "held": the whole 95 % interval lies within the bound. "missed": the measured loss exceeds
+        it. "not shown to hold": the measured loss is within the bound, the interval reaches
+        beyond, and more images are needed to decide.
+    """
+    if drop.points > bound:
+        return "missed"
+    return "held" if drop.high <= bound else "not shown to hold"
+
+
+def images_needed(drop: Drop, bound: float) -> float:
+    """Estimates how many images would show that a bound holds.
+
+    It is the number at which the upper limit of the interval reaches the bound if the shares of
+    images that are lost and won stay as they were measured, and with them the drop and its paired
+    variance. Other images have other shares: an estimate, not a promise.
+
+    Args:
+        drop: From `paired_drop`.
+        bound: Largest loss that is allowed, in points.
+
+    Returns:
+        At least `drop.n`; infinity where the measured drop is not below the bound, which no number
+        of images would change.
+    """
+    if drop.high <= bound:
+        return drop.n
+    if drop.points >= bound:
+        return math.inf
+    lost, won = drop.lost / drop.n, drop.won / drop.n
+
+    def shown(n: int) -> bool:
+        return _interval(lost * n, won * n, n)[1] <= bound
+
+    low, high = drop.n, 2 * drop.n
+    while not shown(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if shown(middle) else (middle, high)
+    return high
+
+
+def fewest_images(bound: float) -> float:
+    """The number of images that it takes to show a bound, in points, for two equal nets."""
+    hit = np.ones(1, bool)
+    return images_needed(paired_drop(hit, hit), bound)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -163,6 +165,53 @@ def test_nets_that_agree_everywhere_still_have_an_interval() -> None:
     same = np.ones(50, bool)
     drop = metrics.paired_drop(same, same)
     assert drop.points == 0 and drop.low < 0 < drop.high
+
+
+def drop_of(n: int, lost: int, won: int) -> metrics.Drop:
+    first, second = np.ones(n, bool), np.ones(n, bool)
+    second[:lost] = False
+    first[lost : lost + won] = False
+    return metrics.paired_drop(first, second)
+
+
+@pytest.mark.parametrize(
+    ("n", "lost", "won", "expected"),
+    [
+        (400, 2, 1, "not shown to hold"),  # 0.25 points, and the interval reaches beyond 0.5
+        (10_000, 20, 15, "held"),
+        (400, 4, 1, "missed"),
+        (400, 0, 10, "held"),  # the second net is better
+    ],
+)
+def test_verdict_bound_inside_or_outside_the_interval_is_told_apart(
+    n: int, lost: int, won: int, expected: str
+) -> None:
+    assert metrics.verdict(drop_of(n, lost, won), 0.5) == expected
+
+
+@pytest.mark.parametrize(("lost", "won"), [(2, 1), (0, 0), (1, 1), (8, 7)])
+def test_images_needed_same_shares_reach_the_bound_there_and_not_before(
+    lost: int, won: int
+) -> None:
+    few = drop_of(300, lost, won)
+    needed = metrics.images_needed(few, 0.5)
+    times = math.ceil(needed / 300)
+    assert times > 1
+    assert drop_of(300 * times, lost * times, won * times).high <= 0.5
+    assert drop_of(300 * (times - 1), lost * (times - 1), won * (times - 1)).high > 0.5
+
+
+def test_images_needed_is_infinite_where_no_number_would_help() -> None:
+    assert metrics.images_needed(drop_of(400, 2, 0), 0.5) == math.inf  # measured at the bound
+    assert metrics.images_needed(drop_of(400, 9, 0), 0.5) == math.inf
+    held = drop_of(10_000, 20, 15)
+    assert metrics.images_needed(held, 0.5) == held.n
+    assert metrics.fewest_images(0) == math.inf
+
+
+def test_fewest_images_is_what_two_equal_nets_need() -> None:
+    fewest = int(metrics.fewest_images(0.5))
+    assert drop_of(fewest, 0, 0).high <= 0.5 < drop_of(fewest - 1, 0, 0).high
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])

@@ -75,8 +75,10 @@ def command(
     Precision is what the file says: FP16 and INT8 come from `export` or `quantize`. With --input
     or --topk, MODEL-u8-top5.onnx and the like is written first, and the plan built from that.
     """
+    from rtresnet import artifacts
     from rtresnet.build import targets
 
+    artifacts.require_onnx(source, "build")
     if asked(takes, topk):
         check(source, target=targets.parse(target, builder), builder=builder)
         source, _ = write_with(source, takes, topk)

@@ -10,21 +10,29 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.build import describe_attested
-from rtresnet.errors import ArtifactError
+from rtresnet.errors import ArtifactError, InputError
 from rtresnet.preprocess import FLOAT
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE|FOLDER", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="A plan's fused layers, and what did not fuse.")
 @click.option(
     "--svg", metavar="FILE", callback=common.text_place, help="Draw a plan's layers by stage."
 )
 @common.json_option
 def command(path: Path, layers: bool, svg: str | None, json_file: str | None) -> None:
-    """Show an artifact, its whole chain, and a plan's header. Needs no GPU."""
+    """Show an artifact, its whole chain, and a plan's header. Needs no GPU.
+
+    For a folder, show a table of the artifacts in it.
+    """
     from rtresnet import storage
 
+    if path.is_dir():
+        if layers or svg:
+            raise InputError(f"{path}: a folder; --layers and --svg are for one plan")
+        _inspect_folder(path, json_file)
+        return
     result = run(path)
     if layers or svg:
         from rtresnet.cli import inspect_layers
@@ -102,6 +110,50 @@ def run(path: Path) -> dict[str, Any]:
         "manifest": said,
         "operations": operations,
     }
+
+
+def _inspect_folder(folder: Path, json_file: str | None) -> None:
+    """Shows the artifacts in a folder as a table.
+
+    Raises:
+        InputError: There are none.
+        ArtifactError: One of them does not match its sidecar.
+    """
+    from rtresnet.report import tables
+
+    found = list_folder(folder)
+    if not found:
+        raise InputError(f"{folder}: no checkpoint, ONNX file or plan in this folder")
+    rows = [
+        (Path(entry["path"]).relative_to(folder), entry["kind"], entry["architecture"],
+         entry["precision"], f"{entry['bytes'] / 1e6:.2f}", entry["state"])
+        for entry in found
+    ]  # fmt: skip
+    tables.show(common.out_console(), ("file", "kind", "net", "precision", "MB", "state"), rows)
+    common.write_json(json_file, "inspect", {"folder": str(folder), "artifacts": found})
+    wrong = [e["path"] for e in found if e["state"] in ("changed", "broken sidecar")]
+    if wrong:
+        raise ArtifactError(
+            f"{', '.join(wrong)}: not the file that its sidecar describes",
+            fix=f"see: rtresnet inspect {wrong[0]}",
+        )
+
+
+def list_folder(folder: Path) -> list[dict[str, Any]]:
+    """The artifacts in a folder and the folders in it, as `--json` has them."""
+    from rtresnet import artifacts
+
+    return [
+        {
+            "path": str(path),
+            "kind": artifacts.kind_of(path),
+            "architecture": sidecar.model.architecture if sidecar else None,
+            "precision": sidecar.precision if sidecar else None,
+            "bytes": path.stat().st_size,
+            "state": state,
+        }
+        for path, sidecar, state in artifacts.under(folder)
+    ]
 
 
 def _foreign_checkpoint(path: Path) -> dict[str, Any]:

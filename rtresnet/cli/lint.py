@@ -1,4 +1,4 @@
-"""`rtresnet lint`: whether TensorRT will run a quantized ONNX file as it says."""
+"""`rtresnet lint`: whether TensorRT will run quantized ONNX files as they say."""
 
 from __future__ import annotations
 
@@ -24,31 +24,67 @@ WIDTH = 80
 NAMED = 3  # nodes that are named of all that break one rule in one way
 
 
-@click.command("lint", short_help="Judge the INT8 of any ONNX file before building.")
-@click.argument("path", metavar="FILE.onnx", type=click.Path(path_type=Path))
+@click.command("lint", short_help="Check quantized ONNX models for TensorRT problems.")
+@click.argument(
+    "paths",
+    metavar="FILE.onnx...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+)
 @click.option(
     "--fix",
     "out",
     metavar="OUT.onnx",
     type=click.Path(path_type=Path),
-    help="Repair what can be repaired without changing a bit of the outputs, and write it here.",
+    help="Write a copy of one file with everything repaired that can be repaired without changing "
+    "a bit of its outputs [nothing is written].",
 )
 @common.json_option
-def command(path: Path, out: Path | None, json_file: str | None) -> None:
+def command(paths: tuple[Path, ...], out: Path | None, json_file: str | None) -> None:
     """Say where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
 
     For files made by any tool. Needs neither a GPU nor TensorRT; --fix needs ONNX Runtime. Exit
     code 0 means nothing worse than a note, 1 that there is.
     """
-    from rtresnet import artifacts, machine, storage
+    from rtresnet import artifacts, machine
     from rtresnet.errors import missing_package
 
-    sidecar = artifacts.verify(storage.require_file(path))
+    if out is not None and len(paths) > 1:
+        raise InputError("--fix writes one file", fix="give the files to lint --fix one by one")
+    for path in paths:  # what is no ONNX file is refused before another is checked
+        artifacts.require_onnx(path, "lint")
     if not machine.installed("onnx"):
         raise missing_package("onnx", "reading an ONNX file")
+    results = []
+    for path in paths:
+        if len(paths) > 1:
+            common.say(f"{path}:")
+        results.append(_run(path, out))
+    common.write_json(json_file, "lint", results[0] if len(paths) == 1 else {"files": results})
+    worse = [(entry["fixed"] or entry["file"], entry["worse"]) for entry in results]
+    worse = [(name, counted) for name, counted in worse if counted]
+    if worse:
+        mends = out is None and any(
+            "--fix" in finding["mend"] for entry in results for finding in entry["findings"]
+        )
+        named = paths[0] if len(paths) == 1 else "FILE.onnx"
+        raise GateMissed(
+            "; ".join(f"{name}: {counted}" for name, counted in worse),
+            fix=f"mend what can be: rtresnet lint {named} --fix OUT.onnx" if mends else None,
+        )
+
+
+def _run(path: Path, out: Path | None) -> dict[str, Any]:
+    """Checks one file and prints what was found.
+
+    Returns:
+        For the JSON; "worse" counts what is worse than a note, as in "3 errors, 1 warning".
+    """
+    from rtresnet import artifacts
     from rtresnet.quantize.lint import lint
 
-    model = _read(path)
+    sidecar, model = artifacts.verify(path), _read(path)
     findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
     for line in _listed(findings):
         common.say(line)
@@ -56,23 +92,17 @@ def command(path: Path, out: Path | None, json_file: str | None) -> None:
         findings, repaired = _repair(path, out, model, sidecar)
         findings = _meant(findings, sidecar)
     worse = _counted(findings)
-    where = out or path
     if not worse:
         notes = len(findings)
-        common.say(f"{where}: nothing to mend" + (f", {_number(notes, 'note')}" if notes else ""))
-    result = {
+        also = f", {_number(notes, 'note')}" if notes else ""
+        common.say(f"{out or path}: nothing to mend{also}")
+    return {
         "file": str(path),
         "fixed": str(out) if out else None,
+        "worse": worse,
         "findings": [dataclasses.asdict(entry) for entry in findings],
         "repaired": [dataclasses.asdict(entry) for entry in repaired],
     }
-    common.write_json(json_file, "lint", result)
-    if worse:
-        mends = out is None and any("--fix" in entry.mend for entry in findings)
-        raise GateMissed(
-            f"{where}: {worse}",
-            fix=f"mend what can be: rtresnet lint {path} --fix OUT.onnx" if mends else None,
-        )
 
 
 def _meant(findings: list[Finding], sidecar: Sidecar | None) -> list[Finding]:

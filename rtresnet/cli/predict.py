@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ import click
 from rtresnet.cli import common
 from rtresnet.errors import DataError, InputError
 
+NAMED = 8  # models that are listed where there are several to choose from
+
 
 @click.command("predict", short_help="The most probable classes of images.")
 @click.argument("images", nargs=-1, required=True, metavar="[ARTIFACT] IMAGE...")
 @click.option(
-    "--with", "artifact", metavar="FILE", help="Checkpoint, ONNX file or plan [the newest]."
+    "--with",
+    "artifact",
+    metavar="FILE",
+    help="Checkpoint, ONNX file or plan to predict with; also accepted as the first argument "
+    "[the only one under engines/ and runs/].",
 )
 @click.option("--top", type=click.IntRange(min=1), help="Classes an image [3].")
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time [by size and device].")
@@ -136,21 +143,47 @@ def _named(given: Sequence[str], artifact: str | None) -> tuple[str, list[str]]:
     """The artifact and every image file; an artifact may also be the first of the files.
 
     Raises:
-        InputError: A file that is not there, or nothing to predict with.
+        InputError: A file that does not exist, a model among the images, or no model or several
+            to choose from.
         DataError: A folder without images, or nothing but an artifact.
     """
-    from rtresnet import artifacts, storage
+    from rtresnet import storage
 
-    if artifact is None and Path(given[0]).suffix.lower() in artifacts.SUFFIXES:
+    if artifact is None and _is_model(given[0]):
         artifact, given = given[0], given[1:]
         storage.require_file(artifact)
         if not given:
             raise DataError(f"no images for {artifact}", fix="name image files or a folder")
+    _refuse_models(given, artifact)
     names = [name for entry in given for name in _files(Path(entry))]
     if artifact is None:
-        artifact = str(newest())
-        common.note(f"with {artifact}")
+        artifact = str(only_candidate())
+        common.note(f"with {artifact}, the only model under engines/ and runs/")
     return artifact, names
+
+
+def _is_model(name: str) -> bool:
+    from rtresnet import artifacts
+
+    return Path(name).suffix.lower() in artifacts.SUFFIXES and not Path(name).is_dir()
+
+
+def _refuse_models(given: Sequence[str], artifact: str | None) -> None:
+    """Raises InputError where a model is named in the place of an image."""
+    models = [name for name in given if _is_model(name)]
+    if not models:
+        return
+    if artifact is not None:
+        raise InputError(
+            f"{models[0]}: a model among the images, and {artifact} is to be used already",
+            fix="predict with one model at a time",
+        )
+    images = [name for name in given if name not in models]
+    raise InputError(
+        f"{models[0]}: a model among the images",
+        fix=f"name the model first: rtresnet predict {shlex.join([models[0], *images[:1]])}"
+        + (" ..." if len(images) > 1 else ""),
+    )
 
 
 def _files(path: Path) -> list[str]:
@@ -167,18 +200,25 @@ def _files(path: Path) -> list[str]:
     return [os.fspath(path)]
 
 
-def newest() -> Path:
-    """The newest artifact that runs here: ONNX file, plan where there is a GPU, or checkpoint.
+def only_candidate() -> Path:
+    """The one artifact under engines/ and runs/ that runs on this machine.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or there are several.
     """
     from rtresnet import machine
 
     patterns = [("engines", "*.plan")] if machine.gpus() else []
     patterns += [("engines", "*.onnx"), ("runs", "**/best.pt")]
-    for folder, pattern in patterns:
-        found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
-        if found:
-            return found[-1]
-    raise InputError("nothing to predict with under engines/ or runs/", fix="name it: --with FILE")
+    found = [path for folder, pattern in patterns for path in sorted(Path(folder).glob(pattern))]
+    if not found:
+        raise InputError(
+            "no model to predict with under engines/ or runs/", fix="name one: --with FILE"
+        )
+    if len(found) > 1:
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        raise InputError(
+            f"{len(found)} models to choose from: {', '.join(map(str, found[:NAMED]))}{more}",
+            fix=f"name one, as in --with {found[0]}",
+        )
+    return found[0]

@@ -104,6 +104,24 @@ def test_a_truncated_onnx_file_without_sidecar_is_named(
         assert message.startswith("error: ") and str(path) in message
 
 
+@pytest.mark.parametrize("verb", ["build", "quantize", "lint"])
+def test_verb_for_onnx_files_given_another_kind_names_the_command_to_use(
+    trained: Path, copied: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    checkpoint = trained / "best.pt"
+    assert main([verb, str(checkpoint)]) == 2
+    assert f"rtresnet export --weights {checkpoint}" in capsys.readouterr().err.splitlines()[-1]
+    stray = copied / "stray.plan"
+    stray.write_bytes(b"of another tool")
+    assert main([verb, str(stray)]) == 2
+    assert "plan" in capsys.readouterr().err.splitlines()[-1]
+    plan = copied / "resnet8-int8.plan"
+    if plan.exists() and verb != "build":
+        assert main([verb, str(plan)]) == 2
+        parent = copied / "resnet8-int8.onnx"
+        assert f"rtresnet {verb} {parent}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_truncated_checkpoint_is_named(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,3 +152,30 @@ def test_a_truncated_file_is_named_with_a_sidecar_and_without(
 
 def test_a_missing_file_is_exit_code_2(tmp_path: Path) -> None:
     assert main(["lint", str(tmp_path / "nothing.onnx")]) == 2
+
+
+def test_lint_several_files_checks_each_and_names_those_with_findings(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = str(engines / "resnet8-int8.onnx"), str(tmp_path / "theirs.onnx")
+    shifted(engines / "resnet8-int8.onnx", Path(bad), 0)
+    found = tmp_path / "found.json"
+    assert main(["lint", good, str(engines / "resnet8.onnx"), "--json", str(found)]) == 0
+    assert main(["lint", bad, good, "--json", str(found)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {bad}: 10 errors\n"
+    assert f"{good}: nothing to mend" in captured.out
+    files = json.loads(found.read_text())["result"]["files"]
+    assert [entry["file"] for entry in files] == [bad, good]
+    assert [len(entry["findings"]) for entry in files] == [10, 0]
+
+
+def test_lint_several_files_what_cannot_be_checked_is_refused_first(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = str(engines / "resnet8-int8.onnx")
+    assert main(["lint", good, str(tmp_path / "nothing.onnx")]) == 2
+    assert main(["lint", good, good, "--fix", str(tmp_path / "out.onnx")]) == 2
+    captured = capsys.readouterr()
+    assert "one by one" in captured.err
+    assert captured.out == "" and not list(tmp_path.iterdir())

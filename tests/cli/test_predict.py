@@ -331,6 +331,47 @@ def test_images_that_are_not_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
 
+def test_predict_model_behind_an_image_is_refused_with_the_right_order(
+    net: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(folder / "a" / "000.png")
+    for model in (str(net), "gone.onnx", "x.plan", "best.pt"):
+        assert main(["predict", image, model]) == 2
+        assert f"rtresnet predict {model} {image}" in last_line(capsys)
+    assert main(["predict", str(net), image, "other.onnx"]) == 2
+    assert "one model at a time" in last_line(capsys)
+    assert main(["predict", image, "other.onnx", "--with", str(net)]) == 2
+    assert "one model at a time" in last_line(capsys)
+    named = tmp_path / "photos.onnx"  # a folder of images may have any name
+    shutil.copytree(folder, named)
+    assert main(["predict", str(net), str(named)]) == 0
+
+
+def test_predict_without_a_model_takes_the_only_one_and_refuses_to_choose(
+    net: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    without_gpu: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image = str(folder / "a" / "000.png")
+    assert main(["predict", image]) == 2
+    assert "--with FILE" in last_line(capsys)
+    engines = tmp_path / "engines"
+    engines.mkdir()
+    for name in ("resnet8.onnx", "resnet8.onnx.json"):
+        shutil.copy(net.with_name(name), engines)
+    (engines / "resnet8.plan").write_bytes(b"a plan does not run without a GPU")
+    assert main(["predict", image]) == 0
+    assert "with engines/resnet8.onnx" in capsys.readouterr().err
+    shutil.copy(net, engines / "another.onnx")
+    assert main(["predict", image]) == 2
+    error = last_line(capsys)
+    assert "engines/another.onnx, engines/resnet8.onnx" in error and "--with engines/" in error
+
+
 @pytest.mark.parametrize(("out", "more", "package"), [
     ("x.parquet", [], "pyarrow"),
     ("x.csv", ["--ray"], "ray[data]"),

@@ -238,9 +238,83 @@ def test_where_nothing_brings_it_back_the_exit_code_is_1_and_nothing_is_written(
     judged["judge"] = lambda model: False
     assert quantize(source, "--calib", tints, "--eval", tints) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "more than the 0.5 that --max-drop allows" in said and "keep FP16" in said
+    assert "bound 0.5: missed" in said and "keep FP16" in said
     assert not Path("resnet8-int8.onnx").exists()
     assert len(judged["files"]) == 5  # all but one of stem, three blocks and FC were tried
+
+
+def gate_of(path: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(Path(path).read_text())["result"]
+    return result["measured"]["gate"]
+
+
+def test_quantize_interval_beyond_the_bound_is_not_called_held(
+    source: Path, tints: str, judged: Hits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 240 images even equal answers reach 0.81 points: a bound of 0.5 cannot be shown."""
+    arguments = ["--calib", tints, "--eval", tints, "--json", "q.json"]
+    judged["judge"] = lambda model: np.arange(240) != 0  # one image lost: 0.42 points
+    assert quantize(source, *arguments) == 0
+    said = capsys.readouterr().out
+    assert "not shown to hold" in said and "images would be needed" in said
+    sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert sidecar is not None
+    found = sidecar.measured["gate"]
+    assert found == gate_of("q.json")
+    assert found["verdict"] == "not shown to hold" and found["passed"] is True
+    assert found["rule"] == "point" and found["bound"] == 0.5 and found["images_needed"] > 1000
+    drop = sidecar.measured["drop"]
+    assert drop["points"] <= 0.5 < drop["high"] and drop["n"] == 240 and drop["lost"] == 1
+    assert quantize(source, *arguments, "--max-drop", "3") == 0
+    assert gate_of("q.json")["verdict"] == "held"
+
+
+def test_quantize_gate_upper_fails_where_the_bound_is_not_shown(
+    source: Path, tints: str, judged: Hits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged["judge"] = lambda model: np.arange(240) != 0
+    arguments = ["--calib", tints, "--eval", tints, "--max-drop", "1", "--json", "q.json"]
+    assert quantize(source, *arguments, "--gate", "upper") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "not shown to hold" in error and "--gate point" in error
+    assert not Path("resnet8-int8.onnx").exists()
+    found = gate_of("q.json")
+    assert found["verdict"] == "not shown to hold" and found["passed"] is False
+    assert quantize(source, *arguments, "--gate", "point") == 0
+    assert quantize(source, *arguments, "--gate", "upper", "--max-drop", "2") == 0
+    assert gate_of("q.json") == {
+        "rule": "upper", "bound": 2.0, "passed": True, "verdict": "held", "images_needed": 240
+    }  # fmt: skip
+
+
+def test_quantize_gate_upper_with_too_few_images_is_refused_before_the_work(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bound, needed in (("0.5", "at least 390"), ("0", "a bound above 0")):
+        arguments = ["--eval", tints, "--max-drop", bound, "--gate", "upper"]
+        assert quantize(source, "--calib", tints, *arguments) == 2
+        error = capsys.readouterr().err
+        assert needed in error and "calibrating" not in error
+    assert quantize(source, "--calib", tints, "--gate", "upper") == 2
+    assert "--eval SPEC" in capsys.readouterr().err
+
+
+def test_quantize_better_int8_is_told_as_a_gain(
+    source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = quantize_gate._hits
+
+    def hits(path: Path, *rest: Any) -> np.ndarray:
+        right = real(path, *rest)
+        right[:2] = path.name != source.name  # FP32 is wrong on two images
+        return right
+
+    monkeypatch.setattr(quantize_gate, "_hits", hits)
+    assert quantize(source, "--calib", tints, "--eval", tints, "--json", "q.json") == 0
+    said = capsys.readouterr().out
+    assert "INT8 gains 0.83 points" in said and "Measured gain 0.83 points" in said
+    assert "-0.83" not in said
+    assert json.loads(Path("q.json").read_text())["result"]["measured"]["drop"]["points"] < 0
 
 
 def test_the_gate_needs_labels_and_is_for_int8(

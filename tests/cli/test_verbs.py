@@ -309,6 +309,43 @@ def test_a_plan_of_an_onnx_file_without_sidecar_says_what_it_had_to_guess(
     run(["bench", str(stray), "--batch", "1", "--seconds", "0.1"], tmp_path)
 
 
+def test_inspect_folder_lists_its_artifacts_and_their_state(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "all"
+    shutil.copytree(engines, folder / "engines")
+    (folder / "notes.txt").write_text("no artifact")
+    (folder / "stray.onnx").write_bytes((engines / "resnet8.onnx").read_bytes())
+    found = tmp_path / "found.json"
+    assert main(["inspect", str(folder), "--json", str(found)]) == 0
+    shown = capsys.readouterr().out
+    assert "resnet8-int8.onnx" in shown and max(map(len, shown.splitlines())) <= 80
+    entries = json.loads(found.read_text())["result"]["artifacts"]
+    by_name = {Path(entry["path"]).name: entry for entry in entries}
+    assert by_name["resnet8-int8.onnx"]["precision"] == "int8"
+    assert by_name["stray.onnx"]["state"] == "no sidecar"
+    assert "notes.txt" not in by_name and "resnet8.onnx.json" not in by_name
+    with open(folder / "engines" / "resnet8.onnx", "ab") as file:
+        file.write(b"\0")
+    assert main(["inspect", str(folder), "--json", str(found)]) == 2
+    assert "resnet8.onnx" in capsys.readouterr().err
+    entries = json.loads(found.read_text())["result"]["artifacts"]
+    by_name = {Path(entry["path"]).name: entry for entry in entries}
+    assert by_name["resnet8.onnx"]["state"] == "changed"
+    assert by_name["resnet8-int8.onnx"]["state"] == "resnet8.onnx changed"
+    (folder / "engines" / "resnet8.onnx.json").write_text("{")
+    assert main(["inspect", str(folder)]) == 2
+    assert "broken sidecar" in capsys.readouterr().out
+
+
+def test_inspect_folder_without_artifacts_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert main(["inspect", str(tmp_path), "--layers"]) == 2
+    assert "for one plan" in capsys.readouterr().err
+
+
 @needs_rtx
 def test_inspect_ends_with_an_error_where_the_chain_has_changed(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
