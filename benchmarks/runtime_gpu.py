@@ -27,8 +27,8 @@ from common import markdown, rtresnet, save
 
 from rtresnet import artifacts, machine
 from rtresnet.runtime.cuda import Cuda
-from rtresnet.runtime.ends import split
-from rtresnet.runtime.lanes import Span
+from rtresnet.runtime.io_spec import split_batch
+from rtresnet.runtime.execution import Span
 from rtresnet.runtime.trt import TrtBackend
 
 PARTS = 16  # of a long call: its first and last copies weigh little
@@ -69,18 +69,17 @@ def rate(call: Callable[[], object], images: int, seconds: float) -> float:
 
 def bare(backend: TrtBackend, batch: int) -> Callable[[], object]:
     """PARTS runs of the bare engine, waited for once, on buffers of the backend's own."""
-    lane, cuda = backend._lanes[0], backend._cuda
-    slot = lane.slots[0]
-    profile = split(batch, backend.profiles)[0].profile
+    stream, cuda = backend._streams[0], backend._cuda
+    profile = split_batch(batch, backend.profiles)[0].profile
     with cuda.active():
-        context = lane._context(profile)
-        context.bind(batch, (slot.device_in, *slot.device_out))
+        context = stream._context(profile, owned=False)
+        context.bind(batch, stream.buffers[0].addresses)
 
     def call() -> None:
         with cuda.active():
             for _ in range(PARTS):
-                context.execute(lane.compute)
-            cuda.synchronize(lane.compute)
+                context.execute(stream.compute)
+            cuda.synchronize(stream.compute)
 
     return call
 
@@ -128,7 +127,7 @@ def leak(backend: TrtBackend, images: np.ndarray, calls: int) -> int:
 
 
 def example(backend: TrtBackend, count: int) -> np.ndarray:
-    rng, shape = np.random.default_rng(0), (count, *backend.ends.input.row)
+    rng, shape = np.random.default_rng(0), (count, *backend.io.input.row)
     if backend.input_dtype == np.uint8:
         return rng.integers(0, 256, shape, dtype=np.uint8)
     return rng.standard_normal(shape).astype(backend.input_dtype)
@@ -139,9 +138,10 @@ def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any
     sidecar = artifacts.verify(path)
     backend = TrtBackend(path, sidecar)
     plain = TrtBackend(path, sidecar, graphs=False)
-    row, images = backend.ends.input.row, example(backend, PARTS * batch)
+    timed = TrtBackend(path, sidecar, timings=True)
+    row, images = backend.io.input.row, example(backend, PARTS * batch)
     there = OnGpu(backend._cuda, (PARTS * batch, *row), backend.input_dtype)
-    results = [OnGpu(backend._cuda, (PARTS * batch, *o.row), o.dtype) for o in backend.ends.outputs]
+    results = [OnGpu(backend._cuda, (PARTS * batch, *o.row), o.dtype) for o in backend.io.outputs]
     out = results[0] if len(results) == 1 else tuple(results)
     small = images[:1]
     try:
@@ -168,13 +168,13 @@ def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any
                 1,
                 seconds,
             ),
-            "overlap": overlap(backend.timeline(images)),
+            "overlap": overlap(timed.timeline(images)),
             "leaked_bytes": leak(backend, images[:batch], calls),
             "calls": calls,
         }
     finally:
-        backend.close()
-        plain.close()
+        for each in (backend, plain, timed):
+            each.close()
         for array in (there, *results):
             array.free()
 

@@ -1,4 +1,4 @@
-"""What a caller of a plan hands over and gets back: numpy arrays, or arrays that lie on the GPU."""
+"""Checks a call's arguments: numpy arrays, or arrays of other libraries on the GPU."""
 
 from __future__ import annotations
 
@@ -10,75 +10,70 @@ import numpy as np
 from rtresnet.errors import InputError
 from rtresnet.runtime import device_array
 from rtresnet.runtime.device_array import DeviceArray
-from rtresnet.runtime.ends import Ends
+from rtresnet.runtime.io_spec import IoSpec
 
 Array = np.ndarray | DeviceArray
 
 
-def take(ends: Ends, images: Any, stream: int) -> Array:
-    """The images of a call, checked.
+def check_images(io: IoSpec, images: Any, stream: int) -> Array:
+    """Returns the images of a call as an array, after checking type and shape.
 
     Args:
-        ends: What the engine takes.
-        images: A numpy array, or anything with DLPack or `__cuda_array_interface__`.
-        stream: Where images on the GPU will be used.
+        io: The engine's input and outputs.
+        images: A numpy array, or any object with DLPack or `__cuda_array_interface__`.
+        stream: CUDA stream on which images on the GPU will be used.
 
     Raises:
-        InputError: Another type or shape.
+        InputError: Wrong type or shape.
     """
-    found = images
+    array = images
     if not isinstance(images, np.ndarray):
         if device_array.is_on_gpu(images):
-            found = device_array.view(images, stream)
+            array = device_array.view(images, stream)
         elif hasattr(images, "__dlpack__"):
-            found = np.from_dlpack(images)
-    shape = tuple(getattr(found, "shape", ()))
-    dtype = getattr(found, "dtype", type(found).__name__)
-    if dtype != ends.input.dtype or shape[1:] != ends.input.row or not shape[0]:
-        row = ", ".join(map(str, ends.input.row))
+            array = np.from_dlpack(images)
+    shape = tuple(getattr(array, "shape", ()))
+    dtype = getattr(array, "dtype", type(array).__name__)
+    if dtype != io.input.dtype or shape[1:] != io.input.row or not shape[0]:
+        row = ", ".join(map(str, io.input.row))
         raise InputError(
-            f"images are {dtype} {list(shape)}, the plan takes {ends.input.dtype} [N, {row}]"
+            f"images are {dtype} {list(shape)}, the plan takes {io.input.dtype} [N, {row}]"
         )
-    assert isinstance(found, np.ndarray | DeviceArray)
-    return found
+    assert isinstance(array, np.ndarray | DeviceArray)
+    return array
 
 
-def make_results(ends: Ends, out: Any, count: int, stream: int) -> Sequence[Array]:
-    """Where the outputs of a call go: new arrays, or the caller's `out`, checked.
+def make_results(io: IoSpec, out: Any, count: int, stream: int) -> Sequence[Array]:
+    """Returns the arrays that the outputs of a call go to: new ones, or the caller's `out`.
 
     Args:
-        ends: What the engine gives.
-        out: None, an array, or as many as there are outputs in a tuple.
+        io: The engine's input and outputs.
+        out: None, an array, or a tuple with one array an output.
         count: Number of images.
-        stream: Where arrays on the GPU will be used.
+        stream: CUDA stream on which arrays on the GPU will be used.
 
     Raises:
-        InputError: `out` is of another type or shape, or read-only.
+        InputError: `out` has the wrong type or shape, or is read-only.
     """
     if out is None:
-        return [np.empty((count, *o.row), _returned(o.dtype)) for o in ends.outputs]
-    given = out if isinstance(out, tuple) else (out,)
-    if len(given) != len(ends.outputs):
-        raise InputError(f"out has {len(given)} arrays, the plan {len(ends.outputs)} outputs")
+        return [np.empty((count, *o.row), o.returned_dtype) for o in io.outputs]
+    arrays = out if isinstance(out, tuple) else (out,)
+    if len(arrays) != len(io.outputs):
+        raise InputError(f"out has {len(arrays)} arrays, the plan {len(io.outputs)} outputs")
     results: list[Array] = []
-    for array, output in zip(given, ends.outputs, strict=True):
-        found: Array
+    for array, output in zip(arrays, io.outputs, strict=True):
+        result: Array
         if isinstance(array, np.ndarray):
-            found, wanted, writable = array, _returned(output.dtype), array.flags.writeable
+            result, dtype, writable = array, output.returned_dtype, array.flags.writeable
         elif device_array.is_on_gpu(array):
-            found, wanted = device_array.view(array, stream), output.dtype
-            writable = found.writable
+            result, dtype = device_array.view(array, stream), output.dtype
+            writable = result.writable
         else:
             raise InputError(f"out is a {type(array).__name__}, neither numpy nor on the GPU")
-        if found.dtype != wanted or found.shape != (count, *output.row) or not writable:
+        if result.dtype != dtype or result.shape != (count, *output.row) or not writable:
             raise InputError(
-                f"out is {'' if writable else 'read-only '}{found.dtype} {list(found.shape)}, "
-                f"{output.name} is {wanted} {[count, *output.row]}"
+                f"out is {'' if writable else 'read-only '}{result.dtype} {list(result.shape)}, "
+                f"{output.name} is {dtype} {[count, *output.row]}"
             )
-        results.append(found)
+        results.append(result)
     return results
-
-
-def _returned(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Indices are int64, whatever integer an engine computes; the rest is as it comes."""
-    return np.dtype(np.int64) if dtype.kind == "i" else dtype

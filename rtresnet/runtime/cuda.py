@@ -1,11 +1,12 @@
-"""The only file that touches CUDA: some two dozen operations, two bindings behind them.
+"""The only file that calls CUDA: two dozen operations of the driver API, behind two bindings.
 
-`cuda-python` by default; `pycuda` where RTRESNET_CUDA=pycuda asks for it. Both work on the
-device's primary context, so an address of torch's is one of ours and the other way round. Every
-call is checked; an error names the call and its code.
+`cuda-python` by default; `pycuda` if RTRESNET_CUDA=pycuda. Both use the device's primary context,
+so memory of torch's can be used here and the other way round. Every call is checked; an error names
+the call and its code.
 
-Addresses and stream handles are plain integers, as TensorRT takes them. Streams do not wait for
-the legacy default stream: who shares memory with another library says so with an event.
+Device addresses, host addresses and stream handles are plain integers, as TensorRT takes them: none
+is computed during a call. Streams do not synchronize with the legacy default stream: who shares
+memory with another library orders it with an event.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, Protocol
-
-import numpy as np
 
 from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, UnknownName, missing_package
 
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+BLOCKING_SYNC, DISABLE_TIMING = 1, 2  # CUevent_flags
+
 
 class Cuda(Protocol):
-    """What the runtime needs of CUDA.
+    """The CUDA operations that the runtime needs.
 
     Attributes:
         graphs: Whether the binding can capture a stream into a graph.
@@ -35,14 +38,14 @@ class Cuda(Protocol):
     graphs: bool
 
     def active(self) -> AbstractContextManager[None]:
-        """The device is this thread's own inside; every other call belongs in there."""
+        """Makes the device current in this thread; every other operation is called inside."""
         ...
 
     def memory(self) -> tuple[int, int]: ...  # bytes free, bytes in all
     def stream(self) -> int: ...
-    def synchronize(self, stream: int) -> None: ...
+    def synchronize(self, stream: int) -> None: ...  # the caller waits
     def destroy_stream(self, stream: int) -> None: ...
-    def event(self) -> Any: ...
+    def event(self, timing: bool, blocking: bool) -> Any: ...  # blocking: who waits sleeps
     def record(self, event: Any, stream: int) -> None: ...
     def wait(self, stream: int, event: Any) -> None: ...  # the stream waits, the caller does not
     def join(self, event: Any) -> None: ...  # the caller waits
@@ -50,11 +53,11 @@ class Cuda(Protocol):
     def destroy_event(self, event: Any) -> None: ...
     def allocate(self, size: int) -> int: ...  # aligned to 256 bytes or more
     def free(self, address: int) -> None: ...
-    def allocate_pinned(self, size: int) -> np.ndarray: ...  # uint8
-    def free_pinned(self, buffer: np.ndarray) -> None: ...
-    def is_pinned(self, array: np.ndarray) -> bool: ...  # False where it cannot be known
-    def to_device(self, address: int, source: np.ndarray, size: int, stream: int) -> None: ...
-    def to_host(self, target: np.ndarray, address: int, size: int, stream: int) -> None: ...
+    def allocate_pinned(self, size: int) -> int: ...
+    def free_pinned(self, address: int) -> None: ...
+    def is_pinned(self, address: int) -> bool: ...  # False where it is unknown
+    def to_device(self, target: int, source: int, size: int, stream: int) -> None: ...
+    def to_host(self, target: int, source: int, size: int, stream: int) -> None: ...
     def on_device(self, target: int, source: int, size: int, stream: int) -> None: ...
     def zero(self, address: int, size: int, stream: int) -> None: ...
     def begin_capture(self, stream: int) -> None: ...
@@ -64,7 +67,7 @@ class Cuda(Protocol):
 
 
 def open_cuda(device: int = 0) -> Cuda:
-    """The binding asked for, on the device's primary context.
+    """Opens a device's primary context with the binding asked for.
 
     Raises:
         EnvironmentLack: No GPU, or the binding is not installed.
@@ -82,122 +85,155 @@ def open_cuda(device: int = 0) -> Cuda:
 
 
 class CudaPython:
-    """cuda-python's runtime API; the primary context is implied."""
+    """cuda-python's driver API on the retained primary context.
+
+    The operations of every inference call are written out: `_call` looks its function up by name,
+    which costs as much as the call itself.
+    """
 
     graphs = True
 
     def __init__(self, device: int) -> None:
         try:
-            from cuda.bindings import runtime
+            from cuda.bindings import driver
         except ImportError:
             raise missing_package("cuda-python", "running a plan") from None
-        self._rt = runtime
-        self._device = device
-        with self.active():
-            self._call("cudaFree", 0)  # makes the context: what fails here fails early
+        self._use(driver)
+        self._call("cuInit", 0)
+        # Retained and never released: other libraries in this process live in it as well.
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
+
+    def _use(self, driver: Any) -> None:
+        self._driver = driver
+        self._capture_mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._memory_type = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+        self._host_memory = driver.CUmemorytype.CU_MEMORYTYPE_HOST
+        self._push, self._pop = driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
+        self._record, self._join = driver.cuEventRecord, driver.cuEventSynchronize
+        self._synchronize, self._launch = driver.cuStreamSynchronize, driver.cuGraphLaunch
+        self._to_device, self._to_host = driver.cuMemcpyHtoDAsync, driver.cuMemcpyDtoHAsync
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        code, *values = getattr(self._rt, name)(*arguments)
-        if code != self._rt.cudaError_t.cudaSuccess:
-            self._rt.cudaGetLastError()  # or torch would find it and take it for its own
-            raise EnvironmentLack(f"{name} failed: {code.name} ({int(code)})")
+        code, *values = getattr(self._driver, name)(*arguments)
+        if code:
+            raise _failure(name, code)
         return values[0] if len(values) == 1 else values
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        before = self._call("cudaGetDevice")
-        # Also where it is the same: a thread that is new to CUDA has no context until it is set.
-        self._call("cudaSetDevice", self._device)
-        try:
-            yield
-        finally:
-            if before != self._device:
-                self._call("cudaSetDevice", before)
+    def active(self) -> CudaPython:
+        return self  # no object a call: the driver keeps the stack of contexts, a thread each
+
+    def __enter__(self) -> None:
+        (code,) = self._push(self._context)
+        if code:
+            raise _failure("cuCtxPushCurrent", code)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        code, _ = self._pop()
+        if code and error is None:
+            raise _failure("cuCtxPopCurrent", code)
 
     def memory(self) -> tuple[int, int]:
-        free, total = self._call("cudaMemGetInfo")
+        free, total = self._call("cuMemGetInfo")
         return int(free), int(total)
 
     def stream(self) -> int:
-        return int(self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking))
+        return int(self._call("cuStreamCreate", NON_BLOCKING))
 
     def synchronize(self, stream: int) -> None:
-        self._call("cudaStreamSynchronize", stream)
+        (code,) = self._synchronize(stream)
+        if code:
+            raise _failure("cuStreamSynchronize", code)
 
     def destroy_stream(self, stream: int) -> None:
-        self._call("cudaStreamDestroy", stream)
+        self._call("cuStreamDestroy", stream)
 
-    def event(self) -> Any:
-        return self._call("cudaEventCreate")
+    def event(self, timing: bool, blocking: bool) -> Any:
+        flags = (0 if timing else DISABLE_TIMING) | (BLOCKING_SYNC if blocking else 0)
+        return self._call("cuEventCreate", flags)
 
     def record(self, event: Any, stream: int) -> None:
-        self._call("cudaEventRecord", event, stream)
+        (code,) = self._record(event, stream)
+        if code:
+            raise _failure("cuEventRecord", code)
 
     def wait(self, stream: int, event: Any) -> None:
-        self._call("cudaStreamWaitEvent", stream, event, 0)
+        self._call("cuStreamWaitEvent", stream, event, 0)
 
     def join(self, event: Any) -> None:
-        self._call("cudaEventSynchronize", event)
+        (code,) = self._join(event)
+        if code:
+            raise _failure("cuEventSynchronize", code)
 
     def elapsed(self, start: Any, stop: Any) -> float:
-        return float(self._call("cudaEventElapsedTime", start, stop))
+        return float(self._call("cuEventElapsedTime", start, stop))
 
     def destroy_event(self, event: Any) -> None:
-        self._call("cudaEventDestroy", event)
+        self._call("cuEventDestroy", event)
 
     def allocate(self, size: int) -> int:
-        return int(self._call("cudaMalloc", size))
+        return int(self._call("cuMemAlloc", size))
 
     def free(self, address: int) -> None:
-        self._call("cudaFree", address)
+        self._call("cuMemFree", address)
 
-    def allocate_pinned(self, size: int) -> np.ndarray:
-        address = int(self._call("cudaMallocHost", size))
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    def allocate_pinned(self, size: int) -> int:
+        return int(self._call("cuMemAllocHost", size))
 
-    def free_pinned(self, buffer: np.ndarray) -> None:
-        self._call("cudaFreeHost", _address(buffer))
+    def free_pinned(self, address: int) -> None:
+        self._call("cuMemFreeHost", address)
 
-    def is_pinned(self, array: np.ndarray) -> bool:
-        kind = self._call("cudaPointerGetAttributes", _address(array)).type
-        return bool(kind == self._rt.cudaMemoryType.cudaMemoryTypeHost)
+    def is_pinned(self, address: int) -> bool:
+        # Memory that CUDA knows nothing of is an error (1) here, and an answer.
+        code, kind = self._driver.cuPointerGetAttribute(self._memory_type, address)
+        return not code and int(kind) == int(self._host_memory)
 
-    def to_device(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
-        kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, _address(source), size, kind, stream)
+    def to_device(self, target: int, source: int, size: int, stream: int) -> None:
+        (code,) = self._to_device(target, source, size, stream)
+        if code:
+            raise _failure("cuMemcpyHtoDAsync", code)
 
-    def to_host(self, target: np.ndarray, address: int, size: int, stream: int) -> None:
-        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", _address(target), address, size, kind, stream)
+    def to_host(self, target: int, source: int, size: int, stream: int) -> None:
+        (code,) = self._to_host(target, source, size, stream)
+        if code:
+            raise _failure("cuMemcpyDtoHAsync", code)
 
     def on_device(self, target: int, source: int, size: int, stream: int) -> None:
-        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpyAsync", target, source, size, kind, stream)
+        self._call("cuMemcpyDtoDAsync", target, source, size, stream)
 
     def zero(self, address: int, size: int, stream: int) -> None:
-        self._call("cudaMemsetAsync", address, 0, size, stream)
+        self._call("cuMemsetD8Async", address, 0, size, stream)
 
     def begin_capture(self, stream: int) -> None:
         # Other threads may allocate meanwhile: only what this one does must be fit for a graph.
-        mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
+        self._call("cuStreamBeginCapture", stream, self._capture_mode)
 
     def end_capture(self, stream: int) -> Any:
-        graph = self._call("cudaStreamEndCapture", stream)
+        graph = self._call("cuStreamEndCapture", stream)
         try:
-            return self._call("cudaGraphInstantiate", graph, 0)
+            return self._call("cuGraphInstantiate", graph, 0)
         finally:
-            self._call("cudaGraphDestroy", graph)
+            self._call("cuGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: int) -> None:
-        self._call("cudaGraphLaunch", graph, stream)
+        (code,) = self._launch(graph, stream)
+        if code:
+            raise _failure("cuGraphLaunch", code)
 
     def destroy_graph(self, graph: Any) -> None:
-        self._call("cudaGraphExecDestroy", graph)
+        self._call("cuGraphExecDestroy", graph)
+
+
+def _failure(name: str, code: Any) -> EnvironmentLack:
+    return EnvironmentLack(f"{name} failed: {code.name} ({int(code)})")
 
 
 def _translated(binding: type) -> type:
-    """Every operation of pycuda raises its own error on a bad code: ours instead, call by call."""
+    """Makes every operation of a class raise EnvironmentLack in place of pycuda's own errors."""
 
     def with_ours(operation: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(operation)
@@ -221,7 +257,7 @@ def _translated(binding: type) -> type:
 class PyCuda:
     """pycuda's driver API on the retained primary context.
 
-    It has no graphs, and cannot tell whether an array is pinned.
+    It has no graphs, and cannot tell whether memory is pinned.
     """
 
     graphs = False
@@ -236,6 +272,7 @@ class PyCuda:
         self._context = driver.Device(device).retain_primary_context()
         self._streams: dict[int, Any] = {}
         self._memory: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -250,7 +287,7 @@ class PyCuda:
         return int(free), int(total)
 
     def stream(self) -> int:
-        stream = self._driver.Stream(1)  # CU_STREAM_NON_BLOCKING
+        stream = self._driver.Stream(NON_BLOCKING)
         self._streams[int(stream.handle)] = stream
         return int(stream.handle)
 
@@ -260,8 +297,9 @@ class PyCuda:
     def destroy_stream(self, stream: int) -> None:
         del self._streams[stream]  # pycuda destroys with the last reference
 
-    def event(self) -> Any:
-        return self._driver.Event()
+    def event(self, timing: bool, blocking: bool) -> Any:
+        flags = (0 if timing else DISABLE_TIMING) | (BLOCKING_SYNC if blocking else 0)
+        return self._driver.Event(flags)
 
     def record(self, event: Any, stream: int) -> None:
         if stream not in self._streams:  # another library's, which pycuda cannot name
@@ -288,22 +326,24 @@ class PyCuda:
     def free(self, address: int) -> None:
         self._memory.pop(address).free()
 
-    def allocate_pinned(self, size: int) -> np.ndarray:
-        buffer: np.ndarray = self._driver.pagelocked_empty(size, np.uint8)
-        return buffer
+    def allocate_pinned(self, size: int) -> int:
+        buffer = self._driver.pagelocked_empty(size, "uint8")
+        address = int(buffer.__array_interface__["data"][0])
+        self._pinned[address] = buffer
+        return address
 
-    def free_pinned(self, buffer: np.ndarray) -> None:
-        allocation: Any = buffer.base
+    def free_pinned(self, address: int) -> None:
+        allocation: Any = self._pinned.pop(address).base
         allocation.free()
 
-    def is_pinned(self, array: np.ndarray) -> bool:
+    def is_pinned(self, address: int) -> bool:
         return False
 
-    def to_device(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
-        self._driver.memcpy_htod_async(address, _bytes(source, size), self._streams[stream])
+    def to_device(self, target: int, source: int, size: int, stream: int) -> None:
+        self._driver.memcpy_htod_async(target, _bytes(source, size), self._streams[stream])
 
-    def to_host(self, target: np.ndarray, address: int, size: int, stream: int) -> None:
-        self._driver.memcpy_dtoh_async(_bytes(target, size), address, self._streams[stream])
+    def to_host(self, target: int, source: int, size: int, stream: int) -> None:
+        self._driver.memcpy_dtoh_async(_bytes(target, size), source, self._streams[stream])
 
     def on_device(self, target: int, source: int, size: int, stream: int) -> None:
         self._driver.memcpy_dtod_async(target, source, size, self._streams[stream])
@@ -330,9 +370,6 @@ def _no_graphs() -> EnvironmentLack:
     )
 
 
-def _bytes(array: np.ndarray, size: int) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)[:size]
-
-
-def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
+def _bytes(address: int, size: int) -> Any:
+    """Host memory as the buffer object that pycuda takes."""
+    return (ctypes.c_uint8 * size).from_address(address)

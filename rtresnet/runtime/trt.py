@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX plans. The only file of the runtime that runs either.
 
-What is known is checked first: the sidecar before anything is deserialized (`fits.py`), then what
-TensorRT-RTX says of the plan's header (`rtx.py`), then the memory. Everything a call needs is made
-when the plan is loaded, in `lanes.py`, which also has the order of copies and computation.
+Checks come first: the sidecar before anything is deserialized (`fits.py`), then what TensorRT-RTX
+says of the plan's header (`rtx.py`), then the memory. Everything a call needs is created when the
+plan is loaded, in `execution.py`, which also orders copies and computation.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import numpy as np
 
 from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, InputError, missing_package
-from rtresnet.runtime.arguments import make_results, take
+from rtresnet.runtime.arguments import check_images, make_results
 from rtresnet.runtime.complaints import Complaints, logger
-from rtresnet.runtime.configs import configure
+from rtresnet.runtime.context_config import configure
 from rtresnet.runtime.cuda import open_cuda
-from rtresnet.runtime.ends import Ends
-from rtresnet.runtime.ends import read as read_ends
+from rtresnet.runtime.execution import ExecutionStream, Span
 from rtresnet.runtime.fits import check_compatible
-from rtresnet.runtime.lanes import Lane, Span
+from rtresnet.runtime.io_spec import IoSpec, read_io_spec
 from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
 from rtresnet.sidecar import Sidecar
 
@@ -39,14 +38,18 @@ class TrtBackend:
 
     Args:
         path: The plan.
-        sidecar: Its sidecar, where there is one.
-        contexts: Calls that may run at the same time, each with buffers of its own; one more
-            waits for its turn.
+        sidecar: Its sidecar, or None.
+        contexts: Calls that may run at the same time, each with its own buffers; one more waits
+            for its turn.
         graphs: CUDA graphs, one a batch size. None: where they are possible; True: or an error;
-            False: none. TensorRT-RTX captures them itself, for `tensorrt` it is done here, for the
-            first 16 batch sizes of numpy images.
-        kernels: When TensorRT-RTX compiles those of a new batch size: "eager" or "lazy".
+            False: none. TensorRT-RTX captures them itself; for `tensorrt` they are captured here.
+            Batches of numpy images of up to 32, and of a profile's own sizes, run as graphs.
+        kernels: When TensorRT-RTX compiles the kernels of a new batch size: "eager" or "lazy".
         cache: Whether TensorRT-RTX's compiled kernels are read from and written to `cache_path`.
+        timings: Whether `timings` and `timeline` are available. They cost some events and calls
+            of the driver in every `infer`.
+        blocking: Whether a thread that waits for the GPU sleeps. It then wakes up some tens of
+            microseconds late, where spinning keeps a processor busy.
 
     Attributes:
         profiles: The plan's optimization profiles.
@@ -54,7 +57,7 @@ class TrtBackend:
 
     Raises:
         EnvironmentLack: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
-        ArtifactError: Version or target do not match, or what goes in and out is not a net's.
+        ArtifactError: Version or target do not match, or input and outputs are not those of a net.
     """
 
     threads: int | None = None
@@ -68,6 +71,8 @@ class TrtBackend:
         graphs: bool | None = None,
         kernels: str = "eager",
         cache: bool = True,
+        timings: bool = False,
+        blocking: bool = False,
     ) -> None:
         if contexts < 1:
             raise InputError(f"contexts is {contexts}, at least 1 is needed")
@@ -86,13 +91,13 @@ class TrtBackend:
         self.device = machine.gpus()[0].name
         self._complaints = Complaints()
         self._stack = ExitStack()
-        self._lanes: list[Lane] = []
-        self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()
+        self._streams: list[ExecutionStream] = []
+        self._free: queue.SimpleQueue[ExecutionStream | None] = queue.SimpleQueue()
         self._closing, self._closed = threading.Lock(), False
-        self._last_lane: Lane | None = None
+        self._last_stream: ExecutionStream | None = None
         self._engine: Any = None
         self._cache: KernelCache | None = None
-        self._built_in = False
+        self._timed, self._blocking = timings, blocking
         try:
             with self._cuda.active():
                 self._load(trt, contexts, graphs, kernels, cache)
@@ -111,7 +116,7 @@ class TrtBackend:
         runtime = trt.Runtime(log)
         data = self.path.read_bytes()
         check_header(trt, runtime, data, self.path)
-        self._hold_memory(len(data), "its weights")
+        self._check_memory(len(data), "its weights")
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise EnvironmentLack(
@@ -120,73 +125,71 @@ class TrtBackend:
                 fix=REBUILD,
             )
         self._engine = engine
-        # Lanes hold contexts, contexts need the engine, the engine the runtime and its logger.
+        # Contexts need the engine, the engine the runtime, the runtime its logger.
         self._stack.callback(self._forget, [log, runtime, engine])
         del data, log, runtime
-        self.ends = ends = read_ends(trt, engine, self.path)
-        self._describe(ends)
-        self._hold_memory(
-            contexts * ends.lane_bytes,
-            f"{contexts} x activations and buffers for batches of up to {ends.largest}",
+        self.io = io = read_io_spec(trt, engine, self.path)
+        self._describe(io)
+        self._check_memory(
+            contexts * io.stream_bytes,
+            f"{contexts} x activations and buffers for batches of up to {io.largest}",
         )
-        configs = configure(
-            trt, engine, self._must,
+        settings = configure(
+            trt, engine, self._check_call,
             graphs=graphs,
             binding_has_graphs=cuda.graphs,
             kernels=kernels,
-            kernels_beside=self.path if cache else None,
+            cache_for=self.path if cache else None,
         )  # fmt: skip
-        self._built_in, self._cache = configs.built_in, configs.cache
-        self._complaints.clear()  # of what a cache that does not fit made it say
-        self._stack.callback(self._forget, [configs.cache])
-        ours_config, theirs_config, by_hand = configs.ours, configs.theirs, configs.by_hand
-        del configs  # what makes contexts must not hold the cache
+        self._cache = settings.cache
+        self._complaints.clear()  # a cache of another GPU is replaced, and no failure
+        self._stack.callback(self._forget, [settings.cache])
+        owned_config, external_config = settings.owned, settings.external
+        options: dict[str, Any] = {
+            "capture": settings.capture, "built_in": settings.built_in, "pad": settings.pad,
+            "timed": self._timed, "blocking": self._blocking, "stack": self._stack,
+        }  # fmt: skip
+        del settings  # the function below lives as long as its contexts, and the cache must not
 
-        def make_context(profile: int, scratch: int, stream: int, ours: bool) -> Any:
-            context = engine.create_execution_context(ours_config if ours else theirs_config)
-            self._must(context, "create_execution_context")
+        def make_context(profile: int, scratch: int, stream: int, owned: bool) -> Any:
+            context = engine.create_execution_context(owned_config if owned else external_config)
+            self._check_call(context, "create_execution_context")
             if scratch:
-                context.set_device_memory(scratch, ends.scratch)
+                context.set_device_memory(scratch, io.scratch)
             switched = context.set_optimization_profile_async(profile, stream)
-            self._must(switched, f"set_optimization_profile_async({profile})")
+            self._check_call(switched, f"set_optimization_profile_async({profile})")
             cuda.synchronize(stream)
             return context
 
         for _ in range(contexts):
-            lane = Lane(
-                cuda,
-                ends,
-                make_context,
-                self._must,
-                graphs=by_hand,
-                stack=self._stack,
-            )
-            self._lanes.append(lane)
-            self._free.put(lane)
+            stream = ExecutionStream(cuda, io, make_context, self._check_call, **options)
+            self._streams.append(stream)
+            self._free.put(stream)
 
-    def _describe(self, ends: Ends) -> None:
-        row = ends.input.row
-        self.profiles = ends.profiles
-        self.largest = ends.largest
-        self.smallest = min(profile.min for profile in ends.profiles)
-        self.input_dtype: np.dtype[Any] = ends.input.dtype
+    def _describe(self, io: IoSpec) -> None:
+        row = io.input.row
+        self.profiles = io.profiles
+        self.largest = io.largest
+        self.smallest = min(profile.min for profile in io.profiles)
+        self.input_dtype: np.dtype[Any] = io.input.dtype
         self.layout: Literal["nchw", "nhwc"] = "nchw" if row[0] == 3 else "nhwc"
         self.size: int | None = row[1]
 
     @property
     def graphs(self) -> str:
         """Who captures CUDA graphs: "built in", "by hand" or "none"."""
-        if self._built_in:
+        if any(stream.built_in is not False for stream in self._streams):
             return "built in"
-        return "by hand" if any(lane.graphs is not False for lane in self._lanes) else "none"
+        captured = any(stream.capture is not False for stream in self._streams)
+        return "by hand" if captured else "none"
 
-    def _forget(self, held: list[Any]) -> None:
-        """Lets go of TensorRT's objects, last made first."""
+    def _forget(self, objects: list[Any]) -> None:
+        """Drops TensorRT's objects, last created first."""
         self._engine = self._cache = None
-        while held:
-            held.pop()
+        while objects:
+            objects.pop()
 
-    def _hold_memory(self, needed: int, what: str) -> None:
+    def _check_memory(self, needed: int, what: str) -> None:
         free, total = self._cuda.memory()
         if needed > free:
             raise EnvironmentLack(
@@ -195,8 +198,8 @@ class TrtBackend:
                 fix="fewer contexts, or build it with a smaller --batch maximum",
             )
 
-    def _must(self, returned: object, call: str) -> None:
-        """Most calls of TensorRT that fail only log, and return False or None."""
+    def _check_call(self, returned: object, call: str) -> None:
+        """Raises where a call of TensorRT failed: most only log, and return False or None."""
         if returned is None or returned is False:
             raise EnvironmentLack(
                 f"{self.path}: {call} failed on {self.device}: {self._complaints.take()}"
@@ -220,88 +223,103 @@ class TrtBackend:
             InputError: Another type or shape, or the backend is closed.
             EnvironmentLack: A call of CUDA or TensorRT failed; the message names it.
         """
-        with self._lane() as lane:
-            given = take(self.ends, images, lane.compute)
-            results = make_results(self.ends, out, len(given), lane.compute)
-            lane.run(given, results)
+        stream = self._take_stream()
+        try:
+            with self._cuda.active():
+                self._complaints.clear()
+                images = check_images(self.io, images, stream.compute)
+                results = None
+                if out is not None:
+                    results = make_results(self.io, out, len(images), stream.compute)
+                results = stream.run(images, results)
+            self._last_stream = stream
+        finally:
+            self._free.put(stream)
         if out is not None:
             return out
         return results[0] if len(results) == 1 else tuple(results)
 
-    @contextlib.contextmanager
-    def _lane(self) -> Iterator[Lane]:
-        lane = self._free.get()
-        if lane is None:
-            self._free.put(None)  # for the next one who asks
+    def _take_stream(self) -> ExecutionStream:
+        """Waits for a stream that is free; who takes it puts it back."""
+        stream = self._free.get()
+        if stream is None:
+            self._free.put(None)  # for the next caller
             raise InputError(f"{self.path}: infer after close")
-        try:
-            self._complaints.clear()
-            with self._cuda.active():
-                yield lane
-            self._last_lane = lane
-        finally:
-            self._free.put(lane)
+        return stream
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last call's last part; empty before the first.
+        """Milliseconds of the last call's last chunk; empty before the first.
 
         `h2d`, `compute` and `d2h` by events on the GPU, `enqueue` of the host, for handing the
-        work over. What was not copied took 0.
+        work over. What was not copied took 0. Empty unless loaded with `timings=True`.
         """
-        last = self._last_lane
+        last = self._last_stream
         if last is None or self._closed:
             return {}
-        with self._all_lanes(), self._cuda.active():
+        with self._all_streams(), self._cuda.active():
             return last.timings()
 
     @contextlib.contextmanager
-    def _all_lanes(self) -> Iterator[None]:
+    def _all_streams(self) -> Iterator[None]:
         """Waits until no call is running, and holds new ones back."""
         with self._closing:
             taken = [] if self._closed else self._collect()
             try:
                 yield
             finally:
-                for lane in taken:
-                    self._free.put(lane)
+                for stream in taken:
+                    self._free.put(stream)
 
-    def _collect(self) -> list[Lane | None]:
-        """Every lane, as they come free; none is lost where the wait is interrupted."""
-        taken: list[Lane | None] = []
+    def _collect(self) -> list[ExecutionStream | None]:
+        """Takes every stream as it becomes free; puts them back if the wait is interrupted."""
+        taken: list[ExecutionStream | None] = []
         try:
-            while len(taken) < len(self._lanes):
+            while len(taken) < len(self._streams):
                 taken.append(self._free.get())
         except BaseException:
-            for lane in taken:
-                self._free.put(lane)
+            for stream in taken:
+                self._free.put(stream)
             raise
         return taken
 
     def timeline(self, images: np.ndarray) -> list[dict[str, Span]]:
-        """Runs a batch and tells when each part was copied and computed.
+        """Runs a batch and reports when each chunk was copied and computed.
 
         Returns:
-            For each part "h2d", "compute" and "d2h" as (begin, end) in milliseconds since the
-            call, by events: where they overlap, they did.
-        """
-        with self._lane() as lane:
-            given = take(self.ends, images, lane.compute)
-            return lane.timeline(given, make_results(self.ends, None, len(given), lane.compute))
-
-    def watch(self, profiler: Any) -> None:
-        """Has an IProfiler told the time of every layer from now on; each run is then waited for.
+            For each chunk "h2d", "compute" and "d2h" as (begin, end) in milliseconds since the
+            call, by events.
 
         Raises:
-            InputError: The backend has CUDA graphs, which have no layers; load with graphs=False.
+            InputError: The backend was not loaded with `timings=True`.
+        """
+        if not self._timed:
+            raise InputError("a timeline needs events: load with timings=True")
+        stream = self._take_stream()
+        try:
+            with self._cuda.active():
+                self._complaints.clear()
+                batch = check_images(self.io, images, stream.compute)
+                results = make_results(self.io, None, len(batch), stream.compute)
+                timeline = stream.timeline(batch, results)
+            self._last_stream = stream
+        finally:
+            self._free.put(stream)
+        return timeline
+
+    def watch(self, profiler: Any) -> None:
+        """Has an IProfiler report the time of every layer from now on; runs become synchronous.
+
+        Raises:
+            InputError: The backend has CUDA graphs, where IProfiler reports no layers.
         """
         if self.graphs != "none":
             raise InputError("layers cannot be timed inside a CUDA graph: load with graphs=False")
-        with self._all_lanes():
-            for lane in self._lanes:
-                lane.watch(profiler)
+        with self._all_streams():
+            for stream in self._streams:
+                stream.watch(profiler)
 
     def close(self) -> None:
-        """Waits for calls that run, keeps the compiled kernels, frees everything.
+        """Waits for running calls, saves the compiled kernels, frees everything.
 
         Calling it twice is fine.
         """
@@ -311,18 +329,20 @@ class TrtBackend:
             self._collect()
             self._closed = True
             self._free.put(None)
-            cache = self._cache if self._last_lane is not None else None
-            self._last_lane = None
-            self._lanes.clear()
-            self._release(cache)
+            # With graphs, some batch sizes have run when the plan was loaded.
+            has_run = self._last_stream is not None or self.graphs != "none"
+            self._last_stream = None
+            self._streams.clear()
+            self._release(save=has_run)
 
-    def _release(self, cache: KernelCache | None = None) -> None:
+    def _release(self, *, save: bool = False) -> None:
         """Frees everything, also on a device that is lost and refuses each call."""
         try:
             with self._cuda.active():
                 try:
-                    if cache is not None:
-                        cache.save()
+                    # Nothing here may keep the cache: it goes before the engine and the runtime.
+                    if save and self._cache is not None:
+                        self._cache.save()
                 finally:
                     self._stack.close()
         finally:

@@ -54,7 +54,7 @@ def record(
     sidecar = artifacts.verify(path)
     name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
     # Inside a CUDA graph there are no layers to be told of: both run without, to be comparable.
-    plain = TrtBackend(path, sidecar, graphs=False)
+    plain = TrtBackend(path, sidecar, graphs=False, timings=True)
     watched = TrtBackend(path, sidecar, graphs=False)
     try:
         images = fitting(images, plain.input_dtype, plain.layout)

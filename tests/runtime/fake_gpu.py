@@ -48,6 +48,7 @@ class FakeCuda:
 
     Attributes:
         log: Every call by name, in order.
+        sleepers: Events that a caller slept for.
         live: What was made and not yet given back, by kind.
         fail_at: Number of the call, counted from 1, that fails.
         timeline: (name, begin, end) of work that was done.
@@ -69,6 +70,9 @@ class FakeCuda:
         self._base = -(-self._arena.ctypes.data // 256) * 256
         self._top, self._sizes = self._base, {0: 0}
         self._pinned: dict[int, np.ndarray] = {}
+        self._untimed: set[Any] = set()
+        self._blocking: set[Any] = set()
+        self.sleepers: list[Any] = []
         self._streams: dict[int, deque[Op]] = {1: deque()}  # the default one, as CUDA numbers it
         self._clock: dict[int, float] = {1: 0.0}
         self._host, self._next = 0.0, 100
@@ -163,17 +167,31 @@ class FakeCuda:
         self._streams[stream], self._clock[stream] = deque(), 0.0
         return stream
 
+    def host(self, address: int, size: int) -> np.ndarray:
+        """Bytes of pinned memory."""
+        for start, buffer in self._pinned.items():
+            if start <= address and address + size <= start + len(buffer):
+                return buffer[address - start :][:size]
+        raise AssertionError("host memory that is not pinned, or was given back")
+
     def synchronize(self, stream: int) -> None:
-        self._call("synchronize")
-        while self._streams[stream]:
-            self._until(self._streams[stream][-1])
+        self.on_join()
+        with LOCK:
+            self._call("synchronize")
+            while self._streams[stream]:
+                self._until(self._streams[stream][-1])
 
     def destroy_stream(self, stream: int) -> None:
         self._destroy("stream", stream)
         del self._streams[stream]
 
-    def event(self) -> Any:
-        return self._make("event")
+    def event(self, timing: bool, blocking: bool) -> Any:
+        event = self._make("event")
+        if not timing:
+            self._untimed.add(event)
+        if blocking:
+            self._blocking.add(event)
+        return event
 
     def record(self, event: Any, stream: int) -> None:
         self._call("record")
@@ -188,11 +206,14 @@ class FakeCuda:
         self.on_join()
         with LOCK:
             self._call("join")
+            if event in self._blocking:
+                self.sleepers.append(event)
             self._until(self._records[event])
 
     def elapsed(self, start: Any, stop: Any) -> float:
         self._call("elapsed")
         for event in (start, stop):
+            assert event not in self._untimed, "an event that was made without timing"
             if not self._records[event].done:
                 raise EnvironmentLack("cudaEventElapsedTime failed: cudaErrorNotReady (600)")
         return self._records[stop].end - self._records[start].end
@@ -212,36 +233,34 @@ class FakeCuda:
         self._destroy("allocate", address)
         del self._sizes[address]
 
-    def allocate_pinned(self, size: int) -> np.ndarray:
+    def allocate_pinned(self, size: int) -> int:
         self._make("allocate_pinned")
         self.live.pop()
         buffer = np.full(size, 255, np.uint8)
-        self._pinned[buffer.ctypes.data] = buffer
-        self.live.append(("allocate_pinned", buffer.ctypes.data))
-        return buffer
+        address = buffer.ctypes.data
+        self._pinned[address] = buffer
+        self.live.append(("allocate_pinned", address))
+        return address
 
-    def free_pinned(self, buffer: np.ndarray) -> None:
-        self._destroy("allocate_pinned", buffer.ctypes.data)
-        del self._pinned[buffer.ctypes.data]
+    def free_pinned(self, address: int) -> None:
+        self._destroy("allocate_pinned", address)
+        del self._pinned[address]
 
-    def is_pinned(self, array: np.ndarray) -> bool:
+    def is_pinned(self, address: int) -> bool:
         self._call("is_pinned")
-        start = array.ctypes.data
-        return any(a <= start < a + len(buffer) for a, buffer in self._pinned.items())
+        return any(a <= address < a + len(buffer) for a, buffer in self._pinned.items())
 
-    def to_device(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
+    def to_device(self, target: int, source: int, size: int, stream: int) -> None:
         self._call("to_device")
-        assert source.flags.c_contiguous and size <= source.nbytes
         self.copied.append(("to_device", size))
-        taken = source.reshape(-1).view(np.uint8)
-        self._put("to_device", stream, lambda: np.copyto(self.at(address, size), taken[:size]))
+        images = self.host(source, size)
+        self._put("to_device", stream, lambda: np.copyto(self.at(target, size), images))
 
-    def to_host(self, target: np.ndarray, address: int, size: int, stream: int) -> None:
+    def to_host(self, target: int, source: int, size: int, stream: int) -> None:
         self._call("to_host")
-        assert target.flags.c_contiguous and size <= target.nbytes
         self.copied.append(("to_host", size))
-        given = target.reshape(-1).view(np.uint8)
-        self._put("to_host", stream, lambda: np.copyto(given[:size], self.at(address, size)))
+        result = self.host(target, size)
+        self._put("to_host", stream, lambda: np.copyto(result, self.at(source, size)))
 
     def on_device(self, target: int, source: int, size: int, stream: int) -> None:
         self._call("on_device")
@@ -288,7 +307,7 @@ def _locked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 LOCK = threading.RLock()
 OPERATIONS = {n: f for n, f in vars(FakeCuda).items() if isinstance(f, types.FunctionType)}
-for _name in {n for n in OPERATIONS if n[0] != "_"} - {"active", "join"}:
+for _name in {n for n in OPERATIONS if n[0] != "_"} - {"active", "join", "synchronize"}:
     setattr(FakeCuda, _name, _locked(OPERATIONS[_name]))
 
 
@@ -301,6 +320,7 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.scratch = 0
         self.profiler: Any = None
+        self.has_run = False
         engine.device.log.append("context")
         engine.device.live.append(("context", id(self)))
 
@@ -330,6 +350,7 @@ class FakeContext:
         engine, count, addresses = self.engine, self.shape[0], dict(self.addresses)
         if not engine.answer("execute_async_v3", True):
             return False
+        self.has_run = True
         assert self.scratch and len(addresses) == engine.num_io_tensors
         dtype, device = np.dtype(engine.dtype), engine.device
 
@@ -343,6 +364,11 @@ class FakeContext:
 
         device.enqueue("execute", stream_handle, work)
         return True
+
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert self.has_run, "what the first run does cannot be captured"
+        return self.engine.capturable
 
 
 class FakeEngine:
@@ -366,8 +392,8 @@ class FakeEngine:
         self.log: Callable[[str], None] = lambda message: None
         self.configs: list[Any] = []
         self.made_by: list[Any] = []  # of every context, its config
-        self.rtx = True
         self.contexts = 0
+        self.capturable = True
 
     def answer(self, name: str, value: Any) -> Any:
         self.calls[name] += 1
@@ -416,7 +442,10 @@ class FakeEngine:
         return self.answer("create_runtime_config", self.configs[-1])
 
     def create_execution_context(self, runtime_config: Any) -> FakeContext | None:
-        assert runtime_config.engine is self and runtime_config.strategy == "user"
+        if hasattr(self, "create_runtime_config"):
+            assert runtime_config.engine is self and runtime_config.strategy == "user"
+        else:
+            assert runtime_config == "user"
         if self.answer("create_execution_context", True) is False:
             return None
         self.contexts += 1
@@ -532,7 +561,15 @@ class Bench:
         del self.runtime.get_engine_validity  # type: ignore[attr-defined]
 
     def load(self, **options: Any) -> TrtBackend:
-        return TrtBackend(self.path, None, **options)
+        """Loads the plan, and forgets what preparing batch sizes has run and copied."""
+        backend = TrtBackend(self.path, None, **options)
+        self.engine.runs.clear()
+        self.cuda.copied.clear()
+        return backend
+
+    def fail(self, call: str, later: int = 1) -> None:
+        """Has the next call of this name fail, or a later one."""
+        self.engine.fail_at = (call, self.engine.calls[call] + later)
 
     def sizes(self) -> list[int]:
         """Batches that were executed."""

@@ -232,7 +232,7 @@ def test_a_tensor_of_torchs_is_taken_where_it_is(plan: Path, images: Images) -> 
     tensor = torch.zeros(batch.shape, device="cuda")
     tensor.copy_(torch.from_numpy(batch))  # still under way when infer is called
     np.testing.assert_allclose(backend.infer(tensor), backend.infer(batch), rtol=1e-3, atol=1e-3)
-    out = torch.zeros(9, backend.ends.outputs[0].row[0], device="cuda")
+    out = torch.zeros(9, backend.io.outputs[0].row[0], device="cuda")
     backend.infer(tensor, out=out)
     np.testing.assert_allclose(out.cpu().numpy(), backend.infer(batch), rtol=1e-3, atol=1e-3)
     backend.close()

@@ -15,6 +15,7 @@ import threading
 import warnings
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_gpu
@@ -37,17 +38,16 @@ from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownN
 from rtresnet.runtime import (
     arguments,
     complaints,
-    configs,
-    ends,
-    lanes,
+    context_config,
+    execution,
+    io_spec,
     rtx,
-    slots,
     trt,
     trt_profile,
 )
 from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.cuda import Cuda
-from rtresnet.runtime.ends import split
+from rtresnet.runtime.io_spec import split_batch
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
 from rtresnet.sidecar import Profile
@@ -78,7 +78,7 @@ def test_the_best_profile_runs_a_part(
     count: int, profiles: list[str], parts: list[tuple[int, int]]
 ) -> None:
     made = [Profile(min=a, opt=b, max=c) for a, b, c in (map(int, p.split(":")) for p in profiles)]
-    assert [(part.run, part.profile) for part in split(count, tuple(made))] == parts
+    assert [(part.run, part.profile) for part in split_batch(count, tuple(made))] == parts
 
 
 def test_every_cut_covers_every_row_once_and_fits() -> None:
@@ -89,7 +89,7 @@ def test_every_cut_covers_every_row_once_and_fits() -> None:
             for low, high in (sorted(rng.choices(range(1, 20), k=2)) for _ in range(3))
         )
         count = rng.randint(1, 60)
-        parts, at = split(count, profiles), 0
+        parts, at = split_batch(count, profiles), 0
         for part in parts:
             held = profiles[part.profile]
             assert part.start == at and held.min <= part.run <= held.max and part.rows <= part.run
@@ -154,10 +154,35 @@ def test_a_call_of_one_part_runs_on_one_stream_and_is_waited_for_once(bench: Ben
     backend.infer(images(3))
     bench.cuda.log.clear()
     backend.infer(images(3))
-    assert bench.cuda.log == [
-        "is_pinned", "record", "to_device", "record", "execute", "record", "to_host", "record",
-        "join",
+    assert bench.cuda.log == ["to_device", "execute", "to_host", "synchronize"]
+
+
+def test_infer_with_timings_records_events_around_each_step(bench: Bench) -> None:
+    backend = bench.load(timings=True)
+    backend.infer(images(3))
+    bench.cuda.log.clear()
+    backend.infer(images(3))
+    assert [name for name in bench.cuda.log if name != "is_pinned"] == [
+        "record", "to_device", "record", "execute", "record", "to_host", "record", "join",
     ]  # fmt: skip
+
+
+def test_infer_for_tensorrt_is_one_graph_and_one_wait(bench: Bench) -> None:
+    bench.by_hand()
+    backend = bench.load()
+    bench.cuda.log.clear()
+    for count in (1, 2, 4, 8):  # prepared when the plan was loaded
+        close(backend.infer(images(count)), expected(images(count)))
+    assert bench.cuda.log == ["launch", "synchronize"] * 4
+
+
+def test_infer_with_blocking_waits_for_an_event_that_sleeps(bench: Bench) -> None:
+    backend = bench.load(blocking=True)
+    bench.cuda.log.clear()
+    close(backend.infer(images(3)), expected(images(3)))
+    close(backend.infer(images(20)), expected(images(20)))
+    assert "synchronize" not in bench.cuda.log[bench.cuda.log.index("to_device") :]
+    assert len(bench.cuda.sleepers) == 1 + 3
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -182,7 +207,7 @@ def test_no_order_that_a_device_may_choose_changes_a_result(
 
 
 def test_copies_run_while_another_part_is_computed(bench: Bench) -> None:
-    parts = bench.load().timeline(images(40))
+    parts = bench.load(timings=True).timeline(images(40))
     assert len(parts) == 5
     for part, later in itertools.pairwise(parts):
         assert part["h2d"][1] <= part["compute"][0] and part["compute"][1] <= part["d2h"][0]
@@ -196,7 +221,7 @@ def test_copies_run_while_another_part_is_computed(bench: Bench) -> None:
 
 
 def test_a_part_is_not_split_off_where_one_will_do(bench: Bench) -> None:
-    assert len(bench.load().timeline(images(8))) == 1
+    assert len(bench.load(timings=True).timeline(images(8))) == 1
 
 
 # Memory.
@@ -264,16 +289,31 @@ def test_images_need_not_lie_in_one_piece(bench: Bench) -> None:
     close(backend.infer(last), expected(images(3)))
 
 
-def test_pinned_images_are_copied_from_where_they_are(bench: Bench) -> None:
+@pytest.mark.parametrize("rtx_built", [True, False])
+@pytest.mark.parametrize("count", [3, 8, 12])
+def test_pinned_images_are_copied_from_where_they_are(
+    bench: Bench, count: int, rtx_built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not rtx_built:
+        bench.by_hand()
     backend = bench.load()
+    monkeypatch.setattr(execution, "PINNED_FROM", 0)
     with bench.cuda.active():
-        pinned = bench.cuda.allocate_pinned(12 * 192).view(np.float32).reshape(12, 3, 4, 4)
-    pinned[:] = images(12)
-    before = [slot.host_in.copy() for slot in backend._lanes[0].slots]
-    close(backend.infer(pinned), expected(images(12)))
-    after = [slot.host_in for slot in backend._lanes[0].slots]
-    for ours, was in zip(after, before, strict=True):
-        np.testing.assert_array_equal(ours.view(np.uint8), was.view(np.uint8))
+        address = bench.cuda.allocate_pinned(count * 192)
+    pinned = bench.cuda.host(address, count * 192).view(np.float32).reshape(count, 3, 4, 4)
+    pinned[:] = images(count)
+    before = [buffers.host_in.copy() for buffers in backend._streams[0].buffers]
+    for _ in range(3):  # plain, captured, launched
+        close(backend.infer(pinned), expected(images(count)))
+    after = [buffers.host_in for buffers in backend._streams[0].buffers]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_small_images_are_not_asked_about(bench: Bench) -> None:
+    """Copying them is cheaper than asking the driver whether they are pinned."""
+    backend = bench.load()
+    backend.infer(images(8))
+    assert "is_pinned" not in bench.cuda.log
 
 
 @pytest.mark.parametrize(
@@ -316,7 +356,7 @@ def copies(bench: Bench) -> list[str]:
 def test_images_on_the_gpu_are_computed_from_where_they_lie(
     bench: Bench, wrap: Any, count: int
 ) -> None:
-    backend = bench.load()
+    backend = bench.load(timings=True)
     _, there = bench.on_gpu(images(count))
     close(backend.infer(wrap(there)), expected(images(count)))
     # Rows 8 and 16 begin at multiples of 256 bytes.
@@ -370,7 +410,7 @@ def test_dlpack_is_told_the_stream_that_will_read(bench: Bench) -> None:
     backend = bench.load()
     tensor = WithDlpack(bench.on_gpu(images(3))[1])
     backend.infer(tensor)
-    assert tensor.streams == [backend._lanes[0].compute]
+    assert tensor.streams == [backend._streams[0].compute]
 
 
 def test_dlpack_on_the_host_is_an_array_like_any(bench: Bench) -> None:
@@ -476,11 +516,22 @@ def test_tensorrt_rtx_captures_by_itself(bench: Bench) -> None:
     backend = bench.load()
     for _ in range(3):
         backend.infer(images(3))
-    assert [config.cuda_graph_strategy for config in bench.engine.made_by] == ["whole"]
+    strategies = [config.cuda_graph_strategy for config in bench.engine.made_by]
+    # One context for changing addresses, and one for each of 1, 2, 4, 8 and 3 images.
+    assert strategies == ["default"] + ["whole"] * 5
     assert "begin_capture" not in bench.cuda.log and backend.graphs == "built in"
     bench.engine.made_by.clear()
     assert bench.load(graphs=False).graphs == "none"
     assert [config.cuda_graph_strategy for config in bench.engine.made_by] == ["default"]
+
+
+def test_alternating_batch_sizes_each_keep_their_context(bench: Bench) -> None:
+    """A context of TensorRT-RTX has one graph, which another shape or address would replace."""
+    backend = bench.load()
+    bench.engine.calls.clear()
+    for count in (1, 8, 2, 4) * 5:
+        close(backend.infer(images(count)), expected(images(count)))
+    assert bench.engine.calls == {"execute_async_v3": 20}
 
 
 def test_addresses_of_the_callers_own_are_in_no_graph(bench: Bench) -> None:
@@ -488,19 +539,32 @@ def test_addresses_of_the_callers_own_are_in_no_graph(bench: Bench) -> None:
     for _ in range(2):
         _, there = bench.on_gpu(images(3))
         close(backend.infer(WithDlpack(there)), expected(images(3)))
-    ours, theirs = bench.engine.made_by
-    assert ours.cuda_graph_strategy == "whole" and theirs.cuda_graph_strategy == "default"
-    for config in (ours, theirs):
+    external, *owned = bench.engine.made_by
+    assert external.cuda_graph_strategy == "default" and len(owned) == 4
+    for config in owned:
+        assert config is owned[0] and config.cuda_graph_strategy == "whole"
+    for config in (owned[0], external):
         assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
-    assert ours.cache is theirs.cache is not None
+    assert owned[0].cache is external.cache is not None
 
 
-def test_graphs_that_tensorrt_rtx_does_not_take_are_not_claimed(bench: Bench) -> None:
-    bench.engine.fail_at = ("cuda_graph_strategy", 1)
-    assert bench.load().graphs == "none"
-    bench.engine.fail_at = ("cuda_graph_strategy", 2)
-    with pytest.raises(EnvironmentLack, match="CUDA graphs were asked for"):
+@pytest.mark.parametrize("rtx_built", [True, False])
+def test_a_context_that_cannot_be_captured_runs_without_graphs_and_says_so(
+    bench: Bench, rtx_built: bool
+) -> None:
+    if not rtx_built:
+        bench.by_hand()
+    bench.engine.capturable = False
+    with pytest.warns(RuntimeWarning, match="does not let a batch of 1 be captured"):
+        backend = bench.load()
+    assert backend.graphs == "none"
+    for _ in range(3):
+        close(backend.infer(images(8)), expected(images(8)))
+    assert not bench.cuda.made["end_capture"]
+    backend.close()
+    with pytest.raises(EnvironmentLack, match=r"captured; build the plan again") as caught:
         bench.load(graphs=True)
+    assert caught.value.exit_code == 3 and bench.cuda.live == []
 
 
 def test_for_tensorrt_a_shape_is_captured_at_its_second_call(bench: Bench) -> None:
@@ -508,26 +572,71 @@ def test_for_tensorrt_a_shape_is_captured_at_its_second_call(bench: Bench) -> No
     backend = bench.load()
     assert backend.graphs == "by hand"
     done = []
-    for count in (3, 3, 3, 5, 3, 5, 5):
+    for count in (3, 3, 3, 5, 3, 5, 5, 8):
         bench.cuda.log.clear()
         close(backend.infer(images(count)), expected(images(count)))
         done.append([name for name in ("begin_capture", "launch") if name in bench.cuda.log])
     both = ["begin_capture", "launch"]
-    assert done == [[], both, ["launch"], [], ["launch"], both, ["launch"]]
+    assert done == [[], both, ["launch"], [], ["launch"], both, ["launch"], ["launch"]]
 
 
-def test_graphs_are_left_for_what_stays_and_for_so_many(bench: Bench) -> None:
+def test_batches_are_padded_to_few_sizes_where_each_keeps_a_graph(bench: Bench) -> None:
     bench.by_hand()
-    bench.engine.profiles = [(1, 16, 32)]
+    bench.engine.profiles = [(1, 16, 48)]
     backend = bench.load()
+    bench.engine.runs.clear()
+    for count in (9, 11, 17, 31, 33, 48):
+        close(backend.infer(images(count)), expected(images(count)))
+    assert bench.sizes() == [10, 12, 20, 32, 33, 48]
+    bench.engine.runs.clear()
+    plain = bench.load(graphs=False)
+    plain.infer(images(17))
+    assert bench.sizes() == [17], "without graphs there is no reason to pad"
+
+
+def test_graphs_are_for_batches_of_fixed_addresses_and_of_usual_sizes(bench: Bench) -> None:
+    bench.by_hand()
+    bench.engine.profiles = [(1, 16, 48)]
+    backend = bench.load()
+    made = bench.cuda.made["end_capture"]
+    assert made == len(execution.WARMED)
     _, there = bench.on_gpu(images(3))
     for _ in range(3):
         backend.infer(WithDlpack(there))
-    assert not bench.cuda.made["end_capture"]
-    for count in range(1, 31):
-        for _ in range(2):
-            close(backend.infer(images(count)), expected(images(count)))
-    assert bench.cuda.made["end_capture"] == lanes.MOST_GRAPHS
+        close(backend.infer(images(33)), expected(images(33)))  # launching costs it little
+    assert bench.cuda.made["end_capture"] == made
+    for _ in range(3):
+        backend.infer(images(48))
+    assert bench.cuda.made["end_capture"] == made + 1
+
+
+def test_the_graph_that_was_used_longest_ago_makes_room(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.by_hand()
+    monkeypatch.setattr(execution, "GRAPH_CONTEXTS", 4)
+    backend = bench.load()  # 1, 2, 4, 8
+    for count in (1, 3, 3, 2, 2, 1, 8):
+        close(backend.infer(images(count)), expected(images(count)))
+    kept = [run for _, run in backend._streams[0]._graph_contexts]
+    assert kept == [3, 2, 1, 8]
+    assert len([entry for entry in bench.cuda.live if entry[0] == "end_capture"]) == 4
+    backend.close()
+    assert bench.cuda.live == []
+
+
+def test_a_binding_without_runtime_config_creates_contexts_directly(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT before 10.11, as JetPack 6 has it."""
+    bench.by_hand()
+    monkeypatch.delattr(fake_gpu.FakeEngine, "create_runtime_config")
+    backend = bench.load()
+    for _ in range(3):
+        close(backend.infer(images(20)), expected(images(20)))
+    assert bench.engine.made_by == ["user"] * len(bench.engine.made_by)
+    backend.close()
+    assert bench.cuda.live == []
 
 
 def test_without_graphs_none_are_captured(bench: Bench) -> None:
@@ -554,11 +663,10 @@ def test_a_binding_without_graphs_runs_without_or_says_so(bench: Bench) -> None:
 def test_what_cannot_be_captured_runs_without_and_says_so(bench: Bench) -> None:
     bench.by_hand()
     bench.cuda.fail_capture = True
-    backend = bench.load()
-    backend.infer(images(3))
     with pytest.warns(RuntimeWarning, match="no CUDA graphs: cudaStreamEndCapture failed"):
+        backend = bench.load()
+    for _ in range(3):
         close(backend.infer(images(3)), expected(images(3)))
-    close(backend.infer(images(3)), expected(images(3)))
     assert backend.graphs == "none"
     backend.close()
     assert bench.cuda.live == []
@@ -568,11 +676,15 @@ def test_what_cannot_be_captured_is_an_error_where_graphs_were_asked_for(bench: 
     bench.by_hand()
     backend = bench.load(graphs=True)
     backend.infer(images(3))
-    bench.engine.fail_at = ("execute_async_v3", 2)
+    bench.fail("execute_async_v3")
     with pytest.raises(EnvironmentLack, match="execute_async_v3 does not like it"):
         backend.infer(images(3))
-    close(backend.infer(images(3)), expected(images(3)))
+    for _ in range(2):
+        close(backend.infer(images(3)), expected(images(3)))
     backend.close()
+    bench.cuda.fail_capture = True
+    with pytest.raises(EnvironmentLack, match="cudaStreamEndCapture failed"):
+        bench.load(graphs=True)
     assert bench.cuda.live == []
 
 
@@ -624,7 +736,7 @@ def test_load_takes_when_kernels_are_compiled(bench: Bench) -> None:
             _, there = bench.on_gpu(images(3))
             session(WithDlpack(there))  # type: ignore[arg-type]  # what plans take too
         strategies = [c.dynamic_shapes_kernel_specialization_strategy for c in bench.engine.made_by]
-        assert strategies == [kernels] * 2
+        assert set(strategies) == {kernels}
     with pytest.raises(UnknownName, match="unknown kernels"):
         rtresnet.load(bench.path, kernels="never")
 
@@ -694,7 +806,7 @@ def test_closing_frees_everything(bench: Bench, rtx_built: bool) -> None:
     assert bench.cuda.live == []
     kinds = [entry.removeprefix("destroy ") for entry in bench.cuda.log]
     first, last = kinds.index("context"), len(kinds) - 1 - kinds[::-1].index("context")
-    for needed in ("allocate", "stream"):  # a lane's contexts go before what they use
+    for needed in ("allocate", "stream"):  # contexts go before what they use
         assert needed not in kinds[: first + 1] and needed in kinds[last:]
     backend.close()
     assert len(bench.cuda.log) == len(kinds)
@@ -772,7 +884,7 @@ def test_a_call_of_infer_that_fails_tells_what_was_logged(
     if not rtx_built:
         bench.by_hand()
     backend = bench.load()
-    bench.engine.fail_at = (call, 1)
+    bench.fail(call)
     said = rf"{call}.* failed on Test GPU: Error Code 3: {call} does not like it$"
     with pytest.raises(EnvironmentLack, match=said):
         backend.infer(images(20))
@@ -792,14 +904,14 @@ def test_a_wait_for_running_calls_that_is_interrupted_loses_nothing(
 ) -> None:
     backend = bench.load(contexts=2)
     backend.infer(images(3))
-    get, calls = backend._free.get, itertools.count()
+    free, calls = backend._free, itertools.count()
 
     def interrupted() -> Any:
         if next(calls) == 1:
             raise Interrupted
-        return get()
+        return free.get()
 
-    monkeypatch.setattr(backend._free, "get", interrupted)
+    monkeypatch.setattr(backend, "_free", SimpleNamespace(get=interrupted, put=free.put))
     with pytest.raises(Interrupted):
         getattr(backend, waiting)()
     monkeypatch.undo()
@@ -828,19 +940,28 @@ def test_a_device_that_is_lost_leaves_nothing_behind(
 
 
 def test_timings_are_of_no_call_after_one_that_failed(bench: Bench) -> None:
-    backend = bench.load()
+    backend = bench.load(timings=True)
     backend.infer(images(3))
     assert backend.timings()
-    bench.engine.fail_at = ("execute_async_v3", bench.engine.calls["execute_async_v3"] + 1)
+    bench.fail("execute_async_v3")
     with pytest.raises(EnvironmentLack):
         backend.infer(images(3))
     assert backend.timings() == {}
 
 
+def test_timings_that_were_not_asked_for_are_empty(bench: Bench) -> None:
+    backend = bench.load()
+    for count in (3, 20):
+        backend.infer(images(count))
+        assert backend.timings() == {}
+    with pytest.raises(InputError, match="timings=True"):
+        backend.timeline(images(3))
+
+
 def test_what_was_logged_before_is_not_told_of_a_later_failure(bench: Bench) -> None:
     backend = bench.load()
     bench.engine.log("Error Code 9: long ago")
-    bench.engine.fail_at = ("execute_async_v3", 1)
+    bench.fail("execute_async_v3")
     with pytest.raises(EnvironmentLack) as caught:
         backend.infer(images(3))
     assert "does not like it" in str(caught.value) and "long ago" not in str(caught.value)
@@ -861,9 +982,9 @@ def test_a_thread_is_told_of_its_own_complaints_first() -> None:
 
 
 def test_a_shape_that_was_refused_is_not_taken_for_the_one_before(bench: Bench) -> None:
-    backend = bench.load()
+    backend = bench.load(graphs=False)
     backend.infer(images(8))
-    bench.engine.fail_at = ("set_input_shape", 2)
+    bench.fail("set_input_shape")
     with pytest.raises(EnvironmentLack, match="set_input_shape"):
         backend.infer(images(3))
     close(backend.infer(images(8)), expected(images(8)))
@@ -906,7 +1027,7 @@ def test_memory_is_held_against_what_is_free(bench: Bench) -> None:
 
 
 def test_timings_are_those_of_the_events(bench: Bench) -> None:
-    backend = bench.load()
+    backend = bench.load(timings=True)
     assert backend.timings() == {}
     backend.infer(images(3))
     timings = backend.timings()
@@ -927,11 +1048,13 @@ def test_layers_are_timed_on_every_context_but_not_in_graphs(bench: Bench) -> No
     with pytest.raises(InputError, match="graphs=False"):
         bench.load().watch(object())
     bench.engine.profiles = [(1, 1, 1), (1, 4, 8)]
+    made = bench.engine.contexts
     backend, profiler = bench.load(graphs=False, contexts=2), object()
     backend.watch(profiler)
-    backend.infer(images(20))  # makes one more context
-    found = [context.profiler for lane in backend._lanes for context in lane.contexts]
-    assert found == [profiler] * 5
+    backend.infer(images(20))
+    bound = [bound for stream in backend._streams for bound in stream._plain]
+    assert [entry.context.profiler for entry in bound] == [profiler] * 4
+    assert bench.engine.contexts - made == 4
 
 
 # The kernels that TensorRT-RTX compiles.
@@ -940,20 +1063,21 @@ def test_layers_are_timed_on_every_context_but_not_in_graphs(bench: Bench) -> No
 def test_rtx_specializes_kernels_at_once(bench: Bench) -> None:
     """Its default runs fallback kernels first, and they would be what is timed."""
     bench.load()
-    (config,) = bench.engine.made_by
-    assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    for config in bench.engine.made_by:
+        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
 def test_compiled_kernels_are_kept_beside_the_plan(bench: Bench) -> None:
     kept = cache_path(bench.path)
-    bench.load().close()
+    bench.load(graphs=False).close()
     assert not kept.exists(), "nothing ran"
     for count, wanted in ((3, b"kernels3"), (5, b"kernels35"), (3, b"kernels35")):
-        bench.engine.runs.clear()
-        with_one = bench.load()
-        with_one.infer(images(count))
-        with_one.close()
+        backend = bench.load(graphs=False)
+        backend.infer(images(count))
+        backend.close()
         assert kept.read_bytes() == wanted
+    bench.load().close()
+    assert kept.read_bytes() == wanted, "what was prepared at load is in it"
     assert sorted(path.name for path in kept.parent.iterdir()) == ["net.plan", "net.plan.cache"]
 
 
@@ -970,9 +1094,9 @@ def test_kernels_that_nothing_was_added_to_are_not_written_again(bench: Bench) -
 @pytest.mark.parametrize("blob", [b"", b"of another GPU"])
 def test_kernels_of_another_gpu_are_replaced(bench: Bench, blob: bytes) -> None:
     cache_path(bench.path).write_bytes(blob)
-    backend = bench.load()
+    backend = bench.load(graphs=False)
     backend.infer(images(3))
-    bench.engine.fail_at = ("execute_async_v3", 2)
+    bench.fail("execute_async_v3")
     with pytest.raises(EnvironmentLack) as caught:
         backend.infer(images(3))
     assert "another GPU" not in str(caught.value)
@@ -1030,7 +1154,7 @@ def test_without_a_gpu_there_is_no_backend(tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_a_lane_keeps_nothing_alive_after_close(bench: Bench) -> None:
+def test_a_backend_keeps_nothing_alive_after_close(bench: Bench) -> None:
     backend = bench.load()
     backend.infer(images(3))
     backend.close()
@@ -1047,7 +1171,7 @@ def test_the_fake_device_has_the_operations_of_the_protocol() -> None:
         return {n: list(inspect.signature(f).parameters) for n, f in functions if n[0] != "_"}
 
     fake = operations(fake_gpu.FakeCuda)
-    for helper in ("enqueue", "at", "is_idle"):
+    for helper in ("enqueue", "at", "host", "is_idle"):
         fake.pop(helper)
     assert fake == operations(Cuda)
 
@@ -1060,11 +1184,12 @@ OWNERS = {
     "context": "IExecutionContext",
     "self.context": "IExecutionContext",
     "config": "IRuntimeConfig",
-    "each": "IRuntimeConfig",
+    "owned": "IRuntimeConfig",
+    "bound.context": "IExecutionContext",
     "when": "DynamicShapesKernelSpecializationStrategy",
     "self.cache": "IRuntimeCache",
 }
-FILES = (trt, complaints, configs, lanes, slots, ends, rtx, arguments)
+FILES = (trt, complaints, context_config, execution, io_spec, rtx, arguments)
 
 
 def used_names() -> set[str]:
