@@ -27,8 +27,8 @@ from common import markdown, rtresnet, save
 
 from rtresnet import artifacts, machine
 from rtresnet.runtime.cuda import Cuda
-from rtresnet.runtime.io_spec import split_batch
 from rtresnet.runtime.execution import Span
+from rtresnet.runtime.io_spec import split_batch
 from rtresnet.runtime.trt import TrtBackend
 
 PARTS = 16  # of a long call: its first and last copies weigh little

@@ -90,7 +90,7 @@ def open_session(path: str, paths: Sequence[str], device: str, options: dict[str
     mine = options_for(path, paths, options)
     storage.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) != "checkpoint":
-        return load(path, device=device, **mine)
+        return load(path, device=device, timings=True, **mine)
     return _in_torch(path, device=device, **mine)[0]
 
 

@@ -21,6 +21,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
+
 from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, UnknownName, missing_package
 
@@ -82,6 +84,11 @@ def open_cuda(device: int = 0) -> Cuda:
     if choice not in bindings:
         raise UnknownName("CUDA binding in RTRESNET_CUDA", choice, bindings)
     return bindings[choice](device)
+
+
+def host_view(address: int, size: int) -> np.ndarray:
+    """Host memory as an array of bytes, which does not keep it alive."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 class CudaPython:
@@ -340,10 +347,10 @@ class PyCuda:
         return False
 
     def to_device(self, target: int, source: int, size: int, stream: int) -> None:
-        self._driver.memcpy_htod_async(target, _bytes(source, size), self._streams[stream])
+        self._driver.memcpy_htod_async(target, host_view(source, size), self._streams[stream])
 
     def to_host(self, target: int, source: int, size: int, stream: int) -> None:
-        self._driver.memcpy_dtoh_async(_bytes(target, size), source, self._streams[stream])
+        self._driver.memcpy_dtoh_async(host_view(target, size), source, self._streams[stream])
 
     def on_device(self, target: int, source: int, size: int, stream: int) -> None:
         self._driver.memcpy_dtod_async(target, source, size, self._streams[stream])
@@ -368,8 +375,3 @@ def _no_graphs() -> EnvironmentLack:
     return EnvironmentLack(
         "pycuda has no CUDA graphs", fix="leave RTRESNET_CUDA unset and pip install cuda-python"
     )
-
-
-def _bytes(address: int, size: int) -> Any:
-    """Host memory as the buffer object that pycuda takes."""
-    return (ctypes.c_uint8 * size).from_address(address)

@@ -16,7 +16,6 @@ Does not know the modules of TensorRT and CUDA: contexts are created by a functi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import time
 import warnings
@@ -30,7 +29,7 @@ import numpy as np
 
 from rtresnet.errors import EnvironmentLack
 from rtresnet.runtime.arguments import Array, make_results
-from rtresnet.runtime.cuda import Cuda
+from rtresnet.runtime.cuda import Cuda, host_view
 from rtresnet.runtime.device_array import DeviceArray
 from rtresnet.runtime.io_spec import PADDED_UP_TO, BatchChunk, IoSpec, TensorSpec, split_batch
 
@@ -59,11 +58,15 @@ class BoundContext:
         self._io, self._check_call = io, check_call
         self._run = 0
         self._addresses: dict[str, int] = {}
+        self._bound: tuple[int, tuple[int, ...]] | None = None
 
-    def bind(self, run: int, addresses: Sequence[int]) -> None:
+    def bind(self, run: int, addresses: tuple[int, ...]) -> None:
         """Sets the batch size and the addresses of input and outputs where they have changed."""
+        if self._bound == (run, addresses):
+            return
+        self._bound = None  # unknown, should a call fail
         if self._run != run:
-            self._run = 0  # unknown, should the call fail
+            self._run = 0
             shape = (run, *self._io.input.row)
             name = self._io.input.name
             self._check_call(self.context.set_input_shape(name, shape), f"set_input_shape({shape})")
@@ -73,6 +76,7 @@ class BoundContext:
                 done = self.context.set_tensor_address(tensor.name, address)
                 self._check_call(done, f"set_tensor_address({tensor.name})")
                 self._addresses[tensor.name] = address
+        self._bound = run, addresses
 
     def execute(self, stream: int) -> None:
         """Enqueues the engine on a stream."""
@@ -105,8 +109,8 @@ class IOBuffers:
             size = tensor.row_bytes * io.largest
             address = cuda.allocate_pinned(size)
             stack.callback(cuda.free_pinned, address)
-            memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-            return address, memory.view(tensor.dtype).reshape(io.largest, *tensor.row)
+            memory = host_view(address, size).view(tensor.dtype)
+            return address, memory.reshape(io.largest, *tensor.row)
 
         def device(tensor: TensorSpec) -> int:
             return allocate(cuda, tensor.row_bytes * io.largest, stack)
@@ -128,14 +132,13 @@ class IOBuffers:
         self.spans: dict[str, tuple[Any, Any]] = {}
         self.enqueue = 0.0
 
-    def stage(self, images: np.ndarray, rows: int, run: int) -> None:
-        """Copies images to the head of `host_in`, with zeros up to `run` rows."""
+    def make_room(self, rows: int, run: int) -> None:
+        """Zeros the rows of `host_in` from `rows` up to `run`; those before will be written."""
         if rows > self.dirty:
             self.dirty = rows
         elif rows < run and rows < self.dirty:
             self.host_in[rows : self.dirty] = 0
             self.dirty = rows
-        self.host_in[:rows] = images
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,17 +149,21 @@ class _Call:
         count: Rows.
         chunks: How they are split. What follows is for a batch of one chunk.
         key: Profile and batch size that it runs in.
-        copy_in: Target, source and size in bytes, padding included.
+        copy_in: Target, source, size in bytes with padding, and stream.
         copies_out: The same for each output.
-        outputs: The rows of `host_out` that are the result, and the type they are returned in.
+        host_in: The rows of pinned memory that the images are copied into.
+        host_out: Those that each result is copied from.
+        results: Functions that copy one of them into a new array of the type that is returned.
     """
 
     count: int
     chunks: tuple[BatchChunk, ...]
     key: tuple[int, int]
-    copy_in: tuple[int, int, int]
-    copies_out: tuple[tuple[int, int, int], ...]
-    outputs: tuple[tuple[np.ndarray, np.dtype[Any]], ...]
+    copy_in: tuple[int, int, int, int]
+    copies_out: tuple[tuple[int, int, int, int], ...]
+    host_in: np.ndarray
+    host_out: tuple[np.ndarray, ...]
+    results: tuple[Callable[[], np.ndarray], ...]
 
 
 class ExecutionStream:
@@ -262,23 +269,29 @@ class ExecutionStream:
         call = self._calls.get(count)
         if call is None:
             chunks = split_batch(count, self._io.profiles, pad=self._pad)
-            buffers, run, outputs = self.buffers[0], chunks[0].run, self._io.outputs
+            buffers, run, rows = self.buffers[0], chunks[0].run, chunks[0].rows
+            outputs = self._io.outputs
+            host_out = tuple(view[:rows] for view in buffers.host_out)
             call = self._calls[count] = _Call(
                 count=count,
                 chunks=chunks,
                 key=(chunks[0].profile, run),
                 copy_in=(
                     buffers.device_in, buffers.host_in_address, run * self._io.input.row_bytes,
+                    self.compute,
                 ),
                 copies_out=tuple(
-                    (host, device, run * output.row_bytes)
+                    (host, device, run * output.row_bytes, self.compute)
                     for host, device, output in zip(
                         buffers.host_out_addresses, buffers.device_out, outputs, strict=True
                     )
                 ),
-                outputs=tuple(
-                    (view[: chunks[0].rows], output.returned_dtype)
-                    for view, output in zip(buffers.host_out, outputs, strict=True)
+                host_in=buffers.host_in[:rows],
+                host_out=host_out,
+                results=tuple(
+                    view.copy if view.dtype == output.returned_dtype
+                    else functools.partial(view.astype, output.returned_dtype)
+                    for view, output in zip(host_out, outputs, strict=True)
                 ),
             )  # fmt: skip
         return call
@@ -297,7 +310,7 @@ class ExecutionStream:
         try:
             count = len(images)
             call = self._calls.get(count) or self._call(count)
-            if self._is_short(call, images, results):
+            if not isinstance(images, DeviceArray) and self._is_short(call, images, results):
                 return self._run_short(call, images, results)
             if results is None:
                 results = make_results(self._io, None, count, self.compute)
@@ -308,17 +321,19 @@ class ExecutionStream:
             raise
         return results
 
-    def _is_short(self, call: _Call, images: Array, results: Sequence[Array] | None) -> bool:
-        if self._timed or len(call.chunks) > 1 or type(images) is DeviceArray:
+    def _is_short(self, call: _Call, images: np.ndarray, results: Sequence[Array] | None) -> bool:
+        if self._timed or len(call.chunks) > 1:
             return False
-        if results is not None and any(type(result) is DeviceArray for result in results):
+        if results is not None and any(isinstance(result, DeviceArray) for result in results):
             return False
         return images.nbytes < PINNED_FROM or not self._is_pinned(images)
 
     def _run_short(
         self, call: _Call, images: np.ndarray, results: Sequence[Array] | None
     ) -> Sequence[Array]:
-        self.buffers[0].stage(images, call.count, call.key[1])
+        if self.buffers[0].dirty != call.count:
+            self.buffers[0].make_room(call.count, call.key[1])
+        call.host_in[...] = images
         bound = self._graph_context(call)
         if bound is not None and bound.whole is not None:
             self._cuda.launch(bound.whole, self.compute)
@@ -330,18 +345,17 @@ class ExecutionStream:
         else:
             self._cuda.synchronize(self.compute)
         if results is None:
-            return [np.array(view, dtype) for view, dtype in call.outputs]
-        for result, (view, _) in zip(results, call.outputs, strict=True):
+            return [copied() for copied in call.results]
+        for result, view in zip(results, call.host_out, strict=True):
             result[...] = view  # type: ignore[index]  # none is on the GPU
         return results
 
     def _enqueue_staged(self, call: _Call, bound: BoundContext) -> None:
-        cuda, stream = self._cuda, self.compute
         bound.bind(call.key[1], self.buffers[0].addresses)
-        cuda.to_device(*call.copy_in, stream)
-        bound.execute(stream)
+        self._cuda.to_device(*call.copy_in)
+        bound.execute(self.compute)
         for copy in call.copies_out:
-            cuda.to_host(*copy, stream)
+            self._cuda.to_host(*copy)
 
     def _graph_context(self, call: _Call) -> BoundContext | None:
         """The context of a batch size that runs as a graph; None where it does not.
@@ -355,8 +369,8 @@ class ExecutionStream:
                 return bound
             self._settle(bound, call)
             return self._graph_contexts.get(call.key)
-        profile = self._io.profiles[call.key[0]]
-        usual = call.key[1] <= PADDED_UP_TO or call.key[1] in (profile.min, profile.opt, profile.max)
+        profile, run = self._io.profiles[call.key[0]], call.key[1]
+        usual = run <= PADDED_UP_TO or run in (profile.min, profile.opt, profile.max)
         if not self.has_graphs or not usual:
             return None
         if len(self._graph_contexts) == GRAPH_CONTEXTS:
@@ -453,7 +467,8 @@ class ExecutionStream:
             cuda.to_device(buffers.device_in, address, size, copies)
         else:
             piece = images[chunk.start : chunk.start + chunk.rows]
-            buffers.stage(piece, chunk.rows, chunk.run)
+            buffers.make_room(chunk.rows, chunk.run)
+            buffers.host_in[: chunk.rows] = piece
             self._mark(buffers.begin, copies)
             size += padding
             cuda.to_device(buffers.device_in, buffers.host_in_address, size, copies)
@@ -526,9 +541,7 @@ class ExecutionStream:
             leaving = buffers.leaving
         for index in hosts:
             size = chunk.rows * self._io.outputs[index].row_bytes
-            cuda.to_host(
-                buffers.host_out_addresses[index], buffers.device_out[index], size, copies
-            )
+            cuda.to_host(buffers.host_out_addresses[index], buffers.device_out[index], size, copies)
         cuda.record(buffers.done, copies)
         if self._timed:
             buffers.spans["d2h"] = (leaving, buffers.done)
@@ -541,7 +554,8 @@ class ExecutionStream:
         self._cuda.join(buffers.done)
         for index, result in enumerate(results):
             if not isinstance(result, DeviceArray):
-                result[chunk.start : chunk.start + chunk.rows] = buffers.host_out[index][: chunk.rows]
+                rows = buffers.host_out[index][: chunk.rows]
+                result[chunk.start : chunk.start + chunk.rows] = rows
         if self._trace is not None:
             elapsed = functools.partial(self._cuda.elapsed, self._zero)
             spans = buffers.spans.items()

@@ -163,6 +163,8 @@ def load(
     graphs: bool | None = None,
     kernels: str = "eager",
     cache: bool = True,
+    timings: bool = False,
+    blocking: bool = False,
 ) -> Session:
     """Loads an ONNX file or a plan.
 
@@ -180,6 +182,10 @@ def load(
             which generic kernels serve until then. The second is for servers, not for measuring.
         cache: Of a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
             kept beside it, in PLAN.cache.
+        timings: Of a plan: whether `session.backend.timings()` has the times of copies and
+            computation; recording them costs every call some microseconds.
+        blocking: Of a plan: whether a thread that waits for the GPU sleeps. It then wakes up some
+            tens of microseconds late, where spinning keeps a processor busy.
 
     Raises:
         InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
@@ -210,8 +216,9 @@ def load(
         from rtresnet.runtime.trt import TrtBackend
 
         backend = TrtBackend(
-            path, sidecar, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache
-        )
+            path, sidecar, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache,
+            timings=timings, blocking=blocking,
+        )  # fmt: skip
     elif kind == "onnx":
         from rtresnet.runtime.ort import PROVIDERS, OrtBackend
 

@@ -28,11 +28,12 @@ from rtresnet.sidecar import Sidecar, Weights
 
 Images = Callable[..., np.ndarray]
 
-# Tests have no package to be imported from: `import fake_gpu` finds it here.
-_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).parent / "fake_gpu.py")
-assert _spec is not None and _spec.loader is not None
-sys.modules["fake_gpu"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sys.modules["fake_gpu"])
+# Tests have no package to be imported from: `import fake_gpu` and `import stub_gpu` find it here.
+for _name in ("fake_gpu", "stub_gpu"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
+    assert _spec is not None and _spec.loader is not None
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
 
 @pytest.fixture(scope="session")

@@ -365,7 +365,6 @@ class FakeContext:
         device.enqueue("execute", stream_handle, work)
         return True
 
-
     def is_stream_capturable(self, stream: int) -> bool:
         assert self.has_run, "what the first run does cannot be captured"
         return self.engine.capturable
@@ -380,8 +379,9 @@ class FakeEngine:
     """
 
     device_memory_size_v2 = 512
+    context = FakeContext
 
-    def __init__(self, device: FakeCuda) -> None:
+    def __init__(self, device: Any) -> None:
         self.device = device
         self.dtype, self.outputs = "float32", ["logits"]
         self.index_dtype = "int64"
@@ -450,7 +450,7 @@ class FakeEngine:
             return None
         self.contexts += 1
         self.made_by.append(runtime_config)
-        return FakeContext(self)
+        return self.context(self)
 
 
 class FakeConfig:
@@ -487,6 +487,9 @@ class FakeCache:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.blob = engine, b"kernels"
 
+    def __del__(self) -> None:
+        self.engine.device.log.append("destroy cache")
+
     def deserialize(self, blob: bytes) -> bool:
         if not blob.startswith(b"kernels"):
             self.engine.log("Error Code 4: this cache is of another GPU")
@@ -508,11 +511,18 @@ class Diagnostics(IntEnum):
 
 
 class Bench:
-    """The fake device, its TensorRT, and backends loaded on them."""
+    """The fake device, its TensorRT, and backends loaded on them.
 
-    def __init__(self, monkeypatch: Any, folder: Path) -> None:
-        self.cuda = FakeCuda()
-        self.engine = FakeEngine(self.cuda)
+    Args:
+        engine: A FakeEngine to deserialize, whatever the plan holds.
+        cuda: Device that backends open; by default the engine's.
+    """
+
+    def __init__(
+        self, monkeypatch: Any, folder: Path, engine: Any = None, cuda: Any = None
+    ) -> None:
+        self.engine = engine or FakeEngine(FakeCuda())
+        self.cuda = cuda or self.engine.device
         self.accepts, self.validity = True, (Validity.VALID, 0)
         self.path = folder / "net.plan"
         self.path.write_bytes(b"plan" * 50)
@@ -524,6 +534,9 @@ class Bench:
 
         class Runtime:
             engine_header_size = 64
+
+            def __del__(self) -> None:
+                bench.engine.device.log.append("destroy runtime")
 
             def __init__(self, logger: Any) -> None:
                 bench.engine.log = lambda message: logger.log(ILogger.ERROR, message)
@@ -564,7 +577,8 @@ class Bench:
         """Loads the plan, and forgets what preparing batch sizes has run and copied."""
         backend = TrtBackend(self.path, None, **options)
         self.engine.runs.clear()
-        self.cuda.copied.clear()
+        if isinstance(self.cuda, FakeCuda):
+            self.cuda.copied.clear()
         return backend
 
     def fail(self, call: str, later: int = 1) -> None:

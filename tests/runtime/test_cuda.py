@@ -2,197 +2,147 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from rtresnet import machine
 from rtresnet.errors import EnvironmentLack, UnknownName
+from rtresnet.runtime import cuda as cuda_seam
 from rtresnet.runtime.cuda import Cuda, CudaPython, PyCuda, open_cuda
 
 CALLS = {
-    "cudaGetDevice": 0,
-    "cudaSetDevice": 1,
-    "cudaMemGetInfo": 0,
-    "cudaStreamCreateWithFlags": 1,
-    "cudaStreamSynchronize": 1,
-    "cudaStreamDestroy": 1,
-    "cudaEventCreate": 0,
-    "cudaEventRecord": 2,
-    "cudaStreamWaitEvent": 3,
-    "cudaEventSynchronize": 1,
-    "cudaEventElapsedTime": 2,
-    "cudaEventDestroy": 1,
-    "cudaMalloc": 1,
-    "cudaFree": 1,
-    "cudaMallocHost": 1,
-    "cudaFreeHost": 1,
-    "cudaPointerGetAttributes": 1,
-    "cudaMemcpyAsync": 5,
-    "cudaMemsetAsync": 4,
-    "cudaStreamBeginCapture": 2,
-    "cudaStreamEndCapture": 1,
-    "cudaGraphInstantiate": 2,
-    "cudaGraphLaunch": 2,
-    "cudaGraphExecDestroy": 1,
-    "cudaGraphDestroy": 1,
+    "cuInit": 1,
+    "cuDeviceGet": 1,
+    "cuDevicePrimaryCtxRetain": 1,
+    "cuCtxPushCurrent": 1,
+    "cuCtxPopCurrent": 0,
+    "cuMemGetInfo": 0,
+    "cuStreamCreate": 1,
+    "cuStreamSynchronize": 1,
+    "cuStreamDestroy": 1,
+    "cuEventCreate": 1,
+    "cuEventRecord": 2,
+    "cuStreamWaitEvent": 3,
+    "cuEventSynchronize": 1,
+    "cuEventElapsedTime": 2,
+    "cuEventDestroy": 1,
+    "cuMemAlloc": 1,
+    "cuMemFree": 1,
+    "cuMemAllocHost": 1,
+    "cuMemFreeHost": 1,
+    "cuPointerGetAttribute": 2,
+    "cuMemcpyHtoDAsync": 4,
+    "cuMemcpyDtoHAsync": 4,
+    "cuMemcpyDtoDAsync": 4,
+    "cuMemsetD8Async": 4,
+    "cuStreamBeginCapture": 2,
+    "cuStreamEndCapture": 1,
+    "cuGraphInstantiate": 2,
+    "cuGraphLaunch": 2,
+    "cuGraphExecDestroy": 1,
+    "cuGraphDestroy": 1,
 }
-BUFFER = np.zeros(8, np.uint8)
-OPERATIONS: dict[str, Callable[[CudaPython], object]] = {
-    "cudaGetDevice": lambda cuda: cuda.active().__enter__(),
-    "cudaMemGetInfo": lambda cuda: cuda.memory(),
-    "cudaStreamCreateWithFlags": lambda cuda: cuda.stream(),
-    "cudaStreamSynchronize": lambda cuda: cuda.synchronize(1),
-    "cudaStreamDestroy": lambda cuda: cuda.destroy_stream(1),
-    "cudaEventCreate": lambda cuda: cuda.event(),
-    "cudaEventRecord": lambda cuda: cuda.record(1, 1),
-    "cudaStreamWaitEvent": lambda cuda: cuda.wait(1, 1),
-    "cudaEventSynchronize": lambda cuda: cuda.join(1),
-    "cudaEventElapsedTime": lambda cuda: cuda.elapsed(1, 2),
-    "cudaEventDestroy": lambda cuda: cuda.destroy_event(1),
-    "cudaMalloc": lambda cuda: cuda.allocate(8),
-    "cudaFree": lambda cuda: cuda.free(1),
-    "cudaMallocHost": lambda cuda: cuda.allocate_pinned(8),
-    "cudaFreeHost": lambda cuda: cuda.free_pinned(BUFFER),
-    "cudaPointerGetAttributes": lambda cuda: cuda.is_pinned(BUFFER),
-    "cudaMemsetAsync": lambda cuda: cuda.zero(1, 8, 1),
-    "cudaStreamBeginCapture": lambda cuda: cuda.begin_capture(1),
-    "cudaStreamEndCapture": lambda cuda: cuda.end_capture(1),
-    "cudaGraphLaunch": lambda cuda: cuda.launch(1, 1),
-    "cudaGraphExecDestroy": lambda cuda: cuda.destroy_graph(1),
-}
-COPIES: tuple[Callable[[CudaPython], object], ...] = (
-    lambda cuda: cuda.to_device(1, BUFFER, 8, 1),
-    lambda cuda: cuda.to_host(BUFFER, 1, 8, 1),
-    lambda cuda: cuda.on_device(1, 2, 8, 1),
-)
-# Reached only where another call succeeded before.
-INNER = {"cudaSetDevice", "cudaMemcpyAsync", "cudaGraphInstantiate", "cudaGraphDestroy"}
+"""What is called of cuda-python; that the calls succeed and fail as they should is in
+test_call_path.py, on a stub of the driver."""
 
 
 @pytest.mark.parametrize(("name", "arity"), CALLS.items())
 def test_a_call_exists_in_cuda_python_with_the_arity_used(name: str, arity: int) -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    inspect.signature(getattr(runtime, name)).bind(*range(arity))
+    driver = pytest.importorskip("cuda.bindings.driver")
+    inspect.signature(getattr(driver, name)).bind(*range(arity))
 
 
 def test_the_table_of_calls_is_complete() -> None:
-    source = inspect.getsource(CudaPython)
-    assert {part.split('"')[0] for part in source.split('_call("')[1:]} == set(CALLS)
-    assert set(OPERATIONS) == set(CALLS) - INNER
+    names = set(re.findall(r"\bcu[A-Z]\w+", inspect.getsource(CudaPython)))
+    assert names == set(CALLS)
 
 
-def test_the_constants_exist_in_cuda_python() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    assert int(runtime.cudaError_t.cudaSuccess) == 0
-    assert runtime.cudaMemcpyKind.cudaMemcpyHostToDevice == 1
-    assert runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost == 2
-    assert runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice == 3
-    assert runtime.cudaStreamNonBlocking == 1
-    assert runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal == 1
-    assert runtime.cudaMemoryType.cudaMemoryTypeHost == 1
-    assert runtime.cudaError_t.cudaErrorNotReady == 600
-    runtime.cudaGetLastError()
-
-
-@pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU, so the calls succeed or crash")
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_error_of_the_driver_names_the_call_and_its_code(name: str) -> None:
-    """The real binding, called as in production: a wrong number or type would be a TypeError."""
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    cuda = CudaPython.__new__(CudaPython)
-    cuda._rt = runtime
-    with pytest.raises(EnvironmentLack, match=rf"{name} failed: cudaError\w+ \(\d+\)"):
-        OPERATIONS[name](cuda)
-
-
-@pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU")
-def test_copying_and_opening_fail_in_the_same_way() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    with pytest.raises(EnvironmentLack, match="cudaGetDevice failed"):
-        CudaPython(0)
-    cuda = CudaPython.__new__(CudaPython)
-    cuda._rt = runtime
-    for copy in COPIES:
-        with pytest.raises(EnvironmentLack, match="cudaMemcpyAsync failed"):
-            copy(cuda)
+def test_the_constants_are_those_of_cuda_python() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    assert driver.CUstream_flags.CU_STREAM_NON_BLOCKING == cuda_seam.NON_BLOCKING
+    assert driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC == cuda_seam.BLOCKING_SYNC
+    assert driver.CUevent_flags.CU_EVENT_DISABLE_TIMING == cuda_seam.DISABLE_TIMING
+    assert not driver.CUresult.CUDA_SUCCESS and driver.CUresult.CUDA_ERROR_NOT_READY
+    seam = CudaPython.__new__(CudaPython)
+    seam._use(driver)
+    assert int(seam._host_memory) == 1 and int(seam._capture_mode) == 1
 
 
 class Recorder:
-    """A runtime that succeeds at everything but what it is told to fail at."""
+    """A driver that succeeds at everything but what it is told to fail at."""
 
     def __init__(self, **answers: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.answers = answers
-        runtime = pytest.importorskip("cuda.bindings.runtime")
-        self.cudaError_t = runtime.cudaError_t
-        self.cudaStreamCaptureMode = runtime.cudaStreamCaptureMode
-        self.cudaMemoryType = runtime.cudaMemoryType
+        driver = pytest.importorskip("cuda.bindings.driver")
+        self.CUresult = driver.CUresult
+        self.CUstreamCaptureMode = driver.CUstreamCaptureMode
+        self.CUpointer_attribute = driver.CUpointer_attribute
+        self.CUmemorytype = driver.CUmemorytype
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
             answer = self.answers.get(name, ())
-            if isinstance(answer, self.cudaError_t):
+            if isinstance(answer, self.CUresult):
                 return (answer, None)
-            return (self.cudaError_t.cudaSuccess, *answer)
+            return (self.CUresult.CUDA_SUCCESS, *answer)
 
         return call
 
 
-def on(recorder: Recorder, device: int = 0) -> CudaPython:
+def on(recorder: Recorder) -> CudaPython:
     cuda = CudaPython.__new__(CudaPython)
-    cuda._rt, cuda._device = recorder, device
+    cuda._use(recorder)
+    cuda._context = "primary"
     return cuda
 
 
-def test_the_callers_device_is_given_back() -> None:
-    recorder = Recorder(cudaGetDevice=(2,))
-    with on(recorder).active():
-        assert recorder.calls == [("cudaGetDevice",), ("cudaSetDevice", 0)]
-    assert recorder.calls[2:] == [("cudaSetDevice", 2)]
-    recorder = Recorder(cudaGetDevice=(0,))
+def test_the_callers_context_is_given_back() -> None:
+    recorder = Recorder(cuCtxPopCurrent=("primary",))
+    with pytest.raises(KeyError), on(recorder).active():
+        assert recorder.calls == [("cuCtxPushCurrent", "primary")]
+        raise KeyError
+    assert recorder.calls[1:] == [("cuCtxPopCurrent",)]
+
+
+def test_a_context_that_cannot_be_given_back_does_not_hide_a_failure() -> None:
+    codes = pytest.importorskip("cuda.bindings.driver").CUresult
+    recorder = Recorder(cuCtxPopCurrent=codes.CUDA_ERROR_LAUNCH_FAILED)
     with pytest.raises(KeyError), on(recorder).active():
         raise KeyError
-    # Set where it is the same as well: a thread new to CUDA has no context before.
-    assert recorder.calls == [("cudaGetDevice",), ("cudaSetDevice", 0)]
+    with pytest.raises(EnvironmentLack, match="cuCtxPopCurrent failed"), on(recorder).active():
+        pass
 
 
 def test_a_graph_that_cannot_be_instantiated_is_destroyed() -> None:
-    codes = pytest.importorskip("cuda.bindings.runtime").cudaError_t
-    bad = codes.cudaErrorMemoryAllocation
-    recorder = Recorder(cudaStreamEndCapture=("graph",), cudaGraphInstantiate=bad)
-    with pytest.raises(EnvironmentLack, match="cudaGraphInstantiate failed"):
+    codes = pytest.importorskip("cuda.bindings.driver").CUresult
+    bad = codes.CUDA_ERROR_OUT_OF_MEMORY
+    recorder = Recorder(cuStreamEndCapture=("graph",), cuGraphInstantiate=bad)
+    with pytest.raises(EnvironmentLack, match="cuGraphInstantiate failed"):
         on(recorder).end_capture(1)
-    assert ("cudaGraphDestroy", "graph") in recorder.calls
-    recorder = Recorder(cudaStreamEndCapture=("graph",), cudaGraphInstantiate=("exec",))
+    assert ("cuGraphDestroy", "graph") in recorder.calls
+    recorder = Recorder(cuStreamEndCapture=("graph",), cuGraphInstantiate=("exec",))
     assert on(recorder).end_capture(1) == "exec"
-    assert recorder.calls[-1] == ("cudaGraphDestroy", "graph")
-
-
-def test_an_error_is_not_left_for_another_library_to_find() -> None:
-    codes = pytest.importorskip("cuda.bindings.runtime").cudaError_t
-    recorder = Recorder(cudaMalloc=codes.cudaErrorMemoryAllocation)
-    with pytest.raises(
-        EnvironmentLack, match=r"cudaMalloc failed: cudaErrorMemoryAllocation \(2\)"
-    ):
-        on(recorder).allocate(8)
-    assert recorder.calls[-1] == ("cudaGetLastError",)
+    assert recorder.calls[-1] == ("cuGraphDestroy", "graph")
 
 
 def test_pinned_is_what_the_driver_says_is_host_memory() -> None:
-    kinds = pytest.importorskip("cuda.bindings.runtime").cudaMemoryType
-    for kind, pinned in (
-        (kinds.cudaMemoryTypeHost, True),
-        (kinds.cudaMemoryTypeUnregistered, False),
+    driver = pytest.importorskip("cuda.bindings.driver")
+    kinds, attribute = driver.CUmemorytype, driver.CUpointer_attribute
+    for answer, pinned in (
+        ((kinds.CU_MEMORYTYPE_HOST,), True),
+        ((kinds.CU_MEMORYTYPE_DEVICE,), False),
+        (driver.CUresult.CUDA_ERROR_INVALID_VALUE, False),
     ):
-        recorder = Recorder(cudaPointerGetAttributes=(SimpleNamespace(type=kind),))
-        assert on(recorder).is_pinned(BUFFER) is pinned
-        assert recorder.calls == [("cudaPointerGetAttributes", BUFFER.ctypes.data)]
+        recorder = Recorder(cuPointerGetAttribute=answer)
+        assert on(recorder).is_pinned(4096) is pinned
+        asked = ("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 4096)
+        assert recorder.calls == [asked]
 
 
 def test_both_bindings_have_every_operation() -> None:

@@ -17,7 +17,7 @@ from rtresnet.build import engine
 from rtresnet.build.targets import RTX_TARGETS
 from rtresnet.cli.main import main
 from rtresnet.errors import EnvironmentLack, InputError
-from rtresnet.runtime.cuda import open_cuda
+from rtresnet.runtime.cuda import host_view, open_cuda
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.session import Session, load
 from rtresnet.runtime.trt import TrtBackend
@@ -80,7 +80,7 @@ def plan(
 
 @pytest.fixture
 def session(plan: Path) -> Session:
-    return load(plan)
+    return load(plan, timings=True)
 
 
 def test_check_holds(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,14 +208,14 @@ def test_arrays_on_the_gpu_are_taken_where_they_are(
         address = cuda.allocate(batch.nbytes + offset) + offset
         result = cuda.allocate(wanted.nbytes)
         stream = cuda.stream()
-        cuda.to_device(address, batch, batch.nbytes, stream)
+        cuda.to_device(address, batch.ctypes.data, batch.nbytes, stream)
         cuda.synchronize(stream)
     there = fake_gpu.WithInterface(batch, data=(address, False))
     out = fake_gpu.WithInterface(wanted, data=(result, False))
     assert backend.infer(there, out=out) is out
     got = np.empty_like(wanted)
     with cuda.active():
-        cuda.to_host(got, result, got.nbytes, stream)
+        cuda.to_host(got.ctypes.data, result, got.nbytes, stream)
         cuda.synchronize(stream)
         cuda.free(address - offset)
         cuda.free(result)
@@ -261,11 +261,12 @@ def photo_plan(builder: str, onnx_file: OnnxFile, tmp_path_factory: pytest.TempP
 
 
 def test_timeline_large_batch_copies_overlap_computation(photo_plan: Path) -> None:
-    backend, shape = backend_of(photo_plan), (10 * LARGEST, 3, 224, 224)
+    backend, shape = backend_of(photo_plan, timings=True), (10 * LARGEST, 3, 224, 224)
+    size = 4 * int(np.prod(shape))
     with backend._cuda.active():  # pinned, so that no copy on the host comes between the parts
-        pinned = backend._cuda.allocate_pinned(4 * int(np.prod(shape)))
+        pinned = backend._cuda.allocate_pinned(size)
     try:
-        batch = pinned.view(np.float32).reshape(shape)
+        batch = host_view(pinned, size).view(np.float32).reshape(shape)
         batch[:] = 0.5
         backend.infer(batch)
         parts = backend.timeline(batch)

@@ -802,12 +802,16 @@ def test_closing_frees_everything(bench: Bench, rtx_built: bool) -> None:
     for count in (3, 20, 3, 20):
         backend.infer(images(count))
     bench.cuda.log.clear()
+    for kept in (bench.engine.configs, bench.engine.made_by):
+        kept.clear()
     backend.close()
     assert bench.cuda.live == []
     kinds = [entry.removeprefix("destroy ") for entry in bench.cuda.log]
     first, last = kinds.index("context"), len(kinds) - 1 - kinds[::-1].index("context")
     for needed in ("allocate", "stream"):  # contexts go before what they use
         assert needed not in kinds[: first + 1] and needed in kinds[last:]
+    if rtx_built:  # whose cache belongs to the runtime, and is used by the contexts
+        assert last < kinds.index("cache") < kinds.index("runtime")
     backend.close()
     assert len(bench.cuda.log) == len(kinds)
 

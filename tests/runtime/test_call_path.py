@@ -1,0 +1,78 @@
+"""The call path over the real CUDA bindings, on a stub of libcuda: numbers, errors, and its cost.
+
+What the fake device of fake_gpu.py cannot show: that our calls fit the bindings' signatures and
+return values, that a wait releases the GIL, and what `infer` costs. Orders are its matter.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stub_gpu
+
+BUILDERS = {"tensorrt": 2.5, "tensorrt_rtx": 3.0}
+"""Most times the lean sequence that `infer` may take: RTX captures its graph itself, so that the
+copies are calls of their own."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("cuda.bindings.driver")
+    if shutil.which(stub_gpu.COMPILER) is None:
+        pytest.skip(f"no {stub_gpu.COMPILER} to compile the stub with")
+    return stub_gpu.compile_stub(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.mark.parametrize(
+    ("builder", "graphs", "captured"),
+    [
+        ("tensorrt", None, "by hand"),
+        ("tensorrt", False, "none"),
+        ("tensorrt_rtx", None, "built in"),
+    ],
+)
+def test_infer_over_the_real_bindings_returns_the_engines_numbers(
+    library: Path, builder: str, graphs: bool | None, captured: str
+) -> None:
+    found = stub_gpu.run(library, "results", builder, graphs)
+    assert found["wrong"] == [] and found["graphs"] == captured
+    assert found["timings"].pop("enqueue") > 0
+    assert found["timings"] == {"h2d": 0.5, "compute": 0.5, "d2h": 0.5}
+    assert found["left"] == 0, "memory, streams, events or graphs that were not given back"
+    assert found["contexts"] == 0 and found["depth"] == 0
+
+
+def test_every_operation_fits_the_bindings_and_names_a_failure(library: Path) -> None:
+    found = stub_gpu.run(library, "operations")
+    assert found["types"] == ["int"] * 3 and found["memory"] == [4 << 30, 8 << 30]
+    assert found["copied"] == [0] * 8 + list(range(8, 64))
+    assert found["launched"] == list(range(64))
+    assert found["elapsed"] == 0.5 and found["pinned"] == [True, False]
+    for function, (kind, message, code) in found["failed"].items():
+        called = function.replace("WithFlags", "").removesuffix("_v2")
+        assert (kind, code) == ("EnvironmentLack", 3), function
+        assert message == f"{called} failed: CUDA_ERROR_OUT_OF_MEMORY (2)"
+    assert found["outside"][1] == "cuMemAlloc failed: CUDA_ERROR_INVALID_CONTEXT (201)"
+    assert found["left"] == 0 and found["depth"] == 0
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_wait_for_the_device_lets_other_threads_run(library: Path, blocking: bool) -> None:
+    found = stub_gpu.run(library, "waiting", blocking)
+    assert found["steps"] > 10_000, "a loop of Python that stood still for the 300 ms"
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_infer_costs_little_more_than_the_calls_it_cannot_do_without(
+    library: Path, builder: str
+) -> None:
+    found: dict[str, Any] = {}
+    for _ in range(5):  # the machine may be busy: the ratio of the best rounds is what counts
+        found = stub_gpu.run(library, "call_cost", builder, 0.3)
+        if found["ratio"] <= BUILDERS[builder]:
+            break
+    assert found["ratio"] <= BUILDERS[builder], found
+    assert found["driver_calls"] == {"tensorrt": 4, "tensorrt_rtx": 5}[builder]
