@@ -127,6 +127,7 @@ def _build(
     network.name = manifest.write(parent, profiles)
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    require_user_allocation(trt, config)
     targets.apply(trt, config, target)
     _add_profiles(maker, config, network.get_input(0), profiles, log)
     progress("build")
@@ -147,6 +148,16 @@ def _build(
         seconds=round(seconds, 3),
     )
     return _publish(memoryview(serialized), out, source, parent, plan, graph, log)
+
+
+def require_user_allocation(trt: Any, config: Any) -> None:
+    """Builds an engine that allocates nothing while it runs, which CUDA graphs depend on.
+
+    TensorRT-RTX has the flag; `tensorrt` plans can be captured without it.
+    """
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if flag is not None:
+        config.set_flag(flag)
 
 
 def _add_profiles(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -494,3 +495,23 @@ def test_a_failed_build_does_not_lock_up_the_next(tmp_path: Path) -> None:
         timeout=20,
     )
     assert done.stdout == "twice refused\n", done.stderr
+
+
+def test_build_requires_user_allocation_where_the_builder_has_it() -> None:
+    """NVIDIA's notes ask for it where a plan's runs are captured into CUDA graphs."""
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    engine.require_user_allocation(trt, config)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    without = SimpleNamespace(BuilderFlag=SimpleNamespace())
+    engine.require_user_allocation(without, None)  # `tensorrt` has no such flag
+
+
+def test_build_configures_user_allocation(
+    onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured: list[object] = []
+    monkeypatch.setattr(
+        engine, "require_user_allocation", lambda module, config: configured.append(module)
+    )
+    build(onnx_file("resnet8", "fp32"), tmp_path / "net.plan")
+    assert configured == [trt]

@@ -356,8 +356,9 @@ class FakeContext:
 
         def work() -> None:
             device.at(self.scratch, engine.device_memory_size_v2)
-            given = device.at(addresses["images"], count * 48 * dtype.itemsize)
-            batch = given.view(dtype).reshape(count, 48).copy()
+            row = engine.row
+            given = device.at(addresses["images"], count * int(np.prod(row)) * dtype.itemsize)
+            batch = given.view(dtype).reshape(count, -1).copy()
             engine.runs.append((self.profile, batch))
             for name, values in zip(engine.outputs, engine.compute(batch), strict=True):
                 device.at(addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)
@@ -412,6 +413,14 @@ class FakeEngine:
         return [best[name] for name in self.outputs]
 
     @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return ROWS[self.dtype]
+
+    def output_row(self, name: str) -> int:
+        return CLASSES if name == "logits" else TOP
+
+    @property
     def num_io_tensors(self) -> int:
         return 1 + len(self.outputs)
 
@@ -430,12 +439,12 @@ class FakeEngine:
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         assert name == "images"
-        return [(count, *ROWS[self.dtype]) for count in self.profiles[profile_index]]
+        return [(count, *self.row) for count in self.profiles[profile_index]]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name == "images":
-            return (-1, *ROWS[self.dtype])
-        return (-1, CLASSES if name == "logits" else TOP)
+            return (-1, *self.row)
+        return (-1, self.output_row(name))
 
     def create_runtime_config(self) -> Any:
         self.configs.append(FakeConfig(self))
@@ -451,6 +460,32 @@ class FakeEngine:
         self.contexts += 1
         self.made_by.append(runtime_config)
         return self.context(self)
+
+
+class OnnxEngine(FakeEngine):
+    """An ONNX file, computed by ONNX Runtime."""
+
+    def __init__(self, device: Any, path: Path) -> None:
+        import onnxruntime
+
+        super().__init__(device)
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (images,) = self.session.get_inputs()
+        self.name, self.shape = images.name, tuple(images.shape[1:])
+        self.dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[images.type]
+        self.widths = {output.name: output.shape[1] for output in self.session.get_outputs()}
+        self.outputs = list(self.widths)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        return self.shape
+
+    def output_row(self, name: str) -> int:
+        return int(self.widths[name])
+
+    def compute(self, batch: np.ndarray) -> list[np.ndarray]:
+        images = batch.reshape(len(batch), *self.shape)
+        return list(self.session.run(self.outputs, {self.name: images}))
 
 
 class FakeConfig:

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ from fake_gpu import (
 )
 
 import rtresnet
+from rtresnet.cli.ends import write_with
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.runtime import (
     arguments,
@@ -481,6 +483,45 @@ def test_a_top_k_plan_gives_indices_and_probabilities(
     out = (np.zeros((3, TOP), np.int64), np.zeros((3, TOP), np.float32))
     assert backend.infer(images(3), out=out) is out
     np.testing.assert_array_equal(out[0], wanted[:3])
+
+
+@pytest.mark.parametrize("rtx_built", [True, False])
+@pytest.mark.parametrize(
+    ("takes", "topk"), [("float32-nchw", None), ("uint8-nhwc", None), ("uint8-nhwc", 3)]
+)
+def test_infer_with_a_real_net_returns_what_onnx_runtime_returns(
+    onnx_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    takes: str,
+    topk: int | None,
+    rtx_built: bool,
+) -> None:
+    """Real numbers through pixels, top-K and odd splits, in any order a device may choose."""
+    plain = tmp_path / "net.onnx"
+    for suffix in ("", ".json"):
+        shutil.copy(f"{onnx_file('resnet8', 'fp32')}{suffix}", f"{plain}{suffix}")
+    source = write_with(plain, takes, topk)[0] if takes != "float32-nchw" else plain
+    net = Bench(monkeypatch, tmp_path, engine=fake_gpu.OnnxEngine(fake_gpu.FakeCuda(), source))
+    if not rtx_built:
+        net.by_hand()
+    net.engine.profiles = [(2, 4, 7), (1, 1, 1)]
+    net.cuda.shuffle = random.Random(0)
+    rng = np.random.default_rng(0)
+    with rtresnet.load(source, provider="cpu") as reference:
+        backend = net.load()
+        for count in (1, 7, 8, 17, 3, 17, 3):
+            pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+            batch = reference.prepare(pixels)
+            got, wanted = backend.infer(batch), reference(batch)
+            if topk is None:
+                np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+                continue
+            np.testing.assert_array_equal(got[0], wanted[0])
+            np.testing.assert_allclose(got[1], wanted[1], rtol=1e-4, atol=1e-5)
+            assert got[0].dtype == np.int64 and got[0].shape == (count, 3)
+        backend.close()
+    assert net.cuda.live == []
 
 
 def test_one_output_on_the_gpu_and_one_on_the_host(bench: Bench) -> None:
