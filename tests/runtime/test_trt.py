@@ -1278,7 +1278,7 @@ def test_every_tensorrt_name_used_is_in_the_real_api() -> None:
 def held_against(fake: type, real: Any) -> None:
     """Every method of the fake is one of the real class, with arguments of the same names."""
     for name, function in inspect.getmembers(fake, inspect.isfunction):
-        if name.startswith("_") or name in ("answer", "compute"):
+        if name.startswith("_") or name in ("answer", "compute", "output_row"):
             continue
         documented = getattr(real, name).__doc__ or ""
         overloads = re.findall(rf"{name}\(self: [\w.:]+(.*?)\) ->", documented)
