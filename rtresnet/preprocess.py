@@ -76,7 +76,8 @@ class Preprocess:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise InputError(
                 f"an image is {image.dtype} {list(image.shape)}; uint8 RGB [H, W, 3] is needed",
-                fix="of a file: np.asarray(PIL.Image.open(file).convert('RGB'))",
+                fix="rtresnet.data.decode.decode(FILE) reads any image file so, and composites "
+                "transparent images on white",
             )
         image = resize_shorter(image, self.resize)
         top = round((image.shape[0] - self.size) / 2)

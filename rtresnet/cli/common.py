@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
-    "synthetic:N."
+    "synthetic:N. Transparent images are composited on white."
 )
 
 

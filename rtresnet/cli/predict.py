@@ -68,7 +68,8 @@ def command(
     """Print the most probable classes of image files, or of every image in a folder.
 
     With --out FILE they go into a table, batch by batch: for as many images as there are. What was
-    stopped or killed goes on with --resume. A broken image is a row with an error.
+    stopped or killed goes on with --resume. A broken image is a row with an error. Transparent
+    images are composited on white.
     """
     if out is None and (resume or ray or actors):
         raise click.UsageError("--resume, --ray and --actors go with --out")

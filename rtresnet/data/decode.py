@@ -11,11 +11,14 @@ import importlib
 import io
 import os
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rtresnet.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
 FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT, beside 1
@@ -29,6 +32,9 @@ def decode(
     path: str | os.PathLike[str], data: bytes | None = None, *, at_least: int | None = None
 ) -> np.ndarray:
     """Decodes an image file to uint8 RGB [H, W, 3], upright as its EXIF says.
+
+    Where an image is transparent it is composited on white: without that, whatever colours a
+    program left under its transparent pixels would show.
 
     Args:
         path: The file; only its name in errors where `data` is given.
@@ -70,9 +76,33 @@ def _by_pillow(data: bytes, at_least: int | None) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
         upright: Image.Image = image
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut at 255, not scale
-            upright = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        upright.info.pop("transparency", None)  # left out anyway; Pillow would warn
+            upright = _grey(image)
+        elif image.has_transparency_data:
+            upright = _on_white(image)
         return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """An image of 16-bit grey levels in 8 bits; its transparent level, if it has one, is white."""
+    from PIL import Image
+
+    levels = np.asarray(image)
+    pixels = (levels >> 8).clip(0, 255).astype(np.uint8)
+    if "transparency" in image.info:
+        pixels[levels == image.info["transparency"]] = 255
+    return Image.fromarray(pixels)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An image with transparency composited on white, as RGB. Opaque pixels keep their values."""
+    from PIL import Image
+
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:
+        # The transparent colour of a PNG of 16 bits, of whose pixels Pillow keeps the high bytes.
+        image.info["transparency"] = tuple(level >> 8 for level in key)
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 @functools.cache

@@ -9,7 +9,8 @@
     npz:FILE            arrays `images` uint8 [N, H, W, 3] or [N, H, W], `labels` [N]
     synthetic:N         N random images, for measuring without data
 
-Everything is uint8 RGB in here. Resizing, cropping and normalizing is `preprocess.py`'s.
+Everything is uint8 RGB in here, transparent images composited on white (`decode.py`). Resizing,
+cropping and normalizing is `preprocess.py`'s.
 """
 
 from __future__ import annotations

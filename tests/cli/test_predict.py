@@ -499,3 +499,20 @@ def test_on_a_local_ray_the_table_is_the_same(
     capsys.readouterr()
     assert predict("y.jsonl", "--ray", "--top", "11") == 2
     assert last_line(capsys).startswith("error: --top 11")
+
+
+def test_predict_of_transparent_image_equals_its_composite_on_white(
+    net: Path, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    pixels[:, :16, 3], pixels[:, 16:, 3] = 0, 255
+    Image.fromarray(pixels).save(tmp_path / "transparent.png")
+    pixels[:, :16] = 255
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "white.png")
+    found = []
+    for name in ("transparent", "white"):
+        result = tmp_path / f"{name}.json"
+        image = str(tmp_path / f"{name}.png")
+        assert main(["predict", str(net), image, "--json", str(result)]) == 0
+        found.append(json.loads(result.read_text())["result"]["images"][0]["top"])
+    assert found[0] == found[1]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,96 @@ def test_other_formats_are_decoded_whole(decoder: str) -> None:
     assert np.array_equal(
         decode("a.png", out.getvalue(), at_least=4), np.asarray(photograph(64, 48))
     )
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def png_of_16_bits(colour: tuple[int, int, int], transparent: tuple[int, int, int]) -> bytes:
+    """A PNG of 4x4 pixels of one colour, which Pillow can read and not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    rows = 4 * (b"\0" + 4 * struct.pack(">3H", *colour))
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)),
+            chunk(b"tRNS", struct.pack(">3H", *transparent)),
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        )
+    )
+
+
+GREY_RAMP = Image.fromarray(np.array([[0, 50, 100, 150]], np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("PNG", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGBA"), ("PNG", "LA"), ("PNG", "P")],
+)
+def test_decode_of_hidden_colour_below_zero_alpha_gives_white(form: str, mode: str) -> None:
+    pixels = np.full((8, 8, 4), (200, 0, 0, 255), np.uint8)
+    pixels[:, 4:, 3] = 0  # the same red below it
+    image = Image.fromarray(pixels)
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    options = {"lossless": True, "exact": True} if form == "WEBP" else {}
+    found = decode(f"a.{form}", encoded(image, form, **options))
+    opaque = image.convert("RGB").getpixel((0, 0))
+    assert (found[:, :4] == opaque).all() and opaque != (255, 255, 255)
+    assert (found[:, 4:] == 255).all()
+
+
+def test_decode_of_half_transparent_pixel_mixes_it_with_white() -> None:
+    image = Image.new("RGBA", (4, 4), (100, 0, 50, 51))  # a fifth of the colour
+    found = decode("a.png", encoded(image, "PNG"))
+    assert np.abs(found.astype(int) - (224, 204, 214)).max() <= 1
+
+
+def test_decode_of_opaque_alpha_channel_keeps_every_bit() -> None:
+    image = photograph(64, 48)
+    image.putalpha(255)
+    found = decode("a.png", encoded(image, "PNG"))
+    assert np.array_equal(found, np.asarray(photograph(64, 48)))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(GREY_RAMP, "PNG", transparency=50), [0, 255, 100, 150]),
+        (encoded(GREY_RAMP.convert("RGB"), "PNG", transparency=(50, 50, 50)), [0, 255, 100, 150]),
+        (encoded(GREY_RAMP, "GIF", transparency=50), [0, 255, 100, 150]),
+        (
+            encoded(
+                Image.fromarray(np.array([[0, 50, 100, 150]], np.uint16) << 8),
+                "PNG",
+                transparency=50 << 8,
+            ),
+            [0, 255, 100, 150],
+        ),
+        (png_of_16_bits((1000, 2000, 3000), (1000, 2000, 3000)), [255] * 4),
+        (png_of_16_bits((1000, 1000, 1000), (9000, 9000, 9000)), [3] * 4),
+    ],
+    ids=["L", "RGB", "GIF", "16-bit grey", "16-bit RGB", "16-bit RGB, another colour"],
+)
+def test_decode_of_transparent_colour_makes_it_white(data: bytes, expected: list[int]) -> None:
+    assert decode("a", data)[0, :, 0].tolist() == expected
+
+
+def test_decode_of_transparent_image_turns_it_as_its_exif_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the left column is the top row
+    pixels = np.full((6, 4, 4), (200, 0, 0, 255), np.uint8)
+    pixels[:, 0, 3] = 0
+    found = decode("a.png", encoded(Image.fromarray(pixels), "PNG", exif=exif))
+    assert found.shape == (4, 6, 3)
+    assert (found[0] == 255).all() and (found[1:] == (200, 0, 0)).all()
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from rtresnet import storage
-from rtresnet.data import packing, shards
+from rtresnet.data import loader, packing, shards
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.packing import pack
 from rtresnet.data.sources import Source, open_source
 from rtresnet.errors import DataError, InputError
+from rtresnet.preprocess import UINT8, Preprocess
 
 STRANGE = ("dogs/new\nline.jpg", "dogs/" + os.fsdecode(b"caf\xe9.png"), f"cats/{'long' * 60}.jpg",
            "cats/deep/er/ünï.jpg")  # fmt: skip
@@ -346,3 +347,21 @@ def test_the_index_of_many_images_opens_fast_because_names_are_not_split(packed:
     source = open_source(f"shards:{packed}")
     source.image(0)
     assert isinstance(source, shards.Shards) and "_named" not in vars(source)
+
+
+def test_image_of_transparent_file_is_the_same_from_folder_shards_and_batches(
+    tmp_path: Path,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    for label in ("cats", "dogs"):
+        (tmp_path / "photographs" / label).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "photographs" / label / "a.png")
+    share = pixels[..., 3:] / 255
+    expected = pixels[..., :3] * share + 255 * (1 - share)
+    pack(str(tmp_path / "photographs"), tmp_path / "pack")
+    contract = Preprocess.for_size(32, layout=UINT8)
+    for name in (str(tmp_path / "photographs"), f"shards:{tmp_path / 'pack'}"):
+        source = open_source(name)
+        ((batch, _),) = loader.batches(source, contract, 2)
+        for image in (source.image(0), source.image(1, at_least=8), *batch):
+            assert np.abs(image - expected).max() < 2
