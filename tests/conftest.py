@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,3 +94,24 @@ def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def small_disk(disk_of: Callable[[str], Path]) -> Path:
     """A real file system of 64 KiB: sixteen pages of 4 KiB."""
     return disk_of("64k")
+
+
+@pytest.fixture
+def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """interrupt_in(3): Ctrl-C comes while the third step from now is computed; it comes once."""
+
+    def arrange(step: int) -> None:
+        from rtresnet.train.step import Stepper
+
+        original, done = Stepper.step, 0
+
+        def stepping(self: object, *arguments: object) -> object:
+            nonlocal done
+            done += 1
+            if done == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Stepper, "step", stepping)
+
+    return arrange

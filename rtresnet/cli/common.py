@@ -50,6 +50,34 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
     return given
 
 
+def percentage(context: click.Context, option: click.Parameter, given: str | None) -> float | None:
+    """An option's callback: "2", "2%" and "0.5 %" as a share in [0, 1].
+
+    Raises:
+        InputError: Anything else, or not within 0 and 100.
+    """
+    if given is None:
+        return None
+    try:
+        share = float(given.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        name = option.opts[0]
+        raise InputError(f"{name} {given}: not a percentage from 0 to 100", fix=f"as in {name} 1%")
+    return share
+
+
+def max_broken_option(function: F) -> F:
+    """`--max-broken N%`, as a share in [0, 1]; None where it is not given."""
+    return click.option(
+        "--max-broken",
+        callback=percentage,
+        metavar="N%",
+        help="Share of broken images up to which training goes on without them [default: 0%].",
+    )(function)
+
+
 def json_option(function: F) -> F:
     """`--json FILE`: the result for machines; an unknown is null."""
     return click.option(

@@ -47,6 +47,7 @@ def _run_options(function: F) -> F:
             type=click.IntRange(min=20),
             help="Train on so many images only, spread evenly over the classes.",
         ),
+        common.max_broken_option,
         click.option("--data", required=True, help=common.DATA_HELP),
     ):
         function = option(function)
@@ -117,6 +118,7 @@ def _terms(
     size: int | None,
     out: Path | None,
     device: str,
+    max_broken: float | None,
 ) -> Terms:
     from rtresnet.cli.train import NOT_MIRRORED
     from rtresnet.data.sources import open_source
@@ -144,6 +146,7 @@ def _terms(
         out=out or Path(f"runs/study-{name}"),
         device=common.torch_device(device),
         size=size,
+        max_broken=max_broken or 0.0,
     )
 
 

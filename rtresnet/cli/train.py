@@ -48,11 +48,20 @@ NOT_MIRRORED = ("digits",)  # a mirrored digit is another digit, or none
     "--save-every", type=click.FloatRange(min=0), metavar="SECONDS",
     help="Save the state this often within an epoch [300].",
 )  # fmt: skip
+@common.max_broken_option
+@click.option(
+    "--decode-all", is_flag=True,
+    help="Decode every image before the first epoch. By default, images that do not fit into "
+    "memory are only checked at the beginning and end of their files.",
+)  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Write event files too.")
 @common.input_options
 @common.json_option
 def command(json_file: str | None, **options: Any) -> None:
     """Train a net; the test split is touched once, at the end.
+
+    Before the first epoch the images are checked: counts per class, broken files, identical images
+    in two splits. All broken files are listed, in broken.txt in the run's folder too.
 
     Writes best.pt, last.pt, log.jsonl, curves.png and index.html into the run's folder. Several
     GPUs: torchrun --nproc-per-node N -m rtresnet train ...
@@ -80,6 +89,8 @@ def run(
     compiled: bool = False,
     cache: bool = True,
     save_every: float | None = None,
+    max_broken: float | None = None,
+    decode_all: bool = False,
     tensorboard: bool = False,
     size: int | None = None,
     mean: str | None = None,
@@ -112,27 +123,32 @@ def run(
         state.check_folder(folder, resume)
         job = _resumed(folder, asked) if resume else _fresh(folder, asked)
         job = settled(dataclasses.replace(job, device=place, cached=cache))
+        job = dataclasses.replace(job, decode_all=decode_all)
         if save_every is not None:
             job = dataclasses.replace(job, save_every=save_every)
+        if max_broken is not None:
+            job = dataclasses.replace(job, max_broken=max_broken)
         say = common.note if world.first else (lambda line: None)
         train_show.announce(job, world, say)
-        silent = contextlib.nullcontext((lambda progress: None, lambda record: None))
+        silent = contextlib.nullcontext(train_show.Listeners())
         shown = train_show.listeners(job, say, write_events) if world.first else silent
-        with shown as (on_step, on_epoch):
+        with shown as on:
             try:
                 best = loop.train(
-                    job, resume=resume, world=world, on_step=on_step, on_epoch=on_epoch, warn=say
-                )
+                    job, resume=resume, world=world, warn=say,
+                    on_step=on.step, on_epoch=on.epoch, on_check=on.check, on_data=on.data,
+                )  # fmt: skip
             except KeyboardInterrupt:
                 if (folder / "last.pt").exists():
                     say(f"saved; go on with: rtresnet train --out {folder} --resume")
                 raise
     if world.first:
-        train_show.report(folder, job, best.measured)
+        train_show.report(folder, job, best)
     return {
         "first": world.first,
         "checkpoint": str(folder / "best.pt"),
         "recipe": best.training["recipe"],
+        "images": best.training.get("images"),
         "measured": best.measured,
         "log": str(folder / "log.jsonl"),
     }
@@ -199,6 +215,7 @@ def _fresh(folder: Path, asked: _Asked) -> Job:
 
 def _resumed(folder: Path, asked: _Asked) -> Job:
     """The run's own net, data and recipe; what is asked for besides must agree with them."""
+    from rtresnet.data.loader import TOLERATED
     from rtresnet.errors import InputError
     from rtresnet.models import zoo
     from rtresnet.train import recipes
@@ -218,9 +235,12 @@ def _resumed(folder: Path, asked: _Asked) -> Job:
             fix="leave these options out, or train into another --out",
         )
     source, test = _sources(asked.data or saved.training["data"])
+    # Versions before the check of images tolerated a hundredth.
+    max_broken = saved.training.get("images", {"max_broken": TOLERATED})["max_broken"]
     return Job(
-        spec=saved.spec, source=source, test=test, preprocess=preprocess, recipe=own, out=folder
-    )
+        spec=saved.spec, source=source, test=test, preprocess=preprocess, recipe=own, out=folder,
+        max_broken=max_broken,
+    )  # fmt: skip
 
 
 def _sources(data: str) -> tuple[Source, Source | None]:

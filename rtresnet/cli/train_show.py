@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import common
 
 if TYPE_CHECKING:
+    from rtresnet.models.checkpoint import Checkpoint
+    from rtresnet.train.dataset import DataReport
     from rtresnet.train.distributed import World
     from rtresnet.train.job import Job, Listener, Progress
 
 LINE_SECONDS = 60  # where there is no terminal, a line this often within an epoch
+CLASSES = 20  # up to so many are listed one by one
+CHECKS = {
+    "arrays": "the images come as arrays, which cannot be broken",
+    "decoded": "every image was decoded",
+    "files": "the beginning and the end of every file was read; --decode-all decodes every image",
+}
 Say = Callable[[str], None]
 OnEpoch = Callable[[dict[str, Any]], None]
 
@@ -32,8 +41,44 @@ def announce(job: Job, world: World, say: Say) -> None:
         say(line)
 
 
+def data_lines(report: DataReport) -> list[str]:
+    """Images per class and split, how they were checked, and what is doubtful about them."""
+    splits, lines = ("train", "val", "test"), []
+    if len(report.classes) <= CLASSES:
+        rows: list[tuple[str, Sequence[str]]] = [("images", splits)]
+        for label, name in enumerate(report.classes):
+            rows.append((name, [f"{report.counts[split][label]:,}" for split in splits]))
+        rows.append(("all", [f"{sum(report.counts[split]):,}" for split in splits]))
+        width = max(len(name) for name, _ in rows)
+        lines += [f"{name:{width}}" + "".join(f"  {c:>9}" for c in cells) for name, cells in rows]
+    else:
+        for split in splits:
+            ordered = sorted(report.counts[split])
+            lines.append(
+                f"{split}: {sum(ordered):,} images, {ordered[0]:,} to {ordered[-1]:,} a class, "
+                f"median {ordered[len(ordered) // 2]:,}"
+            )
+    lines.append(f"checked: {CHECKS[report.check]}")
+    if any(report.broken.values()):
+        counts = " and ".join(f"{len(e)} of {name}" for name, e in report.broken.items() if e)
+        lines.append(f"left out, because they cannot be decoded: {counts}")
+    if report.transparent:
+        lines.append(f"composited on white: {report.transparent:,} images with transparency")
+    return lines + [f"warning: {line}" for line in report.warnings()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """What `loop.train` calls; by default nothing happens."""
+
+    step: Listener = lambda progress: None
+    epoch: OnEpoch = lambda record: None
+    check: Callable[[int, int], None] = lambda done, total: None
+    data: Callable[[DataReport], None] = lambda report: None
+
+
 @contextlib.contextmanager
-def listeners(job: Job, say: Say, events: Any = None) -> Iterator[tuple[Listener, OnEpoch]]:
+def listeners(job: Job, say: Say, events: Any = None) -> Iterator[Listeners]:
     """What shows the progress: a bar on a terminal, lines elsewhere, event files if asked.
 
     Args:
@@ -42,11 +87,32 @@ def listeners(job: Job, say: Say, events: Any = None) -> Iterator[tuple[Listener
         events: From `event_writer`.
     """
     writer = events(str(job.out / "tensorboard")) if events else None
-    told = time.monotonic()
-    with common.progress("training", total=1.0) as update:
+    told, stage = time.monotonic(), ""
+    with contextlib.ExitStack() as shown:
+        update: Callable[..., None]
+
+        def enter(name: str, line: str) -> None:
+            """Replaces the bar of the stage before."""
+            nonlocal update, stage
+            if name != stage:
+                shown.close()
+                update, stage = shown.enter_context(common.progress(line, total=1.0)), name
+
+        def on_check(done: int, total: int) -> None:
+            nonlocal told
+            enter("check", f"checking {total:,} images")
+            update(completed=done / total)
+            if not common.on_terminal() and time.monotonic() - told > LINE_SECONDS:
+                told = time.monotonic()
+                say(f"checked {done:,} of {total:,} images")
+
+        def on_data(report: DataReport) -> None:
+            for line in data_lines(report):
+                say(line)
 
         def on_step(p: Progress) -> None:
             nonlocal told
+            enter("training", "training")
             text = (
                 f"epoch {p.epoch + 1}  loss {p.loss:.3f}  lr {p.lr:.2g}  "
                 f"{p.images_per_second:,.0f} img/s  {_clock(p.seconds_left)} left"
@@ -74,7 +140,12 @@ def listeners(job: Job, say: Say, events: Any = None) -> Iterator[tuple[Listener
                         writer.add_scalar(name, record[name], record["step"])
 
         try:
-            yield on_step, on_epoch
+            yield Listeners(
+                step=on_step,
+                epoch=on_epoch,
+                check=on_check,
+                data=on_data,
+            )
         finally:
             if writer:
                 writer.close()
@@ -97,10 +168,11 @@ def event_writer() -> Any:
     return SummaryWriter
 
 
-def report(folder: Path, job: Job, measured: dict[str, Any]) -> None:
+def report(folder: Path, job: Job, best: Checkpoint) -> None:
     """The result in a line, the curves and the page."""
     from rtresnet import machine
 
+    measured = best.measured
     chosen = (
         ""
         if measured["val_top1"] is None
@@ -116,11 +188,14 @@ def report(folder: Path, job: Job, measured: dict[str, Any]) -> None:
         common.note("no curves: pip install matplotlib")
         return
     from rtresnet.report import run_page
+    from rtresnet.train.dataset import saved_report
     from rtresnet.train.recipes import describe
 
+    images = saved_report(best)
     run_page.write(
         folder,
         title=f"{job.spec.name} on {job.source.name}",
         recipe="\n".join(describe(job.recipe)),
         measured=measured,
+        images=None if images is None else "\n".join(data_lines(images)),
     )

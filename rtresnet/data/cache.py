@@ -12,7 +12,7 @@ import threading
 import numpy as np
 
 from rtresnet import machine
-from rtresnet.data.decode import CorruptImage
+from rtresnet.data.decode import CorruptImage, Ends
 from rtresnet.data.sources import Arrays, Source
 
 PROBES = 48  # images that the size of all is estimated from
@@ -55,6 +55,18 @@ class Cached:
                 self._images[index] = image
                 self.held += image.nbytes
             return self._images.get(index, image)
+
+    def ends(self, index: int) -> Ends:
+        """The source's."""
+        return self.source.ends(index)
+
+    def content(self, index: int) -> bytes:
+        """The source's."""
+        return self.source.content(index)
+
+    def locate(self, index: int) -> str:
+        """The source's."""
+        return self.source.locate(index)
 
     def fingerprint(self) -> str:
         """The source's own."""

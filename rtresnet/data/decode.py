@@ -11,6 +11,8 @@ import importlib
 import io
 import os
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,74 @@ FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT, 
 
 class CorruptImage(DataError):
     """One image that cannot be decoded. Batches count it, report it and go on."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What two short reads show of an image file.
+
+    Attributes:
+        size: Bytes of the whole.
+        head: The first bytes, LENGTH at most.
+        tail: The last bytes, LENGTH at most.
+    """
+
+    size: int
+    head: bytes
+    tail: bytes
+
+    LENGTH = 1024
+
+    @classmethod
+    def read(cls, size: int, read: Callable[[int, int], bytes]) -> Ends:
+        """Of `size` bytes from which `read(length, start)` reads."""
+        head = read(min(size, cls.LENGTH), 0)
+        if size <= cls.LENGTH:
+            return cls(size, head, head)
+        return cls(size, head, read(cls.LENGTH, size - cls.LENGTH))
+
+    @classmethod
+    def of(cls, data: bytes) -> Ends:
+        """Of bytes in memory."""
+        return cls(len(data), data[: cls.LENGTH], data[-cls.LENGTH :])
+
+    def complete(self) -> bool:
+        """Whether the file begins and ends as its format asks: False also where that is unknown.
+
+        Finds files that are empty, cut short or no images. Damage in the middle shows only when
+        the image is decoded.
+        """
+        head, tail = self.head, self.tail
+        if head[:3] == b"\xff\xd8\xff":  # JPEG: the end marker occurs nowhere within a scan
+            return b"\xff\xd9" in tail
+        if head[:8] == b"\x89PNG\r\n\x1a\n":
+            return b"IEND\xaeB`\x82" in tail
+        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+            return int.from_bytes(head[4:8], "little") + 8 <= self.size
+        return False
+
+    @property
+    def jpeg(self) -> bool:
+        """Whether it begins as a JPEG, which cannot be transparent."""
+        return self.head[:2] == b"\xff\xd8"
+
+
+def declares_transparency(data: bytes) -> bool | None:
+    """Whether an image file has an alpha channel or a transparent colour.
+
+    Args:
+        data: The file's bytes, or its first ones.
+
+    Returns:
+        None where Pillow cannot tell from these bytes.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.has_transparency_data
+    except Exception:  # of half a file Pillow raises almost anything
+        return None
 
 
 def decode(

@@ -17,7 +17,7 @@ import numpy as np
 
 from rtresnet import machine
 from rtresnet.data.decode import CorruptImage
-from rtresnet.data.sources import Arrays, Source
+from rtresnet.data.sources import Source
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
 
@@ -33,27 +33,40 @@ class Tally:
     Args:
         total: How many images there are.
         warn: Called with a line for each broken image.
+        tolerated: The share of broken images that is no error.
+        known: How many are left out already, and count too.
+        fix: What mends it where there are too many.
     """
 
-    def __init__(self, total: int, warn: Callable[[str], None] = lambda line: None) -> None:
-        self.total, self.warn = total, warn
+    def __init__(
+        self,
+        total: int,
+        warn: Callable[[str], None] = lambda line: None,
+        *,
+        tolerated: float = TOLERATED,
+        known: int = 0,
+        fix: str = "repair or remove them",
+    ) -> None:
+        self.total, self.warn, self.tolerated = total, warn, tolerated
+        self.known, self.fix = known, fix
         self.skipped: dict[int, str] = {}
 
     def skip(self, index: int, error: CorruptImage) -> None:
         """Notes one broken image.
 
         Raises:
-            DataError: More than 1 % of the images are broken.
+            DataError: More images are broken than tolerated.
         """
         if index in self.skipped:
             return
         self.skipped[index] = str(error)
         self.warn(f"skipped {error}")
-        if len(self.skipped) > TOLERATED * self.total:
+        broken = self.known + len(self.skipped)
+        if broken / self.total > self.tolerated:
             raise DataError(
-                f"{len(self.skipped)} of {self.total} images cannot be decoded, more than "
-                f"{TOLERATED:.0%}: the last one is {error}",
-                fix="mend or remove them",
+                f"{broken} of {self.total} images cannot be decoded, more than "
+                f"{100 * self.tolerated:g}%: the last one is {error}",
+                fix=self.fix,
             )
 
 
@@ -100,20 +113,6 @@ def ahead(
         finally:
             for _, future in pending:
                 future.cancel()
-
-
-def materialize(source: Source, preprocess: Preprocess, tally: Tally) -> Arrays:
-    """Every image cropped to `preprocess.size`, in memory; the source itself if it fits as is."""
-    side = preprocess.size
-    whole = preprocess.resize == side
-    if whole and isinstance(source, Arrays) and source.images.shape[1:3] == (side, side):
-        return source
-    kept = list(indexed(source, range(len(source)), lambda _, im: preprocess.crop(im), tally))
-    if not kept:
-        raise DataError(f"{source.name}: no image could be decoded")
-    images = np.stack([image for _, image in kept])
-    labels = source.labels[[index for index, _ in kept]]
-    return Arrays(source.name, images, labels, source.classes, splits=source.splits)
 
 
 def batches(

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.data.decode import CorruptImage, decode
+from rtresnet.data.decode import CorruptImage, Ends, decode
 from rtresnet.errors import DataError
 
 INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
@@ -79,18 +79,39 @@ class Shards:
             CorruptImage: It is damaged, as it was when it was packed.
             DataError: Its shard is no longer there, or was cut short since it was opened.
         """
-        shard, length = int(self._shard[index]), int(self._length[index])
+        try:
+            return decode("", self.content(index), at_least=at_least)
+        except CorruptImage as error:
+            raise CorruptImage(f"{self.locate(index)}{error}") from None
+
+    def ends(self, index: int) -> Ends:
+        """Of the image's file."""
+        size = int(self._length[index])
+        return Ends.read(size, lambda length, start: self._read(index, length, start))
+
+    def content(self, index: int) -> bytes:
+        """The image's file.
+
+        Raises:
+            DataError: Its shard is no longer there, or was cut short since it was opened.
+        """
+        return self._read(index, int(self._length[index]), 0)
+
+    def locate(self, index: int) -> str:
+        """The shard, and the file in it."""
+        name = os.fsdecode(self._named[index])
+        return f"{self._paths[int(self._shard[index])]}: {name}"
+
+    def _read(self, index: int, length: int, start: int) -> bytes:
+        shard = int(self._shard[index])
         path = self._paths[shard]
         try:
-            data = os.pread(self._descriptor(shard), length, int(self._offset[index]))
+            data = os.pread(self._descriptor(shard), length, int(self._offset[index]) + start)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
         if len(data) != length:
             raise DataError(f"{path}: truncated while it was in use", fix=ANEW)
-        try:
-            return decode("", data, at_least=at_least)
-        except CorruptImage as error:  # only now is the name worth looking up
-            raise CorruptImage(f"{path}: {os.fsdecode(self._named[index])}{error}") from None
+        return data
 
     def fingerprint(self) -> str:
         """That of the folder it was packed from: a run begun on one may go on with the other."""

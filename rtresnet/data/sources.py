@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rtresnet.data.decode import decode
+from rtresnet.data.decode import Ends, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.data.shards import Shards, files_fingerprint
 from rtresnet.errors import DataError, InputError, UnknownName, missing_package
@@ -63,6 +63,18 @@ class Source(Protocol):
         """uint8 RGB [H, W, 3], perhaps smaller but for `at_least` pixels. Raises CorruptImage."""
         ...
 
+    def ends(self, index: int) -> Ends:
+        """Size, beginning and end of an image as it is stored. Raises DataError."""
+        ...
+
+    def content(self, index: int) -> bytes:
+        """An image as it is stored: its file, or its pixels. Raises DataError."""
+        ...
+
+    def locate(self, index: int) -> str:
+        """Where an image is, for messages."""
+        ...
+
     def fingerprint(self) -> str:
         """sha256 over what the images and labels are made of."""
         ...
@@ -90,6 +102,19 @@ class Arrays:
         """uint8 RGB [H, W, 3], always whole."""
         picture: np.ndarray = self.images[index]
         return picture
+
+    def ends(self, index: int) -> Ends:
+        """Of its pixels."""
+        return Ends.of(self.content(index))
+
+    def content(self, index: int) -> bytes:
+        """Its pixels, row by row."""
+        pixels: bytes = self.images[index].tobytes()
+        return pixels
+
+    def locate(self, index: int) -> str:
+        """Its number."""
+        return f"{self.name}: image {index}"
 
     def fingerprint(self) -> str:
         """sha256 of pixels and labels."""
@@ -121,11 +146,74 @@ class Files:
         """uint8 RGB [H, W, 3]; see `decode`."""
         return decode(self.paths[index], at_least=at_least)
 
+    def ends(self, index: int) -> Ends:
+        """Of the file: two short reads."""
+        try:
+            with open(self.paths[index], "rb", buffering=0) as file:
+
+                def read(length: int, start: int) -> bytes:
+                    file.seek(start)
+                    return file.read(length)
+
+                return Ends.read(os.fstat(file.fileno()).st_size, read)
+        except OSError as error:
+            raise DataError(f"{self.paths[index]}: {error.strerror}") from None
+
+    def content(self, index: int) -> bytes:
+        """The file."""
+        try:
+            return self.paths[index].read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.paths[index]}: {error.strerror}") from None
+
+    def locate(self, index: int) -> str:
+        """The path."""
+        return str(self.paths[index])
+
     def fingerprint(self) -> str:
         """sha256 of names, sizes and labels: contents would mean reading a whole ImageNet."""
         names = (os.fsencode(f"{path.parent.name}/{path.name}") for path in self.paths)
-        sizes = (path.stat().st_size for path in self.paths)
-        return files_fingerprint(names, sizes, self.labels)
+        return files_fingerprint(names, map(_size, self.paths), self.labels)
+
+
+class Subset:
+    """Some of a source's images, in the order given.
+
+    Args:
+        source: The whole.
+        chosen: Indices in it.
+        name: The source's by default.
+    """
+
+    def __init__(self, source: Source, chosen: np.ndarray, name: str | None = None) -> None:
+        self.source, self.chosen = source, chosen
+        self.name = source.name if name is None else name
+        self.classes, self.splits = source.classes, source.splits
+        self.labels = source.labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        """The source's."""
+        return self.source.image(int(self.chosen[index]), at_least)
+
+    def ends(self, index: int) -> Ends:
+        """The source's."""
+        return self.source.ends(int(self.chosen[index]))
+
+    def content(self, index: int) -> bytes:
+        """The source's."""
+        return self.source.content(int(self.chosen[index]))
+
+    def locate(self, index: int) -> str:
+        """The source's."""
+        return self.source.locate(int(self.chosen[index]))
+
+    def fingerprint(self) -> str:
+        """sha256 of the source's fingerprint and of which images are chosen."""
+        own = self.source.fingerprint().encode() + self.chosen.tobytes()
+        return hashlib.sha256(own).hexdigest()
 
 
 def open_source(spec: str, split: str = "all") -> Source:
@@ -200,6 +288,14 @@ def images_under(folder: Path) -> list[Path]:
     seen = (p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
     # A link that leads nowhere is an image that cannot be read, and will be named as one.
     return sorted(p for p in seen if p.is_file() or (p.is_symlink() and not p.exists()))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of one that cannot be read, such as a link that leads nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _folder(argument: str) -> Path:

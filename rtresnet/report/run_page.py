@@ -11,7 +11,9 @@ from rtresnet import storage
 from rtresnet.report import page, plots
 
 
-def write(folder: Path, *, title: str, recipe: str, measured: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, *, title: str, recipe: str, measured: Mapping[str, Any], images: str | None = None
+) -> None:
     """Draws a run's log.
 
     Args:
@@ -19,6 +21,7 @@ def write(folder: Path, *, title: str, recipe: str, measured: Mapping[str, Any])
         title: Of the page.
         recipe: As text.
         measured: Of the checkpoint that was kept.
+        images: What was found out about the images, as text.
 
     Raises:
         EnvironmentLack: matplotlib is not installed.
@@ -45,6 +48,7 @@ def write(folder: Path, *, title: str, recipe: str, measured: Mapping[str, Any])
     parts = [
         page.paragraph(f"Kept: {kept}."),
         page.picture(plots.training_curve(log), "Error on training and held-out images."),
+        *([page.heading("Images"), page.code(images)] if images else []),
         page.heading("Recipe"),
         page.code(recipe),
         page.heading("Epochs"),

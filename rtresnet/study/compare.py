@@ -70,6 +70,7 @@ class Terms:
         out: Folder of the study.
         device: "cpu" or "cuda".
         size: Side of the input in pixels; None is the net's customary one.
+        max_broken: The share of images that may be broken, in [0, 1]; they are left out.
     """
 
     source: Source
@@ -80,6 +81,7 @@ class Terms:
     out: Path
     device: str
     size: int | None = None
+    max_broken: float = 0.0
 
 
 def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
@@ -103,6 +105,7 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
             job = Job(
                 spec=spec, source=terms.source, test=terms.test, preprocess=preprocess,
                 recipe=recipe, out=terms.out / f"{label}-seed{seed}", device=terms.device,
+                max_broken=terms.max_broken,
             )  # fmt: skip
             runs.append(Run(label=label, job=job, fingerprint=fingerprint))
     return runs

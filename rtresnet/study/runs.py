@@ -7,17 +7,14 @@ others is never written over. A run that diverged is a result too, and leaves `d
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from rtresnet import storage
 from rtresnet.data import loader
-from rtresnet.data.sources import Arrays, Source
+from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.errors import GateMissed, InputError
 from rtresnet.models import checkpoint
 from rtresnet.train import loop, state
@@ -155,32 +152,12 @@ def _require_same(run: Run, record: dict[str, Any]) -> None:
             )
 
 
-class _Part:
-    """Some of a source's images."""
-
-    def __init__(self, source: Source, chosen: np.ndarray) -> None:
-        self.source, self.chosen = source, chosen
-        self.name = f"{source.name} ({len(chosen)} images)"
-        self.classes, self.splits = source.classes, source.splits
-        self.labels = source.labels[chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
-        return self.source.image(int(self.chosen[index]), at_least)
-
-    def fingerprint(self) -> str:
-        own = self.source.fingerprint().encode() + self.chosen.tobytes()
-        return hashlib.sha256(own).hexdigest()
-
-
 def part(source: Source, images: int | None) -> Source:
     """`images` of a source, spread evenly over the classes, always the same; None is all."""
     if images is None or images >= len(source):
         return source
     chosen = loader.sample(source, images)
-    some = _Part(source, chosen)
+    some = Subset(source, chosen, f"{source.name} ({len(chosen)} images)")
     if isinstance(source, Arrays):
         pixels = source.images[chosen]
         return Arrays(some.name, pixels, some.labels, source.classes, splits=source.splits)

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -67,6 +67,14 @@ class World:
         held = [value]
         distributed.broadcast_object_list(held, 0)
         return held[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return cast(list[T], values)
 
     def wait(self) -> None:
         """Until every process is here."""

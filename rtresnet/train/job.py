@@ -32,6 +32,9 @@ class Job:
         start: Weights to go on from.
         save_every: Seconds between writes of last.pt within an epoch.
         cached: Whether decoded photographs are kept in memory where they fit.
+        max_broken: The share of images that may be broken, in [0, 1]; they are left out.
+        decode_all: Whether every image is decoded before the first epoch, also where the decoded
+            images do not fit into memory.
     """
 
     spec: zoo.Spec
@@ -44,6 +47,8 @@ class Job:
     start: Checkpoint | None = None
     save_every: float = SAVE_SECONDS
     cached: bool = True
+    max_broken: float = 0.0
+    decode_all: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,20 @@ class Standing:
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
+def load_state(job: Job, world: World) -> Checkpoint:
+    """A run's last.pt, to go on from.
+
+    Raises:
+        InputError: There is none, or its recipe is not the job's.
+    """
+    if world.first:  # which drops a stale sidecar before the others read it
+        saved_run(job.out)
+    world.wait()
+    last = saved_run(job.out)
+    check_same(job.out, last.training, job.recipe)
+    return last
+
+
 class Keeper:
     """Writes a run's folder; of several processes, the first does.
 
@@ -58,12 +72,22 @@ class Keeper:
         model: What is trained, as its checkpoints say.
         total: Steps of the whole run.
         images: How many it trains on.
+        data: What was found out about its images; see `DataReport.record`.
         world: Which of several processes this is.
     """
 
-    def __init__(self, job: Job, model: Model, *, total: int, images: int, world: World) -> None:
+    def __init__(
+        self,
+        job: Job,
+        model: Model,
+        *,
+        total: int,
+        images: int,
+        data: dict[str, Any],
+        world: World,
+    ) -> None:
         self.job, self.model, self.world = job, model, world
-        self.total, self.images = total, images
+        self.total, self.images, self.data = total, images, data
         self.fingerprint = job.source.fingerprint()
 
     def save_best(self, at: Standing, stepper: Stepper) -> None:
@@ -97,19 +121,13 @@ class Keeper:
             lines = "".join(json.dumps(entry) + "\n" for entry in at.log)
             storage.write_text(self.job.out / "log.jsonl", lines)
 
-    def restore(self, stepper: Stepper) -> Standing:
+    def restore(self, stepper: Stepper, last: Checkpoint) -> Standing:
         """Takes up the state of last.pt.
 
         Raises:
             InputError: It is of another run.
         """
-        out = self.job.out
-        if self.world.first:
-            saved_run(out)
-        self.world.wait()
-        last = saved_run(out)
-        saved = last.training
-        check_same(out, saved, self.job.recipe)
+        out, saved = self.job.out, last.training
         if last.model != self.model or saved["fingerprint"] != self.fingerprint:
             raise InputError(
                 f"{out}: its run is {last.model.architecture} on {saved['data']}, or "
@@ -134,6 +152,7 @@ class Keeper:
             "data": self.job.source.name,
             "fingerprint": self.fingerprint,
             "total": self.total,
+            "images": self.data,
         }
 
     def _checkpoint(self, stepper: Stepper, training: dict[str, Any], at: Standing) -> Checkpoint:

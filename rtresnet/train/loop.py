@@ -16,19 +16,20 @@ import numpy as np
 import torch
 
 from rtresnet import machine, metrics, storage
-from rtresnet.data import cache, loader
+from rtresnet.data import loader
 from rtresnet.data.sources import Source
+from rtresnet.data.validation import Progress as Checked
 from rtresnet.errors import GateMissed
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.models.resnet import ResNet
-from rtresnet.train import distributed, feed, qat
+from rtresnet.train import dataset, distributed, feed, qat
 from rtresnet.train.average import recompute_statistics
+from rtresnet.train.dataset import DataReport, Dataset
 from rtresnet.train.distributed import ALONE, World
 from rtresnet.train.job import Job, Listener, Progress, settled
-from rtresnet.train.keep import Keeper, Standing, Sums
+from rtresnet.train.keep import Keeper, Standing, Sums, load_state
 from rtresnet.train.qat import FakeQuantized
-from rtresnet.train.recipes import SMALL
 from rtresnet.train.score import Scorer
 from rtresnet.train.state import adopt_weights, as_kept, as_loaded, check_folder, check_start
 from rtresnet.train.step import Stepper, check_compiler
@@ -44,9 +45,11 @@ def train(
     world: World = ALONE,
     on_step: Listener = lambda progress: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_check: Checked = lambda done, total: None,
+    on_data: Callable[[DataReport], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
-    """Trains, chooses on the held-out split, tests once.
+    """Checks the images, trains, chooses on the held-out split, tests once.
 
     Args:
         job: What to train on what.
@@ -54,12 +57,15 @@ def train(
         world: Which of several processes this is.
         on_step: For a progress line.
         on_epoch: Gets each log record.
+        on_check: For a progress line while the images are checked.
+        on_data: Gets what the check has found, once, before the first step of a new run.
         warn: Gets a line for each image that could not be read.
 
     Returns:
         The best epoch's checkpoint, with its test accuracy, as written to best.pt.
 
     Raises:
+        DataError: More images are broken than `job.max_broken` allows; see `dataset.prepare`.
         GateMissed: The loss is no longer finite.
         InputError: The folder holds a run already, or a run that differs from this one.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
@@ -75,18 +81,15 @@ def train(
     check_compiler(recipe, job.device)
     torch.manual_seed(recipe.seed)
     machine.keep_freed_memory()
-    tally = loader.Tally(len(job.source), warn)
-    source: Source = job.source
-    if job.preprocess.size <= SMALL:
-        source = loader.materialize(source, job.preprocess, tally)
-    elif job.cached:
-        # Processes of one machine share its memory; each keeps what it comes across.
-        budget = cache.default_budget() // world.size
-        source = cache.cached_or_same(source, feed.at_least(job.preprocess.size), budget)
-    parts = feed.split(source, recipe.seed, recipe.holdout)
-    run = _Run(job, source, parts, tally, world)
-    if resume:
-        run.restore()
+    last = load_state(job, world) if resume else None
+    report = dataset.saved_report(last) if last else None
+    data = dataset.prepare(job, report=report, world=world, progress=on_check, warn=warn)
+    if report is None:
+        on_data(data.report)
+    run = _Run(job, data, world)
+    if last is not None:
+        run.restore(last)
+    del last  # as large as the net and its momentum
     storage.make_folder(job.out)  # that it cannot be written into is better told now
     with held_back(alone=world.size == 1) as stop:
         run.go(stop, on_step, on_epoch)
@@ -94,10 +97,9 @@ def train(
 
 
 class _Run:
-    def __init__(
-        self, job: Job, source: Source, parts: feed.Split, tally: loader.Tally, world: World
-    ) -> None:
-        self.job, self.source, self.parts = job, source, parts
+    def __init__(self, job: Job, data: Dataset, world: World) -> None:
+        source, parts, tally = data.source, data.parts, data.tally
+        self.job, self.source, self.parts, self.test = job, source, parts, data.test
         self.tally, self.world, self.recipe = tally, world, job.recipe
         net = zoo.build(job.spec, len(source.classes))
         if job.start is not None:
@@ -108,13 +110,13 @@ class _Run:
             source, parts.train, job.preprocess, job.recipe,
             world=world, device=job.device, tally=tally,
         )  # fmt: skip
-        self.scorer = Scorer(self.feed, world, tally.warn)
+        self.scorer = Scorer(self.feed, world)
         learner = self._rounding(net) if job.recipe.qat else net
         self.stepper = Stepper(learner, job.recipe, world, job.device)
         self.total, self.steps_an_epoch = self.feed.total, self.feed.steps_an_epoch
         self.keeper = Keeper(
             job, checkpoint.model_of(job.spec, source.classes),
-            total=self.total, images=len(parts.train), world=world,
+            total=self.total, images=len(parts.train), data=data.report.record(), world=world,
         )  # fmt: skip
         self.at = Standing()
         self.saved_at = self.started_at = time.perf_counter()
@@ -250,9 +252,9 @@ class _Run:
         self.saved_at = time.perf_counter()
         self.keeper.save_last(self.at, self.stepper)
 
-    def restore(self) -> None:
+    def restore(self, last: Checkpoint) -> None:
         """Takes up the state of last.pt."""
-        self.at = self.keeper.restore(self.stepper)
+        self.at = self.keeper.restore(self.stepper, last)
 
     def finish(self) -> Checkpoint:
         """Batch norm's statistics anew where asked for, then the one test."""
@@ -265,8 +267,8 @@ class _Run:
         measured = dict(best.measured)
         if self.recipe.bn_images:
             measured |= self._recompute(net, best)
-        if self.job.test is not None:
-            accuracy = self._score(self.job.test, None)
+        if self.test is not None:
+            accuracy = self._score(self.test, None)
         else:
             accuracy = self._score(self.source, self.parts.test)
         measured |= {"test_top1": accuracy.top1_percent, "test_n": accuracy.n}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,12 +24,11 @@ class Scorer:
     Args:
         feed: The training images; those held out lie among them.
         world: Over which the images are shared out.
-        warn: Gets a line for each broken image.
     """
 
-    def __init__(self, feed: Feed, world: World, warn: Callable[[str], None]) -> None:
+    def __init__(self, feed: Feed, world: World) -> None:
         self.held, self.pixels, self.preprocess = feed.source, feed.pixels, feed.preprocess
-        self.device, self.world, self.warn = feed.device, world, warn
+        self.device, self.world, self.tally = feed.device, world, feed.tally
 
     def accuracy(
         self, net: torch.nn.Module, source: Source, indices: np.ndarray | None
@@ -48,7 +46,8 @@ class Scorer:
         if len(mine) and self.pixels is not None and source is self.held:
             n, top1, top5 = self._count_held(net, mine)
         elif len(mine):
-            tally = loader.Tally(len(source), self.warn)
+            known = self.tally
+            tally = loader.Tally(len(source), known.warn, tolerated=known.tolerated, fix=known.fix)
             found = evaluate(TorchBackend(net), source, self.preprocess, indices=mine, tally=tally)
             n, top1, top5 = found.n, found.top1, found.top5 or 0
         n, top1, top5 = (

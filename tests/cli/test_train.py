@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rtresnet.cli.main import main
 from rtresnet.models import checkpoint
@@ -239,3 +240,77 @@ def test_training_images_of_other_shapes_than_the_nets_are_cropped_to_it(tmp_pat
     images = np.random.default_rng(0).integers(0, 255, (60, 40, 48, 3), dtype=np.uint8)
     np.savez(tmp_path / "wide.npz", images=images, labels=np.arange(60) % 2)
     assert run(f"npz:{tmp_path / 'wide.npz'}", tmp_path / "run", "--epochs", "1") == 0
+
+
+def photographs(root: Path) -> Path:
+    """60 images of two classes and 12 test images; two of the former are no images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 6)):
+        for label in ("cats", "dogs"):
+            (root / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{index:02}.jpg")
+    Image.new("RGBA", (40, 50), (9, 9, 9, 100)).save(root / "train" / "cats" / "clear.png")
+    shutil.copy(root / "train" / "cats" / "03.jpg", root / "test" / "dogs" / "copy.jpg")
+    for name in ("train/cats/05.jpg", "train/dogs/07.jpg"):
+        (root / name).write_text("<html>")
+    return root
+
+
+def test_train_with_broken_images_lists_them_all_and_exits_2_before_the_first_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(str(photographs(tmp_path / "set")), out) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in lines if line.startswith("broken: ")] == [
+        str(tmp_path / "set" / "train" / name) for name in ("cats/05.jpg", "dogs/07.jpg")
+    ]
+    assert "--max-broken 3.28%" in lines[-1]
+    assert [path.name for path in out.iterdir()] == ["broken.txt"]
+
+
+def test_train_with_tolerated_broken_images_records_what_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "run", str(photographs(tmp_path / "set"))
+    result = tmp_path / "result.json"
+    options = ["--max-broken", "3.28%", "--epochs", "1", "--json", str(result)]
+    assert run(data, out, *options) == 0
+    printed = capsys.readouterr().err
+    assert "cats" in printed and "composited on white: 1 images" in printed
+    assert "copy.jpg" in printed and printed.index("copy.jpg") < printed.index("epoch   1")
+    found = checkpoint.load(out / "best.pt").training["images"]
+    assert found == checkpoint.load(out / "last.pt").training["images"]
+    assert json.loads(result.read_text())["result"]["images"]["counts"] == found["counts"]
+    assert {split: sum(counts) for split, counts in found["counts"].items()} == {
+        "train": 53, "val": 6, "test": 13,
+    }  # fmt: skip
+    assert found["broken"] == {"train": [5, 38], "test": []}
+    assert (found["identical"]["test"], found["transparent"]) == (1, 1)
+    assert main(["train", "--out", str(out), "--resume"]) == 0  # knows what was tolerated
+    assert "broken: " not in capsys.readouterr().err
+
+
+def test_train_with_run_of_an_earlier_version_resumes_without_a_record_of_its_images(
+    tints: str, tmp_path: Path, interrupt_in: Callable[[int], None]
+) -> None:
+    out = tmp_path / "run"
+    interrupt_in(7)
+    assert run(tints, out, "--epochs", "2") == 130
+    for name in ("best.pt", "last.pt"):
+        saved = checkpoint.load(out / name)
+        del saved.training["images"]
+        checkpoint.save(out / name, saved)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert checkpoint.load(out / "last.pt").training["images"]["check"] == "arrays"
+
+
+@pytest.mark.parametrize("given", ["-1%", "101", "some", "nan", "%"])
+def test_train_with_impossible_share_of_broken_images_exits_2(
+    given: str, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tints, tmp_path / "run", "--max-broken", given) == 2
+    assert "--max-broken 1%" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rtresnet.data.decode import CorruptImage
-from rtresnet.data.loader import Tally, batch_size, batches, indexed, materialize, sample
+from rtresnet.data.loader import Tally, batch_size, batches, indexed, sample
 from rtresnet.data.sources import Arrays, Files
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
@@ -168,41 +168,6 @@ def test_indexed_hands_every_image_with_its_number_to_the_transform() -> None:
     found = list(indexed(source, order, stamp, Tally(100)))
     assert [index for index, _ in found] == order.tolist()
     assert all((image == index).all() for index, image in found)
-
-
-# --- materialize
-
-
-def test_materialize_crops_everything_into_memory(tmp_path: Path) -> None:
-    source = files(tmp_path, 100, broken=(7,))
-    tally = Tally(100)
-    found = materialize(source, Preprocess(size=4, resize=5), tally)
-    kept = [index for index in range(100) if index != 7]
-    assert found.images.shape == (99, 4, 4, 3)
-    assert found.images.dtype == np.uint8
-    assert found.images[:, 0, 0, 0].tolist() == kept
-    assert found.labels.tolist() == [index % 2 for index in kept]
-    assert (found.name, found.classes, found.splits) == ("f", ("even", "odd"), False)
-    assert list(tally.skipped) == [7]
-
-
-def test_materialize_keeps_arrays_that_fit_as_they_are() -> None:
-    source = arrays(10)
-    assert materialize(source, EIGHT, Tally(10)) is source
-
-
-@pytest.mark.parametrize(("size", "resize"), [(8, 8), (8, 10), (6, 8), (4, 4), (12, 16)])
-def test_materialized_images_are_those_of_the_batches(size: int, resize: int) -> None:
-    source, contract = arrays(10), Preprocess(size=size, resize=resize)
-    found = materialize(source, contract, Tally(10))
-    ((images, labels),) = batches(source, contract, 10)
-    assert np.array_equal(contract.normalize(found.images), images)
-    assert np.array_equal(found.labels, labels)
-
-
-def test_materialize_says_which_set_cannot_be_decoded_at_all(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be decoded"):
-        materialize(files(tmp_path, 3, broken=(0, 1, 2)), EIGHT, Tally(3))
 
 
 # --- sample

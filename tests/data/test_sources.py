@@ -654,9 +654,13 @@ def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
     assert np.array_equal(found[..., 1], pixels * np.uint8(255))
 
 
-@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 128])], ids=["index", "bytes"])
-def test_a_palette_with_transparency_keeps_its_colours(
-    tmp_path: Path, transparency: int | bytes
+@pytest.mark.parametrize(
+    ("transparency", "alpha"),
+    [(1, [255, 0, 255]), (bytes([255, 0, 128]), [255, 0, 128])],
+    ids=["index", "bytes"],
+)
+def test_decode_of_palette_with_transparency_composites_on_white(
+    tmp_path: Path, transparency: int | bytes, alpha: list[int]
 ) -> None:
     colours = np.array([[10, 20, 30], [200, 100, 50], [0, 255, 0]], np.uint8)
     indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
@@ -670,12 +674,16 @@ def test_a_palette_with_transparency_keeps_its_colours(
         warnings.simplefilter("error")
         found = decode(tmp_path / "a.png")
     assert found.dtype == np.uint8
-    assert np.array_equal(found, colours[indices])
+    share = np.array(alpha)[:, None] / 255
+    expected = (colours * share + 255 * (1 - share))[indices]
+    assert np.abs(found - expected).max() <= 1
 
 
-def test_an_alpha_channel_is_left_out(tmp_path: Path) -> None:
+def test_decode_of_alpha_channel_composites_on_white(tmp_path: Path) -> None:
     pixels = noise(5, 6, 4)
-    assert np.array_equal(decode(picture(tmp_path / "a.png", pixels)), pixels[..., :3])
+    share = pixels[..., 3:] / 255
+    expected = pixels[..., :3] * share + 255 * (1 - share)
+    assert np.abs(decode(picture(tmp_path / "a.png", pixels)) - expected).max() <= 1
 
 
 def test_a_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rtresnet.cli.main import main
 from rtresnet.data.sources import open_source
@@ -89,6 +90,30 @@ def test_two_processes_count_every_image_once(tmp_path: Path, tints: str) -> Non
     for indices, (n, top1) in ((parts.val, (29, record["val_top1"])), (parts.test, tested)):
         alone = evaluate(TorchBackend(best.net()), source, best.input, indices=indices)
         assert (n, top1) == (alone.n, pytest.approx(alone.top1_percent))
+
+
+def test_prepare_over_two_processes_finds_what_one_finds(tmp_path: Path) -> None:
+    root, rng = tmp_path / "set", np.random.default_rng(0)
+    for split, count in (("train", 15), ("test", 3)):
+        for label in ("cats", "dogs"):
+            (root / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (80, 90, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{index:02}.jpg")
+    for index in (4, 9):  # one of them is in each process's share
+        shutil.copy(root / f"train/cats/{index:02}.jpg", root / f"test/dogs/copy{index}.jpg")
+    for index in (0, 1, 3):
+        (root / f"train/dogs/{index:02}.jpg").write_text("no image")
+    options = ["--size", "72", "--batch", "8", "--epochs", "1", "--max-broken", "10%"]
+    command = torchrun(*arguments(str(root), tmp_path / "two", *options))
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("broken: ") == 3
+    assert main(arguments(str(root), tmp_path / "one", *options)) == 0
+    two, one = (checkpoint.load(tmp_path / name / "best.pt").training for name in ("two", "one"))
+    assert two["images"] == one["images"]
+    assert one["images"]["broken"]["train"] == [15, 16, 18]
+    assert one["images"]["identical"]["test"] == 2
 
 
 def test_a_killed_process_is_started_anew_and_the_run_ends_the_same(
