@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import common
+from rtresnet.terminal import escape_cell
 
 if TYPE_CHECKING:
     from rtresnet.models.checkpoint import Checkpoint
@@ -47,7 +48,9 @@ def data_lines(report: DataReport) -> list[str]:
     if len(report.classes) <= CLASSES:
         rows: list[tuple[str, Sequence[str]]] = [("images", splits)]
         for label, name in enumerate(report.classes):
-            rows.append((name, [f"{report.counts[split][label]:,}" for split in splits]))
+            rows.append(
+                (escape_cell(name), [f"{report.counts[split][label]:,}" for split in splits])
+            )
         rows.append(("all", [f"{sum(report.counts[split]):,}" for split in splits]))
         width = max(len(name) for name, _ in rows)
         lines += [f"{name:{width}}" + "".join(f"  {c:>9}" for c in cells) for name, cells in rows]
@@ -64,7 +67,7 @@ def data_lines(report: DataReport) -> list[str]:
         lines.append(f"left out, because they cannot be decoded: {counts}")
     if report.transparent:
         lines.append(f"composited on white: {report.transparent:,} images with transparency")
-    return lines + [f"warning: {line}" for line in report.warnings()]
+    return lines + [f"warning: {escape_cell(line)}" for line in report.warnings()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from rtresnet.data.validation import Progress, Scan
 from rtresnet.errors import DataError, InputError
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.records import from_json
+from rtresnet.terminal import escape_cell
 from rtresnet.train import feed
 from rtresnet.train.distributed import ALONE, World
 from rtresnet.train.job import Job
@@ -292,10 +293,9 @@ def _settle(
         return
     listed = job.out / BROKEN_LIST
     if world.first:
-        text = "".join(f"{line}\n" for line in lines)
-        storage.write_text(listed, text.encode("utf-8", "backslashreplace").decode())
+        storage.write_text(listed, "".join(f"{escape_cell(line)}\n" for line in lines))
     for line in lines[:LISTED]:
-        warn(f"broken: {line}")
+        warn(f"broken: {escape_cell(line)}")
     if len(lines) > LISTED:
         warn(f"broken: {len(lines) - LISTED} more, all of them in {listed}")
     totals = {"train": len(job.source), "test": len(job.test) if job.test is not None else 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_prepare_with_broken_files_names_every_one_before_the_run(
     assert len(listed) == 25
     for name in broken:
         assert any(name in line for line in listed), name
+
+
+def test_prepare_with_broken_file_of_any_name_lists_it_on_one_line(
+    folder: Folder, tmp_path: Path
+) -> None:
+    names = [b"new\nline.jpg", b"caf\xe9.jpg", b"\x1b]0;title\x07.jpg"]
+    root, lines = folder(), list[str]()
+    for name in names:
+        (root / "train" / "a" / os.fsdecode(name)).touch()
+    with pytest.raises(DataError):
+        prepare(job(root, tmp_path), warn=lines.append)
+    assert len(lines) == 3 and not any("\n" in line or "\x1b" in line for line in lines)
+    assert len((tmp_path / "run" / "broken.txt").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("way", WAYS)
