@@ -88,15 +88,6 @@ def test_the_quickstart_reaches_its_accuracy_and_writes_its_page(tmp_path: Path)
     assert len(page) < 2_000_000
 
 
-def test_the_tree_at_the_end_is_the_tree() -> None:
-    tree = README[README.rindex("## The code") :]
-    for path in sorted((ROOT / "rtresnet").rglob("*.py")):
-        if path.name != "__init__.py" and "cli" not in path.parts:
-            assert re.search(rf"\b{re.escape(path.name)}\b", tree), (
-                f"{path.name} is not in the tree"
-            )
-
-
 def test_every_verb_is_in_the_readme() -> None:
     from rtresnet.cli.main import VERBS
 
