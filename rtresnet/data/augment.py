@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtresnet.data.transfer import constant, to_device
 from rtresnet.preprocess import Preprocess
 
 # AlexNet's principal components of the RGB values of ImageNet's training set, in units of [0, 1]
@@ -47,39 +48,42 @@ def gather(
     Returns:
         uint8 [B, 3, H, W], channels-last.
     """
-    height, width = images.shape[1:3]
-    rows = offsets[0][:, None] + np.arange(height) - padding
-    columns = offsets[1][:, None] + np.arange(width) - padding
-    columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
+    device, (height, width) = images.device, images.shape[1:3]
+    # One copy to the device; what follows from these numbers is computed there.
+    index, top, left, flipped = to_device(np.stack([chosen, *offsets, mirrored]), device)
+    rows = top[:, None] + torch.arange(height, device=device) - padding
+    columns = left[:, None] + torch.arange(width, device=device) - padding
+    columns = torch.where(flipped[:, None] != 0, columns.flip(1), columns)
     picked = images[
-        _to(chosen, images)[:, None, None],
-        _to(_inside(rows, height), images)[:, :, None],
-        _to(_inside(columns, width), images)[:, None, :],
+        index[:, None, None],
+        _inside(rows, height)[:, :, None],
+        _inside(columns, width)[:, None, :],
     ]
     if padding and mode == "zeros":
-        kept_rows = _to((rows >= 0) & (rows < height), images)
-        kept_columns = _to((columns >= 0) & (columns < width), images)
+        kept_rows = (rows >= 0) & (rows < height)
+        kept_columns = (columns >= 0) & (columns < width)
         picked *= (kept_rows[:, :, None] & kept_columns[:, None, :]).unsqueeze(3)
     return picked.permute(0, 3, 1, 2)
 
 
-def _inside(positions: np.ndarray, length: int) -> np.ndarray:
+def _inside(positions: Tensor, length: int) -> Tensor:
     """Positions beyond the border, mirrored back at it (the border pixel itself not repeated)."""
-    mirrored: np.ndarray = (length - 1) - np.abs((length - 1) - np.abs(positions))
-    return mirrored
+    return (length - 1) - ((length - 1) - positions.abs()).abs()
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
     """Mirrors the images that bool [N] names, left to right."""
     if not mirrored.any():
         return images
-    return torch.where(_to(mirrored, images)[:, None, None, None], images.flip(3), images)
+    return torch.where(
+        to_device(mirrored, images.device)[:, None, None, None], images.flip(3), images
+    )
 
 
 def normalize(images: Tensor, preprocess: Preprocess) -> Tensor:
     """uint8 or float [N, 3, H, W] of 0 to 255 to float32: `Preprocess.normalize`, on the device."""
-    std = torch.tensor(preprocess.std, device=images.device).view(1, 3, 1, 1)
-    mean = torch.tensor(preprocess.mean, device=images.device).view(1, 3, 1, 1)
+    std = constant(tuple(preprocess.std), images.device).view(1, 3, 1, 1)
+    mean = constant(tuple(preprocess.mean), images.device).view(1, 3, 1, 1)
     return images.float().mul(1 / (255 * std)).sub_(mean / std)
 
 
@@ -103,7 +107,7 @@ def shift_colours(images: Tensor, strengths: np.ndarray) -> Tensor:
         float32, not clipped, as published.
     """
     shift = 255 * (strengths * np.array(COLOUR_VALUES)) @ np.array(COLOUR_VECTORS).T
-    return images.float() + _to(shift.astype(np.float32), images)[:, :, None, None]
+    return images.float() + to_device(shift.astype(np.float32), images.device)[:, :, None, None]
 
 
 def erase(images: Tensor, boxes: np.ndarray) -> Tensor:
@@ -158,12 +162,8 @@ def cutmix_box(rng: np.random.Generator, side: int, share: float) -> np.ndarray:
 
 def _covered(images: Tensor, boxes: np.ndarray) -> Tensor:
     """1 inside each image's box, 0 outside: [N, 1, H, W], or one mask for all."""
-    top, left, height, width = (_to(column, images)[:, None] for column in boxes.T)
+    top, left, height, width = to_device(boxes.T, images.device)[:, :, None]
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
     rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
     return (rows[:, None, :, None] & columns[:, None, None, :]).to(images.dtype)
-
-
-def _to(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)

@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtresnet.data.transfer import constant, to_device
+
 LEVELS = 31
 GREY = (0.299, 0.587, 0.114)
+SMOOTH = tuple(weight / 13 for weight in (1, 1, 1, 1, 5, 1, 1, 1, 1))  # Pillow's SMOOTH, 3 by 3
 
 
 def draw(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -35,18 +38,16 @@ def trivial_augment(images: Tensor, drawn: np.ndarray) -> Tensor:
         float32 [N, 3, H, W] of 0 to 255.
     """
     out = images.float()
-    for number, operation in enumerate(OPERATIONS):
-        chosen = np.flatnonzero(drawn[:, 0] == number)
-        if operation is None or not len(chosen):
+    # Sorted by operation, so that indices and strengths take one copy to the device each.
+    order = np.argsort(drawn[:, 0], kind="stable")
+    counts = np.bincount(drawn[:, 0].astype(int), minlength=len(OPERATIONS)).tolist()
+    where = to_device(order, images.device).split(counts)
+    values = to_device(drawn[order, 1:].astype(np.float32), images.device).split(counts)
+    for operation, index, value in zip(OPERATIONS, where, values, strict=True):
+        if operation is None or not len(index):
             continue
-        where = torch.from_numpy(chosen).to(images.device)
-        strength, sign = (
-            torch.from_numpy(drawn[chosen, column].astype(np.float32))
-            .to(images.device)
-            .view(-1, 1, 1, 1)
-            for column in (1, 2)
-        )
-        out[where] = operation(out[where], strength, sign).clamp_(0, 255)
+        strength, sign = value.view(-1, 2, 1, 1, 1).unbind(1)
+        out[index] = operation(out[index], strength, sign).clamp_(0, 255)
     return out
 
 
@@ -58,7 +59,7 @@ def _affine(images: Tensor, matrix: Tensor) -> Tensor:
     """Samples at matrix @ (x, y, 1), in pixels from the centre; outside is black."""
     height, width = images.shape[2:]
     # affine_grid counts in half images, not in pixels.
-    half = torch.tensor([width / 2, height / 2], device=images.device)
+    half = constant((width / 2, height / 2), images.device)
     theta = matrix.clone()
     theta[:, :, :2] = matrix[:, :, :2] * half / half[:, None]
     theta[:, :, 2] = matrix[:, :, 2] / half
@@ -102,7 +103,7 @@ def _rotate(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
+    weights = constant(GREY, images.device).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)
 
 
@@ -123,10 +124,9 @@ def _contrast(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _sharpness(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    kernel = torch.ones(3, 1, 3, 3, device=images.device)
-    kernel[:, :, 1, 1] = 5
+    kernel = constant(SMOOTH, images.device).view(1, 1, 3, 3).expand(3, 1, 3, 3)
     smooth = images.clone()
-    smooth[:, :, 1:-1, 1:-1] = torch.nn.functional.conv2d(images, kernel / 13, groups=3)
+    smooth[:, :, 1:-1, 1:-1] = torch.nn.functional.conv2d(images, kernel, groups=3)
     return _blend(smooth, images, strength, sign)
 
 

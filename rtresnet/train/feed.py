@@ -21,6 +21,7 @@ from rtresnet.data import augment, loader, trivial
 from rtresnet.data.crops import WORKING, area_box, cut, scale_box
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Arrays, Source
+from rtresnet.data.transfer import stack_to_device, to_device
 from rtresnet.errors import DataError
 from rtresnet.preprocess import Preprocess
 from rtresnet.train.distributed import ALONE, World
@@ -155,7 +156,7 @@ class Feed:
                 padding=recipe.padding,
                 mode=recipe.padding_mode,
             )
-            yield images, self.labels[torch.from_numpy(chosen)], np.zeros(len(chosen), bool)
+            yield images, self.labels[to_device(chosen, self.device)], np.zeros(len(chosen), bool)
 
     def _decoded(
         self, parts: list[Part], epoch: int
@@ -181,9 +182,8 @@ class Feed:
             # A broken image's place goes to a good one of the same part: later steps keep theirs.
             filled = np.array(good)[np.arange(len(cuts)) % len(good)]
             filled[good] = good
-            pixels = np.stack([cuts[n][1] for n in filled])
-            images = torch.from_numpy(pixels).to(self.device, non_blocking=True)
-            labels = self.labels[torch.from_numpy(chosen[filled])]
+            images = stack_to_device([cuts[n][1] for n in filled], self.device)
+            labels = self.labels[to_device(chosen[filled], self.device)]
             yield images.permute(0, 3, 1, 2), labels, self._mirrored(step, place, chosen)[filled]
 
     def _cut(self, index: int, epoch: int, side: int) -> np.ndarray:

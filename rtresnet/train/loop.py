@@ -32,7 +32,7 @@ from rtresnet.train.keep import Keeper, Standing, Sums, load_state
 from rtresnet.train.qat import FakeQuantized
 from rtresnet.train.score import Scorer
 from rtresnet.train.state import adopt_weights, as_kept, as_loaded, check_folder, check_start
-from rtresnet.train.step import Stepper, check_compiler
+from rtresnet.train.step import Stepper, check_compiler, cudnn_benchmark
 from rtresnet.train.stop import Stop, held_back
 
 READ_STEPS = 20  # how often the losses are read from a GPU, which waits for them
@@ -91,7 +91,7 @@ def train(
         run.restore(last)
     del last  # as large as the net and its momentum
     storage.make_folder(job.out)  # that it cannot be written into is better told now
-    with held_back(alone=world.size == 1) as stop:
+    with cudnn_benchmark(job.device), held_back(alone=world.size == 1) as stop:
         run.go(stop, on_step, on_epoch)
         return run.finish()
 

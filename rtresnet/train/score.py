@@ -10,6 +10,7 @@ import torch
 from rtresnet import metrics
 from rtresnet.data import augment, loader
 from rtresnet.data.sources import Source
+from rtresnet.data.transfer import to_device
 from rtresnet.models.reference import TorchBackend
 from rtresnet.train.distributed import World
 from rtresnet.train.evaluate import evaluate
@@ -62,7 +63,7 @@ class Scorer:
         counts = np.zeros(3, int)
         for chosen in np.array_split(indices, math.ceil(len(indices) / BATCH)):
             with torch.inference_mode():
-                where = torch.from_numpy(chosen).to(self.device)
+                where = to_device(chosen, self.device)
                 images = self.pixels[where].permute(0, 3, 1, 2)
                 logits = net(augment.normalize(images, self.preprocess)).cpu().numpy()
             found = metrics.accuracy(logits, self.held.labels[chosen])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,24 @@ def check_compiler(recipe: Recipe, device: str) -> None:
             "torch.compile needs a C++ compiler, and there is none",
             fix="apt install g++, or leave --compile out",
         )
+
+
+@contextlib.contextmanager
+def cudnn_benchmark(device: str) -> Iterator[None]:
+    """Let cuDNN time its convolution algorithms for each new shape, and use the fastest.
+
+    The sums of two runs on a GPU may be in different orders, as they may be without it.
+
+    Args:
+        device: Where the net trains; nothing changes on a CPU.
+    """
+    before = torch.backends.cudnn.benchmark
+    if device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Stepper:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rtresnet.data.loader import Tally
 from rtresnet.data.sources import Arrays, Files
@@ -178,3 +180,44 @@ def test_what_goes_wrong_in_a_thread_comes_out(tmp_path: Path) -> None:
     source.paths[3].unlink()
     with pytest.raises(DataError, match=r"03\.png"):
         list(photo_feed(source).steps(0, 2))
+
+
+AUGMENTED = {"flip": "random", "padding": 2, "colour": 0.1, "erasing": 0.5, "cutmix": 1.0}
+
+
+class Calls(TorchFunctionMode):
+    """Records the devices of index tensors and counts the tensors made from Python numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: list[str] = []
+        self.created = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.indices += [index.device.type for index in where if torch.is_tensor(index)]
+        self.created += function is torch.tensor
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("photos", [False, True])
+def test_feed_indexes_with_tensors_on_its_own_device(tmp_path: Path, photos: bool) -> None:
+    recipe = Recipe(**(PLAIN | AUGMENTED | {"crop": "area"}))  # type: ignore[arg-type]
+    source = photographs(tmp_path) if photos else numbered(20)
+    contract = Preprocess.for_size(72 if photos else 8)
+    # "meta" computes shapes only, and keeps apart what lies on the device and what does not.
+    found = feed.Feed(source, np.arange(20), contract, recipe, device="meta", tally=Tally(20))
+    with Calls() as calls:
+        assert len(list(found.steps(0, 2))) == 2
+    assert set(calls.indices) == {"meta"}
+
+
+def test_feed_creates_no_constants_after_the_first_step() -> None:
+    found = fed(trivial_augment=True, **AUGMENTED)
+    list(found.steps(0, 10))  # all operations come up
+    with Calls() as calls:
+        list(found.steps(0, 10))
+    assert calls.created == 0

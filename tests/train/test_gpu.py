@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from rtresnet import machine
 from rtresnet.cli.main import main
-from rtresnet.models import checkpoint
+from rtresnet.data.loader import Tally
+from rtresnet.data.sources import Arrays, Source
+from rtresnet.models import checkpoint, zoo
+from rtresnet.preprocess import Preprocess
+from rtresnet.train.distributed import ALONE
+from rtresnet.train.feed import Feed
+from rtresnet.train.recipe import Recipe
+from rtresnet.train.step import Stepper
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +73,43 @@ def test_losses_that_are_not_finite_are_told_with_their_step(
     checkpoint.save(tmp_path / "huge.pt", huge)
     assert run(tints, tmp_path / "run", "--weights", str(tmp_path / "huge.pt")) == 1
     assert "at step 0" in capsys.readouterr().err
+
+
+class Photographs:
+    """Images of one size that are decoded one by one, as photographs are."""
+
+    def __init__(self, images: Arrays) -> None:
+        self.images, self.name, self.labels = images, images.name, images.labels
+        self.classes, self.splits = images.classes, images.splits
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        return self.images.image(index)
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+
+@pytest.mark.parametrize("photos", [False, True])
+def test_training_steps_never_wait_for_the_gpu(photos: bool) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    arrays = Arrays("noise", images, np.arange(64) % 4, list("abcd"))
+    source: Source = Photographs(arrays) if photos else arrays
+    recipe = Recipe(
+        epochs=3, batch=16, precision="bf16", flip="random", crop="area", colour=0.1, erasing=0.5,
+        mixup=0.2, cutmix=1.0, trivial_augment=True, clip=1.0, ema=0.99, label_smoothing=0.1,
+    )  # fmt: skip
+    feed = Feed(source, np.arange(64), Preprocess.for_size(32), recipe, device="cuda",
+                tally=Tally(64))  # fmt: skip
+    net = zoo.build(zoo.spec("resnet8"), 4).to("cuda").to(memory_format=torch.channels_last)
+    stepper = Stepper(net, recipe, ALONE, "cuda")
+    for epoch in range(2):  # constants are created, and memory allocated, in the first
+        torch.cuda.set_sync_debug_mode("error" if epoch else "default")
+        try:
+            for step, micros in feed.steps(4 * epoch, 4 * epoch + 4):
+                stepper.step(micros, recipe.lr_at(step, feed.total))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -207,3 +207,14 @@ def test_train_several_processes_take_rank_0s_recipe(tints: str, tmp_path: Path)
     )  # fmt: skip
     with pytest.raises(Shared):
         loop.train(job, world=Second(rank=1, size=2))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_cudnn_benchmark_is_on_for_a_gpu_and_restored(
+    device: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with pytest.raises(ZeroDivisionError), step.cudnn_benchmark(device):
+        assert torch.backends.cudnn.benchmark is expected
+        raise ZeroDivisionError
+    assert torch.backends.cudnn.benchmark is False
