@@ -162,7 +162,7 @@ def cutmix_box(rng: np.random.Generator, side: int, share: float) -> np.ndarray:
 
 def _covered(images: Tensor, boxes: np.ndarray) -> Tensor:
     """1 inside each image's box, 0 outside: [N, 1, H, W], or one mask for all."""
-    top, left, height, width = to_device(boxes.T, images.device)[:, :, None]
+    top, left, height, width = to_device(boxes.T, images.device)[:, :, None].unbind()
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
     rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)

@@ -41,9 +41,11 @@ def trivial_augment(images: Tensor, drawn: np.ndarray) -> Tensor:
     # Sorted by operation, so that indices and strengths take one copy to the device each.
     order = np.argsort(drawn[:, 0], kind="stable")
     counts = np.bincount(drawn[:, 0].astype(int), minlength=len(OPERATIONS)).tolist()
-    where = to_device(order, images.device).split(counts)
-    values = to_device(drawn[order, 1:].astype(np.float32), images.device).split(counts)
-    for operation, index, value in zip(OPERATIONS, where, values, strict=True):
+    where = torch.split_with_sizes(to_device(order, images.device), counts)
+    values = to_device(drawn[order, 1:].astype(np.float32), images.device)
+    for operation, index, value in zip(
+        OPERATIONS, where, torch.split_with_sizes(values, counts), strict=True
+    ):
         if operation is None or not len(index):
             continue
         strength, sign = value.view(-1, 2, 1, 1, 1).unbind(1)
