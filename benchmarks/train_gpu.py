@@ -58,13 +58,14 @@ def throughput(device: str, batch: int, steps: int, size: int) -> float:
     stepper = Stepper(net, recipe, ALONE, device)
     stepper.train()
     begin, done = 0.0, 0
-    for first in range(0, 2 * (steps + 5), 2):
-        if done == 10:  # compiled and warm
-            torch.cuda.synchronize() if device.startswith("cuda") else None
-            begin = time.perf_counter()
-        for step, micros in feed.steps(first, first + 2):
-            loss, _ = stepper.step(micros, recipe.lr_at(step, feed.total))
-            done += 1
+    with cudnn_benchmark(device):
+        for first in range(0, 2 * (steps + 5), 2):
+            if done == 10:  # compiled and warm
+                torch.cuda.synchronize() if device.startswith("cuda") else None
+                begin = time.perf_counter()
+            for step, micros in feed.steps(first, first + 2):
+                loss, _ = stepper.step(micros, recipe.lr_at(step, feed.total))
+                done += 1
     loss.item()  # waits for the GPU
     return (done - 10) * batch / (time.perf_counter() - begin)
 
@@ -96,10 +97,7 @@ def main() -> None:
                 f"{statistics.median(known):.0f}" if known else "not reached", len(runs), "",
             )
         )  # fmt: skip
-    with cudnn_benchmark(options.device):
-        rate = throughput(
-            options.device, options.batch, 40 if not options.steps else 6, options.size
-        )
+    rate = throughput(options.device, options.batch, 40 if not options.steps else 6, options.size)
     rows.append((f"resnet50, {options.size} px, bf16, compiled, batch {options.batch}", "", "", "",
                  1, f"{rate:,.0f}"))  # fmt: skip
     headings = ("run", "test error %", "paper %", "s to the accuracy", "n", "images/s")

@@ -26,9 +26,12 @@ PACKAGES = {
 
 
 @click.command("doctor", short_help="Show what this machine can do, and what it lacks.")
+@click.option("--gpu", is_flag=True, help="Check the GPU with small runs, one process each.")
 @common.json_option
-def command(json_file: str | None) -> None:
+def command(json_file: str | None, gpu: bool) -> None:
     """Show what this machine can do, and the command for each thing missing."""
+    if gpu:
+        return importlib.import_module("rtresnet.cli.doctor_gpu").show(json_file)  # type: ignore[no-any-return]
     from rtresnet.report import tables
 
     result = run()
