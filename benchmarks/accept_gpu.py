@@ -90,7 +90,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    steps: Sequence[Step] = STEPS,
+    script: str = __file__,
+) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Those of the process by default.
+        steps: What can be run; one is called "machine".
+        script: Calls this function with the same steps; run again for each of them.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(given)
     context = Context(
@@ -113,10 +124,10 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     # Without a GPU nothing below can run; asked in a process of its own like everything else.
     first = next(step for step in steps if step.name == "machine")
     chosen = [first, *(step for step in chosen if step is not first)]
-    return run_all(chosen, given, context)
+    return run_all(chosen, [script, *given], context)
 
 
-def run_all(steps: Sequence[Step], arguments: Sequence[str], context: Context) -> int:
+def run_all(steps: Sequence[Step], command: Sequence[str], context: Context) -> int:
     """Run the steps one after another and print the report; returns the exit code."""
     results: list[StepResult] = []
     code = 0
@@ -127,7 +138,7 @@ def run_all(steps: Sequence[Step], arguments: Sequence[str], context: Context) -
             if reason:
                 results.append(StepResult(name=step.name, status=SKIPPED, reason=reason))
             else:
-                results.append(_run(step, arguments, context, {"PYTHONPATH": path}))
+                results.append(_run(step, command, context, {"PYTHONPATH": path}))
             result = results[-1]
             if step.name == "machine" and result.status == OK and not result.data["devices"]:
                 print(f"error: no NVIDIA GPU here: {result.data['reason']}", file=sys.stderr)
@@ -135,20 +146,20 @@ def run_all(steps: Sequence[Step], arguments: Sequence[str], context: Context) -
             line = f"{result.status:8}{result.seconds:7.1f} s  {step.name}"
             print(line + (f": {result.reason}" if result.reason else ""), file=sys.stderr)
             context.out.mkdir(parents=True, exist_ok=True)
-            (context.out / "report.json").write_text(report(results, arguments) + "\n")
+            (context.out / "report.json").write_text(report(results, command[1:]) + "\n")
             code = code or int(result.status == FAILED)
     except KeyboardInterrupt:
         code = 130
         for step in steps[len(results) :]:
             results.append(StepResult(name=step.name, status=SKIPPED, reason="interrupted"))
-    print(report(results, arguments))
+    print(report(results, command[1:]))
     return code
 
 
 def _run(
-    step: Step, arguments: Sequence[str], context: Context, environment: dict[str, str]
+    step: Step, script: Sequence[str], context: Context, environment: dict[str, str]
 ) -> StepResult:
-    command = [sys.executable, __file__, *arguments, "--step", step.name]
+    command = [sys.executable, *script, "--step", step.name]
     with contextlib.ExitStack() as stack:
         logs = context.out / "logs"
         if step.name == "machine":  # without a GPU nothing is left behind

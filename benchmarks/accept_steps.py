@@ -27,6 +27,7 @@ from rtresnet.isolated import StepFailed, StepSkipped
 ROOT = Path(__file__).resolve().parent.parent
 BUILDERS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # as --builder takes it: module
 PRECISIONS = ("fp32", "fp16", "int8")
+INPUT = "images"  # as `export` names it
 BATCHES = (1, 8, 33, 70)
 ALTERNATING = (1, 8, 1, 33, 8, 1, 70, 1)
 # Norm of the difference to the CPU's logits over their norm: the same arithmetic, in another order.
@@ -116,14 +117,14 @@ def check_cuda(context: Context) -> dict[str, Any]:
 # ---- training and ONNX Runtime
 
 
-def train_on_gpu(context: Context) -> dict[str, Any]:
-    """Training speed of ResNet-50 at 224 pixels in bf16, compiled."""
+def train_on_gpu(context: Context, compiled: bool) -> dict[str, Any]:
+    """Training speed of ResNet-50 at 224 pixels in bf16."""
     import torch
     from train_gpu import throughput
 
     if not torch.cuda.is_available():
         raise StepSkipped(f"torch {torch.__version__} sees no GPU")
-    rates = {batch: throughput("cuda", batch, 20, 224) for batch in (64, 256)}
+    rates = {batch: throughput("cuda", batch, 20, 224, compiled=compiled) for batch in (64, 256)}
     return {"model": "resnet50", "size": 224, "precision": "bf16", "images_per_second": rates}
 
 
@@ -487,10 +488,10 @@ def compare_latency(context: Context, builder: str, precision: str) -> dict[str,
     run_cli("bench", str(plan), "--batch", "1,8,32", "--seconds", "2", "--json", str(record))
     result = json.loads(record.read_text())["result"]
     record.unlink()
+    kept = ("n", "median", "p99", "images_per_second")
     ours = {
-        entry["batch"]: {
-            name: entry.get(name) for name in ("latency", "parts", "images_per_second")
-        }
+        entry["batch"]: {name: entry["latency"][name] for name in kept}
+        | {name: part["median"] for name, part in entry["parts"].items()}
         for entry in result["results"]
     }
     data: dict[str, Any] = {"ours": ours, "remarks": result["environment"]["remarks"]}
@@ -507,8 +508,7 @@ def run_trtexec(program: str, plan: Path, batch: int) -> dict[str, float]:
 
     with load(plan) as session:
         shape = "x".join(map(str, (batch, *session.image_shape)))
-        name = session.backend.io.input.name if hasattr(session.backend, "io") else "input"
-    command = [program, f"--loadEngine={plan}", f"--shapes={name}:{shape}", "--duration=2"]
+    command = [program, f"--loadEngine={plan}", f"--shapes={INPUT}:{shape}", "--duration=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
     if done.returncode:
@@ -563,7 +563,11 @@ def _steps() -> Iterator[Step]:
         needs = (module.removesuffix(".driver"),)
         yield Step(name=f"import-{module}", run=part(import_library, module=module), needs=needs)
     yield Step(name="cuda", run=check_cuda, needs=("numpy", "cuda.bindings"))
-    yield Step(name="train", run=train_on_gpu, needs=("numpy", "torch", "PIL"), timeout=400)
+    for name, compiled in (("eager", False), ("compiled", True)):
+        yield Step(
+            name=f"train-{name}", run=part(train_on_gpu, compiled=compiled),
+            needs=("numpy", "torch", "PIL"), timeout=400,
+        )  # fmt: skip
     yield Step(name="export", run=export, needs=(*CLI, "torch", "onnx", "onnxruntime"), timeout=300)
     for precision in PRECISIONS:
         yield Step(

@@ -45,12 +45,12 @@ def run(folder: Path, recipe: str, seed: int, options: argparse.Namespace, *more
     return result["measured"] | {"log": [json.loads(line) for line in lines]}
 
 
-def throughput(device: str, batch: int, steps: int, size: int) -> float:
+def throughput(device: str, batch: int, steps: int, size: int, *, compiled: bool = True) -> float:
     """ResNet-50's training images a second, augmentation included."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * batch, size, size, 3), dtype=np.uint8)
     source = Arrays("noise", images, np.arange(2 * batch) % 10, [str(i) for i in range(10)])
-    settings = {"batch": batch, "precision": "bf16", "compile": True, "padding": 0}
+    settings = {"batch": batch, "precision": "bf16", "compile": compiled, "padding": 0}
     recipe = resolve("paper-imagenet", images=2 * batch, size=size, depth=50, settings=settings)
     feed = Feed(source, np.arange(2 * batch), Preprocess.for_size(size), recipe, device=device,
                 tally=Tally(2 * batch))  # fmt: skip

@@ -1,7 +1,7 @@
 """Run a step in a process of its own, so that a crash or a hang of a native library is a result.
 
 `run_step` starts the process and waits; `report_step` is called in it. The result travels through a
-file, so that nothing that a library prints can damage it. Standard library only.
+file, so that nothing that a library prints can damage it. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rtresnet.errors import RtresnetError
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 RESULT, TIMEOUT = "RTRESNET_STEP_RESULT", "RTRESNET_STEP_TIMEOUT"  # environment of the process
@@ -172,7 +174,8 @@ def report_step(step: Callable[[], dict[str, Any] | None]) -> None:
         status, reason, data = FAILED, str(failed), failed.data
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        status, reason = FAILED, f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, RtresnetError) else f"{type(error).__name__}: "
+        status, reason = FAILED, f"{kind}{error}"
     faulthandler.cancel_dump_traceback_later()
     record = {"status": status, "reason": reason, "data": _plain(data or {})}
     target = Path(os.environ[RESULT])

@@ -26,12 +26,13 @@ PACKAGES = {
 
 
 @click.command("doctor", short_help="Show what this machine can do, and what it lacks.")
-@click.option("--gpu", is_flag=True, help="Check the GPU with small runs, one process each.")
+@click.option("--gpu", "on_gpu", is_flag=True, help="Check the GPU with small runs on it.")
 @common.json_option
-def command(json_file: str | None, gpu: bool) -> None:
+def command(json_file: str | None, on_gpu: bool) -> None:
     """Show what this machine can do, and the command for each thing missing."""
-    if gpu:
-        return importlib.import_module("rtresnet.cli.doctor_gpu").show(json_file)  # type: ignore[no-any-return]
+    if on_gpu:
+        importlib.import_module("rtresnet.cli.doctor_gpu").show(json_file)
+        return
     from rtresnet.report import tables
 
     result = run()

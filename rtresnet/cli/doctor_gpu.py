@@ -156,10 +156,9 @@ def show(json_file: str | None) -> None:
     common.write_json(json_file, "doctor", {"gpu": [dataclasses.asdict(r) for r in results]})
     failed = [result for result in results if result.status == FAILED]
     if failed:
-        common.note(failed[0].stderr)
         raise GateMissed(
             f"{len(failed)} of {len(results)} steps failed: {failed[0].name}: {failed[0].reason}",
-            fix="a checkout's benchmarks/accept_gpu.py finds out more",
+            fix="see stderr in: rtresnet doctor --gpu --json -",
         )
 
 

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rtresnet.errors import EnvironmentLack
+from rtresnet.runtime import gpu_check
+
+
+class Code(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_UNKNOWN = 999
+
+
+class FakeDriver:
+    """The functions of `cuda.bindings.driver` that are called, on host memory.
+
+    Args:
+        broken: The function that fails.
+        lossy: Whether copies to the host lose a byte.
+    """
+
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2)
+
+    def __init__(self, broken: str = "", lossy: bool = False) -> None:
+        self.broken, self.lossy = broken, lossy
+        self.live: Counter[str] = Counter()
+        self.memory: dict[int, Any] = {}
+        self.captured: list[Any] | None = None
+        self.graph: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            if name == self.broken:
+                return (Code.CUDA_ERROR_UNKNOWN,)
+            return (Code.CUDA_SUCCESS, *self._results(name, arguments))
+
+        return call
+
+    def _results(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        for create, destroy in (("Create", "Destroy"), ("Alloc", "Free"), ("Push", "Pop")):
+            if create in name:
+                self.live[name.replace(create, "").replace("Current", "")] += 1
+            if destroy in name:
+                self.live[name.replace(destroy, "").replace("Current", "")] -= 1
+        if name in ("cuMemAlloc", "cuMemAllocHost"):
+            buffer = ctypes.create_string_buffer(arguments[0])
+            self.memory[ctypes.addressof(buffer)] = buffer
+            return (ctypes.addressof(buffer),)
+        if name == "cuStreamBeginCapture":
+            self.captured = []
+            return ()
+        if name == "cuStreamEndCapture":
+            self.graph, self.captured = self.captured or [], None
+            return ("graph",)
+        if name == "cuGraphLaunch":
+            for work in self.graph:
+                work()
+            return ()
+        if name.startswith(("cuMemcpy", "cuMemset")):
+            work = lambda: self._copy(name, *arguments)  # noqa: E731
+            self.captured.append(work) if self.captured is not None else work()
+            return ()
+        values = {
+            "cuMemGetInfo": (3, 4), "cuEventElapsedTime": (0.5,), "cuPointerGetAttribute": (1,),
+            "cuGraphInstantiate": ("ready",),
+        }  # fmt: skip
+        made = ("Create", "Get", "Retain", "PopCurrent")
+        return values.get(name) or (("handle",) if any(part in name for part in made) else ())
+
+    def _copy(self, name: str, target: int, source: int, size: int, stream: Any) -> None:
+        if name == "cuMemsetD8Async":
+            ctypes.memset(target, source, size)
+        else:
+            ctypes.memmove(target, source, size - (self.lossy and name == "cuMemcpyDtoHAsync"))
+
+
+def test_check_cuda_with_a_working_driver_is_ok_and_gives_everything_back() -> None:
+    driver = FakeDriver()
+    assert set(gpu_check.check_cuda(driver).values()) == {"ok"}
+    assert not +driver.live, driver.live
+
+
+@pytest.mark.parametrize(
+    ("broken", "groups"),
+    [
+        ("cuMemAllocHost", {"copies, pinned", "capture"}),
+        ("cuStreamWaitEvent", {"events"}),
+        ("cuGraphInstantiate", {"capture"}),
+        ("cuMemGetInfo", {"memory info"}),
+    ],
+)
+def test_check_cuda_one_broken_call_hides_no_other(broken: str, groups: set[str]) -> None:
+    driver = FakeDriver(broken)
+    found = gpu_check.check_cuda(driver)
+    assert {name for name, state in found.items() if state != "ok"} == groups
+    assert all(broken in found[name] and "999" in found[name] for name in groups)
+    assert not +driver.live, driver.live
+
+
+def test_check_cuda_finds_a_copy_that_loses_a_byte() -> None:
+    found = gpu_check.check_cuda(FakeDriver(lossy=True))
+    wrong = {name for name, state in found.items() if state != "ok"}
+    assert wrong == {"copies, pageable", "copies, pinned", "capture"}
+
+
+def test_check_cuda_without_a_context_is_a_missing_requirement() -> None:
+    with pytest.raises(EnvironmentLack, match="cuInit"):
+        gpu_check.check_cuda(FakeDriver("cuInit"))
+
+
+def test_driver_report_without_a_driver_says_why(without_gpu: None) -> None:
+    report = gpu_check.driver_report()
+    assert report["devices"] == []
+    assert report["reason"]
