@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet import machine
+from rtresnet.errors import RtresnetError
 from rtresnet.isolated import StepFailed, StepSkipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,13 +298,15 @@ def run_plan(context: Context, builder: str, precision: str) -> dict[str, Any]:
     problems = []
     with recorded_log(module, context, plan.stem + "-run") as complaints:
         for name, graphs in (("no graphs", False), ("graphs", None)):
-            with load(plan, graphs=graphs) as session:
-                try:
+            captured = None
+            try:
+                with load(plan, graphs=graphs) as session:
+                    captured = getattr(session.backend, "graphs", None)
                     data[name] = compare_with_cpu(session, context.onnx(precision), precision)
-                except StepFailed as failed:
-                    data[name] = failed.data
-                    problems.append(f"{name}: {failed}")
-                data[name]["captured"] = getattr(session.backend, "graphs", None)
+            except (RtresnetError, StepFailed) as error:
+                data[name] = getattr(error, "data", {})
+                problems.append(f"{name}: {error}")
+            data[name]["captured"] = captured
     data["complaints"] = complaints
     if problems:
         raise StepFailed("; ".join(problems), data)

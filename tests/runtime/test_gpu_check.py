@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import stub_gpu
 
 from rtresnet.errors import EnvironmentLack
 from rtresnet.runtime import gpu_check
@@ -122,3 +129,26 @@ def test_driver_report_without_a_driver_says_why(without_gpu: None) -> None:
     report = gpu_check.driver_report()
     assert report["devices"] == []
     assert report["reason"]
+
+
+def test_check_cuda_with_the_real_bindings_on_a_stub_is_ok(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    if shutil.which(stub_gpu.COMPILER) is None:
+        pytest.skip(f"no {stub_gpu.COMPILER} to compile the stub with")
+    library = stub_gpu.compile_stub(tmp_path)
+    code = (
+        "import json; from rtresnet.runtime import gpu_check as check; "
+        "print(json.dumps([check.driver_report(), check.check_cuda(), check.free_memory()]))"
+    )
+    variables = os.environ | {
+        "LD_LIBRARY_PATH": str(library.parent),
+        "PYTHONPATH": str(Path(gpu_check.__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report, operations, free = json.loads(done.stdout)
+    assert [device["name"] for device in report["devices"]] == ["Stub GPU"]
+    assert set(operations.values()) == {"ok"}
+    assert free > 0
