@@ -14,6 +14,7 @@ from rtresnet.cli.main import VERBS
 ROOT = Path(__file__).parent.parent / "rtresnet"
 BASE = {
     "errors",
+    "batches",
     "blocks",
     "artifacts",
     "sidecar",

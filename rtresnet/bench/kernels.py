@@ -63,11 +63,13 @@ class Counted:
     Attributes:
         blocks: The block of every node, and of every tensor it makes: runtimes name what they fuse
             by either.
+        batch: The only batch size that the graph takes; None where it is open.
     """
 
     kernels: list[Kernel]
     blocks: dict[str, str]
     size: int
+    batch: int | None = None
 
 
 def count(source: str | os.PathLike[str] | Any) -> Counted:
@@ -77,8 +79,9 @@ def count(source: str | os.PathLike[str] | Any) -> Counted:
         ArtifactError: Not an ONNX file.
         InputError: Its shapes are not known, or it has no convolution.
     """
-    graph = _Graph(_read(source), str(source) if isinstance(source, str | os.PathLike) else "model")
-    return Counted(kernels=graph.kernels(), blocks=graph.blocks, size=graph.size)
+    model, batch = _read(source)
+    graph = _Graph(model, str(source) if isinstance(source, str | os.PathLike) else "model")
+    return Counted(kernels=graph.kernels(), blocks=graph.blocks, size=graph.size, batch=batch)
 
 
 def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
@@ -112,7 +115,8 @@ def precision_of(kernels: list[Kernel]) -> str:
     return max(totals, key=lambda dtype: totals[dtype])
 
 
-def _read(source: str | os.PathLike[str] | Any) -> Any:
+def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
+    """The model with shapes inferred for its fixed batch, or for 1; and that fixed batch."""
     try:
         import onnx
     except ImportError:
@@ -131,16 +135,19 @@ def _read(source: str | os.PathLike[str] | Any) -> Any:
         if prod(tensor.dims) > KEPT:  # shape inference copies the model; it needs no weights
             for field in ("raw_data", "float_data", "int32_data"):
                 tensor.ClearField(field)
+    fixed = None
     if small.graph.input:
-        batch = small.graph.input[0].type.tensor_type.shape.dim
-        if batch and not batch[0].HasField("dim_value"):
-            batch[0].dim_value = 1
+        dims = small.graph.input[0].type.tensor_type.shape.dim
+        if dims and not dims[0].HasField("dim_value"):
+            dims[0].dim_value = 1
+        elif dims:
+            fixed = dims[0].dim_value
     del small.graph.value_info[:]
     for out in small.graph.output:
         out.type.tensor_type.ClearField("shape")
     for index, node in enumerate(small.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
-    return onnx.shape_inference.infer_shapes(small, data_prop=True)
+    return onnx.shape_inference.infer_shapes(small, data_prop=True), fixed
 
 
 class _Graph:

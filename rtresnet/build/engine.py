@@ -22,6 +22,7 @@ from rtresnet import artifacts, records, storage
 from rtresnet.build import attest, header, layers, manifest, monitor, nodes, preflight, targets
 from rtresnet.build.layers import Layer, Layers
 from rtresnet.build.nodes import ADD, CONVOLUTION, Node
+from rtresnet.build.profiles import fitting
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
 from rtresnet.sidecar import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
@@ -34,7 +35,7 @@ def build(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    profiles: Sequence[Profile],
+    profiles: Sequence[Profile] = (),
     target: Sequence[str] = (),
     builder: str = "auto",
     timing_cache: str | os.PathLike[str] | None = None,
@@ -45,7 +46,7 @@ def build(
     Args:
         source: FP32, FP16 or Q/DQ INT8 ONNX file.
         out: Where the plan goes.
-        profiles: At least one.
+        profiles: By default 1:8:32, or the batch of a file that takes one only.
         target: Compute capabilities; empty for the builder's default.
         builder: See `targets.builder`.
         timing_cache: For `tensorrt` only: measured kernels are read from and kept in this file.
@@ -97,7 +98,7 @@ def check(
 def _build(
     source: Path,
     out: Path,
-    profiles: tuple[Profile, ...],
+    chosen: tuple[Profile, ...],
     target: Sequence[str],
     builder: str,
     timing_cache: str | os.PathLike[str] | None,
@@ -122,6 +123,8 @@ def _build(
         finally:
             known = verified.result()  # what is wrong with the file comes before what follows of it
     parent = known or _stranger(trt, network, source)
+    batch = int(network.get_input(0).shape[0])
+    profiles = fitting(source, chosen, batch if batch > 0 else None)
     graph = nodes.read(trt, network)
     preflight.check_targets(source, target, graph)
     network.name = manifest.write(parent, profiles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rtresnet.errors import InputError
 from rtresnet.sidecar import Profile
@@ -32,9 +33,33 @@ def parse(text: str) -> Profile:
 
 
 def parse_all(texts: Sequence[str]) -> tuple[Profile, ...]:
-    """Reads every --batch, each once, in the order given; DEFAULT where there is none.
+    """Reads every --batch, each once, in the order given; nothing where there is none.
 
     Raises:
         InputError: As `parse`.
     """
-    return tuple(dict.fromkeys(parse(text) for text in texts or (DEFAULT,)))
+    return tuple(dict.fromkeys(parse(text) for text in texts))
+
+
+def fitting(source: Path, given: Sequence[Profile], batch: int | None) -> tuple[Profile, ...]:
+    """The profiles to build a file with.
+
+    Args:
+        source: The ONNX file, for the message.
+        given: From `parse_all`; where there is none, DEFAULT or the file's batch.
+        batch: The only batch size that the file takes; None where it is open.
+
+    Raises:
+        InputError: A profile has other batches than the file's.
+    """
+    if batch is None:
+        return tuple(given) or (parse(DEFAULT),)
+    only = Profile(min=batch, opt=batch, max=batch)
+    other = next((profile for profile in given if profile != only), None)
+    if other is not None:
+        raise InputError(
+            f"{source}: takes batches of {batch}, not --batch {other}",
+            fix="leave --batch out, or export it with an open batch (torch.onnx.export: "
+            "dynamic_shapes)",
+        )
+    return (only,)

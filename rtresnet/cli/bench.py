@@ -11,7 +11,7 @@ import click
 
 from rtresnet.cli import bench_baseline, bench_find, bench_load, common, opening
 from rtresnet.cli.bench_show import show, where, where_lines
-from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.errors import EnvironmentLack, InputError, RtresnetError
 
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
@@ -96,19 +96,29 @@ def command(
     allowed = bench_baseline.percent(tolerance)
     if "tolerance" in named and options["baseline"] is None:
         raise InputError("--tolerance holds nothing without --baseline")
-    result = run(paths, **options)
+    result, stopped = _run(paths, **options)
     show(result, intervals=intervals, trtexec=trtexec)
     recorded = result.pop("recorded", None)
-    if recorded is not None:
+    if recorded is not None and stopped is None:
         result["regressions"] = bench_baseline.gate(
             options["baseline"], recorded, result["results"], allowed
         )
     common.write_json(json_file, "bench", result)
+    if stopped is not None:
+        raise stopped
     if judged := result.get("regressions"):
         bench_baseline.refuse_regressions(judged, result["results"])
 
 
-def run(
+def run(paths: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """The verb's body; returns what `--json` writes; with a baseline, its results as `recorded`."""
+    result, stopped = _run(paths, **options)
+    if stopped is not None:
+        raise stopped
+    return result
+
+
+def _run(
     paths: tuple[str, ...],
     *,
     batch: str | None = None,
@@ -125,8 +135,8 @@ def run(
     force: bool = False,
     device: str = "auto",
     **options: Any,
-) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes; with a baseline, its results as `recorded`."""
+) -> tuple[dict[str, Any], RtresnetError | None]:
+    """As `run`; and the error that ended it after at least one batch was measured."""
     load = bench_load.choose(
         scenario=scenario, batch=batch, qps=qps, concurrency=concurrency, max_batch=max_batch,
         with_preprocess=with_preprocess, seconds=seconds, queries=queries, seed=seed,
@@ -134,7 +144,11 @@ def run(
     )  # fmt: skip
     recorded = bench_baseline.read(baseline) if baseline is not None else None
     results: list[dict[str, Any]] = []
+    stopped: RtresnetError | None = None
     with _opened(paths, device, options) as (sessions, facts, watch):
+        load, left_out = bench_load.for_fixed_batch(load, sessions, asked=batch is not None)
+        if left_out:
+            _say_first(left_out)
         planned = [
             fact
             | {"batch": count, "scenario": load.scenario, "load": load.facts()}
@@ -146,14 +160,21 @@ def run(
             bench_baseline.require_alike(baseline, recorded, planned, force)
         for place, count in enumerate(load.batches):
             total = seconds * len(paths)
-            with common.progress(f"measuring at batch {count}", total=total) as update:
-                measured = bench_load.measure(sessions, load, count, update)
+            try:
+                with common.progress(f"measuring at batch {count}", total=total) as update:
+                    measured = bench_load.measure(sessions, load, count, update)
+            except RtresnetError as error:
+                if not results:
+                    raise
+                stopped = error
+                break
             about = planned[place * len(paths) :]
             for fact, taken in zip(about, measured, strict=False):
                 entry = fact | dataclasses.asdict(taken)
                 results.append(entry | {"load": taken.load | load.facts()})
-    return {
-        "notes": [fact["note"] for fact in facts if fact["note"]],
+    notes = [fact["note"] for fact in facts if fact["note"]]
+    result = {
+        "notes": [*notes, *([left_out] if left_out else [])],
         "scenario": load.scenario,
         "qps": qps,
         "seed": seed,
@@ -161,6 +182,12 @@ def run(
         "environment": watch.report,
         "results": results,
     } | ({"recorded": recorded} if recorded is not None else {})
+    return result, stopped
+
+
+def _say_first(note: str) -> None:
+    """What is measured otherwise than asked, before the wait and not after it."""
+    common.out_console().print(f"NOTE: {note}", style="bold yellow", markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -173,10 +200,8 @@ def _opened(
 
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:
-        if stand_in:  # before the wait, not after it
-            common.out_console().print(
-                f"NOTE: {stand_in}", style="bold yellow", markup=False, soft_wrap=True
-            )
+        if stand_in:
+            _say_first(stand_in)
     targets = [target for target, _ in chosen]
     with contextlib.ExitStack() as stack:
         sessions = [
@@ -238,6 +263,15 @@ def _find(
     )
     device, searches = options.pop("device"), []
     with _opened(paths, device, options) as (sessions, facts, watch):
+        for session in sessions:
+            if what == "batch" and session.batch is not None:
+                raise InputError(
+                    f"{session.path}: takes batches of {session.batch}, so there is none to search",
+                    fix=f"rtresnet bench {session.path} --batch {session.batch}",
+                )
+            if what == "qps":
+                server = dataclasses.replace(load, scenario="server", batches=(1,))
+                bench_load.for_fixed_batch(server, [session], asked=True)
         for session, fact in zip(sessions, facts, strict=True):
             found = bench_find.search(session, load, what=what, bound=bound)
             searches.append((fact, bench_find.as_json(found, what, bound)))

@@ -94,6 +94,44 @@ def choose(
     )  # fmt: skip
 
 
+def for_fixed_batch(
+    load: Load, sessions: Sequence[Session], *, asked: bool
+) -> tuple[Load, str | None]:
+    """Leaves out of a load what files with a fixed batch do not compute as one batch.
+
+    Args:
+        load: From `choose`.
+        sessions: What is to be measured.
+        asked: Whether its batches were given with --batch; defaults give way to the file's batch.
+
+    Returns:
+        The load, and a sentence on what is left out.
+
+    Raises:
+        InputError: Nothing is left to measure.
+    """
+    fixed = {session.batch: session for session in sessions if session.batch is not None}
+    if not fixed:
+        return load, None
+    if len(fixed) > 1:
+        each = ", ".join(f"{entry.path} takes batches of {size}" for size, entry in fixed.items())
+        raise InputError(f"{each}: no batch suits them all", fix="measure them one by one")
+    ((size, session),) = fixed.items()
+    calls = (load.max_batch,) if load.max_batch > 1 else load.batches
+    takes = f"{session.path}: takes batches of {size}"
+    if size in calls:
+        left_out = ", ".join(str(count) for count in calls if count != size)
+        note = f"{takes}; batch {left_out} is not measured" if left_out else None
+        return load if load.max_batch > 1 else dataclasses.replace(load, batches=(size,)), note
+    if load.scenario in ("single-stream", "offline") and not asked:
+        return dataclasses.replace(load, batches=(size,)), f"{takes}; no other is measured"
+    if load.scenario in ("server", "closed") and load.batches == (1,):
+        fix = f"--max-batch {size}" if size > 1 else "leave --max-batch out"
+    else:
+        fix = f"--batch {size}" if load.scenario != "multi-stream" else "--scenario single-stream"
+    raise InputError(f"{takes}, not of {', '.join(map(str, calls))}", fix=fix)
+
+
 def parse_batches(given: str) -> list[int]:
     """`1,8` to [1, 8].
 

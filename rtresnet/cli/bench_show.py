@@ -140,6 +140,6 @@ def where(entry: dict[str, Any]) -> str:
 
 
 def where_lines(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """Each device with its provider and versions once, then notes on how INT8 ran."""
+    """Each device with its provider and versions once, then notes on how they ran."""
     entries = list(entries)
-    return [*sorted({where(entry) for entry in entries}), *common.int8_notes(entries)]
+    return [*sorted({where(entry) for entry in entries}), *common.run_notes(entries)]

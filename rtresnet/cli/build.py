@@ -38,7 +38,8 @@ def build_options(function: Any) -> Any:
             "--batch",
             multiple=True,
             metavar="MIN:OPT:MAX",
-            help="Smallest, best and largest batch; repeat for more profiles [1:8:32].",
+            help="Smallest, best and largest batch; repeat for more profiles [default: 1:8:32, or "
+            "the file's fixed batch].",
         ),
     ):
         function = option(function)
@@ -133,6 +134,8 @@ def build_file(
             timing_cache=timing_cache,
             progress=lambda phase: update(description=f"building {out}: {phase}"),
         )
+    if not batch and written.plan and written.plan.profiles[0] != profiles.parse(profiles.DEFAULT):
+        common.note(f"{source}: takes batches of {written.plan.profiles[0].max}; so does the plan")
     if written.assumed:
         common.warn_loudly(
             "an ONNX file without sidecar",

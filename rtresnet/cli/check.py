@@ -127,7 +127,7 @@ def _open(path: str, **options: Any) -> Subject:
         prepare=prepare,
         preprocess=session.preprocess if known else None,
         size=session.size,
-        sizes=tuple(sorted(sizes)) or BATCHES,
+        sizes=(session.batch,) if session.batch else tuple(sorted(sizes)) or BATCHES,
         precision=sidecar.precision if sidecar else _precision(path),
         where=session.describe(),
         close=session.close,

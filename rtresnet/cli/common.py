@@ -186,9 +186,16 @@ def int8_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
     return sorted({entry["int8_note"] for entry in entries if entry.get("int8_note")})
 
 
-def show_int8_notes(*entries: dict[str, Any]) -> None:
-    """Prints what `int8_notes` returns."""
-    for line in int8_notes(entries):
+def run_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """How the files ran, where that needs a word: INT8 sums, a fixed batch; each once."""
+    entries = list(entries)
+    fixed = {entry["batch_note"] for entry in entries if entry.get("batch_note")}
+    return [*int8_notes(entries), *sorted(fixed)]
+
+
+def show_run_notes(*entries: dict[str, Any]) -> None:
+    """Prints what `run_notes` returns."""
+    for line in run_notes(entries):
         out_console().print(line, markup=False, soft_wrap=True)
 
 

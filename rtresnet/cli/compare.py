@@ -50,7 +50,7 @@ def command(
         soft_wrap=True,
         markup=False,
     )
-    common.show_int8_notes(result["reference"], result["candidate"])
+    common.show_run_notes(result["reference"], result["candidate"])
     common.write_json(json_file, "compare", result)
 
 

@@ -64,7 +64,7 @@ def command(
         _show(
             entry["artifact"], entry, f"{entry['precision']}, {entry['provider']}; {entry['shown']}"
         )
-    common.show_int8_notes(*result["members"])
+    common.show_run_notes(*result["members"])
     if len(artifacts) > 1:
         _show(result["artifact"], result, f"mean of probabilities; {protocol}")
     common.write_json(json_file, "eval", result)

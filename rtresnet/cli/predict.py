@@ -115,6 +115,8 @@ def run(names: Sequence[str], artifact: str, **options: Any) -> dict[str, Any]:
                 top = [{"class": name, "probability": value} for name, value in row.top]
                 found.append({"image": row.image, "top": top})
         where = predictor.about.where
+    if where.get("batch_note"):
+        common.note(where["batch_note"])
     if not found:
         raise DataError(f"none of the {len(names)} images could be decoded")
     return {"artifact": artifact, "images": found, "skipped": skipped} | where
@@ -128,6 +130,8 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _summarize(result: dict[str, Any]) -> None:
+    if result.get("batch_note"):
+        common.note(result["batch_note"])
     broken = f", {result['broken']:,} of them broken" if result["broken"] else ""
     here = result["images"] - result["resumed_at"]
     common.out_console().print(

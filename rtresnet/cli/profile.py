@@ -14,7 +14,8 @@ from rtresnet.errors import InputError
 
 @click.command("profile", short_help="Show where the time goes, block by block.")
 @click.argument("path")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1),
+              help="Images a batch [default: 1, or the file's fixed batch].")  # fmt: skip
 @click.option("--seconds", type=float, default=5.0, show_default=True, help="Of running it.")
 @click.option("--layers", type=click.IntRange(min=0), default=5, show_default=True,
               help="How many of the slowest layers to show.")  # fmt: skip
@@ -23,7 +24,7 @@ from rtresnet.errors import InputError
 @common.json_option
 def command(
     path: str,
-    batch: int,
+    batch: int | None,
     seconds: float,
     layers: int,
     threads: int | None,
@@ -43,7 +44,7 @@ def command(
 def run(
     path: str,
     *,
-    batch: int = 1,
+    batch: int | None = None,
     seconds: float = 5.0,
     threads: int | None = None,
     new_roof: bool = False,
@@ -71,6 +72,12 @@ def run(
 
         raise plan_needs_gpu(path)
     counted = kernels.count(_graph_of(path, sidecar))
+    if batch is not None and counted.batch not in (None, batch):
+        raise InputError(
+            f"{path}: takes batches of {counted.batch}, not of {batch}",
+            fix=f"--batch {counted.batch}",
+        )
+    batch = batch or counted.batch or 1
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, 3, counted.size, counted.size)).astype(np.float32)
     gpu = machine.gpus()[0] if kind == "plan" else None
@@ -97,6 +104,7 @@ def run(
         "artifact": path,
         "precision": sidecar.precision if sidecar else kernels.precision_of(counted.kernels),
         "batch": batch,
+        "fixed_batch": counted.batch,
         "size": counted.size,
         **dataclasses.asdict(found),
         "roof": roof,
@@ -191,6 +199,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"{result['total']:.3f} ms, the whole takes {result['whole']:.3f} ms "
         f"(medians of {result['runs']} runs)."
     ]
+    if result.get("fixed_batch"):
+        lines.append(f"The file takes batches of {result['fixed_batch']}.")
     if not result["agrees"]:
         lines.append(
             "NOTE: these differ by more than 10 %: the profiler's own cost, or another load on "

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rtresnet import machine
+from rtresnet.batches import pieces
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName, missing_package
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
 from rtresnet.runtime.cpu_rewrite import rewrite_for_cpu
@@ -106,6 +107,8 @@ class OrtBackend:
     Attributes:
         placement: Nodes of the net on each execution provider, as the session says.
         int8_note: How an INT8 file runs where the CPU's integer sums would saturate; else None.
+        batch: The only batch size that the file takes; None where it takes any. `infer` takes any
+            number of images in either case.
 
     Raises:
         EnvironmentLack: The provider is not here, or part of the net would run on another one.
@@ -178,7 +181,8 @@ class OrtBackend:
         kind = "uint8" if tensor.type == "tensor(uint8)" else "float32"
         self.input_dtype: np.dtype[Any] = np.dtype(kind)
         self.layout: Literal["nchw", "nhwc"] = LAYOUTS[kind]
-        side = tensor.shape[2] if len(tensor.shape) == 4 else None
+        batch, side = (tensor.shape[0], tensor.shape[2]) if len(tensor.shape) == 4 else (None, None)
+        self.batch = batch if isinstance(batch, int) else None
         self.size = side if isinstance(side, int) else None
         names = [output.name for output in outputs]
         self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
@@ -186,12 +190,14 @@ class OrtBackend:
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
         """A batch of any N from 1 to logits, or to indices and probabilities.
 
+        A file with a fixed batch runs as often as it takes; a batch that is not full is filled up.
+
         Raises:
             InputError: Images of another type or shape, or the backend is closed.
+            ArtifactError: A file with a fixed batch does not return one row an image.
             EnvironmentLack: The provider failed.
         """
-        session = self._session
-        if session is None:
+        if self._session is None:
             raise InputError("infer after close")
         if not isinstance(images, np.ndarray):
             raise InputError(f"images are {type(images).__name__}, not a NumPy array")
@@ -200,15 +206,30 @@ class OrtBackend:
                 f"images {images.dtype} do not fit: they are in another machine's byte order",
                 fix="images.astype(images.dtype.newbyteorder('='))",
             )
+        if self.batch is None or not images.ndim or len(images) in (0, self.batch):
+            return _result(self._run(images))
+        found = []
+        for part, rows in pieces(images, self.batch):
+            values = self._run(part)
+            if any(len(value) != len(part) for value in values):
+                shapes = ", ".join(str(list(value.shape)) for value in values)
+                raise ArtifactError(
+                    f"takes batches of {self.batch} and gives {shapes}: not one row an image",
+                    fix=f"call it with {self.batch} images, or export it with an open batch",
+                )
+            found.append([value[:rows] for value in values])
+        return _result([np.concatenate(parts) for parts in zip(*found, strict=True)])
+
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
         try:
-            found = session.run(self._outputs, {self._input: images})
+            found: list[np.ndarray] = self._session.run(self._outputs, {self._input: images})
         except Exception as error:  # ONNX Runtime raises its own types, for both kinds
             if self._takes(images):
                 raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
             raise InputError(
                 f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
             ) from error
-        return tuple(found) if len(found) > 1 else found[0]
+        return found
 
     def _takes(self, images: np.ndarray) -> bool:
         """Whether type and shape are those of the input; names stand for any length from 1."""
@@ -233,6 +254,11 @@ class OrtBackend:
     def close(self) -> None:
         """Drops the session."""
         self._session = None
+
+
+def _result(found: Sequence[np.ndarray]) -> np.ndarray | TopK:
+    """Logits, or the two outputs of a top-K file."""
+    return (found[0], found[1]) if len(found) > 1 else found[0]
 
 
 def _without_vnni(float_layers: Sequence[str]) -> str:

@@ -121,12 +121,31 @@ class Session:
             raise InputError(f"{self.path}: its input has no fixed size")
         return self.backend.size
 
+    @property
+    def batch(self) -> int | None:
+        """The only batch size that the file takes; None where it takes several.
+
+        A call of another number of images is cut into such batches, and the last filled up.
+        """
+        profiles = getattr(self.backend, "profiles", ())
+        sizes = {size for profile in profiles for size in (profile.min, profile.max)}
+        return sizes.pop() if len(sizes) == 1 else getattr(self.backend, "batch", None)
+
+    @property
+    def batch_note(self) -> str | None:
+        """What a fixed batch means for a call, for people; None where any batch is taken."""
+        if self.batch is None:
+            return None
+        how = "images run one by one" if self.batch == 1 else "a smaller batch is filled up"
+        return f"{self.path}: takes batches of {self.batch}; {how}"
+
     def describe(self) -> dict[str, object]:
         """Device, provider, threads and versions, as they belong beside every figure.
 
         `placement` is the number of nodes on each of ONNX Runtime's execution providers; empty of
         a plan, which is one piece. `int8_note` says how an INT8 file runs on a CPU whose integer
-        sums would saturate, and is None elsewhere.
+        sums would saturate, and is None elsewhere; `batch_note` says that the file takes one batch
+        size only (`fixed_batch`).
         """
         return {
             "device": machine.cpu() if self.backend.device == "cpu" else self.backend.device,
@@ -134,6 +153,8 @@ class Session:
             "threads": self.backend.threads,
             "placement": getattr(self.backend, "placement", {}),
             "int8_note": getattr(self.backend, "int8_note", None),
+            "fixed_batch": self.batch,
+            "batch_note": self.batch_note,
             "versions": machine.versions(("rtresnet", "numpy", *self.backend.packages)),
         }
 

@@ -439,12 +439,16 @@ def test_a_foreign_file_that_does_not_take_float32_is_refused(tmp_path: Path, dt
     assert "float32" in refused(source).lower()
 
 
-def test_a_fixed_batch_that_the_profile_misses_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 8])
+def test_build_of_a_fixed_batch_has_that_profile_only(tmp_path: Path, batch: int) -> None:
     source = tmp_path / "fixed.onnx"
-    source.write_bytes(foreign(CONVOLUTION, [1, 3, 8, 8], [1, 4]).SerializeToString())
-    sidecar = build(source, tmp_path / "fixed.plan", profiles=[Profile(min=1, opt=1, max=1)])
-    assert sidecar.plan is not None
-    assert "[4,3,8,8]" in refused(source)
+    model = foreign(CONVOLUTION, [batch, 3, 8, 8], [batch, 4])
+    source.write_bytes(model.SerializeToString())
+    only = Profile(min=batch, opt=batch, max=batch)
+    for profiles in ([], [only]):
+        sidecar = build(source, tmp_path / "fixed.plan", profiles=profiles)
+        assert sidecar.plan is not None and sidecar.plan.profiles == (only,)
+    assert f"takes batches of {batch}" in refused(source, InputError)
 
 
 def test_the_sidecar_of_a_plan_is_plain_json(plan: Path) -> None:

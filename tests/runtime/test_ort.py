@@ -816,3 +816,37 @@ def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
     backend.close()
     with pytest.raises(InputError, match="infer after close"):
         backend.infer(images(1))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_infer_with_a_fixed_batch_cuts_and_fills_up(
+    onnx_file: OnnxFile, images: Images, tmp_path: Path, batch: int
+) -> None:
+    path = onnx_file("resnet8", "fp32")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, tmp_path / "fixed.onnx")
+    fixed = OrtBackend(tmp_path / "fixed.onnx", provider="cpu")
+    plain = OrtBackend(path, provider="cpu")
+    assert fixed.batch == batch and plain.batch is None
+    for count in (1, 3, 4, 6, 9):
+        given = images(count)
+        found, expected = fixed.infer(given), plain.infer(given)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for wrong in (images(0), images(2)[:, :, :4], images(2).astype(np.float64)):
+        with pytest.raises(InputError):
+            fixed.infer(wrong)
+
+
+def test_infer_with_a_fixed_batch_whose_rows_are_not_images_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["images"], ["logits"], axes=[0, 2, 3], keepdims=0)],
+        "mixed",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [2, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, tmp_path / "mixed.onnx")
+    backend = OrtBackend(tmp_path / "mixed.onnx", provider="cpu")
+    with pytest.raises(ArtifactError, match="takes batches of 2"):
+        backend.infer(np.zeros((3, 3, 8, 8), np.float32))
