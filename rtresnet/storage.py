@@ -107,6 +107,16 @@ def require_text_place(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix.lower() in NETS:
         raise InputError(f"{path}: the name of a net, and this is text", fix="choose another name")
+    require_place(path)
+
+
+def require_place(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that no file can be written to, before what is to be in it is computed.
+
+    Raises:
+        InputError: A folder, or in one that cannot be written into or made.
+    """
+    path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder", fix="name a file in it")
     there = next(parent for parent in path.absolute().parents if parent.exists())

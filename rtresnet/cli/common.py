@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
 DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
     "synthetic:N. Transparent images are composited on white."
@@ -230,27 +232,66 @@ def on_terminal() -> bool:
 
 @contextlib.contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A bar (a spinner without `total`) on a terminal, one line elsewhere.
+    """A bar with the time left (a spinner without `total`) on a terminal, lines elsewhere.
 
     Yields:
-        update(completed=None, description=None).
+        update(completed=None, description=None, total=None). Another `total` begins a phase: the
+        time left is then that of the phase.
     """
     if not on_terminal():
         note(description)
-        yield lambda completed=None, description=None: None
+        yield _lines(description, total)
         return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich import progress as rich
 
-    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
-    if total is not None:
-        columns.insert(2, BarColumn())
-    with Progress(*columns, console=err_console(), transient=True) as bar:
-        task = bar.add_task(description, total=total)
+    columns = [rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False)]
+    if total is None:
+        columns += [rich.TimeElapsedColumn()]
+    else:
+        columns += [rich.BarColumn(20), rich.TimeRemainingColumn(), rich.TextColumn("left")]
+    with rich.Progress(*columns, console=err_console(), transient=True) as bar:
+        task, phase = bar.add_task(description, total=total), description
 
-        def update(completed: float | None = None, description: str | None = None) -> None:
-            bar.update(task, completed=completed, description=description)
+        def update(
+            completed: float | None = None,
+            description: str | None = None,
+            total: float | None = None,
+        ) -> None:
+            nonlocal phase
+            if total is not None and description not in (None, phase):
+                bar.reset(task, total=total)
+            phase = description or phase
+            bar.update(task, completed=completed, description=description, total=total)
 
         yield update
+
+
+def _lines(description: str, total: float | None) -> Callable[..., None]:
+    """`update` of `progress` where no bar can be drawn: a line now and then, with the time left."""
+    said = time.monotonic()
+    phase, goal = description, total
+    start: tuple[float, float] | None = None  # of the phase: seconds, and what was done by then
+
+    def update(
+        completed: float | None = None,
+        description: str | None = None,
+        total: float | None = None,
+    ) -> None:
+        nonlocal said, phase, goal, start
+        now = time.monotonic()
+        if total is not None and description not in (None, phase):
+            goal, start = total, None
+        phase = description or phase
+        if completed is None or goal is None:
+            return
+        start = start or (now, completed)
+        began, before = start
+        if before < completed < goal and now - said >= SECONDS_BETWEEN_LINES:
+            left = (now - began) * (goal - completed) / (completed - before)
+            note(f"{phase}: {100 * completed / goal:.0f} %, about {left:.0f} s left")
+            said = now
+
+    return update
 
 
 def require_torch(purpose: str) -> None:

@@ -21,7 +21,6 @@ from rtresnet.cli.predict_rows import About, Predictor, Row
 from rtresnet.errors import DataError
 
 NAMED = 20  # broken images named on the terminal; every one is named in the table
-SECONDS = 30  # between lines of progress where no bar can be drawn
 
 
 class Maker(Protocol):
@@ -114,7 +113,7 @@ def _version(name: str) -> str:
 
 def _fill(journal: Journal, maker: Maker, names: Sequence[str]) -> None:
     """Makes what is not there yet."""
-    total, said = len(names), time.monotonic()
+    total = len(names)
     if journal.done:
         common.note(f"going on at image {journal.done:,} of {total:,}")
     rest = names[journal.done :]
@@ -128,9 +127,6 @@ def _fill(journal: Journal, maker: Maker, names: Sequence[str]) -> None:
                     _name(row, journal)
                 journal.add(rows)
                 update(completed=journal.done)
-                if not common.on_terminal() and time.monotonic() - said > SECONDS:
-                    common.note(f"{journal.done:,} of {total:,}")
-                    said = time.monotonic()
     except BaseException:
         again = [word for word in artifacts.command.get() if word != "--resume"]
         common.note(

@@ -161,13 +161,17 @@ def quantize_file(
     contract: Contract = (None, None, None),
 ) -> Sidecar:
     """Quantizes one file; returns the new file's sidecar."""
-    from rtresnet import artifacts, machine
+    from rtresnet import artifacts, machine, storage
+    from rtresnet.cli.quantize_int8 import int8, scales_path
     from rtresnet.errors import missing_package
 
     out = out or default_out(source, precision)
     artifacts.require_name(out, "onnx")
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would replace its own source", fix="choose another --out")
+    for place in (out, artifacts.sidecar_path(out)):
+        storage.require_place(place)
+    scales = scales_path(out) if precision == "int8" else None
     sidecar = artifacts.verify(artifacts.require_onnx(source, "quantize"))
     if not machine.installed("onnx"):
         raise missing_package("onnx", "quantizing")
@@ -182,7 +186,7 @@ def quantize_file(
             f"{source}: not an ONNX file, or truncated ({reason})", fix="rtresnet export"
         ) from error
     _require_plain(source, model, sidecar)
-    _settle_shape(source, model, contract[0], precision == "int8" and calib != "none")
+    _settle_shape(source, model, contract[0])
     if sidecar is None:
         if (found := opening.arithmetic(model)) in ("fp16", "int8"):
             raise InputError(f"{source}: is {found} already", fix="start from the FP32 file")
@@ -198,15 +202,13 @@ def quantize_file(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
     calibration, measured = None, dict[str, Any]()
-    if precision == "fp16":
+    if scales is None:
         from rtresnet.quantize import half
 
         result = half.to_half(model)
     else:
-        from rtresnet.cli.quantize_int8 import int8
-
         result, calibration, measured = int8(
-            source, model, sidecar, out, calib, calibrator, images, gate, rest
+            source, model, sidecar, out, scales, calib, calibrator, images, gate, rest
         )
         _say_what_is_replaced(out, calibration)
     return artifacts.publish(
@@ -224,26 +226,19 @@ def quantize_file(
     )
 
 
-def _settle_shape(source: Path, model: Any, size: int | None, calibrates: bool) -> None:
-    """Gives an input whose side is open the side that was said; refuses what calibrates no images.
+def _settle_shape(source: Path, model: Any, size: int | None) -> None:
+    """Gives an input whose side is open the side that was said; refuses another side.
 
     Args:
         source: The file, for the message.
         model: Changed.
         size: Side in pixels, where it was said.
-        calibrates: Whether batches of images are to be run.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     images = next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
     dims = images.type.tensor_type.shape.dim
     if len(dims) != 4:
         return
-    if calibrates and dims[0].dim_value:
-        raise InputError(
-            f"{source}: takes batches of {dims[0].dim_value} only; calibrating needs larger ones",
-            fix="export it again with an open batch (torch.onnx.export: dynamic_axes or "
-            "dynamic_shapes), or --calib none",
-        )
     for dim in dims[2:]:
         if size is not None and not dim.dim_value:
             dim.dim_value = size

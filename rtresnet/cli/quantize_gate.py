@@ -123,8 +123,9 @@ def hold(
     from rtresnet.metrics import paired_drop
     from rtresnet.quantize.sensitivity import sensitivity
 
-    with common.progress(f"measuring FP32 on {len(labelled)} images of {gate.data}"):
-        base = _hits(reference, labelled, preprocess)
+    images = f"on {len(labelled)} images of {gate.data}"
+    with common.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
+        base = _hits(reference, labelled, preprocess, update)
     with common.progress("measuring the noise of each block"):
         ranked = sensitivity(found, held, logits)
     for count in range(len(ranked)):
@@ -133,7 +134,10 @@ def hold(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             path.write_bytes(model.SerializeToString())
-            drop = paired_drop(base, _hits(path, labelled, preprocess))
+            floats = f", {count} blocks in float," if count else ""
+            doing = f"measuring INT8{floats} {images}"
+            with common.progress(doing, total=len(labelled)) as update:
+                drop = paired_drop(base, _hits(path, labelled, preprocess, update))
         if passes(drop, gate):
             break
     _show(ranked, count)
@@ -179,7 +183,9 @@ def judged(drop: Drop, gate: Gate) -> dict[str, Any]:
     }
 
 
-def _hits(path: Path, source: Source, preprocess: Preprocess) -> np.ndarray:
+def _hits(
+    path: Path, source: Source, preprocess: Preprocess, update: Callable[[int], None]
+) -> np.ndarray:
     """Which images a file classifies as labelled, bool [N]; broken ones count for no file."""
     import numpy as np
 
@@ -192,10 +198,10 @@ def _hits(path: Path, source: Source, preprocess: Preprocess) -> np.ndarray:
     )  # the file is promised, not what a CPU makes of it
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
-        found = [
-            logits(backend.infer(images), path).argmax(1) == labels
-            for images, labels in loader.batches(source, preprocess, size)
-        ]
+        found: list[np.ndarray] = []
+        for images, labels in loader.batches(source, preprocess, size):
+            found.append(logits(backend.infer(images), path).argmax(1) == labels)
+            update(sum(map(len, found)))
     return np.concatenate(found)
 
 

@@ -25,11 +25,30 @@ CALIB = Path("calib")
 RANDOM_IMAGES = 32
 
 
+def scales_path(out: Path) -> Path:
+    """Where the scales of an INT8 file go: calib/, or next to it where calib/ is not writable.
+
+    Raises:
+        InputError: Neither can be written to.
+    """
+    from rtresnet import storage
+
+    path = CALIB / f"{out.stem}.json"
+    try:
+        storage.require_place(path)
+    except InputError as error:
+        path = out.with_name(f"{out.stem}.scales.json")
+        storage.require_place(path)
+        common.note(f"{error.message}: new scales go to {path}")
+    return path
+
+
 def int8(
     source: Path,
     model: Any,
     sidecar: Sidecar,
     out: Path,
+    path: Path,
     calib: str | None,
     calibrator: str,
     images: int,
@@ -42,7 +61,8 @@ def int8(
         source: The FP32 file.
         model: What is in it.
         sidecar: Its record.
-        out: Where the INT8 file will go; names the file of scales.
+        out: Where the INT8 file will go.
+        path: Where its scales will go, from `scales_path`.
         calib: Images, None for those in calib/, or "none".
         calibrator: See `calibrate.METHODS`.
         images: How many.
@@ -54,7 +74,7 @@ def int8(
     """
     from rtresnet import learned, storage
     from rtresnet.cli import quantize_gate
-    from rtresnet.quantize import calibrate, qdq, scales
+    from rtresnet.quantize import calibrate, qdq, scales, simulate
     from rtresnet.quantize.prepare import prepare
     from rtresnet.sidecar import Calibration
 
@@ -68,14 +88,17 @@ def int8(
                 "all of them in INT8",
                 fix="leave --eval out, and see: rtresnet compare",
             )
-        return _as_learned(model, learned_scales, sidecar, out, rest)
+        return _as_learned(model, learned_scales, sidecar, path, rest)
     if calib == "none":
         if gate is not None:
             raise InputError("--eval needs --calib with images, for the noise of each block")
-        return _without_images(model, sidecar, out, rest)
+        return _without_images(model, sidecar, path, rest)
     labelled = quantize_gate.open_labelled(gate) if gate is not None else None
     batches, name, fingerprint, count = calibration_batches(calib, sidecar.input, images)
-    tensors, path = list(qdq.placement(model)), CALIB / f"{out.stem}.json"
+    tensors = list(qdq.placement(model))
+    if (batch := simulate.fixed_batch(model)) is not None:
+        how = "image by image" if batch == 1 else f"{batch} images at a time"
+        common.note(f"{source}: takes batches of {batch}; calibrated {how}")
     about = {
         "onnx_sha256": sidecar.sha256,
         "images": name,
@@ -84,12 +107,22 @@ def int8(
         "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
         "calibrator": calibrator,
     }
-    saved = _saved_scales(path, about)
-    with common.progress(f"calibrating on {count} images of {name} ({calibrator})"):
+    kept_at = CALIB / f"{out.stem}.json"  # perhaps in a folder that can be read only
+    saved = _saved_scales(kept_at, about)
+    if saved is not None:
+        path = kept_at
+    elif path != kept_at:
+        saved = _saved_scales(path, about)
+    doing = f"calibrating on {count} images of {name} ({calibrator})"
+    with common.progress(doing, total=count) as update:
+
+        def report(phase: str, done: int, total: int | None) -> None:
+            update(done, phase, count if total is None else total)
+
         if saved is not None:
-            found = calibrate.repeat(model, tensors, batches, saved)
+            found = calibrate.repeat(model, tensors, batches, saved, report)
         else:
-            found = calibrate.calibrate(model, tensors, batches, calibrator)
+            found = calibrate.calibrate(model, tensors, batches, calibrator, report)
             scales.write(path, found, about)
     outliers = _tell(found, calibrator)
     kept: tuple[str, ...] = ()
@@ -119,7 +152,7 @@ def int8(
 
 
 def _as_learned(
-    model: Any, learned: Learned, sidecar: Sidecar, out: Path, rest: str
+    model: Any, learned: Learned, sidecar: Sidecar, path: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """INT8 with the scales that training left in the file."""
     from rtresnet.learned import METHOD
@@ -137,11 +170,11 @@ def _as_learned(
         "n": learned.n,
         "calibrator": METHOD,
     }
-    return _uncalibrated(found, about, sidecar, out, rest)
+    return _uncalibrated(found, about, sidecar, path, rest)
 
 
 def _without_images(
-    model: Any, sidecar: Sidecar, out: Path, rest: str
+    model: Any, sidecar: Sidecar, path: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """INT8 from what the file says of its batch norms."""
     from rtresnet.quantize import calibrate, data_free, qdq
@@ -154,18 +187,18 @@ def _without_images(
         "n": 0,
         "calibrator": "batch norms",
     }
-    return _uncalibrated(calibrate.from_ranges(model, ranges), about, sidecar, out, rest)
+    return _uncalibrated(calibrate.from_ranges(model, ranges), about, sidecar, path, rest)
 
 
 def _uncalibrated(
-    found: Calibrated, about: dict[str, Any], sidecar: Sidecar, out: Path, rest: str
+    found: Calibrated, about: dict[str, Any], sidecar: Sidecar, path: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """What is left to do once there are scales that no image was run for."""
     from rtresnet import storage
     from rtresnet.quantize import scales
     from rtresnet.sidecar import Calibration
 
-    model, path = _with_rest(found.quantized(), rest), CALIB / f"{out.stem}.json"
+    model = _with_rest(found.quantized(), rest)
     more = {
         "onnx_sha256": sidecar.sha256,
         "preprocessing": records.known(dataclasses.asdict(sidecar.input)),

@@ -226,9 +226,7 @@ def _make(planned: Sequence[Run]) -> list[Outcome]:
             with common.progress(where, total=1.0) as update:
 
                 def on_step(p: Progress, update: Any = update, where: str = where) -> None:
-                    left = int(p.seconds_left)
-                    text = f"{where}  loss {p.loss:.3f}  {left // 60}:{left % 60:02d} left"
-                    update(completed=p.step / p.total, description=text)
+                    update(p.step / p.total, f"{where}  loss {p.loss:.3f}")
 
                 outcomes.append(runs.make(run, on_step=on_step, warn=common.note))
             spent = time.monotonic() - started

@@ -118,12 +118,13 @@ def listeners(job: Job, say: Say, events: Any = None) -> Iterator[Listeners]:
             enter("training", "training")
             text = (
                 f"epoch {p.epoch + 1}  loss {p.loss:.3f}  lr {p.lr:.2g}  "
-                f"{p.images_per_second:,.0f} img/s  {_clock(p.seconds_left)} left"
+                f"{p.images_per_second:,.0f} img/s"
             )
-            update(completed=p.step / p.total, description=text)
-            if not common.on_terminal() and time.monotonic() - told > LINE_SECONDS:
+            if common.on_terminal():
+                update(completed=p.step / p.total, description=text)
+            elif time.monotonic() - told > LINE_SECONDS:
                 told = time.monotonic()
-                say(f"step {p.step}/{p.total}  {text}")
+                say(f"step {p.step}/{p.total}  {text}  {_clock(p.seconds_left)} left")
             if writer:
                 writer.add_scalar("loss", p.loss, p.step)
                 writer.add_scalar("lr", p.lr, p.step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,23 @@ import numpy as np
 import onnx
 
 from rtresnet import branches
+from rtresnet.batches import pieces
 from rtresnet.errors import DataError, UnknownName
 from rtresnet.quantize import limits, qdq
 from rtresnet.quantize.correct import bias_shifts
 from rtresnet.quantize.equalize import Outlier, equalize, outliers
 from rtresnet.quantize.extents import Extents
 from rtresnet.quantize.histogram import Histogram
-from rtresnet.quantize.simulate import Simulation, noise_ratio, session
+from rtresnet.quantize.simulate import Simulation, fixed_batch, noise_ratio, session
 
 METHODS = ("auto", *limits.METHODS)
 
 Batches = Callable[[], Iterable[np.ndarray]]
 """Called once a pass; gives float32 batches [N, 3, S, S], the same ones each time."""
+
+Report = Callable[[str, int, int | None], None]
+"""Is told of progress: the phase, how many steps of it are done, and of how many; None: a step is
+an image, and the phase goes through all of them."""
 
 # Of the images, how many are held back to choose by; a run of a net of 224 pixels takes a hundred
 # times as long as one of 32, and the choice must not outweigh the calibration.
@@ -38,6 +43,8 @@ SMALL, SMALL_HELD, MOST_HELD = 64, 128, 16
 FACTORS = (0.85, 1.2)  # tried on single tensors, times the limit they have
 SMALL_TRIES, TRIES = 40, 8
 WITHOUT_IMAGES = "mse"  # there is nothing to choose by
+OBSERVING, EQUALIZED = "observing activations", "observing activations after equalization"
+CHOOSING = "comparing ranges by their noise"
 GAIN = 0.02  # dB that a single tensor's other limit must bring
 
 
@@ -98,16 +105,17 @@ def observe(
     inner = [name for name in tensors if name != source]
     nodes, ends = (extents.nodes, extents.outputs) if extents else ([], [])
     outputs = [*inner, *ends]
-    running = session(model, outputs, nodes)
+    running, batch = session(model, outputs, nodes), fixed_batch(model)
     found = {name: Histogram(name) for name in tensors}
     count = 0
     for images in batches:
-        values = running.run(outputs, {source: images})
-        if extents:
-            extents.see(values[len(inner) :])
-            del values[len(inner) :]
-        for name in reversed(inner):  # each let go of when it was seen, before the next batch runs
-            found[name].add(values.pop())
+        for part, rows in pieces(images, batch):
+            values = running.run(outputs, {source: part})
+            if extents:
+                extents.see(values[len(inner) :])
+                del values[len(inner) :]
+            for name in reversed(inner):  # each let go of when it was seen, before the next runs
+                found[name].add(values.pop()[:rows])
         if source in found:
             found[source].add(images)
         count += len(images)
@@ -116,8 +124,25 @@ def observe(
     return found
 
 
+def _silent(phase: str, done: int, total: int | None) -> None:
+    """No report."""
+
+
+def _counted(batches: Iterable[np.ndarray], phase: str, report: Report) -> Iterator[np.ndarray]:
+    """Reports the images of a pass as they go by."""
+    done = 0
+    for images in batches:
+        yield images
+        done += len(images)
+        report(phase, done, None)
+
+
 def calibrate(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Batches, method: str = "auto"
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Batches,
+    method: str = "auto",
+    report: Report = _silent,
 ) -> Calibrated:
     """Finds a scale for each tensor.
 
@@ -126,6 +151,7 @@ def calibrate(
         tensors: From `qdq.placement`.
         batches: The calibration images, preprocessed.
         method: One of METHODS. All but "auto" take the model as it is.
+        report: Is told of progress.
 
     Raises:
         DataError: No images, or an activation that is not finite.
@@ -135,19 +161,19 @@ def calibrate(
         raise UnknownName("calibrator", method, METHODS)
     if method != "auto":
         extents = Extents(model)
-        found = observe(model, tensors, batches(), extents)
+        found = observe(model, tensors, _counted(batches(), OBSERVING, report), extents)
         return Calibrated(
             model=model, scales=scales_by(method, found), method=method, own={}, ratios={},
             outliers=outliers(found), mended=[], shifts={}, branches=extents.found,
         )  # fmt: skip
     extents = Extents(model)
-    held, others = hold_back(batches())
+    held, others = hold_back(_counted(batches(), OBSERVING, report))
     found = observe(model, tensors, others, extents)
     seen, (equal, mended) = outliers(found), equalize(model, found)
     if mended:  # which leaves the branches as they were
-        _, others = hold_back(batches())
+        _, others = hold_back(_counted(batches(), EQUALIZED, report))
         found = observe(equal, tensors, others)
-    chosen = choose(equal, found, held, _reference(model, held, extents))
+    chosen = choose(equal, found, held, _reference(model, held, extents), report)
     return dataclasses.replace(chosen, outliers=seen, mended=mended, branches=extents.found)
 
 
@@ -156,6 +182,7 @@ def repeat(
     tensors: Sequence[str],
     batches: Batches,
     saved: Mapping[str, Any],
+    report: Report = _silent,
 ) -> Calibrated:
     """What an earlier calibration of the same model and images came to, without its search.
 
@@ -164,15 +191,16 @@ def repeat(
         tensors: From `qdq.placement`.
         batches: The calibration images, preprocessed.
         saved: From `scales.read`.
+        report: Is told of progress.
     """
     mended, shifts = list[Outlier](), dict[str, np.ndarray]()
     if saved["brought_down"] or saved["biases_corrected"]:
-        _, others = hold_back(batches())
+        _, others = hold_back(_counted(batches(), OBSERVING, report))
         # Looked at in the same way: another graph rounds otherwise, and biases with it.
         found = observe(model, tensors, others, Extents(model))
         if saved["brought_down"]:
             model, mended = equalize(model, found)
-            _, others = hold_back(batches())
+            _, others = hold_back(_counted(batches(), EQUALIZED, report))
             found = observe(model, tensors, others)
         if saved["biases_corrected"]:
             shifts = bias_shifts(model, found)
@@ -225,6 +253,7 @@ def choose(
     found: Mapping[str, Histogram],
     held: Sequence[np.ndarray],
     reference: np.ndarray,
+    report: Report = _silent,
 ) -> Calibrated:
     """The scales of least noise in the logits of the images held back.
 
@@ -235,23 +264,27 @@ def choose(
     candidates = {name: scales_by(name, found) for name in limits.METHODS}
     shifts = bias_shifts(model, found)
     simulations = {"": Simulation(model), ", biases corrected": Simulation(model, (), shifts)}
+    tries = SMALL_TRIES if held[0].shape[-1] <= SMALL else TRIES
+    steps = len(simulations) * len(candidates)
     reached, best, biases = -math.inf, "", ""
     for corrected, simulation in simulations.items():
         for name, scales in candidates.items():
             ratio = noise_ratio(reference, simulation.logits(held, scales))
             ratios[name + corrected] = ratio
+            report(CHOOSING, len(ratios), steps + tries)
             if ratio > reached:
                 reached, best, biases = ratio, name, corrected
     simulation, scales = simulations[biases], candidates[best]
     own: dict[str, float] = {}
-    tries = SMALL_TRIES if held[0].shape[-1] <= SMALL else TRIES
+    left = tries
     for name in sorted(scales, key=lambda name: -limits.noise(found[name], scales[name])):
         for factor in FACTORS:
-            if tries <= 0:
+            if left <= 0:
                 break
-            tries -= 1
+            left -= 1
             changed = scales | {name: scales[name] * factor}
             ratio = noise_ratio(reference, simulation.logits(held, changed))
+            report(CHOOSING, steps + tries - left, steps + tries)
             if ratio > reached + GAIN:
                 scales, reached, own[name] = changed, ratio, factor
                 break
@@ -278,11 +311,11 @@ def _reference(
     """The float net's logits; `extents` is shown the images too, if they are wanted."""
     source, output = model.graph.input[0].name, model.graph.output[0].name
     nodes, ends = (extents.nodes, extents.outputs) if extents else ([], [])
-    running = session(model, [output, *ends], nodes)
+    running, batch = session(model, [output, *ends], nodes), fixed_batch(model)
     logits = []
-    for images in held:
-        first, *values = running.run(None, {source: images})
-        logits.append(first)
+    for part, rows in (piece for images in held for piece in pieces(images, batch)):
+        first, *values = running.run(None, {source: part})
+        logits.append(first[:rows])
         if extents:
             extents.see(values)
     if not all(np.isfinite(some).all() for some in logits):

@@ -42,7 +42,7 @@ def ranges(
     if norms.KEY not in properties:
         raise ArtifactError(
             f"{model.graph.name}: says nothing of its batch norms, so ranges need images",
-            fix="export the net anew, or give --calib SPEC",
+            fix="give images: --calib SPEC",
         )
     known = norms.unpack(properties[norms.KEY])
     rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def ranges(
         elif node.op_type == "Pad":
             pads = numpy_helper.to_array(constants[node.input[1]])
             out = np.pad(given[0], ((0, 0), (int(pads[1]), int(pads[5]))))
-        elif node.op_type in ("MaxPool", "Slice", "GlobalAveragePool", "Flatten"):
+        elif node.op_type in ("MaxPool", "Slice", "GlobalAveragePool", "Flatten", "Reshape"):
             out = given[0]
         elif node.op_type == "Gemm":
             continue

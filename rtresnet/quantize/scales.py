@@ -33,7 +33,7 @@ def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
     """Writes what was found, and what for.
 
     Args:
-        path: In calib/.
+        path: In calib/, or next to the INT8 file.
         found: From calibration.
         about: Every field of ABOUT, and `images`, their name.
     """

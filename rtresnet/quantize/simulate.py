@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from rtresnet.batches import pieces
 from rtresnet.errors import missing_package
 from rtresnet.quantize import qdq
 
@@ -46,7 +47,7 @@ class Simulation:
                 helper.make_tensor_value_info(f"{tensor}.scale", TensorProto.FLOAT, [])
             )
         _weights_in_float(graph)
-        self.session = session(quantized)
+        self.session, self.batch = session(quantized), fixed_batch(model)
 
     def logits(self, batches: Sequence[np.ndarray], scales: Mapping[str, float]) -> np.ndarray:
         """float32 [N, classes] of all the batches' images.
@@ -56,8 +57,18 @@ class Simulation:
             scales: Of every tensor in `tensors`.
         """
         feed = {f"{name}.scale": np.array(scales[name], np.float32) for name in self.tensors}
-        found = [self.session.run(None, feed | {self.input: images})[0] for images in batches]
+        found = [
+            self.session.run(None, feed | {self.input: part})[0][:rows]
+            for images in batches
+            for part, rows in pieces(images, self.batch)
+        ]
         return np.concatenate(found)
+
+
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """The only batch size that a model takes; None where it is open."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    return dims[0].dim_value or None if dims else None
 
 
 def session(

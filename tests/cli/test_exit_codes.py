@@ -377,21 +377,6 @@ def test_a_name_of_another_kind_is_refused_before_the_work(
     assert "of kind plan" in said  # and not a word of calibrating
 
 
-def test_a_fixed_batch_is_no_matter_where_no_image_is_run(
-    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import onnx
-
-    monkeypatch.chdir(tmp_path)
-    model = onnx.load(engines / "resnet8.onnx")
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    onnx.save(model, "fixed.onnx")
-    said = ["quantize", "fixed.onnx", "--size", "32"]
-    assert main([*said, "--fp16"]) == 0
-    assert main([*said, "--calib", "none"]) == 0
-    assert main([*said, "--calib", "digits"]) == 2
-
-
 def test_an_exit_that_no_reader_caused_is_not_taken_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

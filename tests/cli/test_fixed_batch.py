@@ -189,3 +189,51 @@ def test_build_of_a_fixed_batch_makes_a_plan_for_it(
     assert main(["build", path, "--out", "other.plan", "--batch", "1:8:32"]) == 2
     assert "--batch" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("other.plan").exists()
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_quantize_of_a_fixed_batch_finds_the_scales_of_the_open_file(
+    fixed: Fixed, engines: Path, tints: str, batch: int, capsys: Captured
+) -> None:
+    options = ["--calib", tints, "--calib-images", "100", "--calibrator", "max"]
+    path, plain = fixed(batch), str(engines / "resnet8.onnx")
+    assert main(["quantize", plain, *options, "--out", "plain.onnx"]) == 0
+    assert main(["quantize", path, *options, "--out", "int8.onnx"]) == 0
+    assert f"takes batches of {batch}" in capsys.readouterr().err
+    found, expected = (
+        json.loads(Path(f"calib/{name}.json").read_text()) for name in ("int8", "plain")
+    )
+    assert found["scales"] == pytest.approx(expected["scales"], rel=1e-5)
+    assert found["branches"].keys() == expected["branches"].keys()
+    for name, extents in found["branches"].items():
+        assert extents == pytest.approx(expected["branches"][name], rel=1e-5)
+    compared = result(["compare", "plain.onnx", "int8.onnx", "--data", tints])
+    assert compared["agreement"] > 0.99 and compared["candidate"]["fixed_batch"] == batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--calib", "TINTS", "--eval", "TINTS"], ["--calib", "none"], ["--fp16"]],
+    ids=["gate", "none", "fp16"],
+)
+def test_quantize_of_a_foreign_fixed_batch_is_done(
+    fixed: Fixed, tints: str, options: list[str]
+) -> None:
+    path = fixed(1, foreign=True)
+    given = [tints if option == "TINTS" else option for option in options]
+    assert main(["quantize", path, "--size", "32", *given, "--out", "out.onnx"]) == 0
+    model = onnx.load("out.onnx")
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    assert main(["check", "out.onnx", "--provider", "cpu"]) == 0
+
+
+def test_quantize_without_images_and_batch_norms_asks_for_images(
+    fixed: Fixed, tints: str, capsys: Captured
+) -> None:
+    path = fixed(1, foreign=True)
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    assert main(["quantize", path, "--size", "32", "--calib", "none"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--calib SPEC")
+    assert main(["quantize", path, "--size", "32", "--calib", tints]) == 0

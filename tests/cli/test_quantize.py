@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -453,14 +454,6 @@ def reshaped(source: Path, out: Path, batch: int | str, side: int | str) -> Path
     return out
 
 
-def test_a_fixed_batch_is_refused_with_the_way_out(
-    source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fixed = reshaped(source, tmp_path / "fixed.onnx", 1, 32)
-    assert quantize(fixed, "--calib", tints, "--size", "32") == 2
-    assert "dynamic_axes" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_side_that_was_open_is_the_one_that_was_said(
     source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,3 +477,79 @@ def test_weights_in_a_file_beside_are_found_or_asked_for(
     assert main(["package", str(split), "--triton", "store"]) == 2
     assert "a file beside it" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("store").exists()
+
+
+def test_quantize_checks_every_place_it_writes_to_before_it_calibrates(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("no folder")
+    Path("sidecar.onnx.json").mkdir()
+    Path("folder.onnx").mkdir()
+    for out in ("file/int8.onnx", "sidecar.onnx", "folder.onnx"):
+        for more in (["--calib", tints], ["--calib", "none"], ["--fp16"]):
+            assert quantize(source, *more, "--out", out) == 2
+            (line,) = capsys.readouterr().err.splitlines()  # and not a word of calibrating
+            assert out in line
+
+
+@pytest.mark.parametrize("calib", ["tints", "none"])
+def test_scales_go_next_to_the_file_where_calib_is_not_writable(
+    source: Path, tints: str, calib: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("calib").write_text("no folder")
+    arguments = ["--calib", tints if calib == "tints" else "none", "--calib-images", "16"]
+    assert quantize(source, *arguments, "--out", "out/x.onnx") == 0
+    assert "out/x.scales.json" in capsys.readouterr().out
+    sidecar = artifacts.read_sidecar("out/x.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    assert sidecar.calibration.scales == "out/x.scales.json"
+    assert json.loads(Path("out/x.scales.json").read_text())["scales"]
+    if calib == "tints":
+        assert quantize(source, *arguments, "--out", "out/x.onnx") == 0
+        assert "out/x.scales.json are used again" in capsys.readouterr().err
+
+
+def test_scales_of_a_calib_folder_that_is_read_only_are_used_again(
+    source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--calib", tints, "--calib-images", "16", "--out", "out/x.onnx"]
+    assert quantize(source, *arguments) == 0
+    access = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: Path(path).name != "calib" and access(path, mode)
+    )
+    assert quantize(source, *arguments) == 0
+    assert "calib/x.json are used again" in capsys.readouterr().err
+    assert not Path("out/x.scales.json").exists()
+
+
+def test_calibration_tells_how_far_it_is_and_how_long_it_takes(
+    source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rtresnet.cli.common.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("rtresnet.data.loader.batch_size", lambda preprocess: 16)
+    assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.endswith("s left")]
+    assert any(line.startswith("observing activations: 50 %") for line in lines), said
+    assert any(line.startswith("comparing ranges") for line in lines), said
+
+
+def test_calibration_draws_a_bar_with_the_time_left_on_a_terminal(
+    source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.progress import Progress
+
+    monkeypatch.setattr("rtresnet.cli.common.on_terminal", lambda: True)
+    phases = {}
+    update = Progress.update
+
+    def watched(self: Progress, task: Any, **options: Any) -> None:
+        update(self, task, **options)
+        phases[self.tasks[0].description] = (self.tasks[0].completed, self.tasks[0].total)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
+    assert phases["observing activations"] == (64, 64)
+    done, total = phases["comparing ranges by their noise"]
+    assert 0 < done <= total
