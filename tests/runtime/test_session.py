@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -277,3 +278,21 @@ def test_the_parent_of_a_plan_may_be_gone(plan: Path, copied: Path) -> None:
     sidecar: Sidecar | None = artifacts.verify(plan)
     assert sidecar is not None
     assert sidecar.parent == Link(file=copied.name, sha256=sidecar.parent.sha256)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("profiles", "batch"),
+    [
+        ([(1, 1, 1)], 1),
+        ([(8, 8, 8)], 8),
+        ([(1, 8, 32)], None),
+        ([(1, 1, 1), (8, 8, 8)], None),
+    ],
+)
+def test_batch_of_a_plan_is_that_of_its_only_size(
+    profiles: list[tuple[int, int, int]], batch: int | None
+) -> None:
+    backend: Any = SimpleNamespace(profiles=[Profile(min=a, opt=b, max=c) for a, b, c in profiles])
+    session = Session(Path("net.plan"), None, backend)
+    assert session.batch == batch
+    assert (session.batch_note is None) == (batch is None)
