@@ -7,6 +7,7 @@ cannot be recognized by its name belongs to the block of the node that ran befor
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,7 +18,10 @@ from rtresnet.bench.kernels import Kernel
 
 AGREES = 0.10  # sums of parts against the whole
 IDLE = 0.25  # of the roof: below, neither arithmetic nor memory is what a block waits for
-ADDED = re.compile(r"^(InsertedPrecisionFreeCast_|fused )|(_nchwc|_token_\d+|/duplicated|_quant)$")
+ADDED = re.compile(
+    r"^(InsertedPrecisionFreeCast_|fused )"
+    r"|(_nchwc|_token_\d+|/duplicated|_quant|(_U\d+)?_myl\d+_\d+)$"
+)
 SEPARATORS = re.compile(r"[\s+(),\[\]{}\x1f]+")
 INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger")
 WORK = ("Conv", "Gemm", "MatMul", "Pool", "ReduceMean")
@@ -99,7 +103,8 @@ class Profile:
 def recognize(name: str, known: Mapping[str, str]) -> str | None:
     """The node of the file that a name after fusion stands for, or None.
 
-    `layer1.0.relu1_nchwc`, `conv1_token_7` (ONNX Runtime), `conv1 + PWN(relu)` (TensorRT).
+    `layer1.0.relu1_nchwc`, `conv1_token_7` (ONNX Runtime), `conv1 + PWN(relu)` (TensorRT),
+    `layer1.0.conv1_U4_myl0_4` (TensorRT-RTX).
     """
     for whole in (name, *SEPARATORS.split(name)):
         part = whole
@@ -111,6 +116,30 @@ def recognize(name: str, known: Mapping[str, str]) -> str | None:
                 break
             part = shorter
     return None
+
+
+def engine_blocks(
+    layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]
+) -> dict[str, str]:
+    """Find the block of each layer of a TensorRT engine.
+
+    Names of generated kernels (`__myl_MulAddRelu_myl0_6`) say nothing of the net, so that the
+    builder's own record of where a layer came from is needed.
+
+    Args:
+        layers: Layer's name to the ONNX nodes it was made from.
+        blocks: Node's name to block.
+
+    Returns:
+        Layer's name to the block that most of its nodes belong to; a layer without a known node
+        is left out.
+    """
+    found = {}
+    for name, nodes in layers.items():
+        counts = Counter(blocks[node] for node in nodes if node in blocks)
+        if counts:
+            found[name] = counts.most_common(1)[0][0]
+    return found
 
 
 def layers_of(

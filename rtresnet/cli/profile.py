@@ -96,8 +96,11 @@ def run(
                 path, images, seconds=seconds, threads=threads, on_progress=update
             )
     roof, rates, bandwidth = _roof(recorded, new_roof)
+    blocks = counted.blocks
+    if kind == "plan":
+        blocks = blocks | profile.engine_blocks(_nodes_of_layers(path, sidecar), blocks)
     found = profile.profile(
-        recorded.runs, recorded.whole, counted.kernels, counted.blocks,
+        recorded.runs, recorded.whole, counted.kernels, blocks,
         batch=batch, rates=rates, bandwidth=bandwidth,
     )  # fmt: skip
     return {
@@ -130,6 +133,15 @@ def _graph_of(path: str, sidecar: Any) -> Path:
             fix="bring it along",
         )
     return parent
+
+
+def _nodes_of_layers(path: str, sidecar: Any) -> dict[str, tuple[str, ...]]:
+    """The ONNX nodes of each layer of a plan; empty where the build recorded no layers."""
+    from rtresnet.build import layers
+
+    if sidecar is None or sidecar.plan.layers is None:
+        return {}
+    return {layer.name: layer.nodes for layer in layers.load(path, sidecar).layers}
 
 
 def _roof(recorded: Any, anew: bool) -> tuple[dict[str, Any] | None, Any, float | None]:

@@ -9,8 +9,10 @@ import pytest
 
 from rtresnet import machine
 from rtresnet.bench import gpus, kernels, profile
+from rtresnet.build import engine
 from rtresnet.cli.main import main
 from rtresnet.runtime import ort_profile, trt_profile
+from rtresnet.sidecar import Profile
 
 Net = Callable[..., Path]
 BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1.0", "fc": "head"}
@@ -23,11 +25,21 @@ BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1
         ("InsertedPrecisionFreeCast_layer1.0.conv1_nchwc", "layer1.0.conv1"),
         ("layer1.0.conv1 + PWN(layer1.0.add)", "layer1.0.conv1"),
         ("__myl_Conv_0x12 [layer1.0.add\x1ffc]", "layer1.0.add"),
-        ("fused conv1", "conv1"), ("ReorderOutput_token_7", None), ("", None), ("conv10", None),
+        ("fused conv1", "conv1"), ("layer1.0.conv1_U4_myl0_4", "layer1.0.conv1"),
+        ("layer1.0.conv1 [profile 1]_U94_myl1_5", "layer1.0.conv1"), ("fc_myl0_51", "fc"), ("ReorderOutput_token_7", None), ("", None), ("conv10", None),
     ],
 )  # fmt: skip
 def test_a_name_after_fusion_is_recognized(ran: str, node: str | None) -> None:
     assert profile.recognize(ran, BLOCKS) == node
+
+
+def test_engine_blocks_of_a_layer_of_several_nodes_takes_the_most_common_block() -> None:
+    layers = {
+        "__myl_MulAddRelu_myl0_6": ("layer1.0.conv1", "layer1.0.add", "conv1"),
+        "__mye15733_myl0_13": (),
+        "__myl_Move_myl0_1": ("elsewhere",),
+    }
+    assert profile.engine_blocks(layers, BLOCKS) == {"__myl_MulAddRelu_myl0_6": "layer1.0"}
 
 
 def test_what_is_not_recognized_belongs_to_what_ran_before() -> None:
@@ -127,6 +139,35 @@ def test_a_plan_without_a_gpu_is_refused_with_what_to_do(
     assert "on a CPU use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_profile_of_a_real_rtx_plan_gives_every_block_its_time(
+    precision: str,
+    net_file: Net,
+    tmp_path: Path,
+    with_gpu: machine.Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plan, out = tmp_path / "net.plan", tmp_path / "p.json"
+    engine.build(
+        net_file(precision), plan, profiles=[Profile(min=1, opt=8, max=8)], builder="rtx"
+    )
+    layers = json.loads((tmp_path / "net.plan.layers.json").read_text())["layers"]
+    run = [(layer["name"], "", 1.0) for layer in layers]
+    recorded = ort_profile.Recorded(
+        runs=[run], whole=[float(len(run))], device=with_gpu.name, provider="TensorRT-RTX",
+        threads=None, packages=(),
+    )  # fmt: skip
+    monkeypatch.setattr(trt_profile, "record", lambda *_, **__: recorded)
+    assert main(["profile", str(plan), "--json", str(out)]) == 0
+    result = json.loads(out.read_text())["result"]
+    assert all(block["ms"] > 0 for block in result["blocks"])
+    unnamed = [layer["name"] for layer in layers if not layer["nodes"]]
+    assert [la["name"] for la in result["layers"] if not la["recognized"]] == unnamed
+    expected = {la["name"]: la["block"].replace("fc", "head") for la in layers if la["nodes"]}
+    assert {la["name"]: la["block"] for la in result["layers"] if la["recognized"]} == expected
+
+
 @pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
 def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
     trt = pytest.importorskip(module)
@@ -140,9 +181,6 @@ def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not machine.gpus(), reason="no GPU")
 def test_a_plans_layers_add_up_on_a_gpu(net_file: Net, tmp_path: Path) -> None:
-    from rtresnet.build import engine
-    from rtresnet.sidecar import Profile
-
     plan = tmp_path / "net.plan"
     builder = "tensorrt" if machine.installed("tensorrt") else "rtx"
     engine.build(net_file("fp16"), plan, profiles=[Profile(min=1, opt=8, max=8)], builder=builder)
