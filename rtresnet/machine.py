@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,11 +26,15 @@ DISTRIBUTIONS = {
     "tensorrt": "tensorrt-cu13",
     "onnxruntime_ep_openvino": "onnxruntime-ep-openvino",
     "cuda.bindings": "cuda-python",
+    "pynvml": "nvidia-ml-py",
     "sklearn": "scikit-learn",
 }
-
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA that rule VNNI out.
 ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+# cudaErrorInsufficientDriver, as CUDA, TensorRT and ONNX Runtime print it.
+TOO_OLD_DRIVER = re.compile(
+    r"InsufficientDriver|driver version is insufficient|(failure|error:?|code) 35\b"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,33 @@ def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
         if hasattr(driver, function) and getattr(driver, function)(found, device) == 0:
             return str(uuid.UUID(bytes=bytes(found)))
     return None
+
+
+@functools.cache
+def cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver supports, as (13, 0); None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    found = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(found)) != 0:
+        return None
+    return found.value // 1000, found.value % 1000 // 10
+
+
+def driver_fix(message: str = "") -> str | None:
+    """The fix for a driver that is too old for CUDA 13; None where it is not known to be.
+
+    Args:
+        message: An error of CUDA, TensorRT or ONNX Runtime that decides it; without one the driver
+            is asked for its version.
+    """
+    if message:
+        too_old = TOO_OLD_DRIVER.search(message) is not None
+    else:
+        too_old = (cuda_version() or (13, 0)) < (13, 0)
+    return "install NVIDIA driver r580 or newer, which CUDA 13 needs" if too_old else None
 
 
 def cpu() -> str:

@@ -107,6 +107,8 @@ class Plan:
 
     Attributes:
         layers: The file that keeps the engine's fused layers.
+        tf32: Whether the builder may multiply FP32 as TF32, with a mantissa of 10 bits; None in
+            sidecars from before it was recorded, when it always was allowed.
     """
 
     builder: str
@@ -116,6 +118,7 @@ class Plan:
     seconds: float
     attested: Attestation | None = None
     layers: Link | None = None
+    tf32: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

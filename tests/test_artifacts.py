@@ -72,6 +72,7 @@ FULL = Sidecar(
             activations=(4096,),
         ),
         layers=Link(file="cats.int8.plan.layers.json", sha256="f" * 64),
+        tf32=True,
     ),
     measured={"accuracy": {"n": 359, "top1": 350, "top5": None}, "parity": [0.5, 1e-06]},
     made_by={"command": "rtresnet build cats.int8.onnx", "rtresnet": "0.1.0"},
@@ -122,8 +123,16 @@ def test_a_plans_record_from_before_its_layers_were_counted_still_reads(tmp_path
     old = read_sidecar(path)
     assert FULL.plan is not None
     counted = Attestation(convolutions=21, dtypes={"Int8": 20, "Float": 1}, layers=30)
-    plan = dataclasses.replace(FULL.plan, attested=counted, layers=None)
+    plan = dataclasses.replace(FULL.plan, attested=counted, layers=None, tf32=None)
     assert old == dataclasses.replace(FULL, plan=plan)
+
+
+def test_plan_sidecar_from_before_tf32_was_recorded_still_reads(tmp_path: Path) -> None:
+    path = tmp_path / "cats.int8.plan"
+    sidecar_path(path).write_bytes((GOLDEN / "plan-before-tf32.json").read_bytes())
+    assert FULL.plan is not None
+    plan = dataclasses.replace(FULL.plan, tf32=None)
+    assert read_sidecar(path) == dataclasses.replace(FULL, plan=plan)
 
 
 @pytest.mark.parametrize("schema", [0, 2])

@@ -23,6 +23,8 @@ BASE = {
     "preprocess",
     "metrics",
     "machine",
+    "gpu_targets",
+    "trt_loading",
     "records",
     "typed_json",
     "terminal",

@@ -118,9 +118,7 @@ def recognize(name: str, known: Mapping[str, str]) -> str | None:
     return None
 
 
-def engine_blocks(
-    layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]
-) -> dict[str, str]:
+def engine_blocks(layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]) -> dict[str, str]:
     """Find the block of each layer of a TensorRT engine.
 
     Names of generated kernels (`__myl_MulAddRelu_myl0_6`) say nothing of the net, so that the

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts, records, storage
+from rtresnet import artifacts, machine, records, storage, trt_loading
 from rtresnet.build import attest, header, layers, manifest, monitor, nodes, preflight, targets
 from rtresnet.build.layers import Layer, Layers
 from rtresnet.build.nodes import ADD, CONVOLUTION, Node
@@ -38,6 +38,7 @@ def build(
     profiles: Sequence[Profile] = (),
     target: Sequence[str] = (),
     builder: str = "auto",
+    tf32: bool = True,
     timing_cache: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Sidecar:
@@ -49,6 +50,8 @@ def build(
         profiles: By default 1:8:32, or the batch of a file that takes one only.
         target: Compute capabilities; empty for the builder's default.
         builder: See `targets.builder`.
+        tf32: Whether FP32 convolutions and matrix products may run as TF32, which rounds inputs to
+            a mantissa of 10 bits, on GPUs from sm_80 on.
         timing_cache: For `tensorrt` only: measured kernels are read from and kept in this file.
         progress: Called with the name of each phase.
 
@@ -59,13 +62,14 @@ def build(
         ArtifactError: The file does not parse, or does not build; every complaint is in the
             message.
         InputError: A target, a profile or an option that the builder does not take.
+        EnvironmentLack: The builder is not installed or does not start here.
         GateMissed: A convolution does not take the precision the file promises. Nothing is
             written then.
         KeyboardInterrupt: Ctrl-C; nothing is written then.
     """
     try:
         return _build(
-            Path(source), Path(out), tuple(profiles), target, builder, timing_cache, progress
+            Path(source), Path(out), tuple(profiles), target, builder, tf32, timing_cache, progress
         )
     except BaseException as error:
         # TensorRT-RTX 1.7 locks up when a builder is destroyed while another is being made. One
@@ -81,12 +85,13 @@ def check(
 
     Raises:
         ArtifactError: As `build`.
+        EnvironmentLack: As `build`.
         InputError: As `build`.
     """
     trt = targets.builder(builder)
     log = _log(trt)
     try:
-        maker = trt.Builder(log)
+        maker = trt_loading.create(trt, "Builder", log, log.complaints)
         network = maker.create_network(_creation_flags(trt))
         preflight.parse(trt, maker, network, log, Path(source))
         preflight.check_targets(Path(source), target, nodes.read(trt, network))
@@ -101,6 +106,7 @@ def _build(
     chosen: tuple[Profile, ...],
     target: Sequence[str],
     builder: str,
+    tf32: bool,
     timing_cache: str | os.PathLike[str] | None,
     progress: Callable[[str], None],
 ) -> Sidecar:
@@ -113,7 +119,7 @@ def _build(
             fix="leave it out, or use --builder tensorrt",
         )
     log = _log(trt)
-    maker = trt.Builder(log)
+    maker = trt_loading.create(trt, "Builder", log, log.complaints)
     network = maker.create_network(_creation_flags(trt))
     progress("parse")
     with ThreadPoolExecutor(1) as beside:  # hashing takes about as long as parsing
@@ -131,6 +137,8 @@ def _build(
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     require_user_allocation(trt, config)
+    if not tf32:  # on by default in both builders
+        config.clear_flag(trt.BuilderFlag.TF32)
     targets.apply(trt, config, target)
     _add_profiles(maker, config, network.get_input(0), profiles, log)
     progress("build")
@@ -146,9 +154,10 @@ def _build(
     plan = Plan(
         builder=trt.__name__,
         version=trt.__version__,
-        targets=(),
+        targets=_own_target(trt),
         profiles=profiles,
         seconds=round(seconds, 3),
+        tf32=tf32,
     )
     return _publish(memoryview(serialized), out, source, parent, plan, graph, log)
 
@@ -161,6 +170,12 @@ def require_user_allocation(trt: Any, config: Any) -> None:
     flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if flag is not None:
         config.set_flag(flag)
+
+
+def _own_target(trt: Any) -> tuple[str, ...]:
+    """The only GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
+    rtx = hasattr(trt, "ComputeCapability")
+    return () if rtx else tuple(gpu.target for gpu in machine.gpus()[:1])
 
 
 def _add_profiles(
@@ -228,10 +243,10 @@ def _publish(
             attested = attest.attest(dump, graph, log.activations)
             if attested is not None:
                 _hold(source, parent, attested, attest.kernel_types(dump, graph))
-            # The targets of a plan built without --target are known from its header only.
+            # What TensorRT-RTX builds for without --target is in the plan's header only.
             head = header.parse(bytes(data[: header.SIZE]))
             found = dataclasses.replace(
-                plan, attested=attested, targets=head.targets if head else ()
+                plan, attested=attested, targets=head.targets if head else plan.targets
             )
             kept = _kept(dump, graph, found)
             if kept is not None:

@@ -6,16 +6,14 @@ TensorRT (`tensorrt`) builds for the GPU in the machine. Same Python API, one se
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from rtresnet import machine
-from rtresnet.build import gpus
+from rtresnet import gpu_targets, machine, trt_loading
 from rtresnet.errors import EnvironmentLack, InputError, UnknownName
 
-RTX_TARGETS = tuple(gpus.SERVED)
+RTX_TARGETS = tuple(gpu_targets.SERVED)
 DEFAULT = RTX_TARGETS[1:]  # what TensorRT-RTX builds for when nothing is said
 CURRENT = "current"
 BUILDERS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -29,22 +27,17 @@ def builder(choice: str = "auto") -> Any:
             GPU, else `tensorrt_rtx`.
 
     Raises:
-        EnvironmentLack: It is not installed, or `tensorrt` has no GPU to build on.
+        EnvironmentLack: It is not installed or does not load, or `tensorrt` has no GPU to build on.
     """
     if choice not in ("auto", *BUILDERS):
         raise UnknownName("builder", choice, ("auto", *BUILDERS))
     choice = _chosen(choice)
-    module = BUILDERS[choice]
-    if not machine.installed(module):
-        raise EnvironmentLack(
-            f"no {module} builder is installed",
-            fix=f"pip install {machine.DISTRIBUTIONS[module]}",
-        )
-    if choice == "tensorrt" and not machine.gpus():
+    # Without a device TensorRT ends the process where it should raise an error.
+    if choice == "tensorrt" and machine.installed("tensorrt") and not machine.gpus():
         raise EnvironmentLack(
             "tensorrt builds for the GPU in the machine, and there is none", fix="use --builder rtx"
         )
-    return importlib.import_module(module)
+    return trt_loading.load_tensorrt(BUILDERS[choice])
 
 
 def _chosen(choice: str) -> str:
@@ -101,14 +94,14 @@ def _target(name: str) -> str:
     plain = re.fullmatch(r"sm_?(\d{2,3})a?|(\d{1,2})\.(\d)", name.lower())
     if plain:
         return f"sm_{plain[1] or plain[2] + plain[3]}"
-    found = gpus.target_of(name)
+    found = gpu_targets.target_of(name)
     if found is None:
         raise _no_target(name)
     return found
 
 
 def _no_target(name: str) -> InputError:
-    known = ", ".join(f"{target} ({names})" for target, names in gpus.SERVED.items())
+    known = ", ".join(f"{target} ({names})" for target, names in gpu_targets.SERVED.items())
     return InputError(f"--target {name}: {name} is no target", fix=f"known: {known}")
 
 
@@ -117,15 +110,15 @@ def _served(name: str, target: str) -> None:
         return
     plain = name.lower().startswith("sm") or name[0].isdigit()
     called = target if plain else f"{target}, which {name} is"
-    if gpus.too_old(target):
+    if gpu_targets.too_old(target):
         raise InputError(
-            f"neither TensorRT-RTX nor TensorRT 11 builds for {called} ({gpus.OLD})",
+            f"neither TensorRT-RTX nor TensorRT 11 builds for {called} ({gpu_targets.OLD})",
             fix="run the ONNX file there, in ONNX Runtime",
         )
-    if target not in gpus.UNSERVED:
+    if target not in gpu_targets.UNSERVED:
         raise _no_target(name)
     raise InputError(
-        f"TensorRT-RTX does not build for {called} ({gpus.UNSERVED[target]})",
+        f"TensorRT-RTX does not build for {called} ({gpu_targets.UNSERVED[target]})",
         fix="build on that machine with --builder tensorrt",
     )
 

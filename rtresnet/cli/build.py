@@ -19,8 +19,13 @@ def plan_name(source: Path, precision: str) -> str:
 
 
 def build_options(function: Any) -> Any:
-    """`--batch`, `--target`, `--builder`."""
+    """`--batch`, `--target`, `--builder`, `--no-tf32`."""
     for option in (
+        click.option(
+            "--no-tf32",
+            is_flag=True,
+            help="Compute FP32 layers in full FP32 instead of TF32  [default: TF32 from sm_80 on]",
+        ),
         click.option(
             "--builder",
             type=click.Choice(("auto", "rtx", "tensorrt")),
@@ -65,6 +70,7 @@ def command(
     batch: tuple[str, ...],
     target: tuple[str, ...],
     builder: str,
+    no_tf32: bool,
     takes: str,
     topk: int | None,
     per_target: bool,
@@ -84,7 +90,12 @@ def command(
         check(source, target=targets.parse(target, builder), builder=builder)
         source, _ = write_with(source, takes, topk)
         common.note(f"{source}: written, to build from")
-    options: dict[str, Any] = {"batch": batch, "builder": builder, "timing_cache": timing_cache}
+    options: dict[str, Any] = {
+        "batch": batch,
+        "builder": builder,
+        "tf32": not no_tf32,
+        "timing_cache": timing_cache,
+    }
     if per_target:
         chosen = targets.parse(target, builder) or targets.DEFAULT
         place = out or _beside(source)
@@ -115,6 +126,7 @@ def build_file(
     batch: tuple[str, ...],
     target: tuple[str, ...],
     builder: str,
+    tf32: bool = True,
     timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Builds one file; returns what `--json` writes."""
@@ -131,6 +143,7 @@ def build_file(
             profiles=profiles.parse_all(batch),
             target=chosen,
             builder=builder,
+            tf32=tf32,
             timing_cache=timing_cache,
             progress=lambda phase: update(description=f"building {out}: {phase}"),
         )
@@ -155,8 +168,7 @@ def _beside(source: Path) -> Path:
 
 def describe(result: dict[str, Any]) -> str:
     """A line on a plan: for what, how large, what was attested."""
-    attested = result["attested"]
-    proof = describe_attested(attested) if attested else "not attested: no layer dump"
+    proof = describe_attested(result) if result["attested"] else "not attested: no layer dump"
     targets = ", ".join(result["targets"]) or "the GPU it was built on"
     return (
         f"{result['plan']}: {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s by "
@@ -164,9 +176,12 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def describe_attested(attested: dict[str, Any]) -> str:
+def describe_attested(plan: dict[str, Any]) -> str:
     """What the layer dump showed: types, and what did not fuse."""
-    took = ", ".join(f"{count} take {dtype}" for dtype, count in attested["dtypes"].items())
+    attested = plan["attested"]
+    took = ", ".join(
+        f"{count} take {_dtype(dtype, plan)}" for dtype, count in attested["dtypes"].items()
+    )
     parts = [f"of {attested['convolutions']} convolutions {took}"]
     if len(attested["dtypes"]) > 1 and attested["stages"]:
         rare = min(attested["dtypes"], key=attested["dtypes"].__getitem__)
@@ -182,3 +197,9 @@ def describe_attested(attested: dict[str, Any]) -> str:
     if attested["rounds"]:
         parts.append(f"{len(attested['rounds'])} Q/DQ pairs only round")
     return ", ".join(parts)
+
+
+def _dtype(dtype: str, plan: dict[str, Any]) -> str:
+    """A kernel's input type; the builders' own records say Float for TF32 too."""
+    has_tf32 = any(target != "sm_75" for target in plan["targets"])
+    return "Float (TF32 allowed)" if dtype == "Float" and plan.get("tf32") and has_tf32 else dtype

@@ -30,6 +30,7 @@ class Subject:
         prepare: uint8 crops [N, S, S, 3] to what it takes.
         preprocess: For images; None where nobody knows what the file was made for.
         sizes: Batches that matter to it.
+        tf32: Whether a GPU may multiply its FP32 as TF32.
     """
 
     infer: Infer
@@ -40,6 +41,7 @@ class Subject:
     precision: str
     where: dict[str, Any]
     close: Callable[[], None]
+    tf32: bool = True
 
 
 @click.command("check", short_help="Check that batches do not change an answer.")
@@ -131,6 +133,7 @@ def _open(path: str, **options: Any) -> Subject:
         precision=sidecar.precision if sidecar else _precision(path),
         where=session.describe(),
         close=session.close,
+        tf32=not (sidecar and sidecar.plan and sidecar.plan.tf32 is False),
     )
 
 
@@ -160,12 +163,12 @@ def _open_checkpoint(path: str, **options: Any) -> Subject:
 
 
 def _bound(subject: Subject) -> str:
-    """The row of the tolerances' table. On a GPU TensorRT and torch multiply FP32 as TF32."""
+    """The row of the tolerances' table. On a GPU FP32 is multiplied as TF32, if not forbidden."""
     from rtresnet import machine
     from rtresnet.bench import consistency
 
     precision = subject.precision if subject.precision in consistency.BATCHES else None
-    if precision == "fp32" and subject.where["device"] != machine.cpu():
+    if precision == "fp32" and subject.tf32 and subject.where["device"] != machine.cpu():
         return "tf32"
     return precision or consistency.UNKNOWN
 

@@ -84,6 +84,7 @@ def run(
     std: str | None,
     out: Path,
     no_plan: bool,
+    no_tf32: bool = False,
     takes: str = "float32-nchw",
     topk: int | None = None,
 ) -> dict[str, Any]:
@@ -137,6 +138,7 @@ def run(
                 batch=batch,
                 target=target,
                 builder=builder,
+                tf32=not no_tf32,
             )
             for source, precision in sources
         ]

@@ -234,7 +234,7 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"{p['builder']} {p['version']}, batches {batches}, for {', '.join(p['targets'])}"
         )
         if p["attested"]:
-            lines.append(f"{describe_attested(p['attested'])}; {p['attested']['layers']} layers")
+            lines.append(f"{describe_attested(p)}; {p['attested']['layers']} layers")
     for name, value in (record.get("measured") or {}).items():
         lines.append(f"{name} {_measured(value)}")
     if record.get("made_by"):

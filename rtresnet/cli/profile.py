@@ -116,7 +116,7 @@ def run(
         "device": machine.cpu() if recorded.device == "cpu" else recorded.device,
         "provider": recorded.provider,
         "threads": recorded.threads,
-        "versions": machine.versions(("rtresnet", "numpy", *recorded.packages)),
+        "versions": machine.versions(("rtresnet", "numpy")) | dict(recorded.versions),
     }
 
 

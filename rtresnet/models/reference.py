@@ -27,10 +27,10 @@ class TorchBackend:
     provider = "torch"
     input_dtype: np.dtype[Any] = np.dtype("float32")
     layout: Literal["nchw", "nhwc"] = "nchw"
-    packages: tuple[str, ...] = ("torch",)
 
     def __init__(self, net: nn.Module, size: int | None = None) -> None:
         self.net, self.size = net.eval(), size
+        self.versions = {"torch": str(torch.__version__)}
         self._place = next(net.parameters()).device
         on_gpu = self._place.type == "cuda"
         self.device: str = torch.cuda.get_device_name(self._place) if on_gpu else "cpu"

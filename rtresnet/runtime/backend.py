@@ -29,7 +29,7 @@ class Backend(Protocol):
         input_dtype: float32, normalized, or uint8, pixels as they are.
         layout: "nchw", which goes with float32, or "nhwc", with uint8.
         threads: Intra-op threads; None on a GPU.
-        packages: Distributions whose versions belong beside every figure.
+        versions: Name and version of each library that runs the net.
     """
 
     provider: str
@@ -38,7 +38,7 @@ class Backend(Protocol):
     input_dtype: np.dtype[Any]
     layout: Literal["nchw", "nhwc"]
     threads: int | None
-    packages: tuple[str, ...]
+    versions: dict[str, str]
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
         """Runs a batch of any N from 1.

@@ -1,47 +1,58 @@
-"""Whether a plan can run here, as far as its sidecar says, before any library is given it."""
+"""Check from a plan's sidecar whether it can run here, before TensorRT is given the plan."""
 
 from __future__ import annotations
 
-import importlib
 import os
 
-from rtresnet import artifacts, machine
+from rtresnet import artifacts, gpu_targets, machine, trt_loading
 from rtresnet.errors import ArtifactError, EnvironmentLack
 from rtresnet.sidecar import Sidecar
 
-BUILDERS = ("tensorrt_rtx", "tensorrt")
-
 
 def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
-    """Holds a plan's sidecar against what is installed and present, before deserializing.
+    """Compare a plan's sidecar with the GPU and the TensorRT that are here, in this order.
 
     Raises:
         ArtifactError: Built by another version, or for other GPUs.
-        EnvironmentLack: The module that built it is not installed.
+        EnvironmentLack: The module that built it is not installed or cannot be imported.
     """
     if sidecar is None or sidecar.plan is None:
         return
     plan = sidecar.plan
-    anew = f"build it anew: {sidecar.made_by.get('command', 'rtresnet build')}"
-    if plan.builder not in BUILDERS:  # a module's name: nothing else is imported for a sidecar
-        raise ArtifactError(f"{path}: its sidecar names the builder {plan.builder!r}", fix=anew)
-    if not machine.installed(plan.builder):
+    rebuild = f"build it again: {sidecar.made_by.get('command', 'rtresnet build')}"
+    if plan.builder not in trt_loading.MODULES:
+        raise ArtifactError(f"{path}: its sidecar names the builder {plan.builder!r}", fix=rebuild)
+    for gpu in machine.gpus()[:1]:
+        if plan.targets and gpu.target not in plan.targets:
+            raise ArtifactError(
+                f"{path}: built for {', '.join(plan.targets)}, and this GPU ({gpu.name}) is "
+                f"{gpu.target}",
+                fix=rebuild_here(gpu, _source(path, sidecar)),
+            )
+    try:
+        installed = trt_loading.load_tensorrt(plan.builder).__version__
+    except EnvironmentLack as error:
         raise EnvironmentLack(
-            f"{path}: built by {plan.builder} {plan.version}, which is not installed",
-            fix=f"pip install {machine.DISTRIBUTIONS.get(plan.builder, plan.builder)}",
-        )
-    installed = importlib.import_module(plan.builder).__version__
+            f"{path}: built by {plan.builder} {plan.version}: {error.message}", fix=error.fix
+        ) from error
     if installed != plan.version:
         raise ArtifactError(
-            f"{path}: built by {plan.builder} {plan.version}, installed is {installed}", fix=anew
+            f"{path}: built by {plan.builder} {plan.version}, installed is {installed}", fix=rebuild
         )
-    gpus = machine.gpus()
-    if gpus and plan.targets and gpus[0].target not in plan.targets:
-        raise ArtifactError(
-            f"{path}: built for {', '.join(plan.targets)}, and this GPU ({gpus[0].name}) is "
-            f"{gpus[0].target}",
-            fix=anew,
-        )
+
+
+def rebuild_here(gpu: machine.Gpu, source: str = "MODEL.onnx") -> str:
+    """The fix for a plan that this GPU does not accept: the command that builds one for it."""
+    if gpu_targets.served_by_rtx(gpu.target):
+        return f"build it for this GPU: rtresnet build {source} --target current"
+    return (
+        f"build it for this GPU, which TensorRT-RTX does not serve: rtresnet build {source} "
+        f"--builder tensorrt"
+    )
+
+
+def _source(path: str | os.PathLike[str], sidecar: Sidecar) -> str:
+    return str(artifacts.parent_path(path, sidecar) or "MODEL.onnx")
 
 
 def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> EnvironmentLack:

@@ -32,7 +32,7 @@ class Recorded:
         device: The GPU's name, or "cpu".
         provider: What ran.
         threads: None on a GPU.
-        packages: Distributions whose versions belong beside the figures.
+        versions: Name and version of each library that ran the net.
     """
 
     runs: list[Run]
@@ -40,7 +40,7 @@ class Recorded:
     device: str
     provider: str
     threads: int | None
-    packages: tuple[str, ...]
+    versions: dict[str, str]
 
 
 def record(
@@ -87,7 +87,7 @@ def record(
         watched.close()
     return Recorded(
         runs=runs[WARM_UP:], whole=whole, device=plain.device, provider=plain.provider,
-        threads=plain.threads, packages=plain.packages,
+        threads=plain.threads, versions=plain.versions,
     )  # fmt: skip
 
 

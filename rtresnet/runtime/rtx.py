@@ -12,6 +12,7 @@ from typing import Any
 
 from rtresnet import machine, storage
 from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.runtime.fits import rebuild_here
 
 REBUILD = "build it on this machine: rtresnet build"
 
@@ -32,10 +33,12 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path) -> None:
     ]
     told = ", ".join(why) or "no reason given"
     if validity == trt.EngineValidity.INVALID:
+        # Without a reason CUDA itself did not start, which a driver that is too old explains.
+        fix = rebuild_here(machine.gpus()[0])
         raise EnvironmentLack(
             f"{path}: TensorRT-RTX {trt.__version__} does not accept this plan on "
             f"{machine.gpus()[0].name}: {told}",
-            fix=REBUILD,
+            fix=(None if why else machine.driver_fix()) or fix,
         )
     if validity == trt.EngineValidity.SUBOPTIMAL:
         warnings.warn(

@@ -155,7 +155,7 @@ class Session:
             "int8_note": getattr(self.backend, "int8_note", None),
             "fixed_batch": self.batch,
             "batch_note": self.batch_note,
-            "versions": machine.versions(("rtresnet", "numpy", *self.backend.packages)),
+            "versions": machine.versions(("rtresnet", "numpy")) | dict(self.backend.versions),
         }
 
     def close(self) -> None:
@@ -241,11 +241,11 @@ def load(
             timings=timings, blocking=blocking,
         )  # fmt: skip
     elif kind == "onnx":
-        from rtresnet.runtime.ort import PROVIDERS, OrtBackend
+        from rtresnet.runtime.ort import OrtBackend, find_provider
 
         if device == "cuda" and provider == "auto":
             provider = "cuda"
-        on_gpu = provider in PROVIDERS and PROVIDERS[provider].gpu
+        on_gpu = provider != "auto" and find_provider(provider).gpu
         if device != "auto" and (device == "cuda") != on_gpu:
             raise InputError(f"--device {device} and --provider {provider} contradict each other")
         backend = OrtBackend(path, provider=provider, threads=threads)

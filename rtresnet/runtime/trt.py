@@ -8,7 +8,6 @@ plan is loaded, in `execution.py`, which also orders copies and computation.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import queue
 import threading
@@ -20,8 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtresnet import machine
-from rtresnet.errors import EnvironmentLack, InputError, missing_package
+from rtresnet import machine, trt_loading
+from rtresnet.errors import EnvironmentLack, InputError
 from rtresnet.runtime.arguments import check_images, make_results
 from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.context_config import configure
@@ -80,14 +79,12 @@ class TrtBackend:
         name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
         # Without a device TensorRT ends the process where it should raise: this asks for one.
         self._cuda = open_cuda()
-        if not machine.installed(name):
-            raise missing_package(machine.DISTRIBUTIONS[name], "running a plan")
-        trt = importlib.import_module(name)
+        trt = trt_loading.load_tensorrt(name)
         self.path = Path(path)
-        self.provider = "TensorRT-RTX" if name == "tensorrt_rtx" else "TensorRT"
-        self.packages: tuple[str, ...] = (
-            "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt",
-        )
+        self.provider = trt_loading.MODULES[name]
+        # Several distributions bring the module, each under another name: it knows its version.
+        key = "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt"
+        self.versions = {key: str(trt.__version__)}
         self.device = machine.gpus()[0].name
         self._complaints = Complaints()
         self._stack = ExitStack()
@@ -113,16 +110,17 @@ class TrtBackend:
     ) -> None:
         cuda = self._cuda
         log = logger(trt, self._complaints)
-        runtime = trt.Runtime(log)
+        runtime = trt_loading.create(trt, "Runtime", log, self._complaints.take)
         data = self.path.read_bytes()
         check_header(trt, runtime, data, self.path)
         self._check_memory(len(data), "its weights")
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
+            why = self._complaints.take()
             raise EnvironmentLack(
                 f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
-                f"{self.device}: {self._complaints.take()}",
-                fix=REBUILD,
+                f"{self.device}: {why}",
+                fix=machine.driver_fix(why) or REBUILD,
             )
         self._engine = engine
         # Contexts need the engine, the engine the runtime, the runtime its logger.

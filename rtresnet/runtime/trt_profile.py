@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts
+from rtresnet import artifacts, trt_loading
 from rtresnet.runtime.ort_profile import LEAST, WARM_UP, Recorded, Run, fitting
 from rtresnet.runtime.trt import TrtBackend
 
@@ -58,7 +57,7 @@ def record(
     watched = TrtBackend(path, sidecar, graphs=False)
     try:
         images = fitting(images, plain.input_dtype, plain.layout)
-        keeper = profiler(importlib.import_module(name))
+        keeper = profiler(trt_loading.load_tensorrt(name))
         watched.watch(keeper)
         runs: list[Run] = []
         whole: list[float] = []
@@ -75,7 +74,7 @@ def record(
             on_progress(elapsed)
         return Recorded(
             runs=runs, whole=whole, device=plain.device, provider=plain.provider,
-            threads=None, packages=plain.packages,
+            threads=None, versions=plain.versions,
         )  # fmt: skip
     finally:
         watched.close()

@@ -26,7 +26,8 @@ BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1
         ("layer1.0.conv1 + PWN(layer1.0.add)", "layer1.0.conv1"),
         ("__myl_Conv_0x12 [layer1.0.add\x1ffc]", "layer1.0.add"),
         ("fused conv1", "conv1"), ("layer1.0.conv1_U4_myl0_4", "layer1.0.conv1"),
-        ("layer1.0.conv1 [profile 1]_U94_myl1_5", "layer1.0.conv1"), ("fc_myl0_51", "fc"), ("ReorderOutput_token_7", None), ("", None), ("conv10", None),
+        ("layer1.0.conv1 [profile 1]_U94_myl1_5", "layer1.0.conv1"), ("fc_myl0_51", "fc"),
+        ("ReorderOutput_token_7", None), ("", None), ("conv10", None),
     ],
 )  # fmt: skip
 def test_a_name_after_fusion_is_recognized(ran: str, node: str | None) -> None:
@@ -149,14 +150,12 @@ def test_profile_of_a_real_rtx_plan_gives_every_block_its_time(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     plan, out = tmp_path / "net.plan", tmp_path / "p.json"
-    engine.build(
-        net_file(precision), plan, profiles=[Profile(min=1, opt=8, max=8)], builder="rtx"
-    )
+    engine.build(net_file(precision), plan, profiles=[Profile(min=1, opt=8, max=8)], builder="rtx")
     layers = json.loads((tmp_path / "net.plan.layers.json").read_text())["layers"]
     run = [(layer["name"], "", 1.0) for layer in layers]
     recorded = ort_profile.Recorded(
         runs=[run], whole=[float(len(run))], device=with_gpu.name, provider="TensorRT-RTX",
-        threads=None, packages=(),
+        threads=None, versions={},
     )  # fmt: skip
     monkeypatch.setattr(trt_profile, "record", lambda *_, **__: recorded)
     assert main(["profile", str(plan), "--json", str(out)]) == 0

@@ -8,17 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet import artifacts, storage
+from rtresnet import artifacts, machine, storage
 from rtresnet.artifacts import read_sidecar, sidecar_path
-from rtresnet.build import engine, header, manifest, preflight
-from rtresnet.errors import ArtifactError, GateMissed, InputError
+from rtresnet.build import engine, header, manifest, preflight, targets
+from rtresnet.errors import ArtifactError, EnvironmentLack, GateMissed, InputError
+from rtresnet.machine import Gpu
 from rtresnet.quantize import half
 from rtresnet.sidecar import Profile, Sidecar, Weights
 
@@ -141,6 +143,71 @@ def test_chosen_targets_are_those_of_the_plan(onnx_file: OnnxFile, tmp_path: Pat
     head = header.read(out)
     assert sidecar.plan is not None and head is not None
     assert set(sidecar.plan.targets) == set(head.targets) == {"sm_86", "sm_120"}
+
+
+class AsTensorRT(ModuleType):
+    """TensorRT-RTX without what only it has, which leaves TensorRT's interface."""
+
+    __version__ = "11.4.0.106"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("ComputeCapability", "IRuntimeCache"):
+            raise AttributeError(name)
+        return getattr(trt, name)
+
+
+@pytest.fixture
+def as_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are built by TensorRT on an H100, as far as the code can tell."""
+    gpu = Gpu(name="NVIDIA H100", capability=(9, 0), memory=1)
+    monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(targets, "builder", lambda choice: AsTensorRT("tensorrt"))
+    monkeypatch.setattr(header, "parse", lambda head: None)
+
+
+@pytest.mark.usefixtures("as_tensorrt")
+def test_build_with_tensorrt_records_the_gpu_it_is_for(onnx_file: OnnxFile, tmp_path: Path) -> None:
+    plan = build(onnx_file("resnet8", "fp16"), tmp_path / "n.plan", builder="tensorrt").plan
+    assert plan is not None
+    assert (plan.builder, plan.version, plan.targets) == ("tensorrt", "11.4.0.106", ("sm_90",))
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_build_records_tf32_and_tells_the_builder(
+    tf32: bool, onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: list[bool] = []
+    run = engine.monitor.run
+
+    def watched(module: Any, maker: Any, network: Any, config: Any, progress: Any) -> Any:
+        flags.append(config.get_flag(trt.BuilderFlag.TF32))
+        return run(module, maker, network, config, progress)
+
+    monkeypatch.setattr(engine.monitor, "run", watched)
+    sidecar = build(onnx_file("resnet8", "fp32"), tmp_path / "n.plan", tf32=tf32)
+    assert sidecar.plan is not None
+    assert flags == [tf32] and sidecar.plan.tf32 == tf32
+
+
+@pytest.mark.parametrize("call", ["build", "check"])
+def test_builder_that_does_not_start_is_a_lack_of_the_environment(
+    call: str, onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT fails on a machine whose driver is too old."""
+
+    def fail(logger: Any) -> None:
+        logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", fail)
+    with pytest.raises(EnvironmentLack, match="failure with error: 35") as caught:
+        if call == "build":
+            build(onnx_file("resnet8", "fp16"), tmp_path / "n.plan")
+        else:
+            engine.check(onnx_file("resnet8", "fp16"), builder="rtx")
+    assert caught.value.exit_code == 3
+    assert caught.value.fix is not None and "r580" in caught.value.fix
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_profiles_are_recorded(onnx_file: OnnxFile, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from rtresnet import machine
-from rtresnet.build import gpus, targets
+from rtresnet import gpu_targets, machine
+from rtresnet.build import targets
 from rtresnet.errors import EnvironmentLack, InputError, UnknownName
 
 
@@ -54,7 +54,7 @@ def test_an_unknown_target_lists_all_with_their_gpus_and_suggests_none() -> None
     with pytest.raises(InputError, match=r"sm_88 is no target; known: ") as caught:
         targets.parse("sm_88")
     for target in targets.RTX_TARGETS:
-        assert f"{target} ({gpus.SERVED[target]})" in str(caught.value)
+        assert f"{target} ({gpu_targets.SERVED[target]})" in str(caught.value)
     assert "did you mean" not in str(caught.value)  # the nearest name is another GPU
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rtresnet import machine
+from rtresnet.cli.build import describe_attested
 from rtresnet.cli.main import main
 
 pytestmark = pytest.mark.skipif(not machine.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
@@ -40,6 +41,38 @@ def test_per_target_refuses_before_it_builds_any(engines: Path, tmp_path: Path) 
     arguments = ["build", source, "--out", str(out), "--builder", "rtx", "--per-target"]
     assert main([*arguments, "--target", "L4,T4"]) == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ([], "7 take Float (TF32 allowed)"),
+        (["--no-tf32"], "7 take Float,"),
+    ],
+)
+def test_build_of_fp32_says_whether_tf32_is_allowed(
+    options: list[str],
+    shown: str,
+    engines: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan, file = tmp_path / "n.plan", tmp_path / "r.json"
+    arguments = ["build", str(engines / "resnet8.onnx"), "--out", str(plan), "--builder", "rtx"]
+    assert main([*arguments, *options, "--json", str(file)]) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())
+    assert json.loads(file.read_text())["result"]["tf32"] == (not options)
+    assert main(["inspect", str(plan)]) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
+def test_describe_attested_of_a_gpu_without_tf32_is_float() -> None:
+    attested = {"convolutions": 7, "dtypes": {"Float": 7}, "stages": None, "adds": 0,
+                "requantizes": 0, "reformats": 0, "rounds": ()}  # fmt: skip
+    plan = {"attested": attested, "tf32": True, "targets": ("sm_75",)}
+    assert describe_attested(plan) == "of 7 convolutions 7 take Float"
+    assert "TF32" in describe_attested(plan | {"targets": ("sm_75", "sm_86")})
+    assert "TF32" not in describe_attested(plan | {"targets": ("sm_86",), "tf32": None})
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")

@@ -559,6 +559,7 @@ class Bench:
         self.engine = engine or FakeEngine(FakeCuda())
         self.cuda = cuda or self.engine.device
         self.accepts, self.validity = True, (Validity.VALID, 0)
+        self.refusal = "Error Code 1: magic tag does not match"
         self.path = folder / "net.plan"
         self.path.write_bytes(b"plan" * 50)
         self.trt = ModuleType("tensorrt_rtx")
@@ -582,7 +583,7 @@ class Bench:
 
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
                 if not bench.accepts:
-                    bench.engine.log("Error Code 1: magic tag does not match")
+                    bench.engine.log(bench.refusal)
                 return bench.engine if bench.accepts else None
 
         self.runtime = Runtime

@@ -253,13 +253,38 @@ def test_a_plan_of_another_version_names_the_rebuild_command(
     assert "rtresnet build net.onnx --target sm_86,sm_89" in message
 
 
-def test_a_plan_for_another_gpu_names_both(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_for_another_gpu_names_both(
+    plan: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = Gpu(name="Test GPU", capability=(12, 0), memory=1)
     monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
     monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
     with pytest.raises(ArtifactError, match=r"sm_86, sm_89.*Test GPU.*sm_120") as caught:
         load(plan)
-    assert "rtresnet build net.onnx" in str(caught.value)
+    assert caught.value.fix is not None
+    assert caught.value.fix.endswith(f"rtresnet build {copied} --target current")
+
+
+def test_load_rtx_plan_on_an_h100_says_builder_tensorrt(
+    plan: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(name="NVIDIA H100 80GB HBM3", capability=(9, 0), memory=1)
+    monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
+    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    with pytest.raises(ArtifactError, match="H100") as caught:
+        load(plan)
+    assert caught.value.fix is not None
+    assert caught.value.fix.endswith(f"rtresnet build {copied} --builder tensorrt")
+
+
+def test_load_tensorrt_plan_of_another_gpu_is_refused_before_tensorrt_is_imported(
+    plan: Path, with_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtresnet.trt_loading.load_tensorrt", untouched)
+    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    rewrite(plan, builder="tensorrt", targets=("sm_90",))
+    with pytest.raises(ArtifactError, match=r"built for sm_90.*sm_89"):
+        load(plan)
 
 
 @pytest.mark.usefixtures("without_gpu")

@@ -35,6 +35,7 @@ from fake_gpu import (
 )
 
 import rtresnet
+from rtresnet import machine
 from rtresnet.cli.ends import write_with
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.runtime import (
@@ -52,7 +53,7 @@ from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.io_spec import split_batch
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
-from rtresnet.sidecar import Profile
+from rtresnet.sidecar import Plan, Profile
 
 LONG = 30  # seconds after which a test has failed
 
@@ -1053,6 +1054,36 @@ def test_a_header_that_will_not_run_here_says_why(bench: Bench) -> None:
     assert bench.cuda.live == []
 
 
+def test_driver_that_is_too_old_is_named_by_what_refuses_the_plan(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX then tells that the header is invalid and not why; both log error 35."""
+    monkeypatch.setattr(machine, "cuda_version", lambda: (12, 4))
+    bench.validity = (Validity.INVALID, 0)
+    with pytest.raises(EnvironmentLack) as caught:
+        bench.load()
+    assert caught.value.fix is not None and "r580" in caught.value.fix
+    bench.validity, bench.accepts = (Validity.VALID, 0), False
+    bench.refusal = "CUDA initialization failure with error: 35"
+    with pytest.raises(EnvironmentLack, match="error: 35") as caught:
+        bench.load()
+    assert caught.value.fix is not None and "r580" in caught.value.fix
+
+
+def test_runtime_that_does_not_start_is_a_lack_of_the_environment(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(logger: Any) -> None:
+        logger.log(bench.trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(bench.trt, "Runtime", fail)
+    with pytest.raises(EnvironmentLack, match=r"cannot create a Runtime.*error: 35") as caught:
+        bench.load()
+    assert caught.value.exit_code == 3
+    assert bench.cuda.live == []
+
+
 def test_a_plan_that_will_be_slow_is_told(bench: Bench) -> None:
     bench.validity = (Validity.SUBOPTIMAL, Diagnostics.UNSUPPORTED_CC)
     with pytest.warns(RuntimeWarning, match=r"slower than it could \(unsupported cc\)"):
@@ -1084,9 +1115,21 @@ def test_the_backend_says_what_runs(bench: Bench) -> None:
     backend = bench.load()
     assert (backend.provider, backend.device) == ("TensorRT-RTX", "Test GPU")
     assert backend.threads is None
-    assert backend.packages == ("tensorrt-rtx-cu13",)
+    assert backend.versions == {"tensorrt-rtx-cu13": "1.7.1.116"}
     assert (backend.smallest, backend.largest) == (1, 8)
     assert (backend.input_dtype, backend.layout, backend.size) == (np.float32, "nchw", 4)
+
+
+def test_backend_of_a_tensorrt_plan_reports_the_version_of_the_module(bench: Bench) -> None:
+    """The distribution may be called tensorrt, tensorrt-cu12, tensorrt-cu13 or libnvinfer."""
+    bench.by_hand()
+    plan = Plan(
+        builder="tensorrt", version="1.7.1.116", targets=("sm_89",),
+        profiles=(Profile(min=1, opt=4, max=8),), seconds=1.0,
+    )  # fmt: skip
+    sidecar: Any = SimpleNamespace(plan=plan, made_by={})
+    backend = TrtBackend(bench.path, sidecar)
+    assert (backend.provider, backend.versions) == ("TensorRT", {"tensorrt": "1.7.1.116"})
 
 
 def test_layers_are_timed_on_every_context_but_not_in_graphs(bench: Bench) -> None:

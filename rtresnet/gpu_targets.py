@@ -72,6 +72,11 @@ def target_of(name: str) -> str | None:
     return None
 
 
+def served_by_rtx(target: str) -> bool:
+    """Whether TensorRT-RTX builds for a compute capability; H100 and H200 (sm_90) need TensorRT."""
+    return target in SERVED
+
+
 def too_old(target: str) -> bool:
     """Whether neither TensorRT-RTX nor TensorRT 11 serves it: below 7.5."""
     return int(target.removeprefix("sm_")) < 75
