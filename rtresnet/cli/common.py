@@ -91,13 +91,25 @@ def json_option(function: F) -> F:
     )(function)
 
 
+class ProviderName(click.Choice):  # type: ignore[type-arg, unused-ignore]
+    """A provider of the runtime; the one that was dropped is refused with what to use instead."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuses `tensorrt` with an InputError, and an unknown name with click's usage error."""
+        if value == "tensorrt":
+            from rtresnet.runtime.ort import find_provider
+
+            find_provider(value)
+        return super().convert(value, param, ctx)
+
+
 def device_options(function: F) -> F:
     """`--device`, `--provider`, `--threads`: where an ONNX file or a plan runs."""
     for option in (
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads [every core]."),
         click.option(
             "--provider",
-            type=click.Choice(("auto", "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx")),
+            type=ProviderName(("auto", "cpu", "openvino", "cuda", "tensorrt-rtx")),
             default="auto",
             help="For ONNX files; auto: openvino where it is here and serves this CPU, else cpu.",
         ),

@@ -15,12 +15,17 @@ Two things are done to be right and fast on a CPU; the file on disk stays Tensor
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
+import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +46,7 @@ class Provider:
         shown: As printed beside every figure.
         package: What brings it, as pip knows it.
         plugin: Module of a plugin that is registered at run time; None for one that is built in.
+        library: Its shared library in ONNX Runtime's package; None where it has none of its own.
         gpu: Whether it needs an NVIDIA GPU.
     """
 
@@ -48,6 +54,7 @@ class Provider:
     shown: str
     package: str
     plugin: str | None = None
+    library: str | None = None
     gpu: bool = False
 
 
@@ -62,13 +69,8 @@ PROVIDERS = {
     "cuda": Provider(
         ep="CUDAExecutionProvider",
         shown="ONNX Runtime CUDA",
-        package="onnxruntime-gpu",
-        gpu=True,
-    ),
-    "tensorrt": Provider(
-        ep="TensorrtExecutionProvider",
-        shown="ONNX Runtime TensorRT",
-        package="onnxruntime-gpu",
+        package="onnxruntime-gpu[cuda,cudnn]",
+        library="libonnxruntime_providers_cuda.so",
         gpu=True,
     ),
     "tensorrt-rtx": Provider(
@@ -87,6 +89,10 @@ OPENVINO_BUILT_IN = Provider(
 BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 RECORD = "session.record_ep_graph_assignment_info"
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
+# Severities of ONNX Runtime's log. Errors come as exceptions too.
+ERRORS_ONLY, SILENT = 3, 4
+# As ONNX Runtime 1.31 words it: "CUDA failure 35: CUDA driver version is insufficient for ..."
+GPU_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS\w*|CUFFT) failure \w+: [^;]+")
 # Threads that wait for work between two calls keep a core each busy for tens of milliseconds, and
 # another session called meanwhile takes twice as long. Within a call they spin as before.
 NO_SPINNING = ("session.force_spinning_stop", "1")
@@ -128,15 +134,13 @@ class OrtBackend:
         served_by = openvino() if provider in ("auto", "openvino") else None
         if provider == "auto":
             provider = "openvino" if served_by else "cpu"
-        if provider not in PROVIDERS:
-            raise UnknownName("provider", provider, ["auto", *PROVIDERS])
-        about = served_by or PROVIDERS[provider]
+        about = served_by or find_provider(provider)
         self.provider = about.shown
         # Two builds may be installed on top of each other; the module is of one of them.
         builds = tuple(name for name in BUILDS if machine.version(name) == ort.__version__)
-        self.packages: tuple[str, ...] = (builds or BUILDS)[:1]
-        if about.plugin:
-            self.packages += (about.package,)
+        self.versions = {(builds or BUILDS)[0]: str(ort.__version__)}
+        if about.plugin and (plugin_version := machine.version(about.package)):
+            self.versions[about.package] = plugin_version
         self.device = "cpu"
         self.int8_note: str | None = None
         self.threads: int | None = None if about.gpu else threads or machine.cores()
@@ -148,7 +152,7 @@ class OrtBackend:
             options.enable_profiling, options.profile_file_prefix = True, profile
         chosen = _choose(ort, options, about, self.threads)
         if about.gpu:
-            self.device = machine.gpus()[0].name if machine.gpus() else "cuda"
+            self.device = machine.gpus()[0].name
         tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
         if tells:
             options.add_session_config_entry(RECORD, "1")
@@ -166,12 +170,18 @@ class OrtBackend:
             model = rewritten.model
             if saturates and rewritten.quantized:
                 self.int8_note = _without_vnni(rewritten.float_layers)
+        if about.library:  # what its library lacks would go to stderr, and comes as an error here
+            ort.set_default_logger_severity(SILENT)
         try:
             self._session: Any = ort.InferenceSession(
                 model, options, providers=chosen or None, enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime raises its own types, one for each status code
             raise _load_error(path, about, error) from error
+        finally:
+            ort.set_default_logger_severity(ERRORS_ONLY)
+        if about.library and about.ep not in self._session.get_providers():
+            raise _start_error(path, about)
         self.placement = hold_placement(self._session, about.ep) if tells else {}
         self._describe_ends()
 
@@ -225,7 +235,10 @@ class OrtBackend:
             found: list[np.ndarray] = self._session.run(self._outputs, {self._input: images})
         except Exception as error:  # ONNX Runtime raises its own types, for both kinds
             if self._takes(images):
-                raise EnvironmentLack(f"{self.provider} failed: {str(error)[:200]}") from error
+                reason = _reason(error)
+                raise EnvironmentLack(
+                    f"{self.provider} failed: {reason}", fix=machine.driver_fix(reason)
+                ) from error
             raise InputError(
                 f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
             ) from error
@@ -303,24 +316,97 @@ def _load_error(
     path: str | os.PathLike[str], about: Provider, error: Exception
 ) -> ArtifactError | EnvironmentLack:
     """Whether it is the file or the provider that does not work."""
-    reason = str(error)[:200]
-    if type(error).__name__ == "EPFail" or "fallback to CPU EP" in str(error):
+    reason = _reason(error)
+    no_fallback = "fallback to CPU EP" in str(error)
+    if no_fallback or type(error).__name__ == "EPFail" or GPU_FAILURE.search(str(error)):
         return EnvironmentLack(
             f"{path}: {about.shown} was asked for and cannot run it ({reason})",
-            fix="see what there is: rtresnet doctor",
+            fix=machine.driver_fix(reason) or "see what there is: rtresnet doctor",
         )
     return ArtifactError(
         f"{path}: {about.shown} cannot load it ({reason})", fix="check it with: rtresnet inspect"
     )
 
 
+def _reason(error: Exception) -> str:
+    """The part of ONNX Runtime's message that says what happened, not where in its source."""
+    failure = GPU_FAILURE.search(str(error))
+    return (failure[0] if failure else str(error)).strip()[:200]
+
+
+def _start_error(path: str | os.PathLike[str], about: Provider) -> EnvironmentLack:
+    """The error for a provider that ONNX Runtime dropped, with what its library lacks."""
+    assert about.library is not None
+    why = "ONNX Runtime gives no reason"
+    try:
+        ctypes.CDLL(str(Path(_onnxruntime().__file__).parent / "capi" / about.library))
+    except OSError as error:
+        why = str(error)
+    return EnvironmentLack(
+        f"{path}: {about.shown} does not start: {why}",
+        fix=f"pip install '{about.package}', or see: rtresnet doctor",
+    )
+
+
+def _preload_cuda(ort: Any) -> None:
+    """Load the CUDA libraries that pip installed; ONNX Runtime does not search for them itself.
+
+    What it prints is dropped: a missing library is an error once the session is made.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+def _require_gpu(about: Provider) -> None:
+    """Refuse a provider that does not accept this machine's GPU.
+
+    Raises:
+        EnvironmentLack: There is no GPU, or one that the provider does not accept.
+    """
+    gpus = machine.gpus()
+    if not gpus:
+        raise EnvironmentLack(
+            f"{about.shown} needs an NVIDIA GPU, and this machine has none or no driver",
+            fix="use --provider cpu",
+        )
+    gpu = gpus[0]
+    if about.plugin and gpu.capability not in ((8, 6), (8, 9)) and gpu.capability < (12, 0):
+        raise EnvironmentLack(
+            f"the {about.shown} accepts GPUs of sm_86, sm_89 and from sm_120 on, and this one "
+            f"({gpu.name}) is {gpu.target}",
+            fix="use --provider cuda",
+        )
+
+
+def find_provider(name: str) -> Provider:
+    """The provider of this name.
+
+    Raises:
+        InputError: ONNX Runtime's own TensorRT provider, which is not supported: builds of 1.31
+            need TensorRT 10 while pip installs 11, and it builds an engine at every load.
+        UnknownName: No provider has this name.
+    """
+    if name == "tensorrt":
+        raise InputError(
+            "--provider tensorrt: ONNX Runtime's own TensorRT provider is not supported",
+            fix="build a plan and run that: rtresnet build MODEL.onnx --builder tensorrt",
+        )
+    if name not in PROVIDERS:
+        raise UnknownName("provider", name, ["auto", *PROVIDERS])
+    return PROVIDERS[name]
+
+
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
-    except ImportError:
-        raise missing_package("onnxruntime", "running an ONNX file") from None
+    except ImportError as error:
+        if not machine.installed("onnxruntime"):
+            raise missing_package("onnxruntime", "running an ONNX file") from None
+        raise EnvironmentLack(
+            f"onnxruntime is installed and cannot be imported: {error}", fix="see: rtresnet doctor"
+        ) from error
     onnxruntime.disable_telemetry_events()
-    onnxruntime.set_default_logger_severity(3)  # errors only: they come as exceptions too
+    onnxruntime.set_default_logger_severity(ERRORS_ONLY)
     return onnxruntime
 
 
@@ -336,16 +422,21 @@ def _choose(
         if about.ep not in ort.get_available_providers():
             raise EnvironmentLack(
                 f"this onnxruntime was built without {about.ep}",
-                fix=f"pip install {about.package}",
+                fix=f"pip uninstall -y onnxruntime && pip install '{about.package}'",
             )
+        if about.gpu:
+            _require_gpu(about)
+            _preload_cuda(ort)
         return [(about.ep, settings)]
     if not machine.installed(about.plugin):
         raise missing_package(about.package, f"--provider for {about.shown}")
+    if about.gpu:
+        _require_gpu(about)
     device = _plugin_device(about)
     if device is None and about.gpu:
         raise EnvironmentLack(
-            f"the {about.shown} offers no device on this GPU, or there is none",
-            fix="use --provider cpu",
+            f"the {about.shown} offers no device on this GPU ({machine.gpus()[0].name})",
+            fix="use --provider cuda",
         )
     if device is None:
         build = OPENVINO_BUILT_IN.package

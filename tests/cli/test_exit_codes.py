@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["export", "--model", "resnet8", "--batch", "0"], ["--batch 0", "1:8:32"]),
         (["export", "--model", "resnet8", "--batch", "8:4:2"], ["8:4:2"]),
         (["export", "--model", "resnet8", "--target", "sm_90"], ["sm_90", "--builder tensorrt"]),
+        (["bench", "x.onnx", "--provider", "tensorrt"], ["not supported", "--builder tensorrt"]),
         (["export", "--model", "resnet8", "--target", "sm_88"], ["sm_88", "sm_8"]),
         (["export", "--model", "resnet8", "--weights", "imagenet"], ["resnet8", "resnet50"]),
         (["export", "--weights", "nothing.pt"], ["nothing.pt", "no such file"]),
@@ -179,7 +180,7 @@ def test_a_plan_of_another_version_or_without_its_builder_is_refused(
     Path(f"{path}.json").write_text(json.dumps(sidecar))
     assert main(["eval", str(path), "--data", "synthetic:4"]) == 2
     message = capsys.readouterr().err
-    assert "1.0.0" in message and "build it anew: rtresnet" in message
+    assert "1.0.0" in message and "build it again: rtresnet" in message
 
 
 @needs_no_gpu

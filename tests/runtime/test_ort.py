@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from rtresnet import machine
 from rtresnet.branches import KEY, pack
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.export import ends
+from rtresnet.machine import Gpu
 from rtresnet.preprocess import Preprocess
 from rtresnet.quantize import qdq
 from rtresnet.runtime.cpu_rewrite import (
@@ -32,6 +34,7 @@ from rtresnet.runtime.ort import (
     hold_placement,
     openvino,
 )
+from rtresnet.runtime.session import load
 
 ort = pytest.importorskip("onnxruntime")
 says_where = pytest.mark.skipif(
@@ -444,7 +447,7 @@ def test_any_batch_runs_and_its_rows_equal_the_same_rows_alone(
 def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu", threads=1)
     assert (backend.provider, backend.device, backend.threads) == ("ONNX Runtime CPU", "cpu", 1)
-    assert backend.packages == ("onnxruntime",)
+    assert backend.versions == {"onnxruntime": ort.__version__}
     assert backend._session.get_providers() == ["CPUExecutionProvider"]
     assert backend._session.get_session_options().intra_op_num_threads == 1
     assert backend.timings() == {}
@@ -472,7 +475,7 @@ def test_openvino_runs_or_is_an_error_but_never_a_fallback(
         assert caught.value.exit_code == 3
         return
     backend = OrtBackend(path, provider="openvino")
-    assert about.package in backend.packages
+    assert about.package in backend.versions
     reference = OrtBackend(path, provider="cpu").infer(images(4))
     assert relative(backend.infer(images(4)), reference) < 1e-4
 
@@ -488,16 +491,25 @@ def test_openvino_that_is_not_installed_is_named_with_its_package(
     assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
 
 
-@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
-def test_a_provider_that_onnxruntime_was_built_without_is_an_error(
-    name: str, onnx_file: OnnxFile
-) -> None:
-    if PROVIDERS[name].ep in ort.get_available_providers():
+def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: OnnxFile) -> None:
+    about = PROVIDERS["cuda"]
+    if about.ep in ort.get_available_providers():
         pytest.skip("it is here")
-    with pytest.raises(EnvironmentLack, match="pip install onnxruntime-gpu") as caught:
-        OrtBackend(onnx_file("resnet8", "fp32"), provider=name)
+    with pytest.raises(EnvironmentLack, match=about.ep) as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert caught.value.exit_code == 3
-    assert PROVIDERS[name].ep in str(caught.value)
+    assert caught.value.fix is not None
+    # Two builds of ONNX Runtime must not lie on top of each other.
+    assert "pip uninstall -y onnxruntime &&" in caught.value.fix
+    assert "'onnxruntime-gpu[cuda,cudnn]'" in caught.value.fix
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_provider_tensorrt_names_our_own_runtime(onnx_file: OnnxFile, device: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load(onnx_file("resnet8", "fp32"), provider="tensorrt", device=device)
+    assert not isinstance(caught.value, UnknownName)
+    assert caught.value.fix is not None and "--builder tensorrt" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", sorted(PROVIDERS))
@@ -615,9 +627,110 @@ def test_a_plugin_whose_library_does_not_load_says_why(
     monkeypatch.syspath_prepend(tmp_path)
     plugin = dataclasses.replace(PROVIDERS["tensorrt-rtx"], plugin="plugin_of_a_test")
     monkeypatch.setitem(PROVIDERS, "tensorrt-rtx", plugin)
+    with_gpu(monkeypatch, (8, 9))
     with pytest.raises(EnvironmentLack, match=r"does not load: .*libplugin\.so") as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
     assert caught.value.exit_code == 3
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    gpus = tuple(Gpu(name="NVIDIA X", capability=each, memory=1 << 30) for each in capabilities)
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0), (11, 0)])
+def test_rtx_plugin_on_a_gpu_it_does_not_accept_names_those_it_does(
+    capability: tuple[int, int], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "installed", lambda module: True)
+    with_gpu(monkeypatch, capability)
+    with pytest.raises(EnvironmentLack, match=r"sm_86, sm_89 and from sm_120 on") as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
+    assert caught.value.exit_code == 3 and caught.value.fix == "use --provider cuda"
+
+
+@pytest.fixture
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """ONNX Runtime's GPU build without its CUDA libraries, on a machine with a GPU.
+
+    As the wheel of 1.31.1 behaves: the provider is offered, and dropped when a session is made.
+    Returns what is done, in order.
+    """
+    done: list[str] = []
+    everything = [*ort.get_available_providers(), "CUDAExecutionProvider"]
+    make = ort.InferenceSession
+
+    class Session(make):  # type: ignore[misc, valid-type]
+        def __init__(self, model: Any, options: Any, **more: Any) -> None:
+            done.append("session")
+            super().__init__(model, options, providers=["CPUExecutionProvider"])
+
+    def preload_dlls() -> None:
+        done.append("preload")
+        print("Failed to load libcublasLt.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: everything)
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "preload_dlls", preload_dlls, raising=False)
+    with_gpu(monkeypatch, (9, 0))
+    return done
+
+
+def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
+    cuda_build: list[str], onnx_file: OnnxFile, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = Path(ort.__file__).parent / "capi" / str(PROVIDERS["cuda"].library)
+    if library.exists():
+        pytest.skip("onnxruntime-gpu is here")
+    with pytest.raises(EnvironmentLack, match=library.name) as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+    assert caught.value.exit_code == 3
+    assert caught.value.fix is not None and "onnxruntime-gpu[cuda,cudnn]" in caught.value.fix
+    assert "would run elsewhere" not in str(caught.value)
+    assert cuda_build == ["preload", "session"]
+    assert capfd.readouterr().out == ""  # standard output may be a JSON document
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_provider_cuda_without_a_gpu_loads_nothing(
+    cuda_build: list[str], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch)
+    with pytest.raises(EnvironmentLack, match="needs an NVIDIA GPU") as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+    assert caught.value.exit_code == 3 and cuda_build == []
+
+
+# As onnxruntime-gpu 1.31.1 says it over a driver for CUDA 12.4.
+OLD_DRIVER = (
+    "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW, "
+    "void, onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, "
+    "SUCCTYPE, const char*, const char*, int) [with ERRTYPE = cudaError; bool THRW = true; "
+    "SUCCTYPE = cudaError] CUDA failure 35: CUDA driver version is insufficient for CUDA runtime "
+    "version ; GPU=-1 ; hostname=vm ; file=/onnxruntime_src/onnxruntime/core/providers/cuda/"
+    "cuda_execution_provider.cc ; line=355 ; expr=cudaSetDevice(info_.device_id); "
+)
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize(
+    ("said", "reason", "fix"),
+    [
+        (OLD_DRIVER, "CUDA failure 35: CUDA driver version is insufficient", "r580"),
+        ("[...] CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ;", "CUBLAS failure 3", "doc"),
+    ],
+)
+def test_provider_cuda_that_fails_is_not_put_down_to_the_file(
+    said: str, reason: str, fix: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(ort, "InferenceSession", fail)
+    with pytest.raises(EnvironmentLack, match=reason) as caught:
+        OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
+    assert "/onnxruntime_src" not in str(caught.value) and "hostname" not in str(caught.value)
+    assert caught.value.fix is not None and fix in caught.value.fix
 
 
 def test_an_unknown_provider_suggests_the_nearest(onnx_file: OnnxFile) -> None:
