@@ -219,6 +219,7 @@ def test_the_options_of_the_loop_work_and_train(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_a_compiled_run_exports_like_any_other(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(tints, out, "--epochs", "2", "--compile", "--set", "progressive=") == 0

@@ -203,7 +203,7 @@ def test_the_page_of_a_real_nets_three_precisions_shows_their_numbers(
     for file, place in zip(files, accuracy, strict=True):
         assert main(["eval", file, "--data", tints, "--json", str(place)]) == 0
     profile = tmp_path / "profile.json"
-    assert main(["profile", files[0], "--seconds", "0.5", "--json", str(profile)]) == 0
+    assert main(["profile", files[0], "--seconds", "0.1", "--json", str(profile)]) == 0
     given = [str(engines), str(bench), *map(str, accuracy), str(profile)]
     assert main(["report", *given, "--out", str(out)]) == 0
     page = out.read_text()

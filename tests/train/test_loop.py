@@ -81,6 +81,7 @@ while killed < kills:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments_it_ends_in_identical_weights(
     tints: str, tmp_path: Path
 ) -> None:
