@@ -126,6 +126,7 @@ def test_a_truncated_state_is_told_and_the_best_is_still_there(
     assert checkpoint.load(out / "best.pt").measured["test_n"] == 24
 
 
+@pytest.mark.slow
 def test_sigterm_saves_as_ctrl_c_does(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "rtresnet", "train", "--model", "resnet8", "--data", tints,

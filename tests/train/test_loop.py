@@ -122,6 +122,7 @@ def untimed(line: str) -> dict[str, object]:
     return {name: value for name, value in json.loads(line).items() if name not in timed}
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [
