@@ -84,6 +84,23 @@ def engines(tmp_path_factory: pytest.TempPathFactory, trained: Path, tints: str)
     return folder / "engines"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from the cache of the person who runs the tests, nor written to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RTRESNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def brief_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` and `profile` warm up, and measure the roof, for an instant instead of seconds."""
+    monkeypatch.setattr("rtresnet.bench.load.CAP_SECONDS", 0.2)
+    monkeypatch.setattr("rtresnet.bench.roofline.SECONDS", 0.01)
+    monkeypatch.setattr("rtresnet.bench.roofline.SIDES", (64,))
+    monkeypatch.setattr("rtresnet.bench.roofline.COPY", 1 << 20)
+
+
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rtresnet.machine.gpus", tuple)
