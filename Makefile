@@ -1,16 +1,25 @@
 # make quickstart   set up .venv and see the whole way once: train, export, build, measure
-# make test         set up .venv and run the tests
+# make test         set up .venv and run the tests, but for the slow ones
+# make test-slow    run the tests that start real processes: kill and resume, torchrun, Ray, README
+# make test-all     run every test
 # make check        ruff and mypy
 
 PYTHON ?= python3
 EXTRAS := cpu,rtx,demo,report,bulk,ray,triton,test
 BIN := .venv/bin
+# One worker per core; each takes its half of the tests, and then what others have not begun.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 quickstart: .venv/.ready
 	$(BIN)/rtresnet quickstart
 
 test: .venv/.ready .venv/openvino
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/.ready .venv/openvino
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 check: .venv/.ready
 	$(BIN)/ruff check .
@@ -27,4 +36,4 @@ check: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"
 
-.PHONY: quickstart test check
+.PHONY: quickstart test test-slow test-all check

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core, and so its libraries
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import signal
 import subprocess
@@ -11,9 +15,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from rtresnet.cli.main import main
 from rtresnet.machine import Gpu
+
+SLOW = 10  # seconds from which a test needs the marker
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Lists the tests that took long and are not marked as slow."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    late = [r for r in reports if r.duration > SLOW and "slow" not in r.keywords]
+    if late:
+        terminalreporter.section(f"over {SLOW} s without the marker `slow`")
+    for report in late:
+        terminalreporter.line(f"{report.duration:.1f}s {report.when} {report.nodeid}")
+
+
+@pytest.fixture(autouse=True)
+def _gpu_alone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Tests of the GPU take turns, whichever workers they run on: some look at all its memory."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    with FileLock(tmp_path_factory.getbasetemp().parent / "gpu.lock"):
+        yield
 
 
 def tinted_noise(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +82,23 @@ def engines(tmp_path_factory: pytest.TempPathFactory, trained: Path, tints: str)
         weights = ["--weights", str(trained / "best.pt")]
         assert main(["export", *weights, "--fp32", "--fp16", "--int8", "--calib", tints]) == 0
     return folder / "engines"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from the cache of the person who runs the tests, nor written to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RTRESNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def brief_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` and `profile` warm up, and measure the roof, for an instant instead of seconds."""
+    monkeypatch.setattr("rtresnet.bench.load.CAP_SECONDS", 0.2)
+    monkeypatch.setattr("rtresnet.bench.roofline.SECONDS", 0.01)
+    monkeypatch.setattr("rtresnet.bench.roofline.SIDES", (64,))
+    monkeypatch.setattr("rtresnet.bench.roofline.COPY", 1 << 20)
 
 
 @pytest.fixture

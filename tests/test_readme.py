@@ -19,12 +19,9 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PROCESSOR = re.compile(r".*, \d+ cores; ")
 NEEDED = ("tensorrt_rtx", "onnxruntime", "sklearn", "matplotlib")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not all(map(machine.installed, NEEDED)), reason=f"needs {', '.join(NEEDED)}"
-    ),
-]
+needs_all = pytest.mark.skipif(
+    not all(map(machine.installed, NEEDED)), reason=f"needs {', '.join(NEEDED)}"
+)
 
 
 def first_words(text: str) -> set[str]:
@@ -47,6 +44,8 @@ def shell(command: str, cwd: Path) -> str:
     return done.stdout
 
 
+@needs_all
+@pytest.mark.slow
 def test_the_session_runs_and_prints_what_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +70,8 @@ def test_the_session_runs_and_prints_what_is_shown(
     assert done.returncode == 0, done.stderr
 
 
+@needs_all
+@pytest.mark.slow
 def test_the_quickstart_reaches_its_accuracy_and_writes_its_page(tmp_path: Path) -> None:
     shell("rtresnet quickstart --seconds 0.3", tmp_path)
     out = tmp_path / "runs" / "quickstart"

@@ -13,23 +13,21 @@ from rtresnet.cli import common
 @common.json_option
 def command(json_file: str | None) -> None:
     """List the nets: depth, block, parameters, multiply-adds."""
-    common.require_torch("counting parameters")
     from rtresnet.models import zoo
-    from rtresnet.models.resnet import multiply_adds
     from rtresnet.report import tables
 
     rows, records = [], []
     for name in zoo.names():
         spec = zoo.spec(name)
-        net = zoo.build(spec, device="meta")
+        cost = zoo.cost(spec)
         record: dict[str, Any] = {
             "model": name,
             "depth": spec.depth,
             "block": spec.block,
             "shortcut": spec.shortcut,
             "size": spec.size,
-            "parameters": sum(parameter.numel() for parameter in net.parameters()),
-            "multiply_adds": multiply_adds(net, spec.size),
+            "parameters": cost.parameters,
+            "multiply_adds": cost.multiply_adds,
         }
         records.append(record)
         rows.append(

@@ -7,6 +7,7 @@ listed without torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,64 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
         shortcut=shortcut,
         stride_in=stride_in,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Size of a net with its customary number of classes.
+
+    Attributes:
+        parameters: Trainable values: convolutions, batch norm, the FC.
+        multiply_adds: Of convolutions and the FC, for one image of the customary size.
+    """
+
+    parameters: int
+    multiply_adds: int
+
+
+def cost(spec: Spec) -> Cost:
+    """Counts from the table alone what `resnet.multiply_adds` counts on a net, without torch.
+
+    Args:
+        spec: From `spec()`.
+    """
+    parameters = multiply_adds = 0
+    for c_in, c_out, kernel, side in _convolutions(spec):
+        weights = c_in * c_out * kernel**2
+        parameters += weights + 2 * c_out  # and batch norm's scale and shift
+        multiply_adds += weights * side**2
+    features = spec.widths[-1] * (4 if spec.block == "bottleneck" else 1)
+    weights = features * spec.num_classes
+    return Cost(
+        parameters=parameters + weights + spec.num_classes, multiply_adds=multiply_adds + weights
+    )
+
+
+def _convolutions(spec: Spec) -> Iterator[tuple[int, int, int, int]]:
+    """Yields input channels, output channels, kernel and output side of every convolution."""
+    channels, side = spec.widths[0], spec.size
+    if spec.family == "imagenet":
+        yield 3, channels, 7, side // 2
+        side //= 4  # the stem's stride, then the max pool's
+    else:
+        yield 3, channels, 3, side
+    for stage, (count, width) in enumerate(zip(spec.counts, spec.widths, strict=True)):
+        for position in range(count):
+            stride = 2 if stage > 0 and position == 0 else 1
+            out = side // stride
+            if spec.block == "bottleneck":
+                c_out = 4 * width
+                yield channels, width, 1, out if spec.stride_in == "1x1" else side
+                yield width, width, 3, out
+                yield width, c_out, 1, out
+            else:
+                c_out = width
+                yield channels, width, 3, out
+                yield width, width, 3, out
+            changes = stride != 1 or channels != c_out
+            if spec.shortcut == "C" or (spec.shortcut == "B" and changes):
+                yield channels, c_out, 1, out
+            channels, side = c_out, out
 
 
 def build(spec: Spec, num_classes: int | None = None, *, device: str = "cpu") -> ResNet:

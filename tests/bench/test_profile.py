@@ -111,14 +111,10 @@ def test_sums_that_do_not_agree_are_noticed(net_file: Net) -> None:
 def test_the_verb_shows_blocks_and_writes_them(
     net_file: Net,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    brief_measurements: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setenv("RTRESNET_CACHE", str(tmp_path))
-    monkeypatch.setattr("rtresnet.bench.roofline.SECONDS", 0.01)
-    monkeypatch.setattr("rtresnet.bench.roofline.SIDES", (64,))
-    monkeypatch.setattr("rtresnet.bench.roofline.COPY", 1 << 20)
     out = tmp_path / "p.json"
     arguments = ["profile", str(net_file("int8")), "--seconds", "0.1", "--json", str(out)]
     assert main(arguments) == 0

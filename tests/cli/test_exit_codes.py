@@ -225,7 +225,7 @@ def test_a_batch_below_one_is_refused(
         ["lint", "resnet8-int8.onnx"],
         ["check", "resnet8.onnx"],
         ["compare", "resnet8.onnx", "resnet8-fp16.onnx", "--data", "digits"],
-        ["profile", "resnet8.onnx"],
+        ["profile", "resnet8.onnx", "--seconds", "0.1"],
         ["bench", "resnet8.onnx", "--queries", "20"],
         ["estimate", "resnet8", "--gpu", "L4"],
     ],

@@ -476,6 +476,7 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_image(
     assert good.error is None and len(good.top) == 3
 
 
+@pytest.mark.slow
 def test_on_a_local_ray_the_table_is_the_same(
     predict: Callable[..., int],
     tmp_path: Path,

@@ -30,6 +30,11 @@ def quantize(source: Path, *more: str) -> int:
     return main(["quantize", str(source), *more])
 
 
+def gated(source: Path, tints: str, *more: str) -> int:
+    """With the loss measured on the images it is calibrated on, by the quickest method."""
+    return quantize(source, "--calib", tints, "--calibrator", "max", "--eval", tints, *more)
+
+
 def test_scales_are_used_again_where_nothing_has_changed(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,13 +93,14 @@ def test_a_damaged_file_of_scales_is_made_anew(
 ) -> None:
     Path("calib").mkdir()
     path = Path("calib/resnet8-int8.json")
-    assert quantize(source, "--calib", tints, "--calib-images", "16") == 0
+    arguments = ["--calib", tints, "--calib-images", "16", "--calibrator", "max"]
+    assert quantize(source, *arguments) == 0
     record = json.loads(path.read_text())
     broken = [json.dumps(record | {"branches": wrong}) for wrong in (5, {"x": 1}, {"x": [2, 1]})]
     for text in ("", "{", "[]", '{"schema": 2}', '{"schema": 1, "scales": {}}', *broken):
         capsys.readouterr()
         path.write_text(text)
-        assert quantize(source, "--calib", tints, "--calib-images", "16") == 0
+        assert quantize(source, *arguments) == 0
         assert "calibrating anew" in capsys.readouterr().err
 
 
@@ -159,8 +165,7 @@ def test_where_too_much_is_lost_the_worst_blocks_stay_in_float(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     harmed(source)
-    assert quantize(source, "--calib", tints, "--calibrator", "max", "--eval", tints,
-                    "--max-drop", "0") == 0  # fmt: skip
+    assert gated(source, tints, "--max-drop", "0") == 0
     shown = capsys.readouterr().out
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None and sidecar.calibration is not None
@@ -198,7 +203,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
 def test_what_the_gate_measures_is_what_is_written(
     source: Path, tints: str, judged: Hits, rest: str
 ) -> None:
-    assert quantize(source, "--calib", tints, "--eval", tints, "--rest", rest) == 0
+    assert gated(source, tints, "--rest", rest) == 0
     assert judged["files"] == [Path("resnet8-int8.onnx").read_bytes()]
 
 
@@ -221,7 +226,7 @@ def test_as_few_blocks_stay_in_float_as_bring_it_back(
 
     judged["judge"] = judge
     out = tmp_path / "q.json"
-    assert quantize(source, "--calib", tints, "--eval", tints, "--json", str(out)) == 0
+    assert gated(source, tints, "--json", str(out)) == 0
     assert tried[0] == 0 and len(tried) == 3 and tried == sorted(tried)
     measured = json.loads(out.read_text())["result"]["measured"]
     places = [entry["runs_in"] for entry in measured["blocks"]]
@@ -237,7 +242,7 @@ def test_where_nothing_brings_it_back_the_exit_code_is_1_and_nothing_is_written(
     source: Path, tints: str, judged: Hits, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judged["judge"] = lambda model: False
-    assert quantize(source, "--calib", tints, "--eval", tints) == 1
+    assert gated(source, tints) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "bound 0.5: missed" in said and "keep FP16" in said
     assert not Path("resnet8-int8.onnx").exists()
@@ -253,9 +258,9 @@ def test_quantize_interval_beyond_the_bound_is_not_called_held(
     source: Path, tints: str, judged: Hits, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With 240 images even equal answers reach 0.81 points: a bound of 0.5 cannot be shown."""
-    arguments = ["--calib", tints, "--eval", tints, "--json", "q.json"]
+    arguments = [tints, "--json", "q.json"]
     judged["judge"] = lambda model: np.arange(240) != 0  # one image lost: 0.42 points
-    assert quantize(source, *arguments) == 0
+    assert gated(source, *arguments) == 0
     said = capsys.readouterr().out
     assert "not shown to hold" in said and "images would be needed" in said
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
@@ -266,7 +271,7 @@ def test_quantize_interval_beyond_the_bound_is_not_called_held(
     assert found["rule"] == "point" and found["bound"] == 0.5 and found["images_needed"] > 1000
     drop = sidecar.measured["drop"]
     assert drop["points"] <= 0.5 < drop["high"] and drop["n"] == 240 and drop["lost"] == 1
-    assert quantize(source, *arguments, "--max-drop", "3") == 0
+    assert gated(source, *arguments, "--max-drop", "3") == 0
     assert gate_of("q.json")["verdict"] == "held"
 
 
@@ -274,15 +279,15 @@ def test_quantize_gate_upper_fails_where_the_bound_is_not_shown(
     source: Path, tints: str, judged: Hits, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judged["judge"] = lambda model: np.arange(240) != 0
-    arguments = ["--calib", tints, "--eval", tints, "--max-drop", "1", "--json", "q.json"]
-    assert quantize(source, *arguments, "--gate", "upper") == 1
+    arguments = [tints, "--max-drop", "1", "--json", "q.json"]
+    assert gated(source, *arguments, "--gate", "upper") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "not shown to hold" in error and "--gate point" in error
     assert not Path("resnet8-int8.onnx").exists()
     found = gate_of("q.json")
     assert found["verdict"] == "not shown to hold" and found["passed"] is False
-    assert quantize(source, *arguments, "--gate", "point") == 0
-    assert quantize(source, *arguments, "--gate", "upper", "--max-drop", "2") == 0
+    assert gated(source, *arguments, "--gate", "point") == 0
+    assert gated(source, *arguments, "--gate", "upper", "--max-drop", "2") == 0
     assert gate_of("q.json") == {
         "rule": "upper", "bound": 2.0, "passed": True, "verdict": "held", "images_needed": 240
     }  # fmt: skip
@@ -311,7 +316,7 @@ def test_quantize_better_int8_is_told_as_a_gain(
         return right
 
     monkeypatch.setattr(quantize_gate, "_hits", hits)
-    assert quantize(source, "--calib", tints, "--eval", tints, "--json", "q.json") == 0
+    assert gated(source, tints, "--json", "q.json") == 0
     said = capsys.readouterr().out
     assert "INT8 gains 0.83 points" in said and "Measured gain 0.83 points" in said
     assert "-0.83" not in said

@@ -95,6 +95,7 @@ def test_a_net_that_diverges_stands_in_the_table_and_the_study_goes_on(
     assert "Diverged: plain8, seed 0" in page and "<svg" not in page
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_the_study_does(here: Path, tints: str) -> None:
     arguments = ["study", "degradation", "--data", tints, "--depths", "8", "--seeds", "1",
                  "--epochs", "15", "--out", "s"]  # fmt: skip

@@ -126,6 +126,7 @@ def test_a_truncated_state_is_told_and_the_best_is_still_there(
     assert checkpoint.load(out / "best.pt").measured["test_n"] == 24
 
 
+@pytest.mark.slow
 def test_sigterm_saves_as_ctrl_c_does(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "rtresnet", "train", "--model", "resnet8", "--data", tints,
@@ -219,6 +220,7 @@ def test_the_options_of_the_loop_work_and_train(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_a_compiled_run_exports_like_any_other(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(tints, out, "--epochs", "2", "--compile", "--set", "progressive=") == 0

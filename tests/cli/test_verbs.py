@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +185,17 @@ def test_models_lists_the_papers_nets(tmp_path: Path, capsys: pytest.CaptureFixt
     found = {record["model"]: record for record in result["models"]}
     assert found["resnet50"]["parameters"] == 25_557_032
     assert found["resnet110"]["parameters"] == 1_727_962
+    assert found["resnet1202"]["parameters"] == 19_421_274
+    assert found["resnet1202"]["multiply_adds"] == 2_829_238_912
     assert result["vgg19_multiply_adds"] == 19_600_000_000
     out = capsys.readouterr().out
     assert "VGG-19" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_models_counts_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from rtresnet.cli.main import main; "
+    done = subprocess.run([sys.executable, "-c", code + "sys.exit(main(['models']))"], check=False)
+    assert done.returncode == 0
 
 
 def test_doctor_knows_what_is_here(tmp_path: Path) -> None:

@@ -118,6 +118,26 @@ def test_multiply_adds_of_a_convolution_and_a_linear_layer_are_counted_by_hand()
     assert multiply_adds(net, 10) == 25 * 8 * 3 * 9 + 8 * 25 * 7
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in zoo.names() if "1202" not in name),
+        ("resnet8", {}),
+        *(("resnet18", {"shortcut": option}) for option in "AC"),
+        *(("resnet50", {"shortcut": option, "stride_in": "1x1"}) for option in "ABC"),
+        ("resnet20", {"shortcut": "B"}),
+        ("resnet20", {"shortcut": "C"}),
+    ],
+)
+def test_cost_from_the_table_equals_the_counted_net(name: str, options: dict[str, str]) -> None:
+    spec = zoo.spec(name, **options)
+    net = zoo.build(spec, device="meta")
+    assert zoo.cost(spec) == zoo.Cost(
+        parameters=sum(parameter.numel() for parameter in net.parameters()),
+        multiply_adds=multiply_adds(net, spec.size),
+    )
+
+
 def test_counting_leaves_no_trace_in_the_net() -> None:
     net = cifar(8).train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -91,22 +92,27 @@ def searched(what: str, best: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def write_into(folder: Path, verb: str, result: Any, name: str | None = None) -> Path:
+    path = folder / f"{name or verb}.json"
+    made_by = {"command": f"rtresnet {verb} a<b>.onnx"}
+    path.write_text(json.dumps({"verb": verb, "made_by": made_by, "result": result}))
+    return path
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """write("bench", result): the file that the verb would have written."""
-
-    def make(verb: str, result: Any, name: str | None = None) -> Path:
-        path = tmp_path / f"{name or verb}.json"
-        made_by = {"command": f"rtresnet {verb} a<b>.onnx"}
-        path.write_text(json.dumps({"verb": verb, "made_by": made_by, "result": result}))
-        return path
-
-    return make
+    return functools.partial(write_into, tmp_path)
 
 
 @pytest.fixture
-def measured(write: Callable[..., Path]) -> list[Path]:
+def measured(tmp_path: Path) -> list[Path]:
     """Files of bench, eval, compare and profile for four artifacts of one net."""
+    return measured_in(tmp_path)
+
+
+def measured_in(folder: Path) -> list[Path]:
+    write = functools.partial(write_into, folder)
     agreement = {
         "agreement": 0.984375, "n": 846, "data": "digits",
         "reference": {"artifact": "engines/net-fp32.onnx", "precision": "fp32"},

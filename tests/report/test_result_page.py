@@ -13,14 +13,15 @@ pytest.importorskip("matplotlib")
 
 from rtresnet.cli.main import main
 from rtresnet.report import markdown, result_page, result_tables, results
-from tests.report.conftest import searched
+from tests.report.conftest import measured_in, searched
 
 PHONE = 390
 
 
-@pytest.fixture
-def text(measured: list[Path]) -> str:
-    return result_page.html(results.gather(measured))
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the files that `measured` holds."""
+    return result_page.html(results.gather(measured_in(tmp_path_factory.mktemp("measured"))))
 
 
 def marks(text: str, name: str) -> list[str]:
@@ -194,7 +195,11 @@ def test_it_prints(text: str, browser: Callable[..., str], tmp_path: Path) -> No
 
 
 def test_the_page_of_a_real_nets_three_precisions_shows_their_numbers(
-    engines: Path, tints: str, tmp_path: Path, browser: Callable[..., str]
+    engines: Path,
+    tints: str,
+    tmp_path: Path,
+    browser: Callable[..., str],
+    brief_measurements: None,
 ) -> None:
     files = [str(engines / f"resnet8{part}.onnx") for part in ("", "-fp16", "-int8")]
     bench, out = tmp_path / "bench.json", tmp_path / "report.html"
@@ -203,7 +208,7 @@ def test_the_page_of_a_real_nets_three_precisions_shows_their_numbers(
     for file, place in zip(files, accuracy, strict=True):
         assert main(["eval", file, "--data", tints, "--json", str(place)]) == 0
     profile = tmp_path / "profile.json"
-    assert main(["profile", files[0], "--seconds", "0.5", "--json", str(profile)]) == 0
+    assert main(["profile", files[0], "--seconds", "0.1", "--json", str(profile)]) == 0
     given = [str(engines), str(bench), *map(str, accuracy), str(profile)]
     assert main(["report", *given, "--out", str(out)]) == 0
     page = out.read_text()

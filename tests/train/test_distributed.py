@@ -58,6 +58,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(together: Path, tints: str, tmp_path: Path) -> None:
     # Batch norm takes a process's part of the batch; so does one process in two parts.
     assert main(arguments(tints, tmp_path / "run", "--set", "accumulate=2")) == 0
@@ -73,6 +74,7 @@ def test_two_processes_have_the_losses_of_one(together: Path, tints: str, tmp_pa
             assert torch.allclose(tensor, second[name], atol=1e-3), name
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(tmp_path: Path, tints: str) -> None:
     # 29 images held out, an odd number: shares of 15 and 14.
     with np.load(tints.removeprefix("npz:")) as file:
@@ -92,6 +94,7 @@ def test_two_processes_count_every_image_once(tmp_path: Path, tints: str) -> Non
         assert (n, top1) == (alone.n, pytest.approx(alone.top1_percent))
 
 
+@pytest.mark.slow
 def test_prepare_over_two_processes_finds_what_one_finds(tmp_path: Path) -> None:
     root, rng = tmp_path / "set", np.random.default_rng(0)
     for split, count in (("train", 15), ("test", 3)):
@@ -116,6 +119,7 @@ def test_prepare_over_two_processes_finds_what_one_finds(tmp_path: Path) -> None
     assert one["images"]["identical"]["test"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_anew_and_the_run_ends_the_same(
     together: Path, tints: str, tmp_path: Path
 ) -> None:
@@ -135,6 +139,7 @@ def test_a_killed_process_is_started_anew_and_the_run_ends_the_same(
     assert len(log_of(out)) == 3
 
 
+@pytest.mark.slow
 def test_a_restart_finds_its_own_run_among_others_without_being_told(
     trained: Path, tints: str, tmp_path: Path
 ) -> None:
@@ -154,6 +159,7 @@ def test_a_restart_finds_its_own_run_among_others_without_being_told(
     assert (old / "last.pt").read_bytes() == before and len(log_of(new)) == 3
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_refused_is_not_gone_on_with_by_a_restart(
     trained: Path, tints: str, tmp_path: Path
 ) -> None:
@@ -168,6 +174,7 @@ def test_a_folder_that_was_refused_is_not_gone_on_with_by_a_restart(
     assert (out / "last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_by_one(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(

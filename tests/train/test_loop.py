@@ -81,6 +81,7 @@ while killed < kills:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments_it_ends_in_identical_weights(
     tints: str, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def untimed(line: str) -> dict[str, object]:
     return {name: value for name, value in json.loads(line).items() if name not in timed}
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tints: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [
