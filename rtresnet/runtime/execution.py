@@ -10,6 +10,9 @@ computed, the next one is copied in and the last one out, ordered by events.
           copies   in 0   in 1          out 0  in 2         out 1
          compute          chunk 0       chunk 1             chunk 2
 
+Batches that are enqueued with `enqueue` before the one before has been waited for overlap in the
+same way.
+
 Does not know the modules of TensorRT and CUDA: contexts are created by a function it is given.
 """
 
@@ -19,7 +22,7 @@ import contextlib
 import functools
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ GRAPH_CONTEXTS = 16  # batch sizes that keep a context and a graph of their own,
 WARMED = (1, 2, 4, 8, 16, 32)  # batch sizes that are prepared when a plan is loaded
 PINNED_FROM = 1 << 18  # bytes: copying less than this is cheaper than asking whether it is pinned
 Span = tuple[float, float]
+GraphKey = tuple[int, int, int]  # profile, batch size, index of the buffers
 
 
 class BoundContext:
@@ -92,6 +96,7 @@ class IOBuffers:
         addresses: Of input and outputs on the GPU, as a context takes them.
         dirty: Rows of `host_in` that may hold images; those after are zeros.
         chunk: The chunk under way, or None.
+        results: The arrays that its rows go to.
         source: Address that the chunk is computed from.
         spans: Events between which a part of the chunk ran, by its name; empty without timing.
         enqueue: Milliseconds the host took to enqueue the chunk.
@@ -128,6 +133,7 @@ class IOBuffers:
         self.addresses = (self.device_in, *self.device_out)
         self.dirty = 0
         self.chunk: BatchChunk | None = None
+        self.results: Sequence[Array] = ()
         self.source = 0
         self.spans: dict[str, tuple[Any, Any]] = {}
         self.enqueue = 0.0
@@ -148,7 +154,7 @@ class _Call:
     Attributes:
         count: Rows.
         chunks: How they are split. What follows is for a batch of one chunk.
-        key: Profile and batch size that it runs in.
+        keys: Profile, batch size and buffers that it runs in, for both sets of buffers.
         copy_in: Target, source, size in bytes with padding, and stream.
         copies_out: The same for each output.
         host_in: The rows of pinned memory that the images are copied into.
@@ -158,7 +164,7 @@ class _Call:
 
     count: int
     chunks: tuple[BatchChunk, ...]
-    key: tuple[int, int]
+    keys: tuple[GraphKey, GraphKey]
     copy_in: tuple[int, int, int, int]
     copies_out: tuple[tuple[int, int, int, int], ...]
     host_in: np.ndarray
@@ -215,11 +221,13 @@ class ExecutionStream:
         ]
         self._last: IOBuffers | None = None
         self._trace: list[dict[str, Span]] | None = None
-        self._profiler: Any = None
+        self._turn = 0  # index of the buffers that the next chunk goes to
+        self._unfetched: IOBuffers | None = None  # enqueued but for the copy out
+        self._pending: deque[Sequence[Array]] = deque()
         self._calls: dict[int, _Call] = {}
         # TensorRT-RTX keeps one graph a context, and TensorRT's reads its context: one context for
-        # each batch size, bound to the first buffers. The one used longest ago comes first.
-        self._graph_contexts: OrderedDict[tuple[int, int], BoundContext] = OrderedDict()
+        # each batch size and set of buffers. The one used longest ago comes first.
+        self._graph_contexts: OrderedDict[GraphKey, BoundContext] = OrderedDict()
         self._plain: list[BoundContext] = []
         stack.callback(self._release_contexts)
         for profile in range(len(io.profiles)):
@@ -258,7 +266,7 @@ class ExecutionStream:
             if not self.has_graphs or count > self._io.largest:
                 return
             call = self._call(count)
-            if call.key not in self._graph_contexts:
+            if call.keys[0] not in self._graph_contexts:
                 bound = self._graph_context(call)
                 assert bound is not None
                 self._enqueue_staged(call, bound)
@@ -275,7 +283,7 @@ class ExecutionStream:
             call = self._calls[count] = _Call(
                 count=count,
                 chunks=chunks,
-                key=(chunks[0].profile, run),
+                keys=((chunks[0].profile, run, 0), (chunks[0].profile, run, 1)),
                 copy_in=(
                     buffers.device_in, buffers.host_in_address, run * self._io.input.row_bytes,
                     self.compute,
@@ -316,7 +324,6 @@ class ExecutionStream:
                 results = make_results(self._io, None, count, self.compute)
             self._run_chunks(call, images, results)
         except BaseException:
-            self._last = None
             self._drain()
             raise
         return results
@@ -332,13 +339,13 @@ class ExecutionStream:
         self, call: _Call, images: np.ndarray, results: Sequence[Array] | None
     ) -> Sequence[Array]:
         if self.buffers[0].dirty != call.count:
-            self.buffers[0].make_room(call.count, call.key[1])
+            self.buffers[0].make_room(call.count, call.chunks[0].run)
         call.host_in[...] = images
         bound = self._graph_context(call)
         if bound is not None and bound.whole is not None:
             self._cuda.launch(bound.whole, self.compute)
         else:
-            self._enqueue_staged(call, bound or self._plain[call.key[0]])
+            self._enqueue_staged(call, bound or self._plain[call.chunks[0].profile])
         if self._blocking:
             self._cuda.record(self.buffers[0].done, self.compute)
             self._cuda.join(self.buffers[0].done)
@@ -351,45 +358,46 @@ class ExecutionStream:
         return results
 
     def _enqueue_staged(self, call: _Call, bound: BoundContext) -> None:
-        bound.bind(call.key[1], self.buffers[0].addresses)
+        bound.bind(call.chunks[0].run, self.buffers[0].addresses)
         self._cuda.to_device(*call.copy_in)
         bound.execute(self.compute)
         for copy in call.copies_out:
             self._cuda.to_host(*copy)
 
-    def _graph_context(self, call: _Call) -> BoundContext | None:
-        """The context of a batch size that runs as a graph; None where it does not.
+    def _graph_context(self, call: _Call, index: int = 0) -> BoundContext | None:
+        """The context of a batch size and set of buffers that runs as a graph; None: it does not.
 
         It runs plainly the first time, and is captured at the second call.
         """
-        bound = self._graph_contexts.get(call.key)
+        key = call.keys[index]
+        bound = self._graph_contexts.get(key)
         if bound is not None:
-            self._graph_contexts.move_to_end(call.key)
+            self._graph_contexts.move_to_end(key)
             if bound.settled or not bound.has_run:
                 return bound
-            self._settle(bound, call)
-            return self._graph_contexts.get(call.key)
-        profile, run = self._io.profiles[call.key[0]], call.key[1]
+            self._settle(bound, call, index)
+            return self._graph_contexts.get(key)
+        profile, run = self._io.profiles[key[0]], key[1]
         usual = run <= PADDED_UP_TO or run in (profile.min, profile.opt, profile.max)
         if not self.has_graphs or not usual:
             return None
         if len(self._graph_contexts) == GRAPH_CONTEXTS:
             self._release(self._graph_contexts.popitem(last=False)[1])
-        bound = self._graph_contexts[call.key] = self._context(call.key[0], owned=True)
+        bound = self._graph_contexts[key] = self._context(key[0], owned=True)
         return bound
 
-    def _settle(self, bound: BoundContext, call: _Call) -> None:
+    def _settle(self, bound: BoundContext, call: _Call, index: int = 0) -> None:
         """Finds out whether a batch size that has run can be a graph, and captures it here."""
         bound.settled = True
         try:
             asked = getattr(bound.context, "is_stream_capturable", None)
             if asked is not None and not asked(self.compute):
                 raise EnvironmentLack(
-                    f"TensorRT does not let a batch of {call.key[1]} be captured",
+                    f"TensorRT does not let a batch of {call.keys[0][1]} be captured",
                     fix="build the plan again, or load it with graphs=False",
                 )
             if self.capture is not False:
-                if self._timed:
+                if self._timed or index:
                     bound.engine = self._capture(lambda: bound.execute(self.compute))
                 else:
                     bound.whole = self._capture(lambda: self._enqueue_staged(call, bound))
@@ -411,29 +419,76 @@ class ExecutionStream:
             raise
         return self._cuda.end_capture(self.compute)
 
+    def enqueue(self, images: Array, results: Sequence[Array]) -> None:
+        """Starts a batch and returns; `finish` waits for it.
+
+        Two chunks may be under way: where they are, this waits for the older one first.
+
+        Args:
+            images: As `run` takes them. On the GPU or in pinned memory, they must not be changed
+                before the batch is finished.
+            results: As `run` takes them.
+        """
+        try:
+            self._start(self._call(len(images)), images, results, self._copies)
+        except BaseException:
+            self._drain()
+            raise
+        self._pending.append(results)
+
+    def finish(self) -> Sequence[Array]:
+        """Waits for the oldest batch that was enqueued, and returns its results."""
+        try:
+            results = self._pending[0]
+            if self._unfetched is not None and self._unfetched.results is results:
+                self._fetch_last(self._copies)
+            for buffers in (self.buffers[self._turn], self.buffers[1 - self._turn]):
+                if buffers.results is results:
+                    self._finish(buffers)
+                    self._last = buffers
+        except BaseException:
+            self._drain()
+            raise
+        return self._pending.popleft()
+
+    def discard(self) -> None:
+        """Waits for every batch that was enqueued and not finished, and drops its results."""
+        if self._pending:
+            self._drain()
+
     def _run_chunks(self, call: _Call, images: Array, results: Sequence[Array]) -> None:
         """Any batch, by way of both streams where it has several chunks."""
-        cuda, chunks = self._cuda, call.chunks
-        copies = self.compute if len(chunks) == 1 else self._copies
+        copies = self.compute if len(call.chunks) == 1 else self._copies
+        self._turn = 0
+        self._start(call, images, results, copies)
+        last = self._unfetched
+        self._fetch_last(copies)
+        for buffers in (self.buffers[self._turn], self.buffers[1 - self._turn]):
+            self._finish(buffers)
+        self._last = last
+
+    def _start(self, call: _Call, images: Array, results: Sequence[Array], copies: int) -> None:
+        """Enqueues a batch but for the last chunk's copy out, which `_fetch_last` enqueues."""
+        cuda = self._cuda
         pinned = self._is_pinned(images)
         for array in (images, *results):
             if isinstance(array, DeviceArray) and array.after is not None:
                 cuda.record(self._external, array.after)
                 cuda.wait(self.compute, self._external)
-        before: IOBuffers | None = None
-        for index, chunk in enumerate(chunks):
-            buffers = self.buffers[index % 2]
-            self._finish(buffers, results)
+        for chunk in call.chunks:
+            buffers = self.buffers[self._turn]
+            self._finish(buffers)
             self._feed(buffers, chunk, images, copies, pinned)
-            if before is not None:
-                self._fetch(before, results, copies)
+            buffers.results = results
+            self._fetch_last(copies)
             self._execute(buffers, call, results, copies)
-            before = buffers
-        assert before is not None
-        self._fetch(before, results, copies)
-        for buffers in (self.buffers[len(chunks) % 2], before):
-            self._finish(buffers, results)
-        self._last = before
+            self._unfetched = buffers
+            self._turn = 1 - self._turn
+
+    def _fetch_last(self, copies: int) -> None:
+        if self._unfetched is not None:
+            self._fetch(self._unfetched, copies)
+            self._unfetched = None
 
     def _is_pinned(self, images: Array) -> bool:
         """Whether the copy in can start from where the images are, without one on the host."""
@@ -516,8 +571,8 @@ class ExecutionStream:
     def _enqueue(self, buffers: IOBuffers, call: _Call, addresses: tuple[int, ...]) -> None:
         chunk, bound = buffers.chunk, None
         assert chunk is not None
-        if len(call.chunks) == 1 and addresses == self.buffers[0].addresses:
-            bound = self._graph_context(call)
+        if len(call.chunks) == 1 and addresses == buffers.addresses:
+            bound = self._graph_context(call, self.buffers.index(buffers))
         if bound is not None and bound.settled and self.capture is not False:
             if bound.engine is None:
                 bound.engine = self._capture(functools.partial(bound.execute, self.compute))
@@ -527,10 +582,10 @@ class ExecutionStream:
         bound.bind(chunk.run, addresses)
         bound.execute(self.compute)
 
-    def _fetch(self, buffers: IOBuffers, results: Sequence[Array], copies: int) -> None:
+    def _fetch(self, buffers: IOBuffers, copies: int) -> None:
         cuda, chunk = self._cuda, buffers.chunk
         assert chunk is not None
-        hosts = [i for i, result in enumerate(results) if not isinstance(result, DeviceArray)]
+        hosts = [i for i, result in enumerate(buffers.results) if not isinstance(result, DeviceArray)]
         if not hosts:
             cuda.record(buffers.done, self.compute)
             return
@@ -546,13 +601,13 @@ class ExecutionStream:
         if self._timed:
             buffers.spans["d2h"] = (leaving, buffers.done)
 
-    def _finish(self, buffers: IOBuffers, results: Sequence[Array]) -> None:
+    def _finish(self, buffers: IOBuffers) -> None:
         """Waits for the chunk in a set of buffers, if any, and copies its rows into the results."""
         chunk = buffers.chunk
         if chunk is None:
             return
         self._cuda.join(buffers.done)
-        for index, result in enumerate(results):
+        for index, result in enumerate(buffers.results):
             if not isinstance(result, DeviceArray):
                 rows = buffers.host_out[index][: chunk.rows]
                 result[chunk.start : chunk.start + chunk.rows] = rows
@@ -560,17 +615,19 @@ class ExecutionStream:
             elapsed = functools.partial(self._cuda.elapsed, self._zero)
             spans = buffers.spans.items()
             self._trace.append({name: (elapsed(a), elapsed(b)) for name, (a, b) in spans})
-        buffers.chunk = None
+        buffers.chunk, buffers.results = None, ()
 
     def _drain(self) -> None:
-        """After a failure: nothing may still be writing when the buffers are used again."""
+        """Waits until nothing is writing to the buffers, and drops what was under way."""
         try:
             for stream in (self._copies, self.compute):
                 with contextlib.suppress(EnvironmentLack):
                     self._cuda.synchronize(stream)
         finally:
             for buffers in self.buffers:
-                buffers.chunk = None
+                buffers.chunk, buffers.results = None, ()
+            self._unfetched, self._last = None, None
+            self._pending.clear()
 
     def watch(self, profiler: Any) -> None:
         """Has an IProfiler report the time of every layer."""

@@ -93,7 +93,8 @@ class FakeCuda:
 
     def _make(self, kind: str) -> int:
         self._call(kind)
-        assert not self._capturing, f"{kind} during a capture"
+        # Other threads may make things meanwhile: captures are thread-local.
+        assert not getattr(self._inside, "captures", 0), f"{kind} during a capture"
         self._next += 1
         self.live.append((kind, self._next))
         self.made[kind] += 1
@@ -275,9 +276,11 @@ class FakeCuda:
     def begin_capture(self, stream: int) -> None:
         self._call("begin_capture")
         self._capturing[stream] = []
+        self._inside.captures = 1
 
     def end_capture(self, stream: int) -> Any:
         work = self._capturing.pop(stream)
+        self._inside.captures = 0
         graph = self._make("end_capture")
         if self.fail_capture:
             self.live.pop()

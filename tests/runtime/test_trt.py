@@ -660,7 +660,7 @@ def test_the_graph_that_was_used_longest_ago_makes_room(
     backend = bench.load()  # 1, 2, 4, 8
     for count in (1, 3, 3, 2, 2, 1, 8):
         close(backend.infer(images(count)), expected(images(count)))
-    kept = [run for _, run in backend._streams[0]._graph_contexts]
+    kept = [run for _, run, _ in backend._streams[0]._graph_contexts]
     assert kept == [3, 2, 1, 8]
     assert len([entry for entry in bench.cuda.live if entry[0] == "end_capture"]) == 4
     backend.close()
