@@ -2,7 +2,8 @@
 
 `rtresnet --help` lists the verbs. In Python, `rtresnet.load(path)` runs an ONNX file or a plan;
 nothing heavier than NumPy is imported for it, and nothing at all before it is asked for.
-`rtresnet.Batcher` makes batches of what many threads ask for.
+`rtresnet.Batcher` makes batches of what many threads ask for, `rtresnet.pinned` allocates memory
+that a GPU reads without another copy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rtresnet.errors import EnvironmentLack, GateMissed, InputError, Overloaded, RtresnetError
     from rtresnet.preprocess import Preprocess
     from rtresnet.runtime.batcher import Batcher
+    from rtresnet.runtime.cuda import pinned
     from rtresnet.runtime.session import Session, load
 
 __version__ = "0.1.0"
@@ -29,12 +31,14 @@ __all__ = [
     "Session",
     "__version__",
     "load",
+    "pinned",
 ]
 _HOMES = {
     "Batcher": "runtime.batcher",
     "Preprocess": "preprocess",
     "Session": "runtime.session",
     "load": "runtime.session",
+    "pinned": "runtime.cuda",
 }
 
 

@@ -8,15 +8,20 @@ agree within 5 %, or at its cap, and the result says which.
 Every request in a slice is a sample. Where requests are short, one more comes before each slice and
 is not counted: it finds the caches as the other artifact left them.
 
+A candidate with a pipeline (a plan, offline) has batches in flight, as trtexec has: while one is
+computed the next one is enqueued. A sample is then the time from one finished batch to the next.
+
 Requests that arrive by themselves are in `scenarios.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,6 +35,20 @@ FEWEST_ROUNDS, SLICE_SECONDS, LONG = 15, 0.05, 0.1
 Part = dict[str, float]
 
 
+class Pipeline(Protocol):
+    """Batches in flight: `runtime.trt.Pipeline`.
+
+    Attributes:
+        depth: The most that may be in flight.
+    """
+
+    depth: int
+
+    def put(self, request: Any) -> None: ...  # enqueues it
+    def get(self) -> object: ...  # waits for the oldest
+    def timings(self) -> Part: ...  # of the one that `get` returned last
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """What is measured.
@@ -39,11 +58,13 @@ class Candidate:
         requests: Made beforehand, served in turn, over and over.
         timings: Milliseconds of the parts of the last request: h2d, compute, d2h, enqueue; empty
             where only wall time is known.
+        pipeline: Keeps requests in flight, in place of `serve`; None: one after another.
     """
 
     serve: Callable[[Any], object]
     requests: Sequence[Any]
     timings: Callable[[], Part] = dict
+    pipeline: Callable[[], AbstractContextManager[Pipeline]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,30 +200,57 @@ def _slice(
 ) -> None:
     """Serves for `length` seconds: at least three requests where they are short, at most `limit`.
 
-    Only the requests count: reading timings back from a GPU is part of no latency and not of the
-    wall time.
+    Only the requests count: reading timings back from a GPU that is idle meanwhile is part of no
+    latency and not of the wall time.
     """
     if limit == 0:
         return
     fewest = 3 if expected < LONG else 1
-    requests, serve = candidate.requests, candidate.serve
-    if expected < LONG:
-        serve(requests[taken.served % len(requests)])
-    samples: list[float] = []
-    wall = 0.0
-    while wall < length or len(samples) < fewest:
+    requests = candidate.requests
+    with _serving(candidate) as (serve, timings):
+        if expected < LONG:
+            serve(requests[taken.served % len(requests)])
+        samples: list[float] = []
+        wall = 0.0
         before = clock.now()
-        serve(requests[taken.served % len(requests)])
-        spent = clock.now() - before
-        wall += spent
-        samples.append(spent * 1e3)
-        taken.served += 1
-        if parts := candidate.timings():
-            taken.parts.append(parts)
-        if len(samples) == limit:
-            break
+        while wall < length or len(samples) < fewest:
+            serve(requests[taken.served % len(requests)])
+            after = clock.now()
+            spent = after - before
+            wall += spent
+            samples.append(spent * 1e3)
+            taken.served += 1
+            if parts := timings():
+                taken.parts.append(parts)
+            if len(samples) == limit:
+                break
+            # What is in flight goes on while timings are read: that time is the device's as well.
+            before = after if candidate.pipeline else clock.now()
     taken.slices.append(samples)
     taken.wall += wall
+
+
+@contextlib.contextmanager
+def _serving(
+    candidate: Candidate,
+) -> Iterator[tuple[Callable[[Any], object], Callable[[], Part]]]:
+    """What serves the next request, and reads the timings of the last one.
+
+    With a pipeline, each call enqueues a request and waits for the oldest: all but one are then in
+    flight. What is left at the end is dropped.
+    """
+    if candidate.pipeline is None:
+        yield candidate.serve, candidate.timings
+        return
+    with candidate.pipeline() as pipeline:
+        for _ in range(pipeline.depth - 1):
+            pipeline.put(candidate.requests[0])
+
+        def serve(request: Any) -> None:
+            pipeline.put(request)
+            pipeline.get()
+
+        yield serve, pipeline.timings
 
 
 def result(
@@ -238,6 +286,13 @@ def warm_up(candidate: Candidate, clock: Clock) -> Warm:
 
     A window is three requests, and 50 ms of them where they are short.
     """
+    with _serving(candidate) as (serve, _):
+        return _until_steady(serve, candidate.requests, clock)
+
+
+def _until_steady(
+    serve: Callable[[Any], object], requests: Sequence[Any], clock: Clock
+) -> Warm:
     medians: list[float] = []
     begin, served = clock.now(), 0
     while True:
@@ -245,7 +300,7 @@ def warm_up(candidate: Candidate, clock: Clock) -> Warm:
         start = clock.now()
         while len(window) < WINDOW_CALLS or clock.now() - start < WINDOW_SECONDS:
             before = clock.now()
-            candidate.serve(candidate.requests[served % len(candidate.requests)])
+            serve(requests[served % len(requests)])
             window.append(clock.now() - before)
             served += 1
         medians.append(float(np.median(window)))

@@ -15,8 +15,10 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import math
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rtresnet import machine
-from rtresnet.errors import EnvironmentLack, UnknownName, missing_package
+from rtresnet.errors import EnvironmentLack, InputError, UnknownName, missing_package
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 BLOCKING_SYNC, DISABLE_TIMING = 1, 2  # CUevent_flags
@@ -89,6 +91,61 @@ def open_cuda(device: int = 0) -> Cuda:
 def host_view(address: int, size: int) -> np.ndarray:
     """Host memory as an array of bytes, which does not keep it alive."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def pinned(shape: int | Sequence[int], dtype: Any) -> np.ndarray:
+    """Allocates an array in page-locked (pinned) host memory, uninitialized, as `np.empty` does.
+
+    A plan copies a batch in pinned memory to the GPU from where it is, where any other memory
+    costs one more copy on the host. Use it for buffers that many calls fill again: allocating takes
+    milliseconds, and the operating system cannot swap the memory out. The memory is freed with the
+    last array that refers to it.
+
+    uint8 is recommended: export with `--input uint8-nhwc`, so that the net normalizes on the GPU.
+    A batch then has a quarter of the bytes of float32, on the host and on the way to the GPU: 32 images of
+    224 pixels are 4.8 MB instead of 19.3 MB.
+
+    Args:
+        shape: As for `np.empty`: for a plan [N, S, S, 3] in uint8 or [N, 3, S, S] in float32.
+        dtype: NumPy type of the elements.
+
+    Raises:
+        InputError: A shape or type that NumPy does not have.
+        EnvironmentLack: No GPU, no CUDA binding, or not enough memory.
+    """
+    return allocate_pinned_array(open_cuda(), shape, dtype)
+
+
+class _PinnedMemory:
+    """Pinned memory that is freed with the last array that refers to it."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        with cuda.active():
+            address = cuda.allocate_pinned(size)
+        self.__array_interface__ = {
+            "version": 3, "shape": (size,), "typestr": "|u1", "data": (address, False),
+        }  # fmt: skip
+        # Not at exit: arrays may still be in use then, and the driver frees it with the process.
+        weakref.finalize(self, _free_pinned, cuda, address).atexit = False
+
+
+def _free_pinned(cuda: Cuda, address: int) -> None:
+    with contextlib.suppress(EnvironmentLack), cuda.active():  # a device that is lost has none
+        cuda.free_pinned(address)
+
+
+def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) -> np.ndarray:
+    """`pinned` on a device that is open."""
+    try:
+        dtype = np.dtype(dtype)
+        lengths = [int(n) for n in (shape if isinstance(shape, Sequence) else (shape,))]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"pinned: shape {shape}, type {dtype}: {error}") from error
+    if min(lengths, default=0) < 0 or dtype.hasobject:
+        raise InputError(f"pinned: shape {shape}, type {dtype}: not an array of numbers")
+    size = math.prod(lengths) * dtype.itemsize
+    memory = np.asarray(_PinnedMemory(cuda, max(1, size)))  # CUDA allocates one byte or more
+    return memory[:size].view(dtype).reshape(lengths)
 
 
 class CudaPython:

@@ -223,7 +223,8 @@ class ExecutionStream:
         self._trace: list[dict[str, Span]] | None = None
         self._turn = 0  # index of the buffers that the next chunk goes to
         self._unfetched: IOBuffers | None = None  # enqueued but for the copy out
-        self._pending: deque[Sequence[Array]] = deque()
+        # Images and results that were enqueued; the images' memory is read until they are finished.
+        self._pending: deque[tuple[Array, Sequence[Array]]] = deque()
         self._calls: dict[int, _Call] = {}
         # TensorRT-RTX keeps one graph a context, and TensorRT's reads its context: one context for
         # each batch size and set of buffers. The one used longest ago comes first.
@@ -425,21 +426,21 @@ class ExecutionStream:
         Two chunks may be under way: where they are, this waits for the older one first.
 
         Args:
-            images: As `run` takes them. On the GPU or in pinned memory, they must not be changed
-                before the batch is finished.
-            results: As `run` takes them.
+            images: As for `run`. On the GPU or in pinned memory, they must not be changed before
+                the batch is finished.
+            results: As for `run`.
         """
         try:
             self._start(self._call(len(images)), images, results, self._copies)
         except BaseException:
             self._drain()
             raise
-        self._pending.append(results)
+        self._pending.append((images, results))
 
     def finish(self) -> Sequence[Array]:
         """Waits for the oldest batch that was enqueued, and returns its results."""
         try:
-            results = self._pending[0]
+            _, results = self._pending[0]
             if self._unfetched is not None and self._unfetched.results is results:
                 self._fetch_last(self._copies)
             for buffers in (self.buffers[self._turn], self.buffers[1 - self._turn]):
@@ -449,7 +450,7 @@ class ExecutionStream:
         except BaseException:
             self._drain()
             raise
-        return self._pending.popleft()
+        return self._pending.popleft()[1]
 
     def discard(self) -> None:
         """Waits for every batch that was enqueued and not finished, and drops its results."""

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from rtresnet.errors import EnvironmentLack, InputError
 from rtresnet.runtime.arguments import check_images, make_results
 from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.context_config import configure
-from rtresnet.runtime.cuda import open_cuda
+from rtresnet.runtime.cuda import Cuda, allocate_pinned_array, open_cuda
 from rtresnet.runtime.execution import ExecutionStream, Span
 from rtresnet.runtime.fits import check_compatible
 from rtresnet.runtime.io_spec import IoSpec, read_io_spec
@@ -53,6 +54,7 @@ class TrtBackend:
     Attributes:
         profiles: The plan's optimization profiles.
         graphs: "built in", "by hand" or "none".
+        contexts: Calls that may run at the same time.
 
     Raises:
         EnvironmentLack: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
@@ -95,6 +97,7 @@ class TrtBackend:
         self._engine: Any = None
         self._cache: KernelCache | None = None
         self._timed, self._blocking = timings, blocking
+        self.contexts = contexts
         try:
             with self._cuda.active():
                 self._load(trt, contexts, graphs, kernels, cache)
@@ -245,6 +248,30 @@ class TrtBackend:
             raise InputError(f"{self.path}: infer after close")
         return stream
 
+    def pinned(self, count: int) -> np.ndarray:
+        """Allocates pinned memory for `count` images, as `infer` reads them fastest.
+
+        Raises:
+            EnvironmentLack: Not enough memory.
+        """
+        return allocate_pinned_array(self._cuda, (count, *self.io.input.row), self.input_dtype)
+
+    @contextlib.contextmanager
+    def pipeline(self) -> Iterator[Pipeline]:
+        """Takes every context, for batches that are enqueued before the last one is computed.
+
+        Other calls wait until the `with` block ends. It drops what was not fetched.
+        """
+        with self._all_streams():
+            if self._closed:
+                raise InputError(f"{self.path}: infer after close")
+            try:
+                yield Pipeline(self._cuda, self.io, self._streams, self._complaints)
+            finally:
+                with self._cuda.active():
+                    for stream in self._streams:
+                        stream.discard()
+
     def timings(self) -> dict[str, float]:
         """Milliseconds of the last call's last chunk; empty before the first.
 
@@ -345,3 +372,78 @@ class TrtBackend:
                     self._stack.close()
         finally:
             self._stack.close()  # of what is left: all of it, where the device was refused already
+
+
+class Pipeline:
+    """Keeps batches in flight: while one is computed, the next one is enqueued.
+
+    `TrtBackend.pipeline` makes it. Results come in the order of the batches. For one thread. A call
+    of CUDA or TensorRT that fails loses every batch in flight.
+
+    Attributes:
+        depth: Batches that may be in flight before `put` waits for the GPU: two for each context.
+    """
+
+    def __init__(
+        self, cuda: Cuda, io: IoSpec, streams: list[ExecutionStream], complaints: Complaints
+    ) -> None:
+        self.depth = 2 * len(streams)
+        self._cuda, self._io, self._complaints = cuda, io, complaints
+        self._streams = deque(streams)
+        self._busy: deque[ExecutionStream] = deque()
+        self._last: ExecutionStream | None = None
+
+    def put(self, images: Any) -> None:
+        """Enqueues a batch.
+
+        Args:
+            images: As for `TrtBackend.infer`. In pinned memory or on the GPU, they must not be
+                changed before `get` has returned their result.
+
+        Raises:
+            InputError: Another type or shape.
+            EnvironmentLack: A call of CUDA or TensorRT failed.
+        """
+        stream = self._streams[0]
+        with self._cuda.active():
+            self._complaints.clear()
+            batch = check_images(self._io, images, stream.compute)
+            results = make_results(self._io, None, len(batch), stream.compute)
+            try:
+                stream.enqueue(batch, results)
+            except BaseException:
+                self._discard()
+                raise
+        self._streams.rotate(-1)
+        self._busy.append(stream)
+
+    def get(self) -> Any:
+        """Waits for the oldest batch in flight and returns its result, as `infer` does.
+
+        Raises:
+            InputError: There is none.
+            EnvironmentLack: A call of CUDA failed.
+        """
+        if not self._busy:
+            raise InputError("no batch is in flight: put comes before get")
+        self._last = self._busy.popleft()
+        with self._cuda.active():
+            try:
+                results = self._last.finish()
+            except BaseException:
+                self._discard()
+                raise
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _discard(self) -> None:
+        """After a failure: waits for every batch in flight and drops its results."""
+        self._busy.clear()
+        for stream in self._streams:
+            stream.discard()
+
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of the last result's parts. See `TrtBackend.timings`."""
+        if self._last is None:
+            return {}
+        with self._cuda.active():
+            return self._last.timings()
