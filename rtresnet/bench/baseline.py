@@ -23,6 +23,9 @@ FIGURES = {
 """What of the latencies is compared under each load. In a closed loop throughput is the number of
 requests in flight over their mean latency, so that offline's and closed's is compared with it."""
 
+LOAD = ("qps", "concurrency", "max_batch", "in_flight")
+PLAN = ("contexts", "graphs")
+"""Compared where both results have them: earlier files do not."""
 ALIKE = ("batch", "device", "provider", "threads", "versions", "precision", "with_preprocess")
 
 
@@ -49,7 +52,10 @@ def unlike(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
         "file": [PurePath(str(entry.get("measured"))).name for entry in both],
     }
     pairs |= {name: [entry.get(name) for entry in both] for name in ALIKE}
-    for name in ("qps", "concurrency", "max_batch"):
+    pairs |= {
+        name: values for name in PLAN if None not in (values := [entry.get(name) for entry in both])
+    }
+    for name in LOAD:
         pairs[name] = [(entry.get("load") or {}).get(name) for entry in both]
     return [f"{name}: {_words(a)}, was {_words(b)}" for name, (a, b) in pairs.items() if a != b]
 

@@ -44,9 +44,17 @@ class Pipeline(Protocol):
 
     depth: int
 
-    def put(self, request: Any) -> None: ...  # enqueues it
-    def get(self) -> object: ...  # waits for the oldest
-    def timings(self) -> Part: ...  # of the one that `get` returned last
+    def put(self, request: Any) -> None:
+        """Enqueues a request."""
+        ...
+
+    def get(self) -> object:
+        """Waits for the oldest request."""
+        ...
+
+    def timings(self) -> Part:
+        """Milliseconds of the parts of the request that `get` returned last."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +298,7 @@ def warm_up(candidate: Candidate, clock: Clock) -> Warm:
         return _until_steady(serve, candidate.requests, clock)
 
 
-def _until_steady(
-    serve: Callable[[Any], object], requests: Sequence[Any], clock: Clock
-) -> Warm:
+def _until_steady(serve: Callable[[Any], object], requests: Sequence[Any], clock: Clock) -> Warm:
     medians: list[float] = []
     begin, served = clock.now(), 0
     while True:

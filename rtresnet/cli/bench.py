@@ -48,6 +48,15 @@ __all__ = ["command", "run", "where"]
     "--max-wait", default="2ms", show_default=True, help="How long an image waits for a batch."
 )
 @click.option(
+    "--contexts", type=click.IntRange(min=1), metavar="N",
+    help="Run up to N requests at the same time in a plan; offline keeps 2 N batches in flight. "
+    "[default: 1; 2 with --max-batch]",
+)  # fmt: skip
+@click.option(
+    "--graphs/--no-graphs", default=None,
+    help="Require CUDA graphs for a plan, or run without. [default: where they are possible]",
+)  # fmt: skip
+@click.option(
     "--with-preprocess", metavar="PATH", help="From encoded bytes: an image or a folder of them."
 )
 @click.option("--find-batch", is_flag=True, help="The largest batch that holds --p99.")
@@ -137,6 +146,8 @@ def _run(
     **options: Any,
 ) -> tuple[dict[str, Any], RtresnetError | None]:
     """As `run`; and the error that ended it after at least one batch was measured."""
+    from rtresnet.runtime import threads
+
     load = bench_load.choose(
         scenario=scenario, batch=batch, qps=qps, concurrency=concurrency, max_batch=max_batch,
         with_preprocess=with_preprocess, seconds=seconds, queries=queries, seed=seed,
@@ -145,16 +156,16 @@ def _run(
     recorded = bench_baseline.read(baseline) if baseline is not None else None
     results: list[dict[str, Any]] = []
     stopped: RtresnetError | None = None
-    with _opened(paths, device, options) as (sessions, facts, watch):
+    with _opened(paths, device, options, max_batch) as (sessions, facts, watch):
         load, left_out = bench_load.for_fixed_batch(load, sessions, asked=batch is not None)
         if left_out:
             _say_first(left_out)
         planned = [
             fact
-            | {"batch": count, "scenario": load.scenario, "load": load.facts()}
+            | {"batch": count, "scenario": load.scenario, "load": load.facts(session)}
             | {"with_preprocess": bool(load.images)}
             for count in load.batches
-            for fact in facts
+            for fact, session in zip(facts, sessions, strict=True)
         ]
         if recorded is not None and baseline is not None:
             bench_baseline.require_alike(baseline, recorded, planned, force)
@@ -171,7 +182,7 @@ def _run(
             about = planned[place * len(paths) :]
             for fact, taken in zip(about, measured, strict=False):
                 entry = fact | dataclasses.asdict(taken)
-                results.append(entry | {"load": taken.load | load.facts()})
+                results.append(entry | {"load": taken.load | fact["load"]})
     notes = [fact["note"] for fact in facts if fact["note"]]
     result = {
         "notes": [*notes, *([left_out] if left_out else [])],
@@ -179,6 +190,7 @@ def _run(
         "qps": qps,
         "seed": seed,
         "with_preprocess": bool(load.images),
+        "switch_interval_s": threads.SWITCH_SECONDS,
         "environment": watch.report,
         "results": results,
     } | ({"recorded": recorded} if recorded is not None else {})
@@ -192,21 +204,31 @@ def _say_first(note: str) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    paths: Sequence[str], device: str, options: dict[str, Any]
+    paths: Sequence[str], device: str, options: dict[str, Any], max_batch: int
 ) -> Iterator[tuple[list[Session], list[dict[str, Any]], Any]]:
     """Sessions, what is known of each before it is measured, and a watch on the machine."""
     from rtresnet import machine
     from rtresnet.bench import environment
+    from rtresnet.runtime.threads import short_switch_interval
 
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:
         if stand_in:
             _say_first(stand_in)
     targets = [target for target, _ in chosen]
+    formed = max_batch > 1
     with contextlib.ExitStack() as stack:
+        stack.enter_context(short_switch_interval())
         sessions = [
             stack.enter_context(
-                opening.open_session(target, targets, "cpu" if stand_in else device, options)
+                opening.open_session(
+                    target,
+                    targets,
+                    "cpu" if stand_in else device,
+                    options,
+                    contexts=2 if formed else 1,
+                    timings=not formed,
+                )
             )
             for target, stand_in in chosen
         ]
@@ -262,7 +284,7 @@ def _find(
         **asked, max_wait_ms=max_wait, images=bench_load.read_images(images) if images else ()
     )
     device, searches = options.pop("device"), []
-    with _opened(paths, device, options) as (sessions, facts, watch):
+    with _opened(paths, device, options, load.max_batch) as (sessions, facts, watch):
         for session in sessions:
             if what == "batch" and session.batch is not None:
                 raise InputError(

@@ -45,12 +45,20 @@ class Load:
     max_wait_ms: float = 2.0
     images: tuple[tuple[str, bytes], ...] = ()
 
-    def facts(self) -> dict[str, Any]:
-        """What of it belongs to a result before anything was measured."""
+    def facts(self, session: Session) -> dict[str, Any]:
+        """What of it belongs to a result of `session` before anything was measured."""
         found = {"qps": self.qps, "concurrency": self.concurrency}
         if self.scenario in ("server", "closed"):
             found["max_batch"] = self.max_batch
+        if self.pipeline_of(session) is not None:
+            found["in_flight"] = getattr(session.backend, "in_flight", None)
         return {name: value for name, value in found.items() if value is not None}
+
+    def pipeline_of(self, session: Session) -> Callable[[], Any] | None:
+        """What keeps batches of a session in flight; None where one follows the other."""
+        if self.scenario != "offline" or self.images:
+            return None
+        return getattr(session.backend, "pipeline", None)
 
 
 def choose(
@@ -200,7 +208,10 @@ def candidate(session: Session, load: Load, batch: int) -> Candidate:
     first = session.example(batch, seed=load.seed)
     count = max(1, min(POOL, POOL_BYTES // first.nbytes))
     requests = [first] + [session.example(batch, seed=load.seed + n) for n in range(1, count)]
-    return Candidate(serve=session, requests=requests, timings=session.backend.timings)
+    return Candidate(
+        serve=session, requests=requests, timings=session.backend.timings,
+        pipeline=load.pipeline_of(session),
+    )  # fmt: skip
 
 
 def _from_bytes(session: Session) -> Callable[[Sequence[tuple[str, bytes]]], object]:

@@ -11,7 +11,7 @@ from rtresnet.cli import common
 HOW = {
     "single-stream": "Latency in ms a batch, wall time, one request after another.",
     "multi-stream": "Latency in ms a query of 8 images, one query after another.",
-    "offline": "Latency in ms a batch, one batch after another; throughput is the figure.",
+    "offline": "Time in ms a batch, one batch after another; throughput is the figure.",
 }
 FIGURES = ("median", "p90", "p95", "p99", "images_per_second")
 
@@ -53,7 +53,7 @@ def _lines(result: dict[str, Any], several: bool) -> Iterator[str]:
     elif scenario == "closed":
         clients = entries[0]["load"]["concurrency"]
         yield f"Latency in ms a request, {clients} of them in flight at any time."
-    else:
+    elif scenario != "offline" or not all(entry["load"].get("in_flight") for entry in entries):
         yield HOW[scenario]
     if result["with_preprocess"]:
         yield "From encoded bytes: decoding, cropping and normalizing included."
@@ -82,6 +82,11 @@ def _facts(entry: dict[str, Any]) -> Iterator[str]:
         )
     elif load.get("service_ms") is not None:
         yield f"{_name(entry)}: overloaded, it takes {load['service_ms']:.3g} ms a request."
+    if load.get("in_flight"):
+        yield (
+            f"{_name(entry)}: {load['in_flight']} batches in flight; ms from one finished batch to "
+            "the next, throughput is the figure."
+        )
     if load.get("unanswered"):
         arrived = entry["latency"]["n"] + load["unanswered"]
         yield (
@@ -133,8 +138,11 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def where(entry: dict[str, Any]) -> str:
-    """Device, provider, threads and versions on one line."""
+    """Device, provider, threads, contexts, CUDA graphs and versions on one line."""
     threads = f", {entry['threads']} threads" if entry["threads"] else ""
+    if entry.get("contexts"):
+        plural = "s" if entry["contexts"] > 1 else ""
+        threads += f", {entry['contexts']} context{plural}, CUDA graphs: {entry['graphs']}"
     versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
     return f"{entry['device']}; {entry['provider']}{threads}; {versions}"
 

@@ -67,30 +67,63 @@ def arithmetic(model: Any) -> str:
     return "fp32" if types == {TensorProto.FLOAT} else "unknown"
 
 
-def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The device options that are `path`'s to follow, of several artifacts in one command.
+PLAN_OPTIONS = ("contexts", "graphs")
 
-    `--provider` and `--threads` speak to the ONNX files among them; where there are none, they stay
-    and the plan refuses them.
+
+def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that apply to `path`, of several artifacts in one command.
+
+    `--provider` and `--threads` apply to the ONNX files among them; where there are none, they stay
+    and the plan refuses them. `--contexts` and `--graphs` apply to the plans.
+
+    Raises:
+        InputError: `--contexts` or `--graphs`, and no plan among the artifacts.
     """
     from rtresnet import artifacts
 
     kinds = [artifacts.kind_of(name) for name in paths]
+    given = [name for name in PLAN_OPTIONS if options.get(name) is not None]
+    if given and "plan" not in kinds:
+        raise InputError(
+            f"{path}: not a plan; --{given[0]} applies to plans only",
+            fix="leave it out, or measure a plan: rtresnet build",
+        )
+    if artifacts.kind_of(path) != "plan" or not given:
+        options = {name: value for name, value in options.items() if name not in PLAN_OPTIONS}
     if artifacts.kind_of(path) == "onnx" or "onnx" not in kinds:
         return dict(options)
     taken = {"provider"} if artifacts.kind_of(path) == "checkpoint" else {"provider", "threads"}
     return {name: value for name, value in options.items() if name not in taken}
 
 
-def open_session(path: str, paths: Sequence[str], device: str, options: dict[str, Any]) -> Session:
-    """Any artifact behind the runtime's session, to be timed beside others; closes with it."""
+def open_session(
+    path: str,
+    paths: Sequence[str],
+    device: str,
+    options: dict[str, Any],
+    *,
+    contexts: int = 1,
+    timings: bool = True,
+) -> Session:
+    """Opens any artifact as a session of the runtime.
+
+    Args:
+        path: The artifact.
+        paths: Every artifact of the command, this one included.
+        device: As for `load`.
+        options: The command's options that apply to some of the artifacts.
+        contexts: Contexts of a plan where the options do not say.
+        timings: Whether a plan records the times of copies and computation.
+    """
     from rtresnet import artifacts, storage
     from rtresnet.runtime.session import load
 
     mine = options_for(path, paths, options)
     storage.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) != "checkpoint":
-        return load(path, device=device, timings=True, **mine)
+        if mine.get("contexts") is None:
+            mine["contexts"] = contexts
+        return load(path, device=device, timings=timings, **mine)
     return _in_torch(path, device=device, **mine)[0]
 
 

@@ -30,6 +30,8 @@ class Where(TypedDict):
     device: NotRequired[str | None]
     provider: NotRequired[str | None]
     threads: NotRequired[Count | None]
+    contexts: NotRequired[Count | None]
+    graphs: NotRequired[str | None]
     versions: NotRequired[dict[str, str] | None]
 
 
@@ -58,6 +60,7 @@ class Load(TypedDict):
     qps: NotRequired[Positive | None]
     concurrency: NotRequired[Count | None]
     max_batch: NotRequired[Count | None]
+    in_flight: NotRequired[Count | None]
 
 
 class Entry(Where):

@@ -102,8 +102,8 @@ def pinned(shape: int | Sequence[int], dtype: Any) -> np.ndarray:
     last array that refers to it.
 
     uint8 is recommended: export with `--input uint8-nhwc`, so that the net normalizes on the GPU.
-    A batch then has a quarter of the bytes of float32, on the host and on the way to the GPU: 32 images of
-    224 pixels are 4.8 MB instead of 19.3 MB.
+    A batch then has a quarter of the bytes of float32, on the host and on the way to the GPU:
+    32 images of 224 pixels are 4.8 MB instead of 19.3 MB.
 
     Args:
         shape: As for `np.empty`: for a plan [N, S, S, 3] in uint8 or [N, 3, S, S] in float32.
@@ -144,8 +144,10 @@ def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) ->
     if min(lengths, default=0) < 0 or dtype.hasobject:
         raise InputError(f"pinned: shape {shape}, type {dtype}: not an array of numbers")
     size = math.prod(lengths) * dtype.itemsize
-    memory = np.asarray(_PinnedMemory(cuda, max(1, size)))  # CUDA allocates one byte or more
-    return memory[:size].view(dtype).reshape(lengths)
+    # CUDA allocates one byte or more.
+    memory = np.asarray(_PinnedMemory(cuda, max(1, size)))
+    array: np.ndarray = memory[:size].view(dtype).reshape(lengths)
+    return array
 
 
 class CudaPython:

@@ -441,6 +441,7 @@ class ExecutionStream:
         """Waits for the oldest batch that was enqueued, and returns its results."""
         try:
             _, results = self._pending[0]
+            self._last = None  # where the buffers were needed before, the times are gone
             if self._unfetched is not None and self._unfetched.results is results:
                 self._fetch_last(self._copies)
             for buffers in (self.buffers[self._turn], self.buffers[1 - self._turn]):
@@ -586,7 +587,9 @@ class ExecutionStream:
     def _fetch(self, buffers: IOBuffers, copies: int) -> None:
         cuda, chunk = self._cuda, buffers.chunk
         assert chunk is not None
-        hosts = [i for i, result in enumerate(buffers.results) if not isinstance(result, DeviceArray)]
+        hosts = [
+            i for i, result in enumerate(buffers.results) if not isinstance(result, DeviceArray)
+        ]
         if not hosts:
             cuda.record(buffers.done, self.compute)
             return

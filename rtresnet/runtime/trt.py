@@ -55,6 +55,7 @@ class TrtBackend:
         profiles: The plan's optimization profiles.
         graphs: "built in", "by hand" or "none".
         contexts: Calls that may run at the same time.
+        in_flight: Batches that `pipeline` keeps in flight: two for each context.
 
     Raises:
         EnvironmentLack: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
@@ -97,7 +98,7 @@ class TrtBackend:
         self._engine: Any = None
         self._cache: KernelCache | None = None
         self._timed, self._blocking = timings, blocking
-        self.contexts = contexts
+        self.contexts, self.in_flight = contexts, 2 * contexts
         try:
             with self._cuda.active():
                 self._load(trt, contexts, graphs, kernels, cache)
@@ -381,7 +382,7 @@ class Pipeline:
     of CUDA or TensorRT that fails loses every batch in flight.
 
     Attributes:
-        depth: Batches that may be in flight before `put` waits for the GPU: two for each context.
+        depth: Batches that may be in flight before `put` waits for the GPU: two for each stream.
     """
 
     def __init__(
@@ -442,7 +443,10 @@ class Pipeline:
             stream.discard()
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last result's parts. See `TrtBackend.timings`."""
+        """Milliseconds of the last result's parts. See `TrtBackend.timings`.
+
+        Empty also where more than `depth` batches were in flight.
+        """
         if self._last is None:
             return {}
         with self._cuda.active():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -182,3 +183,51 @@ def test_measure_timings_are_slow_to_read_throughput_excludes_it() -> None:
     assert found.latency.median == pytest.approx(0.3)
     assert found.wall_seconds == pytest.approx(300e-6 * len(found.samples))
     assert found.parts["compute"].n == len(found.samples)
+
+
+class InFlight:
+    """A device of `service` seconds a batch that works while the host does something else."""
+
+    def __init__(self, clock: Simulated, service: float, reading: float) -> None:
+        self.clock, self.service, self.reading = clock, service, reading
+        self.depth, self.most, self.opened = 2, 0, 0
+        self.ends: list[float] = []
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[InFlight]:
+        self.opened += 1
+        yield self
+        self.ends.clear()
+
+    def put(self, request: object) -> None:
+        begin = max([self.clock.time, *self.ends])
+        self.ends.append(begin + self.service)
+        self.most = max(self.most, len(self.ends))
+
+    def get(self) -> None:
+        self.clock.time = max(self.clock.time, self.ends.pop(0))
+
+    def timings(self) -> dict[str, float]:
+        self.clock.time += self.reading
+        return {"compute": 1e3 * self.service}
+
+
+def test_measure_batches_in_flight_rate_is_the_devices() -> None:
+    """Reading timings delays no batch, and saves none either: the device works meanwhile."""
+    clock = Simulated()
+    device = InFlight(clock, 300e-6, 30e-6)
+    candidate = Candidate(serve=lambda request: None, requests=["images"], pipeline=device)
+    (found,) = measure([candidate], batch=8, seconds=1, clock=clock)
+    assert device.most == 2 and device.opened > 15 and not device.ends
+    assert found.latency.images_per_second == pytest.approx(8 / 300e-6, rel=0.01)
+    assert found.latency.median == pytest.approx(0.3)
+    assert found.wall_seconds == pytest.approx(sum(found.samples) / 1e3, rel=1e-3)
+    assert found.parts["compute"].n == len(found.samples)
+
+
+def test_measure_batches_in_flight_queries_are_counted() -> None:
+    clock = Simulated()
+    device = InFlight(clock, 300e-6, 0)
+    candidate = Candidate(serve=lambda request: None, requests=["images"], pipeline=device)
+    (found,) = measure([candidate], batch=8, seconds=1, queries=100, clock=clock)
+    assert found.latency.n == 100 and not device.ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -282,6 +283,10 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
         (["--json", "photograph.png"], "the name of an image"),
         (["--max-wait", "1ms"], "--max-batch"),
         (["--tolerance", "much"], "--tolerance much"),
+        (["--contexts", "2"], "--contexts"),
+        (["--graphs"], "--graphs"),
+        (["--no-graphs", "--find-batch", "--p99", "1ms"], "--graphs"),
+        (["--contexts", "0"], "--contexts"),
         (["--seconds", "0"], "--seconds"),
     ],
 )
@@ -290,6 +295,28 @@ def test_what_does_not_go_together_is_exit_code_2(
 ) -> None:
     assert main(["bench", net, *options]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_bench_switch_interval_is_short_meanwhile_and_restored(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtresnet.cli import bench_load
+
+    before, during = sys.getswitchinterval(), list[float]()
+    measure = bench_load.measure
+
+    def looks(*arguments: Any) -> Any:
+        during.append(sys.getswitchinterval())
+        return measure(*arguments)
+
+    monkeypatch.setattr(bench_load, "measure", looks)
+    result = run([net, "--batch", "1", "--queries", "20"], tmp_path)
+    assert during == [pytest.approx(1e-4)] and result["switch_interval_s"] == 1e-4
+    assert sys.getswitchinterval() == before
+    assert main(["bench", net, "--graphs"]) == 2  # fails where it is set already
+    assert sys.getswitchinterval() == before
+    entry = result["results"][0]
+    assert entry["contexts"] is entry["graphs"] is None and "in_flight" not in entry["load"]
 
 
 @pytest.mark.parametrize(
