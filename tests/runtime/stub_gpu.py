@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,10 @@ from fake_gpu import (
 )
 
 from rtresnet.errors import RtresnetError
-from rtresnet.runtime.cuda import CudaPython, host_view, open_cuda
+from rtresnet.runtime.batcher import Batcher
+from rtresnet.runtime.cuda import CudaPython, host_view, open_cuda, pinned
+from rtresnet.runtime.session import Session
+from rtresnet.runtime.threads import short_switch_interval
 
 FOLDER = Path(__file__).parent
 COMPILER = "gcc"
@@ -130,9 +134,18 @@ class IdleContext(FakeContext):
 
 
 class IdleEngine(FakeEngine):
-    """An engine of such contexts."""
+    """An engine of such contexts.
+
+    Attributes:
+        side: Side of an image, in pixels.
+    """
 
     context = IdleContext
+    side = 4
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        return (self.side, self.side, 3) if self.dtype == "uint8" else (3, self.side, self.side)
 
 
 def results(builder: str, graphs: bool | None) -> dict[str, Any]:
@@ -152,6 +165,12 @@ def results(builder: str, graphs: bool | None) -> dict[str, Any]:
             address = stub.cuda.allocate(9 * 4 * CLASSES)
         view = stub.device.at(address, 9 * 4 * CLASSES)
         out = view.view(np.float32).reshape(9, CLASSES)
+        with backend.pipeline() as pipeline:
+            for count in (8, 3, 8, 8):
+                pipeline.put(images(count))
+            for count in (8, 3, 8, 8):
+                if not np.allclose(pipeline.get(), expected(images(count)), 1e-5, 1e-5):
+                    wrong.append([options, "in flight"])
         backend.infer(images(9), out=WithInterface(out))
         if not np.allclose(out, expected(images(9)), rtol=1e-5, atol=1e-5):
             wrong.append([options, "on the GPU"])
@@ -266,6 +285,100 @@ def waiting(blocking: bool) -> dict[str, Any]:
     ended.set()
     counter.join()
     return {"steps": steps}
+
+
+def pinned_memory() -> dict[str, Any]:
+    """What `rtresnet.pinned` allocates, and what is left of it."""
+    stub = Stub("tensorrt")
+    before = stub.driver.stub_live()
+    array = pinned((2, 3, 4, 4), np.float32)
+    array[:] = images(2)
+    with stub.cuda.active():
+        known = stub.cuda.is_pinned(array.ctypes.data)
+    during = stub.driver.stub_live() - before
+    tail = array[1:]
+    del array
+    kept = bool((tail == images(2)[1:]).all()) and stub.driver.stub_live() - before == 1
+    del tail
+    left = stub.driver.stub_live() - before
+    failed = failure(stub.driver, "cuMemAllocHost_v2", lambda: pinned(8, np.uint8))
+    return {"pinned": known, "during": during, "kept": kept, "left": left, "failed": failed}
+
+
+def gathering(seconds: float, side: int = 224, wait_us: int = 5000) -> dict[str, Any]:
+    """`Batcher` with batches of 32 images on a device of `wait_us` a batch, in turn.
+
+    For float32 and uint8: a session that gets any array, as before `Batcher` knew of pinned memory;
+    a plan with one context; a plan with two. Median images/s over rounds of 20 batches, and the
+    share of the time in which the device computed.
+    """
+    count, batches = 32, 20
+    stub = Stub("tensorrt", idle=True)
+    engine = stub.bench.engine
+    engine.side, engine.profiles = side, [(1, count, count)]
+    ways: dict[tuple[str, str], tuple[Any, np.ndarray]] = {}
+    for dtype in ("float32", "uint8"):
+        engine.dtype = dtype
+        image = np.zeros(engine.row, dtype)
+        for name, contexts in (("staged", 1), ("pinned", 1), ("pinned, 2 contexts", 2)):
+            session = Session(stub.bench.path, None, stub.load(contexts=contexts))
+            ways[dtype, name] = (session.backend.infer if name == "staged" else session, image)
+    stub.driver.stub_wait_us(wait_us)
+    rates: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rates["uint8", "staged"]) < 3:
+        for way, (session, image) in ways.items():
+            with Batcher(session, count, 1e9) as batcher:
+                for future in [batcher.submit(image) for _ in range(2 * count)]:
+                    future.result()
+                begin = time.perf_counter()
+                for future in [batcher.submit(image) for _ in range(batches * count)]:
+                    future.result()
+            rates[way].append(batches * count / (time.perf_counter() - begin))
+    medians = {way: statistics.median(found) for way, found in rates.items()}
+    return {
+        "rows": [
+            {
+                "dtype": dtype, "way": name, "images_per_second": rate,
+                "device_busy": rate / count * wait_us / 1e6,
+            }
+            for (dtype, name), rate in medians.items()
+        ],
+        "rounds": len(rates["uint8", "staged"]), "wait_us": wait_us, "side": side,
+    }  # fmt: skip
+
+
+def gil(calls: int, wait_us: int = 500) -> dict[str, dict[str, float]]:
+    """Milliseconds of `infer` on a device of `wait_us`, alone and next to a thread that computes."""
+    stub = Stub("tensorrt", idle=True)
+    backend = stub.load()
+    stub.driver.stub_wait_us(wait_us)
+    ended = threading.Event()
+
+    def measured() -> dict[str, float]:
+        took = []
+        for _ in range(calls):
+            begin = time.perf_counter()
+            backend.infer(batch)
+            took.append(1e3 * (time.perf_counter() - begin))
+        return {"median_ms": statistics.median(took), "p99_ms": sorted(took)[int(0.99 * calls)]}
+
+    def compute() -> None:
+        while not ended.is_set():
+            pass
+
+    batch = images(1)
+    found = {"alone": measured()}
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        found["next to a thread"] = measured()
+        with short_switch_interval():
+            found["next to a thread, 1e-4"] = measured()
+    finally:
+        ended.set()
+        thread.join()
+    return found
 
 
 def call_cost(builder: str, seconds: float) -> dict[str, Any]:

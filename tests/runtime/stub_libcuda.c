@@ -3,6 +3,7 @@
    Everything is done at once, in the thread that asks. A stream that is being captured keeps copies
    and host functions, and launching the graph does them. Calls without a current context fail, as
    the driver's do. What the tests ask of it beyond CUDA begins with stub_. */
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -97,7 +98,13 @@ R cuLaunchHostFunc(Stream *s, HostFn fn, void *data) { BEGIN; return put(s, (Nod
 R cuStreamCreate(Stream **s, unsigned f) { BEGIN; live++; *s = calloc(1, sizeof **s); return OK; }
 R cuStreamDestroy_v2(Stream *s) { BEGIN; live--; free(s); return OK; }
 R cuStreamWaitEvent(Stream *s, void *e, unsigned f) { BEGIN; return OK; }
-static R pause_(void) { waits++; if (wait_us) usleep(wait_us); return OK; }
+/* One device: what two threads wait for takes its time one after the other. */
+static pthread_mutex_t device = PTHREAD_MUTEX_INITIALIZER;
+static R pause_(void) {
+  waits++;
+  if (wait_us) { pthread_mutex_lock(&device); usleep(wait_us); pthread_mutex_unlock(&device); }
+  return OK;
+}
 R cuStreamSynchronize(Stream *s) { BEGIN; return pause_(); }
 R cuEventCreate(void **e, unsigned f) { BEGIN; live++; *e = malloc(8); return OK; }
 R cuEventDestroy_v2(void *e) { BEGIN; live--; free(e); return OK; }

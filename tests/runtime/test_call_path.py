@@ -76,3 +76,29 @@ def test_infer_costs_little_more_than_the_calls_it_cannot_do_without(
             break
     assert found["ratio"] <= BUILDERS[builder], found
     assert found["driver_calls"] == {"tensorrt": 4, "tensorrt_rtx": 5}[builder]
+
+
+def test_pinned_over_the_real_bindings_is_freed_with_its_last_view(library: Path) -> None:
+    found = stub_gpu.run(library, "pinned_memory")
+    kind, message, code = found.pop("failed")
+    assert (kind, code) == ("EnvironmentLack", 3) and "cuMemAllocHost failed" in message
+    assert found == {"pinned": True, "during": 1, "kept": True, "left": 0}
+
+
+def test_batcher_of_a_plan_keeps_the_device_busier_than_with_staging(library: Path) -> None:
+    """That it does is a matter of order, not of speed; by how much is the benchmark's."""
+    for _ in range(3):  # the machine may be busy
+        rows = stub_gpu.run(library, "gathering", 0.1)["rows"]
+        busy = {row["way"]: row["device_busy"] for row in rows if row["dtype"] == "float32"}
+        if busy["pinned, 2 contexts"] > busy["staged"]:
+            return
+    raise AssertionError(busy)
+
+
+def test_infer_next_to_a_computing_thread_gains_by_a_short_switch_interval(library: Path) -> None:
+    for _ in range(3):
+        found = stub_gpu.run(library, "gil", 60)
+        slow, fast = found["next to a thread"], found["next to a thread, 1e-4"]
+        if fast["median_ms"] < slow["median_ms"] / 2:
+            return
+    raise AssertionError(found)
