@@ -103,7 +103,8 @@ def main() -> None:
         "One image of 192 bytes, an engine that computes nothing, a stub of libcuda; minimum and "
         f"median over {found['tensorrt']['rounds']} rounds of 200 calls in turn. "
         f"{facts['device']}, {', '.join(f'{n} {v}' for n, v in versions.items())}. Goals: "
-        f"{GOAL_US:.0f} us, and for tensorrt a ratio of {GOAL_RATIO}."
+        f"{GOAL_US:.0f} us, and for tensorrt a ratio of {GOAL_RATIO}. The machine was "
+        f"shared: load {before:.1f} before the start."
     )
     met = found["tensorrt"]["ratio"] <= GOAL_RATIO and all(
         entry["infer"]["median_us"] <= GOAL_US for entry in found.values()

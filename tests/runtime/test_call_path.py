@@ -88,7 +88,7 @@ def test_pinned_over_the_real_bindings_is_freed_with_its_last_view(library: Path
 def test_batcher_of_a_plan_keeps_the_device_busier_than_with_staging(library: Path) -> None:
     """That it does is a matter of order, not of speed; by how much is the benchmark's."""
     for _ in range(3):  # the machine may be busy
-        rows = stub_gpu.run(library, "gathering", 0.1)["rows"]
+        rows = stub_gpu.run(library, "gathering", 0.1, 128)["rows"]
         busy = {row["way"]: row["device_busy"] for row in rows if row["dtype"] == "float32"}
         if busy["pinned, 2 contexts"] > busy["staged"]:
             return
