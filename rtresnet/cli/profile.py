@@ -68,7 +68,7 @@ def run(
         raise InputError(f"{path}: a profile is of an ONNX file or a plan", fix="rtresnet export")
     sidecar = artifacts.verify(path)
     if kind == "plan" and not machine.gpus():
-        from rtresnet.runtime.fits import plan_needs_gpu
+        from rtresnet.runtime.compatibility import plan_needs_gpu
 
         raise plan_needs_gpu(path)
     counted = kernels.count(_graph_of(path, sidecar))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rtresnet import machine, storage
 from rtresnet.errors import EnvironmentLack, InputError
-from rtresnet.runtime.fits import rebuild_here
+from rtresnet.runtime.compatibility import rebuild_here
 
 REBUILD = "build it on this machine: rtresnet build"
 

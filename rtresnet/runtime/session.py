@@ -232,7 +232,7 @@ def load(
     sidecar = artifacts.verify(path)
     backend: Backend
     if kind == "plan":
-        from rtresnet.runtime import fits
+        from rtresnet.runtime import compatibility
 
         if provider != "auto" or threads is not None:
             raise InputError(
@@ -240,8 +240,8 @@ def load(
                 "for ONNX files"
             )
         if not machine.gpus() or device == "cpu":
-            fits.check_compatible(path, sidecar)
-            raise fits.plan_needs_gpu(path, here=bool(machine.gpus()))
+            compatibility.check_compatible(path, sidecar)
+            raise compatibility.plan_needs_gpu(path, here=bool(machine.gpus()))
         from rtresnet.runtime.trt import TrtBackend
 
         backend = TrtBackend(

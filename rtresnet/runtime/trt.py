@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX plans. The only file of the runtime that runs either.
 
-Checks come first: the sidecar before anything is deserialized (`fits.py`), then what TensorRT-RTX
-says of the plan's header (`rtx.py`), then the memory. Everything a call needs is created when the
-plan is loaded, in `execution.py`, which also orders copies and computation.
+Checks come first: the sidecar before anything is deserialized (`compatibility.py`), then what
+TensorRT-RTX says of the plan's header (`rtx.py`), then the memory. Everything a call needs is
+created when the plan is loaded, in `execution.py`, which also orders copies and computation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import numpy as np
 from rtresnet import machine, trt_loading
 from rtresnet.errors import EnvironmentLack, InputError
 from rtresnet.runtime.arguments import check_images, make_results
-from rtresnet.runtime.complaints import Complaints, logger
+from rtresnet.runtime.compatibility import check_compatible
 from rtresnet.runtime.context_config import configure
 from rtresnet.runtime.cuda import Cuda, allocate_pinned_array, open_cuda
+from rtresnet.runtime.error_log import ErrorLog, logger
 from rtresnet.runtime.execution import ExecutionStream, Span
-from rtresnet.runtime.fits import check_compatible
 from rtresnet.runtime.io_spec import IoSpec, read_io_spec
 from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
 from rtresnet.sidecar import Sidecar
@@ -89,7 +89,7 @@ class TrtBackend:
         key = "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt"
         self.versions = {key: str(trt.__version__)}
         self.device = machine.gpus()[0].name
-        self._complaints = Complaints()
+        self._errors = ErrorLog()
         self._stack = ExitStack()
         self._streams: list[ExecutionStream] = []
         self._free: queue.SimpleQueue[ExecutionStream | None] = queue.SimpleQueue()
@@ -113,14 +113,14 @@ class TrtBackend:
         self, trt: Any, contexts: int, graphs: bool | None, kernels: str, cache: bool
     ) -> None:
         cuda = self._cuda
-        log = logger(trt, self._complaints)
-        runtime = trt_loading.create(trt, "Runtime", log, self._complaints.take)
+        log = logger(trt, self._errors)
+        runtime = trt_loading.create(trt, "Runtime", log, self._errors.take)
         data = self.path.read_bytes()
         check_header(trt, runtime, data, self.path)
         self._check_memory(len(data), "its weights")
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            why = self._complaints.take()
+            why = self._errors.take()
             raise EnvironmentLack(
                 f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
                 f"{self.device}: {why}",
@@ -144,7 +144,7 @@ class TrtBackend:
             cache_for=self.path if cache else None,
         )  # fmt: skip
         self._cache = settings.cache
-        self._complaints.clear()  # a cache of another GPU is replaced, and no failure
+        self._errors.clear()  # a cache of another GPU is replaced, and no failure
         self._stack.callback(self._forget, [settings.cache])
         owned_config, external_config = settings.owned, settings.external
         options: dict[str, Any] = {
@@ -204,7 +204,7 @@ class TrtBackend:
         """Raises where a call of TensorRT failed: most only log, and return False or None."""
         if returned is None or returned is False:
             raise EnvironmentLack(
-                f"{self.path}: {call} failed on {self.device}: {self._complaints.take()}"
+                f"{self.path}: {call} failed on {self.device}: {self._errors.take()}"
             )
 
     def infer(self, images: Any, out: Any = None) -> Any:
@@ -228,7 +228,7 @@ class TrtBackend:
         stream = self._take_stream()
         try:
             with self._cuda.active():
-                self._complaints.clear()
+                self._errors.clear()
                 images = check_images(self.io, images, stream.compute)
                 results = None
                 if out is not None:
@@ -267,7 +267,7 @@ class TrtBackend:
             if self._closed:
                 raise InputError(f"{self.path}: infer after close")
             try:
-                yield Pipeline(self._cuda, self.io, self._streams, self._complaints)
+                yield Pipeline(self._cuda, self.io, self._streams, self._errors)
             finally:
                 with self._cuda.active():
                     for stream in self._streams:
@@ -323,7 +323,7 @@ class TrtBackend:
         stream = self._take_stream()
         try:
             with self._cuda.active():
-                self._complaints.clear()
+                self._errors.clear()
                 batch = check_images(self.io, images, stream.compute)
                 results = make_results(self.io, None, len(batch), stream.compute)
                 timeline = stream.timeline(batch, results)
@@ -386,10 +386,10 @@ class Pipeline:
     """
 
     def __init__(
-        self, cuda: Cuda, io: IoSpec, streams: list[ExecutionStream], complaints: Complaints
+        self, cuda: Cuda, io: IoSpec, streams: list[ExecutionStream], errors: ErrorLog
     ) -> None:
         self.depth = 2 * len(streams)
-        self._cuda, self._io, self._complaints = cuda, io, complaints
+        self._cuda, self._io, self._errors = cuda, io, errors
         self._streams = deque(streams)
         self._busy: deque[ExecutionStream] = deque()
         self._last: ExecutionStream | None = None
@@ -407,7 +407,7 @@ class Pipeline:
         """
         stream = self._streams[0]
         with self._cuda.active():
-            self._complaints.clear()
+            self._errors.clear()
             batch = check_images(self._io, images, stream.compute)
             results = make_results(self._io, None, len(batch), stream.compute)
             try:

@@ -41,17 +41,17 @@ from rtresnet.cli.ends import write_with
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.runtime import (
     arguments,
-    complaints,
     context_config,
     cuda,
+    error_log,
     execution,
     io_spec,
     rtx,
     trt,
     trt_profile,
 )
-from rtresnet.runtime.complaints import Complaints, logger
 from rtresnet.runtime.cuda import Cuda
+from rtresnet.runtime.error_log import ErrorLog, logger
 from rtresnet.runtime.io_spec import split_batch
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
@@ -1180,8 +1180,8 @@ def test_what_was_logged_before_is_not_told_of_a_later_failure(bench: Bench) -> 
     assert "does not like it" in str(caught.value) and "long ago" not in str(caught.value)
 
 
-def test_a_thread_is_told_of_its_own_complaints_first() -> None:
-    said = Complaints()
+def test_a_thread_is_told_of_its_own_errors_first() -> None:
+    said = ErrorLog()
     thread = threading.Thread(target=lambda: said.add("theirs"))
     thread.start()
     thread.join()
@@ -1191,7 +1191,7 @@ def test_a_thread_is_told_of_its_own_complaints_first() -> None:
     said.add("ours again")
     said.clear()
     assert said.take() == "theirs"
-    assert Complaints().take() == "TensorRT gave no reason"
+    assert ErrorLog().take() == "TensorRT gave no reason"
 
 
 def test_a_shape_that_was_refused_is_not_taken_for_the_one_before(bench: Bench) -> None:
@@ -1444,7 +1444,7 @@ OWNERS = {
     "when": "DynamicShapesKernelSpecializationStrategy",
     "self.cache": "IRuntimeCache",
 }
-FILES = (trt, complaints, context_config, execution, io_spec, rtx, arguments)
+FILES = (trt, error_log, context_config, execution, io_spec, rtx, arguments)
 
 
 def used_names() -> set[str]:
@@ -1541,7 +1541,7 @@ def test_a_profiler_is_what_tensorrt_asks_for() -> None:
 def test_the_real_runtime_tells_of_a_header_without_a_gpu() -> None:
     """As `rtx.check_header` asks it; that a device is probed first is `open_cuda`'s doing."""
     real = pytest.importorskip("tensorrt_rtx")
-    said = Complaints()
+    said = ErrorLog()
     runtime = real.Runtime(logger(real, said))
     assert runtime.engine_header_size == 64
     validity, bits = runtime.get_engine_validity(b"vtrt" + bytes(60))

@@ -1,4 +1,4 @@
-"""What TensorRT logs and does not raise, kept for the exception that it belongs to."""
+"""TensorRT's error log, attached to exceptions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections import deque
 from typing import Any
 
 
-class Complaints:
+class ErrorLog:
     """The last errors of each thread: several may be in a call at the same time."""
 
     def __init__(self) -> None:
         self._said: deque[tuple[int, str]] = deque(maxlen=32)
 
     def add(self, message: str) -> None:
-        """Keeps what was logged by a call of this thread."""
+        """Keeps an error that a call of this thread logged."""
         self._said.append((threading.get_ident(), message.strip()))
 
     def clear(self) -> None:
-        """Forgets what this thread's earlier calls were told."""
+        """Drops what earlier calls of this thread logged."""
         if not self._said:  # on every call
             return
         me = threading.get_ident()
@@ -26,7 +26,7 @@ class Complaints:
             self._said.remove(entry)
 
     def take(self) -> str:
-        """This thread's, and forgets them; all there are where it has none of its own."""
+        """Returns and drops this thread's errors; those of all threads if it has none."""
         me, said = threading.get_ident(), tuple(self._said)
         mine = [message for thread, message in said if thread == me]
         self.clear()
@@ -35,12 +35,12 @@ class Complaints:
         return " | ".join(dict.fromkeys(mine)) or "TensorRT gave no reason"
 
 
-def logger(trt: Any, complaints: Complaints) -> Any:
+def logger(trt: Any, errors: ErrorLog) -> Any:
     """An ILogger that keeps errors.
 
     Args:
         trt: The TensorRT module.
-        complaints: Where they go.
+        errors: Where it keeps them.
     """
     error = trt.ILogger.ERROR.value
 
@@ -50,6 +50,6 @@ def logger(trt: Any, complaints: Complaints) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity.value <= error:
-                complaints.add(message)
+                errors.add(message)
 
     return Log()
