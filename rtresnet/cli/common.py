@@ -130,6 +130,25 @@ def input_options(function: F) -> F:
     return function
 
 
+def classes_option(function: F) -> F:
+    """`--classes FILE`: names for the side that has none; arrives as a tuple of names."""
+    return click.option(
+        "--classes",
+        metavar="FILE",
+        callback=_class_names,
+        help="Class names, one a line or a JSON list: of the model's outputs where it has no "
+        "names, else of the data's labels.",
+    )(function)
+
+
+def _class_names(
+    context: click.Context, option: click.Parameter, given: str | None
+) -> tuple[str, ...] | None:
+    from rtresnet.labels import read_classes
+
+    return None if given is None else read_classes(given)
+
+
 def preprocess_from(
     base: Preprocess, size: int | None, mean: str | None, std: str | None
 ) -> Preprocess:
@@ -188,6 +207,12 @@ def given() -> set[str]:
 def say(line: str) -> None:
     """Prints a line of the result."""
     click.echo(escape(line), err=json_on_stdout())
+
+
+def footer(lines: Iterable[str]) -> None:
+    """What a result assumes and what else a reader must know, under it; each line once."""
+    for line in dict.fromkeys(lines):
+        say(line)
 
 
 def note(line: str) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--model", help="The net of a foreign checkpoint [recognized].")
+@common.classes_option
 @common.input_options
 @common.device_options
 @common.json_option
@@ -67,6 +68,7 @@ def command(
     common.show_run_notes(*result["members"])
     if len(artifacts) > 1:
         _show(result["artifact"], result, f"mean of probabilities; {protocol}")
+    common.footer(line for entry in result["members"] for line in footnotes(entry))
     common.write_json(json_file, "eval", result)
 
 
@@ -77,12 +79,12 @@ def run(
     protocol: str = "center",
     resize: int | None = None,
     batch: int | None = None,
+    classes: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes."""
+    """Evaluates artifacts on labelled images; returns what `--json` writes."""
     from rtresnet.artifacts import update_measured
-    from rtresnet.data import loader
-    from rtresnet.data.sources import open_source
+    from rtresnet.data import loader, sources
     from rtresnet.train import protocols
 
     if protocol == "dense":
@@ -93,28 +95,31 @@ def run(
         for path in artifacts:
             opened.append(opening.open_artifact(path, **options))
             stack.callback(opened[-1].close)
-        _require_same_classes(opened)
         _require_all_probabilities(opened, protocol)
+        opened, assumed = _in_one_order(opened, classes)
         members = [_member(entry, protocol, resize) for entry in opened]
-        source = open_source(data, split)
-        fits = len(source.classes) == len(opened[0].classes)
-        if not fits:
-            common.note(
-                f"note: the data has {len(source.classes)} classes and the net "
-                f"{len(opened[0].classes)}"
-            )
+        source = sources.for_model(
+            sources.open_source(data, split), opened[0].classes, names=classes,
+            model_name=artifacts[0],
+        )  # fmt: skip
         tally = loader.Tally(len(source), common.note)
         with common.progress(f"evaluating {', '.join(artifacts)}", total=len(source)) as update:
             result = protocols.measure(members, source, batch=batch, tally=tally, on_images=update)
     skipped = {"skipped": list(tally.skipped.values())}
-    about = {"data": data, "split": split if source.splits else "all"}
+    labels = source.mapping
+    about = {
+        "data": data,
+        "split": split if source.splits else "all",
+        "labels": labels.record() | {"remarks": labels.remarks()},
+        "assumed": [*assumed, *labels.assumptions()],
+    }
     own = protocol == "center" and not any((resize, *map(options.get, ("size", "mean", "std"))))
     entries = []
     for path, artifact, member, found in zip(
         artifacts, opened, members, result.members, strict=True
     ):
         measured = _measured(found, artifact.topk)
-        if fits and own:
+        if own:
             update_measured(path, accuracy=measured | about)
         entries.append(
             {"artifact": path, "precision": artifact.precision}
@@ -197,8 +202,10 @@ def _member(opened: opening.Opened, protocol: str, resize: int | None) -> Member
     from rtresnet.models.resnet import ResNet
 
     assert isinstance(opened.forward, TorchBackend) and isinstance(opened.forward.net, ResNet)
+    dense = DenseBackend(opened.forward.net)
+    order = opened.order
     return Member(
-        forward=DenseBackend(opened.forward.net),
+        forward=dense if order is None else lambda images: order.reorder(dense(images)),
         preprocess=preprocess,
         protocol=protocol,
         scales=(resize,) if resize else dense_scales(size),
@@ -221,27 +228,29 @@ def _require_all_probabilities(opened: Sequence[opening.Opened], protocol: str) 
             )
 
 
-def _require_same_classes(opened: Sequence[opening.Opened]) -> None:
-    """Raises InputError where nets of an ensemble mean different things by a class's number."""
-    from rtresnet.errors import InputError
+def _in_one_order(
+    opened: Sequence[opening.Opened], names: Sequence[str] | None
+) -> tuple[list[opening.Opened], list[str]]:
+    """The nets of an ensemble with their outputs in the order of the first one's classes.
 
-    first = opened[0]
-    for other in opened[1:]:
-        if len(first.classes) != len(other.classes):
-            raise InputError(
-                f"{other.path} has {len(other.classes)} classes and {first.path} "
-                f"{len(first.classes)}",
-                fix="an ensemble needs nets of the same classes; evaluate them one by one",
-            )
-        if _named(first) and _named(other) and first.classes != other.classes:
-            pairs = zip(first.classes, other.classes, strict=True)
-            number, (one, two) = next((n, p) for n, p in enumerate(pairs) if p[0] != p[1])
-            raise InputError(
-                f"class {number} is {two!r} in {other.path} and {one!r} in {first.path}",
-                fix="an ensemble needs nets of the same classes; evaluate them one by one",
-            )
+    Args:
+        opened: The nets.
+        names: From --classes, of nets without names.
+
+    Returns:
+        The nets, and what had to be assumed of their classes.
+
+    Raises:
+        InputError: They have other classes, or one gives no scores of all classes.
+    """
+    first, *others = opened
+    first.require_classes()
+    matched = [other.matched(first, names) for other in others]
+    assumed = [line for _, mapping in matched for line in mapping.assumptions()]
+    return [first, *(entry for entry, _ in matched)], assumed
 
 
-def _named(opened: opening.Opened) -> bool:
-    """A foreign checkpoint's classes are numbers: they agree with any names."""
-    return opened.classes != tuple(str(index) for index in range(len(opened.classes)))
+def footnotes(entry: dict[str, Any]) -> list[str]:
+    """What one artifact's accuracy assumes, and what its reader must know, a line each."""
+    return [*(f"Assumed: {line}." for line in entry["assumed"]),
+            *(f"Note: {line}." for line in entry["labels"]["remarks"])]  # fmt: skip

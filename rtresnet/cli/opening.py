@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtresnet import labels
 from rtresnet.cli import common
 from rtresnet.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from rtresnet.labels import LabelMap
     from rtresnet.models.checkpoint import Checkpoint
     from rtresnet.models.reference import TorchBackend
     from rtresnet.preprocess import Preprocess
@@ -27,10 +29,13 @@ class Opened:
     Attributes:
         forward: What `preprocess.prepare` returns to float32 logits [N, classes], or of a top-K
             file to indices and probabilities.
-        classes: Their names.
+        classes: Their names; their numbers where the file has no names. Empty of a top-K file
+            that does not say how many there are.
         topk: How many classes an image the file gives; None where it gives logits.
         where: Device, provider, threads and versions.
         close: Gives memory back.
+        weights: sha256 of the checkpoint that the weights came from, where it is known.
+        order: Where `classes` are in another order than the file's own: the mapping to them.
     """
 
     path: Path
@@ -41,13 +46,73 @@ class Opened:
     where: dict[str, Any]
     close: Callable[[], None]
     topk: int | None = None
+    weights: str | None = None
+    order: LabelMap | None = None
+
+    def matched(
+        self, reference: Opened, names: Sequence[str] | None = None
+    ) -> tuple[Opened, LabelMap]:
+        """The same artifact with its outputs in the order of another one's classes.
+
+        Args:
+            reference: The other one.
+            names: From --classes, of the one that has no names.
+
+        Returns:
+            The artifact, and how its classes were matched with the reference's.
+
+        Raises:
+            InputError: They have other classes.
+        """
+        for entry in (reference, self):
+            entry.require_classes()
+        same = self.weights is not None and self.weights == reference.weights
+        unnamed = labels.numbered(self.classes)
+        mapping = labels.match(
+            reference.classes,
+            self.classes,
+            data_named=same or not unnamed,
+            names=names if unnamed or labels.numbered(reference.classes) else None,
+            model_name=str(reference.path),
+            data_name=str(self.path),
+        )
+        if not mapping.is_permutation:
+            raise InputError(
+                f"{self.path} has {len(self.classes)} classes and {reference.path} "
+                f"{len(reference.classes)}",
+                fix="use artifacts of the same classes",
+            )
+        order = None if mapping.in_order else mapping
+        return dataclasses.replace(self, order=order, classes=reference.classes), mapping
+
+    def require_classes(self) -> None:
+        """Raises InputError of a top-K file that does not say how many classes there are."""
+        if not self.classes:
+            raise InputError(
+                f"{self.path}: gives the most probable classes, and no sidecar says how many "
+                "there are",
+                fix="use the file it was made from",
+            )
+
+    def answer(self, images: np.ndarray) -> np.ndarray | TopK:
+        """As `forward`, with the classes in the order of `classes`."""
+        found = self.forward(images)
+        if self.order is None:
+            return found
+        if isinstance(found, tuple):
+            return self.order.apply(found[0]), found[1]
+        return self.order.reorder(found)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """As `forward`; of a top-K file what its answer says of all classes (`metrics`)."""
+        """As `answer`; of a top-K file what its answer says of all classes (`metrics`).
+
+        Raises:
+            InputError: A top-K file that does not say how many classes there are.
+        """
         from rtresnet import metrics
         from rtresnet.runtime.backend import logits
 
-        found = self.forward(images)
+        found = self.answer(images)
         if isinstance(found, tuple) and self.classes:
             return metrics.from_best(*found, len(self.classes))
         return logits(found, self.path)
@@ -160,16 +225,31 @@ def open_artifact(
         base = Preprocess.for_size(size, **({"layout": UINT8} if pixels else {}))
     else:
         base = session.preprocess
+    preprocess = common.preprocess_from(base, size, mean, std)
+    sidecar = session.sidecar
     return Opened(
         path=Path(path),
         forward=session,
-        preprocess=common.preprocess_from(base, size, mean, std),
-        classes=session.sidecar.model.classes if session.sidecar else (),
-        precision=session.sidecar.precision if session.sidecar else "unknown",
+        preprocess=preprocess,
+        classes=sidecar.model.classes if sidecar else _numbers(session, preprocess),
+        precision=sidecar.precision if sidecar else "unknown",
         where=session.describe(),
         close=session.close,
-        topk=session.sidecar.topk if session.sidecar else None,
+        topk=sidecar.topk if sidecar else None,
+        weights=sidecar.weights.sha256 if sidecar else None,
     )
+
+
+def _numbers(session: Session, preprocess: Preprocess) -> tuple[str, ...]:
+    """The class numbers of a file without a sidecar; none of a top-K file.
+
+    One image is run: the file may leave the number of classes open.
+    """
+    import numpy as np
+
+    image = np.zeros((1, preprocess.size, preprocess.size, 3), np.uint8)
+    found = session(preprocess.prepare(image))
+    return () if isinstance(found, tuple) else tuple(map(str, range(found.shape[1])))
 
 
 def _open_checkpoint(
@@ -188,6 +268,7 @@ def _open_checkpoint(
         precision="fp32",
         where=session.describe(),
         close=session.close,
+        weights=loaded.weights.sha256,
     )
 
 

@@ -83,6 +83,7 @@ def calibration_options(function: Any) -> Any:
     help="What must be within --max-drop: the measured loss (point), or the upper limit of its "
     "95 % interval (upper).",
 )
+@common.classes_option
 @common.input_options
 @common.json_option
 def command(
@@ -97,6 +98,7 @@ def command(
     max_drop: float,
     rule: str,
     rest: str,
+    classes: tuple[str, ...] | None,
     size: int | None,
     mean: str | None,
     std: str | None,
@@ -113,14 +115,15 @@ def command(
     if int8 and fp16:
         raise InputError("--int8 and --fp16 are two files", fix="run it once for each")
     precision = "fp16" if fp16 else "int8"
-    gate = Gate(data=data, max_drop=max_drop, rule=rule) if data else None
+    gate = Gate(data=data, max_drop=max_drop, rule=rule, classes=classes) if data else None
     if gate and precision == "fp16":
         raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
     if not max_drop >= 0:
         raise InputError(f"--max-drop {max_drop}: must be at least 0")
     given = common.given()
-    for name, option in (("max_drop", "--max-drop"), ("rule", "--gate")):
+    for name in ("max_drop", "rule", "classes"):
         if name in given and not data:
+            option = {"rule": "--gate"}.get(name, f"--{name.replace('_', '-')}")
             raise InputError(f"{option} needs labelled images", fix="add --eval SPEC")
     for name in ("calib", "calibrator", "calib_images", "rest"):
         if precision == "fp16" and name in given:
