@@ -159,9 +159,9 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
         names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
     except OSError as error:
         raise InputError(f"--classes {path}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
         raise InputError(f"--classes {path}: cannot be read ({error})") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise InputError(f"--classes {path}: not a list of names", fix='as in ["cat", "dog"]')
     names = [name.strip() for name in names]
     if not all(names):

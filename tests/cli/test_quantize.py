@@ -13,6 +13,7 @@ import pytest
 from rtresnet import artifacts
 from rtresnet.cli import quantize_gate
 from rtresnet.cli.main import main
+from tests.conftest import tinted_noise
 
 pytest.importorskip("onnxruntime")
 
@@ -333,6 +334,38 @@ def test_the_gate_needs_labels_and_is_for_int8(
     said = capsys.readouterr().err
     assert "nowhere" in said and "calibrating" not in said  # before the work, not after it
     assert not Path("calib").exists()
+
+
+def test_the_gate_matches_labels_by_name_and_refuses_other_classes(
+    source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dataclasses
+
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    model = dataclasses.replace(sidecar.model, classes=("red", "green", "blue", "grey"))
+    record = dataclasses.replace(sidecar, model=model)
+    data = source.read_bytes()
+    artifacts.publish(source, lambda path: path.write_bytes(data), record)
+    images, labels = tinted_noise(80)
+    other = {"order": ["grey", "red", "green", "blue"], "other": ["gray", "red", "green", "blue"]}
+    for name, classes in other.items():
+        moved = (labels + 1) % 4  # the label of the same colour in this order
+        np.savez(f"{name}.npz", images=images, labels=moved, classes=classes)
+    arguments = ["--calib", tints, "--calib-images", "32", "--max-drop", "5"]
+    assert quantize(source, *arguments, "--eval", "npz:other.npz") == 2
+    said = capsys.readouterr().err
+    assert "'gray'" in said and "'grey'" in said and "calibrating" not in said
+    assert quantize(source, *arguments, "--classes", "names.txt") == 2
+    seen: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = quantize_gate._hits
+        patch.setattr(quantize_gate, "_hits", lambda *a: seen.append(real(*a)) or seen[-1])
+        assert quantize(source, *arguments, "--eval", "npz:order.npz") == 0
+    assert seen[0].mean() > 0.9
+    written = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert written is not None
+    assert written.measured["drop"]["labels"]["matched_by"] == "name"
 
 
 def test_the_rest_can_be_fp16(source: Path, tints: str) -> None:
