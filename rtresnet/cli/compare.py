@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common, opening
-from rtresnet.errors import DataError
+from rtresnet.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
 @common.classes_option
+@common.input_options
 @common.device_options
 @common.json_option
 def command(
@@ -43,7 +44,8 @@ def command(
 ) -> None:
     """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
 
-    A file that gives the most probable classes only is compared by its top-1.
+    A file that gives the most probable classes only is compared by its top-1. --size, --mean, --std
+    and --preset are for artifacts without a sidecar.
     """
     result = run(reference, candidate, data, split=split, batch=batch, classes=classes, **options)
     apart = "logits not known"
@@ -56,6 +58,8 @@ def command(
         markup=False,
     )
     common.show_run_notes(result["reference"], result["candidate"])
+    for entry in (result["reference"], result["candidate"]):
+        common.footer(f"Assumed of {entry['artifact']}: {line}." for line in entry["assumed"])
     common.footer(f"Assumed: {line}." for line in result["assumed"])
     common.write_json(json_file, "compare", result)
 
@@ -74,16 +78,25 @@ def run(
     from rtresnet.data.sources import open_source
 
     paths = (reference, candidate)
+    stated = {name: options.pop(name, None) for name in ("size", "mean", "std")}
+    if any(stated.values()) and all(map(opening.states_input, paths)):
+        raise InputError(
+            "both sidecars say what the artifacts take", fix="leave out --size, --mean and --std"
+        )
     source = open_source(data, split)
     with contextlib.ExitStack() as stack:
         opened = []
         for path in paths:
-            opened.append(opening.open_artifact(path, **opening.options_for(path, paths, options)))
+            mine = opening.options_for(path, paths, options)
+            if not opening.states_input(path):
+                mine |= stated
+            opened.append(opening.open_artifact(path, **mine))
             stack.callback(opened[-1].close)
         opened[1], mapping = opened[1].matched(opened[0], classes)
         first, second = (_answers(entry, source, batch) for entry in opened)
     about = [
-        entry.where | {"artifact": path, "precision": entry.precision}
+        entry.where
+        | {"artifact": path, "precision": entry.precision, "assumed": list(entry.assumed)}
         for path, entry in zip(paths, opened, strict=True)
     ]
     return _compared(first, second) | {

@@ -111,8 +111,8 @@ def run(
         "data": data,
         "split": split if source.splits else "all",
         "labels": labels.record() | {"remarks": labels.remarks()},
-        "assumed": [*assumed, *labels.assumptions()],
     }
+    assumed += labels.assumptions()
     own = protocol == "center" and not any((resize, *map(options.get, ("size", "mean", "std"))))
     entries = []
     for path, artifact, member, found in zip(
@@ -123,12 +123,13 @@ def run(
             update_measured(path, accuracy=measured | about)
         entries.append(
             {"artifact": path, "precision": artifact.precision}
+            | {"assumed": [*artifact.assumed, *assumed]}
             | measured | about | skipped | _shown(member) | artifact.where
         )  # fmt: skip
     if len(entries) == 1:
         return entries[0] | {"members": entries}
     return (
-        {"artifact": f"ensemble of {len(entries)}", "protocol": protocol}
+        {"artifact": f"ensemble of {len(entries)}", "protocol": protocol, "assumed": assumed}
         | _measured(result.ensemble) | about | skipped | {"members": entries}
     )  # fmt: skip
 

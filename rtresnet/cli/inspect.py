@@ -167,6 +167,7 @@ def _foreign_checkpoint(path: Path) -> dict[str, Any]:
         "input": dataclasses.asdict(loaded.input),
         "weights": dataclasses.asdict(loaded.weights),
         "precision": "fp32",
+        "assumed": loaded.assumed,
     }
     link = {"path": str(path), "state": "no sidecar, recognized by its tensors", "sidecar": record}
     return {
@@ -213,6 +214,8 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"input {i['size']}x{i['size']} (resize {i['resize']}), mean {list(i['mean'])}, "
             f"std {list(i['std'])}; {len(record['model']['classes'])} classes"
         )
+        if record.get("assumed"):
+            lines.append(f"assumed: {'; '.join(record['assumed'])}")
         if i.get("layout", FLOAT) != FLOAT:
             lines.append(f"takes {i['layout']}: mean and std are inside")
         if record.get("topk"):

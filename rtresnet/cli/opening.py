@@ -35,6 +35,7 @@ class Opened:
         where: Device, provider, threads and versions.
         close: Gives memory back.
         weights: sha256 of the checkpoint that the weights came from, where it is known.
+        assumed: What the file does not state and was assumed; see `sidecar.Sidecar`.
         order: Where `classes` are in another order than the file's own: the mapping to them.
     """
 
@@ -48,6 +49,7 @@ class Opened:
     topk: int | None = None
     weights: str | None = None
     order: LabelMap | None = None
+    assumed: tuple[str, ...] = ()
 
     def matched(
         self, reference: Opened, names: Sequence[str] | None = None
@@ -135,6 +137,14 @@ def arithmetic(model: Any) -> str:
 PLAN_OPTIONS = ("contexts", "graphs")
 
 
+def states_input(path: str) -> bool:
+    """Whether an artifact's sidecar says what it takes, so that no option has to."""
+    from rtresnet import artifacts
+
+    sidecar = artifacts.read_sidecar(path)
+    return sidecar is not None and sidecar.input_known
+
+
 def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that apply to `path`, of several artifacts in one command.
 
@@ -211,22 +221,11 @@ def open_artifact(
         return _open_checkpoint(
             path, size, mean, std, device=device, provider=provider, threads=threads, model=model
         )
-    from rtresnet.preprocess import UINT8, Preprocess
     from rtresnet.runtime.session import load
 
     session = load(path, device=device, provider=provider, threads=threads)
-    pixels = session.backend.layout == "nhwc"
-    if pixels and (mean or std):
-        raise InputError(
-            f"{path}: normalizes inside, so --mean and --std change nothing",
-            fix="leave them out, or use the file it was made from",
-        )
-    if session.sidecar is None and size is not None:
-        base = Preprocess.for_size(size, **({"layout": UINT8} if pixels else {}))
-    else:
-        base = session.preprocess
-    preprocess = common.preprocess_from(base, size, mean, std)
     sidecar = session.sidecar
+    preprocess, assumed = input_of(session, size, mean, std)
     return Opened(
         path=Path(path),
         forward=session,
@@ -237,7 +236,38 @@ def open_artifact(
         close=session.close,
         topk=sidecar.topk if sidecar else None,
         weights=sidecar.weights.sha256 if sidecar else None,
+        assumed=assumed,
     )
+
+
+def input_of(
+    session: Session, size: int | None, mean: str | None, std: str | None
+) -> tuple[Preprocess, tuple[str, ...]]:
+    """The input contract of an ONNX file or a plan, and what of it is assumed.
+
+    Args:
+        session: The loaded file.
+        size: From the options, as `mean` and `std`; in place of what the sidecar says.
+        mean: "R,G,B".
+        std: "R,G,B".
+
+    Raises:
+        InputError: Neither a sidecar nor the options say what the file takes.
+    """
+    from rtresnet.sidecar import restated
+
+    path, sidecar, backend = session.path, session.sidecar, session.backend
+    pixels = backend.layout == "nhwc"
+    if pixels and (mean or std):
+        raise InputError(
+            f"{path}: normalizes inside, so --mean and --std change nothing",
+            fix="leave them out, or use the file it was made from",
+        )
+    if sidecar is not None and sidecar.input_known:
+        preprocess = common.preprocess_from(sidecar.input, size, mean, std)
+        return preprocess, restated(sidecar.assumed, sidecar.input, preprocess)
+    preprocess = common.stated_input(path, size, mean, std, fixed=backend.size, pixels=pixels)
+    return preprocess, restated(sidecar.assumed if sidecar else (), None, preprocess)
 
 
 def _numbers(session: Session, preprocess: Preprocess) -> tuple[str, ...]:
@@ -259,16 +289,20 @@ def _open_checkpoint(
     std: str | None,
     **options: Any,
 ) -> Opened:
+    from rtresnet.sidecar import restated
+
     session, backend, loaded = _in_torch(path, **options)
+    preprocess = common.preprocess_from(loaded.input, size, mean, std)
     return Opened(
         path=Path(path),
         forward=backend,
-        preprocess=common.preprocess_from(loaded.input, size, mean, std),
+        preprocess=preprocess,
         classes=loaded.model.classes,
         precision="fp32",
         where=session.describe(),
         close=session.close,
         weights=loaded.weights.sha256,
+        assumed=restated(loaded.assumed, loaded.input, preprocess),
     )
 
 

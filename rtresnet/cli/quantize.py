@@ -143,6 +143,7 @@ def command(
         images = f"{c.n} images of {c.images}" if c.n else "what batch norm knew, no images"
         line += f", scales by {c.method} from {images} in {c.scales}"
     common.out_console().print(line, soft_wrap=True)
+    common.footer(f"Assumed: {entry}." for entry in written.assumed)
     common.write_json(json_file, "quantize", dataclasses.asdict(written))
 
 
@@ -237,9 +238,7 @@ def _settle_shape(source: Path, model: Any, size: int | None) -> None:
         model: Changed.
         size: Side in pixels, where it was said.
     """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    images = next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
-    dims = images.type.tensor_type.shape.dim
+    dims = images_of(model).type.tensor_type.shape.dim
     if len(dims) != 4:
         return
     for dim in dims[2:]:
@@ -250,6 +249,12 @@ def _settle_shape(source: Path, model: Any, size: int | None) -> None:
                 f"{source}: takes {dims[2].dim_value}x{dims[3].dim_value} pixels, not {size}",
                 fix=f"--size {dims[2].dim_value}",
             )
+
+
+def images_of(model: Any) -> Any:
+    """The input of an onnx.ModelProto that takes the images."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
 
 
 def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
@@ -272,15 +277,10 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     """The record of an ONNX file that somebody else made."""
     from rtresnet import storage
-    from rtresnet.preprocess import Preprocess
     from rtresnet.sidecar import Model, Sidecar, Weights
 
-    size, mean, std = contract
-    if size is None:
-        raise InputError(
-            f"{source}: no sidecar, so its input size, mean and std are unknown",
-            fix="say them: --size 224 [--mean R,G,B --std R,G,B]",
-        )
+    side = images_of(model).type.tensor_type.shape.dim[-1].dim_value
+    preprocess = common.stated_input(source, *contract, fixed=side or None)
     shape = model.graph.output[0].type.tensor_type.shape.dim
     if not shape or not shape[-1].dim_value:
         raise ArtifactError(f"{source}: its output has no fixed number of classes")
@@ -294,7 +294,8 @@ def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
             shortcut="none",
             stride_in="3x3",
         ),
-        input=common.preprocess_from(Preprocess.for_size(size), size, mean, std),
+        input=preprocess,
+        assumed=preprocess.assumptions(),
         weights=Weights(origin="file", sha256=digest, source=source.as_posix()),
         precision="fp32",
         sha256=digest,
