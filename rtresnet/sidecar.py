@@ -5,6 +5,7 @@ Only what it says; how it becomes JSON and back is `records.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +155,26 @@ class Sidecar:
     def input_known(self) -> bool:
         """Whether images can be preprocessed by `input`, stated or assumed."""
         return UNKNOWN_INPUT not in self.assumed
+
+
+def accuracies(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The accuracy records in a sidecar's `measured`, the latest last.
+
+    There is one for each data set: n, top1 and the like, data, split, data_sha256, protocol.
+    Earlier versions kept one only, not in a list and without a hash.
+    """
+    found = measured.get("accuracy")
+    listed = found if isinstance(found, list) else [found]
+    return [record for record in listed if isinstance(record, dict)]
+
+
+def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two accuracy records are of the same images under the same protocol."""
+    key = "data_sha256" if one.get("data_sha256") and other.get("data_sha256") else "data"
+    return one.get(key) == other.get(key) and all(
+        one.get(name, default) == other.get(name, default)
+        for name, default in (("split", "all"), ("protocol", "center"))
+    )
 
 
 def restated(

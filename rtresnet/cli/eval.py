@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--model", help="The net of a foreign checkpoint [recognized].")
+@click.option(
+    "--record/--no-record",
+    default=None,
+    help="Write the accuracy into the artifact's sidecar [where that can be written].",
+)
 @common.classes_option
 @common.input_options
 @common.device_options
@@ -51,6 +56,7 @@ def command(
     protocol: str,
     resize: int | None,
     batch: int | None,
+    record: bool | None,
     json_file: str | None,
     **options: Any,
 ) -> None:
@@ -70,6 +76,8 @@ def command(
         _show(result["artifact"], result, f"mean of probabilities; {protocol}")
     common.footer(line for entry in result["members"] for line in footnotes(entry))
     common.write_json(json_file, "eval", result)
+    if record is not False:
+        write_records(result, required=bool(record))
 
 
 def run(
@@ -83,7 +91,6 @@ def run(
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates artifacts on labelled images; returns what `--json` writes."""
-    from rtresnet.artifacts import update_measured
     from rtresnet.data import loader, sources
     from rtresnet.train import protocols
 
@@ -110,21 +117,19 @@ def run(
     about = {
         "data": data,
         "split": split if source.splits else "all",
+        "data_sha256": source.fingerprint(),
         "labels": labels.record() | {"remarks": labels.remarks()},
     }
     assumed += labels.assumptions()
-    own = protocol == "center" and not any((resize, *map(options.get, ("size", "mean", "std"))))
     entries = []
     for path, artifact, member, found in zip(
         artifacts, opened, members, result.members, strict=True
     ):
-        measured = _measured(found, artifact.topk)
-        if own:
-            update_measured(path, accuracy=measured | about)
         entries.append(
             {"artifact": path, "precision": artifact.precision}
             | {"assumed": [*artifact.assumed, *assumed]}
-            | measured | about | skipped | _shown(member) | artifact.where
+            | {"input": dataclasses.asdict(member.preprocess)}
+            | _measured(found, artifact.topk) | about | skipped | _shown(member) | artifact.where
         )  # fmt: skip
     if len(entries) == 1:
         return entries[0] | {"members": entries}
@@ -132,6 +137,50 @@ def run(
         {"artifact": f"ensemble of {len(entries)}", "protocol": protocol, "assumed": assumed}
         | _measured(result.ensemble) | about | skipped | {"members": entries}
     )  # fmt: skip
+
+
+RECORDED = (
+    "n", "top1", "top5", "top1_percent", "top5_percent", "data", "split", "data_sha256",
+    "protocol", "labels", "assumed",
+)  # fmt: skip
+
+
+def write_records(result: dict[str, Any], *, required: bool = False) -> None:
+    """Writes each artifact's accuracy into its sidecar.
+
+    Only what was measured as the sidecar says is the artifact's accuracy: one centre crop, with
+    its own preprocessing.
+
+    Args:
+        result: From `run`.
+        required: Whether what cannot be recorded is an error rather than a note.
+
+    Raises:
+        InputError: `required`, and there is no sidecar, it cannot be written, or the accuracy is
+            not the artifact's own.
+    """
+    from rtresnet import artifacts
+    from rtresnet.errors import InputError
+
+    for entry in result["members"]:
+        path = entry["artifact"]
+        sidecar = artifacts.read_sidecar(path)
+        if sidecar is None:
+            reason = f"{path}: no sidecar to record the accuracy in"
+        elif entry["protocol"] != "center" or entry["input"] != dataclasses.asdict(sidecar.input):
+            reason = (
+                f"{path}: not recorded, as it was measured in another way than its sidecar says"
+            )
+        else:
+            try:
+                artifacts.record_accuracy(path, {name: entry[name] for name in RECORDED})
+                continue
+            except (InputError, OSError) as error:
+                reason = f"accuracy not recorded: {error}"
+                if not required:
+                    common.note(reason)
+        if required:
+            raise InputError(reason, fix="leave out --record")
 
 
 def _measured(accuracy: metrics.Accuracy, topk: int | None = None) -> dict[str, Any]:

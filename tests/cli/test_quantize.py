@@ -387,11 +387,13 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     shutil.copy(source, tmp_path / "foreign.onnx")
     foreign = tmp_path / "foreign.onnx"
     assert quantize(foreign, "--calib", tints) == 2
-    assert "--size" in capsys.readouterr().err
+    assert "--preset" in capsys.readouterr().err
+    assert quantize(foreign, "--calib", tints, "--size", "32", "--mean", "0,0,0") == 2
     for precision in ("--int8", "--fp16"):
         assert quantize(foreign, precision, "--size", "48") == 2
         assert "takes 32x32 pixels, not 48" in capsys.readouterr().err
-    assert quantize(foreign, "--size", "32", "--mean", "123,116,103") == 2
+    stated = ["--mean", "123,116,103", "--std", "1,1,1"]
+    assert quantize(foreign, "--size", "32", *stated) == 2
     assert "in units of [0, 1]" in capsys.readouterr().err
     assert quantize(source, "--fp16", "--int8") == 2
     assert "two files" in capsys.readouterr().err
@@ -401,12 +403,13 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
         assert quantize("half.onnx", precision, "--calib" if precision == "--int8" else "--size",
                         tints if precision == "--int8" else "32") == 2  # fmt: skip
         assert "is fp16 already" in capsys.readouterr().err
-    assert quantize(foreign, "--calib", tints, "--size", "32") == 0
-    capsys.readouterr()
+    assert quantize(foreign, "--calib", tints, "--preset", "imagenet") == 0
+    assert "Assumed: input: mean" in capsys.readouterr().out
     assert quantize("resnet8.onnx", "--calib", tints, "--mean", "0,0,0") == 2  # it has a sidecar
     assert "say something else" in capsys.readouterr().err
     sidecar = artifacts.read_sidecar("foreign-int8.onnx")
     assert sidecar is not None and sidecar.input.size == 32
+    assert sidecar.assumed == sidecar.input.assumptions() and len(sidecar.assumed) == 1
     assert len(sidecar.model.classes) == 4 and sidecar.weights.origin == "file"
     assert main(["inspect", "foreign-int8.onnx"]) == 0
 
@@ -499,7 +502,7 @@ def test_a_side_that_was_open_is_the_one_that_was_said(
     free = reshaped(source, tmp_path / "free.onnx", "n", "side")
     assert main(["build", str(free), "--out", "free.plan"]) == 2
     assert "all but the batch fixed" in capsys.readouterr().err.splitlines()[-1]
-    assert quantize(free, "--calib", tints, "--size", "32") == 0
+    assert quantize(free, "--calib", tints, "--size", "32", "--preset", "half") == 0
     assert main(["build", "free-int8.onnx"]) == 0
     assert main(["bench", "free-int8.onnx", "--queries", "5"]) == 0
 
