@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet.artifacts import read_sidecar
+from rtresnet import artifacts
+from rtresnet.artifacts import read_sidecar, update_measured
 from rtresnet.cli.main import main
 from rtresnet.models import checkpoint
+from rtresnet.sidecar import accuracies
 from tests.conftest import tinted_noise
 
 
@@ -47,7 +50,10 @@ def test_the_plain_protocol_says_what_it_is_and_is_remembered(
     }  # fmt: skip
     assert "center, 32 of 32 px, 1 view]" in capsys.readouterr().out
     sidecar = read_sidecar(best)
-    assert sidecar is not None and sidecar.measured["accuracy"]["top1"] == result["top1"]
+    assert sidecar is not None
+    (recorded,) = accuracies(sidecar.measured)
+    assert (recorded["top1"], recorded["n"], recorded["data"]) == (result["top1"], 240, tints)
+    assert recorded["protocol"] == "center" and len(recorded["data_sha256"]) == 64
 
 
 def test_ten_crops_of_a_larger_image_are_said_and_not_remembered(
@@ -61,10 +67,67 @@ def test_ten_crops_of_a_larger_image_are_said_and_not_remembered(
     assert read_sidecar(best) == before
 
 
+def test_eval_keeps_one_accuracy_for_each_data_set(best: Path, tints: str, tmp_path: Path) -> None:
+    other = folders(tmp_path / "data", {"0": 0, "1": 1, "2": 2, "3": 3}, count=4)
+    for data in (tints, other, tints):
+        evaluate(best, data=data, out=tmp_path)
+    moved = tmp_path / "moved.npz"
+    shutil.copy(tints.removeprefix("npz:"), moved)
+    evaluate(best, data=f"npz:{moved}", out=tmp_path)  # the same images: replaces its record
+    sidecar = read_sidecar(best)
+    assert sidecar is not None
+    found = [(record["data"], record["n"]) for record in accuracies(sidecar.measured)]
+    assert found == [(other, 16), (f"npz:{moved}", 240)]
+
+
+def test_eval_replaces_the_record_of_an_earlier_version_of_the_same_data(
+    best: Path, tints: str, tmp_path: Path
+) -> None:
+    other = {"n": 9, "top1": 8, "top5": None, "data": "digits", "split": "test"}
+    update_measured(best, accuracy=other)
+    evaluate(best, data=tints, out=tmp_path)
+    sidecar = read_sidecar(best)
+    assert sidecar is not None
+    assert [r["data"] for r in accuracies(sidecar.measured)] == ["digits", tints]
+    update_measured(best, accuracy=other | {"data": tints, "split": "all"})
+    evaluate(best, data=tints, out=tmp_path)
+    sidecar = read_sidecar(best)
+    assert sidecar is not None and len(accuracies(sidecar.measured)) == 1
+
+
+def test_eval_prints_its_result_where_the_sidecar_cannot_be_written(
+    best: Path, tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = read_sidecar(best)
+
+    def refuse(path: object, record: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(artifacts, "record_accuracy", refuse)
+    assert evaluate(best, data=tints, out=tmp_path)["n"] == 240
+    captured = capsys.readouterr()
+    assert "top-1" in captured.out and "not recorded" in captured.err
+    file = tmp_path / "again.json"
+    arguments = ["eval", str(best), "--data", tints, "--json", str(file)]
+    assert main([*arguments, "--record"]) == 2
+    assert "top-1" in capsys.readouterr().out and file.exists()
+    assert main([*arguments, "--no-record"]) == 0
+    assert "not recorded" not in capsys.readouterr().err
+    assert read_sidecar(best) == before
+
+
+def test_eval_no_record_leaves_the_sidecar_as_it_is(best: Path, tints: str, tmp_path: Path) -> None:
+    before = read_sidecar(best)
+    evaluate(best, "--no-record", data=tints, out=tmp_path)
+    assert read_sidecar(best) == before
+
+
 def test_another_resize_is_not_remembered(best: Path, tints: str, tmp_path: Path) -> None:
     before = read_sidecar(best)
     assert evaluate(best, "--resize", 40, data=tints, out=tmp_path)["resize"] == 40
     assert read_sidecar(best) == before
+    assert main(["eval", str(best), "--resize", "40", "--data", tints, "--record"]) == 2
 
 
 def test_dense_takes_the_papers_scales_in_proportion(
