@@ -172,7 +172,7 @@ def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two accuracy records are of the same images under the same protocol."""
     key = "data_sha256" if one.get("data_sha256") and other.get("data_sha256") else "data"
     return one.get(key) == other.get(key) and all(
-        one.get(name, default) == other.get(name, default)
+        (one.get(name) or default) == (other.get(name) or default)
         for name, default in (("split", "all"), ("protocol", "center"))
     )
 

@@ -251,7 +251,8 @@ class _Collector:
     def _eval(self, result: result_files.Eval) -> None:
         for entry in result.get("members") or [result]:
             artifact = self.artifact(entry["artifact"], entry.get("precision"))
-            artifact.add_accuracy({name: entry[name] for name in ACCURACY if name in entry})
+            fields: dict[str, Any] = {**entry}
+            artifact.add_accuracy({name: fields[name] for name in ACCURACY if name in fields})
             self._where("accuracy", entry)
 
     def _compare(self, result: result_files.Compare) -> None:

@@ -137,6 +137,9 @@ def test_the_gate_measures_and_records_what_is_lost(
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None and sidecar.calibration is not None
     assert sidecar.measured["drop"]["n"] == 240 and sidecar.calibration.kept == ()
+    assert main(["inspect", "resnet8-int8.onnx"]) == 0
+    shown = capsys.readouterr().out
+    assert "{" not in shown and "% of weights" in shown and "layer1.0" in shown
 
 
 def harmed(source: Path) -> None:
