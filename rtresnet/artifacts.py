@@ -27,7 +27,7 @@ from typing import Any
 from rtresnet import machine, storage
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.records import from_json, to_json
-from rtresnet.sidecar import SCHEMA, Link, Sidecar
+from rtresnet.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
 
 KINDS = ("checkpoint", "onnx", "plan")
 SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "checkpoint"}
@@ -165,6 +165,18 @@ def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
     if sidecar is not None:
         merged = dataclasses.replace(sidecar, measured=sidecar.measured | measured)
         storage.write_text(sidecar_path(path), to_json(merged))
+
+
+def record_accuracy(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Adds an accuracy to an artifact's sidecar, in place of one on the same images.
+
+    Raises:
+        InputError: The sidecar cannot be written.
+    """
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        kept = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
+        update_measured(path, accuracy=[*kept, record])
 
 
 def provenance() -> dict[str, str]:

@@ -40,6 +40,18 @@ class InputError(RtresnetError, ValueError):
     """A value, an option or a file that cannot be used as given."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The entry of `known` that a misspelt name most likely means; None where none is similar."""
+
+    def likeness(entry: str) -> tuple[float, int]:
+        ratio = difflib.SequenceMatcher(None, name, entry).ratio()
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, entry, strict=False))
+        return ratio, len(list(same))
+
+    near = max(known, key=likeness, default="")
+    return near if likeness(near)[0] >= 0.5 else None
+
+
 class UnknownName(InputError):
     """A name that is not in its table.
 
@@ -51,17 +63,8 @@ class UnknownName(InputError):
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-
-        def likeness(entry: str) -> tuple[float, int]:
-            ratio = difflib.SequenceMatcher(None, name, entry).ratio()
-            same = itertools.takewhile(
-                lambda pair: pair[0] == pair[1], zip(name, entry, strict=False)
-            )
-            return ratio, len(list(same))
-
-        near = max(known, key=likeness, default="")
-        close = likeness(near)[0] >= 0.5
-        fix = f"did you mean {near!r}?" if close else "known: " + ", ".join(known)
+        near = nearest(name, known)
+        fix = f"did you mean {near!r}?" if near else "known: " + ", ".join(known)
         super().__init__(f"unknown {what} {name!r}", fix=fix)
 
 

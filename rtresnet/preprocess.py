@@ -21,6 +21,12 @@ from rtresnet.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What nets are commonly trained with; (x / 255 - mean) / std is in [-1, 1] with "half".
+PRESETS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 FLOAT, UINT8 = "NCHW RGB float32", "NHWC RGB uint8"
 
 # Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
@@ -66,6 +72,18 @@ class Preprocess:
     def for_size(cls, size: int, **kwargs: Any) -> Preprocess:
         """The customary contract at `size`: 256/224 above 64 pixels, no crop margin below."""
         return cls(size=size, resize=round(size * 256 / 224) if size > 64 else size, **kwargs)
+
+    def assumptions(self) -> tuple[str, ...]:
+        """This contract as entries of a sidecar's `assumed`, for a file that does not state one."""
+        found = []
+        if self.layout == FLOAT:
+            preset = [name for name, values in PRESETS.items() if values == (self.mean, self.std)]
+            mean, std = (",".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
+            named = f" (preset {preset[0]})" if preset else ""
+            found.append(f"input: mean {mean} and std {std}{named}")
+        if self.resize != self.size:
+            found.append(f"input: the centre {self.size} of {self.resize} pixels")
+        return tuple(found)
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """Resizes the shorter side and cuts the centre: uint8 [H, W, 3] to uint8 [size, size, 3].

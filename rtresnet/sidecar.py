@@ -5,12 +5,14 @@ Only what it says; how it becomes JSON and back is `records.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rtresnet.preprocess import Preprocess
 
 SCHEMA = 1
+UNKNOWN_INPUT = "input"  # in `assumed`: `input` has the size, and nobody stated mean and std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +125,13 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """The record beside an artifact. Unknown is None; `assumed` names what had to be guessed.
+    """The record next to an artifact. Unknown is None.
 
-    `topk` is how many classes a file gives, with their probabilities; None where it gives logits.
+    Attributes:
+        topk: How many classes a file gives, with their probabilities; None where it gives logits.
+        assumed: What the file does not state and a person or a default had to: an entry each, as
+            in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
+            The bare entries "input" and "model" mean that these are unknown.
     """
 
     kind: str
@@ -144,3 +150,38 @@ class Sidecar:
     sha256: str = ""
     bytes: int = 0
     schema: int = SCHEMA
+
+    @property
+    def input_known(self) -> bool:
+        """Whether images can be preprocessed by `input`, stated or assumed."""
+        return UNKNOWN_INPUT not in self.assumed
+
+
+def accuracies(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The accuracy records in a sidecar's `measured`, the latest last.
+
+    There is one for each data set: n, top1 and the like, data, split, data_sha256, protocol.
+    Earlier versions kept one only, not in a list and without a hash.
+    """
+    found = measured.get("accuracy")
+    listed = found if isinstance(found, list) else [found]
+    return [record for record in listed if isinstance(record, dict)]
+
+
+def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two accuracy records are of the same images under the same protocol."""
+    key = "data_sha256" if one.get("data_sha256") and other.get("data_sha256") else "data"
+    return one.get(key) == other.get(key) and all(
+        (one.get(name) or default) == (other.get(name) or default)
+        for name, default in (("split", "all"), ("protocol", "center"))
+    )
+
+
+def restated(
+    assumed: tuple[str, ...], own: Preprocess | None, stated: Preprocess
+) -> tuple[str, ...]:
+    """`assumed` of an artifact whose input contract `own` is replaced by a stated one."""
+    if stated == own:
+        return assumed
+    kept = [entry for entry in assumed if entry.partition(":")[0] != UNKNOWN_INPUT]
+    return (*kept, *stated.assumptions())

@@ -19,6 +19,7 @@ from rtresnet.artifacts import (
     publish,
     publish_bytes,
     read_sidecar,
+    record_accuracy,
     sidecar_path,
     update_measured,
     verify,
@@ -26,7 +27,17 @@ from rtresnet.artifacts import (
 from rtresnet.errors import ArtifactError, GateMissed, InputError
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json, to_json
-from rtresnet.sidecar import Attestation, Calibration, Link, Model, Plan, Profile, Sidecar, Weights
+from rtresnet.sidecar import (
+    Attestation,
+    Calibration,
+    Link,
+    Model,
+    Plan,
+    Profile,
+    Sidecar,
+    Weights,
+    accuracies,
+)
 
 MODEL = Model(architecture="resnet20", classes=("cat", "chat"), shortcut="A", stride_in="3x3")
 MINIMAL = Sidecar(
@@ -223,6 +234,18 @@ def test_measurements_are_added_and_the_rest_stays(tmp_path: Path) -> None:
     assert before is not None
     measured = {"parity": 1, "accuracy": {"n": 10, "top1": 9}}
     assert after == dataclasses.replace(before, measured=measured)
+
+
+def test_accuracies_of_sidecars_of_every_version_are_read(tmp_path: Path) -> None:
+    (old,) = accuracies(json.loads((GOLDEN / "onnx.json").read_text())["measured"])
+    assert old["top1"] == 350
+    assert accuracies({}) == accuracies({"accuracy": None}) == accuracies({"accuracy": 3}) == []
+    path = make(tmp_path / "net.pt", measured={"accuracy": old})
+    for digest, top1 in (("a", 1), ("b", 2), ("a", 3)):
+        record_accuracy(path, {"n": 9, "top1": top1, "data": "d", "data_sha256": digest})
+    sidecar = read_sidecar(path)
+    assert sidecar is not None
+    assert [entry["top1"] for entry in accuracies(sidecar.measured)] == [350, 2, 3]
 
 
 def test_measuring_an_artifact_without_a_sidecar_makes_none(tmp_path: Path) -> None:

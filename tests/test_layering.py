@@ -31,6 +31,7 @@ BASE = {
     "norms",
     "branches",
     "learned",
+    "labels",
     "",
 }
 HEAVY = {

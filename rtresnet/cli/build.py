@@ -149,7 +149,7 @@ def build_file(
         )
     if not batch and written.plan and written.plan.profiles[0] != profiles.parse(profiles.DEFAULT):
         common.note(f"{source}: takes batches of {written.plan.profiles[0].max}; so does the plan")
-    if written.assumed:
+    if not written.input_known:
         common.warn_loudly(
             "an ONNX file without sidecar",
             f"Nothing says what {source} expects of an image or what its classes are. The plan can "

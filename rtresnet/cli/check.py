@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import bench_show, common, opening
-from rtresnet.errors import DataError, GateMissed, InputError
+from rtresnet.errors import DataError, GateMissed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,18 +28,20 @@ class Subject:
 
     Attributes:
         prepare: uint8 crops [N, S, S, 3] to what it takes.
-        preprocess: For images; None where nobody knows what the file was made for.
+        preprocess: For images.
         sizes: Batches that matter to it.
         tf32: Whether a GPU may multiply its FP32 as TF32.
+        assumed: What the artifact does not state; see `sidecar.Sidecar`.
     """
 
     infer: Infer
     prepare: Callable[[np.ndarray], np.ndarray]
-    preprocess: Preprocess | None
+    preprocess: Preprocess
     size: int
     sizes: tuple[int, ...]
     precision: str
     where: dict[str, Any]
+    assumed: tuple[str, ...]
     close: Callable[[], None]
     tf32: bool = True
 
@@ -50,6 +52,7 @@ class Subject:
 @click.option(
     "--images", type=click.IntRange(min=2), default=16, show_default=True, help="How many."
 )
+@common.input_options
 @common.device_options
 @common.json_option
 def command(
@@ -80,9 +83,9 @@ def run(path: str, *, data: str | None = None, images: int = 16, **options: Any)
     """The verb's body; returns what `--json` writes."""
     from rtresnet.bench import consistency
 
-    subject = _open(path, **options)
+    subject = _open(path, on_noise=data is None, **options)
     with contextlib.closing(subject), common.progress(f"checking {path}"):
-        pixels = _photographs(data, images, path, subject) if data else _noise(images, subject.size)
+        pixels = _photographs(data, images, subject) if data else _noise(images, subject.size)
         given = subject.prepare(pixels)
         single = consistency.alone(subject.infer, given)
         share = consistency.BATCHES[_bound(subject)]
@@ -97,6 +100,7 @@ def run(path: str, *, data: str | None = None, images: int = 16, **options: Any)
         "precision": subject.precision,
         "bound": _bound(subject),
         "images": data or "noise",
+        "assumed": list(subject.assumed),
         "n": len(pixels),
         "range": float(single.values.max() - single.values.min()),
         "told_apart": apart,
@@ -106,29 +110,40 @@ def run(path: str, *, data: str | None = None, images: int = 16, **options: Any)
     } | subject.where
 
 
-def _open(path: str, **options: Any) -> Subject:
+def _open(
+    path: str,
+    *,
+    on_noise: bool,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    **options: Any,
+) -> Subject:
     from rtresnet import artifacts, storage
 
     storage.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
-        return _open_checkpoint(path, **options)
+        return _open_checkpoint(path, size=size, mean=mean, std=std, **options)
     from rtresnet.preprocess import Preprocess
     from rtresnet.runtime.session import load
 
     session = load(path, **options)
     sidecar = session.sidecar
-    known = sidecar is not None and "input" not in sidecar.assumed
-    # A stranger's file gets noise of the customary kind: what it means to the net does not matter.
-    prepare = session.prepare if known else Preprocess.for_size(session.size).normalize
-    if session.backend.layout == "nhwc":
-        prepare = session.prepare
+    unstated = not any((size, mean, std)) and not (sidecar and sidecar.input_known)
+    if on_noise and unstated and session.backend.layout == "nchw":
+        # Noise needs no meaning, only values of a usual range.
+        preprocess = Preprocess.for_size(session.size)
+        assumed: tuple[str, ...] = preprocess.assumptions()[:1]
+    else:
+        preprocess, assumed = opening.input_of(session, size, mean, std)
     profiles = sidecar.plan.profiles if sidecar and sidecar.plan else ()
     sizes = {size for profile in profiles for size in (profile.min, profile.opt, profile.max)}
     return Subject(
         infer=session,
-        prepare=prepare,
-        preprocess=session.preprocess if known else None,
-        size=session.size,
+        prepare=preprocess.prepare,
+        preprocess=preprocess,
+        size=preprocess.size,
+        assumed=assumed,
         sizes=(session.batch,) if session.batch else tuple(sorted(sizes)) or BATCHES,
         precision=sidecar.precision if sidecar else _precision(path),
         where=session.describe(),
@@ -158,6 +173,7 @@ def _open_checkpoint(path: str, **options: Any) -> Subject:
         sizes=BATCHES,
         precision=opened.precision,
         where=opened.where,
+        assumed=opened.assumed,
         close=opened.close,
     )
 
@@ -173,17 +189,12 @@ def _bound(subject: Subject) -> str:
     return precision or consistency.UNKNOWN
 
 
-def _photographs(data: str, count: int, path: str, subject: Subject) -> np.ndarray:
+def _photographs(data: str, count: int, subject: Subject) -> np.ndarray:
     import numpy as np
 
     from rtresnet.data import loader
     from rtresnet.data.sources import open_images
 
-    if subject.preprocess is None:
-        raise InputError(
-            f"{path}: no sidecar, so nobody knows what becomes of an image before it",
-            fix="leave out --data, and it is checked on noise",
-        )
     crop, source = subject.preprocess.crop, open_images(data)
     tally = loader.Tally(len(source), common.note)
     chosen = loader.sample(source, count)
@@ -257,3 +268,4 @@ def show(result: dict[str, Any]) -> None:
     lines += bench_show.where_lines([result])
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
+    common.footer(f"Assumed: {line}." for line in result["assumed"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -120,14 +122,96 @@ def device_options(function: F) -> F:
 
 
 def input_options(function: F) -> F:
-    """`--size`, `--mean`, `--std`: the input contract of weights that do not say theirs."""
+    """`--size`, `--mean`, `--std`, `--preset`: the input contract of files that do not state it.
+
+    A preset arrives as the mean and std that it stands for.
+    """
+
+    @functools.wraps(function)
+    def command(
+        *args: Any, preset: str | None, mean: str | None, std: str | None, **options: Any
+    ) -> Any:
+        if preset is not None:
+            if mean is not None or std is not None:
+                raise click.UsageError("--preset states mean and std; leave out --mean and --std")
+            from rtresnet.preprocess import PRESETS
+
+            mean, std = (",".join(map(str, values)) for values in PRESETS[preset])
+        return function(*args, mean=mean, std=std, **options)
+
     for option in (
+        click.option(
+            "--preset",
+            type=click.Choice(("imagenet", "half", "unit")),
+            help="Mean and std: imagenet's, 0.5 and 0.5 (half), or 0 and 1 (unit).",
+        ),
         click.option("--std", metavar="R,G,B", help="Of the input, in units of [0, 1]."),
         click.option("--mean", metavar="R,G,B", help="Of the input, in units of [0, 1]."),
         click.option("--size", type=click.IntRange(min=1), help="Side of the input, in pixels."),
     ):
-        function = option(function)
-    return function
+        command = option(command)
+    return typing.cast(F, command)
+
+
+def stated_input(
+    path: object,
+    size: int | None,
+    mean: str | None,
+    std: str | None,
+    *,
+    fixed: int | None,
+    pixels: bool = False,
+) -> Preprocess:
+    """The input contract that the options state for a file without one.
+
+    Args:
+        path: The file, for messages.
+        size: From the options, as `mean` and `std`.
+        mean: "R,G,B".
+        std: "R,G,B".
+        fixed: Side of the file's input, in pixels; None where it leaves it open.
+        pixels: Whether the file takes uint8 and normalizes by itself.
+
+    Raises:
+        InputError: One of them is not stated, or not what the file takes.
+    """
+    from rtresnet.preprocess import UINT8, Preprocess
+
+    lacking = {}
+    if size is None and fixed is None:
+        lacking["size"] = "--size S"
+    if not pixels and (mean is None or std is None):
+        lacking["mean and std"] = "--preset imagenet|half|unit, or --mean R,G,B --std R,G,B"
+    if lacking:
+        raise InputError(
+            f"{path}: no sidecar, so its {' and its '.join(lacking)} are unknown",
+            fix=f"state them: {' '.join(lacking.values())}",
+        )
+    if fixed is not None and size not in (None, fixed):
+        raise InputError(f"{path}: takes {fixed}x{fixed} pixels, not {size}", fix=f"--size {fixed}")
+    side = fixed or size
+    assert side is not None
+    base = Preprocess.for_size(side, **({"layout": UINT8} if pixels else {}))
+    return preprocess_from(base, None, mean, std)
+
+
+def classes_option(function: F) -> F:
+    """`--classes FILE`: names for the side that has none; arrives as a tuple of names."""
+    return click.option(
+        "--classes",
+        metavar="FILE",
+        callback=_class_names,
+        help="Class names, one a line or a JSON list: of the model's outputs where it has no "
+        "names, else of the data's labels.",
+    )(function)
+
+
+def _class_names(
+    context: click.Context, option: click.Parameter, given: str | None
+) -> tuple[str, ...] | None:
+    from rtresnet.labels import read_classes
+
+    return None if given is None else read_classes(given)
 
 
 def preprocess_from(
@@ -188,6 +272,12 @@ def given() -> set[str]:
 def say(line: str) -> None:
     """Prints a line of the result."""
     click.echo(escape(line), err=json_on_stdout())
+
+
+def footer(lines: Iterable[str]) -> None:
+    """What a result assumes and what else a reader must know, under it; each line once."""
+    for line in dict.fromkeys(lines):
+        say(line)
 
 
 def note(line: str) -> None:

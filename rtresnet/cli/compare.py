@@ -12,8 +12,11 @@ from rtresnet.cli import common, opening
 from rtresnet.errors import DataError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
+    from rtresnet.data.sources import Source
     from rtresnet.runtime.backend import TopK
 
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     "--split", type=click.Choice(("train", "test", "all")), default="test", show_default=True
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
+@common.classes_option
+@common.input_options
 @common.device_options
 @common.json_option
 def command(
@@ -33,14 +38,16 @@ def command(
     data: str,
     split: str,
     batch: int | None,
+    classes: tuple[str, ...] | None,
     json_file: str | None,
     **options: Any,
 ) -> None:
     """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
 
-    A file that gives the most probable classes only is compared by its top-1.
+    A file that gives the most probable classes only is compared by its top-1. --size, --mean, --std
+    and --preset are for artifacts without a sidecar.
     """
-    result = run(reference, candidate, data, split=split, batch=batch, **options)
+    result = run(reference, candidate, data, split=split, batch=batch, classes=classes, **options)
     apart = "logits not known"
     if result["largest"] is not None:
         apart = f"largest difference {result['largest']:.3g}, relative {result['relative']:.2e}"
@@ -51,6 +58,9 @@ def command(
         markup=False,
     )
     common.show_run_notes(result["reference"], result["candidate"])
+    for entry in (result["reference"], result["candidate"]):
+        common.footer(f"Assumed of {entry['artifact']}: {line}." for line in entry["assumed"])
+    common.footer(f"Assumed: {line}." for line in result["assumed"])
     common.write_json(json_file, "compare", result)
 
 
@@ -61,41 +71,58 @@ def run(
     *,
     split: str = "test",
     batch: int | None = None,
+    classes: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes."""
-    from rtresnet.data import loader
+    """Compares two artifacts on the same images; returns what `--json` writes."""
     from rtresnet.data.sources import open_source
 
+    paths = (reference, candidate)
+    stated = {name: options.pop(name, None) for name in ("size", "mean", "std")}
+    if any(stated.values()) and all(map(opening.states_input, paths)):
+        raise InputError(
+            "both sidecars say what the artifacts take", fix="leave out --size, --mean and --std"
+        )
     source = open_source(data, split)
-    answers, classes, where = [], [], []
-    for path in (reference, candidate):
-        opened = opening.open_artifact(
-            path, **opening.options_for(path, (reference, candidate), options)
-        )
-        found = loader.batches(
-            source,
-            opened.preprocess,
-            batch or loader.batch_size(opened.preprocess),
-            tally=loader.Tally(len(source), common.note),
-        )
-        with contextlib.closing(opened), common.progress(f"running {path}"):
-            parts = [opened.forward(images) for images, _ in found]
-        if not parts:
-            raise DataError(f"{data}: no image could be decoded")
-        answers.append(_joined(parts))
-        classes.append(len(opened.classes))
-        where.append(opened.where | {"artifact": path, "precision": opened.precision})
-    first, second = answers
-    counts = [
-        count if isinstance(found, tuple) else found.shape[1]
-        for found, count in zip(answers, classes, strict=True)
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for path in paths:
+            mine = opening.options_for(path, paths, options)
+            if not opening.states_input(path):
+                mine |= stated
+            opened.append(opening.open_artifact(path, **mine))
+            stack.callback(opened[-1].close)
+        opened[1], mapping = opened[1].matched(opened[0], classes)
+        first, second = (_answers(entry, source, batch) for entry in opened)
+    about = [
+        entry.where
+        | {"artifact": path, "precision": entry.precision, "assumed": list(entry.assumed)}
+        for path, entry in zip(paths, opened, strict=True)
     ]
-    if counts[0] != counts[1]:
-        raise InputError(f"{reference} has {counts[0]} classes and {candidate} {counts[1]}")
     return _compared(first, second) | {
-        "data": data, "reference": where[0], "candidate": where[1]
-    }  # fmt: skip
+        "data": data,
+        "reference": about[0],
+        "candidate": about[1],
+        "classes": mapping.record(),
+        "assumed": mapping.assumptions(),
+    }
+
+
+def _answers(opened: opening.Opened, source: Source, batch: int | None) -> np.ndarray | TopK:
+    """An artifact's answers for every image that can be decoded."""
+    from rtresnet.data import loader
+
+    found = loader.batches(
+        source,
+        opened.preprocess,
+        batch or loader.batch_size(opened.preprocess),
+        tally=loader.Tally(len(source), common.note),
+    )
+    with common.progress(f"running {opened.path}"):
+        parts = [opened.answer(images) for images, _ in found]
+    if not parts:
+        raise DataError(f"{source.name}: no image could be decoded")
+    return _joined(parts)
 
 
 def _joined(parts: list[Any]) -> np.ndarray | TopK:

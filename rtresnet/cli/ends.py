@@ -73,7 +73,7 @@ def write_with(source: Path, takes: str, topk: int | None) -> tuple[Path, Sideca
 
     sidecar = artifacts.verify(storage.require_file(source, fix="make one with: rtresnet export"))
     pixels, out = takes == "uint8-nhwc", path_with(source, takes, topk)
-    if sidecar is None or (pixels and "input" in sidecar.assumed):
+    if sidecar is None or (pixels and not sidecar.input_known):
         raise InputError(
             f"{source}: no sidecar of an export, so its mean, std and classes are unknown",
             fix="export it with rtresnet, or copy the sidecar along",

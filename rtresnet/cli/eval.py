@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--model", help="The net of a foreign checkpoint [recognized].")
+@click.option(
+    "--record/--no-record",
+    default=None,
+    help="Write the accuracy into the artifact's sidecar [where that can be written].",
+)
+@common.classes_option
 @common.input_options
 @common.device_options
 @common.json_option
@@ -50,6 +56,7 @@ def command(
     protocol: str,
     resize: int | None,
     batch: int | None,
+    record: bool | None,
     json_file: str | None,
     **options: Any,
 ) -> None:
@@ -67,7 +74,10 @@ def command(
     common.show_run_notes(*result["members"])
     if len(artifacts) > 1:
         _show(result["artifact"], result, f"mean of probabilities; {protocol}")
+    common.footer(line for entry in result["members"] for line in footnotes(entry))
     common.write_json(json_file, "eval", result)
+    if record is not False:
+        write_records(result, required=bool(record))
 
 
 def run(
@@ -77,12 +87,11 @@ def run(
     protocol: str = "center",
     resize: int | None = None,
     batch: int | None = None,
+    classes: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes."""
-    from rtresnet.artifacts import update_measured
-    from rtresnet.data import loader
-    from rtresnet.data.sources import open_source
+    """Evaluates artifacts on labelled images; returns what `--json` writes."""
+    from rtresnet.data import loader, sources
     from rtresnet.train import protocols
 
     if protocol == "dense":
@@ -93,39 +102,85 @@ def run(
         for path in artifacts:
             opened.append(opening.open_artifact(path, **options))
             stack.callback(opened[-1].close)
-        _require_same_classes(opened)
         _require_all_probabilities(opened, protocol)
+        opened, assumed = _in_one_order(opened, classes)
         members = [_member(entry, protocol, resize) for entry in opened]
-        source = open_source(data, split)
-        fits = len(source.classes) == len(opened[0].classes)
-        if not fits:
-            common.note(
-                f"note: the data has {len(source.classes)} classes and the net "
-                f"{len(opened[0].classes)}"
-            )
+        source = sources.for_model(
+            sources.open_source(data, split), opened[0].classes, names=classes,
+            model_name=artifacts[0],
+        )  # fmt: skip
         tally = loader.Tally(len(source), common.note)
         with common.progress(f"evaluating {', '.join(artifacts)}", total=len(source)) as update:
             result = protocols.measure(members, source, batch=batch, tally=tally, on_images=update)
     skipped = {"skipped": list(tally.skipped.values())}
-    about = {"data": data, "split": split if source.splits else "all"}
-    own = protocol == "center" and not any((resize, *map(options.get, ("size", "mean", "std"))))
+    labels = source.mapping
+    about = {
+        "data": data,
+        "split": split if source.splits else "all",
+        "data_sha256": source.fingerprint(),
+        "labels": labels.record() | {"remarks": labels.remarks()},
+    }
+    assumed += labels.assumptions()
     entries = []
     for path, artifact, member, found in zip(
         artifacts, opened, members, result.members, strict=True
     ):
-        measured = _measured(found, artifact.topk)
-        if fits and own:
-            update_measured(path, accuracy=measured | about)
         entries.append(
             {"artifact": path, "precision": artifact.precision}
-            | measured | about | skipped | _shown(member) | artifact.where
+            | {"assumed": [*artifact.assumed, *assumed]}
+            | {"input": dataclasses.asdict(member.preprocess)}
+            | _measured(found, artifact.topk) | about | skipped | _shown(member) | artifact.where
         )  # fmt: skip
     if len(entries) == 1:
         return entries[0] | {"members": entries}
     return (
-        {"artifact": f"ensemble of {len(entries)}", "protocol": protocol}
+        {"artifact": f"ensemble of {len(entries)}", "protocol": protocol, "assumed": assumed}
         | _measured(result.ensemble) | about | skipped | {"members": entries}
     )  # fmt: skip
+
+
+RECORDED = (
+    "n", "top1", "top5", "top1_percent", "top5_percent", "data", "split", "data_sha256",
+    "protocol", "labels", "assumed",
+)  # fmt: skip
+
+
+def write_records(result: dict[str, Any], *, required: bool = False) -> None:
+    """Writes each artifact's accuracy into its sidecar.
+
+    Only what was measured as the sidecar says is the artifact's accuracy: one centre crop, with
+    its own preprocessing.
+
+    Args:
+        result: From `run`.
+        required: Whether what cannot be recorded is an error rather than a note.
+
+    Raises:
+        InputError: `required`, and there is no sidecar, it cannot be written, or the accuracy is
+            not the artifact's own.
+    """
+    from rtresnet import artifacts
+    from rtresnet.errors import InputError
+
+    for entry in result["members"]:
+        path = entry["artifact"]
+        sidecar = artifacts.read_sidecar(path)
+        if sidecar is None:
+            reason = f"{path}: no sidecar to record the accuracy in"
+        elif entry["protocol"] != "center" or entry["input"] != dataclasses.asdict(sidecar.input):
+            reason = (
+                f"{path}: not recorded, as it was measured in another way than its sidecar says"
+            )
+        else:
+            try:
+                artifacts.record_accuracy(path, {name: entry[name] for name in RECORDED})
+                continue
+            except (InputError, OSError) as error:
+                reason = f"accuracy not recorded: {error}"
+                if not required:
+                    common.note(reason)
+        if required:
+            raise InputError(reason, fix="leave out --record")
 
 
 def _measured(accuracy: metrics.Accuracy, topk: int | None = None) -> dict[str, Any]:
@@ -197,8 +252,10 @@ def _member(opened: opening.Opened, protocol: str, resize: int | None) -> Member
     from rtresnet.models.resnet import ResNet
 
     assert isinstance(opened.forward, TorchBackend) and isinstance(opened.forward.net, ResNet)
+    dense = DenseBackend(opened.forward.net)
+    order = opened.order
     return Member(
-        forward=DenseBackend(opened.forward.net),
+        forward=dense if order is None else lambda images: order.reorder(dense(images)),
         preprocess=preprocess,
         protocol=protocol,
         scales=(resize,) if resize else dense_scales(size),
@@ -221,27 +278,29 @@ def _require_all_probabilities(opened: Sequence[opening.Opened], protocol: str) 
             )
 
 
-def _require_same_classes(opened: Sequence[opening.Opened]) -> None:
-    """Raises InputError where nets of an ensemble mean different things by a class's number."""
-    from rtresnet.errors import InputError
+def _in_one_order(
+    opened: Sequence[opening.Opened], names: Sequence[str] | None
+) -> tuple[list[opening.Opened], list[str]]:
+    """The nets of an ensemble with their outputs in the order of the first one's classes.
 
-    first = opened[0]
-    for other in opened[1:]:
-        if len(first.classes) != len(other.classes):
-            raise InputError(
-                f"{other.path} has {len(other.classes)} classes and {first.path} "
-                f"{len(first.classes)}",
-                fix="an ensemble needs nets of the same classes; evaluate them one by one",
-            )
-        if _named(first) and _named(other) and first.classes != other.classes:
-            pairs = zip(first.classes, other.classes, strict=True)
-            number, (one, two) = next((n, p) for n, p in enumerate(pairs) if p[0] != p[1])
-            raise InputError(
-                f"class {number} is {two!r} in {other.path} and {one!r} in {first.path}",
-                fix="an ensemble needs nets of the same classes; evaluate them one by one",
-            )
+    Args:
+        opened: The nets.
+        names: From --classes, of nets without names.
+
+    Returns:
+        The nets, and what had to be assumed of their classes.
+
+    Raises:
+        InputError: They have other classes, or one gives no scores of all classes.
+    """
+    first, *others = opened
+    first.require_classes()
+    matched = [other.matched(first, names) for other in others]
+    assumed = [line for _, mapping in matched for line in mapping.assumptions()]
+    return [first, *(entry for entry, _ in matched)], assumed
 
 
-def _named(opened: opening.Opened) -> bool:
-    """A foreign checkpoint's classes are numbers: they agree with any names."""
-    return opened.classes != tuple(str(index) for index in range(len(opened.classes)))
+def footnotes(entry: dict[str, Any]) -> list[str]:
+    """What one artifact's accuracy assumes, and what its reader must know, a line each."""
+    return [*(f"Assumed: {line}." for line in entry["assumed"]),
+            *(f"Note: {line}." for line in entry["labels"]["remarks"])]  # fmt: skip

@@ -55,6 +55,7 @@ def command(json_file: str | None, **options: Any) -> None:
         )
     for plan in result["plans"]:
         console.print(describe(plan), soft_wrap=True)
+    common.footer(f"Assumed: {line}." for line in result["assumed"])
     common.write_json(json_file, "export", result)
 
 
@@ -92,6 +93,7 @@ def run(
     common.require_torch("export")
     from rtresnet import learned, storage
     from rtresnet.build import profiles, targets
+    from rtresnet.sidecar import restated
 
     # What can be refused is refused before anything is computed.
     profiles.parse_all(batch)
@@ -105,7 +107,8 @@ def run(
     if int8:
         learned.refuse_calibration(origin, checkpoint.learned, calib, calibrator)
     changed = common.preprocess_from(checkpoint.input, size, mean, std)
-    checkpoint = dataclasses.replace(checkpoint, input=changed)
+    assumed = restated(checkpoint.assumed, checkpoint.input, changed)
+    checkpoint = dataclasses.replace(checkpoint, input=changed, assumed=assumed)
     require_classes(topk, len(checkpoint.model.classes), checkpoint.model.architecture)
     precisions = [p for p, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted]
     base = out / f"{checkpoint.model.architecture}.onnx"
@@ -155,6 +158,7 @@ def run(
     return {
         "model": checkpoint.model.architecture,
         "weights": checkpoint.weights.origin,
+        "assumed": list(checkpoint.assumed),
         "onnx": files,
         "plans": plans,
     }
@@ -255,6 +259,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
             input=checkpoint.input,
             weights=weights,
             precision="fp32",
+            assumed=checkpoint.assumed,
             parent=artifacts.link_to(origin, path) if origin else None,
             measured=measured,
         ),

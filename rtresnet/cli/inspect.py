@@ -27,6 +27,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     For a folder, show a table of the artifacts in it.
     """
     from rtresnet import storage
+    from rtresnet.report import measured, tables
 
     if path.is_dir():
         if layers or svg:
@@ -47,6 +48,8 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
         console.print(f"{'  ' * index}{'<- ' if index else ''}{_headline(link)}", soft_wrap=True)
         for line in _details(link, path):
             console.print(f"{'  ' * index}   {line}", soft_wrap=True, markup=False)
+        for listing in measured.listings((link["sidecar"] or {}).get("measured") or {}):
+            tables.show(console, listing.headings, listing.rows)
     if result["header"]:
         head = result["header"]
         console.print(
@@ -55,7 +58,9 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
             soft_wrap=True,
         )
     if result["manifest"] and result["chain"][0]["sidecar"] is None:
-        said = ", ".join(f"{key} {_measured(value)}" for key, value in result["manifest"].items())
+        said = ", ".join(
+            f"{key} {measured.plain(value)}" for key, value in result["manifest"].items()
+        )
         console.print(f"it says of itself: {said}", soft_wrap=True, markup=False)
     if layers:
         inspect_layers.show(console, result["engine"])
@@ -167,6 +172,7 @@ def _foreign_checkpoint(path: Path) -> dict[str, Any]:
         "input": dataclasses.asdict(loaded.input),
         "weights": dataclasses.asdict(loaded.weights),
         "precision": "fp32",
+        "assumed": loaded.assumed,
     }
     link = {"path": str(path), "state": "no sidecar, recognized by its tensors", "sidecar": record}
     return {
@@ -201,6 +207,8 @@ def _headline(link: dict[str, Any]) -> str:
 
 
 def _details(link: dict[str, Any], path: Path) -> list[str]:
+    from rtresnet.report import measured
+
     record = link["sidecar"]
     if record is None:
         return []
@@ -213,6 +221,8 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"input {i['size']}x{i['size']} (resize {i['resize']}), mean {list(i['mean'])}, "
             f"std {list(i['std'])}; {len(record['model']['classes'])} classes"
         )
+        if record.get("assumed"):
+            lines.append(f"assumed: {'; '.join(record['assumed'])}")
         if i.get("layout", FLOAT) != FLOAT:
             lines.append(f"takes {i['layout']}: mean and std are inside")
         if record.get("topk"):
@@ -235,8 +245,7 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
         )
         if p["attested"]:
             lines.append(f"{describe_attested(p)}; {p['attested']['layers']} layers")
-    for name, value in (record.get("measured") or {}).items():
-        lines.append(f"{name} {_measured(value)}")
+    lines += measured.lines(record.get("measured") or {})
     if record.get("made_by"):
         lines.append(f"made by: {record['made_by'].get('command')}")
     return lines
@@ -250,9 +259,3 @@ def _scales(calibration: dict[str, Any]) -> str:
     known = place.suffix == ".json" and place.is_file()  # learned ones lie in their checkpoint
     changed = known and storage.sha256(place) != calibration["scales_sha256"]
     return f"{place.as_posix()}{' (written anew since)' if changed else ''}"
-
-
-def _measured(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_measured(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtresnet import labels
 from rtresnet.cli import common
 from rtresnet.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from rtresnet.labels import LabelMap
     from rtresnet.models.checkpoint import Checkpoint
     from rtresnet.models.reference import TorchBackend
     from rtresnet.preprocess import Preprocess
@@ -27,10 +29,14 @@ class Opened:
     Attributes:
         forward: What `preprocess.prepare` returns to float32 logits [N, classes], or of a top-K
             file to indices and probabilities.
-        classes: Their names.
+        classes: Their names; their numbers where the file has no names. Empty of a top-K file
+            that does not say how many there are.
         topk: How many classes an image the file gives; None where it gives logits.
         where: Device, provider, threads and versions.
         close: Gives memory back.
+        weights: sha256 of the checkpoint that the weights came from, where it is known.
+        assumed: What the file does not state and was assumed; see `sidecar.Sidecar`.
+        order: Where `classes` are in another order than the file's own: the mapping to them.
     """
 
     path: Path
@@ -41,13 +47,74 @@ class Opened:
     where: dict[str, Any]
     close: Callable[[], None]
     topk: int | None = None
+    weights: str | None = None
+    order: LabelMap | None = None
+    assumed: tuple[str, ...] = ()
+
+    def matched(
+        self, reference: Opened, names: Sequence[str] | None = None
+    ) -> tuple[Opened, LabelMap]:
+        """The same artifact with its outputs in the order of another one's classes.
+
+        Args:
+            reference: The other one.
+            names: From --classes, of the one that has no names.
+
+        Returns:
+            The artifact, and how its classes were matched with the reference's.
+
+        Raises:
+            InputError: They have other classes.
+        """
+        for entry in (reference, self):
+            entry.require_classes()
+        same = self.weights is not None and self.weights == reference.weights
+        unnamed = labels.numbered(self.classes)
+        mapping = labels.match(
+            reference.classes,
+            self.classes,
+            data_named=same or not unnamed,
+            names=names if unnamed or labels.numbered(reference.classes) else None,
+            model_name=str(reference.path),
+            data_name=str(self.path),
+        )
+        if not mapping.is_permutation:
+            raise InputError(
+                f"{self.path} has {len(self.classes)} classes and {reference.path} "
+                f"{len(reference.classes)}",
+                fix="use artifacts of the same classes",
+            )
+        order = None if mapping.in_order else mapping
+        return dataclasses.replace(self, order=order, classes=reference.classes), mapping
+
+    def require_classes(self) -> None:
+        """Raises InputError of a top-K file that does not say how many classes there are."""
+        if not self.classes:
+            raise InputError(
+                f"{self.path}: gives the most probable classes, and no sidecar says how many "
+                "there are",
+                fix="use the file it was made from",
+            )
+
+    def answer(self, images: np.ndarray) -> np.ndarray | TopK:
+        """As `forward`, with the classes in the order of `classes`."""
+        found = self.forward(images)
+        if self.order is None:
+            return found
+        if isinstance(found, tuple):
+            return self.order.apply(found[0]), found[1]
+        return self.order.reorder(found)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """As `forward`; of a top-K file what its answer says of all classes (`metrics`)."""
+        """As `answer`; of a top-K file what its answer says of all classes (`metrics`).
+
+        Raises:
+            InputError: A top-K file that does not say how many classes there are.
+        """
         from rtresnet import metrics
         from rtresnet.runtime.backend import logits
 
-        found = self.forward(images)
+        found = self.answer(images)
         if isinstance(found, tuple) and self.classes:
             return metrics.from_best(*found, len(self.classes))
         return logits(found, self.path)
@@ -68,6 +135,14 @@ def arithmetic(model: Any) -> str:
 
 
 PLAN_OPTIONS = ("contexts", "graphs")
+
+
+def states_input(path: str) -> bool:
+    """Whether an artifact's sidecar says what it takes, so that no option has to."""
+    from rtresnet import artifacts
+
+    sidecar = artifacts.read_sidecar(path)
+    return sidecar is not None and sidecar.input_known
 
 
 def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,30 +221,65 @@ def open_artifact(
         return _open_checkpoint(
             path, size, mean, std, device=device, provider=provider, threads=threads, model=model
         )
-    from rtresnet.preprocess import UINT8, Preprocess
     from rtresnet.runtime.session import load
 
     session = load(path, device=device, provider=provider, threads=threads)
-    pixels = session.backend.layout == "nhwc"
+    sidecar = session.sidecar
+    preprocess, assumed = input_of(session, size, mean, std)
+    return Opened(
+        path=Path(path),
+        forward=session,
+        preprocess=preprocess,
+        classes=sidecar.model.classes if sidecar else _numbers(session, preprocess),
+        precision=sidecar.precision if sidecar else "unknown",
+        where=session.describe(),
+        close=session.close,
+        topk=sidecar.topk if sidecar else None,
+        weights=sidecar.weights.sha256 if sidecar else None,
+        assumed=assumed,
+    )
+
+
+def input_of(
+    session: Session, size: int | None, mean: str | None, std: str | None
+) -> tuple[Preprocess, tuple[str, ...]]:
+    """The input contract of an ONNX file or a plan, and what of it is assumed.
+
+    Args:
+        session: The loaded file.
+        size: From the options, as `mean` and `std`; in place of what the sidecar says.
+        mean: "R,G,B".
+        std: "R,G,B".
+
+    Raises:
+        InputError: Neither a sidecar nor the options say what the file takes.
+    """
+    from rtresnet.sidecar import restated
+
+    path, sidecar, backend = session.path, session.sidecar, session.backend
+    pixels = backend.layout == "nhwc"
     if pixels and (mean or std):
         raise InputError(
             f"{path}: normalizes inside, so --mean and --std change nothing",
             fix="leave them out, or use the file it was made from",
         )
-    if session.sidecar is None and size is not None:
-        base = Preprocess.for_size(size, **({"layout": UINT8} if pixels else {}))
-    else:
-        base = session.preprocess
-    return Opened(
-        path=Path(path),
-        forward=session,
-        preprocess=common.preprocess_from(base, size, mean, std),
-        classes=session.sidecar.model.classes if session.sidecar else (),
-        precision=session.sidecar.precision if session.sidecar else "unknown",
-        where=session.describe(),
-        close=session.close,
-        topk=session.sidecar.topk if session.sidecar else None,
-    )
+    if sidecar is not None and sidecar.input_known:
+        preprocess = common.preprocess_from(sidecar.input, size, mean, std)
+        return preprocess, restated(sidecar.assumed, sidecar.input, preprocess)
+    preprocess = common.stated_input(path, size, mean, std, fixed=backend.size, pixels=pixels)
+    return preprocess, restated(sidecar.assumed if sidecar else (), None, preprocess)
+
+
+def _numbers(session: Session, preprocess: Preprocess) -> tuple[str, ...]:
+    """The class numbers of a file without a sidecar; none of a top-K file.
+
+    One image is run: the file may leave the number of classes open.
+    """
+    import numpy as np
+
+    image = np.zeros((1, preprocess.size, preprocess.size, 3), np.uint8)
+    found = session(preprocess.prepare(image))
+    return () if isinstance(found, tuple) else tuple(map(str, range(found.shape[1])))
 
 
 def _open_checkpoint(
@@ -179,15 +289,20 @@ def _open_checkpoint(
     std: str | None,
     **options: Any,
 ) -> Opened:
+    from rtresnet.sidecar import restated
+
     session, backend, loaded = _in_torch(path, **options)
+    preprocess = common.preprocess_from(loaded.input, size, mean, std)
     return Opened(
         path=Path(path),
         forward=backend,
-        preprocess=common.preprocess_from(loaded.input, size, mean, std),
+        preprocess=preprocess,
         classes=loaded.model.classes,
         precision="fp32",
         where=session.describe(),
         close=session.close,
+        weights=loaded.weights.sha256,
+        assumed=restated(loaded.assumed, loaded.input, preprocess),
     )
 
 

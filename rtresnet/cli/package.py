@@ -221,10 +221,12 @@ def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
     }
     if sidecar.parent is not None:
         record["parent_sha256"] = sidecar.parent.sha256
-    if "input" not in sidecar.assumed:
+    if sidecar.input_known:
         record["input"] = (
             f"{ours.layout}, {ours.size} px of {ours.resize}, mean {ours.mean}, std {ours.std}"
         )
+    if sidecar.assumed:
+        record["assumed"] = "; ".join(sidecar.assumed)
     if sidecar.plan is not None:
         record["tensorrt"] = sidecar.plan.version
         record["targets"] = ", ".join(sidecar.plan.targets)

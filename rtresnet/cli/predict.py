@@ -114,12 +114,17 @@ def run(names: Sequence[str], artifact: str, **options: Any) -> dict[str, Any]:
                     continue
                 top = [{"class": name, "probability": value} for name, value in row.top]
                 found.append({"image": row.image, "top": top})
-        where = predictor.about.where
-    if where.get("batch_note"):
-        common.note(where["batch_note"])
+        about = predictor.about
+    if about.where.get("batch_note"):
+        common.note(about.where["batch_note"])
     if not found:
         raise DataError(f"none of the {len(names)} images could be decoded")
-    return {"artifact": artifact, "images": found, "skipped": skipped} | where
+    return {
+        "artifact": artifact,
+        "images": found,
+        "skipped": skipped,
+        "assumed": list(about.assumed),
+    } | about.where
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -127,6 +132,7 @@ def _show(result: dict[str, Any]) -> None:
     for entry in result["images"]:
         guesses = "  ".join(f"{g['class']} ({100 * g['probability']:.1f} %)" for g in entry["top"])
         console.print(f"{entry['image']}: {guesses}", soft_wrap=True, markup=False)
+    common.footer(f"Assumed: {line}." for line in result["assumed"])
 
 
 def _summarize(result: dict[str, Any]) -> None:
@@ -142,6 +148,7 @@ def _summarize(result: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=False,
     )
+    common.footer(f"Assumed: {line}." for line in result["assumed"])
 
 
 def _named(given: Sequence[str], artifact: str | None) -> tuple[str, list[str]]:

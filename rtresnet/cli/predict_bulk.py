@@ -99,6 +99,7 @@ def run(
         "images_per_second": (len(names) - before) / seconds,
         "batch": about.batch,
         "top": about.top,
+        "assumed": list(about.assumed),
     } | about.where
 
 

@@ -45,6 +45,7 @@ class About:
         top: Classes a row.
         batch: Images at a time.
         where: Device, provider, threads and versions.
+        assumed: What the artifact does not state; see `sidecar.Sidecar`.
     """
 
     precision: str
@@ -52,6 +53,7 @@ class About:
     top: int
     batch: int
     where: dict[str, Any]
+    assumed: tuple[str, ...] = ()
 
     def decisive(self) -> dict[str, Any]:
         """What must be the same for two rows to belong into one table."""
@@ -111,6 +113,7 @@ class Predictor:
             top=self.top,
             batch=self.batch,
             where=self.opened.where,
+            assumed=self.opened.assumed,
         )
 
     def close(self) -> None:

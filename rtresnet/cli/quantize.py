@@ -83,6 +83,7 @@ def calibration_options(function: Any) -> Any:
     help="What must be within --max-drop: the measured loss (point), or the upper limit of its "
     "95 % interval (upper).",
 )
+@common.classes_option
 @common.input_options
 @common.json_option
 def command(
@@ -97,6 +98,7 @@ def command(
     max_drop: float,
     rule: str,
     rest: str,
+    classes: tuple[str, ...] | None,
     size: int | None,
     mean: str | None,
     std: str | None,
@@ -113,14 +115,15 @@ def command(
     if int8 and fp16:
         raise InputError("--int8 and --fp16 are two files", fix="run it once for each")
     precision = "fp16" if fp16 else "int8"
-    gate = Gate(data=data, max_drop=max_drop, rule=rule) if data else None
+    gate = Gate(data=data, max_drop=max_drop, rule=rule, classes=classes) if data else None
     if gate and precision == "fp16":
         raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
     if not max_drop >= 0:
         raise InputError(f"--max-drop {max_drop}: must be at least 0")
     given = common.given()
-    for name, option in (("max_drop", "--max-drop"), ("rule", "--gate")):
+    for name in ("max_drop", "rule", "classes"):
         if name in given and not data:
+            option = {"rule": "--gate"}.get(name, f"--{name.replace('_', '-')}")
             raise InputError(f"{option} needs labelled images", fix="add --eval SPEC")
     for name in ("calib", "calibrator", "calib_images", "rest"):
         if precision == "fp16" and name in given:
@@ -140,6 +143,7 @@ def command(
         images = f"{c.n} images of {c.images}" if c.n else "what batch norm knew, no images"
         line += f", scales by {c.method} from {images} in {c.scales}"
     common.out_console().print(line, soft_wrap=True)
+    common.footer(f"Assumed: {entry}." for entry in written.assumed)
     common.write_json(json_file, "quantize", dataclasses.asdict(written))
 
 
@@ -234,9 +238,7 @@ def _settle_shape(source: Path, model: Any, size: int | None) -> None:
         model: Changed.
         size: Side in pixels, where it was said.
     """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    images = next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
-    dims = images.type.tensor_type.shape.dim
+    dims = images_of(model).type.tensor_type.shape.dim
     if len(dims) != 4:
         return
     for dim in dims[2:]:
@@ -247,6 +249,12 @@ def _settle_shape(source: Path, model: Any, size: int | None) -> None:
                 f"{source}: takes {dims[2].dim_value}x{dims[3].dim_value} pixels, not {size}",
                 fix=f"--size {dims[2].dim_value}",
             )
+
+
+def images_of(model: Any) -> Any:
+    """The input of an onnx.ModelProto that takes the images."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
 
 
 def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
@@ -269,15 +277,10 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     """The record of an ONNX file that somebody else made."""
     from rtresnet import storage
-    from rtresnet.preprocess import Preprocess
     from rtresnet.sidecar import Model, Sidecar, Weights
 
-    size, mean, std = contract
-    if size is None:
-        raise InputError(
-            f"{source}: no sidecar, so its input size, mean and std are unknown",
-            fix="say them: --size 224 [--mean R,G,B --std R,G,B]",
-        )
+    side = images_of(model).type.tensor_type.shape.dim[-1].dim_value
+    preprocess = common.stated_input(source, *contract, fixed=side or None)
     shape = model.graph.output[0].type.tensor_type.shape.dim
     if not shape or not shape[-1].dim_value:
         raise ArtifactError(f"{source}: its output has no fixed number of classes")
@@ -291,7 +294,8 @@ def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
             shortcut="none",
             stride_in="3x3",
         ),
-        input=common.preprocess_from(Preprocess.for_size(size), size, mean, std),
+        input=preprocess,
+        assumed=preprocess.assumptions(),
         weights=Weights(origin="file", sha256=digest, source=source.as_posix()),
         precision="fp32",
         sha256=digest,

@@ -17,7 +17,7 @@ from rtresnet.errors import DataError, GateMissed
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.data.sources import Source
+    from rtresnet.data.sources import Relabelled, Source
     from rtresnet.metrics import Drop
     from rtresnet.preprocess import Preprocess
     from rtresnet.quantize.calibrate import Calibrated
@@ -34,11 +34,13 @@ class Gate:
         rule: "point": the measured loss must be within `max_drop`. "upper": the upper limit of
             its 95 % interval must be. "point" is the default because a few hundred images, which
             is what most people have, cannot show half a point even for two equal nets.
+        classes: Names from --classes, of the net or the images.
     """
 
     data: str
     max_drop: float
     rule: str = "point"
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +70,22 @@ class AccuracyGateMissed(GateMissed):
         self.measured = measured
 
 
-def open_labelled(gate: Gate) -> Source:
+def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
     """Opens the gate's images before the work, which is long.
 
+    Args:
+        gate: Names the images.
+        classes: The net's class names.
+        net: For messages.
+
+    Returns:
+        The images, labelled with the net's class numbers.
+
     Raises:
-        DataError: There are none, they have no labels, or they are too few for the rule "upper".
+        DataError: There are none, they have no labels or labels of other classes, or they are too
+            few for the rule "upper".
     """
-    from rtresnet.data.sources import open_source
+    from rtresnet.data.sources import for_model, open_source
     from rtresnet.metrics import fewest_images
     from rtresnet.train.evaluate import require_labels
 
@@ -89,7 +100,7 @@ def open_labelled(gate: Gate) -> Source:
             f"{needed}",
             fix="give more images, a larger --max-drop, or --gate point",
         )
-    return source
+    return for_model(source, classes, names=gate.classes, model_name=str(net))
 
 
 def hold(

@@ -93,7 +93,9 @@ def int8(
         if gate is not None:
             raise InputError("--eval needs --calib with images, for the noise of each block")
         return _without_images(model, sidecar, path, rest)
-    labelled = quantize_gate.open_labelled(gate) if gate is not None else None
+    labelled = None
+    if gate is not None:
+        labelled = quantize_gate.open_labelled(gate, sidecar.model.classes, source)
     batches, name, fingerprint, count = calibration_batches(calib, sidecar.input, images)
     tensors = list(qdq.placement(model))
     if (batch := simulate.fixed_batch(model)) is not None:
@@ -136,6 +138,10 @@ def int8(
             gate, labelled, source, found, held, logits, sidecar.input, finish
         )
         result, kept, measured = passed.model, passed.kept, passed.measured
+        labels = labelled.mapping
+        measured["drop"] |= {"labels": labels.record(), "assumed": labels.assumptions()}
+        common.footer(f"Assumed: {line}." for line in labels.assumptions())
+        common.footer(f"Note: {line}." for line in labels.remarks())
     if outliers:
         measured |= {"outliers": outliers}
     calibration = Calibration(

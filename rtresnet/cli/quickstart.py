@@ -75,6 +75,8 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]
     evaluated = [eval_verb.run(path, data=DATA) for path in files]
+    for entry in evaluated:
+        eval_verb.write_records(entry)
     compared = [compare_verb.run(trained["checkpoint"], path, DATA) for path in files]
     measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
     log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]

@@ -33,7 +33,7 @@ class Cached:
     def __init__(self, source: Source, *, at_least: int | None, budget: int) -> None:
         self.source, self.at_least, self.budget = source, at_least, budget
         self.name, self.classes, self.splits = source.name, source.classes, source.splits
-        self.labels = source.labels
+        self.labels, self.named = source.labels, source.named
         self.held = 0
         self._images: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()

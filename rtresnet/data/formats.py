@@ -100,11 +100,11 @@ def read_cifar10(folder: Path, split: str) -> Raw:
 
 
 def read_npz(path: Path) -> Raw:
-    """`images`, `labels` and, where there are any, `classes`."""
+    """`images`, `labels` and `classes`; no classes where the file has none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
-            named = [str(name) for name in file["classes"]] if "classes" in file else None
+            named = [str(name) for name in file["classes"]] if "classes" in file else []
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except KeyError as error:
@@ -113,5 +113,4 @@ def read_npz(path: Path) -> Raw:
         raise DataError(
             f"{path}: not an npz file of plain arrays, or truncated ({error})"
         ) from None
-    count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-    return images, labels, named or [str(index) for index in range(count)]
+    return images, labels, named

@@ -45,6 +45,8 @@ class Shards:
         DataError: No pack, an unfinished one, or one whose files are not those of its index.
     """
 
+    named = True
+
     def __init__(self, name: str, folder: Path, split: str) -> None:
         self.name, self.folder = name, folder
         index = _read_index(folder)

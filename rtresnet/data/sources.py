@@ -27,6 +27,7 @@ from rtresnet.data.decode import Ends, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.data.shards import Shards, files_fingerprint
 from rtresnet.errors import DataError, InputError, UnknownName, missing_package
+from rtresnet.labels import LabelMap, match
 from rtresnet.preprocess import resize
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
@@ -50,12 +51,14 @@ class Source(Protocol):
         classes: Class names, in the order of the labels.
         labels: int64 [N].
         splits: Whether the set came divided into train and test by whoever made it.
+        named: Whether `classes` are names; False where they only count the labels.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray
     splits: bool
+    named: bool
 
     def __len__(self) -> int: ...
 
@@ -91,9 +94,10 @@ class Arrays:
         classes: Sequence[str],
         *,
         splits: bool = False,
+        named: bool = True,
     ) -> None:
         self.name, self.images, self.classes, self.splits = name, images, tuple(classes), splits
-        self.labels = labels.astype(np.int64)
+        self.labels, self.named = labels.astype(np.int64), named
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,6 +130,8 @@ class Arrays:
 
 class Files:
     """Image files, decoded when asked for."""
+
+    named = True
 
     def __init__(
         self,
@@ -189,7 +195,7 @@ class Subset:
         self.source, self.chosen = source, chosen
         self.name = source.name if name is None else name
         self.classes, self.splits = source.classes, source.splits
-        self.labels = source.labels[chosen]
+        self.labels, self.named = source.labels[chosen], source.named
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -216,6 +222,44 @@ class Subset:
         return hashlib.sha256(own).hexdigest()
 
 
+class Relabelled(Subset):
+    """All of a source's images, with a model's class numbers for labels.
+
+    Args:
+        source: The images.
+        mapping: From the source's labels to the model's classes.
+        classes: The model's class names.
+    """
+
+    def __init__(self, source: Source, mapping: LabelMap, classes: Sequence[str]) -> None:
+        super().__init__(source, np.arange(len(source)))
+        self.mapping, self.classes, self.named = mapping, tuple(classes), True
+        self.labels = mapping.apply(source.labels)
+
+    def fingerprint(self) -> str:
+        """The source's own: the images and labels as they came."""
+        return self.source.fingerprint()
+
+
+def for_model(
+    source: Source,
+    classes: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    model_name: str = "the model",
+) -> Relabelled:
+    """Labels a source with a model's class numbers; see `labels.match`.
+
+    Raises:
+        DataError: The labels cannot be matched with the model's classes.
+    """
+    mapping = match(
+        classes, source.classes, data_named=source.named, names=names,
+        model_name=model_name, data_name=source.name,
+    )  # fmt: skip
+    return Relabelled(source, mapping, classes)
+
+
 def open_source(spec: str, split: str = "all") -> Source:
     """Opens images by name.
 
@@ -238,7 +282,10 @@ def open_source(spec: str, split: str = "all") -> Source:
     if form == "cifar10" and argument:
         return _arrays(spec, *read_cifar10(_folder(argument), split), splits=True)
     if form == "npz" and argument:
-        return _arrays(spec, *read_npz(Path(argument)))
+        images, labels, names = read_npz(Path(argument))
+        count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
+        numbers = [str(index) for index in range(count)]
+        return _arrays(spec, images, labels, names or numbers, named=bool(names))
     if form == "synthetic" and argument:
         return _synthetic(spec, argument)
     if form == "shards" and argument:
@@ -327,11 +374,17 @@ def _synthetic(spec: str, argument: str) -> Source:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (int(argument), 32, 32, 3), dtype=np.uint8)
     labels = np.arange(int(argument)) % 10
-    return Arrays(spec, images, labels, [str(index) for index in range(10)])
+    return Arrays(spec, images, labels, [str(index) for index in range(10)], named=False)
 
 
 def _arrays(
-    spec: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], splits: bool = False
+    spec: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    *,
+    splits: bool = False,
+    named: bool = True,
 ) -> Source:
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
@@ -346,7 +399,7 @@ def _arrays(
         )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(f"{spec}: labels reach from {labels.min()} to {labels.max()}")
-    return Arrays(spec, images, labels, classes, splits=splits)
+    return Arrays(spec, images, labels, classes, splits=splits, named=named)
 
 
 def _class_folders(spec: str, root: Path, split: str) -> Source:

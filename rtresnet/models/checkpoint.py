@@ -42,6 +42,7 @@ class Checkpoint:
         training: What `train` needs to go on; empty in a foreign file.
         measured: Accuracy and the like, with n; after fine-tuning for INT8, of the net in INT8.
         learned: Scales of activations, where the net was fine-tuned for INT8.
+        assumed: What a foreign file does not state; see `sidecar.Sidecar`.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     learned: learned.Learned | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def spec(self) -> zoo.Spec:
@@ -117,6 +119,8 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     }
     if checkpoint.learned is not None:
         payload["learned"] = dataclasses.asdict(checkpoint.learned)
+    if checkpoint.assumed:
+        payload["assumed"] = list(checkpoint.assumed)
 
     def write(temporary: Path) -> None:
         # Through memory, so that a full disk is an OSError with a name, not torch's RuntimeError.
@@ -131,6 +135,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         input=checkpoint.input,
         weights=checkpoint.weights,
         precision="fp32",
+        assumed=checkpoint.assumed,
         calibration=_calibration(Path(path), checkpoint.learned),
         measured=checkpoint.measured,
     )
@@ -200,6 +205,7 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             training=payload["training"],
             measured=payload["measured"],
             learned=learned.checked(payload["learned"]) if "learned" in payload else None,
+            assumed=tuple(map(str, payload.get("assumed", ()))),
         )
         said = checkpoint.spec
         if not all(isinstance(tensor, Tensor) for tensor in checkpoint.state.values()):
@@ -238,9 +244,11 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
         )
     classes = state["fc.weight"].shape[0]
     _check(path, state, spec, classes)
+    contract = input or Preprocess.for_size(spec.size)
     return Checkpoint(
         model=model_of(spec, tuple(str(index) for index in range(classes))),
-        input=input or Preprocess.for_size(spec.size),
+        input=contract,
+        assumed=() if input else contract.assumptions(),
         weights=Weights(origin="file", sha256=storage.sha256(path), source=os.fspath(path)),
         state=state,
     )

@@ -48,7 +48,7 @@ def imagenet(architecture: str) -> Checkpoint:
     name = IMAGENET_FILES[architecture]
     checkpoint = load(download(base.rstrip("/") + "/" + name, cache), model=architecture)
     source = Weights(origin="imagenet", sha256=checkpoint.weights.sha256, source=name)
-    return dataclasses.replace(checkpoint, weights=source)
+    return dataclasses.replace(checkpoint, weights=source, assumed=())
 
 
 def download(url: str, cache: Path) -> Path:

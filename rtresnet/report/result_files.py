@@ -126,6 +126,12 @@ class BenchFind(TypedDict):
     searches: list[SearchEntry]
 
 
+class Labels(TypedDict):
+    """How the labels were matched with the model's classes."""
+
+    remarks: NotRequired[list[str] | None]
+
+
 class Accuracy(TypedDict):
     """Accuracy, in a result of `eval` and in a sidecar."""
 
@@ -136,6 +142,10 @@ class Accuracy(TypedDict):
     n: NotRequired[Count | None]
     data: NotRequired[str | None]
     split: NotRequired[str | None]
+    data_sha256: NotRequired[str | None]
+    protocol: NotRequired[str | None]
+    labels: NotRequired[Labels | None]
+    assumed: NotRequired[list[str] | None]
 
 
 class Artifact(TypedDict):

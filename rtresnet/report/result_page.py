@@ -43,7 +43,8 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
     if pictures:
         parts.append(page.heading("What the engines fuse"))
         parts += [page.picture(svg, caption, wide=True) for caption, svg in pictures]
-    parts += [_table(tables[name]) for name in ("chain", "environment") if name in tables]
+    rest = ("accuracy", "chain", "environment")
+    parts += [_table(tables[name]) for name in rest if name in tables]
     if found.commands:
         parts += [page.heading("Commands"), page.code("\n".join(found.commands))]
     return page.document(f"{found.title}: accuracy and latency", [part for part in parts if part])

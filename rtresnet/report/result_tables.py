@@ -64,6 +64,7 @@ def sections(found: Gathered) -> dict[str, Section]:
     """Every table by a short name; those without rows are left out."""
     all_sections = {
         "artifacts": _artifacts(found),
+        "accuracy": _accuracy(found),
         "latency": _latency(found),
         "searches": _searches(found),
         "blocks": _blocks(found),
@@ -114,6 +115,25 @@ def _artifacts(found: Gathered) -> Section:
         headings=[headings[index] for index in kept],
         rows=[[row[index] for index in kept] for row in rows],
         about=" ".join(about),
+    )
+
+
+def _accuracy(found: Gathered) -> Section:
+    """Every accuracy, where there are some that the first table has no room for."""
+    rows = [
+        (
+            artifact.name, _short(record.get("data") or "unknown"), record.get("split") or "all",
+            record.get("protocol") or "center", record.get("top1_percent"),
+            record.get("top5_percent"), record.get("n"),
+        )
+        for artifact in found.artifacts if not artifact.untrained
+        for record in artifact.accuracies
+    ]  # fmt: skip
+    more = any(record is not a.accuracy for a in found.artifacts for record in a.accuracies)
+    return Section(
+        heading="Accuracy on each data set",
+        headings=("artifact", "data", "split", "protocol", "top-1 %", "top-5 %", "images"),
+        rows=rows if more else [],
     )
 
 

@@ -15,6 +15,10 @@ from typing import Any
 from rtresnet import artifacts, storage, typed_json
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.report import result_files
+from rtresnet.sidecar import same_data
+
+# Fields of an accuracy that a report uses.
+ACCURACY = tuple(result_files.Accuracy.__annotations__)
 
 
 @dataclass(kw_only=True)
@@ -23,7 +27,9 @@ class Artifact:
 
     Attributes:
         name: The file's name, unique in a report.
-        accuracy: top1_percent, top5_percent, n, data; empty where it was not measured.
+        accuracies: Of each data set: top1_percent, top5_percent, n, data, split and the like.
+        accuracy: The one on the data set that most artifacts of the report have; empty where it
+            was not measured there.
         agreement: Share of images with the reference's top-1, and of how many; or None.
         chain: (file, kind, precision, sha256, state), from the artifact to its origin.
     """
@@ -34,9 +40,16 @@ class Artifact:
     model: str | None = None
     bytes: int | None = None
     untrained: bool = False
+    accuracies: list[dict[str, Any]] = field(default_factory=list)
     accuracy: dict[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
     agreement: tuple[float, int, str] | None = None
     chain: list[tuple[str, str | None, str | None, str | None, str]] = field(default_factory=list)
+
+    def add_accuracy(self, record: dict[str, Any]) -> None:
+        """Adds one, in place of what is known of the same images."""
+        others = [other for other in self.accuracies if not same_data(other, record)]
+        self.accuracies = [*others, record]
 
     @property
     def top1(self) -> float | None:
@@ -189,14 +202,10 @@ class _Collector:
         if sidecar is not None:
             known.precision, known.model = sidecar.precision, sidecar.model.architecture
             known.untrained = sidecar.weights.origin == "untrained"
-            accuracy = sidecar.measured.get("accuracy")
-            if accuracy is not None and known.chain[0][4] == "ok":
-                valid = typed_json.convert(
-                    accuracy, result_files.Accuracy, error=ArtifactError, at="measured.accuracy",
-                    where=str(artifacts.sidecar_path(known.path)),
-                    fix="measure it again with: rtresnet eval",
-                )  # fmt: skip
-                known.accuracy = {**valid}
+            known.assumed = sidecar.assumed
+            recorded = sidecar.measured.get("accuracy")
+            if recorded is not None and known.chain[0][4] == "ok":
+                known.accuracies = _recorded(known.path, recorded)
 
     def read(self, path: Path) -> None:
         data = typed_json.load(path, fix="write it again, or leave it out")
@@ -242,10 +251,8 @@ class _Collector:
     def _eval(self, result: result_files.Eval) -> None:
         for entry in result.get("members") or [result]:
             artifact = self.artifact(entry["artifact"], entry.get("precision"))
-            artifact.accuracy = {
-                name: entry.get(name)
-                for name in ("top1", "top5", "top1_percent", "top5_percent", "n", "data", "split")
-            }
+            fields: dict[str, Any] = {**entry}
+            artifact.add_accuracy({name: fields[name] for name in ACCURACY if name in fields})
             self._where("accuracy", entry)
 
     def _compare(self, result: result_files.Compare) -> None:
@@ -279,7 +286,7 @@ class _Collector:
         measured |= {id(timing.artifact) for timing in self.found.timings}
         for path in given:
             known = self.known.get(path.absolute())
-            if known is None or id(known) in measured or known.accuracy or known.agreement:
+            if known is None or id(known) in measured or known.accuracies or known.agreement:
                 continue
             if artifacts.read_sidecar(path) is None:
                 raise InputError(
@@ -296,8 +303,51 @@ class _Collector:
         for artifact in self.found.artifacts:
             if names.count(artifact.name) > 1:
                 artifact.name = str(artifact.path)
+        self._choose_accuracies()
         self.found.notes = list(dict.fromkeys(self.found.notes))
         return self.found
+
+    def _choose_accuracies(self) -> None:
+        """Compares artifacts on one data set: the one that most of them were evaluated on."""
+        sets: list[list[tuple[Artifact, dict[str, Any]]]] = []
+        for artifact in self.found.artifacts:
+            for record in artifact.accuracies:
+                group = next((g for g in sets if same_data(g[0][1], record)), None)
+                if group is None:
+                    sets.append([(artifact, record)])
+                else:
+                    group.append((artifact, record))
+        for artifact, record in max(reversed(sets), key=len, default=[]):
+            artifact.accuracy = record
+        for artifact in self.found.artifacts:
+            told = [(record["data"], note) for record in artifact.accuracies if record.get("data")
+                    for note in _label_notes(record)]  # fmt: skip
+            self.found.notes += [f"{artifact.name} on {data}: {note}." for data, note in told]
+            self.found.notes += [f"{artifact.name}: assumed {note}." for note in artifact.assumed]
+
+
+def _recorded(path: Path, recorded: Any) -> list[dict[str, Any]]:
+    """The accuracies in a sidecar's `measured`, of any version.
+
+    Raises:
+        ArtifactError: They are not valid.
+    """
+    listed = recorded if isinstance(recorded, list) else [recorded]
+    return [
+        {**typed_json.convert(
+            record, result_files.Accuracy, error=ArtifactError,
+            at="measured.accuracy" + (f"[{index}]" if listed is recorded else ""),
+            where=str(artifacts.sidecar_path(path)), fix="measure it again with: rtresnet eval",
+        )}
+        for index, record in enumerate(listed)
+    ]  # fmt: skip
+
+
+def _label_notes(record: Mapping[str, Any]) -> list[str]:
+    """What an accuracy assumes of its labels, and what else a reader must know of them."""
+    remarks = (record.get("labels") or {}).get("remarks") or []
+    assumed = record.get("assumed") or []
+    return [*remarks, *(line for line in assumed if not line.startswith("input"))]
 
 
 def _remarks(entry: Mapping[str, Any]) -> list[str]:

@@ -81,7 +81,7 @@ class Session:
         Raises:
             InputError: The file has no sidecar, or one that had to guess: nobody knows.
         """
-        if self.sidecar is None or "input" in self.sidecar.assumed:
+        if self.sidecar is None or not self.sidecar.input_known:
             raise InputError(
                 f"{self.path}: no sidecar ({artifacts.sidecar_path(self.path).name}) of an export, "
                 "so its mean and std are unknown",

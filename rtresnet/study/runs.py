@@ -160,5 +160,7 @@ def part(source: Source, images: int | None) -> Source:
     some = Subset(source, chosen, f"{source.name} ({len(chosen)} images)")
     if isinstance(source, Arrays):
         pixels = source.images[chosen]
-        return Arrays(some.name, pixels, some.labels, source.classes, splits=source.splits)
+        return Arrays(
+            some.name, pixels, some.labels, source.classes, splits=source.splits, named=source.named
+        )
     return some

@@ -103,7 +103,9 @@ class _Run:
         self.tally, self.world, self.recipe = tally, world, job.recipe
         net = zoo.build(job.spec, len(source.classes))
         if job.start is not None:
-            adopt_weights(net, job.start)
+            told = adopt_weights(net, job.start, source)
+            if told:
+                tally.warn(told)
         net = net.to(job.device)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.feed = feed.Feed(

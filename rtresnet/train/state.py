@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rtresnet import artifacts
+from rtresnet.data.sources import Source
 from rtresnet.errors import ArtifactError, InputError
+from rtresnet.labels import LabelMap, match
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.train.qat import FakeQuantized
@@ -93,23 +95,56 @@ def _drop_stale_sidecar(path: Path) -> None:
         return
 
 
-def adopt_weights(net: torch.nn.Module, start: Checkpoint) -> None:
-    """Loads a checkpoint to go on from; an FC of another class count stays new.
+def adopt_weights(net: torch.nn.Module, start: Checkpoint, source: Source) -> str | None:
+    """Loads a checkpoint to go on from.
+
+    Rows of the FC go with the names of their classes: on the same classes they are kept, in the
+    order of the new data; on others the FC stays new.
+
+    Args:
+        net: Changed.
+        start: The checkpoint.
+        source: What will be trained on.
+
+    Returns:
+        What became of the FC, where that needs saying; None where it is kept as it was.
 
     Raises:
         InputError: The checkpoint is of another architecture.
     """
     state = dict(start.state)
     own = net.state_dict()
+    mapping, told = _same_classes(start, source)
     for name in ("fc.weight", "fc.bias"):
-        if state[name].shape != own[name].shape:
+        if mapping is None or state[name].shape != own[name].shape:
             state[name] = own[name]
+        else:
+            state[name] = state[name][list(mapping.indices)]
     if any(name not in state or state[name].shape != own[name].shape for name in own):
         raise InputError(
             f"the weights are of {start.model.architecture}",
             fix=f"--model {start.model.architecture}",
         )
     net.load_state_dict(state)
+    return told
+
+
+def _same_classes(start: Checkpoint, source: Source) -> tuple[LabelMap | None, str | None]:
+    """How the data's classes match a checkpoint's, None where they are others, and what to say."""
+    try:
+        mapping = match(
+            start.model.classes, source.classes, data_named=source.named,
+            model_name="the checkpoint", data_name=source.name,
+        )  # fmt: skip
+    except InputError:
+        mapping = None
+    if mapping is None or not mapping.is_permutation:
+        return None, "the checkpoint has other classes: the last layer (fc) starts untrained"
+    if mapping.by == "position":
+        return mapping, f"the last layer (fc) is kept; {mapping.assumptions()[0]}"
+    if not mapping.in_order:
+        return mapping, "the last layer (fc) is kept, its rows in the order of the data's classes"
+    return mapping, None
 
 
 def as_kept(net: torch.nn.Module) -> dict[str, Tensor]:

@@ -89,8 +89,13 @@ def test_a_strangers_file_is_checked_on_noise_and_held_to_what_it_computes_in(
     artifacts.sidecar_path(path).unlink()
     code, result = checked(path, tmp_path, "--provider", "cpu")
     assert (code, result["precision"], result["bound"]) == (0, precision, precision)
+    assert "preset imagenet" in result["assumed"][0]  # also of noise
+    capsys.readouterr()
     assert main(["check", str(path), "--data", tints]) == 2
-    assert "leave out --data" in capsys.readouterr().err
+    assert "--preset" in capsys.readouterr().err
+    code, result = checked(path, tmp_path, "--provider", "cpu", "--data", tints, "--preset", "half")
+    assert code == 0 and "preset half" in result["assumed"][0]
+    assert "preset half" in capsys.readouterr().out
 
 
 def test_what_does_not_say_its_precision_is_held_to_the_widest_bound(

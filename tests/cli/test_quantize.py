@@ -13,6 +13,7 @@ import pytest
 from rtresnet import artifacts
 from rtresnet.cli import quantize_gate
 from rtresnet.cli.main import main
+from tests.conftest import tinted_noise
 
 pytest.importorskip("onnxruntime")
 
@@ -136,6 +137,9 @@ def test_the_gate_measures_and_records_what_is_lost(
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None and sidecar.calibration is not None
     assert sidecar.measured["drop"]["n"] == 240 and sidecar.calibration.kept == ()
+    assert main(["inspect", "resnet8-int8.onnx"]) == 0
+    shown = capsys.readouterr().out
+    assert "{" not in shown and "% of weights" in shown and "layer1.0" in shown
 
 
 def harmed(source: Path) -> None:
@@ -335,6 +339,38 @@ def test_the_gate_needs_labels_and_is_for_int8(
     assert not Path("calib").exists()
 
 
+def test_the_gate_matches_labels_by_name_and_refuses_other_classes(
+    source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dataclasses
+
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    model = dataclasses.replace(sidecar.model, classes=("red", "green", "blue", "grey"))
+    record = dataclasses.replace(sidecar, model=model)
+    data = source.read_bytes()
+    artifacts.publish(source, lambda path: path.write_bytes(data), record)
+    images, labels = tinted_noise(80)
+    other = {"order": ["grey", "red", "green", "blue"], "other": ["gray", "red", "green", "blue"]}
+    for name, classes in other.items():
+        moved = (labels + 1) % 4  # the label of the same colour in this order
+        np.savez(f"{name}.npz", images=images, labels=moved, classes=classes)
+    arguments = ["--calib", tints, "--calib-images", "32", "--max-drop", "5"]
+    assert quantize(source, *arguments, "--eval", "npz:other.npz") == 2
+    said = capsys.readouterr().err
+    assert "'gray'" in said and "'grey'" in said and "calibrating" not in said
+    assert quantize(source, *arguments, "--classes", "names.txt") == 2
+    seen: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = quantize_gate._hits
+        patch.setattr(quantize_gate, "_hits", lambda *a: seen.append(real(*a)) or seen[-1])
+        assert quantize(source, *arguments, "--eval", "npz:order.npz") == 0
+    assert seen[0].mean() > 0.9
+    written = artifacts.read_sidecar("resnet8-int8.onnx")
+    assert written is not None
+    assert written.measured["drop"]["labels"]["matched_by"] == "name"
+
+
 def test_the_rest_can_be_fp16(source: Path, tints: str) -> None:
     assert quantize(source, "--calib", tints, "--calib-images", "64", "--out", "a.onnx") == 0
     assert quantize(source, "--calib", tints, "--calib-images", "64", "--rest", "fp16",
@@ -354,11 +390,13 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     shutil.copy(source, tmp_path / "foreign.onnx")
     foreign = tmp_path / "foreign.onnx"
     assert quantize(foreign, "--calib", tints) == 2
-    assert "--size" in capsys.readouterr().err
+    assert "--preset" in capsys.readouterr().err
+    assert quantize(foreign, "--calib", tints, "--size", "32", "--mean", "0,0,0") == 2
     for precision in ("--int8", "--fp16"):
         assert quantize(foreign, precision, "--size", "48") == 2
         assert "takes 32x32 pixels, not 48" in capsys.readouterr().err
-    assert quantize(foreign, "--size", "32", "--mean", "123,116,103") == 2
+    stated = ["--mean", "123,116,103", "--std", "1,1,1"]
+    assert quantize(foreign, "--size", "32", *stated) == 2
     assert "in units of [0, 1]" in capsys.readouterr().err
     assert quantize(source, "--fp16", "--int8") == 2
     assert "two files" in capsys.readouterr().err
@@ -368,12 +406,13 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
         assert quantize("half.onnx", precision, "--calib" if precision == "--int8" else "--size",
                         tints if precision == "--int8" else "32") == 2  # fmt: skip
         assert "is fp16 already" in capsys.readouterr().err
-    assert quantize(foreign, "--calib", tints, "--size", "32") == 0
-    capsys.readouterr()
+    assert quantize(foreign, "--calib", tints, "--preset", "imagenet") == 0
+    assert "Assumed: input: mean" in capsys.readouterr().out
     assert quantize("resnet8.onnx", "--calib", tints, "--mean", "0,0,0") == 2  # it has a sidecar
     assert "say something else" in capsys.readouterr().err
     sidecar = artifacts.read_sidecar("foreign-int8.onnx")
     assert sidecar is not None and sidecar.input.size == 32
+    assert sidecar.assumed == sidecar.input.assumptions() and len(sidecar.assumed) == 1
     assert len(sidecar.model.classes) == 4 and sidecar.weights.origin == "file"
     assert main(["inspect", "foreign-int8.onnx"]) == 0
 
@@ -466,7 +505,7 @@ def test_a_side_that_was_open_is_the_one_that_was_said(
     free = reshaped(source, tmp_path / "free.onnx", "n", "side")
     assert main(["build", str(free), "--out", "free.plan"]) == 2
     assert "all but the batch fixed" in capsys.readouterr().err.splitlines()[-1]
-    assert quantize(free, "--calib", tints, "--size", "32") == 0
+    assert quantize(free, "--calib", tints, "--size", "32", "--preset", "half") == 0
     assert main(["build", "free-int8.onnx"]) == 0
     assert main(["bench", "free-int8.onnx", "--queries", "5"]) == 0
 

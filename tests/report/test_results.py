@@ -12,6 +12,7 @@ import pytest
 
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.report import results
+from rtresnet.report.result_tables import sections
 from rtresnet.report.results import pareto
 from tests.report.conftest import searched
 
@@ -42,6 +43,32 @@ def test_artifacts_bring_their_chain_and_their_accuracy(engines: Path) -> None:
     assert all(len(link[3] or "") == 64 and link[4] == "ok" for link in int8.chain)
     sidecar = results.gather([engines / "resnet8-int8.onnx.json"])
     assert [a.name for a in sidecar.artifacts] == ["resnet8-int8.onnx"]
+
+
+def test_artifacts_are_compared_on_the_data_set_that_most_have(measured: list[Path]) -> None:
+    """Not on whichever was evaluated last: accuracies of two data sets say nothing together."""
+    int8 = json.loads(measured[3].read_text())["result"]
+    other = int8["members"][0] | {"data": "digits", "top1_percent": 12.5}
+    path = measured[3].with_name("other.json")
+    record = json.loads(measured[3].read_text()) | {"result": other | {"members": [other]}}
+    path.write_text(json.dumps(record))
+    found = results.gather([*measured, path])
+    assert [a.top1 for a in found.artifacts] == [91.5, 91.25, 90.0, 80.0]
+    assert [r["top1_percent"] for r in found.artifacts[2].accuracies] == [90.0, 12.5]
+    section = sections(found)["accuracy"]
+    assert [row[4] for row in section.rows] == [91.5, 91.25, 90.0, 12.5, 80.0]
+    assert "accuracy" not in sections(results.gather(measured))
+
+
+def test_what_an_accuracy_assumes_is_in_the_report(measured: list[Path]) -> None:
+    record = json.loads(measured[3].read_text())
+    record["result"]["members"][0] |= {
+        "assumed": ["class names matched by position: x"],
+        "labels": {"remarks": ["the data has 2 of the model's 4 classes"]},
+    }
+    measured[3].write_text(json.dumps(record))
+    notes = " ".join(results.gather(measured).notes)
+    assert "by position" in notes and "2 of the model's 4 classes" in notes
 
 
 def test_a_quickstarts_file_holds_all_of_it(measured: list[Path], write: Write) -> None:
