@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import shlex
 import sys
@@ -24,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rtresnet import machine, storage
+from rtresnet import machine, storage, typed_json
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.records import from_json, to_json
 from rtresnet.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
@@ -206,22 +205,20 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     """
     place = sidecar_path(path)
     try:
-        data = json.loads(place.read_text(encoding="utf-8"))
+        data = typed_json.load(place, fix=f"make {path} again", error=ArtifactError)
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{place}: not valid JSON ({error})", fix=f"make {path} anew") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
         raise ArtifactError(
             f"{place}: sidecar schema {found}, this rtresnet reads {SCHEMA}",
-            fix=f"make {path} anew: {_command(data)}",
+            fix=f"make {path} again: {_command(data)}",
         )
     try:
         return from_json(Sidecar, data)
     except (KeyError, TypeError, InputError) as error:
         raise ArtifactError(
-            f"{place}: broken sidecar ({error})", fix=f"make {path} anew: {_command(data)}"
+            f"{place}: broken sidecar ({error})", fix=f"make {path} again: {_command(data)}"
         ) from None
 
 

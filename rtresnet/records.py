@@ -60,8 +60,11 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise TypeError(f"{name} is not a list")
         return tuple(_coerce(arguments[0], item, name) for item in value)
+    if origin is dict and arguments[1] is not Any and isinstance(value, dict):
+        return {key: _coerce(arguments[1], entry, name) for key, entry in value.items()}
     expected = origin or hint
     accepted = (int, float) if expected is float else expected
-    if expected is not Any and not isinstance(value, accepted):
+    boolean = isinstance(value, bool) and expected is not bool  # to Python an int
+    if expected is not Any and (boolean or not isinstance(value, accepted)):
         raise TypeError(f"{name} is {value!r}, expected {expected.__name__}")
     return value

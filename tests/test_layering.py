@@ -27,6 +27,7 @@ BASE = {
     "trt_loading",
     "records",
     "typed_json",
+    "onnx_file",
     "terminal",
     "norms",
     "branches",
@@ -69,6 +70,7 @@ DOORS = {
 # The one file of a room that may import packages that the room may not.
 SEAMS = {
     "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino"},
+    "onnx_file.py": {"onnx"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},
     "runtime/gpu_check.py": {"cuda"},  # to tell the binding's defects from those of cuda.py

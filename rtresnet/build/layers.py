@@ -7,7 +7,6 @@ in the plan's sidecar. `rtresnet inspect X.plan --layers` shows them.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtresnet import storage
+from rtresnet import storage, typed_json
 from rtresnet.build.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, STEM, WEIGHTS, Node
 from rtresnet.errors import ArtifactError, InputError
 from rtresnet.records import from_json
@@ -275,10 +274,14 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
     storage.require_file(place, fix=anew)
     if storage.sha256(place) != link.sha256:
         raise ArtifactError(f"{place}: not the file that belongs to {plan}", fix=anew)
-    data = json.loads(place.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise ArtifactError(f"{place}: schema {data.get('schema')}, not {SCHEMA}", fix=anew)
+    data = typed_json.load(place, fix=anew, error=ArtifactError)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise ArtifactError(f"{place}: schema {schema}, not {SCHEMA}", fix=anew)
     try:
-        return from_json(Layers, data)
+        layers = from_json(Layers, data)
+        if not layers.batches or any(layer.profile < 0 for layer in layers.layers):
+            raise TypeError("no batches, or a profile below 0")
     except TypeError as error:
         raise ArtifactError(f"{place}: broken ({error})", fix=anew) from None
+    return layers

@@ -188,7 +188,7 @@ def describe_attested(plan: dict[str, Any]) -> str:
         where = [f"{n} in {stage}" for stage, t in attested["stages"].items() if (n := t.get(rare))]
         parts[0] += f" ({rare}: {', '.join(where)})"
     if attested["adds"]:
-        unfused = len(attested["unfused_adds"])
+        unfused = len(attested["unfused_adds"] or ())
         adds = attested["adds"]
         parts.append(f"{unfused} of {adds} adds not fused" if unfused else f"{adds} adds fused")
     for key, word in (("requantizes", "requantize"), ("reformats", "reformat")):

@@ -158,9 +158,9 @@ def _precision(path: str) -> str:
 
     if artifacts.kind_of(path) != "onnx" or not machine.installed("onnx"):
         return "unknown"
-    import onnx
+    from rtresnet import onnx_file
 
-    return opening.arithmetic(onnx.load(path, load_external_data=False))
+    return opening.arithmetic(onnx_file.load(path))
 
 
 def _open_checkpoint(path: str, **options: Any) -> Subject:

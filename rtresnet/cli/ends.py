@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import ArtifactError, InputError, missing_package
+from rtresnet.errors import InputError, missing_package
 
 if TYPE_CHECKING:
     from rtresnet.sidecar import Sidecar
@@ -68,7 +68,7 @@ def write_with(source: Path, takes: str, topk: int | None) -> tuple[Path, Sideca
         ArtifactError: Not an ONNX file of a plain net.
         GateMissed: The answers differ.
     """
-    from rtresnet import artifacts, machine, storage
+    from rtresnet import artifacts, machine, onnx_file, storage
     from rtresnet.preprocess import UINT8
 
     sidecar = artifacts.verify(storage.require_file(source, fix="make one with: rtresnet export"))
@@ -80,15 +80,10 @@ def write_with(source: Path, takes: str, topk: int | None) -> tuple[Path, Sideca
         )
     if not machine.installed("onnx"):
         raise missing_package("onnx", "--input and --topk")
-    import onnx
 
     from rtresnet.export import ends
 
-    try:
-        model = onnx.load(source)
-    except Exception as error:  # protobuf's DecodeError is not one type across versions
-        raise ArtifactError(f"{source}: not an ONNX file", fix="export it anew") from error
-    changed = ends.rewrite(model, sidecar.input, pixels=pixels, topk=topk)
+    changed = ends.rewrite(onnx_file.load(source), sidecar.input, pixels=pixels, topk=topk)
     data = changed.SerializeToString()
     measured = _checked(source, data, sidecar, pixels, topk)
     layout = UINT8 if pixels else sidecar.input.layout

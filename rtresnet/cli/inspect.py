@@ -187,14 +187,9 @@ def _foreign_checkpoint(path: Path) -> dict[str, Any]:
 def _operations(path: Path) -> dict[str, int]:
     from collections import Counter
 
-    import onnx
+    from rtresnet import onnx_file
 
-    try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
-    except Exception as error:  # protobuf's and the checker's errors share no base
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ArtifactError(f"{path}: not an ONNX file, or truncated ({reason})") from error
+    model = onnx_file.load(path, checked=True)
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import ArtifactError, GateMissed, InputError
+from rtresnet.errors import GateMissed, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,10 +81,11 @@ def _run(path: Path, out: Path | None) -> dict[str, Any]:
     Returns:
         For the JSON; "worse" counts what is worse than a note, as in "3 errors, 1 warning".
     """
-    from rtresnet import artifacts
+    from rtresnet import artifacts, onnx_file
     from rtresnet.quantize.lint import lint
 
-    sidecar, model = artifacts.verify(path), _read(path)
+    sidecar = artifacts.verify(path)
+    model = onnx_file.load(path, fix=None)  # not checked: why it is refused is for the rules to say
     findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
     for line in _listed(findings):
         common.say(line)
@@ -114,20 +115,6 @@ def _meant(findings: list[Finding], sidecar: Sidecar | None) -> list[Finding]:
         else entry
         for entry in findings
     ]
-
-
-def _read(path: Path) -> Any:
-    """Any ONNX model, also one that the checker refuses: why it does is for the rules to say."""
-    import onnx
-
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's errors and those of external data share no base
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ArtifactError(f"{path}: not an ONNX file, or truncated ({reason})") from error
-    if not model.graph.node or not model.opset_import:
-        raise ArtifactError(f"{path}: not an ONNX file, or truncated (it holds no graph)")
-    return model
 
 
 def _repair(

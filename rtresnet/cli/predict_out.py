@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from rtresnet import typed_json
 from rtresnet.cli.predict_rows import Row
 from rtresnet.errors import EnvironmentLack, InputError
 
@@ -82,7 +83,9 @@ class Journal:
                 fix=f"go on with --resume, or remove {self.path}",
             )
         # Not truncated by opening it: another process may be writing.
-        self._file: TextIO = open(self.path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._file: TextIO = open(  # noqa: SIM115
+            self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="\n"
+        )
         try:
             self._lock()
             if there:
@@ -120,13 +123,25 @@ class Journal:
             )
         end, broken = self._file.tell(), 0
         read = 0
-        while (row := _parsed(self._file.readline())) is not None:
+        while (row := self._row(self._file.readline())) is not None:
             read += 1
             broken += row["error"] is not None
             if read % batch == 0 or read == self.head["images"]:
                 self.done, self.broken, end = read, broken, self._file.tell()
         self._file.seek(end)
         self._file.truncate()
+
+    def _row(self, line: str) -> dict[str, Any] | None:
+        """A line with the columns of the table; None as in `_parsed`."""
+        row = _parsed(line)
+        if row is None or list(row) != columns(self.head["top"]):
+            return None
+        kinds = (float if name.startswith("probability") else str for name in row)
+        valid = all(
+            value is None or isinstance(value, kind)
+            for value, kind in zip(row.values(), kinds, strict=True)
+        )
+        return row if valid and row["image"] is not None else None
 
     def add(self, rows: Sequence[Row]) -> None:
         """Appends a batch."""
@@ -200,14 +215,15 @@ def _flat(row: Row, top: int) -> dict[str, Any]:
 
 def _parsed(line: str) -> dict[str, Any] | None:
     """A whole line; None at the end, and for what a killed process or a lost disk left."""
-    with contextlib.suppress(json.JSONDecodeError):
-        found = json.loads(line) if line.endswith("\n") else None
+    with contextlib.suppress(InputError):
+        written = line.encode("utf-8", "surrogateescape")
+        found = typed_json.parse(written, where="") if line.endswith("\n") else None
         return found if isinstance(found, dict) else None
     return None
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=repr)
     return text if len(text) <= 40 else text[:12] + "..."
 
 

@@ -165,7 +165,7 @@ def quantize_file(
     contract: Contract = (None, None, None),
 ) -> Sidecar:
     """Quantizes one file; returns the new file's sidecar."""
-    from rtresnet import artifacts, machine, storage
+    from rtresnet import artifacts, machine, onnx_file, storage
     from rtresnet.cli.quantize_int8 import int8, scales_path
     from rtresnet.errors import missing_package
 
@@ -179,16 +179,7 @@ def quantize_file(
     sidecar = artifacts.verify(artifacts.require_onnx(source, "quantize"))
     if not machine.installed("onnx"):
         raise missing_package("onnx", "quantizing")
-    import onnx
-
-    try:
-        model = onnx.load(source)
-        onnx.checker.check_model(model)
-    except Exception as error:  # protobuf's and the checker's errors share no base
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ArtifactError(
-            f"{source}: not an ONNX file, or truncated ({reason})", fix="rtresnet export"
-        ) from error
+    model = onnx_file.load(source, checked=True)
     _require_plain(source, model, sidecar)
     _settle_shape(source, model, contract[0])
     if sidecar is None:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
+from typing_extensions import TypedDict  # in typing from Python 3.11
 
+from rtresnet import typed_json
 from rtresnet.data.decode import CorruptImage, Ends, decode
 from rtresnet.errors import DataError
 
@@ -31,6 +33,20 @@ INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
 FORMAT, VERSION = "rtresnet shards", 1
 ANEW = "pack it anew: rtresnet pack FOLDER --out DIR --force"
 COLUMNS = ("shard", "offset", "length", "label")  # int64, an entry an image
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+class _Shard(TypedDict):
+    file: Annotated[str, Meta(pattern=r"^[a-z]+-\d+\.tar$")]
+    bytes: Count
+
+
+class _Index(TypedDict):
+    splits: dict[str, Count]
+    classes: list[str]
+    shards: list[_Shard]
+    table_sha256: str
 
 
 class Shards:
@@ -145,10 +161,10 @@ def files_fingerprint(names: Iterable[bytes], sizes: Iterable[int], labels: Iter
     return digest.hexdigest()
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> _Index:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = typed_json.load(path, fix=ANEW, error=DataError)
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise DataError(
@@ -158,8 +174,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder}: no {INDEX}, so these are no shards",
             fix="rtresnet pack FOLDER --out DIR makes them",
         ) from None
-    except ValueError as error:  # not JSON, not UTF-8
-        raise DataError(f"{path}: damaged ({error})", fix=ANEW) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path}: not an index of shards", fix=ANEW)
     if index.get("version") != VERSION:
@@ -167,33 +181,19 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
             fix=ANEW,
         )
-    splits = index.get("splits")
-    whole = (
-        isinstance(splits, dict)
-        and tuple(splits) in (("all",), ("train", "test"))
-        and all(isinstance(count, int) and count >= 0 for count in splits.values())
-        and isinstance(index.get("classes"), list)
-        and all(isinstance(name, str) for name in index["classes"])
-        and isinstance(index.get("shards"), list)
-        and all(
-            isinstance(shard, dict)
-            and isinstance(shard.get("file"), str)
-            and isinstance(shard.get("bytes"), int)
-            for shard in index["shards"]
-        )
-    )
-    if not whole:
-        raise DataError(f"{path}: entries are missing or damaged", fix=ANEW)
-    return index
+    valid = typed_json.convert(index, _Index, where=str(path), fix=ANEW, error=DataError)
+    if tuple(valid["splits"]) not in (("all",), ("train", "test")):
+        raise DataError(f"{path}: splits are {', '.join(valid['splits'])}", fix=ANEW)
+    return valid
 
 
-def _read_table(path: Path, index: dict[str, Any]) -> dict[str, np.ndarray]:
+def _read_table(path: Path, index: _Index) -> dict[str, np.ndarray]:
     """The columns, which fit the index: the sha256 vouches for all but what the index says."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", fix=ANEW) from None
-    if hashlib.sha256(content).hexdigest() != index.get("table_sha256"):
+    if hashlib.sha256(content).hexdigest() != index["table_sha256"]:
         raise DataError(f"{path}: not the table that {INDEX} describes", fix=ANEW)
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         table = {column: file[column] for column in file.files}

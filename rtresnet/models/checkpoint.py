@@ -242,6 +242,8 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
         raise ArtifactError(
             f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
         )
+    if not state["fc.weight"].ndim:
+        raise ArtifactError(f"{path}: fc.weight is a single number")
     classes = state["fc.weight"].shape[0]
     _check(path, state, spec, classes)
     contract = input or Preprocess.for_size(spec.size)
@@ -259,6 +261,14 @@ def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int
     if problems:
         _refuse(path, state, spec, classes)
     for name, tensor in state.items():
+        plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
+        counter = name.endswith("num_batches_tracked")
+        if not plain or tensor.is_complex() or not (counter or tensor.is_floating_point()):
+            raise ArtifactError(
+                f"{path}: {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), expected "
+                "dense numbers in floating point",
+                fix="save the net in FP32: torch.save(model.float().cpu().state_dict(), FILE)",
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ArtifactError(f"{path}: {name} holds values that are not finite")
 

@@ -11,10 +11,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rtresnet import branches, storage
-from rtresnet.errors import ArtifactError, InputError
+from msgspec import Meta
+from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
+
+from rtresnet import branches, storage, typed_json
+from rtresnet.errors import ArtifactError
 from rtresnet.quantize.calibrate import Calibrated
 from rtresnet.quantize.equalize import Outlier
 
@@ -27,6 +30,19 @@ ABOUT = {
     "preprocessing": "preprocessing",
     "calibrator": "calibrator",
 }
+
+FIX = "calibrate again"
+
+
+class _File(TypedDict):
+    """What is relied on; `ABOUT` is only compared."""
+
+    method: str
+    biases_corrected: bool
+    brought_down: list[str]
+    scales: dict[str, Annotated[float, Meta(ge=1e-38, le=1e38)]]  # in float32
+    branches: NotRequired[dict[str, tuple[float, float]]]
+    outliers: NotRequired[dict[str, list[float]]]
 
 
 def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
@@ -61,29 +77,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ArtifactError: It is not one.
     """
-    try:
-        record = json.loads(storage.require_file(path).read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise ArtifactError(
-                f"{path}: scales of schema {record['schema']}, this rtresnet reads {SCHEMA}",
-                fix="calibrate again",
-            )
-        whole = {*ABOUT, "method", "biases_corrected", "brought_down", "scales"} <= record.keys()
-        numbers = all(isinstance(value, float) for value in record["scales"].values())
-        record["branches"] = branches.checked(record.get("branches", {}))
-        record["outliers"] = [
-            Outlier(tensor=name, channels=tuple(map(int, channels)), times=float(times))
-            for name, (times, *channels) in record.get("outliers", {}).items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+    record = typed_json.load(storage.require_file(path), fix=FIX, error=ArtifactError)
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
         raise ArtifactError(
-            f"{path}: not a file of scales ({error})", fix="calibrate again"
-        ) from None
-    if not whole or not numbers:
-        raise ArtifactError(f"{path}: not a file of scales", fix="calibrate again")
-    return dict(record)
+            f"{path}: scales of schema {schema}, this rtresnet reads {SCHEMA}", fix=FIX
+        )
+    valid = typed_json.convert(record, _File, where=str(path), fix=FIX, error=ArtifactError)
+    try:
+        found = branches.checked(valid.get("branches", {}))
+        outliers = [
+            Outlier(tensor=name, channels=tuple(map(int, channels)), times=times)
+            for name, (times, *channels) in valid.get("outliers", {}).items()
+        ]
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not a file of scales ({error})", fix=FIX) from None
+    return {**record, **valid, "branches": found, "outliers": outliers}
 
 
 def differences(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:

@@ -93,7 +93,7 @@ def session(
         watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         model = watched
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; the log prints names unescaped
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if quantized:  # else Q/DQ pairs would become integer kernels, which round the bias too
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

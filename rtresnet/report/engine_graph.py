@@ -172,7 +172,8 @@ def _legend(layers: Sequence[Mapping[str, Any]], adds: set[str]) -> str:
         entries.append(
             ("an Add that did not fuse", 'height="12" fill="none" class="unfused"', NARROW)
         )
-    if any(_width(x) == WIDE and x["outputs"][0]["dtype"] != precision(x) for x in layers):
+    wide = (x for x in layers if _width(x) == WIDE and x["outputs"])
+    if any(x["outputs"][0]["dtype"] != precision(x) for x in wide):
         entries.append(("stripe: the type it writes", f'fill="{OTHER}" height="5"', WIDE // 2))
     x, parts = float(MARGIN), []
     for words, look, width in entries:

@@ -42,12 +42,16 @@ def numeric(cells: Iterable[object]) -> bool:
 def show(
     console: Console, headings: Sequence[str], rows: Sequence[Row], *, title: str | None = None
 ) -> None:
-    """Prints a table; columns of numbers are set right."""
+    """Prints a table; columns of numbers are set right, and only text is broken into lines."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
         right = numeric(row[index] for row in rows)
         table.add_column(
-            heading, justify="right" if right else "left", overflow="fold", min_width=len(heading)
+            heading,
+            justify="right" if right else "left",
+            overflow="fold",
+            min_width=None if right else len(heading),
+            no_wrap=right,
         )
     for row in rows:
         table.add_row(*(Text(escape_cell(text(value))) for value in row))

@@ -42,8 +42,8 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import branches
-from rtresnet.errors import ArtifactError, missing_package
+from rtresnet import branches, onnx_file
+from rtresnet.errors import ArtifactError
 
 # Zero points of rule 1, by the name of their constant: of tensors that can be negative, and of
 # those that a Clip keeps in [0, 127].
@@ -95,7 +95,7 @@ def rewrite_for_cpu(
         ArtifactError: Not an ONNX file, or its record of residual branches is damaged.
         EnvironmentLack: The package onnx is not installed.
     """
-    model = _load(path)
+    model = onnx_file.load(path)
     changed = to_unsigned(model)
     float_layers = dequantize_saturating(model) if saturates else ()
     if not changed and not float_layers:
@@ -110,19 +110,6 @@ def rewrite_for_cpu(
         quantize_early(model)
     serialized = bytes(model.SerializeToString())
     return CpuModel(model=serialized, quantized=True, float_layers=float_layers)
-
-
-def _load(path: str | os.PathLike[str]) -> Any:
-    try:
-        import onnx
-    except ImportError:
-        raise missing_package("onnx", "the CPU provider on an INT8 file") from None
-    try:
-        return onnx.load(os.fspath(path))
-    except Exception as error:  # protobuf's DecodeError is not one type across versions
-        raise ArtifactError(
-            f"{path}: not an ONNX file, or truncated", fix="export it again: rtresnet export"
-        ) from error
 
 
 def to_unsigned(model: Any) -> int:

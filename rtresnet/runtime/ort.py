@@ -145,7 +145,7 @@ class OrtBackend:
         self.int8_note: str | None = None
         self.threads: int | None = None if about.gpu else threads or machine.cores()
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; the log prints names unescaped
         options.intra_op_num_threads = self.threads or 0
         options.add_session_config_entry(*NO_SPINNING)
         if profile is not None:

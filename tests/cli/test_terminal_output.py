@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ from PIL import Image
 from rtresnet import terminal
 from rtresnet.cli import common
 from rtresnet.cli.main import main
+from rtresnet.report import tables
 
 Captured = pytest.CaptureFixture[str]
 NAME = "\x1b]0;owned\x07\x9b31m[bold]:smile:\u202egnp\r$"
@@ -175,3 +178,44 @@ def test_predict_excel_safe_marks_formulas_in_csv(
 def test_predict_excel_safe_needs_csv(out: list[str], capsys: Captured) -> None:
     assert main(["predict", "a.png", "--with", "a.onnx", "--excel-safe", *out]) == 2
     assert "--excel-safe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--queries", "3"],
+        ["bench", "--queries", "20", "--scenario", "server", "--qps", "50"],
+        ["bench", "--find-batch", "--p99", "1000ms", "--max-batch", "2", "--seconds", "0.05"],
+        ["profile", "--seconds", "0.1"], ["check"], ["estimate"], ["models"], ["doctor"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_commands_in_80_columns_print_whole_tables(
+    arguments: list[str], engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown: list[object] = []
+    show = tables.show
+
+    def watched(console: Any, headings: Any, rows: Any, **options: Any) -> None:
+        rows = list(rows)
+        numbers = [column for column in zip(*rows, strict=True) if tables.numeric(column)]
+        shown.extend([*headings, *(tables.text(cell) for column in numbers for cell in column)])
+        show(console, headings, rows, **options)
+
+    monkeypatch.setattr(tables, "show", watched)
+    files: list[str] = []
+    if arguments[0] not in ("models", "doctor"):
+        names = "ab" if arguments[0] == "bench" else "a"
+        files = [f"resnet152-{'fine-tuned-' * 3}{name}.onnx" for name in names]
+    for file in files:
+        for suffix in ("", ".json"):
+            shutil.copy(engines / f"resnet8.onnx{suffix}", f"{file}{suffix}")
+    assert main([arguments[0], *files, *arguments[1:]]) in (0, 1)
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.startswith(" ")]
+    assert table and max(map(len, table)) <= 80
+    words = Counter(out.split())
+    assert all(words[word] for cell in shown for word in str(cell).split())

@@ -34,3 +34,12 @@ def test_numbers_are_set_right_and_nothing_is_read_as_markup() -> None:
 def test_means_with_their_deviations_are_numbers() -> None:
     assert tables.numeric(["12.34 ± 0.56", "7.00", None])
     assert not tables.numeric(["12.34 ± 0.56", "diverged"])
+
+
+def test_show_many_columns_breaks_names_and_no_number() -> None:
+    headings = ("file", "median", "p90", "p95", "p99", "img/s")
+    row = ("resnet152-" * 6, *(f"{n}1,234,567.8" for n in range(1, 6)))
+    out = io.StringIO()
+    tables.show(Console(file=out, width=80), headings, [row])
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert set(row[1:]) <= set(out.getvalue().split())
