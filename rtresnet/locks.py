@@ -72,11 +72,13 @@ def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
         The file.
 
     Raises:
-        InputError: The folder cannot be created or written into.
+        InputError: The file cannot be written there.
         LockedError: Another process writes the file, or into its folder.
     """
     path = Path(path)
-    file = path.resolve()  # a link's file is what is replaced; see `storage.atomic_path`
+    storage.require_place(path)
+    # A link's file is what is replaced; see `storage.atomic_path`.
+    file = path.resolve() if path.is_symlink() else path
     with _hold(file.with_name(f".{file.name}.lock"), path, warn):
         # Each takes its own lock before it looks at the other's, so that never both go on.
         _refuse_if_held(file.with_name(FOLDER_LOCK), path.parent)
