@@ -19,6 +19,8 @@ import difflib
 import itertools
 from collections.abc import Iterable
 
+FEW = 8  # names: so many are listed even where one of them is probably meant
+
 
 class RtresnetError(Exception):
     """Base of every error raised on purpose.
@@ -64,7 +66,9 @@ class UnknownName(InputError):
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
         near = nearest(name, known)
-        fix = f"did you mean {near!r}?" if near else "known: " + ", ".join(known)
+        guess = [f"did you mean {near!r}?"] if near else []
+        listed = ["known: " + ", ".join(known)] if not near or len(known) <= FEW else []
+        fix = " ".join(guess + listed)
         super().__init__(f"unknown {what} {name!r}", fix=fix)
 
 

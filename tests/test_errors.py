@@ -74,7 +74,12 @@ def test_an_unknown_name_comes_with_the_nearest_one(given: str, nearest: str) ->
     assert f"unknown model {given!r}" in str(error)
     assert error.fix is not None
     assert nearest in error.fix
-    assert "known:" not in error.fix
+    assert "known: resnet18, resnet34, resnet50" in error.fix
+
+
+def test_unknown_name_of_a_long_table_comes_with_the_nearest_only() -> None:
+    error = UnknownName("model", "resnet5", [f"resnet{depth}" for depth in range(10, 60)])
+    assert error.fix is not None and "did you mean" in error.fix and "known:" not in error.fix
 
 
 def test_a_name_like_none_of_them_comes_with_all_of_them() -> None:

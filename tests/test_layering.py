@@ -19,6 +19,7 @@ BASE = {
     "artifacts",
     "sidecar",
     "storage",
+    "locks",
     "isolated",
     "preprocess",
     "metrics",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.cli.ends import asked, ends_options, write_with
+from rtresnet.cli.ends import asked, ends_options, path_with, write_with
 
 
 def plan_name(source: Path, precision: str) -> str:
@@ -82,31 +83,38 @@ def command(
     Precision is what the file says: FP16 and INT8 come from `export` or `quantize`. With --input
     or --topk, MODEL-u8-top5.onnx and the like is written first, and the plan built from that.
     """
-    from rtresnet import artifacts
+    from rtresnet import artifacts, locks
     from rtresnet.build import targets
 
     artifacts.require_onnx(source, "build")
-    if asked(takes, topk):
-        check(source, target=targets.parse(target, builder), builder=builder)
-        source, _ = write_with(source, takes, topk)
-        common.note(f"{source}: written, to build from")
-    options: dict[str, Any] = {
-        "batch": batch,
-        "builder": builder,
-        "tf32": not no_tf32,
-        "timing_cache": timing_cache,
-    }
-    if per_target:
-        chosen = targets.parse(target, builder) or targets.DEFAULT
+    with contextlib.ExitStack() as held:
+
+        def hold(path: Path) -> Path:
+            return held.enter_context(locks.hold_file(path, warn=common.note))
+
+        if asked(takes, topk):
+            check(source, target=targets.parse(target, builder), builder=builder)
+            hold(path_with(source, takes, topk))
+            source, _ = write_with(source, takes, topk)
+            common.note(f"{source}: written, to build from")
+        options: dict[str, Any] = {
+            "batch": batch,
+            "builder": builder,
+            "tf32": not no_tf32,
+            "timing_cache": timing_cache,
+        }
         place = out or _beside(source)
-        # What one of them refuses is refused before another is built.
-        check(source, target=chosen, builder=builder)
-        results = [
-            build_file(source, place.with_stem(f"{place.stem}-{one}"), target=(one,), **options)
-            for one in chosen
-        ]
-    else:
-        results = [build_file(source, out, target=target, **options)]
+        if per_target:
+            chosen = targets.parse(target, builder) or targets.DEFAULT
+            # What one of them refuses is refused before another is built.
+            check(source, target=chosen, builder=builder)
+            plans = [hold(place.with_stem(f"{place.stem}-{one}")) for one in chosen]
+            results = [
+                build_file(source, plan, target=(one,), **options)
+                for plan, one in zip(plans, chosen, strict=True)
+            ]
+        else:
+            results = [build_file(source, hold(place), target=target, **options)]
     for result in results:
         common.out_console().print(describe(result), soft_wrap=True)
     common.write_json(json_file, "build", {"plans": results} if per_target else results[0])

@@ -66,7 +66,19 @@ def _parity_note(entry: dict[str, Any]) -> str:
     return f", parity with torch {parity['relative']:.1e} relative on {parity['n']} images"
 
 
-def run(
+def run(*, out: Path, **options: Any) -> dict[str, Any]:
+    """Exports while no other process can write into `out`; returns what `--json` writes.
+
+    Raises:
+        LockedError: Another process writes there.
+    """
+    from rtresnet import locks
+
+    with locks.hold_folder(out, warn=common.note):
+        return _write_all(out=out, **options)
+
+
+def _write_all(
     *,
     model: str | None,
     weights: str | None,
@@ -89,9 +101,8 @@ def run(
     takes: str = "float32-nchw",
     topk: int | None = None,
 ) -> dict[str, Any]:
-    """The verb's body; returns what `--json` writes."""
     common.require_torch("export")
-    from rtresnet import learned, storage
+    from rtresnet import learned
     from rtresnet.build import profiles, targets
     from rtresnet.sidecar import restated
 
@@ -102,7 +113,6 @@ def run(
         from rtresnet.data.sources import open_images
 
         open_images(calib)
-    storage.make_folder(out)
     checkpoint, origin = resolve(model, weights, size)
     if int8:
         learned.refuse_calibration(origin, checkpoint.learned, calib, calibrator)

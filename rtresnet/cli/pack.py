@@ -56,6 +56,7 @@ def run(
             shard_bytes=limit,
             force=force,
             progress=lambda done, total: update(completed=done / total),
+            warn=common.note,
         )
     return {
         "out": str(out),

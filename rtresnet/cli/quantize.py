@@ -110,6 +110,7 @@ def command(
     loss is not within --max-drop, the most harmful blocks stay in float; exit code 1 where that
     does not help. The verdict says whether the images are enough to show that the bound holds.
     """
+    from rtresnet import locks
     from rtresnet.cli.quantize_gate import AccuracyGateMissed, Gate
 
     if int8 and fp16:
@@ -128,16 +129,17 @@ def command(
     for name in ("calib", "calibrator", "calib_images", "rest"):
         if precision == "fp16" and name in given:
             raise InputError(f"--{name.replace('_', '-')} is for INT8", fix="leave --fp16 out")
+    path = out or default_out(source, precision)
     try:
-        written = quantize_file(
-            source, precision, out, calib=calib, calibrator=calibrator, images=calib_images,
-            gate=gate, rest=rest, contract=(size, mean, std),
-        )  # fmt: skip
+        with locks.hold_file(path, warn=common.note):
+            written = quantize_file(
+                source, precision, path, calib=calib, calibrator=calibrator, images=calib_images,
+                gate=gate, rest=rest, contract=(size, mean, std),
+            )  # fmt: skip
     except AccuracyGateMissed as missed:
         common.write_json(json_file, "quantize", {"file": None, "measured": missed.measured})
         raise
-    path = (out or default_out(source, precision)).as_posix()
-    line = f"{path}: {precision}, {written.bytes / 1e6:.1f} MB"
+    line = f"{path.as_posix()}: {precision}, {written.bytes / 1e6:.1f} MB"
     if written.calibration:
         c = written.calibration
         images = f"{c.n} images of {c.images}" if c.n else "what batch norm knew, no images"

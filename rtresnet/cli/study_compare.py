@@ -159,7 +159,21 @@ def _study(
     panels: Callable[[Sequence[Net]], list[Panel]],
 ) -> dict[str, Any]:
     """Makes the runs and all that is drawn from them; returns what `--json` writes."""
-    from rtresnet import artifacts, storage
+    from rtresnet import locks
+
+    with locks.hold_folder(terms.out, warn=common.note):
+        return _locked_study(name, nets, terms, title, data, panels)
+
+
+def _locked_study(
+    name: str,
+    nets: Mapping[str, Spec],
+    terms: Terms,
+    title: str,
+    data: str,
+    panels: Callable[[Sequence[Net]], list[Panel]],
+) -> dict[str, Any]:
+    from rtresnet import artifacts
     from rtresnet.report import page, study_page, tables
     from rtresnet.study import compare, runs
     from rtresnet.train.recipes import describe
@@ -168,7 +182,6 @@ def _study(
     planned = compare.plan(nets, terms)
     for run in planned:
         runs.found(run)  # a run that is not this study's is refused before any is made
-    storage.make_folder(terms.out)
     summary = compare.summarize(_make(planned))
     length = compare.length(planned[0])
     seeds = "1 seed" if terms.seeds == 1 else f"mean ± std of {terms.seeds} seeds"

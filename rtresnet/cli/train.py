@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rtresnet.data.sources import Source
     from rtresnet.train.distributed import World
     from rtresnet.train.job import Job
+
+T = TypeVar("T")
 
 NOT_MIRRORED = ("digits",)  # a mirrored digit is another digit, or none
 
@@ -67,6 +69,8 @@ def command(json_file: str | None, **options: Any) -> None:
     GPUs: torchrun --nproc-per-node N -m rtresnet train ...
     """
     result = run(**options)
+    if result["first"]:
+        train_show.next_steps(result)
     common.write_json(json_file if result.pop("first") else None, "train", result)
 
 
@@ -116,9 +120,10 @@ def run(
         model=model, data=data, recipe=recipe, fields=given, weights=weights,
         contract=(size, mean, std),
     )  # fmt: skip
-    with distributed.world(common.torch_device(device)) as (world, place):
-        folder, resume = world.share(
-            _folder(out, asked, resume, world) if world.first else (Path(), resume)
+    with contextlib.ExitStack() as held, distributed.world(common.torch_device(device)) as joined:
+        world, place = joined
+        folder, resume = _agree(
+            world, lambda: held.enter_context(_folder(out, asked, resume, world))
         )
         state.check_folder(folder, resume)
         job = _resumed(folder, asked) if resume else _fresh(folder, asked)
@@ -142,8 +147,7 @@ def run(
                 if (folder / "last.pt").exists():
                     say(f"saved; go on with: rtresnet train --out {folder} --resume")
                 raise
-    if world.first:
-        train_show.report(folder, job, best)
+        page = train_show.report(folder, job, best) if world.first else None
     return {
         "first": world.first,
         "checkpoint": str(folder / "best.pt"),
@@ -151,6 +155,7 @@ def run(
         "images": best.training.get("images"),
         "measured": best.measured,
         "log": str(folder / "log.jsonl"),
+        "page": str(page) if page else None,
     }
 
 
@@ -171,18 +176,51 @@ class _Asked:
     contract: tuple[int | None, str | None, str | None]
 
 
-def _folder(out: Path | None, asked: _Asked, resume: bool, world: World) -> tuple[Path, bool]:
-    """The run's folder, and whether to go on with what is in it.
+@contextlib.contextmanager
+def _folder(
+    out: Path | None, asked: _Asked, resume: bool, world: World
+) -> Iterator[tuple[Path, bool]]:
+    """Locks the run's folder; yields it, and whether to resume the run in it.
 
-    Started anew by torchrun, a run goes on by itself, but only with what its own launch saved.
+    Restarted by torchrun, a run is resumed without --resume, but only what its own launch saved.
     """
+    from rtresnet import locks
+    from rtresnet.train import run_folder
     from rtresnet.train.state import launch_of
 
     if world.restarts and not resume:
-        found = out or default_folder(asked.model, asked.data, resume=True)
-        if launch_of(found) == world.launch:
-            return found, True
-    return out or default_folder(asked.model, asked.data, resume), resume
+        last = out or run_folder.latest(asked.model, asked.data)
+        if launch_of(last) == world.launch:
+            out, resume = last, True
+    if out is None and resume:
+        out = run_folder.latest(asked.model, asked.data)
+    if out is None:
+        with run_folder.new(asked.model, asked.data, warn=common.note) as folder:
+            yield folder, False
+    else:
+        with locks.hold_folder(out, warn=common.note):
+            yield out, resume
+
+
+def _agree(world: World, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, in every process; also where that is an error.
+
+    Raises:
+        InputError: `decide` raised one.
+    """
+    from rtresnet.errors import InputError
+
+    value: T | None = None
+    error: InputError | None = None
+    if world.first:
+        try:
+            value = decide()
+        except InputError as raised:
+            error = raised
+    message, value = world.share(((error.message, error.fix) if error else None, value))
+    if message is not None:
+        raise error or InputError(message[0], fix=message[1])
+    return cast(T, value)
 
 
 def _fresh(folder: Path, asked: _Asked) -> Job:
@@ -248,20 +286,3 @@ def _sources(data: str) -> tuple[Source, Source | None]:
 
     source = open_source(data, "train")
     return source, open_source(data, "test") if source.splits else None
-
-
-def default_folder(model: str | None, data: str | None, resume: bool) -> Path:
-    """runs/MODEL-DATA, numbered from the second run on; with `resume` the latest there is."""
-    if resume and model is None and data is None:
-        states = sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-        if states:
-            return states[-1].parent
-    model, data = model or "resnet20", data or "digits"
-    name = f"{model}-{re.sub(r'[^A-Za-z0-9]+', '-', data).strip('-')[-40:]}"
-    taken, number = Path("runs") / name, 2
-    while taken.exists():
-        following = Path("runs") / f"{name}-{number}"
-        if resume and not following.exists():
-            return taken
-        taken, number = following, number + 1
-    return taken

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,8 +173,12 @@ def event_writer() -> Any:
     return SummaryWriter
 
 
-def report(folder: Path, job: Job, best: Checkpoint) -> None:
-    """The result in a line, the curves and the page."""
+def report(folder: Path, job: Job, best: Checkpoint) -> Path | None:
+    """Prints the result in a line; writes the curves and the page.
+
+    Returns:
+        The page; None where matplotlib is not installed.
+    """
     from rtresnet import machine
 
     measured = best.measured
@@ -188,9 +193,25 @@ def report(folder: Path, job: Job, best: Checkpoint) -> None:
         f"{measured['test_n']} images (epoch {measured['epoch']}{chosen})",
         soft_wrap=True,
     )
-    if not machine.installed("matplotlib"):
-        common.note("no curves: pip install matplotlib")
-        return
+    page = _write_page(folder, job, best) if machine.installed("matplotlib") else None
+    if page is None:
+        common.note("no curves and no page: pip install matplotlib")
+    return page
+
+
+def next_steps(result: Mapping[str, Any]) -> None:
+    """Prints the page's path and the command that usually follows.
+
+    Args:
+        result: Of `train.run`.
+    """
+    if result["page"]:
+        common.say(f"page: {result['page']}")
+    precision = " --int8" if result["recipe"]["qat"] else ""
+    common.say(f"next: rtresnet export --weights {shlex.quote(result['checkpoint'])}{precision}")
+
+
+def _write_page(folder: Path, job: Job, best: Checkpoint) -> Path:
     from rtresnet.report import run_page
     from rtresnet.train.dataset import saved_report
     from rtresnet.train.recipes import describe
@@ -200,6 +221,7 @@ def report(folder: Path, job: Job, best: Checkpoint) -> None:
         folder,
         title=f"{job.spec.name} on {job.source.name}",
         recipe="\n".join(describe(job.recipe)),
-        measured=measured,
+        measured=best.measured,
         images=None if images is None else "\n".join(data_lines(images)),
     )
+    return folder / "index.html"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts, storage
+from rtresnet import artifacts, locks, storage
 from rtresnet.data.loader import ahead
 from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
 from rtresnet.data.sources import Files, open_source
@@ -33,6 +33,7 @@ def pack(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: locks.Warn = lambda line: None,
 ) -> dict[str, Any]:
     """Packs a folder's image files, unchanged and in the folder source's own order.
 
@@ -44,6 +45,7 @@ def pack(
         shard_bytes: A shard is closed before it would become longer, if it holds an image.
         force: Replaces a finished pack.
         progress: Called with images packed so far and all images.
+        warn: See `locks.hold_folder`.
 
     Returns:
         The index, as written: classes, splits, shards.
@@ -51,6 +53,7 @@ def pack(
     Raises:
         DataError: What the folder source raises, or a file that cannot be read.
         InputError: `out` holds a finished pack, or files that no run of this has left.
+        LockedError: Another process writes into `out`.
         OSError: The disk is full, among others. No index is written then, and no shard kept.
     """
     folder, files = Path(out), {"train": _files(source, "train")}
@@ -64,8 +67,19 @@ def pack(
         raise InputError(
             f"{folder}: lies in {root}, where it would be a class", fix="choose another --out"
         )
-    storage.make_folder(folder)
-    _make_room(folder, force)
+    with locks.hold_folder(folder, warn=warn):
+        _make_room(folder, force)
+        return _write(folder, files, root, shard_bytes, progress)
+
+
+def _write(
+    folder: Path,
+    files: dict[str, Files],
+    root: Path,
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Writes the shards, then the table, then the index."""
     rows, total = _Rows(), sum(map(len, files.values()))
     shards: list[dict[str, Any]] = []
     try:

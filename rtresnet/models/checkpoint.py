@@ -2,7 +2,8 @@
 
 A file is a dict of tensors and plain values, read with `weights_only=True`: nothing in it can
 run. Ours carries the architecture, class names and input contract; a foreign one (torchvision,
-timm, the public CIFAR nets) carries names and shapes only, and the net is recognized by those.
+timm, the public CIFAR nets) carries names and shapes, by which the net is recognized, and
+sometimes the net's name, which decides where several nets have the same tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rtresnet import artifacts, learned, storage
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.errors import ArtifactError, InputError, UnknownName
 from rtresnet.models import zoo
-from rtresnet.models.foreign import adopt, recognize
+from rtresnet.models.foreign import Naming, adopt, find_naming, recognize
 from rtresnet.models.resnet import ResNet
 from rtresnet.preprocess import Preprocess
 from rtresnet.records import from_json
@@ -166,12 +167,14 @@ def load(
 
     Args:
         path: A file that torch.save wrote.
-        model: The net it must fit, by name; None takes what the file says or looks like.
+        model: The net it must fit, by name; None takes what the file says it is, or else what its
+            tensors look like, which `Checkpoint.assumed` records then.
         input: The input contract of a foreign file; ImageNet's mean and std by default.
 
     Raises:
         ArtifactError: Truncated, not a checkpoint, not matching its sidecar, or not fitting
-            `model`; the message says which tensors and which `--model` would fit.
+            `model`, or said to be another net; the message says which tensors and which `--model`
+            would fit.
     """
     path = storage.require_file(path, fix="train one with: rtresnet train")
     artifacts.verify(path)
@@ -232,27 +235,89 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
             f"{path}: not a residual net in the naming of torchvision, timm or the public CIFAR "
             f"nets (found {found})"
         )
-    recognized = recognize(state)
-    spec = recognized
-    if wanted is not None:
-        spec = zoo.spec(wanted)
-        if spec.shortcut is not None and recognized is not None:
-            spec = zoo.spec(wanted, shortcut=recognized.shortcut)
-    if spec is None:
-        raise ArtifactError(
-            f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
-        )
     if not state["fc.weight"].ndim:
         raise ArtifactError(f"{path}: fc.weight is a single number")
+    spec, assumed = _identify(path, find_naming(path, payload), recognize(state), wanted)
     classes = state["fc.weight"].shape[0]
     _check(path, state, spec, classes)
     contract = input or Preprocess.for_size(spec.size)
     return Checkpoint(
         model=model_of(spec, tuple(str(index) for index in range(classes))),
         input=contract,
-        assumed=() if input else contract.assumptions(),
+        assumed=assumed if input else (*assumed, *contract.assumptions()),
         weights=Weights(origin="file", sha256=storage.sha256(path), source=os.fspath(path)),
         state=state,
+    )
+
+
+def _identify(
+    path: Path, naming: Naming | None, recognized: zoo.Spec | None, wanted: str | None
+) -> tuple[zoo.Spec, tuple[str, ...]]:
+    """Which net a foreign file is: as it says, as the caller says, or as its tensors look.
+
+    Returns:
+        The net, and an entry for `assumed` where only the tensors tell.
+
+    Raises:
+        ArtifactError: No net of the zoo has these tensors, or the file says that it is another.
+    """
+    if recognized is None:
+        if wanted is None:
+            raise ArtifactError(
+                f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
+            )
+        return zoo.spec(wanted), ()
+    said = _said(path, naming, recognized)
+    if wanted is not None:
+        spec = zoo.spec(wanted)
+        if spec.shortcut is not None:
+            spec = zoo.spec(wanted, shortcut=recognized.shortcut)
+        if naming is not None and said is not None and spec != said and _alike(spec, recognized):
+            raise ArtifactError(
+                f"{path}: {naming.where} says {said.name}, not {spec.name}",
+                fix=f"--model {said.name}",
+            )
+        return spec, ()
+    if said is not None:
+        return said, ()
+    return recognized, (
+        f"model: {recognized.name}, which has these tensors; nothing names the net",
+    )
+
+
+def _said(path: Path, naming: Naming | None, recognized: zoo.Spec) -> zoo.Spec | None:
+    """The net that a file says it is; None where it says nothing of nets with these tensors.
+
+    Raises:
+        ArtifactError: It says that it is another net.
+    """
+    if naming is None:
+        return None
+    named = [_spec_or_none(name) for name in naming.names]
+    for spec in named:
+        if spec is not None and _alike(spec, recognized):
+            return spec if spec.shortcut is None else recognized
+    if not naming.is_declared and None not in named:
+        return None  # a file name with other depths, which the tensors rule out
+    raise ArtifactError(
+        f"{path}: {naming.where} says {naming.names[0]}, and its tensors are those of "
+        f"{recognized.name}; a net that computes something else can have the same tensors",
+        fix=f"use a net of the zoo (rtresnet models), or correct {naming.where} if it is wrong",
+    )
+
+
+def _spec_or_none(name: str) -> zoo.Spec | None:
+    try:
+        return zoo.spec(name)
+    except UnknownName:
+        return None
+
+
+def _alike(spec: zoo.Spec, recognized: zoo.Spec) -> bool:
+    """Whether a net has the tensors of the recognized one, whatever its shortcut option."""
+    plain = spec.shortcut is None and recognized.shortcut == "A"
+    return spec.name == recognized.name or (
+        plain and (spec.depth, spec.family) == (recognized.depth, recognized.family)
     )
 
 

@@ -409,3 +409,36 @@ def test_the_float_rest_of_an_int8_export_can_be_fp16(
     assert sidecar is not None and sidecar.plan is not None and sidecar.plan.attested is not None
     assert sidecar.plan.targets == ("sm_89",) and set(sidecar.plan.attested.dtypes) == {"Int8"}
     assert sidecar.calibration is not None and sidecar.calibration.rest == "fp16"
+
+
+def test_export_of_weights_that_name_no_net_says_what_is_assumed_down_to_the_plan(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import torch
+
+    from rtresnet.models import checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint.load(trained / "best.pt").state, "theirs.pt")
+    assert main(["export", "--weights", "theirs.pt", "--fp16", "--json", "export.json"]) == 0
+    captured = capsys.readouterr()
+    assert "Assumed: model: resnet8" in captured.out
+    assert "without sidecar" not in captured.err  # its input is known
+    (entry,) = (
+        line
+        for line in json.loads(Path("export.json").read_text())["result"]["assumed"]
+        if line.startswith("model: ")
+    )
+    written = [path for path in Path("engines").iterdir() if path.suffix in (".onnx", ".plan")]
+    assert written
+    for path in written:
+        sidecar = read_sidecar(path)
+        assert sidecar is not None and entry in sidecar.assumed
+        assert main(["inspect", str(path)]) == 0
+        assert entry in capsys.readouterr().out
+    data = tmp_path / "data.npz"
+    np.savez(data, images=np.zeros((8, 32, 32, 3), np.uint8), labels=np.arange(8) % 4)
+    for path in ("theirs.pt", "engines/resnet8-fp16.onnx"):
+        assert main(["eval", path, "--data", f"npz:{data}", "--device", "cpu"]) == 0
+        assert "Assumed: model: resnet8" in capsys.readouterr().out

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -416,6 +417,95 @@ def test_a_refused_file_is_told_by_what_was_found_in_it(tmp_path: Path) -> None:
 def test_blocks_of_no_net_in_the_zoo_are_refused(tmp_path: Path) -> None:
     state = {n: t for n, t in weights("resnet18", 2).items() if not n.startswith("layer3.1")}
     assert "rtresnet models" in refusal(written(tmp_path / "resnet17.pt", state))
+
+
+# --- nets with the same tensors: a name decides
+
+
+@pytest.fixture
+def anonymous(tmp_path: Path) -> Path:
+    """resnet50's tensors, few classes, in a file that does not name them."""
+    return written(tmp_path / "best.pth", weights("resnet50", classes=2))
+
+
+def assumed_nets(loaded: Checkpoint) -> list[str]:
+    """What is assumed of the net, not of its input."""
+    return [entry for entry in loaded.assumed if entry.startswith("model: ")]
+
+
+def named_by_key(path: Path, name: str) -> Path:
+    state = torch.load(path, weights_only=True)
+    return written(path, {"arch": name, "state_dict": state})
+
+
+def named_by_arguments(path: Path, name: str) -> Path:
+    state = torch.load(path, weights_only=True)
+    return written(path, {"args": {"model": f"{name}.a1h_in1k"}, "state_dict": state})
+
+
+def named_by_config(path: Path, name: str) -> Path:
+    text = json.dumps({"architecture": name, "num_classes": 2})
+    path.with_name("config.json").write_text(text)
+    return path
+
+
+def named_by_pretrained_cfg(path: Path, name: str) -> Path:
+    text = json.dumps({"pretrained_cfg": {"architecture": name}})
+    path.with_name("config.json").write_text(text)
+    return path
+
+
+def named_by_file(path: Path, name: str) -> Path:
+    return path.rename(path.with_name(f"my{name}_a1h-4cf422b3.pth"))
+
+
+WAYS = [named_by_key, named_by_arguments, named_by_config, named_by_pretrained_cfg, named_by_file]
+
+
+@pytest.mark.parametrize("name_it", WAYS)
+@pytest.mark.parametrize("model", [None, "resnet50"])
+def test_load_with_another_nets_name_refuses_resnet50s_tensors(
+    anonymous: Path, name_it: Callable[[Path, str], Path], model: str | None
+) -> None:
+    path = name_it(anonymous, "resnetaa50")
+    message = refusal(path, model=model)
+    assert "resnetaa50" in message and "resnet50" in message
+
+
+@pytest.mark.parametrize("name_it", WAYS)
+def test_load_with_a_name_of_the_zoo_assumes_nothing(
+    anonymous: Path, name_it: Callable[[Path, str], Path]
+) -> None:
+    found = load(name_it(anonymous, "resnet50"))
+    assert found.spec.name == "resnet50" and assumed_nets(found) == []
+
+
+def test_load_without_a_name_records_the_assumed_net(anonymous: Path) -> None:
+    found = load(anonymous)
+    (entry,) = assumed_nets(found)
+    assert entry.startswith("model: resnet50")
+    copy = anonymous.with_name("copy.pt")
+    assert save(copy, found).assumed == found.assumed
+    assert load(copy).assumed == found.assumed
+    assert assumed_nets(load(anonymous, model="resnet50")) == []  # the caller states it
+
+
+def test_load_with_a_declared_name_of_another_depth_is_refused(anonymous: Path) -> None:
+    message = refusal(named_by_key(anonymous, "resnet101"))
+    assert "resnet101" in message
+
+
+@pytest.mark.parametrize("name", ["resnet101-distilled", "resnet", "resnet-4118986f", "explain50"])
+def test_load_with_a_file_name_that_decides_nothing_assumes_the_net(
+    anonymous: Path, name: str
+) -> None:
+    assert assumed_nets(load(anonymous.rename(anonymous.with_name(f"{name}.pth"))))
+
+
+def test_load_with_a_plain_nets_name_gives_the_plain_net(tmp_path: Path) -> None:
+    path = written(tmp_path / "net.pt", {"arch": "plain8", "state_dict": weights("plain8")})
+    assert load(path).spec == load(path, model="plain8").spec == zoo.spec("plain8")
+    assert refusal(path, model="resnet8").endswith("--model plain8")
 
 
 # --- --model

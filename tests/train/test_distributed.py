@@ -53,7 +53,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
     command = torchrun(*arguments(tints, out))
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best.pt") == 1  # one of the two speaks
+    assert done.stdout.count("test top-1") == 1  # one of the two speaks
     assert "2 processes" in done.stderr and done.stderr.count("training\n") == 1
     return out
 
