@@ -200,7 +200,7 @@ def folders() -> list[Path]:
 
 def version_in(folder: Path) -> str:
     text = (folder / "tensorrt_bindings" / "__init__.py").read_text()
-    found = re.search(r'^__version__ = "([\d.]+)', text, re.MULTILINE)
+    found = re.search(r'^__version__ = "([^"]+)', text, re.MULTILINE)
     assert found is not None
     return found[1]
 
