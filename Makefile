@@ -13,10 +13,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 quickstart: .venv/.ready
 	$(BIN)/rtresnet quickstart
 
-test: .venv/.ready .venv/openvino
+test: .venv/.ready .venv/openvino .venv/tensorrt-bindings
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv/.ready .venv/openvino
+test-slow: .venv/.ready .venv/openvino .venv/tensorrt-bindings
 	$(PYTEST) -m slow
 
 test-all: test test-slow
@@ -35,5 +35,13 @@ check: .venv/.ready
 .venv/openvino: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"
+
+# TensorRT's Python API without its libraries: tests compare every call with these two versions.
+.venv/tensorrt-bindings: .venv/.ready
+	for version in 10.13 11; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+			--target $@/$$version "tensorrt-cu13-bindings==$$version.*" \
+			|| echo "not installed: tests of TensorRT $$version will be skipped"; \
+	done
 
 .PHONY: quickstart test test-slow test-all check

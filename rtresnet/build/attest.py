@@ -1,8 +1,10 @@
-"""Holds the engine against the file: what each convolution really takes, and what did not fuse.
+"""The types that an engine's convolutions take, and what did not fuse, compared with the file.
 
-A layer of the dump names the ONNX nodes it came from, but only kernels compute: other layers that
-name a convolution scale, add or convert around it. The kernel's first input has the type it runs
-in. An Add that no kernel names runs in a layer of its own, and what it adds went through memory.
+A layer names the ONNX nodes it came from, but only kernels compute: other layers that name a
+convolution scale, add or convert around it. The kernel's first input has the type it runs in,
+unless the inspector says that its weights are wider. A convolution that no kernel names, or whose
+type is not recorded, is UNKNOWN: it is not attested. An Add that no kernel names runs in a layer of
+its own, and what it adds went through memory.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rtresnet.build.layers import KERNELS, Layer
-from rtresnet.build.nodes import ADD, CONVOLUTION, Node
+from rtresnet.build.layers import UNKNOWN, WIDEST_FIRST, Layer
+from rtresnet.build.nodes import ADD, CONVOLUTION, MATMUL, Node
 from rtresnet.sidecar import Attestation
 
-UNKNOWN = "unknown"
+KERNELS = (CONVOLUTION, MATMUL)  # roles
 
 
 def attest(
@@ -40,7 +42,7 @@ def attest(
         {
             name
             for layer in layers
-            if layer.kind in KERNELS and layer.profile == p
+            if layer.role in KERNELS and layer.profile == p
             for name in layer.nodes
         }
         for p in sorted({layer.profile for layer in layers})
@@ -66,9 +68,9 @@ def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str
     """Each convolution's name to the type its kernel takes, the widest of all profiles."""
     found: dict[str, set[str]] = {}
     for layer in layers:
-        if layer.kind in KERNELS and layer.inputs:
+        if layer.role in KERNELS and layer.inputs:
             for name in layer.nodes:
-                found.setdefault(name, set()).add(layer.inputs[0].dtype)
+                found.setdefault(name, set()).add(layer.computes or layer.inputs[0].dtype)
     return {
         node.name: _widest(found.get(node.name, {UNKNOWN}))
         for node in nodes.values()
@@ -77,5 +79,4 @@ def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str
 
 
 def _widest(dtypes: set[str]) -> str:
-    order = ("Float", "BFloat16", "Half")
-    return next((dtype for dtype in order if dtype in dtypes), min(dtypes))
+    return next((dtype for dtype in WIDEST_FIRST if dtype in dtypes), min(dtypes))

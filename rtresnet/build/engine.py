@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet import artifacts, machine, records, storage, trt_loading
-from rtresnet.build import attest, header, layers, manifest, monitor, nodes, preflight, targets
+from rtresnet.build import (
+    attest,
+    header,
+    inspector,
+    layers,
+    manifest,
+    monitor,
+    nodes,
+    preflight,
+    targets,
+)
 from rtresnet.build.layers import Layer, Layers
 from rtresnet.build.nodes import ADD, CONVOLUTION, Node
 from rtresnet.build.profiles import fitting
@@ -159,7 +169,21 @@ def _build(
         seconds=round(seconds, 3),
         tf32=tf32,
     )
-    return _publish(memoryview(serialized), out, source, parent, plan, graph, log)
+    progress("attest")
+    engine_layers = _layers(trt, log, serialized, len(profiles), graph)
+    return _publish(
+        memoryview(serialized), out, source, parent, plan, graph, engine_layers, log.activations
+    )
+
+
+def _layers(
+    trt: Any, log: Any, serialized: Any, profiles: int, graph: Mapping[str, Node]
+) -> tuple[Layer, ...]:
+    """The engine's fused layers: TensorRT-RTX logged them, TensorRT's inspector describes them."""
+    if hasattr(trt, "ComputeCapability"):
+        return layers.read_dump(log.layers, graph)
+    texts = inspector.inspect_engine(trt, log, log.complaints, serialized, profiles)
+    return inspector.read_inspector(texts, graph)
 
 
 def require_user_allocation(trt: Any, config: Any) -> None:
@@ -232,15 +256,15 @@ def _publish(
     parent: Sidecar,
     plan: Plan,
     graph: Mapping[str, Node],
-    log: Any,
+    dump: tuple[Layer, ...],
+    activations: Sequence[int],
 ) -> Sidecar:
     """Attests the engine, holds it to what was asked for, and writes its three files."""
     place = layers.path_for(out)
     with contextlib.ExitStack() as stack:
 
         def describe() -> Sidecar:
-            dump = layers.read_dump(log.layers, graph)
-            attested = attest.attest(dump, graph, log.activations)
+            attested = attest.attest(dump, graph, activations)
             if attested is not None:
                 _hold(source, parent, attested, attest.kernel_types(dump, graph))
             # What TensorRT-RTX builds for without --target is in the plan's header only.
@@ -271,18 +295,27 @@ def _publish(
 
 
 def _hold(source: Path, parent: Sidecar, attested: Attestation, types: Mapping[str, str]) -> None:
-    """The gate: every convolution takes what the file's name promises, but for those left out."""
+    """The gate: every convolution takes what the file's name promises, but for those left out.
+
+    One whose type is not known counts as wrong. Where none is known, the record is of a form that
+    cannot be read, which says nothing of the engine: the plan is written, and not attested.
+    """
     wanted = EXPECTED.get(parent.precision)
-    if wanted is None:
+    if wanted is None or set(types.values()) <= {layers.UNKNOWN}:
         return
-    wrong = {name: t for name, t in types.items() if t not in (wanted, attest.UNKNOWN)}
+    wrong = {name: t for name, t in types.items() if t != wanted}
     if len(wrong) <= (len(parent.calibration.kept) if parent.calibration else 0):
         return
     counts = {t: n for t, n in attested.dtypes.items() if t in wrong.values()}
     named = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     raise GateMissed(
         f"{source}: {parent.precision} was asked for, and of {attested.convolutions} convolutions "
-        + ", ".join(f"{count} take {dtype}" for dtype, count in counts.items())
+        + ", ".join(
+            f"{count} are in no kernel whose type is known"
+            if dtype == layers.UNKNOWN
+            else f"{count} take {dtype}"
+            for dtype, count in counts.items()
+        )
         + f" ({named})",
         fix="make the ONNX file anew with: rtresnet quantize",
     )

@@ -1,8 +1,9 @@
-"""The builder's own layer dump, read: which fused layers the engine consists of.
+"""The fused layers that an engine consists of.
 
-TensorRT-RTX writes it to its log at VERBOSE while it builds, GPU or not. A plan cannot be opened
-without a GPU, so the layers are kept in a file beside it, `X.plan.layers.json`, whose hash stands
-in the plan's sidecar. `rtresnet inspect X.plan --layers` shows them.
+TensorRT-RTX logs them at VERBOSE while it builds, with or without a GPU; `tensorrt` describes them
+afterwards (`inspector.py`). A plan cannot be opened without a GPU, so the layers are kept in a file
+next to it, `X.plan.layers.json`, whose hash is in the plan's sidecar.
+`rtresnet inspect X.plan --layers` shows them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from rtresnet.records import from_json
 from rtresnet.sidecar import Sidecar
 
 SCHEMA = 1
-# What computes a convolution: `correlation`, or for some of 1x1 a matrix product.
-KERNELS = ("correlation", "gemm", "runtime_fusion")
+# What computes a convolution in Myelin: `correlation`, or for some of 1x1 a matrix product.
+MYELIN_KERNELS = ("correlation", "gemm", "runtime_fusion")
 # Bookkeeping between streams and for dynamic shapes: no data passes.
-IDLE = ("shape_call", "signal", "wait")
+IDLE = ("shape_call", "signal", "wait", "NoOp")
+UNKNOWN = "unknown"
+# Of several types the first counts: what is not known is not attested.
+WIDEST_FIRST = (UNKNOWN, "Float", "BFloat16", "Half")
 BYTES = {
     "Float": 4.0, "Half": 2.0, "BFloat16": 2.0, "Int8": 1.0, "FP8": 1.0, "UInt8": 1.0, "Bool": 1.0,
     "Int32": 4.0, "Int64": 8.0, "Int4": 0.5, "FP4": 0.5,
@@ -73,6 +77,7 @@ class Layer:
         nodes: The ONNX nodes it came from.
         rounds: Quantizers among them whose int8 does not leave the layer: a rounding, no gain.
         weights: Bytes of its constants.
+        computes: Type that a kernel multiplies in, where that is recorded apart from its inputs.
     """
 
     name: str
@@ -87,6 +92,29 @@ class Layer:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     weights: int
+    computes: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRecord:
+    """One kernel as the builder's log or the inspector describes it, in the order they run.
+
+    Attributes:
+        nodes: The ONNX nodes it came from.
+        weights: Bytes of its constants.
+        kernel: Whether it computes a convolution or a matrix product.
+        computes: See `Layer`.
+    """
+
+    name: str
+    kind: str
+    profile: int
+    nodes: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    weights: int
+    kernel: bool
+    computes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,20 +145,41 @@ def read_dump(text: str, nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
     """
     lines = [match.groupdict() for match in LAYER.finditer(text)]
     profiles = _profiles(lines)
+    kernels = []
+    for line in lines:
+        graph = GRAPH.search(line["name"])
+        kernels.append(
+            KernelRecord(
+                name=line["name"],
+                kind=line["kind"],
+                profile=profiles.get(graph[1], 0) if graph else 0,
+                nodes=tuple(dict.fromkeys(ORIGIN.findall(line["metadata"] or ""))),
+                inputs=_tensors(line["inputs"]),
+                outputs=_tensors(line["outputs"]),
+                weights=sum(t.bytes(1) or 0 for t in _tensors(line["constants"])),
+                kernel=line["kind"] in MYELIN_KERNELS,
+            )
+        )
+    return make_layers(kernels, nodes)
+
+
+def make_layers(kernels: Sequence[KernelRecord], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
+    """Finds what each kernel does, and in which block of the net.
+
+    Args:
+        kernels: In the order they run.
+        nodes: The parsed network's, by name.
+    """
     place, found = (STEM, STEM), []
     order = {name: index for index, name in enumerate(nodes)}
     done: dict[int, set[str]] = {}  # the convolutions that have run, a profile
-    for line in lines:
-        names = tuple(dict.fromkeys(ORIGIN.findall(line["metadata"] or "")))
-        known = sorted((n for n in names if n in nodes), key=order.__getitem__)
+    for kernel in kernels:
+        known = sorted((n for n in kernel.nodes if n in nodes), key=order.__getitem__)
         mine = [nodes[name] for name in known if nodes[name].operation != WEIGHTS]
-        graph = GRAPH.search(line["name"])
-        profile = profiles.get(graph[1], 0) if graph else 0
-        inputs, outputs = _tensors(line["inputs"]), _tensors(line["outputs"])
-        ran = done.setdefault(profile, set())
-        role = _role(line["kind"], line["name"], mine, inputs, outputs)
-        rounds = _rounds(mine, outputs)
-        operation = _operation(role, line["kind"], line["name"], mine, rounds, ran)
+        ran = done.setdefault(kernel.profile, set())
+        role = _role(kernel, mine)
+        rounds = _rounds(mine, kernel.outputs)
+        operation = _operation(role, kernel.kind, kernel.name, mine, rounds, ran)
         main = _main(mine, role, ran)
         if main is not None:
             place = (main.stage, main.block)
@@ -138,18 +187,19 @@ def read_dump(text: str, nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
             ran |= {node.name for node in mine if node.operation in (CONVOLUTION, MATMUL)}
         found.append(
             Layer(
-                name=line["name"],
-                kind=line["kind"],
+                name=kernel.name,
+                kind=kernel.kind,
                 role=role,
                 operation=operation,
                 stage=place[0],
                 block=place[1],
-                profile=profile,
-                nodes=names,
+                profile=kernel.profile,
+                nodes=kernel.nodes,
                 rounds=rounds,
-                inputs=inputs,
-                outputs=outputs,
-                weights=sum(t.bytes(1) or 0 for t in _tensors(line["constants"])),
+                inputs=kernel.inputs,
+                outputs=kernel.outputs,
+                weights=kernel.weights,
+                computes=kernel.computes if kernel.kernel else None,
             )
         )
     return tuple(found)
@@ -185,28 +235,28 @@ def _tokens(name: str) -> list[str]:
     return re.findall(r"[A-Z][a-z]*", match[1]) if match else []
 
 
-def _role(
-    kind: str,
-    name: str,
-    mine: list[Node],
-    inputs: tuple[Tensor, ...],
-    outputs: tuple[Tensor, ...],
-) -> str:
+def _role(kernel: KernelRecord, mine: list[Node]) -> str:
     operations = {node.operation for node in mine}
-    if kind in IDLE:
+    if kernel.kind in IDLE:
         return "idle"
-    if kind in KERNELS:
+    if kernel.kernel:
         return MATMUL if CONVOLUTION not in operations else CONVOLUTION
-    if "pool" in kind:
+    if "pool" in kernel.kind.lower():
         return "pool"
-    tokens = _tokens(name)
-    if (tokens and set(tokens) <= {*MOVES, "Repl"}) or "reformat" in (kind + name).lower():
+    wide = any(tensor.dtype not in ("Int8", UNKNOWN) for tensor in kernel.inputs)
+    requantizes = wide and any(tensor.dtype == "Int8" for tensor in kernel.outputs)
+    if kernel.kind == "Reformat":  # TensorRT's: also what a QuantizeLinear of its own becomes
+        return "requantize" if requantizes else "reformat"
+    tokens = _tokens(kernel.name)
+    moves = bool(tokens) and set(tokens) <= {*MOVES, "Repl"}
+    if moves or "reformat" in (kernel.kind + kernel.name).lower():
         return "reformat"
-    wide = any(tensor.dtype != "Int8" for tensor in inputs)
-    return "requantize" if wide and any(t.dtype == "Int8" for t in outputs) else "pointwise"
+    return "requantize" if requantizes else "pointwise"
 
 
 def _rounds(mine: list[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]:
+    if any(tensor.dtype == UNKNOWN for tensor in outputs):
+        return ()
     quantizers = {node.name for node in mine if node.operation == "quantize"}
     lost = len(quantizers) - sum(tensor.dtype == "Int8" for tensor in outputs)
     back = [n.source for n in mine if n.operation == "dequantize" and n.source in quantizers]

@@ -176,7 +176,9 @@ def _beside(source: Path) -> Path:
 
 def describe(result: dict[str, Any]) -> str:
     """A line on a plan: for what, how large, what was attested."""
-    proof = describe_attested(result) if result["attested"] else "not attested: no layer dump"
+    proof = (
+        describe_attested(result) if result["attested"] else "not attested: no record of its layers"
+    )
     targets = ", ".join(result["targets"]) or "the GPU it was built on"
     return (
         f"{result['plan']}: {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s by "
@@ -185,10 +187,10 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def describe_attested(plan: dict[str, Any]) -> str:
-    """What the layer dump showed: types, and what did not fuse."""
+    """What the record of the layers shows: types, and what did not fuse."""
     attested = plan["attested"]
     took = ", ".join(
-        f"{count} take {_dtype(dtype, plan)}" for dtype, count in attested["dtypes"].items()
+        f"{count} {_dtype(dtype, plan)}" for dtype, count in attested["dtypes"].items()
     )
     parts = [f"of {attested['convolutions']} convolutions {took}"]
     if len(attested["dtypes"]) > 1 and attested["stages"]:
@@ -208,6 +210,9 @@ def describe_attested(plan: dict[str, Any]) -> str:
 
 
 def _dtype(dtype: str, plan: dict[str, Any]) -> str:
-    """A kernel's input type; the builders' own records say Float for TF32 too."""
+    """What kernels of a type do; the builders' own records say Float for TF32 too."""
+    if dtype == "unknown":
+        return "are not attested"
     has_tf32 = any(target != "sm_75" for target in plan["targets"])
-    return "Float (TF32 allowed)" if dtype == "Float" and plan.get("tf32") and has_tf32 else dtype
+    allowed = " (TF32 allowed)" if dtype == "Float" and plan.get("tf32") and has_tf32 else ""
+    return f"take {dtype}{allowed}"

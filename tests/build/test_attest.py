@@ -64,7 +64,7 @@ def test_convolutions_are_counted_by_the_type_of_their_kernels_input(
     )
 
 
-@pytest.mark.parametrize("kind", layers.KERNELS)
+@pytest.mark.parametrize("kind", layers.MYELIN_KERNELS)
 def test_a_1x1_convolution_may_run_as_a_matrix_product(
     kind: str, dump: Any, dumped: Any, read: Any
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 import importlib.util
 import inspect
@@ -40,14 +39,8 @@ from rtresnet import machine
 from rtresnet.cli.ends import write_with
 from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
 from rtresnet.runtime import (
-    arguments,
-    context_config,
     cuda,
-    error_log,
     execution,
-    io_spec,
-    rtx,
-    trt,
     trt_profile,
 )
 from rtresnet.runtime.cuda import Cuda
@@ -1429,60 +1422,6 @@ def test_the_fake_device_has_the_operations_of_the_protocol() -> None:
     for helper in ("enqueue", "at", "host", "is_idle"):
         fake.pop(helper)
     assert fake == operations(Cuda)
-
-
-# What the names in the runtime's files stand for.
-OWNERS = {
-    "trt": "",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "self.context": "IExecutionContext",
-    "config": "IRuntimeConfig",
-    "owned": "IRuntimeConfig",
-    "bound.context": "IExecutionContext",
-    "when": "DynamicShapesKernelSpecializationStrategy",
-    "self.cache": "IRuntimeCache",
-}
-FILES = (trt, error_log, context_config, execution, io_spec, rtx, arguments)
-
-
-def used_names() -> set[str]:
-    """Every attribute of a TensorRT object in the runtime, as "Class.attribute"."""
-    found = set()
-    for node in itertools.chain(*(ast.walk(ast.parse(inspect.getsource(f))) for f in FILES)):
-        if not isinstance(node, ast.Attribute):
-            continue
-        owner = ast.unparse(node.value)
-        if owner in OWNERS:
-            found.add(f"{OWNERS[owner]}.{node.attr}".lstrip("."))
-        elif owner.startswith("trt."):
-            found.add(f"{owner.removeprefix('trt.')}.{node.attr}")
-    return found
-
-
-def test_every_tensorrt_name_used_is_in_the_real_api() -> None:
-    real = pytest.importorskip("tensorrt_rtx")
-    names = used_names()
-    wanted = {
-        "ICudaEngine.create_execution_context", "ICudaEngine.device_memory_size_v2",
-        "IExecutionContext.execute_async_v3", "IExecutionContext.set_device_memory",
-        "IExecutionContext.set_optimization_profile_async", "IExecutionContext.profiler",
-        "IRuntimeConfig.set_runtime_cache", "IRuntimeConfig.cuda_graph_strategy",
-        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
-        "DynamicShapesKernelSpecializationStrategy.EAGER",
-        "DynamicShapesKernelSpecializationStrategy.LAZY",
-        "Runtime.engine_header_size",
-        "IRuntimeCache.serialize", "IRuntimeCache.deserialize", "Runtime.get_engine_validity",
-        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "EngineValidity.SUBOPTIMAL", "ILogger.ERROR",
-        "EngineInvalidityDiagnostics.__members__", "TensorIOMode.INPUT", "nptype",
-    }  # fmt: skip
-    assert wanted <= names
-    for name in sorted(names):
-        value = real
-        for part in name.split("."):
-            assert hasattr(value, part), name
-            value = getattr(value, part)
 
 
 def held_against(fake: type, real: Any) -> None:
