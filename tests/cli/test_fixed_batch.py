@@ -221,7 +221,7 @@ def test_quantize_of_a_foreign_fixed_batch_is_done(
 ) -> None:
     path = fixed(1, foreign=True)
     given = [tints if option == "TINTS" else option for option in options]
-    assert main(["quantize", path, "--size", "32", *given, "--out", "out.onnx"]) == 0
+    assert main(["quantize", path, "--preset", "imagenet", *given, "--out", "out.onnx"]) == 0
     model = onnx.load("out.onnx")
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     assert main(["check", "out.onnx", "--provider", "cpu"]) == 0
@@ -234,6 +234,6 @@ def test_quantize_without_images_and_batch_norms_asks_for_images(
     model = onnx.load(path)
     del model.metadata_props[:]
     onnx.save(model, path)
-    assert main(["quantize", path, "--size", "32", "--calib", "none"]) == 2
+    assert main(["quantize", path, "--preset", "imagenet", "--calib", "none"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("--calib SPEC")
-    assert main(["quantize", path, "--size", "32", "--calib", tints]) == 0
+    assert main(["quantize", path, "--preset", "imagenet", "--calib", tints]) == 0
