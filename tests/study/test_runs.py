@@ -91,7 +91,7 @@ def test_a_run_that_diverges_is_a_result_that_is_kept(tmp_path: Path) -> None:
 class Lazy:
     """Images that are not in memory."""
 
-    name, classes, splits = "lazy", ("a", "b", "c"), True
+    name, classes, splits, named = "lazy", ("a", "b", "c"), True, True
 
     def __init__(self) -> None:
         self.labels = np.arange(30) % 3
