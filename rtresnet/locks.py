@@ -192,6 +192,6 @@ def _locked(lock: Path, place: Path) -> LockedError:
             f"process {record['pid']}{where} has been writing there since {record['since']} "
             f"({record['command']})"
         )
-    except (OSError, ValueError, KeyError, TypeError):  # it has not said so yet
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has not said so yet
         holder = "another process is writing there"
     return LockedError(f"{place}: {holder}", fix="wait until it has ended, or choose another --out")

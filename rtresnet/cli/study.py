@@ -60,6 +60,7 @@ def responses(
                 "checkpoint": path,
                 "model": loaded.model.architecture,
                 "n": len(chosen),
+                "assumed": list(loaded.assumed),
                 "responses": deviations,
             }
         )
@@ -73,6 +74,9 @@ def responses(
         title = f"{entry['model']}, {entry['checkpoint']}, {entry['n']} images of {data}"
         tables.show(console, headings, rows, title=title)
         parts += [page.heading(title), page.table(headings, rows)]
+    common.footer(
+        f"Assumed of {e['checkpoint']}: {line}." for e in results for line in e["assumed"]
+    )
     study_page.write(
         storage.make_folder(out),
         "responses",

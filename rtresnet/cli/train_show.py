@@ -39,6 +39,8 @@ def announce(job: Job, world: World, say: Say) -> None:
         f"{job.spec.name} on {job.source.name}: {len(job.source)} images, "
         f"{len(job.source.classes)} classes, {job.preprocess.size} px, {job.device}{together}"
     )
+    for line in job.start.assumed if job.start else ():
+        say(f"Assumed of the weights: {line}.")
     for line in describe(job.recipe):
         say(line)
 

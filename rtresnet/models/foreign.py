@@ -73,7 +73,7 @@ def find_naming(path: Path, payload: Any) -> Naming | None:
             for _, text in _declared(json.loads(config.read_text(encoding="utf-8"))):
                 if names := _names_in(text, whole=True):
                     return Naming(names, str(config), True)
-    except (OSError, ValueError):  # there is none, or it is none of a model
+    except (OSError, ValueError, RecursionError):  # there is none, or it is none of a model
         pass
     names = _names_in(path.stem, whole=False)
     return Naming(names, "its file name", False) if names else None

@@ -411,8 +411,8 @@ def test_the_float_rest_of_an_int8_export_can_be_fp16(
     assert sidecar.calibration is not None and sidecar.calibration.rest == "fp16"
 
 
-def test_export_of_weights_that_name_no_net_says_what_is_assumed_down_to_the_plan(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_verbs_on_weights_that_name_no_net_say_what_is_assumed_down_to_the_plan(
+    trained: Path, tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     import torch
@@ -442,3 +442,8 @@ def test_export_of_weights_that_name_no_net_says_what_is_assumed_down_to_the_pla
     for path in ("theirs.pt", "engines/resnet8-fp16.onnx"):
         assert main(["eval", path, "--data", f"npz:{data}", "--device", "cpu"]) == 0
         assert "Assumed: model: resnet8" in capsys.readouterr().out
+    assert main(["study", "responses", "theirs.pt", "--data", f"npz:{data}"]) == 0
+    assert "Assumed of theirs.pt: model: resnet8" in capsys.readouterr().out
+    more = ["--epochs", "1", "--out", "run"]
+    assert main(["train", "--weights", "theirs.pt", "--data", tints, *more]) == 0
+    assert "Assumed of the weights: model: resnet8" in capsys.readouterr().err
