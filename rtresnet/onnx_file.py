@@ -90,11 +90,10 @@ def _require_sound(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
             f"{node.op_type} {node.name!r} has {len(node.input)} inputs and {len(node.output)} "
             "outputs"
         )
-    for attribute in node.attribute:
-        smallest = WINDOW.get(attribute.name)
-        if node.op_type in SLIDING and smallest is not None and attribute.ints:
-            if min(attribute.ints) < smallest or max(attribute.ints) > LARGEST:
-                raise ValueError(f"{node.name!r} has {attribute.name} {list(attribute.ints)}")
+    for attribute in node.attribute if node.op_type in SLIDING else ():
+        smallest = WINDOW.get(attribute.name, -LARGEST)
+        if not all(smallest <= value <= LARGEST for value in attribute.ints):
+            raise ValueError(f"{node.name!r} has {attribute.name} {list(attribute.ints)}")
 
 
 def _constants(model: onnx.ModelProto) -> list[Any]:

@@ -145,7 +145,9 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except onnx.shape_inference.InferenceError as error:
         reason = " ".join(str(error).split())[:120]
-        raise ArtifactError(f"its tensors' types do not fit ({reason})", fix="export it again") from None
+        raise ArtifactError(
+            f"its tensors' types do not fit ({reason})", fix="export it again"
+        ) from None
     values = [*graph.input, *graph.output, *graph.value_info]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
