@@ -5,8 +5,9 @@ Imports onnx when called. Knows nothing of what a graph computes.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.errors import ArtifactError, missing_package
@@ -14,6 +15,9 @@ from rtresnet.errors import ArtifactError, missing_package
 if TYPE_CHECKING:
     import onnx
 
+SLIDING = ("Conv", "MaxPool", "AveragePool")
+WINDOW = {"kernel_shape": 1, "strides": 1, "dilations": 1, "pads": 0}  # smallest values
+LARGEST = 1 << 16
 FIX = "export it again: rtresnet export"
 
 
@@ -47,8 +51,8 @@ def load(
             raise ValueError("it names no opset")
         if not all(isinstance(name, str) for name in _names(model.graph)):
             raise ValueError("a name is not UTF-8")
-        if not all(node.output for node in model.graph.node):
-            raise ValueError("a node has no output")
+        for node in model.graph.node:
+            _require_sound(node, {entry.domain: entry.version for entry in model.opset_import})
         for tensor in (*model.graph.initializer, *_constants(model)):
             numpy_helper.to_array(tensor)
         if checked:
@@ -67,6 +71,29 @@ def _names(graph: onnx.GraphProto) -> Iterator[str | bytes]:
         yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
     for entry in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         yield entry.name
+
+
+def _require_sound(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
+    """Refuses a node without outputs or with too few inputs, and absurd windows.
+
+    Shape inference, onnx's and ONNX Runtime's, ends the process where sizes overflow.
+    """
+    import onnx
+
+    least = 0
+    with contextlib.suppress(onnx.defs.SchemaError):  # an operator that onnx does not know
+        least = onnx.defs.get_schema(
+            node.op_type, opsets.get(node.domain, 1), node.domain
+        ).min_input
+    if len(node.input) < least or not node.output:
+        raise ValueError(
+            f"{node.op_type} {node.name!r} has {len(node.input)} inputs and {len(node.output)} "
+            "outputs"
+        )
+    for attribute in node.attribute if node.op_type in SLIDING else ():
+        smallest = WINDOW.get(attribute.name, -LARGEST)
+        if not all(smallest <= value <= LARGEST for value in attribute.ints):
+            raise ValueError(f"{node.name!r} has {attribute.name} {list(attribute.ints)}")
 
 
 def _constants(model: onnx.ModelProto) -> list[Any]:

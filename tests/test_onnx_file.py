@@ -19,9 +19,16 @@ def _break_type(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].data_type = -1
 
 
+def _overflow_stride(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Conv")
+    strides = next(entry for entry in node.attribute if entry.name == "strides")
+    strides.ints[:] = [2, 2**31 - 1]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        _overflow_stride,
         _break_weights,
         _break_type,
         lambda model: model.ClearField("opset_import"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import GateMissed, InputError
+from rtresnet.errors import ArtifactError, GateMissed, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,7 +86,10 @@ def _run(path: Path, out: Path | None) -> dict[str, Any]:
 
     sidecar = artifacts.verify(path)
     model = onnx_file.load(path, fix=None)  # not checked: why it is refused is for the rules to say
-    findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
+    try:
+        findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None
     for line in _listed(findings):
         common.say(line)
     if out is not None:

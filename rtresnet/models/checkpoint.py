@@ -197,7 +197,7 @@ def load(
 
 
 def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint:
-    if payload["rtresnet"] != FORMAT:
+    if type(payload["rtresnet"]) is not int or payload["rtresnet"] != FORMAT:
         raise ArtifactError(f"{path}: checkpoint format {payload['rtresnet']}, this reads {FORMAT}")
     try:
         checkpoint = Checkpoint(

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from rtresnet.errors import ArtifactError
+
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 CASTS = ("Cast", "Identity")
@@ -139,7 +141,13 @@ class View:
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:
     """Element types by tensor name, as far as ONNX can tell; 0 is unknown."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(
+            f"its tensors' types do not fit ({reason})", fix="export it again"
+        ) from None
     values = [*graph.input, *graph.output, *graph.value_info]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     return types | {tensor.name: tensor.data_type for tensor in graph.initializer}

@@ -130,6 +130,31 @@ def _fuzz(target: Target, corpus: Path, out: Path, seconds: float, seed: int) ->
     return {"cases": n, "faults": counts, "places": places}
 
 
+def _processes(
+    target: Target, folder: str, given: argparse.Namespace, every: int
+) -> tuple[Counter[str], Counter[str]]:
+    """Fuzzes one target in a process, and in another with the next seed where one crashes."""
+    counts: Counter[str] = Counter(cases=0)
+    places: Counter[str] = Counter()
+    seed, until = given.seed, time.monotonic() + given.minutes * 60 / every
+    while (left := until - time.monotonic()) > 0:
+        command = [sys.executable, "-m", "tests.fuzz.run", "--child", folder, "--seed", str(seed)]
+        command += ["--minutes", str(left / 60), "--target", target.name, "--out", str(given.out)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 0:
+            result = json.loads(done.stdout.splitlines()[-1])
+            counts.update({"cases": result["cases"]} | result["faults"])
+            places.update(result["places"])
+            break
+        counts["crash"] += 1
+        places[f"process ended with {done.returncode}"] += 1
+        current = given.out / f"{target.name}-current"
+        if current.exists():
+            current.replace(given.out / f"{target.name}-{seed}-crash")
+        seed += 1
+    return counts, places
+
+
 def main() -> int:
     """Runs every target in a process of its own and prints the table; 1 where anything failed."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -150,21 +175,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         corpora.make(Path(folder))
         for target in chosen:
-            each = str(given.minutes / len(chosen))
-            arguments = ["--child", folder, "--minutes", each, "--target", target.name]
-            arguments += ["--out", str(given.out), "--seed", str(given.seed)]
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.fuzz.run", *arguments],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-            result = {"cases": 0, "faults": {"crash": 1}, "places": {f"exit {done.returncode}": 1}}
-            if done.returncode == 0:
-                result = json.loads(done.stdout.splitlines()[-1])
-            total.update({"cases": result["cases"]} | result["faults"])
-            _row(target.name, {"cases": result["cases"]} | result["faults"])
-            for place, count in result["places"].items():
+            counts, places = _processes(target, folder, given, len(chosen))
+            total.update(counts)
+            _row(target.name, counts)
+            for place, count in places.items():
                 print(f"    {count:>5} x {place}")
     _row("total", total)
     return int(any(total[kind] for kind in KINDS))
