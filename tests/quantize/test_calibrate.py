@@ -149,7 +149,7 @@ def test_what_python_holds_does_not_grow_with_the_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No batch is kept but those held back; benchmarks/calibration.py takes the whole process."""
-    monkeypatch.setattr(calibrate_module, "SMALL_TRIES", 2)  # each takes as much memory
+    monkeypatch.setattr(calibrate_module, "SMALL_HELD", 16)  # two batches' share
 
     def peak(count: int) -> int:
         def batches() -> Iterator[np.ndarray]:
@@ -163,7 +163,7 @@ def test_what_python_holds_does_not_grow_with_the_images(
         return most
 
     peak(2)  # imports and caches of the first use
-    few, many = peak(16), peak(48)  # 0.4 MB a batch, so 12 MB if all were kept
+    few, many = peak(4), peak(28)  # 0.4 MB a batch, so 9 MB if all were kept
     assert many - few < 2_000_000, (few, many)
 
 
