@@ -138,8 +138,8 @@ def _build(
             preflight.parse(trt, maker, network, log, source)
         finally:
             known = verified.result()  # what is wrong with the file comes before what follows of it
-    if known is not None and known.input_known:
-        _fix_size(network.get_input(0), known.input.size)
+    stated = known.input.size if known is not None and known.input_known else None
+    preflight.require_fixed_size(source, network, stated)
     parent = known or _stranger(trt, network, source)
     batch = int(network.get_input(0).shape[0])
     profiles = fitting(source, chosen, batch if batch > 0 else None)
@@ -202,14 +202,6 @@ def _own_target(trt: Any) -> tuple[str, ...]:
     """The only GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
     rtx = hasattr(trt, "ComputeCapability")
     return () if rtx else tuple(gpu.target for gpu in machine.gpus()[:1])
-
-
-def _fix_size(images: Any, size: int) -> None:
-    """Gives an input whose side the file leaves open the side that the sidecar states."""
-    batch, *dims = tuple(images.shape)
-    if len(dims) == 3 and min(dims) < 0:
-        pixels = dims[2] == 3
-        images.shape = (batch, size, size, 3) if pixels else (batch, 3, size, size)
 
 
 def _add_profiles(

@@ -184,7 +184,7 @@ def stated_input(
         lacking["mean and std"] = "--preset imagenet|half|unit, or --mean R,G,B --std R,G,B"
     if lacking:
         raise InputError(
-            f"{path}: no sidecar, so its {' and its '.join(lacking)} are unknown",
+            f"{path}: no sidecar states its {' and '.join(lacking)}",
             fix=f"state them{_once(path)}: {' '.join(lacking.values())}",
         )
     if fixed is not None and size not in (None, fixed):

@@ -199,7 +199,7 @@ def test_adopt_uint8_file_takes_no_mean(foreign: str, tints: str) -> None:
     pytest.importorskip("tensorrt_rtx")
     assert main(ADOPT) == 0
     assert main(["build", foreign, "--input", "uint8-nhwc", "--out", "p.plan"]) == 0
-    (pixels,) = Path().glob("*nhwc*.onnx")
+    (pixels,) = Path().glob("*-u8.onnx")
     artifacts.sidecar_path(pixels).unlink()
     assert main(["adopt", str(pixels), "--preset", "imagenet"]) == 2
     assert main(["adopt", str(pixels)]) == 0
