@@ -158,6 +158,24 @@ def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar
     return sidecar
 
 
+def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
+    """Writes the sidecar of a file that exists.
+
+    Args:
+        path: The artifact.
+        sidecar: Everything but file name, size and versions; its `sha256` is that of the file.
+
+    Returns:
+        The sidecar as written.
+
+    Raises:
+        InputError: The sidecar cannot be written.
+    """
+    path = Path(path)
+    storage.require_place(sidecar_path(path))
+    return _put_beside(path, sidecar, path.stat().st_size, sidecar.sha256)
+
+
 def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
     """Adds measurements (accuracy, parity, with their n) to an artifact's sidecar."""
     sidecar = read_sidecar(path)

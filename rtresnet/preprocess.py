@@ -81,9 +81,13 @@ class Preprocess:
             mean, std = (",".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
             named = f" (preset {preset[0]})" if preset else ""
             found.append(f"input: mean {mean} and std {std}{named}")
-        if self.resize != self.size:
-            found.append(f"input: the centre {self.size} of {self.resize} pixels")
-        return tuple(found)
+        return (*found, *self.crop_assumption())
+
+    def crop_assumption(self) -> tuple[str, ...]:
+        """The entry of `assumptions` for the crop's margin; empty where there is no margin."""
+        if self.resize == self.size:
+            return ()
+        return (f"input: the centre {self.size} of {self.resize} pixels",)
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """Resizes the shorter side and cuts the centre: uint8 [H, W, 3] to uint8 [size, size, 3].

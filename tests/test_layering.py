@@ -29,6 +29,8 @@ BASE = {
     "records",
     "typed_json",
     "onnx_file",
+    "onnx_interface",
+    "adoption",
     "terminal",
     "norms",
     "branches",
@@ -72,6 +74,7 @@ DOORS = {
 SEAMS = {
     "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino"},
     "onnx_file.py": {"onnx"},
+    "onnx_interface.py": {"onnx"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},
     "runtime/gpu_check.py": {"cuda"},  # to tell the binding's defects from those of cuda.py

@@ -104,6 +104,9 @@ def check(
         maker = trt_loading.create(trt, "Builder", log, log.complaints)
         network = maker.create_network(_creation_flags(trt))
         preflight.parse(trt, maker, network, log, Path(source))
+        preflight.require_fixed_size(
+            Path(source), network, _stated_size(artifacts.read_sidecar(source))
+        )
         preflight.check_targets(Path(source), target, nodes.read(trt, network))
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # as in build
@@ -138,6 +141,7 @@ def _build(
             preflight.parse(trt, maker, network, log, source)
         finally:
             known = verified.result()  # what is wrong with the file comes before what follows of it
+    preflight.require_fixed_size(source, network, _stated_size(known))
     parent = known or _stranger(trt, network, source)
     batch = int(network.get_input(0).shape[0])
     profiles = fitting(source, chosen, batch if batch > 0 else None)
@@ -200,6 +204,10 @@ def _own_target(trt: Any) -> tuple[str, ...]:
     """The only GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
     rtx = hasattr(trt, "ComputeCapability")
     return () if rtx else tuple(gpu.target for gpu in machine.gpus()[:1])
+
+
+def _stated_size(sidecar: Sidecar | None) -> int | None:
+    return sidecar.input.size if sidecar is not None and sidecar.input_known else None
 
 
 def _add_profiles(

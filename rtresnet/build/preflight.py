@@ -36,17 +36,36 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
         )
     if not network.num_inputs or not network.num_outputs:  # of some other files it parses nothing
         raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
-    if min(tuple(network.get_input(0).shape)[1:], default=0) < 1:
-        raise ArtifactError(
-            f"{source}: takes {list(network.get_input(0).shape)}, and a plan needs [N, 3, S, S], "
-            "all but the batch fixed",
-            fix="export it with a fixed size, or give quantize --size",
-        )
     if any("UINT8 zero_point" in warning for warning in log.warnings):
         raise ArtifactError(
             f"{source}: quantized to uint8, which TensorRT would read as int8 without a word, and "
             "compute other numbers than ONNX Runtime",
             fix=f"see: rtresnet lint {source}",
+        )
+
+
+def require_fixed_size(source: Path, network: Any, size: int | None) -> None:
+    """Gives an input whose side the file leaves open the side that its sidecar states.
+
+    Args:
+        source: The ONNX file, for the message.
+        network: The parsed network; its input may be changed.
+        size: Side in pixels; None where no sidecar states it.
+
+    Raises:
+        ArtifactError: A dimension other than the batch is still open.
+    """
+    images = network.get_input(0)
+    shape = list(images.shape)
+    if len(shape) == 4 and size is not None:
+        sides = (1, 2) if shape[3] == 3 else (2, 3)
+        if any(shape[axis] < 1 for axis in sides):
+            images.shape = [size if axis in sides else dim for axis, dim in enumerate(shape)]
+            shape = list(images.shape)
+    if min(shape[1:], default=0) < 1:
+        raise ArtifactError(
+            f"{source}: takes {shape}, and a plan needs [N, 3, S, S], all but the batch fixed",
+            fix=f"state its size with: rtresnet adopt {source} --size S",
         )
 
 

@@ -161,7 +161,7 @@ def build_file(
         common.warn_loudly(
             "an ONNX file without sidecar",
             f"Nothing says what {source} expects of an image or what its classes are. The plan can "
-            "be measured; to evaluate or predict, export the net with rtresnet.",
+            f"be measured; to evaluate or predict, state it once with: rtresnet adopt {source}",
         )
     plan: dict[str, Any] = dataclasses.asdict(written)["plan"]
     return {"plan": str(out), "bytes": written.bytes} | plan

@@ -159,8 +159,9 @@ def _precision(path: str) -> str:
     if artifacts.kind_of(path) != "onnx" or not machine.installed("onnx"):
         return "unknown"
     from rtresnet import onnx_file
+    from rtresnet.onnx_interface import precision_of
 
-    return opening.arithmetic(onnx_file.load(path))
+    return precision_of(onnx_file.load(path))
 
 
 def _open_checkpoint(path: str, **options: Any) -> Subject:
@@ -222,6 +223,8 @@ def _ancestor(path: str) -> tuple[Path | None, str | None]:
         if place.suffix.lower() != ".onnx":
             break
         if state != "ok":
+            if state == "no sidecar":
+                return None, f"{place} has no sidecar; write one with: rtresnet adopt {place}"
             return None, f"{place} is {state}"
         if sidecar is not None and sidecar.precision == "fp32":
             return place, None

@@ -184,8 +184,8 @@ def stated_input(
         lacking["mean and std"] = "--preset imagenet|half|unit, or --mean R,G,B --std R,G,B"
     if lacking:
         raise InputError(
-            f"{path}: no sidecar, so its {' and its '.join(lacking)} are unknown",
-            fix=f"state them: {' '.join(lacking.values())}",
+            f"{path}: no sidecar states its {' and '.join(lacking)}",
+            fix=f"state them{_once(path)}: {' '.join(lacking.values())}",
         )
     if fixed is not None and size not in (None, fixed):
         raise InputError(f"{path}: takes {fixed}x{fixed} pixels, not {size}", fix=f"--size {fixed}")
@@ -193,6 +193,14 @@ def stated_input(
     assert side is not None
     base = Preprocess.for_size(side, **({"layout": UINT8} if pixels else {}))
     return preprocess_from(base, None, mean, std)
+
+
+def _once(path: object) -> str:
+    """The command that states the input of an ONNX file for all commands."""
+    from rtresnet import artifacts
+
+    onnx = artifacts.SUFFIXES.get(Path(str(path)).suffix.lower()) == "onnx"
+    return f" (once, with: rtresnet adopt {path})" if onnx else ""
 
 
 def classes_option(function: F) -> F:

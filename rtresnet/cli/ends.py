@@ -75,8 +75,8 @@ def write_with(source: Path, takes: str, topk: int | None) -> tuple[Path, Sideca
     pixels, out = takes == "uint8-nhwc", path_with(source, takes, topk)
     if sidecar is None or (pixels and not sidecar.input_known):
         raise InputError(
-            f"{source}: no sidecar of an export, so its mean, std and classes are unknown",
-            fix="export it with rtresnet, or copy the sidecar along",
+            f"{source}: no sidecar, so its mean, std and classes are unknown",
+            fix=f"state them once with: rtresnet adopt {source}",
         )
     if not machine.installed("onnx"):
         raise missing_package("onnx", "--input and --topk")

@@ -166,7 +166,7 @@ def write_records(result: dict[str, Any], *, required: bool = False) -> None:
         path = entry["artifact"]
         sidecar = artifacts.read_sidecar(path)
         if sidecar is None:
-            reason = f"{path}: no sidecar to record the accuracy in"
+            reason = f"{path}: no sidecar to record the accuracy in (see: rtresnet adopt)"
         elif entry["protocol"] != "center" or entry["input"] != dataclasses.asdict(sidecar.input):
             reason = (
                 f"{path}: not recorded, as it was measured in another way than its sidecar says"

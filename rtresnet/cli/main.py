@@ -23,6 +23,7 @@ VERBS = (
     "pack",
     "train",
     "export",
+    "adopt",
     "quantize",
     "lint",
     "build",

@@ -120,20 +120,6 @@ class Opened:
         return logits(found, self.path)
 
 
-def arithmetic(model: Any) -> str:
-    """What an onnx.ModelProto computes in: "fp32", "fp16", "int8" or "unknown"."""
-    from onnx import TensorProto
-
-    graph = model.graph
-    if any("Quantize" in node.op_type or "Integer" in node.op_type for node in graph.node):
-        return "int8"
-    floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    types = {tensor.data_type for tensor in graph.initializer} & floats
-    if TensorProto.FLOAT16 in types and TensorProto.BFLOAT16 not in types:
-        return "fp16"  # whatever else it has in FP32
-    return "fp32" if types == {TensorProto.FLOAT} else "unknown"
-
-
 PLAN_OPTIONS = ("contexts", "graphs")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common, opening
+from rtresnet.cli import common
 from rtresnet.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def quantize_file(
     from rtresnet import artifacts, machine, onnx_file, storage
     from rtresnet.cli.quantize_int8 import int8, scales_path
     from rtresnet.errors import missing_package
+    from rtresnet.onnx_interface import precision_of
 
     out = out or default_out(source, precision)
     artifacts.require_name(out, "onnx")
@@ -183,9 +184,9 @@ def quantize_file(
         raise missing_package("onnx", "quantizing")
     model = onnx_file.load(source, checked=True)
     _require_plain(source, model, sidecar)
-    _settle_shape(source, model, contract[0])
+    _settle_shape(source, model, contract[0] or (sidecar.input.size if sidecar else None))
     if sidecar is None:
-        if (found := opening.arithmetic(model)) in ("fp16", "int8"):
+        if (found := precision_of(model)) in ("fp16", "int8"):
             raise InputError(f"{source}: is {found} already", fix="start from the FP32 file")
         sidecar = _foreign(source, model, contract)
     elif common.preprocess_from(sidecar.input, *contract) != sidecar.input:
@@ -269,29 +270,19 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     """The record of an ONNX file that somebody else made."""
-    from rtresnet import storage
-    from rtresnet.sidecar import Model, Sidecar, Weights
+    from rtresnet import adoption
 
     side = images_of(model).type.tensor_type.shape.dim[-1].dim_value
     preprocess = common.stated_input(source, *contract, fixed=side or None)
     shape = model.graph.output[0].type.tensor_type.shape.dim
     if not shape or not shape[-1].dim_value:
         raise ArtifactError(f"{source}: its output has no fixed number of classes")
-    digest = storage.sha256(source)
-    return Sidecar(
-        kind="onnx",
-        file=source.name,
-        model=Model(
-            architecture="unknown",
-            classes=tuple(str(index) for index in range(shape[-1].dim_value)),
-            shortcut="none",
-            stride_in="3x3",
-        ),
-        input=preprocess,
-        assumed=preprocess.assumptions(),
-        weights=Weights(origin="file", sha256=digest, source=source.as_posix()),
+    return adoption.describe(
+        source,
+        classes=tuple(str(index) for index in range(shape[-1].dim_value)),
+        preprocess=preprocess,
         precision="fp32",
-        sha256=digest,
+        assumed=preprocess.assumptions(),
     )
 
 

@@ -79,13 +79,17 @@ class Session:
         """How an image becomes input.
 
         Raises:
-            InputError: The file has no sidecar, or one that had to guess: nobody knows.
+            InputError: The file has no sidecar, or one that does not say it.
         """
         if self.sidecar is None or not self.sidecar.input_known:
+            onnx = artifacts.kind_of(self.path) == "onnx"
             raise InputError(
-                f"{self.path}: no sidecar ({artifacts.sidecar_path(self.path).name}) of an export, "
-                "so its mean and std are unknown",
-                fix="export it with rtresnet, or copy the sidecar along",
+                f"{self.path}: no sidecar ({artifacts.sidecar_path(self.path).name}) that states "
+                "its mean and std",
+                fix=f"state them once with: rtresnet adopt {self.path}"
+                if onnx
+                else "build it again from an ONNX file with a sidecar: rtresnet adopt, then "
+                "rtresnet build",
             )
         return self.sidecar.input
 
@@ -115,10 +119,15 @@ class Session:
         """Side of the input, in pixels.
 
         Raises:
-            InputError: The file leaves it open.
+            InputError: The file leaves it open, and no sidecar states it.
         """
+        if self.backend.size is None and self.sidecar is not None and self.sidecar.input_known:
+            return self.sidecar.input.size
         if self.backend.size is None:
-            raise InputError(f"{self.path}: its input has no fixed size")
+            raise InputError(
+                f"{self.path}: its input has no fixed size",
+                fix=f"state it once with: rtresnet adopt {self.path} --size S",
+            )
         return self.backend.size
 
     @property

@@ -190,7 +190,7 @@ def test_a_file_without_sidecar_runs_but_knows_no_preprocessing(
         assert session(images(2)).shape == (2, 10)
         with pytest.raises(InputError, match=rf"{copied.name}\.json") as caught:
             _ = session.preprocess
-    assert "mean and std are unknown" in str(caught.value)
+    assert "rtresnet adopt" in (caught.value.fix or "")
 
 
 @pytest.mark.usefixtures("without_gpu")
