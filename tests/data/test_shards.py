@@ -283,7 +283,7 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_is_left(
     gone.unlink()
     with pytest.raises(DataError, match=r"val/dogs/1\.jpg: No such file"):
         pack(str(divided), tmp_path / "pack", shard_bytes=8000)
-    assert list((tmp_path / "pack").iterdir()) == []
+    assert not (tmp_path / "pack").exists()
 
 
 def test_a_pack_within_the_folder_would_be_a_class_of_it(divided: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_no_index_and_no_shards(
     assert (caught.value.errno, caught.value.filename) == (
         errno.ENOSPC, str(out / "train-00002.tar"),
     )  # fmt: skip
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 def test_interrupted_by_a_person_nothing_is_left(divided: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_interrupted_by_a_person_nothing_is_left(divided: Path, tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         pack(str(divided), tmp_path / "pack", shard_bytes=8000, progress=stop)
-    assert list((tmp_path / "pack").iterdir()) == []
+    assert not (tmp_path / "pack").exists()
 
 
 def test_the_index_of_many_images_opens_fast_because_names_are_not_split(packed: Path) -> None:
