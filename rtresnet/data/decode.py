@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import os
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 ORIENTATION = 0x0112  # the EXIF tag
 FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT, beside 1
+
+# What Pillow's decoders raise, apart from OSError, where a header or a stream is damaged.
+DAMAGED = (
+    ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, ValueError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 class CorruptImage(DataError):
@@ -127,7 +134,7 @@ def decode(
                 data = file.read()
         pixels = _by_simplejpeg(data, at_least)
         return _by_pillow(data, at_least) if pixels is None else pixels
-    except (UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error):
+    except (UnidentifiedImageError, *DAMAGED):
         raise CorruptImage(f"{path}: not an image, or damaged") from None
     except Image.DecompressionBombError as error:
         raise CorruptImage(f"{path}: {error}") from None

@@ -40,6 +40,7 @@ FORMS = (
     "npz:FILE",
     "synthetic:N",
 )
+MOST_CLASSES = 1_000_000  # of arrays without class names: a label above it is no class
 SPLITS = ("train", "test", "all")
 
 
@@ -284,7 +285,7 @@ def open_source(spec: str, split: str = "all") -> Source:
     if form == "npz" and argument:
         images, labels, names = read_npz(Path(argument))
         count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-        numbers = [str(index) for index in range(count)]
+        numbers = [str(index) for index in range(min(count, MOST_CLASSES))]
         return _arrays(spec, images, labels, names or numbers, named=bool(names))
     if form == "synthetic" and argument:
         return _synthetic(spec, argument)

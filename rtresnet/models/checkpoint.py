@@ -211,7 +211,8 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             assumed=tuple(map(str, payload.get("assumed", ()))),
         )
         said = checkpoint.spec
-        if not all(isinstance(tensor, Tensor) for tensor in checkpoint.state.values()):
+        state = checkpoint.state
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise TypeError("state holds something else than tensors")
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None

@@ -89,7 +89,7 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
     if not any(entry.severity == "error" for entry in found):
         try:
             onnx.checker.check_model(model)
-        except onnx.checker.ValidationError as error:
+        except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:120]
             found.append(finding("invalid", name, detail=reason))
     return sorted(found, key=lambda entry: SEVERITIES.index(entry.severity))

@@ -926,3 +926,10 @@ def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(tmp_path: Pat
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in images_under(tmp_path)] == ["gone.png"]
+
+
+def test_npz_huge_label_without_class_names_is_refused_at_once(tmp_path: Path) -> None:
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 2**62]))
+    with pytest.raises(DataError, match="labels reach from 0"):
+        open_source(f"npz:{tmp_path / 'a.npz'}")
