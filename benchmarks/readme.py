@@ -32,6 +32,7 @@ TABLES = {
     "quantize deep table": "quantize-resnet56",
     "calibration table": "calibration",
     "qat table": "qat",
+    "engines without vnni table": "engines-no-vnni",
     "int8 cpu table": "int8-cpu",
     "openvino table": "engines-openvino",
 }
