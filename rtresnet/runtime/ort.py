@@ -277,9 +277,8 @@ def _result(found: Sequence[np.ndarray]) -> np.ndarray | TopK:
 def _without_vnni(float_layers: Sequence[str]) -> str:
     """What runs instead of saturating sums, for people who read a figure."""
     shown = ", ".join(float_layers[:3]) + (", ..." if len(float_layers) > 3 else "")
-    change = (
-        f"{len(float_layers)} layer(s) run in float ({shown})" if float_layers else "none would"
-    )
+    count = f"{len(float_layers)} layer{'s run' if len(float_layers) > 1 else ' runs'}"
+    change = f"{count} in float ({shown})" if float_layers else "none of this file's would"
     return f"no VNNI on this CPU, so INT8 sums of 16 bits could saturate: {change}"
 
 
