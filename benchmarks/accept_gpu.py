@@ -80,7 +80,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("accept-gpu"), help="[accept-gpu]")
     parser.add_argument("--model", default="resnet18", help="the net to build [resnet18]")
-    parser.add_argument("--calls", type=int, default=10_000, help="of the memory check [10000]")
+    parser.add_argument(
+        "--calls", type=int, default=10_000, help="calls of the memory check [default: 10000]"
+    )
     parser.add_argument("--keep-logs", action="store_true", help="keep TensorRT's verbose log")
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="steps by name, as build-*"

@@ -152,13 +152,18 @@ def int8_sums_saturate() -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    return limit.upper() in ISAS_WITHOUT_VNNI or not {"avx512_vnni", "avx_vnni"} & _flags()
+    return _isa_limit() in ISAS_WITHOUT_VNNI or not {"avx512_vnni", "avx_vnni"} & _flags()
 
 
 def native_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself: twice float32's speed, if so."""
-    return bool({"avx512_bf16", "amx_bf16"} & _flags())
+    return _isa_limit() not in ISAS_WITHOUT_VNNI and bool({"avx512_bf16", "amx_bf16"} & _flags())
+
+
+def _isa_limit() -> str:
+    """Instruction set that oneDNN is limited to; empty without a limit."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.upper()
 
 
 @functools.cache

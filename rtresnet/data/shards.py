@@ -31,7 +31,7 @@ from rtresnet.errors import DataError
 
 INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
 FORMAT, VERSION = "rtresnet shards", 1
-ANEW = "pack it anew: rtresnet pack FOLDER --out DIR --force"
+PACK_AGAIN = "pack it again: rtresnet pack FOLDER --out DIR --force"
 COLUMNS = ("shard", "offset", "length", "label")  # int64, an entry an image
 
 Count = Annotated[int, Meta(ge=0)]
@@ -128,7 +128,7 @@ class Shards:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
         if len(data) != length:
-            raise DataError(f"{path}: truncated while it was in use", fix=ANEW)
+            raise DataError(f"{path}: truncated while it was in use", fix=PACK_AGAIN)
         return data
 
     def fingerprint(self) -> str:
@@ -164,7 +164,7 @@ def files_fingerprint(names: Iterable[bytes], sizes: Iterable[int], labels: Iter
 def _read_index(folder: Path) -> _Index:
     path = folder / INDEX
     try:
-        index = typed_json.load(path, fix=ANEW, error=DataError)
+        index = typed_json.load(path, fix=PACK_AGAIN, error=DataError)
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise DataError(
@@ -175,15 +175,15 @@ def _read_index(folder: Path) -> _Index:
             fix="rtresnet pack FOLDER --out DIR makes them",
         ) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{path}: not an index of shards", fix=ANEW)
+        raise DataError(f"{path}: not an index of shards", fix=PACK_AGAIN)
     if index.get("version") != VERSION:
         raise DataError(
             f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
-            fix=ANEW,
+            fix=PACK_AGAIN,
         )
-    valid = typed_json.convert(index, _Index, where=str(path), fix=ANEW, error=DataError)
+    valid = typed_json.convert(index, _Index, where=str(path), fix=PACK_AGAIN, error=DataError)
     if tuple(valid["splits"]) not in (("all",), ("train", "test")):
-        raise DataError(f"{path}: splits are {', '.join(valid['splits'])}", fix=ANEW)
+        raise DataError(f"{path}: splits are {', '.join(valid['splits'])}", fix=PACK_AGAIN)
     return valid
 
 
@@ -192,9 +192,9 @@ def _read_table(path: Path, index: _Index) -> dict[str, np.ndarray]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", fix=ANEW) from None
+        raise DataError(f"{path}: {error.strerror}", fix=PACK_AGAIN) from None
     if hashlib.sha256(content).hexdigest() != index["table_sha256"]:
-        raise DataError(f"{path}: not the table that {INDEX} describes", fix=ANEW)
+        raise DataError(f"{path}: not the table that {INDEX} describes", fix=PACK_AGAIN)
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         table = {column: file[column] for column in file.files}
     labels, shards = table["label"], table["shard"]
@@ -203,7 +203,7 @@ def _read_table(path: Path, index: _Index) -> dict[str, np.ndarray]:
         or labels.max(initial=0) >= len(index["classes"])
         or shards.max(initial=0) >= len(index["shards"])
     ):
-        raise DataError(f"{path.with_name(INDEX)}: does not fit {TABLE}", fix=ANEW)
+        raise DataError(f"{path.with_name(INDEX)}: does not fit {TABLE}", fix=PACK_AGAIN)
     return table
 
 
@@ -211,7 +211,7 @@ def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", fix=ANEW) from None
+        raise DataError(f"{path}: {error.strerror}", fix=PACK_AGAIN) from None
     if found != size:
         what = "truncated" if found < size else "replaced"
-        raise DataError(f"{path}: {what} ({found} of {size} bytes)", fix=ANEW)
+        raise DataError(f"{path}: {what} ({found} of {size} bytes)", fix=PACK_AGAIN)
