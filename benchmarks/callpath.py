@@ -5,7 +5,8 @@
 Needs gcc and cuda-python. The stub does every operation at once with malloc and memcpy, and the
 engine computes nothing: what is left is Python, the bindings, and what the runtime adds to them.
 The same run times, in turn, the calls that no inference can do without: copy into pinned memory,
-copy in, graph launch, copy out, wait, copy the result. Goals: at most 20 us, and 2.5 times the lean sequence
+copy in, graph launch,
+copy out, wait, copy the result. Goals: at most 20 us, and 2.5 times the lean sequence
 for `tensorrt`, whose copies are in its graph (TensorRT-RTX captures the engine alone).
 
 Two more tables: `Batcher` on a device of 5 ms a batch, with and without pinned memory and a second
