@@ -31,8 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # a checkout need not be i
 
 from accept_steps import STEPS, Context, Step  # noqa: E402
 
-from rtresnet import machine  # noqa: E402
-from rtresnet.isolated import FAILED, OK, SKIPPED, StepResult, report_step, run_step  # noqa: E402
+from rtresnet.core import hardware  # noqa: E402
+from rtresnet.core.isolated import FAILED, OK, SKIPPED, StepResult, report_step, run_step  # noqa: E402
 
 SCHEMA = 1
 LONGEST = 60_000  # characters of the report: an issue on GitHub takes 65,536
@@ -42,10 +42,10 @@ BRIEF = 300  # of any other step's
 
 def missing(step: Step) -> str | None:
     """Why a step cannot run, if packages are missing."""
-    absent = [module for module in step.needs if not machine.installed(module)]
+    absent = [module for module in step.needs if not hardware.installed(module)]
     if not absent:
         return None
-    names = " ".join(machine.DISTRIBUTIONS.get(module, module) for module in absent)
+    names = " ".join(hardware.DISTRIBUTIONS.get(module, module) for module in absent)
     return f"not installed: {', '.join(absent)} (pip install {names})"
 
 
@@ -54,7 +54,7 @@ def report(results: Sequence[StepResult], arguments: Sequence[str]) -> str:
     counts = {status: sum(r.status == status for r in results) for status in (OK, FAILED, SKIPPED)}
     head = {
         "accept_gpu": SCHEMA,
-        "commit": machine.commit(),
+        "commit": hardware.commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "arguments": list(arguments),
         "counts": counts,

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtresnet import machine
-from rtresnet.errors import RtresnetError
-from rtresnet.isolated import StepFailed, StepSkipped
+from rtresnet.core import hardware
+from rtresnet.core.errors import RtresnetError
+from rtresnet.core.isolated import StepFailed, StepSkipped
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDERS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # as --builder takes it: module
@@ -84,9 +84,9 @@ def describe_machine(context: Context) -> dict[str, Any]:
 
     names = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "RTRESNET_CUDA")
     return gpu_check.driver_report() | {
-        "cpu": machine.cpu(),
-        "versions": machine.versions(PACKAGES),
-        "commit": machine.commit(),
+        "cpu": hardware.cpu(),
+        "versions": hardware.versions(PACKAGES),
+        "commit": hardware.commit(),
         "environment": {name: os.environ[name] for name in names if name in os.environ},
     }
 
@@ -164,11 +164,11 @@ def run_onnx_on_gpu(context: Context, precision: str) -> dict[str, Any]:
 
 def target_of(builder: str) -> str | None:
     """What --target gets; StepSkipped where TensorRT-RTX does not serve this GPU."""
-    from rtresnet.build.targets import RTX_TARGETS
+    from rtresnet.builder.targets import RTX_TARGETS
 
     if builder != "rtx":
         return None
-    here = machine.gpus()[0].target
+    here = hardware.gpus()[0].target
     if here not in RTX_TARGETS:
         raise StepSkipped(f"TensorRT-RTX has no target {here}; it has {', '.join(RTX_TARGETS)}")
     return here

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from common import markdown, rtresnet, save
 
-from rtresnet import Batcher, load, machine
+from rtresnet import Batcher, load
+from rtresnet.core import hardware
 
 Session = Callable[[np.ndarray], Any]
 THREADS = 8
@@ -165,7 +166,7 @@ def main() -> None:
     ]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     caption = (
-        f"{THREADS} threads on {machine.cpu()}, {where['provider']}, {versions}; {options.rounds} "
+        f"{THREADS} threads on {hardware.cpu()}, {where['provider']}, {versions}; {options.rounds} "
         f"rounds of {options.seconds:g} s each, in turn; a lone caller's figures are medians of "
         f"{found[0]['n']} and {found[-1]['n']} calls. The machine was shared: load "
         f"{load_before:.1f} before the start."

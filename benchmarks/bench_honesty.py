@@ -45,9 +45,9 @@ from typing import Any
 import numpy as np
 from common import RESULTS, markdown, rtresnet
 
-from rtresnet import machine
 from rtresnet.bench import load, queueing, scenarios
 from rtresnet.bench.environment import Watch
+from rtresnet.core import hardware
 
 ROOT = Path(__file__).parent.parent
 HEADINGS = ("section", "what", "expected", "measured", "off by", "bound", "held", "n")
@@ -274,7 +274,7 @@ def openvino(options: argparse.Namespace) -> list[Row]:
     if options.openvino is None:
         print("  left out: --openvino names no Python with the package openvino")
         return []
-    rows, threads = [], str(machine.cores())
+    rows, threads = [], str(hardware.cores())
     seconds = str(options.seconds / 2)
     with exported("resnet50", "fp32", "int8") as files:
         for precision, file in zip(("FP32", "INT8"), files, strict=True):
@@ -313,7 +313,7 @@ def benchmark_app(options: argparse.Namespace, file: str, *shape: str) -> float:
     """Images/s as OpenVINO's own program prints."""
     said = subprocess.run(
         [str(Path(options.openvino).parent / "benchmark_app"), "-m", file, "-d", "CPU", "-api",
-         "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(machine.cores()), *shape,
+         "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(hardware.cores()), *shape,
          "-infer_precision", "f32", "-t", str(int(options.seconds / 2))],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
@@ -379,7 +379,7 @@ def main() -> None:
             record[name] = {
                 "rows": rows, "environment": watch.report, "seconds": options.seconds,
                 "priority": priority(),
-                "versions": machine.versions(("rtresnet", "numpy", "onnxruntime")),
+                "versions": hardware.versions(("rtresnet", "numpy", "onnxruntime")),
             }  # fmt: skip
             write(path, {key: record[key] for key in SECTIONS if key in record})
     missed = [entry for section in record.values() for entry in section["rows"] if "NO" in entry]
@@ -405,7 +405,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
         for name, section in record.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    caption = f"{machine.cpu()}, {versions}. The machine meanwhile: {'. '.join(notes)}."
+    caption = f"{hardware.cpu()}, {versions}. The machine meanwhile: {'. '.join(notes)}."
     path.with_suffix(".md").write_text(f"{table}\n\n{caption}\n")
     print(table, flush=True)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from common import markdown, rtresnet, save
 
-from rtresnet import machine
-from rtresnet.build import engine
-from rtresnet.sidecar import Profile
+from rtresnet.builder import engine
+from rtresnet.core import hardware
+from rtresnet.core.sidecar import Profile
 
 HEADINGS = ("net", "precision", "bare API s", "rtresnet s", "ratio", "of rounds", "n")
 BATCHES = (1, 8, 32)
@@ -102,12 +102,12 @@ def main() -> None:
                     rounds,
                 )
             )
-    versions = machine.versions(("rtresnet", "tensorrt-rtx-cu13"))
+    versions = hardware.versions(("rtresnet", "tensorrt-rtx-cu13"))
     caption = (
         f"ONNX file to plan on the disk, in turn, medians and the median of the rounds' ratios; "
-        f"{machine.cpu()}, {', '.join(f'{k} {v}' for k, v in versions.items())}."
+        f"{hardware.cpu()}, {', '.join(f'{k} {v}' for k, v in versions.items())}."
     )
-    record = {"seconds": record, "device": machine.cpu(), "versions": versions}
+    record = {"seconds": record, "device": hardware.cpu(), "versions": versions}
     save("build", record, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 

@@ -26,13 +26,13 @@ import onnx
 from common import markdown, rtresnet, save
 from PIL import Image
 
-from rtresnet import machine
+from rtresnet.core import hardware
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import loader
 from rtresnet.data.sources import open_images
-from rtresnet.preprocess import Preprocess
-from rtresnet.quantize import calibrate, qdq
-from rtresnet.quantize.prepare import prepare
-from rtresnet.quantize.simulate import session
+from rtresnet.quantization import calibrate, qdq
+from rtresnet.quantization.prepare import prepare
+from rtresnet.quantization.simulate import session
 
 FEW, MANY = 128, 1024
 METHODS = ("max", "auto")
@@ -125,11 +125,11 @@ def main() -> None:
         "calibrator", "plain passes", f"peak MB, {FEW} images", f"peak MB, {MANY} images",
         "growth %",
     )  # fmt: skip
-    versions = machine.versions(("rtresnet", "numpy", "onnx", "onnxruntime"))
+    versions = hardware.versions(("rtresnet", "numpy", "onnx", "onnxruntime"))
     caption = (
         f"{options.model}, {options.images} images of 400x300 px; time as a multiple of a plain "
         f"FP32 pass (decode and run), median of {options.rounds}; ONNX Runtime CPU on "
-        f"{machine.cpu()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()) + "."
+        f"{hardware.cpu()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()) + "."
     )
     save("calibration", {"results": results, "versions": versions},
          markdown(headings, rows) + "\n\n" + caption)  # fmt: skip

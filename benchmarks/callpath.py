@@ -28,7 +28,7 @@ from typing import Any
 
 from common import markdown, save
 
-from rtresnet import machine
+from rtresnet.core import hardware
 
 TESTS = Path(__file__).parents[1] / "tests" / "runtime"
 GOAL_US, GOAL_RATIO = 20.0, 2.5
@@ -98,8 +98,8 @@ def main() -> None:
     headings = (
         "plan of", "infer, us", "median", "lean sequence, us", "median", "ratio", "driver calls",
     )  # fmt: skip
-    versions = machine.versions(("cuda-bindings", "numpy"))
-    facts = {"device": machine.cpu(), "versions": versions, "load_before": before}
+    versions = hardware.versions(("cuda-bindings", "numpy"))
+    facts = {"device": hardware.cpu(), "versions": versions, "load_before": before}
     caption = (
         "One image of 192 bytes, an engine that computes nothing, a stub of libcuda; minimum and "
         f"median over {found['tensorrt']['rounds']} rounds of 200 calls in turn. "

@@ -24,7 +24,7 @@ import torch
 from common import markdown, save
 from PIL import Image
 
-from rtresnet import machine
+from rtresnet.core import hardware
 from rtresnet.data import decode as decoding
 from rtresnet.data.cache import Cached
 from rtresnet.data.crops import WORKING, Box, area_box, cut, scale_box
@@ -153,9 +153,9 @@ def main() -> None:
         for e in found
     ]  # fmt: skip
     names = ("rtresnet", "numpy", "torch", "pillow", "simplejpeg")
-    versions = ", ".join(f"{n} {v}" for n, v in machine.versions(names).items())
+    versions = ", ".join(f"{n} {v}" for n, v in hardware.versions(names).items())
     caption = (
-        f"One thread on {machine.cpu()}, {versions}; each way in turn, {options.rounds} rounds; "
+        f"One thread on {hardware.cpu()}, {versions}; each way in turn, {options.rounds} rounds; "
         "speed: the median of the rounds' ratios to the plain loop."
     )
     save(

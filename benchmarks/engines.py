@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common import markdown, rtresnet, save
 
-from rtresnet import machine
+from rtresnet.core import hardware
 
 HEADINGS = (
     "net", "precision", "ONNX MB", "plan MB", "build s", "convolutions", "ms, batch 1",
@@ -81,7 +81,7 @@ def main() -> None:
     where, plan = first["bench"]["results"][0], first["export"]["plans"][0]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     kind = "with VNNI"
-    if machine.int8_sums_saturate():
+    if hardware.int8_sums_saturate():
         hidden = "no_vnni" in os.environ.get("LD_PRELOAD", "")
         kind = "without VNNI" + (" (hidden by tests/runtime/no_vnni.c)" if hidden else "")
     caption = (
@@ -91,7 +91,7 @@ def main() -> None:
         "batches of 8."
     )
     name = "engines" if options.provider == "cpu" else f"engines-{options.provider}"
-    name += "-no-vnni" if machine.int8_sums_saturate() else ""
+    name += "-no-vnni" if hardware.int8_sums_saturate() else ""
     save(name, records, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 

@@ -24,19 +24,20 @@ import onnx
 from common import markdown, rtresnet, save
 
 import rtresnet as package
-from rtresnet import machine, metrics
+from rtresnet.core import hardware, metrics
 from rtresnet.data import loader
 from rtresnet.data.sources import open_source
-from rtresnet.quantize import simulate
+from rtresnet.quantization import simulate
 from rtresnet.runtime import ort
 
 HIDE = Path(__file__).parent.parent / "tests" / "runtime" / "no_vnni.c"
 RUN = """
 import sys, numpy as np
-from rtresnet import load, machine
+from rtresnet import load
+from rtresnet.core import hardware
 path, provider, images, out, unaware = sys.argv[1:]
 if unaware == "True":
-    machine.int8_sums_saturate = lambda: False
+    hardware.int8_sums_saturate = lambda: False
 images = np.load(images)
 with load(path, provider=provider) as session:
     batches = np.array_split(images, max(1, len(images) // 128))
@@ -92,9 +93,9 @@ def measure(weights: str, data: str, calib: str, folder: Path) -> list[dict[str,
         ("-", "file as written", np.concatenate([written.run(None, {name: p})[0] for p in parts]))
     ]
     cpus: list[tuple[str, dict[str, str]]] = [
-        ("without VNNI" if machine.int8_sums_saturate() else "with VNNI", {})
+        ("without VNNI" if hardware.int8_sums_saturate() else "with VNNI", {})
     ]
-    if not machine.int8_sums_saturate() and (variables := hidden(folder)) is not None:
+    if not hardware.int8_sums_saturate() and (variables := hidden(folder)) is not None:
         cpus.append(("VNNI hidden", variables))
     for cpu, env in cpus:
         for provider in ("cpu", *(["openvino"] if ort.openvino() else [])):
@@ -131,7 +132,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(weights).resolve())
             results += measure(path, options.data, options.calib, Path(folder))
-    versions = machine.versions(("rtresnet", "numpy", "onnxruntime", "onnxruntime-ep-openvino"))
+    versions = hardware.versions(("rtresnet", "numpy", "onnxruntime", "onnxruntime-ep-openvino"))
     rows = [
         (e["net"], e["cpu"], e["provider"], e["top1"], e["n"], f"{e['agreement']:.2f}",
          f"{e['snr_db']:.1f}")
@@ -142,11 +143,11 @@ def main() -> None:
         f"INT8 files, calibrated on 512 training images of {Path(options.calib).name}, on "
         f"{Path(options.data).name}; FP32: "
         + ", ".join(f"{net} {count}" for net, count in float_top1.items())
-        + f" right. {machine.cpu()}; "
+        + f" right. {hardware.cpu()}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "."
     )
-    record = {"results": results, "cpu": machine.cpu(), "versions": versions}
+    record = {"results": results, "cpu": hardware.cpu(), "versions": versions}
     save("int8-cpu", record, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 

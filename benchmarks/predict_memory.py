@@ -23,7 +23,7 @@ import numpy as np
 from common import markdown, rtresnet, save
 from PIL import Image
 
-from rtresnet import machine
+from rtresnet.core import hardware
 
 
 def photographs(folder: Path, count: int) -> None:
@@ -92,14 +92,14 @@ def main() -> None:
         for e in found
     ]  # fmt: skip
     names = ("rtresnet", "numpy", "onnxruntime", "pillow", "simplejpeg", "pyarrow")
-    versions = machine.versions(names)
+    versions = hardware.versions(names)
     caption = (
-        f"Largest resident set of the process on {machine.cpu()}, {found[0]['provider']}, "
+        f"Largest resident set of the process on {hardware.cpu()}, {found[0]['provider']}, "
         f"{', '.join(f'{n} {v}' for n, v in versions.items())}; JPEGs of 120 to 500 pixels a side; "
         f"{time.perf_counter() - begin:.0f} s in all. The machine was shared, which the images a "
         "second show and the memory does not."
     )
-    record = {"results": found, "versions": versions, "device": machine.cpu()}
+    record = {"results": found, "versions": versions, "device": hardware.cpu()}
     save("predict-memory", record, markdown(headings, rows) + "\n\n" + caption)
 
 

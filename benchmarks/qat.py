@@ -21,12 +21,12 @@ import torch
 from common import markdown, rtresnet, save
 
 import rtresnet as package
-from rtresnet import machine, metrics
+from rtresnet.core import hardware, metrics
 from rtresnet.data import loader
 from rtresnet.data.sources import open_source
 from rtresnet.models import checkpoint
-from rtresnet.quantize import simulate
-from rtresnet.train import qat
+from rtresnet.quantization import simulate
+from rtresnet.training import qat
 
 HEADINGS = (
     "net", "training images", "epochs", "torch and ONNX agree %", "of", "equal logits %",
@@ -89,11 +89,11 @@ def main() -> None:
         )
         for e in results
     ]  # fmt: skip
-    versions = machine.versions(("rtresnet", "torch", "onnx", "onnxruntime"))
+    versions = hardware.versions(("rtresnet", "torch", "onnx", "onnxruntime"))
     caption = (
         f"Fine-tuned on {Path(options.data.partition(':')[2]).name}; equal logits: of torch and "
         f"ONNX, bit for bit; in integers: torch and the file as a CPU runs it agree; "
-        f"drop: INT8 after against FP32 before; CPU, {machine.cpu()}, "
+        f"drop: INT8 after against FP32 before; CPU, {hardware.cpu()}, "
         + ", ".join(f"{n} {v}" for n, v in versions.items())
         + "."
     )

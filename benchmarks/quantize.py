@@ -30,12 +30,12 @@ import onnx
 from common import markdown, rtresnet, save
 
 import rtresnet as package
-from rtresnet import machine, metrics
+from rtresnet.core import hardware, metrics
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import loader
 from rtresnet.data.sources import Source, open_images, open_source
-from rtresnet.preprocess import Preprocess
-from rtresnet.quantize import simulate
-from rtresnet.quantize.lint import lint
+from rtresnet.quantization import simulate
+from rtresnet.quantization.lint import lint
 
 OURS = ("auto", "max", "percentile", "entropy", "mse")
 IMAGES = 512
@@ -117,7 +117,7 @@ def plainly(path: Path, images: np.ndarray) -> np.ndarray:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if machine.int8_sums_saturate():
+    if hardware.int8_sums_saturate():
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -262,7 +262,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results += measure(str(Path(weights).resolve()), options, Path(folder))
     names = ("rtresnet", "numpy", "onnx", "onnxruntime")
-    record = {"results": results, "calib": options.calib, "versions": machine.versions(names)}
+    record = {"results": results, "calib": options.calib, "versions": hardware.versions(names)}
     save(options.name, record, table(record))
 
 
@@ -305,7 +305,7 @@ def table(record: dict[str, Any]) -> str:
         f"Agreement and drop of the file as it is written, against the FP32 file on the same "
         f"images; on a CPU: agreement of what its integer kernels compute; calibrated on {IMAGES} "
         f"training images of {Path(record['calib'].partition(':')[2]).name}; ONNX Runtime CPU on "
-        f"{machine.cpu()}, {versions}."
+        f"{hardware.cpu()}, {versions}."
     )
     caption += f" What auto found, on images held back: {searched}."
     if others:

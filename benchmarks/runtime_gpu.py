@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from common import markdown, rtresnet, save
 
-from rtresnet import artifacts, machine
+from rtresnet.core import artifacts, hardware
 from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.execution import Span
 from rtresnet.runtime.io_spec import split_batch
@@ -182,7 +182,7 @@ def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any
 def probe(model: str) -> dict[str, Any]:
     """Whether TensorRT-RTX's plans run on this GPU, by what they were built for."""
     found: dict[str, Any] = {}
-    gpu = machine.gpus()[0]
+    gpu = hardware.gpus()[0]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         arguments = ("export", "--model", model, "--weights", "untrained", "--fp16", "--no-plan")
@@ -199,7 +199,7 @@ def probe(model: str) -> dict[str, Any]:
                 "ended_with": done.returncode, "said": done.stderr.strip()[-2000:],
             }  # fmt: skip
     return {"device": gpu.name, "target": gpu.target, "found": found,
-            "versions": machine.versions(("tensorrt-rtx-cu13", "cuda-bindings"))}  # fmt: skip
+            "versions": hardware.versions(("tensorrt-rtx-cu13", "cuda-bindings"))}  # fmt: skip
 
 
 def probe_one(target: str, source: Path) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--probe-one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not machine.gpus():
+    if not hardware.gpus():
         sys.exit("this needs a GPU")
     if options.probe_one:
         print(json.dumps(probe_one(options.probe_one[0], Path(options.probe_one[1]))))

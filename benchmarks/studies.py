@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import RESULTS, markdown, rtresnet, save
 
-from rtresnet import machine
+from rtresnet.core import hardware
 
 
 def error(entry: dict[str, Any] | None) -> str:
@@ -46,7 +46,7 @@ def main() -> None:
              "--out", str(folders["responses"]))  # fmt: skip
     for name, folder in folders.items():
         shutil.copy(folder / f"{name}.png", RESULTS / f"{name}.png")
-    where = f"{machine.cpu()}, torch {torch.__version__}"
+    where = f"{hardware.cpu()}, torch {torch.__version__}"
     for study in (degradation, shortcuts):
         rows = [
             (

@@ -23,15 +23,15 @@ import torch
 from common import markdown, save
 from torch import nn
 
-from rtresnet import machine
+from rtresnet.core import hardware
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.loader import Tally
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
-from rtresnet.preprocess import Preprocess
-from rtresnet.train.distributed import ALONE
-from rtresnet.train.feed import Feed
-from rtresnet.train.recipes import resolve
-from rtresnet.train.step import Stepper
+from rtresnet.training.distributed import ALONE
+from rtresnet.training.recipes import resolve
+from rtresnet.training.step import Stepper
+from rtresnet.training.train_loader import Feed
 
 BATCH = {32: 128, 128: 32}
 STEPS = {32: 8, 128: 4}  # a round
@@ -109,7 +109,7 @@ def work(pipe: Connection, name: str, model: str, size: int) -> None:
     if fields is None:
         loop = plain(model, images, labels, size)
     else:
-        machine.keep_freed_memory()  # as loop.train does
+        hardware.keep_freed_memory()  # as loop.train does
         loop = ours(model, images, labels, size, **fields)
     while steps := pipe.recv():
         begin = time.perf_counter()
@@ -167,11 +167,12 @@ def main() -> None:
         for entry in found
     ]  # fmt: skip
     versions = ", ".join(
-        f"{n} {v}" for n, v in machine.versions(("rtresnet", "numpy", "torch")).items()
+        f"{n} {v}" for n, v in hardware.versions(("rtresnet", "numpy", "torch")).items()
     )
     caption = (
-        f"Forward, backward, update and augmentation on {machine.cpu()}, {torch.get_num_threads()} "
-        f"threads, {versions}; a few steps in turn, {rounds} rounds; speed: the median of the "
+        f"Forward, backward, update and augmentation on {hardware.cpu()}, "
+        f"{torch.get_num_threads()} threads, {versions}; a few steps in turn, "
+        f"{rounds} rounds; speed: the median of the "
         "rounds' ratios to the plain loop."
     )
     save(

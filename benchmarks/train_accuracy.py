@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import markdown, rtresnet, save
 
-from rtresnet import machine
+from rtresnet.core import hardware
 
 
 def run(data: str, recipe: str, epochs: int, seed: int, folder: Path, *more: str) -> dict[str, Any]:
@@ -79,12 +79,12 @@ def main() -> None:
     headings = ("recipe", "seed", "epochs", "held out %", "test %", "seconds",
                 "to paper-cifar's accuracy", "ratio")  # fmt: skip
     versions = ", ".join(
-        f"{n} {v}" for n, v in machine.versions(("rtresnet", "numpy", "torch")).items()
+        f"{n} {v}" for n, v in hardware.versions(("rtresnet", "numpy", "torch")).items()
     )
     tested = records[0]["measured"]
     caption = (
         f"resnet20 on {Path(options.data.partition(':')[2]).name}, 45,000 training images, "
-        f"{tested['val_n']} held out, {tested['test_n']} tested; {machine.cpu()}, "
+        f"{tested['val_n']} held out, {tested['test_n']} tested; {hardware.cpu()}, "
         f"{torch.get_num_threads()} threads, {versions}; one run a row, one after the other."
     )
     save("train-accuracy", {"results": records}, markdown(headings, rows) + "\n\n" + caption)

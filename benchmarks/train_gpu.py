@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from common import markdown, rtresnet, save
 
-from rtresnet import machine
+from rtresnet.core import hardware
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.loader import Tally
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
-from rtresnet.preprocess import Preprocess
-from rtresnet.train.distributed import ALONE
-from rtresnet.train.feed import Feed
-from rtresnet.train.recipes import resolve
-from rtresnet.train.step import Stepper, cudnn_benchmark
+from rtresnet.training.distributed import ALONE
+from rtresnet.training.recipes import resolve
+from rtresnet.training.step import Stepper, cudnn_benchmark
+from rtresnet.training.train_loader import Feed
 
 PAPER_ERROR = 8.75  # ResNet-20 on CIFAR-10, table 6
 
@@ -102,8 +102,8 @@ def main() -> None:
                  1, f"{rate:,.0f}"))  # fmt: skip
     headings = ("run", "test error %", "paper %", "s to the accuracy", "n", "images/s")
     on_gpu = options.device.startswith("cuda")
-    where = torch.cuda.get_device_name() if on_gpu else machine.cpu()
-    versions = ", ".join(f"{n} {v}" for n, v in machine.versions(("rtresnet", "torch")).items())
+    where = torch.cuda.get_device_name() if on_gpu else hardware.cpu()
+    versions = ", ".join(f"{n} {v}" for n, v in hardware.versions(("rtresnet", "torch")).items())
     caption = (
         f"{where}, {versions}. The images at hand are recompressed as JPEG, on which every net "
         "scores some points lower than on the originals. Seconds are those of the training steps, "

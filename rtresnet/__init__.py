@@ -12,8 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rtresnet.errors import EnvironmentLack, GateMissed, InputError, Overloaded, RtresnetError
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.core.errors import (
+        EnvironmentLack,
+        GateMissed,
+        InputError,
+        Overloaded,
+        RtresnetError,
+    )
+    from rtresnet.core.preprocess import Preprocess
     from rtresnet.runtime.batcher import Batcher
     from rtresnet.runtime.cuda import pinned
     from rtresnet.runtime.session import Session, load
@@ -35,7 +41,7 @@ __all__ = [
 ]
 _HOMES = {
     "Batcher": "runtime.batcher",
-    "Preprocess": "preprocess",
+    "Preprocess": "core.preprocess",
     "Session": "runtime.session",
     "load": "runtime.session",
     "pinned": "runtime.cuda",
@@ -45,7 +51,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'rtresnet' has no attribute {name!r}")
-    home = importlib.import_module(f"rtresnet.{_HOMES.get(name, 'errors')}")
+    home = importlib.import_module(f"rtresnet.{_HOMES.get(name, 'core.errors')}")
     return getattr(home, name)
 
 

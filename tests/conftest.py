@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from rtresnet.cli.main import main
-from rtresnet.machine import Gpu
+from rtresnet.core.hardware import Gpu
 
 SLOW = 10  # seconds from which a test needs the marker
 
@@ -103,14 +103,14 @@ def brief_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rtresnet.machine.gpus", tuple)
+    monkeypatch.setattr("rtresnet.core.hardware.gpus", tuple)
 
 
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """The GPU that this machine pretends to have."""
     gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
-    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (gpu,))
+    monkeypatch.setattr("rtresnet.core.hardware.gpus", lambda: (gpu,))
     return gpu
 
 
@@ -147,7 +147,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """interrupt_in(3): Ctrl-C comes while the third step from now is computed; it comes once."""
 
     def arrange(step: int) -> None:
-        from rtresnet.train.step import Stepper
+        from rtresnet.training.step import Stepper
 
         original, done = Stepper.step, 0
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rtresnet.isolated import StepFailed, StepResult, StepSkipped
-from rtresnet.machine import Gpu
+from rtresnet.core.hardware import Gpu
+from rtresnet.core.isolated import StepFailed, StepResult, StepSkipped
 from rtresnet.runtime.session import load
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -23,7 +23,7 @@ import ctypes, os, sys, time
 sys.path.insert(0, {folder!r})
 from accept_gpu import main
 from accept_steps import Step
-from rtresnet.isolated import StepSkipped
+from rtresnet.core.isolated import StepSkipped
 
 def skip(context):
     raise StepSkipped("not on sm_90")
@@ -165,7 +165,7 @@ def test_accept_step_on_a_gpu_without_rtx_target_is_skipped(
     steps: ModuleType, context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hopper = Gpu(name="NVIDIA H100", capability=(9, 0), memory=1 << 30)
-    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (hopper,))
+    monkeypatch.setattr("rtresnet.core.hardware.gpus", lambda: (hopper,))
     with pytest.raises(StepSkipped, match="sm_90"):
         steps.target_of("rtx")
     assert steps.target_of("tensorrt") is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rtresnet import machine
+from rtresnet.core import hardware
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ PROCESSOR = re.compile(r".*, \d+ cores; ")
 NEEDED = ("tensorrt_rtx", "onnxruntime", "sklearn", "matplotlib")
 
 needs_all = pytest.mark.skipif(
-    not all(map(machine.installed, NEEDED)), reason=f"needs {', '.join(NEEDED)}"
+    not all(map(hardware.installed, NEEDED)), reason=f"needs {', '.join(NEEDED)}"
 )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.build import nodes
+from rtresnet.builder import nodes
 
 ROOT = Path(__file__).parent.parent
 BINDINGS = Path(sys.prefix) / "tensorrt-bindings"
@@ -38,22 +38,22 @@ RUNTIME = {
     "bound.context": "IExecutionContext",
 }
 OWNERS = {
-    "build/engine.py": {
+    "builder/engine.py": {
         "maker": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition",
         "entry": "IOptimizationProfile", "tensor": "ITensor", "images": "ITensor",
         "logits": "ITensor", "cache": "ITimingCache",
     },
-    "build/preflight.py": {
+    "builder/preflight.py": {
         "maker": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",
         "error": "ParserError",
     },
-    "build/nodes.py": {
+    "builder/nodes.py": {
         "network": "INetworkDefinition", "layer": "ILayer", "out": "ITensor", "tensor": "ITensor",
         "inputs[0]": "ITensor",
     },
-    "build/monitor.py": {"maker": "Builder", "config": "IBuilderConfig"},
-    "build/targets.py": {"config": "IBuilderConfig"},
-    "build/inspector.py": RUNTIME | {"inspector": "EngineInspector"},
+    "builder/monitor.py": {"maker": "Builder", "config": "IBuilderConfig"},
+    "builder/targets.py": {"config": "IBuilderConfig"},
+    "builder/inspector.py": RUNTIME | {"inspector": "EngineInspector"},
     "runtime/trt.py": RUNTIME,
     "runtime/execution.py": RUNTIME,
     "runtime/io_spec.py": RUNTIME,
@@ -358,7 +358,7 @@ def test_every_enum_by_name_has_its_members(api: Api) -> None:
 
 SUBCLASS_PROBE = """
 import importlib, inspect, json, sys
-from rtresnet.build import engine, monitor
+from rtresnet.builder import engine, monitor
 from rtresnet.runtime import trt_profile
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = importlib.import_module(sys.argv[1])
@@ -396,9 +396,9 @@ def test_subclasses_override_what_tensorrt_calls(api: Api) -> None:
 
 START_PROBE = """
 import importlib, sys
-from rtresnet import trt_loading
-from rtresnet.build import engine
-from rtresnet.errors import EnvironmentLack
+from rtresnet.core import trt_loading
+from rtresnet.builder import engine
+from rtresnet.core.errors import EnvironmentLack
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = trt_loading.load_tensorrt(sys.argv[1])
 errors = ErrorLog()
@@ -430,8 +430,8 @@ def test_missing_library_is_one_line_with_exit_code_3(api: Api, tmp_path: Path) 
     lacking = dict(api.environment) | {"LD_LIBRARY_PATH": str(tmp_path)}
     probe = """
 import sys
-from rtresnet import trt_loading
-from rtresnet.errors import EnvironmentLack
+from rtresnet.core import trt_loading
+from rtresnet.core.errors import EnvironmentLack
 try:
     trt_loading.load_tensorrt(sys.argv[1])
 except EnvironmentLack as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rtresnet.metrics import softmax
+from rtresnet.core.metrics import softmax
 from rtresnet.runtime.backend import TopK
 
 Infer = Callable[[np.ndarray], "np.ndarray | TopK"]

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rtresnet import artifacts, machine
 from rtresnet.bench import nvml
+from rtresnet.core import artifacts, hardware
 
 EVERY = 1.0
 SHORT = 0.5
@@ -98,7 +98,7 @@ class Watch:
         report: After the block: see `summary`.
     """
 
-    def __init__(self, gpu: machine.Gpu | None = None) -> None:
+    def __init__(self, gpu: hardware.Gpu | None = None) -> None:
         self.report: dict[str, Any] = {}
         self._gpu = gpu
         self._clocks: list[float] = []
@@ -163,7 +163,7 @@ def summary(
     """
     cores = os.cpu_count() or 1
     host: dict[str, Any] = {
-        "model": machine.cpu(),
+        "model": hardware.cpu(),
         "cores": cores,
         "system": platform.platform(),
         "mhz": [min(clocks), sum(clocks) / len(clocks), max(clocks)] if clocks else None,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rtresnet.bench.kernels import Kernel
-from rtresnet.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownName
 
 
 @dataclass(frozen=True, kw_only=True)

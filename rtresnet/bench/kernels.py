@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from rtresnet import blocks
-from rtresnet.errors import ArtifactError, InputError, missing_package
+from rtresnet.core.errors import ArtifactError, InputError, missing_package
+from rtresnet.onnxlib import blocks
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
@@ -33,7 +33,7 @@ class Kernel:
     """One kernel, for one image. Weights are read once for the whole batch.
 
     Attributes:
-        block: "stem", "layer1.0" and so on, "head"; see `rtresnet.blocks`.
+        block: "stem", "layer1.0" and so on, "head"; see `rtresnet.onnxlib.blocks`.
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
         op: Of the node it is named after.
         nodes: Names of all nodes in it, and of the tensors these make.

@@ -27,7 +27,7 @@ import numpy as np
 
 from rtresnet.bench import compare, stats
 from rtresnet.bench.clock import Clock, WallClock
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 WINDOW_CALLS, WINDOW_SECONDS, STEADY, CAP_SECONDS = 3, 0.05, 0.05, 2.0
 FEWEST_ROUNDS, SLICE_SECONDS, LONG = 15, 0.05, 0.1

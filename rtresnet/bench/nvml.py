@@ -13,7 +13,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from rtresnet.machine import Gpu
+from rtresnet.core.hardware import Gpu
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons that mean: slower than asked. Idle and clocks that
 # were set by somebody (bits 0x1, 0x2, 0x10, 0x100) are no throttling.

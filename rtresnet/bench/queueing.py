@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 
 def queue_lengths(load: float, count: int) -> np.ndarray:

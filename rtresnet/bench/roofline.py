@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import machine, storage
-from rtresnet.errors import missing_package
-from rtresnet.records import from_json
+from rtresnet.core import atomic_io, hardware
+from rtresnet.core.errors import missing_package
+from rtresnet.core.serialization import from_json
 from rtresnet.runtime.ort import OrtBackend
 
 SIDES = (512, 1024)  # of the matrices
@@ -56,8 +56,8 @@ def cache_file() -> Path:
 
 def key(threads: int) -> str:
     """What a roof holds for."""
-    version = machine.version("onnxruntime", "onnxruntime-gpu")
-    return f"{machine.cpu()}; {threads} threads; onnxruntime {version}"
+    version = hardware.version("onnxruntime", "onnxruntime-gpu")
+    return f"{hardware.cpu()}; {threads} threads; onnxruntime {version}"
 
 
 def of_this_machine(
@@ -75,7 +75,7 @@ def of_this_machine(
     roof = (measure or measured)(threads)
     entries = {label: asdict(entry) for label, entry in (kept | {name: roof}).items()}
     with contextlib.suppress(OSError, ValueError):  # a home that is not writable
-        storage.write_text(place, json.dumps(entries, indent=1) + "\n")
+        atomic_io.write_text(place, json.dumps(entries, indent=1) + "\n")
     return roof, True
 
 
@@ -114,7 +114,7 @@ def _product(side: int, dtype: str, threads: int) -> float:
     rng = np.random.default_rng(0)
     if dtype == "int8":  # as runtime/ort.py has the processor do it
         weight = rng.integers(0, 100, (side, side)).astype(
-            np.int8 if not machine.int8_sums_saturate() else np.uint8
+            np.int8 if not hardware.int8_sums_saturate() else np.uint8
         )
         given = rng.integers(0, 255, (side, side), dtype=np.uint8)
     else:

@@ -25,7 +25,7 @@ import numpy as np
 from rtresnet.bench import load, queueing, stats
 from rtresnet.bench.clock import Clock, PausableClock, WallClock
 from rtresnet.bench.load import Candidate, Measurement
-from rtresnet.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, Overloaded
 
 Submit = Callable[[Any], "Future[Any]"]
 GiveUp = Callable[[list[float]], bool]

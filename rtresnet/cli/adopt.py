@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 if TYPE_CHECKING:
-    from rtresnet.onnx_interface import Interface
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.core.preprocess import Preprocess
+    from rtresnet.onnxlib.interface import Interface
 
 
 @click.command("adopt", short_help="Write the sidecar of an ONNX file made elsewhere.")
@@ -69,8 +69,10 @@ def run(
         InputError: A sidecar exists, the preprocessing is not stated, or does not fit the file.
         ArtifactError: The file is not an image classifier that the other commands can run.
     """
-    from rtresnet import adoption, artifacts, locks, onnx_file
-    from rtresnet.onnx_interface import read_interface
+    from rtresnet.core import artifacts, locks
+    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib.interface import read_interface
+    from rtresnet.workflows import adopt
 
     artifacts.require_name(artifacts.require_onnx(path, "adopt"), "onnx")
     place = artifacts.sidecar_path(path)
@@ -80,14 +82,14 @@ def run(
             fix=f"see: rtresnet inspect {path}; replace it with --force",
         )
     with locks.hold_file(path, warn=common.note):
-        model = onnx_file.load(path, checked=True, fix="export it again")
+        model = io.load(path, checked=True, fix="export it again")
         interface = read_interface(model, path)
         preprocess = _preprocess(path, interface, size, resize, mean, std)
         sidecar = artifacts.record(
             path,
-            adoption.describe(
+            adopt.describe(
                 path,
-                classes=adoption.class_names(path, interface, classes),
+                classes=adopt.class_names(path, interface, classes),
                 preprocess=preprocess,
                 precision=interface.precision,
                 topk=interface.topk,

@@ -11,7 +11,7 @@ import click
 
 from rtresnet.cli import bench_baseline, bench_find, bench_load, common, opening
 from rtresnet.cli.bench_show import show, where, where_lines
-from rtresnet.errors import EnvironmentLack, InputError, RtresnetError
+from rtresnet.core.errors import EnvironmentLack, InputError, RtresnetError
 
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
@@ -207,8 +207,8 @@ def _opened(
     paths: Sequence[str], device: str, options: dict[str, Any], max_batch: int
 ) -> Iterator[tuple[list[Session], list[dict[str, Any]], Any]]:
     """Sessions, what is known of each before it is measured, and a watch on the machine."""
-    from rtresnet import machine
     from rtresnet.bench import environment
+    from rtresnet.core import hardware
     from rtresnet.runtime.threads import short_switch_interval
 
     chosen = [stand_in_for(path, device) for path in paths]
@@ -252,7 +252,7 @@ def _opened(
                 | session.describe()
             )
         on_gpu = any(session.backend.device != "cpu" for session in sessions)
-        with environment.Watch(next(iter(machine.gpus()), None) if on_gpu else None) as watch:
+        with environment.Watch(next(iter(hardware.gpus()), None) if on_gpu else None) as watch:
             yield sessions, facts, watch
 
 
@@ -320,10 +320,10 @@ def _find(
 
 def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
     """What to measure for `path`, and the sentence that says so where it is not `path` itself."""
-    from rtresnet import artifacts, machine, storage
+    from rtresnet.core import artifacts, atomic_io, hardware
 
-    storage.require_file(path, fix="make one with: rtresnet export")
-    if artifacts.kind_of(path) != "plan" or machine.gpus() or device == "cuda":
+    atomic_io.require_file(path, fix="make one with: rtresnet export")
+    if artifacts.kind_of(path) != "plan" or hardware.gpus() or device == "cuda":
         return path, None
     sidecar = artifacts.verify(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
@@ -331,8 +331,8 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
         raise EnvironmentLack(
             f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
         )
-    storage.require_file(parent, fix="bring the ONNX file along, or run on a GPU")
-    if sidecar.parent is not None and storage.sha256(parent) != sidecar.parent.sha256:
+    atomic_io.require_file(parent, fix="bring the ONNX file along, or run on a GPU")
+    if sidecar.parent is not None and atomic_io.sha256(parent) != sidecar.parent.sha256:
         raise InputError(
             f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.cli import common
-from rtresnet.errors import GateMissed, InputError
+from rtresnet.core.errors import GateMissed, InputError
 
 
 def percent(given: str) -> float:
@@ -31,11 +31,11 @@ def read(path: str) -> list[dict[str, Any]]:
     Raises:
         InputError: The file is not a valid result of `bench`, or holds no samples.
     """
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
     from rtresnet.report import result_files
 
     fix = f"make one with: rtresnet bench ARTIFACT --json {path}"
-    storage.require_file(path, fix=fix)
+    atomic_io.require_file(path, fix=fix)
     file = result_files.read(path)
     if file.verb != "bench":
         raise InputError(f"{path}: a result of {file.verb}, expected one of bench", fix=fix)

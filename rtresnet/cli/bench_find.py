@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import bench_load, common
-from rtresnet.errors import GateMissed, InputError
+from rtresnet.core.errors import GateMissed, InputError
 
 if TYPE_CHECKING:
     from rtresnet.bench.load import Measurement
@@ -140,15 +140,15 @@ def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]]) -> N
         InputError: Another suffix.
         EnvironmentLack: matplotlib is not installed.
     """
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
     from rtresnet.report import plots
 
     check_plot(target)
     drawn = plots.search_figure(searches)
     if target.lower().endswith(".svg"):
-        storage.write_text(target, plots.svg(drawn, "latency against load") + "\n")
+        atomic_io.write_text(target, plots.svg(drawn, "latency against load") + "\n")
     else:
-        with storage.atomic_path(target) as temporary:
+        with atomic_io.atomic_path(target) as temporary:
             drawn.savefig(temporary, format="png", dpi=150)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 if TYPE_CHECKING:
     from rtresnet.bench.load import Candidate, Measurement

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import bench_show, common, opening
-from rtresnet.errors import DataError, GateMissed
+from rtresnet.core.errors import DataError, GateMissed
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rtresnet.bench.consistency import Answers, Check, Infer
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.core.preprocess import Preprocess
 
 BATCHES = (1, 8, 32)  # tried where no profile says what matters
 
@@ -119,12 +119,12 @@ def _open(
     std: str | None = None,
     **options: Any,
 ) -> Subject:
-    from rtresnet import artifacts, storage
+    from rtresnet.core import artifacts, atomic_io
 
-    storage.require_file(path, fix="make one with: rtresnet export")
+    atomic_io.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return _open_checkpoint(path, size=size, mean=mean, std=std, **options)
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.core.preprocess import Preprocess
     from rtresnet.runtime.session import load
 
     session = load(path, **options)
@@ -154,14 +154,14 @@ def _open(
 
 def _precision(path: str) -> str:
     """Of a file without a sidecar, by what is in it."""
-    from rtresnet import artifacts, machine
+    from rtresnet.core import artifacts, hardware
 
-    if artifacts.kind_of(path) != "onnx" or not machine.installed("onnx"):
+    if artifacts.kind_of(path) != "onnx" or not hardware.installed("onnx"):
         return "unknown"
-    from rtresnet import onnx_file
-    from rtresnet.onnx_interface import precision_of
+    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib.interface import precision_of
 
-    return precision_of(onnx_file.load(path))
+    return precision_of(io.load(path))
 
 
 def _open_checkpoint(path: str, **options: Any) -> Subject:
@@ -181,11 +181,11 @@ def _open_checkpoint(path: str, **options: Any) -> Subject:
 
 def _bound(subject: Subject) -> str:
     """The row of the tolerances' table. On a GPU FP32 is multiplied as TF32, if not forbidden."""
-    from rtresnet import machine
     from rtresnet.bench import consistency
+    from rtresnet.core import hardware
 
     precision = subject.precision if subject.precision in consistency.BATCHES else None
-    if precision == "fp32" and subject.tf32 and subject.where["device"] != machine.cpu():
+    if precision == "fp32" and subject.tf32 and subject.where["device"] != hardware.cpu():
         return "tf32"
     return precision or consistency.UNKNOWN
 
@@ -217,7 +217,7 @@ def _noise(count: int, size: int) -> np.ndarray:
 
 def _ancestor(path: str) -> tuple[Path | None, str | None]:
     """The FP32 ONNX file of an artifact's chain, or why there is none to compare with."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     for place, sidecar, state in list(artifacts.chain(path))[1:]:
         if place.suffix.lower() != ".onnx":

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import sys
-import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rtresnet.errors import InputError
-from rtresnet.terminal import escape
+from rtresnet.core.errors import InputError
+from rtresnet.core.terminal import escape
 
 if TYPE_CHECKING:
     from rtresnet.cli.console import Console
-    from rtresnet.preprocess import Preprocess
+    from rtresnet.core.preprocess import Preprocess
+    from rtresnet.core.reporter import Update
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
 DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
     "synthetic:N. Transparent images are composited on white."
@@ -39,18 +38,18 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
             sidecar.
     """
     if given is not None and str(given) != "-":
-        from rtresnet import storage
+        from rtresnet.core import atomic_io
         from rtresnet.data.sources import IMAGE_SUFFIXES
 
         place = Path(given)
         if place.suffix.lower() in IMAGE_SUFFIXES:
             raise InputError(f"{place}: the name of an image", fix="choose another name")
-        if place.suffix.lower() == ".json" and place.with_suffix("").suffix in storage.NETS:
+        if place.suffix.lower() == ".json" and place.with_suffix("").suffix in atomic_io.NETS:
             raise InputError(
                 f"{place}: the name of {place.stem}'s sidecar", fix="choose another name"
             )
         if not place.is_fifo() and not place.is_char_device():
-            storage.require_text_place(place)
+            atomic_io.require_text_place(place)
     return given
 
 
@@ -134,7 +133,7 @@ def input_options(function: F) -> F:
         if preset is not None:
             if mean is not None or std is not None:
                 raise click.UsageError("--preset states mean and std; leave out --mean and --std")
-            from rtresnet.preprocess import PRESETS
+            from rtresnet.core.preprocess import PRESETS
 
             mean, std = (",".join(map(str, values)) for values in PRESETS[preset])
         return function(*args, mean=mean, std=std, **options)
@@ -175,7 +174,7 @@ def stated_input(
     Raises:
         InputError: One of them is not stated, or not what the file takes.
     """
-    from rtresnet.preprocess import UINT8, Preprocess
+    from rtresnet.core.preprocess import UINT8, Preprocess
 
     lacking = {}
     if size is None and fixed is None:
@@ -197,7 +196,7 @@ def stated_input(
 
 def _once(path: object) -> str:
     """The command that states the input of an ONNX file for all commands."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     onnx = artifacts.SUFFIXES.get(Path(str(path)).suffix.lower()) == "onnx"
     return f" (once, with: rtresnet adopt {path})" if onnx else ""
@@ -217,7 +216,7 @@ def classes_option(function: F) -> F:
 def _class_names(
     context: click.Context, option: click.Parameter, given: str | None
 ) -> tuple[str, ...] | None:
-    from rtresnet.labels import read_classes
+    from rtresnet.core.labels import read_classes
 
     return None if given is None else read_classes(given)
 
@@ -313,103 +312,40 @@ def show_run_notes(*entries: dict[str, Any]) -> None:
 
 def warn_loudly(title: str, body: str) -> None:
     """A warning that nobody can miss."""
-    from rich import box
-    from rich.panel import Panel
-    from rich.text import Text
+    from rtresnet.cli.console import REPORTER
 
-    heading = Text(f"WARNING: {title}")
-    err_console().print(Panel(body, title=heading, style="bold yellow", box=box.HEAVY, width=78))
+    REPORTER.warning(title, body)
 
 
-def write_json(target: str | None, verb: str, result: dict[str, Any]) -> None:
+def write_json(target: str | None, verb: str, result: Any) -> None:
     """Writes `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
     if target is None:
         return
-    from rtresnet import artifacts, records, storage
+    from rtresnet.core import artifacts, atomic_io, serialization
 
-    record = records.known({"verb": verb, "made_by": artifacts.provenance(), "result": result})
+    record = serialization.to_builtins(
+        {"verb": verb, "made_by": artifacts.provenance(), "result": result}
+    )
     text = json.dumps(record, indent=1) + "\n"
     if target == "-":
         click.echo(text, nl=False)
     else:
-        storage.write_text(target, text)
+        atomic_io.write_text(target, text)
 
 
-def on_terminal() -> bool:
-    """Whether progress can be drawn; elsewhere it comes in lines."""
-    return sys.stderr.isatty()
+def progress(description: str, total: float | None = None) -> AbstractContextManager[Update]:
+    """Progress on the terminal; see `console.TerminalReporter`."""
+    from rtresnet.cli.console import REPORTER
 
-
-@contextlib.contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A bar with the time left (a spinner without `total`) on a terminal, lines elsewhere.
-
-    Yields:
-        update(completed=None, description=None, total=None). Another `total` begins a phase: the
-        time left is then that of the phase.
-    """
-    if not on_terminal():
-        note(description)
-        yield _lines(description, total)
-        return
-    from rich import progress as rich
-
-    columns = [rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False)]
-    if total is None:
-        columns += [rich.TimeElapsedColumn()]
-    else:
-        columns += [rich.BarColumn(20), rich.TimeRemainingColumn(), rich.TextColumn("left")]
-    with rich.Progress(*columns, console=err_console(), transient=True) as bar:
-        task, phase = bar.add_task(description, total=total), description
-
-        def update(
-            completed: float | None = None,
-            description: str | None = None,
-            total: float | None = None,
-        ) -> None:
-            nonlocal phase
-            if total is not None and description not in (None, phase):
-                bar.reset(task, total=total)
-            phase = description or phase
-            bar.update(task, completed=completed, description=description, total=total)
-
-        yield update
-
-
-def _lines(description: str, total: float | None) -> Callable[..., None]:
-    """`update` of `progress` where no bar can be drawn: a line now and then, with the time left."""
-    said = time.monotonic()
-    phase, goal = description, total
-    start: tuple[float, float] | None = None  # of the phase: seconds, and what was done by then
-
-    def update(
-        completed: float | None = None,
-        description: str | None = None,
-        total: float | None = None,
-    ) -> None:
-        nonlocal said, phase, goal, start
-        now = time.monotonic()
-        if total is not None and description not in (None, phase):
-            goal, start = total, None
-        phase = description or phase
-        if completed is None or goal is None:
-            return
-        start = start or (now, completed)
-        began, before = start
-        if before < completed < goal and now - said >= SECONDS_BETWEEN_LINES:
-            left = (now - began) * (goal - completed) / (completed - before)
-            note(f"{phase}: {100 * completed / goal:.0f} %, about {left:.0f} s left")
-            said = now
-
-    return update
+    return REPORTER.progress(description, total)
 
 
 def require_torch(purpose: str) -> None:
     """Raises EnvironmentLack where torch is not installed."""
-    from rtresnet import machine
-    from rtresnet.errors import EnvironmentLack
+    from rtresnet.core import hardware
+    from rtresnet.core.errors import EnvironmentLack
 
-    if not machine.installed("torch"):
+    if not hardware.installed("torch"):
         raise EnvironmentLack(
             f"{purpose} needs torch, which is not installed", fix="pip install torch"
         )
@@ -423,7 +359,7 @@ def torch_device(choice: str) -> str:
     """
     import torch
 
-    from rtresnet.errors import EnvironmentLack
+    from rtresnet.core.errors import EnvironmentLack
 
     if choice == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common, opening
-from rtresnet.errors import DataError, InputError
+from rtresnet.core.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,7 +136,7 @@ def _joined(parts: list[Any]) -> np.ndarray | TopK:
 
 def _compared(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dict[str, Any]:
     """n, largest, relative, agreement; the differences are None where logits are not known."""
-    from rtresnet import metrics
+    from rtresnet.core import metrics
 
     if not isinstance(reference, tuple) and not isinstance(candidate, tuple):
         return dataclasses.asdict(metrics.parity(reference, candidate))

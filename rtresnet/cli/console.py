@@ -1,15 +1,21 @@
-"""The console of the command line: rich, with everything that is printed made safe."""
+"""The console of the command line: rich, with escaped output, and progress on standard error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich import console
 from rich.segment import Segment
 from rich.text import Text
 
-from rtresnet.terminal import escape
+from rtresnet.core.reporter import Update
+from rtresnet.core.terminal import escape
+
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
 
 
 class Console(console.Console):
@@ -26,3 +32,87 @@ class Console(console.Console):
         """As rich's; every renderable passes here on its way to the terminal."""
         for segment in super().render(*arguments, **options):
             yield segment if segment.control else Segment(escape(segment.text), segment.style)
+
+
+def on_terminal() -> bool:
+    """Whether progress can be drawn on standard error; elsewhere it comes in lines."""
+    return sys.stderr.isatty()
+
+
+class TerminalReporter:
+    """Draws progress, notes and warnings on standard error; see `core.reporter.Reporter`."""
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
+        """A bar with the time left (a spinner without `total`) on a terminal, lines elsewhere."""
+        if not on_terminal():
+            self.note(description)
+            yield _lines(self, description, total)
+            return
+        from rich import progress as rich
+
+        columns = [rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False)]
+        if total is None:
+            columns += [rich.TimeElapsedColumn()]
+        else:
+            columns += [rich.BarColumn(20), rich.TimeRemainingColumn(), rich.TextColumn("left")]
+        with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task, phase = bar.add_task(description, total=total), description
+
+            def update(
+                completed: float | None = None,
+                description: str | None = None,
+                total: float | None = None,
+            ) -> None:
+                nonlocal phase
+                if total is not None and description not in (None, phase):
+                    bar.reset(task, total=total)
+                phase = description or phase
+                bar.update(task, completed=completed, description=description, total=total)
+
+            yield update
+
+    def note(self, line: str) -> None:
+        """Prints a line, above a progress bar where there is one."""
+        print(escape(line), file=sys.stderr)
+
+    def warning(self, title: str, body: str) -> None:
+        """Prints a frame that nobody can miss."""
+        from rich import box
+        from rich.panel import Panel
+
+        heading = Text(f"WARNING: {title}")
+        Console(stderr=True).print(
+            Panel(body, title=heading, style="bold yellow", box=box.HEAVY, width=78)
+        )
+
+
+def _lines(reporter: TerminalReporter, description: str, total: float | None) -> Update:
+    """Progress where no bar can be drawn: a line now and then, with the time left."""
+    said = time.monotonic()
+    phase, goal = description, total
+    start: tuple[float, float] | None = None  # of the phase: seconds, and what was done by then
+
+    def update(
+        completed: float | None = None,
+        description: str | None = None,
+        total: float | None = None,
+    ) -> None:
+        nonlocal said, phase, goal, start
+        now = time.monotonic()
+        if total is not None and description not in (None, phase):
+            goal, start = total, None
+        phase = description or phase
+        if completed is None or goal is None:
+            return
+        start = start or (now, completed)
+        began, before = start
+        if before < completed < goal and now - said >= SECONDS_BETWEEN_LINES:
+            left = (now - began) * (goal - completed) / (completed - before)
+            reporter.note(f"{phase}: {100 * completed / goal:.0f} %, about {left:.0f} s left")
+            said = now
+
+    return update
+
+
+REPORTER = TerminalReporter()

@@ -75,14 +75,14 @@ def command(json_file: str | None, on_gpu: bool) -> None:
 
 def run() -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
-    from rtresnet import machine
+    from rtresnet.core import hardware
 
     packages = []
     for module, purpose in PACKAGES.items():
-        name = machine.DISTRIBUTIONS.get(module, module)
+        name = hardware.DISTRIBUTIONS.get(module, module)
         version = None
-        if machine.installed(module):
-            version = machine.version(name, module) or "unknown"
+        if hardware.installed(module):
+            version = hardware.version(name, module) or "unknown"
             if module == "onnxruntime":  # several packages bring it, and may lie on top of another
                 try:
                     version = importlib.import_module(module).__version__
@@ -90,16 +90,16 @@ def run() -> dict[str, Any]:
                     version = f"broken: {error}"
         packages.append({"package": name, "version": version, "purpose": purpose})
         if module == "onnxruntime":
-            found = machine.version("onnxruntime-gpu")
+            found = hardware.version("onnxruntime-gpu")
             packages.append({"package": "onnxruntime-gpu", "version": found, "purpose": ON_GPU})
     gpus = [
-        {"name": gpu.name, "target": gpu.target, "memory": gpu.memory} for gpu in machine.gpus()
+        {"name": gpu.name, "target": gpu.target, "memory": gpu.memory} for gpu in hardware.gpus()
     ]
     return {
-        "cpu": machine.cpu(),
+        "cpu": hardware.cpu(),
         "python": platform.python_version(),
         "gpus": gpus,
-        "int8_sums_saturate": machine.int8_sums_saturate(),
+        "int8_sums_saturate": hardware.int8_sums_saturate(),
         "packages": packages,
         "conflicts": _conflicts(bool(gpus)),
         "runs": {
@@ -111,11 +111,11 @@ def run() -> dict[str, Any]:
 
 
 def _providers() -> str:
-    from rtresnet import machine
-    from rtresnet.errors import EnvironmentLack
+    from rtresnet.core import hardware
+    from rtresnet.core.errors import EnvironmentLack
     from rtresnet.runtime.ort import openvino
 
-    if not machine.installed("onnxruntime"):
+    if not hardware.installed("onnxruntime"):
         return "nothing: pip install onnxruntime"
     try:
         import onnxruntime
@@ -131,7 +131,7 @@ def _providers() -> str:
         return f"nothing: {lack}"
     if served_by is not None:
         found.insert(0, f"{served_by.shown} (the default on this CPU)")
-    elif machine.installed("onnxruntime_ep_openvino"):
+    elif hardware.installed("onnxruntime_ep_openvino"):
         found.append(
             "not the OpenVINO plugin, which offers no device on this processor "
             "(onnxruntime-openvino in place of onnxruntime would)"
@@ -140,8 +140,8 @@ def _providers() -> str:
 
 
 def _builder() -> str:
-    from rtresnet.build import targets
-    from rtresnet.errors import EnvironmentLack
+    from rtresnet.builder import targets
+    from rtresnet.core.errors import EnvironmentLack
 
     try:
         module = targets.builder()
@@ -152,11 +152,11 @@ def _builder() -> str:
 
 def _plans_run_on() -> str:
     """The GPU and the library that runs plans on it, or why there is none."""
-    from rtresnet import gpu_targets, machine, trt_loading
-    from rtresnet.errors import RtresnetError
+    from rtresnet.core import gpu_targets, hardware, trt_loading
+    from rtresnet.core.errors import RtresnetError
     from rtresnet.runtime.cuda import open_cuda
 
-    gpus = machine.gpus()
+    gpus = hardware.gpus()
     if not gpus:
         return "nothing here: no GPU"
     try:
@@ -164,10 +164,12 @@ def _plans_run_on() -> str:
         with cuda.active():
             cuda.memory()
     except RtresnetError as error:  # also a binding that RTRESNET_CUDA misspells
-        fix = machine.driver_fix(str(error))
+        fix = hardware.driver_fix(str(error))
         return f"nothing: {error}" + (f"; {fix}" if fix else "")
-    for_cuda_13 = [name for name in ("tensorrt-rtx-cu13", "tensorrt-cu13") if machine.version(name)]
-    if for_cuda_13 and (fix := machine.driver_fix()):
+    for_cuda_13 = [
+        name for name in ("tensorrt-rtx-cu13", "tensorrt-cu13") if hardware.version(name)
+    ]
+    if for_cuda_13 and (fix := hardware.driver_fix()):
         return f"nothing: {' and '.join(for_cuda_13)} cannot use this driver; {fix}"
     found, reasons = [], []
     for module, product in trt_loading.MODULES.items():

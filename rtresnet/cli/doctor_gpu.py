@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rtresnet import machine
-from rtresnet.isolated import (
+from rtresnet.core import hardware
+from rtresnet.core.isolated import (
     FAILED,
     OK,
     StepFailed,
@@ -35,7 +35,7 @@ def check_driver() -> dict[str, Any]:
     """The driver, its devices, and versions."""
     from rtresnet.runtime import gpu_check
 
-    return gpu_check.driver_report() | {"versions": machine.versions(PACKAGES)}
+    return gpu_check.driver_report() | {"versions": hardware.versions(PACKAGES)}
 
 
 def check_cuda() -> dict[str, Any]:
@@ -54,15 +54,15 @@ def check_engine() -> dict[str, Any]:
     import numpy as np
 
     from rtresnet import load
-    from rtresnet.build import targets
+    from rtresnet.builder import targets
     from rtresnet.cli.main import main
-    from rtresnet.errors import EnvironmentLack
+    from rtresnet.core.errors import EnvironmentLack
 
     try:
         module = targets.builder()
     except EnvironmentLack as lack:
         raise StepSkipped(str(lack)) from None
-    here, aimed = machine.gpus()[0].target, []
+    here, aimed = hardware.gpus()[0].target, []
     if module.__name__ == "tensorrt_rtx":
         if here not in targets.RTX_TARGETS:
             raise StepSkipped(f"TensorRT-RTX has no target {here}; pip install tensorrt-cu13")
@@ -101,7 +101,7 @@ def run_steps() -> list[StepResult]:
     Raises:
         EnvironmentLack: There is no GPU.
     """
-    from rtresnet.errors import EnvironmentLack
+    from rtresnet.core.errors import EnvironmentLack
 
     results: list[StepResult] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def show(json_file: str | None) -> None:
     import dataclasses
 
     from rtresnet.cli import common
-    from rtresnet.errors import GateMissed
+    from rtresnet.core.errors import GateMissed
     from rtresnet.report import tables
 
     results = run_steps()

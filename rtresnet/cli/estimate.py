@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -92,11 +92,11 @@ def _counted(
     model: str, precision: str | None, size: int | None
 ) -> tuple[list[Any], str, dict[str, Any]]:
     """The kernels of a file or of a named net, in the precision asked for."""
-    from rtresnet import artifacts, storage
     from rtresnet.bench import kernels
+    from rtresnet.core import artifacts, atomic_io
 
     if Path(model).suffix.lower() in artifacts.SUFFIXES:
-        storage.require_file(model)
+        atomic_io.require_file(model)
         if artifacts.kind_of(model) != "onnx":
             raise InputError(f"{model}: takes an ONNX file or a net's name", fix="rtresnet export")
         artifacts.verify(model)
@@ -124,8 +124,8 @@ def _named(model: str, size: int | None) -> Any:
     spec = zoo.spec(model)
     common.require_torch("making a net by its name")
     from rtresnet.bench import kernels
-    from rtresnet.export.fold import fold
-    from rtresnet.export.onnx import to_onnx
+    from rtresnet.exporter.fold import fold
+    from rtresnet.exporter.writer import to_onnx
 
     net = zoo.build(spec).eval()
     return kernels.count(to_onnx(fold(net), size=size or spec.size, name=model))

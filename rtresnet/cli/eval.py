@@ -12,8 +12,8 @@ import click
 from rtresnet.cli import common, opening
 
 if TYPE_CHECKING:
-    from rtresnet import metrics
-    from rtresnet.train.protocols import Member
+    from rtresnet.core import metrics
+    from rtresnet.training.protocols import Member
 
 
 @click.command("eval", short_help="Measure top-1 and top-5 accuracy.")
@@ -92,7 +92,7 @@ def run(
 ) -> dict[str, Any]:
     """Evaluates artifacts on labelled images; returns what `--json` writes."""
     from rtresnet.data import loader, sources
-    from rtresnet.train import protocols
+    from rtresnet.training import protocols
 
     if protocol == "dense":
         for path in artifacts:
@@ -159,8 +159,8 @@ def write_records(result: dict[str, Any], *, required: bool = False) -> None:
         InputError: `required`, and there is no sidecar, it cannot be written, or the accuracy is
             not the artifact's own.
     """
-    from rtresnet import artifacts
-    from rtresnet.errors import InputError
+    from rtresnet.core import artifacts
+    from rtresnet.core.errors import InputError
 
     for entry in result["members"]:
         path = entry["artifact"]
@@ -220,10 +220,10 @@ def _show(name: str, entry: dict[str, Any], how: str) -> None:
 
 def _require_checkpoint(path: str) -> None:
     """Raises InputError where an artifact takes images of one size only."""
-    from rtresnet import artifacts, storage
-    from rtresnet.errors import InputError
+    from rtresnet.core import artifacts, atomic_io
+    from rtresnet.core.errors import InputError
 
-    storage.require_file(path)
+    atomic_io.require_file(path)
     if artifacts.kind_of(path) == "checkpoint":
         return
     origin = list(artifacts.chain(path))[-1]
@@ -235,8 +235,8 @@ def _require_checkpoint(path: str) -> None:
 
 
 def _member(opened: opening.Opened, protocol: str, resize: int | None) -> Member:
-    from rtresnet.errors import InputError
-    from rtresnet.train.protocols import Member, dense_scales
+    from rtresnet.core.errors import InputError
+    from rtresnet.training.protocols import Member, dense_scales
 
     preprocess, size = opened.preprocess, opened.preprocess.size
     if resize is not None and resize < size:
@@ -264,8 +264,8 @@ def _member(opened: opening.Opened, protocol: str, resize: int | None) -> Member
 
 def _require_all_probabilities(opened: Sequence[opening.Opened], protocol: str) -> None:
     """Raises InputError where a mean needs probabilities that a top-K file keeps to itself."""
-    from rtresnet import artifacts
-    from rtresnet.errors import InputError
+    from rtresnet.core import artifacts
+    from rtresnet.core.errors import InputError
 
     for entry in opened:
         if entry.topk is not None and (len(opened) > 1 or protocol != "center"):

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.cli.build import build_file, build_options, describe, plan_name
-from rtresnet.cli.ends import asked, ends_options, require_classes, write_with
+from rtresnet.cli.build import describe
+from rtresnet.cli.options import config_options
 from rtresnet.cli.quantize import calibration_options, quantize_file
-from rtresnet.errors import ArtifactError
+from rtresnet.core.errors import ArtifactError
+from rtresnet.workflows import embed_io
+from rtresnet.workflows.build import BuildConfig, build_unlocked, plan_name
+from rtresnet.workflows.embed_io import EmbedConfig
 
 if TYPE_CHECKING:
     from rtresnet.models.checkpoint import Checkpoint
@@ -32,8 +35,8 @@ RUNS = Path("runs")
 @click.option("--fp16", is_flag=True, help="A plan in FP16: the default.")
 @click.option("--int8", is_flag=True, help="A plan in INT8.")
 @calibration_options
-@build_options
-@ends_options
+@config_options(BuildConfig, argument="build", leave_out=("timing_cache",))
+@config_options(EmbedConfig, argument="embed")
 @common.input_options
 @click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True)
 @click.option("--no-plan", is_flag=True, help="Stop at the ONNX file.")
@@ -72,7 +75,7 @@ def run(*, out: Path, **options: Any) -> dict[str, Any]:
     Raises:
         LockedError: Another process writes there.
     """
-    from rtresnet import locks
+    from rtresnet.core import locks
 
     with locks.hold_folder(out, warn=common.note):
         return _write_all(out=out, **options)
@@ -89,26 +92,23 @@ def _write_all(
     calibrator: str,
     calib_images: int,
     rest: str,
-    batch: tuple[str, ...],
-    target: tuple[str, ...],
-    builder: str,
+    build: BuildConfig,
+    embed: EmbedConfig,
     size: int | None,
     mean: str | None,
     std: str | None,
     out: Path,
     no_plan: bool,
-    no_tf32: bool = False,
-    takes: str = "float32-nchw",
-    topk: int | None = None,
 ) -> dict[str, Any]:
     common.require_torch("export")
-    from rtresnet import learned
-    from rtresnet.build import profiles, targets
-    from rtresnet.sidecar import restated
+    from rtresnet.builder import profiles, targets
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.core.sidecar import restated
+    from rtresnet.onnxlib import learned
 
     # What can be refused is refused before anything is computed.
-    profiles.parse_all(batch)
-    targets.parse(target, builder)
+    profiles.parse_all(build.batch)
+    targets.parse(build.targets, build.builder)
     if int8 and calib not in (None, "none"):
         from rtresnet.data.sources import open_images
 
@@ -116,10 +116,12 @@ def _write_all(
     checkpoint, origin = resolve(model, weights, size)
     if int8:
         learned.refuse_calibration(origin, checkpoint.learned, calib, calibrator)
-    changed = common.preprocess_from(checkpoint.input, size, mean, std)
-    assumed = restated(checkpoint.assumed, checkpoint.input, changed)
-    checkpoint = dataclasses.replace(checkpoint, input=changed, assumed=assumed)
-    require_classes(topk, len(checkpoint.model.classes), checkpoint.model.architecture)
+    stated = common.preprocess_from(checkpoint.input, size, mean, std)
+    assumed = restated(checkpoint.assumed, checkpoint.input, stated)
+    checkpoint = dataclasses.replace(checkpoint, input=stated, assumed=assumed)
+    embed_io.require_classes(
+        embed.topk, len(checkpoint.model.classes), checkpoint.model.architecture
+    )
     precisions = [p for p, wanted in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if wanted]
     base = out / f"{checkpoint.model.architecture}.onnx"
     written = [_write_fp32(checkpoint, origin, base)]
@@ -138,21 +140,14 @@ def _write_all(
                     rest=rest,
                 )
             )
-        if asked(takes, topk):
-            source, changed_ends = write_with(source, takes, topk)
-            written.append(changed_ends)
+        if embed.changes_anything:
+            source, changed = embed_io.write(source, embed, reporter=REPORTER)
+            written.append(changed)
         sources.append((source, precision))
     plans = []
-    if not no_plan and _builder_there(builder):
+    if not no_plan and _builder_there(build.builder):
         plans = [
-            build_file(
-                source,
-                out / plan_name(source, precision),
-                batch=batch,
-                target=target,
-                builder=builder,
-                tf32=not no_tf32,
-            )
+            build_unlocked(source, build, out=out / plan_name(source, precision), reporter=REPORTER)
             for source, precision in sources
         ]
     files = [
@@ -178,9 +173,9 @@ def resolve(
     model: str | None, weights: str | None, size: int | None
 ) -> tuple[Checkpoint, Path | None]:
     """The checkpoint to export, and its file where it has one."""
-    from rtresnet.errors import InputError
+    from rtresnet.core.errors import InputError
+    from rtresnet.core.preprocess import Preprocess
     from rtresnet.models import checkpoint, download, zoo
-    from rtresnet.preprocess import Preprocess
 
     if weights is None and model is None:
         raise InputError("nothing to export", fix="give --model NAME or --weights FILE")
@@ -209,7 +204,7 @@ def resolve(
 
 def best_run(architecture: str) -> Path | None:
     """The checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     found = []
     for path in sorted(RUNS.glob("**/best.pt")):
@@ -224,14 +219,14 @@ def best_run(architecture: str) -> Path | None:
 
 
 def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
-    from rtresnet import artifacts, machine
-    from rtresnet.errors import missing_package
+    from rtresnet.core import artifacts, hardware
+    from rtresnet.core.errors import missing_package
 
-    if not machine.installed("onnx"):
+    if not hardware.installed("onnx"):
         raise missing_package("onnx", "export")
-    from rtresnet.export import fold, verify
-    from rtresnet.export.onnx import to_onnx
-    from rtresnet.sidecar import Sidecar
+    from rtresnet.core.sidecar import Sidecar
+    from rtresnet.exporter import fold, verify
+    from rtresnet.exporter.writer import to_onnx
 
     net = checkpoint.net()
     with common.progress(f"exporting {path}"):
@@ -244,7 +239,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
         verify.check_folded(model)
         data = model.SerializeToString()
         measured: dict[str, Any] = {}
-        if machine.installed("onnxruntime"):
+        if hardware.installed("onnxruntime"):
             from rtresnet.runtime.backend import logits
             from rtresnet.runtime.ort import OrtBackend
 
@@ -277,7 +272,7 @@ def _write_fp32(checkpoint: Checkpoint, origin: Path | None, path: Path) -> Any:
 
 
 def _builder_there(builder: str) -> bool:
-    from rtresnet.build import targets
+    from rtresnet.builder import targets
 
     if builder != "auto" or targets.available():
         return True

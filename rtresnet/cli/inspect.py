@@ -10,8 +10,10 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.build import describe_attested
-from rtresnet.errors import ArtifactError, InputError
-from rtresnet.preprocess import FLOAT
+from rtresnet.core import serialization
+from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.preprocess import FLOAT
+from rtresnet.core.sidecar import Plan
 
 
 @click.command("inspect")
@@ -26,7 +28,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
 
     For a folder, show a table of the artifacts in it.
     """
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
     from rtresnet.report import measured, tables
 
     if path.is_dir():
@@ -42,7 +44,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
         result["engine"] = inspect_layers.load(path)
         if svg:
             drawing = engine_graph.draw(result["engine"], path.name)
-            storage.write_text(svg, drawing)
+            atomic_io.write_text(svg, drawing)
     console = common.out_console()
     for index, link in enumerate(result["chain"]):
         console.print(f"{'  ' * index}{'<- ' if index else ''}{_headline(link)}", soft_wrap=True)
@@ -81,10 +83,10 @@ def run(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: The file is damaged or does not match its sidecar.
     """
-    from rtresnet import artifacts, machine, storage
-    from rtresnet.build import header, manifest
+    from rtresnet.builder import header, manifest
+    from rtresnet.core import artifacts, atomic_io, hardware
 
-    storage.require_file(path)
+    atomic_io.require_file(path)
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     head, operations, said = None, None, None
@@ -96,7 +98,7 @@ def run(path: Path) -> dict[str, Any]:
             )
         head = dataclasses.asdict(found) if found else None
         said = manifest.find(path)
-    elif kind == "onnx" and machine.installed("onnx"):
+    elif kind == "onnx" and hardware.installed("onnx"):
         operations = _operations(path)
     elif kind == "checkpoint" and sidecar is None:
         return _foreign_checkpoint(path)
@@ -146,7 +148,7 @@ def _inspect_folder(folder: Path, json_file: str | None) -> None:
 
 def list_folder(folder: Path) -> list[dict[str, Any]]:
     """The artifacts in a folder and the folders in it, as `--json` has them."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     return [
         {
@@ -187,9 +189,9 @@ def _foreign_checkpoint(path: Path) -> dict[str, Any]:
 def _operations(path: Path) -> dict[str, int]:
     from collections import Counter
 
-    from rtresnet import onnx_file
+    from rtresnet.onnxlib import io
 
-    model = onnx_file.load(path, checked=True)
+    model = io.load(path, checked=True)
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
@@ -239,7 +241,8 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
             f"{p['builder']} {p['version']}, batches {batches}, for {', '.join(p['targets'])}"
         )
         if p["attested"]:
-            lines.append(f"{describe_attested(p)}; {p['attested']['layers']} layers")
+            plan = serialization.from_json(Plan, p)
+            lines.append(f"{describe_attested(plan)}; {p['attested']['layers']} layers")
     lines += measured.lines(record.get("measured") or {})
     if record.get("made_by"):
         lines.append(f"made by: {record['made_by'].get('command')}")
@@ -248,9 +251,9 @@ def _details(link: dict[str, Any], path: Path) -> list[str]:
 
 def _scales(calibration: dict[str, Any]) -> str:
     """Where its scales are, and whether another calibration has been written there since."""
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
 
     place = Path(calibration["scales"])
     known = place.suffix == ".json" and place.is_file()  # learned ones lie in their checkpoint
-    changed = known and storage.sha256(place) != calibration["scales_sha256"]
+    changed = known and atomic_io.sha256(place) != calibration["scales_sha256"]
     return f"{place.as_posix()}{' (written anew since)' if changed else ''}"

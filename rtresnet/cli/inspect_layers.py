@@ -26,9 +26,9 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         InputError: It is no plan, or its layers were not kept.
     """
-    from rtresnet import artifacts
-    from rtresnet.build import layers
-    from rtresnet.errors import InputError
+    from rtresnet.builder import layers
+    from rtresnet.core import artifacts
+    from rtresnet.core.errors import InputError
 
     if artifacts.kind_of(path) != "plan":
         raise InputError(f"{path}: only a plan has fused layers", fix="see: rtresnet build --help")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import ArtifactError, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, GateMissed, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rtresnet.quantize.findings import Finding
-    from rtresnet.quantize.repair import Repair
-    from rtresnet.sidecar import Sidecar
+    from rtresnet.core.sidecar import Sidecar
+    from rtresnet.quantization.autofix import Repair
+    from rtresnet.quantization.lint_rules import Finding
 
 WIDTH = 80
 NAMED = 3  # nodes that are named of all that break one rule in one way
@@ -47,14 +47,14 @@ def command(paths: tuple[Path, ...], out: Path | None, json_file: str | None) ->
     For files made by any tool. Needs neither a GPU nor TensorRT; --fix needs ONNX Runtime. Exit
     code 0 means nothing worse than a note, 1 that there is.
     """
-    from rtresnet import artifacts, machine
-    from rtresnet.errors import missing_package
+    from rtresnet.core import artifacts, hardware
+    from rtresnet.core.errors import missing_package
 
     if out is not None and len(paths) > 1:
         raise InputError("--fix writes one file", fix="give the files to lint --fix one by one")
     for path in paths:  # what is no ONNX file is refused before another is checked
         artifacts.require_onnx(path, "lint")
-    if not machine.installed("onnx"):
+    if not hardware.installed("onnx"):
         raise missing_package("onnx", "reading an ONNX file")
     results = []
     for path in paths:
@@ -81,11 +81,12 @@ def _run(path: Path, out: Path | None) -> dict[str, Any]:
     Returns:
         For the JSON; "worse" counts what is worse than a note, as in "3 errors, 1 warning".
     """
-    from rtresnet import artifacts, onnx_file
-    from rtresnet.quantize.lint import lint
+    from rtresnet.core import artifacts
+    from rtresnet.onnxlib import io
+    from rtresnet.quantization.lint import lint
 
     sidecar = artifacts.verify(path)
-    model = onnx_file.load(path, fix=None)  # not checked: why it is refused is for the rules to say
+    model = io.load(path, fix=None)  # not checked: why it is refused is for the rules to say
     try:
         findings, repaired = _meant(lint(model), sidecar), list["Repair"]()
     except ArtifactError as error:
@@ -124,8 +125,8 @@ def _repair(
     path: Path, out: Path, model: Any, sidecar: Sidecar | None
 ) -> tuple[list[Finding], list[Repair]]:
     """Writes the repaired file and says what was done and what is left."""
-    from rtresnet import artifacts, storage
-    from rtresnet.quantize.repair import fix
+    from rtresnet.core import artifacts, atomic_io
+    from rtresnet.quantization.autofix import fix
 
     if sidecar is None and artifacts.sidecar_path(out).exists():
         raise InputError(f"{out}: has a sidecar, of another file", fix="choose another --fix")
@@ -136,7 +137,7 @@ def _repair(
         target.write_bytes(fixed.SerializeToString())
 
     if sidecar is None:
-        with storage.atomic_path(out) as temporary:
+        with atomic_io.atomic_path(out) as temporary:
             write(temporary)
     else:
         in_place = out.exists() and out.samefile(path)

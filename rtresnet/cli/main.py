@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import click
 
-from rtresnet.errors import RtresnetError, UnknownName
-from rtresnet.terminal import escape
+from rtresnet.core.errors import RtresnetError, UnknownName
+from rtresnet.core.terminal import escape
 
 VERBS = (
     "quickstart",
@@ -118,7 +118,7 @@ def _run(given: list[str]) -> int:
 @contextlib.contextmanager
 def _recorded(given: list[str]) -> Iterator[None]:
     """The command line stands in whatever is written meanwhile."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     token = artifacts.command.set(["rtresnet", *given])
     try:

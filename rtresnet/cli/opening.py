@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet import labels
 from rtresnet.cli import common
-from rtresnet.errors import InputError
+from rtresnet.core import labels
+from rtresnet.core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.labels import LabelMap
+    from rtresnet.core.labels import LabelMap
+    from rtresnet.core.preprocess import Preprocess
     from rtresnet.models.checkpoint import Checkpoint
     from rtresnet.models.reference import TorchBackend
-    from rtresnet.preprocess import Preprocess
     from rtresnet.runtime.backend import TopK
     from rtresnet.runtime.session import Session
 
@@ -111,7 +111,7 @@ class Opened:
         Raises:
             InputError: A top-K file that does not say how many classes there are.
         """
-        from rtresnet import metrics
+        from rtresnet.core import metrics
         from rtresnet.runtime.backend import logits
 
         found = self.answer(images)
@@ -125,7 +125,7 @@ PLAN_OPTIONS = ("contexts", "graphs")
 
 def states_input(path: str) -> bool:
     """Whether an artifact's sidecar says what it takes, so that no option has to."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     sidecar = artifacts.read_sidecar(path)
     return sidecar is not None and sidecar.input_known
@@ -140,7 +140,7 @@ def options_for(path: str, paths: Sequence[str], options: Mapping[str, Any]) -> 
     Raises:
         InputError: `--contexts` or `--graphs`, and no plan among the artifacts.
     """
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     kinds = [artifacts.kind_of(name) for name in paths]
     given = [name for name in PLAN_OPTIONS if options.get(name) is not None]
@@ -176,11 +176,11 @@ def open_session(
         contexts: Contexts of a plan where the options do not say.
         timings: Whether a plan records the times of copies and computation.
     """
-    from rtresnet import artifacts, storage
+    from rtresnet.core import artifacts, atomic_io
     from rtresnet.runtime.session import load
 
     mine = options_for(path, paths, options)
-    storage.require_file(path, fix="make one with: rtresnet export")
+    atomic_io.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) != "checkpoint":
         if mine.get("contexts") is None:
             mine["contexts"] = contexts
@@ -200,9 +200,9 @@ def open_artifact(
     std: str | None = None,
 ) -> Opened:
     """Opens a checkpoint (in torch), an ONNX file or a plan (in the runtime)."""
-    from rtresnet import artifacts, storage
+    from rtresnet.core import artifacts, atomic_io
 
-    storage.require_file(path)
+    atomic_io.require_file(path)
     if artifacts.kind_of(path) == "checkpoint":
         return _open_checkpoint(
             path, size, mean, std, device=device, provider=provider, threads=threads, model=model
@@ -240,7 +240,7 @@ def input_of(
     Raises:
         InputError: Neither a sidecar nor the options say what the file takes.
     """
-    from rtresnet.sidecar import restated
+    from rtresnet.core.sidecar import restated
 
     path, sidecar, backend = session.path, session.sidecar, session.backend
     pixels = backend.layout == "nhwc"
@@ -275,7 +275,7 @@ def _open_checkpoint(
     std: str | None,
     **options: Any,
 ) -> Opened:
-    from rtresnet.sidecar import restated
+    from rtresnet.core.sidecar import restated
 
     session, backend, loaded = _in_torch(path, **options)
     preprocess = common.preprocess_from(loaded.input, size, mean, std)
@@ -306,7 +306,7 @@ def _in_torch(
     common.require_torch("reading a checkpoint")
     import torch
 
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
     from rtresnet.models import checkpoint
     from rtresnet.models.reference import TorchBackend
     from rtresnet.runtime.session import Session

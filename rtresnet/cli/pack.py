@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.core.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
-    from rtresnet.serve.triton import Tensor
-    from rtresnet.sidecar import Profile, Sidecar
+    from rtresnet.core.sidecar import Profile, Sidecar
+    from rtresnet.serving.triton import Tensor
 
 LARGEST = 32  # of an ONNX file, which has no profile to say
 
@@ -72,10 +72,10 @@ def run(
     device: str = "auto",
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
-    from rtresnet import artifacts, storage
-    from rtresnet.serve import triton
+    from rtresnet.core import artifacts, atomic_io
+    from rtresnet.serving import triton
 
-    kind = artifacts.kind_of(storage.require_file(path, fix="make one with: rtresnet export"))
+    kind = artifacts.kind_of(atomic_io.require_file(path, fix="make one with: rtresnet export"))
     if kind not in triton.BACKENDS:
         raise InputError(f"{path}: Triton takes plans and ONNX files", fix="rtresnet export")
     sidecar = artifacts.verify(path)
@@ -125,8 +125,8 @@ def _plan(path: Path, sidecar: Sidecar | None, device: str) -> tuple[tuple[Profi
     Raises:
         ArtifactError: Triton would not load it, or it is not known what it is.
     """
-    from rtresnet import artifacts, storage
-    from rtresnet.build import header
+    from rtresnet.builder import header
+    from rtresnet.core import artifacts, atomic_io
 
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     plan = sidecar.plan if sidecar else None
@@ -148,7 +148,7 @@ def _plan(path: Path, sidecar: Sidecar | None, device: str) -> tuple[tuple[Profi
             f"{path}: its tensors' names stand in {parent or 'its ONNX file'}, which is not here",
             fix="bring the ONNX file along",
         )
-    if storage.sha256(parent) != sidecar.parent.sha256:
+    if atomic_io.sha256(parent) != sidecar.parent.sha256:
         raise ArtifactError(
             f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
         )
@@ -162,14 +162,14 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         ArtifactError: Not an ONNX file.
         InputError: Its batch is fixed, or its weights are elsewhere.
     """
-    from rtresnet import machine
-    from rtresnet.errors import missing_package
+    from rtresnet.core import hardware
+    from rtresnet.core.errors import missing_package
 
-    if not machine.installed("onnx"):
+    if not hardware.installed("onnx"):
         raise missing_package("onnx", "reading an ONNX file")
     import onnx
 
-    from rtresnet.serve.triton import Tensor
+    from rtresnet.serving.triton import Tensor
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
@@ -207,10 +207,10 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
     """What a person at the server wants to know of the model, without the sidecar at hand."""
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
 
     if sidecar is None:
-        return {"sha256": storage.sha256(path)}
+        return {"sha256": atomic_io.sha256(path)}
     ours = sidecar.input
     record = {
         "sha256": sidecar.sha256,

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import DataError, InputError
+from rtresnet.core.errors import DataError, InputError
 
 NAMED = 8  # models that are listed where there are several to choose from
 
@@ -159,11 +159,11 @@ def _named(given: Sequence[str], artifact: str | None) -> tuple[str, list[str]]:
             to choose from.
         DataError: A folder without images, or nothing but an artifact.
     """
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
 
     if artifact is None and _is_model(given[0]):
         artifact, given = given[0], given[1:]
-        storage.require_file(artifact)
+        atomic_io.require_file(artifact)
         if not given:
             raise DataError(f"no images for {artifact}", fix="name image files or a folder")
     _refuse_models(given, artifact)
@@ -175,7 +175,7 @@ def _named(given: Sequence[str], artifact: str | None) -> tuple[str, list[str]]:
 
 
 def _is_model(name: str) -> bool:
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     return Path(name).suffix.lower() in artifacts.SUFFIXES and not Path(name).is_dir()
 
@@ -218,9 +218,9 @@ def only_candidate() -> Path:
     Raises:
         InputError: There is none, or there are several.
     """
-    from rtresnet import machine
+    from rtresnet.core import hardware
 
-    patterns = [("engines", "*.plan")] if machine.gpus() else []
+    patterns = [("engines", "*.plan")] if hardware.gpus() else []
     patterns += [("engines", "*.onnx"), ("runs", "**/best.pt")]
     found = [path for folder, pattern in patterns for path in sorted(Path(folder).glob(pattern))]
     if not found:

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rtresnet import artifacts, storage
 from rtresnet.cli import common
 from rtresnet.cli.predict_out import Journal, check_form
 from rtresnet.cli.predict_rows import About, Predictor, Row
-from rtresnet.errors import DataError
+from rtresnet.core import artifacts, atomic_io
+from rtresnet.core.errors import DataError
 
 NAMED = 20  # broken images named on the terminal; every one is named in the table
 
@@ -76,7 +76,7 @@ def run(
         about = maker.about
         listed = "\n".join(map(_version, names)).encode("utf-8", "surrogateescape")
         head = {
-            "model": storage.sha256(artifact),
+            "model": atomic_io.sha256(artifact),
             **about.decisive(),
             "images": len(names),
             "list_of_images": hashlib.sha256(listed).hexdigest(),

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rtresnet import typed_json
 from rtresnet.cli.predict_rows import Row
-from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.core import typed_json
+from rtresnet.core.errors import EnvironmentLack, InputError
 
 FORMS = (".parquet", ".csv", ".jsonl")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -37,7 +37,7 @@ def check_form(out: Path) -> None:
         InputError: The suffix is none of FORMS, or nothing can be written there.
         EnvironmentLack: Parquet without pyarrow.
     """
-    from rtresnet import machine, storage
+    from rtresnet.core import atomic_io, hardware
 
     if out.suffix.lower() not in FORMS:
         raise InputError(
@@ -46,8 +46,8 @@ def check_form(out: Path) -> None:
         )
     if out.is_dir():
         raise InputError(f"--out {out}: a folder is there", fix="choose another --out")
-    storage.make_folder(out.parent)
-    if out.suffix.lower() == ".parquet" and not machine.installed("pyarrow"):
+    atomic_io.make_folder(out.parent)
+    if out.suffix.lower() == ".parquet" and not hardware.installed("pyarrow"):
         raise EnvironmentLack(
             "Parquet needs the package pyarrow, which is not installed",
             fix="pip install 'rtresnet[bulk]', or pip install pyarrow; or --out of another form",
@@ -171,10 +171,10 @@ class Journal:
             excel_safe: In a CSV file, text that a spreadsheet would run as a formula starts with
                 an apostrophe.
         """
-        from rtresnet import storage
+        from rtresnet.core import atomic_io
 
         form = self.out.suffix.lower()
-        with storage.atomic_path(self.out) as temporary:
+        with atomic_io.atomic_path(self.out) as temporary:
             if form == ".csv":
                 _csv(temporary, self, excel_safe=excel_safe)
             else:

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts, storage
 from rtresnet.cli.predict_rows import About, Predictor, Row
-from rtresnet.errors import EnvironmentLack, InputError, RtresnetError, missing_package
+from rtresnet.core import artifacts, atomic_io
+from rtresnet.core.errors import EnvironmentLack, InputError, RtresnetError, missing_package
 
 BLOCKS = 512  # Ray's units of work; results come back a block at a time
 
@@ -28,7 +28,7 @@ class Actor:
 
     def __init__(self, folder: str, artifact: str, digest: str, options: dict[str, Any]) -> None:
         _stand_in(folder)
-        if storage.sha256(storage.require_file(artifact)) != digest:
+        if atomic_io.sha256(atomic_io.require_file(artifact)) != digest:
             raise InputError(f"{artifact}: not the file that it is where predict was started")
         self.predictor = Predictor(artifact, **options)
 
@@ -54,7 +54,7 @@ class OnRay:
     def __init__(self, artifact: str, *, actors: int | None = None, **options: Any) -> None:
         self._ray = _ray()
         self._artifact, self._folder = artifact, str(Path.cwd())
-        self._digest = storage.sha256(storage.require_file(artifact))
+        self._digest = atomic_io.sha256(atomic_io.require_file(artifact))
         self._ours = not self._ray.is_initialized()
         if self._ours:
             self._start()
@@ -136,7 +136,7 @@ def _plainly() -> Iterator[None]:
     except Exception as error:
         seen: BaseException | None = error
         while seen is not None:
-            if isinstance(seen, RtresnetError) and type(seen).__module__ == "rtresnet.errors":
+            if isinstance(seen, RtresnetError) and type(seen).__module__ == "rtresnet.core.errors":
                 raise seen from None
             seen = getattr(seen, "cause", None) or seen.__cause__
         raise

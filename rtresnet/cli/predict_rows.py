@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rtresnet.cli import opening
-from rtresnet.errors import DataError, InputError
+from rtresnet.core.errors import DataError, InputError
 
 TOP = 3
 GPU_BATCH = 64
@@ -88,7 +88,7 @@ class Predictor:
         decoders: int | None = None,
         **options: Any,
     ) -> None:
-        from rtresnet import artifacts
+        from rtresnet.core import artifacts
         from rtresnet.data import loader
 
         self.opened = opening.open_artifact(artifact, **options)
@@ -163,7 +163,7 @@ class Predictor:
 
     def _best(self, images: np.ndarray) -> Iterator[tuple[tuple[str, float], ...]]:
         """The best classes of uint8 [N, S, S, 3]; empty where the logits are no numbers."""
-        from rtresnet import metrics
+        from rtresnet.core import metrics
 
         found = self.opened.forward(self.opened.preprocess.prepare(images))
         if isinstance(found, tuple):  # the K best, found in the net

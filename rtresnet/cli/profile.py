@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 
 @click.command("profile", short_help="Show where the time goes, block by block.")
@@ -57,17 +57,17 @@ def run(
     """
     import numpy as np
 
-    from rtresnet import artifacts, machine, storage
     from rtresnet.bench import environment, kernels, profile
+    from rtresnet.core import artifacts, atomic_io, hardware
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds {seconds:g}: must be above 0")
-    storage.require_file(path, fix="make one with: rtresnet export")
+    atomic_io.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     if kind == "checkpoint":
         raise InputError(f"{path}: a profile is of an ONNX file or a plan", fix="rtresnet export")
     sidecar = artifacts.verify(path)
-    if kind == "plan" and not machine.gpus():
+    if kind == "plan" and not hardware.gpus():
         from rtresnet.runtime.compatibility import plan_needs_gpu
 
         raise plan_needs_gpu(path)
@@ -80,7 +80,7 @@ def run(
     batch = batch or counted.batch or 1
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, 3, counted.size, counted.size)).astype(np.float32)
-    gpu = machine.gpus()[0] if kind == "plan" else None
+    gpu = hardware.gpus()[0] if kind == "plan" else None
     with (
         environment.Watch(gpu) as watch,
         common.progress(f"profiling {path} at batch {batch}", total=seconds) as update,
@@ -113,16 +113,16 @@ def run(
         "roof": roof,
         "environment": watch.report,
         "chain": environment.chain_of(path),
-        "device": machine.cpu() if recorded.device == "cpu" else recorded.device,
+        "device": hardware.cpu() if recorded.device == "cpu" else recorded.device,
         "provider": recorded.provider,
         "threads": recorded.threads,
-        "versions": machine.versions(("rtresnet", "numpy")) | dict(recorded.versions),
+        "versions": hardware.versions(("rtresnet", "numpy")) | dict(recorded.versions),
     }
 
 
 def _graph_of(path: str, sidecar: Any) -> Path:
     """The ONNX file that says what a plan computes; an ONNX file is its own."""
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     if artifacts.kind_of(path) == "onnx":
         return Path(path)
@@ -137,7 +137,7 @@ def _graph_of(path: str, sidecar: Any) -> Path:
 
 def _nodes_of_layers(path: str, sidecar: Any) -> dict[str, tuple[str, ...]]:
     """The ONNX nodes of each layer of a plan; empty where the build recorded no layers."""
-    from rtresnet.build import layers
+    from rtresnet.builder import layers
 
     if sidecar is None or sidecar.plan.layers is None:
         return {}
@@ -155,7 +155,7 @@ def _roof(recorded: Any, anew: bool) -> tuple[dict[str, Any] | None, Any, float 
         source = "measured just now" if fresh else f"measured earlier, {roofline.cache_file()}"
         return dataclasses.asdict(roof) | {"source": source}, roof, roof.bandwidth
     from rtresnet.bench import gpus
-    from rtresnet.errors import UnknownName
+    from rtresnet.core.errors import UnknownName
 
     try:
         gpu = gpus.find(recorded.device)

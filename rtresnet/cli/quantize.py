@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.core.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from rtresnet.cli.quantize_gate import Gate
-    from rtresnet.sidecar import Calibration, Sidecar
+    from rtresnet.core.sidecar import Calibration, Sidecar
 
 Contract = tuple["int | None", "str | None", "str | None"]
 """What the options say of size, mean and std."""
@@ -110,8 +110,8 @@ def command(
     loss is not within --max-drop, the most harmful blocks stay in float; exit code 1 where that
     does not help. The verdict says whether the images are enough to show that the bound holds.
     """
-    from rtresnet import locks
     from rtresnet.cli.quantize_gate import AccuracyGateMissed, Gate
+    from rtresnet.core import locks
 
     if int8 and fp16:
         raise InputError("--int8 and --fp16 are two files", fix="run it once for each")
@@ -167,22 +167,23 @@ def quantize_file(
     contract: Contract = (None, None, None),
 ) -> Sidecar:
     """Quantizes one file; returns the new file's sidecar."""
-    from rtresnet import artifacts, machine, onnx_file, storage
     from rtresnet.cli.quantize_int8 import int8, scales_path
-    from rtresnet.errors import missing_package
-    from rtresnet.onnx_interface import precision_of
+    from rtresnet.core import artifacts, atomic_io, hardware
+    from rtresnet.core.errors import missing_package
+    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib.interface import precision_of
 
     out = out or default_out(source, precision)
     artifacts.require_name(out, "onnx")
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would replace its own source", fix="choose another --out")
     for place in (out, artifacts.sidecar_path(out)):
-        storage.require_place(place)
+        atomic_io.require_place(place)
     scales = scales_path(out) if precision == "int8" else None
     sidecar = artifacts.verify(artifacts.require_onnx(source, "quantize"))
-    if not machine.installed("onnx"):
+    if not hardware.installed("onnx"):
         raise missing_package("onnx", "quantizing")
-    model = onnx_file.load(source, checked=True)
+    model = io.load(source, checked=True)
     _require_plain(source, model, sidecar)
     _settle_shape(source, model, contract[0] or (sidecar.input.size if sidecar else None))
     if sidecar is None:
@@ -201,7 +202,7 @@ def quantize_file(
         )
     calibration, measured = None, dict[str, Any]()
     if scales is None:
-        from rtresnet.quantize import half
+        from rtresnet.quantization import fp16 as half
 
         result = half.to_half(model)
     else:
@@ -255,7 +256,7 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
     """Raises InputError where the ends were changed before the precision."""
     import onnx
 
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     ends = [entry.type.tensor_type.elem_type for entry in (*model.graph.input, *model.graph.output)]
     if {onnx.TensorProto.UINT8, onnx.TensorProto.INT64} & set(ends):
@@ -270,14 +271,14 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 
 def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
     """The record of an ONNX file that somebody else made."""
-    from rtresnet import adoption
+    from rtresnet.workflows import adopt
 
     side = images_of(model).type.tensor_type.shape.dim[-1].dim_value
     preprocess = common.stated_input(source, *contract, fixed=side or None)
     shape = model.graph.output[0].type.tensor_type.shape.dim
     if not shape or not shape[-1].dim_value:
         raise ArtifactError(f"{source}: its output has no fixed number of classes")
-    return adoption.describe(
+    return adopt.describe(
         source,
         classes=tuple(str(index) for index in range(shape[-1].dim_value)),
         preprocess=preprocess,
@@ -287,7 +288,7 @@ def _foreign(source: Path, model: Any, contract: Contract) -> Sidecar:
 
 
 def _say_what_is_replaced(out: Path, calibration: Calibration) -> None:
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
 
     try:
         old = artifacts.read_sidecar(out)

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import common
-from rtresnet.errors import DataError, GateMissed
+from rtresnet.core.errors import DataError, GateMissed
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from rtresnet.core.metrics import Drop
+    from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import Relabelled, Source
-    from rtresnet.metrics import Drop
-    from rtresnet.preprocess import Preprocess
-    from rtresnet.quantize.calibrate import Calibrated
-    from rtresnet.quantize.sensitivity import Block
+    from rtresnet.quantization.calibrate import Calibrated
+    from rtresnet.quantization.sensitivity import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,9 @@ def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
         DataError: There are none, they have no labels or labels of other classes, or they are too
             few for the rule "upper".
     """
+    from rtresnet.core.metrics import fewest_images
     from rtresnet.data.sources import for_model, open_source
-    from rtresnet.metrics import fewest_images
-    from rtresnet.train.evaluate import require_labels
+    from rtresnet.training.evaluate import require_labels
 
     source = open_source(gate.data, "test")
     require_labels(source)
@@ -131,8 +131,8 @@ def hold(
     Raises:
         AccuracyGateMissed: The gate does not pass even with every block but one in float.
     """
-    from rtresnet.metrics import paired_drop
-    from rtresnet.quantize.sensitivity import sensitivity
+    from rtresnet.core.metrics import paired_drop
+    from rtresnet.quantization.sensitivity import sensitivity
 
     images = f"on {len(labelled)} images of {gate.data}"
     with common.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
@@ -183,7 +183,7 @@ def passes(drop: Drop, gate: Gate) -> bool:
 
 def judged(drop: Drop, gate: Gate) -> dict[str, Any]:
     """The gate and its verdict for the sidecar; `images_needed` is infinite where none suffice."""
-    from rtresnet.metrics import images_needed, verdict
+    from rtresnet.core.metrics import images_needed, verdict
 
     return {
         "rule": gate.rule,
@@ -227,7 +227,7 @@ def _measurement(drop: Drop, count: int, gate: Gate) -> str:
 
 def _judgement(drop: Drop, gate: Gate) -> str:
     """As in "Measured loss 0.25 points, upper limit 0.94 ..., bound 0.5: not shown to hold"."""
-    from rtresnet.metrics import images_needed, verdict
+    from rtresnet.core.metrics import images_needed, verdict
 
     found = verdict(drop, gate.max_drop)
     line = (

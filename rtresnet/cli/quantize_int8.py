@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet import records
 from rtresnet.cli import common
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.core import serialization
+from rtresnet.core.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rtresnet.cli.quantize_gate import Gate
-    from rtresnet.learned import Learned
-    from rtresnet.preprocess import Preprocess
-    from rtresnet.quantize.calibrate import Calibrated
-    from rtresnet.sidecar import Calibration, Sidecar
+    from rtresnet.core.preprocess import Preprocess
+    from rtresnet.core.sidecar import Calibration, Sidecar
+    from rtresnet.onnxlib.learned import Learned
+    from rtresnet.quantization.calibrate import Calibrated
 
 CALIB = Path("calib")
 RANDOM_IMAGES = 32
@@ -31,14 +31,14 @@ def scales_path(out: Path) -> Path:
     Raises:
         InputError: Neither can be written to.
     """
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
 
     path = CALIB / f"{out.stem}.json"
     try:
-        storage.require_place(path)
+        atomic_io.require_place(path)
     except InputError as error:
         path = out.with_name(f"{out.stem}.scales.json")
-        storage.require_place(path)
+        atomic_io.require_place(path)
         common.note(f"{error.message}: new scales go to {path}")
     return path
 
@@ -72,11 +72,12 @@ def int8(
     Returns:
         The quantized model, how it was calibrated, and what was measured.
     """
-    from rtresnet import learned, storage
     from rtresnet.cli import quantize_gate
-    from rtresnet.quantize import calibrate, qdq, scales, simulate
-    from rtresnet.quantize.prepare import prepare
-    from rtresnet.sidecar import Calibration
+    from rtresnet.core import atomic_io
+    from rtresnet.core.sidecar import Calibration
+    from rtresnet.onnxlib import learned
+    from rtresnet.quantization import calibrate, qdq, scales, simulate
+    from rtresnet.quantization.prepare import prepare
 
     model = prepare(model)
     learned_scales = learned.of({entry.key: entry.value for entry in model.metadata_props})
@@ -106,7 +107,7 @@ def int8(
         "images": name,
         "images_sha256": fingerprint,
         "n": count,
-        "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
+        "preprocessing": serialization.known(dataclasses.asdict(sidecar.input)),
         "calibrator": calibrator,
     }
     kept_at = CALIB / f"{out.stem}.json"  # perhaps in a folder that can be read only
@@ -150,7 +151,7 @@ def int8(
         images_sha256=fingerprint,
         n=count,
         scales=path.as_posix(),
-        scales_sha256=storage.sha256(path),
+        scales_sha256=atomic_io.sha256(path),
         kept=kept,
         rest=rest,
     )
@@ -161,12 +162,13 @@ def _as_learned(
     model: Any, learned: Learned, sidecar: Sidecar, path: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """INT8 with the scales that training left in the file."""
-    from rtresnet.learned import METHOD
-    from rtresnet.quantize import exact
-    from rtresnet.quantize.calibrate import Calibrated
+    from rtresnet.onnxlib.learned import METHOD
+    from rtresnet.quantization import low_bit_scales
+    from rtresnet.quantization.calibrate import Calibrated
 
     found = Calibrated(
-        model=model, scales={name: exact.scale(scale) for name, scale in learned.scales.items()},
+        model=model,
+        scales={name: low_bit_scales.scale(scale) for name, scale in learned.scales.items()},
         method=METHOD, own={}, ratios={}, outliers=[], mended=[], shifts={}, exactly=True,
         branches=learned.branches,
     )  # fmt: skip
@@ -183,7 +185,7 @@ def _without_images(
     model: Any, sidecar: Sidecar, path: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """INT8 from what the file says of its batch norms."""
-    from rtresnet.quantize import calibrate, data_free, qdq
+    from rtresnet.quantization import calibrate, data_free, qdq
 
     low, high = (sidecar.input.normalize(_plane(level))[0, :, 0, 0] for level in (0, 255))
     ranges = data_free.ranges(model, list(qdq.placement(model)), low, high)
@@ -200,14 +202,14 @@ def _uncalibrated(
     found: Calibrated, about: dict[str, Any], sidecar: Sidecar, path: Path, rest: str
 ) -> tuple[Any, Calibration, dict[str, Any]]:
     """What is left to do once there are scales that no image was run for."""
-    from rtresnet import storage
-    from rtresnet.quantize import scales
-    from rtresnet.sidecar import Calibration
+    from rtresnet.core import atomic_io
+    from rtresnet.core.sidecar import Calibration
+    from rtresnet.quantization import scales
 
     model = _with_rest(found.quantized(), rest)
     more = {
         "onnx_sha256": sidecar.sha256,
-        "preprocessing": records.known(dataclasses.asdict(sidecar.input)),
+        "preprocessing": serialization.known(dataclasses.asdict(sidecar.input)),
     }
     scales.write(path, found, about | more)
     calibration = Calibration(
@@ -216,7 +218,7 @@ def _uncalibrated(
         images_sha256=about["images_sha256"],
         n=about["n"],
         scales=path.as_posix(),
-        scales_sha256=storage.sha256(path),
+        scales_sha256=atomic_io.sha256(path),
         rest=rest,
     )
     return model, calibration, {}
@@ -229,14 +231,14 @@ def _plane(level: int) -> np.ndarray:
 
 
 def _with_rest(model: Any, rest: str) -> Any:
-    from rtresnet.quantize import half
+    from rtresnet.quantization import fp16
 
-    return half.to_half(model) if rest == "fp16" else model
+    return fp16.to_half(model) if rest == "fp16" else model
 
 
 def _saved_scales(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """Scales that were found before for just this; says why not, where there are others."""
-    from rtresnet.quantize import scales
+    from rtresnet.quantization import scales
 
     if not path.exists():
         return None

@@ -13,7 +13,7 @@ import click
 from rtresnet.cli import bench, common, export, train
 from rtresnet.cli import compare as compare_verb
 from rtresnet.cli import eval as eval_verb
-from rtresnet.errors import EnvironmentLack
+from rtresnet.core.errors import EnvironmentLack
 
 MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
@@ -53,9 +53,9 @@ def command(out: Path, epochs: int, seconds: float, json_file: str | None) -> No
 
 
 def _check_packages() -> None:
-    from rtresnet import machine
+    from rtresnet.core import hardware
 
-    missing = [machine.DISTRIBUTIONS.get(m, m) for m in NEEDED if not machine.installed(m)]
+    missing = [hardware.DISTRIBUTIONS.get(m, m) for m in NEEDED if not hardware.installed(m)]
     if missing:
         raise EnvironmentLack(
             f"quickstart needs {', '.join(missing)}", fix="pip install " + " ".join(missing)
@@ -163,7 +163,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write_page(path: Path, result: dict[str, Any]) -> None:
-    from rtresnet import artifacts, storage
+    from rtresnet.core import artifacts, atomic_io
     from rtresnet.report import page, plots
 
     tested = result["train"]["measured"]
@@ -226,4 +226,4 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
         ),
     ]
     title = f"{result['model']} on {result['data']}: FP32, FP16, INT8"
-    storage.write_text(path, page.document(title, parts))
+    atomic_io.write_text(path, page.document(title, parts))

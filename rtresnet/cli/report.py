@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.errors import InputError
-from rtresnet.terminal import escape
+from rtresnet.core.errors import InputError
+from rtresnet.core.terminal import escape
 
 if TYPE_CHECKING:
     from rtresnet.report.results import Gathered
@@ -44,7 +44,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     RESULTS are files that bench, eval, compare, profile or quickstart wrote with --json;
     artifacts bring what their sidecars know. Without any, the folder engines/ is taken.
     """
-    from rtresnet import storage
+    from rtresnet.core import atomic_io
     from rtresnet.report import markdown as markdown_report
     from rtresnet.report import result_page, result_tables
     from rtresnet.report import results as reading
@@ -58,12 +58,12 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         raise InputError(f"{out}: --out and --markdown name one file", fix="choose two names")
     found = reading.gather(results or (DEFAULT,))
     text = result_page.html(found, list(_engines(found)))
-    storage.write_text(out, text)
+    atomic_io.write_text(out, text)
     rendered = markdown_report.render(found) if markdown else ""
     if markdown == "-":
         click.echo(escape(rendered), nl=False)
     elif markdown:
-        storage.write_text(markdown, rendered)
+        atomic_io.write_text(markdown, rendered)
     console = common.err_console() if markdown == "-" else common.out_console()
     for line in (*result_tables.summary(found), *result_tables.remarks(found)):
         console.print(line, soft_wrap=True, markup=False)
@@ -77,8 +77,8 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
 
 def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
     """A caption and a picture of every plan whose layers were kept; notes where they are gone."""
-    from rtresnet import artifacts
-    from rtresnet.build import layers
+    from rtresnet.builder import layers
+    from rtresnet.core import artifacts
     from rtresnet.report import engine_graph
 
     for artifact in found.artifacts:

@@ -39,7 +39,7 @@ def responses(
     After batch norm, before ReLU and addition: how strongly a layer changes its input.
     """
     common.require_torch("the analysis of responses")
-    from rtresnet import artifacts, storage
+    from rtresnet.core import artifacts, atomic_io
     from rtresnet.data import loader
     from rtresnet.data.sources import open_source
     from rtresnet.models import checkpoint
@@ -78,7 +78,7 @@ def responses(
         f"Assumed of {e['checkpoint']}: {line}." for e in results for line in e["assumed"]
     )
     study_page.write(
-        storage.make_folder(out),
+        atomic_io.make_folder(out),
         "responses",
         title="Layer responses",
         drawn=study_show.response_figure(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rtresnet.report.study_plots import Panel
     from rtresnet.study.compare import Net, Terms
     from rtresnet.study.runs import Outcome, Run
-    from rtresnet.train.job import Progress
+    from rtresnet.training.config import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,7 +95,7 @@ def shortcuts(model: str, json_file: str | None, **options: Any) -> None:
 
 
 def _numbers(given: str) -> list[int]:
-    from rtresnet.errors import InputError
+    from rtresnet.core.errors import InputError
 
     try:
         return [int(part) for part in given.split(",")]
@@ -121,11 +121,11 @@ def _terms(
     max_broken: float | None,
 ) -> Terms:
     from rtresnet.cli.train import NOT_MIRRORED
+    from rtresnet.core.errors import InputError
     from rtresnet.data.sources import open_source
-    from rtresnet.errors import InputError
     from rtresnet.study import runs
     from rtresnet.study.compare import Terms
-    from rtresnet.train import recipes
+    from rtresnet.training import recipes
 
     if epochs and steps:
         raise InputError("--epochs and --steps both say how long", fix="give one of them")
@@ -159,7 +159,7 @@ def _study(
     panels: Callable[[Sequence[Net]], list[Panel]],
 ) -> dict[str, Any]:
     """Makes the runs and all that is drawn from them; returns what `--json` writes."""
-    from rtresnet import locks
+    from rtresnet.core import locks
 
     with locks.hold_folder(terms.out, warn=common.note):
         return _locked_study(name, nets, terms, title, data, panels)
@@ -173,10 +173,10 @@ def _locked_study(
     data: str,
     panels: Callable[[Sequence[Net]], list[Panel]],
 ) -> dict[str, Any]:
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
     from rtresnet.report import page, study_page, tables
     from rtresnet.study import compare, runs
-    from rtresnet.train.recipes import describe
+    from rtresnet.training.recipes import describe
 
     drawn, able = None, study_show.can_draw()
     planned = compare.plan(nets, terms)
@@ -223,7 +223,7 @@ def _locked_study(
 
 
 def _make(planned: Sequence[Run]) -> list[Outcome]:
-    from rtresnet import artifacts
+    from rtresnet.core import artifacts
     from rtresnet.study import runs
 
     outcomes = []

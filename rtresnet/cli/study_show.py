@@ -86,9 +86,9 @@ def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
 
 def can_draw() -> bool:
     """Whether there can be a figure; says what is missing."""
-    from rtresnet import machine
+    from rtresnet.core import hardware
 
-    able = machine.installed("matplotlib")
+    able = hardware.installed("matplotlib")
     if not able:
         common.note("no figure: pip install matplotlib, and run the same command again")
     return able

@@ -15,8 +15,8 @@ from rtresnet.cli import common, train_show
 
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source
-    from rtresnet.train.distributed import World
-    from rtresnet.train.job import Job
+    from rtresnet.training.config import Job
+    from rtresnet.training.distributed import World
 
 T = TypeVar("T")
 
@@ -102,8 +102,8 @@ def run(
 ) -> dict[str, Any]:
     """The verb's body; returns what `--json` writes."""
     common.require_torch("training")
-    from rtresnet.train import distributed, loop, recipes, state
-    from rtresnet.train.job import settled
+    from rtresnet.training import distributed, loop, recipes, run_state
+    from rtresnet.training.config import settled
 
     given = recipes.parse(settings)
     for name, value in (("epochs", epochs), ("batch", batch), ("lr", lr), ("seed", seed)):
@@ -125,7 +125,7 @@ def run(
         folder, resume = _agree(
             world, lambda: held.enter_context(_folder(out, asked, resume, world))
         )
-        state.check_folder(folder, resume)
+        run_state.check_folder(folder, resume)
         job = _resumed(folder, asked) if resume else _fresh(folder, asked)
         job = settled(dataclasses.replace(job, device=place, cached=cache))
         job = dataclasses.replace(job, decode_all=decode_all)
@@ -184,9 +184,9 @@ def _folder(
 
     Restarted by torchrun, a run is resumed without --resume, but only what its own launch saved.
     """
-    from rtresnet import locks
-    from rtresnet.train import run_folder
-    from rtresnet.train.state import launch_of
+    from rtresnet.core import locks
+    from rtresnet.training import run_folder
+    from rtresnet.training.run_state import launch_of
 
     if world.restarts and not resume:
         last = out or run_folder.latest(asked.model, asked.data)
@@ -208,7 +208,7 @@ def _agree(world: World, decide: Callable[[], T]) -> T:
     Raises:
         InputError: `decide` raised one.
     """
-    from rtresnet.errors import InputError
+    from rtresnet.core.errors import InputError
 
     value: T | None = None
     error: InputError | None = None
@@ -224,10 +224,10 @@ def _agree(world: World, decide: Callable[[], T]) -> T:
 
 
 def _fresh(folder: Path, asked: _Asked) -> Job:
+    from rtresnet.core.preprocess import Preprocess
     from rtresnet.models import checkpoint, zoo
-    from rtresnet.preprocess import Preprocess
-    from rtresnet.train import recipes, state
-    from rtresnet.train.job import Job
+    from rtresnet.training import recipes, run_state
+    from rtresnet.training.config import Job
 
     start = checkpoint.load(asked.weights, model=asked.model) if asked.weights else None
     spec = start.spec if start else zoo.spec(asked.model or "resnet20")
@@ -244,7 +244,7 @@ def _fresh(folder: Path, asked: _Asked) -> Job:
         depth=spec.depth,
         settings=fixed | asked.fields,
     )
-    state.check_start(settings, start)
+    run_state.check_start(settings, start)
     return Job(
         spec=spec, source=source, test=test, preprocess=preprocess, recipe=settings, out=folder,
         start=start,
@@ -253,13 +253,13 @@ def _fresh(folder: Path, asked: _Asked) -> Job:
 
 def _resumed(folder: Path, asked: _Asked) -> Job:
     """The run's own net, data and recipe; what is asked for besides must agree with them."""
+    from rtresnet.core.errors import InputError
     from rtresnet.data.loader import TOLERATED
-    from rtresnet.errors import InputError
     from rtresnet.models import zoo
-    from rtresnet.train import recipes
-    from rtresnet.train.job import Job
-    from rtresnet.train.recipe import Recipe
-    from rtresnet.train.state import check_same, saved_run
+    from rtresnet.training import recipes
+    from rtresnet.training.config import Job
+    from rtresnet.training.recipe import Recipe
+    from rtresnet.training.run_state import check_same, saved_run
 
     saved = saved_run(folder)
     name = {"name": recipes.named(asked.recipe).name} if asked.recipe else {}

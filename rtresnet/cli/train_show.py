@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import common
-from rtresnet.terminal import escape_cell
+from rtresnet.cli.console import on_terminal
+from rtresnet.core.terminal import escape_cell
 
 if TYPE_CHECKING:
     from rtresnet.models.checkpoint import Checkpoint
-    from rtresnet.train.dataset import DataReport
-    from rtresnet.train.distributed import World
-    from rtresnet.train.job import Job, Listener, Progress
+    from rtresnet.training.config import Job, Listener, Progress
+    from rtresnet.training.dataset import DataReport
+    from rtresnet.training.distributed import World
 
 LINE_SECONDS = 60  # where there is no terminal, a line this often within an epoch
 CLASSES = 20  # up to so many are listed one by one
@@ -32,7 +33,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 
 def announce(job: Job, world: World, say: Say) -> None:
     """The net, the data and the recipe as it is used."""
-    from rtresnet.train.recipes import describe
+    from rtresnet.training.recipes import describe
 
     together = f", {world.size} processes" if world.size > 1 else ""
     say(
@@ -108,7 +109,7 @@ def listeners(job: Job, say: Say, events: Any = None) -> Iterator[Listeners]:
             nonlocal told
             enter("check", f"checking {total:,} images")
             update(completed=done / total)
-            if not common.on_terminal() and time.monotonic() - told > LINE_SECONDS:
+            if not on_terminal() and time.monotonic() - told > LINE_SECONDS:
                 told = time.monotonic()
                 say(f"checked {done:,} of {total:,} images")
 
@@ -123,7 +124,7 @@ def listeners(job: Job, say: Say, events: Any = None) -> Iterator[Listeners]:
                 f"epoch {p.epoch + 1}  loss {p.loss:.3f}  lr {p.lr:.2g}  "
                 f"{p.images_per_second:,.0f} img/s"
             )
-            if common.on_terminal():
+            if on_terminal():
                 update(completed=p.step / p.total, description=text)
             elif time.monotonic() - told > LINE_SECONDS:
                 told = time.monotonic()
@@ -166,7 +167,7 @@ def _clock(seconds: float) -> str:
 
 def event_writer() -> Any:
     """TensorBoard's writer, or EnvironmentLack where it is not installed."""
-    from rtresnet.errors import missing_package
+    from rtresnet.core.errors import missing_package
 
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -181,7 +182,7 @@ def report(folder: Path, job: Job, best: Checkpoint) -> Path | None:
     Returns:
         The page; None where matplotlib is not installed.
     """
-    from rtresnet import machine
+    from rtresnet.core import hardware
 
     measured = best.measured
     chosen = (
@@ -195,7 +196,7 @@ def report(folder: Path, job: Job, best: Checkpoint) -> Path | None:
         f"{measured['test_n']} images (epoch {measured['epoch']}{chosen})",
         soft_wrap=True,
     )
-    page = _write_page(folder, job, best) if machine.installed("matplotlib") else None
+    page = _write_page(folder, job, best) if hardware.installed("matplotlib") else None
     if page is None:
         common.note("no curves and no page: pip install matplotlib")
     return page
@@ -215,8 +216,8 @@ def next_steps(result: Mapping[str, Any]) -> None:
 
 def _write_page(folder: Path, job: Job, best: Checkpoint) -> Path:
     from rtresnet.report import run_page
-    from rtresnet.train.dataset import saved_report
-    from rtresnet.train.recipes import describe
+    from rtresnet.training.dataset import saved_report
+    from rtresnet.training.recipes import describe
 
     images = saved_report(best)
     run_page.write(

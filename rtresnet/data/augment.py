@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.transfer import constant, to_device
-from rtresnet.preprocess import Preprocess
 
 # AlexNet's principal components of the RGB values of ImageNet's training set, in units of [0, 1]
 # (Krizhevsky, Sutskever and Hinton, 2012, section 4.1; the numbers are fb.resnet.torch's).

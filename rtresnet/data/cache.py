@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-from rtresnet import machine
+from rtresnet.core import hardware
 from rtresnet.data.decode import CorruptImage, Ends
 from rtresnet.data.sources import Arrays, Source
 
@@ -98,5 +98,5 @@ def cached_or_same(source: Source, at_least: int | None, budget: int | None = No
 
 def default_budget() -> int:
     """A quarter of the memory that is free, in bytes; 1 GB where that is not known."""
-    available = machine.available_memory()
+    available = hardware.available_memory()
     return 10**9 if available is None else available // 4

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rtresnet.errors import DataError
+from rtresnet.core.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

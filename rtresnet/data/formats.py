@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.errors import DataError
+from rtresnet.core.errors import DataError
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FASHION = [

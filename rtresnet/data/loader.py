@@ -15,11 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from rtresnet import machine
+from rtresnet.core import hardware
+from rtresnet.core.errors import DataError
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Source
-from rtresnet.errors import DataError
-from rtresnet.preprocess import Preprocess
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -99,7 +99,7 @@ def ahead(
     work: Callable[[T], U], items: Iterable[T], threads: int | None = None
 ) -> Iterator[tuple[T, U]]:
     """Maps in threads, in order, a few items ahead of who asks. What `work` raises comes out."""
-    threads = threads or machine.cores()
+    threads = threads or hardware.cores()
     with ThreadPoolExecutor(threads) as pool:
         waiting = iter(items)
         pending = deque((i, pool.submit(work, i)) for i in islice(waiting, 8 * threads))

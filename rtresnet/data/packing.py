@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts, locks, storage
+from rtresnet.core import artifacts, atomic_io, locks
+from rtresnet.core.errors import DataError, InputError
 from rtresnet.data.loader import ahead
 from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
 from rtresnet.data.sources import Files, open_source
-from rtresnet.errors import DataError, InputError
 
 SHARD_BYTES = 512 << 20
 END = bytes(1024)  # two empty blocks end a tar file
@@ -95,7 +95,7 @@ def _write(
             "table_sha256": rows.write(folder / TABLE),
             "made_by": artifacts.provenance(),
         }
-        storage.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        atomic_io.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     except BaseException:
         _sweep(folder)
         raise
@@ -120,10 +120,10 @@ class _Rows:
         """Returns the table's sha256."""
         arrays = {column: np.array(values, np.int64) for column, values in self.columns.items()}
         names = np.frombuffer(b"\0".join(self.names), np.uint8)
-        with storage.atomic_path(path) as temporary:
+        with atomic_io.atomic_path(path) as temporary:
             with open(temporary, "wb") as file:
                 np.savez(file, allow_pickle=False, names=names, **arrays)
-            return storage.sha256(temporary)
+            return atomic_io.sha256(temporary)
 
 
 def _files(source: str, split: str) -> Files:
@@ -163,7 +163,7 @@ def _write_split(
     number, waiting = 0, next(images, None)
     while waiting is not None:
         path = folder / f"{split}-{number:05}.tar"
-        with storage.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        with atomic_io.atomic_path(path) as temporary, open(temporary, "wb") as file:
             while waiting is not None:
                 name, label, data = waiting
                 header, padding = _frame(name, len(data))
@@ -204,7 +204,7 @@ def _make_room(folder: Path, force: bool) -> None:
     strange = next(_pieces(folder), None)
     if strange is not None and not finished and not (folder / UNFINISHED).exists():
         raise InputError(f"{strange}: is there, and of no pack", fix="choose another --out")
-    storage.write_text(folder / UNFINISHED, "rtresnet pack is at work here, or was killed\n")
+    atomic_io.write_text(folder / UNFINISHED, "rtresnet pack is at work here, or was killed\n")
     _sweep(folder)
 
 

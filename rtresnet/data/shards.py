@@ -25,9 +25,9 @@ import numpy as np
 from msgspec import Meta
 from typing_extensions import TypedDict  # in typing from Python 3.11
 
-from rtresnet import typed_json
+from rtresnet.core import typed_json
+from rtresnet.core.errors import DataError
 from rtresnet.data.decode import CorruptImage, Ends, decode
-from rtresnet.errors import DataError
 
 INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
 FORMAT, VERSION = "rtresnet shards", 1

@@ -23,12 +23,12 @@ from typing import Protocol
 
 import numpy as np
 
+from rtresnet.core.errors import DataError, InputError, UnknownName, missing_package
+from rtresnet.core.labels import LabelMap, match
+from rtresnet.core.preprocess import resize
 from rtresnet.data.decode import Ends, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.data.shards import Shards, files_fingerprint
-from rtresnet.errors import DataError, InputError, UnknownName, missing_package
-from rtresnet.labels import LabelMap, match
-from rtresnet.preprocess import resize
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 FORMS = (

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rtresnet import machine
+from rtresnet.core import hardware
+from rtresnet.core.errors import DataError
 from rtresnet.data.decode import Ends, declares_transparency
 from rtresnet.data.loader import ahead
 from rtresnet.data.sources import Arrays, Source
-from rtresnet.errors import DataError
 
 CHUNK = 64  # images a thread takes at a time
 READERS_A_CORE = 4  # reading a file's ends is waiting for a disk
@@ -66,7 +66,7 @@ def scan(
         progress: Called after every few images.
     """
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-    threads = machine.cores() * (1 if decode else READERS_A_CORE)
+    threads = hardware.cores() * (1 if decode else READERS_A_CORE)
     parts, done = [], 0
     for chunk, part in ahead(lambda chunk: _scan(source, chunk, decode), chunks, threads):
         parts.append(part)

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtresnet import artifacts, learned, storage
-from rtresnet.errors import ArtifactError, InputError, UnknownName
+from rtresnet.core import artifacts, atomic_io
+from rtresnet.core.errors import ArtifactError, InputError, UnknownName
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.serialization import from_json
+from rtresnet.core.sidecar import Calibration, Model, Sidecar, Weights
 from rtresnet.models import zoo
 from rtresnet.models.foreign import Naming, adopt, find_naming, recognize
 from rtresnet.models.resnet import ResNet
-from rtresnet.preprocess import Preprocess
-from rtresnet.records import from_json
-from rtresnet.sidecar import Calibration, Model, Sidecar, Weights
+from rtresnet.onnxlib import learned
 
 FORMAT = 1
 
@@ -176,7 +177,7 @@ def load(
             `model`, or said to be another net; the message says which tensors and which `--model`
             would fit.
     """
-    path = storage.require_file(path, fix="train one with: rtresnet train")
+    path = atomic_io.require_file(path, fix="train one with: rtresnet train")
     artifacts.verify(path)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
@@ -222,7 +223,7 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
     _check(path, checkpoint.state, said, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
         origin = dataclasses.replace(
-            checkpoint.weights, sha256=storage.sha256(path), source=os.fspath(path)
+            checkpoint.weights, sha256=atomic_io.sha256(path), source=os.fspath(path)
         )
         checkpoint = dataclasses.replace(checkpoint, weights=origin)
     return checkpoint
@@ -246,7 +247,7 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
         model=model_of(spec, tuple(str(index) for index in range(classes))),
         input=contract,
         assumed=assumed if input else (*assumed, *contract.assumptions()),
-        weights=Weights(origin="file", sha256=storage.sha256(path), source=os.fspath(path)),
+        weights=Weights(origin="file", sha256=atomic_io.sha256(path), source=os.fspath(path)),
         state=state,
     )
 

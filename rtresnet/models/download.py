@@ -13,10 +13,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from rtresnet import storage
-from rtresnet.errors import InputError
+from rtresnet.core import atomic_io
+from rtresnet.core.errors import InputError
+from rtresnet.core.sidecar import Weights
 from rtresnet.models.checkpoint import Checkpoint, load
-from rtresnet.sidecar import Weights
 
 # torchvision's IMAGENET1K_V1 files; the eight digits in a name begin the file's sha256.
 WEIGHTS_URL = "https://download.pytorch.org/models/"
@@ -62,13 +62,13 @@ def download(url: str, cache: Path) -> Path:
     match = re.search(r"-([0-9a-f]{8})\.\w+$", name)
     if match is None:
         raise InputError(f"{url}: the file's name carries no hash to check it against")
-    if path.exists() and storage.sha256(path).startswith(match[1]):
+    if path.exists() and atomic_io.sha256(path).startswith(match[1]):
         return path
     try:
-        with storage.atomic_path(path) as temporary:
+        with atomic_io.atomic_path(path) as temporary:
             with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
                 shutil.copyfileobj(reply, file)
-            digest = storage.sha256(temporary)
+            digest = atomic_io.sha256(temporary)
             if not digest.startswith(match[1]):
                 raise InputError(
                     f"{url}: the download's sha256 begins {digest[:8]}, not {match[1]}",

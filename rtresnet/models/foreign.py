@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtresnet.errors import UnknownName
+from rtresnet.core.errors import UnknownName
 from rtresnet.models import zoo
 
 # Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets say `linear`.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rtresnet.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownName
 
 if TYPE_CHECKING:
     from rtresnet.models.resnet import ResNet

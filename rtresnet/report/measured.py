@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rtresnet.core.sidecar import accuracies
 from rtresnet.report.tables import Row
-from rtresnet.sidecar import accuracies
 
 BLOCKS = ("name", "alone_db", "gain_db", "weights", "runs_in")
 OUTLIERS = ("tensor", "channels", "times", "remedy")

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
 
-from rtresnet import typed_json
-from rtresnet.errors import InputError
+from rtresnet.core import typed_json
+from rtresnet.core.errors import InputError
 
 # Bounds keep arithmetic and plots finite; no figure of a machine comes near them.
 Positive = Annotated[float, Meta(ge=1e-12, le=1e15)]

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtresnet import artifacts, storage, typed_json
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.core import artifacts, atomic_io, typed_json
+from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.sidecar import same_data
 from rtresnet.report import result_files
-from rtresnet.sidecar import same_data
 
 # Fields of an accuracy that a report uses.
 ACCURACY = tuple(result_files.Accuracy.__annotations__)
@@ -152,7 +152,7 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
-            yield storage.require_file(path, fix="write results with: rtresnet bench --json FILE")
+            yield atomic_io.require_file(path, fix="write results with: rtresnet bench --json FILE")
             continue
         inside = sorted(p for p in path.iterdir() if p.is_file())
         for file in inside:

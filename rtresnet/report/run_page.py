@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rtresnet import storage
+from rtresnet.core import atomic_io
 from rtresnet.report import page, plots
 
 
@@ -29,7 +29,7 @@ def write(
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     drawn = plots.training_figure(log)
-    with storage.atomic_path(folder / "curves.png") as temporary:
+    with atomic_io.atomic_path(folder / "curves.png") as temporary:
         drawn.savefig(temporary, format="png", dpi=150)
     headings = ("epoch", "step", "loss", "learning rate", "side", "train top-1 %", "val top-1 %",
                 "images/s")  # fmt: skip
@@ -54,4 +54,4 @@ def write(
         page.heading("Epochs"),
         page.table(headings, rows),
     ]
-    storage.write_text(folder / "index.html", page.document(title, parts))
+    atomic_io.write_text(folder / "index.html", page.document(title, parts))

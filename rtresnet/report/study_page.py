@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtresnet import storage
+from rtresnet.core import atomic_io
 from rtresnet.report import page, plots
 
 
@@ -25,9 +25,9 @@ def write(
     """
     figure: list[str] = []
     if drawn is not None:
-        with storage.atomic_path(folder / f"{name}.png") as temporary:
+        with atomic_io.atomic_path(folder / f"{name}.png") as temporary:
             drawn.savefig(temporary, format="png", dpi=150)
         svg = plots.svg(drawn, title)
-        storage.write_text(folder / f"{name}.svg", svg.replace("currentColor", "#1b1f24"))
+        atomic_io.write_text(folder / f"{name}.svg", svg.replace("currentColor", "#1b1f24"))
         figure = [page.picture(svg, about)]
-    storage.write_text(folder / "index.html", page.document(title, [*figure, *parts]))
+    atomic_io.write_text(folder / "index.html", page.document(title, [*figure, *parts]))

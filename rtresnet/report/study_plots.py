@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rtresnet.errors import missing_package
+from rtresnet.core.errors import missing_package
 from rtresnet.report.plots import COLOURS
 
 SETTLED = 0.25  # of a run: what came before does not set the height of the axes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 from rtresnet.runtime import device_array
 from rtresnet.runtime.device_array import DeviceArray
 from rtresnet.runtime.io_spec import IoSpec

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 TopK = tuple[np.ndarray, np.ndarray]
 """indices int64 [N, K] of the K most probable classes and their probabilities float32 [N, K], the

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, Overloaded
 from rtresnet.runtime.session import Session
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from rtresnet import artifacts, gpu_targets, machine, trt_loading
-from rtresnet.errors import ArtifactError, EnvironmentLack
-from rtresnet.sidecar import Sidecar
+from rtresnet.core import artifacts, gpu_targets, hardware, trt_loading
+from rtresnet.core.errors import ArtifactError, EnvironmentLack
+from rtresnet.core.sidecar import Sidecar
 
 
 def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
@@ -22,7 +22,7 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
     rebuild = f"build it again: {sidecar.made_by.get('command', 'rtresnet build')}"
     if plan.builder not in trt_loading.MODULES:
         raise ArtifactError(f"{path}: its sidecar names the builder {plan.builder!r}", fix=rebuild)
-    for gpu in machine.gpus()[:1]:
+    for gpu in hardware.gpus()[:1]:
         if plan.targets and gpu.target not in plan.targets:
             raise ArtifactError(
                 f"{path}: built for {', '.join(plan.targets)}, and this GPU ({gpu.name}) is "
@@ -41,7 +41,7 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
         )
 
 
-def rebuild_here(gpu: machine.Gpu, source: str = "MODEL.onnx") -> str:
+def rebuild_here(gpu: hardware.Gpu, source: str = "MODEL.onnx") -> str:
     """The fix for a plan that this GPU does not accept: the command that builds one for it."""
     if gpu_targets.served_by_rtx(gpu.target):
         return f"build it for this GPU: rtresnet build {source} --target current"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtresnet.errors import EnvironmentLack, UnknownName
+from rtresnet.core.errors import EnvironmentLack, UnknownName
 from rtresnet.runtime.rtx import KernelCache
 
 KERNELS = ("eager", "lazy")

@@ -42,8 +42,8 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import branches, onnx_file
-from rtresnet.errors import ArtifactError
+from rtresnet.core.errors import ArtifactError
+from rtresnet.onnxlib import branches, io
 
 # Zero points of rule 1, by the name of their constant: of tensors that can be negative, and of
 # those that a Clip keeps in [0, 127].
@@ -95,7 +95,7 @@ def rewrite_for_cpu(
         ArtifactError: Not an ONNX file, or its record of residual branches is damaged.
         EnvironmentLack: The package onnx is not installed.
     """
-    model = onnx_file.load(path)
+    model = io.load(path)
     changed = to_unsigned(model)
     float_layers = dequantize_saturating(model) if saturates else ()
     if not changed and not float_layers:

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rtresnet import machine
-from rtresnet.errors import EnvironmentLack, InputError, UnknownName, missing_package
+from rtresnet.core import hardware
+from rtresnet.core.errors import EnvironmentLack, InputError, UnknownName, missing_package
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 BLOCKING_SYNC, DISABLE_TIMING = 1, 2  # CUevent_flags
@@ -76,7 +76,7 @@ def open_cuda(device: int = 0) -> Cuda:
     Raises:
         EnvironmentLack: No GPU, or the binding is not installed.
     """
-    if not machine.gpus():
+    if not hardware.gpus():
         raise EnvironmentLack(
             "this machine has no CUDA device or no driver",
             fix="a plan runs on a GPU only; measure its ONNX file with --device cpu",

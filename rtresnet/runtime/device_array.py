@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 ON_GPU = (2, 13)  # kDLCUDA, kDLCUDAManaged
 LEGACY_DEFAULT = 1  # the default stream, as both protocols and cudaStreamLegacy number it

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.errors import EnvironmentLack
+from rtresnet.core.errors import EnvironmentLack
 from rtresnet.runtime.arguments import Array, make_results
 from rtresnet.runtime.cuda import Cuda, host_view
 from rtresnet.runtime.device_array import DeviceArray

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rtresnet import machine
-from rtresnet.errors import EnvironmentLack, missing_package
+from rtresnet.core import hardware
+from rtresnet.core.errors import EnvironmentLack, missing_package
 
 SIZE = 1 << 20  # bytes of each copy
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
@@ -35,7 +35,7 @@ def driver_report() -> dict[str, Any]:
         kernel = KERNEL_DRIVER.read_text().splitlines()[0]
     devices = [
         {"name": gpu.name, "target": gpu.target, "memory": gpu.memory, "uuid": gpu.uuid}
-        for gpu in machine.gpus()
+        for gpu in hardware.gpus()
     ]
     if not devices and reason is None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

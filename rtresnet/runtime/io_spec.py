@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.errors import ArtifactError
-from rtresnet.sidecar import Profile
+from rtresnet.core.errors import ArtifactError
+from rtresnet.core.sidecar import Profile
 
 PADDED_UP_TO = 32
 """Larger batches run at their own size: there, padding costs more than launching kernels does."""

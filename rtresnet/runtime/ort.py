@@ -30,9 +30,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtresnet import machine
-from rtresnet.batches import pieces
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName, missing_package
+from rtresnet.core import hardware
+from rtresnet.core.batches import pieces
+from rtresnet.core.errors import (
+    ArtifactError,
+    EnvironmentLack,
+    InputError,
+    UnknownName,
+    missing_package,
+)
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
 from rtresnet.runtime.cpu_rewrite import rewrite_for_cpu
 
@@ -137,13 +143,13 @@ class OrtBackend:
         about = served_by or find_provider(provider)
         self.provider = about.shown
         # Two builds may be installed on top of each other; the module is of one of them.
-        builds = tuple(name for name in BUILDS if machine.version(name) == ort.__version__)
+        builds = tuple(name for name in BUILDS if hardware.version(name) == ort.__version__)
         self.versions = {(builds or BUILDS)[0]: str(ort.__version__)}
-        if about.plugin and (plugin_version := machine.version(about.package)):
+        if about.plugin and (plugin_version := hardware.version(about.package)):
             self.versions[about.package] = plugin_version
         self.device = "cpu"
         self.int8_note: str | None = None
-        self.threads: int | None = None if about.gpu else threads or machine.cores()
+        self.threads: int | None = None if about.gpu else threads or hardware.cores()
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised; the log prints names unescaped
         options.intra_op_num_threads = self.threads or 0
@@ -152,14 +158,14 @@ class OrtBackend:
             options.enable_profiling, options.profile_file_prefix = True, profile
         chosen = _choose(ort, options, about, self.threads)
         if about.gpu:
-            self.device = machine.gpus()[0].name
+            self.device = hardware.gpus()[0].name
         tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
         if tells:
             options.add_session_config_entry(RECORD, "1")
         elif provider != "cpu":  # ONNX Runtime before 1.24 does not say where, but refuses
             options.add_session_config_entry(NO_FALLBACK, "1")
         model: str | bytes = os.fspath(path)
-        saturates = machine.int8_sums_saturate()
+        saturates = hardware.int8_sums_saturate()
         if provider == "cpu" or (provider == "openvino" and saturates):
             rewritten = rewrite_for_cpu(
                 path,
@@ -237,7 +243,7 @@ class OrtBackend:
             if self._takes(images):
                 reason = _reason(error)
                 raise EnvironmentLack(
-                    f"{self.provider} failed: {reason}", fix=machine.driver_fix(reason)
+                    f"{self.provider} failed: {reason}", fix=hardware.driver_fix(reason)
                 ) from error
             raise InputError(
                 f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
@@ -320,7 +326,7 @@ def _load_error(
     if no_fallback or type(error).__name__ == "EPFail" or GPU_FAILURE.search(str(error)):
         return EnvironmentLack(
             f"{path}: {about.shown} was asked for and cannot run it ({reason})",
-            fix=machine.driver_fix(reason) or "see what there is: rtresnet doctor",
+            fix=hardware.driver_fix(reason) or "see what there is: rtresnet doctor",
         )
     return ArtifactError(
         f"{path}: {about.shown} cannot load it ({reason})", fix="check it with: rtresnet inspect"
@@ -362,7 +368,7 @@ def _require_gpu(about: Provider) -> None:
     Raises:
         EnvironmentLack: There is no GPU, or one that the provider does not accept.
     """
-    gpus = machine.gpus()
+    gpus = hardware.gpus()
     if not gpus:
         raise EnvironmentLack(
             f"{about.shown} needs an NVIDIA GPU, and this machine has none or no driver",
@@ -399,7 +405,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        if not machine.installed("onnxruntime"):
+        if not hardware.installed("onnxruntime"):
             raise missing_package("onnxruntime", "running an ONNX file") from None
         raise EnvironmentLack(
             f"onnxruntime is installed and cannot be imported: {error}", fix="see: rtresnet doctor"
@@ -427,20 +433,20 @@ def _choose(
             _require_gpu(about)
             _preload_cuda(ort)
         return [(about.ep, settings)]
-    if not machine.installed(about.plugin):
+    if not hardware.installed(about.plugin):
         raise missing_package(about.package, f"--provider for {about.shown}")
     if about.gpu:
         _require_gpu(about)
     device = _plugin_device(about)
     if device is None and about.gpu:
         raise EnvironmentLack(
-            f"the {about.shown} offers no device on this GPU ({machine.gpus()[0].name})",
+            f"the {about.shown} offers no device on this GPU ({hardware.gpus()[0].name})",
             fix="use --provider cuda",
         )
     if device is None:
         build = OPENVINO_BUILT_IN.package
         raise EnvironmentLack(
-            f"the {about.shown} offers no device on this processor ({machine.cpu()}), and this "
+            f"the {about.shown} offers no device on this processor ({hardware.cpu()}), and this "
             f"onnxruntime was built without OpenVINO",
             fix=f"use --provider cpu, or: pip uninstall -y onnxruntime && pip install {build}",
         )
@@ -456,7 +462,7 @@ def openvino() -> Provider | None:
     """
     plugin = PROVIDERS["openvino"]
     assert plugin.plugin is not None
-    if machine.installed(plugin.plugin) and _plugin_device(plugin) is not None:
+    if hardware.installed(plugin.plugin) and _plugin_device(plugin) is not None:
         return plugin
     built_in = OPENVINO_BUILT_IN.ep in _onnxruntime().get_available_providers()
     return OPENVINO_BUILT_IN if built_in else None

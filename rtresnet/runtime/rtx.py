@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rtresnet import machine, storage
-from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.core import atomic_io, hardware
+from rtresnet.core.errors import EnvironmentLack, InputError
 from rtresnet.runtime.compatibility import rebuild_here
 
 REBUILD = "build it on this machine: rtresnet build"
@@ -34,11 +34,11 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path) -> None:
     told = ", ".join(why) or "no reason given"
     if validity == trt.EngineValidity.INVALID:
         # Without a reason CUDA itself did not start, which a driver that is too old explains.
-        fix = rebuild_here(machine.gpus()[0])
+        fix = rebuild_here(hardware.gpus()[0])
         raise EnvironmentLack(
             f"{path}: TensorRT-RTX {trt.__version__} does not accept this plan on "
-            f"{machine.gpus()[0].name}: {told}",
-            fix=(None if why else machine.driver_fix()) or fix,
+            f"{hardware.gpus()[0].name}: {told}",
+            fix=(None if why else hardware.driver_fix()) or fix,
         )
     if validity == trt.EngineValidity.SUBOPTIMAL:
         warnings.warn(
@@ -72,7 +72,7 @@ class KernelCache:
         if not blob or blob == self._kept:
             return
         try:
-            with storage.atomic_path(self.path) as temporary:
+            with atomic_io.atomic_path(self.path) as temporary:
                 temporary.write_bytes(blob)
         except (OSError, InputError) as error:  # it saves time next time, no more
             warnings.warn(

@@ -17,11 +17,11 @@ from types import TracebackType
 
 import numpy as np
 
-from rtresnet import artifacts, machine, storage
-from rtresnet.errors import InputError, UnknownName
-from rtresnet.preprocess import Preprocess
+from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
-from rtresnet.sidecar import Sidecar
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -158,7 +158,7 @@ class Session:
         size only (`fixed_batch`).
         """
         return {
-            "device": machine.cpu() if self.backend.device == "cpu" else self.backend.device,
+            "device": hardware.cpu() if self.backend.device == "cpu" else self.backend.device,
             "provider": self.backend.provider,
             "threads": self.backend.threads,
             "contexts": getattr(self.backend, "contexts", None),
@@ -167,7 +167,7 @@ class Session:
             "int8_note": getattr(self.backend, "int8_note", None),
             "fixed_batch": self.batch,
             "batch_note": self.batch_note,
-            "versions": machine.versions(("rtresnet", "numpy")) | dict(self.backend.versions),
+            "versions": hardware.versions(("rtresnet", "numpy")) | dict(self.backend.versions),
         }
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ def load(
     for name, number in (("threads", threads), ("contexts", contexts)):
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}, at least 1 is needed")
-    path = storage.require_file(path, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     backend: Backend
@@ -248,9 +248,9 @@ def load(
                 f"{path}: a plan runs in the TensorRT that built it; --provider and --threads are "
                 "for ONNX files"
             )
-        if not machine.gpus() or device == "cpu":
+        if not hardware.gpus() or device == "cpu":
             compatibility.check_compatible(path, sidecar)
-            raise compatibility.plan_needs_gpu(path, here=bool(machine.gpus()))
+            raise compatibility.plan_needs_gpu(path, here=bool(hardware.gpus()))
         from rtresnet.runtime.trt import TrtBackend
 
         backend = TrtBackend(

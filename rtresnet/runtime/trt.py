@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtresnet import machine, trt_loading
-from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.core import hardware, trt_loading
+from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.arguments import check_images, make_results
 from rtresnet.runtime.compatibility import check_compatible
 from rtresnet.runtime.context_config import configure
@@ -30,7 +31,6 @@ from rtresnet.runtime.error_log import ErrorLog, logger
 from rtresnet.runtime.execution import ExecutionStream, Span
 from rtresnet.runtime.io_spec import IoSpec, read_io_spec
 from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
-from rtresnet.sidecar import Sidecar
 
 
 class TrtBackend:
@@ -88,7 +88,7 @@ class TrtBackend:
         # Several distributions bring the module, each under another name: it knows its version.
         key = "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt"
         self.versions = {key: str(trt.__version__)}
-        self.device = machine.gpus()[0].name
+        self.device = hardware.gpus()[0].name
         self._errors = ErrorLog()
         self._stack = ExitStack()
         self._streams: list[ExecutionStream] = []
@@ -124,7 +124,7 @@ class TrtBackend:
             raise EnvironmentLack(
                 f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
                 f"{self.device}: {why}",
-                fix=machine.driver_fix(why) or REBUILD,
+                fix=hardware.driver_fix(why) or REBUILD,
             )
         self._engine = engine
         # Contexts need the engine, the engine the runtime, the runtime its logger.

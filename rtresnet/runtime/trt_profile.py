@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import artifacts, trt_loading
+from rtresnet.core import artifacts, trt_loading
 from rtresnet.runtime.ort_profile import LEAST, WARM_UP, Recorded, Run, fitting
 from rtresnet.runtime.trt import TrtBackend
 

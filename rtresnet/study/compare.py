@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.sources import Source
-from rtresnet.errors import InputError, UnknownName
 from rtresnet.models import zoo
 from rtresnet.models.resnet import multiply_adds
 from rtresnet.models.zoo import Spec
-from rtresnet.preprocess import Preprocess
 from rtresnet.study.runs import Outcome, Run
-from rtresnet.train import feed, recipes
-from rtresnet.train.job import Job
-from rtresnet.train.recipe import Recipe
+from rtresnet.training import recipes, train_loader
+from rtresnet.training.config import Job
+from rtresnet.training.recipe import Recipe
 
 ERRORS = ("train_error", "val_error", "test_error")
 
@@ -251,7 +251,7 @@ def length(run: Run) -> Length:
     """Of a run that need not have begun."""
     job, recipe = run.job, run.job.recipe
     paper: Recipe = recipes.PAPER_CIFAR if job.spec.family == "cifar" else recipes.PAPER_IMAGENET
-    images = len(feed.split(job.source, recipe.seed, recipe.holdout).train)
+    images = len(train_loader.split(job.source, recipe.seed, recipe.holdout).train)
     return Length(
         images=images,
         steps=recipe.total(max(1, images // recipe.batch)),

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtresnet import storage
+from rtresnet.core import atomic_io
+from rtresnet.core.errors import GateMissed, InputError
 from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, Source, Subset
-from rtresnet.errors import GateMissed, InputError
 from rtresnet.models import checkpoint
-from rtresnet.train import loop, state
-from rtresnet.train.job import Job, Listener, settled
+from rtresnet.training import loop, run_state
+from rtresnet.training.config import Job, Listener, settled
 
 DIVERGED = "diverged.json"
 
@@ -89,7 +89,7 @@ def found(run: Run) -> Outcome | None:
         return Outcome(run=run, diverged=record["message"])
     if not (out / "last.pt").exists():
         return None
-    last = state.saved_run(out)
+    last = run_state.saved_run(out)
     _require_same(run, last.training | {"model": dataclasses.asdict(last.model)})
     best = checkpoint.load(out / "best.pt") if (out / "best.pt").exists() else last
     return _finished(run, best.measured) if "test_top1" in best.measured else None
@@ -115,8 +115,8 @@ def make(
         best = loop.train(run.job, resume=resume, on_step=on_step, warn=warn)
     except GateMissed as error:
         record = _identity(run) | {"message": error.message}
-        storage.make_folder(run.job.out)
-        storage.write_text(run.job.out / DIVERGED, json.dumps(record, indent=1) + "\n")
+        atomic_io.make_folder(run.job.out)
+        atomic_io.write_text(run.job.out / DIVERGED, json.dumps(record, indent=1) + "\n")
         return Outcome(run=run, diverged=error.message)
     return _finished(run, best.measured)
 
@@ -140,7 +140,7 @@ def _identity(run: Run) -> dict[str, Any]:
 def _require_same(run: Run, record: dict[str, Any]) -> None:
     out, own = run.job.out, _identity(run)
     try:
-        state.check_same(out, record, settled(run.job).recipe)
+        run_state.check_same(out, record, settled(run.job).recipe)
     except InputError as error:
         raise InputError(error.message, fix="give the study another --out") from None
     for name, what in (("model", "another net"), ("fingerprint", "other images")):

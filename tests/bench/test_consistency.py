@@ -185,7 +185,7 @@ def test_answers_that_are_no_numbers_are_told_first() -> None:
 
 
 def top2(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from rtresnet.metrics import softmax
+    from rtresnet.core.metrics import softmax
 
     found = softmax(sound(images) / 4)
     order = np.argsort(-found, axis=1)[:, :2].astype(np.int64)

@@ -13,7 +13,7 @@ import pytest
 
 from rtresnet.bench import environment, nvml
 from rtresnet.bench.environment import Counters, summary
-from rtresnet.machine import Gpu
+from rtresnet.core.hardware import Gpu
 
 
 def counted(busy: float, own: float, stolen: float = 0, throttled: float | None = 0) -> Counters:

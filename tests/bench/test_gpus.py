@@ -7,7 +7,7 @@ import pytest
 
 from rtresnet.bench import gpus, kernels
 from rtresnet.bench.kernels import Kernel
-from rtresnet.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownName
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_a_bound_by_hand() -> None:
 def test_bounds_hold_against_published_measurements(net_file: Callable[..., Path]) -> None:
     """NVIDIA of one A100, ResNet-18, batch 32: 0.863 ms in FP16, 0.500 ms in INT8."""
     torch = pytest.importorskip("torch")
-    from rtresnet.export.fold import fold
-    from rtresnet.export.onnx import to_onnx
+    from rtresnet.exporter.fold import fold
+    from rtresnet.exporter.writer import to_onnx
     from rtresnet.models import zoo
 
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from rtresnet.bench import kernels
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.models import zoo
 from rtresnet.models.resnet import multiply_adds
 

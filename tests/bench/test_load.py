@@ -11,7 +11,7 @@ import pytest
 
 from rtresnet.bench import load
 from rtresnet.bench.load import Candidate, measure, warm_up
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 from tests.bench.simulated import Simulated, on_gpu
 
 

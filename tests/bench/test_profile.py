@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet import machine
 from rtresnet.bench import gpus, kernels, profile
-from rtresnet.build import engine
+from rtresnet.builder import engine
 from rtresnet.cli.main import main
+from rtresnet.core import hardware
+from rtresnet.core.sidecar import Profile
 from rtresnet.runtime import ort_profile, trt_profile
-from rtresnet.sidecar import Profile
 
 Net = Callable[..., Path]
 BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1.0", "fc": "head"}
@@ -141,7 +141,7 @@ def test_profile_of_a_real_rtx_plan_gives_every_block_its_time(
     precision: str,
     net_file: Net,
     tmp_path: Path,
-    with_gpu: machine.Gpu,
+    with_gpu: hardware.Gpu,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -174,10 +174,10 @@ def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not machine.gpus(), reason="no GPU")
+@pytest.mark.skipif(not hardware.gpus(), reason="no GPU")
 def test_a_plans_layers_add_up_on_a_gpu(net_file: Net, tmp_path: Path) -> None:
     plan = tmp_path / "net.plan"
-    builder = "tensorrt" if machine.installed("tensorrt") else "rtx"
+    builder = "tensorrt" if hardware.installed("tensorrt") else "rtx"
     engine.build(net_file("fp16"), plan, profiles=[Profile(min=1, opt=8, max=8)], builder=builder)
     images = np.zeros((8, 3, 32, 32), np.float32)
     recorded = trt_profile.record(plan, images, seconds=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rtresnet.bench import queueing
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 
 
 def erlang(time: float, load: float) -> float:

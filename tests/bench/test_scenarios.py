@@ -11,7 +11,7 @@ import pytest
 
 from rtresnet.bench import scenarios
 from rtresnet.bench.load import Candidate
-from rtresnet.errors import InputError
+from rtresnet.core.errors import InputError
 from rtresnet.runtime.batcher import Batcher
 from tests.bench.simulated import Simulated, on_gpu
 

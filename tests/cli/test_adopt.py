@@ -14,14 +14,14 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from rtresnet import artifacts, machine
 from rtresnet.cli.main import main
-from rtresnet.errors import InputError
+from rtresnet.core import artifacts, hardware
+from rtresnet.core.errors import InputError
 from rtresnet.runtime.session import load
 from tests.conftest import tinted_noise
 
 pytest.importorskip("onnxruntime")
-needs_rtx = pytest.mark.skipif(not machine.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
+needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 
 Captured = pytest.CaptureFixture[str]
 COLOURS = ("red", "green", "blue", "grey")
@@ -55,7 +55,7 @@ def test_adopt_then_eval_and_compare_equal_our_own_export(
     ours = str(engines / "resnet8.onnx")
     written = result(ADOPT)["sidecar"]
     assert (written["precision"], written["weights"]["origin"]) == ("fp32", "file")
-    assert written["assumed"] == [] and written["sha256"] == artifacts.storage.sha256(foreign)
+    assert written["assumed"] == [] and written["sha256"] == artifacts.atomic_io.sha256(foreign)
     found = result(["eval", foreign, "--data", tints])
     assert found["top1"] == result(["eval", ours, "--data", tints, "--no-record"])["top1"]
     sidecar = artifacts.read_sidecar(foreign)
@@ -178,7 +178,7 @@ def test_adopt_open_size_is_used_by_every_command(foreign: str, tints: str) -> N
     assert result(["eval", foreign, "--data", tints])["top1_percent"] > 90
     assert main(["bench", foreign, "--batch", "1", "--queries", "5"]) == 0
     assert main(["quantize", foreign, "--fp16"]) == 0
-    if machine.installed("tensorrt_rtx"):
+    if hardware.installed("tensorrt_rtx"):
         assert main(["build", foreign, "--out", "net.plan", "--builder", "rtx"]) == 0
 
 

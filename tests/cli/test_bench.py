@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtresnet import machine
 from rtresnet.cli.bench_load import milliseconds
 from rtresnet.cli.main import main
-from rtresnet.errors import InputError
+from rtresnet.core import hardware
+from rtresnet.core.errors import InputError
 
 Captured = pytest.CaptureFixture[str]
 
@@ -115,7 +115,7 @@ def test_every_scenario(
     assert entry["latency"]["n"] == len(entry["samples"]) == 30
     assert entry["chain"][0]["file"] == "resnet8.onnx" and len(entry["chain"][0]["sha256"]) == 64
     assert entry["trtexec"].startswith("Throughput: ")
-    assert result["environment"]["host"]["model"] == machine.cpu()
+    assert result["environment"]["host"]["model"] == hardware.cpu()
     out = capsys.readouterr().out
     assert words in out
     assert all(len(line) <= 80 for line in out.splitlines() if "─" in line)

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from rtresnet import machine
 from rtresnet.cli.build import describe_attested
 from rtresnet.cli.main import main
+from rtresnet.core import hardware
+from rtresnet.core.sidecar import Attestation, Plan
 
-pytestmark = pytest.mark.skipif(not machine.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
+pytestmark = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 
 
 def test_profiles_and_targets_may_be_repeated(engines: Path, tmp_path: Path) -> None:
@@ -67,15 +69,18 @@ def test_build_of_fp32_says_whether_tf32_is_allowed(
 
 
 def test_describe_attested_of_a_gpu_without_tf32_is_float() -> None:
-    attested = {"convolutions": 7, "dtypes": {"Float": 7}, "stages": None, "adds": 0,
-                "requantizes": 0, "reformats": 0, "rounds": ()}  # fmt: skip
-    plan = {"attested": attested, "tf32": True, "targets": ("sm_75",)}
+    attested = Attestation(convolutions=7, dtypes={"Float": 7}, layers=9, adds=0)
+    plan = Plan(
+        builder="rtx", version="1.7", targets=("sm_75",), profiles=(), seconds=1.0,
+        attested=attested, tf32=True,
+    )  # fmt: skip
     assert describe_attested(plan) == "of 7 convolutions 7 take Float"
-    assert "TF32" in describe_attested(plan | {"targets": ("sm_75", "sm_86")})
-    assert "TF32" not in describe_attested(plan | {"targets": ("sm_86",), "tf32": None})
+    newer = dataclasses.replace(plan, targets=("sm_75", "sm_86"))
+    assert "TF32" in describe_attested(newer)
+    assert "TF32" not in describe_attested(dataclasses.replace(newer, tf32=None))
 
 
-@pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")
+@pytest.mark.skipif(bool(hardware.gpus()), reason="there is a GPU here")
 def test_current_without_a_gpu_is_exit_code_3(
     engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

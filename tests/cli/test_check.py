@@ -14,9 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet import artifacts, machine
 from rtresnet.cli.main import main
-from rtresnet.preprocess import UINT8
+from rtresnet.core import artifacts, hardware
+from rtresnet.core.preprocess import UINT8
 from rtresnet.runtime.session import Session
 
 ort = pytest.importorskip("onnxruntime")
@@ -104,8 +104,8 @@ def test_what_does_not_say_its_precision_is_held_to_the_widest_bound(
 ) -> None:  # fmt: skip
     path = copied / "resnet8.onnx"
     artifacts.sidecar_path(path).unlink()
-    installed = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda name: name != "onnx" and installed(name))
+    installed = hardware.installed
+    monkeypatch.setattr(hardware, "installed", lambda name: name != "onnx" and installed(name))
     code, result = checked(path, tmp_path, "--provider", "cpu")
     assert (code, result["precision"], result["bound"]) == (0, "unknown", "int8")
     assert "what int8 can do, as its precision is unknown" in " ".join(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rtresnet import artifacts, locks
 from rtresnet.cli.main import main
+from rtresnet.core import artifacts, locks
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.models import checkpoint, zoo
-from rtresnet.preprocess import Preprocess
 
 
 def started(*arguments: object, cwd: Path) -> subprocess.Popen[str]:

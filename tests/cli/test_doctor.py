@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rtresnet import machine, trt_loading
 from rtresnet.cli.main import main
-from rtresnet.errors import EnvironmentLack
-from rtresnet.machine import Gpu
+from rtresnet.core import hardware, trt_loading
+from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.hardware import Gpu
 
 pytest.importorskip("onnxruntime")
 
@@ -49,8 +49,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return SimpleNamespace(__name__=module, __version__="1.7.1.116")
 
     monkeypatch.setattr("rtresnet.runtime.cuda.open_cuda", open_cuda)
-    monkeypatch.setattr(machine, "gpus", gpus)
-    monkeypatch.setattr(machine, "cuda_version", lambda: (13, 0))
+    monkeypatch.setattr(hardware, "gpus", gpus)
+    monkeypatch.setattr(hardware, "cuda_version", lambda: (13, 0))
     monkeypatch.setattr(trt_loading, "load_tensorrt", load)
     return state
 
@@ -74,8 +74,8 @@ def test_doctor_asks_the_driver_for_its_version_where_cuda_opens_all_the_same(
     opened: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver API opens on every driver; TensorRT's libraries do not."""
-    monkeypatch.setattr(machine, "cuda_version", lambda: (12, 4))
-    monkeypatch.setattr(machine, "version", lambda *names: "1.7.1.116")
+    monkeypatch.setattr(hardware, "cuda_version", lambda: (12, 4))
+    monkeypatch.setattr(hardware, "version", lambda *names: "1.7.1.116")
     said = doctor(tmp_path)["runs"]["plans run on"]
     assert said.startswith("nothing") and "r580 or newer" in said
 
@@ -94,14 +94,14 @@ def test_doctor_lists_what_only_a_gpu_needs_and_asks_for_it_there_only(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(machine, "installed", lambda name: name in ("onnxruntime", "torch"))
-    monkeypatch.setattr(machine, "version", lambda *names: None)
+    monkeypatch.setattr(hardware, "installed", lambda name: name in ("onnxruntime", "torch"))
+    monkeypatch.setattr(hardware, "version", lambda *names: None)
     packages = {package["package"] for package in doctor(tmp_path)["packages"]}
     assert {"onnxruntime-gpu", "nvidia-ml-py"} <= packages
     said = " ".join(capsys.readouterr().out.split())
     assert "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'" in said
     assert "nvidia-ml-py" in said[said.index("Missing, each with") :]
-    monkeypatch.setattr(machine, "gpus", tuple)
+    monkeypatch.setattr(hardware, "gpus", tuple)
     doctor(tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "pip install 'onnxruntime-gpu" not in said
@@ -168,7 +168,7 @@ def test_doctor_names_an_onnx_runtime_that_cannot_be_imported(
         else real_import(name, *rest, **more),
     )  # fmt: skip
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    monkeypatch.setattr(machine, "installed", lambda name: name == "onnxruntime")
+    monkeypatch.setattr(hardware, "installed", lambda name: name == "onnxruntime")
     result = doctor(tmp_path)
     versions = {package["package"]: package["version"] for package in result["packages"]}
     assert "file too short" in versions["onnxruntime"]

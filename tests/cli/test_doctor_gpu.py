@@ -9,9 +9,9 @@ import pytest
 
 from rtresnet.cli import doctor_gpu
 from rtresnet.cli.main import main
-from rtresnet.errors import EnvironmentLack
-from rtresnet.isolated import StepResult, StepSkipped
-from rtresnet.machine import Gpu
+from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.hardware import Gpu
+from rtresnet.core.isolated import StepResult, StepSkipped
 
 DRIVER = {
     "cuda": "13.0", "kernel_driver": None, "reason": None, "versions": {"python": "3.12"},
@@ -72,8 +72,8 @@ def test_check_engine_without_an_rtx_target_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hopper = Gpu(name="NVIDIA H100", capability=(9, 0), memory=1 << 30)
-    monkeypatch.setattr("rtresnet.machine.gpus", lambda: (hopper,))
+    monkeypatch.setattr("rtresnet.core.hardware.gpus", lambda: (hopper,))
     fake = SimpleNamespace(__name__="tensorrt_rtx")
-    monkeypatch.setattr("rtresnet.build.targets.builder", lambda: fake)
+    monkeypatch.setattr("rtresnet.builder.targets.builder", lambda: fake)
     with pytest.raises(StepSkipped, match="sm_90"):
         doctor_gpu.check_engine()

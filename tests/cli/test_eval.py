@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet import artifacts
-from rtresnet.artifacts import read_sidecar, update_measured
 from rtresnet.cli.main import main
+from rtresnet.core import artifacts
+from rtresnet.core.artifacts import read_sidecar, update_measured
+from rtresnet.core.sidecar import accuracies
 from rtresnet.models import checkpoint
-from rtresnet.sidecar import accuracies
 from tests.conftest import tinted_noise
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet import machine
 from rtresnet.cli.main import main
+from rtresnet.core import hardware
 
-needs_no_gpu = pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")
+needs_no_gpu = pytest.mark.skipif(bool(hardware.gpus()), reason="there is a GPU here")
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_provider_that_is_not_here_is_exit_code_3(
 ) -> None:
     from rtresnet.runtime.ort import openvino
 
-    missing = ["cuda"] if not machine.gpus() else []
+    missing = ["cuda"] if not hardware.gpus() else []
     missing += ["openvino"] if openvino() is None else []
     for provider in missing:
         assert main(["bench", str(engines / "resnet8.onnx"), "--provider", provider]) == 3

@@ -13,10 +13,10 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from rtresnet import artifacts
 from rtresnet.cli import bench_load
 from rtresnet.cli.main import main
-from rtresnet.errors import EnvironmentLack
+from rtresnet.core import artifacts
+from rtresnet.core.errors import EnvironmentLack
 
 pytest.importorskip("onnxruntime")
 

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from rtresnet.artifacts import chain, read_sidecar, sidecar_path
 from rtresnet.cli.main import main
+from rtresnet.core.artifacts import chain, read_sidecar, sidecar_path
 
 pytest.importorskip("onnxruntime")
 

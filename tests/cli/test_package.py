@@ -11,9 +11,9 @@ from typing import Any
 import onnx
 import pytest
 
-from rtresnet import artifacts
 from rtresnet.cli.main import main
-from rtresnet.sidecar import Plan, Profile
+from rtresnet.core import artifacts
+from rtresnet.core.sidecar import Plan, Profile
 
 
 @pytest.fixture

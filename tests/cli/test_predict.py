@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet import machine
 from rtresnet.cli import opening
 from rtresnet.cli.main import main
 from rtresnet.cli.predict_rows import Predictor
-from rtresnet.errors import InputError
-from rtresnet.preprocess import UINT8, Preprocess
+from rtresnet.core import hardware
+from rtresnet.core.errors import InputError
+from rtresnet.core.preprocess import UINT8, Preprocess
 
 COUNT, BATCH, BROKEN = 50, 4, 13
 DEADLINE = 60  # seconds after which a process has failed
@@ -384,8 +384,8 @@ def test_a_missing_package_is_exit_code_3(
     more: list[str],
     package: str,
 ) -> None:
-    installed = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda name: name != "pyarrow" and installed(name))
+    installed = hardware.installed
+    monkeypatch.setattr(hardware, "installed", lambda name: name != "pyarrow" and installed(name))
     monkeypatch.setitem(sys.modules, "ray", None)
     assert predict(out, *more) == 3
     message = last_line(capsys)
@@ -407,7 +407,7 @@ def test_names_that_are_not_utf8_and_a_file_that_goes_away(
         return read(self, name)
 
     monkeypatch.setattr(Predictor, "_read", late)
-    for form in ("csv", "jsonl", *(["parquet"] if machine.installed("pyarrow") else [])):
+    for form in ("csv", "jsonl", *(["parquet"] if hardware.installed("pyarrow") else [])):
         Path("gone.png").touch()
         given = [strange.decode(errors="surrogateescape"), "gone.png"]
         assert main(["predict", str(net), *given, "--out", f"x.{form}"]) == 0

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from rtresnet import artifacts
 from rtresnet.cli import quantize_gate
 from rtresnet.cli.main import main
+from rtresnet.core import artifacts
 from tests.conftest import tinted_noise
 
 pytest.importorskip("onnxruntime")
@@ -570,7 +570,7 @@ def test_scales_of_a_calib_folder_that_is_read_only_are_used_again(
 def test_calibration_tells_how_far_it_is_and_how_long_it_takes(
     source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rtresnet.cli.common.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("rtresnet.cli.console.SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr("rtresnet.data.loader.batch_size", lambda preprocess: 16)
     assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
     said = capsys.readouterr().err
@@ -584,7 +584,7 @@ def test_calibration_draws_a_bar_with_the_time_left_on_a_terminal(
 ) -> None:
     from rich.progress import Progress
 
-    monkeypatch.setattr("rtresnet.cli.common.on_terminal", lambda: True)
+    monkeypatch.setattr("rtresnet.cli.console.on_terminal", lambda: True)
     phases = {}
     update = Progress.update
 

@@ -11,12 +11,12 @@ import onnx
 import pytest
 import torch
 
-from rtresnet import artifacts, machine
 from rtresnet.cli.main import main
+from rtresnet.core import artifacts, hardware
 from rtresnet.models import checkpoint
 from tests.conftest import tinted_noise
 
-needs_rtx = pytest.mark.skipif(not machine.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
+needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 
 
 @pytest.fixture

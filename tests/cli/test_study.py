@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rtresnet import machine
 from rtresnet.cli.main import main
+from rtresnet.core import hardware
 
-drawn = machine.installed("matplotlib")
+drawn = hardware.installed("matplotlib")
 
 
 @pytest.fixture

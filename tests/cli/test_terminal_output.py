@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rtresnet import terminal
-from rtresnet.cli import common
+from rtresnet.cli import common, console
 from rtresnet.cli.main import main
+from rtresnet.core import terminal
 from rtresnet.report import tables
 
 Captured = pytest.CaptureFixture[str]
@@ -94,7 +94,7 @@ def test_errors_escape_names(capsys: Captured) -> None:
 def test_progress_shows_names_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    monkeypatch.setattr(common, "on_terminal", lambda: True)
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
     with common.progress(f"running {NASTY}", total=2) as update:
         update(1)
         common.note(NASTY)

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 
-from rtresnet import machine
-from rtresnet.artifacts import chain, read_sidecar
 from rtresnet.cli.main import main
+from rtresnet.core import hardware
+from rtresnet.core.artifacts import chain, read_sidecar
 
-needs_rtx = pytest.mark.skipif(not machine.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
+needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 
 
 def run(arguments: list[str], tmp_path: Path) -> dict:  # type: ignore[type-arg]
@@ -34,7 +34,7 @@ def test_export_writes_the_promised_names_with_sidecars(engines: Path) -> None:
     names = {path.name for path in engines.iterdir() if path.suffix != ".json"}
     onnx_files = {"resnet8.onnx", "resnet8-fp16.onnx", "resnet8-int8.onnx"}
     plans = {"resnet8.plan", "resnet8-fp32.plan", "resnet8-int8.plan"}
-    assert names == onnx_files | (plans if machine.installed("tensorrt_rtx") else set())
+    assert names == onnx_files | (plans if hardware.installed("tensorrt_rtx") else set())
     for name in names:
         assert (engines / f"{name}.json").exists()
 
@@ -127,7 +127,7 @@ def test_bench_reports_what_figures_need(engines: Path, tmp_path: Path) -> None:
         latency = entry["latency"]
         assert latency["n"] == len(entry["samples"]) >= 15
         assert 0 < latency["median"] <= max(entry["samples"])
-        assert entry["device"] == machine.cpu() and entry["threads"] == machine.cores()
+        assert entry["device"] == hardware.cpu() and entry["threads"] == hardware.cores()
         assert entry["versions"]["onnxruntime"] and entry["provider"]
         assert (latency["p99"] is None) == (latency["n"] < 100)
     assert result["results"][0]["speed"] == 1
@@ -148,7 +148,7 @@ def test_bench_takes_arrivals_at_a_rate_and_tells_what_the_machine_did(
 
 
 @needs_rtx
-@pytest.mark.skipif(bool(machine.gpus()), reason="there is a GPU here")
+@pytest.mark.skipif(bool(hardware.gpus()), reason="there is a GPU here")
 def test_bench_of_a_plan_without_a_gpu_says_first_what_it_measured(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +202,7 @@ def test_doctor_knows_what_is_here(tmp_path: Path) -> None:
     result = run(["doctor"], tmp_path)
     versions = {package["package"]: package["version"] for package in result["packages"]}
     assert versions["torch"] and versions["onnx"]
-    assert len(result["gpus"]) == len(machine.gpus())
+    assert len(result["gpus"]) == len(hardware.gpus())
 
 
 def test_study_responses_covers_every_3x3_layer(trained: Path, tints: str, tmp_path: Path) -> None:
@@ -287,8 +287,8 @@ def test_export_says_what_to_install_where_there_is_no_builder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda m: m != "tensorrt_rtx" and real(m))
+    real = hardware.installed
+    monkeypatch.setattr(hardware, "installed", lambda m: m != "tensorrt_rtx" and real(m))
     monkeypatch.chdir(tmp_path)
     result = run(["export", "--weights", str(trained / "best.pt")], tmp_path)
     assert result["plans"] == [] and Path("engines/resnet8-fp16.onnx").exists()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import augment
-from rtresnet.preprocess import Preprocess
 
 
 def held(count: int, height: int = 8, width: int = 8) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet import machine
+from rtresnet.core import hardware
 from rtresnet.data.cache import Cached, cached_or_same, default_budget
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Arrays, Files
@@ -104,11 +104,11 @@ def test_without_a_budget_a_share_of_the_free_memory_is_taken(
     photographs: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 40 * 120 * 160 * 3
-    monkeypatch.setattr(machine, "available_memory", lambda: 4 * needed)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 4 * needed)
     assert isinstance(cached_or_same(photographs, 100), Cached)
-    monkeypatch.setattr(machine, "available_memory", lambda: 4 * needed - 4)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 4 * needed - 4)
     assert cached_or_same(photographs, 100) is photographs
-    monkeypatch.setattr(machine, "available_memory", lambda: None)
+    monkeypatch.setattr(hardware, "available_memory", lambda: None)
     assert default_budget() == 10**9
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtresnet.core.errors import DataError
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.loader import Tally, batch_size, batches, indexed, sample
 from rtresnet.data.sources import Arrays, Files
-from rtresnet.errors import DataError
-from rtresnet.preprocess import Preprocess
 
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 EIGHT = Preprocess(size=8, resize=8, **IDENTITY)  # type: ignore[arg-type]

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet import storage
+from rtresnet.core import atomic_io
+from rtresnet.core.errors import DataError, InputError
+from rtresnet.core.preprocess import UINT8, Preprocess
 from rtresnet.data import loader, packing, shards
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.packing import pack
 from rtresnet.data.sources import Source, open_source
-from rtresnet.errors import DataError, InputError
-from rtresnet.preprocess import UINT8, Preprocess
 
 STRANGE = ("dogs/new\nline.jpg", "dogs/" + os.fsdecode(b"caf\xe9.png"), f"cats/{'long' * 60}.jpg",
            "cats/deep/er/ünï.jpg")  # fmt: skip
@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_no_index_and_no_shards(
     divided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/dev/full says what a full disk says."""
-    real = storage.secrets.token_hex
+    real = atomic_io.secrets.token_hex
 
     def full(count: int) -> str:
         name = real(count)
@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_no_index_and_no_shards(
         return name
 
     out = tmp_path / "pack"
-    monkeypatch.setattr(storage.secrets, "token_hex", full)
+    monkeypatch.setattr(atomic_io.secrets, "token_hex", full)
     with pytest.raises(OSError) as caught:
         pack(str(divided), out, shard_bytes=8000)
     assert (caught.value.errno, caught.value.filename) == (

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtresnet.core.errors import DataError, EnvironmentLack, InputError, UnknownName
 from rtresnet.data.decode import CorruptImage, decode
 from rtresnet.data.formats import CIFAR10, FASHION
 from rtresnet.data.sources import (
@@ -26,7 +27,6 @@ from rtresnet.data.sources import (
     open_images,
     open_source,
 )
-from rtresnet.errors import DataError, EnvironmentLack, InputError, UnknownName
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

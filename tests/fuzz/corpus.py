@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rtresnet import artifacts, storage
-from rtresnet.build import layers
+from rtresnet.builder import layers
 from rtresnet.cli.main import main
+from rtresnet.core import artifacts, atomic_io
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.sidecar import Attestation, Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
-from rtresnet.preprocess import Preprocess
-from rtresnet.sidecar import Attestation, Link, Plan, Profile, Sidecar, Weights
 from tests.report.conftest import bench, evaluated, profiled, searched
 
 JOURNAL = {"model": "net.onnx", "top": 2, "images": 3}
@@ -87,7 +87,7 @@ def _plan(chain: Path, parent: Sidecar | None) -> None:
         builder="tensorrt_rtx", version="1.7.1.116", targets=("sm_89",), seconds=1.5,
         profiles=(Profile(min=1, opt=4, max=8),),
         attested=Attestation(convolutions=7, dtypes={"Half": 7}, layers=2),
-        layers=Link(file=place.name, sha256=storage.sha256(place)),
+        layers=Link(file=place.name, sha256=atomic_io.sha256(place)),
     )  # fmt: skip
     sidecar = dataclasses.replace(
         parent, kind="plan", precision="fp16", plan=plan,

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtresnet.errors import RtresnetError
+from rtresnet.core.errors import RtresnetError
 from tests.fuzz import corpus as corpora
 from tests.fuzz.targets import TARGETS, Target
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rtresnet import storage
 from rtresnet.cli.main import main as rtresnet
+from rtresnet.core import atomic_io
 from rtresnet.data.decode import decode
 from rtresnet.data.sources import open_images, open_source
 from tests.fuzz import corpus
@@ -80,13 +80,13 @@ def _layers(path: Path) -> int:
 def _rehashed_layers(path: Path) -> int:
     sidecar = path.with_name("net.plan.json")
     record = json.loads(sidecar.read_text())
-    record["plan"]["layers"]["sha256"] = storage.sha256(path)
+    record["plan"]["layers"]["sha256"] = atomic_io.sha256(path)
     sidecar.write_text(json.dumps(record))
     return _layers(path)
 
 
 def _scales(path: Path) -> None:
-    from rtresnet.quantize import scales
+    from rtresnet.quantization import scales
 
     scales.differences(scales.read(path), dict.fromkeys(scales.ABOUT))
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtresnet import artifacts, storage
-from rtresnet.errors import ArtifactError, InputError, UnknownName
+from rtresnet.core import artifacts, atomic_io
+from rtresnet.core.errors import ArtifactError, InputError, UnknownName
+from rtresnet.core.preprocess import IMAGENET_MEAN, Preprocess
+from rtresnet.core.sidecar import Weights
 from rtresnet.models import download as public
 from rtresnet.models import zoo
 from rtresnet.models.checkpoint import Checkpoint, load, save, untrained
 from rtresnet.models.foreign import recognize
 from rtresnet.models.resnet import BasicBlock, ResNet
-from rtresnet.preprocess import IMAGENET_MEAN, Preprocess
-from rtresnet.sidecar import Weights
 
 State = dict[str, Tensor]
 SMALL = Preprocess.for_size(32)
@@ -130,7 +130,7 @@ def test_trained_weights_are_known_by_the_hash_of_their_file(tmp_path: Path) -> 
     path = tmp_path / "best.pt"
     save(path, dataclasses.replace(ours(), weights=Weights(origin="trained")))
     found = load(path).weights
-    assert found == Weights(origin="trained", sha256=storage.sha256(path), source=str(path))
+    assert found == Weights(origin="trained", sha256=atomic_io.sha256(path), source=str(path))
 
 
 def test_a_file_that_is_not_the_one_of_its_sidecar_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rtresnet.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownName
 from rtresnet.models import zoo
 
 

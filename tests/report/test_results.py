@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.errors import ArtifactError, InputError
+from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.report import results
 from rtresnet.report.result_tables import sections
 from rtresnet.report.results import pareto

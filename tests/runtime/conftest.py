@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-from rtresnet import artifacts
-from rtresnet.export.fold import fold
-from rtresnet.export.onnx import to_onnx
+from rtresnet.core import artifacts
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.sidecar import Sidecar, Weights
+from rtresnet.exporter.fold import fold
+from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import checkpoint, zoo
-from rtresnet.preprocess import Preprocess
-from rtresnet.quantize import calibrate, half, qdq
-from rtresnet.sidecar import Sidecar, Weights
+from rtresnet.quantization import calibrate, fp16, qdq
 
 Images = Callable[..., np.ndarray]
 
@@ -64,7 +64,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Calla
                     norm.bias.normal_(0, 0.2)
         model = to_onnx(fold(net.eval()), size=size, name=name)
         if precision == "fp16":
-            model = half.to_half(model)
+            model = fp16.to_half(model)
         elif precision == "int8":
             tensors = list(qdq.placement(model))
             model = qdq.insert(

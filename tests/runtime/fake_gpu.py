@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet import machine
-from rtresnet.errors import EnvironmentLack
-from rtresnet.machine import Gpu
+from rtresnet.core import hardware
+from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.hardware import Gpu
 from rtresnet.runtime import trt as module
 from rtresnet.runtime.trt import TrtBackend
 
@@ -603,8 +603,8 @@ class Bench:
         for name in ("tensorrt_rtx", "tensorrt"):
             monkeypatch.setitem(__import__("sys").modules, name, self.trt)
         gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
-        monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
-        monkeypatch.setattr(machine, "installed", lambda name: True)
+        monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
+        monkeypatch.setattr(hardware, "installed", lambda name: True)
         monkeypatch.setattr(module, "open_cuda", lambda: self.cuda)
 
     def by_hand(self) -> None:

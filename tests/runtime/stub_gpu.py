@@ -31,7 +31,7 @@ from fake_gpu import (
     images,
 )
 
-from rtresnet.errors import RtresnetError
+from rtresnet.core.errors import RtresnetError
 from rtresnet.runtime.batcher import Batcher
 from rtresnet.runtime.cuda import CudaPython, host_view, open_cuda, pinned
 from rtresnet.runtime.session import Session

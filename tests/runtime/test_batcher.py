@@ -15,7 +15,7 @@ import pytest
 
 import rtresnet
 from rtresnet import Batcher
-from rtresnet.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, Overloaded
 
 NEVER = 1e9  # milliseconds: only full batches start
 LONG = 30  # seconds after which a test has failed, not passed late

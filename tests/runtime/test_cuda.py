@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.errors import EnvironmentLack, UnknownName
+from rtresnet.core.errors import EnvironmentLack, UnknownName
 from rtresnet.runtime import cuda as cuda_seam
 from rtresnet.runtime.cuda import Cuda, CudaPython, PyCuda, open_cuda
 

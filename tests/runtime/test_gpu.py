@@ -12,20 +12,20 @@ import fake_gpu
 import numpy as np
 import pytest
 
-from rtresnet import artifacts, machine
-from rtresnet.build import engine
-from rtresnet.build.targets import RTX_TARGETS
+from rtresnet.builder import engine
+from rtresnet.builder.targets import RTX_TARGETS
 from rtresnet.cli.main import main
-from rtresnet.errors import EnvironmentLack, InputError
+from rtresnet.core import artifacts, hardware
+from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.sidecar import Profile
 from rtresnet.runtime.cuda import host_view, open_cuda
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.session import Session, load
 from rtresnet.runtime.trt import TrtBackend
-from rtresnet.sidecar import Profile
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not machine.gpus(), reason="no GPU"),
+    pytest.mark.skipif(not hardware.gpus(), reason="no GPU"),
 ]
 
 OnnxFile = Callable[..., Path]
@@ -39,10 +39,10 @@ BOUNDS = {"fp32": 1e-2, "fp16": 1e-2, "int8": 0.1}
 def builder(request: pytest.FixtureRequest) -> str:
     """Each builder that is installed and serves the GPU."""
     name = str(request.param)
-    if not machine.installed({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[name]):
+    if not hardware.installed({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[name]):
         pytest.skip(f"{name} is not installed")
-    if name == "rtx" and machine.gpus()[0].target not in RTX_TARGETS:
-        pytest.skip(f"TensorRT-RTX has no target {machine.gpus()[0].target}")
+    if name == "rtx" and hardware.gpus()[0].target not in RTX_TARGETS:
+        pytest.skip(f"TensorRT-RTX has no target {hardware.gpus()[0].target}")
     return name
 
 
@@ -59,7 +59,7 @@ def source(precision: str, request: pytest.FixtureRequest, onnx_file: OnnxFile) 
 @pytest.fixture(scope="module")
 def target(builder: str, precision: str) -> tuple[str, ...]:
     """What a plan for this GPU is built for: RTX's default leaves the oldest out."""
-    here = machine.gpus()[0].target
+    here = hardware.gpus()[0].target
     if builder != "rtx":
         return ()
     if here == RTX_TARGETS[0] and precision == "fp32":
@@ -149,7 +149,7 @@ def test_timings_are_positive(session: Session, images: Images) -> None:
 def test_the_description_names_the_gpu(session: Session) -> None:
     with session:
         described = session.describe()
-    assert described["device"] == machine.gpus()[0].name
+    assert described["device"] == hardware.gpus()[0].name
     assert str(described["provider"]).startswith("TensorRT")
     assert described["threads"] is None
 
@@ -255,7 +255,7 @@ def photo_plan(builder: str, onnx_file: OnnxFile, tmp_path_factory: pytest.TempP
     engine.build(
         onnx_file("resnet18", "fp16", size=224), out,
         profiles=[Profile(min=1, opt=LARGEST, max=LARGEST)], builder=builder,
-        target=(machine.gpus()[0].target,) if builder == "rtx" else (),
+        target=(hardware.gpus()[0].target,) if builder == "rtx" else (),
     )  # fmt: skip
     return out
 

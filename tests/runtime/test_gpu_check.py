@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import stub_gpu
 
-from rtresnet.errors import EnvironmentLack
+from rtresnet.core.errors import EnvironmentLack
 from rtresnet.runtime import gpu_check
 
 

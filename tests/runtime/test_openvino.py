@@ -152,7 +152,7 @@ def test_the_plugin_comes_first_and_the_build_where_it_offers_nothing(
     expected: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends.machine, "installed", lambda module: installed)
+    monkeypatch.setattr(backends.hardware, "installed", lambda module: installed)
     monkeypatch.setattr(backends, "_plugin_device", lambda about: device)
     monkeypatch.setattr(backends, "_onnxruntime", lambda: Built(*built))
     assert backends.openvino() is expected

@@ -12,13 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet import machine
-from rtresnet.branches import KEY, pack
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
-from rtresnet.export import ends
-from rtresnet.machine import Gpu
-from rtresnet.preprocess import Preprocess
-from rtresnet.quantize import qdq
+from rtresnet.core import hardware
+from rtresnet.core.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.hardware import Gpu
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.exporter import embed_io
+from rtresnet.onnxlib.branches import KEY, pack
+from rtresnet.quantization import qdq
 from rtresnet.runtime.cpu_rewrite import (
     dequantize_saturating,
     quantize_branches,
@@ -310,12 +310,12 @@ def test_ends_inside_the_file_cost_no_integer_convolution(
 
     plain, path = onnx_file("resnet18", "int8", 64), tmp_path / "ends.onnx"
     contract = Preprocess.for_size(64)
-    changed = ends.rewrite(onnx.load(plain), contract, pixels=pixels, topk=topk)
+    changed = embed_io.rewrite(onnx.load(plain), contract, pixels=pixels, topk=topk)
     onnx.save(changed, path)
     assert integer(path) == integer(plain) > 15
     before, after = OrtBackend(plain, provider="cpu"), OrtBackend(path, provider="cpu")
     assert after.input_dtype == (np.uint8 if pixels else np.float32)
-    ends.check(before.infer, after.infer, contract, pixels=pixels, topk=topk)  # type: ignore[arg-type]
+    embed_io.check(before.infer, after.infer, contract, pixels=pixels, topk=topk)  # type: ignore[arg-type]
 
 
 def test_to_unsigned_leaves_another_zero_point_alone(onnx_file: OnnxFile) -> None:
@@ -455,8 +455,8 @@ def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
 
 def test_every_core_is_the_default(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
-    assert backend.threads == machine.cores()
-    assert backend._session.get_session_options().intra_op_num_threads == machine.cores()
+    assert backend.threads == hardware.cores()
+    assert backend._session.get_session_options().intra_op_num_threads == hardware.cores()
 
 
 def test_auto_is_openvino_where_it_serves_this_processor(onnx_file: OnnxFile) -> None:
@@ -483,7 +483,7 @@ def test_openvino_runs_or_is_an_error_but_never_a_fallback(
 def test_openvino_that_is_not_installed_is_named_with_its_package(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "installed", lambda module: "openvino" not in module)
+    monkeypatch.setattr(hardware, "installed", lambda module: "openvino" not in module)
     if openvino() is not None:
         pytest.skip("this onnxruntime has OpenVINO in it")
     with pytest.raises(EnvironmentLack, match="pip install onnxruntime-ep-openvino"):
@@ -608,7 +608,7 @@ def test_a_run_that_fails_is_not_tried_again_elsewhere(onnx_file: OnnxFile) -> N
 
 
 def test_a_plugin_that_is_not_installed_is_named_with_its_package(onnx_file: OnnxFile) -> None:
-    if machine.installed("onnxruntime_ep_nv_tensorrt_rtx"):
+    if hardware.installed("onnxruntime_ep_nv_tensorrt_rtx"):
         pytest.skip("it is here")
     with pytest.raises(EnvironmentLack, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
@@ -635,14 +635,14 @@ def test_a_plugin_whose_library_does_not_load_says_why(
 
 def with_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
     gpus = tuple(Gpu(name="NVIDIA X", capability=each, memory=1 << 30) for each in capabilities)
-    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    monkeypatch.setattr(hardware, "gpus", lambda: gpus)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0), (11, 0)])
 def test_rtx_plugin_on_a_gpu_it_does_not_accept_names_those_it_does(
     capability: tuple[int, int], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "installed", lambda module: True)
+    monkeypatch.setattr(hardware, "installed", lambda module: True)
     with_gpu(monkeypatch, capability)
     with pytest.raises(EnvironmentLack, match=r"sm_86, sm_89 and from sm_120 on") as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
@@ -784,9 +784,9 @@ def test_backend_without_vnni_gives_the_same_answers_and_says_how(
     onnx_file: OnnxFile, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, batch = onnx_file("resnet8", "int8"), images(4)
-    monkeypatch.setattr(machine, "int8_sums_saturate", lambda: False)
+    monkeypatch.setattr(hardware, "int8_sums_saturate", lambda: False)
     with_vnni = OrtBackend(path, provider="cpu")
-    monkeypatch.setattr(machine, "int8_sums_saturate", lambda: True)
+    monkeypatch.setattr(hardware, "int8_sums_saturate", lambda: True)
     without = OrtBackend(path, provider="cpu")
     assert with_vnni.int8_note is None
     assert without.int8_note is not None and "conv1" in without.int8_note

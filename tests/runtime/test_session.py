@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import rtresnet
-from rtresnet import artifacts, machine, storage
-from rtresnet.artifacts import sidecar_path
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
-from rtresnet.machine import Gpu
-from rtresnet.records import to_json
+from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.core.artifacts import sidecar_path
+from rtresnet.core.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.hardware import Gpu
+from rtresnet.core.serialization import to_json
+from rtresnet.core.sidecar import Link, Plan, Profile, Sidecar
 from rtresnet.runtime.session import Session, load
-from rtresnet.sidecar import Link, Plan, Profile, Sidecar
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
@@ -69,7 +69,7 @@ def rewrite(path: Path, **changes: object) -> None:
         sidecar,
         plan=dataclasses.replace(sidecar.plan, **changes),  # type: ignore[arg-type]
     )
-    storage.write_text(sidecar_path(path), to_json(changed))
+    atomic_io.write_text(sidecar_path(path), to_json(changed))
 
 
 def untouched(*arguments: object, **options: object) -> None:
@@ -106,7 +106,7 @@ def test_the_description_has_what_belongs_beside_a_figure(onnx_file: OnnxFile) -
     onnxruntime = pytest.importorskip("onnxruntime")
     with load(onnx_file("resnet8", "fp32"), provider="cpu", threads=1) as session:
         described = session.describe()
-    assert described["device"] == machine.cpu()
+    assert described["device"] == hardware.cpu()
     assert described["provider"] == "ONNX Runtime CPU"
     assert described["threads"] == 1
     placement = described["placement"]
@@ -243,7 +243,7 @@ def test_a_plan_of_another_version_names_the_rebuild_command(
 ) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     found = (Gpu(name="Test GPU", capability=(8, 9), memory=1),) if gpu else ()
-    monkeypatch.setattr(machine, "gpus", lambda: found)
+    monkeypatch.setattr(hardware, "gpus", lambda: found)
     monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
     rewrite(plan, version="1.2.3.4")
     with pytest.raises(ArtifactError, match=r"built by tensorrt_rtx 1\.2\.3\.4") as caught:
@@ -257,7 +257,7 @@ def test_a_plan_for_another_gpu_names_both(
     plan: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(name="Test GPU", capability=(12, 0), memory=1)
-    monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
     monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
     with pytest.raises(ArtifactError, match=r"sm_86, sm_89.*Test GPU.*sm_120") as caught:
         load(plan)
@@ -269,7 +269,7 @@ def test_load_rtx_plan_on_an_h100_says_builder_tensorrt(
     plan: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(name="NVIDIA H100 80GB HBM3", capability=(9, 0), memory=1)
-    monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
     monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
     with pytest.raises(ArtifactError, match="H100") as caught:
         load(plan)
@@ -280,7 +280,7 @@ def test_load_rtx_plan_on_an_h100_says_builder_tensorrt(
 def test_load_tensorrt_plan_of_another_gpu_is_refused_before_tensorrt_is_imported(
     plan: Path, with_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rtresnet.trt_loading.load_tensorrt", untouched)
+    monkeypatch.setattr("rtresnet.core.trt_loading.load_tensorrt", untouched)
     monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
     rewrite(plan, builder="tensorrt", targets=("sm_90",))
     with pytest.raises(ArtifactError, match=r"built for sm_90.*sm_89"):
@@ -291,7 +291,7 @@ def test_load_tensorrt_plan_of_another_gpu_is_refused_before_tensorrt_is_importe
 def test_a_plan_of_a_builder_that_is_not_installed_names_its_package(
     plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "installed", lambda module: module != "tensorrt")
+    monkeypatch.setattr(hardware, "installed", lambda module: module != "tensorrt")
     rewrite(plan, builder="tensorrt")
     with pytest.raises(EnvironmentLack, match="pip install tensorrt-cu13") as caught:
         load(plan)

@@ -21,7 +21,7 @@ import pytest
 
 import rtresnet
 from rtresnet import Batcher
-from rtresnet.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, Overloaded
 
 THREADS = 64
 SECONDS = float(os.environ.get("RTRESNET_SOAK_SECONDS", "10"))

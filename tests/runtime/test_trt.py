@@ -35,9 +35,9 @@ from fake_gpu import (
 )
 
 import rtresnet
-from rtresnet import machine
-from rtresnet.cli.ends import write_with
-from rtresnet.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core import hardware
+from rtresnet.core.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.sidecar import Plan, Profile
 from rtresnet.runtime import (
     cuda,
     execution,
@@ -48,7 +48,8 @@ from rtresnet.runtime.error_log import ErrorLog, logger
 from rtresnet.runtime.io_spec import split_batch
 from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
-from rtresnet.sidecar import Plan, Profile
+from rtresnet.workflows import embed_io
+from rtresnet.workflows.embed_io import EmbedConfig
 
 LONG = 30  # seconds after which a test has failed
 
@@ -497,7 +498,8 @@ def test_infer_with_a_real_net_returns_what_onnx_runtime_returns(
     plain = tmp_path / "net.onnx"
     for suffix in ("", ".json"):
         shutil.copy(f"{onnx_file('resnet8', 'fp32')}{suffix}", f"{plain}{suffix}")
-    source = write_with(plain, takes, topk)[0] if takes != "float32-nchw" else plain
+    embed = EmbedConfig(input=takes, topk=topk)  # type: ignore[arg-type]
+    source = embed_io.write(plain, embed)[0] if embed.pixels else plain
     net = Bench(monkeypatch, tmp_path, engine=fake_gpu.OnnxEngine(fake_gpu.FakeCuda(), source))
     if not rtx_built:
         net.by_hand()
@@ -847,7 +849,7 @@ def test_pinned_array_that_numpy_does_not_have_is_refused(
 
 
 def test_pinned_without_a_gpu_exits_3_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.machine, "gpus", lambda: ())
+    monkeypatch.setattr(cuda.hardware, "gpus", lambda: ())
     with pytest.raises(EnvironmentLack) as caught:
         rtresnet.pinned((2, 3), np.uint8)
     assert caught.value.exit_code == 3 and caught.value.fix
@@ -1218,7 +1220,7 @@ def test_driver_that_is_too_old_is_named_by_what_refuses_the_plan(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT-RTX then tells that the header is invalid and not why; both log error 35."""
-    monkeypatch.setattr(machine, "cuda_version", lambda: (12, 4))
+    monkeypatch.setattr(hardware, "cuda_version", lambda: (12, 4))
     bench.validity = (Validity.INVALID, 0)
     with pytest.raises(EnvironmentLack) as caught:
         bench.load()
@@ -1389,7 +1391,7 @@ def test_tensorrt_has_no_kernels_to_keep(bench: Bench) -> None:
 def test_without_the_package_nothing_is_loaded(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rtresnet.machine.installed", lambda name: False)
+    monkeypatch.setattr("rtresnet.core.hardware.installed", lambda name: False)
     with pytest.raises(EnvironmentLack, match="pip install tensorrt-rtx-cu13"):
         bench.load()
     assert bench.cuda.live == []

@@ -17,8 +17,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet import machine
-from rtresnet.quantize import qdq, simulate
+from rtresnet.core import hardware
+from rtresnet.quantization import qdq, simulate
 from rtresnet.runtime.ort import openvino
 
 OnnxFile = Callable[..., Path]
@@ -34,8 +34,8 @@ np.save(sys.argv[4], backend.infer(np.load(sys.argv[3])))
 # As if the processor had VNNI: 8-bit weights on all of uint8.
 UNAWARE = (
     """
-from rtresnet import machine
-machine.int8_sums_saturate = lambda: False
+from rtresnet.core import hardware
+hardware.int8_sums_saturate = lambda: False
 """
     + RUN
 )
@@ -138,12 +138,12 @@ def test_logits_without_vnni_are_those_of_the_file(
 def test_int8_sums_saturate_follows_flags_and_onednn_limit(
     limit: str | None, flags: set[str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_flags", lambda: flags)
+    monkeypatch.setattr(hardware, "_flags", lambda: flags)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert machine.int8_sums_saturate() is expected
+    assert hardware.int8_sums_saturate() is expected
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert machine.int8_sums_saturate() is False
+    assert hardware.int8_sums_saturate() is False

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rtresnet.core.errors import InputError, UnknownName
 from rtresnet.data.sources import Arrays
-from rtresnet.errors import InputError, UnknownName
 from rtresnet.study import compare
 from rtresnet.study.compare import Curve, Net, Terms
 from rtresnet.study.runs import Outcome, Run

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from rtresnet.core.errors import InputError
 from rtresnet.data.sources import Arrays
-from rtresnet.errors import InputError
 from rtresnet.models import checkpoint
 from rtresnet.study import compare, runs
 from rtresnet.study.compare import Terms
 from rtresnet.study.runs import Run
-from rtresnet.train.job import Progress
+from rtresnet.training.config import Progress
 
 
 def source(seed: int = 0) -> Arrays:

@@ -1,0 +1,130 @@
+"""Click options derived from the configs of the workflows."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import typing
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rtresnet.core.config import Config, Option, options_of, split_optional
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def config_options(
+    config: type[Config], *, argument: str = "config", leave_out: Collection[str] = ()
+) -> Callable[[F], F]:
+    """Decorates a command with one option for each field of a config.
+
+    The command receives the constructed config, so a value that the config refuses is an
+    InputError before anything runs.
+
+    Args:
+        config: Class whose fields are made with `core.config.option`.
+        argument: Name of the command's parameter that receives the config.
+        leave_out: Fields that are not options of this command; they keep their defaults.
+    """
+    fields = [entry for entry in options_of(config) if entry[0].name not in leave_out]
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def command(*args: Any, **values: Any) -> Any:
+            chosen = {field.name: values.pop(field.name) for field, _, _ in fields}
+            return function(*args, **{argument: config(**chosen)}, **values)
+
+        decorated: Any = command
+        for field, hint, about in reversed(fields):
+            decorated = click_option(field.name, hint, field.default, about)(decorated)
+        return typing.cast(F, decorated)
+
+    return decorate
+
+
+def click_option(name: str, hint: Any, default: Any, about: Option) -> Callable[[F], F]:
+    """The click option of one field."""
+    kind, _ = split_optional(hint)
+    multiple = typing.get_origin(kind) is tuple and about.parse is None
+    names = about.names or (f"--{name.replace('_', '-')}",)
+    flag = kind is bool
+    keywords: dict[str, Any] = {
+        "default": default,
+        "help": f"{about.help}  [default: {default_text(default, about, names)}]",
+        "metavar": about.metavar,
+    }
+    if flag:
+        keywords["is_flag"] = True
+    elif about.parse is not None:
+        keywords["callback"] = _parsed(about.parse)
+    else:
+        keywords |= {"type": _click_type(kind, about), "multiple": multiple}
+    return click.option(
+        *names, *about.hidden_names, name, cls=_Aliased, hidden_names=about.hidden_names, **keywords
+    )
+
+
+class _Aliased(click.Option):
+    """An option with older names that work and are not shown."""
+
+    def __init__(self, *arguments: Any, hidden_names: Sequence[str], **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.hidden_names = set(hidden_names)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """As click's, without the hidden names."""
+        shown = copy.copy(self)
+        shown.opts = [name for name in self.opts if name not in self.hidden_names]
+        record = click.Option.get_help_record(shown, ctx)
+        # click writes " / --no-x" for a flag that has only its negative name
+        return record and (record[0].removeprefix(" / "), record[1])
+
+
+def default_text(default: Any, about: Option, names: tuple[str, ...]) -> str:
+    """How the help text describes a default: never empty."""
+    if about.default_text is not None:
+        return about.default_text
+    if isinstance(default, bool):
+        on, _, off = names[0].partition("/")
+        return (on if default else off or "off").removeprefix("--") if off else _on(default)
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default)) or "none"
+    return (
+        "none"
+        if default is None
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def _click_type(kind: Any, about: Option) -> Any:
+    if typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        return click.Choice(typing.get_args(kind))
+    if kind is Path:
+        return click.Path(path_type=Path)
+    bounded = about.minimum is not None or about.maximum is not None
+    if bounded and kind is int:
+        low, high = about.minimum, about.maximum
+        return click.IntRange(
+            None if low is None else int(low), None if high is None else int(high)
+        )
+    if bounded and kind is float:
+        return click.FloatRange(about.minimum, about.maximum)
+    return kind
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    def callback(context: click.Context, option: click.Parameter, given: Any) -> Any:
+        return parse(given) if isinstance(given, str) else given
+
+    return callback

@@ -1,0 +1,1 @@
+"""What every package uses: errors, artifacts, files, hardware, preprocessing, metrics."""

@@ -1,0 +1,327 @@
+"""Files that know where they came from: sidecars and the chain they make.
+
+Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` beside it. It names the
+artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
+checked without opening anything but JSON. `rtresnet inspect X` prints it. What stands in one:
+`sidecar.py`.
+
+Deliberately unaware of what is inside an artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rtresnet.core import atomic_io, hardware, typed_json
+from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.serialization import from_json, to_json
+from rtresnet.core.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
+
+KINDS = ("checkpoint", "onnx", "plan")
+SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "checkpoint"}
+SUFFIXES[".th"] = "checkpoint"
+
+# The command line being carried out, for `made_by`; from Python it is the script's own.
+command: ContextVar[Sequence[str]] = ContextVar("command", default=())
+
+
+def sidecar_path(path: str | os.PathLike[str]) -> Path:
+    """`engines/resnet50.plan` to `engines/resnet50.plan.json`."""
+    return Path(f"{os.fspath(path)}.json")
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of artifact a file name promises.
+
+    Raises:
+        InputError: The suffix is none of .pt .pth .th .onnx .plan.
+    """
+    try:
+        return SUFFIXES[Path(path).suffix.lower()]
+    except KeyError:
+        raise InputError(
+            f"{path}: not a checkpoint (.pt, .pth, .th), an ONNX file (.onnx) or a plan (.plan)"
+        ) from None
+
+
+def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
+    """The path, if it is a readable file that may be ONNX; for a verb that takes nothing else.
+
+    Args:
+        path: What was named.
+        verb: As in "quantize", for the message.
+
+    Raises:
+        InputError: There is no such file, or it is a checkpoint or a plan; `fix` names the command
+            to use.
+    """
+    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind == "checkpoint":
+        raise InputError(
+            f"{path}: a checkpoint, and {verb} takes an ONNX file",
+            fix=f"make one with: {shlex.join(['rtresnet', 'export', '--weights', str(path)])}",
+        )
+    if kind == "plan" and verb == "build":
+        raise InputError(f"{path}: is a plan already", fix=f"see: rtresnet inspect {path}")
+    if kind == "plan":
+        sidecar = read_sidecar(path)
+        parent = parent_path(path, sidecar) if sidecar else None
+        raise InputError(
+            f"{path}: a plan, and {verb} takes an ONNX file",
+            fix=f"use the one it was built from{f': rtresnet {verb} {parent}' if parent else ''}",
+        )
+    return path
+
+
+def publish(
+    path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
+) -> Sidecar:
+    """Writes an artifact and its sidecar.
+
+    Args:
+        path: Where the artifact goes.
+        write: Called with a temporary path; must leave the artifact's bytes there.
+        sidecar: Everything but file name, hash, size and versions, which are filled in here.
+
+    Returns:
+        The sidecar as written.
+
+    Raises:
+        InputError: The name promises another kind of artifact.
+    """
+    require_name(path, sidecar.kind)
+    path = Path(path)
+    with atomic_io.atomic_path(path) as temporary:
+        write(temporary)
+        size, digest = temporary.stat().st_size, atomic_io.sha256(temporary)
+    return _put_beside(path, sidecar, size, digest)
+
+
+def require_name(path: str | os.PathLike[str], kind: str) -> None:
+    """Refuses a file name that promises another kind of artifact than `kind`.
+
+    Raises:
+        InputError: It does, or none at all.
+    """
+    if kind_of(path) != kind:
+        suffixes = [suffix for suffix, its in SUFFIXES.items() if its == kind]
+        raise InputError(
+            f"{path}: a name of kind {kind_of(path)}, and what would be there is {kind}",
+            fix=f"choose a name that ends in {' or '.join(suffixes)}",
+        )
+
+
+def publish_bytes(
+    path: str | os.PathLike[str], data: memoryview, describe: Callable[[], Sidecar]
+) -> Sidecar:
+    """As `publish`, for bytes that are there: written and hashed while they are described.
+
+    Does not wait for the disk: what a failing power cuts short, its sidecar's hash shows.
+
+    Args:
+        path: Where the artifact goes.
+        data: Its bytes.
+        describe: Gives the sidecar. If it raises, nothing is written.
+    """
+    path = Path(path)
+    with atomic_io.atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as beside:
+        written = beside.submit(temporary.write_bytes, data)
+        hashed = beside.submit(hashlib.sha256, data)
+        sidecar = describe()
+        require_name(path, sidecar.kind)
+        size, digest = written.result(), hashed.result().hexdigest()
+    return _put_beside(path, sidecar, size, digest)
+
+
+def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar:
+    sidecar = dataclasses.replace(
+        sidecar,
+        file=path.name,
+        sha256=digest,
+        bytes=size,
+        made_by=provenance() | sidecar.made_by,
+    )
+    # Killed between the two writes, the old sidecar no longer matches: detected, never trusted.
+    atomic_io.write_text(sidecar_path(path), to_json(sidecar))
+    return sidecar
+
+
+def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
+    """Writes the sidecar of a file that exists.
+
+    Args:
+        path: The artifact.
+        sidecar: Everything but file name, size and versions; its `sha256` is that of the file.
+
+    Returns:
+        The sidecar as written.
+
+    Raises:
+        InputError: The sidecar cannot be written.
+    """
+    path = Path(path)
+    atomic_io.require_place(sidecar_path(path))
+    return _put_beside(path, sidecar, path.stat().st_size, sidecar.sha256)
+
+
+def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
+    """Adds measurements (accuracy, parity, with their n) to an artifact's sidecar."""
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        merged = dataclasses.replace(sidecar, measured=sidecar.measured | measured)
+        atomic_io.write_text(sidecar_path(path), to_json(merged))
+
+
+def record_accuracy(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Adds an accuracy to an artifact's sidecar, in place of one on the same images.
+
+    Raises:
+        InputError: The sidecar cannot be written.
+    """
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        kept = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
+        update_measured(path, accuracy=[*kept, record])
+
+
+def provenance() -> dict[str, str]:
+    """The command line, the code's commit and the versions of what can have had a hand in it."""
+    made_by = {"command": shlex.join(command.get() or sys.argv)}
+    if (commit := hardware.commit()) is not None:
+        made_by["commit"] = commit
+    for module in ("rtresnet", "numpy", "torch", "onnx", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            made_by[module] = metadata.version(module)
+    return made_by
+
+
+def link_to(
+    parent: str | os.PathLike[str], child: str | os.PathLike[str], digest: str | None = None
+) -> Link:
+    """The parent as `child`'s sidecar should name it; `digest` where its sha256 is known."""
+    relative = os.path.relpath(Path(parent).resolve(), Path(child).resolve().parent)
+    return Link(file=relative, sha256=digest or atomic_io.sha256(parent))
+
+
+def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
+    """The sidecar of the artifact at `path`, or None where there is none. Checks no hash.
+
+    Raises:
+        ArtifactError: The sidecar is not valid JSON, of another schema, or incomplete.
+    """
+    place = sidecar_path(path)
+    try:
+        data = typed_json.load(place, fix=f"make {path} again", error=ArtifactError)
+    except FileNotFoundError:
+        return None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise ArtifactError(
+            f"{place}: sidecar schema {found}, this rtresnet reads {SCHEMA}",
+            fix=f"make {path} again: {_command(data)}",
+        )
+    try:
+        return from_json(Sidecar, data)
+    except (KeyError, TypeError, InputError) as error:
+        raise ArtifactError(
+            f"{place}: broken sidecar ({error})", fix=f"make {path} again: {_command(data)}"
+        ) from None
+
+
+def verify(path: str | os.PathLike[str]) -> Sidecar | None:
+    """Reads the sidecar and checks that the file is the one it describes.
+
+    Raises:
+        ArtifactError: The hash differs: truncated, replaced, or of another build.
+    """
+    atomic_io.require_file(path)
+    sidecar = read_sidecar(path)
+    if sidecar is not None and sidecar.sha256 != atomic_io.sha256(path):
+        size = Path(path).stat().st_size
+        what = (
+            f"truncated ({size} of {sidecar.bytes} bytes)"
+            if size < sidecar.bytes
+            else "not the file its sidecar describes"
+        )
+        raise ArtifactError(
+            f"{path}: {what}", fix=f"make it anew: {sidecar.made_by.get('command', 'unknown')}"
+        )
+    return sidecar
+
+
+def parent_path(path: str | os.PathLike[str], sidecar: Sidecar) -> Path | None:
+    """Where the parent stands, or None for the head of a chain. It may no longer exist."""
+    if sidecar.parent is None:
+        return None
+    return Path(os.path.normpath(Path(path).parent / sidecar.parent.file))
+
+
+def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, str]]:
+    """Walks from an artifact to its origin.
+
+    Yields:
+        (path, sidecar or None, state), where state is ok, missing, changed or no sidecar. The
+        walk ends at the first link that is not ok.
+    """
+    current: Path | None = Path(path)
+    expected: str | None = None
+    seen: set[Path] = set()
+    while current is not None:
+        sidecar = read_sidecar(current)
+        if not current.exists():
+            yield current, sidecar, "missing"
+            return
+        actual = atomic_io.sha256(current)
+        if (expected and actual != expected) or (sidecar and sidecar.sha256 != actual):
+            yield current, sidecar, "changed"
+            return
+        if sidecar is None:
+            yield current, None, "no sidecar"
+            return
+        yield current, sidecar, "ok"
+        seen.add(current)
+        expected = sidecar.parent.sha256 if sidecar.parent else None
+        current = parent_path(current, sidecar)
+        if current in seen:  # a step that wrote over its own input and changed nothing
+            return
+
+
+def under(
+    folder: str | os.PathLike[str],
+) -> Iterator[tuple[Path, Sidecar | None, str]]:
+    """Finds every artifact in a folder and the folders in it, by suffix, and checks its hash.
+
+    Yields:
+        (path, sidecar or None, state), in the order of their names. The state is ok, changed,
+        no sidecar or broken sidecar; of an artifact whose own state is ok, also what is wrong
+        with the first of its ancestors, as in "resnet8.onnx missing".
+    """
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
+        try:
+            (_, sidecar, state), *ancestors = chain(path)
+        except ArtifactError:
+            yield path, None, "broken sidecar"
+            continue
+        wrong = [
+            f"{link.name} {its}" for link, _, its in ancestors if its in ("missing", "changed")
+        ]
+        yield path, sidecar, wrong[0] if wrong else state
+
+
+def _command(data: Any) -> str:
+    made_by = data.get("made_by") if isinstance(data, dict) else None
+    return made_by.get("command", "unknown") if isinstance(made_by, dict) else "unknown"

@@ -1,0 +1,123 @@
+"""Options of the workflows: declared once, validated at construction.
+
+A config is a frozen dataclass whose fields are made with `option`. The command line derives its
+options from the same fields (`cli/options.py`), so that name, default, bounds and help text stand
+in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtresnet.core.errors import InputError, UnknownName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is known of a config's field besides its type and default.
+
+    Attributes:
+        help: What the option does, as a sentence.
+        names: On the command line, as in ("--target",); derived from the field's name if empty.
+        hidden_names: Older names that keep working.
+        metavar: Placeholder of the value in the help text.
+        minimum: Smallest value of a number.
+        maximum: Largest value of a number.
+        default_text: How the default is described where its value does not say it.
+        parse: Turns the command line's string into the field's value; raises InputError.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    hidden_names: tuple[str, ...] = ()
+    metavar: str | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    default_text: str | None = None
+    parse: Callable[[str], Any] | None = None
+
+
+def option(default: Any, help: str, **details: Any) -> Any:
+    """Declares a field of a config.
+
+    Args:
+        default: Value where none is given.
+        help: What the option does.
+        **details: Further fields of `Option`.
+    """
+    return dataclasses.field(default=default, metadata={"option": Option(help=help, **details)})
+
+
+def options_of(config: type[Any]) -> list[tuple[dataclasses.Field[Any], Any, Option]]:
+    """The declared fields of a config class: (field, its type, its option)."""
+    hints = typing.get_type_hints(config)
+    return [
+        (field, hints[field.name], field.metadata["option"])
+        for field in dataclasses.fields(config)
+        if "option" in field.metadata
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all configs: checks types, choices and bounds at construction.
+
+    Lists become tuples and strings become paths where the field's type says so.
+
+    Raises:
+        InputError: A value has another type or is out of bounds.
+        UnknownName: A value is none of the choices.
+    """
+
+    def __post_init__(self) -> None:
+        for field, hint, about in options_of(type(self)):
+            value = _checked(field.name, getattr(self, field.name), hint, about)
+            object.__setattr__(self, field.name, value)
+
+
+def split_optional(hint: Any) -> tuple[Any, bool]:
+    """`int | None` to (int, True), `int` to (int, False)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        arguments = [entry for entry in typing.get_args(hint) if entry is not type(None)]
+        if len(arguments) == 1:
+            return arguments[0], True
+    return hint, False
+
+
+def _checked(name: str, value: Any, hint: Any, about: Option) -> Any:
+    kind, optional = split_optional(hint)
+    if value is None and optional:
+        return None
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UnknownName(name, str(value), [str(choice) for choice in choices])
+        return value
+    if origin is tuple:
+        item, *rest = typing.get_args(kind)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InputError(f"{name} is {value!r}: a sequence is needed")
+        if rest != [...] and len(value) != len(rest) + 1:
+            raise InputError(f"{name} has {len(value)} values: {len(rest) + 1} are needed")
+        return tuple(_checked(name, entry, item, about) for entry in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(kind, type) and (
+        not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    ):
+        raise InputError(f"{name} is {value!r}: {kind.__name__} is needed")
+    if kind in (int, float):
+        if about.minimum is not None and not value >= about.minimum:
+            raise InputError(f"{name} is {value}: at least {about.minimum:g} is needed")
+        if about.maximum is not None and not value <= about.maximum:
+            raise InputError(f"{name} is {value}: at most {about.maximum:g} is possible")
+    return value

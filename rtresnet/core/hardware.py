@@ -1,0 +1,244 @@
+"""What this machine is, for figures that can be defended and for choices that depend on a GPU.
+
+Standard library only. The GPU is asked through the driver (libcuda) by ctypes, because a CUDA
+binding need not be installed to know that there is no device; everything that *uses* a GPU is in
+`runtime/cuda.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import platform
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+# Where a module's name is not that of the package that brings it.
+DISTRIBUTIONS = {
+    "tensorrt_rtx": "tensorrt-rtx-cu13",
+    "tensorrt": "tensorrt-cu13",
+    "onnxruntime_ep_openvino": "onnxruntime-ep-openvino",
+    "cuda.bindings": "cuda-python",
+    "pynvml": "nvidia-ml-py",
+    "sklearn": "scikit-learn",
+}
+# Values of oneDNN's ONEDNN_MAX_CPU_ISA that rule VNNI out.
+ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+# cudaErrorInsufficientDriver, as CUDA, TensorRT and ONNX Runtime print it.
+TOO_OLD_DRIVER = re.compile(
+    r"InsufficientDriver|driver version is insufficient|(failure|error:?|code) 35\b"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One CUDA device.
+
+    Attributes:
+        name: As the driver calls it.
+        capability: Its compute capability.
+        memory: Bytes in all.
+        uuid: 8-4-4-4-12 hexadecimal digits, the same in CUDA and NVML; of the instance where the
+            GPU is divided by MIG. None where the driver does not tell.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    uuid: str | None = None
+
+    @property
+    def target(self) -> str:
+        """As builders name it: sm_89."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """Every CUDA device that is visible to this process, in CUDA's order.
+
+    The order and number are those of CUDA_VISIBLE_DEVICES, which the driver applies itself. Empty
+    without a driver or a device.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    found = []
+    for index in range(count.value):
+        device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        calls = (
+            driver.cuDeviceGet(ctypes.byref(device), index),
+            driver.cuDeviceGetName(name, 256, device),
+            driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),
+            driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
+            driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device),
+        )
+        if not any(calls):
+            capability = (major.value, minor.value)
+            found.append(
+                Gpu(
+                    name=name.value.decode(), capability=capability, memory=memory.value,
+                    uuid=_uuid(driver, device),
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
+    """The UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
+    for function in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):
+        found = (ctypes.c_ubyte * 16)()
+        if hasattr(driver, function) and getattr(driver, function)(found, device) == 0:
+            return str(uuid.UUID(bytes=bytes(found)))
+    return None
+
+
+@functools.cache
+def cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver supports, as (13, 0); None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    found = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(found)) != 0:
+        return None
+    return found.value // 1000, found.value % 1000 // 10
+
+
+def driver_fix(message: str = "") -> str | None:
+    """The fix for a driver that is too old for CUDA 13; None where it is not known to be.
+
+    Args:
+        message: An error of CUDA, TensorRT or ONNX Runtime that decides it; without one the driver
+            is asked for its version.
+    """
+    if message:
+        too_old = TOO_OLD_DRIVER.search(message) is not None
+    else:
+        too_old = (cuda_version() or (13, 0)) < (13, 0)
+    return "install NVIDIA driver r580 or newer, which CUDA 13 needs" if too_old else None
+
+
+def cpu() -> str:
+    """The processor's name and the cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {cores()} cores"
+
+
+def int8_sums_saturate() -> bool:
+    """Whether integer kernels here add u8 x s8 products in saturating 16 bits: x86 without VNNI.
+
+    ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA), which limits oneDNN and OpenVINO to an older processor's
+    instructions, counts as the processor's limit, so that tests can force the answer.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return _isa_limit() in ISAS_WITHOUT_VNNI or not {"avx512_vnni", "avx_vnni"} & _flags()
+
+
+def native_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: twice float32's speed, if so."""
+    return _isa_limit() not in ISAS_WITHOUT_VNNI and bool({"avx512_bf16", "amx_bf16"} & _flags())
+
+
+def _isa_limit() -> str:
+    """Instruction set that oneDNN is limited to; empty without a limit."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.upper()
+
+
+@functools.cache
+def _flags() -> set[str]:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("flags"):
+                return set(line.split())
+    return set()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc not to give large blocks back to the kernel whenever they are freed.
+
+    A training step on the CPU frees and takes the same hundreds of MB each time, and without this
+    spends a tenth of its time in page faults. Does nothing with another C library.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, within a container's limit; None if unknown."""
+    found = []
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="utf-8") as file:
+        found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups 2 and 1
+        # A limit of "max" is none, and no whole number either.
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
+            found.append(int(file.read()))
+    return min(found, default=None)
+
+
+def cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def commit() -> str | None:
+    """The git commit of the checkout that this code runs from; None where it was installed."""
+    git = Path(__file__).parents[2] / ".git"
+    with contextlib.suppress(OSError):
+        if git.is_file():  # a worktree's: "gitdir: PATH"
+            git = Path(git.read_text().partition(": ")[2].strip())
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        common = git / "commondir"
+        shared = git / common.read_text().strip() if common.exists() else git
+        if (shared / name).exists():
+            return (shared / name).read_text().strip()
+        packed = (line.partition(" ") for line in (shared / "packed-refs").read_text().splitlines())
+        return next((digest for digest, _, ref in packed if ref == name), None)
+    return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported, without importing more than its parents."""
+    parent = module.rpartition(".")[0]
+    return (not parent or installed(parent)) and importlib.util.find_spec(module) is not None
+
+
+def version(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for name in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Version of each distribution that is installed, and Python's."""
+    found = {name: version(name) for name in distributions}
+    return {"python": platform.python_version()} | {n: v for n, v in found.items() if v}

@@ -1,0 +1,200 @@
+"""Run a step in a process of its own, so that a crash or a hang of a native library is a result.
+
+`run_step` starts the process and waits; `report_step` is called in it. The result travels through a
+file, so that nothing that a library prints can damage it. Needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtresnet.core.errors import RtresnetError
+
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+RESULT, TIMEOUT = "RTRESNET_STEP_RESULT", "RTRESNET_STEP_TIMEOUT"  # environment of the process
+TAIL = 4000  # characters of stderr that are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """How a step ended.
+
+    Attributes:
+        name: The step's.
+        status: "ok", "failed" or "skipped".
+        reason: Why it failed or was skipped; None where it is ok.
+        seconds: Wall time of its process.
+        data: What the step measured, ready for JSON.
+        stderr: The end of what it wrote to stderr, the Python stack of a crash or a hang included.
+    """
+
+    name: str
+    status: str
+    reason: str | None = None
+    seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
+    stderr: str = ""
+
+
+class StepSkipped(Exception):
+    """Raised in a step that cannot run here; the message says why."""
+
+
+class StepFailed(Exception):
+    """Raised in a step that failed and has measured something all the same.
+
+    Args:
+        reason: What failed.
+        data: What was measured.
+    """
+
+    def __init__(self, reason: str, data: dict[str, Any]) -> None:
+        super().__init__(reason)
+        self.data = data
+
+
+def run_step(
+    name: str,
+    command: Sequence[str],
+    *,
+    timeout: float,
+    logs: Path,
+    environment: Mapping[str, str] | None = None,
+) -> StepResult:
+    """Run a command that calls `report_step`, and wait for it.
+
+    Args:
+        name: The step's; its output goes to NAME.stdout.txt and NAME.stderr.txt in `logs`.
+        command: The program and its arguments.
+        timeout: Seconds after which it is killed, its children included.
+        logs: An existing folder.
+        environment: Variables in addition to this process's own.
+
+    Returns:
+        The result, whatever became of the process.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the process is killed first.
+    """
+    result = (logs / f"{name}.result.json").absolute()
+    result.unlink(missing_ok=True)
+    variables = {**os.environ, **(environment or {}), RESULT: str(result), TIMEOUT: f"{timeout}"}
+    begin = time.perf_counter()
+    errors = logs / f"{name}.stderr.txt"
+    with (logs / f"{name}.stdout.txt").open("wb") as out, errors.open("wb") as error:
+        process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=error,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    status, reason, data = _outcome(code, result, timeout)
+    result.unlink(missing_ok=True)
+    return StepResult(
+        name=name, status=status, reason=reason, seconds=time.perf_counter() - begin, data=data,
+        stderr=_tail(errors),
+    )  # fmt: skip
+
+
+def _outcome(
+    code: int | None, result: Path, timeout: float
+) -> tuple[str, str | None, dict[str, Any]]:
+    """Status, reason and data of a process that has ended."""
+    written: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        written = json.loads(result.read_text())
+    valid = isinstance(written, dict) and written.get("status") in (OK, FAILED, SKIPPED)
+    data = written["data"] if valid else {}
+    if code == 0 and valid:
+        return written["status"], written["reason"], data
+    if code is None:
+        how = f"did not end within {timeout:g} s and was killed"
+    elif code < 0:
+        how = f"ended by {_signal(-code)}"
+    else:
+        how = f"ended with exit code {code}"
+    if not valid:
+        how += ", without a valid result" if code is not None else ""
+    elif written["status"] == FAILED:
+        how = f"{written['reason']}; then {how}"
+    else:
+        how += ", after the step itself had finished"
+    return FAILED, how, data
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4 * TAIL))
+        return file.read().decode(errors="replace").strip()[-TAIL:]
+
+
+def report_step(step: Callable[[], dict[str, Any] | None]) -> None:
+    """Run a step in the process that `run_step` started, and write its result.
+
+    A crash leaves the Python stack on stderr, and so does a step that takes too long.
+
+    Args:
+        step: Returns what it measured.
+    """
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(0.9 * float(os.environ[TIMEOUT]))
+    status, reason, data = OK, None, None
+    try:
+        data = step()
+    except StepSkipped as skipped:
+        status, reason = SKIPPED, str(skipped)
+    except StepFailed as failed:
+        status, reason, data = FAILED, str(failed), failed.data
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        kind = "" if isinstance(error, RtresnetError) else f"{type(error).__name__}: "
+        status, reason = FAILED, f"{kind}{error}"
+    faulthandler.cancel_dump_traceback_later()
+    record = {"status": status, "reason": reason, "data": _plain(data or {})}
+    target = Path(os.environ[RESULT])
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(record))
+    part.replace(target)
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """The same in types that JSON has: NumPy's scalars as Python's, None for NaN, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)

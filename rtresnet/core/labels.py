@@ -1,0 +1,206 @@
+"""Class names: which of a model's classes each label of a data set means.
+
+Labels are matched by name. Where a side has no names they are matched by position, which is an
+assumption that every result then states. Knows neither images nor nets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtresnet.core.errors import DataError, InputError, nearest
+
+SHOWN = 3  # unknown names that an error lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMap:
+    """The model's class for each label of a data set.
+
+    Attributes:
+        indices: Of the model's classes, one for each of the data's.
+        model_classes: How many classes the model has.
+        by: "name", "file" (names from --classes) or "position".
+        why: With "position", which side has no names.
+    """
+
+    indices: tuple[int, ...]
+    model_classes: int
+    by: str
+    why: str = ""
+
+    def apply(self, labels: np.ndarray) -> np.ndarray:
+        """int64 [N] of the data's labels to the model's; -1, no label, stays."""
+        return np.where(labels < 0, -1, np.array([*self.indices, -1])[labels])
+
+    def reorder(self, scores: np.ndarray) -> np.ndarray:
+        """[N, classes, ...] in the data's order to the model's; of a permutation."""
+        return scores[:, np.argsort(self.indices)]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the data's labels are the model's class numbers as they are."""
+        return self.indices == tuple(range(len(self.indices)))
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether both have the same classes."""
+        return len(self.indices) == self.model_classes
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "matched_by": self.by,
+            "in_order": self.in_order,
+            "data_classes": len(self.indices),
+            "model_classes": self.model_classes,
+        }
+
+    def assumptions(self) -> list[str]:
+        """What a result must say it assumed."""
+        return [f"class names matched by position: {self.why}"] if self.by == "position" else []
+
+    def remarks(self) -> list[str]:
+        """What else a reader of the result must know."""
+        lines = []
+        if not self.is_permutation:
+            lines.append(
+                f"the data has {len(self.indices)} of the model's {self.model_classes} classes; "
+                f"answers are over all {self.model_classes}"
+            )
+        if self.by != "position" and not self.in_order:
+            lines.append("the data's classes are in another order; matched by name")
+        return lines
+
+
+def numbered(classes: Sequence[str]) -> bool:
+    """Whether names are only the classes' numbers, as of a model that has no names."""
+    return tuple(classes) == tuple(str(index) for index in range(len(classes)))
+
+
+def match(
+    model: Sequence[str],
+    data: Sequence[str],
+    *,
+    data_named: bool = True,
+    names: Sequence[str] | None = None,
+    model_name: str = "the model",
+    data_name: str = "the data",
+) -> LabelMap:
+    """Finds the model's class for each label of a data set.
+
+    Args:
+        model: The model's class names, in the order of its outputs; their numbers where it has
+            none.
+        data: The data's class names, in the order of its labels.
+        data_named: Whether `data` are names; False where they only count the labels.
+        names: From --classes: of the model's outputs where it has no names, else of the data's
+            labels. Where neither has names, of both.
+        model_name: For messages.
+        data_name: For messages.
+
+    Raises:
+        DataError: A class that the model does not have, or, where a side has no names, another
+            number of classes.
+    """
+    if names is not None:
+        if numbered(model):
+            if len(names) != len(model):
+                raise InputError(
+                    f"--classes has {len(names)} names, and {model_name} has {len(model)} classes"
+                )
+            model = names
+            if not data_named:  # then they name both sides, and numbers stay what they are
+                count = len(_first(names, len(data), data_name))
+                return LabelMap(indices=tuple(range(count)), model_classes=len(model), by="file")
+        elif data_named and len(names) != len(data):
+            raise InputError(
+                f"--classes has {len(names)} names, and {data_name} has {len(data)} classes"
+            )
+        else:
+            data = _first(names, len(data), data_name)
+        indices = _by_name(model, data, model_name, data_name)
+        return LabelMap(indices=indices, model_classes=len(model), by="file")
+    # A model of numbers may have been trained on class folders with such names.
+    numbers = bool(set(data) & set(model)) or all(name.isdecimal() for name in data)
+    if data_named and (numbers or not numbered(model)):
+        indices = _by_name(model, data, model_name, data_name)
+        return LabelMap(indices=indices, model_classes=len(model), by="name")
+    without = [data_name] if not data_named else []
+    without += [model_name] if numbered(model) else []
+    why = f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no class names"
+    if len(model) != len(data):
+        raise DataError(
+            f"{data_name} has {len(data)} classes and {model_name} {len(model)}, and {why}",
+            fix="name them in the order of their numbers: --classes FILE",
+        )
+    return LabelMap(
+        indices=tuple(range(len(data))), model_classes=len(model), by="position", why=why
+    )
+
+
+def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Reads class names: one a line, or a JSON list in a file *.json.
+
+    Raises:
+        InputError: No such file, not UTF-8, not a list of names, an empty name, or none.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
+    except OSError as error:
+        raise InputError(f"--classes {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
+        raise InputError(f"--classes {path}: cannot be read ({error})") from None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise InputError(f"--classes {path}: not a list of names", fix='as in ["cat", "dog"]')
+    names = [name.strip() for name in names]
+    if not all(names):
+        raise InputError(
+            f"--classes {path}: name {names.index('') + 1} is empty", fix="one name a line"
+        )
+    return tuple(names)
+
+
+def _first(names: Sequence[str], count: int, data_name: str) -> Sequence[str]:
+    if len(names) < count:
+        raise InputError(f"--classes has {len(names)} names, and {data_name} has {count} classes")
+    return names[:count]
+
+
+def _with_nearest(name: str, known: Sequence[str]) -> str:
+    near = nearest(name, known)
+    return f"{name!r} (nearest: {near!r})" if near else repr(name)
+
+
+def _by_name(
+    model: Sequence[str], data: Sequence[str], model_name: str, data_name: str
+) -> tuple[int, ...]:
+    if tuple(model) == tuple(data):
+        return tuple(range(len(data)))
+    counts = Counter(model)
+    unknown = [name for name in data if name not in counts]
+    if unknown:
+        told = ", ".join(_with_nearest(name, model) for name in unknown[:SHOWN])
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise DataError(
+            f"{data_name}: {model_name} has no class {told}{more}",
+            fix="rename the classes, or name them in the order of their numbers: --classes FILE",
+        )
+    for name in data:
+        if counts[name] > 1:
+            raise DataError(f"{model_name}: has {counts[name]} classes named {name!r}")
+    if len(set(data)) != len(data):
+        twice = Counter(data).most_common(1)[0][0]
+        raise DataError(f"{data_name}: has two classes named {twice!r}")
+    place = {name: index for index, name in enumerate(model)}
+    return tuple(place[name] for name in data)

@@ -1,0 +1,195 @@
+"""What happens to an image before a net sees it: resize, crop, mean, std.
+
+The single source of truth for training's evaluation, calibration, export parity and serving,
+so that none of them can differ. NumPy only, so that a serving machine needs nothing else; the
+resize is Pillow's antialiased bilinear filter, fixed-point rounding included (tested bit for bit
+on landscape images; Pillow 13 takes the rows of a tall image first, which moves a value by one
+level of 255 at most).
+
+Deliberately unaware of files and of how images are decoded: see `data/sources.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rtresnet.core.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# What nets are commonly trained with; (x / 255 - mean) / std is in [-1, 1] with "half".
+PRESETS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+FLOAT, UINT8 = "NCHW RGB float32", "NHWC RGB uint8"
+
+# Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
+_BITS = 22
+_FIXED_POINT = 1 << _BITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """The input contract of a net: what becomes of a uint8 RGB image before the net sees it.
+
+    Attributes:
+        size: Side of the square the net takes, in pixels.
+        resize: The shorter side is resized to this before the centre crop, in pixels.
+        mean: Per channel (R, G, B), in units of [0, 1].
+        std: Likewise.
+        layout: Of the file's input. FLOAT: normalized, planes. UINT8: pixels as they are, and the
+            file subtracts the mean and divides by std itself.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    layout: str = FLOAT
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.resize < self.size:
+            raise InputError(
+                f"input size {self.size} with resize {self.resize}: "
+                "both must be positive and the resize at least the size"
+            )
+        if self.layout not in (FLOAT, UINT8):
+            raise InputError(
+                f"pixel layout {self.layout!r}; this rtresnet knows {FLOAT!r} and {UINT8!r}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise InputError("mean and std need three values each, R,G,B")
+        if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
+            raise InputError(f"mean {self.mean} and std {self.std} must be finite, std positive")
+
+    @classmethod
+    def for_size(cls, size: int, **kwargs: Any) -> Preprocess:
+        """The customary contract at `size`: 256/224 above 64 pixels, no crop margin below."""
+        return cls(size=size, resize=round(size * 256 / 224) if size > 64 else size, **kwargs)
+
+    def assumptions(self) -> tuple[str, ...]:
+        """This contract as entries of a sidecar's `assumed`, for a file that does not state one."""
+        found = []
+        if self.layout == FLOAT:
+            preset = [name for name, values in PRESETS.items() if values == (self.mean, self.std)]
+            mean, std = (",".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
+            named = f" (preset {preset[0]})" if preset else ""
+            found.append(f"input: mean {mean} and std {std}{named}")
+        return (*found, *self.crop_assumption())
+
+    def crop_assumption(self) -> tuple[str, ...]:
+        """The entry of `assumptions` for the crop's margin; empty where there is no margin."""
+        if self.resize == self.size:
+            return ()
+        return (f"input: the centre {self.size} of {self.resize} pixels",)
+
+    def crop(self, image: np.ndarray) -> np.ndarray:
+        """Resizes the shorter side and cuts the centre: uint8 [H, W, 3] to uint8 [size, size, 3].
+
+        Raises:
+            InputError: Anything but uint8 RGB.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise InputError(
+                f"an image is {image.dtype} {list(image.shape)}; uint8 RGB [H, W, 3] is needed",
+                fix="rtresnet.data.decode.decode(FILE) reads any image file so, and composites "
+                "transparent images on white",
+            )
+        image = resize_shorter(image, self.resize)
+        top = round((image.shape[0] - self.size) / 2)
+        left = round((image.shape[1] - self.size) / 2)
+        return image[top : top + self.size, left : left + self.size]
+
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] to what the file takes, by its layout: the same, or normalized."""
+        return images if self.layout == UINT8 else self.normalize(images)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and shift, float32 [3] each, that normalize a level from 0 to 255."""
+        mean, std = np.asarray(self.mean), np.asarray(self.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+    def normalize(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std.
+
+        Raises:
+            InputError: Images of another shape.
+        """
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise InputError(f"images are {list(images.shape)}; [N, H, W, 3] is needed")
+        scale, shift = self.factors()
+        out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
+        np.multiply(images.transpose(0, 3, 1, 2), scale[:, None, None], out=out)
+        out += shift[:, None, None]
+        return out
+
+
+def resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
+    """Resizes a uint8 image [H, W, C] so that its shorter side has `side` pixels."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    if short == side:
+        return image
+    return resize(image, int(height * side / short), int(width * side / short))
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bilinear resize of a uint8 image [H, W, C] to uint8 [height, width, C].
+
+    Along the width first, then along the height. Every product and sum is a whole number below
+    2^31. The sums are few and taken as they are: as matrix products they would be mostly zeros,
+    and BLAS would start threads of its own beneath the threads that decode.
+    """
+    source_height, source_width, channels = image.shape
+    if width != source_width:
+        columns = np.ascontiguousarray(image.transpose(1, 0, 2)).reshape(source_width, -1)
+        narrow = _weighted(columns, width).reshape(width, source_height, channels)
+        image = np.ascontiguousarray(narrow.transpose(1, 0, 2))
+    if height != source_height:
+        rows = image.reshape(source_height, -1)
+        image = _weighted(rows, height).reshape(height, width, channels)
+    return np.ascontiguousarray(image)
+
+
+def _weighted(rows: np.ndarray, target: int) -> np.ndarray:
+    """uint8 [source, n] to uint8 [target, n]: each a mean of a few neighbours."""
+    total = np.full((target, rows.shape[1]), _FIXED_POINT // 2, np.int32)
+    part = np.empty_like(total)
+    for index, weight in zip(*_taps(len(rows), target), strict=True):
+        np.multiply(rows[index], weight, out=part)
+        total += part
+    total >>= _BITS
+    return np.minimum(total, 255, out=total).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows go into each, [K, target], and their weights in fixed point, int32 [K, target, 1].
+
+    The triangle filter; where it covers fewer than K rows the other weights are zero.
+    """
+    scale = source / target
+    stretch = max(scale, 1.0)  # below 1 the filter keeps its width: plain interpolation
+    starts, weights = [], []
+    for row in range(target):
+        centre = (row + 0.5) * scale
+        first = max(int(centre - stretch + 0.5), 0)
+        last = min(int(centre + stretch + 0.5), source)
+        position = (np.arange(first, last) - centre + 0.5) / stretch
+        weight = np.maximum(1 - np.abs(position), 0)
+        starts.append(first)
+        weights.append(np.floor(0.5 + weight / weight.sum() * _FIXED_POINT))
+    most = max(map(len, weights))
+    index = np.minimum(np.add.outer(np.arange(most), starts), source - 1)
+    table = np.zeros((most, target, 1), np.int32)
+    for row, weight in enumerate(weights):
+        table[: len(weight), row, 0] = weight
+    index.setflags(write=False)
+    table.setflags(write=False)
+    return index, table

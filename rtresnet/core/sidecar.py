@@ -1,0 +1,187 @@
+"""What stands in a sidecar, the record beside every artifact: see `artifacts.py`, which writes it.
+
+Only what it says; how it becomes JSON and back is `serialization.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtresnet.core.preprocess import Preprocess
+
+SCHEMA = 1
+UNKNOWN_INPUT = "input"  # in `assumed`: `input` has the size, and nobody stated mean and std
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which net: the name in the zoo, its variants, and what its outputs mean."""
+
+    architecture: str
+    classes: tuple[str, ...]
+    shortcut: str
+    stride_in: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where the numbers came from. `origin` is untrained, trained, imagenet or file."""
+
+    origin: str
+    sha256: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """The artifact this one was made from; `file` is relative to the sidecar's folder."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How the activation scales of an INT8 file were found.
+
+    Attributes:
+        images: The data's name.
+        kept: Nodes that were left in float, so that the accuracy holds.
+        rest: What is not INT8: "fp32" or "fp16".
+    """
+
+    method: str
+    images: str
+    images_sha256: str
+    n: int
+    scales: str
+    scales_sha256: str
+    kept: tuple[str, ...] = ()
+    rest: str = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One optimization profile: smallest, best and largest batch."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attestation:
+    """What the builder's own layer dump says of the engine. None: built before it was counted.
+
+    Attributes:
+        convolutions: Number of the net's convolutions.
+        dtypes: Input type (Int8, Half, Float) to the number of convolutions taking it.
+        layers: Number of layers after fusion.
+        stages: The same as `dtypes`, a stage (stem, layer1, ...).
+        adds: Number of residual Adds.
+        unfused_adds: Those that run in a layer of their own, by name.
+        requantizes: Layers that only bring a wider type to int8.
+        reformats: Layers that only move or convert.
+        rounds: Quantizers whose int8 leaves no layer: they cost accuracy and gain nothing.
+        activations: Bytes of activation memory, a profile.
+    """
+
+    convolutions: int
+    dtypes: dict[str, int]
+    layers: int
+    stages: dict[str, dict[str, int]] | None = None
+    adds: int | None = None
+    unfused_adds: tuple[str, ...] | None = None
+    requantizes: int | None = None
+    reformats: int | None = None
+    rounds: tuple[str, ...] | None = None
+    activations: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a serialized engine was built for; little of it can be read from the plan itself.
+
+    Attributes:
+        layers: The file that keeps the engine's fused layers.
+        tf32: Whether the builder may multiply FP32 as TF32, with a mantissa of 10 bits; None in
+            sidecars from before it was recorded, when it always was allowed.
+    """
+
+    builder: str
+    version: str
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    seconds: float
+    attested: Attestation | None = None
+    layers: Link | None = None
+    tf32: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The record next to an artifact. Unknown is None.
+
+    Attributes:
+        topk: How many classes a file gives, with their probabilities; None where it gives logits.
+        assumed: What the file does not state and a person or a default had to: an entry each, as
+            in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
+            The bare entries "input" and "model" mean that these are unknown.
+    """
+
+    kind: str
+    file: str
+    model: Model
+    input: Preprocess
+    weights: Weights
+    precision: str
+    topk: int | None = None
+    assumed: tuple[str, ...] = ()
+    parent: Link | None = None
+    calibration: Calibration | None = None
+    plan: Plan | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    bytes: int = 0
+    schema: int = SCHEMA
+
+    @property
+    def input_known(self) -> bool:
+        """Whether images can be preprocessed by `input`, stated or assumed."""
+        return UNKNOWN_INPUT not in self.assumed
+
+
+def accuracies(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The accuracy records in a sidecar's `measured`, the latest last.
+
+    There is one for each data set: n, top1 and the like, data, split, data_sha256, protocol.
+    Earlier versions kept one only, not in a list and without a hash.
+    """
+    found = measured.get("accuracy")
+    listed = found if isinstance(found, list) else [found]
+    return [record for record in listed if isinstance(record, dict)]
+
+
+def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two accuracy records are of the same images under the same protocol."""
+    key = "data_sha256" if one.get("data_sha256") and other.get("data_sha256") else "data"
+    return one.get(key) == other.get(key) and all(
+        (one.get(name) or default) == (other.get(name) or default)
+        for name, default in (("split", "all"), ("protocol", "center"))
+    )
+
+
+def restated(
+    assumed: tuple[str, ...], own: Preprocess | None, stated: Preprocess
+) -> tuple[str, ...]:
+    """`assumed` of an artifact whose input contract `own` is replaced by a stated one."""
+    if stated == own:
+        return assumed
+    kept = [entry for entry in assumed if entry.partition(":")[0] != UNKNOWN_INPUT]
+    return (*kept, *stated.assumptions())

@@ -1,0 +1,163 @@
+"""A folded net as an ONNX file, one node an operation, named as in the net.
+
+The traced graph is written node by node: `layer1.0.conv1` in the net is the node
+`layer1.0.conv1` in the file, its output tensor has the same name, and its weights are
+`layer1.0.conv1.weight` and `.bias`. Builders, profilers and calibration tables then speak of
+stages and blocks instead of `node_Conv_754`. A net that the writer does not know (another
+module, another function) is refused at once; parity with torch is checked after every export
+(`verify.py`).
+
+Input `images` float32 [batch, 3, S, S], output `logits` float32 [batch, classes]; the batch is
+dynamic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx, nn
+
+from rtresnet.models.resnet import Add, PadShortcut
+from rtresnet.models.tracing import INPUT, OUTPUT
+from rtresnet.onnxlib import learned, norms
+
+OPSET = 18
+
+
+def to_onnx(
+    graph: fx.GraphModule, *, size: int, name: str, scales: learned.Learned | None = None
+) -> onnx.ModelProto:
+    """Writes a folded net.
+
+    Args:
+        graph: From `fold()`.
+        size: Side of the input, in pixels.
+        name: The graph's name, shown by viewers.
+        scales: Of activations, where training learned them: the file carries them on.
+
+    Returns:
+        A checked model, opset 18, with every shape inferred.
+
+    Raises:
+        TypeError: The net has an operation that this writer does not know.
+    """
+    writer = _Writer()
+    modules = dict(graph.named_modules())
+    tensors: dict[fx.Node, str] = {}
+    classes = 0
+    for node in graph.graph.nodes:
+        inputs = [tensors[argument] for argument in node.all_input_nodes]
+        if node.op == "placeholder":
+            tensors[node] = INPUT
+        elif node.op == "call_module":
+            module = modules[node.target]
+            writer.write(node.target, module, inputs)
+            tensors[node] = node.target
+            if isinstance(module, nn.Linear):
+                classes = module.out_features
+        elif node.op == "output":
+            writer.rename_output(inputs[0], OUTPUT)
+        else:
+            raise TypeError(f"no ONNX form for {node.op} {node.target}")
+    model = helper.make_model(
+        helper.make_graph(
+            writer.nodes,
+            name,
+            [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", 3, size, size])],
+            [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", classes])],
+            writer.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=8,
+        producer_name="rtresnet",
+    )
+    if graph.meta.get(norms.KEY):
+        model.metadata_props.add(key=norms.KEY, value=norms.pack(graph.meta[norms.KEY]))
+    if scales is not None:
+        model.metadata_props.add(key=learned.KEY, value=learned.pack(scales))
+    onnx.checker.check_model(model, full_check=True)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self.writers: dict[type[nn.Module], Callable[[str, Any, list[str]], None]] = {
+            nn.Conv2d: self.conv,
+            nn.Linear: self.linear,
+            nn.MaxPool2d: self.max_pool,
+            PadShortcut: self.pad_shortcut,
+            nn.ReLU: lambda name, _, inputs: self.node("Relu", name, inputs),
+            Add: lambda name, _, inputs: self.node("Add", name, inputs),
+            nn.AdaptiveAvgPool2d: lambda n, _, inputs: self.node("GlobalAveragePool", n, inputs),
+            nn.Flatten: lambda name, _, inputs: self.node("Flatten", name, inputs, axis=1),
+        }
+
+    def write(self, name: str, module: nn.Module, inputs: list[str]) -> None:
+        if type(module) not in self.writers:
+            raise TypeError(f"no ONNX form for {type(module).__name__} at {name}")
+        self.writers[type(module)](name, module, inputs)
+
+    def node(self, op: str, name: str, inputs: list[str], out: str = "", **attributes: Any) -> None:
+        self.nodes.append(
+            helper.make_node(op, inputs, [out or name], name=out or name, **attributes)
+        )
+
+    def constant(self, name: str, value: Tensor | list[int]) -> str:
+        if isinstance(value, Tensor):
+            tensor = numpy_helper.from_array(value.detach().numpy(), name)
+        else:
+            tensor = helper.make_tensor(name, TensorProto.INT64, [len(value)], value)
+        self.initializers.append(tensor)
+        return name
+
+    def conv(self, name: str, module: nn.Conv2d, inputs: list[str]) -> None:
+        assert module.bias is not None and isinstance(module.padding, tuple)
+        weight = self.constant(f"{name}.weight", module.weight)
+        bias = self.constant(f"{name}.bias", module.bias)
+        self.node(
+            "Conv",
+            name,
+            [*inputs, weight, bias],
+            kernel_shape=module.kernel_size,
+            strides=module.stride,
+            pads=module.padding * 2,
+        )
+
+    def linear(self, name: str, module: nn.Linear, inputs: list[str]) -> None:
+        weight = self.constant(f"{name}.weight", module.weight)
+        bias = self.constant(f"{name}.bias", module.bias)
+        self.node("Gemm", name, [*inputs, weight, bias], transB=1)
+
+    def max_pool(self, name: str, module: nn.MaxPool2d, inputs: list[str]) -> None:
+        def pair(value: Any) -> list[int]:
+            return [value, value] if isinstance(value, int) else list(value)
+
+        self.node(
+            "MaxPool",
+            name,
+            inputs,
+            kernel_shape=pair(module.kernel_size),
+            strides=pair(module.stride),
+            pads=pair(module.padding) * 2,
+        )
+
+    def pad_shortcut(self, name: str, module: PadShortcut, inputs: list[str]) -> None:
+        end = 2**31 - 1  # beyond any image: to the end, in the range every parser accepts
+        slices = [
+            self.constant(f"{name}.starts", [0, 0]),
+            self.constant(f"{name}.ends", [end, end]),
+            self.constant(f"{name}.axes", [2, 3]),
+            self.constant(f"{name}.steps", [module.stride] * 2),
+        ]
+        self.node("Slice", name, [*inputs, *slices], out=f"{name}.subsample")
+        pads = self.constant(f"{name}.pads", [0, module.before, 0, 0, 0, module.after, 0, 0])
+        self.node("Pad", name, [f"{name}.subsample", pads])
+
+    def rename_output(self, tensor: str, name: str) -> None:
+        (producer,) = (node for node in self.nodes if tensor in node.output)
+        producer.output[0] = name

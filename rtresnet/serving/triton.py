@@ -1,0 +1,282 @@
+"""A plan or an ONNX file as a model of a Triton Inference Server's repository.
+
+    DIR/NAME/config.pbtxt, labels.txt, 1/model.plan (or model.onnx), 1/model.plan.json
+
+Writes the protobuf text itself, so that neither Triton nor protobuf is needed; the tests hold it
+against Triton's own schema. `rtresnet package` reaches this. Deliberately unaware of what is in a
+plan or an ONNX file: the caller says what their tensors are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtresnet.core import artifacts, atomic_io
+from rtresnet.core.errors import InputError
+from rtresnet.core.sidecar import Profile, Sidecar
+
+TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+}
+BACKENDS = {"plan": "tensorrt", "onnx": "onnxruntime"}
+KINDS = {"auto": "KIND_AUTO", "cuda": "KIND_GPU", "cpu": "KIND_CPU"}
+LABELS = "labels.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """An input or output: its name, type as NumPy calls it, and shape without the batch."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Everything that a model's configuration says.
+
+    Attributes:
+        kind: "plan" or "onnx".
+        precision: As its sidecar says; "int8" makes an ONNX file run in TensorRT on a GPU.
+        inputs, outputs: In the file's order.
+        labels: Names of the classes; none where nobody knows them.
+        profiles: Of a plan, in its order.
+        max_batch: Largest batch that Triton may form.
+        max_delay_us: Microseconds a request may wait for others.
+        instances: Copies on each device.
+        device: "cuda", "cpu", or "auto": a GPU where there is one.
+        parameters: Whatever else belongs to the record, key to text.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    labels: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    max_batch: int
+    max_delay_us: int
+    instances: int
+    device: str
+    parameters: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise InputError(
+                f"--name {self.name}: letters, digits, underscores, dots and dashes only"
+            )
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.dtype not in TYPES:
+                raise InputError(f"{tensor.name} is {tensor.dtype}, which Triton has no type for")
+        for batch in range(1, self.max_batch + 1 if self.profiles else 1):
+            if not any(profile.min <= batch <= profile.max for profile in self.profiles):
+                raise InputError(
+                    f"no profile of {', '.join(map(str, self.profiles))} takes a batch of {batch}, "
+                    "and Triton forms every batch up to its largest without filling up",
+                    fix=f"build the plan with --batch 1:8:{self.max_batch}, or lower --max-batch",
+                )
+
+
+def config(model: Model) -> str:
+    """The text of config.pbtxt."""
+    lines = _interface(model)
+    lines += [f"max_batch_size: {model.max_batch}"]
+    # Sizes are worth preferring where a plan has a profile for each, says Triton of TensorRT only.
+    best = sorted({profile.opt for profile in model.profiles if profile.opt <= model.max_batch})
+    lines += ["dynamic_batching {"]
+    lines += [f"  preferred_batch_size: {_list(best)}"] if best else []
+    lines += [f"  max_queue_delay_microseconds: {model.max_delay_us}", "}"]
+    lines += ["instance_group {", f"  count: {model.instances}", f"  kind: {_kind(model)}"]
+    if len(model.profiles) > 1:  # Triton looks at the first one only, unless it is told
+        lines += [f"  profile: {_text(index)}" for index in range(len(model.profiles))]
+    lines += ["}", "version_policy { latest { num_versions: 1 } }"]
+    if model.kind == "onnx" and model.precision == "int8" and model.device != "cpu":
+        lines += _in_tensorrt(model)
+    for key, value in model.parameters.items():
+        held = f"value {{ string_value: {_text(value)} }}"
+        lines += [f"parameters {{ key: {_text(key)} {held} }}"]
+    return "\n".join(lines) + "\n"
+
+
+def write(
+    root: str | os.PathLike[str],
+    model: Model,
+    source: str | os.PathLike[str],
+    sidecar: Sidecar | None,
+    version: int | None = None,
+) -> Path:
+    """Adds a version of a model to a repository, whole or not at all.
+
+    Args:
+        root: The repository's folder.
+        model: What to configure.
+        source: The plan or ONNX file; copied.
+        sidecar: Its sidecar; copied with it, with its parent found from the new place.
+        version: Its number; the next one by default.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        InputError: That version is there, a later one is, the same file is, or what is there has
+            other inputs, outputs or classes, so that its clients would break.
+    """
+    home, source = Path(root) / model.name, Path(source)
+    there = versions(home)
+    digest = atomic_io.sha256(source)
+    for number in there:
+        held = home / str(number) / f"model{source.suffix.lower()}"
+        if held.is_file() and atomic_io.sha256(held) == digest:
+            raise InputError(f"{held}: is this file already; nothing was written")
+    number = version or max(there, default=0) + 1
+    if number in there:
+        raise InputError(
+            f"{home / str(number)}: is there already, and another file",
+            fix=f"leave out --version for {max(there) + 1}, or remove the folder",
+        )
+    if there and number < max(there):
+        raise InputError(
+            f"--version {number}: {home} holds version {max(there)}, and Triton serves the latest",
+            fix=f"leave out --version for {max(there) + 1}",
+        )
+    labels = "".join(f"{' '.join(label.split())}\n" for label in model.labels)
+    atomic_io.make_folder(root)
+    if not home.exists():
+        with _folder(home) as temporary:
+            _texts(temporary, model, labels)
+            _version(temporary / str(number), home / str(number), source, sidecar)
+        return home / str(number)
+    _require_same_interface(home, model, labels)
+    # Triton passes over folders that are no numbers. The configuration first: killed between the
+    # two, the same command can be run again.
+    with _folder(home / str(number)) as temporary:
+        _version(temporary, home / str(number), source, sidecar)
+        _texts(home, model, labels)
+    return home / str(number)
+
+
+def versions(home: str | os.PathLike[str]) -> list[int]:
+    """The versions that Triton would see in a model's folder, ascending."""
+    home = Path(home)
+    names = [entry.name for entry in home.iterdir() if entry.is_dir()] if home.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"[1-9]\d*", name, re.ASCII))
+
+
+def _interface(model: Model) -> list[str]:
+    """What clients rely on: names, types and shapes. The same for every version of a model."""
+    lines = [f"name: {_text(model.name)}", f"backend: {_text(BACKENDS[model.kind])}"]
+    for tensor in model.inputs:
+        lines += ["input {", *_tensor(tensor)]
+        if len(tensor.dims) == 3:
+            planes = tensor.dims[0] == 3
+            lines += [f"  format: {'FORMAT_NCHW' if planes else 'FORMAT_NHWC'}"]
+        lines += ["}"]
+    for tensor in model.outputs:
+        lines += ["output {", *_tensor(tensor)]
+        # Labels go by position, so they are for a score a class, not for the K best.
+        if model.labels and tensor.dims == (len(model.labels),):
+            lines += [f"  label_filename: {_text(LABELS)}"]
+        lines += ["}"]
+    return lines
+
+
+def _tensor(tensor: Tensor) -> list[str]:
+    return [
+        f"  name: {_text(tensor.name)}",
+        f"  data_type: {TYPES[tensor.dtype]}",
+        f"  dims: {_list(tensor.dims)}",
+    ]
+
+
+def _in_tensorrt(model: Model) -> list[str]:
+    """ONNX Runtime's CUDA provider would compute a Q/DQ file in float; its TensorRT one does not.
+
+    It builds the engine when the model is loaded, and once only if it is told every shape.
+    """
+    options = {"precision_mode": "INT8"}
+    if all(side > 0 for tensor in model.inputs for side in tensor.dims):
+        batches = (("min", 1), ("opt", min(8, model.max_batch)), ("max", model.max_batch))
+        for name, batch in batches:
+            options[f"trt_profile_{name}_shapes"] = ",".join(
+                f"{tensor.name}:{'x'.join(map(str, (batch, *tensor.dims)))}"
+                for tensor in model.inputs
+            )
+    lines = ["optimization { execution_accelerators { gpu_execution_accelerator {"]
+    lines += ['  name: "tensorrt"']
+    for key, value in options.items():
+        lines += [f"  parameters {{ key: {_text(key)} value: {_text(value)} }}"]
+    return [*lines, "} } }"]
+
+
+def _kind(model: Model) -> str:
+    return "KIND_GPU" if model.kind == "plan" else KINDS[model.device]
+
+
+def _text(value: object) -> str:
+    """A string of protobuf's text format."""
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda c: f"\\{ord(c[0]):03o}", escaped) + '"'
+
+
+def _list(values: Sequence[int]) -> str:
+    return f"[ {', '.join(map(str, values))} ]"
+
+
+def _require_same_interface(home: Path, model: Model, labels: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        held = (home / "config.pbtxt").read_text(encoding="utf-8")
+        if not held.startswith("\n".join(_interface(model)) + "\n"):
+            raise InputError(
+                f"{home / 'config.pbtxt'}: of a model with another backend, inputs or outputs, or "
+                "not written by rtresnet",
+                fix="choose another --name",
+            )
+        if (home / LABELS).exists() and (home / LABELS).read_text(encoding="utf-8") != labels:
+            raise InputError(f"{home / LABELS}: names other classes", fix="choose another --name")
+
+
+def _texts(home: Path, model: Model, labels: str) -> None:
+    if labels:
+        atomic_io.write_text(home / LABELS, labels)
+    atomic_io.write_text(home / "config.pbtxt", config(model))
+
+
+def _version(folder: Path, final: Path, source: Path, sidecar: Sidecar | None) -> None:
+    folder.mkdir(exist_ok=True)
+    target = folder / f"model{source.suffix.lower()}"
+    if sidecar is None:
+        shutil.copyfile(source, target)
+        return
+    parent = artifacts.parent_path(source, sidecar)
+    if parent is not None and sidecar.parent is not None:
+        file = os.path.relpath(parent.resolve(), final.resolve())
+        sidecar = dataclasses.replace(
+            sidecar, parent=dataclasses.replace(sidecar.parent, file=file)
+        )
+    artifacts.publish(target, lambda path: shutil.copyfile(source, path), sidecar)
+
+
+@contextlib.contextmanager
+def _folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final` that takes its place when the body is through."""
+    temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

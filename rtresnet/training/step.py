@@ -1,0 +1,233 @@
+"""One optimizer step: forward and backward over a batch's parts, then SGD.
+
+Knows the numerics (autocast, compilation, gradient clipping), not what comes before or after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtresnet.core import hardware
+from rtresnet.core.errors import EnvironmentLack, GateMissed, InputError
+from rtresnet.models.resnet import ResNet
+from rtresnet.training.distributed import World
+from rtresnet.training.ema import Average
+from rtresnet.training.qat import FakeQuantized
+from rtresnet.training.recipe import Recipe
+from rtresnet.training.train_loader import Micro
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_SCALE = 2.0**-8  # of the loss in fp16: below it, gradients are too large at any scale
+
+
+def settle_precision(recipe: Recipe, device: str) -> str:
+    """The precision that "auto" stands for; checks one that was chosen.
+
+    Returns:
+        "bf16" where the GPU or the processor computes in it, which an emulation in software does
+        not count as; "fp16" on GPUs with fp16 tensor cores only (sm_70, sm_75); else "fp32".
+        Quantization-aware training is always "fp32".
+
+    Raises:
+        InputError: FP16 on a CPU, where it is slower than FP32.
+    """
+    if recipe.precision == "auto" and recipe.qat:
+        return "fp32"
+    on_gpu = device.startswith("cuda")
+    if recipe.precision == "auto" and on_gpu:
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bf16"
+            return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "fp32"
+    if recipe.precision == "auto":
+        return "bf16" if hardware.native_bf16() else "fp32"
+    if recipe.precision == "fp16" and not on_gpu:
+        raise InputError("precision=fp16 trains on a GPU only", fix="--set precision=bf16")
+    return recipe.precision
+
+
+def check_compiler(recipe: Recipe, device: str) -> None:
+    """torch.compile on a CPU writes C++.
+
+    Raises:
+        EnvironmentLack: There is no compiler for it.
+    """
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if recipe.compile and device == "cpu" and not any(shutil.which(n) for n in names if n):
+        raise EnvironmentLack(
+            "torch.compile needs a C++ compiler, and there is none",
+            fix="apt install g++, or leave --compile out",
+        )
+
+
+@contextlib.contextmanager
+def cudnn_benchmark(device: str) -> Iterator[None]:
+    """Let cuDNN time its convolution algorithms for each new shape, and use the fastest.
+
+    The sums of two runs on a GPU may be in different orders, as they may be without it.
+
+    Args:
+        device: Where the net trains; nothing changes on a CPU.
+    """
+    before = torch.backends.cudnn.benchmark
+    if device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class Stepper:
+    """A net in training.
+
+    In fp16 the loss is scaled so that small gradients do not vanish. A step whose gradients
+    overflow changes no weights and halves the scale. It counts as a step all the same: learning
+    rate and images follow from the step's number, so a resumed run meets the same ones.
+
+    Args:
+        net: On its device; changed by every step.
+        recipe: With a settled precision.
+        world: Over which gradients are averaged.
+        device: The net's.
+    """
+
+    def __init__(
+        self, net: ResNet | FakeQuantized, recipe: Recipe, world: World, device: str
+    ) -> None:
+        self.net, self.recipe = net, recipe
+        self.fake = net if isinstance(net, FakeQuantized) else None
+        self.kind = "cuda" if device.startswith("cuda") else "cpu"
+        self.frozen = freeze(net.net if isinstance(net, FakeQuantized) else net, recipe.freeze)
+        self.optimizer = torch.optim.SGD(
+            _groups(net, recipe),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            fused=True,
+        )
+        self._create_momentum()
+        self.average = Average(net, recipe.ema) if recipe.ema else None
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=recipe.precision == "fp16")
+        self.wrapped = world.wrap(net, device)
+        self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights to be evaluated and kept: the average where there is one."""
+        return self.average.net if self.average else self.net
+
+    def train(self) -> None:
+        """Into training mode; what is frozen stays in evaluation mode."""
+        self.net.train()
+        for part in self.frozen:
+            part.eval()
+
+    def _create_momentum(self) -> None:
+        """Starts momentum at zero, which makes the first update the same as without a buffer.
+
+        torch's fused SGD creates the buffers without initializing them, and a first step that is
+        skipped because of an overflow leaves them so.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                state = self.optimizer.state[parameter]
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def loss_scale(self) -> float | None:
+        """The factor that the loss is multiplied with in fp16; None in other precisions.
+
+        Waits for the GPU.
+
+        Raises:
+            GateMissed: It has become so small that every step's gradients overflow.
+        """
+        if not self.scaler.is_enabled():
+            return None
+        scale = float(self.scaler.get_scale())
+        if scale < LEAST_SCALE:
+            raise GateMissed(
+                f"the gradients overflow in fp16 even at a loss scale of {scale:g}, so no step "
+                "changes the weights",
+                fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set precision=fp32",
+            )
+        return scale
+
+    def step(self, micros: Sequence[Micro], lr: float) -> tuple[Tensor, Tensor]:
+        """One update.
+
+        Returns:
+            The mean loss and the number of hits of this process's images, on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, hits = [], []
+        for number, micro in enumerate(micros):
+            with self._gradients_stay_here(last=number == len(micros) - 1):
+                loss, correct = self._backward(micro, len(micros))
+            losses.append(loss)
+            hits.append(correct)
+        self.scaler.unscale_(self.optimizer)
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
+        scales = self.fake.scales.detach().clone() if self.fake else None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.fake and scales is not None:
+            self.fake.hold_scales(scales)
+        if self.average:
+            self.average.update(self.net)
+        return torch.stack(losses).mean(), torch.stack(hits).sum()
+
+    def _backward(self, micro: Micro, parts: int) -> tuple[Tensor, Tensor]:
+        cast = AUTOCAST.get(self.recipe.precision)
+        with torch.autocast(self.kind, cast or torch.bfloat16, enabled=cast is not None):
+            logits = self.forward(micro.inputs)
+        logits = logits.float()
+        smoothing = self.recipe.label_smoothing
+        loss = nn.functional.cross_entropy(logits, micro.labels, label_smoothing=smoothing)
+        if micro.share != 1:
+            other = nn.functional.cross_entropy(logits, micro.others, label_smoothing=smoothing)
+            loss = micro.share * loss + (1 - micro.share) * other
+        self.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), (logits.argmax(1) == micro.labels).sum()
+
+    def _gradients_stay_here(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are averaged over the processes once a step, with its last part."""
+        if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+
+def freeze(net: ResNet, parts: int) -> list[nn.Module]:
+    """Stops the first `parts` of stem and stages from learning; returns them."""
+    if not parts:
+        return []
+    frozen: list[nn.Module] = [net.conv1, net.bn1]
+    frozen += [getattr(net, name) for name in net.stages[: parts - 1]]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def _groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    scales = net.scales if isinstance(net, FakeQuantized) else None  # of activations: no decay
+    if recipe.decay_norms and scales is None:
+        return [{"params": learning, "weight_decay": recipe.weight_decay}]
+
+    def decays(parameter: Tensor) -> bool:
+        return parameter is not scales and (parameter.ndim > 1 or recipe.decay_norms)
+
+    return [
+        {"params": [p for p in learning if decays(p)], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in learning if not decays(p)], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from rtresnet.core import errors
+from rtresnet.core.errors import (
+    ArtifactError,
+    DataError,
+    EnvironmentLack,
+    GateMissed,
+    InputError,
+    Overloaded,
+    RtresnetError,
+    UnknownName,
+    missing_package,
+)
+
+TREE = {
+    RtresnetError: (Exception, 2),
+    InputError: (RtresnetError, 2),
+    UnknownName: (InputError, 2),
+    DataError: (InputError, 2),
+    ArtifactError: (InputError, 2),
+    EnvironmentLack: (RtresnetError, 3),
+    Overloaded: (EnvironmentLack, 3),
+    GateMissed: (RtresnetError, 1),
+}
+
+
+@pytest.mark.parametrize("cls", TREE, ids=lambda cls: cls.__name__)
+def test_a_class_has_its_place_in_the_tree_and_its_exit_code(cls: type[RtresnetError]) -> None:
+    parent, code = TREE[cls]
+    assert cls.__bases__[0] is parent
+    assert cls.exit_code == code
+
+
+def test_the_tree_drawn_in_the_docstring_is_complete() -> None:
+    defined = {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, RtresnetError)
+    }
+    assert defined == set(TREE)
+    assert errors.__doc__ is not None
+    drawn = errors.__doc__.partition("\n\n")[2].partition("\n\n")[0]
+    for cls in defined:
+        assert cls.__name__ in drawn
+
+
+def test_what_is_wrong_with_an_input_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"net\.pt: truncated"):
+        raise ArtifactError("net.pt: truncated")
+    assert not issubclass(EnvironmentLack, ValueError)
+    assert not issubclass(GateMissed, ValueError)
+
+
+def test_message_and_fix_are_one_line() -> None:
+    error = ArtifactError("net.pt: truncated", fix="copy it again")
+    assert str(error) == "net.pt: truncated; copy it again"
+    assert (error.message, error.fix) == ("net.pt: truncated", "copy it again")
+
+
+def test_without_a_fix_the_message_stands_alone() -> None:
+    error = DataError("no images")
+    assert str(error) == "no images"
+    assert error.fix is None
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("resnet5", "resnet50"), ("ResNet18", "resnet18"), ("resent34", "34")]
+)
+def test_an_unknown_name_comes_with_the_nearest_one(given: str, nearest: str) -> None:
+    error = UnknownName("model", given, ["resnet18", "resnet34", "resnet50"])
+    assert f"unknown model {given!r}" in str(error)
+    assert error.fix is not None
+    assert nearest in error.fix
+    assert "known: resnet18, resnet34, resnet50" in error.fix
+
+
+def test_unknown_name_of_a_long_table_comes_with_the_nearest_only() -> None:
+    error = UnknownName("model", "resnet5", [f"resnet{depth}" for depth in range(10, 60)])
+    assert error.fix is not None and "did you mean" in error.fix and "known:" not in error.fix
+
+
+def test_a_name_like_none_of_them_comes_with_all_of_them() -> None:
+    error = UnknownName("method", "zzz", (name for name in ("minmax", "entropy", "percentile")))
+    assert str(error) == "unknown method 'zzz'; known: minmax, entropy, percentile"
+
+
+def test_a_missing_package_says_what_for_and_how_to_install_it() -> None:
+    error = missing_package("scikit-learn", "the data set 'digits'")
+    assert error.exit_code == 3
+    assert "the data set 'digits'" in str(error)
+    assert error.fix == "pip install scikit-learn"
+    assert "\n" not in str(error)

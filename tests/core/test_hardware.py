@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtresnet.core import hardware
+
+
+def test_a_gpu_is_named_as_builders_name_it() -> None:
+    ada = hardware.Gpu(name="L4", capability=(8, 9), memory=1 << 34)
+    blackwell = hardware.Gpu(name="B200", capability=(10, 0), memory=1 << 37)
+    assert (ada.target, blackwell.target) == ("sm_89", "sm_100")
+
+
+def test_gpus_are_all_described_or_there_are_none() -> None:
+    for gpu in hardware.gpus():
+        assert gpu.name
+        assert gpu.capability >= (5, 0)
+        assert gpu.memory > 1 << 30
+
+
+class Driver:
+    """libcuda with two devices, as ctypes calls it; `uuid_calls` are the functions it has."""
+
+    def __init__(self, *uuid_calls: str) -> None:
+        for name in uuid_calls:
+            setattr(self, name, self.uuid)
+
+    def uuid(self, out: Any, device: ctypes.c_int) -> int:
+        out[:] = bytes(range(15)) + bytes([device.value])
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if name.startswith("cuDeviceGetUuid"):
+            raise AttributeError(name)
+        return lambda *arguments: 0
+
+    def cuDeviceGetCount(self, out: Any) -> int:
+        out._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, out: Any, index: int) -> int:
+        out._obj.value = index
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("calls", "first"),
+    [
+        (("cuDeviceGetUuid_v2", "cuDeviceGetUuid"), "00010203-0405-0607-0809-0a0b0c0d0e00"),
+        (("cuDeviceGetUuid",), "00010203-0405-0607-0809-0a0b0c0d0e00"),
+        ((), None),
+    ],
+)
+def test_gpus_uuid_is_the_drivers_or_none(
+    calls: tuple[str, ...], first: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(*calls))
+    found = hardware.gpus.__wrapped__()
+    assert len(found) == 2 and found[0].uuid == first
+    assert first is None or found[1].uuid == f"{first[:-1]}1"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_cores_are_those_this_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    assert hardware.cores() == len(before)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert hardware.cores() == 1
+        assert hardware.cpu().endswith(", 1 cores")
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_installed_needs_no_import_to_know() -> None:
+    assert hardware.installed("numpy")
+    assert hardware.installed("importlib.metadata")
+    assert not hardware.installed("no_such_module")
+    assert not hardware.installed("no_such_parent.child")
+
+
+def test_the_version_is_that_of_the_first_distribution_there_is() -> None:
+    assert hardware.version("no-such-distribution", "numpy") == metadata.version("numpy")
+    assert hardware.version("no-such-distribution") is None
+
+
+def test_versions_leave_out_what_is_not_installed() -> None:
+    found = hardware.versions(["numpy", "no-such-distribution"])
+    assert found == {"python": platform.python_version(), "numpy": metadata.version("numpy")}
+
+
+def test_available_memory_is_some_of_what_there_is() -> None:
+    available = hardware.available_memory()
+    if available is not None:
+        assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_commit_is_gits_own(tmp_path: Path) -> None:
+    """Of a branch, packed or not, of a detached head, of a worktree; None without git."""
+    if shutil.which("git") is None:
+        pytest.skip("no git here")
+    here = tmp_path / "checkout"
+    (here / "rtresnet" / "core").mkdir(parents=True)
+    shutil.copy(hardware.__file__, here / "rtresnet" / "core" / "hardware.py")
+
+    def git(*arguments: str, folder: Path = here) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(
+            command, cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def commit(folder: Path = here) -> str | None:
+        place = folder / "rtresnet" / "core" / "hardware.py"
+        spec = importlib.util.spec_from_file_location("m", place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["m"] = module  # its dataclass looks itself up
+        spec.loader.exec_module(module)
+        found: str | None = module.commit()
+        return found
+
+    assert commit() is None
+    git("init", "-q", "-b", "main")
+    assert commit() is None  # nothing is committed yet
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    assert commit() == head
+    git("pack-refs", "--all")
+    assert commit() == head
+    git("worktree", "add", "-q", "-b", "other", str(tmp_path / "tree"))
+    git("commit", "-qm", "two", "--allow-empty", folder=tmp_path / "tree")
+    assert commit(tmp_path / "tree") == git("rev-parse", "HEAD", folder=tmp_path / "tree") != head
+    git("checkout", "-q", "--detach")
+    assert commit() == head
