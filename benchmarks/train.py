@@ -25,13 +25,13 @@ from torch import nn
 
 from rtresnet.core import hardware
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.loader import Tally
+from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
 from rtresnet.training.distributed import ALONE
 from rtresnet.training.recipes import resolve
 from rtresnet.training.step import Stepper
-from rtresnet.training.train_loader import Feed
+from rtresnet.training.train_loader import TrainLoader
 
 BATCH = {32: 128, 128: 32}
 STEPS = {32: 8, 128: 4}  # a round
@@ -77,8 +77,12 @@ def ours(
     recipe = resolve("paper-cifar", images=len(images), size=size, depth=20, settings=settings)
     source = Arrays("benchmark", images, labels, [str(index) for index in range(10)])
     net = zoo.build(spec, 10).to(memory_format=torch.channels_last)
-    feed = Feed(
-        source, np.arange(len(images)), Preprocess.for_size(size), recipe, tally=Tally(len(images))
+    feed = TrainLoader(
+        source,
+        np.arange(len(images)),
+        Preprocess.for_size(size),
+        recipe,
+        tally=DecodeErrors(len(images)),
     )
     stepper = Stepper(net, recipe, ALONE, "cpu")
     stepper.train()

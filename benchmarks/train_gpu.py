@@ -24,13 +24,13 @@ from common import markdown, rtresnet, save
 
 from rtresnet.core import hardware
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.loader import Tally
+from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
 from rtresnet.training.distributed import ALONE
 from rtresnet.training.recipes import resolve
 from rtresnet.training.step import Stepper, cudnn_benchmark
-from rtresnet.training.train_loader import Feed
+from rtresnet.training.train_loader import TrainLoader
 
 PAPER_ERROR = 8.75  # ResNet-20 on CIFAR-10, table 6
 
@@ -52,8 +52,9 @@ def throughput(device: str, batch: int, steps: int, size: int, *, compiled: bool
     source = Arrays("noise", images, np.arange(2 * batch) % 10, [str(i) for i in range(10)])
     settings = {"batch": batch, "precision": "bf16", "compile": compiled, "padding": 0}
     recipe = resolve("paper-imagenet", images=2 * batch, size=size, depth=50, settings=settings)
-    feed = Feed(source, np.arange(2 * batch), Preprocess.for_size(size), recipe, device=device,
-                tally=Tally(2 * batch))  # fmt: skip
+    feed = TrainLoader(source, np.arange(2 * batch), Preprocess.for_size(size), recipe,
+                device=device,
+                tally=DecodeErrors(2 * batch))  # fmt: skip
     net = zoo.build(zoo.spec("resnet50"), 10).to(device).to(memory_format=torch.channels_last)
     stepper = Stepper(net, recipe, ALONE, device)
     stepper.train()

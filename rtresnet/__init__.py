@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rtresnet.core.errors import (
-        EnvironmentLack,
-        GateMissed,
+        CheckFailedError,
         InputError,
-        Overloaded,
+        QueueFullError,
         RtresnetError,
+        UnavailableError,
     )
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.runtime.batcher import Batcher
@@ -28,13 +28,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batcher",
-    "EnvironmentLack",
-    "GateMissed",
+    "CheckFailedError",
     "InputError",
-    "Overloaded",
     "Preprocess",
+    "QueueFullError",
     "RtresnetError",
     "Session",
+    "UnavailableError",
     "__version__",
     "load",
     "pinned",

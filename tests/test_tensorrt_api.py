@@ -398,7 +398,7 @@ START_PROBE = """
 import importlib, sys
 from rtresnet.core import trt_loading
 from rtresnet.builder import engine
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = trt_loading.load_tensorrt(sys.argv[1])
 errors = ErrorLog()
@@ -408,7 +408,7 @@ for kind, logged, reason in (
 ):
     try:
         trt_loading.create(trt, kind, logged, reason)
-    except EnvironmentLack as error:
+    except UnavailableError as error:
         print(error.exit_code, error.message, "|", error.fix)
 """
 
@@ -431,10 +431,10 @@ def test_missing_library_is_one_line_with_exit_code_3(api: Api, tmp_path: Path) 
     probe = """
 import sys
 from rtresnet.core import trt_loading
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 try:
     trt_loading.load_tensorrt(sys.argv[1])
-except EnvironmentLack as error:
+except UnavailableError as error:
     print(error.exit_code, error)
 """
     without: Any = Api(module=api.module, version=api.version, names={}, environment=lacking)

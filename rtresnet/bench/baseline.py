@@ -44,7 +44,7 @@ class Judgement:
     regression: bool
 
 
-def unlike(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+def config_diff(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     """In what two results differ that ought to be alike, as "device: A, was B"."""
     both = (now, then)
     pairs: dict[str, list[Any]] = {
@@ -74,7 +74,7 @@ def judge(now: Mapping[str, Any], then: Mapping[str, Any], *, tolerance: float) 
         tolerance: 0.03 lets it be 3 % slower.
     """
     figure = FIGURES[scenario(now)]
-    found = compare.apart(then["samples"], now["samples"], figure=figure)
+    found = compare.compare_unpaired(then["samples"], now["samples"], figure=figure)
     regression = found is not None and found.high < 1 / (1 + tolerance)
     return Judgement(figure=figure, comparison=found, regression=regression)
 

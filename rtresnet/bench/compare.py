@@ -95,7 +95,7 @@ def median_bounds(samples: np.ndarray, level: float) -> bootstrap.Interval:
     return float(ordered[max(out - 1, 0)]), float(ordered[min(n - out, n - 1)])
 
 
-def apart(
+def compare_unpaired(
     reference: Sequence[float], other: Sequence[float], *, figure: str, comparisons: int = 1
 ) -> Comparison | None:
     """Compares samples of two runs that were not taken in turn.

@@ -221,7 +221,7 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
     )
 
 
-def told_apart(single: Answers, tolerance: float) -> float:
+def discriminability(single: Answers, tolerance: float) -> float:
     """The share of pairs of images, in [0, 1], that would be noticed if they changed places."""
     ones, others = np.tril_indices(len(single), -1)
     return float((single[ones].difference(single[others]) > tolerance).mean())

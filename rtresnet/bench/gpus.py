@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rtresnet.bench.kernels import Kernel
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def find(name: str) -> Gpu:
     """A GPU by its name, as people and drivers write it: "rtx4090", "NVIDIA A100-SXM4-80GB".
 
     Raises:
-        UnknownName: Not in the table.
+        UnknownNameError: Not in the table.
     """
     words = _words(name)
     for gpu in GPUS:
@@ -91,7 +91,7 @@ def find(name: str) -> Gpu:
     for family, form in FIRST_MEANT.items():
         if family in words and words - {family} <= SAYS_NOTHING:
             return find(form)
-    raise UnknownName("GPU", name, [gpu.name for gpu in GPUS])
+    raise UnknownNameError("GPU", name, [gpu.name for gpu in GPUS])
 
 
 def _words(name: str) -> set[str]:

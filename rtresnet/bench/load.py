@@ -76,7 +76,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warm:
+class WarmupResult:
     """How a warm-up ended.
 
     Attributes:
@@ -289,7 +289,7 @@ def result(
     )
 
 
-def warm_up(candidate: Candidate, clock: Clock) -> Warm:
+def warm_up(candidate: Candidate, clock: Clock) -> WarmupResult:
     """Serves until three windows have medians within 5 %, or for two seconds.
 
     A window is three requests, and 50 ms of them where they are short.
@@ -298,7 +298,9 @@ def warm_up(candidate: Candidate, clock: Clock) -> Warm:
         return _until_steady(serve, candidate.requests, clock)
 
 
-def _until_steady(serve: Callable[[Any], object], requests: Sequence[Any], clock: Clock) -> Warm:
+def _until_steady(
+    serve: Callable[[Any], object], requests: Sequence[Any], clock: Clock
+) -> WarmupResult:
     medians: list[float] = []
     begin, served = clock.now(), 0
     while True:
@@ -313,4 +315,4 @@ def _until_steady(serve: Callable[[Any], object], requests: Sequence[Any], clock
         last = medians[-3:]
         steady = len(last) == 3 and max(last) <= min(last) * (1 + STEADY)
         if steady or clock.now() - begin > CAP_SECONDS:
-            return Warm(steady=steady, seconds=medians[-1])
+            return WarmupResult(steady=steady, seconds=medians[-1])

@@ -25,7 +25,7 @@ import numpy as np
 from rtresnet.bench import load, queueing, stats
 from rtresnet.bench.clock import Clock, PausableClock, WallClock
 from rtresnet.bench.load import Candidate, Measurement
-from rtresnet.core.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, QueueFullError
 
 Submit = Callable[[Any], "Future[Any]"]
 GiveUp = Callable[[list[float]], bool]
@@ -178,7 +178,7 @@ def _submitted(
         late.append((clock.now() - moment) * 1e3)
         try:
             future = submit(candidate.requests[number % len(candidate.requests)])
-        except Overloaded:
+        except QueueFullError:
             refused += 1
             continue
         sent += 1
@@ -273,9 +273,9 @@ def closed(
     while True:
         moment, after = answer()
         latencies.append((after - moment) * 1e3)
-        hopeless = give_up(latencies) if submit else clock.exclude(after_request)
+        early_stop = give_up(latencies) if submit else clock.exclude(after_request)
         enough = len(latencies) >= queries if queries else after - begin >= seconds
-        if (enough and len(latencies) >= fewest) or hopeless:
+        if (enough and len(latencies) >= fewest) or early_stop:
             break
         send()
     for _ in range(concurrency - 1 if submit else 0):

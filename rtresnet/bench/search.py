@@ -47,7 +47,7 @@ class Found:
     points: tuple[Point, ...]
 
 
-def hopeless(bound: float) -> Callable[[list[float]], bool]:
+def early_stop(bound: float) -> Callable[[list[float]], bool]:
     """Whether a run cannot hold a p99 any more: of ten requests or more most are late already."""
     late = 0
     seen = 0

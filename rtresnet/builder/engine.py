@@ -33,7 +33,7 @@ from rtresnet.builder.layers import Layer, Layers
 from rtresnet.builder.nodes import ADD, CONVOLUTION, Node
 from rtresnet.builder.profiles import fitting
 from rtresnet.core import artifacts, atomic_io, hardware, serialization, trt_loading
-from rtresnet.core.errors import ArtifactError, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 
@@ -72,8 +72,8 @@ def build(
         ArtifactError: The file does not parse, or does not build; every complaint is in the
             message.
         InputError: A target, a profile or an option that the builder does not take.
-        EnvironmentLack: The builder is not installed or does not start here.
-        GateMissed: A convolution does not take the precision the file promises. Nothing is
+        UnavailableError: The builder is not installed or does not start here.
+        CheckFailedError: A convolution does not take the precision the file promises. Nothing is
             written then.
         KeyboardInterrupt: Ctrl-C; nothing is written then.
     """
@@ -95,7 +95,7 @@ def check(
 
     Raises:
         ArtifactError: As `build`.
-        EnvironmentLack: As `build`.
+        UnavailableError: As `build`.
         InputError: As `build`.
     """
     trt = targets.builder(builder)
@@ -163,7 +163,7 @@ def _build(
     if serialized is None:
         said = log.complaints()
         raise ArtifactError(
-            f"{source}: the build failed{preflight.whereabouts(said, graph)}: {said}"
+            f"{source}: the build failed{preflight.locate_node(said, graph)}: {said}"
         )
     plan = Plan(
         builder=trt.__name__,
@@ -272,7 +272,7 @@ def _publish(
     with contextlib.ExitStack() as stack:
 
         def describe() -> Sidecar:
-            attested = verify_precision.attest(dump, graph, activations)
+            attested = verify_precision.verify_precision(dump, graph, activations)
             if attested is not None:
                 _hold(source, parent, attested, verify_precision.kernel_types(dump, graph))
             # What TensorRT-RTX builds for without --target is in the plan's header only.
@@ -316,7 +316,7 @@ def _hold(source: Path, parent: Sidecar, attested: Attestation, types: Mapping[s
         return
     counts = {t: n for t, n in attested.dtypes.items() if t in wrong.values()}
     named = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-    raise GateMissed(
+    raise CheckFailedError(
         f"{source}: {parent.precision} was asked for, and of {attested.convolutions} convolutions "
         + ", ".join(
             f"{count} are in no kernel whose type is known"

@@ -65,7 +65,7 @@ def inspect_engine(
         The inspector's JSON, one text per profile; empty where the engine does not open.
 
     Raises:
-        EnvironmentLack: No Runtime can be created.
+        UnavailableError: No Runtime can be created.
     """
     runtime = trt_loading.create(trt, "Runtime", logger, reason)
     engine = runtime.deserialize_cuda_engine(serialized)

@@ -125,7 +125,7 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
         )
 
 
-def whereabouts(message: str, nodes: Mapping[str, Node]) -> str:
+def locate_node(message: str, nodes: Mapping[str, Node]) -> str:
     """What a builder's complaint is about, as " (at layer1.0.conv1: conv 3x3 of layer1.0)"."""
     words = message.replace("'", " ").replace('"', " ").replace("[", " ").replace("]", " ").split()
     named = [nodes[word.strip(".,;:()")] for word in words if word.strip(".,;:()") in nodes]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rtresnet.core import gpu_targets, hardware, trt_loading
-from rtresnet.core.errors import EnvironmentLack, InputError, UnknownName
+from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
 
 RTX_TARGETS = tuple(gpu_targets.SERVED)
 DEFAULT = RTX_TARGETS[1:]  # what TensorRT-RTX builds for when nothing is said
@@ -27,14 +27,14 @@ def builder(choice: str = "auto") -> Any:
             GPU, else `tensorrt_rtx`.
 
     Raises:
-        EnvironmentLack: It is not installed or does not load, or `tensorrt` has no GPU to build on.
+        UnavailableError: It is not installed, does not load, or `tensorrt` has no GPU here.
     """
     if choice not in ("auto", *BUILDERS):
-        raise UnknownName("builder", choice, ("auto", *BUILDERS))
+        raise UnknownNameError("builder", choice, ("auto", *BUILDERS))
     choice = _chosen(choice)
     # Without a device TensorRT ends the process where it should raise an error.
     if choice == "tensorrt" and hardware.installed("tensorrt") and not hardware.gpus():
-        raise EnvironmentLack(
+        raise UnavailableError(
             "tensorrt builds for the GPU in the machine, and there is none", fix="use --builder rtx"
         )
     return trt_loading.load_tensorrt(BUILDERS[choice])
@@ -63,7 +63,7 @@ def parse(given: str | Sequence[str] | None, builder: str = "auto") -> tuple[str
 
     Raises:
         InputError: What TensorRT-RTX does not serve, with what does; or no target at all.
-        EnvironmentLack: `current` without a GPU.
+        UnavailableError: `current` without a GPU.
     """
     texts = [given] if isinstance(given, str) else list(given or ())
     names = [part.strip() for text in texts for part in text.split(",") if part.strip()]
@@ -86,7 +86,7 @@ def parse(given: str | Sequence[str] | None, builder: str = "auto") -> tuple[str
 def _target(name: str) -> str:
     if name.lower() == CURRENT:
         if not hardware.gpus():
-            raise EnvironmentLack(
+            raise UnavailableError(
                 "--target current: there is no GPU in this machine",
                 fix="name the one it is for, as in --target sm_89 or --target L4",
             )

@@ -19,7 +19,7 @@ from rtresnet.core.sidecar import Attestation
 KERNELS = (CONVOLUTION, MATMUL)  # roles
 
 
-def attest(
+def verify_precision(
     layers: Sequence[Layer], nodes: Mapping[str, Node], activations: Sequence[int] = ()
 ) -> Attestation | None:
     """Counts what the layers of an engine show.

@@ -11,7 +11,7 @@ import click
 
 from rtresnet.cli import bench_baseline, bench_find, bench_load, common, opening
 from rtresnet.cli.bench_show import show, where, where_lines
-from rtresnet.core.errors import EnvironmentLack, InputError, RtresnetError
+from rtresnet.core.errors import InputError, RtresnetError, UnavailableError
 
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
@@ -328,7 +328,7 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
     sidecar = artifacts.verify(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     if sidecar is None or parent is None:
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
         )
     atomic_io.require_file(parent, fix="bring the ONNX file along, or run on a GPU")

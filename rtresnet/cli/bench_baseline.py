@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.cli import common
-from rtresnet.core.errors import GateMissed, InputError
+from rtresnet.core.errors import CheckFailedError, InputError
 
 
 def percent(given: str) -> float:
@@ -63,8 +63,8 @@ def require_alike(
         )
     for now, then in zip(planned, recorded, strict=True):
         if baseline.scenario(now) != baseline.scenario(then):
-            raise InputError(f"{path}: {'; '.join(baseline.unlike(now, then))}")
-        if (different := baseline.unlike(now, then)) and not force:
+            raise InputError(f"{path}: {'; '.join(baseline.config_diff(now, then))}")
+        if (different := baseline.config_diff(now, then)) and not force:
             raise InputError(
                 f"{path}: {'; '.join(different)}", fix="--force compares them all the same"
             )
@@ -100,14 +100,14 @@ def gate(
 
 
 def refuse_regressions(judged: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> None:
-    """Raises GateMissed where there is a regression, InputError where none could be seen."""
+    """Raises CheckFailedError where there is a regression, InputError where none could be seen."""
     slower = [
         f"{Path(entry['measured']).name} at batch {entry['batch']}"
         for entry, found in zip(results, judged, strict=True)
         if found["regression"]
     ]
     if slower:
-        raise GateMissed(f"slower than {judged[0]['baseline']}: {', '.join(slower)}")
+        raise CheckFailedError(f"slower than {judged[0]['baseline']}: {', '.join(slower)}")
     unseen = sorted({found["figure"] for found in judged if found["comparison"] is None})
     if unseen:
         raise InputError(

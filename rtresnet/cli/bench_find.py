@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import bench_load, common
-from rtresnet.core.errors import GateMissed, InputError
+from rtresnet.core.errors import CheckFailedError, InputError
 
 if TYPE_CHECKING:
     from rtresnet.bench.load import Measurement
@@ -50,7 +50,7 @@ def search(session: Session, load: bench_load.Load, *, what: str, bound: float) 
         )
         return bench_load.arriving(
             session, bench_load.candidate(session, asked, int(count)), asked, int(count),
-            fewest=FEWEST, give_up=searching.hopeless(bound),
+            fewest=FEWEST, give_up=searching.early_stop(bound),
         )  # fmt: skip
 
     def at_rate(rate: float) -> Measurement:
@@ -58,7 +58,7 @@ def search(session: Session, load: bench_load.Load, *, what: str, bound: float) 
         asked = dataclasses.replace(
             load, scenario="server", qps=rate, queries=arrivals, seed=next(seeds)
         )
-        return bench_load.arriving(session, one, asked, give_up=searching.hopeless(bound))
+        return bench_load.arriving(session, one, asked, give_up=searching.early_stop(bound))
 
     if what == "batch":
         most = load.max_batch if load.max_batch > 1 else LARGEST_BATCH
@@ -125,12 +125,14 @@ def show(path: str, found: dict[str, Any], bound: float) -> None:
 
 
 def require_best(path: str, found: dict[str, Any], bound: float) -> None:
-    """Raises GateMissed where no load held the bound."""
+    """Raises CheckFailedError where no load held the bound."""
     if found["best"] is None:
         smallest = found["points"][0]
         least = f"{found['what']} {smallest['load']:g}" if smallest["load"] else "one alone"
         p99 = "most are later" if smallest["p99"] is None else f"p99 {smallest['p99']:.3g} ms"
-        raise GateMissed(f"{path}: no {found['what']} holds a p99 of {bound:g} ms; {least}: {p99}")
+        raise CheckFailedError(
+            f"{path}: no {found['what']} holds a p99 of {bound:g} ms; {least}: {p99}"
+        )
 
 
 def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -138,7 +140,7 @@ def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]]) -> N
 
     Raises:
         InputError: Another suffix.
-        EnvironmentLack: matplotlib is not installed.
+        UnavailableError: matplotlib is not installed.
     """
     from rtresnet.core import atomic_io
     from rtresnet.report import plots

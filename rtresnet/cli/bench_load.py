@@ -316,7 +316,7 @@ def _compared(measured: list[Measurement], scenario: str) -> list[Measurement]:
     first, *others = measured
     result = [first]
     for other in others:
-        found = compare.apart(
+        found = compare.compare_unpaired(
             first.samples, other.samples, figure=baseline.FIGURES[scenario],
             comparisons=len(others),
         )  # fmt: skip

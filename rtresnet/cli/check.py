@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import bench_show, common, opening
-from rtresnet.core.errors import DataError, GateMissed
+from rtresnet.core.errors import CheckFailedError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ def command(
     if failed:
         first = failed[0]
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise GateMissed(
+        raise CheckFailedError(
             f"{path}: {first['name']} ({first['compared']}): {first['why']}{more}",
             fix="noise is not what its ranges were made for: --data SPEC"
             if first["name"] == "parent" and data is None and result["precision"] == "int8"
@@ -94,7 +94,7 @@ def run(path: str, *, data: str | None = None, images: int = 16, **options: Any)
     if parent is not None and checks[0].name != "alone":
         with common.progress(f"running {parent}"):
             checks.append(_against(parent, pixels, single, _bound(subject)))
-    apart = consistency.told_apart(single, single.allowed(share))
+    apart = consistency.discriminability(single, single.allowed(share))
     return {
         "artifact": path,
         "precision": subject.precision,
@@ -197,7 +197,7 @@ def _photographs(data: str, count: int, subject: Subject) -> np.ndarray:
     from rtresnet.data.sources import open_images
 
     crop, source = subject.preprocess.crop, open_images(data)
-    tally = loader.Tally(len(source), common.note)
+    tally = loader.DecodeErrors(len(source), common.note)
     chosen = loader.sample(source, count)
     found = [image for _, image in loader.indexed(source, chosen, lambda _, i: crop(i), tally)]
     if len(found) < 2:

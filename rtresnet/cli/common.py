@@ -341,12 +341,12 @@ def progress(description: str, total: float | None = None) -> AbstractContextMan
 
 
 def require_torch(purpose: str) -> None:
-    """Raises EnvironmentLack where torch is not installed."""
+    """Raises UnavailableError where torch is not installed."""
     from rtresnet.core import hardware
-    from rtresnet.core.errors import EnvironmentLack
+    from rtresnet.core.errors import UnavailableError
 
     if not hardware.installed("torch"):
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"{purpose} needs torch, which is not installed", fix="pip install torch"
         )
 
@@ -355,14 +355,14 @@ def torch_device(choice: str) -> str:
     """ "auto" is the GPU where torch sees one.
 
     Raises:
-        EnvironmentLack: CUDA was asked for and torch sees none.
+        UnavailableError: CUDA was asked for and torch sees none.
     """
     import torch
 
-    from rtresnet.core.errors import EnvironmentLack
+    from rtresnet.core.errors import UnavailableError
 
     if choice == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if choice == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentLack("torch sees no CUDA device", fix="see: rtresnet doctor")
+        raise UnavailableError("torch sees no CUDA device", fix="see: rtresnet doctor")
     return choice

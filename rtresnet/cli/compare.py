@@ -116,7 +116,7 @@ def _answers(opened: opening.Opened, source: Source, batch: int | None) -> np.nd
         source,
         opened.preprocess,
         batch or loader.batch_size(opened.preprocess),
-        tally=loader.Tally(len(source), common.note),
+        tally=loader.DecodeErrors(len(source), common.note),
     )
     with common.progress(f"running {opened.path}"):
         parts = [opened.answer(images) for images, _ in found]

@@ -112,7 +112,7 @@ def run() -> dict[str, Any]:
 
 def _providers() -> str:
     from rtresnet.core import hardware
-    from rtresnet.core.errors import EnvironmentLack
+    from rtresnet.core.errors import UnavailableError
     from rtresnet.runtime.ort import openvino
 
     if not hardware.installed("onnxruntime"):
@@ -127,7 +127,7 @@ def _providers() -> str:
     found = [name for name in onnxruntime.get_available_providers() if name not in others]
     try:
         served_by = openvino()
-    except EnvironmentLack as lack:
+    except UnavailableError as lack:
         return f"nothing: {lack}"
     if served_by is not None:
         found.insert(0, f"{served_by.shown} (the default on this CPU)")
@@ -141,11 +141,11 @@ def _providers() -> str:
 
 def _builder() -> str:
     from rtresnet.builder import targets
-    from rtresnet.core.errors import EnvironmentLack
+    from rtresnet.core.errors import UnavailableError
 
     try:
         module = targets.builder()
-    except EnvironmentLack as lack:
+    except UnavailableError as lack:
         return f"nothing: {lack}"
     return f"{module.__name__} {module.__version__}"
 

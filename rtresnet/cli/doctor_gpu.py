@@ -56,11 +56,11 @@ def check_engine() -> dict[str, Any]:
     from rtresnet import load
     from rtresnet.builder import targets
     from rtresnet.cli.main import main
-    from rtresnet.core.errors import EnvironmentLack
+    from rtresnet.core.errors import UnavailableError
 
     try:
         module = targets.builder()
-    except EnvironmentLack as lack:
+    except UnavailableError as lack:
         raise StepSkipped(str(lack)) from None
     here, aimed = hardware.gpus()[0].target, []
     if module.__name__ == "tensorrt_rtx":
@@ -99,9 +99,9 @@ def run_steps() -> list[StepResult]:
     """Run every step in a process of its own.
 
     Raises:
-        EnvironmentLack: There is no GPU.
+        UnavailableError: There is no GPU.
     """
-    from rtresnet.core.errors import EnvironmentLack
+    from rtresnet.core.errors import UnavailableError
 
     results: list[StepResult] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def run_steps() -> list[StepResult]:
             )  # fmt: skip
             first = results[0]
             if first.status == OK and not first.data["devices"]:
-                raise EnvironmentLack(
+                raise UnavailableError(
                     f"no NVIDIA GPU here: {first.data['reason']}",
                     fix="run it on a machine with one; `rtresnet doctor` shows what works without",
                 )
@@ -128,13 +128,13 @@ def show(json_file: str | None) -> None:
     """Print what the steps found.
 
     Raises:
-        EnvironmentLack: There is no GPU.
-        GateMissed: A step failed.
+        UnavailableError: There is no GPU.
+        CheckFailedError: A step failed.
     """
     import dataclasses
 
     from rtresnet.cli import common
-    from rtresnet.core.errors import GateMissed
+    from rtresnet.core.errors import CheckFailedError
     from rtresnet.report import tables
 
     results = run_steps()
@@ -156,7 +156,7 @@ def show(json_file: str | None) -> None:
     common.write_json(json_file, "doctor", {"gpu": [dataclasses.asdict(r) for r in results]})
     failed = [result for result in results if result.status == FAILED]
     if failed:
-        raise GateMissed(
+        raise CheckFailedError(
             f"{len(failed)} of {len(results)} steps failed: {failed[0].name}: {failed[0].reason}",
             fix="see stderr in: rtresnet doctor --gpu --json -",
         )

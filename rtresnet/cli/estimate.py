@@ -50,7 +50,7 @@ def run(
     """The verb's body; returns what `--json` writes.
 
     Raises:
-        UnknownName: No such net or GPU.
+        UnknownNameError: No such net or GPU.
         InputError: A file in another precision than asked for.
     """
     from rtresnet.bench import gpus

@@ -109,7 +109,7 @@ def run(
             sources.open_source(data, split), opened[0].classes, names=classes,
             model_name=artifacts[0],
         )  # fmt: skip
-        tally = loader.Tally(len(source), common.note)
+        tally = loader.DecodeErrors(len(source), common.note)
         with common.progress(f"evaluating {', '.join(artifacts)}", total=len(source)) as update:
             result = protocols.measure(members, source, batch=batch, tally=tally, on_images=update)
     skipped = {"skipped": list(tally.skipped.values())}

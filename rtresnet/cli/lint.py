@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtresnet.cli import common
-from rtresnet.core.errors import ArtifactError, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,7 +69,7 @@ def command(paths: tuple[Path, ...], out: Path | None, json_file: str | None) ->
             "--fix" in finding["mend"] for entry in results for finding in entry["findings"]
         )
         named = paths[0] if len(paths) == 1 else "FILE.onnx"
-        raise GateMissed(
+        raise CheckFailedError(
             "; ".join(f"{name}: {counted}" for name, counted in worse),
             fix=f"mend what can be: rtresnet lint {named} --fix OUT.onnx" if mends else None,
         )

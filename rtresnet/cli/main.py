@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import click
 
-from rtresnet.core.errors import RtresnetError, UnknownName
+from rtresnet.core.errors import RtresnetError, UnknownNameError
 from rtresnet.core.terminal import escape
 
 VERBS = (
@@ -57,10 +57,10 @@ class Verbs(click.Group):
         """Imports the verb's file.
 
         Raises:
-            UnknownName: There is no such verb.
+            UnknownNameError: There is no such verb.
         """
         if cmd_name not in VERBS:
-            raise UnknownName("verb", cmd_name, VERBS)
+            raise UnknownNameError("verb", cmd_name, VERBS)
         command: click.Command = importlib.import_module(f"rtresnet.cli.{cmd_name}").command
         return command
 

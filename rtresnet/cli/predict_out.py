@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from rtresnet.cli.predict_rows import Row
 from rtresnet.core import typed_json
-from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.errors import InputError, UnavailableError
 
 FORMS = (".parquet", ".csv", ".jsonl")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -35,7 +35,7 @@ def check_form(out: Path) -> None:
 
     Raises:
         InputError: The suffix is none of FORMS, or nothing can be written there.
-        EnvironmentLack: Parquet without pyarrow.
+        UnavailableError: Parquet without pyarrow.
     """
     from rtresnet.core import atomic_io, hardware
 
@@ -48,7 +48,7 @@ def check_form(out: Path) -> None:
         raise InputError(f"--out {out}: a folder is there", fix="choose another --out")
     atomic_io.make_folder(out.parent)
     if out.suffix.lower() == ".parquet" and not hardware.installed("pyarrow"):
-        raise EnvironmentLack(
+        raise UnavailableError(
             "Parquet needs the package pyarrow, which is not installed",
             fix="pip install 'rtresnet[bulk]', or pip install pyarrow; or --out of another form",
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from rtresnet.cli.predict_rows import About, Predictor, Row
 from rtresnet.core import artifacts, atomic_io
-from rtresnet.core.errors import EnvironmentLack, InputError, RtresnetError, missing_package
+from rtresnet.core.errors import InputError, RtresnetError, UnavailableError, missing_package
 
 BLOCKS = 512  # Ray's units of work; results come back a block at a time
 
@@ -47,7 +47,7 @@ class OnRay:
         options: As `Predictor` takes them.
 
     Raises:
-        EnvironmentLack: No Ray Data, no cluster at RAY_ADDRESS, or no GPU in it for a plan.
+        UnavailableError: No Ray Data, no cluster at RAY_ADDRESS, or no GPU in it for a plan.
         RtresnetError: What a `Predictor` raises.
     """
 
@@ -62,7 +62,7 @@ class OnRay:
             gpu = options.get("device") == "cuda" or artifacts.kind_of(artifact) == "plan"
             gpus = int(self._ray.cluster_resources().get("GPU", 0))
             if gpu and not gpus:
-                raise EnvironmentLack(
+                raise UnavailableError(
                     "no machine of Ray's cluster has a GPU", fix="see: ray status"
                 )
             machines = sum(node["Alive"] for node in self._ray.nodes())
@@ -82,7 +82,7 @@ class OnRay:
         try:
             self._ray.init(logging_level="ERROR", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise EnvironmentLack(
+            raise UnavailableError(
                 f"Ray does not start ({str(error).splitlines()[0]})",
                 fix="see: ray status; without RAY_ADDRESS it starts on this machine",
             ) from error

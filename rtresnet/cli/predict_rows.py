@@ -129,7 +129,7 @@ class Predictor:
         from rtresnet.data import loader
 
         kept: list[tuple[str, np.ndarray | DataError]] = []
-        for entry in loader.ahead(self._read, names, self.decoders):
+        for entry in loader.prefetch_map(self._read, names, self.decoders):
             kept.append(entry)
             if len(kept) == self.batch:
                 yield self._rows(kept)

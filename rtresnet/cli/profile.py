@@ -53,7 +53,7 @@ def run(
 
     Raises:
         InputError: Not an ONNX file or a plan, or one without the ONNX file it came from.
-        EnvironmentLack: A plan, and no GPU.
+        UnavailableError: A plan, and no GPU.
     """
     import numpy as np
 
@@ -155,11 +155,11 @@ def _roof(recorded: Any, anew: bool) -> tuple[dict[str, Any] | None, Any, float 
         source = "measured just now" if fresh else f"measured earlier, {roofline.cache_file()}"
         return dataclasses.asdict(roof) | {"source": source}, roof, roof.bandwidth
     from rtresnet.bench import gpus
-    from rtresnet.core.errors import UnknownName
+    from rtresnet.core.errors import UnknownNameError
 
     try:
         gpu = gpus.find(recorded.device)
-    except UnknownName:
+    except UnknownNameError:
         return None, None, None
     rates = {"fp32": gpu.rate("fp32"), "fp16": gpu.rate("fp16"), "int8": gpu.rate("int8")}
     known = rates | {"bandwidth": gpu.bandwidth * 1e9, "source": f"published: {gpu.source}"}

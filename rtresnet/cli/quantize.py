@@ -110,7 +110,7 @@ def command(
     loss is not within --max-drop, the most harmful blocks stay in float; exit code 1 where that
     does not help. The verdict says whether the images are enough to show that the bound holds.
     """
-    from rtresnet.cli.quantize_gate import AccuracyGateMissed, Gate
+    from rtresnet.cli.quantize_gate import AccuracyCheckFailedError, Gate
     from rtresnet.core import locks
 
     if int8 and fp16:
@@ -136,7 +136,7 @@ def command(
                 source, precision, path, calib=calib, calibrator=calibrator, images=calib_images,
                 gate=gate, rest=rest, contract=(size, mean, std),
             )  # fmt: skip
-    except AccuracyGateMissed as missed:
+    except AccuracyCheckFailedError as missed:
         common.write_json(json_file, "quantize", {"file": None, "measured": missed.measured})
         raise
     line = f"{path.as_posix()}: {precision}, {written.bytes / 1e6:.1f} MB"

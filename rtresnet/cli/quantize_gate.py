@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import common
-from rtresnet.core.errors import DataError, GateMissed
+from rtresnet.core.errors import CheckFailedError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ class Passed:
     measured: dict[str, Any]
 
 
-class AccuracyGateMissed(GateMissed):
+class AccuracyCheckFailedError(CheckFailedError):
     """The quantized net lost too much accuracy, or was not shown to lose little enough.
 
     Attributes:
@@ -129,7 +129,7 @@ def hold(
         finish: Takes a quantized model, gives what will be written; that is what is measured.
 
     Raises:
-        AccuracyGateMissed: The gate does not pass even with every block but one in float.
+        AccuracyCheckFailedError: The gate does not pass even with every block but one in float.
     """
     from rtresnet.core.metrics import paired_drop
     from rtresnet.quantization.sensitivity import sensitivity
@@ -167,7 +167,7 @@ def hold(
             console.print(line, soft_wrap=True, markup=False)
         return Passed(model=model, kept=kept, measured=measured)
     more = "give more images, or accept the measured loss with --gate point"
-    raise AccuracyGateMissed(
+    raise AccuracyCheckFailedError(
         f"{_measurement(drop, count, gate)} {_judgement(drop, gate)}",
         fix=more
         if drop.points <= gate.max_drop

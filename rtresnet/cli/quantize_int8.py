@@ -312,7 +312,7 @@ def calibration_batches(
         name = spec
     source = sources.open_images(spec)
     chosen = loader.sample(source, images)
-    tally = loader.Tally(len(chosen), common.note)
+    tally = loader.DecodeErrors(len(chosen), common.note)
     size = loader.batch_size(preprocess)
 
     def batches() -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ import click
 from rtresnet.cli import bench, common, export, train
 from rtresnet.cli import compare as compare_verb
 from rtresnet.cli import eval as eval_verb
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 
 MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
@@ -57,7 +57,7 @@ def _check_packages() -> None:
 
     missing = [hardware.DISTRIBUTIONS.get(m, m) for m in NEEDED if not hardware.installed(m)]
     if missing:
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"quickstart needs {', '.join(missing)}", fix="pip install " + " ".join(missing)
         )
 

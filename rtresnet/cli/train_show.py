@@ -166,7 +166,7 @@ def _clock(seconds: float) -> str:
 
 
 def event_writer() -> Any:
-    """TensorBoard's writer, or EnvironmentLack where it is not installed."""
+    """TensorBoard's writer, or UnavailableError where it is not installed."""
     from rtresnet.core.errors import missing_package
 
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Config:
 
     Raises:
         InputError: A value has another type or is out of bounds.
-        UnknownName: A value is none of the choices.
+        UnknownNameError: A value is none of the choices.
     """
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ def _checked(name: str, value: Any, hint: Any, about: Option) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise UnknownName(name, str(value), [str(choice) for choice in choices])
+            raise UnknownNameError(name, str(value), [str(choice) for choice in choices])
         return value
     if origin is tuple:
         item, *rest = typing.get_args(kind)

@@ -2,12 +2,12 @@
 
     RtresnetError
     ├── InputError (2, also a ValueError)   what was given cannot be used
-    │   ├── UnknownName                     a name that is not in a table; suggests the nearest
+    │   ├── UnknownNameError                     a name that is not in a table; suggests the nearest
     │   ├── DataError                       images or labels
     │   └── ArtifactError                   a checkpoint, ONNX file, plan or sidecar
-    ├── EnvironmentLack (3)                 this machine lacks a package, a device or a builder
-    │   └── Overloaded                      or, for the moment, the time
-    └── GateMissed (1)                      everything ran, and a bound was not held
+    ├── UnavailableError (3)                 this machine lacks a package, a device or a builder
+    │   └── QueueFullError                      or, for the moment, the time
+    └── CheckFailedError (1)                      everything ran, and a bound was not held
 
 An error says what went wrong and where; `fix` is the command or the option that mends it.
 The command line prints both on one line, in one place (`cli/main.py`).
@@ -54,7 +54,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return near if likeness(near)[0] >= 0.5 else None
 
 
-class UnknownName(InputError):
+class UnknownNameError(InputError):
     """A name that is not in its table.
 
     Args:
@@ -80,25 +80,25 @@ class ArtifactError(InputError):
     """A checkpoint, ONNX file, plan or sidecar that is broken or does not match its chain."""
 
 
-class EnvironmentLack(RtresnetError):
+class UnavailableError(RtresnetError):
     """The machine lacks something; `fix` says how to get it."""
 
     exit_code = 3
 
 
-class Overloaded(EnvironmentLack):
+class QueueFullError(UnavailableError):
     """More is waiting to be computed than was agreed on; the same call may succeed later."""
 
 
-class GateMissed(RtresnetError):
+class CheckFailedError(RtresnetError):
     """A bound was not held: the work was done, and the result is not good enough."""
 
     exit_code = 1
 
 
-def missing_package(package: str, purpose: str) -> EnvironmentLack:
+def missing_package(package: str, purpose: str) -> UnavailableError:
     """The error for an optional package (its name on PyPI) that is not installed."""
-    return EnvironmentLack(
+    return UnavailableError(
         f"{purpose} needs the package {package}, which is not installed",
         fix=f"pip install {package}",
     )

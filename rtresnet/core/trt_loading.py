@@ -2,7 +2,7 @@
 
 Both libraries report a failure to start in ways of their own: an ImportError about a shared
 library, or a TypeError about a factory function, with the cause in the log. Here each becomes one
-EnvironmentLack. The modules are passed on as they are; nothing else of their API is used here.
+UnavailableError. The modules are passed on as they are; nothing else of their API is used here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rtresnet.core import hardware
-from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.errors import InputError, UnavailableError
 
 MODULES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 """Module to the product's name."""
@@ -26,19 +26,19 @@ def load_tensorrt(module: str) -> Any:
 
     Raises:
         InputError: Not a key of MODULES.
-        EnvironmentLack: It is not installed, or one of its shared libraries does not load.
+        UnavailableError: It is not installed, or one of its shared libraries does not load.
     """
     if module not in MODULES:
         raise InputError(f"{module!r} is not a TensorRT module; known: {', '.join(MODULES)}")
     package = hardware.DISTRIBUTIONS[module]
     if not hardware.installed(module):
-        raise EnvironmentLack(f"{module} is not installed", fix=f"pip install {package}")
+        raise UnavailableError(f"{module} is not installed", fix=f"pip install {package}")
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
         if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
             raise  # Ctrl-C during the import of an extension module
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"{module} is installed and cannot be imported: {str(error).splitlines()[0]}",
             fix=f"pip install --force-reinstall {package}",
         ) from error
@@ -54,7 +54,7 @@ def create(module: Any, kind: str, logger: Any, reason: Callable[[], str]) -> An
         reason: Returns what the logger recorded.
 
     Raises:
-        EnvironmentLack: TensorRT does not start here; the message has its own reason.
+        UnavailableError: TensorRT does not start here; the message has its own reason.
     """
     try:
         return getattr(module, kind)(logger)
@@ -63,7 +63,7 @@ def create(module: Any, kind: str, logger: Any, reason: Callable[[], str]) -> An
             raise
         why = reason()
     # Outside of the handler: its traceback would keep TensorRT's objects alive.
-    raise EnvironmentLack(
+    raise UnavailableError(
         f"{MODULES.get(module.__name__, module.__name__)} {module.__version__} cannot create a "
         f"{kind}: {why}",
         fix=hardware.driver_fix(why) or "see: rtresnet doctor",

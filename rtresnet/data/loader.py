@@ -27,7 +27,7 @@ U = TypeVar("U")
 TOLERATED = 0.01  # the share of broken images above which the data is at fault, not an image
 
 
-class Tally:
+class DecodeErrors:
     """Broken images: named once, counted, and too many of them an error.
 
     Args:
@@ -74,7 +74,7 @@ def indexed(
     source: Source,
     indices: Sequence[int] | np.ndarray,
     transform: Callable[[int, np.ndarray], np.ndarray],
-    tally: Tally,
+    tally: DecodeErrors,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Decodes and transforms images in order, a few ahead, leaving out the broken ones.
 
@@ -88,14 +88,14 @@ def indexed(
         except CorruptImage as error:
             return error
 
-    for index, result in ahead(work, (int(index) for index in indices)):
+    for index, result in prefetch_map(work, (int(index) for index in indices)):
         if isinstance(result, CorruptImage):
             tally.skip(index, result)
         else:
             yield index, result
 
 
-def ahead(
+def prefetch_map(
     work: Callable[[T], U], items: Iterable[T], threads: int | None = None
 ) -> Iterator[tuple[T, U]]:
     """Maps in threads, in order, a few items ahead of who asks. What `work` raises comes out."""
@@ -121,7 +121,7 @@ def batches(
     size: int,
     *,
     indices: Sequence[int] | np.ndarray | None = None,
-    tally: Tally | None = None,
+    tally: DecodeErrors | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Evaluation batches.
 
@@ -136,7 +136,7 @@ def batches(
         (images as the file takes them, int64 labels [N]).
     """
     chosen = range(len(source)) if indices is None else indices
-    tally = tally or Tally(len(source))
+    tally = tally or DecodeErrors(len(source))
     images: list[np.ndarray] = []
     kept: list[int] = []
     for index, image in indexed(source, chosen, lambda _, im: preprocess.crop(im), tally):

@@ -18,7 +18,7 @@ import numpy as np
 
 from rtresnet.core import artifacts, atomic_io, locks
 from rtresnet.core.errors import DataError, InputError
-from rtresnet.data.loader import ahead
+from rtresnet.data.loader import prefetch_map
 from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
 from rtresnet.data.sources import Files, open_source
 
@@ -135,7 +135,7 @@ def _files(source: str, split: str) -> Files:
 
 def _images(files: Files, root: Path) -> Iterator[tuple[str, int, bytes]]:
     """CLASS/FILE, label and bytes of each image file, read a few ahead."""
-    for index, data in ahead(lambda index: _read(files.paths[index]), range(len(files))):
+    for index, data in prefetch_map(lambda index: _read(files.paths[index]), range(len(files))):
         parts = files.paths[index].relative_to(root).parts
         # A class folder lies in the root, or in the one folder between: see `open_source`.
         parts = parts[1:] if parts[0] in ("train", "test", "val") else parts

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rtresnet.core.errors import DataError, InputError, UnknownName, missing_package
+from rtresnet.core.errors import DataError, InputError, UnknownNameError, missing_package
 from rtresnet.core.labels import LabelMap, match
 from rtresnet.core.preprocess import resize
 from rtresnet.data.decode import Ends, decode
@@ -271,10 +271,10 @@ def open_source(spec: str, split: str = "all") -> Source:
 
     Raises:
         DataError: Nothing there, an empty class, a single class folder, or arrays that do not fit.
-        UnknownName: No such form.
+        UnknownNameError: No such form.
     """
     if split not in SPLITS:
-        raise UnknownName("split", split, SPLITS)
+        raise UnknownNameError("split", split, SPLITS)
     form, _, argument = spec.partition(":")
     if spec == "digits":
         return _digits(split)
@@ -297,7 +297,7 @@ def open_source(spec: str, split: str = "all") -> Source:
         return _class_folders(spec, Path(spec), split)
     if os.sep in spec or (form == spec and Path(spec).suffix):
         raise DataError(f"{spec}: no such folder", fix="data is one of " + ", ".join(FORMS))
-    raise UnknownName("data", spec, FORMS)
+    raise UnknownNameError("data", spec, FORMS)
 
 
 def open_images(spec: str) -> Source:

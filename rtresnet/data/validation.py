@@ -16,7 +16,7 @@ import numpy as np
 from rtresnet.core import hardware
 from rtresnet.core.errors import DataError
 from rtresnet.data.decode import Ends, declares_transparency
-from rtresnet.data.loader import ahead
+from rtresnet.data.loader import prefetch_map
 from rtresnet.data.sources import Arrays, Source
 
 CHUNK = 64  # images a thread takes at a time
@@ -68,7 +68,7 @@ def scan(
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
     threads = hardware.cores() * (1 if decode else READERS_A_CORE)
     parts, done = [], 0
-    for chunk, part in ahead(lambda chunk: _scan(source, chunk, decode), chunks, threads):
+    for chunk, part in prefetch_map(lambda chunk: _scan(source, chunk, decode), chunks, threads):
         parts.append(part)
         done += len(chunk)
         progress(done, len(indices))

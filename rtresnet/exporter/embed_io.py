@@ -26,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core import metrics
-from rtresnet.core.errors import ArtifactError, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess, resize
 
 OLDEST = 13  # Softmax along one axis
@@ -170,7 +170,7 @@ def check(
         n and the relative difference of logits, or of the probabilities, for the sidecar.
 
     Raises:
-        GateMissed: They are apart by more than 1e-5 relative, or not the same classes come out.
+        CheckFailedError: They differ by more than 1e-5 relative, or in the classes that come out.
     """
     images = _images(n, preprocess.size, seed)
     normalized = preprocess.normalize(images)
@@ -189,7 +189,7 @@ def check(
             metrics.parity(np.take_along_axis(rows, indices, axis=1), found).relative,
         )
     if not error <= FACTOR:
-        raise GateMissed(
+        raise CheckFailedError(
             f"with its ends changed the file is off by {error:.1e} relative from what it was",
             fix="please report it with the file",
         )

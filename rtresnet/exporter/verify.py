@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rtresnet.core import metrics
-from rtresnet.core.errors import GateMissed
+from rtresnet.core.errors import CheckFailedError
 
 FACTOR = 10
 FLOOR = 1e-5
@@ -52,8 +52,8 @@ def check_parity(
         is from itself in float64 (`rounding`), for the sidecar.
 
     Raises:
-        GateMissed: The file is off by more than 1e-5 relative and ten times the rounding, or a
-            logit is not finite.
+        CheckFailedError: The difference is above 1e-5 relative and ten times the rounding, or
+            a logit is not finite.
     """
     images = np.random.default_rng(seed).standard_normal((n, 3, size, size)).astype(np.float32)
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def check_parity(
     error = metrics.parity(double, got).relative
     within = error <= max(FLOOR, FACTOR * rounding)  # False where either is NaN
     if not within or not np.isfinite(rounding):
-        raise GateMissed(
+        raise CheckFailedError(
             f"the ONNX file is off by {error:.1e} relative where torch's float32 is off by "
             f"{rounding:.1e}",
             fix="please report it with the checkpoint",

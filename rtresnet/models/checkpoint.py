@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rtresnet.core import artifacts, atomic_io
-from rtresnet.core.errors import ArtifactError, InputError, UnknownName
+from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Calibration, Model, Sidecar, Weights
@@ -311,7 +311,7 @@ def _said(path: Path, naming: Naming | None, recognized: zoo.Spec) -> zoo.Spec |
 def _spec_or_none(name: str) -> zoo.Spec | None:
     try:
         return zoo.spec(name)
-    except UnknownName:
+    except UnknownNameError:
         return None
 
 

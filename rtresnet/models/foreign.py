@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtresnet.core.errors import UnknownName
+from rtresnet.core.errors import UnknownNameError
 from rtresnet.models import zoo
 
 # Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets say `linear`.
@@ -155,6 +155,6 @@ def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
         name = f"resnet{depths[0]}"
     try:
         found = zoo.spec(name, shortcut=shortcut)
-    except UnknownName:
+    except UnknownNameError:
         return None
     return found if found.counts == counts else None  # 6n+2 may be a name that ImageNet has taken

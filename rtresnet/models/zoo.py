@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from rtresnet.models.resnet import ResNet
@@ -87,12 +87,12 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
         stride_in: "1x1" or "3x3" (default).
 
     Raises:
-        UnknownName: No such net, option or stride.
+        UnknownNameError: No such net, option or stride.
         InputError: A shortcut option for a plain net.
     """
     match = re.fullmatch(r"(resnet|plain)(\d+)", name)
     if match is None:
-        raise UnknownName("model", name, names())
+        raise UnknownNameError("model", name, names())
     kind, depth = match[1], int(match[2])
     if depth in IMAGENET_COUNTS and (kind == "resnet" or f"plain{depth}" in names()):
         family = "imagenet"
@@ -100,17 +100,17 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
     elif depth % 6 == 2 and depth >= 8 and depth not in IMAGENET_COUNTS:
         family, block, counts = "cifar", "basic", ((depth - 2) // 6,) * 3
     else:
-        raise UnknownName("model", name, names())
+        raise UnknownNameError("model", name, names())
     if kind == "plain":
         if shortcut is not None:
             raise InputError(f"{name} is a plain net and takes no shortcut option")
     else:
         shortcut = shortcut or ("A" if family == "cifar" else "B")
         if shortcut not in ("A", "B", "C"):
-            raise UnknownName("shortcut option", shortcut, ("A", "B", "C"))
+            raise UnknownNameError("shortcut option", shortcut, ("A", "B", "C"))
     stride_in = stride_in or "3x3"
     if stride_in not in ("1x1", "3x3"):
-        raise UnknownName("stride position", stride_in, ("1x1", "3x3"))
+        raise UnknownNameError("stride position", stride_in, ("1x1", "3x3"))
     return Spec(
         name=name,
         family=family,

@@ -38,7 +38,7 @@ def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return default if found is None else int(found.i)
 
 
-class View:
+class GraphIndex:
     """A graph with its edges; a snapshot, so make another after a change."""
 
     def __init__(self, model: onnx.ModelProto) -> None:

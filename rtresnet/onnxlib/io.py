@@ -35,7 +35,7 @@ def load(
         A model with nodes, inputs and outputs, all of whose constants can be decoded.
 
     Raises:
-        EnvironmentLack: The package onnx is not installed.
+        UnavailableError: The package onnx is not installed.
         ArtifactError: It is no such file.
     """
     try:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from rtresnet.onnxlib.graph import DEQUANTIZE, View, label
+from rtresnet.onnxlib.graph import DEQUANTIZE, GraphIndex, label
 from rtresnet.quantization.bitwise_equal import same_bits
 from rtresnet.quantization.lint import lint
 from rtresnet.quantization.lint_numbers import role, stored_type, zero_point
@@ -46,7 +46,7 @@ def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Fin
         The repaired model, what was done, and what is left.
 
     Raises:
-        EnvironmentLack: onnxruntime is not installed.
+        UnavailableError: onnxruntime is not installed.
     """
     done: list[Repair] = []
     for step in STEPS:
@@ -62,7 +62,7 @@ def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Fin
 
 
 def _scalar_scales(model: onnx.ModelProto) -> list[Repair]:
-    view, done = View(model), []
+    view, done = GraphIndex(model), []
     for node in view.quantizers():
         scale = view.constant(node.input[1])
         if role(view, node) != "activation" or scale is None or scale.shape != (1,):
@@ -76,7 +76,7 @@ def _scalar_scales(model: onnx.ModelProto) -> list[Repair]:
 
 
 def _written_zero_points(model: onnx.ModelProto) -> list[Repair]:
-    view, done = View(model), []
+    view, done = GraphIndex(model), []
     for node in view.quantizers():
         scale = view.constant(node.input[1])
         if zero_point(node) or scale is None or stored_type(view, node) != TensorProto.INT8:
@@ -88,7 +88,7 @@ def _written_zero_points(model: onnx.ModelProto) -> list[Repair]:
 
 
 def _signed(model: onnx.ModelProto) -> list[Repair]:
-    view, done = View(model), []
+    view, done = GraphIndex(model), []
 
     def middle(node: onnx.NodeProto) -> bool:
         zero = view.constant(zero_point(node))
@@ -117,7 +117,7 @@ def _signed(model: onnx.ModelProto) -> list[Repair]:
 
 
 def _float_biases(model: onnx.ModelProto) -> list[Repair]:
-    view, done = View(model), []
+    view, done = GraphIndex(model), []
     for node in view.quantizers():
         values = view.constant(node.input[0])
         scale = view.constant(node.input[1])
@@ -140,7 +140,7 @@ def _float_biases(model: onnx.ModelProto) -> list[Repair]:
 def _no_dangling(model: onnx.ModelProto) -> list[Repair]:
     done: list[Repair] = []
     while True:
-        view = View(model)
+        view = GraphIndex(model)
         unread = [
             node
             for node in view.quantizers()

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from rtresnet.core.batches import pieces
-from rtresnet.core.errors import DataError, UnknownName
+from rtresnet.core.errors import DataError, UnknownNameError
 from rtresnet.onnxlib import branches
 from rtresnet.quantization import calibrators, qdq
 from rtresnet.quantization.bias_correction import bias_shifts
@@ -155,10 +155,10 @@ def calibrate(
 
     Raises:
         DataError: No images, or an activation that is not finite.
-        UnknownName: No such method.
+        UnknownNameError: No such method.
     """
     if method not in METHODS:
-        raise UnknownName("calibrator", method, METHODS)
+        raise UnknownNameError("calibrator", method, METHODS)
     if method != "auto":
         extents = Extents(model)
         found = observe(model, tensors, _counted(batches(), OBSERVING, report), extents)

@@ -53,7 +53,7 @@ from collections.abc import Iterator
 
 import onnx
 
-from rtresnet.onnxlib.graph import DEQUANTIZE, MOVES, QUANTIZE, WEIGHTED, View, label
+from rtresnet.onnxlib.graph import DEQUANTIZE, MOVES, QUANTIZE, WEIGHTED, GraphIndex, label
 from rtresnet.quantization.lint_numbers import numbers
 from rtresnet.quantization.lint_rules import SEVERITIES, Finding, finding
 
@@ -78,7 +78,7 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
     Returns:
         Errors first, then warnings, then notes; each in graph order.
     """
-    view, name = View(model), model.graph.name or "graph"
+    view, name = GraphIndex(model), model.graph.name or "graph"
     found = list(_operators(view))
     if view.quantizers():
         if view.opset < 13:
@@ -95,13 +95,13 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
     return sorted(found, key=lambda entry: SEVERITIES.index(entry.severity))
 
 
-def _operators(view: View) -> Iterator[Finding]:
+def _operators(view: GraphIndex) -> Iterator[Finding]:
     for node in view.nodes:
         if node.op_type in INTEGER or node.op_type.startswith("QLinear"):
             yield finding("integer-operator", label(node), detail=node.op_type)
 
 
-def _placed(view: View) -> Iterator[Finding]:
+def _placed(view: GraphIndex) -> Iterator[Finding]:
     """Rules 14 to 21."""
     batch = view.graph.input[0].type.tensor_type.shape.dim if view.graph.input else ()
     dynamic = not batch or not batch[0].HasField("dim_value")
@@ -120,7 +120,7 @@ def _placed(view: View) -> Iterator[Finding]:
             yield finding("dangling", label(node), detail="nothing reads this DQ")
 
 
-def _residual(view: View, add: onnx.NodeProto) -> Iterator[Finding]:
+def _residual(view: GraphIndex, add: onnx.NodeProto) -> Iterator[Finding]:
     index = view.shortcut(add)
     if index is None:
         return
@@ -130,32 +130,32 @@ def _residual(view: View, add: onnx.NodeProto) -> Iterator[Finding]:
         yield finding("add-both", label(add))
 
 
-def _runs_in_float(view: View, node: onnx.NodeProto) -> bool:
+def _runs_in_float(view: GraphIndex, node: onnx.NodeProto) -> bool:
     if node.op_type == "MatMul" and not _weight_is_constant(view, node):
         return False  # a product of two activations, as in attention: nothing to say
     return any(view.dequantized(name, MOVES) is None for name in node.input[:2])
 
 
-def _weight_is_constant(view: View, node: onnx.NodeProto) -> bool:
+def _weight_is_constant(view: GraphIndex, node: onnx.NodeProto) -> bool:
     behind = (*MOVES, QUANTIZE, DEQUANTIZE)
     return view.constant(view.origin(node.input[1], behind)) is not None
 
 
-def _pools_int8(view: View, pool: onnx.NodeProto) -> bool:
+def _pools_int8(view: GraphIndex, pool: onnx.NodeProto) -> bool:
     """A DQ before it, or one Q as the only reader, which TensorRT moves in front of it."""
     readers = list(view.uses(pool.output[0]))
     alone = len(readers) == 1 and readers[0][0].op_type == QUANTIZE
     return alone or view.dequantized(pool.input[0], MOVES) is not None
 
 
-def _unread(view: View, dequantize: onnx.NodeProto) -> bool:
+def _unread(view: GraphIndex, dequantize: onnx.NodeProto) -> bool:
     """Whether nothing reads a DQ; one that stands alone behind its Q is named by the Q."""
     name = dequantize.output[0]
     alone = view.quantizer(dequantize) is not None and len(view.readers[dequantize.input[0]]) == 1
     return not (alone or view.readers[name] or name in view.outputs)
 
 
-def _serves(view: View, quantize: onnx.NodeProto) -> Iterator[Finding]:
+def _serves(view: GraphIndex, quantize: onnx.NodeProto) -> Iterator[Finding]:
     """What reads a QuantizeLinear's tensor, and whether that is of use."""
     name, values = label(quantize), quantize.output[0]
     pairs = [node for node, _ in view.uses(values, MOVES) if node.op_type == DEQUANTIZE]
@@ -177,5 +177,5 @@ def _serves(view: View, quantize: onnx.NodeProto) -> Iterator[Finding]:
         yield finding("dangling", name, detail=f"feeds {kinds} only")
 
 
-def _pools(view: View, pair: onnx.NodeProto) -> bool:
+def _pools(view: GraphIndex, pair: onnx.NodeProto) -> bool:
     return any(node.op_type == "MaxPool" for node, _ in view.readers[pair.output[0]])

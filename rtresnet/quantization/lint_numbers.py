@@ -8,14 +8,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, WEIGHTED, View, attribute, label
+from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, WEIGHTED, GraphIndex, attribute, label
 from rtresnet.quantization.lint_rules import Finding, finding
 
 WIDE = (TensorProto.INT16, TensorProto.UINT16)
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-def numbers(view: View) -> Iterator[Finding]:
+def numbers(view: GraphIndex) -> Iterator[Finding]:
     """The findings; a pair that breaks a rule with both its halves is named once, by its Q."""
     said: set[tuple[str, str]] = set()  # (output of the Q, rule)
     for node in view.quantizers():
@@ -27,7 +27,7 @@ def numbers(view: View) -> Iterator[Finding]:
             said.add((key, entry.rule))
 
 
-def role(view: View, node: onnx.NodeProto) -> str:
+def role(view: GraphIndex, node: onnx.NodeProto) -> str:
     """What a Q or DQ stands at: activation, weight or bias."""
     pair = view.quantizer(node) if node.op_type == DEQUANTIZE else node
     if view.constant(view.origin((pair or node).input[0])) is None:
@@ -39,7 +39,7 @@ def role(view: View, node: onnx.NodeProto) -> str:
     return "bias" if at_bias and all(at_bias) else "weight"
 
 
-def readers(view: View, node: onnx.NodeProto) -> Iterator[tuple[onnx.NodeProto, int]]:
+def readers(view: GraphIndex, node: onnx.NodeProto) -> Iterator[tuple[onnx.NodeProto, int]]:
     """The inputs that read what a pair gives, from either half of it."""
     if node.op_type == DEQUANTIZE:
         yield from view.uses(node.output[0])
@@ -54,7 +54,7 @@ def zero_point(node: onnx.NodeProto) -> str:
     return node.input[2] if len(node.input) > 2 else ""
 
 
-def stored_type(view: View, node: onnx.NodeProto) -> int:
+def stored_type(view: GraphIndex, node: onnx.NodeProto) -> int:
     """The type a Q writes or a DQ reads, as ONNX defines it."""
     if zero_point(node) in view.types and zero_point(node):
         return view.types[zero_point(node)]
@@ -64,7 +64,7 @@ def stored_type(view: View, node: onnx.NodeProto) -> int:
     return stored_type(view, pair) if pair is not None else view.types.get(node.input[0], 0)
 
 
-def _of_node(view: View, node: onnx.NodeProto) -> Iterator[Finding]:
+def _of_node(view: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
     name, what = label(node), role(view, node)
     scale, zero = view.constant(node.input[1]), _zero(view, node)
     if what == "bias":
@@ -96,19 +96,19 @@ def _of_node(view: View, node: onnx.NodeProto) -> Iterator[Finding]:
         yield finding("scale-shape", name)
 
 
-def _omitted(view: View, node: onnx.NodeProto, stored: int) -> Iterator[Finding]:
+def _omitted(view: GraphIndex, node: onnx.NodeProto, stored: int) -> Iterator[Finding]:
     if stored == TensorProto.INT8:
         yield finding("no-zero-point", label(node), "note", "the type is int8 all the same")
     else:
         yield finding("no-zero-point", label(node))
 
 
-def _zero(view: View, node: onnx.NodeProto) -> np.ndarray | None:
+def _zero(view: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
     """The zero point; 0 where it is left out, None where it is not a constant."""
     return view.constant(zero_point(node)) if zero_point(node) else np.zeros((), np.int8)
 
 
-def _float_types(view: View, node: onnx.NodeProto) -> Iterator[Finding]:
+def _float_types(view: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
     """FP16: what scales may be, and what they may be mixed with."""
     scale = view.types.get(node.input[1], 0)
     if scale == TensorProto.FLOAT16 and view.opset < 19:
@@ -128,7 +128,7 @@ def _float_types(view: View, node: onnx.NodeProto) -> Iterator[Finding]:
         yield finding("mixed-half", label(node))
 
 
-def _weight_scales(view: View, node: onnx.NodeProto, scale: np.ndarray) -> Iterator[Finding]:
+def _weight_scales(view: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -> Iterator[Finding]:
     users = [user for user, index in readers(view, node) if user.op_type in WEIGHTED and index == 1]
     if not users:
         return
@@ -142,7 +142,7 @@ def _weight_scales(view: View, node: onnx.NodeProto, scale: np.ndarray) -> Itera
             yield finding("weight-axis", label(node), detail=f"axis {axis} of {users[0].op_type}")
 
 
-def _stored(view: View, node: onnx.NodeProto) -> str:
+def _stored(view: GraphIndex, node: onnx.NodeProto) -> str:
     pair = view.quantizer(node) if node.op_type == DEQUANTIZE else node
     name: str = (pair or node).input[0]
     return name

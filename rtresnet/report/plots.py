@@ -16,7 +16,7 @@ def figure(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
     """A figure and its axes, on matplotlib's file-only backend.
 
     Raises:
-        EnvironmentLack: matplotlib is not installed.
+        UnavailableError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

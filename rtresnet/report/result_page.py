@@ -19,7 +19,7 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
         pictures: Of the engines' layers, as (caption, svg).
 
     Raises:
-        EnvironmentLack: matplotlib is not installed.
+        UnavailableError: matplotlib is not installed.
     """
     tables = sections(found)
     parts = [page.paragraph(line) for line in summary(found)]

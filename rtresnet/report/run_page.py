@@ -24,7 +24,7 @@ def write(
         images: What was found out about the images, as text.
 
     Raises:
-        EnvironmentLack: matplotlib is not installed.
+        UnavailableError: matplotlib is not installed.
     """
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.core.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, QueueFullError
 from rtresnet.runtime.session import Session
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Batcher:
 
     Raises:
         InputError: A limit that makes no sense.
-        EnvironmentLack: Not enough pinned memory for `workers` + 1 batches.
+        UnavailableError: Not enough pinned memory for `workers` + 1 batches.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Batcher:
             Cancelling it before its batch has started leaves it out.
 
         Raises:
-            Overloaded: `queue_limit` images are waiting.
+            QueueFullError: `queue_limit` images are waiting.
             InputError: The image is not what the session takes, or the batcher is closed.
         """
         arrived = time.monotonic()
@@ -147,7 +147,7 @@ class Batcher:
                 raise InputError("submit after close: the batcher takes no more images")
             waiting = len(self._queue)
             if waiting >= self._limit:
-                raise Overloaded(
+                raise QueueFullError(
                     f"{waiting} images are waiting already (queue_limit {self._limit})",
                     fix="try again later",
                 )

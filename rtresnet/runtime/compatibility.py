@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from rtresnet.core import artifacts, gpu_targets, hardware, trt_loading
-from rtresnet.core.errors import ArtifactError, EnvironmentLack
+from rtresnet.core.errors import ArtifactError, UnavailableError
 from rtresnet.core.sidecar import Sidecar
 
 
@@ -14,7 +14,7 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
 
     Raises:
         ArtifactError: Built by another version, or for other GPUs.
-        EnvironmentLack: The module that built it is not installed or cannot be imported.
+        UnavailableError: The module that built it is not installed or cannot be imported.
     """
     if sidecar is None or sidecar.plan is None:
         return
@@ -31,8 +31,8 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
             )
     try:
         installed = trt_loading.load_tensorrt(plan.builder).__version__
-    except EnvironmentLack as error:
-        raise EnvironmentLack(
+    except UnavailableError as error:
+        raise UnavailableError(
             f"{path}: built by {plan.builder} {plan.version}: {error.message}", fix=error.fix
         ) from error
     if installed != plan.version:
@@ -55,10 +55,10 @@ def _source(path: str | os.PathLike[str], sidecar: Sidecar) -> str:
     return str(artifacts.parent_path(path, sidecar) or "MODEL.onnx")
 
 
-def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> EnvironmentLack:
+def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> UnavailableError:
     """The error for a plan on a machine without a GPU, or (`here`) asked onto the CPU of one."""
     sidecar = artifacts.read_sidecar(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"
     why = "a plan runs on an NVIDIA GPU" + ("" if here else ", and there is none here")
-    return EnvironmentLack(f"{path}: {why}", fix=fix)
+    return UnavailableError(f"{path}: {why}", fix=fix)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core.errors import EnvironmentLack, UnknownName
+from rtresnet.core.errors import UnavailableError, UnknownNameError
 from rtresnet.runtime.rtx import KernelCache
 
 KERNELS = ("eager", "lazy")
@@ -62,14 +62,14 @@ def configure(
         cache_for: The plan whose compiled kernels are kept; None where they are not.
 
     Raises:
-        UnknownName: Another word for `kernels`.
-        EnvironmentLack: Graphs were asked for and are not possible; or a call failed.
+        UnknownNameError: Another word for `kernels`.
+        UnavailableError: Graphs were asked for and are not possible; or a call failed.
     """
     if kernels not in KERNELS:
-        raise UnknownName("kernels", kernels, KERNELS)
+        raise UnknownNameError("kernels", kernels, KERNELS)
     if not hasattr(trt, "IRuntimeCache"):
         if graphs and not binding_has_graphs:
-            raise EnvironmentLack(
+            raise UnavailableError(
                 "CUDA graphs were asked for, and this CUDA binding has none",
                 fix="leave RTRESNET_CUDA unset and pip install cuda-python",
             )

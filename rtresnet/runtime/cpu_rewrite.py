@@ -93,7 +93,7 @@ def rewrite_for_cpu(
 
     Raises:
         ArtifactError: Not an ONNX file, or its record of residual branches is damaged.
-        EnvironmentLack: The package onnx is not installed.
+        UnavailableError: The package onnx is not installed.
     """
     model = io.load(path)
     changed = to_unsigned(model)

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rtresnet.core import hardware
-from rtresnet.core.errors import EnvironmentLack, InputError, UnknownName, missing_package
+from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError, missing_package
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 BLOCKING_SYNC, DISABLE_TIMING = 1, 2  # CUevent_flags
@@ -74,17 +74,17 @@ def open_cuda(device: int = 0) -> Cuda:
     """Opens a device's primary context with the binding asked for.
 
     Raises:
-        EnvironmentLack: No GPU, or the binding is not installed.
+        UnavailableError: No GPU, or the binding is not installed.
     """
     if not hardware.gpus():
-        raise EnvironmentLack(
+        raise UnavailableError(
             "this machine has no CUDA device or no driver",
             fix="a plan runs on a GPU only; measure its ONNX file with --device cpu",
         )
     choice = os.environ.get("RTRESNET_CUDA", "cuda-python")
     bindings: dict[str, Callable[[int], Cuda]] = {"cuda-python": CudaPython, "pycuda": PyCuda}
     if choice not in bindings:
-        raise UnknownName("CUDA binding in RTRESNET_CUDA", choice, bindings)
+        raise UnknownNameError("CUDA binding in RTRESNET_CUDA", choice, bindings)
     return bindings[choice](device)
 
 
@@ -111,7 +111,7 @@ def pinned(shape: int | Sequence[int], dtype: Any) -> np.ndarray:
 
     Raises:
         InputError: A shape or type that NumPy does not have.
-        EnvironmentLack: No GPU, no CUDA binding, or not enough memory.
+        UnavailableError: No GPU, no CUDA binding, or not enough memory.
     """
     return allocate_pinned_array(open_cuda(), shape, dtype)
 
@@ -130,7 +130,7 @@ class _PinnedMemory:
 
 
 def _free_pinned(cuda: Cuda, address: int) -> None:
-    with contextlib.suppress(EnvironmentLack), cuda.active():  # a device that is lost has none
+    with contextlib.suppress(UnavailableError), cuda.active():  # a device that is lost has none
         cuda.free_pinned(address)
 
 
@@ -294,22 +294,22 @@ class CudaPython:
         self._call("cuGraphExecDestroy", graph)
 
 
-def _failure(name: str, code: Any) -> EnvironmentLack:
-    return EnvironmentLack(f"{name} failed: {code.name} ({int(code)})")
+def _failure(name: str, code: Any) -> UnavailableError:
+    return UnavailableError(f"{name} failed: {code.name} ({int(code)})")
 
 
 def _translated(binding: type) -> type:
-    """Makes every operation of a class raise EnvironmentLack in place of pycuda's own errors."""
+    """Makes every operation of a class raise UnavailableError in place of pycuda's own errors."""
 
     def with_ours(operation: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(operation)
         def call(self: Any, *arguments: Any) -> Any:
             try:
                 return operation(self, *arguments)
-            except EnvironmentLack:
+            except UnavailableError:
                 raise
             except self._driver.Error as error:
-                raise EnvironmentLack(f"pycuda: {error}") from error  # "cuMemAlloc failed: ..."
+                raise UnavailableError(f"pycuda: {error}") from error  # "cuMemAlloc failed: ..."
 
         return call
 
@@ -430,7 +430,7 @@ class PyCuda:
         raise _no_graphs()
 
 
-def _no_graphs() -> EnvironmentLack:
-    return EnvironmentLack(
+def _no_graphs() -> UnavailableError:
+    return UnavailableError(
         "pycuda has no CUDA graphs", fix="leave RTRESNET_CUDA unset and pip install cuda-python"
     )

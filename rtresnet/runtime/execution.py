@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 from rtresnet.runtime.arguments import Array, make_results
 from rtresnet.runtime.cuda import Cuda, host_view
 from rtresnet.runtime.device_array import DeviceArray
@@ -189,7 +189,7 @@ class ExecutionStream:
         stack: Frees everything that is made here, last made first.
 
     Raises:
-        EnvironmentLack: A call failed; or graphs were asked for and are not possible.
+        UnavailableError: A call failed; or graphs were asked for and are not possible.
     """
 
     def __init__(
@@ -393,7 +393,7 @@ class ExecutionStream:
         try:
             asked = getattr(bound.context, "is_stream_capturable", None)
             if asked is not None and not asked(self.compute):
-                raise EnvironmentLack(
+                raise UnavailableError(
                     f"TensorRT does not let a batch of {call.keys[0][1]} be captured",
                     fix="build the plan again, or load it with graphs=False",
                 )
@@ -402,7 +402,7 @@ class ExecutionStream:
                     bound.engine = self._capture(lambda: bound.execute(self.compute))
                 else:
                     bound.whole = self._capture(lambda: self._enqueue_staged(call, bound))
-        except EnvironmentLack as error:
+        except UnavailableError as error:
             if self.capture or self.built_in:
                 raise
             self.capture = self.built_in = False
@@ -415,7 +415,7 @@ class ExecutionStream:
         try:
             enqueue()
         except BaseException:
-            with contextlib.suppress(EnvironmentLack):  # whatever was captured is no graph
+            with contextlib.suppress(UnavailableError):  # whatever was captured is no graph
                 self._cuda.destroy_graph(self._cuda.end_capture(self.compute))
             raise
         return self._cuda.end_capture(self.compute)
@@ -625,7 +625,7 @@ class ExecutionStream:
         """Waits until nothing is writing to the buffers, and drops what was under way."""
         try:
             for stream in (self._copies, self.compute):
-                with contextlib.suppress(EnvironmentLack):
+                with contextlib.suppress(UnavailableError):
                     self._cuda.synchronize(stream)
         finally:
             for buffers in self.buffers:

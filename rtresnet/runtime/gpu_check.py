@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.core import hardware
-from rtresnet.core.errors import EnvironmentLack, missing_package
+from rtresnet.core.errors import UnavailableError, missing_package
 
 SIZE = 1 << 20  # bytes of each copy
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
@@ -69,7 +69,7 @@ class Driver:
         binding: The module; imported by default.
 
     Raises:
-        EnvironmentLack: It is not installed.
+        UnavailableError: It is not installed.
     """
 
     def __init__(self, binding: Any = None) -> None:
@@ -88,11 +88,11 @@ class Driver:
             Its result without the code; a tuple where there are several, None where there is none.
 
         Raises:
-            EnvironmentLack: It failed.
+            UnavailableError: It failed.
         """
         code, *values = getattr(self.binding, name)(*arguments)
         if int(code) != 0:
-            raise EnvironmentLack(f"{name} failed: {getattr(code, 'name', '')} ({int(code)})")
+            raise UnavailableError(f"{name} failed: {getattr(code, 'name', '')} ({int(code)})")
         return values[0] if len(values) == 1 else tuple(values) or None
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ def free_memory() -> int:
     """Bytes of the first device that are free.
 
     Raises:
-        EnvironmentLack: The binding is not installed, or a call failed.
+        UnavailableError: The binding is not installed, or a call failed.
     """
     driver = Driver()
     with driver.context():
@@ -137,7 +137,7 @@ def check_cuda(binding: Any = None) -> dict[str, str]:
         "ok" or what went wrong, for each group of operations; one that fails hides none.
 
     Raises:
-        EnvironmentLack: The binding is not installed, or there is no context to be had.
+        UnavailableError: The binding is not installed, or there is no context to be had.
     """
     driver = Driver(binding)
     checks: dict[str, Callable[[Driver], None]] = {
@@ -169,7 +169,7 @@ def _memory(driver: Driver) -> contextlib.AbstractContextManager[Any]:
 def _check_memory_info(driver: Driver) -> None:
     free, total = driver.call("cuMemGetInfo")
     if not 0 < free <= total:
-        raise EnvironmentLack(f"cuMemGetInfo: {free} of {total} bytes are free")
+        raise UnavailableError(f"cuMemGetInfo: {free} of {total} bytes are free")
 
 
 def _check_copies(driver: Driver, *, pinned: bool) -> None:
@@ -182,7 +182,7 @@ def _check_copies(driver: Driver, *, pinned: bool) -> None:
             attribute = driver.binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
             kind = driver.call("cuPointerGetAttribute", attribute, address)
             if int(kind) != 1:  # CU_MEMORYTYPE_HOST
-                raise EnvironmentLack(f"pinned memory has type {int(kind)}")
+                raise UnavailableError(f"pinned memory has type {int(kind)}")
         else:
             pageable = ctypes.create_string_buffer(SIZE)
             address = ctypes.addressof(pageable)
@@ -213,7 +213,7 @@ def _check_events(driver: Driver) -> None:
         driver.call("cuStreamSynchronize", second)
         driver.call("cuEventSynchronize", end)
         if not float(driver.call("cuEventElapsedTime", begin, end)) >= 0:
-            raise EnvironmentLack("cuEventElapsedTime: a negative time")
+            raise UnavailableError("cuEventElapsedTime: a negative time")
 
 
 def _check_capture(driver: Driver) -> None:
@@ -242,4 +242,4 @@ def _check_capture(driver: Driver) -> None:
 
 def _compare(address: int, sent: bytes) -> None:
     if ctypes.string_at(address, SIZE) != sent:
-        raise EnvironmentLack("bytes came back changed")
+        raise UnavailableError("bytes came back changed")

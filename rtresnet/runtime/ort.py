@@ -34,9 +34,9 @@ from rtresnet.core import hardware
 from rtresnet.core.batches import pieces
 from rtresnet.core.errors import (
     ArtifactError,
-    EnvironmentLack,
     InputError,
-    UnknownName,
+    UnavailableError,
+    UnknownNameError,
     missing_package,
 )
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
@@ -123,7 +123,7 @@ class OrtBackend:
             number of images in either case.
 
     Raises:
-        EnvironmentLack: The provider is not here, or part of the net would run on another one.
+        UnavailableError: The provider is not here, or part of the net would run on another one.
         ArtifactError: The file cannot be loaded.
     """
 
@@ -211,7 +211,7 @@ class OrtBackend:
         Raises:
             InputError: Images of another type or shape, or the backend is closed.
             ArtifactError: A file with a fixed batch does not return one row an image.
-            EnvironmentLack: The provider failed.
+            UnavailableError: The provider failed.
         """
         if self._session is None:
             raise InputError("infer after close")
@@ -242,7 +242,7 @@ class OrtBackend:
         except Exception as error:  # ONNX Runtime raises its own types, for both kinds
             if self._takes(images):
                 reason = _reason(error)
-                raise EnvironmentLack(
+                raise UnavailableError(
                     f"{self.provider} failed: {reason}", fix=hardware.driver_fix(reason)
                 ) from error
             raise InputError(
@@ -299,7 +299,7 @@ def hold_placement(session: Any, ep: str) -> dict[str, int]:
         Execution provider to the number of nodes it runs.
 
     Raises:
-        EnvironmentLack: Some are on another provider; the message says how many, and which.
+        UnavailableError: Some are on another provider; the message says how many, and which.
     """
     nodes = [
         (part.ep_name, node.name or "unnamed", node.op_type)
@@ -309,7 +309,7 @@ def hold_placement(session: Any, ep: str) -> dict[str, int]:
     strays = [(name, op, where) for where, name, op in nodes if where != ep]
     if strays:
         shown = ", ".join(f"{name} ({op}) on {where}" for name, op, where in strays[:3])
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"{ep} was asked for, and {len(strays)} of {len(nodes)} nodes would run elsewhere: "
             f"{shown}{', ...' if len(strays) > 3 else ''}",
             fix="see what there is: rtresnet doctor",
@@ -319,12 +319,12 @@ def hold_placement(session: Any, ep: str) -> dict[str, int]:
 
 def _load_error(
     path: str | os.PathLike[str], about: Provider, error: Exception
-) -> ArtifactError | EnvironmentLack:
+) -> ArtifactError | UnavailableError:
     """Whether it is the file or the provider that does not work."""
     reason = _reason(error)
     no_fallback = "fallback to CPU EP" in str(error)
     if no_fallback or type(error).__name__ == "EPFail" or GPU_FAILURE.search(str(error)):
-        return EnvironmentLack(
+        return UnavailableError(
             f"{path}: {about.shown} was asked for and cannot run it ({reason})",
             fix=hardware.driver_fix(reason) or "see what there is: rtresnet doctor",
         )
@@ -339,7 +339,7 @@ def _reason(error: Exception) -> str:
     return (failure[0] if failure else str(error)).strip()[:200]
 
 
-def _start_error(path: str | os.PathLike[str], about: Provider) -> EnvironmentLack:
+def _start_error(path: str | os.PathLike[str], about: Provider) -> UnavailableError:
     """The error for a provider that ONNX Runtime dropped, with what its library lacks."""
     assert about.library is not None
     why = "ONNX Runtime gives no reason"
@@ -347,7 +347,7 @@ def _start_error(path: str | os.PathLike[str], about: Provider) -> EnvironmentLa
         ctypes.CDLL(str(Path(_onnxruntime().__file__).parent / "capi" / about.library))
     except OSError as error:
         why = str(error)
-    return EnvironmentLack(
+    return UnavailableError(
         f"{path}: {about.shown} does not start: {why}",
         fix=f"pip install '{about.package}', or see: rtresnet doctor",
     )
@@ -366,17 +366,17 @@ def _require_gpu(about: Provider) -> None:
     """Refuse a provider that does not accept this machine's GPU.
 
     Raises:
-        EnvironmentLack: There is no GPU, or one that the provider does not accept.
+        UnavailableError: There is no GPU, or one that the provider does not accept.
     """
     gpus = hardware.gpus()
     if not gpus:
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"{about.shown} needs an NVIDIA GPU, and this machine has none or no driver",
             fix="use --provider cpu",
         )
     gpu = gpus[0]
     if about.plugin and gpu.capability not in ((8, 6), (8, 9)) and gpu.capability < (12, 0):
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"the {about.shown} accepts GPUs of sm_86, sm_89 and from sm_120 on, and this one "
             f"({gpu.name}) is {gpu.target}",
             fix="use --provider cuda",
@@ -389,7 +389,7 @@ def find_provider(name: str) -> Provider:
     Raises:
         InputError: ONNX Runtime's own TensorRT provider, which is not supported: builds of 1.31
             need TensorRT 10 while pip installs 11, and it builds an engine at every load.
-        UnknownName: No provider has this name.
+        UnknownNameError: No provider has this name.
     """
     if name == "tensorrt":
         raise InputError(
@@ -397,7 +397,7 @@ def find_provider(name: str) -> Provider:
             fix="build a plan and run that: rtresnet build MODEL.onnx --builder tensorrt",
         )
     if name not in PROVIDERS:
-        raise UnknownName("provider", name, ["auto", *PROVIDERS])
+        raise UnknownNameError("provider", name, ["auto", *PROVIDERS])
     return PROVIDERS[name]
 
 
@@ -407,7 +407,7 @@ def _onnxruntime() -> Any:
     except ImportError as error:
         if not hardware.installed("onnxruntime"):
             raise missing_package("onnxruntime", "running an ONNX file") from None
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"onnxruntime is installed and cannot be imported: {error}", fix="see: rtresnet doctor"
         ) from error
     onnxruntime.disable_telemetry_events()
@@ -425,7 +425,7 @@ def _choose(
         settings["load_config"] = json.dumps({"CPU": cpu})
     if about.plugin is None:
         if about.ep not in ort.get_available_providers():
-            raise EnvironmentLack(
+            raise UnavailableError(
                 f"this onnxruntime was built without {about.ep}",
                 fix=f"pip uninstall -y onnxruntime && pip install '{about.package}'",
             )
@@ -439,13 +439,13 @@ def _choose(
         _require_gpu(about)
     device = _plugin_device(about)
     if device is None and about.gpu:
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"the {about.shown} offers no device on this GPU ({hardware.gpus()[0].name})",
             fix="use --provider cuda",
         )
     if device is None:
         build = OPENVINO_BUILT_IN.package
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"the {about.shown} offers no device on this processor ({hardware.cpu()}), and this "
             f"onnxruntime was built without OpenVINO",
             fix=f"use --provider cpu, or: pip uninstall -y onnxruntime && pip install {build}",
@@ -472,7 +472,7 @@ def _plugin_device(about: Provider) -> Any | None:
     """The first device of the right kind that an installed plugin offers, if any.
 
     Raises:
-        EnvironmentLack: The plugin's library does not load.
+        UnavailableError: The plugin's library does not load.
     """
     ort = _onnxruntime()
     assert about.plugin is not None
@@ -481,7 +481,7 @@ def _plugin_device(about: Provider) -> Any | None:
         try:
             ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
         except Exception as error:  # ONNX Runtime's Fail, or the plugin's own
-            raise EnvironmentLack(
+            raise UnavailableError(
                 f"the {about.shown} does not load: {str(error).rpartition('error: ')[2][:200]}",
                 fix="use --provider cpu",
             ) from error

@@ -61,7 +61,7 @@ def record(
         on_progress: Called with the seconds spent.
 
     Raises:
-        EnvironmentLack: onnxruntime is not installed.
+        UnavailableError: onnxruntime is not installed.
         ArtifactError: The file cannot be loaded.
         InputError: The images do not fit.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.core import atomic_io, hardware
-from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.runtime.compatibility import rebuild_here
 
 REBUILD = "build it on this machine: rtresnet build"
@@ -21,7 +21,7 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path) -> None:
     """Asks whether a plan will run here, which TensorRT-RTX tells from the first bytes.
 
     Raises:
-        EnvironmentLack: It will not; the message says why.
+        UnavailableError: It will not; the message says why.
     """
     if not hasattr(runtime, "get_engine_validity"):
         return
@@ -35,7 +35,7 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path) -> None:
     if validity == trt.EngineValidity.INVALID:
         # Without a reason CUDA itself did not start, which a driver that is too old explains.
         fix = rebuild_here(hardware.gpus()[0])
-        raise EnvironmentLack(
+        raise UnavailableError(
             f"{path}: TensorRT-RTX {trt.__version__} does not accept this plan on "
             f"{hardware.gpus()[0].name}: {told}",
             fix=(None if why else hardware.driver_fix()) or fix,

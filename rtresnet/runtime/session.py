@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 
 from rtresnet.core import artifacts, atomic_io, hardware
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
@@ -228,11 +228,11 @@ def load(
     Raises:
         InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
         ArtifactError: The file does not match its sidecar, or another version or GPU.
-        EnvironmentLack: The device, the provider or a package is not here, or the provider would
+        UnavailableError: The device, the provider or a package is not here, or the provider would
             leave part of the net to another.
     """
     if device not in DEVICES:
-        raise UnknownName("device", device, DEVICES)
+        raise UnknownNameError("device", device, DEVICES)
     for name, number in (("threads", threads), ("contexts", contexts)):
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}, at least 1 is needed")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rtresnet.core import hardware, trt_loading
-from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.arguments import check_images, make_results
 from rtresnet.runtime.compatibility import check_compatible
@@ -58,7 +58,7 @@ class TrtBackend:
         in_flight: Batches that `pipeline` keeps in flight: two for each context.
 
     Raises:
-        EnvironmentLack: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
+        UnavailableError: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
         ArtifactError: Version or target do not match, or input and outputs are not those of a net.
     """
 
@@ -105,7 +105,7 @@ class TrtBackend:
         except BaseException as error:
             self._closed = True
             traceback.clear_frames(error.__traceback__)  # which hold contexts and the engine
-            with contextlib.suppress(EnvironmentLack):  # the first failure is the one to tell
+            with contextlib.suppress(UnavailableError):  # the first failure is the one to tell
                 self._release()
             raise
 
@@ -121,7 +121,7 @@ class TrtBackend:
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             why = self._errors.take()
-            raise EnvironmentLack(
+            raise UnavailableError(
                 f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
                 f"{self.device}: {why}",
                 fix=hardware.driver_fix(why) or REBUILD,
@@ -194,7 +194,7 @@ class TrtBackend:
     def _check_memory(self, needed: int, what: str) -> None:
         free, total = self._cuda.memory()
         if needed > free:
-            raise EnvironmentLack(
+            raise UnavailableError(
                 f"{self.path}: {what} need {needed / 1e6:,.0f} MB on {self.device}, and "
                 f"{free / 1e6:,.0f} of {total / 1e6:,.0f} MB are free",
                 fix="fewer contexts, or build it with a smaller --batch maximum",
@@ -203,7 +203,7 @@ class TrtBackend:
     def _check_call(self, returned: object, call: str) -> None:
         """Raises where a call of TensorRT failed: most only log, and return False or None."""
         if returned is None or returned is False:
-            raise EnvironmentLack(
+            raise UnavailableError(
                 f"{self.path}: {call} failed on {self.device}: {self._errors.take()}"
             )
 
@@ -223,7 +223,7 @@ class TrtBackend:
 
         Raises:
             InputError: Another type or shape, or the backend is closed.
-            EnvironmentLack: A call of CUDA or TensorRT failed; the message names it.
+            UnavailableError: A call of CUDA or TensorRT failed; the message names it.
         """
         stream = self._take_stream()
         try:
@@ -253,7 +253,7 @@ class TrtBackend:
         """Allocates pinned memory for `count` images, as `infer` reads them fastest.
 
         Raises:
-            EnvironmentLack: Not enough memory.
+            UnavailableError: Not enough memory.
         """
         return allocate_pinned_array(self._cuda, (count, *self.io.input.row), self.input_dtype)
 
@@ -403,7 +403,7 @@ class Pipeline:
 
         Raises:
             InputError: Another type or shape.
-            EnvironmentLack: A call of CUDA or TensorRT failed.
+            UnavailableError: A call of CUDA or TensorRT failed.
         """
         stream = self._streams[0]
         with self._cuda.active():
@@ -423,7 +423,7 @@ class Pipeline:
 
         Raises:
             InputError: There is none.
-            EnvironmentLack: A call of CUDA failed.
+            UnavailableError: A call of CUDA failed.
         """
         if not self._busy:
             raise InputError("no batch is in flight: put comes before get")

@@ -47,7 +47,7 @@ def record(
         on_progress: Called with the seconds spent.
 
     Raises:
-        EnvironmentLack: No GPU, no TensorRT, or it does not accept the plan.
+        UnavailableError: No GPU, no TensorRT, or it does not accept the plan.
         ArtifactError: Version or target do not match.
     """
     sidecar = artifacts.verify(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.sources import Source
 from rtresnet.models import zoo
@@ -32,7 +32,7 @@ def degradation_nets(depths: Sequence[int]) -> dict[str, Spec]:
     """Plain and residual nets; option A, so that both have the same parameters (section 4.1).
 
     Raises:
-        UnknownName: No nets of such a depth.
+        UnknownNameError: No nets of such a depth.
     """
     plain = [zoo.spec(f"plain{depth}") for depth in depths]
     residual = [zoo.spec(f"resnet{depth}", shortcut="A") for depth in depths]
@@ -43,7 +43,7 @@ def shortcut_nets(model: str) -> dict[str, Spec]:
     """A residual net under each option, and its plain counterpart where the zoo has one.
 
     Raises:
-        UnknownName: No such net.
+        UnknownNameError: No such net.
         InputError: The net has no shortcuts.
     """
     if zoo.spec(model).shortcut is None:
@@ -52,7 +52,7 @@ def shortcut_nets(model: str) -> dict[str, Spec]:
     plain = model.replace("resnet", "plain")
     try:
         counterpart = {plain: zoo.spec(plain)}
-    except UnknownName:  # a net of bottlenecks
+    except UnknownNameError:  # a net of bottlenecks
         counterpart = {}
     return counterpart | {f"{model}-{option}": zoo.spec(model, shortcut=option) for option in "ABC"}
 
@@ -88,7 +88,7 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
     """Every net under the first seed, then every net under the second, and so on.
 
     Raises:
-        UnknownName, InputError: The recipe or a setting.
+        UnknownNameError, InputError: The recipe or a setting.
     """
     fingerprint = terms.source.fingerprint()
     runs = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rtresnet.core import atomic_io
-from rtresnet.core.errors import GateMissed, InputError
+from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.models import checkpoint
@@ -113,7 +113,7 @@ def make(
     resume = (run.job.out / "last.pt").exists()
     try:
         best = loop.train(run.job, resume=resume, on_step=on_step, warn=warn)
-    except GateMissed as error:
+    except CheckFailedError as error:
         record = _identity(run) | {"message": error.message}
         atomic_io.make_folder(run.job.out)
         atomic_io.write_text(run.job.out / DIVERGED, json.dumps(record, indent=1) + "\n")

@@ -31,7 +31,7 @@ from rtresnet.training.step import Stepper
 
 
 @dataclass(kw_only=True)
-class Sums:
+class EpochStats:
     """What an epoch's record is made of, so far. Counts are of all processes' images."""
 
     loss: float = 0.0
@@ -41,12 +41,12 @@ class Sums:
 
 
 @dataclass(kw_only=True)
-class Standing:
+class RunState:
     """Where a run stands: steps done, best accuracy so far in %, the epochs' records."""
 
     step: int = 0
     best: float = -1.0
-    sums: Sums = field(default_factory=Sums)
+    sums: EpochStats = field(default_factory=EpochStats)
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -64,7 +64,7 @@ def load_state(job: Job, world: World) -> Checkpoint:
     return last
 
 
-class Keeper:
+class CheckpointManager:
     """Writes a run's folder; of several processes, the first does.
 
     Args:
@@ -90,13 +90,13 @@ class Keeper:
         self.total, self.images, self.data = total, images, data
         self.fingerprint = job.source.fingerprint()
 
-    def save_best(self, at: Standing, stepper: Stepper) -> None:
+    def save_best(self, at: RunState, stepper: Stepper) -> None:
         """best.pt: the net as it is now."""
         if self.world.first:
             kept = self._checkpoint(stepper, self._about(), at)
             checkpoint.save(self.job.out / "best.pt", kept)
 
-    def save_last(self, at: Standing, stepper: Stepper) -> None:
+    def save_last(self, at: RunState, stepper: Stepper) -> None:
         """last.pt: all that `restore` needs."""
         if not self.world.first:
             return
@@ -115,13 +115,13 @@ class Keeper:
             state |= {"weights": on_cpu(stepper.net), "updates": stepper.average.updates}
         checkpoint.save(self.job.out / "last.pt", self._checkpoint(stepper, state, at))
 
-    def write_log(self, at: Standing) -> None:
+    def write_log(self, at: RunState) -> None:
         """log.jsonl, whole."""
         if self.world.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in at.log)
             atomic_io.write_text(self.job.out / "log.jsonl", lines)
 
-    def restore(self, stepper: Stepper, last: Checkpoint) -> Standing:
+    def restore(self, stepper: Stepper, last: Checkpoint) -> RunState:
         """Takes up the state of last.pt.
 
         Raises:
@@ -142,8 +142,11 @@ class Keeper:
         stepper.optimizer.load_state_dict(saved["optimizer"])
         stepper.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
-        return Standing(
-            step=saved["step"], best=saved["best"], log=saved["log"], sums=Sums(**saved["sums"])
+        return RunState(
+            step=saved["step"],
+            best=saved["best"],
+            log=saved["log"],
+            sums=EpochStats(**saved["sums"]),
         )
 
     def _about(self) -> dict[str, Any]:
@@ -155,7 +158,7 @@ class Keeper:
             "images": self.data,
         }
 
-    def _checkpoint(self, stepper: Stepper, training: dict[str, Any], at: Standing) -> Checkpoint:
+    def _checkpoint(self, stepper: Stepper, training: dict[str, Any], at: RunState) -> Checkpoint:
         measured = {}
         if at.log:
             measured = {name: at.log[-1][name] for name in ("val_top1", "val_n", "epoch")}

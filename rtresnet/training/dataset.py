@@ -157,7 +157,7 @@ class Dataset:
     source: Source
     test: Source | None
     parts: train_loader.Split
-    tally: loader.Tally
+    tally: loader.DecodeErrors
     report: DataReport
 
 
@@ -216,7 +216,7 @@ def prepare(
         source=source,
         test=test,
         parts=parts,
-        tally=loader.Tally(
+        tally=loader.DecodeErrors(
             len(job.source), warn, tolerated=job.max_broken, known=len(left_out["train"]),
             fix="repair or remove them, or --resume with a larger --max-broken",
         ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class ModelEma:
     """An exponential moving average of a net's weights and statistics.
 
     Young averages forget faster, so that they do not remember the initialization: the decay of

@@ -23,7 +23,7 @@ def evaluate(
     *,
     batch: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
-    tally: loader.Tally | None = None,
+    tally: loader.DecodeErrors | None = None,
 ) -> metrics.Accuracy:
     """Runs every image once, single centre crop, and counts hits.
 

@@ -14,12 +14,12 @@ from rtresnet.data.transfer import to_device
 from rtresnet.models.reference import TorchBackend
 from rtresnet.training.distributed import World
 from rtresnet.training.evaluate import evaluate
-from rtresnet.training.train_loader import Feed
+from rtresnet.training.train_loader import TrainLoader
 
 BATCH = 512  # of small images on the device
 
 
-class Scorer:
+class Evaluator:
     """Counts hits.
 
     Args:
@@ -27,7 +27,7 @@ class Scorer:
         world: Over which the images are shared out.
     """
 
-    def __init__(self, feed: Feed, world: World) -> None:
+    def __init__(self, feed: TrainLoader, world: World) -> None:
         self.held, self.pixels, self.preprocess = feed.source, feed.pixels, feed.preprocess
         self.device, self.world, self.tally = feed.device, world, feed.tally
 
@@ -48,7 +48,9 @@ class Scorer:
             n, top1, top5 = self._count_held(net, mine)
         elif len(mine):
             known = self.tally
-            tally = loader.Tally(len(source), known.warn, tolerated=known.tolerated, fix=known.fix)
+            tally = loader.DecodeErrors(
+                len(source), known.warn, tolerated=known.tolerated, fix=known.fix
+            )
             found = evaluate(TorchBackend(net), source, self.preprocess, indices=mine, tally=tally)
             n, top1, top5 = found.n, found.top1, found.top5 or 0
         n, top1, top5 = (

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rtresnet.core import atomic_io, hardware, metrics
-from rtresnet.core.errors import GateMissed
+from rtresnet.core.errors import CheckFailedError
 from rtresnet.data import loader
 from rtresnet.data.sources import Source
 from rtresnet.data.validation import Progress as Checked
@@ -24,15 +24,15 @@ from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.models.resnet import ResNet
 from rtresnet.training import dataset, distributed, qat, train_loader
-from rtresnet.training.checkpointing import Keeper, Standing, Sums, load_state
+from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState, load_state
 from rtresnet.training.config import Job, Listener, Progress, settled
 from rtresnet.training.dataset import DataReport, Dataset
 from rtresnet.training.distributed import ALONE, World
 from rtresnet.training.ema import recompute_statistics
-from rtresnet.training.evaluator import Scorer
+from rtresnet.training.evaluator import Evaluator
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.run_state import adopt_weights, as_kept, as_loaded, check_folder, check_start
-from rtresnet.training.signals import Stop, held_back
+from rtresnet.training.signals import Stop, defer_signals
 from rtresnet.training.step import Stepper, check_compiler, cudnn_benchmark
 
 READ_STEPS = 20  # how often the losses are read from a GPU, which waits for them
@@ -66,7 +66,7 @@ def train(
 
     Raises:
         DataError: More images are broken than `job.max_broken` allows; see `dataset.prepare`.
-        GateMissed: The loss is no longer finite.
+        CheckFailedError: The loss is no longer finite.
         InputError: The folder holds a run already, or a run that differs from this one.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
@@ -91,7 +91,7 @@ def train(
         run.restore(last)
     del last  # as large as the net and its momentum
     atomic_io.make_folder(job.out)  # that it cannot be written into is better told now
-    with cudnn_benchmark(job.device), held_back(alone=world.size == 1) as stop:
+    with cudnn_benchmark(job.device), defer_signals(alone=world.size == 1) as stop:
         run.go(stop, on_step, on_epoch)
         return run.finish()
 
@@ -108,19 +108,19 @@ class _Run:
                 tally.warn(told)
         net = net.to(job.device)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.feed = train_loader.Feed(
+        self.feed = train_loader.TrainLoader(
             source, parts.train, job.preprocess, job.recipe,
             world=world, device=job.device, tally=tally,
         )  # fmt: skip
-        self.scorer = Scorer(self.feed, world)
+        self.scorer = Evaluator(self.feed, world)
         learner = self._rounding(net) if job.recipe.qat else net
         self.stepper = Stepper(learner, job.recipe, world, job.device)
         self.total, self.steps_an_epoch = self.feed.total, self.feed.steps_an_epoch
-        self.keeper = Keeper(
+        self.keeper = CheckpointManager(
             job, checkpoint.model_of(job.spec, source.classes),
             total=self.total, images=len(parts.train), data=data.report.record(), world=world,
         )  # fmt: skip
-        self.at = Standing()
+        self.at = RunState()
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
 
@@ -191,7 +191,7 @@ class _Run:
         losses, hits = told[:-1:2] / self.world.size, told[1:-1:2]
         for (step, lr, *_), loss in zip(unread, losses, strict=True):
             if not math.isfinite(loss):
-                raise GateMissed(
+                raise CheckFailedError(
                     f"the loss is {loss} at step {step}, learning rate {lr:g}",
                     fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set clip=1",
                 )
@@ -242,7 +242,7 @@ class _Run:
     def _keep(self, record: dict[str, Any]) -> None:
         """The end of an epoch: best.pt where it is better, then last.pt, then the log."""
         self.at.log.append(record)
-        self.at.sums = Sums()
+        self.at.sums = EpochStats()
         score = math.inf if record["val_top1"] is None else record["val_top1"]
         if score >= self.at.best:
             self.at.best = score

@@ -124,7 +124,7 @@ def measure(
     source: Source,
     *,
     batch: int | None = None,
-    tally: loader.Tally | None = None,
+    tally: loader.DecodeErrors | None = None,
     on_images: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """Shows every image to every net once; one that cannot be decoded is left out for all.
@@ -140,7 +140,7 @@ def measure(
         DataError: No labels, none decodable, or more than 1 % broken.
     """
     evaluate.require_labels(source)
-    tally = tally or loader.Tally(len(source))
+    tally = tally or loader.DecodeErrors(len(source))
     together = batch or min(loader.batch_size(member.preprocess) for member in members)
 
     def views(index: int) -> list[list[np.ndarray]] | CorruptImage:
@@ -163,7 +163,7 @@ def measure(
         counts.append([evaluate.count(entry, labels, source) for entry in scores])
         ready.clear()
 
-    for index, found in loader.ahead(views, range(len(source))):
+    for index, found in loader.prefetch_map(views, range(len(source))):
         if isinstance(found, CorruptImage):
             tally.skip(index, found)
         else:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 
 CHOICES = {
     "schedule": ("steps", "cosine", "linear"),
@@ -117,7 +117,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
-                raise UnknownName(field, str(getattr(self, field)), choices)
+                raise UnknownNameError(field, str(getattr(self, field)), choices)
         for field, low, high in BOUNDS:
             value = getattr(self, field)
             if not low <= value <= high:

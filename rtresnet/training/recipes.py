@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.training.recipe import Recipe
 
 # 64,000 steps of 128 images of 45,000; divided by 10 at 32,000 and 48,000. Epochs count only
@@ -79,10 +79,10 @@ def named(name: str) -> Recipe:
     """A recipe as published.
 
     Raises:
-        UnknownName: No such recipe.
+        UnknownNameError: No such recipe.
     """
     if name not in RECIPES:
-        raise UnknownName("recipe", name, RECIPES)
+        raise UnknownNameError("recipe", name, RECIPES)
     return RECIPES[name]
 
 
@@ -108,7 +108,7 @@ def resolve(
         settings: Fields to be set, whatever the recipe says.
 
     Raises:
-        UnknownName: No such recipe or field.
+        UnknownNameError: No such recipe or field.
         InputError: A value that cannot be.
     """
     recipe, given, changed = named(name), dict(settings or {}), dict[str, Any]()
@@ -128,7 +128,7 @@ def resolve(
     changed["lr"] = recipe.lr * changed["batch"] / recipe.batch
     unknown = set(given) - {field.name for field in dataclasses.fields(Recipe)}
     if unknown:
-        raise UnknownName("recipe field", sorted(unknown)[0], _fields())
+        raise UnknownNameError("recipe field", sorted(unknown)[0], _fields())
     return dataclasses.replace(recipe, **(changed | given))
 
 
@@ -138,7 +138,7 @@ def parse(settings: Iterable[str]) -> dict[str, Any]:
     Pairs of pairs, as in progressive, are `0:0.5,0.6:1`.
 
     Raises:
-        UnknownName: No such field; names the nearest.
+        UnknownNameError: No such field; names the nearest.
         InputError: Not `field=value`, or a value of another type.
     """
     result: dict[str, Any] = {}
@@ -147,7 +147,7 @@ def parse(settings: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise InputError(f"--set {setting}: not FIELD=VALUE", fix="as in --set lr=0.05")
         if field not in _fields():
-            raise UnknownName("recipe field", field, _fields())
+            raise UnknownNameError("recipe field", field, _fields())
         try:
             result[field] = _value(field, text)
         except ValueError:

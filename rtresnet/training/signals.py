@@ -16,7 +16,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def held_back(*, alone: bool) -> Iterator[Stop]:
+def defer_signals(*, alone: bool) -> Iterator[Stop]:
     """Turns the first SIGINT or SIGTERM into `stop.asked`; a second one acts at once.
 
     Does nothing outside of the main thread, where Python hands out no signals.

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rtresnet.core import hardware
-from rtresnet.core.errors import EnvironmentLack, GateMissed, InputError
+from rtresnet.core.errors import CheckFailedError, InputError, UnavailableError
 from rtresnet.models.resnet import ResNet
 from rtresnet.training.distributed import World
-from rtresnet.training.ema import Average
+from rtresnet.training.ema import ModelEma
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.recipe import Recipe
-from rtresnet.training.train_loader import Micro
+from rtresnet.training.train_loader import MicroBatch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_SCALE = 2.0**-8  # of the loss in fp16: below it, gradients are too large at any scale
@@ -57,11 +57,11 @@ def check_compiler(recipe: Recipe, device: str) -> None:
     """torch.compile on a CPU writes C++.
 
     Raises:
-        EnvironmentLack: There is no compiler for it.
+        UnavailableError: There is no compiler for it.
     """
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     if recipe.compile and device == "cpu" and not any(shutil.which(n) for n in names if n):
-        raise EnvironmentLack(
+        raise UnavailableError(
             "torch.compile needs a C++ compiler, and there is none",
             fix="apt install g++, or leave --compile out",
         )
@@ -114,7 +114,7 @@ class Stepper:
             fused=True,
         )
         self._create_momentum()
-        self.average = Average(net, recipe.ema) if recipe.ema else None
+        self.average = ModelEma(net, recipe.ema) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(self.kind, enabled=recipe.precision == "fp16")
         self.wrapped = world.wrap(net, device)
         self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
@@ -147,20 +147,20 @@ class Stepper:
         Waits for the GPU.
 
         Raises:
-            GateMissed: It has become so small that every step's gradients overflow.
+            CheckFailedError: It has become so small that every step's gradients overflow.
         """
         if not self.scaler.is_enabled():
             return None
         scale = float(self.scaler.get_scale())
         if scale < LEAST_SCALE:
-            raise GateMissed(
+            raise CheckFailedError(
                 f"the gradients overflow in fp16 even at a loss scale of {scale:g}, so no step "
                 "changes the weights",
                 fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set precision=fp32",
             )
         return scale
 
-    def step(self, micros: Sequence[Micro], lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, micros: Sequence[MicroBatch], lr: float) -> tuple[Tensor, Tensor]:
         """One update.
 
         Returns:
@@ -187,7 +187,7 @@ class Stepper:
             self.average.update(self.net)
         return torch.stack(losses).mean(), torch.stack(hits).sum()
 
-    def _backward(self, micro: Micro, parts: int) -> tuple[Tensor, Tensor]:
+    def _backward(self, micro: MicroBatch, parts: int) -> tuple[Tensor, Tensor]:
         cast = AUTOCAST.get(self.recipe.precision)
         with torch.autocast(self.kind, cast or torch.bfloat16, enabled=cast is not None):
             logits = self.forward(micro.inputs)

@@ -61,7 +61,7 @@ def at_least(size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Micro:
+class MicroBatch:
     """What one forward and backward pass takes.
 
     Attributes:
@@ -77,7 +77,7 @@ class Micro:
     share: float
 
 
-class Feed:
+class TrainLoader:
     """The training images of one run, as this process sees them.
 
     Args:
@@ -99,7 +99,7 @@ class Feed:
         *,
         world: World = ALONE,
         device: str = "cpu",
-        tally: loader.Tally,
+        tally: loader.DecodeErrors,
     ) -> None:
         self.source, self.indices, self.preprocess = source, np.asarray(indices), preprocess
         self.recipe, self.world, self.device, self.tally = recipe, world, device, tally
@@ -112,7 +112,7 @@ class Feed:
         self.labels = torch.from_numpy(source.labels).to(device)
         self.flips = np.random.default_rng((recipe.seed, FLIP)).random(len(source)) < 0.5
 
-    def steps(self, first: int, end: int) -> Iterator[tuple[int, list[Micro]]]:
+    def steps(self, first: int, end: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Steps `first` to `end` - 1 of the run, which must lie in one epoch.
 
         Yields:
@@ -131,7 +131,7 @@ class Feed:
                 place = self.world.part(len(chosen), self.recipe.accumulate, micro)
                 parts.append((step, place, chosen[place]))
         found = self._held(parts) if self.pixels is not None else self._decoded(parts, epoch)
-        ready: list[Micro] = []
+        ready: list[MicroBatch] = []
         for (step, place, _), (images, labels, mirrored) in zip(parts, found, strict=True):
             ready.append(self._micro(step, place, images, labels, mirrored))
             if len(ready) == self.recipe.accumulate:
@@ -170,7 +170,7 @@ class Feed:
             except CorruptImage as error:
                 return error
 
-        results = loader.ahead(work, wanted)
+        results = loader.prefetch_map(work, wanted)
         for step, place, chosen in parts:
             cuts = [next(results) for _ in chosen]
             for (index, _), result in cuts:
@@ -208,7 +208,7 @@ class Feed:
 
     def _micro(
         self, step: int, place: slice, images: Tensor, labels: Tensor, mirrored: np.ndarray
-    ) -> Micro:
+    ) -> MicroBatch:
         """Everything behind decoding and cropping. Draws for the whole batch, takes its part."""
         recipe, side = self.recipe, self.side(step)
         rng = np.random.default_rng((recipe.seed, STEP, step))
@@ -234,7 +234,7 @@ class Feed:
             else:
                 inputs, share = augment.cutmix(inputs, augment.cutmix_box(rng, side, share))
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return Micro(inputs=inputs, labels=labels, others=others, share=share)
+        return MicroBatch(inputs=inputs, labels=labels, others=others, share=share)
 
 
 Part = tuple[int, slice, np.ndarray]

@@ -45,13 +45,13 @@ def test_throughput_and_tails_are_judged_where_they_are_the_figure() -> None:
 
 
 def test_like_is_alike_and_what_is_not_is_named() -> None:
-    assert baseline.unlike(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
+    assert baseline.config_diff(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
     old = entry()
     del old["scenario"], old["with_preprocess"]
-    assert baseline.unlike(entry(with_preprocess=None), old) == []
+    assert baseline.config_diff(entry(with_preprocess=None), old) == []
     for name, value in (
         ("batch", 8), ("device", "H100"), ("threads", 1), ("measured", "other.onnx"),
         ("versions", {"onnxruntime": "1.31.0"}), ("load", {"qps": 5}), ("scenario", "offline"),
     ):  # fmt: skip
-        (words,) = baseline.unlike(entry(**{name: value}), entry())
+        (words,) = baseline.config_diff(entry(**{name: value}), entry())
         assert ", was " in words

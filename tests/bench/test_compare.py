@@ -62,8 +62,8 @@ def test_runs_apart_are_compared_by_the_figure_asked_for() -> None:
     now, then = rng.gamma(4, size=(2, 2000)) + 5
     heavy = then.copy()
     heavy[::50] += 100  # one request in fifty: not the median, the mean and the p99
-    assert compare.apart(now, heavy, figure="median").verdict == compare.NO_DIFFERENCE
-    assert compare.apart(now, heavy, figure="p99").verdict == compare.SLOWER
-    assert compare.apart(now, heavy, figure="mean").verdict == compare.SLOWER
-    assert compare.apart(now[:50], heavy, figure="p99") is None
-    assert not compare.apart(now, heavy, figure="mean").paired
+    assert compare.compare_unpaired(now, heavy, figure="median").verdict == compare.NO_DIFFERENCE
+    assert compare.compare_unpaired(now, heavy, figure="p99").verdict == compare.SLOWER
+    assert compare.compare_unpaired(now, heavy, figure="mean").verdict == compare.SLOWER
+    assert compare.compare_unpaired(now[:50], heavy, figure="p99") is None
+    assert not compare.compare_unpaired(now, heavy, figure="mean").paired

@@ -233,6 +233,6 @@ def test_the_tolerance_is_a_share_of_the_logits_range() -> None:
 
 
 def test_images_that_cannot_be_told_apart_are_known() -> None:
-    assert consistency.told_apart(consistency.alone(sound, IMAGES), 1e-3) == 1
+    assert consistency.discriminability(consistency.alone(sound, IMAGES), 1e-3) == 1
     twins = consistency.alone(sound, IMAGES[[0, 1, 0]])
-    assert consistency.told_apart(twins, 1e-3) == pytest.approx(2 / 3)
+    assert consistency.discriminability(twins, 1e-3) == pytest.approx(2 / 3)

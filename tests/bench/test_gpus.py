@@ -7,7 +7,7 @@ import pytest
 
 from rtresnet.bench import gpus, kernels
 from rtresnet.bench.kernels import Kernel
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_gpu_is_found_as_people_and_drivers_write_it(given: str, found: str) -
 
 @pytest.mark.parametrize("other", ["A10G", "H100 NVL", "RTX 4090 Laptop", "RTX", "4090", ""])
 def test_another_card_is_not_taken_for_one_of_the_table(other: str) -> None:
-    with pytest.raises(UnknownName):
+    with pytest.raises(UnknownNameError):
         gpus.find(other)
 
 

@@ -53,13 +53,13 @@ def test_noise_does_not_make_it_search_for_ever() -> None:
 
 
 def test_a_run_is_given_up_when_most_are_late_and_not_before_ten() -> None:
-    give_up = search.hopeless(10)
+    give_up = search.early_stop(10)
     latencies: list[float] = []
     for _ in range(9):
         latencies.append(11)
         assert not give_up(latencies)
     assert give_up([*latencies, 11])
-    patient = search.hopeless(10)
+    patient = search.early_stop(10)
     assert not patient([9.0] * 50 + [11.0] * 50)
 
 

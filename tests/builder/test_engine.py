@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rtresnet.builder import engine, header, manifest, preflight, targets
 from rtresnet.core import artifacts, atomic_io, hardware
 from rtresnet.core.artifacts import read_sidecar, sidecar_path
-from rtresnet.core.errors import ArtifactError, EnvironmentLack, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError, UnavailableError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.sidecar import Profile, Sidecar, Weights
 from rtresnet.quantization import fp16
@@ -200,7 +200,7 @@ def test_builder_that_does_not_start_is_a_lack_of_the_environment(
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(trt, "Builder", fail)
-    with pytest.raises(EnvironmentLack, match="failure with error: 35") as caught:
+    with pytest.raises(UnavailableError, match="failure with error: 35") as caught:
         if call == "build":
             build(onnx_file("resnet8", "fp16"), tmp_path / "n.plan")
         else:
@@ -244,9 +244,9 @@ def test_scales_of_shape_1_are_caught_by_the_gate(
     onnx.checker.check_model(model, full_check=True)
     source = tmp_path / "trap.onnx"
     publish(model, source, "int8")
-    message = refused(source, GateMissed)
+    message = refused(source, CheckFailedError)
     assert "7 take Float" in message
-    assert GateMissed.exit_code == 1
+    assert CheckFailedError.exit_code == 1
 
 
 def test_a_file_with_a_false_promise_is_caught_by_the_gate(
@@ -254,7 +254,7 @@ def test_a_file_with_a_false_promise_is_caught_by_the_gate(
 ) -> None:
     source = tmp_path / "false.onnx"
     publish(changed(onnx_file("resnet8", "fp32")), source, "fp16")
-    assert "7 take Float" in refused(source, GateMissed)
+    assert "7 take Float" in refused(source, CheckFailedError)
 
 
 def test_one_convolution_left_in_float_is_caught_by_the_gate(
@@ -265,7 +265,7 @@ def test_one_convolution_left_in_float_is_caught_by_the_gate(
     node.input[0] = node.input[0].removesuffix(".dq")
     source = tmp_path / "one.onnx"
     publish(model, source, "int8")
-    message = refused(source, GateMissed)
+    message = refused(source, CheckFailedError)
     assert "of 7 convolutions" in message and "1 take" in message
 
 
@@ -275,7 +275,7 @@ def test_an_earlier_plan_survives_a_missed_gate(
     out, source = tmp_path / "net.plan", tmp_path / "false.onnx"
     before = build(onnx_file("resnet8", "fp16"), out)
     publish(changed(onnx_file("resnet8", "fp32")), source, "fp16")
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         build(source, out)
     assert artifacts.verify(out) == before
 
@@ -419,7 +419,9 @@ def test_beside_sm_75_int8_is_half_and_the_gate_sees_it(
     monkeypatch.setattr(preflight, "check_targets", lambda *_: None)
     source = tmp_path / "half.onnx"
     publish(fp16.to_half(changed(onnx_file("resnet8", "int8"))), source, "int8")
-    with pytest.raises(GateMissed, match="int8 was asked for, and of 7 convolutions 7 take Half"):
+    with pytest.raises(
+        CheckFailedError, match="int8 was asked for, and of 7 convolutions 7 take Half"
+    ):
         build(source, tmp_path / "net.plan", target=("sm_75", "sm_89"))
     build(source, tmp_path / "net.plan", target=("sm_89",))
 

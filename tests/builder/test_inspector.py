@@ -14,7 +14,7 @@ import pytest
 from rtresnet.builder import engine, header, inspector, layers, targets, verify_precision
 from rtresnet.builder.layers import UNKNOWN, Layer
 from rtresnet.core import artifacts, hardware
-from rtresnet.core.errors import GateMissed
+from rtresnet.core.errors import CheckFailedError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.sidecar import Profile, Sidecar
 
@@ -149,7 +149,7 @@ def test_read_inspector_gives_every_layer_its_role(read: Any) -> None:
     assert roles == ["requantize", "conv", "pool", "idle", "requantize", "reformat", "matmul",
                      "pointwise"]  # fmt: skip
     assert found[1].weights == 2304 + 4 * 16
-    assert verify_precision.attest(found, {}) is not None
+    assert verify_precision.verify_precision(found, {}) is not None
 
 
 def test_read_inspector_takes_each_profiles_layers_from_its_own_text(types: Any) -> None:
@@ -336,7 +336,7 @@ def no_type(entry: dict[str, Any]) -> None:
 def test_build_with_tensorrt_refuses_a_convolution_that_is_not_attested(
     change: Any, said: str, onnx_file: OnnxFile, described: Callable[..., Sidecar], tmp_path: Path
 ) -> None:
-    with pytest.raises(GateMissed, match=rf"{said} \(layer2\.0\.conv2\)") as caught:
+    with pytest.raises(CheckFailedError, match=rf"{said} \(layer2\.0\.conv2\)") as caught:
         described(onnx_file("resnet8", "int8"), change)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "n.plan").exists()

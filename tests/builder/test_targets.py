@@ -7,7 +7,7 @@ import pytest
 
 from rtresnet.builder import targets
 from rtresnet.core import gpu_targets, hardware
-from rtresnet.core.errors import EnvironmentLack, InputError, UnknownName
+from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_what_is_no_target_is_refused(text: str) -> None:
 
 
 def test_an_unknown_builder_suggests_the_nearest() -> None:
-    with pytest.raises(UnknownName, match="did you mean 'rtx'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'rtx'"):
         targets.builder("rtxx")
 
 
@@ -87,7 +87,7 @@ def test_auto_is_rtx_where_there_is_no_gpu(installed: set[str]) -> None:
 @pytest.mark.usefixtures("without_gpu")
 def test_tensorrt_without_a_gpu_is_refused(installed: set[str]) -> None:
     installed.add("tensorrt")
-    with pytest.raises(EnvironmentLack, match="--builder rtx") as caught:
+    with pytest.raises(UnavailableError, match="--builder rtx") as caught:
         targets.builder("tensorrt")
     assert caught.value.exit_code == 3
     assert not targets.available()
@@ -102,7 +102,7 @@ def test_a_builder_that_is_not_installed_is_named_with_its_package(
     choice: str, package: str, installed: set[str]
 ) -> None:
     assert not installed
-    with pytest.raises(EnvironmentLack, match=f"pip install {package}$") as caught:
+    with pytest.raises(UnavailableError, match=f"pip install {package}$") as caught:
         targets.builder(choice)
     assert caught.value.exit_code == 3
     assert not targets.available()
@@ -200,7 +200,7 @@ def test_all_and_several_options_are_one_list() -> None:
 
 @pytest.mark.usefixtures("without_gpu")
 def test_current_without_a_gpu_is_a_lack_of_the_environment() -> None:
-    with pytest.raises(EnvironmentLack, match=r"no GPU in this machine; .*--target") as caught:
+    with pytest.raises(UnavailableError, match=r"no GPU in this machine; .*--target") as caught:
         targets.parse("current")
     assert caught.value.exit_code == 3
 

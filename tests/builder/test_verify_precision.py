@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from rtresnet.builder import engine, layers, verify_precision
 from rtresnet.builder.nodes import Node
-from rtresnet.core.errors import GateMissed
+from rtresnet.core.errors import CheckFailedError
 from rtresnet.core.sidecar import Attestation, Profile, Sidecar
 
 OnnxFile = Callable[..., Path]
@@ -35,7 +35,7 @@ def read(fake: SimpleNamespace) -> Callable[..., Attestation | None]:
 
 
 def read_with(text: str, nodes: dict[str, Node]) -> Attestation | None:
-    return verify_precision.attest(layers.read_dump(text, nodes), nodes)
+    return verify_precision.verify_precision(layers.read_dump(text, nodes), nodes)
 
 
 def test_convolutions_are_counted_by_the_type_of_their_kernels_input(
@@ -168,7 +168,9 @@ def test_what_the_gate_catches_is_named(
     model = onnx.load(onnx_file("resnet8", "int8"))
     float_conv(model)
     publish(model, tmp_path / "one.onnx", "int8")
-    with pytest.raises(GateMissed, match=r"of 7 convolutions 1 take Float \(layer2\.0\.conv2\)"):
+    with pytest.raises(
+        CheckFailedError, match=r"of 7 convolutions 1 take Float \(layer2\.0\.conv2\)"
+    ):
         engine.build(tmp_path / "one.onnx", tmp_path / "n.plan", profiles=[PROFILE], builder="rtx")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from rtresnet.cli.main import main
 from rtresnet.core import hardware, trt_loading
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 from rtresnet.core.hardware import Gpu
 
 pytest.importorskip("onnxruntime")
@@ -37,7 +37,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def open_cuda() -> SimpleNamespace:
         state.calls += 1
         if state.error:
-            raise EnvironmentLack(state.error)
+            raise UnavailableError(state.error)
         return SimpleNamespace(active=active, memory=lambda: (1, 2))
 
     def gpus() -> tuple[Gpu, ...]:
@@ -45,7 +45,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def load(module: str) -> SimpleNamespace:
         if module == "tensorrt":
-            raise EnvironmentLack("tensorrt is not installed", fix="pip install tensorrt-cu13")
+            raise UnavailableError("tensorrt is not installed", fix="pip install tensorrt-cu13")
         return SimpleNamespace(__name__=module, __version__="1.7.1.116")
 
     monkeypatch.setattr("rtresnet.runtime.cuda.open_cuda", open_cuda)

@@ -9,7 +9,7 @@ import pytest
 
 from rtresnet.cli import doctor_gpu
 from rtresnet.cli.main import main
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.isolated import StepResult, StepSkipped
 
@@ -62,7 +62,7 @@ def test_doctor_gpu_runs_its_steps_in_processes() -> None:
     """The driver's step itself: it ends ok with or without a GPU."""
     try:
         results = doctor_gpu.run_steps()
-    except EnvironmentLack as lack:
+    except UnavailableError as lack:
         assert "no NVIDIA GPU" in str(lack)
     else:
         assert results[0].status == "ok"

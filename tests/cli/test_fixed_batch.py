@@ -16,7 +16,7 @@ from PIL import Image
 from rtresnet.cli import bench_load
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 
 pytest.importorskip("onnxruntime")
 
@@ -155,7 +155,7 @@ def test_bench_that_fails_at_a_batch_keeps_the_finished_ones(
 
     def fail_at_8(sessions: Any, load: Any, batch: int, update: Any) -> Any:
         if batch == 8:
-            raise EnvironmentLack("no memory for 8")
+            raise UnavailableError("no memory for 8")
         return measure(sessions, load, batch, update)
 
     monkeypatch.setattr(bench_load, "measure", fail_at_8)

@@ -24,7 +24,7 @@ from rtresnet.core.artifacts import (
     update_measured,
     verify,
 )
-from rtresnet.core.errors import ArtifactError, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json, to_json
 from rtresnet.core.sidecar import (
@@ -478,7 +478,7 @@ def test_bytes_are_published_as_a_file_is(tmp_path: Path) -> None:
     assert names_in(tmp_path / "b") == ["net.pt", "net.pt.json"]
 
 
-@pytest.mark.parametrize("error", [GateMissed("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [CheckFailedError("no"), KeyboardInterrupt()])
 def test_bytes_whose_description_fails_are_not_published(
     tmp_path: Path, error: BaseException
 ) -> None:

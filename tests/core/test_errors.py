@@ -5,25 +5,25 @@ import pytest
 from rtresnet.core import errors
 from rtresnet.core.errors import (
     ArtifactError,
+    CheckFailedError,
     DataError,
-    EnvironmentLack,
-    GateMissed,
     InputError,
-    Overloaded,
+    QueueFullError,
     RtresnetError,
-    UnknownName,
+    UnavailableError,
+    UnknownNameError,
     missing_package,
 )
 
 TREE = {
     RtresnetError: (Exception, 2),
     InputError: (RtresnetError, 2),
-    UnknownName: (InputError, 2),
+    UnknownNameError: (InputError, 2),
     DataError: (InputError, 2),
     ArtifactError: (InputError, 2),
-    EnvironmentLack: (RtresnetError, 3),
-    Overloaded: (EnvironmentLack, 3),
-    GateMissed: (RtresnetError, 1),
+    UnavailableError: (RtresnetError, 3),
+    QueueFullError: (UnavailableError, 3),
+    CheckFailedError: (RtresnetError, 1),
 }
 
 
@@ -50,8 +50,8 @@ def test_the_tree_drawn_in_the_docstring_is_complete() -> None:
 def test_what_is_wrong_with_an_input_is_a_value_error() -> None:
     with pytest.raises(ValueError, match=r"net\.pt: truncated"):
         raise ArtifactError("net.pt: truncated")
-    assert not issubclass(EnvironmentLack, ValueError)
-    assert not issubclass(GateMissed, ValueError)
+    assert not issubclass(UnavailableError, ValueError)
+    assert not issubclass(CheckFailedError, ValueError)
 
 
 def test_message_and_fix_are_one_line() -> None:
@@ -70,7 +70,7 @@ def test_without_a_fix_the_message_stands_alone() -> None:
     ("given", "nearest"), [("resnet5", "resnet50"), ("ResNet18", "resnet18"), ("resent34", "34")]
 )
 def test_an_unknown_name_comes_with_the_nearest_one(given: str, nearest: str) -> None:
-    error = UnknownName("model", given, ["resnet18", "resnet34", "resnet50"])
+    error = UnknownNameError("model", given, ["resnet18", "resnet34", "resnet50"])
     assert f"unknown model {given!r}" in str(error)
     assert error.fix is not None
     assert nearest in error.fix
@@ -78,12 +78,14 @@ def test_an_unknown_name_comes_with_the_nearest_one(given: str, nearest: str) ->
 
 
 def test_unknown_name_of_a_long_table_comes_with_the_nearest_only() -> None:
-    error = UnknownName("model", "resnet5", [f"resnet{depth}" for depth in range(10, 60)])
+    error = UnknownNameError("model", "resnet5", [f"resnet{depth}" for depth in range(10, 60)])
     assert error.fix is not None and "did you mean" in error.fix and "known:" not in error.fix
 
 
 def test_a_name_like_none_of_them_comes_with_all_of_them() -> None:
-    error = UnknownName("method", "zzz", (name for name in ("minmax", "entropy", "percentile")))
+    error = UnknownNameError(
+        "method", "zzz", (name for name in ("minmax", "entropy", "percentile"))
+    )
     assert str(error) == "unknown method 'zzz'; known: minmax, entropy, percentile"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from rtresnet.builder import targets
 from rtresnet.core import hardware, trt_loading
-from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.runtime.trt import TrtBackend
 
 MISSING = "libnvinfer.so.11: cannot open shared object file: No such file or directory"
@@ -40,7 +40,7 @@ def test_load_tensorrt_without_its_library_says_which(
     module: str, kind: str, package: Callable[[str, str], None]
 ) -> None:
     package(module, f"raise {kind}({MISSING!r})")
-    with pytest.raises(EnvironmentLack, match=r"libnvinfer\.so\.11") as caught:
+    with pytest.raises(UnavailableError, match=r"libnvinfer\.so\.11") as caught:
         trt_loading.load_tensorrt(module)
     assert caught.value.exit_code == 3
     distribution = hardware.DISTRIBUTIONS[module]
@@ -49,7 +49,7 @@ def test_load_tensorrt_without_its_library_says_which(
 
 def test_load_tensorrt_not_installed_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: False)
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         trt_loading.load_tensorrt("tensorrt")
     assert caught.value.fix == "pip install tensorrt-cu13"
 
@@ -80,7 +80,7 @@ def test_builder_and_backend_without_a_library_are_a_lack_of_the_environment(
         lambda: targets.builder("rtx"),
         lambda: TrtBackend(tmp_path / "net.plan", None),
     ):
-        with pytest.raises(EnvironmentLack, match=r"libnvinfer\.so\.11") as caught:
+        with pytest.raises(UnavailableError, match=r"libnvinfer\.so\.11") as caught:
             call()
         assert caught.value.exit_code == 3
 
@@ -94,7 +94,9 @@ def factory(error: Exception) -> Any:
 
 def test_create_returning_nullptr_tells_what_was_logged() -> None:
     trt = factory(TypeError("pybind11::init(): factory function returned nullptr"))
-    with pytest.raises(EnvironmentLack, match=r"TensorRT 11\.4\.0 cannot create a Builder") as seen:
+    with pytest.raises(
+        UnavailableError, match=r"TensorRT 11\.4\.0 cannot create a Builder"
+    ) as seen:
         trt_loading.create(trt, "Builder", None, lambda: OLD_DRIVER)
     assert seen.value.exit_code == 3
     assert OLD_DRIVER in seen.value.message
@@ -117,9 +119,9 @@ def test_tensorrt_without_a_device_is_refused_before_it_is_imported(
 
     monkeypatch.setattr(hardware, "installed", lambda module: True)
     monkeypatch.setattr(trt_loading, "load_tensorrt", untouched)
-    with pytest.raises(EnvironmentLack, match="there is none"):
+    with pytest.raises(UnavailableError, match="there is none"):
         targets.builder("tensorrt")
-    with pytest.raises(EnvironmentLack, match="no CUDA device"):
+    with pytest.raises(UnavailableError, match="no CUDA device"):
         TrtBackend(Path("net.plan"), None)
 
 

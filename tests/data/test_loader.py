@@ -9,7 +9,7 @@ from PIL import Image
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.decode import CorruptImage
-from rtresnet.data.loader import Tally, batch_size, batches, indexed, sample
+from rtresnet.data.loader import DecodeErrors, batch_size, batches, indexed, sample
 from rtresnet.data.sources import Arrays, Files
 
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -107,7 +107,7 @@ def test_an_error_that_is_not_about_one_image_stops_everything(tmp_path: Path) -
 def test_broken_images_are_left_out_named_and_counted(tmp_path: Path) -> None:
     source = files(tmp_path, 200, broken=(5, 117))
     said: list[str] = []
-    tally = Tally(200, said.append)
+    tally = DecodeErrors(200, said.append)
     found = list(batches(source, EIGHT, 64, tally=tally))
     assert [len(images) for images, _ in found] == [64, 64, 64, 6]
     kept = [index for index in range(200) if index not in (5, 117)]
@@ -125,7 +125,7 @@ def test_broken_images_are_left_out_named_and_counted(tmp_path: Path) -> None:
 def test_a_broken_image_is_counted_once_however_often_it_is_met(tmp_path: Path) -> None:
     source = files(tmp_path, 100, broken=(5,))
     said: list[str] = []
-    tally = Tally(100, said.append)
+    tally = DecodeErrors(100, said.append)
     for _ in range(3):
         assert sum(len(images) for images, _ in batches(source, EIGHT, 32, tally=tally)) == 99
     assert len(said) == len(tally.skipped) == 1
@@ -147,7 +147,7 @@ def test_a_small_set_with_one_broken_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_exactly_one_percent_is_tolerated() -> None:
-    tally = Tally(300)
+    tally = DecodeErrors(300)
     for index in range(3):
         tally.skip(index, CorruptImage(f"{index}.png: damaged"))
     with pytest.raises(DataError, match=r"4 of 300.*3\.png"):
@@ -165,7 +165,7 @@ def test_indexed_hands_every_image_with_its_number_to_the_transform() -> None:
         assert image[0, 0, 0] == index
         return np.full((2, 2, 3), index, np.uint8)
 
-    found = list(indexed(source, order, stamp, Tally(100)))
+    found = list(indexed(source, order, stamp, DecodeErrors(100)))
     assert [index for index, _ in found] == order.tolist()
     assert all((image == index).all() for index, image in found)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.core.errors import DataError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.errors import DataError, InputError, UnavailableError, UnknownNameError
 from rtresnet.data.decode import CorruptImage, decode
 from rtresnet.data.formats import CIFAR10, FASHION
 from rtresnet.data.sources import (
@@ -84,12 +84,12 @@ def check(source: Source) -> None:
     ],
 )
 def test_an_unknown_form_comes_with_the_nearest(given: str, nearest: str) -> None:
-    with pytest.raises(UnknownName, match=f"did you mean '{nearest}'"):
+    with pytest.raises(UnknownNameError, match=f"did you mean '{nearest}'"):
         open_source(given)
 
 
 def test_a_form_like_none_comes_with_all_of_them() -> None:
-    with pytest.raises(UnknownName, match=r"known: digits, .*synthetic:N"):
+    with pytest.raises(UnknownNameError, match=r"known: digits, .*synthetic:N"):
         open_source("imagenet22k-webdataset")
 
 
@@ -99,7 +99,7 @@ def test_a_path_that_is_not_there_is_told_so(spec: str) -> None:
 
 
 def test_an_unknown_split_comes_with_the_known_ones() -> None:
-    with pytest.raises(UnknownName, match=r"split 'validation'.*train, test, all"):
+    with pytest.raises(UnknownNameError, match=r"split 'validation'.*train, test, all"):
         open_source("synthetic:4", "validation")
 
 
@@ -135,7 +135,7 @@ def test_digits_are_grey_and_use_the_whole_range() -> None:
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(EnvironmentLack, match="pip install scikit-learn"):
+    with pytest.raises(UnavailableError, match="pip install scikit-learn"):
         open_source("digits")
 
 

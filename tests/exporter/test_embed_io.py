@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from rtresnet.core import metrics
-from rtresnet.core.errors import ArtifactError, GateMissed, InputError
+from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.exporter import embed_io
 from rtresnet.models.resnet import ResNet
@@ -181,7 +181,7 @@ def test_both_files_are_held_against_each_other(
     else:
         wrong, plain = CONTRACT, models["int8"]
     other = embed_io.rewrite(plain, wrong, **options)  # type: ignore[arg-type]
-    with pytest.raises(GateMissed, match="off by"):
+    with pytest.raises(CheckFailedError, match="off by"):
         embed_io.check(forward(models["fp32"]), through(other), CONTRACT, **options)  # type: ignore[arg-type]
 
 
@@ -193,7 +193,7 @@ def test_swapped_classes_are_found_out(models: dict[str, onnx.ModelProto]) -> No
         indices, probabilities = run(changed, images)
         return indices[:, ::-1], probabilities
 
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         embed_io.check(forward(plain), swapped, CONTRACT, pixels=False, topk=2)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rtresnet.core.errors import GateMissed
+from rtresnet.core.errors import CheckFailedError
 from rtresnet.exporter.fold import fold
 from rtresnet.exporter.verify import check_folded, check_parity, operations
 from rtresnet.models.resnet import ResNet
@@ -58,7 +58,7 @@ def test_a_good_file_passes_and_says_how_near_it_is(net: ResNet, folded: Forward
 
 @pytest.mark.parametrize("factor", [1.001, 1 + 5 * FLOOR, 0.0, -1.0])
 def test_logits_that_are_off_are_refused(net: ResNet, folded: Forward, factor: float) -> None:
-    with pytest.raises(GateMissed, match="off by") as caught:
+    with pytest.raises(CheckFailedError, match="off by") as caught:
         check_parity(net, lambda images: folded(images) * np.float32(factor), size=SIZE)
     assert caught.value.exit_code == 1
 
@@ -69,7 +69,7 @@ def test_one_logit_of_one_image_off_is_refused(net: ResNet, folded: Forward) -> 
         logits[-1, 3] += 1e-3 * np.abs(logits).max()
         return logits
 
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         check_parity(net, candidate, size=SIZE)
 
 
@@ -80,7 +80,7 @@ def test_a_logit_that_is_not_finite_is_refused(net: ResNet, folded: Forward, val
         logits[0, 0] = value
         return logits
 
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         check_parity(net, candidate, size=SIZE)
 
 
@@ -90,7 +90,7 @@ def test_a_net_whose_logits_are_all_zero_hides_nothing(make_net: Callable[..., R
     good = forward_of(fold(net))
     check_parity(net, good, size=SIZE)
     for wrong in (1.0, np.nan):
-        with pytest.raises(GateMissed):
+        with pytest.raises(CheckFailedError):
             check_parity(net, lambda images, w=wrong: good(images) + np.float32(w), size=SIZE)
 
 
@@ -99,7 +99,7 @@ def test_a_net_that_overflows_float32_is_refused(make_net: Callable[..., ResNet]
     nn.init.constant_(net.fc.weight, 3e38)
     candidate = forward_of(fold(net))
     assert np.isinf(candidate(np.ones((1, 3, SIZE, SIZE), np.float32))).any()
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         check_parity(net, candidate, size=SIZE)
 
 
@@ -109,7 +109,7 @@ def test_a_candidate_that_answers_every_row_with_the_first_is_refused(
     def frozen(images: np.ndarray) -> np.ndarray:
         return np.repeat(folded(images[:1]), len(images), axis=0)
 
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         check_parity(net, frozen, size=SIZE)
 
 
@@ -143,7 +143,7 @@ def test_the_tolerance_grows_with_the_rounding_of_float32() -> None:
     allowed = rounding * FACTOR
     check_parity(rough, off_by(rough, allowed * 0.8), size=SIZE)
     for net, amount in ((rough, allowed * 1.2), (exact, allowed * 0.8)):
-        with pytest.raises(GateMissed):
+        with pytest.raises(CheckFailedError):
             check_parity(net, off_by(net, amount), size=SIZE)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rtresnet.core import artifacts, atomic_io
-from rtresnet.core.errors import ArtifactError, InputError, UnknownName
+from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.preprocess import IMAGENET_MEAN, Preprocess
 from rtresnet.core.sidecar import Weights
 from rtresnet.models import download as public
@@ -563,7 +563,7 @@ def test_tensors_the_net_does_not_have_are_told(tmp_path: Path) -> None:
 
 def test_an_unknown_model_comes_with_the_nearest(tmp_path: Path) -> None:
     path = written(tmp_path / "net.pt", weights())
-    with pytest.raises(UnknownName, match="did you mean 'resnet50'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'resnet50'"):
         load(path, model="resnet51")
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.models import zoo
 
 
@@ -57,7 +57,7 @@ def test_every_depth_of_6n_plus_2_is_a_cifar_net(kind: str, n: int) -> None:
     ["resnet2", "resnet0", "resnet19", "resnet21", "plain50", "plain101", "plain152", "resnet"],
 )
 def test_other_depths_are_unknown(name: str) -> None:
-    with pytest.raises(UnknownName, match=f"unknown model '{name}'"):
+    with pytest.raises(UnknownNameError, match=f"unknown model '{name}'"):
         zoo.spec(name)
 
 
@@ -73,19 +73,19 @@ def test_other_depths_are_unknown(name: str) -> None:
     ],
 )
 def test_a_misspelt_name_comes_with_the_nearest(given: str, nearest: str) -> None:
-    with pytest.raises(UnknownName, match=f"did you mean '{nearest}'"):
+    with pytest.raises(UnknownNameError, match=f"did you mean '{nearest}'"):
         zoo.spec(given)
 
 
 @pytest.mark.parametrize("given", ["vgg", "", "20", "🦊"])
 def test_a_name_from_elsewhere_comes_with_the_table(given: str) -> None:
-    with pytest.raises(UnknownName, match=r"known: resnet18, .*, plain1202"):
+    with pytest.raises(UnknownNameError, match=r"known: resnet18, .*, plain1202"):
         zoo.spec(given)
 
 
 @pytest.mark.parametrize("given", ["resnet50 ", "xresnet50", "resnet50d", "resnet-1", "resnet5.0"])
 def test_a_name_is_matched_whole(given: str) -> None:
-    with pytest.raises(UnknownName):
+    with pytest.raises(UnknownNameError):
         zoo.spec(given)
 
 
@@ -109,9 +109,9 @@ def test_a_plain_net_takes_no_shortcut(name: str, option: str) -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(UnknownName, match=r"shortcut option 'D'.*A, B, C"):
+    with pytest.raises(UnknownNameError, match=r"shortcut option 'D'.*A, B, C"):
         zoo.spec("resnet50", shortcut="D")
-    with pytest.raises(UnknownName, match=r"stride position '2x2'"):
+    with pytest.raises(UnknownNameError, match=r"stride position '2x2'"):
         zoo.spec("resnet50", stride_in="2x2")
 
 

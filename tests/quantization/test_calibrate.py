@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from rtresnet.core.errors import DataError, UnknownName
+from rtresnet.core.errors import DataError, UnknownNameError
 from rtresnet.onnxlib.branches import KEY, unpack
 from rtresnet.quantization import calibrate as calibrate_module
 from rtresnet.quantization import calibrators, qdq
@@ -280,7 +280,7 @@ def test_no_images_is_an_error(method: str, model: onnx.ModelProto, tensors: lis
 def test_an_unknown_method_suggests_the_nearest(
     model: onnx.ModelProto, tensors: list[str], batches: list[np.ndarray]
 ) -> None:
-    with pytest.raises(UnknownName, match="did you mean 'entropy'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'entropy'"):
         calibrate(model, tensors, lambda: batches, "entrpy")
 
 

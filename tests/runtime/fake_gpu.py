@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rtresnet.core import hardware
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 from rtresnet.core.hardware import Gpu
 from rtresnet.runtime import trt as module
 from rtresnet.runtime.trt import TrtBackend
@@ -84,7 +84,7 @@ class FakeCuda:
         assert getattr(self._inside, "depth", 0), f"{name} where the device is not active"
         self.log.append(name)
         if self.fail_at is not None and len(self.log) == self.fail_at:
-            raise EnvironmentLack(f"{name} failed: cudaErrorUnknown (999)")
+            raise UnavailableError(f"{name} failed: cudaErrorUnknown (999)")
         while self.shuffle and self.shuffle.random() < 0.6:
             ready = [s for s, ops in self._streams.items() if ops and self._is_ready(ops[0])]
             if not ready:
@@ -216,7 +216,7 @@ class FakeCuda:
         for event in (start, stop):
             assert event not in self._untimed, "an event that was made without timing"
             if not self._records[event].done:
-                raise EnvironmentLack("cudaEventElapsedTime failed: cudaErrorNotReady (600)")
+                raise UnavailableError("cudaEventElapsedTime failed: cudaErrorNotReady (600)")
         return self._records[stop].end - self._records[start].end
 
     def destroy_event(self, event: Any) -> None:
@@ -284,7 +284,7 @@ class FakeCuda:
         graph = self._make("end_capture")
         if self.fail_capture:
             self.live.pop()
-            raise EnvironmentLack("cudaStreamEndCapture failed: cudaErrorStreamCaptureInvalidated")
+            raise UnavailableError("cudaStreamEndCapture failed: cudaErrorStreamCaptureInvalidated")
         self._records[graph] = work  # type: ignore[assignment]
         return graph
 

@@ -53,7 +53,7 @@ def test_every_operation_fits_the_bindings_and_names_a_failure(library: Path) ->
     assert found["elapsed"] == 0.5 and found["pinned"] == [True, False]
     for function, (kind, message, code) in found["failed"].items():
         called = function.replace("WithFlags", "").removesuffix("_v2")
-        assert (kind, code) == ("EnvironmentLack", 3), function
+        assert (kind, code) == ("UnavailableError", 3), function
         assert message == f"{called} failed: CUDA_ERROR_OUT_OF_MEMORY (2)"
     assert found["outside"][1] == "cuMemAlloc failed: CUDA_ERROR_INVALID_CONTEXT (201)"
     assert found["left"] == 0 and found["depth"] == 0
@@ -81,7 +81,7 @@ def test_infer_costs_little_more_than_the_calls_it_cannot_do_without(
 def test_pinned_over_the_real_bindings_is_freed_with_its_last_view(library: Path) -> None:
     found = stub_gpu.run(library, "pinned_memory")
     kind, message, code = found.pop("failed")
-    assert (kind, code) == ("EnvironmentLack", 3) and "cuMemAllocHost failed" in message
+    assert (kind, code) == ("UnavailableError", 3) and "cuMemAllocHost failed" in message
     assert found == {"pinned": True, "during": 1, "kept": True, "left": 0}
 
 

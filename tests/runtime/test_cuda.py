@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.core.errors import EnvironmentLack, UnknownName
+from rtresnet.core.errors import UnavailableError, UnknownNameError
 from rtresnet.runtime import cuda as cuda_seam
 from rtresnet.runtime.cuda import Cuda, CudaPython, PyCuda, open_cuda
 
@@ -115,7 +115,7 @@ def test_a_context_that_cannot_be_given_back_does_not_hide_a_failure() -> None:
     recorder = Recorder(cuCtxPopCurrent=codes.CUDA_ERROR_LAUNCH_FAILED)
     with pytest.raises(KeyError), on(recorder).active():
         raise KeyError
-    with pytest.raises(EnvironmentLack, match="cuCtxPopCurrent failed"), on(recorder).active():
+    with pytest.raises(UnavailableError, match="cuCtxPopCurrent failed"), on(recorder).active():
         pass
 
 
@@ -123,7 +123,7 @@ def test_a_graph_that_cannot_be_instantiated_is_destroyed() -> None:
     codes = pytest.importorskip("cuda.bindings.driver").CUresult
     bad = codes.CUDA_ERROR_OUT_OF_MEMORY
     recorder = Recorder(cuStreamEndCapture=("graph",), cuGraphInstantiate=bad)
-    with pytest.raises(EnvironmentLack, match="cuGraphInstantiate failed"):
+    with pytest.raises(UnavailableError, match="cuGraphInstantiate failed"):
         on(recorder).end_capture(1)
     assert ("cuGraphDestroy", "graph") in recorder.calls
     recorder = Recorder(cuStreamEndCapture=("graph",), cuGraphInstantiate=("exec",))
@@ -196,9 +196,11 @@ def test_pycuda_has_no_graphs_and_says_so() -> None:
     cuda = PyCuda.__new__(PyCuda)
     assert not cuda.graphs and CudaPython.graphs
     for call in (cuda.begin_capture, cuda.end_capture, cuda.destroy_graph):
-        with pytest.raises(EnvironmentLack, match="pycuda has no CUDA graphs; leave RTRESNET_CUDA"):
+        with pytest.raises(
+            UnavailableError, match="pycuda has no CUDA graphs; leave RTRESNET_CUDA"
+        ):
             call(1)
-    with pytest.raises(EnvironmentLack, match="no CUDA graphs"):
+    with pytest.raises(UnavailableError, match="no CUDA graphs"):
         cuda.launch(1, 1)
 
 
@@ -212,7 +214,7 @@ def test_what_pycuda_raises_is_ours_call_by_call() -> None:
     cuda = PyCuda.__new__(PyCuda)
     cuda._driver = SimpleNamespace(Error=Error)
     cuda._streams = {1: SimpleNamespace(synchronize=lost)}
-    with pytest.raises(EnvironmentLack, match="pycuda: cuStreamSynchronize failed") as caught:
+    with pytest.raises(UnavailableError, match="pycuda: cuStreamSynchronize failed") as caught:
         cuda.synchronize(1)
     assert caught.value.exit_code == 3 and isinstance(caught.value.__cause__, Error)
     with pytest.raises(KeyError):  # a mistake of ours stays one
@@ -222,7 +224,7 @@ def test_what_pycuda_raises_is_ours_call_by_call() -> None:
 @pytest.mark.usefixtures("without_gpu")
 def test_without_a_gpu_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RTRESNET_CUDA", "anything")
-    with pytest.raises(EnvironmentLack, match="no CUDA device") as caught:
+    with pytest.raises(UnavailableError, match="no CUDA device") as caught:
         open_cuda()
     assert caught.value.exit_code == 3
     assert "--device cpu" in str(caught.value)
@@ -233,7 +235,7 @@ def test_an_unknown_binding_names_the_variable_and_the_nearest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RTRESNET_CUDA", "pycudaa")
-    with pytest.raises(UnknownName, match=r"RTRESNET_CUDA.*did you mean 'pycuda'"):
+    with pytest.raises(UnknownNameError, match=r"RTRESNET_CUDA.*did you mean 'pycuda'"):
         open_cuda()
 
 
@@ -250,6 +252,6 @@ def test_a_binding_that_is_not_installed_is_named(
     else:
         monkeypatch.setenv("RTRESNET_CUDA", choice)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(EnvironmentLack, match=f"pip install {package}$") as caught:
+    with pytest.raises(UnavailableError, match=f"pip install {package}$") as caught:
         open_cuda()
     assert caught.value.exit_code == 3

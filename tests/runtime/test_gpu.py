@@ -16,7 +16,7 @@ from rtresnet.builder import engine
 from rtresnet.builder.targets import RTX_TARGETS
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts, hardware
-from rtresnet.core.errors import EnvironmentLack, InputError
+from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.sidecar import Profile
 from rtresnet.runtime.cuda import host_view, open_cuda
 from rtresnet.runtime.rtx import cache_path
@@ -174,7 +174,7 @@ def test_bytes_that_are_no_plan_are_not_accepted(builder: str, tmp_path: Path) -
         pytest.skip("a plan without sidecar is taken for TensorRT-RTX's")
     path = tmp_path / "net.plan"
     path.write_bytes(b"vtrt" + bytes(1000))
-    with pytest.raises(EnvironmentLack, match="does not accept"):
+    with pytest.raises(UnavailableError, match="does not accept"):
         load(path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import stub_gpu
 
-from rtresnet.core.errors import EnvironmentLack
+from rtresnet.core.errors import UnavailableError
 from rtresnet.runtime import gpu_check
 
 
@@ -121,7 +121,7 @@ def test_check_cuda_finds_a_copy_that_loses_a_byte() -> None:
 
 
 def test_check_cuda_without_a_context_is_a_missing_requirement() -> None:
-    with pytest.raises(EnvironmentLack, match="cuInit"):
+    with pytest.raises(UnavailableError, match="cuInit"):
         gpu_check.check_cuda(FakeDriver("cuInit"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core import hardware
-from rtresnet.core.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.exporter import embed_io
@@ -470,7 +470,7 @@ def test_openvino_runs_or_is_an_error_but_never_a_fallback(
     path = onnx_file("resnet8", "fp32")
     about = openvino()
     if about is None:
-        with pytest.raises(EnvironmentLack, match="pip install onnxruntime-") as caught:
+        with pytest.raises(UnavailableError, match="pip install onnxruntime-") as caught:
             OrtBackend(path, provider="openvino")
         assert caught.value.exit_code == 3
         return
@@ -486,7 +486,7 @@ def test_openvino_that_is_not_installed_is_named_with_its_package(
     monkeypatch.setattr(hardware, "installed", lambda module: "openvino" not in module)
     if openvino() is not None:
         pytest.skip("this onnxruntime has OpenVINO in it")
-    with pytest.raises(EnvironmentLack, match="pip install onnxruntime-ep-openvino"):
+    with pytest.raises(UnavailableError, match="pip install onnxruntime-ep-openvino"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="openvino")
     assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
 
@@ -495,7 +495,7 @@ def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: On
     about = PROVIDERS["cuda"]
     if about.ep in ort.get_available_providers():
         pytest.skip("it is here")
-    with pytest.raises(EnvironmentLack, match=about.ep) as caught:
+    with pytest.raises(UnavailableError, match=about.ep) as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert caught.value.exit_code == 3
     assert caught.value.fix is not None
@@ -508,7 +508,7 @@ def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: On
 def test_provider_tensorrt_names_our_own_runtime(onnx_file: OnnxFile, device: str) -> None:
     with pytest.raises(InputError) as caught:
         load(onnx_file("resnet8", "fp32"), provider="tensorrt", device=device)
-    assert not isinstance(caught.value, UnknownName)
+    assert not isinstance(caught.value, UnknownNameError)
     assert caught.value.fix is not None and "--builder tensorrt" in caught.value.fix
 
 
@@ -544,7 +544,7 @@ def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None
     total = len(onnx.load(path).graph.node)
     session = ort.InferenceSession(path, providers=["AzureExecutionProvider"])
     assert session.get_providers()[0] == "AzureExecutionProvider"  # which says it is in use
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         OrtBackend(path, provider="cuda")
     assert caught.value.exit_code == 3
     assert f"AzureExecutionProvider was asked for, and {total} of {total} nodes" in str(
@@ -560,7 +560,7 @@ def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
 ) -> None:
     base = ort.InferenceSession.__mro__[1]
     monkeypatch.delattr(base, "get_provider_graph_assignment_info")
-    with pytest.raises(EnvironmentLack, match="fallback to CPU EP"):
+    with pytest.raises(UnavailableError, match="fallback to CPU EP"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").placement == {}
 
@@ -577,7 +577,7 @@ def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
     session = ort.InferenceSession(
         onnx_file("resnet8", "fp32"), options, providers=["CUDAExecutionProvider"]
     )
-    with pytest.raises(EnvironmentLack, match="CUDAExecutionProvider was asked for"):
+    with pytest.raises(UnavailableError, match="CUDAExecutionProvider was asked for"):
         hold_placement(session, "CUDAExecutionProvider")
 
 
@@ -596,7 +596,7 @@ def test_one_node_elsewhere_is_enough() -> None:
 
     fused = on("CUDAExecutionProvider", "conv1", "layer1.0.conv1")
     assert hold_placement(session(fused), "CUDAExecutionProvider") == {"CUDAExecutionProvider": 2}
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         hold_placement(session(fused, on("CPUExecutionProvider", "")), "CUDAExecutionProvider")
     assert "1 of 3 nodes would run elsewhere: unnamed (Conv) on CPU" in str(caught.value)
 
@@ -610,7 +610,7 @@ def test_a_run_that_fails_is_not_tried_again_elsewhere(onnx_file: OnnxFile) -> N
 def test_a_plugin_that_is_not_installed_is_named_with_its_package(onnx_file: OnnxFile) -> None:
     if hardware.installed("onnxruntime_ep_nv_tensorrt_rtx"):
         pytest.skip("it is here")
-    with pytest.raises(EnvironmentLack, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+    with pytest.raises(UnavailableError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
 
 
@@ -628,7 +628,7 @@ def test_a_plugin_whose_library_does_not_load_says_why(
     plugin = dataclasses.replace(PROVIDERS["tensorrt-rtx"], plugin="plugin_of_a_test")
     monkeypatch.setitem(PROVIDERS, "tensorrt-rtx", plugin)
     with_gpu(monkeypatch, (8, 9))
-    with pytest.raises(EnvironmentLack, match=r"does not load: .*libplugin\.so") as caught:
+    with pytest.raises(UnavailableError, match=r"does not load: .*libplugin\.so") as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
     assert caught.value.exit_code == 3
 
@@ -644,7 +644,7 @@ def test_rtx_plugin_on_a_gpu_it_does_not_accept_names_those_it_does(
 ) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: True)
     with_gpu(monkeypatch, capability)
-    with pytest.raises(EnvironmentLack, match=r"sm_86, sm_89 and from sm_120 on") as caught:
+    with pytest.raises(UnavailableError, match=r"sm_86, sm_89 and from sm_120 on") as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
     assert caught.value.exit_code == 3 and caught.value.fix == "use --provider cuda"
 
@@ -682,7 +682,7 @@ def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
     library = Path(ort.__file__).parent / "capi" / str(PROVIDERS["cuda"].library)
     if library.exists():
         pytest.skip("onnxruntime-gpu is here")
-    with pytest.raises(EnvironmentLack, match=library.name) as caught:
+    with pytest.raises(UnavailableError, match=library.name) as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert caught.value.exit_code == 3
     assert caught.value.fix is not None and "onnxruntime-gpu[cuda,cudnn]" in caught.value.fix
@@ -696,7 +696,7 @@ def test_provider_cuda_without_a_gpu_loads_nothing(
     cuda_build: list[str], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu(monkeypatch)
-    with pytest.raises(EnvironmentLack, match="needs an NVIDIA GPU") as caught:
+    with pytest.raises(UnavailableError, match="needs an NVIDIA GPU") as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert caught.value.exit_code == 3 and cuda_build == []
 
@@ -727,14 +727,14 @@ def test_provider_cuda_that_fails_is_not_put_down_to_the_file(
         raise RuntimeError(said)
 
     monkeypatch.setattr(ort, "InferenceSession", fail)
-    with pytest.raises(EnvironmentLack, match=reason) as caught:
+    with pytest.raises(UnavailableError, match=reason) as caught:
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert "/onnxruntime_src" not in str(caught.value) and "hostname" not in str(caught.value)
     assert caught.value.fix is not None and fix in caught.value.fix
 
 
 def test_an_unknown_provider_suggests_the_nearest(onnx_file: OnnxFile) -> None:
-    with pytest.raises(UnknownName, match="did you mean 'openvino'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'openvino'"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="openvinno")
 
 
@@ -897,7 +897,7 @@ def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
             raise RuntimeError("[ONNXRuntimeError] : 6 : bad allocation")
 
     monkeypatch.setattr(backend, "_session", Failing())
-    with pytest.raises(EnvironmentLack, match=r"ONNX Runtime CPU failed.*bad allocation"):
+    with pytest.raises(UnavailableError, match=r"ONNX Runtime CPU failed.*bad allocation"):
         backend.infer(images(2))
     other_way_round = images(2).astype(
         images(2).dtype.newbyteorder()

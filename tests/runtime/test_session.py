@@ -15,7 +15,7 @@ import pytest
 import rtresnet
 from rtresnet.core import artifacts, atomic_io, hardware
 from rtresnet.core.artifacts import sidecar_path
-from rtresnet.core.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.serialization import to_json
 from rtresnet.core.sidecar import Link, Plan, Profile, Sidecar
@@ -170,7 +170,7 @@ def test_what_is_neither_onnx_nor_plan_is_refused(tmp_path: Path, name: str) -> 
 
 
 def test_an_unknown_device_suggests_the_nearest(onnx_file: OnnxFile) -> None:
-    with pytest.raises(UnknownName, match="did you mean 'cuda'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'cuda'"):
         load(onnx_file("resnet8", "fp32"), device="cudaa")
 
 
@@ -196,7 +196,7 @@ def test_a_file_without_sidecar_runs_but_knows_no_preprocessing(
 @pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
 def test_a_plan_without_a_gpu_names_the_onnx_file(plan: Path, copied: Path, device: str) -> None:
-    with pytest.raises(EnvironmentLack, match="NVIDIA GPU") as caught:
+    with pytest.raises(UnavailableError, match="NVIDIA GPU") as caught:
         load(plan, device=device)
     assert caught.value.exit_code == 3
     assert str(copied) in str(caught.value)
@@ -224,14 +224,14 @@ def test_a_sidecar_names_a_builder_and_no_other_module(
 @pytest.mark.usefixtures("without_gpu")
 def test_a_plan_without_sidecar_and_gpu_is_refused_in_the_same_way(plan: Path) -> None:
     sidecar_path(plan).unlink()
-    with pytest.raises(EnvironmentLack, match="its ONNX file"):
+    with pytest.raises(UnavailableError, match="its ONNX file"):
         load(plan)
 
 
 def test_a_plan_asked_onto_the_cpu_is_not_told_that_there_is_no_gpu(
     plan: Path, copied: Path, with_gpu: Gpu
 ) -> None:
-    with pytest.raises((EnvironmentLack, InputError)) as caught:
+    with pytest.raises((UnavailableError, InputError)) as caught:
         load(plan, device="cpu")
     assert str(copied) in str(caught.value)
     assert "there is none here" not in str(caught.value)
@@ -293,7 +293,7 @@ def test_a_plan_of_a_builder_that_is_not_installed_names_its_package(
 ) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: module != "tensorrt")
     rewrite(plan, builder="tensorrt")
-    with pytest.raises(EnvironmentLack, match="pip install tensorrt-cu13") as caught:
+    with pytest.raises(UnavailableError, match="pip install tensorrt-cu13") as caught:
         load(plan)
     assert caught.value.exit_code == 3
 

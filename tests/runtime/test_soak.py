@@ -21,7 +21,7 @@ import pytest
 
 import rtresnet
 from rtresnet import Batcher
-from rtresnet.core.errors import InputError, Overloaded
+from rtresnet.core.errors import InputError, QueueFullError
 
 THREADS = 64
 SECONDS = float(os.environ.get("RTRESNET_SOAK_SECONDS", "10"))
@@ -64,7 +64,7 @@ class Clients:
             return "refused"
         try:
             future = batcher.submit(image)
-        except Overloaded:
+        except QueueFullError:
             time.sleep(0.001)
             return "overloaded"
         except InputError:  # closed in between

@@ -36,7 +36,7 @@ from fake_gpu import (
 
 import rtresnet
 from rtresnet.core import hardware
-from rtresnet.core.errors import ArtifactError, EnvironmentLack, InputError, UnknownName
+from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.sidecar import Plan, Profile
 from rtresnet.runtime import (
     cuda,
@@ -601,7 +601,7 @@ def test_a_context_that_cannot_be_captured_runs_without_graphs_and_says_so(
         close(backend.infer(images(8)), expected(images(8)))
     assert not bench.cuda.made["end_capture"]
     backend.close()
-    with pytest.raises(EnvironmentLack, match=r"captured; build the plan again") as caught:
+    with pytest.raises(UnavailableError, match=r"captured; build the plan again") as caught:
         bench.load(graphs=True)
     assert caught.value.exit_code == 3 and bench.cuda.live == []
 
@@ -694,7 +694,7 @@ def test_a_binding_without_graphs_runs_without_or_says_so(bench: Bench) -> None:
         backend.infer(images(3))
     assert backend.graphs == "none" and "begin_capture" not in bench.cuda.log
     backend.close()
-    with pytest.raises(EnvironmentLack, match="CUDA graphs were asked for"):
+    with pytest.raises(UnavailableError, match="CUDA graphs were asked for"):
         bench.load(graphs=True)
     assert bench.cuda.live == []
 
@@ -716,13 +716,13 @@ def test_what_cannot_be_captured_is_an_error_where_graphs_were_asked_for(bench: 
     backend = bench.load(graphs=True)
     backend.infer(images(3))
     bench.fail("execute_async_v3")
-    with pytest.raises(EnvironmentLack, match="execute_async_v3 does not like it"):
+    with pytest.raises(UnavailableError, match="execute_async_v3 does not like it"):
         backend.infer(images(3))
     for _ in range(2):
         close(backend.infer(images(3)), expected(images(3)))
     backend.close()
     bench.cuda.fail_capture = True
-    with pytest.raises(EnvironmentLack, match="cudaStreamEndCapture failed"):
+    with pytest.raises(UnavailableError, match="cudaStreamEndCapture failed"):
         bench.load(graphs=True)
     assert bench.cuda.live == []
 
@@ -807,7 +807,7 @@ def test_pipeline_failed_call_loses_what_is_in_flight_and_nothing_else(bench: Be
         close(pipeline.get(), expected(images(8)))
         pipeline.put(images(8))
         bench.fail("execute_async_v3")
-        with pytest.raises(EnvironmentLack, match="execute_async_v3"):
+        with pytest.raises(UnavailableError, match="execute_async_v3"):
             pipeline.put(images(4))
         with pytest.raises(InputError, match="put comes before get"):
             pipeline.get()
@@ -850,7 +850,7 @@ def test_pinned_array_that_numpy_does_not_have_is_refused(
 
 def test_pinned_without_a_gpu_exits_3_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.hardware, "gpus", lambda: ())
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         rtresnet.pinned((2, 3), np.uint8)
     assert caught.value.exit_code == 3 and caught.value.fix
 
@@ -941,7 +941,7 @@ def test_load_takes_when_kernels_are_compiled(bench: Bench) -> None:
             session(WithDlpack(there))  # type: ignore[arg-type]  # what plans take too
         strategies = [c.dynamic_shapes_kernel_specialization_strategy for c in bench.engine.made_by]
         assert set(strategies) == {kernels}
-    with pytest.raises(UnknownName, match="unknown kernels"):
+    with pytest.raises(UnknownNameError, match="unknown kernels"):
         rtresnet.load(bench.path, kernels="never")
 
 
@@ -1026,7 +1026,7 @@ def test_what_was_made_is_freed_whichever_call_of_loading_fails(bench: Bench) ->
         bench.cuda.fail_at = number
         try:
             backend = bench.load(contexts=2)
-        except EnvironmentLack as error:
+        except UnavailableError as error:
             assert "cudaErrorUnknown" in str(error)
             assert bench.cuda.live == [], f"call {number}"
         else:
@@ -1054,7 +1054,7 @@ def test_whichever_call_of_infer_fails_the_next_one_is_right(bench: Bench, rtx_b
             warnings.simplefilter("ignore")  # a capture that fails is told, and done without
             try:
                 backend.infer(images(20, seed=number))
-            except EnvironmentLack as error:
+            except UnavailableError as error:
                 assert "cudaErrorUnknown" in str(error)
                 failed += 1
                 assert bench.cuda.is_idle(), f"call {number}: something may still write"
@@ -1079,7 +1079,7 @@ CALLS = [
 def test_a_call_of_loading_that_fails_tells_what_was_logged(bench: Bench, call: str) -> None:
     bench.engine.fail_at = (call, 1)
     said = rf"net\.plan: {call}.* failed on Test GPU: Error Code 3: {call} does not like it"
-    with pytest.raises(EnvironmentLack, match=said if "cache" not in call else call):
+    with pytest.raises(UnavailableError, match=said if "cache" not in call else call):
         bench.load()
     assert bench.cuda.live == []
 
@@ -1094,7 +1094,7 @@ def test_a_call_of_infer_that_fails_tells_what_was_logged(
     backend = bench.load()
     bench.fail(call)
     said = rf"{call}.* failed on Test GPU: Error Code 3: {call} does not like it$"
-    with pytest.raises(EnvironmentLack, match=said):
+    with pytest.raises(UnavailableError, match=said):
         backend.infer(images(20))
     for _ in range(3):
         close(backend.infer(images(20)), expected(images(20)))
@@ -1136,12 +1136,12 @@ def test_a_device_that_is_lost_leaves_nothing_behind(
     backend.infer(images(3))
 
     def lost() -> Any:
-        raise EnvironmentLack("cudaSetDevice failed: cudaErrorLaunchFailure (719)")
+        raise UnavailableError("cudaSetDevice failed: cudaErrorLaunchFailure (719)")
 
     monkeypatch.setattr(bench.cuda, "active", lost)
     # The fake holds that each call is made while the device is active; a lost one never is.
     monkeypatch.setattr(bench.cuda, "_call", lambda name: None)
-    with pytest.raises(EnvironmentLack, match="cudaErrorLaunchFailure"):
+    with pytest.raises(UnavailableError, match="cudaErrorLaunchFailure"):
         backend.close()
     assert bench.cuda.live == []
     backend.close()
@@ -1152,7 +1152,7 @@ def test_timings_are_of_no_call_after_one_that_failed(bench: Bench) -> None:
     backend.infer(images(3))
     assert backend.timings()
     bench.fail("execute_async_v3")
-    with pytest.raises(EnvironmentLack):
+    with pytest.raises(UnavailableError):
         backend.infer(images(3))
     assert backend.timings() == {}
 
@@ -1170,7 +1170,7 @@ def test_what_was_logged_before_is_not_told_of_a_later_failure(bench: Bench) -> 
     backend = bench.load()
     bench.engine.log("Error Code 9: long ago")
     bench.fail("execute_async_v3")
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         backend.infer(images(3))
     assert "does not like it" in str(caught.value) and "long ago" not in str(caught.value)
 
@@ -1193,7 +1193,7 @@ def test_a_shape_that_was_refused_is_not_taken_for_the_one_before(bench: Bench) 
     backend = bench.load(graphs=False)
     backend.infer(images(8))
     bench.fail("set_input_shape")
-    with pytest.raises(EnvironmentLack, match="set_input_shape"):
+    with pytest.raises(UnavailableError, match="set_input_shape"):
         backend.infer(images(3))
     close(backend.infer(images(8)), expected(images(8)))
 
@@ -1201,17 +1201,17 @@ def test_a_shape_that_was_refused_is_not_taken_for_the_one_before(bench: Bench) 
 def test_a_plan_that_is_not_accepted_says_by_what_where_and_why(bench: Bench) -> None:
     bench.accepts = False
     said = r"net\.plan.*TensorRT-RTX 1\.7\.1.*Test GPU.*magic tag does not match.*rtresnet build"
-    with pytest.raises(EnvironmentLack, match=said):
+    with pytest.raises(UnavailableError, match=said):
         bench.load()
     assert bench.cuda.live == []
 
 
 def test_a_header_that_will_not_run_here_says_why(bench: Bench) -> None:
     bench.validity = (Validity.INVALID, Diagnostics.VERSION_MISMATCH | Diagnostics.UNSUPPORTED_CC)
-    with pytest.raises(EnvironmentLack, match="version mismatch, unsupported cc; build it"):
+    with pytest.raises(UnavailableError, match="version mismatch, unsupported cc; build it"):
         bench.load()
     bench.validity = (Validity.INVALID, 0)
-    with pytest.raises(EnvironmentLack, match="no reason given"):
+    with pytest.raises(UnavailableError, match="no reason given"):
         bench.load()
     assert bench.cuda.live == []
 
@@ -1222,12 +1222,12 @@ def test_driver_that_is_too_old_is_named_by_what_refuses_the_plan(
     """TensorRT-RTX then tells that the header is invalid and not why; both log error 35."""
     monkeypatch.setattr(hardware, "cuda_version", lambda: (12, 4))
     bench.validity = (Validity.INVALID, 0)
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         bench.load()
     assert caught.value.fix is not None and "r580" in caught.value.fix
     bench.validity, bench.accepts = (Validity.VALID, 0), False
     bench.refusal = "CUDA initialization failure with error: 35"
-    with pytest.raises(EnvironmentLack, match="error: 35") as caught:
+    with pytest.raises(UnavailableError, match="error: 35") as caught:
         bench.load()
     assert caught.value.fix is not None and "r580" in caught.value.fix
 
@@ -1240,7 +1240,7 @@ def test_runtime_that_does_not_start_is_a_lack_of_the_environment(
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(bench.trt, "Runtime", fail)
-    with pytest.raises(EnvironmentLack, match=r"cannot create a Runtime.*error: 35") as caught:
+    with pytest.raises(UnavailableError, match=r"cannot create a Runtime.*error: 35") as caught:
         bench.load()
     assert caught.value.exit_code == 3
     assert bench.cuda.live == []
@@ -1254,12 +1254,14 @@ def test_a_plan_that_will_be_slow_is_told(bench: Bench) -> None:
 
 def test_memory_is_held_against_what_is_free(bench: Bench) -> None:
     bench.cuda.room = 199
-    with pytest.raises(EnvironmentLack, match=r"its weights need 0 MB.*are free; fewer contexts"):
+    with pytest.raises(UnavailableError, match=r"its weights need 0 MB.*are free; fewer contexts"):
         bench.load()
     one = 2 * 8 * (192 + 4 * CLASSES) + 512
     bench.cuda.room = one
     bench.load().close()
-    with pytest.raises(EnvironmentLack, match="2 x activations and buffers for batches of up to 8"):
+    with pytest.raises(
+        UnavailableError, match="2 x activations and buffers for batches of up to 8"
+    ):
         bench.load(contexts=2)
     assert bench.cuda.live == []
 
@@ -1347,7 +1349,7 @@ def test_kernels_of_another_gpu_are_replaced(bench: Bench, blob: bytes) -> None:
     backend = bench.load(graphs=False)
     backend.infer(images(3))
     bench.fail("execute_async_v3")
-    with pytest.raises(EnvironmentLack) as caught:
+    with pytest.raises(UnavailableError) as caught:
         backend.infer(images(3))
     assert "another GPU" not in str(caught.value)
     backend.close()
@@ -1392,14 +1394,14 @@ def test_without_the_package_nothing_is_loaded(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rtresnet.core.hardware.installed", lambda name: False)
-    with pytest.raises(EnvironmentLack, match="pip install tensorrt-rtx-cu13"):
+    with pytest.raises(UnavailableError, match="pip install tensorrt-rtx-cu13"):
         bench.load()
     assert bench.cuda.live == []
 
 
 @pytest.mark.usefixtures("without_gpu")
 def test_without_a_gpu_there_is_no_backend(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentLack, match="no CUDA device") as caught:
+    with pytest.raises(UnavailableError, match="no CUDA device") as caught:
         TrtBackend(tmp_path / "net.plan", None)
     assert caught.value.exit_code == 3
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.data.sources import Arrays
 from rtresnet.study import compare
 from rtresnet.study.compare import Curve, Net, Terms
@@ -64,7 +64,7 @@ def test_a_net_of_bottlenecks_has_no_plain_counterpart() -> None:
 def test_a_plain_net_has_no_shortcuts_to_compare() -> None:
     with pytest.raises(InputError, match="--model resnet20"):
         compare.shortcut_nets("plain20")
-    with pytest.raises(UnknownName):
+    with pytest.raises(UnknownNameError):
         compare.degradation_nets([21])
 
 

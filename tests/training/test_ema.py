@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from rtresnet.training.ema import Average, recompute_statistics
+from rtresnet.training.ema import ModelEma, recompute_statistics
 
 
 def test_the_average_follows_the_weights_and_statistics() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    average = Average(net, 0.5)
+    average = ModelEma(net, 0.5)
     expected = {name: tensor.double().clone() for name, tensor in net.state_dict().items()}
     for update in range(20):
         with torch.no_grad():
@@ -28,7 +28,7 @@ def test_the_average_follows_the_weights_and_statistics() -> None:
 
 def test_the_average_shares_no_memory_with_the_net() -> None:
     net = nn.Linear(2, 2)
-    average = Average(net, 0.9)
+    average = ModelEma(net, 0.9)
     before = average.net.weight.clone()
     with torch.no_grad():
         net.weight.zero_()

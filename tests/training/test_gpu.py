@@ -12,13 +12,13 @@ import torch
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.loader import Tally
+from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays, Source
 from rtresnet.models import checkpoint, zoo
 from rtresnet.training.distributed import ALONE
 from rtresnet.training.recipe import Recipe
 from rtresnet.training.step import Stepper
-from rtresnet.training.train_loader import Feed
+from rtresnet.training.train_loader import TrainLoader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,8 +102,8 @@ def test_training_steps_never_wait_for_the_gpu(photos: bool) -> None:
         epochs=3, batch=16, precision="bf16", flip="random", crop="area", colour=0.1, erasing=0.5,
         mixup=0.2, cutmix=1.0, trivial_augment=True, clip=1.0, ema=0.99, label_smoothing=0.1,
     )  # fmt: skip
-    feed = Feed(source, np.arange(64), Preprocess.for_size(32), recipe, device="cuda",
-                tally=Tally(64))  # fmt: skip
+    feed = TrainLoader(source, np.arange(64), Preprocess.for_size(32), recipe, device="cuda",
+                tally=DecodeErrors(64))  # fmt: skip
     net = zoo.build(zoo.spec("resnet8"), 4).to("cuda").to(memory_format=torch.channels_last)
     stepper = Stepper(net, recipe, ALONE, "cuda")
     for epoch in range(2):  # constants are created, and memory allocated, in the first

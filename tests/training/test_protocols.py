@@ -8,7 +8,7 @@ from rtresnet.core import metrics
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.decode import CorruptImage
-from rtresnet.data.loader import Tally
+from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
 from rtresnet.models.reference import DenseBackend, TorchBackend
@@ -193,7 +193,7 @@ def test_a_broken_image_is_left_out_for_every_net(net: ResNet) -> None:
     member = Member(forward=TorchBackend(net), preprocess=Preprocess.for_size(32))
     whole = noise(120)
     source = Broken("noise", whole.images, whole.labels, whole.classes)
-    tally = Tally(120)
+    tally = DecodeErrors(120)
     result = protocols.measure([member, member], source, tally=tally)
     assert [found.n for found in (*result.members, result.ensemble)] == [119] * 3
     assert list(tally.skipped) == [4]

@@ -30,7 +30,7 @@ from rtresnet.training import qat
 from rtresnet.training.distributed import ALONE
 from rtresnet.training.recipe import Recipe
 from rtresnet.training.step import Stepper
-from rtresnet.training.train_loader import Micro
+from rtresnet.training.train_loader import MicroBatch
 from tests.conftest import tinted_noise
 
 pytest.importorskip("onnxruntime")
@@ -61,9 +61,9 @@ def fake_of(name: str) -> qat.FakeQuantized:
     return fake
 
 
-def micro(count: int = 16) -> Micro:
+def micro(count: int = 16) -> MicroBatch:
     labels = torch.arange(count) % 10
-    return Micro(inputs=images(count, seed=1), labels=labels, others=labels, share=1.0)
+    return MicroBatch(inputs=images(count, seed=1), labels=labels, others=labels, share=1.0)
 
 
 def stepper(fake: qat.FakeQuantized, lr: float = 0.01, **fields: object) -> Stepper:

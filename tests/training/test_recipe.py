@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from rtresnet.core.errors import InputError, UnknownName
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.training.recipe import Recipe, differences
 from rtresnet.training.recipes import RECIPES, describe, named, parse, resolve
 
@@ -132,9 +132,9 @@ def test_nonsense_is_refused(fields: dict[str, object]) -> None:
 
 
 def test_unknown_choices_are_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownName, match="'cosine'"):
+    with pytest.raises(UnknownNameError, match="'cosine'"):
         Recipe(epochs=1, schedule="cosin")
-    with pytest.raises(UnknownName, match="'paper-cifar'"):
+    with pytest.raises(UnknownNameError, match="'paper-cifar'"):
         named("papercifar")
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from rtresnet.cli.main import main
-from rtresnet.core.errors import GateMissed, InputError
+from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.models import checkpoint, zoo
 from rtresnet.training import step
 from rtresnet.training.distributed import ALONE, World
 from rtresnet.training.recipe import Recipe
 from rtresnet.training.step import Stepper, settle_precision
-from rtresnet.training.train_loader import Micro
+from rtresnet.training.train_loader import MicroBatch
 
 RECIPE = Recipe(epochs=1, batch=8)
 
@@ -89,10 +89,10 @@ def stepper_of(**fields: object) -> Stepper:
     return Stepper(zoo.build(zoo.spec("resnet8"), 4), recipe, ALONE, "cpu")
 
 
-def micro() -> Micro:
+def micro() -> MicroBatch:
     inputs = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(8) % 4
-    return Micro(inputs=inputs, labels=labels, others=labels, share=1.0)
+    return MicroBatch(inputs=inputs, labels=labels, others=labels, share=1.0)
 
 
 def weights(stepper: Stepper) -> list[torch.Tensor]:
@@ -151,7 +151,7 @@ def test_train_scale_too_small_ends_with_exit_1_and_a_fix(
     fp16(init_scale=step.LEAST_SCALE / 2)
     assert train(tints, tmp_path / "run") == 1
     assert "precision=fp32" in capsys.readouterr().err
-    with pytest.raises(GateMissed):
+    with pytest.raises(CheckFailedError):
         stepper_of().loss_scale()
 
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.loader import Tally
+from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays, Files
 from rtresnet.training import train_loader
 from rtresnet.training.distributed import World
@@ -33,16 +33,16 @@ def fed(
     count: int = 100,
     size: int = 8,
     **fields: object,
-) -> train_loader.Feed:
+) -> train_loader.TrainLoader:
     recipe = Recipe(**(PLAIN | fields))  # type: ignore[arg-type]
     contract = Preprocess.for_size(size, mean=(0, 0, 0), std=(1, 1, 1))
-    return train_loader.Feed(
+    return train_loader.TrainLoader(
         numbered(count, size=size), np.arange(count), contract, recipe, world=world,
-        tally=Tally(count),
+        tally=DecodeErrors(count),
     )  # fmt: skip
 
 
-def labels(found: train_loader.Feed, first: int, end: int) -> list[int]:
+def labels(found: train_loader.TrainLoader, first: int, end: int) -> list[int]:
     steps = found.steps(first, end)
     return [int(label) for _, micros in steps for micro in micros for label in micro.labels]
 
@@ -143,10 +143,10 @@ def photographs(folder: Path, broken: tuple[int, ...] = ()) -> Files:
     return Files("photographs", paths, np.arange(20), [str(i) for i in range(20)])
 
 
-def photo_feed(source: Files, **fields: object) -> train_loader.Feed:
+def photo_feed(source: Files, **fields: object) -> train_loader.TrainLoader:
     recipe = Recipe(**(PLAIN | {"crop": "area"} | fields))  # type: ignore[arg-type]
     contract = Preprocess.for_size(72, mean=(0, 0, 0), std=(1, 1, 1))
-    return train_loader.Feed(source, np.arange(20), contract, recipe, tally=Tally(20))
+    return train_loader.TrainLoader(source, np.arange(20), contract, recipe, tally=DecodeErrors(20))
 
 
 @pytest.mark.parametrize("crop", ["area", "scale"])
@@ -214,8 +214,8 @@ def test_feed_indexes_with_tensors_on_its_own_device(tmp_path: Path, photos: boo
     source = photographs(tmp_path) if photos else numbered(20)
     contract = Preprocess.for_size(72 if photos else 8)
     # "meta" computes shapes only, and keeps apart what lies on the device and what does not.
-    found = train_loader.Feed(
-        source, np.arange(20), contract, recipe, device="meta", tally=Tally(20)
+    found = train_loader.TrainLoader(
+        source, np.arange(20), contract, recipe, device="meta", tally=DecodeErrors(20)
     )
     with Calls() as calls:
         assert len(list(found.steps(0, 2))) == 2
