@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from rtresnet.core.config import Config, Option, options_of, split_optional
+from rtresnet.core.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,6 +126,12 @@ def _click_type(kind: Any, about: Option) -> Any:
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
     def callback(context: click.Context, option: click.Parameter, given: Any) -> Any:
-        return parse(given) if isinstance(given, str) else given
+        try:
+            return parse(given) if isinstance(given, str) else given
+        except InputError as error:
+            if error.message.startswith("--"):
+                raise
+            name = option.opts[0]
+            raise InputError(f"{name} {given}: {error.message}", fix=error.fix) from None
 
     return callback

@@ -11,14 +11,18 @@ before anything is deserialized. Imports no torch.
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.core import artifacts, atomic_io, hardware, labels, metrics
 from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
@@ -27,18 +31,44 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 class Session:
-    """A loaded ONNX file or plan; use it in a `with` block, or call `close`.
+    """A loaded artifact; use it in a `with` block, or call `close`.
 
-    Attributes:
+    Args:
         path: The file that runs.
-        sidecar: Its record, or None for a stranger's file.
+        sidecar: Its record, or None for a file that another tool made.
         backend: What runs it.
+        input: Preprocessing that was stated for the file; by default its sidecar's.
+        classes: Class names; by default the sidecar's.
+        precision: Data type of the net; by default what the sidecar says.
+        weights: sha256 of the checkpoint that the weights came from; by default the sidecar's.
+        assumed: What the file does not state and was assumed; by default the sidecar's list.
+        order: Maps the file's outputs to `classes`, where these are in another order.
     """
 
-    def __init__(self, path: Path, sidecar: Sidecar | None, backend: Backend) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sidecar: Sidecar | None,
+        backend: Backend,
+        *,
+        input: Preprocess | None = None,
+        classes: tuple[str, ...] | None = None,
+        precision: str | None = None,
+        weights: str | None = None,
+        assumed: tuple[str, ...] | None = None,
+        order: LabelMap | None = None,
+    ) -> None:
         self.path = path
         self.sidecar = sidecar
         self.backend = backend
+        self.precision = precision or (sidecar.precision if sidecar else "unknown")
+        self.topk = sidecar.topk if sidecar else None
+        self.weights = weights or (sidecar.weights.sha256 if sidecar else None)
+        self.order = order
+        known = sidecar.assumed if sidecar else ()
+        self.assumed = known if assumed is None else assumed
+        self._input = input
+        self._classes = classes
 
     def __call__(self, images: np.ndarray) -> np.ndarray | TopK:
         """Runs a batch of any N from 1.
@@ -49,27 +79,120 @@ class Session:
 
         Returns:
             float32 logits [N, classes]; of a top-K file indices int64 [N, K] and probabilities
-            float32 [N, K], the most probable first.
+            float32 [N, K], the most probable first. Both in the order of `classes`.
 
         Raises:
             InputError: Images of another type or shape.
         """
-        return self.backend.infer(images)
+        answer = self.backend.infer(images)
+        if self.order is None:
+            return answer
+        if isinstance(answer, tuple):
+            return self.order.apply(answer[0]), answer[1]
+        return self.order.reorder(answer)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """As calling it, where nothing but logits will do.
+        """As calling it, for callers that need logits.
 
         Raises:
             InputError: The file gives the most probable classes only.
         """
         return logits(self(images), self.path)
 
-    def prepare(self, images: np.ndarray) -> np.ndarray:
-        """uint8 crops [N, S, S, 3] to what the file takes.
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """Logits, or for a top-K file what its answer says of all classes (`metrics.from_best`).
 
         Raises:
-            InputError: The file takes normalized images, and nobody knows its mean and std.
+            InputError: A top-K file that does not say how many classes there are.
         """
+        answer = self(images)
+        if isinstance(answer, tuple) and self.classes:
+            return metrics.from_best(*answer, len(self.classes))
+        return logits(answer, self.path)
+
+    def restated(self, input: Preprocess, assumed: tuple[str, ...]) -> Session:
+        """The same artifact with other preprocessing, and what of it is assumed."""
+        return self._changed(_input=input, assumed=assumed)
+
+    def matched(
+        self, reference: Session, names: Sequence[str] | None = None
+    ) -> tuple[Session, LabelMap]:
+        """The same artifact with its outputs in the order of another one's classes.
+
+        Args:
+            reference: The other one.
+            names: Class names for the one that has none.
+
+        Returns:
+            The artifact, and how its classes were matched with the reference's.
+
+        Raises:
+            InputError: They have other classes.
+        """
+        for entry in (reference, self):
+            entry.require_classes()
+        same = self.weights is not None and self.weights == reference.weights
+        unnamed = labels.numbered(self.classes)
+        mapping = labels.match(
+            reference.classes,
+            self.classes,
+            data_named=same or not unnamed,
+            names=names if unnamed or labels.numbered(reference.classes) else None,
+            model_name=str(reference.path),
+            data_name=str(self.path),
+        )
+        if not mapping.is_permutation:
+            raise InputError(
+                f"{self.path} has {len(self.classes)} classes and {reference.path} "
+                f"{len(reference.classes)}",
+                fix="use artifacts of the same classes",
+            )
+        order = None if mapping.in_order else mapping
+        return self._changed(order=order, _classes=reference.classes), mapping
+
+    def _changed(self, **changes: Any) -> Session:
+        session = copy.copy(self)
+        for name, value in changes.items():
+            setattr(session, name, value)
+        return session
+
+    def require_classes(self) -> None:
+        """Raises InputError of a top-K file that does not say how many classes there are."""
+        if not self.classes:
+            raise InputError(
+                f"{self.path}: gives the most probable classes, and no sidecar says how many "
+                "there are",
+                fix="use the file it was made from",
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; their numbers where the file has no names.
+
+        Empty for a top-K file that does not say how many there are. One image is run where the
+        file leaves the number of classes open.
+        """
+        if self._classes is None and self.sidecar is not None:
+            self._classes = self.sidecar.model.classes
+        if self._classes is None:
+            answer = self.backend.infer(self.example(1))
+            count = 0 if isinstance(answer, tuple) else answer.shape[1]
+            self._classes = tuple(map(str, range(count)))
+        return self._classes
+
+    def prepare(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 RGB images to what the file takes.
+
+        Args:
+            images: Crops [N, S, S, 3], or images [H, W, 3] of any sizes, which are resized and
+                cropped first.
+
+        Raises:
+            InputError: The file takes normalized images, and its mean and std are unknown.
+        """
+        side = self.size
+        if not isinstance(images, np.ndarray) or images.shape[1:3] != (side, side):
+            images = np.stack([self.preprocess.crop(image) for image in images])
         if self.backend.input_dtype == np.uint8:
             return images
         return self.preprocess.normalize(images)
@@ -81,6 +204,8 @@ class Session:
         Raises:
             InputError: The file has no sidecar, or one that does not say it.
         """
+        if self._input is not None:
+            return self._input
         if self.sidecar is None or not self.sidecar.input_known:
             onnx = artifacts.kind_of(self.path) == "onnx"
             raise InputError(
@@ -121,6 +246,8 @@ class Session:
         Raises:
             InputError: The file leaves it open, and no sidecar states it.
         """
+        if self.backend.size is None and self._input is not None:
+            return self._input.size
         if self.backend.size is None and self.sidecar is not None and self.sidecar.input_known:
             return self.sidecar.input.size
         if self.backend.size is None:

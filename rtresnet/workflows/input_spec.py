@@ -1,0 +1,129 @@
+"""Preprocessing stated by a person, for files that do not state it themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rtresnet.core import artifacts
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import InputError
+from rtresnet.core.preprocess import PRESETS, UINT8, Preprocess
+
+Channels = tuple[float, float, float]
+
+
+def parse_channels(text: str) -> Channels:
+    """Reads "R,G,B".
+
+    Raises:
+        InputError: Not three numbers.
+    """
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError("needs three numbers", fix="as in 0.5,0.5,0.5") from None
+    _require_unit(text, (red, green, blue))
+    return red, green, blue
+
+
+def _require_unit(name: str, channels: Channels) -> None:
+    if max(channels) > 1:
+        raise InputError("in units of [0, 1]", fix="divide levels by 255")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(Config):
+    """Preprocessing of a file without a sidecar, or in place of what its sidecar says.
+
+    Attributes:
+        size: Side of the input, in pixels.
+        mean: For each channel (R, G, B), in units of [0, 1].
+        std: As `mean`.
+        preset: "imagenet", "half" (mean and std 0.5) or "unit" (mean 0, std 1) in place of both.
+    """
+
+    size: int | None = option(
+        None, "Side of the input, in pixels.", minimum=1, default_text="from the sidecar"
+    )
+    mean: Channels | None = option(
+        None,
+        "Mean of the input for each channel, in units of [0, 1].",
+        metavar="R,G,B",
+        parse=parse_channels,
+        default_text="from the sidecar",
+    )
+    std: Channels | None = option(
+        None,
+        "Standard deviation of the input for each channel, in units of [0, 1].",
+        metavar="R,G,B",
+        parse=parse_channels,
+        default_text="from the sidecar",
+    )
+    preset: Literal["imagenet", "half", "unit"] | None = option(
+        None,
+        "Mean and std by name: imagenet, half (0.5 and 0.5) or unit (0 and 1).",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset is not None:
+            if self.mean is not None or self.std is not None:
+                raise InputError("--preset states mean and std", fix="leave out --mean and --std")
+            mean, std = PRESETS[self.preset]
+            object.__setattr__(self, "mean", mean)
+            object.__setattr__(self, "std", std)
+        for channels in (self.mean, self.std):
+            if channels is not None:
+                _require_unit("mean or std", channels)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is stated."""
+        return self.size is None and self.mean is None and self.std is None
+
+    def applied_to(self, base: Preprocess) -> Preprocess:
+        """`base` with what is stated in its place."""
+        changed: dict[str, Any] = {}
+        if self.size is not None and self.size != base.size:
+            changed |= {"size": self.size, "resize": Preprocess.for_size(self.size).resize}
+        changed |= {
+            name: channels
+            for name, channels in (("mean", self.mean), ("std", self.std))
+            if channels is not None
+        }
+        return dataclasses.replace(base, **changed)
+
+    def complete(self, path: object, *, fixed: int | None, pixels: bool = False) -> Preprocess:
+        """The preprocessing of a file without a sidecar.
+
+        Args:
+            path: The file, for messages.
+            fixed: Side of the file's input, in pixels; None where it leaves it open.
+            pixels: Whether the file takes uint8 and normalizes by itself.
+
+        Raises:
+            InputError: Something is not stated, or not what the file takes.
+        """
+        lacking = {}
+        if self.size is None and fixed is None:
+            lacking["size"] = "--size S"
+        if not pixels and (self.mean is None or self.std is None):
+            lacking["mean and std"] = "--preset imagenet|half|unit, or --mean R,G,B --std R,G,B"
+        if lacking:
+            onnx = artifacts.SUFFIXES.get(Path(str(path)).suffix.lower()) == "onnx"
+            once = f" (once, with: rtresnet adopt {path})" if onnx else ""
+            raise InputError(
+                f"{path}: no sidecar states its {' and '.join(lacking)}",
+                fix=f"state them{once}: {' '.join(lacking.values())}",
+            )
+        if fixed is not None and self.size not in (None, fixed):
+            raise InputError(
+                f"{path}: takes {fixed}x{fixed} pixels, not {self.size}", fix=f"--size {fixed}"
+            )
+        side = fixed or self.size
+        assert side is not None
+        base = Preprocess.for_size(side, **({"layout": UINT8} if pixels else {}))
+        return dataclasses.replace(self, size=None, preset=None).applied_to(base)

@@ -1,0 +1,239 @@
+"""Load any artifact: a checkpoint in torch, an ONNX file or a plan in the runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.sidecar import restated
+from rtresnet.workflows.input_spec import InputConfig
+
+if TYPE_CHECKING:
+    from rtresnet.runtime.session import Session
+
+
+def parse_provider(name: str) -> str:
+    """Checks a provider's name.
+
+    Raises:
+        InputError: There is no such provider, or it is not supported.
+    """
+    from rtresnet.runtime.ort import find_provider
+
+    if name != "auto":
+        find_provider(name)
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(Config):
+    """Where an artifact runs.
+
+    Attributes:
+        device: "auto" takes the GPU for plans and the CPU for ONNX files.
+        provider: For ONNX files; "auto" takes openvino where it is installed and serves this CPU.
+        threads: CPU threads.
+        contexts: For plans: number of calls that may run at the same time.
+        graphs: For plans: whether calls are CUDA graphs; None where that is possible.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device to run on.")
+    provider: str = option(
+        "auto",
+        "Execution provider for ONNX files; auto takes openvino where it is installed and serves "
+        "this CPU, else cpu.",
+        metavar="[auto|cpu|openvino|cuda|tensorrt-rtx]",
+        parse=parse_provider,
+    )
+    threads: int | None = option(
+        None, "Number of CPU threads.", minimum=1, default_text="all cores"
+    )
+    contexts: int | None = option(
+        None,
+        "Number of execution contexts of a plan: calls that may run at the same time.",
+        minimum=1,
+        default_text="1, or 2 when batches are formed",
+    )
+    graphs: bool | None = option(
+        None,
+        "Run a plan's calls as CUDA graphs.",
+        names=("--graphs/--no-graphs",),
+        default_text="where possible",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_provider(self.provider)
+
+    def for_artifact(self, path: str, paths: Sequence[str]) -> RuntimeConfig:
+        """The options that apply to `path`, one of several artifacts of a command.
+
+        `provider` and `threads` apply to the ONNX files among them; where there are none, they
+        stay and the plan refuses them. `contexts` and `graphs` apply to the plans.
+
+        Raises:
+            InputError: `contexts` or `graphs` is given, and no artifact is a plan.
+        """
+        kinds = [artifacts.kind_of(name) for name in paths]
+        kind = artifacts.kind_of(path)
+        given = [name for name in ("contexts", "graphs") if getattr(self, name) is not None]
+        if given and "plan" not in kinds:
+            raise InputError(
+                f"{path}: not a plan; --{given[0]} applies to plans only",
+                fix="leave it out, or measure a plan: rtresnet build",
+            )
+        changes: dict[str, Any] = {}
+        if kind != "plan":
+            changes |= {"contexts": None, "graphs": None}
+        if kind != "onnx" and "onnx" in kinds:
+            changes |= {"provider": "auto"}
+            if kind == "plan":
+                changes |= {"threads": None}
+        return dataclasses.replace(self, **changes)
+
+
+def load_artifact(
+    path: str | os.PathLike[str],
+    runtime: RuntimeConfig | None = None,
+    *,
+    stated: InputConfig | None = None,
+    model: str | None = None,
+    input_needed: bool = True,
+    **options: Any,
+) -> Session:
+    """Loads a checkpoint (in torch), an ONNX file or a plan (in the runtime).
+
+    Args:
+        path: The artifact.
+        runtime: Where it runs.
+        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        model: Architecture of a checkpoint from elsewhere; recognized by default.
+        input_needed: Whether unknown preprocessing is an error.
+        **options: Further options of `runtime.session.load` for ONNX files and plans.
+
+    Raises:
+        InputError: No such file; or neither a sidecar nor `stated` says what the file takes.
+        ArtifactError: The file does not match its sidecar.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    runtime, stated = runtime or RuntimeConfig(), stated or InputConfig()
+    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    if artifacts.kind_of(path) == "checkpoint":
+        session = _load_checkpoint(path, runtime, model)
+        preprocess = stated.applied_to(session.preprocess)
+        return session.restated(
+            preprocess, restated(session.assumed, session.preprocess, preprocess)
+        )
+    from rtresnet.runtime.session import load
+
+    session = load(
+        path,
+        device=runtime.device,
+        provider=runtime.provider,
+        threads=runtime.threads,
+        contexts=runtime.contexts or 1,
+        graphs=runtime.graphs,
+        **options,
+    )
+    if not input_needed and stated.empty:
+        return session
+    return session.restated(*input_of(session, stated))
+
+
+def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[str, ...]]:
+    """The preprocessing of an ONNX file or a plan, and what of it is assumed.
+
+    Args:
+        session: The loaded file.
+        stated: In place of what the sidecar says.
+
+    Raises:
+        InputError: Neither a sidecar nor `stated` says what the file takes.
+    """
+    path, sidecar, backend = session.path, session.sidecar, session.backend
+    pixels = backend.layout == "nhwc"
+    if pixels and (stated.mean or stated.std):
+        raise InputError(
+            f"{path}: normalizes inside, so --mean and --std change nothing",
+            fix="leave them out, or use the file it was made from",
+        )
+    if sidecar is not None and sidecar.input_known:
+        preprocess = stated.applied_to(sidecar.input)
+        return preprocess, restated(sidecar.assumed, sidecar.input, preprocess)
+    preprocess = stated.complete(path, fixed=backend.size, pixels=pixels)
+    return preprocess, restated(sidecar.assumed if sidecar else (), None, preprocess)
+
+
+def states_input(path: str | os.PathLike[str]) -> bool:
+    """Whether an artifact's sidecar says what it takes, so that no option has to."""
+    sidecar = artifacts.read_sidecar(path)
+    return sidecar is not None and sidecar.input_known
+
+
+def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> Session:
+    if runtime.provider != "auto":
+        raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
+    require_torch("reading a checkpoint")
+    import torch
+
+    from rtresnet.models import checkpoint
+    from rtresnet.models.reference import TorchBackend
+    from rtresnet.runtime.session import Session
+
+    device = torch_device(runtime.device)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    loaded = checkpoint.load(path, model=model)
+    return Session(
+        path,
+        artifacts.read_sidecar(path),
+        TorchBackend(loaded.net().to(device), loaded.input.size),
+        input=loaded.input,
+        classes=loaded.model.classes,
+        precision="fp32",
+        weights=loaded.weights.sha256,
+        assumed=loaded.assumed,
+    )
+
+
+def require_torch(purpose: str) -> None:
+    """Raises UnavailableError where torch is not installed."""
+    if not hardware.installed("torch"):
+        raise UnavailableError(
+            f"{purpose} needs torch, which is not installed", fix="pip install torch"
+        )
+
+
+def torch_device(choice: str) -> str:
+    """ "auto" is the GPU where torch sees one.
+
+    Raises:
+        UnavailableError: CUDA was asked for and torch sees none.
+    """
+    import torch
+
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("torch sees no CUDA device", fix="see: rtresnet doctor")
+    return choice
+
+
+def run_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """How artifacts ran where that needs a word: INT8 sums, a fixed batch; each once.
+
+    Args:
+        entries: From `Session.describe`.
+    """
+    entries = list(entries)
+    notes = {name: {entry[name] for entry in entries if entry.get(name)}
+             for name in ("int8_note", "batch_note")}  # fmt: skip
+    return [*sorted(notes["int8_note"]), *sorted(notes["batch_note"])]
