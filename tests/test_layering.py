@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "runtime": ({"runtime"}, {"numpy"}),
     "bench": ({"bench", "runtime", "onnxlib"}, {"numpy"}),
     "serving": ({"serving"}, set()),
-    "report": ({"report", "bench"}, {"numpy", "rich", "matplotlib"}),
+    "reporting": ({"reporting", "bench"}, {"numpy", "rich", "matplotlib"}),
     "workflows": (
         {
             "workflows", "onnxlib", "models", "data", "training", "study", "exporter",
@@ -143,10 +143,10 @@ import rtresnet
 assert "numpy" not in sys.modules
 for name in rtresnet.__all__:
     assert getattr(rtresnet, name) is not None and name in dir(rtresnet)
-for room in ("runtime", "bench", "builder", "report", "training.evaluate", "data.loader"):
+for room in ("runtime", "bench", "builder", "reporting", "training.evaluate", "data.loader"):
     importlib.import_module(f"rtresnet.{room}")
 for name in ("runtime.session", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.load",
-             "builder.engine", "report.page", "report.plots", "models.zoo"):
+             "builder.engine", "reporting.page", "reporting.plots", "models.zoo"):
     importlib.import_module(f"rtresnet.{name}")
 """
     done = bare(code)

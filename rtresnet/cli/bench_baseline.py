@@ -32,7 +32,7 @@ def read(path: str) -> list[dict[str, Any]]:
         InputError: The file is not a valid result of `bench`, or holds no samples.
     """
     from rtresnet.core import atomic_io
-    from rtresnet.report import result_files
+    from rtresnet.reporting import result_files
 
     fix = f"make one with: rtresnet bench ARTIFACT --json {path}"
     atomic_io.require_file(path, fix=fix)

@@ -104,7 +104,7 @@ def as_json(found: Found, what: str, bound: float) -> dict[str, Any]:
 
 def show(path: str, found: dict[str, Any], bound: float) -> None:
     """The curve as a table, and the answer."""
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     console = common.out_console()
     what = found["what"]
@@ -143,7 +143,7 @@ def write_plot(target: str, searches: Sequence[tuple[str, dict[str, Any]]]) -> N
         UnavailableError: matplotlib is not installed.
     """
     from rtresnet.core import atomic_io
-    from rtresnet.report import plots
+    from rtresnet.reporting import plots
 
     check_plot(target)
     drawn = plots.search_figure(searches)

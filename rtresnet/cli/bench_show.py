@@ -18,7 +18,7 @@ FIGURES = ("median", "p90", "p95", "p99", "images_per_second")
 
 def show(result: dict[str, Any], *, intervals: bool = False, trtexec: bool = False) -> None:
     """The table, with what it was taken on under it."""
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     console = common.out_console()
     entries = result["results"]
@@ -115,7 +115,7 @@ def _verdict(entry: dict[str, Any]) -> str:
 
 
 def _intervals(entries: list[dict[str, Any]]) -> None:
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     def cell(bounds: tuple[float, float] | None) -> str | None:
         return None if bounds is None else " to ".join(tables.number(bound) for bound in bounds)

@@ -245,7 +245,7 @@ def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> C
 
 def show(result: dict[str, Any]) -> None:
     """The table, with what was compared and where under it."""
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     console = common.out_console()
     rows = [

@@ -38,7 +38,7 @@ def command(json_file: str | None, on_gpu: bool) -> None:
     if on_gpu:
         importlib.import_module("rtresnet.cli.doctor_gpu").show(json_file)
         return
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     result = run()
     console = common.out_console()

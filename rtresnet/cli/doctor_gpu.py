@@ -135,7 +135,7 @@ def show(json_file: str | None) -> None:
 
     from rtresnet.cli import common
     from rtresnet.core.errors import CheckFailedError
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     results = run_steps()
     console = common.out_console()

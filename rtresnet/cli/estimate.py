@@ -149,7 +149,7 @@ def _stages(bounds: list[Any]) -> list[dict[str, Any]]:
 
 def show(result: dict[str, Any]) -> None:
     """Bounds by GPU, or by stage where there is one GPU."""
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     console = common.out_console()
     as_if = " as if quantized" if result["as_if"] and result["precision"] == "int8" else ""

@@ -29,7 +29,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     For a folder, show a table of the artifacts in it.
     """
     from rtresnet.core import atomic_io
-    from rtresnet.report import measured, tables
+    from rtresnet.reporting import measured, tables
 
     if path.is_dir():
         if layers or svg:
@@ -39,7 +39,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     result = run(path)
     if layers or svg:
         from rtresnet.cli import inspect_layers
-        from rtresnet.report import engine_graph
+        from rtresnet.reporting import engine_graph
 
         result["engine"] = inspect_layers.load(path)
         if svg:
@@ -126,7 +126,7 @@ def _inspect_folder(folder: Path, json_file: str | None) -> None:
         InputError: There are none.
         ArtifactError: One of them does not match its sidecar.
     """
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     found = list_folder(folder)
     if not found:
@@ -204,7 +204,7 @@ def _headline(link: dict[str, Any]) -> str:
 
 
 def _details(link: dict[str, Any], path: Path) -> list[str]:
-    from rtresnet.report import measured
+    from rtresnet.reporting import measured
 
     record = link["sidecar"]
     if record is None:

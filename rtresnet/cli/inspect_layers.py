@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rtresnet.report import engine_graph
+from rtresnet.reporting import engine_graph
 
 WHY = {
     "unfused": "Adds in layers of their own: the convolution before each writes its sums to memory "

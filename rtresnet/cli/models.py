@@ -14,7 +14,7 @@ from rtresnet.cli import common
 def command(json_file: str | None) -> None:
     """List the nets: depth, block, parameters, multiply-adds."""
     from rtresnet.models import zoo
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     rows, records = [], []
     for name in zoo.names():

@@ -175,7 +175,7 @@ def _silence() -> Any:
 def show(result: dict[str, Any], layers: int = 5) -> None:
     """The table, with what bounds the slowest blocks and what it was taken on under it."""
     from rtresnet.cli.bench import where
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     console = common.out_console()
     headings = ["block", "ms", "share %", "GFLOP/s", "GB/s", "of roof %", "bound by"]

@@ -253,7 +253,7 @@ def _runs_in(number: int, floats: int) -> str:
 
 
 def _show(ranked: Sequence[Block], count: int) -> None:
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     rows = [
         (

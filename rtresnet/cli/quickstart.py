@@ -145,7 +145,7 @@ def caveat(result: dict[str, Any]) -> str | None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rtresnet.report import tables
+    from rtresnet.reporting import tables
 
     console = common.out_console()
     tables.show(console, HEADINGS, rows(result))
@@ -164,7 +164,7 @@ def _show(result: dict[str, Any]) -> None:
 
 def _write_page(path: Path, result: dict[str, Any]) -> None:
     from rtresnet.core import artifacts, atomic_io
-    from rtresnet.report import page, plots
+    from rtresnet.reporting import page, plots
 
     tested = result["train"]["measured"]
     samples = {r["precision"]: r["samples"] for r in result["bench"]["results"] if r["batch"] == 1}

@@ -14,7 +14,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.terminal import escape
 
 if TYPE_CHECKING:
-    from rtresnet.report.results import Gathered
+    from rtresnet.reporting.results import Gathered
 
 DEFAULT = "engines"
 
@@ -45,9 +45,9 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     artifacts bring what their sidecars know. Without any, the folder engines/ is taken.
     """
     from rtresnet.core import atomic_io
-    from rtresnet.report import markdown as markdown_report
-    from rtresnet.report import result_page, result_tables
-    from rtresnet.report import results as reading
+    from rtresnet.reporting import markdown as markdown_report
+    from rtresnet.reporting import result_page, result_tables
+    from rtresnet.reporting import results as reading
 
     if not results and not Path(DEFAULT).is_dir():
         raise InputError(
@@ -79,7 +79,7 @@ def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
     """A caption and a picture of every plan whose layers were kept; notes where they are gone."""
     from rtresnet.builder import layers
     from rtresnet.core import artifacts
-    from rtresnet.report import engine_graph
+    from rtresnet.reporting import engine_graph
 
     for artifact in found.artifacts:
         if not artifact.chain or artifact.chain[0][-1] != "ok":  # gone, or not what it was

@@ -43,7 +43,7 @@ def responses(
     from rtresnet.data import loader
     from rtresnet.data.sources import open_source
     from rtresnet.models import checkpoint
-    from rtresnet.report import page, study_page, tables
+    from rtresnet.reporting import page, study_page, tables
     from rtresnet.study.responses import layer_responses
 
     source = open_source(data, "test")

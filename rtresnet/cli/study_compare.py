@@ -14,7 +14,7 @@ from rtresnet.cli import common, study_show
 
 if TYPE_CHECKING:
     from rtresnet.models.zoo import Spec
-    from rtresnet.report.study_plots import Panel
+    from rtresnet.reporting.study_plots import Panel
     from rtresnet.study.compare import Net, Terms
     from rtresnet.study.runs import Outcome, Run
     from rtresnet.training.config import Progress
@@ -174,7 +174,7 @@ def _locked_study(
     panels: Callable[[Sequence[Net]], list[Panel]],
 ) -> dict[str, Any]:
     from rtresnet.core import artifacts
-    from rtresnet.report import page, study_page, tables
+    from rtresnet.reporting import page, study_page, tables
     from rtresnet.study import compare, runs
     from rtresnet.training.recipes import describe
 
@@ -187,7 +187,7 @@ def _locked_study(
     seeds = "1 seed" if terms.seeds == 1 else f"mean ± std of {terms.seeds} seeds"
     subtitle = f"{length.words(study_show.short(data))}; {seeds}"
     if able and any(net.finished for net in summary):
-        from rtresnet.report.study_plots import error_curves
+        from rtresnet.reporting.study_plots import error_curves
 
         drawn = error_curves(panels(summary), title=title, subtitle=subtitle)
     headings, rows = study_show.table(summary)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rtresnet.cli import common
 
 if TYPE_CHECKING:
-    from rtresnet.report.study_plots import Line, Panel
+    from rtresnet.reporting.study_plots import Line, Panel
     from rtresnet.study.compare import Net
     from rtresnet.study.runs import Outcome
 
@@ -43,7 +43,7 @@ def table(nets: Sequence[Net]) -> tuple[list[str], list[list[str]]]:
 
 
 def _line(net: Net, name: str, colour: int, label: str, dashed: bool = False) -> list[Line]:
-    from rtresnet.report.study_plots import Line
+    from rtresnet.reporting.study_plots import Line
 
     curve = net.curve(name)
     if curve is None:
@@ -55,7 +55,7 @@ def _line(net: Net, name: str, colour: int, label: str, dashed: bool = False) ->
 
 def plain_and_residual(nets: Sequence[Net]) -> list[Panel]:
     """Plain nets left, residual nets right; a colour a depth, training errors dashed."""
-    from rtresnet.report.study_plots import Panel
+    from rtresnet.reporting.study_plots import Panel
 
     depths = list(dict.fromkeys(net.spec.depth for net in nets))
     panels = []
@@ -74,7 +74,7 @@ def plain_and_residual(nets: Sequence[Net]) -> list[Panel]:
 
 def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
     """Training errors left, validation errors right; a colour a net."""
-    from rtresnet.report.study_plots import Panel
+    from rtresnet.reporting.study_plots import Panel
 
     panels = []
     for title, name in (("training error", "train_top1"), ("validation error", "val_top1")):
@@ -103,7 +103,7 @@ def short(data: str) -> str:
 
 def response_figure(results: list[dict[str, Any]], images: str) -> Any:
     """Figure 7 of the results of `study responses`, or None."""
-    from rtresnet.report.study_plots import Line, response_curves
+    from rtresnet.reporting.study_plots import Line, response_curves
 
     if not can_draw():
         return None

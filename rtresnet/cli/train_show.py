@@ -215,7 +215,7 @@ def next_steps(result: Mapping[str, Any]) -> None:
 
 
 def _write_page(folder: Path, job: Job, best: Checkpoint) -> Path:
-    from rtresnet.report import run_page
+    from rtresnet.reporting import run_page
     from rtresnet.training.dataset import saved_report
     from rtresnet.training.recipes import describe
 

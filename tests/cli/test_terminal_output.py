@@ -15,7 +15,7 @@ from PIL import Image
 from rtresnet.cli import common, console
 from rtresnet.cli.main import main
 from rtresnet.core import terminal
-from rtresnet.report import tables
+from rtresnet.reporting import tables
 
 Captured = pytest.CaptureFixture[str]
 NAME = "\x1b]0;owned\x07\x9b31m[bold]:smile:\u202egnp\r$"

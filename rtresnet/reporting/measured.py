@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rtresnet.core.sidecar import accuracies
-from rtresnet.report.tables import Row
+from rtresnet.reporting.tables import Row
 
 BLOCKS = ("name", "alone_db", "gain_db", "weights", "runs_in")
 OUTLIERS = ("tensor", "channels", "times", "remedy")

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rtresnet.report import page
+from rtresnet.reporting import page
 
 LOG = [{"epoch": e, "train_top1": 50.0 + 10 * e, "val_top1": 45.0 + 10 * e} for e in range(1, 5)]
 
@@ -34,7 +34,7 @@ class Balanced(HTMLParser):
 
 def sample_page() -> str:
     pytest.importorskip("matplotlib")
-    from rtresnet.report import plots
+    from rtresnet.reporting import plots
 
     parts = [
         page.heading("A & B"),

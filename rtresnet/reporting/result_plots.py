@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rtresnet.report.plots import COLOURS, figure, plain, svg
-from rtresnet.report.results import Gathered, Timing, pareto
+from rtresnet.reporting.plots import COLOURS, figure, plain, svg
+from rtresnet.reporting.results import Gathered, Timing, pareto
 
 PALETTE = (*COLOURS[:5], "#ec4899", "#06b6d4", "#84cc16", "#a16207", COLOURS[5])
 SHARES = (0.5, 0.9, 0.95, 0.99, 0.999)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from rtresnet.report.results import Gathered, Timing
-from rtresnet.report.tables import Row, number
+from rtresnet.reporting.results import Gathered, Timing
+from rtresnet.reporting.tables import Row, number
 
 PERCENTILES = ("p90", "p95", "p99", "p999")
 

@@ -15,7 +15,7 @@ from typing import Any
 from rtresnet.core import artifacts, atomic_io, typed_json
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.sidecar import same_data
-from rtresnet.report import result_files
+from rtresnet.reporting import result_files
 
 # Fields of an accuracy that a report uses.
 ACCURACY = tuple(result_files.Accuracy.__annotations__)

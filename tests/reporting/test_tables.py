@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rtresnet.report import tables
+from rtresnet.reporting import tables
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rtresnet.core.errors import missing_package
-from rtresnet.report.plots import COLOURS
+from rtresnet.reporting.plots import COLOURS
 
 SETTLED = 0.25  # of a run: what came before does not set the height of the axes
 # Six nets and more, grey last.

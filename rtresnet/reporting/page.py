@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from rtresnet.report.tables import Row, numeric, text
+from rtresnet.reporting.tables import Row, numeric, text
 
 STYLE = """
 :root { color-scheme: light dark; --fg: #1b1f24; --bg: #ffffff; --dim: #5b6470;

@@ -11,9 +11,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rtresnet.cli.main import main
-from rtresnet.report import markdown, result_page, result_tables, results
 from tests.report.conftest import measured_in, searched
+
+from rtresnet.cli.main import main
+from rtresnet.reporting import markdown, result_page, result_tables, results
 
 PHONE = 390
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rtresnet.report import measured
+from rtresnet.reporting import measured
 
 ACCURACY = {"n": 48, "top1": 36, "top5": None, "data": "digits", "split": "test"}
 BLOCK = {"name": "layer1.0", "alone_db": 31.25, "gain_db": 0.5, "weights": 0.125, "runs_in": "int8"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rtresnet.report.result_tables import remarks, sections, summary
-from rtresnet.report.results import Gathered
-from rtresnet.report.tables import Row, numeric, text
+from rtresnet.reporting.result_tables import remarks, sections, summary
+from rtresnet.reporting.results import Gathered
+from rtresnet.reporting.tables import Row, numeric, text
 
 
 def render(found: Gathered) -> str:

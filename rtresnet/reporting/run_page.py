@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.core import atomic_io
-from rtresnet.report import page, plots
+from rtresnet.reporting import page, plots
 
 
 def write(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rtresnet.report import page, plots, result_plots
-from rtresnet.report.result_tables import Section, latest, remarks, sections, summary
-from rtresnet.report.results import Gathered
-from rtresnet.report.tables import number
+from rtresnet.reporting import page, plots, result_plots
+from rtresnet.reporting.result_tables import Section, latest, remarks, sections, summary
+from rtresnet.reporting.results import Gathered
+from rtresnet.reporting.tables import number
 
 
 def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.report.conftest import searched
 
 from rtresnet.core.errors import ArtifactError, InputError
-from rtresnet.report import results
-from rtresnet.report.result_tables import sections
-from rtresnet.report.results import pareto
-from tests.report.conftest import searched
+from rtresnet.reporting import results
+from rtresnet.reporting.result_tables import sections
+from rtresnet.reporting.results import pareto
 
 Write = Callable[..., Path]
 
