@@ -11,10 +11,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tests.report.conftest import measured_in, searched
-
 from rtresnet.cli.main import main
 from rtresnet.reporting import markdown, result_page, result_tables, results
+from tests.reporting.conftest import measured_in, searched
 
 PHONE = 390
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.conftest import searched
 
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.reporting import results
 from rtresnet.reporting.result_tables import sections
 from rtresnet.reporting.results import pareto
+from tests.reporting.conftest import searched
 
 Write = Callable[..., Path]
 
