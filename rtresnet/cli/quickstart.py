@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from rtresnet.cli import bench, common, export, train
-from rtresnet.cli import compare as compare_verb
-from rtresnet.cli import eval as eval_verb
 from rtresnet.core.errors import UnavailableError
+from rtresnet.core.serialization import to_builtins
+from rtresnet.workflows.compare import compare
+from rtresnet.workflows.evaluate import evaluate, record_accuracy
 
 MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
@@ -64,6 +65,8 @@ def _check_packages() -> None:
 
 def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     """Every verb's body in turn; returns their results."""
+    from rtresnet.cli.console import REPORTER
+
     trained = train.run(
         model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
     )  # fmt: skip
@@ -74,10 +77,10 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     )  # fmt: skip
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]
-    evaluated = [eval_verb.run(path, data=DATA) for path in files]
+    evaluated = [evaluate(path, DATA, reporter=REPORTER) for path in files]
     for entry in evaluated:
-        eval_verb.write_records(entry)
-    compared = [compare_verb.run(trained["checkpoint"], path, DATA) for path in files]
+        record_accuracy(entry, reporter=REPORTER)
+    compared = [compare(trained["checkpoint"], path, DATA, reporter=REPORTER) for path in files]
     measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
     log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]
     return {
@@ -85,8 +88,8 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
         "data": DATA,
         "train": trained | {"log": log},
         "export": exported,
-        "eval": dict(zip(precisions, evaluated, strict=True)),
-        "compare": dict(zip(precisions, compared, strict=True)),
+        "eval": to_builtins(dict(zip(precisions, evaluated, strict=True))),
+        "compare": to_builtins(dict(zip(precisions, compared, strict=True))),
         "bench": measured,
     }
 

@@ -6,7 +6,7 @@
 
 The softmax's probabilities are averaged over crops, mirror images, scales and the nets of an
 ensemble, as in AlexNet, whose ten crops the paper refers to. Over the positions of a dense score
-map the logits are averaged, before the softmax: then the map of one view gives the net's own answer.
+map the logits are averaged, before the softmax: the map of one view gives the net's own answer.
 
 Serves torch nets, ONNX files and plans alike. Imports no torch, so that it works without it.
 """
