@@ -65,6 +65,15 @@ class RuntimeInfo:
         """`int8_note` and `batch_note`, as far as there are any."""
         return tuple(note for note in (self.int8_note, self.batch_note) if note)
 
+    def __str__(self) -> str:
+        """Device, provider, threads, contexts and versions on one line."""
+        threads = f", {self.threads} threads" if self.threads else ""
+        if self.contexts:
+            plural = "s" if self.contexts > 1 else ""
+            threads += f", {self.contexts} context{plural}, CUDA graphs: {self.graphs}"
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.device}; {self.provider}{threads}; {versions}"
+
 
 class Session:
     """A loaded artifact; use it in a `with` block, or call `close`.
