@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -20,12 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.cli import opening
 from rtresnet.cli.main import main
-from rtresnet.cli.predict_rows import Predictor
-from rtresnet.core import hardware
+from rtresnet.core import hardware, locks
 from rtresnet.core.errors import InputError
-from rtresnet.core.preprocess import UINT8, Preprocess
+from rtresnet.workflows.predictor import Predictor
 
 COUNT, BATCH, BROKEN = 50, 4, 13
 DEADLINE = 60  # seconds after which a process has failed
@@ -125,17 +121,17 @@ def test_parquet_keeps_the_types_and_says_what_made_it(
 STOPS_AT = """
 import sys, time
 from pathlib import Path
-from rtresnet.cli import predict_rows
 from rtresnet.cli.main import main
+from rtresnet.workflows.predictor import Predictor
 
-read = predict_rows.Predictor._read
+read = Predictor._read
 
 def reads(self, name):
     while name.endswith({stop!r}) and not Path({go!r}).exists():
         time.sleep(0.01)
     return read(self, name)
 
-predict_rows.Predictor._read = reads
+Predictor._read = reads
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -183,7 +179,7 @@ def test_a_process_that_was_stopped_goes_on_to_the_same_table(
         file.write(part.read_text().splitlines()[1] + '\n{"image": "half a li')
     capsys.readouterr()
     assert predict("x.jsonl", "--resume") == 0
-    assert "going on at image 28 of 50" in capsys.readouterr().err
+    assert "resuming at image 28 of 50" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
 
@@ -191,16 +187,16 @@ def test_a_process_that_was_stopped_goes_on_to_the_same_table(
 @pytest.fixture
 def part(predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A journal that a failing net left after five batches."""
-    rows_of, made = Predictor._rows, [0]
+    predict_batch, made = Predictor._predict, [0]
 
     def fails(self: Predictor, entries: Any) -> Any:
         made[0] += 1
         if made[0] == 6:
             raise InputError("the net fails")
-        return rows_of(self, entries)
+        return predict_batch(self, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "_rows", fails)
+        patch.setattr(Predictor, "_predict", fails)
         assert predict("x.csv") == 2
     path = tmp_path / "x.csv.part"
     assert len(rows(path)) == 1 + 5 * BATCH
@@ -241,10 +237,9 @@ def test_what_was_not_finished_is_neither_lost_nor_mixed(
     assert "another list of images" in last_line(capsys)
     changed.write_bytes(content)
     os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with part.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with locks.hold_file(tmp_path / "x.csv", warn=print):
         assert predict("x.csv", "--resume") == 2
-        assert "another process" in last_line(capsys)
+        assert f"process {os.getpid()} has been writing there" in last_line(capsys)
     assert part.read_bytes() == before
     assert predict("x.csv", "--resume") == 0
     assert predict("whole.csv") == 0
@@ -289,7 +284,7 @@ def test_a_full_disk_is_said_and_what_was_made_goes_on(
     [
         ("x.xlsx", [], ["x.xlsx", "*.parquet"]),
         ("x", [], ["no suffix", "*.csv"]),
-        ("file/x.csv", [], ["file", "cannot be made a folder"]),
+        ("file/x.csv", [], ["file", "cannot be written into"]),
         ("there.csv", [], ["there.csv", "a folder is there"]),
         ("x.csv", ["--top", "11"], ["--top 11", "10 classes", "--top 10"]),
         ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such image"]),
@@ -414,66 +409,6 @@ def test_names_that_are_not_utf8_and_a_file_that_goes_away(
     first, second = rows(Path("x.jsonl"))
     assert first["image"] == r"caf\udce9.png" and first["class_1"]
     assert "gone.png: No such file" in second["error"]
-
-
-@dataclasses.dataclass
-class BestTwo:
-    """A file that takes pixels and gives the best two classes, as the runtime hands them out."""
-
-    seen: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.seen.append(images.copy())
-        count = len(images)
-        indices = np.tile(np.array([[2, 0]], np.int64), (count, 1))
-        return indices, np.tile(np.array([[0.7, 0.2]], np.float32), (count, 1))
-
-
-def opened(
-    forward: Callable[[np.ndarray], Any], **preprocess: Any
-) -> Callable[..., opening.Opened]:
-    def open_artifact(path: str, **options: Any) -> opening.Opened:
-        return opening.Opened(
-            path=Path(path),
-            forward=forward,
-            preprocess=Preprocess.for_size(32, **preprocess),
-            classes=("cat", "dog", "owl"),
-            precision="fp32",
-            where={"device": "x", "provider": "x", "threads": 1, "versions": {}},
-            close=lambda: None,
-        )
-
-    return open_artifact
-
-
-def test_a_file_that_takes_pixels_and_gives_the_best_classes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net = BestTwo()
-    monkeypatch.setattr(opening, "open_artifact", opened(net, layout=UINT8))
-    predictor = Predictor("x.onnx", top=2)
-    ((row,),) = predictor.batches([str(folder / "a" / "000.png")])
-    assert row.top == (("owl", 0.7), ("cat", 0.2))
-    (images,) = net.seen
-    assert images.dtype == np.uint8 and images.shape == (1, 32, 32, 3)
-    with pytest.raises(InputError, match="--top 2"):
-        list(Predictor("x.onnx", top=3).batches([str(folder / "a" / "000.png")]))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_are_an_error_of_their_image(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
-    def forward(images: np.ndarray) -> np.ndarray:
-        logits = np.zeros((len(images), 3), np.float32)
-        logits[0, 1] = value
-        return logits
-
-    monkeypatch.setattr(opening, "open_artifact", opened(forward))
-    names = [str(folder / "a" / f"{index:03}.png") for index in range(2)]
-    ((bad, good),) = Predictor("x.onnx").batches(names)
-    assert bad.error == "the net's output is not finite" and bad.top == ()
-    assert good.error is None and len(good.top) == 3
 
 
 @pytest.mark.slow
