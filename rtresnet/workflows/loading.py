@@ -83,8 +83,8 @@ class RuntimeConfig(Config):
         Raises:
             InputError: `contexts` or `graphs` is given, and no artifact is a plan.
         """
-        kinds = [artifacts.kind_of(name) for name in paths]
-        kind = artifacts.kind_of(path)
+        kinds = [artifacts.SUFFIXES.get(Path(name).suffix.lower()) for name in (path, *paths)]
+        kind = kinds[0]
         given = [name for name in ("contexts", "graphs") if getattr(self, name) is not None]
         if given and "plan" not in kinds:
             raise InputError(
