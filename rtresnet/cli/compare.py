@@ -14,7 +14,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 @click.command("compare", short_help="Measure how far two artifacts agree.")
 @click.argument("reference")
 @click.argument("candidate")
-@click.option("--data", required=True, help=common.DATA_HELP)
+@click.option("--data", required=True, help=f"Images to run: {common.DATA_HELP}")
 @config_options(CompareConfig)
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))

@@ -19,7 +19,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 
 @click.command("eval", short_help="Measure top-1 and top-5 accuracy.")
 @click.argument("paths", nargs=-1, required=True, metavar="ARTIFACT...")
-@click.option("--data", required=True, help=common.DATA_HELP)
+@click.option("--data", required=True, help=f"Labelled images: {common.DATA_HELP}")
 @config_options(EvaluateConfig)
 @click.option(
     "--record/--no-record",

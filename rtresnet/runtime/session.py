@@ -156,7 +156,12 @@ class Session:
         return logits(answer, self.path)
 
     def restated(self, input: Preprocess, assumed: tuple[str, ...]) -> Session:
-        """The same artifact with other preprocessing, and what of it is assumed."""
+        """The same artifact with other preprocessing.
+
+        Args:
+            input: Replaces the preprocessing.
+            assumed: What of it is assumed.
+        """
         return self._changed(_input=input, assumed=assumed)
 
     def matched(

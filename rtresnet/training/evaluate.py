@@ -116,10 +116,10 @@ def mean_probabilities(
             chunk = entries[start : start + length]
             prepared = preprocess.prepare(np.stack([view for _, view in chunk]))
             logits = net.scores(prepared).astype(np.float64)
-            found = metrics.softmax(logits.mean(axis=(2, 3)) if logits.ndim == 4 else logits)
+            shares = metrics.softmax(logits.mean(axis=(2, 3)) if logits.ndim == 4 else logits)
             if total is None:
-                total = np.zeros((len(images), found.shape[1]))
-            np.add.at(total, [index for index, _ in chunk], found)
+                total = np.zeros((len(images), shares.shape[1]))
+            np.add.at(total, [index for index, _ in chunk], shares)
     assert total is not None
     return total / len(images[0])
 

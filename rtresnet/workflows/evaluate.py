@@ -56,6 +56,7 @@ class DataConfig(Config):
         "else of the data's labels.",
         metavar="FILE",
         parse=read_classes,
+        default_text="from the model and the data",
     )
 
 

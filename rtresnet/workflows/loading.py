@@ -85,10 +85,10 @@ class RuntimeConfig(Config):
         """
         kinds = [artifacts.SUFFIXES.get(Path(name).suffix.lower()) for name in (path, *paths)]
         kind = kinds[0]
-        given = [name for name in ("contexts", "graphs") if getattr(self, name) is not None]
-        if given and "plan" not in kinds:
+        plan_options = [name for name in ("contexts", "graphs") if getattr(self, name) is not None]
+        if plan_options and "plan" not in kinds:
             raise InputError(
-                f"{path}: not a plan; --{given[0]} applies to plans only",
+                f"{path}: not a plan; --{plan_options[0]} applies to plans only",
                 fix="leave it out, or measure a plan: rtresnet build",
             )
         changes: dict[str, Any] = {}
@@ -201,7 +201,7 @@ def load_artifact(
 
 
 def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[str, ...]]:
-    """The preprocessing of an ONNX file or a plan, and what of it is assumed.
+    """Returns the preprocessing of an ONNX file or a plan, and which parts of it are assumed.
 
     Args:
         session: The loaded file.

@@ -49,15 +49,10 @@ class TableConfig(Config):
         "CSV: put an apostrophe before names that a spreadsheet would run as a formula (that start "
         "with = + - @, tab or carriage return). Without it, do not open a CSV with names of "
         "unknown origin in a spreadsheet.",
-        default_text="off",
     )
-    resume: bool = option(
-        False, "Resume an interrupted run with the same --out.", default_text="off"
-    )
+    resume: bool = option(False, "Resume an interrupted run with the same --out.")
     ray: bool = option(
-        False,
-        "Run on Ray Data: in the cluster that RAY_ADDRESS names, or in a local one.",
-        default_text="off",
+        False, "Run on Ray Data: in the cluster that RAY_ADDRESS names, or in a local one."
     )
     actors: int | None = option(
         None,
