@@ -66,15 +66,19 @@ def _check_packages() -> None:
 def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     """Every verb's body in turn; returns their results."""
     from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.build import BuildConfig
+    from rtresnet.workflows.embed_io import EmbedConfig
 
     trained = train.run(
         model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
     )  # fmt: skip
     exported = export.run(
         model=None, weights=trained["checkpoint"], fp32=True, fp16=True, int8=True, calib=DATA,
-        calibrator="auto", calib_images=512, rest="fp32", batch=("1:8:32",), target=(),
-        builder="rtx", size=None, mean=None, std=None, out=out / "engines", no_plan=False,
+        calibrator="auto", calib_images=512, rest="fp32",
+        build=BuildConfig(batch=("1:8:32",), builder="rtx"), embed=EmbedConfig(),
+        size=None, mean=None, std=None, out=out / "engines", no_plan=False,
     )  # fmt: skip
+    exported = to_builtins(exported)
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]
     evaluated = [evaluate(path, DATA, reporter=REPORTER) for path in files]
