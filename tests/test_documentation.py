@@ -1,0 +1,178 @@
+"""What people read: commands run and print what is shown, examples run, links and options are right."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import rtresnet
+from rtresnet.cli.main import COMMANDS, cli
+from rtresnet.core import hardware
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+NEEDED = ("tensorrt_rtx", "onnxruntime", "sklearn", "matplotlib")
+PROCESSOR = re.compile(r".*, \d+ cores; ")
+IDIOMS = re.compile(
+    r"\b(anew|likewise|beside|hand one another|what batch norm knew|told apart|made anew)\b", re.I
+)
+
+needs_all = pytest.mark.skipif(
+    not all(map(hardware.installed, NEEDED)), reason=f"needs {', '.join(NEEDED)}"
+)
+
+
+@pytest.fixture(scope="module")
+def docs() -> object:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    return importlib.import_module("docs")
+
+
+def first_words(text: str) -> set[str]:
+    """The word each line begins with: what a line is about, whatever its figures are.
+
+    Rules of tables are left out, because their length depends on the figures, and lines that begin
+    with the name of a processor.
+    """
+    lines = (line for line in text.splitlines() if not PROCESSOR.match(line))
+    words = {line.split()[0].strip(":") for line in lines if line.strip()}
+    return {word for word in words if word.strip("─")}
+
+
+@needs_all
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["readme", "docs"])
+def test_console_blocks_print_what_is_shown(which: str, docs: object, tmp_path: Path) -> None:
+    docs.save_scans(tmp_path / "scans")  # type: ignore[attr-defined]
+    files = [ROOT / "README.md"] if which == "readme" else docs.pages()  # type: ignore[attr-defined]
+    count = 0
+    for file in files:
+        for command, shown in docs.commands(file.read_text()):  # type: ignore[attr-defined]
+            printed = docs.run(command, tmp_path)  # type: ignore[attr-defined]
+            missing = first_words(shown) - first_words(printed)
+            assert not missing, f"{file.name}: {command} no longer prints lines about {missing}"
+            count += 1
+    assert count >= 5
+
+
+@needs_all
+@pytest.mark.slow
+def test_examples_run(tmp_path: Path) -> None:
+    for name in ("pipeline.py", "serve_threads.py"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "examples" / name], cwd=tmp_path, text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") >= 2
+
+
+@needs_all
+@pytest.mark.slow
+def test_quickstart_reaches_its_accuracy_and_writes_its_page(
+    docs: object, tmp_path: Path
+) -> None:
+    docs.run("rtresnet quickstart --seconds 0.3", tmp_path)  # type: ignore[attr-defined]
+    out = tmp_path / "runs" / "quickstart"
+    result = json.loads((out / "quickstart.json").read_text())["result"]
+    assert result["train"]["measured"]["test_top1"] >= 97
+    assert [entry["precision"] for entry in result["export"]["onnx"]] == ["fp32", "fp16", "int8"]
+    assert [plan["attested"]["dtypes"] for plan in result["export"]["plans"]] == [
+        {"Float": 19}, {"Half": 19}, {"Int8": 19},
+    ]  # fmt: skip
+    assert all(result["compare"][p]["agreement"] > 0.98 for p in ("fp32", "fp16", "int8"))
+    page = (out / "index.html").read_text()
+    assert page.count("<svg") == 2 and "http://" not in re.sub(r'xmlns\S*="[^"]*"', "", page)
+    assert len(page) < 2_000_000
+
+
+def test_readme_is_short_and_names_every_command() -> None:
+    assert len(README.splitlines()) <= 300
+    for command in COMMANDS:
+        assert f"rtresnet {command}" in README, command
+
+
+def test_links_between_pages_exist(docs: object) -> None:
+    for file in [ROOT / "README.md", *docs.pages()]:  # type: ignore[attr-defined]
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_files_inlined_into_the_readme_are_current(docs: object) -> None:
+    assert docs.static(README) == README  # type: ignore[attr-defined]
+
+
+def commands(group: click.Group, path: str = "rtresnet") -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield f"{path} {name}", command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+
+
+ALL = dict(commands(cli))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_has_an_example_and_every_option_a_sentence_and_its_default(name: str) -> None:
+    command = ALL[name]
+    assert name in (command.epilog or ""), "no example in the epilog"
+    for option in command.params:
+        if not isinstance(option, click.Option) or "--help" in option.opts:
+            continue
+        record = option.get_help_record(click.Context(command))
+        if record is None:  # hidden
+            continue
+        text = record[1]
+        assert re.match(r"[A-Za-z`\"'\d]", text), f"{option.opts}: {text}"
+        assert not text.startswith(("Of ", "For each", "See ")), f"{option.opts}: {text}"
+        assert "default: " in text or option.required, f"{option.opts} shows no default: {text}"
+
+
+@pytest.mark.parametrize("name", [n for n in rtresnet.__all__ if n != "__version__"])
+def test_public_names_are_documented(name: str) -> None:
+    value = getattr(rtresnet, name)
+    text = inspect.getdoc(value) or ""
+    assert text, f"{name} has no docstring"
+    if inspect.isfunction(value):
+        parameters = inspect.signature(value).parameters
+        assert not parameters or "Args:" in text, f"{name}: no Args"
+        assert "Raises:" in text, f"{name}: no Raises"
+        hints = inspect.signature(value).return_annotation
+        assert "dict[str, Any]" not in str(hints), name
+
+
+def readable() -> list[Path]:
+    """Every file of ours that a person reads."""
+    folders = ("rtresnet", "tests", "benchmarks", "docs", "examples")
+    files = [p for f in folders for s in ("py", "md", "yml") for p in (ROOT / f).rglob(f"*.{s}")]
+    return [*files, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+
+
+def test_no_idiom_of_the_first_edition_is_left() -> None:
+    problems = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in readable()
+        if path != Path(__file__) and "results" not in path.parts and "golden" not in path.parts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if IDIOMS.search(line)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_module_has_a_docstring_that_ends_its_first_line() -> None:
+    for path in (ROOT / "rtresnet").rglob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text, path
