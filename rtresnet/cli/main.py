@@ -32,6 +32,7 @@ VERBS = (
     "compare",
     "check",
     "package",
+    "serve",
     "bench",
     "profile",
     "estimate",
