@@ -79,9 +79,7 @@ def test_examples_run(tmp_path: Path) -> None:
 
 @needs_all
 @pytest.mark.slow
-def test_quickstart_reaches_its_accuracy_and_writes_its_page(
-    docs: object, tmp_path: Path
-) -> None:
+def test_quickstart_reaches_its_accuracy_and_writes_its_page(docs: object, tmp_path: Path) -> None:
     docs.run("rtresnet quickstart --seconds 0.3", tmp_path)  # type: ignore[attr-defined]
     out = tmp_path / "runs" / "quickstart"
     result = json.loads((out / "quickstart.json").read_text())["result"]

@@ -163,6 +163,10 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise InputError("submit after close: the batcher takes no more images")
+            if len(self._queue) >= self._limit:  # cancelled calls need no room
+                kept = [entry for entry in self._queue if not entry.future.cancelled()]
+                self._queue.clear()
+                self._queue.extend(kept)
             waiting = len(self._queue)
             if waiting >= self._limit:
                 raise QueueFullError(

@@ -1,7 +1,7 @@
 """The gRPC interface of the Open Inference Protocol, with Triton's extensions.
 
-The messages are those of open_inference.proto. Their compiled description is loaded at run time,
-which works with every version of protobuf, unlike generated code.
+The messages are those of protocol/open_inference.proto. Their compiled description is loaded at run
+time, which works with every version of protobuf, unlike generated code.
 """
 
 from __future__ import annotations

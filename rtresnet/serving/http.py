@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 from starlette.applications import Starlette
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -87,6 +87,32 @@ class _Body(msgspec.Struct):
 _BODY = msgspec.json.Decoder(_Body)
 
 
+class _LimitedBody:
+    """ASGI middleware: a body has a largest size and a longest time to arrive."""
+
+    def __init__(self, app: Any, limits: HttpLimits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size, end, whole = 0, time.monotonic() + self._limits.body_seconds, False
+
+        async def limited() -> Any:
+            nonlocal size, whole
+            if whole:  # waits for the client to leave
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), end - time.monotonic())
+            except asyncio.TimeoutError:
+                raise InputError(f"no body within {self._limits.body_seconds:g} s") from None
+            size += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if size > self._limits.body:
+                raise TooLargeError(f"more than {self._limits.body} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+
 class TooLargeError(InputError):
     """A body above the limit."""
 
@@ -134,7 +160,7 @@ class Api:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._page = resources.files("rtresnet.serving").joinpath("page.html").read_text()
         self._started = time.time()
-        self.app = Starlette(
+        routes = Starlette(
             routes=[
                 self._route("/", self._index),
                 self._route("/metrics", self._metrics),
@@ -155,8 +181,10 @@ class Api:
                         ("/infer", self._infer, "POST"),
                     )
                 ),
-            ]
+            ],
+            exception_handlers={HTTPException: _no_such_route},
         )
+        self.app = _LimitedBody(routes, limits)
 
     def _route(self, path: str, action: Callable[..., Any], method: str = "GET") -> Route:
         async def endpoint(request: Request) -> Response:
@@ -164,7 +192,7 @@ class Api:
             given = request.headers.get("x-request-id", "")
             identity = given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex[:16]
             try:
-                self._authorize(request)
+                self._admit(request)
                 response: Response = await action(request)
             except Exception as error:
                 response = self._failed(error, identity)
@@ -191,7 +219,13 @@ class Api:
             headers = {"www-authenticate": "Bearer"}
         return JSONResponse({"error": str(error)}, status, headers=headers)
 
-    def _authorize(self, request: Request) -> None:
+    def _admit(self, request: Request) -> None:
+        """Refuses a request by its head alone."""
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._limits.body:
+            raise TooLargeError(f"{length[:20]} bytes; at most {self._limits.body} are possible")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise InputError("compressed requests are not supported", fix="send them plain")
         if self._token is None or request.url.path in PUBLIC:
             return
         given = request.headers.get("authorization", "")
@@ -204,36 +238,9 @@ class Api:
         request.state.model = model.name
         return model
 
-    async def _body(self, request: Request) -> bytes:
-        """The whole body.
-
-        Raises:
-            InputError: Encoded, too slow, or larger than the limit.
-        """
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise InputError("compressed requests are not supported", fix="send them plain")
-        limit = self._limits.body
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limit:
-            raise TooLargeError(f"{length[:20]} bytes; at most {limit} are possible")
-
-        async def read() -> bytes:
-            chunks, size = [], 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise TooLargeError(f"more than {limit} bytes")
-                chunks.append(chunk)
-            return b"".join(chunks)
-
-        try:
-            return await asyncio.wait_for(read(), self._limits.body_seconds)
-        except asyncio.TimeoutError:
-            raise InputError(f"the body took more than {self._limits.body_seconds:g} s") from None
-
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
-        body = await self._body(request)
+        body = await request.body()
         asked = parse(body, request.headers.get(HEADER_LENGTH), self._limits.timeout)
 
         async def gone() -> None:
@@ -282,28 +289,20 @@ class Api:
         return model.session.prepare([self._decode(data)])
 
     async def _files(self, request: Request) -> list[bytes]:
-        kind = request.headers.get("content-type", "")
-        body = await self._body(request)
-        if not kind.startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            body = await request.body()
             if not body:
                 raise InputError("no image", fix="curl --data-binary @cat.jpg")
             return [body]
-
-        async def replay() -> Any:
-            return {"type": "http.request", "body": body, "more_body": False}
-
+        limits = self._limits
         try:
-            parsed = Request(request.scope, replay)
-            limit = self._limits
-            async with parsed.form(max_files=limit.images, max_fields=8,
-                                   max_part_size=limit.body) as form:  # fmt: skip
-                files = [await part.read() for _, part in form.multi_items()
-                         if not isinstance(part, str)]  # fmt: skip
-        except (MultiPartException, ValueError, KeyError) as error:
-            raise InputError(f"not valid multipart/form-data: {error}") from None
-        except Exception as error:
-            # Starlette turns a parser's error into its own HTTP error.
-            raise InputError(f"not valid multipart/form-data: {error}") from None
+            async with request.form(
+                max_files=limits.images, max_fields=8, max_part_size=limits.body
+            ) as form:
+                files = [await part.read() for part in form.values() if not isinstance(part, str)]
+        except (HTTPException, ValueError, KeyError) as error:
+            problem = getattr(error, "detail", error)
+            raise InputError(f"not valid multipart/form-data: {problem}") from None
         if not files:
             raise InputError("no image in the form", fix="curl -F file=@cat.jpg")
         return files
@@ -366,8 +365,13 @@ class Api:
         return JSONResponse({"model_stats": [statistics(self._model(request))]})
 
     async def _repository(self, request: Request) -> Response:
-        await self._body(request)
+        await request.body()
         return JSONResponse(index(self._engine))
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 def parse(body: bytes, header_length: str | None, timeout: float) -> InferRequest:

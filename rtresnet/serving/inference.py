@@ -22,7 +22,11 @@ from rtresnet.runtime.batcher import Answer
 from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.repository import Model, Repository, Tensor
 
-NUMPY = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
+NUMPY: dict[str, np.dtype[Any]] = {
+    "FP32": np.dtype("<f4"),
+    "UINT8": np.dtype("u1"),
+    "INT64": np.dtype("<i8"),
+}
 MAX_TENSORS = 8
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import numpy as np
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rtresnet.core.errors import InputError, UnavailableError
@@ -32,7 +33,8 @@ from rtresnet.serving.repository import Limits, Repository
 
 log = logging.getLogger("rtresnet.serve")
 
-HEADER_BYTES, HEADER_SECONDS, IDLE_SECONDS = 32 * 1024, 10.0, 75
+HEADER_BYTES, IDLE_SECONDS = 32 * 1024, 75
+HEADER_SECONDS = 10.0  # within which the head of a request must arrive
 CONNECTIONS = 2048
 LEAVE_SECONDS = 0.5  # not ready, and still answering, so that load balancers take notice
 
@@ -178,7 +180,7 @@ class Server:
         self._repository.load_all()
         with short_switch_interval():
             try:
-                return asyncio.run(self._serve(on_ready))
+                return uvloop.run(self._serve(on_ready))
             finally:
                 self._repository.close()
 
@@ -284,7 +286,8 @@ def _bind(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family[0], socket.SOCK_STREAM)
+        # asyncio sets TCP_NODELAY only where the protocol is named
+        listener = socket.socket(family[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(family[4])
         listener.listen(CONNECTIONS)

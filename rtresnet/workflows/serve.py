@@ -15,7 +15,7 @@ from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.reporter import Reporter
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
-NEEDED = ("starlette", "uvicorn", "httptools", "grpc", "google.protobuf", "prometheus_client",
+NEEDED = ("starlette", "uvicorn", "uvloop", "httptools", "grpc", "google.protobuf", "prometheus_client",
           "multipart")  # fmt: skip
 
 
