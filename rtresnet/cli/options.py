@@ -18,7 +18,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def config_options(
-    config: type[Config], *, argument: str = "config", leave_out: Collection[str] = ()
+    config: type[Config],
+    *,
+    argument: str = "config",
+    leave_out: Collection[str] = (),
+    construct: bool = True,
 ) -> Callable[[F], F]:
     """Decorates a command with one option for each field of a config.
 
@@ -29,6 +33,8 @@ def config_options(
         config: Class whose fields are made with `core.config.option`.
         argument: Name of the command's parameter that receives the config.
         leave_out: Fields that are not options of this command; they keep their defaults.
+        construct: Whether the command receives a config; else a dict of the options' values, for
+            a command that determines further fields.
     """
     fields = [entry for entry in options_of(config) if entry[0].name not in leave_out]
 
@@ -36,7 +42,8 @@ def config_options(
         @functools.wraps(function)
         def command(*args: Any, **values: Any) -> Any:
             chosen = {field.name: values.pop(field.name) for field, _, _ in fields}
-            return function(*args, **{argument: config(**chosen)}, **values)
+            value = config(**chosen) if construct else chosen
+            return function(*args, **{argument: value}, **values)
 
         decorated: Any = command
         for field, hint, about in reversed(fields):

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rtresnet.cli import bench, common, export, train
+from rtresnet.cli import bench, common, train
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.compare import compare
@@ -67,18 +67,18 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     """Every verb's body in turn; returns their results."""
     from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.build import BuildConfig
-    from rtresnet.workflows.embed_io import EmbedConfig
+    from rtresnet.workflows.export import ExportConfig, export
+    from rtresnet.workflows.quantize import QuantizeConfig
 
     trained = train.run(
         model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
     )  # fmt: skip
-    exported = export.run(
-        model=None, weights=trained["checkpoint"], fp32=True, fp16=True, int8=True, calib=DATA,
-        calibrator="auto", calib_images=512, rest="fp32",
-        build=BuildConfig(batch=("1:8:32",), builder="rtx"), embed=EmbedConfig(),
-        size=None, mean=None, std=None, out=out / "engines", no_plan=False,
-    )  # fmt: skip
-    exported = to_builtins(exported)
+    exported = to_builtins(export(
+        trained["checkpoint"], out / "engines",
+        ExportConfig(precisions=("fp32", "fp16", "int8"), plan=True),
+        quantize=QuantizeConfig(calib=DATA), build=BuildConfig(batch=("1:8:32",), builder="rtx"),
+        reporter=REPORTER,
+    ))  # fmt: skip
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]
     evaluated = [evaluate(path, DATA, reporter=REPORTER) for path in files]

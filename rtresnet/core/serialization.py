@@ -37,6 +37,8 @@ def to_builtins(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(value):
+            if field.metadata.get("hidden"):
+                continue
             entry = to_builtins(getattr(value, field.name))
             if field.metadata.get("flatten"):
                 fields |= entry or {}

@@ -1,19 +1,104 @@
-"""Sidecars of ONNX files that another tool exported.
+"""Write the sidecar of an ONNX file that another tool exported.
 
-The file says its shapes and precision (`interface.py`); a person says the preprocessing and
-the class names.
+The file says its shapes and precision (`onnxlib/interface.py`); a person states the preprocessing
+and the class names.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rtresnet.core import atomic_io
+from rtresnet.core import artifacts, atomic_io, locks, reporter
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.reporter import Reporter
 from rtresnet.core.sidecar import Model, Sidecar, Weights
 from rtresnet.onnxlib.interface import Interface
+from rtresnet.workflows.input_spec import InputConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdoptResult:
+    """A sidecar that was written.
+
+    Attributes:
+        file: The sidecar's path.
+        named: Whether class names were stated.
+        interface: What the ONNX file says of itself.
+    """
+
+    file: Path
+    named: bool
+    interface: Interface
+    sidecar: Sidecar
+
+
+def adopt(
+    path: str | os.PathLike[str],
+    stated: InputConfig | None = None,
+    *,
+    resize: int | None = None,
+    classes: Sequence[str] | None = None,
+    force: bool = False,
+    reporter: Reporter = reporter.DEFAULT,
+) -> AdoptResult:
+    """States preprocessing and class names of an ONNX file once, for all later steps.
+
+    Args:
+        path: The ONNX file.
+        stated: Size where the file leaves it open; mean and std, or a preset.
+        resize: Shorter side before the centre crop, in pixels; 256/224 of the size by default.
+        classes: Class names in the order of the outputs; numbers by default.
+        force: Whether a sidecar that exists is replaced.
+        reporter: Receives notes.
+
+    Raises:
+        InputError: A sidecar exists, the preprocessing is not stated, or does not fit the file.
+        ArtifactError: The file is not an image classifier that the other steps can run.
+        LockedError: Another process writes the file.
+    """
+    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib.interface import read_interface
+
+    path = Path(path)
+    artifacts.require_name(artifacts.require_onnx(path, "adopt"), "onnx")
+    place = artifacts.sidecar_path(path)
+    if place.exists() and not force:
+        raise InputError(
+            f"{path}: has a sidecar, {place}",
+            fix=f"see: rtresnet inspect {path}; replace it with --force",
+        )
+    with locks.hold_file(path, warn=reporter.note):
+        interface = read_interface(io.load(path, checked=True, fix="export it again"), path)
+        preprocess = _preprocess(path, interface, stated or InputConfig(), resize)
+        sidecar = artifacts.record(
+            path,
+            describe(
+                path,
+                classes=class_names(path, interface, classes),
+                preprocess=preprocess,
+                precision=interface.precision,
+                topk=interface.topk,
+                assumed=preprocess.crop_assumption() if resize is None else (),
+            ),
+        )
+    return AdoptResult(file=place, named=classes is not None, interface=interface, sidecar=sidecar)
+
+
+def _preprocess(
+    path: Path, interface: Interface, stated: InputConfig, resize: int | None
+) -> Preprocess:
+    if interface.pixels and (stated.mean or stated.std):
+        raise InputError(
+            f"{path}: takes uint8 pixels and normalizes inside, so --mean and --std change nothing",
+            fix="leave --mean, --std and --preset out",
+        )
+    preprocess = stated.complete(path, fixed=interface.size, pixels=interface.pixels)
+    return preprocess if resize is None else dataclasses.replace(preprocess, resize=resize)
 
 
 def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -283,7 +283,7 @@ def test_corrupt_images_are_named_and_too_many_stop(
         (["quantize", "resnet8.onnx", "--calib", "none", "--max-drop", "1"], "add --eval"),
         (["quantize", "resnet8.onnx", "--eval", "digits", "--max-drop", "nan"], "at least 0"),
         (["quantize", "resnet8.onnx", "--fp16", "--calib", "digits"], "--calib is for INT8"),
-        (["quantize", "resnet8.onnx", "--fp16", "--rest", "fp16"], "--rest is for INT8"),
+        (["quantize", "resnet8.onnx", "--fp16", "--rest", "fp16"], "--float-dtype is for INT8"),
         (["bench", "resnet8.onnx", "--tolerance", "5%"], "without --baseline"),
     ],
     ids=lambda value: "-".join(value[:4]) if isinstance(value, list) else None,

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from rtresnet.cli import quantize_gate
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
+from rtresnet.workflows import accuracy_gate
 from tests.conftest import tinted_noise
 
 pytest.importorskip("onnxruntime")
@@ -58,14 +58,14 @@ def test_scales_are_used_again_where_nothing_has_changed(
         (["--calib", "digits"], "images"),
     ],
 )
-def test_scales_made_for_something_else_are_made_anew_and_why_is_said(
+def test_scales_made_for_something_else_are_made_again_and_why_is_said(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str], changed: list[str], reason: str
 ) -> None:
     assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
     capsys.readouterr()
     assert quantize(source, "--calib", tints, "--calib-images", "64", *changed) == 0
     said = capsys.readouterr().err
-    assert "calibrating anew" in said and reason in said
+    assert "calibrating again" in said and reason in said
 
 
 def test_scales_of_other_weights_and_another_preprocessing_are_refused_with_the_reason(
@@ -89,7 +89,7 @@ def test_scales_of_other_weights_and_another_preprocessing_are_refused_with_the_
         assert f"was made with other {reason}" in said
 
 
-def test_a_damaged_file_of_scales_is_made_anew(
+def test_a_damaged_file_of_scales_is_made_again(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("calib").mkdir()
@@ -102,7 +102,7 @@ def test_a_damaged_file_of_scales_is_made_anew(
         capsys.readouterr()
         path.write_text(text)
         assert quantize(source, *arguments) == 0
-        assert "calibrating anew" in capsys.readouterr().err
+        assert "calibrating again" in capsys.readouterr().err
 
 
 def test_the_file_of_scales_has_a_line_a_tensor(source: Path, tints: str) -> None:
@@ -189,7 +189,7 @@ Hits = dict[str, Any]
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
     """The gate sees what `judge` makes of each INT8 file: (model) -> share of images right."""
-    real, found = quantize_gate._hits, Hits(judge=None, files=[])
+    real, found = accuracy_gate._hits, Hits(judge=None, files=[])
 
     def hits(path: Path, *rest: Any) -> np.ndarray:
         right = real(path, *rest)
@@ -199,7 +199,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
         found["files"].append(path.read_bytes())
         return right & found["judge"](model) if found["judge"] else right
 
-    monkeypatch.setattr(quantize_gate, "_hits", hits)
+    monkeypatch.setattr(accuracy_gate, "_hits", hits)
     return found
 
 
@@ -312,14 +312,14 @@ def test_quantize_gate_upper_with_too_few_images_is_refused_before_the_work(
 def test_quantize_better_int8_is_told_as_a_gain(
     source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = quantize_gate._hits
+    real = accuracy_gate._hits
 
     def hits(path: Path, *rest: Any) -> np.ndarray:
         right = real(path, *rest)
         right[:2] = path.name != source.name  # FP32 is wrong on two images
         return right
 
-    monkeypatch.setattr(quantize_gate, "_hits", hits)
+    monkeypatch.setattr(accuracy_gate, "_hits", hits)
     assert gated(source, tints, "--json", "q.json") == 0
     said = capsys.readouterr().out
     assert "INT8 gains 0.83 points" in said and "Measured gain 0.83 points" in said
@@ -362,8 +362,8 @@ def test_the_gate_matches_labels_by_name_and_refuses_other_classes(
     assert quantize(source, *arguments, "--classes", "names.txt") == 2
     seen: list[np.ndarray] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = quantize_gate._hits
-        patch.setattr(quantize_gate, "_hits", lambda *a: seen.append(real(*a)) or seen[-1])
+        real = accuracy_gate._hits
+        patch.setattr(accuracy_gate, "_hits", lambda *a: seen.append(real(*a)) or seen[-1])
         assert quantize(source, *arguments, "--eval", "npz:order.npz") == 0
     assert seen[0].mean() > 0.9
     written = artifacts.read_sidecar("resnet8-int8.onnx")
@@ -450,7 +450,7 @@ def with_an_outlier(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("calibrator", "remedy"), [("auto", "brought down"), ("max", "--calibrator auto may not")]
+    ("calibrator", "remedy"), [("auto", "scaled down"), ("max", "only --calibrator auto")]
 )
 def test_outliers_are_told_with_the_remedy_that_was_taken(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str], calibrator: str, remedy: str

@@ -1,4 +1,4 @@
-"""The accuracy gate of `rtresnet quantize --eval`: what INT8 loses, which blocks stay in float."""
+"""The accuracy gate of `quantize`: what INT8 loses, and which blocks stay in float."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.cli import common
 from rtresnet.core.errors import CheckFailedError, DataError
+from rtresnet.core.reporter import Reporter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.quantization.calibrate import Calibrated
-    from rtresnet.quantization.sensitivity import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +43,61 @@ class Gate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passed:
-    """A net that passed the gate.
+class BlockNoise:
+    """What quantizing one block costs, and how it runs in the file.
 
     Attributes:
-        model: Quantized.
-        kept: Nodes that stay in float.
-        measured: For the sidecar.
+        alone_db: Signal to noise at the logits with only this block in INT8.
+        gain_db: What leaving this block in float gains.
+        weights: Its share of the net's weights.
+        runs_in: "int8" or "float".
     """
 
-    model: Any
-    kept: tuple[str, ...]
-    measured: dict[str, Any]
+    name: str
+    alone_db: float
+    gain_db: float
+    weights: float
+    runs_in: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """What the gate measured.
+
+    Attributes:
+        passed: Whether the rule is satisfied.
+        drop: The measured loss with its interval, as in the sidecar.
+        gate: Rule, bound and verdict, as in the sidecar.
+        blocks: The most harmful first.
+        summary: Two sentences on the loss and the verdict.
+        fix: What helps where it did not pass.
+        remarks: What a reader must know of the labels.
+    """
+
+    passed: bool
+    drop: dict[str, Any]
+    gate: dict[str, Any]
+    blocks: tuple[BlockNoise, ...]
+    summary: tuple[str, str]
+    fix: str
+    remarks: tuple[str, ...] = ()
+
+    def measured(self) -> dict[str, Any]:
+        """What stands in the sidecar's `measured`."""
+        blocks = [dataclasses.asdict(block) for block in self.blocks]
+        return {"drop": self.drop, "gate": self.gate, "blocks": blocks}
 
 
 class AccuracyCheckFailedError(CheckFailedError):
     """The quantized net lost too much accuracy, or was not shown to lose little enough.
 
     Attributes:
-        measured: As in `Passed`, of the last net that was tried.
+        result: What was measured of the last net that was tried.
     """
 
-    def __init__(self, message: str, *, fix: str, measured: dict[str, Any]) -> None:
-        super().__init__(message, fix=fix)
-        self.measured = measured
+    def __init__(self, result: GateResult) -> None:
+        super().__init__(" ".join(result.summary), fix=result.fix)
+        self.result = result
 
 
 def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
@@ -103,16 +133,17 @@ def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
     return for_model(source, classes, names=gate.classes, model_name=str(net))
 
 
-def hold(
+def quantize_within(
     gate: Gate,
-    labelled: Source,
-    reference: Path,
-    found: Calibrated,
-    held: Sequence[np.ndarray],
+    labelled: Relabelled,
+    source: Path,
+    calibrated: Calibrated,
+    held_out: Sequence[np.ndarray],
     logits: np.ndarray,
     preprocess: Preprocess,
     finish: Callable[[Any], Any],
-) -> Passed:
+    reporter: Reporter,
+) -> tuple[Any, tuple[str, ...], GateResult]:
     """Quantizes everything, then leaves the most harmful blocks in float until the gate passes.
 
     The interval is that of one file on these images. Where several files were tried, the one that
@@ -121,12 +152,16 @@ def hold(
     Args:
         gate: The bound.
         labelled: Its images.
-        reference: The FP32 file.
-        found: From calibration.
-        held: Images for the noise of each block.
+        source: The FP32 file.
+        calibrated: From calibration.
+        held_out: Images for the noise of each block.
         logits: The FP32 net's on them.
         preprocess: The net's input contract.
-        finish: Takes a quantized model, gives what will be written; that is what is measured.
+        finish: Turns a quantized model into what is written; that is what is measured.
+        reporter: Receives progress.
+
+    Returns:
+        The model, the nodes that stay in float, and what was measured.
 
     Raises:
         AccuracyCheckFailedError: The gate does not pass even with every block but one in float.
@@ -135,45 +170,48 @@ def hold(
     from rtresnet.quantization.sensitivity import sensitivity
 
     images = f"on {len(labelled)} images of {gate.data}"
-    with common.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
-        base = _hits(reference, labelled, preprocess, update)
-    with common.progress("measuring the noise of each block"):
-        ranked = sensitivity(found, held, logits)
+    with reporter.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
+        base = _hits(source, labelled, preprocess, update)
+    with reporter.progress("measuring the noise of each block"):
+        ranked = sensitivity(calibrated, held_out, logits)
     for count in range(len(ranked)):
-        kept = tuple(node for block in ranked[:count] for node in block.nodes)
-        model = finish(found.quantized(kept))
+        excluded = tuple(node for block in ranked[:count] for node in block.nodes)
+        model = finish(calibrated.quantized(excluded))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             path.write_bytes(model.SerializeToString())
             floats = f", {count} blocks in float," if count else ""
             doing = f"measuring INT8{floats} {images}"
-            with common.progress(doing, total=len(labelled)) as update:
+            with reporter.progress(doing, total=len(labelled)) as update:
                 drop = paired_drop(base, _hits(path, labelled, preprocess, update))
         if passes(drop, gate):
             break
-    _show(ranked, count)
-    measured = {
-        "drop": dataclasses.asdict(drop) | {"data": gate.data},
-        "gate": judged(drop, gate),
-        "blocks": [
-            {"name": block.name, "alone_db": block.alone, "gain_db": block.gain,
-             "weights": block.weights, "runs_in": _runs_in(number, count)}
+    labels = labelled.mapping
+    more_images = "give more images, or accept the measured loss with --gate point"
+    result = GateResult(
+        passed=passes(drop, gate),
+        drop=dataclasses.asdict(drop)
+        | {"data": gate.data, "labels": labels.record(), "assumed": labels.assumptions()},
+        gate=judged(drop, gate),
+        blocks=tuple(
+            BlockNoise(
+                name=block.name,
+                alone_db=block.alone,
+                gain_db=block.gain,
+                weights=block.weights,
+                runs_in="float" if number < count else "int8",
+            )
             for number, block in enumerate(ranked)
-        ],
-    }  # fmt: skip
-    if passes(drop, gate):
-        console = common.out_console()
-        for line in (_measurement(drop, count, gate), _judgement(drop, gate)):
-            console.print(line, soft_wrap=True, markup=False)
-        return Passed(model=model, kept=kept, measured=measured)
-    more = "give more images, or accept the measured loss with --gate point"
-    raise AccuracyCheckFailedError(
-        f"{_measurement(drop, count, gate)} {_judgement(drop, gate)}",
-        fix=more
+        ),
+        summary=(_measurement(drop, count, gate), _judgement(drop, gate)),
+        remarks=tuple(labels.remarks()),
+        fix=more_images
         if drop.points <= gate.max_drop
         else "calibrate on more images like those it will see, or keep FP16",
-        measured=measured,
     )
+    if not result.passed:
+        raise AccuracyCheckFailedError(result)
+    return model, excluded, result
 
 
 def passes(drop: Drop, gate: Gate) -> bool:
@@ -245,25 +283,3 @@ def _rounded_up(number: float) -> int:
     """To two digits: an estimate has no more."""
     unit: int = 10 ** max(0, math.floor(math.log10(number)) - 1)
     return math.ceil(number / unit) * unit
-
-
-def _runs_in(number: int, floats: int) -> str:
-    """The most harmful blocks come first, and are the first to stay in float."""
-    return "float" if number < floats else "int8"
-
-
-def _show(ranked: Sequence[Block], count: int) -> None:
-    from rtresnet.reporting import tables
-
-    rows = [
-        (
-            block.name,
-            f"{block.alone:.1f}",
-            f"{block.gain:.2f}",
-            f"{100 * block.weights:.1f}",
-            _runs_in(number, count),
-        )
-        for number, block in enumerate(ranked)
-    ]
-    headings = ("block", "SNR alone, dB", "in float, dB gained", "% of weights", "runs in")
-    tables.show(common.out_console(), headings, rows)

@@ -1,0 +1,328 @@
+"""Turn a checkpoint into ONNX files and plans, each with a sidecar.
+
+In this order: resolve the weights, fold batch norm and write the FP32 file, compare it with torch,
+write the other precisions, embed input and output, build the plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtresnet.core import artifacts, hardware, locks, reporter
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import ArtifactError, InputError, missing_package
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import json_name
+from rtresnet.core.sidecar import Sidecar, restated
+from rtresnet.workflows import embed_io
+from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
+from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows.input_spec import InputConfig
+from rtresnet.workflows.loading import require_torch
+from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked
+
+if TYPE_CHECKING:
+    from rtresnet.models.checkpoint import Checkpoint
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """What is exported.
+
+    Attributes:
+        model: Architecture; by default that of the weights.
+        precisions: Precisions of the files after the FP32 one, and of the plans.
+        plan: Whether a plan is built for each precision, where a builder is installed.
+    """
+
+    model: str | None = option(
+        None,
+        "Architecture, one of those that `rtresnet models` lists.",
+        default_text="that of the weights",
+    )
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = option((), "Precisions to write.")
+    plan: bool = option(False, "Build a plan for each precision.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFile:
+    """An ONNX file that was written.
+
+    Attributes:
+        measured: Parity with torch, the accuracy gate and the like, as in the sidecar.
+    """
+
+    path: Path = json_name("file")
+    precision: str
+    bytes: int
+    sha256: str
+    measured: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What was exported.
+
+    Attributes:
+        model: Architecture.
+        weights: Origin of the weights: untrained, trained, imagenet or file.
+        assumed: What nothing stated and was assumed.
+        onnx: The files, the FP32 one first.
+        plans: One for each precision.
+    """
+
+    model: str
+    weights: str
+    assumed: tuple[str, ...]
+    onnx: tuple[ExportedFile, ...]
+    plans: tuple[BuildResult, ...]
+
+    @property
+    def path(self) -> Path:
+        """The FP32 ONNX file."""
+        return self.onnx[0].path
+
+
+def export(
+    weights: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] = "engines",
+    config: ExportConfig | None = None,
+    *,
+    quantize: QuantizeConfig | None = None,
+    build: BuildConfig | None = None,
+    embed: EmbedConfig | None = None,
+    stated: InputConfig | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> ExportResult:
+    """Exports a checkpoint to ONNX with batch norm folded, and to plans if the config asks for it.
+
+    Args:
+        weights: A checkpoint, "imagenet" for torchvision's published weights, or "untrained". By
+            default the best run of `config.model` under runs/, else untrained weights.
+        out: Folder, or the name of the FP32 ONNX file in it.
+        config: Architecture and precisions; only the FP32 ONNX file by default.
+        quantize: Calibration of INT8; its precision is ignored.
+        build: Profiles, targets and builder of the plans.
+        embed: Changed input or output of the files that plans are built from.
+        stated: Preprocessing in place of what the checkpoint says.
+        reporter: Receives progress, notes and warnings.
+
+    Raises:
+        InputError: Unknown architecture, weights or option.
+        ArtifactError: The checkpoint is broken, or TensorRT refuses a file.
+        CheckFailedError: The ONNX file differs from torch, or a plan from its precision.
+        UnavailableError: torch, onnx or the builder is missing.
+        LockedError: Another process writes into the folder.
+    """
+    place = Path(out)
+    folder = place.parent if place.suffix.lower() == ".onnx" else place
+    job = _Export(
+        config=config or ExportConfig(),
+        quantize=quantize or QuantizeConfig(),
+        build=build or BuildConfig(),
+        embed=embed or EmbedConfig(),
+        stated=stated or InputConfig(),
+        reporter=reporter,
+    )
+    with locks.hold_folder(folder, warn=reporter.note):
+        return job.write(weights, folder, place if place != folder else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    config: ExportConfig
+    quantize: QuantizeConfig
+    build: BuildConfig
+    embed: EmbedConfig
+    stated: InputConfig
+    reporter: Reporter
+
+    def write(
+        self, weights: str | os.PathLike[str] | None, folder: Path, base: Path | None
+    ) -> ExportResult:
+        checkpoint, origin = self._resolved(weights)
+        net = checkpoint.model
+        base = base or folder / f"{net.architecture}.onnx"
+        first = _write_fp32(checkpoint, origin, base, self.reporter)
+        written, sources = [(base, first)], []
+        for precision in self.config.precisions:
+            source = base
+            if precision != "fp32":
+                source = base.with_name(f"{base.stem}-{precision}.onnx")
+                config = self.quantize if precision == "int8" else QuantizeConfig(precision="fp16")
+                result = quantize_unlocked(
+                    base, config, out=source, reporter=self.reporter, sidecar=first
+                )
+                written.append((source, result.sidecar))
+            if self.embed.changes_anything:
+                source, changed = embed_io.write(source, self.embed, reporter=self.reporter)
+                written.append((source, changed))
+            sources.append((source, precision))
+        plans: list[BuildResult] = []
+        if self.config.plan and self._builder_installed():
+            plans = [
+                build_unlocked(
+                    source, self.build, out=folder / plan_name(source, precision),
+                    reporter=self.reporter,
+                )
+                for source, precision in sources
+            ]  # fmt: skip
+        return ExportResult(
+            model=net.architecture,
+            weights=checkpoint.weights.origin,
+            assumed=checkpoint.assumed,
+            onnx=tuple(
+                ExportedFile(
+                    path=path, precision=sidecar.precision, bytes=sidecar.bytes,
+                    sha256=sidecar.sha256, measured=sidecar.measured,
+                )
+                for path, sidecar in written
+            ),
+            plans=tuple(plans),
+        )  # fmt: skip
+
+    def _resolved(self, weights: str | os.PathLike[str] | None) -> tuple[Checkpoint, Path | None]:
+        """The checkpoint with the stated input. What can be refused early is refused here."""
+        require_torch("export")
+        from rtresnet.builder import profiles, targets
+        from rtresnet.onnxlib import learned
+
+        profiles.parse_all(self.build.batch)
+        targets.parse(self.build.targets, self.build.builder)
+        calib, int8 = self.quantize.calib, "int8" in self.config.precisions
+        if int8 and calib not in (None, "none"):
+            from rtresnet.data.sources import open_images
+
+            open_images(calib)
+        checkpoint, origin = resolve(weights, self.config.model, self.stated.size, self.reporter)
+        if int8:
+            learned.refuse_calibration(origin, checkpoint.learned, calib, self.quantize.calibrator)
+        stated = self.stated.applied_to(checkpoint.input)
+        checkpoint = dataclasses.replace(
+            checkpoint,
+            input=stated,
+            assumed=restated(checkpoint.assumed, checkpoint.input, stated),
+        )
+        net = checkpoint.model
+        embed_io.require_classes(self.embed.topk, len(net.classes), net.architecture)
+        return checkpoint, origin
+
+    def _builder_installed(self) -> bool:
+        from rtresnet.builder import targets
+
+        if self.build.builder != "auto" or targets.available():
+            return True
+        self.reporter.note(
+            "no plan was built: no TensorRT builder is installed; pip install tensorrt-rtx-cu13 "
+            "(builds without a GPU)"
+        )
+        return False
+
+
+def resolve(
+    weights: str | os.PathLike[str] | None, model: str | None, size: int | None, reporter: Reporter
+) -> tuple[Checkpoint, Path | None]:
+    """The checkpoint that `export` is asked for, and its file where it has one."""
+    from rtresnet.core.preprocess import Preprocess
+    from rtresnet.models import checkpoint, download, zoo
+
+    if weights is None and model is None:
+        raise InputError("nothing to export", fix="give --model NAME or --weights FILE")
+    spec = zoo.spec(model) if model else None
+    if weights is None and spec is not None:
+        best = best_run(spec.name, reporter)
+        if best is not None:
+            reporter.note(f"weights: {best}")
+            return checkpoint.load(best, model=spec.name), best
+    if weights in (None, "untrained"):
+        if spec is None:
+            raise InputError("--weights untrained", fix="say of which net: --model NAME")
+        reporter.warning(
+            "untrained weights",
+            f"No checkpoint of {spec.name} was given or found under runs/, so these are "
+            "random weights. Latency is meaningful, accuracy is not.",
+        )
+        return checkpoint.untrained(spec, Preprocess.for_size(size or spec.size)), None
+    if weights == "imagenet":
+        if spec is None:
+            raise InputError("--weights imagenet", fix="say of which net: --model NAME")
+        return download.imagenet(spec.name), None
+    assert weights is not None
+    return checkpoint.load(weights, model=model), Path(weights)
+
+
+def best_run(architecture: str, reporter: Reporter) -> Path | None:
+    """The checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar."""
+    candidates = []
+    for path in sorted(RUNS.glob("**/best.pt")):
+        try:
+            sidecar = artifacts.read_sidecar(path)
+        except ArtifactError as error:
+            reporter.note(f"passed over: {error}")
+            continue
+        if sidecar is not None and sidecar.model.architecture == architecture:
+            candidates.append((sidecar.measured.get("val_top1") or 0.0, path))
+    return max(candidates)[1] if candidates else None
+
+
+def _write_fp32(
+    checkpoint: Checkpoint, origin: Path | None, path: Path, reporter: Reporter
+) -> Sidecar:
+    if not hardware.installed("onnx"):
+        raise missing_package("onnx", "export")
+    from rtresnet.exporter import fold, verify
+    from rtresnet.exporter.writer import to_onnx
+
+    with reporter.progress(f"exporting {path}"):
+        model = to_onnx(
+            fold.fold(checkpoint.net()),
+            size=checkpoint.input.size,
+            name=checkpoint.model.architecture,
+            scales=checkpoint.learned,
+        )
+        verify.check_folded(model)
+        data = model.SerializeToString()
+        measured = _parity(checkpoint, path, data, reporter)
+    return artifacts.publish(
+        path,
+        lambda temporary: temporary.write_bytes(data),
+        Sidecar(
+            kind="onnx",
+            file=path.name,
+            model=checkpoint.model,
+            input=checkpoint.input,
+            weights=checkpoint.weights,
+            precision="fp32",
+            assumed=checkpoint.assumed,
+            parent=artifacts.link_to(origin, path) if origin else None,
+            measured=measured,
+        ),
+    )
+
+
+def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter) -> dict[str, Any]:
+    """Compares the file with the torch net; returns what goes into the sidecar's `measured`."""
+    if not hardware.installed("onnxruntime"):
+        reporter.note("parity not checked: pip install onnxruntime")
+        return {}
+    from rtresnet.exporter import verify
+    from rtresnet.runtime.backend import logits
+    from rtresnet.runtime.ort import OrtBackend
+
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / path.name
+        trial.write_bytes(data)
+        backend = OrtBackend(trial, provider="cpu")
+        parity = verify.check_parity(
+            checkpoint.net(),
+            lambda images: logits(backend.infer(images), path),
+            size=checkpoint.input.size,
+        )
+    return {"parity": parity | {"with": backend.provider}}

@@ -1,0 +1,575 @@
+"""Write an FP16 or INT8 version of an FP32 ONNX file.
+
+INT8 is calibrated on images, on the statistics of batch norm, or takes the scales that
+quantization-aware training left in the file. `accuracy_gate.py` bounds what it may cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter, serialization
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import ArtifactError, InputError, missing_package
+from rtresnet.core.labels import read_classes
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import flattened
+from rtresnet.core.sidecar import Calibration, Sidecar
+from rtresnet.workflows import adopt
+from rtresnet.workflows.accuracy_gate import Gate, GateResult, open_labelled, quantize_within
+from rtresnet.workflows.input_spec import InputConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rtresnet.core.preprocess import Preprocess
+    from rtresnet.onnxlib.learned import Learned
+    from rtresnet.quantization.calibrate import Calibrated
+
+CALIB = Path("calib")
+RANDOM_IMAGES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(Config):
+    """How a file is quantized.
+
+    Attributes:
+        precision: "int8" or "fp16".
+        calib: Images to calibrate on: any data, a folder of images, a list in a .txt file, or
+            "none" for ranges from the statistics of batch norm. None: the images in calib/.
+        calibrator: How the range of a tensor is chosen.
+        calib_images: Number of images to calibrate on.
+        float_dtype: Data type of tensors between INT8 kernels.
+        eval_data: Labelled images on which INT8 is compared with FP32.
+        max_drop: Points of top-1 that INT8 may lose on them.
+        gate: What must be within `max_drop`: the measured loss ("point") or the upper limit of its
+            95 % interval ("upper").
+        classes: Class names of the net or the images, where these have none.
+    """
+
+    precision: Literal["int8", "fp16"] = option("int8", "Precision of the new file.")
+    calib: str | None = option(
+        None,
+        "Images to calibrate on: any data, a folder of images, a list in a .txt file, or none for "
+        "ranges from the statistics of batch norm.",
+        metavar="SPEC",
+        default_text="the images in calib/",
+    )
+    calibrator: Literal["auto", "max", "percentile", "entropy", "mse"] = option(
+        "auto",
+        "Method that chooses the range of a tensor; auto takes what causes least noise at the "
+        "logits.",
+    )
+    calib_images: int = option(512, "Number of images to calibrate on.", minimum=1)
+    float_dtype: Literal["fp32", "fp16"] = option(
+        "fp32",
+        "Data type of tensors between INT8 kernels: fp16 for TensorRT, fp32 for CPUs too.",
+        hidden_names=("--rest",),
+    )
+    eval_data: str | None = option(
+        None,
+        "Compare the accuracy of INT8 and FP32 on these labelled images.",
+        names=("--eval",),
+        metavar="SPEC",
+        default_text="not compared",
+    )
+    max_drop: float = option(
+        0.5, "Points of top-1 that INT8 may lose against FP32, with --eval.", minimum=0
+    )
+    gate: Literal["point", "upper"] = option(
+        "point",
+        "What must be within --max-drop: the measured loss (point), or the upper limit of its "
+        "95 % interval (upper).",
+    )
+    classes: tuple[str, ...] | None = option(
+        None,
+        "Class names, one a line or a JSON list, of the model or the --eval data where it has "
+        "none.",
+        metavar="FILE",
+        parse=read_classes,
+        default_text="from the model and the data",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changed = {
+            field.name
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        if self.precision == "fp16":
+            if self.eval_data is not None:
+                raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
+            for name in ("calib", "calibrator", "calib_images", "float_dtype"):
+                if name in changed:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} is for INT8", fix="leave --fp16 out"
+                    )
+        if self.eval_data is None:
+            for name in ("max_drop", "gate", "classes"):
+                if name in changed:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} needs labelled images", fix="add --eval SPEC"
+                    )
+
+    @property
+    def accuracy_gate(self) -> Gate | None:
+        """The bound on the loss of accuracy; None where nothing is compared."""
+        if self.eval_data is None:
+            return None
+        return Gate(
+            data=self.eval_data, max_drop=self.max_drop, rule=self.gate, classes=self.classes
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult:
+    """A quantized file that was written.
+
+    Attributes:
+        path: The file.
+        sidecar: Its record.
+        gate: What the accuracy gate measured; None where nothing was compared. Its parts are also
+            in the sidecar's `measured`.
+    """
+
+    path: Path
+    sidecar: Sidecar = flattened()
+    gate: GateResult | None = dataclasses.field(default=None, metadata={"hidden": True})
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    config: QuantizeConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    stated: InputConfig | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> QuantizeResult:
+    """Quantizes an FP32 ONNX file of a residual net.
+
+    Args:
+        source: The file, from rtresnet or another tool.
+        config: Precision, calibration and accuracy gate.
+        out: The new file; MODEL-int8.onnx next to the source by default.
+        stated: Preprocessing of a file without a sidecar.
+        reporter: Receives progress and notes.
+
+    Raises:
+        InputError: The file is quantized already, an option contradicts it, or an output place
+            cannot be written.
+        ArtifactError: Not a net that can be quantized.
+        DataError: The images cannot be used.
+        AccuracyCheckFailedError: INT8 loses more accuracy than `config` allows; nothing is written.
+        LockedError: Another process writes the same file.
+    """
+    config = config or QuantizeConfig()
+    source = Path(source)
+    place = Path(out) if out is not None else default_out(source, config.precision)
+    with locks.hold_file(place, warn=reporter.note):
+        return quantize_unlocked(source, config, out=place, stated=stated, reporter=reporter)
+
+
+def default_out(source: Path, precision: str) -> Path:
+    """resnet50.onnx to resnet50-int8.onnx."""
+    return source.with_name(f"{source.stem}-{precision}.onnx")
+
+
+def quantize_unlocked(
+    source: Path,
+    config: QuantizeConfig,
+    *,
+    out: Path,
+    stated: InputConfig | None = None,
+    reporter: Reporter,
+    sidecar: Sidecar | None = None,
+) -> QuantizeResult:
+    """Quantizes while the caller holds the lock on `out`; `sidecar` if it was just verified."""
+    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib.interface import precision_of
+
+    stated = stated or InputConfig()
+    artifacts.require_name(out, "onnx")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out}: would replace its own source", fix="choose another --out")
+    for place in (out, artifacts.sidecar_path(out)):
+        atomic_io.require_place(place)
+    scales = _scales_path(out, reporter) if config.precision == "int8" else None
+    artifacts.require_onnx(source, "quantize")
+    sidecar = sidecar or artifacts.verify(source)
+    if not hardware.installed("onnx"):
+        raise missing_package("onnx", "quantizing")
+    model = io.load(source, checked=True)
+    _require_plain(source, model, sidecar)
+    _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
+    if sidecar is None:
+        if (precision := precision_of(model)) in ("fp16", "int8"):
+            raise InputError(f"{source}: is {precision} already", fix="start from the FP32 file")
+        sidecar = _describe(source, model, stated)
+    elif stated.applied_to(sidecar.input) != sidecar.input:
+        raise InputError(
+            f"{source}: its sidecar says what it takes, and --size, --mean or --std say something "
+            "else",
+            fix=f"leave them out; see: rtresnet inspect {source}",
+        )
+    if sidecar.precision != "fp32":
+        raise InputError(
+            f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
+        )
+    calibration, gate, outliers = None, None, list[dict[str, Any]]()
+    if scales is None:
+        from rtresnet.quantization import fp16
+
+        result = fp16.to_half(model)
+    else:
+        job = _Int8(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
+                    reporter=reporter)  # fmt: skip
+        result, calibration, gate, outliers = job.quantize(model)
+        _note_replaced(out, calibration, reporter)
+    measured = (gate.measured() if gate else {}) | ({"outliers": outliers} if outliers else {})
+    written = artifacts.publish(
+        out,
+        lambda temporary: temporary.write_bytes(result.SerializeToString()),
+        dataclasses.replace(
+            sidecar,
+            kind="onnx",
+            precision=config.precision,
+            parent=artifacts.link_to(source, out, sidecar.sha256 or None),
+            calibration=calibration,
+            measured=measured,
+            made_by={},
+        ),
+    )
+    return QuantizeResult(path=out, sidecar=written, gate=gate)
+
+
+def _scales_path(out: Path, reporter: Reporter) -> Path:
+    """Where the scales of an INT8 file go: calib/, or next to it where calib/ is not writable.
+
+    Raises:
+        InputError: Neither can be written to.
+    """
+    path = CALIB / f"{out.stem}.json"
+    try:
+        atomic_io.require_place(path)
+    except InputError as error:
+        path = out.with_name(f"{out.stem}.scales.json")
+        atomic_io.require_place(path)
+        reporter.note(f"{error.message}: new scales go to {path}")
+    return path
+
+
+Quantized = tuple[Any, Calibration, "GateResult | None", list[dict[str, Any]]]
+"""The model, how it was calibrated, what the gate measured, and the outlier channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Int8:
+    """The quantization of one file to INT8.
+
+    Attributes:
+        sidecar: The FP32 file's record.
+        scales: Where the scales go.
+    """
+
+    source: Path
+    sidecar: Sidecar
+    out: Path
+    scales: Path
+    config: QuantizeConfig
+    reporter: Reporter
+
+    def quantize(self, model: Any) -> Quantized:
+        """Calibrates and quantizes by whichever way the file and the config ask for."""
+        from rtresnet.onnxlib import learned
+        from rtresnet.quantization.prepare import prepare
+
+        config, gate = self.config, self.config.accuracy_gate
+        model = prepare(model)
+        trained = learned.of({entry.key: entry.value for entry in model.metadata_props})
+        learned.refuse_calibration(self.source, trained, config.calib, config.calibrator)
+        if trained is not None:
+            if gate is not None:
+                raise InputError(
+                    f"{self.source}: --eval would leave blocks in float, and its scales were "
+                    "learned with all of them in INT8",
+                    fix="leave --eval out, and see: rtresnet compare",
+                )
+            return self._with_trained_scales(model, trained)
+        if config.calib == "none":
+            if gate is not None:
+                raise InputError("--eval needs --calib with images, for the noise of each block")
+            return self._without_images(model)
+        return self._on_images(model, gate)
+
+    def _on_images(self, model: Any, gate: Gate | None) -> Quantized:
+        from rtresnet.quantization import calibrate, qdq, scales, simulate
+
+        config, reporter, source = self.config, self.reporter, self.source
+        labelled = open_labelled(gate, self.sidecar.model.classes, source) if gate else None
+        batches, name, fingerprint, count = calibration_batches(
+            config.calib, self.sidecar.input, config.calib_images, reporter
+        )
+        tensors = list(qdq.placement(model))
+        if (batch := simulate.fixed_batch(model)) is not None:
+            how = "image by image" if batch == 1 else f"{batch} images at a time"
+            reporter.note(f"{source}: takes batches of {batch}; calibrated {how}")
+        about = self._about() | {
+            "images": name,
+            "images_sha256": fingerprint,
+            "n": count,
+            "calibrator": config.calibrator,
+        }
+        path, saved = self._saved_scales(about)
+        doing = f"calibrating on {count} images of {name} ({config.calibrator})"
+        with reporter.progress(doing, total=count) as update:
+
+            def report(phase: str, done: int, total: int | None) -> None:
+                update(done, phase, count if total is None else total)
+
+            if saved is not None:
+                calibrated = calibrate.repeat(model, tensors, batches, saved, report)
+            else:
+                calibrated = calibrate.calibrate(model, tensors, batches, config.calibrator, report)
+                scales.write(path, calibrated, about)
+        outliers = self._note_calibration(calibrated)
+        finish = functools.partial(_with_float_dtype, dtype=config.float_dtype)
+        excluded: tuple[str, ...] = ()
+        result = None
+        if gate is None or labelled is None:
+            quantized = finish(calibrated.quantized())
+        else:
+            held_out, logits = calibrate.references(model, batches())
+            quantized, excluded, result = quantize_within(
+                gate, labelled, source, calibrated, held_out, logits, self.sidecar.input, finish,
+                reporter,
+            )  # fmt: skip
+        return quantized, self._calibration(calibrated, about, path, excluded), result, outliers
+
+    def _with_trained_scales(self, model: Any, trained: Learned) -> Quantized:
+        """INT8 with the scales that training left in the file."""
+        from rtresnet.onnxlib.learned import METHOD
+        from rtresnet.quantization import low_bit_scales
+        from rtresnet.quantization.calibrate import Calibrated
+
+        scales = {name: low_bit_scales.scale(scale) for name, scale in trained.scales.items()}
+        calibrated = Calibrated(
+            model=model, scales=scales, method=METHOD, own={}, ratios={}, outliers=[], mended=[],
+            shifts={}, exactly=True, branches=trained.branches,
+        )  # fmt: skip
+        return self._uncalibrated(
+            calibrated,
+            {"images": trained.images, "images_sha256": trained.images_sha256, "n": trained.n,
+             "calibrator": METHOD},
+        )  # fmt: skip
+
+    def _without_images(self, model: Any) -> Quantized:
+        """INT8 from what the file says of its batch norms."""
+        import numpy as np
+
+        from rtresnet.quantization import calibrate, data_free, qdq
+
+        planes = [np.full((1, 1, 1, 3), level, np.uint8) for level in (0, 255)]
+        low, high = (self.sidecar.input.normalize(plane)[0, :, 0, 0] for plane in planes)
+        ranges = data_free.ranges(model, list(qdq.placement(model)), low, high)
+        return self._uncalibrated(
+            calibrate.from_ranges(model, ranges),
+            {"images": "none: ranges from the batch norms", "images_sha256": "", "n": 0,
+             "calibrator": "batch norms"},
+        )  # fmt: skip
+
+    def _uncalibrated(self, calibrated: Calibrated, about: dict[str, Any]) -> Quantized:
+        """What is left to do once there are scales that no image was run for."""
+        from rtresnet.quantization import scales
+
+        model = _with_float_dtype(calibrated.quantized(), self.config.float_dtype)
+        scales.write(self.scales, calibrated, about | self._about())
+        return model, self._calibration(calibrated, about, self.scales, ()), None, []
+
+    def _about(self) -> dict[str, Any]:
+        """What scales belong to."""
+        contract = serialization.known(dataclasses.asdict(self.sidecar.input))
+        return {"onnx_sha256": self.sidecar.sha256, "preprocessing": contract}
+
+    def _calibration(
+        self, calibrated: Calibrated, about: dict[str, Any], path: Path, excluded: tuple[str, ...]
+    ) -> Calibration:
+        return Calibration(
+            method=calibrated.method,
+            images=about["images"],
+            images_sha256=about["images_sha256"],
+            n=about["n"],
+            scales=path.as_posix(),
+            scales_sha256=atomic_io.sha256(path),
+            kept=excluded,
+            rest=self.config.float_dtype,
+        )
+
+    def _saved_scales(self, about: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+        """Where the scales are or go, and those of an earlier run with the same inputs."""
+        default = CALIB / f"{self.out.stem}.json"  # perhaps in a folder that can only be read
+        for path in dict.fromkeys((default, self.scales)):
+            if (saved := self._read_scales(path, about)) is not None:
+                return path, saved
+        return self.scales, None
+
+    def _read_scales(self, path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+        from rtresnet.quantization import scales
+
+        if not path.exists():
+            return None
+        try:
+            saved = scales.read(path)
+        except ArtifactError as error:
+            self.reporter.note(f"calibrating again: {error.message}")
+            return None
+        if other := scales.differences(saved, about):
+            self.reporter.note(f"calibrating again: {path} was made with other {', '.join(other)}")
+            return None
+        self.reporter.note(f"scales of {path} are used again")
+        return saved
+
+    def _note_calibration(self, calibrated: Calibrated) -> list[dict[str, Any]]:
+        """Notes what calibration chose; returns the outlier channels with what was done."""
+        note = self.reporter.note
+        if calibrated.ratios:
+            tried = [ratio for name, ratio in calibrated.ratios.items() if name != "kept"]
+            biases = ", biases corrected" if calibrated.shifts else ""
+            count = len(calibrated.own)
+            own = f", {count} tensors with a range of their own" if count else ""
+            note(
+                f"ranges by {calibrated.method}{biases}{own}: {calibrated.ratios['kept']:.1f} dB "
+                f"signal to noise at the logits (tried: {min(tried):.1f} to {max(tried):.1f})"
+            )
+        equalized = {outlier.tensor for outlier in calibrated.mended}
+        entries = []
+        for outlier in calibrated.outliers:
+            if outlier.tensor in equalized:
+                remedy = "scaled down, with the next convolution's weights scaled up"
+            elif self.config.calibrator != "auto":
+                remedy = "left as it is: only --calibrator auto changes weights"
+            else:
+                remedy = "left as it is: it does not go from one convolution to one other alone"
+            channels = len(outlier.channels)
+            note(
+                f"{outlier.tensor}: {channels} of its channels set the range, up to "
+                f"{outlier.times:.0f} times the median; {remedy}"
+            )
+            entries.append({"tensor": outlier.tensor, "channels": channels,
+                            "times": outlier.times, "remedy": remedy})  # fmt: skip
+        return entries
+
+
+def _with_float_dtype(model: Any, dtype: str) -> Any:
+    from rtresnet.quantization import fp16
+
+    return fp16.to_half(model) if dtype == "fp16" else model
+
+
+def calibration_batches(
+    spec: str | None, preprocess: Preprocess, images: int, reporter: Reporter
+) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
+    """The calibration images as repeatable batches, with their name, hash and number.
+
+    Without a spec, the images in calib/; without those, noise and a warning.
+    """
+    from rtresnet.data import loader, sources
+
+    any_images = CALIB.is_dir() and bool(sources.images_under(CALIB))
+    lists = sorted(CALIB.glob("*.txt")) if CALIB.is_dir() else []
+    if spec is None and not any_images and lists:
+        spec = str(lists[0])
+    if spec is None and not any_images:
+        reporter.warning(
+            "no calibration images",
+            "calib/ holds none, so the INT8 scales come from random noise. "
+            "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
+        )
+        spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES
+        name = "noise"
+    else:
+        spec = spec or str(CALIB)
+        name = spec
+    source = sources.open_images(spec)
+    chosen = loader.sample(source, images)
+    tally = loader.DecodeErrors(len(chosen), reporter.note)
+    size = loader.batch_size(preprocess)
+
+    def batches() -> Iterator[np.ndarray]:
+        for pixels, _ in loader.batches(source, preprocess, size, indices=chosen, tally=tally):
+            yield pixels
+
+    return batches, name, source.fingerprint(), len(chosen)
+
+
+def _settle_size(source: Path, model: Any, size: int | None) -> None:
+    """Gives an input whose side is open the side that was stated; refuses another side."""
+    dims = _image_input(model).type.tensor_type.shape.dim
+    if len(dims) != 4:
+        return
+    for dim in dims[2:]:
+        if size is not None and not dim.dim_value:
+            dim.dim_value = size
+        if size is not None and dim.dim_value != size:
+            raise InputError(
+                f"{source}: takes {dims[2].dim_value}x{dims[3].dim_value} pixels, not {size}",
+                fix=f"--size {dims[2].dim_value}",
+            )
+
+
+def _image_input(model: Any) -> Any:
+    """The input of an onnx.ModelProto that takes the images."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
+
+
+def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
+    """Raises InputError where pixels or top-K were embedded before quantization."""
+    import onnx
+
+    types = [
+        entry.type.tensor_type.elem_type for entry in (*model.graph.input, *model.graph.output)
+    ]
+    if {onnx.TensorProto.UINT8, onnx.TensorProto.INT64} & set(types):
+        parent = artifacts.parent_path(source, sidecar) if sidecar else None
+        raise InputError(
+            f"{source}: takes pixels or gives the most probable classes; that comes last",
+            fix=f"rtresnet quantize {parent}, then rtresnet build with --input and --topk"
+            if parent
+            else "quantize the file it was made from",
+        )
+
+
+def _describe(source: Path, model: Any, stated: InputConfig) -> Sidecar:
+    """The record of an ONNX file that another tool made."""
+    side = _image_input(model).type.tensor_type.shape.dim[-1].dim_value
+    preprocess = stated.complete(source, fixed=side or None)
+    shape = model.graph.output[0].type.tensor_type.shape.dim
+    if not shape or not shape[-1].dim_value:
+        raise ArtifactError(f"{source}: its output has no fixed number of classes")
+    return adopt.describe(
+        source,
+        classes=tuple(str(index) for index in range(shape[-1].dim_value)),
+        preprocess=preprocess,
+        precision="fp32",
+        assumed=preprocess.assumptions(),
+    )
+
+
+def _note_replaced(out: Path, calibration: Calibration, reporter: Reporter) -> None:
+    try:
+        old = artifacts.read_sidecar(out)
+    except ArtifactError:  # what is replaced may be broken
+        return
+    if old and old.calibration and old.calibration.images_sha256 != calibration.images_sha256:
+        reporter.note(
+            f"replaces {out}, which was calibrated on {old.calibration.images}; a plan built from "
+            "it no longer matches"
+        )
