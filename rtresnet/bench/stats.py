@@ -1,16 +1,25 @@
-"""Statistics of latency samples. Pure NumPy; every sample is kept, no tail is clipped."""
+"""Statistics of latency samples: percentiles, and confidence intervals. Pure NumPy.
+
+Every sample is kept, no tail is clipped. Successive latencies are correlated (a falling clock,
+another process that computes), so a bootstrap that draws samples one by one would give intervals
+that are too narrow. The circular block bootstrap draws blocks of successive samples instead
+(Politis and Romano, 1992). The block length follows the automatic rule of Politis and White (2004),
+as corrected by Patton, Politis and White (2009). It is seeded: the same samples give the same
+interval.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from rtresnet.bench import bootstrap
-from rtresnet.bench.bootstrap import Interval
-
+Interval = tuple[float, float]
 SHARES = {"p90": 0.90, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+REPLICATES = 1000
+FEWEST_BLOCKS = 5
+"""An interval from fewer independent pieces would be a guess."""
 BEYOND = 10
 """Samples that must be expected beyond a percentile before an interval is given for it."""
 
@@ -101,11 +110,11 @@ def _intervals(samples: np.ndarray) -> tuple[int, dict[str, Interval | None]]:
         return 1, found
     # One length for all figures, the longest that the mean or any of the percentiles asks for.
     series = [samples, *(samples > np.quantile(samples, share) for share in shares.values())]
-    block = max(bootstrap.block_length(part) for part in series)
-    if n < bootstrap.FEWEST_BLOCKS * block:
+    block = max(block_length(part) for part in series)
+    if n < FEWEST_BLOCKS * block:
         return block, found
-    values = bootstrap.resample(samples, block, list(shares.values()))
-    found |= zip(("mean", *shares), map(bootstrap.interval, values), strict=True)
+    values = resample(samples, block, list(shares.values()))
+    found |= zip(("mean", *shares), map(interval, values), strict=True)
     return block, found
 
 
@@ -159,3 +168,88 @@ def _trtexec_line(milliseconds: np.ndarray) -> str:
         "median": np.median(milliseconds),
     } | {f"percentile({p}%)": trtexec_percentile(milliseconds, p) for p in (90, 95, 99)}
     return ", ".join(f"{name} = {value:g} ms" for name, value in figures.items())
+
+
+def block_length(series: np.ndarray) -> int:
+    """Samples after which a series has forgotten itself, as far as a block bootstrap is concerned.
+
+    Args:
+        series: [n], in order of time.
+
+    Returns:
+        From 1, for independent samples, to min(3 sqrt(n), n / 3).
+    """
+    n = len(series)
+    centred = np.asarray(series, np.float64) - np.mean(series)
+    if n < 8 or not centred.any():
+        return 1
+    quiet = max(5, int(np.ceil(np.sqrt(np.log10(n)))))
+    longest = int(np.ceil(np.sqrt(n))) + quiet
+    covariance = _autocovariance(centred, min(longest + quiet, n - 1))
+    if covariance[0] <= 1e-12 * float(np.abs(series).max()) ** 2:  # rounding, no variation
+        return 1
+    within = np.abs(covariance / covariance[0]) < 2 * np.sqrt(np.log10(n) / n)
+    # The first lag after which `quiet` correlations in a row are no more than chance.
+    silent = (lag for lag in range(longest) if within[lag + 1 : lag + 1 + quiet].all())
+    bandwidth = min(2 * max(next(silent, longest), 1), longest, len(covariance) - 1)
+    lags = np.arange(-bandwidth, bandwidth + 1)
+    window = np.minimum(1, 2 * (1 - np.abs(lags) / bandwidth))
+    terms = window * covariance[np.abs(lags)]
+    spectrum = terms.sum()
+    if spectrum <= 0:
+        return 1
+    slope = (np.abs(lags) * terms).sum()
+    length = (1.5 * slope**2 / spectrum**2 * n) ** (1 / 3)
+    return int(np.clip(round(length), 1, np.ceil(min(3 * np.sqrt(n), n / 3))))
+
+
+def _autocovariance(centred: np.ndarray, lags: int) -> np.ndarray:
+    size = 1 << (2 * len(centred) - 1).bit_length()
+    power = np.abs(np.fft.rfft(centred, size)) ** 2
+    return np.asarray(np.fft.irfft(power, size)[: lags + 1] / len(centred))
+
+
+def resample(
+    samples: np.ndarray, block: int, shares: Sequence[float] = (), *, seed: int = 0
+) -> np.ndarray:
+    """The mean and nearest-rank quantiles of resamples, all of them of the same resamples.
+
+    Args:
+        samples: [n], in order of time.
+        block: Successive samples drawn together.
+        shares: Of the quantiles.
+        seed: Of the draw.
+
+    Returns:
+        [1 + quantiles, replicates]. Long series get fewer replicates, 200 at least.
+    """
+    n, rng = len(samples), np.random.default_rng(seed)
+    order = np.argsort(samples, kind="stable")
+    ordered = samples[order]
+    blocks = -(-n // block)
+    targets = np.asarray(shares) * (blocks * block) - 1e-9
+    left = int(np.clip(1e7 / n, 200, REPLICATES))
+    found = []
+    while left:
+        count = min(left, max(1, 100_000 // n))
+        left -= count
+        starts = rng.integers(n, size=(count, blocks)) + n * np.arange(count)[:, None]
+        drawn = np.bincount(starts.ravel(), minlength=count * n).reshape(count, n)
+        if block > 1:
+            # A sample is drawn by every block that starts on it or less than a block before it.
+            around = np.concatenate([drawn[:, n - block :], drawn], axis=1).cumsum(axis=1)
+            drawn = around[:, block:] - around[:, :-block]
+        row = np.empty((1 + len(shares), count))
+        row[0] = drawn @ samples / (blocks * block)
+        if len(shares):
+            below = drawn[:, order].cumsum(axis=1)
+            for place in range(count):
+                row[1:, place] = ordered[np.searchsorted(below[place], targets)]
+        found.append(row)
+    return np.concatenate(found, axis=1)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """The middle `level` of replicates."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -10,10 +10,12 @@ from typing import Any
 
 import click
 
-from rtresnet.cli import bench, common, export, train
+from rtresnet.cli import bench_show, common, export, train
 from rtresnet.cli import compare as compare_verb
 from rtresnet.cli import eval as eval_verb
 from rtresnet.core.errors import UnavailableError
+from rtresnet.core.serialization import to_builtins
+from rtresnet.workflows.benchmark import BenchmarkConfig, benchmark
 
 MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
@@ -64,6 +66,8 @@ def _check_packages() -> None:
 
 def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     """Every verb's body in turn; returns their results."""
+    from rtresnet.cli.console import REPORTER
+
     trained = train.run(
         model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
     )  # fmt: skip
@@ -78,7 +82,9 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     for entry in evaluated:
         eval_verb.write_records(entry)
     compared = [compare_verb.run(trained["checkpoint"], path, DATA) for path in files]
-    measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
+    measured = to_builtins(
+        benchmark(files, BenchmarkConfig(batch=(1, 8), seconds=seconds), reporter=REPORTER)
+    )
     log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]
     return {
         "model": MODEL,
@@ -125,7 +131,7 @@ def legend(result: dict[str, Any]) -> str:
         (
             f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
             "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
-            f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}.",
+            f"CPU figures of the ONNX files: {bench_show.where(result['bench']['results'][0])}.",
             *(f"INT8: {note}." for note in notes),
         )
     )

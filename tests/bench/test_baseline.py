@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtresnet.bench import baseline
+from rtresnet.bench import compare
 
 
 def entry(scale: float = 1.0, n: int = 2000, seed: int = 0, **changed: Any) -> dict[str, Any]:
@@ -25,13 +25,13 @@ def entry(scale: float = 1.0, n: int = 2000, seed: int = 0, **changed: Any) -> d
 def test_a_regression_is_one_beyond_the_tolerance(
     slower: float, tolerance: float, regression: bool
 ) -> None:
-    judged = baseline.judge(entry(slower, seed=1), entry(), tolerance=tolerance)
+    judged = compare.judge(entry(slower, seed=1), entry(), tolerance=tolerance)
     assert judged.regression == regression
     assert judged.comparison and judged.comparison.speed == pytest.approx(1 / slower, rel=0.01)
 
 
 def test_what_cannot_be_told_apart_from_chance_is_no_regression() -> None:
-    judged = baseline.judge(entry(1.05, n=12), entry(n=12, seed=1), tolerance=0.03)
+    judged = compare.judge(entry(1.05, n=12), entry(n=12, seed=1), tolerance=0.03)
     assert not judged.regression
 
 
@@ -40,18 +40,18 @@ def test_throughput_and_tails_are_judged_where_they_are_the_figure() -> None:
     tail[::60] += 50
     for scenario, regression in (("single-stream", False), ("offline", True), ("server", True)):
         now = entry(scenario=scenario, samples=tail.tolist())
-        judged = baseline.judge(now, entry(scenario=scenario), tolerance=0.03)
+        judged = compare.judge(now, entry(scenario=scenario), tolerance=0.03)
         assert judged.regression == regression, scenario
 
 
 def test_like_is_alike_and_what_is_not_is_named() -> None:
-    assert baseline.config_diff(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
+    assert compare.config_diff(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
     old = entry()
     del old["scenario"], old["with_preprocess"]
-    assert baseline.config_diff(entry(with_preprocess=None), old) == []
+    assert compare.config_diff(entry(with_preprocess=None), old) == []
     for name, value in (
         ("batch", 8), ("device", "H100"), ("threads", 1), ("measured", "other.onnx"),
         ("versions", {"onnxruntime": "1.31.0"}), ("load", {"qps": 5}), ("scenario", "offline"),
     ):  # fmt: skip
-        (words,) = baseline.config_diff(entry(**{name: value}), entry())
+        (words,) = compare.config_diff(entry(**{name: value}), entry())
         assert ", was " in words

@@ -30,14 +30,14 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_quiet_machine_has_no_remarks() -> None:
     report = summary(10, START, counted(20.5, 20), [2400.0, 2410.0], None)
-    assert report["remarks"] == []
-    assert report["host"]["own_cores"] == 2 and report["host"]["other_cores"] == 0.05
-    assert report["host"]["mhz"] == [2400, 2405, 2410]
+    assert report.remarks == ()
+    assert report.host.own_cores == 2 and report.host.other_cores == 0.05
+    assert report.host.mhz == (2400, 2405, 2410)
 
 
 def test_what_disturbs_is_said() -> None:
     report = summary(10, START, counted(35, 20, stolen=9, throttled=2), [3000, 1500], None)
-    busy, stolen, quota, clock = report["remarks"]
+    busy, stolen, quota, clock = report.remarks
     assert busy == "other processes used 1.50 of 4 cores"
     assert "hypervisor gave 7%" in stolen and "held processes back for 2.0 s" in quota
     assert clock == "the processor's clock went from 3000 down to 1500 MHz"
@@ -48,8 +48,8 @@ def test_too_short_a_time_and_an_unknown_machine_say_nothing() -> None:
         summary(0.1, START, counted(35, 0), [], None),
         summary(10, None, None, [], None),
     ):
-        assert report["remarks"] == [] and report["host"]["other_cores"] is None
-        assert report["host"]["mhz"] is None
+        assert report.remarks == () and report.host.other_cores is None
+        assert report.host.mhz is None
 
 
 def test_a_throttling_gpu_is_said() -> None:
@@ -59,7 +59,7 @@ def test_a_throttling_gpu_is_said() -> None:
         {"throttled": None, "others": None},
     ]
     report = summary(1, None, None, [], {"name": "Test GPU", "samples": samples})
-    assert report["remarks"] == [
+    assert report.remarks == [
         "the GPU throttled in 1 of 3 looks at it (power cap)",
         "2 other processes had work on the GPU",
     ]
@@ -77,11 +77,11 @@ def test_a_process_that_computes_is_anothers_until_it_is_waited_for() -> None:
     finally:
         busy.kill()
         busy.wait()
-    host = ours.report["host"]
-    assert host["own_cores"] * ours.report["seconds"] > 0.9
-    host = others.report["host"]
-    assert host["other_cores"] > 0.2 and host["own_cores"] < 0.2
-    assert ours.report["gpu"] is None
+    host = ours.report.host
+    assert host.own_cores * ours.report.seconds > 0.9
+    host = others.report.host
+    assert host.other_cores > 0.2 and host.own_cores < 0.2
+    assert ours.report.gpu is None
 
 
 def test_the_kernels_files_are_read(tmp_path: Path) -> None:
@@ -163,13 +163,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleType) -> None:
     with environment.Watch(visible(SECOND)) as watch:
         pass
-    gpu = watch.report["gpu"]
-    assert gpu["driver"] == "580.1" and gpu["power_limit_w"] == 700 and gpu["unknown"] is None
-    assert gpu["uuid"] == SECOND
-    assert gpu["samples"][0] == {
+    gpu = watch.report.gpu
+    assert gpu.driver == "580.1" and gpu.power_limit_w == 700 and gpu.unknown is None
+    assert gpu.uuid == SECOND
+    assert gpu.samples[0] == {
         "mhz": 1200, "power_w": 699.5, "celsius": 71, "throttled": ["power cap"], "others": None,
     }  # fmt: skip
-    assert any("power cap" in remark for remark in watch.report["remarks"])
+    assert any("power cap" in remark for remark in watch.report.remarks)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_monitor_gpus_of_one_name_are_told_apart_by_uuid(
 
     driver.nvmlDeviceGetComputeRunningProcesses = processes  # type: ignore[attr-defined]
     sample = nvml.GpuMonitor(visible(uuid)).sample()
-    assert sample["mhz"] == mhz and sample["others"] == 0
+    assert sample.mhz == mhz and sample.others == 0
     assert asked == [asked_for_processes]
 
 
@@ -198,7 +198,7 @@ def test_monitor_without_uuid_takes_a_name_only_where_it_is_unique(
     with pytest.raises(LookupError, match="2 GPUs"):
         nvml.GpuMonitor(visible(None))
     driver.nvmlDeviceGetCount = lambda: 1  # type: ignore[attr-defined]
-    assert nvml.GpuMonitor(visible(None)).sample()["mhz"] == 300
+    assert nvml.GpuMonitor(visible(None)).sample().mhz == 300
 
 
 def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
@@ -210,7 +210,7 @@ def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with environment.Watch(visible(FIRST)) as watch:
         pass
-    assert watch.report["gpu"] == {
+    assert watch.report.gpu == {
         "name": "Test GPU", "uuid": FIRST, "unknown": "nvidia-ml-py is not installed",
     }  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_monitor_library_older_than_nvidia_ml_py_answers_none(driver: types.Modu
     driver.nvmlDeviceGetComputeRunningProcesses = mismatch  # type: ignore[attr-defined]
     del driver.nvmlDeviceGetCurrentClocksEventReasons  # type: ignore[attr-defined]
     sample = nvml.GpuMonitor(visible(SECOND)).sample()
-    assert sample["others"] is None and sample["throttled"] is None and sample["mhz"] == 1200
+    assert sample.others is None and sample.throttled is None and sample.mhz == 1200
 
 
 def test_nvidia_ml_py_has_every_function_that_is_called() -> None:

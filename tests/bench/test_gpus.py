@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rtresnet.bench import gpus, kernels
+from rtresnet.bench import kernels, roofline
 from rtresnet.bench.kernels import Kernel
 from rtresnet.core.errors import InputError, UnknownNameError
 
@@ -20,21 +20,21 @@ from rtresnet.core.errors import InputError, UnknownNameError
     ],
 )  # fmt: skip
 def test_a_gpu_is_found_as_people_and_drivers_write_it(given: str, found: str) -> None:
-    assert gpus.find(given).name == found
+    assert roofline.find_gpu(given).name == found
 
 
 @pytest.mark.parametrize("other", ["A10G", "H100 NVL", "RTX 4090 Laptop", "RTX", "4090", ""])
 def test_another_card_is_not_taken_for_one_of_the_table(other: str) -> None:
     with pytest.raises(UnknownNameError):
-        gpus.find(other)
+        roofline.find_gpu(other)
 
 
 def test_the_table_is_consistent() -> None:
-    for gpu in gpus.GPUS:
+    for gpu in roofline.GPUS:
         # The tensor cores of every one of these do INT8 at twice the rate of FP16.
         assert gpu.int8 == pytest.approx(2 * gpu.fp16, rel=0.03), gpu.name
         assert gpu.fp32 < gpu.fp16 and gpu.source
-        assert gpus.find(gpu.name) is gpu
+        assert roofline.find_gpu(gpu.name) is gpu
 
 
 def kernel(macs: int, read: int, written: int, weights: int) -> Kernel:
@@ -45,8 +45,10 @@ def kernel(macs: int, read: int, written: int, weights: int) -> Kernel:
 
 
 def test_a_bound_by_hand() -> None:
-    gpu = gpus.find("T4")  # 130 TOP/s, 320 GB/s, 4 MB
-    (bound,) = gpus.estimate([kernel(65_000_000, 3_000_000, 1_000_000, 8_000_000)], gpu, 10)
+    gpu = roofline.find_gpu("T4")  # 130 TOP/s, 320 GB/s, 4 MB
+    (bound,) = roofline.minimum_times(
+        [kernel(65_000_000, 3_000_000, 1_000_000, 8_000_000)], gpu, 10
+    )
     assert bound.compute == pytest.approx(0.01)
     assert bound.memory == pytest.approx((40e6 + 8e6) / 320e9 * 1e3)
     # 30 MB in, 10 MB out and 8 MB of weights, of each of which the cache holds 4 MiB.
@@ -66,7 +68,9 @@ def test_bounds_hold_against_published_measurements(net_file: Callable[..., Path
     model = to_onnx(fold(zoo.build(zoo.spec("resnet18")).eval()), size=224, name="resnet18")
     counted = kernels.count(model).kernels
     for precision, measured in (("fp16", 0.863), ("int8", 0.500)):
-        bounds = gpus.estimate(kernels.at(counted, precision), gpus.find("A100"), 32)
+        bounds = roofline.minimum_times(
+            kernels.at(counted, precision), roofline.find_gpu("A100"), 32
+        )
         assert sum(bound.through_memory for bound in bounds) < measured
         assert sum(bound.least for bound in bounds) > measured / 10  # and says something
         assert all(bound.least <= bound.through_memory for bound in bounds)
@@ -74,4 +78,4 @@ def test_bounds_hold_against_published_measurements(net_file: Callable[..., Path
 
 def test_a_batch_below_one_is_refused() -> None:
     with pytest.raises(InputError, match="--batch 0"):
-        gpus.estimate([kernel(1, 1, 1, 1)], gpus.GPUS[0], 0)
+        roofline.minimum_times([kernel(1, 1, 1, 1)], roofline.GPUS[0], 0)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from rtresnet.bench import load
-from rtresnet.bench.load import Candidate, measure, warm_up
+from rtresnet.bench import workload
+from rtresnet.bench.scenarios import measure
+from rtresnet.bench.workload import Candidate, warm_up
 from rtresnet.core.errors import InputError
 from tests.bench.simulated import Simulated, on_gpu
 
@@ -153,7 +154,7 @@ def test_an_erratic_candidate_is_not_steady_and_ends_at_the_cap() -> None:
     clock = Simulated()
     erratic = takes(clock, *([0.03] * 3 + [0.06] * 3 + [0.09] * 3))
     assert not warm_up(erratic, clock).steady
-    assert load.CAP_SECONDS <= clock.time < load.CAP_SECONDS + 0.3
+    assert workload.CAP_SECONDS <= clock.time < workload.CAP_SECONDS + 0.3
     (found,) = measure([erratic], batch=1, seconds=1, clock=clock)
     assert not found.steady
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet.bench import gpus, kernels, profile
+from rtresnet.bench import kernels, profile, roofline
 from rtresnet.builder import engine
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
@@ -72,7 +72,7 @@ def test_a_real_profile_adds_up_block_by_block(net_file: Net, precision: str) ->
     recorded = ort_profile.record(path, images, seconds=0.01, threads=1)
     assert len(recorded.runs) == len(recorded.whole) >= ort_profile.LEAST
     counted = kernels.count(path)
-    gpu = gpus.find("T4")
+    gpu = roofline.find_gpu("T4")
     found = profile.profile(
         recorded.runs, recorded.whole, counted.kernels, counted.blocks,
         batch=2, rates=gpu, bandwidth=gpu.bandwidth * 1e9,

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rtresnet.bench import queueing
+from rtresnet.bench import scenarios
 from rtresnet.core.errors import InputError
 
 
@@ -24,23 +24,23 @@ def erlang(time: float, load: float) -> float:
 @pytest.mark.parametrize("load", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("time", [0.0, 0.25, 1.0, 2.5, 7.75])
 def test_the_wait_is_erlangs(load: float, time: float) -> None:
-    lengths = queueing.queue_lengths(load, 32)
-    found = queueing.waiting_below(time, load=load, lengths=lengths)
+    lengths = scenarios.md1_queue_lengths(load, 32)
+    found = scenarios.md1_waiting_below(time, load=load, lengths=lengths)
     assert found == pytest.approx(erlang(time, load), abs=1e-10)
 
 
 @pytest.mark.parametrize("load", [0.05, 0.5, 0.8, 0.95])
 def test_queue_lengths_are_pollaczek_and_khinchines(load: float) -> None:
-    lengths = queueing.queue_lengths(load, 600)
+    lengths = scenarios.md1_queue_lengths(load, 600)
     assert lengths.min() >= 0 and lengths.sum() == pytest.approx(1, abs=1e-9)
     mean = load + load**2 / (2 * (1 - load))
     assert lengths @ np.arange(600) == pytest.approx(mean, rel=1e-6)
 
 
 def test_few_arrivals_do_not_wait() -> None:
-    assert queueing.latency_quantile(0.99, rate=1, service=0.005) == pytest.approx(0.005)
+    assert scenarios.md1_latency_quantile(0.99, rate=1, service=0.005) == pytest.approx(0.005)
 
 
 def test_more_than_can_be_served_has_no_quantile() -> None:
     with pytest.raises(InputError, match="more than one server"):
-        queueing.latency_quantile(0.99, rate=200, service=0.005)
+        scenarios.md1_latency_quantile(0.99, rate=200, service=0.005)

@@ -29,7 +29,7 @@ def test_a_roof_is_measured_once_for_each_number_of_threads(cache: Path) -> None
     roof, fresh = roofline.of_this_machine(2, measure=measure)  # type: ignore[arg-type]
     assert not fresh and roof.fp32 == 2e9
     assert roofline.of_this_machine(1, measure=measure)[1] is True  # type: ignore[arg-type]
-    assert roofline.of_this_machine(2, anew=True, measure=measure)[1] is True  # type: ignore[arg-type]
+    assert roofline.of_this_machine(2, remeasure=True, measure=measure)[1] is True  # type: ignore[arg-type]
     assert calls == [2, 1, 2]
 
 
@@ -59,6 +59,6 @@ def test_real_rates_are_those_of_a_processor(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setattr(roofline, "SIDES", (128,))
     monkeypatch.setattr(roofline, "COPY", 8 << 20)
-    roof = roofline.measured(1)
+    roof = roofline.measure_roof(1)
     assert 1e7 < roof.fp32 < 1e13 and 1e7 < roof.int8 < 1e14 and 1e7 < roof.bandwidth < 1e12
     assert roof.rate("fp16") == roof.fp32 and roof.rate("int8") == roof.int8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rtresnet.bench import scenarios
-from rtresnet.bench.load import Candidate
+from rtresnet.bench.workload import Candidate
 from rtresnet.core.errors import InputError
 from rtresnet.runtime.batcher import Batcher
 from tests.bench.simulated import Simulated, on_gpu
@@ -29,7 +29,7 @@ def test_the_p99_of_a_server_is_that_of_theory(load: float) -> None:
     found = scenarios.server(
         constant(clock, 0.005), qps=load / 0.005, seconds=1, queries=200_000, clock=clock
     )
-    assert found.latency.p99 == pytest.approx(found.load["md1_p99_ms"], rel=0.05)
+    assert found.latency.p99 == pytest.approx(found.load.md1_p99_ms, rel=0.05)
 
 
 def test_a_late_system_does_not_slow_the_arrivals_down() -> None:
@@ -37,7 +37,7 @@ def test_a_late_system_does_not_slow_the_arrivals_down() -> None:
     found = scenarios.server(constant(clock, 0.02), qps=100, seconds=10, clock=clock)
     # It serves 50 a second of 100 that come: the last waits for about as long as all the work.
     assert found.latency.n == pytest.approx(1000, rel=0.15)
-    assert max(found.samples) > 7_000 and found.load["md1_p99_ms"] is None
+    assert max(found.samples) > 7_000 and found.load.md1_p99_ms is None
 
 
 def test_a_system_that_cannot_keep_up_is_left_alone_and_says_so() -> None:
@@ -46,10 +46,10 @@ def test_a_system_that_cannot_keep_up_is_left_alone_and_says_so() -> None:
     found = scenarios.server(constant(clock, 0.01), qps=10_000, seconds=2, clock=clock)
     # 20,000 come, 100 a second are served; two seconds of arrivals, two of waiting, one more.
     assert clock.now() - begin < 6
-    assert found.latency.n + found.load["unanswered"] == pytest.approx(20_000, rel=0.05)
+    assert found.latency.n + found.load.unanswered == pytest.approx(20_000, rel=0.05)
     assert found.latency.n < 600
     calm = scenarios.server(constant(clock, 0.01), qps=10, seconds=2, clock=clock)
-    assert calm.load["unanswered"] == 0
+    assert calm.load.unanswered == 0
 
 
 def test_arrivals_are_poisson_and_seeded() -> None:
@@ -78,7 +78,7 @@ def test_clients_in_flight_wait_for_each_other(clients: int) -> None:
     assert min(found.samples) == pytest.approx(5 * clients)
     assert max(found.samples) == pytest.approx(5 * clients)
     assert found.latency.images_per_second == pytest.approx(400)
-    assert 800 <= found.latency.n <= 801 and found.load["concurrency"] == clients
+    assert 800 <= found.latency.n <= 801 and found.load.concurrency == clients
 
 
 def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
@@ -90,7 +90,7 @@ def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
     few = scenarios.closed(serve, concurrency=1, seconds=0.001, fewest=100, clock=clock)
     assert few.latency.n == 100
     given_up = scenarios.closed(
-        serve, concurrency=1, seconds=9, give_up=lambda taken: len(taken) == 12, clock=clock
+        serve, concurrency=1, seconds=9, early_stop=lambda taken: len(taken) == 12, clock=clock
     )
     assert given_up.latency.n == 12
 
@@ -107,8 +107,8 @@ def test_a_batcher_serves_arrivals_and_clients() -> None:
             serve=lambda image: batcher.submit(image).result(), requests=[np.zeros(1)]
         )
         arrived = scenarios.server(asked, qps=2000, seconds=9, queries=60, submit=batcher.submit)
-        assert arrived.latency.n == 60 and arrived.load["refused"] == 0
-        assert arrived.load["service_ms"] is None and min(arrived.samples) > 0
+        assert arrived.latency.n == 60 and arrived.load.refused == 0
+        assert arrived.load.service_ms is None and min(arrived.samples) > 0
         sizes.clear()
         flown = scenarios.closed(asked, concurrency=8, seconds=9, queries=80, submit=batcher.submit)
         assert flown.latency.n == 80 and max(sizes) == 4
@@ -144,7 +144,7 @@ def test_a_full_queue_refuses_and_that_is_counted() -> None:
         asked = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
         found = scenarios.server(asked, qps=2000, seconds=9, queries=50, submit=submit)
     # One or two are being served, two wait.
-    assert found.load["refused"] + found.latency.n == 50 and found.load["refused"] >= 45
+    assert found.load.refused + found.latency.n == 50 and found.load.refused >= 45
 
 
 def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
@@ -156,8 +156,8 @@ def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
     plain, timed = found
     assert timed.samples == pytest.approx(plain.samples)
     assert timed.wall_seconds == pytest.approx(plain.wall_seconds)
-    assert timed.load["service_ms"] == pytest.approx(0.3)
-    assert timed.load["late_ms"] == pytest.approx(plain.load["late_ms"], abs=1e-9)
+    assert timed.load.service_ms == pytest.approx(0.3)
+    assert timed.load.late_ms == pytest.approx(plain.load.late_ms, abs=1e-9)
     assert timed.parts["compute"].n == timed.latency.n
 
 
@@ -173,11 +173,11 @@ def test_closed_timings_are_slow_to_read_throughput_excludes_it(clients: int) ->
 def test_server_give_up_is_slow_latencies_exclude_it() -> None:
     clock = Simulated()
 
-    def give_up(latencies: list[float]) -> bool:
+    def stop(latencies: list[float]) -> bool:
         clock.time += 0.01
         return False
 
     found = scenarios.server(
-        on_gpu(clock, 300e-6, 0), qps=100, seconds=1, give_up=give_up, clock=clock
+        on_gpu(clock, 300e-6, 0), qps=100, seconds=1, early_stop=stop, clock=clock
     )
     assert found.latency.median == pytest.approx(0.3)

@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rtresnet.bench import load, search
+from rtresnet.bench import search, workload
+from rtresnet.bench.workload import Measurement
 
 
-def measured(p99: float) -> load.Measurement:
-    return load.result(np.full(100, p99), 1.0, [], 1, True)
+def measured(p99: float) -> Measurement:
+    return workload.measurement(np.full(100, p99), 1.0, [], 1, True)
 
 
 @pytest.mark.parametrize("gallop", [True, False])
@@ -15,7 +16,7 @@ def measured(p99: float) -> load.Measurement:
 def test_the_edge_is_found(edge: int, gallop: bool) -> None:
     tried: list[float] = []
 
-    def measure(count: float) -> load.Measurement:
+    def measure(count: float) -> Measurement:
         tried.append(count)
         return measured(10.0 if count <= edge else 10.1)
 
@@ -36,7 +37,7 @@ def test_none_holds() -> None:
 def test_the_majority_decides_at_the_edge() -> None:
     calls: dict[float, int] = {}
 
-    def measure(count: float) -> load.Measurement:
+    def measure(count: float) -> Measurement:
         calls[count] = calls.get(count, 0) + 1
         lucky = count == 5 and calls[count] == 1
         return measured(9 if count <= 4 or lucky else 11)
@@ -53,16 +54,16 @@ def test_noise_does_not_make_it_search_for_ever() -> None:
 
 
 def test_a_run_is_given_up_when_most_are_late_and_not_before_ten() -> None:
-    give_up = search.early_stop(10)
+    stop = search.early_stop(10)
     latencies: list[float] = []
     for _ in range(9):
         latencies.append(11)
-        assert not give_up(latencies)
-    assert give_up([*latencies, 11])
+        assert not stop(latencies)
+    assert stop([*latencies, 11])
     patient = search.early_stop(10)
     assert not patient([9.0] * 50 + [11.0] * 50)
 
 
 def test_too_few_samples_for_a_p99_do_not_hold() -> None:
-    few = load.result(np.full(99, 1.0), 1.0, [], 1, True)
+    few = workload.measurement(np.full(99, 1.0), 1.0, [], 1, True)
     assert not search.point(1, few, 10).holds

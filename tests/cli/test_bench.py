@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from rtresnet.cli.bench_load import milliseconds
+
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
 from rtresnet.core.errors import InputError
@@ -62,6 +62,7 @@ def test_a_checkpoint_is_timed_beside_its_onnx_file(
 def test_clients_call_at_the_same_time(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a batcher too: each has a thread."""
     from rtresnet.bench.load import Candidate
+
     from rtresnet.cli import bench_load
 
     inside, most, lock, taken = 0, 0, threading.Lock(), list[float]()
