@@ -48,7 +48,7 @@ from common import RESULTS, markdown, rtresnet
 from rtresnet.bench import scenarios
 from rtresnet.bench.environment import Watch
 from rtresnet.bench.workload import Candidate
-from rtresnet.core import hardware
+from rtresnet.core import hardware, serialization
 
 ROOT = Path(__file__).parent.parent
 HEADINGS = ("section", "what", "expected", "measured", "off by", "bound", "held", "n")
@@ -379,7 +379,8 @@ def main() -> None:
             rows = SECTIONS[name](options)
         if rows:
             record[name] = {
-                "rows": rows, "environment": watch.report, "seconds": options.seconds,
+                "rows": rows, "environment": serialization.to_builtins(watch.report),
+                "seconds": options.seconds,
                 "priority": priority(),
                 "versions": hardware.versions(("rtresnet", "numpy", "onnxruntime")),
             }  # fmt: skip

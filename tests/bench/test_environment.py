@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rtresnet.bench import environment, nvml
-from rtresnet.bench.environment import Counters, summary
+from rtresnet.bench.environment import Counters, GpuReport, summary
+from rtresnet.bench.nvml import GpuSample
 from rtresnet.core.hardware import Gpu
 
 
@@ -53,16 +54,16 @@ def test_too_short_a_time_and_an_unknown_machine_say_nothing() -> None:
 
 
 def test_a_throttling_gpu_is_said() -> None:
-    samples = [
-        {"throttled": [], "others": 0},
-        {"throttled": ["power cap"], "others": 2},
-        {"throttled": None, "others": None},
-    ]
-    report = summary(1, None, None, [], {"name": "Test GPU", "samples": samples})
-    assert report.remarks == [
-        "the GPU throttled in 1 of 3 looks at it (power cap)",
+    samples = (
+        GpuSample(throttled=(), others=0),
+        GpuSample(throttled=("power cap",), others=2),
+        GpuSample(),
+    )
+    report = summary(1, None, None, [], GpuReport(name="Test GPU", samples=samples))
+    assert report.remarks == (
+        "the GPU throttled in 1 of 3 samples (power cap)",
         "2 other processes had work on the GPU",
-    ]
+    )
 
 
 @pytest.mark.skipif(environment.counters() is None, reason="no /proc/stat here")
@@ -166,9 +167,9 @@ def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleTy
     gpu = watch.report.gpu
     assert gpu.driver == "580.1" and gpu.power_limit_w == 700 and gpu.unknown is None
     assert gpu.uuid == SECOND
-    assert gpu.samples[0] == {
-        "mhz": 1200, "power_w": 699.5, "celsius": 71, "throttled": ["power cap"], "others": None,
-    }  # fmt: skip
+    assert gpu.samples[0] == GpuSample(
+        mhz=1200, power_w=699.5, celsius=71, throttled=("power cap",), others=None
+    )
     assert any("power cap" in remark for remark in watch.report.remarks)
 
 
@@ -210,9 +211,9 @@ def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with environment.Watch(visible(FIRST)) as watch:
         pass
-    assert watch.report.gpu == {
-        "name": "Test GPU", "uuid": FIRST, "unknown": "nvidia-ml-py is not installed",
-    }  # fmt: skip
+    assert watch.report.gpu == GpuReport(
+        name="Test GPU", uuid=FIRST, unknown="nvidia-ml-py is not installed"
+    )
 
 
 def test_monitor_library_older_than_nvidia_ml_py_answers_none(driver: types.ModuleType) -> None:

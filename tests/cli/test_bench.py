@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rtresnet.cli.bench_load import milliseconds
 
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
-from rtresnet.core.errors import InputError
 
 Captured = pytest.CaptureFixture[str]
 
@@ -57,35 +53,6 @@ def test_a_checkpoint_is_timed_beside_its_onnx_file(
     assert "torch" in capsys.readouterr().out
     assert main(["bench", checkpoint, "--provider", "cpu"]) == 2
     assert "takes no --provider" in capsys.readouterr().err
-
-
-def test_clients_call_at_the_same_time(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a batcher too: each has a thread."""
-    from rtresnet.bench.load import Candidate
-
-    from rtresnet.cli import bench_load
-
-    inside, most, lock, taken = 0, 0, threading.Lock(), list[float]()
-
-    def serve(request: object) -> None:
-        nonlocal inside, most
-        begin = time.perf_counter()
-        with lock:
-            inside, most = inside + 1, max(most, inside + 1)
-        time.sleep(0.01)
-        with lock:
-            inside -= 1
-        taken.append(1e3 * (time.perf_counter() - begin))
-
-    load = bench_load.choose(
-        scenario="closed", batch="1", qps=None, concurrency=4, max_batch=1, with_preprocess=None,
-        queries=40,
-    )  # fmt: skip
-    session: Any = None
-    found = bench_load.arriving(session, Candidate(serve=serve, requests=[0]), load)
-    assert most == 4 and found.latency.n == 40 and inside == 0
-    # Four in line would wait for each other, four times as long as one takes.
-    assert found.latency.median < 2.5 * np.median(taken)
 
 
 def test_a_gate_that_saw_nothing_does_not_pass(net: str, tmp_path: Path, capsys: Captured) -> None:
@@ -177,7 +144,7 @@ def test_the_largest_batch_and_its_curve(
 
 
 def test_the_highest_rate(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rtresnet.cli.bench_find.STEP", 4)
+    monkeypatch.setattr("rtresnet.workflows.benchmark_search.STEP", 4)
     options = ["--find-qps", "--p99", "10s", "--seconds", "0.05", "--queries", "20"]
     # 20 arrivals have no p99, and what is unknown does not hold.
     assert main(["bench", net, *options]) == 1
@@ -202,7 +169,6 @@ def test_a_regression_is_exit_code_1_and_stands_in_the_json(
     result = run(options, tmp_path, code=1)
     (judged,) = result["regressions"]
     assert judged["regression"] is True and judged["figure"] == "median"
-    assert "recorded" not in result
     captured = capsys.readouterr()
     assert "REGRESSION beyond 3 %" in captured.out and "resnet8.onnx at batch 1" in captured.err
 
@@ -301,33 +267,20 @@ def test_what_does_not_go_together_is_exit_code_2(
 def test_bench_switch_interval_is_short_meanwhile_and_restored(
     net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rtresnet.cli import bench_load
+    from rtresnet.workflows import workload
 
     before, during = sys.getswitchinterval(), list[float]()
-    measure = bench_load.measure
+    measure = workload.measure
 
     def looks(*arguments: Any) -> Any:
         during.append(sys.getswitchinterval())
         return measure(*arguments)
 
-    monkeypatch.setattr(bench_load, "measure", looks)
+    monkeypatch.setattr(workload, "measure", looks)
     result = run([net, "--batch", "1", "--queries", "20"], tmp_path)
     assert during == [pytest.approx(1e-4)] and result["switch_interval_s"] == 1e-4
     assert sys.getswitchinterval() == before
     assert main(["bench", net, "--graphs"]) == 2  # fails where it is set already
     assert sys.getswitchinterval() == before
     entry = result["results"][0]
-    assert entry["contexts"] is entry["graphs"] is None and "in_flight" not in entry["load"]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [("10ms", 10), ("0.5s", 500), ("250us", 0.25), ("7", 7), (".5ms", 0.5)]
-)
-def test_times(given: str, expected: float) -> None:
-    assert milliseconds(given, "p99") == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("given", ["", "0", "-1ms", "ms", "1e3", "1 h", "0ms"])
-def test_what_is_no_time_is_refused(given: str) -> None:
-    with pytest.raises(InputError, match="--p99"):
-        milliseconds(given, "p99")
+    assert entry["contexts"] is entry["graphs"] is entry["load"]["in_flight"] is None

@@ -134,7 +134,7 @@ def test_a_plan_needs_its_sidecar_and_the_onnx_file_it_was_built_from(
     parent.write_bytes(b"another file")
     assert main(arguments) == 2 and "no longer the file" in capsys.readouterr().err
     parent.unlink()
-    assert main(arguments) == 2 and "bring the ONNX file along" in capsys.readouterr().err
+    assert main(arguments) == 2 and "copy the ONNX file, too" in capsys.readouterr().err
     artifacts.sidecar_path(tensorrt_plan).unlink()
     assert main(arguments) == 2 and "no sidecar" in capsys.readouterr().err
 
@@ -149,15 +149,27 @@ def test_a_strangers_onnx_file_has_no_labels(copied: Path, tmp_path: Path) -> No
     assert not found.output[0].label_filename and found.instance_group[0].kind == 1
 
 
-def test_a_fixed_batch_is_refused(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("batch", [1, 8])
+def test_package_fixed_batch_writes_whole_shapes_and_no_batching(
+    copied: Path, tmp_path: Path, batch: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = onnx.load(copied / "resnet8.onnx")
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    path = tmp_path / "one.onnx"
-    onnx.save(model, path)
-    assert main(["package", str(path), "--triton", str(tmp_path / "models")]) == 2
-    assert "fixed batch (1)" in capsys.readouterr().err
+    """Triton refuses max_batch_size above 0 unless the first dimension is open."""
+    model = onnx.load(copied / "resnet8-int8.onnx")
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    path, root = copied / "fixed.onnx", tmp_path / "models"
+    sidecar = artifacts.read_sidecar(copied / "resnet8-int8.onnx")
+    assert sidecar is not None
+    artifacts.publish(path, lambda target: target.write_bytes(model.SerializeToString()), sidecar)
+    assert main(["package", str(path), "--triton", str(root), "--max-batch", "4"]) == 2
+    assert "leave --max-batch out" in capsys.readouterr().err and not root.exists()
+    assert main(["package", str(path), "--triton", str(root)]) == 0
+    assert f"takes batches of {batch} only" in capsys.readouterr().err
+    written = config(root, "fixed")
+    assert written.max_batch_size == 0 and not written.HasField("dynamic_batching")
+    assert list(written.input[0].dims) == [batch, 3, 32, 32] and written.input[0].format == 0
+    assert list(written.output[0].dims) == [batch, 4]
+    assert bool(written.output[0].label_filename) == (batch == 1)  # labels go by position
 
 
 @pytest.mark.parametrize("content", [b"text\n", b"\x08\x08"])
@@ -167,7 +179,7 @@ def test_what_is_no_onnx_file_is_refused(
     path, root = tmp_path / "some.onnx", tmp_path / "models"
     path.write_bytes(content)
     assert main(["package", str(path), "--triton", str(root)]) == 2
-    assert "not an ONNX file" in capsys.readouterr().err and not root.exists()
+    assert "not a valid ONNX file" in capsys.readouterr().err and not root.exists()
 
 
 def test_a_truncated_file_and_a_checkpoint_are_refused(
