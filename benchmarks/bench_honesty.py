@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, markdown, rtresnet
 
-from rtresnet.bench import scenarios
+from rtresnet.bench import scenarios, stats
 from rtresnet.bench.environment import Watch
 from rtresnet.bench.workload import Candidate
 from rtresnet.core import hardware, serialization
@@ -106,7 +106,7 @@ def server(options: argparse.Namespace) -> list[Row]:
     for busy, length in ARRIVALS_LAST.items():
         qps, seconds = busy / SERVICE, length * options.seconds
         found = scenarios.server(known(), qps=qps, seconds=seconds)
-        theory = 1e3 * scenarios.md1_latency_quantile(0.99, rate=qps, service=SERVICE)
+        theory = 1e3 * stats.md1_latency_quantile(0.99, rate=qps, service=SERVICE)
         p99 = found.latency.p99 or 0
         # The same arrivals, served without a machine: what is left is the machine's.
         moments = scenarios.arrivals(qps, seconds=seconds, queries=None, seed=0)

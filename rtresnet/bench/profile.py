@@ -11,11 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from rtresnet.bench.kernels import Kernel
+from rtresnet.bench.roofline import PeakRates
 
 AGREES = 0.10  # largest relative difference between the sum of the layers and the whole
 IDLE = 0.25  # share of the roof below which neither arithmetic nor memory bounds a block
@@ -26,14 +26,6 @@ ADDED = re.compile(
 SEPARATORS = re.compile(r"[\s+(),\[\]{}\x1f]+")
 INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger")
 WORK = ("Conv", "Gemm", "MatMul", "Pool", "ReduceMean")
-
-
-class Rates(Protocol):
-    """Peak rates of this machine, or published ones of a GPU."""
-
-    def rate(self, dtype: str) -> float:
-        """Operations a second."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +170,7 @@ def profile(
     blocks: Mapping[str, str],
     *,
     batch: int,
-    rates: Rates | None,
-    bandwidth: float | None,
+    roof: PeakRates | None,
 ) -> Profile:
     """Combines times, counts and peak rates.
 
@@ -189,8 +180,7 @@ def profile(
         kernels: From `kernels.count`.
         blocks: From `kernels.count`.
         batch: Images per run.
-        rates: Peak rates; None if unknown.
-        bandwidth: Peak bytes per second; None if unknown.
+        roof: Peak rates; None if unknown.
     """
     layers = layers_of(runs, blocks)
     ran, ratio = _as_run(kernels, layers, blocks)
@@ -203,7 +193,7 @@ def profile(
         inside = [layer for layer in layers if layer.block in members]
         return _part(
             name, stage_of[members[0]], inside, [k for k in ran if k.block in members], total,
-            batch=batch, rates=rates, bandwidth=bandwidth,
+            batch=batch, roof=roof,
         )  # fmt: skip
 
     stages = {
@@ -247,8 +237,7 @@ def _part(
     total: float,
     *,
     batch: int,
-    rates: Rates | None,
-    bandwidth: float | None,
+    roof: PeakRates | None,
 ) -> Part:
     ms = sum(layer.ms for layer in layers)
     other = sum(
@@ -257,9 +246,9 @@ def _part(
     flops = sum(2 * batch * kernel.multiply_adds for kernel in kernels)
     moved = sum(batch * (sum(k.read) + k.written) + k.weights for k in kernels)
     compute = memory = bound = None
-    if rates is not None and bandwidth is not None:
-        compute = sum(2e3 * batch * k.multiply_adds / rates.rate(k.dtype) for k in kernels)
-        memory = 1e3 * moved / bandwidth
+    if roof is not None:
+        compute = sum(2e3 * batch * k.multiply_adds / roof.rate(k.dtype) for k in kernels)
+        memory = 1e3 * moved / roof.bandwidth
         bound = bound_by(ms, other, compute, memory)
     return Part(
         name=name, stage=stage, ms=ms, share=ms / total, other=other / ms if ms else 0.0,

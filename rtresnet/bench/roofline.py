@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +35,31 @@ from rtresnet.runtime.ort import OrtBackend
 SIDES = (512, 1024)  # of the matrices
 COPY = 128 << 20  # bytes: far beyond any cache
 SECONDS = 0.6  # for each measurement
+CACHED = ("fp32", "int8", "bandwidth")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roof:
-    """Peak rates of this machine.
+class PeakRates:
+    """The roof that achieved rates are compared with.
 
     Attributes:
         fp32, int8: Operations per second; a multiply-add counts as two.
+        fp16: The same; None on a CPU, which computes FP16 in FP32.
         bandwidth: Bytes per second, read and written together.
+        source: Where the rates come from.
     """
 
     fp32: float
     int8: float
+    fp16: float | None = None
     bandwidth: float
+    source: str = ""
 
     def rate(self, dtype: str) -> float:
-        """Operations a second. FP16 is computed in FP32 on a CPU."""
-        return self.int8 if dtype == "int8" else self.fp32
+        """Operations per second in "fp32", "fp16" or "int8"."""
+        if dtype == "int8":
+            return self.int8
+        return self.fp16 if dtype == "fp16" and self.fp16 is not None else self.fp32
 
 
 def cache_file() -> Path:
@@ -68,9 +75,9 @@ def key(threads: int) -> str:
 
 
 def of_this_machine(
-    threads: int, *, remeasure: bool = False, measure: Callable[[int], Roof] | None = None
-) -> tuple[Roof, bool]:
-    """Returns the peak rates for a number of threads, and whether they were measured just now.
+    threads: int, *, remeasure: bool = False, measure: Callable[[int], PeakRates] | None = None
+) -> PeakRates:
+    """Returns the peak rates of this machine, measured now or earlier.
 
     An unreadable cache is replaced; a cache that cannot be written is ignored.
 
@@ -80,28 +87,35 @@ def of_this_machine(
         measure: For tests.
     """
     place, name = cache_file(), key(threads)
-    kept = _read(place)
-    if not remeasure and name in kept:
-        return kept[name], False
-    roof = (measure or measure_roof)(threads)
-    entries = {label: asdict(entry) for label, entry in (kept | {name: roof}).items()}
+    cached = _read(place)
+    if not remeasure and name in cached:
+        return replace(cached[name], source=f"measured earlier, {place}")
+    rates = (measure or measure_roof)(threads)
+    entries = {
+        label: {field: getattr(entry, field) for field in CACHED}
+        for label, entry in (cached | {name: rates}).items()
+    }
     with contextlib.suppress(OSError, ValueError):  # a home that is not writable
         atomic_io.write_text(place, json.dumps(entries, indent=1) + "\n")
-    return roof, True
+    return replace(rates, source="measured just now")
 
 
-def _read(place: Path) -> dict[str, Roof]:
+def _read(place: Path) -> dict[str, PeakRates]:
     try:
         data = json.loads(place.read_text(encoding="utf-8"))
-        roofs = {name: from_json(Roof, entry) for name, entry in data.items()}
+        rates = {name: from_json(PeakRates, entry) for name, entry in data.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: roof for name, roof in roofs.items() if min(asdict(roof).values()) > 0}
+    return {
+        name: entry
+        for name, entry in rates.items()
+        if min(getattr(entry, field) for field in CACHED) > 0
+    }
 
 
-def measure_roof(threads: int) -> Roof:
+def measure_roof(threads: int) -> PeakRates:
     """Measures all three rates, in about two seconds."""
-    return Roof(
+    return PeakRates(
         fp32=max(_product(side, "fp32", threads) for side in SIDES),
         int8=max(_product(side, "int8", threads) for side in SIDES),
         bandwidth=_copy(threads),
@@ -188,9 +202,13 @@ class GpuSpec:
     l2: float
     source: str
 
-    def rate(self, dtype: str) -> float:
-        """Operations a second."""
-        return {"fp32": self.fp32, "fp16": self.fp16, "int8": self.int8}[dtype] * 1e12
+    @property
+    def rates(self) -> PeakRates:
+        """The published rates."""
+        return PeakRates(
+            fp32=self.fp32 * 1e12, fp16=self.fp16 * 1e12, int8=self.int8 * 1e12,
+            bandwidth=self.bandwidth * 1e9, source=f"published: {self.source}",
+        )  # fmt: skip
 
 
 def _gpu(
@@ -288,7 +306,7 @@ def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[B
     """
     if batch < 1:
         raise InputError(f"--batch {batch}: a batch holds at least one image")
-    cache = gpu.l2 * 2**20
+    cache, rates = gpu.l2 * 2**20, gpu.rates
     weights = sum(kernel.weights for kernel in kernels)
     uncached = max(0.0, 1 - cache / weights) if weights else 0.0
     bounds = []
@@ -298,9 +316,9 @@ def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[B
         bounds.append(
             Bound(
                 kernel=kernel,
-                compute=2e3 * batch * kernel.multiply_adds / gpu.rate(kernel.dtype),
-                memory=1e3 * (sum(tensors) + kernel.weights) / (gpu.bandwidth * 1e9),
-                beyond_cache=1e3 * outside / (gpu.bandwidth * 1e9),
+                compute=2e3 * batch * kernel.multiply_adds / rates.rate(kernel.dtype),
+                memory=1e3 * (sum(tensors) + kernel.weights) / rates.bandwidth,
+                beyond_cache=1e3 * outside / rates.bandwidth,
             )
         )
     return bounds

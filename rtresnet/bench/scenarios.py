@@ -22,7 +22,6 @@ requests are not read.
 from __future__ import annotations
 
 import dataclasses
-import math
 import queue
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -224,7 +223,7 @@ def server(
     service = float(np.median(run.service)) if run.service.size else None
     theory = None
     if service is not None and qps * service / 1e3 < 1:
-        theory = 1e3 * md1_latency_quantile(0.99, rate=qps, service=service / 1e3)
+        theory = 1e3 * stats.md1_latency_quantile(0.99, rate=qps, service=service / 1e3)
     load = LoadFacts(
         qps=qps,
         late_ms=stats.percentile(run.late, 0.99) if run.late.size else None,
@@ -435,80 +434,3 @@ def closed(
         np.asarray(latencies), after - begin, parts, batch, warm.steady,
         load=LoadFacts(concurrency=concurrency),
     )  # fmt: skip
-
-
-def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
-    """The latency that a share of the requests does not exceed in an M/D/1 queue.
-
-    Poisson arrivals, one server, the same service time for all requests: what an undisturbed
-    server shows in the scenario `server`. A higher measured figure comes from the machine, not
-    from the queue.
-
-    Args:
-        share: As 0.99.
-        rate: Requests per second.
-        service: Seconds.
-
-    Returns:
-        Seconds, waiting and service together.
-
-    Raises:
-        InputError: The load is 1 or more, so the queue grows without end.
-    """
-    load = rate * service
-    if load >= 1:
-        raise InputError(f"{rate:g} requests/s of {service:g} s each: more than one server can do")
-    low, high, size = 0.0, 1.0, 64
-    lengths = md1_queue_lengths(load, size)
-    while md1_waiting_below(high, load=load, lengths=lengths) < share:
-        high *= 2
-        if high + 3 > size:
-            size *= 4
-            lengths = md1_queue_lengths(load, size)
-    for _ in range(60):
-        middle = (low + high) / 2
-        if md1_waiting_below(middle, load=load, lengths=lengths) < share:
-            low = middle
-        else:
-            high = middle
-    return service * (1 + (0.0 if share <= 1 - load else high))
-
-
-def md1_queue_lengths(load: float, count: int) -> np.ndarray:
-    """Stationary probabilities of 0, 1, ... `count` - 1 requests in an M/D/1 system.
-
-    Balances the crossings of each level upwards and downwards, so that every term is positive and
-    no precision is lost, whatever the load.
-    """
-    events = _poisson(load, count + 60)  # during one service; the rest is below 1e-60
-    beyond = np.cumsum(events[::-1])[::-1][1:]  # more than k of them
-    lengths = np.zeros(count)
-    lengths[0] = 1 - load
-    for level in range(count - 1):
-        up = lengths[0] * beyond[level] + lengths[1 : level + 1] @ beyond[level:0:-1]
-        lengths[level + 1] = up / events[0]
-    return lengths
-
-
-def md1_waiting_below(time: float, *, load: float, lengths: np.ndarray) -> float:
-    """P(wait <= `time`), with time in units of the service time.
-
-    Franx's form of Erlang's and Crommelin's result, a sum of positive terms (Operations Research
-    Letters 29, 2001).
-
-    Args:
-        time: At least 0.
-        load: Arrival rate times service time, below 1.
-        lengths: From `md1_queue_lengths`, more than `time` + 2 of them.
-    """
-    steps = int(time) + 1
-    waiting = np.cumsum(lengths)[1 : steps + 1]  # P(at most j waiting), without the one served
-    return float(waiting[::-1] @ _poisson(load * (steps - time), steps))
-
-
-def _poisson(mean: float, count: int) -> np.ndarray:
-    """Probabilities of 0, 1, ... `count` - 1 events."""
-    terms = [math.exp(-mean)]
-    for number in range(1, count):
-        terms.append(terms[-1] * mean / number)
-    return np.asarray(terms)

@@ -39,11 +39,15 @@ class SearchResult:
     """The outcome of a search.
 
     Attributes:
+        what: "batch" or "qps".
+        p99_ms: The bound, in milliseconds.
         best: The largest load within the bound; None if no load is.
         limit: Whether `best` is the largest load that was allowed, so that more may be possible.
         points: In ascending order of load, repeats included.
     """
 
+    what: str
+    p99_ms: float
     best: float | None
     limit: bool
     points: tuple[Point, ...]
@@ -67,6 +71,7 @@ def largest(
     loads: Sequence[float],
     measure: Callable[[float], Measurement],
     *,
+    what: str,
     bound: float,
     gallop: bool,
     on_point: Callable[[Point], None] = lambda point: None,
@@ -76,7 +81,8 @@ def largest(
     Args:
         loads: Ascending.
         measure: Measures one of them.
-        bound: Of the p99, in milliseconds.
+        what: "batch" or "qps", for the result.
+        bound: Bound of the p99, in milliseconds.
         gallop: Whether to begin with the smallest load and double it, which is faster where a
             large load takes much longer to measure than a small one; otherwise bisects from the
             middle.
@@ -109,6 +115,8 @@ def largest(
             low += 1
     everything = [entry for index in sorted(points) for entry in points[index]]
     return SearchResult(
+        what=what,
+        p99_ms=bound,
         best=loads[low] if low >= 0 else None,
         limit=low == len(loads) - 1,
         points=tuple(everything),

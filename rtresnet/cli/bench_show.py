@@ -164,20 +164,20 @@ def show_search(result: BenchmarkSearchResult) -> None:
 
     _notes(entry.artifact.note for entry in result.searches if entry.artifact.note)
     for entry in result.searches:
-        what, found = entry.search.what, entry.search.result
+        what, best = entry.search.what, entry.search.best
         rows = [
             (
                 f"{point.load:g}", point.median, point.p99, point.images_per_second, point.n,
                 "yes" if point.holds else "no",
             )
-            for point in found.points
+            for point in entry.search.points
         ]  # fmt: skip
         tables.show(common.out_console(), [what, "median", "p99", "img/s", "n", "holds"], rows)
-        if found.best is not None:
-            more = ", the largest that was tried" if found.limit else ""
+        if best is not None:
+            more = ", the largest that was tried" if entry.search.limit else ""
             _print(
                 [
-                    f"{Path(entry.artifact.measured).name}: {what} {found.best:g} holds a p99 of "
+                    f"{Path(entry.artifact.measured).name}: {what} {best:g} holds a p99 of "
                     f"{entry.search.p99_ms:g} ms{more}."
                 ]
             )

@@ -19,8 +19,8 @@ from rtresnet.workflows.loading import RuntimeConfig
 from rtresnet.workflows.workload import MAX_WAIT_MS, MeasurementConfig, Workload
 
 if TYPE_CHECKING:
-    from rtresnet.bench import search
     from rtresnet.bench.environment import EnvironmentReport
+    from rtresnet.bench.search import Point, SearchResult
     from rtresnet.bench.workload import Measurement
     from rtresnet.runtime.session import Session
 
@@ -72,26 +72,11 @@ class SearchConfig(MeasurementConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """The outcome of one search.
-
-    Attributes:
-        what: "batch" or "qps".
-        p99_ms: The bound.
-        result: The largest load within the bound, and all measurements.
-    """
-
-    what: str
-    p99_ms: float
-    result: search.SearchResult = flattened()
-
-
-@dataclass(frozen=True, kw_only=True)
 class SearchEntry:
     """The search with one artifact."""
 
     artifact: BenchmarkedArtifact = flattened()
-    search: Search
+    search: SearchResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +95,9 @@ class BenchmarkSearchResult:
         """Raises CheckFailedError where no load is within the bound."""
         for entry in self.searches:
             what, bound = entry.search.what, entry.search.p99_ms
-            result = entry.search.result
-            if result.best is not None:
+            if entry.search.best is not None:
                 continue
-            smallest = result.points[0]
+            smallest = entry.search.points[0]
             load = f"{what} {smallest.load:g}" if smallest.load else "without a queue"
             p99 = "most are later" if smallest.p99 is None else f"p99 {smallest.p99:.3g} ms"
             raise CheckFailedError(
@@ -160,8 +144,7 @@ def search_benchmark(
         for session, artifact in zip(sessions, measured, strict=True):
             one = _Searcher(session, workload, config.bound, reporter)
             result = one.rate() if config.what == "qps" else one.batch(config.max_batch)
-            search = Search(what=config.what, p99_ms=config.bound, result=result)
-            searches.append(SearchEntry(artifact=artifact, search=search))
+            searches.append(SearchEntry(artifact=artifact, search=result))
     return BenchmarkSearchResult(environment=watch.report, searches=tuple(searches))
 
 
@@ -175,7 +158,7 @@ class _Searcher:
         self._bound, self._reporter = bound, reporter
         self._seeds = iter(range(workload.seed, workload.seed + 10_000))
 
-    def batch(self, largest: int | None) -> search.SearchResult:
+    def batch(self, largest: int | None) -> SearchResult:
         """Searches for the largest batch, up to `largest`."""
         from rtresnet.bench import search
 
@@ -185,12 +168,13 @@ class _Searcher:
         return search.largest(
             range(1, largest + 1),
             lambda batch: self._calls(one_by_one, int(batch)),
+            what="batch",
             bound=self._bound,
             gallop=True,
             on_point=lambda point: self._note(point, "images a batch"),
         )
 
-    def rate(self) -> search.SearchResult:
+    def rate(self) -> SearchResult:
         """Searches for the highest rate, if the bound can be met without a queue at all."""
         from rtresnet.bench import search
 
@@ -198,7 +182,9 @@ class _Searcher:
         late = sum((entry.latency.p99 or self._bound + 1) > self._bound for entry in unqueued)
         if late > UNQUEUED / 2:
             point = search.point(0.0, unqueued[0], self._bound)
-            return search.SearchResult(best=None, limit=False, points=(point,))
+            return search.SearchResult(
+                what="qps", p99_ms=self._bound, best=None, limit=False, points=(point,)
+            )
         requests = workloads.candidate(self._session, self._workload, 1)
 
         def at_rate(rate: float) -> Measurement:
@@ -214,6 +200,7 @@ class _Searcher:
         return search.largest(
             rates_below(1.1 * self._capacity()),
             at_rate,
+            what="qps",
             bound=self._bound,
             gallop=False,
             on_point=lambda point: self._note(point, "requests/s"),
@@ -242,7 +229,7 @@ class _Searcher:
         assert measurement.latency.images_per_second is not None
         return measurement.latency.images_per_second
 
-    def _note(self, point: search.Point, unit: str) -> None:
+    def _note(self, point: Point, unit: str) -> None:
         p99 = "too many late" if point.p99 is None else f"p99 {point.p99:.3g} ms"
         self._reporter.note(f"{point.load:.6g} {unit}: {p99}, n {point.n}")
 

@@ -18,6 +18,7 @@ from rtresnet.core.serialization import flattened, json_name
 if TYPE_CHECKING:
     from rtresnet.bench import profile as profiles
     from rtresnet.bench.environment import ChainLink, EnvironmentReport
+    from rtresnet.bench.roofline import PeakRates
     from rtresnet.core.sidecar import Sidecar
 
 
@@ -47,30 +48,6 @@ class ProfileConfig(Config):
         super().__post_init__()
         if not 0 < self.seconds < float("inf"):
             raise InputError(f"--seconds {self.seconds:g}: must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeakRates:
-    """The roof that achieved rates are compared with.
-
-    Attributes:
-        fp32, int8: Operations per second; a multiply-add counts as two.
-        fp16: The same; None on a CPU, which computes FP16 in FP32.
-        bandwidth: Bytes per second.
-        source: Where the rates come from.
-    """
-
-    fp32: float
-    int8: float
-    fp16: float | None = None
-    bandwidth: float
-    source: str
-
-    def rate(self, dtype: str) -> float:
-        """Operations per second in "fp32", "fp16" or "int8"."""
-        if dtype == "int8":
-            return self.int8
-        return self.fp16 if dtype == "fp16" and self.fp16 is not None else self.fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,16 +141,13 @@ def profile(
             recorded = ort_profile.record(
                 path, images, seconds=config.seconds, threads=config.threads, on_progress=update
             )
-    if recorded.device == "cpu":
-        roof: PeakRates | None = _measured_roof(recorded.threads, config, reporter)
-    else:
-        roof = _published_roof(recorded.device)
+    roof = _roof(recorded, config, reporter)
     blocks = counted.blocks
     if kind == "plan":
         blocks = blocks | profiles.engine_blocks(_nodes_of_layers(path, sidecar), blocks)
     result = profiles.profile(
         recorded.runs, recorded.whole, counted.kernels, blocks,
-        batch=batch, rates=roof, bandwidth=roof.bandwidth if roof else None,
+        batch=batch, roof=roof,
     )  # fmt: skip
     return ProfileResult(
         path=path,
@@ -215,28 +189,18 @@ def _nodes_of_layers(path: str, sidecar: Sidecar | None) -> dict[str, tuple[str,
     return {layer.name: layer.nodes for layer in layers.load(path, sidecar).layers}
 
 
-def _measured_roof(threads: int, config: ProfileConfig, reporter: Reporter) -> PeakRates:
+def _roof(recorded: Any, config: ProfileConfig, reporter: Reporter) -> PeakRates | None:
+    """Measured rates of this CPU, or published ones of the GPU; None if these are unknown."""
     from rtresnet.bench import roofline
 
+    if recorded.device != "cpu":
+        try:
+            return roofline.find_gpu(recorded.device).rates
+        except UnknownNameError:
+            return None
     with (
         reporter.progress("measuring this machine's peak rates")
         if config.remeasure_roof
         else contextlib.nullcontext()
     ):
-        roof, fresh = roofline.of_this_machine(threads, remeasure=config.remeasure_roof)
-    source = "measured just now" if fresh else f"measured earlier, {roofline.cache_file()}"
-    return PeakRates(fp32=roof.fp32, int8=roof.int8, bandwidth=roof.bandwidth, source=source)
-
-
-def _published_roof(device: str) -> PeakRates | None:
-    """The published rates of a GPU; None if they are unknown."""
-    from rtresnet.bench import roofline
-
-    try:
-        gpu = roofline.find_gpu(device)
-    except UnknownNameError:
-        return None
-    return PeakRates(
-        fp32=gpu.rate("fp32"), fp16=gpu.rate("fp16"), int8=gpu.rate("int8"),
-        bandwidth=gpu.bandwidth * 1e9, source=f"published: {gpu.source}",
-    )  # fmt: skip
+        return roofline.of_this_machine(recorded.threads, remeasure=config.remeasure_roof)

@@ -75,7 +75,7 @@ def test_a_real_profile_adds_up_block_by_block(net_file: Net, precision: str) ->
     gpu = roofline.find_gpu("T4")
     found = profile.profile(
         recorded.runs, recorded.whole, counted.kernels, counted.blocks,
-        batch=2, rates=gpu, bandwidth=gpu.bandwidth * 1e9,
+        batch=2, roof=gpu.rates,
     )  # fmt: skip
     assert [part.name for part in found.blocks] == list(
         dict.fromkeys(kernel.block for kernel in counted.kernels)
@@ -101,9 +101,7 @@ def test_sums_that_do_not_agree_are_noticed(net_file: Net) -> None:
     run = [(kernel.name, kernel.op, 1.0) for kernel in counted.kernels]
     total = float(len(run))
     for whole, agrees in ((total, True), (1.2 * total, False), (0.8 * total, False)):
-        found = profile.profile(
-            [run], [whole], counted.kernels, counted.blocks, batch=1, rates=None, bandwidth=None
-        )
+        found = profile.profile([run], [whole], counted.kernels, counted.blocks, batch=1, roof=None)
         assert found.agrees is agrees
         assert all(part.bound is None for part in found.blocks)
 

@@ -20,7 +20,7 @@ def test_the_edge_is_found(edge: int, gallop: bool) -> None:
         tried.append(count)
         return measured(10.0 if count <= edge else 10.1)
 
-    found = search.largest(range(1, 257), measure, bound=10, gallop=gallop)
+    found = search.largest(range(1, 257), measure, what="batch", bound=10, gallop=gallop)
     assert found.best == edge and found.limit == (edge == 256)
     assert [point.load for point in found.points] == sorted(tried)
     assert tried.count(edge) == search.REPEATS
@@ -30,7 +30,9 @@ def test_the_edge_is_found(edge: int, gallop: bool) -> None:
 
 
 def test_none_holds() -> None:
-    found = search.largest(range(1, 9), lambda count: measured(11), bound=10, gallop=True)
+    found = search.largest(
+        range(1, 9), lambda count: measured(11), what="batch", bound=10, gallop=True
+    )
     assert found.best is None and not any(point.holds for point in found.points)
 
 
@@ -42,13 +44,17 @@ def test_the_majority_decides_at_the_edge() -> None:
         lucky = count == 5 and calls[count] == 1
         return measured(9 if count <= 4 or lucky else 11)
 
-    assert search.largest(range(1, 65), measure, bound=10, gallop=True).best == 4
+    assert search.largest(range(1, 65), measure, what="batch", bound=10, gallop=True).best == 4
 
 
 def test_noise_does_not_make_it_search_for_ever() -> None:
     rng = np.random.default_rng(0)
     found = search.largest(
-        range(1, 65), lambda count: measured(rng.uniform(5, 15)), bound=10, gallop=False
+        range(1, 65),
+        lambda count: measured(rng.uniform(5, 15)),
+        what="batch",
+        bound=10,
+        gallop=False,
     )
     assert len(found.points) < 64 * search.REPEATS
 

@@ -88,8 +88,8 @@ def test_search_benchmark_of_batches_notes_each_measurement(net: str) -> None:
     config = SearchConfig(what="batch", p99_ms=1e4, max_batch=2, seconds=0.05)
     result = search_benchmark([net], config, reporter=reporter)
     (entry,) = result.searches
-    assert entry.search.result.best == 2 and entry.search.result.limit
-    assert len(reporter.notes) == len(entry.search.result.points)
+    assert entry.search.best == 2 and entry.search.limit
+    assert len(reporter.notes) == len(entry.search.points)
     result.require_success()
     record = {"verb": "bench-find", "result": to_builtins(result)}
     read = result_files.check("result.json", json.loads(json.dumps(record)))
@@ -99,7 +99,7 @@ def test_search_benchmark_of_batches_notes_each_measurement(net: str) -> None:
 def test_search_benchmark_of_an_impossible_bound_has_no_best(net: str) -> None:
     config = SearchConfig(what="qps", p99_ms=1e-3, seconds=0.05)
     result = search_benchmark([net], config)
-    assert result.searches[0].search.result.best is None
+    assert result.searches[0].search.best is None
     with pytest.raises(CheckFailedError, match="no qps holds"):
         result.require_success()
 
