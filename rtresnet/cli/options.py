@@ -60,7 +60,7 @@ def click_option(name: str, hint: Any, default: Any, about: Option) -> Callable[
     if flag:
         keywords["is_flag"] = True
     elif about.parse is not None:
-        keywords["callback"] = _parsed(about.parse)
+        keywords |= {"callback": _parsed(about.parse), "type": click.UNPROCESSED}
     else:
         keywords |= {"type": _click_type(kind, about), "multiple": multiple}
     return click.option(
