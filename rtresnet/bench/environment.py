@@ -251,7 +251,7 @@ def _remarks(host: HostReport, gpu: GpuReport | None) -> Iterator[str]:
     if (host.stolen or 0) > STOLEN:
         yield f"the hypervisor gave {host.stolen:.0%} of the processors' time to others"
     if (host.quota_seconds or 0) > 0.01:
-        yield f"a CPU quota held processes back for {host.quota_seconds:.1f} s"
+        yield f"a CPU quota stopped processes for {host.quota_seconds:.1f} s"
     if host.mhz and host.mhz[0] < SLOWED * host.mhz[2]:
         low, _, high = host.mhz
         yield f"the processor's clock went from {high:.0f} down to {low:.0f} MHz"

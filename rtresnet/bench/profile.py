@@ -75,7 +75,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class NetProfile:
     """The time of a net by layer, block and stage.
 
     Attributes:
@@ -171,7 +171,7 @@ def profile(
     *,
     batch: int,
     roof: PeakRates | None,
-) -> Profile:
+) -> NetProfile:
     """Combines times, counts and peak rates.
 
     Args:
@@ -200,7 +200,7 @@ def profile(
         stage: [b for b in order if stage_of[b] == stage]
         for stage in dict.fromkeys(stage_of[block] for block in order)
     }
-    return Profile(
+    return NetProfile(
         whole=middle,
         total=total,
         agrees=abs(total - middle) <= AGREES * middle,

@@ -270,7 +270,7 @@ def _words(name: str) -> set[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bound:
+class MinimumTime:
     """The minimum time of one kernel for a whole batch, in milliseconds.
 
     Attributes:
@@ -295,7 +295,7 @@ class Bound:
         return max(self.compute, self.memory)
 
 
-def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[Bound]:
+def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[MinimumTime]:
     """Returns the minimum time of each kernel, for kernels that run one after another.
 
     Tensors, and the weights of all kernels together, are assumed to stay in the L2 cache as far
@@ -314,7 +314,7 @@ def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[B
         tensors = [batch * size for size in (*kernel.read, kernel.written)]
         outside = sum(max(0.0, size - cache) for size in tensors) + kernel.weights * uncached
         bounds.append(
-            Bound(
+            MinimumTime(
                 kernel=kernel,
                 compute=2e3 * batch * kernel.multiply_adds / rates.rate(kernel.dtype),
                 memory=1e3 * (sum(tensors) + kernel.weights) / rates.bandwidth,

@@ -91,16 +91,16 @@ def command(
         searched = SearchConfig(what=what, p99_ms=p99_ms, **_values(shared))  # type: ignore[arg-type]
         if plot is not None:
             bench_show.check_plot(plot)
-        found = search_benchmark(paths, searched, runtime=runtime, reporter=REPORTER)
-        bench_show.show_search(found)
+        searches = search_benchmark(paths, searched, runtime=runtime, reporter=REPORTER)
+        bench_show.show_search(searches)
         if plot is not None:
-            bench_show.write_plot(plot, found)
-        common.write_json(json_file, "bench-find", found)
-        found.require_success()
+            bench_show.write_plot(plot, searches)
+        common.write_json(json_file, "bench-find", searches)
+        searches.require_success()
         return
-    for name, given in (("p99", p99_ms), ("plot", plot)):
-        if given is not None:
-            raise InputError(f"--{name} belongs to --find-batch or --find-qps")
+    if p99_ms is not None or plot is not None:
+        name = "plot" if p99_ms is None else "p99"
+        raise InputError(f"--{name} belongs to --find-batch or --find-qps")
     if tolerance is not None and baseline is None:
         raise InputError("--tolerance has no effect without --baseline")
     result, error = benchmark_until_error(

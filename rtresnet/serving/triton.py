@@ -35,7 +35,7 @@ LABELS = "labels.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensor:
+class TensorSpec:
     """An input or output.
 
     Attributes:
@@ -49,7 +49,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """The configuration of a model.
 
     Attributes:
@@ -69,8 +69,8 @@ class Model:
     name: str
     kind: str
     precision: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = ()
     max_batch: int
@@ -96,7 +96,7 @@ class Model:
                 )
 
 
-def config(model: Model) -> str:
+def config(model: ModelConfig) -> str:
     """The text of config.pbtxt."""
     lines = _interface(model)
     lines += [f"max_batch_size: {model.max_batch}"]
@@ -120,7 +120,7 @@ def config(model: Model) -> str:
 
 def write(
     root: str | os.PathLike[str],
-    model: Model,
+    model: ModelConfig,
     source: str | os.PathLike[str],
     sidecar: Sidecar | None,
     version: int | None = None,
@@ -182,7 +182,7 @@ def versions(home: str | os.PathLike[str]) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"[1-9]\d*", name, re.ASCII))
 
 
-def _interface(model: Model) -> list[str]:
+def _interface(model: ModelConfig) -> list[str]:
     """Names, types and shapes, which clients rely on: the same for every version of a model."""
     lines = [f"name: {_text(model.name)}", f"backend: {_text(BACKENDS[model.kind])}"]
     for tensor in model.inputs:
@@ -201,7 +201,7 @@ def _interface(model: Model) -> list[str]:
     return lines
 
 
-def _tensor(tensor: Tensor) -> list[str]:
+def _tensor(tensor: TensorSpec) -> list[str]:
     return [
         f"  name: {_text(tensor.name)}",
         f"  data_type: {TYPES[tensor.dtype]}",
@@ -209,7 +209,7 @@ def _tensor(tensor: Tensor) -> list[str]:
     ]
 
 
-def _in_tensorrt(model: Model) -> list[str]:
+def _in_tensorrt(model: ModelConfig) -> list[str]:
     """Makes ONNX Runtime use TensorRT: its CUDA provider would compute a Q/DQ file in float.
 
     The engine is built when the model is loaded, and only once if all shapes are stated.
@@ -229,7 +229,7 @@ def _in_tensorrt(model: Model) -> list[str]:
     return [*lines, "} } }"]
 
 
-def _kind(model: Model) -> str:
+def _kind(model: ModelConfig) -> str:
     return "KIND_GPU" if model.kind == "plan" else KINDS[model.device]
 
 
@@ -243,7 +243,7 @@ def _list(values: Sequence[int]) -> str:
     return f"[ {', '.join(map(str, values))} ]"
 
 
-def _require_same_interface(home: Path, model: Model, labels: str) -> None:
+def _require_same_interface(home: Path, model: ModelConfig, labels: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         text = (home / "config.pbtxt").read_text(encoding="utf-8")
         if not text.startswith("\n".join(_interface(model)) + "\n"):
@@ -256,7 +256,7 @@ def _require_same_interface(home: Path, model: Model, labels: str) -> None:
             raise InputError(f"{home / LABELS}: names other classes", fix="choose another --name")
 
 
-def _texts(home: Path, model: Model, labels: str) -> None:
+def _texts(home: Path, model: ModelConfig, labels: str) -> None:
     if labels:
         atomic_io.write_text(home / LABELS, labels)
     atomic_io.write_text(home / "config.pbtxt", config(model))

@@ -345,8 +345,8 @@ def benchmark_until_error(
 def _with_facts(measurement: Measurement, workload: Workload, session: Session) -> Measurement:
     """Adds what is known of the load beforehand to what its scenario measured."""
     facts = dataclasses.asdict(workload.facts(session))
-    given = {name: value for name, value in facts.items() if value is not None}
-    return dataclasses.replace(measurement, load=dataclasses.replace(measurement.load, **given))
+    known = {name: value for name, value in facts.items() if value is not None}
+    return dataclasses.replace(measurement, load=dataclasses.replace(measurement.load, **known))
 
 
 def _planned(

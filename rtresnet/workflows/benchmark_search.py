@@ -63,6 +63,15 @@ class SearchConfig(MeasurementConfig):
             raise InputError(f"--p99 {self.p99_ms:g}: a time above 0 is needed")
         if self.what == "batch" and (self.queries or FEWEST) < FEWEST:
             raise InputError(f"--queries {self.queries}: a p99 takes {FEWEST}")
+        if self.formed > 1 and self.with_preprocess is not None:
+            raise InputError(
+                "--with-preprocess measures without a batcher", fix="leave --max-batch out"
+            )
+
+    @property
+    def formed(self) -> int:
+        """Largest batch that a batcher forms; 1 for none."""
+        return self.batched if self.what == "qps" else 1
 
     @property
     def bound(self) -> float:
@@ -127,12 +136,12 @@ def search_benchmark(
     """
     workload = Workload(
         scenario="server" if config.what == "qps" else "closed", seconds=config.seconds,
-        queries=config.queries, seed=config.seed, max_batch=config.batched,
+        queries=config.queries, seed=config.seed, max_batch=config.formed,
         max_wait_ms=config.max_wait_ms or MAX_WAIT_MS,
         images=workloads.read_images(config.with_preprocess),
     )  # fmt: skip
     searches = []
-    with benchmark.opened(paths, runtime, config.batched, reporter) as (sessions, measured, watch):
+    with benchmark.opened(paths, runtime, config.formed, reporter) as (sessions, measured, watch):
         for session in sessions:
             if config.what == "batch" and session.batch is not None:
                 raise InputError(
@@ -164,10 +173,9 @@ class _Searcher:
 
         largest = largest if largest is not None and largest > 1 else LARGEST_BATCH
         largest = min(largest, getattr(self._session.backend, "largest", largest))
-        one_by_one = dataclasses.replace(self._workload, max_batch=1)
         return search.largest(
             range(1, largest + 1),
-            lambda batch: self._calls(one_by_one, int(batch)),
+            lambda batch: self._calls(int(batch)),
             what="batch",
             bound=self._bound,
             gallop=True,
@@ -178,7 +186,7 @@ class _Searcher:
         """Searches for the highest rate, if the bound can be met without a queue at all."""
         from rtresnet.bench import search
 
-        unqueued = [self._calls(self._workload, 1) for _ in range(UNQUEUED)]
+        unqueued = [self._calls(1) for _ in range(UNQUEUED)]
         late = sum((entry.latency.p99 or self._bound + 1) > self._bound for entry in unqueued)
         if late > UNQUEUED / 2:
             point = search.point(0.0, unqueued[0], self._bound)
@@ -206,12 +214,12 @@ class _Searcher:
             on_point=lambda point: self._note(point, "requests/s"),
         )
 
-    def _calls(self, workload: Workload, batch: int) -> Measurement:
+    def _calls(self, batch: int) -> Measurement:
         """One request after another."""
         from rtresnet.bench import search
 
         asked = dataclasses.replace(
-            workload, scenario="closed", concurrency=1, seed=next(self._seeds)
+            self._workload, scenario="closed", concurrency=1, seed=next(self._seeds)
         )
         return workloads.measure_queued(
             self._session, workloads.candidate(self._session, asked, batch), asked, batch,

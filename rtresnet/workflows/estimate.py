@@ -14,7 +14,7 @@ from rtresnet.workflows.loading import require_torch
 
 if TYPE_CHECKING:
     from rtresnet.bench.kernels import Counted
-    from rtresnet.bench.roofline import Bound, GpuSpec
+    from rtresnet.bench.roofline import GpuSpec, MinimumTime
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -192,8 +192,8 @@ def _count_named(name: str, size: int | None) -> Counted:
     return kernels.count(to_onnx(fold(net), size=size or spec.size, name=name))
 
 
-def _on_gpu(gpu: GpuSpec, bounds: Sequence[Bound], batch: int) -> GpuEstimate:
-    stages: dict[str, list[Bound]] = {}
+def _on_gpu(gpu: GpuSpec, bounds: Sequence[MinimumTime], batch: int) -> GpuEstimate:
+    stages: dict[str, list[MinimumTime]] = {}
     for bound in bounds:
         stages.setdefault(bound.kernel.stage, []).append(bound)
     whole = _sum("all", bounds)
@@ -212,7 +212,7 @@ def _on_gpu(gpu: GpuSpec, bounds: Sequence[Bound], batch: int) -> GpuEstimate:
     )
 
 
-def _sum(name: str, bounds: Sequence[Bound]) -> StageEstimate:
+def _sum(name: str, bounds: Sequence[MinimumTime]) -> StageEstimate:
     return StageEstimate(
         name=name,
         no_faster_than_ms=sum(bound.least for bound in bounds),

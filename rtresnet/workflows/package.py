@@ -13,7 +13,7 @@ from rtresnet.core.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Profile, Sidecar
-    from rtresnet.serving.triton import Tensor
+    from rtresnet.serving.triton import ModelConfig, TensorSpec
 
 LARGEST = 32  # batch of an ONNX file, which has no profile that says it
 
@@ -110,7 +110,7 @@ def package(
         profiles, graph = _check_plan(path, sidecar, config.device)
     inputs, outputs, fixed = _tensors(graph)
     precision = sidecar.precision if sidecar else "unknown"
-    model = triton.Model(
+    model = triton.ModelConfig(
         name=config.name or path.stem,
         kind=kind,
         precision=precision,
@@ -175,7 +175,7 @@ def _check_plan(
     return plan.profiles, parent
 
 
-def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], bool]:
+def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], bool]:
     """Reads inputs and outputs of an ONNX file, and whether its batch is fixed.
 
     Triton batches requests along a first dimension that is open in all tensors and left out of
@@ -186,7 +186,7 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], bool]:
         InputError: Its weights are in another file.
     """
     from rtresnet.onnxlib import io
-    from rtresnet.serving.triton import Tensor
+    from rtresnet.serving.triton import TensorSpec
 
     model = io.load(path)
     import onnx
@@ -209,9 +209,9 @@ def _tensors(path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], bool]:
             )
     fixed = any(shape[0] != -1 for shape in shapes.values())
 
-    def tensors(values: Any) -> tuple[Tensor, ...]:
+    def tensors(values: Any) -> tuple[TensorSpec, ...]:
         return tuple(
-            Tensor(
+            TensorSpec(
                 name=value.name,
                 dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
                 dims=tuple(shapes[value.name][0 if fixed else 1 :]),
@@ -270,7 +270,7 @@ def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
     return record
 
 
-def _notes(model: Any, sidecar: Sidecar | None, fixed: bool) -> list[str]:
+def _notes(model: ModelConfig, sidecar: Sidecar | None, fixed: bool) -> list[str]:
     notes = []
     if fixed:
         (size, *_) = model.inputs[0].dims

@@ -71,7 +71,7 @@ class ProfileResult:
     batch: int
     fixed_batch: int | None
     size: int
-    profile: profiles.Profile = flattened()
+    profile: profiles.NetProfile = flattened()
     roof: PeakRates | None
     environment: EnvironmentReport
     chain: tuple[ChainLink, ...]

@@ -29,22 +29,22 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
 
 
-def test_a_quiet_machine_has_no_remarks() -> None:
+def test_summary_quiet_machine_has_no_remarks() -> None:
     report = summary(10, START, counted(20.5, 20), [2400.0, 2410.0], None)
     assert report.remarks == ()
     assert report.host.own_cores == 2 and report.host.other_cores == 0.05
     assert report.host.mhz == (2400, 2405, 2410)
 
 
-def test_what_disturbs_is_said() -> None:
+def test_summary_disturbances_are_remarks() -> None:
     report = summary(10, START, counted(35, 20, stolen=9, throttled=2), [3000, 1500], None)
     busy, stolen, quota, clock = report.remarks
     assert busy == "other processes used 1.50 of 4 cores"
-    assert "hypervisor gave 7%" in stolen and "held processes back for 2.0 s" in quota
+    assert "hypervisor gave 7%" in stolen and "quota stopped processes for 2.0 s" in quota
     assert clock == "the processor's clock went from 3000 down to 1500 MHz"
 
 
-def test_too_short_a_time_and_an_unknown_machine_say_nothing() -> None:
+def test_summary_short_time_or_unknown_machine_has_no_remarks() -> None:
     for report in (
         summary(0.1, START, counted(35, 0), [], None),
         summary(10, None, None, [], None),
@@ -53,7 +53,7 @@ def test_too_short_a_time_and_an_unknown_machine_say_nothing() -> None:
         assert report.host.mhz is None
 
 
-def test_a_throttling_gpu_is_said() -> None:
+def test_summary_throttling_gpu_is_a_remark() -> None:
     samples = (
         GpuSample(throttled=(), others=0),
         GpuSample(throttled=("power cap",), others=2),
@@ -67,7 +67,7 @@ def test_a_throttling_gpu_is_said() -> None:
 
 
 @pytest.mark.skipif(environment.counters() is None, reason="no /proc/stat here")
-def test_a_process_that_computes_is_anothers_until_it_is_waited_for() -> None:
+def test_watch_child_counts_as_own_once_waited_for() -> None:
     spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 1.0: pass"]
     with environment.Watch() as ours:
         subprocess.run(spin, check=True)
@@ -85,7 +85,7 @@ def test_a_process_that_computes_is_anothers_until_it_is_waited_for() -> None:
     assert ours.report.gpu is None
 
 
-def test_the_kernels_files_are_read(tmp_path: Path) -> None:
+def test_counters_and_megahertz_read_proc_and_sys(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "proc/stat").write_text("cpu  100 200 300 400 500 600 700 800 9 9\ncpu0 1\n")
@@ -101,7 +101,7 @@ def test_the_kernels_files_are_read(tmp_path: Path) -> None:
     assert environment.megahertz(tmp_path) == 1800
 
 
-def test_garbage_in_the_kernels_files_is_unknown(tmp_path: Path) -> None:
+def test_counters_of_garbage_are_unknown(tmp_path: Path) -> None:
     assert environment.counters(tmp_path) is None and environment.megahertz(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/stat").write_text("cpu  a b\n")
@@ -178,7 +178,7 @@ def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleTy
     [(FIRST, 300, "gpu0"), (SECOND, 1200, "gpu1"), (INSTANCE, 1200, "mig")],
     ids=["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1", "a MIG instance"],
 )
-def test_monitor_gpus_of_one_name_are_told_apart_by_uuid(
+def test_monitor_gpus_of_one_name_are_identified_by_uuid(
     uuid: str, mhz: int, asked_for_processes: str, driver: types.ModuleType
 ) -> None:
     asked = []

@@ -25,7 +25,7 @@ def counter(calls: list[int]) -> Callable[[int], PeakRates]:
     return measure
 
 
-def test_a_roof_is_measured_once_for_each_number_of_threads(cache: Path) -> None:
+def test_of_this_machine_measures_once_per_number_of_threads(cache: Path) -> None:
     calls: list[int] = []
     measure = counter(calls)
     source = "measured just now"
@@ -41,7 +41,7 @@ def test_a_roof_is_measured_once_for_each_number_of_threads(cache: Path) -> None
     "content", ["", "{", "[]", '{"a": 1}', '{"%s": {"fp32": 1.0}}',
                 '{"%s": {"fp32": 0.0, "int8": 1.0, "bandwidth": 1.0}}', "\x00\xff"]
 )  # fmt: skip
-def test_a_broken_cache_is_measured_anew(cache: Path, content: str) -> None:
+def test_of_this_machine_broken_cache_is_replaced(cache: Path, content: str) -> None:
     cache.parent.mkdir()
     cache.write_text(content.replace("%s", roofline.key(2)), encoding="utf-8")
     calls: list[int] = []
@@ -51,7 +51,7 @@ def test_a_broken_cache_is_measured_anew(cache: Path, content: str) -> None:
     assert again.source.startswith("measured earlier") and calls == [2]
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_of_this_machine_unwritable_cache_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -59,7 +59,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert roofline.of_this_machine(1, measure=counter([])).int8 == 2e9
 
 
-def test_real_rates_are_those_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_roof_gives_plausible_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(roofline, "SECONDS", 0.02)
     monkeypatch.setattr(roofline, "SIDES", (128,))
@@ -78,17 +78,17 @@ def test_real_rates_are_those_of_a_processor(monkeypatch: pytest.MonkeyPatch) ->
         ("Tesla T4", "T4"), ("h200", "H200 SXM"),
     ],
 )  # fmt: skip
-def test_a_gpu_is_found_as_people_and_drivers_write_it(given: str, found: str) -> None:
+def test_find_gpu_by_names_of_people_and_drivers(given: str, found: str) -> None:
     assert roofline.find_gpu(given).name == found
 
 
 @pytest.mark.parametrize("other", ["A10G", "H100 NVL", "RTX 4090 Laptop", "RTX", "4090", ""])
-def test_another_card_is_not_taken_for_one_of_the_table(other: str) -> None:
+def test_find_gpu_of_an_unlisted_card_is_refused(other: str) -> None:
     with pytest.raises(UnknownNameError):
         roofline.find_gpu(other)
 
 
-def test_the_table_is_consistent() -> None:
+def test_gpus_rates_are_consistent() -> None:
     for gpu in roofline.GPUS:
         # The tensor cores of every one of these do INT8 at twice the rate of FP16.
         assert gpu.int8 == pytest.approx(2 * gpu.fp16, rel=0.03), gpu.name
@@ -103,7 +103,7 @@ def kernel(macs: int, read: int, written: int, weights: int) -> Kernel:
     )  # fmt: skip
 
 
-def test_a_bound_by_hand() -> None:
+def test_minimum_times_equal_a_calculation_by_hand() -> None:
     gpu = roofline.find_gpu("T4")  # 130 TOP/s, 320 GB/s, 4 MB
     (bound,) = roofline.minimum_times(
         [kernel(65_000_000, 3_000_000, 1_000_000, 8_000_000)], gpu, 10
@@ -116,7 +116,7 @@ def test_a_bound_by_hand() -> None:
     assert bound.least == bound.beyond_cache and bound.through_memory == bound.memory
 
 
-def test_bounds_hold_against_published_measurements(net_file: Callable[..., Path]) -> None:
+def test_minimum_times_are_below_published_measurements(net_file: Callable[..., Path]) -> None:
     """NVIDIA of one A100, ResNet-18, batch 32: 0.863 ms in FP16, 0.500 ms in INT8."""
     torch = pytest.importorskip("torch")
     from rtresnet.exporter.fold import fold
@@ -135,6 +135,6 @@ def test_bounds_hold_against_published_measurements(net_file: Callable[..., Path
         assert all(bound.least <= bound.through_memory for bound in bounds)
 
 
-def test_a_batch_below_one_is_refused() -> None:
+def test_minimum_times_batch_below_1_is_refused() -> None:
     with pytest.raises(InputError, match="--batch 0"):
         roofline.minimum_times([kernel(1, 1, 1, 1)], roofline.GPUS[0], 0)

@@ -24,7 +24,7 @@ def constant(clock: Simulated, seconds: float) -> Candidate:
 
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7, 0.8])
-def test_the_p99_of_a_server_is_that_of_theory(load: float) -> None:
+def test_server_p99_equals_theory(load: float) -> None:
     clock = Simulated()
     found = scenarios.server(
         constant(clock, 0.005), qps=load / 0.005, seconds=1, queries=200_000, clock=clock
@@ -32,7 +32,7 @@ def test_the_p99_of_a_server_is_that_of_theory(load: float) -> None:
     assert found.latency.p99 == pytest.approx(found.load.md1_p99_ms, rel=0.05)
 
 
-def test_a_late_system_does_not_slow_the_arrivals_down() -> None:
+def test_server_slow_system_does_not_slow_arrivals() -> None:
     clock = Simulated()
     found = scenarios.server(constant(clock, 0.02), qps=100, seconds=10, clock=clock)
     # It serves 50 a second of 100 that come: the last waits for about as long as all the work.
@@ -40,7 +40,7 @@ def test_a_late_system_does_not_slow_the_arrivals_down() -> None:
     assert max(found.samples) > 7_000 and found.load.md1_p99_ms is None
 
 
-def test_a_system_that_cannot_keep_up_is_left_alone_and_says_so() -> None:
+def test_server_overloaded_stops_and_counts_unanswered() -> None:
     clock = Simulated()
     begin = clock.now()
     found = scenarios.server(constant(clock, 0.01), qps=10_000, seconds=2, clock=clock)
@@ -62,14 +62,14 @@ def test_arrivals_are_poisson_and_seeded() -> None:
 
 
 @pytest.mark.parametrize("qps", [0, -3, float("inf"), float("nan")])
-def test_a_rate_out_of_range_is_refused(qps: float) -> None:
+def test_server_rate_out_of_range_is_refused(qps: float) -> None:
     clock = Simulated()
     with pytest.raises(InputError, match="--qps"):
         scenarios.server(constant(clock, 0.1), qps=qps, seconds=1, clock=clock)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 7])
-def test_clients_in_flight_wait_for_each_other(clients: int) -> None:
+def test_closed_clients_wait_for_each_other(clients: int) -> None:
     clock = Simulated()
     found = scenarios.closed(
         constant(clock, 0.005), concurrency=clients, seconds=4, batch=2, clock=clock
@@ -81,7 +81,7 @@ def test_clients_in_flight_wait_for_each_other(clients: int) -> None:
     assert 800 <= found.latency.n <= 801 and found.load.concurrency == clients
 
 
-def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
+def test_closed_ends_at_queries_or_early_stop() -> None:
     clock = Simulated()
     serve = constant(clock, 0.005)
     assert (
@@ -95,7 +95,7 @@ def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
     assert given_up.latency.n == 12
 
 
-def test_a_batcher_serves_arrivals_and_clients() -> None:
+def test_batcher_serves_server_and_closed() -> None:
     sizes: list[int] = []
 
     def session(images: np.ndarray) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_a_batcher_serves_arrivals_and_clients() -> None:
         assert flown.latency.n == 80 and max(sizes) == 4
 
 
-def test_an_error_of_the_session_comes_out_of_the_batcher() -> None:
+def test_server_error_behind_a_batcher_is_raised() -> None:
     def session(images: np.ndarray) -> np.ndarray:
         raise RuntimeError("out of memory")
 
@@ -124,7 +124,7 @@ def test_an_error_of_the_session_comes_out_of_the_batcher() -> None:
             scenarios.server(asked, qps=1000, seconds=9, queries=20, submit=batcher.submit)
 
 
-def test_a_full_queue_refuses_and_that_is_counted() -> None:
+def test_server_full_queue_counts_refused_requests() -> None:
     gate = threading.Event()
 
     def session(images: np.ndarray) -> np.ndarray:
@@ -170,7 +170,7 @@ def test_closed_timings_are_slow_to_read_throughput_excludes_it(clients: int) ->
     assert max(found.samples) == pytest.approx(0.3 * clients)
 
 
-def test_server_give_up_is_slow_latencies_exclude_it() -> None:
+def test_server_early_stop_is_slow_latencies_exclude_it() -> None:
     clock = Simulated()
 
     def stop(latencies: list[float]) -> bool:

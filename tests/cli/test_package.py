@@ -46,7 +46,7 @@ def config(root: Path, name: str) -> Any:
     return text_format.Parse((root / name / "config.pbtxt").read_text(), pb.ModelConfig())
 
 
-def test_an_onnx_file_with_its_labels_and_its_record(
+def test_package_onnx_file_has_labels_and_record(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, record, source = tmp_path / "models", tmp_path / "out.json", engines / "resnet8-int8.onnx"
@@ -75,7 +75,7 @@ def test_an_onnx_file_with_its_labels_and_its_record(
     assert "mean (0.485, 0.456, 0.406)" in found.parameters["input"].string_value
 
 
-def test_a_tensorrt_plan_with_the_version_that_it_needs(
+def test_package_tensorrt_plan_states_its_version(
     tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "models"
@@ -93,7 +93,7 @@ def test_a_tensorrt_plan_with_the_version_that_it_needs(
     assert found.parameters["tensorrt"].string_value == "10.14.1.48"
 
 
-def test_a_plan_by_tensorrt_rtx_is_refused_with_the_way_out(
+def test_package_tensorrt_rtx_plan_is_refused_with_fix(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, root = copied / "resnet8-int8.plan", tmp_path / "models"
@@ -117,7 +117,7 @@ def test_a_plan_by_tensorrt_rtx_is_refused_with_the_way_out(
         (["--name", "../net"], "--name ../net"),
     ],
 )
-def test_what_a_plan_cannot_do_is_refused(
+def test_package_plan_with_impossible_options_is_refused(
     tensorrt_plan: Path, tmp_path: Path, options: list[str], told: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -126,7 +126,7 @@ def test_what_a_plan_cannot_do_is_refused(
     assert told in capsys.readouterr().err and not root.exists()
 
 
-def test_a_plan_needs_its_sidecar_and_the_onnx_file_it_was_built_from(
+def test_package_plan_without_sidecar_or_parent_is_refused(
     tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["package", str(tensorrt_plan), "--triton", str(tmp_path / "models")]
@@ -139,7 +139,7 @@ def test_a_plan_needs_its_sidecar_and_the_onnx_file_it_was_built_from(
     assert main(arguments) == 2 and "no sidecar" in capsys.readouterr().err
 
 
-def test_a_strangers_onnx_file_has_no_labels(copied: Path, tmp_path: Path) -> None:
+def test_package_onnx_file_without_sidecar_has_no_labels(copied: Path, tmp_path: Path) -> None:
     path, root = copied / "resnet8.onnx", tmp_path / "models"
     artifacts.sidecar_path(path).unlink()
     assert main(["package", str(path), "--triton", str(root), "--device", "cuda"]) == 0
@@ -173,7 +173,7 @@ def test_package_fixed_batch_writes_whole_shapes_and_no_batching(
 
 
 @pytest.mark.parametrize("content", [b"text\n", b"\x08\x08"])
-def test_what_is_no_onnx_file_is_refused(
+def test_package_invalid_onnx_file_is_refused(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, root = tmp_path / "some.onnx", tmp_path / "models"
@@ -182,7 +182,7 @@ def test_what_is_no_onnx_file_is_refused(
     assert "not a valid ONNX file" in capsys.readouterr().err and not root.exists()
 
 
-def test_a_truncated_file_and_a_checkpoint_are_refused(
+def test_package_truncated_file_or_checkpoint_is_refused(
     copied: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, root = copied / "resnet8.onnx", ["--triton", str(tmp_path / "models")]
@@ -192,7 +192,7 @@ def test_a_truncated_file_and_a_checkpoint_are_refused(
     assert "rtresnet export" in capsys.readouterr().err
 
 
-def test_the_same_file_twice_is_told(
+def test_package_same_file_twice_is_refused(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, root = engines / "resnet8.onnx", tmp_path / "models"

@@ -86,6 +86,10 @@ def test_workload_scenario_follows_from_options(
         ({"what": "size", "p99_ms": 1.0}, "batch or qps"),
         ({"what": "batch", "p99_ms": 1.0, "queries": 3}, "a p99 takes 100"),
         ({"what": "qps", "p99_ms": -1.0}, "--p99"),
+        (
+            {"what": "qps", "p99_ms": 1.0, "max_batch": 4, "with_preprocess": "."},
+            "--with-preprocess",
+        ),
     ],
 )
 def test_search_config_without_a_usable_bound_is_refused(
