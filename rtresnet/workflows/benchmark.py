@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,9 @@ class Baseline:
         results: Its entries, as `to_builtins` writes them.
         tolerance: Allowed slowdown: 0.03 is 3 %.
         force: Whether to compare results of different devices or versions.
+
+    Raises:
+        InputError: A result has no samples.
     """
 
     path: str
@@ -212,15 +216,17 @@ class Baseline:
     tolerance: float = 0.03
     force: bool = False
 
-    def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
-        """Raises InputError where the planned measurements cannot be compared with the baseline."""
-        from rtresnet.bench import compare
-
+    def __post_init__(self) -> None:
         if not self.results or not all(entry.get("samples") for entry in self.results):
             raise InputError(
                 f"{self.path}: has no samples to compare with",
                 fix=f"make one with: rtresnet bench ARTIFACT --json {self.path}",
             )
+
+    def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
+        """Raises InputError where the planned measurements cannot be compared with the baseline."""
+        from rtresnet.bench import compare
+
         if len(self.results) != len(planned):
             raise InputError(
                 f"{self.path}: has {len(self.results)} results, and {len(planned)} are to be "
@@ -247,7 +253,7 @@ class Baseline:
 
 
 def benchmark(
-    paths: Sequence[str],
+    paths: Sequence[str | os.PathLike[str]],
     config: BenchmarkConfig | None = None,
     *,
     runtime: RuntimeConfig | None = None,
@@ -280,7 +286,7 @@ def benchmark(
 
 
 def benchmark_until_error(
-    paths: Sequence[str],
+    paths: Sequence[str | os.PathLike[str]],
     config: BenchmarkConfig | None = None,
     *,
     runtime: RuntimeConfig | None = None,
@@ -364,7 +370,10 @@ def _planned(
 
 @contextlib.contextmanager
 def opened(
-    paths: Sequence[str], runtime: RuntimeConfig | None, max_batch: int, reporter: Reporter
+    paths: Sequence[str | os.PathLike[str]],
+    runtime: RuntimeConfig | None,
+    max_batch: int,
+    reporter: Reporter,
 ) -> Iterator[tuple[list[Session], list[BenchmarkedArtifact], Watch]]:
     """Loads artifacts for measuring, and watches the machine.
 
@@ -384,7 +393,8 @@ def opened(
     from rtresnet.runtime.threads import short_switch_interval
 
     runtime = runtime or RuntimeConfig()
-    chosen = [stand_in_for(path, runtime.device) for path in paths]
+    names = [os.fspath(path) for path in paths]
+    chosen = [stand_in_for(name, runtime.device) for name in names]
     for _, note in chosen:
         if note:
             reporter.note(f"NOTE: {note}")
@@ -405,7 +415,7 @@ def opened(
             raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
         measured = [
             BenchmarkedArtifact(
-                asked=path,
+                asked=name,
                 measured=target,
                 instead_of_plan=note is not None,
                 note=note,
@@ -415,7 +425,7 @@ def opened(
                 chain=environment.chain_of(target),
                 run=session.describe(),
             )
-            for path, (target, note), session in zip(paths, chosen, sessions, strict=True)
+            for name, (target, note), session in zip(names, chosen, sessions, strict=True)
         ]
         on_gpu = any(session.backend.device != "cpu" for session in sessions)
         with environment.Watch(next(iter(hardware.gpus()), None) if on_gpu else None) as watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -115,7 +116,7 @@ class BenchmarkSearchResult:
 
 
 def search_benchmark(
-    paths: Sequence[str],
+    paths: Sequence[str | os.PathLike[str]],
     config: SearchConfig,
     *,
     runtime: RuntimeConfig | None = None,

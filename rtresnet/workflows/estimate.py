@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class EstimateResult:
     results: tuple[GpuEstimate, ...]
 
 
-def estimate(model: str, config: EstimateConfig | None = None) -> EstimateResult:
+def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None) -> EstimateResult:
     """Estimates the minimum latency of a net on GPUs.
 
     Args:
@@ -137,7 +138,7 @@ def estimate(model: str, config: EstimateConfig | None = None) -> EstimateResult
     """
     from rtresnet.bench import kernels, roofline
 
-    config = config or EstimateConfig()
+    config, model = config or EstimateConfig(), os.fspath(model)
     # Unknown names are reported before anything that takes time.
     gpus = [roofline.find_gpu(name) for name in config.gpus] or list(roofline.GPUS)
     if is_file := Path(model).suffix.lower() in artifacts.SUFFIXES:

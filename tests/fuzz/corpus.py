@@ -22,7 +22,7 @@ from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
-from tests.report.conftest import bench, evaluated, profiled, searched
+from tests.reporting.conftest import bench, evaluated, profiled, searched
 
 JOURNAL = {"model": "net.onnx", "top": 2, "images": 3}
 

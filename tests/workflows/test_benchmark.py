@@ -41,7 +41,7 @@ def net(engines: Path) -> str:
 def test_benchmark_of_two_files_compares_them_and_is_read_by_report(
     engines: Path, net: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = benchmark([net, str(engines / "resnet8-int8.onnx")], BenchmarkConfig(queries=20))
+    result = benchmark([net, engines / "resnet8-int8.onnx"], BenchmarkConfig(queries=20))
     names = [entry.name for entry in result.results]
     assert names == [
         f"resnet8{kind}.onnx, batch {batch}" for batch in (1, 8) for kind in ("", "-int8")
@@ -132,7 +132,7 @@ def test_profile_of_a_torchscript_file_with_zero_padded_shortcuts(tmp_path: Path
 
 def test_estimate_of_a_file_as_if_quantized(net: str) -> None:
     config = EstimateConfig(gpus=["RTX 4090"], precision="int8", batch=8)
-    result = estimate(net, config)
+    result = estimate(Path(net), config)
     assert result.as_if and result.precision == "int8"
     (gpu,) = result.results
     assert gpu.no_faster_than_ms == pytest.approx(sum(s.no_faster_than_ms for s in gpu.stages))
