@@ -22,13 +22,10 @@ def copied(engines: Path, tmp_path: Path) -> Path:
     return shutil.copytree(engines, tmp_path / "engines")
 
 
-@pytest.fixture
-def tensorrt_plan(copied: Path) -> Path:
-    """What a plan by TensorRT would be: its sidecar counts here, nothing reads its bytes."""
-    source, path = copied / "resnet8-int8.onnx", copied / "served.plan"
+def publish_plan(source: Path, path: Path, profiles: tuple[Profile, ...]) -> Path:
+    """A file with the sidecar of a plan by TensorRT; nothing here reads its bytes."""
     sidecar = artifacts.read_sidecar(source)
     assert sidecar is not None
-    profiles = (Profile(min=1, opt=1, max=4), Profile(min=4, opt=16, max=64))
     plan = Plan(
         builder="tensorrt", version="10.14.1.48", targets=("sm_90",), profiles=profiles, seconds=9.0
     )
@@ -36,6 +33,24 @@ def tensorrt_plan(copied: Path) -> Path:
         sidecar, kind="plan", plan=plan, parent=artifacts.link_to(source, path), made_by={}
     )
     artifacts.publish(path, lambda target: target.write_bytes(b"ftrt and so on"), made)
+    return path
+
+
+@pytest.fixture
+def tensorrt_plan(copied: Path) -> Path:
+    profiles = (Profile(min=1, opt=1, max=4), Profile(min=4, opt=16, max=64))
+    return publish_plan(copied / "resnet8-int8.onnx", copied / "served.plan", profiles)
+
+
+def publish_fixed(folder: Path, batch: int) -> Path:
+    """The net with a fixed batch, with a sidecar."""
+    source, path = folder / "resnet8-int8.onnx", folder / "fixed.onnx"
+    model = onnx.load(source)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    artifacts.publish(path, lambda target: target.write_bytes(model.SerializeToString()), sidecar)
     return path
 
 
@@ -154,13 +169,7 @@ def test_package_fixed_batch_writes_whole_shapes_and_no_batching(
     copied: Path, tmp_path: Path, batch: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Triton refuses max_batch_size above 0 unless the first dimension is open."""
-    model = onnx.load(copied / "resnet8-int8.onnx")
-    for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_value = batch
-    path, root = copied / "fixed.onnx", tmp_path / "models"
-    sidecar = artifacts.read_sidecar(copied / "resnet8-int8.onnx")
-    assert sidecar is not None
-    artifacts.publish(path, lambda target: target.write_bytes(model.SerializeToString()), sidecar)
+    path, root = publish_fixed(copied, batch), tmp_path / "models"
     assert main(["package", str(path), "--triton", str(root), "--max-batch", "4"]) == 2
     assert "leave --max-batch out" in capsys.readouterr().err and not root.exists()
     assert main(["package", str(path), "--triton", str(root)]) == 0
@@ -170,6 +179,18 @@ def test_package_fixed_batch_writes_whole_shapes_and_no_batching(
     assert list(written.input[0].dims) == [batch, 3, 32, 32] and written.input[0].format == 0
     assert list(written.output[0].dims) == [batch, 4]
     assert bool(written.output[0].label_filename) == (batch == 1)  # labels go by position
+
+
+def test_package_plan_of_a_fixed_batch_writes_whole_shapes(copied: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    plan = publish_plan(
+        publish_fixed(copied, 8), copied / "fixed.plan", (Profile(min=8, opt=8, max=8),)
+    )
+    assert main(["package", str(plan), "--triton", str(root)]) == 0
+    written = config(root, "fixed")
+    assert (written.backend, written.max_batch_size) == ("tensorrt", 0)
+    assert list(written.input[0].dims) == [8, 3, 32, 32]
+    assert not written.HasField("dynamic_batching") and not written.instance_group[0].profile
 
 
 @pytest.mark.parametrize("content", [b"text\n", b"\x08\x08"])
