@@ -5,7 +5,7 @@
 # make check        ruff and mypy
 
 PYTHON ?= python3
-EXTRAS := cpu,rtx,demo,report,bulk,ray,triton,test
+EXTRAS := cpu,rtx,demo,report,bulk,ray,serve,triton,test
 BIN := .venv/bin
 # One worker per core; each takes its half of the tests, and then what others have not begun.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

@@ -304,12 +304,6 @@ def run_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
     return [*int8_notes(entries), *sorted(fixed)]
 
 
-def show_run_notes(*entries: dict[str, Any]) -> None:
-    """Prints what `run_notes` returns."""
-    for line in run_notes(entries):
-        out_console().print(line, markup=False, soft_wrap=True)
-
-
 def warn_loudly(title: str, body: str) -> None:
     """A warning that nobody can miss."""
     from rtresnet.cli.console import REPORTER

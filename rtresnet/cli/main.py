@@ -18,7 +18,7 @@ import click
 from rtresnet.core.errors import RtresnetError, UnknownNameError
 from rtresnet.core.terminal import escape
 
-VERBS = (
+COMMANDS = (
     "quickstart",
     "pack",
     "train",
@@ -32,6 +32,7 @@ VERBS = (
     "compare",
     "check",
     "package",
+    "serve",
     "bench",
     "profile",
     "estimate",
@@ -51,7 +52,7 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the work, not of the alphabet."""
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports the verb's file.
@@ -59,8 +60,8 @@ class Verbs(click.Group):
         Raises:
             UnknownNameError: There is no such verb.
         """
-        if cmd_name not in VERBS:
-            raise UnknownNameError("verb", cmd_name, VERBS)
+        if cmd_name not in COMMANDS:
+            raise UnknownNameError("verb", cmd_name, COMMANDS)
         command: click.Command = importlib.import_module(f"rtresnet.cli.{cmd_name}").command
         return command
 

@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from rtresnet.cli import bench_show, common, export, train
-from rtresnet.cli import compare as compare_verb
-from rtresnet.cli import eval as eval_verb
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.benchmark import BenchmarkConfig, benchmark
+from rtresnet.workflows.compare import compare
+from rtresnet.workflows.evaluate import evaluate, record_accuracy
 
 MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
@@ -67,21 +67,25 @@ def _check_packages() -> None:
 def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     """Every verb's body in turn; returns their results."""
     from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.build import BuildConfig
+    from rtresnet.workflows.embed_io import EmbedConfig
 
     trained = train.run(
         model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
     )  # fmt: skip
     exported = export.run(
         model=None, weights=trained["checkpoint"], fp32=True, fp16=True, int8=True, calib=DATA,
-        calibrator="auto", calib_images=512, rest="fp32", batch=("1:8:32",), target=(),
-        builder="rtx", size=None, mean=None, std=None, out=out / "engines", no_plan=False,
+        calibrator="auto", calib_images=512, rest="fp32",
+        build=BuildConfig(batch=("1:8:32",), builder="rtx"), embed=EmbedConfig(),
+        size=None, mean=None, std=None, out=out / "engines", no_plan=False,
     )  # fmt: skip
+    exported = to_builtins(exported)
     files = [entry["file"] for entry in exported["onnx"]]
     precisions = [entry["precision"] for entry in exported["onnx"]]
-    evaluated = [eval_verb.run(path, data=DATA) for path in files]
+    evaluated = [evaluate(path, DATA, reporter=REPORTER) for path in files]
     for entry in evaluated:
-        eval_verb.write_records(entry)
-    compared = [compare_verb.run(trained["checkpoint"], path, DATA) for path in files]
+        record_accuracy(entry, reporter=REPORTER)
+    compared = [compare(trained["checkpoint"], path, DATA, reporter=REPORTER) for path in files]
     measured = to_builtins(
         benchmark(files, BenchmarkConfig(batch=(1, 8), seconds=seconds), reporter=REPORTER)
     )
@@ -91,8 +95,8 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
         "data": DATA,
         "train": trained | {"log": log},
         "export": exported,
-        "eval": dict(zip(precisions, evaluated, strict=True)),
-        "compare": dict(zip(precisions, compared, strict=True)),
+        "eval": to_builtins(dict(zip(precisions, evaluated, strict=True))),
+        "compare": to_builtins(dict(zip(precisions, compared, strict=True))),
         "bench": measured,
     }
 

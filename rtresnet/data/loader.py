@@ -1,8 +1,8 @@
-"""Batches out of a source: decoded in threads, broken images counted and named.
+"""Batches of a source's images: decoded in threads, broken images counted and reported.
 
-For evaluation and calibration a batch is float32 NCHW, ready for a net; for training it is uint8
-NHWC, and the rest happens on the device (`augment.py`). Pillow and NumPy release the GIL while
-they decode and resize, so threads are enough.
+A batch for evaluation and calibration is float32 NCHW, ready for a net. A batch for training is
+uint8 NHWC and is augmented and normalized on the device (`augment.py`). Pillow and NumPy release
+the GIL while they decode and resize, so threads are enough.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from rtresnet.data.sources import Source
 T = TypeVar("T")
 U = TypeVar("U")
 
-TOLERATED = 0.01  # the share of broken images above which the data is at fault, not an image
+TOLERATED = 0.01  # share of broken images above which the data set is refused
 
 
 class DecodeErrors:
-    """Broken images: named once, counted, and too many of them an error.
+    """Counts broken images, reports each once, and raises if there are too many.
 
     Args:
-        total: How many images there are.
-        warn: Called with a line for each broken image.
-        tolerated: The share of broken images that is no error.
-        known: How many are left out already, and count too.
-        fix: What mends it where there are too many.
+        total: Number of images.
+        warn: Called with a line for each broken image, as `Reporter.note`.
+        tolerated: Share of broken images that is accepted.
+        known: Number of images that were left out before; they count as broken.
+        fix: What to do where there are too many.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DecodeErrors:
         self.skipped: dict[int, str] = {}
 
     def skip(self, index: int, error: CorruptImage) -> None:
-        """Notes one broken image.
+        """Counts and reports one broken image.
 
         Raises:
             DataError: More images are broken than tolerated.
@@ -76,7 +76,13 @@ def indexed(
     transform: Callable[[int, np.ndarray], np.ndarray],
     tally: DecodeErrors,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Decodes and transforms images in order, a few ahead, leaving out the broken ones.
+    """Decodes and transforms images in order, a few in advance; leaves out broken ones.
+
+    Args:
+        source: The images.
+        indices: Which images, in which order.
+        transform: Called with an index and its uint8 image [H, W, 3], in a thread.
+        tally: Takes the broken images.
 
     Yields:
         (index, uint8 [S, S, 3]).
@@ -98,16 +104,25 @@ def indexed(
 def prefetch_map(
     work: Callable[[T], U], items: Iterable[T], threads: int | None = None
 ) -> Iterator[tuple[T, U]]:
-    """Maps in threads, in order, a few items ahead of who asks. What `work` raises comes out."""
+    """Maps items in threads and in order, some items in advance. Raises what `work` raises.
+
+    Args:
+        work: Called with each item.
+        items: Taken as they are needed.
+        threads: One for each core by default.
+
+    Yields:
+        (item, result).
+    """
     threads = threads or hardware.cores()
     with ThreadPoolExecutor(threads) as pool:
-        waiting = iter(items)
-        pending = deque((i, pool.submit(work, i)) for i in islice(waiting, 8 * threads))
+        remaining = iter(items)
+        pending = deque((i, pool.submit(work, i)) for i in islice(remaining, 8 * threads))
         try:
             while pending:
                 item, future = pending.popleft()
                 result = future.result()
-                for following in islice(waiting, 1):
+                for following in islice(remaining, 1):
                     pending.append((following, pool.submit(work, following)))
                 yield item, result
         finally:
@@ -123,12 +138,12 @@ def batches(
     indices: Sequence[int] | np.ndarray | None = None,
     tally: DecodeErrors | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Evaluation batches.
+    """Makes batches for evaluation and calibration.
 
     Args:
         source: The images.
-        preprocess: The net's input contract.
-        size: Images a batch; the last one may be smaller.
+        preprocess: How an image becomes the net's input.
+        size: Images in a batch; the last batch may be smaller.
         indices: Which images, in which order; all of them by default.
         tally: Takes the broken images.
 
@@ -150,19 +165,19 @@ def batches(
 
 
 def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:
-    """`n` indices spread evenly over the classes, the same for the same seed."""
+    """Draws `n` indices, spread evenly over the classes; the same for the same seed."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(source))
     # Each image's rank within its class: sorting by it takes one of every class in turn.
     rank = np.empty(len(order), int)
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for position, index in enumerate(order):
         label = int(source.labels[index])
-        rank[position] = seen.get(label, 0)
-        seen[label] = rank[position] + 1
+        rank[position] = counts.get(label, 0)
+        counts[label] = rank[position] + 1
     return order[np.argsort(rank, kind="stable")][:n]
 
 
 def batch_size(preprocess: Preprocess) -> int:
-    """A batch that keeps a net's activations within some hundred MB: 128 at 32 pixels, 4 at 224."""
+    """Batch size that keeps activations below some hundred MB: 128 at 32 pixels, 4 at 224."""
     return int(np.clip(128 * 32**2 / preprocess.size**2, 4, 128))

@@ -1,6 +1,6 @@
-"""The torch net behind the same calls as every other backend: NumPy in, NumPy out.
+"""Torch nets as backends: NumPy in, NumPy out.
 
-The reference that exports, quantized files and plans are compared with.
+They are the reference that exports, quantized files and plans are compared with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rtresnet.models.resnet import ResNet
 class TorchBackend:
     """Runs a net in evaluation mode; `backend(images)` gives logits.
 
-    Has what `runtime.backend.Backend` asks for, so that a checkpoint is timed as any file is.
+    Implements `runtime.backend.Backend`.
 
     Args:
         net: On the device it should run on; put into evaluation mode.
@@ -31,42 +31,38 @@ class TorchBackend:
     def __init__(self, net: nn.Module, size: int | None = None) -> None:
         self.net, self.size = net.eval(), size
         self.versions = {"torch": str(torch.__version__)}
-        self._place = next(net.parameters()).device
-        on_gpu = self._place.type == "cuda"
-        self.device: str = torch.cuda.get_device_name(self._place) if on_gpu else "cpu"
+        self._device = next(net.parameters()).device
+        on_gpu = self._device.type == "cuda"
+        self.device: str = torch.cuda.get_device_name(self._device) if on_gpu else "cpu"
         self.threads: int | None = None if on_gpu else torch.get_num_threads()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, 3, S, S] to float32 logits [N, classes], which are there on return."""
+        """Runs float32 [N, 3, S, S] and waits for the result: float32 logits [N, classes]."""
         with torch.inference_mode():
-            logits: torch.Tensor = self.net(torch.from_numpy(images).to(self._place))
+            logits: torch.Tensor = self.net(torch.from_numpy(images).to(self._device))
         return logits.float().cpu().numpy()
 
     infer = __call__
 
     def timings(self) -> dict[str, float]:
-        """Nothing but wall time is known."""
+        """Returns nothing: only wall time is known."""
         return {}
 
     def close(self) -> None:
-        """Nothing is held that Python does not free."""
+        """Does nothing: Python frees the memory."""
 
 
-class DenseBackend:
-    """The net as a fully convolutional one: the FC is a 1x1 convolution (section 3.4, testing).
+class DenseBackend(TorchBackend):
+    """A ResNet as a fully convolutional net: its FC is a 1x1 convolution (section 3.4, testing)."""
 
-    Args:
-        net: On the device it should run on; put into evaluation mode.
-    """
-
-    def __init__(self, net: ResNet) -> None:
-        self.net = net.eval()
-        self.device = next(net.parameters()).device
+    net: ResNet
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float32 [N, 3, H, W] of any H and W to float32 logits [N, classes, h, w]."""
+        """Runs float32 [N, 3, H, W] of any H and W; float32 logits [N, classes, h, w]."""
         fc = self.net.fc
         with torch.inference_mode():
-            found = self.net.features(torch.from_numpy(images).to(self.device))
-            logits = nn.functional.conv2d(found, fc.weight[:, :, None, None], fc.bias)
+            features = self.net.features(torch.from_numpy(images).to(self._device))
+            logits = nn.functional.conv2d(features, fc.weight[:, :, None, None], fc.bias)
         return logits.float().cpu().numpy()
+
+    infer = __call__

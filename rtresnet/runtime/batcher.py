@@ -32,10 +32,24 @@ from rtresnet.runtime.session import Session
 log = logging.getLogger(__name__)
 
 
+class Answer(Future[Any]):
+    """The future of one image, with what it spent its time on once it is done.
+
+    Attributes:
+        queue_seconds: From `submit` to the start of its batch.
+        compute_seconds: The session's call for its batch.
+        batch_size: Images in its batch.
+    """
+
+    queue_seconds = 0.0
+    compute_seconds = 0.0
+    batch_size = 0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
     image: np.ndarray
-    future: Future[Any]
+    future: Answer
     arrived: float  # by time.monotonic
 
 
@@ -69,6 +83,8 @@ class Batcher:
         queue_limit: Images that may wait; one more is refused.
         workers: Batches computed at the same time, for a session that takes calls from several
             threads at once. Default: the contexts of a plan, else 1.
+        on_batch: Called after every batch with its size, the seconds that its call took, and the
+            exception that it raised or None; from a thread of the batcher.
 
     Raises:
         InputError: A limit that makes no sense.
@@ -83,7 +99,9 @@ class Batcher:
         queue_limit: int = 1024,
         *,
         workers: int | None = None,
+        on_batch: Callable[[int, float, BaseException | None], None] | None = None,
     ) -> None:
+        self._on_batch = on_batch
         backend = session.backend if isinstance(session, Session) else None
         if workers is None:
             workers = getattr(backend, "contexts", 1)
@@ -118,7 +136,7 @@ class Batcher:
             thread.start()
         atexit.register(self.close)
 
-    def submit(self, image: np.ndarray) -> Future[Any]:
+    def submit(self, image: np.ndarray) -> Answer:
         """Asks for one image.
 
         Args:
@@ -141,10 +159,14 @@ class Batcher:
                 f"an image of {image.dtype} {list(image.shape)}; the session takes "
                 f"{dtype} {list(shape)}"
             )
-        call = _Call(image=image, future=Future(), arrived=arrived)
+        call = _Call(image=image, future=Answer(), arrived=arrived)
         with self._changed:
             if self._closed:
                 raise InputError("submit after close: the batcher takes no more images")
+            if len(self._queue) >= self._limit:  # cancelled calls need no room
+                kept = [entry for entry in self._queue if not entry.future.cancelled()]
+                self._queue.clear()
+                self._queue.extend(kept)
             waiting = len(self._queue)
             if waiting >= self._limit:
                 raise QueueFullError(
@@ -200,7 +222,14 @@ class Batcher:
                     outcome = _rows(result, len(calls))
                     del result  # or an idle thread would hold on to it
             except BaseException as error:  # whatever it is, it is its callers' to know
-                outcome = error
+                outcome, returned = error, time.monotonic()
+            for call in calls:
+                call.future.queue_seconds = called - call.arrived
+                call.future.compute_seconds = returned - called
+                call.future.batch_size = len(calls)
+            if self._on_batch is not None and calls:
+                failure = outcome if isinstance(outcome, BaseException) else None
+                self._on_batch(len(calls), returned - called, failure)
             with self._changed:
                 self._computed += 1
                 self._turn.notify_all()

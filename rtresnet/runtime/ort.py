@@ -194,6 +194,7 @@ class OrtBackend:
     def _describe_ends(self) -> None:
         tensor, outputs = self._session.get_inputs()[0], self._session.get_outputs()
         self._input, self._shape = tensor.name, tensor.shape
+        self.input_name: str = tensor.name
         kind = "uint8" if tensor.type == "tensor(uint8)" else "float32"
         self.input_dtype: np.dtype[Any] = np.dtype(kind)
         self.layout: Literal["nchw", "nhwc"] = LAYOUTS[kind]
@@ -202,6 +203,7 @@ class OrtBackend:
         self.size = side if isinstance(side, int) else None
         names = [output.name for output in outputs]
         self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
+        self.output_names: list[str] = self._outputs
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
         """A batch of any N from 1 to logits, or to indices and probabilities.

@@ -1,19 +1,21 @@
-"""`rtresnet.load(path)`: an artifact ready to run, with everything its sidecar knows.
+"""Run an ONNX file or a plan, with everything its sidecar says about it.
 
     with rtresnet.load("engines/resnet50.plan") as session:
         crops = np.stack([session.preprocess.crop(image) for image in images])
         logits = session(session.prepare(crops))          # float32 [N, classes]
 
-What a file takes (normalized planes, or pixels as they are) and gives (logits, or the K most
-probable classes) is the file's: `prepare` does what it does not do itself. The sidecar is checked
-before anything is deserialized. Imports no torch.
+A file takes normalized float32 planes or uint8 pixels, and returns logits or the K most probable
+classes: `prepare` makes its input from any uint8 images. The sidecar is checked before anything is
+deserialized. Imports no torch; `workflows.loading.load` also runs checkpoints.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +30,49 @@ from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
 
 DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeInfo:
+    """Where an artifact ran; belongs with every figure.
+
+    Attributes:
+        device: The CPU's or GPU's name.
+        provider: What ran the net.
+        threads: CPU threads; None on a GPU.
+        contexts: Execution contexts of a plan.
+        graphs: CUDA graphs of a plan: "built in", "by hand" or "none".
+        placement: Number of nodes on each of ONNX Runtime's providers; empty for a plan.
+        int8_note: How an INT8 file runs on a CPU whose integer sums would saturate, else None.
+        fixed_batch: The only batch size that the file takes; None where it takes several.
+        batch_note: What `fixed_batch` means for a call.
+        versions: Versions of the libraries.
+    """
+
+    device: str
+    provider: str
+    threads: int | None
+    contexts: int | None
+    graphs: str | None
+    placement: dict[str, int]
+    int8_note: str | None
+    fixed_batch: int | None
+    batch_note: str | None
+    versions: dict[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """`int8_note` and `batch_note`, as far as there are any."""
+        return tuple(note for note in (self.int8_note, self.batch_note) if note)
+
+    def __str__(self) -> str:
+        """Device, provider, threads, contexts and versions on one line."""
+        threads = f", {self.threads} threads" if self.threads else ""
+        if self.contexts:
+            plural = "s" if self.contexts > 1 else ""
+            threads += f", {self.contexts} context{plural}, CUDA graphs: {self.graphs}"
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.device}; {self.provider}{threads}; {versions}"
 
 
 class Session:
@@ -92,7 +137,7 @@ class Session:
         return self.order.reorder(answer)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """As calling it, for callers that need logits.
+        """Runs a batch, for callers that need logits.
 
         Raises:
             InputError: The file gives the most probable classes only.
@@ -100,7 +145,7 @@ class Session:
         return logits(self(images), self.path)
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Logits, or for a top-K file what its answer says of all classes (`metrics.from_best`).
+        """Runs a batch; scores of all classes, also from a top-K file (see `metrics.from_best`).
 
         Raises:
             InputError: A top-K file that does not say how many classes there are.
@@ -111,7 +156,12 @@ class Session:
         return logits(answer, self.path)
 
     def restated(self, input: Preprocess, assumed: tuple[str, ...]) -> Session:
-        """The same artifact with other preprocessing, and what of it is assumed."""
+        """The same artifact with other preprocessing.
+
+        Args:
+            input: Replaces the preprocessing.
+            assumed: What of it is assumed.
+        """
         return self._changed(_input=input, assumed=assumed)
 
     def matched(
@@ -150,6 +200,10 @@ class Session:
         order = None if mapping.in_order else mapping
         return self._changed(order=order, _classes=reference.classes), mapping
 
+    def with_backend(self, backend: Backend) -> Session:
+        """The same artifact, run by another backend."""
+        return self._changed(backend=backend)
+
     def _changed(self, **changes: Any) -> Session:
         session = copy.copy(self)
         for name, value in changes.items():
@@ -181,7 +235,7 @@ class Session:
         return self._classes
 
     def prepare(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """uint8 RGB images to what the file takes.
+        """Turns uint8 RGB images into what the file takes.
 
         Args:
             images: Crops [N, S, S, 3], or images [H, W, 3] of any sizes, which are resized and
@@ -229,7 +283,7 @@ class Session:
         return (side, side, 3) if self.backend.layout == "nhwc" else (3, side, side)
 
     def example(self, count: int, seed: int = 0) -> np.ndarray:
-        """`count` random images of the type and shape the file takes, for timing it.
+        """Makes `count` random images of the type and shape the file takes, for timing.
 
         Raises:
             InputError: The file leaves the size open.
@@ -246,16 +300,16 @@ class Session:
         Raises:
             InputError: The file leaves it open, and no sidecar states it.
         """
-        if self.backend.size is None and self._input is not None:
+        if self._input is not None:
             return self._input.size
-        if self.backend.size is None and self.sidecar is not None and self.sidecar.input_known:
+        if self.backend.size is not None:
+            return self.backend.size
+        if self.sidecar is not None and self.sidecar.input_known:
             return self.sidecar.input.size
-        if self.backend.size is None:
-            raise InputError(
-                f"{self.path}: its input has no fixed size",
-                fix=f"state it once with: rtresnet adopt {self.path} --size S",
-            )
-        return self.backend.size
+        raise InputError(
+            f"{self.path}: its input has no fixed size",
+            fix=f"state it once with: rtresnet adopt {self.path} --size S",
+        )
 
     @property
     def batch(self) -> int | None:
@@ -275,30 +329,29 @@ class Session:
         how = "images run one by one" if self.batch == 1 else "a smaller batch is filled up"
         return f"{self.path}: takes batches of {self.batch}; {how}"
 
-    def describe(self) -> dict[str, object]:
-        """Device, provider, threads and versions, as they belong with every figure.
+    @property
+    def info(self) -> RuntimeInfo:
+        """Device, provider, threads and versions."""
+        backend = self.backend
+        return RuntimeInfo(
+            device=hardware.cpu() if backend.device == "cpu" else backend.device,
+            provider=backend.provider,
+            threads=backend.threads,
+            contexts=getattr(backend, "contexts", None),
+            graphs=getattr(backend, "graphs", None),
+            placement=getattr(backend, "placement", {}),
+            int8_note=getattr(backend, "int8_note", None),
+            fixed_batch=self.batch,
+            batch_note=self.batch_note,
+            versions=hardware.versions(("rtresnet", "numpy")) | dict(backend.versions),
+        )
 
-        `contexts` and `graphs` ("built in", "by hand" or "none") are of a plan, else None.
-        `placement` is the number of nodes on each of ONNX Runtime's execution providers; empty of
-        a plan, which is one piece. `int8_note` says how an INT8 file runs on a CPU whose integer
-        sums would saturate, and is None elsewhere; `batch_note` says that the file takes one batch
-        size only (`fixed_batch`).
-        """
-        return {
-            "device": hardware.cpu() if self.backend.device == "cpu" else self.backend.device,
-            "provider": self.backend.provider,
-            "threads": self.backend.threads,
-            "contexts": getattr(self.backend, "contexts", None),
-            "graphs": getattr(self.backend, "graphs", None),
-            "placement": getattr(self.backend, "placement", {}),
-            "int8_note": getattr(self.backend, "int8_note", None),
-            "fixed_batch": self.batch,
-            "batch_note": self.batch_note,
-            "versions": hardware.versions(("rtresnet", "numpy")) | dict(self.backend.versions),
-        }
+    def describe(self) -> dict[str, object]:
+        """Returns `info` as a dict."""
+        return dataclasses.asdict(self.info)
 
     def close(self) -> None:
-        """Gives back what the backend holds."""
+        """Frees what the backend holds."""
         self.backend.close()
 
     def __enter__(self) -> Session:
@@ -331,20 +384,20 @@ def load(
     Args:
         path: A .onnx or .plan file.
         device: "cpu", "cuda", or "auto": a plan on the GPU, an ONNX file on the CPU.
-        provider: For an ONNX file: "cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx", or
-            "auto". What is asked for runs the whole net, or loading fails.
+        provider: For an ONNX file: "auto", "cpu", "openvino", "cuda" or "tensorrt-rtx". A named
+            provider runs the whole net, or loading fails.
         threads: Intra-op threads on a CPU; every core by default.
-        contexts: Of a plan: calls that may run at the same time, each with buffers of its own;
-            one more waits for its turn. An ONNX file takes any number.
-        graphs: Of a plan: whether calls are CUDA graphs; None where they can be, True or an error.
-        kernels: Of a plan of TensorRT-RTX, which compiles kernels for each batch size on this
-            machine: "eager": in its first call, which waits for it; "lazy": beside the calls,
-            which generic kernels serve until then. The second is for servers, not for measuring.
-        cache: Of a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
-            kept beside it, in PLAN.cache.
-        timings: Of a plan: whether `session.backend.timings()` has the times of copies and
+        contexts: For a plan: calls that may run at the same time, each with its own buffers;
+            further calls wait. An ONNX file takes any number of calls.
+        graphs: For a plan: whether calls are CUDA graphs; None where possible, True or an error.
+        kernels: For a plan of TensorRT-RTX, which compiles kernels for each batch size on this
+            machine. "eager": the first call waits for them. "lazy": generic kernels serve the
+            calls until they are compiled, which suits servers and not measurements.
+        cache: For a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
+            kept next to it, in PLAN.cache.
+        timings: For a plan: whether `session.backend.timings()` has the times of copies and
             computation; recording them costs every call some microseconds.
-        blocking: Of a plan: whether a thread that waits for the GPU sleeps. It then wakes up some
+        blocking: For a plan: whether a thread that waits for the GPU sleeps. It then wakes up some
             tens of microseconds late, where spinning keeps a processor busy.
 
     Next to other Python threads that compute, a call waits for the GIL when the GPU is done: up to
@@ -355,8 +408,8 @@ def load(
     Raises:
         InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
         ArtifactError: The file does not match its sidecar, or another version or GPU.
-        UnavailableError: The device, the provider or a package is not here, or the provider would
-            leave part of the net to another.
+        UnavailableError: The device, the provider or a package is missing, or the provider would
+            leave part of the net to another one.
     """
     if device not in DEVICES:
         raise UnknownNameError("device", device, DEVICES)

@@ -1,19 +1,203 @@
-"""Accuracy of anything that maps images to logits: a torch net, an ONNX file, a plan.
+"""Accuracy on labelled images: of one centre crop, or by the paper's test protocols (section 3.4).
 
-Imports no torch, so that it serves the runtime's artifacts on a machine without it.
+    center    one crop of the resized image
+    10-crop   four corners and the centre, and their mirror images
+    dense     the whole image at several scales, and its mirror image, by a fully convolutional net
+
+The softmax's probabilities are averaged over crops, mirror images, scales and the nets of an
+ensemble, as in AlexNet, whose ten crops the paper refers to. Over the positions of a dense score
+map the logits are averaged, before the softmax: the map of one view gives the net's own answer.
+
+Serves torch nets, ONNX files and plans alike. Imports no torch, so that it works without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from rtresnet.core import metrics
 from rtresnet.core.errors import DataError
-from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.preprocess import Preprocess, resize_shorter
 from rtresnet.data import loader
+from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Source
+
+ProtocolName = Literal["center", "10-crop", "dense"]
+PAPER_SIZE, PAPER_SCALES = 224, (224, 256, 384, 480, 640)
+
+
+class Classifier(typing.Protocol):
+    """What a protocol can measure; `runtime.session.Session` is one."""
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes input."""
+        ...
+
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """Runs prepared images; logits [N, classes], or a dense map [N, classes, h, w]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How an image is shown to a net.
+
+    Attributes:
+        protocol: "center", "10-crop" or "dense".
+        scales: Shorter sides under the dense protocol, in pixels; by default the paper's five,
+            in proportion to the net's size.
+    """
+
+    protocol: ProtocolName = "center"
+    scales: tuple[int, ...] = ()
+
+    def scales_for(self, preprocess: Preprocess) -> tuple[int, ...]:
+        """Shorter sides under the dense protocol for a net; empty for the other protocols."""
+        return () if self.protocol != "dense" else self.scales or dense_scales(preprocess.size)
+
+    def count(self, preprocess: Preprocess) -> int:
+        """Number of views of an image, over which the probabilities are averaged."""
+        return {"center": 1, "10-crop": 10, "dense": 2 * len(self.scales_for(preprocess))}[
+            self.protocol
+        ]
+
+    def of(self, image: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
+        """Makes the views of a uint8 image [H, W, 3], the mirror images last."""
+        if self.protocol == "center":
+            return [preprocess.crop(image)]
+        if self.protocol == "10-crop":
+            views = five_crops(image, preprocess)
+        else:
+            views = [resize_shorter(image, scale) for scale in self.scales_for(preprocess)]
+        return views + [view[:, ::-1] for view in views]
+
+
+def dense_scales(size: int) -> tuple[int, ...]:
+    """The paper's five shorter sides, in proportion for a net of another size than 224."""
+    return tuple(round(scale * size / PAPER_SIZE) for scale in PAPER_SCALES)
+
+
+def five_crops(image: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
+    """Top left, top right, bottom left, bottom right and centre: uint8 [size, size, 3] each."""
+    side, image = preprocess.size, resize_shorter(image, preprocess.resize)
+    bottom, right = image.shape[0] - side, image.shape[1] - side
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
+    crops = [image[top : top + side, left : left + side] for top, left in corners]
+    return [*crops, preprocess.crop(image)]
+
+
+def mean_probabilities(
+    net: Classifier, images: Sequence[Sequence[np.ndarray]], batch: int | None = None
+) -> np.ndarray:
+    """Runs the views of images; probabilities float64 [N, classes], the mean over an image's views.
+
+    Args:
+        net: Shown the views.
+        images: For each image its views, uint8 [H, W, 3].
+        batch: Images of the net's own size at a time, and as many pixels of larger ones; None
+            takes what fits.
+    """
+    preprocess = net.preprocess
+    by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+    for index, views in enumerate(images):
+        for view in views:
+            by_shape.setdefault(view.shape, []).append((index, view))
+    pixels = (batch or loader.batch_size(preprocess)) * preprocess.size**2
+    total: np.ndarray | None = None
+    for (height, width, _), entries in by_shape.items():
+        length = max(1, pixels // (height * width))
+        for start in range(0, len(entries), length):
+            chunk = entries[start : start + length]
+            prepared = preprocess.prepare(np.stack([view for _, view in chunk]))
+            logits = net.scores(prepared).astype(np.float64)
+            shares = metrics.softmax(logits.mean(axis=(2, 3)) if logits.ndim == 4 else logits)
+            if total is None:
+                total = np.zeros((len(images), shares.shape[1]))
+            np.add.at(total, [index for index, _ in chunk], shares)
+    assert total is not None
+    return total / len(images[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleAccuracy:
+    """Accuracies on the same images.
+
+    Attributes:
+        members: Of each net.
+        ensemble: Of the mean of their probabilities; with one net its own.
+    """
+
+    members: tuple[metrics.Accuracy, ...]
+    ensemble: metrics.Accuracy
+
+
+def evaluate_views(
+    nets: Sequence[Classifier],
+    source: Source,
+    views: Views | None = None,
+    *,
+    batch: int | None = None,
+    tally: loader.DecodeErrors | None = None,
+    on_images: Callable[[int], None] = lambda done: None,
+) -> EnsembleAccuracy:
+    """Shows every image to every net once; an image that cannot be decoded is left out for all.
+
+    Args:
+        nets: Nets of the same classes.
+        source: Labelled images.
+        views: How an image is shown; by default one centre crop.
+        batch: See `mean_probabilities`.
+        tally: Takes the broken images.
+        on_images: Receives the number of images that are done.
+
+    Raises:
+        DataError: No labels, no image that can be decoded, or more than 1 % broken.
+    """
+    require_labels(source)
+    shown = views or Views()
+    tally = tally or loader.DecodeErrors(len(source))
+    together = batch or min(loader.batch_size(net.preprocess) for net in nets)
+
+    def load(index: int) -> list[list[np.ndarray]] | CorruptImage:
+        try:
+            image = source.image(index)
+        except CorruptImage as error:
+            return error
+        return [shown.of(image, net.preprocess) for net in nets]
+
+    counts: list[list[metrics.Accuracy]] = []
+    ready: list[tuple[int, list[list[np.ndarray]]]] = []
+
+    def finish() -> None:
+        labels = source.labels[[index for index, _ in ready]]
+        scores = [
+            mean_probabilities(net, [entry[position] for _, entry in ready], batch)
+            for position, net in enumerate(nets)
+        ]
+        scores.append(np.mean(scores, axis=0))
+        counts.append([count(entry, labels, source) for entry in scores])
+        ready.clear()
+
+    for index, entry in loader.prefetch_map(load, range(len(source))):
+        if isinstance(entry, CorruptImage):
+            tally.skip(index, entry)
+        else:
+            ready.append((index, entry))
+        if len(ready) == together:
+            finish()
+            on_images(index + 1)
+    if ready:
+        finish()
+    if not counts:
+        raise DataError(f"{source.name}: no image could be evaluated")
+    *members, ensemble = (metrics.together(column) for column in zip(*counts, strict=True))
+    return EnsembleAccuracy(members=tuple(members), ensemble=ensemble)
 
 
 def evaluate(
@@ -28,19 +212,13 @@ def evaluate(
     """Runs every image once, single centre crop, and counts hits.
 
     Raises:
-        DataError: No labels, none decodable, or more than 1 % broken.
+        DataError: No labels, no image that can be decoded, or more than 1 % broken.
     """
     require_labels(source)
-    found = loader.batches(
-        source,
-        preprocess,
-        batch or loader.batch_size(preprocess),
-        indices=indices,
-        tally=tally,
+    batches = loader.batches(
+        source, preprocess, batch or loader.batch_size(preprocess), indices=indices, tally=tally
     )
-    counts: list[metrics.Accuracy] = []
-    for images, labels in found:
-        counts.append(count(forward(images), labels, source))
+    counts = [count(forward(images), labels, source) for images, labels in batches]
     if not counts:
         raise DataError(f"{source.name}: no image could be evaluated")
     return metrics.together(counts)
@@ -53,7 +231,7 @@ def require_labels(source: Source) -> None:
 
 
 def count(scores: np.ndarray, labels: np.ndarray, source: Source) -> metrics.Accuracy:
-    """Hits of scores [N, classes] against labels [N] of `source`.
+    """Counts hits of scores [N, classes] against labels [N] of `source`.
 
     Raises:
         DataError: A label beyond the classes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +83,12 @@ class RuntimeConfig(Config):
         Raises:
             InputError: `contexts` or `graphs` is given, and no artifact is a plan.
         """
-        kinds = [artifacts.kind_of(name) for name in paths]
-        kind = artifacts.kind_of(path)
-        given = [name for name in ("contexts", "graphs") if getattr(self, name) is not None]
-        if given and "plan" not in kinds:
+        kinds = [artifacts.SUFFIXES.get(Path(name).suffix.lower()) for name in (path, *paths)]
+        kind = kinds[0]
+        plan_options = [name for name in ("contexts", "graphs") if getattr(self, name) is not None]
+        if plan_options and "plan" not in kinds:
             raise InputError(
-                f"{path}: not a plan; --{given[0]} applies to plans only",
+                f"{path}: not a plan; --{plan_options[0]} applies to plans only",
                 fix="leave it out, or measure a plan: rtresnet build",
             )
         changes: dict[str, Any] = {}
@@ -98,6 +99,57 @@ class RuntimeConfig(Config):
             if kind == "plan":
                 changes |= {"threads": None}
         return dataclasses.replace(self, **changes)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    provider: str = "auto",
+    threads: int | None = None,
+    contexts: int = 1,
+    graphs: bool | None = None,
+    kernels: str = "eager",
+    cache: bool = True,
+    timings: bool = False,
+    blocking: bool = False,
+    model: str | None = None,
+    stated: InputConfig | None = None,
+) -> Session:
+    """Loads a checkpoint (in torch), an ONNX file or a plan (in the runtime).
+
+    Args:
+        path: A .pt, .onnx or .plan file.
+        device: "cpu", "cuda", or "auto": a plan runs on the GPU, an ONNX file on the CPU, and a
+            checkpoint on the GPU if torch has one.
+        provider: For an ONNX file: see `runtime.session.load`.
+        threads: CPU threads; all cores by default.
+        contexts: For a plan: calls that may run at the same time.
+        graphs: For a plan: whether calls are CUDA graphs; None where possible.
+        kernels: For a plan of TensorRT-RTX: "eager" or "lazy"; see `runtime.session.load`.
+        cache: For a plan of TensorRT-RTX: whether compiled kernels are kept in PLAN.cache.
+        timings: For a plan: whether copies and computation are timed.
+        blocking: For a plan: whether a thread that waits for the GPU sleeps.
+        model: Architecture of a checkpoint from elsewhere; recognized by default.
+        stated: Preprocessing in place of what the sidecar says. A file for which neither says it
+            runs, and `prepare` raises InputError.
+
+    Raises:
+        InputError: No such file, another kind of file, or an argument out of range.
+        ArtifactError: The file does not match its sidecar, this version or this GPU.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    runtime = RuntimeConfig(
+        device=typing.cast(Any, device),
+        provider=provider,
+        threads=threads,
+        contexts=contexts,
+        graphs=graphs,
+    )
+    return load_artifact(
+        path, runtime, stated=stated, model=model, input_needed=False, kernels=kernels,
+        cache=cache, timings=timings, blocking=blocking,
+    )  # fmt: skip
 
 
 def load_artifact(
@@ -117,7 +169,8 @@ def load_artifact(
         stated: Preprocessing in place of what the sidecar says, or of a file without one.
         model: Architecture of a checkpoint from elsewhere; recognized by default.
         input_needed: Whether unknown preprocessing is an error.
-        **options: Further options of `runtime.session.load` for ONNX files and plans.
+        **options: Further options of `runtime.session.load` for ONNX files and plans; they take
+            precedence over `runtime`.
 
     Raises:
         InputError: No such file; or neither a sidecar nor `stated` says what the file takes.
@@ -132,24 +185,23 @@ def load_artifact(
         return session.restated(
             preprocess, restated(session.assumed, session.preprocess, preprocess)
         )
-    from rtresnet.runtime.session import load
+    from rtresnet.runtime.session import load as session_load
 
-    session = load(
-        path,
-        device=runtime.device,
-        provider=runtime.provider,
-        threads=runtime.threads,
-        contexts=runtime.contexts or 1,
-        graphs=runtime.graphs,
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "device": runtime.device,
+        "provider": runtime.provider,
+        "threads": runtime.threads,
+        "contexts": runtime.contexts or 1,
+        "graphs": runtime.graphs,
+    }
+    session = session_load(path, **(settings | options))
     if not input_needed and stated.empty:
         return session
     return session.restated(*input_of(session, stated))
 
 
 def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[str, ...]]:
-    """The preprocessing of an ONNX file or a plan, and what of it is assumed.
+    """Returns the preprocessing of an ONNX file or a plan, and which parts of it are assumed.
 
     Args:
         session: The loaded file.

@@ -65,9 +65,9 @@ class Stale:
         self.last: np.ndarray | None = None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        found, before = sound(images), self.last
-        self.last = found
-        return before if before is not None and before.shape == found.shape else found
+        answer, before = sound(images), self.last
+        self.last = answer
+        return before if before is not None and before.shape == answer.shape else answer
 
 
 class Drifting:
@@ -104,9 +104,9 @@ class Poisoned:
         self.memory = np.float32(0)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        found = sound(images) + self.memory
+        answer = sound(images) + self.memory
         self.memory = np.float32(0) * images.sum(dtype=np.float32)
-        return found
+        return answer
 
 
 def whitening(images: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def checks(backend: Backend, images: np.ndarray = IMAGES, share: float = 1e-4) -
     return consistency.check(backend, images, single, sizes=SIZES, share=share)
 
 
-def test_a_sound_backend_passes_everything() -> None:
+def test_check_sound_backend_passes() -> None:
     found = checks(sound)
     assert all(check.ok and check.largest == 0 and check.moved == 0 for check in found)
     assert [f"{check.name}: {check.compared}" for check in found] == [
@@ -153,7 +153,7 @@ def test_a_sound_backend_passes_everything() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_a_backend_that_is_wrong_in_one_way_is_caught(backend: Backend, caught: str) -> None:
+def test_check_each_defect_is_caught(backend: Backend, caught: str) -> None:
     failed = {check.name: check.why for check in checks(backend) if not check.ok}
     assert failed.get(caught)
 
@@ -169,17 +169,17 @@ def test_a_backend_that_is_wrong_in_one_way_is_caught(backend: Backend, caught: 
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_no_other_check_would_have_caught_it(backend: Backend, caught: set[str]) -> None:
+def test_check_each_defect_is_caught_by_one_comparison(backend: Backend, caught: set[str]) -> None:
     assert {check.name for check in checks(backend) if not check.ok} == caught
 
 
-def test_pixels_have_no_nan_and_are_held_against_white() -> None:
+def test_check_uint8_input_uses_white_in_place_of_nan() -> None:
     pixels = np.random.default_rng(2).integers(0, 200, (6, 4, 4, 3), dtype=np.uint8)
     assert all(check.ok for check in checks(sound, pixels))
     assert [c.name for c in checks(whitening, pixels) if not c.ok] == ["white in one row"]
 
 
-def test_answers_that_are_no_numbers_are_told_first() -> None:
+def test_check_answers_not_finite_are_reported_first() -> None:
     (only,) = checks(lambda images: sound(images) * np.float32(np.nan))
     assert only.name == "alone" and only.why == "6 answers are not finite"
 
@@ -192,7 +192,7 @@ def top2(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, np.take_along_axis(found, order, axis=1).astype(np.float32)
 
 
-def test_a_top_k_file_is_checked_by_its_probabilities_and_its_first_class() -> None:
+def test_check_topk_compares_probabilities_and_top1() -> None:
     assert all(check.ok for check in checks(top2))
 
     def renamed(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +204,7 @@ def test_a_top_k_file_is_checked_by_its_probabilities_and_its_first_class() -> N
     assert failed.largest > failed.tolerance and failed.moved > 0
 
 
-def test_probabilities_are_compared_class_by_class_whatever_their_order() -> None:
+def test_difference_topk_ignores_the_order_of_classes() -> None:
     def best(classes: list[int], shares: list[float]) -> consistency.Answers:
         return consistency.answers((np.array([classes]), np.array([shares], np.float32)))
 
@@ -215,7 +215,7 @@ def test_probabilities_are_compared_class_by_class_whatever_their_order() -> Non
     assert best([3, 9, 7], [0.5, 0.4, 0.02]).difference(reference) == pytest.approx(0.38)
 
 
-def test_a_top_1_may_change_only_where_the_margin_is_within_the_tolerance() -> None:
+def test_compare_top1_may_change_only_within_the_tolerance() -> None:
     want = consistency.answers(np.array([[1.0, 0.95, 0], [1.0, 0.5, 0]], np.float32))
     close = consistency.answers(np.array([[0.95, 1.0, 0], [1.0, 0.5, 0]], np.float32))
     assert consistency.compare("", "", close, want, 0.06).ok
@@ -225,14 +225,14 @@ def test_a_top_1_may_change_only_where_the_margin_is_within_the_tolerance() -> N
     assert found.largest < 0.3 and found.moved == 1 and not found.ok
 
 
-def test_the_tolerance_is_a_share_of_the_logits_range() -> None:
+def test_allowed_is_a_share_of_the_logits_range() -> None:
     logits = consistency.answers(np.array([[-3.0, 5.0], [1.0, 2.0]]))
     assert logits.allowed(0.01) == pytest.approx(0.08)
     assert logits.top(1).allowed(0.01) == pytest.approx(0.1)
     assert logits.top(1).allowed(0.9) == consistency.WIDEST
 
 
-def test_images_that_cannot_be_told_apart_are_known() -> None:
+def test_discriminability_counts_distinguishable_pairs() -> None:
     assert consistency.discriminability(consistency.alone(sound, IMAGES), 1e-3) == 1
     twins = consistency.alone(sound, IMAGES[[0, 1, 0]])
     assert consistency.discriminability(twins, 1e-3) == pytest.approx(2 / 3)

@@ -51,27 +51,27 @@ def checked(path: Path, tmp_path: Path, *more: str) -> tuple[int, dict[str, Any]
 
 
 @pytest.mark.parametrize("name", ["resnet8.onnx", "resnet8-fp16.onnx", "resnet8-int8.onnx"])
-def test_our_files_pass_and_are_held_against_the_fp32_file(
+def test_check_own_files_pass_and_agree_with_the_fp32_file(
     engines: Path, tmp_path: Path, tints: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, result = checked(engines / name, tmp_path, "--provider", "cpu", "--data", tints)
-    told = capsys.readouterr()
-    assert code == 0, told.err
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
     assert {entry["compared"] for entry in result["checks"] if entry["name"] == "batch size"} == {
         "1 with alone", "8 with alone", "32 with alone",
     }  # fmt: skip
     last = result["checks"][-1]
     if name == "resnet8.onnx":
-        assert result["parent"] is None and "no FP32 ONNX file in its chain" in told.out
+        assert result["parent"] is None and "no FP32 ONNX file in its chain" in captured.out
     else:
         assert last["name"] == "parent" and last["compared"] == "resnet8.onnx" and last["n"] == 6
         assert 0 < last["largest"] < last["tolerance"]
-    table = told.out.split("6 images")[0]
+    table = captured.out.split("6 images")[0]
     assert max(map(len, table.splitlines())) <= 80 and "FAILED" not in table
-    assert f"6 images ({tints})" in told.out and "WEAK" not in told.out
+    assert f"6 images ({tints})" in captured.out and "WEAK" not in captured.out
 
 
-def test_a_checkpoint_is_checked_in_torch(trained: Path, tmp_path: Path) -> None:
+def test_check_checkpoint_runs_in_torch(trained: Path, tmp_path: Path) -> None:
     code, result = checked(trained / "best.pt", tmp_path)
     assert (code, result["provider"], result["bound"]) == (0, "torch", "fp32")
     assert result["images"] == "noise" and result["told_apart"] > 0.5
@@ -81,7 +81,7 @@ def test_a_checkpoint_is_checked_in_torch(trained: Path, tmp_path: Path) -> None
     ("name", "precision"),
     [("resnet8.onnx", "fp32"), ("resnet8-fp16.onnx", "fp16"), ("resnet8-int8.onnx", "int8")],
 )
-def test_a_strangers_file_is_checked_on_noise_and_held_to_what_it_computes_in(
+def test_check_file_without_sidecar_takes_noise_and_its_own_precision(
     name: str, precision: str, copied: Path, tmp_path: Path, tints: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -98,7 +98,7 @@ def test_a_strangers_file_is_checked_on_noise_and_held_to_what_it_computes_in(
     assert "preset half" in capsys.readouterr().out
 
 
-def test_what_does_not_say_its_precision_is_held_to_the_widest_bound(
+def test_check_unknown_precision_gets_the_widest_bound(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -113,20 +113,20 @@ def test_what_does_not_say_its_precision_is_held_to_the_widest_bound(
     )
 
 
-def test_rows_that_are_mixed_up_are_exit_code_1_and_told(
+def test_check_exchanged_rows_exit_1(
     engines: Path, tmp_path: Path, broken: Infer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken(lambda images, right: np.roll(right(images), 1, axis=0))
     code, result = checked(engines / "resnet8.onnx", tmp_path, "--provider", "cpu")
-    told = capsys.readouterr()
-    assert code == 1 and "FAILED" in told.out
-    assert "resnet8.onnx: in a batch (8 with alone): 8 of 8 answers differ" in told.err
+    captured = capsys.readouterr()
+    assert code == 1 and "FAILED" in captured.out
+    assert "resnet8.onnx: in a batch (8 with alone): 8 of 8 answers differ" in captured.err
     assert {entry["name"] for entry in result["checks"] if entry["ok"]} <= {
         "batch size", "odd batch", "repeated",
     }  # fmt: skip
 
 
-def test_an_engine_that_disagrees_with_its_fp32_file_fails_on_that_alone(
+def test_check_disagreement_with_fp32_file_fails_only_parent(
     engines: Path, tmp_path: Path, broken: Infer, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(engines, tmp_path / "engines")
@@ -137,8 +137,8 @@ def test_an_engine_that_disagrees_with_its_fp32_file_fails_on_that_alone(
 
     def alone(infer: Infer, images: np.ndarray) -> consistency.Answers:
         calls.append(infer)
-        found = real(infer, images)
-        return found[np.arange(len(images))[::-1]] if len(calls) > 1 else found
+        answers = real(infer, images)
+        return answers[np.arange(len(images))[::-1]] if len(calls) > 1 else answers
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(consistency, "alone", alone)  # the second is the FP32 file's
@@ -148,7 +148,7 @@ def test_an_engine_that_disagrees_with_its_fp32_file_fails_on_that_alone(
     assert "parent (resnet8.onnx): " in capsys.readouterr().err
 
 
-def test_answers_that_are_not_finite_are_exit_code_1(
+def test_check_answers_not_finite_exit_1(
     engines: Path, tmp_path: Path, broken: Infer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken(lambda images, right: right(images) * np.float32(np.nan))
@@ -157,7 +157,7 @@ def test_answers_that_are_not_finite_are_exit_code_1(
     assert result["checks"][0]["largest"] is None  # JSON has no NaN
 
 
-def test_images_that_all_look_alike_are_said_to_prove_little(
+def test_check_equal_answers_print_weak(
     engines: Path, tmp_path: Path, broken: Infer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken(lambda images, right: np.repeat(np.eye(1, 4, dtype=np.float32), len(images), axis=0))
@@ -167,7 +167,7 @@ def test_images_that_all_look_alike_are_said_to_prove_little(
 
 
 @pytest.mark.parametrize("state", ["missing", "changed"])
-def test_an_fp32_file_that_is_not_there_any_more_is_said_to_be_so(
+def test_check_fp32_file_missing_or_changed_is_printed(
     copied: Path, tmp_path: Path, state: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = copied / "resnet8.onnx"
@@ -216,7 +216,7 @@ def pixels_in_best_out(source: Path, path: Path, k: int) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["-fp16", "-int8"])
-def test_a_file_that_takes_pixels_and_gives_the_best_is_checked_and_packaged(
+def test_check_uint8_topk_file_passes_and_is_packaged(
     copied: Path, tmp_path: Path, tints: str, precision: str
 ) -> None:
     path = pixels_in_best_out(copied / f"resnet8{precision}.onnx", copied / "served.onnx", 3)
@@ -232,9 +232,7 @@ def test_a_file_that_takes_pixels_and_gives_the_best_is_checked_and_packaged(
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_a_plan_without_a_gpu_is_exit_code_3(
-    engines: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_plan_without_gpu_exits_3(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = engines / "resnet8-int8.plan"
     if not plan.exists():
         pytest.skip("no TensorRT-RTX here")
@@ -242,7 +240,7 @@ def test_a_plan_without_a_gpu_is_exit_code_3(
     assert "resnet8-int8.onnx" in capsys.readouterr().err
 
 
-def test_a_plan_is_checked_at_the_batches_of_its_profiles(
+def test_check_plan_uses_the_batches_of_its_profiles(
     engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ONNX file that the plan was built from stands in for a GPU."""
@@ -268,7 +266,7 @@ def test_a_plan_is_checked_at_the_batches_of_its_profiles(
     assert tried == {f"{n} with alone" for n in wanted}
 
 
-def test_options_that_do_not_fit_are_exit_code_2(trained: Path, tmp_path: Path) -> None:
+def test_check_impossible_options_exit_2(trained: Path, tmp_path: Path) -> None:
     assert main(["check", str(trained / "best.pt"), "--provider", "cpu"]) == 2
     assert main(["check", str(tmp_path / "none.onnx")]) == 2
     assert main(["check", str(trained / "best.pt"), "--images", "1"]) == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -20,12 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.cli import opening
 from rtresnet.cli.main import main
-from rtresnet.cli.predict_rows import Predictor
-from rtresnet.core import hardware
+from rtresnet.core import hardware, locks
 from rtresnet.core.errors import InputError
-from rtresnet.core.preprocess import UINT8, Preprocess
+from rtresnet.workflows.predictor import Predictor
 
 COUNT, BATCH, BROKEN = 50, 4, 13
 DEADLINE = 60  # seconds after which a process has failed
@@ -73,32 +69,32 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_every_form_says_the_same_as_the_terminal(
+def test_predict_every_form_of_table_equals_the_terminal(
     predict: Callable[..., int], net: Path, folder: Path, tmp_path: Path
 ) -> None:
     result = tmp_path / "result.json"
     assert predict("x.jsonl", "--top", "2", "--json", str(result)) == 0
     assert predict("x.csv", "--top", "2") == 0
-    found = rows(tmp_path / "x.jsonl")
-    assert list(found[0]) == [
+    lines = rows(tmp_path / "x.jsonl")
+    assert list(lines[0]) == [
         "image", "class_1", "probability_1", "class_2", "probability_2", "error"
     ]  # fmt: skip
-    assert len(found) == COUNT
-    names = [row["image"] for row in found]
+    assert len(lines) == COUNT
+    names = [row["image"] for row in lines]
     assert names == sorted(names) and names[-1] == str(folder / "b, c" / f"{COUNT - 1:03}.png")
-    (broken,) = (row for row in found if row["error"])
+    (broken,) = (row for row in lines if row["error"])
     assert broken["image"] == names[BROKEN] and names[BROKEN] in broken["error"]
     assert broken["class_1"] is None and broken["probability_2"] is None
     with open(tmp_path / "x.csv", newline="") as file:
         as_text = list(csv.DictReader(file))
-    assert as_text == [{k: "" if v is None else str(v) for k, v in row.items()} for row in found]
+    assert as_text == [{k: "" if v is None else str(v) for k, v in row.items()} for row in lines]
     shown = tmp_path / "shown.json"
     few = ["predict", str(folder), "--with", str(net), "--top", "2", "--batch", str(BATCH)]
     assert main([*few, "--json", str(shown)]) == 0
     terminal = json.loads(shown.read_text())["result"]
     assert [(e["image"], e["top"][0]["class"], e["top"][1]["probability"]) for e in
             terminal["images"]] == [
-        (row["image"], row["class_1"], row["probability_2"]) for row in found if not row["error"]
+        (row["image"], row["class_1"], row["probability_2"]) for row in lines if not row["error"]
     ]  # fmt: skip
     assert terminal["skipped"] == [broken["error"]]
     summary = json.loads(result.read_text())["result"]
@@ -106,15 +102,15 @@ def test_every_form_says_the_same_as_the_terminal(
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
 
 
-def test_parquet_keeps_the_types_and_says_what_made_it(
+def test_predict_parquet_keeps_types_and_provenance(
     predict: Callable[..., int], tmp_path: Path
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     assert predict("x.parquet") == 0 and predict("x.jsonl") == 0
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.schema.field("probability_1").type == "float"
-    found = rows(tmp_path / "x.jsonl")
-    for given, row in zip(table.to_pylist(), found, strict=True):
+    json_rows = rows(tmp_path / "x.jsonl")
+    for given, row in zip(table.to_pylist(), json_rows, strict=True):
         for name, value in row.items():
             expected = np.float32(value) if isinstance(value, float) else value
             assert given[name] == expected
@@ -125,17 +121,17 @@ def test_parquet_keeps_the_types_and_says_what_made_it(
 STOPS_AT = """
 import sys, time
 from pathlib import Path
-from rtresnet.cli import predict_rows
 from rtresnet.cli.main import main
+from rtresnet.workflows.predictor import Predictor
 
-read = predict_rows.Predictor._read
+read = Predictor._read
 
 def reads(self, name):
     while name.endswith({stop!r}) and not Path({go!r}).exists():
         time.sleep(0.01)
     return read(self, name)
 
-predict_rows.Predictor._read = reads
+Predictor._read = reads
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -161,7 +157,7 @@ def stopped(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_was_stopped_goes_on_to_the_same_table(
+def test_predict_stopped_process_resumes_to_the_same_table(
     predict: Callable[..., int],
     net: Path,
     folder: Path,
@@ -183,7 +179,7 @@ def test_a_process_that_was_stopped_goes_on_to_the_same_table(
         file.write(part.read_text().splitlines()[1] + '\n{"image": "half a li')
     capsys.readouterr()
     assert predict("x.jsonl", "--resume") == 0
-    assert "going on at image 28 of 50" in capsys.readouterr().err
+    assert "resuming at image 28 of 50" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
 
@@ -191,23 +187,23 @@ def test_a_process_that_was_stopped_goes_on_to_the_same_table(
 @pytest.fixture
 def part(predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A journal that a failing net left after five batches."""
-    rows_of, made = Predictor._rows, [0]
+    predict_batch, made = Predictor._predict, [0]
 
     def fails(self: Predictor, entries: Any) -> Any:
         made[0] += 1
         if made[0] == 6:
             raise InputError("the net fails")
-        return rows_of(self, entries)
+        return predict_batch(self, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "_rows", fails)
+        patch.setattr(Predictor, "_predict", fails)
         assert predict("x.csv") == 2
     path = tmp_path / "x.csv.part"
     assert len(rows(path)) == 1 + 5 * BATCH
     return path
 
 
-def test_what_was_not_finished_is_neither_lost_nor_mixed(
+def test_predict_journal_of_other_options_is_refused_and_kept(
     predict: Callable[..., int],
     part: Path,
     net: Path,
@@ -241,10 +237,9 @@ def test_what_was_not_finished_is_neither_lost_nor_mixed(
     assert "another list of images" in last_line(capsys)
     changed.write_bytes(content)
     os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with part.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with locks.hold_file(tmp_path / "x.csv", warn=print):
         assert predict("x.csv", "--resume") == 2
-        assert "another process" in last_line(capsys)
+        assert f"process {os.getpid()} has been writing there" in last_line(capsys)
     assert part.read_bytes() == before
     assert predict("x.csv", "--resume") == 0
     assert predict("whole.csv") == 0
@@ -252,7 +247,7 @@ def test_what_was_not_finished_is_neither_lost_nor_mixed(
 
 
 @pytest.mark.parametrize("spoil", [b"", b'{"journal"', b"\0" * 600, b'[1]\n"a"\n'])
-def test_a_journal_without_its_first_line_is_begun_anew(
+def test_predict_journal_without_first_line_is_started_again(
     predict: Callable[..., int], tmp_path: Path, spoil: bytes
 ) -> None:
     (tmp_path / "x.csv.part").write_bytes(spoil)
@@ -260,7 +255,7 @@ def test_a_journal_without_its_first_line_is_begun_anew(
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + COUNT
 
 
-def test_nothing_to_resume_begins_and_a_finished_table_is_replaced_whole(
+def test_predict_resume_without_journal_replaces_the_table(
     predict: Callable[..., int], tmp_path: Path
 ) -> None:
     (tmp_path / "x.csv").write_text("an older table")
@@ -268,7 +263,7 @@ def test_nothing_to_resume_begins_and_a_finished_table_is_replaced_whole(
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + COUNT
 
 
-def test_a_full_disk_is_said_and_what_was_made_goes_on(
+def test_predict_full_disk_exits_2_and_resumes(
     net: Path, folder: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hog = small_disk / "hog"
@@ -289,14 +284,14 @@ def test_a_full_disk_is_said_and_what_was_made_goes_on(
     [
         ("x.xlsx", [], ["x.xlsx", "*.parquet"]),
         ("x", [], ["no suffix", "*.csv"]),
-        ("file/x.csv", [], ["file", "cannot be made a folder"]),
+        ("file/x.csv", [], ["file", "cannot be written into"]),
         ("there.csv", [], ["there.csv", "a folder is there"]),
         ("x.csv", ["--top", "11"], ["--top 11", "10 classes", "--top 10"]),
         ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such image"]),
         ("x.csv", ["--actors", "2"], ["--actors goes with --ray"]),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_made(
+def test_predict_mistake_exits_2_before_anything_is_written(
     predict: Callable[..., int],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -313,7 +308,7 @@ def test_a_mistake_is_told_before_anything_is_made(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there.csv"]
 
 
-def test_images_that_are_not_there(
+def test_predict_missing_images_exit_2(
     net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -376,7 +371,7 @@ def test_predict_without_a_model_takes_the_only_one_and_refuses_to_choose(
     ("x.parquet", [], "pyarrow"),
     ("x.csv", ["--ray"], "ray[data]"),
 ])  # fmt: skip
-def test_a_missing_package_is_exit_code_3(
+def test_predict_missing_package_exits_3(
     predict: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -392,7 +387,7 @@ def test_a_missing_package_is_exit_code_3(
     assert "pip install" in message and package in message
 
 
-def test_names_that_are_not_utf8_and_a_file_that_goes_away(
+def test_predict_non_utf8_name_and_deleted_file_are_rows(
     net: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -416,68 +411,8 @@ def test_names_that_are_not_utf8_and_a_file_that_goes_away(
     assert "gone.png: No such file" in second["error"]
 
 
-@dataclasses.dataclass
-class BestTwo:
-    """A file that takes pixels and gives the best two classes, as the runtime hands them out."""
-
-    seen: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.seen.append(images.copy())
-        count = len(images)
-        indices = np.tile(np.array([[2, 0]], np.int64), (count, 1))
-        return indices, np.tile(np.array([[0.7, 0.2]], np.float32), (count, 1))
-
-
-def opened(
-    forward: Callable[[np.ndarray], Any], **preprocess: Any
-) -> Callable[..., opening.Opened]:
-    def open_artifact(path: str, **options: Any) -> opening.Opened:
-        return opening.Opened(
-            path=Path(path),
-            forward=forward,
-            preprocess=Preprocess.for_size(32, **preprocess),
-            classes=("cat", "dog", "owl"),
-            precision="fp32",
-            where={"device": "x", "provider": "x", "threads": 1, "versions": {}},
-            close=lambda: None,
-        )
-
-    return open_artifact
-
-
-def test_a_file_that_takes_pixels_and_gives_the_best_classes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net = BestTwo()
-    monkeypatch.setattr(opening, "open_artifact", opened(net, layout=UINT8))
-    predictor = Predictor("x.onnx", top=2)
-    ((row,),) = predictor.batches([str(folder / "a" / "000.png")])
-    assert row.top == (("owl", 0.7), ("cat", 0.2))
-    (images,) = net.seen
-    assert images.dtype == np.uint8 and images.shape == (1, 32, 32, 3)
-    with pytest.raises(InputError, match="--top 2"):
-        list(Predictor("x.onnx", top=3).batches([str(folder / "a" / "000.png")]))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_are_an_error_of_their_image(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
-    def forward(images: np.ndarray) -> np.ndarray:
-        logits = np.zeros((len(images), 3), np.float32)
-        logits[0, 1] = value
-        return logits
-
-    monkeypatch.setattr(opening, "open_artifact", opened(forward))
-    names = [str(folder / "a" / f"{index:03}.png") for index in range(2)]
-    ((bad, good),) = Predictor("x.onnx").batches(names)
-    assert bad.error == "the net's output is not finite" and bad.top == ()
-    assert good.error is None and len(good.top) == 3
-
-
 @pytest.mark.slow
-def test_on_a_local_ray_the_table_is_the_same(
+def test_predict_local_ray_gives_the_same_table(
     predict: Callable[..., int],
     tmp_path: Path,
     net: Path,
@@ -510,10 +445,10 @@ def test_predict_of_transparent_image_equals_its_composite_on_white(
     Image.fromarray(pixels).save(tmp_path / "transparent.png")
     pixels[:, :16] = 255
     Image.fromarray(pixels[..., :3]).save(tmp_path / "white.png")
-    found = []
+    tops = []
     for name in ("transparent", "white"):
         result = tmp_path / f"{name}.json"
         image = str(tmp_path / f"{name}.png")
         assert main(["predict", str(net), image, "--json", str(result)]) == 0
-        found.append(json.loads(result.read_text())["result"]["images"][0]["top"])
-    assert found[0] == found[1]
+        tops.append(json.loads(result.read_text())["result"]["images"][0]["top"])
+    assert tops[0] == tops[1]

@@ -161,14 +161,15 @@ def _results(folder: Path) -> None:
 
 
 def _journal(folder: Path) -> None:
-    from rtresnet.cli.predict_out import Journal
-    from rtresnet.cli.predict_rows import Row
+    from rtresnet.workflows.prediction_table import Journal
+    from rtresnet.workflows.predictor import ClassProbability, Prediction
 
     folder.mkdir()
+    best = tuple(ClassProbability(name=n, probability=p) for n, p in (("a", 0.75), ("b", 0.25)))
     with Journal(folder / "out.jsonl", JOURNAL, batch=1, resume=False) as journal:
         journal.add(
             [
-                Row(image="a.png", top=(("a", 0.75), ("b", 0.25))),
-                Row(image="b.png", error="damaged"),
+                Prediction(image="a.png", top=best),
+                Prediction(image="b.png", error="damaged"),
             ]
         )

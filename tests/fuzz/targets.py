@@ -124,7 +124,7 @@ def _baseline(path: Path) -> None:
 
 
 def _journal(path: Path) -> None:
-    from rtresnet.cli.predict_out import Journal
+    from rtresnet.workflows.prediction_table import Journal
 
     with Journal(path.with_suffix(""), corpus.JOURNAL, batch=1, resume=True) as journal:
         journal.finish()

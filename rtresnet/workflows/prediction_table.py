@@ -1,17 +1,15 @@
-"""Where predictions go: a journal while they are made, a table when they are complete.
+"""Tables of predictions: a journal while they are made, a table when they are complete.
 
-`OUT.part` holds a line of JSON that says what is being made, then one an image, in order. It is
-flushed batch by batch, so that whoever kills the process loses one batch. At the end it becomes
-OUT, in one step. Knows nothing of how predictions are made.
-
-The columns, in every form: image, class_1, probability_1, ... to K, error.
+`OUT.part` holds one line of JSON that says what is predicted, then one line for each image, in
+order. It is flushed batch by batch, so that a killed process loses one batch. At the end it becomes
+OUT in one step. Knows nothing about how predictions are made. The columns of every form: image,
+class_1, probability_1, ... to K, error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,25 +18,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rtresnet.cli.predict_rows import Row
-from rtresnet.core import typed_json
+from rtresnet.core import atomic_io, hardware, typed_json
 from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.workflows.predictor import Prediction
 
 FORMS = (".parquet", ".csv", ".jsonl")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 VERSION = 1
-ROWS_AT_ONCE, GROUP = 1024, 16  # as Python objects, which are large; and how many make a row group
+CHUNK_ROWS, GROUP_CHUNKS = 1024, 16  # rows as Python objects, which are large; chunks a row group
 
 
-def check_form(out: Path) -> None:
-    """Raises what would otherwise be found out at the end.
+def check_table_path(out: Path) -> None:
+    """Refuses a table that cannot be written, before anything is computed.
 
     Raises:
-        InputError: The suffix is none of FORMS, or nothing can be written there.
+        InputError: The suffix is none of FORMS, or there is a folder of that name.
         UnavailableError: Parquet without pyarrow.
     """
-    from rtresnet.core import atomic_io, hardware
-
     if out.suffix.lower() not in FORMS:
         raise InputError(
             f"--out {out}: {out.suffix or 'no suffix'} is not a form of table",
@@ -46,7 +42,6 @@ def check_form(out: Path) -> None:
         )
     if out.is_dir():
         raise InputError(f"--out {out}: a folder is there", fix="choose another --out")
-    atomic_io.make_folder(out.parent)
     if out.suffix.lower() == ".parquet" and not hardware.installed("pyarrow"):
         raise UnavailableError(
             "Parquet needs the package pyarrow, which is not installed",
@@ -55,40 +50,38 @@ def check_form(out: Path) -> None:
 
 
 class Journal:
-    """`OUT.part`, held by one process at a time.
+    """`OUT.part`. The caller holds the lock on OUT (`core.locks.hold_file`).
 
     Args:
         out: The table that it becomes.
-        head: What is made: everything that decides a row, and the images. Compared on resuming.
+        head: What is made: everything that determines a row, and the images. Compared on resuming.
         batch: Rows are kept in whole batches: one that was cut off is made again.
-        resume: Go on with what is there.
+        resume: Whether an existing journal is continued.
 
     Attributes:
-        done: Rows that are there.
-        broken: Rows with an error among them.
+        done: Number of rows that exist.
+        broken: Number of rows with an error among them.
 
     Raises:
-        InputError: There is one already and `resume` was not asked for, or it is of another model,
-            other options or other images, or another process writes it.
+        InputError: There is a journal and `resume` is false, or it was made with another model,
+            other options or other images.
     """
 
     def __init__(self, out: Path, head: dict[str, Any], *, batch: int, resume: bool) -> None:
         self.out, self.path = out, Path(f"{out}.part")
         self.head = {"journal": VERSION, **head}
         self.done = self.broken = 0
-        there = self.path.exists() and self.path.stat().st_size > 0
-        if there and not resume:
+        exists = self.path.exists() and self.path.stat().st_size > 0
+        if exists and not resume:
             raise InputError(
-                f"{self.path}: predictions that were not finished",
-                fix=f"go on with --resume, or remove {self.path}",
+                f"{self.path}: an interrupted run left predictions there",
+                fix=f"continue it with --resume, or remove {self.path}",
             )
-        # Not truncated by opening it: another process may be writing.
         self._file: TextIO = open(  # noqa: SIM115
             self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="\n"
         )
         try:
-            self._lock()
-            if there:
+            if exists:
                 self._continue(batch)
             if self.done == 0:
                 self._file.truncate(0)
@@ -97,32 +90,21 @@ class Journal:
             self._file.close()
             raise
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{self.path}: another process is writing it", fix="choose another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            return
-
     def _continue(self, batch: int) -> None:
         self._file.seek(0)
         # readline and not iteration, which forbids tell()
-        whole = _parsed(self._file.readline())
-        if whole is None:
+        head = _parsed(self._file.readline())
+        if head is None:
             return  # killed before the first line was written
-        other = [key for key in {**whole, **self.head} if whole.get(key) != self.head.get(key)]
-        if other:
-            key = other[0]
+        changed = [key for key in {**head, **self.head} if head.get(key) != self.head.get(key)]
+        if changed:
+            key = changed[0]
             raise InputError(
-                f"{self.path}: made with another {key.replace('_', ' ')} ({_short(whole.get(key))} "
+                f"{self.path}: made with another {key.replace('_', ' ')} ({_short(head.get(key))} "
                 f"then, {_short(self.head.get(key))} now)",
-                fix=f"use that one, or remove {self.path} to begin anew",
+                fix=f"use that one, or remove {self.path} to begin again",
             )
-        end, broken = self._file.tell(), 0
-        read = 0
+        end, read, broken = self._file.tell(), 0, 0
         while (row := self._row(self._file.readline())) is not None:
             read += 1
             broken += row["error"] is not None
@@ -132,7 +114,7 @@ class Journal:
         self._file.truncate()
 
     def _row(self, line: str) -> dict[str, Any] | None:
-        """A line with the columns of the table; None as in `_parsed`."""
+        """Parses a line with the columns of the table; None as in `_parsed`."""
         row = _parsed(line)
         if row is None or list(row) != columns(self.head["top"]):
             return None
@@ -143,7 +125,7 @@ class Journal:
         )
         return row if valid and row["image"] is not None else None
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[Prediction]) -> None:
         """Appends a batch."""
         self._write([_flat(row, self.head["top"]) for row in rows])
         self.done += len(rows)
@@ -154,25 +136,23 @@ class Journal:
             self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
         except OSError as error:
-            error.filename = str(self.path)  # write() does not know it
+            error.filename = str(self.path)  # write() does not set it
             raise
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row, as it was added, with the columns of the table."""
+        """Reads every row, with the columns of the table."""
         with open(self.path, encoding="utf-8") as file:
             next(file)
             for line in file:
                 yield json.loads(line)
 
     def finish(self, *, excel_safe: bool = False) -> None:
-        """Makes the table of it and removes it.
+        """Makes the table of the journal and removes the journal.
 
         Args:
             excel_safe: In a CSV file, text that a spreadsheet would run as a formula starts with
                 an apostrophe.
         """
-        from rtresnet.core import atomic_io
-
         form = self.out.suffix.lower()
         with atomic_io.atomic_path(self.out) as temporary:
             if form == ".csv":
@@ -182,12 +162,12 @@ class Journal:
         self.discard()
 
     def discard(self) -> None:
-        """Removes it."""
+        """Removes the journal."""
         self.path.unlink()
         self.close()
 
     def close(self) -> None:
-        """Lets others have it."""
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -203,22 +183,23 @@ class Journal:
 
 
 def columns(top: int) -> list[str]:
-    """Of a table with the `top` best classes."""
+    """Columns of a table with the `top` best classes."""
     best = [f"{name}_{n}" for n in range(1, top + 1) for name in ("class", "probability")]
     return ["image", *best, "error"]
 
 
-def _flat(row: Row, top: int) -> dict[str, Any]:
-    best: list[Any] = [value for pair in row.top for value in pair] or [None] * (2 * top)
+def _flat(row: Prediction, top: int) -> dict[str, Any]:
+    best: list[Any] = [value for entry in row.top for value in (entry.name, entry.probability)]
+    best = best or [None] * (2 * top)
     return dict(zip(columns(top), [row.image, *best, row.error], strict=True))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A whole line; None at the end, and for what a killed process or a lost disk left."""
+    """Parses a whole line; None at the end of the file, and for what a killed process left."""
     with contextlib.suppress(InputError):
-        written = line.encode("utf-8", "surrogateescape")
-        found = typed_json.parse(written, where="") if line.endswith("\n") else None
-        return found if isinstance(found, dict) else None
+        data = line.encode("utf-8", "surrogateescape")
+        record = typed_json.parse(data, where="") if line.endswith("\n") else None
+        return record if isinstance(record, dict) else None
     return None
 
 
@@ -243,7 +224,7 @@ def _csv(path: Path, journal: Journal, *, excel_safe: bool) -> None:
 
 
 class _LineFeeds:
-    """A file whose rows end in LF. With that as its terminator, csv leaves CR unquoted."""
+    """A file whose rows end in LF. With LF as its terminator, csv would leave CR unquoted."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -253,7 +234,7 @@ class _LineFeeds:
 
 
 def _no_formula(value: Any) -> Any:
-    """What a spreadsheet shows and does not run; see OWASP on CSV injection."""
+    """Text that a spreadsheet shows and does not run; see OWASP on CSV injection."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
@@ -270,9 +251,9 @@ def _parquet(path: Path, journal: Journal) -> None:
     )
     rows, group = journal.rows(), []
     with parquet.ParquetWriter(os.fspath(path), schema) as writer:
-        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        while chunk := list(islice(rows, CHUNK_ROWS)):
             group.append(pa.RecordBatch.from_pylist(chunk, schema))
-            if len(group) == GROUP:
+            if len(group) == GROUP_CHUNKS:
                 writer.write_table(pa.Table.from_batches(group, schema))
                 group = []
         if group:

@@ -1,0 +1,148 @@
+"""Runs the commands in README.md and docs/, and writes what they print into these files.
+
+    python benchmarks/docs.py                # everything
+    python benchmarks/docs.py --static       # only tables and examples
+
+Every console block, table and example in the documentation comes from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import RESULTS
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+TABLES = {"engines table": "engines"}  # marker in the README: file in benchmarks/results
+EXAMPLES = ("pipeline.py", "serve_threads.py")
+BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+SCREENSHOTS = {
+    # name: (page below the session's folder, width, height)
+    "report": ("report.html", 1200, 760),
+    "training": ("runs/resnet20-digits/index.html", 1200, 760),
+    "quickstart": ("runs/quickstart/index.html", 1200, 760),
+}
+
+
+def pages() -> list[Path]:
+    """The documentation's pages in the order of the navigation."""
+    names = re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    return [DOCS / name for name in names]
+
+
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """(command, what it prints) of every console block."""
+    for block in BLOCK.findall(text):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, shown = part.partition("\n")
+            yield command, shown
+
+
+def run(command: str, folder: Path) -> str:
+    """Runs `rtresnet ...`; returns both streams as a terminal shows them.
+
+    Raises:
+        RuntimeError: The exit code is not 0.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=folder, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}")
+    return "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
+
+
+def save_scans(folder: Path) -> None:
+    """Writes what the session's `predict` reads: 20 of scikit-learn's scans as image files."""
+    folder.mkdir()
+    for number, scan in enumerate(load_digits().images[:20]):
+        Image.fromarray((scan * 15.9).astype("uint8")).save(folder / f"{number:02d}.png")
+
+
+def with_output(text: str, folder: Path) -> str:
+    """The text with every console block's commands run in `folder`, and their output."""
+
+    def replace(block: re.Match[str]) -> str:
+        parts = [f"$ {c}\n{run(c, folder)}\n" for c, _ in commands(block[0])]
+        return "```console\n" + "".join(parts) + "```"
+
+    return BLOCK.sub(replace, text)
+
+
+def between(text: str, marker: str, content: str) -> str:
+    """Replaces what stands between `<!-- marker -->` and `<!-- end marker -->`."""
+    begin, end = f"<!-- {marker} -->", f"<!-- end {marker} -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content.strip()}\n{end}{rest.partition(end)[2]}"
+
+
+def static(text: str) -> str:
+    """The README with the tables of benchmarks/results and the examples."""
+    for marker, file in TABLES.items():
+        text = between(text, marker, (RESULTS / f"{file}.md").read_text())
+    for name in EXAMPLES:
+        code = (ROOT / "examples" / name).read_text()
+        text = between(text, f"example {name}", f"```python\n{code}```")
+    return text
+
+
+def screenshot(page: Path, target: Path, width: int, height: int) -> None:
+    """Takes a picture of a page with Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        raise SystemExit("chromium is not installed: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+             "--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}",
+             f"--window-size={width},{height}", f"--screenshot={target}", page.as_uri()],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+
+def take_screenshots(folder: Path) -> None:
+    """Takes the documentation's pictures of the pages in a session's folder."""
+    for name, (page, width, height) in SCREENSHOTS.items():
+        screenshot(folder / page, DOCS / "assets" / f"{name}.png", width, height)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--static", action="store_true", help="run no command")
+    options = parser.parse_args()
+    readme = static(README.read_text())
+    if not options.static:
+        with tempfile.TemporaryDirectory() as folder:
+            readme = with_output(readme, Path(folder))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_scans(folder / "scans")
+            for page in pages():
+                text = page.read_text()
+                if "```console" in text:
+                    page.write_text(with_output(text, folder))
+            shown = run("rtresnet quickstart", folder)
+            table = "```text\n" + shown[shown.index(" precision  ONNX") :] + "\n```\n"
+            readme = between(readme, "quickstart table", table)
+            (DOCS / "generated").mkdir(exist_ok=True)
+            (DOCS / "generated" / "quickstart.md").write_text(table)
+            take_screenshots(folder)
+    README.write_text(readme)
+
+
+if __name__ == "__main__":
+    main()

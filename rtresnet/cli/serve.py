@@ -1,0 +1,36 @@
+"""`rtresnet serve`: an inference server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rtresnet.cli import common
+from rtresnet.cli.options import config_options
+from rtresnet.workflows.loading import RuntimeConfig
+from rtresnet.workflows.serve import ServeConfig
+
+
+@click.command("serve", short_help="Serve models over HTTP and gRPC.")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT|REPOSITORY...",
+                type=click.Path(path_type=Path))  # fmt: skip
+@config_options(ServeConfig)
+@config_options(RuntimeConfig, argument="runtime")
+def command(artifacts: tuple[Path, ...], config: ServeConfig, runtime: RuntimeConfig) -> int:
+    """Serve ONNX files and plans with the Open Inference Protocol (KServe v2, Triton's clients).
+
+    POST an image to /v1/classify, or open / in a browser. SIGTERM answers running requests and
+    ends. The log goes to standard error as JSON lines.
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.serve import serve
+
+    def ready(lines: list[str]) -> None:
+        from rtresnet.serving.server import log_to_stderr
+
+        for line in lines:
+            common.say(line)
+        log_to_stderr()
+
+    return serve(artifacts, config, runtime=runtime, on_ready=ready, reporter=REPORTER)

@@ -1,0 +1,308 @@
+"""Run the server: HTTP and gRPC, logs, signals, limits on connections, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.runtime.session import Session
+from rtresnet.runtime.threads import short_switch_interval
+from rtresnet.serving.grpc_service import Service
+from rtresnet.serving.http import Api, HttpLimits
+from rtresnet.serving.inference import Engine
+from rtresnet.serving.metrics import Metrics
+from rtresnet.serving.repository import Limits, Repository
+
+log = logging.getLogger("rtresnet.serve")
+
+HEADER_BYTES, IDLE_SECONDS = 32 * 1024, 75
+HEADER_SECONDS = 10.0  # within which the head of a request must arrive
+CONNECTIONS = 2048
+LEAVE_SECONDS = 0.5  # not ready, and still answering, so that load balancers take notice
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How a server is reached and how it ends.
+
+    Attributes:
+        grpc_port: None: no gRPC.
+        grace: Seconds that running requests have after SIGTERM.
+        token: Bearer token that every request must carry.
+        certificate: PEM file of the TLS certificate chain, with `key`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int | None = 8001
+    grace: float = 30.0
+    token: str | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with limits on the size and the time of a request's head."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _head = 0
+    _in_body = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def _expect_head(self) -> None:
+        self._head, self._in_body = 0, False
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            self._head += len(data)
+            # The first bytes of a body may come with its head: so much is always allowed.
+            if self._head > HEADER_BYTES + 256 * 1024:
+                self.send_400_response("Request header too large")
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields = getattr(self, "_fields", 0) + len(name) + len(value)
+        if self._fields > HEADER_BYTES:
+            raise ValueError("header too large")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._in_body, self._fields = True, 0
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, and the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Formats a record."""
+        entry = {
+            "time": round(record.created, 6),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        entry |= getattr(record, "fields", {})
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+class Server:
+    """A server of models until it is told to stop.
+
+    Args:
+        sources: ONNX files, plans, or folders of a Triton repository.
+        load: Opens an artifact and verifies its sidecar.
+        decode: Turns an encoded image into uint8 RGB [H, W, 3].
+        options: Addresses and security.
+        limits: Batching and queue.
+        http: What a client may cost.
+    """
+
+    def __init__(
+        self,
+        sources: list[Path],
+        load: Callable[[Path], Session],
+        decode: Callable[[bytes], np.ndarray],
+        options: ServerOptions,
+        limits: Limits,
+        http: HttpLimits,
+    ) -> None:
+        self._options, self._decode, self._http = options, decode, http
+        self._metrics = Metrics()
+        self._repository = Repository(sources, load, limits, self._metrics)
+        self._engine = Engine(self._repository, self._metrics)
+        self._leaving = False
+        self._stop: asyncio.Event | None = None
+        self.started = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.started and not self._leaving
+
+    def run(self, on_ready: Callable[[list[str]], None] = lambda lines: None) -> int:
+        """Serves until SIGTERM, SIGINT or the loss of a device.
+
+        Args:
+            on_ready: Called with one line for each address and model once requests are taken.
+
+        Returns:
+            0, or 3 where a device was lost.
+
+        Raises:
+            InputError: A model cannot be served, or a port is in use.
+        """
+        self._repository.load_all()
+        with short_switch_interval():
+            try:
+                return uvloop.run(self._serve(on_ready))
+            finally:
+                self._repository.close()
+
+    async def _serve(self, on_ready: Callable[[list[str]], None]) -> int:
+        options, loop = self._options, asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        sockets = [_bind(options.host, options.port)]
+        api = Api(
+            self._engine, self._decode, self._http, token=options.token,
+            ready=lambda: self.ready, threads=options.threads,
+        )  # fmt: skip
+        web = _Web(uvicorn.Config(
+            api.app, http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
+            limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, server_header=False,
+            timeout_graceful_shutdown=int(options.grace) + 1,
+            ssl_certfile=options.certificate, ssl_keyfile=options.key,
+        ))  # fmt: skip
+        rpc = await self._start_grpc()
+        serving = asyncio.create_task(web.serve(sockets=sockets))
+        watching = asyncio.create_task(self._repository.watch())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        while not web.started and not serving.done():
+            await asyncio.sleep(0.01)
+        self.started = True
+        on_ready(self._addresses(sockets[0]))
+        lost = await self._until_stopped(serving)
+        self._leaving = True
+        log.info("stopping", extra={"fields": {"device_lost": lost}})
+        watching.cancel()
+        await asyncio.sleep(0 if lost else min(LEAVE_SECONDS, options.grace))
+        web.should_exit = True
+        if rpc is not None:
+            await rpc.stop(0 if lost else options.grace)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(serving, options.grace + 2)
+        return UnavailableError.exit_code if lost else 0
+
+    async def _until_stopped(self, serving: asyncio.Task[None]) -> bool:
+        """Waits; returns whether a device was lost."""
+        assert self._stop is not None
+        while not self._stop.is_set() and not serving.done():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 0.5)
+            if not self._repository.healthy:
+                return True
+        return False
+
+    async def _start_grpc(self) -> Any:
+        options = self._options
+        if options.grpc_port is None:
+            return None
+        limit = self._http.body
+        server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0),
+                     ("grpc.max_send_message_length", limit), ("grpc.max_metadata_size", 16384)],
+            maximum_concurrent_rpcs=CONNECTIONS,
+        )  # fmt: skip
+        service = Service(
+            self._engine, token=options.token, ready=lambda: self.ready, timeout=self._http.timeout
+        )
+        server.add_generic_rpc_handlers((service.handlers(),))
+        address = f"{options.host}:{options.grpc_port}"
+        try:
+            if options.certificate is not None and options.key is not None:
+                pair = (options.key.read_bytes(), options.certificate.read_bytes())
+                port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            else:
+                port = server.add_insecure_port(address)
+        except RuntimeError:
+            raise InputError(f"{address}: in use", fix="choose another --grpc-port") from None
+        self._grpc_address = f"{options.host}:{port}"
+        await server.start()
+        return server
+
+    def _addresses(self, web: socket.socket) -> list[str]:
+        scheme = "https" if self._options.certificate else "http"
+        host, port = web.getsockname()[:2]
+        lines = [f"{scheme}://{host}:{port}"]
+        if self._options.grpc_port is not None:
+            lines.append(f"grpc://{self._grpc_address}")
+        for model in self._repository.all():
+            lines.append(
+                f"{model.name} version {model.version}: {model.session.precision}, "
+                f"{model.session.describe()['provider']}"
+            )
+        return lines
+
+
+class _Web(uvicorn.Server):
+    """uvicorn without its own signal handlers: the server decides when it ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        InputError: The address is in use, or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio sets TCP_NODELAY only where the protocol is named
+        listener = socket.socket(family[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(family[4])
+        listener.listen(CONNECTIONS)
+    except OSError as error:
+        raise InputError(
+            f"{host}:{port}: {error.strerror or error}", fix="choose another --host or --port"
+        ) from None
+    return listener
+
+
+def log_to_stderr() -> None:
+    """Sends the server's log to standard error, as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.Formatter.converter = time.gmtime

@@ -1,0 +1,178 @@
+"""Measure how far two artifacts agree on the same images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rtresnet.core import metrics, reporter
+from rtresnet.core.errors import DataError, InputError
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import flattened
+from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.evaluate import DataConfig, LabelMatch
+from rtresnet.workflows.input_spec import InputConfig
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact, states_input
+
+if TYPE_CHECKING:
+    from rtresnet.data.sources import Source
+    from rtresnet.runtime.backend import TopK
+    from rtresnet.runtime.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(DataConfig):
+    """Which images two artifacts are compared on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedArtifact:
+    """One of two artifacts.
+
+    Attributes:
+        artifact: The file.
+        precision: Data type of the net.
+        assumed: What was assumed of the file.
+        runtime: Where it ran.
+    """
+
+    artifact: str
+    precision: str
+    assumed: tuple[str, ...]
+    runtime: RuntimeInfo = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareResult:
+    """How far two artifacts agree.
+
+    Attributes:
+        n: Images compared.
+        largest: Largest absolute difference of any logit; None where a file gives no logits.
+        relative: Norm of the difference over the norm of the reference; None as `largest`.
+        agreement: Share of images with the same top-1, in [0, 1].
+        data: The images as they were named.
+        reference: The first artifact.
+        candidate: The second artifact.
+        classes: How the candidate's classes were matched with the reference's.
+        assumed: What was assumed of the classes.
+    """
+
+    n: int
+    largest: float | None
+    relative: float | None
+    agreement: float
+    data: str
+    reference: ComparedArtifact
+    candidate: ComparedArtifact
+    classes: LabelMatch
+    assumed: tuple[str, ...]
+
+
+def compare(
+    reference: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    data: str,
+    config: CompareConfig | None = None,
+    *,
+    runtime: RuntimeConfig | None = None,
+    stated: InputConfig | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> CompareResult:
+    """Compares top-1 and logits of two artifacts; files that give the best classes by top-1 only.
+
+    Args:
+        reference: Checkpoint, ONNX file or plan.
+        candidate: Another one of the same classes.
+        data: Labelled images, as in "digits" or "folder:DIR".
+        config: Part of the data and batch.
+        runtime: Where the artifacts run.
+        stated: Preprocessing of the artifacts without a sidecar.
+        reporter: Receives progress and notes on broken images.
+
+    Raises:
+        InputError: A file that does not exist or whose preprocessing is unknown, artifacts of
+            other classes, or `stated` where both sidecars say it.
+        DataError: The data cannot be read.
+        ArtifactError: An artifact does not match its sidecar.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    from rtresnet.data.sources import open_source
+
+    config, runtime = config or CompareConfig(), runtime or RuntimeConfig()
+    stated = stated or InputConfig()
+    names = [str(reference), str(candidate)]
+    if not stated.empty and all(map(states_input, names)):
+        raise InputError(
+            "both sidecars say what the artifacts take", fix="leave out --size, --mean and --std"
+        )
+    source = open_source(data, config.split)
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for name in names:
+            place = runtime.for_artifact(name, names)
+            session = load_artifact(name, place, stated=None if states_input(name) else stated)
+            sessions.append(session)
+            stack.callback(session.close)
+        first, second = sessions
+        second, mapping = second.matched(first, config.classes)
+        measured = _measured(*(_answers(s, source, config, reporter) for s in (first, second)))
+        about = [
+            ComparedArtifact(
+                artifact=name, precision=session.precision, assumed=session.assumed,
+                runtime=session.info,
+            )
+            for name, session in zip(names, (first, second), strict=True)
+        ]  # fmt: skip
+    return CompareResult(
+        **measured,
+        data=data,
+        reference=about[0],
+        candidate=about[1],
+        classes=LabelMatch.of(mapping),
+        assumed=tuple(mapping.assumptions()),
+    )
+
+
+def _answers(
+    session: Session, source: Source, config: CompareConfig, reporter: Reporter
+) -> np.ndarray | TopK:
+    """An artifact's answers for every image that can be decoded."""
+    from rtresnet.data import loader
+
+    preprocess = session.preprocess
+    batches = loader.batches(
+        source,
+        preprocess,
+        config.batch or loader.batch_size(preprocess),
+        tally=loader.DecodeErrors(len(source), reporter.note),
+    )
+    with reporter.progress(f"running {session.path}"):
+        answers = [session(images) for images, _ in batches]
+    if not answers:
+        raise DataError(f"{source.name}: no image could be decoded")
+    if isinstance(answers[0], tuple):
+        indices, probabilities = (np.concatenate(part) for part in zip(*answers, strict=True))
+        return indices, probabilities
+    return np.concatenate(answers)
+
+
+def _measured(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dict[str, Any]:
+    """Fields of the result: n, largest, relative, agreement."""
+    if not isinstance(reference, tuple) and not isinstance(candidate, tuple):
+        return dataclasses.asdict(metrics.parity(reference, candidate))
+    first, second = _top1(reference), _top1(candidate)
+    agreement = float(((first == second) & (first >= 0)).mean())
+    return {"n": len(first), "largest": None, "relative": None, "agreement": agreement}
+
+
+def _top1(answer: np.ndarray | TopK) -> np.ndarray:
+    """int64 [N]; -1 where an answer is not a number."""
+    values = answer[1] if isinstance(answer, tuple) else answer
+    best = answer[0][:, 0] if isinstance(answer, tuple) else answer.argmax(axis=1)
+    return np.where(np.isnan(values).any(axis=1), -1, best)

@@ -1,0 +1,397 @@
+"""Measure the accuracy of checkpoints, ONNX files and plans on labelled images.
+
+Several artifacts form an ensemble: their probabilities are averaged, image by image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import InputError
+from rtresnet.core.labels import LabelMap, read_classes
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import flattened
+from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.input_spec import InputConfig
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+
+if TYPE_CHECKING:
+    from rtresnet.data.sources import Relabelled
+    from rtresnet.runtime.session import Session
+    from rtresnet.training.evaluate import Views
+
+RECORDED = (
+    "n", "top1", "top5", "top1_percent", "top5_percent", "data", "split", "data_sha256",
+    "protocol", "labels", "assumed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Which of the labelled images are used, and how.
+
+    Attributes:
+        split: Part of the data.
+        batch: Images at a time.
+        classes: Class names of the side that has none.
+    """
+
+    split: Literal["train", "test", "all"] = option(
+        "test", "Part of the data; datasets without a split are evaluated in full."
+    )
+    batch: int | None = option(
+        None, "Number of images at a time.", minimum=1, default_text="by the input's size"
+    )
+    classes: tuple[str, ...] | None = option(
+        None,
+        "Class names, one a line or a JSON list: of the model's outputs where it has no names, "
+        "else of the data's labels.",
+        metavar="FILE",
+        parse=read_classes,
+        default_text="from the model and the data",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DataConfig):
+    """How accuracy is measured.
+
+    Attributes:
+        protocol: The paper's way of testing; "dense" takes checkpoints only.
+        resize: Shorter side before the crop, in pixels; under "dense" the only scale.
+        model: Architecture of a checkpoint from elsewhere.
+    """
+
+    protocol: Literal["center", "10-crop", "dense"] = option(
+        "center",
+        "Views of an image: its centre crop, ten crops, or (checkpoints only) the whole image at "
+        "five scales.",
+    )
+    resize: int | None = option(
+        None,
+        "Shorter side of the image before the crop, in pixels; with dense, its only scale.",
+        minimum=1,
+        default_text="from the artifact",
+    )
+    model: str | None = option(
+        None, "Architecture of a checkpoint from elsewhere.", default_text="recognized"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMatch:
+    """How the data's labels were matched with a model's classes.
+
+    Attributes:
+        matched_by: "name", "file" (names that were given) or "position".
+        in_order: Whether the labels are the model's class numbers as they are.
+        data_classes: Number of classes of the data.
+        model_classes: Number of classes of the model.
+        remarks: What a reader of the result should know.
+    """
+
+    matched_by: str
+    in_order: bool
+    data_classes: int
+    model_classes: int
+    remarks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mapping: LabelMap) -> LabelMatch:
+        """Describes a mapping."""
+        return cls(**mapping.record(), remarks=tuple(mapping.remarks()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyResult:
+    """Accuracy on one data set, as counts and in percent.
+
+    Attributes:
+        artifact: What was measured.
+        protocol: How images were shown.
+        assumed: What was assumed of the files and of their classes.
+        n: Images counted.
+        top1: Images whose most probable class is the label.
+        top5: Images whose label is among the five most probable; None with five classes or fewer.
+        top1_percent: Share of `n`.
+        top5_percent: Share of `n`.
+        data: The data as it was named.
+        split: The part of it that was used.
+        data_sha256: Fingerprint of its images.
+        labels: How its labels were matched with the classes.
+        skipped: Errors of the images that cannot be decoded.
+    """
+
+    artifact: str
+    protocol: str
+    assumed: tuple[str, ...]
+    n: int
+    top1: int
+    top5: int | None
+    top1_percent: float
+    top5_percent: float | None
+    data: str
+    split: str
+    data_sha256: str
+    labels: LabelMatch
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberResult(AccuracyResult):
+    """Accuracy of one artifact.
+
+    Attributes:
+        precision: Data type of the net.
+        input: Preprocessing that was used.
+        size: Side of the input, in pixels.
+        resize: Shorter side before the crop; None under the dense protocol.
+        scales: Shorter sides under the dense protocol, else None.
+        views: Views an image.
+        shown: The same in words.
+        runtime: Where it ran.
+    """
+
+    precision: str
+    input: Preprocess
+    size: int
+    resize: int | None
+    scales: tuple[int, ...] | None
+    views: int
+    shown: str
+    runtime: RuntimeInfo = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult(AccuracyResult):
+    """Accuracy of one artifact or of an ensemble.
+
+    Attributes:
+        members: Of each artifact.
+        only: The member where there is just one; its fields are written as the result's own.
+    """
+
+    members: tuple[MemberResult, ...]
+    only: MemberResult | None = flattened(default=None)
+
+
+def evaluate(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    data: str,
+    config: EvaluateConfig | None = None,
+    *,
+    runtime: RuntimeConfig | None = None,
+    stated: InputConfig | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> EvaluateResult:
+    """Measures top-1 and top-5 accuracy.
+
+    Nothing is written; `record_accuracy` writes the result into the sidecars.
+
+    Args:
+        paths: An artifact, or several of the same classes, which form an ensemble.
+        data: Labelled images, as in "digits", "folder:DIR" or "npz:FILE".
+        config: Part of the data, protocol and batch.
+        runtime: Where the artifacts run.
+        stated: Preprocessing in place of what the sidecars say, or of files without one.
+        reporter: Receives progress and notes on broken images.
+
+    Raises:
+        InputError: A file that does not exist, whose preprocessing is unknown, or that does not
+            suit the protocol; or artifacts of other classes.
+        DataError: The data cannot be read, its labels do not match the classes, or more than 1 %
+            of the images are broken.
+        ArtifactError: An artifact does not match its sidecar.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    from rtresnet.data import loader, sources
+    from rtresnet.training.evaluate import Views, evaluate_views
+
+    config, runtime = config or EvaluateConfig(), runtime or RuntimeConfig()
+    names = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(path) for path in paths]
+    scales = (config.resize,) if config.resize and config.protocol == "dense" else ()
+    views = Views(protocol=config.protocol, scales=scales)
+    if config.protocol == "dense":
+        for name in names:
+            _require_checkpoint(name)
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for name in names:
+            place = runtime.for_artifact(name, names)
+            session = load_artifact(name, place, stated=stated, model=config.model)
+            sessions.append(session)
+            stack.callback(session.close)
+        _require_all_probabilities(sessions, config.protocol)
+        sessions, assumed = _in_one_order(sessions, config.classes)
+        sessions = [_shown(session, config) for session in sessions]
+        source = sources.for_model(
+            sources.open_source(data, config.split), sessions[0].classes, names=config.classes,
+            model_name=names[0],
+        )  # fmt: skip
+        tally = loader.DecodeErrors(len(source), reporter.note)
+        with reporter.progress(f"evaluating {', '.join(names)}", total=len(source)) as update:
+            measured = evaluate_views(
+                sessions, source, views, batch=config.batch, tally=tally, on_images=update
+            )
+        about = _about(source, data, config) | {"skipped": tuple(tally.skipped.values())}
+        assumed = (*assumed, *source.mapping.assumptions())
+        members = tuple(
+            MemberResult(
+                artifact=name, assumed=(*session.assumed, *assumed), precision=session.precision,
+                runtime=session.info, **_counts(accuracy, session.topk), **about,
+                **_described(views, session.preprocess),
+            )
+            for name, session, accuracy in zip(names, sessions, measured.members, strict=True)
+        )  # fmt: skip
+    if len(members) == 1:
+        shared = {
+            field.name: getattr(members[0], field.name)
+            for field in dataclasses.fields(AccuracyResult)
+        }
+        return EvaluateResult(**shared, members=members, only=members[0])
+    return EvaluateResult(
+        artifact=f"ensemble of {len(members)}", assumed=assumed, members=members,
+        **_counts(measured.ensemble), **about,
+    )  # fmt: skip
+
+
+def record_accuracy(
+    result: EvaluateResult, *, required: bool = False, reporter: Reporter = reporter.DEFAULT
+) -> None:
+    """Writes each artifact's accuracy into its sidecar.
+
+    An accuracy belongs to the artifact only if it was measured as the sidecar says: with one
+    centre crop and the sidecar's preprocessing.
+
+    Args:
+        result: From `evaluate`.
+        required: Whether an accuracy that cannot be recorded is an error.
+        reporter: Receives a note where it is not.
+
+    Raises:
+        InputError: `required`, and there is no sidecar, it cannot be written, or the accuracy is
+            not the artifact's own.
+    """
+    for member in result.members:
+        path = member.artifact
+        sidecar = artifacts.read_sidecar(path)
+        if sidecar is None:
+            reason = f"{path}: no sidecar to record the accuracy in (see: rtresnet adopt)"
+        elif member.protocol != "center" or member.input != sidecar.input:
+            reason = (
+                f"{path}: not recorded, as it was measured in another way than its sidecar says"
+            )
+        else:
+            entries = serialization.to_builtins(member)
+            try:
+                artifacts.record_accuracy(path, {name: entries[name] for name in RECORDED})
+                continue
+            except (InputError, OSError) as error:
+                reason = f"accuracy not recorded: {error}"
+                if not required:
+                    reporter.note(reason)
+        if required:
+            raise InputError(reason, fix="leave out --record")
+
+
+def _require_checkpoint(name: str) -> None:
+    """Raises InputError where an artifact takes images of one size only."""
+    path = atomic_io.require_file(name)
+    if artifacts.kind_of(path) == "checkpoint":
+        return
+    origin, _, state = list(artifacts.chain(path))[-1]
+    known = state == "ok" and artifacts.kind_of(origin) == "checkpoint"
+    raise InputError(
+        f"{path}: takes images of one size, and --protocol dense shows them whole",
+        fix="evaluate the checkpoint it was made from" + (f", {origin}" if known else ""),
+    )
+
+
+def _require_all_probabilities(sessions: Sequence[Session], protocol: str) -> None:
+    """Raises InputError where a mean needs probabilities that a top-K file does not give."""
+    for session in sessions:
+        if session.topk is not None and (len(sessions) > 1 or protocol != "center"):
+            path, sidecar = session.path, session.sidecar
+            parent = artifacts.parent_path(path, sidecar) if sidecar else None
+            raise InputError(
+                f"{path}: gives the {session.topk} most probable classes; an ensemble or several "
+                "crops are a mean over all of them",
+                fix=f"use {parent or 'the file it was made from'}",
+            )
+
+
+def _in_one_order(
+    sessions: Sequence[Session], names: Sequence[str] | None
+) -> tuple[list[Session], tuple[str, ...]]:
+    """The nets of an ensemble in the order of the first one's classes, and what was assumed.
+
+    Raises:
+        InputError: They have other classes, or one does not give scores of all classes.
+    """
+    first, *others = sessions
+    first.require_classes()
+    matched = [other.matched(first, names) for other in others]
+    assumed = [line for _, mapping in matched for line in mapping.assumptions()]
+    return [first, *(session for session, _ in matched)], tuple(assumed)
+
+
+def _shown(session: Session, config: EvaluateConfig) -> Session:
+    """The session as the protocol needs it: with another resize, or as a dense net."""
+    preprocess, resize = session.preprocess, config.resize
+    if resize is not None and resize < preprocess.size:
+        raise InputError(
+            f"--resize {resize}: {session.path} takes {preprocess.size} x {preprocess.size} "
+            "pixels, which must fit",
+            fix=f"--resize {preprocess.size} or more",
+        )
+    if config.protocol != "dense":
+        preprocess = dataclasses.replace(preprocess, resize=resize or preprocess.resize)
+        return session.restated(preprocess, session.assumed)
+    from rtresnet.models.reference import DenseBackend, TorchBackend
+    from rtresnet.models.resnet import ResNet
+
+    assert isinstance(session.backend, TorchBackend)
+    assert isinstance(session.backend.net, ResNet)
+    return session.with_backend(DenseBackend(session.backend.net, session.backend.size))
+
+
+def _about(source: Relabelled, data: str, config: EvaluateConfig) -> dict[str, Any]:
+    return {
+        "protocol": config.protocol,
+        "data": data,
+        "split": config.split if source.splits else "all",
+        "data_sha256": source.fingerprint(),
+        "labels": LabelMatch.of(source.mapping),
+    }
+
+
+def _counts(accuracy: metrics.Accuracy, topk: int | None = None) -> dict[str, Any]:
+    if topk is not None and topk < 5:
+        accuracy = dataclasses.replace(accuracy, top5=None)
+    return dataclasses.asdict(accuracy) | {
+        "top1_percent": accuracy.top1_percent,
+        "top5_percent": accuracy.top5_percent,
+    }
+
+
+def _described(views: Views, preprocess: Preprocess) -> dict[str, Any]:
+    """How the images were shown, as fields and in words."""
+    size, resize, count = preprocess.size, preprocess.resize, views.count(preprocess)
+    scales = views.scales_for(preprocess)
+    pixels = f"shorter side {', '.join(map(str, scales))}" if scales else f"{size} of {resize}"
+    return {
+        "input": preprocess,
+        "size": size,
+        "resize": None if scales else resize,
+        "scales": scales or None,
+        "views": count,
+        "shown": f"{views.protocol}, {pixels} px, {count} view{'s' if count > 1 else ''}",
+    }

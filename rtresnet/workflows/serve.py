@@ -1,0 +1,163 @@
+"""Serve models over HTTP and gRPC."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rtresnet.core import atomic_io, hardware, reporter
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.core.reporter import Reporter
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+
+NEEDED = (
+    "starlette", "uvicorn", "uvloop", "httptools", "grpc", "google.protobuf", "prometheus_client",
+    "multipart",
+)  # fmt: skip
+
+
+def parse_seconds(text: str) -> float:
+    """Reads a duration as in "2ms" or "0.5s", or a number of milliseconds; returns milliseconds.
+
+    Raises:
+        InputError: Not a duration.
+    """
+    units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
+    number, unit = text.strip(), "ms"
+    for name in units:
+        if number.endswith(name):
+            number, unit = number.removesuffix(name), name
+            break
+    try:
+        value = float(number) * units[unit]
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 60_000:
+        raise InputError("not a duration", fix="as in 2ms")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(Config):
+    """How models are served.
+
+    Attributes:
+        max_wait_ms: Milliseconds that the first image of a batch waits for others.
+        queue: Images that may wait; a request beyond it is answered with 503.
+        grpc_port: 0 takes a free port, as `port`.
+        grace: Seconds that running requests have after SIGTERM.
+    """
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+    port: int = option(8000, "Port for HTTP; 0 takes a free one.", minimum=0, maximum=65535)
+    grpc_port: int = option(8001, "Port for gRPC; 0 takes a free one.", minimum=0, maximum=65535)
+    grpc: bool = option(True, "Serve no gRPC.", names=(" /--no-grpc",), default_text="gRPC too")
+    max_batch: int = option(32, "Largest batch, and images in a request.", minimum=1, maximum=4096)
+    max_wait_ms: float = option(
+        2.0,
+        "Time that the first image of a batch waits for others, as in 2ms.",
+        names=("--max-wait",),
+        metavar="TIME",
+        parse=parse_seconds,
+        default_text="2ms",
+    )
+    queue: int = option(1024, "Number of images that may wait; more get status 503.", minimum=1)
+    timeout: float = option(30.0, "Seconds within which a request is answered.", minimum=0.01)
+    max_body_mb: int = option(64, "Largest request, in MB.", minimum=1, maximum=4096)
+    grace: float = option(30.0, "Seconds that running requests have after SIGTERM.", minimum=0)
+    token_file: Path | None = option(
+        None, "File with a bearer token that every request must carry.", metavar="FILE"
+    )
+    certificate: Path | None = option(
+        None, "TLS certificate chain, PEM; needs --key.", metavar="FILE"
+    )
+    key: Path | None = option(None, "Private key of the TLS certificate, PEM.", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.certificate is None) != (self.key is None):
+            raise InputError("--certificate and --key go together")
+
+
+def serve(
+    sources: Sequence[str | os.PathLike[str]],
+    config: ServeConfig | None = None,
+    *,
+    runtime: RuntimeConfig | None = None,
+    on_ready: Callable[[list[str]], None] = lambda lines: None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> int:
+    """Serves ONNX files and plans until SIGTERM, Ctrl-C or the loss of the device.
+
+    Args:
+        sources: ONNX files, plans, or folders of a Triton repository.
+        config: Addresses, batching and limits.
+        runtime: Where the models run.
+        on_ready: Called once requests are taken, with one line for each address and model.
+        reporter: Receives notes.
+
+    Returns:
+        The exit code: 0, or 3 where the device was lost.
+
+    Raises:
+        InputError: A file cannot be served, its preprocessing is unknown, or a port is in use.
+        UnavailableError: A package or the device is missing.
+        CheckFailedError: A model's self-check fails.
+    """
+    config, runtime = config or ServeConfig(), runtime or RuntimeConfig()
+    for package in NEEDED:
+        if not hardware.installed(package):
+            raise UnavailableError(
+                f"serving needs the package {package}, which is not installed",
+                fix="pip install 'rtresnet[serve]'",
+            )
+    from rtresnet.data.decode import decode
+    from rtresnet.runtime.session import Session
+    from rtresnet.serving.http import HttpLimits
+    from rtresnet.serving.repository import Limits
+    from rtresnet.serving.server import Server, ServerOptions
+
+    paths = [
+        Path(source) if Path(source).is_dir() else atomic_io.require_file(source)
+        for source in sources
+    ]
+
+    def load(path: Path) -> Session:
+        return load_artifact(path, runtime)
+
+    def decoded(data: bytes) -> np.ndarray:
+        return decode("image", data)
+
+    server = Server(
+        paths,
+        load,
+        decoded,
+        ServerOptions(
+            host=config.host,
+            port=config.port,
+            grpc_port=config.grpc_port if config.grpc else None,
+            grace=config.grace,
+            token=_token(config.token_file),
+            certificate=config.certificate and atomic_io.require_file(config.certificate),
+            key=config.key and atomic_io.require_file(config.key),
+        ),
+        Limits(max_batch=config.max_batch, max_wait_ms=config.max_wait_ms, queue=config.queue),
+        HttpLimits(body=config.max_body_mb * 1024 * 1024, timeout=config.timeout),
+    )
+    with reporter.progress(f"loading {', '.join(map(str, paths))}"):
+        pass
+    return server.run(on_ready)
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    token = atomic_io.require_file(path).read_text().strip()
+    if len(token) < 16 or not token.isascii() or any(c.isspace() for c in token):
+        raise InputError(f"{path}: a token is one line of at least 16 ASCII characters")
+    return token

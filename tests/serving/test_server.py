@@ -1,0 +1,463 @@
+"""`rtresnet serve` as a process, asked by real clients and raw sockets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rtresnet
+from tests.serving.conftest import Server, wait_for
+
+INFER = "/v2/models/resnet8/infer"
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def logits(models: Path, images: np.ndarray) -> np.ndarray:
+    with rtresnet.load(models / "resnet8.onnx") as session:
+        return session.logits(images)
+
+
+def ask(
+    server: Server,
+    path: str,
+    body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+    method: str | None = None,
+) -> tuple[int, dict[str, str], bytes]:
+    """One request on a connection of its own: status, headers (lower case), body."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        method = method or ("GET" if body is None else "POST")
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, fields, response.read()
+    finally:
+        connection.close()
+
+
+def request_of(images: np.ndarray, **more: Any) -> bytes:
+    entry = {"name": "images", "datatype": "FP32", "shape": list(images.shape),
+             "data": images.ravel().tolist()}  # fmt: skip
+    return json.dumps({"inputs": [entry | more.pop("entry", {})]} | more).encode()
+
+
+def binary(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
+    """A request with a binary tensor, and its header."""
+    entry = {"name": "images", "datatype": "FP32", "shape": list(images.shape),
+             "parameters": {"binary_data_size": images.nbytes}}  # fmt: skip
+    head = json.dumps({"inputs": [entry]}).encode()
+    return head + images.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_tritonclient_http_gets_the_sessions_logits(
+    raw: bool, named: bool, server: Server, images: np.ndarray, logits: np.ndarray
+) -> None:
+    triton = pytest.importorskip("tritonclient.http")
+    client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("resnet8")
+    tensor = triton.InferInput("images", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images, binary_data=raw)
+    outputs = [triton.InferRequestedOutput("logits", binary_data=raw)] if named else None
+    result = client.infer("resnet8", [tensor], outputs=outputs, request_id="seven")
+    np.testing.assert_allclose(result.as_numpy("logits"), logits, atol=1e-5)
+    assert result.get_response()["id"] == "seven"
+
+
+def test_tritonclient_http_reads_metadata_configuration_and_classes(
+    server: Server, images: np.ndarray, logits: np.ndarray
+) -> None:
+    triton = pytest.importorskip("tritonclient.http")
+    client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
+    assert client.get_model_metadata("resnet8", "1")["inputs"][0]["shape"] == [-1, 3, 32, 32]
+    assert client.get_model_config("resnet8")["input"][0]["format"] == "FORMAT_NCHW"
+    assert {m["name"] for m in client.get_model_repository_index()} == {"resnet8", "resnet8-int8"}
+    tensor = triton.InferInput("images", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images)
+    outputs = [triton.InferRequestedOutput("logits", class_count=2)]
+    rows = client.infer("resnet8", [tensor], outputs=outputs).as_numpy("logits")
+    assert [int(row[0].split(b":")[1]) for row in rows] == logits.argmax(1).tolist()
+    before = client.get_inference_statistics("resnet8")["model_stats"][0]["inference_count"]
+    client.infer("resnet8", [tensor])
+    after = client.get_inference_statistics("resnet8")["model_stats"][0]["inference_count"]
+    assert after == before + 3
+
+
+def test_tritonclient_grpc_gets_the_sessions_logits(
+    server: Server, images: np.ndarray, logits: np.ndarray
+) -> None:
+    triton = pytest.importorskip("tritonclient.grpc")
+    client = triton.InferenceServerClient(server.grpc)
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("resnet8")
+    assert client.get_model_metadata("resnet8").inputs[0].shape == [-1, 3, 32, 32]
+    assert client.get_model_config("resnet8").config.max_batch_size == 32
+    assert client.get_server_metadata().name == "rtresnet"
+    assert len(client.get_model_repository_index().models) == 2
+    tensor = triton.InferInput("images", list(images.shape), "FP32")
+    tensor.set_data_from_numpy(images)
+    result = client.infer("resnet8", [tensor], client_timeout=20)
+    np.testing.assert_allclose(result.as_numpy("logits"), logits, atol=1e-5)
+    streamed: list[Any] = []
+    client.start_stream(lambda result, error: streamed.append((result, error)))
+    for model in ("resnet8", "none", "resnet8"):
+        client.async_stream_infer(model, [tensor])
+    client.stop_stream()
+    assert [error is None for _, error in streamed] == [True, False, True]
+    for model, shape in (("none", images.shape), ("resnet8", (3, 32, 32))):
+        wrong = triton.InferInput("images", list(shape), "FP32")
+        wrong.set_data_from_numpy(images if model == "none" else images[0])
+        with pytest.raises(Exception, match=r"NOT_FOUND|INVALID_ARGUMENT"):
+            client.infer(model, [wrong])
+
+
+def test_classify_raw_and_multipart_give_the_classes_that_predict_gives(
+    server: Server, models: Path, photo: bytes, tmp_path: Path
+) -> None:
+    from rtresnet.data.decode import decode
+
+    with rtresnet.load(models / "resnet8.onnx") as session:
+        best = session.logits(session.prepare([decode("photo", photo)])).argmax()
+        name = session.classes[best]
+    status, _, body = ask(server, "/v1/classify?model=resnet8&top=2", photo)
+    answer = json.loads(body)
+    assert status == 200 and answer["results"][0][0]["class"] == name
+    assert len(answer["results"][0]) == 2 and answer["ms"]["preprocess"] > 0
+    file = tmp_path / "photo.png"
+    file.write_bytes(photo)
+    curl = ["curl", "-s", f"http://127.0.0.1:{server.port}/v1/classify?model=resnet8"]
+    if shutil.which("curl"):
+        shown = subprocess.run(
+            [*curl, "--data-binary", f"@{file}"], capture_output=True, check=True
+        )
+        assert json.loads(shown.stdout)["results"][0][0]["class"] == name
+        shown = subprocess.run(
+            [*curl, "-F", f"a=@{file}", "-F", f"b=@{file}"], capture_output=True, check=True
+        )
+        assert [row[0]["class"] for row in json.loads(shown.stdout)["results"]] == [name, name]
+
+
+def bad_requests(images: np.ndarray) -> dict[str, tuple[str, bytes, dict[str, str], int]]:
+    good, header = binary(images)
+    size = header["Inference-Header-Content-Length"]
+    return {
+        "not JSON": (INFER, b"{", {}, 400),
+        "not an object": (INFER, b"[]", {}, 400),
+        "deep": (INFER, b"[" * 100_000, {}, 400),
+        "no inputs": (INFER, b'{"inputs": []}', {}, 400),
+        "unknown input": (INFER, request_of(images, entry={"name": "x"}), {}, 400),
+        "wrong type": (INFER, request_of(images, entry={"datatype": "INT8"}), {}, 400),
+        "wrong shape": (INFER, request_of(images, entry={"shape": [1, 3, 8, 8]}), {}, 400),
+        "no image": (INFER, request_of(images, entry={"shape": [0, 3, 32, 32]}), {}, 400),
+        "many images": (INFER, request_of(images, entry={"shape": [9999, 3, 32, 32]}), {}, 400),
+        "negative": (INFER, request_of(images, entry={"shape": [-1, 3, 32, 32]}), {}, 400),
+        "text": (INFER, request_of(images, entry={"data": ["a"] * images.size}), {}, 400),
+        "ragged": (INFER, request_of(images, entry={"data": [[1], [1, 2]]}), {}, 400),
+        "few numbers": (INFER, request_of(images, entry={"data": [1.0]}), {}, 400),
+        "unknown output": (INFER, request_of(images, outputs=[{"name": "x"}]), {}, 400),
+        "classification": (
+            INFER,
+            request_of(images, outputs=[{"name": "logits", "parameters": {"classification": "a"}}]),
+            {}, 400,
+        ),
+        "unknown model": ("/v2/models/none/infer", request_of(images), {}, 404),
+        "unknown version": ("/v2/models/resnet8/versions/9/infer", request_of(images), {}, 404),
+        "path": ("/v2/models/..%2f..%2fetc/infer", request_of(images), {}, 404),
+        "truncated tensor": (INFER, good[:-7], header, 400),
+        "more bytes": (INFER, good + b"x", header, 400),
+        "header beyond": (INFER, good, {"Inference-Header-Content-Length": "99999999"}, 400),
+        "header negative": (INFER, good, {"Inference-Header-Content-Length": "-1"}, 400),
+        "header cut": (INFER, good, {"Inference-Header-Content-Length": str(int(size) - 3)}, 400),
+        "too large": (INFER, b"x" * (2 * 1024 * 1024 + 1), {}, 413),
+        "compressed": (INFER, good, header | {"Content-Encoding": "gzip"}, 400),
+        "not an image": ("/v1/classify?model=resnet8", b"hello", {}, 400),
+        "empty image": ("/v1/classify?model=resnet8", b"", {}, 400),
+        "which model": ("/v1/classify", b"hello", {}, 404),
+        "top": ("/v1/classify?model=resnet8&top=-1", b"hello", {}, 400),
+        "multipart": (
+            "/v1/classify?model=resnet8", b"hello", {"Content-Type": "multipart/form-data"}, 400
+        ),
+        "boundary": (
+            "/v1/classify?model=resnet8", b"--a\r\nx",
+            {"Content-Type": "multipart/form-data; boundary=b"}, 400,
+        ),
+    }  # fmt: skip
+
+
+BAD = tuple(bad_requests(np.zeros((1, 3, 32, 32), np.float32)))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_request_is_refused_with_one_message(
+    case: str, server: Server, images: np.ndarray
+) -> None:
+    path, body, headers, expected = bad_requests(images)[case]
+    status, _, answer = ask(server, path, body, headers)
+    assert status == expected, answer
+    message = json.loads(answer)["error"]
+    assert message and len(message) < 500 and "Traceback" not in message
+
+
+def test_decompression_bomb_is_refused(server: Server) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    status, _, answer = ask(server, "/v1/classify?model=resnet8", bomb)
+    assert status == 400 and b"error" in answer
+
+
+def raw(server: Server, data: bytes, seconds: float = 10) -> bytes:
+    """What the server answers to bytes on a socket, until it closes or is silent."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
+        connection.sendall(data)
+        parts = []
+        try:
+            while part := connection.recv(65536):
+                parts.append(part)
+                if b"\r\n\r\n" in part and b"connection: close" not in part.lower():
+                    connection.settimeout(1)
+        except TimeoutError:
+            pass
+        return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v2/health/live HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\nabcdef",
+        b"GET /v2 HTTP/9.1\r\nHost: a\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 20_000 + b"\r\n",
+    ],
+    ids=["both lengths", "two lengths", "negative", "version", "TLS", "path", "header", "headers"],
+)
+def test_malformed_http_is_refused_and_its_connection_closed(head: bytes, server: Server) -> None:
+    answer = raw(server, head)
+    assert answer == b"" or b" 4" in answer.split(b"\r\n")[0], answer[:200]
+    assert answer.count(b"HTTP/1.1 2") == 0
+    assert ask(server, "/v2/health/ready")[0] == 200
+
+
+def test_mutated_requests_never_fail_the_server(server: Server, images: np.ndarray) -> None:
+    rng = random.Random(0)
+    good, header = binary(images[:1])
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    statuses = set()
+    for _ in range(1500):
+        body = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(min(len(body), 200))
+            if rng.random() < 0.5:
+                body[place] = rng.randrange(256)
+            else:
+                del body[place : place + rng.randint(1, 40)]
+        fields = dict(header) if rng.random() < 0.8 else {}
+        connection.request("POST", INFER, bytes(body), fields)
+        response = connection.getresponse()
+        response.read()
+        statuses.add(response.status)
+        assert response.status < 500
+    assert statuses <= {200, 400} and 400 in statuses
+
+
+def test_metrics_and_status_count_what_was_asked(server: Server, images: np.ndarray) -> None:
+    body, header = binary(images)
+    assert ask(server, INFER, body, header)[0] == 200
+    text = ask(server, "/metrics")[2].decode()
+    assert 'rtresnet_requests_total{model="resnet8",status="200"}' in text
+    assert "rtresnet_batch_size_bucket" in text and "rtresnet_queue_seconds_sum" in text
+    status = json.loads(ask(server, "/v1/status")[2])
+    model = next(m for m in status["models"] if m["name"] == "resnet8")
+    assert model["chain"][0]["kind"] == "onnx"
+    assert model["statistics"]["images"] > 0
+
+
+def test_full_queue_is_503_and_an_expired_request_is_not_computed(
+    models: Path, images: np.ndarray, start: Callable[..., Server]
+) -> None:
+    server = start(models / "resnet8.onnx", "--queue", 2, "--max-wait", "500ms", "--max-batch", 8)
+    status, fields, _ = ask(server, INFER, request_of(images))
+    assert status == 503 and fields["retry-after"]
+    begin = time.monotonic()
+    status, _, _ = ask(server, INFER, request_of(images[:1], parameters={"timeout": 50_000}))
+    assert status == 504 and time.monotonic() - begin < 0.4
+    time.sleep(0.6)
+    stats = json.loads(ask(server, "/v2/models/resnet8/stats")[2])["model_stats"][0]
+    assert stats["inference_count"] == 0 and stats["inference_stats"]["fail"]["count"] == 2
+
+
+def test_client_that_disconnects_is_dropped_from_the_batch(
+    models: Path, images: np.ndarray, start: Callable[..., Server]
+) -> None:
+    server = start(models / "resnet8.onnx", "--max-wait", "1s")
+    body, header = binary(images[:1])
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        fields = "".join(f"{name}: {value}\r\n" for name, value in header.items())
+        head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\n{fields}Content-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        time.sleep(0.3)
+    time.sleep(1.5)
+    stats = json.loads(ask(server, "/v2/models/resnet8/stats")[2])["model_stats"][0]
+    assert stats["inference_count"] == 0
+
+
+def test_token_is_needed_where_one_is_set(
+    models: Path, tmp_path: Path, start: Callable[..., Server]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    server = start(models / "resnet8.onnx", "--token-file", token)
+    assert ask(server, "/v2/health/ready")[0] == 200
+    assert ask(server, "/v2")[0] == 401
+    assert ask(server, "/v2", headers={"Authorization": "Bearer wrong"})[0] == 401
+    assert ask(server, "/v2", headers={"Authorization": "Bearer 0123456789abcdef"})[0] == 200
+
+
+def test_changed_file_is_reloaded_and_a_broken_one_is_not(
+    models: Path, images: np.ndarray, tmp_path: Path, start: Callable[..., Server]
+) -> None:
+    path = tmp_path / "net.onnx"
+
+    def put(name: str) -> None:
+        for suffix in ("", ".json"):
+            shutil.copy(f"{models / name}{suffix}", f"{path}{suffix}.new")
+        for suffix in ("", ".json"):
+            Path(f"{path}{suffix}.new").replace(f"{path}{suffix}")
+
+    def answer() -> list[float]:
+        status, _, body = ask(server, "/v2/models/net/infer", request_of(images))
+        assert status == 200
+        return json.loads(body)["outputs"][0]["data"]  # type: ignore[no-any-return]
+
+    put("resnet8.onnx")
+    server = start(path)
+    first = answer()
+    path.write_bytes(path.read_bytes()[:-100])  # no longer what its sidecar describes
+    wait_for(lambda: any("not reloaded" in event for event in server.events()))
+    assert answer() == first
+    put("resnet8-int8.onnx")
+    wait_for(lambda: any(event.startswith("reloaded") for event in server.events()))
+    assert answer() != first
+
+
+def test_repository_folder_serves_its_newest_version(
+    models: Path, images: np.ndarray, tmp_path: Path, start: Callable[..., Server]
+) -> None:
+    for version, name in (("1", "resnet8-int8.onnx"), ("2", "resnet8.onnx")):
+        folder = tmp_path / "repository" / "net" / version
+        folder.mkdir(parents=True)
+        for suffix in ("", ".json"):
+            shutil.copy(f"{models / name}{suffix}", f"{folder / 'model.onnx'}{suffix}")
+    server = start(tmp_path / "repository")
+    newest = ask(server, "/v2/models/net/infer", request_of(images))[2]
+    second = ask(server, "/v2/models/net/versions/2/infer", request_of(images))[2]
+    first = ask(server, "/v2/models/net/versions/1/infer", request_of(images))[2]
+    data = [json.loads(body)["outputs"][0]["data"] for body in (newest, second, first)]
+    assert data[0] == data[1] != data[2]
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_loses_no_request(
+    models: Path, images: np.ndarray, start: Callable[..., Server]
+) -> None:
+    server = start(models / "resnet8.onnx")
+    body, header = binary(images[:1])
+    lost: list[object] = []
+    answered = [0]
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            try:
+                connection.connect()
+            except OSError:
+                return  # the server takes no more connections
+            try:
+                connection.request("POST", INFER, body, header)
+                status = connection.getresponse().status
+                if status != 200:
+                    lost.append(status)
+                answered[0] += 1
+            except (OSError, http.client.HTTPException) as error:
+                lost.append(error)
+            finally:
+                connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: answered[0] > 100)
+    assert server.stop() == 0
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not lost, lost[:3]
+
+
+@pytest.mark.slow
+def test_slow_client_is_cut_off(models: Path, start: Callable[..., Server]) -> None:
+    server = start(models / "resnet8.onnx")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        begin = time.monotonic()
+        connection.settimeout(0.5)
+        closed = False
+        while time.monotonic() - begin < 20 and not closed:
+            try:
+                connection.sendall(b"G")
+                closed = connection.recv(100) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                closed = True
+        assert closed and time.monotonic() - begin < 15
+
+
+def test_port_in_use_is_exit_code_2(models: Path, server: Server, tmp_path: Path) -> None:
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "rtresnet", "serve", str(models / "resnet8.onnx"), "--port",
+         str(server.port), "--no-grpc"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "--port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_page_needs_no_network(server: Server) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/") as response:
+        page = response.read().decode()
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")

@@ -1,0 +1,244 @@
+"""Accuracy of artifacts and ensembles from Python."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtresnet.core import artifacts
+from rtresnet.core.errors import DataError, InputError, UnknownNameError
+from rtresnet.core.reporter import Update
+from rtresnet.core.serialization import to_builtins
+from rtresnet.core.sidecar import accuracies
+from rtresnet.workflows.compare import compare
+from rtresnet.workflows.evaluate import EvaluateConfig, evaluate, record_accuracy
+from rtresnet.workflows.loading import RuntimeConfig
+from tests.workflows.labelled import TINTS, folders, with_classes
+
+
+class Recorder:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.completed: list[float] = []
+
+    @contextmanager
+    def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
+        def update(
+            completed: float | None = None,
+            description: str | None = None,
+            total: float | None = None,
+        ) -> None:
+            if completed is not None:
+                self.completed.append(completed)
+
+        yield update
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def warning(self, title: str, body: str) -> None:
+        raise AssertionError(title)
+
+
+@pytest.fixture
+def copied(engines: Path, tmp_path: Path) -> Path:
+    """Artifacts that a test may change."""
+    return shutil.copytree(engines, tmp_path / "engines")
+
+
+def test_evaluate_one_path_gives_counts_and_writes_nothing(
+    copied: Path, tints: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, reporter = copied / "resnet8.onnx", Recorder()
+    before = artifacts.read_sidecar(path)
+    result = evaluate(path, tints, reporter=reporter)
+    assert result.n == 240 and result.top1 > 200 and result.top5 is None
+    assert result.top1_percent == pytest.approx(100 * result.top1 / 240)
+    (member,) = result.members
+    assert (member.precision, member.views, member.runtime.threads is None) == ("fp32", 1, False)
+    assert reporter.completed and reporter.completed == sorted(reporter.completed)
+    assert artifacts.read_sidecar(path) == before
+    assert capfd.readouterr() == ("", "")
+    record_accuracy(result, required=True)
+    sidecar = artifacts.read_sidecar(path)
+    assert sidecar is not None and accuracies(sidecar.measured)[-1]["top1"] == result.top1
+
+
+def test_evaluate_result_of_one_artifact_is_written_with_its_members_fields(
+    engines: Path, tints: str
+) -> None:
+    record = to_builtins(evaluate(engines / "resnet8.onnx", tints))
+    (member,) = record.pop("members")
+    assert record == member
+    assert {"device", "provider", "versions", "input", "labels", "skipped"} <= set(record)
+
+
+def test_evaluate_several_paths_are_an_ensemble(trained: Path, engines: Path, tints: str) -> None:
+    paths = [trained / "best.pt", engines / "resnet8.onnx"]
+    result = evaluate(paths, tints, EvaluateConfig(protocol="10-crop", batch=50))
+    assert [member.artifact for member in result.members] == [str(path) for path in paths]
+    assert result.artifact == "ensemble of 2" and result.only is None
+    assert result.top1 == result.members[0].top1 == result.members[1].top1
+    assert {member.views for member in result.members} == {10}
+
+
+def test_evaluate_provider_applies_to_the_onnx_files_of_an_ensemble(
+    trained: Path, engines: Path, tints: str
+) -> None:
+    runtime = RuntimeConfig(provider="cpu")
+    result = evaluate([trained / "best.pt", engines / "resnet8.onnx"], tints, runtime=runtime)
+    assert [member.runtime.provider for member in result.members] == ["torch", "ONNX Runtime CPU"]
+    with pytest.raises(InputError):
+        evaluate(trained / "best.pt", tints, runtime=runtime)
+
+
+def test_record_accuracy_of_other_preprocessing_is_refused_only_if_required(
+    copied: Path, tints: str
+) -> None:
+    path = copied / "resnet8.onnx"
+    result = evaluate(path, tints, EvaluateConfig(resize=40))
+    before = artifacts.read_sidecar(path)
+    record_accuracy(result)
+    assert artifacts.read_sidecar(path) == before
+    with pytest.raises(InputError) as error:
+        record_accuracy(result, required=True)
+    assert error.value.fix == "leave out --record"
+
+
+def test_evaluate_config_unknown_protocol_is_refused_at_construction() -> None:
+    with pytest.raises(UnknownNameError):
+        EvaluateConfig(protocol="five-crop")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def best(trained: Path, tmp_path: Path) -> Path:
+    """The trained net, where its sidecar may be changed."""
+    for name in ("best.pt", "best.pt.json"):
+        shutil.copy(trained / name, tmp_path / name)
+    return tmp_path / "best.pt"
+
+
+@pytest.fixture
+def named(best: Path, tmp_path: Path) -> Path:
+    """The trained net with names for its classes."""
+    return with_classes(best, TINTS, tmp_path / "named.pt")
+
+
+def recorded(path: Path) -> list[tuple[object, object]]:
+    """Data and n of the accuracies in a sidecar."""
+    sidecar = artifacts.read_sidecar(path)
+    assert sidecar is not None
+    return [(entry["data"], entry["n"]) for entry in accuracies(sidecar.measured)]
+
+
+def test_record_accuracy_keeps_one_entry_for_each_data_set(
+    best: Path, tints: str, tmp_path: Path
+) -> None:
+    other = folders(tmp_path / "data", {"0": 0, "1": 1, "2": 2, "3": 3}, count=4)
+    for data in (tints, other, tints):
+        record_accuracy(evaluate(best, data))
+    moved = tmp_path / "moved.npz"
+    shutil.copy(tints.removeprefix("npz:"), moved)
+    record_accuracy(evaluate(best, f"npz:{moved}"))  # the same images: replaces its entry
+    assert recorded(best) == [(other, 16), (f"npz:{moved}", 240)]
+
+
+def test_record_accuracy_replaces_the_entry_of_an_earlier_version(best: Path, tints: str) -> None:
+    other = {"n": 9, "top1": 8, "top5": None, "data": "digits", "split": "test"}
+    artifacts.update_measured(best, accuracy=other)
+    record_accuracy(evaluate(best, tints))
+    assert recorded(best) == [("digits", 9), (tints, 240)]
+    artifacts.update_measured(best, accuracy=other | {"data": tints, "split": "all"})
+    record_accuracy(evaluate(best, tints))
+    assert recorded(best) == [(tints, 240)]
+
+
+def test_evaluate_dense_of_an_onnx_file_names_its_checkpoint(engines: Path, tints: str) -> None:
+    with pytest.raises(InputError) as error:
+        evaluate(engines / "resnet8.onnx", tints, EvaluateConfig(protocol="dense"))
+    assert "best.pt" in (error.value.fix or "")
+
+
+def test_evaluate_ten_crops_of_an_onnx_file_equal_its_checkpoint(
+    engines: Path, best: Path, tints: str
+) -> None:
+    ten = EvaluateConfig(protocol="10-crop", resize=36)
+    onnx = evaluate(engines / "resnet8.onnx", tints, ten)
+    assert onnx.top1 == evaluate(best, tints, ten).top1
+
+
+def test_evaluate_resize_below_the_size_is_refused(best: Path, tints: str) -> None:
+    with pytest.raises(InputError) as error:
+        evaluate(best, tints, EvaluateConfig(resize=20))
+    assert error.value.fix == "--resize 32 or more"
+
+
+def test_evaluate_class_folders_in_another_order_are_matched_by_name(
+    named: Path, tmp_path: Path
+) -> None:
+    data = folders(tmp_path / "data", {name: label for label, name in enumerate(TINTS)})
+    result = evaluate(named, data)
+    assert result.top1_percent > 90 and result.n == 48
+    assert result.labels.matched_by == "name" and result.assumed == ()
+    assert "another order" in result.labels.remarks[0]
+
+
+def test_evaluate_unknown_class_is_refused_with_the_nearest(named: Path, tmp_path: Path) -> None:
+    data = folders(tmp_path / "data", {"blau": 2, "grey": 3})
+    with pytest.raises(DataError, match=r"'blau'.*nearest: 'blue'") as error:
+        evaluate(named, data)
+    assert "--classes" in (error.value.fix or "")
+
+
+def test_evaluate_ensemble_with_classes_in_another_order_is_matched_by_name(
+    named: Path, tmp_path: Path
+) -> None:
+    order = [3, 1, 0, 2]
+    names = tuple(TINTS[index] for index in order)
+    other = with_classes(named, names, tmp_path / "other.pt", order)
+    data = folders(tmp_path / "data", {name: label for label, name in enumerate(TINTS)})
+    for protocol in ("center", "dense"):
+        result = evaluate([named, other], data, EvaluateConfig(protocol=protocol))  # type: ignore[arg-type]
+        first, second = result.members
+        assert first.top1 == second.top1 == result.top1 > 40
+    compared = compare(named, other, data)
+    assert compared.agreement == 1 and compared.relative is not None
+    assert compared.relative < 1e-5 and compared.classes.in_order is False
+
+
+def test_evaluate_nets_of_other_classes_are_no_ensemble(
+    best: Path, tints: str, tmp_path: Path
+) -> None:
+    three = with_classes(best, ("a", "b", "c"), tmp_path / "three.pt")
+    with pytest.raises(InputError, match=r"three\.pt has 3 classes"):
+        evaluate([best, three], tints)
+    letters = with_classes(best, ("a", "b", "c", "d"), tmp_path / "letters.pt")
+    other = with_classes(best, ("a", "x", "c", "d"), tmp_path / "other.pt")
+    with pytest.raises(DataError, match="no class 'x'"):
+        evaluate([letters, other], tints)
+    # Numbers in place of names match any other net of as many classes.
+    assert len(evaluate([best, letters], tints).members) == 2
+
+
+def test_evaluate_broken_image_is_left_out_for_every_member_and_reported_once(
+    best: Path, engines: Path, tmp_path: Path
+) -> None:
+    for label in "0123":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(30):
+            pixels = np.full((40, 48, 3), 60 * int(label), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index}.png")
+    (tmp_path / "data" / "1" / "7.png").write_bytes(b"not an image")
+    reporter = Recorder()
+    result = evaluate([best, engines / "resnet8.onnx"], str(tmp_path / "data"), reporter=reporter)
+    assert [entry.n for entry in (*result.members, result)] == [119] * 3
+    (note,) = reporter.notes
+    assert "7.png" in note and len(result.skipped) == 1
