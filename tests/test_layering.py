@@ -150,7 +150,7 @@ for name in rtresnet.__all__:
     assert getattr(rtresnet, name) is not None and name in dir(rtresnet)
 for room in ("runtime", "bench", "builder", "reporting", "training.evaluate", "data.loader"):
     importlib.import_module(f"rtresnet.{room}")
-for name in ("runtime.session", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.load",
+for name in ("runtime.session", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.workload",
              "builder.engine", "reporting.page", "reporting.plots", "models.zoo"):
     importlib.import_module(f"rtresnet.{name}")
 """

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from rtresnet.cli import bench, common, train
+from rtresnet.cli import bench_show, common, train
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.serialization import to_builtins
+from rtresnet.workflows.benchmark import BenchmarkConfig, benchmark
 from rtresnet.workflows.compare import compare
 from rtresnet.workflows.evaluate import evaluate, record_accuracy
 
@@ -85,7 +86,9 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     for entry in evaluated:
         record_accuracy(entry, reporter=REPORTER)
     compared = [compare(trained["checkpoint"], path, DATA, reporter=REPORTER) for path in files]
-    measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
+    measured = to_builtins(
+        benchmark(files, BenchmarkConfig(batch=(1, 8), seconds=seconds), reporter=REPORTER)
+    )
     log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]
     return {
         "model": MODEL,
@@ -132,7 +135,7 @@ def legend(result: dict[str, Any]) -> str:
         (
             f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
             "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
-            f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}.",
+            f"CPU figures of the ONNX files: {bench_show.where(result['bench']['results'][0])}.",
             *(f"INT8: {note}." for note in notes),
         )
     )

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from rtresnet.bench import load
-from rtresnet.bench.load import Candidate, measure, warm_up
+from rtresnet.bench import workload
+from rtresnet.bench.scenarios import measure
+from rtresnet.bench.workload import Candidate, warm_up
 from rtresnet.core.errors import InputError
 from tests.bench.simulated import Simulated, on_gpu
 
@@ -31,7 +32,7 @@ def takes(
     return Candidate(serve=serve, requests=["images"])
 
 
-def test_on_the_real_clock_no_request_is_shorter_than_its_service() -> None:
+def test_measure_real_clock_latency_is_at_least_the_service_time() -> None:
     """benchmarks/bench_honesty.py holds how close they come; here, that seconds are seconds."""
 
     def serve(request: object) -> None:
@@ -46,7 +47,7 @@ def test_on_the_real_clock_no_request_is_shorter_than_its_service() -> None:
     assert 4 / 0.2 < found.latency.images_per_second <= 4 / 0.002
 
 
-def test_latency_is_the_service_time_and_throughput_its_inverse() -> None:
+def test_measure_constant_service_gives_its_latency_and_throughput() -> None:
     clock = Simulated()
     (found,) = measure([takes(clock, 0.002)], batch=4, seconds=2, clock=clock)
     assert found.latency.median == pytest.approx(2) and found.latency.p99 == pytest.approx(2)
@@ -55,7 +56,7 @@ def test_latency_is_the_service_time_and_throughput_its_inverse() -> None:
     assert found.batch == 4 and found.steady and found.speed == 1
 
 
-def test_speed_is_the_ratio_to_the_first_and_comes_with_a_verdict() -> None:
+def test_measure_three_candidates_gives_speed_and_verdict() -> None:
     clock = Simulated()
     first, slower, faster = measure(
         [takes(clock, 0.004), takes(clock, 0.008), takes(clock, 0.002)],
@@ -67,7 +68,7 @@ def test_speed_is_the_ratio_to_the_first_and_comes_with_a_verdict() -> None:
     assert faster.comparison and faster.comparison.verdict == "faster"
 
 
-def test_the_same_file_twice_shows_no_difference_whatever_the_noise() -> None:
+def test_measure_same_candidate_twice_under_noise_shows_no_difference() -> None:
     for seed in range(20):
         clock, rng = Simulated(), np.random.default_rng(seed)
         # Each has its own noise of 10 %, in stretches: neighbours are alike.
@@ -78,7 +79,7 @@ def test_the_same_file_twice_shows_no_difference_whatever_the_noise() -> None:
         assert again.comparison and again.comparison.verdict == "no difference shown", seed
 
 
-def test_a_slowdown_of_five_percent_is_found_under_that_noise() -> None:
+def test_measure_slowdown_of_5_percent_under_noise_is_slower() -> None:
     for seed in range(20):
         clock, rng = Simulated(), np.random.default_rng(seed)
         noise = [np.repeat(0.003 * (1 + 0.1 * rng.random(40)), 25) for _ in range(2)]
@@ -89,7 +90,7 @@ def test_a_slowdown_of_five_percent_is_found_under_that_noise() -> None:
         assert slow.comparison and slow.comparison.verdict == "slower", seed
 
 
-def test_candidates_take_turns_in_an_order_drawn_anew_and_seeded() -> None:
+def test_measure_order_of_each_round_is_random_and_seeded() -> None:
     def order(seed: int) -> str:
         clock, calls = Simulated(), list[str]()
         candidates = [takes(clock, 0.2, calls=calls, name=n) for n in "abc"]
@@ -101,7 +102,7 @@ def test_candidates_take_turns_in_an_order_drawn_anew_and_seeded() -> None:
     assert all(sorted(part) == ["a", "b", "c"] for part in rounds) and len(set(rounds)) > 1
 
 
-def test_every_candidate_is_warmed_up_before_any_is_measured() -> None:
+def test_measure_warms_up_all_candidates_first() -> None:
     clock, calls = Simulated(), list[str]()
     candidates = [takes(clock, 0.02, calls=calls, name=n) for n in "ab"]
     found = measure(candidates, batch=1, seconds=0.5, clock=clock)
@@ -111,7 +112,7 @@ def test_every_candidate_is_warmed_up_before_any_is_measured() -> None:
     assert warming == sorted(warming) and min(map(warming.count, "ab")) >= 9
 
 
-def test_so_many_queries_are_so_many_samples() -> None:
+def test_measure_queries_gives_that_many_samples() -> None:
     clock = Simulated()
     for found in measure(
         [takes(clock, 0.001), takes(clock, 0.001)], batch=1, seconds=1, queries=100, clock=clock
@@ -119,7 +120,7 @@ def test_so_many_queries_are_so_many_samples() -> None:
         assert found.latency.n == 100
 
 
-def test_progress_only_grows_and_covers_all_candidates() -> None:
+def test_measure_progress_grows_over_all_candidates() -> None:
     clock, told = Simulated(), list[float]()
     measure(
         [takes(clock, 0.01), takes(clock, 0.01)],
@@ -132,33 +133,33 @@ def test_progress_only_grows_and_covers_all_candidates() -> None:
 
 
 @pytest.mark.parametrize("batch", [0, -1])
-def test_a_batch_of_nothing_is_refused(batch: int) -> None:
+def test_measure_batch_below_1_is_refused(batch: int) -> None:
     with pytest.raises(InputError, match="--batch"):
         measure([takes(Simulated(), 0.1)], batch=batch, seconds=1)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
-def test_seconds_out_of_range_are_refused(seconds: float) -> None:
+def test_measure_seconds_out_of_range_are_refused(seconds: float) -> None:
     with pytest.raises(InputError, match="--seconds"):
         measure([takes(Simulated(), 0.1)], batch=1, seconds=seconds)
 
 
-def test_an_even_candidate_becomes_steady_after_three_windows() -> None:
+def test_warm_up_constant_service_is_steady_after_three_windows() -> None:
     clock, calls = Simulated(), list[str]()
     warm = warm_up(takes(clock, 0.03, calls=calls), clock)
     assert warm.steady and warm.seconds == pytest.approx(0.03) and len(calls) == 9
 
 
-def test_an_erratic_candidate_is_not_steady_and_ends_at_the_cap() -> None:
+def test_warm_up_erratic_service_ends_at_the_time_limit() -> None:
     clock = Simulated()
     erratic = takes(clock, *([0.03] * 3 + [0.06] * 3 + [0.09] * 3))
     assert not warm_up(erratic, clock).steady
-    assert load.CAP_SECONDS <= clock.time < load.CAP_SECONDS + 0.3
+    assert workload.CAP_SECONDS <= clock.time < workload.CAP_SECONDS + 0.3
     (found,) = measure([erratic], batch=1, seconds=1, clock=clock)
     assert not found.steady
 
 
-def test_an_error_of_a_candidate_is_not_swallowed() -> None:
+def test_measure_error_of_a_candidate_is_raised() -> None:
     def breaks(request: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -166,7 +167,7 @@ def test_an_error_of_a_candidate_is_not_swallowed() -> None:
         measure([Candidate(serve=breaks, requests=[0])], batch=1, seconds=0.1)
 
 
-def test_parts_are_summarized_where_every_request_has_them() -> None:
+def test_measure_timings_of_every_request_are_summarized() -> None:
     clock = Simulated()
     plain = takes(clock, 0.01)
     parts: Callable[[], dict[str, float]] = lambda: {"h2d": 1.0, "compute": 7.0, "d2h": 1.0}  # noqa: E731
