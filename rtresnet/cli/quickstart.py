@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import click
 
-from rtresnet.cli import bench_show, common, train
+from rtresnet.cli import bench_show, common
+from rtresnet.cli.train import show
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.benchmark import BenchmarkConfig, benchmark
@@ -70,10 +72,13 @@ def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
     from rtresnet.workflows.build import BuildConfig
     from rtresnet.workflows.export import ExportConfig, export
     from rtresnet.workflows.quantize import QuantizeConfig
+    from rtresnet.workflows.train import TrainConfig, train
 
-    trained = train.run(
-        model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
-    )  # fmt: skip
+    config = TrainConfig(
+        model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu"
+    )
+    done = train(config, reporter=REPORTER)
+    trained = to_builtins(dataclasses.replace(done, page=show(done)))
     exported = to_builtins(export(
         trained["checkpoint"], out / "engines",
         ExportConfig(precisions=("fp32", "fp16", "int8"), plan=True),

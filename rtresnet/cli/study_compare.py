@@ -120,12 +120,12 @@ def _terms(
     device: str,
     max_broken: float | None,
 ) -> Terms:
-    from rtresnet.cli.train import NOT_MIRRORED
     from rtresnet.core.errors import InputError
     from rtresnet.data.sources import open_source
     from rtresnet.study import runs
     from rtresnet.study.compare import Terms
     from rtresnet.training import recipes
+    from rtresnet.workflows.train import NOT_MIRRORED
 
     if epochs and steps:
         raise InputError("--epochs and --steps both say how long", fix="give one of them")

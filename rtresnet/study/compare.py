@@ -22,7 +22,7 @@ from rtresnet.models.resnet import multiply_adds
 from rtresnet.models.zoo import Spec
 from rtresnet.study.runs import Outcome, Run
 from rtresnet.training import recipes, train_loader
-from rtresnet.training.config import Job
+from rtresnet.training.config import TrainJob
 from rtresnet.training.recipe import Recipe
 
 ERRORS = ("train_error", "val_error", "test_error")
@@ -102,7 +102,7 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
                 depth=spec.depth,
                 settings={**terms.settings, "seed": seed},
             )
-            job = Job(
+            job = TrainJob(
                 spec=spec, source=terms.source, test=terms.test, preprocess=preprocess,
                 recipe=recipe, out=terms.out / f"{label}-seed{seed}", device=terms.device,
                 max_broken=terms.max_broken,

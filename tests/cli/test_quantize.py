@@ -519,7 +519,7 @@ def test_weights_in_a_file_beside_are_found_or_asked_for(
               size_threshold=0)  # fmt: skip
     assert main(["build", str(split), "--out", "split.plan"]) == 0
     assert main(["package", str(split), "--triton", "store"]) == 2
-    assert "a file beside it" in capsys.readouterr().err.splitlines()[-1]
+    assert "onnx.save(" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("store").exists()
 
 
