@@ -1,4 +1,4 @@
-"""`rtresnet doctor --gpu`: small runs on the GPU, each in a process of its own.
+"""Test the GPU with small runs, each in a process of its own.
 
 The short form of benchmarks/accept_gpu.py.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 from rtresnet.core import hardware
 from rtresnet.core.isolated import (
-    FAILED,
     OK,
     StepFailed,
     StepResult,
@@ -53,29 +52,25 @@ def check_engine() -> dict[str, Any]:
     """ResNet-8 in FP16, exported, built and run here, against ONNX Runtime on the CPU."""
     import numpy as np
 
-    from rtresnet import load
+    from rtresnet.runtime.session import load
     from rtresnet.builder import targets
-    from rtresnet.cli.main import main
     from rtresnet.core.errors import UnavailableError
+    from rtresnet.workflows.build import BuildConfig, build
+    from rtresnet.workflows.export import ExportConfig, export
 
     try:
         module = targets.builder()
     except UnavailableError as lack:
         raise StepSkipped(str(lack)) from None
-    here, aimed = hardware.gpus()[0].target, []
+    here, targets_here = hardware.gpus()[0].target, tuple[str, ...]()
     if module.__name__ == "tensorrt_rtx":
         if here not in targets.RTX_TARGETS:
             raise StepSkipped(f"TensorRT-RTX has no target {here}; pip install tensorrt-cu13")
-        aimed = ["--target", here]
+        targets_here = (here,)
     with tempfile.TemporaryDirectory() as folder:
-        source, plan = Path(folder, "resnet8-fp16.onnx"), Path(folder, "resnet8.plan")
-        for arguments in (
-            ["export", "--model", "resnet8", "--weights", "untrained", "--fp16", "--no-plan",
-             "--out", folder],
-            ["build", str(source), "--out", str(plan), *aimed],
-        ):  # fmt: skip
-            if main(arguments):
-                raise StepFailed(f"rtresnet {arguments[0]} failed; see stderr", {})
+        exported = export("untrained", folder, ExportConfig(model="resnet8", precisions=("fp16",)))
+        source = exported.onnx[1].path
+        plan = build(source, BuildConfig(targets=targets_here)).path
         with load(source, provider="cpu") as reference:
             images = reference.example(BATCH)
             wanted = reference.logits(images)
@@ -95,7 +90,7 @@ STEPS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # and seconds 
 }
 
 
-def run_steps() -> list[StepResult]:
+def test_gpu() -> list[StepResult]:
     """Run every step in a process of its own.
 
     Raises:
@@ -122,51 +117,6 @@ def run_steps() -> list[StepResult]:
                     fix="run it on a machine with one; `rtresnet doctor` shows what works without",
                 )
     return results
-
-
-def show(json_file: str | None) -> None:
-    """Print what the steps found.
-
-    Raises:
-        UnavailableError: There is no GPU.
-        CheckFailedError: A step failed.
-    """
-    import dataclasses
-
-    from rtresnet.cli import common
-    from rtresnet.core.errors import CheckFailedError
-    from rtresnet.reporting import tables
-
-    results = run_steps()
-    console = common.out_console()
-    driver = results[0].data
-    for gpu in driver.get("devices", ()):
-        memory = f"{gpu['memory'] / 2**30:.0f} GiB"
-        console.print(
-            f"GPU: {gpu['name']}, {gpu['target']}, {memory}, UUID {gpu['uuid'] or 'unknown'}",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
-    if driver:
-        known = driver["kernel_driver"] or "unknown version"
-        console.print(f"driver: CUDA {driver['cuda']}; {known}", soft_wrap=True, markup=False)
-        packages = ", ".join(f"{name} {version}" for name, version in driver["versions"].items())
-        console.print(packages, soft_wrap=True, markup=False)
-    rows = [(r.name, r.status, f"{r.seconds:.1f}", r.reason or _detail(r)) for r in results]
-    tables.show(console, ("step", "status", "s", "detail"), rows)
-    common.write_json(json_file, "doctor", {"gpu": [dataclasses.asdict(r) for r in results]})
-    failed = [result for result in results if result.status == FAILED]
-    if failed:
-        raise CheckFailedError(
-            f"{len(failed)} of {len(results)} steps failed: {failed[0].name}: {failed[0].reason}",
-            fix="see stderr in: rtresnet doctor --gpu --json -",
-        )
-
-
-def _detail(result: StepResult) -> str:
-    if "relative_error" in result.data:
-        about = result.data["described"]
-        return f"{about['provider']} and the CPU differ by {result.data['relative_error']:.1g}"
-    return ""
 
 
 if __name__ == "__main__":
