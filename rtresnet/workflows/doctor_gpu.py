@@ -52,9 +52,9 @@ def check_engine() -> dict[str, Any]:
     """ResNet-8 in FP16, exported, built and run here, against ONNX Runtime on the CPU."""
     import numpy as np
 
-    from rtresnet.runtime.session import load
     from rtresnet.builder import targets
     from rtresnet.core.errors import UnavailableError
+    from rtresnet.runtime.session import load
     from rtresnet.workflows.build import BuildConfig, build
     from rtresnet.workflows.export import ExportConfig, export
 

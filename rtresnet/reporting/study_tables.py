@@ -1,25 +1,33 @@
-"""What `rtresnet study` shows: results turned into table rows and figure lines."""
+"""Studies as table rows, figure lines and pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rtresnet.cli import common
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rtresnet.reporting.study_plots import Line, Panel
     from rtresnet.study.compare import Net
-    from rtresnet.study.runs import Outcome
 
 
-def words(outcome: Outcome) -> str:
-    """A run's result in a line."""
-    if outcome.diverged:
-        return f"diverged, {outcome.diverged}"
-    val = "" if outcome.val_error is None else f"validation {outcome.val_error:.2f} %, "
-    return f"error: training {outcome.train_error:.2f} %, {val}test {outcome.test_error:.2f} %"
+class LayerResponses(Protocol):
+    """See `workflows.study.LayerResponses`."""
+
+    @property
+    def checkpoint(self) -> str:
+        """The file."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Architecture."""
+        ...
+
+    @property
+    def responses(self) -> dict[str, float]:
+        """Standard deviation of each layer."""
+        ...
 
 
 def table(nets: Sequence[Net]) -> tuple[list[str], list[list[str]]]:
@@ -84,38 +92,19 @@ def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
     return panels
 
 
-def can_draw() -> bool:
-    """Whether there can be a figure; says what is missing."""
-    from rtresnet.core import hardware
-
-    able = hardware.installed("matplotlib")
-    if not able:
-        common.note("no figure: pip install matplotlib, and run the same command again")
-    return able
-
-
-def short(data: str) -> str:
-    """A data set's name for a figure: cifar10 for cifar10:DIR, a folder's or file's own name."""
-    form, _, argument = data.partition(":")
-    named = form if form in ("cifar10", "fashion-mnist", "synthetic", "digits") else ""
-    return named or Path(argument or form).stem
-
-
-def response_figure(results: list[dict[str, Any]], images: str) -> Any:
-    """Figure 7 of the results of `study responses`, or None."""
+def response_figure(results: Sequence[LayerResponses], images: str) -> Any:
+    """Figure 7: a line for each checkpoint."""
     from rtresnet.reporting.study_plots import Line, response_curves
 
-    if not can_draw():
-        return None
-    names = [entry["model"] for entry in results]
+    names = [entry.model for entry in results]
     lines = []
     for colour, entry in enumerate(results):
-        values = list(entry["responses"].values())
-        name = entry["model"]
-        if names.count(name) > 1:  # two of one net are told apart by their folders
-            path = Path(entry["checkpoint"])
+        values = list(entry.responses.values())
+        name = entry.model
+        if names.count(name) > 1:  # the folders distinguish two checkpoints of one net
+            path = Path(entry.checkpoint)
             name = path.parent.name if path.name == "best.pt" else f"{path.parent.name}/{path.name}"
-        dashed = entry["model"].startswith("plain")
+        dashed = entry.model.startswith("plain")
         x = range(1, len(values) + 1)
         lines.append(Line(label=name, colour=colour, dashed=dashed, x=x, y=values))
     plain = "; plain nets dashed" if any(line.dashed for line in lines) else ""
