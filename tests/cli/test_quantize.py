@@ -425,7 +425,7 @@ def test_nets_of_one_name_share_a_file_of_scales_and_inspect_says_so(
         out = f"{folder}/net.onnx"
         assert quantize(source, "--calib", tints, "--calibrator", calibrator, "--out", out) == 0
     capsys.readouterr()
-    for folder, words in (("a", "net.json (written anew since)"), ("b", "calib/net.json\n")):
+    for folder, words in (("a", "net.json (changed since)"), ("b", "calib/net.json\n")):
         assert main(["inspect", f"{folder}/net.onnx"]) == 0
         assert words in capsys.readouterr().out
 

@@ -1,10 +1,9 @@
-"""`rtresnet inspect PLAN --layers`: the engine's fused layers, and what did not fuse."""
+"""An engine's fused layers as a table, and what did not fuse."""
 
 from __future__ import annotations
 
 import dataclasses
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,19 +19,8 @@ WHY = {
 }
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The layers kept beside a plan, as `--json` writes them.
-
-    Raises:
-        InputError: It is no plan, or its layers were not kept.
-    """
-    from rtresnet.builder import layers
-    from rtresnet.core import artifacts
-    from rtresnet.core.errors import InputError
-
-    if artifacts.kind_of(path) != "plan":
-        raise InputError(f"{path}: only a plan has fused layers", fix="see: rtresnet build --help")
-    engine = layers.load(path, artifacts.verify(path))
+def as_record(engine: Any) -> dict[str, Any]:
+    """An engine's layers (`builder.layers.Layers`) as `--json` writes them, with bytes written."""
     record = dataclasses.asdict(engine)
     for layer in record["layers"]:
         batch = engine.batches[min(layer["profile"], len(engine.batches) - 1)]
