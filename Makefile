@@ -31,7 +31,7 @@ check: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	touch $@
 
-# Takes the place of onnxruntime where it is installed, so it lies beside, for the tests that ask.
+# Replaces onnxruntime where it is installed, so it goes to a folder that only some tests use.
 .venv/openvino: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"

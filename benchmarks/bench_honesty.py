@@ -9,7 +9,7 @@
     server     p99 under Poisson arrivals at several loads, within 10 % of M/D/1 theory
     same       a net against itself: no difference in at least 19 of 20 runs
     slowdown   a net against itself made 5 % slower: found in at least 19 of 20 runs
-    same_busy, slowdown_busy   the same with a process beside that comes and goes and takes a core
+    same_busy, slowdown_busy   the same with a process next to that comes and goes and takes a core
     bare       throughput of ResNet-50, FP32 and INT8, within 3 % of a bare loop, same session
     openvino   the same files in OpenVINO: this tool's loop, and `rtresnet bench`, within 10 % of
                benchmark_app
@@ -185,7 +185,7 @@ def slowdown(options: argparse.Namespace) -> list[Row]:
     return verdict_row("slowdown", "net against itself, 5 % slower", pairs(options, 0.05), "slower")
 
 
-BESIDE = """
+LOAD = """
 import random, select, sys, time
 random.seed(0)
 asleep = True
@@ -203,7 +203,7 @@ def another_process() -> Iterator[None]:
 
     A shell that is gone starts it: the work of a child would count as this process's own.
     """
-    start = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh", sys.executable, "-c", BESIDE]
+    start = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh", sys.executable, "-c", LOAD]
     shell = subprocess.Popen(start, stdin=subprocess.PIPE)
     shell.wait()
     assert shell.stdin is not None

@@ -26,28 +26,40 @@ P99 = next(entry for entry in options_of(SearchConfig) if entry[0].name == "p99_
 @config_options(BenchmarkConfig, leave_out=SHARED)
 @config_options(MeasurementConfig, argument="shared")
 @click.option(
-    "--find-batch", is_flag=True, help="Find the largest batch whose p99 is within --p99."
+    "--find-batch",
+    is_flag=True,
+    help="Find the largest batch whose p99 is within --p99.  [default: off]",
 )
 @click.option(
-    "--find-qps", is_flag=True, help="Find the highest rate of arrivals with a p99 within --p99."
+    "--find-qps",
+    is_flag=True,
+    help="Find the highest rate of arrivals with a p99 within --p99.  [default: off]",
 )
 @click_option("p99_ms", P99[1], None, P99[2])
 @click.option(
     "--plot", metavar="FILE", type=click.Path(path_type=Path),
-    help="Draw the measurements of a search as .svg or .png.",
+    help="Draw the measurements of a search as .svg or .png.  [default: none]",
 )  # fmt: skip
 @click.option(
-    "--baseline", metavar="FILE", help="Exit with 1 if slower than the results in this --json file."
+    "--baseline",
+    metavar="FILE",
+    help="Exit with 1 if slower than the results in this --json file.  [default: none]",
 )
 @click.option(
     "--tolerance", metavar="N%", callback=lambda context, option, text: _percent(text),
     help="Slowdown that --baseline allows.  [default: 3%]",
 )  # fmt: skip
 @click.option(
-    "--force", is_flag=True, help="Compare with a baseline of another device or version, too."
+    "--force",
+    is_flag=True,
+    help="Compare with a baseline of another device or version, too.  [default: refuse]",
 )
-@click.option("--intervals", is_flag=True, help="Print 95 % confidence intervals, too.")
-@click.option("--trtexec", is_flag=True, help="Print the results in trtexec's format, too.")
+@click.option(
+    "--intervals", is_flag=True, help="Print 95 % confidence intervals, too.  [default: off]"
+)
+@click.option(
+    "--trtexec", is_flag=True, help="Print the results in trtexec's format, too.  [default: off]"
+)
 @config_options(RuntimeConfig, argument="runtime")
 @common.json_option
 def command(

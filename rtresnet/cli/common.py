@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rtresnet.cli.console import Console
     from rtresnet.core.reporter import Update
 
+SCHEMA = 1  # of what --json writes; see docs/reference/json.md
 F = TypeVar("F", bound=Callable[..., Any])
 
 DATA_HELP = (
@@ -145,7 +146,7 @@ def write_json(target: str | None, verb: str, result: Any) -> None:
     from rtresnet.core import artifacts, atomic_io, serialization
 
     record = serialization.to_builtins(
-        {"verb": verb, "made_by": artifacts.provenance(), "result": result}
+        {"schema": SCHEMA, "verb": verb, "made_by": artifacts.provenance(), "result": result}
     )
     text = json.dumps(record, indent=1) + "\n"
     if target == "-":

@@ -163,7 +163,7 @@ class Net:
         return spread(values) if values and None not in values else None
 
     def curve(self, name: str) -> Curve | None:
-        """Of "train_top1" or "val_top1" as an error; None likewise."""
+        """Of "train_top1" or "val_top1" as an error; None in the same way."""
         logs = [outcome.log for outcome in self.finished]
         if not logs or any(record[name] is None for log in logs for record in log):
             return None

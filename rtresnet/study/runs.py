@@ -127,7 +127,7 @@ def _finished(run: Run, measured: dict[str, Any]) -> Outcome:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What makes a run this one and no other, beside its seed."""
+    """What makes a run this one and no other, next to its seed."""
     job = resolve_job(run.job)
     return {
         "recipe": dataclasses.asdict(job.recipe),

@@ -259,7 +259,7 @@ class _Run:
         self.at = self.keeper.restore(self.stepper, last)
 
     def finish(self) -> Checkpoint:
-        """Batch norm's statistics anew where asked for, then the one test."""
+        """Batch norm's statistics again where asked for, then the one test."""
         path, net = self.job.out / "best.pt", self.stepper.kept
         self.world.barrier()
         best = checkpoint.load(path)

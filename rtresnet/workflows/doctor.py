@@ -76,7 +76,11 @@ class DoctorResult:
 
 
 def doctor() -> DoctorResult:
-    """Looks at the CPU, the GPUs, the packages, and what runs with them. Raises nothing."""
+    """Looks at the CPU, the GPUs, the packages, and what runs with them.
+
+    Raises:
+        Nothing: what is missing or broken is part of the result.
+    """
     gpus = tuple(
         GpuStatus(name=gpu.name, target=gpu.target, memory=gpu.memory) for gpu in hardware.gpus()
     )

@@ -33,7 +33,11 @@ class ModelsResult:
 
 
 def list_models() -> ModelsResult:
-    """Counts the parameters and multiply-adds of every net. Raises nothing."""
+    """Counts the parameters and multiply-adds of every net.
+
+    Raises:
+        UnavailableError: torch is missing, and a net is not in the table of costs.
+    """
     from rtresnet.models import zoo
 
     models = []

@@ -138,7 +138,15 @@ def study_shortcuts(
 ) -> StudyResult:
     """Trains a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
 
-    Arguments and errors are those of `study_degradation`; `model` is a residual net.
+    Args:
+        data: As for `train`.
+        model: A residual net.
+        config: Recipe, length and seeds.
+        out: Folder; runs/study-shortcuts by default.
+        reporter: Receives progress and a line for each run.
+
+    Raises:
+        InputError: As `study_degradation`.
     """
     require_torch("a study")
     from rtresnet.study import compare
