@@ -6,9 +6,9 @@ Weights are untrained: sizes, build times and speed do not depend on them. The t
 net are measured in turn, in one process, at batch 1 and 8.
 
 The results say whether the processor has VNNI, and go into a file for each kind. To see the kernels
-of the other kind on an Intel processor, compile tests/runtime/no_vnni.c as its first lines say and
+of the other kind (gcc, objdump and Linux on x86-64):
 
-    ONEDNN_MAX_CPU_ISA=AVX2 LD_PRELOAD=$PWD/no_vnni.so .venv/bin/python benchmarks/engines.py
+    .venv/bin/python tests/runtime/hide_vnni.py .venv/bin/python benchmarks/engines.py resnet50
 
 OpenVINO, on a processor that its plugin does not offer, is in another build of ONNX Runtime:
 
@@ -83,7 +83,7 @@ def main() -> None:
     kind = "with VNNI"
     if hardware.int8_sums_saturate():
         hidden = "no_vnni" in os.environ.get("LD_PRELOAD", "")
-        kind = "without VNNI" + (" (hidden by tests/runtime/no_vnni.c)" if hidden else "")
+        kind = "without VNNI" + (" (hidden by tests/runtime/hide_vnni.py)" if hidden else "")
     caption = (
         f"Plans by {plan['builder']} {plan['version']} for {', '.join(plan['targets'])}. Speed of "
         f"the ONNX files on {where['device']}, {kind}, {where['provider']}, "

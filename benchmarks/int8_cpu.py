@@ -4,8 +4,8 @@
 
 Every net is exported, calibrated on 512 images and run on all test images: by ONNX Runtime without
 its optimizer, which is the file as written, and through `rtresnet.load` by each provider that is
-installed, on this CPU as it is and with AVX-512, VNNI and AMX hidden (tests/runtime/no_vnni.c: gcc,
-Linux and an Intel processor; skipped elsewhere). "saturating" is what ONNX Runtime would compute if
+installed, on this CPU as it is and with AVX-512, VNNI and AMX hidden (tests/runtime/hide_vnni.py:
+gcc, objdump and Linux on x86-64; skipped elsewhere). "saturating" is what ONNX Runtime would compute if
 the runtime took no notice of the missing VNNI.
 """
 
@@ -30,7 +30,9 @@ from rtresnet.data.sources import open_source
 from rtresnet.quantization import simulate
 from rtresnet.runtime import ort
 
-HIDE = Path(__file__).parent.parent / "tests" / "runtime" / "no_vnni.c"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
+import hide_vnni  # noqa: E402
+
 RUN = """
 import sys, numpy as np
 from rtresnet import load
@@ -49,17 +51,11 @@ HEADINGS = ("net", "CPU", "provider", "top-1", "of", "agreement with FP32 %", "S
 
 def hidden(folder: Path) -> dict[str, str] | None:
     """Environment variables that hide VNNI from a process; None where that is not possible."""
-    library = folder / "no_vnni.so"
-    command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(HIDE)]
-    variables = {"LD_PRELOAD": str(library), "ONEDNN_MAX_CPU_ISA": "AVX2"}
     try:
-        subprocess.run(command, check=True, capture_output=True)
-        subprocess.run(
-            [sys.executable, "-c", ""], env=os.environ | variables, check=True, capture_output=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return hide_vnni.environment(folder)
+    except hide_vnni.CannotHideError as error:
+        print(f"VNNI cannot be hidden: {error}", file=sys.stderr)
         return None
-    return variables
 
 
 def run(
