@@ -5,8 +5,8 @@
 Every net is exported, calibrated on 512 images and run on all test images: by ONNX Runtime without
 its optimizer, which is the file as written, and through `rtresnet.load` by each provider that is
 installed, on this CPU as it is and with AVX-512, VNNI and AMX hidden (tests/runtime/hide_vnni.py:
-gcc, objdump and Linux on x86-64; skipped elsewhere). "saturating" is what ONNX Runtime would compute if
-the runtime took no notice of the missing VNNI.
+gcc, objdump and Linux on x86-64; skipped elsewhere). "saturating" is what ONNX Runtime would
+compute if the runtime took no notice of the missing VNNI.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from rtresnet.core import hardware, metrics
 from rtresnet.data import loader
 from rtresnet.data.sources import open_source
 from rtresnet.quantization import simulate
-from rtresnet.runtime import ort
+from rtresnet.runtime import providers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
-import hide_vnni  # noqa: E402
+import hide_vnni
 
 RUN = """
 import sys, numpy as np
@@ -94,7 +94,7 @@ def measure(weights: str, data: str, calib: str, folder: Path) -> list[dict[str,
     if not hardware.int8_sums_saturate() and (variables := hidden(folder)) is not None:
         cpus.append(("VNNI hidden", variables))
     for cpu, env in cpus:
-        for provider in ("cpu", *(["openvino"] if ort.openvino() else [])):
+        for provider in ("cpu", *(["openvino"] if providers.openvino() else [])):
             logits, shown = run(int8_file, provider, folder, env)
             answers.append((cpu, shown, logits))
         if cpu != "with VNNI":
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("weights", nargs="+")
     parser.add_argument("--data", required=True)
     parser.add_argument("--calib", required=True)
+    parser.add_argument("--name", default="int8-cpu", help="name of the results' files")
     options = parser.parse_args()
     results = []
     for weights in options.weights:
@@ -144,7 +145,7 @@ def main() -> None:
         + "."
     )
     record = {"results": results, "cpu": hardware.cpu(), "versions": versions}
-    save("int8-cpu", record, markdown(HEADINGS, rows) + "\n\n" + caption)
+    save(options.name, record, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 
 if __name__ == "__main__":

@@ -359,13 +359,13 @@ def test_every_enum_by_name_has_its_members(api: Api) -> None:
 SUBCLASS_PROBE = """
 import importlib, inspect, json, sys
 from rtresnet.builder import engine, monitor
-from rtresnet.runtime import trt_profile
+from rtresnet.runtime import profilers
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = importlib.import_module(sys.argv[1])
 made = {
     "ILogger": [logger(trt, ErrorLog()), engine._log(trt)],
     "IProgressMonitor": [monitor._monitor(trt, print)],
-    "IProfiler": [trt_profile.profiler(trt)],
+    "IProfiler": [profilers.profiler(trt)],
 }
 found = {}
 for base, instances in made.items():

@@ -146,7 +146,7 @@ def _run(
     **options: Any,
 ) -> tuple[dict[str, Any], RtresnetError | None]:
     """As `run`; and the error that ended it after at least one batch was measured."""
-    from rtresnet.runtime import threads
+    from rtresnet.runtime.batcher import SWITCH_SECONDS
 
     load = bench_load.choose(
         scenario=scenario, batch=batch, qps=qps, concurrency=concurrency, max_batch=max_batch,
@@ -190,7 +190,7 @@ def _run(
         "qps": qps,
         "seed": seed,
         "with_preprocess": bool(load.images),
-        "switch_interval_s": threads.SWITCH_SECONDS,
+        "switch_interval_s": SWITCH_SECONDS,
         "environment": watch.report,
         "results": results,
     } | ({"recorded": recorded} if recorded is not None else {})
@@ -209,7 +209,7 @@ def _opened(
     """Sessions, what is known of each before it is measured, and a watch on the machine."""
     from rtresnet.bench import environment
     from rtresnet.core import hardware
-    from rtresnet.runtime.threads import short_switch_interval
+    from rtresnet.runtime.batcher import short_switch_interval
 
     chosen = [stand_in_for(path, device) for path in paths]
     for _, stand_in in chosen:

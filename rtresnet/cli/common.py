@@ -98,7 +98,7 @@ class ProviderName(click.Choice):  # type: ignore[type-arg, unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Refuses `tensorrt` with an InputError, and an unknown name with click's usage error."""
         if value == "tensorrt":
-            from rtresnet.runtime.ort import find_provider
+            from rtresnet.runtime.providers import find_provider
 
             find_provider(value)
         return super().convert(value, param, ctx)

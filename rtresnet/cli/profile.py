@@ -85,14 +85,12 @@ def run(
         environment.Watch(gpu) as watch,
         common.progress(f"profiling {path} at batch {batch}", total=seconds) as update,
     ):
+        from rtresnet.runtime import profilers
+
         if kind == "plan":
-            from rtresnet.runtime import trt_profile
-
-            recorded = trt_profile.record(path, images, seconds=seconds, on_progress=update)
+            recorded = profilers.record_plan(path, images, seconds=seconds, on_progress=update)
         else:
-            from rtresnet.runtime import ort_profile
-
-            recorded = ort_profile.record(
+            recorded = profilers.record_onnx(
                 path, images, seconds=seconds, threads=threads, on_progress=update
             )
     roof, rates, bandwidth = _roof(recorded, new_roof)

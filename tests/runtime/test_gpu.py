@@ -18,8 +18,8 @@ from rtresnet.cli.main import main
 from rtresnet.core import artifacts, hardware
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.sidecar import Profile
+from rtresnet.runtime.contexts import cache_path
 from rtresnet.runtime.cuda import host_view, open_cuda
-from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.session import Session, load
 from rtresnet.runtime.trt import TrtBackend
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtresnet.runtime import ort as backends
-from rtresnet.runtime.ort import OPENVINO_BUILT_IN, PROVIDERS, OrtBackend
+from rtresnet.runtime import providers
+from rtresnet.runtime.ort import OrtBackend
+from rtresnet.runtime.providers import OPENVINO_BUILT_IN, PROVIDERS
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
@@ -42,8 +43,8 @@ def with_build(*arguments: str, isa: str | None = None) -> subprocess.CompletedP
 
 
 WITHOUT_PLUGIN = """
-from rtresnet.runtime import ort
-ort._plugin_device = lambda about: None
+from rtresnet.runtime import ort, providers
+providers._plugin_device = lambda about: None
 """
 RUN = (
     WITHOUT_PLUGIN
@@ -152,7 +153,7 @@ def test_the_plugin_comes_first_and_the_build_where_it_offers_nothing(
     expected: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends.hardware, "installed", lambda module: installed)
-    monkeypatch.setattr(backends, "_plugin_device", lambda about: device)
-    monkeypatch.setattr(backends, "_onnxruntime", lambda: Built(*built))
-    assert backends.openvino() is expected
+    monkeypatch.setattr(providers.hardware, "installed", lambda module: installed)
+    monkeypatch.setattr(providers, "_plugin_device", lambda about: device)
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: Built(*built))
+    assert providers.openvino() is expected

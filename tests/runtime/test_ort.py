@@ -27,13 +27,11 @@ from rtresnet.runtime.cpu_rewrite import (
     to_unsigned,
 )
 from rtresnet.runtime.ort import (
-    PROVIDERS,
     RECORD,
     OrtBackend,
-    Provider,
-    hold_placement,
-    openvino,
+    check_placement,
 )
+from rtresnet.runtime.providers import PROVIDERS, Provider, openvino
 from rtresnet.runtime.session import load
 
 ort = pytest.importorskip("onnxruntime")
@@ -461,7 +459,7 @@ def test_every_core_is_the_default(onnx_file: OnnxFile) -> None:
 
 def test_auto_is_openvino_where_it_serves_this_processor(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"))
-    assert backend.provider == (openvino() or PROVIDERS["cpu"]).shown
+    assert backend.provider == (openvino() or PROVIDERS["cpu"]).title
 
 
 def test_openvino_runs_or_is_an_error_but_never_a_fallback(
@@ -531,7 +529,7 @@ def test_every_node_is_where_it_was_asked_to_be(onnx_file: OnnxFile) -> None:
 @pytest.fixture
 def takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The provider "cuda" becomes one that starts everywhere and has no kernel for any node."""
-    azure = Provider(ep="AzureExecutionProvider", shown="Azure", package="onnxruntime")
+    azure = Provider(ep="AzureExecutionProvider", title="Azure", package="onnxruntime")
     if azure.ep not in ort.get_available_providers():
         pytest.skip("onnxruntime without the Azure provider")
     monkeypatch.setitem(PROVIDERS, "cuda", azure)
@@ -547,7 +545,7 @@ def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None
     with pytest.raises(UnavailableError) as caught:
         OrtBackend(path, provider="cuda")
     assert caught.value.exit_code == 3
-    assert f"AzureExecutionProvider was asked for, and {total} of {total} nodes" in str(
+    assert f"AzureExecutionProvider was requested, and {total} of {total} nodes" in str(
         caught.value
     )
     assert "conv1 (Conv) on CPUExecutionProvider" in str(caught.value)
@@ -577,8 +575,8 @@ def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
     session = ort.InferenceSession(
         onnx_file("resnet8", "fp32"), options, providers=["CUDAExecutionProvider"]
     )
-    with pytest.raises(UnavailableError, match="CUDAExecutionProvider was asked for"):
-        hold_placement(session, "CUDAExecutionProvider")
+    with pytest.raises(UnavailableError, match="CUDAExecutionProvider was requested"):
+        check_placement(session, "CUDAExecutionProvider")
 
 
 @says_where
@@ -595,10 +593,10 @@ def test_one_node_elsewhere_is_enough() -> None:
         return SimpleNamespace(get_provider_graph_assignment_info=lambda: list(parts))
 
     fused = on("CUDAExecutionProvider", "conv1", "layer1.0.conv1")
-    assert hold_placement(session(fused), "CUDAExecutionProvider") == {"CUDAExecutionProvider": 2}
+    assert check_placement(session(fused), "CUDAExecutionProvider") == {"CUDAExecutionProvider": 2}
     with pytest.raises(UnavailableError) as caught:
-        hold_placement(session(fused, on("CPUExecutionProvider", "")), "CUDAExecutionProvider")
-    assert "1 of 3 nodes would run elsewhere: unnamed (Conv) on CPU" in str(caught.value)
+        check_placement(session(fused, on("CPUExecutionProvider", "")), "CUDAExecutionProvider")
+    assert "1 of 3 nodes would run on another provider: unnamed (Conv) on CPU" in str(caught.value)
 
 
 def test_a_run_that_fails_is_not_tried_again_elsewhere(onnx_file: OnnxFile) -> None:
@@ -689,6 +687,29 @@ def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
     assert "would run elsewhere" not in str(caught.value)
     assert cuda_build == ["preload", "session"]
     assert capfd.readouterr().out == ""  # standard output may be a JSON document
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize(("tf32", "option"), [(None, "1"), (True, "1"), (False, "0")])
+def test_provider_cuda_passes_tf32_to_onnx_runtime(
+    tf32: bool | None, option: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(model: Any, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        assert providers == [("CUDAExecutionProvider", {"use_tf32": option})]
+        raise RuntimeError("reached")
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(ArtifactError, match="reached"):
+        load(onnx_file("resnet8", "fp32"), provider="cuda", tf32=tf32)
+
+
+def test_load_refuses_tf32_for_another_provider(onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", "fp32")
+    with pytest.raises(InputError, match="CUDA provider") as caught:
+        load(path, provider="cpu", tf32=False)
+    assert caught.value.exit_code == 2 and caught.value.fix is not None
+    with load(path, provider="cpu") as session:
+        assert session.info.tf32 is None
 
 
 @pytest.mark.usefixtures("cuda_build")

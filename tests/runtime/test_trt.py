@@ -38,15 +38,11 @@ import rtresnet
 from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.sidecar import Plan, Profile
-from rtresnet.runtime import (
-    cuda,
-    execution,
-    trt_profile,
-)
+from rtresnet.runtime import contexts, cuda, execution, profilers
+from rtresnet.runtime.contexts import cache_path
 from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.error_log import ErrorLog, logger
 from rtresnet.runtime.io_spec import split_batch
-from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.trt import TrtBackend
 from rtresnet.workflows import embed_io
 from rtresnet.workflows.embed_io import EmbedConfig
@@ -543,7 +539,7 @@ def test_an_end_of_a_type_that_numpy_lacks_is_refused(bench: Bench) -> None:
         raise TypeError("Could not resolve TensorRT datatype")
 
     bench.trt.nptype = nptype  # type: ignore[attr-defined]
-    with pytest.raises(ArtifactError, match="of a type numpy lacks"):
+    with pytest.raises(ArtifactError, match="a type that NumPy lacks"):
         bench.load()
     assert bench.cuda.live == []
 
@@ -594,14 +590,16 @@ def test_a_context_that_cannot_be_captured_runs_without_graphs_and_says_so(
     if not rtx_built:
         bench.by_hand()
     bench.engine.capturable = False
-    with pytest.warns(RuntimeWarning, match="does not let a batch of 1 be captured"):
+    with pytest.warns(RuntimeWarning, match="cannot capture a batch of 1"):
         backend = bench.load()
     assert backend.graphs == "none"
     for _ in range(3):
         close(backend.infer(images(8)), expected(images(8)))
     assert not bench.cuda.made["end_capture"]
     backend.close()
-    with pytest.raises(UnavailableError, match=r"captured; build the plan again") as caught:
+    with pytest.raises(
+        UnavailableError, match="cannot capture a batch of 1; build the plan"
+    ) as caught:
         bench.load(graphs=True)
     assert caught.value.exit_code == 3 and bench.cuda.live == []
 
@@ -653,11 +651,11 @@ def test_the_graph_that_was_used_longest_ago_makes_room(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.by_hand()
-    monkeypatch.setattr(execution, "GRAPH_CONTEXTS", 4)
+    monkeypatch.setattr(contexts, "GRAPH_CONTEXTS", 4)
     backend = bench.load()  # 1, 2, 4, 8
     for count in (1, 3, 3, 2, 2, 1, 8):
         close(backend.infer(images(count)), expected(images(count)))
-    kept = [run for _, run, _ in backend._streams[0]._graph_contexts]
+    kept = [run for _, run, _ in backend._streams[0].graphs._contexts]
     assert kept == [3, 2, 1, 8]
     assert len([entry for entry in bench.cuda.live if entry[0] == "end_capture"]) == 4
     backend.close()
@@ -694,7 +692,7 @@ def test_a_binding_without_graphs_runs_without_or_says_so(bench: Bench) -> None:
         backend.infer(images(3))
     assert backend.graphs == "none" and "begin_capture" not in bench.cuda.log
     backend.close()
-    with pytest.raises(UnavailableError, match="CUDA graphs were asked for"):
+    with pytest.raises(UnavailableError, match="CUDA graphs were requested"):
         bench.load(graphs=True)
     assert bench.cuda.live == []
 
@@ -753,7 +751,7 @@ def test_pipeline_any_order_of_the_device_returns_results_in_order(
         while done < len(batches):
             close(pipeline.get(), expected(batches[done]))
             done += 1
-        with pytest.raises(InputError, match="put comes before get"):
+        with pytest.raises(InputError, match="no batch is in flight; call put"):
             pipeline.get()
     close(backend.infer(images(3)), expected(images(3)))
     backend.close()
@@ -809,7 +807,7 @@ def test_pipeline_failed_call_loses_what_is_in_flight_and_nothing_else(bench: Be
         bench.fail("execute_async_v3")
         with pytest.raises(UnavailableError, match="execute_async_v3"):
             pipeline.put(images(4))
-        with pytest.raises(InputError, match="put comes before get"):
+        with pytest.raises(InputError, match="no batch is in flight; call put"):
             pipeline.get()
         pipeline.put(images(3))
         close(pipeline.get(), expected(images(3)))
@@ -916,9 +914,9 @@ def test_as_many_calls_as_contexts_run_at_once(bench: Bench) -> None:
 
 def test_load_takes_the_number_of_contexts(bench: Bench) -> None:
     made = []
-    for contexts in (1, 3):
+    for count in (1, 3):
         before = bench.engine.contexts
-        with rtresnet.load(bench.path, contexts=contexts):
+        with rtresnet.load(bench.path, contexts=count):
             made.append(bench.engine.contexts - before)
     assert made[1] == 3 * made[0] > 0
 
@@ -1211,7 +1209,11 @@ def test_a_header_that_will_not_run_here_says_why(bench: Bench) -> None:
     with pytest.raises(UnavailableError, match="version mismatch, unsupported cc; build it"):
         bench.load()
     bench.validity = (Validity.INVALID, 0)
-    with pytest.raises(UnavailableError, match="no reason given"):
+    bench.validity_error = "Error Code 1: Cuda Driver (out of memory)"
+    with pytest.raises(UnavailableError, match=r"on Test GPU: Error Code 1: Cuda Driver"):
+        bench.load()
+    bench.validity_error = None
+    with pytest.raises(UnavailableError, match="gave no reason"):
         bench.load()
     assert bench.cuda.live == []
 
@@ -1254,7 +1256,9 @@ def test_a_plan_that_will_be_slow_is_told(bench: Bench) -> None:
 
 def test_memory_is_held_against_what_is_free(bench: Bench) -> None:
     bench.cuda.room = 199
-    with pytest.raises(UnavailableError, match=r"its weights need 0 MB.*are free; fewer contexts"):
+    with pytest.raises(
+        UnavailableError, match=r"its weights need 0 MB.*are free; use fewer contexts"
+    ):
         bench.load()
     one = 2 * 8 * (192 + 4 * CLASSES) + 512
     bench.cuda.room = one
@@ -1471,9 +1475,9 @@ def test_so_does_its_runtime(bench: Bench) -> None:
 
 
 def test_a_profiler_is_what_tensorrt_asks_for() -> None:
-    """`trt_profile.py` implements IProfiler: the method that it overrides is the real one."""
+    """`profilers.py` implements IProfiler: the method that it overrides is the real one."""
     real = pytest.importorskip("tensorrt_rtx")
-    keeper = trt_profile.profiler(real)
+    keeper = profilers.profiler(real)
     assert isinstance(keeper, real.IProfiler)
     documented = real.IProfiler.report_layer_time.__doc__ or ""
     (taken,) = re.findall(r"report_layer_time\(self: [\w.:]+(.*?)\) ->", documented)
@@ -1482,7 +1486,7 @@ def test_a_profiler_is_what_tensorrt_asks_for() -> None:
 
 
 def test_the_real_runtime_tells_of_a_header_without_a_gpu() -> None:
-    """As `rtx.check_header` asks it; that a device is probed first is `open_cuda`'s doing."""
+    """What `compatibility.check_header` calls; `open_cuda` has found a device before that."""
     real = pytest.importorskip("tensorrt_rtx")
     said = ErrorLog()
     runtime = real.Runtime(logger(real, said))

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core import hardware
 from rtresnet.quantization import qdq, simulate
-from rtresnet.runtime.ort import openvino
+from rtresnet.runtime.providers import openvino
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
