@@ -684,7 +684,7 @@ def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert caught.value.exit_code == 3
     assert caught.value.fix is not None and "onnxruntime-gpu[cuda,cudnn]" in caught.value.fix
-    assert "would run elsewhere" not in str(caught.value)
+    assert "would run on another" not in str(caught.value)
     assert cuda_build == ["preload", "session"]
     assert capfd.readouterr().out == ""  # standard output may be a JSON document
 

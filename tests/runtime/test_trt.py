@@ -597,9 +597,7 @@ def test_a_context_that_cannot_be_captured_runs_without_graphs_and_says_so(
         close(backend.infer(images(8)), expected(images(8)))
     assert not bench.cuda.made["end_capture"]
     backend.close()
-    with pytest.raises(
-        UnavailableError, match="cannot capture a batch of 1; build the plan"
-    ) as caught:
+    with pytest.raises(UnavailableError, match="a batch of 1; build the plan") as caught:
         bench.load(graphs=True)
     assert caught.value.exit_code == 3 and bench.cuda.live == []
 
