@@ -240,10 +240,10 @@ class Recorder:
     def wrap(self, value: Any) -> Any:
         """Wraps an object of TensorRT's, or of the fake one; leaves others and enums alone."""
         kind = type(value).__name__
-        real = type(value).__module__.startswith("tensorrt_rtx") and kind[0] in "IBOPE"
-        if kind in UNWRAPPED or hasattr(type(value), "__members__"):
+        real = type(value).__module__.startswith("tensorrt_rtx")
+        if kind in UNWRAPPED or kind == "Dims" or hasattr(type(value), "__members__"):
             return value
-        if kind in FAKES or kind == "Runtime" or (real and f"{kind}" in self.api.names):
+        if real or kind in FAKES or kind == "Runtime":
             return Restricted(self, value, FAKES.get(kind, kind))
         return value
 
@@ -285,7 +285,7 @@ class Restricted:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._call(self._kind, self._target, *arguments, **named)
 
-    def _call(self, path: str, function: Any, *arguments: Any, **named: Any) -> Any:
+    def _call(self, path: str, function: Any, /, *arguments: Any, **named: Any) -> Any:
         self._recorder.check_call(path, arguments, named)
         plain = {name: unwrapped(value) for name, value in named.items()}
         return self._recorder.wrap(function(*map(unwrapped, arguments), **plain))
@@ -293,6 +293,30 @@ class Restricted:
 
 def unwrapped(value: Any) -> Any:
     return value._target if isinstance(value, Restricted) else value
+
+
+def test_restricted_finds_missing_names_and_calls_that_fit_no_signature() -> None:
+    names = {
+        "Runtime": "",
+        "Runtime.load": "load(self: Runtime, data: bytes, size: int = 0) -> int",
+    }
+    recorder = Recorder(Api(module="tensorrt", version="0", names=names, environment={}))
+
+    class Runtime:
+        def load(self, *arguments: int, **named: int) -> int:
+            return 1
+
+        def save(self) -> None:
+            raise AssertionError("the real module has no such name")
+
+    runtime = recorder.wrap(Runtime())
+    assert runtime.load(1) == runtime.load(1, size=2) == 1 and not recorder.wrong
+    assert not hasattr(runtime, "save")
+    with pytest.raises(AttributeError, match="tensorrt 0 has no"):
+        runtime.name = "x"
+    for arguments, named in (((), {}), ((1, 2, 3), {}), ((1,), {"length": 2})):
+        runtime.load(*arguments, **named)
+    assert len(recorder.wrong) == 3 and recorder.used == {"Runtime.load"}
 
 
 @pytest.fixture
@@ -391,7 +415,8 @@ def test_inspector_uses_only_names_and_signatures_of_the_module(
 
     module = SimpleNamespace(
         __version__=api.version, Runtime=Runtime,
-        TensorIOMode=SimpleNamespace(INPUT="in"), LayerInformationFormat=SimpleNamespace(JSON="json"),
+        TensorIOMode=SimpleNamespace(INPUT="in"),
+        LayerInformationFormat=SimpleNamespace(JSON="json"),
     )  # fmt: skip
     texts = inspector.inspect_engine(Restricted(recorder, module), None, str, b"", 1)
     assert texts == ("{}",) and not recorder.wrong
