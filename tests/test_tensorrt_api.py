@@ -456,6 +456,7 @@ def test_runtime_uses_only_names_and_signatures_of_the_module(
         bench.validity = (fake_gpu.Validity.SUBOPTIMAL, 1)
         with pytest.warns(RuntimeWarning, match="slower"):
             bench.load().close()
+        bench.validity = (fake_gpu.Validity.VALID, 0)
     plain = bench.load(graphs=False, timings=True)
     plain.watch(None)
     plain.infer(fake_gpu.images(8))
