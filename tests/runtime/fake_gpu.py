@@ -673,3 +673,8 @@ def images(count: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
 
 def expected(batch: np.ndarray) -> np.ndarray:
     return np.asarray(batch.reshape(len(batch), 48).astype(np.float32) @ WEIGHTS)
+
+
+def close(got: Any, reference: np.ndarray) -> None:
+    """Asserts that results are those expected, up to rounding."""
+    np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from rtresnet.runtime import cuda as cuda_seam
 from rtresnet.runtime.cuda import Cuda, CudaPython, PyCuda, open_cuda
 
 
-def test_the_constants_are_those_of_cuda_python() -> None:
+def test_constants_equal_those_of_cuda_python() -> None:
     driver = pytest.importorskip("cuda.bindings.driver")
     assert driver.CUstream_flags.CU_STREAM_NON_BLOCKING == cuda_seam.NON_BLOCKING
     assert driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC == cuda_seam.BLOCKING_SYNC
@@ -101,7 +101,7 @@ def test_operations_of_cuda_python_fit_its_signatures() -> None:
     assert ("cuGraphLaunch", 4, 1) in recorder.calls
 
 
-def test_the_callers_context_is_given_back() -> None:
+def test_active_restores_the_callers_context() -> None:
     recorder = Recorder(cuCtxPopCurrent=("primary",))
     with pytest.raises(KeyError), on(recorder).active():
         assert recorder.calls == [("cuCtxPushCurrent", "primary")]
@@ -109,7 +109,7 @@ def test_the_callers_context_is_given_back() -> None:
     assert recorder.calls[1:] == [("cuCtxPopCurrent",)]
 
 
-def test_a_context_that_cannot_be_given_back_does_not_hide_a_failure() -> None:
+def test_active_failing_restore_does_not_hide_an_error() -> None:
     codes = pytest.importorskip("cuda.bindings.driver").CUresult
     recorder = Recorder(cuCtxPopCurrent=codes.CUDA_ERROR_LAUNCH_FAILED)
     with pytest.raises(KeyError), on(recorder).active():
@@ -118,7 +118,7 @@ def test_a_context_that_cannot_be_given_back_does_not_hide_a_failure() -> None:
         pass
 
 
-def test_a_graph_that_cannot_be_instantiated_is_destroyed() -> None:
+def test_end_capture_failing_instantiation_destroys_the_graph() -> None:
     codes = pytest.importorskip("cuda.bindings.driver").CUresult
     bad = codes.CUDA_ERROR_OUT_OF_MEMORY
     recorder = Recorder(cuStreamEndCapture=("graph",), cuGraphInstantiate=bad)
@@ -130,7 +130,7 @@ def test_a_graph_that_cannot_be_instantiated_is_destroyed() -> None:
     assert recorder.calls[-1] == ("cuGraphDestroy", "graph")
 
 
-def test_pinned_is_what_the_driver_says_is_host_memory() -> None:
+def test_is_pinned_follows_the_drivers_memory_type() -> None:
     driver = pytest.importorskip("cuda.bindings.driver")
     kinds, attribute = driver.CUmemorytype, driver.CUpointer_attribute
     for answer, pinned in (
@@ -144,7 +144,7 @@ def test_pinned_is_what_the_driver_says_is_host_memory() -> None:
         assert recorder.calls == [asked]
 
 
-def test_both_bindings_have_every_operation() -> None:
+def test_bindings_have_every_operation_of_the_protocol() -> None:
     for binding in (CudaPython, PyCuda):
         for name, function in inspect.getmembers(Cuda, inspect.isfunction):
             if name[0] != "_":
@@ -220,7 +220,7 @@ def test_operations_of_pycuda_use_what_it_has(monkeypatch: pytest.MonkeyPatch) -
     assert used == PYCUDA
 
 
-def test_what_pycuda_has_is_in_the_real_one() -> None:
+def test_names_of_pycuda_are_in_the_real_module() -> None:
     """With a driver, or with the CUDA toolkit's stub of one in LD_LIBRARY_PATH as libcuda.so.1."""
     driver = pytest.importorskip("pycuda.driver", exc_type=ImportError)
     for owner, names in PYCUDA.items():
@@ -228,7 +228,7 @@ def test_what_pycuda_has_is_in_the_real_one() -> None:
         assert names <= set(dir(value)), owner
 
 
-def test_pycuda_has_no_graphs_and_says_so() -> None:
+def test_graphs_of_pycuda_raise() -> None:
     cuda = PyCuda.__new__(PyCuda)
     assert not cuda.graphs and CudaPython.graphs
     for call in (cuda.begin_capture, cuda.end_capture, cuda.destroy_graph):
@@ -240,7 +240,7 @@ def test_pycuda_has_no_graphs_and_says_so() -> None:
         cuda.launch(1, 1)
 
 
-def test_what_pycuda_raises_is_ours_call_by_call() -> None:
+def test_errors_of_pycuda_become_unavailable_errors() -> None:
     class Error(Exception):
         pass
 
@@ -258,7 +258,7 @@ def test_what_pycuda_raises_is_ours_call_by_call() -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_without_a_gpu_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_cuda_without_a_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RTRESNET_CUDA", "anything")
     with pytest.raises(UnavailableError, match="no CUDA device") as caught:
         open_cuda()
@@ -267,7 +267,7 @@ def test_without_a_gpu_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("with_gpu")
-def test_an_unknown_binding_names_the_variable_and_the_nearest(
+def test_open_cuda_unknown_binding_suggests_the_nearest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RTRESNET_CUDA", "pycudaa")
@@ -280,7 +280,7 @@ def test_an_unknown_binding_names_the_variable_and_the_nearest(
     ("choice", "module", "package"),
     [("pycuda", "pycuda", "pycuda"), (None, "cuda.bindings", "cuda-python")],
 )
-def test_a_binding_that_is_not_installed_is_named(
+def test_open_cuda_missing_binding_names_its_package(
     choice: str | None, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if choice is None:

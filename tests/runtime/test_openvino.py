@@ -74,7 +74,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("isa", [None, "AVX2"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("provider", ["openvino", "auto"])
-def test_it_runs_the_file_as_onnxruntime_does(
+def test_openvino_build_returns_what_onnx_runtime_returns(
     precision: str,
     provider: str,
     isa: str | None,
@@ -107,7 +107,7 @@ def test_it_runs_the_file_as_onnxruntime_does(
 
 
 @installed
-def test_bench_names_it_and_so_does_doctor(onnx_file: OnnxFile) -> None:
+def test_openvino_build_is_named_by_bench_and_doctor(onnx_file: OnnxFile) -> None:
     path = str(onnx_file("resnet8", "int8"))
     done = with_build(
         "-c", MAIN, "bench", path, "--provider", "openvino", "--batch", "8",
@@ -146,7 +146,7 @@ class Built:
         (False, None, (), None),
     ],
 )
-def test_the_plugin_comes_first_and_the_build_where_it_offers_nothing(
+def test_openvino_prefers_the_plugin_to_the_build(
     installed: bool,
     device: Any,
     built: tuple[str, ...],

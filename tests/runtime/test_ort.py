@@ -351,7 +351,7 @@ def test_to_unsigned_leaves_integers_that_others_read(integers: str, onnx_file: 
     assert quantize.input[2] == "images.zero_point"
 
 
-def test_no_thread_spins_between_calls_where_another_session_could_run(onnx_file: OnnxFile) -> None:
+def test_backend_threads_do_not_spin_between_calls(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     options = backend._session.get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
@@ -433,7 +433,7 @@ def test_a_dot_product_beyond_16_bits_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_any_batch_runs_and_its_rows_equal_the_same_rows_alone(
+def test_infer_of_any_batch_equals_its_rows_alone(
     precision: str, onnx_file: OnnxFile, images: Images
 ) -> None:
     backend = OrtBackend(onnx_file("resnet8", precision), provider="cpu")
@@ -442,7 +442,7 @@ def test_any_batch_runs_and_its_rows_equal_the_same_rows_alone(
     np.testing.assert_allclose(backend.infer(batch), alone, atol=1e-4 * np.abs(alone).max())
 
 
-def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
+def test_backend_attributes_describe_what_runs(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu", threads=1)
     assert (backend.provider, backend.device, backend.threads) == ("ONNX Runtime CPU", "cpu", 1)
     assert backend.versions == {"onnxruntime": ort.__version__}
@@ -451,20 +451,18 @@ def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
     assert backend.timings() == {}
 
 
-def test_every_core_is_the_default(onnx_file: OnnxFile) -> None:
+def test_backend_threads_by_default_are_all_cores(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     assert backend.threads == hardware.cores()
     assert backend._session.get_session_options().intra_op_num_threads == hardware.cores()
 
 
-def test_auto_is_openvino_where_it_serves_this_processor(onnx_file: OnnxFile) -> None:
+def test_backend_auto_takes_openvino_if_it_supports_the_cpu(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"))
     assert backend.provider == (openvino() or PROVIDERS["cpu"]).title
 
 
-def test_openvino_runs_or_is_an_error_but_never_a_fallback(
-    onnx_file: OnnxFile, images: Images
-) -> None:
+def test_backend_openvino_runs_everything_or_raises(onnx_file: OnnxFile, images: Images) -> None:
     path = onnx_file("resnet8", "fp32")
     about = openvino()
     if about is None:
@@ -478,7 +476,7 @@ def test_openvino_runs_or_is_an_error_but_never_a_fallback(
     assert relative(backend.infer(images(4)), reference) < 1e-4
 
 
-def test_openvino_that_is_not_installed_is_named_with_its_package(
+def test_backend_openvino_missing_names_its_package(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: "openvino" not in module)
@@ -489,7 +487,7 @@ def test_openvino_that_is_not_installed_is_named_with_its_package(
     assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
 
 
-def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: OnnxFile) -> None:
+def test_backend_provider_not_built_in_raises(onnx_file: OnnxFile) -> None:
     about = PROVIDERS["cuda"]
     if about.ep in ort.get_available_providers():
         pytest.skip("it is here")
@@ -503,7 +501,7 @@ def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: On
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_provider_tensorrt_names_our_own_runtime(onnx_file: OnnxFile, device: str) -> None:
+def test_find_provider_tensorrt_names_the_plan_runtime(onnx_file: OnnxFile, device: str) -> None:
     with pytest.raises(InputError) as caught:
         load(onnx_file("resnet8", "fp32"), provider="tensorrt", device=device)
     assert not isinstance(caught.value, UnknownNameError)
@@ -511,7 +509,7 @@ def test_provider_tensorrt_names_our_own_runtime(onnx_file: OnnxFile, device: st
 
 
 @pytest.mark.parametrize("name", sorted(PROVIDERS))
-def test_the_names_are_those_of_onnx_runtime(name: str) -> None:
+def test_providers_are_those_of_onnx_runtime(name: str) -> None:
     known = {
         *ort.get_all_providers(),
         "NvTensorRTRTXExecutionProvider",
@@ -520,7 +518,7 @@ def test_the_names_are_those_of_onnx_runtime(name: str) -> None:
 
 
 @says_where
-def test_every_node_is_where_it_was_asked_to_be(onnx_file: OnnxFile) -> None:
+def test_placement_of_the_cpu_provider_has_every_node(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "fp32")
     backend = OrtBackend(path, provider="cpu")
     assert backend.placement == {"CPUExecutionProvider": len(onnx.load(path).graph.node)}
@@ -537,7 +535,7 @@ def takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @says_where
 @pytest.mark.usefixtures("takes_nothing")
-def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None:
+def test_backend_nodes_falling_back_raises_their_names(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "fp32")
     total = len(onnx.load(path).graph.node)
     session = ort.InferenceSession(path, providers=["AzureExecutionProvider"])
@@ -553,7 +551,7 @@ def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None
 
 @says_where
 @pytest.mark.usefixtures("takes_nothing")
-def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
+def test_backend_without_placement_api_refuses_fallback(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ort.InferenceSession.__mro__[1]
@@ -565,7 +563,7 @@ def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
 
 @says_where
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
+def test_check_placement_dropped_provider_raises(
     onnx_file: OnnxFile,
 ) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
@@ -580,7 +578,7 @@ def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
 
 
 @says_where
-def test_one_node_elsewhere_is_enough() -> None:
+def test_check_placement_one_node_elsewhere_raises() -> None:
     part, node = ort.OrtEpAssignedSubgraph, ort.OrtEpAssignedNode
     assert hasattr(part, "ep_name") and hasattr(part, "get_nodes")
     assert hasattr(node, "name") and hasattr(node, "op_type")
@@ -599,20 +597,20 @@ def test_one_node_elsewhere_is_enough() -> None:
     assert "1 of 3 nodes would run on another provider: unnamed (Conv) on CPU" in str(caught.value)
 
 
-def test_a_run_that_fails_is_not_tried_again_elsewhere(onnx_file: OnnxFile) -> None:
+def test_infer_failing_is_not_repeated_on_another_provider(onnx_file: OnnxFile) -> None:
     """By default ONNX Runtime's Python session makes itself anew on the CPU provider then."""
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     assert backend._session._enable_fallback is False
 
 
-def test_a_plugin_that_is_not_installed_is_named_with_its_package(onnx_file: OnnxFile) -> None:
+def test_backend_missing_plugin_names_its_package(onnx_file: OnnxFile) -> None:
     if hardware.installed("onnxruntime_ep_nv_tensorrt_rtx"):
         pytest.skip("it is here")
     with pytest.raises(UnavailableError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
 
 
-def test_a_plugin_whose_library_does_not_load_says_why(
+def test_backend_broken_plugin_raises_the_reason(
     onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As NVIDIA's does without a driver."""
@@ -637,7 +635,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0), (11, 0)])
-def test_rtx_plugin_on_a_gpu_it_does_not_accept_names_those_it_does(
+def test_backend_rtx_plugin_on_an_unsupported_gpu_names_supported_ones(
     capability: tuple[int, int], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: True)
@@ -674,7 +672,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
+def test_backend_cuda_missing_library_is_named(
     cuda_build: list[str], onnx_file: OnnxFile, capfd: pytest.CaptureFixture[str]
 ) -> None:
     library = Path(ort.__file__).parent / "capi" / str(PROVIDERS["cuda"].library)
@@ -691,7 +689,7 @@ def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
 
 @pytest.mark.usefixtures("cuda_build")
 @pytest.mark.parametrize(("tf32", "option"), [(None, "1"), (True, "1"), (False, "0")])
-def test_provider_cuda_passes_tf32_to_onnx_runtime(
+def test_backend_cuda_passes_tf32_to_onnx_runtime(
     tf32: bool | None, option: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def session(model: Any, options: Any, *, providers: Any, enable_fallback: int) -> Any:
@@ -713,7 +711,7 @@ def test_load_refuses_tf32_for_another_provider(onnx_file: OnnxFile) -> None:
 
 
 @pytest.mark.usefixtures("cuda_build")
-def test_provider_cuda_without_a_gpu_loads_nothing(
+def test_backend_cuda_without_a_gpu_loads_nothing(
     cuda_build: list[str], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu(monkeypatch)
@@ -741,7 +739,7 @@ OLD_DRIVER = (
         ("[...] CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ;", "CUBLAS failure 3", "doc"),
     ],
 )
-def test_provider_cuda_that_fails_is_not_put_down_to_the_file(
+def test_backend_cuda_failing_does_not_blame_the_file(
     said: str, reason: str, fix: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -754,27 +752,27 @@ def test_provider_cuda_that_fails_is_not_put_down_to_the_file(
     assert caught.value.fix is not None and fix in caught.value.fix
 
 
-def test_an_unknown_provider_suggests_the_nearest(onnx_file: OnnxFile) -> None:
+def test_find_provider_unknown_suggests_the_nearest(onnx_file: OnnxFile) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'openvino'"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="openvinno")
 
 
 @pytest.mark.parametrize("data", [b"{}", b"hello, this is no onnx", bytes(100)], ids=str)
-def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_backend_file_that_is_not_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "garbage.onnx"
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"garbage\.onnx"):
         OrtBackend(path, provider="cpu")
 
 
-def test_a_truncated_file_is_refused(onnx_file: OnnxFile, tmp_path: Path) -> None:
+def test_backend_truncated_file_is_refused(onnx_file: OnnxFile, tmp_path: Path) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(onnx_file("resnet8", "fp32").read_bytes()[:10_000])
     with pytest.raises(ArtifactError, match=r"cut\.onnx"):
         OrtBackend(path, provider="cpu")
 
 
-def test_an_operator_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
+def test_backend_unknown_operator_is_refused(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Wibble", ["images"], ["logits"], domain="com.example")],
@@ -789,13 +787,13 @@ def test_an_operator_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
         OrtBackend(path, provider="cpu")
 
 
-def test_closing_twice_is_fine(onnx_file: OnnxFile) -> None:
+def test_close_twice_is_fine(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     backend.close()
     backend.close()
 
 
-def test_images_of_the_wrong_shape_are_refused_by_name(onnx_file: OnnxFile) -> None:
+def test_infer_of_a_wrong_shape_names_it(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     with pytest.raises(InputError, match=r"\[2, 3, 16, 16\]"):
         backend.infer(np.zeros((2, 3, 16, 16), np.float32))
@@ -908,7 +906,7 @@ def test_dequantize_saturating_judges_other_tools_weights_by_their_size(
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
+def test_infer_failing_provider_does_not_blame_the_images(
     onnx_file: OnnxFile, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
@@ -932,7 +930,7 @@ def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
             backend.infer(nothing)  # type: ignore[arg-type]
 
 
-def test_a_strangers_file_may_take_half_precision(tmp_path: Path) -> None:
+def test_infer_of_a_foreign_half_precision_file_runs(tmp_path: Path) -> None:
     net = helper.make_graph(
         [helper.make_node("Flatten", ["x"], ["logits"])], "net",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["n", 3, 2, 2])],
@@ -945,7 +943,7 @@ def test_a_strangers_file_may_take_half_precision(tmp_path: Path) -> None:
     assert isinstance(found, np.ndarray) and (found == images.reshape(2, 12)).all()
 
 
-def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
+def test_infer_after_close_raises(onnx_file: OnnxFile, images: Images) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     backend.close()
     with pytest.raises(InputError, match="infer after close"):
@@ -953,7 +951,7 @@ def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_infer_with_a_fixed_batch_cuts_and_fills_up(
+def test_infer_with_a_fixed_batch_splits_and_pads(
     onnx_file: OnnxFile, images: Images, tmp_path: Path, batch: int
 ) -> None:
     path = onnx_file("resnet8", "fp32")
