@@ -63,7 +63,7 @@ DOORS = {
 }
 # Packages of others that one file may import although its package may not.
 SEAMS = {
-    "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino"},
+    "runtime/providers.py": {"onnxruntime", "onnxruntime_ep_openvino"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},
     "runtime/gpu_check.py": {"cuda"},  # to tell the binding's defects from those of cuda.py
