@@ -146,6 +146,7 @@ class OrtBackend:
         tensor, outputs = self._session.get_inputs()[0], self._session.get_outputs()
         self._input, self._shape = tensor.name, tensor.shape
         self.input_name: str = tensor.name
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         kind = "uint8" if tensor.type == "tensor(uint8)" else "float32"
         self.input_dtype: np.dtype[Any] = np.dtype(kind)
         self.layout: Literal["nchw", "nhwc"] = LAYOUTS[kind]

@@ -18,16 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rtresnet.core import artifacts, atomic_io, hardware, labels, metrics
-from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
+
+if TYPE_CHECKING:
+    from rtresnet.runtime.ort import OrtBackend
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -459,7 +462,21 @@ def load(
         on_gpu = provider != "auto" and find_provider(provider).gpu
         if device != "auto" and (device == "cuda") != on_gpu:
             raise InputError(f"--device {device} and --provider {provider} contradict each other")
-        backend = OrtBackend(path, provider=provider, threads=threads, tf32=tf32 is not False)
+        runner = OrtBackend(path, provider=provider, threads=threads, tf32=tf32 is not False)
+        backend = runner
+        if sidecar is None:
+            sidecar = _described(path, runner)
     else:
         raise InputError(f"{path}: the runtime takes ONNX files and plans", fix="rtresnet export")
     return Session(path, sidecar, backend)
+
+
+def _described(path: Path, backend: OrtBackend) -> Sidecar | None:
+    """What an ONNX file without a sidecar says of itself; None where it says nothing."""
+    from rtresnet.onnxlib import metadata
+
+    try:
+        return metadata.DESCRIPTION.read(backend.metadata)
+    except ArtifactError as error:
+        backend.close()
+        raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None

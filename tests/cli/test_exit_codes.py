@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fly"], ["unknown verb 'fly'", "known: quickstart"]),
+        (["fly"], ["unknown command 'fly'", "known: quickstart"]),
         (["benhc", "net.onnx"], ["'benhc'; did you mean 'bench'?"]),
         (["export", "--model", "resnet51"], ["resnet51", "resnet50"]),
         (["export"], ["--model"]),

@@ -17,7 +17,7 @@ from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, Un
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.exporter import embed_io
-from rtresnet.onnxlib.branches import KEY, pack
+from rtresnet.onnxlib.metadata import BRANCH_RANGES
 from rtresnet.quantization import qdq
 from rtresnet.runtime.cpu_rewrite import (
     dequantize_saturating,
@@ -234,7 +234,7 @@ def test_a_branch_of_known_extent_is_rounded_finer(
 ) -> None:
     """(-900, 900): what the scales say of the range still holds. (0, 0): nothing to round."""
     plain, known = block(0.03, 0.03, signed=False), block(0.03, 0.03, signed=False)
-    known.metadata_props.add(key=KEY, value=pack({"branch": extent}))
+    BRANCH_RANGES.set(known, {"branch": extent})
     assert (quantize_branches(plain), quantize_branches(known)) == (1, branches)
     if not branches:
         return
@@ -262,7 +262,7 @@ def scale_of(model: onnx.ModelProto, name: str) -> float:
 )  # fmt: skip
 def test_damaged_extents_are_an_error(text: str) -> None:
     model = block(0.03, 0.03, signed=False)
-    model.metadata_props.add(key=KEY, value=text)
+    model.metadata_props.add(key=BRANCH_RANGES.key, value=text)
     with pytest.raises(ArtifactError, match="quantize the net again"):
         quantize_branches(model)
 
@@ -359,7 +359,7 @@ def test_backend_threads_do_not_spin_between_calls(onnx_file: OnnxFile) -> None:
 
 def test_a_damaged_record_of_branches_names_the_file(onnx_file: OnnxFile, tmp_path: Path) -> None:
     model, path = onnx.load(onnx_file("resnet8", "int8")), tmp_path / "damaged.onnx"
-    model.metadata_props.add(key=KEY, value="{")
+    model.metadata_props.add(key=BRANCH_RANGES.key, value="{")
     onnx.save(model, path)
     with pytest.raises(ArtifactError, match=r"damaged\.onnx: rtresnet\.branches: damaged"):
         OrtBackend(path, provider="cpu")
