@@ -3,6 +3,9 @@
 # make test-slow    run the tests that start real processes: kill and resume, torchrun, Ray, README
 # make test-all     run every test
 # make check        ruff and mypy
+# make docs         build the documentation site into site/, strict
+# make dist         build wheel and sdist, and check them
+# make protocol     compile the gRPC protocol's description
 
 PYTHON ?= python3
 EXTRAS := cpu,rtx,demo,report,bulk,ray,serve,triton,test
@@ -31,7 +34,7 @@ check: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	touch $@
 
-# Takes the place of onnxruntime where it is installed, so it lies beside, for the tests that ask.
+# Replaces onnxruntime where it is installed, so it goes to a folder that only some tests use.
 .venv/openvino: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"
@@ -44,4 +47,21 @@ check: .venv/.ready
 			|| echo "not installed: tests of TensorRT $$version will be skipped"; \
 	done
 
-.PHONY: quickstart test test-slow test-all check
+docs: .venv/.ready .venv/docs
+	$(BIN)/python benchmarks/docs.py --static
+	PYTHONPATH=.venv/docs:. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
+.venv/docs: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $@ \
+		mkdocs-material mkdocs-click 'mkdocstrings[python]'
+
+dist: .venv/.ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+protocol:
+	$(PYTHON) -m grpc_tools.protoc -I protocol --descriptor_set_out=rtresnet/serving/open_inference.desc \
+		protocol/open_inference.proto
+
+.PHONY: docs dist protocol quickstart test test-slow test-all check

@@ -1,4 +1,4 @@
-"""`Batcher` beside full batches of the same session, and a lone caller beside the clock.
+"""`Batcher` next to full batches of the same session, and a lone caller next to the clock.
 
     python benchmarks/batcher.py [--seconds 3] [--rounds 5]
 

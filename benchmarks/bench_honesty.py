@@ -9,7 +9,7 @@
     server     p99 under Poisson arrivals at several loads, within 10 % of M/D/1 theory
     same       a net against itself: no difference in at least 19 of 20 runs
     slowdown   a net against itself made 5 % slower: found in at least 19 of 20 runs
-    same_busy, slowdown_busy   the same with a process beside that comes and goes and takes a core
+    same_busy, slowdown_busy   the same with a process next to that comes and goes and takes a core
     bare       throughput of ResNet-50, FP32 and INT8, within 3 % of a bare loop, same session
     openvino   the same files in OpenVINO: this tool's loop, and `rtresnet bench`, within 10 % of
                benchmark_app
@@ -45,9 +45,10 @@ from typing import Any
 import numpy as np
 from common import RESULTS, markdown, rtresnet
 
-from rtresnet.bench import load, queueing, scenarios
+from rtresnet.bench import scenarios, stats
 from rtresnet.bench.environment import Watch
-from rtresnet.core import hardware
+from rtresnet.bench.workload import Candidate
+from rtresnet.core import hardware, serialization
 
 ROOT = Path(__file__).parent.parent
 HEADINGS = ("section", "what", "expected", "measured", "off by", "bound", "held", "n")
@@ -67,8 +68,8 @@ def spin(seconds: float) -> Callable[[object], None]:
     return serve
 
 
-def known() -> load.Candidate:
-    return load.Candidate(serve=spin(SERVICE), requests=[0])
+def known() -> Candidate:
+    return Candidate(serve=spin(SERVICE), requests=[0])
 
 
 def row(
@@ -89,13 +90,13 @@ def row(
 
 
 def single(options: argparse.Namespace) -> list[Row]:
-    (found,) = load.measure([known()], batch=1, seconds=options.seconds / 2)
+    (found,) = scenarios.measure([known()], batch=1, seconds=options.seconds / 2)
     median = found.latency.median
     return [row("single", "median, ms", 1e3 * SERVICE, median, 0.1, found.latency.n, ms=True)]
 
 
 def offline(options: argparse.Namespace) -> list[Row]:
-    (found,) = load.measure([known()], batch=8, seconds=options.seconds / 2)
+    (found,) = scenarios.measure([known()], batch=8, seconds=options.seconds / 2)
     rate = found.latency.images_per_second or 0
     return [row("offline", "images/s", 8 / SERVICE, rate, 0.01, found.latency.n)]
 
@@ -105,7 +106,7 @@ def server(options: argparse.Namespace) -> list[Row]:
     for busy, length in ARRIVALS_LAST.items():
         qps, seconds = busy / SERVICE, length * options.seconds
         found = scenarios.server(known(), qps=qps, seconds=seconds)
-        theory = 1e3 * queueing.latency_quantile(0.99, rate=qps, service=SERVICE)
+        theory = 1e3 * stats.md1_latency_quantile(0.99, rate=qps, service=SERVICE)
         p99 = found.latency.p99 or 0
         # The same arrivals, served without a machine: what is left is the machine's.
         moments = scenarios.arrivals(qps, seconds=seconds, queries=None, seed=0)
@@ -148,7 +149,7 @@ def pairs(options: argparse.Namespace, slower: float) -> list[str]:
         for seed in range(options.runs):
             with load_session(file) as first, load_session(file) as second:
                 image = first.example(1)
-                plain = load.Candidate(serve=first, requests=[image])
+                plain = Candidate(serve=first, requests=[image])
 
                 def handicapped(request: Any, session: Any = second) -> None:
                     begin = time.perf_counter()
@@ -158,8 +159,8 @@ def pairs(options: argparse.Namespace, slower: float) -> list[str]:
                     while time.perf_counter() < wait:
                         pass
 
-                other = load.Candidate(serve=handicapped if slower else second, requests=[image])
-                _, found = load.measure(
+                other = Candidate(serve=handicapped if slower else second, requests=[image])
+                _, found = scenarios.measure(
                     [plain, other], batch=1, seconds=options.seconds / 2, seed=seed
                 )
             seen = found.comparison
@@ -184,7 +185,7 @@ def slowdown(options: argparse.Namespace) -> list[Row]:
     return verdict_row("slowdown", "net against itself, 5 % slower", pairs(options, 0.05), "slower")
 
 
-BESIDE = """
+LOAD = """
 import random, select, sys, time
 random.seed(0)
 asleep = True
@@ -202,7 +203,7 @@ def another_process() -> Iterator[None]:
 
     A shell that is gone starts it: the work of a child would count as this process's own.
     """
-    start = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh", sys.executable, "-c", BESIDE]
+    start = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh", sys.executable, "-c", LOAD]
     shell = subprocess.Popen(start, stdin=subprocess.PIPE)
     shell.wait()
     assert shell.stdin is not None
@@ -239,8 +240,8 @@ def bare(options: argparse.Namespace) -> list[Row]:
                         session(images)
                         count += 8
                     loops.append(count / (time.perf_counter() - begin))
-                    asked = load.Candidate(serve=session, requests=[images])
-                    (found,) = load.measure([asked], batch=8, seconds=options.seconds / 4)
+                    asked = Candidate(serve=session, requests=[images])
+                    (found,) = scenarios.measure([asked], batch=8, seconds=options.seconds / 4)
                     benches.append(found.latency.images_per_second)
             ratio = statistics.median(b / a for a, b in zip(loops, benches, strict=True))
             loop = statistics.median(loops)
@@ -253,7 +254,8 @@ IN_OPENVINO = """
 import json, sys
 import numpy as np
 import openvino
-from rtresnet.bench import load
+from rtresnet.bench import scenarios
+from rtresnet.bench.workload import Candidate
 
 path, threads, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 core = openvino.Core()
@@ -264,8 +266,8 @@ compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "
 request = compiled.create_infer_request()
 images = np.random.default_rng(0).standard_normal((8, 3, 224, 224), dtype=np.float32)
 request.set_input_tensor(openvino.Tensor(images))
-candidate = load.Candidate(serve=lambda images: request.infer(), requests=[images])
-(found,) = load.measure([candidate], batch=8, seconds=seconds)
+candidate = Candidate(serve=lambda images: request.infer(), requests=[images])
+(found,) = scenarios.measure([candidate], batch=8, seconds=seconds)
 print(json.dumps([found.latency.images_per_second, openvino.__version__]))
 """
 
@@ -377,7 +379,8 @@ def main() -> None:
             rows = SECTIONS[name](options)
         if rows:
             record[name] = {
-                "rows": rows, "environment": watch.report, "seconds": options.seconds,
+                "rows": rows, "environment": serialization.to_builtins(watch.report),
+                "seconds": options.seconds,
                 "priority": priority(),
                 "versions": hardware.versions(("rtresnet", "numpy", "onnxruntime")),
             }  # fmt: skip

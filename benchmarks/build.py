@@ -1,4 +1,4 @@
-"""Building ResNet-50 through `build.engine` beside the bare API of TensorRT-RTX.
+"""Building ResNet-50 through `build.engine` next to the bare API of TensorRT-RTX.
 
     python benchmarks/build.py [rounds]
 

@@ -1,4 +1,4 @@
-"""Photographs to training crops of 224 pixels: images a second on one core, beside plain Pillow.
+"""Photographs to training crops of 224 pixels: images a second on one core, next to plain Pillow.
 
     mkdir photographs && tar xf imagenet-samples.tar -C photographs
     python benchmarks/decode.py --data photographs [--rounds 7]

@@ -1,4 +1,4 @@
-"""INT8 against FP32: agreement, accuracy and noise, beside other tools' on the same images.
+"""INT8 against FP32: agreement, accuracy and noise, next to other tools' on the same images.
 
     python benchmarks/quantize.py --data folder:cifar10 [--data npz:FILE] --calib folder:cifar10 \\
         [--modelopt PYTHON] [--nncf PYTHON] WEIGHTS...
@@ -9,7 +9,7 @@ what a builder is given; and as it runs on a CPU, ours through `rtresnet.load`, 
 anybody would run them. ONNX Runtime's `quantize_static` is given the flags that TensorRT
 needs. NVIDIA ModelOpt and NNCF, this one with its defaults, run in environments of their own, whose
 pythons `--modelopt` and `--nncf` name: they are no dependencies. Every file goes through `lint`.
-More comparisons: the float rest in FP16; ranges without images beside ranges from noise; and a net
+More comparisons: the float rest in FP16; ranges without images next to ranges from noise; and a net
 of the same function in which one channel was made a hundred times larger, by the plain method and
 by ours. What corrected biases and own ranges bring is what `auto` itself measured.
 """

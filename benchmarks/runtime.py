@@ -1,4 +1,4 @@
-"""The runtime beside what it stands on, in one run and in turn. A function a section.
+"""The runtime next to what it stands on, in one run and in turn. A function a section.
 
     python benchmarks/runtime.py [SECTION ...] [--seconds 10]
 
@@ -134,7 +134,7 @@ def session(seconds: float) -> tuple[dict[str, Any], str]:
         f"resnet18 in FP32, untrained, on {where['device']}, {where['provider']}, "
         f"{where['threads']} threads, {versions}; calls in turn, medians; time: the median over n "
         f"pairs of neighbouring calls; the goal is {GOAL} at most. With nothing to compute a "
-        f"call takes {cost:+.1f} us beside the bare one."
+        f"call takes {cost:+.1f} us next to the bare one."
     )
     held = all(e["ratio"] <= GOAL for e in found)
     return (
@@ -154,7 +154,7 @@ def main() -> None:
     for name in options.sections or SECTIONS:
         before = os.getloadavg()[0]
         record, table = SECTIONS[name](options.seconds)
-        # A file a section: one can be measured anew, on another machine, without the others.
+        # A file a section: one can be measured again, on another machine, without the others.
         target = "runtime" if name == "session" else f"runtime-{name}"
         save(target, record | {"load_before": before}, table)
     print(f"written to {RESULTS}")

@@ -1,4 +1,4 @@
-"""Training speed of the loop beside a plain PyTorch loop; see also train_accuracy.py.
+"""Training speed of the loop next to a plain PyTorch loop; see also train_accuracy.py.
 
     python benchmarks/train.py [--rounds 8]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/train_gpu.py --data folder:cifar10 [--seeds 3] [--device cuda]
 
-ResNet-20 under `paper-cifar`, all 64,000 steps, `--seeds` times, beside the paper's 8.75 % error;
+ResNet-20 under `paper-cifar`, all 64,000 steps, `--seeds` times, next to the paper's 8.75 % error;
 then `speed`, with the seconds it took to that mean accuracy on the held-out images; then the speed
 of ResNet-50 at 224 pixels on synthetic images, bf16, channels-last, compiled. `--steps` cuts the
 runs short, to try the script.

@@ -1,9 +1,17 @@
 """Residual networks from images to measured TensorRT engines.
 
-`rtresnet --help` lists the verbs. In Python, `rtresnet.load(path)` runs an ONNX file or a plan;
-nothing heavier than NumPy is imported for it, and nothing at all before it is asked for.
-`rtresnet.Batcher` makes batches of what many threads ask for, `rtresnet.pinned` allocates memory
-that a GPU reads without another copy.
+    import rtresnet as rt
+
+    run = rt.train(rt.TrainConfig(model="resnet20", data="digits"))
+    onnx = rt.export(run.checkpoint, "engines/resnet20.onnx")
+    int8 = rt.quantize(onnx.path, rt.QuantizeConfig(precision="int8", calib="digits"))
+    plan = rt.build(int8.path, rt.BuildConfig(targets=("sm_89",)))
+    with rt.load(int8.path) as session:
+        logits = session(session.prepare(images))
+
+Every step is a function that takes a frozen config and returns a frozen result. Nothing is imported
+before it is asked for: `load` needs NumPy and one inference library only. Functions print nothing;
+progress and notes go to `logging.getLogger("rtresnet")`, or to a `Reporter` that you pass.
 """
 
 from __future__ import annotations
@@ -12,47 +20,220 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rtresnet.core.artifacts import read_sidecar
     from rtresnet.core.errors import (
+        ArtifactError,
         CheckFailedError,
+        DataError,
         InputError,
         QueueFullError,
         RtresnetError,
         UnavailableError,
+        UnknownNameError,
     )
     from rtresnet.core.preprocess import Preprocess
+    from rtresnet.core.reporter import Reporter
+    from rtresnet.core.sidecar import Sidecar
+    from rtresnet.reporting.report import ReportResult, report
     from rtresnet.runtime.batcher import Batcher
     from rtresnet.runtime.cuda import pinned
-    from rtresnet.runtime.session import Session, load
+    from rtresnet.runtime.session import Session
+    from rtresnet.workflows.adopt import AdoptResult, adopt
+    from rtresnet.workflows.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
+    from rtresnet.workflows.benchmark_search import (
+        BenchmarkSearchResult,
+        SearchConfig,
+        search_benchmark,
+    )
+    from rtresnet.workflows.build import BuildConfig, BuildResult, build, build_per_target
+    from rtresnet.workflows.check import CheckConfig, CheckResult, check
+    from rtresnet.workflows.compare import CompareConfig, CompareResult, compare
+    from rtresnet.workflows.doctor import DoctorResult, doctor
+    from rtresnet.workflows.embed_io import EmbedConfig
+    from rtresnet.workflows.estimate import EstimateConfig, EstimateResult, estimate
+    from rtresnet.workflows.evaluate import (
+        EvaluateConfig,
+        EvaluateResult,
+        evaluate,
+        record_accuracy,
+    )
+    from rtresnet.workflows.export import ExportConfig, ExportResult, export
+    from rtresnet.workflows.input_spec import InputConfig
+    from rtresnet.workflows.inspect import FolderResult, InspectResult, inspect, inspect_folder
+    from rtresnet.workflows.lint import LintResult, lint
+    from rtresnet.workflows.loading import RuntimeConfig, load
+    from rtresnet.workflows.models import ModelsResult, list_models
+    from rtresnet.workflows.pack import PackConfig, PackResult, pack
+    from rtresnet.workflows.package import PackageConfig, PackageResult, package
+    from rtresnet.workflows.predict import (
+        PredictResult,
+        PredictTableResult,
+        TableConfig,
+        predict,
+        predict_table,
+    )
+    from rtresnet.workflows.predictor import PredictConfig, Predictor
+    from rtresnet.workflows.profile import ProfileConfig, ProfileResult, profile
+    from rtresnet.workflows.quantize import QuantizeConfig, QuantizeResult, quantize
+    from rtresnet.workflows.quickstart import QuickstartConfig, QuickstartResult, quickstart
+    from rtresnet.workflows.serve import ServeConfig, serve
+    from rtresnet.workflows.study import (
+        ResponsesResult,
+        StudyConfig,
+        StudyResult,
+        study_degradation,
+        study_responses,
+        study_shortcuts,
+    )
+    from rtresnet.workflows.train import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Batcher",
-    "CheckFailedError",
-    "InputError",
-    "Preprocess",
-    "QueueFullError",
-    "RtresnetError",
-    "Session",
-    "UnavailableError",
-    "__version__",
-    "load",
-    "pinned",
-]
-_HOMES = {
-    "Batcher": "runtime.batcher",
-    "Preprocess": "core.preprocess",
-    "Session": "runtime.session",
-    "load": "runtime.session",
-    "pinned": "runtime.cuda",
+_MODULES = {
+    "core.errors": (
+        "ArtifactError CheckFailedError DataError InputError QueueFullError "
+        "RtresnetError UnavailableError UnknownNameError"
+    ),
+    "core.preprocess": "Preprocess",
+    "core.reporter": "Reporter",
+    "core.sidecar": "Sidecar",
+    "core.artifacts": "read_sidecar",
+    "runtime.batcher": "Batcher",
+    "runtime.cuda": "pinned",
+    "runtime.session": "Session",
+    "workflows.loading": "load RuntimeConfig",
+    "workflows.input_spec": "InputConfig",
+    "workflows.train": "train TrainConfig TrainResult",
+    "workflows.pack": "pack PackConfig PackResult",
+    "workflows.export": "export ExportConfig ExportResult",
+    "workflows.adopt": "adopt AdoptResult",
+    "workflows.quantize": "quantize QuantizeConfig QuantizeResult",
+    "workflows.lint": "lint LintResult",
+    "workflows.embed_io": "EmbedConfig",
+    "workflows.build": "build build_per_target BuildConfig BuildResult",
+    "workflows.evaluate": "evaluate record_accuracy EvaluateConfig EvaluateResult",
+    "workflows.compare": "compare CompareConfig CompareResult",
+    "workflows.check": "check CheckConfig CheckResult",
+    "workflows.predict": "predict predict_table PredictResult PredictTableResult TableConfig",
+    "workflows.predictor": "Predictor PredictConfig",
+    "workflows.benchmark": "benchmark BenchmarkConfig BenchmarkResult",
+    "workflows.benchmark_search": "search_benchmark SearchConfig BenchmarkSearchResult",
+    "workflows.profile": "profile ProfileConfig ProfileResult",
+    "workflows.estimate": "estimate EstimateConfig EstimateResult",
+    "workflows.package": "package PackageConfig PackageResult",
+    "workflows.serve": "serve ServeConfig",
+    "workflows.inspect": "inspect inspect_folder InspectResult FolderResult",
+    "workflows.study": (
+        "study_degradation study_shortcuts study_responses StudyConfig StudyResult ResponsesResult"
+    ),
+    "workflows.models": "list_models ModelsResult",
+    "workflows.doctor": "doctor DoctorResult",
+    "workflows.quickstart": "quickstart QuickstartConfig QuickstartResult",
+    "reporting.report": "report ReportResult",
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = [
+    "AdoptResult",
+    "ArtifactError",
+    "Batcher",
+    "BenchmarkConfig",
+    "BenchmarkResult",
+    "BenchmarkSearchResult",
+    "BuildConfig",
+    "BuildResult",
+    "CheckConfig",
+    "CheckFailedError",
+    "CheckResult",
+    "CompareConfig",
+    "CompareResult",
+    "DataError",
+    "DoctorResult",
+    "EmbedConfig",
+    "EstimateConfig",
+    "EstimateResult",
+    "EvaluateConfig",
+    "EvaluateResult",
+    "ExportConfig",
+    "ExportResult",
+    "FolderResult",
+    "InputConfig",
+    "InputError",
+    "InspectResult",
+    "LintResult",
+    "ModelsResult",
+    "PackConfig",
+    "PackResult",
+    "PackageConfig",
+    "PackageResult",
+    "PredictConfig",
+    "PredictResult",
+    "PredictTableResult",
+    "Predictor",
+    "Preprocess",
+    "ProfileConfig",
+    "ProfileResult",
+    "QuantizeConfig",
+    "QuantizeResult",
+    "QueueFullError",
+    "QuickstartConfig",
+    "QuickstartResult",
+    "ReportResult",
+    "Reporter",
+    "ResponsesResult",
+    "RtresnetError",
+    "RuntimeConfig",
+    "SearchConfig",
+    "ServeConfig",
+    "Session",
+    "Sidecar",
+    "StudyConfig",
+    "StudyResult",
+    "TableConfig",
+    "TrainConfig",
+    "TrainResult",
+    "UnavailableError",
+    "UnknownNameError",
+    "__version__",
+    "adopt",
+    "benchmark",
+    "build",
+    "build_per_target",
+    "check",
+    "compare",
+    "doctor",
+    "estimate",
+    "evaluate",
+    "export",
+    "inspect",
+    "inspect_folder",
+    "lint",
+    "list_models",
+    "load",
+    "pack",
+    "package",
+    "pinned",
+    "predict",
+    "predict_table",
+    "profile",
+    "quantize",
+    "quickstart",
+    "read_sidecar",
+    "record_accuracy",
+    "report",
+    "search_benchmark",
+    "serve",
+    "study_degradation",
+    "study_responses",
+    "study_shortcuts",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'rtresnet' has no attribute {name!r}")
-    home = importlib.import_module(f"rtresnet.{_HOMES.get(name, 'core.errors')}")
-    return getattr(home, name)
+    return getattr(importlib.import_module(f"rtresnet.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -95,7 +95,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def brief_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """`bench` and `profile` warm up, and measure the roof, for an instant instead of seconds."""
-    monkeypatch.setattr("rtresnet.bench.load.CAP_SECONDS", 0.2)
+    monkeypatch.setattr("rtresnet.bench.workload.CAP_SECONDS", 0.2)
     monkeypatch.setattr("rtresnet.bench.roofline.SECONDS", 0.01)
     monkeypatch.setattr("rtresnet.bench.roofline.SIDES", (64,))
     monkeypatch.setattr("rtresnet.bench.roofline.COPY", 1 << 20)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
+import rtresnet
 from rtresnet.cli.main import COMMANDS, cli
 from rtresnet.core import hardware
 
@@ -48,6 +51,34 @@ def first_words(text: str) -> set[str]:
 
 @needs_all
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["readme", "docs"])
+def test_console_blocks_print_what_is_shown(which: str, docs: object, tmp_path: Path) -> None:
+    docs.save_scans(tmp_path / "scans")  # type: ignore[attr-defined]
+    files = [ROOT / "README.md"] if which == "readme" else docs.pages()  # type: ignore[attr-defined]
+    count = 0
+    for file in files:
+        for command, shown in docs.commands(file.read_text()):  # type: ignore[attr-defined]
+            printed = docs.run(command, tmp_path)  # type: ignore[attr-defined]
+            missing = first_words(shown) - first_words(printed)
+            assert not missing, f"{file.name}: {command} no longer prints lines about {missing}"
+            count += 1
+    assert count >= 5
+
+
+@needs_all
+@pytest.mark.slow
+def test_examples_run(tmp_path: Path) -> None:
+    for name in ("pipeline.py", "serve_threads.py"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "examples" / name], cwd=tmp_path, text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") >= 2
+
+
+@needs_all
+@pytest.mark.slow
 def test_quickstart_reaches_its_accuracy_and_writes_its_page(docs: object, tmp_path: Path) -> None:
     docs.run("rtresnet quickstart --seconds 0.3", tmp_path)  # type: ignore[attr-defined]
     out = tmp_path / "runs" / "quickstart"
@@ -69,6 +100,22 @@ def test_readme_is_short_and_names_every_command() -> None:
         assert f"rtresnet {command}" in README, command
 
 
+def test_links_between_pages_exist(docs: object) -> None:
+    for file in [ROOT / "README.md", *docs.pages()]:  # type: ignore[attr-defined]
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_files_inlined_into_the_readme_are_current(docs: object) -> None:
+    assert docs.static(README) == README  # type: ignore[attr-defined]
+
+
+def test_reference_pages_and_schemas_are_those_of_the_code(docs: object) -> None:
+    pages = docs.reference_pages()  # type: ignore[attr-defined]
+    old = [path.name for path, text in pages.items() if path.read_text() != text]
+    assert not old, f"run: python benchmarks/docs.py --static ({', '.join(old)})"
+
+
 def commands(group: click.Group, path: str = "rtresnet") -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in group.list_commands(context):
@@ -82,11 +129,51 @@ def commands(group: click.Group, path: str = "rtresnet") -> Iterator[tuple[str, 
 ALL = dict(commands(cli))
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_help_has_an_example_and_every_option_a_sentence_and_its_default(name: str) -> None:
+    command = ALL[name]
+    assert name in (command.epilog or ""), "no example in the epilog"
+    for option in command.params:
+        if not isinstance(option, click.Option) or "--help" in option.opts:
+            continue
+        record = option.get_help_record(click.Context(command))
+        if record is None:  # hidden
+            continue
+        text = record[1]
+        assert re.match(r"[A-Za-z`\"'\d]", text), f"{option.opts}: {text}"
+        assert not text.startswith(("Of ", "For each", "See ")), f"{option.opts}: {text}"
+        assert "default: " in text or option.required, f"{option.opts} shows no default: {text}"
+
+
+@pytest.mark.parametrize("name", [n for n in rtresnet.__all__ if n != "__version__"])
+def test_public_names_are_documented(name: str) -> None:
+    value = getattr(rtresnet, name)
+    text = inspect.getdoc(value) or ""
+    assert text, f"{name} has no docstring"
+    if inspect.isfunction(value):
+        parameters = inspect.signature(value).parameters
+        assert not parameters or "Args:" in text, f"{name}: no Args"
+        assert "Raises:" in text, f"{name}: no Raises"
+        hints = inspect.signature(value).return_annotation
+        assert "dict[str, Any]" not in str(hints), name
+
+
 def readable() -> list[Path]:
     """Every file of ours that a person reads."""
     folders = ("rtresnet", "tests", "benchmarks", "docs", "examples")
     files = [p for f in folders for s in ("py", "md", "yml") for p in (ROOT / f).rglob(f"*.{s}")]
     return [*files, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+
+
+def test_no_idiom_of_the_first_edition_is_left() -> None:
+    problems = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in readable()
+        if path != Path(__file__) and "results" not in path.parts and "golden" not in path.parts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if IDIOMS.search(line)
+    ]
+    assert not problems, "\n".join(problems)
 
 
 def test_every_module_has_a_docstring_that_ends_its_first_line() -> None:

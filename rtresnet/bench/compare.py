@@ -1,35 +1,53 @@
-"""Which of two artifacts is faster, and whether that can be said at all. Pure NumPy.
+"""Which of two artifacts is faster, and is one slower than it was in an earlier result?
 
-A verdict takes more than an interval without 1 in it: two loads of one file differ by where their
-memory lies, by 1 % as measured, and do so for as long as they live. So the whole interval has to
-lie beyond a margin of 2 %, below which nothing is claimed.
+A verdict takes more than an interval without 1 in it: two processes that load the same file differ
+by 1 %, as measured, because of where their memory lies. So the whole interval must lie beyond a
+margin of 2 %; below it no difference is claimed.
+
+A comparison with a recorded result requires the same workload of the same file on the same device
+and versions (`config_diff`). Pure NumPy; reads no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
-from rtresnet.bench import bootstrap, stats
+from rtresnet.bench import stats
 
 MARGIN = 0.02
 FEWEST_PAIRS = 10
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference shown"
-FIGURES = {"median": 0.5} | stats.SHARES
+QUANTILES = {"median": 0.5} | stats.SHARES
+FIGURES = {
+    "single-stream": "median",
+    "multi-stream": "median",
+    "offline": "mean",
+    "closed": "mean",
+    "server": "p99",
+}
+"""The latency figure that is compared, by scenario. In a closed loop the throughput is the number
+of requests in flight divided by their mean latency, so the mean also compares throughputs."""
+LOAD = ("qps", "concurrency", "max_batch", "in_flight")
+PLAN = ("contexts", "graphs")
+"""Compared where both results have them: earlier files do not."""
+ALIKE = ("batch", "device", "provider", "threads", "versions", "precision", "with_preprocess")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One artifact held against another.
+    """One artifact compared with another.
 
     Attributes:
         speed: How many times as fast as the other; above 1 is faster.
         low, high: Confidence interval of `speed`; 0 and infinity where there are too few pairs.
         level: Its confidence, 0.95 shared by all comparisons of one call.
-        n: Pairs of slices, or the smaller number of samples where these were not paired.
-        paired: Whether both were measured in turn.
+        n: Pairs of slices; without pairing, the smaller number of samples.
+        paired: Whether both were measured in alternating slices.
         verdict: "faster", "slower" or "no difference shown".
     """
 
@@ -43,7 +61,7 @@ class Comparison:
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of the speed lets one say."""
+    """The verdict that an interval of the speed supports."""
     if low > 1 + MARGIN:
         return FASTER
     return SLOWER if high < 1 / (1 + MARGIN) else NO_DIFFERENCE
@@ -52,24 +70,24 @@ def verdict(low: float, high: float) -> str:
 def paired(
     reference: Sequence[float], other: Sequence[float], *, comparisons: int = 1
 ) -> Comparison:
-    """Compares latencies of slices measured side by side, one pair a round.
+    """Compares latencies that were measured in alternating slices, one pair per round.
 
-    The median of the rounds' ratios: a round in which something else ran during one of its slices
-    moves it by one rank, however much it took. Its interval is the hull of two: one that draws
-    blocks of rounds, for rounds that depend on their neighbours, and the sign test's, which holds
-    for any number of rounds and any noise.
+    The speed is the median of the rounds' ratios: a disturbance during one slice moves it by one
+    rank, however long it took. The interval is the hull of two: a block bootstrap over rounds,
+    which allows for rounds that depend on their neighbours, and the sign test's interval, which is
+    valid for any number of rounds and any noise.
 
     Args:
-        reference: A latency a round.
-        other: The same of the artifact in question.
-        comparisons: With the same reference; the confidence is shared among them.
+        reference: One latency per round.
+        other: The same, of the artifact that is compared with the reference.
+        comparisons: Number of comparisons with this reference, which share the confidence.
     """
     n = min(len(reference), len(other))
     ratios = np.log(np.divide(reference[:n], other[:n]))
     level = 1 - 0.05 / max(comparisons, 1)
     ranks = ratios.argsort().argsort().astype(np.float64)
-    block = bootstrap.block_length(ranks)
-    drawn = bootstrap.interval(bootstrap.resample(ratios, block, [0.5])[1], level)
+    block = stats.block_length(ranks)
+    drawn = stats.interval(stats.resample(ratios, block, [0.5])[1], level)
     signs = median_bounds(ratios, level)
     low, high = np.exp([min(drawn[0], signs[0]), max(drawn[1], signs[1])])
     if n < FEWEST_PAIRS:
@@ -85,27 +103,27 @@ def paired(
     )
 
 
-def median_bounds(samples: np.ndarray, level: float) -> bootstrap.Interval:
-    """The sign test's interval for the median of independent samples: two of the samples."""
+def median_bounds(samples: np.ndarray, level: float) -> stats.Interval:
+    """The sign test's confidence interval of the median: two of the (independent) samples."""
     n, ordered = len(samples), np.sort(samples)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     chances = log_factorial[-1] - log_factorial - log_factorial[::-1] - n * np.log(2)
     below = np.cumsum(np.exp(chances))  # P(at most k of n lie below the median)
-    out = int(np.searchsorted(below, (1 - level) / 2, side="right"))  # samples left out a side
+    out = int(np.searchsorted(below, (1 - level) / 2, side="right"))  # samples left out at each end
     return float(ordered[max(out - 1, 0)]), float(ordered[min(n - out, n - 1)])
 
 
 def compare_unpaired(
     reference: Sequence[float], other: Sequence[float], *, figure: str, comparisons: int = 1
 ) -> Comparison | None:
-    """Compares samples of two runs that were not taken in turn.
+    """Compares samples of two runs that were made one after the other.
 
-    The interval knows how the samples vary within each run. It cannot know what changed on the
-    machine between them.
+    The interval covers the variation within each run, not what changed on the machine between
+    them.
 
     Args:
         reference: Samples in order of time.
-        other: Likewise.
+        other: Samples in order of time.
         figure: "mean", "median" or a percentile as in `stats.SHARES`.
         comparisons: See `paired`.
 
@@ -114,19 +132,19 @@ def compare_unpaired(
     """
     level = 1 - 0.05 / max(comparisons, 1)
     logs, points = [], []
-    for seed, given in enumerate((reference, other)):
-        samples = np.asarray(given, np.float64)
-        share = FIGURES.get(figure)
+    for seed, run in enumerate((reference, other)):
+        samples = np.asarray(run, np.float64)
+        share = QUANTILES.get(figure)
         point = float(samples.mean()) if share is None else stats.percentile(samples, share)
         if point is None:
             return None
         series = samples if share is None else (samples > np.quantile(samples, share))
-        block = bootstrap.block_length(np.asarray(series, np.float64))
+        block = stats.block_length(np.asarray(series, np.float64))
         shares = [] if share is None else [share]
-        logs.append(np.log(bootstrap.resample(samples, block, shares, seed=seed)[-1]))
+        logs.append(np.log(stats.resample(samples, block, shares, seed=seed)[-1]))
         points.append(point)
     count = min(map(len, logs))
-    low, high = np.exp(bootstrap.interval(logs[0][:count] - logs[1][:count], level))
+    low, high = np.exp(stats.interval(logs[0][:count] - logs[1][:count], level))
     return Comparison(
         speed=points[0] / points[1],
         low=float(low),
@@ -136,3 +154,69 @@ def compare_unpaired(
         paired=False,
         verdict=verdict(low, high),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A result compared with its baseline.
+
+    Attributes:
+        figure: The latency figure that was compared: median, mean or p99.
+        comparison: Of the result with the baseline; None where a percentile has too few samples.
+        regression: Whether the whole interval is slower by more than the tolerance.
+        tolerance: Allowed slowdown: 0.03 is 3 %.
+        baseline: The file of the baseline.
+    """
+
+    figure: str
+    comparison: Comparison | None
+    regression: bool
+    tolerance: float
+    baseline: str = ""
+
+
+def judge(
+    now: Mapping[str, Any], then: Mapping[str, Any], *, tolerance: float, baseline: str = ""
+) -> Judgement:
+    """Compares the samples of two results.
+
+    Args:
+        now: An entry of `results`, as `bench --json` writes it.
+        then: The same of the baseline.
+        tolerance: 0.03 allows it to be 3 % slower.
+        baseline: Name of the baseline's file.
+    """
+    figure = FIGURES[scenario(now)]
+    comparison = compare_unpaired(then["samples"], now["samples"], figure=figure)
+    regression = comparison is not None and comparison.high < 1 / (1 + tolerance)
+    return Judgement(
+        figure=figure, comparison=comparison, regression=regression, tolerance=tolerance,
+        baseline=baseline,
+    )  # fmt: skip
+
+
+def config_diff(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """Differences of two results that make them incomparable, as "device: A, was B"."""
+    both = (now, then)
+    pairs: dict[str, list[Any]] = {
+        "scenario": [scenario(entry) for entry in both],
+        "file": [PurePath(str(entry.get("measured"))).name for entry in both],
+    }
+    pairs |= {name: [entry.get(name) for entry in both] for name in ALIKE}
+    pairs |= {
+        name: values for name in PLAN if None not in (values := [entry.get(name) for entry in both])
+    }
+    for name in LOAD:
+        pairs[name] = [(entry.get("load") or {}).get(name) for entry in both]
+    return [f"{name}: {_words(a)}, was {_words(b)}" for name, (a, b) in pairs.items() if a != b]
+
+
+def scenario(entry: Mapping[str, Any]) -> str:
+    """The scenario of a result; files of the first version, which had only one, do not say it."""
+    return str(entry.get("scenario") or "single-stream")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {entry}" for name, entry in value.items())
+    return "unknown" if value is None else str(value)

@@ -1,11 +1,11 @@
-"""What the machine did while something was measured, and whether that spoils the result.
+"""What the machine did during a measurement, and whether that spoils the result.
 
     with Watch(gpu=None) as watch:
         ...
-    watch.report["remarks"]     # sentences; empty where nothing disturbed
+    watch.report.remarks     # sentences; empty if nothing disturbed the measurement
 
-Read from /proc, /sys and, of a GPU, `nvml.py`; a background thread looks once a second. An unknown
-is None, as it is off Linux.
+Reads /proc and /sys, and the GPU through `nvml.py`; a background thread samples once a second. What
+is unknown is None, as everything is on other systems than Linux.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,21 +26,22 @@ from rtresnet.core import artifacts, hardware
 
 EVERY = 1.0
 SHORT = 0.5
-"""Seconds that a statement about shares of time needs at least: the kernel counts in 10 ms."""
+"""Shortest duration, in seconds, for shares of time: the kernel counts in steps of 10 ms."""
 BUSY, STOLEN, SLOWED = 0.10, 0.02, 0.95
-"""Of the cores to other processes, of the time to the hypervisor, of the highest clock seen."""
+"""Thresholds of the remarks: share of the cores that other processes used, share of the time that
+the hypervisor took, and lowest clock as a share of the highest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
-    """Seconds since boot, all processors together; and of this process.
+    """Processor time in seconds, all processors together.
 
     Attributes:
-        busy: Spent computing, by anybody.
-        stolen: Wanted and given to other machines by the hypervisor.
-        total: Of all processors, whatever they did.
-        own: Spent computing by this process, all threads, and by children that it waited for.
-        throttled: In which a control group's quota held its processes back; None if unknown.
+        busy: Computing, by any process.
+        stolen: Taken by the hypervisor for other machines while a process was ready to run.
+        total: All time of all processors.
+        own: Computing, by this process and by children that it has waited for.
+        throttled: Time during which a cgroup's CPU quota stopped processes; None if unknown.
     """
 
     busy: float
@@ -62,8 +63,8 @@ def counters(root: Path = Path("/")) -> Counters | None:
     throttled = None
     with contextlib.suppress(OSError, ValueError):
         fields = (root / "sys/fs/cgroup/cpu.stat").read_text().split()
-        known = dict(zip(fields[::2], fields[1::2], strict=True))
-        throttled = int(known["throttled_usec"]) / 1e6 if "throttled_usec" in known else None
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
+        throttled = int(values["throttled_usec"]) / 1e6 if "throttled_usec" in values else None
     return Counters(
         busy=user + nice + system + irq + soft,
         stolen=stolen,
@@ -74,39 +75,101 @@ def counters(root: Path = Path("/")) -> Counters | None:
 
 
 def megahertz(root: Path = Path("/")) -> float | None:
-    """The processors' mean clock now; None where the kernel does not tell."""
-    found: list[float] = []
+    """The mean clock of the processors now; None where the kernel does not report it."""
+    clocks: list[float] = []
     for file in sorted(
         (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
     ):
         with contextlib.suppress(OSError, ValueError):
-            found.append(int(file.read_text()) / 1e3)
-    if not found:
+            clocks.append(int(file.read_text()) / 1e3)
+    if not clocks:
         with contextlib.suppress(OSError, ValueError):
             lines = (root / "proc/cpuinfo").read_text().splitlines()
-            found = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    return sum(found) / len(found) if found else None
+            clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return sum(clocks) / len(clocks) if clocks else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostReport:
+    """The machine during a measurement; None where it is unknown.
+
+    Attributes:
+        model: Name of the processor.
+        cores: Number of logical processors.
+        system: Operating system and kernel.
+        mhz: Lowest, mean and highest clock of the processors.
+        own_cores: Processors that this process used, on average.
+        other_cores: Processors that other processes used, on average.
+        stolen: Share of the time that the hypervisor gave to other machines.
+        quota_seconds: Time during which a CPU quota stopped processes.
+    """
+
+    model: str
+    cores: int
+    system: str
+    mhz: tuple[float, float, float] | None = None
+    own_cores: float | None = None
+    other_cores: float | None = None
+    stolen: float | None = None
+    quota_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuReport:
+    """The GPU during a measurement; None where it is unknown.
+
+    Attributes:
+        unknown: Why the driver could not be asked.
+        driver: Version of the driver.
+        max_mhz: Highest clock.
+        power_limit_w: Power limit in W.
+        samples: One per second.
+    """
+
+    name: str
+    uuid: str | None = None
+    unknown: str | None = None
+    driver: str | None = None
+    max_mhz: float | None = None
+    power_limit_w: float | None = None
+    samples: tuple[nvml.GpuSample, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentReport:
+    """What the machine did during a measurement.
+
+    Attributes:
+        seconds: Duration.
+        remarks: What spoils the result, in sentences.
+    """
+
+    seconds: float
+    host: HostReport
+    gpu: GpuReport | None
+    remarks: tuple[str, ...]
 
 
 class Watch:
-    """Looks at the machine from the beginning of a `with` block to its end.
+    """Observes the machine during a `with` block.
 
     Args:
         gpu: The GPU that computes; None where none does.
 
     Attributes:
-        report: After the block: see `summary`.
+        report: What was observed; available after the block.
     """
 
+    report: EnvironmentReport
+
     def __init__(self, gpu: hardware.Gpu | None = None) -> None:
-        self.report: dict[str, Any] = {}
         self._gpu = gpu
         self._clocks: list[float] = []
         self._monitor: nvml.GpuMonitor | None = None
-        self._gpu_samples: list[dict[str, Any]] = []
+        self._gpu_samples: list[nvml.GpuSample] = []
         self._gpu_unknown: str | None = None
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+        self._thread = threading.Thread(target=self._observe, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
         if self._gpu is not None:
@@ -118,7 +181,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def _look(self) -> None:
+    def _observe(self) -> None:
         while True:
             clock = megahertz()
             self._clocks += [] if clock is None else [clock]
@@ -136,14 +199,14 @@ class Watch:
         seconds, after = time.perf_counter() - self._start, counters()
         self._end.set()
         self._thread.join()
-        gpu: dict[str, Any] | None = None
+        gpu = None
         if self._gpu is not None:
-            gpu = {
-                "name": self._gpu.name, "uuid": self._gpu.uuid, "unknown": self._gpu_unknown,
-            }  # fmt: skip
-            if self._monitor is not None:
-                gpu |= self._monitor.limits() | {"samples": self._gpu_samples}
-                self._monitor.close()
+            gpu = GpuReport(
+                name=self._gpu.name, uuid=self._gpu.uuid, unknown=self._gpu_unknown,
+                samples=tuple(self._gpu_samples), **self._monitor.limits() if self._monitor else {},
+            )  # fmt: skip
+        if self._monitor is not None:
+            self._monitor.close()
         self.report = summary(seconds, self._before, after, self._clocks, gpu)
 
 
@@ -152,69 +215,78 @@ def summary(
     before: Counters | None,
     after: Counters | None,
     clocks: Sequence[float],
-    gpu: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What was seen, for people and for JSON.
+    gpu: GpuReport | None,
+) -> EnvironmentReport:
+    """Summarizes what was observed, with remarks on what spoils the result.
 
-    Returns:
-        seconds; host: model, cores, system, mhz (lowest, mean, highest), cores used by this
-        process and by others, share stolen by the hypervisor, seconds held back by a quota; gpu;
-        remarks: what spoils the result, in sentences.
+    Args:
+        seconds: Duration.
+        before: Counters at the beginning; None if unknown.
+        after: Counters at the end.
+        clocks: Mean clock of the processors in MHz, once per second.
+        gpu: What was observed of the GPU.
     """
-    cores = os.cpu_count() or 1
-    host: dict[str, Any] = {
-        "model": hardware.cpu(),
-        "cores": cores,
-        "system": platform.platform(),
-        "mhz": [min(clocks), sum(clocks) / len(clocks), max(clocks)] if clocks else None,
-        "own_cores": None, "other_cores": None, "stolen": None, "quota_seconds": None,
-    }  # fmt: skip
+    usage: dict[str, Any] = {}
     if before and after and seconds >= SHORT and after.total > before.total:
         own = after.own - before.own
-        host["own_cores"] = own / seconds
-        host["other_cores"] = max(0.0, after.busy - before.busy - own) / seconds
-        host["stolen"] = (after.stolen - before.stolen) / (after.total - before.total)
+        usage = {
+            "own_cores": own / seconds,
+            "other_cores": max(0.0, after.busy - before.busy - own) / seconds,
+            "stolen": (after.stolen - before.stolen) / (after.total - before.total),
+        }
         if before.throttled is not None and after.throttled is not None:
-            host["quota_seconds"] = after.throttled - before.throttled
-    seen = dict(gpu) if gpu else None
-    return {"seconds": seconds, "host": host, "gpu": seen, "remarks": list(_remarks(host, seen))}
+            usage["quota_seconds"] = after.throttled - before.throttled
+    host = HostReport(
+        model=hardware.cpu(), cores=os.cpu_count() or 1, system=platform.platform(),
+        mhz=(min(clocks), sum(clocks) / len(clocks), max(clocks)) if clocks else None, **usage,
+    )  # fmt: skip
+    return EnvironmentReport(
+        seconds=seconds, host=host, gpu=gpu, remarks=tuple(_remarks(host, gpu))
+    )
 
 
-def _remarks(host: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> Iterator[str]:
-    cores = host["cores"]
-    if (host["other_cores"] or 0) > BUSY * cores:
-        yield f"other processes used {host['other_cores']:.2f} of {cores} cores"
-    if (host["stolen"] or 0) > STOLEN:
-        yield f"the hypervisor gave {host['stolen']:.0%} of the processors' time to others"
-    if (host["quota_seconds"] or 0) > 0.01:
-        yield f"a CPU quota held processes back for {host['quota_seconds']:.1f} s"
-    if host["mhz"] and host["mhz"][0] < SLOWED * host["mhz"][2]:
-        low, _, high = host["mhz"]
+def _remarks(host: HostReport, gpu: GpuReport | None) -> Iterator[str]:
+    if (host.other_cores or 0) > BUSY * host.cores:
+        yield f"other processes used {host.other_cores:.2f} of {host.cores} cores"
+    if (host.stolen or 0) > STOLEN:
+        yield f"the hypervisor gave {host.stolen:.0%} of the processors' time to others"
+    if (host.quota_seconds or 0) > 0.01:
+        yield f"a CPU quota stopped processes for {host.quota_seconds:.1f} s"
+    if host.mhz and host.mhz[0] < SLOWED * host.mhz[2]:
+        low, _, high = host.mhz
         yield f"the processor's clock went from {high:.0f} down to {low:.0f} MHz"
-    samples = gpu.get("samples") if gpu else None
-    if not samples:
-        return
-    slowed = [sample for sample in samples if sample["throttled"]]
+    samples = gpu.samples if gpu else ()
+    slowed = [sample.throttled for sample in samples if sample.throttled]
     if slowed:
-        why = ", ".join(sorted({reason for sample in slowed for reason in sample["throttled"]}))
-        yield f"the GPU throttled in {len(slowed)} of {len(samples)} looks at it ({why})"
-    if others := max((sample["others"] or 0 for sample in samples), default=0):
+        why = ", ".join(sorted({reason for reasons in slowed for reason in reasons}))
+        yield f"the GPU throttled in {len(slowed)} of {len(samples)} samples ({why})"
+    if others := max((sample.others or 0 for sample in samples), default=0):
         yield f"{others} other processes had work on the GPU"
 
 
-def chain_of(path: str | os.PathLike[str]) -> list[dict[str, str | None]]:
-    """An artifact and what it came from, by the hashes in the sidecars; nothing is hashed anew.
+@dataclass(frozen=True, kw_only=True)
+class ChainLink:
+    """One file of the chain from checkpoint to plan.
 
-    `commit` is git's, of the code that made it.
+    Attributes:
+        commit: git's, of the code that made the file.
     """
-    found: list[dict[str, str | None]] = []
+
+    file: str
+    sha256: str | None = None
+    commit: str | None = None
+
+
+def chain_of(path: str | os.PathLike[str]) -> tuple[ChainLink, ...]:
+    """An artifact and its ancestors, as the sidecars state them; nothing is hashed again."""
+    links: list[ChainLink] = []
     current: Path | None = Path(path)
-    while current is not None and len(found) < 16:
+    while current is not None and len(links) < 16:
         sidecar = artifacts.read_sidecar(current)
         if sidecar is None:
-            found.append({"file": current.name, "sha256": None, "commit": None})
-            return found
+            links.append(ChainLink(file=current.name))
+            break
         commit = sidecar.made_by.get("commit")
-        found.append({"file": current.name, "sha256": sidecar.sha256, "commit": commit})
+        links.append(ChainLink(file=current.name, sha256=sidecar.sha256, commit=commit))
         current = artifacts.parent_path(current, sidecar)
-    return found
+    return tuple(links)

@@ -1,12 +1,10 @@
-"""An ONNX graph as the kernels that must run: multiply-adds, and bytes in and out of each.
+"""The kernels of an ONNX graph: multiply-adds, and bytes read and written by each.
 
-A kernel is a convolution, a matrix product or a pooling with everything elementwise behind it
-(activation, addition, Q/DQ, casts), as TensorRT fuses them: what lies in between is never stored.
-Each kernel reads its inputs and weights once and writes its output once, in the type they are
-stored in: a tensor between QuantizeLinear and DequantizeLinear takes one byte an element. That is
-the least any implementation moves; nothing here is measured.
-
-The only file of this room that imports onnx: shapes are nowhere else.
+A kernel is a convolution, a matrix product or a pooling with the elementwise nodes after it
+(activation, addition, Q/DQ, casts), as TensorRT fuses them; the tensors inside a kernel are never
+stored. Each kernel reads its inputs and weights once and writes its output once, in the data type
+they are stored in: a tensor between QuantizeLinear and DequantizeLinear takes one byte per element.
+That is the minimum that any implementation moves; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -17,14 +15,17 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from rtresnet.core.errors import ArtifactError, InputError, missing_package
-from rtresnet.onnxlib import blocks
+import numpy as np
+
+from rtresnet.core.errors import InputError
+from rtresnet.onnxlib import blocks, io
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
-# The same elements, stored once: what reads them reads what stands before.
+# The same elements, stored once: a node that reads the output of a view reads its input.
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
-KEPT = 1024  # elements: a shape or an axis is smaller, a weight's values are not needed
+KEPT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
+INTEGERS = (6, 7)  # ONNX's INT32 and INT64
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
@@ -35,13 +36,13 @@ class Kernel:
     Attributes:
         block: "stem", "layer1.0" and so on, "head"; see `rtresnet.onnxlib.blocks`.
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
-        op: Of the node it is named after.
-        nodes: Names of all nodes in it, and of the tensors these make.
-        dtype: What is multiplied: "fp32", "fp16" or "int8".
-        multiply_adds: Of an image; 0 for a pooling.
+        op: Operator of the node that the kernel is named after.
+        nodes: Names of all its nodes, and of their output tensors.
+        dtype: Data type of the product: "fp32", "fp16" or "int8".
+        multiply_adds: Per image; 0 for a pooling.
         weights: Bytes of weights and biases.
-        read: Bytes of activations it takes, one entry a tensor.
-        written: Bytes of activations it leaves.
+        read: Bytes of activations that it reads, one entry per tensor.
+        written: Bytes of activations that it writes.
     """
 
     name: str
@@ -58,11 +59,12 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """A graph's kernels in its order, and the side of its images, in pixels.
+    """The kernels of a graph, in its order.
 
     Attributes:
-        blocks: The block of every node, and of every tensor it makes: runtimes name what they fuse
-            by either.
+        blocks: The block of every node and of every output tensor: runtimes name fused nodes by
+            either.
+        size: Side of the images, in pixels.
         batch: The only batch size that the graph takes; None where it is open.
     """
 
@@ -76,7 +78,8 @@ def count(source: str | os.PathLike[str] | Any) -> Counted:
     """Counts an ONNX file or a model in memory.
 
     Raises:
-        ArtifactError: Not an ONNX file.
+        ArtifactError: Not a valid ONNX file.
+        UnavailableError: The package onnx is not installed.
         InputError: Its shapes are not known, or it has no convolution.
     """
     model, batch = _read(source)
@@ -108,7 +111,7 @@ def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
 
 
 def precision_of(kernels: list[Kernel]) -> str:
-    """What most multiply-adds are done in."""
+    """The data type of most multiply-adds."""
     totals: dict[str, int] = {}
     for kernel in kernels:
         totals[kernel.dtype] = totals.get(kernel.dtype, 0) + kernel.multiply_adds
@@ -117,18 +120,9 @@ def precision_of(kernels: list[Kernel]) -> str:
 
 def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
     """The model with shapes inferred for its fixed batch, or for 1; and that fixed batch."""
-    try:
-        import onnx
-    except ImportError:
-        raise missing_package("onnx", "counting multiply-adds") from None
-    model = source
-    if isinstance(source, str | os.PathLike):
-        try:
-            model = onnx.load(os.fspath(source), load_external_data=False)
-        except Exception as error:  # protobuf's DecodeError is not one type across versions
-            raise ArtifactError(
-                f"{source}: not an ONNX file, or truncated", fix="export it anew"
-            ) from error
+    model = io.load(source) if isinstance(source, str | os.PathLike) else source
+    import onnx
+
     small = onnx.ModelProto()
     small.CopyFrom(model)
     for tensor in small.graph.initializer:
@@ -147,7 +141,39 @@ def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
         out.type.tensor_type.ClearField("shape")
     for index, node in enumerate(small.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
+    _fold_integers(small)
     return onnx.shape_inference.infer_shapes(small, data_prop=True), fixed
+
+
+def _fold_integers(model: Any) -> None:
+    """Replaces small integer tensors that are computed from constants by constants.
+
+    TorchScript computes the pads of a zero-padded shortcut in the graph (ConstantOfShape, Concat,
+    Slice, Transpose), which onnx's shape inference does not follow.
+    """
+    from onnx import helper, numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    values = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if prod(tensor.dims) <= KEPT and tensor.data_type in INTEGERS
+    }
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    for node in model.graph.node:
+        if node.domain or any(name and name not in values for name in node.input):
+            continue
+        if any(attribute.HasField("g") for attribute in node.attribute):
+            continue
+        evaluator: Any = ReferenceEvaluator(node, opsets=opsets)
+        (value, *others) = evaluator.run(None, {name: values[name] for name in node.input if name})
+        if others or value.dtype not in (np.int32, np.int64) or value.size > KEPT:
+            continue
+        values[node.output[0]] = value
+        if node.op_type != "Constant":
+            tensor = numpy_helper.from_array(value)
+            outputs, name = list(node.output), node.name
+            node.CopyFrom(helper.make_node("Constant", [], outputs, name=name, value=tensor))
 
 
 class _Graph:
@@ -183,19 +209,19 @@ class _Graph:
         return prod(shape) // self.images
 
     def is_constant(self, tensor: str) -> bool:
-        """Whether it depends on weights alone."""
+        """Whether a tensor depends on weights only."""
         node = self.producers.get(tensor)
         if node is None:
             return tensor in self.constants or not tensor
         return all(map(self.is_constant, node.input))
 
     def stored(self, tensor: str) -> tuple[str, int]:
-        """What is in memory for a tensor, behind views: its name there, elements an image."""
+        """The stored tensor behind a tensor's views, and the elements per image that are read."""
         elements = self.elements(tensor)
         node = self.producers.get(tensor)
         if node is not None and self.is_view(node):
             name, before = self.stored(node.input[0])
-            # Of a Slice only what is taken is read; of a Pad the zeros are not.
+            # Only the elements that a Slice takes are read, and no zeros of a Pad.
             return name, min(elements, before)
         return tensor, elements
 
@@ -234,14 +260,14 @@ class _Graph:
         reads: dict[int, list[tuple[str, int]]] = {}
         stored: dict[str, int] = {}
         for group, members in groups.items():
-            found: dict[str, int] = {}
+            sizes: dict[str, int] = {}
             for name in (name for node in members for name in node.input):
                 if name and not self.is_constant(name) and makers.get(name) != group:
                     place, elements = self.stored(name)
                     if makers.get(place) != group:
-                        found[place] = max(found.get(place, 0), elements)
+                        sizes[place] = max(sizes.get(place, 0), elements)
                         stored[place] = self.elements(place)
-            reads[group] = list(found.items())
+            reads[group] = list(sizes.items())
         for name in self.outputs:
             if makers.get(self.stored(name)[0]) is not None:
                 stored[self.stored(name)[0]] = self.elements(name)
@@ -254,7 +280,7 @@ class _Graph:
         return self._staged(result, groups)
 
     def _owners(self) -> dict[int, int]:
-        """Each node's kernel, as the index of the node it is named after; views have none."""
+        """The kernel of each node, as the index of the node it is named after; views have none."""
         owner: dict[int, int] = {}
         made: dict[str, int] = {}
         for index, node in enumerate(self.nodes):
@@ -263,7 +289,7 @@ class _Graph:
                 owner[index] = index
             elif not constant and not self.is_view(node):
                 inputs = [name for name in node.input if name and not self.is_constant(name)]
-                # An addition runs behind the branch that is not stored for it.
+                # An addition is fused into the branch whose output it reads directly.
                 direct = [made[name] for name in inputs if name in made]
                 before = [made[p] for p, _ in map(self.stored, inputs) if p in made]
                 if direct or before:
@@ -289,7 +315,7 @@ class _Graph:
         if node.op_type in POOLS:
             dtype, weights = _dtype(self.tensors[self.stored(node.input[0])[0]][1]), 0
         elif dtype == "int8" and not self.is_view(self.producers.get(node.input[0])):
-            dtype = "fp32"  # weights alone are quantized
+            dtype = "fp32"  # only the weights are quantized
         own = {out for member in members for out in member.output}
         return Kernel(
             name=node.name,
@@ -305,7 +331,7 @@ class _Graph:
         )
 
     def _staged(self, kernels: list[Kernel], groups: Mapping[int, list[Any]]) -> list[Kernel]:
-        """Names stages: by the blocks' names, or by where the output's size changes."""
+        """Assigns stages, by the blocks' names or by where the output's size changes."""
         sides: list[int] = []
         result = []
         for kernel, (index, members) in zip(kernels, groups.items(), strict=True):
@@ -326,7 +352,7 @@ def _shape(value: Any) -> tuple[tuple[int, ...], int]:
 
 
 def _size(kind: int) -> int:
-    """Bytes of an element of an ONNX type."""
+    """Bytes per element of an ONNX type."""
     return {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}.get(kind, 4)
 
 

@@ -1,7 +1,6 @@
-"""The GPU's clocks, power, heat and reasons for slowing down, asked of NVIDIA's driver.
+"""Clocks, power, temperature and throttling of a GPU, from NVIDIA's driver (NVML).
 
-Through nvidia-ml-py, where it is installed; nothing depends on it. What a GPU does not tell is
-None.
+Uses nvidia-ml-py where it is installed; it is optional. What a GPU does not report is None.
 """
 
 from __future__ import annotations
@@ -10,13 +9,14 @@ import contextlib
 import importlib
 import os
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rtresnet.core.hardware import Gpu
 
-# Bits of nvmlDeviceGetCurrentClocksEventReasons that mean: slower than asked. Idle and clocks that
-# were set by somebody (bits 0x1, 0x2, 0x10, 0x100) are no throttling.
+# Bits of nvmlDeviceGetCurrentClocksEventReasons that mean throttling. Idle and clocks that were set
+# by a user (bits 0x1, 0x2, 0x10, 0x100) do not.
 THROTTLING = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -27,11 +27,30 @@ THROTTLING = {
 HOST_NAMESPACE = "pid:[4026531836]"  # of PIDs; the inode is a constant of Linux, PROC_PID_INIT_INO
 
 
+@dataclass(frozen=True, kw_only=True)
+class GpuSample:
+    """State of a GPU at one moment; None where it is unknown.
+
+    Attributes:
+        mhz: Clock.
+        power_w: Power in W.
+        celsius: Temperature.
+        throttled: Reasons for throttling.
+        others: Number of other processes on the GPU.
+    """
+
+    mhz: float | None = None
+    power_w: float | None = None
+    celsius: float | None = None
+    throttled: tuple[str, ...] | None = None
+    others: int | None = None
+
+
 class GpuMonitor:
     """Asks the driver about one GPU, which is matched by its UUID.
 
-    NVML counts every GPU of the machine in an order of its own, whatever CUDA_VISIBLE_DEVICES says,
-    so that neither an index nor a name tells which one computes. On a MIG instance, clocks, power,
+    NVML enumerates all GPUs of the machine in its own order, whatever CUDA_VISIBLE_DEVICES says, so
+    neither an index nor a name identifies the GPU that computes. On a MIG instance, clocks, power,
     temperature and throttling are those of its GPU; processes are those of the instance.
 
     Args:
@@ -70,7 +89,7 @@ class GpuMonitor:
         raise LookupError(f"NVML has no GPU with the UUID {gpu.uuid}")
 
     def _only_one_named(self, name: str) -> Any:
-        """For drivers without UUIDs."""
+        """Finds a GPU by its name, for drivers without UUIDs."""
         nvml = self._nvml
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         matching = [handle for handle in handles if _text(nvml.nvmlDeviceGetName(handle)) == name]
@@ -79,15 +98,15 @@ class GpuMonitor:
         return matching[0]
 
     def _ask(self, function: str, *arguments: object) -> Any:
-        """What NVML answers, or None where the GPU, the driver or nvidia-ml-py cannot tell."""
+        """NVML's answer, or None where the GPU, the driver or nvidia-ml-py cannot give one."""
         nvml = self._nvml
         unable = (nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError))
         with contextlib.suppress(*unable, AttributeError):
             return getattr(nvml, function)(*arguments)
         return None
 
-    def limits(self) -> dict[str, float | str | None]:
-        """Driver, highest clock in MHz, power limit in W."""
+    def limits(self) -> dict[str, Any]:
+        """Driver, highest clock in MHz, power limit in W: fields of `environment.GpuReport`."""
         nvml, gpu = self._nvml, self._whole
         power = self._ask("nvmlDeviceGetPowerManagementLimit", gpu)
         driver = self._ask("nvmlSystemGetDriverVersion")
@@ -97,34 +116,35 @@ class GpuMonitor:
             "power_limit_w": None if power is None else power / 1e3,
         }
 
-    def sample(self) -> dict[str, Any]:
+    def sample(self) -> GpuSample:
         """Clock in MHz, power in W, temperature in degrees, throttling, other processes."""
         nvml, gpu = self._nvml, self._whole
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", gpu)
         power = self._ask("nvmlDeviceGetPowerUsage", gpu)
         processes = self._ask("nvmlDeviceGetComputeRunningProcesses", self._instance)
-        return {
-            "mhz": self._ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
-            "power_w": None if power is None else power / 1e3,
-            "celsius": self._ask("nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
-            "throttled": None
-            if reasons is None
-            else [why for bit, why in THROTTLING.items() if reasons & bit],
-            "others": None
-            if processes is None
-            else other_processes({process.pid for process in processes}),
-        }
+        throttled = others = None
+        if reasons is not None:
+            throttled = tuple(why for bit, why in THROTTLING.items() if reasons & bit)
+        if processes is not None:
+            others = other_processes({process.pid for process in processes})
+        return GpuSample(
+            mhz=self._ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
+            power_w=None if power is None else power / 1e3,
+            celsius=self._ask("nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
+            throttled=throttled,
+            others=others,
+        )
 
     def close(self) -> None:
-        """Lets the library go."""
+        """Releases the library."""
         self._nvml.nvmlShutdown()
 
 
 def other_processes(pids: Set[int], proc: Path = Path("/proc")) -> int | None:
-    """How many of the processes on a GPU are not this one.
+    """Counts the processes on a GPU other than this one.
 
-    In a container the driver may report process ids of the host, among which this process cannot
-    find its own.
+    In a container the driver may report process ids of the host, which this process cannot match
+    with its own.
 
     Args:
         pids: As NVML reports them, in any PID namespace.

@@ -1,7 +1,8 @@
-"""Recorded times of nodes as layers, blocks and stages of the net, held against a roof.
+"""Recorded times of nodes by layer, block and stage, compared with a roofline.
 
-What ran is named after fusion, and reorders and conversions are named by the runtime: a node that
-cannot be recognized by its name belongs to the block of the node that ran before it.
+Runtimes rename nodes when they fuse them, and insert reorders and conversions with names of their
+own. A node that is not recognized by its name is counted with the block of the node that ran before
+it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from rtresnet.bench.kernels import Kernel
+from rtresnet.bench.roofline import PeakRates
 
-AGREES = 0.10  # sums of parts against the whole
-IDLE = 0.25  # of the roof: below, neither arithmetic nor memory is what a block waits for
+AGREES = 0.10  # largest relative difference between the sum of the layers and the whole
+IDLE = 0.25  # share of the roof below which neither arithmetic nor memory bounds a block
 ADDED = re.compile(
     r"^(InsertedPrecisionFreeCast_|fused )"
     r"|(_nchwc|_token_\d+|/duplicated|_quant|(_U\d+)?_myl\d+_\d+)$"
@@ -27,17 +28,15 @@ INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger")
 WORK = ("Conv", "Gemm", "MatMul", "Pool", "ReduceMean")
 
 
-class Rates(Protocol):
-    """Peak rates: of this machine, or of a GPU as published."""
-
-    def rate(self, dtype: str) -> float:
-        """Operations a second."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One node as it ran: the median of its times, in milliseconds."""
+    """One node as it ran.
+
+    Attributes:
+        block: The block that it is counted with.
+        recognized: Whether its name stands for a node of the file.
+        ms: Median of its times.
+    """
 
     name: str
     op: str
@@ -52,13 +51,13 @@ class Part:
 
     Attributes:
         ms: Sum of its layers.
-        share: Of the sum of all, in [0, 1].
-        other: Of `ms`, in [0, 1]: spent on neither product nor pooling (reorders, conversions).
-        flops: Operations, for the batch; a multiply-add is two.
-        bytes: The least that moves in and out, for the batch.
-        flops_per_second, bytes_per_second: Achieved.
-        compute, memory: Milliseconds at the roof; None without one.
-        bound: compute, memory or overhead; None without a roof.
+        share: Share of the sum of all, in [0, 1].
+        other: Share of `ms` in neither products nor poolings (reorders, conversions), in [0, 1].
+        flops: Operations for the batch; a multiply-add counts as two.
+        bytes: Minimum of bytes read and written for the batch.
+        flops_per_second, bytes_per_second: Achieved rates.
+        compute, memory: Milliseconds at the peak rates; None if these are unknown.
+        bound: "compute", "memory" or "overhead"; None if the peak rates are unknown.
     """
 
     name: str
@@ -76,17 +75,17 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
-    """A net's time, part by part.
+class NetProfile:
+    """The time of a net by layer, block and stage.
 
     Attributes:
         whole: Median of runs without a profiler, in milliseconds.
         total: Sum of the layers.
         agrees: Whether the two are within 10 % of each other.
-        runs: Profiled.
-        unrecognized: Share of the time in nodes that were put where they ran.
-        int8_products: Of the products that the file has in INT8, how many ran in it; None unless
-            the runtime says.
+        runs: Number of profiled runs.
+        unrecognized: Share of the time in nodes that were not recognized by their name.
+        int8_products: How many INT8 products of the file ran in INT8, and how many there are; None
+            unless the runtime reports it.
     """
 
     whole: float
@@ -101,7 +100,7 @@ class Profile:
 
 
 def recognize(name: str, known: Mapping[str, str]) -> str | None:
-    """The node of the file that a name after fusion stands for, or None.
+    """Returns the node of the file that a name after fusion stands for, or None.
 
     `layer1.0.relu1_nchwc`, `conv1_token_7` (ONNX Runtime), `conv1 + PWN(relu)` (TensorRT),
     `layer1.0.conv1_U4_myl0_4` (TensorRT-RTX).
@@ -121,42 +120,42 @@ def recognize(name: str, known: Mapping[str, str]) -> str | None:
 def engine_blocks(layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]) -> dict[str, str]:
     """Find the block of each layer of a TensorRT engine.
 
-    Names of generated kernels (`__myl_MulAddRelu_myl0_6`) say nothing of the net, so that the
-    builder's own record of where a layer came from is needed.
+    Names of generated kernels (`__myl_MulAddRelu_myl0_6`) do not name nodes of the net, so the
+    builder's record of the layers is needed.
 
     Args:
-        layers: Layer's name to the ONNX nodes it was made from.
-        blocks: Node's name to block.
+        layers: Maps a layer's name to its ONNX nodes.
+        blocks: Maps a node's name to its block.
 
     Returns:
-        Layer's name to the block that most of its nodes belong to; a layer without a known node
-        is left out.
+        Maps a layer's name to the block of most of its nodes; layers without a known node are left
+        out.
     """
-    found = {}
+    result = {}
     for name, nodes in layers.items():
         counts = Counter(blocks[node] for node in nodes if node in blocks)
         if counts:
-            found[name] = counts.most_common(1)[0][0]
-    return found
+            result[name] = counts.most_common(1)[0][0]
+    return result
 
 
 def layers_of(
     runs: Sequence[Sequence[tuple[str, str, float]]], blocks: Mapping[str, str]
 ) -> list[Layer]:
-    """Medians over runs of the same nodes.
+    """Takes medians over the runs with the usual number of nodes.
 
     Args:
-        runs: (name, operator, milliseconds), in the order they ran.
-        blocks: Node's name to block.
+        runs: For each run (name, operator, milliseconds) of its nodes, in the order they ran.
+        blocks: Maps a node's name to its block.
     """
     counts = [len(run) for run in runs]
     usual = max(set(counts), key=counts.count)
     same = [run for run in runs if len(run) == usual]
     times = np.median([[ms for _, _, ms in run] for run in same], axis=0)
-    found = [recognize(name, blocks) for name, _, _ in same[0]]
-    current = next((blocks[node] for node in found if node), "")
+    recognized = [recognize(name, blocks) for name, _, _ in same[0]]
+    current = next((blocks[node] for node in recognized if node), "")
     layers = []
-    for (name, op, _), node, ms in zip(same[0], found, times, strict=True):
+    for (name, op, _), node, ms in zip(same[0], recognized, times, strict=True):
         current = blocks[node] if node else current
         layers.append(
             Layer(name=name, op=op, block=current, recognized=node is not None, ms=float(ms))
@@ -171,19 +170,17 @@ def profile(
     blocks: Mapping[str, str],
     *,
     batch: int,
-    rates: Rates | None,
-    bandwidth: float | None,
-) -> Profile:
-    """Puts times, counts and a roof together.
+    roof: PeakRates | None,
+) -> NetProfile:
+    """Combines times, counts and peak rates.
 
     Args:
         runs: See `layers_of`.
         whole: Milliseconds of runs without a profiler.
         kernels: From `kernels.count`.
-        blocks: Likewise.
-        batch: Images a run.
-        rates: The roof's operations a second, or None where it is not known.
-        bandwidth: The roof's bytes a second.
+        blocks: From `kernels.count`.
+        batch: Images per run.
+        roof: Peak rates; None if unknown.
     """
     layers = layers_of(runs, blocks)
     ran, ratio = _as_run(kernels, layers, blocks)
@@ -196,14 +193,14 @@ def profile(
         inside = [layer for layer in layers if layer.block in members]
         return _part(
             name, stage_of[members[0]], inside, [k for k in ran if k.block in members], total,
-            batch=batch, rates=rates, bandwidth=bandwidth,
+            batch=batch, roof=roof,
         )  # fmt: skip
 
     stages = {
         stage: [b for b in order if stage_of[b] == stage]
         for stage in dict.fromkeys(stage_of[block] for block in order)
     }
-    return Profile(
+    return NetProfile(
         whole=middle,
         total=total,
         agrees=abs(total - middle) <= AGREES * middle,
@@ -219,17 +216,17 @@ def profile(
 def _as_run(
     kernels: Sequence[Kernel], layers: Sequence[Layer], blocks: Mapping[str, str]
 ) -> tuple[list[Kernel], tuple[int, int] | None]:
-    """Kernels in the type they ran in: ONNX Runtime leaves some INT8 convolutions in float."""
+    """Kernels in the data type they ran in: ONNX Runtime runs some INT8 convolutions in float."""
     integer = {recognize(layer.name, blocks) for layer in layers if layer.op.startswith(INTEGER)}
     if not any(layer.op for layer in layers):  # TensorRT names no operators
         return list(kernels), None
     quantized = [kernel for kernel in kernels if kernel.dtype == "int8"]
-    ran_so = [kernel for kernel in quantized if integer & set(kernel.nodes)]
+    ran_int8 = [kernel for kernel in quantized if integer & set(kernel.nodes)]
     changed = [
-        replace(kernel, dtype="fp32") if kernel in quantized and kernel not in ran_so else kernel
+        replace(kernel, dtype="fp32") if kernel in quantized and kernel not in ran_int8 else kernel
         for kernel in kernels
     ]
-    return changed, (len(ran_so), len(quantized)) if quantized else None
+    return changed, (len(ran_int8), len(quantized)) if quantized else None
 
 
 def _part(
@@ -240,8 +237,7 @@ def _part(
     total: float,
     *,
     batch: int,
-    rates: Rates | None,
-    bandwidth: float | None,
+    roof: PeakRates | None,
 ) -> Part:
     ms = sum(layer.ms for layer in layers)
     other = sum(
@@ -250,9 +246,9 @@ def _part(
     flops = sum(2 * batch * kernel.multiply_adds for kernel in kernels)
     moved = sum(batch * (sum(k.read) + k.written) + k.weights for k in kernels)
     compute = memory = bound = None
-    if rates is not None and bandwidth is not None:
-        compute = sum(2e3 * batch * k.multiply_adds / rates.rate(k.dtype) for k in kernels)
-        memory = 1e3 * moved / bandwidth
+    if roof is not None:
+        compute = sum(2e3 * batch * k.multiply_adds / roof.rate(k.dtype) for k in kernels)
+        memory = 1e3 * moved / roof.bandwidth
         bound = bound_by(ms, other, compute, memory)
     return Part(
         name=name, stage=stage, ms=ms, share=ms / total, other=other / ms if ms else 0.0,
@@ -264,7 +260,7 @@ def _part(
 
 
 def bound_by(ms: float, other: float, compute: float, memory: float) -> str:
-    """What a part's time goes into: compute, memory, or overhead where neither explains it."""
+    """What bounds a part: compute, memory, or overhead where neither explains its time."""
     if other > ms / 2 or max(compute, memory) < IDLE * ms:
         return "overhead"
     return "compute" if compute >= memory else "memory"

@@ -1,8 +1,13 @@
-"""What this machine can do at best: multiply-adds and bytes a second, measured once and kept.
+"""Peak rates, and the minimum time that they imply.
 
-A matrix product in ONNX Runtime for each type, a copy in NumPy on every thread: the best of many
-repetitions, because a roof is what nothing passes. Kept under ~/.cache/rtresnet (RTRESNET_CACHE),
-by processor, threads and version of ONNX Runtime. Knows no net.
+Rates of this machine are measured and cached: a matrix product in ONNX Runtime for each data type,
+and a copy in NumPy on all threads, the best of many repetitions. The cache is
+~/.cache/rtresnet/roofline.json (RTRESNET_CACHE), by processor, threads and version of ONNX Runtime.
+
+Rates of GPUs are those that NVIDIA publishes: dense (without structured sparsity), at the boost
+clock, FP16 with FP16 accumulation where the two differ, FP32 as TF32 on GPUs with tensor cores for
+it. A bound from published rates is never a measurement: real kernels reach a part of the peak, and
+launches, copies and synchronization are added.
 """
 
 from __future__ import annotations
@@ -10,87 +15,107 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rtresnet.bench.kernels import Kernel
 from rtresnet.core import atomic_io, hardware
-from rtresnet.core.errors import missing_package
+from rtresnet.core.errors import InputError, UnknownNameError, missing_package
 from rtresnet.core.serialization import from_json
 from rtresnet.runtime.ort import OrtBackend
 
 SIDES = (512, 1024)  # of the matrices
 COPY = 128 << 20  # bytes: far beyond any cache
-SECONDS = 0.6  # for each of the measurements
+SECONDS = 0.6  # for each measurement
+CACHED = ("fp32", "int8", "bandwidth")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roof:
-    """The best rates.
+class PeakRates:
+    """The roof that achieved rates are compared with.
 
     Attributes:
-        fp32, int8: Operations a second; a multiply-add is two.
-        bandwidth: Bytes a second, read and written together.
+        fp32, int8: Operations per second; a multiply-add counts as two.
+        fp16: The same; None on a CPU, which computes FP16 in FP32.
+        bandwidth: Bytes per second, read and written together.
+        source: Where the rates come from.
     """
 
     fp32: float
     int8: float
+    fp16: float | None = None
     bandwidth: float
+    source: str = ""
 
     def rate(self, dtype: str) -> float:
-        """Operations a second. FP16 is computed in FP32 on a CPU."""
-        return self.int8 if dtype == "int8" else self.fp32
+        """Operations per second in "fp32", "fp16" or "int8"."""
+        if dtype == "int8":
+            return self.int8
+        return self.fp16 if dtype == "fp16" and self.fp16 is not None else self.fp32
 
 
 def cache_file() -> Path:
-    """Where roofs are kept."""
+    """The file that keeps the measured peak rates."""
     folder = os.environ.get("RTRESNET_CACHE", Path.home() / ".cache" / "rtresnet")
     return Path(folder) / "roofline.json"
 
 
 def key(threads: int) -> str:
-    """What a roof holds for."""
+    """What the peak rates depend on: processor, threads and version of ONNX Runtime."""
     version = hardware.version("onnxruntime", "onnxruntime-gpu")
     return f"{hardware.cpu()}; {threads} threads; onnxruntime {version}"
 
 
 def of_this_machine(
-    threads: int, *, anew: bool = False, measure: Callable[[int], Roof] | None = None
-) -> tuple[Roof, bool]:
-    """The roof for so many threads, and whether it was measured just now.
+    threads: int, *, remeasure: bool = False, measure: Callable[[int], PeakRates] | None = None
+) -> PeakRates:
+    """Returns the peak rates of this machine, measured now or earlier.
 
-    A cache that cannot be read is measured and written anew; one that cannot be written is done
-    without.
+    An unreadable cache is replaced; a cache that cannot be written is ignored.
+
+    Args:
+        threads: CPU threads.
+        remeasure: Whether to ignore the cache.
+        measure: For tests.
     """
     place, name = cache_file(), key(threads)
-    kept = _read(place)
-    if not anew and name in kept:
-        return kept[name], False
-    roof = (measure or measured)(threads)
-    entries = {label: asdict(entry) for label, entry in (kept | {name: roof}).items()}
+    cached = _read(place)
+    if not remeasure and name in cached:
+        return replace(cached[name], source=f"measured earlier, {place}")
+    rates = (measure or measure_roof)(threads)
+    entries = {
+        label: {field: getattr(entry, field) for field in CACHED}
+        for label, entry in (cached | {name: rates}).items()
+    }
     with contextlib.suppress(OSError, ValueError):  # a home that is not writable
         atomic_io.write_text(place, json.dumps(entries, indent=1) + "\n")
-    return roof, True
+    return replace(rates, source="measured just now")
 
 
-def _read(place: Path) -> dict[str, Roof]:
+def _read(place: Path) -> dict[str, PeakRates]:
     try:
         data = json.loads(place.read_text(encoding="utf-8"))
-        found = {name: from_json(Roof, entry) for name, entry in data.items()}
+        rates = {name: from_json(PeakRates, entry) for name, entry in data.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: roof for name, roof in found.items() if min(asdict(roof).values()) > 0}
+    return {
+        name: entry
+        for name, entry in rates.items()
+        if min(getattr(entry, field) for field in CACHED) > 0
+    }
 
 
-def measured(threads: int) -> Roof:
-    """Measures all three, about two seconds."""
-    return Roof(
+def measure_roof(threads: int) -> PeakRates:
+    """Measures all three rates, in about two seconds."""
+    return PeakRates(
         fp32=max(_product(side, "fp32", threads) for side in SIDES),
         int8=max(_product(side, "int8", threads) for side in SIDES),
         bandwidth=_copy(threads),
@@ -112,24 +137,24 @@ def _best(call: Callable[[], object]) -> float:
 
 def _product(side: int, dtype: str, threads: int) -> float:
     rng = np.random.default_rng(0)
-    if dtype == "int8":  # as runtime/ort.py has the processor do it
+    if dtype == "int8":  # the types that runtime/ort.py uses on this processor
         weight = rng.integers(0, 100, (side, side)).astype(
             np.int8 if not hardware.int8_sums_saturate() else np.uint8
         )
-        given = rng.integers(0, 255, (side, side), dtype=np.uint8)
+        images = rng.integers(0, 255, (side, side), dtype=np.uint8)
     else:
         weight = rng.standard_normal((side, side)).astype(np.float32)
-        given = rng.standard_normal((side, side)).astype(np.float32)
+        images = rng.standard_normal((side, side)).astype(np.float32)
     with tempfile.TemporaryDirectory(prefix="rtresnet-roof-") as folder:
         path = Path(folder) / "product.onnx"
-        path.write_bytes(_model(weight, given))
+        path.write_bytes(_model(weight, images))
         backend = OrtBackend(path, provider="cpu", threads=threads)
-        seconds = _best(lambda: backend.infer(given))
+        seconds = _best(lambda: backend.infer(images))
         backend.close()
     return float(2 * side**3 / seconds)
 
 
-def _model(weight: np.ndarray, given: np.ndarray) -> bytes:
+def _model(weight: np.ndarray, images: np.ndarray) -> bytes:
     try:
         from onnx import TensorProto, helper, numpy_helper
     except ImportError:
@@ -142,7 +167,7 @@ def _model(weight: np.ndarray, given: np.ndarray) -> bytes:
     graph = helper.make_graph(
         [node],
         "product",
-        [helper.make_tensor_value_info("x", kinds[given.dtype.name], shape)],
+        [helper.make_tensor_value_info("x", kinds[images.dtype.name], shape)],
         [helper.make_tensor_value_info("y", out, shape)],
         [numpy_helper.from_array(weight, "w")],
     )  # fmt: skip
@@ -156,3 +181,144 @@ def _copy(threads: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         seconds = _best(lambda: list(pool.map(np.copyto, into, parts)))
     return 2 * sum(part.nbytes for part in parts) / seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """Published figures of a GPU.
+
+    Attributes:
+        fp32, fp16, int8: Peak rate of dense matrix products, in 10^12 operations per second.
+        bandwidth: Memory bandwidth, in 10^9 bytes per second.
+        l2: Size of the L2 cache, in 2^20 bytes (published as MB).
+        source: The document with the figures.
+    """
+
+    name: str
+    fp32: float
+    fp16: float
+    int8: float
+    bandwidth: float
+    l2: float
+    source: str
+
+    @property
+    def rates(self) -> PeakRates:
+        """The published rates."""
+        return PeakRates(
+            fp32=self.fp32 * 1e12, fp16=self.fp16 * 1e12, int8=self.int8 * 1e12,
+            bandwidth=self.bandwidth * 1e9, source=f"published: {self.source}",
+        )  # fmt: skip
+
+
+def _gpu(
+    name: str, fp32: float, fp16: float, int8: float, bandwidth: float, l2: float, source: str
+) -> GpuSpec:
+    return GpuSpec(
+        name=name, fp32=fp32, fp16=fp16, int8=int8, bandwidth=bandwidth, l2=l2, source=source
+    )
+
+
+TURING = "NVIDIA Turing GPU Architecture whitepaper, WP-09183-001"
+GA100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper"
+GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper"
+ADA = "NVIDIA Ada GPU Architecture whitepaper"
+BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
+HOPPER = "NVIDIA H100 Tensor Core GPU datasheet; L2: H100 Architecture whitepaper"
+GPUS = (
+    _gpu("T4", 8.1, 65, 130, 320, 4, TURING),
+    _gpu("A10", 62.5, 125, 250, 600, 6, "NVIDIA A10 Tensor Core GPU datasheet"),
+    _gpu("A30", 82, 165, 330, 933, 24, "NVIDIA A30 Tensor Core GPU datasheet"),
+    _gpu("A100 40GB", 156, 312, 624, 1555, 40, GA100),
+    _gpu("A100 80GB", 156, 312, 624, 2039, 40, "NVIDIA A100 80GB datasheet; L2: " + GA100),
+    _gpu("L4", 60, 121, 242, 300, 48, "NVIDIA L4 Tensor Core GPU datasheet; L2: " + ADA),
+    _gpu("L40S", 183, 362, 733, 864, 96, "NVIDIA L40S GPU datasheet; L2: " + ADA),
+    _gpu("RTX 3090", 35.6, 142, 284, 936, 6, GA102),
+    _gpu("RTX 4090", 82.6, 330.3, 660.6, 1008, 72, ADA),
+    _gpu("RTX 5090", 104.8, 419, 838, 1792, 96, BLACKWELL),
+    _gpu("H100 PCIe", 378, 756, 1513, 2000, 50, HOPPER),
+    _gpu("H100 SXM", 494, 989, 1979, 3350, 50, HOPPER),
+    _gpu("H200 SXM", 494, 989, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet"),
+)  # fmt: skip
+# Cards that come in several forms: the form that a name without further words means.
+DEFAULT_FORM = {"a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"}
+IGNORED_WORDS = {
+    "nvidia", "geforce", "tesla", "tensor", "core", "gpu", "sxm", "sxm4", "sxm5", "pcie",
+    "16gb", "24gb", "32gb", "40gb", "48gb", "80gb", "141gb", "hbm2e", "hbm3", "hbm3e",
+}  # fmt: skip
+
+
+def find_gpu(name: str) -> GpuSpec:
+    """Finds a GPU by its name, as people and drivers write it: "rtx4090", "NVIDIA A100-SXM4-80GB".
+
+    Raises:
+        UnknownNameError: Not in the table.
+    """
+    words = _words(name)
+    for gpu in GPUS:
+        wanted = _words(gpu.name)
+        if wanted <= words and words - wanted <= IGNORED_WORDS:
+            return gpu
+    for family, form in DEFAULT_FORM.items():
+        if family in words and words - {family} <= IGNORED_WORDS:
+            return find_gpu(form)
+    raise UnknownNameError("GPU", name, [gpu.name for gpu in GPUS])
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", re.sub(r"rtx(?=\d)", "rtx ", name.lower())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumTime:
+    """The minimum time of one kernel for a whole batch, in milliseconds.
+
+    Attributes:
+        compute: Multiply-adds at the peak rate.
+        memory: All bytes read and written at the memory's bandwidth.
+        beyond_cache: Only the bytes that do not fit the L2 cache.
+    """
+
+    kernel: Kernel
+    compute: float
+    memory: float
+    beyond_cache: float
+
+    @property
+    def least(self) -> float:
+        """No implementation is faster."""
+        return max(self.compute, self.beyond_cache)
+
+    @property
+    def through_memory(self) -> float:
+        """No implementation that writes every kernel's output to memory is faster."""
+        return max(self.compute, self.memory)
+
+
+def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[MinimumTime]:
+    """Returns the minimum time of each kernel, for kernels that run one after another.
+
+    Tensors, and the weights of all kernels together, are assumed to stay in the L2 cache as far
+    as they fit; only the rest passes through memory.
+
+    Raises:
+        InputError: The batch is below 1.
+    """
+    if batch < 1:
+        raise InputError(f"--batch {batch}: a batch holds at least one image")
+    cache, rates = gpu.l2 * 2**20, gpu.rates
+    weights = sum(kernel.weights for kernel in kernels)
+    uncached = max(0.0, 1 - cache / weights) if weights else 0.0
+    bounds = []
+    for kernel in kernels:
+        tensors = [batch * size for size in (*kernel.read, kernel.written)]
+        outside = sum(max(0.0, size - cache) for size in tensors) + kernel.weights * uncached
+        bounds.append(
+            MinimumTime(
+                kernel=kernel,
+                compute=2e3 * batch * kernel.multiply_adds / rates.rate(kernel.dtype),
+                memory=1e3 * (sum(tensors) + kernel.weights) / rates.bandwidth,
+                beyond_cache=1e3 * outside / rates.bandwidth,
+            )
+        )
+    return bounds

@@ -1,14 +1,22 @@
-"""Requests that arrive by themselves: MLPerf's server, and clients that wait for their answers.
+"""MLPerf's scenarios: single-stream, multi-stream and offline; server; and a closed loop.
 
-`server` is an open loop: arrivals are a Poisson process drawn beforehand, a late system does not
-slow them down, and a latency counts from the moment a request was meant to arrive, whether or not
-anybody was free to take it. `closed` keeps a number of requests in flight.
+`measure` serves one request after another. Several artifacts are measured in alternating short
+slices, in an order drawn for every round, so that whatever else the machine does affects all of
+them; speeds are compared slice by slice. Every request in a slice is a sample. Where requests are
+short, one more is served before each slice and not counted, because it finds the caches as the
+other artifact left them. A candidate with a pipeline (a plan, offline) has batches in flight, as in
+trtexec: the next batch is enqueued while one is computed, and a sample is the time from one
+finished batch to the next.
 
-Without a batcher requests are served one at a time, in the order of arrival, by the thread that
-measures: waiting is then arithmetic on the clock, and there is no other thread to disturb what is
-measured. The clock stops while timings are read back and `give_up` is asked, so that both delay no
-request. With a batcher, requests go through `submit`, the batcher's threads serve them, and the
-timings of single requests are not read.
+`server` is an open loop: arrivals are a Poisson process drawn beforehand, a slow system does not
+slow them down, and a latency counts from the moment a request was scheduled to arrive, whether or
+not anything was free to take it. `closed` keeps a number of requests in flight.
+
+Without a batcher the measuring thread serves requests one at a time, in the order of arrival:
+waiting is then arithmetic on the clock, and no other thread disturbs what is measured. The clock
+stops while timings are read back and `early_stop` is called, so neither delays a request. With a
+batcher, requests go through `submit`, the batcher's threads serve them, and the timings of single
+requests are not read.
 """
 
 from __future__ import annotations
@@ -16,21 +24,158 @@ from __future__ import annotations
 import dataclasses
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rtresnet.bench import load, queueing, stats
-from rtresnet.bench.clock import Clock, PausableClock, WallClock
-from rtresnet.bench.load import Candidate, Measurement
+from rtresnet.bench import compare, stats, workload
+from rtresnet.bench.workload import (
+    Candidate,
+    Clock,
+    LoadFacts,
+    Measurement,
+    PausableClock,
+    Timings,
+    WallClock,
+)
 from rtresnet.core.errors import InputError, QueueFullError
 
+FEWEST_ROUNDS, SLICE_SECONDS, LONG = 15, 0.05, 0.1
+PATIENCE = 1.0  # additional seconds, for a few arrivals at the pace of a slow net
+
 Submit = Callable[[Any], "Future[Any]"]
-GiveUp = Callable[[list[float]], bool]
-"""Takes the latencies so far, in ms, and says whether going on is of no use."""
-PATIENCE = 1.0  # seconds more, for a few arrivals at the pace of a slow net
+EarlyStop = Callable[[list[float]], bool]
+"""Takes the latencies so far, in ms, and returns whether the run can be stopped."""
+
+
+@dataclass(kw_only=True)
+class _Slices:
+    """What one candidate has shown so far, in order of time."""
+
+    slices: list[list[float]] = field(default_factory=list)
+    parts: list[Timings] = field(default_factory=list)
+    wall: float = 0.0
+    served: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.slices))
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    *,
+    batch: int,
+    seconds: float,
+    queries: int | None = None,
+    seed: int = 0,
+    clock: Clock | None = None,
+    on_progress: Callable[[float], None] = lambda elapsed: None,
+) -> list[Measurement]:
+    """Serves one request after another, the candidates in alternating slices.
+
+    Args:
+        candidates: What to measure.
+        batch: Images per request.
+        seconds: Spent on each candidate after warm-up, on average, in at least 15 slices.
+        queries: Number of requests to each candidate, instead of `seconds`.
+        seed: Random seed of the order.
+        clock: For tests.
+        on_progress: Called between slices with the seconds spent on measuring, all candidates
+            together.
+
+    Raises:
+        InputError: Batch, seconds or queries out of range.
+    """
+    workload.check(batch=batch, seconds=seconds, queries=queries)
+    clock = clock or WallClock()
+    rng = np.random.default_rng(seed)
+    warm = [workload.warm_up(candidate, clock) for candidate in candidates]
+    taken = [_Slices() for _ in candidates]
+    length = SLICE_SECONDS if queries else min(SLICE_SECONDS, seconds / FEWEST_ROUNDS)
+    most = -(-queries // FEWEST_ROUNDS) if queries else None
+
+    def done() -> bool:
+        if queries:
+            return all(entry.count >= queries for entry in taken)
+        rounds, spent = len(taken[0].slices), sum(entry.wall for entry in taken)
+        return rounds >= FEWEST_ROUNDS and spent >= seconds * len(taken)
+
+    while not done():
+        for index in rng.permutation(len(candidates)):
+            limit = min(most, queries - taken[index].count) if queries and most else None
+            _slice(candidates[index], taken[index], warm[index].seconds, length, limit, clock)
+            on_progress(sum(entry.wall for entry in taken))
+    results = [
+        workload.measurement(
+            np.concatenate(entry.slices), entry.wall, entry.parts, batch, start.steady
+        )
+        for entry, start in zip(taken, warm, strict=True)
+    ]
+    medians = [[float(np.median(part)) for part in entry.slices] for entry in taken]
+    compared = [compare.paired(medians[0], other, comparisons=len(taken) - 1) for other in medians]
+    return [results[0]] + [
+        dataclasses.replace(entry, speed=comparison.speed, comparison=comparison)
+        for entry, comparison in zip(results[1:], compared[1:], strict=True)
+    ]
+
+
+def _slice(
+    candidate: Candidate,
+    taken: _Slices,
+    expected: float,
+    length: float,
+    limit: int | None,
+    clock: Clock,
+) -> None:
+    """Serves for `length` seconds: at least three requests where they are short, at most `limit`.
+
+    Only the requests count: reading timings back from a GPU that is idle meanwhile is part of no
+    latency and not of the wall time.
+    """
+    if limit == 0:
+        return
+    fewest = 3 if expected < LONG else 1
+    requests = candidate.requests
+    with candidate.serving() as (serve, timings):
+        if expected < LONG:
+            serve(requests[taken.served % len(requests)])
+        samples: list[float] = []
+        wall = 0.0
+        before = clock.now()
+        while wall < length or len(samples) < fewest:
+            serve(requests[taken.served % len(requests)])
+            after = clock.now()
+            spent = after - before
+            wall += spent
+            samples.append(spent * 1e3)
+            taken.served += 1
+            if parts := timings():
+                taken.parts.append(parts)
+            if len(samples) == limit:
+                break
+            # Batches in flight continue while timings are read, so that time counts as well.
+            before = after if candidate.pipeline else clock.now()
+    taken.slices.append(samples)
+    taken.wall += wall
+
+
+def compared(measured: Sequence[Measurement], scenario: str) -> list[Measurement]:
+    """The same, each compared with the first: for runs that were made one after the other."""
+    first, *others = measured
+    result = [first]
+    for other in others:
+        comparison = compare.compare_unpaired(
+            first.samples, other.samples, figure=compare.FIGURES[scenario],
+            comparisons=len(others),
+        )  # fmt: skip
+        medians = first.latency.median / other.latency.median
+        speed = comparison.speed if comparison else medians
+        result.append(dataclasses.replace(other, speed=speed, comparison=comparison))
+    return result
 
 
 def server(
@@ -41,92 +186,93 @@ def server(
     queries: int | None = None,
     seed: int = 0,
     submit: Submit | None = None,
-    give_up: GiveUp = lambda latencies: False,
+    early_stop: EarlyStop = lambda latencies: False,
     clock: Clock | None = None,
 ) -> Measurement:
-    """Poisson arrivals, one image a request; `batch` of the result is 1.
+    """Serves Poisson arrivals, one image per request; `batch` of the result is 1.
 
-    A system that cannot keep up would take for ever: it is left alone when the last arrival has
-    waited as long as all of them took to arrive, and `unanswered` tells how many were left.
+    A system that cannot keep up would never finish: the run is stopped when the last arrival has
+    waited as long as all of them took to arrive, and `unanswered` counts the requests left.
 
     Args:
-        candidate: What serves, and the requests.
-        qps: Arrivals a second, on average.
-        seconds: In which requests arrive.
-        queries: So many arrivals, instead of `seconds`.
-        seed: Of the arrivals.
+        candidate: What to measure.
+        qps: Arrivals per second, on average.
+        seconds: Time in which requests arrive.
+        queries: Number of arrivals, instead of `seconds`.
+        seed: Random seed of the arrivals.
         submit: A batcher's; it serves in place of `candidate.serve`.
-        give_up: Ends a run that cannot come to anything any more.
+        early_stop: Ends a run whose outcome is certain.
         clock: For tests; not with `submit`.
 
     Raises:
         InputError: A rate, a time or a number out of range.
     """
-    load.check(batch=1, seconds=seconds, queries=queries)
+    workload.check(seconds=seconds, queries=queries)
     if not 0 < qps < float("inf"):
         raise InputError(f"--qps {qps:g}: must be above 0")
     clock = PausableClock(clock or WallClock())
     moments = arrivals(qps, seconds=seconds, queries=queries, seed=seed)
-    warm = load.warm_up(candidate, clock)
+    warm = workload.warm_up(candidate, clock)
     moments += clock.now() + 0.01
     if submit is None:
-        found = _served(candidate, clock, moments, give_up)
+        run = _serve_arrivals(candidate, clock, moments, early_stop)
     else:
-        found = _submitted(candidate, clock, moments, submit, give_up)
-    facts: dict[str, Any] = {
-        "qps": qps,
-        "late_ms": stats.percentile(found.late, 0.99) if found.late.size else None,
-        "refused": found.refused,
-        "unanswered": found.unanswered,
-        "service_ms": float(np.median(found.service)) if found.service.size else None,
-        "md1_p99_ms": None,
-    }
-    if found.service.size:
-        service = facts["service_ms"] / 1e3
-        if qps * service < 1:
-            facts["md1_p99_ms"] = 1e3 * queueing.latency_quantile(0.99, rate=qps, service=service)
-    if not found.latencies.size:
+        run = _submit_arrivals(candidate, clock, moments, submit, early_stop)
+    if not run.latencies.size:
         raise InputError(f"--qps {qps:g}: the batcher refused every request")
-    measured = load.result(found.latencies, found.wall, found.parts, 1, warm.steady, open_loop=True)
-    return dataclasses.replace(measured, load=facts)
+    service = float(np.median(run.service)) if run.service.size else None
+    theory = None
+    if service is not None and qps * service / 1e3 < 1:
+        theory = 1e3 * stats.md1_latency_quantile(0.99, rate=qps, service=service / 1e3)
+    load = LoadFacts(
+        qps=qps,
+        late_ms=stats.percentile(run.late, 0.99) if run.late.size else None,
+        refused=run.refused,
+        unanswered=run.unanswered,
+        service_ms=service,
+        md1_p99_ms=theory,
+    )
+    return workload.measurement(
+        run.latencies, run.wall, run.parts, 1, warm.steady, open_loop=True, load=load
+    )
 
 
 def arrivals(qps: float, *, seconds: float, queries: int | None, seed: int) -> np.ndarray:
-    """Moments in seconds of a Poisson process: within `seconds`, one at least, or `queries`."""
+    """Moments in seconds of a Poisson process: within `seconds`, at least one, or `queries`."""
     rng = np.random.default_rng(seed)
     count = queries or int(qps * seconds + 6 * np.sqrt(qps * seconds) + 10)
     moments = np.cumsum(rng.exponential(1 / qps, count))
     return moments if queries else moments[: max(1, int(np.searchsorted(moments, seconds)))]
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Found:
+@dataclass(kw_only=True)
+class _Arrivals:
     """Milliseconds of latency, of lateness in sending, and of service where it is known."""
 
     latencies: np.ndarray
     wall: float
-    late: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
-    service: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
-    parts: list[load.Part] = dataclasses.field(default_factory=list)
+    late: np.ndarray = field(default_factory=lambda: np.empty(0))
+    service: np.ndarray = field(default_factory=lambda: np.empty(0))
+    parts: list[Timings] = field(default_factory=list)
     refused: int = 0
     unanswered: int = 0
 
 
-def _served(
-    candidate: Candidate, clock: PausableClock, moments: np.ndarray, give_up: GiveUp
-) -> _Found:
+def _serve_arrivals(
+    candidate: Candidate, clock: PausableClock, moments: np.ndarray, early_stop: EarlyStop
+) -> _Arrivals:
     latencies: list[float] = []
     late: list[float] = []
     service: list[float] = []
-    parts: list[load.Part] = []
+    parts: list[Timings] = []
     unanswered = 0
     requests, serve = candidate.requests, candidate.serve
     free = after = 0.0
 
     def after_request() -> bool:
-        if known := candidate.timings():
-            parts.append(known)
-        return give_up(latencies)
+        if timings := candidate.timings():
+            parts.append(timings)
+        return early_stop(latencies)
 
     end = float(2 * moments[-1] - moments[0]) + PATIENCE
     for number, moment in enumerate(moments.tolist()):
@@ -143,7 +289,7 @@ def _served(
         if after > end:
             unanswered = len(moments) - len(latencies)
             break
-    return _Found(
+    return _Arrivals(
         latencies=np.asarray(latencies),
         wall=after - float(moments[0]),
         late=np.asarray(late),
@@ -153,9 +299,13 @@ def _served(
     )
 
 
-def _submitted(
-    candidate: Candidate, clock: Clock, moments: np.ndarray, submit: Submit, give_up: GiveUp
-) -> _Found:
+def _submit_arrivals(
+    candidate: Candidate,
+    clock: Clock,
+    moments: np.ndarray,
+    submit: Submit,
+    early_stop: EarlyStop,
+) -> _Arrivals:
     answers: queue.SimpleQueue[tuple[int, float, Future[Any]]] = queue.SimpleQueue()
     latencies: dict[int, float] = {}
     late: list[float] = []
@@ -173,7 +323,7 @@ def _submitted(
         return lambda future: answers.put((number, clock.now(), future))
 
     for number, moment in enumerate(moments.tolist()):
-        # Not exactly: looking at the clock would take the processor from what is measured.
+        # Not exactly: polling the clock would take the processor from what is measured.
         clock.sleep_until(moment, exactly=False)
         late.append((clock.now() - moment) * 1e3)
         try:
@@ -185,11 +335,11 @@ def _submitted(
         future.add_done_callback(answered(number))
         while not answers.empty():
             take()
-        if give_up(list(latencies.values())):
+        if early_stop(list(latencies.values())):
             break
     while len(latencies) < sent:
         take()
-    return _Found(
+    return _Arrivals(
         latencies=np.asarray([latencies[number] for number in sorted(latencies)]),
         wall=last - float(moments[0]),
         late=np.asarray(late),
@@ -206,35 +356,35 @@ def closed(
     queries: int | None = None,
     fewest: int = 1,
     submit: Submit | None = None,
-    give_up: GiveUp = lambda latencies: False,
+    early_stop: EarlyStop = lambda latencies: False,
     clock: Clock | None = None,
 ) -> Measurement:
-    """As many requests in flight as there are clients; an answer is followed by a request.
+    """Keeps one request of each client in flight; an answer is followed by the next request.
 
-    The first requests of all clients come at the same moment, as they never will again; they
+    The first requests of all clients arrive at the same moment, which never happens again; they
     belong to the warm-up.
 
     Args:
-        candidate: What serves, and the requests.
-        concurrency: Clients.
-        seconds: Of measuring.
-        batch: Images a request.
-        queries: So many requests, instead of `seconds`.
-        fewest: Requests made in any case.
+        candidate: What to measure.
+        concurrency: Number of clients.
+        seconds: Time to measure.
+        batch: Images per request.
+        queries: Number of requests, instead of `seconds`.
+        fewest: Smallest number of requests.
         submit: A batcher's; it serves in place of `candidate.serve`.
-        give_up: Ends a run that cannot come to anything any more.
+        early_stop: Ends a run whose outcome is certain.
         clock: For tests; not with `submit`.
 
     Raises:
         InputError: A number out of range.
     """
-    load.check(batch=batch, seconds=seconds, queries=queries)
+    workload.check(batch=batch, seconds=seconds, queries=queries)
     if concurrency < 1:
         raise InputError(f"--concurrency {concurrency}: must be at least 1")
     clock = PausableClock(clock or WallClock())
-    warm = load.warm_up(candidate, clock)
+    warm = workload.warm_up(candidate, clock)
     requests = candidate.requests
-    parts: list[load.Part] = []
+    parts: list[Timings] = []
     latencies: list[float] = []
     answers: queue.SimpleQueue[tuple[float, float, Future[Any]]] = queue.SimpleQueue()
     waiting: deque[float] = deque()
@@ -259,9 +409,9 @@ def closed(
         return moment, after
 
     def after_request() -> bool:
-        if known := candidate.timings():
-            parts.append(known)
-        return give_up(latencies)
+        if timings := candidate.timings():
+            parts.append(timings)
+        return early_stop(latencies)
 
     for _ in range(concurrency):
         send()
@@ -273,12 +423,14 @@ def closed(
     while True:
         moment, after = answer()
         latencies.append((after - moment) * 1e3)
-        early_stop = give_up(latencies) if submit else clock.exclude(after_request)
+        stop = early_stop(latencies) if submit else clock.exclude(after_request)
         enough = len(latencies) >= queries if queries else after - begin >= seconds
-        if (enough and len(latencies) >= fewest) or early_stop:
+        if (enough and len(latencies) >= fewest) or stop:
             break
         send()
     for _ in range(concurrency - 1 if submit else 0):
-        answer()  # nobody waits for these any more; the batcher is left empty
-    measured = load.result(np.asarray(latencies), after - begin, parts, batch, warm.steady)
-    return dataclasses.replace(measured, load={"concurrency": concurrency})
+        answer()  # not measured; leaves the batcher empty
+    return workload.measurement(
+        np.asarray(latencies), after - begin, parts, batch, warm.steady,
+        load=LoadFacts(concurrency=concurrency),
+    )  # fmt: skip

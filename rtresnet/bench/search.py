@@ -1,8 +1,8 @@
-"""The largest batch, or the highest rate, whose p99 still holds a bound.
+"""The largest batch, or the highest rate, whose p99 is within a bound.
 
-By bisection over loads in ascending order, which assumes that more load means more latency;
-because one measurement is one draw, what lies on either side of the edge is measured again, and the
-majority decides. Every measurement is kept: together they are the curve.
+Bisection over loads in ascending order, which assumes that more load means more latency. A single
+measurement is noisy, so the loads on both sides of the edge are measured again, and the majority
+decides. Every measurement is kept: together they are the curve.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rtresnet.bench.load import Measurement
+from rtresnet.bench.workload import Measurement
 
 REPEATS = 3
 
@@ -21,7 +21,9 @@ class Point:
 
     Attributes:
         load: Images a batch, or requests a second.
-        p99: Milliseconds; None where the run was given up, because most requests were late.
+        p99: Milliseconds; None where the run was stopped because most requests were late, or had
+            too few requests.
+        holds: Whether the p99 is within the bound.
     """
 
     load: float
@@ -33,60 +35,67 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The outcome.
+class SearchResult:
+    """The outcome of a search.
 
     Attributes:
-        best: The largest load that holds the bound; None where none does.
-        limit: Whether that is the largest that was allowed, so that more may hold as well.
+        what: "batch" or "qps".
+        p99_ms: The bound, in milliseconds.
+        best: The largest load within the bound; None if no load is.
+        limit: Whether `best` is the largest load that was allowed, so that more may be possible.
         points: In ascending order of load, repeats included.
     """
 
+    what: str
+    p99_ms: float
     best: float | None
     limit: bool
     points: tuple[Point, ...]
 
 
 def early_stop(bound: float) -> Callable[[list[float]], bool]:
-    """Whether a run cannot hold a p99 any more: of ten requests or more most are late already."""
+    """Makes a function that stops a run once most of at least ten requests are too late."""
     late = 0
-    seen = 0
+    count = 0
 
-    def give_up(latencies: list[float]) -> bool:
-        nonlocal late, seen
-        late += sum(latency > bound for latency in latencies[seen:])
-        seen = len(latencies)
-        return seen >= 10 and late > seen / 2
+    def stop(latencies: list[float]) -> bool:
+        nonlocal late, count
+        late += sum(latency > bound for latency in latencies[count:])
+        count = len(latencies)
+        return count >= 10 and late > count / 2
 
-    return give_up
+    return stop
 
 
 def largest(
     loads: Sequence[float],
     measure: Callable[[float], Measurement],
     *,
+    what: str,
     bound: float,
     gallop: bool,
     on_point: Callable[[Point], None] = lambda point: None,
-) -> Found:
-    """Searches for the edge.
+) -> SearchResult:
+    """Searches for the largest load within a bound.
 
     Args:
         loads: Ascending.
         measure: Measures one of them.
-        bound: Of the p99, in milliseconds.
-        gallop: Whether to begin at the smallest and double, where a large load costs much more
-            time than a small one; otherwise in the middle.
-        on_point: Told of each measurement.
+        what: "batch" or "qps", for the result.
+        bound: Bound of the p99, in milliseconds.
+        gallop: Whether to begin with the smallest load and double it, which is faster where a
+            large load takes much longer to measure than a small one; otherwise bisects from the
+            middle.
+        on_point: Called with each measurement.
     """
     points: dict[int, list[Point]] = {}
 
     def holds(index: int, times: int = 1) -> bool:
-        known = points.setdefault(index, [])
-        while len(known) < times:
-            known.append(point(loads[index], measure(loads[index]), bound))
-            on_point(known[-1])
-        return 2 * sum(entry.holds for entry in known) > len(known)
+        measured = points.setdefault(index, [])
+        while len(measured) < times:
+            measured.append(point(loads[index], measure(loads[index]), bound))
+            on_point(measured[-1])
+        return 2 * sum(entry.holds for entry in measured) > len(measured)
 
     low, high = -1, len(loads)  # holds, does not
     step = 0
@@ -96,7 +105,7 @@ def largest(
             low, step = index, 2 * index + 1
         else:
             high = index
-    # The edge is where the majority says it is; it moves until both of its sides agree.
+    # The majority decides where the edge is; it moves until both of its sides agree.
     visited: set[int] = set()
     while low not in visited:
         visited.add(low)
@@ -105,7 +114,9 @@ def largest(
         elif low + 1 < len(loads) and holds(low + 1, REPEATS):
             low += 1
     everything = [entry for index in sorted(points) for entry in points[index]]
-    return Found(
+    return SearchResult(
+        what=what,
+        p99_ms=bound,
         best=loads[low] if low >= 0 else None,
         limit=low == len(loads) - 1,
         points=tuple(everything),
@@ -113,7 +124,7 @@ def largest(
 
 
 def point(load: float, measured: Measurement, bound: float) -> Point:
-    """What a measurement says of a bound."""
+    """Summarizes a measurement and compares its p99 with a bound."""
     latency = measured.latency
     return Point(
         load=load,

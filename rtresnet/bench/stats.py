@@ -1,29 +1,41 @@
-"""Statistics of latency samples. Pure NumPy; every sample is kept, no tail is clipped."""
+"""Statistics of latencies: percentiles, confidence intervals, and the M/D/1 queue. Pure NumPy.
+
+Every sample is kept, no tail is clipped. Successive latencies are correlated (a falling clock,
+another process that computes), so a bootstrap that draws samples one by one would give intervals
+that are too narrow. The circular block bootstrap draws blocks of successive samples instead
+(Politis and Romano, 1992). The block length follows the automatic rule of Politis and White (2004),
+as corrected by Patton, Politis and White (2009). It is seeded: the same samples give the same
+interval.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from rtresnet.bench import bootstrap
-from rtresnet.bench.bootstrap import Interval
+from rtresnet.core.errors import InputError
 
+Interval = tuple[float, float]
 SHARES = {"p90": 0.90, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+REPLICATES = 1000
+FEWEST_BLOCKS = 5
+"""An interval from fewer independent pieces would be a guess."""
 BEYOND = 10
 """Samples that must be expected beyond a percentile before an interval is given for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """A summary in milliseconds. What `n` samples cannot support is None.
+    """A summary in milliseconds; None where there are too few samples.
 
     Attributes:
-        n: Samples, each one request.
+        n: Number of samples, one per request.
         images_per_second: Images over wall time, first start to last finish; None for a part of
             a request.
-        block: Successive samples that were drawn together for the intervals.
+        block: Block length of the bootstrap.
         intervals: 95 % confidence intervals by the name of the figure: median, mean, p90, p95,
             p99, p999, images_per_second.
     """
@@ -63,10 +75,10 @@ def summarize(
 
     Args:
         milliseconds: At least one, in order of time.
-        batch: Images a request.
+        batch: Images per request.
         wall_seconds: From the first start to the last finish; None where it means nothing.
-        open_loop: Whether requests came at times of their own, so that throughput is what was
-            offered and has no interval.
+        open_loop: Whether requests arrived at scheduled times, so that throughput is the offered
+            rate and has no interval.
     """
     samples = np.asarray(milliseconds, np.float64)
     n = len(samples)
@@ -92,21 +104,21 @@ def summarize(
 def _intervals(samples: np.ndarray) -> tuple[int, dict[str, Interval | None]]:
     """The block length, and an interval or None for each figure."""
     n = len(samples)
-    found: dict[str, Interval | None] = dict.fromkeys(
+    intervals: dict[str, Interval | None] = dict.fromkeys(
         ("median", "mean", *SHARES, "images_per_second")
     )
     shares = {"median": 0.5} | SHARES
     shares = {name: share for name, share in shares.items() if n * (1 - share) >= BEYOND - 1e-9}
     if not shares:
-        return 1, found
-    # One length for all figures, the longest that the mean or any of the percentiles asks for.
+        return 1, intervals
+    # One block length for all figures: the longest that the mean or a percentile needs.
     series = [samples, *(samples > np.quantile(samples, share) for share in shares.values())]
-    block = max(bootstrap.block_length(part) for part in series)
-    if n < bootstrap.FEWEST_BLOCKS * block:
-        return block, found
-    values = bootstrap.resample(samples, block, list(shares.values()))
-    found |= zip(("mean", *shares), map(bootstrap.interval, values), strict=True)
-    return block, found
+    block = max(block_length(part) for part in series)
+    if n < FEWEST_BLOCKS * block:
+        return block, intervals
+    values = resample(samples, block, list(shares.values()))
+    intervals |= zip(("mean", *shares), map(interval, values), strict=True)
+    return block, intervals
 
 
 def trtexec(
@@ -115,16 +127,16 @@ def trtexec(
     wall_seconds: float,
     parts: Mapping[str, np.ndarray] | None = None,
 ) -> str:
-    """What trtexec would have printed of the same samples, to be laid beside its output.
+    """Formats samples as trtexec does, for comparison with its output.
 
-    Throughput is batches a second of host time, whatever the batch. Latency is copy in, compute
-    and copy out where these were measured on a GPU, and wall time otherwise: trtexec has no
-    counterpart on a CPU.
+    Throughput is batches per second of host time, whatever the batch. Latency is the sum of copy
+    in, compute and copy out if these were measured on a GPU, else wall time: trtexec does not run
+    on a CPU.
 
     Args:
         milliseconds: Wall time of each request.
         wall_seconds: From the first start to the last finish.
-        parts: Milliseconds of h2d, compute, d2h and enqueue, one a request.
+        parts: Milliseconds of h2d, compute, d2h and enqueue of each request.
     """
     parts = parts or {}
     on_gpu = all(name in parts for name in ("h2d", "compute", "d2h"))
@@ -159,3 +171,165 @@ def _trtexec_line(milliseconds: np.ndarray) -> str:
         "median": np.median(milliseconds),
     } | {f"percentile({p}%)": trtexec_percentile(milliseconds, p) for p in (90, 95, 99)}
     return ", ".join(f"{name} = {value:g} ms" for name, value in figures.items())
+
+
+def block_length(series: np.ndarray) -> int:
+    """The block length for a block bootstrap of a series.
+
+    Args:
+        series: [n], in order of time.
+
+    Returns:
+        From 1, for independent samples, to min(3 sqrt(n), n / 3).
+    """
+    n = len(series)
+    centred = np.asarray(series, np.float64) - np.mean(series)
+    if n < 8 or not centred.any():
+        return 1
+    quiet = max(5, int(np.ceil(np.sqrt(np.log10(n)))))
+    longest = int(np.ceil(np.sqrt(n))) + quiet
+    covariance = _autocovariance(centred, min(longest + quiet, n - 1))
+    if covariance[0] <= 1e-12 * float(np.abs(series).max()) ** 2:  # rounding, no variation
+        return 1
+    within = np.abs(covariance / covariance[0]) < 2 * np.sqrt(np.log10(n) / n)
+    # The first lag after which `quiet` correlations in a row are no more than chance.
+    silent = (lag for lag in range(longest) if within[lag + 1 : lag + 1 + quiet].all())
+    bandwidth = min(2 * max(next(silent, longest), 1), longest, len(covariance) - 1)
+    lags = np.arange(-bandwidth, bandwidth + 1)
+    window = np.minimum(1, 2 * (1 - np.abs(lags) / bandwidth))
+    terms = window * covariance[np.abs(lags)]
+    spectrum = terms.sum()
+    if spectrum <= 0:
+        return 1
+    slope = (np.abs(lags) * terms).sum()
+    length = (1.5 * slope**2 / spectrum**2 * n) ** (1 / 3)
+    return int(np.clip(round(length), 1, np.ceil(min(3 * np.sqrt(n), n / 3))))
+
+
+def _autocovariance(centred: np.ndarray, lags: int) -> np.ndarray:
+    size = 1 << (2 * len(centred) - 1).bit_length()
+    power = np.abs(np.fft.rfft(centred, size)) ** 2
+    return np.asarray(np.fft.irfft(power, size)[: lags + 1] / len(centred))
+
+
+def resample(
+    samples: np.ndarray, block: int, shares: Sequence[float] = (), *, seed: int = 0
+) -> np.ndarray:
+    """Draws resamples, and computes the mean and nearest-rank quantiles of each.
+
+    Args:
+        samples: [n], in order of time.
+        block: Number of successive samples drawn together.
+        shares: Shares of the quantiles, as 0.99.
+        seed: Random seed.
+
+    Returns:
+        [1 + quantiles, replicates]. Long series get fewer replicates, but at least 200.
+    """
+    n, rng = len(samples), np.random.default_rng(seed)
+    order = np.argsort(samples, kind="stable")
+    ordered = samples[order]
+    blocks = -(-n // block)
+    targets = np.asarray(shares) * (blocks * block) - 1e-9
+    left = int(np.clip(1e7 / n, 200, REPLICATES))
+    rows = []
+    while left:
+        count = min(left, max(1, 100_000 // n))
+        left -= count
+        starts = rng.integers(n, size=(count, blocks)) + n * np.arange(count)[:, None]
+        drawn = np.bincount(starts.ravel(), minlength=count * n).reshape(count, n)
+        if block > 1:
+            # A block contains a sample if it starts at it or less than a block length before it.
+            around = np.concatenate([drawn[:, n - block :], drawn], axis=1).cumsum(axis=1)
+            drawn = around[:, block:] - around[:, :-block]
+        row = np.empty((1 + len(shares), count))
+        row[0] = drawn @ samples / (blocks * block)
+        if len(shares):
+            below = drawn[:, order].cumsum(axis=1)
+            for place in range(count):
+                row[1:, place] = ordered[np.searchsorted(below[place], targets)]
+        rows.append(row)
+    return np.concatenate(rows, axis=1)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """The central interval with a share `level` of the replicates."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
+    """The latency that a share of the requests does not exceed in an M/D/1 queue.
+
+    Poisson arrivals, one server, the same service time for all requests: what an undisturbed
+    server shows in the scenario `server`. A higher measured figure comes from the machine, not
+    from the queue.
+
+    Args:
+        share: As 0.99.
+        rate: Requests per second.
+        service: Seconds.
+
+    Returns:
+        Seconds, waiting and service together.
+
+    Raises:
+        InputError: The load is 1 or more, so the queue grows without end.
+    """
+    load = rate * service
+    if load >= 1:
+        raise InputError(f"{rate:g} requests/s of {service:g} s each: more than one server can do")
+    low, high, size = 0.0, 1.0, 64
+    lengths = md1_queue_lengths(load, size)
+    while md1_waiting_below(high, load=load, lengths=lengths) < share:
+        high *= 2
+        if high + 3 > size:
+            size *= 4
+            lengths = md1_queue_lengths(load, size)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if md1_waiting_below(middle, load=load, lengths=lengths) < share:
+            low = middle
+        else:
+            high = middle
+    return service * (1 + (0.0 if share <= 1 - load else high))
+
+
+def md1_queue_lengths(load: float, count: int) -> np.ndarray:
+    """Stationary probabilities of 0, 1, ... `count` - 1 requests in an M/D/1 system.
+
+    Balances the crossings of each level upwards and downwards, so that every term is positive and
+    no precision is lost, whatever the load.
+    """
+    events = _poisson(load, count + 60)  # during one service; the rest is below 1e-60
+    beyond = np.cumsum(events[::-1])[::-1][1:]  # more than k of them
+    lengths = np.zeros(count)
+    lengths[0] = 1 - load
+    for level in range(count - 1):
+        up = lengths[0] * beyond[level] + lengths[1 : level + 1] @ beyond[level:0:-1]
+        lengths[level + 1] = up / events[0]
+    return lengths
+
+
+def md1_waiting_below(time: float, *, load: float, lengths: np.ndarray) -> float:
+    """P(wait <= `time`), with time in units of the service time.
+
+    Franx's form of Erlang's and Crommelin's result, a sum of positive terms (Operations Research
+    Letters 29, 2001).
+
+    Args:
+        time: At least 0.
+        load: Arrival rate times service time, below 1.
+        lengths: From `md1_queue_lengths`, more than `time` + 2 of them.
+    """
+    steps = int(time) + 1
+    waiting = np.cumsum(lengths)[1 : steps + 1]  # P(at most j waiting), without the one served
+    return float(waiting[::-1] @ _poisson(load * (steps - time), steps))
+
+
+def _poisson(mean: float, count: int) -> np.ndarray:
+    """Probabilities of 0, 1, ... `count` - 1 events."""
+    terms = [math.exp(-mean)]
+    for number in range(1, count):
+        terms.append(terms[-1] * mean / number)
+    return np.asarray(terms)

@@ -135,8 +135,8 @@ def _build(
     maker = trt_loading.create(trt, "Builder", log, log.complaints)
     network = maker.create_network(_creation_flags(trt))
     progress("parse")
-    with ThreadPoolExecutor(1) as beside:  # hashing takes about as long as parsing
-        verified = beside.submit(artifacts.verify, source)
+    with ThreadPoolExecutor(1) as pool:  # hashing takes about as long as parsing
+        verified = pool.submit(artifacts.verify, source)
         try:
             preflight.parse(trt, maker, network, log, source)
         finally:
@@ -232,7 +232,7 @@ def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[
     if cache is None or not config.set_timing_cache(cache, False):
         raise ArtifactError(
             f"{path}: not a timing cache of this GPU and this version of TensorRT",
-            fix="remove it, and the build makes it anew",
+            fix="remove it, and the build makes it again",
         )
     yield
     kept = memoryview(config.get_timing_cache().serialize())
@@ -325,7 +325,7 @@ def _hold(source: Path, parent: Sidecar, attested: Attestation, types: Mapping[s
             for dtype, count in counts.items()
         )
         + f" ({named})",
-        fix="make the ONNX file anew with: rtresnet quantize",
+        fix="make the ONNX file again with: rtresnet quantize",
     )
 
 

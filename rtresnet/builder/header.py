@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> Header | None:
     if cut or (header is not None and header.bytes != actual):
         raise ArtifactError(
             f"{path}: truncated ({actual} of {header.bytes if header else 'at least 64'} bytes)",
-            fix="copy it again or build it anew",
+            fix="copy it again or build it again",
         )
     return header
 

@@ -308,30 +308,30 @@ def path_for(plan: str | os.PathLike[str]) -> Path:
 
 
 def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
-    """Reads the layers that were kept beside a plan.
+    """Reads the layers that were kept next to a plan.
 
     Raises:
         InputError: None were kept.
         ArtifactError: The file is not the one that the sidecar names.
     """
     command = sidecar.made_by.get("command") if sidecar else None
-    anew = f"build it anew: {command or 'rtresnet build MODEL.onnx'}"
+    again = f"build it again: {command or 'rtresnet build MODEL.onnx'}"
     link = sidecar.plan.layers if sidecar and sidecar.plan else None
     if link is None:
         why = "it has no sidecar" if sidecar is None else "its sidecar names no layer file"
-        raise InputError(f"{plan}: the layers are not known, {why}", fix=anew)
+        raise InputError(f"{plan}: the layers are not known, {why}", fix=again)
     place = Path(plan).parent / link.file
-    atomic_io.require_file(place, fix=anew)
+    atomic_io.require_file(place, fix=again)
     if atomic_io.sha256(place) != link.sha256:
-        raise ArtifactError(f"{place}: not the file that belongs to {plan}", fix=anew)
-    data = typed_json.load(place, fix=anew, error=ArtifactError)
+        raise ArtifactError(f"{place}: not the file that belongs to {plan}", fix=again)
+    data = typed_json.load(place, fix=again, error=ArtifactError)
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise ArtifactError(f"{place}: schema {schema}, not {SCHEMA}", fix=anew)
+        raise ArtifactError(f"{place}: schema {schema}, not {SCHEMA}", fix=again)
     try:
         layers = from_json(Layers, data)
         if not layers.batches or any(layer.profile < 0 for layer in layers.layers):
             raise TypeError("no batches, or a profile below 0")
     except TypeError as error:
-        raise ArtifactError(f"{place}: broken ({error})", fix=anew) from None
+        raise ArtifactError(f"{place}: broken ({error})", fix=again) from None
     return layers

@@ -25,7 +25,7 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
     """
     data = source.read_bytes()
     parser = trt.OnnxParser(network, log)
-    # The path is for weights that lie in a file beside it.
+    # The path is for weights that lie in a file next to it.
     if not parser.parse(data, path=str(source)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         # Asked about a file that is not whole, the parser crashes.

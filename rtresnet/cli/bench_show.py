@@ -1,131 +1,156 @@
-"""How results of `rtresnet bench` are told, in 80 columns."""
+"""Results of `rtresnet bench` as tables and sentences, in 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtresnet.cli import common
+from rtresnet.core.errors import InputError
+from rtresnet.core.serialization import to_builtins
+
+if TYPE_CHECKING:
+    from rtresnet.bench.compare import Judgement
+    from rtresnet.bench.environment import EnvironmentReport
+    from rtresnet.workflows.benchmark import BenchmarkEntry, BenchmarkResult
+    from rtresnet.workflows.benchmark_search import BenchmarkSearchResult
 
 HOW = {
     "single-stream": "Latency in ms a batch, wall time, one request after another.",
     "multi-stream": "Latency in ms a query of 8 images, one query after another.",
     "offline": "Time in ms a batch, one batch after another; throughput is the figure.",
 }
-FIGURES = ("median", "p90", "p95", "p99", "images_per_second")
 
 
-def show(result: dict[str, Any], *, intervals: bool = False, trtexec: bool = False) -> None:
-    """The table, with what it was taken on under it."""
+def show(result: BenchmarkResult, *, intervals: bool = False, trtexec: bool = False) -> None:
+    """Prints the table, and below it how it was measured and on what."""
     from rtresnet.reporting import tables
 
-    console = common.out_console()
-    entries = result["results"]
-    several = len({entry["asked"] for entry in entries}) > 1 or any(
-        entry["comparison"] for entry in entries
+    entries = result.results
+    several = len({entry.artifact.asked for entry in entries}) > 1 or any(
+        entry.measurement.comparison for entry in entries
     )
+    _notes(result.notes)
     headings = ["file", "batch", "median", "p90", "p95", "p99", "img/s", "n"]
     rows: list[tuple[object, ...]] = []
     for entry in entries:
-        latency = entry["latency"]
-        figures = (latency[name] for name in FIGURES)
-        speed = (f"{entry['speed']:.2f}",) if several else ()
-        name = Path(entry["measured"]).name
-        rows.append((name, entry["batch"], *figures, latency["n"], *speed))
+        measured = entry.measurement
+        latency = measured.latency
+        rows.append(
+            (
+                Path(entry.artifact.measured).name, measured.batch, latency.median, latency.p90,
+                latency.p95, latency.p99, latency.images_per_second, latency.n,
+                *((f"{measured.speed:.2f}",) if several else ()),
+            )
+        )  # fmt: skip
+    console = common.out_console()
     tables.show(console, [*headings, *(["speed"] if several else [])], rows)
-    for line in _lines(result, several):
-        console.print(line, soft_wrap=True, markup=False)
-    for remark in result["environment"]["remarks"]:
-        console.print(f"NOTE: {remark}", style="bold yellow", markup=False, soft_wrap=True)
+    _print(_lines(result, several))
+    _remarks(result.environment)
     if intervals:
         _intervals(entries)
     for entry in entries if trtexec else ():
-        console.print(f"As trtexec would put it, {_name(entry)}:", markup=False)
-        console.print(entry["trtexec"], markup=False, soft_wrap=True)
+        _print([f"In trtexec's format, {entry.name}:", str(entry.measurement.trtexec)])
+    _print(
+        f"{entry.name}, against {judgement.baseline}: {_judgement(judgement)}"
+        for entry, judgement in zip(entries, result.regressions or (), strict=False)
+    )
 
 
-def _lines(result: dict[str, Any], several: bool) -> Iterator[str]:
-    entries = result["results"]
-    scenario = result["scenario"]
+def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
+    entries, scenario = result.results, result.scenario
     if scenario == "server":
-        yield f"Latency in ms from when a request was meant to come, {result['qps']:g} a second."
+        yield f"Latency in ms from the scheduled arrival of a request, {result.qps:g} a second."
     elif scenario == "closed":
-        clients = entries[0]["load"]["concurrency"]
+        clients = entries[0].measurement.load.concurrency
         yield f"Latency in ms a request, {clients} of them in flight at any time."
-    elif scenario != "offline" or not all(entry["load"].get("in_flight") for entry in entries):
+    elif scenario != "offline" or not all(entry.measurement.load.in_flight for entry in entries):
         yield HOW[scenario]
-    if result["with_preprocess"]:
+    if result.with_preprocess:
         yield "From encoded bytes: decoding, cropping and normalizing included."
     for entry in entries:
         yield from _facts(entry)
     if several:
-        turn = (
-            ", one after the other." if scenario in ("server", "closed") else ", measured in turn."
-        )
-        yield f"Speed against the first file{turn}"
-        yield from (_verdict(entry) for entry in entries if entry["comparison"])
-    yield from where_lines(entries)
-    if any(entry["untrained"] for entry in entries):
+        how = "one after the other" if scenario in ("server", "closed") else "in alternating slices"
+        yield f"Speed against the first file, measured {how}."
+        yield from (_verdict(entry) for entry in entries if entry.measurement.comparison)
+    yield from where_lines(to_builtins(entry.artifact.run) for entry in entries)
+    if any(entry.artifact.untrained for entry in entries):
         yield "Untrained weights: latency is meaningful, accuracy is not."
-    if not all(entry["steady"] for entry in entries):
-        yield "Not steady after 2 s of warm-up: another load on this machine?"
+    if not all(entry.measurement.steady for entry in entries):
+        yield "Not steady after 2 s of warm-up: is there another load on this machine?"
 
 
-def _facts(entry: dict[str, Any]) -> Iterator[str]:
-    """What one result has to say beside its row."""
-    load, parts = entry["load"], entry["parts"]
-    if load.get("md1_p99_ms") is not None:
+def _facts(entry: BenchmarkEntry) -> Iterator[str]:
+    """What needs to be said on one result besides its row."""
+    load, parts, name = entry.measurement.load, entry.measurement.parts, entry.name
+    if load.md1_p99_ms is not None:
         yield (
-            f"{_name(entry)}: chance alone makes a p99 of {load['md1_p99_ms']:.3g} ms of its "
-            f"{load['service_ms']:.3g} ms (M/D/1)."
+            f"{name}: expected p99 from queueing theory (M/D/1) at {load.service_ms:.3g} ms a "
+            f"request: {load.md1_p99_ms:.3g} ms."
         )
-    elif load.get("service_ms") is not None:
-        yield f"{_name(entry)}: overloaded, it takes {load['service_ms']:.3g} ms a request."
-    if load.get("in_flight"):
+    elif load.service_ms is not None:
+        yield f"{name}: overloaded, a request takes {load.service_ms:.3g} ms."
+    if load.in_flight:
         yield (
-            f"{_name(entry)}: {load['in_flight']} batches in flight; ms from one finished batch to "
-            "the next, throughput is the figure."
+            f"{name}: {load.in_flight} batches in flight; ms from one finished batch to the next, "
+            "throughput is the figure."
         )
-    if load.get("unanswered"):
-        arrived = entry["latency"]["n"] + load["unanswered"]
+    if load.unanswered:
+        arrived = entry.measurement.latency.n + load.unanswered
         yield (
-            f"{_name(entry)}: {load['unanswered']:,} of {arrived:,} requests had no answer when it "
-            "was stopped; all latencies are lower bounds."
+            f"{name}: {load.unanswered:,} of {arrived:,} requests had no answer when the run was "
+            "stopped; all latencies are lower bounds."
         )
-    if (load.get("late_ms") or 0) > 1:
-        yield f"{_name(entry)}: requests were sent up to {load['late_ms']:.2g} ms late (p99)."
-    if load.get("refused"):
-        yield f"{_name(entry)}: {load['refused']} requests were refused, the queue was full."
+    if (load.late_ms or 0) > 1:
+        yield f"{name}: requests were sent up to {load.late_ms:.2g} ms late (p99)."
+    if load.refused:
+        yield f"{name}: {load.refused} requests were refused, because the queue was full."
     if parts:
-        medians = ", ".join(f"{name} {parts[name]['median']:.3g}" for name in parts)
-        yield f"{_name(entry)}: medians by events, in ms: {medians}"
+        medians = ", ".join(f"{part} {latency.median:.3g}" for part, latency in parts.items())
+        yield f"{name}: medians by CUDA events, in ms: {medians}"
         enqueue, compute = parts.get("enqueue"), parts.get("compute")
-        if enqueue and compute and enqueue["median"] > 0.8 * compute["median"]:
-            yield f"{_name(entry)}: enqueueing takes as long as computing; the host sets the pace."
+        if enqueue and compute and enqueue.median > 0.8 * compute.median:
+            yield f"{name}: enqueueing takes as long as computing, so the CPU limits the rate."
 
 
-def _verdict(entry: dict[str, Any]) -> str:
-    found = entry["comparison"]
-    pairs = "rounds" if found["paired"] else "samples, not paired"
+def _verdict(entry: BenchmarkEntry) -> str:
+    comparison = entry.measurement.comparison
+    assert comparison is not None
+    pairs = "rounds" if comparison.paired else "samples, not paired"
     return (
-        f"{_name(entry)}: {found['verdict']} ({found['low']:.2f} to {found['high']:.2f} times as "
-        f"fast, {100 * found['level']:.0f} %, {found['n']} {pairs})"
+        f"{entry.name}: {comparison.verdict} ({comparison.low:.2f} to {comparison.high:.2f} times "
+        f"as fast, {100 * comparison.level:.0f} %, {comparison.n} {pairs})"
     )
 
 
-def _intervals(entries: list[dict[str, Any]]) -> None:
+def _judgement(judgement: Judgement) -> str:
+    comparison = judgement.comparison
+    if comparison is None:
+        return f"too few samples for a {judgement.figure}"
+    return (
+        f"{judgement.figure} latency {comparison.speed:.3f} times as fast ({comparison.low:.3f} to "
+        f"{comparison.high:.3f}): "
+        + ("REGRESSION" if judgement.regression else "no regression shown")
+        + f" beyond {100 * judgement.tolerance:g} %"
+    )
+
+
+def _intervals(entries: Iterable[BenchmarkEntry]) -> None:
     from rtresnet.reporting import tables
 
     def cell(bounds: tuple[float, float] | None) -> str | None:
         return None if bounds is None else " to ".join(tables.number(bound) for bound in bounds)
 
-    names = ("median", "p99", "p999", "images_per_second")
     rows = [
         (
-            Path(entry["measured"]).name,
-            entry["batch"],
-            *(cell(entry["latency"]["intervals"][name]) for name in names),
+            Path(entry.artifact.measured).name,
+            entry.measurement.batch,
+            *(
+                cell(entry.measurement.latency.intervals[name])
+                for name in ("median", "p99", "p999", "images_per_second")
+            ),
         )
         for entry in entries
     ]
@@ -133,21 +158,87 @@ def _intervals(entries: list[dict[str, Any]]) -> None:
     tables.show(common.out_console(), headings, rows, title="95 % intervals")
 
 
-def _name(entry: dict[str, Any]) -> str:
-    return f"{Path(entry['measured']).name}, batch {entry['batch']}"
+def show_search(result: BenchmarkSearchResult) -> None:
+    """Prints the measurements of each search as a table, and the largest load."""
+    from rtresnet.reporting import tables
+
+    _notes(entry.artifact.note for entry in result.searches if entry.artifact.note)
+    for entry in result.searches:
+        what, best = entry.search.what, entry.search.best
+        rows = [
+            (
+                f"{point.load:g}", point.median, point.p99, point.images_per_second, point.n,
+                "yes" if point.holds else "no",
+            )
+            for point in entry.search.points
+        ]  # fmt: skip
+        tables.show(common.out_console(), [what, "median", "p99", "img/s", "n", "holds"], rows)
+        if best is not None:
+            more = ", the largest that was tried" if entry.search.limit else ""
+            _print(
+                [
+                    f"{Path(entry.artifact.measured).name}: {what} {best:g} holds a p99 of "
+                    f"{entry.search.p99_ms:g} ms{more}."
+                ]
+            )
+    _print(where_lines(to_builtins(entry.artifact.run) for entry in result.searches))
+    _remarks(result.environment)
 
 
-def where(entry: dict[str, Any]) -> str:
+def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
+    """Draws the searches as SVG or PNG, by the file's suffix.
+
+    Raises:
+        UnavailableError: matplotlib is not installed.
+    """
+    from rtresnet.core import atomic_io
+    from rtresnet.reporting import plots
+
+    figure = plots.search_figure(
+        [(entry.artifact.measured, to_builtins(entry.search)) for entry in result.searches]
+    )
+    if target.suffix.lower() == ".svg":
+        atomic_io.write_text(target, plots.svg(figure, "latency against load") + "\n")
+    else:
+        with atomic_io.atomic_path(target) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+def check_plot(target: Path) -> None:
+    """Raises InputError where no plot can be written under this name."""
+    if target.suffix.lower() not in (".svg", ".png"):
+        raise InputError(f"--plot {target}: .svg or .png")
+
+
+def where(run: Mapping[str, Any]) -> str:
     """Device, provider, threads, contexts, CUDA graphs and versions on one line."""
-    threads = f", {entry['threads']} threads" if entry["threads"] else ""
-    if entry.get("contexts"):
-        plural = "s" if entry["contexts"] > 1 else ""
-        threads += f", {entry['contexts']} context{plural}, CUDA graphs: {entry['graphs']}"
-    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    return f"{entry['device']}; {entry['provider']}{threads}; {versions}"
+    threads = f", {run['threads']} threads" if run["threads"] else ""
+    if run.get("contexts"):
+        plural = "s" if run["contexts"] > 1 else ""
+        threads += f", {run['contexts']} context{plural}, CUDA graphs: {run['graphs']}"
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"{run['device']}; {run['provider']}{threads}; {versions}"
 
 
-def where_lines(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """Each device with its provider and versions once, then notes on how they ran."""
-    entries = list(entries)
-    return [*sorted({where(entry) for entry in entries}), *common.run_notes(entries)]
+def where_lines(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Each device with its provider and versions once, then notes on how the files ran."""
+    from rtresnet.workflows.loading import run_notes
+
+    entries = [dict(run) for run in runs]
+    return [*sorted({where(entry) for entry in entries}), *run_notes(entries)]
+
+
+def _print(lines: Iterable[str]) -> None:
+    console = common.out_console()
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _notes(notes: Iterable[str]) -> None:
+    console = common.out_console()
+    for note in notes:
+        console.print(f"NOTE: {note}", style="bold yellow", markup=False, soft_wrap=True)
+
+
+def _remarks(environment: EnvironmentReport) -> None:
+    _notes(environment.remarks)

@@ -1,7 +1,7 @@
-"""`rtresnet`: the verbs, and the one place where errors become messages and exit codes.
+"""`rtresnet`: the commands, and the one place where errors become messages and exit codes.
 
-0 done; 1 a gate was missed; 2 usage or input; 3 the environment lacks something; 130 Ctrl-C;
-141 nobody reads the output any more (head, less), so that whatever came after it is unknown.
+0 done; 1 a check failed; 2 usage or input; 3 the environment lacks something; 130 Ctrl-C;
+141 stdout was closed (SIGPIPE), so that the outcome is unknown.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import click
 
+from rtresnet.cli.examples import EXAMPLES
 from rtresnet.core.errors import RtresnetError, UnknownNameError
 from rtresnet.core.terminal import escape
 
@@ -47,31 +48,38 @@ COMMANDS = (
 NO_READER = 128 + 13  # what a shell gives a process that SIGPIPE ended
 
 
-class Verbs(click.Group):
-    """Imports a verb's file when the verb is named, so that --help needs nothing heavy."""
+class Commands(click.Group):
+    """Imports a command's file when the command is named, so that --help is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the work, not of the alphabet."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the verb's file.
+        """Imports the command's file.
 
         Raises:
-            UnknownNameError: There is no such verb.
+            UnknownNameError: There is no such command.
         """
         if cmd_name not in COMMANDS:
-            raise UnknownNameError("verb", cmd_name, COMMANDS)
+            raise UnknownNameError("command", cmd_name, COMMANDS)
         command: click.Command = importlib.import_module(f"rtresnet.cli.{cmd_name}").command
+        _add_example(cmd_name, command)
         return command
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def _add_example(path: str, command: click.Command) -> None:
+    command.epilog = f"Example: {EXAMPLES[path]}"
+    for name, subcommand in getattr(command, "commands", {}).items():
+        _add_example(f"{path} {name}", subcommand)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rtresnet", prog_name="rtresnet")
 def cli() -> None:
     """Residual networks from images to measured TensorRT engines.
 
-    images - train - export - quantize - build - bench: one verb a step, files in between.
+    images, train, export, quantize, build, bench: one command for each step, files in between.
     Start with: rtresnet quickstart
     """
 

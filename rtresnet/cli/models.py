@@ -1,8 +1,6 @@
-"""`rtresnet models`: the zoo as a table."""
+"""`rtresnet models`: the nets as a table."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import click
 
@@ -13,37 +11,18 @@ from rtresnet.cli import common
 @common.json_option
 def command(json_file: str | None) -> None:
     """List the nets: depth, block, parameters, multiply-adds."""
-    from rtresnet.models import zoo
     from rtresnet.reporting import tables
+    from rtresnet.workflows.models import list_models
 
-    rows, records = [], []
-    for name in zoo.names():
-        spec = zoo.spec(name)
-        cost = zoo.cost(spec)
-        record: dict[str, Any] = {
-            "model": name,
-            "depth": spec.depth,
-            "block": spec.block,
-            "shortcut": spec.shortcut,
-            "size": spec.size,
-            "parameters": cost.parameters,
-            "multiply_adds": cost.multiply_adds,
-        }
-        records.append(record)
-        rows.append(
-            (
-                name,
-                spec.depth,
-                spec.block,
-                spec.shortcut,
-                f"{spec.size}x{spec.size}",
-                f"{record['parameters']:,}",
-                f"{record['multiply_adds'] / 1e9:.3f} G",
-            )
-        )
-    vgg = zoo.VGG19_MULTIPLY_ADDS
-    rows.append(("VGG-19", 19, "-", None, "224x224", "-", f"{vgg / 1e9:.1f} G"))
+    result = list_models()
+    rows: list[tuple[object, ...]] = [
+        (m.model, m.depth, m.block, m.shortcut, f"{m.size}x{m.size}", f"{m.parameters:,}",
+         f"{m.multiply_adds / 1e9:.3f} G")
+        for m in result.models
+    ]  # fmt: skip
+    vgg = f"{result.vgg19_multiply_adds / 1e9:.1f} G"
+    rows.append(("VGG-19", 19, "-", None, "224x224", "-", vgg))
     headings = ("model", "depth", "block", "shortcut", "input", "parameters", "mult-adds")
     tables.show(common.out_console(), headings, rows)
-    common.note("Any depth of 6n+2 works as a CIFAR net too, resnet8 or plain26 for instance.")
-    common.write_json(json_file, "models", {"models": records, "vgg19_multiply_adds": vgg})
+    common.note("Any depth of 6n+2 works as a CIFAR net too, for example resnet8 or plain26.")
+    common.write_json(json_file, "models", result)

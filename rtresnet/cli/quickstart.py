@@ -1,101 +1,49 @@
-"""`rtresnet quickstart`: the whole way once, on real images, on this machine."""
+"""`rtresnet quickstart`: the whole pipeline once, on real images, on this machine."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rtresnet.cli import bench, common, train
-from rtresnet.core.errors import UnavailableError
+from rtresnet.cli import bench_show, common
+from rtresnet.cli.options import config_options
 from rtresnet.core.serialization import to_builtins
-from rtresnet.workflows.compare import compare
-from rtresnet.workflows.evaluate import evaluate, record_accuracy
-
-MODEL, DATA = "resnet20", "digits"
-NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")
+from rtresnet.workflows.quickstart import QuickstartConfig
 
 
 @click.command(
     "quickstart", short_help="Train, export, build and measure a small net; write a page."
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default="runs/quickstart", show_default=True
+    "--out",
+    type=click.Path(path_type=Path),
+    default="runs/quickstart",
+    help="Folder; an earlier quickstart in it is replaced.  [default: runs/quickstart]",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True, max=3600), default=2.0,
-    show_default=True, help="Of measuring, each.",
-)  # fmt: skip
+@config_options(QuickstartConfig)
 @common.json_option
-def command(out: Path, epochs: int, seconds: float, json_file: str | None) -> None:
+def command(out: Path, config: QuickstartConfig, json_file: str | None) -> None:
     """Train, export, quantize, build and measure a small net; write a page.
 
-    ResNet-20 on the digits that scikit-learn ships, about two minutes on two cores.
-    What an earlier quickstart left in --out is replaced.
+    ResNet-20 on the digits that scikit-learn ships, about a minute on two cores.
     """
-    _check_packages()
-    if (out / "quickstart.json").exists():
-        shutil.rmtree(out)
-    started = time.time()
-    result = run(out, epochs=epochs, seconds=seconds)
-    result["seconds"] = round(time.time() - started, 1)
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.cli.train import show
+    from rtresnet.workflows.quickstart import quickstart
+
+    done = quickstart(out, config, reporter=REPORTER)
+    done = dataclasses.replace(done, train=dataclasses.replace(done.train, page=show(done.train)))
+    result = to_builtins(done)
+    result["train"]["log"] = result["log"]
     _show(result)
     _write_page(out / "index.html", result)
     common.write_json(str(out / "quickstart.json"), "quickstart", result)
-    console = common.out_console()
-    console.print(f"page: {out / 'index.html'}   ({result['seconds']:.0f} s in all)")
-    console.print(f"next: rtresnet inspect {out / 'engines' / f'{MODEL}-int8.plan'}")
+    common.say(f"page: {out / 'index.html'}   ({result['seconds']:.0f} s in all)")
+    common.say(f"next: rtresnet inspect {out / 'engines' / (result['model'] + '-int8.plan')}")
     common.write_json(json_file, "quickstart", result)
-
-
-def _check_packages() -> None:
-    from rtresnet.core import hardware
-
-    missing = [hardware.DISTRIBUTIONS.get(m, m) for m in NEEDED if not hardware.installed(m)]
-    if missing:
-        raise UnavailableError(
-            f"quickstart needs {', '.join(missing)}", fix="pip install " + " ".join(missing)
-        )
-
-
-def run(out: Path, *, epochs: int, seconds: float) -> dict[str, Any]:
-    """Every verb's body in turn; returns their results."""
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.build import BuildConfig
-    from rtresnet.workflows.export import ExportConfig, export
-    from rtresnet.workflows.quantize import QuantizeConfig
-
-    trained = train.run(
-        model=MODEL, data=DATA, epochs=epochs, seed=0, out=out / "train", device="cpu",
-    )  # fmt: skip
-    exported = to_builtins(export(
-        trained["checkpoint"], out / "engines",
-        ExportConfig(precisions=("fp32", "fp16", "int8"), plan=True),
-        quantize=QuantizeConfig(calib=DATA), build=BuildConfig(batch=("1:8:32",), builder="rtx"),
-        reporter=REPORTER,
-    ))  # fmt: skip
-    files = [entry["file"] for entry in exported["onnx"]]
-    precisions = [entry["precision"] for entry in exported["onnx"]]
-    evaluated = [evaluate(path, DATA, reporter=REPORTER) for path in files]
-    for entry in evaluated:
-        record_accuracy(entry, reporter=REPORTER)
-    compared = [compare(trained["checkpoint"], path, DATA, reporter=REPORTER) for path in files]
-    measured = bench.run(tuple(files), batch="1,8", seconds=seconds)
-    log = [json.loads(line) for line in Path(trained["log"]).read_text().splitlines()]
-    return {
-        "model": MODEL,
-        "data": DATA,
-        "train": trained | {"log": log},
-        "export": exported,
-        "eval": to_builtins(dict(zip(precisions, evaluated, strict=True))),
-        "compare": to_builtins(dict(zip(precisions, compared, strict=True))),
-        "bench": measured,
-    }
 
 
 HEADINGS = (
@@ -132,7 +80,7 @@ def legend(result: dict[str, Any]) -> str:
         (
             f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
             "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
-            f"CPU figures of the ONNX files: {bench.where(result['bench']['results'][0])}.",
+            f"CPU figures of the ONNX files: {bench_show.where(result['bench']['results'][0])}.",
             *(f"INT8: {note}." for note in notes),
         )
     )
@@ -206,7 +154,7 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
         page.side_by_side(
             page.heading("Training")
             + page.picture(
-                plots.training_curve(result["train"]["log"]),
+                plots.training_curve(result["log"]),
                 f"Error on the training and the {tested['val_n']} held-out images. Test top-1 "
                 f"{tested['test_top1']:.2f} % of {tested['test_n']} images, looked at once.",
             ),

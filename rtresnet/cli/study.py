@@ -2,92 +2,176 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rtresnet.cli import common, study_compare, study_show
+from rtresnet.cli import common
+from rtresnet.cli.options import config_options
+from rtresnet.core.errors import InputError
+from rtresnet.workflows.study import DATA_OPTION, StudyConfig, StudyResult
+
+if TYPE_CHECKING:
+    from rtresnet.reporting.study_plots import Panel
+    from rtresnet.study.compare import Net
+
+CAPTION = "A band is one standard deviation over the seeds; the first steps may lie above the axes."
+ABOUT = (
+    "Errors in %: mean and standard deviation over the seeds. Training: of the last epoch, on the "
+    "images as they were augmented; validation and test: of the epoch that was best on the "
+    "held-out images."
+)
 
 
 @click.group("study")
 def command() -> None:
-    """The paper's analyses, on any net and any data."""
+    """Repeat the paper's analyses on any net and any data."""
 
 
-command.add_command(study_compare.degradation)
-command.add_command(study_compare.shortcuts)
+def _out_option(name: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=f"runs/study-{name}",
+        help=f"Folder of the study.  [default: runs/study-{name}]",
+    )
+
+
+_data_option = click.option("--data", required=True, help=DATA_OPTION)
+
+
+@command.command("degradation")
+@click.option("--depths", default="20,32,44,56", help="Depths of the nets.  [default: 20,32,44,56]")
+@_data_option
+@config_options(StudyConfig)
+@_out_option("degradation")
+@common.json_option
+def degradation(
+    depths: str, data: str, config: StudyConfig, out: Path, json_file: str | None
+) -> None:
+    """Train plain and residual nets of growing depth (figures 1, 4 and 6, table 2).
+
+    Every run is a folder in --out; finished runs are not repeated.
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.reporting import study_tables
+    from rtresnet.workflows.study import study_degradation
+
+    try:
+        numbers = [int(part) for part in depths.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--depths {depths}: not numbers with commas between", fix="as in --depths 20,32"
+        ) from None
+    result = study_degradation(data, numbers, config, out=out, reporter=REPORTER)
+    _show(result, study_tables.plain_and_residual, json_file)
+
+
+@command.command("shortcuts")
+@click.option("--model", default="resnet20", help="A residual net.  [default: resnet20]")
+@_data_option
+@config_options(StudyConfig)
+@_out_option("shortcuts")
+@common.json_option
+def shortcuts(model: str, data: str, config: StudyConfig, out: Path, json_file: str | None) -> None:
+    """Train a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
+
+    A pads with zeros, B projects where dimensions change, C projects everywhere.
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.reporting import study_tables
+    from rtresnet.workflows.study import study_shortcuts
+
+    result = study_shortcuts(data, model, config, out=out, reporter=REPORTER)
+    _show(result, study_tables.training_and_validation, json_file)
+
+
+def _show(
+    result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]], json_file: str | None
+) -> None:
+    """Prints the table, writes figure, page and JSON."""
+    from rtresnet.core import artifacts
+    from rtresnet.reporting import page, study_page, study_tables, tables
+
+    drawn = None
+    if _can_draw() and any(net.finished for net in result.nets):
+        from rtresnet.reporting.study_plots import error_curves
+
+        drawn = error_curves(panels(result.nets), title=result.title, subtitle=result.note)
+    headings, rows = study_tables.table(result.nets)
+    tables.show(common.out_console(), headings, rows)
+    common.note(f"{result.note}.\n{ABOUT}")
+    parts = [
+        page.table(headings, rows),
+        page.paragraph(ABOUT, "dim"),
+        *(page.paragraph(f"Diverged: {line}", "note") for line in result.diverged),
+        page.heading("Recipe of the first net and seed"),
+        page.code(result.recipe),
+        page.heading("Made by"),
+        page.code(artifacts.provenance()["command"]),
+    ]
+    study_page.write(
+        result.out, result.study, title=result.title, drawn=drawn, about=CAPTION, parts=parts
+    )
+    common.write_json(str(result.out / f"{result.study}.json"), f"study {result.study}", result)
+    common.note(f"page: {result.out / 'index.html'}")
+    common.write_json(json_file, f"study {result.study}", result)
+
+
+def _can_draw() -> bool:
+    """Whether there can be a figure; notes what is missing."""
+    from rtresnet.core import hardware
+
+    if not hardware.installed("matplotlib"):
+        common.note("no figure: pip install matplotlib, and run the same command again")
+        return False
+    return True
 
 
 @command.command("responses")
 @click.argument("checkpoints", nargs=-1, required=True)
-@click.option("--data", required=True, help=common.DATA_HELP)
-@click.option("--images", type=click.IntRange(min=1), default=256, show_default=True)
+@_data_option
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs/study-responses"),
-    show_default=True,
-    help="Folder of figure and page.",
+    "--images", type=click.IntRange(min=1), default=256, help="Number of images.  [default: 256]"
 )
+@_out_option("responses")
 @common.json_option
 def responses(
     checkpoints: tuple[str, ...], data: str, images: int, out: Path, json_file: str | None
 ) -> None:
-    """Standard deviation of each 3x3 layer's response (figure 7).
+    """Measure the standard deviation of each 3x3 layer's response (figure 7).
 
     After batch norm, before ReLU and addition: how strongly a layer changes its input.
     """
-    common.require_torch("the analysis of responses")
-    from rtresnet.core import artifacts, atomic_io
-    from rtresnet.data import loader
-    from rtresnet.data.sources import open_source
-    from rtresnet.models import checkpoint
-    from rtresnet.reporting import page, study_page, tables
-    from rtresnet.study.responses import layer_responses
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.core import artifacts, atomic_io, locks
+    from rtresnet.reporting import page, study_page, study_tables, tables
+    from rtresnet.workflows.study import short_name, study_responses
 
-    source = open_source(data, "test")
-    chosen = loader.sample(source, images)
-    results: list[dict[str, Any]] = []
-    for path in checkpoints:
-        loaded = checkpoint.load(path)
-        size = loader.batch_size(loaded.input)
-        found = loader.batches(source, loaded.input, size, indices=chosen)
-        with common.progress(f"responses of {path}"):
-            deviations = layer_responses(loaded.net(), (pixels for pixels, _ in found))
-        results.append(
-            {
-                "checkpoint": path,
-                "model": loaded.model.architecture,
-                "n": len(chosen),
-                "assumed": list(loaded.assumed),
-                "responses": deviations,
-            }
+    with locks.hold_folder(out, warn=common.note):
+        result = study_responses(checkpoints, data, images, reporter=REPORTER)
+        headings, parts = ("layer", "name", "std of response"), []
+        for entry in result.results:
+            rows = [(n, name, value) for n, (name, value) in enumerate(entry.responses.items(), 1)]
+            title = f"{entry.model}, {entry.checkpoint}, {entry.n} images of {data}"
+            tables.show(common.out_console(), headings, rows, title=title)
+            parts += [page.heading(title), page.table(headings, rows)]
+        common.footer(
+            f"Assumed of {e.checkpoint}: {line}." for e in result.results for line in e.assumed
         )
-    console, headings = common.out_console(), ("layer", "name", "std of response")
-    parts = []
-    for entry in results:
-        rows = [
-            (index + 1, name, value)
-            for index, (name, value) in enumerate(entry["responses"].items())
-        ]
-        title = f"{entry['model']}, {entry['checkpoint']}, {entry['n']} images of {data}"
-        tables.show(console, headings, rows, title=title)
-        parts += [page.heading(title), page.table(headings, rows)]
-    common.footer(
-        f"Assumed of {e['checkpoint']}: {line}." for e in results for line in e["assumed"]
-    )
-    study_page.write(
-        atomic_io.make_folder(out),
-        "responses",
-        title="Layer responses",
-        drawn=study_show.response_figure(
-            results, f"{len(chosen)} images of {study_show.short(data)}"
-        ),
-        about="Standard deviation of what each 3x3 layer puts out, after batch norm, before ReLU "
-        "and addition.",
-        parts=[*parts, page.code(artifacts.provenance()["command"])],
-    )
-    common.write_json(str(out / "responses.json"), "study responses", {"results": results})
+        shown = f"{result.results[0].n} images of {short_name(data)}"
+        drawn = study_tables.response_figure(result.results, shown) if _can_draw() else None
+        study_page.write(
+            atomic_io.make_folder(out),
+            "responses",
+            title="Layer responses",
+            drawn=drawn,
+            about="Standard deviation of what each 3x3 layer puts out, after batch norm, before "
+            "ReLU and addition.",
+            parts=[*parts, page.code(artifacts.provenance()["command"])],
+        )
+        common.write_json(str(out / "responses.json"), "study responses", result)
     common.note(f"page: {out / 'index.html'}")
-    common.write_json(json_file, "study responses", {"results": results})
+    common.write_json(json_file, "study responses", result)

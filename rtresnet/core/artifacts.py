@@ -1,6 +1,6 @@
 """Files that know where they came from: sidecars and the chain they make.
 
-Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` beside it. It names the
+Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` next to it. It names the
 artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
 checked without opening anything but JSON. `rtresnet inspect X` prints it. What stands in one:
 `sidecar.py`.
@@ -136,9 +136,9 @@ def publish_bytes(
         describe: Gives the sidecar. If it raises, nothing is written.
     """
     path = Path(path)
-    with atomic_io.atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as beside:
-        written = beside.submit(temporary.write_bytes, data)
-        hashed = beside.submit(hashlib.sha256, data)
+    with atomic_io.atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as pool:
+        written = pool.submit(temporary.write_bytes, data)
+        hashed = pool.submit(hashlib.sha256, data)
         sidecar = describe()
         require_name(path, sidecar.kind)
         size, digest = written.result(), hashed.result().hexdigest()
@@ -216,7 +216,13 @@ def link_to(
 
 
 def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
-    """The sidecar of the artifact at `path`, or None where there is none. Checks no hash.
+    """Reads the sidecar of an artifact; checks no hash.
+
+    Args:
+        path: The artifact, which need not exist.
+
+    Returns:
+        The sidecar, or None where there is none.
 
     Raises:
         ArtifactError: The sidecar is not valid JSON, of another schema, or incomplete.
@@ -256,7 +262,7 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
             else "not the file its sidecar describes"
         )
         raise ArtifactError(
-            f"{path}: {what}", fix=f"make it anew: {sidecar.made_by.get('command', 'unknown')}"
+            f"{path}: {what}", fix=f"make it again: {sidecar.made_by.get('command', 'unknown')}"
         )
     return sidecar
 

@@ -63,7 +63,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; the finished file replaces `path` in one step.
+    """Yields a temporary path next to `path`; the finished file replaces `path` in one step.
 
     Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
     before stays as it was. A link stays one, and the file it names is replaced.

@@ -42,7 +42,7 @@ class Preprocess:
         size: Side of the square the net takes, in pixels.
         resize: The shorter side is resized to this before the centre crop, in pixels.
         mean: Per channel (R, G, B), in units of [0, 1].
-        std: Likewise.
+        std: The same.
         layout: Of the file's input. FLOAT: normalized, planes. UINT8: pixels as they are, and the
             file subtracts the mean and divides by std itself.
     """

@@ -1,4 +1,4 @@
-"""What stands in a sidecar, the record beside every artifact: see `artifacts.py`, which writes it.
+"""What stands in a sidecar, the record next to every artifact: see `artifacts.py`, which writes it.
 
 Only what it says; how it becomes JSON and back is `serialization.py`.
 """

@@ -33,7 +33,7 @@ def scale_box(
 
     Args:
         height: Of the image, in pixels.
-        width: Likewise.
+        width: The same.
         size: Side of the crop, in pixels.
         rng: Draws the scale and the place.
         scales: Bounds of the shorter side, in crops' sides.
@@ -59,7 +59,7 @@ def area_box(
 
     Args:
         height: Of the image, in pixels.
-        width: Likewise.
+        width: The same.
         rng: Draws area, shape and place.
         area: Bounds of the box's share of the image, drawn evenly.
         ratio: Bounds of its width over its height, whose logarithm is drawn evenly.

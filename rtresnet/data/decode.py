@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
-FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT, beside 1
+FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT, next to 1
 
 # What Pillow's decoders raise, apart from OSError, where a header or a stream is damaged.
 DAMAGED = (

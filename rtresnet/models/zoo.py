@@ -25,7 +25,7 @@ IMAGENET_COUNTS: dict[int, tuple[str, tuple[int, ...]]] = {
 }
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
 
-# Section 3.3 sets VGG-19's 19.6 billion multiply-adds beside the 34-layer nets' 3.6.
+# Section 3.3 sets VGG-19's 19.6 billion multiply-adds next to the 34-layer nets' 3.6.
 VGG19_MULTIPLY_ADDS = 19_600_000_000
 
 

@@ -34,7 +34,7 @@ def unpack(text: str) -> dict[str, tuple[float, float]]:
     try:
         return checked(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{KEY}: damaged ({error})", fix="quantize the net anew") from None
+        raise ArtifactError(f"{KEY}: damaged ({error})", fix="quantize the net again") from None
 
 
 def checked(record: Any) -> dict[str, tuple[float, float]]:

@@ -62,7 +62,7 @@ def unpack(text: str) -> Learned:
     try:
         return checked(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{KEY}: damaged ({error})", fix="export the net anew") from None
+        raise ArtifactError(f"{KEY}: damaged ({error})", fix="export the net again") from None
 
 
 def checked(record: Any) -> Learned:

@@ -1,4 +1,4 @@
-"""What batch norm knew of a convolution's output, kept in the ONNX file after it was folded.
+"""Statistics of convolution outputs, kept in the ONNX file after batch norm was folded.
 
 Batch norm leaves each channel with mean beta and standard deviation |gamma|. Folding loses that,
 and it is what INT8 ranges can be had from without any image. It goes with the file as a metadata
@@ -48,5 +48,5 @@ def unpack(text: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             mean, std = values.reshape(2, -1)
             found[name] = (mean, std)
     except (ValueError, AttributeError, TypeError, binascii.Error) as error:
-        raise ArtifactError(f"{KEY}: damaged ({error})", fix="export the net anew") from None
+        raise ArtifactError(f"{KEY}: damaged ({error})", fix="export the net again") from None
     return found

@@ -7,7 +7,7 @@
  4. A quantized bias becomes the float constant that its DequantizeLinear gives.
  5. Pairs and halves of pairs that nothing reads go.
 
-Each is done to a copy, which is run in ONNX Runtime without its optimizer beside the file as it
+Each is done to a copy, which is run in ONNX Runtime without its optimizer next to the file as it
 came, on random input. If one bit of one output differs, that repair is not done.
 """
 

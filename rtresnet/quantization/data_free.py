@@ -1,4 +1,4 @@
-"""Ranges without images: from what batch norm knew of every convolution's output.
+"""Ranges without images: from the statistics that batch norm kept of every convolution's output.
 
 Each channel has batch norm's mean and deviation (Nagel et al., 2019, section 4.1), and is taken as
 independent of the others. Its distribution is taken as logistic, not normal: what trained

@@ -3,7 +3,7 @@
 Batch norm is already folded in FP32 (`export/fold.py`), so this rounds once. Input and output
 stay float32: the two Casts cost no layer in the engine, and every artifact keeps one signature.
 
-In an INT8 file it is the rest that becomes FP16, what the kernels hand one another. Scales stay
+In an INT8 file it is the rest that becomes FP16, the tensors between the kernels. Scales stay
 float32, and so each Q/DQ pair stands between a Cast to float32 and one back: TensorRT refuses FP16
 data with FP32 scales, and a scale rounded to FP16 would be another scale.
 """

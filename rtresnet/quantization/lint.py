@@ -28,11 +28,11 @@ Places:
 
 14. add-both: both inputs of a residual Add are quantized. The branch that ends in a convolution
     should stay as it is, so that convolution, addition and ReLU fuse: one rounding less.
-15. float-shortcut: the shortcut's input of a residual Add is float. What blocks hand one another
+15. float-shortcut: the shortcut's input of a residual Add is float. tensors between blocks
     then stays float, and INT8 may be slower than FP16.
 16. before-relu: a pair between a convolution or Add and its ReLU keeps them from fusing.
 17. float-conv: a convolution whose data or weights are float runs in float.
-18. float-gemm: likewise; a note where the batch is dynamic, as ModelOpt leaves it float there.
+18. float-gemm: the same for the FC; a note where the batch is dynamic (ModelOpt's default).
 19. float-pool: a MaxPool between float tensors. It could run in INT8.
 20. quantized-logits: a pair in front of an output rounds it, and wins nothing.
 21. dangling: Q that no DQ reads, DQ that nothing reads, or a pair in front of what has no INT8

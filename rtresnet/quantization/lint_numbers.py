@@ -114,17 +114,17 @@ def _float_types(view: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
     if scale == TensorProto.FLOAT16 and view.opset < 19:
         yield finding("half-scale", label(node), detail=f"opset {view.opset}")
     if node.op_type == QUANTIZE:
-        beside = {view.types.get(node.input[0], 0)}
+        neighbours = {view.types.get(node.input[0], 0)}
     else:
         scale = attribute(node, "output_dtype", 0) or scale
-        beside = {
+        neighbours = {
             view.types.get(name, 0)
             for reader, _ in view.readers[node.output[0]]
             if reader.op_type in (*WEIGHTED, "Add")
             for name in reader.input
             if name != node.output[0] and view.dequantized(name, ()) is None
         }
-    if scale in FLOATS and any(kind in FLOATS and kind != scale for kind in beside):
+    if scale in FLOATS and any(kind in FLOATS and kind != scale for kind in neighbours):
         yield finding("mixed-half", label(node))
 
 

@@ -82,7 +82,7 @@ RULES = {
     ),
     "float-shortcut": (
         "warning",
-        "the shortcut's input of a residual Add is float: blocks hand one another float tensors, "
+        "the shortcut's input of a residual Add is float: tensors between blocks are float, "
         "and INT8 may be slower than FP16",
         "quantize the shortcut's input too",
     ),
@@ -126,7 +126,7 @@ RULES = {
         "an opset below 13, in which Q and DQ have no axis for per-channel weights",
         "export with opset 13 or later",
     ),
-    "invalid": ("error", "the ONNX checker refuses the file", "make the file anew"),
+    "invalid": ("error", "the ONNX checker refuses the file", "make the file again"),
     "float-file": (
         "note",
         "no QuantizeLinear and no DequantizeLinear: a float model",

@@ -82,8 +82,8 @@ def branches(
 
     Args:
         nodes: As `places` takes them.
-        constants: Likewise.
-        keep: Likewise.
+        constants: The same.
+        keep: The same.
     """
     nodes = list(nodes)
     makers = {out: node.op_type for node in nodes for out in node.output}

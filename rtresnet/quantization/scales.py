@@ -1,6 +1,6 @@
 """Scales as text: calib/NAME.json, a line a tensor, so that a change shows in a diff.
 
-Beside the scales stands what they hold for: hashes of the weights and the images, how many images,
+Next to the scales stands what they hold for: hashes of the weights and the images, how many images,
 their preprocessing, the method. They are used again only where all of it is the same.
 """
 

@@ -23,7 +23,7 @@ class Line:
     """One line of a figure.
 
     Attributes:
-        label: Beside its end or in the legend; "" for a second line of the same thing.
+        label: Next to its end or in the legend; "" for a second line of the same thing.
         colour: Index of a colour.
         dashed: Training errors, or plain nets.
         x, y: Points.

@@ -1,10 +1,9 @@
-"""A plan or an ONNX file as a model of a Triton Inference Server's repository.
+"""Write a plan or an ONNX file as a model of a Triton Inference Server's repository.
 
     DIR/NAME/config.pbtxt, labels.txt, 1/model.plan (or model.onnx), 1/model.plan.json
 
-Writes the protobuf text itself, so that neither Triton nor protobuf is needed; the tests hold it
-against Triton's own schema. `rtresnet package` reaches this. Deliberately unaware of what is in a
-plan or an ONNX file: the caller says what their tensors are.
+Writes the protobuf text itself, so that neither Triton nor protobuf is needed; the tests parse it
+with Triton's own schema. Reads no plan and no ONNX file: the caller passes their tensors.
 """
 
 from __future__ import annotations
@@ -36,8 +35,13 @@ LABELS = "labels.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """An input or output: its name, type as NumPy calls it, and shape without the batch."""
+class TensorSpec:
+    """An input or output.
+
+    Attributes:
+        dtype: NumPy's name of the data type.
+        dims: The shape, without the batch if Triton forms batches; -1 for open dimensions.
+    """
 
     name: str
     dtype: str
@@ -45,27 +49,28 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """Everything that a model's configuration says.
+class ModelConfig:
+    """The configuration of a model.
 
     Attributes:
         kind: "plan" or "onnx".
-        precision: As its sidecar says; "int8" makes an ONNX file run in TensorRT on a GPU.
+        precision: From the sidecar; "int8" makes an ONNX file run in TensorRT on a GPU.
         inputs, outputs: In the file's order.
-        labels: Names of the classes; none where nobody knows them.
-        profiles: Of a plan, in its order.
-        max_batch: Largest batch that Triton may form.
-        max_delay_us: Microseconds a request may wait for others.
+        labels: Class names; empty if unknown.
+        profiles: Optimization profiles of a plan, in its order.
+        max_batch: Largest batch that Triton may form; 0 if it cannot form any, because the tensors'
+            first dimension is not an open batch.
+        max_delay_us: Microseconds that a request may wait for others.
         instances: Copies on each device.
         device: "cuda", "cpu", or "auto": a GPU where there is one.
-        parameters: Whatever else belongs to the record, key to text.
+        parameters: Further text for the record.
     """
 
     name: str
     kind: str
     precision: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = ()
     max_batch: int
@@ -91,30 +96,31 @@ class Model:
                 )
 
 
-def config(model: Model) -> str:
+def config(model: ModelConfig) -> str:
     """The text of config.pbtxt."""
     lines = _interface(model)
     lines += [f"max_batch_size: {model.max_batch}"]
-    # Sizes are worth preferring where a plan has a profile for each, says Triton of TensorRT only.
-    best = sorted({profile.opt for profile in model.profiles if profile.opt <= model.max_batch})
-    lines += ["dynamic_batching {"]
-    lines += [f"  preferred_batch_size: {_list(best)}"] if best else []
-    lines += [f"  max_queue_delay_microseconds: {model.max_delay_us}", "}"]
+    if model.max_batch:
+        # Triton recommends preferred sizes only for TensorRT plans with a profile for each.
+        best = sorted({profile.opt for profile in model.profiles if profile.opt <= model.max_batch})
+        lines += ["dynamic_batching {"]
+        lines += [f"  preferred_batch_size: {_list(best)}"] if best else []
+        lines += [f"  max_queue_delay_microseconds: {model.max_delay_us}", "}"]
     lines += ["instance_group {", f"  count: {model.instances}", f"  kind: {_kind(model)}"]
-    if len(model.profiles) > 1:  # Triton looks at the first one only, unless it is told
+    if len(model.profiles) > 1:  # by default Triton uses the first one only
         lines += [f"  profile: {_text(index)}" for index in range(len(model.profiles))]
     lines += ["}", "version_policy { latest { num_versions: 1 } }"]
     if model.kind == "onnx" and model.precision == "int8" and model.device != "cpu":
         lines += _in_tensorrt(model)
     for key, value in model.parameters.items():
-        held = f"value {{ string_value: {_text(value)} }}"
-        lines += [f"parameters {{ key: {_text(key)} {held} }}"]
+        text = f"value {{ string_value: {_text(value)} }}"
+        lines += [f"parameters {{ key: {_text(key)} {text} }}"]
     return "\n".join(lines) + "\n"
 
 
 def write(
     root: str | os.PathLike[str],
-    model: Model,
+    model: ModelConfig,
     source: str | os.PathLike[str],
     sidecar: Sidecar | None,
     version: int | None = None,
@@ -124,34 +130,34 @@ def write(
     Args:
         root: The repository's folder.
         model: What to configure.
-        source: The plan or ONNX file; copied.
-        sidecar: Its sidecar; copied with it, with its parent found from the new place.
-        version: Its number; the next one by default.
+        source: The plan or ONNX file, which is copied.
+        sidecar: Its sidecar, which is copied with an adjusted path of the parent.
+        version: Number of the version; the next one by default.
 
     Returns:
         The version's folder.
 
     Raises:
-        InputError: That version is there, a later one is, the same file is, or what is there has
-            other inputs, outputs or classes, so that its clients would break.
+        InputError: The version, a later one or the same file exists, or earlier versions have other
+            inputs, outputs or classes, so that their clients would break.
     """
     home, source = Path(root) / model.name, Path(source)
-    there = versions(home)
+    existing = versions(home)
     digest = atomic_io.sha256(source)
-    for number in there:
-        held = home / str(number) / f"model{source.suffix.lower()}"
-        if held.is_file() and atomic_io.sha256(held) == digest:
-            raise InputError(f"{held}: is this file already; nothing was written")
-    number = version or max(there, default=0) + 1
-    if number in there:
+    for number in existing:
+        earlier = home / str(number) / f"model{source.suffix.lower()}"
+        if earlier.is_file() and atomic_io.sha256(earlier) == digest:
+            raise InputError(f"{earlier}: is this file already; nothing was written")
+    number = version or max(existing, default=0) + 1
+    if number in existing:
         raise InputError(
-            f"{home / str(number)}: is there already, and another file",
-            fix=f"leave out --version for {max(there) + 1}, or remove the folder",
+            f"{home / str(number)}: exists already, with another file",
+            fix=f"leave out --version for {max(existing) + 1}, or remove the folder",
         )
-    if there and number < max(there):
+    if existing and number < max(existing):
         raise InputError(
-            f"--version {number}: {home} holds version {max(there)}, and Triton serves the latest",
-            fix=f"leave out --version for {max(there) + 1}",
+            f"--version {number}: {home} has version {max(existing)}, and Triton serves the latest",
+            fix=f"leave out --version for {max(existing) + 1}",
         )
     labels = "".join(f"{' '.join(label.split())}\n" for label in model.labels)
     atomic_io.make_folder(root)
@@ -161,8 +167,8 @@ def write(
             _version(temporary / str(number), home / str(number), source, sidecar)
         return home / str(number)
     _require_same_interface(home, model, labels)
-    # Triton passes over folders that are no numbers. The configuration first: killed between the
-    # two, the same command can be run again.
+    # Triton ignores folders whose names are no numbers. The configuration is written first: if the
+    # process is killed between the two, the same command can be run again.
     with _folder(home / str(number)) as temporary:
         _version(temporary, home / str(number), source, sidecar)
         _texts(home, model, labels)
@@ -176,8 +182,8 @@ def versions(home: str | os.PathLike[str]) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"[1-9]\d*", name, re.ASCII))
 
 
-def _interface(model: Model) -> list[str]:
-    """What clients rely on: names, types and shapes. The same for every version of a model."""
+def _interface(model: ModelConfig) -> list[str]:
+    """Names, types and shapes, which clients rely on: the same for every version of a model."""
     lines = [f"name: {_text(model.name)}", f"backend: {_text(BACKENDS[model.kind])}"]
     for tensor in model.inputs:
         lines += ["input {", *_tensor(tensor)]
@@ -187,14 +193,15 @@ def _interface(model: Model) -> list[str]:
         lines += ["}"]
     for tensor in model.outputs:
         lines += ["output {", *_tensor(tensor)]
-        # Labels go by position, so they are for a score a class, not for the K best.
-        if model.labels and tensor.dims == (len(model.labels),):
+        # Labels go by position, so they apply to one score for each class, not to the top K.
+        per_class = tensor.dims[-1:] == (len(model.labels),)
+        if model.labels and per_class and tensor.dims[:-1] in ((), (1,)):
             lines += [f"  label_filename: {_text(LABELS)}"]
         lines += ["}"]
     return lines
 
 
-def _tensor(tensor: Tensor) -> list[str]:
+def _tensor(tensor: TensorSpec) -> list[str]:
     return [
         f"  name: {_text(tensor.name)}",
         f"  data_type: {TYPES[tensor.dtype]}",
@@ -202,13 +209,13 @@ def _tensor(tensor: Tensor) -> list[str]:
     ]
 
 
-def _in_tensorrt(model: Model) -> list[str]:
-    """ONNX Runtime's CUDA provider would compute a Q/DQ file in float; its TensorRT one does not.
+def _in_tensorrt(model: ModelConfig) -> list[str]:
+    """Makes ONNX Runtime use TensorRT: its CUDA provider would compute a Q/DQ file in float.
 
-    It builds the engine when the model is loaded, and once only if it is told every shape.
+    The engine is built when the model is loaded, and only once if all shapes are stated.
     """
     options = {"precision_mode": "INT8"}
-    if all(side > 0 for tensor in model.inputs for side in tensor.dims):
+    if model.max_batch and all(side > 0 for tensor in model.inputs for side in tensor.dims):
         batches = (("min", 1), ("opt", min(8, model.max_batch)), ("max", model.max_batch))
         for name, batch in batches:
             options[f"trt_profile_{name}_shapes"] = ",".join(
@@ -222,12 +229,12 @@ def _in_tensorrt(model: Model) -> list[str]:
     return [*lines, "} } }"]
 
 
-def _kind(model: Model) -> str:
+def _kind(model: ModelConfig) -> str:
     return "KIND_GPU" if model.kind == "plan" else KINDS[model.device]
 
 
 def _text(value: object) -> str:
-    """A string of protobuf's text format."""
+    """A quoted string of protobuf's text format."""
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda c: f"\\{ord(c[0]):03o}", escaped) + '"'
 
@@ -236,20 +243,20 @@ def _list(values: Sequence[int]) -> str:
     return f"[ {', '.join(map(str, values))} ]"
 
 
-def _require_same_interface(home: Path, model: Model, labels: str) -> None:
+def _require_same_interface(home: Path, model: ModelConfig, labels: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        held = (home / "config.pbtxt").read_text(encoding="utf-8")
-        if not held.startswith("\n".join(_interface(model)) + "\n"):
+        text = (home / "config.pbtxt").read_text(encoding="utf-8")
+        if not text.startswith("\n".join(_interface(model)) + "\n"):
             raise InputError(
-                f"{home / 'config.pbtxt'}: of a model with another backend, inputs or outputs, or "
-                "not written by rtresnet",
+                f"{home / 'config.pbtxt'}: has another backend, inputs or outputs, or was not "
+                "written by rtresnet",
                 fix="choose another --name",
             )
         if (home / LABELS).exists() and (home / LABELS).read_text(encoding="utf-8") != labels:
             raise InputError(f"{home / LABELS}: names other classes", fix="choose another --name")
 
 
-def _texts(home: Path, model: Model, labels: str) -> None:
+def _texts(home: Path, model: ModelConfig, labels: str) -> None:
     if labels:
         atomic_io.write_text(home / LABELS, labels)
     atomic_io.write_text(home / "config.pbtxt", config(model))
@@ -272,7 +279,7 @@ def _version(folder: Path, final: Path, source: Path, sidecar: Sidecar | None) -
 
 @contextlib.contextmanager
 def _folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place when the body is through."""
+    """Yields a temporary folder next to `final` that takes its place if the body succeeds."""
     temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:

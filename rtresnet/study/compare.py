@@ -22,7 +22,7 @@ from rtresnet.models.resnet import multiply_adds
 from rtresnet.models.zoo import Spec
 from rtresnet.study.runs import Outcome, Run
 from rtresnet.training import recipes, train_loader
-from rtresnet.training.config import Job
+from rtresnet.training.config import TrainJob
 from rtresnet.training.recipe import Recipe
 
 ERRORS = ("train_error", "val_error", "test_error")
@@ -102,7 +102,7 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
                 depth=spec.depth,
                 settings={**terms.settings, "seed": seed},
             )
-            job = Job(
+            job = TrainJob(
                 spec=spec, source=terms.source, test=terms.test, preprocess=preprocess,
                 recipe=recipe, out=terms.out / f"{label}-seed{seed}", device=terms.device,
                 max_broken=terms.max_broken,
@@ -163,7 +163,7 @@ class Net:
         return spread(values) if values and None not in values else None
 
     def curve(self, name: str) -> Curve | None:
-        """Of "train_top1" or "val_top1" as an error; None likewise."""
+        """Of "train_top1" or "val_top1" as an error; None in the same way."""
         logs = [outcome.log for outcome in self.finished]
         if not logs or any(record[name] is None for log in logs for record in log):
             return None

@@ -18,7 +18,7 @@ from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.models import checkpoint
 from rtresnet.training import loop, run_state
-from rtresnet.training.config import Job, Listener, settled
+from rtresnet.training.config import Listener, TrainJob, resolve_job
 
 DIVERGED = "diverged.json"
 
@@ -34,7 +34,7 @@ class Run:
     """
 
     label: str
-    job: Job
+    job: TrainJob
     fingerprint: str
 
     @property
@@ -127,8 +127,8 @@ def _finished(run: Run, measured: dict[str, Any]) -> Outcome:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What makes a run this one and no other, beside its seed."""
-    job = settled(run.job)
+    """What makes a run this one and no other, next to its seed."""
+    job = resolve_job(run.job)
     return {
         "recipe": dataclasses.asdict(job.recipe),
         "fingerprint": run.fingerprint,
@@ -140,7 +140,7 @@ def _identity(run: Run) -> dict[str, Any]:
 def _require_same(run: Run, record: dict[str, Any]) -> None:
     out, own = run.job.out, _identity(run)
     try:
-        run_state.check_same(out, record, settled(run.job).recipe)
+        run_state.check_same(out, record, resolve_job(run.job).recipe)
     except InputError as error:
         raise InputError(error.message, fix="give the study another --out") from None
     for name, what in (("model", "another net"), ("fingerprint", "other images")):

@@ -23,7 +23,7 @@ from rtresnet.core.sidecar import Model, Weights
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.onnxlib.learned import Learned
-from rtresnet.training.config import Job
+from rtresnet.training.config import TrainJob
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.run_state import as_kept, as_loaded, check_same, on_cpu, saved_run
@@ -50,15 +50,15 @@ class RunState:
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
-def load_state(job: Job, world: World) -> Checkpoint:
+def load_state(job: TrainJob, world: World) -> Checkpoint:
     """A run's last.pt, to go on from.
 
     Raises:
         InputError: There is none, or its recipe is not the job's.
     """
-    if world.first:  # which drops a stale sidecar before the others read it
+    if world.is_main:  # which drops a stale sidecar before the others read it
         saved_run(job.out)
-    world.wait()
+    world.barrier()
     last = saved_run(job.out)
     check_same(job.out, last.training, job.recipe)
     return last
@@ -78,7 +78,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        job: Job,
+        job: TrainJob,
         model: Model,
         *,
         total: int,
@@ -92,13 +92,13 @@ class CheckpointManager:
 
     def save_best(self, at: RunState, stepper: Stepper) -> None:
         """best.pt: the net as it is now."""
-        if self.world.first:
+        if self.world.is_main:
             kept = self._checkpoint(stepper, self._about(), at)
             checkpoint.save(self.job.out / "best.pt", kept)
 
     def save_last(self, at: RunState, stepper: Stepper) -> None:
         """last.pt: all that `restore` needs."""
-        if not self.world.first:
+        if not self.world.is_main:
             return
         state = self._about() | {
             "step": at.step,
@@ -117,7 +117,7 @@ class CheckpointManager:
 
     def write_log(self, at: RunState) -> None:
         """log.jsonl, whole."""
-        if self.world.first:
+        if self.world.is_main:
             lines = "".join(json.dumps(entry) + "\n" for entry in at.log)
             atomic_io.write_text(self.job.out / "log.jsonl", lines)
 

@@ -18,7 +18,7 @@ SAVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainJob:
     """What to train on what.
 
     Attributes:
@@ -73,7 +73,7 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
-def settled(job: Job) -> Job:
+def resolve_job(job: TrainJob) -> TrainJob:
     """The job with what "auto" means on its device."""
     precision = settle_precision(job.recipe, job.device)
     return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, precision=precision))

@@ -24,7 +24,7 @@ from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.data.validation import Progress, Scan
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.training import train_loader
-from rtresnet.training.config import Job
+from rtresnet.training.config import TrainJob
 from rtresnet.training.distributed import ALONE, World
 from rtresnet.training.recipes import SMALL
 
@@ -162,7 +162,7 @@ class Dataset:
 
 
 def prepare(
-    job: Job,
+    job: TrainJob,
     *,
     report: DataReport | None = None,
     world: World = ALONE,
@@ -240,7 +240,7 @@ class _Held:
     crops: np.ndarray | None = None
 
 
-def _hold(job: Job, world: World) -> _Held:
+def _hold(job: TrainJob, world: World) -> _Held:
     source, contract, side = job.source, job.preprocess, job.preprocess.size
     check = "arrays" if isinstance(source, Arrays) else "decoded"
     if isinstance(source, Arrays) and (
@@ -285,14 +285,14 @@ def _scan(
 
 
 def _settle(
-    job: Job, broken: dict[str, dict[int, str]], world: World, warn: Callable[[str], None]
+    job: TrainJob, broken: dict[str, dict[int, str]], world: World, warn: Callable[[str], None]
 ) -> None:
     """Names the broken images; too many of them are an error."""
     lines = [text for entry in broken.values() for text in entry.values()]
     if not lines:
         return
     listed = job.out / BROKEN_LIST
-    if world.first:
+    if world.is_main:
         atomic_io.write_text(listed, "".join(f"{escape_cell(line)}\n" for line in lines))
     for line in lines[:LISTED]:
         warn(f"broken: {escape_cell(line)}")
@@ -319,7 +319,7 @@ def _without(source: Source, broken: Sequence[int]) -> Source:
 
 
 def _report(
-    job: Job,
+    job: TrainJob,
     check: str,
     scans: dict[str, Scan],
     broken: dict[str, list[int]],
@@ -338,13 +338,13 @@ def _report(
         looked = scans["test"]
     own = scans["train"]
     pairs = {}
-    if world.first:  # images that seem identical are read in full, by one process
+    if world.is_main:  # images that seem identical are read in full, by one process
         both = own.of(np.concatenate([train, val]))
         pairs = {
             "val": validation.identical(source, own.of(train), source, own.of(val)),
             "test": validation.identical(source, both, test, looked.of(tested)),
         }
-    pairs = world.share(pairs)
+    pairs = world.broadcast(pairs)
     where = {"val": source, "test": test}
     labels = {"train": source.labels[train], "val": source.labels[val], "test": test.labels[tested]}
     return DataReport(

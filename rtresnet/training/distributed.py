@@ -34,7 +34,7 @@ class World:
     Attributes:
         rank: From 0; rank 0 writes the files and the lines.
         size: Processes.
-        restarts: How often torchrun has started this group anew.
+        restarts: How often torchrun has restarted this group.
         launch: torchrun's name for all of it, the same after a restart.
     """
 
@@ -44,7 +44,7 @@ class World:
     launch: str = ""
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes."""
         return self.rank == 0
 
@@ -60,7 +60,7 @@ class World:
         distributed.all_reduce(total)
         return total.cpu().numpy()
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value."""
         if self.size == 1:
             return value
@@ -76,7 +76,7 @@ class World:
         distributed.all_gather_object(values, value)
         return cast(list[T], values)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             distributed.barrier()

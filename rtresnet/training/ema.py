@@ -1,5 +1,5 @@
 """What is kept of the weights besides the weights: their running average, and batch norm's
-statistics computed anew."""
+statistics computed again."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.models.resnet import ResNet
 from rtresnet.training import dataset, distributed, qat, train_loader
 from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState, load_state
-from rtresnet.training.config import Job, Listener, Progress, settled
+from rtresnet.training.config import Listener, Progress, TrainJob, resolve_job
 from rtresnet.training.dataset import DataReport, Dataset
 from rtresnet.training.distributed import ALONE, World
 from rtresnet.training.ema import recompute_statistics
@@ -39,7 +39,7 @@ READ_STEPS = 20  # how often the losses are read from a GPU, which waits for the
 
 
 def train(
-    job: Job,
+    job: TrainJob,
     *,
     resume: bool = False,
     world: World = ALONE,
@@ -73,9 +73,9 @@ def train(
     check_folder(job.out, resume)
     if not resume:
         check_start(job.recipe, job.start)
-    job = settled(job)
+    job = resolve_job(job)
     # Rank 0's precision: gradients with and without a scaled loss cannot be averaged.
-    job = dataclasses.replace(job, recipe=world.share(job.recipe))
+    job = dataclasses.replace(job, recipe=world.broadcast(job.recipe))
     recipe = job.recipe
     distributed.check_batch(recipe.batch, recipe.accumulate, world)
     check_compiler(recipe, job.device)
@@ -97,7 +97,7 @@ def train(
 
 
 class _Run:
-    def __init__(self, job: Job, data: Dataset, world: World) -> None:
+    def __init__(self, job: TrainJob, data: Dataset, world: World) -> None:
         source, parts, tally = data.source, data.parts, data.tally
         self.job, self.source, self.parts, self.test = job, source, parts, data.test
         self.tally, self.world, self.recipe = tally, world, job.recipe
@@ -131,7 +131,7 @@ class _Run:
             fake.set_scales(start.learned.scales)
         elif start is not None:  # else the run's own are about to be restored
             qat.calibrate(fake, self._some_images(qat.CALIBRATION_IMAGES))
-            fake.set_scales(self.world.share(fake.named_scales()))
+            fake.set_scales(self.world.broadcast(fake.named_scales()))
         return fake
 
     def _some_images(self, count: int) -> Iterator[torch.Tensor]:
@@ -259,9 +259,9 @@ class _Run:
         self.at = self.keeper.restore(self.stepper, last)
 
     def finish(self) -> Checkpoint:
-        """Batch norm's statistics anew where asked for, then the one test."""
+        """Batch norm's statistics again where asked for, then the one test."""
         path, net = self.job.out / "best.pt", self.stepper.kept
-        self.world.wait()
+        self.world.barrier()
         best = checkpoint.load(path)
         if "test_top1" in best.measured:  # finished before
             return best
@@ -284,7 +284,7 @@ class _Run:
         final = dataclasses.replace(
             best, measured=measured, weights=weights, state=as_kept(net), learned=learned
         )
-        if self.world.first:
+        if self.world.is_main:
             checkpoint.save(path, final)
         return final
 

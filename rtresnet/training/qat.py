@@ -7,7 +7,7 @@ scale is a parameter (Esser et al., 2020). Rounding passes gradients straight th
 biases are rounded as well, so that the file's sums come out the same everywhere
 (`quantize/exact.py`).
 
-The weights stay those of the net with its batch norms, which are folded anew in every step: a
+The weights stay those of the net with its batch norms, which are folded again in every step: a
 checkpoint remains an ordinary one, that can be exported in float or trained on.
 
 Knows nothing of ONNX.

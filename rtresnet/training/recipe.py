@@ -63,7 +63,7 @@ class Recipe:
         progressive: Pairs (from this fraction of the run on, this share of the training side).
 
         ema: Decay of the running average of the weights that is evaluated and kept; 0 is off.
-        bn_images: Training images over which batch norm's statistics are computed anew after
+        bn_images: Training images over which batch norm's statistics are computed again after
             training; 0 keeps the running ones.
         freeze: How many leading parts stay as they are: 1 the stem, 2 the first stage too, ...
         precision: Of the forward and backward pass; "auto" is bf16 where the GPU or the processor

@@ -27,7 +27,7 @@ from rtresnet.data.transfer import stack_to_device, to_device
 from rtresnet.training.distributed import ALONE, World
 from rtresnet.training.recipe import Recipe
 
-# What a random generator is for, beside the seed: no two of them share a stream.
+# What a random generator is for, next to the seed: no two of them share a stream.
 SPLIT, ORDER, STEP, CROP, FLIP = range(5)
 
 

@@ -120,7 +120,15 @@ def build_per_target(
 ) -> tuple[BuildResult, ...]:
     """Compiles an ONNX file into one plan for each target: OUT-sm_86.plan, ...
 
-    Arguments and errors are those of `build`. If one target is refused, nothing is built.
+    Args:
+        source: As for `build`.
+        config: As for `build`.
+        out: The name to which each target is appended.
+        embed: As for `build`.
+        reporter: As for `build`.
+
+    Raises:
+        RtresnetError: As `build`. If one target is refused, nothing is built.
     """
     from rtresnet.builder import engine, targets
 

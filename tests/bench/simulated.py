@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rtresnet.bench.load import Candidate
+from rtresnet.bench.workload import Candidate
 
 
 class Simulated:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -19,45 +21,45 @@ def rounds(
     return first, second * slowdown
 
 
-def test_the_same_twice_is_no_difference_in_nineteen_of_twenty() -> None:
+def test_paired_same_twice_shows_no_difference_in_95_of_100() -> None:
     verdicts = [compare.paired(*rounds(seed, 1.0)).verdict for seed in range(100)]
     assert verdicts.count(compare.NO_DIFFERENCE) >= 95
 
 
-def test_a_tenth_is_found_and_has_the_right_sign() -> None:
+def test_paired_difference_of_a_tenth_is_detected() -> None:
     slower = [compare.paired(*rounds(seed, 1.10, count=200)) for seed in range(40)]
     assert sum(found.verdict == compare.SLOWER for found in slower) >= 38
     faster = compare.paired(*rounds(0, 1 / 1.10, count=200))
     assert faster.verdict == compare.FASTER and faster.low > 1
 
 
-def test_nothing_is_claimed_below_the_margin_however_certain() -> None:
+def test_paired_difference_below_the_margin_is_not_claimed() -> None:
     reference = np.full(500, 5.0)
     within = compare.paired(reference, reference * 1.019)
     assert within.high < 1 and within.verdict == compare.NO_DIFFERENCE
     assert compare.paired(reference, reference * 1.03).verdict == compare.SLOWER
 
 
-def test_few_rounds_say_nothing() -> None:
+def test_paired_few_rounds_give_no_verdict() -> None:
     found = compare.paired([1.0] * 9, [2.0] * 9)
     assert found.speed == pytest.approx(0.5)
     assert (found.low, found.high) == (0, float("inf"))
     assert found.verdict == compare.NO_DIFFERENCE
 
 
-def test_more_comparisons_need_more_confidence() -> None:
+def test_paired_more_comparisons_widen_the_interval() -> None:
     one, four = (compare.paired(*rounds(3, 1.0), comparisons=count) for count in (1, 4))
     assert one.level == 0.95 and four.level == pytest.approx(0.9875)
     assert four.high - four.low > one.high - one.low
 
 
 @pytest.mark.parametrize(("n", "left_out"), [(10, 1), (15, 3), (20, 5), (100, 39)])
-def test_the_sign_tests_interval_is_the_tabled_one(n: int, left_out: int) -> None:
+def test_median_bounds_equal_tabled_sign_test(n: int, left_out: int) -> None:
     low, high = compare.median_bounds(np.arange(n, dtype=np.float64), 0.95)
     assert (low, high) == (left_out, n - 1 - left_out)
 
 
-def test_runs_apart_are_compared_by_the_figure_asked_for() -> None:
+def test_compare_unpaired_uses_the_figure() -> None:
     rng = np.random.default_rng(0)
     now, then = rng.gamma(4, size=(2, 2000)) + 5
     heavy = then.copy()
@@ -67,3 +69,52 @@ def test_runs_apart_are_compared_by_the_figure_asked_for() -> None:
     assert compare.compare_unpaired(now, heavy, figure="mean").verdict == compare.SLOWER
     assert compare.compare_unpaired(now[:50], heavy, figure="p99") is None
     assert not compare.compare_unpaired(now, heavy, figure="mean").paired
+
+
+def entry(scale: float = 1.0, n: int = 2000, seed: int = 0, **changed: Any) -> dict[str, Any]:
+    samples = scale * (5 + np.random.default_rng(seed).gamma(2, 0.2, n))
+    known = {
+        "scenario": "single-stream", "measured": "engines/net.onnx", "batch": 1, "device": "cpu",
+        "provider": "ONNX Runtime CPU", "threads": 2, "versions": {"onnxruntime": "1.32.0"},
+        "precision": "fp32", "with_preprocess": False, "load": {}, "samples": samples.tolist(),
+    }  # fmt: skip
+    return known | changed
+
+
+@pytest.mark.parametrize(
+    ("slower", "tolerance", "regression"),
+    [(1.00, 0.03, False), (1.05, 0.03, True), (1.05, 0.08, False), (0.90, 0.0, False)],
+)
+def test_judge_regression_only_beyond_the_tolerance(
+    slower: float, tolerance: float, regression: bool
+) -> None:
+    judged = compare.judge(entry(slower, seed=1), entry(), tolerance=tolerance)
+    assert judged.regression == regression
+    assert judged.comparison and judged.comparison.speed == pytest.approx(1 / slower, rel=0.01)
+
+
+def test_judge_few_samples_are_no_regression() -> None:
+    judged = compare.judge(entry(1.05, n=12), entry(n=12, seed=1), tolerance=0.03)
+    assert not judged.regression
+
+
+def test_judge_uses_the_figure_of_the_scenario() -> None:
+    tail = np.asarray(entry()["samples"])
+    tail[::60] += 50
+    for scenario, regression in (("single-stream", False), ("offline", True), ("server", True)):
+        now = entry(scenario=scenario, samples=tail.tolist())
+        judged = compare.judge(now, entry(scenario=scenario), tolerance=0.03)
+        assert judged.regression == regression, scenario
+
+
+def test_config_diff_names_what_differs() -> None:
+    assert compare.config_diff(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
+    old = entry()
+    del old["scenario"], old["with_preprocess"]
+    assert compare.config_diff(entry(with_preprocess=None), old) == []
+    for name, value in (
+        ("batch", 8), ("device", "H100"), ("threads", 1), ("measured", "other.onnx"),
+        ("versions", {"onnxruntime": "1.31.0"}), ("load", {"qps": 5}), ("scenario", "offline"),
+    ):  # fmt: skip
+        (words,) = compare.config_diff(entry(**{name: value}), entry())
+        assert ", was " in words

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rtresnet.bench import environment, nvml
-from rtresnet.bench.environment import Counters, summary
+from rtresnet.bench.environment import Counters, GpuReport, summary
+from rtresnet.bench.nvml import GpuSample
 from rtresnet.core.hardware import Gpu
 
 
@@ -28,45 +29,45 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
 
 
-def test_a_quiet_machine_has_no_remarks() -> None:
+def test_summary_quiet_machine_has_no_remarks() -> None:
     report = summary(10, START, counted(20.5, 20), [2400.0, 2410.0], None)
-    assert report["remarks"] == []
-    assert report["host"]["own_cores"] == 2 and report["host"]["other_cores"] == 0.05
-    assert report["host"]["mhz"] == [2400, 2405, 2410]
+    assert report.remarks == ()
+    assert report.host.own_cores == 2 and report.host.other_cores == 0.05
+    assert report.host.mhz == (2400, 2405, 2410)
 
 
-def test_what_disturbs_is_said() -> None:
+def test_summary_disturbances_are_remarks() -> None:
     report = summary(10, START, counted(35, 20, stolen=9, throttled=2), [3000, 1500], None)
-    busy, stolen, quota, clock = report["remarks"]
+    busy, stolen, quota, clock = report.remarks
     assert busy == "other processes used 1.50 of 4 cores"
-    assert "hypervisor gave 7%" in stolen and "held processes back for 2.0 s" in quota
+    assert "hypervisor gave 7%" in stolen and "quota stopped processes for 2.0 s" in quota
     assert clock == "the processor's clock went from 3000 down to 1500 MHz"
 
 
-def test_too_short_a_time_and_an_unknown_machine_say_nothing() -> None:
+def test_summary_short_time_or_unknown_machine_has_no_remarks() -> None:
     for report in (
         summary(0.1, START, counted(35, 0), [], None),
         summary(10, None, None, [], None),
     ):
-        assert report["remarks"] == [] and report["host"]["other_cores"] is None
-        assert report["host"]["mhz"] is None
+        assert report.remarks == () and report.host.other_cores is None
+        assert report.host.mhz is None
 
 
-def test_a_throttling_gpu_is_said() -> None:
-    samples = [
-        {"throttled": [], "others": 0},
-        {"throttled": ["power cap"], "others": 2},
-        {"throttled": None, "others": None},
-    ]
-    report = summary(1, None, None, [], {"name": "Test GPU", "samples": samples})
-    assert report["remarks"] == [
-        "the GPU throttled in 1 of 3 looks at it (power cap)",
+def test_summary_throttling_gpu_is_a_remark() -> None:
+    samples = (
+        GpuSample(throttled=(), others=0),
+        GpuSample(throttled=("power cap",), others=2),
+        GpuSample(),
+    )
+    report = summary(1, None, None, [], GpuReport(name="Test GPU", samples=samples))
+    assert report.remarks == (
+        "the GPU throttled in 1 of 3 samples (power cap)",
         "2 other processes had work on the GPU",
-    ]
+    )
 
 
 @pytest.mark.skipif(environment.counters() is None, reason="no /proc/stat here")
-def test_a_process_that_computes_is_anothers_until_it_is_waited_for() -> None:
+def test_watch_child_counts_as_own_once_waited_for() -> None:
     spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 1.0: pass"]
     with environment.Watch() as ours:
         subprocess.run(spin, check=True)
@@ -77,14 +78,14 @@ def test_a_process_that_computes_is_anothers_until_it_is_waited_for() -> None:
     finally:
         busy.kill()
         busy.wait()
-    host = ours.report["host"]
-    assert host["own_cores"] * ours.report["seconds"] > 0.9
-    host = others.report["host"]
-    assert host["other_cores"] > 0.2 and host["own_cores"] < 0.2
-    assert ours.report["gpu"] is None
+    host = ours.report.host
+    assert host.own_cores * ours.report.seconds > 0.9
+    host = others.report.host
+    assert host.other_cores > 0.2 and host.own_cores < 0.2
+    assert ours.report.gpu is None
 
 
-def test_the_kernels_files_are_read(tmp_path: Path) -> None:
+def test_counters_and_megahertz_read_proc_and_sys(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "proc/stat").write_text("cpu  100 200 300 400 500 600 700 800 9 9\ncpu0 1\n")
@@ -100,7 +101,7 @@ def test_the_kernels_files_are_read(tmp_path: Path) -> None:
     assert environment.megahertz(tmp_path) == 1800
 
 
-def test_garbage_in_the_kernels_files_is_unknown(tmp_path: Path) -> None:
+def test_counters_of_garbage_are_unknown(tmp_path: Path) -> None:
     assert environment.counters(tmp_path) is None and environment.megahertz(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/stat").write_text("cpu  a b\n")
@@ -163,13 +164,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleType) -> None:
     with environment.Watch(visible(SECOND)) as watch:
         pass
-    gpu = watch.report["gpu"]
-    assert gpu["driver"] == "580.1" and gpu["power_limit_w"] == 700 and gpu["unknown"] is None
-    assert gpu["uuid"] == SECOND
-    assert gpu["samples"][0] == {
-        "mhz": 1200, "power_w": 699.5, "celsius": 71, "throttled": ["power cap"], "others": None,
-    }  # fmt: skip
-    assert any("power cap" in remark for remark in watch.report["remarks"])
+    gpu = watch.report.gpu
+    assert gpu.driver == "580.1" and gpu.power_limit_w == 700 and gpu.unknown is None
+    assert gpu.uuid == SECOND
+    assert gpu.samples[0] == GpuSample(
+        mhz=1200, power_w=699.5, celsius=71, throttled=("power cap",), others=None
+    )
+    assert any("power cap" in remark for remark in watch.report.remarks)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleTy
     [(FIRST, 300, "gpu0"), (SECOND, 1200, "gpu1"), (INSTANCE, 1200, "mig")],
     ids=["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1", "a MIG instance"],
 )
-def test_monitor_gpus_of_one_name_are_told_apart_by_uuid(
+def test_monitor_gpus_of_one_name_are_identified_by_uuid(
     uuid: str, mhz: int, asked_for_processes: str, driver: types.ModuleType
 ) -> None:
     asked = []
@@ -188,7 +189,7 @@ def test_monitor_gpus_of_one_name_are_told_apart_by_uuid(
 
     driver.nvmlDeviceGetComputeRunningProcesses = processes  # type: ignore[attr-defined]
     sample = nvml.GpuMonitor(visible(uuid)).sample()
-    assert sample["mhz"] == mhz and sample["others"] == 0
+    assert sample.mhz == mhz and sample.others == 0
     assert asked == [asked_for_processes]
 
 
@@ -198,7 +199,7 @@ def test_monitor_without_uuid_takes_a_name_only_where_it_is_unique(
     with pytest.raises(LookupError, match="2 GPUs"):
         nvml.GpuMonitor(visible(None))
     driver.nvmlDeviceGetCount = lambda: 1  # type: ignore[attr-defined]
-    assert nvml.GpuMonitor(visible(None)).sample()["mhz"] == 300
+    assert nvml.GpuMonitor(visible(None)).sample().mhz == 300
 
 
 def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
@@ -210,9 +211,9 @@ def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with environment.Watch(visible(FIRST)) as watch:
         pass
-    assert watch.report["gpu"] == {
-        "name": "Test GPU", "uuid": FIRST, "unknown": "nvidia-ml-py is not installed",
-    }  # fmt: skip
+    assert watch.report.gpu == GpuReport(
+        name="Test GPU", uuid=FIRST, unknown="nvidia-ml-py is not installed"
+    )
 
 
 def test_monitor_library_older_than_nvidia_ml_py_answers_none(driver: types.ModuleType) -> None:
@@ -222,7 +223,7 @@ def test_monitor_library_older_than_nvidia_ml_py_answers_none(driver: types.Modu
     driver.nvmlDeviceGetComputeRunningProcesses = mismatch  # type: ignore[attr-defined]
     del driver.nvmlDeviceGetCurrentClocksEventReasons  # type: ignore[attr-defined]
     sample = nvml.GpuMonitor(visible(SECOND)).sample()
-    assert sample["others"] is None and sample["throttled"] is None and sample["mhz"] == 1200
+    assert sample.others is None and sample.throttled is None and sample.mhz == 1200
 
 
 def test_nvidia_ml_py_has_every_function_that_is_called() -> None:

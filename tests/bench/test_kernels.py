@@ -16,7 +16,7 @@ Net = Callable[..., Path]
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "nameless"])
 @pytest.mark.parametrize("shortcut", ["A", "B"])
-def test_multiply_adds_are_those_of_the_net(net_file: Net, precision: str, shortcut: str) -> None:
+def test_count_multiply_adds_equal_the_nets(net_file: Net, precision: str, shortcut: str) -> None:
     counted = kernels.count(net_file(precision, "resnet8", shortcut))
     net = zoo.build(zoo.spec("resnet8", shortcut=shortcut), device="meta")
     assert sum(kernel.multiply_adds for kernel in counted.kernels) == multiply_adds(net, 32)
@@ -24,7 +24,7 @@ def test_multiply_adds_are_those_of_the_net(net_file: Net, precision: str, short
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("int8", 1)])
-def test_a_fused_convolution_moves_what_it_reads_and_writes(
+def test_count_fused_convolution_reads_and_writes_its_tensors(
     net_file: Net, precision: str, size: int
 ) -> None:
     found = {k.name: k for k in kernels.count(net_file(precision)).kernels}
@@ -39,7 +39,7 @@ def test_a_fused_convolution_moves_what_it_reads_and_writes(
     assert 16 * 16 * 9 * size + biases <= first.weights <= 16 * 16 * 9 * size + biases + 16 * 5
 
 
-def test_every_node_that_stores_is_in_one_kernel(net_file: Net) -> None:
+def test_count_every_storing_node_is_in_one_kernel(net_file: Net) -> None:
     path = net_file("fp32")
     counted = kernels.count(path)
     nodes = onnx.load(path).graph.node
@@ -50,7 +50,7 @@ def test_every_node_that_stores_is_in_one_kernel(net_file: Net) -> None:
     assert set(counted.blocks) == {name for n in nodes for name in (n.name, *n.output)}
 
 
-def test_blocks_and_stages_come_in_order(net_file: Net) -> None:
+def test_count_blocks_and_stages_are_in_order(net_file: Net) -> None:
     named = kernels.count(net_file("fp32")).kernels
     assert list(dict.fromkeys(k.block for k in named)) == [
         "stem", "layer1.0", "layer2.0", "layer3.0", "head",
@@ -65,7 +65,7 @@ def test_blocks_and_stages_come_in_order(net_file: Net) -> None:
     assert [k.multiply_adds for k in nameless] == [k.multiply_adds for k in named]
 
 
-def test_as_if_int8_moves_what_the_int8_file_moves(net_file: Net) -> None:
+def test_at_int8_moves_the_bytes_of_the_int8_file(net_file: Net) -> None:
     as_if = kernels.at(kernels.count(net_file("fp32")).kernels, "int8")
     real = kernels.count(net_file("int8")).kernels
     assert [k.multiply_adds for k in as_if] == [k.multiply_adds for k in real]
@@ -74,17 +74,17 @@ def test_as_if_int8_moves_what_the_int8_file_moves(net_file: Net) -> None:
     assert kernels.precision_of(as_if) == kernels.precision_of(real) == "int8"
 
 
-def test_a_fixed_batch_is_counted_an_image(net_file: Net, tmp_path: Path) -> None:
+def test_count_fixed_batch_is_per_image(net_file: Net, tmp_path: Path) -> None:
     model = onnx.load(net_file("fp32"))
     dynamic = kernels.count(model).kernels
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
     assert kernels.count(model).kernels == dynamic
 
 
-def test_what_cannot_be_counted_is_said(net_file: Net, tmp_path: Path) -> None:
+def test_count_broken_file_or_open_size_is_refused(net_file: Net, tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(net_file("fp32").read_bytes()[:5000])
-    with pytest.raises(ArtifactError, match="not an ONNX file"):
+    with pytest.raises(ArtifactError, match="not a valid ONNX file"):
         kernels.count(broken)
     open_size = onnx.load(net_file("fp32"))
     for dim in open_size.graph.input[0].type.tensor_type.shape.dim[2:]:

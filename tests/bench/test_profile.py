@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet.bench import gpus, kernels, profile
+from rtresnet.bench import kernels, profile, roofline
 from rtresnet.builder import engine
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
@@ -30,7 +30,7 @@ BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1
         ("ReorderOutput_token_7", None), ("", None), ("conv10", None),
     ],
 )  # fmt: skip
-def test_a_name_after_fusion_is_recognized(ran: str, node: str | None) -> None:
+def test_recognize_name_after_fusion_returns_the_node(ran: str, node: str | None) -> None:
     assert profile.recognize(ran, BLOCKS) == node
 
 
@@ -43,7 +43,7 @@ def test_engine_blocks_of_a_layer_of_several_nodes_takes_the_most_common_block()
     assert profile.engine_blocks(layers, BLOCKS) == {"__myl_MulAddRelu_myl0_6": "layer1.0"}
 
 
-def test_what_is_not_recognized_belongs_to_what_ran_before() -> None:
+def test_layers_of_unrecognized_node_counts_with_the_previous_block() -> None:
     run = [("Transpose", "Transpose", 1.0), ("conv1", "Conv", 2.0), ("ReorderOutput", "R", 3.0),
            ("fc", "Gemm", 4.0)]  # fmt: skip
     layers = profile.layers_of([run, run, run], BLOCKS)
@@ -58,24 +58,24 @@ def test_what_is_not_recognized_belongs_to_what_ran_before() -> None:
         (10, 6, 4, 1, "overhead"),
     ],
 )  # fmt: skip
-def test_what_bounds_a_block(
+def test_bound_by_returns_what_explains_the_time(
     ms: float, other: float, compute: float, memory: float, bound: str
 ) -> None:
     assert profile.bound_by(ms, other, compute, memory) == bound
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "nameless"])
-def test_a_real_profile_adds_up_block_by_block(net_file: Net, precision: str) -> None:
+def test_profile_of_onnx_runtime_adds_up_by_block(net_file: Net, precision: str) -> None:
     pytest.importorskip("onnxruntime")
     path = net_file(precision)
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     recorded = profilers.record_onnx(path, images, seconds=0.01, threads=1)
     assert len(recorded.runs) == len(recorded.whole) >= profilers.MIN_RUNS
     counted = kernels.count(path)
-    gpu = gpus.find("T4")
+    gpu = roofline.find_gpu("T4")
     found = profile.profile(
         recorded.runs, recorded.whole, counted.kernels, counted.blocks,
-        batch=2, rates=gpu, bandwidth=gpu.bandwidth * 1e9,
+        batch=2, roof=gpu.rates,
     )  # fmt: skip
     assert [part.name for part in found.blocks] == list(
         dict.fromkeys(kernel.block for kernel in counted.kernels)
@@ -96,19 +96,17 @@ def test_a_real_profile_adds_up_block_by_block(net_file: Net, precision: str) ->
         assert found.int8_products is None
 
 
-def test_sums_that_do_not_agree_are_noticed(net_file: Net) -> None:
+def test_profile_sum_unlike_the_whole_does_not_agree(net_file: Net) -> None:
     counted = kernels.count(net_file("fp32"))
     run = [(kernel.name, kernel.op, 1.0) for kernel in counted.kernels]
     total = float(len(run))
     for whole, agrees in ((total, True), (1.2 * total, False), (0.8 * total, False)):
-        found = profile.profile(
-            [run], [whole], counted.kernels, counted.blocks, batch=1, rates=None, bandwidth=None
-        )
+        found = profile.profile([run], [whole], counted.kernels, counted.blocks, batch=1, roof=None)
         assert found.agrees is agrees
         assert all(part.bound is None for part in found.blocks)
 
 
-def test_the_verb_shows_blocks_and_writes_them(
+def test_profile_command_shows_and_writes_blocks(
     net_file: Net,
     tmp_path: Path,
     brief_measurements: None,
@@ -128,7 +126,7 @@ def test_the_verb_shows_blocks_and_writes_them(
     assert main(["profile", str(tmp_path / "none.onnx")]) == 2
 
 
-def test_a_plan_without_a_gpu_is_refused_with_what_to_do(
+def test_profile_command_plan_without_gpu_exits_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], without_gpu: None
 ) -> None:
     (tmp_path / "a.plan").write_bytes(b"vtrt")
@@ -164,7 +162,7 @@ def test_profile_of_a_real_rtx_plan_gives_every_block_its_time(
 
 
 @pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
-def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
+def test_trt_profiler_is_accepted_by_the_real_api(module: str) -> None:
     trt = pytest.importorskip(module)
     keeper = profilers.profiler(trt)
     assert isinstance(keeper, trt.IProfiler)
@@ -175,7 +173,7 @@ def test_the_profiler_is_one_for_the_real_api(module: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not hardware.gpus(), reason="no GPU")
-def test_a_plans_layers_add_up_on_a_gpu(net_file: Net, tmp_path: Path) -> None:
+def test_trt_profile_on_a_gpu_layers_add_up(net_file: Net, tmp_path: Path) -> None:
     plan = tmp_path / "net.plan"
     builder = "tensorrt" if hardware.installed("tensorrt") else "rtx"
     engine.build(net_file("fp16"), plan, profiles=[Profile(min=1, opt=8, max=8)], builder=builder)

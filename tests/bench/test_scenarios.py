@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rtresnet.bench import scenarios
-from rtresnet.bench.load import Candidate
+from rtresnet.bench.workload import Candidate
 from rtresnet.core.errors import InputError
 from rtresnet.runtime.batcher import Batcher
 from tests.bench.simulated import Simulated, on_gpu
@@ -24,32 +24,32 @@ def constant(clock: Simulated, seconds: float) -> Candidate:
 
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7, 0.8])
-def test_the_p99_of_a_server_is_that_of_theory(load: float) -> None:
+def test_server_p99_equals_theory(load: float) -> None:
     clock = Simulated()
     found = scenarios.server(
         constant(clock, 0.005), qps=load / 0.005, seconds=1, queries=200_000, clock=clock
     )
-    assert found.latency.p99 == pytest.approx(found.load["md1_p99_ms"], rel=0.05)
+    assert found.latency.p99 == pytest.approx(found.load.md1_p99_ms, rel=0.05)
 
 
-def test_a_late_system_does_not_slow_the_arrivals_down() -> None:
+def test_server_slow_system_does_not_slow_arrivals() -> None:
     clock = Simulated()
     found = scenarios.server(constant(clock, 0.02), qps=100, seconds=10, clock=clock)
     # It serves 50 a second of 100 that come: the last waits for about as long as all the work.
     assert found.latency.n == pytest.approx(1000, rel=0.15)
-    assert max(found.samples) > 7_000 and found.load["md1_p99_ms"] is None
+    assert max(found.samples) > 7_000 and found.load.md1_p99_ms is None
 
 
-def test_a_system_that_cannot_keep_up_is_left_alone_and_says_so() -> None:
+def test_server_overloaded_stops_and_counts_unanswered() -> None:
     clock = Simulated()
     begin = clock.now()
     found = scenarios.server(constant(clock, 0.01), qps=10_000, seconds=2, clock=clock)
     # 20,000 come, 100 a second are served; two seconds of arrivals, two of waiting, one more.
     assert clock.now() - begin < 6
-    assert found.latency.n + found.load["unanswered"] == pytest.approx(20_000, rel=0.05)
+    assert found.latency.n + found.load.unanswered == pytest.approx(20_000, rel=0.05)
     assert found.latency.n < 600
     calm = scenarios.server(constant(clock, 0.01), qps=10, seconds=2, clock=clock)
-    assert calm.load["unanswered"] == 0
+    assert calm.load.unanswered == 0
 
 
 def test_arrivals_are_poisson_and_seeded() -> None:
@@ -62,14 +62,14 @@ def test_arrivals_are_poisson_and_seeded() -> None:
 
 
 @pytest.mark.parametrize("qps", [0, -3, float("inf"), float("nan")])
-def test_a_rate_out_of_range_is_refused(qps: float) -> None:
+def test_server_rate_out_of_range_is_refused(qps: float) -> None:
     clock = Simulated()
     with pytest.raises(InputError, match="--qps"):
         scenarios.server(constant(clock, 0.1), qps=qps, seconds=1, clock=clock)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 7])
-def test_clients_in_flight_wait_for_each_other(clients: int) -> None:
+def test_closed_clients_wait_for_each_other(clients: int) -> None:
     clock = Simulated()
     found = scenarios.closed(
         constant(clock, 0.005), concurrency=clients, seconds=4, batch=2, clock=clock
@@ -78,10 +78,10 @@ def test_clients_in_flight_wait_for_each_other(clients: int) -> None:
     assert min(found.samples) == pytest.approx(5 * clients)
     assert max(found.samples) == pytest.approx(5 * clients)
     assert found.latency.images_per_second == pytest.approx(400)
-    assert 800 <= found.latency.n <= 801 and found.load["concurrency"] == clients
+    assert 800 <= found.latency.n <= 801 and found.load.concurrency == clients
 
 
-def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
+def test_closed_ends_at_queries_or_early_stop() -> None:
     clock = Simulated()
     serve = constant(clock, 0.005)
     assert (
@@ -90,12 +90,12 @@ def test_a_closed_load_ends_at_its_queries_or_when_there_is_no_hope() -> None:
     few = scenarios.closed(serve, concurrency=1, seconds=0.001, fewest=100, clock=clock)
     assert few.latency.n == 100
     given_up = scenarios.closed(
-        serve, concurrency=1, seconds=9, give_up=lambda taken: len(taken) == 12, clock=clock
+        serve, concurrency=1, seconds=9, early_stop=lambda taken: len(taken) == 12, clock=clock
     )
     assert given_up.latency.n == 12
 
 
-def test_a_batcher_serves_arrivals_and_clients() -> None:
+def test_batcher_serves_server_and_closed() -> None:
     sizes: list[int] = []
 
     def session(images: np.ndarray) -> np.ndarray:
@@ -107,14 +107,14 @@ def test_a_batcher_serves_arrivals_and_clients() -> None:
             serve=lambda image: batcher.submit(image).result(), requests=[np.zeros(1)]
         )
         arrived = scenarios.server(asked, qps=2000, seconds=9, queries=60, submit=batcher.submit)
-        assert arrived.latency.n == 60 and arrived.load["refused"] == 0
-        assert arrived.load["service_ms"] is None and min(arrived.samples) > 0
+        assert arrived.latency.n == 60 and arrived.load.refused == 0
+        assert arrived.load.service_ms is None and min(arrived.samples) > 0
         sizes.clear()
         flown = scenarios.closed(asked, concurrency=8, seconds=9, queries=80, submit=batcher.submit)
         assert flown.latency.n == 80 and max(sizes) == 4
 
 
-def test_an_error_of_the_session_comes_out_of_the_batcher() -> None:
+def test_server_error_behind_a_batcher_is_raised() -> None:
     def session(images: np.ndarray) -> np.ndarray:
         raise RuntimeError("out of memory")
 
@@ -124,7 +124,7 @@ def test_an_error_of_the_session_comes_out_of_the_batcher() -> None:
             scenarios.server(asked, qps=1000, seconds=9, queries=20, submit=batcher.submit)
 
 
-def test_a_full_queue_refuses_and_that_is_counted() -> None:
+def test_server_full_queue_counts_refused_requests() -> None:
     gate = threading.Event()
 
     def session(images: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_a_full_queue_refuses_and_that_is_counted() -> None:
         asked = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
         found = scenarios.server(asked, qps=2000, seconds=9, queries=50, submit=submit)
     # One or two are being served, two wait.
-    assert found.load["refused"] + found.latency.n == 50 and found.load["refused"] >= 45
+    assert found.load.refused + found.latency.n == 50 and found.load.refused >= 45
 
 
 def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
@@ -156,8 +156,8 @@ def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
     plain, timed = found
     assert timed.samples == pytest.approx(plain.samples)
     assert timed.wall_seconds == pytest.approx(plain.wall_seconds)
-    assert timed.load["service_ms"] == pytest.approx(0.3)
-    assert timed.load["late_ms"] == pytest.approx(plain.load["late_ms"], abs=1e-9)
+    assert timed.load.service_ms == pytest.approx(0.3)
+    assert timed.load.late_ms == pytest.approx(plain.load.late_ms, abs=1e-9)
     assert timed.parts["compute"].n == timed.latency.n
 
 
@@ -170,14 +170,14 @@ def test_closed_timings_are_slow_to_read_throughput_excludes_it(clients: int) ->
     assert max(found.samples) == pytest.approx(0.3 * clients)
 
 
-def test_server_give_up_is_slow_latencies_exclude_it() -> None:
+def test_server_early_stop_is_slow_latencies_exclude_it() -> None:
     clock = Simulated()
 
-    def give_up(latencies: list[float]) -> bool:
+    def stop(latencies: list[float]) -> bool:
         clock.time += 0.01
         return False
 
     found = scenarios.server(
-        on_gpu(clock, 300e-6, 0), qps=100, seconds=1, give_up=give_up, clock=clock
+        on_gpu(clock, 300e-6, 0), qps=100, seconds=1, early_stop=stop, clock=clock
     )
     assert found.latency.median == pytest.approx(0.3)

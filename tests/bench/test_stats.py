@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
+from rtresnet.bench import stats
 from rtresnet.bench.stats import percentile, summarize, trtexec
+from rtresnet.core.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -22,7 +27,7 @@ from rtresnet.bench.stats import percentile, summarize, trtexec
         (3, 0.5, 2),
     ],
 )
-def test_a_percentile_is_the_nearest_rank(n: int, share: float, expected: float) -> None:
+def test_percentile_is_the_nearest_rank(n: int, share: float, expected: float) -> None:
     samples = np.arange(1, n + 1, dtype=np.float64)
     shuffled = np.random.default_rng(0).permutation(samples)
     assert percentile(shuffled, share) == expected
@@ -31,13 +36,13 @@ def test_a_percentile_is_the_nearest_rank(n: int, share: float, expected: float)
 
 
 @pytest.mark.parametrize(("share", "needed"), [(0.99, 100), (0.95, 20), (0.90, 10)])
-def test_a_percentile_needs_a_sample_beyond_it(share: float, needed: int) -> None:
+def test_percentile_without_a_sample_beyond_it_is_none(share: float, needed: int) -> None:
     for n in (1, needed // 2, needed - 1):
         assert percentile(np.ones(n), share) is None
     assert percentile(np.ones(needed), share) == 1
 
 
-def test_every_share_is_a_sample_at_every_n() -> None:
+def test_percentile_of_any_n_is_a_sample() -> None:
     for n in range(1, 400):
         samples = np.arange(n, dtype=np.float64)
         for share in (0.9, 0.95, 0.99):
@@ -47,13 +52,13 @@ def test_every_share_is_a_sample_at_every_n() -> None:
                 assert (samples <= found).sum() >= share * n - 1e-6
 
 
-def test_a_percentile_is_never_interpolated() -> None:
+def test_percentile_is_never_interpolated() -> None:
     samples = np.array([1.0] * 94 + [50.0] * 6)
     assert percentile(samples, 0.90) == 1
     assert percentile(samples, 0.95) == 50
 
 
-def test_a_summary_has_every_figure() -> None:
+def test_summarize_gives_every_figure() -> None:
     milliseconds = np.arange(1, 101, dtype=np.float32)
     found = summarize(milliseconds, batch=8, wall_seconds=4.0)
     assert (found.n, found.median, found.mean, found.images_per_second) == (100, 50.5, 50.5, 200)
@@ -63,7 +68,7 @@ def test_a_summary_has_every_figure() -> None:
     assert set(found.intervals) >= {"median", "mean", "p99"}
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say_also_of_correlated_samples() -> None:
+def test_summarize_intervals_of_correlated_samples_cover_the_mean() -> None:
     rng, inside, plain = np.random.default_rng(0), 0, 0
     for _ in range(200):
         shocks = rng.standard_normal(600)
@@ -79,7 +84,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say_also_of_correlated_sample
     assert inside >= 0.87 * 200 and plain < 0.75 * 200
 
 
-def test_trtexecs_percentile_rule_and_batches_a_second() -> None:
+def test_trtexec_uses_its_percentile_rule_and_batches_per_second() -> None:
     line = trtexec(np.arange(1.0, 201.0), wall_seconds=4)
     assert "Throughput: 50 qps" in line
     # sorted[N - 1 - int((1 - p) * N)] of 200 samples; 1 - 0.99 is a little less in float32.
@@ -87,7 +92,7 @@ def test_trtexecs_percentile_rule_and_batches_a_second() -> None:
         assert f"percentile({share}%) = {value} ms" in line, line
 
 
-def test_the_tail_is_kept() -> None:
+def test_summarize_keeps_the_tail() -> None:
     found = summarize(np.array([1.0] * 99 + [1000.0]), batch=1, wall_seconds=1.099)
     assert found.median == 1
     assert found.mean == pytest.approx(10.99)
@@ -96,7 +101,7 @@ def test_the_tail_is_kept() -> None:
     assert found.std > 90
 
 
-def test_a_single_sample_has_no_percentiles_and_no_spread() -> None:
+def test_summarize_single_sample_has_no_percentiles() -> None:
     found = summarize(np.array([2.5]), batch=4, wall_seconds=0.0025)
     assert (found.n, found.median, found.mean, found.std) == (1, 2.5, 2.5, 0)
     assert found.p90 is found.p95 is found.p99 is found.p999 is None
@@ -104,7 +109,43 @@ def test_a_single_sample_has_no_percentiles_and_no_spread() -> None:
     assert not any(found.intervals.values())
 
 
-def test_a_summary_does_not_change_its_samples() -> None:
+def test_summarize_does_not_change_its_samples() -> None:
     samples = np.array([3.0, 1.0, 2.0])
     summarize(samples, batch=1, wall_seconds=1)
     assert samples.tolist() == [3, 1, 2]
+
+
+def erlang(time: float, load: float) -> float:
+    """Erlang's own formula of 1909, an alternating sum: exact in fractions, useless in floats."""
+    total = Fraction(0)
+    rho, t = Fraction(load), Fraction(time)
+    for k in range(int(time) + 1):
+        x = rho * (k - t)
+        exponential = sum(((-x) ** j) / math.factorial(j) for j in range(60))
+        total += x**k / math.factorial(k) * exponential
+    return float((1 - rho) * total)
+
+
+@pytest.mark.parametrize("load", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("time", [0.0, 0.25, 1.0, 2.5, 7.75])
+def test_md1_waiting_below_equals_erlangs_formula(load: float, time: float) -> None:
+    lengths = stats.md1_queue_lengths(load, 32)
+    found = stats.md1_waiting_below(time, load=load, lengths=lengths)
+    assert found == pytest.approx(erlang(time, load), abs=1e-10)
+
+
+@pytest.mark.parametrize("load", [0.05, 0.5, 0.8, 0.95])
+def test_md1_queue_lengths_have_the_pollaczek_khinchine_mean(load: float) -> None:
+    lengths = stats.md1_queue_lengths(load, 600)
+    assert lengths.min() >= 0 and lengths.sum() == pytest.approx(1, abs=1e-9)
+    mean = load + load**2 / (2 * (1 - load))
+    assert lengths @ np.arange(600) == pytest.approx(mean, rel=1e-6)
+
+
+def test_md1_latency_quantile_of_few_arrivals_is_the_service_time() -> None:
+    assert stats.md1_latency_quantile(0.99, rate=1, service=0.005) == pytest.approx(0.005)
+
+
+def test_md1_latency_quantile_of_an_overload_is_refused() -> None:
+    with pytest.raises(InputError, match="more than one server"):
+        stats.md1_latency_quantile(0.99, rate=200, service=0.005)

@@ -70,7 +70,7 @@ def test_a_truncated_real_plan_is_refused(plan: Path, tmp_path: Path) -> None:
     path.write_bytes(plan.read_bytes()[: plan.stat().st_size // 2])
     with pytest.raises(ArtifactError, match="truncated") as caught:
         header.read(path)
-    assert "anew" in str(caught.value)
+    assert "again" in str(caught.value)
 
 
 @pytest.mark.parametrize(

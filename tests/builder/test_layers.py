@@ -59,10 +59,10 @@ def test_layers_of_another_build_are_refused(plan: Path, tmp_path: Path) -> None
         (tmp_path / path.name).write_bytes(path.read_bytes())
     place = layers.path_for(copy)
     place.write_text(place.read_text().replace("Int8", "Half", 1))
-    with pytest.raises(ArtifactError, match=r"not the file that belongs to .*; build it anew"):
+    with pytest.raises(ArtifactError, match=r"not the file that belongs to .*; build it again"):
         layers.load(copy, read_sidecar(copy))
     place.unlink()
-    with pytest.raises(InputError, match="no such file; build it anew"):
+    with pytest.raises(InputError, match="no such file; build it again"):
         layers.load(copy, read_sidecar(copy))
     with pytest.raises(InputError, match="it has no sidecar"):
         layers.load(copy, None)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rtresnet.cli.bench_load import milliseconds
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
-from rtresnet.core.errors import InputError
 
 Captured = pytest.CaptureFixture[str]
 
@@ -43,7 +39,7 @@ def recorded(net: str, tmp_path: Path, scale: float = 1.0, **changed: Any) -> st
     return str(path)
 
 
-def test_a_checkpoint_is_timed_beside_its_onnx_file(
+def test_bench_checkpoint_and_onnx_file_are_compared(
     net: str, trained: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     checkpoint = str(trained / "best.pt")
@@ -59,35 +55,9 @@ def test_a_checkpoint_is_timed_beside_its_onnx_file(
     assert "takes no --provider" in capsys.readouterr().err
 
 
-def test_clients_call_at_the_same_time(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a batcher too: each has a thread."""
-    from rtresnet.bench.load import Candidate
-    from rtresnet.cli import bench_load
-
-    inside, most, lock, taken = 0, 0, threading.Lock(), list[float]()
-
-    def serve(request: object) -> None:
-        nonlocal inside, most
-        begin = time.perf_counter()
-        with lock:
-            inside, most = inside + 1, max(most, inside + 1)
-        time.sleep(0.01)
-        with lock:
-            inside -= 1
-        taken.append(1e3 * (time.perf_counter() - begin))
-
-    load = bench_load.choose(
-        scenario="closed", batch="1", qps=None, concurrency=4, max_batch=1, with_preprocess=None,
-        queries=40,
-    )  # fmt: skip
-    session: Any = None
-    found = bench_load.arriving(session, Candidate(serve=serve, requests=[0]), load)
-    assert most == 4 and found.latency.n == 40 and inside == 0
-    # Four in line would wait for each other, four times as long as one takes.
-    assert found.latency.median < 2.5 * np.median(taken)
-
-
-def test_a_gate_that_saw_nothing_does_not_pass(net: str, tmp_path: Path, capsys: Captured) -> None:
+def test_bench_baseline_with_too_few_samples_exits_2(
+    net: str, tmp_path: Path, capsys: Captured
+) -> None:
     few = [net, "--qps", "300", "--queries", "20"]
     run(few, tmp_path)
     (tmp_path / "result.json").rename(tmp_path / "then.json")
@@ -106,7 +76,7 @@ def test_a_gate_that_saw_nothing_does_not_pass(net: str, tmp_path: Path, capsys:
         (["--concurrency", "8", "--max-batch", "4", "--max-wait", "1ms"], 1, "8 of them"),
     ],
 )
-def test_every_scenario(
+def test_bench_scenario_is_measured_and_described(
     net: str, tmp_path: Path, capsys: Captured, options: list[str], batch: int, words: str
 ) -> None:
     result = run([net, *options, "--queries", "30", "--seed", "7"], tmp_path)
@@ -121,7 +91,7 @@ def test_every_scenario(
     assert all(len(line) <= 80 for line in out.splitlines() if "─" in line)
 
 
-def test_two_files_under_arrivals_are_told_apart_without_pairs(
+def test_bench_two_files_under_server_are_compared_unpaired(
     engines: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     files = [str(engines / name) for name in ("resnet8.onnx", "resnet8-int8.onnx")]
@@ -131,7 +101,9 @@ def test_two_files_under_arrivals_are_told_apart_without_pairs(
     assert "not paired" in capsys.readouterr().out
 
 
-def test_intervals_and_trtexecs_lines(net: str, tmp_path: Path, capsys: Captured) -> None:
+def test_bench_intervals_and_trtexec_are_printed(
+    net: str, tmp_path: Path, capsys: Captured
+) -> None:
     options = ["--batch", "1", "--queries", "1500", "--intervals", "--trtexec"]
     (entry,) = run([net, *options], tmp_path)["results"]
     low, high = entry["latency"]["intervals"]["p99"]
@@ -141,7 +113,9 @@ def test_intervals_and_trtexecs_lines(net: str, tmp_path: Path, capsys: Captured
     assert "95 % intervals" in out and "percentile(99%) = " in out
 
 
-def test_from_encoded_bytes(net: str, tmp_path: Path, capsys: Captured) -> None:
+def test_bench_with_preprocess_measures_encoded_images(
+    net: str, tmp_path: Path, capsys: Captured
+) -> None:
     from PIL import Image
 
     folder = tmp_path / "photographs"
@@ -160,7 +134,7 @@ def test_from_encoded_bytes(net: str, tmp_path: Path, capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_the_largest_batch_and_its_curve(
+def test_bench_find_batch_writes_result_and_plot(
     net: str, tmp_path: Path, capsys: Captured, suffix: str
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -175,8 +149,10 @@ def test_the_largest_batch_and_its_curve(
     assert start.startswith(b"<svg") if suffix == "svg" else start == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_highest_rate(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rtresnet.cli.bench_find.STEP", 4)
+def test_bench_find_qps_needs_enough_arrivals(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtresnet.workflows.benchmark_search.STEP", 4)
     options = ["--find-qps", "--p99", "10s", "--seconds", "0.05", "--queries", "20"]
     # 20 arrivals have no p99, and what is unknown does not hold.
     assert main(["bench", net, *options]) == 1
@@ -187,13 +163,13 @@ def test_the_highest_rate(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("what", ["batch", "qps"])
-def test_a_bound_that_nothing_holds_is_exit_code_1(net: str, capsys: Captured, what: str) -> None:
+def test_bench_find_without_success_exits_1(net: str, capsys: Captured, what: str) -> None:
     options = [f"--find-{what}", "--p99", "1us", "--seconds", "0.05"]
     assert main(["bench", net, *options]) == 1
     assert f"no {what} holds a p99 of 0.001 ms" in capsys.readouterr().err
 
 
-def test_a_regression_is_exit_code_1_and_stands_in_the_json(
+def test_bench_regression_exits_1_and_is_in_the_json(
     net: str, tmp_path: Path, capsys: Captured
 ) -> None:
     path = recorded(net, tmp_path, scale=0.01)
@@ -201,12 +177,11 @@ def test_a_regression_is_exit_code_1_and_stands_in_the_json(
     result = run(options, tmp_path, code=1)
     (judged,) = result["regressions"]
     assert judged["regression"] is True and judged["figure"] == "median"
-    assert "recorded" not in result
     captured = capsys.readouterr()
     assert "REGRESSION beyond 3 %" in captured.out and "resnet8.onnx at batch 1" in captured.err
 
 
-def test_no_regression_is_exit_code_0(net: str, tmp_path: Path, capsys: Captured) -> None:
+def test_bench_no_regression_exits_0(net: str, tmp_path: Path, capsys: Captured) -> None:
     path = recorded(net, tmp_path, scale=100)
     run([net, "--batch", "1", "--queries", "200", "--baseline", path], tmp_path)
     assert "no regression shown beyond 3 %" in capsys.readouterr().out
@@ -220,7 +195,7 @@ def test_no_regression_is_exit_code_0(net: str, tmp_path: Path, capsys: Captured
         ({"versions": {"onnxruntime": "1.0"}}, "versions"),
     ],
 )
-def test_another_machine_version_or_batch_is_refused_unless_forced(
+def test_bench_baseline_of_another_machine_exits_2_unless_forced(
     net: str, tmp_path: Path, capsys: Captured, changed: dict[str, Any], word: str
 ) -> None:
     path = recorded(net, tmp_path, scale=100, **changed)
@@ -232,7 +207,7 @@ def test_another_machine_version_or_batch_is_refused_unless_forced(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"verb": "eval", "result": {}}'])
-def test_a_baseline_that_is_none_is_refused_before_anything_is_measured(
+def test_bench_baseline_of_another_kind_exits_2(
     net: str, tmp_path: Path, capsys: Captured, text: str
 ) -> None:
     path = tmp_path / "baseline.json"
@@ -265,11 +240,6 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
     ("options", "word"),
     [
         (["--scenario", "server"], "--qps"),
-        (["--scenario", "closed"], "--concurrency"),
-        (["--scenario", "offline", "--qps", "5"], "server"),
-        (["--qps", "5", "--batch", "8"], "--batch"),
-        (["--max-batch", "4"], "--max-batch"),
-        (["--qps", "5", "--max-batch", "4", "--with-preprocess", "."], "--max-batch"),
         (["--with-preprocess", "nothing.jpg"], "nothing.jpg"),
         (["--find-batch"], "--p99"),
         (["--find-batch", "--find-qps", "--p99", "1ms"], "choose one"),
@@ -278,10 +248,8 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
         (["--find-batch", "--p99", "1ms", "--qps", "5"], "--qps"),
         (["--p99", "1ms"], "--find-batch"),
         (["--find-batch", "--p99", "1ms", "--intervals"], "--intervals"),
-        (["--find-batch", "--p99", "1ms", "--queries", "3"], "a p99 takes 100"),
         (["--json", "other.onnx.json"], "other.onnx's sidecar"),
         (["--json", "photograph.png"], "the name of an image"),
-        (["--max-wait", "1ms"], "--max-batch"),
         (["--tolerance", "much"], "--tolerance much"),
         (["--contexts", "2"], "--contexts"),
         (["--graphs"], "--graphs"),
@@ -290,7 +258,7 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
         (["--seconds", "0"], "--seconds"),
     ],
 )
-def test_what_does_not_go_together_is_exit_code_2(
+def test_bench_contradicting_options_exit_2(
     net: str, capsys: Captured, options: list[str], word: str
 ) -> None:
     assert main(["bench", net, *options]) == 2
@@ -300,33 +268,20 @@ def test_what_does_not_go_together_is_exit_code_2(
 def test_bench_switch_interval_is_short_meanwhile_and_restored(
     net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rtresnet.cli import bench_load
+    from rtresnet.workflows import workload
 
     before, during = sys.getswitchinterval(), list[float]()
-    measure = bench_load.measure
+    measure = workload.measure
 
     def looks(*arguments: Any) -> Any:
         during.append(sys.getswitchinterval())
         return measure(*arguments)
 
-    monkeypatch.setattr(bench_load, "measure", looks)
+    monkeypatch.setattr(workload, "measure", looks)
     result = run([net, "--batch", "1", "--queries", "20"], tmp_path)
     assert during == [pytest.approx(1e-4)] and result["switch_interval_s"] == 1e-4
     assert sys.getswitchinterval() == before
     assert main(["bench", net, "--graphs"]) == 2  # fails where it is set already
     assert sys.getswitchinterval() == before
     entry = result["results"][0]
-    assert entry["contexts"] is entry["graphs"] is None and "in_flight" not in entry["load"]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [("10ms", 10), ("0.5s", 500), ("250us", 0.25), ("7", 7), (".5ms", 0.5)]
-)
-def test_times(given: str, expected: float) -> None:
-    assert milliseconds(given, "p99") == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("given", ["", "0", "-1ms", "ms", "1e3", "1 h", "0ms"])
-def test_what_is_no_time_is_refused(given: str) -> None:
-    with pytest.raises(InputError, match="--p99"):
-        milliseconds(given, "p99")
+    assert entry["contexts"] is entry["graphs"] is entry["load"]["in_flight"] is None

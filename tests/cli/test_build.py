@@ -119,7 +119,7 @@ def test_inspect_without_sidecar_goes_as_far_as_the_plan_says(
     assert "header: TensorRT-RTX" in said and "it says of itself: " in said
     assert "model resnet8, precision int8" in said
     assert main(["inspect", str(stray), "--layers"]) == 2
-    assert "it has no sidecar; build it anew" in capsys.readouterr().err
+    assert "it has no sidecar; build it again" in capsys.readouterr().err
 
 
 def test_layers_of_what_is_no_plan_are_refused(

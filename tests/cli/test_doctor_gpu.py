@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from rtresnet.cli import doctor_gpu
 from rtresnet.cli.main import main
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.isolated import StepResult, StepSkipped
+from rtresnet.workflows import doctor_gpu
 
 DRIVER = {
     "cuda": "13.0", "kernel_driver": None, "reason": None, "versions": {"python": "3.12"},
@@ -61,7 +61,7 @@ def test_doctor_gpu_without_a_gpu_is_one_line_and_exit_3(
 def test_doctor_gpu_runs_its_steps_in_processes() -> None:
     """The driver's step itself: it ends ok with or without a GPU."""
     try:
-        results = doctor_gpu.run_steps()
+        results = doctor_gpu.test_gpu()
     except UnavailableError as lack:
         assert "no NVIDIA GPU" in str(lack)
     else:

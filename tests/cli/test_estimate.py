@@ -8,7 +8,7 @@ import pytest
 from rtresnet.cli.main import main
 
 
-def test_a_named_net_on_one_gpu_is_a_bound_by_stage(
+def test_estimate_named_net_on_one_gpu_is_listed_by_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "e.json"
@@ -28,7 +28,7 @@ def test_a_named_net_on_one_gpu_is_a_bound_by_stage(
     assert entry["compute_ms"] == pytest.approx(2e3 * 32 * 40_551_040 / 660.6e12)
 
 
-def test_a_file_on_every_gpu(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimate_file_is_listed_by_gpu(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", str(engines / "resnet8-int8.onnx")]) == 0
     shown = capsys.readouterr().out
     assert "int8, batch 1" in shown and "T4" in shown and "H200" in shown
@@ -44,7 +44,7 @@ def test_a_file_on_every_gpu(engines: Path, capsys: pytest.CaptureFixture[str]) 
         (["{engines}/resnet8.onnx", "--size", "64"], "has its own"),
     ],
 )
-def test_what_cannot_be_estimated_is_said(
+def test_estimate_impossible_request_exits_2(
     arguments: list[str], words: str, engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [part.replace("{engines}", str(engines)) for part in arguments]

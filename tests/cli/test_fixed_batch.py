@@ -13,10 +13,10 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from rtresnet.cli import bench_load
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
 from rtresnet.core.errors import UnavailableError
+from rtresnet.workflows import workload
 
 pytest.importorskip("onnxruntime")
 
@@ -151,14 +151,14 @@ def test_bench_that_fails_at_a_batch_keeps_the_finished_ones(
     engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    measure = bench_load.measure
+    measure = workload.measure
 
     def fail_at_8(sessions: Any, load: Any, batch: int, update: Any) -> Any:
         if batch == 8:
             raise UnavailableError("no memory for 8")
         return measure(sessions, load, batch, update)
 
-    monkeypatch.setattr(bench_load, "measure", fail_at_8)
+    monkeypatch.setattr(workload, "measure", fail_at_8)
     path = str(engines / "resnet8.onnx")
     found = result(["bench", path, "--queries", "5"], code=3)
     assert [entry["batch"] for entry in found["results"]] == [1]

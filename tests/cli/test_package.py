@@ -22,13 +22,10 @@ def copied(engines: Path, tmp_path: Path) -> Path:
     return shutil.copytree(engines, tmp_path / "engines")
 
 
-@pytest.fixture
-def tensorrt_plan(copied: Path) -> Path:
-    """What a plan by TensorRT would be: its sidecar counts here, nothing reads its bytes."""
-    source, path = copied / "resnet8-int8.onnx", copied / "served.plan"
+def publish_plan(source: Path, path: Path, profiles: tuple[Profile, ...]) -> Path:
+    """A file with the sidecar of a plan by TensorRT; nothing here reads its bytes."""
     sidecar = artifacts.read_sidecar(source)
     assert sidecar is not None
-    profiles = (Profile(min=1, opt=1, max=4), Profile(min=4, opt=16, max=64))
     plan = Plan(
         builder="tensorrt", version="10.14.1.48", targets=("sm_90",), profiles=profiles, seconds=9.0
     )
@@ -39,6 +36,24 @@ def tensorrt_plan(copied: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def tensorrt_plan(copied: Path) -> Path:
+    profiles = (Profile(min=1, opt=1, max=4), Profile(min=4, opt=16, max=64))
+    return publish_plan(copied / "resnet8-int8.onnx", copied / "served.plan", profiles)
+
+
+def publish_fixed(folder: Path, batch: int) -> Path:
+    """The net with a fixed batch, with a sidecar."""
+    source, path = folder / "resnet8-int8.onnx", folder / "fixed.onnx"
+    model = onnx.load(source)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    sidecar = artifacts.read_sidecar(source)
+    assert sidecar is not None
+    artifacts.publish(path, lambda target: target.write_bytes(model.SerializeToString()), sidecar)
+    return path
+
+
 def config(root: Path, name: str) -> Any:
     pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
@@ -46,7 +61,7 @@ def config(root: Path, name: str) -> Any:
     return text_format.Parse((root / name / "config.pbtxt").read_text(), pb.ModelConfig())
 
 
-def test_an_onnx_file_with_its_labels_and_its_record(
+def test_package_onnx_file_has_labels_and_record(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, record, source = tmp_path / "models", tmp_path / "out.json", engines / "resnet8-int8.onnx"
@@ -75,7 +90,7 @@ def test_an_onnx_file_with_its_labels_and_its_record(
     assert "mean (0.485, 0.456, 0.406)" in found.parameters["input"].string_value
 
 
-def test_a_tensorrt_plan_with_the_version_that_it_needs(
+def test_package_tensorrt_plan_states_its_version(
     tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "models"
@@ -93,7 +108,7 @@ def test_a_tensorrt_plan_with_the_version_that_it_needs(
     assert found.parameters["tensorrt"].string_value == "10.14.1.48"
 
 
-def test_a_plan_by_tensorrt_rtx_is_refused_with_the_way_out(
+def test_package_tensorrt_rtx_plan_is_refused_with_fix(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, root = copied / "resnet8-int8.plan", tmp_path / "models"
@@ -117,7 +132,7 @@ def test_a_plan_by_tensorrt_rtx_is_refused_with_the_way_out(
         (["--name", "../net"], "--name ../net"),
     ],
 )
-def test_what_a_plan_cannot_do_is_refused(
+def test_package_plan_with_impossible_options_is_refused(
     tensorrt_plan: Path, tmp_path: Path, options: list[str], told: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -126,7 +141,7 @@ def test_what_a_plan_cannot_do_is_refused(
     assert told in capsys.readouterr().err and not root.exists()
 
 
-def test_a_plan_needs_its_sidecar_and_the_onnx_file_it_was_built_from(
+def test_package_plan_without_sidecar_or_parent_is_refused(
     tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["package", str(tensorrt_plan), "--triton", str(tmp_path / "models")]
@@ -134,12 +149,12 @@ def test_a_plan_needs_its_sidecar_and_the_onnx_file_it_was_built_from(
     parent.write_bytes(b"another file")
     assert main(arguments) == 2 and "no longer the file" in capsys.readouterr().err
     parent.unlink()
-    assert main(arguments) == 2 and "bring the ONNX file along" in capsys.readouterr().err
+    assert main(arguments) == 2 and "copy the ONNX file, too" in capsys.readouterr().err
     artifacts.sidecar_path(tensorrt_plan).unlink()
     assert main(arguments) == 2 and "no sidecar" in capsys.readouterr().err
 
 
-def test_a_strangers_onnx_file_has_no_labels(copied: Path, tmp_path: Path) -> None:
+def test_package_onnx_file_without_sidecar_has_no_labels(copied: Path, tmp_path: Path) -> None:
     path, root = copied / "resnet8.onnx", tmp_path / "models"
     artifacts.sidecar_path(path).unlink()
     assert main(["package", str(path), "--triton", str(root), "--device", "cuda"]) == 0
@@ -149,28 +164,46 @@ def test_a_strangers_onnx_file_has_no_labels(copied: Path, tmp_path: Path) -> No
     assert not found.output[0].label_filename and found.instance_group[0].kind == 1
 
 
-def test_a_fixed_batch_is_refused(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("batch", [1, 8])
+def test_package_fixed_batch_writes_whole_shapes_and_no_batching(
+    copied: Path, tmp_path: Path, batch: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = onnx.load(copied / "resnet8.onnx")
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    path = tmp_path / "one.onnx"
-    onnx.save(model, path)
-    assert main(["package", str(path), "--triton", str(tmp_path / "models")]) == 2
-    assert "fixed batch (1)" in capsys.readouterr().err
+    """Triton refuses max_batch_size above 0 unless the first dimension is open."""
+    path, root = publish_fixed(copied, batch), tmp_path / "models"
+    assert main(["package", str(path), "--triton", str(root), "--max-batch", "4"]) == 2
+    assert "leave --max-batch out" in capsys.readouterr().err and not root.exists()
+    assert main(["package", str(path), "--triton", str(root)]) == 0
+    assert f"takes batches of {batch} only" in capsys.readouterr().err
+    written = config(root, "fixed")
+    assert written.max_batch_size == 0 and not written.HasField("dynamic_batching")
+    assert list(written.input[0].dims) == [batch, 3, 32, 32] and written.input[0].format == 0
+    assert list(written.output[0].dims) == [batch, 4]
+    assert bool(written.output[0].label_filename) == (batch == 1)  # labels go by position
+
+
+def test_package_plan_of_a_fixed_batch_writes_whole_shapes(copied: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    plan = publish_plan(
+        publish_fixed(copied, 8), copied / "fixed.plan", (Profile(min=8, opt=8, max=8),)
+    )
+    assert main(["package", str(plan), "--triton", str(root)]) == 0
+    written = config(root, "fixed")
+    assert (written.backend, written.max_batch_size) == ("tensorrt", 0)
+    assert list(written.input[0].dims) == [8, 3, 32, 32]
+    assert not written.HasField("dynamic_batching") and not written.instance_group[0].profile
 
 
 @pytest.mark.parametrize("content", [b"text\n", b"\x08\x08"])
-def test_what_is_no_onnx_file_is_refused(
+def test_package_invalid_onnx_file_is_refused(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, root = tmp_path / "some.onnx", tmp_path / "models"
     path.write_bytes(content)
     assert main(["package", str(path), "--triton", str(root)]) == 2
-    assert "not an ONNX file" in capsys.readouterr().err and not root.exists()
+    assert "not a valid ONNX file" in capsys.readouterr().err and not root.exists()
 
 
-def test_a_truncated_file_and_a_checkpoint_are_refused(
+def test_package_truncated_file_or_checkpoint_is_refused(
     copied: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, root = copied / "resnet8.onnx", ["--triton", str(tmp_path / "models")]
@@ -180,7 +213,7 @@ def test_a_truncated_file_and_a_checkpoint_are_refused(
     assert "rtresnet export" in capsys.readouterr().err
 
 
-def test_the_same_file_twice_is_told(
+def test_package_same_file_twice_is_refused(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, root = engines / "resnet8.onnx", tmp_path / "models"

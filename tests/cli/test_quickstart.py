@@ -1,4 +1,4 @@
-"""What `quickstart` says beside its table; the whole of it runs in tests/test_readme.py."""
+"""What `quickstart` says next to its table; the whole of it runs in tests/test_readme.py."""
 
 from __future__ import annotations
 

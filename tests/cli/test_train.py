@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_previous_state_and_the_run_goes_on_from_it(
 ) -> None:
     options = ["--epochs", "3", "--set", "precision=fp32"]
     assert run(tints, tmp_path / "unbroken", *options) == 0
-    # Room for best.pt and one last.pt, not for the second beside it.
+    # Room for best.pt and one last.pt, not for the second next to it.
     needed = sum((tmp_path / "unbroken" / name).stat().st_size for name in ("best.pt", "last.pt"))
     disk = disk_of(f"{needed // 1024 + 200}k")
     capsys.readouterr()
@@ -314,5 +314,5 @@ def test_train_with_impossible_share_of_broken_images_exits_2(
     given: str, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tints, tmp_path / "run", "--max-broken", given) == 2
-    assert "--max-broken 1%" in capsys.readouterr().err
+    assert "as in 1%" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

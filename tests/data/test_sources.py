@@ -482,7 +482,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
 
 
 def test_hidden_files_and_folders_within_a_class_are_no_images(tmp_path: Path) -> None:
-    """Notebooks leave copies in .ipynb_checkpoints, macOS leaves ._NAME beside every file."""
+    """Notebooks leave copies in .ipynb_checkpoints, macOS leaves ._NAME next to every file."""
     folders(tmp_path, "a/1.png", "b/1.png", "a/.ipynb_checkpoints/1-checkpoint.png")
     (tmp_path / "b" / "._1.png").write_bytes(b"\0\5\x16\7")
     assert len(open_source(str(tmp_path))) == 2

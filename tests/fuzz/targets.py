@@ -116,11 +116,11 @@ def _report(path: Path) -> int:
 
 
 def _baseline(path: Path) -> None:
-    from rtresnet.bench import baseline
-    from rtresnet.cli import bench_baseline
+    from rtresnet.bench import compare
+    from rtresnet.cli import bench
 
-    for entry in bench_baseline.read(str(path)):
-        baseline.judge(entry, entry, tolerance=0.03)
+    for entry in bench._read_baseline(str(path), None, False).results:
+        compare.judge(entry, entry, tolerance=0.03)
 
 
 def _journal(path: Path) -> None:

@@ -20,12 +20,12 @@ Images = Callable[..., np.ndarray]
 
 
 def some() -> np.ndarray:
-    """Positive float32 of many magnitudes, and those on and beside the borders."""
+    """Positive float32 of many magnitudes, and those on and next to the borders."""
     rng = np.random.default_rng(0)
     drawn = np.exp(rng.uniform(-30, 30, 5000)).astype(np.float32)
     whole = np.array([1, 1.125, 1.25, 1.5, 1.75, 1.875, 2, 2**-20, 7, 7.5, 15, 15.5], np.float32)
-    beside = [np.nextafter(whole, np.float32(side)) for side in (0, 1e9)]
-    return np.concatenate([drawn, whole, *beside])
+    neighbours = [np.nextafter(whole, np.float32(side)) for side in (0, 1e9)]
+    return np.concatenate([drawn, whole, *neighbours])
 
 
 def significant_bits(numbers: np.ndarray) -> int:

@@ -17,15 +17,15 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
 from rtresnet.serving import triton
-from rtresnet.serving.triton import Model, Tensor
+from rtresnet.serving.triton import ModelConfig, TensorSpec
 
-IMAGES = Tensor(name="images", dtype="float32", dims=(3, 32, 32))
-LOGITS = Tensor(name="logits", dtype="float32", dims=(10,))
+IMAGES = TensorSpec(name="images", dtype="float32", dims=(3, 32, 32))
+LOGITS = TensorSpec(name="logits", dtype="float32", dims=(10,))
 CLASSES = tuple(f"class {index}" for index in range(10))
 
 
-def model(**changed: Any) -> Model:
-    base = Model(
+def model(**changed: Any) -> ModelConfig:
+    base = ModelConfig(
         name="net", kind="onnx", precision="fp32", inputs=(IMAGES,), outputs=(LOGITS,),
         labels=CLASSES, max_batch=32, max_delay_us=500, instances=1, device="auto",
         parameters={"sha256": "abc"},
@@ -33,7 +33,7 @@ def model(**changed: Any) -> Model:
     return dataclasses.replace(base, **changed)
 
 
-def plan(*profiles: tuple[int, int, int], **changed: Any) -> Model:
+def plan(*profiles: tuple[int, int, int], **changed: Any) -> ModelConfig:
     made = tuple(Profile(min=a, opt=b, max=c) for a, b, c in profiles)
     return model(kind="plan", profiles=made, **changed)
 
@@ -46,7 +46,7 @@ def parsed(text: str) -> Any:
     return text_format.Parse(text, pb.ModelConfig())
 
 
-def test_an_onnx_file_is_a_model_that_the_schema_knows() -> None:
+def test_config_onnx_file_matches_tritons_schema() -> None:
     found = parsed(triton.config(model()))
     assert (found.name, found.backend, found.max_batch_size) == ("net", "onnxruntime", 32)
     (image,), (logits,) = found.input, found.output
@@ -63,7 +63,7 @@ def test_an_onnx_file_is_a_model_that_the_schema_knows() -> None:
     assert not found.optimization.execution_accelerators.gpu_execution_accelerator
 
 
-def test_a_plan_prefers_its_best_batches_and_names_every_profile() -> None:
+def test_config_plan_prefers_its_best_batches_and_names_all_profiles() -> None:
     found = parsed(triton.config(plan((1, 1, 4), (4, 16, 32), instances=2)))
     assert found.backend == "tensorrt"
     assert list(found.dynamic_batching.preferred_batch_size) == [1, 16]
@@ -72,13 +72,13 @@ def test_a_plan_prefers_its_best_batches_and_names_every_profile() -> None:
     assert not parsed(triton.config(plan((1, 8, 32)))).instance_group[0].profile
 
 
-def test_no_batch_is_preferred_that_may_not_be_formed() -> None:
+def test_config_prefers_no_batch_above_the_largest() -> None:
     found = parsed(triton.config(plan((1, 8, 32), max_batch=4)))
     assert found.max_batch_size == 4 and not found.dynamic_batching.preferred_batch_size
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cuda", 1), ("cpu", 2), ("auto", 0)])
-def test_an_int8_onnx_file_runs_in_tensorrt_wherever_there_is_a_gpu(device: str, kind: int) -> None:
+def test_config_int8_onnx_file_uses_tensorrt_on_gpus(device: str, kind: int) -> None:
     found = parsed(triton.config(model(precision="int8", device=device)))
     assert found.instance_group[0].kind == kind
     accelerators = found.optimization.execution_accelerators.gpu_execution_accelerator
@@ -92,11 +92,11 @@ def test_an_int8_onnx_file_runs_in_tensorrt_wherever_there_is_a_gpu(device: str,
         }
 
 
-def test_pixels_in_and_the_k_best_out() -> None:
-    pixels = Tensor(name="images", dtype="uint8", dims=(32, 32, 3))
+def test_config_pixels_and_topk_have_their_shapes() -> None:
+    pixels = TensorSpec(name="images", dtype="uint8", dims=(32, 32, 3))
     best = (
-        Tensor(name="indices", dtype="int64", dims=(5,)),
-        Tensor(name="probabilities", dtype="float32", dims=(5,)),
+        TensorSpec(name="indices", dtype="int64", dims=(5,)),
+        TensorSpec(name="probabilities", dtype="float32", dims=(5,)),
     )
     found = parsed(triton.config(model(inputs=(pixels,), outputs=best)))
     assert (found.input[0].data_type, found.input[0].format) == (2, 1)  # UINT8, NHWC
@@ -105,7 +105,7 @@ def test_pixels_in_and_the_k_best_out() -> None:
     assert not any(output.label_filename for output in found.output)
 
 
-def test_text_is_quoted_so_that_it_comes_back_as_it_was() -> None:
+def test_config_text_is_quoted_losslessly() -> None:
     odd = 'rtresnet build "a b.onnx"\n\\back\x01é'
     assert parsed(triton.config(model(parameters={"made_by": odd}))).parameters[
         "made_by"
@@ -113,7 +113,7 @@ def test_text_is_quoted_so_that_it_comes_back_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".net", "a/b", "..", "a b", "é"])
-def test_a_name_that_is_no_folder_of_triton_is_refused(name: str) -> None:
+def test_model_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="--name"):
         model(name=name)
 
@@ -121,7 +121,7 @@ def test_a_name_that_is_no_folder_of_triton_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("profiles", "batch"), [([(2, 8, 32)], 1), ([(1, 1, 1), (8, 16, 32)], 2), ([(1, 8, 16)], 17)]
 )
-def test_a_plan_that_some_batch_does_not_fit_is_refused(
+def test_model_plan_without_a_profile_for_a_batch_is_refused(
     profiles: list[tuple[int, int, int]], batch: int
 ) -> None:
     with pytest.raises(InputError, match=f"a batch of {batch},.*--batch 1:8:32"):
@@ -155,7 +155,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_version_holds_the_file_and_a_sidecar_that_still_knows_where_it_came_from(
+def test_write_copies_the_file_and_a_sidecar_with_its_parent(
     tmp_path: Path, source: tuple[Path, Sidecar]
 ) -> None:
     path, sidecar = source
@@ -171,9 +171,7 @@ def test_a_version_holds_the_file_and_a_sidecar_that_still_knows_where_it_came_f
     assert [state for _, _, state in artifacts.chain(folder / "model.plan")] == ["ok", "no sidecar"]
 
 
-def test_the_next_version_is_added_and_the_first_stays_as_it_is(
-    tmp_path: Path, source: tuple[Path, Sidecar]
-) -> None:
+def test_write_second_version_keeps_the_first(tmp_path: Path, source: tuple[Path, Sidecar]) -> None:
     path, sidecar = source
     root = tmp_path / "models"
     triton.write(root, plan((1, 8, 32)), path, sidecar)
@@ -184,7 +182,7 @@ def test_the_next_version_is_added_and_the_first_stays_as_it_is(
     assert "max_queue_delay_microseconds: 9" in (root / "net" / "config.pbtxt").read_text()
 
 
-def test_a_version_is_never_replaced(tmp_path: Path, source: tuple[Path, Sidecar]) -> None:
+def test_write_existing_version_is_refused(tmp_path: Path, source: tuple[Path, Sidecar]) -> None:
     path, sidecar = source
     root, wanted = tmp_path / "models", plan((1, 8, 32))
     triton.write(root, wanted, path, sidecar, 3)
@@ -196,7 +194,7 @@ def test_a_version_is_never_replaced(tmp_path: Path, source: tuple[Path, Sidecar
         triton.write(root, wanted, path, None, 3)
     with pytest.raises(InputError, match="Triton serves the latest"):
         triton.write(root, wanted, path, None, 2)
-    pixels = Tensor(name="images", dtype="uint8", dims=(32, 32, 3))
+    pixels = TensorSpec(name="images", dtype="uint8", dims=(32, 32, 3))
     for other in (plan((1, 8, 32), inputs=(pixels,)), model(kind="onnx")):
         with pytest.raises(InputError, match="choose another --name"):
             triton.write(root, other, path, None)
@@ -206,7 +204,7 @@ def test_a_version_is_never_replaced(tmp_path: Path, source: tuple[Path, Sidecar
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_nothing_is_left_where_copying_fails(
+def test_write_failed_copy_leaves_nothing(
     tmp_path: Path, source: tuple[Path, Sidecar], existing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, sidecar = source
@@ -228,7 +226,7 @@ def test_nothing_is_left_where_copying_fails(
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("last", ["copyfile", "config"])
-def test_a_killed_process_leaves_no_half_version_and_can_be_run_again(
+def test_write_killed_leaves_no_partial_version_and_can_be_repeated(
     tmp_path: Path, source: tuple[Path, Sidecar], existing: bool, last: str
 ) -> None:
     path, sidecar = source
@@ -246,7 +244,7 @@ if {last!r} == "copyfile":
     triton.shutil.copyfile = die
 else:
     triton.Path.rename = die
-from rtresnet.serving.triton import Model, Tensor
+from rtresnet.serving.triton import ModelConfig, TensorSpec
 triton.write({str(root)!r}, triton.{plan((1, 8, 32))!r}, {str(path)!r}, None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -258,7 +256,7 @@ triton.write({str(root)!r}, triton.{plan((1, 8, 32))!r}, {str(path)!r}, None)
     )
 
 
-def test_folders_that_triton_passes_over_are_no_versions(tmp_path: Path) -> None:
+def test_versions_ignore_other_folders(tmp_path: Path) -> None:
     for name in ("1", "12", "01", "0", ".2.tmp", "old", "3"):
         (tmp_path / name).mkdir()
     (tmp_path / "3").rmdir()

@@ -17,7 +17,7 @@ from rtresnet.data import cache
 from rtresnet.data.sources import Arrays, open_source
 from rtresnet.models import zoo
 from rtresnet.training import dataset
-from rtresnet.training.config import Job
+from rtresnet.training.config import TrainJob
 from rtresnet.training.dataset import DataReport, prepare
 from rtresnet.training.recipe import Recipe
 
@@ -43,12 +43,12 @@ def folder(tmp_path: Path) -> Folder:
     return make
 
 
-def job(data: Path | str, tmp_path: Path, size: int = 32, **options: object) -> Job:
+def job(data: Path | str, tmp_path: Path, size: int = 32, **options: object) -> TrainJob:
     source = open_source(str(data), "train")
     test = open_source(str(data), "test") if source.splits else None
     contract = Preprocess.for_size(size)
     recipe = Recipe(name="speed", epochs=1, batch=8, lr=0.1)
-    return Job(
+    return TrainJob(
         spec=zoo.spec("resnet8"), source=source, test=test, preprocess=contract, recipe=recipe,
         out=tmp_path / "run", **options,  # type: ignore[arg-type]
     )  # fmt: skip

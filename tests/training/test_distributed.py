@@ -232,4 +232,4 @@ def test_shards_hold_every_image_once() -> None:
 def test_alone_nothing_is_exchanged(tints: str) -> None:
     alone = World()
     assert alone.sums(np.array([1.0, 2.0]), "cpu").tolist() == [1, 2]
-    assert alone.share("x") == "x" and alone.part(12, 3, 1) == slice(4, 8)
+    assert alone.broadcast("x") == "x" and alone.part(12, 3, 1) == slice(4, 8)

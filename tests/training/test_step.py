@@ -185,9 +185,9 @@ def test_train_fp16_resumed_after_skipped_steps_equals_the_unbroken_run(
 
 
 class Second(World):
-    """Rank 1 of two, whose rank 0 has settled on bf16."""
+    """Rank 1 of two, whose rank 0 has resolve_job on bf16."""
 
-    def share(self, value: object) -> object:  # type: ignore[override]
+    def broadcast(self, value: object) -> object:  # type: ignore[override]
         assert isinstance(value, Recipe) and value.precision == "fp32"
         raise Shared
 
@@ -200,9 +200,9 @@ def test_train_several_processes_take_rank_0s_recipe(tints: str, tmp_path: Path)
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import open_source
     from rtresnet.training import loop
-    from rtresnet.training.config import Job
+    from rtresnet.training.config import TrainJob
 
-    job = Job(
+    job = TrainJob(
         spec=zoo.spec("resnet8"), source=open_source(tints), test=None,
         preprocess=Preprocess.for_size(32), out=tmp_path / "run",
         recipe=dataclasses.replace(RECIPE, precision="fp32"),

@@ -1,0 +1,291 @@
+"""What is measured and how: a candidate and its requests, the clock, warm-up, and a measurement.
+
+The scenarios (`scenarios.py`) build on it. Knows no files: what serves a request is a callable, so
+that every scenario can be tested without an engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from rtresnet.bench import compare, stats
+from rtresnet.core.errors import InputError
+
+T = TypeVar("T")
+WINDOW_CALLS, WINDOW_SECONDS, STEADY, CAP_SECONDS = 3, 0.05, 0.05, 2.0
+SPIN = 0.0003
+"""Seconds by which a sleep may end late. The end of a wait is spent polling the clock instead."""
+
+Timings = dict[str, float]
+"""Milliseconds of the parts of one request: h2d, compute, d2h, enqueue."""
+
+
+class Clock(Protocol):
+    """A monotonic clock in seconds; tests bring their own."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        ...
+
+    def sleep_until(self, moment: float, *, exactly: bool) -> None:
+        """Returns at `moment`, or at once where it has passed.
+
+        Args:
+            moment: As `now` counts.
+            exactly: Whether the end of the wait may be spent polling the clock.
+        """
+        ...
+
+
+class WallClock:
+    """The machine's clock."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.perf_counter()
+
+    def sleep_until(self, moment: float, *, exactly: bool) -> None:
+        """Returns at `moment`, a tenth of a millisecond later if not `exactly`."""
+        left = moment - time.perf_counter() - (SPIN if exactly else 0)
+        if left > 0:
+            time.sleep(left)
+        while time.perf_counter() < moment:
+            pass
+
+
+class PausableClock:
+    """A clock that stops while the benchmark does work of its own.
+
+    Everything scheduled by it is postponed by the time it stood still, so neither latencies nor
+    wall time include that work, even where requests queue.
+
+    Args:
+        clock: The clock that it follows otherwise.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._stopped = clock, 0.0
+
+    def now(self) -> float:
+        """Seconds since some moment, without those spent in `exclude`."""
+        return self._clock.now() - self._stopped
+
+    def sleep_until(self, moment: float, *, exactly: bool) -> None:
+        """Returns at `moment` as `now` counts. See `Clock.sleep_until`."""
+        self._clock.sleep_until(moment + self._stopped, exactly=exactly)
+
+    def exclude(self, work: Callable[[], T]) -> T:
+        """Calls a function while the clock is stopped, and returns its result."""
+        before = self._clock.now()
+        result = work()
+        self._stopped += self._clock.now() - before
+        return result
+
+
+class Pipeline(Protocol):
+    """Batches in flight: `runtime.trt.Pipeline`.
+
+    Attributes:
+        depth: The largest number of batches in flight.
+    """
+
+    depth: int
+
+    def put(self, request: Any) -> None:
+        """Enqueues a request."""
+        ...
+
+    def get(self) -> object:
+        """Waits for the oldest request."""
+        ...
+
+    def timings(self) -> Timings:
+        """Timings of the request that `get` returned last."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A callable to measure, with the requests it is called with.
+
+    Attributes:
+        serve: Takes a request and returns when the result is available; usually a `Session`.
+        requests: Prepared before the clock starts; served in turn, over and over.
+        timings: Timings of the last request; empty where only wall time is known.
+        pipeline: Keeps requests in flight, in place of `serve`; None serves one after another.
+    """
+
+    serve: Callable[[Any], object]
+    requests: Sequence[Any]
+    timings: Callable[[], Timings] = dict
+    pipeline: Callable[[], AbstractContextManager[Pipeline]] | None = None
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[tuple[Callable[[Any], object], Callable[[], Timings]]]:
+        """Yields a function that serves the next request, and one that reads its timings.
+
+        With a pipeline, each call enqueues a request and waits for the oldest: all but one are
+        then in flight. Requests that remain at the end are dropped.
+        """
+        if self.pipeline is None:
+            yield self.serve, self.timings
+            return
+        with self.pipeline() as pipeline:
+            for _ in range(pipeline.depth - 1):
+                pipeline.put(self.requests[0])
+
+            def serve(request: Any) -> None:
+                pipeline.put(request)
+                pipeline.get()
+
+            yield serve, pipeline.timings
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupResult:
+    """How a warm-up ended.
+
+    Attributes:
+        steady: Whether latencies became steady before the time limit.
+        seconds: Latency of a request at its end.
+    """
+
+    steady: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadFacts:
+    """The load that was offered, and what only its scenario measures; None where it does not apply.
+
+    Attributes:
+        qps: Arrivals per second, on average.
+        concurrency: Number of clients, each with one request in flight.
+        max_batch: Largest batch that was formed of single requests.
+        in_flight: Batches in flight in a pipeline.
+        late_ms: p99 of how late requests were sent.
+        refused: Requests that a full queue refused.
+        unanswered: Requests that had arrived but were not served when the run was stopped.
+        service_ms: Median time of serving one request, without waiting.
+        md1_p99_ms: p99 from queueing theory (M/D/1) at this rate and service time.
+    """
+
+    qps: float | None = None
+    concurrency: int | None = None
+    max_batch: int | None = None
+    in_flight: int | None = None
+    late_ms: float | None = None
+    refused: int | None = None
+    unanswered: int | None = None
+    service_ms: float | None = None
+    md1_p99_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One artifact under one load.
+
+    Attributes:
+        batch: Images per request.
+        latency: The summary.
+        speed: Speed relative to the first artifact of the same call; above 1 is faster.
+        comparison: What `speed` rests on; None for the first.
+        steady: Whether latencies became steady during warm-up.
+        wall_seconds: Time spent on the samples, without reading timings back.
+        parts: Summaries of h2d, compute, d2h and enqueue on a GPU.
+        load: The load.
+        trtexec: The same samples in trtexec's format.
+        samples: Milliseconds of each request, in order of time.
+    """
+
+    batch: int
+    latency: stats.Latency
+    speed: float
+    comparison: compare.Comparison | None = None
+    steady: bool
+    wall_seconds: float
+    parts: dict[str, stats.Latency] = field(default_factory=dict)
+    load: LoadFacts = LoadFacts()
+    trtexec: str | None = None
+    samples: tuple[float, ...]
+
+
+def check(*, batch: int = 1, seconds: float, queries: int | None) -> None:
+    """Raises InputError where a number is out of range."""
+    if batch < 1:
+        raise InputError(f"--batch {batch}: a batch holds at least one image")
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"--seconds {seconds:g}: must be above 0")
+    if queries is not None and queries < 1:
+        raise InputError(f"--queries {queries}: must be at least 1")
+
+
+def measurement(
+    samples: np.ndarray,
+    wall: float,
+    parts: Sequence[Mapping[str, float]],
+    batch: int,
+    steady: bool,
+    *,
+    open_loop: bool = False,
+    load: LoadFacts = LoadFacts(),
+) -> Measurement:
+    """Summarizes samples in milliseconds, and the seconds they took.
+
+    Args:
+        samples: One per request, in order of time.
+        wall: Seconds.
+        parts: Timings of the requests; ignored where a request has none.
+        batch: Images per request.
+        steady: From the warm-up.
+        open_loop: See `stats.summarize`.
+        load: The load.
+    """
+    # A request that was split into several batches has no timings of its own.
+    names = set.intersection(*map(set, parts)) if len(parts) == len(samples) else set()
+    by_name = {name: np.asarray([part[name] for part in parts]) for name in sorted(names)}
+    return Measurement(
+        batch=batch,
+        latency=stats.summarize(samples, batch=batch, wall_seconds=wall, open_loop=open_loop),
+        speed=1.0,
+        steady=steady,
+        wall_seconds=wall,
+        parts={
+            name: stats.summarize(values, batch=batch, wall_seconds=None)
+            for name, values in by_name.items()
+        },
+        load=load,
+        trtexec=stats.trtexec(samples, wall_seconds=wall, parts=by_name),
+        samples=tuple(round(float(sample), 6) for sample in samples),
+    )
+
+
+def warm_up(candidate: Candidate, clock: Clock) -> WarmupResult:
+    """Serves until the medians of three windows agree within 5 %, or for two seconds.
+
+    A window is three requests, or 50 ms of them where they are short.
+    """
+    medians: list[float] = []
+    requests = candidate.requests
+    with candidate.serving() as (serve, _):
+        begin, served = clock.now(), 0
+        while True:
+            window: list[float] = []
+            start = clock.now()
+            while len(window) < WINDOW_CALLS or clock.now() - start < WINDOW_SECONDS:
+                before = clock.now()
+                serve(requests[served % len(requests)])
+                window.append(clock.now() - before)
+                served += 1
+            medians.append(float(np.median(window)))
+            last = medians[-3:]
+            steady = len(last) == 3 and max(last) <= min(last) * (1 + STEADY)
+            if steady or clock.now() - begin > CAP_SECONDS:
+                return WarmupResult(steady=steady, seconds=medians[-1])

@@ -1,0 +1,465 @@
+"""Measure latency and throughput of checkpoints, ONNX files and plans.
+
+Several artifacts are measured under the same workload and compared. A result can also be compared
+with an earlier one, its baseline. `workload.py` says what is asked of the sessions, and
+`benchmark_search.py` finds the largest load within a latency bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtresnet.core import artifacts, atomic_io, hardware, reporter
+from rtresnet.core.config import option
+from rtresnet.core.errors import CheckFailedError, InputError, RtresnetError, UnavailableError
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import flattened, to_builtins
+from rtresnet.workflows import workload as workloads
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+from rtresnet.workflows.workload import BATCHES, MAX_WAIT_MS, MeasurementConfig, Scenario, Workload
+
+if TYPE_CHECKING:
+    from rtresnet.bench.compare import Judgement
+    from rtresnet.bench.environment import ChainLink, EnvironmentReport, Watch
+    from rtresnet.bench.workload import Measurement
+    from rtresnet.runtime.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(MeasurementConfig):
+    """The workload of a benchmark.
+
+    Attributes:
+        batch: Images per request, one measurement each; None for those of the scenario.
+        scenario: MLPerf's scenarios; "closed" keeps `concurrency` requests in flight. None is
+            single-stream, or server with `qps`, or closed with `concurrency`.
+        qps: Poisson arrivals per second, for server.
+        concurrency: Number of clients, for closed.
+    """
+
+    batch: tuple[int, ...] | None = option(
+        None,
+        "Batch sizes to measure.",
+        metavar="N,...",
+        minimum=1,
+        parse=workloads.parse_batches,
+        default_text="1,8; offline 8",
+    )
+    scenario: Scenario | None = option(
+        None,
+        "Scenario as MLPerf defines it; closed keeps --concurrency requests in flight.",
+        default_text="single-stream",
+    )
+    qps: float | None = option(
+        None,
+        "Send single images as Poisson arrivals at this rate per second, however late the answers "
+        "are (server). Latency counts from the scheduled arrival.",
+    )
+    concurrency: int | None = option(
+        None, "Number of requests in flight (closed).", metavar="N", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scenario = self.resolved_scenario
+        for name, value, owner in (
+            ("qps", self.qps, "server"), ("concurrency", self.concurrency, "closed"),
+        ):  # fmt: skip
+            if value is not None and scenario != owner:
+                raise InputError(f"--{name} belongs to --scenario {owner}, not to {scenario}")
+            if value is None and scenario == owner:
+                raise InputError(f"--scenario {owner} needs --{name}", fix=f"as in --{name} 50")
+        if self.qps is not None and not 0 < self.qps < float("inf"):
+            raise InputError(f"--qps {self.qps:g}: must be above 0")
+        if self.batch is not None and scenario in ("multi-stream", "server"):
+            raise InputError(f"--batch: {scenario} has a fixed number of images per request")
+        if self.batched == 1:
+            return
+        if scenario not in ("server", "closed"):
+            raise InputError(f"--max-batch forms batches under server and closed, not {scenario}")
+        if self.with_preprocess is not None:
+            raise InputError(
+                "--with-preprocess measures without a batcher", fix="leave --max-batch out"
+            )
+        if self.batch not in (None, (1,)):
+            raise InputError("--max-batch takes requests of one image", fix="leave --batch out")
+
+    @property
+    def resolved_scenario(self) -> Scenario:
+        """The scenario, also where it follows from other options."""
+        if self.scenario is not None:
+            return self.scenario
+        if self.qps is not None:
+            return "server"
+        return "single-stream" if self.concurrency is None else "closed"
+
+    def workload(self) -> Workload:
+        """The workload; reads the images of `with_preprocess`."""
+        scenario = self.resolved_scenario
+        return Workload(
+            scenario=scenario, batches=self.batch or BATCHES[scenario], seconds=self.seconds,
+            queries=self.queries, seed=self.seed, qps=self.qps, concurrency=self.concurrency,
+            max_batch=self.batched, max_wait_ms=self.max_wait_ms or MAX_WAIT_MS,
+            images=workloads.read_images(self.with_preprocess),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkedArtifact:
+    """An artifact and how it runs.
+
+    Attributes:
+        asked: The path that was asked for.
+        measured: The path that is measured: without a GPU, the ONNX file of a plan.
+        instead_of_plan: Whether the two differ.
+        note: A sentence that says so.
+        precision: From the sidecar; None without one.
+        untrained: Whether the weights are random.
+        size: Side of the input, in pixels.
+        chain: The artifact and its ancestors.
+        run: Device, provider, threads and versions; from `Session.describe`.
+    """
+
+    asked: str
+    measured: str
+    instead_of_plan: bool
+    note: str | None
+    precision: str | None
+    untrained: bool
+    size: int
+    chain: tuple[ChainLink, ...]
+    run: Mapping[str, object] = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkEntry:
+    """One artifact at one batch size."""
+
+    artifact: BenchmarkedArtifact = flattened()
+    scenario: str
+    with_preprocess: bool
+    measurement: Measurement = flattened()
+
+    @property
+    def name(self) -> str:
+        """The file's name and the batch size."""
+        return f"{Path(self.artifact.measured).name}, batch {self.measurement.batch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """Latencies and throughput of all artifacts.
+
+    Attributes:
+        notes: What was not measured as asked.
+        switch_interval_s: Python's thread switch interval during the measurement, in seconds.
+        environment: What the machine did meanwhile.
+        results: By batch size, then in the order of the artifacts.
+        regressions: Each result compared with the baseline; None without one.
+    """
+
+    notes: tuple[str, ...]
+    scenario: str
+    qps: float | None
+    seed: int
+    with_preprocess: bool
+    switch_interval_s: float
+    environment: EnvironmentReport
+    results: tuple[BenchmarkEntry, ...]
+    regressions: tuple[Judgement, ...] | None = None
+
+    def require_no_regression(self) -> None:
+        """Checks the comparison with the baseline.
+
+        Raises:
+            CheckFailedError: A result is slower than the baseline.
+            InputError: There were too few samples to compare.
+        """
+        judged = list(zip(self.results, self.regressions or (), strict=bool(self.regressions)))
+        slower = [
+            f"{Path(entry.artifact.measured).name} at batch {entry.measurement.batch}"
+            for entry, judgement in judged
+            if judgement.regression
+        ]
+        if slower:
+            raise CheckFailedError(f"slower than {judged[0][1].baseline}: {', '.join(slower)}")
+        if lacking := sorted({j.figure for _, j in judged if j.comparison is None}):
+            raise InputError(
+                f"{judged[0][1].baseline}: too few samples for a {', '.join(lacking)}, so nothing "
+                "was compared",
+                fix="measure both for longer: --seconds, --queries",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """An earlier result to compare with.
+
+    Attributes:
+        path: The file it was read from, for messages.
+        results: Its entries, as `to_builtins` writes them.
+        tolerance: Allowed slowdown: 0.03 is 3 %.
+        force: Whether to compare results of different devices or versions.
+
+    Raises:
+        InputError: A result has no samples.
+    """
+
+    path: str
+    results: Sequence[Mapping[str, Any]]
+    tolerance: float = 0.03
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.results or not all(entry.get("samples") for entry in self.results):
+            raise InputError(
+                f"{self.path}: has no samples to compare with",
+                fix=f"make one with: rtresnet bench ARTIFACT --json {self.path}",
+            )
+
+    def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
+        """Raises InputError where the planned measurements cannot be compared with the baseline."""
+        from rtresnet.bench import compare
+
+        if len(self.results) != len(planned):
+            raise InputError(
+                f"{self.path}: has {len(self.results)} results, and {len(planned)} are to be "
+                "measured",
+                fix="name the same files and batches",
+            )
+        for now, then in zip(planned, self.results, strict=True):
+            differences = compare.config_diff(now, then)
+            if compare.scenario(now) != compare.scenario(then):
+                raise InputError(f"{self.path}: {'; '.join(differences)}")
+            if differences and not self.force:
+                raise InputError(
+                    f"{self.path}: {'; '.join(differences)}", fix="--force compares them anyway"
+                )
+
+    def judge(self, entries: Sequence[BenchmarkEntry]) -> tuple[Judgement, ...]:
+        """Compares each result with its counterpart."""
+        from rtresnet.bench import compare
+
+        return tuple(
+            compare.judge(to_builtins(now), then, tolerance=self.tolerance, baseline=self.path)
+            for now, then in zip(entries, self.results, strict=True)
+        )
+
+
+def benchmark(
+    paths: Sequence[str | os.PathLike[str]],
+    config: BenchmarkConfig | None = None,
+    *,
+    runtime: RuntimeConfig | None = None,
+    baseline: Baseline | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> BenchmarkResult:
+    """Measures artifacts under one workload and compares them with the first.
+
+    Without a GPU, and with `device="auto"`, the ONNX file that a plan was built from is measured
+    on the CPU instead of the plan; the result says so.
+
+    Args:
+        paths: Checkpoints, ONNX files and plans that take images of the same size.
+        config: The workload.
+        runtime: Where the artifacts run.
+        baseline: An earlier result to compare with; see `BenchmarkResult.regressions`.
+        reporter: Receives progress and notes.
+
+    Raises:
+        InputError: No such file, options that do not go together, or an incomparable baseline.
+        ArtifactError: A file does not match its sidecar.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    result, error = benchmark_until_error(
+        paths, config, runtime=runtime, baseline=baseline, reporter=reporter
+    )
+    if error is not None:
+        raise error
+    return result
+
+
+def benchmark_until_error(
+    paths: Sequence[str | os.PathLike[str]],
+    config: BenchmarkConfig | None = None,
+    *,
+    runtime: RuntimeConfig | None = None,
+    baseline: Baseline | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> tuple[BenchmarkResult, RtresnetError | None]:
+    """As `benchmark`, but an error after the first batch size keeps the finished measurements.
+
+    Returns:
+        The result, and the error that ended the benchmark before its last batch size.
+    """
+    from rtresnet.runtime.batcher import SWITCH_SECONDS
+
+    config = config or BenchmarkConfig()
+    workload = config.workload()
+    entries: list[BenchmarkEntry] = []
+    error: RtresnetError | None = None
+    with opened(paths, runtime, config.batched, reporter) as (sessions, measured, watch):
+        workload, omitted = workloads.for_fixed_batch(
+            workload, sessions, explicit=config.batch is not None
+        )
+        if omitted:
+            reporter.note(f"NOTE: {omitted}")
+        if baseline is not None:
+            baseline.require_alike(_planned(workload, sessions, measured))
+        for batch in workload.batches:
+            total = workload.seconds * len(sessions)
+            try:
+                with reporter.progress(f"measuring at batch {batch}", total=total) as update:
+                    measurements = workloads.measure(sessions, workload, batch, update)
+            except RtresnetError as stopped:
+                if not entries:
+                    raise
+                error = stopped
+                break
+            for session, artifact, measurement in zip(
+                sessions, measured, measurements, strict=True
+            ):
+                entries.append(
+                    BenchmarkEntry(
+                        artifact=artifact,
+                        scenario=workload.scenario,
+                        with_preprocess=bool(workload.images),
+                        measurement=_with_facts(measurement, workload, session),
+                    )
+                )
+    judged = baseline.judge(entries) if baseline is not None and error is None else None
+    result = BenchmarkResult(
+        notes=tuple(filter(None, [*(artifact.note for artifact in measured), omitted])),
+        scenario=workload.scenario,
+        qps=workload.qps,
+        seed=workload.seed,
+        with_preprocess=bool(workload.images),
+        switch_interval_s=SWITCH_SECONDS,
+        environment=watch.report,
+        results=tuple(entries),
+        regressions=judged,
+    )
+    return result, error
+
+
+def _with_facts(measurement: Measurement, workload: Workload, session: Session) -> Measurement:
+    """Adds what is known of the load beforehand to what its scenario measured."""
+    facts = dataclasses.asdict(workload.facts(session))
+    known = {name: value for name, value in facts.items() if value is not None}
+    return dataclasses.replace(measurement, load=dataclasses.replace(measurement.load, **known))
+
+
+def _planned(
+    workload: Workload, sessions: Sequence[Session], measured: Sequence[BenchmarkedArtifact]
+) -> list[dict[str, Any]]:
+    """What will be measured, as its entries in the result will say it."""
+    return [
+        to_builtins(artifact)
+        | {"batch": batch, "scenario": workload.scenario}
+        | {"load": to_builtins(workload.facts(session)), "with_preprocess": bool(workload.images)}
+        for batch in workload.batches
+        for artifact, session in zip(measured, sessions, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def opened(
+    paths: Sequence[str | os.PathLike[str]],
+    runtime: RuntimeConfig | None,
+    max_batch: int,
+    reporter: Reporter,
+) -> Iterator[tuple[list[Session], list[BenchmarkedArtifact], Watch]]:
+    """Loads artifacts for measuring, and watches the machine.
+
+    Args:
+        paths: Checkpoints, ONNX files and plans.
+        runtime: Where they run.
+        max_batch: Above 1, batches are formed: plans get two contexts, and no timings are recorded.
+        reporter: Receives a note for each plan whose ONNX file is measured.
+
+    Yields:
+        Sessions, what is known of each, and the watch, whose report is complete after the block.
+
+    Raises:
+        InputError: Inputs of different sizes.
+    """
+    from rtresnet.bench import environment
+    from rtresnet.runtime.threads import short_switch_interval
+
+    runtime = runtime or RuntimeConfig()
+    names = [os.fspath(path) for path in paths]
+    chosen = [stand_in_for(name, runtime.device) for name in names]
+    for _, note in chosen:
+        if note:
+            reporter.note(f"NOTE: {note}")
+    targets = [target for target, _ in chosen]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(short_switch_interval())
+        sessions = []
+        for target, note in chosen:
+            own = runtime.for_artifact(target, targets)
+            if note:
+                own = dataclasses.replace(own, device="cpu")
+            if artifacts.kind_of(target) == "plan" and own.contexts is None:
+                own = dataclasses.replace(own, contexts=2 if max_batch > 1 else 1)
+            session = load_artifact(target, own, input_needed=False, timings=max_batch == 1)
+            sessions.append(stack.enter_context(session))
+        sizes = {session.size for session in sessions}
+        if len(sizes) > 1:
+            raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
+        measured = [
+            BenchmarkedArtifact(
+                asked=name,
+                measured=target,
+                instead_of_plan=note is not None,
+                note=note,
+                precision=session.sidecar.precision if session.sidecar else None,
+                untrained=bool(session.sidecar and session.sidecar.weights.origin == "untrained"),
+                size=session.size,
+                chain=environment.chain_of(target),
+                run=session.describe(),
+            )
+            for name, (target, note), session in zip(names, chosen, sessions, strict=True)
+        ]
+        on_gpu = any(session.backend.device != "cpu" for session in sessions)
+        with environment.Watch(next(iter(hardware.gpus()), None) if on_gpu else None) as watch:
+            yield sessions, measured, watch
+
+
+def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
+    """Chooses the file to measure for `path`: without a GPU, the ONNX file of a plan.
+
+    Args:
+        path: An artifact.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        The file, and a sentence on it if it is not `path`.
+
+    Raises:
+        InputError: No such file, or the ONNX file has changed since the plan was built.
+        UnavailableError: The plan has no sidecar that names its ONNX file.
+    """
+    atomic_io.require_file(path, fix="make one with: rtresnet export")
+    if artifacts.kind_of(path) != "plan" or hardware.gpus() or device == "cuda":
+        return path, None
+    sidecar = artifacts.verify(path)
+    parent = artifacts.parent_path(path, sidecar) if sidecar else None
+    if sidecar is None or parent is None:
+        raise UnavailableError(
+            f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
+        )
+    atomic_io.require_file(parent, fix="copy the ONNX file, too, or run on a GPU")
+    if sidecar.parent is not None and atomic_io.sha256(parent) != sidecar.parent.sha256:
+        raise InputError(
+            f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
+        )
+    return str(parent), (
+        f"no GPU here: {parent}, which {path} was built from, is measured on the CPU instead"
+    )

@@ -1,0 +1,123 @@
+"""Test the GPU with small runs, each in a process of its own.
+
+The short form of benchmarks/accept_gpu.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rtresnet.core import hardware
+from rtresnet.core.isolated import (
+    OK,
+    StepFailed,
+    StepResult,
+    StepSkipped,
+    report_step,
+    run_step,
+)
+
+PACKAGES = (
+    "rtresnet", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13",
+    "cuda-python", "pycuda", "nvidia-ml-py",
+)  # fmt: skip
+BATCH = 5
+BOUND = 1e-2  # norm of the difference to the CPU's logits over their norm: FP16, in another order
+
+
+def check_driver() -> dict[str, Any]:
+    """The driver, its devices, and versions."""
+    from rtresnet.runtime import gpu_check
+
+    return gpu_check.driver_report() | {"versions": hardware.versions(PACKAGES)}
+
+
+def check_cuda() -> dict[str, Any]:
+    """Every CUDA operation there and back."""
+    from rtresnet.runtime import gpu_check
+
+    operations = gpu_check.check_cuda()
+    wrong = [f"{name}: {state}" for name, state in operations.items() if state != OK]
+    if wrong:
+        raise StepFailed("; ".join(wrong), {"operations": operations})
+    return {"operations": operations}
+
+
+def check_engine() -> dict[str, Any]:
+    """ResNet-8 in FP16, exported, built and run here, against ONNX Runtime on the CPU."""
+    import numpy as np
+
+    from rtresnet.builder import targets
+    from rtresnet.core.errors import UnavailableError
+    from rtresnet.runtime.session import load
+    from rtresnet.workflows.build import BuildConfig, build
+    from rtresnet.workflows.export import ExportConfig, export
+
+    try:
+        module = targets.builder()
+    except UnavailableError as lack:
+        raise StepSkipped(str(lack)) from None
+    here, targets_here = hardware.gpus()[0].target, tuple[str, ...]()
+    if module.__name__ == "tensorrt_rtx":
+        if here not in targets.RTX_TARGETS:
+            raise StepSkipped(f"TensorRT-RTX has no target {here}; pip install tensorrt-cu13")
+        targets_here = (here,)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = export("untrained", folder, ExportConfig(model="resnet8", precisions=("fp16",)))
+        source = exported.onnx[1].path
+        plan = build(source, BuildConfig(targets=targets_here)).path
+        with load(source, provider="cpu") as reference:
+            images = reference.example(BATCH)
+            wanted = reference.logits(images)
+        with load(plan) as session:
+            got, about = session.logits(images), session.describe()
+    error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    data = {"relative_error": error, "bound": BOUND, "described": about}
+    if not error <= BOUND:
+        raise StepFailed(f"logits differ from the CPU's by {error:.2g}, bound {BOUND}", data)
+    return data
+
+
+STEPS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # and seconds until it is killed
+    "driver": (check_driver, 60),
+    "cuda": (check_cuda, 60),
+    "engine": (check_engine, 300),
+}
+
+
+def test_gpu() -> list[StepResult]:
+    """Run every step in a process of its own.
+
+    Raises:
+        UnavailableError: There is no GPU.
+    """
+    from rtresnet.core.errors import UnavailableError
+
+    results: list[StepResult] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (_, timeout) in STEPS.items():
+            command = [sys.executable, "-m", __name__, name]
+            # The package as it was imported here, installed or not.
+            path = os.pathsep.join(filter(None, sys.path))
+            results.append(
+                run_step(
+                    name, command, timeout=timeout, logs=Path(folder),
+                    environment={"PYTHONPATH": path},
+                )
+            )  # fmt: skip
+            first = results[0]
+            if first.status == OK and not first.data["devices"]:
+                raise UnavailableError(
+                    f"no NVIDIA GPU here: {first.data['reason']}",
+                    fix="run it on a machine with one; `rtresnet doctor` shows what works without",
+                )
+    return results
+
+
+if __name__ == "__main__":
+    report_step(STEPS[sys.argv[1]][0])

@@ -1,0 +1,191 @@
+"""Show what an artifact is and where it came from, without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.sidecar import Sidecar
+from rtresnet.workflows.loading import require_torch
+
+if TYPE_CHECKING:
+    from rtresnet.builder.header import Header
+    from rtresnet.builder.layers import Layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainEntry:
+    """An artifact of a chain.
+
+    Attributes:
+        state: "ok", "missing", "changed", "no sidecar", or how it was recognized.
+        sidecar: Its record; None where it has none.
+    """
+
+    path: Path
+    state: str
+    sidecar: Sidecar | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectResult:
+    """What is known of an artifact.
+
+    Attributes:
+        kind: "checkpoint", "onnx" or "plan".
+        chain: The artifact and what it was made from, back to its origin.
+        header: What the header of a TensorRT-RTX plan says.
+        manifest: What a plan says of itself in its name field.
+        operations: Number of nodes of each operator of an ONNX file.
+    """
+
+    kind: str
+    chain: tuple[ChainEntry, ...]
+    header: Header | None = None
+    manifest: dict[str, Any] | None = None
+    operations: dict[str, int] | None = None
+
+    def require_unchanged(self) -> None:
+        """Raises ArtifactError where a file of the chain changed since the next was made of it."""
+        last = self.chain[-1]
+        if last.state == "changed":
+            raise ArtifactError(
+                f"{last.path}: changed since {self.chain[0].path} was made from it",
+                fix="make the later files again, with the commands above",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSummary:
+    """An artifact in a folder."""
+
+    path: Path
+    kind: str
+    architecture: str | None
+    precision: str | None
+    bytes: int
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderResult:
+    """The artifacts in a folder and the folders in it."""
+
+    folder: Path
+    artifacts: tuple[ArtifactSummary, ...]
+
+    def require_unchanged(self) -> None:
+        """Raises ArtifactError where a file is not the one that its sidecar describes."""
+        wrong = [e.path for e in self.artifacts if e.state in ("changed", "broken sidecar")]
+        if wrong:
+            raise ArtifactError(
+                f"{', '.join(map(str, wrong))}: not the file that its sidecar describes",
+                fix=f"see: rtresnet inspect {wrong[0]}",
+            )
+
+
+def inspect(path: str | os.PathLike[str]) -> InspectResult:
+    """Reads an artifact's sidecars, header and graph.
+
+    Args:
+        path: A checkpoint, an ONNX file or a plan.
+
+    Raises:
+        InputError: No such file, or of another kind.
+        ArtifactError: The file is damaged or does not match its sidecar.
+        UnavailableError: torch is needed to read a checkpoint without sidecar.
+    """
+    from rtresnet.builder import header, manifest
+
+    path = atomic_io.require_file(path)
+    kind = artifacts.kind_of(path)
+    sidecar = artifacts.verify(path)
+    if kind == "checkpoint" and sidecar is None:
+        return _foreign_checkpoint(path)
+    head = header.read(path) if kind == "plan" else None
+    if kind == "plan" and head is None and sidecar is None:
+        raise ArtifactError(
+            f"{path}: no sidecar and not a TensorRT-RTX plan; nothing can be said of it here"
+        )
+    return InspectResult(
+        kind=kind,
+        chain=tuple(
+            ChainEntry(path=link, state=state, sidecar=record)
+            for link, record, state in artifacts.chain(path)
+        ),
+        header=head,
+        manifest=manifest.find(path) if kind == "plan" else None,
+        operations=_operations(path) if kind == "onnx" and hardware.installed("onnx") else None,
+    )
+
+
+def inspect_folder(folder: str | os.PathLike[str]) -> FolderResult:
+    """Lists the artifacts in a folder and the folders in it, and checks their hashes.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InputError: There are none.
+    """
+    entries = tuple(
+        ArtifactSummary(
+            path=path,
+            kind=artifacts.kind_of(path),
+            architecture=sidecar.model.architecture if sidecar else None,
+            precision=sidecar.precision if sidecar else None,
+            bytes=path.stat().st_size,
+            state=state,
+        )
+        for path, sidecar, state in artifacts.under(folder)
+    )
+    if not entries:
+        raise InputError(f"{folder}: no checkpoint, ONNX file or plan in this folder")
+    return FolderResult(folder=Path(folder), artifacts=entries)
+
+
+def inspect_layers(path: str | os.PathLike[str]) -> Layers:
+    """Reads the fused layers that were kept next to a plan.
+
+    Args:
+        path: The plan.
+
+    Raises:
+        InputError: It is no plan, or its layers were not kept.
+        ArtifactError: It does not match its sidecar.
+    """
+    from rtresnet.builder import layers
+
+    if artifacts.kind_of(path) != "plan":
+        raise InputError(f"{path}: only a plan has fused layers", fix="see: rtresnet build --help")
+    return layers.load(Path(path), artifacts.verify(path))
+
+
+def _foreign_checkpoint(path: Path) -> InspectResult:
+    require_torch("reading a checkpoint without sidecar")
+    from rtresnet.models import checkpoint
+
+    loaded = checkpoint.load(path)
+    record = Sidecar(
+        kind="checkpoint",
+        file=path.name,
+        model=loaded.model,
+        input=loaded.input,
+        weights=loaded.weights,
+        precision="fp32",
+        assumed=loaded.assumed,
+    )
+    entry = ChainEntry(path=path, state="no sidecar, recognized by its tensors", sidecar=record)
+    return InspectResult(kind="checkpoint", chain=(entry,))
+
+
+def _operations(path: Path) -> dict[str, int]:
+    from rtresnet.onnxlib import io
+
+    model = io.load(path, checked=True)
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())

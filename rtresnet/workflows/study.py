@@ -1,0 +1,337 @@
+"""The paper's analyses: nets side by side, and how strongly layers respond."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtresnet.core import artifacts, locks, reporter
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import InputError
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import json_name
+from rtresnet.workflows.loading import require_torch, torch_device
+from rtresnet.workflows.train import DATA_HELP, NOT_MIRRORED, parse_percentage
+
+if TYPE_CHECKING:
+    from rtresnet.models.zoo import Spec
+    from rtresnet.study.compare import Length, Net, Terms
+    from rtresnet.study.runs import Outcome, Run
+    from rtresnet.training.config import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(Config):
+    """How the nets of a study are trained.
+
+    Attributes:
+        settings: Fields of the recipe, each "FIELD=VALUE".
+        max_broken: As in `TrainConfig`.
+    """
+
+    images: int | None = option(
+        None,
+        "Number of training images, spread evenly over the classes.",
+        minimum=20,
+        default_text="all",
+    )
+    seeds: int = option(3, "Number of runs of each net, with seeds from 0.", minimum=1)
+    recipe: str = option("paper-cifar", "Recipe, as in train.")
+    epochs: int | None = option(
+        None, "Length of each run in epochs.", minimum=1, default_text="the recipe's"
+    )
+    steps: int | None = option(
+        None, "Length of each run in steps.", minimum=1, default_text="the recipe's"
+    )
+    settings: tuple[str, ...] = option(
+        (), "Set a field of the recipe; repeat it for more.", names=("--set",),
+        metavar="FIELD=VALUE",
+    )  # fmt: skip
+    size: int | None = option(
+        None, "Side of the input, in pixels.", minimum=8, default_text="the nets'"
+    )
+    max_broken: float | None = option(
+        None,
+        "Share of broken images up to which training goes on without them.",
+        metavar="N%",
+        parse=parse_percentage,
+        default_text="0%",
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device to train on.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs and self.steps:
+            raise InputError("--epochs and --steps both say how long", fix="give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """A finished study.
+
+    Attributes:
+        study: "degradation" or "shortcuts".
+        length: How long each run was, next to the paper's.
+        note: Length, data and seeds in words.
+        records: A summary of each net, with every seed.
+        nets: The same with curves, for figures.
+        recipe: Of the first net and seed, as text.
+        diverged: A line for each run whose loss was not finite.
+        out: The study's folder.
+    """
+
+    study: str
+    data: str
+    length: Length
+    note: str
+    records: tuple[dict[str, Any], ...] = json_name("nets")
+    nets: tuple[Net, ...] = dataclasses.field(default=(), metadata={"hidden": True})
+    title: str = dataclasses.field(default="", metadata={"hidden": True})
+    recipe: str = dataclasses.field(default="", metadata={"hidden": True})
+    diverged: tuple[str, ...] = dataclasses.field(default=(), metadata={"hidden": True})
+    out: Path = dataclasses.field(default=Path(), metadata={"hidden": True})
+
+
+def study_degradation(
+    data: str,
+    depths: Sequence[int] = (20, 32, 44, 56),
+    config: StudyConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> StudyResult:
+    """Trains plain and residual nets of growing depth (figures 1, 4 and 6, table 2).
+
+    Every run is a folder in `out`; finished runs are not repeated.
+
+    Args:
+        data: As for `train`.
+        depths: 6n+2 each.
+        config: Recipe, length and seeds.
+        out: Folder; runs/study-degradation by default.
+        reporter: Receives progress and a line for each run.
+
+    Raises:
+        InputError: Unknown names, or a folder of another study.
+        LockedError: Another process runs a study in the folder.
+    """
+    require_torch("a study")
+    from rtresnet.study import compare
+
+    title = "Degradation: plain and residual nets of growing depth"
+    nets = compare.degradation_nets(list(depths))
+    return _study("degradation", title, nets, data, config or StudyConfig(), out, reporter)
+
+
+def study_shortcuts(
+    data: str,
+    model: str = "resnet20",
+    config: StudyConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> StudyResult:
+    """Trains a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
+
+    Args:
+        data: As for `train`.
+        model: A residual net.
+        config: Recipe, length and seeds.
+        out: Folder; runs/study-shortcuts by default.
+        reporter: Receives progress and a line for each run.
+
+    Raises:
+        InputError: As `study_degradation`.
+    """
+    require_torch("a study")
+    from rtresnet.study import compare
+
+    nets = compare.shortcut_nets(model)
+    title = f"Shortcut options of {model}"
+    return _study("shortcuts", title, nets, data, config or StudyConfig(), out, reporter)
+
+
+def _study(
+    name: str,
+    title: str,
+    nets: Mapping[str, Spec],
+    data: str,
+    config: StudyConfig,
+    out: str | os.PathLike[str] | None,
+    reporter: Reporter,
+) -> StudyResult:
+    from rtresnet.study import compare, runs
+    from rtresnet.training.recipes import describe
+
+    terms = _terms(data, config, Path(out or f"runs/study-{name}"))
+    with locks.hold_folder(terms.out, warn=reporter.note):
+        planned = compare.plan(nets, terms)
+        for run in planned:
+            runs.found(run)  # a run that is not this study's is refused before any is made
+        outcomes = _run_all(planned, reporter)
+    summary = compare.summarize(outcomes)
+    length = compare.length(planned[0])
+    seeds = "1 seed" if config.seeds == 1 else f"mean ± std of {config.seeds} seeds"
+    return StudyResult(
+        study=name,
+        data=data,
+        length=length,
+        note=f"{length.words(short_name(data))}; {seeds}",
+        records=tuple(net.record() for net in summary),
+        nets=tuple(summary),
+        title=title,
+        recipe="\n".join(describe(planned[0].job.recipe)),
+        diverged=tuple(
+            f"{outcome.run.label}, seed {outcome.run.seed}: {outcome.diverged}"
+            for net in summary
+            for outcome in net.outcomes
+            if outcome.diverged
+        ),
+        out=terms.out,
+    )
+
+
+def _terms(data: str, config: StudyConfig, out: Path) -> Terms:
+    from rtresnet.data.sources import open_source
+    from rtresnet.study import runs
+    from rtresnet.study.compare import Terms
+    from rtresnet.training import recipes
+
+    fields = recipes.parse(config.settings)
+    if "seed" in fields:
+        raise InputError("--set seed: a study has several", fix="--seeds N takes 0 to N - 1")
+    if data in NOT_MIRRORED:
+        fields = {"flip": "none"} | fields
+    lengths = (("epochs", config.epochs), ("steps", config.steps))
+    source = open_source(data, "train")
+    return Terms(
+        source=runs.part(source, config.images),
+        test=open_source(data, "test") if source.splits else None,
+        recipe=config.recipe,
+        settings=fields | {name: value for name, value in lengths if value},
+        seeds=config.seeds,
+        out=out,
+        device=torch_device(config.device),
+        size=config.size,
+        max_broken=config.max_broken or 0.0,
+    )
+
+
+def _run_all(planned: Sequence[Run], reporter: Reporter) -> list[Outcome]:
+    from rtresnet.study import runs
+
+    outcomes = []
+    try:
+        for number, run in enumerate(planned):
+            where = f"{run.label}, seed {run.seed} ({number + 1} of {len(planned)})"
+            before = runs.found(run)
+            if before is not None:
+                reporter.note(f"{where}: {_in_words(before)} (made before)")
+                outcomes.append(before)
+                continue
+            started = time.monotonic()
+            with reporter.progress(where, total=1.0) as update:
+
+                def on_step(p: Progress, update: Any = update, where: str = where) -> None:
+                    update(p.step / p.total, f"{where}  loss {p.loss:.3f}")
+
+                outcomes.append(runs.make(run, on_step=on_step, warn=reporter.note))
+            spent = time.monotonic() - started
+            reporter.note(f"{where}: {_in_words(outcomes[-1])} ({spent:,.0f} s)")
+    except KeyboardInterrupt:
+        command = artifacts.provenance()["command"]
+        reporter.note(f"saved; go on with the same command: {command}")
+        raise
+    return outcomes
+
+
+def _in_words(outcome: Outcome) -> str:
+    """A run's result in a line."""
+    if outcome.diverged:
+        return f"diverged, {outcome.diverged}"
+    val = "" if outcome.val_error is None else f"validation {outcome.val_error:.2f} %, "
+    return f"error: training {outcome.train_error:.2f} %, {val}test {outcome.test_error:.2f} %"
+
+
+def short_name(data: str) -> str:
+    """A data set's name for a figure: cifar10 for cifar10:DIR, a folder's or file's own name."""
+    form, _, argument = data.partition(":")
+    named = form if form in ("cifar10", "fashion-mnist", "synthetic", "digits") else ""
+    return named or Path(argument or form).stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResponses:
+    """How strongly the layers of one checkpoint respond.
+
+    Attributes:
+        n: Number of images.
+        responses: Standard deviation of each 3x3 layer's output after batch norm, before ReLU and
+            addition, in the order of the layers.
+    """
+
+    checkpoint: str
+    model: str
+    n: int
+    assumed: tuple[str, ...]
+    responses: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsesResult:
+    """The responses of several checkpoints."""
+
+    results: tuple[LayerResponses, ...]
+
+
+def study_responses(
+    checkpoints: Sequence[str | os.PathLike[str]],
+    data: str,
+    images: int = 256,
+    *,
+    reporter: Reporter = reporter.DEFAULT,
+) -> ResponsesResult:
+    """Measures the standard deviation of each 3x3 layer's response (figure 7).
+
+    Args:
+        checkpoints: Of residual or plain nets.
+        data: As for `train`; the test split is used.
+        images: Number of images.
+        reporter: Receives progress.
+
+    Raises:
+        InputError: A file that is not a checkpoint, or data that cannot be read.
+    """
+    require_torch("the analysis of responses")
+    from rtresnet.data import loader
+    from rtresnet.data.sources import open_source
+    from rtresnet.models import checkpoint
+    from rtresnet.study.responses import layer_responses
+
+    source = open_source(data, "test")
+    chosen = loader.sample(source, images)
+    results = []
+    for path in checkpoints:
+        loaded = checkpoint.load(path)
+        size = loader.batch_size(loaded.input)
+        batches = loader.batches(source, loaded.input, size, indices=chosen)
+        with reporter.progress(f"responses of {path}"):
+            deviations = layer_responses(loaded.net(), (pixels for pixels, _ in batches))
+        results.append(
+            LayerResponses(
+                checkpoint=str(path),
+                model=loaded.model.architecture,
+                n=len(chosen),
+                assumed=tuple(loaded.assumed),
+                responses=deviations,
+            )
+        )
+    return ResponsesResult(results=tuple(results))
+
+
+DATA_OPTION = f"Images: {DATA_HELP}"

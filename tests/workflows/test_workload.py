@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtresnet.bench.workload import Candidate
+from rtresnet.core.errors import InputError
+from rtresnet.workflows import workload
+from rtresnet.workflows.benchmark import BenchmarkConfig
+from rtresnet.workflows.benchmark_search import SearchConfig
+from rtresnet.workflows.workload import Workload, parse_milliseconds
+
+
+def test_measure_queued_clients_without_batcher_call_at_the_same_time() -> None:
+    inside, most, lock, taken = 0, 0, threading.Lock(), list[float]()
+
+    def serve(request: object) -> None:
+        nonlocal inside, most
+        begin = time.perf_counter()
+        with lock:
+            inside, most = inside + 1, max(most, inside + 1)
+        time.sleep(0.01)
+        with lock:
+            inside -= 1
+        taken.append(1e3 * (time.perf_counter() - begin))
+
+    session: Any = None
+    asked = Workload(scenario="closed", seconds=3, queries=40, concurrency=4)
+    measured = workload.measure_queued(session, Candidate(serve=serve, requests=[0]), asked)
+    assert most == 4 and measured.latency.n == 40 and inside == 0
+    # If they waited for each other, four would take four times as long as one.
+    assert measured.latency.median < 2.5 * np.median(taken)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"scenario": "server"}, "--qps"),
+        ({"scenario": "closed"}, "--concurrency"),
+        ({"scenario": "offline", "qps": 5}, "server"),
+        ({"qps": 5, "batch": (8,)}, "--batch"),
+        ({"qps": 0}, "--qps"),
+        ({"max_batch": 4}, "--max-batch"),
+        ({"qps": 5, "max_batch": 4, "with_preprocess": "."}, "--max-batch"),
+        ({"max_wait_ms": 1.0}, "--max-wait"),
+        ({"seconds": 0}, "--seconds"),
+        ({"seconds": float("nan")}, "--seconds"),
+        ({"batch": (0,)}, "batch"),
+        ({"scenario": "swarm"}, "single-stream"),
+    ],
+)
+def test_benchmark_config_contradicting_options_are_refused(
+    options: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(InputError, match=word):
+        BenchmarkConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "scenario", "batches"),
+    [
+        ({}, "single-stream", (1, 8)),
+        ({"batch": [4]}, "single-stream", (4,)),
+        ({"scenario": "multi-stream"}, "multi-stream", (8,)),
+        ({"scenario": "offline"}, "offline", (8,)),
+        ({"qps": 5}, "server", (1,)),
+        ({"concurrency": 5, "max_batch": 8}, "closed", (1,)),
+    ],
+)
+def test_workload_scenario_follows_from_options(
+    options: dict[str, Any], scenario: str, batches: tuple[int, ...]
+) -> None:
+    asked = BenchmarkConfig(**options).workload()
+    assert (asked.scenario, asked.batches) == (scenario, batches)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"what": "batch"}, "--p99"),
+        ({"what": "size", "p99_ms": 1.0}, "batch or qps"),
+        ({"what": "batch", "p99_ms": 1.0, "queries": 3}, "a p99 takes 100"),
+        ({"what": "qps", "p99_ms": -1.0}, "--p99"),
+        (
+            {"what": "qps", "p99_ms": 1.0, "max_batch": 4, "with_preprocess": "."},
+            "--with-preprocess",
+        ),
+    ],
+)
+def test_search_config_without_a_usable_bound_is_refused(
+    options: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(InputError, match=word):
+        SearchConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("10ms", 10), ("0.5s", 500), ("250us", 0.25), ("7", 7), (".5ms", 0.5)]
+)
+def test_parse_milliseconds_of_a_time(text: str, expected: float) -> None:
+    assert parse_milliseconds(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1ms", "ms", "1e3", "1 h", "0ms"])
+def test_parse_milliseconds_of_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="a time above 0"):
+        parse_milliseconds(text)
+
+
+def test_read_images_of_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    assert workload.read_images(None) == ()
+    with pytest.raises(InputError, match="no images"):
+        workload.read_images(tmp_path)
