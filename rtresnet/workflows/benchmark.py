@@ -390,7 +390,7 @@ def opened(
         InputError: Inputs of different sizes.
     """
     from rtresnet.bench import environment
-    from rtresnet.runtime.threads import short_switch_interval
+    from rtresnet.runtime.batcher import short_switch_interval
 
     runtime = runtime or RuntimeConfig()
     names = [os.fspath(path) for path in paths]
