@@ -132,6 +132,7 @@ def profile(
     ):
         from rtresnet.runtime import profilers
 
+        recorded: Any
         if kind == "plan":
             recorded = profilers.record_plan(
                 path, images, seconds=config.seconds, on_progress=update

@@ -90,8 +90,8 @@ def test_batcher_raising_callback_stops_no_other(
     with Batcher(lambda images: images, max_batch=2, max_wait_ms=NEVER) as batcher:
         gone = batcher.submit(image(1))
         gone.add_done_callback(callback)
-        beside = batcher.submit(image(2))
-        assert (first(gone), first(beside)) == (1, 2)
+        neighbours = batcher.submit(image(2))
+        assert (first(gone), first(neighbours)) == (1, 2)
         later = [batcher.submit(image(value)) for value in (3, 4)]
         assert [first(future) for future in later] == [3, 4]
     assert "from a callback" in caplog.text

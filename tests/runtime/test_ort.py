@@ -263,7 +263,7 @@ def scale_of(model: onnx.ModelProto, name: str) -> float:
 def test_damaged_extents_are_an_error(text: str) -> None:
     model = block(0.03, 0.03, signed=False)
     model.metadata_props.add(key=KEY, value=text)
-    with pytest.raises(ArtifactError, match="quantize the net anew"):
+    with pytest.raises(ArtifactError, match="quantize the net again"):
         quantize_branches(model)
 
 
@@ -598,7 +598,7 @@ def test_check_placement_one_node_elsewhere_raises() -> None:
 
 
 def test_infer_failing_is_not_repeated_on_another_provider(onnx_file: OnnxFile) -> None:
-    """By default ONNX Runtime's Python session makes itself anew on the CPU provider then."""
+    """By default ONNX Runtime's Python session makes itself again on the CPU provider then."""
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     assert backend._session._enable_fallback is False
 
