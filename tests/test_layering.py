@@ -185,4 +185,4 @@ def test_a_missing_package_is_one_line_and_exit_code_3() -> None:
     done = bare(code)
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
-    assert "pip install torch" in done.stderr
+    assert "pip install 'rtresnet[train]'" in done.stderr

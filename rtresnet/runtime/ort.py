@@ -40,7 +40,7 @@ from rtresnet.core.errors import (
     missing_package,
 )
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
-from rtresnet.runtime.cpu_rewrite import rewrite_for_cpu
+from rtresnet.runtime.cpu_rewrite import is_quantized, rewrite_for_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,14 @@ GPU_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS\w*|CUFFT) failure \w+: [^;]+")
 # Threads that wait for work between two calls keep a core each busy for tens of milliseconds, and
 # another session called meanwhile takes twice as long. Within a call they spin as before.
 NO_SPINNING = ("session.force_spinning_stop", "1")
+# Q and DQ nodes run one by one and convolutions in float: the numbers of the file on every CPU.
+# ResNet-50 at 64 pixels, 1 thread, AVX-512 VNNI: 25 ms for 4 images; 34 ms with integer kernels on
+# a file that is not rewritten.
+NO_INTEGER_KERNELS = ("session.disable_quant_qdq", "1")
+WITHOUT_ONNX = (
+    "INT8 layers run in float, with the file's rounding, because the package onnx is not "
+    "installed; for integer kernels: pip install 'rtresnet[export]'"
+)
 
 
 class OrtBackend:
@@ -118,7 +126,8 @@ class OrtBackend:
 
     Attributes:
         placement: Nodes of the net on each execution provider, as the session says.
-        int8_note: How an INT8 file runs where the CPU's integer sums would saturate; else None.
+        int8_note: How an INT8 file runs where the CPU's integer sums would saturate, or where it
+            cannot be rewritten because the package onnx is not installed; else None.
         batch: The only batch size that the file takes; None where it takes any. `infer` takes any
             number of images in either case.
 
@@ -138,9 +147,14 @@ class OrtBackend:
     ) -> None:
         ort = _onnxruntime()
         served_by = openvino() if provider in ("auto", "openvino") else None
+        saturates = hardware.int8_sums_saturate()
+        # What OpenVINO would compute wrongly as it is, and nothing here can rewrite.
+        unfit = saturates and not hardware.installed("onnx") and is_quantized(path)
         if provider == "auto":
-            provider = "openvino" if served_by else "cpu"
-        about = served_by or find_provider(provider)
+            provider = "openvino" if served_by and not unfit else "cpu"
+        elif provider == "openvino" and unfit:
+            raise missing_package("onnx", f"{path}: INT8 in OpenVINO on a CPU without VNNI")
+        about = (served_by if provider == "openvino" else None) or find_provider(provider)
         self.provider = about.shown
         # Two builds may be installed on top of each other; the module is of one of them.
         builds = tuple(name for name in BUILDS if hardware.version(name) == ort.__version__)
@@ -165,7 +179,6 @@ class OrtBackend:
         elif provider != "cpu":  # ONNX Runtime before 1.24 does not say where, but refuses
             options.add_session_config_entry(NO_FALLBACK, "1")
         model: str | bytes = os.fspath(path)
-        saturates = hardware.int8_sums_saturate()
         if provider == "cpu" or (provider == "openvino" and saturates):
             rewritten = rewrite_for_cpu(
                 path,
@@ -174,7 +187,10 @@ class OrtBackend:
                 preserve_numerics=preserve_numerics,
             )
             model = rewritten.model
-            if saturates and rewritten.quantized:
+            if rewritten.needs_float:
+                options.add_session_config_entry(*NO_INTEGER_KERNELS)
+                self.int8_note = WITHOUT_ONNX
+            elif saturates and rewritten.quantized:
                 self.int8_note = _without_vnni(rewritten.float_layers)
         if about.library:  # what its library lacks would go to stderr, and comes as an error here
             ort.set_default_logger_severity(SILENT)
