@@ -189,7 +189,7 @@ def requirements(extra: str, environment: dict[str, str]) -> list[str]:
     """What an extra asks for on another machine. pip takes the markers of the one it runs on."""
     entries = map(Requirement, PROJECT["optional-dependencies"][extra])
     return [
-        f"{entry.name}{f'[{extras}]' if (extras := ','.join(entry.extras)) else ''}{entry.specifier}"
+        str(entry).partition(";")[0]
         for entry in entries
         if entry.marker is None or entry.marker.evaluate(environment)
     ]

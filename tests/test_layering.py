@@ -63,6 +63,7 @@ DOORS = {
 }
 # Packages of others that one file may import although its package may not.
 SEAMS = {
+    "core/preprocess.py": {"PIL"},
     "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},

@@ -122,6 +122,13 @@ def test_the_sidecars_format_is_pinned_byte_for_byte(kind: str) -> None:
     assert from_json(Sidecar, json.loads(text)) == KINDS[kind]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sidecar_from_before_interpolation_reads_as_bilinear(kind: str) -> None:
+    text = (GOLDEN / f"{kind}-before-interpolation.json").read_text(encoding="utf-8")
+    sidecar = from_json(Sidecar, json.loads(text))
+    assert sidecar == KINDS[kind] and sidecar.input.interpolation == "bilinear"
+
+
 def test_a_record_from_before_there_were_top_k_files_is_one_of_logits() -> None:
     old = json.loads(to_json(FULL))
     del old["topk"]
