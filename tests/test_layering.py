@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent / "rtresnet"
 HEAVY = {
     "torch", "onnx", "onnxruntime", "onnxruntime_ep_openvino", "tensorrt", "tensorrt_rtx", "cuda",
     "pycuda", "PIL", "simplejpeg", "sklearn", "matplotlib", "rich", "click", "numpy",
-    "pyarrow", "ray", "starlette", "uvicorn", "uvloop", "grpc", "google", "prometheus_client",
+    "pyarrow", "ray", "safetensors", "starlette", "uvicorn", "uvloop", "grpc", "google",
+    "prometheus_client",
 }  # fmt: skip
 
 # package: (packages of ours it may import, packages of others it may import). Everything may import
@@ -23,7 +24,7 @@ HEAVY = {
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), {"numpy"}),
     "onnxlib": ({"onnxlib"}, {"numpy", "onnx"}),
-    "models": ({"models"}, {"numpy", "torch"}),
+    "models": ({"models"}, {"numpy", "torch", "safetensors"}),
     "data": ({"data"}, {"numpy", "torch", "PIL", "simplejpeg", "sklearn"}),
     "training": ({"training", "models", "data"}, {"numpy", "torch"}),
     "study": ({"study", "models", "data", "training"}, {"numpy", "torch"}),
