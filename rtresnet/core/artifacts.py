@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core import atomic_io, hardware, typed_json
+from rtresnet.core import atomic_io, hardware, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import from_json, to_json
 from rtresnet.core.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
@@ -230,7 +230,7 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     """
     place = sidecar_path(path)
     try:
-        data = typed_json.load(place, fix=f"make {path} again", error=ArtifactError)
+        data = serialization.load(place, fix=f"make {path} again", error=ArtifactError)
     except FileNotFoundError:
         return None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:

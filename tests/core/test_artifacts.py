@@ -289,13 +289,13 @@ def test_a_missing_schema_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["kind", "file", "model", "input", "weights", "precision"])
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     error = broken(tmp_path / "net.pt", {}, drop=field)
-    assert f"'{field}'" in str(error)
+    assert f"`{field}`" in str(error)
     assert "rtresnet make net.pt" in str(error)
 
 
 def test_a_missing_field_of_a_part_is_named(tmp_path: Path) -> None:
     model = {"architecture": "resnet20", "classes": ["a"], "shortcut": "A"}
-    assert "'stride_in'" in str(broken(tmp_path / "net.pt", {"model": model}))
+    assert "`stride_in`" in str(broken(tmp_path / "net.pt", {"model": model}))
 
 
 def test_an_unknown_field_is_named(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_an_unknown_field_is_named(tmp_path: Path) -> None:
         ("bytes", None, "bytes"),
         ("kind", 3, "kind"),
         ("sha256", ["a"], "sha256"),
-        ("model", "resnet20", "Model"),
-        ("model", None, "Model"),
+        ("model", "resnet20", "$.model"),
+        ("model", None, "$.model"),
         ("measured", [1], "measured"),
         ("plan", {"builder": "x"}, "version"),
         ("parent", {"file": 1, "sha256": "x"}, "file"),

@@ -320,7 +320,18 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     [
         ({"rtresnet": 99}, "format 99"),
         ({"model": {"architecture": "resnet8"}}, "classes"),
-        ({"model": {"flavour": "vanilla"}}, "flavour"),
+        (
+            {
+                "model": {
+                    "architecture": "resnet8",
+                    "classes": ["a"],
+                    "shortcut": "A",
+                    "stride_in": "3x3",
+                    "flavour": "vanilla",
+                }
+            },
+            "flavour",
+        ),
         ({"weights": {"origin": 3}}, "origin"),
         ({"input": {"size": 0, "resize": 0}}, "size 0"),
         (
