@@ -9,6 +9,7 @@ Deliberately unaware of files and of how images are decoded: see `data/sources.p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,3 +149,27 @@ def resize(
 
     method = Image.Resampling[interpolation.upper()]
     return np.array(Image.fromarray(image).resize((width, height), method))
+
+
+def pieces(images: np.ndarray, batch: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts images into batches of one size; a last one that is not full repeats its last image.
+
+    For files that take one batch size only, as torch.onnx.export writes them by default. A net in
+    evaluation mode computes each image by itself, so the repeated images change no other answer.
+
+    Args:
+        images: [N, ...], N from 1.
+        batch: The size; None: all images together.
+
+    Yields:
+        A batch [batch, ...], and how many of its first images are those of `images`.
+    """
+    if batch is None:
+        yield images, len(images)
+        return
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        rows = len(part)
+        if rows < batch:
+            part = np.concatenate([part, np.repeat(part[-1:], batch - rows, axis=0)])
+        yield part, rows

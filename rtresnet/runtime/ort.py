@@ -31,7 +31,6 @@ from typing import Any, Literal
 import numpy as np
 
 from rtresnet.core import hardware
-from rtresnet.core.batches import pieces
 from rtresnet.core.errors import (
     ArtifactError,
     InputError,
@@ -39,6 +38,7 @@ from rtresnet.core.errors import (
     UnknownNameError,
     missing_package,
 )
+from rtresnet.core.preprocess import pieces
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
 from rtresnet.runtime.cpu_rewrite import is_quantized, rewrite_for_cpu
 

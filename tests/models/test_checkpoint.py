@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import pickle
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.preprocess import IMAGENET_MEAN, Preprocess
+from rtresnet.core.reporter import LogReporter, Update
 from rtresnet.core.sidecar import Weights
 from rtresnet.models import download as public
 from rtresnet.models import zoo
@@ -752,6 +755,39 @@ def test_a_download_is_checked_and_kept(tmp_path: Path) -> None:
     assert path == cache / source.name
     assert path.read_bytes() == source.read_bytes()
     assert list(cache.iterdir()) == [path]
+
+
+def test_download_reports_progress_in_bytes(tmp_path: Path) -> None:
+    source = hashed(tmp_path / "mirror", "net", b"weights" * 300_000)
+    calls: list[tuple[float | None, float | None]] = []
+
+    class Recorder(LogReporter):
+        @contextlib.contextmanager
+        def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
+            def update(
+                completed: float | None = None,
+                description: str | None = None,
+                total: float | None = None,
+            ) -> None:
+                calls.append((completed, total))
+
+            yield update
+
+    public.download(source.as_uri(), tmp_path / "cache", Recorder())
+    assert calls[0] == (0, 2_100_000) and calls[-1] == (2_100_000, None) and len(calls) > 2
+
+
+def test_download_server_that_stops_answering_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(public, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/net-01234567.pth"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with pytest.raises(InputError) as caught:
+            public.download(url, tmp_path / "cache")
+    assert caught.value.fix is not None and "--weights FILE" in caught.value.fix
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_second_download_needs_no_network(tmp_path: Path) -> None:
