@@ -3,8 +3,9 @@
 # make test-slow    run the tests that start real processes: kill and resume, torchrun, Ray, README
 # make test-all     run every test
 # make check        ruff and mypy
-# make docs         build the documentation site into site/, strictly
-# make dist         build the wheel and the source distribution into dist/ and check them
+# make docs         build the documentation site into site/, strict
+# make dist         build wheel and sdist, and check them
+# make protocol     compile the gRPC protocol's description
 
 PYTHON ?= python3
 EXTRAS := all-cpu,ray,triton,test
@@ -30,16 +31,6 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/.ready
-	$(PIP) -e '.[docs]'
-	$(BIN)/mkdocs build --strict
-
-dist: .venv/.ready
-	$(PIP) -e '.[dist]'
-	rm -rf dist
-	$(BIN)/python -m build
-	$(BIN)/twine check --strict dist/*
-
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) -e '.[$(EXTRAS)]'
@@ -56,4 +47,21 @@ dist: .venv/.ready
 			|| echo "not installed: tests of TensorRT $$version will be skipped"; \
 	done
 
-.PHONY: quickstart test test-slow test-all check docs dist
+docs: .venv/.ready .venv/docs
+	$(BIN)/python benchmarks/docs.py --static
+	PYTHONPATH=.venv/docs:. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
+.venv/docs: .venv/.ready
+	$(PIP) --upgrade --target $@ mkdocs-material mkdocs-click 'mkdocstrings[python]'
+
+dist: .venv/.ready
+	$(PIP) -e '.[dist]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+protocol:
+	$(PYTHON) -m grpc_tools.protoc -I protocol --descriptor_set_out=rtresnet/serving/open_inference.desc \
+		protocol/open_inference.proto
+
+.PHONY: docs dist protocol quickstart test test-slow test-all check

@@ -9,6 +9,7 @@ Every console block, table and example in the documentation comes from here.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import shutil
@@ -21,6 +22,9 @@ from pathlib import Path
 from common import RESULTS
 from PIL import Image
 from sklearn.datasets import load_digits
+
+import rtresnet
+from rtresnet.core.schema import json_schema
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -99,6 +103,76 @@ def static(text: str) -> str:
     return text
 
 
+API_HEAD = """# Python API
+
+Everything here is imported from `rtresnet`, for example `rtresnet.build`. `import rtresnet` loads
+nothing else; each name is loaded on first use. Configs and results are frozen dataclasses; a config
+that is not valid raises `InputError` where it is made.
+"""
+LINT_HEAD = """# Lint rules
+
+`rtresnet lint FILE.onnx` checks a quantized ONNX file from any tool for problems in TensorRT. It
+needs neither a GPU nor TensorRT. An error is refused by TensorRT, computed differently than in ONNX
+Runtime, or runs in float where the file says INT8. A warning costs speed or accuracy. The exit code
+is 1 where there is an error or a warning. `--fix OUT.onnx` repairs what can be repaired without
+changing one bit of the outputs.
+
+| rule | severity | problem | fix |
+|---|---|---|---|"""
+
+
+def reference_pages() -> dict[Path, str]:
+    """Pages and schemas that are made from the code, by path."""
+    files = {
+        DOCS / "reference" / "api.md": _api_page(),
+        DOCS / "reference" / "lint.md": _lint_page(),
+    }
+    for name in rtresnet.__all__:
+        if name.endswith("Result") or name == "Sidecar":
+            schema = json_schema(getattr(rtresnet, name))
+            files[DOCS / "schema" / f"{name}.json"] = json.dumps(schema, indent=1) + "\n"
+    return files
+
+
+API_GROUPS = {
+    "Load and run": ("runtime.session", "workflows.loading", "runtime.batcher", "runtime.cuda",
+                     "core.preprocess", "workflows.input_spec"),
+    "Train": ("workflows.pack", "workflows.train"),
+    "Export and quantize": ("workflows.export", "workflows.adopt", "workflows.quantize",
+                            "workflows.lint", "workflows.embed_io"),
+    "Build": ("workflows.build",),
+    "Evaluate": ("workflows.evaluate", "workflows.compare", "workflows.check"),
+    "Predict": ("workflows.predict", "workflows.predictor"),
+    "Benchmark": ("workflows.benchmark", "workflows.benchmark_search", "workflows.profile",
+                  "workflows.estimate"),
+    "Deploy": ("workflows.serve", "workflows.package"),
+    "Inspect and report": ("workflows.inspect", "core.sidecar", "core.artifacts",
+                           "workflows.models", "workflows.doctor", "reporting.report"),
+    "Studies and quickstart": ("workflows.study", "workflows.quickstart"),
+    "Progress and errors": ("core.reporter", "core.errors"),
+}  # fmt: skip
+
+
+def _api_page() -> str:
+    assert {m for group in API_GROUPS.values() for m in group} == set(rtresnet._MODULES)
+    lines = API_HEAD.splitlines()
+    for group, modules in API_GROUPS.items():
+        lines += ["", f"## {group}", ""]
+        for module in modules:
+            lines += [f"::: rtresnet.{module}.{name}" for name in rtresnet._MODULES[module].split()]
+    return "\n".join(lines) + "\n"
+
+
+def _lint_page() -> str:
+    from rtresnet.quantization.lint_rules import RULES
+
+    rows = [
+        f"| `{rule}` | {severity} | {problem} | {fix} |"
+        for rule, (severity, problem, fix) in RULES.items()
+    ]
+    return "\n".join([*LINT_HEAD.splitlines(), *rows]) + "\n"
+
+
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
     """Takes a picture of a page with Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -125,6 +199,9 @@ def main() -> None:
     parser.add_argument("--static", action="store_true", help="run no command")
     options = parser.parse_args()
     readme = static(README.read_text())
+    for path, text in reference_pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     if not options.static:
         with tempfile.TemporaryDirectory() as folder:
             readme = with_output(readme, Path(folder))

@@ -6,9 +6,9 @@ Weights are untrained: sizes, build times and speed do not depend on them. The t
 net are measured in turn, in one process, at batch 1 and 8.
 
 The results say whether the processor has VNNI, and go into a file for each kind. To see the kernels
-of the other kind on an Intel processor, compile tests/runtime/no_vnni.c as its first lines say and
+of the other kind (gcc, objdump and Linux on x86-64):
 
-    ONEDNN_MAX_CPU_ISA=AVX2 LD_PRELOAD=$PWD/no_vnni.so .venv/bin/python benchmarks/engines.py
+    .venv/bin/python tests/runtime/hide_vnni.py .venv/bin/python benchmarks/engines.py resnet50
 
 OpenVINO, on a processor that its plugin does not offer, is in another build of ONNX Runtime:
 
@@ -34,7 +34,7 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def measure(model: str, provider: str) -> tuple[list[tuple[object, ...]], dict]:
+def measure(model: str, provider: str, seconds: float) -> tuple[list[tuple[object, ...]], dict]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         exported = rtresnet(
@@ -43,8 +43,9 @@ def measure(model: str, provider: str) -> tuple[list[tuple[object, ...]], dict]:
         )  # fmt: skip
         files = [entry["file"] for entry in exported["onnx"]]
         bench = rtresnet(
-            "bench", *files, "--provider", provider, "--batch", "1,8", "--seconds", "10", cwd=place
-        )
+            "bench", *files, "--provider", provider, "--batch", "1,8", "--seconds", str(seconds),
+            cwd=place,
+        )  # fmt: skip
     for entry in bench["results"]:
         del entry["samples"]
     rows = []
@@ -72,10 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["resnet18", "resnet50", "resnet152"])
     parser.add_argument("--provider", default="cpu", help="as `rtresnet bench --provider`")
+    parser.add_argument("--seconds", type=float, default=10, help="seconds for each file and batch")
+    parser.add_argument(
+        "--name", help="name of the results' files; by provider and kind by default"
+    )
     options = parser.parse_args()
     rows, records = [], {}
     for model in options.models:
-        found, records[model] = measure(model, options.provider)
+        found, records[model] = measure(model, options.provider, options.seconds)
         rows += found
     first = next(iter(records.values()))
     where, plan = first["bench"]["results"][0], first["export"]["plans"][0]
@@ -83,16 +88,16 @@ def main() -> None:
     kind = "with VNNI"
     if hardware.int8_sums_saturate():
         hidden = "no_vnni" in os.environ.get("LD_PRELOAD", "")
-        kind = "without VNNI" + (" (hidden by tests/runtime/no_vnni.c)" if hidden else "")
+        kind = "without VNNI" + (" (hidden by tests/runtime/hide_vnni.py)" if hidden else "")
     caption = (
         f"Plans by {plan['builder']} {plan['version']} for {', '.join(plan['targets'])}. Speed of "
         f"the ONNX files on {where['device']}, {kind}, {where['provider']}, "
-        f"{where['threads']} threads, {versions}; 10 s each, in turn; speed against FP32; n "
-        "batches of 8."
+        f"{where['threads']} threads, {versions}; {options.seconds:g} s each, in turn; "
+        "speed against FP32; n batches of 8."
     )
     name = "engines" if options.provider == "cpu" else f"engines-{options.provider}"
     name += "-no-vnni" if hardware.int8_sums_saturate() else ""
-    save(name, records, markdown(HEADINGS, rows) + "\n\n" + caption)
+    save(options.name or name, records, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 Every net is exported, calibrated on 512 images and run on all test images: by ONNX Runtime without
 its optimizer, which is the file as written, and through `rtresnet.load` by each provider that is
-installed, on this CPU as it is and with AVX-512, VNNI and AMX hidden (tests/runtime/no_vnni.c: gcc,
-Linux and an Intel processor; skipped elsewhere). "saturating" is what ONNX Runtime would compute if
-the runtime took no notice of the missing VNNI.
+installed, on this CPU as it is and with AVX-512, VNNI and AMX hidden (tests/runtime/hide_vnni.py:
+gcc, objdump and Linux on x86-64; skipped elsewhere). "saturating" is what ONNX Runtime would
+compute if the runtime took no notice of the missing VNNI.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from rtresnet.core import hardware, metrics
 from rtresnet.data import loader
 from rtresnet.data.sources import open_source
 from rtresnet.quantization import simulate
-from rtresnet.runtime import ort
+from rtresnet.runtime import providers
 
-HIDE = Path(__file__).parent.parent / "tests" / "runtime" / "no_vnni.c"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
+import hide_vnni
+
 RUN = """
 import sys, numpy as np
 from rtresnet import load
@@ -49,17 +51,11 @@ HEADINGS = ("net", "CPU", "provider", "top-1", "of", "agreement with FP32 %", "S
 
 def hidden(folder: Path) -> dict[str, str] | None:
     """Environment variables that hide VNNI from a process; None where that is not possible."""
-    library = folder / "no_vnni.so"
-    command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(HIDE)]
-    variables = {"LD_PRELOAD": str(library), "ONEDNN_MAX_CPU_ISA": "AVX2"}
     try:
-        subprocess.run(command, check=True, capture_output=True)
-        subprocess.run(
-            [sys.executable, "-c", ""], env=os.environ | variables, check=True, capture_output=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return hide_vnni.environment(folder)
+    except hide_vnni.CannotHideError as error:
+        print(f"VNNI cannot be hidden: {error}", file=sys.stderr)
         return None
-    return variables
 
 
 def run(
@@ -98,7 +94,7 @@ def measure(weights: str, data: str, calib: str, folder: Path) -> list[dict[str,
     if not hardware.int8_sums_saturate() and (variables := hidden(folder)) is not None:
         cpus.append(("VNNI hidden", variables))
     for cpu, env in cpus:
-        for provider in ("cpu", *(["openvino"] if ort.openvino() else [])):
+        for provider in ("cpu", *(["openvino"] if providers.openvino() else [])):
             logits, shown = run(int8_file, provider, folder, env)
             answers.append((cpu, shown, logits))
         if cpu != "with VNNI":
@@ -126,6 +122,7 @@ def main() -> None:
     parser.add_argument("weights", nargs="+")
     parser.add_argument("--data", required=True)
     parser.add_argument("--calib", required=True)
+    parser.add_argument("--name", default="int8-cpu", help="name of the results' files")
     options = parser.parse_args()
     results = []
     for weights in options.weights:
@@ -148,7 +145,7 @@ def main() -> None:
         + "."
     )
     record = {"results": results, "cpu": hardware.cpu(), "versions": versions}
-    save("int8-cpu", record, markdown(HEADINGS, rows) + "\n\n" + caption)
+    save(options.name, record, markdown(HEADINGS, rows) + "\n\n" + caption)
 
 
 if __name__ == "__main__":

@@ -17,5 +17,5 @@ agreement = rt.compare(run.checkpoint, int8.path, data="digits")
 print(f"same answer as the checkpoint: {100 * agreement.agreement:.2f} %")
 result = rt.benchmark([onnx.path, int8.path], rt.BenchmarkConfig(batch=(1, 8), seconds=1))
 for row in result.results:
-    print(f"{row.file}, batch {row.batch}: {row.median:.3f} ms")
+    print(f"{row.name}: {row.measurement.latency.median:.3f} ms")
 print(f"{plan.path}: for {', '.join(plan.plan.targets)}, {plan.plan.attested.dtypes}")

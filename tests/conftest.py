@@ -12,6 +12,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,3 +162,21 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(Stepper, "step", stepping)
 
     return arrange
+
+
+def as_foreign(path: str | Path) -> Path:
+    """Removes what an ONNX file of ours says of itself: as if another tool had written it."""
+    import onnx
+
+    path = Path(path)
+    model = onnx.load(path)
+    onnx.save(undescribed(model), path)
+    return path
+
+
+def undescribed(model: Any) -> Any:
+    """A model without the description that every step writes into it."""
+    kept = [entry for entry in model.metadata_props if entry.key != "rtresnet.model"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    return model

@@ -110,6 +110,12 @@ def test_files_inlined_into_the_readme_are_current(docs: object) -> None:
     assert docs.static(README) == README  # type: ignore[attr-defined]
 
 
+def test_reference_pages_and_schemas_are_those_of_the_code(docs: object) -> None:
+    pages = docs.reference_pages()  # type: ignore[attr-defined]
+    old = [path.name for path, text in pages.items() if path.read_text() != text]
+    assert not old, f"run: python benchmarks/docs.py --static ({', '.join(old)})"
+
+
 def commands(group: click.Group, path: str = "rtresnet") -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in group.list_commands(context):

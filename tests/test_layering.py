@@ -56,16 +56,17 @@ DOORS = {
         "quantization.low_bit_scales",
     },
     # Pure Python: what export writes into metadata_props is known to these three.
-    "models/checkpoint.py": {"onnxlib", "onnxlib.learned"},
-    "training/checkpointing.py": {"onnxlib", "onnxlib.learned"},
+    "models/checkpoint.py": {"onnxlib", "onnxlib.metadata"},
+    "training/checkpointing.py": {"onnxlib", "onnxlib.metadata"},
     "reporting/report.py": {"builder", "builder.layers"},
     "reporting/study_tables.py": {"study", "study.compare"},
-    "runtime/cpu_rewrite.py": {"onnxlib", "onnxlib.branches", "onnxlib.io"},
+    "runtime/session.py": {"onnxlib", "onnxlib.metadata"},
+    "runtime/cpu_rewrite.py": {"onnxlib", "onnxlib.io", "onnxlib.metadata"},
 }
 # Packages of others that one file may import although its package may not.
 SEAMS = {
     "core/preprocess.py": {"PIL"},
-    "runtime/ort.py": {"onnxruntime", "onnxruntime_ep_openvino"},
+    "runtime/providers.py": {"onnxruntime", "onnxruntime_ep_openvino"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},
     "runtime/gpu_check.py": {"cuda"},  # to tell the binding's defects from those of cuda.py

@@ -1,14 +1,18 @@
-"""Every use of TensorRT's Python API in `build` and `runtime`, compared with the real modules.
+"""The builder and the runtime, run with the API of each real TensorRT module.
 
-`tensorrt_rtx` is asked where it is installed. `tensorrt` cannot be installed without a GPU vendor's
-package index; its bindings alone are a small wheel (tensorrt-cu13-bindings), and import over stub
-libraries of a few lines of C. `make test` puts two versions into .venv/tensorrt-bindings; others
-are named in RTRESNET_TENSORRT_BINDINGS, folders as in PATH. Without either these tests are skipped.
+`Restricted` wraps a module and its objects. It has only the names that the real module has, and
+checks every call against the real signatures. What runs inside is TensorRT-RTX (builder) or the
+fake GPU (runtime), so that nothing here needs a GPU.
+
+The API of `tensorrt_rtx` is read from the installed module. `tensorrt` cannot be installed without
+NVIDIA's package index; its bindings alone are a small wheel (tensorrt-cu13-bindings) that can be
+imported over stub libraries of a few lines of C. `make test` puts two versions into
+.venv/tensorrt-bindings; RTRESNET_TENSORRT_BINDINGS names other folders, as in PATH. Tests without
+their module are skipped.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import json
@@ -19,116 +23,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet.builder import nodes
+from rtresnet.builder import engine, inspector, nodes
+from rtresnet.core import hardware, trt_loading
+from rtresnet.core.errors import ArtifactError
+from rtresnet.core.hardware import Gpu
 
 ROOT = Path(__file__).parent.parent
 BINDINGS = Path(sys.prefix) / "tensorrt-bindings"
 RTX = "tensorrt_rtx"
-
-# What the names in each file stand for; "trt" is the module everywhere.
-RUNTIME = {
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "self.context": "IExecutionContext",
-    "bound.context": "IExecutionContext",
-}
-OWNERS = {
-    "builder/engine.py": {
-        "maker": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition",
-        "entry": "IOptimizationProfile", "tensor": "ITensor", "images": "ITensor",
-        "logits": "ITensor", "cache": "ITimingCache",
-    },
-    "builder/preflight.py": {
-        "maker": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",
-        "error": "ParserError",
-    },
-    "builder/nodes.py": {
-        "network": "INetworkDefinition", "layer": "ILayer", "out": "ITensor", "tensor": "ITensor",
-        "inputs[0]": "ITensor",
-    },
-    "builder/monitor.py": {"maker": "Builder", "config": "IBuilderConfig"},
-    "builder/targets.py": {"config": "IBuilderConfig"},
-    "builder/inspector.py": RUNTIME | {"inspector": "EngineInspector"},
-    "runtime/trt.py": RUNTIME,
-    "runtime/execution.py": RUNTIME,
-    "runtime/io_spec.py": RUNTIME,
-    "runtime/context_config.py": RUNTIME | {
-        "config": "IRuntimeConfig", "owned": "IRuntimeConfig",
-        "when": "DynamicShapesKernelSpecializationStrategy",
-    },
-    "runtime/rtx.py": RUNTIME | {"config": "IRuntimeConfig", "self.cache": "IRuntimeCache"},
-    "runtime/error_log.py": {},
-    "runtime/trt_profile.py": {},
-}  # fmt: skip
-OF_PYTHON = ("__class__", "__init__", "__name__", "__version__")
-# A layer's own class is told by its type; the API hands out the base class.
-SUBCLASSES = {"kernel_size_nd": "IConvolutionLayer", "op": "IElementWiseLayer"}
-RTX_ONLY = {
-    "ComputeCapability", "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
-    "DynamicShapesKernelSpecializationStrategy",
-    "DynamicShapesKernelSpecializationStrategy.EAGER",
-    "DynamicShapesKernelSpecializationStrategy.LAZY", "EngineInvalidityDiagnostics.__members__",
-    "EngineValidity.INVALID", "EngineValidity.SUBOPTIMAL",
-    "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability",
-    "IRuntimeCache.deserialize", "IRuntimeCache.serialize", "IRuntimeConfig.create_runtime_cache",
-    "IRuntimeConfig.cuda_graph_strategy",
-    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
-    "IRuntimeConfig.set_runtime_cache", "Runtime.engine_header_size",
-    "Runtime.get_engine_validity",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """One place where a file reads or calls something of TensorRT's.
-
-    Attributes:
-        path: As in "ICudaEngine.get_tensor_name".
-        where: File and line.
-        arguments: Number of positional ones and names of the others; None where it is no call.
-    """
-
-    path: str
-    where: str
-    arguments: tuple[int, tuple[str, ...]] | None
-
-
-@functools.cache
-def uses() -> tuple[Use, ...]:
-    found = []
-    for file, owners in OWNERS.items():
-        tree = ast.parse((ROOT / "rtresnet" / file).read_text())
-        calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Attribute) or id(node) in inner:
-                continue
-            owner, name = ast.unparse(node.value), node.attr
-            if owner == "trt" or owner.startswith("trt."):
-                path = f"{owner}.{name}".removeprefix("trt.")
-            elif owner in owners:
-                path = f"{SUBCLASSES.get(name, owners[owner])}.{name}"
-            else:
-                continue
-            parts = path.split(".")
-            if parts[-1] in OF_PYTHON:
-                continue
-            call = calls.get(id(node)) if len(parts) <= 2 else None
-            starred = call is not None and any(isinstance(a, ast.Starred) for a in call.args)
-            arguments = None
-            if call is not None and not starred:
-                names = tuple(keyword.arg for keyword in call.keywords if keyword.arg)
-                arguments = (len(call.args), names)
-            found.append(
-                Use(path=".".join(parts[:2]), where=f"{file}:{node.lineno}", arguments=arguments)
-            )
-    return tuple(found)
-
 
 PROBE = """
 import importlib, json, sys
@@ -189,7 +99,7 @@ LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 
 
 def folders() -> list[Path]:
-    """Where bindings of `tensorrt` lie."""
+    """Returns the folders with bindings of `tensorrt`."""
     named = os.environ.get("RTRESNET_TENSORRT_BINDINGS", "")
     places = [Path(name) for name in named.split(os.pathsep) if name] or sorted(BINDINGS.glob("*"))
     spec = importlib.util.find_spec("tensorrt_bindings")
@@ -296,59 +206,292 @@ def fits(signature: list[tuple[str, bool]], count: int, names: tuple[str, ...]) 
     return count <= len(signature) and needed <= set(names) <= known
 
 
-def test_uses_are_found_in_every_file() -> None:
-    assert {use.where.partition(":")[0] for use in uses()} == set(OWNERS)
-    paths = {use.path for use in uses()}
-    assert paths >= RTX_ONLY | {
-        "Builder.build_serialized_network", "IBuilderConfig.clear_flag", "BuilderFlag.TF32",
-        "OnnxParser.parse", "ParserError.node_name", "ILayer.metadata",
-        "IConvolutionLayer.kernel_size_nd",
-        "IExecutionContext.execute_async_v3", "ICudaEngine.device_memory_size_v2",
-        "EngineInspector.get_engine_information", "LayerInformationFormat.JSON",
-        "IRuntimeConfig.set_execution_context_allocation_strategy", "ILogger.ERROR",
-        "TensorIOMode.INPUT", "nptype", "IProfiler", "IProgressMonitor",
+# Classes that the code derives from; SUBCLASS_PROBE checks them. Buffers are passed on as they are.
+UNWRAPPED = ("ILogger", "IProgressMonitor", "IProfiler", "IHostMemory")
+FAKES = {
+    "FakeEngine": "ICudaEngine", "FakeContext": "IExecutionContext", "FakeConfig": "IRuntimeConfig",
+    "FakeCache": "IRuntimeCache", "FakeInspector": "EngineInspector",
+}  # fmt: skip
+
+
+class Recorder:
+    """What `Restricted` objects of one module have seen.
+
+    Attributes:
+        used: Paths of names, as in "ICudaEngine.get_tensor_name".
+        wrong: Calls that fit no signature.
+    """
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self.used: set[str] = set()
+        self.wrong: list[str] = []
+
+    def check_name(self, path: str) -> None:
+        if path not in self.api.names:
+            raise AttributeError(f"{self.api.module} {self.api.version} has no {path}")
+        self.used.add(path)
+
+    def check_call(self, path: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        known = overloads(self.api, path)  # none of a class, or of a function in Python
+        if known and not any(fits(each, len(arguments), tuple(named)) for each in known):
+            self.wrong.append(f"{path}({len(arguments)}, {list(named)}): {known}")
+
+    def wrap(self, value: Any) -> Any:
+        """Wraps an object of TensorRT's, or of the fake one; leaves others and enums alone."""
+        kind = type(value).__name__
+        real = type(value).__module__.startswith("tensorrt_rtx")
+        if kind in UNWRAPPED or kind == "Dims" or hasattr(type(value), "__members__"):
+            return value
+        if real or kind in FAKES or kind == "Runtime":
+            return Restricted(self, value, FAKES.get(kind, kind))
+        return value
+
+
+class Restricted:
+    """An object with those of its names that the real module has.
+
+    Args:
+        recorder: Checks names and calls.
+        target: The object.
+        kind: Name of its class in the real module; empty for the module itself.
+    """
+
+    def __init__(self, recorder: Recorder, target: Any, kind: str = "") -> None:
+        for name, value in (("_recorder", recorder), ("_target", target), ("_kind", kind)):
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        recorder, target, kind = self._recorder, self._target, self._kind
+        if name.startswith("__") and name != "__members__":
+            return recorder.api.module if name == "__name__" else getattr(target, name)
+        path = f"{kind}.{name}" if kind else name
+        recorder.check_name(path)
+        value = getattr(target, name)
+        if not kind and isinstance(value, type | SimpleNamespace):
+            return value if name in UNWRAPPED else Restricted(recorder, value, name)
+        if callable(value) and not isinstance(value, type):
+            return functools.partial(self._call, path, value)
+        return recorder.wrap(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        value = unwrapped(value)
+        if name == "__class__":
+            object.__setattr__(self, "_kind", value.__name__)
+        else:
+            self._recorder.check_name(f"{self._kind}.{name}")
+        setattr(self._target, name, value)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call(self._kind, self._target, *arguments, **named)
+
+    def _call(self, path: str, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        self._recorder.check_call(path, arguments, named)
+        plain = {name: unwrapped(value) for name, value in named.items()}
+        return self._recorder.wrap(function(*map(unwrapped, arguments), **plain))
+
+
+def unwrapped(value: Any) -> Any:
+    return value._target if isinstance(value, Restricted) else value
+
+
+def test_restricted_finds_missing_names_and_calls_that_fit_no_signature() -> None:
+    names = {
+        "Runtime": "",
+        "Runtime.load": "load(self: Runtime, data: bytes, size: int = 0) -> int",
+    }
+    recorder = Recorder(Api(module="tensorrt", version="0", names=names, environment={}))
+
+    class Runtime:
+        def load(self, *arguments: int, **named: int) -> int:
+            return 1
+
+        def save(self) -> None:
+            raise AssertionError("the real module has no such name")
+
+    runtime = recorder.wrap(Runtime())
+    assert runtime.load(1) == runtime.load(1, size=2) == 1 and not recorder.wrong
+    assert not hasattr(runtime, "save")
+    with pytest.raises(AttributeError, match="tensorrt 0 has no"):
+        runtime.name = "x"
+    for arguments, named in (((), {}), ((1, 2, 3), {}), ((1,), {"length": 2})):
+        runtime.load(*arguments, **named)
+    assert len(recorder.wrong) == 3 and recorder.used == {"Runtime.load"}
+
+
+@pytest.fixture
+def recorder(api: Api, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Records uses of this API, on a machine with a GPU."""
+    gpu = Gpu(name="Test GPU", capability=(8, 9), memory=1 << 30)
+    monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(hardware, "installed", lambda name: True)
+    return Recorder(api)
+
+
+def residual_net(path: Path, extra: str = "Relu") -> Path:
+    """An ONNX file with a convolution, an addition and a classifier; `extra` is an operator."""
+    value = helper.make_tensor_value_info
+    weights = {"w": np.zeros((3, 3, 3, 3), np.float32), "fc": np.zeros((3, 5), np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["c"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c", "images"], ["a"], name="add"),
+        helper.make_node(extra, ["a"], ["r"], name="extra"),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"], name="pool"),
+        helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
+        helper.make_node("MatMul", ["f", "fc"], ["logits"], name="fc"),
+    ]
+    graph = helper.make_graph(
+        nodes, "net", [value("images", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [value("logits", TensorProto.FLOAT, ["n", 5])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("api", MODULES, indirect=True)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_builder_uses_only_names_and_signatures_of_the_module(
+    api: Api, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx = pytest.importorskip(RTX)
+    monkeypatch.setattr(trt_loading, "load_tensorrt", lambda name: Restricted(recorder, rtx))
+    builder = "rtx" if api.module == RTX else "tensorrt"
+    source, out = residual_net(tmp_path / "net.onnx"), tmp_path / "net.plan"
+    target = ("sm_89",) if api.module == RTX else ()
+    cache = None if api.module == RTX else tmp_path / "kernels.cache"
+    engine.build(source, out, target=target, builder=builder, tf32=False, timing_cache=cache)
+    assert out.stat().st_size > 0
+    with pytest.raises(ArtifactError, match="NoSuchOperator"):
+        engine.check(residual_net(tmp_path / "bad.onnx", "NoSuchOperator"), builder=builder)
+    assert not recorder.wrong
+    assert recorder.used >= {
+        "Builder.build_serialized_network", "Builder.create_builder_config",
+        "Builder.create_network", "Builder.create_optimization_profile", "BuilderFlag.TF32",
+        "ElementWiseOperation.SUM", "IBuilderConfig.add_optimization_profile",
+        "IBuilderConfig.clear_flag", "IBuilderConfig.profiling_verbosity",
+        "IBuilderConfig.progress_monitor", "IConvolutionLayer.kernel_size_nd",
+        "IElementWiseLayer.op", "ILayer.metadata", "ILayer.type", "INetworkDefinition.get_layer",
+        "INetworkDefinition.name", "IOptimizationProfile.set_shape", "ITensor.dtype",
+        "OnnxParser.parse", "OnnxParser.get_error", "OnnxParser.supports_model_v2",
+        "OnnxParser.get_subgraph_nodes", "ParserError.code", "ParserError.node_operator",
+        "ProfilingVerbosity.DETAILED", "float32",
+    }  # fmt: skip
+    only_rtx = {"ComputeCapability.SM89", "IBuilderConfig.set_compute_capability"}
+    only_tensorrt = {"IBuilderConfig.set_timing_cache", "ITimingCache.serialize",
+                     "Runtime.deserialize_cuda_engine"}  # fmt: skip
+    assert recorder.used >= (only_rtx if api.module == RTX else only_tensorrt)
+    assert not recorder.used & (only_tensorrt if api.module == RTX else only_rtx)
+
+
+class FakeInspector:
+    execution_context: Any = None
+
+    def get_engine_information(self, format_: str) -> str:
+        assert self.execution_context is not None and format_ == "json"
+        return "{}"
+
+
+@pytest.mark.parametrize("api", MODULES, indirect=True)
+def test_inspector_uses_only_names_and_signatures_of_the_module(
+    api: Api, recorder: Recorder, fake_gpu: Any
+) -> None:
+    class FakeEngine(fake_gpu.FakeEngine):  # type: ignore[misc]
+        def create_engine_inspector(self) -> FakeInspector:
+            return FakeInspector()
+
+        def create_execution_context(self) -> Any:
+            return fake_gpu.FakeContext(self)
+
+    opened = FakeEngine(fake_gpu.FakeCuda())
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            pass
+
+        def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
+            return opened
+
+    module = SimpleNamespace(
+        __version__=api.version, Runtime=Runtime,
+        TensorIOMode=SimpleNamespace(INPUT="in"),
+        LayerInformationFormat=SimpleNamespace(JSON="json"),
+    )  # fmt: skip
+    texts = inspector.inspect_engine(Restricted(recorder, module), None, str, b"", 1)
+    assert texts == ("{}",) and not recorder.wrong
+    assert recorder.used >= {
+        "EngineInspector.execution_context", "EngineInspector.get_engine_information",
+        "ICudaEngine.create_engine_inspector", "ICudaEngine.create_execution_context",
+        "IExecutionContext.set_optimization_profile_async", "LayerInformationFormat.JSON",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("api", MODULES, indirect=True)
-def test_every_name_is_in_the_real_module(api: Api) -> None:
-    missing = {
-        f"{use.path} ({use.where})"
-        for use in uses()
-        if use.path not in api.names and not (api.module != RTX and use.path in RTX_ONLY)
-    }
-    assert not missing, f"{api.module} {api.version}"
-
-
-@only_tensorrt
-def test_what_tells_tensorrt_rtx_apart_is_not_in_tensorrt(api: Api) -> None:
-    assert not {"ComputeCapability", "IRuntimeCache"} & set(api.names)
-    assert not RTX_ONLY & set(api.names), "no longer RTX's alone"
+@pytest.fixture(scope="module")
+def fake_gpu() -> Any:
+    """The module tests/runtime/fake_gpu.py."""
+    if "fake_gpu" not in sys.modules:
+        path = Path(__file__).parent / "runtime" / "fake_gpu.py"
+        spec = importlib.util.spec_from_file_location("fake_gpu", path)
+        assert spec is not None and spec.loader is not None
+        sys.modules["fake_gpu"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["fake_gpu"])
+    return sys.modules["fake_gpu"]
 
 
 @pytest.mark.parametrize("api", MODULES, indirect=True)
-def test_every_call_fits_a_signature(api: Api) -> None:
-    wrong, checked = [], set()
-    for use in uses():
-        if use.arguments is None or use.path not in api.names:
-            continue
-        known = overloads(api, use.path)
-        if not known:  # a class, or a function in Python
-            continue
-        checked.add(use.path)
-        if not any(fits(signature, *use.arguments) for signature in known):
-            wrong.append((use, known))
-    assert not wrong, f"{api.module} {api.version}"
-    assert {
-        "OnnxParser.parse", "ICudaEngine.get_tensor_profile_shape", "IBuilderConfig.clear_flag",
-        "IExecutionContext.set_input_shape", "Builder.build_serialized_network",
-        "Runtime.deserialize_cuda_engine", "IExecutionContext.set_optimization_profile_async",
-    } <= checked  # fmt: skip
+def test_runtime_uses_only_names_and_signatures_of_the_module(
+    api: Api, recorder: Recorder, fake_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = fake_gpu.Bench(monkeypatch, tmp_path)
+    monkeypatch.setitem(sys.modules, RTX, Restricted(recorder, bench.trt))
+    for kernels in ("eager", "lazy"):
+        backend = bench.load(kernels=kernels)
+        for count in (1, 3, 3, 20):
+            batch = fake_gpu.images(count)
+            np.testing.assert_allclose(backend.infer(batch), fake_gpu.expected(batch), atol=1e-5)
+        assert backend.graphs == ("built in" if api.module == RTX else "by hand")
+        backend.close()
+    if api.module == RTX:  # the kernels that the first load has kept, and a slow plan
+        bench.validity = (fake_gpu.Validity.SUBOPTIMAL, 1)
+        with pytest.warns(RuntimeWarning, match="slower"):
+            bench.load().close()
+        bench.validity = (fake_gpu.Validity.VALID, 0)
+    plain = bench.load(graphs=False, timings=True)
+    plain.watch(None)
+    plain.infer(fake_gpu.images(8))
+    plain.close()
+    assert not recorder.wrong
+    assert recorder.used >= {
+        "ExecutionContextAllocationStrategy.USER_MANAGED", "ICudaEngine.create_execution_context",
+        "ICudaEngine.create_runtime_config", "ICudaEngine.device_memory_size_v2",
+        "ICudaEngine.get_tensor_dtype", "ICudaEngine.get_tensor_mode",
+        "ICudaEngine.get_tensor_name", "ICudaEngine.get_tensor_profile_shape",
+        "ICudaEngine.get_tensor_shape", "ICudaEngine.num_io_tensors",
+        "ICudaEngine.num_optimization_profiles", "IExecutionContext.execute_async_v3",
+        "IExecutionContext.profiler", "IExecutionContext.set_device_memory",
+        "IExecutionContext.set_input_shape", "IExecutionContext.set_optimization_profile_async",
+        "IExecutionContext.set_tensor_address",
+        "IRuntimeConfig.set_execution_context_allocation_strategy",
+        "Runtime.deserialize_cuda_engine", "TensorIOMode.INPUT", "TensorIOMode.OUTPUT", "nptype",
+    }  # fmt: skip
+    only_rtx = {
+        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        "DynamicShapesKernelSpecializationStrategy.LAZY",
+        "EngineInvalidityDiagnostics.__members__", "EngineValidity.INVALID",
+        "EngineValidity.SUBOPTIMAL", "IRuntimeCache.deserialize", "IRuntimeCache.serialize",
+        "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_runtime_cache", "Runtime.engine_header_size",
+        "Runtime.get_engine_validity",
+    }  # fmt: skip
+    assert recorder.used & only_rtx == (only_rtx if api.module == RTX else set())
 
 
 @pytest.mark.parametrize("api", MODULES, indirect=True)
 def test_every_enum_by_name_has_its_members(api: Api) -> None:
-    """Those that are looked up by a text, which no reading of the source finds."""
+    """Names that are looked up by a text from a file."""
     for kind in (*nodes.WORDS, "CONSTANT", "ELEMENTWISE"):
         assert f"LayerType.{kind}" in api.names
     for dtype in ("FLOAT", "HALF", "INT8", "UINT8", "INT64"):
@@ -359,13 +502,13 @@ def test_every_enum_by_name_has_its_members(api: Api) -> None:
 SUBCLASS_PROBE = """
 import importlib, inspect, json, sys
 from rtresnet.builder import engine, monitor
-from rtresnet.runtime import trt_profile
+from rtresnet.runtime import profilers
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = importlib.import_module(sys.argv[1])
 made = {
     "ILogger": [logger(trt, ErrorLog()), engine._log(trt)],
     "IProgressMonitor": [monitor._monitor(trt, print)],
-    "IProfiler": [trt_profile.profiler(trt)],
+    "IProfiler": [profilers.profiler(trt)],
 }
 found = {}
 for base, instances in made.items():

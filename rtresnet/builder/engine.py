@@ -51,6 +51,7 @@ def build(
     tf32: bool = True,
     timing_cache: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
+    described: Sidecar | None = None,
 ) -> Sidecar:
     """Compiles an ONNX file into a plan with a sidecar and a file of its layers.
 
@@ -64,6 +65,7 @@ def build(
             a mantissa of 10 bits, on GPUs from sm_80 on.
         timing_cache: For `tensorrt` only: measured kernels are read from and kept in this file.
         progress: Called with the name of each phase.
+        described: What the file says of itself, for one without a sidecar.
 
     Returns:
         The plan's sidecar, with what the layer dump attests.
@@ -79,8 +81,9 @@ def build(
     """
     try:
         return _build(
-            Path(source), Path(out), tuple(profiles), target, builder, tf32, timing_cache, progress
-        )
+            Path(source), Path(out), tuple(profiles), target, builder, tf32, timing_cache, progress,
+            described,
+        )  # fmt: skip
     except BaseException as error:
         # TensorRT-RTX 1.7 locks up when a builder is destroyed while another is being made. One
         # that a traceback keeps is destroyed when Python happens to collect it: let go of it now.
@@ -122,6 +125,7 @@ def _build(
     tf32: bool,
     timing_cache: str | os.PathLike[str] | None,
     progress: Callable[[str], None],
+    described: Sidecar | None,
 ) -> Sidecar:
     artifacts.require_name(out, "plan")
     trt = targets.builder(builder)
@@ -140,7 +144,9 @@ def _build(
         try:
             preflight.parse(trt, maker, network, log, source)
         finally:
-            known = verified.result()  # what is wrong with the file comes before what follows of it
+            known = (
+                verified.result() or described
+            )  # what is wrong with the file comes before what follows of it
     preflight.require_fixed_size(source, network, _stated_size(known))
     parent = known or _stranger(trt, network, source)
     batch = int(network.get_input(0).shape[0])

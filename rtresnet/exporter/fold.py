@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from rtresnet.models import tracing
-from rtresnet.onnxlib import norms
+from rtresnet.onnxlib import metadata
 
 
 def fold(net: nn.Module) -> fx.GraphModule:
@@ -25,7 +25,7 @@ def fold(net: nn.Module) -> fx.GraphModule:
 
     Returns:
         The same function as a graph; every convolution has a bias. Its `meta` says what batch
-        norm knew (`norms.py`).
+        norm knew (`onnxlib/metadata.py`).
     """
     traced = tracing.trace(copy.deepcopy(net).eval())
     modules = dict(traced.named_modules())
@@ -41,7 +41,7 @@ def fold(net: nn.Module) -> fx.GraphModule:
         known[before.target] = (norm.bias.detach().numpy(), norm.weight.detach().abs().numpy())
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
-    traced.meta[norms.KEY] = known
+    traced.meta[metadata.NORM_STATISTICS.key] = known
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced

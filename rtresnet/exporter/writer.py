@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 
 from rtresnet.models.resnet import Add, PadShortcut
 from rtresnet.models.tracing import INPUT, OUTPUT
-from rtresnet.onnxlib import learned, norms
+from rtresnet.onnxlib import metadata
 
 OPSET = 18
 
 
 def to_onnx(
-    graph: fx.GraphModule, *, size: int, name: str, scales: learned.Learned | None = None
+    graph: fx.GraphModule, *, size: int, name: str, scales: metadata.TrainedScales | None = None
 ) -> onnx.ModelProto:
     """Writes a folded net.
 
@@ -74,10 +74,10 @@ def to_onnx(
         ir_version=8,
         producer_name="rtresnet",
     )
-    if graph.meta.get(norms.KEY):
-        model.metadata_props.add(key=norms.KEY, value=norms.pack(graph.meta[norms.KEY]))
+    if graph.meta.get(metadata.NORM_STATISTICS.key):
+        metadata.NORM_STATISTICS.set(model, graph.meta[metadata.NORM_STATISTICS.key])
     if scales is not None:
-        model.metadata_props.add(key=learned.KEY, value=learned.pack(scales))
+        metadata.TRAINED_SCALES.set(model, scales)
     onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 

@@ -27,7 +27,7 @@ from rtresnet.core.sidecar import Calibration, Model, Sidecar, Weights
 from rtresnet.models import zoo
 from rtresnet.models.foreign import Naming, adopt, find_naming, recognize
 from rtresnet.models.resnet import ResNet
-from rtresnet.onnxlib import learned
+from rtresnet.onnxlib import metadata
 
 FORMAT = 1
 SAFETENSORS = ".safetensors"
@@ -54,7 +54,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     training: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
-    learned: learned.Learned | None = None
+    learned: metadata.TrainedScales | None = None
     assumed: tuple[str, ...] = ()
 
     @property
@@ -151,12 +151,12 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     return artifacts.publish(path, write, sidecar)
 
 
-def _calibration(path: Path, found: learned.Learned | None) -> Calibration | None:
+def _calibration(path: Path, found: metadata.TrainedScales | None) -> Calibration | None:
     """The record of learned scales, which lie in the checkpoint itself."""
     if found is None:
         return None
     return Calibration(
-        method=learned.METHOD,
+        method=metadata.QAT,
         images=found.images,
         images_sha256=found.images_sha256,
         n=found.n,
@@ -236,7 +236,9 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             state=payload["state"],
             training=payload["training"],
             measured=payload["measured"],
-            learned=learned.checked(payload["learned"]) if "learned" in payload else None,
+            learned=metadata.parse_trained_scales(payload["learned"])
+            if "learned" in payload
+            else None,
             assumed=tuple(map(str, payload.get("assumed", ()))),
         )
         said = checkpoint.spec

@@ -19,7 +19,7 @@ import onnx
 
 from rtresnet.core.errors import DataError, UnknownNameError
 from rtresnet.core.preprocess import pieces
-from rtresnet.onnxlib import branches
+from rtresnet.onnxlib import metadata
 from rtresnet.quantization import calibrators, qdq
 from rtresnet.quantization.bias_correction import bias_shifts
 from rtresnet.quantization.equalization import Outlier, equalize, outliers
@@ -62,7 +62,7 @@ class Calibrated:
         mended: Those of them that were brought down.
         shifts: Node to what is to be taken off its bias; empty where that did not help.
         exactly: See `qdq.insert`.
-        branches: What adds to each shortcut, lowest and highest value seen (`branches.py`).
+        branches: What adds to each shortcut, lowest and highest value seen (`onnxlib/metadata.py`).
     """
 
     model: onnx.ModelProto
@@ -74,13 +74,13 @@ class Calibrated:
     mended: list[Outlier]
     shifts: dict[str, np.ndarray]
     exactly: bool = False
-    branches: branches.Extents = dataclasses.field(default_factory=dict)
+    branches: metadata.BranchRanges = dataclasses.field(default_factory=dict)
 
     def quantized(self, keep: Collection[str] = ()) -> onnx.ModelProto:
         """The INT8 model, but for the nodes to keep in float."""
         result = qdq.insert(self.model, self.scales, keep, self.shifts, self.exactly)
         if self.branches:
-            result.metadata_props.add(key=branches.KEY, value=branches.pack(self.branches))
+            metadata.BRANCH_RANGES.set(result, self.branches)
         return result
 
 

@@ -17,7 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.onnxlib import norms
+from rtresnet.onnxlib import metadata
 from rtresnet.quantization.histogram import Histogram
 
 DRAWN = 4096  # values a channel
@@ -39,12 +39,12 @@ def ranges(
             a residual net's.
     """
     properties = {entry.key: entry.value for entry in model.metadata_props}
-    if norms.KEY not in properties:
+    if metadata.NORM_STATISTICS.key not in properties:
         raise ArtifactError(
             f"{model.graph.name}: says nothing of its batch norms, so ranges need images",
             fix="give images: --calib SPEC",
         )
-    known = norms.unpack(properties[norms.KEY])
+    known = metadata.NORM_STATISTICS.decode(properties[metadata.NORM_STATISTICS.key])
     rng = np.random.default_rng(0)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     values = {model.graph.input[0].name: rng.uniform(low, high, (DRAWN, len(low)))}

@@ -1,4 +1,4 @@
-"""How far the branch of each residual block goes: see `branches.py`.
+"""How far the branch of each residual block goes: see `onnxlib/metadata.py`.
 
 The lowest and the highest value of the tensor that is added to a shortcut, over all calibration
 images. Two reductions inside the graph: the tensor itself never leaves the session.

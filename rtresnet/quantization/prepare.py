@@ -18,7 +18,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.onnxlib import norms
+from rtresnet.onnxlib import metadata
 
 OLDEST = 13  # before it, QuantizeLinear has no scale a channel
 
@@ -45,8 +45,8 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.fully_connected()
     for node in prepared.graph.node:
         node.name = node.name or node.output[0]
-    if graph.known and not any(entry.key == norms.KEY for entry in prepared.metadata_props):
-        prepared.metadata_props.add(key=norms.KEY, value=norms.pack(graph.known))
+    if graph.known and metadata.NORM_STATISTICS.key not in metadata.properties_of(prepared):
+        metadata.NORM_STATISTICS.set(prepared, graph.known)
     del prepared.graph.value_info[:]
     onnx.checker.check_model(prepared, full_check=True)
     return onnx.shape_inference.infer_shapes(prepared, strict_mode=True, data_prop=True)

@@ -18,7 +18,7 @@ from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.
 
 from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError
-from rtresnet.onnxlib import branches
+from rtresnet.onnxlib import metadata
 from rtresnet.quantization.calibrate import Calibrated
 from rtresnet.quantization.equalization import Outlier
 
@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     valid = serialization.convert(record, _File, where=str(path), fix=FIX, error=ArtifactError)
     try:
-        found = branches.checked(valid.get("branches", {}))
+        found = metadata.parse_branch_ranges(valid.get("branches", {}))
         outliers = [
             Outlier(tensor=name, channels=tuple(map(int, channels)), times=times)
             for name, (times, *channels) in valid.get("outliers", {}).items()

@@ -43,7 +43,7 @@ def html(found: Gathered, pictures: Sequence[tuple[str, str]] = ()) -> str:
     if pictures:
         parts.append(page.heading("What the engines fuse"))
         parts += [page.picture(svg, caption, wide=True) for caption, svg in pictures]
-    rest = ("accuracy", "chain", "environment")
+    rest = ("accuracy", "origin", "chain", "environment")
     parts += [_table(tables[name]) for name in rest if name in tables]
     if found.commands:
         parts += [page.heading("Commands"), page.code("\n".join(found.commands))]

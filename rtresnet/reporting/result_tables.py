@@ -65,6 +65,7 @@ def sections(found: Gathered) -> dict[str, Section]:
     all_sections = {
         "artifacts": _artifacts(found),
         "accuracy": _accuracy(found),
+        "origin": _origin(found),
         "latency": _latency(found),
         "searches": _searches(found),
         "blocks": _blocks(found),
@@ -134,6 +135,36 @@ def _accuracy(found: Gathered) -> Section:
         heading="Accuracy on each data set",
         headings=("artifact", "data", "split", "protocol", "top-1 %", "top-5 %", "images"),
         rows=rows if more else [],
+    )
+
+
+def _origin(found: Gathered) -> Section:
+    """What training measured of the checkpoint, and what quantization cost."""
+    rows = []
+    for artifact in found.artifacts:
+        trained, gate = artifact.trained, artifact.gate
+        if not trained and not gate:
+            continue
+        interval = f"{gate['low']:.2f} to {gate['high']:.2f}" if gate else None
+        rows.append(
+            (
+                artifact.name, trained.get("name"), trained.get("test_top1"),
+                trained.get("test_n"), gate.get("points"), interval, gate.get("n"),
+                gate.get("bound"), gate.get("verdict"),
+            )
+        )  # fmt: skip
+    headings = ("artifact", "checkpoint", "its test top-1 %", "images", "INT8 loses, points",
+                "95 %", "images", "bound", "the bound")  # fmt: skip
+    kept = [index for index in range(len(headings)) if any(row[index] is not None for row in rows)]
+    data = dict.fromkeys(_short(a.gate["data"]) for a in found.artifacts if a.gate)
+    return Section(
+        heading="Training and quantization",
+        headings=[headings[index] for index in kept],
+        rows=[[row[index] for index in kept] for row in rows],
+        about=f"INT8 against FP32 on the same images of {', '.join(data)}, with the 95 % interval "
+        "of the loss."
+        if data
+        else "",
     )
 
 

@@ -7,6 +7,7 @@ that use it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ class Artifact:
             was not measured there.
         agreement: Share of images with the reference's top-1, and of how many; or None.
         chain: (file, kind, precision, sha256, state), from the artifact to its origin.
+        trained: What training measured of the checkpoint that the weights came from: name,
+            test_top1 and val_top1 in percent, test_n, val_n; empty where it is not known.
+        gate: What the accuracy gate measured when the weights were quantized: points, low, high, n,
+            data, bound, verdict; empty where it did not run.
     """
 
     path: Path
@@ -45,6 +50,8 @@ class Artifact:
     assumed: tuple[str, ...] = ()
     agreement: tuple[float, int, str] | None = None
     chain: list[tuple[str, str | None, str | None, str | None, str]] = field(default_factory=list)
+    trained: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
 
     def add_accuracy(self, record: dict[str, Any]) -> None:
         """Adds one, in place of what is known of the same images."""
@@ -170,6 +177,36 @@ def _is_result(file: Path) -> bool:
     return False
 
 
+def _numbers(record: Any, names: Sequence[str]) -> dict[str, float]:
+    """The fields of a record that are finite numbers."""
+    fields = record if isinstance(record, Mapping) else {}
+    return {
+        name: value
+        for name in names
+        if isinstance(value := fields.get(name), int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    }
+
+
+def _trained(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's sidecar says of its accuracy; empty where it says nothing."""
+    numbers = _numbers(measured, ("test_top1", "test_n", "val_top1", "val_n"))
+    return {"name": name} | numbers if "test_top1" in numbers else {}
+
+
+def _gate(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sidecar says of the accuracy gate; empty where it says nothing."""
+    drop = measured.get("drop")
+    numbers = _numbers(drop, ("points", "low", "high", "n"))
+    if not isinstance(drop, Mapping) or len(numbers) < 4:
+        return {}
+    judged = measured.get("gate")
+    bound = _numbers(judged, ("bound",))
+    verdict = judged.get("verdict") if isinstance(judged, Mapping) else None
+    return numbers | bound | {"data": str(drop.get("data")), "verdict": verdict and str(verdict)}
+
+
 class _Collector:
     def __init__(self) -> None:
         self.found = Gathered()
@@ -193,11 +230,19 @@ class _Collector:
         if not known.path.exists():
             return
         known.bytes = known.path.stat().st_size
+        links = list(artifacts.chain(known.path))
         known.chain = [
             (str(path), s.kind if s else None, s.precision if s else None,
              s.sha256 if s else None, state)
-            for path, s, state in artifacts.chain(known.path)
+            for path, s, state in links
         ]  # fmt: skip
+        for path, link, state in links:
+            if link is None or state != "ok":
+                continue
+            if not known.gate:
+                known.gate = _gate(link.measured)
+            if link.kind == "checkpoint" and not known.trained:
+                known.trained = _trained(path.name, link.measured)
         sidecar = artifacts.read_sidecar(known.path)
         if sidecar is not None:
             known.precision, known.model = sidecar.precision, sidecar.model.architecture

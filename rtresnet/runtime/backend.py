@@ -1,4 +1,4 @@
-"""What every backend can do. Three files implement it; nothing else knows which library runs."""
+"""The interface of all backends: ONNX Runtime (`ort`), TensorRT (`trt`) and torch (`models`)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 from rtresnet.core.errors import InputError
 
 TopK = tuple[np.ndarray, np.ndarray]
-"""indices int64 [N, K] of the K most probable classes and their probabilities float32 [N, K], the
-most probable first."""
+"""Indices int64 [N, K] of the K most probable classes and their probabilities float32 [N, K], in
+descending order."""
 
 TOPK = ("indices", "probabilities")
-"""What the outputs of a top-K file are called."""
+"""Names of the outputs of a top-K file."""
 
 LAYOUTS: dict[str, Literal["nchw", "nhwc"]] = {"float32": "nchw", "uint8": "nhwc"}
-"""The layout that goes with each type a file may take."""
+"""Layout of the images by their type."""
 
 
 class Backend(Protocol):
     """One loaded artifact on one device.
 
     Attributes:
-        provider: What runs the net, as printed beside every figure.
+        provider: Name of what runs the net, for output next to every figure.
         device: "cpu" or the GPU's name.
-        size: Side of the input, in pixels; None where the file leaves it open.
-        input_dtype: float32, normalized, or uint8, pixels as they are.
-        layout: "nchw", which goes with float32, or "nhwc", with uint8.
+        size: Side of the input in pixels; None if the file leaves it open.
+        input_dtype: float32 for normalized images, or uint8 for pixels.
+        layout: "nchw" for float32, "nhwc" for uint8.
         threads: Intra-op threads; None on a GPU.
         versions: Name and version of each library that runs the net.
     """
@@ -44,34 +44,38 @@ class Backend(Protocol):
         """Runs a batch of any N from 1.
 
         Args:
-            images: `input_dtype`, [N, 3, S, S] or [N, S, S, 3] as `layout` says.
+            images: `input_dtype` [N, 3, S, S] or [N, S, S, 3], depending on `layout`.
 
         Returns:
-            float32 logits [N, classes], or of a top-K file indices and probabilities.
+            float32 logits [N, classes], or indices and probabilities of a top-K file.
 
         Raises:
-            InputError: Another type or shape.
+            InputError: Wrong type or shape.
         """
         ...
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last call's parts, by events; empty where nothing is known."""
+        """Returns milliseconds of the last call's parts, measured by events; empty if unknown."""
         ...
 
     def close(self) -> None:
-        """Gives memory and handles back. Calling it twice is fine."""
+        """Frees memory and handles. Calling it twice is fine."""
         ...
 
 
-def logits(found: np.ndarray | TopK, path: object) -> np.ndarray:
-    """What `infer` returned, where logits are needed.
+def logits(outputs: np.ndarray | TopK, path: object) -> np.ndarray:
+    """Returns the logits of what `infer` returned.
+
+    Args:
+        outputs: What `infer` returned.
+        path: The file, for the message.
 
     Raises:
-        InputError: The file gives the most probable classes only.
+        InputError: The file returns only the most probable classes.
     """
-    if isinstance(found, tuple):
+    if isinstance(outputs, tuple):
         raise InputError(
-            f"{path}: gives the most probable classes, and this needs logits",
-            fix="use the file it was made from",
+            f"{path}: returns the most probable classes, and logits are needed",
+            fix="use the file that it was made from",
         )
-    return found
+    return outputs

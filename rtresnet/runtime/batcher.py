@@ -1,24 +1,25 @@
-"""`rtresnet.Batcher`: many threads ask for one image each, the device computes batches.
+"""`rtresnet.Batcher` forms batches of single images that many threads submit.
 
     with rtresnet.load("engines/resnet50.plan") as session, rtresnet.Batcher(session) as batcher:
         logits = batcher.submit(image).result()      # from as many threads as there are requests
 
-A batch starts when it is full or when its first image has waited long enough, whichever is first.
-While one is computed the next one gathers, and is put together as soon as it is full; results are
-handed out while the next one is computed. So under load batches are full, one follows the other at
-once, and nobody waits for the clock. For a plan the images are gathered in pinned memory, which the
-GPU reads without another copy on the host. Deliberately unaware of where images come from and of
-what the rows mean.
+A batch starts when it is full, or when its first image has waited `max_wait_ms`. While one batch is
+computed, the next one is gathered, and the results of the previous one are delivered. Under load,
+batches are full and follow each other immediately. For a plan, images are gathered in pinned
+memory, which the GPU reads without another copy on the host. The batcher does not know where images
+come from or what the rows mean.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,14 +32,17 @@ from rtresnet.runtime.session import Session
 
 log = logging.getLogger(__name__)
 
+SWITCH_SECONDS = 1e-4
+"""Python's default of 5 ms is ten times the latency of a small net on a GPU."""
+
 
 class Answer(Future[Any]):
-    """The future of one image, with what it spent its time on once it is done.
+    """The future of one image. Once it is done, it has the times of its request.
 
     Attributes:
-        queue_seconds: From `submit` to the start of its batch.
-        compute_seconds: The session's call for its batch.
-        batch_size: Images in its batch.
+        queue_seconds: Time from `submit` to the start of its batch.
+        compute_seconds: Time of the session's call for its batch.
+        batch_size: Number of images in its batch.
     """
 
     queue_seconds = 0.0
@@ -54,41 +58,41 @@ class _Call:
 
 
 class Batcher:
-    """Forms batches of what many threads submit.
+    """Forms batches of the images that many threads submit.
 
-    Futures are settled in the order of the calls, whatever the number of workers. A batch that
-    fails fails its own calls, all of them: an image that does not fit is refused at `submit`, or
-    never shares a batch with others, so what is left is the device's or the session's own failure.
+    Futures are completed in the order of the calls, with any number of workers. If a batch fails,
+    all its calls fail. An image of the wrong shape is refused by `submit`, or never shares a batch
+    with others, so a batch fails only if the device or the session does.
 
     For a plan on a GPU:
 
-    - Load it with `contexts=2`. Two batches are then under way, so that the GPU computes one while
-      the other is copied; with one context it is idle during copies.
+    - Load it with `contexts=2`. The GPU then computes one batch while the other is copied. With
+      one context it is idle during copies.
     - Send uint8 images (`rtresnet export --input uint8-nhwc`): a quarter of the bytes to gather and
       to copy. See `rtresnet.pinned`.
     - Python threads that compute (decoding, preprocessing) hold the GIL for 5 ms at a time, and the
-      batcher waits for it after every call of the GPU. Where the process is yours, set
-      `sys.setswitchinterval(1e-4)`, or use `rtresnet.runtime.threads.short_switch_interval`. With a
+      batcher waits for it after every call of the GPU. If you control the process, set
+      `sys.setswitchinterval(1e-4)`, or use `rtresnet.runtime.batcher.short_switch_interval`. With a
       device of 0.5 ms next to one such thread, a call takes 6.25 ms (median; p99 15.7) by default
       and 0.99 ms with 1e-4; alone it takes 0.82 ms.
-    - `load(blocking=True)` has threads that wait for the GPU sleep instead of spinning.
+    - `load(blocking=True)` makes threads that wait for the GPU sleep instead of spinning.
 
     Args:
-        session: What `rtresnet.load` returns, or any function of images [N, ...] that returns an
-            array [N, ...] or a tuple of them. It may use the images during the call only: their
-            memory is used again.
-        max_batch: Images a batch at most.
-        max_wait_ms: How long the first image of a batch may wait for others, in milliseconds. What
-            waking up costs on this machine is measured and counted in.
-        queue_limit: Images that may wait; one more is refused.
-        workers: Batches computed at the same time, for a session that takes calls from several
-            threads at once. Default: the contexts of a plan, else 1.
-        on_batch: Called after every batch with its size, the seconds that its call took, and the
-            exception that it raised or None; from a thread of the batcher.
+        session: A session of `rtresnet.load`, or any function of images [N, ...] that returns an
+            array [N, ...] or a tuple of them. It may use the images only during the call, because
+            their memory is reused.
+        max_batch: Largest number of images in a batch.
+        max_wait_ms: Longest time that the first image of a batch waits for others, in
+            milliseconds, including the time to wake a thread, which is measured.
+        queue_limit: Number of images that may wait; `submit` refuses more.
+        workers: Number of batches computed at the same time, for a session that several threads
+            may call at once. Default: the contexts of a plan, else 1.
+        on_batch: Called after every batch, from a thread of the batcher, with its size, the
+            seconds of its call, and the exception that it raised or None.
 
     Raises:
-        InputError: A limit that makes no sense.
-        UnavailableError: Not enough pinned memory for `workers` + 1 batches.
+        InputError: A limit is out of range.
+        UnavailableError: There is not enough pinned memory for `workers` + 1 batches.
     """
 
     def __init__(
@@ -112,44 +116,44 @@ class Batcher:
             )
         self._session, self._max_batch, self._limit = session, max_batch, queue_limit
         self._wait = max_wait_ms / 1000
-        self._early = 0.0  # seconds by which a wait ends before its time, for what comes after it
+        self._early = 0.0  # seconds by which waits end early, to make up for waking up late
         self._expected = _expected(session)
         self._queue: deque[_Call] = deque()
         lock = threading.Lock()
         self._changed, self._turn = threading.Condition(lock), threading.Condition(lock)
         self._closed = False
         self._workers = workers
-        # Batches are numbered as they are formed; they start, and are settled, by number.
+        # Batches are numbered when they are formed. They start and are settled in this order.
         self._formed = self._started = self._computed = self._settled = 0
         self._finished: dict[int, tuple[list[_Call], list[Any] | BaseException]] = {}
         self._settling = False
-        # One more than turns: it prepares a batch ahead, and hands out the results of the last.
-        # Each has memory of its own, pinned where a plan can read it there.
+        # One thread more than workers prepares the next batch and delivers the last results.
+        # Each thread has its own memory, which is pinned for a plan.
         pinned = getattr(backend, "pinned", None)
-        rooms = [pinned(max_batch) if pinned else np.empty(0) for _ in range(workers + 1)]
-        # Daemons, or a forgotten close() would keep the interpreter from ending; atexit drains.
+        staging = [pinned(max_batch) if pinned else np.empty(0) for _ in range(workers + 1)]
+        # Daemons, so that a forgotten close() does not block the interpreter's exit; atexit drains.
         self._threads = [
-            threading.Thread(target=self._work, args=(room,), name=f"batcher-{n}", daemon=True)
-            for n, room in enumerate(rooms)
+            threading.Thread(target=self._work, args=(memory,), name=f"batcher-{n}", daemon=True)
+            for n, memory in enumerate(staging)
         ]
         for thread in self._threads:
             thread.start()
         atexit.register(self.close)
 
     def submit(self, image: np.ndarray) -> Answer:
-        """Asks for one image.
+        """Submits one image.
 
         Args:
-            image: As the session takes it, without N: float32 [3, S, S], or uint8 [S, S, 3] for a
-                file that takes pixels. It must not be changed before the future is done.
+            image: An input of the session without N: float32 [3, S, S], or uint8 [S, S, 3] for a
+                file that takes pixels. It must not change before the future is done.
 
         Returns:
-            A future of this image's row of what the session returns, or of the tuple of its rows.
-            Cancelling it before its batch has started leaves it out.
+            A future of this image's row of the session's result, or of a tuple of its rows.
+            Cancelling it before its batch starts removes it from the batch.
 
         Raises:
             QueueFullError: `queue_limit` images are waiting.
-            InputError: The image is not what the session takes, or the batcher is closed.
+            InputError: The image has the wrong type or shape, or the batcher is closed.
         """
         arrived = time.monotonic()
         image = np.asarray(image)
@@ -163,24 +167,24 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise InputError("submit after close: the batcher takes no more images")
-            if len(self._queue) >= self._limit:  # cancelled calls need no room
-                kept = [entry for entry in self._queue if not entry.future.cancelled()]
+            if len(self._queue) >= self._limit:  # cancelled calls do not count
+                waiting_calls = [entry for entry in self._queue if not entry.future.cancelled()]
                 self._queue.clear()
-                self._queue.extend(kept)
+                self._queue.extend(waiting_calls)
             waiting = len(self._queue)
             if waiting >= self._limit:
                 raise QueueFullError(
-                    f"{waiting} images are waiting already (queue_limit {self._limit})",
+                    f"{waiting} images are already waiting (queue_limit {self._limit})",
                     fix="try again later",
                 )
             self._queue.append(call)
-            # Only what a worker can be waiting for: a first image, or a full batch.
+            # Workers wait only for a first image or a full batch.
             if waiting == 0 or waiting + 1 == self._max_batch:
                 self._changed.notify()
         return call.future
 
     def close(self) -> None:
-        """Takes no more images, finishes those it has, ends. Calling it twice is fine."""
+        """Refuses further images and waits for those that were submitted. May be called twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -200,13 +204,13 @@ class Batcher:
     ) -> None:
         self.close()
 
-    def _work(self, room: np.ndarray) -> None:
+    def _work(self, memory: np.ndarray) -> None:
         while (taken := self._take()) is not None:
             number, calls, planned = taken
             woken = time.monotonic()
             outcome: list[Any] | BaseException = []
             try:
-                room = self._together(calls, room)
+                memory = self._gathered(calls, memory)
             except BaseException as error:  # no memory
                 outcome = error
             with self._changed:
@@ -217,11 +221,11 @@ class Batcher:
             called = returned = time.monotonic()
             try:
                 if calls and not isinstance(outcome, BaseException):
-                    result = self._session(room[: len(calls)])
+                    result = self._session(memory[: len(calls)])
                     returned = time.monotonic()
                     outcome = _rows(result, len(calls))
-                    del result  # or an idle thread would hold on to it
-            except BaseException as error:  # whatever it is, it is its callers' to know
+                    del result  # an idle thread must not keep it alive
+            except BaseException as error:  # goes to the callers, whatever it is
                 outcome, returned = error, time.monotonic()
             for call in calls:
                 call.future.queue_seconds = called - call.arrived
@@ -236,32 +240,32 @@ class Batcher:
                 if self._queue:
                     self._changed.notify()
                 if planned is not None and not isinstance(outcome, BaseException):
-                    # Late to start, late to hand out; its callers will wake as late as this did.
+                    # Late to start and to deliver; its callers wake up as late as this thread.
                     self._learn(called - planned + time.monotonic() - returned + woken - planned)
             self._settle(number, calls, outcome)
-            del taken, calls, outcome  # or an idle thread would hold on to the last images
+            del taken, calls, outcome  # an idle thread must not keep the last images alive
 
-    def _together(self, calls: list[_Call], room: np.ndarray) -> np.ndarray:
-        """The images at the head of `room`, or of another where they do not fit."""
+    def _gathered(self, calls: list[_Call], memory: np.ndarray) -> np.ndarray:
+        """Copies the images to the start of `memory`, or of new memory if they do not fit."""
         if calls:
             image = calls[0].image
-            if (room.shape[1:], room.dtype) != (image.shape, image.dtype):
-                room = np.empty((self._max_batch, *image.shape), image.dtype)
-            np.stack([call.image for call in calls], out=room[: len(calls)])
-        return room
+            if (memory.shape[1:], memory.dtype) != (image.shape, image.dtype):
+                memory = np.empty((self._max_batch, *image.shape), image.dtype)
+            np.stack([call.image for call in calls], out=memory[: len(calls)])
+        return memory
 
     def _learn(self, late: float) -> None:
-        """Ends waits as much earlier as batches that waited for the clock came late, in seconds.
+        """Makes waits end earlier by the seconds that batches which waited for the clock are late.
 
-        More at once than less again: most are in time then, not half of them.
+        Increases faster than it decreases, so that most batches are in time instead of half.
         """
         late = min(late, self._wait / 2)
         self._early += (late - self._early) / (8 if late > self._early else 32)
 
     def _take(self) -> tuple[int, list[_Call], float | None] | None:
-        """The next batch, its number, and when it was to start if only the clock made it start.
+        """Returns the next batch: its number, its calls, and its planned start.
 
-        None at the end.
+        The planned start is None unless the batch waited for the clock. Returns None at the end.
         """
         waited = False
         with self._changed:
@@ -274,7 +278,7 @@ class Batcher:
                 planned = None
                 if len(self._queue) >= self._max_batch or self._closed:
                     break
-                # One that is not full keeps gathering for as long as it could not start anyway.
+                # A batch that is not full keeps gathering while no worker is free.
                 end = self._queue[0].arrived + self._wait - self._early
                 left = end - time.monotonic()
                 free = self._formed - self._computed < self._workers
@@ -282,21 +286,21 @@ class Batcher:
                     planned = end if waited else None
                     break
                 waited = free
-                self._changed.wait(min(left, 3600) if free else None)  # no lock waits for ever
+                self._changed.wait(min(left, 3600) if free else None)  # a lock's timeout is limited
             calls: list[_Call] = []
             while self._queue and len(calls) < self._max_batch and _alike(calls, self._queue[0]):
                 call = self._queue.popleft()
                 if call.future.set_running_or_notify_cancel():
                     calls.append(call)
             if self._queue:
-                self._changed.notify()  # another thread may be asleep, and this one is now busy
+                self._changed.notify()  # this thread is busy now, and another may be asleep
             number, self._formed = self._formed, self._formed + 1
             return number, calls, planned
 
     def _settle(self, number: int, calls: list[_Call], outcome: list[Any] | BaseException) -> None:
-        """Hands results out in the order of the batches; one thread at a time, without the lock.
+        """Delivers results in the order of the batches; one thread at a time, without the lock.
 
-        A future's callbacks run in here, and may submit.
+        The futures' callbacks run inside and may call `submit`.
         """
         with self._changed:
             self._finished[number] = calls, outcome
@@ -316,12 +320,12 @@ class Batcher:
                         call.future.set_exception(outcome)
                     else:
                         call.future.set_result(outcome[index])
-                except BaseException:  # SystemExit in a callback; others, futures log themselves
+                except BaseException:  # SystemExit in a callback; futures log others themselves
                     log.exception("a future's callback raised")
 
 
 def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
-    """Shape and type of one image, where the session says; None where anything may fit."""
+    """Returns shape and type of one image if the session has them; None if anything may fit."""
     if not isinstance(session, Session) or session.backend.size is None:
         return None
     side, backend = session.backend.size, session.backend
@@ -330,6 +334,7 @@ def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
 
 
 def _alike(calls: list[_Call], call: _Call) -> bool:
+    """Whether a call's image has the shape and type of the others."""
     if not calls:
         return True
     first = calls[0].image
@@ -337,9 +342,28 @@ def _alike(calls: list[_Call], call: _Call) -> bool:
 
 
 def _rows(result: Any, count: int) -> list[Any]:
-    """A row of its own for each image: backends may use the memory of their outputs again."""
+    """Copies the row of each image, because backends may reuse the memory of their outputs."""
     if isinstance(result, tuple):
         return list(zip(*(_rows(part, count) for part in result), strict=True))
     if len(result) != count:
         raise InputError(f"the session returned {len(result)} rows for {count} images")
     return [np.array(row) for row in result]
+
+
+@contextlib.contextmanager
+def short_switch_interval(seconds: float = SWITCH_SECONDS) -> Iterator[None]:
+    """Makes threads release the GIL sooner, for the whole process, until the `with` block ends.
+
+    A thread that waited for the GPU needs the GIL to continue. Next to a thread that computes in
+    Python, it gets the GIL after `sys.getswitchinterval()`.
+
+    Args:
+        seconds: The longest time that a thread keeps the GIL while others wait. A shorter interval
+            that is already set stays.
+    """
+    previous = sys.getswitchinterval()
+    sys.setswitchinterval(min(seconds, previous))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(previous)

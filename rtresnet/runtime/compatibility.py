@@ -1,19 +1,29 @@
-"""Check from a plan's sidecar whether it can run here, before TensorRT is given the plan."""
+"""Check whether a plan can run here before TensorRT deserializes it: its sidecar and its header."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from pathlib import Path
+from typing import Any
 
 from rtresnet.core import artifacts, gpu_targets, hardware, trt_loading
 from rtresnet.core.errors import ArtifactError, UnavailableError
 from rtresnet.core.sidecar import Sidecar
+from rtresnet.runtime.error_log import ErrorLog
+
+REBUILD = "build it on this machine: rtresnet build"
 
 
 def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
-    """Compare a plan's sidecar with the GPU and the TensorRT that are here, in this order.
+    """Compares a plan's sidecar with the GPU and the TensorRT of this machine, in this order.
+
+    Args:
+        path: The plan.
+        sidecar: Its sidecar; without one there is nothing to compare.
 
     Raises:
-        ArtifactError: Built by another version, or for other GPUs.
+        ArtifactError: The plan was built by another version or for other GPUs.
         UnavailableError: The module that built it is not installed or cannot be imported.
     """
     if sidecar is None or sidecar.plan is None:
@@ -41,8 +51,49 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
         )
 
 
+def check_header(trt: Any, runtime: Any, data: bytes, path: Path, errors: ErrorLog) -> None:
+    """Asks TensorRT-RTX whether a plan can run here, which it reads from the plan's first bytes.
+
+    Args:
+        trt: The TensorRT module.
+        runtime: Its Runtime. TensorRT's own has no such check, and the plan passes.
+        data: The plan.
+        path: The plan's file, for messages.
+        errors: The log of `runtime`, which has the reason if the header gives none.
+
+    Raises:
+        UnavailableError: The plan cannot run here; the message has the reason.
+    """
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    errors.clear()
+    validity, bits = runtime.get_engine_validity(data[: runtime.engine_header_size])
+    if validity not in (trt.EngineValidity.INVALID, trt.EngineValidity.SUBOPTIMAL):
+        return
+    diagnostics = [
+        name.lower().replace("_", " ")
+        for name, diagnostic in trt.EngineInvalidityDiagnostics.__members__.items()
+        if int(bits) & int(diagnostic)
+    ]
+    reason = ", ".join(diagnostics) or errors.take()
+    if validity == trt.EngineValidity.INVALID:
+        # Without diagnostics, CUDA itself did not start; a driver that is too old explains that.
+        driver_fix = None if diagnostics else hardware.driver_fix(reason) or hardware.driver_fix()
+        gpu = hardware.gpus()[0]
+        raise UnavailableError(
+            f"{path}: TensorRT-RTX {trt.__version__} does not accept this plan on {gpu.name}: "
+            f"{reason}",
+            fix=driver_fix or rebuild_here(gpu),
+        )
+    warnings.warn(
+        f"{path}: will run here slower than it could ({reason}); {REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def rebuild_here(gpu: hardware.Gpu, source: str = "MODEL.onnx") -> str:
-    """The fix for a plan that this GPU does not accept: the command that builds one for it."""
+    """Returns the fix for a plan that this GPU does not accept: the command that builds one."""
     if gpu_targets.served_by_rtx(gpu.target):
         return f"build it for this GPU: rtresnet build {source} --target current"
     return (
@@ -56,7 +107,12 @@ def _source(path: str | os.PathLike[str], sidecar: Sidecar) -> str:
 
 
 def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> UnavailableError:
-    """The error for a plan on a machine without a GPU, or (`here`) asked onto the CPU of one."""
+    """Returns the error for a plan that cannot use a GPU.
+
+    Args:
+        path: The plan.
+        here: Whether this machine has a GPU, and the plan was requested to run on the CPU.
+    """
     sidecar = artifacts.read_sidecar(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"

@@ -21,7 +21,7 @@ folded, symmetric int8. After:
     needed to know this. The sum is rounded twice instead of once and its quantized result
     changes by at most one step. Where it could change by more, or nothing is quantized behind
     the addition (the last block; one before an option A shortcut), the branch stays in float.
-    Where the file says how far the branch went in calibration (`branches.py`), only that range
+    Where the file has the branch's range in calibration (`onnxlib/metadata.py`), only that range
     and a quarter more is covered, in finer steps; values beyond it are clipped.
  4. A QuantizeLinear behind ReLU, max pool and Clip moves up to the convolution, and they work on
     integers. Rounding keeps order and zero stays zero, so the result is bitwise equal, and the
@@ -48,7 +48,7 @@ import numpy as np
 
 from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError
-from rtresnet.onnxlib import branches, io
+from rtresnet.onnxlib import io, metadata
 
 # Zero points of rule 1, by the name of their constant: of tensors that can be negative, and of
 # those that a Clip keeps in [0, 127].
@@ -214,8 +214,8 @@ def quantize_branches(model: Any) -> int:
     """
     from onnx import helper
 
-    graph, properties = _Graph(model), {e.key: e.value for e in model.metadata_props}
-    extents = branches.unpack(properties[branches.KEY]) if branches.KEY in properties else {}
+    graph = _Graph(model)
+    extents = metadata.BRANCH_RANGES.read(metadata.properties_of(model)) or {}
     pairs: dict[str, list[Any]] = {}
     for add in model.graph.node:
         branch = _branch(graph, add, extents)
@@ -238,7 +238,7 @@ def quantize_branches(model: Any) -> int:
 
 
 def _branch(
-    graph: _Graph, add: Any, extents: branches.Extents
+    graph: _Graph, add: Any, extents: metadata.BranchRanges
 ) -> tuple[int, np.ndarray, np.ndarray] | None:
     """Which input of a residual addition is the float branch, its scale and its zero point."""
     kinds = [graph.kind(name) for name in add.input]

@@ -1,12 +1,12 @@
-"""The only file that calls CUDA: two dozen operations of the driver API, behind two bindings.
+"""Two dozen operations of the CUDA driver API, with cuda-python or pycuda.
 
-`cuda-python` by default; `pycuda` if RTRESNET_CUDA=pycuda. Both use the device's primary context,
-so memory of torch's can be used here and the other way round. Every call is checked; an error names
-the call and its code.
+`cuda-python` is the default; RTRESNET_CUDA=pycuda selects pycuda. Both use the device's primary
+context, so memory can be shared with torch in both directions. Every call is checked, and an error
+names the call and its code.
 
-Device addresses, host addresses and stream handles are plain integers, as TensorRT takes them: none
-is computed during a call. Streams do not synchronize with the legacy default stream: who shares
-memory with another library orders it with an event.
+Device addresses, host addresses and stream handles are plain integers, as TensorRT takes them.
+Streams do not synchronize with the legacy default stream. Memory that is shared with another
+library has to be ordered with an event.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cuda(Protocol):
     graphs: bool
 
     def active(self) -> AbstractContextManager[None]:
-        """Makes the device current in this thread; every other operation is called inside."""
+        """Makes the device current in this thread. Call every other operation inside."""
         ...
 
     def memory(self) -> tuple[int, int]: ...  # bytes free, bytes in all
@@ -71,10 +71,11 @@ class Cuda(Protocol):
 
 
 def open_cuda(device: int = 0) -> Cuda:
-    """Opens a device's primary context with the binding asked for.
+    """Opens a device's primary context with the binding that RTRESNET_CUDA names.
 
     Raises:
-        UnavailableError: No GPU, or the binding is not installed.
+        UnknownNameError: There is no such binding.
+        UnavailableError: There is no GPU, or the binding is not installed.
     """
     if not hardware.gpus():
         raise UnavailableError(
@@ -89,29 +90,29 @@ def open_cuda(device: int = 0) -> Cuda:
 
 
 def host_view(address: int, size: int) -> np.ndarray:
-    """Host memory as an array of bytes, which does not keep it alive."""
+    """Returns host memory as an array of bytes, which does not keep it alive."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def pinned(shape: int | Sequence[int], dtype: Any) -> np.ndarray:
     """Allocates an array in page-locked (pinned) host memory, uninitialized, as `np.empty` does.
 
-    A plan copies a batch in pinned memory to the GPU from where it is, where any other memory
-    costs one more copy on the host. Use it for buffers that many calls fill again: allocating takes
-    milliseconds, and the operating system cannot swap the memory out. The memory is freed with the
-    last array that refers to it.
+    A plan copies a batch from pinned memory straight to the GPU; other memory needs one more copy
+    on the host. Use it for buffers that many calls reuse: allocating takes milliseconds, and the
+    operating system cannot swap the memory out. The memory is freed with the last array that
+    refers to it.
 
     uint8 is recommended: export with `--input uint8-nhwc`, so that the net normalizes on the GPU.
     A batch then has a quarter of the bytes of float32, on the host and on the way to the GPU:
     32 images of 224 pixels are 4.8 MB instead of 19.3 MB.
 
     Args:
-        shape: As for `np.empty`: for a plan [N, S, S, 3] in uint8 or [N, 3, S, S] in float32.
+        shape: As for `np.empty`; for a plan [N, S, S, 3] in uint8 or [N, 3, S, S] in float32.
         dtype: NumPy type of the elements.
 
     Raises:
-        InputError: A shape or type that NumPy does not have.
-        UnavailableError: No GPU, no CUDA binding, or not enough memory.
+        InputError: The shape or type is not a valid one of NumPy's.
+        UnavailableError: There is no GPU, no CUDA binding, or not enough memory.
     """
     return allocate_pinned_array(open_cuda(), shape, dtype)
 
@@ -125,17 +126,17 @@ class _PinnedMemory:
         self.__array_interface__ = {
             "version": 3, "shape": (size,), "typestr": "|u1", "data": (address, False),
         }  # fmt: skip
-        # Not at exit: arrays may still be in use then, and the driver frees it with the process.
+        # Not at exit, when arrays may still be in use; the driver frees it with the process.
         weakref.finalize(self, _free_pinned, cuda, address).atexit = False
 
 
 def _free_pinned(cuda: Cuda, address: int) -> None:
-    with contextlib.suppress(UnavailableError), cuda.active():  # a device that is lost has none
+    with contextlib.suppress(UnavailableError), cuda.active():  # fails if the device is lost
         cuda.free_pinned(address)
 
 
 def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) -> np.ndarray:
-    """`pinned` on a device that is open."""
+    """Allocates a `pinned` array on an open device."""
     try:
         dtype = np.dtype(dtype)
         lengths = [int(n) for n in (shape if isinstance(shape, Sequence) else (shape,))]
@@ -144,7 +145,7 @@ def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) ->
     if min(lengths, default=0) < 0 or dtype.hasobject:
         raise InputError(f"pinned: shape {shape}, type {dtype}: not an array of numbers")
     size = math.prod(lengths) * dtype.itemsize
-    # CUDA allocates one byte or more.
+    # CUDA does not allocate 0 bytes.
     memory = np.asarray(_PinnedMemory(cuda, max(1, size)))
     array: np.ndarray = memory[:size].view(dtype).reshape(lengths)
     return array
@@ -153,8 +154,8 @@ def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) ->
 class CudaPython:
     """cuda-python's driver API on the retained primary context.
 
-    The operations of every inference call are written out: `_call` looks its function up by name,
-    which costs as much as the call itself.
+    The operations that every inference call uses are written out, because `_call` looks up its
+    function by name, which costs as much as the call itself.
     """
 
     graphs = True
@@ -166,7 +167,7 @@ class CudaPython:
             raise missing_package("cuda-python", "running a plan") from None
         self._use(driver)
         self._call("cuInit", 0)
-        # Retained and never released: other libraries in this process live in it as well.
+        # Never released, because other libraries in this process use it too.
         self._context = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
 
     def _use(self, driver: Any) -> None:
@@ -186,7 +187,7 @@ class CudaPython:
         return values[0] if len(values) == 1 else values
 
     def active(self) -> CudaPython:
-        return self  # no object a call: the driver keeps the stack of contexts, a thread each
+        return self  # no new object: the driver keeps a stack of contexts for each thread
 
     def __enter__(self) -> None:
         (code,) = self._push(self._context)
@@ -254,7 +255,7 @@ class CudaPython:
         self._call("cuMemFreeHost", address)
 
     def is_pinned(self, address: int) -> bool:
-        # Memory that CUDA knows nothing of is an error (1) here, and an answer.
+        # The driver returns an error for memory that CUDA did not allocate.
         code, kind = self._driver.cuPointerGetAttribute(self._memory_type, address)
         return not code and int(kind) == int(self._host_memory)
 
@@ -275,7 +276,7 @@ class CudaPython:
         self._call("cuMemsetD8Async", address, 0, size, stream)
 
     def begin_capture(self, stream: int) -> None:
-        # Other threads may allocate meanwhile: only what this one does must be fit for a graph.
+        # Thread-local, so that other threads may allocate meanwhile.
         self._call("cuStreamBeginCapture", stream, self._capture_mode)
 
     def end_capture(self, stream: int) -> Any:
@@ -299,9 +300,9 @@ def _failure(name: str, code: Any) -> UnavailableError:
 
 
 def _translated(binding: type) -> type:
-    """Makes every operation of a class raise UnavailableError in place of pycuda's own errors."""
+    """Makes every operation of a class raise UnavailableError instead of pycuda's errors."""
 
-    def with_ours(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def translated(operation: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(operation)
         def call(self: Any, *arguments: Any) -> Any:
             try:
@@ -315,15 +316,15 @@ def _translated(binding: type) -> type:
 
     for name, value in list(vars(binding).items()):
         if inspect.isfunction(value) and not name.startswith("_") and name != "active":
-            setattr(binding, name, with_ours(value))
+            setattr(binding, name, translated(value))
     return binding
 
 
 @_translated
 class PyCuda:
-    """pycuda's driver API on the retained primary context.
+    """pycuda's driver API on the retained primary context, without CUDA graphs.
 
-    It has no graphs, and cannot tell whether memory is pinned.
+    pycuda cannot report whether memory is pinned.
     """
 
     graphs = False
@@ -368,7 +369,7 @@ class PyCuda:
         return self._driver.Event(flags)
 
     def record(self, event: Any, stream: int) -> None:
-        if stream not in self._streams:  # another library's, which pycuda cannot name
+        if stream not in self._streams:  # of another library; pycuda has no object for it
             self._context.synchronize()
         event.record(self._streams.get(stream))
 

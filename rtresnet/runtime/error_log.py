@@ -8,39 +8,39 @@ from typing import Any
 
 
 class ErrorLog:
-    """The last errors of each thread: several may be in a call at the same time."""
+    """The last errors of each thread, because several threads may be in a call."""
 
     def __init__(self) -> None:
-        self._said: deque[tuple[int, str]] = deque(maxlen=32)
+        self._entries: deque[tuple[int, str]] = deque(maxlen=32)
 
     def add(self, message: str) -> None:
-        """Keeps an error that a call of this thread logged."""
-        self._said.append((threading.get_ident(), message.strip()))
+        """Records an error that a call of this thread logged."""
+        self._entries.append((threading.get_ident(), message.strip()))
 
     def clear(self) -> None:
-        """Drops what earlier calls of this thread logged."""
-        if not self._said:  # on every call
+        """Drops the errors of earlier calls of this thread."""
+        if not self._entries:  # the usual case, on every call
             return
-        me = threading.get_ident()
-        for entry in [entry for entry in tuple(self._said) if entry[0] == me]:
-            self._said.remove(entry)
+        thread = threading.get_ident()
+        for entry in [entry for entry in tuple(self._entries) if entry[0] == thread]:
+            self._entries.remove(entry)
 
     def take(self) -> str:
-        """Returns and drops this thread's errors; those of all threads if it has none."""
-        me, said = threading.get_ident(), tuple(self._said)
-        mine = [message for thread, message in said if thread == me]
+        """Returns and drops the errors of this thread; returns those of all threads if none."""
+        thread, entries = threading.get_ident(), tuple(self._entries)
+        messages = [message for owner, message in entries if owner == thread]
         self.clear()
-        if not mine:  # the builder and the compiler of kernels log from threads of their own
-            mine = [message for _, message in said]
-        return " | ".join(dict.fromkeys(mine)) or "TensorRT gave no reason"
+        if not messages:  # the builder and the kernel compiler log from threads of their own
+            messages = [message for _, message in entries]
+        return " | ".join(dict.fromkeys(messages)) or "TensorRT gave no reason"
 
 
 def logger(trt: Any, errors: ErrorLog) -> Any:
-    """An ILogger that keeps errors.
+    """Creates an ILogger that records errors.
 
     Args:
         trt: The TensorRT module.
-        errors: Where it keeps them.
+        errors: Receives the errors.
     """
     error = trt.ILogger.ERROR.value
 

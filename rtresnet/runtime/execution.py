@@ -1,8 +1,8 @@
-"""What one call runs on: CUDA streams, buffers on both sides, and execution contexts.
+"""Run batches on a GPU: CUDA streams, buffers on host and device, and the order of the work.
 
-A batch of numpy images that fits the largest profile takes the short path: one copy into pinned
+A batch of NumPy images that fits the largest profile takes the short path: one copy into pinned
 memory, then copy in, engine and copy out on one stream (for `tensorrt` as one CUDA graph), one
-wait, and one copy of the result. Nothing else happens there: no events, no queries of the driver.
+wait, and one copy of the result. The short path uses no events and does not query the driver.
 
 A larger batch is split into chunks, whose copies run on a second stream: while one chunk is
 computed, the next one is copied in and the last one out, ordered by events.
@@ -10,10 +10,9 @@ computed, the next one is copied in and the last one out, ordered by events.
           copies   in 0   in 1          out 0  in 2         out 1
          compute          chunk 0       chunk 1             chunk 2
 
-Batches that are enqueued with `enqueue` before the one before has been waited for overlap in the
-same way.
+Batches that `enqueue` starts before the previous batch has finished overlap in the same way.
 
-Does not know the modules of TensorRT and CUDA: contexts are created by a function it is given.
+Imports neither TensorRT nor a CUDA binding: a function creates the contexts.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,84 +29,43 @@ from typing import Any
 import numpy as np
 
 from rtresnet.core.errors import UnavailableError
-from rtresnet.runtime.arguments import Array, make_results
+from rtresnet.runtime.arrays import Array, DeviceArray, make_results
+from rtresnet.runtime.contexts import (
+    BoundContext,
+    CheckCall,
+    GraphContexts,
+    GraphKey,
+    MakeContext,
+)
 from rtresnet.runtime.cuda import Cuda, host_view
-from rtresnet.runtime.device_array import DeviceArray
-from rtresnet.runtime.io_spec import PADDED_UP_TO, BatchChunk, IoSpec, TensorSpec, split_batch
+from rtresnet.runtime.io_spec import BatchChunk, IoSpec, TensorSpec, split_batch
 
-ALIGNMENT = 256  # of a tensor's address, as TensorRT asks for
-GRAPH_CONTEXTS = 16  # batch sizes that keep a context and a graph of their own, per stream
+ALIGNMENT = 256  # bytes: TensorRT requires it of a tensor's address
 WARMED = (1, 2, 4, 8, 16, 32)  # batch sizes that are prepared when a plan is loaded
-PINNED_FROM = 1 << 18  # bytes: copying less than this is cheaper than asking whether it is pinned
+PINNED_FROM = 1 << 18  # bytes: copying less is cheaper than asking whether the memory is pinned
 Span = tuple[float, float]
-GraphKey = tuple[int, int, int]  # profile, batch size, index of the buffers
-
-
-class BoundContext:
-    """An execution context with the shape and the addresses that it was last given.
-
-    Attributes:
-        has_run: Whether it has executed; what TensorRT does at the first time cannot be captured.
-        settled: Whether it is known if its batch size can be a CUDA graph.
-        whole: Graph of copy in, engine and copy out, or None.
-        engine: Graph of the engine, or None.
-    """
-
-    def __init__(self, context: Any, io: IoSpec, check_call: Callable[[object, str], None]) -> None:
-        self.context = context
-        self.has_run = self.settled = False
-        self.whole: Any = None
-        self.engine: Any = None
-        self._io, self._check_call = io, check_call
-        self._run = 0
-        self._addresses: dict[str, int] = {}
-        self._bound: tuple[int, tuple[int, ...]] | None = None
-
-    def bind(self, run: int, addresses: tuple[int, ...]) -> None:
-        """Sets the batch size and the addresses of input and outputs where they have changed."""
-        if self._bound == (run, addresses):
-            return
-        self._bound = None  # unknown, should a call fail
-        if self._run != run:
-            self._run = 0
-            shape = (run, *self._io.input.row)
-            name = self._io.input.name
-            self._check_call(self.context.set_input_shape(name, shape), f"set_input_shape({shape})")
-            self._run = run
-        for tensor, address in zip((self._io.input, *self._io.outputs), addresses, strict=True):
-            if self._addresses.get(tensor.name) != address:
-                done = self.context.set_tensor_address(tensor.name, address)
-                self._check_call(done, f"set_tensor_address({tensor.name})")
-                self._addresses[tensor.name] = address
-        self._bound = run, addresses
-
-    def execute(self, stream: int) -> None:
-        """Enqueues the engine on a stream."""
-        if not self.context.execute_async_v3(stream):
-            self._check_call(False, "execute_async_v3")
-        self.has_run = True
 
 
 class IOBuffers:
-    """Memory for the largest batch, pinned and on the GPU, and the events of the chunk in it.
+    """Memory for the largest batch, pinned and on the GPU, and the events of its current chunk.
 
     Attributes:
-        addresses: Of input and outputs on the GPU, as a context takes them.
-        dirty: Rows of `host_in` that may hold images; those after are zeros.
-        chunk: The chunk under way, or None.
-        results: The arrays that its rows go to.
-        source: Address that the chunk is computed from.
-        spans: Events between which a part of the chunk ran, by its name; empty without timing.
-        enqueue: Milliseconds the host took to enqueue the chunk.
+        addresses: Addresses of input and outputs on the GPU, in the order that a context takes.
+        dirty: Number of rows of `host_in` that may hold images; the rows after them are zeros.
+        chunk: The chunk in progress, or None.
+        results: The arrays that receive its rows.
+        source: Address of the chunk's input.
+        spans: Begin and end event of each part of the chunk by its name; empty without timing.
+        enqueue: Milliseconds that the host took to enqueue the chunk.
     """
 
     def __init__(
         self, cuda: Cuda, io: IoSpec, *, timed: bool, blocking: bool, stack: ExitStack
     ) -> None:
         def event(timing: bool, blocking: bool = False) -> Any:
-            made = cuda.event(timing, blocking)
-            stack.callback(cuda.destroy_event, made)
-            return made
+            handle = cuda.event(timing, blocking)
+            stack.callback(cuda.destroy_event, handle)
+            return handle
 
         def pinned(tensor: TensorSpec) -> tuple[int, np.ndarray]:
             size = tensor.row_bytes * io.largest
@@ -139,7 +96,7 @@ class IOBuffers:
         self.enqueue = 0.0
 
     def make_room(self, rows: int, run: int) -> None:
-        """Zeros the rows of `host_in` from `rows` up to `run`; those before will be written."""
+        """Zeros rows `rows` to `run` of `host_in`; the caller writes the rows before them."""
         if rows > self.dirty:
             self.dirty = rows
         elif rows < run and rows < self.dirty:
@@ -149,17 +106,18 @@ class IOBuffers:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """Everything about a batch size that does not change from call to call.
+    """Everything about a batch size that is the same in every call.
 
     Attributes:
-        count: Rows.
-        chunks: How they are split. What follows is for a batch of one chunk.
-        keys: Profile, batch size and buffers that it runs in, for both sets of buffers.
+        count: Number of rows.
+        chunks: How they are split. The other attributes are for a batch of one chunk.
+        keys: Keys of its contexts with a graph, for both sets of buffers.
         copy_in: Target, source, size in bytes with padding, and stream.
         copies_out: The same for each output.
         host_in: The rows of pinned memory that the images are copied into.
-        host_out: Those that each result is copied from.
-        results: Functions that copy one of them into a new array of the type that is returned.
+        host_out: The rows of pinned memory that each result is copied from.
+        results: For each output a function that copies these rows into a new array of the type
+            that is returned.
     """
 
     count: int
@@ -178,26 +136,25 @@ class ExecutionStream:
     Args:
         cuda: See `runtime.cuda`.
         io: The engine's input, outputs and profiles.
-        make_context: Profile, scratch address, stream, and whether only this stream's own buffers
-            will be bound, to an execution context in that profile.
-        check_call: Takes what a call of TensorRT returned and its name, raises where it failed.
-        capture: Whether to capture CUDA graphs; None: where they are possible.
-        built_in: Whether TensorRT-RTX captures them; None: where it can.
+        make_context: See `MakeContext`.
+        check_call: See `CheckCall`.
+        capture: Whether to capture CUDA graphs here; None where it is possible.
+        built_in: Whether TensorRT-RTX captures graphs; None where it is possible.
         pad: Whether batches are padded, so that fewer sizes need a context.
         timed: Whether `timings` and `timeline` are available.
         blocking: Whether a thread that waits for the GPU sleeps; otherwise it spins.
-        stack: Frees everything that is made here, last made first.
+        stack: Frees everything that is created here, in reverse order.
 
     Raises:
-        UnavailableError: A call failed; or graphs were asked for and are not possible.
+        UnavailableError: A call failed; or graphs are required and not possible.
     """
 
     def __init__(
         self,
         cuda: Cuda,
         io: IoSpec,
-        make_context: Callable[[int, int, int, bool], Any],
-        check_call: Callable[[object, str], None],
+        make_context: MakeContext,
+        check_call: CheckCall,
         *,
         capture: bool | None = False,
         built_in: bool | None = False,
@@ -208,10 +165,9 @@ class ExecutionStream:
     ) -> None:
         self._cuda, self._io, self._check_call = cuda, io, check_call
         self._make_context, self._pad = make_context, pad
-        self.capture, self.built_in = capture, built_in
         self._timed, self._blocking = timed, blocking
         self.compute, self._copies = self._stream(stack), self._stream(stack)
-        self._external = cuda.event(False, False)  # what other libraries' streams have to do first
+        self._external = cuda.event(False, False)  # waits for work on other libraries' streams
         stack.callback(cuda.destroy_event, self._external)
         self._zero = cuda.event(True, False)
         stack.callback(cuda.destroy_event, self._zero)
@@ -221,14 +177,15 @@ class ExecutionStream:
         ]
         self._last: IOBuffers | None = None
         self._trace: list[dict[str, Span]] | None = None
-        self._turn = 0  # index of the buffers that the next chunk goes to
-        self._unfetched: IOBuffers | None = None  # enqueued but for the copy out
-        # Images and results that were enqueued; the images' memory is read until they are finished.
+        self._turn = 0  # index of the buffers for the next chunk
+        self._unfetched: IOBuffers | None = None  # enqueued without its copy out
+        # Batches in progress; keeps the images alive, because the GPU may still read them.
         self._pending: deque[tuple[Array, Sequence[Array]]] = deque()
         self._calls: dict[int, _Call] = {}
-        # TensorRT-RTX keeps one graph a context, and TensorRT's reads its context: one context for
-        # each batch size and set of buffers. The one used longest ago comes first.
-        self._graph_contexts: OrderedDict[GraphKey, BoundContext] = OrderedDict()
+        self.graphs = GraphContexts(
+            cuda, io, self.compute, functools.partial(self._context, owned=True),
+            self._enqueue_staged, capture=capture, built_in=built_in, engine_only=timed,
+        )  # fmt: skip
         self._plain: list[BoundContext] = []
         stack.callback(self._release_contexts)
         for profile in range(len(io.profiles)):
@@ -245,34 +202,23 @@ class ExecutionStream:
         return BoundContext(context, self._io, self._check_call)
 
     def _release_contexts(self) -> None:
-        while self._graph_contexts:
-            self._release(self._graph_contexts.popitem()[1])
+        self.graphs.clear()
         self._calls.clear()
         self._plain.clear()
-
-    def _release(self, bound: BoundContext) -> None:
-        """Destroys a context's graphs before it."""
-        for graph in (bound.whole, bound.engine):
-            if graph is not None:
-                self._cuda.destroy_graph(graph)
-
-    @property
-    def has_graphs(self) -> bool:
-        """Whether batches run as CUDA graphs, whoever captures them."""
-        return self.capture is not False or self.built_in is not False
+        del self._make_context  # refers to the engine, and `graphs` to this object
 
     def _warm_up(self) -> None:
         """Prepares the usual batch sizes, so that no caller waits for kernels or a capture."""
         for count in WARMED:
-            if not self.has_graphs or count > self._io.largest:
+            if not self.graphs.enabled or count > self._io.largest:
                 return
             call = self._call(count)
-            if call.keys[0] not in self._graph_contexts:
-                bound = self._graph_context(call)
+            if call.keys[0] not in self.graphs:
+                bound = self.graphs.get(call.keys[0], call)
                 assert bound is not None
                 self._enqueue_staged(call, bound)
                 self._cuda.synchronize(self.compute)
-                self._settle(bound, call)
+                self.graphs.settle(call.keys[0], call)
 
     def _call(self, count: int) -> _Call:
         call = self._calls.get(count)
@@ -309,9 +255,9 @@ class ExecutionStream:
         """Computes a batch of any size and waits for it.
 
         Args:
-            images: On the host, or on the GPU and then computed from where they are.
-            results: One array an output, with as many rows as images; on the GPU they are written
-                in place. None: numpy arrays are allocated.
+            images: On the host, or on the GPU, where the engine reads them without a copy.
+            results: One array for each output, with as many rows as images; on the GPU they are
+                written in place. None allocates NumPy arrays.
 
         Returns:
             `results`, or the arrays that were allocated.
@@ -342,7 +288,7 @@ class ExecutionStream:
         if self.buffers[0].dirty != call.count:
             self.buffers[0].make_room(call.count, call.chunks[0].run)
         call.host_in[...] = images
-        bound = self._graph_context(call)
+        bound = self.graphs.get(call.keys[0], call)
         if bound is not None and bound.whole is not None:
             self._cuda.launch(bound.whole, self.compute)
         else:
@@ -353,7 +299,7 @@ class ExecutionStream:
         else:
             self._cuda.synchronize(self.compute)
         if results is None:
-            return [copied() for copied in call.results]
+            return [copy() for copy in call.results]
         for result, view in zip(results, call.host_out, strict=True):
             result[...] = view  # type: ignore[index]  # none is on the GPU
         return results
@@ -365,69 +311,14 @@ class ExecutionStream:
         for copy in call.copies_out:
             self._cuda.to_host(*copy)
 
-    def _graph_context(self, call: _Call, index: int = 0) -> BoundContext | None:
-        """The context of a batch size and set of buffers that runs as a graph; None: it does not.
-
-        It runs plainly the first time, and is captured at the second call.
-        """
-        key = call.keys[index]
-        bound = self._graph_contexts.get(key)
-        if bound is not None:
-            self._graph_contexts.move_to_end(key)
-            if bound.settled or not bound.has_run:
-                return bound
-            self._settle(bound, call, index)
-            return self._graph_contexts.get(key)
-        profile, run = self._io.profiles[key[0]], key[1]
-        usual = run <= PADDED_UP_TO or run in (profile.min, profile.opt, profile.max)
-        if not self.has_graphs or not usual:
-            return None
-        if len(self._graph_contexts) == GRAPH_CONTEXTS:
-            self._release(self._graph_contexts.popitem(last=False)[1])
-        bound = self._graph_contexts[key] = self._context(key[0], owned=True)
-        return bound
-
-    def _settle(self, bound: BoundContext, call: _Call, index: int = 0) -> None:
-        """Finds out whether a batch size that has run can be a graph, and captures it here."""
-        bound.settled = True
-        try:
-            asked = getattr(bound.context, "is_stream_capturable", None)
-            if asked is not None and not asked(self.compute):
-                raise UnavailableError(
-                    f"TensorRT does not let a batch of {call.keys[0][1]} be captured",
-                    fix="build the plan again, or load it with graphs=False",
-                )
-            if self.capture is not False:
-                if self._timed or index:
-                    bound.engine = self._capture(lambda: bound.execute(self.compute))
-                else:
-                    bound.whole = self._capture(lambda: self._enqueue_staged(call, bound))
-        except UnavailableError as error:
-            if self.capture or self.built_in:
-                raise
-            self.capture = self.built_in = False
-            while self._graph_contexts:
-                self._release(self._graph_contexts.popitem()[1])
-            warnings.warn(f"no CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
-
-    def _capture(self, enqueue: Callable[[], None]) -> Any:
-        self._cuda.begin_capture(self.compute)
-        try:
-            enqueue()
-        except BaseException:
-            with contextlib.suppress(UnavailableError):  # whatever was captured is no graph
-                self._cuda.destroy_graph(self._cuda.end_capture(self.compute))
-            raise
-        return self._cuda.end_capture(self.compute)
-
     def enqueue(self, images: Array, results: Sequence[Array]) -> None:
         """Starts a batch and returns; `finish` waits for it.
 
-        Two chunks may be under way: where they are, this waits for the older one first.
+        At most two chunks are in progress. If there are two, this waits for the older one first.
 
         Args:
-            images: As for `run`. On the GPU or in pinned memory, they must not be changed before
-                the batch is finished.
+            images: As for `run`. On the GPU or in pinned memory, they must not change before the
+                batch is finished.
             results: As for `run`.
         """
         try:
@@ -441,7 +332,7 @@ class ExecutionStream:
         """Waits for the oldest batch that was enqueued, and returns its results."""
         try:
             _, results = self._pending[0]
-            self._last = None  # where the buffers were needed before, the times are gone
+            self._last = None  # unknown if a later batch has used the buffers already
             if self._unfetched is not None and self._unfetched.results is results:
                 self._fetch_last(self._copies)
             for buffers in (self.buffers[self._turn], self.buffers[1 - self._turn]):
@@ -459,7 +350,7 @@ class ExecutionStream:
             self._drain()
 
     def _run_chunks(self, call: _Call, images: Array, results: Sequence[Array]) -> None:
-        """Any batch, by way of both streams where it has several chunks."""
+        """Computes any batch; one of several chunks uses both streams."""
         copies = self.compute if len(call.chunks) == 1 else self._copies
         self._turn = 0
         self._start(call, images, results, copies)
@@ -470,7 +361,7 @@ class ExecutionStream:
         self._last = last
 
     def _start(self, call: _Call, images: Array, results: Sequence[Array], copies: int) -> None:
-        """Enqueues a batch but for the last chunk's copy out, which `_fetch_last` enqueues."""
+        """Enqueues a batch without the last chunk's copy out, which `_fetch_last` enqueues."""
         cuda = self._cuda
         pinned = self._is_pinned(images)
         for array in (images, *results):
@@ -493,13 +384,13 @@ class ExecutionStream:
             self._unfetched = None
 
     def _is_pinned(self, images: Array) -> bool:
-        """Whether the copy in can start from where the images are, without one on the host."""
+        """Whether the GPU can read the images where they are, without a copy on the host."""
         if isinstance(images, DeviceArray) or not images.flags.c_contiguous:
             return False
         return self._cuda.is_pinned(images.ctypes.data)
 
     def _mark(self, event: Any, stream: int) -> None:
-        """Records an event that only tells the time."""
+        """Records an event that is used for timing only."""
         if event is not None:
             self._cuda.record(event, stream)
 
@@ -515,7 +406,7 @@ class ExecutionStream:
             if not padding and address % ALIGNMENT == 0:
                 buffers.source = address
                 return
-            copies = self.compute  # which the images' own stream is ordered before
+            copies = self.compute  # it waits for the images' own stream
             self._mark(buffers.begin, copies)
             cuda.on_device(buffers.device_in, address, size, copies)
         elif pinned:
@@ -549,9 +440,9 @@ class ExecutionStream:
             self._mark(buffers.started, self.compute)
             start = buffers.started
         outputs = [self._target(buffers, chunk, i, result) for i, result in enumerate(results)]
-        began = time.perf_counter()
+        begin = time.perf_counter()
         self._enqueue(buffers, call, (buffers.source, *outputs))
-        buffers.enqueue = (time.perf_counter() - began) * 1e3
+        buffers.enqueue = (time.perf_counter() - begin) * 1e3
         for index, (result, output) in enumerate(zip(results, outputs, strict=True)):
             if isinstance(result, DeviceArray) and output == buffers.device_out[index]:
                 row = self._io.outputs[index].row_bytes
@@ -563,7 +454,7 @@ class ExecutionStream:
             buffers.spans["compute"] = (start, buffers.computed)
 
     def _target(self, buffers: IOBuffers, chunk: BatchChunk, index: int, result: Array) -> int:
-        """Where an output is computed to: straight into the result, where it fits there."""
+        """Address that the engine writes an output to: the result itself if it is suitable."""
         if isinstance(result, DeviceArray) and chunk.run == chunk.rows:
             address = result.address + chunk.start * self._io.outputs[index].row_bytes
             if address % ALIGNMENT == 0:
@@ -574,10 +465,10 @@ class ExecutionStream:
         chunk, bound = buffers.chunk, None
         assert chunk is not None
         if len(call.chunks) == 1 and addresses == buffers.addresses:
-            bound = self._graph_context(call, self.buffers.index(buffers))
-        if bound is not None and bound.settled and self.capture is not False:
+            bound = self.graphs.get(call.keys[self.buffers.index(buffers)], call)
+        if bound is not None and bound.settled and self.graphs.capture is not False:
             if bound.engine is None:
-                bound.engine = self._capture(functools.partial(bound.execute, self.compute))
+                bound.engine = self.graphs.capture_engine(bound)
             self._cuda.launch(bound.engine, self.compute)
             return
         bound = bound or self._plain[chunk.profile]
@@ -606,7 +497,7 @@ class ExecutionStream:
             buffers.spans["d2h"] = (leaving, buffers.done)
 
     def _finish(self, buffers: IOBuffers) -> None:
-        """Waits for the chunk in a set of buffers, if any, and copies its rows into the results."""
+        """Waits for the chunk in a set of buffers, if any, and copies its rows to the results."""
         chunk = buffers.chunk
         if chunk is None:
             return
@@ -622,7 +513,7 @@ class ExecutionStream:
         buffers.chunk, buffers.results = None, ()
 
     def _drain(self) -> None:
-        """Waits until nothing is writing to the buffers, and drops what was under way."""
+        """Waits until nothing writes to the buffers, and drops the batches in progress."""
         try:
             for stream in (self._copies, self.compute):
                 with contextlib.suppress(UnavailableError):
@@ -634,19 +525,19 @@ class ExecutionStream:
             self._pending.clear()
 
     def watch(self, profiler: Any) -> None:
-        """Has an IProfiler report the time of every layer."""
+        """Makes an IProfiler report the time of every layer."""
         for bound in self._plain:
             bound.context.profiler = profiler
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last chunk, by events, and of the host for `enqueue`."""
+        """Returns milliseconds of the last chunk by events, and of `enqueue` on the host."""
         if self._last is None or not self._timed:
             return {}
         spans = {name: self._cuda.elapsed(*span) for name, span in self._last.spans.items()}
         return {"h2d": 0.0, "compute": 0.0, "d2h": 0.0} | spans | {"enqueue": self._last.enqueue}
 
     def timeline(self, images: Array, results: Sequence[Array]) -> list[dict[str, Span]]:
-        """`run`, and when each chunk was copied and computed, in milliseconds from the start."""
+        """Runs a batch and returns when each chunk was copied and computed, in milliseconds."""
         trace: list[dict[str, Span]] = []
         self._trace = trace
         try:
@@ -659,7 +550,7 @@ class ExecutionStream:
 
 
 def allocate(cuda: Cuda, size: int, stack: ExitStack) -> int:
-    """Allocates GPU memory that the stack frees; 0 for none."""
+    """Allocates GPU memory that the stack frees. Returns 0 if `size` is 0."""
     if not size:
         return 0
     address = cuda.allocate(size)

@@ -1,8 +1,8 @@
-"""Check the driver and the CUDA binding on their own, before anything of ours is built on them.
+"""Check the driver and the CUDA binding without the rest of the runtime.
 
-Calls `cuda.bindings.driver` directly, apart from `cuda.py`, to tell a defect of the machine from
-one of the runtime. Reached by `rtresnet doctor --gpu` and by benchmarks/accept_gpu.py. Needs
-nothing but the standard library and that binding.
+Calls `cuda.bindings.driver` directly and not through `cuda.py`, to distinguish a defect of the
+machine from one of the runtime. `rtresnet doctor --gpu` and benchmarks/accept_gpu.py use it. Needs
+only the standard library and that binding.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def driver_report() -> dict[str, Any]:
-    """Describe the driver and its devices.
+    """Describes the driver and its devices.
 
     Returns:
         "cuda" (the CUDA version that the driver supports), "kernel_driver" (first line of its
-        version file), "devices", and "reason", which is None where there is a device.
+        version file), "devices", and "reason", which is None if there is a device.
     """
     cuda, reason = _driver()
     kernel = None
@@ -46,7 +46,7 @@ def driver_report() -> dict[str, Any]:
 
 
 def _driver() -> tuple[str | None, str | None]:
-    """The CUDA version of the driver, and why it cannot be used."""
+    """Returns the driver's CUDA version, and the reason why it cannot be used."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -63,13 +63,13 @@ def _driver() -> tuple[str | None, str | None]:
 
 
 class Driver:
-    """`cuda.bindings.driver` with every return code checked.
+    """Wraps `cuda.bindings.driver` and checks every return code.
 
     Args:
         binding: The module; imported by default.
 
     Raises:
-        UnavailableError: It is not installed.
+        UnavailableError: The binding is not installed.
     """
 
     def __init__(self, binding: Any = None) -> None:
@@ -82,13 +82,13 @@ class Driver:
         self.binding = binding
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the driver.
+        """Calls a function of the driver.
 
         Returns:
-            Its result without the code; a tuple where there are several, None where there is none.
+            Its result without the code; a tuple of several, None if there is none.
 
         Raises:
-            UnavailableError: It failed.
+            UnavailableError: The call failed.
         """
         code, *values = getattr(self.binding, name)(*arguments)
         if int(code) != 0:
@@ -97,7 +97,7 @@ class Driver:
 
     @contextlib.contextmanager
     def context(self, device: int = 0) -> Iterator[None]:
-        """Make a device's primary context current. It stays retained, as the runtime keeps it."""
+        """Makes a device's primary context current. It stays retained, as in the runtime."""
         self.call("cuInit", 0)
         handle = self.call("cuDeviceGet", device)
         self.call("cuCtxPushCurrent", self.call("cuDevicePrimaryCtxRetain", handle))
@@ -108,7 +108,7 @@ class Driver:
 
     @contextlib.contextmanager
     def made(self, create: str, destroy: str, *arguments: Any) -> Iterator[Any]:
-        """What `create` returns, destroyed at the end."""
+        """Yields the result of `create`, and calls `destroy` with it at the end."""
         handle = self.call(create, *arguments)
         try:
             yield handle
@@ -117,7 +117,7 @@ class Driver:
 
 
 def free_memory() -> int:
-    """Bytes of the first device that are free.
+    """Returns the free bytes of the first device.
 
     Raises:
         UnavailableError: The binding is not installed, or a call failed.
@@ -128,16 +128,16 @@ def free_memory() -> int:
 
 
 def check_cuda(binding: Any = None) -> dict[str, str]:
-    """Round-trip every operation that the runtime needs: memory, streams, events and graphs.
+    """Checks every operation that the runtime needs: memory, streams, events and graphs.
 
     Args:
-        binding: Has the functions of `cuda.bindings.driver`, which is the default.
+        binding: Module with the functions of `cuda.bindings.driver`, which is the default.
 
     Returns:
-        "ok" or what went wrong, for each group of operations; one that fails hides none.
+        "ok" or the error for each group of operations. All groups run, even if one fails.
 
     Raises:
-        UnavailableError: The binding is not installed, or there is no context to be had.
+        UnavailableError: The binding is not installed, or no context can be created.
     """
     driver = Driver(binding)
     checks: dict[str, Callable[[Driver], None]] = {
@@ -173,7 +173,7 @@ def _check_memory_info(driver: Driver) -> None:
 
 
 def _check_copies(driver: Driver, *, pinned: bool) -> None:
-    """Host to device, device to device, a partial memset, and back."""
+    """Copies host to device, device to device, sets a part, and copies back."""
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(_stream(driver))
         first, second = (stack.enter_context(_memory(driver)) for _ in range(2))
@@ -199,7 +199,7 @@ def _check_copies(driver: Driver, *, pinned: bool) -> None:
 
 
 def _check_events(driver: Driver) -> None:
-    """One stream waits for another; the time between two events."""
+    """Makes one stream wait for another, and measures the time between two events."""
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(_stream(driver)) for _ in range(2))
         begin, end = (
@@ -217,7 +217,7 @@ def _check_events(driver: Driver) -> None:
 
 
 def _check_capture(driver: Driver) -> None:
-    """Copies in and out as a graph, launched twice with other bytes."""
+    """Captures copies in and out as a graph, and launches it twice with different bytes."""
     mode = driver.binding.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     with contextlib.ExitStack() as stack:
         stream, memory = stack.enter_context(_stream(driver)), stack.enter_context(_memory(driver))

@@ -1,6 +1,6 @@
-"""An engine's input, outputs and batch sizes, and how a batch is split to fit them.
+"""Input, outputs and batch sizes of an engine, and how a batch is split to fit them.
 
-Knows TensorRT only as the module it is handed.
+Receives the TensorRT module as an argument and never imports it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rtresnet.core.errors import ArtifactError
 from rtresnet.core.sidecar import Profile
 
 PADDED_UP_TO = 32
-"""Larger batches run at their own size: there, padding costs more than launching kernels does."""
+"""Larger batches run at their own size, because padding them costs more than launching kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One input or output: its name, type, and shape without the batch dimension."""
+    """Name, type, and shape without the batch dimension of one input or output."""
 
     name: str
     dtype: np.dtype[Any]
@@ -34,7 +34,7 @@ class TensorSpec:
 
     @functools.cached_property
     def returned_dtype(self) -> np.dtype[Any]:
-        """Type of the array a caller gets: int64 for any integer, else the engine's own type."""
+        """Type of the array that a caller gets: int64 for integers, else the engine's type."""
         return np.dtype(np.int64) if self.dtype.kind == "i" else self.dtype
 
 
@@ -43,6 +43,9 @@ class IoSpec:
     """An engine's input, outputs and optimization profiles.
 
     Attributes:
+        input: The images.
+        outputs: Logits, or indices and probabilities of a top-K engine.
+        profiles: Optimization profiles.
         scratch: Activation memory that an execution context needs, in bytes.
     """
 
@@ -58,7 +61,7 @@ class IoSpec:
 
     @property
     def stream_bytes(self) -> int:
-        """GPU memory that one `ExecutionStream` allocates: two sets of buffers, one scratch."""
+        """Bytes of GPU memory of one `ExecutionStream`: two sets of buffers and one scratch."""
         rows = self.input.row_bytes + sum(output.row_bytes for output in self.outputs)
         return 2 * rows * self.largest + self.scratch
 
@@ -70,7 +73,7 @@ class BatchChunk:
     Attributes:
         start: First row.
         rows: Number of rows.
-        run: Batch size of the execution; above `rows`, the rest is padding.
+        run: Batch size of the execution, `rows` plus padding.
         profile: Index of the optimization profile.
     """
 
@@ -81,10 +84,10 @@ class BatchChunk:
 
 
 def padded_size(count: int) -> int:
-    """The batch size that `count` rows run at where each size costs a context and a graph.
+    """Returns the batch size for `count` rows where each size costs a context and a graph.
 
-    1 to 8, 10, 12, 14, 16, 20, 24, 28 and 32: at most a sixth of a batch is padding, where powers
-    of two would compute nearly twice the rows that were asked for (17 as 32).
+    The sizes are 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32 and every larger one. At most a sixth of a
+    batch is padding, where powers of two would compute up to twice as many rows (17 as 32).
     """
     if count > PADDED_UP_TO:
         return count
@@ -97,16 +100,21 @@ def split_batch(
 ) -> tuple[BatchChunk, ...]:
     """Splits a batch into chunks that fit a profile.
 
-    A chunk is padded where it is smaller than every profile's minimum and, with `pad`, to the next
-    `padded_size`. Of the profiles that fit, the one whose optimum is nearest runs it, and of two
-    that are equally near the one with the smaller maximum.
+    A chunk is padded if it is smaller than every profile's minimum and, with `pad`, to the next
+    `padded_size`. The profile with the nearest optimum runs it; of two that are equally near, the
+    one with the smaller maximum.
+
+    Args:
+        count: Number of rows, at least 1.
+        profiles: Optimization profiles of the engine.
+        pad: Whether to pad to `padded_size`.
     """
     largest = max(profile.max for profile in profiles)
     chunks = []
     for start in range(0, count, largest):
         rows = min(largest, count - start)
-        wanted = min(largest, padded_size(rows)) if pad else rows
-        run = min(max(wanted, profile.min) for profile in profiles if profile.max >= wanted)
+        padded = min(largest, padded_size(rows)) if pad else rows
+        run = min(max(padded, profile.min) for profile in profiles if profile.max >= padded)
         fitting = [i for i, profile in enumerate(profiles) if profile.min <= run <= profile.max]
         best = min(fitting, key=lambda i: (abs(profiles[i].opt - run), profiles[i].max, i))
         chunks.append(BatchChunk(start=start, rows=rows, run=run, profile=best))
@@ -117,8 +125,8 @@ def read_io_spec(trt: Any, engine: Any, path: Path) -> IoSpec:
     """Reads an engine's input, outputs and profiles.
 
     Raises:
-        ArtifactError: The engine has more than one input or none of images, or an output without a
-            batch dimension or of variable size.
+        ArtifactError: The engine does not have one input of images, or an output has no batch
+            dimension, a variable size, or a type that NumPy lacks.
     """
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     modes = {n: engine.get_tensor_mode(n) for n in names}
@@ -138,7 +146,9 @@ def read_io_spec(trt: Any, engine: Any, path: Path) -> IoSpec:
     try:
         dtypes = {n: np.dtype(trt.nptype(engine.get_tensor_dtype(n))) for n in names}
     except TypeError as error:  # bfloat16, for one
-        raise ArtifactError(f"{path}: an input or output of a type numpy lacks: {error}") from error
+        raise ArtifactError(
+            f"{path}: an input or output has a type that NumPy lacks: {error}"
+        ) from error
     tensors = {n: TensorSpec(name=n, dtype=dtypes[n], row=rows[n]) for n in names}
     outputs.sort(key=lambda n: dtypes[n].kind == "f")  # a top-K plan's indices come first
     return IoSpec(

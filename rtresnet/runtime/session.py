@@ -18,16 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rtresnet.core import artifacts, atomic_io, hardware, labels, metrics
-from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
+
+if TYPE_CHECKING:
+    from rtresnet.runtime.ort import OrtBackend
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -47,6 +50,8 @@ class RuntimeInfo:
         fixed_batch: The only batch size that the file takes; None where it takes several.
         batch_note: What `fixed_batch` means for a call.
         versions: Versions of the libraries.
+        tf32: Whether FP32 layers may run as TF32 (a mantissa of 10 bits, on GPUs from sm_80 on):
+            as a plan's sidecar or ONNX Runtime's CUDA provider says; None elsewhere.
     """
 
     device: str
@@ -59,6 +64,7 @@ class RuntimeInfo:
     fixed_batch: int | None
     batch_note: str | None
     versions: dict[str, str]
+    tf32: bool | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -344,6 +350,7 @@ class Session:
             fixed_batch=self.batch,
             batch_note=self.batch_note,
             versions=hardware.versions(("rtresnet", "numpy")) | dict(backend.versions),
+            tf32=getattr(backend, "tf32", None),
         )
 
     def describe(self) -> dict[str, object]:
@@ -378,6 +385,7 @@ def load(
     cache: bool = True,
     timings: bool = False,
     blocking: bool = False,
+    tf32: bool | None = None,
 ) -> Session:
     """Loads an ONNX file or a plan.
 
@@ -399,6 +407,9 @@ def load(
             computation; recording them costs every call some microseconds.
         blocking: For a plan: whether a thread that waits for the GPU sleeps. It then wakes up some
             tens of microseconds late, where spinning keeps a processor busy.
+        tf32: For provider "cuda": whether FP32 layers may run as TF32, which rounds inputs to a
+            mantissa of 10 bits, on GPUs from sm_80 on. ONNX Runtime allows it by default. For a
+            plan this is decided when it is built.
 
     Next to other Python threads that compute, a call waits for the GIL when the GPU is done: up to
     5 ms, the interpreter's default. With a device of 0.5 ms and one such thread a call takes
@@ -420,6 +431,13 @@ def load(
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     backend: Backend
+    if device == "cuda" and provider == "auto" and kind == "onnx":
+        provider = "cuda"
+    if tf32 is not None and provider != "cuda":
+        raise InputError(
+            f"{path}: tf32 applies to ONNX Runtime's CUDA provider only",
+            fix="leave it out; for a plan: rtresnet build --no-tf32",
+        )
     if kind == "plan":
         from rtresnet.runtime import compatibility
 
@@ -438,14 +456,27 @@ def load(
             timings=timings, blocking=blocking,
         )  # fmt: skip
     elif kind == "onnx":
-        from rtresnet.runtime.ort import OrtBackend, find_provider
+        from rtresnet.runtime.ort import OrtBackend
+        from rtresnet.runtime.providers import find_provider
 
-        if device == "cuda" and provider == "auto":
-            provider = "cuda"
         on_gpu = provider != "auto" and find_provider(provider).gpu
         if device != "auto" and (device == "cuda") != on_gpu:
             raise InputError(f"--device {device} and --provider {provider} contradict each other")
-        backend = OrtBackend(path, provider=provider, threads=threads)
+        runner = OrtBackend(path, provider=provider, threads=threads, tf32=tf32 is not False)
+        backend = runner
+        if sidecar is None:
+            sidecar = _described(path, runner)
     else:
         raise InputError(f"{path}: the runtime takes ONNX files and plans", fix="rtresnet export")
     return Session(path, sidecar, backend)
+
+
+def _described(path: Path, backend: OrtBackend) -> Sidecar | None:
+    """What an ONNX file without a sidecar says of itself; None where it says nothing."""
+    from rtresnet.onnxlib import metadata
+
+    try:
+        return metadata.DESCRIPTION.read(backend.metadata)
+    except ArtifactError as error:
+        backend.close()
+        raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None

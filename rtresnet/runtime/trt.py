@@ -1,8 +1,8 @@
-"""TensorRT and TensorRT-RTX plans. The only file of the runtime that runs either.
+"""Run plans with TensorRT or TensorRT-RTX.
 
-Checks come first: the sidecar before anything is deserialized (`compatibility.py`), then what
-TensorRT-RTX says of the plan's header (`rtx.py`), then the memory. Everything a call needs is
-created when the plan is loaded, in `execution.py`, which also orders copies and computation.
+Loading checks the sidecar and the plan's header before it deserializes the plan
+(`compatibility.py`), and then the free memory. It creates everything that a call needs
+(`contexts.py`, `execution.py`), so that calls allocate nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import queue
 import threading
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,14 +22,14 @@ import numpy as np
 from rtresnet.core import hardware, trt_loading
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.sidecar import Sidecar
-from rtresnet.runtime.arguments import check_images, make_results
-from rtresnet.runtime.compatibility import check_compatible
-from rtresnet.runtime.context_config import configure
-from rtresnet.runtime.cuda import Cuda, allocate_pinned_array, open_cuda
+from rtresnet.runtime.arrays import check_images, make_results
+from rtresnet.runtime.compatibility import REBUILD, check_compatible, check_header
+from rtresnet.runtime.contexts import KernelCache, configure_contexts
+from rtresnet.runtime.cuda import allocate_pinned_array, open_cuda
 from rtresnet.runtime.error_log import ErrorLog, logger
 from rtresnet.runtime.execution import ExecutionStream, Span
 from rtresnet.runtime.io_spec import IoSpec, read_io_spec
-from rtresnet.runtime.rtx import REBUILD, KernelCache, check_header
+from rtresnet.runtime.pipeline import Pipeline
 
 
 class TrtBackend:
@@ -38,28 +37,31 @@ class TrtBackend:
 
     Args:
         path: The plan.
-        sidecar: Its sidecar, or None.
-        contexts: Calls that may run at the same time, each with its own buffers; one more waits
-            for its turn.
-        graphs: CUDA graphs, one a batch size. None: where they are possible; True: or an error;
-            False: none. TensorRT-RTX captures them itself; for `tensorrt` they are captured here.
-            Batches of numpy images of up to 32, and of a profile's own sizes, run as graphs.
+        sidecar: The plan's sidecar, or None.
+        contexts: Number of calls that may run at the same time, each with its own buffers.
+            Further calls wait.
+        graphs: Whether calls run as CUDA graphs, one for each batch size: None uses graphs where
+            possible, True requires them, False uses none. TensorRT-RTX captures graphs itself; for
+            `tensorrt` they are captured here. Batches of NumPy images of up to 32 rows, and of the
+            sizes of a profile, run as graphs.
         kernels: When TensorRT-RTX compiles the kernels of a new batch size: "eager" or "lazy".
         cache: Whether TensorRT-RTX's compiled kernels are read from and written to `cache_path`.
-        timings: Whether `timings` and `timeline` are available. They cost some events and calls
-            of the driver in every `infer`.
-        blocking: Whether a thread that waits for the GPU sleeps. It then wakes up some tens of
-            microseconds late, where spinning keeps a processor busy.
+        timings: Whether `timings` and `timeline` are available. They add some events and driver
+            calls to every `infer`.
+        blocking: Whether a thread that waits for the GPU sleeps. It wakes up some tens of
+            microseconds late; a thread that spins keeps a CPU core busy.
 
     Attributes:
         profiles: The plan's optimization profiles.
         graphs: "built in", "by hand" or "none".
-        contexts: Calls that may run at the same time.
-        in_flight: Batches that `pipeline` keeps in flight: two for each context.
+        contexts: Number of calls that may run at the same time.
+        in_flight: Number of batches that `pipeline` keeps in flight: two for each context.
+        tf32: Whether FP32 layers may run as TF32, as the sidecar says; None if it does not.
 
     Raises:
-        UnavailableError: No GPU, no TensorRT, too little memory, or TensorRT does not accept it.
-        ArtifactError: Version or target do not match, or input and outputs are not those of a net.
+        UnavailableError: There is no GPU, no TensorRT or too little memory, or TensorRT does not
+            accept the plan.
+        ArtifactError: Version or target do not match, or the engine is not an image classifier.
     """
 
     threads: int | None = None
@@ -79,13 +81,15 @@ class TrtBackend:
         if contexts < 1:
             raise InputError(f"contexts is {contexts}, at least 1 is needed")
         check_compatible(path, sidecar)
-        name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
-        # Without a device TensorRT ends the process where it should raise: this asks for one.
+        plan = sidecar.plan if sidecar else None
+        name = plan.builder if plan else "tensorrt_rtx"
+        self.tf32 = plan.tf32 if plan else None
+        # First, because without a device TensorRT ends the process instead of raising.
         self._cuda = open_cuda()
         trt = trt_loading.load_tensorrt(name)
         self.path = Path(path)
         self.provider = trt_loading.MODULES[name]
-        # Several distributions bring the module, each under another name: it knows its version.
+        # Several distributions provide the module, so ask the module for its version.
         key = "tensorrt-rtx-cu13" if name == "tensorrt_rtx" else "tensorrt"
         self.versions = {key: str(trt.__version__)}
         self.device = hardware.gpus()[0].name
@@ -104,8 +108,8 @@ class TrtBackend:
                 self._load(trt, contexts, graphs, kernels, cache)
         except BaseException as error:
             self._closed = True
-            traceback.clear_frames(error.__traceback__)  # which hold contexts and the engine
-            with contextlib.suppress(UnavailableError):  # the first failure is the one to tell
+            traceback.clear_frames(error.__traceback__)  # they refer to contexts and the engine
+            with contextlib.suppress(UnavailableError):  # report the first failure
                 self._release()
             raise
 
@@ -116,18 +120,18 @@ class TrtBackend:
         log = logger(trt, self._errors)
         runtime = trt_loading.create(trt, "Runtime", log, self._errors.take)
         data = self.path.read_bytes()
-        check_header(trt, runtime, data, self.path)
+        check_header(trt, runtime, data, self.path, self._errors)
         self._check_memory(len(data), "its weights")
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            why = self._errors.take()
+            reason = self._errors.take()
             raise UnavailableError(
                 f"{self.path}: {self.provider} {trt.__version__} does not accept this plan on "
-                f"{self.device}: {why}",
-                fix=hardware.driver_fix(why) or REBUILD,
+                f"{self.device}: {reason}",
+                fix=hardware.driver_fix(reason) or REBUILD,
             )
         self._engine = engine
-        # Contexts need the engine, the engine the runtime, the runtime its logger.
+        # Contexts refer to the engine, the engine to the runtime, the runtime to its logger.
         self._stack.callback(self._forget, [log, runtime, engine])
         del data, log, runtime
         self.io = io = read_io_spec(trt, engine, self.path)
@@ -136,7 +140,7 @@ class TrtBackend:
             contexts * io.stream_bytes,
             f"{contexts} x activations and buffers for batches of up to {io.largest}",
         )
-        settings = configure(
+        settings = configure_contexts(
             trt, engine, self._check_call,
             graphs=graphs,
             binding_has_graphs=cuda.graphs,
@@ -144,22 +148,22 @@ class TrtBackend:
             cache_for=self.path if cache else None,
         )  # fmt: skip
         self._cache = settings.cache
-        self._errors.clear()  # a cache of another GPU is replaced, and no failure
+        self._errors.clear()  # TensorRT logs an error for a cache of another GPU, which is fine
         self._stack.callback(self._forget, [settings.cache])
         owned_config, external_config = settings.owned, settings.external
         options: dict[str, Any] = {
             "capture": settings.capture, "built_in": settings.built_in, "pad": settings.pad,
             "timed": self._timed, "blocking": self._blocking, "stack": self._stack,
         }  # fmt: skip
-        del settings  # the function below lives as long as its contexts, and the cache must not
+        del settings  # `make_context` outlives the cache, so it must not refer to it
 
         def make_context(profile: int, scratch: int, stream: int, owned: bool) -> Any:
             context = engine.create_execution_context(owned_config if owned else external_config)
             self._check_call(context, "create_execution_context")
             if scratch:
                 context.set_device_memory(scratch, io.scratch)
-            switched = context.set_optimization_profile_async(profile, stream)
-            self._check_call(switched, f"set_optimization_profile_async({profile})")
+            succeeded = context.set_optimization_profile_async(profile, stream)
+            self._check_call(succeeded, f"set_optimization_profile_async({profile})")
             cuda.synchronize(stream)
             return context
 
@@ -179,14 +183,14 @@ class TrtBackend:
 
     @property
     def graphs(self) -> str:
-        """Who captures CUDA graphs: "built in", "by hand" or "none"."""
-        if any(stream.built_in is not False for stream in self._streams):
+        """Who captures CUDA graphs: "built in" (TensorRT-RTX), "by hand" or "none"."""
+        if any(stream.graphs.built_in is not False for stream in self._streams):
             return "built in"
-        captured = any(stream.capture is not False for stream in self._streams)
+        captured = any(stream.graphs.capture is not False for stream in self._streams)
         return "by hand" if captured else "none"
 
     def _forget(self, objects: list[Any]) -> None:
-        """Drops TensorRT's objects, last created first."""
+        """Drops TensorRT's objects in reverse order of creation."""
         self._engine = self._cache = None
         while objects:
             objects.pop()
@@ -197,11 +201,11 @@ class TrtBackend:
             raise UnavailableError(
                 f"{self.path}: {what} need {needed / 1e6:,.0f} MB on {self.device}, and "
                 f"{free / 1e6:,.0f} of {total / 1e6:,.0f} MB are free",
-                fix="fewer contexts, or build it with a smaller --batch maximum",
+                fix="use fewer contexts, or build it with a smaller --batch maximum",
             )
 
     def _check_call(self, returned: object, call: str) -> None:
-        """Raises where a call of TensorRT failed: most only log, and return False or None."""
+        """Raises if a TensorRT call failed. Most calls only log, and return False or None."""
         if returned is None or returned is False:
             raise UnavailableError(
                 f"{self.path}: {call} failed on {self.device}: {self._errors.take()}"
@@ -211,18 +215,19 @@ class TrtBackend:
         """Runs a batch of any N from 1. See `runtime.backend.Backend.infer`.
 
         Args:
-            images: `input_dtype` [N, 3, S, S], or [N, S, S, 3] as `layout` says: a numpy array;
-                or anything on this GPU with DLPack or `__cuda_array_interface__`, C-contiguous,
-                which is computed from where it lies. Pinned memory is not copied on the host.
-            out: Where the result goes, of its shape and type, on the host or on this GPU; a tuple
+            images: `input_dtype` [N, 3, S, S] or [N, S, S, 3], depending on `layout`: a NumPy
+                array, or a C-contiguous array on this GPU with DLPack or
+                `__cuda_array_interface__`, which is read in place. Images in pinned memory are not
+                copied on the host.
+            out: Array for the result, of its shape and type, on the host or on this GPU; a tuple
                 of two for a top-K plan. The call then allocates nothing.
 
         Returns:
             float32 logits [N, classes], or indices int64 [N, K] and probabilities float32 [N, K]
-            of a top-K plan: numpy arrays, or `out` as it was given.
+            of a top-K plan, as NumPy arrays; or `out`.
 
         Raises:
-            InputError: Another type or shape, or the backend is closed.
+            InputError: Wrong type or shape, or the backend is closed.
             UnavailableError: A call of CUDA or TensorRT failed; the message names it.
         """
         stream = self._take_stream()
@@ -242,7 +247,7 @@ class TrtBackend:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _take_stream(self) -> ExecutionStream:
-        """Waits for a stream that is free; who takes it puts it back."""
+        """Waits for a free stream. The caller puts it back."""
         stream = self._free.get()
         if stream is None:
             self._free.put(None)  # for the next caller
@@ -250,18 +255,18 @@ class TrtBackend:
         return stream
 
     def pinned(self, count: int) -> np.ndarray:
-        """Allocates pinned memory for `count` images, as `infer` reads them fastest.
+        """Allocates pinned memory for `count` images, which `infer` reads without a copy.
 
         Raises:
-            UnavailableError: Not enough memory.
+            UnavailableError: There is not enough memory.
         """
         return allocate_pinned_array(self._cuda, (count, *self.io.input.row), self.input_dtype)
 
     @contextlib.contextmanager
     def pipeline(self) -> Iterator[Pipeline]:
-        """Takes every context, for batches that are enqueued before the last one is computed.
+        """Takes every context to keep several batches in flight.
 
-        Other calls wait until the `with` block ends. It drops what was not fetched.
+        Other calls wait until the `with` block ends. Results that were not fetched are dropped.
         """
         with self._all_streams():
             if self._closed:
@@ -274,20 +279,20 @@ class TrtBackend:
                         stream.discard()
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds of the last call's last chunk; empty before the first.
+        """Returns the milliseconds of the last call's last chunk.
 
-        `h2d`, `compute` and `d2h` by events on the GPU, `enqueue` of the host, for handing the
-        work over. What was not copied took 0. Empty unless loaded with `timings=True`.
+        `h2d`, `compute` and `d2h` are measured by events on the GPU, `enqueue` on the host. A
+        copy that was not needed took 0. Empty before the first call and without `timings=True`.
         """
-        last = self._last_stream
-        if last is None or self._closed:
+        stream = self._last_stream
+        if stream is None or self._closed:
             return {}
         with self._all_streams(), self._cuda.active():
-            return last.timings()
+            return stream.timings()
 
     @contextlib.contextmanager
     def _all_streams(self) -> Iterator[None]:
-        """Waits until no call is running, and holds new ones back."""
+        """Waits until no call is running, and blocks new calls."""
         with self._closing:
             taken = [] if self._closed else self._collect()
             try:
@@ -309,17 +314,17 @@ class TrtBackend:
         return taken
 
     def timeline(self, images: np.ndarray) -> list[dict[str, Span]]:
-        """Runs a batch and reports when each chunk was copied and computed.
+        """Runs a batch and returns when each chunk was copied and computed.
 
         Returns:
             For each chunk "h2d", "compute" and "d2h" as (begin, end) in milliseconds since the
-            call, by events.
+            start of the call, measured by events.
 
         Raises:
             InputError: The backend was not loaded with `timings=True`.
         """
         if not self._timed:
-            raise InputError("a timeline needs events: load with timings=True")
+            raise InputError("a timeline needs events", fix="load with timings=True")
         stream = self._take_stream()
         try:
             with self._cuda.active():
@@ -333,13 +338,15 @@ class TrtBackend:
         return timeline
 
     def watch(self, profiler: Any) -> None:
-        """Has an IProfiler report the time of every layer from now on; runs become synchronous.
+        """Makes an IProfiler report the time of every layer. Calls become synchronous.
 
         Raises:
-            InputError: The backend has CUDA graphs, where IProfiler reports no layers.
+            InputError: The backend uses CUDA graphs, inside of which IProfiler reports no layers.
         """
         if self.graphs != "none":
-            raise InputError("layers cannot be timed inside a CUDA graph: load with graphs=False")
+            raise InputError(
+                "layers cannot be timed inside a CUDA graph", fix="load with graphs=False"
+            )
         with self._all_streams():
             for stream in self._streams:
                 stream.watch(profiler)
@@ -355,99 +362,21 @@ class TrtBackend:
             self._collect()
             self._closed = True
             self._free.put(None)
-            # With graphs, some batch sizes have run when the plan was loaded.
+            # With graphs, loading has already run some batch sizes.
             has_run = self._last_stream is not None or self.graphs != "none"
             self._last_stream = None
             self._streams.clear()
             self._release(save=has_run)
 
     def _release(self, *, save: bool = False) -> None:
-        """Frees everything, also on a device that is lost and refuses each call."""
+        """Frees everything, even if the device is lost and every call fails."""
         try:
             with self._cuda.active():
                 try:
-                    # Nothing here may keep the cache: it goes before the engine and the runtime.
+                    # No local variable may refer to the cache, which is freed before the engine.
                     if save and self._cache is not None:
                         self._cache.save()
                 finally:
                     self._stack.close()
         finally:
-            self._stack.close()  # of what is left: all of it, where the device was refused already
-
-
-class Pipeline:
-    """Keeps batches in flight: while one is computed, the next one is enqueued.
-
-    `TrtBackend.pipeline` makes it. Results come in the order of the batches. For one thread. A call
-    of CUDA or TensorRT that fails loses every batch in flight.
-
-    Attributes:
-        depth: Batches that may be in flight before `put` waits for the GPU: two for each stream.
-    """
-
-    def __init__(
-        self, cuda: Cuda, io: IoSpec, streams: list[ExecutionStream], errors: ErrorLog
-    ) -> None:
-        self.depth = 2 * len(streams)
-        self._cuda, self._io, self._errors = cuda, io, errors
-        self._streams = deque(streams)
-        self._busy: deque[ExecutionStream] = deque()
-        self._last: ExecutionStream | None = None
-
-    def put(self, images: Any) -> None:
-        """Enqueues a batch.
-
-        Args:
-            images: As for `TrtBackend.infer`. In pinned memory or on the GPU, they must not be
-                changed before `get` has returned their result.
-
-        Raises:
-            InputError: Another type or shape.
-            UnavailableError: A call of CUDA or TensorRT failed.
-        """
-        stream = self._streams[0]
-        with self._cuda.active():
-            self._errors.clear()
-            batch = check_images(self._io, images, stream.compute)
-            results = make_results(self._io, None, len(batch), stream.compute)
-            try:
-                stream.enqueue(batch, results)
-            except BaseException:
-                self._discard()
-                raise
-        self._streams.rotate(-1)
-        self._busy.append(stream)
-
-    def get(self) -> Any:
-        """Waits for the oldest batch in flight and returns its result, as `infer` does.
-
-        Raises:
-            InputError: There is none.
-            UnavailableError: A call of CUDA failed.
-        """
-        if not self._busy:
-            raise InputError("no batch is in flight: put comes before get")
-        self._last = self._busy.popleft()
-        with self._cuda.active():
-            try:
-                results = self._last.finish()
-            except BaseException:
-                self._discard()
-                raise
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def _discard(self) -> None:
-        """After a failure: waits for every batch in flight and drops its results."""
-        self._busy.clear()
-        for stream in self._streams:
-            stream.discard()
-
-    def timings(self) -> dict[str, float]:
-        """Milliseconds of the last result's parts. See `TrtBackend.timings`.
-
-        Empty also where more than `depth` batches were in flight.
-        """
-        if self._last is None:
-            return {}
-        with self._cuda.active():
-            return self._last.timings()
+            self._stack.close()  # whatever is left if the device could not be made current

@@ -23,8 +23,8 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.runtime.batcher import short_switch_interval
 from rtresnet.runtime.session import Session
-from rtresnet.runtime.threads import short_switch_interval
 from rtresnet.serving.grpc_service import Service
 from rtresnet.serving.http import Api, HttpLimits
 from rtresnet.serving.inference import Engine

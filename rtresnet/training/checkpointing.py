@@ -22,7 +22,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.sidecar import Model, Weights
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.onnxlib.learned import Learned
+from rtresnet.onnxlib.metadata import TrainedScales
 from rtresnet.training.config import TrainJob
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
@@ -172,11 +172,11 @@ class CheckpointManager:
             measured=measured,
         )
 
-    def _learned(self, stepper: Stepper) -> Learned | None:
+    def _learned(self, stepper: Stepper) -> TrainedScales | None:
         kept = stepper.kept
         if not isinstance(kept, FakeQuantized):
             return None
-        return Learned(
+        return TrainedScales(
             scales=kept.named_scales(),
             images=self.job.source.name,
             images_sha256=self.fingerprint,

@@ -298,7 +298,7 @@ def benchmark_until_error(
     Returns:
         The result, and the error that ended the benchmark before its last batch size.
     """
-    from rtresnet.runtime import threads
+    from rtresnet.runtime.batcher import SWITCH_SECONDS
 
     config = config or BenchmarkConfig()
     workload = config.workload()
@@ -340,7 +340,7 @@ def benchmark_until_error(
         qps=workload.qps,
         seed=workload.seed,
         with_preprocess=bool(workload.images),
-        switch_interval_s=threads.SWITCH_SECONDS,
+        switch_interval_s=SWITCH_SECONDS,
         environment=watch.report,
         results=tuple(entries),
         regressions=judged,
@@ -390,7 +390,7 @@ def opened(
         InputError: Inputs of different sizes.
     """
     from rtresnet.bench import environment
-    from rtresnet.runtime.threads import short_switch_interval
+    from rtresnet.runtime.batcher import short_switch_interval
 
     runtime = runtime or RuntimeConfig()
     names = [os.fspath(path) for path in paths]

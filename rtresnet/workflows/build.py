@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rtresnet.core import artifacts, atomic_io, locks, reporter
+from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, json_name
@@ -178,6 +178,11 @@ def build_unlocked(
 
     atomic_io.require_file(source, fix="make one with: rtresnet export")
     chosen = targets.parse(config.targets, config.builder)
+    described = None
+    if artifacts.read_sidecar(source) is None and hardware.installed("onnx"):
+        from rtresnet.onnxlib import io, metadata
+
+        described = metadata.described(source, io.load(source))
     with reporter.progress(f"building {out}") as update:
         written = engine.build(
             source,
@@ -188,6 +193,7 @@ def build_unlocked(
             tf32=config.tf32,
             timing_cache=config.timing_cache,
             progress=lambda phase: update(description=f"building {out}: {phase}"),
+            described=described,
         )
     plan = written.plan
     assert plan is not None

@@ -184,8 +184,7 @@ def _bound(session: Session, precision: str) -> str:
     """The row of the table of tolerances. GPUs multiply FP32 as TF32 unless that is forbidden."""
     if precision not in consistency.BATCHES:
         return consistency.UNKNOWN
-    plan = session.sidecar.plan if session.sidecar else None
-    tf32 = plan is None or plan.tf32 is not False
+    tf32 = session.info.tf32 is not False
     if precision == "fp32" and tf32 and session.backend.device != "cpu":
         return "tf32"
     return precision

@@ -121,7 +121,7 @@ def _packages() -> list[PackageStatus]:
 
 
 def _providers() -> str:
-    from rtresnet.runtime.ort import openvino
+    from rtresnet.runtime.providers import openvino
 
     if not hardware.installed("onnxruntime"):
         return "nothing: pip install onnxruntime"
@@ -138,7 +138,7 @@ def _providers() -> str:
     except UnavailableError as lack:
         return f"nothing: {lack}"
     if served_by is not None:
-        found.insert(0, f"{served_by.shown} (the default on this CPU)")
+        found.insert(0, f"{served_by.title} (the default on this CPU)")
     elif hardware.installed("onnxruntime_ep_openvino"):
         found.append(
             "not the OpenVINO plugin, which offers no device on this processor "
@@ -195,7 +195,7 @@ def _conflicts(on_gpu: bool) -> list[str]:
     """Builds of ONNX Runtime that were installed into one folder, where they share file names."""
     from importlib import metadata
 
-    from rtresnet.runtime.ort import BUILDS
+    from rtresnet.runtime.providers import BUILDS
 
     folders: dict[str, list[str]] = {}
     for name in BUILDS:

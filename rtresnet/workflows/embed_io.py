@@ -74,35 +74,34 @@ def write(
     """
     from rtresnet.core.preprocess import UINT8
     from rtresnet.exporter import embed_io
-    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib import io, metadata
 
     path = atomic_io.require_file(source, fix="make one with: rtresnet export")
     sidecar, out = artifacts.verify(path), path_with(source, config)
+    if not hardware.installed("onnx"):
+        raise missing_package("onnx", "--input and --topk")
+    model = io.load(path)
+    sidecar = sidecar or metadata.described(path, model)
     if sidecar is None or (config.pixels and not sidecar.input_known):
         raise InputError(
             f"{source}: no sidecar, so its mean, std and classes are unknown",
             fix=f"state them once with: rtresnet adopt {source}",
         )
-    if not hardware.installed("onnx"):
-        raise missing_package("onnx", "--input and --topk")
-    changed = embed_io.rewrite(
-        io.load(source), sidecar.input, pixels=config.pixels, topk=config.topk
-    )
-    data = changed.SerializeToString()
-    measured = _compare(source, data, sidecar, config, reporter)
+    changed = embed_io.rewrite(model, sidecar.input, pixels=config.pixels, topk=config.topk)
     layout = UINT8 if config.pixels else sidecar.input.layout
-    written = artifacts.publish(
-        out,
-        lambda temporary: temporary.write_bytes(data),
-        dataclasses.replace(
-            sidecar,
-            input=dataclasses.replace(sidecar.input, layout=layout),
-            topk=config.topk,
-            parent=artifacts.link_to(source, out),
-            measured=measured,
-            made_by={},
-        ),
+    record = dataclasses.replace(
+        sidecar,
+        file=out.name,
+        input=dataclasses.replace(sidecar.input, layout=layout),
+        topk=config.topk,
+        parent=artifacts.link_to(source, out),
+        measured={},
+        made_by={},
     )
+    metadata.DESCRIPTION.set(changed, record)
+    data = changed.SerializeToString()
+    record = dataclasses.replace(record, measured=_compare(source, data, sidecar, config, reporter))
+    written = artifacts.publish(out, lambda temporary: temporary.write_bytes(data), record)
     return out, written
 
 

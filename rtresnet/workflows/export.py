@@ -192,7 +192,7 @@ class _Export:
         """The checkpoint with the stated input. What can be refused early is refused here."""
         require_torch("export")
         from rtresnet.builder import profiles, targets
-        from rtresnet.onnxlib import learned
+        from rtresnet.onnxlib import metadata
 
         profiles.parse_all(self.build.batch)
         targets.parse(self.build.targets, self.build.builder)
@@ -203,7 +203,7 @@ class _Export:
             open_images(calib)
         checkpoint, origin = resolve(weights, self.config.model, self.stated.size, self.reporter)
         if int8:
-            learned.refuse_calibration(origin, checkpoint.learned, calib, self.quantize.calibrator)
+            metadata.refuse_calibration(origin, checkpoint.learned, calib, self.quantize.calibrator)
         stated = self.stated.applied_to(checkpoint.input)
         checkpoint = dataclasses.replace(
             checkpoint,
@@ -279,6 +279,7 @@ def _write_fp32(
         raise missing_package("onnx", "export")
     from rtresnet.exporter import fold, verify
     from rtresnet.exporter.writer import to_onnx
+    from rtresnet.onnxlib import metadata
 
     with reporter.progress(f"exporting {path}"):
         model = to_onnx(
@@ -288,12 +289,7 @@ def _write_fp32(
             scales=checkpoint.learned,
         )
         verify.check_folded(model)
-        data = model.SerializeToString()
-        measured = _parity(checkpoint, path, data, reporter)
-    return artifacts.publish(
-        path,
-        lambda temporary: temporary.write_bytes(data),
-        Sidecar(
+        record = Sidecar(
             kind="onnx",
             file=path.name,
             model=checkpoint.model,
@@ -302,9 +298,11 @@ def _write_fp32(
             precision="fp32",
             assumed=checkpoint.assumed,
             parent=artifacts.link_to(origin, path) if origin else None,
-            measured=measured,
-        ),
-    )
+        )
+        metadata.DESCRIPTION.set(model, record)
+        data = model.SerializeToString()
+        record = dataclasses.replace(record, measured=_parity(checkpoint, path, data, reporter))
+    return artifacts.publish(path, lambda temporary: temporary.write_bytes(data), record)
 
 
 def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def parse_provider(name: str) -> str:
     Raises:
         InputError: There is no such provider, or it is not supported.
     """
-    from rtresnet.runtime.ort import find_provider
+    from rtresnet.runtime.providers import find_provider
 
     if name != "auto":
         find_provider(name)
@@ -44,6 +44,7 @@ class RuntimeConfig(Config):
         threads: CPU threads.
         contexts: For plans: number of calls that may run at the same time.
         graphs: For plans: whether calls are CUDA graphs; None where that is possible.
+        tf32: For provider "cuda": whether FP32 layers may run as TF32.
     """
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Device to run on.")
@@ -69,6 +70,13 @@ class RuntimeConfig(Config):
         names=("--graphs/--no-graphs",),
         default_text="where possible",
     )
+    tf32: bool | None = option(
+        None,
+        "Let provider cuda run FP32 layers as TF32, which rounds inputs to a mantissa of 10 bits, "
+        "on GPUs from sm_80 on.",
+        names=("--tf32/--no-tf32",),
+        default_text="allowed",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +85,8 @@ class RuntimeConfig(Config):
     def for_artifact(self, path: str, paths: Sequence[str]) -> RuntimeConfig:
         """The options that apply to `path`, one of several artifacts of a command.
 
-        `provider` and `threads` apply to the ONNX files among them; where there are none, they
-        stay and the plan refuses them. `contexts` and `graphs` apply to the plans.
+        `provider`, `threads` and `tf32` apply to the ONNX files among them; where there are none,
+        they stay and the plan refuses them. `contexts` and `graphs` apply to the plans.
 
         Raises:
             InputError: `contexts` or `graphs` is given, and no artifact is a plan.
@@ -95,7 +103,7 @@ class RuntimeConfig(Config):
         if kind != "plan":
             changes |= {"contexts": None, "graphs": None}
         if kind != "onnx" and "onnx" in kinds:
-            changes |= {"provider": "auto"}
+            changes |= {"provider": "auto", "tf32": None}
             if kind == "plan":
                 changes |= {"threads": None}
         return dataclasses.replace(self, **changes)
@@ -113,6 +121,7 @@ def load(
     cache: bool = True,
     timings: bool = False,
     blocking: bool = False,
+    tf32: bool | None = None,
     model: str | None = None,
     stated: InputConfig | None = None,
 ) -> Session:
@@ -130,6 +139,7 @@ def load(
         cache: For a plan of TensorRT-RTX: whether compiled kernels are kept in PLAN.cache.
         timings: For a plan: whether copies and computation are timed.
         blocking: For a plan: whether a thread that waits for the GPU sleeps.
+        tf32: For provider "cuda": whether FP32 layers may run as TF32; see `runtime.session.load`.
         model: Architecture of a checkpoint from elsewhere; recognized by default.
         stated: Preprocessing in place of what the sidecar says. A file for which neither says it
             runs, and `prepare` raises InputError.
@@ -145,6 +155,7 @@ def load(
         threads=threads,
         contexts=contexts,
         graphs=graphs,
+        tf32=tf32,
     )
     return load_artifact(
         path, runtime, stated=stated, model=model, input_needed=False, kernels=kernels,
@@ -193,6 +204,7 @@ def load_artifact(
         "threads": runtime.threads,
         "contexts": runtime.contexts or 1,
         "graphs": runtime.graphs,
+        "tf32": runtime.tf32,
     }
     session = session_load(path, **(settings | options))
     if not input_needed and stated.empty:
@@ -233,6 +245,8 @@ def states_input(path: str | os.PathLike[str]) -> bool:
 def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> Session:
     if runtime.provider != "auto":
         raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
+    if runtime.tf32 is not None:
+        raise InputError(f"{path}: a checkpoint runs in torch and takes no --tf32 or --no-tf32")
     require_torch("reading a checkpoint")
     import torch
 

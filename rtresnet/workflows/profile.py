@@ -130,15 +130,15 @@ def profile(
         environment.Watch(gpu) as watch,
         reporter.progress(f"profiling {path} at batch {batch}", total=config.seconds) as update,
     ):
+        from rtresnet.runtime import profilers
+
         recorded: Any
         if kind == "plan":
-            from rtresnet.runtime import trt_profile
-
-            recorded = trt_profile.record(path, images, seconds=config.seconds, on_progress=update)
+            recorded = profilers.record_plan(
+                path, images, seconds=config.seconds, on_progress=update
+            )
         else:
-            from rtresnet.runtime import ort_profile
-
-            recorded = ort_profile.record(
+            recorded = profilers.record_onnx(
                 path, images, seconds=config.seconds, threads=config.threads, on_progress=update
             )
     roof = _roof(recorded, config, reporter)

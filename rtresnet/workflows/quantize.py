@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rtresnet.core.preprocess import Preprocess
-    from rtresnet.onnxlib.learned import Learned
+    from rtresnet.onnxlib.metadata import TrainedScales
     from rtresnet.quantization.calibrate import Calibrated
 
 CALIB = Path("calib")
@@ -192,7 +192,7 @@ def quantize_unlocked(
     sidecar: Sidecar | None = None,
 ) -> QuantizeResult:
     """Quantizes while the caller holds the lock on `out`; `sidecar` if it was just verified."""
-    from rtresnet.onnxlib import io
+    from rtresnet.onnxlib import io, metadata
     from rtresnet.onnxlib.interface import precision_of
 
     stated = stated or InputConfig()
@@ -207,6 +207,7 @@ def quantize_unlocked(
     if not hardware.installed("onnx"):
         raise missing_package("onnx", "quantizing")
     model = io.load(source, checked=True)
+    sidecar = sidecar or metadata.described(source, model)
     _require_plain(source, model, sidecar)
     _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
     if sidecar is None:
@@ -234,18 +235,19 @@ def quantize_unlocked(
         result, calibration, gate, outliers = job.quantize(model)
         _note_replaced(out, calibration, reporter)
     measured = (gate.measured() if gate else {}) | ({"outliers": outliers} if outliers else {})
+    record = dataclasses.replace(
+        sidecar,
+        kind="onnx",
+        file=out.name,
+        precision=config.precision,
+        parent=artifacts.link_to(source, out, sidecar.sha256 or None),
+        calibration=calibration,
+        measured=measured,
+        made_by={},
+    )
+    metadata.DESCRIPTION.set(result, record)
     written = artifacts.publish(
-        out,
-        lambda temporary: temporary.write_bytes(result.SerializeToString()),
-        dataclasses.replace(
-            sidecar,
-            kind="onnx",
-            precision=config.precision,
-            parent=artifacts.link_to(source, out, sidecar.sha256 or None),
-            calibration=calibration,
-            measured=measured,
-            made_by={},
-        ),
+        out, lambda temporary: temporary.write_bytes(result.SerializeToString()), record
     )
     return QuantizeResult(path=out, sidecar=written, gate=gate)
 
@@ -288,13 +290,15 @@ class _Int8:
 
     def quantize(self, model: Any) -> Quantized:
         """Calibrates and quantizes by whichever way the file and the config ask for."""
-        from rtresnet.onnxlib import learned
+        from rtresnet.onnxlib import metadata
         from rtresnet.quantization.prepare import prepare
 
         config, gate = self.config, self.config.accuracy_gate
         model = prepare(model)
-        trained = learned.of({entry.key: entry.value for entry in model.metadata_props})
-        learned.refuse_calibration(self.source, trained, config.calib, config.calibrator)
+        trained = metadata.TRAINED_SCALES.read(
+            {entry.key: entry.value for entry in model.metadata_props}
+        )
+        metadata.refuse_calibration(self.source, trained, config.calib, config.calibrator)
         if trained is not None:
             if gate is not None:
                 raise InputError(
@@ -353,21 +357,21 @@ class _Int8:
             )  # fmt: skip
         return quantized, self._calibration(calibrated, about, path, excluded), result, outliers
 
-    def _with_trained_scales(self, model: Any, trained: Learned) -> Quantized:
+    def _with_trained_scales(self, model: Any, trained: TrainedScales) -> Quantized:
         """INT8 with the scales that training left in the file."""
-        from rtresnet.onnxlib.learned import METHOD
+        from rtresnet.onnxlib.metadata import QAT
         from rtresnet.quantization import low_bit_scales
         from rtresnet.quantization.calibrate import Calibrated
 
         scales = {name: low_bit_scales.scale(scale) for name, scale in trained.scales.items()}
         calibrated = Calibrated(
-            model=model, scales=scales, method=METHOD, own={}, ratios={}, outliers=[], mended=[],
+            model=model, scales=scales, method=QAT, own={}, ratios={}, outliers=[], mended=[],
             shifts={}, exactly=True, branches=trained.branches,
         )  # fmt: skip
         return self._uncalibrated(
             calibrated,
             {"images": trained.images, "images_sha256": trained.images_sha256, "n": trained.n,
-             "calibrator": METHOD},
+             "calibrator": QAT},
         )  # fmt: skip
 
     def _without_images(self, model: Any) -> Quantized:

@@ -12,7 +12,7 @@ from rtresnet.builder import engine
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
 from rtresnet.core.sidecar import Profile
-from rtresnet.runtime import ort_profile, trt_profile
+from rtresnet.runtime import profilers
 
 Net = Callable[..., Path]
 BLOCKS = {"conv1": "stem", "layer1.0.conv1": "layer1.0", "layer1.0.add": "layer1.0", "fc": "head"}
@@ -69,8 +69,8 @@ def test_profile_of_onnx_runtime_adds_up_by_block(net_file: Net, precision: str)
     pytest.importorskip("onnxruntime")
     path = net_file(precision)
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    recorded = ort_profile.record(path, images, seconds=0.01, threads=1)
-    assert len(recorded.runs) == len(recorded.whole) >= ort_profile.LEAST
+    recorded = profilers.record_onnx(path, images, seconds=0.01, threads=1)
+    assert len(recorded.runs) == len(recorded.whole) >= profilers.MIN_RUNS
     counted = kernels.count(path)
     gpu = roofline.find_gpu("T4")
     found = profile.profile(
@@ -147,11 +147,11 @@ def test_profile_of_a_real_rtx_plan_gives_every_block_its_time(
     engine.build(net_file(precision), plan, profiles=[Profile(min=1, opt=8, max=8)], builder="rtx")
     layers = json.loads((tmp_path / "net.plan.layers.json").read_text())["layers"]
     run = [(layer["name"], "", 1.0) for layer in layers]
-    recorded = ort_profile.Recorded(
+    recorded = profilers.Recorded(
         runs=[run], whole=[float(len(run))], device=with_gpu.name, provider="TensorRT-RTX",
         threads=None, versions={},
     )  # fmt: skip
-    monkeypatch.setattr(trt_profile, "record", lambda *_, **__: recorded)
+    monkeypatch.setattr(profilers, "record_plan", lambda *_, **__: recorded)
     assert main(["profile", str(plan), "--json", str(out)]) == 0
     result = json.loads(out.read_text())["result"]
     assert all(block["ms"] > 0 for block in result["blocks"])
@@ -164,7 +164,7 @@ def test_profile_of_a_real_rtx_plan_gives_every_block_its_time(
 @pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
 def test_trt_profiler_is_accepted_by_the_real_api(module: str) -> None:
     trt = pytest.importorskip(module)
-    keeper = trt_profile.profiler(trt)
+    keeper = profilers.profiler(trt)
     assert isinstance(keeper, trt.IProfiler)
     keeper.report_layer_time("layer1.0.conv1 + layer1.0.relu1", 0.25)
     assert keeper.layers == [("layer1.0.conv1 + layer1.0.relu1", "", 0.25)]
@@ -178,7 +178,7 @@ def test_trt_profile_on_a_gpu_layers_add_up(net_file: Net, tmp_path: Path) -> No
     builder = "tensorrt" if hardware.installed("tensorrt") else "rtx"
     engine.build(net_file("fp16"), plan, profiles=[Profile(min=1, opt=8, max=8)], builder=builder)
     images = np.zeros((8, 3, 32, 32), np.float32)
-    recorded = trt_profile.record(plan, images, seconds=1)
+    recorded = profilers.record_plan(plan, images, seconds=1)
     counted = kernels.count(net_file("fp16"))
     layers = profile.layers_of(recorded.runs, counted.blocks)
     assert {layer.block for layer in layers} >= {"layer1.0", "layer2.0", "layer3.0"}

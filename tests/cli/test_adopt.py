@@ -18,7 +18,7 @@ from rtresnet.cli.main import main
 from rtresnet.core import artifacts, hardware
 from rtresnet.core.errors import InputError
 from rtresnet.runtime.session import load
-from tests.conftest import tinted_noise
+from tests.conftest import as_foreign, tinted_noise
 
 pytest.importorskip("onnxruntime")
 needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
@@ -32,7 +32,7 @@ ADOPT = ["adopt", "foreign.onnx", "--size", "32", "--preset", "imagenet"]
 def foreign(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An ONNX file without a sidecar, and a file of class names, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(engines / "resnet8.onnx", "foreign.onnx")
+    as_foreign(shutil.copy(engines / "resnet8.onnx", "foreign.onnx"))
     Path("names.txt").write_text("\n".join(COLOURS))
     return "foreign.onnx"
 
@@ -65,7 +65,7 @@ def test_adopt_then_eval_and_compare_equal_our_own_export(
 
 @pytest.mark.parametrize("name", ["resnet8-fp16", "resnet8-int8"])
 def test_adopt_detects_the_precision(name: str, foreign: str, engines: Path) -> None:
-    shutil.copy(engines / f"{name}.onnx", foreign)
+    as_foreign(shutil.copy(engines / f"{name}.onnx", foreign))
     assert result(ADOPT)["sidecar"]["precision"] == name.partition("-")[2]
     assert main(["check", foreign, "--provider", "cpu"]) == 0
 
@@ -201,6 +201,7 @@ def test_adopt_uint8_file_takes_no_mean(foreign: str, tints: str) -> None:
     assert main(["build", foreign, "--input", "uint8-nhwc", "--out", "p.plan"]) == 0
     (pixels,) = Path().glob("*-u8.onnx")
     artifacts.sidecar_path(pixels).unlink()
+    as_foreign(pixels)
     assert main(["adopt", str(pixels), "--preset", "imagenet"]) == 2
     assert main(["adopt", str(pixels)]) == 0
     assert result(["eval", str(pixels), "--data", tints])["top1_percent"] > 90

@@ -21,6 +21,7 @@ from rtresnet.runtime.session import Session
 
 ort = pytest.importorskip("onnxruntime")
 from rtresnet.runtime.ort import OrtBackend  # noqa: E402
+from tests.conftest import as_foreign  # noqa: E402
 
 Infer = Callable[..., Any]
 
@@ -87,6 +88,7 @@ def test_check_file_without_sidecar_takes_noise_and_its_own_precision(
 ) -> None:  # fmt: skip
     path = copied / name
     artifacts.sidecar_path(path).unlink()
+    as_foreign(path)
     code, result = checked(path, tmp_path, "--provider", "cpu")
     assert (code, result["precision"], result["bound"]) == (0, precision, precision)
     assert "preset imagenet" in result["assumed"][0]  # also of noise
@@ -104,6 +106,7 @@ def test_check_unknown_precision_gets_the_widest_bound(
 ) -> None:  # fmt: skip
     path = copied / "resnet8.onnx"
     artifacts.sidecar_path(path).unlink()
+    as_foreign(path)
     installed = hardware.installed
     monkeypatch.setattr(hardware, "installed", lambda name: name != "onnx" and installed(name))
     code, result = checked(path, tmp_path, "--provider", "cpu")

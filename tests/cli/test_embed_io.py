@@ -19,6 +19,7 @@ from rtresnet.core.artifacts import read_sidecar, sidecar_path
 from rtresnet.core.preprocess import UINT8
 from rtresnet.workflows import embed_io
 from rtresnet.workflows.embed_io import EmbedConfig
+from tests.conftest import as_foreign
 
 pytest.importorskip("onnxruntime")
 
@@ -219,8 +220,7 @@ def test_a_file_without_sidecar_has_no_mean_to_put_inside(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    shutil.copy(files / f"{PLAIN}.onnx", tmp_path)
-    path = tmp_path / f"{PLAIN}.onnx"
+    path = as_foreign(shutil.copy(files / f"{PLAIN}.onnx", tmp_path))
     assert "no sidecar" in refused("build", path, "--input", "uint8-nhwc", capsys=capsys)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fly"], ["unknown verb 'fly'", "known: quickstart"]),
+        (["fly"], ["unknown command 'fly'", "known: quickstart"]),
         (["benhc", "net.onnx"], ["'benhc'; did you mean 'bench'?"]),
         (["export", "--model", "resnet51"], ["resnet51", "resnet50"]),
         (["export"], ["--model"]),
@@ -199,7 +199,7 @@ def test_bench_refuses_a_stand_in_that_is_not_what_the_plan_was_built_from(
 def test_a_provider_that_is_not_here_is_exit_code_3(
     engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rtresnet.runtime.ort import openvino
+    from rtresnet.runtime.providers import openvino
 
     missing = ["cuda"] if not hardware.gpus() else []
     missing += ["openvino"] if openvino() is None else []

@@ -13,7 +13,7 @@ import pytest
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
 from rtresnet.workflows import accuracy_gate
-from tests.conftest import tinted_noise
+from tests.conftest import as_foreign, tinted_noise, undescribed
 
 pytest.importorskip("onnxruntime")
 
@@ -196,7 +196,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
         model = onnx.load(path)
         if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             return right
-        found["files"].append(path.read_bytes())
+        found["files"].append(undescribed(onnx.load(path)).SerializeToString())
         return right & found["judge"](model) if found["judge"] else right
 
     monkeypatch.setattr(accuracy_gate, "_hits", hits)
@@ -208,7 +208,7 @@ def test_what_the_gate_measures_is_what_is_written(
     source: Path, tints: str, judged: Hits, rest: str
 ) -> None:
     assert gated(source, tints, "--rest", rest) == 0
-    assert judged["files"] == [Path("resnet8-int8.onnx").read_bytes()]
+    assert judged["files"] == [undescribed(onnx.load("resnet8-int8.onnx")).SerializeToString()]
 
 
 def floats(model: onnx.ModelProto) -> set[str]:
@@ -387,7 +387,7 @@ def test_the_rest_can_be_fp16(source: Path, tints: str) -> None:
 def test_a_foreign_file_is_quantized_when_its_input_is_said(
     source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(source, tmp_path / "foreign.onnx")
+    as_foreign(shutil.copy(source, tmp_path / "foreign.onnx"))
     foreign = tmp_path / "foreign.onnx"
     assert quantize(foreign, "--calib", tints) == 2
     assert "--preset" in capsys.readouterr().err
@@ -402,6 +402,7 @@ def test_a_foreign_file_is_quantized_when_its_input_is_said(
     assert "two files" in capsys.readouterr().err
     assert quantize(source, "--fp16", "--out", "half.onnx") == 0
     artifacts.sidecar_path("half.onnx").unlink()
+    as_foreign("half.onnx")
     for precision in ("--int8", "--fp16"):
         assert quantize("half.onnx", precision, "--calib" if precision == "--int8" else "--size",
                         tints if precision == "--int8" else "32") == 2  # fmt: skip
@@ -502,7 +503,7 @@ def test_a_side_that_was_open_is_the_one_that_was_said(
     source: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    free = reshaped(source, tmp_path / "free.onnx", "n", "side")
+    free = as_foreign(reshaped(source, tmp_path / "free.onnx", "n", "side"))
     assert main(["build", str(free), "--out", "free.plan"]) == 2
     assert "all but the batch fixed" in capsys.readouterr().err.splitlines()[-1]
     assert quantize(free, "--calib", tints, "--size", "32", "--preset", "half") == 0

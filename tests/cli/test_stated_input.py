@@ -14,7 +14,7 @@ import torch
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts, hardware
 from rtresnet.models import checkpoint
-from tests.conftest import tinted_noise
+from tests.conftest import as_foreign, tinted_noise
 
 needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 
@@ -23,7 +23,7 @@ needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="n
 def foreign(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An ONNX file that somebody else made, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(engines / "resnet8.onnx", "foreign.onnx")
+    as_foreign(shutil.copy(engines / "resnet8.onnx", "foreign.onnx"))
     return "foreign.onnx"
 
 

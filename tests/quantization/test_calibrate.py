@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from rtresnet.core.errors import DataError, UnknownNameError
-from rtresnet.onnxlib.branches import KEY, unpack
+from rtresnet.onnxlib.metadata import BRANCH_RANGES
 from rtresnet.quantization import calibrate as calibrate_module
 from rtresnet.quantization import calibrators, qdq
 from rtresnet.quantization.calibrate import MOST_HELD, SMALL_HELD, calibrate, hold_back, observe
@@ -137,7 +137,7 @@ def test_every_method_tells_how_far_each_branch_went(
         low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
         assert found.branches[tensor] == pytest.approx((low, high), rel=1e-5)
     written = {entry.key: entry.value for entry in found.quantized().metadata_props}
-    assert unpack(written.get(KEY, "{}")) == found.branches
+    assert (BRANCH_RANGES.read(written) or {}) == found.branches
 
 
 @pytest.mark.parametrize("method", ["max", "auto"])

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.onnxlib import norms
+from rtresnet.onnxlib import metadata
 from rtresnet.quantization import calibrators, qdq
 from rtresnet.quantization.calibrate import from_ranges, observe
 from rtresnet.quantization.data_free import ranges
@@ -70,8 +70,8 @@ def test_a_file_that_says_nothing_of_its_batch_norms_needs_images(exported: Expo
 
 def test_norms_survive_their_text_and_damage_is_told() -> None:
     given = {"conv1": (np.arange(4, dtype=np.float32), np.ones(4, np.float32))}
-    back = norms.unpack(norms.pack(given))
+    back = metadata.NORM_STATISTICS.decode(metadata.NORM_STATISTICS.encode(given))
     assert np.array_equal(back["conv1"], given["conv1"])
     for text in ("", "{", "[]", '{"a": 3}', '{"a": "!!!"}', '{"a": "AAAA"}'):
         with pytest.raises(ArtifactError, match="damaged"):
-            norms.unpack(text)
+            metadata.NORM_STATISTICS.decode(text)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
 from rtresnet.models import zoo
-from rtresnet.onnxlib import norms
+from rtresnet.onnxlib import metadata
 from rtresnet.quantization import qdq
 from rtresnet.quantization.lint import lint
 from rtresnet.quantization.prepare import prepare
@@ -158,7 +158,7 @@ def test_blocks_are_found_without_names(exported: Exported) -> None:
 def test_what_batch_norm_knew_is_kept_while_folding(exported: Exported) -> None:
     foreign = strange(exported("resnet8", 32))
     properties = {entry.key: entry.value for entry in prepare(foreign).metadata_props}
-    known = norms.unpack(properties[norms.KEY])
+    known = metadata.NORM_STATISTICS.decode(properties[metadata.NORM_STATISTICS.key])
     beta = next(t for t in foreign.graph.initializer if t.name == "0.beta")
     mean, _ = next(iter(known.values()))
     assert mean == pytest.approx(numpy_helper.to_array(beta), abs=2e-3)

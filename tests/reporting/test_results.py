@@ -45,6 +45,40 @@ def test_artifacts_bring_their_chain_and_their_accuracy(engines: Path) -> None:
     assert [a.name for a in sidecar.artifacts] == ["resnet8-int8.onnx"]
 
 
+def test_gather_shows_the_checkpoints_accuracy_and_the_gates_loss(
+    engines: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(engines, folder)
+    sidecar = folder / "resnet8-int8.onnx.json"
+    record = json.loads(sidecar.read_text())
+    drop = {"points": 0.25, "low": -0.44, "high": 0.94, "n": 400, "data": "folder:/a/photos"}
+    gate = {"rule": "point", "bound": 0.5, "passed": True, "verdict": "not shown to hold"}
+    record["measured"] = record["measured"] | {"drop": drop, "gate": gate}
+    sidecar.write_text(json.dumps(record))
+    trained = json.loads(Path(f"{_origin(folder)}.json").read_text())["measured"]
+    found = results.gather([folder])
+    section = sections(found)["origin"]
+    rows = {row[0]: dict(zip(section.headings, row, strict=True)) for row in section.rows}
+    row = rows["resnet8-int8.onnx"]
+    assert row["INT8 loses, points"] == 0.25 and row["95 %"] == "-0.44 to 0.94"
+    assert row["bound"] == 0.5 and row["the bound"] == "not shown to hold"
+    assert rows["resnet8.onnx"]["INT8 loses, points"] is None
+    if "test_top1" in trained:
+        assert row["its test top-1 %"] == trained["test_top1"]
+    assert "folder:photos" in section.about
+    record["measured"]["drop"]["points"] = "much"  # not a number: no row is made of it
+    sidecar.write_text(json.dumps(record))
+    int8 = next(a for a in results.gather([folder]).artifacts if a.name == "resnet8-int8.onnx")
+    assert int8.gate == {}
+
+
+def _origin(folder: Path) -> Path:
+    from rtresnet.core import artifacts
+
+    return list(artifacts.chain(folder / "resnet8-int8.onnx"))[-1][0]
+
+
 def test_artifacts_are_compared_on_the_data_set_that_most_have(measured: list[Path]) -> None:
     """Not on whichever was evaluated last: accuracies of two data sets say nothing together."""
     int8 = json.loads(measured[3].read_text())["result"]

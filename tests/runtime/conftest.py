@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +24,8 @@ from rtresnet.quantization import calibrate, fp16, qdq
 
 Images = Callable[..., np.ndarray]
 
-# Tests have no package to be imported from: `import fake_gpu` and `import stub_gpu` find it here.
-for _name in ("fake_gpu", "stub_gpu"):
+# Tests have no package to be imported from: `import fake_gpu` and others find it here.
+for _name in ("fake_gpu", "stub_gpu", "hide_vnni"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
     assert _spec is not None and _spec.loader is not None
     sys.modules[_name] = importlib.util.module_from_spec(_spec)
@@ -94,21 +90,11 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Calla
 @pytest.fixture(scope="session")
 def without_vnni(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment variables for a process that takes this CPU for one with AVX2 and no more."""
-    compiler = shutil.which("gcc")
-    if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
-        pytest.skip("needs gcc and Linux on x86-64")
-    library = tmp_path_factory.mktemp("cpuid") / "no_vnni.so"
-    source = Path(__file__).parent / "no_vnni.c"
-    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    variables = {"LD_PRELOAD": str(library), "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    tried = subprocess.run(
-        [sys.executable, "-c", ""], env=os.environ | variables, capture_output=True, check=False
-    )
-    if tried.returncode == 77:
-        pytest.skip("this CPU cannot trap CPUID")
-    assert tried.returncode == 0, tried.stderr
-    return variables
+    hide_vnni = sys.modules["hide_vnni"]
+    try:
+        return dict(hide_vnni.environment(tmp_path_factory.mktemp("no_vnni")))
+    except hide_vnni.CannotHideError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -562,6 +562,7 @@ class Bench:
         self.engine = engine or FakeEngine(FakeCuda())
         self.cuda = cuda or self.engine.device
         self.accepts, self.validity = True, (Validity.VALID, 0)
+        self.validity_error: str | None = None  # logged when the header is checked
         self.refusal = "Error Code 1: magic tag does not match"
         self.path = folder / "net.plan"
         self.path.write_bytes(b"plan" * 50)
@@ -582,6 +583,8 @@ class Bench:
 
             def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
                 assert len(buffer) == 64
+                if bench.validity_error is not None:
+                    bench.engine.log(bench.validity_error)
                 return bench.validity
 
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
@@ -670,3 +673,8 @@ def images(count: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
 
 def expected(batch: np.ndarray) -> np.ndarray:
     return np.asarray(batch.reshape(len(batch), 48).astype(np.float32) @ WEIGHTS)
+
+
+def close(got: Any, reference: np.ndarray) -> None:
+    """Asserts that results are those expected, up to rounding."""
+    np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)

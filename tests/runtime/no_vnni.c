@@ -1,12 +1,15 @@
 /* Hides AVX-512, VNNI and AMX from a process, so that its libraries choose their AVX2 kernels.
  *
- *     gcc -O2 -shared -fPIC -o no_vnni.so no_vnni.c
- *     ONEDNN_MAX_CPU_ISA=AVX2 LD_PRELOAD=$PWD/no_vnni.so python ...
+ * Use hide_vnni.py, which compiles and applies this file. It answers CPUID instructions with those
+ * features cleared, in one of two ways:
  *
- * Linux on x86-64 lets a process trap its own CPUID instructions (arch_prctl, ARCH_SET_CPUID, see
- * arch_prctl(2)) where the processor can: most of Intel's. The handler answers for them with those
- * features cleared. Everything runs at full speed otherwise. /proc/cpuinfo still names the real
- * processor, which is why ONEDNN_MAX_CPU_ISA is set as well: rtresnet and oneDNN read that.
+ * - Linux on x86-64 lets a process trap its own CPUID instructions (arch_prctl, ARCH_SET_CPUID, see
+ *   arch_prctl(2)) where the processor can: most of Intel's. They then raise SIGSEGV.
+ * - Elsewhere hide_vnni.py replaces the CPUID instructions of ONNX Runtime by UD2, which raises
+ *   SIGILL, and sets NO_VNNI_PATCHED.
+ *
+ * Everything else runs at full speed. /proc/cpuinfo still names the real processor, which is why
+ * ONEDNN_MAX_CPU_ISA is set as well: rtresnet and oneDNN read that.
  */
 #define _GNU_SOURCE
 #include <asm/prctl.h>
@@ -21,14 +24,16 @@
 
 enum { EAX, EBX, ECX, EDX };
 
+static int trapping; /* whether CPUID raises SIGSEGV; otherwise UD2 in its place raises SIGILL */
+
 static int trap(int on) { return syscall(SYS_arch_prctl, ARCH_SET_CPUID, !on); }
 
 static void answer(unsigned leaf, unsigned subleaf, unsigned out[4]) {
-    trap(0);
+    if (trapping) trap(0);
     __asm__ volatile("cpuid"
                      : "=a"(out[EAX]), "=b"(out[EBX]), "=c"(out[ECX]), "=d"(out[EDX])
                      : "a"(leaf), "c"(subleaf));
-    trap(1);
+    if (trapping) trap(1);
     if (leaf == 7 && subleaf == 0) {
         /* AVX-512 F DQ IFMA PF ER CD BW VL */
         out[EBX] &= ~(1u << 16 | 1u << 17 | 1u << 21 | 1u << 26 | 1u << 27 | 1u << 28 | 1u << 30 |
@@ -52,7 +57,7 @@ static void on_fault(int signal_number, siginfo_t *info, void *context) {
     (void)info;
     greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
     const unsigned char *instruction = (const unsigned char *)registers[REG_RIP];
-    if (instruction[0] != 0x0f || instruction[1] != 0xa2) { /* no CPUID: a real fault */
+    if (instruction[0] != 0x0f || instruction[1] != (trapping ? 0xa2 : 0x0b)) { /* a real fault */
         signal(signal_number, SIG_DFL);
         return;
     }
@@ -69,7 +74,8 @@ __attribute__((constructor)) static void begin(void) {
     struct sigaction action = {0};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
-    if (sigaction(SIGSEGV, &action, NULL) != 0 || trap(1) != 0) {
+    trapping = getenv("NO_VNNI_PATCHED") == NULL;
+    if (sigaction(trapping ? SIGSEGV : SIGILL, &action, NULL) != 0 || (trapping && trap(1) != 0)) {
         fprintf(stderr, "no_vnni: CPUID cannot be trapped here: %s\n", strerror(errno));
         exit(77); /* what automake calls a skip */
     }

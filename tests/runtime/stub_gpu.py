@@ -32,10 +32,9 @@ from fake_gpu import (
 )
 
 from rtresnet.core.errors import RtresnetError
-from rtresnet.runtime.batcher import Batcher
+from rtresnet.runtime.batcher import Batcher, short_switch_interval
 from rtresnet.runtime.cuda import CudaPython, host_view, open_cuda, pinned
 from rtresnet.runtime.session import Session
-from rtresnet.runtime.threads import short_switch_interval
 
 FOLDER = Path(__file__).parent
 COMPILER = "gcc"

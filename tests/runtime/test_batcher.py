@@ -52,7 +52,7 @@ def first(future: Future[Any]) -> float:
     return float(np.ravel(future.result(LONG))[0])
 
 
-def test_a_full_batch_starts_at_once_and_rows_find_their_callers() -> None:
+def test_batcher_full_batch_starts_at_once() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=3, max_wait_ms=NEVER) as batcher:
         futures = [batcher.submit(image(value)) for value in range(3)]
@@ -62,12 +62,12 @@ def test_a_full_batch_starts_at_once_and_rows_find_their_callers() -> None:
     assert gate.batches == [[0, 1, 2]]
 
 
-def test_a_lone_caller_waits_for_the_clock_only() -> None:
+def test_batcher_single_call_waits_for_the_clock_only() -> None:
     with Batcher(lambda images: images, max_batch=1000, max_wait_ms=1) as batcher:
         assert first(batcher.submit(image(7))) == 7
 
 
-def test_a_wait_ends_early_by_what_waking_up_has_cost() -> None:
+def test_batcher_wait_ends_early_by_the_wake_up_time() -> None:
     with Batcher(lambda images: images, max_batch=1000, max_wait_ms=1000 * 2 * LONG) as batcher:
         for _ in range(100):
             batcher._learn(1e6)  # later than can be made up for
@@ -81,7 +81,7 @@ def test_a_wait_ends_early_by_what_waking_up_has_cost() -> None:
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, ValueError])
-def test_a_callback_that_raises_stops_nobody_else(
+def test_batcher_raising_callback_stops_no_other(
     kind: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     def callback(future: Future[Any]) -> None:
@@ -90,21 +90,21 @@ def test_a_callback_that_raises_stops_nobody_else(
     with Batcher(lambda images: images, max_batch=2, max_wait_ms=NEVER) as batcher:
         gone = batcher.submit(image(1))
         gone.add_done_callback(callback)
-        beside = batcher.submit(image(2))
-        assert (first(gone), first(beside)) == (1, 2)
+        neighbours = batcher.submit(image(2))
+        assert (first(gone), first(neighbours)) == (1, 2)
         later = [batcher.submit(image(value)) for value in (3, 4)]
         assert [first(future) for future in later] == [3, 4]
     assert "from a callback" in caplog.text
 
 
-def test_what_a_full_batch_costs_says_nothing_of_waking_up() -> None:
+def test_batcher_full_batches_do_not_change_the_wake_up_time() -> None:
     with Batcher(lambda images: images, max_batch=1, max_wait_ms=5) as batcher:
         for value in range(20):
             assert first(batcher.submit(image(value))) == value
         assert batcher._early == 0
 
 
-def test_what_arrives_while_a_batch_is_computed_makes_the_next_one() -> None:
+def test_batcher_arrivals_during_a_batch_form_the_next() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=4, max_wait_ms=0) as batcher:
         futures = [batcher.submit(image(0))]
@@ -115,7 +115,7 @@ def test_what_arrives_while_a_batch_is_computed_makes_the_next_one() -> None:
     assert gate.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_a_full_batch_is_put_together_while_another_is_computed() -> None:
+def test_batcher_gathers_a_batch_while_another_is_computed() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=2, max_wait_ms=NEVER, queue_limit=2) as batcher:
         futures = [batcher.submit(image(value)) for value in (0, 1)]
@@ -129,7 +129,7 @@ def test_a_full_batch_is_put_together_while_another_is_computed() -> None:
     assert gate.batches == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_a_failure_belongs_to_its_batch_and_the_next_one_goes_on() -> None:
+def test_batcher_failure_fails_its_batch_only() -> None:
     gate = Gate()
 
     def fails_on_odd(images: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def test_a_failure_belongs_to_its_batch_and_the_next_one_goes_on() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError])
-def test_no_failure_ends_the_worker(error: type[BaseException]) -> None:
+def test_batcher_worker_survives_any_failure(error: type[BaseException]) -> None:
     def session(images: np.ndarray) -> np.ndarray:
         if images[0, 0, 0, 0] == 0:
             raise error
@@ -160,7 +160,7 @@ def test_no_failure_ends_the_worker(error: type[BaseException]) -> None:
         assert first(batcher.submit(image(3))) == 3
 
 
-def test_a_session_that_loses_rows_is_a_failure() -> None:
+def test_batcher_missing_rows_fail_the_batch() -> None:
     with Batcher(lambda images: images[:1], max_batch=2, max_wait_ms=NEVER) as batcher:
         futures = [batcher.submit(image(value)) for value in range(2)]
         for future in futures:
@@ -168,7 +168,7 @@ def test_a_session_that_loses_rows_is_a_failure() -> None:
                 future.result(LONG)
 
 
-def test_unlike_images_never_share_a_batch() -> None:
+def test_batcher_different_images_never_share_a_batch() -> None:
     gate = Gate()
     gate.let_go(4)
     with Batcher(gate, max_batch=2, max_wait_ms=NEVER) as batcher:
@@ -178,7 +178,7 @@ def test_unlike_images_never_share_a_batch() -> None:
     assert [len(future.result(0)) for future in futures] == [2, 5, 2, 2]
 
 
-def test_a_tuple_of_outputs_is_split_by_row() -> None:
+def test_batcher_tuple_of_outputs_is_split_by_row() -> None:
     def best(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value = images[:, :2, 0, 0]
         return value.astype(np.int64), value / 10
@@ -190,7 +190,7 @@ def test_a_tuple_of_outputs_is_split_by_row() -> None:
     np.testing.assert_allclose(probabilities, [0.5, 0.5])
 
 
-def test_rows_are_the_callers_own_when_a_session_uses_its_memory_again() -> None:
+def test_batcher_rows_are_copies() -> None:
     memory = np.empty((2, 3), np.float32)
 
     def session(images: np.ndarray) -> np.ndarray:
@@ -202,20 +202,22 @@ def test_rows_are_the_callers_own_when_a_session_uses_its_memory_again() -> None
         assert [first(future) for future in futures] == [0, 1, 2, 3]
 
 
-def test_above_the_limit_a_call_is_refused_and_the_others_are_served() -> None:
+def test_submit_above_the_limit_is_refused() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=4, max_wait_ms=0, queue_limit=2) as batcher:
         futures = [batcher.submit(image(0))]
         gate.wait()  # that one is being computed, and waits no more
         futures += [batcher.submit(image(value)) for value in (1, 2)]
-        with pytest.raises(QueueFullError, match=r"2 images are waiting .* try again later"):
+        with pytest.raises(
+            QueueFullError, match=r"2 images are already waiting .* try again later"
+        ):
             batcher.submit(image(3))
         gate.let_go(4)
         assert [first(future) for future in futures] == [0, 2, 4]
         assert first(batcher.submit(image(5))) == 10
 
 
-def test_a_cancelled_call_is_left_out_of_its_batch() -> None:
+def test_batcher_cancelled_call_is_left_out() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=8, max_wait_ms=0) as batcher:
         running = batcher.submit(image(0))
@@ -229,14 +231,14 @@ def test_a_cancelled_call_is_left_out_of_its_batch() -> None:
     assert gate.batches == [[0], [2, 3]]
 
 
-def test_a_batch_of_nothing_but_cancelled_calls_is_not_computed() -> None:
+def test_batcher_batch_of_cancelled_calls_is_not_computed() -> None:
     gate = Gate()
     with Batcher(gate, max_batch=8, max_wait_ms=NEVER) as batcher:
         assert all(batcher.submit(image(value)).cancel() for value in range(3))
     assert gate.batches == []
 
 
-def test_closing_computes_what_waits_and_takes_no_more() -> None:
+def test_close_computes_waiting_calls_and_refuses_new_ones() -> None:
     gate = Gate()
     batcher = Batcher(gate, max_batch=2, max_wait_ms=NEVER, queue_limit=5)
     futures = [batcher.submit(image(value)) for value in range(2)]
@@ -254,7 +256,7 @@ def test_closing_computes_what_waits_and_takes_no_more() -> None:
     batcher.close()
 
 
-def test_a_callback_may_submit_and_may_close() -> None:
+def test_batcher_callback_may_submit_and_close() -> None:
     chained: list[Future[Any]] = []
     done = threading.Event()
     batcher = Batcher(lambda images: images, max_batch=1)
@@ -270,7 +272,7 @@ def test_a_callback_may_submit_and_may_close() -> None:
     assert chained[0].result(0)[0, 0, 0] == 2
 
 
-def test_several_workers_compute_at_once_and_settle_in_order() -> None:
+def test_batcher_several_workers_settle_in_order() -> None:
     gates = {0.0: threading.Event(), 1.0: threading.Event()}
     inside = threading.Semaphore(0)
 
@@ -298,7 +300,7 @@ def test_several_workers_compute_at_once_and_settle_in_order() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_many_threads_get_their_own_results_in_their_own_order(workers: int) -> None:
+def test_batcher_many_threads_get_their_own_results(workers: int) -> None:
     threads, each = 16, 200
     sizes: list[int] = []
 
@@ -340,7 +342,7 @@ def test_many_threads_get_their_own_results_in_their_own_order(workers: int) -> 
     assert sum(sizes) == threads * each and max(sizes) <= 8
 
 
-def test_no_thread_is_left_behind() -> None:
+def test_close_ends_every_thread() -> None:
     before = threading.active_count()
     with Batcher(lambda images: images, workers=4) as batcher:
         batcher.submit(image(0))
@@ -358,7 +360,7 @@ def test_no_thread_is_left_behind() -> None:
         {"workers": 0},
     ],
 )
-def test_limits_that_make_no_sense_are_refused(limits: dict[str, Any]) -> None:
+def test_batcher_limits_out_of_range_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="at least"):
         Batcher(lambda images: images, **limits)
 
@@ -377,7 +379,7 @@ for value in range(3):
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(5)", 5), ("1 / 0", 1)])
-def test_an_interpreter_that_ends_serves_what_waits_and_ends(end: str, code: int) -> None:
+def test_batcher_at_exit_serves_waiting_calls(end: str, code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ENDING.format(end=end)],
         capture_output=True, text=True, check=False, timeout=LONG,
@@ -386,7 +388,7 @@ def test_an_interpreter_that_ends_serves_what_waits_and_ends(end: str, code: int
     assert done.returncode == code
 
 
-def test_a_session_says_at_submit_what_does_not_fit(onnx_file: Callable[..., Path]) -> None:
+def test_submit_wrong_image_for_the_session_is_refused(onnx_file: Callable[..., Path]) -> None:
     with rtresnet.load(onnx_file("resnet8", "fp32"), provider="cpu") as session:
         one = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
         with Batcher(session, max_batch=4, max_wait_ms=1) as batcher:

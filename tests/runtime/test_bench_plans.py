@@ -76,7 +76,7 @@ def test_bench_graphs_that_a_plan_cannot_have_exit_3(bench: Bench, capsys: Captu
     bench.by_hand()
     bench.cuda.graphs = False
     assert main(["bench", str(bench.path), "--graphs"]) == 3
-    assert "CUDA graphs were asked for" in capsys.readouterr().err
+    assert "CUDA graphs were requested" in capsys.readouterr().err
 
 
 def test_bench_batcher_of_a_plan_has_a_worker_for_each_context(

@@ -60,15 +60,13 @@ def test_every_operation_fits_the_bindings_and_names_a_failure(library: Path) ->
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_wait_for_the_device_lets_other_threads_run(library: Path, blocking: bool) -> None:
+def test_infer_waiting_for_the_device_releases_the_gil(library: Path, blocking: bool) -> None:
     found = stub_gpu.run(library, "waiting", blocking)
     assert found["steps"] > 10_000, "a loop of Python that stood still for the 300 ms"
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_infer_costs_little_more_than_the_calls_it_cannot_do_without(
-    library: Path, builder: str
-) -> None:
+def test_infer_costs_little_more_than_its_driver_calls(library: Path, builder: str) -> None:
     found: dict[str, Any] = {}
     for _ in range(5):  # the machine may be busy: the ratio of the best rounds is what counts
         found = stub_gpu.run(library, "call_cost", builder, 0.3)

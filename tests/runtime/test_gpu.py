@@ -18,8 +18,8 @@ from rtresnet.cli.main import main
 from rtresnet.core import artifacts, hardware
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.sidecar import Profile
+from rtresnet.runtime.contexts import cache_path
 from rtresnet.runtime.cuda import host_view, open_cuda
-from rtresnet.runtime.rtx import cache_path
 from rtresnet.runtime.session import Session, load
 from rtresnet.runtime.trt import TrtBackend
 
@@ -83,13 +83,13 @@ def session(plan: Path) -> Session:
     return load(plan, timings=True)
 
 
-def test_check_holds(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_plan_passes(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Alone, in batches, permuted, at the profile's ends, against its ONNX file."""
     assert main(["check", str(plan)]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ends", [["--input", "uint8-nhwc"], ["--topk", "3"]], ids=["uint8", "top"])
-def test_pixels_in_and_classes_out_are_those_of_the_onnx_file(
+def test_plan_with_embedded_processing_agrees_with_onnx(
     ends: list[str], source: Path, builder: str, target: tuple[str, ...], tmp_path: Path
 ) -> None:
     plan = tmp_path / "ends.plan"
@@ -109,7 +109,7 @@ def test_pixels_in_and_classes_out_are_those_of_the_onnx_file(
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
-def test_a_plan_agrees_with_onnx_runtime(
+def test_plan_agrees_with_onnx_runtime(
     count: int, session: Session, source: Path, precision: str, images: Images
 ) -> None:
     batch = images(count)
@@ -120,9 +120,7 @@ def test_a_plan_agrees_with_onnx_runtime(
     assert error < BOUNDS[precision]
 
 
-def test_rows_of_a_batch_equal_the_same_rows_alone(
-    session: Session, precision: str, images: Images
-) -> None:
+def test_plan_batch_equals_its_rows_alone(session: Session, precision: str, images: Images) -> None:
     batch = images(LARGEST + 3)
     with session:
         together = session(batch)
@@ -131,13 +129,13 @@ def test_rows_of_a_batch_equal_the_same_rows_alone(
     assert error < BOUNDS[precision]
 
 
-def test_the_same_images_give_the_same_logits(session: Session, images: Images) -> None:
+def test_plan_same_images_give_the_same_logits(session: Session, images: Images) -> None:
     batch = images(7)
     with session:
         np.testing.assert_array_equal(session(batch), session(batch))
 
 
-def test_timings_are_positive(session: Session, images: Images) -> None:
+def test_plan_timings_are_positive(session: Session, images: Images) -> None:
     with session:
         for _ in range(2):  # the first compiles kernels, which counts as computing
             session(images(8))
@@ -146,7 +144,7 @@ def test_timings_are_positive(session: Session, images: Images) -> None:
     assert all(0 < value < 1000 for value in timings.values())
 
 
-def test_the_description_names_the_gpu(session: Session) -> None:
+def test_plan_description_names_the_gpu(session: Session) -> None:
     with session:
         described = session.describe()
     assert described["device"] == hardware.gpus()[0].name
@@ -154,14 +152,12 @@ def test_the_description_names_the_gpu(session: Session) -> None:
     assert described["threads"] is None
 
 
-def test_images_of_another_shape_are_refused(session: Session, images: Images) -> None:
+def test_plan_images_of_another_shape_are_refused(session: Session, images: Images) -> None:
     with session, pytest.raises(InputError, match="takes float32"):
         session(images(2, 16))
 
 
-def test_closing_twice_is_fine_and_loading_again_works(
-    session: Session, plan: Path, images: Images
-) -> None:
+def test_plan_closed_twice_loads_again(session: Session, plan: Path, images: Images) -> None:
     before = session(images(3))
     session.close()
     session.close()
@@ -169,7 +165,7 @@ def test_closing_twice_is_fine_and_loading_again_works(
         np.testing.assert_allclose(again(images(3)), before, rtol=1e-3, atol=1e-3)
 
 
-def test_bytes_that_are_no_plan_are_not_accepted(builder: str, tmp_path: Path) -> None:
+def test_load_of_other_bytes_is_refused(builder: str, tmp_path: Path) -> None:
     if builder != "rtx":
         pytest.skip("a plan without sidecar is taken for TensorRT-RTX's")
     path = tmp_path / "net.plan"
@@ -185,7 +181,7 @@ def backend_of(plan: Path, **options: Any) -> TrtBackend:
     return TrtBackend(plan, artifacts.verify(plan), **options)
 
 
-def test_graphs_change_no_logits(plan: Path, images: Images) -> None:
+def test_plan_graphs_do_not_change_logits(plan: Path, images: Images) -> None:
     batches = [images(count, seed=count) for count in (1, 8, 70)]
     found = []
     for graphs in (False, None):
@@ -199,9 +195,7 @@ def test_graphs_change_no_logits(plan: Path, images: Images) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 64])
-def test_arrays_on_the_gpu_are_taken_where_they_are(
-    plan: Path, images: Images, offset: int
-) -> None:
+def test_plan_gpu_arrays_are_read_in_place(plan: Path, images: Images, offset: int) -> None:
     backend, batch = backend_of(plan), images(70)
     wanted, cuda = backend.infer(batch), backend._cuda
     with cuda.active():
@@ -224,7 +218,7 @@ def test_arrays_on_the_gpu_are_taken_where_they_are(
     backend.close()
 
 
-def test_a_tensor_of_torchs_is_taken_where_it_is(plan: Path, images: Images) -> None:
+def test_plan_torch_tensors_are_read_in_place(plan: Path, images: Images) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA here")
@@ -238,7 +232,7 @@ def test_a_tensor_of_torchs_is_taken_where_it_is(plan: Path, images: Images) -> 
     backend.close()
 
 
-def test_several_threads_get_their_own_logits(plan: Path, images: Images) -> None:
+def test_plan_several_threads_get_their_own_logits(plan: Path, images: Images) -> None:
     backend = backend_of(plan, contexts=2)
     batches = [images(3 + index, seed=index) for index in range(8)]
     wanted = [backend.infer(batch) for batch in batches]
@@ -282,7 +276,7 @@ def test_timeline_large_batch_copies_overlap_computation(photo_plan: Path) -> No
 
 
 @pytest.mark.slow
-def test_ten_thousand_calls_leave_nothing_behind(plan: Path, images: Images) -> None:
+def test_plan_ten_thousand_calls_leak_nothing(plan: Path, images: Images) -> None:
     backend = backend_of(plan)
     batches = [images(count) for count in (1, 8, LARGEST)]
     for _ in range(3):
@@ -297,7 +291,7 @@ def test_ten_thousand_calls_leave_nothing_behind(plan: Path, images: Images) -> 
     backend.close()
 
 
-def test_closing_gives_the_memory_back(plan: Path, images: Images) -> None:
+def test_plan_close_frees_its_memory(plan: Path, images: Images) -> None:
     backend_of(plan).close()
     cuda, free = open_cuda(), []
     for _ in range(5):
@@ -309,7 +303,7 @@ def test_closing_gives_the_memory_back(plan: Path, images: Images) -> None:
     assert free[1] - free[-1] < 1 << 20
 
 
-def test_compiled_kernels_are_read_again(plan: Path, builder: str, images: Images) -> None:
+def test_plan_reads_compiled_kernels_again(plan: Path, builder: str, images: Images) -> None:
     if builder != "rtx":
         pytest.skip("only TensorRT-RTX compiles kernels on the spot")
     for _ in range(2):

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtresnet.runtime import ort as backends
-from rtresnet.runtime.ort import OPENVINO_BUILT_IN, PROVIDERS, OrtBackend
+from rtresnet.runtime import providers
+from rtresnet.runtime.ort import OrtBackend
+from rtresnet.runtime.providers import OPENVINO_BUILT_IN, PROVIDERS
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
@@ -42,8 +43,8 @@ def with_build(*arguments: str, isa: str | None = None) -> subprocess.CompletedP
 
 
 WITHOUT_PLUGIN = """
-from rtresnet.runtime import ort
-ort._plugin_device = lambda about: None
+from rtresnet.runtime import ort, providers
+providers._plugin_device = lambda about: None
 """
 RUN = (
     WITHOUT_PLUGIN
@@ -73,7 +74,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("isa", [None, "AVX2"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("provider", ["openvino", "auto"])
-def test_it_runs_the_file_as_onnxruntime_does(
+def test_openvino_build_returns_what_onnx_runtime_returns(
     precision: str,
     provider: str,
     isa: str | None,
@@ -106,7 +107,7 @@ def test_it_runs_the_file_as_onnxruntime_does(
 
 
 @installed
-def test_bench_names_it_and_so_does_doctor(onnx_file: OnnxFile) -> None:
+def test_openvino_build_is_named_by_bench_and_doctor(onnx_file: OnnxFile) -> None:
     path = str(onnx_file("resnet8", "int8"))
     done = with_build(
         "-c", MAIN, "bench", path, "--provider", "openvino", "--batch", "8",
@@ -145,14 +146,14 @@ class Built:
         (False, None, (), None),
     ],
 )
-def test_the_plugin_comes_first_and_the_build_where_it_offers_nothing(
+def test_openvino_prefers_the_plugin_to_the_build(
     installed: bool,
     device: Any,
     built: tuple[str, ...],
     expected: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends.hardware, "installed", lambda module: installed)
-    monkeypatch.setattr(backends, "_plugin_device", lambda about: device)
-    monkeypatch.setattr(backends, "_onnxruntime", lambda: Built(*built))
-    assert backends.openvino() is expected
+    monkeypatch.setattr(providers.hardware, "installed", lambda module: installed)
+    monkeypatch.setattr(providers, "_plugin_device", lambda about: device)
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: Built(*built))
+    assert providers.openvino() is expected

@@ -18,7 +18,7 @@ from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, Un
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.exporter import embed_io
-from rtresnet.onnxlib.branches import KEY, pack
+from rtresnet.onnxlib.metadata import BRANCH_RANGES
 from rtresnet.quantization import qdq
 from rtresnet.runtime.cpu_rewrite import (
     dequantize_saturating,
@@ -28,13 +28,11 @@ from rtresnet.runtime.cpu_rewrite import (
     to_unsigned,
 )
 from rtresnet.runtime.ort import (
-    PROVIDERS,
     RECORD,
     OrtBackend,
-    Provider,
-    hold_placement,
-    openvino,
+    check_placement,
 )
+from rtresnet.runtime.providers import PROVIDERS, Provider, openvino
 from rtresnet.runtime.session import load
 
 ort = pytest.importorskip("onnxruntime")
@@ -237,7 +235,7 @@ def test_a_branch_of_known_extent_is_rounded_finer(
 ) -> None:
     """(-900, 900): what the scales say of the range still holds. (0, 0): nothing to round."""
     plain, known = block(0.03, 0.03, signed=False), block(0.03, 0.03, signed=False)
-    known.metadata_props.add(key=KEY, value=pack({"branch": extent}))
+    BRANCH_RANGES.set(known, {"branch": extent})
     assert (quantize_branches(plain), quantize_branches(known)) == (1, branches)
     if not branches:
         return
@@ -265,7 +263,7 @@ def scale_of(model: onnx.ModelProto, name: str) -> float:
 )  # fmt: skip
 def test_damaged_extents_are_an_error(text: str) -> None:
     model = block(0.03, 0.03, signed=False)
-    model.metadata_props.add(key=KEY, value=text)
+    model.metadata_props.add(key=BRANCH_RANGES.key, value=text)
     with pytest.raises(ArtifactError, match="quantize the net again"):
         quantize_branches(model)
 
@@ -354,7 +352,7 @@ def test_to_unsigned_leaves_integers_that_others_read(integers: str, onnx_file: 
     assert quantize.input[2] == "images.zero_point"
 
 
-def test_no_thread_spins_between_calls_where_another_session_could_run(onnx_file: OnnxFile) -> None:
+def test_backend_threads_do_not_spin_between_calls(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     options = backend._session.get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
@@ -362,7 +360,7 @@ def test_no_thread_spins_between_calls_where_another_session_could_run(onnx_file
 
 def test_a_damaged_record_of_branches_names_the_file(onnx_file: OnnxFile, tmp_path: Path) -> None:
     model, path = onnx.load(onnx_file("resnet8", "int8")), tmp_path / "damaged.onnx"
-    model.metadata_props.add(key=KEY, value="{")
+    model.metadata_props.add(key=BRANCH_RANGES.key, value="{")
     onnx.save(model, path)
     with pytest.raises(ArtifactError, match=r"damaged\.onnx: rtresnet\.branches: damaged"):
         OrtBackend(path, provider="cpu")
@@ -436,7 +434,7 @@ def test_a_dot_product_beyond_16_bits_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_any_batch_runs_and_its_rows_equal_the_same_rows_alone(
+def test_infer_of_any_batch_equals_its_rows_alone(
     precision: str, onnx_file: OnnxFile, images: Images
 ) -> None:
     backend = OrtBackend(onnx_file("resnet8", precision), provider="cpu")
@@ -445,7 +443,7 @@ def test_any_batch_runs_and_its_rows_equal_the_same_rows_alone(
     np.testing.assert_allclose(backend.infer(batch), alone, atol=1e-4 * np.abs(alone).max())
 
 
-def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
+def test_backend_attributes_describe_what_runs(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu", threads=1)
     assert (backend.provider, backend.device, backend.threads) == ("ONNX Runtime CPU", "cpu", 1)
     assert backend.versions == {"onnxruntime": ort.__version__}
@@ -454,20 +452,18 @@ def test_the_backend_says_what_runs(onnx_file: OnnxFile) -> None:
     assert backend.timings() == {}
 
 
-def test_every_core_is_the_default(onnx_file: OnnxFile) -> None:
+def test_backend_threads_by_default_are_all_cores(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     assert backend.threads == hardware.cores()
     assert backend._session.get_session_options().intra_op_num_threads == hardware.cores()
 
 
-def test_auto_is_openvino_where_it_serves_this_processor(onnx_file: OnnxFile) -> None:
+def test_backend_auto_takes_openvino_if_it_supports_the_cpu(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"))
-    assert backend.provider == (openvino() or PROVIDERS["cpu"]).shown
+    assert backend.provider == (openvino() or PROVIDERS["cpu"]).title
 
 
-def test_openvino_runs_or_is_an_error_but_never_a_fallback(
-    onnx_file: OnnxFile, images: Images
-) -> None:
+def test_backend_openvino_runs_everything_or_raises(onnx_file: OnnxFile, images: Images) -> None:
     path = onnx_file("resnet8", "fp32")
     about = openvino()
     if about is None:
@@ -481,7 +477,7 @@ def test_openvino_runs_or_is_an_error_but_never_a_fallback(
     assert relative(backend.infer(images(4)), reference) < 1e-4
 
 
-def test_openvino_that_is_not_installed_is_named_with_its_package(
+def test_backend_openvino_missing_names_its_package(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: "openvino" not in module)
@@ -492,7 +488,7 @@ def test_openvino_that_is_not_installed_is_named_with_its_package(
     assert OrtBackend(onnx_file("resnet8", "fp32")).provider == "ONNX Runtime CPU"
 
 
-def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: OnnxFile) -> None:
+def test_backend_provider_not_built_in_raises(onnx_file: OnnxFile) -> None:
     about = PROVIDERS["cuda"]
     if about.ep in ort.get_available_providers():
         pytest.skip("it is here")
@@ -506,7 +502,7 @@ def test_a_provider_that_onnxruntime_was_built_without_is_an_error(onnx_file: On
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_provider_tensorrt_names_our_own_runtime(onnx_file: OnnxFile, device: str) -> None:
+def test_find_provider_tensorrt_names_the_plan_runtime(onnx_file: OnnxFile, device: str) -> None:
     with pytest.raises(InputError) as caught:
         load(onnx_file("resnet8", "fp32"), provider="tensorrt", device=device)
     assert not isinstance(caught.value, UnknownNameError)
@@ -514,7 +510,7 @@ def test_provider_tensorrt_names_our_own_runtime(onnx_file: OnnxFile, device: st
 
 
 @pytest.mark.parametrize("name", sorted(PROVIDERS))
-def test_the_names_are_those_of_onnx_runtime(name: str) -> None:
+def test_providers_are_those_of_onnx_runtime(name: str) -> None:
     known = {
         *ort.get_all_providers(),
         "NvTensorRTRTXExecutionProvider",
@@ -523,7 +519,7 @@ def test_the_names_are_those_of_onnx_runtime(name: str) -> None:
 
 
 @says_where
-def test_every_node_is_where_it_was_asked_to_be(onnx_file: OnnxFile) -> None:
+def test_placement_of_the_cpu_provider_has_every_node(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "fp32")
     backend = OrtBackend(path, provider="cpu")
     assert backend.placement == {"CPUExecutionProvider": len(onnx.load(path).graph.node)}
@@ -532,7 +528,7 @@ def test_every_node_is_where_it_was_asked_to_be(onnx_file: OnnxFile) -> None:
 @pytest.fixture
 def takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The provider "cuda" becomes one that starts everywhere and has no kernel for any node."""
-    azure = Provider(ep="AzureExecutionProvider", shown="Azure", package="onnxruntime")
+    azure = Provider(ep="AzureExecutionProvider", title="Azure", package="onnxruntime")
     if azure.ep not in ort.get_available_providers():
         pytest.skip("onnxruntime without the Azure provider")
     monkeypatch.setitem(PROVIDERS, "cuda", azure)
@@ -540,7 +536,7 @@ def takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @says_where
 @pytest.mark.usefixtures("takes_nothing")
-def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None:
+def test_backend_nodes_falling_back_raises_their_names(onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", "fp32")
     total = len(onnx.load(path).graph.node)
     session = ort.InferenceSession(path, providers=["AzureExecutionProvider"])
@@ -548,7 +544,7 @@ def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None
     with pytest.raises(UnavailableError) as caught:
         OrtBackend(path, provider="cuda")
     assert caught.value.exit_code == 3
-    assert f"AzureExecutionProvider was asked for, and {total} of {total} nodes" in str(
+    assert f"AzureExecutionProvider was requested, and {total} of {total} nodes" in str(
         caught.value
     )
     assert "conv1 (Conv) on CPUExecutionProvider" in str(caught.value)
@@ -556,7 +552,7 @@ def test_nodes_that_fall_back_are_counted_and_named(onnx_file: OnnxFile) -> None
 
 @says_where
 @pytest.mark.usefixtures("takes_nothing")
-def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
+def test_backend_without_placement_api_refuses_fallback(
     onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ort.InferenceSession.__mro__[1]
@@ -568,7 +564,7 @@ def test_an_onnx_runtime_that_does_not_say_where_refuses_itself(
 
 @says_where
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
+def test_check_placement_dropped_provider_raises(
     onnx_file: OnnxFile,
 ) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
@@ -578,12 +574,12 @@ def test_a_provider_that_onnx_runtime_drops_with_a_warning_is_found_out(
     session = ort.InferenceSession(
         onnx_file("resnet8", "fp32"), options, providers=["CUDAExecutionProvider"]
     )
-    with pytest.raises(UnavailableError, match="CUDAExecutionProvider was asked for"):
-        hold_placement(session, "CUDAExecutionProvider")
+    with pytest.raises(UnavailableError, match="CUDAExecutionProvider was requested"):
+        check_placement(session, "CUDAExecutionProvider")
 
 
 @says_where
-def test_one_node_elsewhere_is_enough() -> None:
+def test_check_placement_one_node_elsewhere_raises() -> None:
     part, node = ort.OrtEpAssignedSubgraph, ort.OrtEpAssignedNode
     assert hasattr(part, "ep_name") and hasattr(part, "get_nodes")
     assert hasattr(node, "name") and hasattr(node, "op_type")
@@ -596,26 +592,26 @@ def test_one_node_elsewhere_is_enough() -> None:
         return SimpleNamespace(get_provider_graph_assignment_info=lambda: list(parts))
 
     fused = on("CUDAExecutionProvider", "conv1", "layer1.0.conv1")
-    assert hold_placement(session(fused), "CUDAExecutionProvider") == {"CUDAExecutionProvider": 2}
+    assert check_placement(session(fused), "CUDAExecutionProvider") == {"CUDAExecutionProvider": 2}
     with pytest.raises(UnavailableError) as caught:
-        hold_placement(session(fused, on("CPUExecutionProvider", "")), "CUDAExecutionProvider")
-    assert "1 of 3 nodes would run elsewhere: unnamed (Conv) on CPU" in str(caught.value)
+        check_placement(session(fused, on("CPUExecutionProvider", "")), "CUDAExecutionProvider")
+    assert "1 of 3 nodes would run on another provider: unnamed (Conv) on CPU" in str(caught.value)
 
 
-def test_a_run_that_fails_is_not_tried_again_elsewhere(onnx_file: OnnxFile) -> None:
-    """By default ONNX Runtime's Python session makes itself anew on the CPU provider then."""
+def test_infer_failing_is_not_repeated_on_another_provider(onnx_file: OnnxFile) -> None:
+    """By default ONNX Runtime's Python session makes itself again on the CPU provider then."""
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     assert backend._session._enable_fallback is False
 
 
-def test_a_plugin_that_is_not_installed_is_named_with_its_package(onnx_file: OnnxFile) -> None:
+def test_backend_missing_plugin_names_its_package(onnx_file: OnnxFile) -> None:
     if hardware.installed("onnxruntime_ep_nv_tensorrt_rtx"):
         pytest.skip("it is here")
     with pytest.raises(UnavailableError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="tensorrt-rtx")
 
 
-def test_a_plugin_whose_library_does_not_load_says_why(
+def test_backend_broken_plugin_raises_the_reason(
     onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As NVIDIA's does without a driver."""
@@ -640,7 +636,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0), (11, 0)])
-def test_rtx_plugin_on_a_gpu_it_does_not_accept_names_those_it_does(
+def test_backend_rtx_plugin_on_an_unsupported_gpu_names_supported_ones(
     capability: tuple[int, int], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "installed", lambda module: True)
@@ -677,7 +673,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
+def test_backend_cuda_missing_library_is_named(
     cuda_build: list[str], onnx_file: OnnxFile, capfd: pytest.CaptureFixture[str]
 ) -> None:
     library = Path(ort.__file__).parent / "capi" / str(PROVIDERS["cuda"].library)
@@ -687,13 +683,36 @@ def test_provider_cuda_preloads_libraries_and_says_what_is_missing(
         OrtBackend(onnx_file("resnet8", "fp32"), provider="cuda")
     assert caught.value.exit_code == 3
     assert caught.value.fix is not None and "onnxruntime-gpu[cuda,cudnn]" in caught.value.fix
-    assert "would run elsewhere" not in str(caught.value)
+    assert "would run on another" not in str(caught.value)
     assert cuda_build == ["preload", "session"]
     assert capfd.readouterr().out == ""  # standard output may be a JSON document
 
 
 @pytest.mark.usefixtures("cuda_build")
-def test_provider_cuda_without_a_gpu_loads_nothing(
+@pytest.mark.parametrize(("tf32", "option"), [(None, "1"), (True, "1"), (False, "0")])
+def test_backend_cuda_passes_tf32_to_onnx_runtime(
+    tf32: bool | None, option: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(model: Any, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        assert providers == [("CUDAExecutionProvider", {"use_tf32": option})]
+        raise RuntimeError("reached")
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(ArtifactError, match="reached"):
+        load(onnx_file("resnet8", "fp32"), provider="cuda", tf32=tf32)
+
+
+def test_load_refuses_tf32_for_another_provider(onnx_file: OnnxFile) -> None:
+    path = onnx_file("resnet8", "fp32")
+    with pytest.raises(InputError, match="CUDA provider") as caught:
+        load(path, provider="cpu", tf32=False)
+    assert caught.value.exit_code == 2 and caught.value.fix is not None
+    with load(path, provider="cpu") as session:
+        assert session.info.tf32 is None
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_backend_cuda_without_a_gpu_loads_nothing(
     cuda_build: list[str], onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu(monkeypatch)
@@ -721,7 +740,7 @@ OLD_DRIVER = (
         ("[...] CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ;", "CUBLAS failure 3", "doc"),
     ],
 )
-def test_provider_cuda_that_fails_is_not_put_down_to_the_file(
+def test_backend_cuda_failing_does_not_blame_the_file(
     said: str, reason: str, fix: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -734,27 +753,27 @@ def test_provider_cuda_that_fails_is_not_put_down_to_the_file(
     assert caught.value.fix is not None and fix in caught.value.fix
 
 
-def test_an_unknown_provider_suggests_the_nearest(onnx_file: OnnxFile) -> None:
+def test_find_provider_unknown_suggests_the_nearest(onnx_file: OnnxFile) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'openvino'"):
         OrtBackend(onnx_file("resnet8", "fp32"), provider="openvinno")
 
 
 @pytest.mark.parametrize("data", [b"{}", b"hello, this is no onnx", bytes(100)], ids=str)
-def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_backend_file_that_is_not_onnx_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "garbage.onnx"
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"garbage\.onnx"):
         OrtBackend(path, provider="cpu")
 
 
-def test_a_truncated_file_is_refused(onnx_file: OnnxFile, tmp_path: Path) -> None:
+def test_backend_truncated_file_is_refused(onnx_file: OnnxFile, tmp_path: Path) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(onnx_file("resnet8", "fp32").read_bytes()[:10_000])
     with pytest.raises(ArtifactError, match=r"cut\.onnx"):
         OrtBackend(path, provider="cpu")
 
 
-def test_an_operator_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
+def test_backend_unknown_operator_is_refused(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Wibble", ["images"], ["logits"], domain="com.example")],
@@ -769,13 +788,13 @@ def test_an_operator_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
         OrtBackend(path, provider="cpu")
 
 
-def test_closing_twice_is_fine(onnx_file: OnnxFile) -> None:
+def test_close_twice_is_fine(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     backend.close()
     backend.close()
 
 
-def test_images_of_the_wrong_shape_are_refused_by_name(onnx_file: OnnxFile) -> None:
+def test_infer_of_a_wrong_shape_names_it(onnx_file: OnnxFile) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     with pytest.raises(InputError, match=r"\[2, 3, 16, 16\]"):
         backend.infer(np.zeros((2, 3, 16, 16), np.float32))
@@ -939,7 +958,7 @@ def test_dequantize_saturating_judges_other_tools_weights_by_their_size(
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
+def test_infer_failing_provider_does_not_blame_the_images(
     onnx_file: OnnxFile, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
@@ -963,7 +982,7 @@ def test_a_failure_of_the_provider_is_not_put_down_to_the_images(
             backend.infer(nothing)  # type: ignore[arg-type]
 
 
-def test_a_strangers_file_may_take_half_precision(tmp_path: Path) -> None:
+def test_infer_of_a_foreign_half_precision_file_runs(tmp_path: Path) -> None:
     net = helper.make_graph(
         [helper.make_node("Flatten", ["x"], ["logits"])], "net",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["n", 3, 2, 2])],
@@ -976,7 +995,7 @@ def test_a_strangers_file_may_take_half_precision(tmp_path: Path) -> None:
     assert isinstance(found, np.ndarray) and (found == images.reshape(2, 12)).all()
 
 
-def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
+def test_infer_after_close_raises(onnx_file: OnnxFile, images: Images) -> None:
     backend = OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu")
     backend.close()
     with pytest.raises(InputError, match="infer after close"):
@@ -984,7 +1003,7 @@ def test_infer_after_close_says_so(onnx_file: OnnxFile, images: Images) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_infer_with_a_fixed_batch_cuts_and_fills_up(
+def test_infer_with_a_fixed_batch_splits_and_pads(
     onnx_file: OnnxFile, images: Images, tmp_path: Path, batch: int
 ) -> None:
     path = onnx_file("resnet8", "fp32")

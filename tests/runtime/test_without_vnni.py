@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core import hardware
 from rtresnet.quantization import qdq, simulate
-from rtresnet.runtime.ort import openvino
+from rtresnet.runtime.providers import openvino
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
@@ -90,7 +90,7 @@ def extreme(path: Path) -> Path:
     return path
 
 
-def test_saturating_form_goes_wrong_and_ours_does_not(
+def test_backend_without_vnni_avoids_saturation(
     tmp_path: Path, without_vnni: dict[str, str]
 ) -> None:
     path, ones = extreme(tmp_path / "extreme.onnx"), np.ones((2, 3, 8, 8), np.float32)
@@ -103,7 +103,7 @@ def test_saturating_form_goes_wrong_and_ours_does_not(
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18"])
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
-def test_logits_without_vnni_are_those_of_the_file(
+def test_backend_without_vnni_returns_the_files_logits(
     name: str, provider: str, onnx_file: OnnxFile, images: Images, tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip

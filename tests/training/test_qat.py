@@ -22,7 +22,7 @@ from rtresnet.exporter.fold import fold
 from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.resnet import ResNet
-from rtresnet.onnxlib import branches, learned
+from rtresnet.onnxlib import metadata
 from rtresnet.quantization import low_bit_scales, qdq
 from rtresnet.quantization.minmax_observer import Extents
 from rtresnet.quantization.simulate import noise_ratio, session
@@ -31,7 +31,7 @@ from rtresnet.training.distributed import ALONE
 from rtresnet.training.recipe import Recipe
 from rtresnet.training.step import Stepper
 from rtresnet.training.train_loader import MicroBatch
-from tests.conftest import tinted_noise
+from tests.conftest import tinted_noise, undescribed
 
 pytest.importorskip("onnxruntime")
 
@@ -247,8 +247,8 @@ class TestTheFile:
         assert saved.learned is not None
         fp32 = onnx.load(tuned / "engines/resnet8.onnx")
         expected = qdq.insert(fp32, saved.learned.scales, exactly=True)
-        expected.metadata_props.add(key=branches.KEY, value=branches.pack(saved.learned.branches))
-        assert onnx.load(tuned / "engines/resnet8-int8.onnx") == expected
+        metadata.BRANCH_RANGES.set(expected, saved.learned.branches)
+        assert undescribed(onnx.load(tuned / "engines/resnet8-int8.onnx")) == undescribed(expected)
         constants = {t.name: numpy_helper.to_array(t) for t in expected.graph.initializer}
         for name, scale in of_checkpoint(tuned / "runs/tuned/best.pt").named_scales().items():
             assert float(constants[f"{name}.scale"]) == low_bit_scales.scale(scale)
@@ -356,7 +356,8 @@ class TestTheFile:
     ) -> None:
         monkeypatch.chdir(tuned)
         assert main(["quantize", "engines/resnet8.onnx", "--out", "again.onnx"]) == 0
-        assert onnx.load("again.onnx") == onnx.load("engines/resnet8-int8.onnx")
+        again, first = onnx.load("again.onnx"), onnx.load("engines/resnet8-int8.onnx")
+        assert undescribed(again) == undescribed(first)
 
 
 class TestTheRun:
@@ -435,21 +436,22 @@ class TestRecords:
                 checkpoint.load(tmp_path / "broken.pt")
 
     def test_the_files_record_comes_back_and_a_damaged_one_is_refused(self) -> None:
-        record = learned.Learned(scales={"a": 0.1}, images="x", images_sha256="y", n=3)
-        assert learned.of({learned.KEY: learned.pack(record)}) == record
-        assert learned.of({}) is None
-        for text in ("", "[]", "{}", learned.pack(record)[:-9], learned.pack(record) + "}",
-                     learned.pack(dataclasses.replace(record, scales={"a": 0.0})),
-                     learned.pack(dataclasses.replace(record, branches={"a": (2.0, 1.0)})),
+        encode, decode = metadata.TRAINED_SCALES.encode, metadata.TRAINED_SCALES.decode
+        record = metadata.TrainedScales(scales={"a": 0.1}, images="x", images_sha256="y", n=3)
+        assert metadata.TRAINED_SCALES.read({metadata.TRAINED_SCALES.key: encode(record)}) == record
+        assert metadata.TRAINED_SCALES.read({}) is None
+        for text in ("", "[]", "{}", encode(record)[:-9], encode(record) + "}",
+                     encode(dataclasses.replace(record, scales={"a": 0.0})),
+                     encode(dataclasses.replace(record, branches={"a": (2.0, 1.0)})),
                      ):  # fmt: skip
             with pytest.raises(ArtifactError, match="damaged"):
-                learned.unpack(text)
+                decode(text)
 
     def test_a_record_that_lacks_a_tensor_makes_no_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        record = learned.Learned(scales={"images": 0.1}, images="x", images_sha256="y", n=3)
+        record = metadata.TrainedScales(scales={"images": 0.1}, images="x", images_sha256="y", n=3)
         net = checkpoint.untrained(zoo.spec("resnet8"), Preprocess.for_size(32))
         checkpoint.save("net.pt", dataclasses.replace(net, learned=record))
         assert main(["export", "--weights", "net.pt", "--int8", "--no-plan"]) == 2

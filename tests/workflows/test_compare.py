@@ -11,11 +11,12 @@ from rtresnet.core.errors import InputError
 from rtresnet.workflows.compare import CompareConfig, compare
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
+from tests.conftest import as_foreign
 
 
 @pytest.fixture
 def without_sidecar(engines: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(engines / "resnet8.onnx", tmp_path / "foreign.onnx"))
+    return as_foreign(shutil.copy(engines / "resnet8.onnx", tmp_path / "foreign.onnx"))
 
 
 def test_compare_precisions_agree_and_state_their_assumptions(

@@ -12,12 +12,12 @@ import pytest
 from rtresnet.core.errors import InputError
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import load
-from tests.conftest import tinted_noise
+from tests.conftest import as_foreign, tinted_noise
 
 
 @pytest.fixture
 def without_sidecar(engines: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(engines / "resnet8.onnx", tmp_path / "foreign.onnx"))
+    return as_foreign(shutil.copy(engines / "resnet8.onnx", tmp_path / "foreign.onnx"))
 
 
 def test_load_checkpoint_and_onnx_file_give_the_same_logits(trained: Path, engines: Path) -> None:
