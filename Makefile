@@ -8,8 +8,10 @@
 # make protocol     compile the gRPC protocol's description
 
 PYTHON ?= python3
-EXTRAS := cpu,rtx,demo,report,bulk,ray,serve,triton,test
+EXTRAS := all-cpu,ray,triton,test
 BIN := .venv/bin
+# Always with the tested versions: a plain "torch" is a CUDA build of several GB.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One worker per core; each takes its half of the tests, and then what others have not begun.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
@@ -29,21 +31,19 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
 # Replaces onnxruntime where it is installed, so it goes to a folder that only some tests use.
 .venv/openvino: .venv/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"
+	$(PIP) --no-deps --upgrade --target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"
 
 # TensorRT's Python API without its libraries: tests compare every call with these two versions.
 .venv/tensorrt-bindings: .venv/.ready
 	for version in 10.13 11; do \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-			--target $@/$$version "tensorrt-cu13-bindings==$$version.*" \
+		$(PIP) --no-deps --upgrade --target $@/$$version "tensorrt-cu13-bindings==$$version.*" \
 			|| echo "not installed: tests of TensorRT $$version will be skipped"; \
 	done
 
@@ -52,10 +52,10 @@ docs: .venv/.ready .venv/docs
 	PYTHONPATH=.venv/docs:. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 
 .venv/docs: .venv/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $@ \
-		mkdocs-material mkdocs-click 'mkdocstrings[python]'
+	$(PIP) --upgrade --target $@ mkdocs-material mkdocs-click 'mkdocstrings[python]'
 
 dist: .venv/.ready
+	$(PIP) -e '.[dist]'
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, STEM, WEIGHTS, Node
-from rtresnet.core import atomic_io, typed_json
+from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Sidecar
@@ -324,7 +324,7 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
     atomic_io.require_file(place, fix=again)
     if atomic_io.sha256(place) != link.sha256:
         raise ArtifactError(f"{place}: not the file that belongs to {plan}", fix=again)
-    data = typed_json.load(place, fix=again, error=ArtifactError)
+    data = serialization.load(place, fix=again, error=ArtifactError)
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise ArtifactError(f"{place}: schema {schema}, not {SCHEMA}", fix=again)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rtresnet.core.errors import InputError
-from rtresnet.core.terminal import escape
+from rtresnet.core.reporter import escape
 
 if TYPE_CHECKING:
     from rtresnet.cli.console import Console

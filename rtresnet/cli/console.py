@@ -12,8 +12,7 @@ from rich import console
 from rich.segment import Segment
 from rich.text import Text
 
-from rtresnet.core.reporter import Update
-from rtresnet.core.terminal import escape
+from rtresnet.core.reporter import Update, escape
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
 

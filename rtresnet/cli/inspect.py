@@ -113,7 +113,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
     if first:
         i = record.input
         lines.append(
-            f"input {i.size}x{i.size} (resize {i.resize}), mean {list(i.mean)}, "
+            f"input {i.size}x{i.size} (resize {i.resize}, {i.interpolation}), mean {list(i.mean)}, "
             f"std {list(i.std)}; {len(record.model.classes)} classes"
         )
         if record.assumed:

@@ -17,7 +17,7 @@ import click
 
 from rtresnet.cli.examples import EXAMPLES
 from rtresnet.core.errors import RtresnetError, UnknownNameError
-from rtresnet.core.terminal import escape
+from rtresnet.core.reporter import escape
 
 COMMANDS = (
     "quickstart",

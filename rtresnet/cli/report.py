@@ -9,7 +9,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.core.errors import InputError
-from rtresnet.core.terminal import escape
+from rtresnet.core.reporter import escape
 
 if TYPE_CHECKING:
     pass

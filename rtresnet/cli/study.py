@@ -125,7 +125,7 @@ def _can_draw() -> bool:
     from rtresnet.core import hardware
 
     if not hardware.installed("matplotlib"):
-        common.note("no figure: pip install matplotlib, and run the same command again")
+        common.note("no figure: pip install 'rtresnet[report]', and run the same command again")
         return False
     return True
 

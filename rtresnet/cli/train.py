@@ -59,7 +59,7 @@ def show(result: TrainResult) -> Path | None:
         f"{measured['test_n']} images (epoch {measured['epoch']}{held_out})"
     )
     if not hardware.installed("matplotlib"):
-        common.note("no curves and no page: pip install matplotlib")
+        common.note("no curves and no page: pip install 'rtresnet[report]'")
         return None
     from rtresnet.reporting import run_page
 

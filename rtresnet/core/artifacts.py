@@ -23,14 +23,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core import atomic_io, hardware, typed_json
+from rtresnet.core import atomic_io, hardware, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import from_json, to_json
 from rtresnet.core.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
 
 KINDS = ("checkpoint", "onnx", "plan")
-SUFFIXES = {".onnx": "onnx", ".plan": "plan", ".pt": "checkpoint", ".pth": "checkpoint"}
-SUFFIXES[".th"] = "checkpoint"
+SUFFIXES = {".onnx": "onnx", ".plan": "plan"}
+SUFFIXES |= dict.fromkeys((".pt", ".pth", ".th", ".safetensors"), "checkpoint")
 
 # The command line being carried out, for `made_by`; from Python it is the script's own.
 command: ContextVar[Sequence[str]] = ContextVar("command", default=())
@@ -45,13 +45,14 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     """The kind of artifact a file name promises.
 
     Raises:
-        InputError: The suffix is none of .pt .pth .th .onnx .plan.
+        InputError: The suffix is not one of SUFFIXES.
     """
     try:
         return SUFFIXES[Path(path).suffix.lower()]
     except KeyError:
         raise InputError(
-            f"{path}: not a checkpoint (.pt, .pth, .th), an ONNX file (.onnx) or a plan (.plan)"
+            f"{path}: not a checkpoint (.pt, .pth, .th, .safetensors), an ONNX file (.onnx) or a "
+            "plan (.plan)"
         ) from None
 
 
@@ -229,7 +230,7 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     """
     place = sidecar_path(path)
     try:
-        data = typed_json.load(place, fix=f"make {path} again", error=ArtifactError)
+        data = serialization.load(place, fix=f"make {path} again", error=ArtifactError)
     except FileNotFoundError:
         return None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rtresnet.core.errors import ArtifactError, InputError
 
-NETS = (".onnx", ".plan", ".pt", ".pth", ".th")
+NETS = (".onnx", ".plan", ".pt", ".pth", ".th", ".safetensors")
 
 
 def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:

@@ -96,9 +96,22 @@ class CheckFailedError(RtresnetError):
     exit_code = 1
 
 
+# Packages that an extra brings, by their name on PyPI.
+EXTRAS = {
+    "torch": "train",
+    "safetensors": "train",
+    "onnx": "export",
+    "scikit-learn": "demo",
+    "matplotlib": "report",
+    "pyarrow": "bulk",
+    "ray[data]": "ray",
+}
+
+
 def missing_package(package: str, purpose: str) -> UnavailableError:
     """The error for an optional package (its name on PyPI) that is not installed."""
+    extra = EXTRAS.get(package)
     return UnavailableError(
         f"{purpose} needs the package {package}, which is not installed",
-        fix=f"pip install {package}",
+        fix=f"pip install 'rtresnet[{extra}]'" if extra else f"pip install {package}",
     )

@@ -1,23 +1,21 @@
 """What happens to an image before a net sees it: resize, crop, mean, std.
 
 The single source of truth for training's evaluation, calibration, export parity and serving,
-so that none of them can differ. NumPy only, so that a serving machine needs nothing else; the
-resize is Pillow's antialiased bilinear filter, fixed-point rounding included (tested bit for bit
-on landscape images; Pillow 13 takes the rows of a tall image first, which moves a value by one
-level of 255 at most).
+so that none of them can differ. The resize is Pillow's, antialiased. Its releases may differ by
+one level of 255: Pillow 13 takes the rows of a tall image first, earlier ones the columns.
 
 Deliberately unaware of files and of how images are decoded: see `data/sources.py`.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import InputError, UnknownNameError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,10 +26,7 @@ PRESETS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]
     "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 FLOAT, UINT8 = "NCHW RGB float32", "NHWC RGB uint8"
-
-# Pillow resamples 8-bit images in fixed point: 22 fractional bits, one rounding a pass.
-_BITS = 22
-_FIXED_POINT = 1 << _BITS
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +40,8 @@ class Preprocess:
         std: The same.
         layout: Of the file's input. FLOAT: normalized, planes. UINT8: pixels as they are, and the
             file subtracts the mean and divides by std itself.
+        interpolation: Filter of the resize, "bilinear" or "bicubic". Sidecars of versions that
+            did not state it mean bilinear.
     """
 
     size: int
@@ -52,6 +49,7 @@ class Preprocess:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     layout: str = FLOAT
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.resize < self.size:
@@ -63,6 +61,8 @@ class Preprocess:
             raise InputError(
                 f"pixel layout {self.layout!r}; this rtresnet knows {FLOAT!r} and {UINT8!r}"
             )
+        if self.interpolation not in INTERPOLATIONS:
+            raise UnknownNameError("interpolation", self.interpolation, INTERPOLATIONS)
         if len(self.mean) != 3 or len(self.std) != 3:
             raise InputError("mean and std need three values each, R,G,B")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
@@ -101,7 +101,7 @@ class Preprocess:
                 fix="rtresnet.data.decode.decode(FILE) reads any image file so, and composites "
                 "transparent images on white",
             )
-        image = resize_shorter(image, self.resize)
+        image = resize_shorter(image, self.resize, self.interpolation)
         top = round((image.shape[0] - self.size) / 2)
         left = round((image.shape[1] - self.size) / 2)
         return image[top : top + self.size, left : left + self.size]
@@ -130,66 +130,46 @@ class Preprocess:
         return out
 
 
-def resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
-    """Resizes a uint8 image [H, W, C] so that its shorter side has `side` pixels."""
+def resize_shorter(image: np.ndarray, side: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Resizes a uint8 image [H, W, 3] so that its shorter side has `side` pixels."""
     height, width = image.shape[:2]
     short = min(height, width)
     if short == side:
         return image
-    return resize(image, int(height * side / short), int(width * side / short))
+    return resize(image, int(height * side / short), int(width * side / short), interpolation)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased bilinear resize of a uint8 image [H, W, C] to uint8 [height, width, C].
+def resize(
+    image: np.ndarray, height: int, width: int, interpolation: str = "bilinear"
+) -> np.ndarray:
+    """Antialiased resize of a uint8 image [H, W, 3] to uint8 [height, width, 3]."""
+    if image.shape[:2] == (height, width):
+        return np.ascontiguousarray(image)
+    from PIL import Image
 
-    Along the width first, then along the height. Every product and sum is a whole number below
-    2^31. The sums are few and taken as they are: as matrix products they would be mostly zeros,
-    and BLAS would start threads of its own beneath the threads that decode.
+    method = Image.Resampling[interpolation.upper()]
+    return np.array(Image.fromarray(image).resize((width, height), method))
+
+
+def pieces(images: np.ndarray, batch: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts images into batches of one size; a last one that is not full repeats its last image.
+
+    For files that take one batch size only, as torch.onnx.export writes them by default. A net in
+    evaluation mode computes each image by itself, so the repeated images change no other answer.
+
+    Args:
+        images: [N, ...], N from 1.
+        batch: The size; None: all images together.
+
+    Yields:
+        A batch [batch, ...], and how many of its first images are those of `images`.
     """
-    source_height, source_width, channels = image.shape
-    if width != source_width:
-        columns = np.ascontiguousarray(image.transpose(1, 0, 2)).reshape(source_width, -1)
-        narrow = _weighted(columns, width).reshape(width, source_height, channels)
-        image = np.ascontiguousarray(narrow.transpose(1, 0, 2))
-    if height != source_height:
-        rows = image.reshape(source_height, -1)
-        image = _weighted(rows, height).reshape(height, width, channels)
-    return np.ascontiguousarray(image)
-
-
-def _weighted(rows: np.ndarray, target: int) -> np.ndarray:
-    """uint8 [source, n] to uint8 [target, n]: each a mean of a few neighbours."""
-    total = np.full((target, rows.shape[1]), _FIXED_POINT // 2, np.int32)
-    part = np.empty_like(total)
-    for index, weight in zip(*_taps(len(rows), target), strict=True):
-        np.multiply(rows[index], weight, out=part)
-        total += part
-    total >>= _BITS
-    return np.minimum(total, 255, out=total).astype(np.uint8)
-
-
-@functools.lru_cache(maxsize=64)
-def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows go into each, [K, target], and their weights in fixed point, int32 [K, target, 1].
-
-    The triangle filter; where it covers fewer than K rows the other weights are zero.
-    """
-    scale = source / target
-    stretch = max(scale, 1.0)  # below 1 the filter keeps its width: plain interpolation
-    starts, weights = [], []
-    for row in range(target):
-        centre = (row + 0.5) * scale
-        first = max(int(centre - stretch + 0.5), 0)
-        last = min(int(centre + stretch + 0.5), source)
-        position = (np.arange(first, last) - centre + 0.5) / stretch
-        weight = np.maximum(1 - np.abs(position), 0)
-        starts.append(first)
-        weights.append(np.floor(0.5 + weight / weight.sum() * _FIXED_POINT))
-    most = max(map(len, weights))
-    index = np.minimum(np.add.outer(np.arange(most), starts), source - 1)
-    table = np.zeros((most, target, 1), np.int32)
-    for row, weight in enumerate(weights):
-        table[: len(weight), row, 0] = weight
-    index.setflags(write=False)
-    table.setflags(write=False)
-    return index, table
+    if batch is None:
+        yield images, len(images)
+        return
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        rows = len(part)
+        if rows < batch:
+            part = np.concatenate([part, np.repeat(part[-1:], batch - rows, axis=0)])
+        yield part, rows

@@ -1,6 +1,11 @@
-"""Frozen dataclasses to JSON and back, strictly: a missing, unknown or mistyped field is refused.
+"""Dataclasses to JSON and back, and strict reading of JSON files into declared types.
 
-Knows nothing of what the records mean; see `artifacts.py`.
+Types for reading are those of msgspec: TypedDict, dataclass, Struct, with bounds as
+`Annotated[float, msgspec.Meta(ge=0)]`. `true` is not a number, NaN and infinity are not figures, a
+name must not occur twice in one object. `convert` drops fields that a TypedDict does not declare;
+`from_json` refuses them.
+
+Knows nothing of what the files mean.
 """
 
 from __future__ import annotations
@@ -8,12 +13,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
+
+from rtresnet.core.errors import InputError
 
 T = TypeVar("T")
 
@@ -76,34 +84,115 @@ def from_json(cls: type[T], data: dict[str, Any]) -> T:
     """Builds a dataclass from parsed JSON, refusing missing and unknown fields.
 
     Raises:
-        TypeError: A field is missing, unknown or of the wrong type.
+        TypeError: A field is missing, unknown, or not of the declared type.
     """
-    hints = typing.get_type_hints(cls)
-    if not isinstance(data, dict):
-        raise TypeError(f"{cls.__name__} is not an object")
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}")
-    return cls(**{name: _coerce(hints[name], value, name) for name, value in data.items()})
+    try:
+        record = msgspec.convert(data, cls)
+    except (msgspec.ValidationError, RecursionError) as problem:
+        raise TypeError(f"{cls.__name__}: {problem}") from None
+    if unknown := _first_unknown(data, dataclasses.asdict(record)):  # type: ignore[call-overload]
+        raise TypeError(f"{cls.__name__} has no field {unknown!r}")
+    return record
 
 
-def _coerce(hint: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _coerce(next(a for a in arguments if a is not type(None)), value, name)
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(Any, hint), value)
-    if origin is tuple:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise TypeError(f"{name} is not a list")
-        return tuple(_coerce(arguments[0], item, name) for item in value)
-    if origin is dict and arguments[1] is not Any and isinstance(value, dict):
-        return {key: _coerce(arguments[1], entry, name) for key, entry in value.items()}
-    expected = origin or hint
-    accepted = (int, float) if expected is float else expected
-    boolean = isinstance(value, bool) and expected is not bool  # to Python an int
-    if expected is not Any and (boolean or not isinstance(value, accepted)):
-        raise TypeError(f"{name} is {value!r}, expected {expected.__name__}")
-    return value
+def _first_unknown(data: Any, record: Any) -> str | None:
+    """The first key of parsed JSON that is not in what was built of it."""
+    if isinstance(data, Mapping) and isinstance(record, dict):
+        for key, entry in data.items():
+            if key not in record:
+                return str(key)
+            if (unknown := _first_unknown(entry, record[key])) is not None:
+                return unknown
+    elif isinstance(data, list | tuple) and isinstance(record, list | tuple):
+        for entry, built in zip(data, record, strict=True):
+            if (unknown := _first_unknown(entry, built)) is not None:
+                return unknown
+    return None
+
+
+def load(
+    path: str | os.PathLike[str], *, fix: str | None = None, error: type[InputError] = InputError
+) -> Any:
+    """Parses a JSON file.
+
+    Args:
+        path: UTF-8 text.
+        fix: The end of the error message.
+        error: Class of the exception.
+
+    Returns:
+        Python's values. A number that is not finite (NaN, 1e999) is an object that no declared
+        type accepts, so that `convert` names its place.
+
+    Raises:
+        InputError: The file is not JSON. Of class `error`.
+    """
+    return parse(Path(path).read_bytes(), where=str(path), fix=fix, error=error)
+
+
+def parse(
+    data: bytes, *, where: str, fix: str | None = None, error: type[InputError] = InputError
+) -> Any:
+    """Parses the bytes of a JSON file; `where` names the file in the error. See `load`."""
+    try:
+        values = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_not_finite,
+            parse_float=_finite,
+            object_pairs_hook=_without_repeats,
+        )
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # half a character could not be written again
+            json.dumps(values, ensure_ascii=False, default=repr).encode("utf-8")
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where}: not valid JSON ({problem})", fix=fix) from None
+    return values
+
+
+def convert(
+    value: Any,
+    cls: type[T],
+    *,
+    where: str,
+    at: str = "",
+    fix: str | None = None,
+    error: type[InputError] = InputError,
+) -> T:
+    """Checks parsed JSON against a type.
+
+    Args:
+        value: What `load` returned, or a part of it.
+        cls: The declared type.
+        where: The file's name, for the error.
+        at: Path of `value` within the file, as in `result.results`.
+        fix: The end of the error message.
+        error: Class of the exception.
+
+    Raises:
+        InputError: A field is missing, of another type or out of bounds. Of class `error`; names
+            the file, the path within it and what was expected.
+    """
+    try:
+        return msgspec.convert(value, cls)
+    except (msgspec.ValidationError, RecursionError) as problem:
+        expected, _, place = str(problem).partition(" - at `$")
+        place = (at + place.rstrip("`")).lstrip(".")
+        words = expected[:1].lower() + expected[1:]
+        raise error(f"{where}: {place + ': ' if place else ''}{words}", fix=fix) from None
+
+
+def _not_finite(name: str) -> Any:
+    return type(name, (), {})()  # msgspec calls an unknown value by the name of its class
+
+
+def _finite(digits: str) -> Any:
+    value = float(digits)
+    return value if math.isfinite(value) else _not_finite(digits)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {repeated!r} occurs twice in one object")
+    return values

@@ -25,7 +25,7 @@ import numpy as np
 from msgspec import Meta
 from typing_extensions import TypedDict  # in typing from Python 3.11
 
-from rtresnet.core import typed_json
+from rtresnet.core import serialization
 from rtresnet.core.errors import DataError
 from rtresnet.data.decode import CorruptImage, Ends, decode
 
@@ -164,7 +164,7 @@ def files_fingerprint(names: Iterable[bytes], sizes: Iterable[int], labels: Iter
 def _read_index(folder: Path) -> _Index:
     path = folder / INDEX
     try:
-        index = typed_json.load(path, fix=PACK_AGAIN, error=DataError)
+        index = serialization.load(path, fix=PACK_AGAIN, error=DataError)
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise DataError(
@@ -181,7 +181,7 @@ def _read_index(folder: Path) -> _Index:
             f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
             fix=PACK_AGAIN,
         )
-    valid = typed_json.convert(index, _Index, where=str(path), fix=PACK_AGAIN, error=DataError)
+    valid = serialization.convert(index, _Index, where=str(path), fix=PACK_AGAIN, error=DataError)
     if tuple(valid["splits"]) not in (("all",), ("train", "test")):
         raise DataError(f"{path}: splits are {', '.join(valid['splits'])}", fix=PACK_AGAIN)
     return valid

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rtresnet.core import artifacts, atomic_io
-from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
+from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError, missing_package
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Calibration, Model, Sidecar, Weights
@@ -30,6 +30,7 @@ from rtresnet.models.resnet import ResNet
 from rtresnet.onnxlib import metadata
 
 FORMAT = 1
+SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,13 @@ def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
-    """Writes a checkpoint and its sidecar, atomically."""
+    """Writes a checkpoint and its sidecar, atomically.
+
+    Raises:
+        InputError: A name that is not of torch's format.
+    """
+    if Path(path).suffix.lower() == SAFETENSORS:
+        raise InputError(f"{path}: safetensors files are only read", fix="choose a name in .pt")
     payload = {
         "rtresnet": FORMAT,
         "model": dataclasses.asdict(checkpoint.model),
@@ -167,7 +174,7 @@ def load(
     """Reads one of our checkpoints, or recognizes and imports a foreign one.
 
     Args:
-        path: A file that torch.save wrote.
+        path: A file that torch.save or safetensors wrote; the latter is always foreign.
         model: The net it must fit, by name; None takes what the file says it is, or else what its
             tensors look like, which `Checkpoint.assumed` records then.
         input: The input contract of a foreign file; ImageNet's mean and std by default.
@@ -176,9 +183,12 @@ def load(
         ArtifactError: Truncated, not a checkpoint, not matching its sidecar, or not fitting
             `model`, or said to be another net; the message says which tensors and which `--model`
             would fit.
+        UnavailableError: A .safetensors file, and the package safetensors is not installed.
     """
     path = atomic_io.require_file(path, fix="train one with: rtresnet train")
     artifacts.verify(path)
+    if path.suffix.lower() == SAFETENSORS:
+        return _foreign(path, _read_safetensors(path), model, input)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises almost anything: pickle, zip, key, runtime
@@ -195,6 +205,24 @@ def load(
     if isinstance(payload, dict) and "rtresnet" in payload:
         return _ours(path, payload, model)
     return _foreign(path, payload, model, input)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors under "state_dict", next to the texts of the file's metadata."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise missing_package("safetensors", f"reading {path}") from None
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {**(file.metadata() or {}), "state_dict": tensors}
+    except Exception as error:  # its own class, and torch's for data types that it lacks
+        reason = str(error).split("\n")[0][:80]
+        raise ArtifactError(
+            f"{path}: not a valid safetensors file, or truncated ({reason})",
+            fix="copy it again, or save it again with safetensors.torch.save_file",
+        ) from error
 
 
 def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from rtresnet.core.batches import pieces
 from rtresnet.core.errors import DataError, UnknownNameError
+from rtresnet.core.preprocess import pieces
 from rtresnet.onnxlib import metadata
 from rtresnet.quantization import calibrators, qdq
 from rtresnet.quantization.bias_correction import bias_shifts

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
 
-from rtresnet.core import atomic_io, typed_json
+from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import metadata
 from rtresnet.quantization.calibrate import Calibrated
@@ -78,13 +78,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ArtifactError: It is not one.
     """
-    record = typed_json.load(atomic_io.require_file(path), fix=FIX, error=ArtifactError)
+    record = serialization.load(atomic_io.require_file(path), fix=FIX, error=ArtifactError)
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise ArtifactError(
             f"{path}: scales of schema {schema}, this rtresnet reads {SCHEMA}", fix=FIX
         )
-    valid = typed_json.convert(record, _File, where=str(path), fix=FIX, error=ArtifactError)
+    valid = serialization.convert(record, _File, where=str(path), fix=FIX, error=ArtifactError)
     try:
         found = metadata.parse_branch_ranges(valid.get("branches", {}))
         outliers = [

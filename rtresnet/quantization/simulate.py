@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from rtresnet.core.batches import pieces
 from rtresnet.core.errors import missing_package
+from rtresnet.core.preprocess import pieces
 from rtresnet.quantization import qdq
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
 
-from rtresnet.core import typed_json
+from rtresnet.core import serialization
 from rtresnet.core.errors import InputError
 
 # Bounds keep arithmetic and plots finite; no figure of a machine comes near them.
@@ -240,7 +240,7 @@ def read(path: str | Path) -> ResultFile:
     Raises:
         InputError: Not JSON, not the result of a command in `RESULTS`, or not valid.
     """
-    return check(path, typed_json.load(path, fix="write it again, or leave it out"))
+    return check(path, serialization.load(path, fix="write it again, or leave it out"))
 
 
 def check(path: str | Path, data: Any) -> ResultFile:
@@ -252,9 +252,9 @@ def check(path: str | Path, data: Any) -> ResultFile:
             f"{path}: {problem}, expected a result of {', '.join(RESULTS)}", fix="leave it out"
         )
     about: dict[str, Any] = {"where": str(path), "fix": f"write it again with rtresnet {verb}"}
-    made_by = typed_json.convert(data.get("made_by", {}), MadeBy, at="made_by", **about)
+    made_by = serialization.convert(data.get("made_by", {}), MadeBy, at="made_by", **about)
     return ResultFile(
         verb=verb,
         command=made_by.get("command"),
-        result=typed_json.convert(data["result"], RESULTS[verb], at="result", **about),
+        result=serialization.convert(data["result"], RESULTS[verb], at="result", **about),
     )

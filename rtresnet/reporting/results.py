@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core import artifacts, atomic_io, typed_json
+from rtresnet.core import artifacts, atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.sidecar import same_data
 from rtresnet.reporting import result_files
@@ -172,7 +172,7 @@ def _is_result(file: Path) -> bool:
     if file.suffix != ".json":
         return False
     with contextlib.suppress(InputError):
-        data = typed_json.load(file)
+        data = serialization.load(file)
         return isinstance(data, dict) and data.get("verb") in tuple(result_files.RESULTS)
     return False
 
@@ -253,7 +253,7 @@ class _Collector:
                 known.accuracies = _recorded(known.path, recorded)
 
     def read(self, path: Path) -> None:
-        data = typed_json.load(path, fix="write it again, or leave it out")
+        data = serialization.load(path, fix="write it again, or leave it out")
         if isinstance(data, dict) and data.get("kind") in artifacts.KINDS and "sha256" in data:
             self.artifact(str(path.with_suffix("")), given=True)
             return
@@ -379,7 +379,7 @@ def _recorded(path: Path, recorded: Any) -> list[dict[str, Any]]:
     """
     listed = recorded if isinstance(recorded, list) else [recorded]
     return [
-        {**typed_json.convert(
+        {**serialization.convert(
             record, result_files.Accuracy, error=ArtifactError,
             at="measured.accuracy" + (f"[{index}]" if listed is recorded else ""),
             where=str(artifacts.sidecar_path(path)), fix="measure it again with: rtresnet eval",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rtresnet.core.terminal import escape_cell
+from rtresnet.core.reporter import escape_cell
 
 Row = Sequence[object]
 

@@ -30,6 +30,9 @@ folded, symmetric int8. After:
 ONNX Runtime's own provider gets rules 1 to 4, OpenVINO rules 1 and 2 and only where its kernels
 saturate. Rules 1, 2 and 4 change no number of the graph (tested without the provider's
 optimizer). ONNX Runtime's integer kernels then round the bias to a step of their own.
+
+The rewrite needs the package onnx. Where it is not installed, the file stays as it is, and the
+caller keeps the provider from forming integer kernels (`CpuModel.needs_float`).
 """
 
 from __future__ import annotations
@@ -38,10 +41,12 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import io, metadata
 
@@ -69,11 +74,14 @@ class CpuModel:
         quantized: Whether the file holds quantized activations.
         float_layers: Quantized layers that run in float because the CPU's integer sums would
             saturate (rule 2).
+        needs_float: Whether the file is quantized and was not rewritten, because the package onnx
+            is not installed: every layer has to run in float.
     """
 
     model: str | bytes
     quantized: bool = False
     float_layers: tuple[str, ...] = ()
+    needs_float: bool = False
 
 
 def rewrite_for_cpu(
@@ -93,8 +101,10 @@ def rewrite_for_cpu(
 
     Raises:
         ArtifactError: Not an ONNX file, or its record of residual branches is damaged.
-        UnavailableError: The package onnx is not installed.
     """
+    if not hardware.installed("onnx"):
+        quantized = is_quantized(path)
+        return CpuModel(model=os.fspath(path), quantized=quantized, needs_float=quantized)
     model = io.load(path)
     changed = to_unsigned(model)
     float_layers = dequantize_saturating(model) if saturates else ()
@@ -110,6 +120,11 @@ def rewrite_for_cpu(
         quantize_early(model)
     serialized = bytes(model.SerializeToString())
     return CpuModel(model=serialized, quantized=True, float_layers=float_layers)
+
+
+def is_quantized(path: str | os.PathLike[str]) -> bool:
+    """Whether an ONNX file names QuantizeLinear or DequantizeLinear. Needs no onnx."""
+    return b"uantizeLinear" in Path(path).read_bytes()
 
 
 def to_unsigned(model: Any) -> int:

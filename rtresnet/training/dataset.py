@@ -17,8 +17,8 @@ import numpy as np
 
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import DataError, InputError
+from rtresnet.core.reporter import escape_cell
 from rtresnet.core.serialization import from_json
-from rtresnet.core.terminal import escape_cell
 from rtresnet.data import cache, loader, validation
 from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.data.validation import Progress, Scan

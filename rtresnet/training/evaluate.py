@@ -74,7 +74,10 @@ class Views:
         if self.protocol == "10-crop":
             views = five_crops(image, preprocess)
         else:
-            views = [resize_shorter(image, scale) for scale in self.scales_for(preprocess)]
+            views = [
+                resize_shorter(image, scale, preprocess.interpolation)
+                for scale in self.scales_for(preprocess)
+            ]
         return views + [view[:, ::-1] for view in views]
 
 
@@ -85,7 +88,8 @@ def dense_scales(size: int) -> tuple[int, ...]:
 
 def five_crops(image: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
     """Top left, top right, bottom left, bottom right and centre: uint8 [size, size, 3] each."""
-    side, image = preprocess.size, resize_shorter(image, preprocess.resize)
+    side = preprocess.size
+    image = resize_shorter(image, preprocess.resize, preprocess.interpolation)
     bottom, right = image.shape[0] - side, image.shape[1] - side
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
     crops = [image[top : top + side, left : left + side] for top, left in corners]

@@ -253,7 +253,7 @@ def resolve(
     if weights == "imagenet":
         if spec is None:
             raise InputError("--weights imagenet", fix="say of which net: --model NAME")
-        return download.imagenet(spec.name), None
+        return download.imagenet(spec.name, reporter), None
     assert weights is not None
     return checkpoint.load(weights, model=model), Path(weights)
 

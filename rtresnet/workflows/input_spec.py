@@ -43,6 +43,7 @@ class InputConfig(Config):
         mean: For each channel (R, G, B), in units of [0, 1].
         std: As `mean`.
         preset: "imagenet", "half" (mean and std 0.5) or "unit" (mean 0, std 1) in place of both.
+        interpolation: Filter of the resize.
     """
 
     size: int | None = option(
@@ -66,6 +67,9 @@ class InputConfig(Config):
         None,
         "Mean and std by name: imagenet, half (0.5 and 0.5) or unit (0 and 1).",
     )
+    interpolation: Literal["bilinear", "bicubic"] | None = option(
+        None, "Filter of the resize.", default_text="from the sidecar, or bilinear"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +86,8 @@ class InputConfig(Config):
     @property
     def empty(self) -> bool:
         """Whether nothing is stated."""
-        return self.size is None and self.mean is None and self.std is None
+        stated = (self.size, self.mean, self.std, self.interpolation)
+        return all(value is None for value in stated)
 
     def applied_to(self, base: Preprocess) -> Preprocess:
         """`base` with what is stated in its place."""
@@ -90,9 +95,9 @@ class InputConfig(Config):
         if self.size is not None and self.size != base.size:
             changed |= {"size": self.size, "resize": Preprocess.for_size(self.size).resize}
         changed |= {
-            name: channels
-            for name, channels in (("mean", self.mean), ("std", self.std))
-            if channels is not None
+            name: value
+            for name in ("mean", "std", "interpolation")
+            if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(base, **changed)
 

@@ -79,12 +79,12 @@ def lint(
         ArtifactError: The file is damaged, or does not match its sidecar.
         UnavailableError: The package onnx is missing.
     """
-    from rtresnet.onnxlib import io
-    from rtresnet.quantization import lint as rules
-
     path = artifacts.require_onnx(path, "lint")
     if not hardware.installed("onnx"):
         raise missing_package("onnx", "reading an ONNX file")
+    from rtresnet.onnxlib import io
+    from rtresnet.quantization import lint as rules
+
     sidecar = artifacts.verify(path)
     model = io.load(path, fix=None)  # not checked: the rules say why it is refused
     try:

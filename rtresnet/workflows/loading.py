@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, hardware
 from rtresnet.core.config import Config, option
-from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.core.errors import InputError, UnavailableError, missing_package
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import restated
 from rtresnet.workflows.input_spec import InputConfig
@@ -273,9 +273,7 @@ def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> S
 def require_torch(purpose: str) -> None:
     """Raises UnavailableError where torch is not installed."""
     if not hardware.installed("torch"):
-        raise UnavailableError(
-            f"{purpose} needs torch, which is not installed", fix="pip install torch"
-        )
+        raise missing_package("torch", purpose)
 
 
 def torch_device(choice: str) -> str:

@@ -259,7 +259,8 @@ def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
         record["parent_sha256"] = sidecar.parent.sha256
     if sidecar.input_known:
         record["input"] = (
-            f"{preprocess.layout}, {preprocess.size} px of {preprocess.resize}, "
+            f"{preprocess.layout}, {preprocess.size} px of {preprocess.resize} "
+            f"({preprocess.interpolation}), "
             f"mean {preprocess.mean}, std {preprocess.std}"
         )
     if sidecar.assumed:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rtresnet.core import atomic_io, hardware, typed_json
+from rtresnet.core import atomic_io, hardware, serialization
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.workflows.predictor import Prediction
 
@@ -198,7 +198,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     """Parses a whole line; None at the end of the file, and for what a killed process left."""
     with contextlib.suppress(InputError):
         data = line.encode("utf-8", "surrogateescape")
-        record = typed_json.parse(data, where="") if line.endswith("\n") else None
+        record = serialization.parse(data, where="") if line.endswith("\n") else None
         return record if isinstance(record, dict) else None
     return None
 

@@ -80,7 +80,7 @@ def quickstart(
     missing = [hardware.DISTRIBUTIONS.get(m, m) for m in NEEDED if not hardware.installed(m)]
     if missing:
         raise UnavailableError(
-            f"quickstart needs {', '.join(missing)}", fix="pip install " + " ".join(missing)
+            f"quickstart needs {', '.join(missing)}", fix="pip install 'rtresnet[all-cpu]'"
         )
     begin = time.monotonic()
     with locks.hold_folder(out, warn=reporter.note):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from rtresnet.core import reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, missing_package
-from rtresnet.core.reporter import Reporter, Update
-from rtresnet.core.terminal import escape_cell
+from rtresnet.core.reporter import Reporter, Update, escape_cell
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rtresnet.cli import common, console
 from rtresnet.cli.main import main
-from rtresnet.core import terminal
+from rtresnet.core import reporter
 from rtresnet.reporting import tables
 
 Captured = pytest.CaptureFixture[str]
@@ -42,7 +42,7 @@ def harmless(captured: Captured) -> str:
     """Everything that was printed, once it holds no character that controls a terminal."""
     out, err = captured.readouterr()
     for text in (out, err):
-        assert terminal.escape(text) == text
+        assert reporter.escape(text) == text
     return out + err
 
 

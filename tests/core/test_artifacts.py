@@ -122,6 +122,13 @@ def test_the_sidecars_format_is_pinned_byte_for_byte(kind: str) -> None:
     assert from_json(Sidecar, json.loads(text)) == KINDS[kind]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sidecar_from_before_interpolation_reads_as_bilinear(kind: str) -> None:
+    text = (GOLDEN / f"{kind}-before-interpolation.json").read_text(encoding="utf-8")
+    sidecar = from_json(Sidecar, json.loads(text))
+    assert sidecar == KINDS[kind] and sidecar.input.interpolation == "bilinear"
+
+
 def test_a_record_from_before_there_were_top_k_files_is_one_of_logits() -> None:
     old = json.loads(to_json(FULL))
     del old["topk"]
@@ -282,13 +289,13 @@ def test_a_missing_schema_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["kind", "file", "model", "input", "weights", "precision"])
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     error = broken(tmp_path / "net.pt", {}, drop=field)
-    assert f"'{field}'" in str(error)
+    assert f"`{field}`" in str(error)
     assert "rtresnet make net.pt" in str(error)
 
 
 def test_a_missing_field_of_a_part_is_named(tmp_path: Path) -> None:
     model = {"architecture": "resnet20", "classes": ["a"], "shortcut": "A"}
-    assert "'stride_in'" in str(broken(tmp_path / "net.pt", {"model": model}))
+    assert "`stride_in`" in str(broken(tmp_path / "net.pt", {"model": model}))
 
 
 def test_an_unknown_field_is_named(tmp_path: Path) -> None:
@@ -302,8 +309,8 @@ def test_an_unknown_field_is_named(tmp_path: Path) -> None:
         ("bytes", None, "bytes"),
         ("kind", 3, "kind"),
         ("sha256", ["a"], "sha256"),
-        ("model", "resnet20", "Model"),
-        ("model", None, "Model"),
+        ("model", "resnet20", "$.model"),
+        ("model", None, "$.model"),
         ("measured", [1], "measured"),
         ("plan", {"builder": "x"}, "version"),
         ("parent", {"file": 1, "sha256": "x"}, "file"),

@@ -89,9 +89,14 @@ def test_a_name_like_none_of_them_comes_with_all_of_them() -> None:
     assert str(error) == "unknown method 'zzz'; known: minmax, entropy, percentile"
 
 
-def test_a_missing_package_says_what_for_and_how_to_install_it() -> None:
-    error = missing_package("scikit-learn", "the data set 'digits'")
+@pytest.mark.parametrize(("package", "fix"), [
+    ("scikit-learn", "pip install 'rtresnet[demo]'"),
+    ("torch", "pip install 'rtresnet[train]'"),
+    ("cuda-python", "pip install cuda-python"),
+])  # fmt: skip
+def test_missing_package_names_the_purpose_and_the_extra(package: str, fix: str) -> None:
+    error = missing_package(package, "the data set 'digits'")
     assert error.exit_code == 3
-    assert "the data set 'digits'" in str(error)
-    assert error.fix == "pip install scikit-learn"
+    assert "the data set 'digits'" in str(error) and package in str(error)
+    assert error.fix == fix
     assert "\n" not in str(error)

@@ -135,7 +135,7 @@ def test_digits_are_grey_and_use_the_whole_range() -> None:
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UnavailableError, match="pip install scikit-learn"):
+    with pytest.raises(UnavailableError, match="scikit-learn"):
         open_source("digits")
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from rtresnet.builder import layers
 from rtresnet.cli.main import main
-from rtresnet.core import artifacts, atomic_io
+from rtresnet.core import artifacts, atomic_io, hardware
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
@@ -52,6 +52,10 @@ def make(folder: Path) -> None:
         shutil.copy(file, folder / name)
     (folder / "foreign").mkdir()
     torch.save({"state_dict": net.state}, folder / "foreign" / "net.pth")
+    if hardware.installed("safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(net.state, folder / "foreign" / "net.safetensors")
     _images(folder, rng.integers(0, 256, (4, 24, 32, 3), dtype=np.uint8))
     _sets(folder, rng)
     _journal(folder / "journal")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rtresnet.cli.main import main as rtresnet
-from rtresnet.core import atomic_io
+from rtresnet.core import atomic_io, hardware
 from rtresnet.data.decode import decode
 from rtresnet.data.sources import open_images, open_source
 from tests.fuzz import corpus
@@ -131,9 +131,15 @@ def _journal(path: Path) -> None:
 
 T = Target
 RESULTS = ("bench", "bench-find", "eval", "compare", "profile")
+SAFETENSORS = (
+    T(name="safetensors", file="foreign/net.safetensors", mutate=by.damaged, read=_inspect),
+)
+if not hardware.installed("safetensors"):
+    SAFETENSORS = ()
 TARGETS = (
     T(name="checkpoint", file="checkpoint/net.pt", mutate=by.checkpoint, read=_checkpoint),
     T(name="checkpoint-foreign", file="foreign/net.pth", mutate=by.checkpoint, read=_inspect),
+    *SAFETENSORS,
     T(name="checkpoint-hashed", file="chain/net.pt", mutate=by.damaged, read=_inspect, hashed=True),
     T(name="onnx-inspect", file="onnx/resnet8.onnx", mutate=by.onnx_graph, read=_inspect),
     T(

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rtresnet.core import artifacts, atomic_io
-from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
+from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, UnknownNameError
 from rtresnet.core.preprocess import IMAGENET_MEAN, Preprocess
+from rtresnet.core.reporter import LogReporter, Update
 from rtresnet.core.sidecar import Weights
 from rtresnet.models import download as public
 from rtresnet.models import zoo
@@ -210,6 +214,91 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes)
     assert "cannot be read as a checkpoint" in refusal(path)
 
 
+@pytest.fixture
+def safetensors(tmp_path: Path) -> Callable[..., Path]:
+    """safetensors(state, name="net.safetensors", **metadata): a file in that format."""
+    library = pytest.importorskip("safetensors.torch")
+
+    def write(state: State, name: str = "net.safetensors", **metadata: str) -> Path:
+        library.save_file(state, tmp_path / name, metadata or None)
+        return tmp_path / name
+
+    return write
+
+
+def test_load_safetensors_reads_a_foreign_checkpoint(safetensors: Callable[..., Path]) -> None:
+    state = weights("resnet18", 7)
+    path = safetensors(state, format="pt", rtresnet="1")
+    loaded = load(path)
+    assert loaded.spec == zoo.spec("resnet18") and loaded.model.classes == tuple("0123456")
+    assert loaded.weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_same(loaded.state, state)
+    assert artifacts.kind_of(path) == "checkpoint"
+
+
+def test_load_safetensors_naming_another_net_is_refused(
+    safetensors: Callable[..., Path],
+) -> None:
+    message = refusal(safetensors(weights("resnet50"), architecture="resnetaa50"))
+    assert "resnetaa50" in message and "resnet50" in message
+
+
+@pytest.mark.parametrize("keep", [0.999, 0.5, 0.01])
+def test_load_safetensors_truncated_is_refused(
+    safetensors: Callable[..., Path], keep: float
+) -> None:
+    path = safetensors(weights())
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    assert "truncated" in refusal(path)
+
+
+def _safetensors_bytes(header: object, length: int | None = None) -> bytes:
+    text = json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize("data", [
+    b"hello", b"PK\x03\x04" * 100, b"\0" * 1000, b"\x80\x04" + b"." * 50,
+    _safetensors_bytes({}, 1 << 62),
+    _safetensors_bytes({"fc.weight": ONE}),
+    _safetensors_bytes({"fc.weight": ONE | {"data_offsets": [0, 1 << 40]}}) + b"1234",
+    _safetensors_bytes({"fc.weight": ONE | {"shape": [1 << 62, 1 << 62]}}) + b"1234",
+    _safetensors_bytes({"a": ONE, "b": ONE}) + b"1234",
+    _safetensors_bytes({"fc.weight": ONE | {"dtype": "OBJECT"}}) + b"1234",
+    _safetensors_bytes({"__metadata__": {"arch": 3}, "fc.weight": ONE}) + b"1234",
+])  # fmt: skip
+def test_load_safetensors_hostile_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    pytest.importorskip("safetensors")
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(data)
+    assert "not a valid safetensors file" in refusal(path)
+
+
+def test_load_safetensors_not_finite_is_refused(safetensors: Callable[..., Path]) -> None:
+    state = weights()
+    state["fc.bias"][0] = float("nan")
+    assert "fc.bias" in refusal(safetensors(state))
+
+
+def test_load_safetensors_without_the_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "net.safetensors").write_bytes(b"anything")
+    with pytest.raises(UnavailableError) as caught:
+        load(tmp_path / "net.safetensors")
+    assert caught.value.fix == "pip install 'rtresnet[train]'"
+
+
+def test_save_to_safetensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        save(tmp_path / "net.safetensors", ours())
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt").touch()
     assert "is empty" in refusal(tmp_path / "net.pt")
@@ -234,7 +323,18 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     [
         ({"rtresnet": 99}, "format 99"),
         ({"model": {"architecture": "resnet8"}}, "classes"),
-        ({"model": {"flavour": "vanilla"}}, "flavour"),
+        (
+            {
+                "model": {
+                    "architecture": "resnet8",
+                    "classes": ["a"],
+                    "shortcut": "A",
+                    "stride_in": "3x3",
+                    "flavour": "vanilla",
+                }
+            },
+            "flavour",
+        ),
         ({"weights": {"origin": 3}}, "origin"),
         ({"input": {"size": 0, "resize": 0}}, "size 0"),
         (
@@ -655,6 +755,39 @@ def test_a_download_is_checked_and_kept(tmp_path: Path) -> None:
     assert path == cache / source.name
     assert path.read_bytes() == source.read_bytes()
     assert list(cache.iterdir()) == [path]
+
+
+def test_download_reports_progress_in_bytes(tmp_path: Path) -> None:
+    source = hashed(tmp_path / "mirror", "net", b"weights" * 300_000)
+    calls: list[tuple[float | None, float | None]] = []
+
+    class Recorder(LogReporter):
+        @contextlib.contextmanager
+        def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
+            def update(
+                completed: float | None = None,
+                description: str | None = None,
+                total: float | None = None,
+            ) -> None:
+                calls.append((completed, total))
+
+            yield update
+
+    public.download(source.as_uri(), tmp_path / "cache", Recorder())
+    assert calls[0] == (0, 2_100_000) and calls[-1] == (2_100_000, None) and len(calls) > 2
+
+
+def test_download_server_that_stops_answering_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(public, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/net-01234567.pth"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with pytest.raises(InputError) as caught:
+            public.download(url, tmp_path / "cache")
+    assert caught.value.fix is not None and "--weights FILE" in caught.value.fix
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_second_download_needs_no_network(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -811,6 +812,57 @@ def test_backend_without_vnni_gives_the_same_answers_and_says_how(
     assert without.int8_note is not None and "conv1" in without.int8_note
     assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").int8_note is None
     assert relative(without.infer(batch), with_vnni.infer(batch)) < 0.05
+
+
+@pytest.fixture
+def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = hardware.installed
+    monkeypatch.setattr(hardware, "installed", lambda name: name != "onnx" and installed(name))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "onnx"]:
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_backend_without_onnx_computes_int8_as_the_file_says(
+    onnx_file: OnnxFile,
+    images: Images,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    saturates: bool,
+) -> None:
+    path, batch = onnx_file("resnet8", "int8"), images(4)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    expected = plain.run(None, {plain.get_inputs()[0].name: batch})[0]
+    monkeypatch.setattr(hardware, "int8_sums_saturate", lambda: saturates)
+    request.getfixturevalue("without_onnx")
+    backend = OrtBackend(path, provider="auto" if saturates else "cpu")
+    assert backend.provider == "ONNX Runtime CPU"
+    assert backend.int8_note is not None and "rtresnet[export]" in backend.int8_note
+    assert relative(backend.infer(batch), expected) < 0.01
+
+
+def test_backend_without_onnx_runs_fp32(
+    onnx_file: OnnxFile, images: Images, request: pytest.FixtureRequest
+) -> None:
+    path, batch = onnx_file("resnet8", "fp32"), images(4)
+    expected = OrtBackend(path, provider="cpu").infer(batch)
+    request.getfixturevalue("without_onnx")
+    backend = OrtBackend(path, provider="cpu")
+    assert backend.int8_note is None
+    assert np.array_equal(backend.infer(batch), expected)
+
+
+def test_openvino_without_onnx_and_vnni_refuses_int8(
+    onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    path = onnx_file("resnet8", "int8")
+    monkeypatch.setattr(hardware, "int8_sums_saturate", lambda: True)
+    request.getfixturevalue("without_onnx")
+    with pytest.raises(UnavailableError) as caught:
+        OrtBackend(path, provider="openvino")
+    assert caught.value.fix == "pip install 'rtresnet[export]'"
 
 
 def products(model: onnx.ModelProto, batch: np.ndarray) -> dict[str, int]:

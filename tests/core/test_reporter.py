@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rtresnet.core import terminal
+from rtresnet.core import reporter
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,9 @@ from rtresnet.core import terminal
     ],
 )
 def test_escape_shows_control_characters(text: str, shown: str) -> None:
-    assert terminal.escape(text) == shown
-    assert terminal.escape(shown) == shown
+    assert reporter.escape(text) == shown
+    assert reporter.escape(shown) == shown
 
 
 def test_escape_cell_keeps_a_cell_on_one_line() -> None:
-    assert terminal.escape_cell("a\nb\tc\x1b") == "a\\x0ab\\x09c\\x1b"
+    assert reporter.escape_cell("a\nb\tc\x1b") == "a\\x0ab\\x09c\\x1b"

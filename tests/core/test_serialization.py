@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict
 
-from rtresnet.core import typed_json
+from rtresnet.core import serialization
 from rtresnet.core.errors import ArtifactError, InputError
 
 
@@ -24,8 +26,8 @@ class Outer(TypedDict):
 def read(text: str | bytes, tmp_path: Path) -> Outer:
     path = tmp_path / "a.json"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    value = typed_json.load(path, error=ArtifactError)
-    return typed_json.convert(value, Outer, where=str(path), at="result", error=ArtifactError)
+    value = serialization.load(path, error=ArtifactError)
+    return serialization.convert(value, Outer, where=str(path), at="result", error=ArtifactError)
 
 
 def test_convert_valid_file_returns_declared_fields(tmp_path: Path) -> None:
@@ -73,10 +75,41 @@ def test_load_malformed_json_is_refused(text: str | bytes, tmp_path: Path) -> No
 def test_load_names_the_fix(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError) as caught:
-        typed_json.load(tmp_path / "a.json", fix="write it again")
+        serialization.load(tmp_path / "a.json", fix="write it again")
     assert caught.value.fix == "write it again"
 
 
 def test_load_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('"\\ud83d\\ude00"')
-    assert typed_json.load(tmp_path / "a.json") == "\U0001f600"
+    assert serialization.load(tmp_path / "a.json") == "\U0001f600"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    counts: dict[str, int]
+    parts: tuple[Part, ...] = ()
+    best: Part | None = None
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def test_from_json_round_trip_keeps_the_record() -> None:
+    record = Record({"Int8": 3}, (Part(1), Part(2, 0.5)), Part(3), {"x": [1, {"y": None}]})
+    assert serialization.from_json(Record, json.loads(serialization.to_json(record))) == record
+
+
+@pytest.mark.parametrize("data", [
+    [], {}, {"counts": {"Int8": "many"}}, {"counts": {"Int8": True}}, {"counts": {"Int8": 1.5}},
+    {"counts": {}, "parts": [{"size": True}]}, {"counts": {}, "parts": "ab"},
+    {"counts": {}, "parts": [{"size": 1, "scale": "1"}]}, {"counts": {}, "other": 1},
+    {"counts": {}, "parts": [{"size": 1}, {"size": 1, "other": 1}]},
+    {"counts": {}, "best": {"size": 1, "other": 1}}, {"counts": {}, "best": {}},
+])  # fmt: skip
+def test_from_json_wrong_missing_or_unknown_field_is_refused(data: Any) -> None:
+    with pytest.raises(TypeError):
+        serialization.from_json(Record, data)
