@@ -1,1 +1,1 @@
-"""The command line: one file a verb; `main.py` catches every error in one place."""
+"""The command line: one file for each command; `main.py` catches every error in one place."""

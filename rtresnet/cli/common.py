@@ -102,7 +102,7 @@ def err_console() -> Console:
 
 
 def given() -> set[str]:
-    """The parameters of the verb that runs which stand on its command line, by Python's names."""
+    """The parameters that are on the running command's command line, by their Python names."""
     context = click.get_current_context()
     return {
         name

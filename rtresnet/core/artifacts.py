@@ -57,7 +57,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
-    """The path, if it is a readable file that may be ONNX; for a verb that takes nothing else.
+    """The path, if it is a readable file that may be ONNX; for a command that takes nothing else.
 
     Args:
         path: What was named.

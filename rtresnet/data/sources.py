@@ -1,4 +1,4 @@
-"""Images by name: one way to say where they are, the same for every verb.
+"""Images by name: one way to say where they are, the same for every command.
 
     digits              8x8 scans that scikit-learn ships, shown as 32x32; no network
     fashion-mnist:DIR   idx files, plain or .gz

@@ -1,4 +1,4 @@
-"""What was measured, gathered from the verbs' JSON files and from artifacts' sidecars.
+"""What was measured, gathered from the commands' JSON files and from artifacts' sidecars.
 
 What a file may hold stands in `result_files.py`. Knows no page; see `result_tables.py` and those
 that use it.
@@ -132,7 +132,7 @@ def gather(paths: Iterable[str | Path]) -> Gathered:
     """Reads files and folders.
 
     Args:
-        paths: JSON files that verbs wrote with `--json`, artifacts or their sidecars, or folders
+        paths: JSON files that commands wrote with `--json`, artifacts or their sidecars, or folders
             of these.
 
     Raises:
@@ -168,7 +168,7 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def _is_result(file: Path) -> bool:
-    """Whether a verb that reports are made of wrote it: a folder holds other JSON files too."""
+    """Whether it is a result that reports show; a folder holds other JSON files too."""
     if file.suffix != ".json":
         return False
     with contextlib.suppress(InputError):

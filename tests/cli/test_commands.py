@@ -15,6 +15,7 @@ import pytest
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
 from rtresnet.core.artifacts import chain, read_sidecar
+from tests.conftest import as_foreign
 
 needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 
@@ -311,6 +312,7 @@ def test_a_plan_of_an_onnx_file_without_sidecar_says_what_it_had_to_guess(
 ) -> None:
     stray = tmp_path / "stray.onnx"
     stray.write_bytes((engines / "resnet8.onnx").read_bytes())
+    as_foreign(stray)
     run(["build", str(stray)], tmp_path)
     assert "without sidecar" in capsys.readouterr().err
     sidecar = read_sidecar(tmp_path / "stray.plan")
