@@ -197,6 +197,8 @@ class Api:
             except Exception as error:
                 response = self._failed(error, identity)
             response.headers["x-request-id"] = identity
+            if not self._ready():  # stopping: the client's next request goes elsewhere
+                response.headers["connection"] = "close"
             if method == "POST":
                 seconds = time.monotonic() - began
                 model = getattr(request.state, "model", "")

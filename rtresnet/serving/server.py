@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +38,8 @@ log = logging.getLogger("rtresnet.serve")
 HEADER_BYTES, IDLE_SECONDS = 32 * 1024, 75
 HEADER_SECONDS = 10.0  # within which the head of a request must arrive
 CONNECTIONS = 2048
+ACCEPT_SECONDS = 0.1  # for connections that wait in the queue when no new ones are taken
+ACCEPTED_SECONDS = 0.5  # that a connection without a request is kept open at the end
 LEAVE_SECONDS = 0.5  # not ready, and still answering, so that load balancers take notice
 
 
@@ -66,6 +70,7 @@ class _Protocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _head = 0
     _in_body = False
+    _begun = _ending = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -108,7 +113,22 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._in_body, self._fields = True, 0
+        self._begun = True
         super().on_headers_complete()
+        if self._ending:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """As uvicorn's; but a connection that was just accepted may still send its request."""
+        self._ending = True
+        if self._begun:
+            super().shutdown()
+        else:
+            asyncio.get_running_loop().call_later(ACCEPTED_SECONDS, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if not self._begun and not self.transport.is_closing():
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -212,6 +232,8 @@ class Server:
         log.info("stopping", extra={"fields": {"device_lost": lost}})
         watching.cancel()
         await asyncio.sleep(0 if lost else min(LEAVE_SECONDS, options.grace))
+        _refuse_connections(sockets[0])
+        await asyncio.sleep(0 if lost else ACCEPT_SECONDS)
         web.should_exit = True
         if rpc is not None:
             await rpc.stop(0 if lost else options.grace)
@@ -296,6 +318,20 @@ def _bind(host: str, port: int) -> socket.socket:
             f"{host}:{port}: {error.strerror or error}", fix="choose another --host or --port"
         ) from None
     return listener
+
+
+def _refuse_connections(listener: socket.socket) -> None:
+    """Has the kernel ignore new connections, so that none is waiting when the socket is closed.
+
+    Closing a socket resets the connections in its queue. A filter that drops every packet stops new
+    ones; those in the queue are accepted and answered.
+    """
+    if sys.platform != "linux":
+        return
+    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
+    program = struct.pack("HP", 1, ctypes.addressof(drop))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
 
 
 def log_to_stderr() -> None:

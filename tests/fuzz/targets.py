@@ -64,8 +64,7 @@ def _session(path: Path) -> None:
 
 
 def _quantize(path: Path) -> int:
-    stated = ["--size", "32", "--mean", "0,0,0", "--std", "1,1,1"]
-    return rtresnet(["quantize", str(path), "--fp16", *stated, "--out", f"{path}.half.onnx"])
+    return rtresnet(["quantize", str(path), "--fp16", "--out", f"{path}.half.onnx"])
 
 
 def _sidecar(path: Path) -> int:
