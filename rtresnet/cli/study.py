@@ -102,7 +102,8 @@ def _show(
         drawn = error_curves(panels(result.nets), title=result.title, subtitle=result.note)
     headings, rows = study_tables.table(result.nets)
     tables.show(common.out_console(), headings, rows)
-    common.note(f"{result.note}.\n{ABOUT}")
+    common.note(f"{result.note}.")
+    common.note(ABOUT)
     parts = [
         page.table(headings, rows),
         page.paragraph(ABOUT, "dim"),
