@@ -93,3 +93,13 @@ def test_page_with_long_words_does_not_scroll_sideways(
         "}</script></body>"
     )
     assert f'data-measured="{width} of {width}"' in browser(host)
+
+
+def test_latency_distribution_with_a_long_tail_has_a_logarithmic_axis() -> None:
+    pytest.importorskip("matplotlib")
+    from rtresnet.reporting import plots
+
+    tail = [0.4 + n / 1000 for n in range(95)] + [17.0] * 5
+    text = plots.latency_distribution({"fp32": tail}, "ms")
+    assert "latency, ms, logarithmic" in text and ">0.5</text>" in text and ">10</text>" in text
+    assert "logarithmic" not in plots.latency_distribution({"fp32": [1.0, 2.0, 3.0]}, "ms")
