@@ -31,7 +31,8 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 TABLES = {"engines table": "engines"}  # marker in the README: file in benchmarks/results
 EXAMPLES = ("pipeline.py", "serve_threads.py")
-BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+# "console commands": the commands run, and their output is not shown
+BLOCK = re.compile(r"```(console(?: commands)?)\n(.*?)```", re.DOTALL)
 SCREENSHOTS = {
     # name: (page below the session's folder, width, height)
     "report": ("report.html", 1200, 760),
@@ -48,7 +49,7 @@ def pages() -> list[Path]:
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
     """(command, what it prints) of every console block."""
-    for block in BLOCK.findall(text):
+    for _, block in BLOCK.findall(text):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")
             yield command, shown
@@ -80,8 +81,11 @@ def with_output(text: str, folder: Path) -> str:
     """The text with every console block's commands run in `folder`, and their output."""
 
     def replace(block: re.Match[str]) -> str:
-        parts = [f"$ {c}\n{run(c, folder)}\n" for c, _ in commands(block[0])]
-        return "```console\n" + "".join(parts) + "```"
+        parts = []
+        for command, _ in commands(block[0]):
+            output = run(command, folder)
+            parts.append(f"$ {command}\n" + (f"{output}\n" if block[1] == "console" else ""))
+        return f"```{block[1]}\n" + "".join(parts) + "```"
 
     return BLOCK.sub(replace, text)
 
