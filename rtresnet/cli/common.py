@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rtresnet.core.errors import InputError
-from rtresnet.core.reporter import escape
+from rtresnet.core.reporter import escape_cell
 
 if TYPE_CHECKING:
     from rtresnet.cli.console import Console
@@ -113,7 +113,7 @@ def given() -> set[str]:
 
 def say(line: str) -> None:
     """Prints a line of the result."""
-    click.echo(escape(line), err=json_on_stdout())
+    click.echo(escape_cell(line), err=json_on_stdout())
 
 
 def footer(lines: Iterable[str]) -> None:
@@ -124,7 +124,7 @@ def footer(lines: Iterable[str]) -> None:
 
 def note(line: str) -> None:
     """Prints a line on standard error, above a progress bar where there is one."""
-    print(escape(line), file=sys.stderr)
+    print(escape_cell(line), file=sys.stderr)
 
 
 def int8_notes(entries: Iterable[dict[str, Any]]) -> list[str]:

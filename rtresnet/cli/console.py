@@ -12,23 +12,27 @@ from rich import console
 from rich.segment import Segment
 from rich.text import Text
 
-from rtresnet.core.reporter import Update, escape
+from rtresnet.core.reporter import Update, escape, escape_cell
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
 
 
 class Console(console.Console):
-    """Prints text as it is: no markup, no emoji codes, no control characters of a file."""
+    """Prints text without markup, emoji codes and control characters.
+
+    A string is one line: its line ends are escaped, so that a name from a file cannot forge a line
+    of output. Several lines on purpose are several calls, or a `rich.text.Text`.
+    """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def render_str(self, text: str, *arguments: Any, **options: Any) -> Text:
-        """As rich's, which would drop some control characters without a trace."""
-        return super().render_str(escape(text), *arguments, **options)
+        """Escape what rich would drop without a trace, or print as further lines."""
+        return super().render_str(escape_cell(text), *arguments, **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
-        """As rich's; every renderable passes here on its way to the terminal."""
+        """Escape the text of every renderable, keeping the line ends of its layout."""
         for segment in super().render(*arguments, **options):
             yield segment if segment.control else Segment(escape(segment.text), segment.style)
 
@@ -44,6 +48,7 @@ class TerminalReporter:
     @contextlib.contextmanager
     def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
         """A bar with the time left (a spinner without `total`) on a terminal, lines elsewhere."""
+        description = escape_cell(description)
         if not on_terminal():
             self.note(description)
             yield _lines(self, description, total)
@@ -67,22 +72,23 @@ class TerminalReporter:
                 if total is not None and description not in (None, phase):
                     bar.reset(task, total=total)
                 phase = description or phase
-                bar.update(task, completed=completed, description=description, total=total)
+                shown = None if description is None else escape_cell(description)
+                bar.update(task, completed=completed, description=shown, total=total)
 
             yield update
 
     def note(self, line: str) -> None:
         """Prints a line, above a progress bar where there is one."""
-        print(escape(line), file=sys.stderr)
+        print(escape_cell(line), file=sys.stderr)
 
     def warning(self, title: str, body: str) -> None:
         """Prints a frame that nobody can miss."""
         from rich import box
         from rich.panel import Panel
 
-        heading = Text(f"WARNING: {title}")
+        heading = Text(f"WARNING: {escape_cell(title)}")
         Console(stderr=True).print(
-            Panel(body, title=heading, style="bold yellow", box=box.HEAVY, width=78)
+            Panel(Text(body), title=heading, style="bold yellow", box=box.HEAVY, width=78)
         )
 
 

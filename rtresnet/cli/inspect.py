@@ -41,7 +41,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     For a folder, show a table of the artifacts in it.
     """
     from rtresnet.core import atomic_io
-    from rtresnet.reporting import engine_graph, engine_table
+    from rtresnet.reporting import engine_layers
 
     if path.is_dir():
         if layers or svg:
@@ -51,12 +51,12 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     result = inspect(path)
     document = to_builtins(result)
     if layers or svg:
-        document["engine"] = engine_table.as_record(inspect_layers(path))
+        document["engine"] = engine_layers.as_record(inspect_layers(path))
         if svg:
-            atomic_io.write_text(svg, engine_graph.draw(document["engine"], path.name))
+            atomic_io.write_text(svg, engine_layers.draw(document["engine"], path.name))
     _show(result)
     if layers:
-        engine_table.show(common.out_console(), document["engine"])
+        engine_layers.show(common.out_console(), document["engine"])
     if result.operations:
         counted = ", ".join(f"{count} {name}" for name, count in result.operations.items())
         common.say(f"graph: {counted}")

@@ -144,5 +144,6 @@ def _system_error(error: OSError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(escape(f"error: {message}"), err=True)
+    # Further lines are indented: a name from a file cannot forge a line of output.
+    click.echo(escape(f"error: {message}").replace("\n", "\n  "), err=True)
     return code

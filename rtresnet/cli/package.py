@@ -32,10 +32,6 @@ def command(path: Path, root: Path, config: PackageConfig, json_file: str | None
     for line in result.notes:
         REPORTER.note(f"note: {line}")
     batches = f"batches to {result.max_batch}" if result.max_batch else "a fixed batch"
-    common.out_console().print(
-        f"{result.folder}: {result.backend}, {batches}, {result.bytes / 1e6:.1f} MB\n"
-        f"next: tritonserver --model-repository {result.root}",
-        soft_wrap=True,
-        markup=False,
-    )
+    common.say(f"{result.folder}: {result.backend}, {batches}, {result.bytes / 1e6:.1f} MB")
+    common.say(f"next: tritonserver --model-repository {result.root}")
     common.write_json(json_file, "package", result)

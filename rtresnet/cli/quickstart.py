@@ -32,6 +32,7 @@ def command(out: Path, config: QuickstartConfig, json_file: str | None) -> None:
     """
     from rtresnet.cli.console import REPORTER
     from rtresnet.cli.train import show
+    from rtresnet.reporting import run_pages
     from rtresnet.workflows.quickstart import quickstart
 
     done = quickstart(out, config, reporter=REPORTER)
@@ -39,7 +40,14 @@ def command(out: Path, config: QuickstartConfig, json_file: str | None) -> None:
     result = to_builtins(done)
     result["train"]["log"] = result["log"]
     _show(result)
-    _write_page(out / "index.html", result)
+    run_pages.write_quickstart(
+        out / "index.html",
+        result,
+        headings=HEADINGS,
+        rows=rows(result),
+        legend=legend(result),
+        caveat=caveat(result),
+    )
     common.write_json(str(out / "quickstart.json"), "quickstart", result)
     common.say(f"page: {out / 'index.html'}   ({result['seconds']:.0f} s in all)")
     common.say(f"next: rtresnet inspect {out / 'engines' / (result['model'] + '-int8.plan')}")
@@ -115,70 +123,3 @@ def _show(result: dict[str, Any]) -> None:
         f"{', '.join(plans[0]['targets'])}; built without a GPU, they run on one.",
         markup=False,
     )
-
-
-def _write_page(path: Path, result: dict[str, Any]) -> None:
-    from rtresnet.core import artifacts, atomic_io
-    from rtresnet.reporting import page, plots
-
-    tested = result["train"]["measured"]
-    samples = {r["precision"]: r["samples"] for r in result["bench"]["results"] if r["batch"] == 1}
-    links = [
-        (
-            str(link),
-            record.precision if record else None,
-            record.sha256[:16] if record else None,
-            state,
-        )
-        for link, record, state in artifacts.chain(result["export"]["plans"][-1]["plan"])
-    ]
-    attested = [
-        (
-            Path(plan["plan"]).name,
-            plan["attested"]["convolutions"],
-            ", ".join(f"{n} {dtype}" for dtype, n in plan["attested"]["dtypes"].items()),
-            plan["attested"]["layers"],
-            round(plan["seconds"], 2),
-        )
-        for plan in result["export"]["plans"]
-    ]
-    parts = [
-        page.paragraph(
-            f"{result['model']} trained on {result['data']}, exported, quantized, compiled into "
-            f"TensorRT engines and measured in {result['seconds']:.0f} s.",
-        ),
-        page.heading("Three precisions of one net"),
-        page.table(HEADINGS, rows(result)),
-        page.paragraph(legend(result), "dim"),
-        *([page.paragraph(slow, "note")] if (slow := caveat(result)) else []),
-        page.side_by_side(
-            page.heading("Training")
-            + page.picture(
-                plots.training_curve(result["log"]),
-                f"Error on the training and the {tested['val_n']} held-out images. Test top-1 "
-                f"{tested['test_top1']:.2f} % of {tested['test_n']} images, looked at once.",
-            ),
-            page.heading("Latency")
-            + page.picture(
-                plots.latency_distribution(samples, "ms a batch of 1"),
-                "Every request, one after another, the three files in turn.",
-            ),
-        ),
-        page.heading("What the builder attests"),
-        page.table(("plan", "convolutions", "they take", "layers", "built in s"), attested),
-        page.paragraph(
-            "Read from TensorRT's own layer dump at build time: the type each convolution's "
-            "kernel takes as input.",
-            "dim",
-        ),
-        page.heading("Where the INT8 plan came from"),
-        page.table(("artifact", "precision", "sha256", "state"), links),
-        page.heading("Do it yourself"),
-        page.code(
-            f"rtresnet train --model {result['model']} --data {result['data']}\n"
-            f"rtresnet export --model {result['model']} --int8 --calib {result['data']}\n"
-            f"rtresnet bench engines/{result['model']}-int8.onnx"
-        ),
-    ]
-    title = f"{result['model']} on {result['data']}: FP32, FP16, INT8"
-    atomic_io.write_text(path, page.document(title, parts))

@@ -93,7 +93,7 @@ def _show(
 ) -> None:
     """Prints the table, writes figure, page and JSON."""
     from rtresnet.core import artifacts
-    from rtresnet.reporting import page, study_page, study_tables, tables
+    from rtresnet.reporting import page, run_pages, study_tables, tables
 
     drawn = None
     if _can_draw() and any(net.finished for net in result.nets):
@@ -102,7 +102,8 @@ def _show(
         drawn = error_curves(panels(result.nets), title=result.title, subtitle=result.note)
     headings, rows = study_tables.table(result.nets)
     tables.show(common.out_console(), headings, rows)
-    common.note(f"{result.note}.\n{ABOUT}")
+    common.note(f"{result.note}.")
+    common.note(ABOUT)
     parts = [
         page.table(headings, rows),
         page.paragraph(ABOUT, "dim"),
@@ -112,7 +113,7 @@ def _show(
         page.heading("Made by"),
         page.code(artifacts.provenance()["command"]),
     ]
-    study_page.write(
+    run_pages.write_study(
         result.out, result.study, title=result.title, drawn=drawn, about=CAPTION, parts=parts
     )
     common.write_json(str(result.out / f"{result.study}.json"), f"study {result.study}", result)
@@ -147,7 +148,7 @@ def responses(
     """
     from rtresnet.cli.console import REPORTER
     from rtresnet.core import artifacts, atomic_io, locks
-    from rtresnet.reporting import page, study_page, study_tables, tables
+    from rtresnet.reporting import page, run_pages, study_tables, tables
     from rtresnet.workflows.study import short_name, study_responses
 
     with locks.hold_folder(out, warn=common.note):
@@ -163,7 +164,7 @@ def responses(
         )
         shown = f"{result.results[0].n} images of {short_name(data)}"
         drawn = study_tables.response_figure(result.results, shown) if _can_draw() else None
-        study_page.write(
+        run_pages.write_study(
             atomic_io.make_folder(out),
             "responses",
             title="Layer responses",

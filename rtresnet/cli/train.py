@@ -61,9 +61,11 @@ def show(result: TrainResult) -> Path | None:
     if not hardware.installed("matplotlib"):
         common.note("no curves and no page: pip install 'rtresnet[report]'")
         return None
-    from rtresnet.reporting import run_page
+    from rtresnet.reporting import run_pages
 
     folder = result.checkpoint.parent
     recipe, images = result.details
-    run_page.write(folder, title=result.title, recipe=recipe, measured=measured, images=images)
+    run_pages.write_training(
+        folder, title=result.title, recipe=recipe, measured=measured, images=images
+    )
     return folder / "index.html"

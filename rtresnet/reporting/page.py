@@ -15,7 +15,8 @@ STYLE = """
           --accent: #7aa7ff; --warn: #f0b65a; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; color: var(--fg);
-       background: var(--bg); font: 16px/1.55 system-ui, sans-serif; }
+       background: var(--bg); font: 16px/1.55 system-ui, sans-serif;
+       overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .5rem 0; } .dim { color: var(--dim); font-size: .9rem; }
@@ -23,14 +24,14 @@ p { margin: .5rem 0; } .dim { color: var(--dim); font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
-         white-space: nowrap; }
+         white-space: nowrap; overflow-wrap: break-word; }
 th { font-weight: 600; color: var(--dim); font-size: .85rem; }
 td.n, th.n { text-align: right; }
 figure { margin: 1rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; }
 figure.wide { overflow-x: auto; } figure.wide svg { max-width: none; min-width: 44rem; }
 figcaption { color: var(--dim); font-size: .9rem; }
 code, pre { font: .88rem/1.5 ui-monospace, monospace; }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; }
+pre { background: var(--soft); padding: .8rem; white-space: pre-wrap; }
 .tablebox { margin: .6rem 0 1.2rem; }
 button.copy { display: none; font: inherit; font-size: .82rem;
               color: var(--accent); cursor: pointer;
@@ -41,7 +42,7 @@ button.copy { display: none; font: inherit; font-size: .82rem;
          grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); }
 .tile { border: 1px solid var(--line); border-top: 4px solid var(--tile, var(--accent));
         border-radius: .5rem; padding: .7rem .9rem; background: var(--soft); min-width: 0; }
-.tile h3 { margin: 0 0 .2rem; font-size: 1rem; overflow-wrap: anywhere; }
+.tile h3 { margin: 0 0 .2rem; font-size: 1rem; }
 .tile .big { font-size: 1.55rem; font-weight: 650; line-height: 1.25; }
 .tile dl { display: grid; grid-template-columns: 1fr auto; gap: .05rem .6rem; margin: .4rem 0 0;
            font-size: .88rem; } .tile dt { color: var(--dim); } .tile dd { margin: 0; }

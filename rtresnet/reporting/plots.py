@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ def svg(drawn: Any, label: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     # Text without a colour of its own is black whatever the page says.
     text = text.replace("<text ", '<text fill="currentColor" ')
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
 def plain(name: str) -> str:
@@ -110,10 +111,15 @@ def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
 
 
 def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Share of requests answered within a latency, a curve an artifact, up to p99.5."""
+    """Share of requests answered within a latency, a curve an artifact, up to p99.5.
+
+    The axis is logarithmic where a long tail would leave no room for most requests.
+    """
     import numpy as np
 
     drawn, axes = figure()
+    from matplotlib.ticker import LogLocator, NullLocator  # after `figure`, which says if missing
+
     for colour, (name, values) in zip(COLOURS, samples.items(), strict=False):
         ordered = np.sort(values)
         share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
@@ -121,6 +127,13 @@ def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> s
     right = max(np.quantile(values, 0.995) for values in samples.values())
     axes.set(xlabel=f"latency, {unit}", ylabel="requests answered, %", ylim=(0, 100.5))
     axes.set_xlim(0, right * 1.03)
+    if right > 5 * max(np.median(values) for values in samples.values()):
+        axes.set_xscale("log")
+        axes.set_xlim(0.9 * min(min(values) for values in samples.values()), right * 1.03)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(f"latency, {unit}, logarithmic")
     for level in (50, 99):
         axes.axhline(level, linewidth=0.8, linestyle=":", color="#888888")
     axes.legend(frameon=False, loc="lower right")

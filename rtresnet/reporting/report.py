@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import InputError
-from rtresnet.reporting import markdown as markdown_page
 from rtresnet.reporting import result_page, result_tables, results
 from rtresnet.reporting.results import Gathered
 
@@ -69,7 +68,7 @@ def report(
         profiles=len(gathered.profiles),
         searches=len(gathered.searches),
         summary=(*result_tables.summary(gathered), *result_tables.remarks(gathered)),
-        markdown=markdown_page.render(gathered),
+        markdown=result_page.markdown(gathered),
     )
 
 
@@ -77,7 +76,7 @@ def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
     """A caption and a picture of every plan whose layers were kept; notes where they are gone."""
     from rtresnet.builder import layers
     from rtresnet.core import artifacts
-    from rtresnet.reporting import engine_graph
+    from rtresnet.reporting import engine_layers
 
     for artifact in found.artifacts:
         if not artifact.chain or artifact.chain[0][-1] != "ok":  # gone, or not what it was
@@ -92,5 +91,5 @@ def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
         engine = dataclasses.asdict(layers.load(artifact.path, sidecar))
         yield (
             f"The fused layers of {artifact.name}, in the order of execution.",
-            engine_graph.draw(engine, artifact.name),
+            engine_layers.draw(engine, artifact.name),
         )

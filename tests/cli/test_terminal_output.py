@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rtresnet.core import reporter
 from rtresnet.reporting import tables
 
 Captured = pytest.CaptureFixture[str]
-NAME = "\x1b]0;owned\x07\x9b31m[bold]:smile:\u202egnp\r$"
+NAME = "\x1b]0;owned\x07\x9b31m[bold]:smile:\u202egnp\r$\nforged"
 NASTY = f"{NAME}[/red]"
 
 
@@ -39,10 +40,11 @@ def nasty(engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def harmless(captured: Captured) -> str:
-    """Everything that was printed, once it holds no character that controls a terminal."""
+    """Return the output; it holds no control characters, and no name begins a line of its own."""
     out, err = captured.readouterr()
     for text in (out, err):
         assert reporter.escape(text) == text
+        assert not any(line.startswith("forged") for line in text.splitlines())
     return out + err
 
 
@@ -104,6 +106,38 @@ def test_progress_shows_names_as_they_are(
 def test_warning_shows_names_as_they_are(capsys: Captured) -> None:
     common.warn_loudly(NASTY, NASTY)
     assert "[/red]" in harmless(capsys)
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        common.say,
+        common.note,
+        console.REPORTER.note,
+        lambda line: console.Console().print(line),
+        lambda line: console.Console().print(line, soft_wrap=True, style="bold"),
+        lambda line: tables.show(console.Console(), [line], [[line]], title=line),
+    ],
+    ids=("say", "note", "reporter", "print", "soft wrap", "table"),
+)
+def test_output_line_with_a_line_end_in_a_name_stays_one_line(
+    show: Callable[[str], None], capsys: Captured
+) -> None:
+    show("net\nforged\tname")
+    assert "net\\x0aforged\\x09name" in harmless(capsys)
+
+
+def test_progress_without_a_terminal_keeps_a_description_on_one_line(capsys: Captured) -> None:
+    with common.progress("running net\nforged", total=2):
+        pass
+    assert harmless(capsys).splitlines() == ["running net\\x0aforged"]
+
+
+def test_warning_body_keeps_its_lines(capsys: Captured) -> None:
+    common.warn_loudly("two lines", "first\nsecond")
+    lines = harmless(capsys).splitlines()
+    assert any("first" in line and "second" not in line for line in lines)
+    assert any("second" in line and "first" not in line for line in lines)
 
 
 def test_json_on_stdout_is_not_changed(nasty: Path, tmp_path: Path, capsys: Captured) -> None:

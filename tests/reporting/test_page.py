@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -68,3 +69,37 @@ def test_a_browser_renders_it_without_a_complaint(browser: Callable[[str], str])
     dom = browser(sample_page())
     assert dom.count("<svg") == 2
     assert "Title &lt;1&gt;" in dom
+
+
+def test_svg_label_with_markup_is_escaped() -> None:
+    pytest.importorskip("matplotlib")
+    from rtresnet.reporting import plots
+
+    text = plots.svg(plots.training_figure([entry | {"lr": 0.1} for entry in LOG]), '"><script>')
+    assert "<script>" not in text and "&quot;&gt;&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_page_with_long_words_does_not_scroll_sideways(
+    width: int, browser: Callable[..., str]
+) -> None:
+    long = "x" * 300
+    parts = [page.paragraph(long), page.notes([long]), page.code(long), page.heading(long)]
+    host = (
+        f'<body><iframe style="border:0;width:{width}px;height:800px" '
+        f'srcdoc="{html.escape(page.document(long, parts))}"></iframe><script>onload = () => {{'
+        'const page = document.querySelector("iframe").contentDocument.documentElement;'
+        'document.body.dataset.measured = page.scrollWidth + " of " + page.clientWidth;'
+        "}</script></body>"
+    )
+    assert f'data-measured="{width} of {width}"' in browser(host)
+
+
+def test_latency_distribution_with_a_long_tail_has_a_logarithmic_axis() -> None:
+    pytest.importorskip("matplotlib")
+    from rtresnet.reporting import plots
+
+    tail = [0.4 + n / 1000 for n in range(95)] + [17.0] * 5
+    text = plots.latency_distribution({"fp32": tail}, "ms")
+    assert "latency, ms, logarithmic" in text and ">0.5</text>" in text and ">10</text>" in text
+    assert "logarithmic" not in plots.latency_distribution({"fp32": [1.0, 2.0, 3.0]}, "ms")

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rtresnet.cli.main import main
-from rtresnet.reporting import markdown, result_page, result_tables, results
+from rtresnet.reporting import result_page, result_tables, results
 from tests.reporting.conftest import measured_in, searched
 
 PHONE = 390
@@ -92,7 +92,7 @@ def test_searches_have_their_curve_and_their_answer(
     rows = result_tables.sections(found)["searches"].rows
     assert rows[0] == ("net-fp32.onnx", "images a batch", 10.0, 4, 8.75, 125.5, 100)
     assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, None)
-    assert "### The most that holds a bound" in markdown.render(found)
+    assert "### The most that holds a bound" in result_page.markdown(found)
     assert "other processes used 1.50 of 4 cores" in found.notes
     assert browser(text).count("<svg") == text.count("<svg")
     alone = result_page.html(results.gather(files))
@@ -106,7 +106,7 @@ def test_artifacts_alone_make_a_page_too(engines: Path) -> None:
 
 def test_markdown_has_the_same_tables(measured: list[Path]) -> None:
     found = results.gather(measured)
-    text = markdown.render(found)
+    text = result_page.markdown(found)
     for section in result_tables.sections(found).values():
         assert f"### {section.heading}" in text
     rows = [line for line in text.splitlines() if line.startswith("| net-int8.onnx")]
@@ -114,7 +114,7 @@ def test_markdown_has_the_same_tables(measured: list[Path]) -> None:
     widths = {row.count(" | ") for row in rows if "98.44" in row}
     (heading,) = [line for line in text.splitlines() if line.startswith("| artifact | precision")]
     assert widths == {heading.count(" | ")}
-    assert markdown.table(["a|b"], [["<x>|y"]]) == "| a\\|b |\n|---|\n| &lt;x>\\|y |"
+    assert result_page.markdown_table(["a|b"], [["<x>|y"]]) == "| a\\|b |\n|---|\n| &lt;x>\\|y |"
 
 
 def test_a_browser_renders_it_and_copies_its_tables(text: str, browser: Callable[..., str]) -> None:
