@@ -101,16 +101,6 @@ def err_console() -> Console:
     return Console(stderr=True)
 
 
-def given() -> set[str]:
-    """The parameters that are on the running command's command line, by their Python names."""
-    context = click.get_current_context()
-    return {
-        name
-        for name in context.params
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
-
-
 def say(line: str) -> None:
     """Prints a line of the result."""
     click.echo(escape_cell(line), err=json_on_stdout())
