@@ -5,6 +5,7 @@
 # make check        ruff and mypy
 # make docs         build the documentation site into site/, strict
 # make dist         build wheel and sdist, and check them
+# make sbom         list what the environment contains, as CycloneDX JSON
 # make protocol     compile the gRPC protocol's description
 
 PYTHON ?= python3
@@ -60,8 +61,13 @@ dist: .venv/.ready
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
+sbom: .venv/.ready
+	$(PIP) --upgrade --target .venv/sbom cyclonedx-bom
+	mkdir -p dist
+	PYTHONPATH=.venv/sbom $(BIN)/python -m cyclonedx_py environment --output-file dist/sbom.json $(BIN)/python
+
 protocol:
 	$(PYTHON) -m grpc_tools.protoc -I protocol --descriptor_set_out=rtresnet/serving/open_inference.desc \
 		protocol/open_inference.proto
 
-.PHONY: docs dist protocol quickstart test test-slow test-all check
+.PHONY: docs dist sbom protocol quickstart test test-slow test-all check
