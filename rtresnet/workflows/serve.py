@@ -14,6 +14,7 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.reporter import Reporter
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+from rtresnet.workflows.workload import parse_milliseconds
 
 NEEDED = (
     "starlette", "uvicorn", "uvloop", "httptools", "grpc", "google.protobuf", "prometheus_client",
@@ -21,25 +22,13 @@ NEEDED = (
 )  # fmt: skip
 
 
-def parse_seconds(text: str) -> float:
-    """Reads a duration as in "2ms" or "0.5s", or a number of milliseconds; returns milliseconds.
+def parse_wait(text: str) -> float:
+    """Reads a time as in "2ms", which may be 0; returns milliseconds.
 
     Raises:
-        InputError: Not a duration.
+        InputError: Not a time.
     """
-    units = {"us": 0.001, "ms": 1.0, "s": 1000.0}
-    number, unit = text.strip(), "ms"
-    for name in units:
-        if number.endswith(name):
-            number, unit = number.removesuffix(name), name
-            break
-    try:
-        value = float(number) * units[unit]
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 60_000:
-        raise InputError("not a duration", fix="as in 2ms")
-    return value
+    return 0.0 if text.strip() in ("0", "0ms") else parse_milliseconds(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +52,7 @@ class ServeConfig(Config):
         "Time that the first image of a batch waits for others, as in 2ms.",
         names=("--max-wait",),
         metavar="TIME",
-        parse=parse_seconds,
+        parse=parse_wait,
         default_text="2ms",
     )
     queue: int = option(1024, "Number of images that may wait; more get status 503.", minimum=1)
