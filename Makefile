@@ -22,7 +22,7 @@ quickstart: .venv/.ready
 test: .venv/.ready .venv/openvino .venv/tensorrt-bindings
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv/.ready .venv/openvino .venv/tensorrt-bindings
+test-slow: .venv/.ready .venv/openvino .venv/tensorrt-bindings .venv/onnxruntime-gpu
 	$(PYTEST) -m slow
 
 test-all: test test-slow
@@ -40,6 +40,10 @@ check: .venv/.ready
 # Replaces onnxruntime where it is installed, so it goes to a folder that only some tests use.
 .venv/openvino: .venv/.ready
 	$(PIP) --no-deps --upgrade --target $@ onnxruntime-openvino || echo "not installed: tests of it will be skipped"
+
+# ONNX Runtime's build for GPUs, without the CUDA libraries: how it fails on a machine without a GPU.
+.venv/onnxruntime-gpu: .venv/.ready
+	$(PIP) --no-deps --upgrade --target $@ onnxruntime-gpu || echo "not installed: tests of it will be skipped"
 
 # TensorRT's Python API without its libraries: tests compare every call with these two versions.
 .venv/tensorrt-bindings: .venv/.ready
