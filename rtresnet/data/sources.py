@@ -266,8 +266,8 @@ def open_source(spec: str, split: str = "all") -> Source:
 
     Args:
         spec: One of FORMS, or a path to a folder.
-        split: "train", "test" or "all". A set that came undivided is "all" of it whatever is
-            asked for; `source.splits` says which it is.
+        split: "train", "test" or "all". Data without splits is read in full whichever is
+            asked for; `source.splits` says whether it has them.
 
     Raises:
         DataError: Nothing there, an empty class, a single class folder, or arrays that do not fit.

@@ -163,7 +163,7 @@ def parse_trained_scales(record: Any) -> TrainedScales:
 def _encode_description(sidecar: Sidecar) -> str:
     """The sidecar without what only its own file knows: hash, size, measurements, provenance."""
     parent = sidecar.parent
-    if parent is not None:  # the hash is the link; folders are nobody's business
+    if parent is not None:  # the hash is the link; folder names stay private
         parent = dataclasses.replace(parent, file=parent.file.rpartition("/")[2])
     facts = dataclasses.replace(sidecar, parent=parent, measured={}, made_by={}, sha256="", bytes=0)
     return json.dumps(known(dataclasses.asdict(facts)), separators=(",", ":"))

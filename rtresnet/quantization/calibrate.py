@@ -33,7 +33,7 @@ Batches = Callable[[], Iterable[np.ndarray]]
 """Called once a pass; gives float32 batches [N, 3, S, S], the same ones each time."""
 
 Report = Callable[[str, int, int | None], None]
-"""Is told of progress: the phase, how many steps of it are done, and of how many; None: a step is
+"""Called with progress: the phase, how many steps of it are done, and of how many; None: a step is
 an image, and the phase goes through all of them."""
 
 # Of the images, how many are held back to choose by; a run of a net of 224 pixels takes a hundred
@@ -151,7 +151,7 @@ def calibrate(
         tensors: From `qdq.placement`.
         batches: The calibration images, preprocessed.
         method: One of METHODS. All but "auto" take the model as it is.
-        report: Is told of progress.
+        report: Called with progress.
 
     Raises:
         DataError: No images, or an activation that is not finite.
@@ -191,7 +191,7 @@ def repeat(
         tensors: From `qdq.placement`.
         batches: The calibration images, preprocessed.
         saved: From `scales.read`.
-        report: Is told of progress.
+        report: Called with progress.
     """
     mended, shifts = list[Outlier](), dict[str, np.ndarray]()
     if saved["brought_down"] or saved["biases_corrected"]:

@@ -39,7 +39,7 @@ def svg(drawn: Any, label: str) -> str:
     # A fixed salt: the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtresnet"}):
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    # matplotlib's own metadata names addresses outside the page, and nobody reads it there.
+    # matplotlib's own metadata names addresses outside the page, which a page has no use for.
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :]
     text = text.replace("#000000", "currentColor")

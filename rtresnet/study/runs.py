@@ -39,7 +39,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of everything random."""
+        """Random seed."""
         return self.job.recipe.seed
 
 

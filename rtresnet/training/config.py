@@ -24,7 +24,7 @@ class TrainJob:
     Attributes:
         spec: The net.
         source: The training images, also those to be held out.
-        test: The set's own test split, or None where it came undivided.
+        test: The set's own test split, or None where the data has no splits.
         preprocess: The net's input contract.
         recipe: How.
         out: The run's folder.

@@ -1,5 +1,4 @@
-"""What is kept of the weights besides the weights: their running average, and batch norm's
-statistics computed again."""
+"""EMA weights, and re-estimation of batch norm's statistics."""
 
 from __future__ import annotations
 
