@@ -77,7 +77,7 @@ def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
     """
     path = Path(path)
     atomic_io.require_place(path)
-    # A link's file is what is replaced; see `storage.atomic_path`.
+    # A link's file is what is replaced; see `atomic_io.atomic_path`.
     file = path.resolve() if path.is_symlink() else path
     with _hold(file.with_name(f".{file.name}.lock"), path, warn):
         # Each takes its own lock before it looks at the other's, so that never both go on.

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,24 +90,25 @@ def from_json(cls: type[T], data: dict[str, Any]) -> T:
         record = msgspec.convert(data, cls)
     except (msgspec.ValidationError, RecursionError) as problem:
         raise TypeError(f"{cls.__name__}: {problem}") from None
-    if unknown := _first_unknown(data, dataclasses.asdict(record)):  # type: ignore[call-overload]
+    if unknown := _first_unknown(data, record):
         raise TypeError(f"{cls.__name__} has no field {unknown!r}")
     return record
 
 
 def _first_unknown(data: Any, record: Any) -> str | None:
-    """The first key of parsed JSON that is not in what was built of it."""
-    if isinstance(data, Mapping) and isinstance(record, dict):
-        for key, entry in data.items():
-            if key not in record:
-                return str(key)
-            if (unknown := _first_unknown(entry, record[key])) is not None:
-                return unknown
-    elif isinstance(data, list | tuple) and isinstance(record, list | tuple):
-        for entry, built in zip(data, record, strict=True):
-            if (unknown := _first_unknown(entry, built)) is not None:
-                return unknown
-    return None
+    """The first key of parsed JSON that a dataclass built from it does not declare.
+
+    Does not enter dicts: their keys are free, and what is in them may be nested to any depth.
+    """
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if dataclasses.is_dataclass(record):
+        names = {field.name for field in dataclasses.fields(record)}
+        if undeclared := [key for key in data if key not in names]:
+            return str(undeclared[0])
+        pairs = ((entry, getattr(record, key)) for key, entry in data.items())
+    elif isinstance(record, tuple):
+        pairs = zip(data, record, strict=True)
+    return next(filter(None, (_first_unknown(entry, built) for entry, built in pairs)), None)
 
 
 def load(

@@ -360,10 +360,13 @@ def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int
     for name, tensor in state.items():
         plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
         counter = name.endswith("num_batches_tracked")
-        if not plain or tensor.is_complex() or not (counter or tensor.is_floating_point()):
+        # 8-bit floats come with scales, which no net of the zoo has.
+        eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
+        numeric = (counter or tensor.is_floating_point()) and not tensor.is_complex()
+        if not plain or not numeric or eight_bit:
             raise ArtifactError(
                 f"{path}: {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), expected "
-                "dense numbers in floating point",
+                "dense numbers in floating point of at least 16 bits",
                 fix="save the net in FP32: torch.save(model.float().cpu().state_dict(), FILE)",
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

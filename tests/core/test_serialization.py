@@ -113,3 +113,11 @@ def test_from_json_round_trip_keeps_the_record() -> None:
 def test_from_json_wrong_missing_or_unknown_field_is_refused(data: Any) -> None:
     with pytest.raises(TypeError):
         serialization.from_json(Record, data)
+
+
+def test_from_json_deeply_nested_dict_is_kept() -> None:
+    nested: Any = []
+    for _ in range(900):  # the parser's limit is near 1000
+        nested = [nested]
+    record = serialization.from_json(Record, {"counts": {}, "measured": {"x": nested}})
+    assert record.measured["x"] is not None

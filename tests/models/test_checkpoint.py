@@ -283,6 +283,21 @@ def test_load_safetensors_not_finite_is_refused(safetensors: Callable[..., Path]
     assert "fc.bias" in refusal(safetensors(state))
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["fc.bias", "bn1.num_batches_tracked"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_load_eight_bit_floats_are_refused(
+    safetensors: Callable[..., Path], tmp_path: Path, suffix: str, name: str, dtype: torch.dtype
+) -> None:
+    state = weights()
+    state[name] = state[name].to(dtype)
+    if suffix == ".pt":
+        torch.save(state, tmp_path / "net.pt")
+    else:
+        safetensors(state)
+    assert f"{name} is {dtype}" in refusal(tmp_path / f"net{suffix}")
+
+
 def test_load_safetensors_without_the_package_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
