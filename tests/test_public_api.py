@@ -72,3 +72,13 @@ def test_pipeline_from_python_makes_what_the_commands_make(
         assert abs(torch.logits(images) - session.logits(images)).max() < 1e-3
         assert torch.classes == session.classes
     assert rtresnet.inspect(int8.path).chain[-1].path.name == "best.pt"
+
+
+def test_wrong_arguments_are_input_errors(engines: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    with rtresnet.load(engines / "resnet8.onnx") as session:
+        for images in ([], ["a.png"]):
+            with pytest.raises(rtresnet.InputError):
+                session.prepare(images)  # type: ignore[arg-type]
+    with pytest.raises(rtresnet.InputError):
+        rtresnet.benchmark([])

@@ -123,6 +123,12 @@ class _Graph:
         for node in self.graph.node:
             if node.op_type != "BatchNormalization":
                 continue
+            if any(a.name == "training_mode" and a.i for a in node.attribute):
+                raise ArtifactError(
+                    f"{node.name or node.output[0]}: a batch norm in training mode, whose answers "
+                    "depend on the other images of a batch",
+                    fix="export the net in evaluation mode: net.eval()",
+                )
             conv = producers.get(node.input[0])
             if conv is None or conv.op_type != "Conv" or reads[node.input[0]] != 1:
                 raise ArtifactError(

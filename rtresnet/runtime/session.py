@@ -251,6 +251,11 @@ class Session:
             InputError: The file takes normalized images, and its mean and std are unknown.
         """
         side = self.size
+        if not len(images) or not all(isinstance(image, np.ndarray) for image in images):
+            raise InputError(
+                "prepare needs at least one uint8 image [H, W, 3] as a NumPy array",
+                fix="rtresnet.data.decode.decode(FILE) reads an image file",
+            )
         if not isinstance(images, np.ndarray) or images.shape[1:3] != (side, side):
             images = np.stack([self.preprocess.crop(image) for image in images])
         if self.backend.input_dtype == np.uint8:

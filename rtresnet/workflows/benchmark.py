@@ -253,7 +253,7 @@ class Baseline:
 
 
 def benchmark(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     config: BenchmarkConfig | None = None,
     *,
     runtime: RuntimeConfig | None = None,
@@ -286,7 +286,7 @@ def benchmark(
 
 
 def benchmark_until_error(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     config: BenchmarkConfig | None = None,
     *,
     runtime: RuntimeConfig | None = None,
@@ -301,6 +301,9 @@ def benchmark_until_error(
     from rtresnet.runtime.batcher import SWITCH_SECONDS
 
     config = config or BenchmarkConfig()
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not paths:
+        raise InputError("nothing to measure", fix="name an artifact")
     workload = config.workload()
     entries: list[BenchmarkEntry] = []
     error: RtresnetError | None = None

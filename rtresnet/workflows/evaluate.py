@@ -215,7 +215,7 @@ def evaluate(
     from rtresnet.data import loader, sources
     from rtresnet.training.evaluate import Views, evaluate_views
 
-    config, runtime = config or EvaluateConfig(), runtime or RuntimeConfig()
+    config, runtime, data = config or EvaluateConfig(), runtime or RuntimeConfig(), str(data)
     names = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(path) for path in paths]
     scales = (config.resize,) if config.resize and config.protocol == "dense" else ()
     views = Views(protocol=config.protocol, scales=scales)
@@ -241,7 +241,7 @@ def evaluate(
             measured = evaluate_views(
                 sessions, source, views, batch=config.batch, tally=tally, on_images=update
             )
-        about = _about(source, data, config) | {"skipped": tuple(tally.skipped.values())}
+        about = _about(sessions, source, data, config) | {"skipped": tuple(tally.skipped.values())}
         assumed = (*assumed, *source.mapping.assumptions())
         members = tuple(
             MemberResult(
@@ -363,13 +363,31 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
     return session.with_backend(DenseBackend(session.backend.net, session.backend.size))
 
 
-def _about(source: Relabelled, data: str, config: EvaluateConfig) -> dict[str, Any]:
+def trained_on(sessions: Sequence[Session], source: Relabelled, split: str) -> tuple[str, ...]:
+    """A remark where the images include those that a net was trained on; else nothing."""
+    if source.splits and split == "test":
+        return ()
+    return tuple(
+        f"these images include those that {session.path} was trained on, so its accuracy is not "
+        "that of new images"
+        for session in sessions
+        if session.sidecar is not None
+        and session.sidecar.weights.origin == "trained"
+        and session.sidecar.weights.source == source.name
+    )
+
+
+def _about(
+    sessions: Sequence[Session], source: Relabelled, data: str, config: EvaluateConfig
+) -> dict[str, Any]:
+    labels = LabelMatch.of(source.mapping)
+    remarks = (*labels.remarks, *trained_on(sessions, source, config.split))
     return {
         "protocol": config.protocol,
         "data": data,
         "split": config.split if source.splits else "all",
         "data_sha256": source.fingerprint(),
-        "labels": LabelMatch.of(source.mapping),
+        "labels": dataclasses.replace(labels, remarks=remarks),
     }
 
 

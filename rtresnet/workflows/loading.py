@@ -56,7 +56,7 @@ class RuntimeConfig(Config):
         parse=parse_provider,
     )
     threads: int | None = option(
-        None, "Number of CPU threads.", minimum=1, default_text="all cores"
+        None, "Number of CPU threads.", minimum=1, maximum=1024, default_text="all cores"
     )
     contexts: int | None = option(
         None,

@@ -191,3 +191,12 @@ def test_old_opsets_and_stray_batch_norms_are_refused(exported: Exported) -> Non
     norm.input[0] = "images"
     with pytest.raises(ArtifactError, match="cannot be folded"):
         prepare(stray)
+
+
+def test_batch_norm_in_training_mode_is_refused(exported: Exported) -> None:
+    model = strange(exported("resnet8", 32))
+    norm = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+    norm.attribute.append(onnx.helper.make_attribute("training_mode", 1))
+    with pytest.raises(ArtifactError, match="training mode") as caught:
+        prepare(model)
+    assert "net.eval()" in str(caught.value.fix)

@@ -242,3 +242,27 @@ def test_evaluate_broken_image_is_left_out_for_every_member_and_reported_once(
     assert [entry.n for entry in (*result.members, result)] == [119] * 3
     (note,) = reporter.notes
     assert "7.png" in note and len(result.skipped) == 1
+
+
+def test_evaluate_data_that_the_net_was_trained_on_is_remarked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder without splits is read in full, training images included."""
+    import numpy as np
+    from PIL import Image
+
+    import rtresnet
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    run = rtresnet.train(rtresnet.TrainConfig(model="resnet8", data="photos", epochs=1))
+    same = rtresnet.evaluate(run.checkpoint, "photos")
+    assert any("was trained on" in line for line in same.labels.remarks)
+    (tmp_path / "photos").rename("others")
+    other = rtresnet.evaluate(run.checkpoint, "others")
+    assert not any("was trained on" in line for line in other.labels.remarks)
