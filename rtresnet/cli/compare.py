@@ -6,6 +6,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.reporter import plural
 from rtresnet.workflows.compare import CompareConfig, compare
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
@@ -43,7 +44,7 @@ def command(
         difference = f"largest difference {result.largest:.3g}, relative {result.relative:.2e}"
     common.say(
         f"{candidate} against {reference}: agreement {100 * result.agreement:.2f} % of "
-        f"{result.n} images, {difference}"
+        f"{plural(result.n, 'image')}, {difference}"
     )
     both = (result.reference, result.candidate)
     common.footer(sorted(note for entry in both for note in entry.runtime.notes))

@@ -25,8 +25,8 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 @click.option(
     "--weights",
     metavar="FILE|imagenet|untrained",
-    help="A checkpoint, torchvision's published weights, or none.  [default: the best run of "
-    "--model under runs/]",
+    help="A checkpoint, torchvision's published weights, or random ones.  [default: the best run "
+    "of --model under runs/, if all are of one data set]",
 )
 @click.option("--fp32", is_flag=True, help="Build a plan in FP32.  [default: off]")
 @click.option(

@@ -10,6 +10,7 @@ from rtresnet.cli import common
 from rtresnet.cli.build import describe_attested
 from rtresnet.core.errors import InputError
 from rtresnet.core.preprocess import FLOAT
+from rtresnet.core.reporter import plural
 from rtresnet.core.serialization import to_builtins
 from rtresnet.core.sidecar import Calibration
 from rtresnet.workflows.inspect import (
@@ -125,7 +126,9 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
         source = f" ({record.weights.source})" if record.weights.source else ""
         lines.append(f"weights {record.weights.origin}{source}")
     if c := record.calibration:
-        lines.append(f"calibrated by {c.method} on {c.n} images of {c.images}: {_scales(c)}")
+        lines.append(
+            f"calibrated by {c.method} on {plural(c.n, 'image')} of {c.images}: {_scales(c)}"
+        )
     if p := record.plan:
         batches = ", ".join(map(str, p.profiles))
         lines.append(f"{p.builder} {p.version}, batches {batches}, for {', '.join(p.targets)}")

@@ -13,7 +13,8 @@ import click
 from rtresnet.cli import common
 from rtresnet.core import artifacts
 from rtresnet.core.errors import CheckFailedError, InputError
-from rtresnet.workflows.lint import LintResult, lint, number
+from rtresnet.core.reporter import plural
+from rtresnet.workflows.lint import LintResult, lint
 
 if TYPE_CHECKING:
     from rtresnet.quantization.lint_rules import Finding
@@ -71,7 +72,7 @@ def _show(result: LintResult) -> None:
     if result.fixed is not None:
         repairs = Counter((entry.rule, entry.what) for entry in result.repaired)
         for (rule, what), count in repairs.items():
-            common.say(f"repaired  {rule}, {number(count, 'node')}: {what}")
+            common.say(f"repaired  {rule}, {plural(count, 'node')}: {what}")
         same = "same outputs, bit for bit" if repairs else "nothing was repaired"
         common.say(f"{result.fixed}: {same}")
         if repairs and result.findings:
@@ -80,7 +81,7 @@ def _show(result: LintResult) -> None:
                 common.say(line)
     if result.passed:
         notes = len(result.findings)
-        also = f", {number(notes, 'note')}" if notes else ""
+        also = f", {plural(notes, 'note')}" if notes else ""
         common.say(f"{result.fixed or result.file}: no problems{also}")
 
 
@@ -92,7 +93,7 @@ def _listed(findings: Iterable[Finding]) -> list[str]:
         groups.setdefault(key, []).append(entry.node)
     lines = []
     for (severity, rule, consequence, fix), nodes in groups.items():
-        lines.append(f"{severity:<8} {rule}, {number(len(nodes), 'node')}")
+        lines.append(f"{severity:<8} {rule}, {plural(len(nodes), 'node')}")
         more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
         lines += _wrapped("nodes   ", ", ".join(nodes[:NAMED]) + more)
         lines += _wrapped("problem ", consequence)

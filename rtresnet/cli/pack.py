@@ -8,6 +8,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.reporter import plural
 from rtresnet.workflows.pack import PackConfig, pack
 
 
@@ -29,8 +30,8 @@ def command(source: str, out: Path, config: PackConfig, json_file: str | None) -
     result = pack(source, out, config, reporter=REPORTER)
     counts = ", ".join(f"{split} {count:,}" for split, count in result.splits.items())
     common.say(
-        f"{result.out}: {result.images:,} images ({counts}) of {result.classes} classes, "
-        f"{result.bytes / 1e6:,.1f} MB in {result.shards} shards, {result.seconds:.1f} s"
+        f"{result.out}: {plural(result.images, 'image')} ({counts}) of {result.classes} classes, "
+        f"{result.bytes / 1e6:,.1f} MB in {plural(result.shards, 'shard')}, {result.seconds:.1f} s"
     )
     common.say(f"next: rtresnet train --data {result.data}")
     common.write_json(json_file, "pack", result)

@@ -12,6 +12,7 @@ from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import DataError, InputError
+from rtresnet.core.reporter import plural
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 from rtresnet.workflows.predict import (
@@ -92,10 +93,10 @@ def _show(result: PredictResult) -> None:
 def _summarize(result: PredictTableResult) -> None:
     if result.runtime.batch_note:
         common.note(result.runtime.batch_note)
-    broken = f", {result.broken:,} of them broken" if result.broken else ""
+    broken = f", {result.broken:,} broken" if result.broken else ""
     predicted = result.images - result.resumed_at
     common.say(
-        f"{result.out}: {result.images:,} images{broken}; {predicted:,} in "
+        f"{result.out}: {plural(result.images, 'image')}{broken}; {predicted:,} in "
         f"{result.seconds:,.1f} s, {result.images_per_second:,.0f} img/s  "
         f"[{result.artifact}, batch {result.batch}, {result.runtime.provider}, "
         f"{result.runtime.device}]"

@@ -9,6 +9,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import InputError
+from rtresnet.core.reporter import plural
 from rtresnet.workflows.accuracy_gate import AccuracyCheckFailedError, GateResult
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.quantize import QuantizeConfig
@@ -63,7 +64,7 @@ def command(
     if calibration := sidecar.calibration:
         images = "the statistics of batch norm, no images"
         if calibration.n:
-            images = f"{calibration.n} images of {calibration.images}"
+            images = f"{plural(calibration.n, 'image')} of {calibration.images}"
         line += f", scales by {calibration.method} from {images} in {calibration.scales}"
     common.say(line)
     common.footer(f"Assumed: {entry}." for entry in sidecar.assumed)

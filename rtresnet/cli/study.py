@@ -11,6 +11,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import InputError
+from rtresnet.core.reporter import plural
 from rtresnet.workflows.study import DATA_OPTION, StudyConfig, StudyResult
 
 if TYPE_CHECKING:
@@ -156,13 +157,13 @@ def responses(
         headings, parts = ("layer", "name", "std of response"), []
         for entry in result.results:
             rows = [(n, name, value) for n, (name, value) in enumerate(entry.responses.items(), 1)]
-            title = f"{entry.model}, {entry.checkpoint}, {entry.n} images of {data}"
+            title = f"{entry.model}, {entry.checkpoint}, {plural(entry.n, 'image')} of {data}"
             tables.show(common.out_console(), headings, rows, title=title)
             parts += [page.heading(title), page.table(headings, rows)]
         common.footer(
             f"Assumed of {e.checkpoint}: {line}." for e in result.results for line in e.assumed
         )
-        shown = f"{result.results[0].n} images of {short_name(data)}"
+        shown = f"{plural(result.results[0].n, 'image')} of {short_name(data)}"
         drawn = study_tables.response_figure(result.results, shown) if _can_draw() else None
         run_pages.write_study(
             atomic_io.make_folder(out),

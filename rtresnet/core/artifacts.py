@@ -256,16 +256,19 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
     atomic_io.require_file(path)
     sidecar = read_sidecar(path)
     if sidecar is not None and sidecar.sha256 != atomic_io.sha256(path):
-        size = Path(path).stat().st_size
-        what = (
-            f"truncated ({size} of {sidecar.bytes} bytes)"
-            if size < sidecar.bytes
-            else "not the file its sidecar describes"
-        )
-        raise ArtifactError(
-            f"{path}: {what}", fix=f"make it again: {sidecar.made_by.get('command', 'unknown')}"
-        )
+        raise mismatch(path, sidecar)
     return sidecar
+
+
+def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
+    """The error for a file that is not the one its sidecar describes."""
+    size = Path(path).stat().st_size
+    what = "not the file its sidecar describes"
+    if size < sidecar.bytes:
+        what = f"truncated ({size} of {sidecar.bytes} bytes)"
+    return ArtifactError(
+        f"{path}: {what}", fix=f"make it again: {sidecar.made_by.get('command', 'unknown')}"
+    )
 
 
 def parent_path(path: str | os.PathLike[str], sidecar: Sidecar) -> Path | None:

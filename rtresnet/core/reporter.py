@@ -97,6 +97,11 @@ def escape(text: str) -> str:
     return text.translate(_LINES)
 
 
+def plural(count: int, what: str) -> str:
+    """As in "1 image" and "1,200 images"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def escape_cell(text: str) -> str:
     """The text with control characters as escapes, line ends and tabs included."""
     return text.translate(_CELL)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.core.errors import CheckFailedError, DataError
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,7 +125,7 @@ def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
     if gate.rule == "upper" and len(source) < fewest:
         needed = f"at least {fewest:,.0f}" if math.isfinite(fewest) else "a bound above 0"
         raise DataError(
-            f"{gate.data}: {len(source)} images cannot show that the loss is within "
+            f"{gate.data}: {plural(len(source), 'image')} cannot show that the loss is within "
             f"{gate.max_drop:g} points, even if INT8 answers as FP32 does: --gate upper needs "
             f"{needed}",
             fix="give more images, a larger --max-drop, or --gate point",
@@ -169,7 +169,7 @@ def quantize_within(
     from rtresnet.core.metrics import paired_drop
     from rtresnet.quantization.sensitivity import sensitivity
 
-    images = f"on {len(labelled)} images of {gate.data}"
+    images = f"on {plural(len(labelled), 'image')} of {gate.data}"
     with reporter.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
         base = _hits(source, labelled, preprocess, update)
     with reporter.progress("measuring the noise of each block"):
@@ -258,8 +258,8 @@ def _measurement(drop: Drop, count: int, gate: Gate) -> str:
     floats = f" with {count} block{'s' if count > 1 else ''} left in float" if count else ""
     return (
         f"INT8{floats} {'gains' if drop.points < 0 else 'loses'} {abs(drop.points):.2f} points of "
-        f"top-1 on {drop.n} images of {gate.data} (95 % interval of the loss: {drop.low:.2f} to "
-        f"{drop.high:.2f})."
+        f"top-1 on {plural(drop.n, 'image')} of {gate.data} (95 % interval of the loss: "
+        f"{drop.low:.2f} to {drop.high:.2f})."
     )
 
 
@@ -270,8 +270,8 @@ def _judgement(drop: Drop, gate: Gate) -> str:
     found = verdict(drop, gate.max_drop)
     line = (
         f"Measured {'gain' if drop.points < 0 else 'loss'} {abs(drop.points):.2f} points, upper "
-        f"limit of the loss {drop.high:.2f} (95 %, {drop.n} images), bound {gate.max_drop:g}: "
-        f"{found}"
+        f"limit of the loss {drop.high:.2f} (95 %, {plural(drop.n, 'image')}), bound "
+        f"{gate.max_drop:g}: {found}"
     )
     needed = images_needed(drop, gate.max_drop)
     if found == "not shown to hold" and math.isfinite(needed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -
         names: In the order of the outputs; None where nobody stated them.
 
     Raises:
-        InputError: Another number of names than the file has classes, or too few for its top-K.
+        InputError: A name that occurs twice; another number of names than the file has classes, or
+            too few for its top-K.
         ArtifactError: Neither the file nor the names say how many classes there are.
     """
     count = interface.classes
@@ -124,6 +126,12 @@ def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -
         if count is None:
             raise _open_classes(path)
         return tuple(map(str, range(count)))
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        first, second = [n for n, name in enumerate(names, 1) if name == repeated[0]][:2]
+        raise InputError(
+            f"--classes: names {first} and {second} are both {repeated[0]!r}",
+            fix="give each class a name of its own",
+        )
     if interface.topk is not None and len(names) < interface.topk:
         raise InputError(
             f"--classes has {len(names)} names, and {path} gives the {interface.topk} most "

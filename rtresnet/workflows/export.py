@@ -6,6 +6,7 @@ write the other precisions, embed input and output, build the plans.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -150,6 +151,7 @@ class _Export:
         checkpoint, origin = self._resolved(weights)
         net = checkpoint.model
         base = base or folder / f"{net.architecture}.onnx"
+        _note_replaced(base, checkpoint, self.reporter)
         first = _write_fp32(checkpoint, origin, base, self.reporter)
         written, sources = [(base, first)], []
         for precision in self.config.precisions:
@@ -259,8 +261,12 @@ def resolve(
 
 
 def best_run(architecture: str, reporter: Reporter) -> Path | None:
-    """The checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar."""
-    candidates = []
+    """The checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar.
+
+    Raises:
+        InputError: There are runs of several data sets, whose accuracies cannot be compared.
+    """
+    candidates: dict[str, tuple[float, Path]] = {}
     for path in sorted(RUNS.glob("**/best.pt")):
         try:
             sidecar = artifacts.read_sidecar(path)
@@ -268,8 +274,26 @@ def best_run(architecture: str, reporter: Reporter) -> Path | None:
             reporter.note(f"passed over: {error}")
             continue
         if sidecar is not None and sidecar.model.architecture == architecture:
-            candidates.append((sidecar.measured.get("val_top1") or 0.0, path))
-    return max(candidates)[1] if candidates else None
+            data = sidecar.weights.source or "unknown data"
+            entry = (sidecar.measured.get("val_top1") or 0.0, path)
+            candidates[data] = max(candidates.get(data, entry), entry)
+    if len(candidates) > 1:
+        each = ", ".join(f"{data} ({path})" for data, (_, path) in candidates.items())
+        raise InputError(
+            f"{RUNS}: {architecture} was trained on several data sets: {each}",
+            fix=f"choose one, as in --weights {next(iter(candidates.values()))[1]}",
+        )
+    return next(iter(candidates.values()))[1] if candidates else None
+
+
+def _note_replaced(path: Path, checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Says so where the file of another run is replaced."""
+    old = None
+    with contextlib.suppress(ArtifactError):  # what is replaced may be broken
+        old = artifacts.read_sidecar(path) if path.exists() else None
+    if old is not None and old.weights.sha256 != checkpoint.weights.sha256:
+        origin = artifacts.parent_path(path, old) or f"{old.weights.origin} weights"
+        reporter.note(f"replaces {path}, which was exported from {origin}")
 
 
 def _write_fp32(

@@ -101,6 +101,14 @@ class InputConfig(Config):
         }
         return dataclasses.replace(base, **changed)
 
+    def require_size(self, path: object, fixed: int | None) -> None:
+        """Raises InputError where another side is stated than the file's input has."""
+        if fixed is not None and self.size not in (None, fixed):
+            raise InputError(
+                f"{path}: takes {fixed}x{fixed} pixels, not {self.size}x{self.size}",
+                fix=f"--size {fixed}",
+            )
+
     def complete(self, path: object, *, fixed: int | None, pixels: bool = False) -> Preprocess:
         """The preprocessing of a file without a sidecar.
 
@@ -124,10 +132,7 @@ class InputConfig(Config):
                 f"{path}: no sidecar states its {' and '.join(lacking)}",
                 fix=f"state them{once}: {' '.join(lacking.values())}",
             )
-        if fixed is not None and self.size not in (None, fixed):
-            raise InputError(
-                f"{path}: takes {fixed}x{fixed} pixels, not {self.size}", fix=f"--size {fixed}"
-            )
+        self.require_size(path, fixed)
         side = fixed or self.size
         assert side is not None
         base = Preprocess.for_size(side, **({"layout": UINT8} if pixels else {}))

@@ -23,8 +23,8 @@ class ChainEntry:
     """An artifact of a chain.
 
     Attributes:
-        state: "ok", "missing", "changed", "no sidecar", or how it was recognized.
-        sidecar: Its record; None where it has none.
+        state: "ok", "missing", "changed" or "no sidecar", and how it was recognized.
+        sidecar: Its record, or what the file says of itself; None where neither is there.
     """
 
     path: Path
@@ -104,7 +104,13 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
 
     path = atomic_io.require_file(path)
     kind = artifacts.kind_of(path)
-    sidecar = artifacts.verify(path)
+    chain = [
+        ChainEntry(path=link, state=state, sidecar=record)
+        for link, record, state in artifacts.chain(path)
+    ]
+    sidecar = chain[0].sidecar
+    if sidecar is not None and chain[0].state == "changed":
+        raise artifacts.mismatch(path, sidecar)
     if kind == "checkpoint" and sidecar is None:
         return _foreign_checkpoint(path)
     head = header.read(path) if kind == "plan" else None
@@ -112,15 +118,20 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         raise ArtifactError(
             f"{path}: no sidecar and not a TensorRT-RTX plan; nothing can be said of it here"
         )
+    operations = None
+    if kind == "onnx" and hardware.installed("onnx"):
+        from rtresnet.onnxlib import io, metadata
+
+        model = io.load(path, checked=True)
+        operations = dict(Counter(node.op_type for node in model.graph.node).most_common())
+        if sidecar is None and (record := metadata.described(path, model)) is not None:
+            chain = [ChainEntry(path=path, state="no sidecar, described by itself", sidecar=record)]
     return InspectResult(
         kind=kind,
-        chain=tuple(
-            ChainEntry(path=link, state=state, sidecar=record)
-            for link, record, state in artifacts.chain(path)
-        ),
+        chain=tuple(chain),
         header=head,
         manifest=manifest.find(path) if kind == "plan" else None,
-        operations=_operations(path) if kind == "onnx" and hardware.installed("onnx") else None,
+        operations=operations,
     )
 
 
@@ -182,10 +193,3 @@ def _foreign_checkpoint(path: Path) -> InspectResult:
     )
     entry = ChainEntry(path=path, state="no sidecar, recognized by its tensors", sidecar=record)
     return InspectResult(kind="checkpoint", chain=(entry,))
-
-
-def _operations(path: Path) -> dict[str, int]:
-    from rtresnet.onnxlib import io
-
-    model = io.load(path, checked=True)
-    return dict(Counter(node.op_type for node in model.graph.node).most_common())

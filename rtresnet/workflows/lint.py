@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rtresnet.core import artifacts, atomic_io, hardware, reporter
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError, missing_package
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Sidecar
@@ -144,9 +144,4 @@ def _repair(
 def counted(findings: Iterable[Finding]) -> str:
     """As in "3 errors, 1 warning"; empty where there is nothing worse than a note."""
     count = Counter(entry.severity for entry in findings)
-    return ", ".join(number(count[s], s) for s in ("error", "warning") if count[s])
-
-
-def number(count: int, what: str) -> str:
-    """As in "1 node" and "2 nodes"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return ", ".join(plural(count[s], s) for s in ("error", "warning") if count[s])

@@ -220,7 +220,8 @@ def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[s
         stated: In place of what the sidecar says.
 
     Raises:
-        InputError: Neither a sidecar nor `stated` says what the file takes.
+        InputError: Neither a sidecar nor `stated` says what the file takes, or `stated` has another
+            size than the file.
     """
     path, sidecar, backend = session.path, session.sidecar, session.backend
     pixels = backend.layout == "nhwc"
@@ -229,6 +230,7 @@ def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[s
             f"{path}: normalizes inside, so --mean and --std change nothing",
             fix="leave them out, or use the file it was made from",
         )
+    stated.require_size(path, backend.size)
     if sidecar is not None and sidecar.input_known:
         preprocess = stated.applied_to(sidecar.input)
         return preprocess, restated(sidecar.assumed, sidecar.input, preprocess)

@@ -19,7 +19,7 @@ from typing import Protocol
 from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import DataError, InputError
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
@@ -172,7 +172,7 @@ def predict(
                     reporter.note(f"skipped {prediction.error}")
         info = predictor.info
     if not predictions:
-        raise DataError(f"none of the {len(names)} images could be decoded")
+        raise _all_broken(names)
     return PredictResult(
         artifact=str(artifact),
         images=tuple(predictions),
@@ -237,7 +237,7 @@ def predict_table(
         _fill(journal, predictor, names, reporter)
         if journal.broken == len(names):
             journal.discard()
-            raise DataError(f"none of the {len(names)} images could be decoded")
+            raise _all_broken(names)
         journal.finish(excel_safe=table.excel_safe)
     seconds = time.perf_counter() - begin
     return PredictTableResult(
@@ -269,6 +269,12 @@ def _predictor(
     return RayPredictor(artifact, config, actors=table.actors, runtime=runtime, stated=stated)
 
 
+def _all_broken(names: Sequence[str]) -> DataError:
+    if len(names) == 1:
+        return DataError(f"{names[0]}: cannot be decoded")
+    return DataError(f"none of the {len(names):,} images could be decoded")
+
+
 def _digest(names: Sequence[str]) -> str:
     """sha256 of the images' names and of what changes with their contents: size and time."""
 
@@ -293,7 +299,7 @@ def _fill(
     if journal.done == total:
         return
     try:
-        with reporter.progress(f"{total:,} images to {journal.out}", total=total) as update:
+        with reporter.progress(f"{plural(total, 'image')} to {journal.out}", total=total) as update:
             update(completed=journal.done)
             for predictions in predictor.batches(names[journal.done :]):
                 broken = [entry for entry in predictions if entry.error is not None]
@@ -306,7 +312,7 @@ def _fill(
     except BaseException:
         command = [word for word in artifacts.command.get() if word != "--resume"]
         reporter.note(
-            f"{journal.done:,} of {total:,} images are in {journal.path}"
+            f"{journal.done:,} of {plural(total, 'image')} are in {journal.path}"
             + (f"; resume with: {shlex.join(command)} --resume" if command else "")
         )
         raise

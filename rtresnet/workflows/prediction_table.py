@@ -63,8 +63,8 @@ class Journal:
         broken: Number of rows with an error among them.
 
     Raises:
-        InputError: There is a journal and `resume` is false, or it was made with another model,
-            other options or other images.
+        InputError: There is a journal and `resume` is false; or it was made with another model,
+            other options or other images; or `resume` is true and the table is complete.
     """
 
     def __init__(self, out: Path, head: dict[str, Any], *, batch: int, resume: bool) -> None:
@@ -76,6 +76,11 @@ class Journal:
             raise InputError(
                 f"{self.path}: an interrupted run left predictions there",
                 fix=f"continue it with --resume, or remove {self.path}",
+            )
+        if resume and not exists and out.exists():
+            raise InputError(
+                f"{out}: a finished table, there is nothing to resume",
+                fix="leave out --resume to make it again, or choose another --out",
             )
         self._file: TextIO = open(  # noqa: SIM115
             self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="\n"

@@ -18,7 +18,7 @@ from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter, seria
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.labels import read_classes
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Calibration, Sidecar
 from rtresnet.workflows import adopt
@@ -332,7 +332,7 @@ class _Int8:
             "calibrator": config.calibrator,
         }
         path, saved = self._saved_scales(about)
-        doing = f"calibrating on {count} images of {name} ({config.calibrator})"
+        doing = f"calibrating on {plural(count, 'image')} of {name} ({config.calibrator})"
         with reporter.progress(doing, total=count) as update:
 
             def report(phase: str, done: int, total: int | None) -> None:

@@ -230,3 +230,10 @@ def test_check_of_a_child_whose_parent_lost_its_sidecar_names_adopt(
     artifacts.sidecar_path(foreign).unlink()
     assert main(["check", "foreign-fp16.onnx", "--provider", "cpu"]) == 0
     assert f"rtresnet adopt {foreign}" in capsys.readouterr().out
+
+
+def test_adopt_refuses_two_classes_of_one_name(foreign: str, capsys: Captured) -> None:
+    Path("names.txt").write_text("red\ngreen\nblue\nred")
+    assert main([*ADOPT, "--classes", "names.txt"]) == 2
+    assert "names 1 and 4" in capsys.readouterr().err
+    assert not artifacts.sidecar_path(foreign).exists()

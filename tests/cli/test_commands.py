@@ -227,6 +227,41 @@ def test_export_without_weights_takes_the_best_run_of_that_net(
     assert "runs/mine/best.pt" in capsys.readouterr().err
 
 
+def test_export_without_weights_asks_which_of_several_data_sets(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "other"):
+        shutil.copytree(trained, tmp_path / "runs" / name)
+    sidecar = tmp_path / "runs" / "other" / "best.pt.json"
+    record = json.loads(sidecar.read_text())
+    record["weights"]["source"] = "digits"
+    sidecar.write_text(json.dumps(record))
+    assert main(["export", "--model", "resnet8", "--no-plan"]) == 2
+    error = capsys.readouterr().err
+    assert "digits" in error and "--weights runs/" in error
+    assert not (tmp_path / "engines").exists()
+
+
+def test_export_notes_that_it_replaces_the_file_of_another_run(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(["export", "--model", "resnet8", "--weights", "untrained", "--no-plan"], tmp_path)
+    assert "replaces" not in capsys.readouterr().err
+    mine = ["export", "--weights", str(trained / "best.pt"), "--no-plan"]
+    run(mine, tmp_path)
+    assert "replaces engines/resnet8.onnx" in capsys.readouterr().err
+    run(mine, tmp_path)
+    assert "replaces" not in capsys.readouterr().err
+
+
 def test_export_of_untrained_weights_warns_and_marks_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -255,12 +255,14 @@ def test_predict_journal_without_first_line_is_started_again(
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + COUNT
 
 
-def test_predict_resume_without_journal_replaces_the_table(
-    predict: Callable[..., int], tmp_path: Path
+def test_predict_resume_of_a_finished_table_is_refused_and_keeps_it(
+    predict: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "x.csv").write_text("an older table")
-    assert predict("x.csv", "--resume") == 0
-    assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + COUNT
+    assert predict("x.csv", "--resume") == 0  # nothing is there: a first run
+    table = (tmp_path / "x.csv").read_bytes()
+    assert predict("x.csv", "--resume") == 2
+    assert "--resume" in last_line(capsys)
+    assert (tmp_path / "x.csv").read_bytes() == table and not (tmp_path / "x.csv.part").exists()
 
 
 def test_predict_full_disk_exits_2_and_resumes(

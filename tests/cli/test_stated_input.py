@@ -154,3 +154,23 @@ def test_a_foreign_checkpoint_says_that_its_mean_and_std_are_assumed(
     done("export", "--weights", "foreign.pth", "--no-plan", "--preset", "half")
     sidecar = artifacts.read_sidecar("engines/resnet8.onnx")
     assert sidecar is not None and "preset half" in str(sidecar.assumed)
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "check"])
+def test_another_size_than_the_file_takes_is_refused(
+    command: str, engines: Path, tints: str, image: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = str(engines / "resnet8.onnx")
+    images = [image, "--with", net] if command == "predict" else [net, "--data", tints]
+    assert main([command, *images, "--size", "64"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("; --size 32")
+
+
+def test_a_single_image_is_counted_in_the_singular(
+    engines: Path, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.csv"
+    arguments = ["predict", image, "--with", str(engines / "resnet8.onnx"), "--out", str(out)]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "1 image;" in said.out and "1 images" not in said.out + said.err

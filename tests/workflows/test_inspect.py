@@ -10,6 +10,7 @@ import pytest
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.inspect import inspect, inspect_folder, inspect_layers
+from tests.conftest import as_foreign
 
 
 @pytest.fixture
@@ -74,9 +75,18 @@ def test_inspect_changed_file_raises_artifact_error(copies: Path) -> None:
     assert caught.value.fix and "rtresnet" in caught.value.fix
 
 
-def test_inspect_onnx_file_without_sidecar_has_a_chain_of_one(copies: Path) -> None:
+def test_inspect_onnx_file_without_sidecar_shows_what_it_says_of_itself(copies: Path) -> None:
+    own = inspect(copies / "resnet8.onnx").chain[0].sidecar
     (copies / "resnet8.onnx.json").unlink()
     (entry,) = inspect(copies / "resnet8.onnx").chain
+    assert own is not None and entry.sidecar is not None and entry.state != "ok"
+    for name in ("model", "input", "precision", "sha256", "bytes"):
+        assert getattr(entry.sidecar, name) == getattr(own, name)
+
+
+def test_inspect_onnx_file_of_another_tool_has_no_record(copies: Path) -> None:
+    (copies / "resnet8.onnx.json").unlink()
+    (entry,) = inspect(as_foreign(copies / "resnet8.onnx")).chain
     assert (entry.state, entry.sidecar) == ("no sidecar", None)
 
 
