@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import rtresnet
-from rtresnet.cli.main import COMMANDS
+from rtresnet.cli.commands import SUMMARIES
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.10 has none
 ROOT = Path(__file__).parent.parent
@@ -157,7 +157,7 @@ def test_base_install_evaluates_and_predicts(
 
 
 def test_base_install_shows_help_of_every_command(bare: Path) -> None:
-    for command in COMMANDS:
+    for command in SUMMARIES:
         done = run(bare / "rtresnet", command, "--help")
         assert done.returncode == 0 and "Usage" in done.stdout, (command, done.stderr)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rtresnet.cli.main import COMMANDS
+from rtresnet.cli.commands import SUMMARIES
 
 ROOT = Path(__file__).parent.parent / "rtresnet"
 HEAVY = {
@@ -135,15 +135,29 @@ def bare(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_help_works_with_no_heavy_package() -> None:
     code = """
-from rtresnet.cli.main import COMMANDS, main
+from rtresnet.cli.commands import SUMMARIES
+from rtresnet.cli.main import main
 assert main(["--help"]) == 0
-for verb in COMMANDS:
+for verb in SUMMARIES:
     assert main([verb, "--help"]) == 0, verb
-print("all", len(COMMANDS))
+print("all", len(SUMMARIES))
 """
     done = bare(code)
     assert done.returncode == 0, done.stderr
-    assert f"all {len(COMMANDS)}" in done.stdout
+    assert f"all {len(SUMMARIES)}" in done.stdout
+
+
+def test_help_imports_no_command_and_neither_numpy_nor_rich() -> None:
+    code = """
+import sys
+from rtresnet.cli.main import main
+assert main(["--help"]) == 0
+ours = {name for name in sys.modules if name.startswith(("rtresnet.cli.", "rtresnet.workflows"))}
+assert ours == {"rtresnet.cli.main", "rtresnet.cli.commands"}, ours
+assert not {"numpy", "rich", "msgspec"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_serving_imports_no_heavy_package() -> None:

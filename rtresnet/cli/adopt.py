@@ -12,7 +12,7 @@ from rtresnet.core.preprocess import UINT8
 from rtresnet.workflows.input_spec import InputConfig
 
 
-@click.command("adopt", short_help="State the input and classes of an ONNX file from elsewhere.")
+@click.command("adopt")
 @click.argument("path", metavar="FILE.onnx", type=click.Path(path_type=Path))
 @click.option(
     "--resize",

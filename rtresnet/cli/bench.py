@@ -21,7 +21,7 @@ SHARED = [field.name for field, _, _ in options_of(MeasurementConfig)]
 P99 = next(entry for entry in options_of(SearchConfig) if entry[0].name == "p99_ms")
 
 
-@click.command("bench", short_help="Measure latency and throughput.")
+@click.command("bench")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @config_options(BenchmarkConfig, leave_out=SHARED)
 @config_options(MeasurementConfig, argument="shared")

@@ -12,7 +12,7 @@ from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 
 
-@click.command("check", short_help="Check that batches do not change an answer.")
+@click.command("check")
 @click.argument("path")
 @click.option(
     "--data", metavar="SPEC", help=f"Images, labelled or not: {common.DATA_HELP}  [default: noise]"

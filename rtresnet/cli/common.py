@@ -133,10 +133,10 @@ def write_json(target: str | None, verb: str, result: Any) -> None:
     """Writes `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
     if target is None:
         return
-    from rtresnet.core import artifacts, atomic_io, serialization
+    from rtresnet.core import atomic_io, provenance, serialization
 
     record = serialization.to_builtins(
-        {"schema": SCHEMA, "verb": verb, "made_by": artifacts.provenance(), "result": result}
+        {"schema": SCHEMA, "verb": verb, "made_by": provenance.made_by(), "result": result}
     )
     text = json.dumps(record, indent=1) + "\n"
     if target == "-":

@@ -12,7 +12,7 @@ from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 
 
-@click.command("compare", short_help="Measure how far two artifacts agree.")
+@click.command("compare")
 @click.argument("reference")
 @click.argument("candidate")
 @click.option("--data", required=True, help=f"Images to run: {common.DATA_HELP}")

@@ -8,7 +8,7 @@ from rtresnet.cli import common
 from rtresnet.core.errors import CheckFailedError
 
 
-@click.command("doctor", short_help="Show what this machine can do, and what it lacks.")
+@click.command("doctor")
 @click.option("--gpu", is_flag=True, help="Test the GPU with small runs on it.  [default: off]")
 @common.json_option
 def command(json_file: str | None, gpu: bool) -> None:

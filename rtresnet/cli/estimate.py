@@ -9,7 +9,7 @@ from rtresnet.cli.options import config_options
 from rtresnet.workflows.estimate import EstimateConfig, EstimateResult
 
 
-@click.command("estimate", short_help="Estimate the minimum latency on a given GPU.")
+@click.command("estimate")
 @click.argument("model", metavar="MODEL|PATH")
 @config_options(EstimateConfig)
 @common.json_option

@@ -17,7 +17,7 @@ from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 
 
-@click.command("eval", short_help="Measure top-1 and top-5 accuracy.")
+@click.command("eval")
 @click.argument("paths", nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--data", required=True, help=f"Labelled images: {common.DATA_HELP}")
 @config_options(EvaluateConfig)

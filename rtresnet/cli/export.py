@@ -19,7 +19,7 @@ from rtresnet.workflows.quantize import QuantizeConfig
 GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `quantize` only
 
 
-@click.command("export", short_help="Turn a checkpoint into ONNX files and plans.")
+@click.command("export")
 @config_options(ExportConfig, argument="values", leave_out=("precisions", "plan"),
                 construct=False)  # fmt: skip
 @click.option(

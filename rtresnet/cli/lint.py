@@ -23,7 +23,7 @@ WIDTH = 80
 NAMED = 3  # nodes that are named of all that break one rule in one way
 
 
-@click.command("lint", short_help="Check quantized ONNX models for TensorRT problems.")
+@click.command("lint")
 @click.argument(
     "paths", metavar="FILE.onnx...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )

@@ -6,44 +6,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Iterator
 
 import click
 
-from rtresnet.cli.examples import EXAMPLES
+from rtresnet.cli.commands import EXAMPLES, SUMMARIES
+from rtresnet.core import provenance
 from rtresnet.core.errors import RtresnetError, UnknownNameError
 from rtresnet.core.reporter import escape
-
-COMMANDS = (
-    "quickstart",
-    "pack",
-    "train",
-    "export",
-    "adopt",
-    "quantize",
-    "lint",
-    "build",
-    "eval",
-    "predict",
-    "compare",
-    "check",
-    "package",
-    "serve",
-    "bench",
-    "profile",
-    "estimate",
-    "report",
-    "study",
-    "inspect",
-    "models",
-    "doctor",
-)
-
 
 NO_READER = 128 + 13  # what a shell gives a process that SIGPIPE ended
 
@@ -53,7 +26,12 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the work, not of the alphabet."""
-        return list(COMMANDS)
+        return list(SUMMARIES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports the command's file.
@@ -61,9 +39,10 @@ class Commands(click.Group):
         Raises:
             UnknownNameError: There is no such command.
         """
-        if cmd_name not in COMMANDS:
-            raise UnknownNameError("command", cmd_name, COMMANDS)
+        if cmd_name not in SUMMARIES:
+            raise UnknownNameError("command", cmd_name, SUMMARIES)
         command: click.Command = importlib.import_module(f"rtresnet.cli.{cmd_name}").command
+        command.short_help = SUMMARIES[cmd_name]
         _add_example(cmd_name, command)
         return command
 
@@ -88,8 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        with _recorded(given):
-            return _run(given)
+        return _run(given)
     except (KeyboardInterrupt, click.Abort):
         pass
     except ImportError as error:
@@ -101,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
+    token = provenance.command.set(["rtresnet", *given])  # for what is written meanwhile
     try:
         # In standalone mode click would print and exit by itself, in places we do not see.
         result = cli.main(given, prog_name="rtresnet", standalone_mode=False)
@@ -122,18 +101,8 @@ def _run(given: list[str]) -> int:
         return NO_READER
     except OSError as error:
         return _fail(_system_error(error), 2)
-
-
-@contextlib.contextmanager
-def _recorded(given: list[str]) -> Iterator[None]:
-    """The command line stands in whatever is written meanwhile."""
-    from rtresnet.core import artifacts
-
-    token = artifacts.command.set(["rtresnet", *given])
-    try:
-        yield
     finally:
-        artifacts.command.reset(token)
+        provenance.command.reset(token)
 
 
 def _system_error(error: OSError) -> str:

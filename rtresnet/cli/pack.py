@@ -12,7 +12,7 @@ from rtresnet.core.reporter import plural
 from rtresnet.workflows.pack import PackConfig, pack
 
 
-@click.command("pack", short_help="Put a folder of photographs into a few large files.")
+@click.command("pack")
 @click.argument("source")
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of the new files."

@@ -11,7 +11,7 @@ from rtresnet.cli.options import config_options
 from rtresnet.workflows.package import PackageConfig
 
 
-@click.command("package", short_help="Create a Triton model repository.")
+@click.command("package")
 @click.argument("path", metavar="PLAN|ONNX", type=click.Path(path_type=Path))
 @click.option(
     "--triton", "root", required=True, metavar="DIR", type=click.Path(path_type=Path),

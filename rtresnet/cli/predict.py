@@ -27,7 +27,7 @@ from rtresnet.workflows.predict import (
 from rtresnet.workflows.predictor import PredictConfig
 
 
-@click.command("predict", short_help="The most probable classes of images.")
+@click.command("predict")
 @click.argument("images", nargs=-1, required=True, metavar="[ARTIFACT] IMAGE...")
 @click.option(
     "--with",

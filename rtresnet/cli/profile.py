@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rtresnet.bench.profile import Part
 
 
-@click.command("profile", short_help="Show where the time goes, block by block.")
+@click.command("profile")
 @click.argument("path")
 @config_options(ProfileConfig)
 @click.option(

@@ -14,9 +14,7 @@ from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.quickstart import QuickstartConfig
 
 
-@click.command(
-    "quickstart", short_help="Train, export, build and measure a small net; write a page."
-)
+@click.command("quickstart")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -22,7 +22,7 @@ def page_place(context: click.Context, option: click.Parameter, given: Any) -> A
     return common.text_place(context, option, given)
 
 
-@click.command("report", short_help="Create an HTML report from results.")
+@click.command("report")
 @click.argument("results", nargs=-1, metavar="[RESULTS.json|ARTIFACT|FOLDER...]")
 @click.option(
     "--out",

@@ -12,7 +12,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 from rtresnet.workflows.serve import ServeConfig
 
 
-@click.command("serve", short_help="Serve models over HTTP and gRPC.")
+@click.command("serve")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT|REPOSITORY...",
                 type=click.Path(path_type=Path))  # fmt: skip
 @config_options(ServeConfig)

@@ -93,7 +93,7 @@ def _show(
     result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]], json_file: str | None
 ) -> None:
     """Prints the table, writes figure, page and JSON."""
-    from rtresnet.core import artifacts
+    from rtresnet.core import provenance
     from rtresnet.reporting import page, run_pages, study_tables, tables
 
     drawn = None
@@ -112,7 +112,7 @@ def _show(
         page.heading("Recipe of the first net and seed"),
         page.code(result.recipe),
         page.heading("Made by"),
-        page.code(artifacts.provenance()["command"]),
+        page.code(provenance.command_line()),
     ]
     run_pages.write_study(
         result.out, result.study, title=result.title, drawn=drawn, about=CAPTION, parts=parts
@@ -148,7 +148,7 @@ def responses(
     After batch norm, before ReLU and addition: how strongly a layer changes its input.
     """
     from rtresnet.cli.console import REPORTER
-    from rtresnet.core import artifacts, atomic_io, locks
+    from rtresnet.core import atomic_io, locks, provenance
     from rtresnet.reporting import page, run_pages, study_tables, tables
     from rtresnet.workflows.study import short_name, study_responses
 
@@ -172,7 +172,7 @@ def responses(
             drawn=drawn,
             about="Standard deviation of what each 3x3 layer puts out, after batch norm, before "
             "ReLU and addition.",
-            parts=[*parts, page.code(artifacts.provenance()["command"])],
+            parts=[*parts, page.code(provenance.command_line())],
         )
         common.write_json(str(out / "responses.json"), "study responses", result)
     common.note(f"page: {out / 'index.html'}")

@@ -10,20 +10,16 @@ Deliberately unaware of what is inside an artifact.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core import atomic_io, hardware, serialization
+from rtresnet.core import atomic_io, provenance, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import from_json, to_json
 from rtresnet.core.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
@@ -31,9 +27,6 @@ from rtresnet.core.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
 KINDS = ("checkpoint", "onnx", "plan")
 SUFFIXES = {".onnx": "onnx", ".plan": "plan"}
 SUFFIXES |= dict.fromkeys((".pt", ".pth", ".th", ".safetensors"), "checkpoint")
-
-# The command line being carried out, for `made_by`; from Python it is the script's own.
-command: ContextVar[Sequence[str]] = ContextVar("command", default=())
 
 
 def sidecar_path(path: str | os.PathLike[str]) -> Path:
@@ -152,7 +145,7 @@ def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar
         file=path.name,
         sha256=digest,
         bytes=size,
-        made_by=provenance() | sidecar.made_by,
+        made_by=provenance.made_by() | sidecar.made_by,
     )
     # Killed between the two writes, the old sidecar no longer matches: detected, never trusted.
     atomic_io.write_text(sidecar_path(path), to_json(sidecar))
@@ -195,17 +188,6 @@ def record_accuracy(path: str | os.PathLike[str], record: dict[str, Any]) -> Non
     if sidecar is not None:
         kept = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
         update_measured(path, accuracy=[*kept, record])
-
-
-def provenance() -> dict[str, str]:
-    """The command line, the code's commit and the versions of what can have had a hand in it."""
-    made_by = {"command": shlex.join(command.get() or sys.argv)}
-    if (commit := hardware.commit()) is not None:
-        made_by["commit"] = commit
-    for module in ("rtresnet", "numpy", "torch", "onnx", "onnxruntime"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            made_by[module] = metadata.version(module)
-    return made_by
 
 
 def link_to(

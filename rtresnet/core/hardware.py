@@ -17,7 +17,6 @@ import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 # Where a module's name is not that of the package that brings it.
@@ -232,6 +231,8 @@ def installed(module: str) -> bool:
 
 def version(*distributions: str) -> str | None:
     """The version of the first of these distributions that is installed."""
+    from importlib import metadata
+
     for name in distributions:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(name)

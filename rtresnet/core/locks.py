@@ -11,14 +11,12 @@ import contextlib
 import errno
 import json
 import os
-import shlex
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-from rtresnet.core import artifacts, atomic_io
+from rtresnet.core import atomic_io, provenance
 from rtresnet.core.errors import InputError
 
 FOLDER_LOCK = ".rtresnet.lock"
@@ -177,7 +175,7 @@ def _refuse_if_held(lock: Path, place: Path) -> None:
 def _own_record() -> dict[str, str | int]:
     return {
         "pid": os.getpid(),
-        "command": shlex.join(artifacts.command.get() or sys.argv),
+        "command": provenance.command_line(),
         "since": datetime.now().astimezone().isoformat(" ", "seconds"),
         "host": socket.gethostname(),
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.core import artifacts, atomic_io, locks
+from rtresnet.core import atomic_io, locks, provenance
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.data.loader import prefetch_map
 from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
@@ -93,7 +93,7 @@ def _write(
             "splits": {split: len(part) for split, part in files.items()},
             "shards": shards,
             "table_sha256": rows.write(folder / TABLE),
-            "made_by": artifacts.provenance(),
+            "made_by": provenance.made_by(),
         }
         atomic_io.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     except BaseException:

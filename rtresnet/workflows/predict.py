@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter
+from rtresnet.core import atomic_io, hardware, locks, provenance, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.reporter import Reporter, plural
@@ -310,7 +310,7 @@ def _fill(
                 journal.add(predictions)
                 update(completed=journal.done)
     except BaseException:
-        command = [word for word in artifacts.command.get() if word != "--resume"]
+        command = [word for word in provenance.command.get() if word != "--resume"]
         reporter.note(
             f"{journal.done:,} of {plural(total, 'image')} are in {journal.path}"
             + (f"; resume with: {shlex.join(command)} --resume" if command else "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rtresnet.core import artifacts, locks, reporter
+from rtresnet.core import locks, provenance, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
@@ -244,7 +244,7 @@ def _run_all(planned: Sequence[Run], reporter: Reporter) -> list[Outcome]:
             spent = time.monotonic() - started
             reporter.note(f"{where}: {_in_words(outcomes[-1])} ({spent:,.0f} s)")
     except KeyboardInterrupt:
-        command = artifacts.provenance()["command"]
+        command = provenance.command_line()
         reporter.note(f"saved; go on with the same command: {command}")
         raise
     return outcomes

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.core import artifacts
+from rtresnet.core import artifacts, provenance
 from rtresnet.core.artifacts import (
     chain,
     link_to,
@@ -198,11 +198,11 @@ def test_publish_writes_artifact_and_sidecar(tmp_path: Path) -> None:
 
 
 def test_the_command_is_the_one_being_carried_out(tmp_path: Path) -> None:
-    token = artifacts.command.set(("rtresnet", "train", "--data", "my cats"))
+    token = provenance.command.set(("rtresnet", "train", "--data", "my cats"))
     try:
         made = publish(tmp_path / "a.pt", lambda path: path.write_bytes(b"x"), MINIMAL)
     finally:
-        artifacts.command.reset(token)
+        provenance.command.reset(token)
     assert made.made_by["command"] == "rtresnet train --data 'my cats'"
 
 

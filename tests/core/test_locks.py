@@ -17,8 +17,8 @@ from rtresnet.core.locks import LockedError
 HOLDER = """
 import sys, time
 from pathlib import Path
-from rtresnet.core import artifacts, locks
-artifacts.command.set(["rtresnet", "train", "--out", "a b"])
+from rtresnet.core import locks, provenance
+provenance.command.set(["rtresnet", "train", "--out", "a b"])
 hold = locks.hold_folder if sys.argv[1] == "folder" else locks.hold_file
 with hold(Path(sys.argv[2]), warn=print):
     print("held", flush=True)

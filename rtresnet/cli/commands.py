@@ -1,7 +1,34 @@
-"""An example of every command, shown at the end of its help text."""
+"""The commands in the order of the work: a line for `rtresnet --help` and an example of each.
+
+A command's file is imported when the command is named, so `rtresnet --help` needs none of them.
+"""
 
 from __future__ import annotations
 
+SUMMARIES = {
+    "quickstart": "Train, export, build and measure a small net; write a page.",
+    "pack": "Put a folder of photographs into a few large files.",
+    "train": "Train a net on labelled images.",
+    "export": "Turn a checkpoint into ONNX files and plans.",
+    "adopt": "State the input and classes of an ONNX file from elsewhere.",
+    "quantize": "Write an INT8 or FP16 version of an FP32 ONNX file.",
+    "lint": "Check quantized ONNX models for TensorRT problems.",
+    "build": "Compile an ONNX file into a TensorRT plan.",
+    "eval": "Measure top-1 and top-5 accuracy.",
+    "predict": "Print the most probable classes of images.",
+    "compare": "Measure how far two artifacts agree.",
+    "check": "Check that batches do not change an answer.",
+    "package": "Create a Triton model repository.",
+    "serve": "Serve models over HTTP and gRPC.",
+    "bench": "Measure latency and throughput.",
+    "profile": "Show where the time goes, block by block.",
+    "estimate": "Estimate the minimum latency on a given GPU.",
+    "report": "Create an HTML report from results.",
+    "study": "Repeat the paper's analyses on any net and any data.",
+    "inspect": "Show an artifact and where it came from.",
+    "models": "List the nets with their cost.",
+    "doctor": "Show what this machine can do, and what it lacks.",
+}
 EXAMPLES = {
     "quickstart": "rtresnet quickstart",
     "pack": "rtresnet pack photos --out shards",

@@ -1,0 +1,26 @@
+"""What made an artifact or a result: the command line, the commit and the versions."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
+
+PACKAGES = ("rtresnet", "numpy", "torch", "onnx", "onnxruntime")
+command: ContextVar[Sequence[str]] = ContextVar("command", default=())
+"""The command line that is being carried out; empty where Python calls a function."""
+
+
+def command_line() -> str:
+    """The command line that is being carried out; from Python that of the script."""
+    return shlex.join(command.get() or sys.argv)
+
+
+def made_by() -> dict[str, str]:
+    """The command line, the code's commit and the versions of what can have had a hand in it."""
+    from rtresnet.core import hardware
+
+    made = {"command": command_line(), "commit": hardware.commit()}
+    made |= {name: hardware.version(name) for name in PACKAGES}
+    return {name: value for name, value in made.items() if value is not None}
