@@ -501,13 +501,13 @@ def test_every_enum_by_name_has_its_members(api: Api) -> None:
 
 SUBCLASS_PROBE = """
 import importlib, inspect, json, sys
-from rtresnet.builder import engine, monitor
+from rtresnet.builder import engine
 from rtresnet.runtime import profilers
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = importlib.import_module(sys.argv[1])
 made = {
-    "ILogger": [logger(trt, ErrorLog()), engine._log(trt)],
-    "IProgressMonitor": [monitor._monitor(trt, print)],
+    "ILogger": [logger(trt, ErrorLog()), engine.make_log(trt)],
+    "IProgressMonitor": [engine.make_monitor(trt, print)],
     "IProfiler": [profilers.profiler(trt)],
 }
 found = {}
@@ -545,7 +545,7 @@ from rtresnet.core.errors import UnavailableError
 from rtresnet.runtime.error_log import ErrorLog, logger
 trt = trt_loading.load_tensorrt(sys.argv[1])
 errors = ErrorLog()
-log = engine._log(trt)
+log = engine.make_log(trt)
 for kind, logged, reason in (
     ("Builder", log, log.complaints), ("Runtime", logger(trt, errors), errors.take)
 ):

@@ -1,1 +1,1 @@
-"""A typed ONNX file in, a TensorRT plan out. No precision flags: precision lives in the file."""
+"""Compile ONNX files into TensorRT plans. The file decides the precision; no option does."""

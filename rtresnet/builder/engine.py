@@ -1,46 +1,83 @@
-"""Parse, build, attest, publish: a typed ONNX file to a plan.
+"""Compile an ONNX file into a plan: parse, build, check the layers' types, write.
 
-TensorRT reports most failures in its log and returns False or None; the log is kept, and what it
-said ends up in the exception, with the ONNX node and the block it speaks of. `rtresnet build`
-reaches this.
+TensorRT reports most failures in its log and returns False or None. The log is kept, and its errors
+become part of the exception, with the ONNX node and the block that they name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from rtresnet.builder import (
-    header,
-    inspector,
-    layers,
-    manifest,
-    monitor,
-    nodes,
-    preflight,
-    targets,
-    verify_precision,
-)
+from rtresnet.builder import inspector, layers, nodes, preflight, targets
 from rtresnet.builder.layers import Layer, Layers
 from rtresnet.builder.nodes import ADD, CONVOLUTION, Node
-from rtresnet.builder.profiles import fitting
-from rtresnet.core import artifacts, atomic_io, hardware, serialization, trt_loading
+from rtresnet.core import artifacts, atomic_io, hardware, plan_info, serialization, trt_loading
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 
 EXPECTED = {"int8": "Int8", "fp16": "Half", "fp32": "Float"}
-ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # one a profile
+ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for each profile
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _releases_frames(function: Callable[P, T]) -> Callable[P, T]:
+    """Clears the frames of the function's exceptions, which refer to TensorRT's objects.
+
+    TensorRT-RTX 1.7 deadlocks if a builder is destroyed while another one is being created. One
+    that a traceback keeps alive would be destroyed whenever Python collects garbage.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    return call
+
+
+@_releases_frames
+def check(
+    source: str | os.PathLike[str], *, target: Sequence[str] = (), builder: str = "auto"
+) -> None:
+    """Checks, without building it, that a file can be built for some targets.
+
+    Raises:
+        ArtifactError, UnavailableError, InputError: See `build`.
+    """
+    trt = targets.builder(builder)
+    source = Path(source)
+    _, network = _create(trt, make_log(trt), source)
+    preflight.require_fixed_size(source, network, _stated_size(artifacts.read_sidecar(source)))
+    preflight.check_targets(source, target, nodes.read(trt, network))
+
+
+def _create(trt: Any, log: Any, source: Path) -> tuple[Any, Any]:
+    """Creates a builder, and the network of a file."""
+    builder = trt_loading.create(trt, "Builder", log, log.reason)
+    network = builder.create_network(_creation_flags(trt))
+    preflight.parse(trt, builder, network, log, source)
+    return builder, network
+
+
+@_releases_frames
 def build(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -53,107 +90,64 @@ def build(
     progress: Callable[[str], None] = lambda phase: None,
     described: Sidecar | None = None,
 ) -> Sidecar:
-    """Compiles an ONNX file into a plan with a sidecar and a file of its layers.
+    """Compiles an ONNX file into a plan, with a sidecar and a file of its layers.
 
     Args:
         source: FP32, FP16 or Q/DQ INT8 ONNX file.
-        out: Where the plan goes.
-        profiles: By default 1:8:32, or the batch of a file that takes one only.
+        out: The plan.
+        profiles: Optimization profiles; by default 1:8:32, or the fixed batch of the file.
         target: Compute capabilities; empty for the builder's default.
         builder: See `targets.builder`.
         tf32: Whether FP32 convolutions and matrix products may run as TF32, which rounds inputs to
             a mantissa of 10 bits, on GPUs from sm_80 on.
-        timing_cache: For `tensorrt` only: measured kernels are read from and kept in this file.
+        timing_cache: For `tensorrt`: file with kernel measurements, which is read and updated.
         progress: Called with the name of each phase.
-        described: What the file says of itself, for one without a sidecar.
+        described: For a file without a sidecar: what its metadata says.
 
     Returns:
-        The plan's sidecar, with what the layer dump attests.
+        The plan's sidecar, with the types of its layers.
 
     Raises:
-        ArtifactError: The file does not parse, or does not build; every complaint is in the
-            message.
-        InputError: A target, a profile or an option that the builder does not take.
-        UnavailableError: The builder is not installed or does not start here.
-        CheckFailedError: A convolution does not take the precision the file promises. Nothing is
-            written then.
-        KeyboardInterrupt: Ctrl-C; nothing is written then.
+        ArtifactError: The file cannot be parsed or built; the message has TensorRT's errors.
+        InputError: The builder does not support a target, a profile or an option.
+        UnavailableError: The builder is not installed or does not start.
+        CheckFailedError: A convolution does not run in the file's precision. Nothing is written.
+        KeyboardInterrupt: Ctrl-C. Nothing is written.
     """
-    try:
-        return _build(
-            Path(source), Path(out), tuple(profiles), target, builder, tf32, timing_cache, progress,
-            described,
-        )  # fmt: skip
-    except BaseException as error:
-        # TensorRT-RTX 1.7 locks up when a builder is destroyed while another is being made. One
-        # that a traceback keeps is destroyed when Python happens to collect it: let go of it now.
-        traceback.clear_frames(error.__traceback__)
-        raise
-
-
-def check(
-    source: str | os.PathLike[str], *, target: Sequence[str] = (), builder: str = "auto"
-) -> None:
-    """Refuses a file that cannot be built for these targets, without building it.
-
-    Raises:
-        ArtifactError: As `build`.
-        UnavailableError: As `build`.
-        InputError: As `build`.
-    """
-    trt = targets.builder(builder)
-    log = _log(trt)
-    try:
-        maker = trt_loading.create(trt, "Builder", log, log.complaints)
-        network = maker.create_network(_creation_flags(trt))
-        preflight.parse(trt, maker, network, log, Path(source))
-        preflight.require_fixed_size(
-            Path(source), network, _stated_size(artifacts.read_sidecar(source))
-        )
-        preflight.check_targets(Path(source), target, nodes.read(trt, network))
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # as in build
-        raise
-
-
-def _build(
-    source: Path,
-    out: Path,
-    chosen: tuple[Profile, ...],
-    target: Sequence[str],
-    builder: str,
-    tf32: bool,
-    timing_cache: str | os.PathLike[str] | None,
-    progress: Callable[[str], None],
-    described: Sidecar | None,
-) -> Sidecar:
+    source, out = Path(source), Path(out)
     artifacts.require_name(out, "plan")
     trt = targets.builder(builder)
     if timing_cache is not None and hasattr(trt, "ComputeCapability"):
         raise InputError(
-            "--timing-cache: TensorRT-RTX measures no kernels while it builds, there is nothing "
-            "to keep",
+            "--timing-cache: TensorRT-RTX does not measure kernels during the build",
             fix="leave it out, or use --builder tensorrt",
         )
-    log = _log(trt)
-    maker = trt_loading.create(trt, "Builder", log, log.complaints)
-    network = maker.create_network(_creation_flags(trt))
+    log = make_log(trt)
     progress("parse")
     with ThreadPoolExecutor(1) as pool:  # hashing takes about as long as parsing
         verified = pool.submit(artifacts.verify, source)
         try:
-            preflight.parse(trt, maker, network, log, source)
+            maker, network = _create(trt, log, source)
         finally:
-            known = (
-                verified.result() or described
-            )  # what is wrong with the file comes before what follows of it
+            known = verified.result() or described  # a damaged file is reported first
     preflight.require_fixed_size(source, network, _stated_size(known))
-    parent = known or _stranger(trt, network, source)
+    parent = known or _unknown_net(trt, network, source)
     batch = int(network.get_input(0).shape[0])
-    profiles = fitting(source, chosen, batch if batch > 0 else None)
+    profiles = targets.profiles_for(source, profiles, batch if batch > 0 else None)
     graph = nodes.read(trt, network)
     preflight.check_targets(source, target, graph)
-    network.name = manifest.write(parent, profiles)
+    planned = dataclasses.replace(
+        parent,
+        kind="plan",
+        parent=artifacts.link_to(source, out, parent.sha256),
+        plan=Plan(
+            builder=trt.__name__, version=trt.__version__, profiles=profiles, seconds=0.0,
+            targets=tuple(target) or _own_target(trt), tf32=tf32,
+        ),
+        measured={},
+        made_by={},
+    )  # fmt: skip
+    network.name = plan_info.name_field(planned)
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     require_user_allocation(trt, config)
@@ -164,42 +158,36 @@ def _build(
     progress("build")
     started = time.perf_counter()
     with _timing_cache(config, timing_cache):
-        serialized = monitor.run(trt, maker, network, config, progress)
-    seconds = time.perf_counter() - started
+        serialized = run_builder(trt, maker, network, config, progress)
+    seconds = round(time.perf_counter() - started, 3)
     if serialized is None:
-        said = log.complaints()
+        reason = log.reason()
         raise ArtifactError(
-            f"{source}: the build failed{preflight.locate_node(said, graph)}: {said}"
+            f"{source}: the build failed{preflight.locate_node(reason, graph)}: {reason}"
         )
-    plan = Plan(
-        builder=trt.__name__,
-        version=trt.__version__,
-        targets=_own_target(trt),
-        profiles=profiles,
-        seconds=round(seconds, 3),
-        tf32=tf32,
-    )
-    progress("attest")
-    engine_layers = _layers(trt, log, serialized, len(profiles), graph)
+    progress("check layers")
+    assert planned.plan is not None
+    built = dataclasses.replace(planned, plan=dataclasses.replace(planned.plan, seconds=seconds))
     return _publish(
-        memoryview(serialized), out, source, parent, plan, graph, engine_layers, log.activations
-    )
+        memoryview(serialized), out, source, built, graph,
+        _layers(trt, log, serialized, len(profiles), graph), log.activations,
+    )  # fmt: skip
 
 
 def _layers(
     trt: Any, log: Any, serialized: Any, profiles: int, graph: Mapping[str, Node]
 ) -> tuple[Layer, ...]:
-    """The engine's fused layers: TensorRT-RTX logged them, TensorRT's inspector describes them."""
+    """Returns the fused layers, from TensorRT-RTX's log or TensorRT's inspector."""
     if hasattr(trt, "ComputeCapability"):
         return layers.read_dump(log.layers, graph)
-    texts = inspector.inspect_engine(trt, log, log.complaints, serialized, profiles)
+    texts = inspector.inspect_engine(trt, log, log.reason, serialized, profiles)
     return inspector.read_inspector(texts, graph)
 
 
 def require_user_allocation(trt: Any, config: Any) -> None:
-    """Builds an engine that allocates nothing while it runs, which CUDA graphs depend on.
+    """Makes the engine allocate nothing while it runs, which CUDA graphs need.
 
-    TensorRT-RTX has the flag; `tensorrt` plans can be captured without it.
+    Only TensorRT-RTX has this flag; plans of `tensorrt` can be captured without it.
     """
     flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if flag is not None:
@@ -207,7 +195,7 @@ def require_user_allocation(trt: Any, config: Any) -> None:
 
 
 def _own_target(trt: Any) -> tuple[str, ...]:
-    """The only GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
+    """Returns the GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
     rtx = hasattr(trt, "ComputeCapability")
     return () if rtx else tuple(gpu.target for gpu in hardware.gpus()[:1])
 
@@ -217,19 +205,19 @@ def _stated_size(sidecar: Sidecar | None) -> int | None:
 
 
 def _add_profiles(
-    maker: Any, config: Any, tensor: Any, profiles: tuple[Profile, ...], log: Any
+    builder: Any, config: Any, tensor: Any, profiles: tuple[Profile, ...], log: Any
 ) -> None:
     for profile in profiles:
-        entry = maker.create_optimization_profile()
+        entry = builder.create_optimization_profile()
         shapes = [(n, *tuple(tensor.shape)[1:]) for n in (profile.min, profile.opt, profile.max)]
         entry.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(entry) < 0:
-            raise InputError(f"the builder refuses the profile {profile}: {log.complaints()}")
+            raise InputError(f"the builder refuses the profile {profile}: {log.reason()}")
 
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """What `tensorrt` measured, from an earlier build to this one and on to the next."""
+    """Reads `tensorrt`'s kernel measurements before a build, and writes them after it."""
     if path is None:
         yield
         return
@@ -238,27 +226,26 @@ def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[
     if cache is None or not config.set_timing_cache(cache, False):
         raise ArtifactError(
             f"{path}: not a timing cache of this GPU and this version of TensorRT",
-            fix="remove it, and the build makes it again",
+            fix="delete it; the build writes a new one",
         )
     yield
-    kept = memoryview(config.get_timing_cache().serialize())
+    data = memoryview(config.get_timing_cache().serialize())
     with atomic_io.atomic_path(path) as temporary:
-        temporary.write_bytes(kept)
+        temporary.write_bytes(data)
 
 
-def _kept(dump: Sequence[Layer], graph: Mapping[str, Node], plan: Plan) -> str | None:
-    """The text of the layer file; None where the builder wrote no dump."""
-    if not dump:
-        return None
-    named = {word: tuple(n.name for n in graph.values() if n.operation == word)
-             for word in (CONVOLUTION, ADD)}  # fmt: skip
+def _layer_file(engine_layers: Sequence[Layer], graph: Mapping[str, Node], plan: Plan) -> str:
+    names = {
+        word: tuple(node.name for node in graph.values() if node.operation == word)
+        for word in (CONVOLUTION, ADD)
+    }
     return serialization.to_json(
         Layers(
             batches=tuple(profile.opt for profile in plan.profiles),
             activations=plan.attested.activations or () if plan.attested else (),
-            convolutions=named[CONVOLUTION],
-            adds=named[ADD],
-            layers=tuple(dump),
+            convolutions=names[CONVOLUTION],
+            adds=names[ADD],
+            layers=tuple(engine_layers),
         )
     )
 
@@ -267,80 +254,77 @@ def _publish(
     data: memoryview,
     out: Path,
     source: Path,
-    parent: Sidecar,
-    plan: Plan,
+    built: Sidecar,
     graph: Mapping[str, Node],
-    dump: tuple[Layer, ...],
+    engine_layers: tuple[Layer, ...],
     activations: Sequence[int],
 ) -> Sidecar:
-    """Attests the engine, holds it to what was asked for, and writes its three files."""
-    place = layers.path_for(out)
+    """Checks the precision of the layers, and writes the plan, its sidecar and its layer file."""
+    layer_path = layers.path_for(out)
     with contextlib.ExitStack() as stack:
 
         def describe() -> Sidecar:
-            attested = verify_precision.verify_precision(dump, graph, activations)
+            assert built.plan is not None
+            attested = layers.verify_precision(engine_layers, graph, activations)
             if attested is not None:
-                _hold(source, parent, attested, verify_precision.kernel_types(dump, graph))
-            # What TensorRT-RTX builds for without --target is in the plan's header only.
-            head = header.parse(bytes(data[: header.SIZE]))
-            found = dataclasses.replace(
-                plan, attested=attested, targets=head.targets if head else plan.targets
+                _require_precision(
+                    source, built, attested, layers.kernel_types(engine_layers, graph)
+                )
+            # Only the plan's header says what TensorRT-RTX builds for without --target.
+            header = plan_info.parse_header(bytes(data[: plan_info.HEADER_SIZE]))
+            plan = dataclasses.replace(
+                built.plan, attested=attested, targets=(header or built.plan).targets
             )
-            kept = _kept(dump, graph, found)
-            if kept is not None:
-                # Put in place last: until then the sidecar's hash is not that of the old file.
-                temporary = stack.enter_context(atomic_io.atomic_path(place, durable=False))
-                temporary.write_text(kept, encoding="utf-8")
-                link = Link(file=place.name, sha256=atomic_io.sha256(temporary))
-                found = dataclasses.replace(found, layers=link)
-            return dataclasses.replace(
-                parent,
-                kind="plan",
-                parent=artifacts.link_to(source, out, parent.sha256),
-                plan=found,
-                measured={},
-                made_by={},
-            )
+            if engine_layers:
+                # Replaced last: until then, the new sidecar's hash does not match the old file.
+                temporary = stack.enter_context(atomic_io.atomic_path(layer_path, durable=False))
+                text = _layer_file(engine_layers, graph, plan)
+                temporary.write_text(text, encoding="utf-8")
+                link = Link(file=layer_path.name, sha256=atomic_io.sha256(temporary))
+                plan = dataclasses.replace(plan, layers=link)
+            return dataclasses.replace(built, plan=plan)
 
         sidecar = artifacts.publish_bytes(out, data, describe)
-    if sidecar.plan is not None and sidecar.plan.layers is None:
-        place.unlink(missing_ok=True)
+    if not engine_layers:
+        layer_path.unlink(missing_ok=True)
     return sidecar
 
 
-def _hold(source: Path, parent: Sidecar, attested: Attestation, types: Mapping[str, str]) -> None:
-    """The gate: every convolution takes what the file's name promises, but for those left out.
+def _require_precision(
+    source: Path, sidecar: Sidecar, attested: Attestation, types: Mapping[str, str]
+) -> None:
+    """Raises CheckFailedError unless every convolution runs in the file's precision.
 
-    One whose type is not known counts as wrong. Where none is known, the record is of a form that
-    cannot be read, which says nothing of the engine: the plan is written, and not attested.
+    Convolutions that were left in float on purpose are allowed. An unknown type counts as wrong,
+    unless all are unknown: the builder's format has changed then, which says nothing about the
+    engine.
     """
-    wanted = EXPECTED.get(parent.precision)
+    wanted = EXPECTED.get(sidecar.precision)
     if wanted is None or set(types.values()) <= {layers.UNKNOWN}:
         return
-    wrong = {name: t for name, t in types.items() if t != wanted}
-    if len(wrong) <= (len(parent.calibration.kept) if parent.calibration else 0):
+    wrong = {name: dtype for name, dtype in types.items() if dtype != wanted}
+    if len(wrong) <= (len(sidecar.calibration.kept) if sidecar.calibration else 0):
         return
-    counts = {t: n for t, n in attested.dtypes.items() if t in wrong.values()}
-    named = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+    counts = {dtype: n for dtype, n in attested.dtypes.items() if dtype in wrong.values()}
+    names = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     raise CheckFailedError(
-        f"{source}: {parent.precision} was asked for, and of {attested.convolutions} convolutions "
+        f"{source}: {sidecar.precision} was requested, and of {attested.convolutions} convolutions "
         + ", ".join(
-            f"{count} are in no kernel whose type is known"
+            f"{count} are in no kernel of a known type"
             if dtype == layers.UNKNOWN
-            else f"{count} take {dtype}"
+            else f"{count} run in {dtype}"
             for dtype, count in counts.items()
         )
-        + f" ({named})",
+        + f" ({names})",
         fix="make the ONNX file again with: rtresnet quantize",
     )
 
 
-def _log(trt: Any) -> Any:
+def make_log(trt: Any) -> Any:
+    """Creates an ILogger that keeps errors, warnings and the layer dump."""
     error, warning = trt.ILogger.ERROR.value, trt.ILogger.WARNING.value
 
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings, and the layer dump that goes by at VERBOSE."""
-
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -349,7 +333,7 @@ def _log(trt: Any) -> Any:
             self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
-            level = severity.value  # an INT8 net's build says 8,000 lines, and enums compare slowly
+            level = severity.value  # INT8 builds log 8,000 lines, and comparing enums is slow
             if level <= error:
                 self.errors.append(message.strip())
             elif level == warning:
@@ -359,21 +343,95 @@ def _log(trt: Any) -> Any:
             elif memory := ACTIVATIONS.match(message):
                 self.activations.append(int(memory[1]))
 
-        def complaints(self) -> str:
+        def reason(self) -> str:
             return " | ".join(dict.fromkeys(self.errors)) or "the builder gave no reason"
 
     return Log()
 
 
+def run_builder(
+    trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str], None]
+) -> Any:
+    """Runs the builder in a thread of its own, without the GIL, so that Ctrl-C is noticed.
+
+    TensorRT can be cancelled only between two of its steps, the longest of which takes seconds.
+
+    Returns:
+        The serialized engine; None if the builder failed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, once the builder has stopped.
+    """
+    monitor = make_monitor(trt, progress)
+    config.progress_monitor = monitor
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(builder.build_serialized_network(network, config))
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            done.set()
+
+    # Not Thread.join: before Python 3.13, an interrupted join marks the thread as ended.
+    done = threading.Event()
+    thread = threading.Thread(target=work, name="build")
+    thread.start()
+    while not done.is_set():
+        try:
+            done.wait()
+        except KeyboardInterrupt:
+            if not monitor.cancelled:
+                progress("cancelling: waits for the builder's current step")
+            monitor.cancelled = True
+    thread.join()
+    config.progress_monitor = None  # the builder's objects must not outlive it
+    if monitor.cancelled:
+        raise KeyboardInterrupt
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def make_monitor(trt: Any, progress: Callable[[str], None]) -> Any:
+    """Creates an IProgressMonitor that reports the innermost phase, and can cancel the build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.cancelled = False
+            self.phases: list[str] = []
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases.append(phase_name)
+            self._report()
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self.phases:
+                self.phases.remove(phase_name)
+            self._report()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not self.cancelled
+
+        def _report(self) -> None:
+            if self.phases and not self.cancelled:
+                progress(self.phases[-1].lower())
+
+    return Monitor()
+
+
 def _creation_flags(trt: Any) -> int:
-    """TensorRT 10 must be told what 11 and RTX always do: types come from the file alone."""
+    """Flags that make TensorRT 10 strongly typed, as TensorRT 11 and TensorRT-RTX always are."""
     flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
     strongly_typed = getattr(flags, "STRONGLY_TYPED", None)
     return 1 << int(strongly_typed) if strongly_typed is not None else 0
 
 
-def _stranger(trt: Any, network: Any, source: Path) -> Sidecar:
-    """What can be said of an ONNX file that came without a sidecar: its shapes."""
+def _unknown_net(trt: Any, network: Any, source: Path) -> Sidecar:
+    """Describes an ONNX file that has neither a sidecar nor a description: its shapes."""
     images, logits = network.get_input(0), network.get_output(0)
     shape, out = tuple(images.shape), tuple(logits.shape)
     square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] > 0

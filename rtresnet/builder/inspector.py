@@ -1,9 +1,9 @@
 """The layers of a TensorRT engine, as its engine inspector describes them.
 
-`tensorrt` logs no layer dump while it builds; TensorRT-RTX does (`layers.read_dump`). The inspector
-describes an engine once it is deserialized, which takes the GPU that `tensorrt` builds on anyway.
-A dynamic engine has formats and types only in a context whose input shapes are set: "N/A due to
-dynamic shapes" otherwise.
+TensorRT-RTX logs the layers while it builds (`layers.read_dump`), `tensorrt` does not. The
+inspector describes a deserialized engine, which needs the GPU that `tensorrt` builds on anyway. An
+engine with dynamic shapes has formats and types only in a context whose input shapes are set;
+otherwise the inspector says "N/A due to dynamic shapes".
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from rtresnet.builder.layers import (
     MYELIN_KERNELS,
     PROFILE,
     UNKNOWN,
-    WIDEST_FIRST,
-    KernelRecord,
     Layer,
     Tensor,
-    make_layers,
+    classify,
+    raw_layer,
+    widest,
 )
 from rtresnet.builder.nodes import ORIGIN, Node
 from rtresnet.core import trt_loading
 
 # CaskConvolution, CaskGemmConvolution, CaskJitConv, CaskGemmMatrixMultiply, ...
 KERNEL = re.compile(r"Conv(?!er)|Gemm|MatrixMultiply|FullyConnected")
-# A region of Myelin's is a kernel if what it runs is one.
+# A region of Myelin is a kernel if its tactic is one.
 TACTIC = re.compile(r"gemm|fprop|conv|xmma", re.IGNORECASE)
 NAME_SEPARATORS = re.compile(r"[\s+(),|\[\]{}]+")
 # "Int8", "Half", "Row major linear FP32", "Channel major FP16 format where channel % 8 == 0",
@@ -52,7 +52,7 @@ DTYPES = (
 def inspect_engine(
     trt: Any, logger: Any, reason: Callable[[], str], serialized: Any, profiles: int
 ) -> tuple[str, ...]:
-    """Deserializes an engine and describes it with the best shapes of each profile.
+    """Deserializes an engine and describes it with the optimal shapes of each profile.
 
     Args:
         trt: The `tensorrt` module.
@@ -62,10 +62,10 @@ def inspect_engine(
         profiles: Number of its optimization profiles.
 
     Returns:
-        The inspector's JSON, one text per profile; empty where the engine does not open.
+        The inspector's JSON, one text per profile; empty if the engine cannot be deserialized.
 
     Raises:
-        UnavailableError: No Runtime can be created.
+        UnavailableError: TensorRT cannot create a Runtime.
     """
     runtime = trt_loading.create(trt, "Runtime", logger, reason)
     engine = runtime.deserialize_cuda_engine(serialized)
@@ -77,11 +77,10 @@ def inspect_engine(
     for profile in range(profiles):
         inspector = engine.create_engine_inspector()
         context = engine.create_execution_context()
-        if context is not None:  # else too little memory is left: names without types
+        if context is not None:  # None if too little memory is left: names have no types then
             context.set_optimization_profile_async(profile, 0)
             for name in inputs:
-                best = engine.get_tensor_profile_shape(name, profile)[1]
-                context.set_input_shape(name, best)
+                context.set_input_shape(name, engine.get_tensor_profile_shape(name, profile)[1])
             inspector.execution_context = context
         texts.append(str(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))
         del inspector, context  # before the engine, and before the next one takes memory
@@ -89,23 +88,23 @@ def inspect_engine(
 
 
 def read_inspector(texts: Sequence[str], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
-    """Reads what `inspect_engine` returned.
+    """Parses the result of `inspect_engine`.
 
     Args:
         texts: JSON, one text per optimization profile.
-        nodes: The parsed network's, by name.
+        nodes: The nodes of the parsed network by name.
 
     Returns:
-        The layers of every profile; empty where the texts describe none in detail.
+        The layers of every profile; empty if the texts have no details.
     """
     records = []
     for profile, text in enumerate(texts):
         for entry in _entries(text):
-            # Each text lists the layers of all profiles; those of the others have no types.
-            of = PROFILE.search(str(entry.get("Name", "")))
-            if (int(of[1]) if of else 0) == profile:
+            # Each text lists the layers of all profiles, but has types for its own profile only.
+            match = PROFILE.search(str(entry.get("Name", "")))
+            if (int(match[1]) if match else 0) == profile:
                 records.append(_record(entry, profile, nodes))
-    return make_layers(records, nodes)
+    return classify(records, nodes)
 
 
 def _entries(text: str) -> Iterator[dict[str, Any]]:
@@ -115,11 +114,11 @@ def _entries(text: str) -> Iterator[dict[str, Any]]:
         return
     listed = data.get("Layers") if isinstance(data, dict) else None
     for entry in listed if isinstance(listed, list) else ():
-        if isinstance(entry, dict):  # a name only, where the profiling verbosity was not DETAILED
+        if isinstance(entry, dict):  # a string unless the profiling verbosity was DETAILED
             yield entry
 
 
-def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> KernelRecord:
+def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> Layer:
     name, kind = str(entry.get("Name", "")), str(entry.get("LayerType", ""))
     tactic = str(entry.get("TacticName", ""))
     inputs = _tensors(entry.get("Inputs"))
@@ -128,8 +127,8 @@ def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> K
     origins = ORIGIN.findall(str(entry.get("Metadata", "")))
     if not origins:
         origins = [word for word in NAME_SEPARATORS.split(name) if word in nodes]
-    kernel = kind in MYELIN_KERNELS or bool(KERNEL.search(kind))
-    return KernelRecord(
+    is_kernel = kind in MYELIN_KERNELS or bool(KERNEL.search(kind))
+    return raw_layer(
         name=name,
         kind=kind,
         profile=profile,
@@ -138,7 +137,7 @@ def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> K
         outputs=_tensors(entry.get("Outputs")),
         weights=sum(t.bytes(1) or 0 for t in constants)
         + sum(int(BYTES.get(_dtype(part.get("Type")), 0) * part.get("Count", 0)) for part in sized),
-        kernel=kernel or (kind == "fusion" and bool(TACTIC.search(tactic))),
+        is_kernel=is_kernel or (kind == "fusion" and bool(TACTIC.search(tactic))),
         computes=_computes(entry, inputs, constants),
     )
 
@@ -146,9 +145,9 @@ def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> K
 def _computes(
     entry: dict[str, Any], inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...]
 ) -> str:
-    """The type that a kernel multiplies in: the wider of its input's and its weights'.
+    """Returns the type that a kernel multiplies in: the wider of its input's and its weights'.
 
-    An input of int8 alone proves nothing: a kernel that first converts it has float weights.
+    An int8 input alone proves nothing, because a kernel that first converts it has float weights.
     """
     types = {inputs[0].dtype if inputs else UNKNOWN}
     weights = entry.get("Weights")
@@ -156,7 +155,7 @@ def _computes(
         types.add(_dtype(weights.get("Type")))
     elif constants:
         types.add(max(constants, key=lambda tensor: math.prod(tensor.shape)).dtype)
-    return next((dtype for dtype in WIDEST_FIRST if dtype in types), min(types))
+    return widest(types)
 
 
 def _tensors(listed: Any) -> tuple[Tensor, ...]:

@@ -1,9 +1,15 @@
-"""The fused layers that an engine consists of.
+"""The fused layers of an engine, and the data types of its convolutions.
 
-TensorRT-RTX logs them at VERBOSE while it builds, with or without a GPU; `tensorrt` describes them
-afterwards (`inspector.py`). A plan cannot be opened without a GPU, so the layers are kept in a file
-next to it, `X.plan.layers.json`, whose hash is in the plan's sidecar.
-`rtresnet inspect X.plan --layers` shows them.
+TensorRT-RTX logs the layers at VERBOSE while it builds, with or without a GPU; `tensorrt` describes
+them afterwards (`inspector.py`). A plan cannot be opened without a GPU, so the layers are kept in a
+file next to it, `X.plan.layers.json`, whose hash is in the plan's sidecar.
+`rtresnet inspect X.plan --layers` prints them.
+
+A layer names the ONNX nodes that it was made from, but only kernels compute: other layers that name
+a convolution scale, add or convert around it. A kernel runs in the type of its first input, unless
+the inspector reports wider weights. A convolution that no kernel names, or whose type is not
+recorded, is UNKNOWN. An Add that no kernel names runs in a layer of its own, so its inputs went
+through memory.
 """
 
 from __future__ import annotations
@@ -11,23 +17,25 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, STEM, WEIGHTS, Node
 from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import from_json
-from rtresnet.core.sidecar import Sidecar
+from rtresnet.core.sidecar import Attestation, Sidecar
 
 SCHEMA = 1
-# What computes a convolution in Myelin: `correlation`, or for some of 1x1 a matrix product.
+KERNELS = (CONVOLUTION, MATMUL)  # roles
+# Myelin computes a convolution as `correlation`, and some of 1x1 as a matrix product.
 MYELIN_KERNELS = ("correlation", "gemm", "runtime_fusion")
-# Bookkeeping between streams and for dynamic shapes: no data passes.
+# Synchronization of streams and shapes: they move no data.
 IDLE = ("shape_call", "signal", "wait", "NoOp")
 UNKNOWN = "unknown"
-# Of several types the first counts: what is not known is not attested.
+# The first of several types counts, so that an unknown type is not attested.
 WIDEST_FIRST = (UNKNOWN, "Float", "BFloat16", "Half")
 BYTES = {
     "Float": 4.0, "Half": 2.0, "BFloat16": 2.0, "Int8": 1.0, "FP8": 1.0, "UInt8": 1.0, "Bool": 1.0,
@@ -50,14 +58,14 @@ PROFILE = re.compile(r"\[profile (\d+)\]")
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """What a layer reads or writes; -1 in a shape is the batch."""
+    """A tensor that a layer reads or writes; -1 in its shape is the batch."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
 
     def bytes(self, batch: int) -> int | None:
-        """Its size at a batch; None for a type of unknown width."""
+        """Returns its size in bytes at a batch; None if the width of its type is unknown."""
         width = BYTES.get(self.dtype)
         if width is None:
             return None
@@ -66,18 +74,19 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One kernel of the engine.
+    """One layer of the engine.
 
     Attributes:
         kind: TensorRT's word: correlation, gemm, kgen, maxpool, ...
         role: conv, matmul, pool, pointwise, requantize (pointwise to int8 from a wider type),
-            reformat (moves and converts only), idle (no data passes).
-        operation: What it does, as in "conv 3x3 + add + relu".
-        profile: The optimization profile it belongs to.
-        nodes: The ONNX nodes it came from.
-        rounds: Quantizers among them whose int8 does not leave the layer: a rounding, no gain.
+            reformat (moves and converts only), idle (moves no data).
+        operation: What it computes, as in "conv 3x3 + add + relu".
+        profile: Index of its optimization profile.
+        nodes: The ONNX nodes that it was made from.
+        rounds: Quantizers among them whose int8 does not leave the layer: they cost accuracy and
+            save nothing.
         weights: Bytes of its constants.
-        computes: Type that a kernel multiplies in, where that is recorded apart from its inputs.
+        computes: Type that a kernel multiplies in; None if it is the type of its first input.
     """
 
     name: str
@@ -96,36 +105,14 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelRecord:
-    """One kernel as the builder's log or the inspector describes it, in the order they run.
-
-    Attributes:
-        nodes: The ONNX nodes it came from.
-        weights: Bytes of its constants.
-        kernel: Whether it computes a convolution or a matrix product.
-        computes: See `Layer`.
-    """
-
-    name: str
-    kind: str
-    profile: int
-    nodes: tuple[str, ...]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    weights: int
-    kernel: bool
-    computes: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Layers:
-    """What `X.plan.layers.json` holds.
+    """Content of `X.plan.layers.json`.
 
     Attributes:
-        batches: The best batch of each optimization profile.
-        activations: Bytes of activation memory, a profile.
-        convolutions: The net's convolutions by name.
-        adds: Its residual Adds by name.
+        batches: The optimal batch of each optimization profile.
+        activations: Bytes of activation memory of each profile.
+        convolutions: Names of the net's convolutions.
+        adds: Names of its residual Adds.
     """
 
     batches: tuple[int, ...]
@@ -137,19 +124,19 @@ class Layers:
 
 
 def read_dump(text: str, nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
-    """Reads the log message that begins with "Layers:"; empty where it is no such dump.
+    """Parses the log message that begins with "Layers:"; empty if the text is no such message.
 
     Args:
         text: The message.
-        nodes: The parsed network's, by name.
+        nodes: The nodes of the parsed network by name.
     """
     lines = [match.groupdict() for match in LAYER.finditer(text)]
     profiles = _profiles(lines)
-    kernels = []
+    layers = []
     for line in lines:
         graph = GRAPH.search(line["name"])
-        kernels.append(
-            KernelRecord(
+        layers.append(
+            raw_layer(
                 name=line["name"],
                 kind=line["kind"],
                 profile=profiles.get(graph[1], 0) if graph else 0,
@@ -157,56 +144,69 @@ def read_dump(text: str, nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
                 inputs=_tensors(line["inputs"]),
                 outputs=_tensors(line["outputs"]),
                 weights=sum(t.bytes(1) or 0 for t in _tensors(line["constants"])),
-                kernel=line["kind"] in MYELIN_KERNELS,
+                is_kernel=line["kind"] in MYELIN_KERNELS,
             )
         )
-    return make_layers(kernels, nodes)
+    return classify(layers, nodes)
 
 
-def make_layers(kernels: Sequence[KernelRecord], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
-    """Finds what each kernel does, and in which block of the net.
+def raw_layer(
+    *,
+    name: str,
+    kind: str,
+    profile: int,
+    nodes: tuple[str, ...],
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    weights: int,
+    is_kernel: bool,
+    computes: str | None = None,
+) -> Layer:
+    """Makes a layer from what a log or the inspector says, for `classify`.
 
     Args:
-        kernels: In the order they run.
-        nodes: The parsed network's, by name.
+        is_kernel: Whether it computes a convolution or a matrix product.
+        Others: See `Layer`.
     """
-    place, found = (STEM, STEM), []
+    return Layer(
+        name=name, kind=kind, role=MATMUL if is_kernel else "", operation="", stage="", block="",
+        profile=profile, nodes=nodes, rounds=(), inputs=inputs, outputs=outputs, weights=weights,
+        computes=computes if is_kernel else None,
+    )  # fmt: skip
+
+
+def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
+    """Finds role, operation and block of each layer.
+
+    Args:
+        layers: From `raw_layer`, in the order of execution.
+        nodes: The nodes of the parsed network by name.
+    """
+    place, classified = (STEM, STEM), []
     order = {name: index for index, name in enumerate(nodes)}
-    done: dict[int, set[str]] = {}  # the convolutions that have run, a profile
-    for kernel in kernels:
-        known = sorted((n for n in kernel.nodes if n in nodes), key=order.__getitem__)
-        mine = [nodes[name] for name in known if nodes[name].operation != WEIGHTS]
-        ran = done.setdefault(kernel.profile, set())
-        role = _role(kernel, mine)
-        rounds = _rounds(mine, kernel.outputs)
-        operation = _operation(role, kernel.kind, kernel.name, mine, rounds, ran)
-        main = _main(mine, role, ran)
+    done: dict[int, set[str]] = {}  # the convolutions that have run, by profile
+    for layer in layers:
+        known = sorted((n for n in layer.nodes if n in nodes), key=order.__getitem__)
+        own = [nodes[name] for name in known if nodes[name].operation != WEIGHTS]
+        ran = done.setdefault(layer.profile, set())
+        role = _role(layer, own)
+        rounds = _rounds(own, layer.outputs)
+        main = _main(own, role, ran)
         if main is not None:
             place = (main.stage, main.block)
-        if role in (CONVOLUTION, MATMUL):
-            ran |= {node.name for node in mine if node.operation in (CONVOLUTION, MATMUL)}
-        found.append(
-            Layer(
-                name=kernel.name,
-                kind=kernel.kind,
-                role=role,
-                operation=operation,
-                stage=place[0],
-                block=place[1],
-                profile=kernel.profile,
-                nodes=kernel.nodes,
-                rounds=rounds,
-                inputs=kernel.inputs,
-                outputs=kernel.outputs,
-                weights=kernel.weights,
-                computes=kernel.computes if kernel.kernel else None,
+        operation = _operation(role, layer.kind, layer.name, own, rounds, ran)
+        if role in KERNELS:
+            ran |= {node.name for node in own if node.operation in KERNELS}
+        classified.append(
+            replace(
+                layer, role=role, operation=operation, stage=place[0], block=place[1], rounds=rounds
             )
         )
-    return tuple(found)
+    return tuple(classified)
 
 
 def _profiles(lines: list[dict[str, str]]) -> dict[str, int]:
-    """Which profile each compiled graph (`_myl1_` in its layers' names) belongs to."""
+    """Returns the profile of each compiled graph (`_myl1_` in the names of its layers)."""
     profiles: dict[str, int] = {}
     for line in lines:
         graph, profile = (
@@ -230,41 +230,41 @@ def _tensors(text: str) -> tuple[Tensor, ...]:
 
 
 def _tokens(name: str) -> list[str]:
-    """`__myl_MulAddRelu_myl0_3` to Mul, Add, Relu: what a generated kernel does."""
+    """Splits `__myl_MulAddRelu_myl0_3` into Mul, Add, Relu: the steps of a generated kernel."""
     match = re.match(r"__myl_(\w+?)_myl", name)
     return re.findall(r"[A-Z][a-z]*", match[1]) if match else []
 
 
-def _role(kernel: KernelRecord, mine: list[Node]) -> str:
-    operations = {node.operation for node in mine}
-    if kernel.kind in IDLE:
+def _role(layer: Layer, own: Sequence[Node]) -> str:
+    operations = {node.operation for node in own}
+    if layer.kind in IDLE:
         return "idle"
-    if kernel.kernel:
+    if layer.role == MATMUL:
         return MATMUL if CONVOLUTION not in operations else CONVOLUTION
-    if "pool" in kernel.kind.lower():
+    if "pool" in layer.kind.lower():
         return "pool"
-    wide = any(tensor.dtype not in ("Int8", UNKNOWN) for tensor in kernel.inputs)
-    requantizes = wide and any(tensor.dtype == "Int8" for tensor in kernel.outputs)
-    if kernel.kind == "Reformat":  # TensorRT's: also what a QuantizeLinear of its own becomes
+    wide = any(tensor.dtype not in ("Int8", UNKNOWN) for tensor in layer.inputs)
+    requantizes = wide and any(tensor.dtype == "Int8" for tensor in layer.outputs)
+    if layer.kind == "Reformat":  # TensorRT's; also a QuantizeLinear that is a layer of its own
         return "requantize" if requantizes else "reformat"
-    tokens = _tokens(kernel.name)
+    tokens = _tokens(layer.name)
     moves = bool(tokens) and set(tokens) <= {*MOVES, "Repl"}
-    if moves or "reformat" in (kernel.kind + kernel.name).lower():
+    if moves or "reformat" in (layer.kind + layer.name).lower():
         return "reformat"
     return "requantize" if requantizes else "pointwise"
 
 
-def _rounds(mine: list[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]:
+def _rounds(own: Sequence[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]:
     if any(tensor.dtype == UNKNOWN for tensor in outputs):
         return ()
-    quantizers = {node.name for node in mine if node.operation == "quantize"}
+    quantizers = {node.name for node in own if node.operation == "quantize"}
     lost = len(quantizers) - sum(tensor.dtype == "Int8" for tensor in outputs)
-    back = [n.source for n in mine if n.operation == "dequantize" and n.source in quantizers]
+    back = [n.source for n in own if n.operation == "dequantize" and n.source in quantizers]
     return tuple(back[: max(lost, 0)])
 
 
 def _operation(
-    role: str, kind: str, name: str, mine: list[Node], rounds: tuple[str, ...], ran: set[str]
+    role: str, kind: str, name: str, own: Sequence[Node], rounds: tuple[str, ...], ran: set[str]
 ) -> str:
     if role == "idle":
         return kind
@@ -272,10 +272,10 @@ def _operation(
         moves = [MOVES[token] for token in _tokens(name) if token in MOVES]
         return " + ".join(dict.fromkeys(moves)) or "reformat"
     words = []
-    for node in mine:
+    for node in own:
         word = f"{node.operation} {node.detail}".strip()
-        if node.operation in (CONVOLUTION, MATMUL) and role not in (CONVOLUTION, MATMUL):
-            # Scale and bias of one that ran; of one that has yet to run it is its input.
+        if node.operation in KERNELS and role not in KERNELS:
+            # Scale and bias of a kernel that has run, or the input of one that has not.
             word = "scale" if node.name in ran else ""
         if node.name in rounds:
             words.append("round")
@@ -289,49 +289,107 @@ def _operation(
     return " + ".join(dict.fromkeys(words)) or " ".join(_tokens(name)).lower() or kind
 
 
-def _main(mine: list[Node], role: str, ran: set[str]) -> Node | None:
-    """The node that says where a layer stands: what it computes, not what it prepares."""
-    if role not in (CONVOLUTION, MATMUL):
-        mine = [n for n in mine if n.operation != "dequantize"] or mine
-        for node in mine:
+def _main(own: Sequence[Node], role: str, ran: set[str]) -> Node | None:
+    """Returns the node whose block a layer belongs to: one that it computes, if there is one."""
+    if role not in KERNELS:
+        own = [n for n in own if n.operation != "dequantize"] or own
+        for node in own:
             if node.operation == ADD or node.name in ran:
                 return node
-    for node in mine:
-        if node.operation in (CONVOLUTION, MATMUL):
+    for node in own:
+        if node.operation in KERNELS:
             return node
-    return mine[0] if mine else None
+    return own[0] if own else None
 
 
 def path_for(plan: str | os.PathLike[str]) -> Path:
-    """`engines/resnet50.plan` to `engines/resnet50.plan.layers.json`."""
+    """Returns the layer file of a plan: `engines/resnet50.plan.layers.json`."""
     return Path(f"{os.fspath(plan)}.layers.json")
 
 
 def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
-    """Reads the layers that were kept next to a plan.
+    """Reads the layer file of a plan.
 
     Raises:
-        InputError: None were kept.
-        ArtifactError: The file is not the one that the sidecar names.
+        InputError: There is none.
+        ArtifactError: The file does not belong to this plan, or is damaged.
     """
     command = sidecar.made_by.get("command") if sidecar else None
     again = f"build it again: {command or 'rtresnet build MODEL.onnx'}"
     link = sidecar.plan.layers if sidecar and sidecar.plan else None
     if link is None:
         why = "it has no sidecar" if sidecar is None else "its sidecar names no layer file"
-        raise InputError(f"{plan}: the layers are not known, {why}", fix=again)
+        raise InputError(f"{plan}: its layers are unknown, because {why}", fix=again)
     place = Path(plan).parent / link.file
     atomic_io.require_file(place, fix=again)
     if atomic_io.sha256(place) != link.sha256:
-        raise ArtifactError(f"{place}: not the file that belongs to {plan}", fix=again)
+        raise ArtifactError(f"{place}: does not belong to {plan}", fix=again)
     data = serialization.load(place, fix=again, error=ArtifactError)
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise ArtifactError(f"{place}: schema {schema}, not {SCHEMA}", fix=again)
+        raise ArtifactError(f"{place}: schema {schema}, this rtresnet reads {SCHEMA}", fix=again)
     try:
         layers = from_json(Layers, data)
         if not layers.batches or any(layer.profile < 0 for layer in layers.layers):
             raise TypeError("no batches, or a profile below 0")
     except TypeError as error:
-        raise ArtifactError(f"{place}: broken ({error})", fix=again) from None
+        raise ArtifactError(f"{place}: damaged ({error})", fix=again) from None
     return layers
+
+
+def verify_precision(
+    layers: Sequence[Layer], nodes: Mapping[str, Node], activations: Sequence[int] = ()
+) -> Attestation | None:
+    """Counts the data types of convolutions, and what was not fused.
+
+    Args:
+        layers: The engine's layers; empty if the builder described none.
+        nodes: The nodes of the parsed network by name.
+        activations: Bytes of activation memory of each profile.
+
+    Returns:
+        The counts; None without layers.
+    """
+    if not layers:
+        return None
+    types = kernel_types(layers, nodes)
+    stages: dict[str, Counter[str]] = {}
+    for name, dtype in types.items():
+        stages.setdefault(nodes[name].stage, Counter())[dtype] += 1
+    profiles = sorted({layer.profile for layer in layers})
+    kernels = [layer for layer in layers if layer.role in KERNELS]
+    fused = [{n for layer in kernels if layer.profile == p for n in layer.nodes} for p in profiles]
+    adds = [node.name for node in nodes.values() if node.operation == ADD]
+    first = [layer for layer in layers if layer.profile == 0]
+    roles = Counter(layer.role for layer in first)
+    return Attestation(
+        convolutions=len(types),
+        dtypes=dict(Counter(types.values())),
+        layers=len(first) - roles["idle"],
+        stages={stage: dict(counts) for stage, counts in stages.items()},
+        adds=len(adds),
+        unfused_adds=tuple(name for name in adds if not all(name in f for f in fused)),
+        requantizes=roles["requantize"],
+        reformats=roles["reformat"],
+        rounds=tuple(name for layer in first for name in layer.rounds),
+        activations=tuple(activations),
+    )
+
+
+def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str, str]:
+    """Maps each convolution's name to the type of its kernel; the widest of all profiles."""
+    types: dict[str, set[str]] = {}
+    for layer in layers:
+        if layer.role in KERNELS and layer.inputs:
+            for name in layer.nodes:
+                types.setdefault(name, set()).add(layer.computes or layer.inputs[0].dtype)
+    return {
+        node.name: widest(types.get(node.name, {UNKNOWN}))
+        for node in nodes.values()
+        if node.operation == CONVOLUTION
+    }
+
+
+def widest(dtypes: set[str]) -> str:
+    """Returns the widest of several types; UNKNOWN counts as wider than any."""
+    return next((dtype for dtype in WIDEST_FIRST if dtype in dtypes), min(dtypes))

@@ -1,14 +1,15 @@
-"""The parsed network's nodes: what each does, and which stage and block of a ResNet it is in.
+"""The nodes of a parsed network: the operation of each, and its stage and block of a ResNet.
 
-Stages are stem, layer1 to layer4, fc. Names such as layer1.0.conv1 or stage2_conv3 say it
-themselves; where no convolution's name does, stages are counted: one ends where the residual Adds
-get smaller, a block at each Add.
+Stages are stem, layer1 to layer4, fc. They are read from names such as layer1.0.conv1 or
+stage2_conv3. If no convolution has such a name, stages are counted: a block ends at each residual
+Add, and a stage where the Adds' outputs get smaller.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -31,144 +32,116 @@ class Node:
     """One ONNX node.
 
     Attributes:
-        operation: conv, matmul, add (a residual one), relu, quantize, ...; weights where it
-            computes nothing but constants.
-        detail: A convolution's kernel, as in 3x3.
+        operation: conv, matmul, add (a residual one), relu, quantize, ...; "weights" if the node
+            depends on constants only.
+        detail: Kernel size of a convolution, as in 3x3.
         stage: stem, layer1, ..., fc.
         block: As in layer1.0; the stage's name in stem and fc.
-        dtype: Of its output, as TensorRT names it.
-        source: The node that makes its first input.
+        dtype: Type of its output, as TensorRT names it.
+        height: Height of its output in pixels; 0 if the output is not an image.
+        source: The node that computes its first input.
     """
 
     name: str
     operation: str
     detail: str = ""
-    stage: str
-    block: str
+    stage: str = ""
+    block: str = ""
     dtype: str
+    height: int = 0
     source: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Raw:
-    name: str
-    operation: str
-    detail: str
-    height: int
-    dtype: str
-    source: str
-
-
 def read(trt: Any, network: Any) -> dict[str, Node]:
-    """Every ONNX node by name, in the order of the graph."""
-    found: dict[str, _Raw] = {}
+    """Returns every ONNX node of a parsed network by its name, in the order of the graph."""
+    nodes: dict[str, Node] = {}
     constant: set[str] = set()
     makers: dict[str, str] = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        fixed = all(tensor is None or tensor.name in constant for tensor in inputs)
+        is_constant = all(tensor is None or tensor.name in constant for tensor in inputs)
         out = layer.get_output(0)
         if out is None:
             continue
-        if fixed:
+        if is_constant:
             constant.add(out.name)
         for name in ORIGIN.findall(layer.metadata or "") or [layer.name]:
             source = makers.get(inputs[0].name, "") if inputs and inputs[0] else ""
-            raw = _raw(trt, layer, name, inputs, out, fixed, constant, source)
             makers[out.name] = name
-            # The bias of a Gemm is a second layer of the same node: the first says what it is.
-            found.setdefault(name, raw)
-    return _placed([raw for raw in found.values() if raw.operation != "constant"])
-
-
-def _raw(
-    trt: Any,
-    layer: Any,
-    name: str,
-    inputs: list[Any],
-    out: Any,
-    fixed: bool,
-    constant: set[str],
-    source: str,
-) -> _Raw:
-    kind = layer.type.name
-    operation, detail = WORDS.get(kind, kind.lower()), ""
-    shape = tuple(out.shape)
-    if fixed:
-        operation = "constant" if kind == "CONSTANT" else WEIGHTS
-    elif kind == "CONVOLUTION":
-        layer.__class__ = trt.IConvolutionLayer  # the API hands out the base class only
-        detail = "x".join(str(side) for side in tuple(layer.kernel_size_nd))
-    elif kind == "ELEMENTWISE":
-        layer.__class__ = trt.IElementWiseLayer
-        two = not any(tensor.name in constant for tensor in inputs)
-        operation = layer.op.name.lower()
-        if layer.op == trt.ElementWiseOperation.SUM:
-            operation = ADD if two and len(shape) == 4 else "bias"
-    height = shape[2] if len(shape) == 4 else 0
-    return _Raw(
-        name=name,
-        operation=operation,
-        detail=detail,
-        height=height,
-        dtype=out.dtype.name,
-        source=source,
-    )
-
-
-def _placed(raws: list[_Raw]) -> dict[str, Node]:
-    named = any(STAGE.search(raw.name) for raw in raws if raw.operation == CONVOLUTION)
-    places = _by_name(raws) if named else _by_counting(raws)
+            # The bias of a Gemm is a second layer of the same node; the first has the operation.
+            if name not in nodes:
+                operation, detail = _operation(trt, layer, inputs, is_constant, constant)
+                shape = tuple(out.shape)
+                nodes[name] = Node(
+                    name=name, operation=operation, detail=detail, dtype=out.dtype.name,
+                    height=shape[2] if len(shape) == 4 else 0, source=source,
+                )  # fmt: skip
+    found = [node for node in nodes.values() if node.operation != "constant"]
+    named = any(STAGE.search(node.name) for node in found if node.operation == CONVOLUTION)
+    places = _by_name(found) if named else _by_counting(found)
     return {
-        raw.name: Node(
-            name=raw.name,
-            operation=raw.operation,
-            detail=raw.detail,
-            stage=stage,
-            block=block,
-            dtype=raw.dtype,
-            source=raw.source,
-        )
-        for raw, (stage, block) in zip(raws, places, strict=True)
+        node.name: replace(node, stage=stage, block=block)
+        for node, (stage, block) in zip(found, places, strict=True)
     }
 
 
-def _by_name(raws: list[_Raw]) -> list[tuple[str, str]]:
-    matches = [list(STAGE.finditer(raw.name)) for raw in raws]
+def _operation(
+    trt: Any, layer: Any, inputs: Sequence[Any], is_constant: bool, constant: set[str]
+) -> tuple[str, str]:
+    """Returns the operation and the detail of a layer."""
+    kind = layer.type.name
+    if is_constant:
+        return "constant" if kind == "CONSTANT" else WEIGHTS, ""
+    if kind == "CONVOLUTION":
+        layer.__class__ = trt.IConvolutionLayer  # the API returns the base class
+        return CONVOLUTION, "x".join(str(side) for side in tuple(layer.kernel_size_nd))
+    if kind == "ELEMENTWISE":
+        layer.__class__ = trt.IElementWiseLayer
+        if layer.op != trt.ElementWiseOperation.SUM:
+            return layer.op.name.lower(), ""
+        residual = not any(tensor.name in constant for tensor in inputs)
+        return ADD if residual and len(tuple(layer.get_output(0).shape)) == 4 else "bias", ""
+    return WORDS.get(kind, kind.lower()), ""
+
+
+def _by_name(nodes: Sequence[Node]) -> list[tuple[str, str]]:
+    """Returns stage and block of each node by the names."""
+    matches = [list(STAGE.finditer(node.name)) for node in nodes]
     last = max(index for index, match in enumerate(matches) if match)
-    numbers: dict[str, int] = {}  # foreign names may begin at 0
+    numbers: dict[str, int] = {}  # other tools' names may begin at 0
     places, place = [], (STEM, STEM)
     for index, match in enumerate(matches):
-        if match:  # /layer1/layer1.0/conv1: the last one knows the block
+        if match:  # /layer1/layer1.0/conv1: the last match has the block
             stage = f"layer{numbers.setdefault(match[-1][1], len(numbers) + 1)}"
             place = (stage, f"{stage}.{match[-1][2]}" if match[-1][2] else stage)
         places.append((HEAD, HEAD) if index > last else place)
     return places
 
 
-def _by_counting(raws: list[_Raw]) -> list[tuple[str, str]]:
-    adds = [index for index, raw in enumerate(raws) if raw.operation == ADD]
-    convolutions = [index for index, raw in enumerate(raws) if raw.operation == CONVOLUTION]
+def _by_counting(nodes: Sequence[Node]) -> list[tuple[str, str]]:
+    """Returns stage and block of each node by counting residual Adds."""
+    adds = [index for index, node in enumerate(nodes) if node.operation == ADD]
+    convolutions = [index for index, node in enumerate(nodes) if node.operation == CONVOLUTION]
     ends = adds or convolutions[1:]
     if not ends:
-        return [(STEM, STEM) if raw.operation != MATMUL else (HEAD, HEAD) for raw in raws]
+        return [(STEM, STEM) if node.operation != MATMUL else (HEAD, HEAD) for node in nodes]
     blocks, stage, number = [], 0, 0
     for before, end in zip([None, *ends], ends, strict=False):
-        smaller = before is None or raws[end].height != raws[before].height
+        smaller = before is None or nodes[end].height != nodes[before].height
         stage, number = (stage + 1, 0) if smaller else (stage, number + 1)
         blocks.append((f"layer{stage}", f"layer{stage}.{number}"))
-    # The stem ends before the first convolution after it that is no larger than the first Add's.
-    inside = [i for i in convolutions[1:] if raws[i].height <= raws[ends[0]].height]
+    # The stem ends before the first later convolution that is no larger than the first Add's.
+    inside = [i for i in convolutions[1:] if nodes[i].height <= nodes[ends[0]].height]
     start = min([*inside, ends[0]])
     places: list[tuple[str, str]] = []
     current = 0
-    for index, raw in enumerate(raws):
-        # What follows an Add at once still is of its block.
-        ahead = raw.operation not in ("relu", "quantize", "dequantize")
-        if ahead and index > ends[-1]:
-            return [*places, *[(HEAD, HEAD)] * (len(raws) - index)]
-        if ahead and index > ends[current]:
+    for index, node in enumerate(nodes):
+        # Activation and Q/DQ right after an Add belong to its block.
+        begins = node.operation not in ("relu", "quantize", "dequantize")
+        if begins and index > ends[-1]:
+            return [*places, *[(HEAD, HEAD)] * (len(nodes) - index)]
+        if begins and index > ends[current]:
             current += 1
         places.append((STEM, STEM) if index < start else blocks[current])
     return places

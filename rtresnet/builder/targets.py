@@ -1,38 +1,42 @@
-"""Which builder there is, and which GPUs it can build for.
+"""The builder, the GPUs that it builds for, and the batch sizes.
 
 TensorRT-RTX (`tensorrt_rtx`) needs no GPU and builds one plan for several compute capabilities.
-TensorRT (`tensorrt`) builds for the GPU in the machine. Same Python API, one seam: `builder()`.
+TensorRT (`tensorrt`) builds for the GPU in the machine. Their Python APIs are almost the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rtresnet.core import gpu_targets, hardware, trt_loading
 from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
+from rtresnet.core.sidecar import Profile
 
 RTX_TARGETS = tuple(gpu_targets.SERVED)
-DEFAULT = RTX_TARGETS[1:]  # what TensorRT-RTX builds for when nothing is said
+DEFAULT = RTX_TARGETS[1:]  # TensorRT-RTX's own default
 CURRENT = "current"
 BUILDERS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+DEFAULT_BATCH = "1:8:32"
 
 
 def builder(choice: str = "auto") -> Any:
-    """The TensorRT module to build with.
+    """Imports the TensorRT module to build with.
 
     Args:
-        choice: "rtx", "tensorrt", or "auto": `tensorrt` where it is installed and there is a
-            GPU, else `tensorrt_rtx`.
+        choice: "rtx", "tensorrt", or "auto": `tensorrt` if it is installed and there is a GPU, else
+            `tensorrt_rtx`.
 
     Raises:
-        UnavailableError: It is not installed, does not load, or `tensorrt` has no GPU here.
+        UnknownNameError: There is no such builder.
+        UnavailableError: It is not installed, cannot be imported, or `tensorrt` has no GPU.
     """
     if choice not in ("auto", *BUILDERS):
         raise UnknownNameError("builder", choice, ("auto", *BUILDERS))
-    choice = _chosen(choice)
-    # Without a device TensorRT ends the process where it should raise an error.
+    choice = _resolved(choice)
+    # Without a device, TensorRT ends the process instead of raising.
     if choice == "tensorrt" and hardware.installed("tensorrt") and not hardware.gpus():
         raise UnavailableError(
             "tensorrt builds for the GPU in the machine, and there is none", fix="use --builder rtx"
@@ -40,47 +44,45 @@ def builder(choice: str = "auto") -> Any:
     return trt_loading.load_tensorrt(BUILDERS[choice])
 
 
-def _chosen(choice: str) -> str:
+def _resolved(choice: str) -> str:
     if choice != "auto":
         return choice
     return "tensorrt" if hardware.installed("tensorrt") and hardware.gpus() else "rtx"
 
 
 def available() -> bool:
-    """Whether `builder("auto")` would find one."""
-    return hardware.installed("tensorrt_rtx") or (
-        hardware.installed("tensorrt") and bool(hardware.gpus())
-    )
+    """Whether `builder("auto")` finds a builder."""
+    return hardware.installed(BUILDERS[_resolved("auto")])
 
 
-def parse(given: str | Sequence[str] | None, builder: str = "auto") -> tuple[str, ...]:
-    """What `--target` says, as names; nothing leaves the choice to the builder.
+def parse(names: str | Sequence[str] | None, builder: str = "auto") -> tuple[str, ...]:
+    """Translates the values of --target to compute capabilities; empty for the builder's default.
 
     Args:
-        given: Compute capabilities (sm_86), GPUs ("RTX 4090"), `current` or `all`, each in a text
-            of its own or separated by commas.
-        builder: With "tensorrt", only the GPU in the machine can be meant.
+        names: Compute capabilities (sm_86), GPUs ("RTX 4090"), `current` or `all`, separate or with
+            commas in between.
+        builder: With "tensorrt", only the GPU in the machine is possible.
 
     Raises:
-        InputError: What TensorRT-RTX does not serve, with what does; or no target at all.
+        InputError: The builder does not support a target, or the values are empty.
         UnavailableError: `current` without a GPU.
     """
-    texts = [given] if isinstance(given, str) else list(given or ())
-    names = [part.strip() for text in texts for part in text.split(",") if part.strip()]
-    if texts and not names:  # an empty variable in a script
-        raise InputError("--target names nothing", fix="leave it out, or see: rtresnet doctor")
-    found: list[str] = []
-    for name in names:
+    texts = [names] if isinstance(names, str) else list(names or ())
+    parts = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    if texts and not parts:  # an empty variable in a script
+        raise InputError("--target is empty", fix="leave it out, or see: rtresnet doctor")
+    targets: list[str] = []
+    for name in parts:
         if name.lower() == "all":
-            found += RTX_TARGETS
+            targets += RTX_TARGETS
             continue
         target = _target(name)
-        if _chosen(builder) == "rtx":
-            _served(name, target)
-        found.append(target)
-    if _chosen(builder) == "tensorrt":
-        _only_own(found)
-    return tuple(dict.fromkeys(found))
+        if _resolved(builder) == "rtx":
+            _require_rtx_target(name, target)
+        targets.append(target)
+    if _resolved(builder) == "tensorrt":
+        _require_own_gpu(targets)
+    return tuple(dict.fromkeys(targets))
 
 
 def _target(name: str) -> str:
@@ -88,54 +90,56 @@ def _target(name: str) -> str:
         if not hardware.gpus():
             raise UnavailableError(
                 "--target current: there is no GPU in this machine",
-                fix="name the one it is for, as in --target sm_89 or --target L4",
+                fix="name the GPU, as in --target sm_89 or --target L4",
             )
         return hardware.gpus()[0].target
-    plain = re.fullmatch(r"sm_?(\d{2,3})a?|(\d{1,2})\.(\d)", name.lower())
-    if plain:
-        return f"sm_{plain[1] or plain[2] + plain[3]}"
-    found = gpu_targets.target_of(name)
-    if found is None:
-        raise _no_target(name)
-    return found
+    capability = re.fullmatch(r"sm_?(\d{2,3})a?|(\d{1,2})\.(\d)", name.lower())
+    if capability:
+        return f"sm_{capability[1] or capability[2] + capability[3]}"
+    target = gpu_targets.target_of(name)
+    if target is None:
+        raise _unknown_target(name)
+    return target
 
 
-def _no_target(name: str) -> InputError:
+def _unknown_target(name: str) -> InputError:
     known = ", ".join(f"{target} ({names})" for target, names in gpu_targets.SERVED.items())
-    return InputError(f"--target {name}: {name} is no target", fix=f"known: {known}")
+    return InputError(
+        f"--target {name}: not a known GPU or compute capability", fix=f"known: {known}"
+    )
 
 
-def _served(name: str, target: str) -> None:
+def _require_rtx_target(name: str, target: str) -> None:
     if target in RTX_TARGETS:
         return
-    plain = name.lower().startswith("sm") or name[0].isdigit()
-    called = target if plain else f"{target}, which {name} is"
+    is_capability = name.lower().startswith("sm") or name[0].isdigit()
+    title = target if is_capability else f"{name} ({target})"
     if gpu_targets.too_old(target):
         raise InputError(
-            f"neither TensorRT-RTX nor TensorRT 11 builds for {called} ({gpu_targets.OLD})",
-            fix="run the ONNX file there, in ONNX Runtime",
+            f"neither TensorRT-RTX nor TensorRT 11 supports {title} ({gpu_targets.OLD})",
+            fix="run the ONNX file on it, in ONNX Runtime",
         )
     if target not in gpu_targets.UNSERVED:
-        raise _no_target(name)
+        raise _unknown_target(name)
     raise InputError(
-        f"TensorRT-RTX does not build for {called} ({gpu_targets.UNSERVED[target]})",
+        f"TensorRT-RTX does not support {title} ({gpu_targets.UNSERVED[target]})",
         fix="build on that machine with --builder tensorrt",
     )
 
 
-def _only_own(found: Sequence[str]) -> None:
+def _require_own_gpu(targets: Sequence[str]) -> None:
     own = [gpu.target for gpu in hardware.gpus()[:1]]
-    if found and list(dict.fromkeys(found)) != own:
+    if targets and list(dict.fromkeys(targets)) != own:
         raise InputError(
             "tensorrt builds for the GPU in the machine"
             + (f", {own[0]}" if own else "")
-            + f", not for {', '.join(dict.fromkeys(found))}",
+            + f", not for {', '.join(dict.fromkeys(targets))}",
             fix="leave --target out, or use --builder rtx",
         )
 
 
 def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
-    """Tells an RTX builder configuration what to build for.
+    """Sets the targets of a builder configuration of TensorRT-RTX.
 
     Raises:
         InputError: The builder builds for its own GPU only, or refuses a target.
@@ -143,10 +147,66 @@ def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
     if not targets:
         return
     if not hasattr(trt, "ComputeCapability"):
-        _only_own(targets)
+        _require_own_gpu(targets)
         return
     config.num_compute_capabilities = len(targets)
     for index, name in enumerate(targets):
         capability = getattr(trt.ComputeCapability, name.replace("_", "").upper())
         if config.set_compute_capability(capability, index) is False:
             raise InputError(f"the builder refuses the target {name}")
+
+
+def parse_profile(text: str) -> Profile:
+    """Parses MIN:OPT:MAX, or one number for a fixed batch.
+
+    Raises:
+        InputError: Not whole numbers, below 1, or not in ascending order.
+    """
+    parts = text.split(":")
+    try:
+        values = [int(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
+        raise InputError(
+            f"--batch {text}: needs MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX",
+            fix=f"as in --batch {DEFAULT_BATCH}",
+        )
+    return Profile(min=values[0], opt=values[1], max=values[2])
+
+
+def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
+    """Parses every --batch, without repetitions.
+
+    Raises:
+        InputError: See `parse_profile`.
+    """
+    return tuple(dict.fromkeys(parse_profile(text) for text in texts))
+
+
+def profiles_for(
+    source: Path, profiles: Sequence[Profile], batch: int | None
+) -> tuple[Profile, ...]:
+    """Chooses the optimization profiles to build a file with.
+
+    Args:
+        source: The ONNX file, for the message.
+        profiles: Requested profiles; if there are none, DEFAULT_BATCH or the file's batch.
+        batch: The only batch size that the file takes; None if it takes any.
+
+    Raises:
+        InputError: A profile has another batch than the file's.
+    """
+    if batch is None:
+        return tuple(profiles) or (parse_profile(DEFAULT_BATCH),)
+    only = Profile(min=batch, opt=batch, max=batch)
+    other = next((profile for profile in profiles if profile != only), None)
+    if other is not None:
+        raise InputError(
+            f"{source}: takes batches of {batch}, not --batch {other}",
+            fix="leave --batch out, or export it with a dynamic batch (torch.onnx.export: "
+            "dynamic_shapes)",
+        )
+    return (only,)

@@ -84,8 +84,9 @@ def _show(result: InspectResult) -> None:
             f"{', '.join(head.targets)}"
         )
     if result.manifest and result.chain[0].sidecar is None:
-        facts = (f"{key} {measured.plain(value)}" for key, value in result.manifest.items())
-        common.say(f"it says of itself: {', '.join(facts)}")
+        facts = to_builtins(result.manifest).items()
+        text = ", ".join(f"{key} {measured.plain(value)}" for key, value in facts if value)
+        common.say(f"name field: {text}")
 
 
 def _show_folder(folder: Path, json_file: str | None) -> None:

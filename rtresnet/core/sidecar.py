@@ -5,11 +5,13 @@ Only what it says; how it becomes JSON and back is `serialization.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.serialization import from_json, known
 
 SCHEMA = 1
 UNKNOWN_INPUT = "input"  # in `assumed`: `input` has the size, and nobody stated mean and std
@@ -155,6 +157,31 @@ class Sidecar:
     def input_known(self) -> bool:
         """Whether images can be preprocessed by `input`, stated or assumed."""
         return UNKNOWN_INPUT not in self.assumed
+
+
+def description(sidecar: Sidecar) -> dict[str, Any]:
+    """Returns what an artifact may say about itself in its own bytes, ready for JSON.
+
+    Left out are the facts that only the sidecar's file knows: hash, size, measurements and
+    provenance. The parent is named without its folder, because folder names are private.
+    """
+    parent = sidecar.parent
+    if parent is not None:
+        parent = dataclasses.replace(parent, file=parent.file.rpartition("/")[2])
+    facts = dataclasses.replace(sidecar, parent=parent, measured={}, made_by={}, sha256="", bytes=0)
+    described: dict[str, Any] = known(dataclasses.asdict(facts))
+    return described
+
+
+def from_description(record: Any) -> Sidecar:
+    """Reads what `description` returned.
+
+    Raises:
+        ValueError, TypeError, AttributeError: It is damaged, or has another schema.
+    """
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"schema {record.get('schema')}, this rtresnet reads {SCHEMA}")
+    return from_json(Sidecar, record)
 
 
 def accuracies(measured: Mapping[str, Any]) -> list[dict[str, Any]]:

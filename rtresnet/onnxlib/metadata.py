@@ -27,8 +27,8 @@ import numpy as np
 
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import ArtifactError, InputError
-from rtresnet.core.serialization import from_json, known
-from rtresnet.core.sidecar import SCHEMA, Sidecar
+from rtresnet.core.serialization import from_json
+from rtresnet.core.sidecar import Sidecar, description, from_description
 
 T = TypeVar("T")
 
@@ -160,25 +160,10 @@ def parse_trained_scales(record: Any) -> TrainedScales:
     return trained
 
 
-def _encode_description(sidecar: Sidecar) -> str:
-    """The sidecar without what only its own file knows: hash, size, measurements, provenance."""
-    parent = sidecar.parent
-    if parent is not None:  # the hash is the link; folder names stay private
-        parent = dataclasses.replace(parent, file=parent.file.rpartition("/")[2])
-    facts = dataclasses.replace(sidecar, parent=parent, measured={}, made_by={}, sha256="", bytes=0)
-    return json.dumps(known(dataclasses.asdict(facts)), separators=(",", ":"))
-
-
-def _parse_description(record: Any) -> Sidecar:
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"schema {record.get('schema')}, this rtresnet reads {SCHEMA}")
-    return from_json(Sidecar, record)
-
-
 DESCRIPTION: Property[Sidecar] = Property(
     key="rtresnet.model",
-    encode=_encode_description,
-    parse=_parse_description,
+    encode=lambda sidecar: json.dumps(description(sidecar), separators=(",", ":")),
+    parse=from_description,
     fix="export the net again, or state its input with: rtresnet adopt FILE.onnx",
 )
 NORM_STATISTICS: Property[NormStatistics] = Property(
@@ -207,11 +192,11 @@ def described(path: Path, model: Any) -> Sidecar | None:
     Raises:
         ArtifactError: The description is damaged.
     """
-    description = DESCRIPTION.read(properties_of(model))
-    if description is None:
+    sidecar = DESCRIPTION.read(properties_of(model))
+    if sidecar is None:
         return None
     digest, size = atomic_io.sha256(path), path.stat().st_size
-    return dataclasses.replace(description, file=path.name, sha256=digest, bytes=size)
+    return dataclasses.replace(sidecar, file=path.name, sha256=digest, bytes=size)
 
 
 def refuse_calibration(

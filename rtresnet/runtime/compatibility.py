@@ -106,14 +106,16 @@ def _source(path: str | os.PathLike[str], sidecar: Sidecar) -> str:
     return str(artifacts.parent_path(path, sidecar) or "MODEL.onnx")
 
 
-def plan_needs_gpu(path: str | os.PathLike[str], *, here: bool = False) -> UnavailableError:
+def plan_needs_gpu(
+    path: str | os.PathLike[str], sidecar: Sidecar | None, *, here: bool = False
+) -> UnavailableError:
     """Returns the error for a plan that cannot use a GPU.
 
     Args:
         path: The plan.
+        sidecar: Its sidecar, or its own description.
         here: Whether this machine has a GPU, and the plan was requested to run on the CPU.
     """
-    sidecar = artifacts.read_sidecar(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"
     why = "a plan runs on an NVIDIA GPU" + ("" if here else ", and there is none here")

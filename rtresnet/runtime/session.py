@@ -444,8 +444,10 @@ def load(
             fix="leave it out; for a plan: rtresnet build --no-tf32",
         )
     if kind == "plan":
+        from rtresnet.core import plan_info
         from rtresnet.runtime import compatibility
 
+        sidecar = sidecar or plan_info.described(path)
         if provider != "auto" or threads is not None:
             raise InputError(
                 f"{path}: a plan runs in the TensorRT that built it; --provider and --threads are "
@@ -453,7 +455,7 @@ def load(
             )
         if not hardware.gpus() or device == "cpu":
             compatibility.check_compatible(path, sidecar)
-            raise compatibility.plan_needs_gpu(path, here=bool(hardware.gpus()))
+            raise compatibility.plan_needs_gpu(path, sidecar, here=bool(hardware.gpus()))
         from rtresnet.runtime.trt import TrtBackend
 
         backend = TrtBackend(

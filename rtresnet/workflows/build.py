@@ -174,7 +174,7 @@ def build_unlocked(
     source: Path, config: BuildConfig, *, out: Path, reporter: Reporter
 ) -> BuildResult:
     """Compiles a file while the caller holds the lock on `out`. See `build`."""
-    from rtresnet.builder import engine, profiles, targets
+    from rtresnet.builder import engine, targets
 
     atomic_io.require_file(source, fix="make one with: rtresnet export")
     chosen = targets.parse(config.targets, config.builder)
@@ -187,7 +187,7 @@ def build_unlocked(
         written = engine.build(
             source,
             out,
-            profiles=profiles.parse_all(config.batch),
+            profiles=targets.parse_profiles(config.batch),
             target=chosen,
             builder=config.builder,
             tf32=config.tf32,
@@ -197,7 +197,7 @@ def build_unlocked(
         )
     plan = written.plan
     assert plan is not None
-    if not config.batch and plan.profiles[0] != profiles.parse(profiles.DEFAULT):
+    if not config.batch and plan.profiles[0] != targets.parse_profile(targets.DEFAULT_BATCH):
         reporter.note(f"{source}: takes batches of {plan.profiles[0].max}; so does the plan")
     if not written.input_known:
         reporter.warning(

@@ -193,10 +193,10 @@ class _Export:
     def _resolved(self, weights: str | os.PathLike[str] | None) -> tuple[Checkpoint, Path | None]:
         """The checkpoint with the stated input. What can be refused early is refused here."""
         require_torch("export")
-        from rtresnet.builder import profiles, targets
+        from rtresnet.builder import targets
         from rtresnet.onnxlib import metadata
 
-        profiles.parse_all(self.build.batch)
+        targets.parse_profiles(self.build.batch)
         targets.parse(self.build.targets, self.build.builder)
         calib, int8 = self.quantize.calib, "int8" in self.config.precisions
         if int8 and calib not in (None, "none"):

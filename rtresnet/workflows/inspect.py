@@ -6,16 +6,19 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.core import artifacts, atomic_io, hardware, plan_info
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.plan_info import Header, NameField
 from rtresnet.core.sidecar import Sidecar
 from rtresnet.workflows.loading import require_torch
 
 if TYPE_CHECKING:
-    from rtresnet.builder.header import Header
     from rtresnet.builder.layers import Layers
+
+
+SELF_DESCRIBED = "no sidecar, described by itself"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class ChainEntry:
 
     Attributes:
         state: "ok", "missing", "changed" or "no sidecar", and how it was recognized.
-        sidecar: Its record, or what the file says of itself; None where neither is there.
+        sidecar: Its record, or the file's own description; None if it has neither.
     """
 
     path: Path
@@ -40,14 +43,14 @@ class InspectResult:
         kind: "checkpoint", "onnx" or "plan".
         chain: The artifact and what it was made from, back to its origin.
         header: What the header of a TensorRT-RTX plan says.
-        manifest: What a plan says of itself in its name field.
+        manifest: What a plan says about itself in its name field.
         operations: Number of nodes of each operator of an ONNX file.
     """
 
     kind: str
     chain: tuple[ChainEntry, ...]
     header: Header | None = None
-    manifest: dict[str, Any] | None = None
+    manifest: NameField | None = None
     operations: dict[str, int] | None = None
 
     def require_unchanged(self) -> None:
@@ -100,8 +103,6 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         ArtifactError: The file is damaged or does not match its sidecar.
         UnavailableError: torch is needed to read a checkpoint without sidecar.
     """
-    from rtresnet.builder import header, manifest
-
     path = atomic_io.require_file(path)
     kind = artifacts.kind_of(path)
     chain = [
@@ -113,10 +114,10 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         raise artifacts.mismatch(path, sidecar)
     if kind == "checkpoint" and sidecar is None:
         return _foreign_checkpoint(path)
-    head = header.read(path) if kind == "plan" else None
+    head = plan_info.read_header(path) if kind == "plan" else None
     if kind == "plan" and head is None and sidecar is None:
         raise ArtifactError(
-            f"{path}: no sidecar and not a TensorRT-RTX plan; nothing can be said of it here"
+            f"{path}: neither a sidecar nor a plan of TensorRT-RTX, so its content is unknown"
         )
     operations = None
     if kind == "onnx" and hardware.installed("onnx"):
@@ -125,12 +126,15 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         model = io.load(path, checked=True)
         operations = dict(Counter(node.op_type for node in model.graph.node).most_common())
         if sidecar is None and (record := metadata.described(path, model)) is not None:
-            chain = [ChainEntry(path=path, state="no sidecar, described by itself", sidecar=record)]
+            chain = [ChainEntry(path=path, state=SELF_DESCRIBED, sidecar=record)]
+    name = plan_info.read_name_field(path) if kind == "plan" else None
+    if sidecar is None and name is not None and name.sidecar is not None:
+        chain = [ChainEntry(path=path, state=SELF_DESCRIBED, sidecar=plan_info.described(path))]
     return InspectResult(
         kind=kind,
         chain=tuple(chain),
         header=head,
-        manifest=manifest.find(path) if kind == "plan" else None,
+        manifest=name,
         operations=operations,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rtresnet.core import artifacts, atomic_io
+from rtresnet.core import artifacts, atomic_io, plan_info
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import ArtifactError, InputError
 
@@ -146,11 +146,9 @@ def _check_plan(
     Raises:
         ArtifactError: Triton would not load the plan, or its origin is unknown.
     """
-    from rtresnet.builder import header
-
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     plan = sidecar.plan if sidecar else None
-    if (plan and plan.builder == "tensorrt_rtx") or header.read(path) is not None:
+    if (plan and plan.builder == "tensorrt_rtx") or plan_info.read_header(path) is not None:
         raise ArtifactError(
             f"{path}: built by TensorRT-RTX, and Triton's backend loads plans of TensorRT only",
             fix=f"package {parent or 'its ONNX file'}, or build with --builder tensorrt on a "

@@ -115,7 +115,7 @@ def profile(
     if kind == "plan" and not hardware.gpus():
         from rtresnet.runtime.compatibility import plan_needs_gpu
 
-        raise plan_needs_gpu(Path(path))
+        raise plan_needs_gpu(path, sidecar)
     counted = kernels.count(_graph_of(path, sidecar))
     if config.batch is not None and counted.batch not in (None, config.batch):
         raise InputError(

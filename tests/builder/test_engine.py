@@ -16,8 +16,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet.builder import engine, header, manifest, preflight, targets
-from rtresnet.core import artifacts, atomic_io, hardware
+from rtresnet.builder import engine, preflight, targets
+from rtresnet.core import artifacts, atomic_io, hardware, plan_info
 from rtresnet.core.artifacts import read_sidecar, sidecar_path
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError, UnavailableError
 from rtresnet.core.hardware import Gpu
@@ -117,7 +117,7 @@ def test_a_plan_comes_with_a_sidecar_that_tells_all(
     assert plan.attested is not None
     assert plan.attested.convolutions == convolutions
     assert plan.attested.dtypes == {dtype: convolutions}
-    head = header.read(out)
+    head = plan_info.read_header(out)
     assert head is not None and head.targets == plan.targets
     assert set(plan.targets) >= {"sm_80", "sm_86", "sm_89", "sm_120"}
     assert [path.name for path in sorted(out.parent.iterdir())] == [
@@ -140,7 +140,7 @@ def test_the_parent_link_leads_to_the_onnx_file(onnx_file: OnnxFile, tmp_path: P
 def test_chosen_targets_are_those_of_the_plan(onnx_file: OnnxFile, tmp_path: Path) -> None:
     out = tmp_path / "net.plan"
     sidecar = build(onnx_file("resnet8", "fp16"), out, target=("sm_120", "sm_86"))
-    head = header.read(out)
+    head = plan_info.read_header(out)
     assert sidecar.plan is not None and head is not None
     assert set(sidecar.plan.targets) == set(head.targets) == {"sm_86", "sm_120"}
 
@@ -162,7 +162,7 @@ def as_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(name="NVIDIA H100", capability=(9, 0), memory=1)
     monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
     monkeypatch.setattr(targets, "builder", lambda choice: AsTensorRT("tensorrt"))
-    monkeypatch.setattr(header, "parse", lambda head: None)
+    monkeypatch.setattr(plan_info, "parse_header", lambda head: None)
 
 
 @pytest.mark.usefixtures("as_tensorrt")
@@ -177,13 +177,13 @@ def test_build_records_tf32_and_tells_the_builder(
     tf32: bool, onnx_file: OnnxFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags: list[bool] = []
-    run = engine.monitor.run
+    run = engine.run_builder
 
     def watched(module: Any, maker: Any, network: Any, config: Any, progress: Any) -> Any:
         flags.append(config.get_flag(trt.BuilderFlag.TF32))
         return run(module, maker, network, config, progress)
 
-    monkeypatch.setattr(engine.monitor, "run", watched)
+    monkeypatch.setattr(engine, "run_builder", watched)
     sidecar = build(onnx_file("resnet8", "fp32"), tmp_path / "n.plan", tf32=tf32)
     assert sidecar.plan is not None
     assert flags == [tf32] and sidecar.plan.tf32 == tf32
@@ -245,7 +245,7 @@ def test_scales_of_shape_1_are_caught_by_the_gate(
     source = tmp_path / "trap.onnx"
     publish(model, source, "int8")
     message = refused(source, CheckFailedError)
-    assert "7 take Float" in message
+    assert "7 run in Float" in message
     assert CheckFailedError.exit_code == 1
 
 
@@ -254,7 +254,7 @@ def test_a_file_with_a_false_promise_is_caught_by_the_gate(
 ) -> None:
     source = tmp_path / "false.onnx"
     publish(changed(onnx_file("resnet8", "fp32")), source, "fp16")
-    assert "7 take Float" in refused(source, CheckFailedError)
+    assert "7 run in Float" in refused(source, CheckFailedError)
 
 
 def test_one_convolution_left_in_float_is_caught_by_the_gate(
@@ -266,7 +266,7 @@ def test_one_convolution_left_in_float_is_caught_by_the_gate(
     source = tmp_path / "one.onnx"
     publish(model, source, "int8")
     message = refused(source, CheckFailedError)
-    assert "of 7 convolutions" in message and "1 take" in message
+    assert "of 7 convolutions" in message and "1 run in" in message
 
 
 def test_an_earlier_plan_survives_a_missed_gate(
@@ -323,7 +323,7 @@ def test_an_unsupported_operator_is_named_with_its_node(tmp_path: Path) -> None:
     model = foreign(nodes, ["n", 3, 8, 8], ["n", 3, 8, 8])
     source.write_bytes(model.SerializeToString())
     message = refused(source)
-    assert "cannot take 1 of its 2 nodes: odd_node (DynamicQuantizeLinear)" in message
+    assert "does not support 1 of its 2 nodes: odd_node (DynamicQuantizeLinear)" in message
 
 
 def test_every_unsupported_node_is_named_before_anything_is_built(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_uint8_that_would_be_read_as_int8_is_refused(
     source = tmp_path / "unsigned.onnx"
     publish(model, source, "int8")
     message = refused(source)
-    assert "read as int8 without a word" in message and "rtresnet lint" in message
+    assert "reads as int8 with only a warning" in message and "rtresnet lint" in message
 
 
 def test_a_timing_cache_is_refused_where_it_would_do_nothing(
@@ -397,8 +397,8 @@ def test_unsigned_activations_are_refused_with_the_parsers_reason(
 @pytest.mark.parametrize(
     ("precision", "why"),
     [
-        ("fp32", r"no FP32 matrix product for sm_75, which fc is"),
-        ("int8", r"computes INT8 convolutions in FP16, for all of them"),
+        ("fp32", r"no FP32 matrix product for sm_75, and fc is one"),
+        ("int8", r"computes INT8 convolutions in FP16 on all of them"),
     ],
 )
 @pytest.mark.parametrize("targets", [("sm_75",), ("sm_75", "sm_89")])
@@ -420,7 +420,7 @@ def test_beside_sm_75_int8_is_half_and_the_gate_sees_it(
     source = tmp_path / "half.onnx"
     publish(fp16.to_half(changed(onnx_file("resnet8", "int8"))), source, "int8")
     with pytest.raises(
-        CheckFailedError, match="int8 was asked for, and of 7 convolutions 7 take Half"
+        CheckFailedError, match="int8 was requested, and of 7 convolutions 7 run in Half"
     ):
         build(source, tmp_path / "net.plan", target=("sm_75", "sm_89"))
     build(source, tmp_path / "net.plan", target=("sm_89",))
@@ -479,8 +479,8 @@ def test_a_foreign_file_without_sidecar_builds(tmp_path: Path) -> None:
     assert sidecar.plan is not None and sidecar.plan.attested is not None
     assert sidecar.plan.attested.dtypes == {"Float": 1}
     assert not sidecar_path(source).exists()
-    said = manifest.find(out)
-    assert said is not None and said["onnx"] == atomic_io.sha256(source)[:16]
+    name = plan_info.read_name_field(out)
+    assert name is not None and name.onnx == atomic_io.sha256(source)[:16]
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ def fail():
     except ArtifactError as error:
         error.itself = error  # a cycle, as test runners and debuggers make
 
-def collecting(trt, make=engine._log):
+def collecting(trt, make=engine.make_log):
     log = make(trt)
     kept = type(log).log
     type(log).log = lambda self, *message: (gc.collect(), kept(self, *message))
@@ -550,7 +550,7 @@ def collecting(trt, make=engine._log):
 
 gc.disable()
 fail()
-engine._log = collecting  # Python may collect at any time; here it does at the worst
+engine.make_log = collecting  # Python may collect at any time; here it does at the worst
 fail()
 print("twice refused")
 """

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rtresnet.builder import engine, header, inspector, layers, targets, verify_precision
+from rtresnet.builder import engine, inspector, layers, targets
 from rtresnet.builder.layers import UNKNOWN, Layer
-from rtresnet.core import artifacts, hardware
+from rtresnet.core import artifacts, hardware, plan_info
 from rtresnet.core.errors import CheckFailedError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.sidecar import Profile, Sidecar
@@ -63,7 +63,7 @@ def types(fake: SimpleNamespace) -> Callable[..., dict[str, str]]:
 
     def find(*texts: str, **nodes: str) -> dict[str, str]:
         known = fake.nodes_of(**nodes)
-        return verify_precision.kernel_types(inspector.read_inspector(texts, known), known)
+        return layers.kernel_types(inspector.read_inspector(texts, known), known)
 
     return find
 
@@ -149,7 +149,7 @@ def test_read_inspector_gives_every_layer_its_role(read: Any) -> None:
     assert roles == ["requantize", "conv", "pool", "idle", "requantize", "reformat", "matmul",
                      "pointwise"]  # fmt: skip
     assert found[1].weights == 2304 + 4 * 16
-    assert verify_precision.verify_precision(found, {}) is not None
+    assert layers.verify_precision(found, {}) is not None
 
 
 def test_read_inspector_takes_each_profiles_layers_from_its_own_text(types: Any) -> None:
@@ -293,7 +293,7 @@ def described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
             gpu = Gpu(name="NVIDIA H100", capability=(9, 0), memory=1)
             patch.setattr(hardware, "gpus", lambda: (gpu,))
             patch.setattr(targets, "builder", lambda choice: AsTensorRT("tensorrt"))
-            patch.setattr(header, "parse", lambda head: None)
+            patch.setattr(plan_info, "parse_header", lambda head: None)
             patch.setattr(inspector, "inspect_engine", lambda *_: (text(*entries),))
             return engine.build(source, tmp_path / "n.plan", builder="tensorrt", **options)
 
@@ -331,7 +331,7 @@ def no_type(entry: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(float_weights, "1 take Float"), (no_type, "1 are in no kernel whose type is known")],
+    [(float_weights, "1 run in Float"), (no_type, "1 are in no kernel of a known type")],
 )
 def test_build_with_tensorrt_refuses_a_convolution_that_is_not_attested(
     change: Any, said: str, onnx_file: OnnxFile, described: Callable[..., Sidecar], tmp_path: Path

@@ -23,9 +23,9 @@ LONG = "determining refit engines"  # a phase of the builder's
 # the test, which a busy machine may hold up.
 WATCHED = """
 import sys
-from rtresnet.builder import engine, monitor
+from rtresnet.builder import engine
 from rtresnet.cli.main import main
-real = monitor.run
+real = engine.run_builder
 def run(trt, maker, network, config, progress):
     def told(phase):
         print(phase, flush=True)
@@ -33,7 +33,7 @@ def run(trt, maker, network, config, progress):
             sys.stdin.readline()
         progress(phase)
     return real(trt, maker, network, config, told)
-monitor.run = run
+engine.run_builder = run
 sys.exit(main(sys.argv[1:]))
 """
 

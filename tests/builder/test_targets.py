@@ -8,6 +8,7 @@ import pytest
 from rtresnet.builder import targets
 from rtresnet.core import gpu_targets, hardware
 from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
+from rtresnet.core.sidecar import Profile
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.parametrize("given", ["", " , ", ("", ",")])
 def test_a_target_that_names_nothing_is_not_the_default(given: str | tuple[str, ...]) -> None:
-    with pytest.raises(InputError, match="--target names nothing"):
+    with pytest.raises(InputError, match="--target is empty"):
         targets.parse(given)
 
 
@@ -45,13 +46,13 @@ def test_targets_are_read(text: str | tuple[()] | None, expected: tuple[str, ...
 
 @pytest.mark.parametrize("text", ["sm_90", "sm90", "SM_90", "sm_86,sm_90"])
 def test_sm_90_is_refused_with_the_reason_and_the_way_out(text: str) -> None:
-    with pytest.raises(InputError, match="TensorRT-RTX does not build for sm_90") as caught:
+    with pytest.raises(InputError, match="TensorRT-RTX does not support sm_90") as caught:
         targets.parse(text)
     assert "H100" in str(caught.value) and "--builder tensorrt" in str(caught.value)
 
 
 def test_an_unknown_target_lists_all_with_their_gpus_and_suggests_none() -> None:
-    with pytest.raises(InputError, match=r"sm_88 is no target; known: ") as caught:
+    with pytest.raises(InputError, match="--target sm_88: not a known GPU") as caught:
         targets.parse("sm_88")
     for target in targets.RTX_TARGETS:
         assert f"{target} ({gpu_targets.SERVED[target]})" in str(caught.value)
@@ -60,7 +61,7 @@ def test_an_unknown_target_lists_all_with_their_gpus_and_suggests_none() -> None
 
 @pytest.mark.parametrize("text", ["86", "ampere", "sm_", "sm_86;sm_89"])
 def test_what_is_no_target_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match=rf"--target {text}: .*no target; known: sm_75"):
+    with pytest.raises(InputError, match=rf"--target {text}: not a known .*; known: sm_75"):
         targets.parse(text)
 
 
@@ -173,7 +174,7 @@ def test_gpus_are_known_by_name(name: str, target: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("H100", "sm_90, which H100 is"),
+        ("H100", "H100 (sm_90)"),
         ("NVIDIA H100 80GB HBM3", "sm_90"),
         ("H200", "sm_90"),
         ("B200", "sm_100"),
@@ -215,3 +216,34 @@ def test_tensorrt_builds_for_its_own_gpu_only() -> None:
     assert targets.parse("L40", "tensorrt") == ("sm_89",)
     with pytest.raises(InputError, match=r"sm_89, not for sm_86; .*--builder rtx"):
         targets.parse("sm_86", "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1:8:32", (1, 8, 32)),
+        ("4:4:4", (4, 4, 4)),
+        ("1:1:256", (1, 1, 256)),
+        ("8", (8, 8, 8)),
+        ("1", (1, 1, 1)),
+    ],
+)
+def test_parse_profile_returns_the_batches(text: str, expected: tuple[int, int, int]) -> None:
+    assert targets.parse_profile(text) == Profile(min=expected[0], opt=expected[1], max=expected[2])
+
+
+def test_profile_as_text_parses_to_itself() -> None:
+    assert str(targets.parse_profile("1:8:32")) == "1:8:32"
+    assert str(targets.parse_profile("8")) == "8:8:8"
+    assert str(targets.parse_profile(targets.DEFAULT_BATCH)) == targets.DEFAULT_BATCH
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "-1", "1:8", "1:2:3:4", "8:4:32", "1:64:32", "0:1:2", "1.5", "a:b:c", "1::3", "1,8"],
+)
+def test_parse_profile_of_anything_else_is_an_input_error(text: str) -> None:
+    with pytest.raises(InputError, match="MIN <= OPT <= MAX") as caught:
+        targets.parse_profile(text)
+    assert f"--batch {targets.DEFAULT_BATCH}" in str(caught.value)
+    assert caught.value.exit_code == 2

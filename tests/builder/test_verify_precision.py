@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from rtresnet.builder import engine, layers, verify_precision
+from rtresnet.builder import engine, layers
 from rtresnet.builder.nodes import Node
 from rtresnet.core.errors import CheckFailedError
 from rtresnet.core.sidecar import Attestation, Profile, Sidecar
@@ -35,7 +35,7 @@ def read(fake: SimpleNamespace) -> Callable[..., Attestation | None]:
 
 
 def read_with(text: str, nodes: dict[str, Node]) -> Attestation | None:
-    return verify_precision.verify_precision(layers.read_dump(text, nodes), nodes)
+    return layers.verify_precision(layers.read_dump(text, nodes), nodes)
 
 
 def test_convolutions_are_counted_by_the_type_of_their_kernels_input(
@@ -74,7 +74,7 @@ def test_a_1x1_convolution_may_run_as_a_matrix_product(
 
 def test_a_layer_around_a_convolution_attests_nothing(dump: Any, dumped: Any, read: Any) -> None:
     found = read(dump(dumped("kgen", ["Int8"], ["conv1"])), conv1="conv")
-    assert found is not None and found.dtypes == {verify_precision.UNKNOWN: 1}
+    assert found is not None and found.dtypes == {layers.UNKNOWN: 1}
 
 
 def test_two_convolutions_in_one_kernel_both_count(dump: Any, dumped: Any, read: Any) -> None:
@@ -87,12 +87,12 @@ def test_a_name_that_only_begins_alike_is_another_convolution(
     dump: Any, dumped: Any, read: Any
 ) -> None:
     found = read(dump(dumped("correlation", ["Int8"], ["conv1"])), conv1="conv", conv10="conv")
-    assert found is not None and found.dtypes == {"Int8": 1, verify_precision.UNKNOWN: 1}
+    assert found is not None and found.dtypes == {"Int8": 1, layers.UNKNOWN: 1}
 
 
 def test_a_constant_does_not_attest_its_convolution(dump: Any, dumped: Any, read: Any) -> None:
     found = read(dump(dumped("correlation", [], ["conv1"])), conv1="conv")
-    assert found is not None and found.dtypes == {verify_precision.UNKNOWN: 1}
+    assert found is not None and found.dtypes == {layers.UNKNOWN: 1}
 
 
 @pytest.mark.parametrize("text", ["", "Layers:\n", "Layers:\nnothing of the kind\n"])
@@ -169,7 +169,7 @@ def test_what_the_gate_catches_is_named(
     float_conv(model)
     publish(model, tmp_path / "one.onnx", "int8")
     with pytest.raises(
-        CheckFailedError, match=r"of 7 convolutions 1 take Float \(layer2\.0\.conv2\)"
+        CheckFailedError, match=r"of 7 convolutions 1 run in Float \(layer2\.0\.conv2\)"
     ):
         engine.build(tmp_path / "one.onnx", tmp_path / "n.plan", profiles=[PROFILE], builder="rtx")
 

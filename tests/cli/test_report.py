@@ -39,7 +39,7 @@ def test_the_page_shows_what_a_plan_fuses(
     assert text.count('class="frame"') >= 4  # stem, three blocks, head
     (copy / "resnet8-int8.plan.layers.json").write_text("{}")
     assert main(["report", str(plan), "--out", str(out)]) == 2
-    assert "not the file that belongs to" in capsys.readouterr().err
+    assert "does not belong to" in capsys.readouterr().err
     assert out.read_text() == text
     (copy / "resnet8-int8.plan.layers.json").unlink()
     assert main(["report", str(plan), "--out", str(out)]) == 0
