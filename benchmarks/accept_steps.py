@@ -80,10 +80,10 @@ class Context:
 
 def describe_machine(context: Context) -> dict[str, Any]:
     """Driver, GPUs, packages, environment."""
-    from rtresnet.runtime import gpu_check
+    from rtresnet.workflows import doctor_gpu
 
     names = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "RTRESNET_CUDA")
-    return gpu_check.driver_report() | {
+    return doctor_gpu.check_driver() | {
         "cpu": hardware.cpu(),
         "versions": hardware.versions(PACKAGES),
         "commit": hardware.commit(),
@@ -110,7 +110,7 @@ def import_library(context: Context, module: str) -> dict[str, Any]:
 
 def check_cuda(context: Context) -> dict[str, Any]:
     """Every CUDA operation there and back."""
-    from rtresnet.cli import doctor_gpu
+    from rtresnet.workflows import doctor_gpu
 
     return doctor_gpu.check_cuda()
 
@@ -357,10 +357,18 @@ def run_torch_tensors(context: Context, builder: str) -> dict[str, Any]:
     return {"errors": errors}
 
 
+def free_memory() -> int:
+    """Free bytes of the first GPU."""
+    from rtresnet.runtime.cuda import open_cuda
+
+    cuda = open_cuda()
+    with cuda.active():
+        return cuda.memory()[0]
+
+
 def run_close(context: Context, builder: str) -> dict[str, Any]:
     """Closing twice is fine, a call after it an error, and the memory comes back."""
     from rtresnet import InputError, load
-    from rtresnet.runtime import gpu_check
 
     plan, free = context.existing(context.plan(builder, "fp16")), []
     for _ in range(5):
@@ -369,7 +377,7 @@ def run_close(context: Context, builder: str) -> dict[str, Any]:
         session(images)
         session.close()
         session.close()
-        free.append(gpu_check.free_memory())
+        free.append(free_memory())
     data = {"free": free}
     with contextlib.suppress(InputError):
         session(images)
@@ -382,16 +390,15 @@ def run_close(context: Context, builder: str) -> dict[str, Any]:
 def run_many_calls(context: Context, builder: str) -> dict[str, Any]:
     """Memory after thousands of calls of changing sizes."""
     from rtresnet import load
-    from rtresnet.runtime import gpu_check
 
     with load(context.existing(context.plan(builder, "fp16"))) as session:
         images = session.example(32)
         for count in (1, 8, 32) * 3:
             session(images[:count])
-        before = gpu_check.free_memory()
+        before = free_memory()
         for index in range(context.calls):
             session(images[: (1, 8, 32)[index % 3]])
-        lost = before - gpu_check.free_memory()
+        lost = before - free_memory()
     data = {"calls": context.calls, "lost_bytes": lost}
     if lost >= LEAK:
         raise StepFailed(f"{lost} bytes are gone after {context.calls} calls", data)
@@ -410,7 +417,7 @@ def record_layers(context: Context, builder: str, precision: str) -> dict[str, A
 
 
 def _record_layers(trt: Any, plan: Path, folder: Path) -> dict[str, Any]:
-    from rtresnet.runtime.gpu_check import Driver
+    from rtresnet.runtime.cuda import CudaPython
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -427,16 +434,17 @@ def _record_layers(trt: Any, plan: Path, folder: Path) -> dict[str, Any]:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             self.layers.append((layer_name, float(ms)))
 
-    driver = Driver()
+    cuda = CudaPython(0)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(driver.context())
+        stack.enter_context(cuda.active())
         log = Log()
         runtime = made(trt.Runtime(log), "Runtime")
         engine = made(runtime.deserialize_cuda_engine(plan.read_bytes()), "engine")
         execution = made(engine.create_execution_context(), "context")
         inspector = engine.create_engine_inspector()
         without_shapes = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-        stream = stack.enter_context(driver.made("cuStreamCreate", "cuStreamDestroy", 1))
+        stream = cuda.stream()
+        stack.callback(cuda.destroy_stream, stream)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         for name in names:
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
@@ -445,20 +453,21 @@ def _record_layers(trt: Any, plan: Path, folder: Path) -> dict[str, Any]:
         for name in names:
             count = math.prod(execution.get_tensor_shape(name))
             size = max(256, count * trt.nptype(engine.get_tensor_dtype(name))().itemsize)
-            memory = stack.enter_context(driver.made("cuMemAlloc", "cuMemFree", size))
-            driver.call("cuMemsetD8Async", memory, 0, size, stream)
-            made(execution.set_tensor_address(name, int(memory)), f"the address of {name}")
+            memory = cuda.allocate(size)
+            stack.callback(cuda.free, memory)
+            cuda.zero(memory, size, stream)
+            made(execution.set_tensor_address(name, memory), f"the address of {name}")
         inspector.execution_context = execution
         layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         capturable = None
         if hasattr(execution, "is_stream_capturable"):
-            capturable = bool(execution.is_stream_capturable(int(stream)))
+            capturable = bool(execution.is_stream_capturable(stream))
         profiler = Profiler()
         execution.profiler = profiler
         for _ in range(2):
             profiler.layers = []
-            made(execution.execute_async_v3(int(stream)), "execute_async_v3")
-            driver.call("cuStreamSynchronize", stream)
+            made(execution.execute_async_v3(stream), "execute_async_v3")
+            cuda.synchronize(stream)
         del inspector, execution, engine, runtime  # in this order, while the device is current
     for kind, text in (
         ("inspector", layers),

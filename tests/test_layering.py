@@ -69,7 +69,6 @@ SEAMS = {
     "runtime/providers.py": {"onnxruntime", "onnxruntime_ep_openvino"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},
-    "runtime/gpu_check.py": {"cuda"},  # to tell the binding's defects from those of cuda.py
     # Shapes, and so multiply-adds and bytes, stand in the ONNX file alone.
     "bench/kernels.py": {"onnx"},
     "bench/roofline.py": {"onnx"},  # makes the products it times

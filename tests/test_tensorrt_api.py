@@ -547,7 +547,7 @@ trt = trt_loading.load_tensorrt(sys.argv[1])
 errors = ErrorLog()
 log = engine.make_log(trt)
 for kind, logged, reason in (
-    ("Builder", log, log.complaints), ("Runtime", logger(trt, errors), errors.take)
+    ("Builder", log, log.reason), ("Runtime", logger(trt, errors), errors.take)
 ):
     try:
         trt_loading.create(trt, kind, logged, reason)

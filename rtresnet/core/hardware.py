@@ -96,6 +96,19 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
+def driver_error() -> str | None:
+    """The reason why CUDA's driver does not start; None if it does."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return f"no NVIDIA driver: {error}"
+    if (code := driver.cuInit(0)) == 0:
+        return None
+    name = ctypes.c_char_p()
+    driver.cuGetErrorName(code, ctypes.byref(name))
+    return f"cuInit failed: {(name.value or b'unknown').decode()} ({code})"
+
+
 def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
     """The UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
     for function in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -154,17 +155,19 @@ def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) ->
 class CudaPython:
     """cuda-python's driver API on the retained primary context.
 
-    The operations that every inference call uses are written out, because `_call` looks up its
-    function by name, which costs as much as the call itself.
+    Args:
+        device: Number of the GPU.
+        driver: Module with the functions of `cuda.bindings.driver`, which is the default.
     """
 
     graphs = True
 
-    def __init__(self, device: int) -> None:
-        try:
-            from cuda.bindings import driver
-        except ImportError:
-            raise missing_package("cuda-python", "running a plan") from None
+    def __init__(self, device: int, driver: Any = None) -> None:
+        if driver is None:
+            try:
+                driver = importlib.import_module("cuda.bindings.driver")
+            except ImportError:
+                raise missing_package("cuda-python", "running a plan") from None
         self._use(driver)
         self._call("cuInit", 0)
         # Never released, because other libraries in this process use it too.
@@ -176,9 +179,14 @@ class CudaPython:
         self._memory_type = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
         self._host_memory = driver.CUmemorytype.CU_MEMORYTYPE_HOST
         self._push, self._pop = driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
-        self._record, self._join = driver.cuEventRecord, driver.cuEventSynchronize
-        self._synchronize, self._launch = driver.cuStreamSynchronize, driver.cuGraphLaunch
-        self._to_device, self._to_host = driver.cuMemcpyHtoDAsync, driver.cuMemcpyDtoHAsync
+        # Operations of every inference call: `_call` would look the function up by its name,
+        # which costs as much as the call itself.
+        self.synchronize = _checked(driver, "cuStreamSynchronize")
+        self.record = _checked(driver, "cuEventRecord")
+        self.join = _checked(driver, "cuEventSynchronize")
+        self.to_device = _checked(driver, "cuMemcpyHtoDAsync")
+        self.to_host = _checked(driver, "cuMemcpyDtoHAsync")
+        self.launch = _checked(driver, "cuGraphLaunch")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *values = getattr(self._driver, name)(*arguments)
@@ -211,11 +219,6 @@ class CudaPython:
     def stream(self) -> int:
         return int(self._call("cuStreamCreate", NON_BLOCKING))
 
-    def synchronize(self, stream: int) -> None:
-        (code,) = self._synchronize(stream)
-        if code:
-            raise _failure("cuStreamSynchronize", code)
-
     def destroy_stream(self, stream: int) -> None:
         self._call("cuStreamDestroy", stream)
 
@@ -223,18 +226,8 @@ class CudaPython:
         flags = (0 if timing else DISABLE_TIMING) | (BLOCKING_SYNC if blocking else 0)
         return self._call("cuEventCreate", flags)
 
-    def record(self, event: Any, stream: int) -> None:
-        (code,) = self._record(event, stream)
-        if code:
-            raise _failure("cuEventRecord", code)
-
     def wait(self, stream: int, event: Any) -> None:
         self._call("cuStreamWaitEvent", stream, event, 0)
-
-    def join(self, event: Any) -> None:
-        (code,) = self._join(event)
-        if code:
-            raise _failure("cuEventSynchronize", code)
 
     def elapsed(self, start: Any, stop: Any) -> float:
         return float(self._call("cuEventElapsedTime", start, stop))
@@ -259,16 +252,6 @@ class CudaPython:
         code, kind = self._driver.cuPointerGetAttribute(self._memory_type, address)
         return not code and int(kind) == int(self._host_memory)
 
-    def to_device(self, target: int, source: int, size: int, stream: int) -> None:
-        (code,) = self._to_device(target, source, size, stream)
-        if code:
-            raise _failure("cuMemcpyHtoDAsync", code)
-
-    def to_host(self, target: int, source: int, size: int, stream: int) -> None:
-        (code,) = self._to_host(target, source, size, stream)
-        if code:
-            raise _failure("cuMemcpyDtoHAsync", code)
-
     def on_device(self, target: int, source: int, size: int, stream: int) -> None:
         self._call("cuMemcpyDtoDAsync", target, source, size, stream)
 
@@ -286,13 +269,20 @@ class CudaPython:
         finally:
             self._call("cuGraphDestroy", graph)
 
-    def launch(self, graph: Any, stream: int) -> None:
-        (code,) = self._launch(graph, stream)
-        if code:
-            raise _failure("cuGraphLaunch", code)
-
     def destroy_graph(self, graph: Any) -> None:
         self._call("cuGraphExecDestroy", graph)
+
+
+def _checked(driver: Any, name: str) -> Callable[..., None]:
+    """Makes a function of the driver raise UnavailableError instead of returning a code."""
+    function = getattr(driver, name)
+
+    def call(*arguments: Any) -> None:
+        code = function(*arguments)[0]
+        if code:
+            raise _failure(name, code)
+
+    return call
 
 
 def _failure(name: str, code: Any) -> UnavailableError:

@@ -1,10 +1,11 @@
 """Test the GPU with small runs, each in a process of its own.
 
-The short form of benchmarks/accept_gpu.py.
+benchmarks/accept_gpu.py is the long form.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -26,19 +27,38 @@ PACKAGES = (
     "rtresnet", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13",
     "cuda-python", "pycuda", "nvidia-ml-py",
 )  # fmt: skip
+KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 BATCH = 5
-BOUND = 1e-2  # norm of the difference to the CPU's logits over their norm: FP16, in another order
+BOUND = 1e-2  # of the norm of the difference to the CPU's logits, relative to their norm
 
 
 def check_driver() -> dict[str, Any]:
-    """The driver, its devices, and versions."""
-    from rtresnet.runtime import gpu_check
-
-    return gpu_check.driver_report() | {"versions": hardware.versions(PACKAGES)}
+    """Describes the driver and its devices, with the reason if there is none."""
+    reason = hardware.driver_error()
+    kernel = None
+    with contextlib.suppress(OSError):
+        kernel = KERNEL_DRIVER.read_text().splitlines()[0]
+    devices = [
+        {"name": gpu.name, "target": gpu.target, "memory": gpu.memory, "uuid": gpu.uuid}
+        for gpu in hardware.gpus()
+    ]
+    if not devices and reason is None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = "the driver lists no device"
+        if visible is not None:
+            reason += f" with CUDA_VISIBLE_DEVICES={visible!r}"
+    version = hardware.cuda_version()
+    return {
+        "cuda": ".".join(map(str, version)) if version else None,
+        "kernel_driver": kernel,
+        "devices": devices,
+        "reason": reason,
+        "versions": hardware.versions(PACKAGES),
+    }
 
 
 def check_cuda() -> dict[str, Any]:
-    """Every CUDA operation there and back."""
+    """Checks every CUDA operation that the runtime needs."""
     from rtresnet.runtime import gpu_check
 
     operations = gpu_check.check_cuda()
@@ -49,7 +69,7 @@ def check_cuda() -> dict[str, Any]:
 
 
 def check_engine() -> dict[str, Any]:
-    """ResNet-8 in FP16, exported, built and run here, against ONNX Runtime on the CPU."""
+    """Exports, builds and runs ResNet-8 in FP16, and compares it with ONNX Runtime on the CPU."""
     import numpy as np
 
     from rtresnet.builder import targets
@@ -60,8 +80,8 @@ def check_engine() -> dict[str, Any]:
 
     try:
         module = targets.builder()
-    except UnavailableError as lack:
-        raise StepSkipped(str(lack)) from None
+    except UnavailableError as error:
+        raise StepSkipped(str(error)) from None
     here, targets_here = hardware.gpus()[0].target, tuple[str, ...]()
     if module.__name__ == "tensorrt_rtx":
         if here not in targets.RTX_TARGETS:
@@ -76,10 +96,10 @@ def check_engine() -> dict[str, Any]:
             wanted = reference.logits(images)
         with load(plan) as session:
             got, about = session.logits(images), session.describe()
-    error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-    data = {"relative_error": error, "bound": BOUND, "described": about}
-    if not error <= BOUND:
-        raise StepFailed(f"logits differ from the CPU's by {error:.2g}, bound {BOUND}", data)
+    difference = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    data = {"relative_error": difference, "bound": BOUND, "described": about}
+    if not difference <= BOUND:
+        raise StepFailed(f"logits differ from the CPU's by {difference:.2g}, bound {BOUND}", data)
     return data
 
 

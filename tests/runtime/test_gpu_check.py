@@ -17,6 +17,7 @@ import stub_gpu
 
 from rtresnet.core.errors import UnavailableError
 from rtresnet.runtime import gpu_check
+from rtresnet.workflows import doctor_gpu
 
 
 class Code(IntEnum):
@@ -34,6 +35,7 @@ class FakeDriver:
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2)
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_HOST=1)
 
     def __init__(self, broken: str = "", lossy: bool = False) -> None:
         self.broken, self.lossy = broken, lossy
@@ -79,7 +81,7 @@ class FakeDriver:
             return ()
         values = {
             "cuMemGetInfo": (3, 4), "cuEventElapsedTime": (0.5,), "cuPointerGetAttribute": (1,),
-            "cuGraphInstantiate": ("ready",),
+            "cuGraphInstantiate": ("ready",), "cuStreamCreate": (11,),
         }  # fmt: skip
         made = ("Create", "Get", "Retain", "PopCurrent")
         return values.get(name) or (("handle",) if any(part in name for part in made) else ())
@@ -91,7 +93,7 @@ class FakeDriver:
             ctypes.memmove(target, source, size - (self.lossy and name == "cuMemcpyDtoHAsync"))
 
 
-def test_check_cuda_with_a_working_driver_is_ok_and_gives_everything_back() -> None:
+def test_check_cuda_with_a_working_driver_is_ok_and_frees_everything() -> None:
     driver = FakeDriver()
     assert set(gpu_check.check_cuda(driver).values()) == {"ok"}
     assert not +driver.live, driver.live
@@ -106,7 +108,9 @@ def test_check_cuda_with_a_working_driver_is_ok_and_gives_everything_back() -> N
         ("cuMemGetInfo", {"memory info"}),
     ],
 )
-def test_check_cuda_one_broken_call_hides_no_other(broken: str, groups: set[str]) -> None:
+def test_check_cuda_reports_every_group_next_to_a_broken_call(
+    broken: str, groups: set[str]
+) -> None:
     driver = FakeDriver(broken)
     found = gpu_check.check_cuda(driver)
     assert {name for name, state in found.items() if state != "ok"} == groups
@@ -120,13 +124,13 @@ def test_check_cuda_finds_a_copy_that_loses_a_byte() -> None:
     assert wrong == {"copies, pageable", "copies, pinned", "capture"}
 
 
-def test_check_cuda_without_a_context_is_a_missing_requirement() -> None:
+def test_check_cuda_without_a_context_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match="cuInit"):
         gpu_check.check_cuda(FakeDriver("cuInit"))
 
 
-def test_driver_report_without_a_driver_says_why(without_gpu: None) -> None:
-    report = gpu_check.driver_report()
+def test_check_driver_without_a_driver_has_a_reason(without_gpu: None) -> None:
+    report = doctor_gpu.check_driver()
     assert report["devices"] == []
     assert report["reason"]
 
@@ -137,8 +141,8 @@ def test_check_cuda_with_the_real_bindings_on_a_stub_is_ok(tmp_path: Path) -> No
         pytest.skip(f"no {stub_gpu.COMPILER} to compile the stub with")
     library = stub_gpu.compile_stub(tmp_path)
     code = (
-        "import json; from rtresnet.runtime import gpu_check as check; "
-        "print(json.dumps([check.driver_report(), check.check_cuda(), check.free_memory()]))"
+        "import json; from rtresnet.workflows import doctor_gpu; "
+        "print(json.dumps([doctor_gpu.check_driver(), doctor_gpu.check_cuda()]))"
     )
     variables = os.environ | {
         "LD_LIBRARY_PATH": str(library.parent),
@@ -148,7 +152,6 @@ def test_check_cuda_with_the_real_bindings_on_a_stub_is_ok(tmp_path: Path) -> No
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    report, operations, free = json.loads(done.stdout)
+    report, outcome = json.loads(done.stdout)
     assert [device["name"] for device in report["devices"]] == ["Stub GPU"]
-    assert set(operations.values()) == {"ok"}
-    assert free > 0
+    assert set(outcome["operations"].values()) == {"ok"}
