@@ -4,8 +4,8 @@
         ...
     watch.report.remarks     # sentences; empty if nothing disturbed the measurement
 
-Reads /proc and /sys, and the GPU through `nvml.py`; a background thread samples once a second. What
-is unknown is None, as everything is on other systems than Linux.
+Reads the operating system through psutil and the GPU through `nvml.py`; a background thread samples
+once a second. What is unknown is None.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from rtresnet.bench import nvml
 from rtresnet.core import artifacts, hardware
 
 EVERY = 1.0
 SHORT = 0.5
 """Shortest duration, in seconds, for shares of time: the kernel counts in steps of 10 ms."""
+COMPUTING = ("user", "nice", "system", "irq", "softirq")
+CGROUP_CPU = Path("/sys/fs/cgroup/cpu.stat")
 BUSY, STOLEN, SLOWED = 0.10, 0.02, 0.95
 """Thresholds of the remarks: share of the cores that other processes used, share of the time that
 the hypervisor took, and lowest clock as a share of the highest."""
@@ -51,42 +55,30 @@ class Counters:
     throttled: float | None
 
 
-def counters(root: Path = Path("/")) -> Counters | None:
-    """The kernel's counters, or None where there is no /proc/stat."""
-    try:
-        first = (root / "proc/stat").read_text().split("\n", 1)[0].split()
-        ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in first[1:9]]
-        user, nice, system, idle, waiting, irq, soft, stolen = ticks
-    except (OSError, ValueError):
-        return None
-    own = os.times()
+def counters() -> Counters:
+    """Reads the counters of the operating system."""
+    times, own = psutil.cpu_times()._asdict(), os.times()
+    parts = {name: times.get(name, 0.0) for name in (*COMPUTING, "idle", "iowait", "steal")}
     throttled = None
     with contextlib.suppress(OSError, ValueError):
-        fields = (root / "sys/fs/cgroup/cpu.stat").read_text().split()
+        fields = CGROUP_CPU.read_text().split()
         values = dict(zip(fields[::2], fields[1::2], strict=True))
         throttled = int(values["throttled_usec"]) / 1e6 if "throttled_usec" in values else None
     return Counters(
-        busy=user + nice + system + irq + soft,
-        stolen=stolen,
-        total=user + nice + system + idle + waiting + irq + soft + stolen,
+        busy=sum(parts[name] for name in COMPUTING),
+        stolen=parts["steal"],
+        total=sum(parts.values()),
         own=sum(own[:4]),
         throttled=throttled,
     )
 
 
-def megahertz(root: Path = Path("/")) -> float | None:
-    """The mean clock of the processors now; None where the kernel does not report it."""
-    clocks: list[float] = []
-    for file in sorted(
-        (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            clocks.append(int(file.read_text()) / 1e3)
-    if not clocks:
-        with contextlib.suppress(OSError, ValueError):
-            lines = (root / "proc/cpuinfo").read_text().splitlines()
-            clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    return sum(clocks) / len(clocks) if clocks else None
+def megahertz() -> float | None:
+    """The mean clock of the processors now; None if the operating system does not report it."""
+    with contextlib.suppress(OSError, NotImplementedError, RuntimeError):
+        frequency = psutil.cpu_freq()
+        return float(frequency.current) if frequency and frequency.current else None
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +204,8 @@ class Watch:
 
 def summary(
     seconds: float,
-    before: Counters | None,
-    after: Counters | None,
+    before: Counters,
+    after: Counters,
     clocks: Sequence[float],
     gpu: GpuReport | None,
 ) -> EnvironmentReport:
@@ -221,13 +213,13 @@ def summary(
 
     Args:
         seconds: Duration.
-        before: Counters at the beginning; None if unknown.
+        before: Counters at the beginning.
         after: Counters at the end.
         clocks: Mean clock of the processors in MHz, once per second.
         gpu: What was observed of the GPU.
     """
     usage: dict[str, Any] = {}
-    if before and after and seconds >= SHORT and after.total > before.total:
+    if seconds >= SHORT and after.total > before.total:
         own = after.own - before.own
         usage = {
             "own_cores": own / seconds,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import inspect
 import math
 import os
@@ -165,9 +164,10 @@ class CudaPython:
     def __init__(self, device: int, driver: Any = None) -> None:
         if driver is None:
             try:
-                driver = importlib.import_module("cuda.bindings.driver")
+                from cuda.bindings import driver as module
             except ImportError:
                 raise missing_package("cuda-python", "running a plan") from None
+            driver = module
         self._use(driver)
         self._call("cuInit", 0)
         # Never released, because other libraries in this process use it too.
