@@ -505,7 +505,8 @@ def test_a_side_that_was_open_is_the_one_that_was_said(
     pytest.importorskip("tensorrt_rtx")
     free = as_foreign(reshaped(source, tmp_path / "free.onnx", "n", "side"))
     assert main(["build", str(free), "--out", "free.plan"]) == 2
-    assert "all but the batch fixed" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "takes [-1, 3, -1, -1]" in error and f"rtresnet adopt {free} --size S" in error
     assert quantize(free, "--calib", tints, "--size", "32", "--preset", "half") == 0
     assert main(["build", "free-int8.onnx"]) == 0
     assert main(["bench", "free-int8.onnx", "--queries", "5"]) == 0
