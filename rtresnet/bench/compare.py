@@ -44,7 +44,7 @@ class Comparison:
 
     Attributes:
         speed: How many times as fast as the other; above 1 is faster.
-        low, high: Confidence interval of `speed`; 0 and infinity where there are too few pairs.
+        low, high: Confidence interval of `speed`; 0 and infinity if there are too few pairs.
         level: Its confidence, 0.95 shared by all comparisons of one call.
         n: Pairs of slices; without pairing, the smaller number of samples.
         paired: Whether both were measured in alternating slices.
@@ -128,7 +128,7 @@ def compare_unpaired(
         comparisons: See `paired`.
 
     Returns:
-        None where a percentile has too few samples.
+        None if a percentile has too few samples.
     """
     level = 1 - 0.05 / max(comparisons, 1)
     logs, points = [], []
@@ -162,7 +162,7 @@ class Judgement:
 
     Attributes:
         figure: The latency figure that was compared: median, mean or p99.
-        comparison: Of the result with the baseline; None where a percentile has too few samples.
+        comparison: Of the result with the baseline; None if a percentile has too few samples.
         regression: Whether the whole interval is slower by more than the tolerance.
         tolerance: Allowed slowdown: 0.03 is 3 %.
         baseline: The file of the baseline.

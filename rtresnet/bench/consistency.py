@@ -139,7 +139,7 @@ def answers(output: np.ndarray | TopK) -> Answers:
 
 
 def alone(infer: Infer, images: np.ndarray) -> Answers:
-    """Runs every image in a batch of its own: the reference of all comparisons."""
+    """Runs every image in a separate batch: the reference of all comparisons."""
     rows = [answers(infer(images[index : index + 1])) for index in range(len(images))]
     classes = [row.classes for row in rows if row.classes is not None]
     return Answers(
@@ -210,7 +210,7 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
         return _failed(name, compared, len(want), tolerance, shapes)
     difference = got.difference(want)
     moved = (got.first != want.first) & (want.margin > tolerance)
-    wrong = ~(difference <= tolerance)  # also where it is not a number
+    wrong = ~(difference <= tolerance)  # also if it is not a number
     why = None
     if wrong.any():
         worst = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -83,7 +82,7 @@ def megahertz() -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class HostReport:
-    """The machine during a measurement; None where it is unknown.
+    """The machine during a measurement; None if it is unknown.
 
     Attributes:
         model: Name of the processor.
@@ -108,7 +107,7 @@ class HostReport:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuReport:
-    """The GPU during a measurement; None where it is unknown.
+    """The GPU during a measurement; None if it is unknown.
 
     Attributes:
         unknown: Why the driver could not be asked.
@@ -146,7 +145,7 @@ class Watch:
     """Observes the machine during a `with` block.
 
     Args:
-        gpu: The GPU that computes; None where none does.
+        gpu: The GPU that computes; None if none does.
 
     Attributes:
         report: What was observed; available after the block.
@@ -182,12 +181,7 @@ class Watch:
             if self._end.wait(EVERY):
                 return
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         seconds, after = time.perf_counter() - self._start, counters()
         self._end.set()
         self._thread.join()

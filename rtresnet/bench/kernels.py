@@ -65,7 +65,7 @@ class Counted:
         blocks: The block of every node and of every output tensor: runtimes name fused nodes by
             either.
         size: Side of the images, in pixels.
-        batch: The only batch size that the graph takes; None where it is open.
+        batch: The only batch size that the graph takes; None if it is open.
     """
 
     kernels: list[Kernel]

@@ -1,6 +1,6 @@
 """Clocks, power, temperature and throttling of a GPU, from NVIDIA's driver (NVML).
 
-Uses nvidia-ml-py where it is installed; it is optional. What a GPU does not report is None.
+Uses nvidia-ml-py if it is installed; it is optional. What a GPU does not report is None.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOST_NAMESPACE = "pid:[4026531836]"  # of PIDs; the inode is a constant of Linux
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSample:
-    """State of a GPU at one moment; None where it is unknown.
+    """State of a GPU at one moment; None if it is unknown.
 
     Attributes:
         mhz: Clock.
@@ -98,7 +98,7 @@ class GpuMonitor:
         return matching[0]
 
     def _ask(self, function: str, *arguments: object) -> Any:
-        """NVML's answer, or None where the GPU, the driver or nvidia-ml-py cannot give one."""
+        """NVML's answer, or None if the GPU, the driver or nvidia-ml-py cannot give one."""
         nvml = self._nvml
         unable = (nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError))
         with contextlib.suppress(*unable, AttributeError):
@@ -151,7 +151,7 @@ def other_processes(pids: Set[int], proc: Path = Path("/proc")) -> int | None:
         proc: Where the kernel's files are.
 
     Returns:
-        Their number; None where this process is not among them and its PID namespace is not the
+        Their number; None if this process is not among them and its PID namespace is not the
         host's, so that any of them may be this one.
     """
     own = {os.getpid()}

@@ -5,7 +5,7 @@ and a copy in NumPy on all threads, the best of many repetitions. The cache is
 ~/.cache/rtresnet/roofline.json (RTRESNET_CACHE), by processor, threads and version of ONNX Runtime.
 
 Rates of GPUs are those that NVIDIA publishes: dense (without structured sparsity), at the boost
-clock, FP16 with FP16 accumulation where the two differ, FP32 as TF32 on GPUs with tensor cores for
+clock, FP16 with FP16 accumulation if the two differ, FP32 as TF32 on GPUs with tensor cores for
 it. A bound from published rates is never a measurement: real kernels reach a part of the peak, and
 launches, copies and synchronization are added.
 """

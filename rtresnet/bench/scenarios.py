@@ -247,7 +247,7 @@ def arrivals(qps: float, *, seconds: float, queries: int | None, seed: int) -> n
 
 @dataclass(kw_only=True)
 class _Arrivals:
-    """Milliseconds of latency, of lateness in sending, and of service where it is known."""
+    """Milliseconds of latency, of lateness in sending, and of service if it is known."""
 
     latencies: np.ndarray
     wall: float

@@ -21,7 +21,7 @@ class Point:
 
     Attributes:
         load: Images a batch, or requests a second.
-        p99: Milliseconds; None where the run was stopped because most requests were late, or had
+        p99: Milliseconds; None if the run was stopped because most requests were late, or had
             too few requests.
         holds: Whether the p99 is within the bound.
     """

@@ -29,7 +29,7 @@ BEYOND = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """A summary in milliseconds; None where there are too few samples.
+    """A summary in milliseconds; None if there are too few samples.
 
     Attributes:
         n: Number of samples, one per request.
@@ -56,7 +56,7 @@ class Latency:
 def percentile(samples: np.ndarray, share: float) -> float | None:
     """The sample below or at which at least `share` of the samples lie (nearest rank).
 
-    None where fewer than one sample is expected beyond it: p99 takes 100 samples.
+    None if fewer than one sample is expected beyond it: p99 takes 100 samples.
     """
     n = len(samples)
     if n * (1 - share) < 1 - 1e-9:
@@ -76,7 +76,7 @@ def summarize(
     Args:
         milliseconds: At least one, in order of time.
         batch: Images per request.
-        wall_seconds: From the first start to the last finish; None where it means nothing.
+        wall_seconds: From the first start to the last finish; None if it means nothing.
         open_loop: Whether requests arrived at scheduled times, so that throughput is the offered
             rate and has no interval.
     """

@@ -35,7 +35,7 @@ class Clock(Protocol):
         ...
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:
-        """Returns at `moment`, or at once where it has passed.
+        """Returns at `moment`, or at once if it has passed.
 
         Args:
             moment: As `now` counts.
@@ -61,7 +61,7 @@ class WallClock:
 
 
 class PausableClock:
-    """A clock that stops while the benchmark does work of its own.
+    """A clock that stops while the benchmark does its own work.
 
     Everything scheduled by it is postponed by the time it stood still, so neither latencies nor
     wall time include that work, even where requests queue.
@@ -163,7 +163,7 @@ class WarmupResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFacts:
-    """The load that was offered, and what only its scenario measures; None where it does not apply.
+    """The load that was offered, and what only its scenario measures; None if it does not apply.
 
     Attributes:
         qps: Arrivals per second, on average.
@@ -218,7 +218,7 @@ class Measurement:
 
 
 def check(*, batch: int = 1, seconds: float, queries: int | None) -> None:
-    """Raises InputError where a number is out of range."""
+    """Raises InputError if a number is out of range."""
     if batch < 1:
         raise InputError(f"--batch {batch}: a batch holds at least one image")
     if not 0 < seconds < float("inf"):

@@ -42,8 +42,8 @@ class ContextConfig:
         owned: Argument of `create_execution_context` for contexts that are only ever bound to the
             buffers of one stream: an IRuntimeConfig, or an allocation strategy.
         external: The same for contexts that are bound to changing addresses and have no graph.
-        capture: Whether the runtime captures graphs; None where it is possible.
-        built_in: Whether TensorRT-RTX captures graphs; None where it is possible.
+        capture: Whether the runtime captures graphs; None if possible.
+        built_in: Whether TensorRT-RTX captures graphs; None if possible.
         pad: Whether each batch size costs a graph or kernels, so that batches are padded to few
             sizes.
         cache: The kernels that TensorRT-RTX compiles; None if they are not kept.
@@ -223,8 +223,8 @@ class GraphContexts:
         stream: The stream that is captured.
         create: Creates a context for a profile, to be bound to the stream's own buffers only.
         enqueue_all: Takes a prepared call and its context, enqueues copy in, engine and copy out.
-        capture: Whether to capture graphs here; None where it is possible.
-        built_in: Whether TensorRT-RTX captures graphs; None where it is possible.
+        capture: Whether to capture graphs here; None if possible.
+        built_in: Whether TensorRT-RTX captures graphs; None if possible.
         engine_only: Whether graphs hold the engine without copies, also for the first set of
             buffers.
 

@@ -20,7 +20,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,7 +58,7 @@ class Cuda(Protocol):
     def free(self, address: int) -> None: ...
     def allocate_pinned(self, size: int) -> int: ...
     def free_pinned(self, address: int) -> None: ...
-    def is_pinned(self, address: int) -> bool: ...  # False where it is unknown
+    def is_pinned(self, address: int) -> bool: ...  # False if unknown
     def to_device(self, target: int, source: int, size: int, stream: int) -> None: ...
     def to_host(self, target: int, source: int, size: int, stream: int) -> None: ...
     def on_device(self, target: int, source: int, size: int, stream: int) -> None: ...
@@ -202,14 +201,9 @@ class CudaPython:
         if code:
             raise _failure("cuCtxPushCurrent", code)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         code, _ = self._pop()
-        if code and error is None:
+        if code and error[0] is None:
             raise _failure("cuCtxPopCurrent", code)
 
     def memory(self) -> tuple[int, int]:

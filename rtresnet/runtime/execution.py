@@ -138,8 +138,8 @@ class ExecutionStream:
         io: The engine's input, outputs and profiles.
         make_context: See `MakeContext`.
         check_call: See `CheckCall`.
-        capture: Whether to capture CUDA graphs here; None where it is possible.
-        built_in: Whether TensorRT-RTX captures graphs; None where it is possible.
+        capture: Whether to capture CUDA graphs here; None if possible.
+        built_in: Whether TensorRT-RTX captures graphs; None if possible.
         pad: Whether batches are padded, so that fewer sizes need a context.
         timed: Whether `timings` and `timeline` are available.
         blocking: Whether a thread that waits for the GPU sleeps; otherwise it spins.

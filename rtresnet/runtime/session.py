@@ -17,7 +17,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class RuntimeInfo:
         graphs: CUDA graphs of a plan: "built in", "by hand" or "none".
         placement: Number of nodes on each of ONNX Runtime's providers; empty for a plan.
         int8_note: How an INT8 file runs on a CPU whose integer sums would saturate, else None.
-        fixed_batch: The only batch size that the file takes; None where it takes several.
+        fixed_batch: The only batch size that the file takes; None if it takes several.
         batch_note: What `fixed_batch` means for a call.
         versions: Versions of the libraries.
         tf32: Whether FP32 layers may run as TF32 (a mantissa of 10 bits, on GPUs from sm_80 on):
@@ -227,7 +226,7 @@ class Session:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; their numbers where the file has no names.
+        """Class names; their numbers if the file has no names.
 
         Empty for a top-K file that does not say how many there are. One image is run where the
         file leaves the number of classes open.
@@ -324,7 +323,7 @@ class Session:
 
     @property
     def batch(self) -> int | None:
-        """The only batch size that the file takes; None where it takes several.
+        """The only batch size that the file takes; None if it takes several.
 
         A call of another number of images is cut into such batches, and the last filled up.
         """
@@ -334,7 +333,7 @@ class Session:
 
     @property
     def batch_note(self) -> str | None:
-        """What a fixed batch means for a call, for people; None where any batch is taken."""
+        """What a fixed batch means for a call, for people; None if any batch is taken."""
         if self.batch is None:
             return None
         how = "images run one by one" if self.batch == 1 else "a smaller batch is filled up"
@@ -369,12 +368,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -402,7 +396,7 @@ def load(
         threads: Intra-op threads on a CPU; every core by default.
         contexts: For a plan: calls that may run at the same time, each with its own buffers;
             further calls wait. An ONNX file takes any number of calls.
-        graphs: For a plan: whether calls are CUDA graphs; None where possible, True or an error.
+        graphs: For a plan: whether calls are CUDA graphs; None if possible, True or an error.
         kernels: For a plan of TensorRT-RTX, which compiles kernels for each batch size on this
             machine. "eager": the first call waits for them. "lazy": generic kernels serve the
             calls until they are compiled, which suits servers and not measurements.
@@ -479,7 +473,7 @@ def load(
 
 
 def _described(path: Path, backend: OrtBackend) -> Sidecar | None:
-    """What an ONNX file without a sidecar says of itself; None where it says nothing."""
+    """What an ONNX file without a sidecar says about itself; None if it says nothing."""
     from rtresnet.onnxlib import metadata
 
     try:

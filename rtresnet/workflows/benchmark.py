@@ -1,7 +1,7 @@
 """Measure latency and throughput of checkpoints, ONNX files and plans.
 
 Several artifacts are measured under the same workload and compared. A result can also be compared
-with an earlier one, its baseline. `workload.py` says what is asked of the sessions, and
+with an earlier one, its baseline. `workload.py` defines the requests to the sessions, and
 `benchmark_search.py` finds the largest load within a latency bound.
 """
 
@@ -115,7 +115,7 @@ class BenchmarkedArtifact:
     """An artifact and how it runs.
 
     Attributes:
-        asked: The path that was asked for.
+        asked: The requested path.
         measured: The path that is measured: without a GPU, the ONNX file of a plan.
         instead_of_plan: Whether the two differ.
         note: A sentence that says so.
@@ -224,7 +224,7 @@ class Baseline:
             )
 
     def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
-        """Raises InputError where the planned measurements cannot be compared with the baseline."""
+        """Raises InputError if the planned measurements cannot be compared with the baseline."""
         from rtresnet.bench import compare
 
         if len(self.results) != len(planned):

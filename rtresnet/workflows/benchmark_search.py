@@ -102,7 +102,7 @@ class BenchmarkSearchResult:
     searches: tuple[SearchEntry, ...]
 
     def require_success(self) -> None:
-        """Raises CheckFailedError where no load is within the bound."""
+        """Raises CheckFailedError if no load is within the bound."""
         for entry in self.searches:
             what, bound = entry.search.what, entry.search.p99_ms
             if entry.search.best is not None:

@@ -31,7 +31,7 @@ ON_GPU = "run ONNX files on an NVIDIA GPU, in place of onnxruntime"
 
 @dataclass(frozen=True, kw_only=True)
 class PackageStatus:
-    """A package and its version; None where it is not installed."""
+    """A package and its version; None if it is not installed."""
 
     package: str
     version: str | None
@@ -135,8 +135,8 @@ def _providers() -> str:
     found = [name for name in onnxruntime.get_available_providers() if name not in others]
     try:
         served_by = openvino()
-    except UnavailableError as lack:
-        return f"nothing: {lack}"
+    except UnavailableError as error:
+        return f"nothing: {error}"
     if served_by is not None:
         found.insert(0, f"{served_by.title} (the default on this CPU)")
     elif hardware.installed("onnxruntime_ep_openvino"):
@@ -152,8 +152,8 @@ def _builder() -> str:
 
     try:
         module = targets.builder()
-    except UnavailableError as lack:
-        return f"nothing: {lack}"
+    except UnavailableError as error:
+        return f"nothing: {error}"
     return f"{module.__name__} {module.__version__}"
 
 

@@ -1,4 +1,4 @@
-"""Test the GPU with small runs, each in a process of its own.
+"""Test the GPU with small runs, each in a separate process.
 
 benchmarks/accept_gpu.py is the long form.
 """
@@ -111,7 +111,7 @@ STEPS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # and seconds 
 
 
 def test_gpu() -> list[StepResult]:
-    """Run every step in a process of its own.
+    """Run every step in a separate process.
 
     Raises:
         UnavailableError: There is no GPU.

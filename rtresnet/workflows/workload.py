@@ -147,7 +147,7 @@ class Workload:
         )
 
     def pipeline_of(self, session: Session) -> Callable[[], Any] | None:
-        """The session's pipeline of batches in flight; None where batches follow one another."""
+        """The session's pipeline of batches in flight; None if batches follow one another."""
         if self.scenario != "offline" or self.images:
             return None
         return getattr(session.backend, "pipeline", None)
