@@ -10,11 +10,15 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rtresnet.core.errors import ArtifactError, InputError
 
+SETTLED_NS = 100_000_000
+"""A file that changed within this time may change again without a new time stamp."""
+_DIGESTS: dict[tuple[int, int, int, int, int], str] = {}
 NETS = (".onnx", ".plan", ".pt", ".pth", ".th", ".safetensors")
 
 
@@ -35,11 +39,19 @@ def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
+    """Hex digest of a file's bytes. A process reads a file once, as long as it does not change."""
     with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        times = status.st_mtime_ns, status.st_ctime_ns
+        state = (status.st_dev, status.st_ino, status.st_size, *times)
+        if state in _DIGESTS:
+            return _DIGESTS[state]
+        settled = time.time_ns() - max(times) > SETTLED_NS
+        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
+    if settled:
+        _DIGESTS[state] = digest.hexdigest()
     return digest.hexdigest()
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtresnet.core import artifacts, gpu_targets, hardware, trt_loading
 from rtresnet.core.errors import ArtifactError, UnavailableError
 from rtresnet.core.sidecar import Sidecar
-from rtresnet.runtime.error_log import ErrorLog
+
+if TYPE_CHECKING:
+    from rtresnet.runtime.trt import ErrorLog
 
 REBUILD = "build it on this machine: rtresnet build"
 

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,11 +26,57 @@ from rtresnet.core.sidecar import Sidecar
 from rtresnet.runtime.arrays import check_images, make_results
 from rtresnet.runtime.compatibility import REBUILD, check_compatible, check_header
 from rtresnet.runtime.contexts import KernelCache, configure_contexts
-from rtresnet.runtime.cuda import allocate_pinned_array, open_cuda
-from rtresnet.runtime.error_log import ErrorLog, logger
+from rtresnet.runtime.cuda import Cuda, allocate_pinned_array, open_cuda
 from rtresnet.runtime.execution import ExecutionStream, Span
 from rtresnet.runtime.io_spec import IoSpec, read_io_spec
-from rtresnet.runtime.pipeline import Pipeline
+
+
+class ErrorLog:
+    """The last errors of each thread, because several threads may be in a call."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[int, str]] = deque(maxlen=32)
+
+    def add(self, message: str) -> None:
+        """Records an error that a call of this thread logged."""
+        self._entries.append((threading.get_ident(), message.strip()))
+
+    def clear(self) -> None:
+        """Drops the errors of earlier calls of this thread."""
+        if not self._entries:  # the usual case, on every call
+            return
+        thread = threading.get_ident()
+        for entry in [entry for entry in tuple(self._entries) if entry[0] == thread]:
+            self._entries.remove(entry)
+
+    def take(self) -> str:
+        """Returns and drops the errors of this thread; returns those of all threads if none."""
+        thread, entries = threading.get_ident(), tuple(self._entries)
+        messages = [message for owner, message in entries if owner == thread]
+        self.clear()
+        if not messages:  # the builder and the kernel compiler log from threads of their own
+            messages = [message for _, message in entries]
+        return " | ".join(dict.fromkeys(messages)) or "TensorRT gave no reason"
+
+
+def logger(trt: Any, errors: ErrorLog) -> Any:
+    """Creates an ILogger that records errors.
+
+    Args:
+        trt: The TensorRT module.
+        errors: Receives the errors.
+    """
+    error = trt.ILogger.ERROR.value
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.value <= error:
+                errors.add(message)
+
+    return Log()
 
 
 class TrtBackend:
@@ -380,3 +427,81 @@ class TrtBackend:
                     self._stack.close()
         finally:
             self._stack.close()  # whatever is left if the device could not be made current
+
+
+class Pipeline:
+    """Keeps batches in flight: while the GPU computes one, the next one is enqueued.
+
+    `TrtBackend.pipeline` creates it. Results come in the order of the batches. It is for one
+    thread. If a call of CUDA or TensorRT fails, every batch in flight is lost.
+
+    Attributes:
+        depth: Number of batches in flight from which on `put` waits: two for each stream.
+    """
+
+    def __init__(
+        self, cuda: Cuda, io: IoSpec, streams: list[ExecutionStream], errors: ErrorLog
+    ) -> None:
+        self.depth = 2 * len(streams)
+        self._cuda, self._io, self._errors = cuda, io, errors
+        self._streams = deque(streams)
+        self._busy: deque[ExecutionStream] = deque()
+        self._last: ExecutionStream | None = None
+
+    def put(self, images: Any) -> None:
+        """Enqueues a batch.
+
+        Args:
+            images: As for `TrtBackend.infer`. In pinned memory or on the GPU, they must not
+                change before `get` has returned their result.
+
+        Raises:
+            InputError: Wrong type or shape.
+            UnavailableError: A call of CUDA or TensorRT failed.
+        """
+        stream = self._streams[0]
+        with self._cuda.active():
+            self._errors.clear()
+            batch = check_images(self._io, images, stream.compute)
+            results = make_results(self._io, None, len(batch), stream.compute)
+            try:
+                stream.enqueue(batch, results)
+            except BaseException:
+                self._discard()
+                raise
+        self._streams.rotate(-1)
+        self._busy.append(stream)
+
+    def get(self) -> Any:
+        """Waits for the oldest batch in flight and returns its result, as `infer` does.
+
+        Raises:
+            InputError: No batch is in flight.
+            UnavailableError: A call of CUDA failed.
+        """
+        if not self._busy:
+            raise InputError("no batch is in flight", fix="call put before get")
+        self._last = self._busy.popleft()
+        with self._cuda.active():
+            try:
+                results = self._last.finish()
+            except BaseException:
+                self._discard()
+                raise
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _discard(self) -> None:
+        """Waits for every batch in flight and drops the results."""
+        self._busy.clear()
+        for stream in self._streams:
+            stream.discard()
+
+    def timings(self) -> dict[str, float]:
+        """Returns the milliseconds of the last result's parts. See `TrtBackend.timings`.
+
+        Also empty if more than `depth` batches were in flight.
+        """
+        if self._last is None:
+            return {}
+        with self._cuda.active():
+            return self._last.timings()

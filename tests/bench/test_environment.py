@@ -12,9 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rtresnet.bench import environment, nvml
-from rtresnet.bench.environment import Counters, GpuReport, summary
-from rtresnet.bench.nvml import GpuSample
+from rtresnet.bench import environment
+from rtresnet.bench.environment import Counters, GpuReport, GpuSample, summary
 from rtresnet.core.hardware import Gpu
 
 
@@ -192,7 +191,7 @@ def test_monitor_gpus_of_one_name_are_identified_by_uuid(
         return [types.SimpleNamespace(pid=os.getpid())]
 
     driver.nvmlDeviceGetComputeRunningProcesses = processes  # type: ignore[attr-defined]
-    sample = nvml.GpuMonitor(visible(uuid)).sample()
+    sample = environment.GpuMonitor(visible(uuid)).sample()
     assert sample.mhz == mhz and sample.others == 0
     assert asked == [asked_for_processes]
 
@@ -201,9 +200,9 @@ def test_monitor_without_uuid_takes_a_name_only_where_it_is_unique(
     driver: types.ModuleType,
 ) -> None:
     with pytest.raises(LookupError, match="2 GPUs"):
-        nvml.GpuMonitor(visible(None))
+        environment.GpuMonitor(visible(None))
     driver.nvmlDeviceGetCount = lambda: 1  # type: ignore[attr-defined]
-    assert nvml.GpuMonitor(visible(None)).sample().mhz == 300
+    assert environment.GpuMonitor(visible(None)).sample().mhz == 300
 
 
 def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
@@ -211,7 +210,7 @@ def test_monitor_gpu_unknown_to_nvml_or_no_nvml_is_reported_as_unknown(
 ) -> None:
     other = str(uuid.UUID(int=9))
     with pytest.raises(LookupError, match=other):
-        nvml.GpuMonitor(visible(other))
+        environment.GpuMonitor(visible(other))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with environment.Watch(visible(FIRST)) as watch:
         pass
@@ -226,13 +225,13 @@ def test_monitor_library_older_than_nvidia_ml_py_answers_none(driver: types.Modu
 
     driver.nvmlDeviceGetComputeRunningProcesses = mismatch  # type: ignore[attr-defined]
     del driver.nvmlDeviceGetCurrentClocksEventReasons  # type: ignore[attr-defined]
-    sample = nvml.GpuMonitor(visible(SECOND)).sample()
+    sample = environment.GpuMonitor(visible(SECOND)).sample()
     assert sample.others is None and sample.throttled is None and sample.mhz == 1200
 
 
 def test_nvidia_ml_py_has_every_function_that_is_called() -> None:
     real = pytest.importorskip("pynvml")
-    names = set(re.findall(r"\bnvml[A-Z]\w+|\bNVML\w+", Path(nvml.__file__).read_text()))
+    names = set(re.findall(r"\bnvml[A-Z]\w+|\bNVML\w+", Path(environment.__file__).read_text()))
     assert names > {"nvmlInit", "nvmlDeviceGetHandleByUUID", "NVMLError", "NVML_CLOCK_SM"}
     assert [name for name in sorted(names) if not hasattr(real, name)] == []
 
@@ -247,9 +246,9 @@ def proc_of(folder: Path, pids: str, namespace: str) -> Path:
 @pytest.mark.parametrize(
     ("pids", "nspid", "namespace", "expected"),
     [
-        ({4242, 7}, "4242", nvml.HOST_NAMESPACE, 1),
-        ({7, 8}, "4242", nvml.HOST_NAMESPACE, 2),
-        (set(), "4242", nvml.HOST_NAMESPACE, 0),
+        ({4242, 7}, "4242", environment.HOST_NAMESPACE, 1),
+        ({7, 8}, "4242", environment.HOST_NAMESPACE, 2),
+        (set(), "4242", environment.HOST_NAMESPACE, 0),
         ({90001}, "17", "pid:[4026532500]", None),  # the host's number of this very process?
         ({17, 18}, "17", "pid:[4026532500]", 1),  # a driver that translates them
         ({90001, 5}, "90001\t17", "pid:[4026532500]", 1),  # the host's /proc in the container
@@ -259,9 +258,9 @@ def proc_of(folder: Path, pids: str, namespace: str) -> Path:
 def test_other_processes_in_any_pid_namespace_never_counts_this_one(
     pids: set[int], nspid: str, namespace: str, expected: int | None, tmp_path: Path
 ) -> None:
-    assert nvml.other_processes(pids, proc_of(tmp_path, nspid, namespace)) == expected
+    assert environment.other_processes(pids, proc_of(tmp_path, nspid, namespace)) == expected
 
 
 def test_other_processes_without_proc_knows_its_own_pid(tmp_path: Path) -> None:
-    assert nvml.other_processes({os.getpid(), 1}, tmp_path) == 1
-    assert nvml.other_processes({1}, tmp_path) is None
+    assert environment.other_processes({os.getpid(), 1}, tmp_path) == 1
+    assert environment.other_processes({1}, tmp_path) is None

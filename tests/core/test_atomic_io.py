@@ -24,6 +24,31 @@ def test_the_hash_is_that_of_the_whole_file(tmp_path: Path) -> None:
     assert atomic_io.sha256(path) == hashlib.sha256(content).hexdigest()
 
 
+def test_sha256_reads_an_unchanged_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"first")
+    monkeypatch.setattr(atomic_io, "SETTLED_NS", -1)  # as if it had been written long ago
+    digest = atomic_io.sha256(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "sha256", None)  # hashing again would fail
+        assert atomic_io.sha256(path) == digest
+    status = path.stat()
+    path.write_bytes(b"other")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # a copy that keeps the time
+    assert atomic_io.sha256(path) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_sha256_of_a_file_that_was_just_written_is_never_an_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for number in range(200):
+        content = number.to_bytes(4, "big")
+        with open(path, "wb" if not number else "r+b") as file:
+            file.write(content)
+        assert atomic_io.sha256(path) == hashlib.sha256(content).hexdigest()
+
+
 def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.txt"
     write_text(path, "old")

@@ -32,8 +32,7 @@ from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
 from rtresnet.core.sidecar import Plan, Profile
 from rtresnet.runtime.contexts import cache_path
 from rtresnet.runtime.cuda import Cuda
-from rtresnet.runtime.error_log import ErrorLog, logger
-from rtresnet.runtime.trt import TrtBackend
+from rtresnet.runtime.trt import ErrorLog, TrtBackend, logger
 
 LONG = 30  # seconds after which a test has failed
 
