@@ -21,6 +21,11 @@ from filelock import FileLock
 from rtresnet.cli.main import main
 from rtresnet.core.hardware import Gpu
 
+# A shell that starts the tests in the background ignores SIGINT for them and for the processes
+# they start, but Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SLOW = 10  # seconds from which a test needs the marker
 
 
