@@ -126,11 +126,49 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Detection:
+    """What makes a net a detector (Faster R-CNN on the maps of `Model.architecture`).
+
+    Attributes:
+        shorter: The shorter side of an image is resized to this, in pixels.
+        longer: The longer side becomes at most this.
+        canvas: Height and width that a file takes, of which an image fills the upper left part;
+            None for a checkpoint, which takes any.
+        anchors: Square roots of the anchors' areas, in pixels; each has three ratios.
+        pool: Side of a region's features after RoIAlign; at 7 the last stage of a residual net has
+            stride 1, at 14 stride 2.
+        width: Factor on the number of channels of every layer.
+        candidates: Boxes of the region proposal network before non-maximum suppression.
+        regions: Regions after it, which the head classifies.
+        detections: Boxes that come out, at most.
+        region_iou: IoU above which a region suppresses another one.
+        class_iou: The same for detections of one class.
+        least_score: Detections below it are left out.
+        rounds: Of the fixed point that is non-maximum suppression in a file.
+    """
+
+    shorter: int = 600
+    longer: int = 1000
+    canvas: tuple[int, int] | None = None
+    anchors: tuple[float, ...] = (128.0, 256.0, 512.0)
+    pool: int = 14
+    width: float = 1.0
+    candidates: int = 1000
+    regions: int = 300
+    detections: int = 100
+    region_iou: float = 0.7
+    class_iou: float = 0.3
+    least_score: float = 0.05
+    rounds: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sidecar:
     """The record next to an artifact. Unknown is None.
 
     Attributes:
         topk: How many classes a file gives, with their probabilities; None where it gives logits.
+        detection: Of a detector; None for a classifier.
         assumed: What the file does not state and a person or a default had to: an entry each, as
             in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
             The bare entries "input" and "model" mean that these are unknown.
@@ -143,6 +181,7 @@ class Sidecar:
     weights: Weights
     precision: str
     topk: int | None = None
+    detection: Detection | None = None
     assumed: tuple[str, ...] = ()
     parent: Link | None = None
     calibration: Calibration | None = None

@@ -1,0 +1,1 @@
+"""The paper's detector: Faster R-CNN on the convolutional maps of a residual net (appendix A)."""

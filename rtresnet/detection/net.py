@@ -1,0 +1,287 @@
+"""Faster R-CNN with the net's own last stage as the head (C4), as in the paper's appendix A.
+
+The layers of stride 16 (conv1 to conv4; VGG-16's 13 convolutions without the last pooling) are
+shared by a region proposal network and by the head: RoIAlign, conv5 and global pooling (VGG: fc6
+and fc7), then K + 1 scores and 4K offsets. Modules keep the classifier's names, so that its weights
+load as they are; `proposals`, `align` and `select` are modules too, which the ONNX writer knows.
+
+One image at a time goes through: an ONNX file has a fixed batch of 1. Training is in `training.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtresnet.core.errors import InputError
+from rtresnet.core.sidecar import Detection
+from rtresnet.detection import boxes
+from rtresnet.models import zoo
+from rtresnet.models.resnet import BasicBlock, Bottleneck, ResNet
+
+STRIDE = 16
+SAMPLES = 2  # of RoIAlign, along each axis of a bin
+HIDDEN = 512  # channels of the region proposal network's convolution
+
+
+class Proposals(nn.Module):
+    """Regions from the scores and offsets of the anchors.
+
+    Decodes, cuts to the image, keeps the `candidates` with the highest scores, suppresses, keeps
+    the first `regions` of what is left. Boxes without an area rank last and are never detections.
+    """
+
+    traced_whole = True
+
+    def __init__(self, spec: Detection) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+        """One image's regions.
+
+        Args:
+            scores: Logits of the anchors [1, A, h, w].
+            offsets: [1, 4 * A, h, w].
+            extent: Height and width of the image on the canvas, in pixels [1, 2].
+
+        Returns:
+            Regions [regions, 4], filled up with zeros, and how many boxes are not settled [].
+        """
+        spec = self.spec
+        flat, decoded = self.decoded(scores, offsets, extent)
+        count = min(spec.candidates, len(flat))
+        order = torch.sort(flat, descending=True, stable=True).indices[:count]
+        candidates = decoded[order]
+        keep, changed = boxes.nms(candidates, spec.region_iou, spec.rounds)
+        return first_kept(candidates, keep, min(spec.regions, count)), changed
+
+    def decoded(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [N] and boxes [N, 4] of all anchors, position by position."""
+        _, kinds, height, width = scores.shape
+        base = boxes.anchors(height, width, STRIDE, self.spec.anchors).to(scores)
+        flat = scores[0].permute(1, 2, 0).reshape(-1)
+        steps = offsets[0].reshape(kinds, 4, height, width).permute(2, 3, 0, 1).reshape(-1, 4)
+        decoded = boxes.clip(boxes.decode(steps, base), extent[0])
+        return torch.where(boxes.area(decoded) > 0, flat, -1e4), decoded
+
+
+def first_kept(candidates: Tensor, keep: Tensor, count: int) -> Tensor:
+    """The first `count` of the kept rows [N, 4], in their order; zeros where there are fewer."""
+    total = len(candidates)
+    # Distinct whole numbers, so that no two runtimes can order equal ones differently.
+    rank = keep * torch.arange(total, 0, -1, dtype=keep.dtype, device=keep.device)
+    values, order = torch.topk(rank, count)
+    return candidates[order] * (values > 0).to(candidates.dtype)[:, None]
+
+
+class Align(nn.Module):
+    """RoIAlign of the shared map."""
+
+    traced_whole = True
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, features: Tensor, regions: Tensor) -> Tensor:
+        """[1, C, h, w] and [R, 4] to [R, C, bins, bins]."""
+        return boxes.roi_align(features[0], regions, 1 / STRIDE, self.bins, SAMPLES)
+
+
+class Select(nn.Module):
+    """Detections from the head's scores and offsets: class by class suppression, then the best."""
+
+    traced_whole = True
+
+    def __init__(self, spec: Detection, classes: int) -> None:
+        super().__init__()
+        self.spec, self.classes = spec, classes
+
+    def forward(
+        self, scores: Tensor, offsets: Tensor, regions: Tensor, extent: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One image's detections.
+
+        Args:
+            scores: Logits [R, classes + 1], the background first.
+            offsets: [R, 4 * classes].
+            regions: [R, 4].
+            extent: As for `Proposals`.
+
+        Returns:
+            Boxes [1, detections, 4], scores [1, detections] from high to low, classes [1,
+            detections] and how many boxes are not settled []. Unused rows are zeros, class -1.
+        """
+        spec, count = self.spec, len(regions)
+        real = (boxes.area(regions) > 0).to(scores.dtype)
+        chances = torch.softmax(scores, 1)[:, 1:] * real[:, None]
+        steps = offsets.reshape(count, self.classes, 4)
+        found = boxes.decode(steps, regions[:, None], boxes.REGION_STD)
+        found = boxes.clip(found, extent[0]).transpose(0, 1)
+        chances, order = torch.sort(chances.T, dim=1, descending=True, stable=True)
+        found = torch.gather(found, 1, order[..., None].expand(-1, -1, 4))
+        keep, changed = boxes.nms(found, spec.class_iou, spec.rounds)
+        masked = (chances * keep * (chances > spec.least_score)).reshape(-1)
+        best, order = torch.topk(masked, min(spec.detections, len(masked)))
+        valid = best > 0
+        labels = torch.where(valid, order // count, -1)
+        picked = found.reshape(-1, 4)[order] * valid.to(found.dtype)[:, None]
+        return picked[None], best[None], labels[None], changed.sum()
+
+
+class RegionProposalNet(nn.Module):
+    """A 3x3 convolution, and for each anchor a score and four offsets."""
+
+    def __init__(self, channels: int, hidden: int, kinds: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.score = nn.Conv2d(hidden, kinds, 1)
+        self.offset = nn.Conv2d(hidden, 4 * kinds, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, C, h, w] to scores [1, A, h, w] and offsets [1, 4 * A, h, w]."""
+        hidden = self.relu(self.conv(features))
+        return self.score(hidden), self.offset(hidden)
+
+
+class Detector(nn.Module):
+    """The detector of one backbone.
+
+    Args:
+        backbone: A classifier of the zoo; its last layer is left out.
+        spec: Sizes and numbers of boxes.
+        classes: Number of classes, the background not counted.
+    """
+
+    def __init__(self, backbone: ResNet, spec: Detection, classes: int) -> None:
+        super().__init__()
+        self.spec, self.classes = spec, classes
+        for name, module in backbone.named_children():
+            if name not in ("fc", "avgpool", "flatten"):
+                self.add_module(name, module)
+        self.stages = list(backbone.stages)
+        shared, features = _channels(self, self.stages[-2]), backbone.fc.in_features
+        if spec.pool not in (7, 14):
+            raise InputError(f"pool={spec.pool}: 7 or 14 is possible")
+        if spec.pool == 7:
+            _without_stride(getattr(self, self.stages[-1])[0])
+        hidden = max(16, round(HIDDEN * spec.width))
+        self.rpn = RegionProposalNet(shared, hidden, 3 * len(spec.anchors))
+        self.proposals = Proposals(spec)
+        self.align = Align(spec.pool)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten(1)
+        self.score = nn.Linear(features, classes + 1)
+        self.offset = nn.Linear(features, 4 * classes)
+        self.select = Select(spec, classes)
+        for layer, std in (
+            (self.rpn.conv, 0.01), (self.rpn.score, 0.01), (self.rpn.offset, 0.01),
+            (self.score, 0.01), (self.offset, 0.001),
+        ):  # fmt: skip
+            if not layer.weight.is_meta:
+                nn.init.normal_(layer.weight, std=std)
+                nn.init.zeros_(layer.bias)
+
+    def shared(self, images: Tensor) -> Tensor:
+        """Normalized images [N, 3, H, W] to the map of stride 16 [N, C, H / 16, W / 16]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        for name in self.stages[:-1]:
+            x = getattr(self, name)(x)
+        return x
+
+    def head(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of regions [R, C, pool, pool] to logits [R, K + 1] and offsets [R, 4K]."""
+        x = self.flatten(self.avgpool(getattr(self, self.stages[-1])(crops)))
+        return self.score(x), self.offset(x)
+
+    def forward(self, images: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Detections of one image.
+
+        Args:
+            images: Normalized float32 [1, 3, H, W], sides divisible by 16.
+            extent: Height and width of what the image fills [1, 2], in pixels.
+
+        Returns:
+            Boxes [1, D, 4], scores [1, D], classes [1, D], unsettled boxes [1]; see `Select`.
+        """
+        features = self.shared(images)
+        scores, offsets = self.rpn(features)
+        regions, first = self.proposals(scores, offsets, extent)
+        logits, steps = self.head(self.align(features, regions))
+        found, chances, labels, second = self.select(logits, steps, regions, extent)
+        return found, chances, labels, (first + second)[None]
+
+
+def _channels(net: nn.Module, stage: str) -> int:
+    block = getattr(net, stage)[-1]
+    last = block.conv3 if isinstance(block, Bottleneck) else block.conv2
+    return int(last.out_channels)
+
+
+def _without_stride(block: BasicBlock | Bottleneck) -> None:
+    """The last stage on crops of 7x7 instead of every second position of 14x14."""
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+
+
+def build(spec: zoo.Spec, detection: Detection, classes: int, *, device: str = "cpu") -> Detector:
+    """Makes a detector with freshly initialized weights.
+
+    Args:
+        spec: The backbone, an ImageNet net.
+        detection: Sizes and numbers of boxes.
+        classes: Number of classes, the background not counted.
+        device: "meta" makes shapes only.
+
+    Raises:
+        InputError: A CIFAR net, whose maps have another stride.
+    """
+    if spec.family != "imagenet":
+        raise InputError(
+            f"{spec.name}: has no layers of stride 16 to share", fix="as in --backbone resnet50"
+        )
+    with torch.device(device):
+        widths = [max(4, round(width * detection.width)) for width in spec.widths]
+        backbone = ResNet(
+            block=Bottleneck if spec.block == "bottleneck" else BasicBlock,
+            counts=spec.counts, widths=widths, stem=spec.family, shortcut=spec.shortcut,
+            stride_in=spec.stride_in, num_classes=1,
+        )  # fmt: skip
+        return Detector(backbone, detection, classes)
+
+
+def freeze_norms(net: nn.Module) -> None:
+    """Fixes batch norm: its statistics are not updated and its factors not trained (appendix A)."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def on_canvas(spec: Detection, canvas: tuple[int, int]) -> Detection:
+    """The same detector for files that take `canvas` (height, width).
+
+    Raises:
+        InputError: The canvas is not made of whole strides.
+    """
+    if any(side < 2 * STRIDE or side % STRIDE for side in canvas):
+        raise InputError(
+            f"canvas {canvas[0]}x{canvas[1]}: both sides must be multiples of {STRIDE}",
+            fix=f"as in --canvas {-(-canvas[0] // STRIDE) * STRIDE}x"
+            f"{-(-canvas[1] // STRIDE) * STRIDE}",
+        )
+    return dataclasses.replace(spec, canvas=canvas)
+
+
+def detect(net: Detector, image: Tensor, extent: Tensor) -> dict[str, Any]:
+    """One image's detections as NumPy arrays, under the names of the ONNX file's outputs."""
+    with torch.inference_mode():
+        outputs = net(image, extent)
+    names = ("boxes", "scores", "labels", "unsettled")
+    return {name: value.numpy(force=True) for name, value in zip(names, outputs, strict=True)}
