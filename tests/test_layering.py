@@ -28,6 +28,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"data"}, {"numpy", "torch", "PIL", "simplejpeg", "sklearn"}),
     "training": ({"training", "models", "data"}, {"numpy", "torch"}),
     "study": ({"study", "models", "data", "training"}, {"numpy", "torch"}),
+    "detection": (
+        {"detection", "models", "data", "training", "exporter", "onnxlib"},
+        {"numpy", "torch", "onnx", "safetensors"},
+    ),
     "exporter": ({"exporter", "models", "onnxlib"}, {"numpy", "torch", "onnx"}),
     "quantization": ({"quantization", "onnxlib"}, {"numpy", "onnx", "onnxruntime"}),
     "builder": ({"builder"}, {"numpy"}),
@@ -41,7 +45,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "workflows": (
         {
             "workflows", "onnxlib", "models", "data", "training", "study", "exporter",
-            "quantization", "builder", "runtime", "bench", "serving",
+            "quantization", "builder", "runtime", "bench", "serving", "detection",
         },
         {"numpy", "torch", "onnx", "onnxruntime", "pyarrow", "ray"},
     ),

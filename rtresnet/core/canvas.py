@@ -1,6 +1,6 @@
-"""From an image to a detector's input, and from its boxes back to the image.
+"""Resize an image onto a detector's input, and convert its boxes back to the image.
 
-The same for training, evaluation, calibration and serving. Knows neither files nor nets.
+Used by training, evaluation, calibration and serving. Independent of files and nets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRIDE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Detections:
-    """What was detected in one image, the highest score first.
+    """Detections in one image, sorted by descending score.
 
     Attributes:
         boxes: float32 [N, 4]: x1, y1, x2, y2 in the image's own pixels, continuous.
@@ -36,7 +36,7 @@ class Detections:
         return len(self.scores)
 
 
-def fitted(height: int, width: int, spec: Detection) -> tuple[int, int]:
+def resized_size(height: int, width: int, spec: Detection) -> tuple[int, int]:
     """The size that an image is resized to.
 
     The shorter side becomes `spec.shorter`, unless the longer one would be above `spec.longer` or
@@ -52,8 +52,8 @@ def fitted(height: int, width: int, spec: Detection) -> tuple[int, int]:
     )  # type: ignore[return-value]
 
 
-def place(
-    image: np.ndarray, spec: Detection, preprocess: Preprocess, *, mirrored: bool = False
+def to_canvas(
+    image: np.ndarray, spec: Detection, preprocess: Preprocess, *, flipped: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes an image, normalizes it and pads it with the mean.
 
@@ -61,10 +61,10 @@ def place(
         image: uint8 RGB [H, W, 3].
         spec: Sizes; without a canvas the sides are padded to multiples of 16.
         preprocess: Mean and std; the rest of it does not apply to detectors.
-        mirrored: Whether left and right are exchanged.
+        flipped: Whether left and right are exchanged.
 
     Returns:
-        float32 [1, 3, height, width], and what the image fills of it, float32 [1, 2].
+        float32 [1, 3, height, width], and height and width of the image on it, float32 [1, 2].
 
     Raises:
         InputError: Anything but uint8 RGB.
@@ -73,9 +73,9 @@ def place(
         raise InputError(
             f"an image is {image.dtype} {list(image.shape)}; uint8 RGB [H, W, 3] is needed"
         )
-    height, width = fitted(*image.shape[:2], spec)
+    height, width = resized_size(image.shape[0], image.shape[1], spec)
     small = resize(image, height, width, preprocess.interpolation)
-    if mirrored:
+    if flipped:
         small = small[:, ::-1]
     rows, columns = spec.canvas or (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
     batch = np.zeros((1, 3, rows, columns), np.float32)
@@ -83,25 +83,25 @@ def place(
     return batch, np.array([[height, width]], np.float32)
 
 
-def factors(height: int, width: int, extent: np.ndarray) -> np.ndarray:
-    """What boxes of an image are multiplied by to be boxes on the canvas: float32 [4]."""
+def box_scale(height: int, width: int, extent: np.ndarray) -> np.ndarray:
+    """Factors from coordinates in an image to coordinates on the canvas: float32 [4]."""
     y, x = extent.reshape(2) / (height, width)
     return np.array([x, y, x, y], np.float32)
 
 
-def detections(outputs: dict[str, np.ndarray], height: int, width: int, extent: np.ndarray
+def from_outputs(outputs: dict[str, np.ndarray], height: int, width: int, extent: np.ndarray
                ) -> Detections:  # fmt: skip
-    """What a net gives for one image, in the image's own coordinates.
+    """Converts the outputs of a net for one image to the image's own coordinates.
 
     Args:
         outputs: boxes [1, D, 4], scores [1, D], labels [1, D], unsettled [1].
         height: Of the image.
         width: Of the image.
-        extent: As `place` gave it.
+        extent: As `to_canvas` returned it.
     """
     valid = outputs["scores"][0] > 0
     return Detections(
-        boxes=outputs["boxes"][0][valid] / factors(height, width, extent),
+        boxes=outputs["boxes"][0][valid] / box_scale(height, width, extent),
         scores=outputs["scores"][0][valid],
         labels=outputs["labels"][0][valid].astype(np.int64),
         unsettled=int(outputs["unsettled"].sum()),

@@ -32,7 +32,7 @@ def intersection(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union [..., N, M] of boxes [..., N, 4] and [..., M, 4]; 0 for empty ones."""
+    """Intersection over union [..., N, M] of boxes [..., N, 4] and [..., M, 4]; 0 if empty."""
     shared = intersection(first, second)
     union = area(first)[..., :, None] + area(second)[..., None, :] - shared
     return shared / union.clamp(min=1e-9)

@@ -1,4 +1,4 @@
-"""Images with boxes by name, and what is wrong with them.
+"""Images with boxes by name, and their defects.
 
     shapes:N            N drawn images of circles, squares and triangles that overlap; no files
     voc:DIR[:SPLIT]     PASCAL VOC: Annotations, JPEGImages and ImageSets/Main, or XML files only
@@ -16,7 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -36,7 +36,7 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-NAMED = 10  # invalid boxes that an error or a note names
+LISTED = 10  # invalid boxes that an error or a note names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,9 @@ class Targets:
         """From (box, label, ignored, crowd, area or None) for each object."""
         boxes = np.array([row[0] for row in rows], np.float32).reshape(-1, 4)
         sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-        areas = [a if row[4] is None else row[4] for row, a in zip(rows, sides.prod(1), strict=True)]
+        areas = [
+            a if row[4] is None else row[4] for row, a in zip(rows, sides.prod(1), strict=True)
+        ]
         return cls(
             boxes=boxes,
             labels=np.array([row[1] for row in rows], np.int64),
@@ -74,29 +76,27 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionSource:
-    """A set of images with boxes.
+    """Images with boxes.
 
     Attributes:
-        name: As the person gave it.
+        name: As on the command line.
         classes: Class names in the order of the labels.
         targets: The boxes of each image.
         read: The pixels of an image by its index, uint8 RGB [H, W, 3].
-        places: Where each image is, for messages.
+        origins: Where each image is, for messages.
         invalid: What is wrong with the boxes that were left out, a line each.
         splits: Whether a test split exists apart from the training images.
         digest: sha256 of what the images are made of.
-        mirrored: Whether left and right may be exchanged.
     """
 
     name: str
     classes: tuple[str, ...]
     targets: tuple[Targets, ...]
     read: Callable[[int], np.ndarray]
-    places: tuple[str, ...]
+    origins: tuple[str, ...]
     invalid: tuple[str, ...] = ()
     splits: bool = False
     digest: str = ""
-    voc: bool = field(default=False)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -104,15 +104,15 @@ class DetectionSource:
     def fingerprint(self) -> str:
         """sha256 of the images' names and of all boxes."""
         digest = hashlib.sha256(json.dumps([self.classes, self.digest]).encode())
-        for place, targets in zip(self.places, self.targets, strict=True):
-            digest.update(place.rpartition("/")[2].encode())
+        for origin, targets in zip(self.origins, self.targets, strict=True):
+            digest.update(origin.rpartition("/")[2].encode())
             digest.update(targets.boxes.tobytes() + targets.labels.tobytes())
         return digest.hexdigest()
 
     def counts(self) -> dict[str, int]:
         """Number of boxes of each class."""
-        found = Counter(int(label) for t in self.targets for label in t.labels)
-        return {name: found[index] for index, name in enumerate(self.classes)}
+        counts = Counter(int(label) for t in self.targets for label in t.labels)
+        return {name: counts[index] for index, name in enumerate(self.classes)}
 
 
 def open_detection(spec: str, split: str = "train") -> DetectionSource:
@@ -123,14 +123,14 @@ def open_detection(spec: str, split: str = "train") -> DetectionSource:
         split: "train" or "test". COCO's files are one split each: either gives the whole file.
 
     Raises:
-        DataError: Nothing there, a file that is broken, or sources with other classes.
-        UnknownNameError: No such form.
+        DataError: Missing or broken files, or sources with different classes.
+        UnknownNameError: An unknown kind of source.
     """
     parts = [_open(part, split) for part in spec.split(",")]
     if len(parts) == 1:
         return parts[0]
     if len({part.classes for part in parts}) > 1:
-        raise DataError(f"{spec}: the parts have other classes")
+        raise DataError(f"{spec}: the sources have different classes")
     owner = [(part, index) for part in parts for index in range(len(part))]
 
     def read(index: int) -> np.ndarray:
@@ -142,11 +142,10 @@ def open_detection(spec: str, split: str = "train") -> DetectionSource:
         classes=parts[0].classes,
         targets=tuple(t for part in parts for t in part.targets),
         read=read,
-        places=tuple(place for part in parts for place in part.places),
+        origins=tuple(origin for part in parts for origin in part.origins),
         invalid=tuple(line for part in parts for line in part.invalid),
         splits=all(part.splits for part in parts),
         digest=" ".join(part.digest for part in parts),
-        voc=all(part.voc for part in parts),
     )
 
 
@@ -170,7 +169,7 @@ def _shapes(spec: str, argument: str, split: str) -> DetectionSource:
     return DetectionSource(
         name=spec, classes=SHAPES, targets=tuple(targets for _, targets in drawn),
         read=lambda index: drawn[index][0],
-        places=tuple(f"{spec}: {split} image {index}" for index in range(count)),
+        origins=tuple(f"{spec}: {split} image {index}" for index in range(count)),
         splits=True, digest=f"{split} {SHAPES_SIDE}",
     )  # fmt: skip
 
@@ -212,7 +211,7 @@ def _drawing(split: str, index: int) -> tuple[np.ndarray, Targets]:
 
 
 def _usable(box: Sequence[float], where: str, invalid: list[str]) -> bool:
-    """Notes a box without an area or with numbers that are none."""
+    """Whether a box is finite and has an area; appends a line to `invalid` otherwise."""
     if all(map(math.isfinite, box)) and box[2] > box[0] and box[3] > box[1]:
         return True
     invalid.append(f"{where}: box {', '.join(f'{value:g}' for value in box)} has no area")
@@ -245,7 +244,7 @@ def _voc(spec: str, argument: str, split: str) -> DetectionSource:
         stems = [line.split()[0] for line in text.splitlines() if line.split()]
         missing = [stem for stem in stems if stem not in files]
         if missing:
-            raise DataError(f"{annotations}: {missing[0]}.xml is listed, and not there")
+            raise DataError(f"{annotations}: {missing[0]}.xml is listed but missing")
     parsed = {stem: _voc_objects(files[stem]) for stem in files}
     names = {name for _, objects in parsed.values() for name, *_ in objects}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
@@ -262,14 +261,14 @@ def _voc(spec: str, argument: str, split: str) -> DetectionSource:
         for stem in stems
     )
     paths = [_voc_image(root, files[stem], parsed[stem][0]) for stem in stems]
-    return _from_files(spec, classes, targets, paths, invalid, splits=has_splits, voc=True)
+    return _from_files(spec, classes, targets, paths, invalid, splits=has_splits)
 
 
 def _voc_objects(path: Path) -> tuple[str, list[tuple[str, bool, tuple[float, ...]]]]:
     """An annotation's file name, and name, difficult flag and box of each object."""
     try:
         tree = ElementTree.parse(path).getroot()
-        objects = []
+        objects: list[tuple[str, bool, tuple[float, ...]]] = []
         for entry in tree.iter("object"):
             corners = entry.find("bndbox")
             name = entry.findtext("name")
@@ -335,22 +334,21 @@ def _from_files(
     invalid: Sequence[str],
     *,
     splits: bool = False,
-    voc: bool = False,
 ) -> DetectionSource:
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None:
-        raise DataError(f"{missing}: named by the annotations, and not there")
+        raise DataError(f"{missing}: named by the annotations but missing")
     if not paths:
         raise DataError(f"{spec}: no images")
     return DetectionSource(
         name=spec, classes=tuple(classes), targets=targets, read=lambda i: decode(paths[i]),
-        places=tuple(map(str, paths)), invalid=tuple(invalid), splits=splits, voc=voc,
+        origins=tuple(map(str, paths)), invalid=tuple(invalid), splits=splits,
         digest=" ".join(str(path.stat().st_size) for path in paths),
     )  # fmt: skip
 
 
 def report_invalid(source: DetectionSource) -> Iterator[str]:
-    """Names the first invalid boxes, and counts the others."""
-    yield from source.invalid[:NAMED]
-    if len(source.invalid) > NAMED:
-        yield f"and {len(source.invalid) - NAMED} more boxes without an area; they are left out"
+    """Lines that list the first invalid boxes and count the others."""
+    yield from source.invalid[:LISTED]
+    if len(source.invalid) > LISTED:
+        yield f"and {len(source.invalid) - LISTED} more boxes without an area; they are left out"

@@ -54,20 +54,22 @@ class DetectionAccuracy:
 
 
 def evaluate(
-    targets: Sequence[Targets], found: Sequence[Detections], classes: Sequence[str]
+    targets: Sequence[Targets], detections: Sequence[Detections], classes: Sequence[str]
 ) -> DetectionAccuracy:
     """Compares detections with the objects of the same images.
 
     Args:
         targets: Objects of each image.
-        found: Detections of each image; labels count as `classes` do.
+        detections: Detections of each image; labels count as `classes` do.
         classes: Class names.
     """
-    tables = {name: coco(targets, found, len(classes), limits) for name, limits in AREAS.items()}
+    tables = {
+        name: coco(targets, detections, len(classes), limits) for name, limits in AREAS.items()
+    }
     full = tables["all"]
     eleven, area = (
         _mean(np.array(values))
-        for values in zip(*(_voc(targets, found, k) for k in range(len(classes))), strict=True)
+        for values in zip(*(_voc(targets, detections, k) for k in range(len(classes))), strict=True)
     )
     return DetectionAccuracy(
         n=len(targets),
@@ -104,14 +106,14 @@ def overlaps(first: np.ndarray, second: np.ndarray, crowd: np.ndarray) -> np.nda
 
 def coco(
     targets: Sequence[Targets],
-    found: Sequence[Detections],
+    detections: Sequence[Detections],
     classes: int,
     limits: tuple[float, float] = AREAS["all"],
 ) -> np.ndarray:
     """COCO's average precision [classes, 10 overlaps]; NaN for a class without objects."""
     table = np.full((classes, len(THRESHOLDS)), np.nan)
     for k in range(classes):
-        parts = [_match(t, d, k, limits) for t, d in zip(targets, found, strict=True)]
+        parts = [_match(t, d, k, limits) for t, d in zip(targets, detections, strict=True)]
         objects = sum(count for *_, count in parts)
         if not objects:
             continue
@@ -131,7 +133,7 @@ def coco(
 
 
 def _match(
-    targets: Targets, found: Detections, label: int, limits: tuple[float, float]
+    targets: Targets, detections: Detections, label: int, limits: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """One image and class: scores [D], hit and counted [10, D], and how many objects count."""
     own = targets.labels == label
@@ -139,9 +141,9 @@ def _match(
     ignored = targets.ignored[own] | crowd | (areas < limits[0]) | (areas > limits[1])
     order = np.argsort(ignored, kind="stable")
     boxes, crowd, ignored = boxes[order], crowd[order], ignored[order]
-    chosen = np.flatnonzero(found.labels == label)
-    chosen = chosen[np.argsort(-found.scores[chosen], kind="stable")][:MOST]
-    shared = overlaps(found.boxes[chosen], boxes, crowd)
+    chosen = np.flatnonzero(detections.labels == label)
+    chosen = chosen[np.argsort(-detections.scores[chosen], kind="stable")][:MOST]
+    shared = overlaps(detections.boxes[chosen], boxes, crowd)
     least = np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
     free = np.ones((len(least), len(boxes)), bool)
     hit = np.zeros((len(least), len(chosen)), bool)
@@ -156,26 +158,26 @@ def _match(
         hit[:, d] = usable[rows, best]
         counted[:, d] = ~(hit[:, d] & ignored[best])
         free[rows[hit[:, d]], best[hit[:, d]]] = False
-    sides = (found.boxes[chosen, 2:] - found.boxes[chosen, :2]).astype(np.float64).prod(1)
+    sides = (detections.boxes[chosen, 2:] - detections.boxes[chosen, :2]).astype(np.float64).prod(1)
     outside = (sides < limits[0]) | (sides > limits[1])
     counted &= hit | ~outside
-    return found.scores[chosen], hit, counted, int((~ignored).sum())
+    return detections.scores[chosen], hit, counted, int((~ignored).sum())
 
 
 def voc_curve(
-    targets: Sequence[Targets], found: Sequence[Detections], label: int, threshold: float = 0.5
+    targets: Sequence[Targets], detections: Sequence[Detections], label: int, threshold: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Recall and precision after each detection of a class, by score, and its number of objects."""
     scores: list[np.ndarray] = []
     verdicts: list[np.ndarray] = []  # 1 right, 0 wrong, -1 of a difficult object
     objects = 0
-    for entry, given in zip(targets, found, strict=True):
+    for entry, detected in zip(targets, detections, strict=True):
         own = entry.labels == label
         ignored = entry.ignored[own]
         objects += int((~ignored).sum())
-        chosen = np.flatnonzero(given.labels == label)
-        chosen = chosen[np.argsort(-given.scores[chosen], kind="stable")]
-        shared = overlaps(given.boxes[chosen], entry.boxes[own], np.zeros(own.sum(), bool))
+        chosen = np.flatnonzero(detected.labels == label)
+        chosen = chosen[np.argsort(-detected.scores[chosen], kind="stable")]
+        shared = overlaps(detected.boxes[chosen], entry.boxes[own], np.zeros(own.sum(), bool))
         taken = np.zeros(own.sum(), bool)
         verdict = np.zeros(len(chosen), int)
         for d in range(len(chosen) if own.any() else 0):
@@ -183,7 +185,7 @@ def voc_curve(
             if shared[d, best] >= threshold:
                 verdict[d] = -1 if ignored[best] else not taken[best]
                 taken[best] = True
-        scores.append(given.scores[chosen])
+        scores.append(detected.scores[chosen])
         verdicts.append(verdict)
     order = np.argsort(-np.concatenate(scores), kind="stable")
     verdict = np.concatenate(verdicts)[order]
@@ -192,10 +194,10 @@ def voc_curve(
 
 
 def _voc(
-    targets: Sequence[Targets], found: Sequence[Detections], label: int
+    targets: Sequence[Targets], detections: Sequence[Detections], label: int
 ) -> tuple[float, float]:
-    """A class's average precision by the 11 points of VOC 2007, and by area; NaN without objects."""
-    recall, precision, objects = voc_curve(targets, found, label)
+    """Average precision of a class by the 11 points of VOC 2007, and by area; NaN if no objects."""
+    recall, precision, objects = voc_curve(targets, detections, label)
     if not objects:
         return float("nan"), float("nan")
     points = [precision[recall >= r].max(initial=0) for r in np.linspace(0, 1, 11)]

@@ -120,16 +120,16 @@ class Select(nn.Module):
         real = (boxes.area(regions) > 0).to(scores.dtype)
         chances = torch.softmax(scores, 1)[:, 1:] * real[:, None]
         steps = offsets.reshape(count, self.classes, 4)
-        found = boxes.decode(steps, regions[:, None], boxes.REGION_STD)
-        found = boxes.clip(found, extent[0]).transpose(0, 1)
+        candidates = boxes.decode(steps, regions[:, None], boxes.REGION_STD)
+        candidates = boxes.clip(candidates, extent[0]).transpose(0, 1)
         chances, order = torch.sort(chances.T, dim=1, descending=True, stable=True)
-        found = torch.gather(found, 1, order[..., None].expand(-1, -1, 4))
-        keep, changed = boxes.nms(found, spec.class_iou, spec.rounds)
+        candidates = torch.gather(candidates, 1, order[..., None].expand(-1, -1, 4))
+        keep, changed = boxes.nms(candidates, spec.class_iou, spec.rounds)
         masked = (chances * keep * (chances > spec.least_score)).reshape(-1)
         best, order = torch.topk(masked, min(spec.detections, len(masked)))
         valid = best > 0
         labels = torch.where(valid, order // count, -1)
-        picked = found.reshape(-1, 4)[order] * valid.to(found.dtype)[:, None]
+        picked = candidates.reshape(-1, 4)[order] * valid.to(candidates.dtype)[:, None]
         return picked[None], best[None], labels[None], changed.sum()
 
 
@@ -185,13 +185,14 @@ class Detector(nn.Module):
         ):  # fmt: skip
             if not layer.weight.is_meta:
                 nn.init.normal_(layer.weight, std=std)
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
     def shared(self, images: Tensor) -> Tensor:
         """Normalized images [N, 3, H, W] to the map of stride 16 [N, C, H / 16, W / 16]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        for name in self.stages[:-1]:
-            x = getattr(self, name)(x)
+        x = images
+        for name in ("conv1", "bn1", "relu", "maxpool", *self.stages[:-1]):
+            x = self.get_submodule(name)(x)
         return x
 
     def head(self, crops: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,8 +214,8 @@ class Detector(nn.Module):
         scores, offsets = self.rpn(features)
         regions, first = self.proposals(scores, offsets, extent)
         logits, steps = self.head(self.align(features, regions))
-        found, chances, labels, second = self.select(logits, steps, regions, extent)
-        return found, chances, labels, (first + second)[None]
+        candidates, chances, labels, second = self.select(logits, steps, regions, extent)
+        return candidates, chances, labels, (first + second)[None]
 
 
 def _channels(net: nn.Module, stage: str) -> int:
