@@ -200,8 +200,7 @@ def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
     if target.suffix.lower() == ".svg":
         atomic_io.write_text(target, plots.svg(figure, "latency against load") + "\n")
     else:
-        with atomic_io.atomic_path(target) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        plots.save_png(figure, target)
 
 
 def check_plot(target: Path) -> None:

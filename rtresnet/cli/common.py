@@ -117,11 +117,6 @@ def note(line: str) -> None:
     print(escape_cell(line), file=sys.stderr)
 
 
-def int8_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """How INT8 ran where integer sums would saturate, each once; see `Session.describe`."""
-    return sorted({entry["int8_note"] for entry in entries if entry.get("int8_note")})
-
-
 def warn_loudly(title: str, body: str) -> None:
     """A warning that nobody can miss."""
     from rtresnet.cli.console import REPORTER

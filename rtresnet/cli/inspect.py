@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,9 @@ from rtresnet.workflows.inspect import (
     inspect_folder,
     inspect_layers,
 )
+
+if TYPE_CHECKING:
+    from rtresnet.builder.layers import Layers
 
 
 @click.command("inspect")
@@ -52,12 +56,13 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     result = inspect(path)
     document = to_builtins(result)
     if layers or svg:
-        document["engine"] = engine_layers.as_record(inspect_layers(path))
+        engine = inspect_layers(path)
+        document["engine"] = _with_written_bytes(engine)
         if svg:
-            atomic_io.write_text(svg, engine_layers.draw(document["engine"], path.name))
+            atomic_io.write_text(svg, engine_layers.draw(engine, path.name))
     _show(result)
     if layers:
-        engine_layers.show(common.out_console(), document["engine"])
+        engine_layers.show(common.out_console(), engine)
     if result.operations:
         counted = ", ".join(f"{count} {name}" for name, count in result.operations.items())
         common.say(f"graph: {counted}")
@@ -65,8 +70,19 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
     result.require_unchanged()
 
 
+def _with_written_bytes(engine: Layers) -> dict[str, Any]:
+    """The layers as --json writes them, each with the bytes that it writes."""
+    from rtresnet.reporting import engine_layers
+
+    record: dict[str, Any] = to_builtins(engine)
+    for layer, entry in zip(engine.layers, record["layers"], strict=True):
+        batch = engine.batches[min(layer.profile, len(engine.batches) - 1)]
+        entry["written_bytes"] = engine_layers.written(layer, batch)
+    return record
+
+
 def _show(result: InspectResult) -> None:
-    from rtresnet.reporting import measured, tables
+    from rtresnet.reporting import tables
 
     for index, entry in enumerate(result.chain):
         indent, record = "  " * index, entry.sidecar
@@ -76,7 +92,7 @@ def _show(result: InspectResult) -> None:
         common.say(f"{indent}{'<- ' if index else ''}{entry.path}{what}  ({entry.state})")
         for line in _details(entry, first=index == 0):
             common.say(f"{indent}   {line}")
-        for listing in measured.listings(record.measured if record else {}):
+        for listing in tables.measured_tables(record.measured if record else {}):
             tables.show(common.out_console(), listing.headings, listing.rows)
     if head := result.header:
         common.say(
@@ -85,7 +101,7 @@ def _show(result: InspectResult) -> None:
         )
     if result.manifest and result.chain[0].sidecar is None:
         facts = to_builtins(result.manifest).items()
-        text = ", ".join(f"{key} {measured.plain(value)}" for key, value in facts if value)
+        text = ", ".join(f"{key} {tables.one_line(value)}" for key, value in facts if value)
         common.say(f"name field: {text}")
 
 
@@ -104,7 +120,7 @@ def _show_folder(folder: Path, json_file: str | None) -> None:
 
 
 def _details(entry: ChainEntry, *, first: bool) -> list[str]:
-    from rtresnet.reporting import measured
+    from rtresnet.reporting import tables
 
     record = entry.sidecar
     if record is None:
@@ -135,7 +151,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
         lines.append(f"{p.builder} {p.version}, batches {batches}, for {', '.join(p.targets)}")
         if p.attested:
             lines.append(f"{describe_attested(p)}; {p.attested.layers} layers")
-    lines += measured.lines(record.measured)
+    lines += tables.measured_lines(record.measured)
     if record.made_by:
         lines.append(f"made by: {record.made_by.get('command')}")
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,10 @@ from rtresnet.cli import bench_show, common
 from rtresnet.cli.options import config_options
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.quickstart import QuickstartConfig
+
+if TYPE_CHECKING:
+    from rtresnet.reporting.tables import DataTable
+    from rtresnet.workflows.quickstart import QuickstartResult
 
 
 @click.command("quickstart")
@@ -30,94 +34,85 @@ def command(out: Path, config: QuickstartConfig, json_file: str | None) -> None:
     """
     from rtresnet.cli.console import REPORTER
     from rtresnet.cli.train import show
-    from rtresnet.reporting import run_pages
+    from rtresnet.reporting import pages
     from rtresnet.workflows.quickstart import quickstart
 
     done = quickstart(out, config, reporter=REPORTER)
     done = dataclasses.replace(done, train=dataclasses.replace(done.train, page=show(done.train)))
-    result = to_builtins(done)
-    result["train"]["log"] = result["log"]
-    _show(result)
-    run_pages.write_quickstart(
-        out / "index.html",
-        result,
-        headings=HEADINGS,
-        rows=rows(result),
-        legend=legend(result),
-        caveat=caveat(result),
-    )
-    common.write_json(str(out / "quickstart.json"), "quickstart", result)
-    common.say(f"page: {out / 'index.html'}   ({result['seconds']:.0f} s in all)")
-    common.say(f"next: rtresnet inspect {out / 'engines' / (result['model'] + '-int8.plan')}")
-    common.write_json(json_file, "quickstart", result)
+    _show(done)
+    pages.write_quickstart(out / "index.html", done, table(done), caveat(done))
+    record = to_builtins(done)
+    record["train"]["log"] = record["log"]
+    common.write_json(str(out / "quickstart.json"), "quickstart", record)
+    common.say(f"page: {out / 'index.html'}   ({done.seconds:.0f} s in all)")
+    common.say(f"next: rtresnet inspect {out / 'engines' / (done.model + '-int8.plan')}")
+    common.write_json(json_file, "quickstart", record)
 
 
-HEADINGS = (
-    "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms b1", "img/s b8", "speed b8",
-)  # fmt: skip
+def table(done: QuickstartResult) -> DataTable:
+    """A row for each precision, with what its columns are."""
+    from rtresnet.reporting.tables import DataTable
 
-
-def rows(result: dict[str, Any]) -> list[tuple[object, ...]]:
-    """The one table: a row a precision."""
-    table: list[tuple[object, ...]] = []
-    for entry, plan in zip(result["export"]["onnx"], result["export"]["plans"], strict=True):
-        precision = entry["precision"]
-        timings = {r["batch"]: r for r in result["bench"]["results"] if r["precision"] == precision}
-        table.append(
+    rows = []
+    for file, plan in zip(done.export.onnx, done.export.plans, strict=True):
+        timings = {
+            entry.measurement.batch: entry.measurement
+            for entry in done.bench.results
+            if entry.artifact.precision == file.precision
+        }
+        rows.append(
             (
-                precision,
-                f"{entry['bytes'] / 1e6:.2f}",
-                f"{plan['bytes'] / 1e6:.2f}",
-                f"{result['eval'][precision]['top1_percent']:.2f}",
-                f"{100 * result['compare'][precision]['agreement']:.2f}",
-                f"{timings[1]['latency']['median']:.3f}",
-                f"{timings[8]['latency']['images_per_second']:,.0f}",
-                f"{timings[8]['speed']:.2f}",
+                file.precision,
+                f"{file.bytes / 1e6:.2f}",
+                f"{plan.bytes / 1e6:.2f}",
+                f"{done.evaluations[file.precision].top1_percent:.2f}",
+                f"{100 * done.comparisons[file.precision].agreement:.2f}",
+                f"{timings[1].latency.median:.3f}",
+                f"{timings[8].latency.images_per_second:,.0f}",
+                f"{timings[8].speed:.2f}",
             )
         )
-    return table
+    runs = [entry.artifact.run for entry in done.bench.results]
+    notes = sorted({f" INT8: {run['int8_note']}." for run in runs if run["int8_note"]})
+    return DataTable(
+        headings=(
+            "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms b1", "img/s b8",
+            "speed b8",
+        ),
+        rows=rows,
+        about=f"top-1 on {done.evaluations['fp32'].n} test images; agree: same top-1 as the torch "
+        "checkpoint; ms b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in "
+        f"turn. CPU figures of the ONNX files: {bench_show.where(runs[0])}.{''.join(notes)}",
+    )  # fmt: skip
 
 
-def legend(result: dict[str, Any]) -> str:
-    """What the table's columns are, with n."""
-    evaluated = result["eval"]["fp32"]
-    notes = common.int8_notes(result["bench"]["results"])
-    return " ".join(
-        (
-            f"top-1 on {evaluated['n']} test images; agree: same top-1 as the torch checkpoint; ms "
-            "b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in turn. "
-            f"CPU figures of the ONNX files: {bench_show.where(result['bench']['results'][0])}.",
-            *(f"INT8: {note}." for note in notes),
-        )
-    )
-
-
-def caveat(result: dict[str, Any]) -> str | None:
+def caveat(done: QuickstartResult) -> str | None:
     """Why INT8 is no faster, where it is not; None where it is."""
-    found = [r for r in result["bench"]["results"] if r["precision"] == "int8"]
-    slow = [f"batch {entry['batch']}" for entry in found if entry["speed"] <= 1]
+    int8 = [entry for entry in done.bench.results if entry.artifact.precision == "int8"]
+    slow = [e.measurement.batch for e in int8 if e.measurement.speed <= 1]
     if not slow:
         return None
     return (
-        f"INT8 is not faster than FP32 at {' and '.join(slow)} here: {result['model']} has 16 to "
-        f"64 channels, too few for the integer kernels of {found[0]['provider']} to gain what "
-        "converting costs. They do on wider nets; the plan is for a GPU."
+        f"INT8 is not faster than FP32 at {' and '.join(f'batch {b}' for b in slow)} here: "
+        f"{done.model} has 16 to 64 channels, too few for the integer kernels of "
+        f"{int8[0].artifact.run['provider']} to save more than the conversions cost. Wider "
+        "nets gain; the plan is for a GPU."
     )
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(done: QuickstartResult) -> None:
     from rtresnet.reporting import tables
 
-    console = common.out_console()
-    tables.show(console, HEADINGS, rows(result))
-    console.print(legend(result), markup=False)
-    if slow := caveat(result):
+    console, shown = common.out_console(), table(done)
+    tables.show(console, shown.headings, shown.rows)
+    console.print(shown.about, markup=False)
+    if slow := caveat(done):
         console.print(slow, markup=False)
-    if not all(entry["steady"] for entry in result["bench"]["results"]):
+    if not all(entry.measurement.steady for entry in done.bench.results):
         console.print("Not steady after 2 s of warm-up: another load on this machine?")
-    plans = result["export"]["plans"]
+    plan = done.export.plans[0].plan
     console.print(
-        f"Plans by {plans[0]['builder']} {plans[0]['version']} for "
-        f"{', '.join(plans[0]['targets'])}; built without a GPU, they run on one.",
+        f"Plans by {plan.builder} {plan.version} for {', '.join(plan.targets)}; built without a "
+        "GPU, they run on one.",
         markup=False,
     )

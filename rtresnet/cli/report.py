@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -11,15 +11,12 @@ from rtresnet.cli import common
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import escape
 
-if TYPE_CHECKING:
-    pass
 
-
-def page_place(context: click.Context, option: click.Parameter, given: Any) -> Any:
-    """An option's callback: `common.text_place`, and no name of a result."""
-    if given is not None and Path(given).suffix.lower() == ".json":
-        raise InputError(f"{given}: the name of a result, and this is a page", fix="name it .html")
-    return common.text_place(context, option, given)
+def page_path(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """An option's callback: as `common.text_place`; refuses the name of a result."""
+    if value is not None and Path(value).suffix.lower() == ".json":
+        raise InputError(f"{value}: the name of a result, not of a page", fix="name it .html")
+    return common.text_place(context, option, value)
 
 
 @click.command("report")
@@ -28,14 +25,14 @@ def page_place(context: click.Context, option: click.Parameter, given: Any) -> A
     "--out",
     type=click.Path(path_type=Path),
     default="report.html",
-    callback=page_place,
-    help="The page.  [default: report.html]",
+    callback=page_path,
+    help="HTML file to write.  [default: report.html]",
 )
 @click.option(
     "--markdown",
     metavar="FILE",
-    callback=page_place,
-    help="Write the same as Markdown too; - for stdout.  [default: none]",
+    callback=page_path,
+    help="Write the same tables as Markdown too; - writes them to stdout.  [default: none]",
 )
 def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     """Create one self-contained HTML page from results.
@@ -47,7 +44,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     from rtresnet.reporting.report import report
 
     if markdown not in (None, "-") and Path(str(markdown)).resolve() == Path(out).resolve():
-        raise InputError(f"{out}: --out and --markdown name one file", fix="choose two names")
+        raise InputError(f"{out}: --out and --markdown name the same file", fix="choose two names")
     result = report(results, out)
     if markdown == "-":
         click.echo(escape(result.markdown), nl=False)

@@ -15,15 +15,10 @@ from rtresnet.core.reporter import plural
 from rtresnet.workflows.study import DATA_OPTION, StudyConfig, StudyResult
 
 if TYPE_CHECKING:
-    from rtresnet.reporting.study_plots import Panel
+    from rtresnet.reporting.study import Panel
     from rtresnet.study.compare import Net
 
 CAPTION = "A band is one standard deviation over the seeds; the first steps may lie above the axes."
-ABOUT = (
-    "Errors in %: mean and standard deviation over the seeds. Training: of the last epoch, on the "
-    "images as they were augmented; validation and test: of the epoch that was best on the "
-    "held-out images."
-)
 
 
 @click.group("study")
@@ -57,7 +52,7 @@ def degradation(
     Every run is a folder in --out; finished runs are not repeated.
     """
     from rtresnet.cli.console import REPORTER
-    from rtresnet.reporting import study_tables
+    from rtresnet.reporting import study
     from rtresnet.workflows.study import study_degradation
 
     try:
@@ -67,7 +62,7 @@ def degradation(
             f"--depths {depths}: not numbers with commas between", fix="as in --depths 20,32"
         ) from None
     result = study_degradation(data, numbers, config, out=out, reporter=REPORTER)
-    _show(result, study_tables.plain_and_residual, json_file)
+    _show(result, study.plain_and_residual, json_file)
 
 
 @command.command("shortcuts")
@@ -82,41 +77,30 @@ def shortcuts(model: str, data: str, config: StudyConfig, out: Path, json_file: 
     A pads with zeros, B projects where dimensions change, C projects everywhere.
     """
     from rtresnet.cli.console import REPORTER
-    from rtresnet.reporting import study_tables
+    from rtresnet.reporting import study
     from rtresnet.workflows.study import study_shortcuts
 
     result = study_shortcuts(data, model, config, out=out, reporter=REPORTER)
-    _show(result, study_tables.training_and_validation, json_file)
+    _show(result, study.training_and_validation, json_file)
 
 
 def _show(
     result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]], json_file: str | None
 ) -> None:
     """Prints the table, writes figure, page and JSON."""
-    from rtresnet.core import provenance
-    from rtresnet.reporting import page, run_pages, study_tables, tables
+    from rtresnet.reporting import pages, study, tables
 
-    drawn = None
+    figure = None
     if _can_draw() and any(net.finished for net in result.nets):
-        from rtresnet.reporting.study_plots import error_curves
-
-        drawn = error_curves(panels(result.nets), title=result.title, subtitle=result.note)
-    headings, rows = study_tables.table(result.nets)
-    tables.show(common.out_console(), headings, rows)
+        figure = study.error_curves(panels(result.nets), title=result.title, subtitle=result.note)
+    table = study.table(result.nets)
+    tables.show(common.out_console(), table.headings, table.rows)
     common.note(f"{result.note}.")
-    common.note(ABOUT)
-    parts = [
-        page.table(headings, rows),
-        page.paragraph(ABOUT, "dim"),
-        *(page.paragraph(f"Diverged: {line}", "note") for line in result.diverged),
-        page.heading("Recipe of the first net and seed"),
-        page.code(result.recipe),
-        page.heading("Made by"),
-        page.code(provenance.command_line()),
-    ]
-    run_pages.write_study(
-        result.out, result.study, title=result.title, drawn=drawn, about=CAPTION, parts=parts
-    )
+    common.note(table.about)
+    pages.write_study(
+        result.out, result.study, title=result.title, figure=figure, caption=CAPTION,
+        tables=[table], diverged=result.diverged, recipe=result.recipe,
+    )  # fmt: skip
     common.write_json(str(result.out / f"{result.study}.json"), f"study {result.study}", result)
     common.note(f"page: {result.out / 'index.html'}")
     common.write_json(json_file, f"study {result.study}", result)
@@ -148,31 +132,27 @@ def responses(
     After batch norm, before ReLU and addition: how strongly a layer changes its input.
     """
     from rtresnet.cli.console import REPORTER
-    from rtresnet.core import atomic_io, locks, provenance
-    from rtresnet.reporting import page, run_pages, study_tables, tables
+    from rtresnet.core import atomic_io, locks
+    from rtresnet.reporting import pages, study, tables
     from rtresnet.workflows.study import short_name, study_responses
 
     with locks.hold_folder(out, warn=common.note):
         result = study_responses(checkpoints, data, images, reporter=REPORTER)
-        headings, parts = ("layer", "name", "std of response"), []
-        for entry in result.results:
-            rows = [(n, name, value) for n, (name, value) in enumerate(entry.responses.items(), 1)]
-            title = f"{entry.model}, {entry.checkpoint}, {plural(entry.n, 'image')} of {data}"
-            tables.show(common.out_console(), headings, rows, title=title)
-            parts += [page.heading(title), page.table(headings, rows)]
+        shown = [study.response_table(entry, data) for entry in result.results]
+        for table in shown:
+            tables.show(common.out_console(), table.headings, table.rows, title=table.title)
         common.footer(
             f"Assumed of {e.checkpoint}: {line}." for e in result.results for line in e.assumed
         )
-        shown = f"{plural(result.results[0].n, 'image')} of {short_name(data)}"
-        drawn = study_tables.response_figure(result.results, shown) if _can_draw() else None
-        run_pages.write_study(
+        subtitle = f"{plural(result.results[0].n, 'image')} of {short_name(data)}"
+        pages.write_study(
             atomic_io.make_folder(out),
             "responses",
             title="Layer responses",
-            drawn=drawn,
-            about="Standard deviation of what each 3x3 layer puts out, after batch norm, before "
+            figure=study.response_figure(result.results, subtitle) if _can_draw() else None,
+            caption="Standard deviation of the output of each 3x3 layer, after batch norm, before "
             "ReLU and addition.",
-            parts=[*parts, page.code(provenance.command_line())],
+            tables=shown,
         )
         common.write_json(str(out / "responses.json"), "study responses", result)
     common.note(f"page: {out / 'index.html'}")

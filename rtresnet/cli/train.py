@@ -61,11 +61,6 @@ def show(result: TrainResult) -> Path | None:
     if not hardware.installed("matplotlib"):
         common.note("no curves and no page: pip install 'rtresnet[report]'")
         return None
-    from rtresnet.reporting import run_pages
+    from rtresnet.reporting import pages
 
-    folder = result.checkpoint.parent
-    recipe, images = result.details
-    run_pages.write_training(
-        folder, title=result.title, recipe=recipe, measured=measured, images=images
-    )
-    return folder / "index.html"
+    return pages.write_training(result)

@@ -103,6 +103,7 @@ EXTRAS = {
     "onnx": "export",
     "scikit-learn": "demo",
     "matplotlib": "report",
+    "jinja2": "report",
     "pyarrow": "bulk",
     "ray[data]": "ray",
 }

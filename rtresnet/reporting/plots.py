@@ -1,4 +1,8 @@
-"""Plots as SVG that follows the page: text stays text, black becomes the page's own colour."""
+"""Figures of pages as SVG: text stays text, and black becomes the page's own colour.
+
+Figures of the report are small with large text, so that they can be read on a phone. What stands
+for a datum has an id (`artifact-0`, `tail-0`, `stage-0-1`), which tests count.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,36 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from rtresnet.core import atomic_io
 from rtresnet.core.errors import missing_package
+from rtresnet.reporting.results import Results, pareto
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from rtresnet.reporting.result_files import Profile, Search
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#6b7280")
+GREY = COLOURS[5]
+# Six nets and more, grey last.
+PALETTE = (*COLOURS[:5], "#ec4899", "#06b6d4", "#84cc16", "#a16207", GREY)
+SHARES = (0.5, 0.9, 0.95, 0.99, 0.999)
+BINS = 40
 
 
-def figure(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
-    """A figure and its axes, on matplotlib's file-only backend.
+def subplots(
+    rows: int, columns: int, width: float, height: float, *, share_y: bool = False
+) -> tuple[Figure, list[Any]]:
+    """A figure and its axes, row by row, on matplotlib's file-only backend.
+
+    Args:
+        rows, columns: Of axes.
+        width, height: In inches.
+        share_y: Whether all axes have the same range of y.
 
     Raises:
         UnavailableError: matplotlib is not installed.
@@ -23,22 +48,35 @@ def figure(width: float = 6.4, height: float = 3.6) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise missing_package("matplotlib", "plots") from None
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    axes = drawn.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return drawn, axes
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    grid = list(drawing.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return drawing, grid
 
 
-def svg(drawn: Any, label: str) -> str:
+def figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Any]:
+    """A figure with one pair of axes; see `subplots`."""
+    drawing, (axes,) = subplots(1, 1, width, height)
+    return drawing, axes
+
+
+def save_png(drawing: Figure, path: Path) -> None:
+    """Writes a figure as PNG, at 150 dots an inch."""
+    with atomic_io.atomic_path(path) as temporary:
+        drawing.savefig(temporary, format="png", dpi=150)
+
+
+def svg(drawing: Figure, label: str) -> str:
     """The figure as an <svg> element for a page, with `label` for screen readers."""
     import matplotlib
 
     out = io.StringIO()
     # A fixed salt: the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtresnet"}):
-        drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        drawing.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     # matplotlib's own metadata names addresses outside the page, which a page has no use for.
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :]
@@ -55,9 +93,9 @@ def plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def training_figure(log: Sequence[Mapping[str, Any]]) -> Any:
+def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
     """Training and held-out error, and the learning rate, against epochs (as figure 6)."""
-    drawn, axes = figure()
+    drawing, axes = figure()
     epochs = [entry["epoch"] for entry in log]
     for name, label, style in (("train_top1", "training", "--"), ("val_top1", "held out", "-")):
         if any(entry[name] is None for entry in log):
@@ -69,40 +107,40 @@ def training_figure(log: Sequence[Mapping[str, Any]]) -> Any:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if all(entry.get("lr") for entry in log) and len(log) > 1:
         rate, rates = axes.twinx(), [entry["lr"] for entry in log]
-        rate.plot(epochs, rates, color=COLOURS[5], linewidth=1, alpha=0.8)
-        rate.set_ylabel("learning rate", color=COLOURS[5])
+        rate.plot(epochs, rates, color=GREY, linewidth=1, alpha=0.8)
+        rate.set_ylabel("learning rate", color=GREY)
         if len(set(rates)) < len(rates) / 2:  # one that falls tenfold in steps
             rate.set_yscale("log")
         else:
             rate.set_ylim(0, None)
         rate.spines[["top"]].set_visible(False)
-        rate.tick_params(colors=COLOURS[5], which="both")
+        rate.tick_params(colors=GREY, which="both")
     axes.legend(frameon=False)
-    return drawn
+    return drawing
 
 
-def search_figure(searches: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
     """p99 and median against the load, of searches of one kind with one bound.
 
     Args:
-        searches: (name, what `bench --find-batch` or `--find-qps` writes with --json).
+        searches: (name of the artifact, its search).
     """
-    drawn, axes = figure()
-    for index, (name, found) in enumerate(searches):
+    drawing, axes = figure()
+    for index, (name, search) in enumerate(searches):
         colour = COLOURS[index % len(COLOURS)]
-        points = [point for point in found["points"] if point["p99"] is not None]
+        points = [point for point in search["points"] if point["p99"] is not None]
         loads = [point["load"] for point in points]
         axes.plot(loads, [p["p99"] for p in points], "o-", color=colour, markersize=4.5,
                   label=f"{plain(name)}, p99", gid=f"search-{index}")  # fmt: skip
         axes.plot(loads, [p["median"] for p in points], ":", color=colour,
                   label=f"{plain(name)}, median")  # fmt: skip
-        if found["best"] is not None:
-            axes.axvline(found["best"], color=colour, linewidth=0.8, alpha=0.6)
+        if search["best"] is not None:
+            axes.axvline(search["best"], color=colour, linewidth=0.8, alpha=0.6)
     axes.axhline(searches[0][1]["p99_ms"], color="#888888", linewidth=1)
     what = "images a batch" if searches[0][1]["what"] == "batch" else "requests a second"
     axes.set(xlabel=what, ylabel="latency, ms", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
-    return drawn
+    return drawing
 
 
 def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
@@ -117,7 +155,7 @@ def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> s
     """
     import numpy as np
 
-    drawn, axes = figure()
+    drawing, axes = figure()
     from matplotlib.ticker import LogLocator, NullLocator  # after `figure`, which says if missing
 
     for colour, (name, values) in zip(COLOURS, samples.items(), strict=False):
@@ -137,4 +175,147 @@ def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> s
     for level in (50, 99):
         axes.axhline(level, linewidth=0.8, linestyle=":", color="#888888")
     axes.legend(frameon=False, loc="lower right")
-    return svg(drawn, "share of requests answered within a latency")
+    return svg(drawing, "share of requests answered within a latency")
+
+
+def colours(results: Results) -> dict[str, str]:
+    """The colour of each artifact in every figure, by its name."""
+    return {
+        artifact.name: PALETTE[index % len(PALETTE)]
+        for index, artifact in enumerate(results.artifacts)
+    }
+
+
+def tradeoff(results: Results, batch: int) -> str | None:
+    """Top-1 against median latency, with the Pareto front; None without accuracy."""
+    streams = [(a, e) for a, e in results.streams(batch) if a.top1 is not None]
+    if not streams:
+        return None
+    points = [(entry["latency"]["median"], artifact.top1 or 0.0) for artifact, entry in streams]
+    front = [points[index] for index in pareto(points)]
+    drawing, axes = figure(4.6, 3.2)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.plot(*zip(*front, strict=True), color=GREY, linewidth=1.2, zorder=1,
+              drawstyle="steps-post", gid="front")  # fmt: skip
+    for index, ((artifact, _), point) in enumerate(zip(streams, points, strict=True)):
+        colour = colours(results)[artifact.name]
+        axes.scatter(
+            *point, s=60, color=colour if point in front else "none", edgecolors=colour,
+            linewidths=1.8, zorder=3, label=plain(artifact.name), gid=f"artifact-{index}",
+        )  # fmt: skip
+    axes.set(xlabel=f"median latency of a batch of {batch}, ms", ylabel="top-1, %")
+    axes.set_xlim(0, 1.08 * max(p[0] for p in points))
+    values = [p[1] for p in points]
+    room = max(0.5, 0.6 * (max(values) - min(values)))
+    axes.set_ylim(max(0, min(values) - room), min(100.0, max(values)) + room / 2)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    return svg(drawing, "top-1 accuracy against median latency, a point for each artifact")
+
+
+def _samples(results: Results, batch: int) -> list[tuple[str, str, np.ndarray]]:
+    """(name, colour, sorted milliseconds) of the artifacts whose samples were kept."""
+    import numpy as np
+
+    return [
+        (artifact.name, colours(results)[artifact.name], np.sort(samples))
+        for artifact, entry in results.streams(batch)
+        if len(samples := entry.get("samples") or ()) > 1
+    ]
+
+
+def tails(results: Results, batch: int) -> str | None:
+    """Latency against percentile, on a scale that gives the tail its room; None without samples."""
+    import numpy as np
+
+    measured = _samples(results, batch)
+    if not measured:
+        return None
+    drawing, axes = figure(4.4, 3.0)
+    for index, (name, colour, samples) in enumerate(measured):
+        n = len(samples)
+        beyond = 1 - (np.arange(n) + 0.5) / n
+        axes.plot(-np.log10(beyond), samples, color=colour, linewidth=1.8,
+                  label=f"{plain(name)} (n={n})", gid=f"tail-{index}")  # fmt: skip
+    most = max(len(samples) for _, _, samples in measured)
+    shown = [0.0, *(s for s in SHARES if most * (1 - s) >= 1 - 1e-9)]
+    axes.set_xticks([-np.log10(1 - s) for s in shown], [f"{100 * s:g}" for s in shown])
+    axes.set(xlabel="percentile", ylabel=f"latency, ms a batch of {batch}", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    return svg(drawing, "latency against percentile")
+
+
+def histogram(results: Results, batch: int) -> str | None:
+    """Share of requests by latency; the last bin also counts all that are slower."""
+    import numpy as np
+
+    measured = _samples(results, batch)
+    if not measured:
+        return None
+    drawing, axes = figure(4.4, 3.0)
+    low = min(samples[0] for _, _, samples in measured)
+    high = max(float(np.quantile(samples, 0.99)) for _, _, samples in measured)
+    edges = np.linspace(low, max(high, low * 1.01), BINS + 1)
+    for index, (name, colour, samples) in enumerate(measured):
+        counts, _ = np.histogram(np.clip(samples, edges[0], edges[-1]), edges)
+        share = 100 * counts / len(samples)
+        axes.stairs(share, edges, fill=True, alpha=0.35, color=colour)
+        axes.stairs(share, edges, color=colour, linewidth=1.4, label=plain(name),
+                    gid=f"histogram-{index}")  # fmt: skip
+    axes.set(xlabel=f"latency, ms a batch of {batch}", ylabel="requests, %")
+    axes.legend(frameon=False, fontsize=9)
+    return svg(drawing, "histogram of latencies")
+
+
+def batches(
+    results: Results, name: Literal["median", "images_per_second"], label: str
+) -> str | None:
+    """A field of the latency against the batch; None where there is one batch only."""
+    if len(results.batches) < 2:
+        return None
+    drawing, axes = figure(4.4, 3.0)
+    for index, artifact in enumerate(results.artifacts):
+        points = sorted(
+            (entry["batch"], value)
+            for other, entry in results.streams()
+            if other is artifact and (value := entry["latency"].get(name)) is not None
+        )
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), marker="o", markersize=4.5, linewidth=1.6,
+                color=colours(results)[artifact.name], label=plain(artifact.name),
+                gid=f"batch-{index}",
+            )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(results.batches, [str(batch) for batch in results.batches])
+    axes.minorticks_off()
+    axes.set(xlabel="batch", ylabel=label, ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9)
+    return svg(drawing, f"{label} against batch")
+
+
+def stages(profiles: Sequence[tuple[str, Profile]]) -> str:
+    """A bar a profile, cut into stages, in milliseconds."""
+    drawing, axes = figure(6.4, 1.1 + 0.52 * len(profiles))
+    names = list(dict.fromkeys(s["name"] for _, result in profiles for s in result["stages"]))
+    widest = max(sum(s["ms"] for s in result["stages"]) for _, result in profiles)
+    for row, (_, result) in enumerate(profiles):
+        left = 0.0
+        for stage in result["stages"]:
+            place = names.index(stage["name"])
+            axes.barh(row, stage["ms"], left=left, height=0.62, gid=f"stage-{row}-{place}",
+                      color=PALETTE[place % len(PALETTE)])  # fmt: skip
+            if stage["ms"] > 0.09 * widest:
+                axes.text(left + stage["ms"] / 2, row, f"{100 * stage['share']:.0f} %",
+                          color="white", ha="center", va="center", fontsize=9)  # fmt: skip
+            left += stage["ms"]
+    for place, name in enumerate(names):
+        axes.barh(0, 0, color=PALETTE[place % len(PALETTE)], label=plain(name))
+    axes.set_yticks(range(len(profiles)), [plain(label) for label, _ in profiles])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.set_xlabel("ms")
+    axes.legend(frameon=False, fontsize=9, ncols=len(names), loc="lower left",
+                bbox_to_anchor=(0, 1), columnspacing=1, handlelength=1)  # fmt: skip
+    return svg(drawing, "time of each stage")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import InputError
-from rtresnet.reporting import result_page, result_tables, results
-from rtresnet.reporting.results import Gathered
+from rtresnet.reporting import pages, plots, report_tables, results
+from rtresnet.reporting.result_files import Search
+from rtresnet.reporting.results import Results
+from rtresnet.reporting.tables import number
 
 DEFAULT = "engines"
 
@@ -24,6 +25,9 @@ class ReportResult:
         page: The HTML file.
         bytes: Its size.
         artifacts: Number of artifacts in it.
+        latencies: Number of artifacts and batches with a latency.
+        profiles: Number of profiles.
+        searches: Number of searches for the largest load.
         summary: What it shows, a sentence each.
         markdown: The same as Markdown.
     """
@@ -48,9 +52,14 @@ def report(
             engines/ by default.
         out: The page.
 
+    Returns:
+        The page, its summary, and the same as Markdown.
+
     Raises:
         InputError: There is nothing to report, a file is not a result, or the page cannot be
             written.
+        ArtifactError: A broken sidecar.
+        UnavailableError: matplotlib or Jinja2 is not installed.
     """
     if not files and not Path(DEFAULT).is_dir():
         raise InputError(
@@ -58,7 +67,7 @@ def report(
             fix="write results with: rtresnet bench ARTIFACT... --json bench.json",
         )
     gathered = results.gather([str(file) for file in files] or (DEFAULT,))
-    text = result_page.html(gathered, list(_engines(gathered)))
+    text = html(gathered, list(_engines(gathered)))
     atomic_io.write_text(out, text)
     return ReportResult(
         page=Path(out),
@@ -67,29 +76,89 @@ def report(
         latencies=len(gathered.timings),
         profiles=len(gathered.profiles),
         searches=len(gathered.searches),
-        summary=(*result_tables.summary(gathered), *result_tables.remarks(gathered)),
-        markdown=result_page.markdown(gathered),
+        summary=(*report_tables.summary(gathered), *report_tables.remarks(gathered)),
+        markdown=markdown(gathered),
     )
 
 
-def _engines(found: Gathered) -> Iterator[tuple[str, str]]:
-    """A caption and a picture of every plan whose layers were kept; notes where they are gone."""
+def html(gathered: Results, engines: Sequence[tuple[str, str]] = ()) -> str:
+    """Renders the page.
+
+    Args:
+        gathered: What it shows.
+        engines: Figures of the engines' layers, as (caption, SVG).
+
+    Raises:
+        UnavailableError: matplotlib or Jinja2 is not installed.
+    """
+    batch = gathered.batch
+    labels = [(f"{a.name}, batch {r.get('batch')}", r) for a, r in gathered.profiles]
+    return pages.render(
+        "report.html",
+        **_text(gathered),
+        results=gathered,
+        batch=batch,
+        colours=plots.colours(gathered),
+        tradeoff=batch and plots.tradeoff(gathered, batch),
+        tails=batch and plots.tails(gathered, batch),
+        histogram=batch and plots.histogram(gathered, batch),
+        batch_latency=plots.batches(gathered, "median", "median latency, ms"),
+        batch_throughput=plots.batches(gathered, "images_per_second", "images/s"),
+        searches=_search_figures(gathered),
+        stages=plots.stages(labels) if labels else None,
+        engines=engines,
+    )
+
+
+def markdown(gathered: Results) -> str:
+    """Renders the same tables and sentences as Markdown, for a pull request.
+
+    Raises:
+        UnavailableError: Jinja2 is not installed.
+    """
+    return pages.render("report.md", **_text(gathered))
+
+
+def _text(gathered: Results) -> dict[str, object]:
+    return {
+        "title": f"{gathered.title}: accuracy and latency",
+        "summary": report_tables.summary(gathered),
+        "notes": report_tables.remarks(gathered),
+        "tables": report_tables.tables(gathered),
+        "commands": gathered.commands,
+    }
+
+
+def _search_figures(gathered: Results) -> list[tuple[str, str]]:
+    """(SVG, bound) for each kind of load and each bound, in which artifacts are compared."""
+    kinds: dict[tuple[str, float], list[tuple[str, Search]]] = {}
+    for artifact, search in gathered.searches:
+        kinds.setdefault((search["what"], search["p99_ms"]), []).append((artifact.name, search))
+    return [
+        (plots.svg(plots.search_figure(searches), "latency against load"), number(bound))
+        for (_, bound), searches in kinds.items()
+    ]
+
+
+def _engines(gathered: Results) -> Iterator[tuple[str, str]]:
+    """A caption and a figure for every plan whose layers were kept; a note where they are gone."""
     from rtresnet.builder import layers
     from rtresnet.core import artifacts
     from rtresnet.reporting import engine_layers
 
-    for artifact in found.artifacts:
-        if not artifact.chain or artifact.chain[0][-1] != "ok":  # gone, or not what it was
+    for artifact in gathered.artifacts:
+        if not artifact.chain or artifact.chain[0][2] != "ok":
             continue
         sidecar = artifacts.read_sidecar(artifact.path)
         if sidecar is None or sidecar.plan is None or sidecar.plan.layers is None:
             continue
         file = sidecar.plan.layers.file
         if not (artifact.path.parent / file).exists():
-            found.notes.append(f"The layers of {artifact.name} are not shown: {file} is not there.")
+            gathered.notes.append(
+                f"The layers of {artifact.name} are not shown: {file} does not exist."
+            )
             continue
-        engine = dataclasses.asdict(layers.load(artifact.path, sidecar))
         yield (
             f"The fused layers of {artifact.name}, in the order of execution.",
-            engine_layers.draw(engine, artifact.name),
+            engine_layers.draw(layers.load(artifact.path, sidecar), artifact.name),
         )

@@ -20,6 +20,7 @@ Positive = Annotated[float, Meta(ge=1e-12, le=1e15)]
 Figure = Annotated[float, Meta(ge=0, le=1e15)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
+Points = Annotated[float, Meta(ge=-1e15, le=1e15)]
 Count = Annotated[int, Meta(ge=0, le=10**15)]
 Batch = Annotated[int, Meta(ge=1, le=10**9)]
 
@@ -163,6 +164,26 @@ class Eval(Member):
     """`eval --json`: the accuracy of the only member, or of the ensemble."""
 
     members: NotRequired[list[Member] | None]
+
+
+class Trained(TypedDict):
+    """What training measured of a checkpoint, in its sidecar; accuracies in percent."""
+
+    name: str
+    test_top1: Percent
+    test_n: NotRequired[Count | None]
+
+
+class GateLoss(TypedDict):
+    """What the accuracy gate measured, in a sidecar: top-1 lost, in points of a hundred."""
+
+    points: Points
+    low: Points
+    high: Points
+    n: Count
+    data: NotRequired[str | None]
+    bound: NotRequired[Points | None]
+    verdict: NotRequired[str | None]
 
 
 class Compare(TypedDict):

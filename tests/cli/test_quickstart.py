@@ -1,7 +1,8 @@
-"""What `quickstart` says next to its table; the whole of it runs in tests/test_readme.py."""
+"""What `quickstart` says next to its table; tests/test_documentation.py runs all of it."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +10,17 @@ import pytest
 from rtresnet.cli.quickstart import caveat
 
 
-def result(speeds: dict[int, float]) -> dict[str, Any]:
-    entries = [
-        {"precision": "int8", "batch": batch, "speed": speed, "provider": "ONNX Runtime CPU"}
-        for batch, speed in speeds.items()
-    ]
-    plain = {"precision": "fp32", "batch": 1, "speed": 1.0, "provider": "ONNX Runtime CPU"}
-    return {"model": "resnet20", "bench": {"results": [plain, *entries]}}
+def result(speeds: dict[int, float]) -> Any:
+    def entry(precision: str, batch: int, speed: float) -> SimpleNamespace:
+        run = {"provider": "ONNX Runtime CPU"}
+        return SimpleNamespace(
+            artifact=SimpleNamespace(precision=precision, run=run),
+            measurement=SimpleNamespace(batch=batch, speed=speed),
+        )
+
+    entries = [entry("int8", batch, speed) for batch, speed in speeds.items()]
+    bench = SimpleNamespace(results=[entry("fp32", 1, 1.0), *entries])
+    return SimpleNamespace(model="resnet20", bench=bench)
 
 
 @pytest.mark.parametrize(

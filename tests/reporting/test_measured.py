@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rtresnet.reporting import measured
+from rtresnet.reporting import tables
 
 ACCURACY = {"n": 48, "top1": 36, "top5": None, "data": "digits", "split": "test"}
 BLOCK = {"name": "layer1.0", "alone_db": 31.25, "gain_db": 0.5, "weights": 0.125, "runs_in": "int8"}
@@ -10,12 +10,12 @@ BLOCK = {"name": "layer1.0", "alone_db": 31.25, "gain_db": 0.5, "weights": 0.125
 
 def test_lines_accuracies_have_a_line_each_with_n_and_data() -> None:
     position = {"data": "npz:x", "labels": {"matched_by": "position"}}
-    found = measured.lines({"accuracy": [ACCURACY, ACCURACY | position]})
-    assert found == [
+    lines = tables.measured_lines({"accuracy": [ACCURACY, ACCURACY | position]})
+    assert lines == [
         "accuracy top-1 75.00 % (36 of 48), digits, test",
         "accuracy top-1 75.00 % (36 of 48), npz:x, test, classes matched by position",
     ]
-    assert measured.lines({"accuracy": ACCURACY}) == found[:1]  # of an earlier version
+    assert tables.measured_lines({"accuracy": ACCURACY}) == lines[:1]  # of an earlier version
 
 
 def test_lines_and_listings_of_the_gate_hold_no_raw_dicts() -> None:
@@ -23,11 +23,11 @@ def test_lines_and_listings_of_the_gate_hold_no_raw_dicts() -> None:
     drop = {"n": 400, "points": 0.25, "low": -0.44, "high": 0.94, "data": "digits"}
     gate = {"verdict": "not shown to hold", "bound": 0.5, "images_needed": None}
     told = {"drop": drop, "gate": gate, "blocks": [BLOCK], "outliers": [outlier]}
-    assert measured.lines(told) == [
+    assert tables.measured_lines(told) == [
         "drop 0.25 points of top-1 (95 %: -0.44 to 0.94) on 400 images of digits",
         "gate verdict not shown to hold, bound 0.5, images_needed None",
     ]
-    blocks, outliers = measured.listings(told)
+    blocks, outliers = tables.measured_tables(told)
     assert blocks.rows == [["layer1.0", "31.2", "0.50", "12.5", "int8"]]
     assert outliers.rows == [["layer1.0.add", 3, "12", "left as it is"]]
     assert all(len(row) == len(t.headings) for t in (blocks, outliers) for row in t.rows)
@@ -39,4 +39,4 @@ def test_lines_and_listings_of_the_gate_hold_no_raw_dicts() -> None:
      {"blocks": [{}]}, {"blocks": "x"}, {"outliers": [3]}, {"parity": [0.5, 1e-6]}],
 )  # fmt: skip
 def test_lines_of_another_form_are_shown_as_they_are(odd: dict[str, object]) -> None:
-    assert len(measured.lines(odd)) == 1 and measured.listings(odd) == []
+    assert len(tables.measured_lines(odd)) == 1 and tables.measured_tables(odd) == []

@@ -1,21 +1,31 @@
-"""Figures of the studies: error curves side by side, and layer responses."""
+"""Studies as tables and figures: error curves side by side, and layer responses."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rtresnet.core.errors import missing_package
-from rtresnet.reporting.plots import COLOURS
+from rtresnet.reporting.plots import GREY, PALETTE, subplots
+from rtresnet.reporting.tables import DataTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from rtresnet.study.compare import Net
+    from rtresnet.workflows.study import LayerResponses
 
 SETTLED = 0.25  # of a run: what came before does not set the height of the axes
-# Six nets and more, grey last.
-PALETTE = (*COLOURS[:5], "#ec4899", "#06b6d4", "#84cc16", "#a16207", COLOURS[5])
 SMALL = 8.5  # points
 LABEL_ROOM = 0.045  # of the axes' height that a line of small text takes
 LETTERS_AN_INCH = 15.2  # of small text
+ABOUT = (
+    "Errors in %: mean and standard deviation over the seeds. Training: of the last epoch, on the "
+    "images as they were augmented; validation and test: of the epoch that was best on the "
+    "held-out images."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,39 +56,25 @@ class Panel:
     lines: Sequence[Line]
 
 
-def _axes(rows: int, columns: int, width: float, height: float, *, share: str) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_package("matplotlib", "plots") from None
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    grid = drawn.subplots(rows, columns, squeeze=False, sharey=share == "y")
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-    return drawn, list(grid.flat)
-
-
-def _head(drawn: Any, title: str, subtitle: str) -> None:
+def _head(drawing: Figure, title: str, subtitle: str) -> None:
     """Title and, smaller, as many lines of subtitle as it needs; room is made for both."""
-    width, height = drawn.get_size_inches()
+    width, height = drawing.get_size_inches()
     lines = textwrap.wrap(subtitle, int(LETTERS_AN_INCH * width))
-    drawn.suptitle(title + "\n" * len(lines), fontsize=12, x=0.1 / width, ha="left", va="top")
-    drawn.text(
+    drawing.suptitle(title + "\n" * len(lines), fontsize=12, x=0.1 / width, ha="left", va="top")
+    drawing.text(
         0.1 / width, 1 - 0.33 / height, "\n".join(lines),
-        fontsize=SMALL, color=COLOURS[5], ha="left", va="top",
+        fontsize=SMALL, color=GREY, ha="left", va="top",
     )  # fmt: skip
 
 
-def error_curves(panels: Sequence[Panel], *, title: str, subtitle: str) -> Any:
+def error_curves(panels: Sequence[Panel], *, title: str, subtitle: str) -> Figure:
     """Errors in percent against steps, training dashed and validation solid (as figure 6).
 
     The nets are named at the ends of their solid lines. The first quarter of a run may run out
     of the axes at the top, as in the paper: what counts is where the lines end.
     """
-    drawn, grid = _axes(1, len(panels), 4.9 * len(panels), 4.3, share="y")
-    _head(drawn, title, subtitle)
+    drawing, grid = subplots(1, len(panels), 4.9 * len(panels), 4.3, share_y=True)
+    _head(drawing, title, subtitle)
     top = _height([line for panel in panels for line in panel.lines])
     for axes, panel in zip(grid, panels, strict=True):
         axes.set_title(panel.title, fontsize=10, loc="left")
@@ -99,7 +95,7 @@ def error_curves(panels: Sequence[Panel], *, title: str, subtitle: str) -> Any:
     grid[0].set_ylabel("error, %")
     if any(line.dashed for panel in panels for line in panel.lines):
         _styles(grid[-1])
-    return drawn
+    return drawing
 
 
 def _height(lines: Sequence[Line]) -> float:
@@ -133,16 +129,16 @@ def _styles(axes: Any) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLOURS[5], linestyle="--", linewidth=1.1, label="training"),
-        Line2D([], [], color=COLOURS[5], linewidth=1.8, label="validation"),
+        Line2D([], [], color=GREY, linestyle="--", linewidth=1.1, label="training"),
+        Line2D([], [], color=GREY, linewidth=1.8, label="validation"),
     ]
     axes.legend(handles=handles, frameon=False, fontsize=SMALL, loc="upper right")
 
 
-def response_curves(lines: Sequence[Line], *, subtitle: str) -> Any:
+def response_curves(lines: Sequence[Line], *, subtitle: str) -> Figure:
     """Standard deviations of 3x3 layers (figure 7): in layer order, and below sorted."""
-    drawn, (order, magnitude) = _axes(2, 1, 7.2, 6.4, share="none")
-    _head(drawn, "Layer responses", subtitle)
+    drawing, (order, magnitude) = subplots(2, 1, 7.2, 6.4)
+    _head(drawing, "Layer responses", subtitle)
     for line in lines:
         style = {
             "color": PALETTE[line.colour % len(PALETTE)],
@@ -164,4 +160,87 @@ def response_curves(lines: Sequence[Line], *, subtitle: str) -> Any:
     order.set_xlabel("3x3 layer")
     magnitude.set_xlabel("rank")
     order.legend(frameon=False, fontsize=SMALL, loc="upper right", ncols=columns)
-    return drawn
+    return drawing
+
+
+def table(nets: Sequence[Net]) -> DataTable:
+    """A row for each net; multiply-adds only where nets of one depth differ in them."""
+    from rtresnet.study.compare import ERRORS
+
+    costs = len({net.multiply_adds for net in nets}) > len({net.spec.depth for net in nets})
+    headings = ["net", "parameters", "training", "validation", "test", "n"]
+    if costs:
+        headings.insert(2, "mult-adds")
+    rows = []
+    for net in nets:
+        lost = len(net.outcomes) - len(net.finished)
+        none = "-" if net.finished else "diverged"
+        cells = [net.label, f"{net.parameters:,}"]
+        if costs:
+            cells.append(f"{net.multiply_adds / 1e6:,.1f} M")
+        cells += [str(net.error(name) or none) for name in ERRORS]
+        rows.append([*cells, f"{len(net.finished)}" + (f", {lost} diverged" if lost else "")])
+    return DataTable(headings=headings, rows=rows, about=ABOUT)
+
+
+def _line(net: Net, name: str, colour: int, label: str, dashed: bool = False) -> list[Line]:
+    curve = net.curve(name)
+    if curve is None:
+        return []
+    return [
+        Line(label=label, colour=colour, dashed=dashed, x=curve.steps, y=curve.mean, std=curve.std)
+    ]
+
+
+def plain_and_residual(nets: Sequence[Net]) -> list[Panel]:
+    """Plain nets left, residual nets right; a colour a depth, training errors dashed."""
+    depths = list(dict.fromkeys(net.spec.depth for net in nets))
+    panels = []
+    for title, plain in (("plain nets", True), ("residual nets", False)):
+        lines = []
+        for net in nets:
+            if (net.spec.shortcut is None) != plain:
+                continue
+            colour = depths.index(net.spec.depth)
+            solid = _line(net, "val_top1", colour, net.label)
+            lines += _line(net, "train_top1", colour, "" if solid else net.label, dashed=True)
+            lines += solid
+        panels.append(Panel(title=title, lines=lines))
+    return panels
+
+
+def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
+    """Training errors left, validation errors right; a colour a net."""
+    panels = []
+    for title, name in (("training error", "train_top1"), ("validation error", "val_top1")):
+        lines = [line for n, net in enumerate(nets) for line in _line(net, name, n, net.label)]
+        if lines:
+            panels.append(Panel(title=title, lines=lines))
+    return panels
+
+
+def response_table(entry: LayerResponses, data: str) -> DataTable:
+    """A row for each 3x3 layer of one checkpoint."""
+    return DataTable(
+        title=f"{entry.model}, {entry.checkpoint}, {entry.n} images of {data}",
+        headings=("layer", "name", "std of response"),
+        rows=[(n, name, value) for n, (name, value) in enumerate(entry.responses.items(), 1)],
+    )
+
+
+def response_figure(results: Sequence[LayerResponses], images: str) -> Figure:
+    """Figure 7: a line for each checkpoint."""
+    names = [entry.model for entry in results]
+    lines = []
+    for colour, entry in enumerate(results):
+        values = list(entry.responses.values())
+        name = entry.model
+        if names.count(name) > 1:  # the folders distinguish two checkpoints of one net
+            path = Path(entry.checkpoint)
+            name = path.parent.name if path.name == "best.pt" else f"{path.parent.name}/{path.name}"
+        dashed = entry.model.startswith("plain")
+        x = range(1, len(values) + 1)
+        lines.append(Line(label=name, colour=colour, dashed=dashed, x=x, y=values))
+    plain = "; plain nets dashed" if any(line.dashed for line in lines) else ""
+    subtitle = f"{images}; after batch norm, before ReLU and addition{plain}"
+    return response_curves(lines, subtitle=subtitle)

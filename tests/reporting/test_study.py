@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rtresnet.reporting.study_plots import Line, Panel, error_curves, response_curves
+from rtresnet.reporting.study import Line, Panel, error_curves, response_curves
 
 
 def ends(axes: object) -> list[tuple[str, float]]:

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rtresnet.cli.main import main
-from rtresnet.reporting import result_page, result_tables, results
+from rtresnet.reporting import pages, report, report_tables, results
+from rtresnet.reporting.tables import DataTable
 from tests.reporting.conftest import measured_in, searched
 
 PHONE = 390
@@ -21,7 +22,7 @@ PHONE = 390
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of the files that `measured` holds."""
-    return result_page.html(results.gather(measured_in(tmp_path_factory.mktemp("measured"))))
+    return report.html(results.gather(measured_in(tmp_path_factory.mktemp("measured"))))
 
 
 def marks(text: str, name: str) -> list[str]:
@@ -36,18 +37,18 @@ def test_plots_have_a_mark_for_every_datum(text: str) -> None:
 
 
 def test_the_values_are_those_of_the_files(text: str, measured: list[Path]) -> None:
-    found = results.gather(measured)
-    for timing in found.timings:
+    gathered = results.gather(measured)
+    for _, entry in gathered.timings:
         for name in ("median", "p99", "images_per_second"):
-            assert f'data-v="{timing.latency[name]!r}"' in text
+            assert f'data-v="{entry["latency"][name]!r}"' in text
     for value in ("91.50", "91.25", "90.00", "80.00", "98.44"):
         assert f">{value}</td>" in text
     assert 'data-v="98.4375"' in text
 
 
 def test_the_summary_says_what_is_gained_and_lost(measured: list[Path]) -> None:
-    found = results.gather(measured)
-    lines = result_tables.summary(found)
+    gathered = results.gather(measured)
+    lines = report_tables.summary(gathered)
     assert len(lines) == 3
     assert "1.60 times as fast as net-fp32.onnx, with -0.25 points of top-1" in lines[0]
     assert "2.67 times as fast as net-fp32.onnx, with -1.50 points of top-1" in lines[1]
@@ -64,19 +65,19 @@ def test_it_is_small_self_contained_and_escaped(text: str) -> None:
 def test_html_dollar_signs_in_names_are_no_formula(measured: list[Path], tmp_path: Path) -> None:
     for path in measured:
         path.write_text(path.read_text().replace("net-", r"$\\bad$-"))
-    page = result_page.html(results.gather(measured))
+    page = report.html(results.gather(measured))
     assert page.count(r"$\bad$-fp32.onnx (n=200)") == 1  # a label of a figure
 
 
 def test_the_same_files_give_the_same_page(measured: list[Path]) -> None:
-    assert result_page.html(results.gather(measured)) == result_page.html(results.gather(measured))
+    assert report.html(results.gather(measured)) == report.html(results.gather(measured))
 
 
 def test_latency_alone_makes_a_page_too(measured: list[Path]) -> None:
-    found = results.gather(measured[:1])
-    text = result_page.html(found)
+    gathered = results.gather(measured[:1])
+    text = report.html(gathered)
     assert not marks(text, "artifact") and marks(text, "tail")
-    assert any("No accuracy is known" in line for line in result_tables.remarks(found))
+    assert any("No accuracy is known" in line for line in report_tables.remarks(gathered))
 
 
 def test_searches_have_their_curve_and_their_answer(
@@ -85,36 +86,37 @@ def test_searches_have_their_curve_and_their_answer(
     files = [
         write("bench-find", searched(*kind), kind[0]) for kind in (("batch", 4), ("qps", None))
     ]
-    found = results.gather([*measured, *files])
-    text = result_page.html(found)
+    gathered = results.gather([*measured, *files])
+    text = report.html(gathered)
     assert marks(text, "search") == ["search-0", "search-1"] * 2  # a figure a kind of load
     assert "images a batch" in text and "requests a second" in text
-    rows = result_tables.sections(found)["searches"].rows
-    assert rows[0] == ("net-fp32.onnx", "images a batch", 10.0, 4, 8.75, 125.5, 100)
+    rows = report_tables.tables(gathered)["searches"].rows
+    assert rows[0] == ("net-fp32.onnx", "images per batch", 10.0, 4, 8.75, 125.5, 100)
     assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, None)
-    assert "### The most that holds a bound" in result_page.markdown(found)
-    assert "other processes used 1.50 of 4 cores" in found.notes
+    assert "### Largest load within a latency bound" in report.markdown(gathered)
+    assert "other processes used 1.50 of 4 cores" in gathered.notes
     assert browser(text).count("<svg") == text.count("<svg")
-    alone = result_page.html(results.gather(files))
+    alone = report.html(results.gather(files))
     assert marks(alone, "search") and "net-int8.onnx" in alone
 
 
 def test_artifacts_alone_make_a_page_too(engines: Path) -> None:
-    text = result_page.html(results.gather([engines]))
+    text = report.html(results.gather([engines]))
     assert "resnet8-int8.onnx" in text and "checkpoint" in text and "<svg" not in text
 
 
 def test_markdown_has_the_same_tables(measured: list[Path]) -> None:
-    found = results.gather(measured)
-    text = result_page.markdown(found)
-    for section in result_tables.sections(found).values():
-        assert f"### {section.heading}" in text
+    gathered = results.gather(measured)
+    text = report.markdown(gathered)
+    for table in report_tables.tables(gathered).values():
+        assert f"### {table.title}" in text
     rows = [line for line in text.splitlines() if line.startswith("| net-int8.onnx")]
     assert any("| 90.00 |" in row and "| 98.44 |" in row for row in rows)
     widths = {row.count(" | ") for row in rows if "98.44" in row}
     (heading,) = [line for line in text.splitlines() if line.startswith("| artifact | precision")]
     assert widths == {heading.count(" | ")}
-    assert result_page.markdown_table(["a|b"], [["<x>|y"]]) == "| a\\|b |\n|---|\n| &lt;x>\\|y |"
+    table = DataTable(headings=["a|b"], rows=[["<x>|y"]])
+    assert pages.markdown(table) == "| a\\|b |\n|---|\n| &lt;x>\\|y |"
 
 
 def test_a_browser_renders_it_and_copies_its_tables(text: str, browser: Callable[..., str]) -> None:

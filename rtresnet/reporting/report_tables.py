@@ -1,0 +1,267 @@
+"""The tables and sentences of a report."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Literal
+
+from rtresnet.reporting.result_files import Entry
+from rtresnet.reporting.results import Results, latest, scenario
+from rtresnet.reporting.tables import DataTable, number
+
+PERCENTILES: tuple[Literal["p90", "p95", "p99", "p999"], ...] = ("p90", "p95", "p99", "p999")
+
+
+def summary(results: Results) -> list[str]:
+    """A sentence for each artifact: speed and accuracy against the baseline."""
+    base, batch = results.baseline, results.batch
+    if base is None or batch is None:
+        return []
+    streams = results.streams(batch)
+    reference = next(entry for artifact, entry in streams if artifact is base)
+    lines = []
+    for artifact, entry in streams:
+        if artifact is base:
+            continue
+        line = (
+            f"{artifact.name} takes {number(entry['latency']['median'])} ms for a batch of "
+            f"{batch}, {speed(entry, reference):.2f} times as fast as {base.name}"
+        )
+        if artifact.top1 is not None and base.top1 is not None:
+            points = artifact.top1 - base.top1
+            change = "the same top-1" if points == 0 else f"{points:+.2f} points of top-1"
+            line += f", with {change}"
+        lines.append(line + ".")
+    return lines
+
+
+def remarks(results: Results) -> list[str]:
+    """Notes, with those that follow from the data."""
+    lines = list(results.notes)
+    if any(artifact.untrained for artifact in results.artifacts):
+        lines.append("Untrained weights: latency is meaningful, accuracy is not shown.")
+    elif results.timings and all(a.top1 is None for a in results.artifacts):
+        lines.append("No accuracy is known: rtresnet eval ARTIFACT --data DATA --json FILE.")
+    return lines
+
+
+def speed(entry: Entry, reference: Entry) -> float:
+    """Paired where `bench` measured both in one call, in turn; else the ratio of medians."""
+    paired = entry.get("speed") if reference.get("speed") == 1 else None
+    if paired and entry.get("versions") == reference.get("versions"):
+        return paired
+    return reference["latency"]["median"] / entry["latency"]["median"]
+
+
+def tables(results: Results) -> dict[str, DataTable]:
+    """Every table by a short name; those without rows are left out."""
+    every = {
+        "artifacts": _artifacts(results),
+        "accuracy": _accuracy(results),
+        "origin": _origin(results),
+        "latency": _latency(results),
+        "searches": _searches(results),
+        "blocks": _blocks(results),
+        "chain": _chain(results),
+        "environment": _environment(results),
+    }
+    return {name: table for name, table in every.items() if table.rows}
+
+
+def _artifacts(results: Results) -> DataTable:
+    batch, base = results.batch, results.baseline
+    streams = {artifact.name: entry for artifact, entry in results.streams(batch)} if batch else {}
+    rows = []
+    for artifact in results.artifacts:
+        entry, agreement = streams.get(artifact.name), artifact.agreement
+        rows.append(
+            (
+                artifact.name,
+                artifact.precision,
+                artifact.bytes / 1e6 if artifact.bytes is not None else None,
+                artifact.top1,
+                artifact.accuracy.get("n"),
+                100 * agreement["agreement"] if agreement else None,
+                entry["latency"]["median"] if entry else None,
+                entry["latency"].get("images_per_second") if entry else None,
+                speed(entry, streams[base.name]) if entry and base else None,
+            )
+        )
+    data = dict.fromkeys(
+        f"{_short(a.accuracy.get('data'))}, {a.accuracy.get('split') or 'all'}"
+        for a in results.artifacts if a.top1 is not None and a.accuracy.get("data")
+    )  # fmt: skip
+    references = dict.fromkeys(
+        PurePath(a.agreement["reference"]["artifact"]).name
+        for a in results.artifacts if a.agreement
+    )  # fmt: skip
+    about = [
+        *([f"Top-1 on {'; '.join(data)}."] if data else []),
+        *([f"Agreement: same top-1 as {', '.join(references)}."] if references else []),
+        *([f"Speed against {base.name}."] if base else []),
+    ]
+    return DataTable(
+        title="Artifacts",
+        headings=("artifact", "precision", "MB", "top-1 %", "images", "agree %",
+                  f"ms, batch {batch}", "images/s", "speed"),
+        rows=rows,
+        about=" ".join(about),
+    ).without_empty_columns()  # fmt: skip
+
+
+def _accuracy(results: Results) -> DataTable:
+    """Every accuracy, where there are some that the first table has no room for."""
+    rows = [
+        (
+            artifact.name, _short(record.get("data")), record.get("split") or "all",
+            record.get("protocol") or "center", record.get("top1_percent"),
+            record.get("top5_percent"), record.get("n"),
+        )
+        for artifact in results.artifacts if not artifact.untrained
+        for record in artifact.accuracies
+    ]  # fmt: skip
+    more = any(record is not a.accuracy for a in results.artifacts for record in a.accuracies)
+    return DataTable(
+        title="Accuracy on each data set",
+        headings=("artifact", "data", "split", "protocol", "top-1 %", "top-5 %", "images"),
+        rows=rows if more else [],
+    )
+
+
+def _origin(results: Results) -> DataTable:
+    """What training measured of the checkpoint, and what quantization cost."""
+    rows = []
+    for artifact in results.artifacts:
+        trained, gate = artifact.trained, artifact.gate
+        if trained or gate:
+            checkpoint = (
+                (trained["name"], trained["test_top1"], trained.get("test_n"))
+                if trained
+                else (None,) * 3
+            )
+            loss = (
+                (gate["points"], f"{gate['low']:.2f} to {gate['high']:.2f}", gate["n"],
+                 gate.get("bound"), gate.get("verdict"))
+                if gate
+                else (None,) * 5
+            )  # fmt: skip
+            rows.append((artifact.name, *checkpoint, *loss))
+    data = dict.fromkeys(_short(a.gate.get("data")) for a in results.artifacts if a.gate)
+    return DataTable(
+        title="Training and quantization",
+        headings=("artifact", "checkpoint", "test top-1 %", "test images", "INT8 loss, points",
+                  "95 % interval", "images", "bound", "verdict"),
+        rows=rows,
+        about=f"INT8 loss: top-1 of FP32 less top-1 of INT8 on the same images of "
+        f"{', '.join(data)}."
+        if data
+        else "",
+    ).without_empty_columns()  # fmt: skip
+
+
+def _short(data: str | None) -> str:
+    """A data set's name without the folders of the machine that measured."""
+    kind, colon, place = (data or "unknown").partition(":")
+    return f"{kind}{colon}{PurePath(place).name}" if colon else PurePath(kind).name
+
+
+def _latency(results: Results) -> DataTable:
+    timings = latest(results.timings)
+    scenarios = len({scenario(entry) for _, entry in timings}) > 1
+    summaries = [entry["latency"] for _, entry in timings]
+    shares = [p for p in PERCENTILES if any(latency.get(p) is not None for latency in summaries)]
+    rows = [
+        (
+            artifact.name, *((scenario(entry),) if scenarios else ()), entry["batch"],
+            latency["median"], *(latency.get(p) for p in shares), latency.get("std"),
+            latency.get("images_per_second"), latency.get("n"),
+        )
+        for (artifact, entry), latency in zip(timings, summaries, strict=True)
+    ]  # fmt: skip
+    return DataTable(
+        title="Latency",
+        headings=("artifact", *(("scenario",) if scenarios else ()), "batch", "median ms",
+                  *(p.replace("p999", "p99.9") for p in shares), "std", "images/s", "n"),
+        rows=rows,
+        about="Milliseconds per batch, wall time, all samples kept. A dash: too few samples.",
+    )  # fmt: skip
+
+
+def _searches(results: Results) -> DataTable:
+    rows = []
+    for artifact, search in results.searches:
+        # The median of the repeats: where most of them are within the bound, it is.
+        repeats = sorted(
+            (p for p in search["points"] if p["load"] == search["best"]),
+            key=lambda p: float("inf") if p["p99"] is None else p["p99"],
+        )
+        middle = repeats[(len(repeats) - 1) // 2] if repeats else None
+        what = "images per batch" if search["what"] == "batch" else "requests/s"
+        at_best = (
+            (middle["p99"], middle.get("images_per_second"), middle.get("n"))
+            if middle
+            else (None,) * 3
+        )
+        rows.append((artifact.name, what, search["p99_ms"], search["best"], *at_best))
+    about = "The largest load whose p99 is within the bound in most repeats. A dash: none is."
+    if any(search["limit"] for _, search in results.searches):
+        about += " Where it is the largest that was tried, a larger one may be within it as well."
+    return DataTable(
+        title="Largest load within a latency bound",
+        headings=("artifact", "load", "p99 bound, ms", "largest", "p99, ms", "images/s", "n"),
+        rows=rows,
+        about=about,
+    )
+
+
+def _blocks(results: Results) -> DataTable:
+    rows = [
+        (
+            artifact.name, result.get("batch"), part["name"], part["ms"], 100 * part["share"],
+            (part.get("flops_per_second") or 0) / 1e9, (part.get("bytes_per_second") or 0) / 1e9,
+            part.get("bound"),
+        )
+        for artifact, result in results.profiles
+        for part in result["blocks"]
+    ]  # fmt: skip
+    off = [a.name for a, result in results.profiles if result.get("agrees") is False]
+    about = "Sums of the nodes' medians. Bound by: the limit in the roofline model."
+    if off:
+        about += f" Sums of {', '.join(off)} differ from the whole by more than 10 %."
+    return DataTable(
+        title="Time of each block",
+        headings=("artifact", "batch", "block", "ms", "share %", "GFLOP/s", "GB/s", "bound by"),
+        rows=rows,
+        about=about,
+    )
+
+
+def _chain(results: Results) -> DataTable:
+    rows = [
+        (f"{'← ' * depth}{path}", sidecar and sidecar.kind, sidecar and sidecar.precision,
+         sidecar and sidecar.sha256[:16], state)
+        for artifact in results.artifacts
+        for depth, (path, sidecar, state) in enumerate(artifact.chain)
+    ]  # fmt: skip
+    return DataTable(
+        title="Origin of the artifacts",
+        headings=("artifact", "kind", "precision", "sha256", "state"),
+        rows=rows,
+        about="An arrow points to what a file was made from. Hashes were checked when this report "
+        "was made.",
+    )
+
+
+def _environment(results: Results) -> DataTable:
+    rows = [
+        (
+            what, where.get("device"), where.get("provider"), where.get("threads"),
+            ", ".join(map(" ".join, (where.get("versions") or {}).items())),
+        )
+        for what, where in results.environments
+    ]  # fmt: skip
+    return DataTable(
+        title="Environment",
+        headings=("measured", "device", "provider", "threads", "versions"),
+        rows=list(dict.fromkeys(rows)),
+    )
