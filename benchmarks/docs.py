@@ -130,6 +130,7 @@ def reference_pages() -> dict[Path, str]:
     files = {
         DOCS / "reference" / "api.md": _api_page(),
         DOCS / "reference" / "lint.md": _lint_page(),
+        DOCS / "generated" / "package.md": package_page(README.read_text()),
     }
     for name in rtresnet.__all__:
         if name.endswith("Result") or name == "Sidecar":
@@ -165,6 +166,18 @@ def _api_page() -> str:
         for module in modules:
             lines += [f"::: rtresnet.{module}.{name}" for name in rtresnet._MODULES[module].split()]
     return "\n".join(lines) + "\n"
+
+
+def package_page(readme: str) -> str:
+    """The README for a package index, which has neither the pictures nor the pages it links to.
+
+    Leaves out pictures, markers, and lines that are only a link; of a link to a file of the
+    repository it keeps the text.
+    """
+    text = re.sub(r"^## Links\n.*?(?=^rtresnet implements)", "", readme, flags=re.M | re.S)
+    text = re.sub(r"^(!\[[^\]]*\]\([^)]*\)|<!--.*-->)\n+", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\[[^\]]*\]\([^)]*\)\.\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 
 def _lint_page() -> str:
@@ -203,9 +216,6 @@ def main() -> None:
     parser.add_argument("--static", action="store_true", help="run no command")
     options = parser.parse_args()
     readme = static(README.read_text())
-    for path, text in reference_pages().items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
     if not options.static:
         with tempfile.TemporaryDirectory() as folder:
             readme = with_output(readme, Path(folder))
@@ -223,6 +233,9 @@ def main() -> None:
             (DOCS / "generated" / "quickstart.md").write_text(table)
             take_screenshots(folder)
     README.write_text(readme)
+    for path, text in reference_pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

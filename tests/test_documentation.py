@@ -116,6 +116,18 @@ def test_files_inlined_into_the_readme_are_current(docs: object) -> None:
     assert docs.static(README) == README  # type: ignore[attr-defined]
 
 
+def test_page_for_a_package_index_has_no_pictures_and_no_links_into_the_repository(
+    docs: object,
+) -> None:
+    markdown = pytest.importorskip("markdown_it")
+    text = docs.package_page(README)  # type: ignore[attr-defined]
+    inline = [t for token in markdown.MarkdownIt().parse(text) for t in token.children or ()]
+    assert not [token for token in inline if token.type == "image"]
+    links = [token.attrs["href"] for token in inline if token.type == "link_open"]
+    assert links and all(link.startswith("https://") for link in links)
+    assert text.count("```") == README.count("```") - 2  # without the tree of the code
+
+
 def test_reference_pages_and_schemas_are_those_of_the_code(docs: object) -> None:
     pages = docs.reference_pages()  # type: ignore[attr-defined]
     old = [path.name for path, text in pages.items() if path.read_text() != text]
@@ -160,8 +172,11 @@ def test_public_names_are_documented(name: str) -> None:
         parameters = inspect.signature(value).parameters
         assert not parameters or "Args:" in text, f"{name}: no Args"
         assert "Raises:" in text, f"{name}: no Raises"
-        hints = inspect.signature(value).return_annotation
-        assert "dict[str, Any]" not in str(hints), name
+        returned = str(inspect.signature(value).return_annotation)
+        assert returned == "None" or re.search(r"^(Returns|Yields):", text, re.M), (
+            f"{name}: no Returns"
+        )
+        assert "dict[str, Any]" not in returned, name
 
 
 def readable() -> list[Path]:

@@ -109,6 +109,9 @@ def pinned(shape: int | Sequence[int], dtype: Any) -> np.ndarray:
         shape: As for `np.empty`; for a plan [N, S, S, 3] in uint8 or [N, 3, S, S] in float32.
         dtype: NumPy type of the elements.
 
+    Returns:
+        An array of this shape and type.
+
     Raises:
         InputError: The shape or type is not a valid one of NumPy's.
         UnavailableError: There is no GPU, no CUDA binding, or not enough memory.

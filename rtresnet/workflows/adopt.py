@@ -57,6 +57,9 @@ def adopt(
         force: Whether a sidecar that exists is replaced.
         reporter: Receives notes.
 
+    Returns:
+        The ONNX file and the sidecar that was written.
+
     Raises:
         InputError: A sidecar exists, the preprocessing is not stated, or does not fit the file.
         ArtifactError: The file is not an image classifier that the other steps can run.

@@ -272,6 +272,9 @@ def benchmark(
         baseline: An earlier result to compare with; see `BenchmarkResult.regressions`.
         reporter: Receives progress and notes.
 
+    Returns:
+        Latency and throughput of each artifact at each batch size, with the environment.
+
     Raises:
         InputError: No such file, options that do not go together, or an incomparable baseline.
         ArtifactError: A file does not match its sidecar.

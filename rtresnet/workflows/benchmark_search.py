@@ -130,6 +130,9 @@ def search_benchmark(
         runtime: Where the artifacts run.
         reporter: Receives a note for each measurement.
 
+    Returns:
+        The largest load of each artifact within the bound, with all measurements.
+
     Raises:
         InputError: No such file, or a file whose fixed batch leaves nothing to search.
         ArtifactError: A file does not match its sidecar.

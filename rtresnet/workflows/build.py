@@ -98,6 +98,9 @@ def build(
         embed: Changed input or output; the changed ONNX file is written first.
         reporter: Receives progress and warnings.
 
+    Returns:
+        The plan, and what its sidecar records.
+
     Raises:
         ArtifactError: The file does not parse, or does not build.
         InputError: A target, a profile or an option that the builder does not take.
@@ -126,6 +129,9 @@ def build_per_target(
         out: The name to which each target is appended.
         embed: As for `build`.
         reporter: As for `build`.
+
+    Returns:
+        A plan for each target.
 
     Raises:
         RtresnetError: As `build`. If one target is refused, nothing is built.

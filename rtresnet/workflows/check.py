@@ -103,6 +103,9 @@ def check(
         stated: Preprocessing in place of what the sidecar says, or of a file without one.
         reporter: Receives progress and notes on broken images.
 
+    Returns:
+        Each comparison with its difference, tolerance and verdict.
+
     Raises:
         InputError: No such file, or its preprocessing is unknown and `data` is given.
         DataError: Fewer than two images can be decoded.

@@ -78,6 +78,9 @@ class DoctorResult:
 def doctor() -> DoctorResult:
     """Looks at the CPU, the GPUs, the packages, and what runs with them.
 
+    Returns:
+        What this machine has and lacks.
+
     Raises:
         Nothing: what is missing or broken is part of the result.
     """

@@ -130,6 +130,9 @@ def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None
         model: An ONNX file, or the name of a net.
         config: GPUs, precision, batch and size.
 
+    Returns:
+        A bound for each stage, from published peak rates.
+
     Raises:
         UnknownNameError: No such net or GPU.
         InputError: A quantized file in another precision than its own, or a size for a file.

@@ -204,6 +204,9 @@ def evaluate(
         stated: Preprocessing in place of what the sidecars say, or of files without one.
         reporter: Receives progress and notes on broken images.
 
+    Returns:
+        Counts and percentages, of each artifact and of the ensemble.
+
     Raises:
         InputError: A file that does not exist, whose preprocessing is unknown, or that does not
             suit the protocol; or artifacts of other classes.

@@ -115,6 +115,9 @@ def export(
         stated: Preprocessing in place of what the checkpoint says.
         reporter: Receives progress, notes and warnings.
 
+    Returns:
+        The files that were written, the FP32 ONNX file first.
+
     Raises:
         InputError: Unknown architecture, weights or option.
         ArtifactError: The checkpoint is broken, or TensorRT refuses a file.

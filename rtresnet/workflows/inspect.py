@@ -98,6 +98,9 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     Args:
         path: A checkpoint, an ONNX file or a plan.
 
+    Returns:
+        The artifact's kind, chain and header.
+
     Raises:
         InputError: No such file, or of another kind.
         ArtifactError: The file is damaged or does not match its sidecar.
@@ -144,6 +147,9 @@ def inspect_folder(folder: str | os.PathLike[str]) -> FolderResult:
 
     Args:
         folder: The folder.
+
+    Returns:
+        A summary of each artifact.
 
     Raises:
         InputError: There are none.

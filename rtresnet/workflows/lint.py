@@ -74,6 +74,9 @@ def lint(
             a bit of its outputs; needs ONNX Runtime.
         reporter: Receives progress.
 
+    Returns:
+        The problems that were found, and the file with the fixes.
+
     Raises:
         InputError: Not an ONNX file, or `fix` is another file's place.
         ArtifactError: The file is damaged, or does not match its sidecar.

@@ -144,6 +144,9 @@ def load(
         stated: Preprocessing in place of what the sidecar says. A file for which neither says it
             runs, and `prepare` raises InputError.
 
+    Returns:
+        A session, which is also a context manager.
+
     Raises:
         InputError: No such file, another kind of file, or an argument out of range.
         ArtifactError: The file does not match its sidecar, this version or this GPU.

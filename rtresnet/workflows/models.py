@@ -35,6 +35,9 @@ class ModelsResult:
 def list_models() -> ModelsResult:
     """Counts the parameters and multiply-adds of every net.
 
+    Returns:
+        Parameters and multiply-adds of each net.
+
     Raises:
         UnavailableError: torch is missing, and a net is not in the table of costs.
     """

@@ -85,6 +85,9 @@ def pack(
         config: Size of the shards.
         reporter: Receives progress and warnings.
 
+    Returns:
+        The shards that were written.
+
     Raises:
         DataError: The folder has no images or no classes.
         InputError: `out` holds a finished pack, or cannot be written.

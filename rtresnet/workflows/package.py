@@ -91,6 +91,9 @@ def package(
         root: The model repository; created if it does not exist.
         config: The model's configuration.
 
+    Returns:
+        The folder of the model's new version.
+
     Raises:
         InputError: A file or an option that Triton cannot serve, or a version that exists.
         ArtifactError: Not a valid ONNX file, or a plan by TensorRT-RTX, which Triton does not load.

@@ -153,6 +153,9 @@ def predict(
         stated: Preprocessing in place of what the sidecar says, or of a file without one.
         reporter: Receives a note on every broken image.
 
+    Returns:
+        The most probable classes of each image.
+
     Raises:
         InputError: A file that does not exist, unknown preprocessing, or too many classes.
         DataError: A folder without images, or no image can be decoded.
@@ -206,6 +209,9 @@ def predict_table(
         runtime: Where the artifact runs.
         stated: Preprocessing in place of what the sidecar says, or of a file without one.
         reporter: Receives progress and notes on broken images.
+
+    Returns:
+        Numbers of images that were classified and skipped, and the table's path.
 
     Raises:
         InputError: As for `predict`; or `out` cannot be written; or an interrupted run is there

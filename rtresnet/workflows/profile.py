@@ -94,6 +94,9 @@ def profile(
         config: Batch, duration and threads.
         reporter: Receives progress.
 
+    Returns:
+        Time of each layer, block and stage, with the machine's peak rates.
+
     Raises:
         InputError: Not an ONNX file or a plan, or the ONNX file of a plan is missing.
         ArtifactError: Not a valid ONNX file, or one that does not match its sidecar.

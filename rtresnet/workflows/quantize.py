@@ -162,6 +162,9 @@ def quantize(
         stated: Preprocessing of a file without a sidecar.
         reporter: Receives progress and notes.
 
+    Returns:
+        The file that was written, with its calibration and the accuracy gate's result.
+
     Raises:
         InputError: The file is quantized already, an option contradicts it, or an output place
             cannot be written.

@@ -72,6 +72,9 @@ def quickstart(
         config: Length.
         reporter: Receives the progress of every step.
 
+    Returns:
+        The results of every step.
+
     Raises:
         UnavailableError: A package is missing.
         LockedError: Another quickstart runs in the folder.

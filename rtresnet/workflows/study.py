@@ -116,6 +116,9 @@ def study_degradation(
         out: Folder; runs/study-degradation by default.
         reporter: Receives progress and a line for each run.
 
+    Returns:
+        Errors and curves of each net, over all seeds.
+
     Raises:
         InputError: Unknown names, or a folder of another study.
         LockedError: Another process runs a study in the folder.
@@ -144,6 +147,9 @@ def study_shortcuts(
         config: Recipe, length and seeds.
         out: Folder; runs/study-shortcuts by default.
         reporter: Receives progress and a line for each run.
+
+    Returns:
+        Errors and curves of each net, over all seeds.
 
     Raises:
         InputError: As `study_degradation`.
@@ -303,6 +309,9 @@ def study_responses(
         data: As for `train`; the test split is used.
         images: Number of images.
         reporter: Receives progress.
+
+    Returns:
+        Standard deviations for each checkpoint.
 
     Raises:
         InputError: A file that is not a checkpoint, or data that cannot be read.

@@ -178,6 +178,9 @@ def train(
         stated: Input of the net, in place of the usual one.
         reporter: Receives progress, a line for each epoch, and warnings.
 
+    Returns:
+        The checkpoint of the best epoch, its accuracy and the recipe.
+
     Raises:
         InputError: Unknown names, a recipe or a run that contradicts the options.
         DataError: Broken images or labels, all in one list.
