@@ -32,13 +32,17 @@ class Proposals(nn.Module):
 
     Decodes, cuts to the image, keeps the `candidates` with the highest scores, suppresses, keeps
     the first `regions` of what is left. Boxes without an area rank last and are never detections.
+
+    Args:
+        spec: Numbers of boxes and thresholds.
+        rounds: Of `boxes.nms`; None: as many as it takes.
     """
 
     traced_whole = True
 
-    def __init__(self, spec: Detection) -> None:
+    def __init__(self, spec: Detection, rounds: int | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.rounds = spec, rounds
 
     def forward(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
         """One image's regions.
@@ -56,17 +60,22 @@ class Proposals(nn.Module):
         count = min(spec.candidates, len(flat))
         order = torch.sort(flat, descending=True, stable=True).indices[:count]
         candidates = decoded[order]
-        keep, changed = boxes.nms(candidates, spec.region_iou, spec.rounds)
+        keep, changed = boxes.nms(candidates, spec.region_iou, self.rounds)
         return first_kept(candidates, keep, min(spec.regions, count)), changed
 
     def decoded(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N] and boxes [N, 4] of all anchors, position by position."""
-        _, kinds, height, width = scores.shape
-        base = boxes.anchors(height, width, STRIDE, self.spec.anchors).to(scores)
-        flat = scores[0].permute(1, 2, 0).reshape(-1)
-        steps = offsets[0].reshape(kinds, 4, height, width).permute(2, 3, 0, 1).reshape(-1, 4)
-        decoded = boxes.clip(boxes.decode(steps, base), extent[0])
+        flat, steps = flattened(scores, offsets)
+        base = boxes.anchors(scores.shape[2], scores.shape[3], STRIDE, self.spec.anchors)
+        decoded = boxes.clip(boxes.decode(steps, base.to(scores)), extent[0])
         return torch.where(boxes.area(decoded) > 0, flat, -1e4), decoded
+
+
+def flattened(scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """[1, A, h, w] and [1, 4 * A, h, w] to [N] and [N, 4], in the order of `boxes.anchors`."""
+    _, kinds, height, width = scores.shape
+    flat = scores[0].permute(1, 2, 0).reshape(-1)
+    return flat, offsets[0].reshape(kinds, 4, height, width).permute(2, 3, 0, 1).reshape(-1, 4)
 
 
 def first_kept(candidates: Tensor, keep: Tensor, count: int) -> Tensor:
@@ -172,7 +181,7 @@ class Detector(nn.Module):
             _without_stride(getattr(self, self.stages[-1])[0])
         hidden = max(16, round(HIDDEN * spec.width))
         self.rpn = RegionProposalNet(shared, hidden, 3 * len(spec.anchors))
-        self.proposals = Proposals(spec)
+        self.proposals = Proposals(spec, spec.rounds)
         self.align = Align(spec.pool)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(1)
@@ -194,6 +203,10 @@ class Detector(nn.Module):
         for name in ("conv1", "bn1", "relu", "maxpool", *self.stages[:-1]):
             x = self.get_submodule(name)(x)
         return x
+
+    def leading_parts(self) -> list[list[nn.Module]]:
+        """The stem and the shared stages: what `freeze` of a recipe counts."""
+        return [[self.conv1, self.bn1], *([getattr(self, name)] for name in self.stages[:-1])]
 
     def head(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """Features of regions [R, C, pool, pool] to logits [R, K + 1] and offsets [R, 4K]."""
@@ -255,14 +268,6 @@ def build(spec: zoo.Spec, detection: Detection, classes: int, *, device: str = "
             stride_in=spec.stride_in, num_classes=1,
         )  # fmt: skip
         return Detector(backbone, detection, classes)
-
-
-def freeze_norms(net: nn.Module) -> None:
-    """Fixes batch norm: its statistics are not updated and its factors not trained (appendix A)."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.requires_grad_(False)
 
 
 def on_canvas(spec: Detection, canvas: tuple[int, int]) -> Detection:

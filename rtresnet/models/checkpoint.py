@@ -23,7 +23,7 @@ from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError, missing_package
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json
-from rtresnet.core.sidecar import Calibration, Model, Sidecar, Weights
+from rtresnet.core.sidecar import Calibration, Detection, Model, Sidecar, Weights
 from rtresnet.models import zoo
 from rtresnet.models.foreign import Naming, adopt, find_naming, recognize
 from rtresnet.models.resnet import ResNet
@@ -46,6 +46,7 @@ class Checkpoint:
         measured: Accuracy and the like, with n; after fine-tuning for INT8, of the net in INT8.
         learned: Scales of activations, where the net was fine-tuned for INT8.
         assumed: What a foreign file does not state; see `sidecar.Sidecar`.
+        detection: Of a detector, whose net `detection.checkpoint` makes; None for a classifier.
     """
 
     model: Model
@@ -56,6 +57,7 @@ class Checkpoint:
     measured: dict[str, Any] = field(default_factory=dict)
     learned: metadata.TrainedScales | None = None
     assumed: tuple[str, ...] = ()
+    detection: Detection | None = None
 
     @property
     def spec(self) -> zoo.Spec:
@@ -128,6 +130,8 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     }
     if checkpoint.learned is not None:
         payload["learned"] = dataclasses.asdict(checkpoint.learned)
+    if checkpoint.detection is not None:
+        payload["detection"] = dataclasses.asdict(checkpoint.detection)
     if checkpoint.assumed:
         payload["assumed"] = list(checkpoint.assumed)
 
@@ -144,6 +148,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         input=checkpoint.input,
         weights=checkpoint.weights,
         precision="fp32",
+        detection=checkpoint.detection,
         assumed=checkpoint.assumed,
         calibration=_calibration(Path(path), checkpoint.learned),
         measured=checkpoint.measured,
@@ -170,6 +175,7 @@ def load(
     *,
     model: str | None = None,
     input: Preprocess | None = None,
+    detector: bool = False,
 ) -> Checkpoint:
     """Reads one of our checkpoints, or recognizes and imports a foreign one.
 
@@ -178,6 +184,8 @@ def load(
         model: The net it must fit, by name; None takes what the file says it is, or else what its
             tensors look like, which `Checkpoint.assumed` records then.
         input: The input contract of a foreign file; ImageNet's mean and std by default.
+        detector: Whether the file must be one of our detectors; otherwise it must not be one. Its
+            tensors are not compared with its net: `detection.checkpoint` does that.
 
     Raises:
         ArtifactError: Truncated, not a checkpoint, not matching its sidecar, or not fitting
@@ -203,7 +211,9 @@ def load(
             fix="copy it again, or save it again as a plain state_dict",
         ) from error
     if isinstance(payload, dict) and "rtresnet" in payload:
-        return _ours(path, payload, model)
+        return _ours(path, payload, model, detector)
+    if detector:
+        raise ArtifactError(f"{path}: not a detector of rtresnet")
     return _foreign(path, payload, model, input)
 
 
@@ -225,7 +235,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint:
+def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: bool) -> Checkpoint:
     if type(payload["rtresnet"]) is not int or payload["rtresnet"] != FORMAT:
         raise ArtifactError(f"{path}: checkpoint format {payload['rtresnet']}, this reads {FORMAT}")
     try:
@@ -240,6 +250,9 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
             if "learned" in payload
             else None,
             assumed=tuple(map(str, payload.get("assumed", ()))),
+            detection=from_json(Detection, payload["detection"])
+            if "detection" in payload
+            else None,
         )
         said = checkpoint.spec
         state = checkpoint.state
@@ -250,7 +263,11 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None) -> Checkpoint
     spec = zoo.spec(wanted) if wanted else said
     if spec.name != said.name:
         _refuse(path, checkpoint.state, spec, len(checkpoint.model.classes), said)
-    _check(path, checkpoint.state, said, len(checkpoint.model.classes))
+    if detector != (checkpoint.detection is not None):
+        held, needed = ("classifier", "detector") if detector else ("detector", "classifier")
+        raise ArtifactError(f"{path}: a {held}, and a {needed} is needed")
+    if checkpoint.detection is None:
+        _check(path, checkpoint.state, said, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
         origin = dataclasses.replace(
             checkpoint.weights, sha256=atomic_io.sha256(path), source=os.fspath(path)

@@ -50,7 +50,7 @@ def saved_run(out: Path) -> Checkpoint:
     """
     check_folder(out, resume=True)
     for name in ("best.pt", "last.pt"):
-        _drop_stale_sidecar(out / name)
+        drop_stale_sidecar(out / name)
     last = checkpoint.load(out / "last.pt")
     if not {"recipe", "fingerprint", "step", "sums", "optimizer"} <= last.training.keys():
         raise InputError(
@@ -82,8 +82,8 @@ def check_same(out: Path, saved: dict[str, Any], recipe: Recipe) -> None:
         )
 
 
-def _drop_stale_sidecar(path: Path) -> None:
-    """A kill between a file's replacement and its sidecar's leaves the old sidecar behind.
+def drop_stale_sidecar(path: Path) -> None:
+    """Removes the sidecar of another file, which a kill between the two replacements leaves behind.
 
     The file is whole, since it is replaced in one step, and says itself what it is.
     """

@@ -1,0 +1,73 @@
+"""Checkpoints of detectors: saved, loaded, and started from a classifier's weights."""
+
+from __future__ import annotations
+
+import os
+
+from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.detection import net as nets
+from rtresnet.detection.net import Detector
+from rtresnet.models import checkpoint
+from rtresnet.models.checkpoint import Checkpoint
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a detector that `rtresnet train --task detect` wrote.
+
+    Raises:
+        ArtifactError: Not one, broken, or not matching its sidecar.
+    """
+    loaded = checkpoint.load(path, detector=True)
+    build(loaded, name=os.fspath(path))
+    return loaded
+
+
+def build(loaded: Checkpoint, *, name: str = "checkpoint") -> Detector:
+    """The net of a checkpoint with its weights, in evaluation mode, on the CPU.
+
+    Args:
+        loaded: A detector's checkpoint.
+        name: Of its file, for the message.
+
+    Raises:
+        ArtifactError: The weights do not fit the net.
+    """
+    assert loaded.detection is not None
+    net = nets.build(loaded.spec, loaded.detection, len(loaded.model.classes))
+    own = net.state_dict()
+    wrong = [
+        key for key in own if key not in loaded.state or own[key].shape != loaded.state[key].shape
+    ]
+    wrong += [key for key in loaded.state if key not in own]
+    if wrong:
+        raise ArtifactError(
+            f"{name}: does not fit its net: {', '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    net.load_state_dict(loaded.state)
+    return net.eval()
+
+
+def start_from(net: Detector, start: Checkpoint) -> None:
+    """Loads pre-trained weights: of the same detector, or of the classifier that is its backbone.
+
+    The head's last layers start new where the classes are others.
+
+    Raises:
+        InputError: The weights are of another net.
+    """
+    own = net.state_dict()
+    fits = {
+        name: tensor
+        for name, tensor in start.state.items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    needed = [name for name in own if not name.startswith(("rpn.", "score.", "offset."))]
+    missing = [name for name in needed if name not in fits]
+    if missing:
+        raise InputError(
+            f"the weights are of {start.model.architecture} and do not fit the backbone "
+            f"({missing[0]})",
+            fix=f"--backbone {start.model.architecture}",
+        )
+    net.load_state_dict(own | fits)
