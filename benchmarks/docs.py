@@ -149,7 +149,7 @@ API_GROUPS = {
     "Evaluate": ("workflows.evaluate", "workflows.compare", "workflows.check"),
     "Predict": ("workflows.predict", "workflows.predictor"),
     "Benchmark": ("workflows.benchmark", "workflows.benchmark_search", "workflows.profile",
-                  "workflows.estimate"),
+                  "workflows.estimate", "workflows.advisor"),
     "Deploy": ("workflows.serve", "workflows.package"),
     "Inspect and report": ("workflows.inspect", "core.sidecar", "core.artifacts",
                            "workflows.models", "workflows.doctor", "reporting.report"),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rtresnet.runtime.cuda import pinned
     from rtresnet.runtime.session import Session
     from rtresnet.workflows.adopt import AdoptResult, adopt
+    from rtresnet.workflows.advisor import AdviceResult, advise
     from rtresnet.workflows.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
     from rtresnet.workflows.benchmark_search import (
         BenchmarkSearchResult,
@@ -119,6 +120,7 @@ _MODULES = {
     "workflows.benchmark": "benchmark BenchmarkConfig BenchmarkResult",
     "workflows.benchmark_search": "search_benchmark SearchConfig BenchmarkSearchResult",
     "workflows.profile": "profile ProfileConfig ProfileResult",
+    "workflows.advisor": "advise AdviceResult",
     "workflows.estimate": "estimate EstimateConfig EstimateResult",
     "workflows.package": "package PackageConfig PackageResult",
     "workflows.serve": "serve ServeConfig",
@@ -135,6 +137,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 
 __all__ = [
     "AdoptResult",
+    "AdviceResult",
     "ArtifactError",
     "Batcher",
     "BenchmarkConfig",
@@ -196,6 +199,7 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "adopt",
+    "advise",
     "benchmark",
     "build",
     "build_per_target",

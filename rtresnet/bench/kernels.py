@@ -26,7 +26,7 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
 KEPT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
 INTEGERS = (6, 7)  # ONNX's INT32 and INT64
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Kernel:
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
         op: Operator of the node that the kernel is named after.
         nodes: Names of all its nodes, and of their output tensors.
-        dtype: Data type of the product: "fp32", "fp16" or "int8".
+        dtype: Data type of the product: "fp32", "fp16", "int8" or "fp8".
         multiply_adds: Per image; 0 for a pooling.
         weights: Bytes of weights and biases.
         read: Bytes of activations that it reads, one entry per tensor.
@@ -55,6 +55,10 @@ class Kernel:
     weights: int
     read: tuple[int, ...]
     written: int
+
+    def moved(self, batch: int) -> int:
+        """Bytes read and written for a batch, weights included."""
+        return batch * (sum(self.read) + self.written) + self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ def count(source: str | os.PathLike[str] | Any) -> Counted:
 def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
     """The same kernels as if stored and multiplied in another precision; images stay float32.
 
-    For INT8: weights, and activations between kernels, take a byte; logits stay float32.
+    For INT8 and FP8: weights, and activations between kernels, take a byte; logits stay float32.
     """
     scale = BYTES[precision]
     return [
@@ -314,7 +318,7 @@ class _Graph:
             macs = out * per if node.op_type == "Conv" else per
         if node.op_type in POOLS:
             dtype, weights = _dtype(self.tensors[self.stored(node.input[0])[0]][1]), 0
-        elif dtype == "int8" and not self.is_view(self.producers.get(node.input[0])):
+        elif dtype in ("int8", "fp8") and not self.is_view(self.producers.get(node.input[0])):
             dtype = "fp32"  # only the weights are quantized
         own = {out for member in members for out in member.output}
         return Kernel(
@@ -353,8 +357,8 @@ def _shape(value: Any) -> tuple[tuple[int, ...], int]:
 
 def _size(kind: int) -> int:
     """Bytes per element of an ONNX type."""
-    return {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}.get(kind, 4)
+    return {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2, 17: 1}.get(kind, 4)
 
 
 def _dtype(kind: int) -> str:
-    return {2: "int8", 3: "int8", 10: "fp16", 16: "fp16"}.get(kind, "fp32")
+    return {2: "int8", 3: "int8", 10: "fp16", 16: "fp16", 17: "fp8"}.get(kind, "fp32")

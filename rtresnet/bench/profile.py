@@ -244,7 +244,7 @@ def _part(
         layer.ms for layer in layers if layer.op and not any(word in layer.op for word in WORK)
     )
     flops = sum(2 * batch * kernel.multiply_adds for kernel in kernels)
-    moved = sum(batch * (sum(k.read) + k.written) + k.weights for k in kernels)
+    moved = sum(kernel.moved(batch) for kernel in kernels)
     compute = memory = bound = None
     if roof is not None:
         compute = sum(2e3 * batch * k.multiply_adds / roof.rate(k.dtype) for k in kernels)

@@ -5,9 +5,9 @@ and a copy in NumPy on all threads, the best of many repetitions. The cache is
 ~/.cache/rtresnet/roofline.json (RTRESNET_CACHE), by processor, threads and version of ONNX Runtime.
 
 Rates of GPUs are those that NVIDIA publishes: dense (without structured sparsity), at the boost
-clock, FP16 with FP16 accumulation if the two differ, FP32 as TF32 on GPUs with tensor cores for
-it. A bound from published rates is never a measurement: real kernels reach a part of the peak, and
-launches, copies and synchronization are added.
+clock, FP16 and FP8 with FP16 accumulation if that is faster, FP32 as TF32 on GPUs with tensor cores
+for it. A bound from published rates is never a measurement: real kernels reach a part of the peak,
+and launches, copies and synchronization are added.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class PeakRates:
     Attributes:
         fp32, int8: Operations per second; a multiply-add counts as two.
         fp16: The same; None on a CPU, which computes FP16 in FP32.
+        fp8: The same; None on a device without FP8.
         bandwidth: Bytes per second, read and written together.
         source: Where the rates come from.
     """
@@ -52,13 +53,22 @@ class PeakRates:
     fp32: float
     int8: float
     fp16: float | None = None
+    fp8: float | None = None
     bandwidth: float
     source: str = ""
 
     def rate(self, dtype: str) -> float:
-        """Operations per second in "fp32", "fp16" or "int8"."""
+        """Operations per second in "fp32", "fp16", "int8" or "fp8".
+
+        Raises:
+            InputError: The device has no FP8.
+        """
         if dtype == "int8":
             return self.int8
+        if dtype == "fp8":
+            if self.fp8 is None:
+                raise InputError(f"no FP8 rate is {self.source or 'known'}")
+            return self.fp8
         return self.fp16 if dtype == "fp16" and self.fp16 is not None else self.fp32
 
 
@@ -189,6 +199,7 @@ class GpuSpec:
 
     Attributes:
         fp32, fp16, int8: Peak rate of dense matrix products, in 10^12 operations per second.
+        fp8: The same; None for a GPU without FP8.
         bandwidth: Memory bandwidth, in 10^9 bytes per second.
         l2: Size of the L2 cache, in 2^20 bytes (published as MB).
         source: The document with the figures.
@@ -198,6 +209,7 @@ class GpuSpec:
     fp32: float
     fp16: float
     int8: float
+    fp8: float | None
     bandwidth: float
     l2: float
     source: str
@@ -207,16 +219,19 @@ class GpuSpec:
         """The published rates."""
         return PeakRates(
             fp32=self.fp32 * 1e12, fp16=self.fp16 * 1e12, int8=self.int8 * 1e12,
+            fp8=None if self.fp8 is None else self.fp8 * 1e12,
             bandwidth=self.bandwidth * 1e9, source=f"published: {self.source}",
         )  # fmt: skip
 
 
 def _gpu(
-    name: str, fp32: float, fp16: float, int8: float, bandwidth: float, l2: float, source: str
-) -> GpuSpec:
+    name: str, fp32: float, fp16: float, int8: float, fp8: float | None, bandwidth: float,
+    l2: float, source: str,
+) -> GpuSpec:  # fmt: skip
     return GpuSpec(
-        name=name, fp32=fp32, fp16=fp16, int8=int8, bandwidth=bandwidth, l2=l2, source=source
-    )
+        name=name, fp32=fp32, fp16=fp16, int8=int8, fp8=fp8, bandwidth=bandwidth, l2=l2,
+        source=source,
+    )  # fmt: skip
 
 
 TURING = "NVIDIA Turing GPU Architecture whitepaper, WP-09183-001"
@@ -226,19 +241,19 @@ ADA = "NVIDIA Ada GPU Architecture whitepaper"
 BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 HOPPER = "NVIDIA H100 Tensor Core GPU datasheet; L2: H100 Architecture whitepaper"
 GPUS = (
-    _gpu("T4", 8.1, 65, 130, 320, 4, TURING),
-    _gpu("A10", 62.5, 125, 250, 600, 6, "NVIDIA A10 Tensor Core GPU datasheet"),
-    _gpu("A30", 82, 165, 330, 933, 24, "NVIDIA A30 Tensor Core GPU datasheet"),
-    _gpu("A100 40GB", 156, 312, 624, 1555, 40, GA100),
-    _gpu("A100 80GB", 156, 312, 624, 2039, 40, "NVIDIA A100 80GB datasheet; L2: " + GA100),
-    _gpu("L4", 60, 121, 242, 300, 48, "NVIDIA L4 Tensor Core GPU datasheet; L2: " + ADA),
-    _gpu("L40S", 183, 362, 733, 864, 96, "NVIDIA L40S GPU datasheet; L2: " + ADA),
-    _gpu("RTX 3090", 35.6, 142, 284, 936, 6, GA102),
-    _gpu("RTX 4090", 82.6, 330.3, 660.6, 1008, 72, ADA),
-    _gpu("RTX 5090", 104.8, 419, 838, 1792, 96, BLACKWELL),
-    _gpu("H100 PCIe", 378, 756, 1513, 2000, 50, HOPPER),
-    _gpu("H100 SXM", 494, 989, 1979, 3350, 50, HOPPER),
-    _gpu("H200 SXM", 494, 989, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet"),
+    _gpu("T4", 8.1, 65, 130, None, 320, 4, TURING),
+    _gpu("A10", 62.5, 125, 250, None, 600, 6, "NVIDIA A10 Tensor Core GPU datasheet"),
+    _gpu("A30", 82, 165, 330, None, 933, 24, "NVIDIA A30 Tensor Core GPU datasheet"),
+    _gpu("A100 40GB", 156, 312, 624, None, 1555, 40, GA100),
+    _gpu("A100 80GB", 156, 312, 624, None, 2039, 40, "NVIDIA A100 80GB datasheet; L2: " + GA100),
+    _gpu("L4", 60, 121, 242, 242, 300, 48, "NVIDIA L4 Tensor Core GPU datasheet; L2: " + ADA),
+    _gpu("L40S", 183, 362, 733, 733, 864, 96, "NVIDIA L40S GPU datasheet; L2: " + ADA),
+    _gpu("RTX 3090", 35.6, 142, 284, None, 936, 6, GA102),
+    _gpu("RTX 4090", 82.6, 330.3, 660.6, 660.6, 1008, 72, ADA),
+    _gpu("RTX 5090", 104.8, 419, 838, 838, 1792, 96, BLACKWELL),
+    _gpu("H100 PCIe", 378, 756, 1513, 1513, 2000, 50, HOPPER),
+    _gpu("H100 SXM", 494, 989, 1979, 1979, 3350, 50, HOPPER),
+    _gpu("H200 SXM", 494, 989, 1979, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet"),
 )  # fmt: skip
 # Cards that come in several forms: the form that a name without further words means.
 DEFAULT_FORM = {"a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"}

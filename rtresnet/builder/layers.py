@@ -87,6 +87,7 @@ class Layer:
             save nothing.
         weights: Bytes of its constants.
         computes: Type that a kernel multiplies in; None if it is the type of its first input.
+        multiply_adds: For one image; None in files of versions that did not record it.
     """
 
     name: str
@@ -102,6 +103,12 @@ class Layer:
     outputs: tuple[Tensor, ...]
     weights: int
     computes: str | None = None
+    multiply_adds: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The type that it computes in."""
+        return self.computes or (self.inputs[0].dtype if self.inputs else UNKNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +202,36 @@ def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer,
         if main is not None:
             place = (main.stage, main.block)
         operation = _operation(role, layer.kind, layer.name, own, rounds, ran)
+        multiply_adds = 0
         if role in KERNELS:
-            ran |= {node.name for node in own if node.operation in KERNELS}
+            computed = {node.name: node for node in own if node.operation in KERNELS}
+            multiply_adds = sum(n.multiply_adds for name, n in computed.items() if name not in ran)
+            ran.update(computed)
         classified.append(
             replace(
-                layer, role=role, operation=operation, stage=place[0], block=place[1], rounds=rounds
+                layer, role=role, operation=operation, stage=place[0], block=place[1],
+                rounds=rounds, multiply_adds=multiply_adds,
             )
-        )
-    return tuple(classified)
+        )  # fmt: skip
+    return tuple(_with_unnamed(classified, nodes, done))
+
+
+def _with_unnamed(
+    layers: list[Layer], nodes: Mapping[str, Node], done: Mapping[int, set[str]]
+) -> list[Layer]:
+    """Adds the multiply-adds of nodes that no kernel names to the last layer that names them.
+
+    At batch 1, TensorRT-RTX generates a kernel for a small matrix product.
+    """
+    last: dict[tuple[int, str], int] = {}
+    for index, layer in enumerate(layers):
+        for name in layer.nodes:
+            if name not in done[layer.profile] and name in nodes and nodes[name].multiply_adds:
+                last[layer.profile, name] = index
+    for (_, name), index in last.items():
+        added = (layers[index].multiply_adds or 0) + nodes[name].multiply_adds
+        layers[index] = replace(layers[index], multiply_adds=added)
+    return layers
 
 
 def _profiles(lines: list[dict[str, str]]) -> dict[str, int]:
@@ -382,7 +411,7 @@ def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str
     for layer in layers:
         if layer.role in KERNELS and layer.inputs:
             for name in layer.nodes:
-                types.setdefault(name, set()).add(layer.computes or layer.inputs[0].dtype)
+                types.setdefault(name, set()).add(layer.dtype)
     return {
         node.name: widest(types.get(node.name, {UNKNOWN}))
         for node in nodes.values()

@@ -7,6 +7,7 @@ Add, and a stage where the Adds' outputs get smaller.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class Node:
         dtype: Type of its output, as TensorRT names it.
         height: Height of its output in pixels; 0 if the output is not an image.
         source: The node that computes its first input.
+        multiply_adds: Of a convolution or a matrix product, for one image.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Node:
     dtype: str
     height: int = 0
     source: str = ""
+    multiply_adds: int = 0
 
 
 def read(trt: Any, network: Any) -> dict[str, Node]:
@@ -76,6 +79,7 @@ def read(trt: Any, network: Any) -> dict[str, Node]:
                 nodes[name] = Node(
                     name=name, operation=operation, detail=detail, dtype=out.dtype.name,
                     height=shape[2] if len(shape) == 4 else 0, source=source,
+                    multiply_adds=_multiply_adds(layer, operation, inputs, shape),
                 )  # fmt: skip
     found = [node for node in nodes.values() if node.operation != "constant"]
     named = any(STAGE.search(node.name) for node in found if node.operation == CONVOLUTION)
@@ -103,6 +107,19 @@ def _operation(
         residual = not any(tensor.name in constant for tensor in inputs)
         return ADD if residual and len(tuple(layer.get_output(0).shape)) == 4 else "bias", ""
     return WORDS.get(kind, kind.lower()), ""
+
+
+def _multiply_adds(
+    layer: Any, operation: str, inputs: Sequence[Any], shape: tuple[int, ...]
+) -> int:
+    """Returns the multiply-adds for one image; `shape` is the output's. The first side is N."""
+    if operation == CONVOLUTION:
+        each = math.prod(tuple(layer.kernel_size_nd)) * inputs[0].shape[1] // layer.num_groups
+    elif operation == MATMUL:
+        each = math.prod(tuple(inputs[1].shape)) // max(1, shape[-1])
+    else:
+        return 0
+    return max(0, int(each) * math.prod(shape[1:]))
 
 
 def _by_name(nodes: Sequence[Node]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.build import describe
+from rtresnet.cli.estimate import show_advice
 from rtresnet.cli.options import config_options
 from rtresnet.workflows.build import BuildConfig
 from rtresnet.workflows.embed_io import EmbedConfig
@@ -79,6 +80,8 @@ def command(
         common.say(f"{file.path}: {file.precision}, {file.bytes / 1e6:.1f} MB{_parity(file)}")
     for plan in result.plans:
         common.out_console().print(describe(plan), soft_wrap=True)
+    if result.advice is not None:
+        show_advice(result.advice)
     common.footer(f"Assumed: {line}." for line in result.assumed)
     common.write_json(json_file, "export", result)
 

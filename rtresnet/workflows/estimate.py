@@ -1,23 +1,35 @@
-"""Estimate the minimum latency of a net on a given GPU, from published peak rates."""
+"""Estimate the minimum latency of a net on a given GPU, from published peak rates.
+
+The kernels of a net or of an ONNX file are those that an ideal builder would fuse. The kernels of a
+plan are those that the builder did fuse, from the file of layers next to it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rtresnet.core import artifacts, atomic_io
+from msgspec import Meta
+from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
+
+from rtresnet.core import artifacts, atomic_io, gpu_targets, serialization
 from rtresnet.core.config import Config, option
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.workflows.loading import require_torch
 
 if TYPE_CHECKING:
-    from rtresnet.bench.kernels import Counted
+    from rtresnet.bench.kernels import Kernel
     from rtresnet.bench.roofline import GpuSpec, MinimumTime
+    from rtresnet.builder.layers import Layer, Tensor
+    from rtresnet.core.sidecar import Sidecar
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+DTYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "fp16", "Int8": "int8", "FP8": "fp8"}
+"""TensorRT's names of types to the columns of the table of rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +37,11 @@ class EstimateConfig(Config):
     """What is estimated.
 
     Attributes:
-        gpus: Names of GPUs; all known ones if empty.
+        gpus: Names of GPUs; by default all known ones, of a plan those that it was built for.
         precision: Precision of the whole net; None for the file's.
-        batch: Images per batch.
+        batch: Images per batch; by default 1, of a plan the optimum of its first profile.
         size: Side of the input of a named net, in pixels.
+        measured: Results of `benchmark`, to be shown next to the bounds of the same plans.
     """
 
     gpus: tuple[str, ...] = option(
@@ -36,19 +49,27 @@ class EstimateConfig(Config):
         "GPU, as in 'RTX 4090'; may be repeated.",
         names=("--gpu",),
         metavar="NAME",
-        default_text="all known GPUs",
+        default_text="all known GPUs; those that a plan was built for",
     )
-    precision: Literal["fp32", "fp16", "int8"] | None = option(
+    precision: Literal["fp32", "fp16", "int8", "fp8"] | None = option(
         None,
         "Estimate as if the whole net had this precision.",
         default_text="the file's; fp16 for a MODEL",
     )
-    batch: int = option(1, "Images per batch.", minimum=1)
+    batch: int | None = option(
+        None, "Images per batch.", minimum=1, default_text="1; the optimum of a plan"
+    )
     size: int | None = option(
         None,
         "Side of the input of a MODEL, in pixels.",
         minimum=1,
         default_text="the model's",
+    )
+    measured: tuple[Path, ...] = option(
+        (),
+        "Results of `rtresnet bench --json`, to show next to the bounds; may be repeated.",
+        metavar="FILE",
+        default_text="none",
     )
 
 
@@ -57,6 +78,7 @@ class StageEstimate:
     """Minimum times of one stage of the net, in milliseconds.
 
     Attributes:
+        bytes: Read and written by its kernels for the batch.
         no_faster_than_ms: No implementation is faster.
         through_memory_ms: No implementation that writes every kernel's output to memory is faster.
         compute_ms: Arithmetic at the peak rate.
@@ -64,10 +86,28 @@ class StageEstimate:
     """
 
     name: str
+    bytes: int
     no_faster_than_ms: float
     through_memory_ms: float
     compute_ms: float
     memory_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredLatency:
+    """What `benchmark` measured of the same plan on the same GPU at the same batch.
+
+    Attributes:
+        file: The result it stands in.
+        n: Number of requests.
+        median_ms: Latency with the copies to and from the GPU.
+        compute_ms: Computation alone, by the GPU's events; None if it was not measured.
+    """
+
+    file: str
+    n: int
+    median_ms: float
+    compute_ms: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +121,7 @@ class GpuEstimate:
         l2: Size of the L2 cache in bytes.
         source: The document with the GPU's rates.
         stages: The stages of the net.
+        measured: Measurements, which no bound exceeds.
     """
 
     gpu: str
@@ -94,6 +135,7 @@ class GpuEstimate:
     l2: float
     source: str
     stages: tuple[StageEstimate, ...]
+    measured: tuple[MeasuredLatency, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +151,9 @@ class EstimateResult:
         as_if: Whether `precision` is another one than the file's.
         multiply_adds: Per image.
         kernels: Number of fused kernels.
+        bytes: Read and written by all kernels for the batch, weights included.
+        builder: What built a plan, as in "TensorRT-RTX 1.7"; None if the kernels are those that an
+            ideal builder would fuse.
         results: One for each GPU.
     """
 
@@ -120,14 +165,35 @@ class EstimateResult:
     as_if: bool
     multiply_adds: int
     kernels: int
+    bytes: int
+    builder: str | None
     results: tuple[GpuEstimate, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is estimated: the kernels at one batch size.
+
+    Attributes:
+        own: Precision of the file; None for a net by its name, which has any.
+        targets: Compute capabilities of a plan; empty if anything may run it.
+    """
+
+    name: str
+    kernels: list[Kernel]
+    batch: int
+    size: int
+    own: str | None = None
+    builder: str | None = None
+    targets: tuple[str, ...] = ()
+    sidecar: Sidecar | None = None
 
 
 def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None) -> EstimateResult:
     """Estimates the minimum latency of a net on GPUs.
 
     Args:
-        model: An ONNX file, or the name of a net.
+        model: A plan, an ONNX file, or the name of a net.
         config: GPUs, precision, batch and size.
 
     Returns:
@@ -135,54 +201,86 @@ def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None
 
     Raises:
         UnknownNameError: No such net or GPU.
-        InputError: A quantized file in another precision than its own, or a size for a file.
-        ArtifactError: Not a valid ONNX file.
+        InputError: A file in another precision than its own, a size for a file, a batch that a plan
+            does not take, a GPU without a type that the kernels need, or a plan whose layers are
+            not known.
+        ArtifactError: Not a valid ONNX file, or a file that does not match its sidecar.
         UnavailableError: The package onnx, or torch for a named net, is not installed.
+    """
+    return estimate_possible(model, config or EstimateConfig(), every_gpu=True)
+
+
+def estimate_possible(
+    model: str | os.PathLike[str], config: EstimateConfig, *, every_gpu: bool
+) -> EstimateResult:
+    """As `estimate`.
+
+    Args:
+        model: As for `estimate`.
+        config: As for `estimate`.
+        every_gpu: Whether a named GPU that the plan cannot run on is an error; otherwise it is
+            left out.
     """
     from rtresnet.bench import kernels, roofline
 
-    config, model = config or EstimateConfig(), os.fspath(model)
+    name = os.fspath(model)
     # Unknown names are reported before anything that takes time.
-    gpus = [roofline.find_gpu(name) for name in config.gpus] or list(roofline.GPUS)
-    if is_file := Path(model).suffix.lower() in artifacts.SUFFIXES:
-        counted = _count_file(model, config.size)
-    else:
-        counted = _count_named(model, config.size)
-    own = kernels.precision_of(counted.kernels)
-    precision = config.precision or (own if is_file else "fp16")
-    if precision != own and own != "fp32":
+    gpus = [roofline.find_gpu(gpu) for gpu in config.gpus]
+    measured = [_read_measured(path) for path in config.measured]
+    subject = _subject(name, config)
+    own = subject.own or "fp32"
+    precision = config.precision or (subject.own or "fp16")
+    if precision != own and (own != "fp32" or subject.builder):
         raise InputError(
-            f"--precision {precision}: {model} is {own}", fix="name its FP32 file instead"
+            f"--precision {precision}: {name} is {own}", fix="name its FP32 ONNX file instead"
         )
-    used = kernels.at(counted.kernels, precision) if precision != own else counted.kernels
+    used = kernels.at(subject.kernels, precision) if precision != own else subject.kernels
     return EstimateResult(
-        model=model,
+        model=name,
         precision=precision,
-        batch=config.batch,
-        size=counted.size,
+        batch=subject.batch,
+        size=subject.size,
         as_if=precision != own,
         multiply_adds=sum(kernel.multiply_adds for kernel in used),
         kernels=len(used),
+        bytes=sum(kernel.moved(subject.batch) for kernel in used),
+        builder=subject.builder,
         results=tuple(
-            _on_gpu(gpu, roofline.minimum_times(used, gpu, config.batch), config.batch)
-            for gpu in gpus
+            replace(
+                _on_gpu(gpu, roofline.minimum_times(used, gpu, subject.batch), subject.batch),
+                measured=tuple(_matching(measured, subject, gpu)),
+            )
+            for gpu in _chosen(gpus, subject, used, every_gpu=every_gpu)
         ),
     )
 
 
-def _count_file(path: str, size: int | None) -> Counted:
+def _subject(name: str, config: EstimateConfig) -> Subject:
+    kind = artifacts.kind_of(name) if Path(name).suffix.lower() in artifacts.SUFFIXES else None
+    if kind is None:
+        return _named(name, config)
+    if config.size is not None:
+        raise InputError(f"--size {config.size}: {name} has its own size", fix="leave it out")
+    if kind == "plan":
+        return read_plan(name, config.batch)
+    return _onnx_file(name, config.batch)
+
+
+def _onnx_file(path: str, batch: int | None) -> Subject:
     from rtresnet.bench import kernels
 
     atomic_io.require_file(path)
     if artifacts.kind_of(path) != "onnx":
-        raise InputError(f"{path}: takes an ONNX file or a net's name", fix="rtresnet export")
+        raise InputError(
+            f"{path}: takes a plan, an ONNX file or a net's name", fix="rtresnet export"
+        )
     artifacts.verify(path)
-    if size is not None:
-        raise InputError(f"--size {size}: {path} has its own size", fix="leave it out")
-    return kernels.count(path)
+    counted = kernels.count(path)
+    own = kernels.precision_of(counted.kernels)
+    return Subject(name=path, kernels=counted.kernels, batch=batch or 1, size=counted.size, own=own)
 
 
-def _count_named(name: str, size: int | None) -> Counted:
+def _named(name: str, config: EstimateConfig) -> Subject:
     """Counts a net of the zoo with untrained weights."""
     from rtresnet.models import zoo
 
@@ -193,14 +291,188 @@ def _count_named(name: str, size: int | None) -> Counted:
     from rtresnet.exporter.writer import to_onnx
 
     net = zoo.build(spec).eval()
-    return kernels.count(to_onnx(fold(net), size=size or spec.size, name=name))
+    counted = kernels.count(to_onnx(fold(net), size=config.size or spec.size, name=name))
+    return Subject(name=name, kernels=counted.kernels, batch=config.batch or 1, size=counted.size)
+
+
+def read_plan(path: str, batch: int | None) -> Subject:
+    """Reads the kernels that the builder fused, at the profile that runs the batch."""
+    from rtresnet.builder import layers
+    from rtresnet.core.trt_loading import MODULES
+    from rtresnet.runtime.io_spec import split_batch
+
+    sidecar = artifacts.verify(path)
+    engine = layers.load(path, sidecar)
+    assert sidecar is not None and sidecar.plan is not None
+    plan = sidecar.plan
+    again = f"build it again: {sidecar.made_by.get('command') or 'rtresnet build MODEL.onnx'}"
+    if any(layer.multiply_adds is None for layer in engine.layers):
+        raise InputError(
+            f"{path}: an earlier version built it, which recorded no multiply-adds", fix=again
+        )
+    batch = batch or plan.profiles[0].opt
+    fitting = [profile for profile in plan.profiles if profile.min <= batch <= profile.max]
+    if not fitting:
+        profiles = ", ".join(map(str, plan.profiles))
+        raise InputError(f"--batch {batch}: {path} takes batches of {profiles}", fix=again)
+    profile = split_batch(batch, plan.profiles)[0].profile
+    kernels = [
+        _kernel(layer, plan.profiles[profile].opt)
+        for layer in engine.layers
+        if layer.profile == profile and layer.role != "idle"
+    ]
+    return Subject(
+        name=path,
+        kernels=kernels,
+        batch=batch,
+        size=sidecar.input.size,
+        own=sidecar.precision,
+        builder=f"{MODULES[plan.builder]} {plan.version}",
+        targets=plan.targets,
+        sidecar=sidecar,
+    )
+
+
+def _kernel(layer: Layer, batch: int) -> Kernel:
+    """Describes a layer as a kernel.
+
+    Args:
+        layer: A layer.
+        batch: The optimal batch of its profile, which shapes without an open side are for.
+    """
+    from rtresnet.bench.kernels import Kernel
+
+    def per_image(tensor: Tensor) -> int:
+        size = tensor.bytes(1) or 0  # 0 if the width of its type is unknown: still a bound
+        return size if -1 in tensor.shape else size // batch
+
+    read = [per_image(tensor) for tensor in layer.inputs]
+    if layer.operation.startswith("conv 1x1") and layer.outputs:
+        # With a stride of 2 it reads every fourth pixel.
+        pixels, written = (prod(side[0].shape[2:]) for side in (layer.inputs, layer.outputs))
+        read[0] = read[0] * min(pixels, written) // pixels
+    return Kernel(
+        name=layer.name,
+        block=layer.block,
+        stage=layer.stage,
+        op=layer.kind,
+        nodes=layer.nodes,
+        dtype=DTYPES.get(layer.dtype, "fp32") if layer.multiply_adds else "fp32",
+        multiply_adds=layer.multiply_adds or 0,
+        weights=layer.weights,
+        read=tuple(read),
+        written=sum(map(per_image, layer.outputs)),
+    )
+
+
+def _chosen(
+    gpus: Sequence[GpuSpec], subject: Subject, kernels: Iterable[Kernel], *, every_gpu: bool
+) -> list[GpuSpec]:
+    """The named GPUs, or all that can run the kernels."""
+    from rtresnet.bench import roofline
+
+    fp8 = any(kernel.dtype == "fp8" for kernel in kernels)
+    possible = [
+        gpu
+        for gpu in roofline.GPUS
+        if not subject.targets or gpu_targets.target_of(gpu.name) in subject.targets
+    ]
+    for gpu in gpus:
+        if every_gpu and gpu not in possible:
+            target = gpu_targets.target_of(gpu.name)
+            raise InputError(
+                f"--gpu {gpu.name}: {subject.name} was built for {', '.join(subject.targets)}, not "
+                f"for {target}",
+                fix=f"build it again with --target {target}",
+            )
+        if every_gpu and fp8 and gpu.fp8 is None:
+            having = ", ".join(gpu.name for gpu in roofline.GPUS if gpu.fp8 is not None)
+            raise InputError(f"--gpu {gpu.name}: it has no FP8", fix=f"GPUs with FP8: {having}")
+    possible = [gpu for gpu in possible if not fp8 or gpu.fp8 is not None]
+    return [gpu for gpu in gpus if gpu in possible] if gpus else possible
+
+
+class _Summary(TypedDict):
+    n: int
+    median: Annotated[float, Meta(gt=0)]
+
+
+class _Link(TypedDict):
+    sha256: NotRequired[str | None]
+
+
+class _Entry(TypedDict):
+    """What is read of an entry of a benchmark."""
+
+    device: NotRequired[str | None]
+    batch: int
+    scenario: NotRequired[str | None]
+    with_preprocess: NotRequired[bool | None]
+    latency: _Summary
+    parts: NotRequired[dict[str, _Summary] | None]
+    chain: NotRequired[list[_Link] | None]
+
+
+class _Bench(TypedDict):
+    results: list[_Entry]
+
+
+def _read_measured(path: Path) -> tuple[Path, list[_Entry]]:
+    """The entries of a result of `benchmark`.
+
+    Raises:
+        InputError: No such file, or another one.
+    """
+    fix = "write one with: rtresnet bench PLAN --json FILE"
+    atomic_io.require_file(path, fix=fix)
+    document = serialization.load(path, fix=fix)
+    if not isinstance(document, dict) or document.get("verb") != "bench":
+        raise InputError(f"{path}: not a result of rtresnet bench", fix=fix)
+    bench: _Bench = serialization.convert(
+        document.get("result"), _Bench, at="result", where=str(path), fix=fix
+    )
+    return path, bench["results"]
+
+
+def _matching(
+    measured: Sequence[tuple[Path, list[_Entry]]], subject: Subject, gpu: GpuSpec
+) -> Iterable[MeasuredLatency]:
+    """Measurements of the same bytes at the same batch on the same GPU, one call after another."""
+    if subject.sidecar is None:
+        return
+    for path, entries in measured:
+        for entry in entries:
+            links = entry.get("chain") or [_Link()]
+            if (
+                links[0].get("sha256") == subject.sidecar.sha256
+                and entry["batch"] == subject.batch
+                and entry.get("scenario") in (None, "single-stream")
+                and not entry.get("with_preprocess")
+                and _is_gpu(entry.get("device"), gpu)
+            ):
+                computed = (entry.get("parts") or {}).get("compute")
+                yield MeasuredLatency(
+                    file=str(path),
+                    n=entry["latency"]["n"],
+                    median_ms=entry["latency"]["median"],
+                    compute_ms=computed["median"] if computed else None,
+                )
+
+
+def _is_gpu(device: str | None, gpu: GpuSpec) -> bool:
+    from rtresnet.bench import roofline
+
+    try:
+        return roofline.find_gpu(device or "") == gpu
+    except UnknownNameError:
+        return False
 
 
 def _on_gpu(gpu: GpuSpec, bounds: Sequence[MinimumTime], batch: int) -> GpuEstimate:
     stages: dict[str, list[MinimumTime]] = {}
     for bound in bounds:
         stages.setdefault(bound.kernel.stage, []).append(bound)
-    whole = _sum("all", bounds)
+    whole = _sum("all", bounds, batch)
     return GpuEstimate(
         gpu=gpu.name,
         no_faster_than_ms=whole.no_faster_than_ms,
@@ -208,17 +480,22 @@ def _on_gpu(gpu: GpuSpec, bounds: Sequence[MinimumTime], batch: int) -> GpuEstim
         through_memory_ms=whole.through_memory_ms,
         compute_ms=whole.compute_ms,
         memory_ms=whole.memory_ms,
-        rates={name: gpu.rates.rate(name) for name in PRECISIONS},
+        rates={
+            name: gpu.rates.rate(name)
+            for name in PRECISIONS
+            if name != "fp8" or gpu.fp8 is not None
+        },
         bandwidth=gpu.rates.bandwidth,
         l2=gpu.l2 * 2**20,
         source=gpu.source,
-        stages=tuple(_sum(name, members) for name, members in stages.items()),
+        stages=tuple(_sum(name, members, batch) for name, members in stages.items()),
     )
 
 
-def _sum(name: str, bounds: Sequence[MinimumTime]) -> StageEstimate:
+def _sum(name: str, bounds: Sequence[MinimumTime], batch: int) -> StageEstimate:
     return StageEstimate(
         name=name,
+        bytes=sum(bound.kernel.moved(batch) for bound in bounds),
         no_faster_than_ms=sum(bound.least for bound in bounds),
         through_memory_ms=sum(bound.through_memory for bound in bounds),
         compute_ms=sum(bound.compute for bound in bounds),

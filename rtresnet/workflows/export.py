@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +21,11 @@ from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.core.sidecar import Sidecar, restated
-from rtresnet.workflows import embed_io
+from rtresnet.workflows import advisor, embed_io
+from rtresnet.workflows.advisor import AdviceResult
 from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
 from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows.estimate import EstimateConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
 from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked
@@ -77,6 +80,8 @@ class ExportResult:
         assumed: What nothing stated and was assumed.
         onnx: The files, the FP32 one first.
         plans: One for each precision.
+        advice: The plans compared by the bytes they move and their minimum latency; None with
+            fewer than two, or if the builder does not describe its layers.
     """
 
     model: str
@@ -84,6 +89,7 @@ class ExportResult:
     assumed: tuple[str, ...]
     onnx: tuple[ExportedFile, ...]
     plans: tuple[BuildResult, ...]
+    advice: AdviceResult | None = None
 
     @property
     def path(self) -> Path:
@@ -191,7 +197,17 @@ class _Export:
                 for path, sidecar in written
             ),
             plans=tuple(plans),
+            advice=self._advice(plans),
         )  # fmt: skip
+
+    def _advice(self, plans: Sequence[BuildResult]) -> AdviceResult | None:
+        if len(plans) < 2 or any(entry.plan.layers is None for entry in plans):
+            return None
+        targets = dict.fromkeys(target for entry in plans for target in entry.plan.targets)
+        gpus = advisor.gpus_for(self.build.targets, targets)
+        if not gpus:
+            return None
+        return advisor.advise([entry.path for entry in plans], EstimateConfig(gpus=gpus))
 
     def _resolved(self, weights: str | os.PathLike[str] | None) -> tuple[Checkpoint, Path | None]:
         """The checkpoint with the stated input. What can be refused early is refused here."""

@@ -8,6 +8,7 @@ import pytest
 from rtresnet.bench import kernels, roofline
 from rtresnet.bench.kernels import Kernel
 from rtresnet.bench.roofline import PeakRates
+from rtresnet.core import gpu_targets
 from rtresnet.core.errors import InputError, UnknownNameError
 
 
@@ -67,6 +68,8 @@ def test_measure_roof_gives_plausible_rates(monkeypatch: pytest.MonkeyPatch) -> 
     roof = roofline.measure_roof(1)
     assert 1e7 < roof.fp32 < 1e13 and 1e7 < roof.int8 < 1e14 and 1e7 < roof.bandwidth < 1e12
     assert roof.rate("fp16") == roof.fp32 and roof.rate("int8") == roof.int8
+    with pytest.raises(InputError, match="FP8"):
+        roof.rate("fp8")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,10 @@ def test_gpus_rates_are_consistent() -> None:
         # The tensor cores of every one of these do INT8 at twice the rate of FP16.
         assert gpu.int8 == pytest.approx(2 * gpu.fp16, rel=0.03), gpu.name
         assert gpu.fp32 < gpu.fp16 and gpu.source
+        # FP8 from Ada (sm_89) on, at the rate of INT8.
+        target = gpu_targets.target_of(gpu.name) or ""
+        newer = int(target.removeprefix("sm_")) >= 89
+        assert gpu.fp8 == (pytest.approx(gpu.int8) if newer else None), gpu.name
         assert roofline.find_gpu(gpu.name) is gpu
 
 

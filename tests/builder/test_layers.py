@@ -11,7 +11,7 @@ import pytest
 from rtresnet.builder import engine, layers, nodes
 from rtresnet.core.artifacts import read_sidecar
 from rtresnet.core.errors import ArtifactError, InputError
-from rtresnet.core.sidecar import Sidecar
+from rtresnet.core.sidecar import Profile, Sidecar
 
 
 def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
@@ -29,8 +29,8 @@ def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
             q="quantize", conv1="conv", relu="relu", layer1_0_conv2="conv", layer1_0_add="add"
         ),
     )
-    told = [(layer.role, layer.operation, layer.block) for layer in found]
-    assert told == [
+    shown = [(layer.role, layer.operation, layer.block) for layer in found]
+    assert shown == [
         ("idle", "shape_call", "stem"),
         ("reformat", "convert + transpose", "stem"),
         ("requantize", "quantize", "stem"),
@@ -106,8 +106,6 @@ def test_a_plan_without_a_dump_has_no_layer_file(
 ) -> None:
     """As TensorRT builds; an earlier file of layers must not seem to belong to it."""
     pytest.importorskip("tensorrt_rtx")
-    from rtresnet.core.sidecar import Profile
-
     out = tmp_path / "net.plan"
     options = {"profiles": [Profile(min=1, opt=4, max=8)], "builder": "rtx"}
     engine.build(onnx_file("resnet8", "fp16"), out, **options)  # type: ignore[arg-type]
@@ -116,3 +114,21 @@ def test_a_plan_without_a_dump_has_no_layer_file(
     sidecar: Sidecar = engine.build(onnx_file("resnet8", "fp16"), out, **options)  # type: ignore[arg-type]
     assert sidecar.plan is not None and sidecar.plan.attested is sidecar.plan.layers is None
     assert not layers.path_for(out).exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_layers_multiply_adds_are_those_of_the_net_in_every_profile(
+    onnx_file: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from rtresnet.bench import kernels
+
+    source, out = onnx_file("resnet8", precision), tmp_path / "net.plan"
+    profiles = [Profile(min=1, opt=1, max=1), Profile(min=2, opt=4, max=8)]
+    sidecar = engine.build(source, out, profiles=profiles, builder="rtx")
+    kept = layers.load(out, sidecar).layers
+    expected = sum(kernel.multiply_adds for kernel in kernels.count(source).kernels)
+    for profile in (0, 1):
+        own = [layer for layer in kept if layer.profile == profile]
+        assert sum(layer.multiply_adds or 0 for layer in own) == expected
+        assert sum(bool(layer.multiply_adds) for layer in own) == 8

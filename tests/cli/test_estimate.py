@@ -40,7 +40,10 @@ def test_estimate_file_is_listed_by_gpu(engines: Path, capsys: pytest.CaptureFix
         (["resnet20", "--gpu", "RTX 9999"], "unknown GPU"),
         (["resnet21"], "unknown model"),
         (["none.onnx"], "no such file"),
-        (["{engines}/resnet8-int8.onnx", "--precision", "fp16"], "is int8; name its FP32 file"),
+        (
+            ["{engines}/resnet8-int8.onnx", "--precision", "fp16"],
+            "is int8; name its FP32 ONNX file",
+        ),
         (["{engines}/resnet8.onnx", "--size", "64"], "has its own"),
     ],
 )
@@ -50,3 +53,39 @@ def test_estimate_impossible_request_exits_2(
     given = [part.replace("{engines}", str(engines)) for part in arguments]
     assert main(["estimate", *given]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_estimate_of_several_plans_ends_with_what_to_expect(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "advice.json"
+    plans = [str(engines / name) for name in ("resnet8.plan", "resnet8-int8.plan")]
+    arguments = ["--gpu", "RTX 4090", "--batch", "8", "--json", str(out)]
+    assert main(["estimate", *plans, *arguments]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not measurements" in shown and "INT8 moves" in shown and "RTX 4090" in shown
+    document = json.loads(out.read_text())
+    assert document["verb"] == "advise" and document["result"]["what"] == "bound"
+    assert [entry["precision"] for entry in document["result"]["plans"]] == ["fp16", "int8"]
+    assert all(entry["bytes"] > 0 for entry in document["result"]["plans"])
+
+
+def test_export_of_several_precisions_ends_with_their_comparison(
+    trained: Path,
+    tints: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--fp16", "--int8", "--calib", tints, "--target", "L4", "--json", "e.json"]
+    assert main(["export", "--weights", str(trained / "best.pt"), *arguments]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "kernels L4 " in shown and "4090" not in shown and "INT8 moves" in shown
+    advice = json.loads(Path("e.json").read_text())["result"]["advice"]
+    assert [entry["precision"] for entry in advice["plans"]] == ["fp16", "int8"]
+    assert [gpu["gpu"] for gpu in advice["plans"][0]["results"]] == ["L4"]
+    assert main(["export", "--weights", str(trained / "best.pt"), "--json", "one.json"]) == 0
+    assert json.loads(Path("one.json").read_text())["result"]["advice"] is None

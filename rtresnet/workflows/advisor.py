@@ -1,0 +1,264 @@
+"""Which precision to expect most of: several plans of one net, compared by their bounds.
+
+A bound is not a measurement. Two bounds of each plan are compared: one for tensors that stay in the
+GPU's L2 cache as far as they fit, one for tensors that all go through memory. The plan that both
+favour is expected to be faster; if they disagree, only a measurement decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rtresnet.core import artifacts
+from rtresnet.core.errors import InputError
+from rtresnet.core.serialization import flattened
+from rtresnet.core.sidecar import Sidecar, accuracies
+from rtresnet.workflows import estimate as estimates
+from rtresnet.workflows.estimate import EstimateConfig, EstimateResult
+
+if TYPE_CHECKING:
+    from rtresnet.bench.roofline import GpuSpec
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MARGIN = 1.03
+"""Bounds with a smaller ratio than this count as equal."""
+MANY_BYTES = 1.1
+"""From this ratio on, a narrow type moves more bytes than it should."""
+NARROW, WIDE = ("int8", "fp8"), ("fp16", "fp32")
+REPRESENTATIVE = {
+    "sm_75": "T4", "sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090",
+    "sm_90": "H100 SXM", "sm_120": "RTX 5090",
+}  # fmt: skip
+"""The GPU that stands for a compute capability in a short table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAccuracy:
+    """What the sidecars of a plan and of its ONNX file say of its accuracy; None if nothing.
+
+    Attributes:
+        top1_percent: On n images of data.
+        drop_points: Percentage points that quantization lost, on drop_n images of drop_data.
+    """
+
+    top1_percent: float | None = None
+    n: int | None = None
+    data: str | None = None
+    drop_points: float | None = None
+    drop_n: int | None = None
+    drop_data: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviceEntry:
+    """One plan."""
+
+    estimate: EstimateResult = flattened()
+    accuracy: PlanAccuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviceResult:
+    """Plans compared by lower bounds, never by measurements.
+
+    Attributes:
+        what: "bound".
+        batch: Images per batch.
+        plans: In the order of the arguments.
+        advice: What to expect, a sentence each.
+    """
+
+    what: str = "bound"
+    batch: int
+    plans: tuple[AdviceEntry, ...]
+    advice: tuple[str, ...]
+
+
+def advise(
+    plans: Sequence[str | os.PathLike[str]], config: EstimateConfig | None = None
+) -> AdviceResult:
+    """Compares plans of different precisions by the bytes they move and their minimum latency.
+
+    Args:
+        plans: Plans of one net; also ONNX files and names of nets, which have no advice.
+        config: GPUs, by default one for each compute capability that the plans were built for;
+            batch, by default the optimum of the first plan; and measurements.
+
+    Returns:
+        The bounds of each plan, and sentences on which to expect to be faster.
+
+    Raises:
+        InputError: Nothing to compare, a GPU that no plan can run on, or as `estimate`.
+        RtresnetError: As `estimate`.
+    """
+    if not plans:
+        raise InputError("nothing to compare", fix="name plans: rtresnet estimate X.plan Y.plan")
+    config = config or EstimateConfig()
+    if not config.gpus:
+        config = dataclasses.replace(config, gpus=gpus_for((), _targets(plans)))
+    results = [estimates.estimate_possible(plans[0], config, every_gpu=False)]
+    config = dataclasses.replace(config, batch=results[0].batch)
+    results += [estimates.estimate_possible(plan, config, every_gpu=False) for plan in plans[1:]]
+    if not any(result.results for result in results):
+        estimates.estimate(plans[0], config)  # says why
+    entries = tuple(
+        AdviceEntry(estimate=result, accuracy=_accuracy(result.model)) for result in results
+    )
+    return AdviceResult(batch=results[0].batch, plans=entries, advice=tuple(_advice(results)))
+
+
+def _targets(plans: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The compute capabilities of plans; all of the table if none of them is a plan."""
+    records = [artifacts.read_sidecar(plan) for plan in plans if str(plan).endswith(".plan")]
+    targets = [t for record in records if record and record.plan for t in record.plan.targets]
+    return list(dict.fromkeys(targets)) or list(REPRESENTATIVE)
+
+
+def gpus_for(names: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
+    """The GPUs of a short table: those that were named, else one for each compute capability.
+
+    Args:
+        names: GPUs or compute capabilities as a user named them.
+        targets: Compute capabilities of a plan.
+    """
+    from rtresnet.bench import roofline
+
+    known = [gpu.name for gpu in roofline.GPUS]
+    named = []
+    for text in names:
+        named += [gpu for gpu in known if gpu.lower() == text.strip().lower()]
+    chosen = [REPRESENTATIVE[target] for target in targets if target in REPRESENTATIVE]
+    return tuple(dict.fromkeys(named or chosen))
+
+
+def _accuracy(path: str) -> PlanAccuracy:
+    """Reads the latest accuracy of a plan or of the files of its precision that it came from."""
+    for sidecar in _same_precision(path):
+        records = [
+            record for record in accuracies(sidecar.measured)
+            if record.get("n") and isinstance(record.get("top1"), int)
+        ]  # fmt: skip
+        drop = sidecar.measured.get("drop")
+        known = isinstance(drop, dict) and {"points", "n"} <= drop.keys()
+        if sidecar.weights.origin == "untrained" or not (records or known):
+            continue
+        lost = drop if known and isinstance(drop, dict) else {}
+        best = records[-1] if records else {}
+        return PlanAccuracy(
+            top1_percent=100 * best["top1"] / best["n"] if best else None,
+            n=best.get("n"),
+            data=best.get("data"),
+            drop_points=lost.get("points"),
+            drop_n=lost.get("n"),
+            drop_data=lost.get("data"),
+        )
+    return PlanAccuracy()
+
+
+def _same_precision(path: str) -> Iterator[Sidecar]:
+    if not path.endswith(".plan"):
+        return
+    sidecar = artifacts.read_sidecar(path)
+    place, precision = path, sidecar.precision if sidecar else ""
+    while sidecar is not None and sidecar.precision == precision:
+        yield sidecar
+        link, parent = sidecar.parent, artifacts.parent_path(place, sidecar)
+        if link is None or parent is None:
+            return
+        place, sidecar = str(parent), artifacts.read_sidecar(parent)
+        if sidecar is not None and sidecar.sha256 != link.sha256:  # another file by now
+            return
+
+
+def _advice(results: Sequence[EstimateResult]) -> Iterator[str]:
+    """A sentence on each plan of a narrow type, next to the best plan of a wide one."""
+    wide = [r for name in WIDE for r in results if r.precision == name and r.builder]
+    for narrow in results:
+        if narrow.precision in NARROW and narrow.builder and wide:
+            yield _sentence(narrow, wide[0])
+
+
+def _sentence(narrow: EstimateResult, wide: EstimateResult) -> str:
+    left, right = narrow.precision.upper(), wide.precision.upper()
+    builder = str(narrow.builder).partition(" ")[0]
+    ratio = narrow.bytes / wide.bytes
+    text = (
+        f"{left} moves {ratio:.1f} times the bytes of {right} on {builder} "
+        f"({_megabytes(narrow)} against {_megabytes(wide)} MB at batch {narrow.batch})."
+    )
+    both = {result.gpu for result in wide.results}
+    gpus: dict[str, list[str]] = {}
+    for result in narrow.results:
+        if result.gpu in both:
+            gpus.setdefault(_expected(narrow, wide, result.gpu), []).append(result.gpu)
+    for expected, names in gpus.items():
+        text += f" {', '.join(names)}: {expected}."
+    if ratio > MANY_BYTES and builder == "TensorRT-RTX":
+        text += f" To move fewer, build {left} on the GPU's machine with --builder tensorrt."
+    return text
+
+
+def _megabytes(result: EstimateResult) -> str:
+    return f"{result.bytes / 1e6:,.{1 if result.bytes < 1e8 else 0}f}"
+
+
+def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str) -> str:
+    """As in "expect FP16 to be faster at batch 32; at batch 1 to 16 ... measure"."""
+    from rtresnet.bench import roofline
+
+    spec, batches = roofline.find_gpu(gpu), _common(narrow, wide)
+    winners = [(batch, _winners(narrow, wide, batch, spec)) for batch in batches]
+    parts = []
+    for (cached, through), members in groupby(winners, key=lambda entry: entry[1]):
+        inside = [batch for batch, _ in members]
+        at = f"at batch {inside[0]}" + (f" to {inside[-1]}" if len(inside) > 1 else "")
+        if cached == through:
+            which = f"expect {cached} to be faster" if cached else "expect no clear difference"
+            parts.append(f"{which} {at}")
+        else:
+            parts.append(
+                f"{at} {cached or 'neither'} if tensors stay in the L2 cache, "
+                f"{through or 'neither'} if they go through memory: measure"
+            )
+    return "; ".join(parts)
+
+
+def _common(narrow: EstimateResult, wide: EstimateResult) -> list[int]:
+    """Batch sizes that both plans take."""
+    profiles = [artifacts.read_sidecar(result.model) for result in (narrow, wide)]
+    fitting = []
+    for batch in BATCHES:
+        if all(
+            sidecar is not None
+            and sidecar.plan is not None
+            and any(profile.min <= batch <= profile.max for profile in sidecar.plan.profiles)
+            for sidecar in profiles
+        ):
+            fitting.append(batch)
+    return fitting or [narrow.batch]
+
+
+def _winners(
+    narrow: EstimateResult, wide: EstimateResult, batch: int, gpu: GpuSpec
+) -> tuple[str, str]:
+    """The precisions with the lower bound: with and without the L2 cache; "" if close."""
+    from rtresnet.bench import roofline
+
+    bounds = []
+    for result in (narrow, wide):
+        kernels = estimates.read_plan(result.model, batch).kernels
+        times = roofline.minimum_times(kernels, gpu, batch)
+        bounds.append((sum(t.least for t in times), sum(t.through_memory for t in times)))
+
+    def faster(one: float, other: float) -> str:
+        if max(one, other) <= MARGIN * min(one, other):
+            return ""
+        return (narrow if one < other else wide).precision.upper()
+
+    (cached, through) = (faster(*pair) for pair in zip(*bounds, strict=True))
+    return cached, through
