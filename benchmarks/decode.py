@@ -26,12 +26,12 @@ from PIL import Image
 
 from rtresnet.core import hardware
 from rtresnet.data import decode as decoding
-from rtresnet.data.cache import Cached
-from rtresnet.data.crops import WORKING, Box, area_box, cut, scale_box
+from rtresnet.data.augment import LARGEST_SCALE, Box, area_box, crop_and_resize, scale_box
+from rtresnet.data.loader import Cached
 from rtresnet.data.sources import Files, images_under
 
 SIZE = 224
-WORK = round(WORKING * SIZE)
+WORK = round(LARGEST_SCALE * SIZE)
 
 
 def plain_area(path: Path, seed: int) -> np.ndarray:
@@ -59,7 +59,7 @@ def ours(source: Any, box: Callable[..., Box]) -> Callable[[int], np.ndarray]:
     def crop(index: int) -> np.ndarray:
         image = source.image(index, WORK)
         rng = np.random.default_rng(index)
-        return cut(image, box(image.shape[0], image.shape[1], rng), SIZE)
+        return crop_and_resize(image, box(image.shape[0], image.shape[1], rng), SIZE)
 
     return crop
 

@@ -29,9 +29,9 @@ from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
 from rtresnet.training.distributed import ALONE
+from rtresnet.training.loader import TrainLoader
 from rtresnet.training.recipes import resolve
 from rtresnet.training.step import Stepper
-from rtresnet.training.train_loader import TrainLoader
 
 BATCH = {32: 128, 128: 32}
 STEPS = {32: 8, 128: 4}  # a round
@@ -88,10 +88,10 @@ def ours(
     stepper.train()
     first = 0
     while True:
-        for step, micros in feed.steps(first, first + feed.steps_an_epoch):
+        for step, micros in feed.steps(first, first + feed.steps_per_epoch):
             loss, _ = stepper.step(micros, recipe.lr_at(step, feed.total))
             yield loss.item()
-        first += feed.steps_an_epoch
+        first += feed.steps_per_epoch
 
 
 LOOPS: dict[str, dict[str, Any] | None] = {

@@ -28,9 +28,9 @@ from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
 from rtresnet.training.distributed import ALONE
+from rtresnet.training.loader import TrainLoader
 from rtresnet.training.recipes import resolve
 from rtresnet.training.step import Stepper, cudnn_benchmark
-from rtresnet.training.train_loader import TrainLoader
 
 PAPER_ERROR = 8.75  # ResNet-20 on CIFAR-10, table 6
 

@@ -35,7 +35,7 @@ def command(config: TrainConfig, stated: InputConfig, json_file: str | None) -> 
         result = dataclasses.replace(result, page=show(result))
         if result.page:
             common.say(f"page: {result.page}")
-        precision = " --int8" if result.recipe["qat"] else ""
+        precision = " --int8" if result.recipe.qat else ""
         weights = shlex.quote(str(result.checkpoint))
         common.say(f"next: rtresnet export --weights {weights}{precision}")
         common.write_json(json_file, "train", result)
@@ -51,12 +51,12 @@ def show(result: TrainResult) -> Path | None:
 
     measured = result.measured
     held_out = ""
-    if measured["val_top1"] is not None:
-        held_out = f", val {measured['val_top1']:.2f} % of {measured['val_n']}"
-    rounded = "in INT8, " if result.recipe["qat"] else ""
+    if measured.val_top1 is not None:
+        held_out = f", val {measured.val_top1:.2f} % of {measured.val_n}"
+    rounded = "in INT8, " if result.recipe.qat else ""
     common.say(
-        f"{result.checkpoint}: {rounded}test top-1 {measured['test_top1']:.2f} % of "
-        f"{measured['test_n']} images (epoch {measured['epoch']}{held_out})"
+        f"{result.checkpoint}: {rounded}test top-1 {measured.test_top1:.2f} % of "
+        f"{measured.test_n} images (epoch {measured.epoch}{held_out})"
     )
     if not hardware.installed("matplotlib"):
         common.note("no curves and no page: pip install 'rtresnet[report]'")

@@ -105,3 +105,9 @@ def plural(count: int, what: str) -> str:
 def escape_cell(text: str) -> str:
     """The text with control characters as escapes, line ends and tabs included."""
     return text.translate(_CELL)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 image", "2,000 images", "3 classes"."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"

@@ -1,20 +1,30 @@
-"""Random changes to a batch of images on the device it is trained on.
+"""Random crops of photographs, and augmentation of batches on the device.
 
-What is drawn at random comes in as NumPy arrays, one entry an image: drawn on the CPU from the
-recipe's seed and the step (`train/feed.py`), so that a run is the same on every device and for
-any number of processes. Images are [N, 3, H, W] in channels-last memory.
-
-`trivial.py` has the operations of TrivialAugment.
+Random numbers come in as NumPy arrays, one entry per image. They are drawn on the CPU from the
+recipe's seed and the step (`training/loader.py`), so a run is the same on every device and for any
+number of processes. Batches are [N, 3, H, W] in channels-last memory. `trivial.py` has the
+operations of TrivialAugment. Knows nothing of files and recipes.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.transfer import constant, to_device
+
+Box = tuple[int, int, int, int]
+"""Top, left, height, width, in pixels."""
+
+# Largest shorter side of the paper's scale augmentation, relative to the crop. Photographs are
+# decoded for it whatever the crop, so the decoded pixels depend on the image and the size alone.
+LARGEST_SCALE = 480 / 224
 
 # AlexNet's principal components of the RGB values of ImageNet's training set, in units of [0, 1]
 # (Krizhevsky, Sutskever and Hinton, 2012, section 4.1; the numbers are fb.resnet.torch's).
@@ -26,6 +36,116 @@ COLOUR_VECTORS = (
 )
 
 
+def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
+    """Copy an array to a device; to a GPU asynchronously, through pinned memory.
+
+    Args:
+        values: Any shape and a dtype that torch knows. On a CPU the result shares its memory.
+        device: Where the result lies.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # torch keeps it until the copy is done
+    return tensor.to(device, non_blocking=True)
+
+
+def stack_to_device(arrays: Sequence[np.ndarray], device: torch.device | str) -> Tensor:
+    """Stack arrays of one shape and dtype on a device, with a single copy on the host."""
+    if torch.device(device).type != "cuda":
+        return to_device(np.stack(arrays), device)
+    dtype = torch.from_numpy(arrays[0][:0]).dtype
+    pinned = torch.empty((len(arrays), *arrays[0].shape), dtype=dtype, pin_memory=True)
+    np.stack(arrays, out=pinned.numpy())
+    return pinned.to(device, non_blocking=True)
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a float32 vector on a device, created once. Do not change it in place."""
+    with torch.inference_mode(False):  # may be created in an evaluation and used in training
+        return torch.tensor(values, device=device)
+
+
+def scale_box(
+    height: int,
+    width: int,
+    size: int,
+    rng: np.random.Generator,
+    scales: tuple[float, float] = (256 / 224, LARGEST_SCALE),
+) -> Box:
+    """Draw a box by the paper's scale augmentation (He et al., 2015, section 3.4).
+
+    The paper resizes the shorter side to a random length in [256, 480] and crops 224 pixels. The
+    box is that crop in the original image: cutting first and resizing once gives the same picture
+    for a fraction of the work.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        size: Side of the crop, in pixels.
+        rng: Draws scale and position.
+        scales: Bounds of the shorter side, relative to the crop.
+    """
+    short = min(height, width)
+    drawn = rng.integers(round(scales[0] * size), round(scales[1] * size) + 1)
+    side = min(short, max(1, round(short * size / drawn)))
+    top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+    return int(top), int(left), side, side
+
+
+def area_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw a box of random area and aspect ratio (Szegedy et al., 2015, section 6).
+
+    Takes the first of ten random boxes that fits, else the largest centred box of an allowed shape.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        rng: Draws area, shape and position.
+        area: Bounds of the box's share of the image; uniform.
+        ratio: Bounds of width over height; log-uniform.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        pixels = height * width * rng.uniform(*area)
+        shape = math.exp(rng.uniform(low, high))
+        box_height, box_width = round(math.sqrt(pixels / shape)), round(math.sqrt(pixels * shape))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = rng.integers(0, height - box_height + 1)
+            left = rng.integers(0, width - box_width + 1)
+            return int(top), int(left), box_height, box_width
+    box_height = min(height, max(1, round(width / ratio[0])))
+    box_width = min(width, max(1, round(height * ratio[1])))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def crop_and_resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """Resize a box of an image to a square (bilinear, antialiased).
+
+    Args:
+        image: uint8 [H, W, 3], read-only or not.
+        box: Within the image.
+        size: Side of the square, in pixels.
+
+    Returns:
+        uint8 [size, size, 3], contiguous.
+    """
+    top, left, height, width = box
+    # NumPy's copy is as fast as the one torch would make, and writable, without which torch warns.
+    # The batch axis comes before the permutation: only then does torch see channels-last memory,
+    # which halves the time.
+    part = np.array(image[top : top + height, left : left + width], order="C")
+    pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
+    resized = functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
 def gather(
     images: Tensor,
     chosen: np.ndarray,
@@ -35,7 +155,7 @@ def gather(
     padding: int,
     mode: str = "zeros",
 ) -> Tensor:
-    """Picks images out of a whole set, pads, crops and mirrors them, in one read (section 4.2).
+    """Select images of a whole set, pad, crop and mirror them in one read (section 4.2).
 
     Args:
         images: uint8 [N, H, W, 3], all of them.
@@ -56,48 +176,47 @@ def gather(
     columns = torch.where(flipped[:, None] != 0, columns.flip(1), columns)
     picked = images[
         index[:, None, None],
-        _inside(rows, height)[:, :, None],
-        _inside(columns, width)[:, None, :],
+        _reflected(rows, height)[:, :, None],
+        _reflected(columns, width)[:, None, :],
     ]
     if padding and mode == "zeros":
-        kept_rows = (rows >= 0) & (rows < height)
-        kept_columns = (columns >= 0) & (columns < width)
-        picked *= (kept_rows[:, :, None] & kept_columns[:, None, :]).unsqueeze(3)
+        inside_rows = (rows >= 0) & (rows < height)
+        inside_columns = (columns >= 0) & (columns < width)
+        picked *= (inside_rows[:, :, None] & inside_columns[:, None, :]).unsqueeze(3)
     return picked.permute(0, 3, 1, 2)
 
 
-def _inside(positions: Tensor, length: int) -> Tensor:
-    """Positions beyond the border, mirrored back at it (the border pixel itself not repeated)."""
+def _reflected(positions: Tensor, length: int) -> Tensor:
+    """Positions beyond the border reflected at the border pixel, which is not repeated."""
     return (length - 1) - ((length - 1) - positions.abs()).abs()
 
 
 def mirror(images: Tensor, mirrored: np.ndarray) -> Tensor:
-    """Mirrors the images that bool [N] names, left to right."""
+    """Mirror the images that bool [N] selects, left to right."""
     if not mirrored.any():
         return images
-    return torch.where(
-        to_device(mirrored, images.device)[:, None, None, None], images.flip(3), images
-    )
+    selected = to_device(mirrored, images.device)[:, None, None, None]
+    return torch.where(selected, images.flip(3), images)
 
 
 def normalize(images: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 or float [N, 3, H, W] of 0 to 255 to float32: `Preprocess.normalize`, on the device."""
+    """Convert uint8 or float [N, 3, H, W] of 0 to 255 as `Preprocess.normalize`, on the device."""
     std = constant(tuple(preprocess.std), images.device).view(1, 3, 1, 1)
     mean = constant(tuple(preprocess.mean), images.device).view(1, 3, 1, 1)
     return images.float().mul(1 / (255 * std)).sub_(mean / std)
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """Antialiased bilinear resize of float images to [N, 3, side, side]."""
+    """Resize float images to [N, 3, side, side] (bilinear, antialiased)."""
     if images.shape[2:] == (side, side):
         return images
-    return torch.nn.functional.interpolate(
-        images, (side, side), mode="bilinear", antialias=True
-    ).contiguous(memory_format=torch.channels_last)
+    return functional.interpolate(images, (side, side), mode="bilinear", antialias=True).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def shift_colours(images: Tensor, strengths: np.ndarray) -> Tensor:
-    """Adds multiples of the principal colours (AlexNet's augmentation; section 3.4).
+    """Add multiples of the principal colours (AlexNet's augmentation; section 3.4).
 
     Args:
         images: uint8 or float [N, 3, H, W] of 0 to 255.
@@ -111,17 +230,17 @@ def shift_colours(images: Tensor, strengths: np.ndarray) -> Tensor:
 
 
 def erase(images: Tensor, boxes: np.ndarray) -> Tensor:
-    """Sets a rectangle of each normalized image to zero, its mean (Zhong et al., 2017).
+    """Set a rectangle of each normalized image to zero, the mean (Zhong et al., 2017).
 
     Args:
         images: float [N, 3, H, W]; changed in place.
-        boxes: int [N, 4]: top, left, height, width; a height of 0 leaves the image whole.
+        boxes: int [N, 4]: top, left, height, width; a height of 0 changes nothing.
     """
-    return images.mul_(1 - _covered(images, boxes))
+    return images.mul_(1 - _mask(images, boxes))
 
 
 def erasing_boxes(rng: np.random.Generator, count: int, side: int, share: float) -> np.ndarray:
-    """Rectangles of 2 to 33 % of the image, sides in a ratio up to 3.3; int [count, 4]."""
+    """Draw rectangles of 2 to 33 % of the image, aspect ratio up to 3.3; int [count, 4]."""
     area = rng.uniform(0.02, 0.33, count) * side**2
     ratio = np.exp(rng.uniform(np.log(0.3), np.log(3.3), count))
     sizes = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)]).round().astype(int)
@@ -132,12 +251,12 @@ def erasing_boxes(rng: np.random.Generator, count: int, side: int, share: float)
 
 
 def mixup(images: Tensor, share: float) -> Tensor:
-    """Each image at `share`, its neighbour in the batch at the rest (Zhang et al., 2018)."""
+    """Blend each image with its neighbour in the batch (Zhang et al., 2018)."""
     return images * share + images.roll(1, 0) * (1 - share)
 
 
 def cutmix(images: Tensor, box: np.ndarray) -> tuple[Tensor, float]:
-    """A rectangle of each image replaced by its neighbour's (Yun et al., 2019).
+    """Replace a rectangle of each image by its neighbour's (Yun et al., 2019).
 
     Args:
         images: float [N, 3, H, W].
@@ -146,13 +265,13 @@ def cutmix(images: Tensor, box: np.ndarray) -> tuple[Tensor, float]:
     Returns:
         The images, and the share of each that is still its own.
     """
-    covered = _covered(images, box[None])
-    mixed = torch.where(covered.bool(), images.roll(1, 0), images)
+    mask = _mask(images, box[None])
+    mixed = torch.where(mask.bool(), images.roll(1, 0), images)
     return mixed, 1 - float(box[2] * box[3]) / (images.shape[2] * images.shape[3])
 
 
 def cutmix_box(rng: np.random.Generator, side: int, share: float) -> np.ndarray:
-    """The rectangle for keeping `share`: centred anywhere, cut off at the border; int [4]."""
+    """Draw the rectangle that leaves `share`: random centre, clipped at the border; int [4]."""
     half = side * np.sqrt(1 - share) / 2
     centre = rng.uniform(0, side, 2)
     low = np.clip(np.round(centre - half), 0, side).astype(int)
@@ -160,7 +279,7 @@ def cutmix_box(rng: np.random.Generator, side: int, share: float) -> np.ndarray:
     return np.concatenate([low, high - low])
 
 
-def _covered(images: Tensor, boxes: np.ndarray) -> Tensor:
+def _mask(images: Tensor, boxes: np.ndarray) -> Tensor:
     """1 inside each image's box, 0 outside: [N, 1, H, W], or one mask for all."""
     top, left, height, width = to_device(boxes.T, images.device)[:, :, None].unbind()
     y = torch.arange(images.shape[2], device=images.device)

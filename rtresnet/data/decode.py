@@ -1,7 +1,7 @@
-"""One image file to pixels. The only file that touches the decoders: Pillow and simplejpeg.
+"""Decode image files. The only module that calls the decoders, Pillow and simplejpeg.
 
-simplejpeg (the extra `fast`) takes plain colour JPEGs, faster and bit for bit as Pillow's own
-wheels. Whatever is unusual or damaged goes to Pillow, which alone decides what is an error.
+simplejpeg (the extra `fast`) decodes plain colour JPEGs, faster than Pillow's wheels and to the
+same bits. Unusual and damaged files go to Pillow, which alone decides what is an error.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
-FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT, next to 1
+FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT
 
-# What Pillow's decoders raise, apart from OSError, where a header or a stream is damaged.
+# What Pillow's decoders raise besides OSError on a damaged header or stream.
 DAMAGED = (
     ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, ValueError,
     struct.error, zlib.error,
@@ -34,17 +34,17 @@ DAMAGED = (
 
 
 class CorruptImage(DataError):
-    """One image that cannot be decoded. Batches count it, report it and go on."""
+    """One image that cannot be decoded. Loaders count it, report it and continue."""
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What two short reads show of an image file.
+class FileEnds:
+    """Size, beginning and end of an image file.
 
     Attributes:
-        size: Bytes of the whole.
-        head: The first bytes, LENGTH at most.
-        tail: The last bytes, LENGTH at most.
+        size: Bytes of the file.
+        head: The first LENGTH bytes at most.
+        tail: The last LENGTH bytes at most.
     """
 
     size: int
@@ -54,26 +54,25 @@ class Ends:
     LENGTH = 1024
 
     @classmethod
-    def read(cls, size: int, read: Callable[[int, int], bytes]) -> Ends:
-        """Of `size` bytes from which `read(length, start)` reads."""
+    def read(cls, size: int, read: Callable[[int, int], bytes]) -> FileEnds:
+        """Read both ends of `size` bytes with `read(length, start)`."""
         head = read(min(size, cls.LENGTH), 0)
         if size <= cls.LENGTH:
             return cls(size, head, head)
         return cls(size, head, read(cls.LENGTH, size - cls.LENGTH))
 
     @classmethod
-    def of(cls, data: bytes) -> Ends:
-        """Of bytes in memory."""
+    def of(cls, data: bytes) -> FileEnds:
+        """Take both ends of bytes in memory."""
         return cls(len(data), data[: cls.LENGTH], data[-cls.LENGTH :])
 
     def complete(self) -> bool:
-        """Whether the file begins and ends as its format asks: False also where that is unknown.
+        """Whether the file begins and ends as its format requires; False if that is unknown.
 
-        Finds files that are empty, cut short or no images. Damage in the middle shows only when
-        the image is decoded.
+        Finds files that are empty, truncated or no images. Only decoding finds other damage.
         """
         head, tail = self.head, self.tail
-        if head[:3] == b"\xff\xd8\xff":  # JPEG: the end marker occurs nowhere within a scan
+        if head[:3] == b"\xff\xd8\xff":  # JPEG: the end marker does not occur within a scan
             return b"\xff\xd9" in tail
         if head[:8] == b"\x89PNG\r\n\x1a\n":
             return b"IEND\xaeB`\x82" in tail
@@ -83,41 +82,41 @@ class Ends:
 
     @property
     def jpeg(self) -> bool:
-        """Whether it begins as a JPEG, which cannot be transparent."""
+        """Whether the file is a JPEG, which cannot be transparent."""
         return self.head[:2] == b"\xff\xd8"
 
 
 def declares_transparency(data: bytes) -> bool | None:
-    """Whether an image file has an alpha channel or a transparent colour.
+    """Check whether an image file has an alpha channel or a transparent colour.
 
     Args:
         data: The file's bytes, or its first ones.
 
     Returns:
-        None where Pillow cannot tell from these bytes.
+        None if Pillow cannot tell from these bytes.
     """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.has_transparency_data
-    except Exception:  # of half a file Pillow raises almost anything
+    except Exception:  # Pillow raises almost anything on half a file
         return None
 
 
 def decode(
     path: str | os.PathLike[str], data: bytes | None = None, *, at_least: int | None = None
 ) -> np.ndarray:
-    """Decodes an image file to uint8 RGB [H, W, 3], upright as its EXIF says.
+    """Decode an image file to uint8 RGB [H, W, 3], oriented by its EXIF tag.
 
-    Where an image is transparent it is composited on white: without that, whatever colours a
-    program left under its transparent pixels would show.
+    Transparent images are composited on white, because the colours under transparent pixels are
+    arbitrary.
 
     Args:
-        path: The file; only its name in errors where `data` is given.
+        path: The file; only its name in errors if `data` is given.
         data: The file's bytes.
-        at_least: The shorter side that is needed, in pixels. A JPEG is then decoded at a half, a
-            quarter or an eighth of its size, as far as its shorter side stays that long.
+        at_least: Shorter side that is needed, in pixels. A JPEG is decoded at a half, a quarter or
+            an eighth of its size if that leaves the shorter side this long.
 
     Returns:
         Contiguous pixels, which may be read-only.
@@ -149,7 +148,7 @@ def _by_pillow(data: bytes, at_least: int | None) -> np.ndarray:
 
     with Image.open(io.BytesIO(data)) as image:
         if at_least is not None:
-            image.draft(None, (at_least, at_least))  # does nothing to other formats than JPEG
+            image.draft(None, (at_least, at_least))  # only JPEG supports it
         ImageOps.exif_transpose(image, in_place=True)
         upright: Image.Image = image
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut at 255, not scale
@@ -160,7 +159,7 @@ def _by_pillow(data: bytes, at_least: int | None) -> np.ndarray:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """An image of 16-bit grey levels in 8 bits; its transparent level, if it has one, is white."""
+    """Convert 16-bit grey to 8 bits; the transparent level, if there is one, becomes white."""
     from PIL import Image
 
     levels = np.asarray(image)
@@ -171,12 +170,12 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """An image with transparency composited on white, as RGB. Opaque pixels keep their values."""
+    """Composite a transparent image on white, as RGB. Opaque pixels keep their values."""
     from PIL import Image
 
     key = image.info.get("transparency")
     if isinstance(key, tuple) and max(key) > 255:
-        # The transparent colour of a PNG of 16 bits, of whose pixels Pillow keeps the high bytes.
+        # The transparent colour of a 16-bit PNG; Pillow keeps the high bytes of its pixels.
         image.info["transparency"] = tuple(level >> 8 for level in key)
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -184,7 +183,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def _simplejpeg() -> Any:
-    """The package, or None where it is not installed."""
+    """Return the package, or None if it is not installed."""
     try:
         return importlib.import_module("simplejpeg")
     except ImportError:
@@ -192,7 +191,7 @@ def _simplejpeg() -> Any:
 
 
 def _by_simplejpeg(data: bytes, at_least: int | None) -> np.ndarray | None:
-    """A plain colour JPEG as Pillow would decode it; None for whatever Pillow should look at."""
+    """Decode a plain colour JPEG as Pillow would; None for everything else."""
     package, header = _simplejpeg(), _jpeg_header(data)
     if package is None or header is None:
         return None
@@ -206,10 +205,10 @@ def _by_simplejpeg(data: bytes, at_least: int | None) -> np.ndarray | None:
         short = min(height, width)
         factor = next((f for f in FACTORS if at_least and short // at_least >= f), 1)
         shape = -(-height // factor), -(-width // factor), 3
-        # Without lower bounds it would take any eighth of the size, or the whole.
+        # Without lower bounds it would choose any eighth of the size.
         bounds = {"min_height": shape[0], "min_width": shape[1], "min_factor": factor}
         pixels: np.ndarray = package.decode_jpeg(data, **bounds if factor > 1 else {})
-    except ValueError:  # also where libjpeg only warns: Pillow knows which warnings are errors
+    except ValueError:  # also for warnings of libjpeg: Pillow decides which of them are errors
         return None
     if pixels.shape != shape:
         return None
@@ -220,13 +219,13 @@ def _by_simplejpeg(data: bytes, at_least: int | None) -> np.ndarray | None:
 
 
 def _jpeg_header(data: bytes) -> bytes | None:
-    """Everything up to a JPEG's first scan; None where that cannot be told for certain."""
+    """Return everything up to a JPEG's first scan; None if its start is not certain."""
     if data[:2] != b"\xff\xd8":
         return None
     place = 2
     while data[place : place + 1] == b"\xff" and len(data) > place + 4:
         marker = data[place + 1]
-        # Segments with a length only: fill bytes and restart markers do not belong here.
+        # Only segments with a length: fill bytes and restart markers are unusual here.
         if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:
             return None
         end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
@@ -237,7 +236,7 @@ def _jpeg_header(data: bytes) -> bytes | None:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns pixels [H, W, 3] as EXIF's orientation, 1 to 8, asks."""
+    """Rotate and mirror pixels [H, W, 3] by the EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

@@ -1,7 +1,7 @@
-"""Public data sets' own files to arrays: idx, CIFAR-10's python batches, npz.
+"""Read the file formats of public data sets into arrays: idx, CIFAR-10's Python batches, npz.
 
-A damaged file is a DataError that names it. Whether the arrays are images with labels is checked
-in `sources.py`, the same for all.
+A damaged file is a DataError that names it. `sources.py` checks that the arrays are images with
+labels.
 """
 
 from __future__ import annotations
@@ -21,24 +21,16 @@ from rtresnet.core.errors import DataError
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FASHION = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
     "Ankle-boot",
-]
+]  # fmt: skip
 
 Raw = tuple[np.ndarray, np.ndarray, Sequence[str]]
 """Images, labels, class names."""
 
 
 def read_fashion_mnist(folder: Path, split: str) -> Raw:
-    """idx files, plain or .gz; 28 pixels and a border of 2: a CIFAR net's 32, no pixel touched."""
+    """Read idx files, plain or .gz; padded by 2 pixels to the 32 of a CIFAR net."""
     prefixes = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[split]
     images = np.concatenate([_idx(folder, f"{prefix}-images-idx3-ubyte") for prefix in prefixes])
     labels = np.concatenate([_idx(folder, f"{prefix}-labels-idx1-ubyte") for prefix in prefixes])
@@ -65,21 +57,21 @@ def _idx(folder: Path, name: str) -> np.ndarray:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """The python batches are pickles. This one can make NumPy arrays and nothing else."""
+    """Unpickles NumPy arrays and nothing else: the Python batches are pickles."""
 
     ALLOWED = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuses everything that is not part of an array."""
+        """Refuse everything that is not part of an array."""
         if module.split(".")[0] == "numpy" and name in self.ALLOWED:
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in an image batch")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an image batch")
 
 
 def read_cifar10(folder: Path, split: str) -> Raw:
-    """The python batches, in `folder` or the folder they unpack into."""
+    """Read the Python batches, in `folder` or in the subfolder of their archive."""
     nested = folder / "cifar-10-batches-py"
     folder = nested if nested.is_dir() else folder
     train = [f"data_batch_{index}" for index in range(1, 6)]
@@ -100,7 +92,7 @@ def read_cifar10(folder: Path, split: str) -> Raw:
 
 
 def read_npz(path: Path) -> Raw:
-    """`images`, `labels` and `classes`; no classes where the file has none."""
+    """Read `images`, `labels` and `classes`; the class names are empty if the file has none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
@@ -108,7 +100,7 @@ def read_npz(path: Path) -> Raw:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except KeyError as error:
-        raise DataError(f"{path}: {error.args[0]}", fix="it needs `images` and `labels`") from None
+        raise DataError(f"{path}: {error.args[0]}", fix="save `images` and `labels`") from None
     except Exception as error:  # a damaged file raises almost anything: zip, tokenizer, type
         raise DataError(
             f"{path}: not an npz file of plain arrays, or truncated ({error})"

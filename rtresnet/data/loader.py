@@ -1,12 +1,14 @@
-"""Batches of a source's images: decoded in threads, broken images counted and reported.
+"""Batches of a source's images, decoded in threads; and a cache of decoded images.
 
-A batch for evaluation and calibration is float32 NCHW, ready for a net. A batch for training is
-uint8 NHWC and is augmented and normalized on the device (`augment.py`). Pillow and NumPy release
-the GIL while they decode and resize, so threads are enough.
+A batch for evaluation and calibration is float32 NCHW, ready for a net. Pillow and NumPy release
+the GIL while they decode and resize, so threads are enough. `training/loader.py` makes the batches
+for training.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,13 @@ from rtresnet.core import hardware
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.decode import CorruptImage
-from rtresnet.data.sources import Source
+from rtresnet.data.sources import Arrays, Source, Subset
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-TOLERATED = 0.01  # share of broken images above which the data set is refused
+TOLERATED = 0.01  # share of broken images above which a data set is refused
+PROBES = 48  # images that the size of all decoded images is estimated from
 
 
 class DecodeErrors:
@@ -35,7 +38,7 @@ class DecodeErrors:
         warn: Called with a line for each broken image, as `Reporter.note`.
         tolerated: Share of broken images that is accepted.
         known: Number of images that were left out before; they count as broken.
-        fix: What to do where there are too many.
+        fix: What to do if there are too many.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class DecodeErrors:
         self.skipped: dict[int, str] = {}
 
     def skip(self, index: int, error: CorruptImage) -> None:
-        """Counts and reports one broken image.
+        """Count and report one broken image.
 
         Raises:
             DataError: More images are broken than tolerated.
@@ -76,13 +79,13 @@ def indexed(
     transform: Callable[[int, np.ndarray], np.ndarray],
     tally: DecodeErrors,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Decodes and transforms images in order, a few in advance; leaves out broken ones.
+    """Decode and transform images in order, a few in advance; leave out broken ones.
 
     Args:
         source: The images.
         indices: Which images, in which order.
         transform: Called with an index and its uint8 image [H, W, 3], in a thread.
-        tally: Takes the broken images.
+        tally: Receives the broken images.
 
     Yields:
         (index, uint8 [S, S, 3]).
@@ -104,12 +107,12 @@ def indexed(
 def prefetch_map(
     work: Callable[[T], U], items: Iterable[T], threads: int | None = None
 ) -> Iterator[tuple[T, U]]:
-    """Maps items in threads and in order, some items in advance. Raises what `work` raises.
+    """Map items in threads and in order, some in advance. Raises what `work` raises.
 
     Args:
         work: Called with each item.
-        items: Taken as they are needed.
-        threads: One for each core by default.
+        items: Read as they are needed.
+        threads: One per core by default.
 
     Yields:
         (item, result).
@@ -138,17 +141,17 @@ def batches(
     indices: Sequence[int] | np.ndarray | None = None,
     tally: DecodeErrors | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Makes batches for evaluation and calibration.
+    """Make batches for evaluation and calibration.
 
     Args:
         source: The images.
-        preprocess: How an image becomes the net's input.
-        size: Images in a batch; the last batch may be smaller.
+        preprocess: The net's input contract.
+        size: Images per batch; the last batch may be smaller.
         indices: Which images, in which order; all of them by default.
-        tally: Takes the broken images.
+        tally: Receives the broken images.
 
     Yields:
-        (images as the file takes them, int64 labels [N]).
+        (images as the artifact's input, int64 labels [N]).
     """
     chosen = range(len(source)) if indices is None else indices
     tally = tally or DecodeErrors(len(source))
@@ -165,7 +168,7 @@ def batches(
 
 
 def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:
-    """Draws `n` indices, spread evenly over the classes; the same for the same seed."""
+    """Draw `n` indices, balanced over the classes; the same for the same seed."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(source))
     # Each image's rank within its class: sorting by it takes one of every class in turn.
@@ -179,5 +182,71 @@ def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:
 
 
 def batch_size(preprocess: Preprocess) -> int:
-    """Batch size that keeps activations below some hundred MB: 128 at 32 pixels, 4 at 224."""
+    """Return a batch with activations of at most some hundred MB: 128 at 32 pixels, 4 at 224."""
     return int(np.clip(128 * 32**2 / preprocess.size**2, 4, 128))
+
+
+class Cached(Subset):
+    """A source whose images are decoded once, as far as the memory budget allows.
+
+    The pixels are those of the source: they depend on the image and on `at_least` alone. They are
+    shared between threads and therefore read-only. A broken image is not kept: it raises
+    CorruptImage each time.
+
+    Args:
+        source: The images.
+        at_least: As images will be requested; those requested otherwise are not kept.
+        budget: Bytes of pixels to keep at most.
+    """
+
+    def __init__(self, source: Source, *, at_least: int | None, budget: int) -> None:
+        super().__init__(source)
+        self.at_least, self.budget, self.used = at_least, budget, 0
+        self._images: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def image(self, index: int, at_least: int | None = None) -> np.ndarray:
+        if at_least != self.at_least:
+            return self.source.image(index, at_least)
+        cached = self._images.get(index)
+        if cached is not None:
+            return cached
+        image = self.source.image(index, at_least)
+        with self._lock:
+            if index not in self._images and self.used + image.nbytes <= self.budget:
+                image.setflags(write=False)
+                self._images[index] = image
+                self.used += image.nbytes
+            return self._images.get(index, image)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+
+def cached_or_same(source: Source, at_least: int | None, budget: int | None = None) -> Source:
+    """Put a cache before a source if all its images are estimated to fit, else return it.
+
+    Decodes a few dozen images, evenly spaced, for the estimate.
+
+    Args:
+        source: Any; arrays are in memory already.
+        at_least: As images will be requested.
+        budget: Bytes of pixels, `default_budget()` by default. Processes on one machine must
+            divide it.
+    """
+    if isinstance(source, Arrays):
+        return source
+    budget = default_budget() if budget is None else budget
+    cached = Cached(source, at_least=at_least, budget=budget)
+    sizes = []
+    for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)):
+        with contextlib.suppress(CorruptImage):
+            sizes.append(cached.image(int(index), at_least).nbytes)
+    fits = bool(sizes) and np.mean(sizes) * len(source) <= budget
+    return cached if fits else source
+
+
+def default_budget() -> int:
+    """Return a quarter of the free memory, in bytes; 1 GB if that is unknown."""
+    available = hardware.available_memory()
+    return 10**9 if available is None else available // 4

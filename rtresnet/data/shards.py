@@ -27,7 +27,7 @@ from typing_extensions import TypedDict  # in typing from Python 3.11
 
 from rtresnet.core import serialization
 from rtresnet.core.errors import DataError
-from rtresnet.data.decode import CorruptImage, Ends, decode
+from rtresnet.data.decode import CorruptImage, FileEnds, decode
 
 INDEX, TABLE, UNFINISHED = "index.json", "index.npz", "unfinished"
 FORMAT, VERSION = "rtresnet shards", 1
@@ -102,10 +102,10 @@ class Shards:
         except CorruptImage as error:
             raise CorruptImage(f"{self.locate(index)}{error}") from None
 
-    def ends(self, index: int) -> Ends:
+    def ends(self, index: int) -> FileEnds:
         """Of the image's file."""
         size = int(self._length[index])
-        return Ends.read(size, lambda length, start: self._read(index, length, start))
+        return FileEnds.read(size, lambda length, start: self._read(index, length, start))
 
     def content(self, index: int) -> bytes:
         """The image's file.

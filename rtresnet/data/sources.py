@@ -1,16 +1,16 @@
-"""Images by name: one way to say where they are, the same for every command.
+"""Sets of images by name, the same names for every command.
 
-    digits              8x8 scans that scikit-learn ships, shown as 32x32; no network
+    digits              8x8 scans that scikit-learn ships, resized to 32x32; no network
     fashion-mnist:DIR   idx files, plain or .gz
-    cifar10:DIR         the python batches
-    folder:DIR          one folder a class, optionally under train/ and test/ or val/
+    cifar10:DIR         the Python batches
+    folder:DIR          one folder per class, optionally under train/ and test/ or val/
     DIR                 the same
-    shards:DIR          what `rtresnet pack` made of such a folder
+    shards:DIR          a folder that `rtresnet pack` wrote
     npz:FILE            arrays `images` uint8 [N, H, W, 3] or [N, H, W], `labels` [N]
-    synthetic:N         N random images, for measuring without data
+    synthetic:N         N random images, for measurements without data
 
-Everything is uint8 RGB in here, transparent images composited on white (`decode.py`). Resizing,
-cropping and normalizing is `preprocess.py`'s.
+Images are uint8 RGB, transparent ones composited on white (`decode.py`). `core/preprocess.py`
+resizes, crops and normalizes.
 """
 
 from __future__ import annotations
@@ -26,32 +26,27 @@ import numpy as np
 from rtresnet.core.errors import DataError, InputError, UnknownNameError, missing_package
 from rtresnet.core.labels import LabelMap, match
 from rtresnet.core.preprocess import resize
-from rtresnet.data.decode import Ends, decode
+from rtresnet.data.decode import FileEnds, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.data.shards import Shards, files_fingerprint
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 FORMS = (
-    "digits",
-    "fashion-mnist:DIR",
-    "cifar10:DIR",
-    "folder:DIR",
-    "shards:DIR",
-    "npz:FILE",
+    "digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "shards:DIR", "npz:FILE",
     "synthetic:N",
-)
-MOST_CLASSES = 1_000_000  # of arrays without class names: a label above it is no class
+)  # fmt: skip
+MAX_CLASSES = 1_000_000  # of arrays without class names: a larger label is an error in the data
 SPLITS = ("train", "test", "all")
 
 
 class Source(Protocol):
-    """A set of images. `labels` is -1 where there are none.
+    """A set of images.
 
     Attributes:
-        name: As the person gave it.
+        name: As the user wrote it.
         classes: Class names, in the order of the labels.
-        labels: int64 [N].
-        splits: Whether the set came divided into train and test by whoever made it.
+        labels: int64 [N]; -1 where there are none.
+        splits: Whether the set has its own train and test splits.
         named: Whether `classes` are names; False where they only count the labels.
     """
 
@@ -64,23 +59,32 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int, at_least: int | None = None) -> np.ndarray:
-        """uint8 RGB [H, W, 3], perhaps smaller but for `at_least` pixels. Raises CorruptImage."""
+        """Decode an image to uint8 RGB [H, W, 3].
+
+        Args:
+            index: Of the image.
+            at_least: Shorter side that is needed, in pixels; the result may be smaller than the
+                file, but not smaller than this.
+
+        Raises:
+            CorruptImage: It cannot be decoded.
+        """
         ...
 
-    def ends(self, index: int) -> Ends:
-        """Size, beginning and end of an image as it is stored. Raises DataError."""
+    def ends(self, index: int) -> FileEnds:
+        """Read size, beginning and end of an image as it is stored. Raises DataError."""
         ...
 
     def content(self, index: int) -> bytes:
-        """An image as it is stored: its file, or its pixels. Raises DataError."""
+        """Read an image as it is stored: its file, or its pixels. Raises DataError."""
         ...
 
     def locate(self, index: int) -> str:
-        """Where an image is, for messages."""
+        """Return the place of an image, for messages."""
         ...
 
     def fingerprint(self) -> str:
-        """sha256 over what the images and labels are made of."""
+        """Return a sha256 that identifies images and labels."""
         ...
 
 
@@ -104,25 +108,20 @@ class Arrays:
         return len(self.images)
 
     def image(self, index: int, at_least: int | None = None) -> np.ndarray:
-        """uint8 RGB [H, W, 3], always whole."""
         picture: np.ndarray = self.images[index]
         return picture
 
-    def ends(self, index: int) -> Ends:
-        """Of its pixels."""
-        return Ends.of(self.content(index))
+    def ends(self, index: int) -> FileEnds:
+        return FileEnds.of(self.content(index))
 
     def content(self, index: int) -> bytes:
-        """Its pixels, row by row."""
         pixels: bytes = self.images[index].tobytes()
         return pixels
 
     def locate(self, index: int) -> str:
-        """Its number."""
         return f"{self.name}: image {index}"
 
     def fingerprint(self) -> str:
-        """sha256 of pixels and labels."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.tobytes())
@@ -130,7 +129,7 @@ class Arrays:
 
 
 class Files:
-    """Image files, decoded when asked for."""
+    """Image files, decoded on demand."""
 
     named = True
 
@@ -150,11 +149,9 @@ class Files:
         return len(self.paths)
 
     def image(self, index: int, at_least: int | None = None) -> np.ndarray:
-        """uint8 RGB [H, W, 3]; see `decode`."""
         return decode(self.paths[index], at_least=at_least)
 
-    def ends(self, index: int) -> Ends:
-        """Of the file: two short reads."""
+    def ends(self, index: int) -> FileEnds:
         try:
             with open(self.paths[index], "rb", buffering=0) as file:
 
@@ -162,69 +159,66 @@ class Files:
                     file.seek(start)
                     return file.read(length)
 
-                return Ends.read(os.fstat(file.fileno()).st_size, read)
+                return FileEnds.read(os.fstat(file.fileno()).st_size, read)
         except OSError as error:
             raise DataError(f"{self.paths[index]}: {error.strerror}") from None
 
     def content(self, index: int) -> bytes:
-        """The file."""
         try:
             return self.paths[index].read_bytes()
         except OSError as error:
             raise DataError(f"{self.paths[index]}: {error.strerror}") from None
 
     def locate(self, index: int) -> str:
-        """The path."""
         return str(self.paths[index])
 
     def fingerprint(self) -> str:
-        """sha256 of names, sizes and labels: contents would mean reading a whole ImageNet."""
+        """Hash names, sizes and labels: reading ImageNet's contents would take an hour."""
         names = (os.fsencode(f"{path.parent.name}/{path.name}") for path in self.paths)
         return files_fingerprint(names, map(_size, self.paths), self.labels)
 
 
 class Subset:
-    """Some of a source's images, in the order given.
+    """Some of a source's images, in a given order. Base of all sources that read another one.
 
     Args:
-        source: The whole.
-        chosen: Indices in it.
+        source: The whole set.
+        chosen: Indices in it; None takes all.
         name: The source's by default.
     """
 
-    def __init__(self, source: Source, chosen: np.ndarray, name: str | None = None) -> None:
-        self.source, self.chosen = source, chosen
+    def __init__(
+        self, source: Source, chosen: np.ndarray | None = None, name: str | None = None
+    ) -> None:
+        self.source = source
+        self.chosen = np.arange(len(source)) if chosen is None else chosen
         self.name = source.name if name is None else name
         self.classes, self.splits = source.classes, source.splits
-        self.labels, self.named = source.labels[chosen], source.named
+        self.labels, self.named = source.labels[self.chosen], source.named
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def image(self, index: int, at_least: int | None = None) -> np.ndarray:
-        """The source's."""
         return self.source.image(int(self.chosen[index]), at_least)
 
-    def ends(self, index: int) -> Ends:
-        """The source's."""
+    def ends(self, index: int) -> FileEnds:
         return self.source.ends(int(self.chosen[index]))
 
     def content(self, index: int) -> bytes:
-        """The source's."""
         return self.source.content(int(self.chosen[index]))
 
     def locate(self, index: int) -> str:
-        """The source's."""
         return self.source.locate(int(self.chosen[index]))
 
     def fingerprint(self) -> str:
-        """sha256 of the source's fingerprint and of which images are chosen."""
+        """Hash the source's fingerprint and the chosen indices."""
         own = self.source.fingerprint().encode() + self.chosen.tobytes()
         return hashlib.sha256(own).hexdigest()
 
 
 class Relabelled(Subset):
-    """All of a source's images, with a model's class numbers for labels.
+    """All images of a source, labelled with a model's class numbers.
 
     Args:
         source: The images.
@@ -233,12 +227,11 @@ class Relabelled(Subset):
     """
 
     def __init__(self, source: Source, mapping: LabelMap, classes: Sequence[str]) -> None:
-        super().__init__(source, np.arange(len(source)))
+        super().__init__(source)
         self.mapping, self.classes, self.named = mapping, tuple(classes), True
         self.labels = mapping.apply(source.labels)
 
     def fingerprint(self) -> str:
-        """The source's own: the images and labels as they came."""
         return self.source.fingerprint()
 
 
@@ -249,10 +242,10 @@ def for_model(
     names: Sequence[str] | None = None,
     model_name: str = "the model",
 ) -> Relabelled:
-    """Labels a source with a model's class numbers; see `labels.match`.
+    """Label a source with a model's class numbers; see `labels.match`.
 
     Raises:
-        DataError: The labels cannot be matched with the model's classes.
+        DataError: The labels do not match the model's classes.
     """
     mapping = match(
         classes, source.classes, data_named=source.named, names=names,
@@ -262,15 +255,15 @@ def for_model(
 
 
 def open_source(spec: str, split: str = "all") -> Source:
-    """Opens images by name.
+    """Open labelled images by name.
 
     Args:
         spec: One of FORMS, or a path to a folder.
-        split: "train", "test" or "all". Data without splits is read in full whichever is
-            asked for; `source.splits` says whether it has them.
+        split: "train", "test" or "all". A set without splits is opened in full for each of them;
+            see `Source.splits`.
 
     Raises:
-        DataError: Nothing there, an empty class, a single class folder, or arrays that do not fit.
+        DataError: Nothing there, an empty class, a single class, or arrays that do not match.
         UnknownNameError: No such form.
     """
     if split not in SPLITS:
@@ -285,7 +278,7 @@ def open_source(spec: str, split: str = "all") -> Source:
     if form == "npz" and argument:
         images, labels, names = read_npz(Path(argument))
         count = int(labels.max()) + 1 if labels.size and labels.dtype.kind in "iu" else 0
-        numbers = [str(index) for index in range(min(count, MOST_CLASSES))]
+        numbers = [str(index) for index in range(min(count, MAX_CLASSES))]
         return _arrays(spec, images, labels, names or numbers, named=bool(names))
     if form == "synthetic" and argument:
         return _synthetic(spec, argument)
@@ -301,9 +294,10 @@ def open_source(spec: str, split: str = "all") -> Source:
 
 
 def open_images(spec: str) -> Source:
-    """Opens images without needing labels: a labelled source, a folder of images, or a list.
+    """Open images that need no labels: a labelled source, a folder of images, or a list.
 
-    A list is a text file with a path a line, relative to the list.
+    A list is a text file with one path per line, relative to the list. Of a folder with a training
+    split only that split is opened, so that calibration never uses test images.
 
     Raises:
         DataError: No images there.
@@ -318,10 +312,9 @@ def open_images(spec: str) -> Source:
         missing = [entry for entry in paths if not entry.is_file()]
         if missing:
             raise DataError(
-                f"{path}: lists {missing[0]}, which is not there (paths are relative to the list)"
+                f"{path}: lists {missing[0]}, which does not exist (paths are relative to the list)"
             )
     elif path.is_dir():
-        # Where the folder is divided, what is tested on must not be calibrated on.
         paths = images_under(path / "train" if (path / "train").is_dir() else path)
     else:
         return open_source(spec, "train")
@@ -331,15 +324,15 @@ def open_images(spec: str) -> Source:
 
 
 def images_under(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    seen = (p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
-    # A link that leads nowhere is an image that cannot be read, and will be named as one.
-    return sorted(p for p in seen if p.is_file() or (p.is_symlink() and not p.exists()))
+    """Return every image file below a folder, sorted; without hidden files and folders."""
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    visible = (p for p in images if not any(part[0] == "." for part in p.relative_to(folder).parts))
+    # A dangling link counts, so that it is reported as an image that cannot be read.
+    return sorted(p for p in visible if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 of one that cannot be read, such as a link that leads nowhere."""
+    """Bytes of a file; 0 if it cannot be read, such as a dangling link."""
     try:
         return path.stat().st_size
     except OSError:
@@ -361,7 +354,7 @@ def _digits(split: str) -> Source:
     data = load_digits()
     small = (data.images * (255 / 16)).astype(np.uint8)
     images = np.stack([resize(np.repeat(image[..., None], 3, 2), 32, 32) for image in small])
-    # The set comes undivided: a fifth, drawn once and for ever, is the test split.
+    # scikit-learn's set has no splits: a fifth, with a fixed seed, is the test split.
     order = np.random.default_rng(0).permutation(len(images))
     cut = len(images) // 5
     chosen = {"train": order[cut:], "test": order[:cut], "all": np.arange(len(images))}[split]
@@ -395,51 +388,52 @@ def _arrays(
         )
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise DataError(
-            f"{spec}: labels are {labels.dtype} {list(labels.shape)}, not whole numbers "
-            f"[{len(images)}]"
+            f"{spec}: labels are {labels.dtype} {list(labels.shape)}, not integers [{len(images)}]"
         )
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(f"{spec}: labels reach from {labels.min()} to {labels.max()}")
+        raise DataError(
+            f"{spec}: labels range from {labels.min()} to {labels.max()}, but there are "
+            f"{len(classes)} classes"
+        )
     return Arrays(spec, images, labels, classes, splits=splits, named=named)
 
 
 def _class_folders(spec: str, root: Path, split: str) -> Source:
-    halves = {"train": [root / "train"], "test": [root / "test", root / "val"]}
-    divided = (root / "train").is_dir() and any(half.is_dir() for half in halves["test"])
-    if divided:
-        test = next(half for half in halves["test"] if half.is_dir())
-        roots = {"train": [root / "train"], "test": [test], "all": [root / "train", test]}[split]
-        names_from = root / "train"
+    train = root / "train" if (root / "train").is_dir() else None
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if train and test:
+        roots = {"train": [train], "test": [test], "all": [train, test]}[split]
     else:
-        single = [h for h in (*halves["train"], *halves["test"]) if h.is_dir()]
-        roots = single[:1] or [root]
-        names_from = roots[0]
-    classes = sorted(e.name for e in names_from.iterdir() if e.is_dir() and e.name[0] != ".")
+        roots = [train or test or root]
+    names_from = train or roots[0]
+    classes = _class_names(names_from)
     for name in classes:
         if name != name.encode(errors="replace").decode():
             raise DataError(
                 f"{names_from}: the name of class {name!r} is not UTF-8", fix="rename the folder"
             )
     if not classes:
-        raise DataError(f"{names_from}: no class folders", fix="one folder a class is needed")
+        raise DataError(f"{names_from}: no class folders", fix="create one folder for each class")
     if len(classes) == 1:
         raise DataError(
-            f"{names_from}: one class only ({classes[0]})", fix="a classifier needs two or more"
+            f"{names_from}: only one class ({classes[0]})", fix="a classifier needs two or more"
         )
     paths: list[Path] = []
     labels: list[int] = []
     for base in roots:
-        strange = {e.name for e in base.iterdir() if e.is_dir() and e.name[0] != "."}.difference(
-            classes
-        )
-        if strange:
-            raise DataError(f"{base}: class {sorted(strange)[0]!r} is not under {names_from}")
+        unknown = sorted(set(_class_names(base)).difference(classes))
+        if unknown:
+            raise DataError(f"{base}: class {unknown[0]!r} is not in {names_from}")
         for label, name in enumerate(classes):
-            found = images_under(base / name) if (base / name).is_dir() else []
-            if not found and base == names_from:
-                raise DataError(f"{base / name}: the class has no image")
-            paths += found
-            labels += [label] * len(found)
+            images = images_under(base / name) if (base / name).is_dir() else []
+            if not images and base == names_from:
+                raise DataError(f"{base / name}: the class has no images")
+            paths += images
+            labels += [label] * len(images)
     if not paths:
         raise DataError(f"{roots[0]}: no image in any class")
-    return Files(spec, paths, np.array(labels), classes, splits=divided)
+    return Files(spec, paths, np.array(labels), classes, splits=bool(train and test))
+
+
+def _class_names(folder: Path) -> list[str]:
+    return sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")

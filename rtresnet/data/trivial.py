@@ -1,7 +1,7 @@
-"""TrivialAugment (Mueller and Hutter, 2021): one random operation an image, of random strength.
+"""TrivialAugment (Mueller and Hutter, 2021): one random operation of random strength per image.
 
-The "wide" space of the paper's table 6. The images that drew the same operation are computed
-together, on the device. Values are float, 0 to 255.
+Implements the "wide" search space of the paper's table 6. Images with the same operation are
+computed together, on the device. Values are float, 0 to 255.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtresnet.data.transfer import constant, to_device
+from rtresnet.data.augment import constant, to_device
 
 LEVELS = 31
 GREY = (0.299, 0.587, 0.114)
@@ -21,14 +21,14 @@ SMOOTH = tuple(weight / 13 for weight in (1, 1, 1, 1, 5, 1, 1, 1, 1))  # Pillow'
 
 
 def draw(rng: np.random.Generator, count: int) -> np.ndarray:
-    """An operation, a strength in [0, 1] and a sign for each image: float [count, 3]."""
+    """Draw an operation, a strength in [0, 1] and a sign for each image: float [count, 3]."""
     operation = rng.integers(0, len(OPERATIONS), count)
     strength = rng.integers(0, LEVELS, count) / (LEVELS - 1)
     return np.stack([operation, strength, rng.choice((-1.0, 1.0), count)], axis=1)
 
 
 def trivial_augment(images: Tensor, drawn: np.ndarray) -> Tensor:
-    """Applies what `draw` gave.
+    """Apply the operations that `draw` returned.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -58,9 +58,9 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _affine(images: Tensor, matrix: Tensor) -> Tensor:
-    """Samples at matrix @ (x, y, 1), in pixels from the centre; outside is black."""
+    """Sample at matrix @ (x, y, 1), in pixels from the centre; the outside is black."""
     height, width = images.shape[2:]
-    # affine_grid counts in half images, not in pixels.
+    # affine_grid uses half images as its unit, not pixels.
     half = constant((width / 2, height / 2), images.device)
     theta = matrix.clone()
     theta[:, :, :2] = matrix[:, :, :2] * half / half[:, None]
@@ -86,15 +86,15 @@ def _shear_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _translate_x(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    return _affine(images, _matrix(images, m02=_reach(images) * strength * sign))
+    return _affine(images, _matrix(images, m02=_largest_shift(images) * strength * sign))
 
 
 def _translate_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    return _affine(images, _matrix(images, m12=_reach(images) * strength * sign))
+    return _affine(images, _matrix(images, m12=_largest_shift(images) * strength * sign))
 
 
-def _reach(images: Tensor) -> float:
-    """32 pixels for photographs; on smaller images no more than a third."""
+def _largest_shift(images: Tensor) -> float:
+    """Largest translation: 32 pixels, on small images at most a third of the width."""
     return min(32.0, images.shape[3] / 3)
 
 
@@ -148,7 +148,7 @@ def _autocontrast(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """Each channel's values replaced by their rank, as Pillow's ImageOps.equalize."""
+    """Equalize each channel's histogram, as Pillow's ImageOps.equalize does."""
     count, channels, height, width = images.shape
     levels = images.round().long().clamp(0, 255).reshape(count * channels, -1)
     histogram = torch.zeros(count * channels, 256, device=images.device)

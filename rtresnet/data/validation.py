@@ -1,8 +1,8 @@
-"""Checks the images of a data set: which cannot be read, which are the same, which are transparent.
+"""Check the images of a data set: which are broken, identical or transparent.
 
-Every image is looked at once, in threads. Whether it is decoded in full, or only its file's
-beginning and end are read, is the caller's choice: the first finds all damage, the second takes
-two short reads an image, whatever its size. Knows nothing of training.
+Every image is read once, in threads. The caller chooses whether it is decoded in full, which finds
+all damage, or only the beginning and end of its file are read, which takes two short reads per
+image. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ import numpy as np
 
 from rtresnet.core import hardware
 from rtresnet.core.errors import DataError
-from rtresnet.data.decode import Ends, declares_transparency
+from rtresnet.data.decode import FileEnds, declares_transparency
 from rtresnet.data.loader import prefetch_map
 from rtresnet.data.sources import Arrays, Source
 
-CHUNK = 64  # images a thread takes at a time
-READERS_A_CORE = 4  # reading a file's ends is waiting for a disk
+CHUNK = 64  # images per task
+READERS_PER_CORE = 4  # reading the ends of files waits for the disk
 
 Progress = Callable[[int, int], None]
-"""Called with the number of images that are done, and of all images."""
+"""Called with the number of images done and the number of all images."""
 
 
 @dataclass(kw_only=True)
 class Scan:
-    """What a look at some of a source's images has shown.
+    """What reading some of a source's images showed.
 
     Attributes:
         indices: Which images, int64 [N].
-        keys: uint64 [N], the same for images that are stored as the same bytes, and with near
-            certainty for those only.
-        broken: Image's index to what is wrong with it; the text names the file.
-        transparent: How many images declare an alpha channel or a transparent colour.
+        keys: uint64 [N], equal for images stored as the same bytes, and almost only for those.
+        broken: Index of a broken image to its error, which names the file.
+        transparent: Number of images that declare an alpha channel or a transparent colour.
     """
 
     indices: np.ndarray
@@ -44,7 +43,7 @@ class Scan:
     transparent: int
 
     def of(self, chosen: np.ndarray) -> Scan:
-        """Keys of some of the images; what else was found is left out."""
+        """Return the keys of some of the images, without the rest."""
         kept = np.isin(self.indices, chosen)
         return Scan(indices=self.indices[kept], keys=self.keys[kept], broken={}, transparent=0)
 
@@ -56,17 +55,17 @@ def scan(
     decode: Callable[[int], object] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Scan:
-    """Looks at images.
+    """Check images.
 
     Args:
         source: The images.
         indices: Which of them, int64 [N].
-        decode: Decodes the image of an index, and may keep the pixels. By default only those are
-            decoded, at their smallest, whose files do not begin and end as their formats ask.
+        decode: Decodes the image of an index, and may keep the pixels. By default only images
+            whose files look incomplete are decoded, at their smallest.
         progress: Called after every few images.
     """
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-    threads = hardware.cores() * (1 if decode else READERS_A_CORE)
+    threads = hardware.cores() * (1 if decode else READERS_PER_CORE)
     parts, done = [], 0
     for chunk, part in prefetch_map(lambda chunk: _scan(source, chunk, decode), chunks, threads):
         parts.append(part)
@@ -76,7 +75,7 @@ def scan(
 
 
 def merged(scans: Sequence[Scan]) -> Scan:
-    """Scans of different images of one source as one, in the source's order."""
+    """Combine scans of different images of one source, in the source's order."""
     indices = np.concatenate([np.empty(0, np.int64), *(entry.indices for entry in scans)])
     keys = np.concatenate([np.empty(0, np.uint64), *(entry.keys for entry in scans)])
     order = np.argsort(indices)
@@ -101,7 +100,7 @@ def _scan(source: Source, chunk: np.ndarray, decode: Callable[[int], object] | N
                 source.image(index, 1)
             if not isinstance(source, Arrays):
                 transparent += _transparent(source, index, ends)
-        except DataError as error:  # also of a file that cannot be opened
+        except DataError as error:  # also if the file cannot be opened
             broken[index] = str(error)
         else:
             digest = hashlib.blake2b(b"%d " % ends.size + ends.tail, digest_size=8).digest()
@@ -109,36 +108,36 @@ def _scan(source: Source, chunk: np.ndarray, decode: Callable[[int], object] | N
     return Scan(indices=chunk, keys=keys, broken=broken, transparent=transparent)
 
 
-def _transparent(source: Source, index: int, ends: Ends) -> bool:
+def _transparent(source: Source, index: int, ends: FileEnds) -> bool:
     if ends.jpeg:
         return False
     known = declares_transparency(ends.head)
     return bool(declares_transparency(source.content(index)) if known is None else known)
 
 
-def identical(source: Source, scan: Scan, other: Source, its: Scan) -> list[tuple[int, int]]:
-    """Images of `other` that are stored as the same bytes as one of `source`.
+def identical(source: Source, scan: Scan, other: Source, other_scan: Scan) -> list[tuple[int, int]]:
+    """Find images of `other` that are stored as the same bytes as one of `source`.
 
-    The same photograph at another size or compression is not found.
+    Does not find the same photograph at another size or compression.
 
     Args:
         source: Images.
-        scan: Of those that count.
-        other: Images to be looked for; may be the same source.
-        its: Of those that count.
+        scan: Of the images of `source` to compare.
+        other: Images to look for; may be the same source.
+        other_scan: Of the images of `other` to compare.
 
     Returns:
         (index in `source`, index in `other`), one pair for each such image of `other`.
     """
-    common = np.intersect1d(scan.keys, its.keys)
-    ours: dict[bytes, int] = {}
+    common = np.intersect1d(scan.keys, other_scan.keys)
+    known: dict[bytes, int] = {}
     for index in scan.indices[np.isin(scan.keys, common)]:
-        ours.setdefault(_digest(source, int(index)), int(index))
+        known.setdefault(_digest(source, int(index)), int(index))
     pairs = []
-    for index in np.sort(its.indices[np.isin(its.keys, common)]):
+    for index in np.sort(other_scan.indices[np.isin(other_scan.keys, common)]):
         digest = _digest(other, int(index))
-        if digest in ours:
-            pairs.append((ours[digest], int(index)))
+        if digest in known:
+            pairs.append((known[digest], int(index)))
     return pairs
 
 

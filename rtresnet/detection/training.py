@@ -36,9 +36,8 @@ from rtresnet.detection.recipe import DetectionRecipe
 from rtresnet.models import checkpoint as files
 from rtresnet.models import zoo
 from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.training.config import Progress
-from rtresnet.training.run_state import check_folder, drop_stale_sidecar, on_cpu
-from rtresnet.training.signals import Stop, defer_signals
+from rtresnet.training.checkpointing import check_folder, drop_stale_sidecar, state_of
+from rtresnet.training.loop import Progress, Stop, defer_signals
 
 ORDER, MIRROR, SAMPLE = range(3)  # purposes of random generators: no two share a stream
 LOSSES = ("rpn_class", "rpn_box", "head_class", "head_box")
@@ -211,7 +210,7 @@ class _Run:
                     seconds_left=(now - self.started_at) / done * (self.total - self.step),
                 )
             )  # fmt: skip
-            if stop.asked:
+            if stop.requested:
                 self._save()
                 raise KeyboardInterrupt
             if now - self.saved_at >= self.job.save_every:
@@ -358,7 +357,7 @@ class _Run:
             model=files.model_of(job.spec, job.source.classes),
             input=job.preprocess,
             weights=Weights(origin="trained", source=job.source.name),
-            state=on_cpu(self.net),
+            state=state_of(self.net),
             training=training,
             measured=measured,
             detection=job.detection,

@@ -6,6 +6,7 @@ inserted as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -101,17 +102,16 @@ def write_training(result: TrainResult) -> Path:
     )
     kept = ", ".join(
         f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in result.measured.items()
+        for name, value in dataclasses.asdict(result.measured).items()
         if value is not None
     )
-    recipe, images = result.details
     text = render(
         "training.html",
         title=result.title,
         kept=kept,
         curve=plots.svg(figure, "training and held-out error against epochs"),
-        images=images,
-        recipe=recipe,
+        images="\n".join(result.images.lines()) if result.images else None,
+        recipe="\n".join(result.recipe.lines()),
         epochs=epochs,
     )
     atomic_io.write_text(folder / "index.html", text)

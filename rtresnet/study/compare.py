@@ -21,9 +21,8 @@ from rtresnet.models import zoo
 from rtresnet.models.resnet import multiply_adds
 from rtresnet.models.zoo import Spec
 from rtresnet.study.runs import Outcome, Run
-from rtresnet.training import recipes, train_loader
-from rtresnet.training.config import TrainJob
-from rtresnet.training.recipe import Recipe
+from rtresnet.training import loader, recipes
+from rtresnet.training.config import Recipe, TrainJob
 
 ERRORS = ("train_error", "val_error", "test_error")
 
@@ -251,7 +250,7 @@ def length(run: Run) -> Length:
     """Of a run that need not have begun."""
     job, recipe = run.job, run.job.recipe
     paper: Recipe = recipes.PAPER_CIFAR if job.spec.family == "cifar" else recipes.PAPER_IMAGENET
-    images = len(train_loader.split(job.source, recipe.seed, recipe.holdout).train)
+    images = len(loader.split(job.source, recipe.seed, recipe.holdout).train)
     return Length(
         images=images,
         steps=recipe.total(max(1, images // recipe.batch)),

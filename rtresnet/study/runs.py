@@ -17,8 +17,9 @@ from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.models import checkpoint
-from rtresnet.training import loop, run_state
-from rtresnet.training.config import Listener, TrainJob, resolve_job
+from rtresnet.training import checkpointing, loop
+from rtresnet.training.config import TrainJob
+from rtresnet.training.loop import StepListener, resolve_job
 
 DIVERGED = "diverged.json"
 
@@ -89,7 +90,7 @@ def found(run: Run) -> Outcome | None:
         return Outcome(run=run, diverged=record["message"])
     if not (out / "last.pt").exists():
         return None
-    last = run_state.saved_run(out)
+    last = checkpointing.saved_run(out)
     _require_same(run, last.training | {"model": dataclasses.asdict(last.model)})
     best = checkpoint.load(out / "best.pt") if (out / "best.pt").exists() else last
     return _finished(run, best.measured) if "test_top1" in best.measured else None
@@ -98,7 +99,7 @@ def found(run: Run) -> Outcome | None:
 def make(
     run: Run,
     *,
-    on_step: Listener = lambda progress: None,
+    on_step: StepListener = lambda progress: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Trains, or goes on where a run was interrupted.
@@ -140,7 +141,7 @@ def _identity(run: Run) -> dict[str, Any]:
 def _require_same(run: Run, record: dict[str, Any]) -> None:
     out, own = run.job.out, _identity(run)
     try:
-        run_state.check_same(out, record, resolve_job(run.job).recipe)
+        checkpointing.check_same_recipe(out, record["recipe"], resolve_job(run.job).recipe)
     except InputError as error:
         raise InputError(error.message, fix="give the study another --out") from None
     for name, what in (("model", "another net"), ("fingerprint", "other images")):

@@ -1,38 +1,49 @@
-"""What a run leaves in its folder, and how it is taken up again.
+"""The folder of a run: created, locked, written, resumed.
 
     best.pt     the epoch with the highest accuracy on the held-out images, the last of equals
-    last.pt     the latest state, with all that --resume needs
-    log.jsonl   a line an epoch
+    last.pt     the latest state, with everything that --resume needs
+    log.jsonl   one line per epoch
 
-Files are replaced whole, best.pt before last.pt. last.pt holds what does not follow from the number
-of a step: weights, momentum, averages, the step, the epoch's sums so far, the log.
+Files are replaced atomically, best.pt before last.pt. last.pt holds what does not follow from the
+number of the step: weights, momentum, averages, the step, the epoch's sums so far, the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from rtresnet.core import atomic_io
-from rtresnet.core.errors import InputError
+from rtresnet.core import artifacts, atomic_io, locks
+from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.labels import LabelMap, match
+from rtresnet.core.locks import LockedError, Warn
 from rtresnet.core.sidecar import Model, Weights
+from rtresnet.data.sources import Source
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.onnxlib.metadata import TrainedScales
-from rtresnet.training.config import TrainJob
+from rtresnet.training.config import Recipe, TrainJob
+from rtresnet.training.dataset import BROKEN_LIST
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
-from rtresnet.training.run_state import as_kept, as_loaded, check_same, on_cpu, saved_run
 from rtresnet.training.step import Stepper
+
+RUNS = Path("runs")
 
 
 @dataclass(kw_only=True)
 class EpochStats:
-    """What an epoch's record is made of, so far. Counts are of all processes' images."""
+    """Sums over the steps of an epoch so far, over all processes' images."""
 
     loss: float = 0.0
     hits: float = 0.0
@@ -42,7 +53,7 @@ class EpochStats:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Where a run stands: steps done, best accuracy so far in %, the epochs' records."""
+    """State of a run: steps done, best accuracy so far in %, the epochs' records."""
 
     step: int = 0
     best: float = -1.0
@@ -50,30 +61,16 @@ class RunState:
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
-def load_state(job: TrainJob, world: World) -> Checkpoint:
-    """A run's last.pt, to go on from.
-
-    Raises:
-        InputError: There is none, or its recipe is not the job's.
-    """
-    if world.is_main:  # which drops a stale sidecar before the others read it
-        saved_run(job.out)
-    world.barrier()
-    last = saved_run(job.out)
-    check_same(job.out, last.training, job.recipe)
-    return last
-
-
 class CheckpointManager:
-    """Writes a run's folder; of several processes, the first does.
+    """Writes a run's folder; with several processes, the main one does.
 
     Args:
         job: Whose folder.
-        model: What is trained, as its checkpoints say.
+        model: The net's description for checkpoints.
         total: Steps of the whole run.
-        images: How many it trains on.
-        data: What was found out about its images; see `DataReport.record`.
-        world: Which of several processes this is.
+        images: Number of training images.
+        data: The report on its images; see `DataReport.record`.
+        world: This process among several.
     """
 
     def __init__(
@@ -90,42 +87,43 @@ class CheckpointManager:
         self.total, self.images, self.data = total, images, data
         self.fingerprint = job.source.fingerprint()
 
-    def save_best(self, at: RunState, stepper: Stepper) -> None:
-        """best.pt: the net as it is now."""
+    def save_best(self, state: RunState, stepper: Stepper) -> None:
+        """Write best.pt: the net as it is now."""
         if self.world.is_main:
-            kept = self._checkpoint(stepper, self._about(), at)
-            checkpoint.save(self.job.out / "best.pt", kept)
+            best = self._checkpoint(stepper, self._run_record(), state)
+            checkpoint.save(self.job.out / "best.pt", best)
 
-    def save_last(self, at: RunState, stepper: Stepper) -> None:
-        """last.pt: all that `restore` needs."""
+    def save_last(self, state: RunState, stepper: Stepper) -> None:
+        """Write last.pt, with everything that `restore` needs."""
         if not self.world.is_main:
             return
-        state = self._about() | {
-            "step": at.step,
-            "best": at.best,
-            "log": at.log,
-            "sums": dataclasses.asdict(at.sums),
+        record = self._run_record() | {
+            "step": state.step,
+            "best": state.best,
+            "log": state.log,
+            "sums": dataclasses.asdict(state.sums),
             "launch": self.world.launch,
             "optimizer": stepper.optimizer.state_dict(),
             "scaler": stepper.scaler.state_dict(),
-            # Nothing draws from it in training; kept so that nothing can come to depend on it.
+            # Training draws nothing from it; kept so that nothing can come to depend on it.
             "random": torch.get_rng_state(),
         }
         if stepper.average:
-            state |= {"weights": on_cpu(stepper.net), "updates": stepper.average.updates}
-        checkpoint.save(self.job.out / "last.pt", self._checkpoint(stepper, state, at))
+            weights = {name: t.detach().cpu() for name, t in stepper.net.state_dict().items()}
+            record |= {"weights": weights, "updates": stepper.average.updates}
+        checkpoint.save(self.job.out / "last.pt", self._checkpoint(stepper, record, state))
 
-    def write_log(self, at: RunState) -> None:
-        """log.jsonl, whole."""
+    def write_log(self, state: RunState) -> None:
+        """Write log.jsonl."""
         if self.world.is_main:
-            lines = "".join(json.dumps(entry) + "\n" for entry in at.log)
+            lines = "".join(json.dumps(entry) + "\n" for entry in state.log)
             atomic_io.write_text(self.job.out / "log.jsonl", lines)
 
     def restore(self, stepper: Stepper, last: Checkpoint) -> RunState:
-        """Takes up the state of last.pt.
+        """Restore the state of last.pt.
 
         Raises:
-            InputError: It is of another run.
+            InputError: It belongs to another net or other images.
         """
         out, saved = self.job.out, last.training
         if last.model != self.model or saved["fingerprint"] != self.fingerprint:
@@ -135,21 +133,17 @@ class CheckpointManager:
                 fix="train into another --out",
             )
         if stepper.average:
-            stepper.average.restore(as_loaded(stepper.average.net, last), saved["updates"])
+            stepper.average.restore(state_from(last, stepper.average.net), saved["updates"])
         stepper.net.load_state_dict(
-            saved["weights"] if stepper.average else as_loaded(stepper.net, last)
+            saved["weights"] if stepper.average else state_from(last, stepper.net)
         )
         stepper.optimizer.load_state_dict(saved["optimizer"])
         stepper.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
-        return RunState(
-            step=saved["step"],
-            best=saved["best"],
-            log=saved["log"],
-            sums=EpochStats(**saved["sums"]),
-        )
+        sums = EpochStats(**saved["sums"])
+        return RunState(step=saved["step"], best=saved["best"], log=saved["log"], sums=sums)
 
-    def _about(self) -> dict[str, Any]:
+    def _run_record(self) -> dict[str, Any]:
         return {
             "recipe": dataclasses.asdict(self.job.recipe),
             "data": self.job.source.name,
@@ -158,27 +152,234 @@ class CheckpointManager:
             "images": self.data,
         }
 
-    def _checkpoint(self, stepper: Stepper, training: dict[str, Any], at: RunState) -> Checkpoint:
-        measured = {}
-        if at.log:
-            measured = {name: at.log[-1][name] for name in ("val_top1", "val_n", "epoch")}
+    def _checkpoint(
+        self, stepper: Stepper, training: dict[str, Any], state: RunState
+    ) -> Checkpoint:
+        net, measured, learned = stepper.kept, {}, None
+        if state.log:
+            measured = {name: state.log[-1][name] for name in ("val_top1", "val_n", "epoch")}
+        if isinstance(net, FakeQuantized):
+            learned = TrainedScales(
+                scales=net.named_scales(),
+                images=self.job.source.name,
+                images_sha256=self.fingerprint,
+                n=self.images,
+            )
         return Checkpoint(
             model=self.model,
             input=self.job.preprocess,
             weights=Weights(origin="trained", source=self.job.source.name),
-            state=as_kept(stepper.kept),
-            learned=self._learned(stepper),
+            state=state_of(net),
+            learned=learned,
             training=training,
             measured=measured,
         )
 
-    def _learned(self, stepper: Stepper) -> TrainedScales | None:
-        kept = stepper.kept
-        if not isinstance(kept, FakeQuantized):
-            return None
-        return TrainedScales(
-            scales=kept.named_scales(),
-            images=self.job.source.name,
-            images_sha256=self.fingerprint,
-            n=self.images,
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """Return a net's tensors for a checkpoint: on the CPU, under the zoo's names."""
+    plain = net.net if isinstance(net, FakeQuantized) else net
+    return {name: tensor.detach().cpu() for name, tensor in plain.state_dict().items()}
+
+
+def state_from(saved: Checkpoint, net: nn.Module) -> dict[str, Tensor]:
+    """Return what `net.load_state_dict` takes, including trained scales; see `state_of`."""
+    if not isinstance(net, FakeQuantized):
+        return saved.state
+    assert saved.learned is not None
+    scales = torch.tensor([saved.learned.scales[name] for name in net.places])
+    return {f"net.{name}": tensor for name, tensor in saved.state.items()} | {"scales": scales}
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Check that a run may start, or resume, in a folder.
+
+    Raises:
+        InputError: It holds a run and `resume` is False, or none and `resume` is True.
+    """
+    exists = (out / "last.pt").exists()
+    if exists and not resume:
+        raise InputError(f"{out}: already holds a run", fix="add --resume, or another --out")
+    if resume and not exists:
+        raise InputError(f"{out}: no saved state to resume", fix="start without --resume")
+
+
+def saved_run(out: Path) -> Checkpoint:
+    """Load the state of a run from its last.pt.
+
+    Raises:
+        InputError: There is none, or the file holds only a net.
+    """
+    check_folder(out, resume=True)
+    for name in ("best.pt", "last.pt"):
+        drop_stale_sidecar(out / name)
+    last = checkpoint.load(out / "last.pt")
+    if not {"recipe", "fingerprint", "step", "sums", "optimizer"} <= last.training.keys():
+        raise InputError(
+            f"{out / 'last.pt'}: holds no state of a run",
+            fix=f"train from it instead: --weights {out / 'last.pt'} with another --out",
         )
+    return last
+
+
+def load_state(job: TrainJob, world: World) -> Checkpoint:
+    """Load the last.pt of a job's run, in every process.
+
+    Raises:
+        InputError: There is none, or its recipe is not the job's.
+    """
+    if world.is_main:  # which drops a stale sidecar before the others read it
+        saved_run(job.out)
+    world.barrier()
+    last = saved_run(job.out)
+    check_same_recipe(job.out, last.training["recipe"], job.recipe)
+    return last
+
+
+def launch_of(out: Path) -> str | None:
+    """Return the torchrun launch that last saved a run's state; None if there is no state."""
+    try:
+        return str(saved_run(out).training.get("launch", ""))
+    except InputError:
+        return None
+
+
+def check_same_recipe(out: Path, stored: dict[str, Any], recipe: Recipe) -> None:
+    """Check that a run is resumed with its own recipe.
+
+    Raises:
+        InputError: Names the fields that differ.
+    """
+    changed = recipe.changes_from(stored)
+    if changed:
+        raise InputError(
+            f"{out}: its run has another recipe ({', '.join(changed)})",
+            fix="resume with the same options, or train into another --out",
+        )
+
+
+def drop_stale_sidecar(path: Path) -> None:
+    """Remove an old sidecar that a kill left between replacing a file and its sidecar.
+
+    The file is complete, because it is replaced atomically, and describes itself.
+    """
+    try:
+        artifacts.verify(path)
+    except ArtifactError:
+        artifacts.sidecar_path(path).unlink(missing_ok=True)
+    except InputError:  # no such file yet
+        return
+
+
+def load_start(net: nn.Module, start: Checkpoint, source: Source) -> str | None:
+    """Load the weights to start from.
+
+    If the classes are the same, the rows of the last layer are kept, in the order of the new data;
+    else the last layer stays untrained.
+
+    Args:
+        net: Changed.
+        start: The weights.
+        source: The training images.
+
+    Returns:
+        A note on the last layer, unless it is kept unchanged.
+
+    Raises:
+        InputError: The checkpoint has another architecture.
+    """
+    state = dict(start.state)
+    own = net.state_dict()
+    mapping, note = _same_classes(start, source)
+    for name in ("fc.weight", "fc.bias"):
+        if mapping is None or state[name].shape != own[name].shape:
+            state[name] = own[name]
+        else:
+            state[name] = state[name][list(mapping.indices)]
+    if any(name not in state or state[name].shape != own[name].shape for name in own):
+        raise InputError(
+            f"the weights are those of {start.model.architecture}",
+            fix=f"--model {start.model.architecture}",
+        )
+    net.load_state_dict(state)
+    return note
+
+
+def _same_classes(start: Checkpoint, source: Source) -> tuple[LabelMap | None, str | None]:
+    """Match the data's classes with a checkpoint's: the map (None if they differ) and a note."""
+    try:
+        mapping = match(
+            start.model.classes, source.classes, data_named=source.named,
+            model_name="the checkpoint", data_name=source.name,
+        )  # fmt: skip
+    except InputError:
+        mapping = None
+    if mapping is None or not mapping.is_permutation:
+        return None, "the checkpoint has other classes: the last layer (fc) starts untrained"
+    if mapping.by == "position":
+        return mapping, f"the last layer (fc) is kept; {mapping.assumptions()[0]}"
+    if not mapping.in_order:
+        return mapping, "the last layer (fc) is kept, its rows in the order of the data's classes"
+    return mapping, None
+
+
+@contextlib.contextmanager
+def new_folder(model: str | None, data: str | None, *, warn: Warn) -> Iterator[Path]:
+    """Create and lock runs/MODEL-DATA, numbered from the second run on.
+
+    Uses the first number without a run. A folder with only the list of broken images belongs to a
+    run that never started, and is used again.
+
+    Args:
+        model: Name of the net; None is the default.
+        data: The data as on the command line; None is the default.
+        warn: See `locks.hold_folder`.
+
+    Raises:
+        InputError: The folder cannot be created or written into.
+    """
+    for folder in _numbered(model, data):
+        exists = folder.exists()
+        if exists and not _is_unused(folder):
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locks.hold_folder(folder, warn=warn, exclusive=not exists))
+            except (LockedError, FileExistsError):  # another process was faster
+                continue
+            if _is_unused(folder):  # a run may have finished there since
+                yield folder
+                return
+
+
+def latest_folder(model: str | None, data: str | None) -> Path:
+    """Return the folder of the latest run of a net on data; without either, of all runs.
+
+    If there is none, the folder that the first such run would have.
+    """
+    if model is None and data is None:
+        states = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+        if states:
+            return states[-1].parent
+    folders = _numbered(model, data)
+    latest = next(folders)
+    for folder in itertools.takewhile(Path.exists, folders):
+        latest = folder
+    return latest
+
+
+def _numbered(model: str | None, data: str | None) -> Iterator[Path]:
+    """The folders of a net's runs on data, in order, whether they exist or not."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", data or "digits").strip("-")[-40:]
+    base = RUNS / f"{model or 'resnet20'}-{words}"
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether no run has left anything in a folder."""
+    try:
+        return {entry.name for entry in folder.iterdir()} <= {BROKEN_LIST, locks.FOLDER_LOCK}
+    except OSError:  # a file, or not readable
+        return False

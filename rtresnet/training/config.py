@@ -1,39 +1,261 @@
-"""What to train on what, and what is told on the way. `loop.py` does it."""
+"""The recipe of a run, and the job: which net is trained on which images.
+
+What a step computes follows from the recipe and the step's number alone: learning rate and image
+size here, images and augmentation in `loader.py`. Resuming needs no scheduler state. The named
+recipes are in `recipes.py`. Imports no torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from rtresnet.core.config import Config, option
+from rtresnet.core.errors import InputError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data.sources import Source
-from rtresnet.models import zoo
-from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.training.recipe import Recipe
-from rtresnet.training.step import settle_precision
 
+if TYPE_CHECKING:
+    from rtresnet.data.sources import Source
+    from rtresnet.models import zoo
+    from rtresnet.models.checkpoint import Checkpoint
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SAVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """Everything that determines a run, except data and net.
+
+    Each field says what it does in `dataclasses.fields(Recipe)[i].metadata["option"].help`.
+
+    Raises:
+        InputError: A value is out of bounds or contradicts another one.
+        UnknownNameError: A value is none of the choices.
+    """
+
+    name: str = option("custom", "Named recipe that this one was derived from.")
+    epochs: int = option(
+        dataclasses.MISSING, "Passes over the training images, if steps is 0.",
+        minimum=1, maximum=1e6,
+    )  # fmt: skip
+    steps: int = option(0, "Length of the run in steps; 0 uses epochs.", minimum=0, maximum=1e9)
+    batch: int = option(128, "Images per step, over all processes.", minimum=1, maximum=1e6)
+    accumulate: int = option(
+        1, "Equal parts that a batch is computed in, to save memory.", minimum=1, maximum=1e4
+    )
+    holdout: float = option(
+        0.1, "Share of training images held out to select the epoch; 0 keeps the last epoch.",
+        minimum=0, maximum=0.5,
+    )  # fmt: skip
+    seed: int = option(
+        0, "Random seed of initialization, order and augmentation.", minimum=0, maximum=2**31
+    )
+
+    lr: float = option(0.1, "Learning rate at the end of the warm-up.", minimum=1e-12, maximum=100)
+    schedule: Literal["steps", "cosine", "linear"] = option(
+        "steps",
+        "Rate after the warm-up: divided by 10 at each milestone, or falling to final_lr times lr.",
+    )
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.75), "Fractions of the run, for the schedule steps."
+    )
+    warmup: float = option(0.0, "Length of the warm-up, as a fraction of the run.",
+                           minimum=0, maximum=1)  # fmt: skip
+    warmup_from: float = option(0.1, "Rate at step 0 as a fraction of lr.", minimum=0, maximum=1)
+    warmup_shape: Literal["linear", "constant"] = option(
+        "linear", "Warm-up that rises linearly, or stays constant and then jumps to lr."
+    )
+    final_lr: float = option(0.0, "Last rate as a fraction of lr.", minimum=0, maximum=1)
+    momentum: float = option(0.9, "Momentum of SGD.", minimum=0, maximum=0.9999)
+    nesterov: bool = option(False, "Use Nesterov momentum.")
+    weight_decay: float = option(1e-4, "Weight decay of SGD.", minimum=0, maximum=1)
+    decay_norms: bool = option(
+        True, "Apply weight decay to batch norms and biases too, as in the paper."
+    )
+    clip: float = option(0.0, "Largest norm of the gradient; 0 is off.", minimum=0, maximum=1e9)
+
+    label_smoothing: float = option(
+        0.0, "Share of the target that is spread over all classes.", minimum=0, maximum=0.9
+    )
+    mixup: float = option(
+        0.0,
+        "Alpha of mixup's beta distribution; 0 is off. With cutmix, each batch takes one of the "
+        "two at random.",
+        minimum=0,
+        maximum=10,
+    )
+    cutmix: float = option(0.0, "Alpha of cutmix's beta distribution; 0 is off.",
+                           minimum=0, maximum=10)  # fmt: skip
+    padding: int = option(
+        4, "Pixels around a small image before the random crop; 0 is off.", minimum=0, maximum=32
+    )
+    padding_mode: Literal["zeros", "reflect"] = option("zeros", "Content of the padding.")
+    crop: Literal["scale", "area"] = option(
+        "scale", "Crop of a photograph: the paper's (section 3.4), or Szegedy et al.'s (2015)."
+    )
+    area: tuple[float, ...] = option(
+        (0.08, 1.0), "Smallest and largest share of the photograph, for the crop area."
+    )
+    flip: Literal["none", "random", "alternate"] = option(
+        "random", "Mirror images: never, at random, or in every other epoch."
+    )
+    colour: float = option(
+        0.0, "Standard deviation of AlexNet's shift along the principal colours; 0 is off.",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    trivial_augment: bool = option(
+        False, "Apply one random operation of random strength (Mueller and Hutter, 2021)."
+    )
+    erasing: float = option(
+        0.0, "Share of images with a random rectangle erased (Zhong et al., 2017).",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    train_scale: float = option(
+        1.0, "Side of a training image relative to evaluation.", minimum=0.1, maximum=1
+    )
+    progressive: tuple[tuple[float, float], ...] = option(
+        (), "Pairs START:SCALE: from this fraction of the run, this share of the training side."
+    )
+
+    ema: float = option(
+        0.0, "Decay of the moving average of the weights that is evaluated and kept; 0 is off.",
+        minimum=0, maximum=0.999999,
+    )  # fmt: skip
+    bn_images: int = option(
+        0, "Training images to recompute batch norm's statistics from after training; 0 is off.",
+        minimum=0, maximum=1e7,
+    )  # fmt: skip
+    freeze: int = option(
+        0, "Leading parts of the net that are not trained: 1 the stem, 2 also stage 1, ...",
+        minimum=0, maximum=5,
+    )  # fmt: skip
+    precision: Precision = option(
+        "auto", "Precision of forward and backward pass; auto is bf16 where the device computes in "
+        "it, else fp16 on a GPU with tensor cores, else fp32.",
+    )  # fmt: skip
+    compile: bool = option(False, "Compile the net with torch.compile.")
+    qat: bool = option(False, "Train with the rounding of the INT8 file (quantization-aware).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch % self.accumulate:
+            raise InputError(f"a batch of {self.batch} has no {self.accumulate} equal parts")
+        if list(self.milestones) != sorted(self.milestones):
+            raise InputError(f"milestones={self.milestones}: must rise")
+        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
+            raise InputError(f"area={self.area}: needs two shares, the smaller first")
+        if any(not 0 < share <= 1 for _, share in self.progressive):
+            raise InputError(f"progressive={self.progressive}: a share is above 0 and at most 1")
+        if self.qat and self.precision in ("bf16", "fp16"):
+            raise InputError(
+                f"precision={self.precision}: quantization-aware training computes in float32",
+                fix="--set precision=fp32",
+            )
+        if self.qat and self.bn_images:
+            raise InputError(
+                f"bn_images={self.bn_images}: quantization-aware training folds batch norm and "
+                "keeps its statistics",
+                fix="--set bn_images=0",
+            )
+
+    def total(self, steps_per_epoch: int) -> int:
+        """Return the number of steps of the run."""
+        return self.steps or self.epochs * steps_per_epoch
+
+    def lr_at(self, step: int, total: int) -> float:
+        """Return the learning rate of a step.
+
+        Args:
+            step: From 0.
+            total: Steps of the run.
+        """
+        ramp = self.warmup * total
+        if step < ramp:
+            risen = step / ramp if self.warmup_shape == "linear" else 0.0
+            return self.lr * (self.warmup_from + (1 - self.warmup_from) * risen)
+        if self.schedule == "steps":
+            return float(self.lr * 0.1 ** sum(step / total >= mark for mark in self.milestones))
+        done = (step - ramp) / max(total - ramp, 1)
+        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.lr * (self.final_lr + (1 - self.final_lr) * left)
+
+    def side_at(self, step: int, total: int, size: int) -> int:
+        """Return the side of the training images at a step: `size`, or a multiple of 4 below."""
+        share = self.train_scale
+        for start, smaller in self.progressive:
+            if step >= start * total:
+                share = self.train_scale * smaller
+        return size if share == 1 else min(size, max(4, 4 * round(size * share / 4)))
+
+    def changes_from(self, stored: Mapping[str, Any]) -> list[str]:
+        """Compare with a recipe that a checkpoint stores; returns `field old -> new` entries.
+
+        A field that an older version did not store had its default's effect.
+        """
+        old = dataclasses.asdict(Recipe(epochs=1)) | {"epochs": None} | dict(stored)
+        return [
+            f"{name} {old[name]} -> {value}"
+            for name, value in dataclasses.asdict(self).items()
+            if _as_lists(value) != _as_lists(old[name])
+        ]
+
+    def lines(self) -> list[str]:
+        """Describe the recipe as lines of `field=value`, without unused fields; 78 columns."""
+        unused = {"name"}
+        if self.schedule != "steps":
+            unused |= {"milestones"}
+        if self.crop != "area":
+            unused |= {"area"}
+        if self.steps:
+            unused |= {"epochs"}
+        if not self.warmup:
+            unused |= {"warmup_from", "warmup_shape"}
+        entries = [
+            f"{field}={text(value)}"
+            for field, value in dataclasses.asdict(self).items()
+            if field == "seed" or (field not in unused and value not in (0, 0.0, (), False))
+        ]
+        lines = [f"recipe {self.name}:"]
+        for entry in entries:
+            if len(lines[-1]) + 1 + len(entry) > 78:
+                lines.append(" ")
+            lines[-1] += " " + entry
+        return lines
+
+
+def text(value: Any) -> str:
+    """Format a recipe's value."""
+    if isinstance(value, tuple | list):
+        return "(" + ",".join(text(entry) for entry in value) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What to train on what.
+    """Which net is trained on which images, and where.
 
     Attributes:
         spec: The net.
-        source: The training images, also those to be held out.
-        test: The set's own test split, or None where the data has no splits.
+        source: The training images, including those to hold out.
+        test: The data set's own test split, or None if it has no splits.
         preprocess: The net's input contract.
-        recipe: How.
+        recipe: How it is trained.
         out: The run's folder.
         device: "cpu", "cuda" or "cuda:N".
-        start: Weights to go on from.
+        start: Weights to start from.
         save_every: Seconds between writes of last.pt within an epoch.
-        cached: Whether decoded photographs are kept in memory where they fit.
-        max_broken: The share of images that may be broken, in [0, 1]; they are left out.
-        decode_all: Whether every image is decoded before the first epoch, also where the decoded
+        cached: Whether decoded photographs are kept in memory if they fit.
+        max_broken: Share of images that may be broken, in [0, 1]; they are left out.
+        decode_all: Whether every image is decoded before the first epoch even if the decoded
             images do not fit into memory.
     """
 
@@ -49,31 +271,3 @@ class TrainJob:
     cached: bool = True
     max_broken: float = 0.0
     decode_all: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Told after every step.
-
-    Attributes:
-        epoch: From 0.
-        step: Steps done, of `total`.
-        seconds_left: An estimate, evaluations included.
-    """
-
-    epoch: int
-    step: int
-    total: int
-    loss: float
-    lr: float
-    images_per_second: float
-    seconds_left: float
-
-
-Listener = Callable[[Progress], None]
-
-
-def resolve_job(job: TrainJob) -> TrainJob:
-    """The job with what "auto" means on its device."""
-    precision = settle_precision(job.recipe, job.device)
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, precision=precision))

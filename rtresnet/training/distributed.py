@@ -1,9 +1,9 @@
-"""One of several processes, as torchrun starts them; alone, everything here is the identity.
+"""Training in several processes; with a single process every function is the identity.
 
     torchrun --nproc-per-node 8 -m rtresnet train ...
 
-torchrun's environment variables say which process this is. Each holds the whole net, takes its
-part of every batch, and the gradients are averaged (torch's DistributedDataParallel).
+torchrun's environment variables identify the process. Each process has the whole net and computes
+its part of every batch; torch's DistributedDataParallel averages the gradients.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, of how many.
+    """This process among those that train together.
 
     Attributes:
-        rank: From 0; rank 0 writes the files and the lines.
-        size: Processes.
-        restarts: How often torchrun has restarted this group.
-        launch: torchrun's name for all of it, the same after a restart.
+        rank: From 0; rank 0 is the main process, which writes files and messages.
+        size: Number of processes.
+        restarts: How often torchrun has restarted the group.
+        launch: torchrun's identifier of the launch, the same after a restart.
     """
 
     rank: int = 0
@@ -45,15 +45,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def shard(self, indices: np.ndarray) -> np.ndarray:
-        """This process's part of the images, each in exactly one: no padding to equal lengths."""
+        """Return this process's part of the images; each image is in exactly one part."""
         return indices[self.rank :: self.size]
 
     def sums(self, values: np.ndarray, device: str) -> np.ndarray:
-        """The element-wise sum over all processes of float64 numbers."""
+        """Sum float64 numbers element by element over all processes."""
         if self.size == 1:
             return values
         total = torch.from_numpy(np.asarray(values, np.float64)).to(device)
@@ -61,15 +61,15 @@ class World:
         return total.cpu().numpy()
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return the main process's value in every process."""
         if self.size == 1:
             return value
-        held = [value]
-        distributed.broadcast_object_list(held, 0)
-        return held[0]
+        values = [value]
+        distributed.broadcast_object_list(values, 0)
+        return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -77,25 +77,25 @@ class World:
         return cast(list[T], values)
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             distributed.barrier()
 
     def align_buffers(self, net: nn.Module) -> None:
-        """Gives every process rank 0's batch norm statistics."""
+        """Copy the main process's batch norm statistics to every process."""
         if self.size > 1:
             for buffer in net.buffers():
                 distributed.broadcast(buffer, 0)
 
     def wrap(self, net: nn.Module, device: str) -> nn.Module:
-        """The net with averaged gradients."""
+        """Wrap a net so that its gradients are averaged over the processes."""
         if self.size == 1:
             return net
         ids = [torch.device(device).index] if device.startswith("cuda") else None
         return nn.parallel.DistributedDataParallel(net, device_ids=ids)
 
     def part(self, batch: int, accumulate: int, micro: int) -> slice:
-        """Where in a batch this process's `micro`-th part lies."""
+        """Return the slice of a batch that is this process's `micro`-th part."""
         length = batch // (self.size * accumulate)
         start = (micro * self.size + self.rank) * length
         return slice(start, start + length)
@@ -105,16 +105,16 @@ ALONE = World()
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
 def world(device: str) -> Iterator[tuple[World, str]]:
-    """Joins the group that torchrun made, if it did.
+    """Join torchrun's process group, if there is one.
 
     Yields:
-        The world, and this process's device ("cuda" becomes its own "cuda:N").
+        The world, and this process's device ("cuda" becomes "cuda:N").
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -125,8 +125,8 @@ def world(device: str) -> Iterator[tuple[World, str]]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
-    # torchrun keeps its store over a restart, and torch 2.13 no longer tells the attempts apart in
-    # it: a process would connect to the address of one that is gone.
+    # torchrun keeps its store across restarts, and torch 2.13 no longer separates the attempts in
+    # it: a process would connect to the address of a terminated one.
     store = PrefixStore(f"attempt {restarts}", store)
     distributed.init_process_group(
         "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size
@@ -140,31 +140,31 @@ def world(device: str) -> Iterator[tuple[World, str]]:
 
 
 def _leave_together() -> None:
-    """Returns when every process is here and gloo has let go of what it was given.
+    """Wait for all processes, and until gloo has released its tensors.
 
-    Its threads drop a collective's tensors a moment after it is done, for which they need Python's
-    lock. One that asks for it while Python ends aborts the process (torch 2.13), and torchrun then
-    ends the others, wherever they are.
+    gloo's threads release a collective's tensors shortly after it is done, and need the GIL for
+    it. A thread that requests the GIL while Python exits aborts the process (torch 2.13), and
+    torchrun then terminates the others.
     """
     for _ in range(2):  # gloo has two threads
         last = torch.zeros(1)
         distributed.all_reduce(last)
-        held = weakref.ref(last)
+        alive = weakref.ref(last)
         del last
-        while held() is not None:
+        while alive() is not None:
             time.sleep(0.001)
 
 
 def check_batch(batch: int, accumulate: int, world: World) -> None:
-    """Refuses a batch that cannot be shared out evenly.
+    """Check that a batch can be divided evenly.
 
     Raises:
-        InputError: It cannot; names the nearest that can.
+        InputError: It cannot; names the nearest batch that can.
     """
     parts = world.size * accumulate
     if batch % parts:
         nearest = max(1, round(batch / parts)) * parts
         raise InputError(
-            f"a batch of {batch} cannot be shared by {world.size} processes in {accumulate} parts",
+            f"a batch of {batch} cannot be divided: {world.size} processes x {accumulate} parts",
             fix=f"--batch {nearest}",
         )

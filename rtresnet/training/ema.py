@@ -1,4 +1,4 @@
-"""EMA weights, and re-estimation of batch norm's statistics."""
+"""Exponential moving average of weights, and re-estimation of batch norm's statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class ModelEma:
     """An exponential moving average of a net's weights and statistics.
 
-    Young averages forget faster, so that they do not remember the initialization: the decay of
-    update t is min(decay, (1 + t) / (10 + t)).
+    The decay of update t is min(decay, (1 + t) / (10 + t)), so that the average soon forgets the
+    initialization.
 
     Args:
         net: Copied.
@@ -26,14 +26,13 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
-        """Takes a step of `net` in."""
+        """Include the weights of `net` after a step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        ours, theirs = _floats(self.net), _floats(net)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        torch._foreach_lerp_(_floats(self.net), _floats(net), 1 - decay)
 
     def restore(self, state: dict[str, Tensor], updates: int) -> None:
-        """Goes on where a run was interrupted."""
+        """Restore the state of an interrupted run."""
         self.net.load_state_dict(state)
         self.updates = updates
 
@@ -48,17 +47,17 @@ def _floats(net: nn.Module) -> list[Tensor]:
 
 
 def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Batch norm's mean and variance over many images, the weights as they are.
+    """Recompute batch norm's mean and variance over many images, with fixed weights.
 
     The running averages of training lag behind the weights; the paper's authors recomputed them
-    after training. Every batch counts by its images.
+    after training. Batches are weighted by their images.
 
     Args:
-        net: Its statistics are replaced; in evaluation mode afterwards.
+        net: Its statistics are replaced; it is in evaluation mode afterwards.
         batches: float32 [N, 3, S, S], normalized as in evaluation.
 
     Returns:
-        Images used.
+        Number of images used.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     sums = [[torch.zeros_like(tensor) for tensor in _statistics(norm)] for norm in norms]
@@ -66,7 +65,7 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
     count = 0
     net.eval()
     for norm in norms:
-        norm.train().momentum = 1.0  # the running statistics become the batch's own
+        norm.train().momentum = 1.0  # the running statistics become those of the batch
     with torch.no_grad():
         for images in batches:
             if len(images) < 2:

@@ -1,14 +1,14 @@
-"""Accuracy on labelled images: of one centre crop, or by the paper's test protocols (section 3.4).
+"""Accuracy on labelled images: single crop, or the paper's test protocols (section 3.4).
 
     center    one crop of the resized image
     10-crop   four corners and the centre, and their mirror images
     dense     the whole image at several scales, and its mirror image, by a fully convolutional net
 
-The softmax's probabilities are averaged over crops, mirror images, scales and the nets of an
-ensemble, as in AlexNet, whose ten crops the paper refers to. Over the positions of a dense score
-map the logits are averaged, before the softmax: the map of one view gives the net's own answer.
+Probabilities are averaged over crops, mirror images, scales and the nets of an ensemble, as in
+AlexNet, whose ten crops the paper refers to. Over the positions of a dense score map the logits
+are averaged, before the softmax.
 
-Serves torch nets, ONNX files and plans alike. Imports no torch, so that it works without it.
+Evaluates torch nets, ONNX files and plans; imports no torch.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ PAPER_SIZE, PAPER_SCALES = 224, (224, 256, 384, 480, 640)
 
 
 class Classifier(typing.Protocol):
-    """What a protocol can measure; `runtime.session.Session` is one."""
+    """A net that a protocol can measure; `runtime.session.Session` is one."""
 
     @property
     def preprocess(self) -> Preprocess:
-        """How an image becomes input."""
+        """The input contract."""
         ...
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Runs prepared images; logits [N, classes], or a dense map [N, classes, h, w]."""
+        """Run prepared images; returns logits [N, classes] or a dense map [N, classes, h, w]."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """How an image is shown to a net.
+    """The views of an image that a net is run on.
 
     Attributes:
         protocol: "center", "10-crop" or "dense".
@@ -58,17 +58,16 @@ class Views:
     scales: tuple[int, ...] = ()
 
     def scales_for(self, preprocess: Preprocess) -> tuple[int, ...]:
-        """Shorter sides under the dense protocol for a net; empty for the other protocols."""
+        """Return the shorter sides under the dense protocol; empty for other protocols."""
         return () if self.protocol != "dense" else self.scales or dense_scales(preprocess.size)
 
     def count(self, preprocess: Preprocess) -> int:
-        """Number of views of an image, over which the probabilities are averaged."""
-        return {"center": 1, "10-crop": 10, "dense": 2 * len(self.scales_for(preprocess))}[
-            self.protocol
-        ]
+        """Return the number of views of an image, over which probabilities are averaged."""
+        dense = 2 * len(self.scales_for(preprocess))
+        return {"center": 1, "10-crop": 10, "dense": dense}[self.protocol]
 
     def of(self, image: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
-        """Makes the views of a uint8 image [H, W, 3], the mirror images last."""
+        """Make the views of a uint8 image [H, W, 3], the mirror images last."""
         if self.protocol == "center":
             return [preprocess.crop(image)]
         if self.protocol == "10-crop":
@@ -82,12 +81,12 @@ class Views:
 
 
 def dense_scales(size: int) -> tuple[int, ...]:
-    """The paper's five shorter sides, in proportion for a net of another size than 224."""
+    """Return the paper's five shorter sides, in proportion to the net's size."""
     return tuple(round(scale * size / PAPER_SIZE) for scale in PAPER_SCALES)
 
 
 def five_crops(image: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
-    """Top left, top right, bottom left, bottom right and centre: uint8 [size, size, 3] each."""
+    """Crop the four corners and the centre: uint8 [size, size, 3] each."""
     side = preprocess.size
     image = resize_shorter(image, preprocess.resize, preprocess.interpolation)
     bottom, right = image.shape[0] - side, image.shape[1] - side
@@ -99,13 +98,16 @@ def five_crops(image: np.ndarray, preprocess: Preprocess) -> list[np.ndarray]:
 def mean_probabilities(
     net: Classifier, images: Sequence[Sequence[np.ndarray]], batch: int | None = None
 ) -> np.ndarray:
-    """Runs the views of images; probabilities float64 [N, classes], the mean over an image's views.
+    """Run the views of images.
 
     Args:
-        net: Shown the views.
+        net: The net.
         images: For each image its views, uint8 [H, W, 3].
-        batch: Images of the net's own size at a time, and as many pixels of larger ones; None
-            takes what fits.
+        batch: Images of the net's own size per batch, and as many pixels of larger ones; None
+            uses a default.
+
+    Returns:
+        Mean probabilities over an image's views, float64 [N, classes].
     """
     preprocess = net.preprocess
     by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
@@ -133,8 +135,8 @@ class EnsembleAccuracy:
     """Accuracies on the same images.
 
     Attributes:
-        members: Of each net.
-        ensemble: Of the mean of their probabilities; with one net its own.
+        members: One accuracy per net.
+        ensemble: Of the mean of their probabilities; with one net, its own.
     """
 
     members: tuple[metrics.Accuracy, ...]
@@ -150,30 +152,30 @@ def evaluate_views(
     tally: loader.DecodeErrors | None = None,
     on_images: Callable[[int], None] = lambda done: None,
 ) -> EnsembleAccuracy:
-    """Shows every image to every net once; an image that cannot be decoded is left out for all.
+    """Measure nets on the same images; an image that cannot be decoded is left out for all.
 
     Args:
         nets: Nets of the same classes.
         source: Labelled images.
-        views: How an image is shown; by default one centre crop.
+        views: The views of an image; by default one centre crop.
         batch: See `mean_probabilities`.
-        tally: Takes the broken images.
-        on_images: Receives the number of images that are done.
+        tally: Receives the broken images.
+        on_images: Called with the number of images done.
 
     Raises:
-        DataError: No labels, no image that can be decoded, or more than 1 % broken.
+        DataError: No labels, no decodable image, or more broken images than `tally` tolerates.
     """
     require_labels(source)
-    shown = views or Views()
+    views = views or Views()
     tally = tally or loader.DecodeErrors(len(source))
-    together = batch or min(loader.batch_size(net.preprocess) for net in nets)
+    per_batch = batch or min(loader.batch_size(net.preprocess) for net in nets)
 
     def load(index: int) -> list[list[np.ndarray]] | CorruptImage:
         try:
             image = source.image(index)
         except CorruptImage as error:
             return error
-        return [shown.of(image, net.preprocess) for net in nets]
+        return [views.of(image, net.preprocess) for net in nets]
 
     counts: list[list[metrics.Accuracy]] = []
     ready: list[tuple[int, list[list[np.ndarray]]]] = []
@@ -193,13 +195,13 @@ def evaluate_views(
             tally.skip(index, entry)
         else:
             ready.append((index, entry))
-        if len(ready) == together:
+        if len(ready) == per_batch:
             finish()
             on_images(index + 1)
     if ready:
         finish()
     if not counts:
-        raise DataError(f"{source.name}: no image could be evaluated")
+        raise DataError(f"{source.name}: no image could be decoded")
     *members, ensemble = (metrics.together(column) for column in zip(*counts, strict=True))
     return EnsembleAccuracy(members=tuple(members), ensemble=ensemble)
 
@@ -213,10 +215,10 @@ def evaluate(
     indices: Sequence[int] | np.ndarray | None = None,
     tally: loader.DecodeErrors | None = None,
 ) -> metrics.Accuracy:
-    """Runs every image once, single centre crop, and counts hits.
+    """Measure accuracy with a single centre crop per image.
 
     Raises:
-        DataError: No labels, no image that can be decoded, or more than 1 % broken.
+        DataError: No labels, no decodable image, or more broken images than `tally` tolerates.
     """
     require_labels(source)
     batches = loader.batches(
@@ -224,24 +226,26 @@ def evaluate(
     )
     counts = [count(forward(images), labels, source) for images, labels in batches]
     if not counts:
-        raise DataError(f"{source.name}: no image could be evaluated")
+        raise DataError(f"{source.name}: no image could be decoded")
     return metrics.together(counts)
 
 
 def require_labels(source: Source) -> None:
-    """Raises DataError where images have no labels."""
+    """Raise DataError if images have no labels."""
     if len(source.labels) and source.labels.min() < 0:
-        raise DataError(f"{source.name}: has no labels")
+        raise DataError(
+            f"{source.name}: has no labels", fix="sort the images into one folder per class"
+        )
 
 
 def count(scores: np.ndarray, labels: np.ndarray, source: Source) -> metrics.Accuracy:
-    """Counts hits of scores [N, classes] against labels [N] of `source`.
+    """Compare scores [N, classes] with labels [N] of `source`.
 
     Raises:
-        DataError: A label beyond the classes.
+        DataError: A label exceeds the number of classes.
     """
     if labels.max() >= scores.shape[1]:
         raise DataError(
-            f"{source.name}: has label {labels.max()}, and the net only {scores.shape[1]} classes"
+            f"{source.name}: has label {labels.max()}, and the net has {scores.shape[1]} classes"
         )
     return metrics.accuracy(scores, labels)

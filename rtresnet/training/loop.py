@@ -1,41 +1,111 @@
-"""The training loop: steps, an evaluation an epoch, checkpoints from which a run goes on.
+"""The training loop: steps, an evaluation per epoch, checkpoints from which a run is resumed.
 
-`rtresnet train` reaches it. A run can be killed at any moment: what a step computes follows from
-its number (`feed.py`, `recipe.py`), and everything else is in the folder that `keep.py` writes.
+A run can be killed at any moment: what a step computes follows from its number (`loader.py`,
+`config.py`), and everything else is in the folder that `checkpointing.py` writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
 from rtresnet.core import atomic_io, hardware, metrics
-from rtresnet.core.errors import CheckFailedError
-from rtresnet.data import loader
+from rtresnet.core.errors import CheckFailedError, InputError
+from rtresnet.data import augment
+from rtresnet.data.loader import DecodeErrors, batches
 from rtresnet.data.sources import Source
-from rtresnet.data.validation import Progress as Checked
+from rtresnet.data.validation import Progress as CheckProgress
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
+from rtresnet.models.reference import TorchBackend
 from rtresnet.models.resnet import ResNet
-from rtresnet.training import dataset, distributed, qat, train_loader
-from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState, load_state
-from rtresnet.training.config import Listener, Progress, TrainJob, resolve_job
-from rtresnet.training.dataset import DataReport, Dataset
+from rtresnet.training import checkpointing, dataset, distributed, qat
+from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState
+from rtresnet.training.config import TrainJob
+from rtresnet.training.data_report import DataReport
+from rtresnet.training.dataset import Dataset
 from rtresnet.training.distributed import ALONE, World
 from rtresnet.training.ema import recompute_statistics
-from rtresnet.training.evaluator import Evaluator
+from rtresnet.training.evaluate import evaluate
+from rtresnet.training.loader import STEP, TrainLoader
 from rtresnet.training.qat import FakeQuantized
-from rtresnet.training.run_state import adopt_weights, as_kept, as_loaded, check_folder, check_start
-from rtresnet.training.signals import Stop, defer_signals
-from rtresnet.training.step import Stepper, check_compiler, cudnn_benchmark
+from rtresnet.training.step import Stepper, check_compiler, cudnn_benchmark, resolve_precision
 
-READ_STEPS = 20  # how often the losses are read from a GPU, which waits for them
+READ_STEPS = 20  # steps between reading the losses from a GPU, which waits for it
+EVALUATION_BATCH = 512  # of small images on the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """State of the run after a step.
+
+    Attributes:
+        epoch: From 0.
+        step: Steps done, of `total`.
+        seconds_left: An estimate, including evaluations.
+    """
+
+    epoch: int
+    step: int
+    total: int
+    loss: float
+    lr: float
+    images_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """An epoch's line in log.jsonl.
+
+    Attributes:
+        epoch: From 1.
+        step: Steps done.
+        loss: Mean training loss.
+        lr: Learning rate of the last step.
+        loss_scale: In fp16, else None.
+        side: Side of the training images, in pixels.
+        train_top1: On the augmented training images, in %.
+        val_top1: On the held-out images, in %; None if nothing is held out.
+        val_n: Their number.
+        images_per_second: Training throughput.
+        seconds: Training time, without evaluation.
+        skipped: Images left out because they cannot be decoded.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    loss_scale: float | None
+    side: int
+    train_top1: float
+    val_top1: float | None
+    val_n: int | None
+    images_per_second: float
+    seconds: float
+    skipped: int
+
+
+StepListener = Callable[[Progress], None]
+EpochListener = Callable[[EpochRecord], None]
+
+
+def resolve_job(job: TrainJob) -> TrainJob:
+    """Replace the recipe's "auto" by what it means on the job's device."""
+    precision = resolve_precision(job.recipe, job.device)
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, precision=precision))
 
 
 def train(
@@ -43,258 +113,326 @@ def train(
     *,
     resume: bool = False,
     world: World = ALONE,
-    on_step: Listener = lambda progress: None,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
-    on_check: Checked = lambda done, total: None,
+    on_step: StepListener = lambda progress: None,
+    on_epoch: EpochListener = lambda record: None,
+    on_check: CheckProgress = lambda done, total: None,
     on_data: Callable[[DataReport], None] = lambda report: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
-    """Checks the images, trains, chooses on the held-out split, tests once.
+    """Check the images, train, select the best epoch on the held-out split, test once.
 
     Args:
-        job: What to train on what.
-        resume: Go on from `job.out / "last.pt"`.
-        world: Which of several processes this is.
-        on_step: For a progress line.
-        on_epoch: Gets each log record.
-        on_check: For a progress line while the images are checked.
-        on_data: Gets what the check has found, once, before the first step of a new run.
-        warn: Gets a line for each image that could not be read.
+        job: Net, images and recipe.
+        resume: Resume the run in `job.out`.
+        world: This process among several.
+        on_step: Called after every step.
+        on_epoch: Called after every epoch.
+        on_check: Called while the images are checked.
+        on_data: Called with the report on the images, before the first step of a new run.
+        warn: Called with a line for each image that cannot be read.
 
     Returns:
-        The best epoch's checkpoint, with its test accuracy, as written to best.pt.
+        The best epoch's checkpoint with its test accuracy, as written to best.pt.
 
     Raises:
         DataError: More images are broken than `job.max_broken` allows; see `dataset.prepare`.
-        CheckFailedError: The loss is no longer finite.
-        InputError: The folder holds a run already, or a run that differs from this one.
+        CheckFailedError: The loss is not finite.
+        InputError: The folder already holds a run, or a run that differs from this one.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
-    check_folder(job.out, resume)
-    if not resume:
-        check_start(job.recipe, job.start)
+    checkpointing.check_folder(job.out, resume)
+    if job.recipe.qat and job.start is None and not resume:
+        raise InputError("--qat fine-tunes a trained net", fix="name it with --weights FILE")
     job = resolve_job(job)
-    # Rank 0's precision: gradients with and without a scaled loss cannot be averaged.
+    # The main process's precision: gradients with and without loss scaling cannot be averaged.
     job = dataclasses.replace(job, recipe=world.broadcast(job.recipe))
-    recipe = job.recipe
-    distributed.check_batch(recipe.batch, recipe.accumulate, world)
-    check_compiler(recipe, job.device)
-    torch.manual_seed(recipe.seed)
+    distributed.check_batch(job.recipe.batch, job.recipe.accumulate, world)
+    check_compiler(job.recipe, job.device)
+    torch.manual_seed(job.recipe.seed)
     hardware.keep_freed_memory()
-    last = load_state(job, world) if resume else None
+    last = checkpointing.load_state(job, world) if resume else None
     report = dataset.saved_report(last) if last else None
     data = dataset.prepare(job, report=report, world=world, progress=on_check, warn=warn)
     if report is None:
         on_data(data.report)
     run = _Run(job, data, world)
     if last is not None:
-        run.restore(last)
+        run.state = run.manager.restore(run.stepper, last)
     del last  # as large as the net and its momentum
-    atomic_io.make_folder(job.out)  # that it cannot be written into is better told now
+    atomic_io.make_folder(job.out)  # fails now, not after the first epoch, if it is not writable
     with cudnn_benchmark(job.device), defer_signals(alone=world.size == 1) as stop:
-        run.go(stop, on_step, on_epoch)
+        run.train(stop, on_step, on_epoch)
         return run.finish()
 
 
 class _Run:
     def __init__(self, job: TrainJob, data: Dataset, world: World) -> None:
-        source, parts, tally = data.source, data.parts, data.tally
-        self.job, self.source, self.parts, self.test = job, source, parts, data.test
-        self.tally, self.world, self.recipe = tally, world, job.recipe
-        net = zoo.build(job.spec, len(source.classes))
+        self.job, self.recipe, self.world = job, job.recipe, world
+        self.source, self.test, self.parts, self.tally = (
+            data.source, data.test, data.parts, data.tally,
+        )  # fmt: skip
+        net = zoo.build(job.spec, len(self.source.classes))
         if job.start is not None:
-            told = adopt_weights(net, job.start, source)
-            if told:
-                tally.warn(told)
+            note = checkpointing.load_start(net, job.start, self.source)
+            if note:
+                self.tally.warn(note)
         net = net.to(job.device)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.feed = train_loader.TrainLoader(
-            source, parts.train, job.preprocess, job.recipe,
-            world=world, device=job.device, tally=tally,
+        self.loader = TrainLoader(
+            self.source, self.parts.train, job.preprocess, job.recipe,
+            world=world, device=job.device, tally=self.tally,
         )  # fmt: skip
-        self.scorer = Evaluator(self.feed, world)
-        learner = self._rounding(net) if job.recipe.qat else net
+        self.total, self.steps_per_epoch = self.loader.total, self.loader.steps_per_epoch
+        learner = self._fake_quantized(net) if job.recipe.qat else net
         self.stepper = Stepper(learner, job.recipe, world, job.device)
-        self.total, self.steps_an_epoch = self.feed.total, self.feed.steps_an_epoch
-        self.keeper = CheckpointManager(
-            job, checkpoint.model_of(job.spec, source.classes),
-            total=self.total, images=len(parts.train), data=data.report.record(), world=world,
+        self.manager = CheckpointManager(
+            job, checkpoint.model_of(job.spec, self.source.classes), total=self.total,
+            images=len(self.parts.train), data=data.report.record(), world=world,
         )  # fmt: skip
-        self.at = RunState()
+        self.state = RunState()
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
 
-    def _rounding(self, net: ResNet) -> FakeQuantized:
-        """The net with fake quantization, its scales those it came with or from some images."""
+    def _fake_quantized(self, net: ResNet) -> FakeQuantized:
+        """The net with fake quantization; scales from its checkpoint, or from some images."""
         fake, start = FakeQuantized(net).to(self.job.device), self.job.start
         if start is not None and start.learned is not None:
             fake.set_scales(start.learned.scales)
-        elif start is not None:  # else the run's own are about to be restored
+        elif start is not None:  # else the scales of the resumed run are about to be restored
             qat.calibrate(fake, self._some_images(qat.CALIBRATION_IMAGES))
             fake.set_scales(self.world.broadcast(fake.named_scales()))
         return fake
 
     def _some_images(self, count: int) -> Iterator[torch.Tensor]:
-        """Training images at random, as in evaluation, on the device."""
-        rng = np.random.default_rng((self.recipe.seed, train_loader.STEP))
+        """Random training images, preprocessed as in evaluation, on the device."""
+        rng = np.random.default_rng((self.recipe.seed, STEP))
         chosen = rng.permutation(self.parts.train)[:count]
         batch = min(self.recipe.batch, 256)
-        for images, _ in loader.batches(self.source, self.job.preprocess, batch, indices=chosen):
+        for images, _ in batches(self.source, self.job.preprocess, batch, indices=chosen):
             yield torch.from_numpy(images).to(self.job.device)
 
-    def go(self, stop: Stop, on_step: Listener, on_epoch: Callable[[dict[str, Any]], None]) -> None:
-        """To the end. An epoch is over when it is in the log, not when its last step is done."""
-        self.first_step = self.at.step
-        while len(self.at.log) * self.steps_an_epoch < self.total:
-            end = min((len(self.at.log) + 1) * self.steps_an_epoch, self.total)
-            if self.at.step < end:
+    def train(self, stop: Stop, on_step: StepListener, on_epoch: EpochListener) -> None:
+        """Run all epochs. An epoch is complete once it is in the log."""
+        self.first_step = self.state.step
+        while len(self.state.log) * self.steps_per_epoch < self.total:
+            end = min((len(self.state.log) + 1) * self.steps_per_epoch, self.total)
+            if self.state.step < end:
                 self._steps(end, stop, on_step)
-            record = self._record()
-            self._keep(record)
+            record = self._evaluate_epoch()
+            self._complete_epoch(record)
             on_epoch(record)
 
-    def _steps(self, end: int, stop: Stop, on_step: Listener) -> None:
+    def _steps(self, end: int, stop: Stop, on_step: StepListener) -> None:
         recipe, mark = self.recipe, time.perf_counter()
         read = READ_STEPS if self.job.device.startswith("cuda") else 1
         unread: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self.stepper.train()
-        for step, micros in self.feed.steps(self.at.step, end):
+        for step, micros in self.loader.steps(self.state.step, end):
             lr = recipe.lr_at(step, self.total)
             unread.append((step, lr, *self.stepper.step(micros, lr)))
-            self.at.step = step + 1
-            if len(unread) < read and self.at.step < end:
+            self.state.step = step + 1
+            if len(unread) < read and self.state.step < end:
                 continue
-            loss, asked = self._read(unread, stop.asked)
+            loss, stopped = self._read_losses(unread, stop.requested)
             unread = []
             now = time.perf_counter()
-            self.at.sums.seconds += now - mark
+            self.state.sums.seconds += now - mark
             mark = now
             on_step(self._progress(step, loss, lr))
-            if asked:
+            if stopped:
                 self._save()
                 raise KeyboardInterrupt
             if now - self.saved_at >= self.job.save_every:
                 self._save()
                 mark = time.perf_counter()
 
-    def _read(
-        self, unread: list[tuple[int, float, torch.Tensor, torch.Tensor]], asked: bool
+    def _read_losses(
+        self, unread: list[tuple[int, float, torch.Tensor, torch.Tensor]], stop: bool
     ) -> tuple[float, bool]:
-        """Takes losses and hits into the sums.
+        """Add losses and hits to the sums.
 
         Returns:
-            The mean loss, and whether any process was asked to stop: all of them hear of it here,
-            and so stop at one step.
+            The mean loss, and whether any process was asked to stop, so that all of them stop at
+            the same step.
         """
         values = torch.stack([torch.stack([loss, hits]) for *_, loss, hits in unread]).double()
-        told = self.world.sums(np.append(values.cpu().numpy(), float(asked)), self.job.device)
-        losses, hits = told[:-1:2] / self.world.size, told[1:-1:2]
+        sums = self.world.sums(np.append(values.cpu().numpy(), float(stop)), self.job.device)
+        losses, hits = sums[:-1:2] / self.world.size, sums[1:-1:2]
         for (step, lr, *_), loss in zip(unread, losses, strict=True):
             if not math.isfinite(loss):
                 raise CheckFailedError(
                     f"the loss is {loss} at step {step}, learning rate {lr:g}",
                     fix=f"start again with --lr {self.recipe.lr / 4:g}, or with --set clip=1",
                 )
-        self.stepper.loss_scale()  # raises where it has become too small
-        self.at.sums.loss += float(losses.sum()) * self.recipe.batch
-        self.at.sums.hits += float(hits.sum())
-        self.at.sums.seen += len(unread) * self.recipe.batch
-        return float(losses.mean()), bool(told[-1])
+        self.stepper.loss_scale()  # raises if it is too small
+        self.state.sums.loss += float(losses.sum()) * self.recipe.batch
+        self.state.sums.hits += float(hits.sum())
+        self.state.sums.seen += len(unread) * self.recipe.batch
+        return float(losses.mean()), bool(sums[-1])
 
     def _progress(self, step: int, loss: float, lr: float) -> Progress:
-        spent = time.perf_counter() - self.started_at
-        done = self.at.step - self.first_step
+        elapsed = time.perf_counter() - self.started_at
+        done = self.state.step - self.first_step
         return Progress(
-            epoch=step // self.steps_an_epoch,
-            step=self.at.step,
+            epoch=step // self.steps_per_epoch,
+            step=self.state.step,
             total=self.total,
             loss=loss,
             lr=lr,
-            images_per_second=self.at.sums.seen / max(self.at.sums.seconds, 1e-9),
-            seconds_left=spent / done * (self.total - self.at.step),
+            images_per_second=self.state.sums.seen / max(self.state.sums.seconds, 1e-9),
+            seconds_left=elapsed / done * (self.total - self.state.step),
         )
 
-    def _record(self) -> dict[str, Any]:
-        """Evaluates; the epoch's line in the log."""
+    def _evaluate_epoch(self) -> EpochRecord:
         val = None
         if len(self.parts.val):
-            val = self._score(self.source, self.parts.val)
-        seconds, last = self.at.sums.seconds, self.at.step - 1
-        return {
-            "epoch": len(self.at.log) + 1,
-            "step": self.at.step,
-            "loss": self.at.sums.loss / self.at.sums.seen,
-            "lr": self.recipe.lr_at(last, self.total),
-            "loss_scale": self.stepper.loss_scale(),
-            "side": self.feed.side(last),
-            "train_top1": 100 * self.at.sums.hits / self.at.sums.seen,
-            "val_top1": None if val is None else val.top1_percent,
-            "val_n": None if val is None else val.n,
-            "images_per_second": self.at.sums.seen / seconds,
-            "seconds": seconds,
-            "skipped": len(self.tally.skipped),
-        }
+            val = self._accuracy(self.source, self.parts.val)
+        sums, last = self.state.sums, self.state.step - 1
+        return EpochRecord(
+            epoch=len(self.state.log) + 1,
+            step=self.state.step,
+            loss=sums.loss / sums.seen,
+            lr=self.recipe.lr_at(last, self.total),
+            loss_scale=self.stepper.loss_scale(),
+            side=self.loader.side(last),
+            train_top1=100 * sums.hits / sums.seen,
+            val_top1=None if val is None else val.top1_percent,
+            val_n=None if val is None else val.n,
+            images_per_second=sums.seen / sums.seconds,
+            seconds=sums.seconds,
+            skipped=len(self.tally.skipped),
+        )
 
-    def _score(self, source: Source, indices: np.ndarray | None) -> metrics.Accuracy:
-        """Of the weights that are kept."""
-        return self.scorer.accuracy(self.stepper.kept, source, indices)
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        """The end of an epoch: best.pt where it is better, then last.pt, then the log."""
-        self.at.log.append(record)
-        self.at.sums = EpochStats()
-        score = math.inf if record["val_top1"] is None else record["val_top1"]
-        if score >= self.at.best:
-            self.at.best = score
-            self.keeper.save_best(self.at, self.stepper)
+    def _complete_epoch(self, record: EpochRecord) -> None:
+        """Write best.pt if the epoch is the best, then last.pt, then the log."""
+        self.state.log.append(dataclasses.asdict(record))
+        self.state.sums = EpochStats()
+        score = math.inf if record.val_top1 is None else record.val_top1
+        if score >= self.state.best:
+            self.state.best = score
+            self.manager.save_best(self.state, self.stepper)
         self._save()
-        self.keeper.write_log(self.at)
+        self.manager.write_log(self.state)
 
     def _save(self) -> None:
         self.saved_at = time.perf_counter()
-        self.keeper.save_last(self.at, self.stepper)
+        self.manager.save_last(self.state, self.stepper)
 
-    def restore(self, last: Checkpoint) -> None:
-        """Takes up the state of last.pt."""
-        self.at = self.keeper.restore(self.stepper, last)
+    def _accuracy(self, source: Source, indices: np.ndarray | None) -> metrics.Accuracy:
+        return accuracy(self.stepper.kept, source, indices, loader=self.loader, world=self.world)
 
     def finish(self) -> Checkpoint:
-        """Batch norm's statistics again where asked for, then the one test."""
+        """Recompute batch norm's statistics if the recipe says so, test once, write best.pt."""
         path, net = self.job.out / "best.pt", self.stepper.kept
         self.world.barrier()
         best = checkpoint.load(path)
-        if "test_top1" in best.measured:  # finished before
+        if "test_top1" in best.measured:  # a finished run was resumed
             return best
-        net.load_state_dict(as_loaded(net, best))
+        net.load_state_dict(checkpointing.state_from(best, net))
         measured = dict(best.measured)
         if self.recipe.bn_images:
-            measured |= self._recompute(net, best)
+            measured |= self._recompute_statistics(net, best)
         if self.test is not None:
-            accuracy = self._score(self.test, None)
+            result = self._accuracy(self.test, None)
         else:
-            accuracy = self._score(self.source, self.parts.test)
-        measured |= {"test_top1": accuracy.top1_percent, "test_n": accuracy.n}
-        if accuracy.top5_percent is not None:
-            measured["test_top5"] = accuracy.top5_percent
+            result = self._accuracy(self.source, self.parts.test)
+        measured |= {"test_top1": result.top1_percent, "test_n": result.n}
+        if result.top5_percent is not None:
+            measured["test_top5"] = result.top5_percent
         weights = dataclasses.replace(best.weights, sha256=None, source=self.job.source.name)
         learned = best.learned
         if learned is not None and isinstance(net, FakeQuantized):
-            seen = qat.extents(net.eval(), self._some_images(qat.CALIBRATION_IMAGES))
-            learned = dataclasses.replace(learned, branches=seen)
+            ranges = qat.branch_ranges(net.eval(), self._some_images(qat.CALIBRATION_IMAGES))
+            learned = dataclasses.replace(learned, branches=ranges)
         final = dataclasses.replace(
-            best, measured=measured, weights=weights, state=as_kept(net), learned=learned
-        )
+            best, measured=measured, weights=weights, state=checkpointing.state_of(net),
+            learned=learned,
+        )  # fmt: skip
         if self.world.is_main:
             checkpoint.save(path, final)
         return final
 
-    def _recompute(self, net: torch.nn.Module, best: Checkpoint) -> dict[str, Any]:
-        """New statistics, unless the held-out images are recognized less well with them."""
+    def _recompute_statistics(self, net: torch.nn.Module, best: Checkpoint) -> dict[str, Any]:
+        """Recompute the statistics; keep them unless the validation accuracy falls."""
         used = recompute_statistics(net, self._some_images(self.recipe.bn_images))
         if not len(self.parts.val):
             return {"bn_images": used}
-        val = self._score(self.source, self.parts.val)
+        val = self._accuracy(self.source, self.parts.val)
         if val.top1_percent < best.measured["val_top1"]:
             net.load_state_dict(best.state)
             return {"bn_images": 0}
         return {"bn_images": used, "val_top1": val.top1_percent}
+
+
+def accuracy(
+    net: torch.nn.Module,
+    source: Source,
+    indices: np.ndarray | None = None,
+    *,
+    loader: TrainLoader,
+    world: World = ALONE,
+) -> metrics.Accuracy:
+    """Measure single-crop accuracy over all processes, each image counted once.
+
+    Args:
+        net: Put into evaluation mode.
+        source: The images.
+        indices: Which of them; all by default.
+        loader: Of the run; images that it has on the device are not loaded again.
+        world: Over which the images are divided.
+    """
+    world.align_buffers(net)
+    own = world.shard(np.arange(len(source)) if indices is None else indices)
+    counts = np.zeros(3)
+    if len(own) and loader.pixels is not None and source is loader.source:
+        net.eval()
+        for chosen in np.array_split(own, math.ceil(len(own) / EVALUATION_BATCH)):
+            with torch.inference_mode():
+                index = augment.to_device(chosen, loader.device)
+                images = loader.pixels[index].permute(0, 3, 1, 2)
+                logits = net(augment.normalize(images, loader.preprocess)).cpu().numpy()
+            result = metrics.accuracy(logits, source.labels[chosen])
+            counts += (result.n, result.top1, result.top5 or 0)
+    elif len(own):
+        known = loader.tally
+        tally = DecodeErrors(len(source), known.warn, tolerated=known.tolerated, fix=known.fix)
+        result = evaluate(TorchBackend(net), source, loader.preprocess, indices=own, tally=tally)
+        counts += (result.n, result.top1, result.top5 or 0)
+    n, top1, top5 = (int(value) for value in world.sums(counts, loader.device))
+    return metrics.Accuracy(n=n, top1=top1, top5=top5 if len(source.classes) > 5 else None)
+
+
+class Stop:
+    """Whether the user or the system asked the run to stop."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def defer_signals(*, alone: bool) -> Iterator[Stop]:
+    """Turn the first SIGINT or SIGTERM into `stop.requested`; a second one acts at once.
+
+    A step is completed before the run stops, so that the saved state is whole. No effect outside
+    the main thread, where Python delivers no signals.
+
+    Args:
+        alone: Whether this is the only process. Otherwise SIGTERM comes from torchrun because a
+            process is gone, and a step that waits for it would never end.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    deferred = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    before = {name: signal.signal(name, request) for name in deferred}
+    try:
+        yield stop
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

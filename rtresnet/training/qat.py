@@ -1,16 +1,15 @@
-"""Fine-tuning with fake quantization: the net learns with the rounding that its INT8 file will do.
+"""Quantization-aware fine-tuning: training with the rounding of the INT8 file.
 
-`rtresnet train --weights FILE --qat` reaches it. What is computed is what `quantize/qdq.py` writes:
-batch norms folded, their statistics frozen; weights rounded to int8, one scale an output channel;
-activations rounded at the file's own places, since `quantize/places.py` names both. An activation's
-scale is a parameter (Esser et al., 2020). Rounding passes gradients straight through. Scales and
-biases are rounded as well, so that the file's sums come out the same everywhere
-(`quantize/exact.py`).
+`rtresnet train --weights FILE --qat` uses it. The net computes what `quantization/qdq.py` writes:
+batch norms folded, with frozen statistics; weights rounded to int8 with one scale per output
+channel; activations rounded at the same tensors, which `quantization/placement.py` names for both.
+An activation's scale is a parameter (Esser et al., 2020). Gradients pass through rounding
+unchanged. Scales and biases are rounded too, so that the file's sums are exact everywhere
+(`quantization/low_bit_scales.py`).
 
-The weights stay those of the net with its batch norms, which are folded again in every step: a
-checkpoint remains an ordinary one, that can be exported in float or trained on.
-
-Knows nothing of ONNX.
+The weights stay those of the net with its batch norms, which are folded again in every step: the
+checkpoint is an ordinary one, which can be exported in float or trained further. Knows nothing of
+ONNX.
 """
 
 from __future__ import annotations
@@ -32,25 +31,25 @@ from rtresnet.quantization.histogram import Histogram
 from rtresnet.quantization.low_bit_scales import ACTIVATION_BITS, WEIGHT_BITS, at_least, nearest
 from rtresnet.quantization.placement import branches, places
 
-CALIBRATION_IMAGES = 512  # of the training images, for the scales to begin with
+CALIBRATION_IMAGES = 512  # of the training images, for the initial scales
 TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
 SMALLEST = torch.finfo(torch.float32).tiny
 
-At = Callable[[str, Tensor], Tensor]
-"""What becomes of an activation where the file has a Q/DQ pair."""
+ActivationHook = Callable[[str, Tensor], Tensor]
+"""Replaces an activation where the file has a Q/DQ pair."""
 
-Made = Callable[[str, Tensor], None]
+Observer = Callable[[str, Tensor], None]
 
-Used = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What becomes of weight and bias of an operation that reads the named activation."""
+WeightHook = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Replaces weight and bias of an operation that reads the named activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """A module of the net with the tensors it reads and makes, named as in the ONNX file.
+    """A module of the net with its input and output tensors, named as in the ONNX file.
 
     Attributes:
-        norm: The batch norm that is folded into it; empty where there is none.
+        norm: The batch norm that is folded into it; empty if there is none.
     """
 
     name: str
@@ -61,7 +60,7 @@ class Operation:
 
 
 def operations(net: ResNet) -> list[Operation]:
-    """The folded net, in order of execution."""
+    """List the operations of the folded net, in order of execution."""
     traced = trace(net)
     modules = dict(traced.named_modules())
     found: dict[str, Operation] = {}
@@ -83,15 +82,15 @@ def operations(net: ResNet) -> list[Operation]:
 
 
 class FakeQuantized(nn.Module):
-    """A net that computes what its INT8 file will compute, and learns.
+    """A net that computes what its INT8 file will compute, and is trained.
 
     Args:
-        net: Float32. Its parameters are the ones that learn; its batch norms' statistics stay.
+        net: Float32. Its parameters are trained; its batch norms' statistics stay.
 
     Attributes:
-        places: The activations that are quantized, as `qdq.placement` has them.
-        scales: Of them, float32 [places].
-        branches: The float tensors that are added to the shortcuts, as `extents.py` has them.
+        places: Names of the activations that are quantized (`quantization/placement.py`).
+        scales: Their scales, float32 [places].
+        branches: Names of the float tensors that are added to the shortcuts.
     """
 
     def __init__(self, net: ResNet) -> None:
@@ -103,132 +102,137 @@ class FakeQuantized(nn.Module):
         self.scales = nn.Parameter(torch.ones(len(found)))
         self.uses = {(use.node, use.index) for uses in found.values() for use in uses}
         self.branches = tuple(branches(self.operations))
-        # So that a tensor is freed when nothing reads it any more, as in the net itself.
+        # Tensors to free after each operation, so that memory use is that of the net itself.
         last = {name: number for number, op in enumerate(self.operations) for name in op.input}
         self.free: list[list[str]] = [[] for _ in self.operations]
         for name, number in last.items():
             self.free[number].append(name)
 
-    def forward(self, images: Tensor, made: Made | None = None) -> Tensor:
-        """Normalized float images [N, 3, H, W] to logits [N, classes].
+    def forward(self, images: Tensor, observer: Observer | None = None) -> Tensor:
+        """Compute logits [N, classes].
 
         Args:
-            images: float32, on the net's device.
-            made: Shown every operation's result.
+            images: float32 [N, 3, H, W], normalized, on the net's device.
+            observer: Called with the name and the value of every operation's result.
         """
         scales = dict(zip(self.places, exact_scales(self.scales).unbind(), strict=True))
         return self._run(
             images,
             lambda name, values: quantized(values, scales[name]),
             lambda name, weight, bias: rounded(weight, bias, scales[name]),
-            made,
+            observer,
         )
 
-    def observe(self, images: Tensor, at: At) -> Tensor:
-        """The same in float; `at` sees the activations that would be quantized."""
-        return self._run(images, at, lambda name, weight, bias: (weight, bias))
+    def observe(self, images: Tensor, activation: ActivationHook) -> Tensor:
+        """Compute the logits in float; `activation` receives what would be quantized."""
+        return self._run(images, activation, lambda name, weight, bias: (weight, bias))
 
-    def _run(self, images: Tensor, at: At, used: Used, made: Made | None = None) -> Tensor:
-        values, taken = {INPUT: images}, dict[str, Tensor]()
+    def _run(
+        self,
+        images: Tensor,
+        activation: ActivationHook,
+        weights: WeightHook,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        values, quantized_values = {INPUT: images}, dict[str, Tensor]()
         for operation, free in zip(self.operations, self.free, strict=True):
             inputs = []
             for index, name in enumerate(operation.input):
                 if (operation.name, index) not in self.uses:
                     inputs.append(values[name])
                     continue
-                if name not in taken:  # quantized once, whoever reads it
-                    taken[name] = at(name, values[name])
-                inputs.append(taken[name])
-            values[operation.name] = self._operate(operation, inputs, used)
-            if made is not None:
-                made(operation.name, values[operation.name])
+                if name not in quantized_values:  # quantized once for all readers
+                    quantized_values[name] = activation(name, values[name])
+                inputs.append(quantized_values[name])
+            values[operation.name] = self._operate(operation, inputs, weights)
+            if observer is not None:
+                observer(operation.name, values[operation.name])
             for name in free:
                 del values[name]
-                taken.pop(name, None)
+                quantized_values.pop(name, None)
         (logits,) = values.values()
         return logits
 
-    def _operate(self, operation: Operation, inputs: list[Tensor], used: Used) -> Tensor:
+    def _operate(self, operation: Operation, inputs: list[Tensor], weights: WeightHook) -> Tensor:
         module = self.net.get_submodule(operation.name)
         if isinstance(module, nn.Conv2d):
             norm = self.net.get_submodule(operation.norm)
             assert isinstance(norm, nn.BatchNorm2d)
-            weight, bias = used(operation.input[0], *folded(module, norm))
+            weight, bias = weights(operation.input[0], *folded(module, norm))
             return functional.conv2d(inputs[0], weight, bias, module.stride, module.padding)
         if isinstance(module, nn.Linear):
             return functional.linear(
-                inputs[0], *used(operation.input[0], module.weight, module.bias)
+                inputs[0], *weights(operation.input[0], module.weight, module.bias)
             )
         result: Tensor = module(*inputs)
         return result
 
     def named_scales(self) -> dict[str, float]:
-        """Activation tensor to scale."""
+        """Return the scale of each activation."""
         return dict(zip(self.places, self.scales.detach().cpu().tolist(), strict=True))
 
     @torch.no_grad()
     def set_scales(self, scales: Mapping[str, float]) -> None:
-        """Takes scales in, one for each of `places`.
+        """Set the scales, one for each of `places`.
 
         Raises:
-            ArtifactError: They are of another net.
+            ArtifactError: They belong to another net.
         """
         if scales.keys() != set(self.places):
-            raise ArtifactError("the learned scales are of other tensors than this net's")
+            raise ArtifactError("the trained scales belong to other tensors than this net has")
         self.scales.copy_(torch.tensor([scales[name] for name in self.places]))
 
     @torch.no_grad()
     def hold_scales(self, before: Tensor) -> None:
-        """After a step that went too far: no scale falls below half of what it was."""
+        """Limit the effect of a step: no scale falls below half of its value before."""
         self.scales.copy_(torch.maximum(self.scales, before / 2))
 
 
 def calibrate(net: FakeQuantized, batches: Iterable[Tensor]) -> None:
-    """Gives a net the scales to begin with: those of least squared error on some images.
+    """Set the initial scales: those with the least squared error on some images.
 
     Args:
         net: Its scales are replaced.
         batches: float32 [N, 3, S, S], normalized, on the net's device.
     """
-    found = {name: Histogram(name) for name in net.places}
+    histograms = {name: Histogram(name) for name in net.places}
 
-    def look(name: str, values: Tensor) -> Tensor:
-        found[name].add(values.cpu().numpy())
+    def add(name: str, values: Tensor) -> Tensor:
+        histograms[name].add(values.cpu().numpy())
         return values
 
     with torch.inference_mode():
         for images in batches:
-            net.observe(images, look)
-    net.set_scales({name: scale(mse(seen)) for name, seen in found.items()})
+            net.observe(images, add)
+    net.set_scales({name: scale(mse(entry)) for name, entry in histograms.items()})
 
 
-def extents(net: FakeQuantized, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
-    """How far each branch goes: its lowest and highest value, 0 included.
+def branch_ranges(net: FakeQuantized, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
+    """Measure the lowest and highest value of each branch, including 0.
 
     Args:
         net: In evaluation mode.
         batches: float32 [N, 3, S, S], normalized, on the net's device.
     """
-    found = dict.fromkeys(net.branches, (0.0, 0.0))
+    ranges = dict.fromkeys(net.branches, (0.0, 0.0))
 
-    def look(name: str, values: Tensor) -> None:
-        if name in found:
-            low, high = found[name]
-            found[name] = min(low, float(values.min())), max(high, float(values.max()))
+    def update(name: str, values: Tensor) -> None:
+        if name in ranges:
+            low, high = ranges[name]
+            ranges[name] = min(low, float(values.min())), max(high, float(values.max()))
 
     with torch.inference_mode():
         for images in batches:
-            net(images, look)
-    return found
+            net(images, update)
+    return ranges
 
 
 def quantized(values: Tensor, scale: Tensor) -> Tensor:
-    """Rounds to int8 and back, as QuantizeLinear and DequantizeLinear with zero point 0 do.
+    """Round to int8 and back, as QuantizeLinear and DequantizeLinear with zero point 0 do.
 
-    Half goes to even. A value beyond the range is clipped and learns nothing; the scale learns
-    from the rounding errors and from what is clipped, its gradient divided by
-    sqrt(127 * values an image) so that it moves at the pace of the weights (Esser et al., 2020,
-    sections 2.1 and 2.2).
+    Halves are rounded to even. A clipped value has gradient 0; the scale's gradient comes from
+    rounding errors and clipped values, and is divided by sqrt(127 * values per image) so that the
+    scale changes as fast as the weights (Esser et al., 2020, sections 2.1 and 2.2).
 
     Args:
         values: float32 [N, ...].
@@ -239,15 +243,15 @@ def quantized(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias as the file has them; gradients pass unchanged.
+    """Round weight and bias as in the file; gradients pass unchanged.
 
-    The weight is rounded to int8 [-127, 127] and back, one scale an output channel, bit for bit
-    what `qdq.quantize_weight` stores with `exact.weight_scales`; the bias as `exact.bias` does it.
+    The weight is rounded to int8 [-127, 127] and back with one scale per output channel, bit for
+    bit as `quantization/qdq.py` stores it; the bias as in `quantization/low_bit_scales.py`.
 
     Args:
         weight: float32 [out, ...].
         bias: float32 [out].
-        scale: Of the activation that the weight is multiplied with; float32 scalar.
+        scale: Of the activation that the weight multiplies; float32 scalar.
     """
     with torch.no_grad():
         steps = weight.abs().amax(tuple(range(1, weight.ndim))).double() / 127
@@ -262,7 +266,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 
 
 def exact_scales(scales: Tensor) -> Tensor:
-    """Scales of activations as `exact.scale` has them; gradients pass unchanged."""
+    """Round scales of activations as in the file; gradients pass unchanged."""
     with torch.no_grad():
         pattern = nearest(scales.view(torch.int32), ACTIVATION_BITS)
     return _replaced(scales, pattern.view(torch.float32))
@@ -293,7 +297,7 @@ class _Quantized(torch.autograd.Function):
 
 
 class _Replaced(torch.autograd.Function):
-    """Another value, the same gradient: straight through."""
+    """Another value with the same gradient (straight-through)."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, by: Tensor) -> Tensor:

@@ -1,25 +1,29 @@
-"""The named recipes, and what becomes of one on a given data set and command line.
+"""The named recipes, and how one is adapted to a data set and to the user's settings.
 
 paper-cifar     section 4.2, as published
 paper-imagenet  section 3.4, as published
-modern          what has been learnt since, for long runs on many images
+modern          later findings, for long runs on many images
 finetune        from weights to other images
-qat             from weights to the same net in INT8, with the rounding in training
+qat             from weights to the same net in INT8, trained with its rounding
 speed           good accuracy in as few passes as possible, on small images
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rtresnet.core.errors import InputError, UnknownNameError
-from rtresnet.training.recipe import Recipe
+import msgspec
 
-# 64,000 steps of 128 images of 45,000; divided by 10 at 32,000 and 48,000. Epochs count only
-# where --epochs asks for a shorter run. One thing is not the paper's: it subtracts a mean image,
-# and here as in every public net a mean colour is subtracted, which the engine can be told.
+from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.training import config
+from rtresnet.training.config import Recipe
+
+# 64,000 steps of 128 images of 45,000; divided by 10 at 32,000 and 48,000. `epochs` only counts
+# if the user sets it. One difference from the paper: it subtracts a mean image; here, as in every
+# public net, a mean colour is subtracted, which an engine's input contract can express.
 PAPER_CIFAR = Recipe(
     name="paper-cifar", epochs=182, steps=64_000, batch=128, lr=0.1, milestones=(0.5, 0.75),
     precision="fp32",
@@ -36,8 +40,8 @@ PAPER_IMAGENET = Recipe(
     precision="fp32",
 )  # fmt: skip
 
-# torchvision's second recipe for ResNet-50 (80.86 %), step by step, for a shorter run and a batch
-# of 256: rate and averaging follow from that.
+# torchvision's second recipe for ResNet-50 (80.86 %), for a shorter run and a batch of 256; rate
+# and averaging are scaled accordingly.
 MODERN = Recipe(
     name="modern", epochs=100, batch=256, lr=0.125, schedule="cosine", warmup=0.05,
     warmup_from=0.01, weight_decay=2e-5, decay_norms=False, label_smoothing=0.1, mixup=0.2,
@@ -51,14 +55,14 @@ FINETUNE = Recipe(
     area=(0.35, 1.0), padding_mode="reflect", ema=0.99,
 )  # fmt: skip
 
-# Fine-tuning with rounding: few passes at a tenth of the rate, and the images as they are met
-# later, because the ranges of activations are learned along with the weights.
+# Few passes at a tenth of the rate, with images as in evaluation, because the ranges of the
+# activations are trained together with the weights.
 QAT = dataclasses.replace(
     FINETUNE, name="qat", epochs=3, lr=0.001, label_smoothing=0.0, precision="fp32", qat=True,
 )  # fmt: skip
 
-# A one-cycle rate with Nesterov momentum, larger batches and decay, mirroring in alternate
-# epochs, averaged weights, and a beginning on smaller images.
+# One-cycle rate, Nesterov momentum, larger batch and decay, mirroring in alternate epochs, averaged
+# weights, and smaller images at the start.
 SPEED = Recipe(
     name="speed", epochs=10, batch=256, lr=0.8, schedule="linear", warmup=0.2, warmup_from=0.1,
     final_lr=0.0, nesterov=True, weight_decay=5e-4, decay_norms=False, label_smoothing=0.1,
@@ -69,14 +73,15 @@ SPEED = Recipe(
 RECIPES = {
     recipe.name: recipe for recipe in (PAPER_CIFAR, PAPER_IMAGENET, MODERN, FINETUNE, QAT, SPEED)
 }
+EXAMPLES = {"lr": "0.05", "milestones": "0.3,0.6", "progressive": "0:0.5,0.6:1", "area": "0.35,1"}
 
-SMALLEST_BATCH = 32
-STEPS_AN_EPOCH = 40  # below this a batch leaves too few updates to learn from
-SMALL = 64  # pixels: up to here images are padded and cropped, not cut out of larger ones
+MIN_BATCH = 32
+STEPS_PER_EPOCH = 40  # fewer updates than this are too few to learn from
+SMALL_IMAGE = 64  # pixels: up to this size images are padded and cropped as in CIFAR recipes
 
 
 def named(name: str) -> Recipe:
-    """A recipe as published.
+    """Return a recipe by name, as published.
 
     Raises:
         UnknownNameError: No such recipe.
@@ -92,122 +97,78 @@ def resolve(
     images: int,
     size: int,
     depth: int,
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """A named recipe for one data set and net.
+    """Adapt a named recipe to a data set and a net.
 
-    The paper's numbers stay where the data are of the paper's size. On a small set the batch is
-    halved until an epoch has steps enough, and the rate with it. A recipe that counts steps
-    counts epochs where `settings` has epochs: the milestones are fractions, and scale along.
+    On a small set the batch is halved until an epoch has enough steps; the learning rate is scaled
+    in proportion. A recipe that counts steps counts epochs if `settings` has epochs; milestones
+    are fractions and scale with the length.
 
     Args:
         name: One of RECIPES.
-        images: Training images, those held out not counted.
-        size: Side of the evaluation's images, in pixels.
+        images: Training images, without those held out.
+        size: Side of the images in evaluation, in pixels.
         depth: Layers of the net.
-        settings: Fields to be set, whatever the recipe says.
+        settings: Fields that override the recipe.
 
     Raises:
         UnknownNameError: No such recipe or field.
-        InputError: A value that cannot be.
+        InputError: A value that is out of bounds.
     """
-    recipe, given, changed = named(name), dict(settings or {}), dict[str, Any]()
+    recipe, settings, changed = named(name), dict(settings or {}), dict[str, Any]()
     if name == "paper-cifar" and depth >= DEEP:
         changed |= {"warmup": DEEP_WARMUP, "warmup_shape": "constant"}
-    if "epochs" in given:
+    if "epochs" in settings:
         changed["steps"] = 0
-    if size <= SMALL and recipe.train_scale != 1:
-        changed["train_scale"] = 1.0  # there is nothing to be won below 64 pixels
-    if "batch" in given:
-        changed["batch"] = given["batch"]
-    else:
+    if size <= SMALL_IMAGE and recipe.train_scale != 1:
+        changed["train_scale"] = 1.0
+    batch = settings.get("batch")
+    if batch is None:
         batch = recipe.batch
-        while batch > SMALLEST_BATCH and images // batch < STEPS_AN_EPOCH:
+        while batch > MIN_BATCH and images // batch < STEPS_PER_EPOCH:
             batch //= 2
-        changed["batch"] = max(1, min(batch, images))
-    changed["lr"] = recipe.lr * changed["batch"] / recipe.batch
-    unknown = set(given) - {field.name for field in dataclasses.fields(Recipe)}
+        batch = max(1, min(batch, images))
+    changed |= {"batch": batch, "lr": recipe.lr * batch / recipe.batch}
+    unknown = sorted(set(settings).difference(_types()))
     if unknown:
-        raise UnknownNameError("recipe field", sorted(unknown)[0], _fields())
-    return dataclasses.replace(recipe, **(changed | given))
+        raise UnknownNameError("recipe field", unknown[0], _types())
+    return dataclasses.replace(recipe, **(changed | settings))
 
 
 def parse(settings: Iterable[str]) -> dict[str, Any]:
-    """`field=value` texts to a field's own type; tuples are numbers with commas between.
+    """Convert `field=value` texts to values of the fields' types.
 
-    Pairs of pairs, as in progressive, are `0:0.5,0.6:1`.
+    Tuples are comma-separated; pairs within them, as in progressive, are `0:0.5,0.6:1`.
 
     Raises:
         UnknownNameError: No such field; names the nearest.
         InputError: Not `field=value`, or a value of another type.
     """
-    result: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: not FIELD=VALUE", fix="as in --set lr=0.05")
-        if field not in _fields():
-            raise UnknownNameError("recipe field", field, _fields())
+        if field not in _types():
+            raise UnknownNameError("recipe field", field, _types())
+        kind = _types()[field]
         try:
-            result[field] = _value(field, text)
-        except ValueError:
+            if typing.get_origin(kind) is tuple:
+                entries = [part.split(":") if ":" in part else part for part in text.split(",")]
+                values[field] = msgspec.convert([e for e in entries if e], kind, strict=False)
+            else:
+                choice = typing.get_origin(kind) is typing.Literal
+                values[field] = text if choice else msgspec.convert(text, kind, strict=False)
+        except msgspec.ValidationError:
+            example = EXAMPLES.get(field) or config.text(getattr(SPEED, field))
             raise InputError(
-                f"--set {setting}: {field} is of another type",
-                fix=f"as in --set {field}={_example(field)}",
+                f"--set {setting}: {field} has another type", fix=f"as in --set {field}={example}"
             ) from None
-    return result
+    return values
 
 
-def _fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(Recipe) if field.name != "name"]
-
-
-def _value(field: str, text: str) -> Any:
-    example = getattr(MODERN, field)
-    if isinstance(example, bool):
-        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise ValueError(text)
-        return text.lower() in ("true", "1", "yes")
-    if field == "progressive":
-        pairs = [pair.split(":") for pair in text.split(",") if pair]
-        return tuple((float(start), float(share)) for start, share in pairs)
-    if isinstance(example, tuple):
-        return tuple(float(part) for part in text.split(",") if part)
-    return type(example)(text)
-
-
-def _example(field: str) -> str:
-    value = getattr(SPEED, field)
-    if field == "progressive":
-        return ",".join(f"{start:g}:{share:g}" for start, share in value)
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-
-
-def describe(recipe: Recipe) -> list[str]:
-    """The recipe as lines of `field=value`, what is off left out, within 78 columns."""
-    unused = {"name"}
-    if recipe.schedule != "steps":
-        unused |= {"milestones"}
-    if recipe.crop != "area":
-        unused |= {"area"}
-    if recipe.steps:
-        unused |= {"epochs"}
-    if not recipe.warmup:
-        unused |= {"warmup_from", "warmup_shape"}
-    entries = [
-        f"{field}={_text(value)}"
-        for field, value in dataclasses.asdict(recipe).items()
-        if field == "seed" or (field not in unused and value not in (0, 0.0, (), False))
-    ]
-    lines = [f"recipe {recipe.name}:"]
-    for entry in entries:
-        if len(lines[-1]) + 1 + len(entry) > 78:
-            lines.append(" ")
-        lines[-1] += " " + entry
-    return lines
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "(" + ",".join(_text(entry) for entry in value) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+def _types() -> dict[str, Any]:
+    """The fields that a user may set, with their types."""
+    hints = typing.get_type_hints(Recipe)
+    return {f.name: hints[f.name] for f in dataclasses.fields(Recipe) if f.name != "name"}

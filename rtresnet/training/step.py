@@ -1,6 +1,7 @@
-"""One optimizer step: forward and backward over a batch's parts, then SGD.
+"""One optimizer step: forward and backward pass over a batch's parts, then SGD.
 
-Knows the numerics (autocast, compilation, gradient clipping), not what comes before or after.
+Has the numerics: autocast, loss scaling, compilation, gradient clipping. Knows nothing of images
+and files.
 """
 
 from __future__ import annotations
@@ -17,23 +18,22 @@ from torch import Tensor, nn
 from rtresnet.core import hardware
 from rtresnet.core.errors import CheckFailedError, InputError, UnavailableError
 from rtresnet.models.resnet import ResNet
+from rtresnet.training.config import Precision, Recipe
 from rtresnet.training.distributed import World
 from rtresnet.training.ema import ModelEma
+from rtresnet.training.loader import MicroBatch
 from rtresnet.training.qat import FakeQuantized
-from rtresnet.training.recipe import Recipe
-from rtresnet.training.train_loader import MicroBatch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LEAST_SCALE = 2.0**-8  # of the loss in fp16: below it, gradients are too large at any scale
+MIN_LOSS_SCALE = 2.0**-8  # in fp16: below it, the gradients overflow at any scale
 
 
-def settle_precision(recipe: Recipe, device: str) -> str:
-    """The precision that "auto" stands for; checks one that was chosen.
+def resolve_precision(recipe: Recipe, device: str) -> Precision:
+    """Replace "auto" by a precision; check one that the user chose.
 
     Returns:
-        "bf16" where the GPU or the processor computes in it, which an emulation in software does
-        not count as; "fp16" on GPUs with fp16 tensor cores only (sm_70, sm_75); else "fp32".
-        Quantization-aware training is always "fp32".
+        "bf16" if the device has instructions for it (not in emulation); "fp16" on GPUs with fp16
+        tensor cores only (sm_70, sm_75); else "fp32". Quantization-aware training is in "fp32".
 
     Raises:
         InputError: FP16 on a CPU, where it is slower than FP32.
@@ -49,20 +49,20 @@ def settle_precision(recipe: Recipe, device: str) -> str:
     if recipe.precision == "auto":
         return "bf16" if hardware.native_bf16() else "fp32"
     if recipe.precision == "fp16" and not on_gpu:
-        raise InputError("precision=fp16 trains on a GPU only", fix="--set precision=bf16")
+        raise InputError("precision=fp16 needs a GPU", fix="--set precision=bf16")
     return recipe.precision
 
 
 def check_compiler(recipe: Recipe, device: str) -> None:
-    """torch.compile on a CPU writes C++.
+    """Check that torch.compile has a C++ compiler, which it needs on a CPU.
 
     Raises:
-        UnavailableError: There is no compiler for it.
+        UnavailableError: There is none.
     """
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     if recipe.compile and device == "cpu" and not any(shutil.which(n) for n in names if n):
         raise UnavailableError(
-            "torch.compile needs a C++ compiler, and there is none",
+            "torch.compile needs a C++ compiler, and none is installed",
             fix="apt install g++, or leave --compile out",
         )
 
@@ -71,10 +71,7 @@ def check_compiler(recipe: Recipe, device: str) -> None:
 def cudnn_benchmark(device: str) -> Iterator[None]:
     """Let cuDNN time its convolution algorithms for each new shape, and use the fastest.
 
-    The sums of two runs on a GPU may be in different orders, as they may be without it.
-
-    Args:
-        device: Where the net trains; nothing changes on a CPU.
+    On a GPU, two runs may add in different orders with and without it. No effect on a CPU.
     """
     before = torch.backends.cudnn.benchmark
     if device.startswith("cuda"):
@@ -86,15 +83,15 @@ def cudnn_benchmark(device: str) -> Iterator[None]:
 
 
 class Stepper:
-    """A net in training.
+    """A net in training, with its optimizer.
 
     In fp16 the loss is scaled so that small gradients do not vanish. A step whose gradients
-    overflow changes no weights and halves the scale. It counts as a step all the same: learning
-    rate and images follow from the step's number, so a resumed run meets the same ones.
+    overflow changes no weights and halves the scale. It still counts as a step, because learning
+    rate and images follow from the step's number.
 
     Args:
         net: On its device; changed by every step.
-        recipe: With a settled precision.
+        recipe: With a resolved precision.
         world: Over which gradients are averaged.
         device: The net's.
     """
@@ -121,20 +118,20 @@ class Stepper:
 
     @property
     def kept(self) -> nn.Module:
-        """The weights to be evaluated and kept: the average where there is one."""
+        """The net to evaluate and to save: the moving average, if there is one."""
         return self.average.net if self.average else self.net
 
     def train(self) -> None:
-        """Into training mode; what is frozen stays in evaluation mode."""
+        """Switch to training mode; frozen parts stay in evaluation mode."""
         self.net.train()
         for part in self.frozen:
             part.eval()
 
     def _create_momentum(self) -> None:
-        """Starts momentum at zero, which makes the first update the same as without a buffer.
+        """Initialize momentum to zero, which gives the same first update as no buffer.
 
-        torch's fused SGD creates the buffers without initializing them, and a first step that is
-        skipped because of an overflow leaves them so.
+        torch's fused SGD creates uninitialized buffers, and they stay uninitialized if the first
+        step is skipped because of an overflow.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
@@ -142,17 +139,15 @@ class Stepper:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def loss_scale(self) -> float | None:
-        """The factor that the loss is multiplied with in fp16; None in other precisions.
-
-        Waits for the GPU.
+        """Return the loss scale in fp16, None in other precisions. Waits for the GPU.
 
         Raises:
-            CheckFailedError: It has become so small that every step's gradients overflow.
+            CheckFailedError: It is so small that the gradients of every step overflow.
         """
         if not self.scaler.is_enabled():
             return None
         scale = float(self.scaler.get_scale())
-        if scale < LEAST_SCALE:
+        if scale < MIN_LOSS_SCALE:
             raise CheckFailedError(
                 f"the gradients overflow in fp16 even at a loss scale of {scale:g}, so no step "
                 "changes the weights",
@@ -161,17 +156,17 @@ class Stepper:
         return scale
 
     def step(self, micros: Sequence[MicroBatch], lr: float) -> tuple[Tensor, Tensor]:
-        """One update.
+        """Update the weights once.
 
         Returns:
-            The mean loss and the number of hits of this process's images, on the device.
+            Mean loss and number of correct predictions of this process's images, on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
         for number, micro in enumerate(micros):
-            with self._gradients_stay_here(last=number == len(micros) - 1):
+            with self._without_averaging(last=number == len(micros) - 1):
                 loss, correct = self._backward(micro, len(micros))
             losses.append(loss)
             hits.append(correct)
@@ -200,15 +195,15 @@ class Stepper:
         self.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), (logits.argmax(1) == micro.labels).sum()
 
-    def _gradients_stay_here(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are averaged over the processes once a step, with its last part."""
+    def _without_averaging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Average gradients over the processes once per step, with its last part."""
         if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped.no_sync()
 
 
 def freeze(net: ResNet, parts: int) -> list[nn.Module]:
-    """Stops the first `parts` of stem and stages from learning; returns them."""
+    """Freeze the first `parts` of stem and stages; return their modules."""
     if not parts:
         return []
     frozen: list[nn.Module] = [net.conv1, net.bn1]
@@ -219,15 +214,17 @@ def freeze(net: ResNet, parts: int) -> list[nn.Module]:
 
 
 def _groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    scales = net.scales if isinstance(net, FakeQuantized) else None  # of activations: no decay
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    scales = (
+        net.scales if isinstance(net, FakeQuantized) else None
+    )  # of activations: no weight decay
     if recipe.decay_norms and scales is None:
-        return [{"params": learning, "weight_decay": recipe.weight_decay}]
+        return [{"params": trained, "weight_decay": recipe.weight_decay}]
 
     def decays(parameter: Tensor) -> bool:
         return parameter is not scales and (parameter.ndim > 1 or recipe.decay_norms)
 
     return [
-        {"params": [p for p in learning if decays(p)], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in learning if not decays(p)], "weight_decay": 0.0},
+        {"params": [p for p in trained if decays(p)], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
     ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rtresnet.models.zoo import Spec
     from rtresnet.study.compare import Length, Net, Terms
     from rtresnet.study.runs import Outcome, Run
-    from rtresnet.training.config import Progress
+    from rtresnet.training.loop import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,6 @@ def _study(
     reporter: Reporter,
 ) -> StudyResult:
     from rtresnet.study import compare, runs
-    from rtresnet.training.recipes import describe
 
     terms = _terms(data, config, Path(out or f"runs/study-{name}"))
     with locks.hold_folder(terms.out, warn=reporter.note):
@@ -191,7 +190,7 @@ def _study(
         records=tuple(net.record() for net in summary),
         nets=tuple(summary),
         title=title,
-        recipe="\n".join(describe(planned[0].job.recipe)),
+        recipe="\n".join(planned[0].job.recipe.lines()),
         diverged=tuple(
             f"{outcome.run.label}, seed {outcome.run.seed}: {outcome.diverged}"
             for net in summary

@@ -62,7 +62,7 @@ def test_without_a_name_it_is_speed_and_with_weights_finetune(
         (["--set", "flip=sideways"], "known: none, random, alternate"),
         (["--set", "precision=fp16"], "--set precision=bf16"),
         (["--recipe", "moderne"], "did you mean 'modern'?"),
-        (["--set", "lr=-1"], "must be above 0"),
+        (["--set", "lr=-1"], "at least 1e-12 is needed"),
         (["--batch", "30", "--set", "accumulate=4"], "no 4 equal parts"),
     ],
 )
@@ -281,7 +281,7 @@ def test_train_with_tolerated_broken_images_records_what_was_found(
     options = ["--max-broken", "3.28%", "--epochs", "1", "--json", str(result)]
     assert run(data, out, *options) == 0
     printed = capsys.readouterr().err
-    assert "cats" in printed and "composited on white: 1 images" in printed
+    assert "cats" in printed and "composited on white: 1 transparent image" in printed
     assert "copy.jpg" in printed and printed.index("copy.jpg") < printed.index("epoch   1")
     found = checkpoint.load(out / "best.pt").training["images"]
     assert found == checkpoint.load(out / "last.pt").training["images"]

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from rtresnet.core import hardware
-from rtresnet.data.cache import Cached, cached_or_same, default_budget
 from rtresnet.data.decode import CorruptImage
+from rtresnet.data.loader import Cached, cached_or_same, default_budget
 from rtresnet.data.sources import Arrays, Files
 
 
@@ -82,7 +82,7 @@ def test_a_budget_that_was_estimated_too_low_is_held(photographs: Counting) -> N
     for _ in range(2):
         for index in range(40):
             assert np.array_equal(cached.image(index, 100), photographs.image(index, 100))
-    assert cached.held == 7 * one
+    assert cached.used == 7 * one
 
 
 def test_threads_that_ask_at_once_get_the_same_array(photographs: Counting) -> None:
@@ -90,7 +90,7 @@ def test_threads_that_ask_at_once_get_the_same_array(photographs: Counting) -> N
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: cached.image(5, 100), range(64)))
     assert len({id(image) for image in found}) == 1
-    assert cached.held == found[0].nbytes
+    assert cached.used == found[0].nbytes
 
 
 def test_nobody_can_change_what_others_will_see(photographs: Counting) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.data.crops import WORKING, area_box, cut, scale_box
+from rtresnet.data.augment import LARGEST_SCALE, area_box, crop_and_resize, scale_box
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_crop_is_pillows_antialiased_resize_of_that_box() -> None:
     image = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
     for box in ((3, 5, 200, 190), (0, 0, 300, 400), (100, 100, 40, 60)):
         top, left, height, width = box
-        ours = cut(image, box, 96)
+        ours = crop_and_resize(image, box, 96)
         assert ours.shape == (96, 96, 3) and ours.flags.c_contiguous
         region = (left, top, left + width, top + height)
         theirs = Image.fromarray(image).crop(region).resize((96, 96), Image.Resampling.BILINEAR)
@@ -66,11 +66,11 @@ def test_a_read_only_image_is_neither_warned_about_nor_changed() -> None:
     image.setflags(write=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (cut(image, (0, 0, 40, 40), 8) == 9).all()
+        assert (crop_and_resize(image, (0, 0, 40, 40), 8) == 9).all()
 
 
 def test_photographs_are_decoded_large_enough_for_the_papers_smallest_crop() -> None:
     size = 224
-    short = round(WORKING * size)
+    short = round(LARGEST_SCALE * size)
     rng = np.random.default_rng(0)
     assert min(scale_box(short, short, size, rng)[2] for _ in range(1000)) >= size

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rtresnet.data import sources, validation
-from rtresnet.data.decode import Ends
+from rtresnet.data.decode import FileEnds
 from rtresnet.data.packing import pack
 from rtresnet.data.sources import Arrays, Files, Source, Subset, open_source
 
@@ -84,7 +84,7 @@ def test_scan_without_decoding_reads_only_the_ends_of_whole_files(
 @pytest.mark.parametrize("extra", [b"", b"\0" * 300, b"appended by a camera"])
 def test_ends_of_jpeg_with_bytes_behind_its_end_are_complete(tmp_path: Path, extra: bytes) -> None:
     noise(0).save(tmp_path / "a.jpg")
-    assert Ends.of((tmp_path / "a.jpg").read_bytes() + extra).complete()
+    assert FileEnds.of((tmp_path / "a.jpg").read_bytes() + extra).complete()
 
 
 def test_scan_counts_images_that_declare_transparency(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from rtresnet.detection import boxes, checkpoint, losses, recipe, training
 from rtresnet.detection.data import open_detection
 from rtresnet.detection.losses import Truth
 from rtresnet.models import zoo
-from rtresnet.training.config import Progress
+from rtresnet.training.loop import Progress
 
 SMALL = Detection(
     shorter=64, longer=64, anchors=(16.0, 32.0), pool=7, width=0.125, candidates=60, regions=12,
@@ -185,7 +185,7 @@ def test_train_resume_with_another_recipe_is_refused(run_folder: Path) -> None:
     other = dataclasses.replace(RECIPE, lr=0.5)
     with pytest.raises(InputError, match="recipe"):
         training.train(job(run_folder, recipe=other), resume=True)
-    with pytest.raises(InputError, match="run already"):
+    with pytest.raises(InputError, match="holds a run"):
         training.train(job(run_folder))
 
 

@@ -15,7 +15,7 @@ from rtresnet.models import checkpoint
 from rtresnet.study import compare, runs
 from rtresnet.study.compare import Terms
 from rtresnet.study.runs import Run
-from rtresnet.training.config import Progress
+from rtresnet.training.loop import Progress
 
 
 def source(seed: int = 0) -> Arrays:

@@ -13,13 +13,12 @@ from PIL import Image
 
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.data import cache
+from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, open_source
 from rtresnet.models import zoo
 from rtresnet.training import dataset
-from rtresnet.training.config import TrainJob
+from rtresnet.training.config import Recipe, TrainJob
 from rtresnet.training.dataset import DataReport, prepare
-from rtresnet.training.recipe import Recipe
 
 Folder = Callable[..., Path]
 
@@ -145,7 +144,7 @@ def test_prepare_records_how_the_images_were_checked(
 ) -> None:
     found = prepare(job(folder(), tmp_path, **WAYS[way]))  # type: ignore[arg-type]
     assert found.report.check == check
-    assert isinstance(found.source, cache.Cached) == (way == "cached")
+    assert isinstance(found.source, loader.Cached) == (way == "cached")
 
 
 def test_prepare_of_photographs_that_fit_decodes_each_once(

@@ -15,10 +15,10 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays, Source
 from rtresnet.models import checkpoint, zoo
+from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE
-from rtresnet.training.recipe import Recipe
+from rtresnet.training.loader import TrainLoader
 from rtresnet.training.step import Stepper
-from rtresnet.training.train_loader import TrainLoader
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,10 +27,10 @@ from rtresnet.quantization import low_bit_scales, qdq
 from rtresnet.quantization.minmax_observer import Extents
 from rtresnet.quantization.simulate import noise_ratio, session
 from rtresnet.training import qat
+from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE
-from rtresnet.training.recipe import Recipe
+from rtresnet.training.loader import MicroBatch
 from rtresnet.training.step import Stepper
-from rtresnet.training.train_loader import MicroBatch
 from tests.conftest import tinted_noise, undescribed
 
 pytest.importorskip("onnxruntime")
@@ -263,7 +263,7 @@ class TestTheFile:
         assert list(saved.learned.branches) == list(ends.found) == list(fake.branches)
         assert all(low < 0 < high for low, high in saved.learned.branches.values())
         batch = images(16)
-        found = qat.extents(fake, [batch[:7], batch[7:]])
+        found = qat.branch_ranges(fake, [batch[:7], batch[7:]])
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
         running = session(model, ends.outputs, ends.nodes)
         ends.see(running.run(None, {"images": batch.numpy()}))
@@ -406,7 +406,7 @@ class TestTheRun:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ([], "say which: --weights FILE"),
+            ([], "name it with --weights FILE"),
             (["--weights", "WEIGHTS", "--set", "precision=bf16"], "--set precision=fp32"),
             (["--weights", "WEIGHTS", "--recipe", "paper-imagenet"], "--set bn_images=0"),
         ],
@@ -425,7 +425,7 @@ class TestRecords:
     def test_scales_of_another_net_or_none_at_all_are_refused(
         self, trained: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(ArtifactError, match="of other tensors"):
+        with pytest.raises(ArtifactError, match="to other tensors"):
             qat.FakeQuantized(net_of("resnet8")).set_scales({"images": 1.0})
         for value in (0.0, -1.0, float("nan"), "1"):
             payload = torch.load(trained / "best.pt", weights_only=True)

@@ -6,8 +6,8 @@ import itertools
 import pytest
 
 from rtresnet.core.errors import InputError, UnknownNameError
-from rtresnet.training.recipe import Recipe, differences
-from rtresnet.training.recipes import RECIPES, describe, named, parse, resolve
+from rtresnet.training.config import Recipe
+from rtresnet.training.recipes import RECIPES, named, parse, resolve
 
 
 def cifar(name: str = "paper-cifar", depth: int = 20, **settings: object) -> Recipe:
@@ -106,9 +106,9 @@ def test_fields_are_set_in_their_own_types() -> None:
         ("zzz=1", "known: "),
         ("label_smoothin=0.1", "did you mean 'label_smoothing'?"),
         ("lr", "not FIELD=VALUE"),
-        ("lr=fast", "as in --set lr=0.8"),
+        ("lr=fast", "as in --set lr=0.05"),
         ("nesterov=maybe", "as in --set nesterov=true"),
-        ("progressive=1", "as in --set progressive=0:0.625"),
+        ("progressive=1", "as in --set progressive=0:0.5"),
         ("name=mine", "unknown recipe field 'name'"),
     ],
 )
@@ -141,16 +141,16 @@ def test_unknown_choices_are_refused_with_the_nearest() -> None:
 def test_differences_name_the_fields() -> None:
     recipe = Recipe(epochs=2)
     stored = dataclasses.asdict(recipe)
-    assert differences(stored, recipe) == []
-    assert differences(stored, dataclasses.replace(recipe, lr=0.05)) == ["lr 0.1 -> 0.05"]
+    assert recipe.changes_from(stored) == []
+    assert dataclasses.replace(recipe, lr=0.05).changes_from(stored) == ["lr 0.1 -> 0.05"]
     del stored["ema"]
-    assert differences(stored, recipe) == []  # stored before there was such a field: it was off
-    assert differences(stored, dataclasses.replace(recipe, ema=0.9)) == ["ema 0.0 -> 0.9"]
+    assert recipe.changes_from(stored) == []  # stored before there was such a field: it was off
+    assert dataclasses.replace(recipe, ema=0.9).changes_from(stored) == ["ema 0.0 -> 0.9"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_described_within_80_columns_by_its_fields(name: str) -> None:
-    lines = describe(named(name))
+    lines = named(name).lines()
     assert max(map(len, lines)) < 80
     text = " ".join(lines)
     assert name in text and f"lr={named(name).lr:g}" in text and "seed=0" in text

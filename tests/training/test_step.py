@@ -17,10 +17,10 @@ from rtresnet.cli.main import main
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.models import checkpoint, zoo
 from rtresnet.training import step
+from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE, World
-from rtresnet.training.recipe import Recipe
-from rtresnet.training.step import Stepper, settle_precision
-from rtresnet.training.train_loader import MicroBatch
+from rtresnet.training.loader import MicroBatch
+from rtresnet.training.step import Stepper, resolve_precision
 
 RECIPE = Recipe(epochs=1, batch=8)
 
@@ -44,18 +44,18 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]
     ("capability", "expected"),
     [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((12, 0), "bf16")],
 )
-def test_settle_precision_auto_on_a_gpu_is_what_its_tensor_cores_compute_in(
+def test_resolve_precision_auto_on_a_gpu_is_what_its_tensor_cores_compute_in(
     capability: tuple[int, int], expected: str, gpu_of: Callable[[tuple[int, int]], None]
 ) -> None:
     gpu_of(capability)
-    assert settle_precision(RECIPE, "cuda:0") == expected
+    assert resolve_precision(RECIPE, "cuda:0") == expected
     quantized = dataclasses.replace(RECIPE, qat=True)
-    assert settle_precision(quantized, "cuda") == "fp32"
+    assert resolve_precision(quantized, "cuda") == "fp32"
 
 
-def test_settle_precision_fp16_without_gpu_is_refused() -> None:
+def test_resolve_precision_fp16_without_gpu_is_refused() -> None:
     with pytest.raises(InputError):
-        settle_precision(dataclasses.replace(RECIPE, precision="fp16"), "cpu")
+        resolve_precision(dataclasses.replace(RECIPE, precision="fp16"), "cpu")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def fp16(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(original, **options))
         monkeypatch.setitem(step.AUTOCAST, "fp16", torch.bfloat16)
         monkeypatch.setattr(
-            "rtresnet.training.config.settle_precision", lambda recipe, device: "fp16"
+            "rtresnet.training.loop.resolve_precision", lambda recipe, device: "fp16"
         )
 
     return arrange
@@ -148,7 +148,7 @@ def train(data: str, out: Path, *more: str) -> int:
 def test_train_scale_too_small_ends_with_exit_1_and_a_fix(
     tints: str, tmp_path: Path, fp16: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fp16(init_scale=step.LEAST_SCALE / 2)
+    fp16(init_scale=step.MIN_LOSS_SCALE / 2)
     assert train(tints, tmp_path / "run") == 1
     assert "precision=fp32" in capsys.readouterr().err
     with pytest.raises(CheckFailedError):

@@ -10,7 +10,7 @@ import torch
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.sources import Arrays
 from rtresnet.models import checkpoint, zoo
-from rtresnet.training.run_state import adopt_weights
+from rtresnet.training.checkpointing import load_start
 
 NAMES = ("red", "green", "blue", "grey")
 
@@ -45,7 +45,7 @@ def test_adopt_weights_moves_the_last_layers_rows_with_their_classes(
 ) -> None:
     given, net = start(of), zoo.build(zoo.spec("resnet8"), len(to))
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    told = adopt_weights(net, given, source(to, named))
+    told = load_start(net, given, source(to, named))
     assert told is None if says is None else says in (told or "")
     for name in ("fc.weight", "fc.bias"):
         expected = own[name] if rows is None else given.state[name][rows]

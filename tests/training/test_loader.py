@@ -12,9 +12,9 @@ from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays, Files
-from rtresnet.training import train_loader
+from rtresnet.training import loader
+from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import World
-from rtresnet.training.recipe import Recipe
 
 PLAIN = {"epochs": 3, "batch": 10, "padding": 0, "flip": "none"}
 
@@ -33,16 +33,16 @@ def fed(
     count: int = 100,
     size: int = 8,
     **fields: object,
-) -> train_loader.TrainLoader:
+) -> loader.TrainLoader:
     recipe = Recipe(**(PLAIN | fields))  # type: ignore[arg-type]
     contract = Preprocess.for_size(size, mean=(0, 0, 0), std=(1, 1, 1))
-    return train_loader.TrainLoader(
+    return loader.TrainLoader(
         numbered(count, size=size), np.arange(count), contract, recipe, world=world,
         tally=DecodeErrors(count),
     )  # fmt: skip
 
 
-def labels(found: train_loader.TrainLoader, first: int, end: int) -> list[int]:
+def labels(found: loader.TrainLoader, first: int, end: int) -> list[int]:
     steps = found.steps(first, end)
     return [int(label) for _, micros in steps for micro in micros for label in micro.labels]
 
@@ -88,7 +88,7 @@ def test_processes_and_parts_share_the_very_same_batch(size: int, accumulate: in
 
 def test_a_last_partial_batch_is_left_out() -> None:
     found = fed(batch=30)
-    assert (found.steps_an_epoch, found.total) == (3, 9)
+    assert (found.steps_per_epoch, found.total) == (3, 9)
     assert len(labels(found, 0, 3)) == 90
 
 
@@ -107,7 +107,7 @@ def test_images_are_smaller_where_the_recipe_says_so() -> None:
 
 
 def test_the_splits_are_disjoint_and_whole() -> None:
-    parts = train_loader.split(numbered(100), seed=0)
+    parts = loader.split(numbered(100), seed=0)
     assert parts.test is not None
     together = np.concatenate([parts.train, parts.val, parts.test])
     assert sorted(together) == list(range(100))
@@ -115,19 +115,19 @@ def test_the_splits_are_disjoint_and_whole() -> None:
 
 
 def test_a_set_with_its_own_test_split_gives_none_of_its_training_images_to_testing() -> None:
-    parts = train_loader.split(numbered(100, splits=True), seed=0)
+    parts = loader.split(numbered(100, splits=True), seed=0)
     assert parts.test is None
     assert (len(parts.train), len(parts.val)) == (90, 10)
 
 
 def test_nothing_need_be_held_out() -> None:
-    parts = train_loader.split(numbered(100, splits=True), seed=0, holdout=0.0)
+    parts = loader.split(numbered(100, splits=True), seed=0, holdout=0.0)
     assert (len(parts.train), len(parts.val)) == (100, 0)
 
 
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(DataError, match="too few"):
-        train_loader.split(numbered(19), seed=0)
+        loader.split(numbered(19), seed=0)
 
 
 def photographs(folder: Path, broken: tuple[int, ...] = ()) -> Files:
@@ -143,10 +143,10 @@ def photographs(folder: Path, broken: tuple[int, ...] = ()) -> Files:
     return Files("photographs", paths, np.arange(20), [str(i) for i in range(20)])
 
 
-def photo_feed(source: Files, **fields: object) -> train_loader.TrainLoader:
+def photo_feed(source: Files, **fields: object) -> loader.TrainLoader:
     recipe = Recipe(**(PLAIN | {"crop": "area"} | fields))  # type: ignore[arg-type]
     contract = Preprocess.for_size(72, mean=(0, 0, 0), std=(1, 1, 1))
-    return train_loader.TrainLoader(source, np.arange(20), contract, recipe, tally=DecodeErrors(20))
+    return loader.TrainLoader(source, np.arange(20), contract, recipe, tally=DecodeErrors(20))
 
 
 @pytest.mark.parametrize("crop", ["area", "scale"])
@@ -214,7 +214,7 @@ def test_feed_indexes_with_tensors_on_its_own_device(tmp_path: Path, photos: boo
     source = photographs(tmp_path) if photos else numbered(20)
     contract = Preprocess.for_size(72 if photos else 8)
     # "meta" computes shapes only, and keeps apart what lies on the device and what does not.
-    found = train_loader.TrainLoader(
+    found = loader.TrainLoader(
         source, np.arange(20), contract, recipe, device="meta", tally=DecodeErrors(20)
     )
     with Calls() as calls:
