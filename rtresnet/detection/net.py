@@ -111,7 +111,7 @@ class Select(nn.Module):
         self.spec, self.classes = spec, classes
 
     def forward(
-        self, scores: Tensor, offsets: Tensor, regions: Tensor, extent: Tensor
+        self, scores: Tensor, offsets: Tensor, regions: Tensor, extent: Tensor, unsettled: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One image's detections.
 
@@ -120,26 +120,27 @@ class Select(nn.Module):
             offsets: [R, 4 * classes].
             regions: [R, 4].
             extent: As for `Proposals`.
+            unsettled: From `Proposals`, [].
 
         Returns:
             Boxes [1, detections, 4], scores [1, detections] from high to low, classes [1,
-            detections] and how many boxes are not settled []. Unused rows are zeros, class -1.
+            detections], and how many boxes are not settled, those of `Proposals` included [1].
+            Unused rows are zeros, class -1.
         """
         spec, count = self.spec, len(regions)
         real = (boxes.area(regions) > 0).to(scores.dtype)
         chances = torch.softmax(scores, 1)[:, 1:] * real[:, None]
         steps = offsets.reshape(count, self.classes, 4)
-        candidates = boxes.decode(steps, regions[:, None], boxes.REGION_STD)
-        candidates = boxes.clip(candidates, extent[0]).transpose(0, 1)
+        decoded = boxes.clip(boxes.decode(steps, regions[:, None], boxes.REGION_STD), extent[0])
         chances, order = torch.sort(chances.T, dim=1, descending=True, stable=True)
-        candidates = torch.gather(candidates, 1, order[..., None].expand(-1, -1, 4))
-        keep, changed = boxes.nms(candidates, spec.class_iou, spec.rounds)
+        decoded = torch.gather(decoded.transpose(0, 1), 1, order[..., None].expand(-1, -1, 4))
+        keep, changed = boxes.nms(decoded, spec.class_iou, spec.rounds)
         masked = (chances * keep * (chances > spec.least_score)).reshape(-1)
         best, order = torch.topk(masked, min(spec.detections, len(masked)))
         valid = best > 0
         labels = torch.where(valid, order // count, -1)
-        picked = candidates.reshape(-1, 4)[order] * valid.to(candidates.dtype)[:, None]
-        return picked[None], best[None], labels[None], changed.sum()
+        picked = decoded.reshape(-1, 4)[order] * valid.to(decoded.dtype)[:, None]
+        return picked[None], best[None], labels[None], (unsettled + changed.sum())[None]
 
 
 class RegionProposalNet(nn.Module):
@@ -225,10 +226,12 @@ class Detector(nn.Module):
         """
         features = self.shared(images)
         scores, offsets = self.rpn(features)
-        regions, first = self.proposals(scores, offsets, extent)
+        regions, unsettled = self.proposals(scores, offsets, extent)
         logits, steps = self.head(self.align(features, regions))
-        candidates, chances, labels, second = self.select(logits, steps, regions, extent)
-        return candidates, chances, labels, (first + second)[None]
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self.select(
+            logits, steps, regions, extent, unsettled
+        )
+        return result
 
 
 def _channels(net: nn.Module, stage: str) -> int:

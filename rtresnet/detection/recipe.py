@@ -115,7 +115,7 @@ PAPER = DetectionRecipe(name="paper-detection", steps=80_000, freeze=2)
 
 # From untrained weights on few, small images: batch norm is trained in the first half.
 SCRATCH = DetectionRecipe(
-    name="scratch-detection", epochs=30, batch=8, lr=0.04, milestones=(0.75, 0.92), warmup=0.03,
+    name="scratch-detection", epochs=24, batch=8, lr=0.04, milestones=(0.75, 0.92), warmup=0.03,
     weight_decay=1e-4, clip=10.0, norm_fraction=0.6, candidates=1000, regions=200, rpn_batch=64,
     head_batch=16,
 )  # fmt: skip

@@ -44,7 +44,7 @@ def to_onnx(
     Raises:
         TypeError: The net has an operation that this writer does not know.
     """
-    writer = _Writer()
+    writer = NodeWriter()
     modules = dict(graph.named_modules())
     tensors: dict[fx.Node, str] = {}
     classes = 0
@@ -82,7 +82,9 @@ def to_onnx(
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
 
-class _Writer:
+class NodeWriter:
+    """Collects the nodes and constants of a graph; `write` adds those of one module."""
+
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
@@ -98,16 +100,23 @@ class _Writer:
         }
 
     def write(self, name: str, module: nn.Module, inputs: list[str]) -> None:
+        """Adds the nodes of a module, whose output tensor has the module's name.
+
+        Raises:
+            TypeError: The module has no ONNX form.
+        """
         if type(module) not in self.writers:
             raise TypeError(f"no ONNX form for {type(module).__name__} at {name}")
         self.writers[type(module)](name, module, inputs)
 
     def node(self, op: str, name: str, inputs: list[str], out: str = "", **attributes: Any) -> None:
+        """Adds a node; its output is called `out`, by default `name`."""
         self.nodes.append(
             helper.make_node(op, inputs, [out or name], name=out or name, **attributes)
         )
 
     def constant(self, name: str, value: Tensor | list[int]) -> str:
+        """Adds a constant and returns its name."""
         if isinstance(value, Tensor):
             tensor = numpy_helper.from_array(value.detach().numpy(), name)
         else:
@@ -116,6 +125,7 @@ class _Writer:
         return name
 
     def conv(self, name: str, module: nn.Conv2d, inputs: list[str]) -> None:
+        """Adds a convolution with bias."""
         assert module.bias is not None and isinstance(module.padding, tuple)
         weight = self.constant(f"{name}.weight", module.weight)
         bias = self.constant(f"{name}.bias", module.bias)
@@ -129,11 +139,14 @@ class _Writer:
         )
 
     def linear(self, name: str, module: nn.Linear, inputs: list[str]) -> None:
+        """Adds a fully connected layer."""
         weight = self.constant(f"{name}.weight", module.weight)
         bias = self.constant(f"{name}.bias", module.bias)
         self.node("Gemm", name, [*inputs, weight, bias], transB=1)
 
     def max_pool(self, name: str, module: nn.MaxPool2d, inputs: list[str]) -> None:
+        """Adds a max pool."""
+
         def pair(value: Any) -> list[int]:
             return [value, value] if isinstance(value, int) else list(value)
 
@@ -147,6 +160,7 @@ class _Writer:
         )
 
     def pad_shortcut(self, name: str, module: PadShortcut, inputs: list[str]) -> None:
+        """Adds option A's shortcut."""
         end = 2**31 - 1  # beyond any image: to the end, in the range every parser accepts
         slices = [
             self.constant(f"{name}.starts", [0, 0]),
@@ -159,5 +173,6 @@ class _Writer:
         self.node("Pad", name, [f"{name}.subsample", pads])
 
     def rename_output(self, tensor: str, name: str) -> None:
+        """Gives a tensor the name of the graph's output."""
         (producer,) = (node for node in self.nodes if tensor in node.output)
         producer.output[0] = name

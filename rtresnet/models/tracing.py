@@ -15,10 +15,11 @@ INPUT, OUTPUT = "images", "logits"
 
 
 class _Tracer(fx.Tracer):
-    """Keeps our own two operations whole, as torch's modules are."""
+    """Keeps our own operations whole, as torch's modules are."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return isinstance(m, Add | PadShortcut) or super().is_leaf_module(m, qualified_name)
+        whole = isinstance(m, Add | PadShortcut) or getattr(m, "traced_whole", False)
+        return whole or super().is_leaf_module(m, qualified_name)
 
 
 def trace(net: nn.Module) -> fx.GraphModule:
