@@ -15,13 +15,11 @@ def command(json_file: str | None) -> None:
     from rtresnet.workflows.models import list_models
 
     result = list_models()
-    rows: list[tuple[object, ...]] = [
+    rows = [
         (m.model, m.depth, m.block, m.shortcut, f"{m.size}x{m.size}", f"{m.parameters:,}",
          f"{m.multiply_adds / 1e9:.3f} G")
         for m in result.models
     ]  # fmt: skip
-    vgg = f"{result.vgg19_multiply_adds / 1e9:.1f} G"
-    rows.append(("VGG-19", 19, "-", None, "224x224", "-", vgg))
     headings = ("model", "depth", "block", "shortcut", "input", "parameters", "mult-adds")
     tables.show(common.out_console(), headings, rows)
     common.note("Any depth of 6n+2 works as a CIFAR net too, for example resnet8 or plain26.")

@@ -20,8 +20,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from rtresnet.models.resnet import Add, PadShortcut
-from rtresnet.models.tracing import INPUT, OUTPUT
+from rtresnet.models.nets import INPUT, OUTPUT
+from rtresnet.models.resnet import Add, MeanImage, PadShortcut
 from rtresnet.onnxlib import metadata
 
 OPSET = 18
@@ -91,8 +91,10 @@ class NodeWriter:
         self.writers: dict[type[nn.Module], Callable[[str, Any, list[str]], None]] = {
             nn.Conv2d: self.conv,
             nn.Linear: self.linear,
-            nn.MaxPool2d: self.max_pool,
+            nn.MaxPool2d: lambda *args: self.pool("MaxPool", *args),
+            nn.AvgPool2d: lambda *args: self.pool("AveragePool", *args),
             PadShortcut: self.pad_shortcut,
+            MeanImage: self.mean_image,
             nn.ReLU: lambda name, _, inputs: self.node("Relu", name, inputs),
             Add: lambda name, _, inputs: self.node("Add", name, inputs),
             nn.AdaptiveAvgPool2d: lambda n, _, inputs: self.node("GlobalAveragePool", n, inputs),
@@ -144,14 +146,21 @@ class NodeWriter:
         bias = self.constant(f"{name}.bias", module.bias)
         self.node("Gemm", name, [*inputs, weight, bias], transB=1)
 
-    def max_pool(self, name: str, module: nn.MaxPool2d, inputs: list[str]) -> None:
-        """Adds a max pool."""
+    def mean_image(self, name: str, module: MeanImage, inputs: list[str]) -> None:
+        """Adds the subtraction of a mean image."""
+        image = self.constant(f"{name}.image", module.image[None])
+        self.node("Sub", name, [*inputs, image])
+
+    def pool(
+        self, op: str, name: str, module: nn.MaxPool2d | nn.AvgPool2d, inputs: list[str]
+    ) -> None:
+        """Adds a pool without ceiling."""
 
         def pair(value: Any) -> list[int]:
             return [value, value] if isinstance(value, int) else list(value)
 
         self.node(
-            "MaxPool",
+            op,
             name,
             inputs,
             kernel_shape=pair(module.kernel_size),

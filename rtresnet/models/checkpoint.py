@@ -1,9 +1,9 @@
-"""Checkpoints: save them, load them, and check that they fit.
+"""Checkpoints: save, load, and check that they fit their net.
 
-A file is a dict of tensors and plain values, read with `weights_only=True`: nothing in it can
-run. Ours carries the architecture, class names and input contract; a foreign one (torchvision,
-timm, the public CIFAR nets) carries names and shapes, by which the net is recognized, and
-sometimes the net's name, which decides where several nets have the same tensors.
+A file is a dict of tensors and plain values, read with `weights_only=True`, so that no code in it
+runs. Our own files state the architecture, class names and preprocessing. A foreign one
+(torchvision, timm, the public CIFAR nets) has names and shapes, by which the net is recognized, and
+sometimes the net's name: see `foreign.py`.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ import torch
 from torch import Tensor
 
 from rtresnet.core import artifacts, atomic_io
-from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError, missing_package
+from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Calibration, Detection, Model, Sidecar, Weights
 from rtresnet.models import zoo
-from rtresnet.models.foreign import Naming, adopt, find_naming, recognize
-from rtresnet.models.resnet import ResNet
+from rtresnet.models.foreign import HEADS, Naming, adopt, find_naming, identify, recognize
+from rtresnet.models.nets import Net
 from rtresnet.onnxlib import metadata
 
 FORMAT = 1
 SAFETENSORS = ".safetensors"
+MEAN_IMAGE = "mean_image.image"  # of `resnet.MeanImage`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Weights and what they mean.
+    """The weights of a net with everything that is needed to use them.
 
     Attributes:
-        model: Architecture, class names, variants.
-        input: What the net expects of an image.
-        weights: Where the numbers came from.
-        state: Parameter and buffer name to tensor, in our names.
-        training: What `train` needs to go on; empty in a foreign file.
-        measured: Accuracy and the like, with n; after fine-tuning for INT8, of the net in INT8.
-        learned: Scales of activations, where the net was fine-tuned for INT8.
+        model: Architecture, variants and class names.
+        input: How an image becomes input.
+        weights: Origin of the weights.
+        state: Parameters and buffers by name.
+        training: What `train` needs to resume; empty in a foreign file.
+        measured: Accuracy and the like, with n; after quantization-aware training, of the INT8 net.
+        learned: Activation scales of quantization-aware training.
         assumed: What a foreign file does not state; see `sidecar.Sidecar`.
         detection: Of a detector, whose net `detection.checkpoint` makes; None for a classifier.
     """
@@ -64,23 +65,30 @@ class Checkpoint:
         """The net's entry in the zoo."""
         return spec_of(self.model)
 
-    def net(self) -> ResNet:
+    @property
+    def mean_image(self) -> int | None:
+        """Side of the mean image that the net subtracts, in pixels; None: it subtracts none."""
+        return self.state[MEAN_IMAGE].shape[-1] if MEAN_IMAGE in self.state else None
+
+    def net(self) -> Net:
         """The net with these weights, in evaluation mode, on the CPU."""
-        net = zoo.build(self.spec, len(self.model.classes))
+        net = zoo.build(self.spec, len(self.model.classes), mean_image=self.mean_image)
         net.load_state_dict(self.state)
         return net.eval()
 
 
 def spec_of(model: Model) -> zoo.Spec:
-    """The zoo entry a sidecar or checkpoint names."""
-    plain = model.architecture.startswith("plain")
-    return zoo.spec(
-        model.architecture, shortcut=None if plain else model.shortcut, stride_in=model.stride_in
-    )
+    """The zoo entry that a sidecar or checkpoint names.
+
+    Raises:
+        UnknownNameError, InputError: There is no such net.
+    """
+    shortcut = None if model.shortcut == "none" else model.shortcut
+    return zoo.spec(model.architecture, shortcut=shortcut, stride_in=model.stride_in)
 
 
 def model_of(spec: zoo.Spec, classes: tuple[str, ...] | None = None) -> Model:
-    """The record of a net for sidecars; classes default to their numbers."""
+    """The record of a net for sidecars; by default the classes are named by their numbers."""
     return Model(
         architecture=spec.name,
         classes=classes or tuple(str(index) for index in range(spec.num_classes)),
@@ -90,11 +98,11 @@ def model_of(spec: zoo.Spec, classes: tuple[str, ...] | None = None) -> Model:
 
 
 def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
-    """A checkpoint of freshly initialized weights: latency is real, accuracy is not.
+    """A checkpoint of newly initialized weights, for measuring latency.
 
-    Batch norm takes its statistics from one batch of noise. Left at mean 0 and variance 1, the
-    activations of a deep net grow past what FP16 can hold (1e8 at ResNet-152's logits), and
-    whatever is built from it could not even be compared.
+    The statistics of batch norm come from one batch of noise. With mean 0 and variance 1, the
+    activations of a deep net exceed the range of FP16 (1e8 at the logits of ResNet-152), and
+    precisions could not be compared.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -115,7 +123,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     """Writes a checkpoint and its sidecar, atomically.
 
     Raises:
-        InputError: A name that is not of torch's format.
+        InputError: The name ends in .safetensors, which is only read.
     """
     if Path(path).suffix.lower() == SAFETENSORS:
         raise InputError(f"{path}: safetensors files are only read", fix="choose a name in .pt")
@@ -156,17 +164,17 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     return artifacts.publish(path, write, sidecar)
 
 
-def _calibration(path: Path, found: metadata.TrainedScales | None) -> Calibration | None:
-    """The record of learned scales, which lie in the checkpoint itself."""
-    if found is None:
+def _calibration(path: Path, scales: metadata.TrainedScales | None) -> Calibration | None:
+    """The record of trained activation scales, which the checkpoint itself contains."""
+    if scales is None:
         return None
     return Calibration(
         method=metadata.QAT,
-        images=found.images,
-        images_sha256=found.images_sha256,
-        n=found.n,
+        images=scales.images,
+        images_sha256=scales.images_sha256,
+        n=scales.n,
         scales=path.name,
-        scales_sha256=found.sha256,
+        scales_sha256=scales.sha256,
     )
 
 
@@ -180,45 +188,44 @@ def load(
     """Reads one of our checkpoints, or recognizes and imports a foreign one.
 
     Args:
-        path: A file that torch.save or safetensors wrote; the latter is always foreign.
-        model: The net it must fit, by name; None takes what the file says it is, or else what its
-            tensors look like, which `Checkpoint.assumed` records then.
-        input: The input contract of a foreign file; ImageNet's mean and std by default.
+        path: A file written by torch.save or safetensors; the latter is always foreign.
+        model: Name of the net that it must fit. None takes the net that the file states, else the
+            one that its tensors fit, which `Checkpoint.assumed` then records.
+        input: The preprocessing of a foreign file; by default ImageNet's mean and std.
         detector: Whether the file must be one of our detectors; otherwise it must not be one. Its
             tensors are not compared with its net: `detection.checkpoint` does that.
 
     Raises:
-        ArtifactError: Truncated, not a checkpoint, not matching its sidecar, or not fitting
-            `model`, or said to be another net; the message says which tensors and which `--model`
-            would fit.
+        ArtifactError: Truncated, not a checkpoint, not matching its sidecar, not fitting `model`,
+            or stated to be another net; the message names tensors and the `--model` that fits.
         UnavailableError: A .safetensors file, and the package safetensors is not installed.
     """
     path = atomic_io.require_file(path, fix="train one with: rtresnet train")
-    artifacts.verify(path)
+    sidecar = artifacts.verify(path)
     if path.suffix.lower() == SAFETENSORS:
-        return _foreign(path, _read_safetensors(path), model, input)
+        return _foreign(path, _read_safetensors(path), model, input, sidecar)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises almost anything: pickle, zip, key, runtime
         if "was not an allowed global" in str(error):
             raise ArtifactError(
-                f"{path}: holds pickled code, such as a whole module, and that is not loaded",
+                f"{path}: contains pickled code, for example a whole module, which is not loaded",
                 fix="save model.state_dict() instead",
             ) from error
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:80]
         raise ArtifactError(
-            f"{path}: cannot be read as a checkpoint, truncated or not one of torch ({reason})",
-            fix="copy it again, or save it again as a plain state_dict",
+            f"{path}: cannot be read as a checkpoint, truncated or not one of torch's ({reason})",
+            fix="copy it again, or save it again with torch.save(model.state_dict(), FILE)",
         ) from error
     if isinstance(payload, dict) and "rtresnet" in payload:
         return _ours(path, payload, model, detector)
     if detector:
         raise ArtifactError(f"{path}: not a detector of rtresnet")
-    return _foreign(path, payload, model, input)
+    return _foreign(path, payload, model, input, sidecar)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors under "state_dict", next to the texts of the file's metadata."""
+    """The tensors under "state_dict", and the entries of the file's metadata."""
     try:
         from safetensors import safe_open
     except ImportError:
@@ -237,7 +244,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: bool) -> Checkpoint:
     if type(payload["rtresnet"]) is not int or payload["rtresnet"] != FORMAT:
-        raise ArtifactError(f"{path}: checkpoint format {payload['rtresnet']}, this reads {FORMAT}")
+        raise ArtifactError(
+            f"{path}: checkpoint format {payload['rtresnet']}; this version reads {FORMAT}",
+            fix="update rtresnet",
+        )
     try:
         checkpoint = Checkpoint(
             model=from_json(Model, payload["model"]),
@@ -254,20 +264,19 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: boo
             if "detection" in payload
             else None,
         )
-        said = checkpoint.spec
+        stated = checkpoint.spec
         state = checkpoint.state
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise TypeError("state holds something else than tensors")
+            raise TypeError("state has values that are not tensors")
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
-    spec = zoo.spec(wanted) if wanted else said
-    if spec.name != said.name:
-        _refuse(path, checkpoint.state, spec, len(checkpoint.model.classes), said)
+    if wanted and not zoo.matches(wanted, stated):
+        _refuse(path, checkpoint.state, zoo.spec(wanted), len(checkpoint.model.classes), stated)
     if detector != (checkpoint.detection is not None):
         held, needed = ("classifier", "detector") if detector else ("detector", "classifier")
         raise ArtifactError(f"{path}: a {held}, and a {needed} is needed")
     if checkpoint.detection is None:
-        _check(path, checkpoint.state, said, len(checkpoint.model.classes))
+        _check(path, checkpoint.state, stated, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
         origin = dataclasses.replace(
             checkpoint.weights, sha256=atomic_io.sha256(path), source=os.fspath(path)
@@ -276,18 +285,26 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: boo
     return checkpoint
 
 
-def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | None) -> Checkpoint:
+def _foreign(
+    path: Path,
+    payload: Any,
+    wanted: str | None,
+    input: Preprocess | None,
+    sidecar: Sidecar | None,
+) -> Checkpoint:
     state = adopt(payload)
-    if not state or "fc.weight" not in state or "conv1.weight" not in state:
+    head = next((name for name in HEADS if name in state), None)
+    if head is None:
         found = ", ".join(list(state)[:3]) or "no tensors"
         raise ArtifactError(
-            f"{path}: not a residual net in the naming of torchvision, timm or the public CIFAR "
-            f"nets (found {found})"
+            f"{path}: not a residual net or VGG in the naming of torchvision, timm or the public "
+            f"CIFAR nets (found {found})"
         )
-    if not state["fc.weight"].ndim:
-        raise ArtifactError(f"{path}: fc.weight is a single number")
-    spec, assumed = _identify(path, find_naming(path, payload), recognize(state), wanted)
-    classes = state["fc.weight"].shape[0]
+    if not state[head].ndim:
+        raise ArtifactError(f"{path}: {head} is a single number")
+    stated = _stated(sidecar) or find_naming(path, payload)
+    spec, assumed = identify(path, stated, recognize(state), wanted)
+    classes = state[head].shape[0]
     _check(path, state, spec, classes)
     contract = input or Preprocess.for_size(spec.size)
     return Checkpoint(
@@ -299,75 +316,12 @@ def _foreign(path: Path, payload: Any, wanted: str | None, input: Preprocess | N
     )
 
 
-def _identify(
-    path: Path, naming: Naming | None, recognized: zoo.Spec | None, wanted: str | None
-) -> tuple[zoo.Spec, tuple[str, ...]]:
-    """Which net a foreign file is: as it says, as the caller says, or as its tensors look.
-
-    Returns:
-        The net, and an entry for `assumed` where only the tensors tell.
-
-    Raises:
-        ArtifactError: No net of the zoo has these tensors, or the file says that it is another.
-    """
-    if recognized is None:
-        if wanted is None:
-            raise ArtifactError(
-                f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
-            )
-        return zoo.spec(wanted), ()
-    said = _said(path, naming, recognized)
-    if wanted is not None:
-        spec = zoo.spec(wanted)
-        if spec.shortcut is not None:
-            spec = zoo.spec(wanted, shortcut=recognized.shortcut)
-        if naming is not None and said is not None and spec != said and _alike(spec, recognized):
-            raise ArtifactError(
-                f"{path}: {naming.where} says {said.name}, not {spec.name}",
-                fix=f"--model {said.name}",
-            )
-        return spec, ()
-    if said is not None:
-        return said, ()
-    return recognized, (
-        f"model: {recognized.name}, which has these tensors; nothing names the net",
-    )
-
-
-def _said(path: Path, naming: Naming | None, recognized: zoo.Spec) -> zoo.Spec | None:
-    """The net that a file says it is; None where it says nothing of nets with these tensors.
-
-    Raises:
-        ArtifactError: It says that it is another net.
-    """
-    if naming is None:
+def _stated(sidecar: Sidecar | None) -> Naming | None:
+    """What a sidecar next to a foreign file says of its net."""
+    if sidecar is None or sidecar.model.architecture == "unknown":
         return None
-    named = [_spec_or_none(name) for name in naming.names]
-    for spec in named:
-        if spec is not None and _alike(spec, recognized):
-            return spec if spec.shortcut is None else recognized
-    if not naming.is_declared and None not in named:
-        return None  # a file name with other depths, which the tensors rule out
-    raise ArtifactError(
-        f"{path}: {naming.where} says {naming.names[0]}, and its tensors are those of "
-        f"{recognized.name}; a net that computes something else can have the same tensors",
-        fix=f"use a net of the zoo (rtresnet models), or correct {naming.where} if it is wrong",
-    )
-
-
-def _spec_or_none(name: str) -> zoo.Spec | None:
-    try:
-        return zoo.spec(name)
-    except UnknownNameError:
-        return None
-
-
-def _alike(spec: zoo.Spec, recognized: zoo.Spec) -> bool:
-    """Whether a net has the tensors of the recognized one, whatever its shortcut option."""
-    plain = spec.shortcut is None and recognized.shortcut == "A"
-    return spec.name == recognized.name or (
-        plain and (spec.depth, spec.family) == (recognized.depth, recognized.family)
-    )
+    model = sidecar.model
+    return Naming((model.architecture,), "its sidecar", stride_in=model.stride_in)
 
 
 def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> None:
@@ -377,7 +331,7 @@ def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int
     for name, tensor in state.items():
         plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
         counter = name.endswith("num_batches_tracked")
-        # 8-bit floats come with scales, which no net of the zoo has.
+        # 8-bit floats need scales, which no net of the zoo has.
         eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
         numeric = (counter or tensor.is_floating_point()) and not tensor.is_complex()
         if not plain or not numeric or eight_bit:
@@ -387,11 +341,13 @@ def _check(path: Path, state: Mapping[str, Tensor], spec: zoo.Spec, classes: int
                 fix="save the net in FP32: torch.save(model.float().cpu().state_dict(), FILE)",
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{path}: {name} holds values that are not finite")
+            raise ArtifactError(f"{path}: {name} has values that are not finite")
 
 
 def _differences(state: Mapping[str, Tensor], spec: zoo.Spec, classes: int) -> list[str]:
-    expected = zoo.build(spec, classes, device="meta").state_dict()
+    mean = state.get(MEAN_IMAGE)
+    side = None if mean is None or mean.ndim != 3 or spec.family == "vgg" else mean.shape[-1]
+    expected = zoo.build(spec, classes, device="meta", mean_image=side).state_dict()
     problems = []
     for name, tensor in expected.items():
         if name not in state:
@@ -408,12 +364,22 @@ def _refuse(
     state: Mapping[str, Tensor],
     spec: zoo.Spec,
     classes: int,
-    said: zoo.Spec | None = None,
+    stated: zoo.Spec | None = None,
 ) -> None:
-    problems = _differences(state, spec, classes) or ["the file says so itself"]
+    """Raises ArtifactError with the tensors that do not fit, and the net that does.
+
+    Args:
+        path: The file.
+        state: Its tensors.
+        spec: The net that they do not fit.
+        classes: Number of classes.
+        stated: The net that the file states, which counts more than what its tensors fit.
+    """
+    problems = _differences(state, spec, classes)
+    if stated is not None and not problems:
+        problems = [f"the file states {stated.name}"]
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    fits = said or recognize(state)  # what the file says goes before what its tensors look like
-    fix = None
+    fits, fix = stated or recognize(state), None
     if fits is not None and fits.name != spec.name and not _differences(state, fits, classes):
         fix = f"it fits --model {fits.name}"
     raise ArtifactError(

@@ -1,6 +1,6 @@
-"""torchvision's published ImageNet weights: downloaded once, checked, kept.
+"""torchvision's published ImageNet weights: downloaded once, checked against their hash, kept.
 
-`rtresnet export --weights imagenet` reaches this.
+`rtresnet export --weights imagenet` uses them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ IMAGENET_FILES = {
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
     "resnet152": "resnet152-394f9c45.pth",
+    "vgg16": "vgg16-397923af.pth",
+    "vgg16_bn": "vgg16_bn-6c64b313.pth",
+    "vgg19": "vgg19-dcbb9e9d.pth",
+    "vgg19_bn": "vgg19_bn-c79401a0.pth",
 }
 
 
 def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkpoint:
     """Loads torchvision's published ImageNet weights, downloaded once and checked.
 
-    Environment: RTRESNET_CACHE is the folder kept (default ~/.cache/rtresnet),
-    RTRESNET_WEIGHTS_URL a mirror's address.
+    Environment: RTRESNET_CACHE is the folder they are kept in (default ~/.cache/rtresnet),
+    RTRESNET_WEIGHTS_URL the address of a mirror.
 
     Raises:
         InputError: No published weights for this net, or the download failed.
@@ -55,9 +59,9 @@ def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkp
 
 
 def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Path:
-    """Fetches a file whose name carries the first eight digits of its sha256.
+    """Downloads a file whose name has the first eight digits of its sha256.
 
-    Not with torch.hub, which waits forever for a server that stops answering.
+    torch.hub is not used, because it waits forever for a server that stops answering.
 
     Raises:
         InputError: Unreachable, or the bytes do not match the name.
@@ -66,7 +70,7 @@ def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Pa
     path = cache / name
     match = re.search(r"-([0-9a-f]{8})\.\w+$", name)
     if match is None:
-        raise InputError(f"{url}: the file's name carries no hash to check it against")
+        raise InputError(f"{url}: the file's name has no hash to check it against")
     if path.exists() and atomic_io.sha256(path).startswith(match[1]):
         return path
     digest = hashlib.sha256()
@@ -86,11 +90,11 @@ def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Pa
             if not digest.hexdigest().startswith(match[1]):
                 raise InputError(
                     f"{url}: the download's sha256 begins {digest.hexdigest()[:8]}, not {match[1]}",
-                    fix="try again; a proxy may have answered in its place",
+                    fix="try again; a proxy may have answered instead",
                 )
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise InputError(
             f"{url}: cannot be downloaded ({getattr(error, 'reason', error)})",
-            fix=f"put the file at {path}, or name your own with --weights FILE",
+            fix=f"put the file at {path}, or give your own with --weights FILE",
         ) from None
     return path

@@ -1,10 +1,13 @@
-"""Other people's checkpoints: their names mapped to ours, their net recognized by its tensors.
+"""Checkpoints of other projects: map their names to ours, and find out which net they are.
 
-torchvision and timm name a residual net as we do; the public CIFAR nets say `linear` for the FC.
+torchvision and timm name a residual net's tensors as we do; the public CIFAR nets call the FC
+`linear`. VGG has torchvision's names.
 
-Tensors do not tell every net from another: timm's resnetaa50 and resnetblur50 have resnet50's, as
-their pooling layers have none, and a plain net has those of its residual net with option A. Where
-the file, the config.json next to it or its file name names the net, that name decides.
+Different nets can have the same tensors. timm's resnetaa50 and resnetblur50 have resnet50's,
+because their pooling has none. A plain net has those of its residual net with option A. A
+bottleneck has the same tensors with the stride in its 1x1 convolution (v1) and in its 3x3 (v1.5).
+So a name decides, where one is stated: in the file, in its sidecar, in the config.json next to it,
+or in its file name. What is not stated is assumed, and recorded.
 """
 
 from __future__ import annotations
@@ -19,43 +22,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtresnet.core.errors import UnknownNameError
+from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.models import zoo
 
-# Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets say `linear`.
+HEADS = ("fc.weight", "classifier.6.weight")  # of a residual net and of VGG
+# Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets call the FC `linear`.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-_RENAMED = (("linear.", "fc."), ("classifier.", "fc."))
+_RENAMED = {
+    f"{old}.{part}": f"fc.{part}" for old in ("linear", "classifier") for part in ("weight", "bias")
+}
 
 # Where a training script, timm or a hub writes the net's name.
 _NAME_KEYS = ("arch", "architecture", "model_name", "model")
 _NESTED_KEYS = ("pretrained_cfg", "args", "config", "hyper_parameters", "hparams")
+# How detectron2 and transformers say that a bottleneck strides in its 1x1 convolution.
+_STRIDE_KEYS = ("stride_in_1x1", "downsample_in_bottleneck")
 CONFIG = "config.json"
-_CONFIG_BYTES = 1 << 20  # a larger file is no model's config
+_CONFIG_BYTES = 1 << 20  # a larger file is not a model's config
 # "resnet50", "resnetaa50", "seresnet50d"; "resnet_50" and "resnet-50" where the number ends there,
-# as what follows an underscore may be a hash.
+# because what follows an underscore may be a hash.
 _NAME = re.compile(
     r"(?P<prefix>[a-z]*)(?P<kind>resnet[a-z]*|(?<![a-z])plain)"
     r"(?:(?P<depth>\d{1,4})(?P<suffix>[a-z0-9]*)|[-_](?P<apart>\d{1,4})(?![0-9a-z]))"
 )
+# After the depth, as in "resnet50_v1" (MXNet, the ONNX model zoo) and "resnet50_v1b" (which is
+# MXNet's v1.5); not the V1 of "IMAGENET1K_V1", which is a version of weights.
+_V1 = re.compile(r"[-_]?v1(?![\d.a-z]|[-_]5)")
+_V1_5 = re.compile(r"[-_]?v1(?:[._]5|b)(?![a-z0-9])")
+_CAFFE = re.compile(r"(?<![a-z])(?:caffe2?|msra)(?![a-z])")  # the authors' weights, converted
+_PUBLISHED = re.compile(r"-[0-9a-f]{8}$")  # torchvision's and timm's file names end in a hash
 
 
 @dataclass(frozen=True)
 class Naming:
-    """Net names that stand somewhere.
+    """Net names that are stated somewhere.
 
     Attributes:
-        names: As in "resnetaa50".
-        where: "its key arch", "config.json", "its file name".
-        is_declared: Whether it is a statement about the weights; a file name is less.
+        names: For example "resnetaa50".
+        where: "its key arch", "config.json", "its sidecar", "its file name".
+        is_declared: Whether it is a statement about the weights, which a file name is not.
+        stride_in: Stride position that is stated: "1x1" or "3x3"; None where it is not.
     """
 
     names: tuple[str, ...]
     where: str
-    is_declared: bool
+    is_declared: bool = True
+    stride_in: str | None = None
 
 
 def find_naming(path: Path, payload: Any) -> Naming | None:
-    """Finds what the file, the config.json next to it or the file's name says the net is.
+    """Finds the net's name in the file, in the config.json next to it, or in the file's name.
 
     Args:
         path: The file.
@@ -66,17 +82,26 @@ def find_naming(path: Path, payload: Any) -> Naming | None:
     """
     for key, text in _declared(payload):
         if names := _names_in(text, whole=True):
-            return Naming(names, f"its key {key}", True)
+            stride = _stride_in(text) or _stride_of_keys(payload)
+            # In torchvision and timm, whose scripts write such keys, resnet50 is v1.5.
+            return Naming(names, f"its key {key}", stride_in=stride or "3x3")
     config = path.with_name(CONFIG)
     try:
         if config.stat().st_size <= _CONFIG_BYTES:
-            for _, text in _declared(json.loads(config.read_text(encoding="utf-8"))):
+            record = json.loads(config.read_text(encoding="utf-8"))
+            for _, text in _declared(record):
                 if names := _names_in(text, whole=True):
-                    return Naming(names, str(config), True)
-    except (OSError, ValueError, RecursionError):  # there is none, or it is none of a model
+                    stride = _stride_in(text) or _stride_of_keys(record)
+                    return Naming(names, str(config), stride_in=stride or "3x3")
+    except (OSError, ValueError, RecursionError):  # there is none, or it is not a model's
         pass
     names = _names_in(path.stem, whole=False)
-    return Naming(names, "its file name", False) if names else None
+    if not names:
+        return None
+    stride = _stride_in(path.stem.lower())
+    if stride is None and _PUBLISHED.search(path.stem.lower()):
+        stride = "3x3"
+    return Naming(names, "its file name", is_declared=False, stride_in=stride)
 
 
 def _declared(record: Any, depth: int = 2) -> Iterator[tuple[str, str]]:
@@ -91,13 +116,39 @@ def _declared(record: Any, depth: int = 2) -> Iterator[tuple[str, str]]:
             yield f"{outer}.{key}", text
 
 
+def _stride_of_keys(record: Any, depth: int = 2) -> str | None:
+    """What a key such as `stride_in_1x1` states."""
+    if not isinstance(record, Mapping) or not depth:
+        return None
+    for key in _STRIDE_KEYS:
+        if isinstance(record.get(key), bool):
+            return "1x1" if record[key] else "3x3"
+    nested = (_stride_of_keys(record.get(outer), depth - 1) for outer in _NESTED_KEYS)
+    return next((stride for stride in nested if stride), None)
+
+
+def _stride_in(text: str) -> str | None:
+    """The stride position that a net's name in a text states."""
+    text = text.lower()
+    if _CAFFE.search(text):
+        return "1x1"
+    for match in _NAME.finditer(text):
+        after = text[match.start("suffix") if match["depth"] else match.end() :]
+        if _V1_5.match(after):
+            return "3x3"
+        if _V1.match(after):
+            return "1x1"
+    return None
+
+
 def _names_in(text: str, *, whole: bool) -> tuple[str, ...]:
-    """Net names in a text; without `whole`, as in myresnet50v2, what is around resnet50 is not."""
-    found = []
+    """Net names in a text; without `whole`, what surrounds resnet50 in myresnet50v2 is left out."""
+    names = []
     for match in _NAME.finditer(text.lower()):
         prefix, suffix = (match["prefix"], match["suffix"] or "") if whole else ("", "")
-        found.append(f"{prefix}{match['kind']}{match['depth'] or match['apart']}{suffix}")
-    return tuple(found)
+        suffix = "" if suffix in ("v1", "v1b") else suffix
+        names.append(f"{prefix}{match['kind']}{match['depth'] or match['apart']}{suffix}")
+    return tuple(names)
 
 
 def adopt(payload: Any) -> dict[str, Tensor]:
@@ -113,13 +164,11 @@ def adopt(payload: Any) -> dict[str, Tensor]:
             continue
         while name.startswith(_PREFIXES):
             name = name.split(".", 1)[1]
-        for old, new in _RENAMED:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
+        name = _RENAMED.get(name, name)
         name = re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name)
         state[name] = tensor
     for name in [name for name in state if name.endswith("running_mean")]:
-        # Files from before torch 0.4.1 lack the counter; it plays no part in inference.
+        # Files from before torch 0.4.1 lack the counter; inference does not use it.
         state.setdefault(
             name.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.long)
         )
@@ -127,16 +176,21 @@ def adopt(payload: Any) -> dict[str, Tensor]:
 
 
 def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
-    """The zoo net whose blocks these names describe, or None.
+    """The net of the zoo whose blocks these names describe, or None.
 
-    A plain net's tensors are those of its residual net with option A: that one is returned.
+    A plain net's tensors are those of its residual net with option A, which is returned. Of
+    bottlenecks, v1.5 is returned.
     """
+    if HEADS[1] in state:
+        return _recognize_vgg(state)
     blocks: dict[int, set[int]] = {}
     for name in state:
         if match := re.match(r"layer(\d+)\.(\d+)\.", name):
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    bottleneck = "layer1.0.conv3.weight" in state
+    third = state.get("layer1.0.conv3.weight")
+    bottleneck = third is not None and third.shape[-1:] == (1,)
+    layers = 1 if "layer1.0.conv2.weight" not in state else 2 if third is None else 3
     if (
         "layer1.0.downsample.0.weight" in state and not bottleneck
     ) or "layer1.1.downsample.0.weight" in state:
@@ -146,7 +200,7 @@ def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
     else:
         shortcut = "A"
     if len(counts) == 3 and len(set(counts)) == 1 and not bottleneck:
-        name = f"resnet{6 * counts[0] + 2}"
+        name = f"resnet{3 * layers * counts[0] + 2}-block{layers}"
     else:
         shape = ("bottleneck" if bottleneck else "basic", counts)
         depths = [depth for depth, entry in zoo.IMAGENET_COUNTS.items() if entry == shape]
@@ -154,7 +208,104 @@ def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
             return None
         name = f"resnet{depths[0]}"
     try:
-        found = zoo.spec(name, shortcut=shortcut)
-    except UnknownNameError:
+        spec = zoo.spec(name, shortcut=shortcut)
+    except InputError:
         return None
-    return found if found.counts == counts else None  # 6n+2 may be a name that ImageNet has taken
+    return spec if spec.counts == counts else None  # 6n+2 may be the name of an ImageNet net
+
+
+def _recognize_vgg(state: Mapping[str, Tensor]) -> zoo.Spec | None:
+    convolutions = sum(tensor.ndim == 4 for tensor in state.values())
+    norm = "_bn" if any(name.endswith("running_mean") for name in state) else ""
+    depths = [depth for depth, counts in zoo.VGG_COUNTS.items() if sum(counts) == convolutions]
+    return zoo.spec(f"vgg{depths[0]}{norm}") if depths else None
+
+
+def identify(
+    path: Path, naming: Naming | None, recognized: zoo.Spec | None, wanted: str | None
+) -> tuple[zoo.Spec, tuple[str, ...]]:
+    """Which net a foreign file is: the one it states, the one asked for, or the one that fits.
+
+    Args:
+        path: The file.
+        naming: What is stated somewhere.
+        recognized: What its tensors fit.
+        wanted: The net that is asked for, by name.
+
+    Returns:
+        The net, and entries for `assumed` of what is not stated.
+
+    Raises:
+        ArtifactError: No net of the zoo has these tensors, or the file states another one.
+    """
+    if recognized is None:
+        if wanted is None:
+            raise ArtifactError(
+                f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
+            )
+        return zoo.spec(wanted), ()
+    stated = _stated(path, naming, recognized)
+    if wanted is not None:
+        spec = zoo.spec(wanted)
+        if spec.shortcut is not None and not zoo.states_shortcut(wanted):
+            spec = zoo.variant(spec, shortcut=recognized.shortcut)
+        if naming is None or stated is None or not _alike(spec, recognized):
+            return spec, ()
+        if naming.stride_in is None and stated.block == "bottleneck":
+            stated = zoo.variant(stated, stride_in=spec.stride_in)
+        if spec != stated:
+            raise ArtifactError(
+                f"{path}: {naming.where} states {stated.name}, not {spec.name}",
+                fix=f"--model {stated.name}",
+            )
+        return spec, ()
+    spec = stated or recognized
+    ambiguous = spec.block == "bottleneck"
+    if stated is None:
+        which = f"{spec.name} (v1.5)" if ambiguous else spec.name
+        return spec, (f"model: {which}, which has these tensors; nothing states the net",)
+    if ambiguous and naming is not None and naming.stride_in is None:
+        return spec, (
+            f"model: {spec.name} (v1.5, stride in the 3x3 convolution); {spec.name}-v1 has the "
+            "same tensors, and nothing states which it is",
+        )
+    return spec, ()
+
+
+def _stated(path: Path, naming: Naming | None, recognized: zoo.Spec) -> zoo.Spec | None:
+    """The net that a file states; None where it states nothing about nets with these tensors.
+
+    Raises:
+        ArtifactError: It states another net.
+    """
+    if naming is None:
+        return None
+    named = [_spec_or_none(name) for name in naming.names]
+    for spec in named:
+        if spec is not None and _alike(spec, recognized):
+            if spec.shortcut is None:
+                return spec
+            v1 = recognized.block == "bottleneck" and naming.stride_in == "1x1"
+            return zoo.variant(recognized, stride_in="1x1" if v1 else spec.stride_in)
+    if not naming.is_declared and None not in named:
+        return None  # a file name with another depth, which the tensors exclude
+    raise ArtifactError(
+        f"{path}: {naming.where} states {naming.names[0]}, and its tensors are those of "
+        f"{recognized.name}; a net that computes something else can have the same tensors",
+        fix=f"use a net of the zoo (rtresnet models), or correct {naming.where} if it is wrong",
+    )
+
+
+def _spec_or_none(name: str) -> zoo.Spec | None:
+    try:
+        return zoo.spec(name)
+    except (UnknownNameError, InputError):
+        return None
+
+
+def _alike(spec: zoo.Spec, recognized: zoo.Spec) -> bool:
+    """Whether a net has the tensors of the recognized one, whatever its shortcut and stride."""
+    same = (spec.family, spec.depth, spec.block, spec.batch_norm) == (
+        recognized.family, recognized.depth, recognized.block, recognized.batch_norm,
+    )  # fmt: skip
+    return same and (spec.shortcut is not None or recognized.shortcut in ("A", None))

@@ -1,11 +1,11 @@
 """Residual nets and their plain counterparts (He, Zhang, Ren, Sun, 2015).
 
 Sections 3.3, 4.1 (ImageNet) and 4.2 (CIFAR-10). Module names follow the public checkpoints
-(`conv1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`), so that weights trade without
-renaming. Every operation, the addition included, is a module of its own: it has a name that
-survives into the ONNX file, the engine and the profile.
+(`conv1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`), so that their weights load without
+renaming. Every operation, also the addition, is a module: its name appears in the ONNX file, the
+engine and the profile.
 
-Deliberately unaware of names such as "resnet50": see `zoo.py`.
+Names such as "resnet50" are in `zoo.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-SHORTCUTS = ("A", "B", "C")
-STRIDES_IN = ("1x1", "3x3")
 
 
 class Add(nn.Module):
@@ -30,8 +27,9 @@ class Add(nn.Module):
 class PadShortcut(nn.Module):
     """Option A where dimensions change: every stride-th pixel, new channels filled with zeros.
 
-    Free of parameters, so a residual net has exactly its plain net's. The zeros go half before
-    and half after the old channels, as in the public CIFAR checkpoints; the paper leaves it open.
+    It has no parameters, so a residual net has exactly as many as its plain net. Half of the zeros
+    come before the old channels and half after, as in the public CIFAR checkpoints; the paper does
+    not say.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
@@ -46,49 +44,131 @@ class PadShortcut(nn.Module):
         return nn.functional.pad(x, (0, 0, 0, 0, self.before, self.after))
 
 
+class MeanImage(nn.Module):
+    """Subtracts a per-pixel mean image (section 4.2), in the units of the normalized input.
+
+    The image is a buffer: it is part of the checkpoint, and export writes it into the ONNX file.
+
+    Args:
+        size: Side of the image, in pixels.
+    """
+
+    image: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("image", torch.zeros(3, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, size, size]."""
+        return x - self.image
+
+
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias (BN follows) that keeps the size at stride 1."""
+    """A convolution without bias, because batch norm follows; at stride 1 it keeps the size."""
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
 def shortcut_module(option: str, c_in: int, c_out: int, stride: int) -> nn.Module | None:
-    """The shortcut's own operation, or None where it is the identity (section 4.1, A to C)."""
+    """The shortcut's operation; None where it is the identity (section 4.1, options A, B, C)."""
     changes = stride != 1 or c_in != c_out
     if option == "C" or (option == "B" and changes):
         return nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
     return PadShortcut(c_in, c_out, stride) if changes else None
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions (figure 2); without a shortcut, two layers of a plain net."""
+class Block(nn.Module):
+    """A residual function with its shortcut, or the same layers without one (figure 2).
+
+    Attributes:
+        downsample: The shortcut's own operation; None where it is the identity or absent.
+        add: The addition; None in a plain net.
+        dropped: Whether the residual function is left out, so that only the shortcut remains:
+            set for a step by stochastic depth, and by `study lesions`.
+    """
 
     expansion = 1
+    dropped = False
+    downsample: nn.Module | None
+    add: Add | None
+
+    @property
+    def removable(self) -> bool:
+        """Whether the net still works without the residual function."""
+        return self.add is not None or not self._changes
+
+    def _connect(self, shortcut: str | None, c_in: int, c_out: int, stride: int) -> None:
+        self._changes = stride != 1 or c_in != c_out
+        self.downsample = shortcut_module(shortcut, c_in, c_out, stride) if shortcut else None
+        self.add = Add() if shortcut else None
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The residual function: [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
+        raise NotImplementedError
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The ReLU after the addition."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
+        if self.dropped:
+            return self.activate(x if self.downsample is None else self.downsample(x))
+        out = self.residual(x)
+        if self.add is not None:
+            out = self.add(out, x if self.downsample is None else self.downsample(x))
+        return self.activate(out)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions (figure 5, left)."""
+
+    layers = 2
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
 
     def __init__(
         self, c_in: int, width: int, stride: int, shortcut: str | None, stride_in: str
     ) -> None:
         super().__init__()
-        self.conv1 = conv(c_in, width, 3, stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu1 = nn.ReLU()
-        self.conv2 = conv(width, width, 3)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut_module(shortcut, c_in, width, stride) if shortcut else None
-        self.add = Add() if shortcut else None
-        self.relu2 = nn.ReLU()
+        for number in range(1, self.layers + 1):
+            first = number == 1
+            convolution = conv(c_in if first else width, width, 3, stride if first else 1)
+            self.add_module(f"conv{number}", convolution)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(width))
+            if number < self.layers:
+                self.add_module(f"relu{number}", nn.ReLU())
+        self._connect(shortcut, c_in, width, stride)
+        self.add_module(f"relu{self.layers}", nn.ReLU())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residual(self, x: Tensor) -> Tensor:
         """[N, c_in, H, W] to [N, width, H / stride, W / stride]."""
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.add is not None:
-            out = self.add(out, x if self.downsample is None else self.downsample(x))
-        activated: Tensor = self.relu2(out)
+        for number in range(1, self.layers + 1):
+            x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
+            if number < self.layers:
+                x = getattr(self, f"relu{number}")(x)
+        return x
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The ReLU after the addition."""
+        activated: Tensor = getattr(self, f"relu{self.layers}")(x)
         return activated
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with four times the width out (figure 5).
+class OneLayerBlock(BasicBlock):
+    """One 3x3 convolution: y = W x + x is a linear layer (section 3.2, below equation 2)."""
+
+    layers = 1
+
+
+class ThreeLayerBlock(BasicBlock):
+    """Three 3x3 convolutions (section 3.2: "two or three layers, while more are possible")."""
+
+    layers = 3
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 and 1x1, with four times the width at the end (figure 5, right).
 
     `stride_in` "1x1" is the paper's (v1); "3x3" is what public weights use (v1.5).
     """
@@ -109,32 +189,42 @@ class Bottleneck(nn.Module):
         self.relu2 = nn.ReLU()
         self.conv3 = conv(width, c_out, 1)
         self.bn3 = nn.BatchNorm2d(c_out)
-        self.downsample = shortcut_module(shortcut, c_in, c_out, stride) if shortcut else None
-        self.add = Add() if shortcut else None
+        self._connect(shortcut, c_in, c_out, stride)
         self.relu3 = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residual(self, x: Tensor) -> Tensor:
         """[N, c_in, H, W] to [N, 4 * width, H / stride, W / stride]."""
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.relu2(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.add is not None:
-            out = self.add(out, x if self.downsample is None else self.downsample(x))
-        activated: Tensor = self.relu3(out)
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        out: Tensor = self.bn3(self.conv3(x))
+        return out
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The ReLU after the addition."""
+        activated: Tensor = self.relu3(x)
         return activated
+
+
+BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
+    "basic1": OneLayerBlock,
+    "basic": BasicBlock,
+    "basic3": ThreeLayerBlock,
+    "bottleneck": Bottleneck,
+}
 
 
 class ResNet(nn.Module):
     """A stem, stages of blocks, global average pooling and a fully connected layer.
 
     Args:
-        block: BasicBlock or Bottleneck.
-        counts: Blocks a stage.
-        widths: Channels of the 3x3 convolutions, a stage.
+        block: Class of the blocks.
+        counts: Number of blocks in each stage.
+        widths: Number of channels of the 3x3 convolutions in each stage.
         stem: "imagenet" (7x7/2 and max pool) or "cifar" (one 3x3).
         shortcut: "A", "B", "C", or None for a plain net.
-        stride_in: Where a bottleneck strides: "1x1" or "3x3".
+        stride_in: The convolution of a bottleneck that has the stride: "1x1" or "3x3".
         num_classes: Number of logits.
+        mean_image: Side of a mean image that is subtracted first, in pixels; None: there is none.
     """
 
     def __init__(
@@ -147,8 +237,10 @@ class ResNet(nn.Module):
         shortcut: str | None,
         stride_in: str,
         num_classes: int,
+        mean_image: int | None = None,
     ) -> None:
         super().__init__()
+        self.mean_image = None if mean_image is None else MeanImage(mean_image)
         channels = widths[0]
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, channels, 7, 2, padding=3, bias=False)
@@ -171,8 +263,22 @@ class ResNet(nn.Module):
         if not self.fc.weight.is_meta:
             self.apply(initialize)
 
+    def blocks(self) -> dict[str, Block]:
+        """The blocks by name ("layer1.0"), in order of execution."""
+        return {
+            f"{stage}.{name}": block
+            for stage in self.stages
+            for name, block in getattr(self, stage).named_children()
+        }
+
+    def leading_parts(self) -> list[list[nn.Module]]:
+        """The stem, then each stage: what `freeze` of a recipe counts."""
+        return [[self.conv1, self.bn1], *([getattr(self, name)] for name in self.stages)]
+
     def features(self, x: Tensor) -> Tensor:
-        """Normalized float images [N, 3, H, W] to the last stage's map [N, C, h, w]."""
+        """Normalized float images [N, 3, H, W] to the map of the last stage [N, C, h, w]."""
+        if self.mean_image is not None:
+            x = self.mean_image(x)
         x = self.relu(self.bn1(self.conv1(x)))
         if self.maxpool is not None:
             x = self.maxpool(x)
@@ -185,40 +291,28 @@ class ResNet(nn.Module):
         logits: Tensor = self.fc(self.flatten(self.avgpool(self.features(x))))
         return logits
 
+    def dense(self, x: Tensor, window: int | None = None) -> Tensor:
+        """The net in its fully convolutional form (section 3.4, testing): FC as a 1x1 convolution.
+
+        Args:
+            x: Normalized float images [N, 3, H, W] of any H and W.
+            window: Side of the average pooling that slides over the last map with stride 1, as
+                the net's own pooling of 7x7 would; None pools nothing, which gives the same mean
+                over positions as one pooling of the whole map.
+
+        Returns:
+            A map of logits [N, num_classes, h, w].
+        """
+        maps = self.features(x)
+        if window is not None:
+            side = min(window, *maps.shape[2:])
+            maps = nn.functional.avg_pool2d(maps, side, stride=1)
+        return nn.functional.conv2d(maps, self.fc.weight[:, :, None, None], self.fc.bias)
+
 
 def initialize(module: nn.Module) -> None:
-    """He initialization of convolutions (section 3.4, reference 13); the FC's bias is zero."""
+    """He initialization of convolutions (section 3.4, reference 13); the bias of the FC is zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
-
-
-def multiply_adds(model: nn.Module, size: int) -> int:
-    """Multiply-adds of convolutions and the FC for one image of `size` by `size` pixels.
-
-    Counted on a run of the net itself, as the paper counts: BN, ReLU, pooling and the addition
-    are left out. On the meta device nothing is computed.
-    """
-    total, training = 0, model.training
-
-    def count(module: nn.Module, _: object, out: Tensor) -> None:
-        nonlocal total
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        positions = out.numel() // module.weight.shape[0]
-        total += positions * module.weight.numel()
-
-    hooks = [
-        module.register_forward_hook(count)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    weight = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size, device=weight.device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return total

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-NAMED = re.compile(r"(layer\d+[./]\d+)[./]")
+NAMED = re.compile(r"((?:layer\d+|features)[./]\d+)(?:[./]|$)")
 STEM, HEAD = "stem", "head"
 ENDS = ("GlobalAveragePool", "ReduceMean", "Gemm", "MatMul")
 

@@ -18,7 +18,7 @@ from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data.sources import Source
 from rtresnet.models import zoo
-from rtresnet.models.resnet import multiply_adds
+from rtresnet.models.nets import multiply_adds
 from rtresnet.models.zoo import Spec
 from rtresnet.study.runs import Outcome, Run
 from rtresnet.training import loader, recipes

@@ -39,6 +39,7 @@ from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.step import Stepper
 
 RUNS = Path("runs")
+FC = tuple(f"{layer}.{part}" for layer in ("fc", "classifier.6") for part in ("weight", "bias"))
 
 
 @dataclass(kw_only=True)
@@ -291,7 +292,7 @@ def load_start(net: nn.Module, start: Checkpoint, source: Source) -> str | None:
     state = dict(start.state)
     own = net.state_dict()
     mapping, note = _same_classes(start, source)
-    for name in ("fc.weight", "fc.bias"):
+    for name in [name for name in FC if name in own and name in state]:
         if mapping is None or state[name].shape != own[name].shape:
             state[name] = own[name]
         else:

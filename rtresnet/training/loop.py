@@ -28,8 +28,7 @@ from rtresnet.data.sources import Source
 from rtresnet.data.validation import Progress as CheckProgress
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
-from rtresnet.models.reference import TorchBackend
-from rtresnet.models.resnet import ResNet
+from rtresnet.models.nets import Net, TorchBackend
 from rtresnet.training import checkpointing, dataset, distributed, qat
 from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState
 from rtresnet.training.config import TrainJob
@@ -193,7 +192,7 @@ class _Run:
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
 
-    def _fake_quantized(self, net: ResNet) -> FakeQuantized:
+    def _fake_quantized(self, net: Net) -> FakeQuantized:
         """The net with fake quantization; scales from its checkpoint, or from some images."""
         fake, start = FakeQuantized(net).to(self.job.device), self.job.start
         if start is not None and start.learned is not None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.models.resnet import Add, ResNet
-from rtresnet.models.tracing import INPUT, folded, trace
+from rtresnet.models.nets import INPUT, Net, folded, trace
+from rtresnet.models.resnet import Add
 from rtresnet.quantization.calibrators import mse, scale
 from rtresnet.quantization.histogram import Histogram
 from rtresnet.quantization.low_bit_scales import ACTIVATION_BITS, WEIGHT_BITS, at_least, nearest
@@ -59,7 +59,7 @@ class Operation:
     norm: str = ""
 
 
-def operations(net: ResNet) -> list[Operation]:
+def operations(net: Net) -> list[Operation]:
     """List the operations of the folded net, in order of execution."""
     traced = trace(net)
     modules = dict(traced.named_modules())
@@ -73,6 +73,8 @@ def operations(net: ResNet) -> list[Operation]:
             reads = tuple(tensors[argument] for argument in node.all_input_nodes)
             if isinstance(module, nn.BatchNorm2d):
                 found[reads[0]] = replace(found[reads[0]], norm=name)
+                tensors[node] = reads[0]
+            elif isinstance(module, nn.Dropout):  # the INT8 file has none
                 tensors[node] = reads[0]
             else:
                 kind = TYPES.get(type(module), type(module).__name__)
@@ -93,7 +95,7 @@ class FakeQuantized(nn.Module):
         branches: Names of the float tensors that are added to the shortcuts.
     """
 
-    def __init__(self, net: ResNet) -> None:
+    def __init__(self, net: Net) -> None:
         super().__init__()
         self.net = net
         self.operations = operations(net)
@@ -156,9 +158,13 @@ class FakeQuantized(nn.Module):
     def _operate(self, operation: Operation, inputs: list[Tensor], weights: WeightHook) -> Tensor:
         module = self.net.get_submodule(operation.name)
         if isinstance(module, nn.Conv2d):
-            norm = self.net.get_submodule(operation.norm)
-            assert isinstance(norm, nn.BatchNorm2d)
-            weight, bias = weights(operation.input[0], *folded(module, norm))
+            own = (module.weight, module.bias)
+            if operation.norm:
+                norm = self.net.get_submodule(operation.norm)
+                assert isinstance(norm, nn.BatchNorm2d)
+                own = folded(module, norm)
+            assert own[1] is not None
+            weight, bias = weights(operation.input[0], own[0], own[1])
             return functional.conv2d(inputs[0], weight, bias, module.stride, module.padding)
         if isinstance(module, nn.Linear):
             return functional.linear(

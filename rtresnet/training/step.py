@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rtresnet.core import hardware
 from rtresnet.core.errors import CheckFailedError, InputError, UnavailableError
-from rtresnet.models.resnet import ResNet
+from rtresnet.models.nets import Net
 from rtresnet.training.config import Precision, Recipe
 from rtresnet.training.distributed import World
 from rtresnet.training.ema import ModelEma
@@ -96,9 +96,7 @@ class Stepper:
         device: The net's.
     """
 
-    def __init__(
-        self, net: ResNet | FakeQuantized, recipe: Recipe, world: World, device: str
-    ) -> None:
+    def __init__(self, net: Net | FakeQuantized, recipe: Recipe, world: World, device: str) -> None:
         self.net, self.recipe = net, recipe
         self.fake = net if isinstance(net, FakeQuantized) else None
         self.kind = "cuda" if device.startswith("cuda") else "cpu"
@@ -202,12 +200,11 @@ class Stepper:
         return self.wrapped.no_sync()
 
 
-def freeze(net: ResNet, parts: int) -> list[nn.Module]:
+def freeze(net: Net, parts: int) -> list[nn.Module]:
     """Freeze the first `parts` of stem and stages; return their modules."""
     if not parts:
         return []
-    frozen: list[nn.Module] = [net.conv1, net.bn1]
-    frozen += [getattr(net, name) for name in net.stages[: parts - 1]]
+    frozen = [module for part in net.leading_parts()[:parts] for module in part]
     for module in frozen:
         module.requires_grad_(False)
     return frozen

@@ -291,7 +291,9 @@ def _named(name: str, config: EstimateConfig) -> Subject:
     from rtresnet.exporter.writer import to_onnx
 
     net = zoo.build(spec).eval()
-    counted = kernels.count(to_onnx(fold(net), size=config.size or spec.size, name=name))
+    counted = kernels.count(
+        to_onnx(fold(net, config.size), size=config.size or spec.size, name=name)
+    )
     return Subject(name=name, kernels=counted.kernels, batch=config.batch or 1, size=counted.size)
 
 

@@ -67,6 +67,9 @@ class EvaluateConfig(DataConfig):
     Attributes:
         protocol: The paper's way of testing; "dense" takes checkpoints only.
         resize: Shorter side before the crop, in pixels; under "dense" the only scale.
+        dense_pooling: How "dense" averages the last map. "map" pools it whole. "window" slides
+            the net's own pooling of 7x7 over it with stride 1, and then averages the scores:
+            pixels near the border count less, because fewer windows contain them.
         model: Architecture of a checkpoint from elsewhere.
     """
 
@@ -81,9 +84,22 @@ class EvaluateConfig(DataConfig):
         minimum=1,
         default_text="from the artifact",
     )
+    dense_pooling: Literal["map", "window"] = option(
+        "map",
+        "Pooling of the dense test: the whole map at once, or a window of the net's own size (7x7) "
+        "that slides over it.",
+    )
     model: str | None = option(
         None, "Architecture of a checkpoint from elsewhere.", default_text="recognized"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dense_pooling != "map" and self.protocol != "dense":
+            raise InputError(
+                f"--dense-pooling {self.dense_pooling}: only the dense test pools a larger map",
+                fix="give --protocol dense as well",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +266,7 @@ def evaluate(
             MemberResult(
                 artifact=name, assumed=(*session.assumed, *assumed), precision=session.precision,
                 runtime=session.info, **_counts(accuracy, session.topk), **about,
-                **_described(views, session.preprocess),
+                **_described(views, session.preprocess, config.dense_pooling),
             )
             for name, session, accuracy in zip(names, sessions, measured.members, strict=True)
         )  # fmt: skip
@@ -358,12 +374,15 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
     if config.protocol != "dense":
         preprocess = dataclasses.replace(preprocess, resize=resize or preprocess.resize)
         return session.restated(preprocess, session.assumed)
-    from rtresnet.models.reference import DenseBackend, TorchBackend
-    from rtresnet.models.resnet import ResNet
+    from rtresnet.models.nets import DenseBackend, Net, TorchBackend
 
     assert isinstance(session.backend, TorchBackend)
-    assert isinstance(session.backend.net, ResNet)
-    return session.with_backend(DenseBackend(session.backend.net, session.backend.size))
+    assert isinstance(session.backend.net, Net)
+    return session.with_backend(
+        DenseBackend(
+            session.backend.net, session.preprocess.size, sliding=config.dense_pooling == "window"
+        )
+    )
 
 
 def trained_on(sessions: Sequence[Session], source: Relabelled, split: str) -> tuple[str, ...]:
@@ -403,16 +422,17 @@ def _counts(accuracy: metrics.Accuracy, topk: int | None = None) -> dict[str, An
     }
 
 
-def _described(views: Views, preprocess: Preprocess) -> dict[str, Any]:
+def _described(views: Views, preprocess: Preprocess, pooling: str) -> dict[str, Any]:
     """How the images were shown, as fields and in words."""
     size, resize, count = preprocess.size, preprocess.resize, views.count(preprocess)
     scales = views.scales_for(preprocess)
     pixels = f"shorter side {', '.join(map(str, scales))}" if scales else f"{size} of {resize}"
+    sliding = ", pooled in a sliding window" if pooling == "window" else ""
     return {
         "input": preprocess,
         "size": size,
         "resize": None if scales else resize,
         "scales": scales or None,
         "views": count,
-        "shown": f"{views.protocol}, {pixels} px, {count} view{'s' if count > 1 else ''}",
+        "shown": f"{views.protocol}, {pixels} px, {count} view{'s' if count > 1 else ''}{sliding}",
     }

@@ -326,7 +326,7 @@ def _write_fp32(
 
     with reporter.progress(f"exporting {path}"):
         model = to_onnx(
-            fold.fold(checkpoint.net()),
+            fold.fold(checkpoint.net(), checkpoint.input.size),
             size=checkpoint.input.size,
             name=checkpoint.model.architecture,
             scales=checkpoint.learned,

@@ -256,7 +256,7 @@ def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> S
     import torch
 
     from rtresnet.models import checkpoint
-    from rtresnet.models.reference import TorchBackend
+    from rtresnet.models.nets import TorchBackend
     from rtresnet.runtime.session import Session
 
     device = torch_device(runtime.device)

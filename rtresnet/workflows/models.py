@@ -53,4 +53,5 @@ def list_models() -> ModelsResult:
                 size=spec.size, parameters=cost.parameters, multiply_adds=cost.multiply_adds,
             )
         )  # fmt: skip
-    return ModelsResult(models=tuple(models), vgg19_multiply_adds=zoo.VGG19_MULTIPLY_ADDS)
+    vgg19 = zoo.cost(zoo.spec("vgg19")).multiply_adds
+    return ModelsResult(models=tuple(models), vgg19_multiply_adds=vgg19)

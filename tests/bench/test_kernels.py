@@ -9,7 +9,7 @@ import pytest
 from rtresnet.bench import kernels
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.models import zoo
-from rtresnet.models.resnet import multiply_adds
+from rtresnet.models.nets import multiply_adds
 
 Net = Callable[..., Path]
 

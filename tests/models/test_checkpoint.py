@@ -25,7 +25,7 @@ from rtresnet.core.sidecar import Weights
 from rtresnet.models import download as public
 from rtresnet.models import zoo
 from rtresnet.models.checkpoint import Checkpoint, load, save, untrained
-from rtresnet.models.foreign import recognize
+from rtresnet.models.foreign import find_naming, recognize
 from rtresnet.models.resnet import BasicBlock, ResNet
 
 State = dict[str, Tensor]
@@ -516,12 +516,12 @@ def test_the_input_contract_of_a_foreign_file_can_be_given(tmp_path: Path) -> No
         [1, 2],
         torch.zeros(3),
         {"epoch": 3, "lr": 0.1},
-        {"features.0.weight": torch.zeros(64, 3, 3, 3), "classifier.weight": torch.zeros(2, 2)},
+        {"features.0.weight": torch.zeros(64, 3, 3, 3), "head.weight": torch.zeros(2, 2)},
     ],
     ids=range(6),
 )
-def test_a_file_with_no_residual_net_in_it_is_refused(tmp_path: Path, payload: object) -> None:
-    assert "not a residual net" in refusal(written(tmp_path / "other.pt", payload))
+def test_load_file_without_a_net_is_refused(tmp_path: Path, payload: object) -> None:
+    assert "not a residual net or VGG" in refusal(written(tmp_path / "other.pt", payload))
 
 
 def test_a_refused_file_is_told_by_what_was_found_in_it(tmp_path: Path) -> None:
@@ -617,6 +617,91 @@ def test_load_with_a_file_name_that_decides_nothing_assumes_the_net(
     assert assumed_nets(load(anonymous.rename(anonymous.with_name(f"{name}.pth"))))
 
 
+V1_NAMES = ["resnet50_v1", "resnet50-v1", "resnet50v1", "resnet50_caffe", "msra_resnet50",
+            "resnet50_caffe-788b5fa3"]  # fmt: skip
+V1_5_NAMES = ["resnet50_v1.5", "gluon_resnet50_v1b", "resnet50_IMAGENET1K_V1", "resnet50-0676ba61"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [*((name, "1x1") for name in V1_NAMES), *((name, "3x3") for name in V1_5_NAMES)],
+)
+def test_find_naming_stride_of_bottlenecks(tmp_path: Path, name: str, stride: str) -> None:
+    for naming in (
+        find_naming(tmp_path / "net.pth", {"arch": name}),
+        find_naming(tmp_path / "net.pth", {"args": {"model": name}}),
+    ):
+        assert naming is not None and naming.names == ("resnet50",) and naming.is_declared
+        assert naming.stride_in == stride
+    of_file = find_naming(tmp_path / f"{name}.pth", {})
+    assert of_file is not None and not of_file.is_declared
+    assert of_file.stride_in == (None if "IMAGENET" in name else stride)
+    assert find_naming(tmp_path / "resnet50.pth", {}).stride_in is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["stride_in_1x1", "downsample_in_bottleneck"])
+def test_find_naming_reads_the_stride_of_a_config(tmp_path: Path, key: str) -> None:
+    text = json.dumps({"architecture": "resnet50", "config": {key: True}})
+    (tmp_path / "config.json").write_text(text)
+    naming = find_naming(tmp_path / "net.pth", {})
+    assert naming is not None and naming.stride_in == "1x1"
+
+
+def test_load_with_a_v1_name_gives_v1(anonymous: Path) -> None:
+    path = named_by_key(anonymous, "resnet50_caffe")
+    found = load(path)
+    assert found.spec.name == "resnet50-v1" and assumed_nets(found) == []
+    assert refusal(path, model="resnet50").endswith("--model resnet50-v1")
+
+
+def test_load_bottlenecks_without_stated_stride_records_the_assumption(anonymous: Path) -> None:
+    """torchvision's names say nothing of v1 and v1.5, and the logits differ by a quarter."""
+    path = anonymous.rename(anonymous.with_name("resnet50.pth"))
+    (entry,) = assumed_nets(load(path))
+    assert "v1.5" in entry and "resnet50-v1" in entry
+    one, other = load(path, model="resnet50"), load(path, model="resnet50-v1")
+    assert assumed_nets(one) == assumed_nets(other) == []
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert not torch.allclose(one.net()(images), other.net()(images), rtol=0.01)
+
+
+def test_load_v1_is_recorded_in_sidecar_and_copy(anonymous: Path) -> None:
+    copy = anonymous.with_name("copy.pt")
+    sidecar = save(copy, load(anonymous, model="resnet50-v1"))
+    assert (sidecar.model.architecture, sidecar.model.stride_in) == ("resnet50-v1", "1x1")
+    assert load(copy).spec == zoo.spec("resnet50-v1")
+    assert load(copy, model="resnet50").spec.stride_in == "1x1"  # the file knows
+    assert "resnet50-v1" in refusal(copy, model="resnet50-v1.5")
+
+
+def test_load_sidecar_of_a_foreign_file_states_v1(anonymous: Path) -> None:
+    made = save(anonymous.with_name("x.pt"), load(anonymous, model="resnet50-v1"))
+    data = anonymous.read_bytes()
+    artifacts.publish(anonymous, lambda path: path.write_bytes(data), made)
+    found = load(anonymous)
+    assert found.spec.name == "resnet50-v1" and assumed_nets(found) == []
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "vgg19"])
+def test_load_torchvisions_vgg(tmp_path: Path, name: str) -> None:
+    net = zoo.build(zoo.spec(name), 3, device="meta")
+    state = {n: torch.zeros(()).expand(t.shape) for n, t in net.state_dict().items()}
+    assert {"features.0.weight", "classifier.0.weight", "classifier.6.bias"} <= set(state)
+    found = load(written(tmp_path / "net.pth", state))
+    assert found.spec == zoo.spec(name) and len(found.model.classes) == 3
+
+
+def test_load_old_checkpoint_of_option_c_gets_its_new_name(tmp_path: Path) -> None:
+    """Before names had suffixes, the architecture of resnet20-C was written as resnet20."""
+    save(tmp_path / "net.pt", ours("resnet20-C"))
+    payload = torch.load(tmp_path / "net.pt", weights_only=True)
+    payload["model"]["architecture"] = "resnet20"
+    old = written(tmp_path / "old.pt", payload)
+    assert load(old).spec == load(old, model="resnet20").spec == zoo.spec("resnet20-C")
+    assert refusal(old, model="resnet20-A").endswith("--model resnet20-C")
+
+
 def test_load_with_a_plain_nets_name_gives_the_plain_net(tmp_path: Path) -> None:
     path = written(tmp_path / "net.pt", {"arch": "plain8", "state_dict": weights("plain8")})
     assert load(path).spec == load(path, model="plain8").spec == zoo.spec("plain8")
@@ -693,7 +778,7 @@ def test_the_model_that_is_said_to_fit_does_fit(tmp_path: Path) -> None:
 
 RECOGNIZABLE = [
     (name, option)
-    for name in zoo.names()
+    for name in (*zoo.names(), "resnet20-block1", "resnet20-block3")
     if "1202" not in name
     for option in (("A", "B", "C") if name.startswith("resnet") else (None,))
 ]
@@ -703,8 +788,10 @@ RECOGNIZABLE = [
 def test_every_net_of_the_zoo_is_recognized(name: str, option: str | None) -> None:
     spec = zoo.spec(name, shortcut=option)
     state = zoo.build(spec, device="meta").state_dict()
-    if option is None:  # a plain net's tensors are those of its residual net with option A
+    if name.startswith("plain"):  # its tensors are those of its residual net with option A
         spec = zoo.spec(f"resnet{spec.depth}", shortcut="A")
+    if name.endswith("-v1"):  # its tensors are those of v1.5
+        spec = zoo.variant(spec, stride_in="3x3")
     assert recognize(state) == spec
 
 
@@ -867,7 +954,7 @@ def test_the_imagenet_weights_come_from_the_mirror_and_then_from_the_cache(
 
 def test_published_files_carry_their_hash_in_their_name() -> None:
     for architecture, name in public.IMAGENET_FILES.items():
-        assert zoo.spec(architecture).family == "imagenet"
+        assert zoo.spec(architecture).family in ("imagenet", "vgg")
         assert name.startswith(architecture + "-")
         assert len(name.removesuffix(".pth").split("-")[1]) == 8
 

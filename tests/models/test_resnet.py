@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from rtresnet.models import zoo
+from rtresnet.models.nets import multiply_adds
 from rtresnet.models.resnet import (
     Add,
     BasicBlock,
     Bottleneck,
     PadShortcut,
     ResNet,
-    multiply_adds,
 )
 
 # name, shortcut, parameters. Counted by hand from table 1 and section 4.2 of the paper.
@@ -127,14 +127,19 @@ def test_multiply_adds_of_a_convolution_and_a_linear_layer_are_counted_by_hand()
         *(("resnet50", {"shortcut": option, "stride_in": "1x1"}) for option in "ABC"),
         ("resnet20", {"shortcut": "B"}),
         ("resnet20", {"shortcut": "C"}),
+        ("resnet20-block1", {}),
+        ("resnet20-block3", {"shortcut": "B"}),
     ],
 )
 def test_cost_from_the_table_equals_the_counted_net(name: str, options: dict[str, str]) -> None:
     spec = zoo.spec(name, **options)
     net = zoo.build(spec, device="meta")
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     assert zoo.cost(spec) == zoo.Cost(
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         multiply_adds=multiply_adds(net, spec.size),
+        fc_parameters=sum(p.numel() for layer in linear for p in layer.parameters()),
+        fc_multiply_adds=sum(layer.weight.numel() for layer in linear),
     )
 
 

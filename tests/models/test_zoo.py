@@ -9,11 +9,13 @@ from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.models import zoo
 
 
-def test_every_net_of_the_paper_has_a_name() -> None:
+def test_names_are_those_of_the_paper_and_vgg() -> None:
     assert zoo.names() == [
-        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34"),
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        *("resnet50-v1", "resnet101-v1", "resnet152-v1", "plain18", "plain34"),
         *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet1202"),
         *("plain20", "plain32", "plain44", "plain56", "plain110", "plain1202"),
+        *("vgg16", "vgg16_bn", "vgg19", "vgg19_bn"),
     ]
 
 
@@ -21,9 +23,9 @@ def test_every_net_of_the_paper_has_a_name() -> None:
 def test_every_name_leads_to_its_net(name: str) -> None:
     spec = zoo.spec(name)
     assert spec.name == name
-    assert name.endswith(str(spec.depth))
-    layers = {"basic": 2, "bottleneck": 3}[spec.block]
-    assert layers * sum(spec.counts) + 2 == spec.depth
+    assert str(spec.depth) in name
+    others = 3 if spec.family == "vgg" else 2  # the FC layers; the stem and the FC
+    assert zoo.BLOCK_LAYERS[spec.block] * sum(spec.counts) + others == spec.depth
     assert len(spec.widths) == len(spec.counts)
 
 
@@ -77,9 +79,9 @@ def test_a_misspelt_name_comes_with_the_nearest(given: str, nearest: str) -> Non
         zoo.spec(given)
 
 
-@pytest.mark.parametrize("given", ["vgg", "", "20", "🦊"])
+@pytest.mark.parametrize("given", ["", "20", "🦊"])
 def test_a_name_from_elsewhere_comes_with_the_table(given: str) -> None:
-    with pytest.raises(UnknownNameError, match=r"known: resnet18, .*, plain1202"):
+    with pytest.raises(UnknownNameError, match=r"known: resnet18, .*, vgg19_bn"):
         zoo.spec(given)
 
 
@@ -113,6 +115,74 @@ def test_unknown_options_are_named() -> None:
         zoo.spec("resnet50", shortcut="D")
     with pytest.raises(UnknownNameError, match=r"stride position '2x2'"):
         zoo.spec("resnet50", stride_in="2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcut", "stride_in", "full"),
+    [
+        ("resnet50-v1", "B", "1x1", "resnet50-v1"),
+        ("resnet50-v1.5", "B", "3x3", "resnet50"),
+        ("resnet34-A", "A", "3x3", "resnet34-A"),
+        ("resnet34-b", "B", "3x3", "resnet34"),
+        ("resnet34-C", "C", "3x3", "resnet34-C"),
+        ("resnet20-A", "A", "3x3", "resnet20"),
+        ("resnet101-C-v1", "C", "1x1", "resnet101-v1-C"),
+    ],
+)
+def test_spec_suffix_selects_a_variant(name: str, shortcut: str, stride_in: str, full: str) -> None:
+    spec = zoo.spec(name)
+    assert (spec.shortcut, spec.stride_in, spec.name) == (shortcut, stride_in, full)
+    assert zoo.spec(full) == spec
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet34-v1", "plain20-v1", "plain20-A", "plain20-block1", "resnet50-block1",
+     "resnet26-block3", "resnet18-block3"],
+)  # fmt: skip
+def test_spec_variant_that_the_net_lacks_is_refused(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        zoo.spec(name)
+    assert caught.value.fix and zoo.spec(caught.value.fix.split()[1].rstrip(",")).name
+
+
+@pytest.mark.parametrize("name", ["resnet50-", "resnet50-D", "resnet50-A-B", "resnet50_v1", "vgg11",
+                                  "vgg16_v1", "VGG16", "resnet50-v2"])  # fmt: skip
+def test_spec_unknown_suffix_is_unknown(name: str) -> None:
+    with pytest.raises(UnknownNameError):
+        zoo.spec(name)
+
+
+def test_spec_name_and_argument_that_contradict_are_refused() -> None:
+    assert zoo.spec("resnet34-A", shortcut="A").shortcut == "A"
+    with pytest.raises(InputError):
+        zoo.spec("resnet34-A", shortcut="C")
+
+
+@pytest.mark.parametrize(("block", "counts"), [("block1", (6, 6, 6)), ("block3", (2, 2, 2))])
+def test_spec_blocks_of_one_and_three_layers_keep_depth_and_cost(
+    block: str, counts: tuple[int, ...]
+) -> None:
+    spec, basic = zoo.spec(f"resnet20-{block}"), zoo.spec("resnet20")
+    assert (spec.depth, spec.counts) == (20, counts)
+    assert zoo.cost(spec) == zoo.cost(basic)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("vgg16", 138_357_544), ("vgg16_bn", 138_365_992), ("vgg19", 143_667_240),
+     ("vgg19_bn", 143_678_248)],
+)  # fmt: skip
+def test_cost_of_vgg_is_torchvisions(name: str, parameters: int) -> None:
+    assert zoo.cost(zoo.spec(name)).parameters == parameters
+
+
+def test_cost_fc_layers_of_vgg19_are_few_multiply_adds_and_most_parameters() -> None:
+    cost = zoo.cost(zoo.spec("vgg19"))
+    assert round(cost.multiply_adds / 1e9, 3) == 19.632
+    assert round(100 * cost.fc_multiply_adds / cost.multiply_adds, 1) == 0.6
+    assert round(100 * cost.fc_parameters / cost.parameters) == 86
+    assert round(100 * zoo.cost(zoo.spec("resnet34")).multiply_adds / cost.multiply_adds, 1) == 18.7
 
 
 def test_names_can_be_looked_up_without_torch() -> None:

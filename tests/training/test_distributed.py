@@ -21,7 +21,7 @@ from rtresnet.cli.main import main
 from rtresnet.core.errors import InputError
 from rtresnet.data.sources import open_source
 from rtresnet.models import checkpoint
-from rtresnet.models.reference import TorchBackend
+from rtresnet.models.nets import TorchBackend
 from rtresnet.training import loader
 from rtresnet.training.distributed import World, check_batch
 from rtresnet.training.evaluate import evaluate

@@ -14,7 +14,7 @@ from rtresnet.data.decode import CorruptImage
 from rtresnet.data.loader import DecodeErrors
 from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
-from rtresnet.models.reference import DenseBackend, TorchBackend
+from rtresnet.models.nets import DenseBackend, TorchBackend
 from rtresnet.models.resnet import ResNet
 from rtresnet.training.evaluate import (
     ProtocolName,
@@ -106,6 +106,21 @@ def test_dense_backend_applies_the_fc_at_every_position(net: ResNet) -> None:
         each = [net.fc(features[:, :, row, column]) for row in range(10) for column in range(14)]
     assert torch.stack(each).mean(0).numpy() == pytest.approx(dense.mean(axis=(2, 3)), abs=1e-5)
     np.testing.assert_allclose(dense[:, :, 3, 5], each[3 * 14 + 5].numpy(), atol=1e-5)
+
+
+def test_dense_backend_sliding_window_is_the_nets_pooling_at_every_position(net: ResNet) -> None:
+    images = np.random.default_rng(1).standard_normal((2, 3, 40, 48)).astype(np.float32)
+    dense = DenseBackend(net, 32, sliding=True)(images)
+    with torch.inference_mode():
+        maps = net.features(torch.from_numpy(images))
+        assert maps.shape[2:] == (10, 12) and dense.shape[2:] == (3, 5)
+        window = net.fc(maps[:, :, 1:9, 2:10].mean((2, 3)))
+    np.testing.assert_allclose(dense[:, :, 1, 2], window.numpy(), atol=1e-5)
+    whole = DenseBackend(net, 32)(images).mean(axis=(2, 3))
+    assert np.abs(dense.mean(axis=(2, 3)) - whole).max() > 1e-4
+    at_size = DenseBackend(net, 32, sliding=True)(images[:, :, :32, :32])
+    np.testing.assert_allclose(at_size[:, :, 0, 0], TorchBackend(net)(images[:, :, :32, :32]),
+                               atol=1e-5)  # fmt: skip
 
 
 def test_mean_probabilities_dense_average_scales_and_mirror_images(net: ResNet) -> None:

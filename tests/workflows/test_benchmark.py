@@ -117,7 +117,7 @@ def test_profile_of_a_torchscript_file_with_zero_padded_shortcuts(tmp_path: Path
     """TorchScript computes the pads in the graph, which shape inference does not follow."""
     torch = pytest.importorskip("torch")
     from rtresnet.models import zoo
-    from rtresnet.models.resnet import multiply_adds
+    from rtresnet.models.nets import multiply_adds
 
     net = zoo.build(zoo.spec("resnet8", shortcut="A")).eval()
     path = tmp_path / "torchscript.onnx"

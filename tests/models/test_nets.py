@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rtresnet.models import zoo
-from rtresnet.models.reference import TorchBackend
+from rtresnet.models.nets import TorchBackend
 
 
 def test_numpy_goes_in_and_the_nets_own_logits_come_out() -> None:

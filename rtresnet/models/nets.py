@@ -1,0 +1,158 @@
+"""What the other packages do with a net, whichever it is: trace, fold, count, run with NumPy.
+
+Export writes the traced graph and quantization-aware training computes it. Both use the same
+arithmetic for batch norm, so that they get the same weights bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from rtresnet.core.errors import InputError
+from rtresnet.models.resnet import Add, MeanImage, PadShortcut, ResNet
+from rtresnet.models.vgg import VGG
+
+Net = ResNet | VGG
+INPUT, OUTPUT = "images", "logits"
+POOLED = 7  # side of the last map at 224 pixels, which the paper's net pools
+
+
+class _Tracer(fx.Tracer):
+    """Keeps our own operations whole, as it does with torch's modules."""
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        ours = isinstance(m, Add | MeanImage | PadShortcut) or getattr(m, "traced_whole", False)
+        return ours or super().is_leaf_module(m, qualified_name)
+
+
+def trace(net: nn.Module) -> fx.GraphModule:
+    """The net as a graph of named modules, in order of execution."""
+    return fx.GraphModule(net, _Tracer().trace(net))
+
+
+def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one convolution that equals `norm(convolution(x))` in evaluation mode.
+
+        w' = w * gamma / sqrt(var + eps)        for each output channel
+        b' = beta + (b - mean) * gamma / sqrt(var + eps)
+
+    Computed in float64 and rounded once to float32; gradients pass.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    bias = norm.bias.double() - norm.running_mean.double() * factor
+    if convolution.bias is not None:
+        bias = bias + convolution.bias.double() * factor
+    weight = convolution.weight.double() * factor[:, None, None, None]
+    return weight.to(convolution.weight.dtype), bias.to(convolution.weight.dtype)
+
+
+def multiply_adds(net: nn.Module, size: int) -> int:
+    """Multiply-adds of convolutions and FC layers for one image of `size` by `size` pixels.
+
+    Counts a forward pass, as the paper does: batch norm, ReLU, pooling and additions are left out.
+    On the meta device nothing is computed.
+    """
+    total, training = 0, net.training
+
+    def count(module: nn.Module, _: object, out: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        positions = out.numel() // module.weight.shape[0]
+        total += positions * module.weight.numel()
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in net.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    weight = next(net.parameters())
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, size, size, device=weight.device))
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+class TorchBackend:
+    """Runs a net in evaluation mode: the reference for exports, quantized files and plans.
+
+    Implements `runtime.backend.Backend`.
+
+    Args:
+        net: On the device it runs on; put into evaluation mode.
+        size: Side of its input, in pixels, where it is known.
+    """
+
+    provider = "torch"
+    input_dtype: np.dtype[Any] = np.dtype("float32")
+    layout: Literal["nchw", "nhwc"] = "nchw"
+
+    def __init__(self, net: nn.Module, size: int | None = None) -> None:
+        self.net, self.size = net.eval(), size
+        self.versions = {"torch": str(torch.__version__)}
+        self._device = next(net.parameters()).device
+        on_gpu = self._device.type == "cuda"
+        self.device: str = torch.cuda.get_device_name(self._device) if on_gpu else "cpu"
+        self.threads: int | None = None if on_gpu else torch.get_num_threads()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Runs float32 [N, 3, S, S] and waits for the result: float32 logits [N, classes]."""
+        with torch.inference_mode():
+            logits = self._forward(torch.from_numpy(images).to(self._device))
+        return logits.float().cpu().numpy()
+
+    infer = __call__
+
+    def _forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def timings(self) -> dict[str, float]:
+        """Returns nothing: only wall time is known."""
+        return {}
+
+    def close(self) -> None:
+        """Does nothing: Python frees the memory."""
+
+
+class DenseBackend(TorchBackend):
+    """Runs a net in its fully convolutional form (section 3.4, testing).
+
+    `backend(images)` takes float32 [N, 3, H, W] of any H and W and gives float32 maps of logits
+    [N, classes, h, w].
+
+    Args:
+        net: As for `TorchBackend`.
+        size: Side of its usual input, in pixels.
+        sliding: Whether the average pooling slides over the map with the window that the net has
+            at its usual size, instead of taking the whole map at once.
+
+    Raises:
+        InputError: The net subtracts a mean image, which has one size only.
+    """
+
+    net: Net
+
+    def __init__(self, net: Net, size: int | None = None, *, sliding: bool = False) -> None:
+        super().__init__(net, size)
+        self.window = None
+        if isinstance(net, ResNet):
+            if net.mean_image is not None:
+                raise InputError(
+                    "this net subtracts a mean image of one size, and the dense test has several",
+                    fix="evaluate it with --protocol center or 10-crop",
+                )
+            if sliding:
+                stem = 4 if net.maxpool is not None else 1
+                self.window = max(1, (size or 32 * POOLED) // (stem * 2 ** (len(net.stages) - 1)))
+
+    def _forward(self, images: Tensor) -> Tensor:
+        return self.net.dense(images, self.window)
