@@ -11,6 +11,7 @@ nvidia-ml-py, which is optional. A background thread samples once a second. What
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import platform
@@ -218,8 +219,9 @@ class Watch:
         if self._gpu is not None:
             gpu = GpuReport(
                 name=self._gpu.name, uuid=self._gpu.uuid, unknown=self._gpu_unknown,
-                samples=tuple(self._gpu_samples), **self._monitor.limits() if self._monitor else {},
+                samples=tuple(self._gpu_samples),
             )  # fmt: skip
+            gpu = self._monitor.with_limits(gpu) if self._monitor else gpu
         if self._monitor is not None:
             self._monitor.close()
         self.report = summary(seconds, self._before, after, self._clocks, gpu)
@@ -366,16 +368,17 @@ class GpuMonitor:
             return getattr(nvml, function)(*arguments)
         return None
 
-    def limits(self) -> dict[str, Any]:
-        """Driver, highest clock in MHz, power limit in W: fields of `environment.GpuReport`."""
+    def with_limits(self, report: GpuReport) -> GpuReport:
+        """Adds driver, highest clock in MHz and power limit in W to a report."""
         nvml, gpu = self._nvml, self._whole
         power = self._ask("nvmlDeviceGetPowerManagementLimit", gpu)
         driver = self._ask("nvmlSystemGetDriverVersion")
-        return {
-            "driver": None if driver is None else _text(driver),
-            "max_mhz": self._ask("nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
-            "power_limit_w": None if power is None else power / 1e3,
-        }
+        return dataclasses.replace(
+            report,
+            driver=None if driver is None else _text(driver),
+            max_mhz=self._ask("nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
+            power_limit_w=None if power is None else power / 1e3,
+        )
 
     def sample(self) -> GpuSample:
         """Clock in MHz, power in W, temperature in degrees, throttling, other processes."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rtresnet.cli import common
 from rtresnet.core.errors import InputError
-from rtresnet.core.serialization import to_builtins
 
 if TYPE_CHECKING:
     from rtresnet.bench.compare import Judgement
     from rtresnet.bench.environment import EnvironmentReport
+    from rtresnet.runtime.session import RuntimeInfo
     from rtresnet.workflows.benchmark import BenchmarkEntry, BenchmarkResult
     from rtresnet.workflows.benchmark_search import BenchmarkSearchResult
 
@@ -75,7 +75,7 @@ def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
         how = "one after the other" if scenario in ("server", "closed") else "in alternating slices"
         yield f"Speed against the first file, measured {how}."
         yield from (_verdict(entry) for entry in entries if entry.measurement.comparison)
-    yield from where_lines(to_builtins(entry.artifact.run) for entry in entries)
+    yield from where_lines(entry.artifact.run for entry in entries)
     if any(entry.artifact.untrained for entry in entries):
         yield "Untrained weights: latency is meaningful, accuracy is not."
     if not all(entry.measurement.steady for entry in entries):
@@ -181,7 +181,7 @@ def show_search(result: BenchmarkSearchResult) -> None:
                     f"{entry.search.p99_ms:g} ms{more}."
                 ]
             )
-    _print(where_lines(to_builtins(entry.artifact.run) for entry in result.searches))
+    _print(where_lines(entry.artifact.run for entry in result.searches))
     _remarks(result.environment)
 
 
@@ -192,6 +192,7 @@ def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
         UnavailableError: matplotlib is not installed.
     """
     from rtresnet.core import atomic_io
+    from rtresnet.core.serialization import to_builtins
     from rtresnet.reporting import plots
 
     figure = plots.search_figure(
@@ -209,22 +210,14 @@ def check_plot(target: Path) -> None:
         raise InputError(f"--plot {target}: .svg or .png")
 
 
-def where(run: Mapping[str, Any]) -> str:
-    """Device, provider, threads, contexts, CUDA graphs and versions on one line."""
-    threads = f", {run['threads']} threads" if run["threads"] else ""
-    if run.get("contexts"):
-        plural = "s" if run["contexts"] > 1 else ""
-        threads += f", {run['contexts']} context{plural}, CUDA graphs: {run['graphs']}"
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    return f"{run['device']}; {run['provider']}{threads}; {versions}"
-
-
-def where_lines(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+def where_lines(runs: Iterable[RuntimeInfo]) -> list[str]:
     """Each device with its provider and versions once, then notes on how the files ran."""
-    from rtresnet.workflows.loading import run_notes
-
-    entries = [dict(run) for run in runs]
-    return [*sorted({where(entry) for entry in entries}), *run_notes(entries)]
+    runs = list(runs)
+    notes = ({run.int8_note for run in runs}, {run.batch_note for run in runs})
+    return [
+        *sorted({str(run) for run in runs}),
+        *(line for group in notes for line in sorted(filter(None, group))),
+    ]
 
 
 def _print(lines: Iterable[str]) -> None:

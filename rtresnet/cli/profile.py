@@ -8,7 +8,6 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
-from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.profile import ProfileConfig, ProfileResult
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ def command(path: str, config: ProfileConfig, layers: int, json_file: str | None
 
 def show(result: ProfileResult, layers: int = 5) -> None:
     """Prints the table, what bounds the slowest blocks, and what it was measured on."""
-    from rtresnet.cli.bench_show import where
     from rtresnet.reporting import tables
 
     console = common.out_console()
@@ -52,7 +50,10 @@ def show(result: ProfileResult, layers: int = 5) -> None:
         for part in result.profile.blocks
     ]  # fmt: skip
     tables.show(console, headings, rows)
-    for line in (*sentences(result), where(to_builtins(result))):
+    threads = f", {result.threads} threads" if result.threads else ""
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    where = f"{result.device}; {result.provider}{threads}; {versions}"
+    for line in (*sentences(result), where):
         console.print(line, soft_wrap=True, markup=False)
     if layers:
         slowest = sorted(result.profile.layers, key=lambda layer: -layer.ms)[:layers]

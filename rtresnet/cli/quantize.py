@@ -69,8 +69,7 @@ def command(
     common.say(line)
     common.footer(f"Assumed: {entry}." for entry in sidecar.assumed)
     if result.gate is not None:
-        drop = result.gate.drop
-        common.footer(f"Assumed: {entry}." for entry in drop["assumed"])
+        common.footer(f"Assumed: {entry}." for entry in result.gate.drop.assumed)
         common.footer(f"Note: {entry}." for entry in result.gate.remarks)
     common.write_json(json_file, "quantize", result)
 

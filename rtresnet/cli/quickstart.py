@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rtresnet.cli import bench_show, common
+from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.quickstart import QuickstartConfig
@@ -73,7 +73,7 @@ def table(done: QuickstartResult) -> DataTable:
             )
         )
     runs = [entry.artifact.run for entry in done.bench.results]
-    notes = sorted({f" INT8: {run['int8_note']}." for run in runs if run["int8_note"]})
+    notes = sorted({f" INT8: {run.int8_note}." for run in runs if run.int8_note})
     return DataTable(
         headings=(
             "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms b1", "img/s b8",
@@ -82,7 +82,7 @@ def table(done: QuickstartResult) -> DataTable:
         rows=rows,
         about=f"top-1 on {done.evaluations['fp32'].n} test images; agree: same top-1 as the torch "
         "checkpoint; ms b1: median latency of a batch of 1; speed b8: against FP32 at batch 8, in "
-        f"turn. CPU figures of the ONNX files: {bench_show.where(runs[0])}.{''.join(notes)}",
+        f"turn. CPU figures of the ONNX files: {runs[0]}.{''.join(notes)}",
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def caveat(done: QuickstartResult) -> str | None:
     return (
         f"INT8 is not faster than FP32 at {' and '.join(f'batch {b}' for b in slow)} here: "
         f"{done.model} has 16 to 64 channels, too few for the integer kernels of "
-        f"{int8[0].artifact.run['provider']} to save more than the conversions cost. Wider "
+        f"{int8[0].artifact.run.provider} to save more than the conversions cost. Wider "
         "nets gain; the plan is for a GPU."
     )
 

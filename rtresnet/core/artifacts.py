@@ -21,8 +21,17 @@ from typing import Any
 
 from rtresnet.core import atomic_io, provenance, serialization
 from rtresnet.core.errors import ArtifactError, InputError
-from rtresnet.core.serialization import from_json, to_json
-from rtresnet.core.sidecar import SCHEMA, Link, Sidecar, accuracies, same_data
+from rtresnet.core.serialization import to_json
+from rtresnet.core.sidecar import (
+    SCHEMA,
+    AccuracyRecord,
+    Link,
+    Measurements,
+    Sidecar,
+    accuracies,
+    parse_sidecar,
+    same_data,
+)
 
 KINDS = ("checkpoint", "onnx", "plan")
 SUFFIXES = {".onnx": "onnx", ".plan": "plan"}
@@ -170,7 +179,7 @@ def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
     return _put_beside(path, sidecar, path.stat().st_size, sidecar.sha256)
 
 
-def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
+def update_measured(path: str | os.PathLike[str], measured: Measurements) -> None:
     """Adds measurements (accuracy, parity, with their n) to an artifact's sidecar."""
     sidecar = read_sidecar(path)
     if sidecar is not None:
@@ -178,7 +187,7 @@ def update_measured(path: str | os.PathLike[str], **measured: Any) -> None:
         atomic_io.write_text(sidecar_path(path), to_json(merged))
 
 
-def record_accuracy(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+def record_accuracy(path: str | os.PathLike[str], record: AccuracyRecord) -> None:
     """Adds an accuracy to an artifact's sidecar, in place of one on the same images.
 
     Raises:
@@ -187,7 +196,7 @@ def record_accuracy(path: str | os.PathLike[str], record: dict[str, Any]) -> Non
     sidecar = read_sidecar(path)
     if sidecar is not None:
         kept = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
-        update_measured(path, accuracy=[*kept, record])
+        update_measured(path, {"accuracy": [*kept, record]})
 
 
 def link_to(
@@ -222,7 +231,7 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
             fix=f"make {path} again: {_command(data)}",
         )
     try:
-        return from_json(Sidecar, data)
+        return parse_sidecar(data)
     except (KeyError, TypeError, InputError) as error:
         raise ArtifactError(
             f"{place}: broken sidecar ({error})", fix=f"make {path} again: {_command(data)}"

@@ -46,7 +46,7 @@ class StepResult:
     status: str
     reason: str | None = None
     seconds: float = 0.0
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     stderr: str = ""
 
 
@@ -59,10 +59,10 @@ class StepFailed(Exception):
 
     Args:
         reason: What failed.
-        data: What was measured.
+        data: What was measured: a mapping or a dataclass.
     """
 
-    def __init__(self, reason: str, data: dict[str, Any]) -> None:
+    def __init__(self, reason: str, data: object) -> None:
         super().__init__(reason)
         self.data = data
 
@@ -155,13 +155,13 @@ def _tail(path: Path) -> str:
         return file.read().decode(errors="replace").strip()[-TAIL:]
 
 
-def report_step(step: Callable[[], dict[str, Any] | None]) -> None:
+def report_step(step: Callable[[], object]) -> None:
     """Run a step in the process that `run_step` started, and write its result.
 
     A crash leaves the Python stack on stderr, and so does a step that takes too long.
 
     Args:
-        step: Returns what it measured.
+        step: Returns what it measured, a mapping or a dataclass; or None.
     """
     faulthandler.enable()
     faulthandler.dump_traceback_later(0.9 * float(os.environ[TIMEOUT]))

@@ -12,13 +12,31 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rtresnet.core.errors import DataError, InputError, nearest
 
 SHOWN = 3  # unknown names that an error lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMatch:
+    """How the data's labels were matched with a model's classes.
+
+    Attributes:
+        matched_by: "name", "file" (names that were given) or "position".
+        in_order: Whether the labels are the model's class numbers as they are.
+        data_classes: Number of classes of the data.
+        model_classes: Number of classes of the model.
+        remarks: What a reader of the result should know.
+    """
+
+    matched_by: str
+    in_order: bool
+    data_classes: int
+    model_classes: int
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +73,15 @@ class LabelMap:
         """Whether both have the same classes."""
         return len(self.indices) == self.model_classes
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "matched_by": self.by,
-            "in_order": self.in_order,
-            "data_classes": len(self.indices),
-            "model_classes": self.model_classes,
-        }
+    def summary(self) -> LabelMatch:
+        """The mapping as results show it."""
+        return LabelMatch(
+            matched_by=self.by,
+            in_order=self.in_order,
+            data_classes=len(self.indices),
+            model_classes=self.model_classes,
+            remarks=tuple(self.remarks()),
+        )
 
     def assumptions(self) -> list[str]:
         """What a result must say it assumed."""

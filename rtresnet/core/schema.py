@@ -7,6 +7,7 @@ import inspect
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 from rtresnet.core.errors import InputError
 
 
-def json_schema(result: type[Any]) -> dict[str, Any]:
+def json_schema(result: type[Any]) -> Mapping[str, Any]:
     """The JSON schema (2020-12) of a dataclass as `to_builtins` writes it.
 
     A type that cannot be resolved without importing heavy packages is described as any value.
@@ -40,6 +41,15 @@ def _written(kind: Any, known: dict[Any, Any]) -> Any:
                 typing.cast(type, kind).__name__,
                 [(name, hint) for name, hint in fields.items() if name.isidentifier()],
                 kw_only=True,
+            )
+        return known[kind]
+    if typing.is_typeddict(kind):
+        if kind not in known:
+            hints = typing.get_type_hints(kind)
+            known[kind] = typing.TypedDict(  # type: ignore[operator]
+                kind.__name__,
+                {name: _optional_number(_written(hint, known)) for name, hint in hints.items()},
+                total=kind.__total__,
             )
         return known[kind]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -67,11 +77,14 @@ def _fields(kind: type[Any], known: dict[Any, Any]) -> dict[str, Any]:
         if field.metadata.get("flatten") and dataclasses.is_dataclass(hint):
             fields |= _fields(typing.cast(Any, hint), known)
         else:
-            # a float that is not finite is written as null
-            written = _written(hint, known)
             name = field.metadata.get("json", field.name)
-            fields[name] = typing.Optional[float] if written is float else written  # noqa: UP045
+            fields[name] = _optional_number(_written(hint, known))
     return fields
+
+
+def _optional_number(kind: Any) -> Any:
+    """The type as it is written: a float that is not finite becomes null."""
+    return typing.Optional[float] if kind is float else kind  # noqa: UP045
 
 
 def _resolved(kind: type[Any], field: dataclasses.Field[Any]) -> Any:

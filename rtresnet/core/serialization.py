@@ -80,7 +80,7 @@ def known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_json(cls: type[T], data: dict[str, Any]) -> T:
+def from_json(cls: type[T], data: object) -> T:
     """Builds a dataclass from parsed JSON, refusing missing and unknown fields.
 
     Raises:

@@ -6,9 +6,10 @@ Only what it says; how it becomes JSON and back is `serialization.py`.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json, known
@@ -162,6 +163,107 @@ class Detection:
     rounds: int = 16
 
 
+# Fields named "with" need the functional form of TypedDict.
+Parity = TypedDict(
+    "Parity",
+    {"n": int, "largest": float, "relative": float, "rounding": float, "with": str},
+    total=False,
+)
+"""Difference of the FP32 ONNX file's logits from torch's; `rounding` is that of torch's float32."""
+
+EmbeddingParity = TypedDict(
+    "EmbeddingParity", {"n": int, "relative": float, "with": str}, total=False
+)
+"""Difference of a file with embedded input or output from the plain one."""
+
+
+class LabelRecord(TypedDict, total=False):
+    """How the labels of a data set were matched with a model's classes: see `core.labels`."""
+
+    matched_by: str
+    in_order: bool
+    data_classes: int
+    model_classes: int
+    remarks: list[str]
+
+
+class AccuracyRecord(TypedDict, total=False):
+    """Accuracy on one data set: counts and percentages as in `workflows.evaluate`."""
+
+    n: int
+    top1: int
+    top5: int | None
+    top1_percent: float
+    top5_percent: float | None
+    data: str
+    split: str
+    data_sha256: str
+    protocol: str
+    labels: LabelRecord
+    assumed: list[str]
+
+
+class DropRecord(TypedDict, total=False):
+    """Accuracy that quantization cost: see `core.metrics.Drop`."""
+
+    n: int
+    lost: int
+    won: int
+    points: float
+    low: float
+    high: float
+    data: str
+    labels: LabelRecord
+    assumed: list[str]
+
+
+class GateRecord(TypedDict, total=False):
+    """The accuracy gate and its verdict; no `images_needed` where no number of images is enough."""
+
+    rule: str
+    bound: float
+    passed: bool
+    verdict: str
+    images_needed: float | None
+
+
+class BlockRecord(TypedDict, total=False):
+    """Noise of one block in INT8: see `workflows.accuracy_gate.BlockNoise`."""
+
+    name: str
+    alone_db: float
+    gain_db: float
+    weights: float
+    runs_in: str
+
+
+class OutlierRecord(TypedDict, total=False):
+    """Channels that set the range of a tensor alone, and what was done about it."""
+
+    tensor: str
+    channels: int
+    times: float
+    remedy: str
+
+
+class Measurements(TypedDict, total=False):
+    """What was measured of an artifact, and of the run that trained its weights."""
+
+    epoch: int
+    val_top1: float | None
+    val_n: int | None
+    test_top1: float
+    test_top5: float
+    test_n: int
+    parity: Parity
+    ends: EmbeddingParity
+    accuracy: list[AccuracyRecord]
+    drop: DropRecord
+    gate: GateRecord
+    blocks: list[BlockRecord]
+    outliers: list[OutlierRecord]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
     """The record next to an artifact. Unknown is None.
@@ -172,6 +274,7 @@ class Sidecar:
         assumed: What the file does not state and a person or a default had to: an entry each, as
             in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
             The bare entries "input" and "model" mean that these are unknown.
+        measured: Not checked when a sidecar is read: files of other versions may hold other things.
     """
 
     kind: str
@@ -186,7 +289,7 @@ class Sidecar:
     parent: Link | None = None
     calibration: Calibration | None = None
     plan: Plan | None = None
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: Measurements = field(default_factory=lambda: Measurements())
     made_by: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
     bytes: int = 0
@@ -198,7 +301,7 @@ class Sidecar:
         return UNKNOWN_INPUT not in self.assumed
 
 
-def description(sidecar: Sidecar) -> dict[str, Any]:
+def description(sidecar: Sidecar) -> Mapping[str, object]:
     """Returns what an artifact may say about itself in its own bytes, ready for JSON.
 
     Left out are the facts that only the sidecar's file knows: hash, size, measurements and
@@ -207,8 +310,10 @@ def description(sidecar: Sidecar) -> dict[str, Any]:
     parent = sidecar.parent
     if parent is not None:
         parent = dataclasses.replace(parent, file=parent.file.rpartition("/")[2])
-    facts = dataclasses.replace(sidecar, parent=parent, measured={}, made_by={}, sha256="", bytes=0)
-    described: dict[str, Any] = known(dataclasses.asdict(facts))
+    facts = dataclasses.replace(
+        sidecar, parent=parent, measured=Measurements(), made_by={}, sha256="", bytes=0
+    )
+    described: Mapping[str, object] = known(dataclasses.asdict(facts))
     return described
 
 
@@ -220,10 +325,25 @@ def from_description(record: Any) -> Sidecar:
     """
     if record.get("schema") != SCHEMA:
         raise ValueError(f"schema {record.get('schema')}, this rtresnet reads {SCHEMA}")
-    return from_json(Sidecar, record)
+    return parse_sidecar(record)
 
 
-def accuracies(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def parse_sidecar(record: Mapping[str, Any]) -> Sidecar:
+    """Builds a sidecar from parsed JSON.
+
+    Raises:
+        TypeError: A field is missing, unknown, or not of the declared type.
+    """
+    measured = record.get("measured", {})
+    if not isinstance(measured, dict):
+        raise TypeError("Sidecar: measured: not an object")
+    facts = {name: value for name, value in record.items() if name != "measured"}
+    return dataclasses.replace(
+        from_json(Sidecar, facts), measured=typing.cast(Measurements, measured)
+    )
+
+
+def accuracies(measured: Mapping[str, Any]) -> list[AccuracyRecord]:
     """The accuracy records in a sidecar's `measured`, the latest last.
 
     There is one for each data set: n, top1 and the like, data, split, data_sha256, protocol.
@@ -231,7 +351,7 @@ def accuracies(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     found = measured.get("accuracy")
     listed = found if isinstance(found, list) else [found]
-    return [record for record in listed if isinstance(record, dict)]
+    return [typing.cast(AccuracyRecord, record) for record in listed if isinstance(record, dict)]
 
 
 def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rtresnet.core import metrics
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess, resize
+from rtresnet.core.sidecar import EmbeddingParity
 
 OLDEST = 13  # Softmax along one axis
 NORMALIZED, LOGITS = "normalized", "logits"
@@ -154,7 +155,7 @@ def check(
     topk: int | None,
     n: int = 4,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> EmbeddingParity:
     """Runs both files on the same images, smooth and noisy ones.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from torch import nn
 
 from rtresnet.core import metrics
 from rtresnet.core.errors import CheckFailedError
+from rtresnet.core.sidecar import Parity
 
 FACTOR = 10
 FLOOR = 1e-5
@@ -36,7 +36,7 @@ def check_folded(model: onnx.ModelProto) -> None:
 
 def check_parity(
     net: nn.Module, candidate: metrics.Forward, *, size: int, n: int = 3, seed: int = 0
-) -> dict[str, Any]:
+) -> Parity:
     """Runs the net in float64 and float32 and the candidate, on the same random images.
 
     Args:

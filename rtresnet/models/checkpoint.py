@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json
-from rtresnet.core.sidecar import Calibration, Detection, Model, Sidecar, Weights
+from rtresnet.core.sidecar import Calibration, Detection, Measurements, Model, Sidecar, Weights
 from rtresnet.models import zoo
 from rtresnet.models.foreign import HEADS, Naming, adopt, find_naming, identify, recognize
 from rtresnet.models.nets import Net
@@ -159,7 +160,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         detection=checkpoint.detection,
         assumed=checkpoint.assumed,
         calibration=_calibration(Path(path), checkpoint.learned),
-        measured=checkpoint.measured,
+        measured=typing.cast(Measurements, checkpoint.measured),
     )
     return artifacts.publish(path, write, sidecar)
 

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def converted(images: np.ndarray, dtype: np.dtype[Any], layout: str) -> np.ndarr
     return np.ascontiguousarray(images, dtype)
 
 
-def parse(events: list[dict[str, Any]]) -> list[Run]:
+def parse(events: Iterable[Mapping[str, Any]]) -> list[Run]:
     """Splits the events of a profile, in order of time, into runs."""
     runs: list[Run] = []
     current: Run = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.core.errors import CheckFailedError, DataError
+from rtresnet.core.labels import LabelMatch
+from rtresnet.core.metrics import Drop
 from rtresnet.core.reporter import Reporter, plural
+from rtresnet.core.serialization import flattened, to_builtins
+from rtresnet.core.sidecar import Measurements
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.core.metrics import Drop
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.quantization.calibrate import Calibrated
@@ -61,13 +63,43 @@ class BlockNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateDrop:
+    """The measured loss of accuracy, and on which images.
+
+    Attributes:
+        labels: How the images' labels were matched with the net's classes.
+        assumed: What was assumed of the labels.
+    """
+
+    drop: Drop = flattened()
+    data: str
+    labels: LabelMatch
+    assumed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateVerdict:
+    """The gate's rule and bound, and what came of them.
+
+    Attributes:
+        images_needed: Images that would show whether the bound holds; infinite where none suffice.
+    """
+
+    rule: str
+    bound: float
+    passed: bool
+    verdict: str
+    images_needed: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateResult:
     """What the gate measured.
 
     Attributes:
         passed: Whether the rule is satisfied.
-        drop: The measured loss with its interval, as in the sidecar.
-        gate: Rule, bound and verdict, as in the sidecar.
+        drop: The measured loss with its interval.
+        gate: Rule, bound and verdict.
         blocks: The most harmful first.
         summary: Two sentences on the loss and the verdict.
         fix: What helps where it did not pass.
@@ -75,17 +107,20 @@ class GateResult:
     """
 
     passed: bool
-    drop: dict[str, Any]
-    gate: dict[str, Any]
+    drop: GateDrop
+    gate: GateVerdict
     blocks: tuple[BlockNoise, ...]
     summary: tuple[str, str]
     fix: str
     remarks: tuple[str, ...] = ()
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Measurements:
         """What stands in the sidecar's `measured`."""
-        blocks = [dataclasses.asdict(block) for block in self.blocks]
-        return {"drop": self.drop, "gate": self.gate, "blocks": blocks}
+        return {
+            "drop": to_builtins(self.drop),
+            "gate": to_builtins(self.gate),
+            "blocks": to_builtins(self.blocks),
+        }
 
 
 class AccuracyCheckFailedError(CheckFailedError):
@@ -190,8 +225,12 @@ def quantize_within(
     more_images = "give more images, or accept the measured loss with --gate point"
     result = GateResult(
         passed=passes(drop, gate),
-        drop=dataclasses.asdict(drop)
-        | {"data": gate.data, "labels": labels.record(), "assumed": labels.assumptions()},
+        drop=GateDrop(
+            drop=drop,
+            data=gate.data,
+            labels=labels.summary(),
+            assumed=tuple(labels.assumptions()),
+        ),
         gate=judged(drop, gate),
         blocks=tuple(
             BlockNoise(
@@ -219,17 +258,17 @@ def passes(drop: Drop, gate: Gate) -> bool:
     return (drop.high if gate.rule == "upper" else drop.points) <= gate.max_drop
 
 
-def judged(drop: Drop, gate: Gate) -> dict[str, Any]:
-    """The gate and its verdict for the sidecar; `images_needed` is infinite where none suffice."""
+def judged(drop: Drop, gate: Gate) -> GateVerdict:
+    """The gate with its verdict on a measured drop."""
     from rtresnet.core.metrics import images_needed, verdict
 
-    return {
-        "rule": gate.rule,
-        "bound": gate.max_drop,
-        "passed": passes(drop, gate),
-        "verdict": verdict(drop, gate.max_drop),
-        "images_needed": images_needed(drop, gate.max_drop),
-    }
+    return GateVerdict(
+        rule=gate.rule,
+        bound=gate.max_drop,
+        passed=passes(drop, gate),
+        verdict=verdict(drop, gate.max_drop),
+        images_needed=images_needed(drop, gate.max_drop),
+    )
 
 
 def _hits(

@@ -20,6 +20,7 @@ from rtresnet.core.config import option
 from rtresnet.core.errors import CheckFailedError, InputError, RtresnetError, UnavailableError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, to_builtins
+from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows import workload as workloads
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 from rtresnet.workflows.workload import BATCHES, MAX_WAIT_MS, MeasurementConfig, Scenario, Workload
@@ -123,7 +124,7 @@ class BenchmarkedArtifact:
         untrained: Whether the weights are random.
         size: Side of the input, in pixels.
         chain: The artifact and its ancestors.
-        run: Device, provider, threads and versions; from `Session.describe`.
+        run: Device, provider, threads and versions.
     """
 
     asked: str
@@ -134,7 +135,7 @@ class BenchmarkedArtifact:
     untrained: bool
     size: int
     chain: tuple[ChainLink, ...]
-    run: Mapping[str, object] = flattened()
+    run: RuntimeInfo = flattened()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +430,7 @@ def opened(
                 untrained=bool(session.sidecar and session.sidecar.weights.origin == "untrained"),
                 size=session.size,
                 chain=environment.chain_of(target),
-                run=session.describe(),
+                run=session.info,
             )
             for name, (target, note), session in zip(names, chosen, sessions, strict=True)
         ]

@@ -12,10 +12,11 @@ import numpy as np
 
 from rtresnet.core import metrics, reporter
 from rtresnet.core.errors import DataError, InputError
+from rtresnet.core.labels import LabelMatch
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
 from rtresnet.runtime.session import RuntimeInfo
-from rtresnet.workflows.evaluate import DataConfig, LabelMatch
+from rtresnet.workflows.evaluate import DataConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact, states_input
 
@@ -137,7 +138,7 @@ def compare(
         data=data,
         reference=about[0],
         candidate=about[1],
-        classes=LabelMatch.of(mapping),
+        classes=mapping.summary(),
         assumed=tuple(mapping.assumptions()),
     )
 

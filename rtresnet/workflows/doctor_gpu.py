@@ -9,9 +9,9 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rtresnet.core import hardware
 from rtresnet.core.isolated import (
@@ -22,6 +22,7 @@ from rtresnet.core.isolated import (
     report_step,
     run_step,
 )
+from rtresnet.runtime.session import RuntimeInfo
 
 PACKAGES = (
     "rtresnet", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13",
@@ -32,43 +33,86 @@ BATCH = 5
 BOUND = 1e-2  # of the norm of the difference to the CPU's logits, relative to their norm
 
 
-def check_driver() -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """A device of the driver; `memory` is in bytes."""
+
+    name: str
+    target: str
+    memory: int
+    uuid: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverFacts:
+    """The driver and its devices.
+
+    Attributes:
+        cuda: CUDA version that the driver supports.
+        kernel_driver: Version line of the kernel module.
+        reason: Why there is no device.
+    """
+
+    cuda: str | None
+    kernel_driver: str | None
+    devices: tuple[DeviceFacts, ...]
+    reason: str | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaFacts:
+    """State of each CUDA operation: "ok" or what is wrong."""
+
+    operations: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """Difference of an engine's logits from the CPU's, relative to their norm, and its bound."""
+
+    relative_error: float
+    bound: float
+    described: RuntimeInfo
+
+
+def check_driver() -> DriverFacts:
     """Describes the driver and its devices, with the reason if there is none."""
     reason = hardware.driver_error()
     kernel = None
     with contextlib.suppress(OSError):
         kernel = KERNEL_DRIVER.read_text().splitlines()[0]
-    devices = [
-        {"name": gpu.name, "target": gpu.target, "memory": gpu.memory, "uuid": gpu.uuid}
+    devices = tuple(
+        DeviceFacts(name=gpu.name, target=gpu.target, memory=gpu.memory, uuid=gpu.uuid)
         for gpu in hardware.gpus()
-    ]
+    )
     if not devices and reason is None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         reason = "the driver lists no device"
         if visible is not None:
             reason += f" with CUDA_VISIBLE_DEVICES={visible!r}"
     version = hardware.cuda_version()
-    return {
-        "cuda": ".".join(map(str, version)) if version else None,
-        "kernel_driver": kernel,
-        "devices": devices,
-        "reason": reason,
-        "versions": hardware.versions(PACKAGES),
-    }
+    return DriverFacts(
+        cuda=".".join(map(str, version)) if version else None,
+        kernel_driver=kernel,
+        devices=devices,
+        reason=reason,
+        versions=hardware.versions(PACKAGES),
+    )
 
 
-def check_cuda() -> dict[str, Any]:
+def check_cuda() -> CudaFacts:
     """Checks every CUDA operation that the runtime needs."""
     from rtresnet.runtime import gpu_check
 
     operations = gpu_check.check_cuda()
     wrong = [f"{name}: {state}" for name, state in operations.items() if state != OK]
     if wrong:
-        raise StepFailed("; ".join(wrong), {"operations": operations})
-    return {"operations": operations}
+        raise StepFailed("; ".join(wrong), CudaFacts(operations=operations))
+    return CudaFacts(operations=operations)
 
 
-def check_engine() -> dict[str, Any]:
+def check_engine() -> EngineFacts:
     """Exports, builds and runs ResNet-8 in FP16, and compares it with ONNX Runtime on the CPU."""
     import numpy as np
 
@@ -95,15 +139,15 @@ def check_engine() -> dict[str, Any]:
             images = reference.example(BATCH)
             wanted = reference.logits(images)
         with load(plan) as session:
-            got, about = session.logits(images), session.describe()
+            got, info = session.logits(images), session.info
     difference = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-    data = {"relative_error": difference, "bound": BOUND, "described": about}
+    facts = EngineFacts(relative_error=difference, bound=BOUND, described=info)
     if not difference <= BOUND:
-        raise StepFailed(f"logits differ from the CPU's by {difference:.2g}, bound {BOUND}", data)
-    return data
+        raise StepFailed(f"logits differ from the CPU's by {difference:.2g}, bound {BOUND}", facts)
+    return facts
 
 
-STEPS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # and seconds until it is killed
+STEPS: dict[str, tuple[Callable[[], object], float]] = {  # and seconds until it is killed
     "driver": (check_driver, 60),
     "cuda": (check_cuda, 60),
     "engine": (check_engine, 300),

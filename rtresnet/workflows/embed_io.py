@@ -6,13 +6,13 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rtresnet.core import artifacts, atomic_io, hardware, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, missing_package
 from rtresnet.core.reporter import Reporter
-from rtresnet.core.sidecar import Sidecar
+from rtresnet.core.sidecar import Measurements, Sidecar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def write(
 
 def _compare(
     source: Path, data: bytes, sidecar: Sidecar, config: EmbedConfig, reporter: Reporter
-) -> dict[str, Any]:
+) -> Measurements:
     """Runs both files on the same images; returns what goes into the sidecar's `measured`."""
     from rtresnet.exporter import embed_io
     from rtresnet.runtime.session import load
@@ -127,4 +127,4 @@ def _compare(
             result = embed_io.check(
                 plain.logits, changed, sidecar.input, pixels=config.pixels, topk=config.topk
             )
-            return {"ends": result | {"with": plain.backend.provider}}
+            return {"ends": {**result, "with": plain.backend.provider}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
-from rtresnet.core.labels import LabelMap, read_classes
+from rtresnet.core.labels import LabelMatch, read_classes
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
+from rtresnet.core.sidecar import AccuracyRecord
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
@@ -27,11 +29,6 @@ if TYPE_CHECKING:
     from rtresnet.data.sources import Relabelled
     from rtresnet.runtime.session import Session
     from rtresnet.training.evaluate import Views
-
-RECORDED = (
-    "n", "top1", "top5", "top1_percent", "top5_percent", "data", "split", "data_sha256",
-    "protocol", "labels", "assumed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +97,6 @@ class EvaluateConfig(DataConfig):
                 f"--dense-pooling {self.dense_pooling}: only the dense test pools a larger map",
                 fix="give --protocol dense as well",
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelMatch:
-    """How the data's labels were matched with a model's classes.
-
-    Attributes:
-        matched_by: "name", "file" (names that were given) or "position".
-        in_order: Whether the labels are the model's class numbers as they are.
-        data_classes: Number of classes of the data.
-        model_classes: Number of classes of the model.
-        remarks: What a reader of the result should know.
-    """
-
-    matched_by: str
-    in_order: bool
-    data_classes: int
-    model_classes: int
-    remarks: tuple[str, ...]
-
-    @classmethod
-    def of(cls, mapping: LabelMap) -> LabelMatch:
-        """Describes a mapping."""
-        return cls(**mapping.record(), remarks=tuple(mapping.remarks()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,8 +283,9 @@ def record_accuracy(
             )
         else:
             entries = serialization.to_builtins(member)
+            entry = {name: entries[name] for name in AccuracyRecord.__annotations__}
             try:
-                artifacts.record_accuracy(path, {name: entries[name] for name in RECORDED})
+                artifacts.record_accuracy(path, typing.cast(AccuracyRecord, entry))
                 continue
             except (InputError, OSError) as error:
                 reason = f"accuracy not recorded: {error}"
@@ -402,7 +376,7 @@ def trained_on(sessions: Sequence[Session], source: Relabelled, split: str) -> t
 def _about(
     sessions: Sequence[Session], source: Relabelled, data: str, config: EvaluateConfig
 ) -> dict[str, Any]:
-    labels = LabelMatch.of(source.mapping)
+    labels = source.mapping.summary()
     remarks = (*labels.remarks, *trained_on(sessions, source, config.split))
     return {
         "protocol": config.protocol,

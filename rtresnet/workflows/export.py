@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rtresnet.core import artifacts, hardware, locks, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
-from rtresnet.core.sidecar import Sidecar, restated
+from rtresnet.core.sidecar import Measurements, Sidecar, restated
 from rtresnet.workflows import advisor, embed_io
 from rtresnet.workflows.advisor import AdviceResult
 from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
@@ -67,7 +67,7 @@ class ExportedFile:
     precision: str
     bytes: int
     sha256: str
-    measured: dict[str, Any]
+    measured: Measurements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +348,7 @@ def _write_fp32(
     return artifacts.publish(path, lambda temporary: temporary.write_bytes(data), record)
 
 
-def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter) -> dict[str, Any]:
+def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter) -> Measurements:
     """Compares the file with the torch net; returns what goes into the sidecar's `measured`."""
     if not hardware.installed("onnxruntime"):
         reporter.note("parity not checked: pip install onnxruntime")
@@ -366,4 +366,4 @@ def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter)
             lambda images: logits(backend.infer(images), path),
             size=checkpoint.input.size,
         )
-    return {"parity": parity | {"with": backend.provider}}
+    return {"parity": {**parity, "with": backend.provider}}

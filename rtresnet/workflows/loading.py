@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -294,15 +294,3 @@ def torch_device(choice: str) -> str:
     if choice == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("torch sees no CUDA device", fix="see: rtresnet doctor")
     return choice
-
-
-def run_notes(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """How artifacts ran where that needs a word: INT8 sums, a fixed batch; each once.
-
-    Args:
-        entries: From `Session.describe`.
-    """
-    entries = list(entries)
-    notes = {name: {entry[name] for entry in entries if entry.get(name)}
-             for name in ("int8_note", "batch_note")}  # fmt: skip
-    return [*sorted(notes["int8_note"]), *sorted(notes["batch_note"])]

@@ -24,7 +24,7 @@ from rtresnet.core.serialization import flattened
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
-from rtresnet.workflows.prediction_table import Journal, check_table_path
+from rtresnet.workflows.prediction_table import Journal, TableHead, check_table_path
 from rtresnet.workflows.predictor import PredictConfig, Prediction, Predictor, PredictorInfo
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -232,13 +232,16 @@ def predict_table(
         predictor = _predictor(artifact, config, table, runtime, stated)
         stack.callback(predictor.close)
         info = predictor.info
-        head = {
-            "model": atomic_io.sha256(artifact),
-            **info.head(),
-            "images": len(names),
-            "list_of_images": _digest(names),
-        }
-        journal = stack.enter_context(Journal(out, head, batch=info.batch, resume=table.resume))
+        head = TableHead(
+            model=atomic_io.sha256(artifact),
+            provider=info.runtime.provider,
+            preprocess=info.preprocess,
+            top=info.top,
+            batch=info.batch,
+            images=len(names),
+            list_of_images=_digest(names),
+        )
+        journal = stack.enter_context(Journal(out, head, resume=table.resume))
         done_before = journal.done
         _fill(journal, predictor, names, reporter)
         if journal.broken == len(names):

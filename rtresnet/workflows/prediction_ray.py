@@ -51,7 +51,7 @@ class Actor:
     def __init__(self, task: _Task) -> None:
         self.predictor = task.predictor()
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, item: dict[str, str]) -> dict[str, str]:
         """Predicts names; both sides are JSON, as Arrow's strings cannot hold every file name."""
         (batch,) = self.predictor.batches(json.loads(item["names"]))
         return {"predictions": json.dumps([dataclasses.asdict(entry) for entry in batch])}

@@ -13,6 +13,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +21,15 @@ from typing import Any, TextIO
 
 from rtresnet.core import atomic_io, hardware, serialization
 from rtresnet.core.errors import InputError, UnavailableError
+from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.serialization import to_builtins
 from rtresnet.workflows.predictor import Prediction
 
 FORMS = (".parquet", ".csv", ".jsonl")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 VERSION = 1
+Row = dict[str, object]
+"""Column to value."""
 CHUNK_ROWS, GROUP_CHUNKS = 1024, 16  # rows as Python objects, which are large; chunks a row group
 
 
@@ -49,13 +54,38 @@ def check_table_path(out: Path) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableHead:
+    """What a table holds: everything that determines a row, and the images.
+
+    Attributes:
+        journal: Version of the journal's format.
+        model: sha256 of the artifact.
+        provider: What runs it.
+        preprocess: How an image becomes input.
+        top: Classes for each image.
+        batch: Images at a time.
+        images: Number of images.
+        list_of_images: sha256 of the images' names, sizes and times.
+    """
+
+    journal: int = VERSION
+    model: str
+    provider: str
+    preprocess: Preprocess
+    top: int
+    batch: int
+    images: int
+    list_of_images: str
+
+
 class Journal:
     """`OUT.part`. The caller holds the lock on OUT (`core.locks.hold_file`).
 
     Args:
         out: The table that it becomes.
-        head: What is made: everything that determines a row, and the images. Compared on resuming.
-        batch: Rows are kept in whole batches: one that was cut off is made again.
+        head: What the table holds; compared on resuming. Rows are kept in whole batches: one that
+            was cut off is made again.
         resume: Whether an existing journal is continued.
 
     Attributes:
@@ -67,9 +97,9 @@ class Journal:
             other options or other images; or `resume` is true and the table is complete.
     """
 
-    def __init__(self, out: Path, head: dict[str, Any], *, batch: int, resume: bool) -> None:
-        self.out, self.path = out, Path(f"{out}.part")
-        self.head = {"journal": VERSION, **head}
+    def __init__(self, out: Path, head: TableHead, *, resume: bool) -> None:
+        self.out, self.path, self.top = out, Path(f"{out}.part"), head.top
+        self.head: Row = to_builtins(head)
         self.done = self.broken = 0
         exists = self.path.exists() and self.path.stat().st_size > 0
         if exists and not resume:
@@ -87,7 +117,7 @@ class Journal:
         )
         try:
             if exists:
-                self._continue(batch)
+                self._continue(head.batch)
             if self.done == 0:
                 self._file.truncate(0)
                 self._write([self.head])
@@ -118,10 +148,10 @@ class Journal:
         self._file.seek(end)
         self._file.truncate()
 
-    def _row(self, line: str) -> dict[str, Any] | None:
+    def _row(self, line: str) -> Row | None:
         """Parses a line with the columns of the table; None as in `_parsed`."""
         row = _parsed(line)
-        if row is None or list(row) != columns(self.head["top"]):
+        if row is None or list(row) != columns(self.top):
             return None
         kinds = (float if name.startswith("probability") else str for name in row)
         valid = all(
@@ -132,11 +162,11 @@ class Journal:
 
     def add(self, rows: Sequence[Prediction]) -> None:
         """Appends a batch."""
-        self._write([_flat(row, self.head["top"]) for row in rows])
+        self._write([_flat(row, self.top) for row in rows])
         self.done += len(rows)
         self.broken += sum(row.error is not None for row in rows)
 
-    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+    def _write(self, lines: Sequence[Row]) -> None:
         try:
             self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
@@ -144,7 +174,7 @@ class Journal:
             error.filename = str(self.path)  # write() does not set it
             raise
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Row]:
         """Reads every row, with the columns of the table."""
         with open(self.path, encoding="utf-8") as file:
             next(file)
@@ -193,13 +223,13 @@ def columns(top: int) -> list[str]:
     return ["image", *best, "error"]
 
 
-def _flat(row: Prediction, top: int) -> dict[str, Any]:
-    best: list[Any] = [value for entry in row.top for value in (entry.name, entry.probability)]
+def _flat(row: Prediction, top: int) -> Row:
+    best: list[object] = [value for entry in row.top for value in (entry.name, entry.probability)]
     best = best or [None] * (2 * top)
     return dict(zip(columns(top), [row.image, *best, row.error], strict=True))
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> Row | None:
     """Parses a whole line; None at the end of the file, and for what a killed process left."""
     with contextlib.suppress(InputError):
         data = line.encode("utf-8", "surrogateescape")
@@ -223,7 +253,7 @@ def _csv(path: Path, journal: Journal, *, excel_safe: bool) -> None:
     if excel_safe:
         rows = ({name: _no_formula(value) for name, value in row.items()} for row in rows)
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(_LineFeeds(file), columns(journal.head["top"]))
+        writer = csv.DictWriter(_LineFeeds(file), columns(journal.top))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -250,7 +280,7 @@ def _parquet(path: Path, journal: Journal) -> None:
     schema = pa.schema(
         [
             (name, pa.float32() if name.startswith("probability") else pa.string())
-            for name in columns(journal.head["top"])
+            for name in columns(journal.top)
         ],
         metadata={"rtresnet": json.dumps(journal.head)},
     )

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from rtresnet.core import metrics
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.serialization import json_name, to_builtins
+from rtresnet.core.serialization import json_name
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
@@ -95,15 +94,6 @@ class PredictorInfo:
     batch: int
     assumed: tuple[str, ...]
     runtime: RuntimeInfo
-
-    def head(self) -> dict[str, Any]:
-        """What must be the same for predictions of one table, as JSON has it."""
-        return {
-            "provider": self.runtime.provider,
-            "preprocess": to_builtins(self.preprocess),
-            "top": self.top,
-            "batch": self.batch,
-        }
 
 
 class Predictor:

@@ -20,7 +20,7 @@ from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.labels import read_classes
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
-from rtresnet.core.sidecar import Calibration, Sidecar
+from rtresnet.core.sidecar import Calibration, Measurements, OutlierRecord, Sidecar
 from rtresnet.workflows import adopt
 from rtresnet.workflows.accuracy_gate import Gate, GateResult, open_labelled, quantize_within
 from rtresnet.workflows.input_spec import InputConfig
@@ -227,7 +227,7 @@ def quantize_unlocked(
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
-    calibration, gate, outliers = None, None, list[dict[str, Any]]()
+    calibration, gate, outliers = None, None, list[OutlierRecord]()
     if scales is None:
         from rtresnet.quantization import fp16
 
@@ -237,7 +237,9 @@ def quantize_unlocked(
                     reporter=reporter)  # fmt: skip
         result, calibration, gate, outliers = job.quantize(model)
         _note_replaced(out, calibration, reporter)
-    measured = (gate.measured() if gate else {}) | ({"outliers": outliers} if outliers else {})
+    measured = gate.measured() if gate else Measurements()
+    if outliers:
+        measured["outliers"] = outliers
     record = dataclasses.replace(
         sidecar,
         kind="onnx",
@@ -271,7 +273,7 @@ def _scales_path(out: Path, reporter: Reporter) -> Path:
     return path
 
 
-Quantized = tuple[Any, Calibration, "GateResult | None", list[dict[str, Any]]]
+Quantized = tuple[Any, Calibration, "GateResult | None", list[OutlierRecord]]
 """The model, how it was calibrated, what the gate measured, and the outlier channels."""
 
 
@@ -443,7 +445,7 @@ class _Int8:
         self.reporter.note(f"scales of {path} are used again")
         return saved
 
-    def _note_calibration(self, calibrated: Calibrated) -> list[dict[str, Any]]:
+    def _note_calibration(self, calibrated: Calibrated) -> list[OutlierRecord]:
         """Notes what calibration chose; returns the outlier channels with what was done."""
         note = self.reporter.note
         if calibrated.ratios:
@@ -456,7 +458,7 @@ class _Int8:
                 f"signal to noise at the logits (tried: {min(tried):.1f} to {max(tried):.1f})"
             )
         equalized = {outlier.tensor for outlier in calibrated.mended}
-        entries = []
+        entries: list[OutlierRecord] = []
         for outlier in calibrated.outliers:
             if outlier.tensor in equalized:
                 remedy = "scaled down, with the next convolution's weights scaled up"

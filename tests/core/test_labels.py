@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rtresnet.core.errors import DataError, InputError
-from rtresnet.core.labels import match, numbered, read_classes
+from rtresnet.core.labels import LabelMatch, match, numbered, read_classes
 
 ANIMALS = ("cat", "dog", "horse", "zebra")
 NUMBERS = ("0", "1", "2", "3")
@@ -26,9 +26,10 @@ def test_match_subset_is_reported() -> None:
     found = match(ANIMALS, ("dog", "zebra"))
     assert found.indices == (1, 3) and not found.is_permutation
     assert "2 of the model's 4 classes" in found.remarks()[0]
-    assert found.record() == {
-        "matched_by": "name", "in_order": False, "data_classes": 2, "model_classes": 4,
-    }  # fmt: skip
+    assert found.summary() == LabelMatch(
+        matched_by="name", in_order=False, data_classes=2, model_classes=4,
+        remarks=tuple(found.remarks()),
+    )  # fmt: skip
 
 
 def test_match_unknown_names_are_refused_with_the_nearest() -> None:

@@ -153,10 +153,10 @@ def test_record_accuracy_keeps_one_entry_for_each_data_set(
 
 def test_record_accuracy_replaces_the_entry_of_an_earlier_version(best: Path, tints: str) -> None:
     other = {"n": 9, "top1": 8, "top5": None, "data": "digits", "split": "test"}
-    artifacts.update_measured(best, accuracy=other)
+    artifacts.update_measured(best, {"accuracy": other})
     record_accuracy(evaluate(best, tints))
     assert recorded(best) == [("digits", 9), (tints, 240)]
-    artifacts.update_measured(best, accuracy=other | {"data": tints, "split": "all"})
+    artifacts.update_measured(best, {"accuracy": other | {"data": tints, "split": "all"}})
     record_accuracy(evaluate(best, tints))
     assert recorded(best) == [(tints, 240)]
 
