@@ -319,7 +319,7 @@ def read_plan(path: str, batch: int | None) -> Subject:
         raise InputError(f"--batch {batch}: {path} takes batches of {profiles}", fix=again)
     profile = split_batch(batch, plan.profiles)[0].profile
     kernels = [
-        _kernel(layer, plan.profiles[profile].opt)
+        kernel_of(layer, plan.profiles[profile].opt)
         for layer in engine.layers
         if layer.profile == profile and layer.role != "idle"
     ]
@@ -335,7 +335,7 @@ def read_plan(path: str, batch: int | None) -> Subject:
     )
 
 
-def _kernel(layer: Layer, batch: int) -> Kernel:
+def kernel_of(layer: Layer, batch: int) -> Kernel:
     """Describes a layer as a kernel.
 
     Args:

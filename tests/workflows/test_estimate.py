@@ -163,13 +163,13 @@ def tensor(*shape: int, dtype: str = "Half") -> Tensor:
 
 def test_kernel_of_a_layer_is_per_image() -> None:
     opened = layer_of(inputs=(tensor(-1, 8, 4, 4),), outputs=(tensor(-1, 16, 2, 2),))
-    kernel = estimates._kernel(opened, 32)
+    kernel = estimates.kernel_of(opened, 32)
     assert kernel.read == (2 * 8 * 16,) and kernel.written == 2 * 16 * 4
     # TensorRT's inspector describes the optimal batch.
     fixed = layer_of(inputs=(tensor(32, 8, 4, 4),), outputs=(tensor(32, 16, 2, 2),))
-    assert estimates._kernel(fixed, 32) == kernel
+    assert estimates.kernel_of(fixed, 32) == kernel
     strided = dataclasses.replace(opened, operation="conv 1x1 + relu")
-    assert estimates._kernel(strided, 32).read == (2 * 8 * 4,)
+    assert estimates.kernel_of(strided, 32).read == (2 * 8 * 4,)
 
 
 def bench_file(path: Path, plan: Path, **fields: Any) -> Path:
