@@ -37,7 +37,7 @@ def page_path(context: click.Context, option: click.Parameter, value: Any) -> An
 def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     """Create one self-contained HTML page from results.
 
-    RESULTS are files that bench, eval, compare, profile or quickstart wrote with --json;
+    RESULTS are files that bench, eval, compare, profile, estimate or quickstart wrote with --json;
     artifacts are shown with what their sidecars record. The default is the folder engines/.
     """
     from rtresnet.core import atomic_io

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Literal
 
-from rtresnet.reporting.result_files import Entry
-from rtresnet.reporting.results import Results, latest, scenario
+from rtresnet.core.errors import UnknownNameError
+from rtresnet.reporting.result_files import Entry, Estimate
+from rtresnet.reporting.results import Artifact, Results, latest, scenario
 from rtresnet.reporting.tables import DataTable, number
 
 PERCENTILES: tuple[Literal["p90", "p95", "p99", "p999"], ...] = ("p90", "p95", "p99", "p999")
@@ -60,6 +61,7 @@ def tables(results: Results) -> dict[str, DataTable]:
         "accuracy": _accuracy(results),
         "origin": _origin(results),
         "latency": _latency(results),
+        "bounds": _bounds(results),
         "searches": _searches(results),
         "blocks": _blocks(results),
         "chain": _chain(results),
@@ -212,6 +214,53 @@ def _searches(results: Results) -> DataTable:
         rows=rows,
         about=about,
     )
+
+
+def _bounds(results: Results) -> DataTable:
+    rows = [
+        (
+            artifact.name, bound["gpu"], estimate["batch"], _megabytes(estimate),
+            estimate.get("kernels"), bound["no_faster_than_ms"], bound["through_memory_ms"],
+            _measured_ms(results, artifact, estimate["batch"], bound["gpu"]),
+        )
+        for artifact, estimate in results.bounds
+        for bound in estimate["results"]
+    ]  # fmt: skip
+    about = (
+        "From published peak rates. No faster than: if everything that fits the L2 cache stays "
+        "there. Through memory: if every kernel's output goes through memory. Measured: median of "
+        "the computation, or of the latency if that is unknown, on the same GPU and batch."
+    )
+    return DataTable(
+        title="Lower bounds, not measurements",
+        headings=("artifact", "GPU", "batch", "MB moved", "kernels", "no faster than, ms",
+                  "through memory, ms", "measured, ms"),
+        rows=list(dict.fromkeys(rows)),
+        about=" ".join([about, *dict.fromkeys(results.advice)]),
+    ).without_empty_columns()  # fmt: skip
+
+
+def _megabytes(estimate: Estimate) -> float | None:
+    moved = estimate.get("bytes")
+    return None if moved is None else moved / 1e6
+
+
+def _measured_ms(results: Results, artifact: Artifact, batch: int, gpu: str) -> float | None:
+    """The latest single-stream figure of an artifact at a batch on a GPU."""
+    for measured, entry in results.streams(batch):
+        if measured is artifact and _names_gpu(entry.get("device"), gpu):
+            computed = (entry.get("parts") or {}).get("compute")
+            return (computed or entry["latency"])["median"]
+    return None
+
+
+def _names_gpu(device: str | None, gpu: str) -> bool:
+    from rtresnet.bench import roofline
+
+    try:
+        return roofline.find_gpu(device or "").name == gpu
+    except UnknownNameError:
+        return False
 
 
 def _blocks(results: Results) -> DataTable:

@@ -77,6 +77,7 @@ class Entry(Where):
     with_preprocess: NotRequired[bool | None]
     load: NotRequired[Load | None]
     latency: Latency
+    parts: NotRequired[dict[str, Latency] | None]
     speed: NotRequired[Positive | None]
     steady: NotRequired[bool | None]
     samples: NotRequired[list[Positive] | None]
@@ -216,6 +217,32 @@ class Profile(Artifact, Where):
     environment: NotRequired[Environment | None]
 
 
+class Bound(TypedDict):
+    """Minimum times on one GPU."""
+
+    gpu: str
+    no_faster_than_ms: Positive
+    through_memory_ms: Positive
+
+
+class Estimate(TypedDict):
+    """`estimate --json`: lower bounds, never measurements."""
+
+    model: str
+    precision: NotRequired[str | None]
+    batch: Batch
+    kernels: NotRequired[Count | None]
+    bytes: NotRequired[Count | None]
+    results: list[Bound]
+
+
+class Advice(TypedDict):
+    """`estimate --json` of several plans."""
+
+    plans: list[Estimate]
+    advice: NotRequired[list[str] | None]
+
+
 class Quickstart(TypedDict):
     """`quickstart --json`: accuracy and agreement by precision."""
 
@@ -236,6 +263,8 @@ RESULTS: dict[str, Any] = {
     "eval": Eval,
     "compare": Compare,
     "profile": Profile,
+    "estimate": Estimate,
+    "advise": Advice,
     "quickstart": Quickstart,
 }
 

@@ -21,6 +21,7 @@ from rtresnet.reporting.result_files import (
     Accuracy,
     Compare,
     Entry,
+    Estimate,
     GateLoss,
     Profile,
     Search,
@@ -78,6 +79,8 @@ class Results:
     Attributes:
         timings: Artifacts at one batch under one load, as `bench` measured them.
         searches: Results of `bench --find-batch` and `--find-qps`.
+        bounds: Results of `estimate`: lower bounds, not measurements.
+        advice: What to expect of each precision, by the bounds.
         environments: (what was measured, where).
         commands: Command lines that the files say they came from.
         notes: What a reader must know: stand-ins, untrained weights, busy machines.
@@ -87,6 +90,8 @@ class Results:
     timings: list[Timing] = field(default_factory=list)
     profiles: list[tuple[Artifact, Profile]] = field(default_factory=list)
     searches: list[tuple[Artifact, Search]] = field(default_factory=list)
+    bounds: list[tuple[Artifact, Estimate]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
     environments: list[tuple[str, Where]] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -266,6 +271,15 @@ class _Collector:
         remarks = _remarks(result.get("environment"))
         self.results.notes += [f"Profile of {artifact.name}: {remark}." for remark in remarks]
 
+    def _estimate(self, result: Estimate) -> None:
+        artifact = self.artifact(result["model"], result.get("precision"))
+        self.results.bounds.append((artifact, result))
+
+    def _advise(self, result: result_files.Advice) -> None:
+        for plan in result["plans"]:
+            self._estimate(plan)
+        self.results.advice += result.get("advice") or ()
+
     def _quickstart(self, result: result_files.Quickstart) -> None:
         self._bench(result["bench"])
         for entry in result["eval"].values():
@@ -277,6 +291,7 @@ class _Collector:
         """Raises InputError for an artifact in `paths` of which nothing is known."""
         results = self.results
         measured = {id(a) for a, _ in (*results.profiles, *results.searches, *results.timings)}
+        measured |= {id(artifact) for artifact, _ in results.bounds}
         for path in paths:
             known = self.known.get(path.absolute())
             if known is None or id(known) in measured or known.accuracies or known.agreement:

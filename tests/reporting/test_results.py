@@ -277,3 +277,50 @@ def test_the_front_by_hand() -> None:
     assert pareto([(4, 91.5), (2.5, 91.25), (1.5, 90), (3, 80)]) == [2, 1, 0]
     assert pareto([(1, 5), (1, 5), (2, 5)]) == [0, 1]
     assert pareto([]) == []
+
+
+def estimated(name: str, gpus: tuple[str, ...] = ("L4", "RTX 4090")) -> dict[str, Any]:
+    """As `estimate --json` writes it."""
+    return {
+        "what": "bound", "model": f"engines/net-{name}.plan", "precision": name, "batch": 8,
+        "kernels": 58, "bytes": 12_500_000, "builder": "TensorRT-RTX 1.7", "as_if": False,
+        "results": [
+            {"gpu": gpu, "no_faster_than_ms": 0.25, "through_memory_ms": 0.5, "stages": []}
+            for gpu in gpus
+        ],
+    }  # fmt: skip
+
+
+def test_bounds_are_shown_next_to_what_was_measured_on_the_same_gpu(write: Write) -> None:
+    entry = {
+        "measured": "engines/net-int8.plan", "precision": "int8", "batch": 8,
+        "device": "NVIDIA L4", "latency": {"median": 1.5},
+        "parts": {"compute": {"median": 0.75}},
+    }  # fmt: skip
+    other = entry | {"measured": "engines/net-fp16.plan", "parts": None, "batch": 16}
+    sentence = "INT8 moves 1.9 times the bytes of FP16."
+    found = results.gather(
+        [
+            write("bench", {"results": [entry, other]}),
+            write("estimate", estimated("int8")),
+            write("advise", {"plans": [estimated("int8"), estimated("fp16")],
+                             "advice": [sentence]}),
+        ]
+    )  # fmt: skip
+    table = tables(found)["bounds"]
+    assert "not measurements" in table.title and sentence in table.about
+    rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+    assert [(row["artifact"], row["GPU"], row["measured, ms"]) for row in rows] == [
+        ("net-int8.plan", "L4", 0.75), ("net-int8.plan", "RTX 4090", None),
+        ("net-fp16.plan", "L4", None), ("net-fp16.plan", "RTX 4090", None),
+    ]  # fmt: skip
+    assert rows[0]["MB moved"] == 12.5 and rows[0]["no faster than, ms"] == 0.25
+
+
+def test_bounds_of_a_plan_alone_make_a_report_and_broken_ones_do_not(write: Write) -> None:
+    table = tables(results.gather([write("estimate", estimated("int8"))]))["bounds"]
+    assert "measured, ms" not in table.headings
+    broken = estimated("int8")
+    broken["results"][0]["no_faster_than_ms"] = "fast"
+    with pytest.raises(InputError, match="no_faster_than_ms"):
+        results.gather([write("estimate", broken)])
