@@ -142,7 +142,7 @@ def reference_pages() -> dict[Path, str]:
 API_GROUPS = {
     "Load and run": ("runtime.session", "workflows.loading", "runtime.batcher", "runtime.cuda",
                      "core.preprocess", "workflows.input_spec"),
-    "Train": ("workflows.pack", "workflows.train"),
+    "Train": ("workflows.data", "workflows.pack", "workflows.train"),
     "Export and quantize": ("workflows.export", "workflows.adopt", "workflows.quantize",
                             "workflows.lint", "workflows.embed_io"),
     "Build": ("workflows.build",),

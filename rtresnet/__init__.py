@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     from rtresnet.workflows.build import BuildConfig, BuildResult, build, build_per_target
     from rtresnet.workflows.check import CheckConfig, CheckResult, check
     from rtresnet.workflows.compare import CompareConfig, CompareResult, compare
+    from rtresnet.workflows.data import (
+        AugmentedBatch,
+        DataInspectConfig,
+        DataInspectResult,
+        augmented_batch,
+        inspect_data,
+    )
     from rtresnet.workflows.doctor import DoctorResult, doctor
     from rtresnet.workflows.embed_io import EmbedConfig
     from rtresnet.workflows.estimate import EstimateConfig, EstimateResult, estimate
@@ -106,6 +113,9 @@ _MODULES = {
     "workflows.input_spec": "InputConfig",
     "workflows.train": "train TrainConfig TrainResult",
     "workflows.pack": "pack PackConfig PackResult",
+    "workflows.data": (
+        "inspect_data augmented_batch DataInspectConfig DataInspectResult AugmentedBatch"
+    ),
     "workflows.export": "export ExportConfig ExportResult",
     "workflows.adopt": "adopt AdoptResult",
     "workflows.quantize": "quantize QuantizeConfig QuantizeResult",
@@ -139,6 +149,7 @@ __all__ = [
     "AdoptResult",
     "AdviceResult",
     "ArtifactError",
+    "AugmentedBatch",
     "Batcher",
     "BenchmarkConfig",
     "BenchmarkResult",
@@ -151,6 +162,8 @@ __all__ = [
     "CompareConfig",
     "CompareResult",
     "DataError",
+    "DataInspectConfig",
+    "DataInspectResult",
     "DoctorResult",
     "EmbedConfig",
     "EstimateConfig",
@@ -200,6 +213,7 @@ __all__ = [
     "__version__",
     "adopt",
     "advise",
+    "augmented_batch",
     "benchmark",
     "build",
     "build_per_target",
@@ -210,6 +224,7 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "inspect_data",
     "inspect_folder",
     "lint",
     "list_models",

@@ -8,6 +8,7 @@ from __future__ import annotations
 SUMMARIES = {
     "quickstart": "Train, export, build and measure a small net; write a page.",
     "pack": "Put a folder of photographs into a few large files.",
+    "data": "Show counts, sizes, broken files and duplicates of a data set.",
     "train": "Train a net on labelled images.",
     "export": "Turn a checkpoint into ONNX files and plans.",
     "adopt": "State the input and classes of an ONNX file from elsewhere.",
@@ -32,6 +33,7 @@ SUMMARIES = {
 EXAMPLES = {
     "quickstart": "rtresnet quickstart",
     "pack": "rtresnet pack photos --out shards",
+    "data": "rtresnet data photos --json data.json",
     "train": "rtresnet train --data photos --model resnet18 --epochs 30",
     "export": "rtresnet export --model resnet18 --int8 --calib photos",
     "adopt": "rtresnet adopt model.onnx --preset imagenet --classes classes.txt",

@@ -98,16 +98,11 @@ def escape(text: str) -> str:
 
 
 def plural(count: int, what: str) -> str:
-    """As in "1 image" and "1,200 images"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    """As in "1 image", "1,200 images" and "3 classes"."""
+    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{count:,} {what}{ending}"
 
 
 def escape_cell(text: str) -> str:
     """The text with control characters as escapes, line ends and tabs included."""
     return text.translate(_CELL)
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun: "1 image", "2,000 images", "3 classes"."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rtresnet.core.reporter import counted, escape_cell
+from rtresnet.core.reporter import escape_cell, plural
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 CHECKS = {
@@ -69,7 +69,7 @@ class DataReport:
             for split in SPLITS:
                 ordered = sorted(self.counts[split])
                 lines.append(
-                    f"{split}: {counted(sum(ordered), 'image')}, {ordered[0]:,} to "
+                    f"{split}: {plural(sum(ordered), 'image')}, {ordered[0]:,} to "
                     f"{ordered[-1]:,} per class, median {ordered[len(ordered) // 2]:,}"
                 )
         lines.append(f"checked: {CHECKS[self.check]}")
@@ -77,7 +77,7 @@ class DataReport:
             counts = " and ".join(f"{len(e)} of {name}" for name, e in self.broken.items() if e)
             lines.append(f"left out, because they cannot be decoded: {counts}")
         if self.transparent:
-            lines.append(f"composited on white: {counted(self.transparent, 'transparent image')}")
+            lines.append(f"composited on white: {plural(self.transparent, 'transparent image')}")
         return lines + [f"warning: {escape_cell(line)}" for line in self.warnings()]
 
     def warnings(self) -> list[str]:
@@ -88,7 +88,7 @@ class DataReport:
                 others = "trained on" if name == "val" else "trained on or held out"
                 other, own = self.examples[name][0]
                 lines.append(
-                    f"{counted(count, f'{SPLITS[name]} image')} {'is' if count == 1 else 'are'} "
+                    f"{plural(count, f'{SPLITS[name]} image')} {'is' if count == 1 else 'are'} "
                     f"also {others}, such as {own} = {other}: the {SPLITS[name]} accuracy is too "
                     "high"
                 )
@@ -101,7 +101,7 @@ class DataReport:
         if total < SMALL_SPLIT:
             selects = " and cannot select the best epoch reliably" if name == "val" else ""
             lines.append(
-                f"the {SPLITS[name]} split has {counted(total, 'image')}: its accuracy is "
+                f"the {SPLITS[name]} split has {plural(total, 'image')}: its accuracy is "
                 f"uncertain by up to {98 / math.sqrt(total):.0f} points (95 %){selects}"
             )
         few = [self.classes[label] for label, count in enumerate(counts) if count < 2]

@@ -1,4 +1,4 @@
-"""The images of a run: checked, counted and loaded before its first step.
+"""The images of a run: checked, plural and loaded before its first step.
 
 Small images are cropped into one array; photographs that fit into memory are decoded and kept. So
 the check costs nothing that the first epoch would not cost. If photographs do not fit, only the

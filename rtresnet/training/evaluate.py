@@ -28,6 +28,7 @@ from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Source
 
 ProtocolName = Literal["center", "10-crop", "dense"]
+Scores = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 PAPER_SIZE, PAPER_SCALES = 224, (224, 256, 384, 480, 640)
 
 
@@ -151,6 +152,7 @@ def evaluate_views(
     batch: int | None = None,
     tally: loader.DecodeErrors | None = None,
     on_images: Callable[[int], None] = lambda done: None,
+    on_scores: Scores = lambda indices, labels, probabilities: None,
 ) -> EnsembleAccuracy:
     """Measure nets on the same images; an image that cannot be decoded is left out for all.
 
@@ -161,6 +163,7 @@ def evaluate_views(
         batch: See `mean_probabilities`.
         tally: Receives the broken images.
         on_images: Called with the number of images done.
+        on_scores: Called with indices, labels and the ensemble's probabilities [N, classes].
 
     Raises:
         DataError: No labels, no decodable image, or more broken images than `tally` tolerates.
@@ -181,13 +184,15 @@ def evaluate_views(
     ready: list[tuple[int, list[list[np.ndarray]]]] = []
 
     def finish() -> None:
-        labels = source.labels[[index for index, _ in ready]]
+        indices = np.array([index for index, _ in ready])
+        labels = source.labels[indices]
         scores = [
             mean_probabilities(net, [entry[position] for _, entry in ready], batch)
             for position, net in enumerate(nets)
         ]
         scores.append(np.mean(scores, axis=0))
         counts.append([count(entry, labels, source) for entry in scores])
+        on_scores(indices, labels, scores[-1])
         ready.clear()
 
     for index, entry in loader.prefetch_map(load, range(len(source))):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rtresnet.core.errors import DataError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.reporter import counted
+from rtresnet.core.reporter import plural
 from rtresnet.data import augment, loader, trivial
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Arrays, Source
@@ -47,7 +47,7 @@ def split(source: Source, seed: int, holdout: float = 0.1) -> Split:
     """
     if len(source) < 20:
         raise DataError(
-            f"{source.name}: {counted(len(source), 'image')}, too few to train on and to hold out",
+            f"{source.name}: {plural(len(source), 'image')}, too few to train on and to hold out",
             fix="train on 20 images or more",
         )
     order = np.random.default_rng((seed, SPLIT)).permutation(len(source))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
+from rtresnet.core.classification import ClassificationReport, Collector
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
 from rtresnet.core.labels import LabelMatch, read_classes
@@ -68,6 +69,7 @@ class EvaluateConfig(DataConfig):
             the net's own pooling of 7x7 over it with stride 1, and then averages the scores:
             pixels near the border count less, because fewer windows contain them.
         model: Architecture of a checkpoint from elsewhere.
+        details: Whether the result has `report`.
     """
 
     protocol: Literal["center", "10-crop", "dense"] = option(
@@ -88,6 +90,11 @@ class EvaluateConfig(DataConfig):
     )
     model: str | None = option(
         None, "Architecture of a checkpoint from elsewhere.", default_text="recognized"
+    )
+    details: bool = option(
+        False,
+        "Add the confusion matrix, precision and recall per class, calibration error, confident "
+        "mistakes and least certain images to the JSON result.",
     )
 
     def __post_init__(self) -> None:
@@ -165,10 +172,12 @@ class EvaluateResult(AccuracyResult):
 
     Attributes:
         members: Of each artifact.
+        report: Results for each class and calibration, if the config asks for details.
         only: The member where there is just one; its fields are written as the result's own.
     """
 
     members: tuple[MemberResult, ...]
+    report: ClassificationReport | None = None
     only: MemberResult | None = flattened(default=None)
 
 
@@ -229,9 +238,11 @@ def evaluate(
             model_name=names[0],
         )  # fmt: skip
         tally = loader.DecodeErrors(len(source), reporter.note)
+        collector = Collector(source.classes) if config.details else None
+        hooks: dict[str, Any] = {"on_scores": collector.add} if collector else {}
         with reporter.progress(f"evaluating {', '.join(names)}", total=len(source)) as update:
             measured = evaluate_views(
-                sessions, source, views, batch=config.batch, tally=tally, on_images=update
+                sessions, source, views, batch=config.batch, tally=tally, on_images=update, **hooks
             )
         about = _about(sessions, source, data, config) | {"skipped": tuple(tally.skipped.values())}
         assumed = (*assumed, *source.mapping.assumptions())
@@ -243,14 +254,15 @@ def evaluate(
             )
             for name, session, accuracy in zip(names, sessions, measured.members, strict=True)
         )  # fmt: skip
+    report = collector.report(source.locate) if collector else None
     if len(members) == 1:
         shared = {
             field.name: getattr(members[0], field.name)
             for field in dataclasses.fields(AccuracyResult)
         }
-        return EvaluateResult(**shared, members=members, only=members[0])
+        return EvaluateResult(**shared, members=members, report=report, only=members[0])
     return EvaluateResult(
-        artifact=f"ensemble of {len(members)}", assumed=assumed, members=members,
+        artifact=f"ensemble of {len(members)}", assumed=assumed, members=members, report=report,
         **_counts(measured.ensemble), **about,
     )  # fmt: skip
 

@@ -222,15 +222,15 @@ def train(
     from rtresnet.training import checkpointing, dataset, distributed, loop
 
     writer = event_writer() if config.tensorboard else None
-    settings = _recipe_settings(config)
+    _recipe_settings(config)  # refused before there is a folder
     device = torch_device(config.device)
     with contextlib.ExitStack() as stack, distributed.world(device) as (world, place):
         folder, resume = _agree(
             world, lambda: stack.enter_context(_folder(config, world, reporter))
         )
         checkpointing.check_folder(folder, resume)
-        start = _resumed if resume else _fresh
-        job = start(folder, config, settings, stated)
+        start = _resumed if resume else new_job
+        job = start(folder, config, stated)
         changes: dict[str, Any] = {} if config.max_broken is None else {
             "max_broken": config.max_broken
         }  # fmt: skip
@@ -320,14 +320,20 @@ def _agree(world: World, decide: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def _fresh(
-    folder: Path, config: TrainConfig, settings: dict[str, Any], stated: InputConfig
-) -> TrainJob:
+def new_job(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob:
+    """Resolve a config to a new run's net, data and recipe.
+
+    Args:
+        folder: Of the run.
+        config: What to train.
+        stated: Input of the net, in place of the usual one.
+    """
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.models import checkpoint, zoo
     from rtresnet.training import recipes
     from rtresnet.training.config import TrainJob
 
+    settings = _recipe_settings(config)
     start = checkpoint.load(config.weights, model=config.model) if config.weights else None
     spec = start.spec if start else zoo.spec(config.model or "resnet20")
     data = config.data or "digits"
@@ -354,9 +360,7 @@ def _fresh(
     )  # fmt: skip
 
 
-def _resumed(
-    folder: Path, config: TrainConfig, settings: dict[str, Any], stated: InputConfig
-) -> TrainJob:
+def _resumed(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob:
     """The run's own net, data and recipe; the options must agree with them."""
     from rtresnet.data.loader import TOLERATED
     from rtresnet.models import zoo
@@ -366,7 +370,7 @@ def _resumed(
     saved = checkpointing.saved_run(folder)
     name = {"name": recipes.named(config.recipe).name} if config.recipe else {}
     recipe = Recipe(**saved.training["recipe"])
-    options = dataclasses.replace(recipe, **(name | settings))
+    options = dataclasses.replace(recipe, **(name | _recipe_settings(config)))
     checkpointing.check_same_recipe(folder, saved.training["recipe"], options)
     spec = zoo.spec(config.model) if config.model else saved.spec
     if spec.name != saved.spec.name or stated.applied_to(saved.input) != saved.input:
@@ -392,12 +396,12 @@ def _sources(data: str) -> tuple[Source, Source | None]:
 
 def _announce(job: TrainJob, world: World, reporter: Reporter) -> None:
     """Note the net, the data and the resolved recipe."""
-    from rtresnet.core.reporter import counted
+    from rtresnet.core.reporter import plural
 
     processes = f", {world.size} processes" if world.size > 1 else ""
     reporter.note(
-        f"{job.spec.name} on {job.source.name}: {counted(len(job.source), 'image')}, "
-        f"{counted(len(job.source.classes), 'class')}, {job.preprocess.size} px, "
+        f"{job.spec.name} on {job.source.name}: {plural(len(job.source), 'image')}, "
+        f"{plural(len(job.source.classes), 'class')}, {job.preprocess.size} px, "
         f"{job.device}{processes}"
     )
     for line in job.start.assumed if job.start else ():

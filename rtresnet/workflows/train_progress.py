@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.core.errors import missing_package
-from rtresnet.core.reporter import Reporter, Update, counted
+from rtresnet.core.reporter import Reporter, Update, plural
 
 if TYPE_CHECKING:
     from rtresnet.training.data_report import DataReport
@@ -44,7 +44,7 @@ class TrainProgress:
 
     def check(self, done: int, total: int) -> None:
         """Show how many images are checked."""
-        self._show(f"checking {counted(total, 'image')}", done / total)
+        self._show(f"checking {plural(total, 'image')}", done / total)
 
     def data(self, report: DataReport) -> None:
         """Note what the check of the images found."""

@@ -483,4 +483,4 @@ def test_verbs_on_weights_that_name_no_net_say_what_is_assumed_down_to_the_plan(
     assert "Assumed of theirs.pt: model: resnet8" in capsys.readouterr().out
     more = ["--epochs", "1", "--out", "run"]
     assert main(["train", "--weights", "theirs.pt", "--data", tints, *more]) == 0
-    assert "Assumed of the weights: model: resnet8" in capsys.readouterr().err
+    assert "Assumed about the weights: model: resnet8" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""`rtresnet data`: what a data set contains, before training."""
+
+from __future__ import annotations
+
+import click
+
+from rtresnet.cli import common
+from rtresnet.cli.options import config_options
+from rtresnet.core.reporter import escape_cell, plural
+from rtresnet.workflows.data import DataInspectConfig, DataInspectResult, inspect_data
+
+LISTED = 10  # pairs and files that are printed; --json has all
+
+
+@click.command("data")
+@click.argument("source")
+@config_options(DataInspectConfig)
+@common.json_option
+def command(source: str, config: DataInspectConfig, json_file: str | None) -> None:
+    """Decode every image of a data set and show counts, sizes, broken files and duplicates.
+
+    Near-duplicates are copies of a picture at another size, compression or brightness. Duplicates
+    in the training and the test split make the test accuracy too high.
+    """
+    from rtresnet.cli.console import REPORTER
+
+    result = inspect_data(source, config, reporter=REPORTER)
+    for line in lines(result):
+        common.say(line)
+    common.write_json(json_file, "data", result)
+
+
+def lines(result: DataInspectResult) -> list[str]:
+    """Describes a data set, a line for each fact."""
+    shown = []
+    for split in result.splits:
+        present = [count for count in split.counts if count]
+        shown.append(
+            f"{split.name}: {plural(split.images, 'image')}, {plural(len(present), 'class')}, "
+            f"{min(present, default=0):,} to {max(present, default=0):,} per class"
+        )
+        if split.images:
+            shown.append(
+                f"  width {split.widths[0]} to {split.widths[-1]} (median {split.widths[2]}), "
+                f"height {split.heights[0]} to {split.heights[-1]} (median {split.heights[2]}) px"
+            )
+        if split.transparent:
+            shown.append(f"  {plural(split.transparent, 'image')} with transparency")
+        shown += [f"  broken: {escape_cell(line)}" for line in split.broken[:LISTED]]
+        if len(split.broken) > LISTED:
+            shown.append(f"  broken: {len(split.broken) - LISTED} more (see --json)")
+    across = len(result.across())
+    shown.append(
+        f"{plural(len(result.duplicates), 'duplicate pair')}, {across} of them across splits"
+    )
+    for pair in sorted(result.duplicates, key=lambda p: p.first.split == p.second.split)[:LISTED]:
+        kind = "identical" if pair.exact else "near-duplicate"
+        first, second = (escape_cell(image.place) for image in (pair.first, pair.second))
+        shown.append(f"  {kind}: {pair.first.split} {first} = {pair.second.split} {second}")
+    return shown

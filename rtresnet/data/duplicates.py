@@ -1,0 +1,110 @@
+"""Find near-duplicates: the same picture at another size, compression or brightness.
+
+Pairs are proposed by a perceptual hash of 64 bits and confirmed by the correlation of small
+thumbnails. On the 846 first test images of CIFAR-10 the closest two hashes differ in 12 bits, and
+copies at JPEG quality 50 to 90 or at half to double size in at most 7. Scans of 8x8 pixels can be
+as similar without being copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rtresnet.core.preprocess import resize
+from rtresnet.data.sources import Source
+
+SIDE = 32  # of the grey image that is transformed
+THUMBNAIL = 8
+MAX_BITS = 7  # below the number of bytes, so that near hashes share at least one byte
+MIN_CORRELATION = 0.97
+
+_COSINES = np.cos(np.pi / (2 * SIDE) * np.outer(np.arange(8), 2 * np.arange(SIDE) + 1))
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hashes:
+    """Perceptual hashes of a source's images.
+
+    Attributes:
+        source: The images.
+        indices: Of the images, int64 [N].
+        bits: uint8 [N, 8].
+    """
+
+    source: Source
+    indices: np.ndarray
+    bits: np.ndarray
+
+
+def perceptual_hash(image: np.ndarray) -> np.ndarray:
+    """Hash an image: which of its 64 lowest frequencies are above their median.
+
+    Args:
+        image: uint8 [H, W, 3].
+
+    Returns:
+        uint8 [8]. Similar images have hashes that differ in few bits.
+    """
+    grey = resize(image, SIDE, SIDE).astype(np.float64) @ (0.299, 0.587, 0.114)
+    waves = (_COSINES @ grey @ _COSINES.T).ravel()
+    return np.packbits(waves > np.median(waves[1:]))
+
+
+def near_pairs(first: Hashes, second: Hashes | None = None) -> list[tuple[int, int]]:
+    """Find near-duplicates within a set of images, or between two.
+
+    Of images with one hash only the first is compared with others. A picture without contrast has
+    no near-duplicates: nothing distinguishes it from any other.
+
+    Args:
+        first: Hashes of images.
+        second: Hashes of others; by default pairs within `first` are searched.
+
+    Returns:
+        (index in `first`, index in `second`), sorted. An image is paired with the first image
+        that it duplicates.
+    """
+    other = second or first
+    thumbnails: dict[tuple[bool, int], np.ndarray] = {}
+
+    def thumbnail(is_second: bool, row: int) -> np.ndarray:
+        key = is_second and second is not None, row
+        if key not in thumbnails:
+            side = other if is_second else first
+            image = side.source.image(int(side.indices[row]), SIDE)
+            small = resize(image, THUMBNAIL, THUMBNAIL).astype(np.float64)
+            centred = (small - small.mean(axis=(0, 1))).ravel()
+            thumbnails[key] = centred / max(float(np.linalg.norm(centred)), 1e-9)
+        return thumbnails[key]
+
+    pairs: dict[int, int] = {}
+    for a, b in _candidates(first.bits, other.bits, within=second is None):
+        if b in pairs or (second is None and a in pairs):
+            continue
+        if thumbnail(False, a) @ thumbnail(True, b) >= MIN_CORRELATION:
+            pairs[b] = a
+    return sorted((int(first.indices[a]), int(other.indices[b])) for b, a in pairs.items())
+
+
+def _candidates(first: np.ndarray, second: np.ndarray, *, within: bool) -> list[tuple[int, int]]:
+    """Pairs of rows whose hashes differ in at most MAX_BITS bits, sorted."""
+    hashes, rows = np.unique(first, axis=0, return_index=True)
+    members: dict[bytes, list[int]] = {}
+    for row, value in enumerate(second):
+        members.setdefault(value.tobytes(), []).append(row)
+    others = np.array([list(value) for value in members], np.uint8).reshape(-1, first.shape[1])
+    lists = list(members.values())
+    pairs: set[tuple[int, int]] = set()
+    for byte in range(first.shape[1]):
+        for value in np.intersect1d(hashes[:, byte], others[:, byte]):
+            near = np.flatnonzero(others[:, byte] == value)
+            for own in np.flatnonzero(hashes[:, byte] == value):
+                distance = _ONES[hashes[own] ^ others[near]].sum(axis=1)
+                for hit in near[distance <= MAX_BITS]:
+                    same = distance[near == hit][0] == 0
+                    found = lists[hit] if same or not within else lists[hit][:1]
+                    pairs.update((int(rows[own]), row) for row in found)
+    return sorted((a, b) for a, b in pairs if not within or a < b)
