@@ -130,6 +130,7 @@ def reference_pages() -> dict[Path, str]:
     files = {
         DOCS / "reference" / "api.md": _api_page(),
         DOCS / "reference" / "lint.md": _lint_page(),
+        DOCS / "generated" / "gpu-rates.md": _rates_table(),
         DOCS / "generated" / "package.md": package_page(README.read_text()),
     }
     for name in rtresnet.__all__:
@@ -178,6 +179,17 @@ def package_page(readme: str) -> str:
     text = re.sub(r"^(!\[[^\]]*\]\([^)]*\)|<!--.*-->)\n+", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\[[^\]]*\]\([^)]*\)\.\n", "", text, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
+def _rates_table() -> str:
+    from rtresnet.bench.roofline import GPUS
+
+    rows = ["| GPU | FP32 | FP16 | INT8 | FP8 | GB/s | L2 MB | source |", "|---" * 8 + "|"]
+    for gpu in GPUS:
+        figures = (gpu.fp32, gpu.fp16, gpu.int8, gpu.fp8, gpu.bandwidth, gpu.l2)
+        cells = ["-" if figure is None else f"{figure:,g}" for figure in figures]
+        rows.append(f"| {' | '.join([gpu.name, *cells, gpu.source])} |")
+    return "\n".join(rows) + "\n"
 
 
 def _lint_page() -> str:
