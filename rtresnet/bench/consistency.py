@@ -5,7 +5,7 @@ alone is the reference; in a batch, at another position, at another batch size, 
 and next to a broken image the answer must be the same. The tolerance follows from the precision,
 because another batch may use another kernel, which may sum in another order.
 
-Knows nothing of what runs the net.
+Independent of what runs the net.
 """
 
 from __future__ import annotations

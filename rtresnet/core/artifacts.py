@@ -1,11 +1,11 @@
-"""Files that know where they came from: sidecars and the chain they make.
+"""Sidecars: JSON files that say where each artifact came from. Together they form a chain.
 
 Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` next to it. It names the
 artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
-checked without opening anything but JSON. `rtresnet inspect X` prints it. What stands in one:
-`sidecar.py`.
+checked by reading JSON files only. `rtresnet inspect X` prints it. `sidecar.py` declares the
+fields.
 
-Deliberately unaware of what is inside an artifact.
+This module does not read the contents of artifacts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sidecar_path(path: str | os.PathLike[str]) -> Path:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """The kind of artifact a file name promises.
+    """Return the kind of artifact a file name promises.
 
     Raises:
         InputError: The suffix is not one of SUFFIXES.
@@ -59,30 +59,30 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
-    """The path, if it is a readable file that may be ONNX; for a command that takes nothing else.
+    """Return the path if it is a readable file that may be ONNX.
 
     Args:
-        path: What was named.
-        verb: As in "quantize", for the message.
+        path: The file that the user named.
+        verb: Command that takes ONNX files only, as in "quantize"; for the message.
 
     Raises:
         InputError: There is no such file, or it is a checkpoint or a plan; `fix` names the command
             to use.
     """
-    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(path, fix="create one with: rtresnet export")
     kind = SUFFIXES.get(path.suffix.lower())
     if kind == "checkpoint":
         raise InputError(
-            f"{path}: a checkpoint, and {verb} takes an ONNX file",
-            fix=f"make one with: {shlex.join(['rtresnet', 'export', '--weights', str(path)])}",
+            f"{path}: is a checkpoint, but {verb} takes an ONNX file",
+            fix=f"create one with: {shlex.join(['rtresnet', 'export', '--weights', str(path)])}",
         )
     if kind == "plan" and verb == "build":
-        raise InputError(f"{path}: is a plan already", fix=f"see: rtresnet inspect {path}")
+        raise InputError(f"{path}: is already a plan", fix=f"see: rtresnet inspect {path}")
     if kind == "plan":
         sidecar = read_sidecar(path)
         parent = parent_path(path, sidecar) if sidecar else None
         raise InputError(
-            f"{path}: a plan, and {verb} takes an ONNX file",
+            f"{path}: is a plan, but {verb} takes an ONNX file",
             fix=f"use the one it was built from{f': rtresnet {verb} {parent}' if parent else ''}",
         )
     return path
@@ -91,7 +91,7 @@ def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
 def publish(
     path: str | os.PathLike[str], write: Callable[[Path], object], sidecar: Sidecar
 ) -> Sidecar:
-    """Writes an artifact and its sidecar.
+    """Write an artifact and its sidecar.
 
     Args:
         path: Where the artifact goes.
@@ -109,19 +109,19 @@ def publish(
     with atomic_io.atomic_path(path) as temporary:
         write(temporary)
         size, digest = temporary.stat().st_size, atomic_io.sha256(temporary)
-    return _put_beside(path, sidecar, size, digest)
+    return _write_sidecar(path, sidecar, size, digest)
 
 
 def require_name(path: str | os.PathLike[str], kind: str) -> None:
-    """Refuses a file name that promises another kind of artifact than `kind`.
+    """Refuse a file name that promises another kind of artifact than `kind`.
 
     Raises:
-        InputError: It does, or none at all.
+        InputError: The suffix belongs to another kind, or to none.
     """
     if kind_of(path) != kind:
         suffixes = [suffix for suffix, its in SUFFIXES.items() if its == kind]
         raise InputError(
-            f"{path}: a name of kind {kind_of(path)}, and what would be there is {kind}",
+            f"{path}: this name is of kind {kind_of(path)}, but the file would be of kind {kind}",
             fix=f"choose a name that ends in {' or '.join(suffixes)}",
         )
 
@@ -129,14 +129,14 @@ def require_name(path: str | os.PathLike[str], kind: str) -> None:
 def publish_bytes(
     path: str | os.PathLike[str], data: memoryview, describe: Callable[[], Sidecar]
 ) -> Sidecar:
-    """As `publish`, for bytes that are there: written and hashed while they are described.
+    """Write an artifact that is in memory, and its sidecar, which `describe` returns meanwhile.
 
-    Does not wait for the disk: what a failing power cuts short, its sidecar's hash shows.
+    Does not wait for the disk. After a power failure the sidecar's hash shows a truncated file.
 
     Args:
         path: Where the artifact goes.
         data: Its bytes.
-        describe: Gives the sidecar. If it raises, nothing is written.
+        describe: Returns the sidecar. If it raises, nothing is written.
     """
     path = Path(path)
     with atomic_io.atomic_path(path, durable=False) as temporary, ThreadPoolExecutor(2) as pool:
@@ -145,10 +145,10 @@ def publish_bytes(
         sidecar = describe()
         require_name(path, sidecar.kind)
         size, digest = written.result(), hashed.result().hexdigest()
-    return _put_beside(path, sidecar, size, digest)
+    return _write_sidecar(path, sidecar, size, digest)
 
 
-def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar:
+def _write_sidecar(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar:
     sidecar = dataclasses.replace(
         sidecar,
         file=path.name,
@@ -156,13 +156,13 @@ def _put_beside(path: Path, sidecar: Sidecar, size: int, digest: str) -> Sidecar
         bytes=size,
         made_by=provenance.made_by() | sidecar.made_by,
     )
-    # Killed between the two writes, the old sidecar no longer matches: detected, never trusted.
+    # If the process is killed between the two writes, the old sidecar's hash does not match.
     atomic_io.write_text(sidecar_path(path), to_json(sidecar))
     return sidecar
 
 
 def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
-    """Writes the sidecar of a file that exists.
+    """Write the sidecar of a file that exists.
 
     Args:
         path: The artifact.
@@ -176,11 +176,11 @@ def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
     """
     path = Path(path)
     atomic_io.require_place(sidecar_path(path))
-    return _put_beside(path, sidecar, path.stat().st_size, sidecar.sha256)
+    return _write_sidecar(path, sidecar, path.stat().st_size, sidecar.sha256)
 
 
 def update_measured(path: str | os.PathLike[str], measured: Measurements) -> None:
-    """Adds measurements (accuracy, parity, with their n) to an artifact's sidecar."""
+    """Add measurements (accuracy, parity, with their n) to an artifact's sidecar."""
     sidecar = read_sidecar(path)
     if sidecar is not None:
         merged = dataclasses.replace(sidecar, measured=sidecar.measured | measured)
@@ -188,7 +188,7 @@ def update_measured(path: str | os.PathLike[str], measured: Measurements) -> Non
 
 
 def record_accuracy(path: str | os.PathLike[str], record: AccuracyRecord) -> None:
-    """Adds an accuracy to an artifact's sidecar, in place of one on the same images.
+    """Add an accuracy to an artifact's sidecar, in place of one on the same images.
 
     Raises:
         InputError: The sidecar cannot be written.
@@ -202,13 +202,13 @@ def record_accuracy(path: str | os.PathLike[str], record: AccuracyRecord) -> Non
 def link_to(
     parent: str | os.PathLike[str], child: str | os.PathLike[str], digest: str | None = None
 ) -> Link:
-    """The parent as `child`'s sidecar should name it; `digest` where its sha256 is known."""
+    """Return the parent as `child`'s sidecar should name it; `digest` where its sha256 is known."""
     relative = os.path.relpath(Path(parent).resolve(), Path(child).resolve().parent)
     return Link(file=relative, sha256=digest or atomic_io.sha256(parent))
 
 
 def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
-    """Reads the sidecar of an artifact; checks no hash.
+    """Read the sidecar of an artifact without checking the hash.
 
     Args:
         path: The artifact, which need not exist.
@@ -227,7 +227,7 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
         raise ArtifactError(
-            f"{place}: sidecar schema {found}, this rtresnet reads {SCHEMA}",
+            f"{place}: sidecar schema {found}, but this version of rtresnet reads {SCHEMA}",
             fix=f"make {path} again: {_command(data)}",
         )
     try:
@@ -239,7 +239,7 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
 
 
 def verify(path: str | os.PathLike[str]) -> Sidecar | None:
-    """Reads the sidecar and checks that the file is the one it describes.
+    """Read the sidecar and check that the file is the one it describes.
 
     Raises:
         ArtifactError: The hash differs: truncated, replaced, or of another build.
@@ -252,7 +252,7 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
 
 
 def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
-    """The error for a file that is not the one its sidecar describes."""
+    """Return the error for a file that is not the one its sidecar describes."""
     size = Path(path).stat().st_size
     what = "not the file its sidecar describes"
     if size < sidecar.bytes:
@@ -263,14 +263,14 @@ def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
 
 
 def parent_path(path: str | os.PathLike[str], sidecar: Sidecar) -> Path | None:
-    """Where the parent stands, or None for the head of a chain. It may no longer exist."""
+    """Return the path of the parent, which may not exist; None at the start of a chain."""
     if sidecar.parent is None:
         return None
     return Path(os.path.normpath(Path(path).parent / sidecar.parent.file))
 
 
 def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, str]]:
-    """Walks from an artifact to its origin.
+    """Walk from an artifact to its origin.
 
     Yields:
         (path, sidecar or None, state), where state is ok, missing, changed or no sidecar. The
@@ -295,14 +295,14 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
         seen.add(current)
         expected = sidecar.parent.sha256 if sidecar.parent else None
         current = parent_path(current, sidecar)
-        if current in seen:  # a step that wrote over its own input and changed nothing
+        if current in seen:  # the step replaced its own input by equal bytes
             return
 
 
 def under(
     folder: str | os.PathLike[str],
 ) -> Iterator[tuple[Path, Sidecar | None, str]]:
-    """Finds every artifact in a folder and the folders in it, by suffix, and checks its hash.
+    """Find every artifact in a folder and the folders in it, by suffix, and check its hash.
 
     Yields:
         (path, sidecar or None, state), in the order of their names. The state is ok, changed,

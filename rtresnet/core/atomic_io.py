@@ -1,7 +1,4 @@
-"""Files on the disk: written whole or not at all, hashed, refused where they cannot be used.
-
-Knows nothing of what is in them.
-"""
+"""Write files atomically, hash them, and check that paths can be read or written."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ NETS = (".onnx", ".plan", ".pt", ".pth", ".th", ".safetensors")
 
 
 def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
-    """The path, if it is a readable, non-empty file.
+    """Return the path, if it is a readable, non-empty file.
 
     Raises:
         InputError: It is not; `fix` says what makes it.
@@ -39,7 +36,7 @@ def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes. A process reads a file once, as long as it does not change."""
+    """Return the hex digest of a file's bytes; an unchanged file is read once per process."""
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         times = status.st_mtime_ns, status.st_ctime_ns
@@ -56,10 +53,10 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Makes a folder to write into.
+    """Create a folder to write into.
 
     Raises:
-        InputError: It cannot be made, or not be written into.
+        InputError: It cannot be created or is not writable.
     """
     path = Path(path)
     try:
@@ -67,7 +64,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise InputError(f"{path}: cannot be made a folder", fix="choose another --out") from None
+        raise InputError(f"{path}: cannot create this folder", fix="choose another --out") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: not writable", fix="choose another --out")
     return path
@@ -75,23 +72,23 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path next to `path`; the finished file replaces `path` in one step.
+    """Yield a temporary path next to `path`; the finished file replaces `path` in one step.
 
-    Nothing is left behind when the body raises (a full disk, Ctrl-C), and what stood at `path`
-    before stays as it was. A link stays one, and the file it names is replaced.
+    If the body raises (full disk, Ctrl-C), the temporary file is removed and `path` stays as it
+    was. A symbolic link stays; its target is replaced.
 
     Args:
-        path: What is replaced.
-        durable: Holds when the power fails too, at the price of waiting for the disk.
+        path: The file to replace.
+        durable: Wait for the disk, so that the file also survives a power failure.
 
     Raises:
-        InputError: Something stands there that is no file.
+        InputError: The path exists and is not a file.
     """
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a file, and nothing that one could replace")
+        raise InputError(f"{path}: not a file")
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -101,8 +98,8 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        # A full disk is met by write(), which does not know the file's name; nor is the temporary
-        # one anything to a person.
+        # write() does not know the file's name on a full disk, and the temporary name tells a
+        # person nothing.
         error.filename = str(path)
         raise
     finally:
@@ -110,34 +107,37 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
 
 
 def require_text_place(path: str | os.PathLike[str]) -> None:
-    """Refuses what no text can be written to, before there is any.
+    """Refuse a path that no text file can be written to, before the text is computed.
 
     Raises:
-        InputError: The name of a net, whose end that would be; a folder; or one that is not there
-            and cannot be written into.
+        InputError: The path has the suffix of a net, is a folder, or is in a folder that is not
+            writable.
     """
     path = Path(path)
     if path.suffix.lower() in NETS:
-        raise InputError(f"{path}: the name of a net, and this is text", fix="choose another name")
+        raise InputError(
+            f"{path}: has the name of a net, but the output is text",
+            fix="choose another name",
+        )
     require_place(path)
 
 
 def require_place(path: str | os.PathLike[str]) -> None:
-    """Refuses a path that no file can be written to, before what is to be in it is computed.
+    """Refuse a path that no file can be written to, before its content is computed.
 
     Raises:
-        InputError: A folder, or in one that cannot be written into or made.
+        InputError: The path is a folder, or is in a folder that cannot be created or written.
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: a folder", fix="name a file in it")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: {there} cannot be written into", fix="choose another place")
+        raise InputError(f"{path}: is a folder", fix="name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {folder} is not writable", fix="choose another folder")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text atomically; into a pipe or a device as it is.
+    """Write UTF-8 text atomically; to a pipe or a device directly.
 
     Raises:
         InputError: See `require_text_place`.

@@ -37,7 +37,7 @@ class Detections:
 
 
 def resized_size(height: int, width: int, spec: Detection) -> tuple[int, int]:
-    """The size that an image is resized to.
+    """Return the size that an image is resized to.
 
     The shorter side becomes `spec.shorter`, unless the longer one would be above `spec.longer` or
     the image larger than the canvas of the file.
@@ -55,7 +55,7 @@ def resized_size(height: int, width: int, spec: Detection) -> tuple[int, int]:
 def to_canvas(
     image: np.ndarray, spec: Detection, preprocess: Preprocess, *, flipped: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes an image, normalizes it and pads it with the mean.
+    """Resize an image, normalizes it and pads it with the mean.
 
     Args:
         image: uint8 RGB [H, W, 3].
@@ -84,14 +84,14 @@ def to_canvas(
 
 
 def box_scale(height: int, width: int, extent: np.ndarray) -> np.ndarray:
-    """Factors from coordinates in an image to coordinates on the canvas: float32 [4]."""
+    """Return factors from coordinates in an image to coordinates on the canvas: float32 [4]."""
     y, x = extent.reshape(2) / (height, width)
     return np.array([x, y, x, y], np.float32)
 
 
 def from_outputs(outputs: dict[str, np.ndarray], height: int, width: int, extent: np.ndarray
                ) -> Detections:  # fmt: skip
-    """Converts the outputs of a net for one image to the image's own coordinates.
+    """Convert the outputs of a net for one image to the image's own coordinates.
 
     Args:
         outputs: boxes [1, D, 4], scores [1, D], labels [1, D], unsettled [1].

@@ -44,7 +44,7 @@ class Option:
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
-    """Declares a field of a config.
+    """Declare a field of a config.
 
     Args:
         default: Value where none is given.
@@ -55,7 +55,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
 
 
 def options_of(config: type[Any]) -> list[tuple[dataclasses.Field[Any], Any, Option]]:
-    """The declared fields of a config class: (field, its type, its option)."""
+    """Return the declared fields of a config class: (field, its type, its option)."""
     hints = typing.get_type_hints(config)
     return [
         (field, hints[field.name], field.metadata["option"])

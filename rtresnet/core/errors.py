@@ -1,15 +1,15 @@
-"""Every error a person can meet, as a tree. The exit code is a property of the class.
+"""The exceptions that rtresnet raises, as a tree. The exit code is a property of the class.
 
     RtresnetError
-    ├── InputError (2, also a ValueError)   what was given cannot be used
-    │   ├── UnknownNameError                     a name that is not in a table; suggests the nearest
-    │   ├── DataError                       images or labels
-    │   └── ArtifactError                   a checkpoint, ONNX file, plan or sidecar
-    ├── UnavailableError (3)                 this machine lacks a package, a device or a builder
-    │   └── QueueFullError                      or, for the moment, the time
-    └── CheckFailedError (1)                      everything ran, and a bound was not held
+    ├── InputError (2, also a ValueError)   an option, a value or a file is not usable
+    │   ├── UnknownNameError                a name is not in a table; suggests the nearest
+    │   ├── DataError                       images or labels are not usable
+    │   └── ArtifactError                   a checkpoint, ONNX file, plan or sidecar is broken
+    ├── UnavailableError (3)                this machine lacks a package, a device or a builder
+    │   └── QueueFullError                  too many requests are waiting; try again later
+    └── CheckFailedError (1)                everything ran, but the result missed a bound
 
-An error says what went wrong and where; `fix` is the command or the option that mends it.
+An error says what is wrong and where; `fix` is the command or the option that fixes it.
 The command line prints both on one line, in one place (`cli/main.py`).
 """
 
@@ -19,15 +19,15 @@ import difflib
 import itertools
 from collections.abc import Iterable
 
-FEW = 8  # names: so many are listed even where one of them is probably meant
+FEW = 8  # up to this number, all known names are listed even if one is suggested
 
 
 class RtresnetError(Exception):
-    """Base of every error raised on purpose.
+    """Base of all exceptions that rtresnet raises.
 
     Args:
-        message: What went wrong, naming the file, the tensor or the option.
-        fix: How to mend it, as the end of the sentence.
+        message: What is wrong, naming the file, the tensor or the option.
+        fix: How to fix it, as the end of the sentence.
     """
 
     exit_code = 2
@@ -43,7 +43,7 @@ class InputError(RtresnetError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The entry of `known` that a misspelt name most likely means; None where none is similar."""
+    """Return the entry of `known` that is most similar to a misspelt name; None if none is."""
 
     def likeness(entry: str) -> tuple[float, int]:
         ratio = difflib.SequenceMatcher(None, name, entry).ratio()
@@ -59,8 +59,8 @@ class UnknownNameError(InputError):
 
     Args:
         what: The kind of thing, as in "model".
-        name: What was asked for.
-        known: Every name that would have been accepted.
+        name: The unknown name.
+        known: Every valid name.
     """
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
@@ -73,7 +73,7 @@ class UnknownNameError(InputError):
 
 
 class DataError(InputError):
-    """Images or labels that cannot be read, or that no net can learn from."""
+    """Images or labels that cannot be read or used for training."""
 
 
 class ArtifactError(InputError):
@@ -87,16 +87,16 @@ class UnavailableError(RtresnetError):
 
 
 class QueueFullError(UnavailableError):
-    """More is waiting to be computed than was agreed on; the same call may succeed later."""
+    """Too many requests are waiting; the same call may succeed later."""
 
 
 class CheckFailedError(RtresnetError):
-    """A bound was not held: the work was done, and the result is not good enough."""
+    """The work is done, but the result misses a bound."""
 
     exit_code = 1
 
 
-# Packages that an extra brings, by their name on PyPI.
+# Extra that installs a package, by its name on PyPI.
 EXTRAS = {
     "torch": "train",
     "safetensors": "train",
@@ -110,7 +110,7 @@ EXTRAS = {
 
 
 def missing_package(package: str, purpose: str) -> UnavailableError:
-    """The error for an optional package (its name on PyPI) that is not installed."""
+    """Return the error for an optional package (its name on PyPI) that is not installed."""
     extra = EXTRAS.get(package)
     return UnavailableError(
         f"{purpose} needs the package {package}, which is not installed",

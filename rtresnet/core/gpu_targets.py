@@ -58,7 +58,7 @@ REST = re.compile(
 
 
 def target_of(name: str) -> str | None:
-    """The compute capability of a GPU, as in sm_89; None for a name that the table lacks."""
+    """Return the compute capability of a GPU, as in sm_89; None for a name that the table lacks."""
     text = " ".join(name.replace("_", " ").split()).lower()
     while (shorter := VENDOR.sub("", text)) != text:
         text = shorter
@@ -73,10 +73,10 @@ def target_of(name: str) -> str | None:
 
 
 def served_by_rtx(target: str) -> bool:
-    """Whether TensorRT-RTX builds for a compute capability; H100 and H200 (sm_90) need TensorRT."""
+    """Return whether TensorRT-RTX builds for a compute capability (not for H100, H200: sm_90)."""
     return target in SERVED
 
 
 def too_old(target: str) -> bool:
-    """Whether neither TensorRT-RTX nor TensorRT 11 serves it: below 7.5."""
+    """Return whether neither TensorRT-RTX nor TensorRT 11 serves it: below 7.5."""
     return int(target.removeprefix("sm_")) < 75

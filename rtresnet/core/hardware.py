@@ -1,4 +1,4 @@
-"""What this machine is, for figures that can be defended and for choices that depend on a GPU.
+"""Describe this machine: processor, memory, GPUs, driver and versions.
 
 Standard library only. The GPU is asked through the driver (libcuda) by ctypes, because a CUDA
 binding need not be installed to know that there is no device; everything that *uses* a GPU is in
@@ -61,7 +61,7 @@ class Gpu:
 
 @functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """Every CUDA device that is visible to this process, in CUDA's order.
+    """Return every CUDA device that is visible to this process, in CUDA's order.
 
     The order and number are those of CUDA_VISIBLE_DEVICES, which the driver applies itself. Empty
     without a driver or a device.
@@ -97,7 +97,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def driver_error() -> str | None:
-    """The reason why CUDA's driver does not start; None if it does."""
+    """Return the reason why CUDA's driver does not start; None if it does."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -110,7 +110,7 @@ def driver_error() -> str | None:
 
 
 def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
-    """The UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
+    """Return the UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
     for function in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):
         found = (ctypes.c_ubyte * 16)()
         if hasattr(driver, function) and getattr(driver, function)(found, device) == 0:
@@ -120,7 +120,7 @@ def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
 
 @functools.cache
 def cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver supports, as (13, 0); None without a driver."""
+    """Return the newest CUDA version of the driver, as (13, 0); None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -132,7 +132,7 @@ def cuda_version() -> tuple[int, int] | None:
 
 
 def driver_fix(message: str = "") -> str | None:
-    """The fix for a driver that is too old for CUDA 13; None where it is not known to be.
+    """Return the fix for a driver that is too old for CUDA 13; None where it is not known to be.
 
     Args:
         message: An error of CUDA, TensorRT or ONNX Runtime that decides it; without one the driver
@@ -146,7 +146,7 @@ def driver_fix(message: str = "") -> str | None:
 
 
 def cpu() -> str:
-    """The processor's name and the cores this process may use."""
+    """Return the processor's name and the cores this process may use."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
@@ -157,7 +157,7 @@ def cpu() -> str:
 
 
 def int8_sums_saturate() -> bool:
-    """Whether integer kernels here add u8 x s8 products in saturating 16 bits: x86 without VNNI.
+    """Return whether INT8 kernels saturate at 16 bits on this processor (x86 without VNNI).
 
     ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA), which limits oneDNN and OpenVINO to an older processor's
     instructions, counts as the processor's limit, so that tests can force the answer.
@@ -168,7 +168,7 @@ def int8_sums_saturate() -> bool:
 
 
 def native_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: twice float32's speed, if so."""
+    """Return whether the processor multiplies bfloat16 itself: twice float32's speed, if so."""
     return _isa_limit() not in ISAS_WITHOUT_VNNI and bool({"avx512_bf16", "amx_bf16"} & _flags())
 
 
@@ -188,10 +188,10 @@ def _flags() -> set[str]:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc not to give large blocks back to the kernel whenever they are freed.
+    """Make glibc keep freed large blocks instead of returning them to the kernel.
 
-    A training step on the CPU frees and takes the same hundreds of MB each time, and without this
-    spends a tenth of its time in page faults. Does nothing with another C library.
+    A training step on the CPU frees and allocates the same hundreds of MB each time. Without this
+    setting it spends a tenth of its time in page faults. Does nothing with another C library.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -200,7 +200,7 @@ def keep_freed_memory() -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, within a container's limit; None if unknown."""
+    """Return the bytes of free memory, within a container's limit; None if unknown."""
     found = []
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="utf-8") as file:
         found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
@@ -212,13 +212,13 @@ def available_memory() -> int | None:
 
 
 def cores() -> int:
-    """Processors this process may run on."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of the checkout that this code runs from; None where it was installed."""
+    """Return the git commit of the checkout that this code runs from; None if installed."""
     git = Path(__file__).parents[2] / ".git"
     with contextlib.suppress(OSError):
         if git.is_file():  # a worktree's: "gitdir: PATH"
@@ -237,13 +237,13 @@ def commit() -> str | None:
 
 
 def installed(module: str) -> bool:
-    """Whether a module could be imported, without importing more than its parents."""
+    """Return whether a module could be imported, without importing more than its parents."""
     parent = module.rpartition(".")[0]
     return (not parent or installed(parent)) and importlib.util.find_spec(module) is not None
 
 
 def version(*distributions: str) -> str | None:
-    """The version of the first of these distributions that is installed."""
+    """Return the version of the first of these distributions that is installed."""
     from importlib import metadata
 
     for name in distributions:
@@ -253,6 +253,6 @@ def version(*distributions: str) -> str | None:
 
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Version of each distribution that is installed, and Python's."""
+    """Return the version of each installed distribution, and of Python."""
     found = {name: version(name) for name in distributions}
     return {"python": platform.python_version()} | {n: v for n, v in found.items() if v}

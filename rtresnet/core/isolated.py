@@ -55,7 +55,7 @@ class StepSkipped(Exception):
 
 
 class StepFailed(Exception):
-    """Raised in a step that failed and has measured something all the same.
+    """Raised in a step that failed but has measured something.
 
     Args:
         reason: What failed.
@@ -85,7 +85,7 @@ def run_step(
         environment: Variables in addition to this process's own.
 
     Returns:
-        The result, whatever became of the process.
+        The result, also if the process crashed or was killed.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the process is killed first.
@@ -186,7 +186,7 @@ def report_step(step: Callable[[], object]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same in types that JSON has: NumPy's scalars as Python's, None for NaN, paths as text."""
+    """Convert to JSON's types: NumPy's scalars to numbers, NaN to None, paths to text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

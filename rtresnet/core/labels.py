@@ -1,7 +1,7 @@
-"""Class names: which of a model's classes each label of a data set means.
+"""Match the labels of a data set with the classes of a model.
 
-Labels are matched by name. Where a side has no names they are matched by position, which is an
-assumption that every result then states. Knows neither images nor nets.
+Labels are matched by name. If one side has no names, they are matched by position, and every
+result states this assumption.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class LabelMap:
     why: str = ""
 
     def apply(self, labels: np.ndarray) -> np.ndarray:
-        """int64 [N] of the data's labels to the model's; -1, no label, stays."""
+        """Map the data's labels, int64 [N], to the model's; -1 (no label) stays."""
         return np.where(labels < 0, -1, np.array([*self.indices, -1])[labels])
 
     def reorder(self, scores: np.ndarray) -> np.ndarray:
-        """[N, classes, ...] in the data's order to the model's; of a permutation."""
+        """Reorder [N, classes, ...] from the data's order to the model's; permutations only."""
         return scores[:, np.argsort(self.indices)]
 
     @property
@@ -74,7 +74,7 @@ class LabelMap:
         return len(self.indices) == self.model_classes
 
     def summary(self) -> LabelMatch:
-        """The mapping as results show it."""
+        """Return the mapping as results show it."""
         return LabelMatch(
             matched_by=self.by,
             in_order=self.in_order,
@@ -84,11 +84,11 @@ class LabelMap:
         )
 
     def assumptions(self) -> list[str]:
-        """What a result must say it assumed."""
+        """Return the assumptions that a result must state."""
         return [f"class names matched by position: {self.why}"] if self.by == "position" else []
 
     def remarks(self) -> list[str]:
-        """What else a reader of the result must know."""
+        """Return other facts that a reader of the result must know."""
         lines = []
         if not self.is_permutation:
             lines.append(
@@ -101,7 +101,7 @@ class LabelMap:
 
 
 def numbered(classes: Sequence[str]) -> bool:
-    """Whether names are only the classes' numbers, as of a model that has no names."""
+    """Return whether names are only the classes' numbers, as of a model that has no names."""
     return tuple(classes) == tuple(str(index) for index in range(len(classes)))
 
 
@@ -114,7 +114,7 @@ def match(
     model_name: str = "the model",
     data_name: str = "the data",
 ) -> LabelMap:
-    """Finds the model's class for each label of a data set.
+    """Find the model's class for each label of a data set.
 
     Args:
         model: The model's class names, in the order of its outputs; their numbers where it has
@@ -134,7 +134,7 @@ def match(
         if numbered(model):
             if len(names) != len(model):
                 raise InputError(
-                    f"--classes has {len(names)} names, and {model_name} has {len(model)} classes"
+                    f"--classes has {len(names)} names, but {model_name} has {len(model)} classes"
                 )
             model = names
             if not data_named:  # then they name both sides, and numbers stay what they are
@@ -142,7 +142,7 @@ def match(
                 return LabelMap(indices=tuple(range(count)), model_classes=len(model), by="file")
         elif data_named and len(names) != len(data):
             raise InputError(
-                f"--classes has {len(names)} names, and {data_name} has {len(data)} classes"
+                f"--classes has {len(names)} names, but {data_name} has {len(data)} classes"
             )
         else:
             data = _first(names, len(data), data_name)
@@ -158,7 +158,7 @@ def match(
     why = f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no class names"
     if len(model) != len(data):
         raise DataError(
-            f"{data_name} has {len(data)} classes and {model_name} {len(model)}, and {why}",
+            f"{data_name} has {len(data)} classes, but {model_name} has {len(model)}; {why}",
             fix="name them in the order of their numbers: --classes FILE",
         )
     return LabelMap(
@@ -167,7 +167,7 @@ def match(
 
 
 def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Reads class names: one a line, or a JSON list in a file *.json.
+    """Read class names: one per line, or a JSON list in a file *.json.
 
     Raises:
         InputError: No such file, not UTF-8, not a list of names, an empty name, or none.
@@ -185,14 +185,14 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
     names = [name.strip() for name in names]
     if not all(names):
         raise InputError(
-            f"--classes {path}: name {names.index('') + 1} is empty", fix="one name a line"
+            f"--classes {path}: name {names.index('') + 1} is empty", fix="write one name per line"
         )
     return tuple(names)
 
 
 def _first(names: Sequence[str], count: int, data_name: str) -> Sequence[str]:
     if len(names) < count:
-        raise InputError(f"--classes has {len(names)} names, and {data_name} has {count} classes")
+        raise InputError(f"--classes has {len(names)} names, but {data_name} has {count} classes")
     return names[:count]
 
 
@@ -209,10 +209,10 @@ def _by_name(
     counts = Counter(model)
     unknown = [name for name in data if name not in counts]
     if unknown:
-        told = ", ".join(_with_nearest(name, model) for name in unknown[:SHOWN])
+        shown = ", ".join(_with_nearest(name, model) for name in unknown[:SHOWN])
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise DataError(
-            f"{data_name}: {model_name} has no class {told}{more}",
+            f"{data_name}: {model_name} has no class {shown}{more}",
             fix="rename the classes, or name them in the order of their numbers: --classes FILE",
         )
     for name in data:

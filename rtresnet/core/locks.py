@@ -1,7 +1,7 @@
 """Locks on output folders and files, so that two processes never write to the same place.
 
-A folder's lock excludes every other writer in it; locks on different files of a folder exclude one
-another only where the file is the same. A lock is a file of its own, locked by the operating
+A folder's lock excludes every other writer in it; locks on different files of a folder exclude each
+other only if the file is the same. A lock is a file of its own, locked by the operating
 system: it ends with its process. The file says who holds it and is removed with the lock.
 """
 
@@ -33,13 +33,13 @@ class LockedError(InputError):
 def hold_folder(
     path: str | os.PathLike[str], *, warn: Warn, exclusive: bool = False
 ) -> Iterator[Path]:
-    """Creates a folder and keeps every other process from writing into it.
+    """Create a folder and keep every other process from writing into it.
 
     On leaving, a folder that was created here and is still empty is removed again.
 
     Args:
         path: The folder.
-        warn: Gets a line where the file system has no locks; the folder is used without one.
+        warn: Called with a line if the file system has no locks; the folder is then used without.
         exclusive: Whether the folder must be new.
 
     Yields:
@@ -60,7 +60,7 @@ def hold_folder(
 
 @contextlib.contextmanager
 def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
-    """Keeps every other process from writing a file, or into all of its folder.
+    """Keep every other process from writing a file, or into all of its folder.
 
     Args:
         path: The file; its folder is created, and removed again if it stays empty.
@@ -78,7 +78,7 @@ def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
     # A link's file is what is replaced; see `atomic_io.atomic_path`.
     file = path.resolve() if path.is_symlink() else path
     with _hold(file.with_name(f".{file.name}.lock"), path, warn):
-        # Each takes its own lock before it looks at the other's, so that never both go on.
+        # Both take their own lock before they check the other's, so at most one continues.
         _refuse_if_held(file.with_name(FOLDER_LOCK), path.parent)
         yield path
 
@@ -111,7 +111,7 @@ def _hold(lock: Path, place: Path, warn: Warn, *, exclusive: bool = False) -> It
 
 
 def _acquire(lock: Path, place: Path) -> int | None:
-    """The descriptor that holds the lock; None where the file system has no locks."""
+    """Return the descriptor that holds the lock; None where the file system has no locks."""
     from filelock import lock_descriptor
 
     while True:
@@ -146,7 +146,7 @@ def _acquire(lock: Path, place: Path) -> int | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
+    """Return whether the open file is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -154,12 +154,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _refuse_if_held(lock: Path, place: Path) -> None:
-    """Raises LockedError where another process holds `lock`."""
+    """Raise LockedError where another process holds `lock`."""
     from filelock import lock_descriptor
 
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:  # there is none, or none that can be read
+    except OSError:  # it does not exist or cannot be read
         return
     try:
         if not lock_descriptor(descriptor, blocking=False):
@@ -182,7 +182,7 @@ def _own_record() -> dict[str, str | int]:
 
 
 def _locked(lock: Path, place: Path) -> LockedError:
-    """The error that names the holder."""
+    """Return the error that names the holder."""
     try:
         record = json.loads(lock.read_text(encoding="utf-8"))
         where = "" if record["host"] == socket.gethostname() else f" on {record['host']}"

@@ -1,7 +1,4 @@
-"""What two sets of logits, or logits and labels, say of each other. Pure NumPy.
-
-One definition of accuracy, agreement and parity for every room that needs one.
-"""
+"""Accuracy, agreement of two nets, and the interval of a loss of accuracy. Pure NumPy."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class Accuracy:
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
-    """Counts hits of logits [N, classes] against labels [N]; a row with a NaN is never one."""
+    """Count hits of logits [N, classes] against labels [N]; a row with a NaN is never one."""
     top5, known = None, ~np.isnan(logits).any(axis=1)
     if logits.shape[1] > 5:
         best = np.argpartition(-logits, 5, axis=1)[:, :5]
@@ -52,7 +49,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
 
 
 def together(counts: Sequence[Accuracy]) -> Accuracy:
-    """The counts of several batches (at least one, of one net) as one."""
+    """Return the counts of several batches (at least one, of one net) as one."""
     top5 = None if counts[0].top5 is None else sum(count.top5 or 0 for count in counts)
     return Accuracy(
         n=sum(count.n for count in counts), top1=sum(count.top1 for count in counts), top5=top5
@@ -77,7 +74,7 @@ class Parity:
 
 
 def parity(reference: np.ndarray, candidate: np.ndarray) -> Parity:
-    """Compares logits [N, classes] of a candidate with those of a reference."""
+    """Compare logits [N, classes] of a candidate with those of a reference."""
     difference = candidate.astype(np.float64) - reference.astype(np.float64)
     same = reference.argmax(axis=1) == candidate.argmax(axis=1)
     error = float(np.linalg.norm(difference))
@@ -91,7 +88,7 @@ def parity(reference: np.ndarray, candidate: np.ndarray) -> Parity:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis, computed without overflow."""
+    """Return probabilities along the last axis, computed without overflow."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
@@ -121,7 +118,7 @@ def from_best(indices: np.ndarray, probabilities: np.ndarray, classes: int) -> n
 def collect(
     forward: Forward, batches: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs every batch of (images, labels) and returns all logits and all labels."""
+    """Run every batch of (images, labels) and return all logits and all labels."""
     logits, labels = [], []
     for images, truth in batches:
         logits.append(forward(images))
@@ -150,7 +147,7 @@ class Drop:
 
 
 def paired_drop(reference: np.ndarray, candidate: np.ndarray) -> Drop:
-    """The drop from hits bool [N] of one net to those of another on the same images.
+    """Return the drop from hits bool [N] of one net to those of another on the same images.
 
     Only images on which they differ count, which makes the interval narrow: Wald's for a
     difference of paired proportions, with half an image added to each kind of difference so that
@@ -174,7 +171,7 @@ Verdict = Literal["held", "not shown to hold", "missed"]
 
 
 def verdict(drop: Drop, bound: float) -> Verdict:
-    """Says what a measured drop shows about a bound.
+    """Say what a measured drop shows about a bound.
 
     Args:
         drop: From `paired_drop`.
@@ -191,7 +188,7 @@ def verdict(drop: Drop, bound: float) -> Verdict:
 
 
 def images_needed(drop: Drop, bound: float) -> float:
-    """Estimates how many images would show that a bound holds.
+    """Estimate how many images would show that a bound holds.
 
     It is the number at which the upper limit of the interval reaches the bound if the shares of
     images that are lost and won stay as they were measured, and with them the drop and its paired
@@ -224,6 +221,6 @@ def images_needed(drop: Drop, bound: float) -> float:
 
 
 def fewest_images(bound: float) -> float:
-    """The number of images that it takes to show a bound, in points, for two equal nets."""
+    """Return the number of images that it takes to show a bound, in points, for two equal nets."""
     hit = np.ones(1, bool)
     return images_needed(paired_drop(hit, hit), bound)

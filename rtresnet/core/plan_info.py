@@ -48,7 +48,7 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header | None:
-    """Reads the header of a plan; returns None if TensorRT-RTX did not build it.
+    """Read the header of a plan; returns None if TensorRT-RTX did not build it.
 
     Raises:
         ArtifactError: The file is empty or truncated.
@@ -67,7 +67,7 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
 
 
 def parse_header(data: bytes) -> Header | None:
-    """Parses a plan's first 64 bytes; returns None if they are not TensorRT-RTX's."""
+    """Parse a plan's first 64 bytes; returns None if they are not TensorRT-RTX's."""
     if len(data) < HEADER_SIZE or data[:4] != MAGIC:
         return None
     size, mask = struct.unpack_from("<Q", data, 16)[0], struct.unpack_from("<Q", data, 32)[0]
@@ -106,7 +106,7 @@ class NameField:
 
 
 def name_field(sidecar: Sidecar) -> str:
-    """Writes the content of a plan's name field.
+    """Write the content of a plan's name field.
 
     What exceeds 4,095 bytes is left out in this order: class names are compressed; calibration and
     the source of the weights are dropped; class names are dropped, and the classes are numbered;
@@ -139,7 +139,7 @@ def name_field(sidecar: Sidecar) -> str:
 
 
 def _shorter_and_shorter(sidecar: Sidecar) -> Iterator[dict[str, Any]]:
-    """Yields the sidecar's facts in forms of decreasing length."""
+    """Yield the sidecar's facts in forms of decreasing length."""
     yield {"sidecar": description(sidecar)}
     model = sidecar.model
     names = json.dumps(model.classes, ensure_ascii=False).encode()
@@ -153,7 +153,7 @@ def _shorter_and_shorter(sidecar: Sidecar) -> Iterator[dict[str, Any]]:
 
 
 def read_name_field(path: str | os.PathLike[str]) -> NameField | None:
-    """Finds the content of the name field in a plan's bytes; returns None if there is none."""
+    """Find the content of the name field in a plan's bytes; returns None if there is none."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(KEY)
         if start < 0:
@@ -189,7 +189,7 @@ def _sidecar(record: Any, names: str | None, count: int) -> Sidecar:
 
 
 def described(path: str | os.PathLike[str]) -> Sidecar | None:
-    """Returns a plan's own description as a sidecar, with the file's hash; None if it has none.
+    """Return a plan's own description as a sidecar, with the file's hash; None if it has none.
 
     Raises:
         ArtifactError: The plan is empty or truncated.

@@ -1,10 +1,10 @@
-"""What happens to an image before a net sees it: resize, crop, mean, std.
+"""Preprocessing of images: resize, crop, normalize.
 
 The single source of truth for training's evaluation, calibration, export parity and serving,
 so that none of them can differ. The resize is Pillow's, antialiased. Its releases may differ by
 one level of 255: Pillow 13 takes the rows of a tall image first, earlier ones the columns.
 
-Deliberately unaware of files and of how images are decoded: see `data/sources.py`.
+`data/sources.py` reads and decodes files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """The input contract of a net: what becomes of a uint8 RGB image before the net sees it.
+    """The preprocessing of a net's input: how a uint8 RGB image becomes its input tensor.
 
     Attributes:
         size: Side of the square the net takes, in pixels.
@@ -70,7 +70,7 @@ class Preprocess:
 
     @classmethod
     def for_size(cls, size: int, **kwargs: Any) -> Preprocess:
-        """The customary contract at `size`: 256/224 above 64 pixels, no crop margin below."""
+        """Return the usual preprocessing at `size`: resize 256/224 above 64 pixels, none below."""
         return cls(size=size, resize=round(size * 256 / 224) if size > 64 else size, **kwargs)
 
     def assumptions(self) -> tuple[str, ...]:
@@ -84,13 +84,13 @@ class Preprocess:
         return (*found, *self.crop_assumption())
 
     def crop_assumption(self) -> tuple[str, ...]:
-        """The entry of `assumptions` for the crop's margin; empty where there is no margin."""
+        """Return the entry of `assumptions` for the crop's margin; empty without a margin."""
         if self.resize == self.size:
             return ()
         return (f"input: the centre {self.size} of {self.resize} pixels",)
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """Resizes the shorter side and cuts the centre: uint8 [H, W, 3] to uint8 [size, size, 3].
+        """Resize the shorter side and cut the centre: uint8 [H, W, 3] to uint8 [size, size, 3].
 
         Raises:
             InputError: Anything but uint8 RGB.
@@ -107,7 +107,7 @@ class Preprocess:
         return image[top : top + self.size, left : left + self.size]
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] to what the file takes, by its layout: the same, or normalized."""
+        """Convert uint8 [N, H, W, 3] to the file's input, which is normalized or pixels."""
         return images if self.layout == UINT8 else self.normalize(images)
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +116,7 @@ class Preprocess:
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std.
+        """Normalize uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std.
 
         Raises:
             InputError: Images of another shape.
@@ -131,7 +131,7 @@ class Preprocess:
 
 
 def resize_shorter(image: np.ndarray, side: int, interpolation: str = "bilinear") -> np.ndarray:
-    """Resizes a uint8 image [H, W, 3] so that its shorter side has `side` pixels."""
+    """Resize a uint8 image [H, W, 3] so that its shorter side has `side` pixels."""
     height, width = image.shape[:2]
     short = min(height, width)
     if short == side:
@@ -152,7 +152,7 @@ def resize(
 
 
 def pieces(images: np.ndarray, batch: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """Cuts images into batches of one size; a last one that is not full repeats its last image.
+    """Cut images into batches of one size; a last one that is not full repeats its last image.
 
     For files that take one batch size only, as torch.onnx.export writes them by default. A net in
     evaluation mode computes each image by itself, so the repeated images change no other answer.

@@ -1,4 +1,4 @@
-"""What made an artifact or a result: the command line, the commit and the versions."""
+"""Record how an artifact or a result was made: command line, commit and versions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ command: ContextVar[Sequence[str]] = ContextVar("command", default=())
 
 
 def command_line() -> str:
-    """The command line that is being carried out; from Python that of the script."""
+    """Return the command line of this process."""
     return shlex.join(command.get() or sys.argv)
 
 
 def made_by() -> dict[str, str]:
-    """The command line, the code's commit and the versions of what can have had a hand in it."""
+    """Return the command line, the code's commit and the versions of the libraries."""
     from rtresnet.core import hardware
 
     made = {"command": command_line(), "commit": hardware.commit()}

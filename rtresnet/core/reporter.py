@@ -28,7 +28,7 @@ class Update(Protocol):
         description: str | None = None,
         total: float | None = None,
     ) -> None:
-        """Sets what is given. A new `total` with a new `description` starts a new phase."""
+        """Set what is given. A new `total` with a new `description` starts a new phase."""
         ...
 
 
@@ -38,15 +38,15 @@ class Reporter(Protocol):
     def progress(
         self, description: str, total: float | None = None
     ) -> AbstractContextManager[Update]:
-        """Reports work in progress until the block ends; without `total` its length is unknown."""
+        """Report work in progress until the block ends; without `total` its length is unknown."""
         ...
 
     def note(self, line: str) -> None:
-        """Reports one line that a reader of the result should know."""
+        """Report one line that a reader of the result should know."""
         ...
 
     def warning(self, title: str, body: str) -> None:
-        """Reports something that must not be missed."""
+        """Report something that must not be missed."""
         ...
 
 
@@ -55,16 +55,16 @@ class LogReporter:
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
-        """Logs the description once."""
+        """Log the description once."""
         LOGGER.debug("%s", description)
         yield _ignore
 
     def note(self, line: str) -> None:
-        """Logs a line."""
+        """Log a line."""
         LOGGER.info("%s", line)
 
     def warning(self, title: str, body: str) -> None:
-        """Logs title and body as one line."""
+        """Log title and body as one line."""
         LOGGER.warning("%s: %s", title, body)
 
 
@@ -73,7 +73,7 @@ def _ignore(
     description: str | None = None,
     total: float | None = None,
 ) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 DEFAULT: Reporter = LogReporter()
@@ -93,7 +93,7 @@ _LINES = {code: shown for code, shown in _CELL.items() if chr(code) not in "\n\t
 
 
 def escape(text: str) -> str:
-    """The text with control characters as escapes; keeps line ends and tabs."""
+    """Return the text with control characters as escapes; keeps line ends and tabs."""
     return text.translate(_LINES)
 
 
@@ -104,5 +104,5 @@ def plural(count: int, what: str) -> str:
 
 
 def escape_cell(text: str) -> str:
-    """The text with control characters as escapes, line ends and tabs included."""
+    """Return the text with control characters as escapes, line ends and tabs included."""
     return text.translate(_CELL)

@@ -17,7 +17,7 @@ from rtresnet.core.errors import InputError
 
 
 def json_schema(result: type[Any]) -> Mapping[str, Any]:
-    """The JSON schema (2020-12) of a dataclass as `to_builtins` writes it.
+    """Return the JSON schema (2020-12) of a dataclass as `to_builtins` writes it.
 
     A type that cannot be resolved without importing heavy packages is described as any value.
 
@@ -30,7 +30,7 @@ def json_schema(result: type[Any]) -> Mapping[str, Any]:
 
 
 def _written(kind: Any, known: dict[Any, Any]) -> Any:
-    """The type as JSON has it: fields renamed, flattened and hidden, paths as strings."""
+    """Return the type as JSON has it: fields renamed, flattened and hidden, paths as strings."""
     if kind is Path:
         return str
     if dataclasses.is_dataclass(kind):
@@ -83,7 +83,7 @@ def _fields(kind: type[Any], known: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _optional_number(kind: Any) -> Any:
-    """The type as it is written: a float that is not finite becomes null."""
+    """Return the type as it is written: a float that is not finite becomes null."""
     return typing.Optional[float] if kind is float else kind  # noqa: UP045
 
 

@@ -5,7 +5,7 @@ Types for reading are those of msgspec: TypedDict, dataclass, Struct, with bound
 name must not occur twice in one object. `convert` drops fields that a TypedDict does not declare;
 `from_json` refuses them.
 
-Knows nothing of what the files mean.
+Independent of what the files mean.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 
 def json_name(name: str, **keywords: Any) -> Any:
-    """A dataclass field that `to_builtins` writes under another name."""
+    """Return a dataclass field that `to_builtins` writes under another name."""
     return dataclasses.field(metadata={"json": name}, **keywords)
 
 
 def flattened(**keywords: Any) -> Any:
-    """A dataclass field whose own fields `to_builtins` writes in its place."""
+    """Return a dataclass field whose own fields `to_builtins` writes in its place."""
     return dataclasses.field(metadata={"flatten": True}, **keywords)
 
 
 def to_builtins(value: Any) -> Any:
-    """A result as dicts, lists, strings and numbers, ready for `json.dumps`.
+    """Return a result as dicts, lists, strings and numbers, ready for `json.dumps`.
 
     Dataclasses become dicts (see `json_name` and `flattened`), paths strings and NumPy scalars
     numbers; a float that is not finite becomes None.
@@ -65,14 +65,14 @@ def to_builtins(value: Any) -> Any:
 
 
 def to_json(record: Any) -> str:
-    """A dataclass as indented JSON; lists of scalars stay on one line."""
+    """Return a dataclass as indented JSON; lists of scalars stay on one line."""
     text = json.dumps(known(dataclasses.asdict(record)), indent=1, ensure_ascii=False)
     flat = re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
     return flat + "\n"
 
 
 def known(value: Any) -> Any:
-    """The same, with None for every float that is not finite: strict JSON has no word for those."""
+    """Replace every float that is not finite by None, because JSON cannot express it."""
     if isinstance(value, dict):
         return {key: known(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def known(value: Any) -> Any:
 
 
 def from_json(cls: type[T], data: object) -> T:
-    """Builds a dataclass from parsed JSON, refusing missing and unknown fields.
+    """Build a dataclass from parsed JSON, refusing missing and unknown fields.
 
     Raises:
         TypeError: A field is missing, unknown, or not of the declared type.
@@ -96,7 +96,7 @@ def from_json(cls: type[T], data: object) -> T:
 
 
 def _first_unknown(data: Any, record: Any) -> str | None:
-    """The first key of parsed JSON that a dataclass built from it does not declare.
+    """Return the first key of parsed JSON that a dataclass built from it does not declare.
 
     Does not enter dicts: their keys are free, and what is in them may be nested to any depth.
     """
@@ -114,11 +114,11 @@ def _first_unknown(data: Any, record: Any) -> str | None:
 def load(
     path: str | os.PathLike[str], *, fix: str | None = None, error: type[InputError] = InputError
 ) -> Any:
-    """Parses a JSON file.
+    """Parse a JSON file.
 
     Args:
         path: UTF-8 text.
-        fix: The end of the error message.
+        fix: How to fix it, for the error.
         error: Class of the exception.
 
     Returns:
@@ -134,7 +134,7 @@ def load(
 def parse(
     data: bytes, *, where: str, fix: str | None = None, error: type[InputError] = InputError
 ) -> Any:
-    """Parses the bytes of a JSON file; `where` names the file in the error. See `load`."""
+    """Parse the bytes of a JSON file; `where` names the file in the error. See `load`."""
     try:
         values = json.loads(
             data.decode("utf-8"),
@@ -142,7 +142,7 @@ def parse(
             parse_float=_finite,
             object_pairs_hook=_without_repeats,
         )
-        if re.search(rb"\\u[dD][89a-fA-F]", data):  # half a character could not be written again
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # a lone surrogate cannot be written
             json.dumps(values, ensure_ascii=False, default=repr).encode("utf-8")
     except (ValueError, RecursionError) as problem:
         raise error(f"{where}: not valid JSON ({problem})", fix=fix) from None
@@ -158,14 +158,14 @@ def convert(
     fix: str | None = None,
     error: type[InputError] = InputError,
 ) -> T:
-    """Checks parsed JSON against a type.
+    """Check parsed JSON against a type.
 
     Args:
         value: What `load` returned, or a part of it.
         cls: The declared type.
         where: The file's name, for the error.
         at: Path of `value` within the file, as in `result.results`.
-        fix: The end of the error message.
+        fix: How to fix it, for the error.
         error: Class of the exception.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What stands in a sidecar, the record next to every artifact: see `artifacts.py`, which writes it.
+"""The fields of a sidecar, the JSON file next to every artifact.
 
-Only what it says; how it becomes JSON and back is `serialization.py`.
+`artifacts.py` writes it, `serialization.py` converts it to JSON and back.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json, known
 
 SCHEMA = 1
-UNKNOWN_INPUT = "input"  # in `assumed`: `input` has the size, and nobody stated mean and std
+UNKNOWN_INPUT = "input"  # in `assumed`: `input` has the size, but mean and std are unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which net: the name in the zoo, its variants, and what its outputs mean."""
+    """The net: its name in the zoo, its variants, and the classes of its outputs."""
 
     architecture: str
     classes: tuple[str, ...]
@@ -30,7 +30,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the numbers came from. `origin` is untrained, trained, imagenet or file."""
+    """Where the weights came from. `origin` is untrained, trained, imagenet or file."""
 
     origin: str
     sha256: str | None = None
@@ -79,19 +79,19 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Attestation:
-    """What the builder's own layer dump says of the engine. None: built before it was counted.
+    """What the builder's layer dump says about the engine. None: not recorded by that version.
 
     Attributes:
         convolutions: Number of the net's convolutions.
         dtypes: Input type (Int8, Half, Float) to the number of convolutions taking it.
         layers: Number of layers after fusion.
-        stages: The same as `dtypes`, a stage (stem, layer1, ...).
+        stages: `dtypes` of each stage (stem, layer1, ...).
         adds: Number of residual Adds.
-        unfused_adds: Those that run in a layer of their own, by name.
-        requantizes: Layers that only bring a wider type to int8.
+        unfused_adds: Names of the Adds that run as separate layers.
+        requantizes: Layers that only convert a wider type to int8.
         reformats: Layers that only move or convert.
         rounds: Quantizers whose int8 leaves no layer: they cost accuracy and gain nothing.
-        activations: Bytes of activation memory, a profile.
+        activations: Bytes of activation memory for each profile.
     """
 
     convolutions: int
@@ -108,7 +108,7 @@ class Attestation:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a serialized engine was built for; little of it can be read from the plan itself.
+    """What a serialized engine was built for.
 
     Attributes:
         layers: The file that keeps the engine's fused layers.
@@ -269,10 +269,10 @@ class Sidecar:
     """The record next to an artifact. Unknown is None.
 
     Attributes:
-        topk: How many classes a file gives, with their probabilities; None where it gives logits.
+        topk: Number of classes that a file outputs, with probabilities; None if it outputs logits.
         detection: Of a detector; None for a classifier.
-        assumed: What the file does not state and a person or a default had to: an entry each, as
-            in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
+        assumed: Facts that the file does not state, but a person or a default did: one entry each,
+            as in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
             The bare entries "input" and "model" mean that these are unknown.
         measured: Not checked when a sidecar is read: files of other versions may hold other things.
     """
@@ -302,7 +302,7 @@ class Sidecar:
 
 
 def description(sidecar: Sidecar) -> Mapping[str, object]:
-    """Returns what an artifact may say about itself in its own bytes, ready for JSON.
+    """Return what an artifact records about itself in its own bytes, ready for JSON.
 
     Left out are the facts that only the sidecar's file knows: hash, size, measurements and
     provenance. The parent is named without its folder, because folder names are private.
@@ -318,7 +318,7 @@ def description(sidecar: Sidecar) -> Mapping[str, object]:
 
 
 def from_description(record: Any) -> Sidecar:
-    """Reads what `description` returned.
+    """Read what `description` returned.
 
     Raises:
         ValueError, TypeError, AttributeError: It is damaged, or has another schema.
@@ -329,7 +329,7 @@ def from_description(record: Any) -> Sidecar:
 
 
 def parse_sidecar(record: Mapping[str, Any]) -> Sidecar:
-    """Builds a sidecar from parsed JSON.
+    """Build a sidecar from parsed JSON.
 
     Raises:
         TypeError: A field is missing, unknown, or not of the declared type.
@@ -344,7 +344,7 @@ def parse_sidecar(record: Mapping[str, Any]) -> Sidecar:
 
 
 def accuracies(measured: Mapping[str, Any]) -> list[AccuracyRecord]:
-    """The accuracy records in a sidecar's `measured`, the latest last.
+    """Return the accuracy records in a sidecar's `measured`, the latest last.
 
     There is one for each data set: n, top1 and the like, data, split, data_sha256, protocol.
     Earlier versions kept one only, not in a list and without a hash.
@@ -355,7 +355,7 @@ def accuracies(measured: Mapping[str, Any]) -> list[AccuracyRecord]:
 
 
 def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two accuracy records are of the same images under the same protocol."""
+    """Return whether two accuracy records belong to the same images under the same protocol."""
     key = "data_sha256" if one.get("data_sha256") and other.get("data_sha256") else "data"
     return one.get(key) == other.get(key) and all(
         (one.get(name) or default) == (other.get(name) or default)

@@ -3,7 +3,7 @@
 Random numbers come in as NumPy arrays, one entry per image. They are drawn on the CPU from the
 recipe's seed and the step (`training/loader.py`), so a run is the same on every device and for any
 number of processes. Batches are [N, 3, H, W] in channels-last memory. `trivial.py` has the
-operations of TrivialAugment. Knows nothing of files and recipes.
+operations of TrivialAugment. Independent of files and recipes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every image is read once, in threads. The caller chooses whether it is decoded in full, which finds
 all damage, or only the beginning and end of its file are read, which takes two short reads per
-image. Knows nothing of training.
+image. Independent of training.
 """
 
 from __future__ import annotations

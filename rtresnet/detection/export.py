@@ -165,7 +165,7 @@ class DetectorWriter(NodeWriter):
         Args:
             offsets: Tensor.
             centre: Tensor or array, [..., 2].
-            size: Likewise.
+            size: As `centre`.
             extent: Height and width [1, 2].
             std: The offsets are multiplied by it.
         """

@@ -1,6 +1,6 @@
 """Reading ONNX files from anywhere: what cannot be decoded is refused before anyone relies on it.
 
-Imports onnx when called. Knows nothing of what a graph computes.
+Imports onnx when called. Independent of what a graph computes.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _of_node(view: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
 
 def _omitted(view: GraphIndex, node: onnx.NodeProto, stored: int) -> Iterator[Finding]:
     if stored == TensorProto.INT8:
-        yield finding("no-zero-point", label(node), "note", "the type is int8 all the same")
+        yield finding("no-zero-point", label(node), "note", "the type is still int8")
     else:
         yield finding("no-zero-point", label(node))
 

@@ -1,1 +1,1 @@
-"""Results for people: terminal tables, plots, one HTML page. Knows numbers, not how they came."""
+"""Terminal tables, plots and HTML pages."""

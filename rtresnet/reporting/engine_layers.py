@@ -35,7 +35,7 @@ ROW, TITLE, BAND = 64, 26, 14  # of frames, above a stage, between stages
 
 
 def draw(engine: Layers, title: str) -> str:
-    """Draws the layers of the first optimization profile.
+    """Draw the layers of the first optimization profile.
 
     Args:
         engine: The layers kept next to a plan.
@@ -59,12 +59,12 @@ def draw(engine: Layers, title: str) -> str:
 
 
 def written(layer: Layer, batch: int) -> int:
-    """Bytes that a layer writes at a batch."""
+    """Return bytes that a layer writes at a batch."""
     return sum(tensor.bytes(batch) or 0 for tensor in layer.outputs)
 
 
 def _stages(engine: Layers) -> list[tuple[str, list[Layer]]]:
-    """The layers of the first profile in which data passes."""
+    """Return the layers of the first profile in which data passes."""
     layers = [x for x in engine.layers if x.profile == 0 and x.role != "idle"]
     return [(stage, list(group)) for stage, group in groupby(layers, key=lambda x: x.stage)]
 
@@ -74,13 +74,13 @@ def _computes(layer: Layer) -> bool:
 
 
 def _precision(layer: Layer) -> str:
-    """The type a layer computes in: that of a kernel's first input; of others, of the output."""
+    """Return the type a layer computes in: a kernel's first input, else the output."""
     tensors = layer.inputs if _computes(layer) else layer.outputs
     return tensors[0].dtype if tensors else ""
 
 
 def _stripe(layer: Layer) -> str:
-    """The type that a kernel writes, where it differs from the one it computes in."""
+    """Return the type that a kernel writes, where it differs from the one it computes in."""
     if not _computes(layer) or not layer.outputs:
         return ""
     return layer.outputs[0].dtype if layer.outputs[0].dtype != _precision(layer) else ""
@@ -109,7 +109,7 @@ def _summary(members: Sequence[Layer], batch: int) -> str:
 
 
 def _frames(engine: Layers, members: Sequence[Layer], y: float) -> Iterator[dict[str, object]]:
-    """The blocks of a stage, wrapped into rows."""
+    """Return the blocks of a stage, wrapped into rows."""
     x = float(MARGIN)
     for block, group in groupby(members, key=lambda layer: layer.block):
         layers = list(group)
@@ -156,7 +156,7 @@ def _legend(engine: Layers) -> Iterator[dict[str, object]]:
 
 
 def show(console: Console, engine: Layers) -> None:
-    """Prints the first profile's layers, in 80 columns."""
+    """Print the first profile's layers, in 80 columns."""
     batch = engine.batches[0]
 
     def megabytes(layers: Sequence[Layer]) -> float:
@@ -184,7 +184,7 @@ def show(console: Console, engine: Layers) -> None:
 
 
 def _problems(engine: Layers, layers: Sequence[Layer]) -> Iterator[str]:
-    """A line for each kind of layer that costs time or accuracy."""
+    """Return a line for each kind of layer that costs time or accuracy."""
     alone = [name for x in layers if not _computes(x) for name in x.nodes if name in engine.adds]
     wide = {t.dtype for x in layers if x.role == "conv" for t in x.outputs} - {"Int8"}
     rounds = [name for layer in layers for name in layer.rounds]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: object) -> str:
-    """Renders a template.
+    """Render a template.
 
     Args:
         template: Its name, as in "report.html".
@@ -58,7 +58,7 @@ def _environment() -> Environment:
 
 
 def markdown(table: DataTable) -> str:
-    """A table as GitHub reads it; columns of numbers are aligned right."""
+    """Return a table as GitHub reads it; columns of numbers are aligned right."""
     lines = [
         "| " + " | ".join(map(_plain, table.headings)) + " |",
         "|" + "|".join("---:" if right else "---" for right in table.numeric_columns) + "|",
@@ -69,14 +69,14 @@ def markdown(table: DataTable) -> str:
 
 
 def _plain(words: str) -> str:
-    """Escapes what Markdown would read as markup."""
+    """Escape what Markdown would read as markup."""
     for mark in ("\\", "|", "<", "`", "*", "_"):
         words = words.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
     return words.replace("\n", " ")
 
 
 def write_training(result: TrainResult) -> Path:
-    """Writes a training run's curves.png and index.html into its folder.
+    """Write a training run's curves.png and index.html into its folder.
 
     Args:
         result: Of a run whose folder has log.jsonl.
@@ -129,7 +129,7 @@ def write_study(
     diverged: Sequence[str] = (),
     recipe: str = "",
 ) -> Path:
-    """Writes a study's NAME.png, NAME.svg and index.html.
+    """Write a study's NAME.png, NAME.svg and index.html.
 
     Args:
         folder: The study's folder.
@@ -169,7 +169,7 @@ def write_study(
 def write_quickstart(
     path: Path, result: QuickstartResult, precisions: DataTable, caveat: str | None
 ) -> None:
-    """Writes the page of a quickstart.
+    """Write the page of a quickstart.
 
     Args:
         path: The HTML file.

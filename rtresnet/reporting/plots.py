@@ -34,7 +34,7 @@ BINS = 40
 def subplots(
     rows: int, columns: int, width: float, height: float, *, share_y: bool = False
 ) -> tuple[Figure, list[Any]]:
-    """A figure and its axes, row by row, on matplotlib's file-only backend.
+    """Return a figure and its axes, row by row, on matplotlib's file-only backend.
 
     Args:
         rows, columns: Of axes.
@@ -58,19 +58,19 @@ def subplots(
 
 
 def figure(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Any]:
-    """A figure with one pair of axes; see `subplots`."""
+    """Return a figure with one pair of axes; see `subplots`."""
     drawing, (axes,) = subplots(1, 1, width, height)
     return drawing, axes
 
 
 def save_png(drawing: Figure, path: Path) -> None:
-    """Writes a figure as PNG, at 150 dots an inch."""
+    """Write a figure as PNG, at 150 dots an inch."""
     with atomic_io.atomic_path(path) as temporary:
         drawing.savefig(temporary, format="png", dpi=150)
 
 
 def svg(drawing: Figure, label: str) -> str:
-    """The figure as an <svg> element for a page, with `label` for screen readers."""
+    """Return the figure as an <svg> element for a page, with `label` for screen readers."""
     import matplotlib
 
     out = io.StringIO()
@@ -89,7 +89,7 @@ def svg(drawing: Figure, label: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A name as a label shows it: matplotlib would read what stands between two $ as TeX."""
+    """Return a name as a label shows it: matplotlib would read what stands between two $ as TeX."""
     return name.replace("$", r"\$")
 
 
@@ -179,7 +179,7 @@ def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> s
 
 
 def colours(results: Results) -> dict[str, str]:
-    """The colour of each artifact in every figure, by its name."""
+    """Return the colour of each artifact in every figure, by its name."""
     return {
         artifact.name: PALETTE[index % len(PALETTE)]
         for index, artifact in enumerate(results.artifacts)
@@ -270,7 +270,7 @@ def histogram(results: Results, batch: int) -> str | None:
 def batches(
     results: Results, name: Literal["median", "images_per_second"], label: str
 ) -> str | None:
-    """A field of the latency against the batch; None where there is one batch only."""
+    """Return a field of the latency against the batch; None where there is one batch only."""
     if len(results.batches) < 2:
         return None
     drawing, axes = figure(4.4, 3.0)
@@ -295,7 +295,7 @@ def batches(
 
 
 def stages(profiles: Sequence[tuple[str, Profile]]) -> str:
-    """A bar a profile, cut into stages, in milliseconds."""
+    """Return a bar a profile, cut into stages, in milliseconds."""
     drawing, axes = figure(6.4, 1.1 + 0.52 * len(profiles))
     names = list(dict.fromkeys(s["name"] for _, result in profiles for s in result["stages"]))
     widest = max(sum(s["ms"] for s in result["stages"]) for _, result in profiles)

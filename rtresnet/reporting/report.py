@@ -45,7 +45,7 @@ class ReportResult:
 def report(
     files: Sequence[str | os.PathLike[str]] = (), out: str | os.PathLike[str] = "report.html"
 ) -> ReportResult:
-    """Creates one self-contained HTML page from results and artifacts.
+    """Create one self-contained HTML page from results and artifacts.
 
     Args:
         files: Results that other steps wrote as JSON, artifacts, or folders of them; the folder
@@ -82,7 +82,7 @@ def report(
 
 
 def html(gathered: Results, engines: Sequence[tuple[str, str]] = ()) -> str:
-    """Renders the page.
+    """Render the page.
 
     Args:
         gathered: What it shows.
@@ -111,7 +111,7 @@ def html(gathered: Results, engines: Sequence[tuple[str, str]] = ()) -> str:
 
 
 def markdown(gathered: Results) -> str:
-    """Renders the same tables and sentences as Markdown, for a pull request.
+    """Render the same tables and sentences as Markdown, for a pull request.
 
     Raises:
         UnavailableError: Jinja2 is not installed.
@@ -141,7 +141,7 @@ def _search_figures(gathered: Results) -> list[tuple[str, str]]:
 
 
 def _engines(gathered: Results) -> Iterator[tuple[str, str]]:
-    """A caption and a figure for every plan whose layers were kept; a note where they are gone."""
+    """Return a caption and a figure for every plan whose layers were recorded."""
     from rtresnet.builder import layers
     from rtresnet.core import artifacts
     from rtresnet.reporting import engine_layers

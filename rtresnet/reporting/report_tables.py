@@ -14,7 +14,7 @@ PERCENTILES: tuple[Literal["p90", "p95", "p99", "p999"], ...] = ("p90", "p95", "
 
 
 def summary(results: Results) -> list[str]:
-    """A sentence for each artifact: speed and accuracy against the baseline."""
+    """Return a sentence for each artifact: speed and accuracy against the baseline."""
     base, batch = results.baseline, results.batch
     if base is None or batch is None:
         return []
@@ -55,7 +55,7 @@ def speed(entry: Entry, reference: Entry) -> float:
 
 
 def tables(results: Results) -> dict[str, DataTable]:
-    """Every table by a short name; those without rows are left out."""
+    """Return every table by a short name; those without rows are left out."""
     every = {
         "artifacts": _artifacts(results),
         "accuracy": _accuracy(results),
@@ -112,7 +112,7 @@ def _artifacts(results: Results) -> DataTable:
 
 
 def _accuracy(results: Results) -> DataTable:
-    """Every accuracy, where there are some that the first table has no room for."""
+    """Return every accuracy, where there are some that the first table has no room for."""
     rows = [
         (
             artifact.name, _short(record.get("data")), record.get("split") or "all",
@@ -162,7 +162,7 @@ def _origin(results: Results) -> DataTable:
 
 
 def _short(data: str | None) -> str:
-    """A data set's name without the folders of the machine that measured."""
+    """Return a data set's name without the folders of the machine that measured."""
     kind, colon, place = (data or "unknown").partition(":")
     return f"{kind}{colon}{PurePath(place).name}" if colon else PurePath(kind).name
 
@@ -246,7 +246,7 @@ def _megabytes(estimate: Estimate) -> float | None:
 
 
 def _measured_ms(results: Results, artifact: Artifact, batch: int, gpu: str) -> float | None:
-    """The latest single-stream figure of an artifact at a batch on a GPU."""
+    """Return the latest single-stream figure of an artifact at a batch on a GPU."""
     for measured, entry in results.streams(batch):
         if measured is artifact and _names_gpu(entry.get("device"), gpu):
             computed = (entry.get("parts") or {}).get("compute")

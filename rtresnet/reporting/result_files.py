@@ -26,7 +26,7 @@ Batch = Annotated[int, Meta(ge=1, le=10**9)]
 
 
 class Where(TypedDict):
-    """What a figure was taken on."""
+    """Device and library versions of a measurement."""
 
     device: NotRequired[str | None]
     provider: NotRequired[str | None]
@@ -37,7 +37,7 @@ class Where(TypedDict):
 
 
 class Environment(TypedDict):
-    """What the machine did meanwhile."""
+    """Load and clocks of the machine during a measurement."""
 
     remarks: NotRequired[list[str] | None]
 
@@ -56,7 +56,7 @@ class Latency(TypedDict):
 
 
 class Load(TypedDict):
-    """What a scenario was asked for."""
+    """Parameters of a scenario."""
 
     qps: NotRequired[Positive | None]
     concurrency: NotRequired[Count | None]
@@ -285,7 +285,7 @@ class ResultFile:
 
 
 def read(path: str | Path) -> ResultFile:
-    """Reads a file that a command wrote with `--json`.
+    """Read a file that a command wrote with `--json`.
 
     Raises:
         InputError: Not JSON, not the result of a command in `RESULTS`, or not valid.
@@ -294,7 +294,7 @@ def read(path: str | Path) -> ResultFile:
 
 
 def check(path: str | Path, data: Any) -> ResultFile:
-    """As `read`, of a file that is parsed already."""
+    """Check a file that is already parsed; see `read`."""
     verb = data.get("verb") if isinstance(data, dict) else None
     if not isinstance(verb, str) or verb not in RESULTS or "result" not in data:
         problem = f"a result of {verb}" if isinstance(verb, str) else "not a result of a command"

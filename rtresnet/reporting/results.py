@@ -1,4 +1,4 @@
-"""What was measured, gathered from the commands' JSON files and from artifacts' sidecars.
+"""Collect measurements from the commands' JSON files and from artifacts' sidecars.
 
 What a file may contain is declared in `result_files`. Knows no page; see `report_tables`.
 """
@@ -62,7 +62,7 @@ class Artifact:
     gate: GateLoss | None = None
 
     def add_accuracy(self, record: Accuracy) -> None:
-        """Adds one, in place of what is known of the same images."""
+        """Add one, in place of what is known of the same images."""
         others = [other for other in self.accuracies if not same_data(other, record)]
         self.accuracies = [*others, record]
 
@@ -74,7 +74,7 @@ class Artifact:
 
 @dataclass(kw_only=True)
 class Results:
-    """Everything a report is made of.
+    """All measurements of a report.
 
     Attributes:
         timings: Artifacts at one batch under one load, as `bench` measured them.
@@ -102,7 +102,7 @@ class Results:
         return sorted({entry["batch"] for _, entry in self.streams()})
 
     def streams(self, batch: int | None = None) -> list[Timing]:
-        """The latest single-stream timing of each artifact and batch: these can be compared."""
+        """Return the latest single-stream timing of each artifact and batch."""
         return [
             (artifact, entry) for artifact, entry in latest(self.timings)
             if scenario(entry) == "single-stream" and batch in (None, entry["batch"])
@@ -134,17 +134,17 @@ class Results:
 
 
 def latest(timings: Iterable[Timing]) -> list[Timing]:
-    """One for each artifact, batch and scenario: the last one."""
+    """Return one for each artifact, batch and scenario: the last one."""
     return list({(t[0].name, t[1]["batch"], scenario(t[1])): t for t in timings}.values())
 
 
 def scenario(entry: Entry) -> str:
-    """The load; results of earlier versions do not name the only one they had."""
+    """Return the load; results of earlier versions do not name the only one they had."""
     return entry.get("scenario") or "single-stream"
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, gain) that no other point dominates, by cost."""
+    """Return indices of the points (cost, gain) that no other point dominates, by cost."""
     front = [
         index
         for index, (cost, gain) in enumerate(points)
@@ -154,14 +154,14 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def gather(paths: Iterable[str | Path]) -> Results:
-    """Reads files and folders.
+    """Read files and folders.
 
     Args:
         paths: JSON files that commands wrote with `--json`, artifacts or their sidecars, or folders
             of these.
 
     Raises:
-        InputError: A file that is none of these, an artifact of which nothing is known, or nothing
+        InputError: A file that is none of these, an artifact without measurements, or nothing
             to report in any of them.
         ArtifactError: A broken sidecar.
     """
@@ -192,7 +192,7 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def _is_result(file: Path) -> bool:
-    """Whether it is a result that reports show; a folder may have other JSON files too."""
+    """Return whether it is a result that reports show; a folder may have other JSON files too."""
     if file.suffix != ".json":
         return False
     with contextlib.suppress(InputError):
@@ -288,7 +288,7 @@ class _Collector:
             self._compare(compared)
 
     def require_known(self, paths: Sequence[Path]) -> None:
-        """Raises InputError for an artifact in `paths` of which nothing is known."""
+        """Raise InputError for an artifact in `paths` without any measurement."""
         results = self.results
         measured = {id(a) for a, _ in (*results.profiles, *results.searches, *results.timings)}
         measured |= {id(artifact) for artifact, _ in results.bounds}
@@ -303,7 +303,7 @@ class _Collector:
                 )
 
     def finish(self) -> Results:
-        """Orders artifacts, measured ones first; makes names unique, and notes."""
+        """Order artifacts, measured ones first, and make names and notes unique."""
         results = self.results
         order = {id(a): n for n, (a, _) in reversed([*enumerate(results.timings)])}
         results.artifacts.sort(key=lambda a: order.get(id(a), len(order)))
@@ -325,7 +325,7 @@ class _Collector:
 
 
 def _read_sidecars(known: Artifact) -> None:
-    """Adds what the sidecars of an artifact and of its chain say."""
+    """Add what the sidecars of an artifact and of its chain say."""
     if not known.path.exists():
         return
     known.bytes = known.path.stat().st_size
@@ -361,7 +361,7 @@ def _gate(measured: Mapping[str, Any]) -> GateLoss | None:
 
 
 def _recorded(path: Path, recorded: Any) -> list[Accuracy]:
-    """The accuracies in a sidecar's `measured`, of any version.
+    """Return the accuracies in a sidecar's `measured`, of any version.
 
     Raises:
         ArtifactError: They are not valid.
@@ -378,7 +378,7 @@ def _recorded(path: Path, recorded: Any) -> list[Accuracy]:
 
 
 def _choose_accuracies(known: Sequence[Artifact]) -> None:
-    """Compares artifacts on one data set: the one that most of them were evaluated on."""
+    """Compare artifacts on one data set: the one that most of them were evaluated on."""
     sets: list[list[tuple[Artifact, Accuracy]]] = []
     for artifact in known:
         for record in artifact.accuracies:

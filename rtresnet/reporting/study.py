@@ -125,7 +125,7 @@ def _name_ends(axes: Any, lines: Sequence[Line], top: float) -> None:
 
 
 def _styles(axes: Any) -> None:
-    """A legend of what dashed and solid mean."""
+    """Return a legend of what dashed and solid mean."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -164,7 +164,7 @@ def response_curves(lines: Sequence[Line], *, subtitle: str) -> Figure:
 
 
 def table(nets: Sequence[Net]) -> DataTable:
-    """A row for each net; multiply-adds only where nets of one depth differ in them."""
+    """Return a row for each net; multiply-adds only where nets of one depth differ in them."""
     from rtresnet.study.compare import ERRORS
 
     costs = len({net.multiply_adds for net in nets}) > len({net.spec.depth for net in nets})
@@ -220,7 +220,7 @@ def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
 
 
 def response_table(entry: LayerResponses, data: str) -> DataTable:
-    """A row for each 3x3 layer of one checkpoint."""
+    """Return a row for each 3x3 layer of one checkpoint."""
     return DataTable(
         title=f"{entry.model}, {entry.checkpoint}, {entry.n} images of {data}",
         headings=("layer", "name", "std of response"),

@@ -46,7 +46,7 @@ class DataTable:
         return [numeric(row[column] for row in self.rows) for column in columns]
 
     def without_empty_columns(self) -> DataTable:
-        """The same without columns in which every cell is None."""
+        """Return the same without columns in which every cell is None."""
         columns = range(len(self.headings))
         kept = [index for index in columns if any(row[index] is not None for row in self.rows)]
         return DataTable(
@@ -58,7 +58,7 @@ class DataTable:
 
 
 def text(value: object) -> str:
-    """A cell: a dash for None, three significant digits or so for a float."""
+    """Return a cell: a dash for None, three significant digits or so for a float."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -77,14 +77,14 @@ def number(value: float) -> str:
 
 
 def numeric(cells: Iterable[object]) -> bool:
-    """Whether a column holds numbers only (dashes, deviations)."""
+    """Return whether a column holds numbers only (dashes, deviations)."""
     return all(re.fullmatch(r"[-+\d.,e]+( ± [\d.]+)?", text(cell)) for cell in cells)
 
 
 def show(
     console: Console, headings: Sequence[str], rows: Sequence[Row], *, title: str | None = None
 ) -> None:
-    """Prints a table; columns of numbers are aligned right, and only text is wrapped."""
+    """Print a table; columns of numbers are aligned right, and only text is wrapped."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     right_aligned = DataTable(headings=headings, rows=rows).numeric_columns
     for heading, right in zip(headings, right_aligned, strict=True):
@@ -101,7 +101,7 @@ def show(
 
 
 def measured_lines(measured: Mapping[str, Any]) -> list[str]:
-    """A sidecar's `measured` as lines, without what `measured_tables` has.
+    """Return a sidecar's `measured` as lines, without what `measured_tables` has.
 
     What has another form than this version writes is shown as it is.
     """
@@ -120,7 +120,7 @@ def measured_lines(measured: Mapping[str, Any]) -> list[str]:
 
 
 def measured_tables(measured: Mapping[str, Any]) -> list[DataTable]:
-    """The tables in a sidecar's `measured`."""
+    """Return the tables in a sidecar's `measured`."""
     return [
         DataTable(
             headings=list(MEASURED[name].values()),
@@ -132,7 +132,7 @@ def measured_tables(measured: Mapping[str, Any]) -> list[DataTable]:
 
 
 def one_line(value: Any) -> str:
-    """A value of a few numbers on one line."""
+    """Return a value of a few numbers on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {one_line(entry)}" for name, entry in value.items())
     if isinstance(value, list | tuple):
@@ -173,7 +173,7 @@ def _cell(field: str, value: Any) -> object:
 
 
 def _has_numbers(value: Any, names: Sequence[str]) -> bool:
-    """Whether a mapping has numbers under these names."""
+    """Return whether a mapping has numbers under these names."""
     return isinstance(value, Mapping) and all(
         isinstance(value.get(name), int | float) for name in names
     )

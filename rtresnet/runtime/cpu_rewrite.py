@@ -11,7 +11,7 @@ folded, symmetric int8. After:
     range of int8. The rounding, the clipping and the numbers after dequantization stay the same.
     Two products of such an activation add up to 2 * 127 * 127 = 32,258 at most, so that 8-bit
     weights cannot saturate. No rounding of weights to 7 bits is needed.
- 2. Where products could saturate all the same (the image is signed; files of other tools use all
+ 2. Where products could still saturate (the image is signed; files of other tools use all
     of uint8), a Conv or Gemm gets its weights as float constants and runs in float: the same
     numbers. Only on CPUs whose kernels saturate.
  3. The convolution that ends a residual branch adds into a float tensor, and ONNX Runtime would

@@ -8,7 +8,7 @@ unchanged. Scales and biases are rounded too, so that the file's sums are exact 
 (`quantization/low_bit_scales.py`).
 
 The weights stay those of the net with its batch norms, which are folded again in every step: the
-checkpoint is an ordinary one, which can be exported in float or trained further. Knows nothing of
+checkpoint is an ordinary one, which can be exported in float or trained further. Independent of
 ONNX.
 """
 

@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward pass over a batch's parts, then SGD.
 
-Has the numerics: autocast, loss scaling, compilation, gradient clipping. Knows nothing of images
+Has the numerics: autocast, loss scaling, compilation, gradient clipping. Independent of images
 and files.
 """
 

@@ -279,7 +279,7 @@ def test_corrupt_images_are_named_and_too_many_stop(
         (["inspect", "resnet8.onnx", "--json", "resnet8.onnx"], "the name of a net"),
         (["models", "--json", "resnet8.onnx"], "the name of a net"),
         (["report", "resnet8.onnx", "--out", "resnet8.onnx"], "the name of a net"),
-        (["report", "resnet8.onnx", "--out", "r.md", "--markdown", "r.md"], "name one file"),
+        (["report", "resnet8.onnx", "--out", "r.md", "--markdown", "r.md"], "name the same file"),
         (["quantize", "resnet8.onnx", "--calib", "none", "--max-drop", "1"], "add --eval"),
         (["quantize", "resnet8.onnx", "--eval", "digits", "--max-drop", "nan"], "at least 0"),
         (["quantize", "resnet8.onnx", "--fp16", "--calib", "digits"], "--calib is for INT8"),

@@ -286,7 +286,7 @@ def test_predict_full_disk_exits_2_and_resumes(
     [
         ("x.xlsx", [], ["x.xlsx", "*.parquet"]),
         ("x", [], ["no suffix", "*.csv"]),
-        ("file/x.csv", [], ["file", "cannot be written into"]),
+        ("file/x.csv", [], ["file", "not writable"]),
         ("there.csv", [], ["there.csv", "a folder is there"]),
         ("x.csv", ["--top", "11"], ["--top 11", "10 classes", "--top 10"]),
         ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such image"]),

@@ -544,10 +544,10 @@ def test_a_name_of_another_kind_is_refused_before_anything_is_written(
     tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_bytes(b"what was there")
-    with pytest.raises(InputError, match=r"would be there is checkpoint; .* ends in \.pt"):
+    with pytest.raises(InputError, match=r"of kind checkpoint; .* ends in \.pt"):
         publish(tmp_path / name, lambda path: path.write_bytes(b"x"), MINIMAL)
     data = memoryview(b"x")
-    with pytest.raises(InputError, match="would be there is checkpoint"):
+    with pytest.raises(InputError, match="of kind checkpoint"):
         publish_bytes(tmp_path / name, data, lambda: MINIMAL)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes() == b"what was there"
