@@ -220,8 +220,6 @@ UNTYPED = {
     "models/checkpoint.py",
     "quantization/scales.py",
     "reporting/result_files.py",
-    "serving/http.py",
-    "serving/repository.py",
     "study/compare.py",
     "study/runs.py",
     "training/checkpointing.py",

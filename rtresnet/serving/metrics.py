@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from typing import Any
 
@@ -11,32 +12,37 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RECENT = 2048  # requests that the page's histogram shows
+OUTCOMES = ("success", "failure")
 
 
 class Metrics:
     """Counts requests and batches; `text` is what a scraper reads."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        model = ["model", "version"]
-        self._requests = self._make(Counter, "requests", "Requests by status", ["model", "status"])
-        self._latency = self._make(Histogram, "request_seconds", "Request latency", ["model"])
-        self._queue = self._make(Histogram, "queue_seconds", "Time in the queue", ["model"])
-        self._compute = self._make(Histogram, "compute_seconds", "Time of a batch's call", model)
-        self._batch = self._make(Histogram, "batch_size", "Images in a batch", model, BATCHES)
-        self._gpu = _GpuUtilization()
-        if self._gpu.available:
-            gauge = Gauge("rtresnet_gpu_utilization", "Share of time that the GPU was busy",
-                          registry=self.registry)  # fmt: skip
-            gauge.set_function(self._gpu)
-        self.recent: deque[tuple[float, float, float]] = deque(maxlen=RECENT)
+        self._registry = registry = CollectorRegistry()
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
         self.total = 0
+        self._requests = Counter("rtresnet_requests", "Requests by status", ["model", "status"],
+                                 registry=registry)  # fmt: skip
 
-    def _make(
-        self, kind: Any, name: str, text: str, labels: list[str], buckets: Any = SECONDS
-    ) -> Any:
-        options = {"buckets": buckets} if kind is Histogram else {}
-        return kind(f"rtresnet_{name}", text, labels, registry=self.registry, **options)
+        def histogram(name: str, text: str, *labels: str, buckets: Any = SECONDS) -> Histogram:
+            return Histogram(
+                f"rtresnet_{name}", text, ["model", *labels], registry=registry, buckets=buckets
+            )
+
+        self._latency = histogram("request_seconds", "Request latency")
+        self._runs = histogram("inference_seconds", "Time of an inference", "version", "outcome")
+        self._queue = histogram("queue_seconds", "Time in the queue", "version")
+        self._compute = histogram("compute_seconds", "Time of a batch's call", "version")
+        self._batch = histogram("batch_size", "Images in a batch", "version", buckets=BATCHES)
+        with contextlib.suppress(Exception):  # no GPU, no driver, no nvidia-ml-py
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            gauge = Gauge("rtresnet_gpu_utilization", "Share of time that the GPU was busy",
+                          registry=registry)  # fmt: skip
+            gauge.set_function(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
 
     def request(self, model: str, status: int, seconds: float) -> None:
         """Counts an answered request."""
@@ -44,45 +50,42 @@ class Metrics:
         self._requests.labels(model, str(status)).inc()
         self._latency.labels(model).observe(seconds)
 
-    def split(self, model: str, now: float, seconds: float, queue: float) -> None:
-        """Records where the time of a request went.
-
-        Args:
-            model: Its name.
-            now: The time of the answer, in seconds of a monotonic clock.
-            seconds: The whole request.
-            queue: Waiting for its batch.
-        """
-        self._queue.labels(model).observe(queue)
-        self.recent.append((now, seconds, queue))
+    def run(self, model: str, version: str, seconds: float, queue: float | None) -> None:
+        """Counts an inference: its seconds, and those in the queue (None: it failed)."""
+        self._runs.labels(model, version, OUTCOMES[queue is None]).observe(seconds)
+        if queue is not None:
+            self._queue.labels(model, version).observe(queue)
+            self.recent.append((time.monotonic(), seconds))
 
     def batch(self, model: str, version: str, size: int, seconds: float) -> None:
-        """Records a batch."""
+        """Counts a batch."""
         self._batch.labels(model, version).observe(size)
         self._compute.labels(model, version).observe(seconds)
 
+    def statistics(self, model: str, version: str) -> dict[str, object]:
+        """A model's counts and times in Triton's form."""
+
+        def sample(name: str, **labels: str) -> float:
+            labels |= {"model": model, "version": version}
+            return self._registry.get_sample_value(f"rtresnet_{name}", labels) or 0
+
+        def part(name: str, **labels: str) -> dict[str, int]:
+            count, seconds = (sample(f"{name}_{kind}", **labels) for kind in ("count", "sum"))
+            return {"count": int(count), "ns": int(seconds * 1e9)}
+
+        return {
+            "name": model,
+            "version": version,
+            "inference_count": int(sample("batch_size_sum")),
+            "execution_count": int(sample("batch_size_count")),
+            "inference_stats": {
+                "success": part("inference_seconds", outcome="success"),
+                "fail": part("inference_seconds", outcome="failure"),
+                "queue": part("queue_seconds"),
+                "compute_infer": part("compute_seconds"),
+            },
+        }
+
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        return generate_latest(self.registry)
-
-
-class _GpuUtilization:
-    """Asks NVML for the first visible GPU's utilization."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-        with contextlib.suppress(Exception):  # no GPU, no driver, no nvidia-ml-py
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-
-    @property
-    def available(self) -> bool:
-        """Whether there is a GPU to ask."""
-        return self._handle is not None
-
-    def __call__(self) -> float:
-        import pynvml
-
-        return float(pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu) / 100
+        return generate_latest(self._registry)

@@ -1,89 +1,206 @@
-"""Models that a server answers for: loading, versions, reloading, statistics.
+"""Models that a server answers for: loading, versions, running, reloading, statistics.
 
 A model is an ONNX file or a plan with its sidecar. It can also be a Triton repository's folder,
-NAME/VERSION/model.onnx or model.plan. Knows no protocol.
+NAME/VERSION/model.onnx or model.plan.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import concurrent.futures
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rtresnet.core import artifacts
-from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError, RtresnetError
+from rtresnet.core.errors import (
+    ArtifactError,
+    CheckFailedError,
+    InputError,
+    QueueFullError,
+    RtresnetError,
+    UnavailableError,
+)
 from rtresnet.runtime.backend import TOPK
 from rtresnet.runtime.batcher import Answer, Batcher
 from rtresnet.runtime.session import Session
+from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
+from rtresnet.serving.options import ServerOptions
+from rtresnet.serving.protocol import (
+    DATATYPES,
+    ClientGoneError,
+    DeadlineError,
+    InferRequest,
+    ServerBusyError,
+    Tensor,
+    UnknownModelError,
+)
 
 log = logging.getLogger("rtresnet.serve")
 
 SUFFIXES = (".onnx", ".plan")
 POLL_SECONDS = 1.0
 FAILURES_IN_A_ROW = 3  # batches that fail before a device counts as lost
-DTYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64"}
+
+Gone = Callable[[], Awaitable[Any]]
+"""Returns once the client is gone; its images are then dropped from the queue."""
 
 
-class UnknownModelError(InputError):
-    """A model or version that this server does not have."""
+class Answered(NamedTuple):
+    """What a model answered for a batch.
+
+    Attributes:
+        values: An array [N, ...] for each output of the model.
+        queue_seconds: The longest wait of its images.
+        compute_seconds: The longest call of their batches.
+    """
+
+    values: tuple[np.ndarray, ...]
+    queue_seconds: float
+    compute_seconds: float
 
 
-class ServerBusyError(RtresnetError):
-    """The queue is full; the same request may succeed after `retry_after` seconds."""
-
-    retry_after = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """Name, protocol data type and shape of an input or output; -1 is the batch."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(kw_only=True)
-class Statistics:
-    """Counts and seconds since the model was loaded."""
-
-    requests: int = 0
-    failures: int = 0
-    images: int = 0
-    batches: int = 0
-    request_seconds: float = 0.0
-    failure_seconds: float = 0.0
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-
-
-@dataclass(eq=False)
 class Model:
-    """One version of a model, loaded and warm.
+    """One version of a model, loaded, checked and warm.
+
+    Args:
+        name: Its name in requests.
+        version: Its number, as text.
+        path: An ONNX file or a plan.
+        load: Opens an artifact and verifies its sidecar.
+        options: Batching and queue.
+        metrics: Receives every batch.
 
     Attributes:
         healthy: False once batches fail one after another: the device is lost.
+
+    Raises:
+        CheckFailedError: An answer is not finite, or depends on its batch.
     """
 
-    name: str
-    version: str
-    session: Session
-    batcher: Batcher
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    max_batch: int
-    stamp: tuple[Any, ...]
-    statistics: Statistics = field(default_factory=Statistics)
-    healthy: bool = True
-    failed_in_a_row: int = 0
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        path: Path,
+        load: Callable[[Path], Session],
+        options: ServerOptions,
+        metrics: Metrics,
+    ) -> None:
+        self.name, self.version, self.max_batch = name, version, options.max_batch
+        self.stamp = stamp(path)
+        self.healthy, self._failed_in_a_row, self._metrics = True, 0, metrics
+        self.session = load(path)
+        try:
+            largest = self._check()
+        except BaseException:
+            self.session.close()
+            raise
+        self.batcher = Batcher(
+            self.session,
+            max_batch=largest,
+            max_wait_ms=options.max_wait_ms,
+            queue_limit=options.queue,
+            on_batch=self._on_batch,
+        )
+
+    def _check(self) -> int:
+        """Warms the session up, checks its answers; returns the largest batch it computes."""
+        session, fixed = self.session, self.session.batch
+        largest = fixed if fixed is not None and fixed > 1 else self.max_batch
+        images = session.example(largest)
+        first, values = _arrays(session(images[:1])), _arrays(session(images))
+        if not np.isfinite(values[-1]).all():
+            raise CheckFailedError(f"{session.path}: answers are not finite", fix="rtresnet check")
+        spread = max(float(np.ptp(values[-1])), 1e-6)
+        if float(np.abs(first[-1][0] - values[-1][0]).max()) > 0.05 * spread:
+            raise CheckFailedError(
+                f"{session.path}: an image's answer depends on its batch",
+                fix=f"rtresnet check {session.path}",
+            )
+        backend = session.backend
+        self.input = Tensor(
+            getattr(backend, "input_name", "images"),
+            DATATYPES[backend.input_dtype.name],
+            [-1, *session.image_shape],
+        )
+        names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
+        self.outputs = [
+            Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
+            for name, value in zip(names, values, strict=True)
+        ]
+        return largest
+
+    async def infer(
+        self, request: InferRequest, limit: float, gone: Gone | None = None
+    ) -> dict[str, np.ndarray]:
+        """Answers a request.
+
+        Args:
+            request: What it asks for.
+            limit: Seconds within which it is answered at most.
+            gone: Returns once the client is gone.
+
+        Returns:
+            The outputs by name; text where classes were asked for.
+
+        Raises:
+            InputError: Inputs or outputs are not the model's, or too large.
+            ServerBusyError: The queue is full.
+            DeadlineError: Its time is over.
+            ClientGoneError: Nobody waits for the answer.
+            UnavailableError: The device failed.
+        """
+        wanted = protocol.requested(request, self.outputs)
+        images = protocol.images(request, self.input, self.max_batch)
+        answered = await self.run(images, protocol.timeout(request, limit), gone)
+        values = dict(zip((output.name for output in self.outputs), answered.values, strict=True))
+        return {
+            name: protocol.classified(values[name], self.session.classes, classes)
+            if classes
+            else values[name]
+            for name, classes in wanted.items()
+        }
+
+    async def run(self, images: np.ndarray, limit: float, gone: Gone | None = None) -> Answered:
+        """Runs a batch of inputs [N, ...]; arguments and errors are those of `infer`."""
+        began = time.monotonic()
+        answers: list[Answer] = []
+        queue = None
+        try:
+            for image in images:
+                answers.append(self.batcher.submit(image))
+            await _all_done(answers, limit, gone)
+            rows = [_arrays(_result(answer)) for answer in answers]
+            queue = max(answer.queue_seconds for answer in answers)
+        except QueueFullError as error:
+            raise ServerBusyError(f"{self.name}: {error.message}") from None
+        finally:
+            for answer in answers:
+                answer.cancel()  # does nothing to those that are done
+            self._metrics.run(self.name, self.version, time.monotonic() - began, queue)
+        values = tuple(np.stack(column) for column in zip(*rows, strict=True))
+        return Answered(values, queue, max(answer.compute_seconds for answer in answers))
+
+    def _on_batch(self, size: int, seconds: float, failure: BaseException | None) -> None:
+        self._metrics.batch(self.name, self.version, size, seconds)
+        lost = failure is not None and not isinstance(failure, InputError)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if lost else 0
+        if self._failed_in_a_row >= FAILURES_IN_A_ROW and self.healthy:
+            self.healthy = False
+            log.error("model %s fails: %s", self.name, failure)
+
+    def close(self) -> None:
+        """Finishes what is queued and gives memory back."""
+        self.batcher.close()
+        self.session.close()
 
     @property
     def platform(self) -> str:
@@ -91,50 +208,90 @@ class Model:
         plan = self.session.path.suffix.lower() == ".plan"
         return "tensorrt_plan" if plan else "onnxruntime_onnx"
 
-    def submit(self, images: np.ndarray) -> list[Answer]:
-        """Puts every image of a batch into the queue.
+    def metadata(self, versions: list[str]) -> dict[str, object]:
+        """Its metadata in the protocol's form."""
 
-        Raises:
-            ServerBusyError: The queue has no room for all of them.
-            InputError: The images are not what the model takes.
-        """
-        from rtresnet.core.errors import QueueFullError
+        def entry(tensor: Tensor) -> dict[str, object]:
+            return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
 
-        answers: list[Answer] = []
-        try:
-            for image in images:
-                answers.append(self.batcher.submit(image))
-        except BaseException as error:
-            for answer in answers:
-                answer.cancel()
-            if isinstance(error, QueueFullError):
-                raise ServerBusyError(f"{self.name}: {error.message}") from None
-            raise
-        return answers
+        outputs = list(map(entry, self.outputs))
+        return {"name": self.name, "versions": versions, "platform": self.platform,
+                "inputs": [entry(self.input)], "outputs": outputs}  # fmt: skip
+
+    def config(self) -> dict[str, object]:
+        """Its configuration in Triton's form."""
+        layout = "FORMAT_NHWC" if self.input.datatype == "UINT8" else "FORMAT_NCHW"
+
+        def entry(tensor: Tensor) -> dict[str, object]:
+            datatype = f"TYPE_{tensor.datatype}"
+            return {"name": tensor.name, "data_type": datatype, "dims": tensor.shape[1:]}
+
+        return {"name": self.name, "platform": self.platform, "max_batch_size": self.max_batch,
+                "input": [entry(self.input) | {"format": layout}],
+                "output": list(map(entry, self.outputs))}  # fmt: skip
+
+    def statistics(self) -> dict[str, object]:
+        """Its statistics in Triton's form."""
+        return self._metrics.statistics(self.name, self.version)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How models are batched and what a request may ask for.
+def _arrays(answer: Any) -> tuple[np.ndarray, ...]:
+    """Logits, or indices and probabilities, as a tuple."""
+    return answer if isinstance(answer, tuple) else (np.asarray(answer),)
 
-    Attributes:
-        max_batch: Images in a batch, and in a request.
-        max_wait_ms: How long the first image of a batch waits for others.
-        queue: Images that may wait.
-    """
 
-    max_batch: int = 32
-    max_wait_ms: float = 2.0
-    queue: int = 1024
+def _result(answer: Answer) -> Any:
+    try:
+        return answer.result()
+    except concurrent.futures.CancelledError:
+        raise UnavailableError("the server is shutting down") from None
+    except (RtresnetError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnavailableError(f"the device failed: {error}") from error
+
+
+async def _all_done(answers: Sequence[Answer], limit: float, gone: Gone | None) -> None:
+    """Waits for all answers with one wake-up of the event loop."""
+    loop = asyncio.get_running_loop()
+    done, left, lock = loop.create_future(), len(answers), threading.Lock()
+
+    def wake() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def one_done(answer: Any) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last and not loop.is_closed():
+            loop.call_soon_threadsafe(wake)
+
+    for answer in answers:
+        answer.add_done_callback(one_done)
+    watch = [asyncio.ensure_future(gone())] if gone is not None else []
+    try:
+        finished, _ = await asyncio.wait(
+            [done, *watch], timeout=limit, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        for task in watch:
+            task.cancel()
+    if done in finished:
+        return
+    if finished:
+        raise ClientGoneError("the client closed the connection")
+    raise DeadlineError(f"no answer within {limit:g} s", fix="wait longer")
 
 
 class Repository:
-    """Loads models, answers for them by name and version, and reloads files that changed.
+    """Loads models, finds them by name and version, and reloads files that changed.
 
     Args:
         sources: ONNX files, plans, or folders of a Triton repository.
         load: Opens an artifact and verifies its sidecar.
-        limits: Batching and queue.
+        options: Batching and queue.
         metrics: Receives every batch.
     """
 
@@ -142,14 +299,13 @@ class Repository:
         self,
         sources: Sequence[Path],
         load: Callable[[Path], Session],
-        limits: Limits,
+        options: ServerOptions,
         metrics: Metrics,
     ) -> None:
-        self._sources, self._load, self._limits, self._metrics = sources, load, limits, metrics
+        self._sources, self._load, self._options, self._metrics = sources, load, options, metrics
         self._models: dict[str, dict[str, Model]] = {}
-        self._lock = threading.Lock()
-        self._changed: dict[Path, tuple[Any, ...]] = {}
-        self._refused: dict[Path, tuple[Any, ...]] = {}
+        self._seen: dict[Path, Any] = {}
+        self._refused: dict[Path, Any] = {}
 
     def load_all(self) -> None:
         """Loads every model and warms it up.
@@ -157,77 +313,17 @@ class Repository:
         Raises:
             InputError: Nothing to serve, or two models of one name and version.
         """
-        for name, version, path in self._files():
-            if version in self._models.get(name, {}):
-                raise InputError(f"{path}: a second model {name}, version {version}")
-            self._models.setdefault(name, {})[version] = self._open(name, version, path)
+        for source in self._sources:
+            for name, version, path in _files(source):
+                if version in self._models.get(name, {}):
+                    raise InputError(f"{path}: a second model {name}, version {version}")
+                self._models.setdefault(name, {})[version] = self._open(name, version, path)
         if not self._models:
             places = ", ".join(map(str, self._sources))
             raise InputError(f"{places}: no ONNX file or plan to serve", fix="rtresnet export")
 
-    def _files(self) -> list[tuple[str, str, Path]]:
-        """(name, version, file) of every model."""
-        files = []
-        for source in self._sources:
-            if not source.is_dir():
-                files.append((source.stem, "1", source))
-                continue
-            for path in sorted(source.glob("*/*/model.*")) or sorted(source.glob("*/model.*")):
-                if path.suffix in SUFFIXES and path.parent.name.isdecimal():
-                    files.append((path.parent.parent.name, path.parent.name, path))
-        return files
-
     def _open(self, name: str, version: str, path: Path) -> Model:
-        stamp = _stamp(path)
-        session = self._load(path)
-        try:
-            inputs, outputs, largest = _self_check(session, self._limits.max_batch)
-        except BaseException:
-            session.close()
-            raise
-        model: Model
-
-        def on_batch(size: int, seconds: float, failure: BaseException | None) -> None:
-            self._observe(model, size, seconds, failure)
-
-        batcher = Batcher(
-            session,
-            max_batch=largest,
-            max_wait_ms=self._limits.max_wait_ms,
-            queue_limit=self._limits.queue,
-            on_batch=on_batch,
-        )
-        model = Model(
-            name, version, session, batcher, inputs, outputs, self._limits.max_batch, stamp
-        )
-        return model
-
-    def _observe(
-        self, model: Model, size: int, seconds: float, failure: BaseException | None
-    ) -> None:
-        with self._lock:
-            model.statistics.batches += 1
-            model.statistics.images += size
-            model.statistics.compute_seconds += seconds
-            lost = failure is not None and not isinstance(failure, InputError)
-            model.failed_in_a_row = model.failed_in_a_row + 1 if lost else 0
-            if model.failed_in_a_row >= FAILURES_IN_A_ROW and model.healthy:
-                model.healthy = False
-                log.error("model %s fails: %s", model.name, failure)
-        self._metrics.batch(model.name, model.version, size, seconds)
-
-    def finished(
-        self, model: Model, seconds: float, answers: Sequence[Answer], *, ok: bool
-    ) -> None:
-        """Counts a request."""
-        with self._lock:
-            if ok:
-                model.statistics.requests += 1
-                model.statistics.request_seconds += seconds
-                model.statistics.queue_seconds += sum(a.queue_seconds for a in answers)
-            else:
-                model.statistics.failures += 1
-                model.statistics.failure_seconds += seconds
+        return Model(name, version, path, self._load, self._options, self._metrics)
 
     def get(self, name: str | None, version: str = "") -> Model:
         """The model of a name; without a name the only one, without a version the newest.
@@ -239,9 +335,8 @@ class Repository:
         if name is None and len(models) == 1:
             name = next(iter(models))
         if name is None or name not in models:
-            known = ", ".join(sorted(models))
             what = "name a model" if name is None else f"unknown model {name[:80]!r}"
-            raise UnknownModelError(what, fix=f"known: {known}")
+            raise UnknownModelError(what, fix=f"known: {', '.join(sorted(models))}")
         versions = models[name]
         chosen = version or max(versions, key=int)
         if chosen not in versions:
@@ -250,13 +345,24 @@ class Repository:
             )
         return versions[chosen]
 
-    def versions(self, name: str) -> list[str]:
-        """The versions of a model, oldest first."""
-        return sorted(self._models[name], key=int)
+    def metadata(self, model: Model) -> dict[str, object]:
+        """A model's metadata in the protocol's form."""
+        return model.metadata(sorted(self._models[model.name], key=int))
+
+    def index(self) -> list[dict[str, str]]:
+        """The models in Triton's form."""
+        return [
+            {"name": model.name, "version": model.version,
+             "state": "READY" if model.healthy else "UNAVAILABLE", "reason": ""}
+            for model in self.all()
+        ]  # fmt: skip
 
     def all(self) -> list[Model]:
         """Every version of every model."""
-        return [self._models[n][v] for n in sorted(self._models) for v in self.versions(n)]
+        return [
+            versions[v] for _, versions in sorted(self._models.items())
+            for v in sorted(versions, key=int)
+        ]  # fmt: skip
 
     @property
     def healthy(self) -> bool:
@@ -272,95 +378,57 @@ class Repository:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for model in self.all():
-                path, stamp = model.session.path, _stamp(model.session.path)
-                settled = self._changed.get(path) == stamp
-                self._changed[path] = stamp
-                if stamp == model.stamp or not settled or self._refused.get(path) == stamp:
+                path, now = model.session.path, stamp(model.session.path)
+                settled = self._seen.get(path) == now
+                self._seen[path] = now
+                if now == model.stamp or not settled or self._refused.get(path) == now:
                     continue
                 try:
                     new = await asyncio.to_thread(self._open, model.name, model.version, path)
                 except Exception as error:  # the old version keeps serving, whatever it is
-                    self._refused[path] = stamp
+                    self._refused[path] = now
                     log.error("not reloaded: %s", error)
                     continue
                 self._models[model.name][model.version] = new
                 log.info("reloaded %s version %s", model.name, model.version)
-                await asyncio.to_thread(_close, model)
+                await asyncio.to_thread(model.close)
 
     def close(self) -> None:
         """Finishes what is queued and gives memory back."""
         for model in self.all():
-            _close(model)
+            model.close()
 
 
-def _close(model: Model) -> None:
-    model.batcher.close()
-    model.session.close()
+def _files(source: Path) -> list[tuple[str, str, Path]]:
+    """(name, version, file) of the models in a file or a Triton repository's folder."""
+    if not source.is_dir():
+        return [(source.stem, "1", source)]
+    found = sorted(source.glob("*/*/model.*")) or sorted(source.glob("*/model.*"))
+    return [
+        (path.parent.parent.name, path.parent.name, path)
+        for path in found
+        if path.suffix in SUFFIXES and path.parent.name.isdecimal()
+    ]
 
 
-def _stamp(path: Path) -> tuple[Any, ...]:
+def stamp(path: Path) -> list[Any]:
     """What changes when a file or its sidecar is replaced."""
-    entries = []
+    found = []
     for file in (path, artifacts.sidecar_path(path)):
-        try:
+        with contextlib.suppress(OSError):
             status = file.stat()
-            entries.append((status.st_ino, status.st_size, status.st_mtime_ns))
-        except OSError:
-            entries.append((0, 0, 0))
-    return tuple(entries)
-
-
-def _self_check(
-    session: Session, max_batch: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
-    """Warms a session up and checks its answers; returns inputs, outputs and the largest batch.
-
-    Raises:
-        CheckFailedError: An answer is not finite, or depends on its batch.
-    """
-    fixed = session.batch
-    largest = fixed if fixed is not None and fixed > 1 else max_batch
-    images = session.example(largest)
-    single, together = session(images[:1]), session(images)
-    first, batch = (np.asarray(a[1] if isinstance(a, tuple) else a) for a in (single, together))
-    if not np.isfinite(batch).all():
-        raise CheckFailedError(f"{session.path}: answers are not finite", fix="rtresnet check")
-    spread = max(float(np.ptp(batch)), 1e-6)
-    if float(np.abs(first[0] - batch[0]).max()) > 0.05 * spread:
-        raise CheckFailedError(
-            f"{session.path}: an image's answer depends on its batch",
-            fix=f"rtresnet check {session.path}",
-        )
-    backend = session.backend
-    name = getattr(backend, "input_name", "images")
-    inputs = (Tensor(name=name, datatype=DTYPES[backend.input_dtype.name],
-                     shape=(-1, *session.image_shape)),)  # fmt: skip
-    values = together if isinstance(together, tuple) else (together,)
-    names = TOPK if isinstance(together, tuple) else getattr(backend, "output_names", ["logits"])
-    outputs = tuple(
-        Tensor(name=name, datatype=DTYPES[value.dtype.name], shape=(-1, *value.shape[1:]))
-        for name, value in zip(names, values, strict=True)
-    )
-    return inputs, outputs, largest
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
 def chain(path: Path) -> list[dict[str, str]]:
     """The artifacts that a file came from, for the page: file, kind, sha256 and state."""
     try:
         return [
-            {
-                "file": place.name,
-                "kind": artifacts.kind_of(place),
-                "precision": sidecar.precision if sidecar else "unknown",
-                "sha256": sidecar.sha256 if sidecar else "",
-                "state": state,
-            }
+            {"file": place.name, "kind": artifacts.kind_of(place), "state": state,
+             "precision": sidecar.precision if sidecar else "unknown",
+             "sha256": sidecar.sha256 if sidecar else ""}
             for place, sidecar, state in artifacts.chain(path)
-        ]
+        ]  # fmt: skip
     except ArtifactError:
         return []
-
-
-def statistics_of(model: Model) -> dict[str, Any]:
-    """The statistics as a dict."""
-    return dataclasses.asdict(model.statistics)

@@ -7,14 +7,12 @@ import contextlib
 import ctypes
 import json
 import logging
-import os
 import signal
 import socket
 import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,10 @@ from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.runtime.batcher import short_switch_interval
 from rtresnet.runtime.session import Session
 from rtresnet.serving.grpc_service import Service
-from rtresnet.serving.http import Api, HttpLimits
-from rtresnet.serving.inference import Engine
+from rtresnet.serving.http import Api
 from rtresnet.serving.metrics import Metrics
-from rtresnet.serving.repository import Limits, Repository
+from rtresnet.serving.options import ServerOptions
+from rtresnet.serving.repository import Repository
 
 log = logging.getLogger("rtresnet.serve")
 
@@ -41,27 +39,6 @@ CONNECTIONS = 2048
 ACCEPT_SECONDS = 0.1  # for connections that wait in the queue when no new ones are taken
 ACCEPTED_SECONDS = 0.5  # that a connection without a request is kept open at the end
 LEAVE_SECONDS = 0.5  # not ready, and still answering, so that load balancers take notice
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """How a server is reached and how it ends.
-
-    Attributes:
-        grpc_port: None: no gRPC.
-        grace: Seconds that running requests have after SIGTERM.
-        token: Bearer token that every request must carry.
-        certificate: PEM file of the TLS certificate chain, with `key`.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    grpc_port: int | None = 8001
-    grace: float = 30.0
-    token: str | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
 
 
 class _Protocol(HttpToolsProtocol):
@@ -158,9 +135,7 @@ class Server:
         sources: ONNX files, plans, or folders of a Triton repository.
         load: Opens an artifact and verifies its sidecar.
         decode: Turns an encoded image into uint8 RGB [H, W, 3].
-        options: Addresses and security.
-        limits: Batching and queue.
-        http: What a client may cost.
+        options: Addresses, security, batching and limits.
     """
 
     def __init__(
@@ -169,21 +144,12 @@ class Server:
         load: Callable[[Path], Session],
         decode: Callable[[bytes], np.ndarray],
         options: ServerOptions,
-        limits: Limits,
-        http: HttpLimits,
     ) -> None:
-        self._options, self._decode, self._http = options, decode, http
+        self._options, self._decode = options, decode
         self._metrics = Metrics()
-        self._repository = Repository(sources, load, limits, self._metrics)
-        self._engine = Engine(self._repository, self._metrics)
-        self._leaving = False
-        self._stop: asyncio.Event | None = None
-        self.started = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self.started and not self._leaving
+        self._repository = Repository(sources, load, options, self._metrics)
+        self._stop = asyncio.Event()
+        self._ready = False
 
     def run(self, on_ready: Callable[[list[str]], None] = lambda lines: None) -> int:
         """Serves until SIGTERM, SIGINT or the loss of a device.
@@ -206,29 +172,26 @@ class Server:
 
     async def _serve(self, on_ready: Callable[[list[str]], None]) -> int:
         options, loop = self._options, asyncio.get_running_loop()
-        self._stop = asyncio.Event()
         sockets = [_bind(options.host, options.port)]
-        api = Api(
-            self._engine, self._decode, self._http, token=options.token,
-            ready=lambda: self.ready, threads=options.threads,
-        )  # fmt: skip
+        shared = (self._repository, self._metrics, options)
+        api = Api(*shared, self._decode, lambda: self._ready)
         web = _Web(uvicorn.Config(
             api.app, http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
             limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, server_header=False,
             timeout_graceful_shutdown=int(options.grace) + 1,
             ssl_certfile=options.certificate, ssl_keyfile=options.key,
         ))  # fmt: skip
-        rpc = await self._start_grpc()
+        rpc = await self._start_grpc(Service(*shared, lambda: self._ready))
         serving = asyncio.create_task(web.serve(sockets=sockets))
         watching = asyncio.create_task(self._repository.watch())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         while not web.started and not serving.done():
             await asyncio.sleep(0.01)
-        self.started = True
+        self._ready = True
         on_ready(self._addresses(sockets[0]))
         lost = await self._until_stopped(serving)
-        self._leaving = True
+        self._ready = False
         log.info("stopping", extra={"fields": {"device_lost": lost}})
         watching.cancel()
         await asyncio.sleep(0 if lost else min(LEAVE_SECONDS, options.grace))
@@ -243,7 +206,6 @@ class Server:
 
     async def _until_stopped(self, serving: asyncio.Task[None]) -> bool:
         """Waits; returns whether a device was lost."""
-        assert self._stop is not None
         while not self._stop.is_set() and not serving.done():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 0.5)
@@ -251,19 +213,16 @@ class Server:
                 return True
         return False
 
-    async def _start_grpc(self) -> Any:
+    async def _start_grpc(self, service: Service) -> Any:
         options = self._options
         if options.grpc_port is None:
             return None
-        limit = self._http.body
+        limit = options.max_body
         server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0),
                      ("grpc.max_send_message_length", limit), ("grpc.max_metadata_size", 16384)],
             maximum_concurrent_rpcs=CONNECTIONS,
         )  # fmt: skip
-        service = Service(
-            self._engine, token=options.token, ready=lambda: self.ready, timeout=self._http.timeout
-        )
         server.add_generic_rpc_handlers((service.handlers(),))
         address = f"{options.host}:{options.grpc_port}"
         try:

@@ -13,7 +13,7 @@ from rtresnet.core.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Profile, Sidecar
-    from rtresnet.serving.triton import ModelConfig, TensorSpec
+    from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
 
 LARGEST = 32  # batch of an ONNX file, which has no profile that says it
 
@@ -99,7 +99,7 @@ def package(
         ArtifactError: Not a valid ONNX file, or a plan by TensorRT-RTX, which Triton does not load.
         UnavailableError: The package onnx is not installed.
     """
-    from rtresnet.serving import triton
+    from rtresnet.workflows import triton_repository as triton
 
     config, root = config or PackageConfig(), Path(root)
     path = atomic_io.require_file(path, fix="make one with: rtresnet export")
@@ -187,7 +187,7 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         InputError: Its weights are in another file.
     """
     from rtresnet.onnxlib import io
-    from rtresnet.serving.triton import TensorSpec
+    from rtresnet.workflows.triton_repository import TensorSpec
 
     model = io.load(path)
     import onnx

@@ -107,9 +107,8 @@ def serve(
             )
     from rtresnet.data.decode import decode
     from rtresnet.runtime.session import Session
-    from rtresnet.serving.http import HttpLimits
-    from rtresnet.serving.repository import Limits
-    from rtresnet.serving.server import Server, ServerOptions
+    from rtresnet.serving.options import ServerOptions
+    from rtresnet.serving.server import Server
 
     paths = [
         Path(source) if Path(source).is_dir() else atomic_io.require_file(source)
@@ -130,13 +129,16 @@ def serve(
             host=config.host,
             port=config.port,
             grpc_port=config.grpc_port if config.grpc else None,
+            max_batch=config.max_batch,
+            max_wait_ms=config.max_wait_ms,
+            queue=config.queue,
+            timeout=config.timeout,
+            max_body=config.max_body_mb * 1024 * 1024,
             grace=config.grace,
             token=_token(config.token_file),
             certificate=config.certificate and atomic_io.require_file(config.certificate),
             key=config.key and atomic_io.require_file(config.key),
         ),
-        Limits(max_batch=config.max_batch, max_wait_ms=config.max_wait_ms, queue=config.queue),
-        HttpLimits(body=config.max_body_mb * 1024 * 1024, timeout=config.timeout),
     )
     with reporter.progress(f"loading {', '.join(map(str, paths))}"):
         pass

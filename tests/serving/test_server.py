@@ -301,7 +301,7 @@ def test_metrics_and_status_count_what_was_asked(server: Server, images: np.ndar
     status = json.loads(ask(server, "/v1/status")[2])
     model = next(m for m in status["models"] if m["name"] == "resnet8")
     assert model["chain"][0]["kind"] == "onnx"
-    assert model["statistics"]["images"] > 0
+    assert model["statistics"]["inference_count"] > 0
 
 
 def test_full_queue_is_503_and_an_expired_request_is_not_computed(

@@ -16,8 +16,8 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
-from rtresnet.serving import triton
-from rtresnet.serving.triton import ModelConfig, TensorSpec
+from rtresnet.workflows import triton_repository as triton
+from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
 
 IMAGES = TensorSpec(name="images", dtype="float32", dims=(3, 32, 32))
 LOGITS = TensorSpec(name="logits", dtype="float32", dims=(10,))
@@ -217,7 +217,7 @@ def test_write_failed_copy_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rtresnet.serving.triton.shutil.copyfile", full)
+    monkeypatch.setattr("rtresnet.workflows.triton_repository.shutil.copyfile", full)
     with pytest.raises(OSError):
         triton.write(root, plan((1, 8, 32)), path, sidecar)
     assert files(root) == before
@@ -237,14 +237,14 @@ def test_write_killed_leaves_no_partial_version_and_can_be_repeated(
     code = f"""
 import os, signal
 from rtresnet.core.sidecar import Profile
-from rtresnet.serving import triton
+from rtresnet.workflows import triton_repository as triton
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 if {last!r} == "copyfile":
     triton.shutil.copyfile = die
 else:
     triton.Path.rename = die
-from rtresnet.serving.triton import ModelConfig, TensorSpec
+from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
 triton.write({str(root)!r}, triton.{plan((1, 8, 32))!r}, {str(path)!r}, None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
