@@ -155,6 +155,8 @@ API_GROUPS = {
     "Inspect and report": ("workflows.inspect", "core.sidecar", "core.artifacts",
                            "workflows.models", "workflows.doctor", "reporting.report"),
     "Studies and quickstart": ("workflows.study", "workflows.quickstart"),
+    "Detection": ("workflows.detect_train", "workflows.detect_evaluate",
+                  "workflows.detect_predict"),
     "Progress and errors": ("core.reporter", "core.errors"),
 }  # fmt: skip
 

@@ -56,6 +56,13 @@ if TYPE_CHECKING:
         augmented_batch,
         inspect_data,
     )
+    from rtresnet.workflows.detect_evaluate import EvaluateDetectorResult, evaluate_detector
+    from rtresnet.workflows.detect_predict import DetectResult, detect
+    from rtresnet.workflows.detect_train import (
+        TrainDetectorConfig,
+        TrainDetectorResult,
+        train_detector,
+    )
     from rtresnet.workflows.doctor import DoctorResult, doctor
     from rtresnet.workflows.embed_io import EmbedConfig
     from rtresnet.workflows.estimate import EstimateConfig, EstimateResult, estimate
@@ -112,6 +119,9 @@ _MODULES = {
     "workflows.loading": "load RuntimeConfig",
     "workflows.input_spec": "InputConfig",
     "workflows.train": "train TrainConfig TrainResult",
+    "workflows.detect_train": "train_detector TrainDetectorConfig TrainDetectorResult",
+    "workflows.detect_evaluate": "evaluate_detector EvaluateDetectorResult",
+    "workflows.detect_predict": "detect DetectResult",
     "workflows.pack": "pack PackConfig PackResult",
     "workflows.data": (
         "inspect_data augmented_batch DataInspectConfig DataInspectResult AugmentedBatch"
@@ -164,11 +174,13 @@ __all__ = [
     "DataError",
     "DataInspectConfig",
     "DataInspectResult",
+    "DetectResult",
     "DoctorResult",
     "EmbedConfig",
     "EstimateConfig",
     "EstimateResult",
     "EvaluateConfig",
+    "EvaluateDetectorResult",
     "EvaluateResult",
     "ExportConfig",
     "ExportResult",
@@ -207,6 +219,8 @@ __all__ = [
     "StudyResult",
     "TableConfig",
     "TrainConfig",
+    "TrainDetectorConfig",
+    "TrainDetectorResult",
     "TrainResult",
     "UnavailableError",
     "UnknownNameError",
@@ -219,9 +233,11 @@ __all__ = [
     "build_per_target",
     "check",
     "compare",
+    "detect",
     "doctor",
     "estimate",
     "evaluate",
+    "evaluate_detector",
     "export",
     "inspect",
     "inspect_data",
@@ -246,6 +262,7 @@ __all__ = [
     "study_responses",
     "study_shortcuts",
     "train",
+    "train_detector",
 ]
 
 

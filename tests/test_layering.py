@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "study": ({"study", "models", "data", "training"}, {"numpy", "torch"}),
     "detection": (
         {"detection", "models", "data", "training", "exporter", "onnxlib"},
-        {"numpy", "torch", "onnx", "safetensors"},
+        {"numpy", "torch", "onnx", "safetensors", "PIL"},
     ),
     "exporter": ({"exporter", "models", "onnxlib"}, {"numpy", "torch", "onnx"}),
     "quantization": ({"quantization", "onnxlib"}, {"numpy", "onnx", "onnxruntime"}),

@@ -6,6 +6,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.errors import InputError
 from rtresnet.workflows.evaluate import (
     AccuracyResult,
     EvaluateConfig,
@@ -40,9 +41,16 @@ def command(
 ) -> None:
     """Measure top-1 (and top-5 above five classes).
 
-    Several artifacts form an ensemble: their probabilities are averaged, image by image.
+    Several artifacts form an ensemble: their probabilities are averaged, image by image. Of a
+    detector, average precision is measured on images with boxes: voc:DIR[:SPLIT],
+    coco:JSON:IMAGES or shapes:N.
     """
     from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect import is_detector
+
+    if any(is_detector(path) for path in paths):
+        _evaluate_detectors(paths, data, config, record, runtime, json_file)
+        return
 
     result = evaluate(paths, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
     for member in result.members:
@@ -54,6 +62,43 @@ def command(
     common.write_json(json_file, "eval", result)
     if record is not False:
         record_accuracy(result, required=bool(record), reporter=REPORTER)
+
+
+def _evaluate_detectors(
+    paths: tuple[str, ...],
+    data: str,
+    config: EvaluateConfig,
+    record: bool | None,
+    runtime: RuntimeConfig,
+    json_file: str | None,
+) -> None:
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.cli.train import average_precision
+    from rtresnet.workflows.detect_evaluate import evaluate_detector
+
+    if len(paths) > 1:
+        raise InputError("detectors form no ensemble", fix="evaluate one at a time")
+    default = EvaluateConfig()
+    for name in ("protocol", "resize", "model", "classes", "batch"):
+        if getattr(config, name) != getattr(default, name):
+            raise InputError(f"--{name} does not go with a detector", fix="leave it out")
+    if config.split == "all":
+        raise InputError("--split all does not go with a detector", fix="--split train or test")
+    result = evaluate_detector(
+        paths[0], data, split=config.split, runtime=runtime, record=record is not False,
+        reporter=REPORTER,
+    )  # fmt: skip
+    common.say(
+        f"{result.artifact}: {average_precision(result)}  [{result.precision}, "
+        f"{result.runtime.provider}]"
+    )
+    notes = list(result.runtime.notes)
+    if result.unsettled:
+        notes.append(f"Non-maximum suppression was not finished for {result.unsettled} boxes.")
+    if result.invalid:
+        notes.append(f"{result.invalid} boxes of the data have no area and were left out.")
+    common.footer(notes)
+    common.write_json(json_file, "eval", result)
 
 
 def _show(result: AccuracyResult, how: str) -> None:

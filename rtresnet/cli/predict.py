@@ -43,6 +43,18 @@ from rtresnet.workflows.predictor import PredictConfig
     metavar="FILE",
     help="Write a table: *.parquet, *.csv or *.jsonl.  [default: print the classes]",
 )
+@click.option(
+    "--draw",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write copies of the images with a detector's boxes into this folder.  [default: none]",
+)
+@click.option(
+    "--least-score",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    help="Smallest score of a detection that a detector lists and draws.  [default: 0.5]",
+)
 @config_options(TableConfig, argument="table")
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))
@@ -52,6 +64,8 @@ def command(
     artifact: str | None,
     config: PredictConfig,
     out: Path | None,
+    draw: Path | None,
+    least_score: float,
     table: TableConfig,
     stated: InputConfig,
     runtime: RuntimeConfig,
@@ -61,13 +75,21 @@ def command(
 
     With --out FILE they are written to a table, batch by batch, for any number of images. Resume an
     interrupted run with --resume. A broken image becomes a row with an error. Transparent images
-    are composited on white.
+    are composited on white. A detector prints the objects in each image.
     """
     from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect import is_detector
 
     if out is None and table != TableConfig():
         raise click.UsageError("--resume, --ray, --actors and --excel-safe go with --out")
     artifact, names = _split(images, artifact)
+    if is_detector(artifact):
+        if out is not None or config != PredictConfig():
+            raise click.UsageError("--out and options of its rows do not go with a detector")
+        _detect(names, artifact, draw, least_score, runtime, stated, json_file)
+        return
+    if draw is not None:
+        raise click.UsageError(f"--draw goes with a detector, and {artifact} is a classifier")
     if out is None:
         result = predict(names, artifact, config, runtime=runtime, stated=stated, reporter=REPORTER)
         _show(result)
@@ -79,6 +101,36 @@ def command(
         )  # fmt: skip
         _summarize(written)
         common.write_json(json_file, "predict", written)
+
+
+def _detect(
+    images: Sequence[str],
+    artifact: str,
+    draw: Path | None,
+    least_score: float,
+    runtime: RuntimeConfig,
+    stated: InputConfig,
+    json_file: str | None,
+) -> None:
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect_predict import detect
+
+    result = detect(
+        images, artifact, draw=draw, least_score=least_score, runtime=runtime, stated=stated,
+        reporter=REPORTER,
+    )  # fmt: skip
+    for entry in result.images:
+        common.say(f"{entry.image}: {plural(len(entry.objects), 'object')}")
+        for item in entry.objects:
+            corners = ", ".join(f"{value:.0f}" for value in item.box)
+            common.say(f"  {item.label} {100 * item.score:.1f} %  [{corners}]")
+    notes = [f"Assumed: {line}." for line in result.assumed]
+    if any(entry.unsettled for entry in result.images):
+        notes.append("Non-maximum suppression was not finished in some images.")
+    if draw is not None:
+        notes.append(f"Images with boxes are in {draw}.")
+    common.footer(notes)
+    common.write_json(json_file, "predict", result)
 
 
 def _show(result: PredictResult) -> None:

@@ -5,20 +5,49 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.errors import InputError
+from rtresnet.workflows.detect_train import TrainDetectorConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.train import TrainConfig, TrainResult
 
+if TYPE_CHECKING:
+    from rtresnet.detection.metrics import DetectionAccuracy
+    from rtresnet.workflows.detect_evaluate import EvaluateDetectorResult
+
+
+ONLY_DETECT = ("backbone", "test_data")
+
 
 @click.command("train")
+@click.option(
+    "--task",
+    type=click.Choice(["classify", "detect"]),
+    default="classify",
+    help="What the net is trained for; detect trains a Faster R-CNN.  [default: classify]",
+)
 @config_options(TrainConfig)
+@config_options(
+    TrainDetectorConfig,
+    argument="detector",
+    leave_out=[
+        f.name for f in dataclasses.fields(TrainDetectorConfig) if f.name not in ONLY_DETECT
+    ],
+)
 @config_options(InputConfig, argument="stated")
 @common.json_option
-def command(config: TrainConfig, stated: InputConfig, json_file: str | None) -> None:
+def command(
+    task: str,
+    config: TrainConfig,
+    detector: TrainDetectorConfig,
+    stated: InputConfig,
+    json_file: str | None,
+) -> None:
     """Train a net; the test split is used once, at the end.
 
     Before the first epoch the images are checked: counts per class, broken files, identical images
@@ -26,9 +55,18 @@ def command(config: TrainConfig, stated: InputConfig, json_file: str | None) -> 
 
     Writes best.pt, last.pt, log.jsonl, curves.png and index.html into the run's folder. Several
     GPUs: torchrun --nproc-per-node N -m rtresnet train ...
+
+    With --task detect, --data is voc:DIR[:SPLIT], coco:JSON:IMAGES or shapes:N, --weights may be
+    imagenet, and --set also takes fields of the net, such as anchors.
     """
     from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.train import train
+
+    if task == "detect" or _resumes_detector(config):
+        _train_detector(config, detector, stated, json_file)
+        return
+    if detector != TrainDetectorConfig():
+        raise InputError("--backbone and --test-data go with --task detect")
 
     result = train(config, stated=stated, reporter=REPORTER)
     if result.is_main:
@@ -39,6 +77,60 @@ def command(config: TrainConfig, stated: InputConfig, json_file: str | None) -> 
         weights = shlex.quote(str(result.checkpoint))
         common.say(f"next: rtresnet export --weights {weights}{precision}")
         common.write_json(json_file, "train", result)
+
+
+def _resumes_detector(config: TrainConfig) -> bool:
+    from rtresnet.workflows.detect import is_detector
+
+    return config.resume and config.out is not None and is_detector(config.out / "last.pt")
+
+
+def _train_detector(
+    config: TrainConfig, detector: TrainDetectorConfig, stated: InputConfig, json_file: str | None
+) -> None:
+    """Trains a detector with the options that both tasks have.
+
+    Raises:
+        InputError: An option that detectors do not have.
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect_train import train_detector
+
+    shared = {f.name for f in dataclasses.fields(TrainDetectorConfig)} - set(ONLY_DETECT)
+    default = TrainConfig()
+    changed = {
+        field.name: value
+        for field in dataclasses.fields(TrainConfig)
+        if (value := getattr(config, field.name)) != getattr(default, field.name)
+    }
+    if changed.pop("flip", None) is not None:
+        changed["settings"] = (*config.settings, f"flip={str(config.flip).lower()}")
+    if "model" in changed:
+        raise InputError("--model names a classifier", fix=f"--backbone {config.model}")
+    if others := sorted(set(changed) - shared):
+        option = others[0].replace("_", "-")
+        raise InputError(f"--{option} does not go with --task detect", fix="leave it out")
+    result = train_detector(
+        dataclasses.replace(detector, **changed), stated=stated, reporter=REPORTER
+    )
+    if result.measured is None:
+        common.say(f"{result.checkpoint}: not tested, because there are no test images")
+    else:
+        common.say(f"{result.checkpoint}: test {average_precision(result.measured)}")
+    common.say(f"next: rtresnet export --weights {shlex.quote(str(result.checkpoint))}")
+    common.write_json(json_file, "train", result)
+
+
+def average_precision(measured: DetectionAccuracy | EvaluateDetectorResult) -> str:
+    """AP by COCO's and VOC's rules, for people."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f} %"
+
+    return (
+        f"AP50 {percent(measured.ap50)}, AP {percent(measured.ap)}, VOC 2007 "
+        f"{percent(measured.voc07)} of {measured.objects:,} objects in {measured.n:,} images"
+    )
 
 
 def show(result: TrainResult) -> Path | None:

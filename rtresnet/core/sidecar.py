@@ -246,6 +246,36 @@ class OutlierRecord(TypedDict, total=False):
     remedy: str
 
 
+class AveragePrecisionRecord(TypedDict, total=False):
+    """Average precision of a detector in %: see `detection.metrics.DetectionAccuracy`."""
+
+    n: int
+    objects: int
+    voc07: float | None
+    voc: float | None
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    small: float | None
+    medium: float | None
+    large: float | None
+    classes: dict[str, float | None]
+    data: str
+    split: str
+    data_sha256: str
+
+
+class DetectionParityRecord(TypedDict, total=False):
+    """Difference of two runs of a detector: see `detection.parity.DetectionParity`."""
+
+    n: int
+    detections: int
+    unmatched: int
+    score: float
+    box: float
+    unsettled: int
+
+
 class Measurements(TypedDict, total=False):
     """What was measured of an artifact, and of the run that trained its weights."""
 
@@ -262,6 +292,8 @@ class Measurements(TypedDict, total=False):
     gate: GateRecord
     blocks: list[BlockRecord]
     outliers: list[OutlierRecord]
+    average_precision: AveragePrecisionRecord
+    detection_parity: DetectionParityRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,18 @@ free, at ten overlaps from 0.5 to 0.95, for objects of all sizes and of three ra
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from rtresnet.core.canvas import Detections
-from rtresnet.detection.data import Targets
+from rtresnet.core.sidecar import AveragePrecisionRecord
+
+if TYPE_CHECKING:
+    from rtresnet.detection.data import Targets
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
@@ -51,6 +56,16 @@ class DetectionAccuracy:
     medium: float | None
     large: float | None
     classes: dict[str, float | None]
+
+    def record(self, data: str, split: str, data_sha256: str) -> AveragePrecisionRecord:
+        """As a sidecar has it, with the images on which it was measured."""
+        where = {"data": data, "split": split, "data_sha256": data_sha256}
+        return cast(AveragePrecisionRecord, dataclasses.asdict(self) | where)
+
+    @classmethod
+    def of(cls, record: AveragePrecisionRecord) -> DetectionAccuracy:
+        """From what `record` returned."""
+        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})  # type: ignore[literal-required]
 
 
 def evaluate(

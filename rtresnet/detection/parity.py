@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
+
+from rtresnet.core.sidecar import DetectionParityRecord
 
 NEAR = 1.0  # pixels between the corners of two boxes that can be the same
 
@@ -42,9 +45,9 @@ class DetectionParity:
             unsettled=self.unsettled + other.unsettled,
         )
 
-    def record(self) -> dict[str, float]:
-        """As a dict, for sidecars."""
-        return dataclasses.asdict(self)
+    def record(self) -> DetectionParityRecord:
+        """As a sidecar has it."""
+        return cast(DetectionParityRecord, dataclasses.asdict(self))
 
 
 def compare(

@@ -31,6 +31,7 @@ from rtresnet.data.loader import prefetch_map
 from rtresnet.detection import boxes, checkpoint, evaluate, losses, net
 from rtresnet.detection.data import DetectionSource
 from rtresnet.detection.losses import Truth
+from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.detection.net import STRIDE
 from rtresnet.detection.recipe import DetectionRecipe
 from rtresnet.models import checkpoint as files
@@ -410,13 +411,21 @@ class _Run:
         result = evaluate.accuracy(
             evaluate.torch_run(trained), self.job.test, self.job.detection, self.job.preprocess
         )
-        measured = {f"test_{name}": value for name, value in dataclasses.asdict(result).items()}
+        test = self.job.test
+        measured = {
+            "epoch": len(self.log),
+            "average_precision": result.record(test.name, "test", test.fingerprint()),
+        }
         weights = dataclasses.replace(best.weights, sha256=None, source=self.job.source.name)
-        final = dataclasses.replace(
-            best, weights=weights, measured=measured | {"epoch": len(self.log)}
-        )
+        final = dataclasses.replace(best, weights=weights, measured=measured)
         files.save(path, final)
         return final
+
+
+def accuracy_of(best: Checkpoint) -> DetectionAccuracy | None:
+    """The test accuracy in the checkpoint of a finished run; None if it was not tested."""
+    record = best.measured.get("average_precision")
+    return None if record is None else DetectionAccuracy.of(record)
 
 
 def _same(saved: Any, own: Any) -> bool:

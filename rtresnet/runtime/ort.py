@@ -172,6 +172,8 @@ class OrtBackend:
         names = [output.name for output in outputs]
         self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
         self.output_names: list[str] = self._outputs
+        self._all_outputs = names  # of a detector, which also takes a second input
+        self._extent = next((entry.name for entry in self._session.get_inputs()[1:]), "")
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
         """Runs a batch of any N from 1. See `runtime.backend.Backend.infer`.
@@ -206,9 +208,35 @@ class OrtBackend:
             chunks.append([value[:rows] for value in values])
         return _result([np.concatenate(parts) for parts in zip(*chunks, strict=True)])
 
-    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+    def detect(self, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs a detector on one image.
+
+        Args:
+            images: float32 [1, 3, H, W], of the file's size.
+            extent: Height and width of the image on that canvas, float32 [1, 2].
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            InputError: Another type or shape, or the backend is closed.
+            UnavailableError: The provider failed.
+        """
+        if self._session is None:
+            raise InputError("detect after close")
+        values = self._run(images, {self._extent: extent}, self._all_outputs)
+        return dict(zip(self._all_outputs, values, strict=True))
+
+    def _run(
+        self,
+        images: np.ndarray,
+        others: dict[str, np.ndarray] | None = None,
+        outputs: list[str] | None = None,
+    ) -> list[np.ndarray]:
         try:
-            outputs: list[np.ndarray] = self._session.run(self._outputs, {self._input: images})
+            values: list[np.ndarray] = self._session.run(
+                outputs or self._outputs, {self._input: images, **(others or {})}
+            )
         except Exception as error:  # ONNX Runtime raises its own types, for both kinds
             if self._accepts(images):
                 reason = _reason(error)
@@ -218,7 +246,7 @@ class OrtBackend:
             raise InputError(
                 f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
             ) from error
-        return outputs
+        return values
 
     def _accepts(self, images: np.ndarray) -> bool:
         """Whether type and shape fit the input; a name stands for any length from 1."""

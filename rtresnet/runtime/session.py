@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rtresnet.core import artifacts, atomic_io, hardware, labels, metrics
+from rtresnet.core import artifacts, atomic_io, canvas, hardware, labels, metrics
+from rtresnet.core.canvas import Detections
 from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.sidecar import Sidecar
+from rtresnet.core.reporter import LOGGER
+from rtresnet.core.sidecar import Detection, Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ class Session:
         weights: sha256 of the checkpoint that the weights came from; by default the sidecar's.
         assumed: What the file does not state and was assumed; by default the sidecar's list.
         order: Maps the file's outputs to `classes`, where these are in another order.
+        detection: Of a detector; by default the sidecar's. None for a classifier.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Session:
         weights: str | None = None,
         assumed: tuple[str, ...] | None = None,
         order: LabelMap | None = None,
+        detection: Detection | None = None,
     ) -> None:
         self.path = path
         self.sidecar = sidecar
@@ -115,6 +119,7 @@ class Session:
         self.topk = sidecar.topk if sidecar else None
         self.weights = weights or (sidecar.weights.sha256 if sidecar else None)
         self.order = order
+        self.detection = detection or (sidecar.detection if sidecar else None)
         known = sidecar.assumed if sidecar else ()
         self.assumed = known if assumed is None else assumed
         self._input = input
@@ -134,6 +139,9 @@ class Session:
         Raises:
             InputError: Images of another type or shape.
         """
+        if self.detection is not None:
+            raise InputError(f"{self.path}: a detector, which gives no logits",
+                             fix="session.detect(image)")  # fmt: skip
         answer = self.backend.infer(images)
         if self.order is None:
             return answer
@@ -159,6 +167,37 @@ class Session:
         if isinstance(answer, tuple) and self.classes:
             return metrics.from_best(*answer, len(self.classes))
         return logits(answer, self.path)
+
+    def detect(self, image: np.ndarray) -> Detections:
+        """Detects objects in one image.
+
+        Args:
+            image: uint8 RGB [H, W, 3] of any size.
+
+        Returns:
+            Boxes in the image's own pixels, scores and classes, from high scores to low ones. A
+            warning is logged where `unsettled` is not 0.
+
+        Raises:
+            InputError: The artifact is a classifier, or the image has another type or shape.
+        """
+        spec, run = self.detection, getattr(self.backend, "detect", None)
+        if spec is None:
+            raise InputError(
+                f"{self.path}: a classifier, which gives no boxes",
+                fix="session(session.prepare(images)), or: rtresnet train --task detect",
+            )
+        if run is None:
+            raise InputError(f"{self.path}: {self.backend.provider} runs no detectors yet")
+        images, extent = canvas.to_canvas(image, spec, self.preprocess)
+        outputs = run(images, extent)
+        result = canvas.from_outputs(outputs, image.shape[0], image.shape[1], extent)
+        if result.unsettled:
+            LOGGER.warning(
+                "%s: non-maximum suppression was not finished for %d boxes; export it again with "
+                "more rounds", self.path, result.unsettled,
+            )  # fmt: skip
+        return result
 
     def restated(self, input: Preprocess, assumed: tuple[str, ...]) -> Session:
         """The same artifact with other preprocessing.

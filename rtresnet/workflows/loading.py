@@ -15,6 +15,7 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, UnavailableError, missing_package
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import restated
+from rtresnet.workflows import detect
 from rtresnet.workflows.input_spec import InputConfig
 
 if TYPE_CHECKING:
@@ -262,6 +263,8 @@ def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> S
     device = torch_device(runtime.device)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    if detect.is_detector(path):
+        return detect.load_checkpoint(path, device)
     loaded = checkpoint.load(path, model=model)
     return Session(
         path,

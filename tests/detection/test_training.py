@@ -151,7 +151,8 @@ def test_changed_sets_fields_of_recipe_and_net() -> None:
 
 def test_train_leaves_a_tested_detector(run_folder: Path) -> None:
     loaded = checkpoint.load(run_folder / "best.pt")
-    assert loaded.measured["test_n"] == 4 and loaded.measured["test_ap50"] >= 0
+    accuracy = training.accuracy_of(loaded)
+    assert accuracy is not None and accuracy.n == 4 and accuracy.ap50 is not None
     assert loaded.detection == SMALL and loaded.model.classes == ("circle", "square", "triangle")
     net = checkpoint.build(loaded)
     assert not net.training

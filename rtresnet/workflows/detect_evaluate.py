@@ -1,0 +1,142 @@
+"""Measure the average precision of detectors on images with boxes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rtresnet.core import artifacts, reporter
+from rtresnet.core.errors import InputError
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import flattened
+from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.detect import require_detector
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+
+if TYPE_CHECKING:
+    from rtresnet.runtime.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateDetectorResult:
+    """Average precision of a detector in %; None without an object of that kind.
+
+    Attributes:
+        artifact: What was measured.
+        precision: Its data type.
+        data: The images as they were named.
+        split: The part of them that was used.
+        data_sha256: Fingerprint of images and boxes.
+        n: Number of images.
+        objects: Number of objects that count.
+        voc07: VOC 2007's mean over 11 recalls, at IoU 0.5.
+        voc: Area under the precision-recall curve, at IoU 0.5.
+        ap: COCO's mean over IoU 0.5 to 0.95.
+        ap50: COCO's at IoU 0.5.
+        ap75: COCO's at IoU 0.75.
+        small: COCO's `ap` of objects below 32 x 32 pixels.
+        medium: Of those below 96 x 96 pixels.
+        large: Of the others.
+        classes: `ap50` of each class.
+        unsettled: Boxes for which non-maximum suppression may not have been finished.
+        invalid: Boxes of the data that have no area and were left out.
+        runtime: Where it ran.
+    """
+
+    artifact: str
+    precision: str
+    data: str
+    split: str
+    data_sha256: str
+    n: int
+    objects: int
+    voc07: float | None
+    voc: float | None
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    small: float | None
+    medium: float | None
+    large: float | None
+    classes: dict[str, float | None]
+    unsettled: int
+    invalid: int
+    runtime: RuntimeInfo = flattened()
+
+
+def evaluate_detector(
+    path: str | os.PathLike[str],
+    data: str,
+    *,
+    split: Literal["train", "test"] = "test",
+    runtime: RuntimeConfig | None = None,
+    record: bool = True,
+    reporter: Reporter = reporter.DEFAULT,
+) -> EvaluateDetectorResult:
+    """Measures average precision by VOC's and COCO's rules.
+
+    Args:
+        path: A detector: checkpoint, ONNX file or plan.
+        data: Images with boxes.
+        split: Part of the data; COCO files are one part.
+        runtime: Where the artifact runs.
+        record: Whether the sidecar receives the result.
+        reporter: Receives progress and defects of the data.
+
+    Returns:
+        Average precision, and where it was measured.
+
+    Raises:
+        InputError: Not a detector, or data of other classes.
+        DataError: Broken annotations or images.
+        ArtifactError: The file does not match its sidecar.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    from rtresnet.detection import metrics
+    from rtresnet.detection.data import open_detection, report_invalid
+
+    source = open_detection(data, split)
+    for line in report_invalid(source):
+        reporter.note(line)
+    with load_artifact(path, runtime) as session:
+        require_detector(session)
+        require_classes(session, source.classes, data)
+        detections = []
+        with reporter.progress(f"detecting on {data}", total=len(source)) as update:
+            for entry in detect_images(session, source):
+                detections.append(entry)
+                update(completed=len(detections))
+        accuracy = metrics.evaluate(source.targets, detections, source.classes)
+        result = EvaluateDetectorResult(
+            artifact=os.fspath(path), precision=session.precision, data=data, split=split,
+            data_sha256=source.fingerprint(), n=accuracy.n, objects=accuracy.objects,
+            voc07=accuracy.voc07, voc=accuracy.voc, ap=accuracy.ap, ap50=accuracy.ap50,
+            ap75=accuracy.ap75, small=accuracy.small, medium=accuracy.medium, large=accuracy.large,
+            classes=accuracy.classes, unsettled=sum(entry.unsettled for entry in detections),
+            invalid=len(source.invalid), runtime=session.info,
+        )  # fmt: skip
+    if record and artifacts.sidecar_path(path).exists():
+        measured = accuracy.record(data, split, result.data_sha256)
+        artifacts.update_measured(path, {"average_precision": measured})
+    return result
+
+
+def detect_images(session: Session, source: Any) -> Any:
+    """Yields the detections of each image of a `DetectionSource`."""
+    from rtresnet.data.loader import prefetch_map
+
+    for _, image in prefetch_map(source.read, range(len(source))):
+        yield session.detect(image)
+
+
+def require_classes(session: Session, classes: tuple[str, ...], data: str) -> None:
+    """Raises InputError where the data's classes are not the detector's."""
+    if session.classes != classes:
+        missing = [name for name in classes if name not in session.classes]
+        raise InputError(
+            f"{data}: its classes are not those of {Path(session.path).name}"
+            + (f" ({missing[0]} is unknown)" if missing else ""),
+            fix="evaluate on data with the classes that it was trained on",
+        )

@@ -1,0 +1,174 @@
+"""Detect objects in image files, and draw the boxes on copies of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtresnet.core import reporter
+from rtresnet.core.canvas import Detections
+from rtresnet.core.errors import InputError
+from rtresnet.core.reporter import Reporter
+from rtresnet.core.serialization import flattened
+from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.detect import require_detector
+from rtresnet.workflows.input_spec import InputConfig
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+from rtresnet.workflows.predict import image_files
+
+SHOWN = 0.5  # score from which a detection is listed and drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectedObject:
+    """One detection.
+
+    Attributes:
+        box: x1, y1, x2, y2 in pixels of the image.
+        label: Class name.
+        score: From 0 to 1.
+    """
+
+    box: tuple[float, float, float, float]
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectedImage:
+    """The detections in one image.
+
+    Attributes:
+        image: The file.
+        objects: Its detections, the highest score first.
+        drawn: A copy of the image with boxes; None if none was asked for.
+        unsettled: Boxes for which non-maximum suppression may not have been finished.
+    """
+
+    image: str
+    objects: tuple[DetectedObject, ...]
+    drawn: Path | None
+    unsettled: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectResult:
+    """Detections in images.
+
+    Attributes:
+        artifact: What detected.
+        images: The detections in each image that could be decoded.
+        skipped: Errors of the other images.
+        assumed: What was assumed of the artifact.
+        runtime: Where it ran.
+    """
+
+    artifact: str
+    images: tuple[DetectedImage, ...]
+    skipped: tuple[str, ...]
+    assumed: tuple[str, ...]
+    runtime: RuntimeInfo = flattened()
+
+
+def detect(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    artifact: str | os.PathLike[str],
+    *,
+    draw: str | os.PathLike[str] | None = None,
+    least_score: float = SHOWN,
+    runtime: RuntimeConfig | None = None,
+    stated: InputConfig | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> DetectResult:
+    """Detects objects in image files.
+
+    Args:
+        images: Files or folders.
+        artifact: A detector: checkpoint, ONNX file or plan.
+        draw: Folder for copies of the images with boxes.
+        least_score: Detections with lower scores are left out.
+        runtime: Where the artifact runs.
+        stated: Preprocessing in place of what the sidecar says.
+        reporter: Receives progress and broken images.
+
+    Returns:
+        Detections in each image.
+
+    Raises:
+        InputError: Not a detector.
+        DataError: No images.
+        ArtifactError: The file does not match its sidecar.
+        UnavailableError: The device, the provider or a package is not available.
+    """
+    from rtresnet.data.decode import CorruptImage, decode
+    from rtresnet.detection.drawing import draw_boxes
+
+    files = image_files(images)
+    folder = None if draw is None else Path(draw)
+    if folder is not None:
+        _require_other_folder(folder, files)
+        folder.mkdir(parents=True, exist_ok=True)
+    results, skipped, names = [], [], set[str]()
+    with load_artifact(artifact, runtime, stated=stated) as session:
+        require_detector(session)
+        with reporter.progress("detecting", total=len(files)) as update:
+            for done, file in enumerate(files, 1):
+                try:
+                    pixels = decode(Path(file))
+                except CorruptImage as error:
+                    skipped.append(str(error))
+                    reporter.note(f"skipped {error}")
+                    continue
+                found = session.detect(pixels)
+                objects = _objects(found, session.classes, least_score)
+                drawn = None
+                if folder is not None:
+                    drawn = folder / _free_name(Path(file), names)
+                    draw_boxes(pixels, [(o.box, o.label, o.score) for o in objects], drawn)
+                results.append(
+                    DetectedImage(
+                        image=os.fspath(file), objects=objects, drawn=drawn,
+                        unsettled=found.unsettled,
+                    )
+                )  # fmt: skip
+                update(completed=done)
+        return DetectResult(
+            artifact=os.fspath(artifact), images=tuple(results), skipped=tuple(skipped),
+            assumed=session.assumed, runtime=session.info,
+        )  # fmt: skip
+
+
+def _objects(
+    detections: Detections, classes: tuple[str, ...], least: float
+) -> tuple[DetectedObject, ...]:
+    return tuple(
+        DetectedObject(
+            box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+            label=classes[label],
+            score=float(score),
+        )
+        for box, label, score in zip(
+            detections.boxes, detections.labels, detections.scores, strict=True
+        )
+        if score >= least
+    )
+
+
+def _require_other_folder(folder: Path, files: Sequence[str | os.PathLike[str]]) -> None:
+    """Raises InputError where copies would replace the images themselves."""
+    if any(Path(file).resolve().parent == folder.resolve() for file in files):
+        raise InputError(
+            f"{folder}: holds the images, which copies would replace", fix="name another folder"
+        )
+
+
+def _free_name(file: Path, names: set[str]) -> str:
+    """STEM.jpg, numbered where images of several folders have one name."""
+    name, number = f"{file.stem}.jpg", 1
+    while name in names:
+        number += 1
+        name = f"{file.stem}-{number}.jpg"
+    names.add(name)
+    return name

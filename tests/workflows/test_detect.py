@@ -1,0 +1,120 @@
+"""A detector through the steps: train, load, evaluate, detect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rtresnet
+from rtresnet.cli.main import main
+from rtresnet.detection.data import open_detection
+from rtresnet.workflows.detect import is_detector
+
+TINY = (
+    "width=0.125", "shorter=64", "longer=64", "candidates=60", "regions=12", "detections=8",
+    "rpn_batch=16", "head_batch=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> rtresnet.TrainDetectorResult:
+    config = rtresnet.TrainDetectorConfig(
+        backbone="resnet18", data="shapes:8", epochs=1, batch=4, settings=TINY,
+        out=tmp_path_factory.mktemp("run") / "run",
+    )  # fmt: skip
+    return rtresnet.train_detector(config)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    source = open_detection("shapes:2", "test")
+    for index in range(2):
+        Image.fromarray(source.read(index)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_train_detector_result_has_average_precision(run: rtresnet.TrainDetectorResult) -> None:
+    assert run.measured is not None and run.measured.n == 8
+    assert run.detection.width == 0.125 and run.recipe.name == "scratch-detection"
+    assert is_detector(run.checkpoint)
+    Path(f"{run.checkpoint}.json").rename(f"{run.checkpoint}.away")
+    try:
+        assert is_detector(run.checkpoint)
+    finally:
+        Path(f"{run.checkpoint}.away").rename(f"{run.checkpoint}.json")
+
+
+def test_load_detector_detects_in_the_images_own_coordinates(
+    run: rtresnet.TrainDetectorResult,
+) -> None:
+    with rtresnet.load(run.checkpoint) as session:
+        image = np.zeros((30, 50, 3), np.uint8)
+        detections = session.detect(image)
+        assert (detections.boxes >= 0).all() and (detections.boxes <= [50, 30, 50, 30]).all()
+        assert detections.unsettled == 0
+        with pytest.raises(rtresnet.InputError, match="detect"):
+            session(np.zeros((1, 3, 64, 64), np.float32))
+
+
+def test_evaluate_detector_repeats_the_accuracy_of_training(
+    run: rtresnet.TrainDetectorResult,
+) -> None:
+    result = rtresnet.evaluate_detector(run.checkpoint, "shapes:8")
+    assert run.measured is not None
+    assert (result.ap50, result.voc07, result.n) == (
+        run.measured.ap50, run.measured.voc07, 8,
+    )  # fmt: skip
+    sidecar = rtresnet.read_sidecar(run.checkpoint)
+    assert sidecar is not None and sidecar.measured["average_precision"]["ap50"] == result.ap50
+
+
+def test_detect_draws_boxes(
+    run: rtresnet.TrainDetectorResult, images: Path, tmp_path: Path
+) -> None:
+    result = rtresnet.detect(images, run.checkpoint, draw=tmp_path / "drawn", least_score=0.0)
+    assert len(result.images) == 2
+    for entry in result.images:
+        assert entry.drawn is not None
+        with Image.open(entry.drawn) as drawn:
+            assert drawn.size == (128, 128)
+            changed = np.abs(
+                np.asarray(drawn, np.int32) - np.asarray(Image.open(entry.image), np.int32)
+            ).max()
+        assert (changed > 60) == bool(entry.objects)
+    with pytest.raises(rtresnet.InputError):
+        rtresnet.detect(images, run.checkpoint, draw=images)
+
+
+def test_commands_of_a_detector(
+    run: rtresnet.TrainDetectorResult, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(run.checkpoint)
+    assert main(["eval", path, "--data", "shapes:4", "--no-record"]) == 0
+    assert main(["predict", path, str(images), "--draw", "out", "--json", "p.json"]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert main(["train", "--task", "detect", "--out", str(run.checkpoint.parent), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--backbone", "resnet18"],
+        ["train", "--task", "detect", "--model", "resnet18"],
+        ["train", "--task", "detect", "--qat"],
+        ["train", "--task", "detect", "--backbone", "resnet20"],
+        ["train", "--task", "detect", "--data", "digits"],
+        ["train", "--task", "detect", "--set", "anchor=3"],
+        ["train", "--task", "detect", "--backbone", "resnet18", "--recipe", "paper-detection"],
+    ],
+)
+def test_train_detector_wrong_options_are_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
