@@ -129,6 +129,8 @@ def show_advice(result: AdviceResult) -> None:
         soft_wrap=True, markup=False,
     )  # fmt: skip
     tables.show(console, ("precision", "accuracy", "MB moved", "kernels", *gpus), rows)
+    if any(entry.accuracy.snr_db is not None for entry in result.plans):
+        lines.append("dB: signal to noise at the logits against FP32, measured by calibration.")
     for line in (*lines, *result.advice):
         console.print(line, soft_wrap=True, markup=False)
 
@@ -145,4 +147,6 @@ def _accuracy(accuracy: PlanAccuracy) -> str | None:
         parts.append(f"top-1 {accuracy.top1_percent:.2f} % (n {accuracy.n})")
     if accuracy.drop_points is not None:
         parts.append(f"drop {accuracy.drop_points:.2f} points (n {accuracy.drop_n})")
+    if accuracy.snr_db is not None and not parts:
+        parts.append(f"{accuracy.snr_db:.1f} dB")
     return ", ".join(parts) or None

@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rtresnet.core import artifacts
+from rtresnet.core import artifacts, atomic_io, serialization
 from rtresnet.core.errors import InputError
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Sidecar, accuracies
@@ -44,6 +45,7 @@ class PlanAccuracy:
     Attributes:
         top1_percent: On n images of data.
         drop_points: Percentage points that quantization lost, on drop_n images of drop_data.
+        snr_db: Signal to noise at the logits against FP32, in dB, as calibration measured it.
     """
 
     top1_percent: float | None = None
@@ -52,6 +54,7 @@ class PlanAccuracy:
     drop_points: float | None = None
     drop_n: int | None = None
     drop_data: str | None = None
+    snr_db: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,8 @@ def _accuracy(path: str) -> PlanAccuracy:
         ]  # fmt: skip
         drop = sidecar.measured.get("drop")
         known = isinstance(drop, dict) and {"points", "n"} <= drop.keys()
-        if sidecar.weights.origin == "untrained" or not (records or known):
+        snr = _signal_to_noise(sidecar)
+        if sidecar.weights.origin == "untrained" or not (records or known or snr is not None):
             continue
         lost = drop if known and isinstance(drop, dict) else {}
         best = records[-1] if records else {}
@@ -156,8 +160,21 @@ def _accuracy(path: str) -> PlanAccuracy:
             drop_points=lost.get("points"),
             drop_n=lost.get("n"),
             drop_data=lost.get("data"),
+            snr_db=snr,
         )
     return PlanAccuracy()
+
+
+def _signal_to_noise(sidecar: Sidecar) -> float | None:
+    """Reads what calibration measured, from the file of scales if it is still the same."""
+    calibration = sidecar.calibration
+    if calibration is None or not Path(calibration.scales).is_file():
+        return None
+    if atomic_io.sha256(calibration.scales) != calibration.scales_sha256:
+        return None
+    measured = serialization.load(calibration.scales).get("signal_to_noise_db") or {}
+    value = measured.get("kept")
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _same_precision(path: str) -> Iterator[Sidecar]:

@@ -381,11 +381,14 @@ def _chosen(
     ]
     for gpu in gpus:
         if every_gpu and gpu not in possible:
-            target = gpu_targets.target_of(gpu.name)
+            target = gpu_targets.target_of(gpu.name) or "that GPU"
+            rtx = gpu_targets.served_by_rtx(target)
             raise InputError(
                 f"--gpu {gpu.name}: {subject.name} was built for {', '.join(subject.targets)}, not "
                 f"for {target}",
-                fix=f"build it again with --target {target}",
+                fix=f"build it again with --target {target}"
+                if rtx
+                else "build it on that GPU's machine with --builder tensorrt",
             )
         if every_gpu and fp8 and gpu.fp8 is None:
             having = ", ".join(gpu.name for gpu in roofline.GPUS if gpu.fp8 is not None)

@@ -83,6 +83,7 @@ def test_export_of_several_precisions_ends_with_their_comparison(
     arguments = ["--fp16", "--int8", "--calib", tints, "--target", "L4", "--json", "e.json"]
     assert main(["export", "--weights", str(trained / "best.pt"), *arguments]) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert " dB " in shown and "measured by calibration" in shown
     assert "kernels L4 " in shown and "4090" not in shown and "INT8 moves" in shown
     advice = json.loads(Path("e.json").read_text())["result"]["advice"]
     assert [entry["precision"] for entry in advice["plans"]] == ["fp16", "int8"]

@@ -85,7 +85,8 @@ def test_estimate_of_a_plan_grows_with_the_batch_but_not_its_weights(
     ("options", "words"),
     [
         ({"batch": 17}, "takes batches of 1:4:16"),
-        ({"gpus": ("RTX 5090",)}, "was built for sm_86, sm_89, not for sm_120"),
+        ({"gpus": ("RTX 5090",)}, "not for sm_120; build it again with --target sm_120"),
+        ({"gpus": ("H200",)}, "was built for sm_86, sm_89, not for sm_90; .* --builder tensorrt"),
         ({"precision": "fp16"}, "is int8"),
         ({"size": 64}, "has its own size"),
     ],
@@ -248,6 +249,15 @@ def test_advise_shows_the_accuracy_of_the_files_that_a_plan_came_from(
     sidecar.write_text(json.dumps(record))
     accuracy = advise([plan]).plans[0].accuracy
     assert (accuracy.top1_percent, accuracy.n, accuracy.drop_points) == (90.0, 100, 0.5)
+    scales = tmp_path / "scales.json"
+    scales.write_text(json.dumps({"signal_to_noise_db": {"kept": 35.5}}))
+    record["calibration"] |= {
+        "scales": str(scales), "scales_sha256": atomic_io.sha256(scales)
+    }  # fmt: skip
+    sidecar.write_text(json.dumps(record))
+    assert advise([plan]).plans[0].accuracy.snr_db == 35.5
+    scales.write_text(json.dumps({"signal_to_noise_db": {"kept": 99}}))  # of another calibration
+    assert advise([plan]).plans[0].accuracy.snr_db is None
     record["sha256"] = "0" * 64  # another file stands there by now
     sidecar.write_text(json.dumps(record))
     assert advise([plan]).plans[0].accuracy == advisor.PlanAccuracy()
