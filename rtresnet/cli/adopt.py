@@ -9,6 +9,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.preprocess import UINT8
+from rtresnet.core.reporter import plural
 from rtresnet.workflows.input_spec import InputConfig
 
 
@@ -49,7 +50,7 @@ def command(
     named = "named" if result.named else "without names"
     batch = f", batches of {result.interface.batch}" if result.interface.batch else ""
     common.say(
-        f"{path}: {sidecar.precision}, {len(sidecar.model.classes)} classes {named}, "
+        f"{path}: {sidecar.precision}, {plural(len(sidecar.model.classes), 'class')} {named}, "
         f"{contract.size} of {contract.resize} px, {takes}{batch}"
     )
     common.say(f"sidecar: {result.file}")

@@ -8,6 +8,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.reporter import plural
 from rtresnet.core.sidecar import Plan
 from rtresnet.workflows.build import BuildConfig, BuildResult
 from rtresnet.workflows.embed_io import EmbedConfig
@@ -83,7 +84,7 @@ def describe_attested(plan: Plan) -> str:
         )
     for count, word in ((attested.requantizes, "requantize"), (attested.reformats, "reformat")):
         if count:
-            parts.append(f"{count} layers {word}")
+            parts.append(f"{plural(count, 'layer')} {word}")
     if attested.rounds:
         parts.append(f"{len(attested.rounds)} Q/DQ pairs only round")
     return ", ".join(parts)

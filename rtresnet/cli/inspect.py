@@ -132,7 +132,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
         i = record.input
         lines.append(
             f"input {i.size}x{i.size} (resize {i.resize}, {i.interpolation}), mean {list(i.mean)}, "
-            f"std {list(i.std)}; {len(record.model.classes)} classes"
+            f"std {list(i.std)}; {plural(len(record.model.classes), 'class')}"
         )
         if record.assumed:
             lines.append(f"assumed: {'; '.join(record.assumed)}")
@@ -150,7 +150,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
         batches = ", ".join(map(str, p.profiles))
         lines.append(f"{p.builder} {p.version}, batches {batches}, for {', '.join(p.targets)}")
         if p.attested:
-            lines.append(f"{describe_attested(p)}; {p.attested.layers} layers")
+            lines.append(f"{describe_attested(p)}; {plural(p.attested.layers, 'layer')}")
     lines += tables.measured_lines(record.measured)
     if record.made_by:
         lines.append(f"made by: {record.made_by.get('command')}")

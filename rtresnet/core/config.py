@@ -121,3 +121,18 @@ def _checked(name: str, value: Any, hint: Any, about: Option) -> Any:
         if about.maximum is not None and not value <= about.maximum:
             raise InputError(f"{name} is {value}: at most {about.maximum:g} is possible")
     return value
+
+
+def parse_percentage(text: str) -> float:
+    """Read "2", "2%" or "0.5 %" as a share in [0, 1].
+
+    Raises:
+        InputError: Not a percentage.
+    """
+    try:
+        share = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InputError("not a percentage from 0 to 100", fix="as in 1%")
+    return share

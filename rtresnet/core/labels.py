@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rtresnet.core.errors import DataError, InputError, nearest
+from rtresnet.core.reporter import plural
 
 SHOWN = 3  # unknown names that an error lists
 
@@ -133,17 +134,13 @@ def match(
     if names is not None:
         if numbered(model):
             if len(names) != len(model):
-                raise InputError(
-                    f"--classes has {len(names)} names, but {model_name} has {len(model)} classes"
-                )
+                raise wrong_number(names, model_name, len(model))
             model = names
             if not data_named:  # then they name both sides, and numbers stay what they are
                 count = len(_first(names, len(data), data_name))
                 return LabelMap(indices=tuple(range(count)), model_classes=len(model), by="file")
         elif data_named and len(names) != len(data):
-            raise InputError(
-                f"--classes has {len(names)} names, but {data_name} has {len(data)} classes"
-            )
+            raise wrong_number(names, data_name, len(data))
         else:
             data = _first(names, len(data), data_name)
         indices = _by_name(model, data, model_name, data_name)
@@ -158,7 +155,8 @@ def match(
     why = f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no class names"
     if len(model) != len(data):
         raise DataError(
-            f"{data_name} has {len(data)} classes, but {model_name} has {len(model)}; {why}",
+            f"{data_name} has {plural(len(data), 'class')}, but {model_name} has {len(model)}; "
+            f"{why}",
             fix="name them in the order of their numbers: --classes FILE",
         )
     return LabelMap(
@@ -190,9 +188,17 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def wrong_number(names: Sequence[str], side: object, count: int) -> InputError:
+    """The error for --classes with another number of names than the net or the data has."""
+    return InputError(
+        f"--classes has {plural(len(names), 'name')}, but {side} has {plural(count, 'class')}",
+        fix="name every class once, in the order of its number",
+    )
+
+
 def _first(names: Sequence[str], count: int, data_name: str) -> Sequence[str]:
     if len(names) < count:
-        raise InputError(f"--classes has {len(names)} names, but {data_name} has {count} classes")
+        raise wrong_number(names, data_name, count)
     return names[:count]
 
 
@@ -217,7 +223,7 @@ def _by_name(
         )
     for name in data:
         if counts[name] > 1:
-            raise DataError(f"{model_name}: has {counts[name]} classes named {name!r}")
+            raise DataError(f"{model_name}: has {plural(counts[name], 'class')} named {name!r}")
     if len(set(data)) != len(data):
         twice = Counter(data).most_common(1)[0][0]
         raise DataError(f"{data_name}: has two classes named {twice!r}")

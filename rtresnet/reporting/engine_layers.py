@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from rtresnet.core.reporter import plural
 from rtresnet.reporting import pages
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def show(console: Console, engine: Layers) -> None:
     layers = []
     for stage, members in _stages(engine):
         layers += members
-        lines.append(f"{stage}: {len(members)} layers, {megabytes(members):.1f} MB")
+        lines.append(f"{stage}: {plural(len(members), 'layer')}, {megabytes(members):.1f} MB")
         for layer in members:
             shape = "x".join(map(str, layer.outputs[0].shape[1:] if layer.outputs else ()))
             lines.append(
@@ -177,7 +178,8 @@ def show(console: Console, engine: Layers) -> None:
     if engine.activations:
         memory = f"; activation memory {engine.activations[0] / 1e6:.1f} MB"
     lines.append(
-        f"in all {len(layers)} layers, write {megabytes(layers):.1f} MB{memory} (largest batch)"
+        f"in all {plural(len(layers), 'layer')}, write {megabytes(layers):.1f} MB{memory} "
+        "(largest batch)"
     )
     for line in (*lines, *_problems(engine, layers)):
         console.print(line.rstrip(), markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtresnet.core.reporter import plural
 from rtresnet.reporting.plots import GREY, PALETTE, subplots
 from rtresnet.reporting.tables import DataTable
 
@@ -222,7 +223,7 @@ def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
 def response_table(entry: LayerResponses, data: str) -> DataTable:
     """Return a row for each 3x3 layer of one checkpoint."""
     return DataTable(
-        title=f"{entry.model}, {entry.checkpoint}, {entry.n} images of {data}",
+        title=f"{entry.model}, {entry.checkpoint}, {plural(entry.n, 'image')} of {data}",
         headings=("layer", "name", "std of response"),
         rows=[(n, name, value) for n, (name, value) in enumerate(entry.responses.items(), 1)],
     )

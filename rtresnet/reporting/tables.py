@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rtresnet.core.reporter import escape_cell
+from rtresnet.core.reporter import escape_cell, plural
 from rtresnet.core.sidecar import accuracies
 
 Row = Sequence[object]
@@ -112,7 +112,7 @@ def measured_lines(measured: Mapping[str, Any]) -> list[str]:
         elif name == "drop" and _has_numbers(value, ("points", "low", "high", "n")):
             lines.append(
                 f"drop {value['points']:.2f} points of top-1 (95 %: {value['low']:.2f} to "
-                f"{value['high']:.2f}) on {value['n']} images of {value.get('data')}"
+                f"{value['high']:.2f}) on {plural(value['n'], 'image')} of {value.get('data')}"
             )
         elif not _is_table(name, value):
             lines.append(f"{name} {one_line(value)}")

@@ -16,6 +16,7 @@ from rtresnet.core.metrics import Drop
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened, to_builtins
 from rtresnet.core.sidecar import Measurements
+from rtresnet.workflows.evaluate import ALLOW_BROKEN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,12 +37,14 @@ class Gate:
             its 95 % interval must be. "point" is the default because a few hundred images, which
             is what most people have, cannot show half a point even for two equal nets.
         classes: Names from --classes, of the net or the images.
+        max_broken: Share of broken images that are left out; with more it is an error.
     """
 
     data: str
     max_drop: float
     rule: str = "point"
     classes: tuple[str, ...] | None = None
+    max_broken: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +209,7 @@ def quantize_within(
 
     images = f"on {plural(len(labelled), 'image')} of {gate.data}"
     with reporter.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
-        base = _hits(source, labelled, preprocess, update)
+        base = _hits(source, labelled, preprocess, update, gate)
     with reporter.progress("measuring the noise of each block"):
         ranked = sensitivity(calibrated, held_out, logits)
     for count in range(len(ranked)):
@@ -215,10 +218,10 @@ def quantize_within(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             path.write_bytes(model.SerializeToString())
-            floats = f", {count} blocks in float," if count else ""
+            floats = f", {plural(count, 'block')} in float," if count else ""
             doing = f"measuring INT8{floats} {images}"
             with reporter.progress(doing, total=len(labelled)) as update:
-                drop = paired_drop(base, _hits(path, labelled, preprocess, update))
+                drop = paired_drop(base, _hits(path, labelled, preprocess, update, gate))
         if passes(drop, gate):
             break
     labels = labelled.mapping
@@ -272,7 +275,11 @@ def judged(drop: Drop, gate: Gate) -> GateVerdict:
 
 
 def _hits(
-    path: Path, source: Source, preprocess: Preprocess, update: Callable[[int], None]
+    path: Path,
+    source: Source,
+    preprocess: Preprocess,
+    update: Callable[[int], None],
+    gate: Gate,
 ) -> np.ndarray:
     """Which images a file classifies as labelled, bool [N]; broken ones count for no file."""
     import numpy as np
@@ -287,14 +294,15 @@ def _hits(
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
         found: list[np.ndarray] = []
-        for images, labels in loader.batches(source, preprocess, size):
+        tally = loader.DecodeErrors(len(source), tolerated=gate.max_broken, fix=ALLOW_BROKEN)
+        for images, labels in loader.batches(source, preprocess, size, tally=tally):
             found.append(logits(backend.infer(images), path).argmax(1) == labels)
             update(sum(map(len, found)))
     return np.concatenate(found)
 
 
 def _measurement(drop: Drop, count: int, gate: Gate) -> str:
-    floats = f" with {count} block{'s' if count > 1 else ''} left in float" if count else ""
+    floats = f" with {plural(count, 'block')} left in float" if count else ""
     return (
         f"INT8{floats} {'gains' if drop.points < 0 else 'loses'} {abs(drop.points):.2f} points of "
         f"top-1 on {plural(drop.n, 'image')} of {gate.data} (95 % interval of the loss: "

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rtresnet.core import artifacts, atomic_io, locks, reporter
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.labels import wrong_number
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Model, Sidecar, Weights
 from rtresnet.onnxlib.interface import Interface
 from rtresnet.workflows.input_spec import InputConfig
@@ -137,16 +138,13 @@ def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -
         )
     if interface.topk is not None and len(names) < interface.topk:
         raise InputError(
-            f"--classes has {len(names)} names, and {path} gives the {interface.topk} most "
-            "probable classes"
+            f"--classes has {plural(len(names), 'name')}, and {path} gives the "
+            f"{interface.topk} most probable classes"
         )
     if interface.topk is None and count is None:
         raise _open_classes(path)
     if count is not None and len(names) != count:
-        raise InputError(
-            f"--classes has {len(names)} names, and {path} has {count} classes",
-            fix="name every class once, in the order of the outputs",
-        )
+        raise wrong_number(names, path, count)
     return tuple(names)
 
 

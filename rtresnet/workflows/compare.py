@@ -154,7 +154,7 @@ def _answers(
         source,
         preprocess,
         config.batch or loader.batch_size(preprocess),
-        tally=loader.DecodeErrors(len(source), reporter.note),
+        tally=config.decode_errors(source, reporter),
     )
     with reporter.progress(f"running {session.path}"):
         answers = [session(images) for images, _ in batches]

@@ -11,7 +11,7 @@ from typing import Literal
 from rtresnet.core import artifacts, atomic_io, hardware, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, missing_package
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Measurements, Sidecar
 
 
@@ -49,7 +49,7 @@ class EmbedConfig(Config):
 def require_classes(topk: int | None, classes: int, net: str) -> None:
     """Raises InputError where more classes are asked for than there are."""
     if topk is not None and topk > classes:
-        raise InputError(f"--topk {topk}: {net} has {classes} classes")
+        raise InputError(f"--topk {topk}: {net} has {plural(classes, 'class')}")
 
 
 def path_with(source: Path, config: EmbedConfig) -> Path:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
 from rtresnet.core.classification import ClassificationReport, Collector
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.labels import LabelMatch, read_classes
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.reporter import Reporter
+from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import AccuracyRecord
 from rtresnet.runtime.session import RuntimeInfo
@@ -27,9 +27,14 @@ from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
 if TYPE_CHECKING:
-    from rtresnet.data.sources import Relabelled
+    from rtresnet.data.loader import DecodeErrors
+    from rtresnet.data.sources import Relabelled, Source
     from rtresnet.runtime.session import Session
     from rtresnet.training.evaluate import Views
+
+
+MAX_BROKEN = 0.01
+ALLOW_BROKEN = "repair or remove them, or allow them, as in --max-broken 5%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class DataConfig(Config):
         split: Part of the data.
         batch: Images at a time.
         classes: Class names of the side that has none.
+        max_broken: Share of broken images that are left out, in [0, 1]; with more it is an error.
     """
 
     split: Literal["train", "test", "all"] = option(
@@ -56,6 +62,21 @@ class DataConfig(Config):
         parse=read_classes,
         default_text="from the model and the data",
     )
+    max_broken: float = option(
+        MAX_BROKEN,
+        "Share of broken images up to which they are left out; with more, nothing is measured.",
+        metavar="N%",
+        parse=parse_percentage,
+        default_text="1%",
+        minimum=0,
+        maximum=1,
+    )
+
+    def decode_errors(self, source: Source, reporter: Reporter) -> DecodeErrors:
+        """Counts the broken images of a source and refuses too many."""
+        from rtresnet.data.loader import DecodeErrors
+
+        return DecodeErrors(len(source), reporter.note, tolerated=self.max_broken, fix=ALLOW_BROKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +229,12 @@ def evaluate(
     Raises:
         InputError: A file that does not exist, whose preprocessing is unknown, or that does not
             suit the protocol; or artifacts of other classes.
-        DataError: The data cannot be read, its labels do not match the classes, or more than 1 %
-            of the images are broken.
+        DataError: The data cannot be read, its labels do not match the classes, or more
+            images are broken than the config allows.
         ArtifactError: An artifact does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
     """
-    from rtresnet.data import loader, sources
+    from rtresnet.data import sources
     from rtresnet.training.evaluate import Views, evaluate_views
 
     config, runtime, data = config or EvaluateConfig(), runtime or RuntimeConfig(), str(data)
@@ -237,7 +258,7 @@ def evaluate(
             sources.open_source(data, config.split), sessions[0].classes, names=config.classes,
             model_name=names[0],
         )  # fmt: skip
-        tally = loader.DecodeErrors(len(source), reporter.note)
+        tally = config.decode_errors(source, reporter)
         collector = Collector(source.classes) if config.details else None
         hooks: dict[str, Any] = {"on_scores": collector.add} if collector else {}
         with reporter.progress(f"evaluating {', '.join(names)}", total=len(source)) as update:
@@ -420,5 +441,5 @@ def _described(views: Views, preprocess: Preprocess, pooling: str) -> dict[str, 
         "resize": None if scales else resize,
         "scales": scales or None,
         "views": count,
-        "shown": f"{views.protocol}, {pixels} px, {count} view{'s' if count > 1 else ''}{sliding}",
+        "shown": f"{views.protocol}, {pixels} px, {plural(count, 'view')}{sliding}",
     }

@@ -102,7 +102,7 @@ def lint(
     return LintResult(
         file=path,
         fixed=out,
-        worse=counted(findings),
+        worse=severities(findings),
         findings=tuple(findings),
         repaired=tuple(repaired),
         before=tuple(before),
@@ -144,7 +144,7 @@ def _repair(
     return left, repaired
 
 
-def counted(findings: Iterable[Finding]) -> str:
+def severities(findings: Iterable[Finding]) -> str:
     """As in "3 errors, 1 warning"; empty where there is nothing worse than a note."""
     count = Counter(entry.severity for entry in findings)
     return ", ".join(plural(count[s], s) for s in ("error", "warning") if count[s])

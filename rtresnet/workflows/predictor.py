@@ -17,6 +17,7 @@ from rtresnet.core import metrics
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.reporter import plural
 from rtresnet.core.serialization import json_name
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
@@ -131,7 +132,7 @@ class Predictor:
         if available is not None and self.top > available:
             self.close()
             raise InputError(
-                f"--top {self.top}: {artifact} gives {available} classes",
+                f"--top {self.top}: {artifact} gives {plural(available, 'class')}",
                 fix=f"--top {available} or less",
             )
 
@@ -214,7 +215,7 @@ class Predictor:
             probabilities = np.take_along_axis(shares, indices, axis=1)
         if indices.shape[1] < self.top:
             raise InputError(
-                f"{self.session.path} gives {indices.shape[1]} classes an image",
+                f"{self.session.path} gives {plural(indices.shape[1], 'class')} an image",
                 fix=f"--top {indices.shape[1]} or less",
             )
         for row, values in zip(indices, probabilities.astype(np.float32), strict=True):

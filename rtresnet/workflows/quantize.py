@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter, serialization
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.labels import read_classes
 from rtresnet.core.reporter import Reporter, plural
@@ -23,6 +23,7 @@ from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Calibration, Measurements, OutlierRecord, Sidecar
 from rtresnet.workflows import adopt
 from rtresnet.workflows.accuracy_gate import Gate, GateResult, open_labelled, quantize_within
+from rtresnet.workflows.evaluate import ALLOW_BROKEN, MAX_BROKEN
 from rtresnet.workflows.input_spec import InputConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class QuantizeConfig(Config):
         gate: What must be within `max_drop`: the measured loss ("point") or the upper limit of its
             95 % interval ("upper").
         classes: Class names of the net or the images, where these have none.
+        max_broken: Share of broken images that are left out, in [0, 1]; with more it is an error.
     """
 
     precision: Literal["int8", "fp16"] = option("int8", "Precision of the new file.")
@@ -96,6 +98,15 @@ class QuantizeConfig(Config):
         parse=read_classes,
         default_text="from the model and the data",
     )
+    max_broken: float = option(
+        MAX_BROKEN,
+        "Share of broken images up to which they are left out; with more, nothing is written.",
+        metavar="N%",
+        parse=parse_percentage,
+        default_text="1%",
+        minimum=0,
+        maximum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +118,7 @@ class QuantizeConfig(Config):
         if self.precision == "fp16":
             if self.eval_data is not None:
                 raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
-            for name in ("calib", "calibrator", "calib_images", "float_dtype"):
+            for name in ("calib", "calibrator", "calib_images", "float_dtype", "max_broken"):
                 if name in changed:
                     raise InputError(
                         f"--{name.replace('_', '-')} is for INT8", fix="leave --fp16 out"
@@ -125,8 +136,9 @@ class QuantizeConfig(Config):
         if self.eval_data is None:
             return None
         return Gate(
-            data=self.eval_data, max_drop=self.max_drop, rule=self.gate, classes=self.classes
-        )
+            data=self.eval_data, max_drop=self.max_drop, rule=self.gate, classes=self.classes,
+            max_broken=self.max_broken,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +336,7 @@ class _Int8:
         config, reporter, source = self.config, self.reporter, self.source
         labelled = open_labelled(gate, self.sidecar.model.classes, source) if gate else None
         batches, name, fingerprint, count = calibration_batches(
-            config.calib, self.sidecar.input, config.calib_images, reporter
+            config, self.sidecar.input, reporter
         )
         tensors = list(qdq.placement(model))
         if (batch := simulate.fixed_batch(model)) is not None:
@@ -452,7 +464,7 @@ class _Int8:
             tried = [ratio for name, ratio in calibrated.ratios.items() if name != "kept"]
             biases = ", biases corrected" if calibrated.shifts else ""
             count = len(calibrated.own)
-            own = f", {count} tensors with a range of their own" if count else ""
+            own = f", {plural(count, 'tensor')} with a range of their own" if count else ""
             note(
                 f"ranges by {calibrated.method}{biases}{own}: {calibrated.ratios['kept']:.1f} dB "
                 f"signal to noise at the logits (tried: {min(tried):.1f} to {max(tried):.1f})"
@@ -483,7 +495,7 @@ def _with_float_dtype(model: Any, dtype: str) -> Any:
 
 
 def calibration_batches(
-    spec: str | None, preprocess: Preprocess, images: int, reporter: Reporter
+    config: QuantizeConfig, preprocess: Preprocess, reporter: Reporter
 ) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
     """The calibration images as repeatable batches, with their name, hash and number.
 
@@ -491,6 +503,7 @@ def calibration_batches(
     """
     from rtresnet.data import loader, sources
 
+    spec, images = config.calib, config.calib_images
     any_images = CALIB.is_dir() and bool(sources.images_under(CALIB))
     lists = sorted(CALIB.glob("*.txt")) if CALIB.is_dir() else []
     if spec is None and not any_images and lists:
@@ -508,7 +521,9 @@ def calibration_batches(
         name = spec
     source = sources.open_images(spec)
     chosen = loader.sample(source, images)
-    tally = loader.DecodeErrors(len(chosen), reporter.note)
+    tally = loader.DecodeErrors(
+        len(chosen), reporter.note, tolerated=config.max_broken, fix=ALLOW_BROKEN
+    )
     size = loader.batch_size(preprocess)
 
     def batches() -> Iterator[np.ndarray]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import locks, provenance, reporter
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.workflows.loading import require_torch, torch_device
-from rtresnet.workflows.train import DATA_HELP, NOT_MIRRORED, parse_percentage
+from rtresnet.workflows.train import DATA_HELP, NOT_MIRRORED
 
 if TYPE_CHECKING:
     from rtresnet.models.zoo import Spec

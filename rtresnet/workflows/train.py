@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from rtresnet.core import reporter
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import LogReporter, Reporter
 from rtresnet.training.config import SAVE_SECONDS, Recipe
@@ -32,21 +32,6 @@ DATA_HELP = (
     "synthetic:N. Transparent images are composited on white."
 )
 RECIPE_FIELDS = ("epochs", "batch", "lr", "seed")  # that are options of their own
-
-
-def parse_percentage(text: str) -> float:
-    """Read "2", "2%" or "0.5 %" as a share in [0, 1].
-
-    Raises:
-        InputError: Not a percentage.
-    """
-    try:
-        share = float(text.strip().removesuffix("%")) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise InputError("not a percentage from 0 to 100", fix="as in 1%")
-    return share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from rtresnet.core.errors import DataError, InputError, UnknownNameError
 from rtresnet.core.reporter import Update
 from rtresnet.core.serialization import to_builtins
 from rtresnet.core.sidecar import accuracies
-from rtresnet.workflows.compare import compare
+from rtresnet.workflows.compare import CompareConfig, compare
 from rtresnet.workflows.evaluate import EvaluateConfig, evaluate, record_accuracy
 from rtresnet.workflows.loading import RuntimeConfig
+from rtresnet.workflows.quantize import QuantizeConfig, quantize
 from tests.workflows.labelled import TINTS, folders, with_classes
 
 
@@ -243,6 +244,33 @@ def test_evaluate_broken_image_is_left_out_for_every_member_and_reported_once(
     assert [entry.n for entry in (*result.members, result)] == [119] * 3
     (note,) = reporter.notes
     assert "7.png" in note and len(result.skipped) == 1
+
+
+def test_broken_images_above_the_bound_stop_the_work_and_max_broken_allows_them(
+    copied: Path, best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = folders(tmp_path / "data", {"0": 0, "1": 1, "2": 2, "3": 3}, count=25)
+    for index in range(3):
+        (tmp_path / "data" / "1" / f"{index}.png").write_bytes(b"not an image")
+    net = copied / "resnet8.onnx"
+
+    def quantized(max_broken: float) -> int:
+        config = QuantizeConfig(
+            calib=data, eval_data=data, calibrator="max", max_drop=100, max_broken=max_broken
+        )
+        drop = quantize(net, config).sidecar.measured["drop"]
+        return drop["n"]
+
+    for counted_with in (
+        lambda share: evaluate(net, data, EvaluateConfig(max_broken=share)).n,
+        lambda share: compare(best, net, data, CompareConfig(max_broken=share)).n,
+        quantized,
+    ):
+        with pytest.raises(DataError) as error:
+            counted_with(0.02)
+        assert "--max-broken" in (error.value.fix or "")
+        assert counted_with(0.03) == 97
 
 
 def test_evaluate_data_that_the_net_was_trained_on_is_remarked(
