@@ -38,6 +38,7 @@ SCREENSHOTS = {
     "report": ("report.html", 1200, 760),
     "training": ("runs/resnet20-digits/index.html", 1200, 760),
     "quickstart": ("runs/quickstart/index.html", 1200, 760),
+    "evaluation": ("evaluation/index.html", 1200, 1150),
 }
 
 

@@ -73,6 +73,7 @@ DOORS = {
 # Packages of others that one file may import although its package may not.
 SEAMS = {
     "core/preprocess.py": {"PIL"},
+    "reporting/gallery.py": {"PIL"},  # encodes thumbnails
     "runtime/providers.py": {"onnxruntime", "onnxruntime_ep_openvino"},
     "runtime/cpu_rewrite.py": {"onnx"},
     "runtime/cuda.py": {"cuda", "pycuda"},

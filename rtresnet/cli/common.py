@@ -62,6 +62,37 @@ def json_option(function: F) -> F:
     )(function)
 
 
+def page_folder(
+    context: click.Context, option: click.Parameter, folder: Path | None
+) -> Path | None:
+    """Check an option's folder for a page before the work that the page shows.
+
+    Raises:
+        InputError: No page can be written there.
+        UnavailableError: A package that writes pages is not installed.
+    """
+    if folder is not None:
+        from rtresnet.core import atomic_io
+        from rtresnet.reporting import pages
+
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: exists and is not a folder", fix="choose another folder")
+        atomic_io.require_text_place(folder / "index.html")
+        pages.require_packages()
+    return folder
+
+
+def report_option(content: str) -> Callable[[F], F]:
+    """`--report DIR`: a page with `content`; arrives as a path or None."""
+    return click.option(
+        "--report",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        callback=page_folder,
+        help=f"Write DIR/index.html, a page that works offline: {content}.  [default: none]",
+    )
+
+
 def classes_option(function: F) -> F:
     """`--classes FILE`: names for the side that has none; arrives as a tuple of names."""
     return click.option(

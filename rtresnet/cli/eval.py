@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import click
 
 from rtresnet.cli import common
@@ -29,6 +32,9 @@ from rtresnet.workflows.loading import RuntimeConfig
 )
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))
+@common.report_option(
+    "confusion matrix, precision and recall per class, calibration, galleries of mistakes"
+)
 @common.json_option
 def command(
     paths: tuple[str, ...],
@@ -37,6 +43,7 @@ def command(
     record: bool | None,
     stated: InputConfig,
     runtime: RuntimeConfig,
+    report: Path | None,
     json_file: str | None,
 ) -> None:
     """Measure top-1 (and top-5 above five classes).
@@ -49,9 +56,13 @@ def command(
     from rtresnet.workflows.detect import is_detector
 
     if any(is_detector(path) for path in paths):
+        if report is not None:
+            raise InputError("--report does not go with a detector", fix="leave it out")
         _evaluate_detectors(paths, data, config, record, runtime, json_file)
         return
 
+    if report is not None:
+        config = dataclasses.replace(config, details=True)
     result = evaluate(paths, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
     for member in result.members:
         _show(member, f"{member.precision}, {member.runtime.provider}; {member.shown}")
@@ -59,6 +70,8 @@ def command(
     if len(result.members) > 1:
         _show(result, f"mean of probabilities; {result.protocol}")
     common.footer(footnotes(result))
+    if report is not None:
+        common.say(f"page: {_write_page(report, result)}")
     common.write_json(json_file, "eval", result)
     if record is not False:
         record_accuracy(result, required=bool(record), reporter=REPORTER)
@@ -99,6 +112,16 @@ def _evaluate_detectors(
         notes.append(f"{result.invalid} boxes of the data have no area and were left out.")
     common.footer(notes)
     common.write_json(json_file, "eval", result)
+
+
+def _write_page(folder: Path, result: EvaluateResult) -> Path:
+    from rtresnet.reporting import classification, pages
+    from rtresnet.workflows import gallery
+
+    assert result.report is not None
+    listed = classification.listed(result.report)
+    images = gallery.from_data(result.data, result.split, listed)
+    return pages.write_evaluation(folder, result, images)
 
 
 def _show(result: AccuracyResult, how: str) -> None:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.core import artifacts, atomic_io, provenance
+from rtresnet.core import artifacts, atomic_io, hardware, provenance
 from rtresnet.core.errors import missing_package
-from rtresnet.reporting import plots, tables
+from rtresnet.reporting import classification, plots, tables
 from rtresnet.reporting.tables import DataTable
 
 if TYPE_CHECKING:
+    import numpy as np
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
+    from rtresnet.workflows.evaluate import EvaluateResult
     from rtresnet.workflows.quickstart import QuickstartResult
     from rtresnet.workflows.train import TrainResult
 
@@ -38,6 +40,17 @@ def render(template: str, **values: object) -> str:
     """
     text = _environment().get_template(template).render(values)
     return text.rstrip("\n") + "\n"
+
+
+def require_packages() -> None:
+    """Check, before the work, that pages with figures can be written.
+
+    Raises:
+        UnavailableError: matplotlib or Jinja2 is not installed.
+    """
+    for package in ("matplotlib", "jinja2"):
+        if not hardware.installed(package):
+            raise missing_package(package, "a page")
 
 
 @functools.cache
@@ -113,6 +126,47 @@ def write_training(result: TrainResult) -> Path:
         images="\n".join(result.images.lines()) if result.images else None,
         recipe="\n".join(result.recipe.lines()),
         epochs=epochs,
+    )
+    atomic_io.write_text(folder / "index.html", text)
+    return folder / "index.html"
+
+
+def write_evaluation(
+    folder: Path, result: EvaluateResult, images: Mapping[int, np.ndarray]
+) -> Path:
+    """Write the page of an evaluation.
+
+    Args:
+        folder: Gets index.html.
+        result: With `report`.
+        images: Thumbnails, uint8 [H, W, 3], by index; those of `classification.listed`.
+
+    Returns:
+        The page.
+
+    Raises:
+        UnavailableError: matplotlib or Jinja2 is not installed.
+    """
+    assert result.report is not None
+    split = "" if result.split == "all" else f" ({result.split})"
+    summary = [
+        f"{member.artifact}: {member.precision}, {member.runtime.provider}; {member.shown}."
+        for member in result.members
+    ]
+    if len(result.members) > 1:
+        summary.append("An ensemble: the mean of the probabilities.")
+    summary.append(f"{result.n:,} images of {result.data}{split}.")
+    notes = [f"Note: {line}." for line in result.labels.remarks]
+    notes += [f"Assumed: {line}." for line in result.assumed]
+    if result.skipped:
+        notes.append(f"{len(result.skipped)} images cannot be decoded and are left out.")
+    text = render(
+        "evaluation.html",
+        title=f"Evaluation of {Path(result.artifact).name}",
+        summary=summary,
+        notes=notes,
+        view=classification.view(result.report, images),
+        command=provenance.command_line(),
     )
     atomic_io.write_text(folder / "index.html", text)
     return folder / "index.html"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from rtresnet.core.classification import ClassificationReport
     from rtresnet.reporting.result_files import Profile, Search
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#6b7280")
@@ -117,6 +118,38 @@ def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
         rate.tick_params(colors=GREY, which="both")
     axes.legend(frameon=False)
     return drawing
+
+
+def progress_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss, and images/s, against epochs."""
+    drawing, (loss, speed) = subplots(1, 2, 6.4, 2.6)
+    epochs = [entry["epoch"] for entry in log]
+    dots = {"marker": "o", "markersize": 3.5} if len(log) <= 40 else {}
+    for axes, name, label, colour in (
+        (loss, "loss", "training loss", COLOURS[0]),
+        (speed, "images_per_second", "images/s", COLOURS[2]),
+    ):
+        axes.plot(epochs, [entry[name] for entry in log], color=colour, gid=name, **dots)
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return drawing
+
+
+def reliability(report: ClassificationReport) -> str:
+    """Reliability diagram: accuracy against confidence, and the number of images in each bin."""
+    drawing, (diagram, counts) = subplots(1, 2, 6.4, 3.0)
+    for index, entry in enumerate(report.bins):
+        width, middle = entry.high - entry.low, (entry.low + entry.high) / 2
+        counts.bar(100 * middle, entry.n, 96 * width, color=GREY)
+        if entry.accuracy is not None and entry.confidence is not None:
+            diagram.bar(100 * middle, 100 * entry.accuracy, 96 * width, color=COLOURS[0],
+                        alpha=0.75, gid=f"bin-{index}")  # fmt: skip
+            diagram.plot([100 * entry.confidence], [100 * entry.accuracy], "o", markersize=4,
+                         color="black")  # fmt: skip
+    diagram.plot([0, 100], [0, 100], "--", color="#888888", linewidth=1)
+    diagram.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 103))
+    counts.set(xlabel="confidence, %", ylabel="images", xlim=(0, 100))
+    return svg(drawing, "accuracy against confidence")
 
 
 def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:

@@ -167,3 +167,24 @@ def test_eval_broken_image_is_named_once_and_counted(
     assert evaluate(named, data=data, out=tmp_path)["n"] == 119
     captured = capsys.readouterr()
     assert captured.err.count("7.png") == 1 and "1 skipped" in captured.out
+
+
+def test_eval_report_writes_a_page_with_the_numbers_of_the_json_result(
+    best: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    result = evaluate(best, "--report", tmp_path / "page", data=tints, out=tmp_path)
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"page: {tmp_path / 'page' / 'index.html'}" in capsys.readouterr().out
+    report = result["report"]
+    assert report["n"] == result["n"] and report["top1"]["count"] == result["top1"]
+    assert f"{result['top1_percent']:.2f} %" in page and f"{100 * report['ece']:.2f} points" in page
+    assert page.count("<img ") == len(report["mistakes"]) + len(report["uncertain"])
+
+
+def test_eval_report_on_a_file_is_refused_before_the_work(
+    best: Path, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("text")
+    message = refused(best, "--report", tmp_path / "file", data=tints, capsys=capsys)
+    assert "not a folder" in message and (tmp_path / "file").read_text() == "text"
