@@ -181,8 +181,10 @@ def show(console: Console, engine: Layers) -> None:
         f"in all {plural(len(layers), 'layer')}, write {megabytes(layers):.1f} MB{memory} "
         "(largest batch)"
     )
-    for line in (*lines, *_problems(engine, layers)):
+    for line in lines:
         console.print(line.rstrip(), markup=False, soft_wrap=True)
+    for line in _problems(engine, layers):
+        console.print(line, markup=False)
 
 
 def _problems(engine: Layers, layers: Sequence[Layer]) -> Iterator[str]:
