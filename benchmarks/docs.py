@@ -152,7 +152,7 @@ API_GROUPS = {
     "Predict": ("workflows.predict", "workflows.predictor"),
     "Benchmark": ("workflows.benchmark", "workflows.benchmark_search", "workflows.profile",
                   "workflows.estimate", "workflows.advisor"),
-    "Deploy": ("workflows.serve", "workflows.package"),
+    "Deploy": ("workflows.serve", "workflows.package", "workflows.package_server"),
     "Inspect and report": ("workflows.inspect", "core.sidecar", "core.artifacts",
                            "workflows.models", "workflows.doctor", "reporting.report"),
     "Studies and quickstart": ("workflows.study", "workflows.quickstart"),

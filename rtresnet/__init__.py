@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from rtresnet.workflows.models import ModelsResult, list_models
     from rtresnet.workflows.pack import PackConfig, PackResult, pack
     from rtresnet.workflows.package import PackageConfig, PackageResult, package
+    from rtresnet.workflows.package_server import ImageConfig, ServerPackageResult, package_server
     from rtresnet.workflows.predict import (
         PredictResult,
         PredictTableResult,
@@ -143,6 +144,7 @@ _MODULES = {
     "workflows.advisor": "advise AdviceResult",
     "workflows.estimate": "estimate EstimateConfig EstimateResult",
     "workflows.package": "package PackageConfig PackageResult",
+    "workflows.package_server": "package_server ImageConfig ServerPackageResult",
     "workflows.serve": "serve ServeConfig",
     "workflows.inspect": "inspect inspect_folder InspectResult FolderResult",
     "workflows.study": (
@@ -185,6 +187,7 @@ __all__ = [
     "ExportConfig",
     "ExportResult",
     "FolderResult",
+    "ImageConfig",
     "InputConfig",
     "InputError",
     "InspectResult",
@@ -213,6 +216,7 @@ __all__ = [
     "RuntimeConfig",
     "SearchConfig",
     "ServeConfig",
+    "ServerPackageResult",
     "Session",
     "Sidecar",
     "StudyConfig",
@@ -247,6 +251,7 @@ __all__ = [
     "load",
     "pack",
     "package",
+    "package_server",
     "pinned",
     "predict",
     "predict_table",

@@ -19,7 +19,7 @@ SUMMARIES = {
     "predict": "Print the most probable classes of images.",
     "compare": "Measure how far two artifacts agree.",
     "check": "Check that batches do not change an answer.",
-    "package": "Create a Triton model repository.",
+    "package": "Package a model for Triton, Docker or KServe.",
     "serve": "Serve models over HTTP and gRPC.",
     "bench": "Measure latency and throughput.",
     "profile": "Show where the time goes, block by block.",

@@ -1,4 +1,4 @@
-"""`rtresnet package`: a plan or an ONNX file as a model of a Triton repository."""
+"""`rtresnet package`: an ONNX file or a plan, packaged for Triton, Docker or KServe."""
 
 from __future__ import annotations
 
@@ -8,30 +8,87 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.errors import InputError
 from rtresnet.workflows.package import PackageConfig
+from rtresnet.workflows.package_server import ImageConfig
 
 
 @click.command("package")
 @click.argument("path", metavar="PLAN|ONNX", type=click.Path(path_type=Path))
 @click.option(
-    "--triton", "root", required=True, metavar="DIR", type=click.Path(path_type=Path),
-    help="The model repository; it is created if it does not exist.",
+    "--triton", metavar="DIR", type=click.Path(path_type=Path),
+    help="Write a version of a model into this Triton model repository.",
+)  # fmt: skip
+@click.option(
+    "--docker", metavar="DIR", type=click.Path(path_type=Path),
+    help="Write a Dockerfile and its files into this new folder; the image runs rtresnet serve.",
+)  # fmt: skip
+@click.option(
+    "--kserve", metavar="FILE", type=click.Path(path_type=Path),
+    help="Write a KServe manifest that runs the image, with probes and autoscaling.",
 )  # fmt: skip
 @config_options(PackageConfig)
+@config_options(ImageConfig, argument="image")
 @common.json_option
-def command(path: Path, root: Path, config: PackageConfig, json_file: str | None) -> None:
-    """Write config.pbtxt, labels and the file with its sidecar as a version of a Triton model.
+def command(
+    path: Path,
+    triton: Path | None,
+    docker: Path | None,
+    kserve: Path | None,
+    config: PackageConfig,
+    image: ImageConfig,
+    json_file: str | None,
+) -> None:
+    """Package a model for a Triton Inference Server, for Docker, or for KServe on Kubernetes.
 
-    A plan must be built by `tensorrt` in the version of the server's container: Triton's backend
-    does not load plans of TensorRT-RTX. Needs no GPU and no Triton.
+    For Triton, a plan must be built by `tensorrt` in the version of the server's container: its
+    backend does not load plans of TensorRT-RTX. The image of --docker runs every artifact. Needs
+    no GPU, no Docker, no Triton and no Kubernetes.
     """
-    from rtresnet.cli.console import REPORTER
+    if (triton is None) == (docker is None and kserve is None):
+        raise InputError(
+            "name one kind of package: --triton DIR, or --docker DIR, --kserve FILE or both"
+        )
+    if triton is not None:
+        _triton(path, triton, config, json_file)
+    else:
+        _server(path, docker, kserve, config, image, json_file)
+
+
+def _triton(path: Path, root: Path, config: PackageConfig, json_file: str | None) -> None:
     from rtresnet.workflows.package import package
 
     result = package(path, root, config)
-    for line in result.notes:
-        REPORTER.note(f"note: {line}")
+    _show_notes(result.notes)
     batches = f"batches to {result.max_batch}" if result.max_batch else "a fixed batch"
     common.say(f"{result.folder}: {result.backend}, {batches}, {result.bytes / 1e6:.1f} MB")
     common.say(f"next: tritonserver --model-repository {result.root}")
     common.write_json(json_file, "package", result)
+
+
+def _server(
+    path: Path,
+    docker: Path | None,
+    kserve: Path | None,
+    config: PackageConfig,
+    image: ImageConfig,
+    json_file: str | None,
+) -> None:
+    from rtresnet.workflows.package_server import package_server
+
+    result = package_server(path, docker=docker, kserve=kserve, config=config, image=image)
+    _show_notes(result.notes)
+    if result.docker is not None:
+        common.say(f"{result.docker}: Dockerfile, {result.name} version {result.version}")
+        common.say(f"next: docker build -t {result.image} {result.docker}")
+    if result.manifest is not None:
+        common.say(f"{result.manifest}: KServe InferenceService of {result.image}")
+        common.say(f"next: kubectl apply -f {result.manifest}")
+    common.write_json(json_file, "package", result)
+
+
+def _show_notes(notes: tuple[str, ...]) -> None:
+    from rtresnet.cli.console import REPORTER
+
+    for line in notes:
+        REPORTER.note(f"note: {line}")

@@ -33,11 +33,11 @@ class PackageConfig(Config):
 
     name: str | None = option(None, "Name of the model.", default_text="the file's name")
     version: int | None = option(
-        None, "Number of the version.", minimum=1, default_text="the next one"
+        None, "Number of the version.", minimum=1, default_text="the next one; 1 for an image"
     )
     max_batch: int | None = option(
         None,
-        "Largest batch that Triton forms.",
+        "Largest batch that the server forms.",
         metavar="N",
         minimum=1,
         default_text=f"the plan's largest; {LARGEST} for an ONNX file",
@@ -47,7 +47,8 @@ class PackageConfig(Config):
     )
     instances: int = option(1, "Copies of the model on each device.", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "Device of an ONNX file; auto takes a GPU where the server has one."
+        "auto",
+        "Device of an ONNX file; auto takes a GPU where Triton has one, and the CPU in an image.",
     )
 
 
@@ -186,20 +187,13 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         ArtifactError: Not a valid ONNX file.
         InputError: Its weights are in another file.
     """
-    from rtresnet.onnxlib import io
     from rtresnet.workflows.triton_repository import TensorSpec
 
-    model = io.load(path)
+    graph = require_single_file(path).graph
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
-        raise InputError(
-            f"{path}: its weights are in another file, which Triton would not get",
-            fix="save both as one file: onnx.save(onnx.load(FILE), WHOLE)",
-        )
     weights = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
+    inputs = [value for value in graph.input if value.name not in weights]
     shapes: dict[str, list[int]] = {}
     for value in (*inputs, *graph.output):
         shapes[value.name] = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
@@ -221,6 +215,28 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         )
 
     return tensors(inputs), tensors(graph.output), fixed
+
+
+def require_single_file(path: Path) -> Any:
+    """Returns the ModelProto of an ONNX file that contains its weights.
+
+    Raises:
+        ArtifactError: Not a valid ONNX file.
+        InputError: Its weights are in another file.
+        UnavailableError: The package onnx is not installed.
+    """
+    from rtresnet.onnxlib import io
+
+    io.load(path)
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise InputError(
+            f"{path}: its weights are in another file, which the server would not get",
+            fix="save both as one file: onnx.save(onnx.load(FILE), WHOLE)",
+        )
+    return model
 
 
 def _max_batch(
