@@ -17,15 +17,17 @@ from rtresnet.workflows.package_server import ImageConfig
 @click.argument("path", metavar="PLAN|ONNX", type=click.Path(path_type=Path))
 @click.option(
     "--triton", metavar="DIR", type=click.Path(path_type=Path),
-    help="Write a version of a model into this Triton model repository.",
+    help="Write a version of a model into this Triton model repository.  [default: none]",
 )  # fmt: skip
 @click.option(
     "--docker", metavar="DIR", type=click.Path(path_type=Path),
-    help="Write a Dockerfile and its files into this new folder; the image runs rtresnet serve.",
+    help="Write a Dockerfile and its files into this new folder; the image runs rtresnet serve.  "
+    "[default: none]",
 )  # fmt: skip
 @click.option(
     "--kserve", metavar="FILE", type=click.Path(path_type=Path),
-    help="Write a KServe manifest that runs the image, with probes and autoscaling.",
+    help="Write a KServe manifest that runs the image, with probes and autoscaling.  "
+    "[default: none]",
 )  # fmt: skip
 @config_options(PackageConfig)
 @config_options(ImageConfig, argument="image")
