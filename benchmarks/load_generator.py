@@ -3,7 +3,7 @@
 Open loop: requests arrive as a Poisson process, whatever the server does, and a latency counts from
 the intended arrival, so that a slow server or a late generator cannot hide. Closed loop: a number
 of callers each send their next request when the last was answered. Every answer is compared with
-the expected one. Knows nothing of the servers.
+the expected one. Independent of the kind of server.
 """
 
 from __future__ import annotations
