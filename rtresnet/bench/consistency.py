@@ -23,7 +23,7 @@ Infer = Callable[[np.ndarray], "np.ndarray | TopK"]
 """A batch of images to logits [N, classes], or to indices [N, K] and probabilities [N, K]."""
 
 # As shares of the logits' range. Measured with ONNX Runtime on a CPU, ResNet-18, -50 and -20: from
-# one batch to another answers do not differ in FP32 and FP16, and by 2e-7 in INT8, or 5e-4 where a
+# one batch to another answers do not differ in FP32 and FP16, and by 2e-7 in INT8, or 5e-4 if a
 # value was rounded in the other direction. GPUs choose a kernel by the batch. Known about them:
 # rounding everything to FP16 twice gives a difference of 9e-4, TF32 rounds in the same way, and
 # answers to different photographs differ by at least 1.5e-2; a tolerance must stay below that, or
@@ -45,7 +45,7 @@ class Check:
         name: What must make no difference.
         compared: What was compared, in a few words.
         n: Number of answers.
-        largest: Largest difference of a logit (for a top-K file, of a probability); NaN where an
+        largest: Largest difference of a logit (for a top-K file, of a probability); NaN if an
             answer is not a number.
         tolerance: Largest difference that is allowed.
         moved: Images whose top-1 changed although it led by more than the tolerance.
@@ -106,7 +106,7 @@ class Answers:
         return share * float(np.ptp(self.values))
 
     def difference(self, other: Answers) -> np.ndarray:
-        """Largest difference of any class, [N]; NaN where an answer contains one."""
+        """Largest difference of any class, [N]; NaN if an answer contains one."""
         values, others = self.values, other.values
         if self.classes is not None and other.classes is not None:
             classes = np.unique(np.concatenate((self.classes, other.classes), axis=None))

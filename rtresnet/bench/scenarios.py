@@ -1,7 +1,7 @@
 """MLPerf's scenarios: single-stream, multi-stream and offline; server; and a closed loop.
 
 `measure` serves one request after another. Several artifacts are measured in alternating short
-slices, in an order drawn for every round, so that whatever else the machine does affects all of
+slices, in an order drawn for every round, so that other load on the machine affects all of
 them; speeds are compared slice by slice. Every request in a slice is a sample. Where requests are
 short, one more is served before each slice and not counted, because it finds the caches as the
 other artifact left them. A candidate with a pipeline (a plan, offline) has batches in flight, as in
@@ -131,7 +131,7 @@ def _slice(
     limit: int | None,
     clock: Clock,
 ) -> None:
-    """Serves for `length` seconds: at least three requests where they are short, at most `limit`.
+    """Serves for `length` seconds: at least three requests if they are short, at most `limit`.
 
     Only the requests count: reading timings back from a GPU that is idle meanwhile is part of no
     latency and not of the wall time.

@@ -83,7 +83,7 @@ def largest(
         measure: Measures one of them.
         what: "batch" or "qps", for the result.
         bound: Bound of the p99, in milliseconds.
-        gallop: Whether to begin with the smallest load and double it, which is faster where a
+        gallop: Whether to begin with the smallest load and double it, which is faster if a
             large load takes much longer to measure than a small one; otherwise bisects from the
             middle.
         on_point: Called with each measurement.

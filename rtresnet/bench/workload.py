@@ -242,13 +242,13 @@ def measurement(
     Args:
         samples: One per request, in order of time.
         wall: Seconds.
-        parts: Timings of the requests; ignored where a request has none.
+        parts: Timings of the requests; ignored if a request has none.
         batch: Images per request.
         steady: From the warm-up.
         open_loop: See `stats.summarize`.
         load: The load.
     """
-    # A request that was split into several batches has no timings of its own.
+    # A request that was split into several batches has no timings.
     names = set.intersection(*map(set, parts)) if len(parts) == len(samples) else set()
     by_name = {name: np.asarray([part[name] for part in parts]) for name in sorted(names)}
     return Measurement(
@@ -270,7 +270,7 @@ def measurement(
 def warm_up(candidate: Candidate, clock: Clock) -> WarmupResult:
     """Serves until the medians of three windows agree within 5 %, or for two seconds.
 
-    A window is three requests, or 50 ms of them where they are short.
+    A window is three requests, or 50 ms of them if they are short.
     """
     medians: list[float] = []
     requests = candidate.requests

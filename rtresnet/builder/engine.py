@@ -352,7 +352,7 @@ def make_log(trt: Any) -> Any:
 def run_builder(
     trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str], None]
 ) -> Any:
-    """Runs the builder in a thread of its own, without the GIL, so that Ctrl-C is noticed.
+    """Runs the builder in a separate thread, without the GIL, so that Ctrl-C is noticed.
 
     TensorRT can be cancelled only between two of its steps, the longest of which takes seconds.
 

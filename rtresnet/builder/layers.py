@@ -8,7 +8,7 @@ file next to it, `X.plan.layers.json`, whose hash is in the plan's sidecar.
 A layer names the ONNX nodes that it was made from, but only kernels compute: other layers that name
 a convolution scale, add or convert around it. A kernel runs in the type of its first input, unless
 the inspector reports wider weights. A convolution that no kernel names, or whose type is not
-recorded, is UNKNOWN. An Add that no kernel names runs in a layer of its own, so its inputs went
+recorded, is UNKNOWN. An Add that no kernel names runs in a separate layer, so its inputs went
 through memory.
 """
 
@@ -274,7 +274,7 @@ def _role(layer: Layer, own: Sequence[Node]) -> str:
         return "pool"
     wide = any(tensor.dtype not in ("Int8", UNKNOWN) for tensor in layer.inputs)
     requantizes = wide and any(tensor.dtype == "Int8" for tensor in layer.outputs)
-    if layer.kind == "Reformat":  # TensorRT's; also a QuantizeLinear that is a layer of its own
+    if layer.kind == "Reformat":  # TensorRT's; also a QuantizeLinear that is a separate layer
         return "requantize" if requantizes else "reformat"
     tokens = _tokens(layer.name)
     moves = bool(tokens) and set(tokens) <= {*MOVES, "Repl"}

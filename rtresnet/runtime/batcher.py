@@ -219,7 +219,7 @@ class Batcher:
                     returned = time.monotonic()
                     outcome = _rows(result, len(calls))
                     del result  # an idle thread must not keep it alive
-            except BaseException as error:  # goes to the callers, whatever it is
+            except BaseException as error:  # any exception goes to the callers
                 outcome, returned = error, time.monotonic()
             for call in calls:
                 call.future.queue_seconds = called - call.arrived

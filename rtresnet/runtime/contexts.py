@@ -1,7 +1,7 @@
 """Execution contexts of an engine: how they are created, what they are bound to, and CUDA graphs.
 
 TensorRT-RTX keeps one graph for each context, and a graph captured here reads the state of its
-context. So each batch size that runs as a graph has a context of its own.
+context. So each batch size that runs as a graph has a separate context.
 
 Receives the TensorRT module as an argument and never imports it.
 """
@@ -23,7 +23,7 @@ from rtresnet.runtime.cuda import Cuda
 from rtresnet.runtime.io_spec import PADDED_UP_TO, IoSpec
 
 KERNELS = ("eager", "lazy")
-GRAPH_CONTEXTS = 16  # batch sizes with a context and a graph of their own, for each stream
+GRAPH_CONTEXTS = 16  # batch sizes with a separate context and graph, for each stream
 
 CheckCall = Callable[[object, str], None]
 """Takes the return value of a TensorRT call and the call's name. Raises if the call failed."""
@@ -187,7 +187,7 @@ class BoundContext:
         self._bound: tuple[int, tuple[int, ...]] | None = None
 
     def bind(self, run: int, addresses: tuple[int, ...]) -> None:
-        """Sets the batch size and the addresses of input and outputs where they have changed."""
+        """Sets the batch size and the addresses of input and outputs if they have changed."""
         if self._bound == (run, addresses):
             return
         self._bound = None  # unknown if a call fails

@@ -32,7 +32,7 @@ class Provider:
         title: Its name in output for people.
         package: The package that provides it, as pip knows it.
         plugin: Module of a plugin that is registered at run time; None if it is built in.
-        library: Its shared library in ONNX Runtime's package; None if it has none of its own.
+        library: Its shared library in ONNX Runtime's package; None if it has none.
         gpu: Whether it needs an NVIDIA GPU.
     """
 

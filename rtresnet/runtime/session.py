@@ -267,7 +267,7 @@ class Session:
     def classes(self) -> tuple[str, ...]:
         """Class names; their numbers if the file has no names.
 
-        Empty for a top-K file that does not say how many there are. One image is run where the
+        Empty for a top-K file that does not say how many there are. One image is run if the
         file leaves the number of classes open.
         """
         if self._classes is None and self.sidecar is not None:

@@ -54,7 +54,7 @@ class ErrorLog:
         thread, entries = threading.get_ident(), tuple(self._entries)
         messages = [message for owner, message in entries if owner == thread]
         self.clear()
-        if not messages:  # the builder and the kernel compiler log from threads of their own
+        if not messages:  # the builder and the kernel compiler log from their own threads
             messages = [message for _, message in entries]
         return " | ".join(dict.fromkeys(messages)) or "TensorRT gave no reason"
 
@@ -426,7 +426,7 @@ class TrtBackend:
                 finally:
                     self._stack.close()
         finally:
-            self._stack.close()  # whatever is left if the device could not be made current
+            self._stack.close()  # what is left if the device could not be made current
 
 
 class Pipeline:

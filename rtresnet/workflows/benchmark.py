@@ -93,7 +93,7 @@ class BenchmarkConfig(MeasurementConfig):
 
     @property
     def resolved_scenario(self) -> Scenario:
-        """The scenario, also where it follows from other options."""
+        """The scenario, also if it follows from other options."""
         if self.scenario is not None:
             return self.scenario
         if self.qps is not None:
@@ -356,7 +356,7 @@ def benchmark_until_error(
 
 
 def _with_facts(measurement: Measurement, workload: Workload, session: Session) -> Measurement:
-    """Adds what is known of the load beforehand to what its scenario measured."""
+    """Adds the planned load to the load that was measured."""
     facts = dataclasses.asdict(workload.facts(session))
     known = {name: value for name, value in facts.items() if value is not None}
     return dataclasses.replace(measurement, load=dataclasses.replace(measurement.load, **known))

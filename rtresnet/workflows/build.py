@@ -49,7 +49,7 @@ class BuildConfig(Config):
         default_text="sm_80 and newer",
     )
     builder: Literal["auto", "rtx", "tensorrt"] = option(
-        "auto", "auto takes tensorrt where it and a GPU are present, else rtx."
+        "auto", "auto takes tensorrt if it and a GPU are present, else rtx."
     )
     tf32: bool = option(
         True,

@@ -27,7 +27,7 @@ from rtresnet.workflows.loading import RuntimeConfig, input_of, load_artifact
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
 
-BATCHES = (1, 8, 32)  # batch sizes to try where no profile names any
+BATCHES = (1, 8, 32)  # batch sizes to try without a profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def _photographs(data: str, count: int, preprocess: Preprocess, reporter: Report
 
 
 def _noise(count: int, size: int) -> np.ndarray:
-    """Noise of many tints and strengths: a net answers plain noise alike, whatever the seed."""
+    """Noise of many tints and strengths: a net gives the same answer to plain noise of any seed."""
     rng = np.random.default_rng(0)
     tint, width = rng.integers(0, 192, (count, 1, 1, 3)), rng.integers(8, 64, (count, 1, 1, 1))
     grain = rng.integers(0, 64, (count, size, size, 3)) * width // 64

@@ -195,7 +195,7 @@ def _plans_run_on() -> str:
 
 
 def _conflicts(on_gpu: bool) -> list[str]:
-    """Builds of ONNX Runtime that were installed into one folder, where they share file names."""
+    """Builds of ONNX Runtime in one folder: they overwrite each other's files."""
     from importlib import metadata
 
     from rtresnet.runtime.providers import BUILDS

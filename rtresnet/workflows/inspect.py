@@ -54,7 +54,7 @@ class InspectResult:
     operations: dict[str, int] | None = None
 
     def require_unchanged(self) -> None:
-        """Raises ArtifactError where a file of the chain changed since the next was made of it."""
+        """Raises ArtifactError if a file of the chain changed after the next was made from it."""
         last = self.chain[-1]
         if last.state == "changed":
             raise ArtifactError(
@@ -83,7 +83,7 @@ class FolderResult:
     artifacts: tuple[ArtifactSummary, ...]
 
     def require_unchanged(self) -> None:
-        """Raises ArtifactError where a file is not the one that its sidecar describes."""
+        """Raises ArtifactError if a file is not the one that its sidecar describes."""
         wrong = [e.path for e in self.artifacts if e.state in ("changed", "broken sidecar")]
         if wrong:
             raise ArtifactError(

@@ -41,17 +41,17 @@ class RuntimeConfig(Config):
 
     Attributes:
         device: "auto" takes the GPU for plans and the CPU for ONNX files.
-        provider: For ONNX files; "auto" takes openvino where it is installed and serves this CPU.
+        provider: For ONNX files; "auto" takes openvino if it is installed and serves this CPU.
         threads: CPU threads.
         contexts: For plans: number of calls that may run at the same time.
-        graphs: For plans: whether calls are CUDA graphs; None where that is possible.
+        graphs: For plans: whether calls are CUDA graphs; None if possible.
         tf32: For provider "cuda": whether FP32 layers may run as TF32.
     """
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Device to run on.")
     provider: str = option(
         "auto",
-        "Execution provider for ONNX files; auto takes openvino where it is installed and serves "
+        "Execution provider for ONNX files; auto takes openvino if it is installed and serves "
         "this CPU, else cpu.",
         metavar="[auto|cpu|openvino|cuda|tensorrt-rtx]",
         parse=parse_provider,
@@ -86,7 +86,7 @@ class RuntimeConfig(Config):
     def for_artifact(self, path: str, paths: Sequence[str]) -> RuntimeConfig:
         """The options that apply to `path`, one of several artifacts of a command.
 
-        `provider`, `threads` and `tf32` apply to the ONNX files among them; where there are none,
+        `provider`, `threads` and `tf32` apply to the ONNX files among them; if there are none,
         they stay and the plan refuses them. `contexts` and `graphs` apply to the plans.
 
         Raises:
