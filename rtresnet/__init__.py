@@ -97,9 +97,19 @@ if TYPE_CHECKING:
         ResponsesResult,
         StudyConfig,
         StudyResult,
+        study_blocks,
         study_degradation,
         study_responses,
         study_shortcuts,
+    )
+    from rtresnet.workflows.study_analysis import (
+        CostResult,
+        GradientsConfig,
+        GradientsResult,
+        LesionsResult,
+        study_cost,
+        study_gradients,
+        study_lesions,
     )
     from rtresnet.workflows.train import TrainConfig, TrainResult, train
 
@@ -148,7 +158,12 @@ _MODULES = {
     "workflows.serve": "serve ServeConfig",
     "workflows.inspect": "inspect inspect_folder InspectResult FolderResult",
     "workflows.study": (
-        "study_degradation study_shortcuts study_responses StudyConfig StudyResult ResponsesResult"
+        "study_blocks study_degradation study_shortcuts study_responses StudyConfig StudyResult "
+        "ResponsesResult"
+    ),
+    "workflows.study_analysis": (
+        "study_cost study_gradients study_lesions GradientsConfig CostResult GradientsResult "
+        "LesionsResult"
     ),
     "workflows.models": "list_models ModelsResult",
     "workflows.doctor": "doctor DoctorResult",
@@ -173,6 +188,7 @@ __all__ = [
     "CheckResult",
     "CompareConfig",
     "CompareResult",
+    "CostResult",
     "DataError",
     "DataInspectConfig",
     "DataInspectResult",
@@ -187,10 +203,13 @@ __all__ = [
     "ExportConfig",
     "ExportResult",
     "FolderResult",
+    "GradientsConfig",
+    "GradientsResult",
     "ImageConfig",
     "InputConfig",
     "InputError",
     "InspectResult",
+    "LesionsResult",
     "LintResult",
     "ModelsResult",
     "PackConfig",
@@ -263,7 +282,11 @@ __all__ = [
     "report",
     "search_benchmark",
     "serve",
+    "study_blocks",
+    "study_cost",
     "study_degradation",
+    "study_gradients",
+    "study_lesions",
     "study_responses",
     "study_shortcuts",
     "train",

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.cli.study_analysis import (
+    can_draw,
+    cost,
+    data_option,
+    gradients,
+    lesions,
+    out_option,
+    responses,
+)
 from rtresnet.core.errors import InputError
-from rtresnet.core.reporter import plural
-from rtresnet.workflows.study import DATA_OPTION, StudyConfig, StudyResult
+from rtresnet.workflows.study import StudyConfig, StudyResult
 
 if TYPE_CHECKING:
     from rtresnet.reporting.study import Panel
@@ -26,23 +34,11 @@ def command() -> None:
     """Repeat the paper's analyses on any net and any data."""
 
 
-def _out_option(name: str) -> Callable[[Any], Any]:
-    return click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        default=f"runs/study-{name}",
-        help=f"Folder of the study.  [default: runs/study-{name}]",
-    )
-
-
-_data_option = click.option("--data", required=True, help=DATA_OPTION)
-
-
 @command.command("degradation")
 @click.option("--depths", default="20,32,44,56", help="Depths of the nets.  [default: 20,32,44,56]")
-@_data_option
+@data_option
 @config_options(StudyConfig)
-@_out_option("degradation")
+@out_option("degradation")
 @common.json_option
 def degradation(
     depths: str, data: str, config: StudyConfig, out: Path, json_file: str | None
@@ -67,9 +63,9 @@ def degradation(
 
 @command.command("shortcuts")
 @click.option("--model", default="resnet20", help="A residual net.  [default: resnet20]")
-@_data_option
+@data_option
 @config_options(StudyConfig)
-@_out_option("shortcuts")
+@out_option("shortcuts")
 @common.json_option
 def shortcuts(model: str, data: str, config: StudyConfig, out: Path, json_file: str | None) -> None:
     """Train a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
@@ -84,6 +80,25 @@ def shortcuts(model: str, data: str, config: StudyConfig, out: Path, json_file: 
     _show(result, study.training_and_validation, json_file)
 
 
+@command.command("blocks")
+@click.option("--model", default="resnet20", help="A net of 18n+2 layers.  [default: resnet20]")
+@data_option
+@config_options(StudyConfig)
+@out_option("blocks")
+@common.json_option
+def blocks(model: str, data: str, config: StudyConfig, out: Path, json_file: str | None) -> None:
+    """Train a net with residual functions of one, two and three layers (section 3.2).
+
+    All have the same layers. A fourth net has projections everywhere (option C).
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.reporting import study
+    from rtresnet.workflows.study import study_blocks
+
+    result = study_blocks(data, model, config, out=out, reporter=REPORTER)
+    _show(result, study.training_and_validation, json_file)
+
+
 def _show(
     result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]], json_file: str | None
 ) -> None:
@@ -91,7 +106,7 @@ def _show(
     from rtresnet.reporting import pages, study, tables
 
     figure = None
-    if _can_draw() and any(net.finished for net in result.nets):
+    if can_draw() and any(net.finished for net in result.nets):
         figure = study.error_curves(panels(result.nets), title=result.title, subtitle=result.note)
     table = study.table(result.nets)
     tables.show(common.out_console(), table.headings, table.rows)
@@ -106,54 +121,5 @@ def _show(
     common.write_json(json_file, f"study {result.study}", result)
 
 
-def _can_draw() -> bool:
-    """Whether there can be a figure; notes what is missing."""
-    from rtresnet.core import hardware
-
-    if not hardware.installed("matplotlib"):
-        common.note("no figure: pip install 'rtresnet[report]', and run the same command again")
-        return False
-    return True
-
-
-@command.command("responses")
-@click.argument("checkpoints", nargs=-1, required=True)
-@_data_option
-@click.option(
-    "--images", type=click.IntRange(min=1), default=256, help="Number of images.  [default: 256]"
-)
-@_out_option("responses")
-@common.json_option
-def responses(
-    checkpoints: tuple[str, ...], data: str, images: int, out: Path, json_file: str | None
-) -> None:
-    """Measure the standard deviation of each 3x3 layer's response (figure 7).
-
-    After batch norm, before ReLU and addition: how strongly a layer changes its input.
-    """
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.core import atomic_io, locks
-    from rtresnet.reporting import pages, study, tables
-    from rtresnet.workflows.study import short_name, study_responses
-
-    with locks.hold_folder(out, warn=common.note):
-        result = study_responses(checkpoints, data, images, reporter=REPORTER)
-        shown = [study.response_table(entry, data) for entry in result.results]
-        for table in shown:
-            tables.show(common.out_console(), table.headings, table.rows, title=table.title)
-        common.footer(
-            f"Assumed of {e.checkpoint}: {line}." for e in result.results for line in e.assumed
-        )
-        subtitle = f"{plural(result.results[0].n, 'image')} of {short_name(data)}"
-        pages.write_study(
-            atomic_io.make_folder(out),
-            "responses",
-            title="Layer responses",
-            figure=study.response_figure(result.results, subtitle) if _can_draw() else None,
-            caption="Standard deviation of the output of each 3x3 layer, after batch norm, before "
-            "ReLU and addition.",
-            tables=shown,
-        )
-        common.write_json(str(out / "responses.json"), "study responses", result)
-    common.note(f"page: {out / 'index.html'}")
-    common.write_json(json_file, "study responses", result)
+for _analysis in (responses, cost, gradients, lesions):
+    command.add_command(_analysis)

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
     from rtresnet.study.compare import Net
     from rtresnet.workflows.study import LayerResponses
+    from rtresnet.workflows.study_analysis import (
+        CostResult,
+        GradientsResult,
+        LesionsResult,
+        NetGradients,
+    )
 
 SETTLED = 0.25  # of a run: what came before does not set the height of the axes
 SMALL = 8.5  # points
@@ -245,3 +251,118 @@ def response_figure(results: Sequence[LayerResponses], images: str) -> Figure:
     plain = "; plain nets dashed" if any(line.dashed for line in lines) else ""
     subtitle = f"{images}; after batch norm, before ReLU and addition{plain}"
     return response_curves(lines, subtitle=subtitle)
+
+
+def cost_table(result: CostResult) -> DataTable:
+    """Return a row for each net."""
+    return DataTable(
+        headings=("net", "input", "parameters", "FC %", "mult-adds", "FC %", "of VGG-19 %"),
+        rows=[
+            (
+                net.model, f"{net.size}x{net.size}", f"{net.parameters:,}",
+                f"{100 * net.fc_parameters:.1f}", f"{net.multiply_adds / 1e9:.3f} G",
+                f"{100 * net.fc_multiply_adds:.2f}", f"{100 * net.of_vgg19:.1f}",
+            )
+            for net in result.nets
+        ],
+        about="For one image. FC: the share of the fully connected layers.",
+    )  # fmt: skip
+
+
+def cost_figure(result: CostResult) -> Figure:
+    """Multiply-adds of the ImageNet nets, the share of their FC layers in another colour."""
+    nets = [net for net in result.nets if net.size == 224 and not net.model.endswith("_bn")]
+    drawing, (axes,) = subplots(1, 1, 7.2, 0.6 + 0.32 * len(nets))
+    _head(drawing, "Multiply-adds of an image of 224x224", "with each net's share of VGG-19's")
+    for place, net in enumerate(nets):
+        total = net.multiply_adds / 1e9
+        colour = PALETTE[0] if net.model.startswith("resnet") else GREY
+        axes.barh(place, total, color=colour, height=0.7)
+        axes.text(total, place, f"  {total:.2f} G, {100 * net.of_vgg19:.1f} %", va="center",
+                  fontsize=SMALL)  # fmt: skip
+    axes.set_yticks(range(len(nets)), [net.model for net in nets], fontsize=SMALL)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("multiply-adds, G")
+    return drawing
+
+
+def gradient_table(result: GradientsResult) -> DataTable:
+    """Return a row for each net and measurement."""
+    rows = []
+    for net in result.nets:
+        for point in net.points:
+            values = list(point.norms.values())
+            rows.append((
+                net.model, point.step, f"{point.loss:.3f}", f"{values[0]:.3g}",
+                f"{values[-1]:.3g}", f"{point.ratio:,.3g}",
+            ))  # fmt: skip
+    return DataTable(
+        headings=("net", "step", "loss", "first layer", "last layer", "first / last"),
+        rows=rows,
+        about="L2 norm of the loss's gradient for the weights of the first and the last 3x3 "
+        "convolution.",
+    )
+
+
+def gradient_figure(result: GradientsResult, data: str) -> Figure:
+    """The norms by layer on a logarithmic axis, at initialization and at the end of the run."""
+    last = max(point.step for net in result.nets for point in net.points)
+    shown = [0, -1] if last else [0]
+    drawing, grid = subplots(len(shown), 1, 7.2, 1.2 + 2.8 * len(shown))
+    _head(drawing, "Gradients by layer",
+          f"L2 norm for the weights of each 3x3 convolution; batch of {result.batch} images of "
+          f"{data}, seed {result.seed}; plain nets dashed")  # fmt: skip
+    for axes, place in zip(grid, shown, strict=True):
+        for colour, net in enumerate(result.nets):
+            _gradient_line(axes, net, place, colour)
+        axes.set(yscale="log", ylabel="norm")
+        title = "at initialization" if place == 0 else f"after {last} steps"
+        axes.set_title(title, fontsize=10, loc="left")
+    grid[-1].set_xlabel("depth of the layer, 0 first, 1 last")
+    grid[0].legend(frameon=False, fontsize=SMALL, ncols=2)
+    return drawing
+
+
+def _gradient_line(axes: Any, net: NetGradients, place: int, colour: int) -> None:
+    values = list(net.points[place].norms.values())
+    x = [index / max(len(values) - 1, 1) for index in range(len(values))]
+    style = "--" if net.model.startswith("plain") else "-"
+    axes.plot(x, values, style, color=PALETTE[colour % len(PALETTE)], label=net.model,
+              linewidth=1.6)  # fmt: skip
+
+
+def lesion_table(result: LesionsResult) -> DataTable:
+    """Return a row for each block."""
+    return DataTable(
+        headings=("without block", "top-1 %", "drop", "alone in INT8, dB"),
+        rows=[
+            (block.block, f"{block.top1:.2f}", f"{block.drop:.2f}", f"{block.int8_db:.1f}")
+            for block in result.blocks
+        ],
+        about=f"The whole net: {result.top1:.2f} % of {result.n:,} images. INT8: signal-to-noise "
+        f"ratio at the logits with this block alone in INT8, ranges from "
+        f"{result.calibration_images} training images.",
+    )
+
+
+def lesion_figure(result: LesionsResult, data: str) -> Figure:
+    """Accuracy without each block, and below the INT8 noise of the same block."""
+    drawing, (accuracy, noise) = subplots(2, 1, 7.2, 5.6)
+    _head(drawing, f"{result.model} without one of its blocks",
+          f"{result.n:,} images of {data}; line: the whole net, {result.top1:.2f} %")  # fmt: skip
+    names = [block.block.removeprefix("layer") for block in result.blocks]
+    stages = [name.split(".")[0] for name in names]
+    order = list(dict.fromkeys(stages))
+    colours = [PALETTE[order.index(stage) % len(PALETTE)] for stage in stages]
+    accuracy.bar(range(len(names)), [block.top1 for block in result.blocks], color=colours)
+    accuracy.axhline(result.top1, color=GREY, linewidth=1)
+    accuracy.set(ylabel="top-1 without the block, %", ylim=(0, 100))
+    noise.bar(range(len(names)), [block.int8_db for block in result.blocks], color=colours)
+    noise.set(ylabel="block alone in INT8, dB", xlabel="block, as stage.position")
+    noise.set_title("signal-to-noise ratio at the logits: higher is better", fontsize=SMALL,
+                    loc="left")  # fmt: skip
+    for axes in (accuracy, noise):
+        axes.set_xticks(range(len(names)), names, fontsize=SMALL if len(names) < 24 else 5,
+                        rotation=0 if len(names) < 13 else 90)  # fmt: skip
+    return drawing

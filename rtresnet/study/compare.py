@@ -56,6 +56,20 @@ def shortcut_nets(model: str) -> dict[str, Spec]:
     return counterpart | {f"{model}-{option}": zoo.spec(model, shortcut=option) for option in "ABC"}
 
 
+def block_nets(model: str) -> dict[str, Spec]:
+    """A net with residual functions of one, two and three layers, and with projections everywhere.
+
+    The nets have the same layers, so the same parameters; but option C adds its projections
+    (section 3.2: a residual function of one layer had no advantage; section 4.1: option C).
+
+    Raises:
+        UnknownNameError: No such net.
+        InputError: The net's layers cannot be grouped by three.
+    """
+    names = [f"{model}-block1", model, f"{model}-block3", f"{model}-C"]
+    return {name: zoo.spec(name) for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Terms:
     """What the nets of a study have in common.

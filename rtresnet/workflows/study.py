@@ -75,7 +75,7 @@ class StudyResult:
     """A finished study.
 
     Attributes:
-        study: "degradation" or "shortcuts".
+        study: "degradation", "shortcuts" or "blocks".
         length: How long each run was, next to the paper's.
         note: Length, data and seeds in words.
         records: A summary of each net, with every seed.
@@ -160,6 +160,39 @@ def study_shortcuts(
     nets = compare.shortcut_nets(model)
     title = f"Shortcut options of {model}"
     return _study("shortcuts", title, nets, data, config or StudyConfig(), out, reporter)
+
+
+def study_blocks(
+    data: str,
+    model: str = "resnet20",
+    config: StudyConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    reporter: Reporter = reporter.DEFAULT,
+) -> StudyResult:
+    """Trains a net with residual functions of one, two and three layers (section 3.2).
+
+    All have the same layers. A fourth net has projections everywhere (option C).
+
+    Args:
+        data: As for `train`.
+        model: A residual net of 18n+2 layers.
+        config: Recipe, length and seeds.
+        out: Folder; runs/study-blocks by default.
+        reporter: Receives progress and a line for each run.
+
+    Returns:
+        Errors and curves of each net, over all seeds.
+
+    Raises:
+        InputError: As `study_degradation`.
+    """
+    require_torch("a study")
+    from rtresnet.study import compare
+
+    title = f"Residual functions of one, two and three layers in {model}"
+    nets = compare.block_nets(model)
+    return _study("blocks", title, nets, data, config or StudyConfig(), out, reporter)
 
 
 def _study(

@@ -150,3 +150,91 @@ def test_responses_draws_a_line_a_checkpoint(here: Path, trained: Path, tints: s
     assert [entry["n"] for entry in result["results"]] == [20, 20]
     page = check_files(here / "r", "responses")
     assert page.count("<table>") == 2 and "layer3.0.conv2" in page
+
+
+def test_blocks_of_one_two_and_three_layers_have_the_same_parameters(
+    here: Path, tints: str
+) -> None:
+    arguments = ("--model", "resnet20", "--data", tints, "--seeds", 1, "--steps", 1)
+    result = study("blocks", *arguments, "--images", 40, "--out", "b")
+    check_files(here / "b", "blocks")
+    names = [net["net"] for net in result["nets"]]
+    assert names == ["resnet20-block1", "resnet20", "resnet20-block3", "resnet20-C"]
+    one, two, three, projections = (net["parameters"] for net in result["nets"])
+    assert one == two == three < projections
+
+
+def test_cost_compares_with_vgg19(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = study("cost", "--out", "c")
+    check_files(here / "c", "cost")
+    nets = {net["model"]: net for net in result["nets"]}
+    assert nets["resnet34"]["of_vgg19"] == pytest.approx(0.187, abs=5e-4)  # the paper says 18 %
+    assert nets["vgg19"]["fc_multiply_adds"] == pytest.approx(0.006, abs=5e-4)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_gradients_are_measured_once_and_explode_in_deep_plain_nets(
+    here: Path, tints: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--data", tints, "--steps", 2, "--batch", 16, "--size", 16, "--out", "g"]
+    arguments += ["--model", "plain44", "--model", "resnet44"]
+    result = study("gradients", *arguments)
+    check_files(here / "g", "gradients")
+    first = {net["model"]: net["points"][0] for net in result["nets"]}
+    assert [point["step"] for point in result["nets"][0]["points"]] == [0, 1, 2]
+    assert len(first["plain44"]["norms"]) == 43
+    assert first["plain44"]["ratio"] > 5 * first["resnet44"]["ratio"]
+    monkeypatch.setattr("rtresnet.study.gradients.along_a_run", None)  # it is not run again
+    assert study("gradients", *arguments) == result
+    assert main(["study", "gradients", *map(str, arguments), "--seed", "1"]) == 2
+
+
+def test_gradients_are_the_losss_derivatives() -> None:
+    import torch
+
+    from rtresnet.models import zoo
+    from rtresnet.study.gradients import measure
+
+    torch.manual_seed(0)
+    net = zoo.build(zoo.spec("resnet8"), 3).double()
+    images, labels = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
+    found = measure(net, images, labels, 0)
+    weight = net.layer1[0].conv1.weight
+    direction = weight.grad / weight.grad.norm()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * 1e-5 * direction
+            losses.append(torch.nn.functional.cross_entropy(net(images), labels))
+            weight -= sign * 1e-5 * direction
+    slope = float(losses[0] - losses[1]) / 2e-5
+    assert found.norms["layer1.0.conv1"] == pytest.approx(slope, rel=1e-4)
+
+
+def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(
+    here: Path, trained: Path, tints: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from rtresnet.models import checkpoint
+    from rtresnet.study import lesions
+
+    arguments = (trained / "best.pt", "--data", tints, "--out", "l")
+    result = study("lesions", *arguments)
+    check_files(here / "l", "lesions")
+    assert [block["block"] for block in result["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
+    for block in result["blocks"]:
+        assert block["drop"] == pytest.approx(result["top1"] - block["top1"])
+        assert 5 < block["int8_db"] < 90
+    net = checkpoint.load(trained / "best.pt").net().eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        whole = net(images)
+        with lesions.without(net, "layer1.0"):
+            assert not torch.equal(net(images), whole)
+            stem = net.relu(net.bn1(net.conv1(images)))
+            assert torch.equal(net.layer1(stem), stem)  # only the shortcut, and ReLU of it
+        assert torch.equal(net(images), whole)
+    monkeypatch.setattr("rtresnet.training.evaluate.evaluate", None)  # nothing is measured again
+    assert study("lesions", *arguments) == result
+    assert main(["study", "lesions", *map(str, arguments[:3]), "--images", "3", "--out", "l"]) == 2

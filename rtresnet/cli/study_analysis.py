@@ -1,0 +1,173 @@
+"""The analyses of `rtresnet study` that train nothing, or a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rtresnet.cli import common
+from rtresnet.cli.options import config_options
+from rtresnet.core.reporter import plural
+from rtresnet.workflows.study import DATA_OPTION
+from rtresnet.workflows.study_analysis import GradientsConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from rtresnet.reporting.tables import DataTable
+
+
+def out_option(name: str) -> Callable[[Any], Any]:
+    """The option of a study's folder."""
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=f"runs/study-{name}",
+        help=f"Folder of the study.  [default: runs/study-{name}]",
+    )
+
+
+data_option = click.option("--data", required=True, help=DATA_OPTION)
+
+
+def can_draw() -> bool:
+    """Whether there can be a figure; notes what is missing."""
+    from rtresnet.core import hardware
+
+    if not hardware.installed("matplotlib"):
+        common.note("no figure: pip install 'rtresnet[report]', and run the same command again")
+        return False
+    return True
+
+
+@click.command("responses")
+@click.argument("checkpoints", nargs=-1, required=True)
+@data_option
+@click.option(
+    "--images", type=click.IntRange(min=1), default=256, help="Number of images.  [default: 256]"
+)
+@out_option("responses")
+@common.json_option
+def responses(
+    checkpoints: tuple[str, ...], data: str, images: int, out: Path, json_file: str | None
+) -> None:
+    """Measure the standard deviation of each 3x3 layer's response (figure 7).
+
+    After batch norm, before ReLU and addition: how strongly a layer changes its input.
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.core import atomic_io, locks
+    from rtresnet.reporting import pages, study, tables
+    from rtresnet.workflows.study import short_name, study_responses
+
+    with locks.hold_folder(out, warn=common.note):
+        result = study_responses(checkpoints, data, images, reporter=REPORTER)
+        shown = [study.response_table(entry, data) for entry in result.results]
+        for table in shown:
+            tables.show(common.out_console(), table.headings, table.rows, title=table.title)
+        common.footer(
+            f"Assumed of {e.checkpoint}: {line}." for e in result.results for line in e.assumed
+        )
+        subtitle = f"{plural(result.results[0].n, 'image')} of {short_name(data)}"
+        pages.write_study(
+            atomic_io.make_folder(out),
+            "responses",
+            title="Layer responses",
+            figure=study.response_figure(result.results, subtitle) if can_draw() else None,
+            caption="Standard deviation of the output of each 3x3 layer, after batch norm, before "
+            "ReLU and addition.",
+            tables=shown,
+        )
+        common.write_json(str(out / "responses.json"), "study responses", result)
+    common.note(f"page: {out / 'index.html'}")
+    common.write_json(json_file, "study responses", result)
+
+
+def _show_analysis(
+    name: str,
+    title: str,
+    result: object,
+    out: Path,
+    table: DataTable,
+    draw: Callable[[], Figure],
+    caption: str,
+    json_file: str | None,
+) -> None:
+    """Prints an analysis' table; writes its figure, page and JSON."""
+    from rtresnet.core import atomic_io
+    from rtresnet.reporting import pages, tables
+
+    tables.show(common.out_console(), table.headings, table.rows)
+    common.note(table.about)
+    pages.write_study(
+        atomic_io.make_folder(out), name, title=title, figure=draw() if can_draw() else None,
+        caption=caption, tables=[table],
+    )  # fmt: skip
+    common.write_json(str(out / f"{name}.json"), f"study {name}", result)
+    common.note(f"page: {out / 'index.html'}")
+    common.write_json(json_file, f"study {name}", result)
+
+
+@click.command("cost")
+@out_option("cost")
+@common.json_option
+def cost(out: Path, json_file: str | None) -> None:
+    """Count parameters and multiply-adds of every net against VGG-19 (section 3.3, table 1)."""
+    from rtresnet.reporting import study
+    from rtresnet.workflows.study_analysis import study_cost
+
+    result = study_cost()
+    _show_analysis(
+        "cost", "Cost of the nets", result, out, study.cost_table(result),
+        lambda: study.cost_figure(result), "Multiply-adds for one image.", json_file,
+    )  # fmt: skip
+
+
+@click.command("gradients")
+@data_option
+@config_options(GradientsConfig)
+@out_option("gradients")
+@common.json_option
+def gradients(data: str, config: GradientsConfig, out: Path, json_file: str | None) -> None:
+    """Measure the gradient of each 3x3 layer at initialization and along a run (section 4.1).
+
+    The run is plain SGD at the paper's rate, on images that are not augmented.
+    """
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.reporting import study
+    from rtresnet.workflows.study import short_name
+    from rtresnet.workflows.study_analysis import study_gradients
+
+    result = study_gradients(data, config, out=out, reporter=REPORTER)
+    _show_analysis(
+        "gradients", "Gradients by layer", result, out, study.gradient_table(result),
+        lambda: study.gradient_figure(result, short_name(data)),
+        "Norm of the loss's gradient for the weights of each 3x3 convolution.", json_file,
+    )  # fmt: skip
+
+
+@click.command("lesions")
+@click.argument("checkpoint")
+@data_option
+@click.option("--images", type=click.IntRange(min=1), help="Number of test images.  [default: all]")
+@out_option("lesions")
+@common.json_option
+def lesions(
+    checkpoint: str, data: str, images: int | None, out: Path, json_file: str | None
+) -> None:
+    """Remove one block at a time from a trained net and evaluate, next to its noise in INT8."""
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.reporting import study
+    from rtresnet.workflows.study import short_name
+    from rtresnet.workflows.study_analysis import study_lesions
+
+    result = study_lesions(checkpoint, data, images, out=out, reporter=REPORTER)
+    _show_analysis(
+        "lesions", f"{result.model} without one of its blocks", result, out,
+        study.lesion_table(result), lambda: study.lesion_figure(result, short_name(data)),
+        "Accuracy without each block, and the noise of the same block in INT8.", json_file,
+    )  # fmt: skip
+    common.footer(f"Assumed of {checkpoint}: {line}." for line in result.assumed)
