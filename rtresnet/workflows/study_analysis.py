@@ -55,6 +55,9 @@ def study_cost() -> CostResult:
 
     Returns:
         A row for each net, in the order of `rtresnet models`.
+
+    Raises:
+        Nothing: the counts need no file and no package.
     """
     from rtresnet.models import zoo
 
