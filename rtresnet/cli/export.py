@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,8 +20,10 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 
 
 @click.command("export")
-@config_options(ExportConfig, argument="values", leave_out=("precisions", "plan"),
-                construct=False)  # fmt: skip
+@click.option(
+    "--model", metavar="MODEL",
+    help="Architecture, one of those that `rtresnet models` lists.  [default: that of the weights]",
+)  # fmt: skip
 @click.option(
     "--weights",
     metavar="FILE|imagenet|untrained",
@@ -47,7 +48,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 @click.option("--no-plan", is_flag=True, help="Stop at the ONNX files.  [default: build plans]")
 @common.json_option
 def command(
-    values: dict[str, Any],
+    model: str | None,
     weights: str | None,
     fp32: bool,
     fp16: bool,
@@ -70,8 +71,8 @@ def command(
     from rtresnet.workflows.export import export
 
     asked = (("fp32", fp32), ("fp16", fp16), ("int8", int8))
-    values["precisions"] = tuple(name for name, wanted in asked if wanted) or ("fp16",)
-    config = ExportConfig(**values, plan=not no_plan)
+    precisions = tuple(name for name, wanted in asked if wanted) or ("fp16",)
+    config = ExportConfig(model=model, precisions=precisions, plan=not no_plan)  # type: ignore[arg-type]
     result = export(
         weights, out, config, quantize=quantize, build=build, embed=embed, stated=stated,
         reporter=REPORTER,

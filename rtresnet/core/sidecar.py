@@ -285,6 +285,7 @@ class Measurements(TypedDict, total=False):
     test_top1: float
     test_top5: float
     test_n: int
+    bn_images: int
     parity: Parity
     ends: EmbeddingParity
     accuracy: list[AccuracyRecord]

@@ -12,14 +12,22 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rtresnet.core import atomic_io, locks, provenance
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.data.loader import prefetch_map
-from rtresnet.data.shards import COLUMNS, FORMAT, INDEX, TABLE, UNFINISHED, VERSION
+from rtresnet.data.shards import (
+    COLUMNS,
+    FORMAT,
+    INDEX,
+    TABLE,
+    UNFINISHED,
+    VERSION,
+    PackIndex,
+    Shard,
+)
 from rtresnet.data.sources import Files, open_source
 
 SHARD_BYTES = 512 << 20
@@ -34,7 +42,7 @@ def pack(
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     warn: locks.Warn = lambda line: None,
-) -> dict[str, Any]:
+) -> PackIndex:
     """Packs a folder's image files, unchanged and in the folder source's own order.
 
     Damaged images are packed as they are: whoever reads them counts and names them.
@@ -78,24 +86,22 @@ def _write(
     root: Path,
     shard_bytes: int,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:
+) -> PackIndex:
     """Writes the shards, then the table, then the index."""
     rows, total = _Rows(), sum(map(len, files.values()))
-    shards: list[dict[str, Any]] = []
+    shards: list[Shard] = []
     try:
         for split, part in files.items():
             images = _images(part, root)
             shards += _write_split(folder, split, images, rows, shard_bytes, progress, total)
-        index = {
-            "format": FORMAT,
-            "version": VERSION,
-            "classes": next(iter(files.values())).classes,
+        index: PackIndex = {
+            "classes": list(next(iter(files.values())).classes),
             "splits": {split: len(part) for split, part in files.items()},
             "shards": shards,
             "table_sha256": rows.write(folder / TABLE),
-            "made_by": provenance.made_by(),
         }
-        atomic_io.write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        record = {"format": FORMAT, "version": VERSION, **index, "made_by": provenance.made_by()}
+        atomic_io.write_text(folder / INDEX, json.dumps(record, indent=1) + "\n")
     except BaseException:
         _sweep(folder)
         raise
@@ -157,7 +163,7 @@ def _write_split(
     shard_bytes: int,
     progress: Callable[[int, int], None],
     total: int,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Shard]:
     """Yields each shard's file and size once it is written."""
     first = max(rows.columns["shard"], default=-1) + 1
     number, waiting = 0, next(images, None)

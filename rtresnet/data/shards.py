@@ -37,15 +37,19 @@ COLUMNS = ("shard", "offset", "length", "label")  # int64, an entry an image
 Count = Annotated[int, Meta(ge=0)]
 
 
-class _Shard(TypedDict):
+class Shard(TypedDict):
+    """A tar file of a pack."""
+
     file: Annotated[str, Meta(pattern=r"^[a-z]+-\d+\.tar$")]
     bytes: Count
 
 
-class _Index(TypedDict):
+class PackIndex(TypedDict):
+    """What index.json says of a pack; images of each split in `splits`."""
+
     splits: dict[str, Count]
     classes: list[str]
-    shards: list[_Shard]
+    shards: list[Shard]
     table_sha256: str
 
 
@@ -161,7 +165,7 @@ def files_fingerprint(names: Iterable[bytes], sizes: Iterable[int], labels: Iter
     return digest.hexdigest()
 
 
-def _read_index(folder: Path) -> _Index:
+def _read_index(folder: Path) -> PackIndex:
     path = folder / INDEX
     try:
         index = serialization.load(path, fix=PACK_AGAIN, error=DataError)
@@ -181,13 +185,15 @@ def _read_index(folder: Path) -> _Index:
             f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
             fix=PACK_AGAIN,
         )
-    valid = serialization.convert(index, _Index, where=str(path), fix=PACK_AGAIN, error=DataError)
+    valid = serialization.convert(
+        index, PackIndex, where=str(path), fix=PACK_AGAIN, error=DataError
+    )
     if tuple(valid["splits"]) not in (("all",), ("train", "test")):
         raise DataError(f"{path}: splits are {', '.join(valid['splits'])}", fix=PACK_AGAIN)
     return valid
 
 
-def _read_table(path: Path, index: _Index) -> dict[str, np.ndarray]:
+def _read_table(path: Path, index: PackIndex) -> dict[str, np.ndarray]:
     """The columns, which fit the index: the sha256 vouches for all but what the index says."""
     try:
         content = path.read_bytes()

@@ -11,8 +11,8 @@ One image at a time goes through: an ONNX file has a fixed batch of 1. Training 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -288,7 +288,7 @@ def on_canvas(spec: Detection, canvas: tuple[int, int]) -> Detection:
     return dataclasses.replace(spec, canvas=canvas)
 
 
-def detect(net: Detector, image: Tensor, extent: Tensor) -> dict[str, Any]:
+def detect(net: Detector, image: Tensor, extent: Tensor) -> dict[str, np.ndarray]:
     """One image's detections as NumPy arrays, under the names of the ONNX file's outputs."""
     with torch.inference_mode():
         outputs = net(image, extent)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rtresnet.core import atomic_io, canvas, hardware
 from rtresnet.core.errors import CheckFailedError, DataError, InputError
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.sidecar import Detection, Weights
+from rtresnet.core.sidecar import Detection, Measurements, Weights
 from rtresnet.data.loader import prefetch_map
 from rtresnet.detection import boxes, checkpoint, evaluate, losses, net
 from rtresnet.detection.data import DetectionSource
@@ -97,7 +97,7 @@ def train(
     *,
     resume: bool = False,
     on_step: Listener = lambda progress: None,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_epoch: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Checkpoint:
     """Trains, and tests the trained net once.
 
@@ -177,7 +177,7 @@ class _Run:
         self,
         stop: Stop,
         on_step: Listener,
-        on_epoch: Callable[[dict[str, Any]], None],
+        on_epoch: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.first_step = self.step
         while len(self.log) * self.steps_an_epoch < self.total:
@@ -352,7 +352,7 @@ class _Run:
             "total": self.total,
         }
 
-    def _checkpoint(self, training: dict[str, Any], **measured: Any) -> Checkpoint:
+    def _checkpoint(self, training: dict[str, Any]) -> Checkpoint:
         job = self.job
         return Checkpoint(
             model=files.model_of(job.spec, job.source.classes),
@@ -360,7 +360,6 @@ class _Run:
             weights=Weights(origin="trained", source=job.source.name),
             state=state_of(self.net),
             training=training,
-            measured=measured,
             detection=job.detection,
         )
 
@@ -412,7 +411,7 @@ class _Run:
             evaluate.torch_run(trained), self.job.test, self.job.detection, self.job.preprocess
         )
         test = self.job.test
-        measured = {
+        measured: Measurements = {
             "epoch": len(self.log),
             "average_precision": result.record(test.name, "test", test.fingerprint()),
         }

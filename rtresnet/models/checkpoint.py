@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +54,8 @@ class Checkpoint:
     input: Preprocess
     weights: Weights
     state: dict[str, Tensor]
-    training: dict[str, Any] = field(default_factory=dict)
-    measured: dict[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    measured: Measurements = field(default_factory=lambda: Measurements())
     learned: metadata.TrainedScales | None = None
     assumed: tuple[str, ...] = ()
     detection: Detection | None = None
@@ -160,7 +159,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         detection=checkpoint.detection,
         assumed=checkpoint.assumed,
         calibration=_calibration(Path(path), checkpoint.learned),
-        measured=typing.cast(Measurements, checkpoint.measured),
+        measured=checkpoint.measured,
     )
     return artifacts.publish(path, write, sidecar)
 

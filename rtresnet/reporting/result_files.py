@@ -5,6 +5,7 @@ Fields that older versions did not write are optional; fields that are not decla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -257,7 +258,7 @@ class MadeBy(TypedDict):
     command: NotRequired[str | None]
 
 
-RESULTS: dict[str, Any] = {
+RESULTS: Mapping[str, Any] = {
     "bench": Bench,
     "bench-find": BenchFind,
     "eval": Eval,

@@ -15,7 +15,7 @@ from rtresnet.reporting.tables import DataTable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from rtresnet.study.compare import Net
+    from rtresnet.study.compare import CurveName, Net
     from rtresnet.workflows.study import LayerResponses
     from rtresnet.workflows.study_analysis import (
         CostResult,
@@ -190,7 +190,7 @@ def table(nets: Sequence[Net]) -> DataTable:
     return DataTable(headings=headings, rows=rows, about=ABOUT)
 
 
-def _line(net: Net, name: str, colour: int, label: str, dashed: bool = False) -> list[Line]:
+def _line(net: Net, name: CurveName, colour: int, label: str, dashed: bool = False) -> list[Line]:
     curve = net.curve(name)
     if curve is None:
         return []
@@ -219,7 +219,10 @@ def plain_and_residual(nets: Sequence[Net]) -> list[Panel]:
 def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
     """Training errors left, validation errors right; a colour a net."""
     panels = []
-    for title, name in (("training error", "train_top1"), ("validation error", "val_top1")):
+    curves: tuple[tuple[str, CurveName], ...] = (
+        ("training error", "train_top1"), ("validation error", "val_top1")
+    )  # fmt: skip
+    for title, name in curves:
         lines = [line for n, net in enumerate(nets) for line in _line(net, name, n, net.label)]
         if lines:
             panels.append(Panel(title=title, lines=lines))

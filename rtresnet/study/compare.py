@@ -10,20 +10,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
+from rtresnet.core.sidecar import Measurements
 from rtresnet.data.sources import Source
 from rtresnet.models import zoo
 from rtresnet.models.nets import multiply_adds
 from rtresnet.models.zoo import Spec
 from rtresnet.study.runs import Outcome, Run
 from rtresnet.training import loader, recipes
-from rtresnet.training.config import Recipe, TrainJob
+from rtresnet.training.config import EpochRecord, Recipe, TrainJob
 
+CurveName = Literal["train_top1", "val_top1"]
 ERRORS = ("train_error", "val_error", "test_error")
 
 
@@ -175,43 +177,89 @@ class Net:
         values = [getattr(outcome, name) for outcome in self.finished]
         return spread(values) if values and None not in values else None
 
-    def curve(self, name: str) -> Curve | None:
+    def curve(self, name: CurveName) -> Curve | None:
         """Of "train_top1" or "val_top1" as an error; None in the same way."""
         logs = [outcome.log for outcome in self.finished]
-        if not logs or any(record[name] is None for log in logs for record in log):
+        hits = [[record[name] for record in log] for log in logs]
+        if not hits or any(None in of_seed for of_seed in hits):
             return None
-        errors = np.array([[100 - record[name] for record in log] for log in logs])
+        errors = 100 - np.array(hits, np.float64)
         return Curve(
             steps=[record["step"] for record in logs[0]],
             mean=errors.mean(axis=0).tolist(),
             std=errors.std(axis=0, ddof=1).tolist() if len(logs) > 1 else None,
         )
 
-    def record(self) -> dict[str, Any]:
-        """For the JSON."""
-        errors = {name: self.error(name) for name in ERRORS}
-        return {
-            "net": self.label,
-            "shortcut": self.spec.shortcut,
-            "parameters": self.parameters,
-            "multiply_adds": self.multiply_adds,
-            "recipe": dataclasses.asdict(self.outcomes[0].run.job.recipe),
-            **{name: found and dataclasses.asdict(found) for name, found in errors.items()},
-            "diverged": len(self.outcomes) - len(self.finished),
-            "seeds": [_seed_record(outcome) for outcome in self.outcomes],
-        }
+    def record(self) -> NetRecord:
+        """The net without curves, as results show it."""
+        return NetRecord(
+            net=self.label,
+            shortcut=self.spec.shortcut,
+            parameters=self.parameters,
+            multiply_adds=self.multiply_adds,
+            recipe=self.outcomes[0].run.job.recipe,
+            train_error=self.error("train_error"),
+            val_error=self.error("val_error"),
+            test_error=self.error("test_error"),
+            diverged=len(self.outcomes) - len(self.finished),
+            seeds=tuple(map(SeedRecord.of, self.outcomes)),
+        )
 
 
-def _seed_record(outcome: Outcome) -> dict[str, Any]:
-    record = {
-        "seed": outcome.run.seed,
-        "folder": str(outcome.run.job.out),
-        "diverged": outcome.diverged,
-    }
-    if outcome.diverged is None:
-        record |= {name: getattr(outcome, name) for name in ERRORS}
-        record |= {"measured": outcome.measured, "log": outcome.log}
-    return record
+@dataclass(frozen=True, kw_only=True)
+class SeedRecord:
+    """A net's run with one seed; errors in percent, None where it diverged.
+
+    Attributes:
+        folder: Of the run.
+        diverged: Why there is no result, or None.
+        measured: Of the epoch that was kept.
+        log: A record for each epoch.
+    """
+
+    seed: int
+    folder: Path
+    diverged: str | None
+    train_error: float | None = None
+    val_error: float | None = None
+    test_error: float | None = None
+    measured: Measurements | None = None
+    log: tuple[EpochRecord, ...] = ()
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> SeedRecord:
+        """Describes an outcome."""
+        about = cls(seed=outcome.run.seed, folder=outcome.run.job.out, diverged=outcome.diverged)
+        if outcome.diverged is not None:
+            return about
+        return dataclasses.replace(
+            about, **{name: getattr(outcome, name) for name in ERRORS}, measured=outcome.measured,
+            log=tuple(outcome.log),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetRecord:
+    """A net of a study; errors are those of all seeds that did not diverge.
+
+    Attributes:
+        net: Its label.
+        shortcut: "A", "B" or "C"; None for a plain net.
+        multiply_adds: For one image.
+        recipe: Of the first seed.
+        diverged: Number of seeds.
+    """
+
+    net: str
+    shortcut: str | None
+    parameters: int
+    multiply_adds: int
+    recipe: Recipe
+    train_error: Spread | None
+    val_error: Spread | None
+    test_error: Spread | None
+    diverged: int
+    seeds: tuple[SeedRecord, ...]
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[Net]:

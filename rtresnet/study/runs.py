@@ -14,11 +14,12 @@ from typing import Any
 
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import CheckFailedError, InputError
+from rtresnet.core.sidecar import Measurements
 from rtresnet.data import loader
 from rtresnet.data.sources import Arrays, Source, Subset
 from rtresnet.models import checkpoint
 from rtresnet.training import checkpointing, loop
-from rtresnet.training.config import TrainJob
+from rtresnet.training.config import EpochRecord, TrainJob
 from rtresnet.training.loop import StepListener, resolve_job
 
 DIVERGED = "diverged.json"
@@ -57,24 +58,24 @@ class Outcome:
 
     run: Run
     diverged: str | None = None
-    log: list[dict[str, Any]] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
+    log: list[EpochRecord] = field(default_factory=list)
+    measured: Measurements = field(default_factory=lambda: Measurements())
 
     @property
     def train_error(self) -> float:
         """Of the last epoch, on the augmented images as they were trained on, in percent."""
-        return 100 - float(self.log[-1]["train_top1"])
+        return 100 - self.log[-1]["train_top1"]
 
     @property
     def val_error(self) -> float | None:
         """Of the kept epoch, in percent; None where nothing was held out."""
         value = self.measured["val_top1"]
-        return None if value is None else 100 - float(value)
+        return None if value is None else 100 - value
 
     @property
     def test_error(self) -> float:
         """Of the kept epoch, in percent."""
-        return 100 - float(self.measured["test_top1"])
+        return 100 - self.measured["test_top1"]
 
 
 def found(run: Run) -> Outcome | None:
@@ -91,7 +92,7 @@ def found(run: Run) -> Outcome | None:
     if not (out / "last.pt").exists():
         return None
     last = checkpointing.saved_run(out)
-    _require_same(run, last.training | {"model": dataclasses.asdict(last.model)})
+    _require_same(run, {**last.training, "model": dataclasses.asdict(last.model)})
     best = checkpoint.load(out / "best.pt") if (out / "best.pt").exists() else last
     return _finished(run, best.measured) if "test_top1" in best.measured else None
 
@@ -122,7 +123,7 @@ def make(
     return _finished(run, best.measured)
 
 
-def _finished(run: Run, measured: dict[str, Any]) -> Outcome:
+def _finished(run: Run, measured: Measurements) -> Outcome:
     lines = (run.job.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return Outcome(run=run, log=[json.loads(line) for line in lines], measured=measured)
 

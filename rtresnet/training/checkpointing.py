@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from rtresnet.core import artifacts, atomic_io, locks
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.labels import LabelMap, match
 from rtresnet.core.locks import LockedError, Warn
-from rtresnet.core.sidecar import Model, Weights
+from rtresnet.core.sidecar import Measurements, Model, Weights
 from rtresnet.data.sources import Source
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.onnxlib.metadata import TrainedScales
-from rtresnet.training.config import Recipe, TrainJob
+from rtresnet.training.config import EpochRecord, Recipe, TrainJob
 from rtresnet.training.dataset import BROKEN_LIST
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
@@ -59,7 +59,7 @@ class RunState:
     step: int = 0
     best: float = -1.0
     sums: EpochStats = field(default_factory=EpochStats)
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[EpochRecord] = field(default_factory=list)
 
 
 class CheckpointManager:
@@ -81,7 +81,7 @@ class CheckpointManager:
         *,
         total: int,
         images: int,
-        data: dict[str, Any],
+        data: Mapping[str, object],
         world: World,
     ) -> None:
         self.job, self.model, self.world = job, model, world
@@ -156,9 +156,14 @@ class CheckpointManager:
     def _checkpoint(
         self, stepper: Stepper, training: dict[str, Any], state: RunState
     ) -> Checkpoint:
-        net, measured, learned = stepper.kept, {}, None
+        net, measured, learned = stepper.kept, Measurements(), None
         if state.log:
-            measured = {name: state.log[-1][name] for name in ("val_top1", "val_n", "epoch")}
+            last = state.log[-1]
+            measured = {
+                "val_top1": last["val_top1"],
+                "val_n": last["val_n"],
+                "epoch": last["epoch"],
+            }
         if isinstance(net, FakeQuantized):
             learned = TrainedScales(
                 scales=net.named_scales(),
@@ -245,7 +250,7 @@ def launch_of(out: Path) -> str | None:
         return None
 
 
-def check_same_recipe(out: Path, stored: dict[str, Any], recipe: Recipe) -> None:
+def check_same_recipe(out: Path, stored: Mapping[str, Any], recipe: Recipe) -> None:
     """Check that a run is resumed with its own recipe.
 
     Raises:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
@@ -25,6 +25,38 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SAVE_SECONDS = 300.0
+
+
+class EpochRecord(TypedDict):
+    """An epoch's line in log.jsonl.
+
+    Attributes:
+        epoch: From 1.
+        step: Steps done.
+        loss: Mean training loss.
+        lr: Learning rate of the last step.
+        loss_scale: In fp16, else None.
+        side: Side of the training images, in pixels.
+        train_top1: On the augmented training images, in %.
+        val_top1: On the held-out images, in %; None if nothing is held out.
+        val_n: Their number.
+        images_per_second: Training throughput.
+        seconds: Training time, without evaluation.
+        skipped: Images left out because they cannot be decoded.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    loss_scale: float | None
+    side: int
+    train_top1: float
+    val_top1: float | None
+    val_n: int | None
+    images_per_second: float
+    seconds: float
+    skipped: int
 
 
 @dataclass(frozen=True, kw_only=True)

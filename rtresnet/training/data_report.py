@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rtresnet.core.reporter import escape_cell, plural
 
@@ -49,7 +48,7 @@ class DataReport:
     transparent: int
     max_broken: float
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Mapping[str, object]:
         """Return what checkpoints store; they store the classes elsewhere."""
         entries = dataclasses.asdict(self)
         del entries["classes"]

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 
 from rtresnet.core import atomic_io, hardware, metrics
 from rtresnet.core.errors import CheckFailedError, InputError
+from rtresnet.core.sidecar import Measurements
 from rtresnet.data import augment
 from rtresnet.data.loader import DecodeErrors, batches
 from rtresnet.data.sources import Source
@@ -31,7 +31,7 @@ from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.models.nets import Net, TorchBackend
 from rtresnet.training import checkpointing, dataset, distributed, qat
 from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState
-from rtresnet.training.config import TrainJob
+from rtresnet.training.config import EpochRecord, TrainJob
 from rtresnet.training.data_report import DataReport
 from rtresnet.training.dataset import Dataset
 from rtresnet.training.distributed import ALONE, World
@@ -62,39 +62,6 @@ class Progress:
     lr: float
     images_per_second: float
     seconds_left: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """An epoch's line in log.jsonl.
-
-    Attributes:
-        epoch: From 1.
-        step: Steps done.
-        loss: Mean training loss.
-        lr: Learning rate of the last step.
-        loss_scale: In fp16, else None.
-        side: Side of the training images, in pixels.
-        train_top1: On the augmented training images, in %.
-        val_top1: On the held-out images, in %; None if nothing is held out.
-        val_n: Their number.
-        images_per_second: Training throughput.
-        seconds: Training time, without evaluation.
-        skipped: Images left out because they cannot be decoded.
-    """
-
-    epoch: int
-    step: int
-    loss: float
-    lr: float
-    loss_scale: float | None
-    side: int
-    train_top1: float
-    val_top1: float | None
-    val_n: int | None
-    images_per_second: float
-    seconds: float
-    skipped: int
 
 
 StepListener = Callable[[Progress], None]
@@ -304,9 +271,9 @@ class _Run:
 
     def _complete_epoch(self, record: EpochRecord) -> None:
         """Write best.pt if the epoch is the best, then last.pt, then the log."""
-        self.state.log.append(dataclasses.asdict(record))
+        self.state.log.append(record)
         self.state.sums = EpochStats()
-        score = math.inf if record.val_top1 is None else record.val_top1
+        score = math.inf if record["val_top1"] is None else record["val_top1"]
         if score >= self.state.best:
             self.state.best = score
             self.manager.save_best(self.state, self.stepper)
@@ -328,7 +295,7 @@ class _Run:
         if "test_top1" in best.measured:  # a finished run was resumed
             return best
         net.load_state_dict(checkpointing.state_from(best, net))
-        measured = dict(best.measured)
+        measured = best.measured.copy()
         if self.recipe.bn_images:
             measured |= self._recompute_statistics(net, best)
         if self.test is not None:
@@ -351,13 +318,13 @@ class _Run:
             checkpoint.save(path, final)
         return final
 
-    def _recompute_statistics(self, net: torch.nn.Module, best: Checkpoint) -> dict[str, Any]:
+    def _recompute_statistics(self, net: torch.nn.Module, best: Checkpoint) -> Measurements:
         """Recompute the statistics; keep them unless the validation accuracy falls."""
         used = recompute_statistics(net, self._some_images(self.recipe.bn_images))
         if not len(self.parts.val):
             return {"bn_images": used}
         val = self._accuracy(self.source, self.parts.val)
-        if val.top1_percent < best.measured["val_top1"]:
+        if val.top1_percent < (best.measured["val_top1"] or 0):
             net.load_state_dict(best.state)
             return {"bn_images": 0}
         return {"bn_images": used, "val_top1": val.top1_percent}

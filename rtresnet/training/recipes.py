@@ -136,7 +136,7 @@ def resolve(
     return dataclasses.replace(recipe, **(changed | settings))
 
 
-def parse(settings: Iterable[str]) -> dict[str, Any]:
+def parse(settings: Iterable[str]) -> dict[str, object]:
     """Convert `field=value` texts to values of the fields' types.
 
     Tuples are comma-separated; pairs within them, as in progressive, are `0:0.5,0.6:1`.
@@ -145,7 +145,7 @@ def parse(settings: Iterable[str]) -> dict[str, Any]:
         UnknownNameError: No such field; names the nearest.
         InputError: Not `field=value`, or a value of another type.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:

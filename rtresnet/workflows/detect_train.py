@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -323,7 +324,7 @@ class _Progress:
             f"lr {progress.lr:.2g}  {progress.images_per_second:,.1f} img/s",
         )
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def epoch(self, record: Mapping[str, Any]) -> None:
         """Notes an epoch."""
         self._reporter.note(
             f"epoch {record['epoch']:3d}  step {record['step']:,}  loss {record['loss']:.4f} "

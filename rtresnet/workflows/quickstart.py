@@ -8,13 +8,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rtresnet.core import hardware, locks, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
+from rtresnet.training.config import EpochRecord
 from rtresnet.workflows.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
 from rtresnet.workflows.build import BuildConfig
 from rtresnet.workflows.compare import CompareResult, compare
@@ -51,7 +51,7 @@ class QuickstartResult:
     model: str
     data: str
     train: TrainResult
-    log: tuple[dict[str, Any], ...]
+    log: tuple[EpochRecord, ...]
     export: ExportResult
     evaluations: dict[str, EvaluateResult] = json_name("eval")
     comparisons: dict[str, CompareResult] = json_name("compare")

@@ -20,7 +20,7 @@ from rtresnet.workflows.train import DATA_HELP, NOT_MIRRORED
 
 if TYPE_CHECKING:
     from rtresnet.models.zoo import Spec
-    from rtresnet.study.compare import Length, Net, Terms
+    from rtresnet.study.compare import Length, Net, NetRecord, Terms
     from rtresnet.study.runs import Outcome, Run
     from rtresnet.training.loop import Progress
 
@@ -89,7 +89,7 @@ class StudyResult:
     data: str
     length: Length
     note: str
-    records: tuple[dict[str, Any], ...] = json_name("nets")
+    records: tuple[NetRecord, ...] = json_name("nets")
     nets: tuple[Net, ...] = dataclasses.field(default=(), metadata={"hidden": True})
     title: str = dataclasses.field(default="", metadata={"hidden": True})
     recipe: str = dataclasses.field(default="", metadata={"hidden": True})

@@ -243,7 +243,7 @@ def train(
         checkpoint=folder / "best.pt",
         recipe=Recipe(**best.training["recipe"]),
         images=dataset.saved_report(best),
-        measured=RunAccuracy(**{k: v for k, v in best.measured.items() if k in names}),
+        measured=RunAccuracy(**{k: v for k, v in best.measured.items() if k in names}),  # type: ignore[arg-type]
         log=folder / "log.jsonl",
         is_main=world.is_main,
         title=f"{job.spec.name} on {job.source.name}",

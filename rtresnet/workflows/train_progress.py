@@ -9,8 +9,9 @@ from rtresnet.core.errors import missing_package
 from rtresnet.core.reporter import Reporter, Update, plural
 
 if TYPE_CHECKING:
+    from rtresnet.training.config import EpochRecord
     from rtresnet.training.data_report import DataReport
-    from rtresnet.training.loop import EpochRecord, Progress
+    from rtresnet.training.loop import Progress
 
 
 class TrainProgress:
@@ -64,15 +65,15 @@ class TrainProgress:
 
     def epoch(self, record: EpochRecord) -> None:
         """Note an epoch's results."""
-        val = "" if record.val_top1 is None else f"val {record.val_top1:6.2f} %  "
+        val = "" if record["val_top1"] is None else f"val {record['val_top1']:6.2f} %  "
         self._reporter.note(
-            f"epoch {record.epoch:3d}  step {record.step:,}  loss {record.loss:.4f}  "
-            f"train {record.train_top1:6.2f} %  {val}{record.images_per_second:,.0f} img/s"
+            f"epoch {record['epoch']:3d}  step {record['step']:,}  loss {record['loss']:.4f}  "
+            f"train {record['train_top1']:6.2f} %  {val}{record['images_per_second']:,.0f} img/s"
         )
         if self._events:
-            self._events.add_scalar("train_top1", record.train_top1, record.step)
-            if record.val_top1 is not None:
-                self._events.add_scalar("val_top1", record.val_top1, record.step)
+            self._events.add_scalar("train_top1", record["train_top1"], record["step"])
+            if record["val_top1"] is not None:
+                self._events.add_scalar("val_top1", record["val_top1"], record["step"])
 
 
 def event_writer() -> Any:

@@ -99,7 +99,7 @@ def test_a_seed_that_diverged_is_counted_and_not_averaged(two: list[Run]) -> Non
     made = net(outcome(two[0], [90], [80], test=85), Outcome(run=two[1], diverged="nan at step 3"))
     assert str(made.error("test_error")) == "15.00"
     record = made.record()
-    assert record["diverged"] == 1 and record["seeds"][1]["diverged"] == "nan at step 3"
+    assert record.diverged == 1 and record.seeds[1].diverged == "nan at step 3"
     lost = net(Outcome(run=two[0], diverged="nan"))
     assert lost.error("test_error") is None and lost.curve("train_top1") is None
 
