@@ -79,7 +79,7 @@ def read(trt: Any, network: Any) -> dict[str, Node]:
                 nodes[name] = Node(
                     name=name, operation=operation, detail=detail, dtype=out.dtype.name,
                     height=shape[2] if len(shape) == 4 else 0, source=source,
-                    multiply_adds=_multiply_adds(layer, operation, inputs, shape),
+                    multiply_adds=_multiply_adds(trt, layer, operation, inputs, shape),
                 )  # fmt: skip
     found = [node for node in nodes.values() if node.operation != "constant"]
     named = any(STAGE.search(node.name) for node in found if node.operation == CONVOLUTION)
@@ -110,13 +110,15 @@ def _operation(
 
 
 def _multiply_adds(
-    layer: Any, operation: str, inputs: Sequence[Any], shape: tuple[int, ...]
+    trt: Any, layer: Any, operation: str, inputs: Sequence[Any], shape: tuple[int, ...]
 ) -> int:
     """Returns the multiply-adds for one image; `shape` is the output's. The first side is N."""
     if operation == CONVOLUTION:
         each = math.prod(tuple(layer.kernel_size_nd)) * inputs[0].shape[1] // layer.num_groups
     elif operation == MATMUL:
-        each = math.prod(tuple(inputs[1].shape)) // max(1, shape[-1])
+        layer.__class__ = trt.IMatrixMultiplyLayer
+        transposed = layer.op0 == trt.MatrixOperation.TRANSPOSE
+        each = tuple(inputs[0].shape)[-2 if transposed else -1]
     else:
         return 0
     return max(0, int(each) * math.prod(shape[1:]))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 
@@ -132,3 +133,23 @@ def test_layers_multiply_adds_are_those_of_the_net_in_every_profile(
         own = [layer for layer in kept if layer.profile == profile]
         assert sum(layer.multiply_adds or 0 for layer in own) == expected
         assert sum(bool(layer.multiply_adds) for layer in own) == 8
+
+
+@pytest.mark.parametrize("weight_first", [False, True])
+def test_nodes_multiply_adds_of_a_product_count_each_output_once(weight_first: bool) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    left, right = ("w", "x") if weight_first else ("x", "w")
+    shape = ["N", 6, 10] if weight_first else ["N", 10, 6]
+    weight = onnx.numpy_helper.from_array(
+        np.zeros((4, 6) if weight_first else (6, 4), np.float32), "w"
+    )
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [left, right], ["y"], name="product")],
+        "g",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [weight],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    assert read_nodes(model)["product"].multiply_adds == 4 * 6 * 10
