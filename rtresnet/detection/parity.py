@@ -12,6 +12,7 @@ import numpy as np
 from rtresnet.core.sidecar import DetectionParityRecord
 
 NEAR = 1.0  # pixels between the corners of two boxes that can be the same
+MARGIN = 1e-3  # of scores, by which rounding may move a detection across the least one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,9 @@ def compare(
     Args:
         reference: boxes [1, D, 4], scores [1, D], labels [1, D], unsettled [1].
         outputs: The same of the other run.
-        least: Detections with a lower score in either are left out: rounding decides which of
-            them are among the D best.
+        least: Detections whose score is not above this by `MARGIN` need no match.
     """
-    rows = [np.flatnonzero(entry["scores"][0] > least) for entry in (reference, outputs)]
+    rows = [np.flatnonzero(entry["scores"][0] > 0) for entry in (reference, outputs)]
     unmatched, score, box = 0, 0.0, 0.0
     free = list(rows[1])
     for row in rows[0]:
@@ -73,7 +73,7 @@ def compare(
             if off < distance:
                 best, distance = other, off
         if best is None:
-            unmatched += 1
+            unmatched += bool(reference["scores"][0, row] > least + MARGIN)
             continue
         free.remove(best)
         box = max(box, distance)
@@ -82,7 +82,7 @@ def compare(
     return DetectionParity(
         n=1,
         detections=len(rows[0]),
-        unmatched=unmatched + len(free),
+        unmatched=unmatched + int((outputs["scores"][0, free] > least + MARGIN).sum()),
         score=score,
         box=box,
         unsettled=int(reference["unsettled"].sum() + outputs["unsettled"].sum()),

@@ -24,6 +24,7 @@ from rtresnet.core.sidecar import Measurements, Sidecar, restated
 from rtresnet.workflows import advisor, embed_io
 from rtresnet.workflows.advisor import AdviceResult
 from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
+from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.embed_io import EmbedConfig
 from rtresnet.workflows.estimate import EstimateConfig
 from rtresnet.workflows.input_spec import InputConfig
@@ -36,6 +37,19 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 
+def parse_canvas(text: str) -> tuple[int, int]:
+    """Read "608x1008".
+
+    Raises:
+        InputError: Not two numbers.
+    """
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"{text}: not a height and a width", fix="as in 608x1008") from None
+    return height, width
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Config):
     """What is exported.
@@ -44,6 +58,7 @@ class ExportConfig(Config):
         model: Architecture; by default that of the weights.
         precisions: Precisions of the files after the FP32 one, and of the plans.
         plan: Whether a plan is built for each precision, where a builder is installed.
+        canvas: Height and width of a detector's input, in pixels.
     """
 
     model: str | None = option(
@@ -53,6 +68,13 @@ class ExportConfig(Config):
     )
     precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = option((), "Precisions to write.")
     plan: bool = option(False, "Build a plan for each precision.")
+    canvas: tuple[int, int] | None = option(
+        None,
+        "Height and width of a detector's input, multiples of 16.",
+        metavar="HxW",
+        parse=parse_canvas,
+        default_text="from its training, 608x1008 for 600 and 1000 pixels",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +179,15 @@ class _Export:
     def write(
         self, weights: str | os.PathLike[str] | None, folder: Path, base: Path | None
     ) -> ExportResult:
-        checkpoint, origin = self._resolved(weights)
+        if weights is not None and is_detector(weights):
+            base = base or folder / f"{_detector_name(weights)}.onnx"
+            checkpoint, first = self._write_detector(Path(weights), base)
+        else:
+            checkpoint, origin = self._resolved(weights)
+            base = base or folder / f"{checkpoint.model.architecture}.onnx"
+            _note_replaced(base, checkpoint, self.reporter)
+            first = _write_fp32(checkpoint, origin, base, self.reporter)
         net = checkpoint.model
-        base = base or folder / f"{net.architecture}.onnx"
-        _note_replaced(base, checkpoint, self.reporter)
-        first = _write_fp32(checkpoint, origin, base, self.reporter)
         written, sources = [(base, first)], []
         for precision in self.config.precisions:
             source = base
@@ -199,6 +225,18 @@ class _Export:
             plans=tuple(plans),
             advice=self._advice(plans),
         )  # fmt: skip
+
+    def _write_detector(self, weights: Path, base: Path) -> tuple[Checkpoint, Sidecar]:
+        from rtresnet.workflows import detect_export
+
+        if self.embed.changes_anything or not self.stated.empty:
+            raise InputError(
+                f"{weights}: a detector takes no embedded input or output and no stated input",
+                fix="leave these options out",
+            )
+        return detect_export.write_fp32(
+            weights, base, size=self.config.canvas, reporter=self.reporter
+        )
 
     def _advice(self, plans: Sequence[BuildResult]) -> AdviceResult | None:
         if len(plans) < 2 or any(entry.plan.layers is None for entry in plans):
@@ -245,6 +283,11 @@ class _Export:
             "(builds without a GPU)"
         )
         return False
+
+
+def _detector_name(weights: str | os.PathLike[str]) -> str:
+    sidecar = artifacts.read_sidecar(weights)
+    return f"{sidecar.model.architecture if sidecar else Path(weights).stem}-detector"
 
 
 def resolve(

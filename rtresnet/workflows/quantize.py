@@ -223,6 +223,13 @@ def quantize_unlocked(
         raise missing_package("onnx", "quantizing")
     model = io.load(source, checked=True)
     sidecar = sidecar or metadata.described(source, model)
+    if sidecar is not None and sidecar.detection is not None:
+        from rtresnet.workflows.detect_quantize import quantize_detector
+
+        record = quantize_detector(
+            source, model, sidecar, config, out=out, scales_path=scales, reporter=reporter
+        )
+        return QuantizeResult(path=out, sidecar=record, gate=None)
     _require_plain(source, model, sidecar)
     _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
     if sidecar is None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import rtresnet
+from rtresnet.builder import targets
 from rtresnet.cli.main import main
 from rtresnet.detection.data import open_detection
 from rtresnet.workflows.detect import is_detector
@@ -118,3 +119,96 @@ def test_train_detector_wrong_options_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
+
+
+@pytest.fixture(scope="module")
+def exported(
+    run: rtresnet.TrainDetectorResult, tmp_path_factory: pytest.TempPathFactory
+) -> rtresnet.ExportResult:
+    folder = tmp_path_factory.mktemp("engines")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return rtresnet.export(
+            run.checkpoint, folder,
+            rtresnet.ExportConfig(precisions=("fp32", "fp16", "int8"), canvas=(64, 96)),
+            quantize=rtresnet.QuantizeConfig(calib="shapes:8"),
+        )  # fmt: skip
+
+
+def test_export_detector_writes_three_precisions_equal_to_torch(
+    exported: rtresnet.ExportResult,
+) -> None:
+    assert [entry.precision for entry in exported.onnx] == ["fp32", "fp16", "int8"]
+    parity = exported.onnx[0].measured["detection_parity"]
+    assert parity["n"] == 3 and parity["unsettled"] == 0
+    for entry in exported.onnx:
+        sidecar = rtresnet.read_sidecar(entry.path)
+        assert sidecar is not None and sidecar.detection is not None
+        assert sidecar.detection.canvas == (64, 96) and is_detector(entry.path)
+    assert sidecar.calibration is not None and sidecar.calibration.n == 8
+
+
+def test_export_boxes_stay_float32(exported: rtresnet.ExportResult) -> None:
+    onnx = pytest.importorskip("onnx")
+    for entry in exported.onnx[1:]:
+        model = onnx.load(entry.path)
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        kinds = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+        coordinates = [n for n in kinds if n.startswith(("proposals.", "select.", "align.grid."))]
+        assert len(coordinates) > 100
+        halves = [n for n in coordinates if kinds[n] == onnx.TensorProto.FLOAT16]
+        # The weights of RoIAlign's products are computed in float32, and cast once.
+        assert all(n.endswith(".mean.half") for n in halves)
+        adds = {n.name for n in model.graph.node if n.op_type == "Add" and "." in n.name}
+        quantized = {n.name for n in model.graph.node if n.op_type == "QuantizeLinear"}
+        assert not any(name.startswith(("proposals", "select", "align.grid")) for name in quantized)
+        if entry.precision == "int8":
+            convolutions = [n for n in model.graph.node if n.op_type == "Conv"]
+            assert all(n.input[0].endswith(".dq") for n in convolutions) and adds
+
+
+def test_exported_files_detect_in_onnx_runtime(
+    exported: rtresnet.ExportResult, run: rtresnet.TrainDetectorResult
+) -> None:
+    image = open_detection("shapes:1", "test").read(0)
+    for entry in exported.onnx:
+        with rtresnet.load(entry.path, provider="cpu") as session:
+            detections = session.detect(image)
+            assert detections.unsettled == 0
+            assert (detections.boxes <= 128).all() and session.classes == (
+                "circle", "square", "triangle",
+            )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_build_detector_attests_every_convolution(
+    exported: rtresnet.ExportResult, tmp_path: Path
+) -> None:
+    if not targets.available():
+        pytest.skip("no TensorRT builder")
+    for entry, dtype in zip(exported.onnx, ("Float", "Half", "Int8"), strict=True):
+        plan = rtresnet.build(entry.path, out=tmp_path / f"{entry.precision}.plan").plan
+        assert plan.attested is not None
+        assert plan.attested.dtypes == {dtype: plan.attested.convolutions}
+        assert plan.attested.convolutions == 23
+        assert is_detector(tmp_path / f"{entry.precision}.plan")
+
+
+def test_quantize_detector_gate_compares_average_precision(
+    exported: rtresnet.ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = rtresnet.QuantizeConfig(calib="shapes:4", eval_data="shapes:4", max_drop=100.0)
+    result = rtresnet.quantize(exported.path, config, out="a.onnx")
+    assert result.sidecar.precision == "int8"
+    with pytest.raises(rtresnet.InputError, match="calibrated on images"):
+        rtresnet.quantize(exported.path, rtresnet.QuantizeConfig(), out="b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
+@pytest.mark.parametrize("canvas", [(60, 96), (16, 16)])
+def test_export_detector_wrong_canvas_is_refused(
+    run: rtresnet.TrainDetectorResult, tmp_path: Path, canvas: tuple[int, int]
+) -> None:
+    with pytest.raises(rtresnet.InputError, match="multiples of 16"):
+        rtresnet.export(run.checkpoint, tmp_path, rtresnet.ExportConfig(canvas=canvas))
