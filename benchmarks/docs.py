@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import rtresnet
-from rtresnet.core.schema import json_schema
+from rtresnet.core.serialization import json_schema
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -11,7 +11,7 @@ import pytest
 
 import rtresnet
 from rtresnet.core.config import Config
-from rtresnet.core.schema import json_schema
+from rtresnet.core.serialization import json_schema
 
 
 def test_import_loads_nothing_of_ours_and_no_library() -> None:

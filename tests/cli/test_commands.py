@@ -99,25 +99,6 @@ def test_compare_finds_an_artifact_equal_to_itself_and_int8_near(
     assert int8["agreement"] > 0.95 and fp32["relative"] < int8["relative"] < 0.2
 
 
-def test_predict_names_the_class_and_the_broken_image(
-    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from PIL import Image
-
-    pixels = np.random.default_rng(5).integers(0, 120, (32, 32, 3), dtype=np.uint8)
-    pixels[..., 1] += 110
-    (tmp_path / "images").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "images" / "green.png")
-    (tmp_path / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    arguments = ["predict", str(tmp_path / "images"), "--with", str(engines / "resnet8-int8.onnx")]
-    result = run([*arguments, "--top", "2"], tmp_path)
-    assert len(result["images"]) == 1 and "broken.jpg" in result["skipped"][0]
-    best, second = result["images"][0]["top"]
-    assert best["class"] == "1"
-    assert 1 >= best["probability"] > second["probability"] > 0
-    assert "broken.jpg" in capsys.readouterr().err
-
-
 def test_bench_reports_what_figures_need(engines: Path, tmp_path: Path) -> None:
     files = [str(engines / name) for name in ("resnet8.onnx", "resnet8-int8.onnx")]
     result = run(["bench", *files, "--batch", "1,3", "--seconds", "0.1"], tmp_path)
@@ -173,12 +154,6 @@ def test_inspect_shows_a_plans_header_without_its_sidecar(
     assert result["header"]["version"] == __import__("tensorrt_rtx").__version__
     assert "sm_89" in result["header"]["targets"]
     assert "no sidecar" in capsys.readouterr().out
-
-
-def test_inspect_counts_an_onnx_files_operations(engines: Path, tmp_path: Path) -> None:
-    result = run(["inspect", str(engines / "resnet8-int8.onnx")], tmp_path)
-    assert result["operations"]["Conv"] == 7
-    assert [link["state"] for link in result["chain"]] == ["ok"] * 3
 
 
 def test_models_lists_the_papers_nets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,28 +336,14 @@ def test_inspect_folder_lists_its_artifacts_and_their_state(
 ) -> None:
     folder = tmp_path / "all"
     shutil.copytree(engines, folder / "engines")
-    (folder / "notes.txt").write_text("no artifact")
-    (folder / "stray.onnx").write_bytes((engines / "resnet8.onnx").read_bytes())
-    found = tmp_path / "found.json"
-    assert main(["inspect", str(folder), "--json", str(found)]) == 0
+    assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "resnet8-int8.onnx" in shown and max(map(len, shown.splitlines())) <= 80
-    entries = json.loads(found.read_text())["result"]["artifacts"]
-    by_name = {Path(entry["path"]).name: entry for entry in entries}
-    assert by_name["resnet8-int8.onnx"]["precision"] == "int8"
-    assert by_name["stray.onnx"]["state"] == "no sidecar"
-    assert "notes.txt" not in by_name and "resnet8.onnx.json" not in by_name
     with open(folder / "engines" / "resnet8.onnx", "ab") as file:
         file.write(b"\0")
-    assert main(["inspect", str(folder), "--json", str(found)]) == 2
-    assert "resnet8.onnx" in capsys.readouterr().err
-    entries = json.loads(found.read_text())["result"]["artifacts"]
-    by_name = {Path(entry["path"]).name: entry for entry in entries}
-    assert by_name["resnet8.onnx"]["state"] == "changed"
-    assert by_name["resnet8-int8.onnx"]["state"] == "resnet8.onnx changed"
-    (folder / "engines" / "resnet8.onnx.json").write_text("{")
     assert main(["inspect", str(folder)]) == 2
-    assert "broken sidecar" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "resnet8.onnx changed" in captured.out and "resnet8.onnx" in captured.err
 
 
 def test_inspect_folder_without_artifacts_is_refused(

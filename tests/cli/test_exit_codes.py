@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rtresnet.cli.main import main
@@ -244,27 +243,6 @@ def test_json_for_stdout_is_all_that_goes_there(
     captured = capsys.readouterr()
     assert json.loads(captured.out)["verb"] == arguments[0]
     assert plain.out.strip() and len(captured.err.splitlines()) >= len(plain.out.splitlines())
-
-
-def test_corrupt_images_are_named_and_too_many_stop(
-    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from PIL import Image
-
-    for label in "0123":
-        (tmp_path / label).mkdir()
-        for index in range(60):
-            Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / label / f"{index}.png")
-    arguments = ["eval", str(engines / "resnet8.onnx"), "--data", str(tmp_path), "--json", "-"]
-    (tmp_path / "1" / "7.png").write_bytes(b"not an image")
-    assert main(arguments) == 0
-    captured = capsys.readouterr()
-    assert "1 skipped" in captured.err and "7.png" in captured.err
-    assert '"n": 239' in captured.out
-    for index in range(10):
-        (tmp_path / "2" / f"{index}.png").write_bytes(b"")
-    assert main(arguments) == 2
-    assert "cannot be decoded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.core import locks
 from rtresnet.core.errors import DataError, InputError
-from rtresnet.core.locks import LockedError
 from rtresnet.core.preprocess import UINT8, Preprocess
 from rtresnet.core.serialization import to_builtins
 from rtresnet.runtime.session import Session
 from rtresnet.workflows import predictor
-from rtresnet.workflows.predict import TableConfig, image_files, predict, predict_table
+from rtresnet.workflows.predict import image_files, predict
 from rtresnet.workflows.predictor import ClassProbability, PredictConfig, Predictor
 from tests.conftest import tinted_noise
 
@@ -127,51 +124,6 @@ def test_predict_folder_gives_the_classes_and_skips_the_broken_image(
     with pytest.raises(InputError) as error:
         predict(folder, engines / "resnet8.onnx", PredictConfig(top=5))
     assert error.value.fix == "--top 4 or less"
-
-
-def test_predict_table_agrees_with_predict_and_resumes(
-    engines: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out, config = engines / "resnet8.onnx", tmp_path / "x.csv", PredictConfig(batch=2)
-    monkeypatch.chdir(tmp_path)
-    predict_batch, calls = Predictor._predict, [0]
-
-    def fails(self: Predictor, entries: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise KeyboardInterrupt
-        return predict_batch(self, entries)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "_predict", fails)
-        with pytest.raises(KeyboardInterrupt):
-            predict_table(folder, model, out, config)
-    assert not out.exists() and not list(tmp_path.glob(".*.lock"))
-    with pytest.raises(InputError) as error:
-        predict_table(folder, model, out, config)
-    assert "--resume" in (error.value.fix or "")
-    result = predict_table(folder, model, out, config, table=TableConfig(resume=True))
-    assert (result.images, result.broken, result.resumed_at) == (9, 1, 4)
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    expected = predict(folder, model, config).images
-    assert [(row["image"], row["class_1"]) for row in rows if not row["error"]] == [
-        (entry.image, entry.top[0].name) for entry in expected
-    ]
-
-
-def test_predict_table_while_another_process_writes_it_is_refused(
-    engines: Path, folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "x.csv"
-    with locks.hold_file(out, warn=print), pytest.raises(LockedError):
-        predict_table(folder, engines / "resnet8.onnx", out)
-    assert not list(tmp_path.glob("x.csv*"))
-
-
-def test_table_config_actors_without_ray_are_refused() -> None:
-    with pytest.raises(InputError):
-        TableConfig(actors=2)
 
 
 def test_image_files_lists_files_and_folders(folder: Path, tmp_path: Path) -> None:
