@@ -215,9 +215,24 @@ def _sentence(narrow: EstimateResult, wide: EstimateResult) -> str:
             gpus.setdefault(_expected(narrow, wide, result.gpu), []).append(result.gpu)
     for expected, names in gpus.items():
         text += f" {', '.join(names)}: {expected}."
+    text += "".join(f" {line}" for line in _measured(narrow, wide))
     if ratio > MANY_BYTES and builder == "TensorRT-RTX":
         text += f" To move fewer, build {left} on the GPU's machine with --builder tensorrt."
     return text
+
+
+def _measured(narrow: EstimateResult, wide: EstimateResult) -> Iterator[str]:
+    """A sentence for each GPU that both were measured on; measurements decide, not bounds."""
+    others = {result.gpu: result.measured for result in wide.results}
+    for result in narrow.results:
+        if result.measured and others.get(result.gpu):
+            times = [
+                f"{estimate.precision.upper()} {entry.compute_ms or entry.median_ms:.3g} ms"
+                for estimate, entry in (
+                    (narrow, result.measured[-1]), (wide, others[result.gpu][-1])
+                )
+            ]  # fmt: skip
+            yield f"Measured on {result.gpu} at batch {narrow.batch}: {', '.join(times)}."
 
 
 def _megabytes(result: EstimateResult) -> str:

@@ -228,6 +228,16 @@ def test_advise_compares_int8_with_fp16(plans: dict[str, Path]) -> None:
     assert "--builder tensorrt" in sentence
 
 
+def test_advise_ends_with_what_was_measured_of_both(plans: dict[str, Path], tmp_path: Path) -> None:
+    files = [bench_file(tmp_path / f"{name}.json", plans[name]) for name in ("fp16", "int8")]
+    both = EstimateConfig(gpus=("RTX 4090", "L4"), measured=tuple(files))
+    (sentence,) = advise([plans["fp16"], plans["int8"]], both).advice
+    assert "Measured on RTX 4090 at batch 4: INT8 0.25 ms, FP16 0.25 ms." in sentence
+    one = EstimateConfig(gpus=("RTX 4090",), measured=(files[0],))
+    (sentence,) = advise([plans["fp16"], plans["int8"]], one).advice
+    assert "Measured" not in sentence
+
+
 def test_advise_without_a_narrow_type_has_no_advice(plans: dict[str, Path]) -> None:
     assert advise([plans["fp32"], plans["fp16"]]).advice == ()
     with pytest.raises(InputError, match="nothing to compare"):
