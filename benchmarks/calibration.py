@@ -32,7 +32,7 @@ from rtresnet.data import loader
 from rtresnet.data.sources import open_images
 from rtresnet.quantization import calibrate, qdq
 from rtresnet.quantization.prepare import prepare
-from rtresnet.quantization.simulate import session
+from rtresnet.quantization.simulate import make_session
 
 FEW, MANY = 128, 1024
 METHODS = ("max", "auto")
@@ -51,7 +51,7 @@ def times(source: Path, photos: Path, count: int, rounds: int) -> list[dict[str,
     contract = Preprocess.for_size(model.graph.input[0].type.tensor_type.shape.dim[3].dim_value)
     images = open_images(str(photos))
     chosen = loader.sample(images, count)
-    plain, name = session(model), model.graph.input[0].name
+    plain, name = make_session(model), model.graph.input[0].name
 
     def batches() -> Any:
         found = loader.batches(images, contract, 16, indices=chosen)

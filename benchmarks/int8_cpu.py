@@ -82,7 +82,7 @@ def measure(weights: str, data: str, calib: str, folder: Path) -> list[dict[str,
         images, labels = (np.concatenate([batch[n] for batch in batches]) for n in (0, 1))
         reference = np.concatenate([session(batch) for batch, _ in batches])
     np.save(folder / "images.npy", images)
-    written = simulate.session(onnx.load(int8_file))
+    written = simulate.make_session(onnx.load(int8_file))
     parts = np.array_split(images, max(1, len(images) // 128))
     name = written.get_inputs()[0].name
     answers = [

@@ -48,7 +48,7 @@ def measure(weights: str, options: argparse.Namespace, place: Path) -> dict[str,
     (written,) = [entry for entry in after["onnx"] if entry["precision"] == "int8"]
     (plain,) = before["onnx"]
     files = [place / entry["file"] for entry in (written, plain)]
-    sessions = [simulate.session(onnx.load(file)) for file in files]
+    sessions = [simulate.make_session(onnx.load(file)) for file in files]
     integers = package.load(str(files[0]), provider="cpu")
     found: list[list[np.ndarray]] = []
     for images, labels in loader.batches(open_source(options.data, "test"), kept.input, 128):

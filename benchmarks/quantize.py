@@ -127,7 +127,7 @@ def plainly(path: Path, images: np.ndarray) -> np.ndarray:
 
 def written(path: Path, images: np.ndarray) -> np.ndarray:
     """Logits as the file says, node by node."""
-    session = simulate.session(onnx.load(path))
+    session = simulate.make_session(onnx.load(path))
     name = session.get_inputs()[0].name
     batches = np.array_split(images, max(1, len(images) // 128))
     return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])

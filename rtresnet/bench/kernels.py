@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from rtresnet.core.errors import InputError
-from rtresnet.onnxlib import blocks, io
+from rtresnet.onnxlib import io
+from rtresnet.onnxlib.graph import WEIGHTED, GraphIndex
 
-PRODUCTS = ("Conv", "Gemm", "MatMul")
 POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 # The same elements, stored once: a node that reads the output of a view reads its input.
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
@@ -34,7 +34,7 @@ class Kernel:
     """One kernel, for one image. Weights are read once for the whole batch.
 
     Attributes:
-        block: "stem", "layer1.0" and so on, "head"; see `rtresnet.onnxlib.blocks`.
+        block: "stem", "layer1.0" and so on, "head"; see `onnxlib.graph.assign_blocks`.
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
         op: Operator of the node that the kernel is named after.
         nodes: Names of all its nodes, and of their output tensors.
@@ -87,8 +87,9 @@ def count(source: str | os.PathLike[str] | Any) -> Counted:
         InputError: Its shapes are not known, or it has no convolution.
     """
     model, batch = _read(source)
-    graph = _Graph(model, str(source) if isinstance(source, str | os.PathLike) else "model")
-    return Counted(kernels=graph.kernels(), blocks=graph.blocks, size=graph.size, batch=batch)
+    graph = _Kernels(model, str(source) if isinstance(source, str | os.PathLike) else "model")
+    blocks = {name: block for name, (_, block) in graph.places.items()}
+    return Counted(kernels=graph.kernels(), blocks=blocks, size=graph.size, batch=batch)
 
 
 def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
@@ -180,28 +181,24 @@ def _fold_integers(model: Any) -> None:
             node.CopyFrom(helper.make_node("Constant", [], outputs, name=name, value=tensor))
 
 
-class _Graph:
+class _Kernels:
     def __init__(self, model: Any, where: str) -> None:
-        graph = model.graph
+        self.index = index = GraphIndex(model)
         self.where = where
-        self.nodes = list(graph.node)
-        self.producers = {out: node for node in self.nodes for out in node.output}
+        graph = model.graph
         self.constants = {t.name: (tuple(t.dims), t.data_type) for t in graph.initializer}
-        self.outputs = {out.name for out in graph.output}
         typed = [*graph.value_info, *graph.output, *graph.input]
         self.tensors = {v.name: _shape(v) for v in typed}
-        inputs = [v.name for v in graph.input if v.name not in self.constants]
-        shape = self.tensors[inputs[0]][0] if inputs else ()
+        shape = self.tensors[index.inputs[0].name][0] if index.inputs else ()
         if len(shape) != 4 or min(shape) < 1:
             raise InputError(
                 f"{where}: its input is {list(shape)}, not [N, 3, S, S] with a fixed S",
                 fix="export it with a fixed image size",
             )
         self.images, self.size = shape[0], shape[2]  # [N, 3, S, S] or [N, S, S, 3]
-        names = [(node.name, node.op_type) for node in self.nodes]
-        self.blocks: dict[str, str] = {}
-        for node, block in zip(self.nodes, blocks.assign(names), strict=True):
-            self.blocks |= dict.fromkeys((*node.output, node.name), block)
+        self.places: dict[str, tuple[str, str]] = {}
+        for node, place in zip(index.nodes, index.blocks(), strict=True):
+            self.places |= dict.fromkeys((*node.output, node.name), place)
 
     def elements(self, tensor: str) -> int:
         shape, _ = self.tensors.get(tensor, ((), 0))
@@ -214,7 +211,7 @@ class _Graph:
 
     def is_constant(self, tensor: str) -> bool:
         """Whether a tensor depends on weights only."""
-        node = self.producers.get(tensor)
+        node = self.index.producers.get(tensor)
         if node is None:
             return tensor in self.constants or not tensor
         return all(map(self.is_constant, node.input))
@@ -222,7 +219,7 @@ class _Graph:
     def stored(self, tensor: str) -> tuple[str, int]:
         """The stored tensor behind a tensor's views, and the elements per image that are read."""
         elements = self.elements(tensor)
-        node = self.producers.get(tensor)
+        node = self.index.producers.get(tensor)
         if node is not None and self.is_view(node):
             name, before = self.stored(node.input[0])
             # Only the elements that a Slice takes are read, and no zeros of a Pad.
@@ -234,7 +231,7 @@ class _Graph:
             return False
         if node.op_type in VIEWS or node.op_type == "Constant":
             return True
-        source = self.producers.get(node.input[0])
+        source = self.index.producers.get(node.input[0])
         if node.op_type in ("QuantizeLinear", "Cast"):  # of the images, or back to a float type
             return source is None or (node.op_type == "Cast" and self.is_view(source))
         return False
@@ -245,8 +242,8 @@ class _Graph:
         for name in node.input[1:]:
             if not name or not self.is_constant(name):
                 continue
-            while name not in self.constants and name in self.producers:
-                name = self.producers[name].input[0]
+            while name not in self.constants and name in self.index.producers:
+                name = self.index.producers[name].input[0]
             shape, kind = self.constants.get(name, ((), 0))
             first = first if first[0] else (shape, kind)
             total += prod(shape) * _size(kind)
@@ -255,7 +252,7 @@ class _Graph:
     def kernels(self) -> list[Kernel]:
         owner = self._owners()
         groups: dict[int, list[Any]] = {}
-        for index, node in enumerate(self.nodes):
+        for index, node in enumerate(self.index.nodes):
             if index in owner:
                 groups.setdefault(owner[index], []).append(node)
         makers = {
@@ -272,24 +269,24 @@ class _Graph:
                         sizes[place] = max(sizes.get(place, 0), elements)
                         stored[place] = self.elements(place)
             reads[group] = list(sizes.items())
-        for name in self.outputs:
+        for name in self.index.outputs:
             if makers.get(self.stored(name)[0]) is not None:
                 stored[self.stored(name)[0]] = self.elements(name)
         result = [
-            self._kernel(self.nodes[group], members, reads[group], stored, makers)
+            self._kernel(self.index.nodes[group], members, reads[group], stored, makers)
             for group, members in groups.items()
         ]
         if not any(kernel.multiply_adds for kernel in result):
             raise InputError(f"{self.where}: no convolution in it")
-        return self._staged(result, groups)
+        return result
 
     def _owners(self) -> dict[int, int]:
         """The kernel of each node, as the index of the node it is named after; views have none."""
         owner: dict[int, int] = {}
         made: dict[str, int] = {}
-        for index, node in enumerate(self.nodes):
+        for index, node in enumerate(self.index.nodes):
             constant = all(map(self.is_constant, node.input))
-            if not constant and node.op_type in PRODUCTS + POOLS:
+            if not constant and node.op_type in WEIGHTED + POOLS:
                 owner[index] = index
             elif not constant and not self.is_view(node):
                 inputs = [name for name in node.input if name and not self.is_constant(name)]
@@ -312,19 +309,19 @@ class _Graph:
     ) -> Kernel:
         weights, shape, dtype = self.weights(node)
         macs = 0
-        if node.op_type in PRODUCTS and shape:
+        if node.op_type in WEIGHTED and shape:
             out = self.elements(node.output[0])
             per = prod(shape[1:]) if node.op_type == "Conv" else prod(shape)
             macs = out * per if node.op_type == "Conv" else per
         if node.op_type in POOLS:
             dtype, weights = _dtype(self.tensors[self.stored(node.input[0])[0]][1]), 0
-        elif dtype in ("int8", "fp8") and not self.is_view(self.producers.get(node.input[0])):
+        elif dtype in ("int8", "fp8") and not self.is_view(self.index.producers.get(node.input[0])):
             dtype = "fp32"  # only the weights are quantized
         own = {out for member in members for out in member.output}
         return Kernel(
             name=node.name,
-            block=self.blocks[node.name],
-            stage="",
+            block=self.places[node.name][1],
+            stage=self.places[node.name][0],
             op=node.op_type,
             nodes=tuple(dict.fromkeys(name for m in members for name in (m.name, *m.output))),
             dtype=dtype,
@@ -333,21 +330,6 @@ class _Graph:
             read=tuple(elements * _size(self.tensors[name][1]) for name, elements in read),
             written=sum(stored[t] * _size(self.tensors[t][1]) for t in own if t in stored),
         )
-
-    def _staged(self, kernels: list[Kernel], groups: Mapping[int, list[Any]]) -> list[Kernel]:
-        """Assigns stages, by the blocks' names or by where the output's size changes."""
-        sides: list[int] = []
-        result = []
-        for kernel, (index, members) in zip(kernels, groups.items(), strict=True):
-            stage = kernel.block.partition(".")[0]
-            if stage.startswith("block"):
-                out = members[-1].output[0] if members else self.nodes[index].output[0]
-                side = self.tensors[out][0][-1]
-                if side not in sides:
-                    sides.append(side)
-                stage = f"stage{sides.index(side) + 1}"
-            result.append(replace(kernel, stage=stage))
-        return result
 
 
 def _shape(value: Any) -> tuple[tuple[int, ...], int]:

@@ -22,12 +22,22 @@ from typing import Any, ParamSpec, TypeVar
 from rtresnet.builder import inspector, layers, nodes, preflight, targets
 from rtresnet.builder.layers import Layer, Layers
 from rtresnet.builder.nodes import ADD, CONVOLUTION, Node
-from rtresnet.core import artifacts, atomic_io, hardware, plan_info, serialization, trt_loading
+from rtresnet.core import (
+    artifacts,
+    atomic_io,
+    gpu_targets,
+    hardware,
+    plan_info,
+    serialization,
+    trt_loading,
+)
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 
-EXPECTED = {"int8": "Int8", "fp16": "Half", "fp32": "Float"}
+EXPECTED = {
+    "int8": ("Int8",), "fp8": ("FP8",), "fp16": ("Half",), "bf16": ("BFloat16",), "fp32": ("Float",)
+}  # fmt: skip
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for each profile
 
 
@@ -56,8 +66,11 @@ def _releases_frames(function: Callable[P, T]) -> Callable[P, T]:
 @_releases_frames
 def check(
     source: str | os.PathLike[str], *, target: Sequence[str] = (), builder: str = "auto"
-) -> None:
+) -> tuple[str, ...]:
     """Checks, without building it, that a file can be built for some targets.
+
+    Returns:
+        The targets; TensorRT-RTX's defaults that support the file's types if there are none.
 
     Raises:
         ArtifactError, UnavailableError, InputError: See `build`.
@@ -66,7 +79,19 @@ def check(
     source = Path(source)
     _, network = _create(trt, make_log(trt), source)
     preflight.require_fixed_size(source, network, _stated_size(artifacts.read_sidecar(source)))
-    preflight.check_targets(source, target, nodes.read(trt, network))
+    graph = nodes.read(trt, network)
+    chosen = _targets(trt, target, graph)
+    preflight.check_targets(source, chosen, graph)
+    return chosen or targets.DEFAULT
+
+
+def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, Node]) -> tuple[str, ...]:
+    """Returns the targets of a build; empty for TensorRT-RTX's own default."""
+    if target or not hasattr(trt, "ComputeCapability"):
+        return tuple(target) or _own_target(trt)
+    if not preflight.is_fp8(graph):
+        return ()
+    return tuple(name for name in targets.DEFAULT if name in gpu_targets.FP8)
 
 
 def _create(trt: Any, log: Any, source: Path) -> tuple[Any, Any]:
@@ -93,10 +118,11 @@ def build(
     """Compiles an ONNX file into a plan, with a sidecar and a file of its layers.
 
     Args:
-        source: FP32, FP16 or Q/DQ INT8 ONNX file.
+        source: FP32, FP16, BF16 or Q/DQ INT8 or FP8 ONNX file.
         out: The plan.
         profiles: Optimization profiles; by default 1:8:32, or the fixed batch of the file.
-        target: Compute capabilities; empty for the builder's default.
+        target: Compute capabilities; empty for the builder's default, of which FP8 files take
+            those with FP8.
         builder: See `targets.builder`.
         tf32: Whether FP32 convolutions and matrix products may run as TF32, which rounds inputs to
             a mantissa of 10 bits, on GPUs from sm_80 on.
@@ -135,6 +161,7 @@ def build(
     batch = int(network.get_input(0).shape[0])
     profiles = targets.profiles_for(source, profiles, batch if batch > 0 else None)
     graph = nodes.read(trt, network)
+    target = _targets(trt, target, graph)
     preflight.check_targets(source, target, graph)
     planned = dataclasses.replace(
         parent,
@@ -142,7 +169,7 @@ def build(
         parent=artifacts.link_to(source, out, parent.sha256),
         plan=Plan(
             builder=trt.__name__, version=trt.__version__, profiles=profiles, seconds=0.0,
-            targets=tuple(target) or _own_target(trt), tf32=tf32,
+            targets=target, tf32=tf32,
         ),
         measured={},
         made_by={},
@@ -299,10 +326,12 @@ def _require_precision(
     unless all are unknown: the builder's format has changed then, which says nothing about the
     engine.
     """
-    wanted = EXPECTED.get(sidecar.precision)
+    wanted: tuple[str, ...] | None = EXPECTED.get(sidecar.precision)
+    if wanted and sidecar.calibration and sidecar.calibration.int8:
+        wanted = (*wanted, "Int8")
     if wanted is None or set(types.values()) <= {layers.UNKNOWN}:
         return
-    wrong = {name: dtype for name, dtype in types.items() if dtype != wanted}
+    wrong = {name: dtype for name, dtype in types.items() if dtype not in wanted}
     if len(wrong) <= (len(sidecar.calibration.kept) if sidecar.calibration else 0):
         return
     counts = {dtype: n for dtype, n in attested.dtypes.items() if dtype in wrong.values()}

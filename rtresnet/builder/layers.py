@@ -22,11 +22,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, STEM, WEIGHTS, Node
+from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, WEIGHTS, Node
 from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Attestation, Sidecar
+from rtresnet.onnxlib.graph import STEM
 
 SCHEMA = 1
 KERNELS = (CONVOLUTION, MATMUL)  # roles
@@ -35,6 +36,7 @@ MYELIN_KERNELS = ("correlation", "gemm", "runtime_fusion")
 # Synchronization of streams and shapes: they move no data.
 IDLE = ("shape_call", "signal", "wait", "NoOp")
 UNKNOWN = "unknown"
+QUANTIZED = ("Int8", "FP8")
 # The first of several types counts, so that an unknown type is not attested.
 WIDEST_FIRST = (UNKNOWN, "Float", "BFloat16", "Half")
 BYTES = {
@@ -78,12 +80,12 @@ class Layer:
 
     Attributes:
         kind: TensorRT's word: correlation, gemm, kgen, maxpool, ...
-        role: conv, matmul, pool, pointwise, requantize (pointwise to int8 from a wider type),
-            reformat (moves and converts only), idle (moves no data).
+        role: conv, matmul, pool, pointwise, requantize (pointwise from a wider type to a
+            quantized one), reformat (moves and converts only), idle (moves no data).
         operation: What it computes, as in "conv 3x3 + add + relu".
         profile: Index of its optimization profile.
         nodes: The ONNX nodes that it was made from.
-        rounds: Quantizers among them whose int8 does not leave the layer: they cost accuracy and
+        rounds: Quantizers among them whose result does not leave the layer: they cost accuracy and
             save nothing.
         weights: Bytes of its constants.
         computes: Type that a kernel multiplies in; None if it is the type of its first input.
@@ -272,8 +274,8 @@ def _role(layer: Layer, own: Sequence[Node]) -> str:
         return MATMUL if CONVOLUTION not in operations else CONVOLUTION
     if "pool" in layer.kind.lower():
         return "pool"
-    wide = any(tensor.dtype not in ("Int8", UNKNOWN) for tensor in layer.inputs)
-    requantizes = wide and any(tensor.dtype == "Int8" for tensor in layer.outputs)
+    wide = any(tensor.dtype not in (*QUANTIZED, UNKNOWN) for tensor in layer.inputs)
+    requantizes = wide and any(tensor.dtype in QUANTIZED for tensor in layer.outputs)
     if layer.kind == "Reformat":  # TensorRT's; also a QuantizeLinear that is a separate layer
         return "requantize" if requantizes else "reformat"
     tokens = _tokens(layer.name)
@@ -287,7 +289,7 @@ def _rounds(own: Sequence[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]
     if any(tensor.dtype == UNKNOWN for tensor in outputs):
         return ()
     quantizers = {node.name for node in own if node.operation == "quantize"}
-    lost = len(quantizers) - sum(tensor.dtype == "Int8" for tensor in outputs)
+    lost = len(quantizers) - sum(tensor.dtype in QUANTIZED for tensor in outputs)
     back = [n.source for n in own if n.operation == "dequantize" and n.source in quantizers]
     return tuple(back[: max(lost, 0)])
 

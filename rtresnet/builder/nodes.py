@@ -1,8 +1,6 @@
 """The nodes of a parsed network: the operation of each, and its stage and block of a ResNet.
 
-Stages are stem, layer1 to layer4, fc. They are read from names such as layer1.0.conv1 or
-stage2_conv3. If no convolution has such a name, stages are counted: a block ends at each residual
-Add, and a stage where the Adds' outputs get smaller.
+Stages are stem, layer1 to layer4, head (`onnxlib.graph.assign_blocks`).
 """
 
 from __future__ import annotations
@@ -13,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-STAGE = re.compile(r"(?:layer|stage)_?(\d+)(?:[._](\d+))?", re.IGNORECASE)
+from rtresnet.onnxlib.graph import assign_blocks
 
-STEM, HEAD = "stem", "fc"
+ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 CONVOLUTION, MATMUL, ADD, WEIGHTS = "conv", "matmul", "add", "weights"
 WORDS = {
     "CONVOLUTION": CONVOLUTION,
@@ -36,8 +33,8 @@ class Node:
         operation: conv, matmul, add (a residual one), relu, quantize, ...; "weights" if the node
             depends on constants only.
         detail: Kernel size of a convolution, as in 3x3.
-        stage: stem, layer1, ..., fc.
-        block: As in layer1.0; the stage's name in stem and fc.
+        stage: stem, layer1, ..., head.
+        block: As in layer1.0; the stage's name in stem and head.
         dtype: Type of its output, as TensorRT names it.
         height: Height of its output in pixels; 0 if the output is not an image.
         source: The node that computes its first input.
@@ -82,8 +79,7 @@ def read(trt: Any, network: Any) -> dict[str, Node]:
                     multiply_adds=_multiply_adds(trt, layer, operation, inputs, shape),
                 )  # fmt: skip
     found = [node for node in nodes.values() if node.operation != "constant"]
-    named = any(STAGE.search(node.name) for node in found if node.operation == CONVOLUTION)
-    places = _by_name(found) if named else _by_counting(found)
+    places = assign_blocks([(node.name, node.operation, node.height) for node in found])
     return {
         node.name: replace(node, stage=stage, block=block)
         for node, (stage, block) in zip(found, places, strict=True)
@@ -122,45 +118,3 @@ def _multiply_adds(
     else:
         return 0
     return max(0, int(each) * math.prod(shape[1:]))
-
-
-def _by_name(nodes: Sequence[Node]) -> list[tuple[str, str]]:
-    """Returns stage and block of each node by the names."""
-    matches = [list(STAGE.finditer(node.name)) for node in nodes]
-    last = max(index for index, match in enumerate(matches) if match)
-    numbers: dict[str, int] = {}  # other tools' names may begin at 0
-    places, place = [], (STEM, STEM)
-    for index, match in enumerate(matches):
-        if match:  # /layer1/layer1.0/conv1: the last match has the block
-            stage = f"layer{numbers.setdefault(match[-1][1], len(numbers) + 1)}"
-            place = (stage, f"{stage}.{match[-1][2]}" if match[-1][2] else stage)
-        places.append((HEAD, HEAD) if index > last else place)
-    return places
-
-
-def _by_counting(nodes: Sequence[Node]) -> list[tuple[str, str]]:
-    """Returns stage and block of each node by counting residual Adds."""
-    adds = [index for index, node in enumerate(nodes) if node.operation == ADD]
-    convolutions = [index for index, node in enumerate(nodes) if node.operation == CONVOLUTION]
-    ends = adds or convolutions[1:]
-    if not ends:
-        return [(STEM, STEM) if node.operation != MATMUL else (HEAD, HEAD) for node in nodes]
-    blocks, stage, number = [], 0, 0
-    for before, end in zip([None, *ends], ends, strict=False):
-        smaller = before is None or nodes[end].height != nodes[before].height
-        stage, number = (stage + 1, 0) if smaller else (stage, number + 1)
-        blocks.append((f"layer{stage}", f"layer{stage}.{number}"))
-    # The stem ends before the first later convolution that is no larger than the first Add's.
-    inside = [i for i in convolutions[1:] if nodes[i].height <= nodes[ends[0]].height]
-    start = min([*inside, ends[0]])
-    places: list[tuple[str, str]] = []
-    current = 0
-    for index, node in enumerate(nodes):
-        # Activation and Q/DQ right after an Add belong to its block.
-        begins = node.operation not in ("relu", "quantize", "dequantize")
-        if begins and index > ends[-1]:
-            return [*places, *[(HEAD, HEAD)] * (len(nodes) - index)]
-        if begins and index > ends[current]:
-            current += 1
-        places.append((STEM, STEM) if index < start else blocks[current])
-    return places

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.builder.nodes import CONVOLUTION, MATMUL, Node
+from rtresnet.core import gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
 
 SHOWN = 5
@@ -101,6 +102,11 @@ def _describe(error: Any) -> str:
     return f"{where}: {error.code().name}{reason}"
 
 
+def is_fp8(nodes: Mapping[str, Node]) -> bool:
+    """Whether a net has FP8 tensors."""
+    return any(node.dtype == "FP8" for node in nodes.values())
+
+
 def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node]) -> None:
     """Checks that the targets support the types of a net.
 
@@ -108,6 +114,15 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
         InputError: A target does not support a type, or TensorRT-RTX would silently compute in
             another one. Observed with TensorRT-RTX 1.7.
     """
+    lacking = [target for target in targets if target not in gpu_targets.FP8]
+    if lacking and is_fp8(nodes):
+        having = {**gpu_targets.SERVED, **gpu_targets.UNSERVED}
+        raise InputError(
+            f"{source}: {', '.join(lacking)} has no FP8; targets that have it: "
+            + ", ".join(f"{target} ({having[target]})" for target in gpu_targets.FP8),
+            fix=f"leave {', '.join(lacking)} out, or build a separate plan for it from: "
+            "rtresnet quantize --int8 or --fp16",
+        )
     if "sm_75" not in targets:
         return
     half = "leave sm_75 out, or build a separate plan for it from: rtresnet quantize --fp16"

@@ -12,7 +12,7 @@ SUMMARIES = {
     "train": "Train a net on labelled images.",
     "export": "Turn a checkpoint into ONNX files and plans.",
     "adopt": "State the input and classes of an ONNX file from elsewhere.",
-    "quantize": "Write an INT8 or FP16 version of an FP32 ONNX file.",
+    "quantize": "Write an INT8, FP8 or FP16 version of an FP32 ONNX file.",
     "lint": "Check quantized ONNX models for TensorRT problems.",
     "build": "Compile an ONNX file into a TensorRT plan.",
     "eval": "Measure top-1 and top-5 accuracy.",

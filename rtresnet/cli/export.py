@@ -32,9 +32,10 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 )
 @click.option("--fp32", is_flag=True, help="Build a plan in FP32.  [default: off]")
 @click.option(
-    "--fp16", is_flag=True, help="Write FP16 and its plan.  [default: on without --fp32 and --int8]"
+    "--fp16", is_flag=True, help="Write FP16 and its plan.  [default: on without the others]"
 )
 @click.option("--int8", is_flag=True, help="Write INT8 and its plan.  [default: off]")
+@click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) and its plan.  [default: off]")
 @config_options(QuantizeConfig, argument="quantize", leave_out=GATE)
 @config_options(BuildConfig, argument="build", leave_out=("timing_cache",))
 @config_options(EmbedConfig, argument="embed")
@@ -53,6 +54,7 @@ def command(
     fp32: bool,
     fp16: bool,
     int8: bool,
+    fp8: bool,
     quantize: QuantizeConfig,
     build: BuildConfig,
     embed: EmbedConfig,
@@ -63,14 +65,14 @@ def command(
 ) -> None:
     """Turn a checkpoint into ONNX files and plans, each with a sidecar.
 
-    Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx or MODEL-int8.onnx, and the
-    plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan. With --input or --topk also
-    MODEL-int8-u8-top5.onnx or similar, and the plans from those.
+    Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx, MODEL-int8.onnx or MODEL-fp8.onnx,
+    and the plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan, MODEL-fp8.plan. With --input
+    or --topk also MODEL-int8-u8-top5.onnx or similar, and the plans from those.
     """
     from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.export import export
 
-    asked = (("fp32", fp32), ("fp16", fp16), ("int8", int8))
+    asked = (("fp32", fp32), ("fp16", fp16), ("int8", int8), ("fp8", fp8))
     precisions = tuple(name for name, wanted in asked if wanted) or ("fp16",)
     config = ExportConfig(model=model, precisions=precisions, plan=not no_plan)  # type: ignore[arg-type]
     result = export(

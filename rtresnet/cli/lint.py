@@ -57,7 +57,7 @@ def command(paths: tuple[Path, ...], fix: Path | None, json_file: str | None) ->
     if len(results) == 1:
         results[0].require_passed()
     if failed := [result for result in results if not result.passed]:
-        fixable = any("--fix" in entry.mend for result in failed for entry in result.findings)
+        fixable = any("--fix" in entry.fix for result in failed for entry in result.findings)
         raise CheckFailedError(
             "; ".join(f"{result.file}: {result.worse}" for result in failed),
             fix="repair what can be repaired: rtresnet lint FILE.onnx --fix OUT.onnx"
@@ -89,7 +89,7 @@ def _listed(findings: Iterable[Finding]) -> list[str]:
     """Three lines or so for each way in which a rule is broken, with the first nodes' names."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for entry in findings:
-        key = (entry.severity, entry.rule, entry.consequence, entry.mend)
+        key = (entry.severity, entry.rule, entry.consequence, entry.fix)
         groups.setdefault(key, []).append(entry.node)
     lines = []
     for (severity, rule, consequence, fix), nodes in groups.items():

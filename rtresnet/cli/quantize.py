@@ -1,4 +1,4 @@
-"""`rtresnet quantize`: a folded FP32 ONNX file to FP16 or INT8."""
+"""`rtresnet quantize`: a folded FP32 ONNX file to FP16, INT8 or FP8."""
 
 from __future__ import annotations
 
@@ -18,36 +18,42 @@ from rtresnet.workflows.quantize import QuantizeConfig
 @click.command("quantize")
 @click.argument("source", metavar="MODEL.onnx", type=click.Path(path_type=Path))
 @click.option("--int8", is_flag=True, help="Write INT8.  [default: on]")
+@click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) instead of INT8.  [default: off]")
 @click.option("--fp16", is_flag=True, help="Write FP16 instead of INT8.  [default: off]")
 @config_options(QuantizeConfig, argument="values", leave_out=("precision",), construct=False)
 @config_options(InputConfig, argument="stated")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="The new file.  [default: MODEL-int8.onnx next to the source]",
+    help="The new file.  [default: MODEL-int8.onnx or similar next to the source]",
 )
 @common.json_option
 def command(
     source: Path,
     int8: bool,
+    fp8: bool,
     fp16: bool,
     values: dict[str, object],
     stated: InputConfig,
     out: Path | None,
     json_file: str | None,
 ) -> None:
-    """Write an INT8 or FP16 version of an FP32 ONNX file.
+    """Write an INT8, FP8 or FP16 version of an FP32 ONNX file.
 
-    With --eval, the accuracy of INT8 is compared with that of FP32 on the same images. Where the
-    loss is not within --max-drop, the most harmful blocks stay in float; the exit code is 1 where
-    that does not help. The verdict says whether the images are enough to show that the bound holds.
+    FP8 needs an Ada, Hopper or Blackwell GPU. With --eval, the accuracy of INT8 or FP8 is compared
+    with that of FP32 on the same images. Where the loss is not within --max-drop, the most harmful
+    blocks stay in float (in FP8, they run in INT8 where that has less noise); the exit code is 1
+    where that does not help. The verdict says whether the images are enough to show that the bound
+    holds.
     """
     from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.quantize import quantize
 
-    if int8 and fp16:
-        raise InputError("--int8 and --fp16 are two files", fix="run it once for each")
-    config = QuantizeConfig(**values, precision="fp16" if fp16 else "int8")  # type: ignore[arg-type]
+    asked = [name for name, wanted in (("int8", int8), ("fp8", fp8), ("fp16", fp16)) if wanted]
+    if len(asked) > 1:
+        flags = " and ".join(f"--{name}" for name in asked)
+        raise InputError(f"{flags} are {len(asked)} files", fix="run it once for each")
+    config = QuantizeConfig(**values, precision=(asked or ["int8"])[0])  # type: ignore[arg-type]
     try:
         result = quantize(source, config, out=out, stated=stated, reporter=REPORTER)
     except AccuracyCheckFailedError as failed:

@@ -47,12 +47,13 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How the activation scales of an INT8 file were found.
+    """How the activation scales of an INT8 or FP8 file were found.
 
     Attributes:
         images: The data's name.
-        kept: Nodes that were left in float, so that the accuracy holds.
-        rest: What is not INT8: "fp32" or "fp16".
+        kept: Nodes that were left in float: so that the accuracy holds, and in FP8 the stem.
+        rest: What is neither INT8 nor FP8: "fp32" or "fp16".
+        int8: Nodes of an FP8 file that are in INT8, so that the accuracy holds.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Calibration:
     scales_sha256: str
     kept: tuple[str, ...] = ()
     rest: str = "fp32"
+    int8: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

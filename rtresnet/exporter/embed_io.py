@@ -1,19 +1,18 @@
-"""What goes into an ONNX file and what comes out of it, changed after everything else is done.
+"""Embed preprocessing and top-K in an ONNX file: the last step after export and quantization.
 
 Before: an FP32, FP16 or Q/DQ file from normalized float32 [batch, 3, S, S] to logits
 [batch, classes]. After, as asked for:
 
- 1. `images` is uint8 [batch, S, S, 3]. It is cast, brought to planes, multiplied and shifted as
-    `Preprocess.normalize` does it, in the same order and type: bit for bit the same numbers, so
-    that serving cannot differ from training. The net reads `normalized`, and so does the first
-    QuantizeLinear. A quarter of the bytes cross the bus.
- 2. `indices` int64 and `probabilities` float32 [batch, K] come out instead of `logits`: softmax,
-    then the K largest, the largest first.
+ 1. `images` is uint8 [batch, S, S, 3]. It is cast, transposed to planes, multiplied and shifted
+    as `Preprocess.normalize` does it, in the same order and type: bit for bit the same numbers,
+    so that serving cannot differ from training. The net and the first QuantizeLinear read
+    `normalized`. A quarter of the bytes are copied to the GPU.
+ 2. The outputs are `indices` int64 and `probabilities` float32 [batch, K] instead of `logits`:
+    softmax, then the K largest, the largest first.
 
-The rest of the graph stays as it is, so precision, scales and placement do. `check` runs both files
-on the same images. `rtresnet export` and `rtresnet build` reach this with --input and --topk.
-
-Imports no torch.
+The rest of the graph stays as it is, with its precision, scales and placement. `check` runs both
+files on the same images. The options --input and --topk of `rtresnet export` and `rtresnet build`
+call this. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,68 +22,66 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from rtresnet.core import metrics
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess, resize
 from rtresnet.core.sidecar import EmbeddingParity
+from rtresnet.onnxlib.graph import GraphIndex, checked, copied
 
 OLDEST = 13  # Softmax along one axis
 NORMALIZED, LOGITS = "normalized", "logits"
 INDICES, PROBABILITIES = "indices", "probabilities"
 
-FACTOR = 1e-5
-"""How far apart logits may be, relative: nothing of the net has changed."""
+TOLERANCE = 1e-5
+"""Largest relative difference of the logits: the net itself has not changed."""
 
 
 def rewrite(
     model: onnx.ModelProto, preprocess: Preprocess, *, pixels: bool, topk: int | None
 ) -> onnx.ModelProto:
-    """The same net with other ends.
+    """Returns the same net with another input or output.
 
     Args:
         model: Not changed.
         preprocess: Mean and std of its input.
-        pixels: Rule 1.
+        pixels: Whether to apply rule 1.
         topk: K of rule 2; None leaves the logits.
 
     Raises:
         InputError: K is not between 1 and the number of classes.
-        ArtifactError: The file has such an end already, or is not a net from images to logits.
+        ArtifactError: The file already has such an input or output, or is not a net from images to
+            logits.
     """
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    graph = changed.graph
-    _require_plain(changed)
+    changed = copied(model)
+    index = GraphIndex(changed)
+    _require_plain(index)
     if pixels:
-        _take_pixels(graph, preprocess)
+        _take_pixels(index, preprocess)
     if topk is not None:
-        _give_topk(graph, topk)
-    del graph.value_info[:]
-    onnx.checker.check_model(changed, full_check=True)
-    return onnx.shape_inference.infer_shapes(changed, strict_mode=True, data_prop=True)
+        _give_topk(index, topk)
+    return checked(changed)
 
 
-def _require_plain(model: onnx.ModelProto) -> None:
-    graph = model.graph
-    opset = next((entry.version for entry in model.opset_import if entry.domain == ""), 0)
-    constants = {tensor.name for tensor in graph.initializer}
-    inputs = [entry for entry in graph.input if entry.name not in constants]
-    ends = [entry.type.tensor_type for entry in (*inputs, *graph.output)]
-    told = ", ".join(f"{entry.name} {_type(entry)}" for entry in (*inputs, *graph.output))
-    if any(end.elem_type == TensorProto.UINT8 for end in ends) or len(graph.output) > 1:
+def _require_plain(index: GraphIndex) -> None:
+    name = index.graph.name
+    entries = [*index.inputs, *index.graph.output]
+    tensors = [entry.type.tensor_type for entry in entries]
+    stated = ", ".join(f"{entry.name} {_type(entry)}" for entry in entries)
+    if any(t.elem_type == TensorProto.UINT8 for t in tensors) or len(index.graph.output) > 1:
         raise ArtifactError(
-            f"{graph.name}: its ends are changed already ({told})",
+            f"{name}: its input or output is already changed ({stated})",
             fix="start from the file it was made from",
         )
-    square = len(inputs) == 1 and [d.dim_value for d in ends[0].shape.dim][1:2] == [3]
-    flat = len(ends) == 2 and len(ends[1].shape.dim) == 2 and ends[1].shape.dim[1].dim_value > 0
-    if not square or not flat or {end.elem_type for end in ends} != {TensorProto.FLOAT}:
-        raise ArtifactError(f"{graph.name}: not a net from float32 images to logits: {told}")
-    if opset < OLDEST:
+    square = len(index.inputs) == 1 and [d.dim_value for d in tensors[0].shape.dim][1:2] == [3]
+    flat = len(tensors) == 2 and len(tensors[1].shape.dim) == 2
+    classes = flat and tensors[1].shape.dim[1].dim_value > 0
+    if not square or not classes or {t.elem_type for t in tensors} != {TensorProto.FLOAT}:
+        raise ArtifactError(f"{name}: not a net from float32 images to logits: {stated}")
+    if index.opset < OLDEST:
         raise ArtifactError(
-            f"{graph.name}: opset {opset}, and this needs {OLDEST} or later",
+            f"{name}: opset {index.opset}, but --input and --topk need {OLDEST} or later",
             fix="convert it with onnx.version_converter",
         )
 
@@ -95,46 +92,42 @@ def _type(entry: onnx.ValueInfoProto) -> str:
     return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(dims)}]"
 
 
-def _take_pixels(graph: onnx.GraphProto, preprocess: Preprocess) -> None:
-    constants = {tensor.name for tensor in graph.initializer}
-    (images,) = (entry for entry in graph.input if entry.name not in constants)
+def _take_pixels(index: GraphIndex, preprocess: Preprocess) -> None:
+    (images,) = index.inputs
     name = images.name
-    for node in graph.node:
-        for index, read in enumerate(node.input):
-            if read == name:
-                node.input[index] = NORMALIZED
+    for node, position in index.readers[name]:
+        node.input[position] = NORMALIZED
     dims = images.type.tensor_type.shape.dim
     batch, height, width = (dims[i].dim_value or dims[i].dim_param or None for i in (0, 2, 3))
     images.CopyFrom(
         helper.make_tensor_value_info(name, TensorProto.UINT8, [batch, height, width, 3])
     )
-    scale, shift = (factor.reshape(3, 1, 1) for factor in preprocess.factors())
-    graph.initializer.append(numpy_helper.from_array(scale, f"{NORMALIZED}.scale"))
-    graph.initializer.append(numpy_helper.from_array(shift, f"{NORMALIZED}.shift"))
+    factors = [factor.reshape(3, 1, 1) for factor in preprocess.factors()]
+    scale, shift = (
+        index.add_constant(f"{NORMALIZED}.{part}", factor)
+        for part, factor in zip(("scale", "shift"), factors, strict=True)
+    )
     levels, planes, scaled = (f"{NORMALIZED}.{part}" for part in ("levels", "planes", "scaled"))
-    first = [
+    nodes = [
         helper.make_node("Cast", [name], [levels], name=levels, to=TensorProto.FLOAT),
         helper.make_node("Transpose", [levels], [planes], name=planes, perm=[0, 3, 1, 2]),
-        helper.make_node("Mul", [planes, f"{NORMALIZED}.scale"], [scaled], name=scaled),
-        helper.make_node("Add", [scaled, f"{NORMALIZED}.shift"], [NORMALIZED], name=NORMALIZED),
+        helper.make_node("Mul", [planes, scale], [scaled], name=scaled),
+        helper.make_node("Add", [scaled, shift], [NORMALIZED], name=NORMALIZED),
     ]
-    nodes = [*first, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    index.insert(after={name: nodes})
 
 
-def _give_topk(graph: onnx.GraphProto, topk: int) -> None:
-    logits = graph.output[0]
+def _give_topk(index: GraphIndex, topk: int) -> None:
+    graph, logits = index.graph, index.graph.output[0]
     batch, classes = (d.dim_value or d.dim_param for d in logits.type.tensor_type.shape.dim)
     if not 1 <= topk <= classes:
         raise InputError(f"--topk {topk}: {graph.name} has {classes} classes")
-    graph.initializer.append(numpy_helper.from_array(np.array([topk], np.int64), "topk.k"))
+    count = index.add_constant("topk.k", np.array([topk], np.int64))
+    results = [PROBABILITIES, INDICES]
     graph.node.extend(
         [
             helper.make_node("Softmax", [logits.name], ["softmax"], name="softmax", axis=1),
-            helper.make_node(
-                "TopK", ["softmax", "topk.k"], [PROBABILITIES, INDICES], name="topk", axis=1
-            ),
+            helper.make_node("TopK", ["softmax", count], results, name="topk", axis=1),
         ]
     )
     del graph.output[:]
@@ -159,46 +152,47 @@ def check(
     """Runs both files on the same images, smooth and noisy ones.
 
     Args:
-        plain: The file as it was: normalized images to logits.
-        changed: The file with its ends changed.
-        preprocess: Of the file as it was.
+        plain: The unchanged file: normalized images to logits.
+        changed: The changed file.
+        preprocess: Of the unchanged file.
         pixels: Whether `changed` takes uint8 images.
-        topk: How many classes it gives.
-        n: Images, as a batch of one and a batch of the rest.
-        seed: Of the images.
+        topk: How many classes it returns; None for logits.
+        n: Number of images, run as a batch of one and a batch of the others.
+        seed: Random seed of the images.
 
     Returns:
-        n and the relative difference of logits, or of the probabilities, for the sidecar.
+        n and the relative difference of logits or probabilities, for the sidecar.
 
     Raises:
-        CheckFailedError: They differ by more than 1e-5 relative, or in the classes that come out.
+        CheckFailedError: They differ by more than 1e-5 relative, or in the classes.
     """
     images = _images(n, preprocess.size, seed)
     normalized = preprocess.normalize(images)
-    given = images if pixels else normalized
+    inputs = images if pixels else normalized
     expected = np.concatenate([plain(normalized[:1]), plain(normalized[1:])])
-    parts = [changed(given[:1]), changed(given[1:])]
+    results = [changed(inputs[:1]), changed(inputs[1:])]
     if topk is None:
-        error = metrics.parity(expected, np.concatenate(parts)).relative
+        error = metrics.parity(expected, np.concatenate(results)).relative
     else:
-        indices, found = (np.concatenate(part) for part in zip(*parts, strict=True))
+        indices, found = (np.concatenate(part) for part in zip(*results, strict=True))
         rows = metrics.softmax(expected.astype(np.float64))
         largest = -np.sort(-rows, axis=1)[:, :topk]
-        # By value as well as by class: of two classes as probable as each other either may come.
+        # By value as well as by class: two classes of equal probability may come in either order.
         error = max(
             metrics.parity(largest, found).relative,
             metrics.parity(np.take_along_axis(rows, indices, axis=1), found).relative,
         )
-    if not error <= FACTOR:
+    if not error <= TOLERANCE:
         raise CheckFailedError(
-            f"with its ends changed the file is off by {error:.1e} relative from what it was",
+            f"the file with changed input or output differs by {error:.1e} relative from the "
+            "original",
             fix="please report it with the file",
         )
     return {"n": n, "relative": error}
 
 
 def _images(n: int, size: int, seed: int) -> np.ndarray:
-    """uint8 [n, size, size, 3]: every second one smooth as a photograph, the others noise."""
+    """uint8 [n, size, size, 3]: every second one smooth like a photograph, the others noise."""
     rng = np.random.default_rng(seed)
     small = min(8, size)
     smooth = [rng.integers(0, 256, (small, small, 3), dtype=np.uint8) for _ in range(n)]

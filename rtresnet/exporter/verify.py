@@ -1,8 +1,8 @@
-"""Is the exported file the net? Structure first, then numbers.
+"""Check that an exported file computes what the net computes.
 
-The numbers are held against the net in float64: the file must come as near to it as torch's own
-float32 does, within a factor. A fixed tolerance would be either blind or unjust, because float32
-itself is off by 1e-6 on a trained ResNet-20 and by 3e-4 on an untrained ResNet-152 (measured).
+The reference is the net in float64: the file may differ from it by a factor times the difference of
+torch's own float32. A fixed tolerance would be too wide or too narrow, because the rounding of
+float32 is 1e-6 on a trained ResNet-20 and 3e-4 on an untrained ResNet-152 (measured).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FLOOR = 1e-5
 
 
 def operations(model: onnx.ModelProto) -> Counter[str]:
-    """How many nodes of each type."""
+    """Counts the nodes of each operator."""
     return Counter(node.op_type for node in model.graph.node)
 
 
 def check_folded(model: onnx.ModelProto) -> None:
-    """Raises AssertionError where a batch norm or a convolution without bias is left."""
+    """Raises AssertionError if a batch norm or a convolution without bias is left."""
     assert "BatchNormalization" not in operations(model)
     assert all(len(node.input) == 3 for node in model.graph.node if node.op_type == "Conv")
 
@@ -37,19 +37,19 @@ def check_folded(model: onnx.ModelProto) -> None:
 def check_parity(
     net: nn.Module, candidate: metrics.Forward, *, size: int, n: int = 3, seed: int = 0
 ) -> Parity:
-    """Runs the net in float64 and float32 and the candidate, on the same random images.
+    """Runs the net in float64 and float32 and the candidate on the same random images.
 
     Args:
         net: The torch net, before folding.
-        candidate: Whatever runs the exported file.
-        size: Side of the input, in pixels.
-        n: Images, given as a batch of one and a batch of the rest: a batch size frozen into
-            the file shows.
-        seed: Of the images.
+        candidate: Runs the exported file.
+        size: Side of the input in pixels.
+        n: Number of images, run as a batch of one and a batch of the others: this detects a batch
+            size that is fixed in the file.
+        seed: Random seed of the images.
 
     Returns:
-        n, the largest and the relative difference from the float32 net, and how far that net
-        is from itself in float64 (`rounding`), for the sidecar.
+        n, the largest and the relative difference from the float32 net, and the relative difference
+        between that net in float32 and float64 (`rounding`), for the sidecar.
 
     Raises:
         CheckFailedError: The difference is above 1e-5 relative and ten times the rounding, or
@@ -65,8 +65,8 @@ def check_parity(
     within = error <= max(FLOOR, FACTOR * rounding)  # False where either is NaN
     if not within or not np.isfinite(rounding):
         raise CheckFailedError(
-            f"the ONNX file is off by {error:.1e} relative where torch's float32 is off by "
-            f"{rounding:.1e}",
+            f"the ONNX file differs from torch in float64 by {error:.1e} relative, torch's own "
+            f"float32 only by {rounding:.1e}",
             fix="please report it with the checkpoint",
         )
     parity = metrics.parity(single, got)

@@ -1,11 +1,9 @@
-"""A folded net as an ONNX file, one node an operation, named as in the net.
+"""Write a folded net as an ONNX model with one node per operation, named as in the net.
 
-The traced graph is written node by node: `layer1.0.conv1` in the net is the node
-`layer1.0.conv1` in the file, its output tensor has the same name, and its weights are
-`layer1.0.conv1.weight` and `.bias`. Builders, profilers and calibration tables then speak of
-stages and blocks instead of `node_Conv_754`. A net that the writer does not know (another
-module, another function) is refused at once; parity with torch is checked after every export
-(`verify.py`).
+`layer1.0.conv1` in the net is the node `layer1.0.conv1` in the file; its output tensor has the same
+name, and its weights are `layer1.0.conv1.weight` and `.bias`. Builders, profilers and calibration
+tables then name stages and blocks instead of `node_Conv_754`. A net with an operation that the
+writer does not know is refused; parity with torch is checked after every export (`verify.py`).
 
 Input `images` float32 [batch, 3, S, S], output `logits` float32 [batch, classes]; the batch is
 dynamic.
@@ -23,6 +21,7 @@ from torch import Tensor, fx, nn
 from rtresnet.models.nets import INPUT, OUTPUT
 from rtresnet.models.resnet import Add, MeanImage, PadShortcut
 from rtresnet.onnxlib import metadata
+from rtresnet.onnxlib.graph import checked
 
 OPSET = 18
 
@@ -34,15 +33,15 @@ def to_onnx(
 
     Args:
         graph: From `fold()`.
-        size: Side of the input, in pixels.
+        size: Side of the input in pixels.
         name: The graph's name, shown by viewers.
-        scales: Of activations, where training learned them: the file carries them on.
+        scales: Activation scales that training learned; kept in the file.
 
     Returns:
         A checked model, opset 18, with every shape inferred.
 
     Raises:
-        TypeError: The net has an operation that this writer does not know.
+        TypeError: The net has an operation that the writer does not know.
     """
     writer = NodeWriter()
     modules = dict(graph.named_modules())
@@ -61,7 +60,7 @@ def to_onnx(
         elif node.op == "output":
             writer.rename_output(inputs[0], OUTPUT)
         else:
-            raise TypeError(f"no ONNX form for {node.op} {node.target}")
+            raise TypeError(f"cannot export {node.op} {node.target} to ONNX")
     model = helper.make_model(
         helper.make_graph(
             writer.nodes,
@@ -78,8 +77,7 @@ def to_onnx(
         metadata.NORM_STATISTICS.set(model, graph.meta[metadata.NORM_STATISTICS.key])
     if scales is not None:
         metadata.TRAINED_SCALES.set(model, scales)
-    onnx.checker.check_model(model, full_check=True)
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    return checked(model)
 
 
 class NodeWriter:
@@ -108,7 +106,7 @@ class NodeWriter:
             TypeError: The module has no ONNX form.
         """
         if type(module) not in self.writers:
-            raise TypeError(f"no ONNX form for {type(module).__name__} at {name}")
+            raise TypeError(f"cannot export {type(module).__name__} at {name} to ONNX")
         self.writers[type(module)](name, module, inputs)
 
     def node(self, op: str, name: str, inputs: list[str], out: str = "", **attributes: Any) -> None:
@@ -170,7 +168,7 @@ class NodeWriter:
 
     def pad_shortcut(self, name: str, module: PadShortcut, inputs: list[str]) -> None:
         """Adds option A's shortcut."""
-        end = 2**31 - 1  # beyond any image: to the end, in the range every parser accepts
+        end = 2**31 - 1  # larger than any image, and in the range that every parser accepts
         slices = [
             self.constant(f"{name}.starts", [0, 0]),
             self.constant(f"{name}.ends", [end, end]),

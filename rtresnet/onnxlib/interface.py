@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtresnet.core.errors import ArtifactError
+from rtresnet.onnxlib.graph import GraphIndex
 
 if TYPE_CHECKING:
     import onnx
 
-TOPK = ("indices", "probabilities")  # outputs of a file that gives the most probable classes
+TOPK = ("indices", "probabilities")  # outputs of a file that returns the most probable classes
 NEEDED = "float32 [N, 3, S, S] or uint8 [N, S, S, 3] to logits float32 [N, classes]"
 PASS_ON = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze")
 
@@ -28,11 +29,11 @@ class Interface:
     Attributes:
         pixels: Whether the input is uint8 pixels [N, S, S, 3] rather than normalized float32
             planes [N, 3, S, S].
-        size: Side of the input in pixels; None where the file leaves it open.
-        batch: The only batch size that the file takes; None where it takes any.
-        classes: Number of classes; None where the file does not say.
-        topk: How many of the most probable classes the file gives; None where it gives logits.
-        precision: "fp32", "fp16", "int8" or "unknown".
+        size: Side of the input in pixels; None if it is dynamic.
+        batch: The only batch size that the file takes; None if it takes any.
+        classes: Number of classes; None if the file does not state it.
+        topk: How many of the most probable classes the file returns; None if it returns logits.
+        precision: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown".
     """
 
     pixels: bool
@@ -51,16 +52,15 @@ def read_interface(model: onnx.ModelProto, path: Path) -> Interface:
         path: For messages.
 
     Raises:
-        ArtifactError: It is not an image classifier with one input of float32 [N, 3, S, S] or
+        ArtifactError: Not an image classifier with one input of float32 [N, 3, S, S] or
             uint8 [N, S, S, 3], and logits [N, classes] or the most probable classes.
     """
     from onnx import TensorProto
 
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [entry for entry in model.graph.input if entry.name not in constants]
+    inputs = GraphIndex(model).inputs
     unfit = ArtifactError(
-        f"{path}: takes {_described(inputs)} and gives {_described(model.graph.output)}; "
-        f"{NEEDED} is needed",
+        f"{path}: its input is {_described(inputs)} and its output "
+        f"{_described(model.graph.output)}, but rtresnet needs {NEEDED}",
         fix="export it with such an input and output",
     )
     if len(inputs) != 1:
@@ -86,21 +86,26 @@ def read_interface(model: onnx.ModelProto, path: Path) -> Interface:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """Returns what a model computes in: "fp32", "fp16", "int8" or "unknown"."""
+    """Returns what a model computes in: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown"."""
     from onnx import TensorProto
 
     graph = model.graph
+    fp8 = {TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2}
+    if any(tensor.data_type in fp8 for tensor in graph.initializer):  # weights or zero points
+        return "fp8"
     if any("Quantize" in node.op_type or "Integer" in node.op_type for node in graph.node):
         return "int8"
     floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
     types = {tensor.data_type for tensor in graph.initializer} & floats
     if TensorProto.FLOAT16 in types and TensorProto.BFLOAT16 not in types:
         return "fp16"  # even if some of its constants are FP32
+    if types == {TensorProto.BFLOAT16}:
+        return "bf16"
     return "fp32" if types == {TensorProto.FLOAT} else "unknown"
 
 
 def _read_output(model: onnx.ModelProto, unfit: ArtifactError) -> tuple[int | None, int | None]:
-    """The number of classes, and K of a file that gives the K most probable ones."""
+    """The number of classes, and K of a file that returns the K most probable ones."""
     from onnx import TensorProto
 
     outputs = {entry.name: entry for entry in model.graph.output}
@@ -119,7 +124,7 @@ def _read_output(model: onnx.ModelProto, unfit: ArtifactError) -> tuple[int | No
 
 
 def _inferred_dims(model: onnx.ModelProto) -> list[int | None]:
-    """The first output's dimensions by shape inference, where the file does not state them."""
+    """Infers the first output's dimensions, which the file does not state."""
     import onnx
 
     try:
@@ -129,15 +134,12 @@ def _inferred_dims(model: onnx.ModelProto) -> list[int | None]:
 
 
 def _require_logits(model: onnx.ModelProto, path: Path) -> None:
-    """Refuses a model that ends in a softmax: its probabilities would be taken for logits."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    node = makers.get(model.graph.output[0].name)
-    while node is not None and node.op_type in PASS_ON:
-        node = makers.get(node.input[0])
-    if node is not None and node.op_type in ("Softmax", "LogSoftmax"):
+    """Refuses a model that ends in a softmax: its probabilities would be used as logits."""
+    last = GraphIndex(model).maker(model.graph.output[0].name, PASS_ON)
+    if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
         raise ArtifactError(
-            f"{path}: ends in {node.op_type}, and logits are needed",
-            fix=f"export it without the last {node.op_type}",
+            f"{path}: ends in {last.op_type}, but rtresnet needs logits",
+            fix=f"export it without the last {last.op_type}",
         )
 
 

@@ -1,14 +1,14 @@
-"""Repairs what `lint.py` found, where the numbers stay as they are, bit for bit.
+"""Repair what `lint.py` found where the outputs stay the same, bit for bit.
 
- 1. A scale of shape [1] of an activation gets rank 0, with its zero point.
- 2. A zero point that was left out is written where its type is known: int8 data, output_dtype.
-    Elsewhere ONNX Runtime reads uint8, and an int8 zero point would be other numbers.
- 3. uint8 with zero point 128 becomes int8 with zero point 0: the same steps, named otherwise.
- 4. A quantized bias becomes the float constant that its DequantizeLinear gives.
- 5. Pairs and halves of pairs that nothing reads go.
+ 1. An activation scale of shape [1] gets rank 0, with its zero point.
+ 2. An omitted zero point is written where its type is known: int8 data, output_dtype. Elsewhere
+    ONNX Runtime reads uint8, and an int8 zero point would give other numbers.
+ 3. uint8 with zero point 128 becomes int8 with zero point 0: the same steps.
+ 4. A quantized bias becomes the float constant that its DequantizeLinear computes.
+ 5. Pairs and halves of pairs that nothing reads are removed.
 
-Each is done to a copy, which is run in ONNX Runtime without its optimizer next to the file as it
-came, on random input. If one bit of one output differs, that repair is not done.
+Each repair is made on a copy. The copy and the file run in ONNX Runtime without its optimizer on
+random input. If one bit of one output differs, the repair is discarded.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper
 
-from rtresnet.onnxlib.graph import DEQUANTIZE, GraphIndex, label
-from rtresnet.quantization.bitwise_equal import same_bits
-from rtresnet.quantization.lint import lint
-from rtresnet.quantization.lint_numbers import role, stored_type, zero_point
+from rtresnet.core.errors import missing_package
+from rtresnet.onnxlib.graph import DEQUANTIZE, GraphIndex, copied, label
+from rtresnet.quantization.lint import lint, role, stored_type, zero_point
 from rtresnet.quantization.lint_rules import Finding
+
+# Sizes that the file leaves open: the batch, and any other.
+BATCH, SIDE = 2, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """What was done to one node, and the rule that it keeps now."""
+    """What was done to one node, and the rule that it broke before."""
 
     rule: str
     node: str
@@ -43,144 +45,178 @@ def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Fin
         model: Any ONNX model that ONNX Runtime runs. Not changed.
 
     Returns:
-        The repaired model, what was done, and what is left.
+        The repaired model, the repairs, and the findings that are left.
 
     Raises:
         UnavailableError: onnxruntime is not installed.
     """
-    done: list[Repair] = []
+    repairs: list[Repair] = []
     for step in STEPS:
-        candidate = onnx.ModelProto()
-        candidate.CopyFrom(model)
-        repaired = step(candidate)
-        if not repaired:
+        candidate = copied(model)
+        made = step(GraphIndex(candidate))
+        if not made:
             continue
-        _tidy(candidate)
-        if same_bits(model, candidate):
-            model, done = candidate, done + repaired
-    return model, done, lint(model)
+        _remove_unread_constants(candidate)
+        if bitwise_equal(model, candidate):
+            model, repairs = candidate, repairs + made
+    return model, repairs, lint(model)
 
 
-def _scalar_scales(model: onnx.ModelProto) -> list[Repair]:
-    view, done = GraphIndex(model), []
-    for node in view.quantizers():
-        scale = view.constant(node.input[1])
-        if role(view, node) != "activation" or scale is None or scale.shape != (1,):
+def bitwise_equal(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
+    """Returns whether two models compute the same bits from random input.
+
+    The input is drawn from a normal distribution with a fixed seed. False also if ONNX Runtime
+    refuses either model.
+    """
+    feed = _random_input(first)
+    if feed is None:
+        return False
+    outputs = [_run(model, feed) for model in (first, second)]
+    if outputs[0] is None or outputs[1] is None:
+        return False
+    return all(a.tobytes() == b.tobytes() for a, b in zip(*outputs, strict=True))
+
+
+def _random_input(model: onnx.ModelProto) -> dict[str, np.ndarray] | None:
+    rng, feed = np.random.default_rng(0), {}
+    for value in GraphIndex(model).inputs:
+        tensor = value.type.tensor_type
+        shape = [
+            dim.dim_value or (SIDE if index else BATCH)
+            for index, dim in enumerate(tensor.shape.dim)
+        ]
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        if dtype.kind == "f":
+            feed[value.name] = rng.standard_normal(shape).astype(dtype)
+        elif dtype.kind in "iu":
+            feed[value.name] = rng.integers(0, 128, shape).astype(dtype)
+        else:
+            return None
+    return feed
+
+
+def _run(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> list[np.ndarray] | None:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise missing_package("onnxruntime", "repairing a file") from None
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # the rules say why a file is refused
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        outputs: list[np.ndarray] = session.run(None, feed)
+    except Exception:  # the errors of ONNX Runtime have no common base class
+        return None
+    return outputs
+
+
+def _make_scales_scalar(index: GraphIndex) -> list[Repair]:
+    repairs = []
+    for node in index.quantizers():
+        scale = index.constant(node.input[1])
+        if role(index, node) != "activation" or scale is None or scale.shape != (1,):
             continue
-        node.input[1] = _constant(model, f"{node.input[1]}.scalar", scale.reshape(()))
-        zero = view.constant(zero_point(node))
+        node.input[1] = index.add_constant(f"{node.input[1]}.scalar", scale.reshape(()))
+        zero = index.constant(zero_point(node))
         if zero is not None:
-            node.input[2] = _constant(model, f"{node.input[2]}.scalar", zero.reshape(()))
-        done.append(Repair(rule="scale-shape", node=label(node), what="scale of rank 0"))
-    return done
+            node.input[2] = index.add_constant(f"{node.input[2]}.scalar", zero.reshape(()))
+        repairs.append(Repair(rule="scale-shape", node=label(node), what="scale of rank 0"))
+    return repairs
 
 
-def _written_zero_points(model: onnx.ModelProto) -> list[Repair]:
-    view, done = GraphIndex(model), []
-    for node in view.quantizers():
-        scale = view.constant(node.input[1])
-        if zero_point(node) or scale is None or stored_type(view, node) != TensorProto.INT8:
+def _write_zero_points(index: GraphIndex) -> list[Repair]:
+    repairs = []
+    for node in index.quantizers():
+        scale = index.constant(node.input[1])
+        if zero_point(node) or scale is None or stored_type(index, node) != TensorProto.INT8:
             continue
-        name = _constant(model, f"{label(node)}.zero_point", np.zeros(scale.shape, np.int8))
+        name = index.add_constant(f"{label(node)}.zero_point", np.zeros(scale.shape, np.int8))
         node.input[:] = [*node.input[:2], name]
-        done.append(Repair(rule="no-zero-point", node=label(node), what="int8 zero point 0"))
-    return done
+        repairs.append(Repair(rule="no-zero-point", node=label(node), what="int8 zero point 0"))
+    return repairs
 
 
-def _signed(model: onnx.ModelProto) -> list[Repair]:
-    view, done = GraphIndex(model), []
+def _make_signed(index: GraphIndex) -> list[Repair]:
+    repairs = []
 
-    def middle(node: onnx.NodeProto) -> bool:
-        zero = view.constant(zero_point(node))
+    def has_zero_point_128(node: onnx.NodeProto) -> bool:
+        zero = index.constant(zero_point(node))
         return zero is not None and zero.dtype == np.uint8 and bool((zero == 128).all())
 
-    def move(node: onnx.NodeProto) -> None:
-        zero = view.constant(zero_point(node))
-        assert zero is not None  # middle() has looked
-        node.input[2] = _constant(model, f"{node.input[2]}.int8", np.zeros(zero.shape, np.int8))
-        done.append(Repair(rule="zero-point", node=label(node), what="int8 with zero point 0"))
+    def change(node: onnx.NodeProto) -> None:
+        zero = index.constant(zero_point(node))
+        assert zero is not None  # has_zero_point_128
+        node.input[2] = index.add_constant(f"{node.input[2]}.int8", np.zeros(zero.shape, np.int8))
+        repairs.append(Repair(rule="zero-point", node=label(node), what="int8 with zero point 0"))
 
-    for node in view.quantizers():
+    for node in index.quantizers():
         if node.op_type == DEQUANTIZE:
-            values = view.constant(node.input[0])
-            if values is not None and middle(node):
-                move(node)
+            values = index.constant(node.input[0])
+            if values is not None and has_zero_point_128(node):
+                change(node)
                 shifted = (values.astype(np.int16) - 128).astype(np.int8)
-                node.input[0] = _constant(model, f"{node.input[0]}.int8", shifted)
+                node.input[0] = index.add_constant(f"{node.input[0]}.int8", shifted)
             continue
-        others = [reader for reader, _ in view.readers[node.output[0]]]
-        pairs = all(reader.op_type == DEQUANTIZE for reader in others)
-        if pairs and node.output[0] not in view.outputs and all(map(middle, [node, *others])):
-            for half in (node, *others):
-                move(half)
-    return done
+        readers = [reader for reader, _ in index.readers[node.output[0]]]
+        in_pairs = all(reader.op_type == DEQUANTIZE for reader in readers)
+        if (
+            in_pairs
+            and node.output[0] not in index.outputs
+            and all(map(has_zero_point_128, [node, *readers]))
+        ):
+            for half in (node, *readers):
+                change(half)
+    return repairs
 
 
-def _float_biases(model: onnx.ModelProto) -> list[Repair]:
-    view, done = GraphIndex(model), []
-    for node in view.quantizers():
-        values = view.constant(node.input[0])
-        scale = view.constant(node.input[1])
-        if node.op_type != DEQUANTIZE or role(view, node) != "bias":
+def _make_biases_float(index: GraphIndex) -> list[Repair]:
+    repairs = []
+    for node in index.quantizers():
+        values, scale = index.constant(node.input[0]), index.constant(node.input[1])
+        if node.op_type != DEQUANTIZE or role(index, node) != "bias":
             continue
         if values is None or scale is None:
             continue
-        zero = view.constant(zero_point(node)) if zero_point(node) else np.zeros((), values.dtype)
+        zero = index.constant(zero_point(node)) if zero_point(node) else np.zeros((), values.dtype)
         if zero is None:
             continue
         steps = (values.astype(np.int64) - zero.astype(np.int64)).astype(scale.dtype)
-        name = _constant(model, f"{label(node)}.float", steps * scale)
-        for reader in model.graph.node:
-            reader.input[:] = [name if x == node.output[0] else x for x in reader.input]
-        model.graph.node.remove(node)
-        done.append(Repair(rule="quantized-bias", node=label(node), what="a float constant"))
-    return done
+        name = index.add_constant(f"{label(node)}.float", steps * scale)
+        for reader, position in index.readers[node.output[0]]:
+            reader.input[position] = name
+        index.graph.node.remove(node)
+        repairs.append(Repair(rule="quantized-bias", node=label(node), what="a float constant"))
+    return repairs
 
 
-def _no_dangling(model: onnx.ModelProto) -> list[Repair]:
-    done: list[Repair] = []
-    while True:
-        view = GraphIndex(model)
-        unread = [
-            node
-            for node in view.quantizers()
-            if not view.readers[node.output[0]] and node.output[0] not in view.outputs
-        ]
-        if not unread:
-            return done
-        for node in unread:
-            model.graph.node.remove(node)
-            done.append(Repair(rule="dangling", node=label(node), what="removed"))
+def _remove_unread(index: GraphIndex) -> list[Repair]:
+    unread = [
+        node
+        for node in index.quantizers()
+        if not index.readers[node.output[0]] and node.output[0] not in index.outputs
+    ]
+    repairs = [Repair(rule="dangling", node=label(node), what="removed") for node in unread]
+    for node in unread:
+        index.graph.node.remove(node)
+    return repairs + _remove_unread(GraphIndex(index.model)) if repairs else []
 
 
-STEPS: tuple[Callable[[onnx.ModelProto], list[Repair]], ...] = (
-    _scalar_scales, _written_zero_points, _signed, _float_biases, _no_dangling,
+STEPS: tuple[Callable[[GraphIndex], list[Repair]], ...] = (
+    _make_scales_scalar, _write_zero_points, _make_signed, _make_biases_float, _remove_unread,
 )  # fmt: skip
 
 
-def _constant(model: onnx.ModelProto, wished: str, value: np.ndarray) -> str:
-    """Stores a constant; the same one once, another one of that name under the next free name."""
-    held = {tensor.name: tensor for tensor in model.graph.initializer}
-    name, count = wished, 1
-    while name in held:
-        there = numpy_helper.to_array(held[name])
-        if there.dtype == value.dtype and np.array_equal(there, value):
-            return name
-        name, count = f"{wished}.{count}", count + 1
-    model.graph.initializer.append(numpy_helper.from_array(value, name))
-    return name
-
-
-def _tidy(model: onnx.ModelProto) -> None:
-    """Takes out constants that nothing reads any more, and types that were noted before."""
+def _remove_unread_constants(model: onnx.ModelProto) -> None:
+    """Removes constants that nothing reads any more, and recorded types."""
     graph = model.graph
     used = {name for node in graph.node for name in node.input}
     used |= {value.name for value in (*graph.input, *graph.output)}
-    for nodes in (graph.initializer, graph.node):
-        for entry in list(nodes):
-            constant = entry.name if isinstance(entry, TensorProto) else None
-            if constant is None and entry.op_type == "Constant":
-                constant = entry.output[0]
-            if constant is not None and constant not in used:
-                nodes.remove(entry)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        if node.output[0] not in used:
+            graph.node.remove(node)
     del graph.value_info[:]

@@ -1,9 +1,9 @@
-"""Activation ranges from images: which scale each quantized tensor gets.
+"""Choose the scale of each quantized tensor, from images or from the statistics of batch norm.
 
-One pass of the FP32 model over the images, with the tensors of `qdq.placement` as extra outputs,
-fills a histogram a tensor (`histogram.py`); each method makes limits of them (`limits.py`). `auto`
-compares the methods by the noise that they cause in the logits of images that were held back, keeps
-the best for the net, and then tries other limits for single tensors.
+One pass of the FP32 model over the images, with the tensors of `qdq.placement` as outputs, fills a
+histogram per tensor; each method of `calibrators.py` turns histograms into scales. `auto` compares
+the methods by the noise in the logits of held-out images, with and without bias correction, keeps
+the best one for the net, and then tries other scales for single tensors.
 """
 
 from __future__ import annotations
@@ -12,124 +12,176 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+from onnx import helper
 
-from rtresnet.core.errors import DataError, UnknownNameError
+from rtresnet.core.errors import ArtifactError, DataError, UnknownNameError
 from rtresnet.core.preprocess import pieces
 from rtresnet.onnxlib import metadata
+from rtresnet.onnxlib.graph import GraphIndex
 from rtresnet.quantization import calibrators, qdq
-from rtresnet.quantization.bias_correction import bias_shifts
-from rtresnet.quantization.equalization import Outlier, equalize, outliers
-from rtresnet.quantization.histogram import Histogram
-from rtresnet.quantization.minmax_observer import Extents
-from rtresnet.quantization.simulate import Simulation, fixed_batch, noise_ratio, session
+from rtresnet.quantization.calibrators import Histogram
+from rtresnet.quantization.equalization import (
+    Outlier,
+    bias_corrections,
+    equalize,
+    find_outliers,
+)
+from rtresnet.quantization.formats import INT8, NumberFormat
+from rtresnet.quantization.placement import residual_branches
+from rtresnet.quantization.simulate import Simulation, fixed_batch, make_session, noise_ratio
+
+if TYPE_CHECKING:
+    from rtresnet.quantization.scales import SavedScales
 
 METHODS = ("auto", *calibrators.METHODS)
 
 Batches = Callable[[], Iterable[np.ndarray]]
-"""Called once a pass; gives float32 batches [N, 3, S, S], the same ones each time."""
+"""Called once per pass; returns float32 batches [N, 3, S, S], the same ones each time."""
 
 Report = Callable[[str, int, int | None], None]
-"""Called with progress: the phase, how many steps of it are done, and of how many; None: a step is
-an image, and the phase goes through all of them."""
+"""Called with the phase, the number of steps done, and how many there are. None: a step is an
+image, and the phase goes through all of them."""
 
-# Of the images, how many are held back to choose by; a run of a net of 224 pixels takes a hundred
-# times as long as one of 32, and the choice must not outweigh the calibration.
-HELD_BACK = 1 / 4
-SMALL, SMALL_HELD, MOST_HELD = 64, 128, 16
-FACTORS = (0.85, 1.2)  # tried on single tensors, times the limit they have
-SMALL_TRIES, TRIES = 40, 8
-WITHOUT_IMAGES = "mse"  # there is nothing to choose by
+# The share of the images that is held out to choose by. A run of a net of 224 pixels takes a
+# hundred times as long as one of 32, and the choice must not take longer than the calibration.
+HELD_OUT = 1 / 4
+SMALL, SMALL_HELD_OUT, MAX_HELD_OUT = 64, 128, 16
+FACTORS = (0.85, 1.2)  # tried on single tensors, relative to the method's scale
+SMALL_TRIALS, TRIALS = 40, 8
+DATA_FREE_METHOD = "mse"
 OBSERVING, EQUALIZED = "observing activations", "observing activations after equalization"
 CHOOSING = "comparing ranges by their noise"
-GAIN = 0.02  # dB that a single tensor's other limit must bring
+GAIN = 0.02  # dB that another scale of a single tensor must gain
+DATA_FREE_SAMPLES = 4096  # values per channel
+LOGISTIC_UNIT = np.sqrt(3) / np.pi  # scale of a logistic distribution of deviation 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """Scales, and how they came about.
+    """Scales, and how they were chosen.
 
     Attributes:
-        model: To be quantized: the one given, perhaps with outliers brought down.
-        scales: Tensor to scale, float32 units a step.
-        method: Asked for, or chosen by "auto".
-        own: Tensors whose limit is not the method's, with the factor between them.
-        ratios: What was tried, with the signal-to-noise of the logits in dB.
-        outliers: Tensors whose range a few channels set.
-        mended: Those of them that were brought down.
-        shifts: Node to what is to be taken off its bias; empty where that did not help.
-        exactly: See `qdq.insert`.
-        branches: What adds to each shortcut, lowest and highest value seen (`onnxlib/metadata.py`).
+        model: The model to quantize: the one given, perhaps with outliers scaled down.
+        scales: Tensor to scale.
+        method: The method asked for, or the one that "auto" chose.
+        overrides: Tensors with another scale than the method's, with the factor between them.
+        ratios: What was tried, with the signal to noise at the logits in dB.
+        outliers: Tensors whose range a few channels determine.
+        equalized: Those of them that were scaled down.
+        bias_corrections: See `qdq.insert`; empty where they did not help.
+        low_bit: See `qdq.insert`.
+        number_format: INT8 or FP8.
+        float_nodes: Nodes that always stay in float: the stem in FP8.
+        branches: Range of what is added to each shortcut (`onnxlib/metadata.py`).
     """
 
     model: onnx.ModelProto
     scales: dict[str, float]
     method: str
-    own: dict[str, float]
-    ratios: dict[str, float]
-    outliers: list[Outlier]
-    mended: list[Outlier]
-    shifts: dict[str, np.ndarray]
-    exactly: bool = False
+    overrides: dict[str, float] = dataclasses.field(default_factory=dict)
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    outliers: list[Outlier] = dataclasses.field(default_factory=list)
+    equalized: list[Outlier] = dataclasses.field(default_factory=list)
+    bias_corrections: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    low_bit: bool = False
+    number_format: NumberFormat = INT8
+    float_nodes: tuple[str, ...] = ()
     branches: metadata.BranchRanges = dataclasses.field(default_factory=dict)
 
-    def quantized(self, keep: Collection[str] = ()) -> onnx.ModelProto:
-        """The INT8 model, but for the nodes to keep in float."""
-        result = qdq.insert(self.model, self.scales, keep, self.shifts, self.exactly)
-        if self.branches:
+    def quantized(
+        self, nodes_to_exclude: Collection[str] = (), int8_nodes: Collection[str] = ()
+    ) -> onnx.ModelProto:
+        """Returns the quantized model with some nodes left in float, and some of FP8 in INT8."""
+        result = qdq.insert(
+            self.model, self.scales, (*self.float_nodes, *nodes_to_exclude), self.bias_corrections,
+            self.low_bit, self.number_format, int8_nodes,
+        )  # fmt: skip
+        if self.branches and self.number_format is INT8:  # only integer kernels of CPUs need them
             metadata.BRANCH_RANGES.set(result, self.branches)
         return result
+
+
+class MinMaxObserver:
+    """Records the range of each residual branch, for `metadata.BRANCH_RANGES`.
+
+    Two reductions per tensor are computed in the graph; the tensor never leaves the session.
+
+    Args:
+        model: Folded FP32 model.
+
+    Attributes:
+        nodes: The reductions, to be added to the graph.
+        outputs: Their results; `add` takes the values in this order.
+        ranges: Tensor to its lowest and highest value so far, including 0.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        names = residual_branches(model.graph.node, GraphIndex(model).initializers)
+        self.outputs = [f"{name}.{end}" for name in names for end in ("lowest", "highest")]
+        self.nodes = [
+            helper.make_node(operation, [name], [f"{name}.{end}"], keepdims=0)
+            for name in names
+            for operation, end in (("ReduceMin", "lowest"), ("ReduceMax", "highest"))
+        ]
+        self.ranges = dict.fromkeys(names, (0.0, 0.0))
+
+    def add(self, values: Sequence[np.ndarray]) -> None:
+        """Adds the results of one batch."""
+        for index, (name, (low, high)) in enumerate(self.ranges.items()):
+            lowest, highest = (float(value) for value in values[2 * index : 2 * index + 2])
+            self.ranges[name] = min(low, lowest), max(high, highest)
 
 
 def observe(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     batches: Iterable[np.ndarray],
-    extents: Extents | None = None,
+    observer: MinMaxObserver | None = None,
 ) -> dict[str, Histogram]:
-    """What the tensors' values are like, in one pass.
+    """Fills a histogram per tensor in one pass.
 
     Args:
         model: Folded FP32 model.
         tensors: From `qdq.placement`.
         batches: float32 [N, 3, S, S] each.
-        extents: Shown the same images, if they are wanted.
+        observer: Also sees the images.
 
     Raises:
         DataError: No images, or an activation that is not finite.
     """
     source = model.graph.input[0].name
     inner = [name for name in tensors if name != source]
-    nodes, ends = (extents.nodes, extents.outputs) if extents else ([], [])
+    nodes, ends = (observer.nodes, observer.outputs) if observer else ([], [])
     outputs = [*inner, *ends]
-    running, batch = session(model, outputs, nodes), fixed_batch(model)
-    found = {name: Histogram(name) for name in tensors}
+    session, batch = make_session(model, outputs, nodes), fixed_batch(model)
+    histograms = {name: Histogram(name) for name in tensors}
     count = 0
     for images in batches:
         for part, rows in pieces(images, batch):
-            values = running.run(outputs, {source: part})
-            if extents:
-                extents.see(values[len(inner) :])
+            values = session.run(outputs, {source: part})
+            if observer:
+                observer.add(values[len(inner) :])
                 del values[len(inner) :]
-            for name in reversed(inner):  # each let go of when it was seen, before the next runs
-                found[name].add(values.pop()[:rows])
-        if source in found:
-            found[source].add(images)
+            for name in reversed(inner):  # frees each tensor before the next one is processed
+                histograms[name].add(values.pop()[:rows])
+        if source in histograms:
+            histograms[source].add(images)
         count += len(images)
     if count == 0:
         raise DataError("no calibration images")
-    return found
+    return histograms
 
 
-def _silent(phase: str, done: int, total: int | None) -> None:
-    """No report."""
+def ignore_progress(phase: str, done: int, total: int | None) -> None:
+    """Reports nothing."""
 
 
 def _counted(batches: Iterable[np.ndarray], phase: str, report: Report) -> Iterator[np.ndarray]:
-    """Reports the images of a pass as they go by."""
+    """Reports the images of a pass as they are read."""
     done = 0
     for images in batches:
         yield images
@@ -142,49 +194,68 @@ def calibrate(
     tensors: Sequence[str],
     batches: Batches,
     method: str = "auto",
-    report: Report = _silent,
+    report: Report = ignore_progress,
+    *,
+    number_format: NumberFormat = INT8,
+    float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """Finds a scale for each tensor.
+    """Chooses a scale for each tensor from images.
 
     Args:
         model: Folded FP32 model.
         tensors: From `qdq.placement`.
         batches: The calibration images, preprocessed.
-        method: One of METHODS. All but "auto" take the model as it is.
+        method: One of METHODS. Only "auto" may change the model.
         report: Called with progress.
+        number_format: INT8 or FP8.
+        float_nodes: Nodes that stay in float.
 
     Raises:
         DataError: No images, or an activation that is not finite.
-        UnknownNameError: No such method.
+        UnknownNameError: No such method, or none for this number format.
     """
-    if method not in METHODS:
-        raise UnknownNameError("calibrator", method, METHODS)
+    possible = ("auto", *calibrators.methods(number_format))
+    if method not in possible:
+        raise UnknownNameError("calibrator", method, possible)
+    observer = MinMaxObserver(model)
     if method != "auto":
-        extents = Extents(model)
-        found = observe(model, tensors, _counted(batches(), OBSERVING, report), extents)
+        histograms = observe(model, tensors, _counted(batches(), OBSERVING, report), observer)
         return Calibrated(
-            model=model, scales=scales_by(method, found), method=method, own={}, ratios={},
-            outliers=outliers(found), mended=[], shifts={}, branches=extents.found,
-        )  # fmt: skip
-    extents = Extents(model)
-    held, others = hold_back(_counted(batches(), OBSERVING, report))
-    found = observe(model, tensors, others, extents)
-    seen, (equal, mended) = outliers(found), equalize(model, found)
-    if mended:  # which leaves the branches as they were
-        _, others = hold_back(_counted(batches(), EQUALIZED, report))
-        found = observe(equal, tensors, others)
-    chosen = choose(equal, found, held, _reference(model, held, extents), report)
-    return dataclasses.replace(chosen, outliers=seen, mended=mended, branches=extents.found)
+            model=model,
+            scales=scales_by(method, histograms, number_format),
+            method=method,
+            outliers=find_outliers(histograms),
+            number_format=number_format,
+            float_nodes=float_nodes,
+            branches=observer.ranges,
+        )
+    held_out, others = hold_out(_counted(batches(), OBSERVING, report))
+    histograms = observe(model, tensors, others, observer)
+    outliers, (changed, equalized) = find_outliers(histograms), equalize(model, histograms)
+    if equalized:  # which does not change the branches
+        _, others = hold_out(_counted(batches(), EQUALIZED, report))
+        histograms = observe(changed, tensors, others)
+    reference = _reference(model, held_out, observer)
+    chosen = choose(
+        changed, histograms, held_out, reference, report, number_format=number_format,
+        float_nodes=float_nodes,
+    )  # fmt: skip
+    return dataclasses.replace(
+        chosen, outliers=outliers, equalized=equalized, branches=observer.ranges
+    )
 
 
 def repeat(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     batches: Batches,
-    saved: Mapping[str, Any],
-    report: Report = _silent,
+    saved: SavedScales,
+    report: Report = ignore_progress,
+    *,
+    number_format: NumberFormat = INT8,
+    float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """What an earlier calibration of the same model and images came to, without its search.
+    """Repeats an earlier calibration of the same model on the same images without its search.
 
     Args:
         model: Folded FP32 model.
@@ -192,132 +263,250 @@ def repeat(
         batches: The calibration images, preprocessed.
         saved: From `scales.read`.
         report: Called with progress.
+        number_format: As for `calibrate`.
+        float_nodes: As for `calibrate`.
     """
-    mended, shifts = list[Outlier](), dict[str, np.ndarray]()
-    if saved["brought_down"] or saved["biases_corrected"]:
-        _, others = hold_back(_counted(batches(), OBSERVING, report))
-        # Looked at in the same way: another graph rounds otherwise, and biases with it.
-        found = observe(model, tensors, others, Extents(model))
-        if saved["brought_down"]:
-            model, mended = equalize(model, found)
-            _, others = hold_back(_counted(batches(), EQUALIZED, report))
-            found = observe(model, tensors, others)
-        if saved["biases_corrected"]:
-            shifts = bias_shifts(model, found)
+    equalized, corrections = list[Outlier](), dict[str, np.ndarray]()
+    if saved.equalized or saved.biases_corrected:
+        _, others = hold_out(_counted(batches(), OBSERVING, report))
+        # With the same outputs: another graph rounds differently, and so would the biases.
+        histograms = observe(model, tensors, others, MinMaxObserver(model))
+        if saved.equalized:
+            model, equalized = equalize(model, histograms)
+            _, others = hold_out(_counted(batches(), EQUALIZED, report))
+            histograms = observe(model, tensors, others)
+        if saved.biases_corrected:
+            corrections = bias_corrections(model, histograms, number_format)
     return Calibrated(
-        model=model, scales=saved["scales"], method=saved["method"],
-        own=saved.get("own_factors", {}), ratios=saved.get("signal_to_noise_db", {}),
-        outliers=saved["outliers"], mended=mended, shifts=shifts, branches=saved["branches"],
-    )  # fmt: skip
+        model=model,
+        scales=saved.scales,
+        method=saved.method,
+        overrides=saved.overrides,
+        ratios=saved.ratios,
+        outliers=saved.outliers,
+        equalized=equalized,
+        bias_corrections=corrections,
+        number_format=number_format,
+        float_nodes=float_nodes,
+        branches=saved.branches,
+    )
 
 
-def from_ranges(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> Calibrated:
-    """Scales of histograms that no image made (`data_free.py`); biases are corrected."""
+def calibrate_data_free(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    number_format: NumberFormat = INT8,
+    float_nodes: tuple[str, ...] = (),
+) -> Calibrated:
+    """Chooses a scale for each tensor without images; biases are corrected.
+
+    Args:
+        model: Folded FP32 model that has batch norm statistics (`onnxlib/metadata.py`).
+        tensors: From `qdq.placement`.
+        low: Smallest value of the input per channel.
+        high: Largest value of the input per channel.
+        number_format: As for `calibrate`.
+        float_nodes: As for `calibrate`.
+
+    Raises:
+        ArtifactError: As `sample_activations`.
+    """
+    histograms = sample_activations(model, tensors, low, high)
     return Calibrated(
-        model=model, scales=scales_by(WITHOUT_IMAGES, found), method=WITHOUT_IMAGES, own={},
-        ratios={}, outliers=outliers(found), mended=[], shifts=bias_shifts(model, found),
-    )  # fmt: skip
+        model=model,
+        scales=scales_by(DATA_FREE_METHOD, histograms, number_format),
+        method=DATA_FREE_METHOD,
+        outliers=find_outliers(histograms),
+        bias_corrections=bias_corrections(model, histograms, number_format),
+        number_format=number_format,
+        float_nodes=float_nodes,
+    )
 
 
-def scales_by(method: str, found: Mapping[str, Histogram]) -> dict[str, float]:
-    """Every tensor's scale by one method."""
+def scales_by(
+    method: str, histograms: Mapping[str, Histogram], number_format: NumberFormat = INT8
+) -> dict[str, float]:
+    """Returns the scale of every tensor by one method."""
     limit = calibrators.METHODS[method]
-    return {name: calibrators.scale(limit(seen)) for name, seen in found.items()}
+    return {
+        name: calibrators.scale(limit(histogram, number_format), number_format)
+        for name, histogram in histograms.items()
+    }
 
 
-def hold_back(
-    batches: Iterable[np.ndarray],
-) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
-    """Splits a share of the images off until there are enough; the rest streams on.
+def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
+    """Holds out a share of the images until there are enough; the others stream on.
 
-    A batch gives its last images. The list fills while the rest is read; a single image serves as
-    both.
+    A batch gives its last images. The list fills while the others are read. A single image serves
+    as both.
     """
-    held: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
 
     def others() -> Iterable[np.ndarray]:
         for number, images in enumerate(batches):
-            most = SMALL_HELD if images.shape[-1] <= SMALL else MOST_HELD
-            wanted = max(0, min(math.ceil(len(images) * HELD_BACK), most - sum(map(len, held))))
-            rest = len(images) - wanted
-            if wanted:
-                held.append(images[rest:])
-            if rest or number == 0:
-                yield images[:rest] if rest else images
+            most = SMALL_HELD_OUT if images.shape[-1] <= SMALL else MAX_HELD_OUT
+            wanted = min(math.ceil(len(images) * HELD_OUT), most - sum(map(len, held_out)))
+            kept = len(images) - max(0, wanted)
+            if wanted > 0:
+                held_out.append(images[kept:])
+            if kept or number == 0:
+                yield images[:kept] if kept else images
 
-    return held, others()
+    return held_out, others()
 
 
 def choose(
     model: onnx.ModelProto,
-    found: Mapping[str, Histogram],
-    held: Sequence[np.ndarray],
+    histograms: Mapping[str, Histogram],
+    held_out: Sequence[np.ndarray],
     reference: np.ndarray,
-    report: Report = _silent,
+    report: Report = ignore_progress,
+    *,
+    number_format: NumberFormat = INT8,
+    float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """The scales of least noise in the logits of the images held back.
+    """Chooses the scales with the least noise in the logits of the held-out images.
 
-    Every method for the whole net first, with and without corrected biases; then other limits for
-    single tensors, those with most noise of their own first.
+    First every method for the whole net, with and without bias correction; then other scales for
+    single tensors, beginning with those that have the most noise themselves.
     """
     ratios: dict[str, float] = {}
-    candidates = {name: scales_by(name, found) for name in calibrators.METHODS}
-    shifts = bias_shifts(model, found)
-    simulations = {"": Simulation(model), ", biases corrected": Simulation(model, (), shifts)}
-    tries = SMALL_TRIES if held[0].shape[-1] <= SMALL else TRIES
+    candidates = {
+        name: scales_by(name, histograms, number_format)
+        for name in calibrators.methods(number_format)
+    }
+    corrections = bias_corrections(model, histograms, number_format)
+    simulations = {
+        "": Simulation(model, float_nodes, None, number_format),
+        ", biases corrected": Simulation(model, float_nodes, corrections, number_format),
+    }
+    trials = SMALL_TRIALS if held_out[0].shape[-1] <= SMALL else TRIALS
     steps = len(simulations) * len(candidates)
-    reached, best, biases = -math.inf, "", ""
+    best_ratio, method, biases = -math.inf, "", ""
     for corrected, simulation in simulations.items():
         for name, scales in candidates.items():
-            ratio = noise_ratio(reference, simulation.logits(held, scales))
+            ratio = noise_ratio(reference, simulation.logits(held_out, scales))
             ratios[name + corrected] = ratio
-            report(CHOOSING, len(ratios), steps + tries)
-            if ratio > reached:
-                reached, best, biases = ratio, name, corrected
-    simulation, scales = simulations[biases], candidates[best]
-    own: dict[str, float] = {}
-    left = tries
-    for name in sorted(scales, key=lambda name: -calibrators.noise(found[name], scales[name])):
+            report(CHOOSING, len(ratios), steps + trials)
+            if ratio > best_ratio:
+                best_ratio, method, biases = ratio, name, corrected
+    simulation, scales = simulations[biases], candidates[method]
+    overrides: dict[str, float] = {}
+    left = trials
+    noises = {
+        name: calibrators.noise(histograms[name], scale, number_format)
+        for name, scale in scales.items()
+    }
+    for name in sorted(noises, key=lambda name: -noises[name]):
         for factor in FACTORS:
             if left <= 0:
                 break
             left -= 1
             changed = scales | {name: scales[name] * factor}
-            ratio = noise_ratio(reference, simulation.logits(held, changed))
-            report(CHOOSING, steps + tries - left, steps + tries)
-            if ratio > reached + GAIN:
-                scales, reached, own[name] = changed, ratio, factor
+            ratio = noise_ratio(reference, simulation.logits(held_out, changed))
+            report(CHOOSING, steps + trials - left, steps + trials)
+            if ratio > best_ratio + GAIN:
+                scales, best_ratio, overrides[name] = changed, ratio, factor
                 break
-    ratios["kept"] = reached
+    ratios["kept"] = best_ratio
     return Calibrated(
-        model=model, scales=scales, method=best, own=own, ratios=ratios, outliers=[], mended=[],
-        shifts=shifts if biases else {},
-    )  # fmt: skip
+        model=model,
+        scales=scales,
+        method=method,
+        overrides=overrides,
+        ratios=ratios,
+        bias_corrections=corrections if biases else {},
+        number_format=number_format,
+        float_nodes=float_nodes,
+    )
 
 
 def references(
     model: onnx.ModelProto, batches: Iterable[np.ndarray]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The images that `calibrate` holds back, and the float net's logits on them."""
-    held, others = hold_back(batches)
+    """Returns the images that `calibrate` holds out, and the float net's logits on them."""
+    held_out, others = hold_out(batches)
     for _ in others:
         continue
-    return held, _reference(model, held)
+    return held_out, _reference(model, held_out)
 
 
 def _reference(
-    model: onnx.ModelProto, held: Sequence[np.ndarray], extents: Extents | None = None
+    model: onnx.ModelProto, held_out: Sequence[np.ndarray], observer: MinMaxObserver | None = None
 ) -> np.ndarray:
-    """The float net's logits; `extents` is shown the images too, if they are wanted."""
+    """Returns the float net's logits; `observer` also sees the images."""
     source, output = model.graph.input[0].name, model.graph.output[0].name
-    nodes, ends = (extents.nodes, extents.outputs) if extents else ([], [])
-    running, batch = session(model, [output, *ends], nodes), fixed_batch(model)
+    nodes, ends = (observer.nodes, observer.outputs) if observer else ([], [])
+    session, batch = make_session(model, [output, *ends], nodes), fixed_batch(model)
     logits = []
-    for part, rows in (piece for images in held for piece in pieces(images, batch)):
-        first, *values = running.run(None, {source: part})
+    for part, rows in (piece for images in held_out for piece in pieces(images, batch)):
+        first, *values = session.run(None, {source: part})
         logits.append(first[:rows])
-        if extents:
-            extents.see(values)
-    if not all(np.isfinite(some).all() for some in logits):
+        if observer:
+            observer.add(values)
+    if not all(np.isfinite(batch).all() for batch in logits):
         raise DataError(f"{output} is not finite on the calibration images")
     return np.concatenate(logits)
+
+
+def sample_activations(
+    model: onnx.ModelProto, tensors: Sequence[str], low: np.ndarray, high: np.ndarray
+) -> dict[str, Histogram]:
+    """Draws activations from the statistics of batch norm (Nagel et al., 2019, section 4.1).
+
+    Each channel of a convolution's output has the mean and deviation of its batch norm and is
+    taken as independent of the others. The distribution is logistic, not normal: outputs of
+    trained convolutions have longer tails, and ranges from normal values clip too much of them.
+    ReLU cuts a channel off at zero, an addition adds means and variances, and pooling is assumed
+    to change nothing, which errs on the wide side.
+
+    Args:
+        model: Folded FP32 model.
+        tensors: From `qdq.placement`.
+        low: Smallest value of the input per channel.
+        high: Largest value of the input per channel.
+
+    Raises:
+        ArtifactError: The file has no batch norm statistics, or an operator that is not one of a
+            residual net.
+    """
+    known = metadata.NORM_STATISTICS.read(metadata.properties_of(model))
+    if known is None:
+        raise ArtifactError(
+            f"{model.graph.name}: has no batch norm statistics, so calibration needs images",
+            fix="give images: --calib SPEC",
+        )
+    index, rng = GraphIndex(model), np.random.default_rng(0)
+    values = {model.graph.input[0].name: rng.uniform(low, high, (DATA_FREE_SAMPLES, len(low)))}
+    for node in index.nodes:
+        inputs = [values[name] for name in node.input if name in values]
+        if node.op_type == "Conv":
+            mean, std = known[node.name]
+            size = (DATA_FREE_SAMPLES, len(mean))
+            result = mean + std * rng.logistic(scale=LOGISTIC_UNIT, size=size)
+        elif node.op_type == "Relu":
+            result = np.maximum(inputs[0], 0)
+        elif node.op_type == "Add":
+            # Shuffled: both inputs may have been drawn from the same samples.
+            result = inputs[0] + rng.permutation(inputs[1])
+        elif node.op_type == "Pad":
+            pads = index.constant(node.input[1])
+            assert pads is not None
+            result = np.pad(inputs[0], ((0, 0), (int(pads[1]), int(pads[5]))))
+        elif node.op_type in ("MaxPool", "Slice", "GlobalAveragePool", "Flatten", "Reshape"):
+            result = inputs[0]
+        elif node.op_type == "Gemm":
+            continue
+        else:
+            raise ArtifactError(
+                f"{node.name}: {node.op_type} is not an operator of a residual net",
+                fix="give images: --calib SPEC",
+            )
+        values[node.output[0]] = result
+    histograms = {name: Histogram(name) for name in tensors}
+    for name, histogram in histograms.items():
+        histogram.add(values[name].astype(np.float32))
+    return histograms

@@ -1,9 +1,13 @@
-"""From a tensor's histogram to the magnitude at which it is clipped. Pure NumPy.
+"""Histograms of activations, and the methods that choose a clipping point from one. Pure NumPy.
 
-max         the largest seen: nothing is clipped
-percentile  what 99.99 % of the values do not exceed
-entropy     where the divergence of the 128-level histogram is smallest (Migacz, GTC 2017)
-mse         where the mean square of rounding and clipping errors is smallest
+max         the largest magnitude: nothing is clipped
+percentile  the magnitude that 99.99 % of the values do not exceed
+entropy     the least divergence of the histogram in 128 levels (Migacz, GTC 2017); INT8 only
+mse         the least mean square of rounding and clipping errors
+
+A histogram takes a few kB per tensor, whatever the number of images. It is over magnitudes because
+activations are quantized symmetrically. When a larger value comes, its range doubles and two bins
+become one, so one pass over the images is enough.
 """
 
 from __future__ import annotations
@@ -12,44 +16,104 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rtresnet.quantization.histogram import BINS, Histogram
+from rtresnet.core.errors import DataError
+from rtresnet.quantization.formats import INT8, SMALLEST, NumberFormat
 
+BINS = 8192
+SAMPLE = 1 << 16  # values per batch that enter the histogram, evenly spread
 LEVELS = 128
 PERCENTILE = 99.99
-TRIED = 160  # clipping points that entropy and mse try
+CANDIDATES = 160  # clipping points that entropy and mse try
 
 
-def largest(histogram: Histogram) -> float:
-    """The largest magnitude."""
+class Histogram:
+    """Magnitudes of one tensor.
+
+    Attributes:
+        largest: The largest magnitude of all values.
+        counts: float64 [BINS], over [0, limit].
+        limit: Upper end of the histogram.
+        channels: The largest magnitude per channel (axis 1), float32 [C].
+        means: The mean per channel, float64 [C].
+        n: Number of images.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.largest, self.limit = 0.0, 0.0
+        self.counts = np.zeros(BINS)
+        self.channels: np.ndarray = np.zeros(1, np.float32)
+        self.means: np.ndarray = np.zeros(1)
+        self.n = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Adds the values of one batch, [N, C, ...].
+
+        Raises:
+            DataError: A value is not finite.
+        """
+        flat = values.ravel()
+        axes = tuple(axis for axis in range(values.ndim) if axis != 1)
+        peaks = np.maximum(values.max(axes), -values.min(axes))
+        peak = float(peaks.max())
+        if not np.isfinite(peak):
+            raise DataError(f"{self.name} is not finite on the calibration images")
+        self.largest = max(self.largest, peak)
+        self.channels = np.maximum(self.channels, peaks)
+        share = len(values) / (self.n + len(values))
+        self.means = self.means + share * (values.mean(axes, dtype=np.float64) - self.means)
+        self.n += len(values)
+        if self.largest == 0:
+            return
+        if self.limit == 0:
+            self.limit = self.largest
+        while self.limit < self.largest:
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2)])
+            self.limit *= 2
+        # An odd stride does not fall into step with rows or channels.
+        sample = flat[:: max(1, len(flat) // SAMPLE) | 1]
+        index = np.abs(sample) * np.float32(BINS / self.limit)
+        index = np.minimum(index, BINS - 1).astype(np.int32)
+        self.counts += np.bincount(index, minlength=BINS)
+
+    @property
+    def centres(self) -> np.ndarray:
+        """Magnitude in the middle of each bin, float64 [BINS]."""
+        middle: np.ndarray = (np.arange(BINS) + 0.5) * (self.limit / BINS)
+        return middle
+
+
+def largest(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
+    """Returns the largest magnitude."""
     return histogram.largest
 
 
-def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
-    """The magnitude that `share` percent of the values do not exceed."""
+def percentile(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
+    """Returns the magnitude that PERCENTILE percent of the values do not exceed."""
     total = histogram.counts.sum()
     if total == 0:
         return histogram.largest
-    reached = np.cumsum(histogram.counts) >= total * share / 100
+    reached = np.cumsum(histogram.counts) >= total * PERCENTILE / 100
     return min(histogram.largest, (int(reached.argmax()) + 1) * histogram.limit / BINS)
 
 
-def mse(histogram: Histogram) -> float:
-    """The clipping point of least squared error at 127 steps of equal size."""
+def mse(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
+    """Returns the clipping point with the least squared error in a number format."""
     counts, centres = histogram.counts, histogram.centres
     if counts.sum() == 0:
         return histogram.largest
-    tried = histogram.largest * np.linspace(1 / TRIED, 1, TRIED)
-    steps = tried[:, None] / 127
-    quantized = np.minimum(np.rint(centres / steps), 127) * steps
+    limits = histogram.largest * np.linspace(1 / CANDIDATES, 1, CANDIDATES)
+    steps = limits[:, None] / number_format.largest
+    quantized = number_format.round(centres / steps) * steps
     errors = ((quantized - centres) ** 2) @ counts
-    return float(tried[int(errors.argmin())])
+    return float(limits[int(errors.argmin())])
 
 
-def entropy(histogram: Histogram) -> float:
-    """The clipping point of least Kullback-Leibler divergence.
+def entropy(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
+    """Returns the clipping point with the least Kullback-Leibler divergence.
 
-    Exact zeros (half of what a ReLU puts out) say nothing of the range and would hide the rest:
-    the first bin is left out.
+    The first bin is left out: exact zeros (half of what a ReLU makes) say nothing about the range
+    and would hide the other values.
     """
     used = int(np.ceil(histogram.largest / histogram.limit * BINS)) if histogram.limit else 0
     counts = histogram.counts[:used].copy()
@@ -57,15 +121,15 @@ def entropy(histogram: Histogram) -> float:
         return histogram.largest
     counts[0] = 0
     best, least = used, np.inf
-    for stop in np.unique(np.linspace(LEVELS, used, TRIED).astype(int)):
-        divergence = _loss(counts, int(stop))
+    for stop in np.unique(np.linspace(LEVELS, used, CANDIDATES).astype(int)):
+        divergence = _divergence(counts, int(stop))
         if divergence < least:
             best, least = int(stop), divergence
     return min(histogram.largest, histogram.limit * best / BINS)
 
 
-def _loss(counts: np.ndarray, stop: int) -> float:
-    """Divergence of the values clipped at bin `stop` from the same in 128 levels."""
+def _divergence(counts: np.ndarray, stop: int) -> float:
+    """Divergence between the values clipped at bin `stop` and the same values in 128 levels."""
     inside = counts[:stop]
     reference = inside.copy()
     reference[-1] += counts[stop:].sum()
@@ -77,21 +141,21 @@ def _loss(counts: np.ndarray, stop: int) -> float:
         return float("inf")
     p, q = reference / reference.sum(), candidate / candidate.sum()
     mass = p > 0
-    # An empty bin of q under mass of p counts as a tiny share.
+    # An empty bin of q where p has mass counts as a tiny share.
     return float(np.sum(p[mass] * np.log(p[mass] / np.maximum(q[mass], 1e-10))))
 
 
-def noise(histogram: Histogram, scale: float) -> float:
-    """Mean square of rounding and clipping errors over the mean square of the values."""
+def noise(histogram: Histogram, scale: float, number_format: NumberFormat = INT8) -> float:
+    """Returns the mean square of the errors over the mean square of the values."""
     counts, centres = histogram.counts, histogram.centres
     power = float((centres**2) @ counts)
     if power == 0:
         return 0.0
-    quantized = np.minimum(np.rint(centres / scale), 127) * scale
+    quantized = number_format.round(centres / scale) * scale
     return float(((quantized - centres) ** 2) @ counts) / power
 
 
-METHODS: dict[str, Callable[[Histogram], float]] = {
+METHODS: dict[str, Callable[[Histogram, NumberFormat], float]] = {
     "max": largest,
     "percentile": percentile,
     "entropy": entropy,
@@ -99,6 +163,12 @@ METHODS: dict[str, Callable[[Histogram], float]] = {
 }
 
 
-def scale(limit: float) -> float:
-    """The size of one of 127 steps; a tensor that is zero on every image gets a harmless one."""
-    return limit / 127 if limit / 127 >= float(np.finfo(np.float32).tiny) else 1.0
+def methods(number_format: NumberFormat) -> list[str]:
+    """Returns the methods for a number format: entropy compares with levels of equal size."""
+    return [name for name in METHODS if name != "entropy" or number_format is INT8]
+
+
+def scale(limit: float, number_format: NumberFormat = INT8) -> float:
+    """Returns the scale of a clipping point; 1 for a tensor that is zero on every image."""
+    step = limit / number_format.largest
+    return step if step >= SMALLEST else 1.0

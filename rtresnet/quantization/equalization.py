@@ -1,25 +1,31 @@
-"""Channels that set the range of a whole tensor, brought down without changing the function.
+"""Changes of weights and biases that make quantization cost less (Nagel et al., 2019).
 
-Between two convolutions with a ReLU in between, a channel can be divided by a factor in the first
-and multiplied by it in the second: what the net computes stays the same, but for float rounding
-(Nagel et al., 2019, section 4.1). Activations have one scale a tensor, so a single channel a
-hundred times larger than the others leaves these one or two steps of 127: the net collapses in
-INT8. With one scale an output channel the first convolution's weights lose nothing.
+Cross-layer equalization (section 4.1): between two convolutions with a ReLU in between, a channel
+can be divided by a factor in the first and multiplied by it in the second. The function stays the
+same but for float rounding. Activations have one scale per tensor, so one channel a hundred times
+larger than the others leaves these one or two steps of 127. With one scale per output channel the
+weights of the first convolution lose nothing.
+
+Bias correction (section 4.2): rounding a weight shifts the mean output of its channel by
+(rounded - exact) * mean input. The mean input of each channel is known from calibration, so the
+shift can be subtracted from the bias. Padding is ignored: at a border the shift is smaller.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
-from rtresnet.quantization.histogram import Histogram
+from rtresnet.onnxlib.graph import GraphIndex, copied
+from rtresnet.quantization import formats
+from rtresnet.quantization.calibrators import Histogram
+from rtresnet.quantization.formats import INT8, NumberFormat
+from rtresnet.quantization.placement import WEIGHTED
 
-OUTLIER = 8.0  # times the median channel's largest value
+OUTLIER = 8.0  # times the largest value of the median channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +33,9 @@ class Outlier:
     """Channels of one tensor that are far larger than the others.
 
     Attributes:
-        tensor: Read by a quantized node.
+        tensor: An activation that is quantized.
         channels: Their numbers.
-        times: The largest of them over the median of all.
+        times: The largest value over that of the median channel.
     """
 
     tensor: str
@@ -37,68 +43,94 @@ class Outlier:
     times: float
 
 
-def outliers(found: Mapping[str, Histogram]) -> list[Outlier]:
-    """Tensors whose range is set by a few channels."""
-    result = []
-    for name, seen in found.items():
-        alive = seen.channels[seen.channels > 0]
+def find_outliers(histograms: Mapping[str, Histogram]) -> list[Outlier]:
+    """Returns the tensors whose range a few channels determine."""
+    outliers = []
+    for name, histogram in histograms.items():
+        alive = histogram.channels[histogram.channels > 0]
         if len(alive) < 4:
             continue
         median = float(np.median(alive))
-        high = np.flatnonzero(seen.channels > OUTLIER * median)
-        if len(high):
-            times = float(seen.channels.max()) / median
-            result.append(Outlier(tensor=name, channels=tuple(map(int, high)), times=times))
-    return result
+        channels = np.flatnonzero(histogram.channels > OUTLIER * median)
+        if len(channels):
+            times = float(histogram.channels.max()) / median
+            outliers.append(Outlier(tensor=name, channels=tuple(map(int, channels)), times=times))
+    return outliers
 
 
 def equalize(
-    model: onnx.ModelProto, found: Mapping[str, Histogram]
+    model: onnx.ModelProto, histograms: Mapping[str, Histogram]
 ) -> tuple[onnx.ModelProto, list[Outlier]]:
-    """The same function without those outliers that lie between two convolutions.
+    """Scales down the outliers that lie between two convolutions.
 
     Args:
         model: Folded FP32 model. Not changed.
-        found: From calibration.
+        histograms: From calibration.
 
     Returns:
-        The model, and the outliers that were brought down.
+        The same function, and the outliers that were scaled down.
     """
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    graph = changed.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {out: node for node in graph.node for out in node.output}
-    reads = Counter(name for node in graph.node for name in node.input)
-    reads.update(out.name for out in graph.output)
-    mended = []
-    for outlier in outliers(found):
-        readers = [node for node in graph.node if outlier.tensor in node.input]
-        first = producers.get(outlier.tensor)
+    changed = copied(model)
+    index = GraphIndex(changed)
+    equalized = []
+    for outlier in find_outliers(histograms):
         chain = [outlier.tensor]
-        if first is not None and first.op_type == "Relu":
-            chain.append(first.input[0])
-            first = producers.get(first.input[0])
-        alone = all(reads[name] == 1 for name in chain)
-        if first is None or first.op_type != "Conv" or not alone or readers[0].op_type != "Conv":
+        if index.operator(outlier.tensor) == "Relu":
+            chain.append(index.producers[outlier.tensor].input[0])
+        readers = [index.only_reader(name) for name in chain]
+        first, second = index.producers.get(chain[-1]), readers[0]
+        if first is None or first.op_type != "Conv" or None in readers:
             continue
-        second = readers[0]
-        ranges = found[outlier.tensor].channels
-        # Down to the largest of the others: that is the range without them.
-        rest = float(np.delete(ranges, outlier.channels).max())
+        if second is None or second.op_type != "Conv":
+            continue
+        ranges = histograms[outlier.tensor].channels
+        # Down to the largest of the other channels: that is the range without the outliers.
+        target = float(np.delete(ranges, outlier.channels).max())
         factors = np.ones(len(ranges))
-        factors[list(outlier.channels)] = ranges[list(outlier.channels)] / rest
-        _scale(constants[first.input[1]], 1 / factors, axis=0)
-        if len(first.input) > 2:
-            _scale(constants[first.input[2]], 1 / factors, axis=0)
-        _scale(constants[second.input[1]], factors, axis=1)
-        mended.append(outlier)
-    return changed, mended
+        factors[list(outlier.channels)] = ranges[list(outlier.channels)] / target
+        for name in first.input[1:]:
+            _multiply(index, name, 1 / factors, axis=0)
+        _multiply(index, second.input[1], factors, axis=1)
+        equalized.append(outlier)
+    return changed, equalized
 
 
-def _scale(tensor: onnx.TensorProto, factors: np.ndarray, axis: int) -> None:
-    values = numpy_helper.to_array(tensor).astype(np.float64)
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    scaled = (values * factors.reshape(shape)).astype(np.float32)
-    tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+def _multiply(index: GraphIndex, name: str, factors: np.ndarray, axis: int) -> None:
+    value = index.constant(name)
+    assert value is not None  # prepare() has seen to it
+    shape = [-1 if dim == axis else 1 for dim in range(value.ndim)]
+    scaled = value.astype(np.float64) * factors.reshape(shape)
+    index.set_constant(name, scaled.astype(np.float32))
+
+
+def bias_corrections(
+    model: onnx.ModelProto,
+    histograms: Mapping[str, Histogram],
+    number_format: NumberFormat = INT8,
+) -> dict[str, np.ndarray]:
+    """Returns what `qdq.insert` subtracts from the bias of each node whose weights it rounds.
+
+    Args:
+        model: Folded FP32 model.
+        histograms: From calibration. Nodes that read another tensor get no correction.
+        number_format: Of the weights.
+
+    Returns:
+        Node to float64 [out channels].
+    """
+    index, corrections = GraphIndex(model), {}
+    for node in index.nodes:
+        if node.op_type not in WEIGHTED or len(node.input) < 3:
+            continue
+        if node.input[0] not in histograms:
+            continue
+        weight = index.constant(node.input[1])
+        assert weight is not None
+        means = histograms[node.input[0]].means
+        if len(means) != weight.shape[1]:  # a grouped convolution reads part of the channels
+            continue
+        scales = formats.weight_scales(weight, number_format)
+        rounded = formats.quantize_weight(weight, scales, number_format).astype(np.float64)
+        error = rounded * scales.reshape((-1,) + (1,) * (weight.ndim - 1)) - weight
+        corrections[node.name] = error.reshape(*weight.shape[:2], -1).sum(2) @ means
+    return corrections

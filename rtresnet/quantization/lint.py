@@ -1,181 +1,352 @@
-"""Whether TensorRT will run a quantized ONNX file as it says: for files made by anybody.
+"""Check whether TensorRT runs a quantized ONNX file of any tool as the file says.
 
-`rtresnet lint FILE.onnx` needs neither a GPU nor TensorRT; what TensorRT does with each form was
-tried beforehand. An error is refused, computed otherwise than ONNX Runtime does, or run in float
-where the file says INT8. A warning costs speed or accuracy. A note is for information.
-
-Numbers, each with its reason:
-
- 1. unsigned: TensorRT has no unsigned INT8. uint8 with zero point 0 is read as int8.
- 2. zero-point: TensorRT takes symmetric quantization only, and refuses any other zero point.
- 3. no-zero-point: left out, TensorRT reads int8 and ONNX Runtime uint8. Where the type is said
-    in another way (int8 data, output_dtype) the two agree, and it is a note.
- 4. scale-shape: an activation scale of shape [1] passes every check, and the convolution that
-    reads it then runs in float without a word. It has to be of rank 0.
- 5. activation-axis: activations take one scale a tensor.
- 6. bad-scale: zero, negative, not finite, or not known before the graph runs.
- 7. weight-type: weights have to be int8 and symmetric.
- 8. weight-per-tensor: one scale for a whole weight loses accuracy, and wins nothing.
- 9. weight-axis: kernels take one scale an output channel, of axis 0 ([out, in, h, w] and, with
-    transB, [classes, features]; without it axis 1); along another axis weights are dequantized
-    and run in float.
-10. quantized-bias: an int32 bias behind a DequantizeLinear is refused. It has to be float.
-11. half-scale: FP16 scales came with opset 19.
-12. mixed-half: FP16 data with FP32 scales needs a Cast to FP32 before Q and one back after DQ.
-13. other-type: 16-bit types are refused; of other types than INT8 this file knows nothing.
-
-Places:
-
-14. add-both: both inputs of a residual Add are quantized. The branch that ends in a convolution
-    should stay as it is, so that convolution, addition and ReLU fuse: one rounding less.
-15. float-shortcut: the shortcut's input of a residual Add is float. tensors between blocks
-    then stays float, and INT8 may be slower than FP16.
-16. before-relu: a pair between a convolution or Add and its ReLU keeps them from fusing.
-17. float-conv: a convolution whose data or weights are float runs in float.
-18. float-gemm: the same for the FC; a note where the batch is dynamic (ModelOpt's default).
-19. float-pool: a MaxPool between float tensors. It could run in INT8.
-20. quantized-logits: a pair in front of an output rounds it, and wins nothing.
-21. dangling: Q that no DQ reads, DQ that nothing reads, or a pair in front of what has no INT8
-    kernel.
-
-The file:
-
-22. integer-operator: QLinearConv, ConvInteger, DynamicQuantizeLinear and the like are not
-    supported.
-23. opset: below 13 Q and DQ know no axis.
-24. invalid: the ONNX checker refuses the file for another reason.
-25. float-file: no Q/DQ at all, a note.
+Needs neither a GPU nor TensorRT: what TensorRT does with each form was tried beforehand. The rules
+are in `lint_rules.py`. `rtresnet lint` calls this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import onnx
+from onnx import TensorProto
 
-from rtresnet.onnxlib.graph import DEQUANTIZE, MOVES, QUANTIZE, WEIGHTED, GraphIndex, label
-from rtresnet.quantization.lint_numbers import numbers
+from rtresnet.onnxlib.graph import (
+    DEQUANTIZE,
+    MOVES,
+    QUANTIZE,
+    WEIGHTED,
+    GraphIndex,
+    attribute,
+    branch_depths,
+    label,
+)
 from rtresnet.quantization.lint_rules import SEVERITIES, Finding, finding
 
-# What has an INT8 kernel, or passes INT8 on.
-SERVED = (
+# Operators that have an INT8 kernel or pass INT8 on.
+INT8_OPERATORS = (
     *WEIGHTED, "ConvTranspose", "Add", "Mul", "Concat", "Resize", "MaxPool", "AveragePool",
     "GlobalAveragePool", "ReduceMean",
 )  # fmt: skip
 FUSED = ("Relu", "Clip", "BatchNormalization")
-INTEGER = (
+INTEGER_OPERATORS = (
     "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QGemm",
     "MatMulIntegerToFloat",
 )  # fmt: skip
+FP8 = TensorProto.FLOAT8E4M3FN
+FP8_LARGEST = 448.0
+OTHER_FP8 = (
+    TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ, TensorProto.FLOAT8E4M3FNUZ,
+)  # fmt: skip
+WIDE = (TensorProto.INT16, TensorProto.UINT16)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def lint(model: onnx.ModelProto) -> list[Finding]:
-    """Everything about a file's quantization that TensorRT or accuracy would suffer from.
+    """Returns what TensorRT or the accuracy would suffer from.
 
     Args:
-        model: Any ONNX model, quantized by anything. Not changed.
+        model: Any ONNX model, quantized by any tool. Not changed.
 
     Returns:
-        Errors first, then warnings, then notes; each in graph order.
+        Errors, then warnings, then notes; each in graph order.
+
+    Raises:
+        ArtifactError: The types of its tensors contradict each other.
     """
-    view, name = GraphIndex(model), model.graph.name or "graph"
-    found = list(_operators(view))
-    if view.quantizers():
-        if view.opset < 13:
-            found.append(finding("opset", name, detail=f"opset {view.opset}"))
-        found += [*numbers(view), *_placed(view)]
-    elif not found:
-        found.append(finding("float-file", name))
-    if not any(entry.severity == "error" for entry in found):
+    index, name = GraphIndex(model), model.graph.name or "graph"
+    _ = index.types  # contradicting types are refused in a float file too
+    findings = [
+        finding("integer-operator", label(node), detail=node.op_type)
+        for node in index.nodes
+        if node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear")
+    ]
+    if index.quantizers():
+        if index.opset < 13:
+            findings.append(finding("opset", name, detail=f"opset {index.opset}"))
+        findings += [*_numbers(index), *_placement(index)]
+        if _is_fp8(index):
+            findings.append(finding("fp8-targets", name))
+    elif not findings:
+        findings.append(finding("float-file", name))
+    if not any(entry.severity == "error" for entry in findings):
         try:
             onnx.checker.check_model(model)
         except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:120]
-            found.append(finding("invalid", name, detail=reason))
-    return sorted(found, key=lambda entry: SEVERITIES.index(entry.severity))
+            findings.append(finding("invalid", name, detail=reason))
+    return sorted(findings, key=lambda entry: SEVERITIES.index(entry.severity))
 
 
-def _operators(view: GraphIndex) -> Iterator[Finding]:
-    for node in view.nodes:
-        if node.op_type in INTEGER or node.op_type.startswith("QLinear"):
-            yield finding("integer-operator", label(node), detail=node.op_type)
+def _is_fp8(index: GraphIndex) -> bool:
+    return any(stored_type(index, node) == FP8 for node in index.quantizers())
 
 
-def _placed(view: GraphIndex) -> Iterator[Finding]:
-    """Rules 14 to 21."""
-    batch = view.graph.input[0].type.tensor_type.shape.dim if view.graph.input else ()
+def role(index: GraphIndex, node: onnx.NodeProto) -> str:
+    """Returns what a Q or DQ quantizes: "activation", "weight" or "bias"."""
+    if index.constant(index.origin(_source(index, node))) is None:
+        return "activation"
+    if stored_type(index, node) == TensorProto.INT32:
+        return "bias"
+    at_bias = [user.op_type in WEIGHTED and i == 2 for user, i in _readers(index, node)]
+    return "bias" if at_bias and all(at_bias) else "weight"
+
+
+def zero_point(node: onnx.NodeProto) -> str:
+    """Returns the name of the zero point; empty if it is omitted."""
+    return node.input[2] if len(node.input) > 2 else ""
+
+
+def stored_type(index: GraphIndex, node: onnx.NodeProto) -> int:
+    """Returns the type that a Q writes or a DQ reads, as ONNX defines it."""
+    if zero_point(node) in index.types and zero_point(node):
+        return index.types[zero_point(node)]
+    if node.op_type == QUANTIZE:
+        return attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    pair = index.quantizer(node)
+    return stored_type(index, pair) if pair is not None else index.types.get(node.input[0], 0)
+
+
+def _quantize_of(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
+    """The Q of a pair, given either half; a DQ without a Q is returned itself."""
+    return (index.quantizer(node) if node.op_type == DEQUANTIZE else node) or node
+
+
+def _source(index: GraphIndex, node: onnx.NodeProto) -> str:
+    """The tensor that a pair quantizes, or that a DQ without a Q reads."""
+    name: str = _quantize_of(index, node).input[0]
+    return name
+
+
+def _readers(index: GraphIndex, node: onnx.NodeProto) -> Iterator[tuple[onnx.NodeProto, int]]:
+    """The inputs that read the output of a pair, given either half."""
+    pairs = [node]
+    if node.op_type == QUANTIZE:
+        pairs = [user for user, _ in index.uses(node.output[0]) if user.op_type == DEQUANTIZE]
+    for pair in pairs:
+        yield from index.uses(pair.output[0])
+
+
+def _numbers(index: GraphIndex) -> Iterator[Finding]:
+    """Scales, zero points and types. A rule that both halves of a pair break is reported once."""
+    reported: set[tuple[str, str]] = set()  # (output of the Q, rule)
+    for node in index.quantizers():
+        key = _quantize_of(index, node).output[0]
+        for entry in _numbers_of(index, node):
+            if (key, entry.rule) not in reported:
+                yield entry
+            reported.add((key, entry.rule))
+
+
+def _numbers_of(index: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
+    name, kind = label(node), role(index, node)
+    scale, zero = index.constant(node.input[1]), _zero(index, node)
+    if kind == "bias":
+        yield finding("quantized-bias", name)
+        return
+    yield from _float_types(index, node)
+    if scale is None or not (np.isfinite(scale) & (scale > 0)).all():
+        yield finding("bad-scale", name)
+        return
+    stored = stored_type(index, node)
+    type_name = TensorProto.DataType.Name(stored)
+    if stored in OTHER_FP8:
+        yield finding("fp8-type", name, detail=type_name.lower())
+        return
+    if stored not in (TensorProto.INT8, TensorProto.UINT8, FP8):
+        yield finding("other-type", name, "error" if stored in WIDE else None, type_name.lower())
+        return
+    if not zero_point(node):
+        known = stored != TensorProto.UINT8
+        detail = f"the type is {'FP8' if stored == FP8 else 'int8'} in both" if known else ""
+        yield finding("no-zero-point", name, "note" if known else None, detail)
+    unsigned = stored == TensorProto.UINT8 and zero_point(node)
+    asymmetric = zero is None or zero.astype(np.float32).any()
+    if stored == FP8:
+        yield from _fp8_range(index, node, scale)
+    if kind == "weight":
+        if unsigned or asymmetric:
+            yield finding("weight-type", name)
+        yield from _weight_scales(index, node, scale)
+        return
+    if asymmetric:
+        yield finding("zero-point", name)
+    elif unsigned:
+        yield finding("unsigned", name)
+    if scale.size > 1:
+        yield finding("activation-axis", name)
+    elif scale.ndim:
+        yield finding("scale-shape", name)
+
+
+def _fp8_range(index: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -> Iterator[Finding]:
+    """Values that FP8 clips, and FP8 values that are no finite numbers after dequantization."""
+    reached = float(scale.astype(np.float64).max()) * FP8_LARGEST
+    half = TensorProto.FLOAT16 in (
+        index.types.get(name, 0) for name in _tensors_around(index, node)
+    )
+    largest = float(np.finfo(np.float16 if half else np.float32).max)
+    if reached > largest:
+        what = f"448 times the scale is {reached:.3g}, and {'FP16' if half else 'FP32'} ends at"
+        yield finding("fp8-overflow", label(node), detail=f"{what} {largest:.3g}")
+    values = index.constant(_source(index, node)) if node.op_type == QUANTIZE else None
+    if values is None:
+        return
+    axis = attribute(node, "axis", 1) % max(1, values.ndim)
+    shape = [-1 if dim == axis else 1 for dim in range(values.ndim)]
+    steps = np.abs(values.astype(np.float64)) / (scale.reshape(shape) if scale.ndim else scale)
+    # The values up to 464 round to 448.
+    if steps.max(initial=0) > 464:
+        detail = f"a weight of {steps.max():.3g} times its scale becomes 448 times"
+        yield finding("fp8-overflow", label(node), "warning", detail)
+
+
+def _tensors_around(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
+    """The float tensors before a Q and after a DQ, also those behind a Cast."""
+    if node.op_type == QUANTIZE:
+        return [node.input[0], index.origin(node.input[0])]
+    following = [out for reader, _ in index.readers[node.output[0]] for out in reader.output
+                 if reader.op_type == "Cast"]  # fmt: skip
+    return [node.output[0], *following]
+
+
+def _zero(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
+    """The zero point; 0 if it is omitted, None if it is not a constant."""
+    return index.constant(zero_point(node)) if zero_point(node) else np.zeros((), np.int8)
+
+
+def _float_types(index: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
+    """FP16 scales, and FP16 next to FP32."""
+    scale = index.types.get(node.input[1], 0)
+    if scale == TensorProto.FLOAT16 and index.opset < 19:
+        yield finding("half-scale", label(node), detail=f"opset {index.opset}")
+    if node.op_type == QUANTIZE:
+        neighbours = {index.types.get(node.input[0], 0)}
+    else:
+        scale = attribute(node, "output_dtype", 0) or scale
+        neighbours = {
+            index.types.get(name, 0)
+            for reader, _ in index.readers[node.output[0]]
+            if reader.op_type in (*WEIGHTED, "Add")
+            for name in reader.input
+            if name != node.output[0] and index.dequantized(name, ()) is None
+        }
+    if scale in FLOATS and any(kind in FLOATS and kind != scale for kind in neighbours):
+        yield finding("mixed-half", label(node))
+
+
+def _weight_scales(index: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -> Iterator[Finding]:
+    users = [user for user, i in _readers(index, node) if user.op_type in WEIGHTED and i == 1]
+    if not users:
+        return
+    weight = index.constant(index.origin(_source(index, node)))
+    assert weight is not None  # otherwise it would be an activation
+    if scale.size == 1 and weight.shape[_output_axis(users[0])] > 1:
+        yield finding("weight-per-tensor", label(node))
+    elif scale.ndim == 1:
+        axis = attribute(node, "axis", 1) % weight.ndim
+        if any(axis != _output_axis(user) for user in users):
+            yield finding("weight-axis", label(node), detail=f"axis {axis} of {users[0].op_type}")
+
+
+def _output_axis(node: onnx.NodeProto) -> int:
+    """The axis of the output channels in a node's weight."""
+    if node.op_type == "Gemm":
+        return 1 - attribute(node, "transB", 0)
+    return 1 if node.op_type == "MatMul" else 0
+
+
+def _placement(index: GraphIndex) -> Iterator[Finding]:
+    """Which nodes read quantized tensors, and where pairs stand."""
+    batch = index.graph.input[0].type.tensor_type.shape.dim if index.graph.input else ()
     dynamic = not batch or not batch[0].HasField("dim_value")
-    for node in view.nodes:
+    images = {entry.name for entry in index.inputs}
+    fp8 = _is_fp8(index)
+    for node in index.nodes:
         if node.op_type == "Add":
-            yield from _residual(view, node)
-        elif node.op_type == "Conv" and _runs_in_float(view, node):
-            yield finding("float-conv", label(node))
-        elif node.op_type in ("Gemm", "MatMul") and _runs_in_float(view, node):
+            yield from _residual(index, node)
+        elif node.op_type == "Conv" and _runs_in_float(index, node):
+            # There is no FP8 kernel for the three channels of an image.
+            if not fp8 or index.origin(node.input[0]) not in images:
+                yield finding("float-conv", label(node))
+        elif fp8 and node.op_type in WEIGHTED:
+            if len(kinds := _kinds(index, node.input[:2])) > 1:
+                yield finding("mixed-kernel", label(node), detail=" and ".join(kinds))
+        elif node.op_type in ("Gemm", "MatMul") and _runs_in_float(index, node):
+            # ModelOpt leaves the FC of a dynamic batch in float.
             yield finding("float-gemm", label(node), "note" if dynamic else None)
-        elif node.op_type == "MaxPool" and not _pools_int8(view, node):
+        elif node.op_type == "MaxPool" and not _pools_int8(index, node):
             yield finding("float-pool", label(node))
         elif node.op_type == QUANTIZE:
-            yield from _serves(view, node)
-        elif node.op_type == DEQUANTIZE and _unread(view, node):
+            yield from _useless(index, node)
+        elif node.op_type == DEQUANTIZE and _unread(index, node):
             yield finding("dangling", label(node), detail="nothing reads this DQ")
 
 
-def _residual(view: GraphIndex, add: onnx.NodeProto) -> Iterator[Finding]:
-    index = view.shortcut(add)
-    if index is None:
+def _residual(index: GraphIndex, add: onnx.NodeProto) -> Iterator[Finding]:
+    if any(index.constant(name) is not None for name in add.input):
         return
-    if view.dequantized(add.input[index], MOVES) is None:
+    depths = branch_depths(index.producers, add)
+    if depths is None or depths[0] == depths[1]:  # not a residual block
+        return
+    if len(kinds := _kinds(index, add.input)) > 1:
+        yield finding("mixed-add", label(add), detail=" and ".join(kinds))
+    shortcut, branch = add.input if depths[0] < depths[1] else reversed(add.input)
+    if index.dequantized(shortcut, MOVES) is None:
         yield finding("float-shortcut", label(add))
-    elif view.dequantized(add.input[1 - index]) is not None:
+    elif index.dequantized(branch) is not None:
         yield finding("add-both", label(add))
 
 
-def _runs_in_float(view: GraphIndex, node: onnx.NodeProto) -> bool:
-    if node.op_type == "MatMul" and not _weight_is_constant(view, node):
-        return False  # a product of two activations, as in attention: nothing to say
-    return any(view.dequantized(name, MOVES) is None for name in node.input[:2])
+def _kinds(index: GraphIndex, names: Iterable[str]) -> list[str]:
+    """Returns the types that some tensors are quantized to."""
+    pairs = [index.dequantized(name, MOVES) for name in names]
+    kinds = {stored_type(index, pair) for pair in pairs if pair is not None}
+    return sorted(TensorProto.DataType.Name(kind).lower() for kind in kinds)
 
 
-def _weight_is_constant(view: GraphIndex, node: onnx.NodeProto) -> bool:
-    behind = (*MOVES, QUANTIZE, DEQUANTIZE)
-    return view.constant(view.origin(node.input[1], behind)) is not None
+def _runs_in_float(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    if node.op_type == "MatMul":
+        weight = index.origin(node.input[1], (*MOVES, QUANTIZE, DEQUANTIZE))
+        if index.constant(weight) is None:
+            return False  # a product of two activations, as in attention
+    return any(index.dequantized(name, MOVES) is None for name in node.input[:2])
 
 
-def _pools_int8(view: GraphIndex, pool: onnx.NodeProto) -> bool:
-    """A DQ before it, or one Q as the only reader, which TensorRT moves in front of it."""
-    readers = list(view.uses(pool.output[0]))
-    alone = len(readers) == 1 and readers[0][0].op_type == QUANTIZE
-    return alone or view.dequantized(pool.input[0], MOVES) is not None
+def _pools_int8(index: GraphIndex, pool: onnx.NodeProto) -> bool:
+    """A DQ before it, or a Q as the only reader, which TensorRT moves before it."""
+    readers = list(index.uses(pool.output[0]))
+    only_quantize = len(readers) == 1 and readers[0][0].op_type == QUANTIZE
+    return only_quantize or index.dequantized(pool.input[0], MOVES) is not None
 
 
-def _unread(view: GraphIndex, dequantize: onnx.NodeProto) -> bool:
-    """Whether nothing reads a DQ; one that stands alone behind its Q is named by the Q."""
-    name = dequantize.output[0]
-    alone = view.quantizer(dequantize) is not None and len(view.readers[dequantize.input[0]]) == 1
-    return not (alone or view.readers[name] or name in view.outputs)
+def _unread(index: GraphIndex, dequantize: onnx.NodeProto) -> bool:
+    """Whether nothing reads a DQ; if it is the only reader of its Q, the Q is reported."""
+    name, stored = dequantize.output[0], dequantize.input[0]
+    pair = index.quantizer(dequantize) is not None and len(index.readers[stored]) == 1
+    return not (pair or index.readers[name] or name in index.outputs)
 
 
-def _serves(view: GraphIndex, quantize: onnx.NodeProto) -> Iterator[Finding]:
-    """What reads a QuantizeLinear's tensor, and whether that is of use."""
+def _useless(index: GraphIndex, quantize: onnx.NodeProto) -> Iterator[Finding]:
+    """A pair that nothing reads, that no INT8 kernel reads, or that prevents fusion."""
     name, values = label(quantize), quantize.output[0]
-    pairs = [node for node, _ in view.uses(values, MOVES) if node.op_type == DEQUANTIZE]
-    if view.reaches_output(values) or any(view.reaches_output(p.output[0]) for p in pairs):
+    pairs = [node for node, _ in index.uses(values, MOVES) if node.op_type == DEQUANTIZE]
+    if index.reaches_output(values) or any(index.reaches_output(p.output[0]) for p in pairs):
         yield finding("quantized-logits", name)
         return
     if not pairs:
         yield finding("dangling", name, detail="no DQ reads this Q")
         return
-    served = [use for pair in pairs for use in view.uses(pair.output[0], MOVES)]
-    before = view.maker(quantize.input[0])
-    fusing = before is not None and before.op_type in ("Conv", "Gemm", "Add", "BatchNormalization")
-    if fusing and any(reader.op_type in FUSED for reader, _ in served):
+    readers = {user.op_type for pair in pairs for user, _ in index.uses(pair.output[0], MOVES)}
+    pools = any(
+        user.op_type == "MaxPool" for pair in pairs for user, _ in index.readers[pair.output[0]]
+    )
+    before = index.maker(quantize.input[0])
+    fuses = before is not None and before.op_type in ("Conv", "Gemm", "Add", "BatchNormalization")
+    if fuses and readers & set(FUSED):
         yield finding("before-relu", name)
-    elif not served and not any(_pools(view, pair) for pair in pairs):
+    elif not readers and not pools:
         yield finding("dangling", name, detail="nothing reads its DQ")
-    elif served and not any(r.op_type in SERVED or r.op_type == QUANTIZE for r, _ in served):
-        kinds = ", ".join(sorted({reader.op_type for reader, _ in served}))
-        yield finding("dangling", name, detail=f"feeds {kinds} only")
-
-
-def _pools(view: GraphIndex, pair: onnx.NodeProto) -> bool:
-    return any(node.op_type == "MaxPool" for node, _ in view.readers[pair.output[0]])
+    elif readers and not readers & {*INT8_OPERATORS, QUANTIZE}:
+        yield finding("dangling", name, detail=f"only {', '.join(sorted(readers))} reads it")

@@ -1,22 +1,26 @@
-"""What `lint.py` can find, in words: what happens, and what mends it."""
+"""The rules of `lint.py`: what goes wrong in TensorRT, and how to fix it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rtresnet.core.serialization import json_name
+
 SEVERITIES = ("error", "warning", "note")
 
-# rule: (severity, consequence, mend)
+# Rule: (severity, consequence, fix). An error is refused by TensorRT, gives other numbers than in
+# ONNX Runtime, or silently runs in float. A warning costs speed or accuracy. The first part is
+# about scales, zero points and types, the second about placement, the third about the whole file.
 RULES = {
     "unsigned": (
         "error",
-        "uint8 with zero point 0: TensorRT reads it as int8, and computes other numbers than ONNX "
-        "Runtime",
+        "uint8 with zero point 0: TensorRT has no unsigned INT8, reads it as int8, and computes "
+        "other numbers than ONNX Runtime",
         "quantize activations to int8 with zero point 0",
     ),
     "zero-point": (
         "error",
-        "a zero point that is not 0: TensorRT refuses the file",
+        "a zero point other than 0: TensorRT refuses the file, or ignores the zero point in FP8",
         "quantize symmetrically to int8; --fix does it where the zero point is uint8 128",
     ),
     "no-zero-point": (
@@ -26,12 +30,13 @@ RULES = {
     ),
     "scale-shape": (
         "error",
-        "an activation scale of shape [1]: whatever reads it runs in float, without a word",
+        "an activation scale of shape [1]: every checker accepts it, and TensorRT silently runs "
+        "the node that reads it in float",
         "store the scale with rank 0; --fix does it",
     ),
     "activation-axis": (
         "error",
-        "an activation with several scales: whatever reads it runs in float, without a word",
+        "an activation with several scales: TensorRT silently runs the node that reads it in float",
         "quantize activations per tensor",
     ),
     "bad-scale": (
@@ -46,19 +51,19 @@ RULES = {
     ),
     "weight-per-tensor": (
         "warning",
-        "one scale for a whole weight: less accurate than one an output channel, and no faster",
+        "one scale for a whole weight: less accurate than one per output channel, and no faster",
         "quantize weights per channel, on axis 0",
     ),
     "weight-axis": (
         "error",
-        "weight scales along another axis than the output channels': TensorRT dequantizes the "
+        "weight scales along another axis than the output channels: TensorRT dequantizes the "
         "weights and runs in float",
-        "one scale an output channel: axis 0 of a Conv and of a Gemm with transB=1",
+        "one scale per output channel: axis 0 of a Conv and of a Gemm with transB=1",
     ),
     "quantized-bias": (
         "error",
         "a bias behind a DequantizeLinear: TensorRT refuses the file",
-        "keep biases float; --fix stores what the DequantizeLinear gives",
+        "keep biases float; --fix stores the output of the DequantizeLinear",
     ),
     "half-scale": (
         "error",
@@ -70,19 +75,39 @@ RULES = {
         "FP16 data with an FP32 scale, or the reverse: TensorRT refuses the file",
         "Cast to float32 before QuantizeLinear and back after DequantizeLinear",
     ),
+    "fp8-type": (
+        "error",
+        "an 8-bit float other than E4M3: TensorRT cannot parse the file",
+        "quantize to FLOAT8E4M3FN",
+    ),
+    "fp8-overflow": (
+        "error",
+        "an FP8 scale that does not fit its values: some become infinite or are clipped",
+        "calibrate again, so that the largest magnitude is at most 448 times the scale",
+    ),
     "other-type": (
         "note",
-        "quantized to another type than INT8: not judged here",
-        "for INT8 write an int8 zero point",
+        "quantized to another type than INT8 and FP8: not checked",
+        "for INT8 write an int8 zero point, for FP8 one of FLOAT8E4M3FN",
+    ),
+    "mixed-kernel": (
+        "error",
+        "data and weights are quantized to different types: TensorRT has no such kernel",
+        "quantize both inputs to the same type",
+    ),
+    "mixed-add": (
+        "warning",
+        "the two inputs of a residual Add are quantized to different types: one more conversion",
+        "quantize only the shortcut's input",
     ),
     "add-both": (
         "warning",
-        "both inputs of a residual Add are quantized: one rounding more, and nothing is faster",
-        "quantize the shortcut's input only, so that convolution, Add and ReLU fuse",
+        "both inputs of a residual Add are quantized: one more rounding, and no gain in speed",
+        "quantize only the shortcut's input, so that convolution, Add and ReLU can fuse",
     ),
     "float-shortcut": (
         "warning",
-        "the shortcut's input of a residual Add is float: tensors between blocks are float, "
+        "the shortcut's input of a residual Add is float: tensors between blocks stay float, "
         "and INT8 may be slower than FP16",
         "quantize the shortcut's input too",
     ),
@@ -104,17 +129,17 @@ RULES = {
     "float-pool": (
         "note",
         "a MaxPool between float tensors runs in float",
-        "quantize its input, or all that reads it by one pair",
+        "quantize its input, or give all its readers one pair",
     ),
     "quantized-logits": (
         "warning",
-        "a pair in front of an output: rounding, and no gain",
+        "a pair before an output: rounding without a gain",
         "leave outputs float",
     ),
     "dangling": (
         "warning",
-        "a pair or half of one that serves nothing with an INT8 kernel",
-        "leave it out; --fix removes what nothing reads",
+        "a pair, or half of one, that no INT8 kernel reads",
+        "remove it; --fix removes what nothing reads",
     ),
     "integer-operator": (
         "error",
@@ -126,7 +151,12 @@ RULES = {
         "an opset below 13, in which Q and DQ have no axis for per-channel weights",
         "export with opset 13 or later",
     ),
-    "invalid": ("error", "the ONNX checker refuses the file", "make the file again"),
+    "invalid": ("error", "the ONNX checker refuses the file", "export or quantize it again"),
+    "fp8-targets": (
+        "note",
+        "FP8 builds only for GPUs that have it: Ada, Hopper and Blackwell, sm_89 and newer",
+        "for other GPUs: rtresnet quantize --int8 or --fp16",
+    ),
     "float-file": (
         "note",
         "no QuantizeLinear and no DequantizeLinear: a float model",
@@ -137,28 +167,30 @@ RULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One rule that one node does not keep.
+    """One rule that one node breaks.
 
     Attributes:
-        rule: A short name, the same in every version.
-        severity: error, warning or note.
-        node: Its name, or its output's; the graph's where the file as a whole is meant.
+        rule: Key of RULES; stays the same in later versions.
+        severity: "error", "warning" or "note".
+        node: Its name, or its output's; the graph's name if the whole file is meant.
+        consequence: What goes wrong.
+        fix: How to fix it.
     """
 
     rule: str
     severity: str
     node: str
     consequence: str
-    mend: str
+    fix: str = json_name("mend")
 
 
 def finding(rule: str, node: str, severity: str | None = None, detail: str = "") -> Finding:
-    """A finding with the rule's own words; `detail` is added to the consequence."""
-    usual, consequence, mend = RULES[rule]
+    """Makes a finding in the rule's words; `detail` is appended to the consequence."""
+    usual, consequence, fix = RULES[rule]
     return Finding(
         rule=rule,
         severity=severity or usual,
         node=node,
         consequence=f"{consequence} ({detail})" if detail else consequence,
-        mend=mend,
+        fix=fix,
     )

@@ -1,17 +1,19 @@
-"""Scales as text: calib/NAME.json, a line a tensor, so that a change shows in a diff.
+"""Read and write scales as text: calib/NAME.json, a line per tensor, so that a diff shows changes.
 
-Next to the scales stands what they hold for: hashes of the weights and the images, how many images,
-their preprocessing, the method. They are used again only where all of it is the same.
+The file also records what the scales belong to: hashes of the weights and the images, the number of
+images, their preprocessing, the method. Scales are used again only if all of it is the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
@@ -23,60 +25,110 @@ from rtresnet.quantization.calibrate import Calibrated
 from rtresnet.quantization.equalization import Outlier
 
 SCHEMA = 2
-NUMBERS = re.compile(r"\[[-\d.eE+,\s]+\]")  # a few of them: one line, not one each
-ABOUT = {
+NUMBER_LIST = re.compile(r"\[[-\d.eE+,\s]+\]")  # written on one line
+NO_NOISE = 999.0  # dB, in place of infinity
+FIX = "calibrate again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalesOrigin:
+    """What scales belong to.
+
+    Attributes:
+        onnx_sha256: Hash of the FP32 file.
+        preprocessing: The input contract of the file, as in its sidecar.
+        images: Name of the images; not compared.
+        images_sha256: Their hash.
+        n: Their number.
+        calibrator: The method that was asked for.
+        format: Number format: "int8", "fp8", or "fp8-stem" if it includes the first convolution.
+    """
+
+    onnx_sha256: str
+    preprocessing: Mapping[str, object]
+    images: str
+    images_sha256: str
+    n: int
+    calibrator: str
+    format: str = "int8"
+
+
+COMPARED = {
     "onnx_sha256": "weights",
     "images_sha256": "images",
     "n": "number of images",
     "preprocessing": "preprocessing",
     "calibrator": "calibrator",
+    "format": "number format",
 }
 
-FIX = "calibrate again"
+
+@dataclass(frozen=True, kw_only=True)
+class SavedScales:
+    """The content of a file of scales; see `Calibrated` for the attributes not listed.
+
+    Attributes:
+        origin: Every field of the file, for `differences`.
+        equalized: Whether outliers were scaled down.
+        biases_corrected: Whether biases were corrected.
+    """
+
+    origin: Mapping[str, object]
+    scales: dict[str, float]
+    method: str
+    overrides: dict[str, float]
+    ratios: dict[str, float]
+    outliers: list[Outlier]
+    branches: metadata.BranchRanges
+    equalized: bool
+    biases_corrected: bool
 
 
 class _File(TypedDict):
-    """What is relied on; `ABOUT` is only compared."""
+    """What is used; the fields of COMPARED are only compared."""
 
     method: str
     biases_corrected: bool
     brought_down: list[str]
     scales: dict[str, Annotated[float, Meta(ge=1e-38, le=1e38)]]  # in float32
+    own_factors: NotRequired[dict[str, float]]
+    signal_to_noise_db: NotRequired[dict[str, float]]
     branches: NotRequired[dict[str, tuple[float, float]]]
     outliers: NotRequired[dict[str, list[float]]]
 
 
-def write(path: Path, found: Calibrated, about: Mapping[str, Any]) -> Path:
-    """Writes what was found, and what for.
+def write(path: Path, calibrated: Calibrated, origin: ScalesOrigin) -> Path:
+    """Writes scales and what they belong to.
 
     Args:
-        path: In calib/, or next to the INT8 file.
-        found: From calibration.
-        about: Every field of ABOUT, and `images`, their name.
+        path: In calib/, or next to the quantized file.
+        calibrated: From calibration.
+        origin: What the scales belong to.
     """
     record = {
         "schema": SCHEMA,
-        **about,
-        "method": found.method,
-        "biases_corrected": bool(found.shifts),
-        "brought_down": [outlier.tensor for outlier in found.mended],
-        "outliers": {o.tensor: [o.times, *o.channels] for o in found.outliers},
-        "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in found.ratios.items()},
-        "own_factors": found.own,
-        "branches": found.branches,
-        "scales": found.scales,
+        **dataclasses.asdict(origin),
+        "method": calibrated.method,
+        "biases_corrected": bool(calibrated.bias_corrections),
+        "brought_down": [outlier.tensor for outlier in calibrated.equalized],
+        "outliers": {o.tensor: [o.times, *o.channels] for o in calibrated.outliers},
+        "signal_to_noise_db": {
+            name: round(min(db, NO_NOISE), 2) for name, db in calibrated.ratios.items()
+        },
+        "own_factors": calibrated.overrides,
+        "branches": calibrated.branches,
+        "scales": calibrated.scales,
     }
-    lines = NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
-    lines = lines.replace("[ ", "[").replace(" ]", "]")
-    atomic_io.write_text(path, lines + "\n")
+    text = NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), json.dumps(record, indent=1))
+    atomic_io.write_text(path, text.replace("[ ", "[").replace(" ]", "]") + "\n")
     return path
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file that `write` wrote.
+def read(path: str | os.PathLike[str]) -> SavedScales:
+    """Reads a file that `write` wrote.
 
     Raises:
-        ArtifactError: It is not one.
+        ArtifactError: It is not such a file.
     """
     record = serialization.load(atomic_io.require_file(path), fix=FIX, error=ArtifactError)
     schema = record.get("schema") if isinstance(record, dict) else None
@@ -86,16 +138,28 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     valid = serialization.convert(record, _File, where=str(path), fix=FIX, error=ArtifactError)
     try:
-        found = metadata.parse_branch_ranges(valid.get("branches", {}))
+        branches = metadata.parse_branch_ranges(valid.get("branches", {}))
         outliers = [
             Outlier(tensor=name, channels=tuple(map(int, channels)), times=times)
             for name, (times, *channels) in valid.get("outliers", {}).items()
         ]
     except ValueError as error:
         raise ArtifactError(f"{path}: not a file of scales ({error})", fix=FIX) from None
-    return {**record, **valid, "branches": found, "outliers": outliers}
+    return SavedScales(
+        origin=record,
+        scales=valid["scales"],
+        method=valid["method"],
+        overrides=valid.get("own_factors", {}),
+        ratios=valid.get("signal_to_noise_db", {}),
+        outliers=outliers,
+        branches=branches,
+        equalized=bool(valid["brought_down"]),
+        biases_corrected=valid["biases_corrected"],
+    )
 
 
-def differences(saved: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
-    """What scales were made for and are now wanted for, where it is not the same."""
-    return [name for field, name in ABOUT.items() if saved.get(field) != about[field]]
+def differences(saved: SavedScales, origin: ScalesOrigin) -> list[str]:
+    """Returns in what the scales' origin differs from the one wanted now, in words."""
+    wanted = dataclasses.asdict(origin)
+    present = {"format": "int8"} | dict(saved.origin)  # files from before FP8 do not say it
+    return [name for field, name in COMPARED.items() if present.get(field) != wanted[field]]

@@ -1,8 +1,8 @@
-"""Which blocks of a net suffer from INT8, and which to leave in float.
+"""Measure which blocks of a net suffer from quantization, to choose which to leave in float.
 
 The noise is that of the logits on a few images, against the float net (`simulate.py`). A block is
 what lies between two residual additions, with its shortcut; the stem and the FC are blocks too
-(`rtresnet/onnxlib/blocks.py`).
+(`onnxlib/graph.py`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from rtresnet.onnxlib.blocks import HEAD, assign
-from rtresnet.quantization import placement
+from rtresnet.onnxlib.graph import GraphIndex
 from rtresnet.quantization.calibrate import Calibrated
+from rtresnet.quantization.formats import INT8
+from rtresnet.quantization.placement import WEIGHTED
 from rtresnet.quantization.simulate import Simulation, noise_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block under INT8.
+    """The effect of quantizing one block.
 
     Attributes:
-        name: layer1.0 and the like, "stem", "fc".
+        name: "layer1.0" and so on, "stem", "head".
         nodes: Its convolutions, additions and FC.
         weights: Share of the net's weights, in [0, 1]: they stay four times as large in float.
-        alone: Signal-to-noise with this block alone quantized, in dB.
-        gain: What leaving it alone in float gains over the whole net in INT8, in dB.
+        alone: Signal to noise with only this block quantized, in dB.
+        gain: Signal to noise that leaving only this block in float gains, in dB.
+        int8_gain: Signal to noise that only this block in INT8 gains in an FP8 net; None in INT8.
     """
 
     name: str
@@ -36,52 +38,59 @@ class Block:
     weights: float
     alone: float
     gain: float
+    int8_gain: float | None = None
 
 
 def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Nodes that can be quantized, by block, in graph order."""
-    nodes = [n for n in model.graph.node if n.op_type in (*placement.WEIGHTED, "Add")]
-    found: dict[str, list[str]] = {}
-    for node, block in zip(nodes, assign([(n.name, n.op_type) for n in nodes]), strict=True):
-        # Of the head nothing but the FC can be quantized.
-        found.setdefault("fc" if block == HEAD else block, []).append(node.name)
-    return found
+    """Returns the nodes that can be quantized, by block, in graph order."""
+    by_block: dict[str, list[str]] = {}
+    index = GraphIndex(model)
+    for node, (_, block) in zip(index.nodes, index.blocks(), strict=True):
+        if node.op_type in (*WEIGHTED, "Add"):
+            by_block.setdefault(block, []).append(node.name)
+    return by_block
 
 
 def sensitivity(
-    found: Calibrated, held: Sequence[np.ndarray], reference: np.ndarray
+    calibrated: Calibrated, held_out: Sequence[np.ndarray], reference: np.ndarray
 ) -> list[Block]:
-    """Every block, the most harmful first.
+    """Measures every block; returns the most harmful first.
 
     Args:
-        found: From calibration.
-        held: float32 [N, 3, S, S] each.
+        calibrated: From calibration.
+        held_out: float32 [N, 3, S, S] each.
         reference: Logits of the float net on them.
     """
-    parts = blocks(found.model)
-    everything = [name for names in parts.values() for name in names]
+    model = calibrated.model
+    floats = set(calibrated.float_nodes)
+    by_block = {
+        name: nodes for name, nodes in blocks(model).items() if not floats.issuperset(nodes)
+    }
+    every_node = [name for names in by_block.values() for name in names]
 
-    def ratio(keep: Sequence[str]) -> float:
-        simulation = Simulation(found.model, keep, found.shifts)
-        return noise_ratio(reference, simulation.logits(held, found.scales))
+    def ratio(nodes_to_exclude: Sequence[str], int8_nodes: Sequence[str] = ()) -> float:
+        simulation = Simulation(
+            model, (*floats, *nodes_to_exclude), calibrated.bias_corrections,
+            calibrated.number_format, int8_nodes,
+        )  # fmt: skip
+        return noise_ratio(reference, simulation.logits(held_out, calibrated.scales))
 
-    whole, sizes = ratio(()), _weights(found.model)
-    total = sum(sizes.values())
-    ranked = []
-    for name, nodes in parts.items():
-        rest = [other for other in everything if other not in nodes]
-        ranked.append(
-            Block(
-                name=name,
-                nodes=tuple(nodes),
-                weights=sum(sizes.get(node, 0) for node in nodes) / total,
-                alone=ratio(rest),
-                gain=ratio(nodes) - whole,
-            )
+    whole = ratio(())
+    index = GraphIndex(model)
+    sizes = {
+        node.name: int(np.prod(index.initializers[node.input[1]].dims))
+        for node in index.nodes
+        if node.op_type in WEIGHTED
+    }
+    ranked = [
+        Block(
+            name=name,
+            nodes=tuple(nodes),
+            weights=sum(sizes.get(node, 0) for node in nodes) / sum(sizes.values()),
+            alone=ratio([other for other in every_node if other not in nodes]),
+            gain=ratio(nodes) - whole,
+            int8_gain=None if calibrated.number_format is INT8 else ratio((), nodes) - whole,
         )
+        for name, nodes in by_block.items()
+    ]
     return sorted(ranked, key=lambda block: -block.gain)
-
-
-def _weights(model: onnx.ModelProto) -> dict[str, int]:
-    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
-    return {n.name: sizes[n.input[1]] for n in model.graph.node if n.op_type in placement.WEIGHTED}

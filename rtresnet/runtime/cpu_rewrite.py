@@ -38,8 +38,6 @@ caller keeps the provider from forming integer kernels (`CpuModel.needs_float`).
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +47,7 @@ import numpy as np
 from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import io, metadata
+from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, WEIGHTED, GraphIndex, attribute
 
 # Zero points of rule 1, by the name of their constant: of tensors that can be negative, and of
 # those that a Clip keeps in [0, 127].
@@ -57,7 +56,6 @@ ZERO_POINTS = {SIGNED: 128, CLIPPED: 0}
 INT8_MAX = 127
 INT16_MAX = 32767
 BRANCH_MARGIN = 1.25  # range of a residual branch, relative to what calibration saw
-QUANTIZED_OPS = ("Conv", "Gemm", "MatMul")
 # Operations that make no negative number out of numbers that are none, by their first input.
 SIGN_PRESERVING = (
     "QuantizeLinear", "DequantizeLinear", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -127,6 +125,16 @@ def is_quantized(path: str | os.PathLike[str]) -> bool:
     return b"uantizeLinear" in Path(path).read_bytes()
 
 
+def has_fp8(path: str | os.PathLike[str]) -> bool:
+    """Whether an ONNX file has FP8 tensors; False where the package onnx is not installed."""
+    if not is_quantized(path) or not hardware.installed("onnx"):
+        return False
+    from onnx import TensorProto
+
+    fp8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
+    return any(tensor.data_type in fp8 for tensor in io.load(path).graph.initializer)
+
+
 def to_unsigned(model: Any) -> int:
     """Rule 1, in place.
 
@@ -135,20 +143,21 @@ def to_unsigned(model: Any) -> int:
     """
     from onnx import helper
 
-    graph = _Graph(model)
+    graph = _CpuIndex(model)
     clips: dict[str, list[Any]] = {}
     moved = 0
     for quantize in model.graph.node:
-        if quantize.op_type != "QuantizeLinear" or not graph.is_int8(quantize):
+        if quantize.op_type != QUANTIZE or not graph.is_int8(quantize):
             continue
         name, integers = quantize.input[0], quantize.output[0]
-        readers = graph.readers[integers]
+        readers = [reader for reader, _ in graph.readers[integers]]
         if integers in graph.outputs or any(n.op_type != "DequantizeLinear" for n in readers):
             continue
         moved += 1
         zero_point = SIGNED
         if graph.never_negative(name):
-            zero_point, scale = CLIPPED, graph.constants[quantize.input[1]]
+            zero_point, scale = CLIPPED, graph.scalar(quantize.input[1])
+            assert scale is not None  # is_int8
             graph.add_constant(f"{integers}.limit", (INT8_MAX * scale).astype(scale.dtype))
             inputs, clipped = [name, "", f"{integers}.limit"], f"{integers}.clipped"
             clips[integers] = [helper.make_node("Clip", inputs, [clipped], name=clipped)]
@@ -158,7 +167,7 @@ def to_unsigned(model: Any) -> int:
             del node.input[2:]
             node.input.append(zero_point)
     if moved:
-        _insert(model, before=clips)
+        graph.insert(before=clips)
         del model.graph.value_info[:]  # it still calls these tensors int8
     return moved
 
@@ -171,16 +180,16 @@ def dequantize_saturating(model: Any) -> tuple[str, ...]:
     """
     from onnx import helper
 
-    graph = _Graph(model)
+    graph = _CpuIndex(model)
     float_layers: list[str] = []
     casts: dict[str, list[Any]] = {}
     for node in model.graph.node:
-        activation, weight = (graph.makers.get(name) for name in (*node.input, "", "")[:2])
-        if node.op_type not in QUANTIZED_OPS or weight is None or activation is None:
+        activation, weight = (graph.producers.get(name) for name in (*node.input, "", "")[:2])
+        if node.op_type not in WEIGHTED or weight is None or activation is None:
             continue
         if {activation.op_type, weight.op_type} != {"DequantizeLinear"}:
             continue
-        constant = graph.dequantized(weight)
+        constant = graph.dequantized_weight(weight)
         if constant is None:
             continue
         largest, values = constant
@@ -202,7 +211,7 @@ def dequantize_saturating(model: Any) -> tuple[str, ...]:
             casts[node.output[0]].append(helper.make_node("Mul", [steps, scale], [name]))
             node.input[0] = name
             float_layers.append(node.name or node.output[0])
-    _insert(model, before=casts)
+    graph.insert(before=casts)
     return tuple(float_layers)
 
 
@@ -214,11 +223,11 @@ def quantize_branches(model: Any) -> int:
     """
     from onnx import helper
 
-    graph = _Graph(model)
-    extents = metadata.BRANCH_RANGES.read(metadata.properties_of(model)) or {}
+    graph = _CpuIndex(model)
+    ranges = metadata.BRANCH_RANGES.read(metadata.properties_of(model)) or {}
     pairs: dict[str, list[Any]] = {}
     for add in model.graph.node:
-        branch = _branch(graph, add, extents)
+        branch = _branch(graph, add, ranges)
         if branch is None:
             continue
         index, scale, zero = branch
@@ -233,19 +242,19 @@ def quantize_branches(model: Any) -> int:
             helper.make_node("DequantizeLinear", [steps, *constants], [f"{name}.branch"],
                              name=f"{name}.branch"),
         ]  # fmt: skip
-    _insert(model, after=pairs)
+    graph.insert(after=pairs)
     return len(pairs)
 
 
 def _branch(
-    graph: _Graph, add: Any, extents: metadata.BranchRanges
+    graph: _CpuIndex, add: Any, ranges: metadata.BranchRanges
 ) -> tuple[int, np.ndarray, np.ndarray] | None:
     """Which input of a residual addition is the float branch, its scale and its zero point."""
-    kinds = [graph.kind(name) for name in add.input]
+    kinds = [graph.operator(name) for name in add.input]
     if add.op_type != "Add" or sorted(kinds) != ["Conv", "DequantizeLinear"]:
         return None
     index = kinds.index("Conv")
-    dequantize = graph.makers[add.input[1 - index]]
+    dequantize = graph.producers[add.input[1 - index]]
     relu = graph.only_reader(add.output[0])
     quantize = graph.only_reader(relu.output[0]) if relu and relu.op_type == "Relu" else None
     if quantize is not None and quantize.op_type == "Clip":
@@ -256,18 +265,19 @@ def _branch(
         return None
     if not graph.ends_in_integers(add.input[index]):
         return None
-    steps = [graph.constants[node.input[1]] for node in (quantize, dequantize)]
-    result, shortcut = map(float, steps)
+    step, shortcut_step = (graph.scalar(node.input[1]) for node in (quantize, dequantize))
+    assert step is not None and shortcut_step is not None  # is_int8_range
+    result, shortcut = float(step), float(shortcut_step)
     lowest = -INT8_MAX * shortcut
     highest = INT8_MAX * result + (0 if graph.is_clipped(dequantize) else 128 * shortcut)
-    if add.input[index] in extents:
-        low, high = (BRANCH_MARGIN * end for end in extents[add.input[index]])
+    if add.input[index] in ranges:
+        low, high = (BRANCH_MARGIN * end for end in ranges[add.input[index]])
         lowest, highest = max(lowest, min(0.0, low)), min(highest, max(0.0, high))
     scale = (highest - lowest) / 255
     if not 0 < scale / 2 < result * (1 - 1e-6):  # rounding to the nearest errs by half of it
         return None
     zero = np.array(np.rint(-lowest / scale), np.uint8)
-    return index, np.array(scale, steps[0].dtype), zero
+    return index, np.array(scale, step.dtype), zero
 
 
 def quantize_early(model: Any) -> int:
@@ -278,16 +288,16 @@ def quantize_early(model: Any) -> int:
     """
     from onnx import helper
 
-    graph = _Graph(model)
+    graph = _CpuIndex(model)
     removed: set[str] = set()
     moved: dict[str, list[Any]] = {}
     for quantize in model.graph.node:
-        if quantize.op_type != "QuantizeLinear" or not graph.is_clipped(quantize):
+        if quantize.op_type != QUANTIZE or not graph.is_clipped(quantize):
             continue
         chain: list[Any] = []
         name = quantize.input[0]
-        while graph.kind(name) in ("Relu", "MaxPool", "Clip") and graph.only_reader(name):
-            chain.insert(0, graph.makers[name])
+        while graph.operator(name) in ("Relu", "MaxPool", "Clip") and graph.only_reader(name):
+            chain.insert(0, graph.producers[name])
             name = chain[0].input[0]
         if not graph.only_reader(name) or not graph.ends_in_integers(name):
             continue
@@ -311,77 +321,35 @@ def quantize_early(model: Any) -> int:
         links[-1].output[0] = result
         moved[quantize.output[0]] = links
     if moved:
-        _insert(model, after=moved, removed=removed)
+        graph.insert(after=moved, removed=removed)
     return len(moved)
 
 
-class _Graph:
-    """Index of a model's nodes by what they make and read, taken before anything is moved."""
+class _CpuIndex(GraphIndex):
+    """An index that knows the pairs of rule 1, taken before anything is moved."""
 
-    def __init__(self, model: Any) -> None:
-        from onnx import numpy_helper
-
-        self.model = model
-        self.makers = {out: node for node in model.graph.node for out in node.output}
-        self.readers: dict[str, list[Any]] = defaultdict(list)
-        for node in model.graph.node:
-            for name in node.input:
-                self.readers[name].append(node)
-        self.outputs = {out.name for out in model.graph.output}
-        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.constants = {
-            name: numpy_helper.to_array(tensor)
-            for name, tensor in self.initializers.items()
-            if not tensor.dims
-        }
-
-    def add_constant(self, name: str, value: np.ndarray) -> None:
-        """Adds an initializer, once."""
-        from onnx import numpy_helper
-
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(value, name)
-            self.model.graph.initializer.append(self.initializers[name])
-
-    def kind(self, name: str) -> str:
-        """The operation that makes a tensor; empty for inputs and constants."""
-        return self.makers[name].op_type if name in self.makers else ""
-
-    def only_reader(self, name: str) -> Any | None:
-        """The one node that reads a tensor; None where there are more, or it is an output."""
-        readers = self.readers[name]
-        return readers[0] if len(readers) == 1 and name not in self.outputs else None
-
-    def dequantized(self, node: Any) -> tuple[int, np.ndarray] | None:
+    def dequantized_weight(self, node: Any) -> tuple[int, np.ndarray] | None:
         """A weight behind a DequantizeLinear: its largest integer and its values.
 
-        None for what is no 8-bit constant.
+        None if it is not an 8-bit constant.
         """
-        from onnx import numpy_helper
-
-        def constant(name: str) -> np.ndarray | None:
-            tensor = self.initializers.get(name)
-            return None if tensor is None else numpy_helper.to_array(tensor)
-
-        def along(values: np.ndarray) -> np.ndarray:
-            assert weight is not None
-            shape = [-1 if dim == axis % weight.ndim else 1 for dim in range(weight.ndim)]
-            return values.reshape(shape) if values.ndim else values
-
-        maker = self.makers.get(node.input[0])
-        quantize = maker if maker is not None and maker.op_type == "QuantizeLinear" else None
-        weight = constant(node.input[0] if quantize is None else quantize.input[0])
-        scale = constant(node.input[1])
+        quantize = self.quantizer(node)
+        weight = self.constant(node.input[0] if quantize is None else quantize.input[0])
+        scale = self.constant(node.input[1])
         if weight is None or scale is None:
             return None
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-        zero = constant(node.input[2]) if len(node.input) > 2 else None
+        axis = attribute(node, "axis", 1) % max(1, weight.ndim)
+        shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
+        zero = self.constant(node.input[2]) if len(node.input) > 2 else None
         if zero is None:
             zero = np.array(0, weight.dtype if quantize is None else np.uint8)
-        limits = np.iinfo(zero.dtype) if zero.dtype in (np.int8, np.uint8) else None
-        if limits is None:
+        if zero.dtype not in (np.int8, np.uint8):
             return None
-        zero, scale = along(zero.astype(np.int64)), along(scale)
+        limits = np.iinfo(zero.dtype)
+        zero, scale = (
+            value.reshape(shape) if value.ndim else value
+            for value in (zero.astype(np.int64), scale)
+        )
         if quantize is not None:
             weight = np.clip(np.rint(weight / scale) + zero, limits.min, limits.max)
         steps = weight.astype(np.int64) - zero
@@ -389,12 +357,12 @@ class _Graph:
 
     def is_int8(self, quantize: Any) -> bool:
         """Whether it quantizes to int8 with one scale and zero point 0."""
-        scale, zero = (self.constants.get(name) for name in (*quantize.input[1:3], "", "")[:2])
+        scale, zero = (self.scalar(name) for name in (*quantize.input[1:3], "", "")[:2])
         return scale is not None and zero is not None and zero.dtype == np.int8 and zero == 0
 
     def is_int8_range(self, node: Any) -> bool:
-        """Whether it is half of a pair of rule 1: uint8 that covers what int8 covered."""
-        pair = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+        """Whether it is half of a pair of rule 1: uint8 that covers the range of int8."""
+        pair = node.op_type in (QUANTIZE, DEQUANTIZE) and len(node.input) > 2
         return pair and node.input[2] in ZERO_POINTS
 
     def is_clipped(self, node: Any) -> bool:
@@ -402,43 +370,26 @@ class _Graph:
         return self.is_int8_range(node) and node.input[2] == CLIPPED
 
     def never_negative(self, name: str) -> bool:
-        """Whether a ReLU makes a tensor, up to operations that keep its sign."""
-        node = self.makers.get(name)
+        """Whether a ReLU makes a tensor, before operations that keep its sign."""
+        node = self.producers.get(name)
         while node is not None and node.op_type in SIGN_PRESERVING:
             padding = node.input[2] if node.op_type == "Pad" and len(node.input) > 2 else ""
-            if padding and not self.constants.get(padding, np.array(-1)) >= 0:
-                return False
-            node = self.makers.get(node.input[0])
+            if padding:
+                value = self.scalar(padding)
+                if value is None or not value >= 0:
+                    return False
+            node = self.producers.get(node.input[0])
         return node is not None and node.op_type == "Relu"
 
     def ends_in_integers(self, name: str) -> bool:
-        """Whether what makes a tensor has a kernel that puts out integers.
+        """Whether a kernel that writes integers makes a tensor.
 
-        A QuantizeLinear right behind a float convolution would make ONNX Runtime quantize its
+        A QuantizeLinear directly behind a float convolution would make ONNX Runtime quantize its
         weights again (its WeightBiasQuantization), with a saturating kernel.
         """
-        node = self.makers.get(name)
+        node = self.producers.get(name)
         return (
             node is not None
             and node.op_type in ("Conv", "Add")
-            and all(self.kind(part) == "DequantizeLinear" for part in node.input[:2])
+            and all(self.operator(part) == DEQUANTIZE for part in node.input[:2])
         )
-
-
-def _insert(
-    model: Any,
-    *,
-    before: Mapping[str, list[Any]] | None = None,
-    after: Mapping[str, list[Any]] | None = None,
-    removed: Collection[str] = (),
-) -> None:
-    """Puts nodes in front of or behind others, by their first output, and removes some."""
-    before, after = before or {}, after or {}
-    ordered: list[Any] = []
-    for node in model.graph.node:
-        key = node.output[0]  # names of nodes may be missing
-        ordered += before.get(key, ())
-        if key not in removed:
-            ordered += [node, *after.get(key, ())]
-    del model.graph.node[:]
-    model.graph.node.extend(ordered)

@@ -5,7 +5,7 @@ batch norms folded, with frozen statistics; weights rounded to int8 with one sca
 channel; activations rounded at the same tensors, which `quantization/placement.py` names for both.
 An activation's scale is a parameter (Esser et al., 2020). Gradients pass through rounding
 unchanged. Scales and biases are rounded too, so that the file's sums are exact everywhere
-(`quantization/low_bit_scales.py`).
+(`quantization/formats.py`).
 
 The weights stay those of the net with its batch norms, which are folded again in every step: the
 checkpoint is an ordinary one, which can be exported in float or trained further. Independent of
@@ -26,10 +26,14 @@ from torch.nn import functional
 from rtresnet.core.errors import ArtifactError
 from rtresnet.models.nets import INPUT, Net, folded, trace
 from rtresnet.models.resnet import Add
-from rtresnet.quantization.calibrators import mse, scale
-from rtresnet.quantization.histogram import Histogram
-from rtresnet.quantization.low_bit_scales import ACTIVATION_BITS, WEIGHT_BITS, at_least, nearest
-from rtresnet.quantization.placement import branches, places
+from rtresnet.quantization.calibrators import Histogram, mse, scale
+from rtresnet.quantization.formats import (
+    ACTIVATION_BITS,
+    WEIGHT_BITS,
+    round_to_bits,
+    round_up_to_bits,
+)
+from rtresnet.quantization.placement import place_quantizers, residual_branches
 
 CALIBRATION_IMAGES = 512  # of the training images, for the initial scales
 TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
@@ -99,11 +103,11 @@ class FakeQuantized(nn.Module):
         super().__init__()
         self.net = net
         self.operations = operations(net)
-        found = places(self.operations)
+        found = place_quantizers(self.operations)
         self.places = tuple(found)
         self.scales = nn.Parameter(torch.ones(len(found)))
         self.uses = {(use.node, use.index) for uses in found.values() for use in uses}
-        self.branches = tuple(branches(self.operations))
+        self.branches = tuple(residual_branches(self.operations))
         # Tensors to free after each operation, so that memory use is that of the net itself.
         last = {name: number for number, op in enumerate(self.operations) for name in op.input}
         self.free: list[list[str]] = [[] for _ in self.operations]
@@ -252,7 +256,8 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     """Round weight and bias as in the file; gradients pass unchanged.
 
     The weight is rounded to int8 [-127, 127] and back with one scale per output channel, bit for
-    bit as `quantization/qdq.py` stores it; the bias as in `quantization/low_bit_scales.py`.
+    bit as `formats.quantize_weight` stores it with `low_bit_weight_scales`; the bias as in
+    `low_bit_bias`.
 
     Args:
         weight: float32 [out, ...].
@@ -262,7 +267,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     with torch.no_grad():
         steps = weight.abs().amax(tuple(range(1, weight.ndim))).double() / 127
         fine = torch.where(steps >= SMALLEST, steps, 1).to(weight.dtype)
-        pattern = at_least(fine.view(torch.int32), WEIGHT_BITS)
+        pattern = round_up_to_bits(fine.view(torch.int32), WEIGHT_BITS)
         scales = pattern.view(torch.float32)
         shaped = scales.view((-1,) + (1,) * (weight.ndim - 1))
         whole = weight.div(shaped).round_().clamp_(-127, 127).mul_(shaped)
@@ -274,7 +279,7 @@ def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 def exact_scales(scales: Tensor) -> Tensor:
     """Round scales of activations as in the file; gradients pass unchanged."""
     with torch.no_grad():
-        pattern = nearest(scales.view(torch.int32), ACTIVATION_BITS)
+        pattern = round_to_bits(scales.view(torch.int32), ACTIVATION_BITS)
     return _replaced(scales, pattern.view(torch.float32))
 
 

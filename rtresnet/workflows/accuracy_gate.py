@@ -1,11 +1,12 @@
-"""The accuracy gate of `quantize`: what INT8 loses, and which blocks stay in float."""
+"""The accuracy gate of `quantize`: what INT8 or FP8 loses, and which blocks stay in float."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.quantization.calibrate import Calibrated
+    from rtresnet.quantization.sensitivity import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,11 @@ class BlockNoise:
     """What quantizing one block costs, and how it runs in the file.
 
     Attributes:
-        alone_db: Signal to noise at the logits with only this block in INT8.
+        alone_db: Signal to noise at the logits with only this block quantized.
         gain_db: What leaving this block in float gains.
         weights: Its share of the net's weights.
-        runs_in: "int8" or "float".
+        runs_in: "int8", "fp8" or "float".
+        int8_gain_db: What INT8 instead of FP8 gains in this block; None in an INT8 file.
     """
 
     name: str
@@ -63,6 +66,7 @@ class BlockNoise:
     gain_db: float
     weights: float
     runs_in: str
+    int8_gain_db: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +168,7 @@ def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
         needed = f"at least {fewest:,.0f}" if math.isfinite(fewest) else "a bound above 0"
         raise DataError(
             f"{gate.data}: {plural(len(source), 'image')} cannot show that the loss is within "
-            f"{gate.max_drop:g} points, even if INT8 answers as FP32 does: --gate upper needs "
+            f"{gate.max_drop:g} points, even if both nets answer alike: --gate upper needs "
             f"{needed}",
             fix="give more images, a larger --max-drop, or --gate point",
         )
@@ -181,8 +185,10 @@ def quantize_within(
     preprocess: Preprocess,
     finish: Callable[[Any], Any],
     reporter: Reporter,
-) -> tuple[Any, tuple[str, ...], GateResult]:
+) -> tuple[Any, tuple[str, ...], tuple[str, ...], GateResult]:
     """Quantizes everything, then leaves the most harmful blocks in float until the gate passes.
+
+    In FP8, blocks that have less noise in INT8 are tried in INT8 before they are left in float.
 
     The interval is that of one file on these images. Where several files were tried, the one that
     passes was chosen on the same images, which makes its interval somewhat too favourable.
@@ -199,7 +205,8 @@ def quantize_within(
         reporter: Receives progress.
 
     Returns:
-        The model, the nodes that stay in float, and what was measured.
+        The model, the nodes that stay in float, those in INT8 in an FP8 file, and what was
+        measured.
 
     Raises:
         AccuracyCheckFailedError: The gate does not pass even with every block but one in float.
@@ -212,14 +219,17 @@ def quantize_within(
         base = _hits(source, labelled, preprocess, update, gate)
     with reporter.progress("measuring the noise of each block"):
         ranked = sensitivity(calibrated, held_out, logits)
-    for count in range(len(ranked)):
-        excluded = tuple(node for block in ranked[:count] for node in block.nodes)
-        model = finish(calibrated.quantized(excluded))
+    precision = calibrated.number_format.name
+    for fallbacks in _fallbacks(ranked):
+        excluded, int8 = (
+            tuple(n for block in ranked for n in block.nodes if fallbacks.get(block.name) == kind)
+            for kind in ("float", "int8")
+        )
+        model = finish(calibrated.quantized(excluded, int8))
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "int8.onnx"
+            path = Path(folder) / f"{precision}.onnx"
             path.write_bytes(model.SerializeToString())
-            floats = f", {plural(count, 'block')} in float," if count else ""
-            doing = f"measuring INT8{floats} {images}"
+            doing = f"measuring {precision.upper()}{_described(fallbacks)} {images}"
             with reporter.progress(doing, total=len(labelled)) as update:
                 drop = paired_drop(base, _hits(path, labelled, preprocess, update, gate))
         if passes(drop, gate):
@@ -241,11 +251,15 @@ def quantize_within(
                 alone_db=block.alone,
                 gain_db=block.gain,
                 weights=block.weights,
-                runs_in="float" if number < count else "int8",
+                runs_in=fallbacks.get(block.name, precision),
+                int8_gain_db=block.int8_gain,
             )
-            for number, block in enumerate(ranked)
+            for block in ranked
         ),
-        summary=(_measurement(drop, count, gate), _judgement(drop, gate)),
+        summary=(
+            _measurement(drop, precision.upper() + _described(fallbacks), gate),
+            _judgement(drop, gate),
+        ),
         remarks=tuple(labels.remarks()),
         fix=more_images
         if drop.points <= gate.max_drop
@@ -253,7 +267,29 @@ def quantize_within(
     )
     if not result.passed:
         raise AccuracyCheckFailedError(result)
-    return model, excluded, result
+    return model, excluded, int8, result
+
+
+def _fallbacks(ranked: Sequence[Block]) -> Iterator[dict[str, str]]:
+    """Yields which blocks run in "float" or "int8" instead, the fewest first.
+
+    At least one block stays quantized.
+    """
+    for count in range(len(ranked)):
+        worst = ranked[:count]
+        if any((block.int8_gain or 0) > 0 for block in worst):
+            yield {b.name: "int8" if (b.int8_gain or 0) > 0 else "float" for b in worst}
+        yield {block.name: "float" for block in worst}
+
+
+def _described(fallbacks: Mapping[str, str]) -> str:
+    counts = Counter(fallbacks.values())
+    parts = []
+    if counts["int8"]:
+        parts.append(f"{plural(counts['int8'], 'block')} in INT8")
+    if counts["float"]:
+        parts.append(f"{plural(counts['float'], 'block')} left in float")
+    return f" with {' and '.join(parts)}" if parts else ""
 
 
 def passes(drop: Drop, gate: Gate) -> bool:
@@ -301,10 +337,9 @@ def _hits(
     return np.concatenate(found)
 
 
-def _measurement(drop: Drop, count: int, gate: Gate) -> str:
-    floats = f" with {plural(count, 'block')} left in float" if count else ""
+def _measurement(drop: Drop, what: str, gate: Gate) -> str:
     return (
-        f"INT8{floats} {'gains' if drop.points < 0 else 'loses'} {abs(drop.points):.2f} points of "
+        f"{what} {'gains' if drop.points < 0 else 'loses'} {abs(drop.points):.2f} points of "
         f"top-1 on {plural(drop.n, 'image')} of {gate.data} (95 % interval of the loss: "
         f"{drop.low:.2f} to {drop.high:.2f})."
     )

@@ -46,7 +46,7 @@ class BuildConfig(Config):
         "GPU to build for, as in sm_89, L4 or 'RTX 4090'; repeat it or separate with commas.",
         names=("--target",),
         metavar="sm_86|GPU|current|all",
-        default_text="sm_80 and newer",
+        default_text="sm_80 and newer, for FP8 sm_89 and newer",
     )
     builder: Literal["auto", "rtx", "tensorrt"] = option(
         "auto", "auto takes tensorrt if it and a GPU are present, else rtx."
@@ -139,8 +139,8 @@ def build_per_target(
     from rtresnet.builder import engine, targets
 
     with _prepared(source, config, out, embed, reporter) as (path, place, config, held):
-        chosen = targets.parse(config.targets, config.builder) or targets.DEFAULT
-        engine.check(path, target=chosen, builder=config.builder)
+        chosen = targets.parse(config.targets, config.builder)
+        chosen = engine.check(path, target=chosen, builder=config.builder)
         plans = [place.with_stem(f"{place.stem}-{target}") for target in chosen]
         for plan in plans:
             held.enter_context(locks.hold_file(plan, warn=reporter.note))

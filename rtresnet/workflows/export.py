@@ -66,7 +66,9 @@ class ExportConfig(Config):
         "Architecture, one of those that `rtresnet models` lists.",
         default_text="that of the weights",
     )
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = option((), "Precisions to write.")
+    precisions: tuple[Literal["fp32", "fp16", "int8", "fp8"], ...] = option(
+        (), "Precisions to write."
+    )
     plan: bool = option(False, "Build a plan for each precision.")
     canvas: tuple[int, int] | None = option(
         None,
@@ -137,7 +139,7 @@ def export(
             default the best run of `config.model` under runs/, else untrained weights.
         out: Folder, or the name of the FP32 ONNX file in it.
         config: Architecture and precisions; only the FP32 ONNX file by default.
-        quantize: Calibration of INT8; its precision is ignored.
+        quantize: Calibration of INT8 and FP8; its precision is ignored.
         build: Profiles, targets and builder of the plans.
         embed: Changed input or output of the files that plans are built from.
         stated: Preprocessing in place of what the checkpoint says.
@@ -193,7 +195,7 @@ class _Export:
             source = base
             if precision != "fp32":
                 source = base.with_name(f"{base.stem}-{precision}.onnx")
-                config = self.quantize if precision == "int8" else QuantizeConfig(precision="fp16")
+                config = _quantization(self.quantize, precision)
                 result = quantize_unlocked(
                     base, config, out=source, reporter=self.reporter, sidecar=first
                 )
@@ -255,8 +257,9 @@ class _Export:
 
         targets.parse_profiles(self.build.batch)
         targets.parse(self.build.targets, self.build.builder)
+        configs = [_quantization(self.quantize, name) for name in self.config.precisions]
         calib, int8 = self.quantize.calib, "int8" in self.config.precisions
-        if int8 and calib not in (None, "none"):
+        if any(config.calibrated for config in configs) and calib not in (None, "none"):
             from rtresnet.data.sources import open_images
 
             open_images(calib)
@@ -288,6 +291,18 @@ class _Export:
 def _detector_name(weights: str | os.PathLike[str]) -> str:
     sidecar = artifacts.read_sidecar(weights)
     return f"{sidecar.model.architecture if sidecar else Path(weights).stem}-detector"
+
+
+def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
+    """The config of one precision.
+
+    Raises:
+        InputError: An option of the config is not for this precision.
+    """
+    if precision in ("fp32", "fp16"):
+        return QuantizeConfig(precision="fp16")
+    fp8_stem = config.fp8_stem and precision == "fp8"
+    return dataclasses.replace(config, precision=precision, fp8_stem=fp8_stem)  # type: ignore[arg-type]
 
 
 def resolve(

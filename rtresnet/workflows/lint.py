@@ -49,7 +49,7 @@ class LintResult:
     def require_passed(self) -> None:
         """Raises CheckFailedError where there is something worse than a note."""
         if self.worse:
-            fixable = self.fixed is None and any("--fix" in entry.mend for entry in self.findings)
+            fixable = self.fixed is None and any("--fix" in entry.fix for entry in self.findings)
             raise CheckFailedError(
                 f"{self.fixed or self.file}: {self.worse}",
                 fix=f"repair what can be repaired: rtresnet lint {self.file} --fix OUT.onnx"

@@ -1,7 +1,7 @@
-"""Write an FP16 or INT8 version of an FP32 ONNX file.
+"""Write an FP16, INT8 or FP8 version of an FP32 ONNX file.
 
-INT8 is calibrated on images, on the statistics of batch norm, or takes the scales that
-quantization-aware training left in the file. `accuracy_gate.py` bounds what it may cost.
+INT8 and FP8 are calibrated on images, on the statistics of batch norm, or take the scales that
+quantization-aware training left in the file. `accuracy_gate.py` bounds what quantization may cost.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.onnxlib.metadata import TrainedScales
     from rtresnet.quantization.calibrate import Calibrated
+    from rtresnet.quantization.formats import NumberFormat
+    from rtresnet.quantization.scales import SavedScales, ScalesOrigin
 
 CALIB = Path("calib")
 RANDOM_IMAGES = 32
@@ -42,21 +44,22 @@ class QuantizeConfig(Config):
     """How a file is quantized.
 
     Attributes:
-        precision: "int8" or "fp16".
+        precision: "int8", "fp8" or "fp16".
         calib: Images to calibrate on: any data, a folder of images, a list in a .txt file, or
             "none" for ranges from the statistics of batch norm. None: the images in calib/.
         calibrator: How the range of a tensor is chosen.
         calib_images: Number of images to calibrate on.
-        float_dtype: Data type of tensors between INT8 kernels.
-        eval_data: Labelled images on which INT8 is compared with FP32.
-        max_drop: Points of top-1 that INT8 may lose on them.
+        float_dtype: Data type of tensors between INT8 or FP8 kernels, and of what stays in float.
+        fp8_stem: Whether FP8 includes the first convolution.
+        eval_data: Labelled images on which INT8 or FP8 is compared with FP32.
+        max_drop: Points of top-1 that may be lost on them.
         gate: What must be within `max_drop`: the measured loss ("point") or the upper limit of its
             95 % interval ("upper").
         classes: Class names of the net or the images, where these have none.
         max_broken: Share of broken images that are left out, in [0, 1]; with more it is an error.
     """
 
-    precision: Literal["int8", "fp16"] = option("int8", "Precision of the new file.")
+    precision: Literal["int8", "fp8", "fp16"] = option("int8", "Precision of the new file.")
     calib: str | None = option(
         None,
         "Images to calibrate on: any data, a folder of images, a list in a .txt file, or none for "
@@ -67,23 +70,30 @@ class QuantizeConfig(Config):
     calibrator: Literal["auto", "max", "percentile", "entropy", "mse"] = option(
         "auto",
         "Method that chooses the range of a tensor; auto takes what causes least noise at the "
-        "logits.",
+        "logits. entropy is for INT8 only.",
     )
     calib_images: int = option(512, "Number of images to calibrate on.", minimum=1)
-    float_dtype: Literal["fp32", "fp16"] = option(
-        "fp32",
-        "Data type of tensors between INT8 kernels: fp16 for TensorRT, fp32 for CPUs too.",
+    float_dtype: Literal["fp32", "fp16"] | None = option(
+        None,
+        "Data type of tensors between INT8 or FP8 kernels: fp16 for TensorRT, fp32 for CPUs too.",
         hidden_names=("--rest",),
+        default_text="fp32, for FP8 fp16",
+    )
+    fp8_stem: bool = option(
+        False,
+        "Quantize the first convolution to FP8 too, for which TensorRT has no kernel.",
+        names=("--fp8-stem",),
+        default_text="it stays in float",
     )
     eval_data: str | None = option(
         None,
-        "Compare the accuracy of INT8 and FP32 on these labelled images.",
+        "Compare the accuracy of INT8 or FP8 with FP32 on these labelled images.",
         names=("--eval",),
         metavar="SPEC",
         default_text="not compared",
     )
     max_drop: float = option(
-        0.5, "Points of top-1 that INT8 may lose against FP32, with --eval.", minimum=0
+        0.5, "Points of top-1 that INT8 or FP8 may lose against FP32, with --eval.", minimum=0
     )
     gate: Literal["point", "upper"] = option(
         "point",
@@ -115,20 +125,39 @@ class QuantizeConfig(Config):
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         }
-        if self.precision == "fp16":
+        if not self.calibrated:
             if self.eval_data is not None:
-                raise InputError("--eval is for INT8", fix="see: rtresnet eval, rtresnet compare")
+                raise InputError(
+                    "--eval is for INT8 and FP8", fix="see: rtresnet eval, rtresnet compare"
+                )
             for name in ("calib", "calibrator", "calib_images", "float_dtype", "max_broken"):
                 if name in changed:
                     raise InputError(
-                        f"--{name.replace('_', '-')} is for INT8", fix="leave --fp16 out"
+                        f"--{name.replace('_', '-')} is for INT8 and FP8",
+                        fix=f"leave --{self.precision} out",
                     )
+        if self.precision != "fp8" and self.fp8_stem:
+            raise InputError("--fp8-stem is for FP8", fix="add --fp8, or leave it out")
+        if self.precision == "fp8" and self.calibrator == "entropy":
+            raise InputError(
+                "--calibrator entropy is for INT8", fix="use auto, max, percentile or mse"
+            )
         if self.eval_data is None:
             for name in ("max_drop", "gate", "classes"):
                 if name in changed:
                     raise InputError(
                         f"--{name.replace('_', '-')} needs labelled images", fix="add --eval SPEC"
                     )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the precision needs scales."""
+        return self.precision in ("int8", "fp8")
+
+    @property
+    def wide_dtype(self) -> Literal["fp32", "fp16"]:
+        """The type of what is neither INT8 nor FP8."""
+        return self.float_dtype or ("fp16" if self.precision == "fp8" else "fp32")
 
     @property
     def accuracy_gate(self) -> Gate | None:
@@ -170,7 +199,7 @@ def quantize(
     Args:
         source: The file, from rtresnet or another tool.
         config: Precision, calibration and accuracy gate.
-        out: The new file; MODEL-int8.onnx next to the source by default.
+        out: The new file; MODEL-int8.onnx or similar next to the source by default.
         stated: Preprocessing of a file without a sidecar.
         reporter: Receives progress and notes.
 
@@ -182,7 +211,7 @@ def quantize(
             cannot be written.
         ArtifactError: Not a net that can be quantized.
         DataError: The images cannot be used.
-        AccuracyCheckFailedError: INT8 loses more accuracy than `config` allows; nothing is written.
+        AccuracyCheckFailedError: More accuracy is lost than `config` allows; nothing is written.
         LockedError: Another process writes the same file.
     """
     config = config or QuantizeConfig()
@@ -216,7 +245,7 @@ def quantize_unlocked(
         raise InputError(f"{out}: would replace its own source", fix="choose another --out")
     for place in (out, artifacts.sidecar_path(out)):
         atomic_io.require_place(place)
-    scales = _scales_path(out, reporter) if config.precision == "int8" else None
+    scales = _scales_path(out, reporter) if config.calibrated else None
     artifacts.require_onnx(source, "quantize")
     sidecar = sidecar or artifacts.verify(source)
     if not hardware.installed("onnx"):
@@ -233,7 +262,7 @@ def quantize_unlocked(
     _require_plain(source, model, sidecar)
     _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
     if sidecar is None:
-        if (precision := precision_of(model)) in ("fp16", "int8"):
+        if (precision := precision_of(model)) in ("fp16", "bf16", "int8", "fp8"):
             raise InputError(f"{source}: is {precision} already", fix="start from the FP32 file")
         sidecar = _describe(source, model, stated)
     elif stated.applied_to(sidecar.input) != sidecar.input:
@@ -252,8 +281,8 @@ def quantize_unlocked(
 
         result = fp16.to_half(model)
     else:
-        job = _Int8(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
-                    reporter=reporter)  # fmt: skip
+        job = _Quantization(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
+                            reporter=reporter)  # fmt: skip
         result, calibration, gate, outliers = job.quantize(model)
         _note_replaced(out, calibration, reporter)
     measured = gate.measured() if gate else Measurements()
@@ -277,7 +306,7 @@ def quantize_unlocked(
 
 
 def _scales_path(out: Path, reporter: Reporter) -> Path:
-    """Where the scales of an INT8 file go: calib/, or next to it where calib/ is not writable.
+    """Where the scales of a file go: calib/, or next to it where calib/ is not writable.
 
     Raises:
         InputError: Neither can be written to.
@@ -297,8 +326,8 @@ Quantized = tuple[Any, Calibration, "GateResult | None", list[OutlierRecord]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Int8:
-    """The quantization of one file to INT8.
+class _Quantization:
+    """The quantization of one file to INT8 or FP8.
 
     Attributes:
         sidecar: The FP32 file's record.
@@ -312,6 +341,19 @@ class _Int8:
     config: QuantizeConfig
     reporter: Reporter
 
+    @property
+    def number_format(self) -> NumberFormat:
+        from rtresnet.quantization.formats import FORMATS
+
+        return FORMATS[self.config.precision]
+
+    def float_nodes(self, model: Any) -> tuple[str, ...]:
+        """Nodes that stay in float whatever they cost: the stem in FP8."""
+        from rtresnet.quantization import qdq
+
+        fp8 = self.config.precision == "fp8" and not self.config.fp8_stem
+        return qdq.stem(model) if fp8 else ()
+
     def quantize(self, model: Any) -> Quantized:
         """Calibrates and quantizes by whichever way the file and the config ask for."""
         from rtresnet.onnxlib import metadata
@@ -324,6 +366,11 @@ class _Int8:
         )
         metadata.refuse_calibration(self.source, trained, config.calib, config.calibrator)
         if trained is not None:
+            if config.precision != "int8":
+                raise InputError(
+                    f"{self.source}: its scales were learned for INT8, not for FP8",
+                    fix="use --int8, or train without --qat",
+                )
             if gate is not None:
                 raise InputError(
                     f"{self.source}: --eval would leave blocks in float, and its scales were "
@@ -339,23 +386,23 @@ class _Int8:
 
     def _on_images(self, model: Any, gate: Gate | None) -> Quantized:
         from rtresnet.quantization import calibrate, qdq, scales, simulate
+        from rtresnet.quantization.scales import ScalesOrigin
 
         config, reporter, source = self.config, self.reporter, self.source
         labelled = open_labelled(gate, self.sidecar.model.classes, source) if gate else None
         batches, name, fingerprint, count = calibration_batches(
             config, self.sidecar.input, reporter
         )
-        tensors = list(qdq.placement(model))
+        float_nodes = self.float_nodes(model)
+        tensors = list(qdq.placement(model, float_nodes))
         if (batch := simulate.fixed_batch(model)) is not None:
             how = "image by image" if batch == 1 else f"{batch} images at a time"
             reporter.note(f"{source}: takes batches of {batch}; calibrated {how}")
-        about = self._about() | {
-            "images": name,
-            "images_sha256": fingerprint,
-            "n": count,
-            "calibrator": config.calibrator,
-        }
-        path, saved = self._saved_scales(about)
+        origin = ScalesOrigin(
+            **self._contract(), images=name, images_sha256=fingerprint, n=count,
+            calibrator=config.calibrator,
+        )  # fmt: skip
+        path, saved = self._saved_scales(origin)
         doing = f"calibrating on {plural(count, 'image')} of {name} ({config.calibrator})"
         with reporter.progress(doing, total=count) as update:
 
@@ -363,92 +410,115 @@ class _Int8:
                 update(done, phase, count if total is None else total)
 
             if saved is not None:
-                calibrated = calibrate.repeat(model, tensors, batches, saved, report)
+                calibrated = calibrate.repeat(
+                    model, tensors, batches, saved, report, number_format=self.number_format,
+                    float_nodes=float_nodes,
+                )  # fmt: skip
             else:
-                calibrated = calibrate.calibrate(model, tensors, batches, config.calibrator, report)
-                scales.write(path, calibrated, about)
+                calibrated = calibrate.calibrate(
+                    model, tensors, batches, config.calibrator, report,
+                    number_format=self.number_format, float_nodes=float_nodes,
+                )  # fmt: skip
+                scales.write(path, calibrated, origin)
         outliers = self._note_calibration(calibrated)
-        finish = functools.partial(_with_float_dtype, dtype=config.float_dtype)
+        finish = functools.partial(_with_float_dtype, dtype=config.wide_dtype)
         excluded: tuple[str, ...] = ()
+        int8: tuple[str, ...] = ()
         result = None
         if gate is None or labelled is None:
             quantized = finish(calibrated.quantized())
         else:
             held_out, logits = calibrate.references(model, batches())
-            quantized, excluded, result = quantize_within(
+            quantized, excluded, int8, result = quantize_within(
                 gate, labelled, source, calibrated, held_out, logits, self.sidecar.input, finish,
                 reporter,
             )  # fmt: skip
-        return quantized, self._calibration(calibrated, about, path, excluded), result, outliers
+        calibration = self._calibration(calibrated, origin, path, excluded, int8)
+        return quantized, calibration, result, outliers
 
     def _with_trained_scales(self, model: Any, trained: TrainedScales) -> Quantized:
         """INT8 with the scales that training left in the file."""
         from rtresnet.onnxlib.metadata import QAT
-        from rtresnet.quantization import low_bit_scales
         from rtresnet.quantization.calibrate import Calibrated
+        from rtresnet.quantization.formats import low_bit_scale
+        from rtresnet.quantization.scales import ScalesOrigin
 
-        scales = {name: low_bit_scales.scale(scale) for name, scale in trained.scales.items()}
+        scales = {name: low_bit_scale(scale) for name, scale in trained.scales.items()}
         calibrated = Calibrated(
-            model=model, scales=scales, method=QAT, own={}, ratios={}, outliers=[], mended=[],
-            shifts={}, exactly=True, branches=trained.branches,
+            model=model, scales=scales, method=QAT, low_bit=True, branches=trained.branches
+        )
+        origin = ScalesOrigin(
+            **self._contract(), images=trained.images, images_sha256=trained.images_sha256,
+            n=trained.n, calibrator=QAT,
         )  # fmt: skip
-        return self._uncalibrated(
-            calibrated,
-            {"images": trained.images, "images_sha256": trained.images_sha256, "n": trained.n,
-             "calibrator": QAT},
-        )  # fmt: skip
+        return self._uncalibrated(calibrated, origin)
 
     def _without_images(self, model: Any) -> Quantized:
-        """INT8 from what the file says of its batch norms."""
+        """Quantizes by what the file says of its batch norms."""
         import numpy as np
 
-        from rtresnet.quantization import calibrate, data_free, qdq
+        from rtresnet.quantization import calibrate, qdq
+        from rtresnet.quantization.scales import ScalesOrigin
 
         planes = [np.full((1, 1, 1, 3), level, np.uint8) for level in (0, 255)]
         low, high = (self.sidecar.input.normalize(plane)[0, :, 0, 0] for plane in planes)
-        ranges = data_free.ranges(model, list(qdq.placement(model)), low, high)
-        return self._uncalibrated(
-            calibrate.from_ranges(model, ranges),
-            {"images": "none: ranges from the batch norms", "images_sha256": "", "n": 0,
-             "calibrator": "batch norms"},
+        float_nodes = self.float_nodes(model)
+        tensors = list(qdq.placement(model, float_nodes))
+        calibrated = calibrate.calibrate_data_free(
+            model, tensors, low, high, number_format=self.number_format, float_nodes=float_nodes
+        )
+        origin = ScalesOrigin(
+            **self._contract(), images="none: ranges from the batch norms", images_sha256="", n=0,
+            calibrator="batch norms",
         )  # fmt: skip
+        return self._uncalibrated(calibrated, origin)
 
-    def _uncalibrated(self, calibrated: Calibrated, about: dict[str, Any]) -> Quantized:
-        """What is left to do once there are scales that no image was run for."""
+    def _uncalibrated(self, calibrated: Calibrated, origin: ScalesOrigin) -> Quantized:
+        """Quantizes with scales that no image was run for."""
         from rtresnet.quantization import scales
 
-        model = _with_float_dtype(calibrated.quantized(), self.config.float_dtype)
-        scales.write(self.scales, calibrated, about | self._about())
-        return model, self._calibration(calibrated, about, self.scales, ()), None, []
+        model = _with_float_dtype(calibrated.quantized(), self.config.wide_dtype)
+        scales.write(self.scales, calibrated, origin)
+        return model, self._calibration(calibrated, origin, self.scales, ()), None, []
 
-    def _about(self) -> dict[str, Any]:
-        """What scales belong to."""
+    def _contract(self) -> dict[str, Any]:
+        """The fields of `ScalesOrigin` that describe the FP32 file."""
         contract = serialization.known(dataclasses.asdict(self.sidecar.input))
-        return {"onnx_sha256": self.sidecar.sha256, "preprocessing": contract}
+        return {
+            "onnx_sha256": self.sidecar.sha256,
+            "preprocessing": contract,
+            "format": self.config.precision + ("-stem" if self.config.fp8_stem else ""),
+        }
 
     def _calibration(
-        self, calibrated: Calibrated, about: dict[str, Any], path: Path, excluded: tuple[str, ...]
+        self,
+        calibrated: Calibrated,
+        origin: ScalesOrigin,
+        path: Path,
+        excluded: tuple[str, ...],
+        int8: tuple[str, ...] = (),
     ) -> Calibration:
         return Calibration(
             method=calibrated.method,
-            images=about["images"],
-            images_sha256=about["images_sha256"],
-            n=about["n"],
+            images=origin.images,
+            images_sha256=origin.images_sha256,
+            n=origin.n,
             scales=path.as_posix(),
             scales_sha256=atomic_io.sha256(path),
-            kept=excluded,
-            rest=self.config.float_dtype,
+            kept=(*calibrated.float_nodes, *excluded),
+            int8=int8,
+            rest=self.config.wide_dtype,
         )
 
-    def _saved_scales(self, about: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+    def _saved_scales(self, origin: ScalesOrigin) -> tuple[Path, SavedScales | None]:
         """Where the scales are or go, and those of an earlier run with the same inputs."""
         default = CALIB / f"{self.out.stem}.json"  # perhaps in a folder that can only be read
         for path in dict.fromkeys((default, self.scales)):
-            if (saved := self._read_scales(path, about)) is not None:
+            if (saved := self._read_scales(path, origin)) is not None:
                 return path, saved
         return self.scales, None
 
-    def _read_scales(self, path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    def _read_scales(self, path: Path, origin: ScalesOrigin) -> SavedScales | None:
         from rtresnet.quantization import scales
 
         if not path.exists():
@@ -458,7 +528,7 @@ class _Int8:
         except ArtifactError as error:
             self.reporter.note(f"calibrating again: {error.message}")
             return None
-        if other := scales.differences(saved, about):
+        if other := scales.differences(saved, origin):
             self.reporter.note(f"calibrating again: {path} was made with other {', '.join(other)}")
             return None
         self.reporter.note(f"scales of {path} are used again")
@@ -469,14 +539,15 @@ class _Int8:
         note = self.reporter.note
         if calibrated.ratios:
             tried = [ratio for name, ratio in calibrated.ratios.items() if name != "kept"]
-            biases = ", biases corrected" if calibrated.shifts else ""
-            count = len(calibrated.own)
-            own = f", {plural(count, 'tensor')} with a range of their own" if count else ""
+            biases = ", biases corrected" if calibrated.bias_corrections else ""
+            count = len(calibrated.overrides)
+            overrides = f", {plural(count, 'tensor')} with a range of their own" if count else ""
             note(
-                f"ranges by {calibrated.method}{biases}{own}: {calibrated.ratios['kept']:.1f} dB "
-                f"signal to noise at the logits (tried: {min(tried):.1f} to {max(tried):.1f})"
+                f"ranges by {calibrated.method}{biases}{overrides}: "
+                f"{calibrated.ratios['kept']:.1f} dB signal to noise at the logits "
+                f"(tried: {min(tried):.1f} to {max(tried):.1f})"
             )
-        equalized = {outlier.tensor for outlier in calibrated.mended}
+        equalized = {outlier.tensor for outlier in calibrated.equalized}
         entries: list[OutlierRecord] = []
         for outlier in calibrated.outliers:
             if outlier.tensor in equalized:
@@ -518,7 +589,7 @@ def calibration_batches(
     if spec is None and not any_images:
         reporter.warning(
             "no calibration images",
-            "calib/ holds none, so the INT8 scales come from random noise. "
+            "calib/ holds none, so the scales come from random noise. "
             "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
         )
         spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES

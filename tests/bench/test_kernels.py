@@ -57,10 +57,10 @@ def test_count_blocks_and_stages_are_in_order(net_file: Net) -> None:
     ]  # fmt: skip
     nameless = kernels.count(net_file("nameless")).kernels
     assert list(dict.fromkeys(k.block for k in nameless)) == [
-        "stem", "block1", "block2", "block3", "head",
+        "stem", "layer1.0", "layer2.0", "layer3.0", "head",
     ]  # fmt: skip
     assert list(dict.fromkeys(k.stage for k in nameless)) == [
-        "stem", "stage1", "stage2", "stage3", "head",
+        "stem", "layer1", "layer2", "layer3", "head",
     ]  # fmt: skip
     assert [k.multiply_adds for k in nameless] == [k.multiply_adds for k in named]
 

@@ -436,7 +436,9 @@ def test_a_failed_build_tells_what_the_builder_said_and_of_which_block(
 ) -> None:
     monkeypatch.setattr(preflight, "check_targets", lambda *_: None)
     out = tmp_path / "net.plan"
-    with pytest.raises(ArtifactError, match=r"the build failed \(at node fc: matmul in fc\).*SM75"):
+    with pytest.raises(
+        ArtifactError, match=r"the build failed \(at node fc: matmul in head\).*SM75"
+    ):
         build(onnx_file("resnet8", "fp32"), out, target=("sm_75",))
     assert not list(tmp_path.iterdir())
 

@@ -50,7 +50,7 @@ def test_a_type_of_unknown_width_has_no_size() -> None:
 def test_the_layers_are_kept_beside_the_plan(plan: Path) -> None:
     kept = layers.load(plan, read_sidecar(plan))
     assert kept.batches == (4,) and len(kept.convolutions) == 7 and len(kept.adds) == 3
-    assert {layer.stage for layer in kept.layers} == {"stem", "layer1", "layer2", "layer3", "fc"}
+    assert {layer.stage for layer in kept.layers} == {"stem", "layer1", "layer2", "layer3", "head"}
     assert sum(layer.role == "conv" for layer in kept.layers) == 7
 
 

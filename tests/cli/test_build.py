@@ -105,7 +105,7 @@ def test_inspect_shows_and_draws_the_layers(
     busy = [layer for layer in record["layers"] if layer["role"] != "idle"]
     assert len(titles) == len(busy) and root.get("role") == "img"
     text = "".join(root.itertext())
-    for stage in ("stem", "layer1", "layer2", "layer3", "fc"):
+    for stage in ("stem", "layer1", "layer2", "layer3", "head"):
         assert stage in text
 
 

@@ -87,7 +87,10 @@ def _rehashed_layers(path: Path) -> int:
 def _scales(path: Path) -> None:
     from rtresnet.quantization import scales
 
-    scales.differences(scales.read(path), dict.fromkeys(scales.ABOUT))
+    origin = scales.ScalesOrigin(
+        onnx_sha256="", preprocessing={}, images="", images_sha256="", n=0, calibrator=""
+    )
+    scales.differences(scales.read(path), origin)
 
 
 def _image(path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.quantization import autofix
-from rtresnet.quantization.autofix import Repair, fix
-from rtresnet.quantization.bitwise_equal import same_bits
+from rtresnet.quantization.autofix import Repair, bitwise_equal, fix
 from rtresnet.quantization.lint import lint
 from rtresnet.quantization.lint_rules import Finding
 
@@ -232,5 +231,5 @@ def test_two_zeros_of_different_sign_are_not_the_same_bits() -> None:
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
-    assert same_bits(constant(0.0), constant(0.0))
-    assert not same_bits(constant(0.0), constant(-0.0))
+    assert bitwise_equal(constant(0.0), constant(0.0))
+    assert not bitwise_equal(constant(0.0), constant(-0.0))

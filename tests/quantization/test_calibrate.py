@@ -13,9 +13,15 @@ from rtresnet.core.errors import DataError, UnknownNameError
 from rtresnet.onnxlib.metadata import BRANCH_RANGES
 from rtresnet.quantization import calibrate as calibrate_module
 from rtresnet.quantization import calibrators, qdq
-from rtresnet.quantization.calibrate import MOST_HELD, SMALL_HELD, calibrate, hold_back, observe
+from rtresnet.quantization.calibrate import (
+    MAX_HELD_OUT,
+    SMALL_HELD_OUT,
+    calibrate,
+    hold_out,
+    observe,
+)
 from rtresnet.quantization.equalization import OUTLIER
-from rtresnet.quantization.simulate import Simulation, noise_ratio, session
+from rtresnet.quantization.simulate import Simulation, make_session, noise_ratio
 
 METHODS = tuple(calibrators.METHODS)
 
@@ -99,7 +105,7 @@ def test_auto_passes_once_too_and_keeps_the_method_of_least_noise(
     tried = {name: ratio for name, ratio in found.ratios.items() if name != "kept"}
     assert len(tried) == 2 * len(METHODS)
     best = max(tried, key=lambda name: tried[name])
-    assert best.startswith(found.method) and ("biases" in best) == bool(found.shifts)
+    assert best.startswith(found.method) and ("biases" in best) == bool(found.bias_corrections)
     assert found.ratios["kept"] >= tried[best]
 
 
@@ -108,10 +114,10 @@ def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
 ) -> None:
     batch = images(64, 32)
     found = calibrate(model, tensors, lambda: [batch])
-    held, others = hold_back([batch])
+    held, others = hold_out([batch])
     list(others)
-    reference = session(model).run(None, {"images": held[0]})[0]
-    logits = session(found.quantized()).run(None, {"images": held[0]})[0]
+    reference = make_session(model).run(None, {"images": held[0]})[0]
+    logits = make_session(found.quantized()).run(None, {"images": held[0]})[0]
     assert noise_ratio(reference, logits) == pytest.approx(found.ratios["kept"], abs=0.05)
 
 
@@ -149,7 +155,7 @@ def test_what_python_holds_does_not_grow_with_the_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No batch is kept but those held back; benchmarks/calibration.py takes the whole process."""
-    monkeypatch.setattr(calibrate_module, "SMALL_HELD", 16)  # two batches' share
+    monkeypatch.setattr(calibrate_module, "SMALL_HELD_OUT", 16)  # two batches' share
 
     def peak(count: int) -> int:
         def batches() -> Iterator[np.ndarray]:
@@ -172,21 +178,21 @@ def test_a_single_tensor_may_get_a_range_of_its_own(
 ) -> None:
     batch = images(48, 32, 5)
     best = calibrate(model, tensors, lambda: [batch])
-    monkeypatch.setattr(calibrate_module, "SMALL_TRIES", 0)
+    monkeypatch.setattr(calibrate_module, "SMALL_TRIALS", 0)
     for_all = calibrate(model, tensors, lambda: [batch])
-    assert best.own and not for_all.own and best.method == for_all.method
+    assert best.overrides and not for_all.overrides and best.method == for_all.method
     assert best.ratios["kept"] > for_all.ratios["kept"] + calibrate_module.GAIN
     for name in tensors:
-        factor = best.own.get(name, 1.0)
+        factor = best.overrides.get(name, 1.0)
         assert best.scales[name] == pytest.approx(factor * for_all.scales[name])
 
 
-@pytest.mark.parametrize(("size", "most"), [(8, SMALL_HELD), (72, MOST_HELD)])
+@pytest.mark.parametrize(("size", "most"), [(8, SMALL_HELD_OUT), (72, MAX_HELD_OUT)])
 def test_images_held_back_are_not_calibrated_on_and_none_is_lost(
     images: Images, size: int, most: int
 ) -> None:
     batches = [images(16, size, seed) for seed in range(40)]
-    held, others = hold_back(batches)
+    held, others = hold_out(batches)
     rest = list(others)
     assert sum(map(len, held)) == most
     assert sum(map(len, rest)) == 640 - most
@@ -315,15 +321,15 @@ def test_a_channel_a_hundred_times_larger_is_brought_down_and_costs_nothing(
 ) -> None:
     batch, fresh = images(64, 32), images(32, 32, 9)
     outlying = rescaled(model, 100)
-    reference = session(model).run(None, {"images": fresh})[0]
-    same = session(outlying).run(None, {"images": fresh})[0]
+    reference = make_session(model).run(None, {"images": fresh})[0]
+    same = make_session(outlying).run(None, {"images": fresh})[0]
     assert np.allclose(reference, same, atol=1e-4)
     ratio = {}
     for name, given, method in (
         ("whole", model, "auto"), ("naive", outlying, "max"), ("ours", outlying, "auto")
     ):  # fmt: skip
         found = calibrate(given, tensors, lambda: [batch], method)
-        logits = Simulation(found.model, (), found.shifts).logits([fresh], found.scales)
+        logits = Simulation(found.model, (), found.bias_corrections).logits([fresh], found.scales)
         ratio[name] = noise_ratio(reference, logits)
         seen = [outlier.tensor for outlier in found.outliers]
         assert ("layer2.0.relu1" in seen) == (name != "whole")
@@ -341,7 +347,7 @@ def test_equalizing_leaves_the_function_as_it_is(
     equal, mended = equalize(outlying, found)
     assert [outlier.tensor for outlier in mended] == ["layer2.0.relu1"]
     assert mended[0].channels == (5,) and mended[0].times > OUTLIER
-    first, second = (session(m).run(None, {"images": batch})[0] for m in (outlying, equal))
+    first, second = (make_session(m).run(None, {"images": batch})[0] for m in (outlying, equal))
     assert np.allclose(first, second, atol=1e-4)
     again = observe(equal, tensors, [batch])["layer2.0.relu1"]
     assert again.largest == pytest.approx(np.delete(again.channels, 5).max(), rel=1e-4)
@@ -350,21 +356,21 @@ def test_equalizing_leaves_the_function_as_it_is(
 def test_shifted_biases_take_the_mean_error_off_every_channel(
     model: onnx.ModelProto, tensors: list[str], images: Images
 ) -> None:
-    from rtresnet.quantization.bias_correction import bias_shifts
+    from rtresnet.quantization.equalization import bias_corrections
 
     batch = images(64, 32) + 1  # with a mean, or there is nothing to correct
     found = observe(model, tensors, [batch])
     # Of the first convolution: exact input, rounded weights.
     name, scales = "conv1", {"images": 1e-4}
     rest = [node.name for node in model.graph.node if node.name != name]
-    exact = session(model, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
+    exact = make_session(model, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
     errors = []
-    for shifts in ({}, bias_shifts(model, found)):
+    for shifts in ({}, bias_corrections(model, found)):
         written = qdq.insert(model, scales, rest, shifts)
         for node in written.graph.node:  # its input in float: only the weights are at issue
             if node.name == name:
                 node.input[0] = "images"
-        mean = session(written, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
+        mean = make_session(written, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
         errors.append(np.abs(mean - exact).mean())
     assert errors[1] < errors[0] / 3
 
@@ -375,7 +381,7 @@ def test_a_node_that_stays_in_float_keeps_its_bias(
     found = calibrate(model, tensors, lambda: [images(64, 32) + 1])
     shifts = {node.name: np.ones(node_channels(model, node)) for node in model.graph.node
               if node.op_type == "Conv"}  # fmt: skip
-    kept = dataclasses.replace(found, shifts=shifts).quantized(["layer1.0.conv1"])
+    kept = dataclasses.replace(found, bias_corrections=shifts).quantized(["layer1.0.conv1"])
     biases = {t.name: numpy_helper.to_array(t) for t in kept.graph.initializer}
     before = {t.name: numpy_helper.to_array(t) for t in found.model.graph.initializer}
     for name, moved in (("layer1.0.conv1", 0), ("layer1.0.conv2", 1)):

@@ -5,7 +5,7 @@ import pytest
 
 from rtresnet.core.errors import DataError
 from rtresnet.quantization import calibrators
-from rtresnet.quantization.histogram import BINS, SAMPLE, Histogram
+from rtresnet.quantization.calibrators import BINS, SAMPLE, Histogram
 
 
 def histogram(samples: np.ndarray, batches: int = 1) -> Histogram:

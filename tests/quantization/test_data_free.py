@@ -9,8 +9,7 @@ import pytest
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import metadata
 from rtresnet.quantization import calibrators, qdq
-from rtresnet.quantization.calibrate import from_ranges, observe
-from rtresnet.quantization.data_free import ranges
+from rtresnet.quantization.calibrate import calibrate_data_free, observe, sample_activations
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
@@ -21,7 +20,7 @@ LOW, HIGH = np.full(3, -2.0), np.full(3, 2.0)
 def test_every_tensor_gets_a_scale(exported: Exported, options: dict[str, str]) -> None:
     model = exported("resnet8", 32, **options)
     tensors = list(qdq.placement(model))
-    found = from_ranges(model, ranges(model, tensors, LOW, HIGH))
+    found = calibrate_data_free(model, tensors, LOW, HIGH)
     assert set(found.scales) == set(tensors)
     assert all(np.isfinite(scale) and scale > 0 for scale in found.scales.values())
     found.quantized()
@@ -29,11 +28,11 @@ def test_every_tensor_gets_a_scale(exported: Exported, options: dict[str, str]) 
 
 def test_the_input_has_the_range_of_its_pixels(exported: Exported) -> None:
     model = exported("resnet8", 32)
-    found = ranges(model, ["images"], np.array([-2.0, -1, 0]), np.array([2.0, 1, 2.5]))
+    found = sample_activations(model, ["images"], np.array([-2.0, -1, 0]), np.array([2.0, 1, 2.5]))
     assert found["images"].largest == pytest.approx(2.5, abs=0.01)
 
 
-def test_ranges_are_those_of_images_where_batch_norms_tell_the_truth(
+def test_ranges_match_those_of_images_if_the_statistics_are_theirs(
     exported: Exported, images: Images
 ) -> None:
     import torch
@@ -51,24 +50,24 @@ def test_ranges_are_those_of_images_where_batch_norms_tell_the_truth(
     net.train()(torch.from_numpy(batch))  # the statistics become those of the batch
     model = to_onnx(fold(net.eval()), size=32, name="resnet8")
     tensors = [name for name in qdq.placement(model) if name != "images"]
-    guessed, seen = ranges(model, tensors, LOW, HIGH), observe(model, tensors, [batch])
+    guessed, seen = sample_activations(model, tensors, LOW, HIGH), observe(model, tensors, [batch])
     for name in tensors:
-        if "flatten" in name:  # pooling is taken to change nothing: on the wide side
+        if "flatten" in name:  # pooling is assumed to change nothing: on the wide side
             assert calibrators.mse(guessed[name]) > calibrators.mse(seen[name])
             continue
         ratio = calibrators.mse(guessed[name]) / calibrators.mse(seen[name])
         assert 0.6 < ratio < 1.7, (name, ratio)
 
 
-def test_a_file_that_says_nothing_of_its_batch_norms_needs_images(exported: Exported) -> None:
+def test_a_file_without_batch_norm_statistics_needs_images(exported: Exported) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(exported("resnet8", 32))
     del model.metadata_props[:]
-    with pytest.raises(ArtifactError, match="need images"):
-        ranges(model, ["images"], LOW, HIGH)
+    with pytest.raises(ArtifactError, match="needs images"):
+        sample_activations(model, ["images"], LOW, HIGH)
 
 
-def test_norms_survive_their_text_and_damage_is_told() -> None:
+def test_statistics_survive_encoding_and_damage_is_an_error() -> None:
     given = {"conv1": (np.arange(4, dtype=np.float32), np.ones(4, np.float32))}
     back = metadata.NORM_STATISTICS.decode(metadata.NORM_STATISTICS.encode(given))
     assert np.array_equal(back["conv1"], given["conv1"])

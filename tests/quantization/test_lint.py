@@ -389,7 +389,7 @@ def test_a_finding_says_what_happens_and_what_mends_it(good: Editor) -> None:
     unsigned(good)
     (entry,) = lint(good.model)
     assert isinstance(entry, Finding)
-    assert "TensorRT reads it as int8" in entry.consequence and "int8" in entry.mend
+    assert "int8" in entry.consequence and "int8" in entry.fix
 
 
 class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]

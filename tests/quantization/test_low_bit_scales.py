@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet.quantization import low_bit_scales, qdq
-from rtresnet.quantization.simulate import session
+from rtresnet.quantization import formats, qdq
+from rtresnet.quantization.simulate import make_session
 
 pytest.importorskip("onnxruntime")
 
@@ -37,20 +37,20 @@ def significant_bits(numbers: np.ndarray) -> int:
 class TestFewBits:
     def test_nearest(self, bits: int) -> None:
         numbers = some()
-        found = low_bit_scales.nearest(numbers.view(np.int32), bits).view(np.float32)
+        found = formats.round_to_bits(numbers.view(np.int32), bits).view(np.float32)
         assert significant_bits(found) == bits
         spacing = np.ldexp(1.0, np.frexp(numbers)[1] - bits)
         assert (np.abs(found - numbers.astype(np.float64)) <= spacing / 2).all()
 
     def test_at_least(self, bits: int) -> None:
         numbers = some()
-        found = low_bit_scales.at_least(numbers.view(np.int32), bits).view(np.float32)
+        found = formats.round_up_to_bits(numbers.view(np.int32), bits).view(np.float32)
         assert significant_bits(found) == bits
         assert (found >= numbers).all()
         spacing = np.ldexp(1.0, np.frexp(numbers)[1] - bits)
         assert (found - numbers.astype(np.float64) < spacing).all()
 
-    @pytest.mark.parametrize("rounding", [low_bit_scales.nearest, low_bit_scales.at_least])
+    @pytest.mark.parametrize("rounding", [formats.round_to_bits, formats.round_up_to_bits])
     def test_once_is_enough_and_torch_does_the_same(
         self, rounding: Callable[..., np.ndarray], bits: int
     ) -> None:
@@ -94,12 +94,12 @@ def test_sums_are_the_same_in_any_order_and_are_exact() -> None:
     images = np.random.default_rng(2).normal(0, 2, (4, 64, 8, 8)).astype(np.float32)
     turned = np.ascontiguousarray(images[:, ::-1])
     found = {}
-    for exactly in (False, True):
-        written = qdq.insert(model, {"images": scale}, exactly=exactly)
-        (straight,) = session(written).run(None, {"images": images})
-        (other,) = session(in_another_order(written)).run(None, {"images": turned})
-        found[exactly] = np.array_equal(straight, other)
-        if exactly:
+    for low_bit in (False, True):
+        written = qdq.insert(model, {"images": scale}, low_bit=low_bit)
+        (straight,) = make_session(written).run(None, {"images": images})
+        (other,) = make_session(in_another_order(written)).run(None, {"images": turned})
+        found[low_bit] = np.array_equal(straight, other)
+        if low_bit:
             constants = {t.name: numpy_helper.to_array(t) for t in written.graph.initializer}
             steps = np.clip(np.rint(images / constants["images.scale"]), -128, 127)
             units = (constants["images.scale"] * constants["w.scale"].astype(np.float64))[:, None]
@@ -114,13 +114,13 @@ def test_sums_are_the_same_in_any_order_and_are_exact() -> None:
 def test_what_is_written(exported: Exported) -> None:
     model = exported("resnet8", 32)
     scales = {name: 0.0123 * (1 + n) for n, name in enumerate(qdq.placement(model))}
-    written = qdq.insert(model, scales, exactly=True)
+    written = qdq.insert(model, scales, low_bit=True)
     constants = {t.name: numpy_helper.to_array(t) for t in written.graph.initializer}
     floats = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     for name, asked in scales.items():
         scale = constants[f"{name}.scale"]
         assert significant_bits(scale) <= 3 and abs(scale / asked - 1) <= 1 / 9
-        assert float(scale) == low_bit_scales.scale(asked) == low_bit_scales.scale(float(scale))
+        assert float(scale) == formats.low_bit_scale(asked) == formats.low_bit_scale(float(scale))
     weighted = [node for node in written.graph.node if node.op_type in ("Conv", "Gemm")]
     assert len(weighted) == 8
     for node in weighted:

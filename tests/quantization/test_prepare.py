@@ -17,7 +17,7 @@ from rtresnet.quantization import qdq
 from rtresnet.quantization.lint import lint
 from rtresnet.quantization.prepare import prepare
 from rtresnet.quantization.sensitivity import blocks
-from rtresnet.quantization.simulate import session
+from rtresnet.quantization.simulate import make_session
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
@@ -69,12 +69,12 @@ def test_a_foreign_net_becomes_a_folded_one_of_the_same_function(
     kinds = {node.op_type for node in prepared.graph.node}
     assert not kinds & {"BatchNormalization", "Identity", "Constant", "MatMul"} and "Gemm" in kinds
     assert all(node.name for node in prepared.graph.node) and len(prepared.graph.input) == 1
-    first, second = (session(m).run(None, {"images": batch})[0] for m in (foreign, prepared))
+    first, second = (make_session(m).run(None, {"images": batch})[0] for m in (foreign, prepared))
     assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
     places = qdq.placement(prepared)
     assert len(places) == len(qdq.placement(exported(name, size)))
     quantized = qdq.insert(prepared, dict.fromkeys(places, 0.1))
-    assert session(quantized).run(None, {"images": batch})[0].shape == first.shape
+    assert make_session(quantized).run(None, {"images": batch})[0].shape == first.shape
 
 
 @pytest.mark.parametrize("opset", [13, 17, 20])
@@ -102,7 +102,7 @@ def test_what_torch_exports_without_us_becomes_one_too(
     norms_there = any(node.op_type == "BatchNormalization" for node in foreign.graph.node)
     assert norms_there != folded
     prepared = prepare(foreign)
-    first, second = (session(m).run(None, {"images": batch})[0] for m in (foreign, prepared))
+    first, second = (make_session(m).run(None, {"images": batch})[0] for m in (foreign, prepared))
     assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
     places = qdq.placement(prepared)
     assert len(places) == 21  # 20 convolutions, the FC; three of 8 blocks' inputs feed two
@@ -142,17 +142,17 @@ def test_weights_that_several_nodes_share_are_changed_for_each_alone(images: Ima
     model.ir_version = 8
     prepared, batch = prepare(model), images(2, 8)
     assert [node.op_type for node in prepared.graph.node][-1] == "Gemm"
-    first, second = (session(m).run(None, {"images": batch})[0] for m in (model, prepared))
+    first, second = (make_session(m).run(None, {"images": batch})[0] for m in (model, prepared))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
     assert list(qdq.placement(prepared)) == ["images", "r1", "flat"]
 
 
 def test_blocks_are_found_without_names(exported: Exported) -> None:
     named = blocks(exported("resnet8", 32))
-    assert list(named) == ["stem", "layer1.0", "layer2.0", "layer3.0", "fc"]
+    assert list(named) == ["stem", "layer1.0", "layer2.0", "layer3.0", "head"]
     nameless = blocks(prepare(strange(exported("resnet8", 32))))
     assert [len(nodes) for nodes in nameless.values()] == [len(nodes) for nodes in named.values()]
-    assert list(nameless) == ["stem", "block1", "block2", "block3", "fc"]
+    assert list(nameless) == ["stem", "layer1.0", "layer2.0", "layer3.0", "head"]
 
 
 def test_what_batch_norm_knew_is_kept_while_folding(exported: Exported) -> None:

@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.quantization.qdq import Use, insert, placement, quantize_weight, weight_scales
+from rtresnet.quantization.formats import quantize_weight, weight_scales
+from rtresnet.quantization.qdq import Use, insert, placement
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -307,9 +308,9 @@ def test_a_missing_scale_is_refused_with_its_tensor(exported: Exported) -> None:
 
 def test_a_quantized_file_is_refused(quantized: Exported) -> None:
     model = quantized("resnet8", 32)
-    with pytest.raises(ArtifactError, match="quantized already"):
+    with pytest.raises(ArtifactError, match="already quantized"):
         placement(model)
-    with pytest.raises(ArtifactError, match="quantized already"):
+    with pytest.raises(ArtifactError, match="already quantized"):
         insert(model, {})
 
 

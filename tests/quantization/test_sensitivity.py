@@ -9,10 +9,10 @@ import pytest
 from onnx import numpy_helper
 
 from rtresnet.quantization import qdq
-from rtresnet.quantization.bias_correction import bias_shifts
 from rtresnet.quantization.calibrate import calibrate, observe, references
+from rtresnet.quantization.equalization import bias_corrections
 from rtresnet.quantization.sensitivity import blocks, sensitivity
-from rtresnet.quantization.simulate import Simulation, noise_ratio, session
+from rtresnet.quantization.simulate import Simulation, make_session, noise_ratio
 
 Exported = Callable[..., onnx.ModelProto]
 Images = Callable[..., np.ndarray]
@@ -50,7 +50,7 @@ def test_nodes_that_are_kept_are_in_float_weights_and_all(
     everything = [node for nodes in blocks(model).values() for node in nodes]
     assert qdq.placement(model, everything) == {}
     nothing = qdq.insert(model, {}, everything)
-    first, second = (session(m).run(None, {"images": batch})[0] for m in (model, nothing))
+    first, second = (make_session(m).run(None, {"images": batch})[0] for m in (model, nothing))
     assert np.array_equal(first, second)
 
 
@@ -59,7 +59,7 @@ def test_the_simulation_is_the_file_that_is_written(exported: Exported, images: 
     found = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
     keep = blocks(model)["layer1.0"]
     simulated = Simulation(model, keep).logits([batch], found.scales)
-    written = session(qdq.insert(model, found.scales, keep)).run(None, {"images": batch})[0]
+    written = make_session(qdq.insert(model, found.scales, keep)).run(None, {"images": batch})[0]
     assert noise_ratio(written, simulated) > 60
 
 
@@ -67,8 +67,8 @@ def test_a_block_left_in_float_keeps_its_own_biases(exported: Exported, images: 
     # A bias that makes up for rounded weights would be wrong where they are not rounded.
     model, batch = exported("resnet8", 32), images(96, 32) + 1
     found = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
-    shifts = bias_shifts(model, observe(model, [*found.scales], [batch]))
-    found = dataclasses.replace(found, shifts=shifts)
+    shifts = bias_corrections(model, observe(model, [*found.scales], [batch]))
+    found = dataclasses.replace(found, bias_corrections=shifts)
     keep = blocks(model)["layer1.0"]
     before, after = (
         {tensor.name: numpy_helper.to_array(tensor) for tensor in m.graph.initializer}

@@ -114,7 +114,7 @@ def test_backend_without_vnni_returns_the_files_logits(
         pytest.skip("OpenVINO is not installed, or offers no device on this CPU")
     size = 32 if name == "resnet8" else 64
     path, batch = onnx_file(name, "int8", size), 2 * images(8, size)
-    session = simulate.session(onnx.load(path))
+    session = simulate.make_session(onnx.load(path))
     (written,) = session.run(None, {session.get_inputs()[0].name: batch})
     logits, note = run(RUN, path, provider, batch, tmp_path, env)
     assert "conv1" in note

@@ -23,9 +23,9 @@ from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.resnet import ResNet
 from rtresnet.onnxlib import metadata
-from rtresnet.quantization import low_bit_scales, qdq
-from rtresnet.quantization.minmax_observer import Extents
-from rtresnet.quantization.simulate import noise_ratio, session
+from rtresnet.quantization import formats, qdq
+from rtresnet.quantization.calibrate import MinMaxObserver
+from rtresnet.quantization.simulate import make_session, noise_ratio
 from rtresnet.training import qat
 from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE
@@ -113,12 +113,15 @@ class TestRounding:
         weight[1] *= 1e-40  # less than a float32 scale can say
         weight[2].flat[:3] = 127, 0.5, 1.5  # scale 1, and ties
         bias = np.random.default_rng(1).standard_normal(shape[0]).astype(np.float32)
-        scales, scale = low_bit_scales.weight_scales(qdq.weight_scales(weight)), np.float32(0.0391)
-        stored = qdq.quantize_weight(weight, scales).astype(np.float32)
+        scales, scale = (
+            formats.low_bit_weight_scales(formats.weight_scales(weight)),
+            np.float32(0.0391),
+        )
+        stored = formats.quantize_weight(weight, scales).astype(np.float32)
         expected = stored * scales.reshape((-1,) + (1,) * (len(shape) - 1))
         got = qat.rounded(*map(torch.from_numpy, (weight, bias)), torch.tensor(scale))
         assert np.array_equal(got[0].numpy(), expected)
-        assert np.array_equal(got[1].numpy(), low_bit_scales.bias(bias, float(scale), scales))
+        assert np.array_equal(got[1].numpy(), formats.low_bit_bias(bias, float(scale), scales))
 
     def test_activations_are_onnx_runtimes_bit_for_bit(self) -> None:
         rng, scale = np.random.default_rng(0), np.float32(0.0373)
@@ -141,7 +144,7 @@ class TestRounding:
             ],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-        expected = session(model).run(None, {"x": values})[0]
+        expected = make_session(model).run(None, {"x": values})[0]
         got = qat.quantized(torch.from_numpy(values), torch.tensor(scale))
         assert np.array_equal(got.numpy(), expected)
 
@@ -246,28 +249,28 @@ class TestTheFile:
         saved = checkpoint.load(tuned / "runs/tuned/best.pt")
         assert saved.learned is not None
         fp32 = onnx.load(tuned / "engines/resnet8.onnx")
-        expected = qdq.insert(fp32, saved.learned.scales, exactly=True)
+        expected = qdq.insert(fp32, saved.learned.scales, low_bit=True)
         metadata.BRANCH_RANGES.set(expected, saved.learned.branches)
         assert undescribed(onnx.load(tuned / "engines/resnet8-int8.onnx")) == undescribed(expected)
         constants = {t.name: numpy_helper.to_array(t) for t in expected.graph.initializer}
         for name, scale in of_checkpoint(tuned / "runs/tuned/best.pt").named_scales().items():
-            assert float(constants[f"{name}.scale"]) == low_bit_scales.scale(scale)
+            assert float(constants[f"{name}.scale"]) == formats.low_bit_scale(scale)
 
     def test_it_says_how_far_its_branches_went(self, tuned: Path) -> None:
         """As the file itself computes them, on the images that the run took for it."""
         fake = of_checkpoint(tuned / "runs/tuned/best.pt").eval()
         fp32 = onnx.load(tuned / "engines/resnet8.onnx")
-        ends = Extents(fp32)
+        ends = MinMaxObserver(fp32)
         saved = checkpoint.load(tuned / "runs/tuned/best.pt")
         assert saved.learned is not None
-        assert list(saved.learned.branches) == list(ends.found) == list(fake.branches)
+        assert list(saved.learned.branches) == list(ends.ranges) == list(fake.branches)
         assert all(low < 0 < high for low, high in saved.learned.branches.values())
         batch = images(16)
         found = qat.branch_ranges(fake, [batch[:7], batch[7:]])
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
-        running = session(model, ends.outputs, ends.nodes)
-        ends.see(running.run(None, {"images": batch.numpy()}))
-        for name, pair in ends.found.items():
+        running = make_session(model, ends.outputs, ends.nodes)
+        ends.add(running.run(None, {"images": batch.numpy()}))
+        for name, pair in ends.ranges.items():
             assert found[name] == pytest.approx(pair, rel=1e-5)
 
     def test_its_weights_are_those_that_were_trained(self, tuned: Path) -> None:
@@ -298,7 +301,7 @@ class TestTheFile:
         pixels, _ = tinted_noise(400, seed=9)
         batch = checkpoint.load(tuned / "runs/tuned/best.pt").input.normalize(pixels)
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
-        written = session(model).run(None, {"images": batch})[0]
+        written = make_session(model).run(None, {"images": batch})[0]
         with torch.inference_mode():
             tensor = torch.from_numpy(batch)
             trained, plain = fake(tensor).numpy(), fake.net.eval()(tensor).numpy()
@@ -318,13 +321,13 @@ class TestTheFile:
         assert plain.calibration is None
         written = json.loads((tuned / result.calibration.scales).read_text())
         assert written["scales"] == {
-            name: low_bit_scales.scale(scale) for name, scale in saved.learned.scales.items()
+            name: formats.low_bit_scale(scale) for name, scale in saved.learned.scales.items()
         }
 
     def test_without_int8_it_is_the_float_net(self, tuned: Path) -> None:
         net = checkpoint.load(tuned / "runs/tuned/best.pt").net()
         model, batch = onnx.load(tuned / "engines/resnet8.onnx"), images(8)
-        got = session(model).run(None, {"images": batch.numpy()})[0]
+        got = make_session(model).run(None, {"images": batch.numpy()})[0]
         with torch.inference_mode():
             expected = net(batch).numpy()
         assert noise_ratio(expected, got) > 100
@@ -455,6 +458,6 @@ class TestRecords:
         net = checkpoint.untrained(zoo.spec("resnet8"), Preprocess.for_size(32))
         checkpoint.save("net.pt", dataclasses.replace(net, learned=record))
         assert main(["export", "--weights", "net.pt", "--int8", "--no-plan"]) == 2
-        assert "relu: scale None" in capsys.readouterr().err
+        assert "relu: unusable scale None" in capsys.readouterr().err
         assert not (tmp_path / "engines/resnet8-int8.onnx").exists()
         assert not (tmp_path / "calib").exists()
