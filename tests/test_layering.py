@@ -213,10 +213,6 @@ def test_a_missing_package_is_one_line_and_exit_code_3() -> None:
     assert "pip install 'rtresnet[train]'" in done.stderr
 
 
-# Files whose public signatures still have `dict[str, Any]`.
-UNTYPED = {"quantization/scales.py"}
-
-
 def public_annotations(node: ast.AST) -> Iterator[ast.expr]:
     """Annotations of public functions, methods and fields, and of constants."""
     for item in getattr(node, "body", []):
@@ -239,4 +235,4 @@ def public_annotations(node: ast.AST) -> Iterator[ast.expr]:
 def test_no_public_signature_has_a_dict_of_anything(path: Path) -> None:
     annotations = map(ast.unparse, public_annotations(ast.parse(path.read_text())))
     untyped = [text for text in annotations if "dict[str, Any]" in text]
-    assert bool(untyped) == (path.relative_to(ROOT).as_posix() in UNTYPED), untyped
+    assert not untyped

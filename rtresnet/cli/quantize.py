@@ -83,10 +83,14 @@ def command(
 def _show_blocks(gate: GateResult) -> None:
     from rtresnet.reporting import tables
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (block.name, f"{block.alone_db:.1f}", f"{block.gain_db:.2f}", f"{100 * block.weights:.1f}",
-         block.runs_in)
+         "" if block.int8_gain_db is None else f"{block.int8_gain_db:.2f}", block.runs_in)
         for block in gate.blocks
     ]  # fmt: skip
-    headings = ("block", "SNR alone, dB", "in float, dB gained", "% of weights", "runs in")
+    headings = ["block", "SNR alone, dB", "in float, dB gained", "% of weights",
+                "in INT8, dB gained", "runs in"]  # fmt: skip
+    if not any(block.int8_gain_db for block in gate.blocks):  # an INT8 file
+        rows = [(*row[:4], row[5]) for row in rows]
+        del headings[4]
     tables.show(common.out_console(), headings, rows)

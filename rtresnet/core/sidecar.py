@@ -230,13 +230,14 @@ class GateRecord(TypedDict, total=False):
 
 
 class BlockRecord(TypedDict, total=False):
-    """Noise of one block in INT8: see `workflows.accuracy_gate.BlockNoise`."""
+    """Noise of one quantized block: see `workflows.accuracy_gate.BlockNoise`."""
 
     name: str
     alone_db: float
     gain_db: float
     weights: float
     runs_in: str
+    int8_gain_db: float | None
 
 
 class OutlierRecord(TypedDict, total=False):
