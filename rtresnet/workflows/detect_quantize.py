@@ -65,6 +65,8 @@ def quantize_detector(
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
+    if config.precision == "fp8":
+        raise InputError(f"{source}: a detector, and FP8 is for classifiers", fix="use --int8")
     calibration, measured = None, Measurements()
     if config.precision == "fp16":
         result = mixed.to_half_except(model, float_nodes(model))
@@ -115,7 +117,7 @@ def _int8(
     for method in methods:
         scales = {name: float(s) for name, s in calibrate.scales_by(method, histograms).items()}
         quantized = qdq.insert(model, scales, keep)
-        if config.float_dtype == "fp16":
+        if config.wide_dtype == "fp16":
             quantized = mixed.to_half_except(quantized, float_nodes(quantized))
         score = 0.0
         if config.eval_data is not None:
@@ -139,7 +141,7 @@ def _int8(
     calibration = Calibration(
         method=method, images=str(config.calib), images_sha256=images.fingerprint, n=len(images),
         scales=scales_path.as_posix(), scales_sha256=atomic_io.sha256(scales_path),
-        rest=config.float_dtype,
+        rest=config.wide_dtype,
     )  # fmt: skip
     return quantized, calibration, measured
 
@@ -184,7 +186,7 @@ def _observe(
     model: Any, tensors: list[str], inputs: Iterator[dict[str, np.ndarray]], update: Any
 ) -> dict[str, Any]:
     """Histograms of the tensors' values over whole images."""
-    from rtresnet.quantization.calibrators import Histogram  # type: ignore[attr-defined]
+    from rtresnet.quantization.calibrators import Histogram
 
     session = _session(model, [name for name in tensors if name != "images"])
     histograms = {name: Histogram(name) for name in tensors}
