@@ -9,6 +9,7 @@ the expected one. Independent of the kind of server.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,8 @@ import uvloop
 
 
 @dataclass(kw_only=True)
-class Measured:
-    """What one run saw.
+class LoadResult:
+    """Latencies and failures of one run.
 
     Attributes:
         latencies: Seconds from the intended arrival to the whole answer.
@@ -36,7 +37,7 @@ class Measured:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
-    def p(self, share: float) -> float:
+    def quantile_ms(self, share: float) -> float:
         """A quantile of the latencies in milliseconds."""
         return float(np.quantile(self.latencies, share)) * 1000 if self.latencies else np.inf
 
@@ -46,11 +47,37 @@ class Measured:
         return len(self.latencies) / self.seconds
 
 
+def binary_request(
+    path: str, image: np.ndarray, identity: str = "", parameters: dict[str, int] | None = None
+) -> bytes:
+    """A whole HTTP request of the Open Inference Protocol: one image, binary in both directions."""
+    header = {
+        "id": identity,
+        "parameters": parameters or {},
+        "inputs": [{"name": "images", "datatype": "FP32", "shape": [1, *image.shape],
+                    "parameters": {"binary_data_size": image.nbytes}}],
+        "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
+    }  # fmt: skip
+    head = json.dumps(header).encode()
+    return post(path, head + image.tobytes(), f"Inference-Header-Content-Length: {len(head)}\r\n")
+
+
+def post(path: str, body: bytes, fields: str = "") -> bytes:
+    """A whole HTTP request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
 class Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection with one request at a time."""
+    """One HTTP/1.1 connection with one request at a time.
+
+    Attributes:
+        unexpected: Bytes that came without a request.
+    """
 
     def __init__(self) -> None:
         self.transport: Any = None
+        self.unexpected = 0
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -64,7 +91,13 @@ class Connection(asyncio.Protocol):
         return self._answer
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        if self._answer is None or self._answer.done():
+            self.unexpected += len(data)
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._answer.set_exception(ConnectionError(str(error)))
 
     def on_body(self, body: bytes) -> None:
         self._body += body
@@ -107,7 +140,7 @@ class Client:
         _, connection = await loop.create_connection(Connection, "127.0.0.1", self._port)
         return connection
 
-    async def _one(self, intended: float, measured: Measured) -> None:
+    async def _one(self, intended: float, measured: LoadResult) -> None:
         index = self._next = (self._next + 1) % len(self._requests)
         problem = ""
         try:
@@ -126,9 +159,9 @@ class Client:
         if problem:
             measured.failed[problem] = measured.failed.get(problem, 0) + 1
 
-    async def _open(self, rate: float, seconds: float, seed: int) -> Measured:
+    async def _open(self, rate: float, seconds: float, seed: int) -> LoadResult:
         gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds))
-        measured, tasks = Measured(), []
+        measured, tasks = LoadResult(), []
         begin, cpu = time.perf_counter() + 0.05, time.process_time()
         for intended in begin + np.cumsum(gaps):
             while (left := intended - time.perf_counter()) > 0:
@@ -139,8 +172,8 @@ class Client:
         measured.cpu_seconds = time.process_time() - cpu
         return measured
 
-    async def _closed(self, callers: int, seconds: float) -> Measured:
-        measured, begin, cpu = Measured(), time.perf_counter(), time.process_time()
+    async def _closed(self, callers: int, seconds: float) -> LoadResult:
+        measured, begin, cpu = LoadResult(), time.perf_counter(), time.process_time()
 
         async def caller() -> None:
             while (now := time.perf_counter()) < begin + seconds:
@@ -151,17 +184,17 @@ class Client:
         measured.cpu_seconds = time.process_time() - cpu
         return measured
 
-    def open_loop(self, rate: float, seconds: float, seed: int) -> Measured:
+    def open_loop(self, rate: float, seconds: float, seed: int) -> LoadResult:
         """Poisson arrivals at `rate` requests/s."""
         return self._run(self._open(rate, seconds, seed))
 
-    def closed_loop(self, callers: int, seconds: float) -> Measured:
+    def closed_loop(self, callers: int, seconds: float) -> LoadResult:
         """`callers` requests under way at any time."""
         return self._run(self._closed(callers, seconds))
 
-    def _run(self, work: Any) -> Measured:
-        async def once() -> Measured:
-            measured: Measured = await work
+    def _run(self, work: Any) -> LoadResult:
+        async def once() -> LoadResult:
+            measured: LoadResult = await work
             for connection in self._idle:
                 connection.transport.close()
             self._idle.clear()

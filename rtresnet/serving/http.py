@@ -29,7 +29,7 @@ from rtresnet.core.metrics import softmax
 from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import DATATYPES, InferRequest, TooLargeError
+from rtresnet.serving.protocol import DATATYPES, ClientGoneError, InferRequest, TooLargeError
 from rtresnet.serving.repository import Answered, Model, Repository, chain
 
 log = logging.getLogger("rtresnet.serve")
@@ -64,6 +64,8 @@ class _LimitedBody:
                 message = await asyncio.wait_for(receive(), end - time.monotonic())
             except asyncio.TimeoutError:
                 raise InputError(f"no body within {BODY_SECONDS:g} s") from None
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError("the client closed the connection")
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > self._limit:
