@@ -15,6 +15,12 @@ from rtresnet.core import gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
 
 SHOWN = 5
+# TensorRT-RTX 1.7: the parser refuses the first and the last, and the build fails for the second.
+BOX_OPERATORS = ("RoiAlign", "NonMaxSuppression", "NonZero")
+BOX_FIX = (
+    "export the detector as plain operations, as rtresnet train --task detect and rtresnet export "
+    "do; or let the net end before them and run them on the CPU"
+)
 
 
 def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
@@ -37,11 +43,31 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
         )
     if not network.num_inputs or not network.num_outputs:  # what it makes of some other files
         raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
+    _require_buildable(trt, network, source)
     if any("UINT8 zero_point" in warning for warning in log.warnings):
         raise ArtifactError(
             f"{source}: quantized to uint8, which TensorRT reads as int8 with only a warning: it "
             "would compute other numbers than ONNX Runtime",
             fix=f"see: rtresnet lint {source}",
+        )
+
+
+def _require_buildable(trt: Any, network: Any, source: Path) -> None:
+    """Refuses NonMaxSuppression for TensorRT-RTX, which parses it and then fails in the build.
+
+    Raises:
+        ArtifactError: The network has such a layer.
+    """
+    kind = getattr(getattr(trt, "LayerType", None), "NMS", None)
+    if kind is None or not hasattr(trt, "ComputeCapability"):
+        return
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    names = [layer.name for layer in layers if layer.type == kind]
+    if names:
+        raise ArtifactError(
+            f"{source}: TensorRT-RTX parses NonMaxSuppression and cannot build it: "
+            f"{', '.join(names[:SHOWN])}",
+            fix=BOX_FIX,
         )
 
 
@@ -87,10 +113,12 @@ def _unsupported(trt: Any, maker: Any, log: Any, source: Path, data: bytes) -> A
     if len(errors) > SHOWN:
         named.append(f"and {len(errors) - SHOWN} more")
     one = len(errors) == 1
+    fix = f"export the net without {'it' if one else 'them'}: rtresnet export, rtresnet quantize"
+    operators = {error.node_operator() for error in errors}
     return ArtifactError(
         f"{source}: TensorRT does not support {len(errors)} of its {rest + len(errors)} nodes: "
         + "; ".join(named),
-        fix=f"export the net without {'it' if one else 'them'}: rtresnet export, rtresnet quantize",
+        fix=BOX_FIX if operators & set(BOX_OPERATORS) else fix,
     )
 
 

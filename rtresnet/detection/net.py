@@ -20,7 +20,10 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection import boxes
 from rtresnet.models import zoo
-from rtresnet.models.resnet import BasicBlock, Bottleneck, ResNet
+from rtresnet.models.nets import Net
+from rtresnet.models.resnet import BLOCKS, BasicBlock, Bottleneck, ResNet
+from rtresnet.models.vgg import VGG
+from rtresnet.models.zoo import VGG_HIDDEN
 
 STRIDE = 16
 SAMPLES = 2  # of RoIAlign, along each axis of a bin
@@ -166,28 +169,47 @@ class Detector(nn.Module):
         backbone: A classifier of the zoo; its last layer is left out.
         spec: Sizes and numbers of boxes.
         classes: Number of classes, the background not counted.
+
+    Raises:
+        InputError: Regions of a size that the backbone's head does not take.
     """
 
-    def __init__(self, backbone: ResNet, spec: Detection, classes: int) -> None:
+    def __init__(self, backbone: Net, spec: Detection, classes: int) -> None:
         super().__init__()
         self.spec, self.classes = spec, classes
-        for name, module in backbone.named_children():
-            if name not in ("fc", "avgpool", "flatten"):
-                self.add_module(name, module)
-        self.stages = list(backbone.stages)
-        shared, features = _channels(self, self.stages[-2]), backbone.fc.in_features
-        if spec.pool not in (7, 14):
-            raise InputError(f"pool={spec.pool}: 7 or 14 is possible")
-        if spec.pool == 7:
-            _without_stride(getattr(self, self.stages[-1])[0])
+        sizes = (7,) if isinstance(backbone, VGG) else (7, 14)
+        if spec.pool not in sizes:
+            raise InputError(
+                f"pool={spec.pool}: {' or '.join(map(str, sizes))} is possible",
+                fix=f"--set pool={sizes[0]}",
+            )
+        if isinstance(backbone, VGG):
+            # The 13 convolutions without the last pooling; fc6 and fc7.
+            self.shared_names, self.head_names = ("features",), ("flatten", "classifier")
+            self.features = backbone.features[:-1]
+            self.classifier = backbone.classifier[:-1]
+            convolutions = [m for m in self.features if isinstance(m, nn.Conv2d)]
+            shared = convolutions[-1].out_channels
+            self._parts = backbone.leading_parts()[:-1]
+        else:
+            stages = tuple(backbone.stages)
+            self.shared_names = ("conv1", "bn1", "relu", "maxpool", *stages[:-1])
+            self.head_names = (stages[-1], "avgpool", "flatten")
+            for name, module in backbone.named_children():
+                if name not in ("fc", "avgpool", "flatten"):
+                    self.add_module(name, module)
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+            shared = _channels(self, stages[-2])
+            if spec.pool == 7:
+                _without_stride(getattr(self, stages[-1])[0])
+            self._parts = backbone.leading_parts()[:-1]
+        self.flatten = nn.Flatten(1)
         hidden = max(16, round(HIDDEN * spec.width))
         self.rpn = RegionProposalNet(shared, hidden, 3 * len(spec.anchors))
         self.proposals = Proposals(spec, spec.rounds)
         self.align = Align(spec.pool)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten(1)
-        self.score = nn.Linear(features, classes + 1)
-        self.offset = nn.Linear(features, 4 * classes)
+        self.score = nn.Linear(backbone.fc.in_features, classes + 1)
+        self.offset = nn.Linear(backbone.fc.in_features, 4 * classes)
         self.select = Select(spec, classes)
         for layer, std in (
             (self.rpn.conv, 0.01), (self.rpn.score, 0.01), (self.rpn.offset, 0.01),
@@ -201,17 +223,19 @@ class Detector(nn.Module):
     def shared(self, images: Tensor) -> Tensor:
         """Normalized images [N, 3, H, W] to the map of stride 16 [N, C, H / 16, W / 16]."""
         x = images
-        for name in ("conv1", "bn1", "relu", "maxpool", *self.stages[:-1]):
+        for name in self.shared_names:
             x = self.get_submodule(name)(x)
         return x
 
     def leading_parts(self) -> list[list[nn.Module]]:
-        """The stem and the shared stages: what `freeze` of a recipe counts."""
-        return [[self.conv1, self.bn1], *([getattr(self, name)] for name in self.stages[:-1])]
+        """The shared parts, as the backbone counts them: what `freeze` of a recipe counts."""
+        return self._parts
 
     def head(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """Features of regions [R, C, pool, pool] to logits [R, K + 1] and offsets [R, 4K]."""
-        x = self.flatten(self.avgpool(getattr(self, self.stages[-1])(crops)))
+        x = crops
+        for name in self.head_names:
+            x = self.get_submodule(name)(x)
         return self.score(x), self.offset(x)
 
     def forward(self, images: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -251,7 +275,7 @@ def build(spec: zoo.Spec, detection: Detection, classes: int, *, device: str = "
     """Makes a detector with freshly initialized weights.
 
     Args:
-        spec: The backbone, an ImageNet net.
+        spec: The backbone, an ImageNet or a VGG net.
         detection: Sizes and numbers of boxes.
         classes: Number of classes, the background not counted.
         device: "meta" makes shapes only.
@@ -259,17 +283,23 @@ def build(spec: zoo.Spec, detection: Detection, classes: int, *, device: str = "
     Raises:
         InputError: A CIFAR net, whose maps have another stride.
     """
-    if spec.family != "imagenet":
+    if spec.family not in ("imagenet", "vgg"):
         raise InputError(
             f"{spec.name}: has no layers of stride 16 to share", fix="as in --backbone resnet50"
         )
     with torch.device(device):
         widths = [max(4, round(width * detection.width)) for width in spec.widths]
-        backbone = ResNet(
-            block=Bottleneck if spec.block == "bottleneck" else BasicBlock,
-            counts=spec.counts, widths=widths, stem=spec.family, shortcut=spec.shortcut,
-            stride_in=spec.stride_in, num_classes=1,
-        )  # fmt: skip
+        backbone: Net
+        if spec.family == "vgg":
+            backbone = VGG(
+                counts=spec.counts, widths=widths, batch_norm=spec.batch_norm, num_classes=1,
+                hidden=max(16, round(VGG_HIDDEN * detection.width)),
+            )  # fmt: skip
+        else:
+            backbone = ResNet(
+                block=BLOCKS[spec.block], counts=spec.counts, widths=widths, stem=spec.family,
+                shortcut=spec.shortcut, stride_in=spec.stride_in, num_classes=1,
+            )  # fmt: skip
         return Detector(backbone, detection, classes)
 
 

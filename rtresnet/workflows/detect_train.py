@@ -39,7 +39,7 @@ class TrainDetectorConfig(Config):
 
     backbone: str | None = option(
         None,
-        "Net whose convolutions the detector shares, an ImageNet net that `rtresnet models` lists.",
+        "Net whose convolutions the detector shares: an ImageNet or VGG net of `rtresnet models`.",
         default_text="resnet50, or the weights'",
     )
     data: str = option(
@@ -214,6 +214,8 @@ def _fresh(
         )  # fmt: skip
     elif config.data.startswith("coco:"):
         detection = Detection(anchors=(64.0, 128.0, 256.0, 512.0))
+    if spec.family == "vgg":
+        detection = dataclasses.replace(detection, pool=7)
     default = recipes.SCRATCH if start is None else recipes.PAPER
     recipe = recipes.named(config.recipe) if config.recipe else default
     settings = [

@@ -68,6 +68,7 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
         ("resnet18", {"canvas": (128, 96)}),
         ("resnet50", {"pool": 14, "width": 0.125}),
         ("plain18", {"anchors": (32.0,)}),
+        ("vgg16", {"width": 0.125}),
     ],
 )
 def test_file_gives_the_detections_of_torch_and_of_the_twin(

@@ -15,7 +15,8 @@ SMALL = Detection(anchors=(32.0, 64.0), pool=7, width=0.25, candidates=200, regi
 
 
 @pytest.mark.parametrize(
-    ("name", "pool"), [("resnet18", 7), ("resnet50", 14), ("plain18", 7), ("resnet50", 7)]
+    ("name", "pool"),
+    [("resnet18", 7), ("resnet50", 14), ("plain18", 7), ("vgg16", 7), ("vgg16_bn", 7)],
 )
 def test_detector_outputs_have_fixed_shapes(name: str, pool: int) -> None:
     import dataclasses
@@ -47,6 +48,17 @@ def test_detector_at_pool_7_has_no_stride_in_the_last_stage() -> None:
     assert net.layer4(crops).shape == (5, 2048, 7, 7)
     net = detector.build(zoo.spec("resnet50"), Detection(pool=14), 2, device="meta")
     assert net.layer4(torch.empty(5, 1024, 14, 14, device="meta")).shape == (5, 2048, 7, 7)
+
+
+def test_detector_of_vgg_keeps_the_classifiers_names_and_fc_layers() -> None:
+    classifier = zoo.build(zoo.spec("vgg16"), device="meta").state_dict()
+    own = detector.build(zoo.spec("vgg16"), Detection(pool=7), 20, device="meta").state_dict()
+    shared = {name for name in classifier if not name.startswith("classifier.6.")}
+    assert shared <= own.keys()
+    assert all(own[name].shape == classifier[name].shape for name in shared)
+    assert own["score.weight"].shape == (21, 4096)
+    with pytest.raises(InputError):
+        detector.build(zoo.spec("vgg16"), Detection(pool=14), 2, device="meta")
 
 
 def test_build_cifar_net_is_refused() -> None:
