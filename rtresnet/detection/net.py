@@ -185,10 +185,11 @@ class Detector(nn.Module):
             )
         if isinstance(backbone, VGG):
             # The 13 convolutions without the last pooling; fc6 and fc7.
-            self.shared_names, self.head_names = ("features",), ("flatten", "classifier")
+            self.shared_names: tuple[str, ...] = ("features",)
+            self.head_names: tuple[str, ...] = ("flatten", "classifier")
             self.features = backbone.features[:-1]
             self.classifier = backbone.classifier[:-1]
-            convolutions = [m for m in self.features if isinstance(m, nn.Conv2d)]
+            convolutions = [m for m in backbone.features if isinstance(m, nn.Conv2d)]
             shared = convolutions[-1].out_channels
             self._parts = backbone.leading_parts()[:-1]
         else:
