@@ -20,6 +20,7 @@ class TorchDetector:
 
     provider = "torch"
     size: int | None = None
+    batch = 1
     input_dtype: np.dtype[Any] = np.dtype("float32")
     layout: Literal["nchw", "nhwc"] = "nchw"
 

@@ -231,9 +231,11 @@ def candidate(session: Session, workload: Workload, batch: int) -> Candidate:
             [workload.images[(number * batch + i) % len(workload.images)] for i in range(batch)]
             for number in range(count)
         ]
-        serve = _from_bytes(session)
+        serve = _detects_bytes(session) if session.detection else _from_bytes(session)
         serve(encoded[0])  # reports a broken image or unknown preprocessing before the clock starts
         return Candidate(serve=serve, requests=encoded, timings=session.backend.timings)
+    if session.detection is not None:
+        return _detector(session, workload.seed)
     first = session.example(batch, seed=workload.seed)
     count = max(1, min(POOL, POOL_BYTES // first.nbytes))
     others = [session.example(batch, seed=workload.seed + n) for n in range(1, count)]
@@ -241,6 +243,38 @@ def candidate(session: Session, workload: Workload, batch: int) -> Candidate:
         serve=session, requests=[first, *others], timings=session.backend.timings,
         pipeline=workload.pipeline_of(session),
     )  # fmt: skip
+
+
+def _detector(session: Session, seed: int) -> Candidate:
+    """Prepares images of noise that fill a detector's canvas.
+
+    Raises:
+        InputError: Its backend runs no detectors.
+    """
+    import numpy as np
+
+    from rtresnet.bench.workload import Candidate
+    from rtresnet.workflows.detect_export import default_canvas
+
+    spec, run = session.detection, getattr(session.backend, "detect", None)
+    assert spec is not None
+    if run is None:
+        raise InputError(f"{session.path}: {session.backend.provider} runs no detectors yet")
+    canvas = spec.canvas or default_canvas(spec)
+    rng = np.random.default_rng(seed)
+    requests = [
+        (rng.standard_normal((1, 3, *canvas), dtype=np.float32), np.array([canvas], np.float32))
+        for _ in range(4)
+    ]
+    return Candidate(
+        serve=lambda request: run(*request), requests=requests, timings=session.backend.timings
+    )
+
+
+def _detects_bytes(session: Session) -> Callable[[Sequence[tuple[str, bytes]]], object]:
+    from rtresnet.data.decode import decode
+
+    return lambda encoded: [session.detect(decode(name, data)) for name, data in encoded]
 
 
 def _from_bytes(session: Session) -> Callable[[Sequence[tuple[str, bytes]]], object]:
