@@ -138,6 +138,7 @@ class Detection:
         canvas: Height and width that a file takes, of which an image fills the upper left part;
             None for a checkpoint, which takes any.
         anchors: Square roots of the anchors' areas, in pixels; each has three ratios.
+        anchor_offset: Centre of the first anchors, in strides.
         pool: Side of a region's features after RoIAlign; at 7 the last stage of a residual net has
             stride 1, at 14 stride 2.
         width: Factor on the number of channels of every layer.
@@ -154,6 +155,7 @@ class Detection:
     longer: int = 1000
     canvas: tuple[int, int] | None = None
     anchors: tuple[float, ...] = (128.0, 256.0, 512.0)
+    anchor_offset: float = 0.5
     pool: int = 14
     width: float = 1.0
     candidates: int = 1000

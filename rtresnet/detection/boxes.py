@@ -66,22 +66,25 @@ def clip(boxes: Tensor, extent: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def anchors(height: int, width: int, stride: int, sizes: Sequence[float]) -> Tensor:
+def anchors(
+    height: int, width: int, stride: int, sizes: Sequence[float], offset: float = 0.5
+) -> Tensor:
     """Anchors [height * width * 3 * sizes, 4] of a map, position by position.
 
     Each position has every size with the ratios 1:2, 1:1 and 2:1 (height to width) and the same
-    area, centred on the middle of the position's stride x stride pixels.
+    area, by default centred on the middle of the position's stride x stride pixels.
 
     Args:
         height: Rows of the feature map.
         width: Its columns.
         stride: Pixels between two positions.
         sizes: Square root of the areas, in pixels.
+        offset: Centre of the first anchors, in strides.
     """
     shapes = [(s / math.sqrt(r), s * math.sqrt(r)) for s in sizes for r in (0.5, 1.0, 2.0)]
     base = torch.tensor([[-w / 2, -h / 2, w / 2, h / 2] for w, h in shapes])
-    y = (torch.arange(height) + 0.5) * stride
-    x = (torch.arange(width) + 0.5) * stride
+    y = (torch.arange(height) + offset) * stride
+    x = (torch.arange(width) + offset) * stride
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     centres = torch.stack([grid_x, grid_y, grid_x, grid_y], -1).reshape(-1, 1, 4)
     return (centres + base).reshape(-1, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.detection import foreign
 from rtresnet.detection import net as nets
 from rtresnet.detection.net import Detector
 from rtresnet.models import checkpoint
@@ -12,11 +13,15 @@ from rtresnet.models.checkpoint import Checkpoint
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a detector that `rtresnet train --task detect` wrote.
+    """Reads a detector that `rtresnet train --task detect` wrote, or one of detectron2 (C4).
 
     Raises:
         ArtifactError: Not one, broken, or not matching its sidecar.
+        InputError: A .pkl file.
     """
+    imported = foreign.load(path)
+    if imported is not None:
+        return imported
     loaded = checkpoint.load(path, detector=True)
     build(loaded, name=os.fspath(path))
     return loaded

@@ -242,7 +242,7 @@ class DetectorWriter(NodeWriter):
         steps = self.op("Reshape", "offsets.kinds", offsets, [kinds, 4, rows, columns])
         steps = self.op("Transpose", "offsets.last", steps, perm=[2, 3, 0, 1])
         steps = self.op("Reshape", "offsets.flat", steps, [total, 4])
-        base = boxes.anchors(rows, columns, STRIDE, spec.anchors)
+        base = boxes.anchors(rows, columns, STRIDE, spec.anchors, spec.anchor_offset)
         size = base[:, 2:] - base[:, :2]
         centre = base[:, :2] + size / 2
         decoded = self.decode(steps, centre.numpy(), size.numpy(), extent, (1, 1, 1, 1))

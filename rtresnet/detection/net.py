@@ -69,7 +69,9 @@ class Proposals(nn.Module):
     def decoded(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N] and boxes [N, 4] of all anchors, position by position."""
         flat, steps = flattened(scores, offsets)
-        base = boxes.anchors(scores.shape[2], scores.shape[3], STRIDE, self.spec.anchors)
+        base = boxes.anchors(
+            scores.shape[2], scores.shape[3], STRIDE, self.spec.anchors, self.spec.anchor_offset
+        )
         decoded = boxes.clip(boxes.decode(steps, base.to(scores)), extent[0])
         return torch.where(boxes.area(decoded) > 0, flat, -1e4), decoded
 

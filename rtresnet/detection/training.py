@@ -300,7 +300,11 @@ class _Run:
             scores, offsets = self.net.rpn(features)
         features, scores, offsets = features.float(), scores.float(), offsets.float()
         base = boxes.anchors(
-            scores.shape[2], scores.shape[3], STRIDE, self.job.detection.anchors
+            scores.shape[2],
+            scores.shape[3],
+            STRIDE,
+            self.job.detection.anchors,
+            self.job.detection.anchor_offset,
         ).to(scores)
         rpn_total = scores.new_zeros(2)
         crops, classes, targets, positives, first = [], [], [], [], 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rtresnet.core import artifacts
 from rtresnet.core.errors import ArtifactError, InputError
@@ -43,13 +43,16 @@ def is_detector(path: str | os.PathLike[str]) -> bool:
 def _is_detector_checkpoint(path: Path) -> bool:
     import torch
 
-    if path.suffix.lower() == ".safetensors":
-        return False
-    try:
-        payload: Any = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # a broken file raises almost anything; loading it reports it
-        return False
-    return isinstance(payload, dict) and "detection" in payload
+    from rtresnet.detection import foreign
+
+    if path.suffix.lower() != ".safetensors":
+        try:
+            payload: object = torch.load(path, map_location="meta", weights_only=True)
+        except Exception:  # a broken file raises almost anything; loading it reports it
+            return False
+        if isinstance(payload, dict) and "rtresnet" in payload:
+            return "detection" in payload
+    return foreign.read_state(path) is not None
 
 
 def load_checkpoint(path: Path, device: str) -> Session:
