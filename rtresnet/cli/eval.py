@@ -56,9 +56,7 @@ def command(
     from rtresnet.workflows.detect import is_detector
 
     if any(is_detector(path) for path in paths):
-        if report is not None:
-            raise InputError("--report does not go with a detector", fix="leave it out")
-        _evaluate_detectors(paths, data, config, record, runtime, json_file)
+        _evaluate_detectors(paths, data, config, record, runtime, report, json_file)
         return
 
     if report is not None:
@@ -83,11 +81,12 @@ def _evaluate_detectors(
     config: EvaluateConfig,
     record: bool | None,
     runtime: RuntimeConfig,
+    report: Path | None,
     json_file: str | None,
 ) -> None:
     from rtresnet.cli.console import REPORTER
     from rtresnet.cli.train import average_precision
-    from rtresnet.workflows.detect_evaluate import evaluate_detector
+    from rtresnet.workflows import detect_evaluate
 
     if len(paths) > 1:
         raise InputError("detectors form no ensemble", fix="evaluate one at a time")
@@ -97,9 +96,9 @@ def _evaluate_detectors(
             raise InputError(f"--{name} does not go with a detector", fix="leave it out")
     if config.split == "all":
         raise InputError("--split all does not go with a detector", fix="--split train or test")
-    result = evaluate_detector(
+    result = detect_evaluate.evaluate_detector(
         paths[0], data, split=config.split, runtime=runtime, record=record is not False,
-        reporter=REPORTER,
+        details=report is not None, reporter=REPORTER,
     )  # fmt: skip
     common.say(
         f"{result.artifact}: {average_precision(result)}  [{result.precision}, "
@@ -111,6 +110,11 @@ def _evaluate_detectors(
     if result.invalid:
         notes.append(f"{result.invalid} boxes of the data have no area and were left out.")
     common.footer(notes)
+    if report is not None:
+        from rtresnet.reporting import detection
+
+        page = detection.write_detection(report, result, detect_evaluate.pictures(result))
+        common.say(f"page: {page}")
     common.write_json(json_file, "eval", result)
 
 

@@ -179,6 +179,38 @@ def _match(
     return detections.scores[chosen], hit, counted, int((~ignored).sum())
 
 
+def errors(
+    targets: Targets, detections: Detections, threshold: float = 0.5, least: float = 0.5
+) -> tuple[list[int], list[int]]:
+    """What is wrong in one image, for people: missed objects and wrong detections.
+
+    Args:
+        targets: Its objects.
+        detections: Its detections.
+        threshold: IoU from which a detection of the same class is right.
+        least: Score from which a detection counts.
+
+    Returns:
+        Indices of objects that no detection has, and of detections that have no object.
+    """
+    shared = overlaps(detections.boxes, targets.boxes, targets.crowd)
+    free = np.ones(len(targets.labels), bool)
+    wrong = []
+    for row in np.flatnonzero(detections.scores >= least):
+        same = (targets.labels == detections.labels[row]) & (shared[row] >= threshold)
+        usable = np.flatnonzero(same & (free | targets.ignored))
+        if len(usable):
+            free[usable[int(shared[row][usable].argmax())]] = False
+        else:
+            wrong.append(int(row))
+    return np.flatnonzero(free & ~targets.ignored).tolist(), wrong
+
+
+def envelope(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Largest precision at each of COCO's 101 recalls or a higher one; 0 if not reached."""
+    return np.array([precision[recall >= point].max(initial=0) for point in RECALLS])
+
+
 def voc_curve(
     targets: Sequence[Targets], detections: Sequence[Detections], label: int, threshold: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray, int]:

@@ -13,10 +13,66 @@ from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.detect import require_detector
+from rtresnet.workflows.detect_predict import DetectedObject
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from rtresnet.core.canvas import Detections
+    from rtresnet.detection.data import DetectionSource, Targets
     from rtresnet.runtime.session import Session
+
+SHOWN = 12  # images of each gallery of a page
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecallCurve:
+    """Precision of one class at recalls 0, 0.01, ... 1, at IoU 0.5.
+
+    Attributes:
+        name: The class.
+        objects: Number of its objects.
+        precision: From 0 to 1; 0 for recalls that are not reached.
+    """
+
+    name: str
+    objects: int
+    precision: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedImage:
+    """Right and wrong detections with a score of 0.5 or more in one image.
+
+    Attributes:
+        index: In the data.
+        place: Its file, or data set and index.
+        found: Right detections.
+        wrong: Other detections.
+        missed: Objects without a detection.
+    """
+
+    index: int
+    place: str
+    found: tuple[DetectedObject, ...]
+    wrong: tuple[DetectedObject, ...]
+    missed: tuple[DetectedObject, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionReport:
+    """What a page shows besides average precision.
+
+    Attributes:
+        curves: A curve for each class with objects.
+        samples: The first images.
+        worst: The images with most errors, without images that have none.
+    """
+
+    curves: tuple[PrecisionRecallCurve, ...]
+    samples: tuple[ReportedImage, ...]
+    worst: tuple[ReportedImage, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +98,7 @@ class EvaluateDetectorResult:
         classes: `ap50` of each class.
         unsettled: Boxes for which non-maximum suppression may not have been finished.
         invalid: Boxes of the data that have no area and were left out.
+        report: Curves and images for a page; None without `details`.
         runtime: Where it ran.
     """
 
@@ -63,6 +120,7 @@ class EvaluateDetectorResult:
     classes: dict[str, float | None]
     unsettled: int
     invalid: int
+    report: DetectionReport | None
     runtime: RuntimeInfo = flattened()
 
 
@@ -73,6 +131,7 @@ def evaluate_detector(
     split: Literal["train", "test"] = "test",
     runtime: RuntimeConfig | None = None,
     record: bool = True,
+    details: bool = False,
     reporter: Reporter = reporter.DEFAULT,
 ) -> EvaluateDetectorResult:
     """Measures average precision by VOC's and COCO's rules.
@@ -83,6 +142,7 @@ def evaluate_detector(
         split: Part of the data; COCO files are one part.
         runtime: Where the artifact runs.
         record: Whether the sidecar receives the result.
+        details: Whether the result has a `report`.
         reporter: Receives progress and defects of the data.
 
     Returns:
@@ -115,12 +175,81 @@ def evaluate_detector(
             voc07=accuracy.voc07, voc=accuracy.voc, ap=accuracy.ap, ap50=accuracy.ap50,
             ap75=accuracy.ap75, small=accuracy.small, medium=accuracy.medium, large=accuracy.large,
             classes=accuracy.classes, unsettled=sum(entry.unsettled for entry in detections),
-            invalid=len(source.invalid), runtime=session.info,
+            invalid=len(source.invalid),
+            report=_report(source, detections) if details else None, runtime=session.info,
         )  # fmt: skip
     if record and artifacts.sidecar_path(path).exists():
         measured = accuracy.record(data, split, result.data_sha256)
         artifacts.update_measured(path, {"average_precision": measured})
     return result
+
+
+def _report(source: DetectionSource, detections: list[Detections]) -> DetectionReport:
+    from rtresnet.detection import metrics
+
+    curves = []
+    for label, name in enumerate(source.classes):
+        recall, precision, objects = metrics.voc_curve(source.targets, detections, label)
+        if objects:
+            values = tuple(float(value) for value in metrics.envelope(recall, precision))
+            curves.append(PrecisionRecallCurve(name=name, objects=objects, precision=values))
+    images = [
+        _reported(source, index, targets, entry)
+        for index, (targets, entry) in enumerate(zip(source.targets, detections, strict=True))
+    ]
+    bad = [image for image in images if image.wrong or image.missed]
+    bad.sort(key=lambda image: -len(image.wrong) - len(image.missed))
+    return DetectionReport(
+        curves=tuple(curves), samples=tuple(images[:SHOWN]), worst=tuple(bad[:SHOWN])
+    )
+
+
+def _reported(
+    source: DetectionSource, index: int, targets: Targets, detections: Detections
+) -> ReportedImage:
+    from rtresnet.detection import metrics
+
+    def objects(boxes: Any, labels: Any, scores: Any, rows: Any) -> tuple[DetectedObject, ...]:
+        return tuple(
+            DetectedObject(
+                box=(float(b[0]), float(b[1]), float(b[2]), float(b[3])),
+                label=source.classes[int(labels[row])],
+                score=float(scores[row]),
+            )
+            for row in rows
+            for b in [boxes[row]]
+        )
+
+    missed, wrong = metrics.errors(targets, detections)
+    count = int((detections.scores >= 0.5).sum())  # sorted by score
+    right = [row for row in range(count) if row not in wrong]
+    own = (detections.boxes, detections.labels, detections.scores)
+    return ReportedImage(
+        index=index,
+        place=source.origins[index],
+        found=objects(*own, right),
+        wrong=objects(*own, wrong),
+        missed=objects(targets.boxes, targets.labels, [1.0] * len(targets.labels), missed),
+    )
+
+
+def pictures(result: EvaluateDetectorResult) -> dict[int, np.ndarray]:
+    """Images of a result's report with boxes: right ones green, wrong ones red, missed ones blue.
+
+    Returns:
+        uint8 [H, W, 3] by index.
+    """
+    from rtresnet.detection.data import open_detection
+    from rtresnet.detection.drawing import drawn
+
+    assert result.report is not None
+    source = open_detection(result.data, result.split)
+    images = {}
+    for entry in (*result.report.samples, *result.report.worst):
+        groups = (("#2563eb", entry.missed), ("#16a34a", entry.found), ("#dc2626", entry.wrong))
+        boxes = [(o.box, o.label, None, colour) for colour, group in groups for o in group]
+        images[entry.index] = drawn(source.read(entry.index), boxes)
+    return images
 
 
 def detect_images(session: Session, source: Any) -> Any:

@@ -160,3 +160,13 @@ def test_voc_difficult_objects_neither_count_nor_punish() -> None:
     result = metrics.evaluate(objects, detected, ("a",))
     assert result.objects == 1
     assert result.voc07 == pytest.approx(100) and result.ap50 == pytest.approx(100)
+
+
+def test_errors_names_missed_objects_and_wrong_detections() -> None:
+    objects = targets(((0, 0, 10, 10), 0), ((50, 50, 60, 60), 1))
+    detected = detections(
+        ((0, 0, 10, 9), 0, 0.9), ((0, 0, 10, 10), 0, 0.8), ((50, 50, 60, 60), 0, 0.7),
+        ((50, 50, 60, 60), 1, 0.2),
+    )  # fmt: skip
+    assert metrics.errors(objects, detected) == ([1], [1, 2])
+    assert metrics.errors(objects, detected, least=0.1) == ([], [1, 2])

@@ -96,7 +96,9 @@ def test_commands_of_a_detector(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = str(run.checkpoint)
-    assert main(["eval", path, "--data", "shapes:4", "--no-record"]) == 0
+    assert main(["eval", path, "--data", "shapes:4", "--no-record", "--report", "page"]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "Precision and recall" in page and page.count("<img") >= 4
     assert main(["predict", path, str(images), "--draw", "out", "--json", "p.json"]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 2
     assert main(["train", "--task", "detect", "--out", str(run.checkpoint.parent), "--resume"]) == 0
