@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 import rtresnet
-from rtresnet.core import hardware
+from rtresnet.core import canvas, hardware
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.sidecar import Detection
-from rtresnet.detection import training
+from rtresnet.core.sidecar import Detection, DetectionParityRecord
+from rtresnet.detection import checkpoint, evaluate, parity, training
 from rtresnet.detection.data import open_detection
 from rtresnet.detection.recipe import SCRATCH
 from rtresnet.models import zoo
@@ -73,9 +73,23 @@ def main() -> None:
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def parity_of(best: Path, exported: rtresnet.ExportResult) -> DetectionParityRecord:
+    """Detections of the FP32 file against those of torch, on the 100 test images."""
+    sidecar = rtresnet.read_sidecar(exported.path)
+    assert sidecar is not None and sidecar.detection is not None
+    run = evaluate.torch_run(checkpoint.build(checkpoint.load(best)))
+    source, total = open_detection("shapes:400", "test"), parity.DetectionParity()
+    with rtresnet.load(exported.path, provider="cpu", threads=1) as session:
+        for index in range(len(source)):
+            images, extent = canvas.to_canvas(source.read(index), sidecar.detection, sidecar.input)
+            outputs = session.backend.detect(images, extent)
+            total += parity.compare(run(images, extent), outputs, 0.05)
+    return total.record()
+
+
 def precisions(kept: Path, seeds: list[int]) -> None:
     """Average precision of the exported files on the test images, in ONNX Runtime."""
-    rows = []
+    rows, parities = [], []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             exported = rtresnet.export(
@@ -83,6 +97,7 @@ def precisions(kept: Path, seeds: list[int]) -> None:
                 rtresnet.ExportConfig(precisions=("fp32", "fp16", "int8")),
                 quantize=rtresnet.QuantizeConfig(calib="shapes:64", calib_images=64),
             )  # fmt: skip
+            parities.append({"seed": seed} | parity_of(kept / f"seed{seed}" / "best.pt", exported))
             for entry in exported.onnx:
                 runtime = rtresnet.RuntimeConfig(provider="cpu", threads=1)
                 result = rtresnet.evaluate_detector(entry.path, "shapes:400", runtime=runtime)
@@ -99,7 +114,8 @@ def precisions(kept: Path, seeds: list[int]) -> None:
         "what": "the nets of detection_shapes.json as ONNX files in ONNX Runtime, 100 test images, "
         "INT8 calibrated on 64 training images",
         "device": hardware.cpu(), "versions": hardware.versions(("rtresnet", "onnxruntime")),
-        "int8_loses_ap": {"mean": statistics.mean(drops), "largest": max(drops)}, "rows": rows,
+        "int8_loses_ap": {"mean": statistics.mean(drops), "largest": max(drops)},
+        "parity_of_fp32_file_and_torch": parities, "rows": rows,
     }  # fmt: skip
     path = Path("benchmarks/results/detection_precisions.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
