@@ -34,6 +34,7 @@ INTEGER_OPERATORS = (
     "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QGemm",
     "MatMulIntegerToFloat",
 )  # fmt: skip
+BOX_OPERATORS = ("RoiAlign", "NonMaxSuppression", "NonZero")
 FP8 = TensorProto.FLOAT8E4M3FN
 FP8_LARGEST = 448.0
 OTHER_FP8 = (
@@ -61,6 +62,11 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
         finding("integer-operator", label(node), detail=node.op_type)
         for node in index.nodes
         if node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear")
+    ]
+    findings += [
+        finding("box-operator", label(node), detail=node.op_type)
+        for node in index.nodes
+        if node.op_type in BOX_OPERATORS
     ]
     if index.quantizers():
         if index.opset < 13:

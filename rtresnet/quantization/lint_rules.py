@@ -146,6 +146,12 @@ RULES = {
         "an operator that TensorRT does not support",
         "quantize in the Q/DQ format: QuantizeLinear and DequantizeLinear around float operators",
     ),
+    "box-operator": (
+        "error",
+        "an operator that TensorRT-RTX does not build",
+        "write boxes with plain operations, as rtresnet train --task detect and rtresnet export "
+        "do, or let the net end before it",
+    ),
     "opset": (
         "error",
         "an opset below 13, in which Q and DQ have no axis for per-channel weights",

@@ -8,6 +8,7 @@ import pytest
 
 from rtresnet.builder import engine, targets
 from rtresnet.core.errors import ArtifactError
+from rtresnet.quantization.lint import lint
 
 onnx = pytest.importorskip("onnx")
 
@@ -50,3 +51,10 @@ def test_build_box_operator_is_refused_by_name(op: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=op) as caught:
         engine.check(path, builder="rtx")
     assert caught.value.fix is not None and "rtresnet export" in caught.value.fix
+
+
+@pytest.mark.parametrize("op", ["RoiAlign", "NonMaxSuppression", "NonZero"])
+def test_lint_box_operator_is_an_error(op: str) -> None:
+    findings = lint(one_operator(op))
+    assert [(entry.rule, entry.severity) for entry in findings] == [("box-operator", "error")]
+    assert op in findings[0].consequence

@@ -342,7 +342,7 @@ def test_one_flaw_is_one_finding(
 def test_every_rule_is_tried_here() -> None:
     tried = {rule for _, expected in CASES for _, rule, _ in expected}
     in_fp8 = {"fp8-type", "fp8-overflow", "fp8-targets", "mixed-kernel", "mixed-add"}  # test_fp8.py
-    elsewhere = {"float-file", "float-pool", *in_fp8}
+    elsewhere = {"box-operator", "float-file", "float-pool", *in_fp8}  # tests/detection
     assert tried | elsewhere == set(RULES)
 
 
