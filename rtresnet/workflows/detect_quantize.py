@@ -1,6 +1,6 @@
-"""FP16 and INT8 files of a detector: the convolutions change, boxes and coordinates stay float32.
+"""FP16, INT8 and FP8 files of a detector: boxes and coordinates stay float32.
 
-INT8 is calibrated on whole images. The accuracy gate compares average precision.
+INT8 and FP8 are calibrated on whole images. The accuracy gate compares average precision.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def quantize_detector(
     scales_path: Path | None,
     reporter: Reporter,
 ) -> Sidecar:
-    """Writes the FP16 or INT8 version of a detector's FP32 file.
+    """Writes the FP16, INT8 or FP8 version of a detector's FP32 file.
 
     Args:
         source: The FP32 file.
@@ -65,8 +65,6 @@ def quantize_detector(
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
-    if config.precision == "fp8":
-        raise InputError(f"{source}: a detector, and FP8 is for classifiers", fix="use --int8")
     calibration, measured = None, Measurements()
     if config.precision == "fp16":
         result = mixed.to_half_except(model, float_nodes(model))
@@ -94,13 +92,18 @@ def _int8(
     import json
 
     from rtresnet.quantization import calibrate, mixed, qdq
+    from rtresnet.quantization.formats import FORMATS
 
+    number_format = FORMATS[config.precision]
     if config.calib in (None, "none"):
         raise InputError(
             f"{source}: a detector is calibrated on images",
             fix="--calib FOLDER, or voc:DIR, coco:JSON:IMAGES or shapes:N",
         )
-    keep = float_nodes(model, SCOPES)
+    # TensorRT-RTX has no FP8 kernel for the first convolution.
+    fp8 = config.precision == "fp8" and not config.fp8_stem
+    excluded = tuple(qdq.stem(model)) if fp8 else ()
+    keep = float_nodes(model, SCOPES) | set(excluded)
     images = _Images(str(config.calib), config.calib_images)
     tensors = list(qdq.placement(model, keep))
     doing = f"calibrating on {plural(len(images), 'image')} of {config.calib}"
@@ -115,8 +118,11 @@ def _int8(
     if config.eval_data is not None:
         reference = _average_precision(model, sidecar, config.eval_data, reporter)
     for method in methods:
-        scales = {name: float(s) for name, s in calibrate.scales_by(method, histograms).items()}
-        quantized = qdq.insert(model, scales, keep)
+        scales = {
+            name: float(s)
+            for name, s in calibrate.scales_by(method, histograms, number_format).items()
+        }
+        quantized = qdq.insert(model, scales, keep, number_format=number_format)
         if config.wide_dtype == "fp16":
             quantized = mixed.to_half_except(quantized, float_nodes(quantized))
         score = 0.0
@@ -129,8 +135,8 @@ def _int8(
     score, method, quantized, scales = max(tried, key=lambda entry: entry[0])
     if reference is not None and reference - score > config.max_drop:
         raise CheckFailedError(
-            f"{source}: INT8 loses {reference - score:.2f} points of average precision on "
-            f"{config.eval_data}, more than {config.max_drop:g}",
+            f"{source}: {config.precision.upper()} loses {reference - score:.2f} points of average "
+            f"precision on {config.eval_data}, more than {config.max_drop:g}",
             fix="calibrate on more images, or write FP16: --fp16",
         )
     record = {
@@ -141,7 +147,7 @@ def _int8(
     calibration = Calibration(
         method=method, images=str(config.calib), images_sha256=images.fingerprint, n=len(images),
         scales=scales_path.as_posix(), scales_sha256=atomic_io.sha256(scales_path),
-        rest=config.wide_dtype,
+        kept=excluded, rest=config.wide_dtype,
     )  # fmt: skip
     return quantized, calibration, measured
 

@@ -196,6 +196,20 @@ def test_build_detector_attests_every_convolution(
         assert is_detector(tmp_path / f"{entry.precision}.plan")
 
 
+@pytest.mark.slow
+def test_quantize_detector_to_fp8_builds_all_but_the_first_convolution(
+    exported: rtresnet.ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not targets.available():
+        pytest.skip("no TensorRT builder")
+    monkeypatch.chdir(tmp_path)
+    config = rtresnet.QuantizeConfig(precision="fp8", calib="shapes:4")
+    rtresnet.quantize(exported.path, config, out="a.onnx")
+    plan = rtresnet.build("a.onnx", rtresnet.BuildConfig(targets=("sm_89",))).plan
+    assert plan.attested is not None
+    assert sum(plan.attested.dtypes.values()) == 23 and plan.attested.dtypes["Half"] == 1
+
+
 def test_quantize_detector_gate_compares_average_precision(
     exported: rtresnet.ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
