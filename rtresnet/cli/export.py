@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,10 +22,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 
 
 @click.command("export")
-@click.option(
-    "--model", metavar="MODEL",
-    help="Architecture, one of those that `rtresnet models` lists.  [default: that of the weights]",
-)  # fmt: skip
+@config_options(ExportConfig, leave_out=("precisions", "plan"))
 @click.option(
     "--weights",
     metavar="FILE|imagenet|untrained",
@@ -49,7 +48,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 @click.option("--no-plan", is_flag=True, help="Stop at the ONNX files.  [default: build plans]")
 @common.json_option
 def command(
-    model: str | None,
+    config: ExportConfig,
     weights: str | None,
     fp32: bool,
     fp16: bool,
@@ -72,9 +71,14 @@ def command(
     from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.export import export
 
-    asked = (("fp32", fp32), ("fp16", fp16), ("int8", int8), ("fp8", fp8))
-    precisions = tuple(name for name, wanted in asked if wanted) or ("fp16",)
-    config = ExportConfig(model=model, precisions=precisions, plan=not no_plan)  # type: ignore[arg-type]
+    asked: dict[Literal["fp32", "fp16", "int8", "fp8"], bool] = {
+        "fp32": fp32,
+        "fp16": fp16,
+        "int8": int8,
+        "fp8": fp8,
+    }
+    precisions = tuple(name for name, wanted in asked.items() if wanted) or ("fp16",)
+    config = dataclasses.replace(config, precisions=precisions, plan=not no_plan)
     result = export(
         weights, out, config, quantize=quantize, build=build, embed=embed, stated=stated,
         reporter=REPORTER,

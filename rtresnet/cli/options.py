@@ -22,7 +22,6 @@ def config_options(
     *,
     argument: str = "config",
     leave_out: Collection[str] = (),
-    construct: bool = True,
 ) -> Callable[[F], F]:
     """Decorates a command with one option for each field of a config.
 
@@ -33,8 +32,6 @@ def config_options(
         config: Class whose fields are made with `core.config.option`.
         argument: Name of the command's parameter that receives the config.
         leave_out: Fields that are not options of this command; they keep their defaults.
-        construct: Whether the command receives a config; else a dict of the options' values, for
-            a command that determines further fields.
     """
     fields = [entry for entry in options_of(config) if entry[0].name not in leave_out]
 
@@ -42,8 +39,7 @@ def config_options(
         @functools.wraps(function)
         def command(*args: Any, **values: Any) -> Any:
             chosen = {field.name: values.pop(field.name) for field, _, _ in fields}
-            value = config(**chosen) if construct else chosen
-            return function(*args, **{argument: value}, **values)
+            return function(*args, **{argument: config(**chosen)}, **values)
 
         decorated: Any = command
         for field, hint, about in reversed(fields):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,7 +22,7 @@ from rtresnet.workflows.quantize import QuantizeConfig
 @click.option("--int8", is_flag=True, help="Write INT8.  [default: on]")
 @click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) instead of INT8.  [default: off]")
 @click.option("--fp16", is_flag=True, help="Write FP16 instead of INT8.  [default: off]")
-@config_options(QuantizeConfig, argument="values", leave_out=("precision",), construct=False)
+@config_options(QuantizeConfig, leave_out=("precision",))
 @config_options(InputConfig, argument="stated")
 @click.option(
     "--out",
@@ -33,7 +35,7 @@ def command(
     int8: bool,
     fp8: bool,
     fp16: bool,
-    values: dict[str, object],
+    config: QuantizeConfig,
     stated: InputConfig,
     out: Path | None,
     json_file: str | None,
@@ -49,11 +51,12 @@ def command(
     from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.quantize import quantize
 
-    asked = [name for name, wanted in (("int8", int8), ("fp8", fp8), ("fp16", fp16)) if wanted]
+    flags: dict[Literal["int8", "fp8", "fp16"], bool] = {"int8": int8, "fp8": fp8, "fp16": fp16}
+    asked = [name for name, wanted in flags.items() if wanted]
     if len(asked) > 1:
-        flags = " and ".join(f"--{name}" for name in asked)
-        raise InputError(f"{flags} are {len(asked)} files", fix="run it once for each")
-    config = QuantizeConfig(**values, precision=(asked or ["int8"])[0])  # type: ignore[arg-type]
+        named = " and ".join(f"--{name}" for name in asked)
+        raise InputError(f"{named} are {len(asked)} files", fix="run it once for each")
+    config = dataclasses.replace(config, precision=asked[0] if asked else "int8")
     try:
         result = quantize(source, config, out=out, stated=stated, reporter=REPORTER)
     except AccuracyCheckFailedError as failed:
