@@ -85,10 +85,12 @@ class Block(nn.Module):
         add: The addition; None in a plain net.
         dropped: Whether the residual function is left out, so that only the shortcut remains:
             set for a step by stochastic depth, and by `study lesions`.
+        scale: Factor on the residual function, set for a step by stochastic depth.
     """
 
     expansion = 1
     dropped = False
+    scale = 1.0
     downsample: nn.Module | None
     add: Add | None
 
@@ -115,6 +117,8 @@ class Block(nn.Module):
         if self.dropped:
             return self.activate(x if self.downsample is None else self.downsample(x))
         out = self.residual(x)
+        if self.scale != 1:
+            out = out * self.scale
         if self.add is not None:
             out = self.add(out, x if self.downsample is None else self.downsample(x))
         return self.activate(out)
@@ -311,8 +315,9 @@ class ResNet(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """He initialization of convolutions (section 3.4, reference 13); the bias of the FC is zero."""
+    """He initialization of convolutions and the FC layer (section 3.4, reference 13)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)

@@ -54,12 +54,34 @@ class EpochStats:
 
 @dataclass(kw_only=True)
 class RunState:
-    """State of a run: steps done, best accuracy so far in %, the epochs' records."""
+    """State of a run.
+
+    Attributes:
+        step: Steps done.
+        best: Best accuracy so far, in %.
+        sums: Of the epoch so far.
+        log: The epochs' records.
+        warmed: First step after a warm-up that the training error ends; None before.
+        recent_hits, recent_seen: Sums since the training error was last compared.
+    """
 
     step: int = 0
     best: float = -1.0
     sums: EpochStats = field(default_factory=EpochStats)
     log: list[EpochRecord] = field(default_factory=list)
+    warmed: int | None = None
+    recent_hits: float = 0.0
+    recent_seen: int = 0
+
+    def note_error(self, hits: float, seen: int, *, least: int, until: float) -> None:
+        """End the warm-up if the training error of at least `least` images is below `until` %."""
+        if not until or self.warmed is not None:
+            return
+        self.recent_hits, self.recent_seen = self.recent_hits + hits, self.recent_seen + seen
+        if self.recent_seen >= least:
+            if 100 * (1 - self.recent_hits / self.recent_seen) < until:
+                self.warmed = self.step
+            self.recent_hits, self.recent_seen = 0.0, 0
 
 
 class CheckpointManager:
@@ -103,6 +125,7 @@ class CheckpointManager:
             "best": state.best,
             "log": state.log,
             "sums": dataclasses.asdict(state.sums),
+            "warmup": [state.warmed, state.recent_hits, state.recent_seen],
             "launch": self.world.launch,
             "optimizer": stepper.optimizer.state_dict(),
             "scaler": stepper.scaler.state_dict(),
@@ -142,7 +165,11 @@ class CheckpointManager:
         stepper.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
         sums = EpochStats(**saved["sums"])
-        return RunState(step=saved["step"], best=saved["best"], log=saved["log"], sums=sums)
+        warmed, hits, seen = saved.get("warmup", (None, 0.0, 0))
+        return RunState(
+            step=saved["step"], best=saved["best"], log=saved["log"], sums=sums,
+            warmed=warmed, recent_hits=hits, recent_seen=seen,
+        )  # fmt: skip
 
     def _run_record(self) -> dict[str, Any]:
         return {
@@ -296,6 +323,8 @@ def load_start(net: nn.Module, start: Checkpoint, source: Source) -> str | None:
     """
     state = dict(start.state)
     own = net.state_dict()
+    if checkpoint.MEAN_IMAGE in own:  # else it is computed from the training images
+        state.setdefault(checkpoint.MEAN_IMAGE, own[checkpoint.MEAN_IMAGE])
     mapping, note = _same_classes(start, source)
     for name in [name for name in FC if name in own and name in state]:
         if mapping is None or state[name].shape != own[name].shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -89,19 +89,29 @@ class Recipe(Config):
     )
 
     lr: float = option(0.1, "Learning rate at the end of the warm-up.", minimum=1e-12, maximum=100)
-    schedule: Literal["steps", "cosine", "linear"] = option(
+    schedule: Literal["steps", "plateau", "cosine", "linear"] = option(
         "steps",
-        "Rate after the warm-up: divided by 10 at each milestone, or falling to final_lr times lr.",
+        "Rate after the warm-up: divided by 10 at each milestone or when the error stops falling, "
+        "or falling to final_lr times lr.",
     )
     milestones: tuple[float, ...] = option(
         (0.5, 0.75), "Fractions of the run, for the schedule steps."
     )
+    plateau_epochs: int = option(
+        5, "Epochs without a lower validation error (training error if nothing is held out) after "
+        "which the schedule plateau divides the rate.",
+        minimum=1, maximum=1e6,
+    )  # fmt: skip
     warmup: float = option(0.0, "Length of the warm-up, as a fraction of the run.",
                            minimum=0, maximum=1)  # fmt: skip
     warmup_from: float = option(0.1, "Rate at step 0 as a fraction of lr.", minimum=0, maximum=1)
     warmup_shape: Literal["linear", "constant"] = option(
         "linear", "Warm-up that rises linearly, or stays constant and then jumps to lr."
     )
+    warmup_until: float = option(
+        0.0, "Stay at warmup_from until the training error is below this many %; 0 is off.",
+        minimum=0, maximum=100,
+    )  # fmt: skip
     final_lr: float = option(0.0, "Last rate as a fraction of lr.", minimum=0, maximum=1)
     momentum: float = option(0.9, "Momentum of SGD.", minimum=0, maximum=0.9999)
     nesterov: bool = option(False, "Use Nesterov momentum.")
@@ -162,6 +172,14 @@ class Recipe(Config):
         0, "Training images to recompute batch norm's statistics from after training; 0 is off.",
         minimum=0, maximum=1e7,
     )  # fmt: skip
+    mean_image: bool = option(
+        False, "Subtract the mean of the training images, pixel by pixel, inside the net."
+    )
+    stochastic_depth: float = option(
+        0.0, "Probability of leaving out the last residual function in a step; it falls linearly "
+        "to 0 at the first (Huang et al., 2016).",
+        minimum=0, maximum=0.9,
+    )  # fmt: skip
     freeze: int = option(
         0, "Leading parts of the net that are not trained: 1 the stem, 2 also stage 1, ...",
         minimum=0, maximum=5,
@@ -183,6 +201,24 @@ class Recipe(Config):
             raise InputError(f"area={self.area}: needs two shares, the smaller first")
         if any(not 0 < share <= 1 for _, share in self.progressive):
             raise InputError(f"progressive={self.progressive}: a share is above 0 and at most 1")
+        if self.warmup and self.warmup_until:
+            raise InputError(
+                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g}: a warm-up has one "
+                "length",
+                fix="--set warmup=0 or --set warmup_until=0",
+            )
+        if self.mean_image and (self.train_scale != 1 or self.progressive):
+            raise InputError(
+                "mean_image: a mean image has one size, and the training images have several",
+                fix="--set mean_image=false",
+            )
+        if self.stochastic_depth and (self.qat or self.compile):
+            other = "qat" if self.qat else "compile"
+            raise InputError(
+                f"stochastic_depth={self.stochastic_depth:g}: not with {other}, which fixes the "
+                "order of operations",
+                fix="--set stochastic_depth=0",
+            )
         if self.qat and self.precision in ("bf16", "fp16"):
             raise InputError(
                 f"precision={self.precision}: quantization-aware training computes in float32",
@@ -199,22 +235,46 @@ class Recipe(Config):
         """Return the number of steps of the run."""
         return self.steps or self.epochs * steps_per_epoch
 
-    def lr_at(self, step: int, total: int) -> float:
+    def lr_at(
+        self, step: int, total: int, *, warmed: int | None = None, divisions: int = 0
+    ) -> float:
         """Return the learning rate of a step.
 
         Args:
             step: From 0.
             total: Steps of the run.
+            warmed: First step after a warm-up with `warmup_until`; None if it has not ended.
+            divisions: By 10 so far, for the schedule plateau; see `plateau_divisions`.
         """
         ramp = self.warmup * total
-        if step < ramp:
+        if self.warmup_until:
+            if warmed is None or step < warmed:
+                return self.lr * self.warmup_from
+            ramp = warmed
+        elif step < ramp:
             risen = step / ramp if self.warmup_shape == "linear" else 0.0
             return self.lr * (self.warmup_from + (1 - self.warmup_from) * risen)
+        if self.schedule == "plateau":
+            return float(self.lr * 0.1**divisions)
         if self.schedule == "steps":
             return float(self.lr * 0.1 ** sum(step / total >= mark for mark in self.milestones))
         done = (step - ramp) / max(total - ramp, 1)
         left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.lr * (self.final_lr + (1 - self.final_lr) * left)
+
+    def plateau_divisions(self, scores: Sequence[float]) -> int:
+        """Count how often the schedule plateau has divided the rate.
+
+        Args:
+            scores: Accuracy of each epoch so far.
+        """
+        best, waited, divisions = -math.inf, 0, 0
+        for score in scores if self.schedule == "plateau" else ():
+            waited = 0 if score > best else waited + 1
+            best = max(best, score)
+            if waited == self.plateau_epochs:
+                waited, divisions = 0, divisions + 1
+        return divisions
 
     def side_at(self, step: int, total: int, size: int) -> int:
         """Return the side of the training images at a step: `size`, or a multiple of 4 below."""
@@ -241,12 +301,16 @@ class Recipe(Config):
         unused = {"name"}
         if self.schedule != "steps":
             unused |= {"milestones"}
+        if self.schedule != "plateau":
+            unused |= {"plateau_epochs"}
         if self.crop != "area":
             unused |= {"area"}
         if self.steps:
             unused |= {"epochs"}
         if not self.warmup:
-            unused |= {"warmup_from", "warmup_shape"}
+            unused |= {"warmup_shape"}
+            if not self.warmup_until:
+                unused |= {"warmup_from"}
         entries = [
             f"{field}={text(value)}"
             for field, value in dataclasses.asdict(self).items()

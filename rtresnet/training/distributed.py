@@ -87,12 +87,20 @@ class World:
             for buffer in net.buffers():
                 distributed.broadcast(buffer, 0)
 
-    def wrap(self, net: nn.Module, device: str) -> nn.Module:
-        """Wrap a net so that its gradients are averaged over the processes."""
+    def wrap(self, net: nn.Module, device: str, *, some_unused: bool = False) -> nn.Module:
+        """Wrap a net so that its gradients are averaged over the processes.
+
+        Args:
+            net: On the device.
+            device: Of this process.
+            some_unused: Whether a step may leave out some parameters.
+        """
         if self.size == 1:
             return net
         ids = [torch.device(device).index] if device.startswith("cuda") else None
-        return nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(
+            net, device_ids=ids, find_unused_parameters=some_unused
+        )
 
     def part(self, batch: int, accumulate: int, micro: int) -> slice:
         """Return the slice of a batch that is this process's `micro`-th part."""

@@ -27,7 +27,7 @@ from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE, World
 
 # Purposes of random generators, next to the seed: no two share a stream.
-SPLIT, ORDER, STEP, CROP, FLIP = range(5)
+SPLIT, ORDER, STEP, CROP, FLIP, DEPTH = range(6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from rtresnet.data.validation import Progress as CheckProgress
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.models.nets import Net, TorchBackend
+from rtresnet.models.resnet import ResNet
 from rtresnet.training import checkpointing, dataset, distributed, qat
 from rtresnet.training.checkpointing import CheckpointManager, EpochStats, RunState
 from rtresnet.training.config import EpochRecord, TrainJob
@@ -42,6 +43,7 @@ from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.step import Stepper, check_compiler, cudnn_benchmark, resolve_precision
 
 READ_STEPS = 20  # steps between reading the losses from a GPU, which waits for it
+WARMUP_STEPS = 25  # steps over which the training error is measured that ends a warm-up
 EVALUATION_BATCH = 512  # of small images on the device
 
 
@@ -121,7 +123,7 @@ def train(
     data = dataset.prepare(job, report=report, world=world, progress=on_check, warn=warn)
     if report is None:
         on_data(data.report)
-    run = _Run(job, data, world)
+    run = _Run(job, data, world, last)
     if last is not None:
         run.state = run.manager.restore(run.stepper, last)
     del last  # as large as the net and its momentum
@@ -132,16 +134,20 @@ def train(
 
 
 class _Run:
-    def __init__(self, job: TrainJob, data: Dataset, world: World) -> None:
+    def __init__(self, job: TrainJob, data: Dataset, world: World, last: Checkpoint | None) -> None:
         self.job, self.recipe, self.world = job, job.recipe, world
         self.source, self.test, self.parts, self.tally = (
             data.source, data.test, data.parts, data.tally,
         )  # fmt: skip
-        net = zoo.build(job.spec, len(self.source.classes))
+        side = mean_image_side(job, last)
+        net = zoo.build(job.spec, len(self.source.classes), mean_image=side)
         if job.start is not None:
             note = checkpointing.load_start(net, job.start, self.source)
             if note:
                 self.tally.warn(note)
+        if side and last is None and (job.start is None or job.start.mean_image is None):
+            assert isinstance(net, ResNet) and net.mean_image is not None
+            net.mean_image.image.copy_(self._mean_image())
         net = net.to(job.device)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loader = TrainLoader(
@@ -177,6 +183,25 @@ class _Run:
         for images, _ in batches(self.source, self.job.preprocess, batch, indices=chosen):
             yield torch.from_numpy(images).to(self.job.device)
 
+    def _mean_image(self) -> torch.Tensor:
+        """The mean of the training images, preprocessed as in evaluation."""
+        total, count = torch.zeros(()).double(), 0
+        for images, _ in batches(self.source, self.job.preprocess, 256, indices=self.parts.train):
+            total = total + torch.from_numpy(images).double().sum(0)
+            count += len(images)
+        return total / count
+
+    def _lr(self, step: int) -> float:
+        log = self.state.log
+        validated = [record["val_top1"] for record in log if record["val_top1"] is not None]
+        scores = (
+            validated if len(validated) == len(log) else [record["train_top1"] for record in log]
+        )
+        return self.recipe.lr_at(
+            step, self.total, warmed=self.state.warmed,
+            divisions=self.recipe.plateau_divisions(scores),
+        )  # fmt: skip
+
     def train(self, stop: Stop, on_step: StepListener, on_epoch: EpochListener) -> None:
         """Run all epochs. An epoch is complete once it is in the log."""
         self.first_step = self.state.step
@@ -189,13 +214,13 @@ class _Run:
             on_epoch(record)
 
     def _steps(self, end: int, stop: Stop, on_step: StepListener) -> None:
-        recipe, mark = self.recipe, time.perf_counter()
+        mark = time.perf_counter()
         read = READ_STEPS if self.job.device.startswith("cuda") else 1
         unread: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self.stepper.train()
         for step, micros in self.loader.steps(self.state.step, end):
-            lr = recipe.lr_at(step, self.total)
-            unread.append((step, lr, *self.stepper.step(micros, lr)))
+            lr = self._lr(step)
+            unread.append((step, lr, *self.stepper.step(micros, lr, step)))
             self.state.step = step + 1
             if len(unread) < read and self.state.step < end:
                 continue
@@ -234,6 +259,10 @@ class _Run:
         self.state.sums.loss += float(losses.sum()) * self.recipe.batch
         self.state.sums.hits += float(hits.sum())
         self.state.sums.seen += len(unread) * self.recipe.batch
+        self.state.note_error(
+            float(hits.sum()), len(unread) * self.recipe.batch,
+            least=WARMUP_STEPS * self.recipe.batch, until=self.recipe.warmup_until,
+        )  # fmt: skip
         return float(losses.mean()), bool(sums[-1])
 
     def _progress(self, step: int, loss: float, lr: float) -> Progress:
@@ -258,7 +287,7 @@ class _Run:
             epoch=len(self.state.log) + 1,
             step=self.state.step,
             loss=sums.loss / sums.seen,
-            lr=self.recipe.lr_at(last, self.total),
+            lr=self._lr(last),
             loss_scale=self.stepper.loss_scale(),
             side=self.loader.side(last),
             train_top1=100 * sums.hits / sums.seen,
@@ -328,6 +357,29 @@ class _Run:
             net.load_state_dict(best.state)
             return {"bn_images": 0}
         return {"bn_images": used, "val_top1": val.top1_percent}
+
+
+def mean_image_side(job: TrainJob, last: Checkpoint | None) -> int | None:
+    """Return the side of the mean image that the net of a job subtracts, None without one.
+
+    Args:
+        job: Its start may have a mean image, which is kept.
+        last: The state of the run that is resumed.
+
+    Raises:
+        InputError: The images have another size than the mean image.
+    """
+    size, before = job.preprocess.size, last or job.start
+    side = None if before is None else before.mean_image
+    if side is None:
+        return size if job.recipe.mean_image else None
+    if side != size or job.recipe.train_scale != 1 or job.recipe.progressive:
+        raise InputError(
+            f"the weights subtract a mean image of {side} x {side} pixels, and the training images "
+            "have other sizes",
+            fix=f"--size {side} --set train_scale=1 --set progressive=",
+        )
+    return side
 
 
 def accuracy(

@@ -22,18 +22,19 @@ from rtresnet.training import config
 from rtresnet.training.config import Recipe
 
 # 64,000 steps of 128 images of 45,000; divided by 10 at 32,000 and 48,000. `epochs` only counts
-# if the user sets it. One difference from the paper: it subtracts a mean image; here, as in every
-# public net, a mean colour is subtracted, which an engine's input contract can express.
+# if the user sets it. One difference from the paper: after the mean image is subtracted, pixels are
+# also divided by ImageNet's standard deviation of their colour, as in every public net.
 PAPER_CIFAR = Recipe(
     name="paper-cifar", epochs=182, steps=64_000, batch=128, lr=0.1, milestones=(0.5, 0.75),
-    precision="fp32",
+    mean_image=True, precision="fp32",
 )  # fmt: skip
 
-# "We use 0.01 to warm up until the training error is below 80 % (about 400 iterations)". A rate
-# that depends on the error would not be a function of the step, so it is the 400 iterations.
-DEEP, DEEP_WARMUP = 110, 400 / 64_000
+# From 110 layers on: "0.01 to warm up until the training error is below 80 % (about 400
+# iterations)".
+DEEP, DEEP_ERROR = 110, 80.0
 
-# The paper divides "when the error plateaus"; its figure 4 does so at 150,000 and 300,000 steps.
+# The paper divides "when the error plateaus", which is `--set schedule=plateau`; its figure 4 does
+# so at 150,000 and 300,000 steps.
 PAPER_IMAGENET = Recipe(
     name="paper-imagenet", epochs=120, steps=600_000, batch=256, lr=0.1,
     milestones=(0.25, 0.5, 0.75), holdout=0.0, crop="scale", colour=0.1, bn_images=50_000,
@@ -118,9 +119,11 @@ def resolve(
     """
     recipe, settings, changed = named(name), dict(settings or {}), dict[str, Any]()
     if name == "paper-cifar" and depth >= DEEP:
-        changed |= {"warmup": DEEP_WARMUP, "warmup_shape": "constant"}
+        changed["warmup_until"] = 0.0 if settings.get("warmup") else DEEP_ERROR
     if "epochs" in settings:
         changed["steps"] = 0
+    if settings.get("progressive") or settings.get("train_scale", 1) != 1:
+        changed["mean_image"] = False  # which has one size
     if size <= SMALL_IMAGE and recipe.train_scale != 1:
         changed["train_scale"] = 1.0
     batch = settings.get("batch")

@@ -12,16 +12,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rtresnet.core import hardware
 from rtresnet.core.errors import CheckFailedError, InputError, UnavailableError
 from rtresnet.models.nets import Net
+from rtresnet.models.resnet import ResNet
 from rtresnet.training.config import Precision, Recipe
 from rtresnet.training.distributed import World
 from rtresnet.training.ema import ModelEma
-from rtresnet.training.loader import MicroBatch
+from rtresnet.training.loader import DEPTH, MicroBatch
 from rtresnet.training.qat import FakeQuantized
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +113,8 @@ class Stepper:
         self._create_momentum()
         self.average = ModelEma(net, recipe.ema) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(self.kind, enabled=recipe.precision == "fp16")
-        self.wrapped = world.wrap(net, device)
+        self.depth = StochasticDepth(net, recipe) if recipe.stochastic_depth else None
+        self.wrapped = world.wrap(net, device, some_unused=self.depth is not None)
         self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
 
     @property
@@ -153,8 +156,15 @@ class Stepper:
             )
         return scale
 
-    def step(self, micros: Sequence[MicroBatch], lr: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, micros: Sequence[MicroBatch], lr: float, number: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Update the weights once.
+
+        Args:
+            micros: Parts of the batch.
+            lr: Learning rate.
+            number: Of the step, from which stochastic depth follows.
 
         Returns:
             Mean loss and number of correct predictions of this process's images, on the device.
@@ -163,11 +173,12 @@ class Stepper:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
-        for number, micro in enumerate(micros):
-            with self._without_averaging(last=number == len(micros) - 1):
-                loss, correct = self._backward(micro, len(micros))
-            losses.append(loss)
-            hits.append(correct)
+        with self.depth.drawn(number) if self.depth else contextlib.nullcontext():
+            for part, micro in enumerate(micros):
+                with self._without_averaging(last=part == len(micros) - 1):
+                    loss, correct = self._backward(micro, len(micros))
+                losses.append(loss)
+                hits.append(correct)
         self.scaler.unscale_(self.optimizer)
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
@@ -198,6 +209,40 @@ class Stepper:
         if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped.no_sync()
+
+
+class StochasticDepth:
+    """Leaves out residual functions at random in training (Huang et al., 2016).
+
+    The probability of leaving one out rises linearly with its position. Those that stay are divided
+    by their probability of staying, so that evaluation and export need no change.
+
+    Raises:
+        InputError: The net has no residual functions.
+    """
+
+    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+        blocks = list(net.blocks().values()) if isinstance(net, ResNet) else []
+        if not blocks or any(block.add is None for block in blocks):
+            raise InputError(
+                "stochastic_depth: the net has no shortcuts, so its blocks cannot be left out",
+                fix="--set stochastic_depth=0",
+            )
+        self.blocks, self.seed = blocks, recipe.seed
+        self.probabilities = recipe.stochastic_depth * np.arange(1, len(blocks) + 1) / len(blocks)
+
+    @contextlib.contextmanager
+    def drawn(self, step: int) -> Iterator[None]:
+        """Leave out the blocks of a step; the same in every process."""
+        rng = np.random.default_rng((self.seed, DEPTH, step))
+        dropped = rng.random(len(self.blocks)) < self.probabilities
+        for block, drop, probability in zip(self.blocks, dropped, self.probabilities, strict=True):
+            block.dropped, block.scale = bool(drop), float(1 / (1 - probability))
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                block.dropped, block.scale = False, 1.0
 
 
 def freeze(net: Net, parts: int) -> list[nn.Module]:

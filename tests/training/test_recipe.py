@@ -24,10 +24,34 @@ def test_the_papers_cifar_recipe_is_as_published() -> None:
     assert recipe.decay_norms and not recipe.ema and not recipe.label_smoothing
 
 
-def test_110_layers_are_warmed_up_at_a_tenth_for_400_steps() -> None:
+def test_resolve_110_layers_warms_up_until_the_error_is_below_80_percent() -> None:
     recipe = cifar(depth=110)
-    rates = [recipe.lr_at(step, 64_000) for step in (0, 399, 400, 31_999, 32_000)]
+    assert recipe.warmup_until == 80 and cifar(depth=56).warmup_until == 0
+    assert recipe.lr_at(5000, 64_000) == pytest.approx(0.01)
+    rates = [recipe.lr_at(step, 64_000, warmed=400) for step in (0, 399, 400, 31_999, 32_000)]
     assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01])
+    short = cifar(depth=110, steps=40)
+    assert [short.lr_at(step, 40, warmed=10) for step in (9, 10)] == pytest.approx([0.01, 0.1])
+    assert cifar(depth=110, warmup=0.1).warmup_until == 0
+
+
+def test_plateau_divides_after_epochs_without_a_better_score() -> None:
+    recipe = Recipe(epochs=9, schedule="plateau", plateau_epochs=2)
+    assert [recipe.plateau_divisions([10.0, 20, 30][:n]) for n in range(4)] == [0, 0, 0, 0]
+    assert recipe.plateau_divisions([10.0, 9]) == 0
+    assert recipe.plateau_divisions([10.0, 9, 10]) == 1  # equal is not better
+    assert recipe.plateau_divisions([10.0, 9, 10, 9]) == 1
+    assert recipe.plateau_divisions([10.0, 9, 10, 9, 9]) == 2
+    assert recipe.plateau_divisions([10.0, 9, 10, 11, 9]) == 1
+    assert Recipe(epochs=9).plateau_divisions([10.0, 9, 9, 9, 9, 9, 9]) == 0
+    assert recipe.lr_at(7, 9, divisions=2) == pytest.approx(0.001)
+
+
+def test_resolve_training_at_several_sizes_has_no_mean_image() -> None:
+    assert cifar().mean_image
+    assert not cifar(progressive=((0.0, 0.5),)).mean_image
+    with pytest.raises(InputError, match="one size"):
+        cifar(progressive=((0.0, 0.5),), mean_image=True)
 
 
 def test_the_papers_imagenet_recipe_is_as_published() -> None:
