@@ -30,8 +30,8 @@ Infer = Callable[[np.ndarray], "np.ndarray | TopK"]
 # exchanged rows would go unnoticed.
 BATCHES = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-3, "int8": 1e-2, "fp8": 1e-2}
 # Compared with the FP32 file. Measured in the same way: FP16 9e-4, INT8 up to 5.2e-2 on noise and
-# 1.7e-2 on images.
-PARENT = {"fp32": 1e-4, "tf32": 4e-3, "fp16": 4e-3, "int8": 1e-1, "fp8": 1e-1}
+# 1.7e-2 on images, FP8 8.1e-2 on noise (ResNet-20).
+PARENT = {"fp32": 1e-4, "tf32": 4e-3, "fp16": 4e-3, "int8": 1e-1, "fp8": 2e-1}
 UNKNOWN = "int8"  # a file that does not say its precision gets the widest bound
 # A probability changes by at most half of the change of the logits, which range over about 20.
 PROBABILITIES, WIDEST = 10.0, 0.5

@@ -26,7 +26,7 @@ RULES = {
     "no-zero-point": (
         "error",
         "no zero point: TensorRT reads int8, ONNX Runtime uint8",
-        "write an int8 zero point of 0, and calibrate for int8",
+        "write a zero point of 0 in int8 (for FP8 in FLOAT8E4M3FN), and calibrate for that type",
     ),
     "scale-shape": (
         "error",
