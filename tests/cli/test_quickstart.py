@@ -12,7 +12,7 @@ from rtresnet.cli.quickstart import caveat
 
 def result(speeds: dict[int, float]) -> Any:
     def entry(precision: str, batch: int, speed: float) -> SimpleNamespace:
-        run = {"provider": "ONNX Runtime CPU"}
+        run = SimpleNamespace(provider="ONNX Runtime CPU")
         return SimpleNamespace(
             artifact=SimpleNamespace(precision=precision, run=run),
             measurement=SimpleNamespace(batch=batch, speed=speed),

@@ -131,8 +131,7 @@ def test_check_cuda_without_a_context_is_unavailable() -> None:
 
 def test_check_driver_without_a_driver_has_a_reason(without_gpu: None) -> None:
     report = doctor_gpu.check_driver()
-    assert report["devices"] == []
-    assert report["reason"]
+    assert report.devices == () and report.reason
 
 
 def test_check_cuda_with_the_real_bindings_on_a_stub_is_ok(tmp_path: Path) -> None:
@@ -141,8 +140,9 @@ def test_check_cuda_with_the_real_bindings_on_a_stub_is_ok(tmp_path: Path) -> No
         pytest.skip(f"no {stub_gpu.COMPILER} to compile the stub with")
     library = stub_gpu.compile_stub(tmp_path)
     code = (
-        "import json; from rtresnet.workflows import doctor_gpu; "
-        "print(json.dumps([doctor_gpu.check_driver(), doctor_gpu.check_cuda()]))"
+        "import json; from rtresnet.core.serialization import to_builtins; "
+        "from rtresnet.workflows import doctor_gpu; "
+        "print(json.dumps(to_builtins([doctor_gpu.check_driver(), doctor_gpu.check_cuda()])))"
     )
     variables = os.environ | {
         "LD_LIBRARY_PATH": str(library.parent),
