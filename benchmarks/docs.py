@@ -39,6 +39,7 @@ SCREENSHOTS = {
     "training": ("runs/resnet20-digits/index.html", 1200, 760),
     "quickstart": ("runs/quickstart/index.html", 1200, 760),
     "evaluation": ("evaluation/index.html", 1200, 1150),
+    "data": ("data/index.html", 1200, 1150),
 }
 
 

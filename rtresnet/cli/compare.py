@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.reporter import plural
-from rtresnet.workflows.compare import CompareConfig, compare
+from rtresnet.workflows.compare import CompareConfig, CompareResult, compare
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 
@@ -19,6 +21,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 @config_options(CompareConfig)
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))
+@common.report_option("the images whose class changes, with both answers")
 @common.json_option
 def command(
     reference: str,
@@ -27,6 +30,7 @@ def command(
     config: CompareConfig,
     stated: InputConfig,
     runtime: RuntimeConfig,
+    report: Path | None,
     json_file: str | None,
 ) -> None:
     """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
@@ -46,6 +50,8 @@ def command(
         f"{candidate} against {reference}: agreement {100 * result.agreement:.2f} % of "
         f"{plural(result.n, 'image')}, {difference}"
     )
+    if report is not None:
+        common.say(f"page: {_write_page(report, result, config.split)}")
     both = (result.reference, result.candidate)
     common.footer(sorted(note for entry in both for note in entry.runtime.notes))
     common.footer(
@@ -53,3 +59,20 @@ def command(
     )
     common.footer(f"Assumed: {line}." for line in result.assumed)
     common.write_json(json_file, "compare", result)
+
+
+def _write_page(folder: Path, result: CompareResult, split: str) -> Path:
+    from rtresnet.reporting import pages
+    from rtresnet.workflows import gallery
+
+    one, other = Path(result.reference.artifact).name, Path(result.candidate.artifact).name
+    summary = [
+        f"{other} gives another class than {one} for {result.changed:,} of "
+        f"{plural(result.n, 'image')} of {result.data}: agreement {100 * result.agreement:.2f} %."
+    ]
+    if len(result.flips) < result.changed:
+        summary.append(f"{len(result.flips)} of them are shown, the most certain ones first.")
+    images = gallery.from_data(result.data, split, [flip.index for flip in result.flips])
+    return pages.write_flips(
+        folder, result.flips, images, title=f"{other} against {one}", summary=summary
+    )

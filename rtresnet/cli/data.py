@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import click
+import numpy as np
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.reporter import escape_cell, plural
 from rtresnet.workflows.data import DataInspectConfig, DataInspectResult, inspect_data
 
+SMALL_IMAGE = 64  # median height, in pixels
 LISTED = 10  # pairs and files that are printed; --json has all
 
 
 @click.command("data")
 @click.argument("source")
 @config_options(DataInspectConfig)
+@click.option(
+    "--model",
+    help="Net whose augmented training images the page shows.  [default: resnet20 for images up to "
+    "64 pixels, else resnet18]",
+)
+@click.option(
+    "--recipe", help="Recipe of the augmentation that the page shows.  [default: that of train]"
+)
+@common.report_option("counts, sizes, duplicates, samples and an augmented batch")
 @common.json_option
-def command(source: str, config: DataInspectConfig, json_file: str | None) -> None:
+def command(
+    source: str,
+    config: DataInspectConfig,
+    model: str | None,
+    recipe: str | None,
+    report: Path | None,
+    json_file: str | None,
+) -> None:
     """Decode every image of a data set and show counts, sizes, broken files and duplicates.
 
     Near-duplicates are copies of a picture at another size, compression or brightness. Duplicates
@@ -27,7 +48,33 @@ def command(source: str, config: DataInspectConfig, json_file: str | None) -> No
     result = inspect_data(source, config, reporter=REPORTER)
     for line in lines(result):
         common.say(line)
+    if report is not None:
+        common.say(f"page: {_write_page(report, result, model, recipe)}")
     common.write_json(json_file, "data", result)
+
+
+def _write_page(
+    folder: Path, result: DataInspectResult, model: str | None, recipe: str | None
+) -> Path:
+    from rtresnet.reporting import pages
+    from rtresnet.workflows import gallery
+    from rtresnet.workflows.data import augmented_batch
+    from rtresnet.workflows.train import TrainConfig
+
+    heights = result.splits[0].heights
+    small = not heights or heights[2] <= SMALL_IMAGE
+    config = TrainConfig(
+        data=result.data, model=model or ("resnet20" if small else "resnet18"), recipe=recipe
+    )
+    batch = augmented_batch(config)
+    images = {
+        (split, index): image
+        for split, indices in pages.data_images(result).items()
+        for index, image in gallery.from_data(result.data, split, indices).items()
+    }
+    pixels = np.stack([gallery.shrink(image) for image in batch.pixels])
+    batch = dataclasses.replace(batch, pixels=pixels)
+    return pages.write_data(folder, result, images, batch)
 
 
 def lines(result: DataInspectResult) -> list[str]:

@@ -29,6 +29,7 @@ from rtresnet.workflows.quantize import QuantizeConfig
     type=click.Path(path_type=Path),
     help="The new file.  [default: MODEL-int8.onnx or similar next to the source]",
 )
+@common.report_option("the images of --eval whose class changes, with both answers")
 @common.json_option
 def command(
     source: Path,
@@ -38,6 +39,7 @@ def command(
     config: QuantizeConfig,
     stated: InputConfig,
     out: Path | None,
+    report: Path | None,
     json_file: str | None,
 ) -> None:
     """Write an INT8, FP8 or FP16 version of an FP32 ONNX file.
@@ -57,10 +59,14 @@ def command(
         named = " and ".join(f"--{name}" for name in asked)
         raise InputError(f"{named} are {len(asked)} files", fix="run it once for each")
     config = dataclasses.replace(config, precision=asked[0] if asked else "int8")
+    if report is not None and config.eval_data is None:
+        raise InputError("--report shows the images of --eval", fix="--eval DATA")
     try:
         result = quantize(source, config, out=out, stated=stated, reporter=REPORTER)
     except AccuracyCheckFailedError as failed:
         _show_blocks(failed.result)
+        if report is not None:
+            common.say(f"page: {_write_page(report, failed.result, source)}")
         measured = failed.result.measured()
         common.write_json(json_file, "quantize", {"file": None, "measured": measured})
         raise
@@ -68,6 +74,8 @@ def command(
         _show_blocks(result.gate)
         for sentence in result.gate.summary:
             common.say(sentence)
+        if report is not None:
+            common.say(f"page: {_write_page(report, result.gate, source)}")
     sidecar = result.sidecar
     line = f"{result.path.as_posix()}: {sidecar.precision}, {sidecar.bytes / 1e6:.1f} MB"
     if calibration := sidecar.calibration:
@@ -81,6 +89,21 @@ def command(
         common.footer(f"Assumed: {entry}." for entry in result.gate.drop.assumed)
         common.footer(f"Note: {entry}." for entry in result.gate.remarks)
     common.write_json(json_file, "quantize", result)
+
+
+def _write_page(folder: Path, gate: GateResult, source: Path) -> Path:
+    from rtresnet.reporting import pages
+    from rtresnet.workflows import gallery
+
+    drop = gate.drop.drop
+    summary = [
+        *gate.summary,
+        f"The quantized net gives another class than FP32 for {plural(gate.changed, 'image')} of {drop.n:,}: "
+        f"{drop.lost} that only FP32 classifies correctly, {drop.won} that only the other does.",
+    ]
+    images = gallery.from_data(gate.drop.data, "test", [flip.index for flip in gate.flips])
+    title = f"Images whose class quantization changes: {source.name}"
+    return pages.write_flips(folder, gate.flips, images, title=title, summary=summary)
 
 
 def _show_blocks(gate: GateResult) -> None:

@@ -153,6 +153,13 @@ def show(result: TrainResult) -> Path | None:
     if not hardware.installed("matplotlib"):
         common.note("no curves and no page: pip install 'rtresnet[report]'")
         return None
-    from rtresnet.reporting import pages
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.reporting import classification, pages
+    from rtresnet.workflows import gallery
+    from rtresnet.workflows.train_report import classify_test_images
 
-    return pages.write_training(result)
+    if result.recipe.qat:  # tested in INT8, which a checkpoint does not run in
+        return pages.write_training(result)
+    report, source = classify_test_images(result, reporter=REPORTER)
+    images = gallery.thumbnails(source, classification.listed(report))
+    return pages.write_training(result, report, images)

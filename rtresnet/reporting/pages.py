@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rtresnet.core import artifacts, atomic_io, hardware, provenance
 from rtresnet.core.errors import missing_package
 from rtresnet.reporting import classification, plots, tables
+from rtresnet.reporting.gallery import Tile, tile
 from rtresnet.reporting.tables import DataTable
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
+    from rtresnet.core.classification import ClassificationReport
+    from rtresnet.core.flips import Flip
+    from rtresnet.workflows.data import AugmentedBatch, DataInspectResult, DuplicatePair, ImageRef
     from rtresnet.workflows.evaluate import EvaluateResult
     from rtresnet.workflows.quickstart import QuickstartResult
     from rtresnet.workflows.train import TrainResult
@@ -88,11 +92,17 @@ def _plain(words: str) -> str:
     return words.replace("\n", " ")
 
 
-def write_training(result: TrainResult) -> Path:
+def write_training(
+    result: TrainResult,
+    report: ClassificationReport | None = None,
+    images: Mapping[int, np.ndarray] | None = None,
+) -> Path:
     """Write a training run's curves.png and index.html into its folder.
 
     Args:
         result: Of a run whose folder has log.jsonl.
+        report: On the run's test images; None leaves it out.
+        images: Thumbnails, uint8 [H, W, 3], by index; those of `classification.listed`.
 
     Returns:
         The page.
@@ -123,6 +133,8 @@ def write_training(result: TrainResult) -> Path:
         title=result.title,
         kept=kept,
         curve=plots.svg(figure, "training and held-out error against epochs"),
+        progress=plots.svg(plots.progress_figure(log), "loss and images per second"),
+        view=None if report is None else classification.view(report, images or {}),
         images="\n".join(result.images.lines()) if result.images else None,
         recipe="\n".join(result.recipe.lines()),
         epochs=epochs,
@@ -167,6 +179,127 @@ def write_evaluation(
         notes=notes,
         view=classification.view(result.report, images),
         command=provenance.command_line(),
+    )
+    atomic_io.write_text(folder / "index.html", text)
+    return folder / "index.html"
+
+
+PAIRS = 24  # of duplicates that the page of a data set shows
+
+
+def write_data(
+    folder: Path,
+    result: DataInspectResult,
+    images: Mapping[tuple[str, int], np.ndarray],
+    augmented: AugmentedBatch | None = None,
+) -> Path:
+    """Write the page of a data set.
+
+    Args:
+        folder: Gets index.html.
+        result: From `inspect_data`.
+        images: Thumbnails, uint8 [H, W, 3], by split and index; those of `data_images`.
+        augmented: Training images as the net receives them; None leaves them out.
+
+    Returns:
+        The page.
+
+    Raises:
+        UnavailableError: Jinja2 is not installed.
+    """
+
+    def reference(image: ImageRef, title: str, *lines: str) -> Tile:
+        return tile(images.get((image.split, image.index)), title, lines, image.place)
+
+    duplicates = [
+        ("identical" if pair.exact else "near-duplicate",
+         [reference(image, image.split, image.label) for image in (pair.first, pair.second)])
+        for pair in _shown_pairs(result)
+    ]  # fmt: skip
+    sizes = DataTable(
+        headings=("split", "side", "smallest", "5 %", "median", "95 %", "largest"),
+        rows=[
+            (split.name, side, *values)
+            for split in result.splits
+            for side, values in (("width", split.widths), ("height", split.heights))
+            if values
+        ],
+        about="In pixels.",
+    )
+    batch = [] if augmented is None else [
+        tile(pixels, label if label == other else f"{label} + {other}")
+        for pixels, label, other in zip(
+            augmented.pixels, augmented.labels, augmented.mixed, strict=True
+        )
+    ]  # fmt: skip
+    text = render(
+        "data.html",
+        title=f"Images of {result.data}",
+        result=result,
+        largest=max((max(split.counts, default=0) for split in result.splits), default=0),
+        sizes=sizes,
+        duplicates=duplicates,
+        samples=[
+            (split.name, [reference(image, image.label) for image in split.samples])
+            for split in result.splits
+        ],
+        batch=batch,
+        augmented=augmented,
+        command=provenance.command_line(),
+    )
+    atomic_io.write_text(folder / "index.html", text)
+    return folder / "index.html"
+
+
+def data_images(result: DataInspectResult) -> dict[str, list[int]]:
+    """Return the indices of the images that `write_data` shows, by split."""
+    shown = [image for split in result.splits for image in split.samples]
+    shown += [image for pair in _shown_pairs(result) for image in (pair.first, pair.second)]
+    return {
+        split.name: sorted({image.index for image in shown if image.split == split.name})
+        for split in result.splits
+    }
+
+
+def _shown_pairs(result: DataInspectResult) -> list[DuplicatePair]:
+    """Duplicates across splits first."""
+    ordered = sorted(result.duplicates, key=lambda pair: pair.first.split == pair.second.split)
+    return ordered[:PAIRS]
+
+
+def write_flips(
+    folder: Path,
+    flips: Sequence[Flip],
+    images: Mapping[int, np.ndarray],
+    *,
+    title: str,
+    summary: Sequence[str],
+) -> Path:
+    """Write the page of the images that two nets classify differently.
+
+    Args:
+        folder: Gets index.html.
+        flips: The images.
+        images: Thumbnails, uint8 [H, W, 3], by index.
+        title: Of the page.
+        summary: Sentences on the comparison.
+
+    Returns:
+        The page.
+
+    Raises:
+        UnavailableError: Jinja2 is not installed.
+    """
+    tiles = []
+    for flip in flips:
+        answers = (
+            f"{flip.reference} {100 * flip.reference_probability:.1f} %",
+            f"now {flip.candidate} {100 * flip.candidate_probability:.1f} %",
+        )
+        title_of = flip.reference if flip.label is None else f"{flip.label}: {flip.outcome}"
+        tiles.append(tile(images.get(flip.index), title_of, answers, flip.place))
+    text = render(
+        "flips.html", title=title, summary=summary, tiles=tiles, command=provenance.command_line()
     )
     atomic_io.write_text(folder / "index.html", text)
     return folder / "index.html"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.core.errors import CheckFailedError, DataError
+from rtresnet.core.flips import Answers, Flip, flips
 from rtresnet.core.labels import LabelMatch
 from rtresnet.core.metrics import Drop
 from rtresnet.core.reporter import Reporter, plural
@@ -111,6 +112,8 @@ class GateResult:
         summary: Two sentences on the loss and the verdict.
         fix: What helps where it did not pass.
         remarks: What a reader must know of the labels.
+        changed: Number of images of which FP32 and the quantized net give different classes.
+        flips: Some of these images; see `core.flips`.
     """
 
     passed: bool
@@ -120,6 +123,8 @@ class GateResult:
     summary: tuple[str, str]
     fix: str
     remarks: tuple[str, ...] = ()
+    changed: int = 0
+    flips: tuple[Flip, ...] = ()
 
     def measured(self) -> Measurements:
         """What stands in the sidecar's `measured`."""
@@ -216,7 +221,8 @@ def quantize_within(
 
     images = f"on {plural(len(labelled), 'image')} of {gate.data}"
     with reporter.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
-        base = _hits(source, labelled, preprocess, update, gate)
+        base = _answers(source, labelled, preprocess, update, gate)
+        correct = base.classes == labelled.labels[base.indices]
     with reporter.progress("measuring the noise of each block"):
         ranked = sensitivity(calibrated, held_out, logits)
     precision = calibrated.number_format.name
@@ -231,10 +237,15 @@ def quantize_within(
             path.write_bytes(model.SerializeToString())
             doing = f"measuring {precision.upper()}{_described(fallbacks)} {images}"
             with reporter.progress(doing, total=len(labelled)) as update:
-                drop = paired_drop(base, _hits(path, labelled, preprocess, update, gate))
+                answers = _answers(path, labelled, preprocess, update, gate)
+        drop = paired_drop(correct, answers.classes == labelled.labels[answers.indices])
         if passes(drop, gate):
             break
     labels = labelled.mapping
+    changed, listed = flips(
+        base, answers, labelled.classes,
+        label=lambda index: labelled.classes[labelled.labels[index]], locate=labelled.locate,
+    )  # fmt: skip
     more_images = "give more images, or accept the measured loss with --gate point"
     result = GateResult(
         passed=passes(drop, gate),
@@ -261,6 +272,8 @@ def quantize_within(
             _judgement(drop, gate),
         ),
         remarks=tuple(labels.remarks()),
+        changed=changed,
+        flips=listed,
         fix=more_images
         if drop.points <= gate.max_drop
         else "calibrate on more images like those it will see, or keep FP16",
@@ -310,16 +323,17 @@ def judged(drop: Drop, gate: Gate) -> GateVerdict:
     )
 
 
-def _hits(
+def _answers(
     path: Path,
     source: Source,
     preprocess: Preprocess,
     update: Callable[[int], None],
     gate: Gate,
-) -> np.ndarray:
-    """Which images a file classifies as labelled, bool [N]; broken ones count for no file."""
+) -> Answers:
+    """A file's answers for every image that can be decoded."""
     import numpy as np
 
+    from rtresnet.core.metrics import softmax
     from rtresnet.data import loader
     from rtresnet.runtime.backend import logits
     from rtresnet.runtime.ort import OrtBackend
@@ -329,12 +343,17 @@ def _hits(
     )  # the file is promised, not what a CPU makes of it
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
-        found: list[np.ndarray] = []
+        outputs: list[np.ndarray] = []
         tally = loader.DecodeErrors(len(source), tolerated=gate.max_broken, fix=ALLOW_BROKEN)
-        for images, labels in loader.batches(source, preprocess, size, tally=tally):
-            found.append(logits(backend.infer(images), path).argmax(1) == labels)
-            update(sum(map(len, found)))
-    return np.concatenate(found)
+        for images, _ in loader.batches(source, preprocess, size, tally=tally):
+            outputs.append(logits(backend.infer(images), path))
+            update(sum(map(len, outputs)))
+    scores = np.concatenate(outputs)
+    return Answers(
+        indices=np.setdiff1d(np.arange(len(source)), list(tally.skipped)),
+        classes=scores.argmax(axis=1),
+        probabilities=softmax(scores).max(axis=1),
+    )
 
 
 def _measurement(drop: Drop, what: str, gate: Gate) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from rtresnet.core import metrics, reporter
 from rtresnet.core.errors import DataError, InputError
+from rtresnet.core.flips import Answers, Flip, flips
 from rtresnet.core.labels import LabelMatch
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
@@ -62,6 +63,8 @@ class CompareResult:
         candidate: The second artifact.
         classes: How the candidate's classes were matched with the reference's.
         assumed: What was assumed of the classes.
+        changed: Number of images of which the nets give different classes.
+        flips: Some of these images; see `core.flips`.
     """
 
     n: int
@@ -73,6 +76,8 @@ class CompareResult:
     candidate: ComparedArtifact
     classes: LabelMatch
     assumed: tuple[str, ...]
+    changed: int
+    flips: tuple[Flip, ...]
 
 
 def compare(
@@ -125,7 +130,13 @@ def compare(
             stack.callback(session.close)
         first, second = sessions
         second, mapping = second.matched(first, config.classes)
-        measured = _measured(*(_answers(s, source, config, reporter) for s in (first, second)))
+        (one, indices), (other, _) = (
+            _answers(session, source, config, reporter) for session in (first, second)
+        )
+        changed, listed = flips(
+            _best(one, indices), _best(other, indices), first.classes or _numbers(one, other),
+            label=lambda index: _label(source, index), locate=source.locate,
+        )  # fmt: skip
         about = [
             ComparedArtifact(
                 artifact=name, precision=session.precision, assumed=session.assumed,
@@ -134,7 +145,9 @@ def compare(
             for name, session in zip(names, (first, second), strict=True)
         ]  # fmt: skip
     return CompareResult(
-        **measured,
+        **_measured(one, other),
+        changed=changed,
+        flips=listed,
         data=data,
         reference=about[0],
         candidate=about[1],
@@ -145,25 +158,40 @@ def compare(
 
 def _answers(
     session: Session, source: Source, config: CompareConfig, reporter: Reporter
-) -> np.ndarray | TopK:
-    """An artifact's answers for every image that can be decoded."""
+) -> tuple[np.ndarray | TopK, np.ndarray]:
+    """An artifact's answers for every image that can be decoded, and the images' indices."""
     from rtresnet.data import loader
 
     preprocess = session.preprocess
+    tally = config.decode_errors(source, reporter)
     batches = loader.batches(
-        source,
-        preprocess,
-        config.batch or loader.batch_size(preprocess),
-        tally=config.decode_errors(source, reporter),
+        source, preprocess, config.batch or loader.batch_size(preprocess), tally=tally
     )
     with reporter.progress(f"running {session.path}"):
         answers = [session(images) for images, _ in batches]
     if not answers:
         raise DataError(f"{source.name}: no image could be decoded")
+    kept = np.setdiff1d(np.arange(len(source)), list(tally.skipped))
     if isinstance(answers[0], tuple):
         indices, probabilities = (np.concatenate(part) for part in zip(*answers, strict=True))
-        return indices, probabilities
-    return np.concatenate(answers)
+        return (indices, probabilities), kept
+    return np.concatenate(answers), kept
+
+
+def _best(answer: np.ndarray | TopK, indices: np.ndarray) -> Answers:
+    """The most probable class of each image."""
+    shares = answer[1] if isinstance(answer, tuple) else metrics.softmax(answer)
+    return Answers(indices=indices, classes=_top1(answer), probabilities=shares.max(axis=1))
+
+
+def _numbers(*answers: np.ndarray | TopK) -> list[str]:
+    """Class numbers as names, for files that do not say how many classes there are."""
+    return [str(number) for number in range(1 + max(int(_top1(a).max()) for a in answers))]
+
+
+def _label(source: Source, index: int) -> str | None:
+    label = int(source.labels[index])
+    return source.classes[label] if label >= 0 else None
 
 
 def _measured(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import pytest
 
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
+from rtresnet.core.flips import Answers
+from rtresnet.data.sources import Source
 from rtresnet.workflows import accuracy_gate
 from tests.conftest import as_foreign, tinted_noise, undescribed
 
@@ -130,8 +133,10 @@ def test_without_images_the_ranges_come_from_the_batch_norms(source: Path, tints
 def test_the_gate_measures_and_records_what_is_lost(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize(source, "--calib", tints, "--eval", tints, "--max-drop", "2") == 0
+    report = ("--report", "page")
+    assert quantize(source, "--calib", tints, "--eval", tints, "--max-drop", "2", *report) == 0
     shown = capsys.readouterr().out
+    assert "another class than FP32" in Path("page/index.html").read_text()
     assert "INT8 loses" in shown and "95 %" in shown and "layer1.0" in shown
     assert max(map(len, shown.split("INT8 loses")[0].splitlines())) <= 80
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
@@ -186,20 +191,30 @@ def test_where_too_much_is_lost_the_worst_blocks_stay_in_float(
 Hits = dict[str, Any]
 
 
+def right_where(right: np.ndarray, answers: Answers, source: Source) -> Answers:
+    """Answers that are right only for these images."""
+    labels = source.labels[answers.indices]
+    wrong = (labels + 1) % len(source.classes)
+    return dataclasses.replace(answers, classes=np.where(right, labels, wrong))
+
+
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
     """The gate sees what `judge` makes of each INT8 file: (model) -> share of images right."""
-    real, found = accuracy_gate._hits, Hits(judge=None, files=[])
+    real, found = accuracy_gate._answers, Hits(judge=None, files=[])
 
-    def hits(path: Path, *rest: Any) -> np.ndarray:
-        right = real(path, *rest)
+    def hits(path: Path, source: Source, *rest: Any) -> Answers:
+        answers = real(path, source, *rest)
         model = onnx.load(path)
         if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-            return right
+            return answers
         found["files"].append(undescribed(onnx.load(path)).SerializeToString())
-        return right & found["judge"](model) if found["judge"] else right
+        if not found["judge"]:
+            return answers
+        right = answers.classes == source.labels[answers.indices]
+        return right_where(right & found["judge"](model), answers, source)
 
-    monkeypatch.setattr(accuracy_gate, "_hits", hits)
+    monkeypatch.setattr(accuracy_gate, "_answers", hits)
     return found
 
 
@@ -312,14 +327,15 @@ def test_quantize_gate_upper_with_too_few_images_is_refused_before_the_work(
 def test_quantize_better_int8_is_told_as_a_gain(
     source: Path, tints: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = accuracy_gate._hits
+    real = accuracy_gate._answers
 
-    def hits(path: Path, *rest: Any) -> np.ndarray:
-        right = real(path, *rest)
+    def hits(path: Path, images: Source, *rest: Any) -> Answers:
+        answers = real(path, images, *rest)
+        right = answers.classes == images.labels[answers.indices]
         right[:2] = path.name != source.name  # FP32 is wrong on two images
-        return right
+        return right_where(right, answers, images)
 
-    monkeypatch.setattr(accuracy_gate, "_hits", hits)
+    monkeypatch.setattr(accuracy_gate, "_answers", hits)
     assert gated(source, tints, "--json", "q.json") == 0
     said = capsys.readouterr().out
     assert "INT8 gains 0.83 points" in said and "Measured gain 0.83 points" in said
@@ -331,6 +347,8 @@ def test_the_gate_needs_labels_and_is_for_int8(
     source: Path, tints: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quantize(source, "--fp16", "--eval", tints) == 2
+    assert quantize(source, "--calib", tints, "--report", "page") == 2
+    assert "--eval" in capsys.readouterr().err
     assert quantize(source, "--calib", "none", "--eval", tints) == 2
     assert "for the noise of each block" in capsys.readouterr().err
     assert quantize(source, "--calib", tints, "--eval", "nowhere") == 2
@@ -360,12 +378,18 @@ def test_the_gate_matches_labels_by_name_and_refuses_other_classes(
     said = capsys.readouterr().err
     assert "'gray'" in said and "'grey'" in said and "calibrating" not in said
     assert quantize(source, *arguments, "--classes", "names.txt") == 2
-    seen: list[np.ndarray] = []
+    seen: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = accuracy_gate._hits
-        patch.setattr(accuracy_gate, "_hits", lambda *a: seen.append(real(*a)) or seen[-1])
+        real = accuracy_gate._answers
+
+        def spy(path: Path, images: Source, *rest: Any) -> Answers:
+            answers = real(path, images, *rest)
+            seen.append(float((answers.classes == images.labels[answers.indices]).mean()))
+            return answers
+
+        patch.setattr(accuracy_gate, "_answers", spy)
         assert quantize(source, *arguments, "--eval", "npz:order.npz") == 0
-    assert seen[0].mean() > 0.9
+    assert seen[0] > 0.9
     written = artifacts.read_sidecar("resnet8-int8.onnx")
     assert written is not None
     assert written.measured["drop"]["labels"]["matched_by"] == "name"

@@ -171,7 +171,7 @@ def test_the_curves_and_the_page_are_drawn(trained: Path) -> None:
     assert (trained / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (trained / "index.html").read_text()
     assert (
-        page.count("<svg") == 1
+        page.count("<svg") == 3
         and "recipe speed:" in page
         and "http" not in page.replace("http://www.w3.org", "")
     )

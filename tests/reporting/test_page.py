@@ -10,7 +10,13 @@ import pytest
 from rtresnet.reporting import pages
 from rtresnet.reporting.tables import DataTable
 
-LOG = [{"epoch": e, "train_top1": 50.0 + 10 * e, "val_top1": 45.0 + 10 * e} for e in range(1, 5)]
+LOG = [
+    {
+        "epoch": e, "train_top1": 50.0 + 10 * e, "val_top1": 45.0 + 10 * e, "loss": 1 / e,
+        "images_per_second": 100.0,
+    }
+    for e in range(1, 5)
+]  # fmt: skip
 
 
 class Balanced(HTMLParser):
@@ -40,6 +46,7 @@ def sample_page(words: str = "plain") -> str:
 
     return pages.render(
         "training.html", title="Title <1>", kept=words, curve=plots.training_curve(LOG),
+        progress=plots.svg(plots.progress_figure(LOG), "loss"), view=None,
         images=words, recipe=words,
         epochs=DataTable(headings=("name", "ms"), rows=[("<b>bold</b>", 1.5), (words, None)]),
     )  # fmt: skip
@@ -66,7 +73,7 @@ def test_the_same_numbers_give_the_same_page() -> None:
 
 def test_a_browser_renders_it_without_a_complaint(browser: Callable[[str], str]) -> None:
     dom = browser(sample_page())
-    assert dom.count("<svg") == 1
+    assert dom.count("<svg") == 2
     assert "Title &lt;1&gt;" in dom
 
 

@@ -97,3 +97,13 @@ def test_evaluate_details_agree_with_the_accuracy(trained: Path, tints: str) -> 
     assert (result.report.n, result.report.top1.count) == (result.n, result.top1)
     assert np.trace(result.report.matrix()) == result.top1
     assert evaluate(trained / "best.pt", tints).report is None
+
+
+def test_data_report_writes_a_page_with_duplicates_and_an_augmented_batch(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page"
+    assert main(["data", str(photographs), "--report", str(out), "--samples", "1"]) == 0
+    page = (out / "index.html").read_text()
+    assert f"page: {out / 'index.html'}" in capsys.readouterr().out
+    assert "recompressed.jpg" in page and "An augmented batch" in page and "01.png" in page
