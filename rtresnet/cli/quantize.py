@@ -98,7 +98,8 @@ def _write_page(folder: Path, gate: GateResult, source: Path) -> Path:
     drop = gate.drop.drop
     summary = [
         *gate.summary,
-        f"The quantized net gives another class than FP32 for {plural(gate.changed, 'image')} of {drop.n:,}: "
+        "The quantized net gives another class than FP32 for "
+        f"{plural(gate.changed, 'image')} of {drop.n:,}: "
         f"{drop.lost} that only FP32 classifies correctly, {drop.won} that only the other does.",
     ]
     images = gallery.from_data(gate.drop.data, "test", [flip.index for flip in gate.flips])

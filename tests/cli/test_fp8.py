@@ -11,6 +11,8 @@ import pytest
 
 from rtresnet.cli.main import main
 from rtresnet.core.artifacts import read_sidecar
+from rtresnet.core.flips import Answers
+from rtresnet.data.sources import Source
 from rtresnet.onnxlib.interface import precision_of
 from rtresnet.runtime.backend import logits
 from rtresnet.runtime.ort import OrtBackend
@@ -91,14 +93,16 @@ def test_the_gate_tries_int8_before_float(
 ) -> None:
     tried: list[tuple[set[int], str]] = []
 
-    def hits(path: Path, labelled: list[object], *rest: object) -> np.ndarray:
+    def answers(path: Path, labelled: Source, *rest: object) -> Answers:
         model = onnx.load(path)
         types = {t.data_type for t in model.graph.initializer if t.name.endswith(".weight")}
         tried.append((types, precision_of(model)))
         good = precision_of(model) == "fp32" or onnx.TensorProto.INT8 in types
-        return np.full(len(labelled), good)
+        classes = labelled.labels if good else (labelled.labels + 1) % 4
+        count = len(labelled)
+        return Answers(indices=np.arange(count), classes=classes, probabilities=np.ones(count))
 
-    monkeypatch.setattr(accuracy_gate, "_hits", hits)
+    monkeypatch.setattr(accuracy_gate, "_answers", answers)
     out = Path("result.json")
     code = quantize(source, "--calib", tints, "--eval", tints, "--json", str(out))
     sidecar = read_sidecar("net-fp8.onnx") if code == 0 else None
