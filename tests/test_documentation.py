@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
 import rtresnet
 from rtresnet.cli.commands import SUMMARIES
@@ -208,3 +209,18 @@ def test_every_module_has_a_docstring_that_ends_its_first_line() -> None:
     for path in (ROOT / "rtresnet").rglob("*.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert text, path
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "expected"),
+    [
+        ([], "qu", {"quantize", "quickstart"}),
+        (["eval", "--protocol"], "", {"center", "10-crop", "dense"}),
+        (["eval"], "--rep", {"--report"}),
+    ],
+)
+def test_shell_completion_offers_commands_options_and_choices(
+    words: list[str], typed: str, expected: set[str]
+) -> None:
+    completion = ShellComplete(cli, {}, "rtresnet", "_RTRESNET_COMPLETE")
+    assert {item.value for item in completion.get_completions(words, typed)} == expected
