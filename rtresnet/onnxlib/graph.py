@@ -2,7 +2,7 @@
 
 Serves files of any tool: constants may be initializers or Constant nodes, names may be missing, and
 a Cast may stand anywhere. Imports onnx when it is needed, so that `branch_depths` and
-`assign_blocks`, which need names only, also serve packages without it. Knows nothing of what a
+`assign_blocks`, which need names only, also serve packages without it. Independent of what a
 quantized graph should look like.
 """
 
