@@ -128,6 +128,7 @@ class Client:
 
     def __init__(self, port: int, requests: list[bytes], expected: list[np.ndarray]) -> None:
         self._port, self._requests, self._expected = port, requests, expected
+        self.pid = 0  # of the server, if the caller states it
         self._idle: list[Connection] = []
         self._next = 0
 
