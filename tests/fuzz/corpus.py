@@ -22,9 +22,13 @@ from rtresnet.core import artifacts, atomic_io, hardware
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
+from rtresnet.workflows.prediction_table import Journal, TableHead
 from tests.reporting.conftest import bench, evaluated, profiled, searched
 
-JOURNAL = {"model": "net.onnx", "top": 2, "images": 3}
+JOURNAL = TableHead(
+    model="0" * 64, provider="cpu", preprocess=Preprocess.for_size(32), top=2, batch=1, images=3,
+    list_of_images="1" * 64,
+)  # fmt: skip
 
 
 def make(folder: Path) -> None:
@@ -165,12 +169,11 @@ def _results(folder: Path) -> None:
 
 
 def _journal(folder: Path) -> None:
-    from rtresnet.workflows.prediction_table import Journal
     from rtresnet.workflows.predictor import ClassProbability, Prediction
 
     folder.mkdir()
     best = tuple(ClassProbability(name=n, probability=p) for n, p in (("a", 0.75), ("b", 0.25)))
-    with Journal(folder / "out.jsonl", JOURNAL, batch=1, resume=False) as journal:
+    with Journal(folder / "out.jsonl", JOURNAL, resume=False) as journal:
         journal.add(
             [
                 Prediction(image="a.png", top=best),

@@ -128,7 +128,7 @@ def _baseline(path: Path) -> None:
 def _journal(path: Path) -> None:
     from rtresnet.workflows.prediction_table import Journal
 
-    with Journal(path.with_suffix(""), corpus.JOURNAL, batch=1, resume=True) as journal:
+    with Journal(path.with_suffix(""), corpus.JOURNAL, resume=True) as journal:
         journal.finish()
 
 
