@@ -172,6 +172,9 @@ class Recipe(Config):
         0, "Training images to recompute batch norm's statistics from after training; 0 is off.",
         minimum=0, maximum=1e7,
     )  # fmt: skip
+    fc_init: Literal["uniform", "he"] = option(
+        "uniform", "Initialization of the FC layer: torch's, or He's as of the convolutions."
+    )
     mean_image: bool = option(
         False, "Subtract the mean of the training images, pixel by pixel, inside the net."
     )

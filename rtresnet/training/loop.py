@@ -141,6 +141,8 @@ class _Run:
         )  # fmt: skip
         side = mean_image_side(job, last)
         net = zoo.build(job.spec, len(self.source.classes), mean_image=side)
+        if self.recipe.fc_init == "he" and isinstance(net, ResNet):
+            torch.nn.init.kaiming_normal_(net.fc.weight, nonlinearity="relu")
         if job.start is not None:
             note = checkpointing.load_start(net, job.start, self.source)
             if note:

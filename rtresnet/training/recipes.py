@@ -26,7 +26,7 @@ from rtresnet.training.config import Recipe
 # also divided by ImageNet's standard deviation of their colour, as in every public net.
 PAPER_CIFAR = Recipe(
     name="paper-cifar", epochs=182, steps=64_000, batch=128, lr=0.1, milestones=(0.5, 0.75),
-    mean_image=True, precision="fp32",
+    mean_image=True, fc_init="he", precision="fp32",
 )  # fmt: skip
 
 # From 110 layers on: "0.01 to warm up until the training error is below 80 % (about 400
@@ -38,7 +38,7 @@ DEEP, DEEP_ERROR = 110, 80.0
 PAPER_IMAGENET = Recipe(
     name="paper-imagenet", epochs=120, steps=600_000, batch=256, lr=0.1,
     milestones=(0.25, 0.5, 0.75), holdout=0.0, crop="scale", colour=0.1, bn_images=50_000,
-    precision="fp32",
+    fc_init="he", precision="fp32",
 )  # fmt: skip
 
 # torchvision's second recipe for ResNet-50 (80.86 %), for a shorter run and a batch of 256; rate
