@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         evaluate,
         record_accuracy,
     )
+    from rtresnet.workflows.explain import ExplainResult, explain
     from rtresnet.workflows.export import ExportConfig, ExportResult, export
     from rtresnet.workflows.input_spec import InputConfig
     from rtresnet.workflows.inspect import FolderResult, InspectResult, inspect, inspect_folder
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
         study_lesions,
     )
     from rtresnet.workflows.train import TrainConfig, TrainResult, train
+    from rtresnet.workflows.weights import WeightsResult, export_weights, import_weights
 
 __version__ = "0.1.0"
 
@@ -137,6 +139,8 @@ _MODULES = {
     "workflows.data": (
         "inspect_data augmented_batch DataInspectConfig DataInspectResult AugmentedBatch"
     ),
+    "workflows.weights": "export_weights import_weights WeightsResult",
+    "workflows.explain": "explain ExplainResult",
     "workflows.export": "export ExportConfig ExportResult",
     "workflows.adopt": "adopt AdoptResult",
     "workflows.quantize": "quantize QuantizeConfig QuantizeResult",
@@ -200,6 +204,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluateDetectorResult",
     "EvaluateResult",
+    "ExplainResult",
     "ExportConfig",
     "ExportResult",
     "FolderResult",
@@ -247,6 +252,7 @@ __all__ = [
     "TrainResult",
     "UnavailableError",
     "UnknownNameError",
+    "WeightsResult",
     "__version__",
     "adopt",
     "advise",
@@ -261,7 +267,10 @@ __all__ = [
     "estimate",
     "evaluate",
     "evaluate_detector",
+    "explain",
     "export",
+    "export_weights",
+    "import_weights",
     "inspect",
     "inspect_data",
     "inspect_folder",

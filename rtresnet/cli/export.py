@@ -25,8 +25,9 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 @config_options(ExportConfig, leave_out=("precisions", "plan"))
 @click.option(
     "--weights",
-    metavar="FILE|imagenet|untrained",
-    help="A checkpoint, torchvision's published weights, or random ones.  [default: the best run "
+    metavar="FILE|imagenet|hf:OWNER/NAME|untrained",
+    help="A checkpoint, torchvision's published weights, a Hugging Face repository, or random "
+    "weights.  [default: the best run "
     "of --model under runs/, if all are of one data set]",
 )
 @click.option("--fp32", is_flag=True, help="Build a plan in FP32.  [default: off]")

@@ -55,6 +55,14 @@ from rtresnet.workflows.predictor import PredictConfig
     default=0.5,
     help="Smallest score of a detection that a detector lists and draws.  [default: 0.5]",
 )
+@click.option(
+    "--explain",
+    "explained",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write class activation maps of the images into this folder: where a residual net sees "
+    "the class (checkpoints and ONNX files).  [default: none]",
+)
 @config_options(TableConfig, argument="table")
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))
@@ -66,6 +74,7 @@ def command(
     out: Path | None,
     draw: Path | None,
     least_score: float,
+    explained: Path | None,
     table: TableConfig,
     stated: InputConfig,
     runtime: RuntimeConfig,
@@ -83,6 +92,13 @@ def command(
     if out is None and table != TableConfig():
         raise click.UsageError("--resume, --ray, --actors and --excel-safe go with --out")
     artifact, names = _split(images, artifact)
+    if explained is not None:
+        if out is not None or is_detector(artifact):
+            raise click.UsageError("--explain does not go with --out, or with a detector")
+        if config != PredictConfig(model=config.model):
+            raise click.UsageError("--top, --batch and --workers do not go with --explain")
+        _explain(names, artifact, explained, config, stated, json_file)
+        return
     if is_detector(artifact):
         if out is not None or config != PredictConfig():
             raise click.UsageError("--out and options of its rows do not go with a detector")
@@ -101,6 +117,23 @@ def command(
         )  # fmt: skip
         _summarize(written)
         common.write_json(json_file, "predict", written)
+
+
+def _explain(
+    images: Sequence[str],
+    artifact: str,
+    out: Path,
+    config: PredictConfig,
+    stated: InputConfig,
+    json_file: str | None,
+) -> None:
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.explain import describe, explain
+
+    result = explain(images, artifact, out, model=config.model, stated=stated, reporter=REPORTER)
+    for line in describe(result):
+        common.say(line)
+    common.write_json(json_file, "explain", result)
 
 
 def _detect(

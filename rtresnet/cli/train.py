@@ -24,12 +24,34 @@ if TYPE_CHECKING:
 ONLY_DETECT = ("backbone", "test_data")
 
 
+def _read_file(
+    context: click.Context, option: click.Parameter, path: str | None
+) -> tuple[str, ...]:
+    """Makes the options of a file the defaults; returns its settings of the recipe."""
+    if path is None:
+        return ()
+    from rtresnet.workflows.config_file import changed_options, read_config
+
+    content = read_config(path)
+    context.default_map = {**changed_options(content.train), **changed_options(content.stated)}
+    return content.train.settings
+
+
 @click.command("train")
 @click.option(
     "--task",
     type=click.Choice(["classify", "detect"]),
     default="classify",
     help="What the net is trained for; detect trains a Faster R-CNN.  [default: classify]",
+)
+@click.option(
+    "--config",
+    "from_file",
+    metavar="FILE",
+    is_eager=True,
+    callback=_read_file,
+    help="TOML file with options of train and a table [recipe], such as a run's config.toml; the "
+    "command line overrides it.  [default: none]",
 )
 @config_options(TrainConfig)
 @config_options(
@@ -42,6 +64,7 @@ ONLY_DETECT = ("backbone", "test_data")
 @config_options(InputConfig, argument="stated")
 @common.json_option
 def command(
+    from_file: tuple[str, ...],
     task: str,
     config: TrainConfig,
     detector: TrainDetectorConfig,
@@ -53,8 +76,8 @@ def command(
     Before the first epoch the images are checked: counts per class, broken files, identical images
     in two splits. All broken files are listed, also in broken.txt in the run's folder.
 
-    Writes best.pt, last.pt, log.jsonl, curves.png and index.html into the run's folder. Several
-    GPUs: torchrun --nproc-per-node N -m rtresnet train ...
+    Writes best.pt, last.pt, log.jsonl, config.toml, curves.png and index.html into the run's
+    folder. Several GPUs: torchrun --nproc-per-node N -m rtresnet train ...
 
     With --task detect, --data is voc:DIR[:SPLIT], coco:JSON:IMAGES or shapes:N, --weights may be
     imagenet, and --set also takes fields of the net, such as anchors.
@@ -63,11 +86,13 @@ def command(
     from rtresnet.workflows.train import train
 
     if task == "detect" or _resumes_detector(config):
+        if click.get_current_context().default_map:
+            raise InputError("--config goes with --task classify")
         _train_detector(config, detector, stated, json_file)
         return
     if detector != TrainDetectorConfig():
         raise InputError("--backbone and --test-data go with --task detect")
-
+    config = dataclasses.replace(config, settings=(*from_file, *config.settings))
     result = train(config, stated=stated, reporter=REPORTER)
     if result.is_main:
         result = dataclasses.replace(result, page=show(result))

@@ -100,6 +100,7 @@ class CheckFailedError(RtresnetError):
 EXTRAS = {
     "torch": "train",
     "safetensors": "train",
+    "huggingface_hub": "hub",
     "onnx": "export",
     "scikit-learn": "demo",
     "matplotlib": "report",

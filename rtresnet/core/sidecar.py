@@ -30,11 +30,18 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the weights came from. `origin` is untrained, trained, imagenet or file."""
+    """Where the weights came from.
+
+    Attributes:
+        origin: untrained, trained, imagenet, huggingface or file.
+        source: Data set, file or repository.
+        license: Of published weights, and of those trained from them; None if not stated.
+    """
 
     origin: str
     sha256: str | None = None
     source: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,12 +26,22 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Calibration, Detection, Measurements, Model, Sidecar, Weights
 from rtresnet.models import zoo
-from rtresnet.models.foreign import HEADS, Naming, adopt, find_naming, identify, recognize
+from rtresnet.models.foreign import (
+    HEADS,
+    Naming,
+    adopt,
+    find_naming,
+    identify,
+    read_hub_config,
+    recognize,
+)
 from rtresnet.models.nets import Net
 from rtresnet.onnxlib import metadata
 
 FORMAT = 1
 SAFETENSORS = ".safetensors"
+OWN_KEY = "rtresnet"  # of a safetensors file's metadata
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # next to timm's config.json
 MEAN_IMAGE = "mean_image.image"  # of `resnet.MeanImage`
 
 
@@ -122,12 +133,12 @@ def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     """Writes a checkpoint and its sidecar, atomically.
 
+    A file in .safetensors holds the weights and what they mean, without the state of training.
+
     Raises:
-        InputError: The name ends in .safetensors, which is only read.
+        UnavailableError: A name in .safetensors, and the package is not installed.
     """
-    if Path(path).suffix.lower() == SAFETENSORS:
-        raise InputError(f"{path}: safetensors files are only read", fix="choose a name in .pt")
-    payload = {
+    payload: dict[str, Any] = {
         "rtresnet": FORMAT,
         "model": dataclasses.asdict(checkpoint.model),
         "input": dataclasses.asdict(checkpoint.input),
@@ -143,7 +154,13 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     if checkpoint.assumed:
         payload["assumed"] = list(checkpoint.assumed)
 
+    is_safe = Path(path).suffix.lower() == SAFETENSORS
+    data = _as_safetensors(path, payload) if is_safe else None
+
     def write(temporary: Path) -> None:
+        if data is not None:
+            temporary.write_bytes(data)
+            return
         # Through memory, so that a full disk is an OSError with a name, not torch's RuntimeError.
         buffer = io.BytesIO()
         torch.save(payload, buffer)
@@ -203,7 +220,10 @@ def load(
     path = atomic_io.require_file(path, fix="train one with: rtresnet train")
     sidecar = artifacts.verify(path)
     if path.suffix.lower() == SAFETENSORS:
-        return _foreign(path, _read_safetensors(path), model, input, sidecar)
+        content = _read_safetensors(path)
+        if OWN_KEY in content:
+            return _ours(path, _own_payload(path, content), model, detector)
+        return _foreign(path, content, model, input, sidecar)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises almost anything: pickle, zip, key, runtime
@@ -222,6 +242,27 @@ def load(
     if detector:
         raise ArtifactError(f"{path}: not a detector of rtresnet")
     return _foreign(path, payload, model, input, sidecar)
+
+
+def _as_safetensors(path: str | os.PathLike[str], payload: dict[str, Any]) -> bytes:
+    """The weights with everything but the state of training as the file's metadata."""
+    try:
+        from safetensors.torch import save as serialize
+    except ImportError:
+        raise missing_package("safetensors", f"writing {path}") from None
+    meaning = {k: v for k, v in payload.items() if k not in ("state", "training")}
+    tensors = {name: tensor.contiguous() for name, tensor in payload["state"].items()}
+    data: bytes = serialize(tensors, {"format": "pt", OWN_KEY: json.dumps(meaning)})
+    return data
+
+
+def _own_payload(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The payload of a safetensors file that `save` wrote."""
+    try:
+        meaning = json.loads(content[OWN_KEY])
+        return {**meaning, "state": content["state_dict"], "training": {}}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -306,12 +347,19 @@ def _foreign(
     spec, assumed = identify(path, stated, recognize(state), wanted)
     classes = state[head].shape[0]
     _check(path, state, spec, classes)
-    contract = input or Preprocess.for_size(spec.size)
+    hub = read_hub_config(path.parent) if path.name in HUB_FILES else None
+    contract = input or (hub.input if hub else Preprocess.for_size(spec.size))
+    named = hub is not None and len(hub.classes) == classes
     return Checkpoint(
-        model=model_of(spec, tuple(str(index) for index in range(classes))),
+        model=model_of(spec, hub.classes if hub and named else tuple(map(str, range(classes)))),
         input=contract,
-        assumed=assumed if input else (*assumed, *contract.assumptions()),
-        weights=Weights(origin="file", sha256=atomic_io.sha256(path), source=os.fspath(path)),
+        assumed=assumed if input or hub else (*assumed, *contract.assumptions()),
+        weights=Weights(
+            origin="file",
+            sha256=atomic_io.sha256(path),
+            source=os.fspath(path),
+            license=hub.license if hub else None,
+        ),
         state=state,
     )
 

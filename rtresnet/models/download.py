@@ -1,6 +1,7 @@
-"""torchvision's published ImageNet weights: downloaded once, checked against their hash, kept.
+"""Published weights by name, downloaded once and checked against their hash.
 
-`rtresnet export --weights imagenet` uses them.
+`train` and `export` take them: `--weights imagenet` is torchvision's, `--weights hf:timm/NAME` a
+repository on the Hugging Face hub with timm's config.json.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import re
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from rtresnet.core import atomic_io, reporter
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import InputError, RtresnetError, missing_package
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.sidecar import Weights
 from rtresnet.models.checkpoint import Checkpoint, load
@@ -33,6 +35,102 @@ IMAGENET_FILES = {
     "vgg19": "vgg19-dcbb9e9d.pth",
     "vgg19_bn": "vgg19_bn-c79401a0.pth",
 }
+
+
+HUB = "hf:"
+HUB_FILES = ("config.json", "model.safetensors")  # the config first: it is small
+
+
+def published(
+    weights: str, model: str | None, reporter: Reporter = reporter.DEFAULT
+) -> Checkpoint | None:
+    """Load weights that are named rather than a file.
+
+    Args:
+        weights: "imagenet" or "hf:OWNER/NAME[@REVISION]".
+        model: Architecture; "imagenet" needs it.
+        reporter: Receives progress.
+
+    Returns:
+        None if `weights` is neither.
+
+    Raises:
+        InputError: Not published, or not reachable.
+    """
+    if weights == "imagenet":
+        if model is None:
+            raise InputError("--weights imagenet", fix="name the net: --model NAME")
+        return imagenet(model, reporter)
+    return huggingface(weights, model, reporter) if weights.startswith(HUB) else None
+
+
+def huggingface(
+    name: str, model: str | None = None, reporter: Reporter = reporter.DEFAULT
+) -> Checkpoint:
+    """Load a net from the Hugging Face hub: model.safetensors, and timm's config.json for the rest.
+
+    The hub's own package downloads and caches the files. Its environment variables apply:
+    HF_ENDPOINT is the address of a mirror, HF_HOME the cache, and with HF_HUB_OFFLINE=1 only the
+    cache is read. Each file is compared with the hash that the hub states for it.
+
+    Args:
+        name: "hf:OWNER/NAME", optionally with "@REVISION".
+        model: The architecture that it must have.
+        reporter: Receives progress.
+
+    Raises:
+        InputError: No such repository, not reachable, or a file does not match its hash.
+        ArtifactError: Not a net of the zoo.
+        UnavailableError: huggingface_hub is not installed.
+    """
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise missing_package("huggingface_hub", f"--weights {name}") from None
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    where: dict[str, Any] = {
+        "revision": revision or None,
+        "endpoint": os.environ.get("HF_ENDPOINT"),
+    }
+    paths = []
+    try:
+        with reporter.progress(f"downloading {repository}"):
+            for file in HUB_FILES:
+                path = Path(hub.hf_hub_download(repository, file, **where))
+                etag = path.resolve().name
+                if path.resolve() == path:  # the cache has no links on this file system
+                    url = hub.hf_hub_url(repository, file, **where)
+                    etag = hub.get_hf_file_metadata(url).etag or ""
+                _check_etag(path, etag)
+                paths.append(path)
+    except RtresnetError:
+        raise
+    except Exception as error:  # the package's errors, and those of the HTTP library below it
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{name}: cannot be downloaded ({reason})",
+            fix=f"check the name; without a connection put {' and '.join(HUB_FILES)} into a "
+            f"folder and use --weights FOLDER/{HUB_FILES[1]}",
+        ) from None
+    checkpoint = load(paths[-1], model=model)
+    source = dataclasses.replace(checkpoint.weights, origin="huggingface", source=repository)
+    return dataclasses.replace(checkpoint, weights=source)
+
+
+def _check_etag(path: Path, etag: str) -> None:
+    """Compare a file with the hub's hash: sha256 of a large file, git's sha1 of a small one."""
+    if re.fullmatch("[0-9a-f]{64}", etag):
+        digest = atomic_io.sha256(path)
+    elif re.fullmatch("[0-9a-f]{40}", etag):
+        content = path.read_bytes()
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    else:
+        raise InputError(f"{path}: the hub states no hash for it")
+    if digest != etag:
+        raise InputError(
+            f"{path}: its hash is {digest[:16]}..., and the hub states {etag[:16]}...",
+            fix="remove the file, and load it again",
+        )
 
 
 def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkpoint:

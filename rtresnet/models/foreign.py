@@ -13,6 +13,7 @@ or in its file name. What is not stated is assumed, and recorded.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.models import zoo
 
 HEADS = ("fc.weight", "classifier.6.weight")  # of a residual net and of VGG
@@ -86,15 +88,11 @@ def find_naming(path: Path, payload: Any) -> Naming | None:
             # In torchvision and timm, whose scripts write such keys, resnet50 is v1.5.
             return Naming(names, f"its key {key}", stride_in=stride or "3x3")
     config = path.with_name(CONFIG)
-    try:
-        if config.stat().st_size <= _CONFIG_BYTES:
-            record = json.loads(config.read_text(encoding="utf-8"))
-            for _, text in _declared(record):
-                if names := _names_in(text, whole=True):
-                    stride = _stride_in(text) or _stride_of_keys(record)
-                    return Naming(names, str(config), stride_in=stride or "3x3")
-    except (OSError, ValueError, RecursionError):  # there is none, or it is not a model's
-        pass
+    record = _read_json(config)
+    for _, text in _declared(record):
+        if names := _names_in(text, whole=True):
+            stride = _stride_in(text) or _stride_of_keys(record)
+            return Naming(names, str(config), stride_in=stride or "3x3")
     names = _names_in(path.stem, whole=False)
     if not names:
         return None
@@ -102,6 +100,70 @@ def find_naming(path: Path, payload: Any) -> Naming | None:
     if stride is None and _PUBLISHED.search(path.stem.lower()):
         stride = "3x3"
     return Naming(names, "its file name", is_declared=False, stride_in=stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """What the config.json of a published net states, in timm's form.
+
+    Attributes:
+        input: The input contract.
+        license: Of the weights, as in "apache-2.0"; None if not stated.
+        classes: Class names; empty if not stated.
+    """
+
+    input: Preprocess
+    license: str | None
+    classes: tuple[str, ...]
+
+
+def read_hub_config(folder: Path) -> HubConfig | None:
+    """Read the config.json that timm publishes with a net; None if there is none, or another one.
+
+    The crop is `crop_pct` of the resized shorter side, rounded down as timm does.
+
+    Raises:
+        ArtifactError: Its input cannot be used.
+    """
+    path = folder / CONFIG
+    record = _read_json(path)
+    about = record.get("pretrained_cfg") if isinstance(record, dict) else None
+    if not isinstance(about, dict) or "mean" not in about:
+        return None
+    try:
+        _, height, width = about["input_size"]
+        if height != width or about.get("crop_mode", "center") != "center":
+            raise ValueError("only centred square crops are supported")
+        contract = Preprocess(
+            size=int(height),
+            resize=math.floor(height / float(about.get("crop_pct", 0.875))),
+            mean=tuple(map(float, about["mean"])),  # type: ignore[arg-type]
+            std=tuple(map(float, about["std"])),  # type: ignore[arg-type]
+            interpolation=str(about.get("interpolation", "bilinear")),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, InputError) as error:
+        raise ArtifactError(
+            f"{path}: states an input that cannot be used ({error!r})"
+            if isinstance(error, KeyError)
+            else f"{path}: states an input that cannot be used ({error})",
+            fix="correct it, or remove it and state --preset, --size and --interpolation",
+        ) from None
+    names = record.get("label_names") or about.get("label_names") or ()
+    license = about.get("license") or record.get("license")
+    return HubConfig(
+        input=contract,
+        license=license if isinstance(license, str) else None,
+        classes=tuple(map(str, names)) if isinstance(names, list) else (),
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size <= _CONFIG_BYTES:
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # there is none, or it is none of a model
+        pass
+    return None
 
 
 def _declared(record: Any, depth: int = 2) -> Iterator[tuple[str, str]]:

@@ -50,6 +50,7 @@ class EpochStats:
     hits: float = 0.0
     seen: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -109,6 +110,7 @@ class CheckpointManager:
         self.job, self.model, self.world = job, model, world
         self.total, self.images, self.data = total, images, data
         self.fingerprint = job.source.fingerprint()
+        self.license = job.start.weights.license if job.start else None
 
     def save_best(self, state: RunState, stepper: Stepper) -> None:
         """Write best.pt: the net as it is now."""
@@ -164,6 +166,7 @@ class CheckpointManager:
         stepper.optimizer.load_state_dict(saved["optimizer"])
         stepper.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
+        self.license = last.weights.license
         sums = EpochStats(**saved["sums"])
         warmed, hits, seen = saved.get("warmup", (None, 0.0, 0))
         return RunState(
@@ -172,12 +175,14 @@ class CheckpointManager:
         )  # fmt: skip
 
     def _run_record(self) -> dict[str, Any]:
+        teacher = self.job.teacher
         return {
             "recipe": dataclasses.asdict(self.job.recipe),
             "data": self.job.source.name,
             "fingerprint": self.fingerprint,
             "total": self.total,
             "images": self.data,
+            **({"teacher": dataclasses.asdict(teacher.weights)} if teacher else {}),
         }
 
     def _checkpoint(
@@ -201,7 +206,7 @@ class CheckpointManager:
         return Checkpoint(
             model=self.model,
             input=self.job.preprocess,
-            weights=Weights(origin="trained", source=self.job.source.name),
+            weights=Weights(origin="trained", source=self.job.source.name, license=self.license),
             state=state_of(net),
             learned=learned,
             training=training,

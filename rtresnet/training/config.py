@@ -12,7 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import NotRequired, TypedDict  # NotRequired is in typing from Python 3.11
 
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
@@ -43,6 +45,8 @@ class EpochRecord(TypedDict):
         images_per_second: Training throughput.
         seconds: Training time, without evaluation.
         skipped: Images left out because they cannot be decoded.
+        waiting: Share of `seconds` in which the net waited for data, in [0, 1].
+        decoded_per_core: Photographs that one core decodes and crops per second; None for arrays.
     """
 
     epoch: int
@@ -57,6 +61,8 @@ class EpochRecord(TypedDict):
     images_per_second: float
     seconds: float
     skipped: int
+    waiting: NotRequired[float]
+    decoded_per_core: NotRequired[float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,10 @@ class Recipe(Config):
     holdout: float = option(
         0.1, "Share of training images held out to select the epoch; 0 keeps the last epoch.",
         minimum=0, maximum=0.5,
+    )  # fmt: skip
+    patience: int = option(
+        0, "Stop after this many epochs without a better validation accuracy; 0 is off.",
+        minimum=0, maximum=1e6,
     )  # fmt: skip
     seed: int = option(
         0, "Random seed of initialization, order and augmentation.", minimum=0, maximum=2**31
@@ -119,8 +129,27 @@ class Recipe(Config):
     decay_norms: bool = option(
         True, "Apply weight decay to batch norms and biases too, as in the paper."
     )
+    layer_decay: float = option(
+        1.0,
+        "Factor on the learning rate for each part of the net (stem, stages) from the last layer "
+        "down; below 1, early layers learn more slowly.",
+        minimum=0.01,
+        maximum=1,
+    )
     clip: float = option(0.0, "Largest norm of the gradient; 0 is off.", minimum=0, maximum=1e9)
 
+    balance: Literal["none", "loss", "sampling"] = option(
+        "none",
+        "For skewed data: weight the loss by the inverse frequency of the image's class, or draw "
+        "images of each class equally often.",
+    )
+    distill: float = option(
+        0.0, "Share of the teacher's answers in the loss; needs a teacher.", minimum=0, maximum=1
+    )
+    temperature: float = option(
+        4.0, "Temperature that softens the teacher's and the student's answers.",
+        minimum=0.1, maximum=100,
+    )  # fmt: skip
     label_smoothing: float = option(
         0.0, "Share of the target that is spread over all classes.", minimum=0, maximum=0.9
     )
@@ -198,6 +227,11 @@ class Recipe(Config):
         super().__post_init__()
         if self.batch % self.accumulate:
             raise InputError(f"a batch of {self.batch} has no {self.accumulate} equal parts")
+        if self.patience and not self.holdout:
+            raise InputError(
+                f"patience={self.patience}: nothing is held out to measure the accuracy on",
+                fix="--set holdout=0.1",
+            )
         if list(self.milestones) != sorted(self.milestones):
             raise InputError(f"milestones={self.milestones}: must rise")
         if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
@@ -314,6 +348,12 @@ class Recipe(Config):
             unused |= {"warmup_shape"}
             if not self.warmup_until:
                 unused |= {"warmup_from"}
+        if not self.distill:
+            unused |= {"temperature"}
+        if self.layer_decay == 1:
+            unused |= {"layer_decay"}
+        if self.balance == "none":
+            unused |= {"balance"}
         entries = [
             f"{field}={text(value)}"
             for field, value in dataclasses.asdict(self).items()
@@ -356,6 +396,8 @@ class TrainJob:
         max_broken: Share of images that may be broken, in [0, 1]; they are left out.
         decode_all: Whether every image is decoded before the first epoch even if the decoded
             images do not fit into memory.
+        teacher: Net to distill from.
+        workers: Threads that decode training images; None uses one per core.
     """
 
     spec: zoo.Spec
@@ -370,3 +412,5 @@ class TrainJob:
     cached: bool = True
     max_broken: float = 0.0
     decode_all: bool = False
+    teacher: Checkpoint | None = None
+    workers: int | None = None

@@ -10,6 +10,8 @@ copied to the device as uint8, and augmented there in batches.
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,6 +92,7 @@ class TrainLoader:
         world: This process among several.
         device: Where the augmentation runs.
         tally: Receives the broken images.
+        workers: Threads that decode photographs; one per core by default.
     """
 
     def __init__(
@@ -102,9 +105,12 @@ class TrainLoader:
         world: World = ALONE,
         device: str = "cpu",
         tally: loader.DecodeErrors,
+        workers: int | None = None,
     ) -> None:
         self.source, self.indices, self.preprocess = source, np.asarray(indices), preprocess
         self.recipe, self.world, self.device, self.tally = recipe, world, device, tally
+        self.workers, self.decoded, self.decode_seconds = workers, 0, 0.0
+        self._lock = threading.Lock()
         self.batch = recipe.batch
         self.steps_per_epoch = max(1, len(self.indices) // self.batch)
         self.total = recipe.total(self.steps_per_epoch)
@@ -124,7 +130,7 @@ class TrainLoader:
             DataError: No image of a part can be decoded, or too many images cannot.
         """
         epoch = first // self.steps_per_epoch
-        order = np.random.default_rng((self.recipe.seed, ORDER, epoch)).permutation(self.indices)
+        order = self._order(np.random.default_rng((self.recipe.seed, ORDER, epoch)))
         parts = []
         for step in range(first, end):
             start = (step % self.steps_per_epoch) * self.batch
@@ -139,6 +145,21 @@ class TrainLoader:
             if len(ready) == self.recipe.accumulate:
                 yield step, ready
                 ready = []
+
+    def class_weights(self) -> np.ndarray:
+        """Return the inverse frequency of each class; its mean over the training images is 1."""
+        counts = np.bincount(self.source.labels[self.indices], minlength=len(self.source.classes))
+        present = counts > 0
+        weights = np.zeros(len(counts), np.float32)
+        weights[present] = len(self.indices) / (present.sum() * counts[present])
+        return weights
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        """The images of an epoch: each once, or each class equally often."""
+        if self.recipe.balance != "sampling":
+            return rng.permutation(self.indices)
+        shares = self.class_weights()[self.source.labels[self.indices]].astype(np.float64)
+        return rng.choice(self.indices, len(self.indices), p=shares / shares.sum())
 
     def side(self, step: int) -> int:
         """Return the side of the images of a step, in pixels."""
@@ -171,12 +192,17 @@ class TrainLoader:
         wanted = ((int(index), sides[step]) for step, _, chosen in parts for index in chosen)
 
         def work(item: tuple[int, int]) -> np.ndarray | CorruptImage:
+            started = time.thread_time()
             try:
                 return self._crop(item[0], epoch, item[1])
             except CorruptImage as error:
                 return error
+            finally:
+                with self._lock:
+                    self.decoded += 1
+                    self.decode_seconds += time.thread_time() - started
 
-        results = loader.prefetch_map(work, wanted)
+        results = loader.prefetch_map(work, wanted, self.workers)
         for step, own, chosen in parts:
             crops = [next(results) for _ in chosen]
             for (index, _), result in crops:

@@ -12,9 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +42,9 @@ from rtresnet.training.evaluate import evaluate
 from rtresnet.training.loader import STEP, TrainLoader
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.step import Stepper, check_compiler, cudnn_benchmark, resolve_precision
+from rtresnet.training.teacher import Teacher
 
+T = TypeVar("T")
 READ_STEPS = 20  # steps between reading the losses from a GPU, which waits for it
 WARMUP_STEPS = 25  # steps over which the training error is measured that ends a warm-up
 EVALUATION_BATCH = 512  # of small images on the device
@@ -109,6 +112,8 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
     checkpointing.check_folder(job.out, resume)
+    if job.recipe.distill and job.teacher is None:
+        raise InputError("distill needs a teacher", fix="name it with --teacher CHECKPOINT")
     if job.recipe.qat and job.start is None and not resume:
         raise InputError("--qat fine-tunes a trained net", fix="name it with --weights FILE")
     job = resolve_job(job)
@@ -154,11 +159,14 @@ class _Run:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loader = TrainLoader(
             self.source, self.parts.train, job.preprocess, job.recipe,
-            world=world, device=job.device, tally=self.tally,
+            world=world, device=job.device, tally=self.tally, workers=job.workers,
         )  # fmt: skip
         self.total, self.steps_per_epoch = self.loader.total, self.loader.steps_per_epoch
         learner = self._fake_quantized(net) if job.recipe.qat else net
-        self.stepper = Stepper(learner, job.recipe, world, job.device)
+        self.stepper = Stepper(
+            learner, job.recipe, world, job.device,
+            class_weights=self._class_weights(), teacher=self._teacher(),
+        )  # fmt: skip
         self.manager = CheckpointManager(
             job, checkpoint.model_of(job.spec, self.source.classes), total=self.total,
             images=len(self.parts.train), data=data.report.record(), world=world,
@@ -166,6 +174,19 @@ class _Run:
         self.state = RunState()
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
+
+    def _class_weights(self) -> torch.Tensor | None:
+        if self.recipe.balance != "loss":
+            return None
+        return torch.from_numpy(self.loader.class_weights()).to(self.job.device)
+
+    def _teacher(self) -> Teacher | None:
+        job, source = self.job, self.source
+        if job.teacher is None:
+            return None
+        return Teacher(
+            job.teacher, source.classes, job.preprocess, named=source.named
+        ).to(job.device)  # fmt: skip
 
     def _fake_quantized(self, net: Net) -> FakeQuantized:
         """The net with fake quantization; scales from its checkpoint, or from some images."""
@@ -208,6 +229,11 @@ class _Run:
         """Run all epochs. An epoch is complete once it is in the log."""
         self.first_step = self.state.step
         while len(self.state.log) * self.steps_per_epoch < self.total:
+            if stalled(self.state.log, self.recipe.patience):
+                self.tally.warn(
+                    f"stopped early: no better validation accuracy in {self.recipe.patience} epochs"
+                )
+                break
             end = min((len(self.state.log) + 1) * self.steps_per_epoch, self.total)
             if self.state.step < end:
                 self._steps(end, stop, on_step)
@@ -220,7 +246,7 @@ class _Run:
         read = READ_STEPS if self.job.device.startswith("cuda") else 1
         unread: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self.stepper.train()
-        for step, micros in self.loader.steps(self.state.step, end):
+        for step, micros in self._timed(self.loader.steps(self.state.step, end)):
             lr = self._lr(step)
             unread.append((step, lr, *self.stepper.step(micros, lr, step)))
             self.state.step = step + 1
@@ -238,6 +264,16 @@ class _Run:
             if now - self.saved_at >= self.job.save_every:
                 self._save()
                 mark = time.perf_counter()
+
+    def _timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Add the time in which the loop waits for its next batch to the sums."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.state.sums.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _read_losses(
         self, unread: list[tuple[int, float, torch.Tensor, torch.Tensor]], stop: bool
@@ -298,6 +334,10 @@ class _Run:
             images_per_second=sums.seen / sums.seconds,
             seconds=sums.seconds,
             skipped=len(self.tally.skipped),
+            waiting=min(1.0, sums.waited / sums.seconds),
+            decoded_per_core=self.loader.decoded / self.loader.decode_seconds
+            if self.loader.decode_seconds
+            else None,
         )
 
     def _complete_epoch(self, record: EpochRecord) -> None:
@@ -382,6 +422,14 @@ def mean_image_side(job: TrainJob, last: Checkpoint | None) -> int | None:
             fix=f"--size {side} --set train_scale=1 --set progressive=",
         )
     return side
+
+
+def stalled(log: Sequence[EpochRecord], patience: int) -> bool:
+    """Return whether the last `patience` epochs of a log brought no better accuracy."""
+    scores = [score for record in log if (score := record["val_top1"]) is not None]
+    if not patience or not scores:
+        return False
+    return len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
 def accuracy(

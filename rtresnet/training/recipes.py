@@ -77,6 +77,8 @@ RECIPES = {
 EXAMPLES = {"lr": "0.05", "milestones": "0.3,0.6", "progressive": "0:0.5,0.6:1", "area": "0.35,1"}
 
 MIN_BATCH = 32
+FEW_UPDATES = 100  # of the weights, in a whole run
+HIGH_RATE = 4  # times the recipe's learning rate
 STEPS_PER_EPOCH = 40  # fewer updates than this are too few to learn from
 SMALL_IMAGE = 64  # pixels: up to this size images are padded and cropped as in CIFAR recipes
 
@@ -137,6 +139,31 @@ def resolve(
     if unknown:
         raise UnknownNameError("recipe field", unknown[0], _types())
     return dataclasses.replace(recipe, **(changed | settings))
+
+
+def advice(recipe: Recipe, images: int) -> list[str]:
+    """Describe what is unlikely to train well, one sentence each.
+
+    Args:
+        recipe: As resolved.
+        images: Training images, without those held out.
+    """
+    lines = []
+    updates = recipe.total(max(1, images // recipe.batch))
+    if updates < FEW_UPDATES:
+        lines.append(
+            f"the weights are updated only {updates} times: train longer (--epochs), or with a "
+            "smaller --batch"
+        )
+    base = RECIPES.get(recipe.name)
+    if base is not None:
+        usual = base.lr * recipe.batch / base.batch
+        if recipe.lr > HIGH_RATE * usual:
+            lines.append(
+                f"the learning rate {recipe.lr:g} is {recipe.lr / usual:.0f} times that of the "
+                f"recipe for a batch of {recipe.batch} ({usual:g}), and training may diverge"
+            )
+    return lines
 
 
 def parse(settings: Iterable[str]) -> dict[str, object]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rtresnet.core import hardware
 from rtresnet.core.errors import CheckFailedError, InputError, UnavailableError
@@ -25,6 +26,7 @@ from rtresnet.training.distributed import World
 from rtresnet.training.ema import ModelEma
 from rtresnet.training.loader import DEPTH, MicroBatch
 from rtresnet.training.qat import FakeQuantized
+from rtresnet.training.teacher import Teacher
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_LOSS_SCALE = 2.0**-8  # in fp16: below it, the gradients overflow at any scale
@@ -96,10 +98,22 @@ class Stepper:
         recipe: With a resolved precision.
         world: Over which gradients are averaged.
         device: The net's.
+        class_weights: float32 [classes], on the device, if the recipe balances the loss.
+        teacher: Net to distill from, on the device.
     """
 
-    def __init__(self, net: Net | FakeQuantized, recipe: Recipe, world: World, device: str) -> None:
+    def __init__(
+        self,
+        net: Net | FakeQuantized,
+        recipe: Recipe,
+        world: World,
+        device: str,
+        *,
+        class_weights: Tensor | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.net, self.recipe = net, recipe
+        self.class_weights, self.teacher = class_weights, teacher
         self.fake = net if isinstance(net, FakeQuantized) else None
         self.kind = "cuda" if device.startswith("cuda") else "cpu"
         self.frozen = freeze(net.net if isinstance(net, FakeQuantized) else net, recipe.freeze)
@@ -170,7 +184,7 @@ class Stepper:
             Mean loss and number of correct predictions of this process's images, on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
         with self.depth.drawn(number) if self.depth else contextlib.nullcontext():
@@ -195,14 +209,26 @@ class Stepper:
         cast = AUTOCAST.get(self.recipe.precision)
         with torch.autocast(self.kind, cast or torch.bfloat16, enabled=cast is not None):
             logits = self.forward(micro.inputs)
+            answers = self.teacher(micro.inputs) if self.teacher is not None else None
         logits = logits.float()
-        smoothing = self.recipe.label_smoothing
-        loss = nn.functional.cross_entropy(logits, micro.labels, label_smoothing=smoothing)
+        loss = self._cross_entropy(logits, micro.labels)
         if micro.share != 1:
-            other = nn.functional.cross_entropy(logits, micro.others, label_smoothing=smoothing)
+            other = self._cross_entropy(logits, micro.others)
             loss = micro.share * loss + (1 - micro.share) * other
+        if answers is not None:
+            soft = distillation(logits, answers.float(), self.recipe.temperature)
+            loss = (1 - self.recipe.distill) * loss + self.recipe.distill * soft
         self.scaler.scale(loss / parts).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), (logits.argmax(1) == micro.labels).sum()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.recipe.label_smoothing
+        if self.class_weights is None:
+            return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        losses = functional.cross_entropy(
+            logits, labels, label_smoothing=smoothing, reduction="none"
+        )
+        return (losses * self.class_weights[labels]).mean()
 
     def _without_averaging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Average gradients over the processes once per step, with its last part."""
@@ -255,7 +281,48 @@ def freeze(net: Net, parts: int) -> list[nn.Module]:
     return frozen
 
 
-def _groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def distillation(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
+    """Compute the loss of a student against its teacher (Hinton, Vinyals and Dean, 2015).
+
+    The Kullback-Leibler divergence of the softened answers, times the squared temperature, so that
+    its gradients have the size of those of the cross-entropy.
+
+    Args:
+        logits: The student's, float32 [N, classes].
+        answers: The teacher's logits, float32 [N, classes].
+        temperature: Divides both.
+    """
+    return temperature**2 * functional.kl_div(
+        functional.log_softmax(logits / temperature, 1),
+        functional.log_softmax(answers / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def _groups(net: Net | FakeQuantized, recipe: Recipe) -> list[dict[str, Any]]:
+    """The parameters by weight decay and, below a layer decay of 1, by part of the net."""
+    groups = _decay_groups(net, recipe)
+    if recipe.layer_decay == 1:
+        return groups
+    parts = (net.net if isinstance(net, FakeQuantized) else net).leading_parts()
+    depth = {
+        id(parameter): number
+        for number, part in enumerate(parts)
+        for module in part
+        for parameter in module.parameters()
+    }
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for number in range(len(parts) + 1):
+            own = [p for p in group["params"] if depth.get(id(p), len(parts)) == number]
+            factor = recipe.layer_decay ** (len(parts) - number)
+            if own:
+                split.append({**group, "params": own, "factor": factor})
+    return split
+
+
+def _decay_groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     scales = (
         net.scales if isinstance(net, FakeQuantized) else None

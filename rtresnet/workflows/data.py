@@ -18,9 +18,9 @@ from rtresnet.workflows.loading import require_torch
 from rtresnet.workflows.train import TrainConfig, new_job
 
 if TYPE_CHECKING:
-    from rtresnet.data.duplicates import Hashes
     from rtresnet.data.sources import Source
     from rtresnet.data.validation import Scan
+    from rtresnet.workflows.duplicates import Hashes
 
 PERCENTILES = (0, 5, 50, 95, 100)
 
@@ -170,7 +170,7 @@ def inspect_data(
 
 def _read(name: str, source: Source, config: DataInspectConfig, reporter: Reporter) -> _Split:
     from rtresnet.data import validation
-    from rtresnet.data.duplicates import Hashes, perceptual_hash
+    from rtresnet.workflows.duplicates import Hashes, perceptual_hash
 
     sizes: dict[int, tuple[int, int]] = {}
     bits: dict[int, np.ndarray] = {}
@@ -198,8 +198,8 @@ def _read(name: str, source: Source, config: DataInspectConfig, reporter: Report
 
 def _pairs(splits: list[_Split], number: int, near: bool) -> Iterable[DuplicatePair]:
     """Pairs of a split's images, and of its images with those of later splits."""
-    from rtresnet.data.duplicates import near_pairs
     from rtresnet.data.validation import identical
+    from rtresnet.workflows.duplicates import near_pairs
 
     one = splits[number]
     good = one.scan.of(np.setdiff1d(one.scan.indices, list(one.scan.broken)))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rtresnet.data.loader import DecodeErrors
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.runtime.session import Session
-    from rtresnet.training.evaluate import Views
+    from rtresnet.workflows.views import Views
 
 
 MAX_BROKEN = 0.01
@@ -235,7 +235,7 @@ def evaluate(
         UnavailableError: The device, the provider or a package is not available.
     """
     from rtresnet.data import sources
-    from rtresnet.training.evaluate import Views, evaluate_views
+    from rtresnet.workflows.views import Views, evaluate_views
 
     config, runtime, data = config or EvaluateConfig(), runtime or RuntimeConfig(), str(data)
     names = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(path) for path in paths]

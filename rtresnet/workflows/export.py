@@ -135,8 +135,9 @@ def export(
     """Exports a checkpoint to ONNX with batch norm folded, and to plans if the config asks for it.
 
     Args:
-        weights: A checkpoint, "imagenet" for torchvision's published weights, or "untrained". By
-            default the best run of `config.model` under runs/, else untrained weights.
+        weights: A checkpoint, "imagenet" for torchvision's published weights, "hf:OWNER/NAME" for a
+            repository on the Hugging Face hub, or "untrained". By default the best run of
+            `config.model` under runs/, else untrained weights.
         out: Folder, or the name of the FP32 ONNX file in it.
         config: Architecture and precisions; only the FP32 ONNX file by default.
         quantize: Calibration of INT8 and FP8; its precision is ignored.
@@ -329,11 +330,10 @@ def resolve(
             "random weights. Latency is meaningful, accuracy is not.",
         )
         return checkpoint.untrained(spec, Preprocess.for_size(size or spec.size)), None
-    if weights == "imagenet":
-        if spec is None:
-            raise InputError("--weights imagenet", fix="say of which net: --model NAME")
-        return download.imagenet(spec.name, reporter), None
     assert weights is not None
+    found = download.published(str(weights), model, reporter)
+    if found is not None:
+        return found, None
     return checkpoint.load(weights, model=model), Path(weights)
 
 

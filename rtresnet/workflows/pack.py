@@ -92,7 +92,7 @@ def pack(
         DataError: The folder has no images or no classes.
         InputError: `out` holds a finished pack, or cannot be written.
     """
-    from rtresnet.data import packing
+    from rtresnet.workflows import packing
 
     config = config or PackConfig()
     begin = time.perf_counter()

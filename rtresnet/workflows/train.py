@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from rtresnet.core import reporter
-from rtresnet.core.config import Config, option, parse_percentage
+from rtresnet.core.config import Config, option, options_of, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import LogReporter, Reporter
 from rtresnet.training.config import SAVE_SECONDS, Recipe
 from rtresnet.training.data_report import DataReport
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
-from rtresnet.workflows.train_progress import TrainProgress, event_writer
+from rtresnet.workflows.train_log import Target, open_loggers, parse_targets, require
+from rtresnet.workflows.train_progress import TrainProgress
 
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source
+    from rtresnet.models.checkpoint import Checkpoint
     from rtresnet.training.config import TrainJob
     from rtresnet.training.distributed import World
 
@@ -31,7 +34,19 @@ DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
     "synthetic:N. Transparent images are composited on white."
 )
-RECIPE_FIELDS = ("epochs", "batch", "lr", "seed")  # that are options of their own
+IMAGENET_DEFAULT = "resnet18"  # of --weights imagenet
+DISTILL = 0.5  # share of the teacher in the loss
+# Fields of the recipe that are options of their own.
+RECIPE_FIELDS = ("epochs", "batch", "lr", "seed", "patience", "balance", "layer_decay", "freeze")
+
+
+def recipe_option(name: str) -> Any:
+    """An option for a field of the recipe; None keeps the recipe's value."""
+    about = {field.name: about for field, _, about in options_of(Recipe)}[name]
+    return option(
+        None, about.help, minimum=about.minimum, maximum=about.maximum,
+        default_text="the recipe's",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +62,7 @@ class TrainConfig(Config):
     model: str | None = option(
         None,
         "Architecture, one of those that `rtresnet models` lists.",
-        default_text="resnet20, or the weights'",
+        default_text="resnet20; with --weights theirs, or resnet18 for imagenet",
     )
     data: str | None = option(None, f"Images: {DATA_HELP}", default_text="digits")
     recipe: str | None = option(
@@ -78,7 +93,10 @@ class TrainConfig(Config):
         metavar="FIELD=VALUE",
     )
     weights: str | None = option(
-        None, "Start from a checkpoint, from rtresnet or another tool.", metavar="FILE"
+        None,
+        "Start from a checkpoint of rtresnet or another tool, from torchvision's ImageNet weights, "
+        "or from a Hugging Face repository.",
+        metavar="FILE|imagenet|hf:OWNER/NAME",
     )
     qat: bool = option(False, "Quantization-aware fine-tuning of --weights for INT8.")
     flip: bool | None = option(
@@ -114,7 +132,34 @@ class TrainConfig(Config):
         False,
         "Decode every image before the first epoch, also images that do not fit into memory.",
     )
-    tensorboard: bool = option(False, "Write TensorBoard event files too.")
+    patience: int | None = recipe_option("patience")
+    balance: Literal["none", "loss", "sampling"] | None = recipe_option("balance")
+    layer_decay: float | None = recipe_option("layer_decay")
+    freeze: int | None = recipe_option("freeze")
+    teacher: str | None = option(
+        None,
+        "Distill from a trained net with the same classes: half of the loss is its answers (--set "
+        "distill, temperature).",
+        metavar="FILE|hf:OWNER/NAME",
+    )
+    threads: int | None = option(
+        None, "Threads that compute.", minimum=1, maximum=1024, default_text="one per core"
+    )
+    workers: int | None = option(
+        None,
+        "Threads that decode images.",
+        minimum=1,
+        maximum=1024,
+        default_text="one per core",
+    )
+    log: tuple[Target, ...] = option(
+        (),
+        "Log to tensorboard, mlflow or wandb, separated by commas, through their packages.",
+        metavar="NAME,...",
+        parse=parse_targets,
+        default_text="none",
+    )
+    tensorboard: bool = option(False, "The same as --log tensorboard.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,32 +248,47 @@ def train(
         LockedError: Another process trains in the folder.
     """
     config, stated = config or TrainConfig(), stated or InputConfig()
+    # Read when OpenMP starts. Threads that spin while they wait slow down a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     require_torch("training")
     from rtresnet.training import checkpointing, dataset, distributed, loop
+    from rtresnet.workflows import config_file
 
-    writer = event_writer() if config.tensorboard else None
+    targets = tuple(dict.fromkeys((*config.log, *("tensorboard",) * config.tensorboard)))
+    require(targets)
     _recipe_settings(config)  # refused before there is a folder
     device = torch_device(config.device)
     with contextlib.ExitStack() as stack, distributed.world(device) as (world, place):
         folder, resume = _agree(
             world, lambda: stack.enter_context(_folder(config, world, reporter))
         )
+        if not resume and world.size > 1:  # downloaded once
+            _agree(world, lambda: _start(config, reporter) and None)
         checkpointing.check_folder(folder, resume)
-        start = _resumed if resume else new_job
-        job = start(folder, config, stated)
+        own = reporter if world.is_main else _Silent()
+        job = (
+            _resumed(folder, config, stated, own)
+            if resume
+            else new_job(folder, config, stated, own)
+        )
         changes: dict[str, Any] = {} if config.max_broken is None else {
             "max_broken": config.max_broken
         }  # fmt: skip
         job = loop.resolve_job(
             dataclasses.replace(
                 job, device=place, cached=config.cache, decode_all=config.decode_all,
-                save_every=config.save_every, **changes,
+                save_every=config.save_every, workers=config.workers, **changes,
             )
         )  # fmt: skip
-        own = reporter if world.is_main else _Silent()
         _announce(job, world, own)
-        events = writer(str(folder / "tensorboard")) if writer and world.is_main else None
-        with TrainProgress(own, events) as progress:
+        stack.enter_context(_threads(config.threads))
+        loggers = []
+        if world.is_main:
+            if not resume:
+                config_file.write_config(folder / config_file.CONFIG_FILE, config, job)
+            about = {"model": job.spec.name, "data": job.source.name}
+            loggers = open_loggers(targets, folder, about | dataclasses.asdict(job.recipe))
+        with TrainProgress(own, loggers) as progress:
             try:
                 best = loop.train(
                     job, resume=resume, world=world, warn=own.note, on_step=progress.step,
@@ -257,9 +317,24 @@ def _recipe_settings(config: TrainConfig) -> dict[str, Any]:
     fields = recipes.parse(config.settings)
     fields |= {n: value for n in RECIPE_FIELDS if (value := getattr(config, n)) is not None}
     fields |= {name: True for name in ("compile", "qat") if getattr(config, name)}
+    if config.teacher is not None:
+        fields.setdefault("distill", DISTILL)
     if config.flip is not None:
         fields["flip"] = "random" if config.flip else "none"
     return fields
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute in so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -305,21 +380,27 @@ def _agree(world: World, decide: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def new_job(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob:
+def new_job(
+    folder: Path,
+    config: TrainConfig,
+    stated: InputConfig,
+    reporter: Reporter = reporter.DEFAULT,
+) -> TrainJob:
     """Resolve a config to a new run's net, data and recipe.
 
     Args:
         folder: Of the run.
         config: What to train.
         stated: Input of the net, in place of the usual one.
+        reporter: Receives the progress of downloads.
     """
     from rtresnet.core.preprocess import Preprocess
-    from rtresnet.models import checkpoint, zoo
+    from rtresnet.models import zoo
     from rtresnet.training import recipes
     from rtresnet.training.config import TrainJob
 
     settings = _recipe_settings(config)
-    start = checkpoint.load(config.weights, model=config.model) if config.weights else None
+    start = _start(config, reporter)
     spec = start.spec if start else zoo.spec(config.model or "resnet20")
     data = config.data or "digits"
     source, test = _sources(data)
@@ -327,9 +408,9 @@ def new_job(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob:
     default = "speed" if preprocess.size <= recipes.SMALL_IMAGE else "modern"
     default = "qat" if settings.get("qat") else "finetune" if start else default
     images = len(source) * 9 // 10
-    if config.batch is not None and config.batch > images:
+    if settings.get("batch", 0) > images:
         raise InputError(
-            f"--batch {config.batch}: {data} has about {images} training images",
+            f"a batch of {settings['batch']} images: {data} has about {images} training images",
             fix=f"--batch {min(images, 64)}",
         )
     recipe = recipes.resolve(
@@ -341,11 +422,24 @@ def new_job(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob:
     )
     return TrainJob(
         spec=spec, source=source, test=test, preprocess=preprocess, recipe=recipe, out=folder,
-        start=start,
+        start=start, teacher=_teacher(config.teacher, None, reporter),
     )  # fmt: skip
 
 
-def _resumed(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob:
+def _start(config: TrainConfig, reporter: Reporter) -> Checkpoint | None:
+    """The weights to start from."""
+    from rtresnet.models import checkpoint, download
+
+    if config.weights is None:
+        return None
+    model = config.model or (IMAGENET_DEFAULT if config.weights == "imagenet" else None)
+    named = download.published(config.weights, model, reporter)
+    return named or checkpoint.load(config.weights, model=config.model)
+
+
+def _resumed(
+    folder: Path, config: TrainConfig, stated: InputConfig, reporter: Reporter
+) -> TrainJob:
     """The run's own net, data and recipe; the options must agree with them."""
     from rtresnet.data.loader import TOLERATED
     from rtresnet.models import zoo
@@ -369,7 +463,26 @@ def _resumed(folder: Path, config: TrainConfig, stated: InputConfig) -> TrainJob
     return TrainJob(
         spec=saved.spec, source=source, test=test, preprocess=saved.input, recipe=recipe,
         out=folder, max_broken=max_broken,
+        teacher=_teacher(config.teacher, saved.training.get("teacher"), reporter),
     )  # fmt: skip
+
+
+def _teacher(
+    name: str | None, recorded: dict[str, Any] | None, reporter: Reporter
+) -> Checkpoint | None:
+    """The teacher of a run, by name or as its state records it."""
+    from rtresnet.models import checkpoint, download
+
+    if name is None and recorded is None:
+        return None
+    if name is None:
+        assert recorded is not None
+        hub = download.HUB if recorded["origin"] == "huggingface" else ""
+        name = f"{hub}{recorded['source']}"
+    teacher = download.published(name, None, reporter) or checkpoint.load(name)
+    if recorded is not None and teacher.weights.sha256 != recorded["sha256"]:
+        raise InputError(f"{name}: not the teacher that the run started with")
+    return teacher
 
 
 def _sources(data: str) -> tuple[Source, Source | None]:
@@ -382,6 +495,7 @@ def _sources(data: str) -> tuple[Source, Source | None]:
 def _announce(job: TrainJob, world: World, reporter: Reporter) -> None:
     """Note the net, the data and the resolved recipe."""
     from rtresnet.core.reporter import plural
+    from rtresnet.training import recipes
 
     processes = f", {world.size} processes" if world.size > 1 else ""
     reporter.note(
@@ -393,3 +507,7 @@ def _announce(job: TrainJob, world: World, reporter: Reporter) -> None:
         reporter.note(f"Assumed about the weights: {line}.")
     for line in job.recipe.lines():
         reporter.note(line)
+    for line in recipes.advice(job.recipe, len(job.source) * 9 // 10):
+        reporter.note(f"warning: {line}")
+    if job.teacher is not None:
+        reporter.note(f"teacher: {job.teacher.model.architecture}")

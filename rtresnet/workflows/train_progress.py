@@ -1,29 +1,31 @@
-"""Progress of a training run: bar, lines, TensorBoard events."""
+"""Progress of a training run: bar, lines, loggers."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rtresnet.core.errors import missing_package
 from rtresnet.core.reporter import Reporter, Update, plural
 
 if TYPE_CHECKING:
     from rtresnet.training.config import EpochRecord
     from rtresnet.training.data_report import DataReport
     from rtresnet.training.loop import Progress
+    from rtresnet.workflows.train_log import RunLogger
 
 
 class TrainProgress:
-    """Shows a run through the reporter, and writes event files.
+    """Shows a run through the reporter, and sends its numbers to loggers.
 
     Args:
         reporter: Receives a bar for each stage, and a line for each epoch.
-        events: TensorBoard's writer, or None.
+        loggers: Closed at the end.
     """
 
-    def __init__(self, reporter: Reporter, events: Any) -> None:
-        self._reporter, self._events = reporter, events
+    def __init__(self, reporter: Reporter, loggers: Sequence[RunLogger]) -> None:
+        self._reporter, self._loggers = reporter, loggers
+        self._is_first = True
         self._stage, self._bar = "", contextlib.ExitStack()
         self._update: Update | None = None
 
@@ -32,8 +34,8 @@ class TrainProgress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        if self._events:
-            self._events.close()
+        for logger in self._loggers:
+            logger.close()
 
     def _show(self, stage: str, done: float, text: str | None = None) -> None:
         """Move the stage's bar, which replaces the bar of the stage before."""
@@ -59,9 +61,7 @@ class TrainProgress:
             f"{progress.images_per_second:,.0f} img/s"
         )
         self._show("training", progress.step / progress.total, text)
-        if self._events:
-            self._events.add_scalar("loss", progress.loss, progress.step)
-            self._events.add_scalar("lr", progress.lr, progress.step)
+        self._log({"loss": progress.loss, "lr": progress.lr}, progress.step)
 
     def epoch(self, record: EpochRecord) -> None:
         """Note an epoch's results."""
@@ -70,20 +70,17 @@ class TrainProgress:
             f"epoch {record['epoch']:3d}  step {record['step']:,}  loss {record['loss']:.4f}  "
             f"train {record['train_top1']:6.2f} %  {val}{record['images_per_second']:,.0f} img/s"
         )
-        if self._events:
-            self._events.add_scalar("train_top1", record["train_top1"], record["step"])
-            if record["val_top1"] is not None:
-                self._events.add_scalar("val_top1", record["val_top1"], record["step"])
+        values = {name: record[name] for name in ("train_top1", "images_per_second")}
+        if record["val_top1"] is not None:
+            values["val_top1"] = record["val_top1"]
+        self._log(values, record["step"])
+        if self._is_first:
+            self._is_first = False
+            decoded = record.get("decoded_per_core")
+            rate = "" if decoded is None else f"{decoded:,.0f} images/s decoded per core; "
+            waiting = 100 * record.get("waiting", 0)
+            self._reporter.note(f"input: {rate}the net waited {waiting:.0f} % of the time for data")
 
-
-def event_writer() -> Any:
-    """Return TensorBoard's writer class.
-
-    Raises:
-        UnavailableError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise missing_package("tensorboard", "--tensorboard") from None
-    return SummaryWriter
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for logger in self._loggers:
+            logger.scalars(values, step)

@@ -32,7 +32,7 @@ def classify_test_images(
     Raises:
         DataError: The images cannot be read any more.
     """
-    from rtresnet.training.evaluate import evaluate_views
+    from rtresnet.workflows.views import evaluate_views
 
     source = _test_images(result)
     collector = Collector(source.classes)

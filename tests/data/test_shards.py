@@ -17,10 +17,11 @@ from PIL import Image
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.preprocess import UINT8, Preprocess
-from rtresnet.data import loader, packing, shards
+from rtresnet.data import loader, shards
 from rtresnet.data.decode import CorruptImage
-from rtresnet.data.packing import pack
 from rtresnet.data.sources import Source, open_source
+from rtresnet.workflows import packing
+from rtresnet.workflows.packing import pack
 
 STRANGE = ("dogs/new\nline.jpg", "dogs/" + os.fsdecode(b"caf\xe9.png"), f"cats/{'long' * 60}.jpg",
            "cats/deep/er/ünï.jpg")  # fmt: skip

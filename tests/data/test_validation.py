@@ -11,8 +11,8 @@ from PIL import Image
 
 from rtresnet.data import sources, validation
 from rtresnet.data.decode import FileEnds
-from rtresnet.data.packing import pack
 from rtresnet.data.sources import Arrays, Files, Source, Subset, open_source
+from rtresnet.workflows.packing import pack
 
 
 def noise(seed: int, channels: int = 3) -> Image.Image:

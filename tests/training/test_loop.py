@@ -118,7 +118,7 @@ def test_stopped_in_any_step_also_an_epochs_and_the_runs_last_it_goes_on_as_if_i
 
 
 def untimed(line: str) -> dict[str, object]:
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "waiting", "decoded_per_core")
     return {name: value for name, value in json.loads(line).items() if name not in timed}
 
 

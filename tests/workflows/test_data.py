@@ -15,7 +15,7 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.workflows.data import DataInspectConfig, augmented_batch, inspect_data
 from rtresnet.workflows.evaluate import EvaluateConfig, evaluate
 from rtresnet.workflows.train import TrainConfig
-from tests.data.test_duplicates import scenes
+from tests.workflows.test_duplicates import scenes
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from rtresnet.data.sources import Arrays
 from rtresnet.models import zoo
 from rtresnet.models.nets import DenseBackend, TorchBackend
 from rtresnet.models.resnet import ResNet
-from rtresnet.training.evaluate import (
+from rtresnet.training.evaluate import evaluate
+from rtresnet.workflows.views import (
     ProtocolName,
     Views,
     dense_scales,
-    evaluate,
     evaluate_views,
     mean_probabilities,
 )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.data.duplicates import Hashes, near_pairs, perceptual_hash
 from rtresnet.data.sources import Arrays
+from rtresnet.workflows.duplicates import Hashes, near_pairs, perceptual_hash
 
 
 def scenes(count: int, seed: int = 0, side: int = 32) -> np.ndarray:

@@ -1,0 +1,160 @@
+"""Configurations in TOML files, loggers and threads of `train`."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rtresnet.cli.main import main
+from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.models import checkpoint
+from rtresnet.workflows.config_file import read_config
+from tests.training.test_loop import assert_identical
+
+
+def train(*arguments: str) -> int:
+    return main(["train", "--model", "resnet8", *arguments])
+
+
+def test_train_resolved_configuration_fed_back_gives_the_same_run(
+    tints: str, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--data", tints, "--epochs", "2", "--no-flip", "--set", "clip=1.5", "--patience",
+               "7", "--set", "progressive=0:0.5,0.5:1", "--preset", "half"]  # fmt: skip
+    assert train(*options, "--out", str(first)) == 0
+    assert main(["train", "--config", str(first / "config.toml"), "--out", str(second)]) == 0
+    assert_identical(first, second)
+    recipes = [checkpoint.load(run / "last.pt").training["recipe"] for run in (first, second)]
+    assert recipes[0] == recipes[1]
+    texts = [(run / "config.toml").read_text() for run in (first, second)]
+    assert texts[0] == texts[1]
+
+
+def test_train_command_line_overrides_the_file(tints: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'model = "resnet8"\ndata = "{tints}"\nsave_every = 7\n'
+        "[recipe]\nepochs = 3\nclip = 2\nema = 0\n"
+    )
+    out = tmp_path / "run"
+    arguments = ["--config", str(file), "--epochs", "1", "--set", "clip=0.5", "--out", str(out)]
+    assert main(["train", *arguments]) == 0
+    recipe = checkpoint.load(out / "last.pt").training["recipe"]
+    assert (recipe["epochs"], recipe["clip"], recipe["ema"]) == (1, 0.5, 0)
+    assert "save_every = 7" in (out / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("model = ", InputError, "not a TOML file"),
+        ('modell = "resnet8"', UnknownNameError, "did you mean 'model'"),
+        ("save_every = -1", InputError, "save_every"),
+        ("save_every = 'long'", InputError, "save_every"),
+        ("[recipe.a]\nb = 1", InputError, "recipe.a"),
+        ("resume = true", UnknownNameError, "resume"),
+    ],
+)
+def test_read_config_names_what_is_wrong(
+    text: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(error, match=message):
+        read_config(tmp_path / "a.toml")
+
+
+def test_train_file_with_an_unknown_field_of_the_recipe_exits_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.toml").write_text("[recipe]\nepoch = 3\n")
+    assert main(["train", "--config", str(tmp_path / "a.toml")]) == 2
+    assert "did you mean 'epochs'" in capsys.readouterr().err
+
+
+class Stub(types.ModuleType):
+    """A package of a logger that keeps what it receives."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **options: Any) -> Stub:
+            self.calls.append((name, (arguments, options)))
+            return self
+
+        return call
+
+
+def test_train_sends_its_numbers_to_the_loggers(
+    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {name: Stub(name) for name in ("mlflow", "wandb")}
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    options = ["--data", tints, "--epochs", "1", "--log", "mlflow,wandb"]
+    assert train(*options, "--out", str(tmp_path / "run")) == 0
+    names = [name for name, _ in packages["mlflow"].calls]
+    assert names[:2] == ["start_run", "log_params"] and names[-1] == "end_run"
+    assert names.count("log_metrics") == 7  # six steps and the epoch
+    (values,), options = packages["mlflow"].calls[-2][1]
+    assert options["step"] == 6 and values.keys() >= {"val_top1", "train_top1"}
+    names = [name for name, _ in packages["wandb"].calls]
+    assert names[0] == "init" and names[-1] == "finish" and names.count("log") == 7
+    assert packages["wandb"].calls[0][1][1]["config"]["model"] == "resnet8"
+
+
+def test_train_logs_to_tensorboard(tints: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert train("--data", tints, "--epochs", "2", "--log", "tensorboard", "--out", str(out)) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val_top1")] == [6, 12]
+    assert len(events.Scalars("loss")) == 12
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "message"),
+    [("tensorbord", 2, "did you mean"), (",", 2, "names no logger"), ("mlflow", 3, "mlflow")],
+)
+def test_train_logger_that_cannot_be_used_is_refused_before_anything_runs(
+    log: str, code: int, message: str, tints: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert train("--data", tints, "--log", log, "--out", str(tmp_path / "run")) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_threads_and_workers_are_used_and_restored(
+    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    original = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (used.append(n), original(n))[1])
+    before = torch.get_num_threads()
+    options = ["--data", tints, "--epochs", "1", "--threads", "1", "--workers", "2"]
+    assert train(*options, "--out", str(tmp_path / "run")) == 0
+    assert used[0] == 1 and torch.get_num_threads() == before
+
+
+def test_train_prints_the_input_pipelines_speed_after_the_first_epoch(
+    tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--data", tints, "--epochs", "2", "--out", str(tmp_path / "run")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    (place,) = [n for n, line in enumerate(lines) if "% of the time for data" in line]
+    assert lines[place - 1].startswith("epoch   1")
