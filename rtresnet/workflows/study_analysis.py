@@ -271,7 +271,7 @@ def study_lesions(
     backend = TorchBackend(net)
 
     def accuracy() -> float:
-        return evaluate(backend, source, loaded.input, indices=chosen).top1
+        return evaluate(backend, source, loaded.input, indices=chosen).top1_percent
 
     about = {"checkpoint": atomic_io.sha256(path), "data": source.fingerprint(), "n": len(chosen)}
     with (
