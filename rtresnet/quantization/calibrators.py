@@ -88,12 +88,14 @@ def largest(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
     return histogram.largest
 
 
-def percentile(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
-    """Returns the magnitude that PERCENTILE percent of the values do not exceed."""
+def percentile(
+    histogram: Histogram, number_format: NumberFormat = INT8, *, share: float = PERCENTILE
+) -> float:
+    """Returns the magnitude that `share` percent of the values do not exceed."""
     total = histogram.counts.sum()
     if total == 0:
         return histogram.largest
-    reached = np.cumsum(histogram.counts) >= total * PERCENTILE / 100
+    reached = np.cumsum(histogram.counts) >= total * share / 100
     return min(histogram.largest, (int(reached.argmax()) + 1) * histogram.limit / BINS)
 
 

@@ -136,8 +136,6 @@ class QuantizeConfig(Config):
                         f"--{name.replace('_', '-')} is for INT8 and FP8",
                         fix=f"leave --{self.precision} out",
                     )
-        if self.precision != "fp8" and self.fp8_stem:
-            raise InputError("--fp8-stem is for FP8", fix="add --fp8, or leave it out")
         if self.precision == "fp8" and self.calibrator == "entropy":
             raise InputError(
                 "--calibrator entropy is for INT8", fix="use auto, max, percentile or mse"
@@ -215,6 +213,8 @@ def quantize(
         LockedError: Another process writes the same file.
     """
     config = config or QuantizeConfig()
+    if config.fp8_stem and config.precision != "fp8":
+        raise InputError("--fp8-stem is for FP8", fix="add --fp8, or leave it out")
     source = Path(source)
     place = Path(out) if out is not None else default_out(source, config.precision)
     with locks.hold_file(place, warn=reporter.note):

@@ -284,15 +284,20 @@ def train(
         stack.enter_context(_threads(config.threads))
         loggers = []
         if world.is_main:
-            if not resume:
-                config_file.write_config(folder / config_file.CONFIG_FILE, config, job)
             about = {"model": job.spec.name, "data": job.source.name}
             loggers = open_loggers(targets, folder, about | dataclasses.asdict(job.recipe))
         with TrainProgress(own, loggers) as progress:
+
+            def begin(report: DataReport) -> None:
+                """Of a new run, once it is known to be possible."""
+                if world.is_main:
+                    config_file.write_config(folder / config_file.CONFIG_FILE, config, job)
+                progress.data(report)
+
             try:
                 best = loop.train(
                     job, resume=resume, world=world, warn=own.note, on_step=progress.step,
-                    on_epoch=progress.epoch, on_check=progress.check, on_data=progress.data,
+                    on_epoch=progress.epoch, on_check=progress.check, on_data=begin,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 if (folder / "last.pt").exists():

@@ -32,7 +32,7 @@ def test_a_range_that_grows_loses_no_count_and_shifts_none() -> None:
     grown, whole = histogram(rising, 3), histogram(rising)
     assert grown.largest == whole.largest and grown.counts.sum() == pytest.approx(180_000)
     for share in (50.0, 90.0, 99.0):
-        first, second = (calibrators.percentile(found, share) for found in (grown, whole))
+        first, second = (calibrators.percentile(found, share=share) for found in (grown, whole))
         assert first == pytest.approx(second, rel=0.02, abs=2 * grown.limit / BINS)
 
 
@@ -88,7 +88,7 @@ def test_mse_is_the_best_of_all_clipping_points() -> None:
 
 def test_a_percentile_is_numpys() -> None:
     samples = np.abs(normal())
-    ours = calibrators.percentile(histogram(samples), 99.0)
+    ours = calibrators.percentile(histogram(samples), share=99.0)
     assert ours == pytest.approx(np.percentile(samples, 99.0), rel=0.01)
 
 

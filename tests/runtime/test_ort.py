@@ -693,7 +693,7 @@ def test_backend_cuda_missing_library_is_named(
 def test_backend_cuda_passes_tf32_to_onnx_runtime(
     tf32: bool | None, option: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def session(model: Any, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+    def session(model: Any, options: Any, *, providers: Any, **more: Any) -> Any:
         assert providers == [("CUDAExecutionProvider", {"use_tf32": option})]
         raise RuntimeError("reached")
 
