@@ -67,8 +67,8 @@ def fp16(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """
     original_init = Stepper.__init__
 
-    def with_range_of_fp16(self: Stepper, *arguments: Any) -> None:
-        original_init(self, *arguments)
+    def with_range_of_fp16(self: Stepper, *arguments: Any, **options: Any) -> None:
+        original_init(self, *arguments, **options)
         self.net.fc.weight.register_hook(lambda gradient: gradient.half().float())  # type: ignore[union-attr]
 
     def arrange(**options: float) -> None:
