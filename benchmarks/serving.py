@@ -297,8 +297,7 @@ def main() -> None:
         f"{ray}; batches to {MAX_BATCH}, wait {MAX_WAIT_MS:g} ms; medians of {options.rounds} "
         f"rounds in turn, {options.seconds:g} s each; {CALLERS} requests under way at 32 px. "
         "Client and server share the machine's cores, and so did other work: load "
-        f"{load_before:.1f} before the start. Other work slows a server of one process more "
-        "than one of several; the CPU time per request shows what each costs."
+        f"{load_before:.1f} before the start."
     )
     record = {
         "rates": rates, "busy": busy, "capacities": capacities, "goals": goals,
