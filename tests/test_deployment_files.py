@@ -55,7 +55,7 @@ def test_dockerfile_copies_all_that_the_package_is_built_from(file: Path, tmp_pa
             )
             place.parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, tmp_path / target)
+                shutil.copytree(ROOT / source, tmp_path / target, dirs_exist_ok=True)
             else:
                 shutil.copy(ROOT / source, place)
     done = subprocess.run(
