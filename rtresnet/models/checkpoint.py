@@ -221,7 +221,7 @@ def load(
     sidecar = artifacts.verify(path)
     if path.suffix.lower() == SAFETENSORS:
         content = _read_safetensors(path)
-        if str(content.get(OWN_KEY)).startswith("{"):  # another tool may write such a key, too
+        if OWN_KEY in content:
             return _ours(path, _own_payload(path, content), model, detector)
         return _foreign(path, content, model, input, sidecar)
     try:

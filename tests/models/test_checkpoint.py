@@ -228,7 +228,7 @@ def safetensors(tmp_path: Path) -> Callable[..., Path]:
 
 def test_load_safetensors_reads_a_foreign_checkpoint(safetensors: Callable[..., Path]) -> None:
     state = weights("resnet18", 7)
-    path = safetensors(state, format="pt", rtresnet="1")
+    path = safetensors(state, format="pt", made_by="rtresnet 1")
     loaded = load(path)
     assert loaded.spec == zoo.spec("resnet18") and loaded.model.classes == tuple("0123456")
     assert loaded.weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
