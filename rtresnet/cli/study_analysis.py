@@ -171,3 +171,4 @@ def lesions(
         "Accuracy without each block, and the noise of the same block in INT8.", json_file,
     )  # fmt: skip
     common.footer(f"Assumed of {checkpoint}: {line}." for line in result.assumed)
+    common.footer(f"Note: {line}." for line in result.remarks)

@@ -218,6 +218,8 @@ def load(
         UnavailableError: A .safetensors file, and the package safetensors is not installed.
     """
     path = atomic_io.require_file(path, fix="train one with: rtresnet train")
+    if path.suffix.lower() in (".onnx", ".plan"):
+        raise ArtifactError(f"{path}: not a checkpoint", fix="name the one that it came from")
     sidecar = artifacts.verify(path)
     if path.suffix.lower() == SAFETENSORS:
         content = _read_safetensors(path)

@@ -268,7 +268,7 @@ def cost_table(result: CostResult) -> DataTable:
             )
             for net in result.nets
         ],
-        about="For one image. FC: the share of the fully connected layers.",
+        about="For one image; VGG-19 at 224x224. FC: the share of the fully connected layers.",
     )  # fmt: skip
 
 
@@ -345,7 +345,8 @@ def lesion_table(result: LesionsResult) -> DataTable:
         ],
         about=f"The whole net: {result.top1:.2f} % of {result.n:,} images. INT8: signal-to-noise "
         f"ratio at the logits with this block alone in INT8, ranges from "
-        f"{result.calibration_images} training images.",
+        f"{result.calibration_images} images."
+        + "".join(f" Note: {line}." for line in result.remarks),
     )
 
 

@@ -31,9 +31,7 @@ def measure(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: in
         labels: int64 [N].
         step: Steps done before.
     """
-    net.train().zero_grad()
-    loss = nn.functional.cross_entropy(net(images), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = _backward(net, images, labels)
     norms = {
         name: float(module.weight.grad.norm())
         for name, module in net.named_modules()
@@ -42,9 +40,14 @@ def measure(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: in
         and module.weight.grad is not None
     }
     values = list(norms.values())
-    return GradientNorms(
-        step=step, loss=float(loss.detach()), norms=norms, ratio=values[0] / values[-1]
-    )
+    return GradientNorms(step=step, loss=loss, norms=norms, ratio=values[0] / values[-1])
+
+
+def _backward(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    net.train().zero_grad()
+    loss = nn.functional.cross_entropy(net(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def along_a_run(
@@ -77,9 +80,11 @@ def along_a_run(
     optimizer = torch.optim.SGD(net.parameters(), rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
     wanted = set(steps)
     for step, (images, labels) in enumerate(_batches(source, preprocess, batch, seed)):
-        found = measure(net, images.to(device), labels.to(device), step)
+        batch_on_device = images.to(device), labels.to(device)
         if step in wanted:
-            yield found
+            yield measure(net, *batch_on_device, step)
+        else:
+            _backward(net, *batch_on_device)
         if step == max(steps):
             return
         optimizer.step()

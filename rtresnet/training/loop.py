@@ -126,11 +126,11 @@ def train(
     last = checkpointing.load_state(job, world) if resume else None
     report = dataset.saved_report(last) if last else None
     data = dataset.prepare(job, report=report, world=world, progress=on_check, warn=warn)
-    if report is None:
-        on_data(data.report)
     run = _Run(job, data, world, last)
     if last is not None:
         run.state = run.manager.restore(run.stepper, last)
+    if report is None:
+        on_data(data.report)
     del last  # as large as the net and its momentum
     atomic_io.make_folder(job.out)  # fails now, not after the first epoch, if it is not writable
     with cudnn_benchmark(job.device), defer_signals(alone=world.size == 1) as stop:

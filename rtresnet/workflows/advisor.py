@@ -251,6 +251,7 @@ def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str) -> str:
         at = f"at batch {inside[0]}" + (f" to {inside[-1]}" if len(inside) > 1 else "")
         if cached == through:
             which = f"expect {cached} to be faster" if cached else "expect no clear difference"
+            which += ", by both bounds,"
             parts.append(f"{which} {at}")
         else:
             parts.append(

@@ -119,7 +119,7 @@ class BenchmarkedArtifact:
         asked: The requested path.
         measured: The path that is measured: without a GPU, the ONNX file of a plan.
         instead_of_plan: Whether the two differ.
-        note: A sentence that says so.
+        note: A sentence that says so, or that FP8 is not computed as such.
         precision: From the sidecar; None without one.
         untrained: Whether the weights are random.
         size: Side of the input, in pixels.
@@ -425,7 +425,7 @@ def opened(
                 asked=name,
                 measured=target,
                 instead_of_plan=note is not None,
-                note=note,
+                note=" ".join(filter(None, [note, _emulated(session)])) or None,
                 precision=session.sidecar.precision if session.sidecar else None,
                 untrained=bool(session.sidecar and session.sidecar.weights.origin == "untrained"),
                 size=session.size,
@@ -434,9 +434,22 @@ def opened(
             )
             for name, (target, note), session in zip(names, chosen, sessions, strict=True)
         ]
+        for session in sessions:
+            if emulated := _emulated(session):
+                reporter.note(f"NOTE: {emulated}")
         on_gpu = any(session.backend.device != "cpu" for session in sessions)
         with environment.Watch(next(iter(hardware.gpus()), None) if on_gpu else None) as watch:
             yield sessions, measured, watch
+
+
+def _emulated(session: Session) -> str | None:
+    """Returns a sentence on a file whose precision is not computed as such."""
+    if session.precision != "fp8" or artifacts.kind_of(session.path) == "plan":
+        return None
+    return (
+        f"{session.path}: ONNX Runtime computes FP8 in FP32 after converting it; these times say "
+        "nothing of FP8 on a GPU"
+    )
 
 
 def stand_in_for(path: str, device: str) -> tuple[str, str | None]:

@@ -64,7 +64,7 @@ def read_config(path: str | os.PathLike[str]) -> ConfigFile:
         InputError: Not readable, not TOML, or a value that is out of bounds.
         UnknownNameError: A key that is no option.
     """
-    file = atomic_io.require_file(path)
+    file = atomic_io.require_file(path, fix="every run writes one: RUN/config.toml")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from rtresnet.core import artifacts, reporter
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
+from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.detect import require_detector
 from rtresnet.workflows.detect_predict import DetectedObject
@@ -76,8 +77,8 @@ class DetectionReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateDetectorResult:
-    """Average precision of a detector in %; None without an object of that kind.
+class EvaluateDetectorResult(DetectionAccuracy):
+    """Average precision of a detector, with what was measured on what.
 
     Attributes:
         artifact: What was measured.
@@ -85,17 +86,6 @@ class EvaluateDetectorResult:
         data: The images as they were named.
         split: The part of them that was used.
         data_sha256: Fingerprint of images and boxes.
-        n: Number of images.
-        objects: Number of objects that count.
-        voc07: VOC 2007's mean over 11 recalls, at IoU 0.5.
-        voc: Area under the precision-recall curve, at IoU 0.5.
-        ap: COCO's mean over IoU 0.5 to 0.95.
-        ap50: COCO's at IoU 0.5.
-        ap75: COCO's at IoU 0.75.
-        small: COCO's `ap` of objects below 32 x 32 pixels.
-        medium: Of those below 96 x 96 pixels.
-        large: Of the others.
-        classes: `ap50` of each class.
         unsettled: Boxes for which non-maximum suppression may not have been finished.
         invalid: Boxes of the data that have no area and were left out.
         report: Curves and images for a page; None without `details`.
@@ -107,17 +97,6 @@ class EvaluateDetectorResult:
     data: str
     split: str
     data_sha256: str
-    n: int
-    objects: int
-    voc07: float | None
-    voc: float | None
-    ap: float | None
-    ap50: float | None
-    ap75: float | None
-    small: float | None
-    medium: float | None
-    large: float | None
-    classes: dict[str, float | None]
     unsettled: int
     invalid: int
     report: DetectionReport | None
@@ -171,11 +150,8 @@ def evaluate_detector(
         accuracy = metrics.evaluate(source.targets, detections, source.classes)
         result = EvaluateDetectorResult(
             artifact=os.fspath(path), precision=session.precision, data=data, split=split,
-            data_sha256=source.fingerprint(), n=accuracy.n, objects=accuracy.objects,
-            voc07=accuracy.voc07, voc=accuracy.voc, ap=accuracy.ap, ap50=accuracy.ap50,
-            ap75=accuracy.ap75, small=accuracy.small, medium=accuracy.medium, large=accuracy.large,
-            classes=accuracy.classes, unsettled=sum(entry.unsettled for entry in detections),
-            invalid=len(source.invalid),
+            data_sha256=source.fingerprint(), **vars(accuracy),
+            unsettled=sum(entry.unsettled for entry in detections), invalid=len(source.invalid),
             report=_report(source, detections) if details else None, runtime=session.info,
         )  # fmt: skip
     if record and artifacts.sidecar_path(path).exists():

@@ -269,7 +269,7 @@ def _subject(name: str, config: EstimateConfig) -> Subject:
 def _onnx_file(path: str, batch: int | None) -> Subject:
     from rtresnet.bench import kernels
 
-    atomic_io.require_file(path)
+    atomic_io.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) != "onnx":
         raise InputError(
             f"{path}: takes a plan, an ONNX file or a net's name", fix="rtresnet export"

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from rtresnet.core.labels import LabelMatch, read_classes
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
-from rtresnet.core.sidecar import AccuracyRecord
+from rtresnet.core.sidecar import AccuracyRecord, Weights
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
@@ -330,7 +330,7 @@ def record_accuracy(
 
 def _require_checkpoint(name: str) -> None:
     """Raises InputError where an artifact takes images of one size only."""
-    path = atomic_io.require_file(name)
+    path = atomic_io.require_file(name, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return
     origin, _, state = list(artifacts.chain(path))[-1]
@@ -392,17 +392,23 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
     )
 
 
-def trained_on(sessions: Sequence[Session], source: Relabelled, split: str) -> tuple[str, ...]:
-    """A remark where the images include those that a net was trained on; else nothing."""
+def trained_on(
+    nets: Iterable[tuple[str | os.PathLike[str], Weights | None]], source: Relabelled, split: str
+) -> tuple[str, ...]:
+    """A remark where the images include those that a net was trained on; else nothing.
+
+    Args:
+        nets: Files and the origin of their weights, None if it is unknown.
+        source: The images.
+        split: The part of them that is used.
+    """
     if source.splits and split == "test":
         return ()
     return tuple(
-        f"these images include those that {session.path} was trained on, so its accuracy is not "
-        "that of new images"
-        for session in sessions
-        if session.sidecar is not None
-        and session.sidecar.weights.origin == "trained"
-        and session.sidecar.weights.source == source.name
+        f"these images include those that {path} was trained on, so its accuracy is not that of "
+        "new images"
+        for path, weights in nets
+        if weights is not None and weights.origin == "trained" and weights.source == source.name
     )
 
 
@@ -410,7 +416,8 @@ def _about(
     sessions: Sequence[Session], source: Relabelled, data: str, config: EvaluateConfig
 ) -> dict[str, Any]:
     labels = source.mapping.summary()
-    remarks = (*labels.remarks, *trained_on(sessions, source, config.split))
+    nets = [(s.path, s.sidecar.weights if s.sidecar else None) for s in sessions]
+    remarks = (*labels.remarks, *trained_on(nets, source, config.split))
     return {
         "protocol": config.protocol,
         "data": data,

@@ -106,7 +106,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         ArtifactError: The file is damaged or does not match its sidecar.
         UnavailableError: torch is needed to read a checkpoint without sidecar.
     """
-    path = atomic_io.require_file(path)
+    path = atomic_io.require_file(path, fix="list what is there with: rtresnet inspect FOLDER")
     kind = artifacts.kind_of(path)
     chain = [
         ChainEntry(path=link, state=state, sidecar=record)

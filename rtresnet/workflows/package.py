@@ -108,6 +108,12 @@ def package(
     if kind not in triton.BACKENDS:
         raise InputError(f"{path}: Triton takes plans and ONNX files", fix="rtresnet export")
     sidecar = artifacts.verify(path)
+    if kind == "onnx" and sidecar is not None and sidecar.precision == "fp8":
+        raise ArtifactError(
+            f"{path}: FP8, which Triton's ONNX Runtime computes wrongly, because its optimizer "
+            "removes ReLUs",
+            fix="build a plan on the server's GPU with --builder tensorrt, or use package --docker",
+        )
     profiles: tuple[Profile, ...] = ()
     graph = path
     if kind == "plan":

@@ -111,8 +111,8 @@ def serve(
     from rtresnet.serving.server import Server
 
     paths = [
-        Path(source) if Path(source).is_dir() else atomic_io.require_file(source)
-        for source in sources
+        path if path.is_dir() else atomic_io.require_file(path, fix="rtresnet export makes one")
+        for path in map(Path, sources)
     ]
 
     def load(path: Path) -> Session:
@@ -136,8 +136,8 @@ def serve(
             max_body=config.max_body_mb * 1024 * 1024,
             grace=config.grace,
             token=_token(config.token_file),
-            certificate=config.certificate and atomic_io.require_file(config.certificate),
-            key=config.key and atomic_io.require_file(config.key),
+            certificate=_pem(config.certificate),
+            key=_pem(config.key),
         ),
     )
     with reporter.progress(f"loading {', '.join(map(str, paths))}"):
@@ -145,10 +145,14 @@ def serve(
     return server.run(on_ready)
 
 
+def _pem(path: Path | None) -> Path | None:
+    return path and atomic_io.require_file(path, fix="name the PEM file of the certificate or key")
+
+
 def _token(path: Path | None) -> str | None:
     if path is None:
         return None
-    token = atomic_io.require_file(path).read_text().strip()
+    token = atomic_io.require_file(path, fix="write a token into it").read_text().strip()
     if len(token) < 16 or not token.isascii() or any(c.isspace() for c in token):
         raise InputError(f"{path}: a token is one line of at least 16 ASCII characters")
     return token

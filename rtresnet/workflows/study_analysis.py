@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rtresnet.core import atomic_io, locks, reporter
+from rtresnet.core import artifacts, atomic_io, locks, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.reporter import Reporter
 from rtresnet.study.results import GradientNorms
@@ -149,7 +149,7 @@ def study_gradients(
     from rtresnet.data.sources import open_source
     from rtresnet.models import zoo
     from rtresnet.study import gradients
-    from rtresnet.study.journal import Journal
+    from rtresnet.study.partial_results import PartialResults
 
     config = config or GradientsConfig()
     device = torch_device(config.device)
@@ -161,7 +161,7 @@ def study_gradients(
              "seed": config.seed, "size": config.size, "device": device}  # fmt: skip
     nets = []
     with locks.hold_folder(folder, warn=reporter.note):
-        journal = Journal(folder / "gradients-nets.json", about)
+        partial = PartialResults(folder / "gradients-nets.json", about)
         for name, spec in specs.items():
 
             def run(name: str = name, spec: zoo.Spec = spec) -> tuple[GradientNorms, ...]:
@@ -177,7 +177,7 @@ def study_gradients(
                         update(point.step)
                 return tuple(found)
 
-            points_of_net = journal.get(name, tuple[GradientNorms, ...], run)
+            points_of_net = partial.get(name, tuple[GradientNorms, ...], run)
             nets.append(NetGradients(model=name, points=points_of_net))
     return GradientsResult(
         data=data, images=len(source), batch=config.batch, seed=config.seed, device=device,
@@ -209,8 +209,10 @@ class LesionsResult:
     Attributes:
         n: Number of images.
         top1: Accuracy of the whole net, in %.
-        calibration_images: Number of images that the INT8 ranges come from.
+        calibration_images: Number of images that the INT8 ranges come from: of the train split, if
+            there is one, else of all.
         assumed: What the checkpoint does not state.
+        remarks: Where the test images include training images.
     """
 
     checkpoint: str
@@ -220,6 +222,7 @@ class LesionsResult:
     top1: float
     calibration_images: int
     assumed: tuple[str, ...]
+    remarks: tuple[str, ...]
     blocks: tuple[Lesion, ...]
 
 
@@ -257,16 +260,18 @@ def study_lesions(
     from rtresnet.models import checkpoint as checkpoints
     from rtresnet.models.nets import TorchBackend
     from rtresnet.study import lesions
-    from rtresnet.study.journal import Journal
+    from rtresnet.study.partial_results import PartialResults
     from rtresnet.training.evaluate import evaluate
+    from rtresnet.workflows.evaluate import trained_on
 
     path = Path(checkpoint)
-    loaded = checkpoints.load(path)
+    loaded, sidecar = checkpoints.load(path), artifacts.read_sidecar(path)
     net = loaded.net().eval()
     blocks = lesions.removable_blocks(net, loaded.model.architecture)
     classes = loaded.model.classes
     source = for_model(open_source(data, "test"), classes, model_name=str(path))
     chosen = loader.sample(source, images or len(source))
+    calibrating = open_source(data, "train")
     folder = atomic_io.make_folder(Path(out or "runs/study-lesions"))
     backend = TorchBackend(net)
 
@@ -278,19 +283,19 @@ def study_lesions(
         locks.hold_folder(folder, warn=reporter.note),
         reporter.progress(f"lesions of {path}", total=len(blocks) + 1) as update,
     ):
-        journal = Journal(folder / "lesions-blocks.json", about)
-        whole = journal.get("whole", float, accuracy)
+        partial = PartialResults(folder / "lesions-blocks.json", about)
+        whole = partial.get("whole", float, accuracy)
         top1 = {}
         for number, block in enumerate(blocks, 1):
             update(number, block)
             with lesions.without(net, block):
-                top1[block] = journal.get(block, float, accuracy)
-        noise = journal.get(
-            "int8", dict[str, float], lambda: _int8_noise(loaded, open_source(data, "train"))
-        )
+                top1[block] = partial.get(block, float, accuracy)
+        noise = partial.get("int8", dict[str, float], lambda: _int8_noise(loaded, calibrating))
     return LesionsResult(
         checkpoint=str(path), model=loaded.model.architecture, data=data, n=len(chosen),
-        top1=whole, calibration_images=CALIBRATION_IMAGES, assumed=tuple(loaded.assumed),
+        top1=whole, calibration_images=min(CALIBRATION_IMAGES, len(calibrating)),
+        assumed=tuple(loaded.assumed),
+        remarks=trained_on([(path, sidecar.weights if sidecar else None)], source, "test"),
         blocks=tuple(
             Lesion(block=block, top1=value, drop=whole - value, int8_db=noise[block])
             for block, value in top1.items()

@@ -130,3 +130,21 @@ def test_fallbacks_try_int8_where_it_gains_then_float() -> None:
     ]  # fmt: skip
     int8 = [Block("a", None), Block("b", None)]
     assert list(_fallbacks(int8)) == [{}, {"a": "float"}]  # type: ignore[arg-type]
+
+
+def test_onnx_runtimes_figures_say_that_fp8_is_converted(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(source, "--calib", "none") == 0
+    assert main(["bench", "net-fp8.onnx", str(source), "--queries", "5", "--json", "b.json"]) == 0
+    assert "computes FP8 in FP32" in capsys.readouterr().err
+    result = json.loads(Path("b.json").read_text())["result"]
+    assert len(result["notes"]) == 1 and "net-fp8.onnx" in result["notes"][0]
+
+
+def test_triton_whose_onnx_runtime_computes_fp8_wrongly_gets_none(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(source, "--calib", "none") == 0
+    assert main(["package", "net-fp8.onnx", "--triton", "models"]) == 2
+    assert "--builder tensorrt" in capsys.readouterr().err and not Path("models").exists()

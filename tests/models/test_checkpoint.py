@@ -317,6 +317,12 @@ def test_save_to_safetensors_keeps_the_weights_and_what_they_mean(tmp_path: Path
     assert (loaded.model, loaded.input) == (saved.model, saved.input)
 
 
+@pytest.mark.parametrize("name", ["net.onnx", "net.plan"])
+def test_another_artifact_is_named_as_no_checkpoint(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"bytes")
+    assert "not a checkpoint" in refusal(tmp_path / name)
+
+
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt").touch()
     assert "is empty" in refusal(tmp_path / "net.pt")

@@ -186,3 +186,13 @@ def test_1202_layers_train_a_step_export_quantize_and_build(
     pytest.importorskip("tensorrt_rtx")
     assert main(["build", str(int8), "--out", str(tmp_path / "a.plan")]) == 0
     assert (tmp_path / "a.plan").stat().st_size > 10_000_000
+
+
+def test_a_recipe_that_does_not_fit_the_net_leaves_nothing(
+    tints_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["--model", "vgg16", "--size", "32", "--recipe", "paper-cifar", "--out", str(out)]
+    assert main(["train", *arguments, "--data", tints_path]) == 2
+    assert "--set mean_image=false" in capsys.readouterr().err
+    assert not list(out.glob("*"))

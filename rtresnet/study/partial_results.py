@@ -13,7 +13,7 @@ from rtresnet.core.errors import InputError
 T = TypeVar("T")
 
 
-class Journal:
+class PartialResults:
     """Named results in a JSON file.
 
     Args:
