@@ -93,6 +93,11 @@ def lines(result: DataInspectResult) -> list[str]:
             )
         if split.transparent:
             shown.append(f"  {plural(split.transparent, 'image')} with transparency")
+        if split.coarse:
+            shown.append(
+                f"  {plural(split.coarse, 'image')} with no more detail than 16x16 pixels: two of "
+                "them are near-duplicates only if they are almost equal"
+            )
         shown += [f"  broken: {escape_cell(line)}" for line in split.broken[:LISTED]]
         if len(split.broken) > LISTED:
             shown.append(f"  broken: {len(split.broken) - LISTED} more (see --json)")

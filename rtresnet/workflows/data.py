@@ -79,6 +79,8 @@ class SplitSummary:
         transparent: Number of images with transparency, which are composited on white.
         widths: Smallest, 5 %, median, 95 % and largest width, in pixels.
         heights: As `widths`.
+        coarse: Number of images with no more detail than 16x16 pixels, such as 8x8 scans; two of
+            them are near-duplicates only if they are almost equal. 0 without that search.
         samples: Some images of each class.
     """
 
@@ -89,6 +91,7 @@ class SplitSummary:
     transparent: int
     widths: tuple[int, ...]
     heights: tuple[int, ...]
+    coarse: int
     samples: tuple[ImageRef, ...]
 
 
@@ -170,16 +173,16 @@ def inspect_data(
 
 def _read(name: str, source: Source, config: DataInspectConfig, reporter: Reporter) -> _Split:
     from rtresnet.data import validation
-    from rtresnet.workflows.duplicates import Hashes, perceptual_hash
+    from rtresnet.workflows.duplicates import Fingerprint, Hashes, fingerprint
 
     sizes: dict[int, tuple[int, int]] = {}
-    bits: dict[int, np.ndarray] = {}
+    fingerprints: dict[int, Fingerprint] = {}
 
     def decode(index: int) -> None:
         image = source.image(index)
         sizes[index] = image.shape[:2]
         if config.near:
-            bits[index] = perceptual_hash(image)
+            fingerprints[index] = fingerprint(image)
 
     with reporter.progress(f"reading {name}", total=len(source)) as update:
         scan = validation.scan(
@@ -188,12 +191,8 @@ def _read(name: str, source: Source, config: DataInspectConfig, reporter: Report
             decode=decode,
             progress=lambda done, total: update(done),
         )
-    kept = np.array(sorted(bits), np.int64)
-    rows = np.array([bits[index] for index in kept.tolist()], np.uint8).reshape(-1, 8)
-    return _Split(
-        name=name, source=source, scan=scan, sizes=sizes,
-        hashes=Hashes(source=source, indices=kept, bits=rows),
-    )  # fmt: skip
+    hashes = Hashes.of(source, fingerprints)
+    return _Split(name=name, source=source, scan=scan, sizes=sizes, hashes=hashes)
 
 
 def _pairs(splits: list[_Split], number: int, near: bool) -> Iterable[DuplicatePair]:
@@ -242,6 +241,7 @@ def _summary(split: _Split, samples: int) -> SplitSummary:
         transparent=split.scan.transparent,
         widths=widths,
         heights=heights,
+        coarse=int(split.hashes.coarse.sum()),
         samples=tuple(split.image(index) for indices in per_class.values() for index in indices),
     )
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtresnet.data.sources import Arrays
-from rtresnet.workflows.duplicates import Hashes, near_pairs, perceptual_hash
+from rtresnet.core.preprocess import resize
+from rtresnet.data.sources import Arrays, open_source
+from rtresnet.workflows.duplicates import Hashes, fingerprint, near_pairs
 
 
 def scenes(count: int, seed: int = 0, side: int = 32) -> np.ndarray:
@@ -40,8 +41,7 @@ def source(images: list[np.ndarray]) -> Arrays:
 
 
 def hashes(images: list[np.ndarray]) -> Hashes:
-    bits = np.stack([perceptual_hash(image) for image in images])
-    return Hashes(source=source(images), indices=np.arange(len(images)), bits=bits)
+    return Hashes.of(source(images), {n: fingerprint(image) for n, image in enumerate(images)})
 
 
 def recompressed(quality: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -89,3 +89,42 @@ def test_near_pairs_images_without_contrast_are_no_duplicates() -> None:
 def test_near_pairs_copies_of_copies_name_the_first() -> None:
     first, other = scenes(2)
     assert near_pairs(hashes([first, other, first, brighter(first)])) == [(0, 2), (0, 3)]
+
+
+def scans(count: int, seed: int = 0) -> np.ndarray:
+    """Strokes of one shape in 8x8 pixels of 17 levels, enlarged: alike, but no copies."""
+    rng = np.random.default_rng(seed)
+    stroke = np.zeros((8, 8))
+    stroke[1:7, 3:5] = stroke[1:3, 2:6] = 14
+    small = np.clip(stroke + rng.normal(0, 1.2, (count, 8, 8)), 0, 16).round()
+    levels = (small * 255 / 16).astype(np.uint8)
+    return np.stack([resize(np.repeat(image[..., None], 3, 2), 32, 32) for image in levels])
+
+
+@pytest.mark.parametrize("change", [recompressed(90), recompressed(40), resized(64), brighter])
+def test_near_pairs_of_scans_are_the_planted_copies_only(
+    change: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    images = list(scans(150))
+    own = hashes(images)
+    assert own.coarse.all()
+    thumbnails = np.stack([resize(image, 8, 8)[..., 0].ravel() for image in images])
+    alike = np.corrcoef(thumbnails.astype(float))[np.triu_indices(150, 1)]
+    assert (alike > 0.97).sum() > 50  # they would be pairs by the rule for photographs
+    assert near_pairs(own) == []
+    copies = [change(image) for image in images[::10]]
+    assert near_pairs(own, hashes(copies)) == [(10 * n, n) for n in range(15)]
+
+
+def test_near_pairs_a_small_copy_of_a_detailed_image_is_found() -> None:
+    images = list(scenes(60))
+    copies = [resized(12)(image) for image in images]
+    assert hashes(copies).coarse.sum() > 10 and not hashes(images).coarse.any()
+    assert near_pairs(hashes(images), hashes(copies)) == [(n, n) for n in range(60)]
+
+
+def test_near_pairs_digits_without_copies() -> None:
+    pytest.importorskip("sklearn")
+    digits = open_source("digits")
+    found = Hashes.of(digits, {n: fingerprint(digits.image(n)) for n in range(len(digits))})
+    assert near_pairs(found) == []
