@@ -10,18 +10,16 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
 import msgspec
 import numpy as np
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
 
 from rtresnet import __version__
 from rtresnet.core.errors import InputError
@@ -29,15 +27,24 @@ from rtresnet.core.metrics import softmax
 from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import DATATYPES, ClientGoneError, InferRequest, TooLargeError
+from rtresnet.serving.protocol import (
+    DATATYPES,
+    ClientGoneError,
+    InferRequest,
+    MethodError,
+    NotFoundError,
+    TooLargeError,
+)
 from rtresnet.serving.repository import Answered, Model, Repository, chain
 
 log = logging.getLogger("rtresnet.serve")
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-BODY_SECONDS = 30.0  # within which the whole body must arrive
 MAX_FILES = 32  # in one request to classify
 PUBLIC = ("/v2/health/live", "/v2/health/ready")  # answered without a token: probes have none
+MODEL_PATH = re.compile(
+    r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?(?P<action>(/\w+)?)"
+)
 SAFE_ID = re.compile(r"[\w.:-]{1,128}")
 HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 PAGE_HEADERS = {
@@ -47,36 +54,25 @@ PAGE_HEADERS = {
 DECODER = msgspec.json.Decoder(InferRequest)
 
 
-class _LimitedBody:
-    """ASGI middleware: a body has a largest size and a longest time to arrive."""
+class _Request(Request):
+    """A request whose body has a largest size."""
 
-    def __init__(self, app: Any, limit: int) -> None:
-        self._app, self._limit = app, limit
+    limit = 0
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        size, end, whole = 0, time.monotonic() + BODY_SECONDS, False
-
-        async def limited() -> Any:
-            nonlocal size, whole
-            if whole:  # waits for the client to leave
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), end - time.monotonic())
-            except asyncio.TimeoutError:
-                raise InputError(f"no body within {BODY_SECONDS:g} s") from None
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError("the client closed the connection")
-            size += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if size > self._limit:
-                raise TooLargeError(f"more than {self._limit} bytes")
-            return message
-
-        await self._app(scope, limited, send)
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        size = 0
+        try:
+            async for chunk in super().stream():
+                size += len(chunk)
+                if size > self.limit:
+                    raise TooLargeError(f"more than {self.limit} bytes")
+                yield chunk
+        except ClientDisconnect:
+            raise ClientGoneError("the client closed the connection") from None
 
 
 class Api:
-    """The routes of a server.
+    """An ASGI application: the interface of a server.
 
     Args:
         repository: The models.
@@ -97,79 +93,76 @@ class Api:
         self._repository, self._metrics, self._options = repository, metrics, options
         self._decode, self._ready = decode, ready
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
-        self._page = resources.files("rtresnet.serving").joinpath("page.html").read_text()
+        page = resources.files("rtresnet.serving").joinpath("page.html").read_text()
         self._started = time.time()
         model = self._model
         reads: dict[str, Callable[[Request], Any]] = {
-            "/": lambda request: HTMLResponse(self._page, headers=PAGE_HEADERS),
+            "/": lambda request: HTMLResponse(page, headers=PAGE_HEADERS),
             "/metrics": lambda request: Response(metrics.text(), media_type="text/plain"),
             "/v1/status": lambda request: self._status(),
             "/v2": lambda request: protocol.server(),
             "/v2/health/live": lambda request: _state(live=repository.healthy),
             "/v2/health/ready": lambda request: _state(ready=ready() and repository.healthy),
+            "model": lambda request: repository.metadata(model(request)),
+            "model/ready": lambda request: _state(ready=ready() and model(request).healthy),
+            "model/config": lambda request: model(request).config(),
+            "model/stats": lambda request: {"model_stats": [model(request).statistics()]},
         }
         actions: dict[str, Callable[[Request], Any]] = {
             "/v1/classify": self._classify,
             "/v2/repository/index": self._index,
+            "model/infer": self._infer,
         }
-        for version in ("", "/versions/{version}"):
-            path = f"/v2/models/{{model}}{version}"
-            reads |= {
-                path: lambda request: repository.metadata(model(request)),
-                f"{path}/ready": lambda request: _state(ready=ready() and model(request).healthy),
-                f"{path}/config": lambda request: model(request).config(),
-                f"{path}/stats": lambda request: {"model_stats": [model(request).statistics()]},
-            }
-            actions[f"{path}/infer"] = self._infer
-        routes = [
-            Route(path, self._endpoint(action, counted=counted), methods=[method])
-            for method, counted, table in (("GET", False, reads), ("POST", True, actions))
-            for path, action in table.items()
-        ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_route})
-        self.app = _LimitedBody(app, options.max_body)
+        self._routes = {"GET": reads, "HEAD": reads, "POST": actions}
 
-    def _endpoint(self, action: Callable[[Request], Any], *, counted: bool) -> Callable[..., Any]:
-        """Answers with what an action returns or raises; counts and logs it if asked to."""
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers with what an action returns or raises; counts and logs those of POST."""
+        began, request = time.monotonic(), _Request(scope, receive)
+        request.limit = self._options.max_body
+        identity = request.headers.get("x-request-id", "")
+        if not SAFE_ID.fullmatch(identity):
+            identity = uuid.uuid4().hex[:16]
+        try:
+            answer = self._action(request)(request)
+            answer = await answer if inspect.isawaitable(answer) else answer
+            response = answer if isinstance(answer, Response) else JSONResponse(answer)
+        except Exception as error:
+            status, _ = protocol.status_of(error)
+            if status == 500:
+                log.exception("request %s failed", identity)
+            text = "internal error" if status == 500 else str(error)
+            response = JSONResponse({"error": text}, status, headers=HEADERS.get(status))
+        response.headers["x-request-id"] = identity
+        if not self._ready():  # stopping: the client's next request goes elsewhere
+            response.headers["connection"] = "close"
+        if request.method == "POST":
+            seconds, model = time.monotonic() - began, getattr(request.state, "model", "")
+            self._metrics.request(model, response.status_code, seconds)
+            log.info("request", extra={"fields": {
+                "id": identity, "path": scope["path"][:200], "model": model,
+                "status": response.status_code, "ms": round(1000 * seconds, 3),
+            }})  # fmt: skip
+        await response(scope, receive, send)
 
-        async def endpoint(request: Request) -> Response:
-            began = time.monotonic()
-            given = request.headers.get("x-request-id", "")
-            identity = given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex[:16]
-            try:
-                self._admit(request)
-                answer = action(request)
-                answer = await answer if inspect.isawaitable(answer) else answer
-                response = answer if isinstance(answer, Response) else JSONResponse(answer)
-            except Exception as error:
-                status, _ = protocol.status_of(error)
-                if status == 500:
-                    log.exception("request %s failed", identity)
-                text = "internal error" if status == 500 else str(error)
-                response = JSONResponse({"error": text}, status, headers=HEADERS.get(status))
-            response.headers["x-request-id"] = identity
-            if not self._ready():  # stopping: the client's next request goes elsewhere
-                response.headers["connection"] = "close"
-            if counted:
-                seconds, model = time.monotonic() - began, getattr(request.state, "model", "")
-                self._metrics.request(model, response.status_code, seconds)
-                log.info("request", extra={"fields": {
-                    "id": identity, "path": request.url.path[:200], "model": model,
-                    "status": response.status_code, "ms": round(1000 * seconds, 3),
-                }})  # fmt: skip
-            return response
-
-        return endpoint
-
-    def _admit(self, request: Request) -> None:
-        """Refuses a request by its head alone."""
+    def _action(self, request: Request) -> Callable[[Request], Any]:
+        """What a request asks for; refuses it by its head alone."""
+        path, name = request.scope["path"], request.scope["path"]
+        if path not in PUBLIC:
+            protocol.authorize(self._options.token, request.headers.get("authorization", ""))
+        if match := MODEL_PATH.fullmatch(path):
+            request.scope["path_params"] = match.groupdict("")
+            name = "model" + match["action"]
+        actions = self._routes.get(request.method, {})
+        if name not in actions:
+            if any(name in actions for actions in self._routes.values()):
+                raise MethodError(f"{path} does not take {request.method[:20]}")
+            raise NotFoundError(f"{path[:80]}: no such path", fix="see /v2")
         length, limit = request.headers.get("content-length", "0"), self._options.max_body
         if length.isdecimal() and int(length) > limit:
             raise TooLargeError(f"{length[:20]} bytes; at most {limit} are possible")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise InputError("compressed requests are not supported", fix="send them plain")
-        if request.url.path not in PUBLIC:
-            protocol.authorize(self._options.token, request.headers.get("authorization", ""))
+        return actions[name]
 
     def _model(self, request: Request) -> Model:
         where = request.path_params or request.query_params
@@ -180,12 +173,9 @@ class Api:
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
         asked = parse(await request.body(), request.headers.get(HEADER_LENGTH))
-
-        async def gone() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        return _response(model, asked, await model.infer(asked, self._options.timeout, gone))
+        connection = request.state.connection
+        connection.flow.resume_reading()  # otherwise a client that leaves is not noticed
+        return _response(model, asked, await model.infer(asked, self._options.timeout, connection))
 
     async def _classify(self, request: Request) -> dict[str, object]:
         """Classes of encoded images: a raw body, or several files as multipart/form-data."""
@@ -249,11 +239,6 @@ def _state(**state: bool) -> Response:
     return JSONResponse(state, 200 if all(state.values()) else 503)
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
-
-
 async def _files(request: Request, limit: int) -> list[bytes]:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         body = await request.body()
@@ -263,8 +248,8 @@ async def _files(request: Request, limit: int) -> list[bytes]:
     try:
         async with request.form(max_files=MAX_FILES, max_fields=8, max_part_size=limit) as form:
             files = [await part.read() for part in form.values() if not isinstance(part, str)]
-    except (HTTPException, ValueError, KeyError) as error:
-        problem = getattr(error, "detail", error)
+    except (MultiPartException, ValueError, KeyError) as error:
+        problem = getattr(error, "message", error)
         raise InputError(f"not valid multipart/form-data: {problem}") from None
     if not files:
         raise InputError("no image in the form", fix="curl -F file=@cat.jpg")

@@ -8,19 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Options of a server.
-
-    Attributes:
-        grpc_port: None: no gRPC.
-        max_batch: Images in a batch, and in a request.
-        max_wait_ms: How long the first image of a batch waits for others.
-        queue: Images that may wait; a request beyond it is refused.
-        timeout: Seconds within which a request is answered, unless it states less.
-        max_body: Bytes of a request.
-        grace: Seconds that running requests have after SIGTERM.
-        token: Bearer token that every request must carry; None: none.
-        certificate: PEM file of the TLS certificate chain, with `key`.
-    """
+    """Options of a server; `grpc_port` None: no gRPC; `max_body` in bytes; `timeout` in seconds."""
 
     host: str = "127.0.0.1"
     port: int = 8000

@@ -24,8 +24,12 @@ DATATYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "object": "B
 MAX_OUTPUTS = 8
 
 
-class UnknownModelError(InputError):
-    """A model or version that this server does not have."""
+class NotFoundError(InputError):
+    """A model, version or path that this server does not have."""
+
+
+class MethodError(InputError):
+    """A path that takes another method."""
 
 
 class UnauthorizedError(InputError):
@@ -49,9 +53,10 @@ class ClientGoneError(RtresnetError):
 
 
 STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
-    (UnauthorizedError, 401, "UNAUTHENTICATED"), (UnknownModelError, 404, "NOT_FOUND"),
-    (TooLargeError, 413, "INVALID_ARGUMENT"), (ServerBusyError, 503, "UNAVAILABLE"),
-    (DeadlineError, 504, "DEADLINE_EXCEEDED"), (ClientGoneError, 499, "CANCELLED"),
+    (UnauthorizedError, 401, "UNAUTHENTICATED"), (NotFoundError, 404, "NOT_FOUND"),
+    (MethodError, 405, "UNIMPLEMENTED"), (TooLargeError, 413, "INVALID_ARGUMENT"),
+    (ServerBusyError, 503, "UNAVAILABLE"), (DeadlineError, 504, "DEADLINE_EXCEEDED"),
+    (ClientGoneError, 499, "CANCELLED"),
     (InputError, 400, "INVALID_ARGUMENT"), (RtresnetError, 503, "UNAVAILABLE"),
     (BaseException, 500, "INTERNAL"),
 )  # fmt: skip

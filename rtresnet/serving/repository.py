@@ -10,11 +10,10 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,9 +37,9 @@ from rtresnet.serving.protocol import (
     ClientGoneError,
     DeadlineError,
     InferRequest,
+    NotFoundError,
     ServerBusyError,
     Tensor,
-    UnknownModelError,
 )
 
 log = logging.getLogger("rtresnet.serve")
@@ -49,8 +48,11 @@ SUFFIXES = (".onnx", ".plan")
 POLL_SECONDS = 1.0
 FAILURES_IN_A_ROW = 3  # batches that fail before a device counts as lost
 
-Gone = Callable[[], Awaitable[Any]]
-"""Returns once the client is gone; its images are then dropped from the queue."""
+
+class Connection(Protocol):
+    """A client's connection; `on_lost` is called once it is closed."""
+
+    on_lost: Callable[[], None] | None
 
 
 class Answered(NamedTuple):
@@ -139,14 +141,14 @@ class Model:
         return largest
 
     async def infer(
-        self, request: InferRequest, limit: float, gone: Gone | None = None
+        self, request: InferRequest, limit: float, connection: Connection | None = None
     ) -> dict[str, np.ndarray]:
         """Answers a request.
 
         Args:
             request: What it asks for.
             limit: Seconds within which it is answered at most.
-            gone: Returns once the client is gone.
+            connection: Once it is lost, the images are dropped from the queue.
 
         Returns:
             The outputs by name; text where classes were asked for.
@@ -160,7 +162,7 @@ class Model:
         """
         wanted = protocol.requested(request, self.outputs)
         images = protocol.images(request, self.input, self.max_batch)
-        answered = await self.run(images, protocol.timeout(request, limit), gone)
+        answered = await self.run(images, protocol.timeout(request, limit), connection)
         values = dict(zip((output.name for output in self.outputs), answered.values, strict=True))
         return {
             name: protocol.classified(values[name], self.session.classes, classes)
@@ -169,7 +171,9 @@ class Model:
             for name, classes in wanted.items()
         }
 
-    async def run(self, images: np.ndarray, limit: float, gone: Gone | None = None) -> Answered:
+    async def run(
+        self, images: np.ndarray, limit: float, connection: Connection | None = None
+    ) -> Answered:
         """Runs a batch of inputs [N, ...]; arguments and errors are those of `infer`."""
         began = time.monotonic()
         answers: list[Answer] = []
@@ -177,7 +181,7 @@ class Model:
         try:
             for image in images:
                 answers.append(self.batcher.submit(image))
-            await _all_done(answers, limit, gone)
+            await _done(answers[-1], limit, connection)  # answers come in their order
             rows = [_arrays(_result(answer)) for answer in answers]
             queue = max(answer.queue_seconds for answer in answers)
         except QueueFullError as error:
@@ -251,38 +255,30 @@ def _result(answer: Answer) -> Any:
         raise UnavailableError(f"the device failed: {error}") from error
 
 
-async def _all_done(answers: Sequence[Answer], limit: float, gone: Gone | None) -> None:
-    """Waits for all answers with one wake-up of the event loop."""
+async def _done(answer: Answer, limit: float, connection: Connection | None) -> None:
+    """Waits for an answer, or until the client is gone."""
     loop = asyncio.get_running_loop()
-    done, left, lock = loop.create_future(), len(answers), threading.Lock()
+    done: asyncio.Future[bool] = loop.create_future()
 
-    def wake() -> None:
+    def finish(answered: bool) -> None:
         if not done.done():
-            done.set_result(None)
+            done.set_result(answered)
 
-    def one_done(answer: Any) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = left == 0
-        if last and not loop.is_closed():
-            loop.call_soon_threadsafe(wake)
+    def wake(answer: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(finish, True)
 
-    for answer in answers:
-        answer.add_done_callback(one_done)
-    watch = [asyncio.ensure_future(gone())] if gone is not None else []
+    answer.add_done_callback(wake)
+    if connection is not None:
+        connection.on_lost = lambda: finish(False)
     try:
-        finished, _ = await asyncio.wait(
-            [done, *watch], timeout=limit, return_when=asyncio.FIRST_COMPLETED
-        )
+        if not await asyncio.wait_for(done, limit):
+            raise ClientGoneError("the client closed the connection")
+    except asyncio.TimeoutError:
+        raise DeadlineError(f"no answer within {limit:g} s", fix="wait longer") from None
     finally:
-        for task in watch:
-            task.cancel()
-    if done in finished:
-        return
-    if finished:
-        raise ClientGoneError("the client closed the connection")
-    raise DeadlineError(f"no answer within {limit:g} s", fix="wait longer")
+        if connection is not None:
+            connection.on_lost = None
 
 
 class Repository:
@@ -329,18 +325,18 @@ class Repository:
         """The model of a name; without a name the only one, without a version the newest.
 
         Raises:
-            UnknownModelError: There is none.
+            NotFoundError: There is none.
         """
         models = self._models
         if name is None and len(models) == 1:
             name = next(iter(models))
         if name is None or name not in models:
             what = "name a model" if name is None else f"unknown model {name[:80]!r}"
-            raise UnknownModelError(what, fix=f"known: {', '.join(sorted(models))}")
+            raise NotFoundError(what, fix=f"known: {', '.join(sorted(models))}")
         versions = models[name]
         chosen = version or max(versions, key=int)
         if chosen not in versions:
-            raise UnknownModelError(
+            raise NotFoundError(
                 f"{name}: unknown version {version[:20]!r}", fix=f"known: {', '.join(versions)}"
             )
         return versions[chosen]

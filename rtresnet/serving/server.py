@@ -35,6 +35,8 @@ log = logging.getLogger("rtresnet.serve")
 
 HEADER_BYTES, IDLE_SECONDS = 32 * 1024, 75
 HEADER_SECONDS = 10.0  # within which the head of a request must arrive
+BODY_SECONDS = 30.0  # within which its body must arrive
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 CONNECTIONS = 2048
 ACCEPT_SECONDS = 0.1  # for connections that wait in the queue when no new ones are taken
 ACCEPTED_SECONDS = 0.5  # that a connection without a request is kept open at the end
@@ -42,30 +44,30 @@ LEAVE_SECONDS = 0.5  # not ready, and still answering, so that load balancers ta
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits on the size and the time of a request's head."""
+    """uvicorn's HTTP protocol with limits on a request's head and on the time that it takes.
 
+    A request has this object as `request.state.connection`.
+    """
+
+    on_lost: Callable[[], None] | None = None
     _timer: asyncio.TimerHandle | None = None
-    _head = 0
-    _in_body = False
-    _begun = _ending = False
+    _head = 0  # bytes of the head until now
+    _in_body = _begun = _ending = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._expect_head()
+        self._expect_within(HEADER_SECONDS)
 
-    def _expect_head(self) -> None:
-        self._head, self._in_body = 0, False
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._too_slow)
-
-    def _stop_timer(self) -> None:
+    def _expect_within(self, seconds: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = self.loop.call_later(seconds, self._too_slow) if seconds else None
 
     def _too_slow(self) -> None:
         self._timer = None
         if not self.transport.is_closing():
+            if not self.pipeline and (self.cycle is None or not self.cycle.response_started):
+                self.transport.write(TOO_SLOW)
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
@@ -79,21 +81,27 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect_head()
+        self._head, self._fields, self._in_body = 0, 0, False
+        if self._timer is None:
+            self._expect_within(HEADER_SECONDS)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields = getattr(self, "_fields", 0) + len(name) + len(value)
+        self._fields += len(name) + len(value)
         if self._fields > HEADER_BYTES:
             raise ValueError("header too large")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
-        self._in_body, self._fields = True, 0
-        self._begun = True
+        self._expect_within(BODY_SECONDS)
+        self._in_body = self._begun = True
+        self.scope["state"]["connection"] = self
         super().on_headers_complete()
         if self._ending:
             self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        self._expect_within(None)
+        super().on_message_complete()
 
     def shutdown(self) -> None:
         """As uvicorn's; but a connection that was just accepted may still send its request."""
@@ -101,15 +109,17 @@ class _Protocol(HttpToolsProtocol):
         if self._begun:
             super().shutdown()
         else:
-            asyncio.get_running_loop().call_later(ACCEPTED_SECONDS, self._close_if_idle)
+            self.loop.call_later(ACCEPTED_SECONDS, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
         if not self._begun and not self.transport.is_closing():
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._expect_within(None)
         super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
 
 
 class JsonLines(logging.Formatter):
@@ -176,8 +186,9 @@ class Server:
         shared = (self._repository, self._metrics, options)
         api = Api(*shared, self._decode, lambda: self._ready)
         web = _Web(uvicorn.Config(
-            api.app, http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
-            limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, server_header=False,
+            api, http=_Protocol, ws="none", lifespan="off", proxy_headers=False,
+            log_config=None, access_log=False, server_header=False,
+            limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=int(options.grace) + 1,
             ssl_certfile=options.certificate, ssl_keyfile=options.key,
         ))  # fmt: skip

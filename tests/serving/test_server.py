@@ -543,6 +543,30 @@ def test_slow_client_is_cut_off(models: Path, start: Callable[..., Server]) -> N
         assert closed and time.monotonic() - begin < 15
 
 
+@pytest.mark.slow
+def test_body_that_does_not_come_is_status_408(models: Path, start: Callable[..., Server]) -> None:
+    server = start(models / "resnet8.onnx")
+    head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nx".encode()
+    assert raw(server, head, 40).startswith(b"HTTP/1.1 408 ")
+    assert ask(server, "/v2/health/ready")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [("/v2/nothing", "GET", 404), (INFER, "GET", 405), ("/v2", "POST", 405), ("/v2", "TRACE", 405)],
+)
+def test_unknown_path_or_method_is_refused(
+    path: str, method: str, status: int, server: Server
+) -> None:
+    answered, _, body = ask(server, path, method=method)
+    assert answered == status and json.loads(body)["error"]
+
+
+def test_head_is_answered_without_a_body(server: Server) -> None:
+    status, fields, body = ask(server, "/v2", method="HEAD")
+    assert status == 200 and int(fields["content-length"]) > 0 and not body
+
+
 def test_port_in_use_is_exit_code_2(models: Path, server: Server, tmp_path: Path) -> None:
     import sys
 
