@@ -41,7 +41,7 @@ def cost(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]], st
 
 def gradients(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]], str]:
     models = [f"--model={kind}{depth}" for kind in ("plain", "resnet") for depth in DEPTHS]
-    result = rtresnet("study", "gradients", "--data", options.data, *models, "--steps", "0",
+    result = rtresnet("study", "gradients", "--data", options.data, *models, "--steps", "100",
                       "--batch", "32", "--out", str(options.out / "gradients"))  # fmt: skip
     points = [[f"{point['ratio']:,.1f}" for point in net["points"]] for net in result["nets"]]
     steps = [f"step {point['step']}" for point in result["nets"][0]["points"]]
@@ -55,8 +55,8 @@ def gradients(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]
 
 def blocks(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]], str]:
     result = rtresnet(
-        "study", "blocks", "--data", options.data, "--images", "1600", "--steps", "60", "--seeds",
-        "2", "--set", "batch=64", "--set", "precision=bf16", "--out", str(options.out / "blocks"),
+        "study", "blocks", "--data", options.data, "--images", "6400", "--steps", "300", "--seeds",
+        "2", "--set", "precision=bf16", "--out", str(options.out / "blocks"),
     )  # fmt: skip
     rows = [
         (net["net"], f"{net['parameters']:,}",
