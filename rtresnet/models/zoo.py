@@ -76,6 +76,19 @@ class Spec:
         return 32 if self.family == "cifar" else 224
 
     @property
+    def min_size(self) -> int:
+        """Smallest side of the input, in pixels: VGG halves it five times."""
+        return 32 if self.family == "vgg" else 4
+
+    def require_size(self, side: int) -> None:
+        """Raises InputError if images of `side` x `side` pixels are too small for the net."""
+        if side < self.min_size:
+            raise InputError(
+                f"images of {side} x {side} pixels; {self.name} needs at least {self.min_size}",
+                fix=f"--size {self.min_size}, or more",
+            )
+
+    @property
     def num_classes(self) -> int:
         """Default number of classes."""
         return 10 if self.family == "cifar" else 1000

@@ -313,13 +313,16 @@ class Recipe(Config):
                 waited, divisions = 0, divisions + 1
         return divisions
 
-    def side_at(self, step: int, total: int, size: int) -> int:
-        """Return the side of the training images at a step: `size`, or a multiple of 4 below."""
+    def side_at(self, step: int, total: int, size: int, least: int = 4) -> int:
+        """Return the side of the training images at a step: `size`, or a multiple of 4 below.
+
+        It is not below `least`, the smallest that the net takes.
+        """
         share = self.train_scale
         for start, smaller in self.progressive:
             if step >= start * total:
                 share = self.train_scale * smaller
-        return size if share == 1 else min(size, max(4, 4 * round(size * share / 4)))
+        return size if share == 1 else min(size, max(least, 4 * round(size * share / 4)))
 
     def changes_from(self, stored: Mapping[str, Any]) -> list[str]:
         """Compare with a recipe that a checkpoint stores; returns `field old -> new` entries.

@@ -93,6 +93,7 @@ class TrainLoader:
         device: Where the augmentation runs.
         tally: Receives the broken images.
         workers: Threads that decode photographs; one per core by default.
+        min_side: Smallest side of an image that the net takes, in pixels.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class TrainLoader:
         device: str = "cpu",
         tally: loader.DecodeErrors,
         workers: int | None = None,
+        min_side: int = 4,
     ) -> None:
         self.source, self.indices, self.preprocess = source, np.asarray(indices), preprocess
         self.recipe, self.world, self.device, self.tally = recipe, world, device, tally
         self.workers, self.decoded, self.decode_seconds = workers, 0, 0.0
+        self.min_side = min_side
         self._lock = threading.Lock()
         self.batch = recipe.batch
         self.steps_per_epoch = max(1, len(self.indices) // self.batch)
@@ -163,7 +166,7 @@ class TrainLoader:
 
     def side(self, step: int) -> int:
         """Return the side of the images of a step, in pixels."""
-        return self.recipe.side_at(step, self.total, self.preprocess.size)
+        return self.recipe.side_at(step, self.total, self.preprocess.size, self.min_side)
 
     def _gathered(self, parts: list[Part]) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         recipe = self.recipe

@@ -145,6 +145,7 @@ class _Run:
             data.source, data.test, data.parts, data.tally,
         )  # fmt: skip
         side = mean_image_side(job, last)
+        job.spec.require_size(job.preprocess.size)
         net = zoo.build(job.spec, len(self.source.classes), mean_image=side)
         if self.recipe.fc_init == "he" and isinstance(net, ResNet):
             torch.nn.init.kaiming_normal_(net.fc.weight, nonlinearity="relu")
@@ -160,6 +161,7 @@ class _Run:
         self.loader = TrainLoader(
             self.source, self.parts.train, job.preprocess, job.recipe,
             world=world, device=job.device, tally=self.tally, workers=job.workers,
+            min_side=job.spec.min_size,
         )  # fmt: skip
         self.total, self.steps_per_epoch = self.loader.total, self.loader.steps_per_epoch
         learner = self._fake_quantized(net) if job.recipe.qat else net

@@ -329,6 +329,7 @@ def resolve(
             f"No checkpoint of {spec.name} was given or found under runs/, so these are "
             "random weights. Latency is meaningful, accuracy is not.",
         )
+        spec.require_size(size or spec.size)
         return checkpoint.untrained(spec, Preprocess.for_size(size or spec.size)), None
     assert weights is not None
     found = download.published(str(weights), model, reporter)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from rtresnet.cli.main import main
 from rtresnet.models import zoo
 from rtresnet.models.nets import DenseBackend, TorchBackend
 from rtresnet.models.vgg import VGG, pooled_by_weight
+from rtresnet.training import recipes
 
 
 def narrow(batch_norm: bool = True) -> VGG:
@@ -31,6 +36,22 @@ def test_vgg_names_and_shapes_are_torchvisions(name: str) -> None:
     assert state["classifier.0.weight"].shape == (4096, 25088)
     assert state["classifier.6.weight"].shape == (1000, 4096)
     assert ("features.1.running_mean" in state) == name.endswith("bn")
+
+
+def test_image_that_vgg_would_pool_to_nothing_is_refused(tmp_path: Path) -> None:
+    images = np.zeros((40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(40) % 2)
+    data = ["--data", f"npz:{tmp_path / 'a.npz'}", "--out", str(tmp_path / "run")]
+    assert main(["train", "--model", "vgg16", "--size", "16", *data]) == 2
+    out = ["--weights", "untrained", "--size", "16", "--out", str(tmp_path / "a.onnx")]
+    assert main(["export", "--model", "vgg16", *out]) == 2
+    assert not (tmp_path / "run").exists() and not (tmp_path / "a.onnx").exists()
+
+
+def test_smaller_training_images_are_not_smaller_than_vgg_takes() -> None:
+    recipe = recipes.named("speed")
+    spec = zoo.spec("vgg16")
+    assert min(recipe.side_at(0, 10, size, spec.min_size) for size in (32, 40, 64)) == 32
 
 
 def test_vgg_pools_after_each_stage() -> None:
