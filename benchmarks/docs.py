@@ -159,7 +159,7 @@ API_GROUPS = {
     "Studies and quickstart": ("workflows.study", "workflows.study_analysis",
                                "workflows.quickstart"),
     "Detection": ("workflows.detect_train", "workflows.detect_evaluate",
-                  "workflows.detect_predict"),
+                  "workflows.detect_predict", "workflows.detect_compare", "workflows.detect_check"),
     "Progress and errors": ("core.reporter", "core.errors"),
 }  # fmt: skip
 

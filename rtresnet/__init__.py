@@ -56,6 +56,8 @@ if TYPE_CHECKING:
         augmented_batch,
         inspect_data,
     )
+    from rtresnet.workflows.detect_check import CheckDetectorResult, check_detector
+    from rtresnet.workflows.detect_compare import CompareDetectorsResult, compare_detectors
     from rtresnet.workflows.detect_evaluate import EvaluateDetectorResult, evaluate_detector
     from rtresnet.workflows.detect_predict import DetectResult, detect
     from rtresnet.workflows.detect_train import (
@@ -135,6 +137,8 @@ _MODULES = {
     "workflows.detect_train": "train_detector TrainDetectorConfig TrainDetectorResult",
     "workflows.detect_evaluate": "evaluate_detector EvaluateDetectorResult",
     "workflows.detect_predict": "detect DetectResult",
+    "workflows.detect_compare": "compare_detectors CompareDetectorsResult",
+    "workflows.detect_check": "check_detector CheckDetectorResult",
     "workflows.pack": "pack PackConfig PackResult",
     "workflows.data": (
         "inspect_data augmented_batch DataInspectConfig DataInspectResult AugmentedBatch"
@@ -188,9 +192,11 @@ __all__ = [
     "BuildConfig",
     "BuildResult",
     "CheckConfig",
+    "CheckDetectorResult",
     "CheckFailedError",
     "CheckResult",
     "CompareConfig",
+    "CompareDetectorsResult",
     "CompareResult",
     "CostResult",
     "DataError",
@@ -261,7 +267,9 @@ __all__ = [
     "build",
     "build_per_target",
     "check",
+    "check_detector",
     "compare",
+    "compare_detectors",
     "detect",
     "doctor",
     "estimate",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from rtresnet.bench.consistency import Check
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import CheckFailedError
@@ -34,9 +37,16 @@ def command(
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
     other files), at odd batches, after other batches and next to a broken image must get the same
     answer, within what its precision allows. The exit code is 1 where it does not.
+
+    A detector's detections must be valid, repeatable and those of the file it was made from: on
+    --data with or without boxes, by default drawn shapes.
     """
     from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect import is_detector
 
+    if is_detector(path):
+        _check_detector(path, data, config, stated, runtime, json_file)
+        return
     result = check(path, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
     show(result)
     common.write_json(json_file, "check", result)
@@ -51,17 +61,55 @@ def command(
         )
 
 
-def show(result: CheckResult) -> None:
-    """Prints the table, and what was compared on which device."""
+def _check_detector(
+    path: str,
+    data: str | None,
+    config: CheckConfig,
+    stated: InputConfig,
+    runtime: RuntimeConfig,
+    json_file: str | None,
+) -> None:
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect_check import check_detector
+
+    result = check_detector(path, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
+    _show_checks(result.checks)
+    lines = [f"{result.n} images ({result.images}), {result.detections} detections."]
+    lines += [f"{line[0].upper()}{line[1:]}." for line in result.missing]
+    if any(entry.name == "parity" and not entry.n for entry in result.checks):
+        lines.append(
+            "WEAK: no detection has a score of 50 % or more, and none was compared. Use other "
+            "images: --data SPEC"
+        )
+    common.footer([*lines, str(result.runtime), *result.runtime.notes])
+    common.footer(f"Assumed: {line}." for line in result.assumed)
+    common.write_json(json_file, "check", result)
+    if result.failed:
+        raise CheckFailedError(
+            f"{path}: " + "; ".join(f"{entry.name}: {entry.why}" for entry in result.failed),
+            fix="the ranges of an INT8 file do not suit other images: --data SPEC"
+            if result.failed[0].name == "parity" and data is None
+            else None,
+        )
+
+
+def _show_checks(checks: Sequence[Check]) -> None:
     from rtresnet.reporting import tables
 
     rows = [
         (entry.name, entry.compared, entry.n, entry.largest, entry.tolerance,
          "ok" if entry.ok else "FAILED")
-        for entry in result.checks
+        for entry in checks
     ]  # fmt: skip
     headings = ("check", "compared", "n", "difference", "tolerance", "verdict")
     tables.show(common.out_console(), headings, rows)
+
+
+def show(result: CheckResult) -> None:
+    """Prints the table, and what was compared on which device."""
+    from rtresnet.reporting import tables
+
+    _show_checks(result.checks)
     unknown = ", as its precision is unknown" if result.precision == "unknown" else ""
     lines = [
         f"{result.n} images ({result.images}), compared within what {result.bound} can do"

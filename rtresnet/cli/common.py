@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from rtresnet.core.reporter import escape_cell
 
 if TYPE_CHECKING:
     from rtresnet.cli.console import Console
+    from rtresnet.core.config import Config
     from rtresnet.core.reporter import Update
 
 SCHEMA = 1  # of what --json writes; see docs/reference/json.md
@@ -91,6 +93,22 @@ def report_option(content: str) -> Callable[[F], F]:
         callback=page_folder,
         help=f"Write DIR/index.html, a page that works offline: {content}.  [default: none]",
     )
+
+
+def refuse_for_detector(config: Config, *kept: str) -> None:
+    """Raises InputError for an option of a config that detectors do not take.
+
+    Args:
+        config: What was given.
+        *kept: Fields that apply to detectors too.
+    """
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.name not in kept and getattr(config, field.name) != default:
+            name = field.name.replace("_", "-")
+            raise InputError(f"--{name} does not go with a detector", fix="leave it out")
+    if getattr(config, "split", None) == "all":
+        raise InputError("--split all does not go with a detector", fix="--split train or test")
 
 
 def classes_option(function: F) -> F:

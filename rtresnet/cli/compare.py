@@ -8,6 +8,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import plural
 from rtresnet.workflows.compare import CompareConfig, CompareResult, compare
 from rtresnet.workflows.input_spec import InputConfig
@@ -36,9 +37,23 @@ def command(
     """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
 
     A file that gives the most probable classes only is compared by its top-1. --size, --mean, --std
-    and --preset apply to artifacts without a sidecar.
+    and --preset apply to artifacts without a sidecar. Two detectors are compared by their
+    detections; on images with boxes (voc:DIR[:SPLIT], coco:JSON:IMAGES, shapes:N) by average
+    precision as well.
     """
     from rtresnet.cli.console import REPORTER
+    from rtresnet.workflows.detect import is_detector
+
+    detectors = [is_detector(path) for path in (reference, candidate)]
+    if any(detectors):
+        if not all(detectors):
+            other = (reference, candidate)[detectors.index(False)]
+            raise InputError(
+                f"{other}: a classifier, which cannot be compared with a detector",
+                fix="name two detectors",
+            )
+        _compare_detectors(reference, candidate, data, config, stated, runtime, report, json_file)
+        return
 
     result = compare(
         reference, candidate, data, config, runtime=runtime, stated=stated, reporter=REPORTER
@@ -58,6 +73,58 @@ def command(
         f"Assumed of {entry.artifact}: {line}." for entry in both for line in entry.assumed
     )
     common.footer(f"Assumed: {line}." for line in result.assumed)
+    common.write_json(json_file, "compare", result)
+
+
+def _compare_detectors(
+    reference: str,
+    candidate: str,
+    data: str,
+    config: CompareConfig,
+    stated: InputConfig,
+    runtime: RuntimeConfig,
+    report: Path | None,
+    json_file: str | None,
+) -> None:
+    from rtresnet.cli.console import REPORTER
+    from rtresnet.cli.train import average_precision
+    from rtresnet.workflows import detect_compare
+
+    common.refuse_for_detector(config, "split")
+    assert config.split != "all"
+    result = detect_compare.compare_detectors(
+        reference, candidate, data, split=config.split, runtime=runtime, stated=stated,
+        reporter=REPORTER,
+    )  # fmt: skip
+    both = (result.reference, result.candidate)
+    for entry in both:
+        if entry.accuracy is not None:
+            common.say(f"{entry.artifact}: {average_precision(entry.accuracy)}")
+    change = "" if result.ap_change is None else f"AP {result.ap_change:+.2f} points, "
+    common.say(
+        f"{candidate} against {reference}: {change}{result.both} detections in both, "
+        f"{result.only_reference} only in the reference, {result.only_candidate} only in the "
+        f"candidate; {result.changed} of {plural(result.n, 'image')} differ; scores of the same "
+        f"detection differ by up to {result.largest_score:.3g}, boxes by {result.largest_box:.3g} "
+        "pixels"
+    )
+    if report is not None:
+        from rtresnet.reporting import detection
+
+        page = detection.write_comparison(report, result, detect_compare.pictures(result))
+        common.say(f"page: {page}")
+    notes = [note for entry in both for note in entry.runtime.notes]
+    notes += [
+        f"{entry.artifact}: non-maximum suppression was not finished for {entry.unsettled} boxes."
+        for entry in both if entry.unsettled
+    ]  # fmt: skip
+    common.footer(sorted(notes))
+    common.footer(
+        f"Assumed of {entry.artifact}: {line}." for entry in both for line in entry.assumed
+    )
+    common.footer(
+        ["Counted: detections with a score of 50 % or more; the same: one class, IoU 0.5."]
+    )
     common.write_json(json_file, "compare", result)
 
 

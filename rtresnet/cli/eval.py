@@ -56,7 +56,7 @@ def command(
     from rtresnet.workflows.detect import is_detector
 
     if any(is_detector(path) for path in paths):
-        _evaluate_detectors(paths, data, config, record, runtime, report, json_file)
+        _evaluate_detector(paths, data, config, record, stated, runtime, report, json_file)
         return
 
     if report is not None:
@@ -75,11 +75,12 @@ def command(
         record_accuracy(result, required=bool(record), reporter=REPORTER)
 
 
-def _evaluate_detectors(
+def _evaluate_detector(
     paths: tuple[str, ...],
     data: str,
     config: EvaluateConfig,
     record: bool | None,
+    stated: InputConfig,
     runtime: RuntimeConfig,
     report: Path | None,
     json_file: str | None,
@@ -90,15 +91,12 @@ def _evaluate_detectors(
 
     if len(paths) > 1:
         raise InputError("detectors form no ensemble", fix="evaluate one at a time")
-    default = EvaluateConfig()
-    for name in ("protocol", "resize", "model", "classes", "batch"):
-        if getattr(config, name) != getattr(default, name):
-            raise InputError(f"--{name} does not go with a detector", fix="leave it out")
-    if config.split == "all":
-        raise InputError("--split all does not go with a detector", fix="--split train or test")
+    common.refuse_for_detector(config, "split", "details")
+    assert config.split != "all"
     result = detect_evaluate.evaluate_detector(
-        paths[0], data, split=config.split, runtime=runtime, record=record is not False,
-        details=report is not None, reporter=REPORTER,
+        paths[0], data, split=config.split, runtime=runtime, stated=stated,
+        record=record is not False, details=config.details or report is not None,
+        reporter=REPORTER,
     )  # fmt: skip
     common.say(
         f"{result.artifact}: {average_precision(result)}  [{result.precision}, "

@@ -129,10 +129,14 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
     if record.sha256:
         lines.append(f"sha256 {record.sha256[:16]}..., {record.bytes / 1e6:.2f} MB")
     if first:
-        i = record.input
+        i, d = record.input, record.detection
+        size = f"{i.size}x{i.size} (resize {i.resize}, {i.interpolation})"
+        if d is not None:
+            canvas = f", on {d.canvas[0]}x{d.canvas[1]}" if d.canvas else ""
+            size = f"of a detector, {d.shorter} to {d.longer} pixels{canvas} ({i.interpolation})"
         lines.append(
-            f"input {i.size}x{i.size} (resize {i.resize}, {i.interpolation}), mean {list(i.mean)}, "
-            f"std {list(i.std)}; {plural(len(record.model.classes), 'class')}"
+            f"input {size}, mean {list(i.mean)}, std {list(i.std)}; "
+            f"{plural(len(record.model.classes), 'class')}"
         )
         if record.assumed:
             lines.append(f"assumed: {'; '.join(record.assumed)}")

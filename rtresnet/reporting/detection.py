@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,8 @@ from rtresnet.reporting.tables import DataTable
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.workflows.detect_evaluate import (
-        EvaluateDetectorResult,
-        PrecisionRecallCurve,
-        ReportedImage,
-    )
-
-CURVES = 20  # up to so many classes have a curve each
+    from rtresnet.workflows.detect_compare import CompareDetectorsResult, DifferingImage
+    from rtresnet.workflows.detect_evaluate import EvaluateDetectorResult, ReportedImage
 
 
 def write_detection(
@@ -60,7 +55,7 @@ def write_detection(
         notes=notes,
         numbers=[(name, _percent(value)) for name, value in numbers],
         classes=_classes(result),
-        curves=precision_recall(report.curves),
+        curves=plots.precision_recall([(c.name, c.precision) for c in report.curves]),
         samples=[_tile(entry, images) for entry in report.samples],
         worst=[_tile(entry, images) for entry in report.worst],
         command=provenance.command_line(),
@@ -69,18 +64,45 @@ def write_detection(
     return folder / "index.html"
 
 
-def precision_recall(curves: Sequence[PrecisionRecallCurve]) -> str:
-    """Precision against recall as SVG, a line for each class."""
-    drawing, axes = plots.figure(6.4, 3.8)
-    for index, curve in enumerate(curves[:CURVES]):
-        axes.plot(
-            range(101), [100 * value for value in curve.precision], linewidth=1.5,
-            color=plots.PALETTE[index % len(plots.PALETTE)], label=plots.plain(curve.name),
-        )  # fmt: skip
-    axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 103))
-    if curves:
-        axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left")
-    return plots.svg(drawing, "precision against recall")
+def write_comparison(
+    folder: Path, result: CompareDetectorsResult, images: Mapping[int, np.ndarray]
+) -> Path:
+    """Write the page of the images in which the detections of two detectors differ.
+
+    Args:
+        folder: Gets index.html.
+        result: Of the comparison.
+        images: Images with boxes, uint8 [H, W, 3], by index.
+
+    Returns:
+        The page.
+
+    Raises:
+        UnavailableError: Jinja2 is not installed.
+    """
+    one, other = (Path(e.artifact).name for e in (result.reference, result.candidate))
+    summary = [
+        f"{result.n:,} images of {result.data} ({result.split}); detections with a score of 0.5 or "
+        f"more: {result.both:,} in both, {result.only_reference:,} only in {one}, "
+        f"{result.only_candidate:,} only in {other}; {result.changed:,} images differ.",
+        f"Green: both. Blue: only {one}. Red: only {other}.",
+    ]
+    if result.ap_change is not None:
+        summary.insert(1, f"AP changes by {result.ap_change:+.2f} points.")
+    if len(result.images) < result.changed:
+        summary.append(f"{len(result.images)} images are shown, those with most differences first.")
+    text = pages.render(
+        "flips.html", title=f"{other} against {one}", summary=summary,
+        tiles=[_differing(entry, images) for entry in result.images],
+        nothing="The detections are the same in every image.", command=provenance.command_line(),
+    )  # fmt: skip
+    atomic_io.write_text(folder / "index.html", text)
+    return folder / "index.html"
+
+
+def _differing(entry: DifferingImage, images: Mapping[int, np.ndarray]) -> Tile:
+    lines = [f"{len(entry.only_reference)} gone, {len(entry.only_candidate)} new"]
+    return tile(images.get(entry.index), f"{len(entry.both)} the same", lines, entry.place)
 
 
 def _percent(value: float | None) -> str:

@@ -220,11 +220,13 @@ def colours(results: Results) -> dict[str, str]:
 
 
 def tradeoff(results: Results, batch: int) -> str | None:
-    """Top-1 against median latency, with the Pareto front; None without accuracy."""
-    streams = [(a, e) for a, e in results.streams(batch) if a.top1 is not None]
-    if not streams:
+    """Top-1 or AP against median latency, with the Pareto front; None without accuracy."""
+    known = [(a, e) for a, e in results.streams(batch) if a.score is not None]
+    if not known:
         return None
-    points = [(entry["latency"]["median"], artifact.top1 or 0.0) for artifact, entry in streams]
+    measure = known[0][0].measure
+    streams = [(a, e) for a, e in known if a.measure == measure]
+    points = [(entry["latency"]["median"], artifact.score or 0.0) for artifact, entry in streams]
     front = [points[index] for index in pareto(points)]
     drawing, axes = figure(4.6, 3.2)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
@@ -236,13 +238,31 @@ def tradeoff(results: Results, batch: int) -> str | None:
             *point, s=60, color=colour if point in front else "none", edgecolors=colour,
             linewidths=1.8, zorder=3, label=plain(artifact.name), gid=f"artifact-{index}",
         )  # fmt: skip
-    axes.set(xlabel=f"median latency of a batch of {batch}, ms", ylabel="top-1, %")
+    axes.set(xlabel=f"median latency of a batch of {batch}, ms", ylabel=f"{measure}, %")
     axes.set_xlim(0, 1.08 * max(p[0] for p in points))
     values = [p[1] for p in points]
     room = max(0.5, 0.6 * (max(values) - min(values)))
     axes.set_ylim(max(0, min(values) - room), min(100.0, max(values)) + room / 2)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
-    return svg(drawing, "top-1 accuracy against median latency, a point for each artifact")
+    return svg(drawing, f"{measure} against median latency, a point for each artifact")
+
+
+def precision_recall(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Precision against recall, a line for each of up to 20 classes.
+
+    Args:
+        curves: Class, and precision at recalls 0, 0.01, ... 1.
+    """
+    drawing, axes = figure(6.4, 3.8)
+    for index, (name, precision) in enumerate(curves[:20]):
+        axes.plot(
+            range(len(precision)), [100 * value for value in precision], linewidth=1.5,
+            color=PALETTE[index % len(PALETTE)], label=plain(name),
+        )  # fmt: skip
+    axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 103))
+    if curves:
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left")
+    return svg(drawing, "precision against recall")
 
 
 def _samples(results: Results, batch: int) -> list[tuple[str, str, np.ndarray]]:

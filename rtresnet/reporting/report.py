@@ -107,6 +107,10 @@ def html(gathered: Results, engines: Sequence[tuple[str, str]] = ()) -> str:
         searches=_search_figures(gathered),
         stages=plots.stages(labels) if labels else None,
         engines=engines,
+        curves=[
+            (a.name, plots.precision_recall([(c["name"], c["precision"]) for c in curves]))
+            for a, curves in gathered.curves
+        ],
     )
 
 

@@ -12,6 +12,12 @@ from rtresnet.reporting.tables import DataTable, number
 
 PERCENTILES: tuple[Literal["p90", "p95", "p99", "p999"], ...] = ("p90", "p95", "p99", "p999")
 
+# Average precision of a detector: field and heading.
+PRECISIONS = {
+    "ap50": "AP50 %", "ap": "AP %", "ap75": "AP75 %", "voc07": "VOC07 %", "small": "small",
+    "medium": "medium", "large": "large",
+}  # fmt: skip
+
 
 def summary(results: Results) -> list[str]:
     """Return a sentence for each artifact: speed and accuracy against the baseline."""
@@ -28,9 +34,9 @@ def summary(results: Results) -> list[str]:
             f"{artifact.name} takes {number(entry['latency']['median'])} ms for a batch of "
             f"{batch}, {speed(entry, reference):.2f} times as fast as {base.name}"
         )
-        if artifact.top1 is not None and base.top1 is not None:
-            points = artifact.top1 - base.top1
-            change = "the same top-1" if points == 0 else f"{points:+.2f} points of top-1"
+        if artifact.score is not None and base.score is not None:
+            points, measure = artifact.score - base.score, base.measure
+            change = f"the same {measure}" if points == 0 else f"{points:+.2f} points of {measure}"
             line += f", with {change}"
         lines.append(line + ".")
     return lines
@@ -41,7 +47,7 @@ def remarks(results: Results) -> list[str]:
     lines = list(results.notes)
     if any(artifact.untrained for artifact in results.artifacts):
         lines.append("Untrained weights: latency is meaningful, accuracy is not shown.")
-    elif results.timings and all(a.top1 is None for a in results.artifacts):
+    elif results.timings and all(a.score is None for a in results.artifacts):
         lines.append("No accuracy is known: rtresnet eval ARTIFACT --data DATA --json FILE.")
     return lines
 
@@ -59,6 +65,7 @@ def tables(results: Results) -> dict[str, DataTable]:
     every = {
         "artifacts": _artifacts(results),
         "accuracy": _accuracy(results),
+        "detections": _detections(results),
         "origin": _origin(results),
         "latency": _latency(results),
         "bounds": _bounds(results),
@@ -81,7 +88,8 @@ def _artifacts(results: Results) -> DataTable:
                 artifact.name,
                 artifact.precision,
                 artifact.bytes / 1e6 if artifact.bytes is not None else None,
-                artifact.top1,
+                artifact.score if artifact.measure == "top-1" else None,
+                artifact.score if artifact.measure == "AP" else None,
                 artifact.accuracy.get("n"),
                 100 * agreement["agreement"] if agreement else None,
                 entry["latency"]["median"] if entry else None,
@@ -89,22 +97,26 @@ def _artifacts(results: Results) -> DataTable:
                 speed(entry, streams[base.name]) if entry and base else None,
             )
         )
-    data = dict.fromkeys(
-        f"{_short(a.accuracy.get('data'))}, {a.accuracy.get('split') or 'all'}"
-        for a in results.artifacts if a.top1 is not None and a.accuracy.get("data")
-    )  # fmt: skip
-    references = dict.fromkeys(
-        PurePath(a.agreement["reference"]["artifact"]).name
-        for a in results.artifacts if a.agreement
-    )  # fmt: skip
+    data: dict[str, dict[str, None]] = {}
+    references: dict[str, dict[str, None]] = {}
+    for artifact in results.artifacts:
+        if artifact.score is not None and artifact.accuracy.get("data"):
+            place = (
+                f"{_short(artifact.accuracy['data'])}, {artifact.accuracy.get('split') or 'all'}"
+            )
+            data.setdefault(artifact.measure, {})[place] = None
+        if artifact.agreement:
+            what = "top-1" if artifact.agreement.get("both") is None else "detections"
+            name = PurePath(artifact.agreement["reference"]["artifact"]).name
+            references.setdefault(what, {})[name] = None
     about = [
-        *([f"Top-1 on {'; '.join(data)}."] if data else []),
-        *([f"Agreement: same top-1 as {', '.join(references)}."] if references else []),
+        *(f"{measure[0].upper()}{measure[1:]} on {'; '.join(on)}." for measure, on in data.items()),
+        *(f"Agreement: same {what} as {', '.join(on)}." for what, on in references.items()),
         *([f"Speed against {base.name}."] if base else []),
     ]
     return DataTable(
         title="Artifacts",
-        headings=("artifact", "precision", "MB", "top-1 %", "images", "agree %",
+        headings=("artifact", "precision", "MB", "top-1 %", "AP %", "images", "agree %",
                   f"ms, batch {batch}", "images/s", "speed"),
         rows=rows,
         about=" ".join(about),
@@ -116,18 +128,43 @@ def _accuracy(results: Results) -> DataTable:
     rows = [
         (
             artifact.name, _short(record.get("data")), record.get("split") or "all",
-            record.get("protocol") or "center", record.get("top1_percent"),
-            record.get("top5_percent"), record.get("n"),
+            None if "objects" in record else record.get("protocol") or "center",
+            *(record.get(name) for name in ("top1_percent", "top5_percent", *PRECISIONS)),
+            record.get("objects"), record.get("n"),
         )
         for artifact in results.artifacts if not artifact.untrained
         for record in artifact.accuracies
     ]  # fmt: skip
     more = any(record is not a.accuracy for a in results.artifacts for record in a.accuracies)
+    detectors = any("objects" in record for a in results.artifacts for record in a.accuracies)
     return DataTable(
         title="Accuracy on each data set",
-        headings=("artifact", "data", "split", "protocol", "top-1 %", "top-5 %", "images"),
-        rows=rows if more else [],
-    )
+        headings=("artifact", "data", "split", "protocol", "top-1 %", "top-5 %",
+                  *PRECISIONS.values(), "objects", "images"),
+        rows=rows if more or detectors else [],
+        about="AP: COCO's rules, the mean over ten overlaps; small to large: AP of objects of that "
+        "size; VOC07: 11 recalls." if detectors else "",
+    ).without_empty_columns()  # fmt: skip
+
+
+def _detections(results: Results) -> DataTable:
+    """Return the comparisons of detectors."""
+    rows = [
+        (
+            artifact.name, PurePath(entry["reference"]["artifact"]).name,
+            *(entry.get(name) for name in ("both", "only_reference", "only_candidate")),
+            entry.get("ap_change"), entry.get("changed"), entry["n"],
+        )
+        for artifact in results.artifacts
+        if (entry := artifact.agreement) and entry.get("both") is not None
+    ]  # fmt: skip
+    return DataTable(
+        title="Detections compared",
+        headings=("artifact", "reference", "in both", "only in the reference",
+                  "only in the artifact", "AP change", "images that differ", "images"),
+        rows=rows,
+        about="Detections with a score of 0.5 or more; the same: one class and an IoU of 0.5.",
+    ).without_empty_columns()  # fmt: skip
 
 
 def _origin(results: Results) -> DataTable:

@@ -136,8 +136,16 @@ class Labels(TypedDict):
 
 
 class Accuracy(TypedDict):
-    """Accuracy, in a result of `eval` and in a sidecar."""
+    """Accuracy, in a result of `eval` and in a sidecar; of a detector average precision."""
 
+    ap: NotRequired[Percent | None]
+    ap50: NotRequired[Percent | None]
+    ap75: NotRequired[Percent | None]
+    voc07: NotRequired[Percent | None]
+    small: NotRequired[Percent | None]
+    medium: NotRequired[Percent | None]
+    large: NotRequired[Percent | None]
+    objects: NotRequired[Count | None]
     top1: NotRequired[Count | None]
     top5: NotRequired[Count | None]
     top1_percent: NotRequired[Percent | None]
@@ -149,6 +157,19 @@ class Accuracy(TypedDict):
     protocol: NotRequired[str | None]
     labels: NotRequired[Labels | None]
     assumed: NotRequired[list[str] | None]
+
+
+class Curve(TypedDict):
+    """Precision of one class at recalls 0, 0.01, ... 1."""
+
+    name: str
+    precision: list[Share]
+
+
+class Details(TypedDict):
+    """What `eval` adds for a page; the curves of a detector."""
+
+    curves: NotRequired[list[Curve]]
 
 
 class Artifact(TypedDict):
@@ -166,6 +187,7 @@ class Eval(Member):
     """`eval --json`: the accuracy of the only member, or of the ensemble."""
 
     members: NotRequired[list[Member] | None]
+    report: NotRequired[Details | None]
 
 
 class Trained(TypedDict):
@@ -195,6 +217,11 @@ class Compare(TypedDict):
     candidate: Artifact
     agreement: Share
     n: Count
+    both: NotRequired[Count | None]
+    only_reference: NotRequired[Count | None]
+    only_candidate: NotRequired[Count | None]
+    changed: NotRequired[Count | None]
+    ap_change: NotRequired[Points | None]
 
 
 class Part(TypedDict):

@@ -20,6 +20,7 @@ from rtresnet.reporting import result_files
 from rtresnet.reporting.result_files import (
     Accuracy,
     Compare,
+    Curve,
     Entry,
     Estimate,
     GateLoss,
@@ -67,9 +68,17 @@ class Artifact:
         self.accuracies = [*others, record]
 
     @property
-    def top1(self) -> float | None:
-        """In percent; None where it is not known or the weights are untrained."""
-        return None if self.untrained else self.accuracy.get("top1_percent")
+    def score(self) -> float | None:
+        """Top-1, or AP of a detector, in percent; None if unknown or the weights are untrained."""
+        if self.untrained:
+            return None
+        record = self.accuracy
+        return record.get("ap") if self.measure == "AP" else record.get("top1_percent")
+
+    @property
+    def measure(self) -> str:
+        """What `score` is: "top-1", or "AP" of a detector."""
+        return "AP" if "objects" in self.accuracy else "top-1"
 
 
 @dataclass(kw_only=True)
@@ -78,6 +87,7 @@ class Results:
 
     Attributes:
         timings: Artifacts at one batch under one load, as `bench` measured them.
+        curves: Precision-recall curves of detectors.
         searches: Results of `bench --find-batch` and `--find-qps`.
         bounds: Results of `estimate`: lower bounds, not measurements.
         advice: What to expect of each precision, by the bounds.
@@ -90,6 +100,7 @@ class Results:
     timings: list[Timing] = field(default_factory=list)
     profiles: list[tuple[Artifact, Profile]] = field(default_factory=list)
     searches: list[tuple[Artifact, Search]] = field(default_factory=list)
+    curves: list[tuple[Artifact, list[Curve]]] = field(default_factory=list)
     bounds: list[tuple[Artifact, Estimate]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     environments: list[tuple[str, Where]] = field(default_factory=list)
@@ -259,6 +270,8 @@ class _Collector:
             artifact = self.artifact(entry["artifact"], entry.get("precision"))
             artifact.add_accuracy(msgspec.convert(entry, Accuracy))
             self.results.environments.append(("accuracy", entry))
+        if curves := (result.get("report") or {}).get("curves"):
+            self.results.curves.append((self.artifact(result["artifact"]), curves))
 
     def _compare(self, result: Compare) -> None:
         candidate = result["candidate"]
@@ -342,9 +355,12 @@ def _read_sidecars(known: Artifact) -> None:
         known.precision, known.model = sidecar.precision, sidecar.model.architecture
         known.untrained = sidecar.weights.origin == "untrained"
         known.assumed = sidecar.assumed
-        recorded = sidecar.measured.get("accuracy")
-        if recorded is not None and known.chain[0][2] == "ok":
-            known.accuracies = _recorded(known.path, recorded)
+        if known.chain[0][2] == "ok":
+            known.accuracies = [
+                record
+                for name in ("accuracy", "average_precision")
+                for record in _recorded(known.path, name, sidecar.measured.get(name))
+            ]
 
 
 def _gate(measured: Mapping[str, Any]) -> GateLoss | None:
@@ -360,17 +376,17 @@ def _gate(measured: Mapping[str, Any]) -> GateLoss | None:
     return None
 
 
-def _recorded(path: Path, recorded: Any) -> list[Accuracy]:
-    """Return the accuracies in a sidecar's `measured`, of any version.
+def _recorded(path: Path, name: str, recorded: Any) -> list[Accuracy]:
+    """Return the accuracies under a name in a sidecar's `measured`, of any version.
 
     Raises:
         ArtifactError: They are not valid.
     """
-    listed = recorded if isinstance(recorded, list) else [recorded]
+    listed = recorded if isinstance(recorded, list) else [] if recorded is None else [recorded]
     return [
         serialization.convert(
             record, Accuracy, error=ArtifactError,
-            at="measured.accuracy" + (f"[{index}]" if listed is recorded else ""),
+            at=f"measured.{name}" + (f"[{index}]" if listed is recorded else ""),
             where=str(artifacts.sidecar_path(path)), fix="measure it again with: rtresnet eval",
         )
         for index, record in enumerate(listed)

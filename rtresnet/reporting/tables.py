@@ -109,6 +109,20 @@ def measured_lines(measured: Mapping[str, Any]) -> list[str]:
     for name, value in measured.items():
         if name == "accuracy" and accuracies(measured):
             lines += [_accuracy(record) for record in accuracies(measured)]
+        elif name == "average_precision" and _has_numbers(value, ("ap50", "ap", "objects", "n")):
+            lines.append(
+                f"average precision AP50 {value['ap50']:.2f} %, AP {value['ap']:.2f} % of "
+                f"{plural(value['objects'], 'object')} in {plural(value['n'], 'image')} of "
+                f"{value.get('data')}, {value.get('split')}"
+            )
+        elif name == "detection_parity" and _has_numbers(
+            value, ("detections", "unmatched", "n", "score", "box")
+        ):
+            lines.append(
+                f"parity with torch: {value['unmatched']} of {value['detections']} detections in "
+                f"{plural(value['n'], 'image')} without a match, scores within "
+                f"{value['score']:.1e}, boxes within {value['box']:.1e} pixels"
+            )
         elif name == "drop" and _has_numbers(value, ("points", "low", "high", "n")):
             lines.append(
                 f"drop {value['points']:.2f} points of top-1 (95 %: {value['low']:.2f} to "

@@ -373,7 +373,7 @@ class Session:
     @property
     def batch_note(self) -> str | None:
         """What a fixed batch means for a call, for people; None if any batch is taken."""
-        if self.batch is None:
+        if self.batch is None or self.detection is not None:
             return None
         how = "images run one by one" if self.batch == 1 else "a smaller batch is filled up"
         return f"{self.path}: takes batches of {self.batch}; {how}"

@@ -128,7 +128,7 @@ def check(
         single, share = consistency.alone(session, images), consistency.BATCHES[bound]
         checks = consistency.check(session, images, single, sizes=_batches(session), share=share)
         assumed, info = session.assumed, session.info
-    parent, missing = _ancestor(path)
+    parent, missing = fp32_ancestor(path)
     if parent is not None and checks[0].name != "alone":
         with reporter.progress(f"running {parent}"):
             checks.append(_against(parent, pixels, single, bound))
@@ -215,8 +215,8 @@ def _noise(count: int, size: int) -> np.ndarray:
     return (tint + grain).astype(np.uint8)
 
 
-def _ancestor(path: str | os.PathLike[str]) -> tuple[Path | None, str | None]:
-    """The FP32 ONNX file of an artifact's chain, or why there is none to compare with."""
+def fp32_ancestor(path: str | os.PathLike[str]) -> tuple[Path | None, str | None]:
+    """Return the FP32 ONNX file of an artifact's chain, or why there is none to compare with."""
     for file, sidecar, state in list(artifacts.chain(path))[1:]:
         if file.suffix.lower() != ".onnx":
             break

@@ -1,16 +1,24 @@
-"""Which files are detectors, and how one is loaded."""
+"""Which files are detectors, how one is loaded, and the images that it runs on."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rtresnet.core import artifacts
 from rtresnet.core.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from rtresnet.core.canvas import Detections
+    from rtresnet.core.reporter import Reporter
+    from rtresnet.detection.data import DetectionSource
+    from rtresnet.detection.metrics import DetectionAccuracy
     from rtresnet.runtime.session import Session
+    from rtresnet.workflows.input_spec import InputConfig
 
 
 def is_detector(path: str | os.PathLike[str]) -> bool:
@@ -90,4 +98,116 @@ def require_detector(session: Session) -> None:
         raise InputError(
             f"{session.path}: a classifier, and a detector is needed",
             fix="train one with: rtresnet train --task detect",
+        )
+
+
+def require_classifier(path: str | os.PathLike[str], verb: str) -> None:
+    """Raises InputError of a detector, for a command that takes classifiers only."""
+    if is_detector(path):
+        raise InputError(
+            f"{path}: a detector, and {verb} takes classifiers only", fix=f"rtresnet bench {path}"
+        )
+
+
+def require_no_size(session: Session, stated: InputConfig) -> None:
+    """Raises InputError where the side of the input is stated for a detector."""
+    if session.detection is not None and stated.size is not None:
+        raise InputError(
+            f"{session.path}: a detector, which takes images of any size", fix="leave out --size"
+        )
+
+
+class DetectionImages:
+    """Images for a detector by a source's name: with boxes, or any images.
+
+    Args:
+        spec: As on the command line.
+        count: At most so many, evenly chosen; all by default.
+        split: Part of a source with boxes.
+        need_boxes: Whether a source without boxes is an error.
+
+    Attributes:
+        boxes: The source, if it has boxes.
+        fingerprint: sha256 of the source.
+        indices: The chosen images.
+
+    Raises:
+        DataError: Broken annotations, or no images.
+        UnknownNameError: An unknown kind of source.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        count: int | None = None,
+        *,
+        split: Literal["train", "test"] = "train",
+        need_boxes: bool = False,
+    ) -> None:
+        from rtresnet.data.sources import open_images
+        from rtresnet.detection.data import FORMS, open_detection
+
+        self.boxes: DetectionSource | None = None
+        self.read: Callable[[int], np.ndarray]
+        self.place: Callable[[int], str]
+        if need_boxes or spec.partition(":")[0] in {form.partition(":")[0] for form in FORMS}:
+            boxes = self.boxes = open_detection(spec, split)
+            self.read, self.place = boxes.read, boxes.origins.__getitem__
+            total, self.fingerprint = len(boxes), boxes.fingerprint()
+        else:
+            source = open_images(spec)
+            self.read, self.place = source.image, source.locate
+            total, self.fingerprint = len(source), source.fingerprint()
+        chosen = total if count is None else min(count, total)
+        self.indices = [round(i * (total - 1) / max(chosen - 1, 1)) for i in range(chosen)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def pixels(self) -> Iterator[np.ndarray]:
+        """The chosen images, uint8 RGB [H, W, 3]."""
+        from rtresnet.data.loader import prefetch_map
+
+        return (image for _, image in prefetch_map(self.read, self.indices))
+
+    def detect(self, session: Session, reporter: Reporter) -> list[Detections]:
+        """The detections in each of the chosen images, with progress.
+
+        Raises:
+            InputError: The boxes are of other classes than the detector's.
+        """
+        if self.boxes is not None:
+            require_classes(session, self.boxes.classes, self.boxes.name)
+        detections: list[Detections] = []
+        with reporter.progress(f"detecting with {session.path}", total=len(self)) as update:
+            for image in self.pixels():
+                detections.append(session.detect(image))
+                update(completed=len(detections))
+        return detections
+
+    def accuracy(self, detections: Sequence[Detections]) -> DetectionAccuracy | None:
+        """Average precision of the detections in the chosen images; None without boxes."""
+        from rtresnet.detection import metrics
+
+        if self.boxes is None:
+            return None
+        targets = [self.boxes.targets[index] for index in self.indices]
+        return metrics.evaluate(targets, detections, self.boxes.classes)
+
+    def report_invalid(self, reporter: Reporter) -> None:
+        """Notes the boxes of the source that were left out."""
+        from rtresnet.detection.data import report_invalid
+
+        for line in report_invalid(self.boxes) if self.boxes is not None else ():
+            reporter.note(line)
+
+
+def require_classes(session: Session, classes: tuple[str, ...], data: str) -> None:
+    """Raises InputError where the data's classes are not the detector's."""
+    if session.classes != classes:
+        missing = [name for name in classes if name not in session.classes]
+        raise InputError(
+            f"{data}: its classes are not those of {session.path.name}"
+            + (f" ({missing[0]} is unknown)" if missing else ""),
+            fix="use data with the classes that it was trained on",
         )

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from rtresnet.core import artifacts, reporter
-from rtresnet.core.errors import InputError
+from rtresnet.core.canvas import Detections
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
 from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.runtime.session import RuntimeInfo
-from rtresnet.workflows.detect import require_detector
-from rtresnet.workflows.detect_predict import DetectedObject
+from rtresnet.workflows.detect import DetectionImages, require_detector
+from rtresnet.workflows.detect_predict import (
+    SHOWN,
+    DetectedObject,
+    detected_objects,
+    with_boxes,
+)
+from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from rtresnet.core.canvas import Detections
     from rtresnet.detection.data import DetectionSource, Targets
-    from rtresnet.runtime.session import Session
 
-SHOWN = 12  # images of each gallery of a page
+LISTED = 12  # images of each gallery of a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ def evaluate_detector(
     *,
     split: Literal["train", "test"] = "test",
     runtime: RuntimeConfig | None = None,
+    stated: InputConfig | None = None,
     record: bool = True,
     details: bool = False,
     reporter: Reporter = reporter.DEFAULT,
@@ -120,6 +124,7 @@ def evaluate_detector(
         data: Images with boxes.
         split: Part of the data; COCO files are one part.
         runtime: Where the artifact runs.
+        stated: Mean and std in place of what the sidecar says.
         record: Whether the sidecar receives the result.
         details: Whether the result has a `report`.
         reporter: Receives progress and defects of the data.
@@ -133,21 +138,15 @@ def evaluate_detector(
         ArtifactError: The file does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
     """
-    from rtresnet.detection import metrics
-    from rtresnet.detection.data import open_detection, report_invalid
-
-    source = open_detection(data, split)
-    for line in report_invalid(source):
-        reporter.note(line)
-    with load_artifact(path, runtime) as session:
+    images = DetectionImages(data, split=split, need_boxes=True)
+    images.report_invalid(reporter)
+    source = images.boxes
+    assert source is not None
+    with load_artifact(path, runtime, stated=stated) as session:
         require_detector(session)
-        require_classes(session, source.classes, data)
-        detections = []
-        with reporter.progress(f"detecting on {data}", total=len(source)) as update:
-            for entry in detect_images(session, source):
-                detections.append(entry)
-                update(completed=len(detections))
-        accuracy = metrics.evaluate(source.targets, detections, source.classes)
+        detections = images.detect(session, reporter)
+        accuracy = images.accuracy(detections)
+        assert accuracy is not None
         result = EvaluateDetectorResult(
             artifact=os.fspath(path), precision=session.precision, data=data, split=split,
             data_sha256=source.fingerprint(), **vars(accuracy),
@@ -176,7 +175,7 @@ def _report(source: DetectionSource, detections: list[Detections]) -> DetectionR
     bad = [image for image in images if image.wrong or image.missed]
     bad.sort(key=lambda image: -len(image.wrong) - len(image.missed))
     return DetectionReport(
-        curves=tuple(curves), samples=tuple(images[:SHOWN]), worst=tuple(bad[:SHOWN])
+        curves=tuple(curves), samples=tuple(images[:LISTED]), worst=tuple(bad[:LISTED])
     )
 
 
@@ -185,27 +184,18 @@ def _reported(
 ) -> ReportedImage:
     from rtresnet.detection import metrics
 
-    def objects(boxes: Any, labels: Any, scores: Any, rows: Any) -> tuple[DetectedObject, ...]:
-        return tuple(
-            DetectedObject(
-                box=(float(b[0]), float(b[1]), float(b[2]), float(b[3])),
-                label=source.classes[int(labels[row])],
-                score=float(scores[row]),
-            )
-            for row in rows
-            for b in [boxes[row]]
-        )
-
     missed, wrong = metrics.errors(targets, detections)
-    count = int((detections.scores >= 0.5).sum())  # sorted by score
+    count = int((detections.scores >= SHOWN).sum())  # sorted by score
     right = [row for row in range(count) if row not in wrong]
-    own = (detections.boxes, detections.labels, detections.scores)
+    truth = Detections(
+        boxes=targets.boxes, scores=np.ones(len(targets.labels), np.float32), labels=targets.labels
+    )
     return ReportedImage(
         index=index,
         place=source.origins[index],
-        found=objects(*own, right),
-        wrong=objects(*own, wrong),
-        missed=objects(targets.boxes, targets.labels, [1.0] * len(targets.labels), missed),
+        found=detected_objects(detections, source.classes, right),
+        wrong=detected_objects(detections, source.classes, wrong),
+        missed=detected_objects(truth, source.classes, missed),
     )
 
 
@@ -216,32 +206,12 @@ def pictures(result: EvaluateDetectorResult) -> dict[int, np.ndarray]:
         uint8 [H, W, 3] by index.
     """
     from rtresnet.detection.data import open_detection
-    from rtresnet.detection.drawing import drawn
 
     assert result.report is not None
     source = open_detection(result.data, result.split)
-    images = {}
-    for entry in (*result.report.samples, *result.report.worst):
-        groups = (("#2563eb", entry.missed), ("#16a34a", entry.found), ("#dc2626", entry.wrong))
-        boxes = [(o.box, o.label, None, colour) for colour, group in groups for o in group]
-        images[entry.index] = drawn(source.read(entry.index), boxes)
-    return images
-
-
-def detect_images(session: Session, source: Any) -> Any:
-    """Yields the detections of each image of a `DetectionSource`."""
-    from rtresnet.data.loader import prefetch_map
-
-    for _, image in prefetch_map(source.read, range(len(source))):
-        yield session.detect(image)
-
-
-def require_classes(session: Session, classes: tuple[str, ...], data: str) -> None:
-    """Raises InputError where the data's classes are not the detector's."""
-    if session.classes != classes:
-        missing = [name for name in classes if name not in session.classes]
-        raise InputError(
-            f"{data}: its classes are not those of {Path(session.path).name}"
-            + (f" ({missing[0]} is unknown)" if missing else ""),
-            fix="evaluate on data with the classes that it was trained on",
+    return {
+        entry.index: with_boxes(
+            source.read(entry.index), blue=entry.missed, green=entry.found, red=entry.wrong
         )
+        for entry in (*result.report.samples, *result.report.worst)
+    }

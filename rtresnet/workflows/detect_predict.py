@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from rtresnet.core import reporter
 from rtresnet.core.canvas import Detections
@@ -122,7 +124,8 @@ def detect(
                     reporter.note(f"skipped {error}")
                     continue
                 found = session.detect(pixels)
-                objects = _objects(found, session.classes, least_score)
+                rows = np.flatnonzero(found.scores >= least_score)
+                objects = detected_objects(found, session.classes, rows)
                 drawn = None
                 if folder is not None:
                     drawn = folder / _free_name(Path(file), names)
@@ -140,20 +143,33 @@ def detect(
         )  # fmt: skip
 
 
-def _objects(
-    detections: Detections, classes: tuple[str, ...], least: float
+def detected_objects(
+    detections: Detections, classes: Sequence[str], rows: Iterable[int]
 ) -> tuple[DetectedObject, ...]:
+    """Some rows of an image's detections, for results."""
     return tuple(
         DetectedObject(
             box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
-            label=classes[label],
-            score=float(score),
+            label=classes[int(detections.labels[row])],
+            score=float(detections.scores[row]),
         )
-        for box, label, score in zip(
-            detections.boxes, detections.labels, detections.scores, strict=True
-        )
-        if score >= least
+        for row in rows
+        for box in [detections.boxes[row]]
     )
+
+
+def with_boxes(
+    image: np.ndarray,
+    *,
+    blue: Iterable[DetectedObject],
+    green: Iterable[DetectedObject],
+    red: Iterable[DetectedObject],
+) -> np.ndarray:
+    """A copy of an image uint8 RGB [H, W, 3] with boxes and class names in three colours."""
+    from rtresnet.detection.drawing import drawn
+
+    groups = (("#2563eb", blue), ("#16a34a", green), ("#dc2626", red))
+    return drawn(image, [(o.box, o.label, None, colour) for colour, group in groups for o in group])
 
 
 def _require_other_folder(folder: Path, files: Sequence[str | os.PathLike[str]]) -> None:

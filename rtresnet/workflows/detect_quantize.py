@@ -14,6 +14,7 @@ from rtresnet.core import artifacts, atomic_io, canvas
 from rtresnet.core.errors import CheckFailedError, InputError, missing_package
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Calibration, Measurements, Sidecar
+from rtresnet.workflows.detect import DetectionImages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +105,7 @@ def _int8(
     fp8 = config.precision == "fp8" and not config.fp8_stem
     excluded = tuple(qdq.stem(model)) if fp8 else ()
     keep = float_nodes(model, SCOPES) | set(excluded)
-    images = _Images(str(config.calib), config.calib_images)
+    images = DetectionImages(str(config.calib), config.calib_images)
     tensors = list(qdq.placement(model, keep))
     doing = f"calibrating on {plural(len(images), 'image')} of {config.calib}"
     with reporter.progress(doing, total=len(images)) as update:
@@ -152,38 +153,9 @@ def _int8(
     return quantized, calibration, measured
 
 
-class _Images:
-    """Images by a source's name: with boxes, or any images.
-
-    Args:
-        spec: As on the command line.
-        count: At most so many, evenly chosen.
-    """
-
-    def __init__(self, spec: str, count: int) -> None:
-        import numpy as np
-
-        from rtresnet.data.sources import open_images
-        from rtresnet.detection.data import FORMS, open_detection
-
-        if spec.partition(":")[0] in {form.partition(":")[0] for form in FORMS}:
-            boxes = open_detection(spec)
-            self._read, total, self.fingerprint = boxes.read, len(boxes), boxes.fingerprint()
-        else:
-            source = open_images(spec)
-            self._read, total, self.fingerprint = source.image, len(source), source.fingerprint()
-        self.indices = np.linspace(0, total - 1, min(count, total)).round().astype(int)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self._read(int(index)) for index in self.indices)
-
-
-def _inputs(images: _Images, sidecar: Sidecar) -> Iterator[dict[str, np.ndarray]]:
+def _inputs(images: DetectionImages, sidecar: Sidecar) -> Iterator[dict[str, np.ndarray]]:
     assert sidecar.detection is not None
-    for image in images:
+    for image in images.pixels():
         batch, extent = canvas.to_canvas(image, sidecar.detection, sidecar.input)
         yield {"images": batch, "extent": extent}
 

@@ -19,6 +19,7 @@ from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.
 from rtresnet.core import artifacts, atomic_io, gpu_targets, serialization
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.workflows.detect import require_classifier
 from rtresnet.workflows.loading import require_torch
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ def _onnx_file(path: str, batch: int | None) -> Subject:
     from rtresnet.bench import kernels
 
     atomic_io.require_file(path, fix="make one with: rtresnet export")
+    require_classifier(path, "estimate")
     if artifacts.kind_of(path) != "onnx":
         raise InputError(
             f"{path}: takes a plan, an ONNX file or a net's name", fix="rtresnet export"

@@ -196,6 +196,7 @@ def load_artifact(
     path = atomic_io.require_file(path, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         session = _load_checkpoint(path, runtime, model)
+        detect.require_no_size(session, stated)
         preprocess = stated.applied_to(session.preprocess)
         return session.restated(
             preprocess, restated(session.assumed, session.preprocess, preprocess)
@@ -211,6 +212,7 @@ def load_artifact(
         "tf32": runtime.tf32,
     }
     session = session_load(path, **(settings | options))
+    detect.require_no_size(session, stated)
     if not input_needed and stated.empty:
         return session
     return session.restated(*input_of(session, stated))

@@ -14,6 +14,7 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, json_name
+from rtresnet.workflows.detect import require_classifier
 
 if TYPE_CHECKING:
     from rtresnet.bench import profile as profiles
@@ -110,6 +111,7 @@ def profile(
     config = config or ProfileConfig()
     path = str(atomic_io.require_file(path, fix="make one with: rtresnet export"))
     kind = artifacts.kind_of(path)
+    require_classifier(path, "profile")
     if kind == "checkpoint":
         raise InputError(
             f"{path}: only ONNX files and plans can be profiled", fix="rtresnet export"

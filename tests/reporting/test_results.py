@@ -25,7 +25,7 @@ def test_everything_of_an_artifact_comes_together(measured: list[Path]) -> None:
         "net-fp32.onnx", "net-fp16.onnx", "net-int8.onnx", "net-bad.onnx",
     ]  # fmt: skip
     int8 = gathered.artifacts[2]
-    assert int8.top1 == 90.0 and int8.precision == "int8"
+    assert int8.score == 90.0 and int8.precision == "int8"
     assert int8.agreement and (int8.agreement["agreement"], int8.agreement["n"]) == (0.984375, 846)
     assert gathered.batches == [1, 8] and gathered.batch == 1
     assert gathered.baseline is gathered.artifacts[0]
@@ -87,7 +87,7 @@ def test_artifacts_are_compared_on_the_data_set_that_most_have(measured: list[Pa
     record = json.loads(measured[3].read_text()) | {"result": other | {"members": [other]}}
     path.write_text(json.dumps(record))
     gathered = results.gather([*measured, path])
-    assert [a.top1 for a in gathered.artifacts] == [91.5, 91.25, 90.0, 80.0]
+    assert [a.score for a in gathered.artifacts] == [91.5, 91.25, 90.0, 80.0]
     assert [r["top1_percent"] for r in gathered.artifacts[2].accuracies] == [90.0, 12.5]
     table = tables(gathered)["accuracy"]
     assert [row[4] for row in table.rows] == [91.5, 91.25, 90.0, 12.5, 80.0]
@@ -115,7 +115,7 @@ def test_a_quickstarts_file_holds_all_of_it(measured: list[Path], write: Write) 
         "compare": {"a": of(measured[5])},
     }
     gathered = results.gather([write("quickstart", whole)])
-    assert [a.top1 for a in gathered.artifacts] == [91.5, 91.25, 90.0, 80.0]
+    assert [a.score for a in gathered.artifacts] == [91.5, 91.25, 90.0, 80.0]
     assert len(gathered.timings) == 8
 
 
@@ -232,7 +232,7 @@ def test_gather_results_of_older_versions_are_read(write: Write) -> None:
         ]
     )
     assert {artifact.name for artifact, _ in gathered.timings} >= {"resnet18.onnx", "resnet50.onnx"}
-    assert any(artifact.top1 for artifact in gathered.artifacts)
+    assert any(artifact.score for artifact in gathered.artifacts)
     assert any(artifact.agreement for artifact in gathered.artifacts)
 
 
@@ -270,7 +270,7 @@ def test_untrained_weights_have_no_accuracy(write: Write, measured: list[Path]) 
     for entry in result["results"]:
         entry["untrained"] = True
     gathered = results.gather([write("bench", result), *measured[1:]])
-    assert all(artifact.top1 is None for artifact in gathered.artifacts)
+    assert all(artifact.score is None for artifact in gathered.artifacts)
 
 
 def test_the_front_by_hand() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -228,3 +231,237 @@ def test_export_detector_wrong_canvas_is_refused(
 ) -> None:
     with pytest.raises(rtresnet.InputError, match="multiples of 16"):
         rtresnet.export(run.checkpoint, tmp_path, rtresnet.ExportConfig(canvas=canvas))
+
+
+# --- compare, check, report
+
+
+class Shifted:
+    """A backend whose detections another one's are, with changes."""
+
+    def __init__(self, inner: Any, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+        self.inner, self.change = inner, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def detect(self, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = {
+            name: values.copy() for name, values in self.inner.detect(images, extent).items()
+        }
+        self.change(outputs)
+        return outputs
+
+
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """changed(name, change): the detector in the file `name` gives changed outputs."""
+    from rtresnet.runtime.session import Session
+
+    right = Session.detect
+
+    def install(name: str, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+        def detect(self: Session, image: np.ndarray) -> Any:
+            if self.path.name == name:
+                return right(self.with_backend(cast(Any, Shifted(self.backend, change))), image)
+            return right(self, image)
+
+        monkeypatch.setattr(Session, "detect", detect)
+
+    return install
+
+
+def confident(outputs: dict[str, np.ndarray]) -> None:
+    """Raises all scores, so that an untrained net shows its detections."""
+    outputs["scores"][outputs["scores"] > 0] += 0.5
+
+
+def test_compare_detectors_same_detections(exported: rtresnet.ExportResult, changed: Any) -> None:
+    changed("resnet18-detector.onnx", confident)
+    result = rtresnet.compare_detectors(exported.path, exported.path, "shapes:4")
+    assert (result.n, result.changed, result.agreement, result.ap_change) == (4, 0, 1.0, 0.0)
+    assert result.both == result.reference.detections > 0
+    assert (result.largest_score, result.largest_box, result.images) == (0, 0, ())
+    assert result.reference.accuracy is not None and result.reference.accuracy.n == 4
+
+
+def test_compare_detectors_counts_and_lists_what_differs(
+    exported: rtresnet.ExportResult, changed: Any, images: Path
+) -> None:
+    changed("resnet18-detector.onnx", confident)
+    result = rtresnet.compare_detectors(exported.path, exported.onnx[2].path, str(images))
+    assert result.reference.accuracy is None and result.ap_change is None  # no boxes there
+    assert result.only_reference == result.reference.detections > 0
+    assert (result.both, result.candidate.detections, result.agreement) == (0, 0, 0.0)
+    assert result.changed == 2 and len(result.images) == 2
+    assert sum(len(entry.only_reference) for entry in result.images) == result.only_reference
+    assert all(entry.place.endswith(".png") for entry in result.images)
+
+
+def test_compare_detectors_differing_image_has_three_groups() -> None:
+    from rtresnet.core.canvas import Detections
+    from rtresnet.detection.agreement import agree
+
+    def found(*rows: tuple[float, float, int]) -> Detections:
+        boxes = np.array([[x, 0, x + 10, 10] for x, _, _ in rows], np.float32)
+        return Detections(
+            boxes=boxes.reshape(-1, 4),
+            scores=np.array([score for _, score, _ in rows], np.float32),
+            labels=np.array([label for *_, label in rows], np.int64),
+        )
+
+    one = found((0, 0.9, 0), (40, 0.8, 1), (80, 0.51, 0))
+    other = found((1, 0.85, 0), (40, 0.8, 2), (80, 0.49, 0), (81, 0.2, 0))
+    pair = agree(one, other)
+    assert (pair.both, pair.first, pair.second) == (((0, 0),), (1, 2), (1,))
+    assert pair.score == pytest.approx(0.05) and pair.box == 1
+    near = agree(one, other, margin=0.05)
+    assert (near.both, near.first, near.second) == (((0, 0), (2, 2)), (1,), (1,))
+    assert agree(found(), found()).different == 0
+    assert agree(found(), other).second == (0, 1)
+
+
+def test_check_detector_own_files_pass(
+    exported: rtresnet.ExportResult, run: rtresnet.TrainDetectorResult
+) -> None:
+    config = rtresnet.CheckConfig(images=4)
+    for path, compared in (
+        (exported.onnx[0].path, ("best.pt in torch", "RoiAlign and NonMaxSuppression")),
+        (exported.onnx[1].path, ("resnet18-detector.onnx",)),
+        (exported.onnx[2].path, ("resnet18-detector.onnx",)),
+        (run.checkpoint, ()),
+    ):
+        result = rtresnet.check_detector(path, "shapes:4", config)
+        assert result.failed == () and result.compared == compared and result.n == 4
+        names = [entry.name for entry in result.checks]
+        assert names[:4] == ["valid", "suppressed", "settled", "repeated"]
+        assert result.detections > 0
+
+
+@pytest.mark.parametrize(
+    "fault", ["outside", "unsorted", "label", "overlap", "unsettled", "random"]
+)
+def test_check_detector_finds_a_fault(
+    exported: rtresnet.ExportResult, changed: Any, fault: str
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def change(outputs: dict[str, np.ndarray]) -> None:
+        if fault == "outside":
+            outputs["boxes"][0, 0] += 1000
+        elif fault == "unsorted":
+            outputs["scores"][0, :2] = 0.3, 0.9
+        elif fault == "label":
+            outputs["labels"][0, 0] = 3
+        elif fault == "overlap":
+            outputs["boxes"][0, 1] = outputs["boxes"][0, 0]
+            outputs["labels"][0, 1] = outputs["labels"][0, 0]
+        elif fault == "unsettled":
+            outputs["unsettled"] += 1
+        else:
+            outputs["scores"] *= rng.uniform(0.9, 1)
+
+    changed("resnet18-detector.onnx", change)
+    result = rtresnet.check_detector(exported.path, "shapes:4", rtresnet.CheckConfig(images=4))
+    expected = {"overlap": "suppressed", "unsettled": "settled", "random": "repeated"}
+    assert expected.get(fault, "valid") in [entry.name for entry in result.failed]
+
+
+def test_check_detector_compares_with_the_files_it_came_from(
+    exported: rtresnet.ExportResult, changed: Any
+) -> None:
+    def moved(outputs: dict[str, np.ndarray]) -> None:
+        confident(outputs)
+        outputs["boxes"][..., 2:] -= outputs["boxes"][..., 2:] / 2
+
+    config = rtresnet.CheckConfig(images=4)
+    changed("resnet18-detector-int8.onnx", moved)
+    result = rtresnet.check_detector(exported.onnx[2].path, "shapes:4", config)
+    assert "parity" in [entry.name for entry in result.failed]
+    changed("resnet18-detector.onnx", moved)
+    result = rtresnet.check_detector(exported.path, "shapes:4", config)
+    assert [entry.name for entry in result.failed].count("parity") == 2
+
+
+def test_check_detector_without_its_checkpoint_says_so(
+    exported: rtresnet.ExportResult, tmp_path: Path
+) -> None:
+    for suffix in ("", ".json"):
+        shutil.copy(f"{exported.path}{suffix}", tmp_path / f"a.onnx{suffix}")
+    text = (tmp_path / "a.onnx.json").read_text().replace("best.pt", "gone.pt")
+    (tmp_path / "a.onnx.json").write_text(text.replace(exported.path.name, "a.onnx"))
+    result = rtresnet.check_detector(tmp_path / "a.onnx", "shapes:2")
+    assert result.compared == () and "checkpoint is missing" in result.missing[0]
+
+
+def test_commands_compare_check_and_report_a_detector(
+    exported: rtresnet.ExportResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = str(exported.path), str(exported.onnx[2].path)
+    changed("resnet18-detector.onnx", confident)
+    options = ["--data", "shapes:4", "--json", "compare.json", "--report", "page"]
+    assert main(["compare", one, other, *options]) == 0
+    assert "only in the reference" in capsys.readouterr().out
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.count("<img") == 4 and "only resnet18-detector.onnx" in page
+    assert main(["eval", one, "--data", "shapes:4", "--details", "--json", "eval.json"]) == 0
+    assert main(["bench", one, "--seconds", "0.1", "--json", "bench.json"]) == 0
+    files = ["eval.json", "bench.json", "compare.json"]
+    assert main(["report", *files, "--markdown", "r.md"]) == 0
+    report = (tmp_path / "report.html").read_text()
+    for part in ("AP50 %", "Detections compared", "Precision and recall", "same detections as"):
+        assert part in report
+    assert "top-1" not in report and "AP %" in (tmp_path / "r.md").read_text()
+    check = ["check", other, "--data", "shapes:4", "--json", "check.json"]
+    assert main(check) == 1
+    changed("resnet18-detector.onnx", lambda outputs: None)
+    assert main(check) == 0
+    assert main(["inspect", one]) == 0
+    shown = capsys.readouterr().out
+    assert "on 64x96" in shown and "average precision AP50" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "DETECTOR", "CLASSIFIER", "--data", "shapes:4"],
+        ["compare", "DETECTOR", "DETECTOR", "--data", "shapes:4", "--batch", "2"],
+        ["compare", "DETECTOR", "DETECTOR", "--data", "shapes:4", "--split", "all"],
+        ["eval", "DETECTOR", "--data", "shapes:4", "--size", "64"],
+        ["eval", "DETECTOR", "--data", "shapes:4", "--protocol", "dense"],
+        ["check", "DETECTOR", "--data", "shapes:1"],
+        ["profile", "DETECTOR"],
+        ["estimate", "DETECTOR", "--gpu", "A10"],
+    ],
+)
+def test_commands_of_a_detector_refuse_in_one_line(
+    arguments: list[str],
+    exported: rtresnet.ExportResult,
+    engines: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = {"DETECTOR": str(exported.path), "CLASSIFIER": str(engines / "resnet8.onnx")}
+    assert main([paths.get(entry, entry) for entry in arguments]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_evaluate_detector_takes_stated_mean(
+    exported: rtresnet.ExportResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtresnet.runtime.session import Session
+
+    right, means = Session.detect, []
+
+    def detect(self: Session, image: np.ndarray) -> Any:
+        means.append(self.preprocess.mean)
+        return right(self, image)
+
+    monkeypatch.setattr(Session, "detect", detect)
+    stated = rtresnet.InputConfig(mean=(0.1, 0.2, 0.3))
+    rtresnet.evaluate_detector(exported.path, "shapes:2", stated=stated, record=False)
+    assert means == [(0.1, 0.2, 0.3)] * 2
