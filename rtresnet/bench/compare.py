@@ -61,7 +61,7 @@ class Comparison:
 
 
 def verdict(low: float, high: float) -> str:
-    """The verdict that an interval of the speed supports."""
+    """Return the verdict that an interval of the speed supports."""
     if low > 1 + MARGIN:
         return FASTER
     return SLOWER if high < 1 / (1 + MARGIN) else NO_DIFFERENCE
@@ -70,7 +70,7 @@ def verdict(low: float, high: float) -> str:
 def paired(
     reference: Sequence[float], other: Sequence[float], *, comparisons: int = 1
 ) -> Comparison:
-    """Compares latencies that were measured in alternating slices, one pair per round.
+    """Compare latencies that were measured in alternating slices, one pair per round.
 
     The speed is the median of the rounds' ratios: a disturbance during one slice moves it by one
     rank, however long it took. The interval is the hull of two: a block bootstrap over rounds,
@@ -104,7 +104,7 @@ def paired(
 
 
 def median_bounds(samples: np.ndarray, level: float) -> stats.Interval:
-    """The sign test's confidence interval of the median: two of the (independent) samples."""
+    """Return the sign test's confidence interval of the median of independent samples."""
     n, ordered = len(samples), np.sort(samples)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     chances = log_factorial[-1] - log_factorial - log_factorial[::-1] - n * np.log(2)
@@ -116,7 +116,7 @@ def median_bounds(samples: np.ndarray, level: float) -> stats.Interval:
 def compare_unpaired(
     reference: Sequence[float], other: Sequence[float], *, figure: str, comparisons: int = 1
 ) -> Comparison | None:
-    """Compares samples of two runs that were made one after the other.
+    """Compare samples of two runs that were made one after the other.
 
     The interval covers the variation within each run, not what changed on the machine between
     them.
@@ -178,7 +178,7 @@ class Judgement:
 def judge(
     now: Mapping[str, Any], then: Mapping[str, Any], *, tolerance: float, baseline: str = ""
 ) -> Judgement:
-    """Compares the samples of two results.
+    """Compare the samples of two results.
 
     Args:
         now: An entry of `results`, as `bench --json` writes it.
@@ -212,7 +212,7 @@ def config_diff(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
 
 
 def scenario(entry: Mapping[str, Any]) -> str:
-    """The scenario of a result; files of the first version, which had only one, do not say it."""
+    """Return the scenario of a result; files of the first version have no such field."""
     return str(entry.get("scenario") or "single-stream")
 
 

@@ -100,7 +100,7 @@ class Answers:
         return np.asarray(best[:, -1] - best[:, -2])
 
     def allowed(self, share: float) -> float:
-        """Converts a share of the logits' range to a difference of `values`."""
+        """Convert a share of the logits' range to a difference of `values`."""
         if self.classes is not None:
             return min(share * PROBABILITIES, WIDEST)
         return share * float(np.ptp(self.values))
@@ -125,21 +125,21 @@ class Answers:
         return values
 
     def top(self, k: int) -> Answers:
-        """Converts logits to the answers of a top-K file."""
+        """Convert logits to the answers of a top-K file."""
         probabilities = softmax(self.values)
         best = np.argsort(-probabilities, axis=1)[:, :k]
         return Answers(values=np.take_along_axis(probabilities, best, axis=1), classes=best)
 
 
 def answers(output: np.ndarray | TopK) -> Answers:
-    """Copies what a backend returned."""
+    """Copy what a backend returned."""
     if isinstance(output, tuple):
         return Answers(values=np.array(output[1], np.float64), classes=np.array(output[0]))
     return Answers(values=np.array(output, np.float64))
 
 
 def alone(infer: Infer, images: np.ndarray) -> Answers:
-    """Runs every image in a separate batch: the reference of all comparisons."""
+    """Run every image in a separate batch: the reference of all comparisons."""
     rows = [answers(infer(images[index : index + 1])) for index in range(len(images))]
     classes = [row.classes for row in rows if row.classes is not None]
     return Answers(
@@ -151,7 +151,7 @@ def alone(infer: Infer, images: np.ndarray) -> Answers:
 def check(
     infer: Infer, images: np.ndarray, single: Answers, *, sizes: Sequence[int], share: float
 ) -> list[Check]:
-    """Compares batches of every kind with the same images alone.
+    """Compare batches of every kind with the same images alone.
 
     Args:
         infer: The backend.
@@ -204,7 +204,7 @@ def check(
 
 
 def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: float) -> Check:
-    """Compares answers to images with the reference answers to the same images."""
+    """Compare answers to images with the reference answers to the same images."""
     if got.values.shape != want.values.shape:
         shapes = f"{list(got.values.shape)} came back for {list(want.values.shape)}"
         return _failed(name, compared, len(want), tolerance, shapes)
@@ -250,7 +250,7 @@ def _repeated(
 def _next_to_broken(
     infer: Infer, images: np.ndarray, single: Answers, rows: np.ndarray, tolerance: float
 ) -> Check:
-    """Runs a batch with NaN in one image (white, where pixels are integers), then a sound batch."""
+    """Run a batch with NaN in one image (white, where pixels are integers), then a sound batch."""
     floating = np.issubdtype(images.dtype, np.floating)
     broken, at = images[rows], len(rows) // 2
     broken[at] = np.nan if floating else 255

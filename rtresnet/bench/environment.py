@@ -66,7 +66,7 @@ class Counters:
 
 
 def counters() -> Counters:
-    """Reads the counters of the operating system."""
+    """Read the counters of the operating system."""
     times, own = psutil.cpu_times()._asdict(), os.times()
     parts = {name: times.get(name, 0.0) for name in (*COMPUTING, "idle", "iowait", "steal")}
     throttled = None
@@ -84,7 +84,7 @@ def counters() -> Counters:
 
 
 def megahertz() -> float | None:
-    """The mean clock of the processors now; None if the operating system does not report it."""
+    """Return the processors' mean clock; None if the operating system does not report it."""
     with contextlib.suppress(OSError, NotImplementedError, RuntimeError):
         frequency = psutil.cpu_freq()
         return float(frequency.current) if frequency and frequency.current else None
@@ -234,7 +234,7 @@ def summary(
     clocks: Sequence[float],
     gpu: GpuReport | None,
 ) -> EnvironmentReport:
-    """Summarizes what was observed, with remarks on what spoils the result.
+    """Summarize what was observed, with remarks on what spoils the result.
 
     Args:
         seconds: Duration.
@@ -295,7 +295,7 @@ class ChainLink:
 
 
 def chain_of(path: str | os.PathLike[str]) -> tuple[ChainLink, ...]:
-    """An artifact and its ancestors, as the sidecars state them; nothing is hashed again."""
+    """Return an artifact and its ancestors, as the sidecars state them; nothing is hashed again."""
     links: list[ChainLink] = []
     current: Path | None = Path(path)
     while current is not None and len(links) < 16:
@@ -352,7 +352,7 @@ class GpuMonitor:
         raise LookupError(f"NVML has no GPU with the UUID {gpu.uuid}")
 
     def _only_one_named(self, name: str) -> Any:
-        """Finds a GPU by its name, for drivers without UUIDs."""
+        """Find a GPU by its name, for drivers without UUIDs."""
         nvml = self._nvml
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         matching = [handle for handle in handles if _text(nvml.nvmlDeviceGetName(handle)) == name]
@@ -369,7 +369,7 @@ class GpuMonitor:
         return None
 
     def with_limits(self, report: GpuReport) -> GpuReport:
-        """Adds driver, highest clock in MHz and power limit in W to a report."""
+        """Add driver, highest clock in MHz and power limit in W to a report."""
         nvml, gpu = self._nvml, self._whole
         power = self._ask("nvmlDeviceGetPowerManagementLimit", gpu)
         driver = self._ask("nvmlSystemGetDriverVersion")
@@ -400,12 +400,12 @@ class GpuMonitor:
         )
 
     def close(self) -> None:
-        """Releases the library."""
+        """Release the library."""
         self._nvml.nvmlShutdown()
 
 
 def other_processes(pids: Set[int], proc: Path = Path("/proc")) -> int | None:
-    """Counts the processes on a GPU other than this one.
+    """Count the processes on a GPU other than this one.
 
     In a container the driver may report process ids of the host, which this process cannot match
     with its own.

@@ -79,7 +79,7 @@ class Counted:
 
 
 def count(source: str | os.PathLike[str] | Any) -> Counted:
-    """Counts an ONNX file or a model in memory.
+    """Count an ONNX file or a model in memory.
 
     Raises:
         ArtifactError: Not a valid ONNX file.
@@ -93,7 +93,7 @@ def count(source: str | os.PathLike[str] | Any) -> Counted:
 
 
 def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
-    """The same kernels as if stored and multiplied in another precision; images stay float32.
+    """Return the kernels as if stored and multiplied in another precision; images stay float32.
 
     For INT8 and FP8: weights, and activations between kernels, take a byte; logits stay float32.
     """
@@ -116,7 +116,7 @@ def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
 
 
 def precision_of(kernels: list[Kernel]) -> str:
-    """The data type of most multiply-adds."""
+    """Return the data type of most multiply-adds."""
     totals: dict[str, int] = {}
     for kernel in kernels:
         totals[kernel.dtype] = totals.get(kernel.dtype, 0) + kernel.multiply_adds
@@ -124,7 +124,7 @@ def precision_of(kernels: list[Kernel]) -> str:
 
 
 def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
-    """The model with shapes inferred for its fixed batch, or for 1; and that fixed batch."""
+    """Return the model with shapes inferred for its fixed batch, or for 1; and that fixed batch."""
     model = io.load(source) if isinstance(source, str | os.PathLike) else source
     import onnx
 
@@ -151,7 +151,7 @@ def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
 
 
 def _fold_integers(model: Any) -> None:
-    """Replaces small integer tensors that are computed from constants by constants.
+    """Replace small integer tensors that are computed from constants by constants.
 
     TorchScript computes the pads of a zero-padded shortcut in the graph (ConstantOfShape, Concat,
     Slice, Transpose), which onnx's shape inference does not follow.
@@ -210,14 +210,14 @@ class _Kernels:
         return prod(shape) // self.images
 
     def is_constant(self, tensor: str) -> bool:
-        """Whether a tensor depends on weights only."""
+        """Return whether a tensor depends on weights only."""
         node = self.index.producers.get(tensor)
         if node is None:
             return tensor in self.constants or not tensor
         return all(map(self.is_constant, node.input))
 
     def stored(self, tensor: str) -> tuple[str, int]:
-        """The stored tensor behind a tensor's views, and the elements per image that are read."""
+        """Return the stored tensor behind a tensor's views, and the elements read per image."""
         elements = self.elements(tensor)
         node = self.index.producers.get(tensor)
         if node is not None and self.is_view(node):
@@ -281,7 +281,7 @@ class _Kernels:
         return result
 
     def _owners(self) -> dict[int, int]:
-        """The kernel of each node, as the index of the node it is named after; views have none."""
+        """Return each node's kernel as the index of the node that names it; views have none."""
         owner: dict[int, int] = {}
         made: dict[str, int] = {}
         for index, node in enumerate(self.index.nodes):

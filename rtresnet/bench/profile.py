@@ -100,7 +100,7 @@ class NetProfile:
 
 
 def recognize(name: str, known: Mapping[str, str]) -> str | None:
-    """Returns the node of the file that a name after fusion stands for, or None.
+    """Return the node of the file that a name after fusion stands for, or None.
 
     `layer1.0.relu1_nchwc`, `conv1_token_7` (ONNX Runtime), `conv1 + PWN(relu)` (TensorRT),
     `layer1.0.conv1_U4_myl0_4` (TensorRT-RTX).
@@ -142,7 +142,7 @@ def engine_blocks(layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]
 def layers_of(
     runs: Sequence[Sequence[tuple[str, str, float]]], blocks: Mapping[str, str]
 ) -> list[Layer]:
-    """Takes medians over the runs with the usual number of nodes.
+    """Take medians over the runs with the usual number of nodes.
 
     Args:
         runs: For each run (name, operator, milliseconds) of its nodes, in the order they ran.
@@ -172,7 +172,7 @@ def profile(
     batch: int,
     roof: PeakRates | None,
 ) -> NetProfile:
-    """Combines times, counts and peak rates.
+    """Combine times, counts and peak rates.
 
     Args:
         runs: See `layers_of`.
@@ -260,7 +260,7 @@ def _part(
 
 
 def bound_by(ms: float, other: float, compute: float, memory: float) -> str:
-    """What bounds a part: compute, memory, or overhead where neither explains its time."""
+    """Return what bounds a part: compute, memory, or overhead where neither explains its time."""
     if other > ms / 2 or max(compute, memory) < IDLE * ms:
         return "overhead"
     return "compute" if compute >= memory else "memory"

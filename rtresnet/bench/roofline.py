@@ -73,13 +73,13 @@ class PeakRates:
 
 
 def cache_file() -> Path:
-    """The file that keeps the measured peak rates."""
+    """Return the file that keeps the measured peak rates."""
     folder = os.environ.get("RTRESNET_CACHE", Path.home() / ".cache" / "rtresnet")
     return Path(folder) / "roofline.json"
 
 
 def key(threads: int) -> str:
-    """What the peak rates depend on: processor, threads and version of ONNX Runtime."""
+    """Return what the peak rates depend on: processor, threads and version of ONNX Runtime."""
     version = hardware.version("onnxruntime", "onnxruntime-gpu")
     return f"{hardware.cpu()}; {threads} threads; onnxruntime {version}"
 
@@ -87,7 +87,7 @@ def key(threads: int) -> str:
 def of_this_machine(
     threads: int, *, remeasure: bool = False, measure: Callable[[int], PeakRates] | None = None
 ) -> PeakRates:
-    """Returns the peak rates of this machine, measured now or earlier.
+    """Return the peak rates of this machine, measured now or earlier.
 
     An unreadable cache is replaced; a cache that cannot be written is ignored.
 
@@ -124,7 +124,7 @@ def _read(place: Path) -> dict[str, PeakRates]:
 
 
 def measure_roof(threads: int) -> PeakRates:
-    """Measures all three rates, in about two seconds."""
+    """Measure all three rates, in about two seconds."""
     return PeakRates(
         fp32=max(_product(side, "fp32", threads) for side in SIDES),
         int8=max(_product(side, "int8", threads) for side in SIDES),
@@ -264,7 +264,7 @@ IGNORED_WORDS = {
 
 
 def find_gpu(name: str) -> GpuSpec:
-    """Finds a GPU by its name, as people and drivers write it: "rtx4090", "NVIDIA A100-SXM4-80GB".
+    """Find a GPU by its name, as people and drivers write it: "rtx4090", "NVIDIA A100-SXM4-80GB".
 
     Raises:
         UnknownNameError: Not in the table.
@@ -311,7 +311,7 @@ class MinimumTime:
 
 
 def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[MinimumTime]:
-    """Returns the minimum time of each kernel, for kernels that run one after another.
+    """Return the minimum time of each kernel, for kernels that run one after another.
 
     Tensors, and the weights of all kernels together, are assumed to stay in the L2 cache as far
     as they fit; only the rest passes through memory.

@@ -75,7 +75,7 @@ def measure(
     clock: Clock | None = None,
     on_progress: Callable[[float], None] = lambda elapsed: None,
 ) -> list[Measurement]:
-    """Serves one request after another, the candidates in alternating slices.
+    """Serve one request after another, the candidates in alternating slices.
 
     Args:
         candidates: What to measure.
@@ -131,7 +131,7 @@ def _slice(
     limit: int | None,
     clock: Clock,
 ) -> None:
-    """Serves for `length` seconds: at least three requests if they are short, at most `limit`.
+    """Serve for `length` seconds: at least three requests if they are short, at most `limit`.
 
     Only the requests count: reading timings back from a GPU that is idle meanwhile is part of no
     latency and not of the wall time.
@@ -164,7 +164,7 @@ def _slice(
 
 
 def compared(measured: Sequence[Measurement], scenario: str) -> list[Measurement]:
-    """The same, each compared with the first: for runs that were made one after the other."""
+    """Return the measurements, each compared with the first, for runs made in sequence."""
     first, *others = measured
     result = [first]
     for other in others:
@@ -189,7 +189,7 @@ def server(
     early_stop: EarlyStop = lambda latencies: False,
     clock: Clock | None = None,
 ) -> Measurement:
-    """Serves Poisson arrivals, one image per request; `batch` of the result is 1.
+    """Serve Poisson arrivals, one image per request; `batch` of the result is 1.
 
     A system that cannot keep up would never finish: the run is stopped when the last arrival has
     waited as long as all of them took to arrive, and `unanswered` counts the requests left.
@@ -359,7 +359,7 @@ def closed(
     early_stop: EarlyStop = lambda latencies: False,
     clock: Clock | None = None,
 ) -> Measurement:
-    """Keeps one request of each client in flight; an answer is followed by the next request.
+    """Keep one request of each client in flight; an answer is followed by the next request.
 
     The first requests of all clients arrive at the same moment, which never happens again; they
     belong to the warm-up.

@@ -54,7 +54,7 @@ class SearchResult:
 
 
 def early_stop(bound: float) -> Callable[[list[float]], bool]:
-    """Makes a function that stops a run once most of at least ten requests are too late."""
+    """Make a function that stops a run once most of at least ten requests are too late."""
     late = 0
     count = 0
 
@@ -76,7 +76,7 @@ def largest(
     gallop: bool,
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> SearchResult:
-    """Searches for the largest load within a bound.
+    """Search for the largest load within a bound.
 
     Args:
         loads: Ascending.
@@ -124,7 +124,7 @@ def largest(
 
 
 def point(load: float, measured: Measurement, bound: float) -> Point:
-    """Summarizes a measurement and compares its p99 with a bound."""
+    """Summarize a measurement and compare its p99 with a bound."""
     latency = measured.latency
     return Point(
         load=load,

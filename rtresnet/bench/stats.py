@@ -54,7 +54,7 @@ class Latency:
 
 
 def percentile(samples: np.ndarray, share: float) -> float | None:
-    """The sample below or at which at least `share` of the samples lie (nearest rank).
+    """Return the sample below or at which at least `share` of the samples lie (nearest rank).
 
     None if fewer than one sample is expected beyond it: p99 takes 100 samples.
     """
@@ -71,7 +71,7 @@ def summarize(
     wall_seconds: float | None,
     open_loop: bool = False,
 ) -> Latency:
-    """Summarizes samples of one request each.
+    """Summarize samples of one request each.
 
     Args:
         milliseconds: At least one, in order of time.
@@ -102,7 +102,7 @@ def summarize(
 
 
 def _intervals(samples: np.ndarray) -> tuple[int, dict[str, Interval | None]]:
-    """The block length, and an interval or None for each figure."""
+    """Return the block length, and an interval or None for each figure."""
     n = len(samples)
     intervals: dict[str, Interval | None] = dict.fromkeys(
         ("median", "mean", *SHARES, "images_per_second")
@@ -127,7 +127,7 @@ def trtexec(
     wall_seconds: float,
     parts: Mapping[str, np.ndarray] | None = None,
 ) -> str:
-    """Formats samples as trtexec does, for comparison with its output.
+    """Format samples as trtexec does, for comparison with its output.
 
     Throughput is batches per second of host time, whatever the batch. Latency is the sum of copy
     in, compute and copy out if these were measured on a GPU, else wall time: trtexec does not run
@@ -174,7 +174,7 @@ def _trtexec_line(milliseconds: np.ndarray) -> str:
 
 
 def block_length(series: np.ndarray) -> int:
-    """The block length for a block bootstrap of a series.
+    """Return the block length for a block bootstrap of a series.
 
     Args:
         series: [n], in order of time.
@@ -215,7 +215,7 @@ def _autocovariance(centred: np.ndarray, lags: int) -> np.ndarray:
 def resample(
     samples: np.ndarray, block: int, shares: Sequence[float] = (), *, seed: int = 0
 ) -> np.ndarray:
-    """Draws resamples, and computes the mean and nearest-rank quantiles of each.
+    """Draw resamples, and compute the mean and nearest-rank quantiles of each.
 
     Args:
         samples: [n], in order of time.
@@ -253,13 +253,13 @@ def resample(
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> Interval:
-    """The central interval with a share `level` of the replicates."""
+    """Return the central interval with a share `level` of the replicates."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
-    """The latency that a share of the requests does not exceed in an M/D/1 queue.
+    """Return the latency that a share of the requests does not exceed in an M/D/1 queue.
 
     Poisson arrivals, one server, the same service time for all requests: what an undisturbed
     server shows in the scenario `server`. A higher measured figure comes from the machine, not

@@ -35,7 +35,7 @@ class Clock(Protocol):
         ...
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:
-        """Returns at `moment`, or at once if it has passed.
+        """Wait until `moment`; return at once if it has passed.
 
         Args:
             moment: As `now` counts.
@@ -52,7 +52,7 @@ class WallClock:
         return time.perf_counter()
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:
-        """Returns at `moment`, a tenth of a millisecond later if not `exactly`."""
+        """Wait until `moment`, a tenth of a millisecond longer if not `exactly`."""
         left = moment - time.perf_counter() - (SPIN if exactly else 0)
         if left > 0:
             time.sleep(left)
@@ -78,11 +78,11 @@ class PausableClock:
         return self._clock.now() - self._stopped
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:
-        """Returns at `moment` as `now` counts. See `Clock.sleep_until`."""
+        """Wait until `moment` on the clock of `now`. See `Clock.sleep_until`."""
         self._clock.sleep_until(moment + self._stopped, exactly=exactly)
 
     def exclude(self, work: Callable[[], T]) -> T:
-        """Calls a function while the clock is stopped, and returns its result."""
+        """Call a function while the clock is stopped, and return its result."""
         before = self._clock.now()
         result = work()
         self._stopped += self._clock.now() - before
@@ -99,11 +99,11 @@ class Pipeline(Protocol):
     depth: int
 
     def put(self, request: Any) -> None:
-        """Enqueues a request."""
+        """Enqueue a request."""
         ...
 
     def get(self) -> object:
-        """Waits for the oldest request."""
+        """Wait for the oldest request."""
         ...
 
     def timings(self) -> Timings:
@@ -129,7 +129,7 @@ class Candidate:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[tuple[Callable[[Any], object], Callable[[], Timings]]]:
-        """Yields a function that serves the next request, and one that reads its timings.
+        """Yield a function that serves the next request, and one that reads its timings.
 
         With a pipeline, each call enqueues a request and waits for the oldest: all but one are
         then in flight. Requests that remain at the end are dropped.
@@ -218,7 +218,7 @@ class Measurement:
 
 
 def check(*, batch: int = 1, seconds: float, queries: int | None) -> None:
-    """Raises InputError if a number is out of range."""
+    """Raise InputError if a number is out of range."""
     if batch < 1:
         raise InputError(f"--batch {batch}: a batch holds at least one image")
     if not 0 < seconds < float("inf"):
@@ -237,7 +237,7 @@ def measurement(
     open_loop: bool = False,
     load: LoadFacts = LoadFacts(),
 ) -> Measurement:
-    """Summarizes samples in milliseconds, and the seconds they took.
+    """Summarize samples in milliseconds, and the seconds they took.
 
     Args:
         samples: One per request, in order of time.
@@ -268,7 +268,7 @@ def measurement(
 
 
 def warm_up(candidate: Candidate, clock: Clock) -> WarmupResult:
-    """Serves until the medians of three windows agree within 5 %, or for two seconds.
+    """Serve until the medians of three windows agree within 5 %, or for two seconds.
 
     A window is three requests, or 50 ms of them if they are short.
     """

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def _releases_frames(function: Callable[P, T]) -> Callable[P, T]:
-    """Clears the frames of the function's exceptions, which refer to TensorRT's objects.
+    """Clear the frames of the function's exceptions, which refer to TensorRT's objects.
 
     TensorRT-RTX 1.7 deadlocks if a builder is destroyed while another one is being created. One
     that a traceback keeps alive would be destroyed whenever Python collects garbage.
@@ -67,7 +67,7 @@ def _releases_frames(function: Callable[P, T]) -> Callable[P, T]:
 def check(
     source: str | os.PathLike[str], *, target: Sequence[str] = (), builder: str = "auto"
 ) -> tuple[str, ...]:
-    """Checks, without building it, that a file can be built for some targets.
+    """Check, without building it, that a file can be built for some targets.
 
     Returns:
         The targets; TensorRT-RTX's defaults that support the file's types if there are none.
@@ -86,7 +86,7 @@ def check(
 
 
 def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, Node]) -> tuple[str, ...]:
-    """Returns the targets of a build; empty for TensorRT-RTX's own default."""
+    """Return the targets of a build; empty for TensorRT-RTX's own default."""
     if target or not hasattr(trt, "ComputeCapability"):
         return tuple(target) or _own_target(trt)
     if not preflight.is_fp8(graph):
@@ -95,7 +95,7 @@ def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, Node]) -> tupl
 
 
 def _create(trt: Any, log: Any, source: Path) -> tuple[Any, Any]:
-    """Creates a builder, and the network of a file."""
+    """Create a builder, and the network of a file."""
     builder = trt_loading.create(trt, "Builder", log, log.reason)
     network = builder.create_network(_creation_flags(trt))
     preflight.parse(trt, builder, network, log, source)
@@ -115,7 +115,7 @@ def build(
     progress: Callable[[str], None] = lambda phase: None,
     described: Sidecar | None = None,
 ) -> Sidecar:
-    """Compiles an ONNX file into a plan, with a sidecar and a file of its layers.
+    """Compile an ONNX file into a plan, with a sidecar and a file of its layers.
 
     Args:
         source: FP32, FP16, BF16 or Q/DQ INT8 or FP8 ONNX file.
@@ -204,7 +204,7 @@ def build(
 def _layers(
     trt: Any, log: Any, serialized: Any, profiles: int, graph: Mapping[str, Node]
 ) -> tuple[Layer, ...]:
-    """Returns the fused layers, from TensorRT-RTX's log or TensorRT's inspector."""
+    """Return the fused layers, from TensorRT-RTX's log or TensorRT's inspector."""
     if hasattr(trt, "ComputeCapability"):
         return layers.read_dump(log.layers, graph)
     texts = inspector.inspect_engine(trt, log, log.reason, serialized, profiles)
@@ -212,7 +212,7 @@ def _layers(
 
 
 def require_user_allocation(trt: Any, config: Any) -> None:
-    """Makes the engine allocate nothing while it runs, which CUDA graphs need.
+    """Make the engine allocate nothing while it runs, which CUDA graphs need.
 
     Only TensorRT-RTX has this flag; plans of `tensorrt` can be captured without it.
     """
@@ -222,7 +222,7 @@ def require_user_allocation(trt: Any, config: Any) -> None:
 
 
 def _own_target(trt: Any) -> tuple[str, ...]:
-    """Returns the GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
+    """Return the GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
     rtx = hasattr(trt, "ComputeCapability")
     return () if rtx else tuple(gpu.target for gpu in hardware.gpus()[:1])
 
@@ -244,7 +244,7 @@ def _add_profiles(
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Reads `tensorrt`'s kernel measurements before a build, and writes them after it."""
+    """Read `tensorrt`'s kernel measurements before a build, and write them after it."""
     if path is None:
         yield
         return
@@ -286,7 +286,7 @@ def _publish(
     engine_layers: tuple[Layer, ...],
     activations: Sequence[int],
 ) -> Sidecar:
-    """Checks the precision of the layers, and writes the plan, its sidecar and its layer file."""
+    """Check the precision of the layers, and write the plan, its sidecar and its layer file."""
     layer_path = layers.path_for(out)
     with contextlib.ExitStack() as stack:
 
@@ -320,7 +320,7 @@ def _publish(
 def _require_precision(
     source: Path, sidecar: Sidecar, attested: Attestation, types: Mapping[str, str]
 ) -> None:
-    """Raises CheckFailedError unless every convolution runs in the file's precision.
+    """Raise CheckFailedError unless every convolution runs in the file's precision.
 
     Convolutions that were left in float on purpose are allowed. An unknown type counts as wrong,
     unless all are unknown: the builder's format has changed then, which says nothing about the
@@ -350,7 +350,7 @@ def _require_precision(
 
 
 def make_log(trt: Any) -> Any:
-    """Creates an ILogger that keeps errors, warnings and the layer dump."""
+    """Create an ILogger that keeps errors, warnings and the layer dump."""
     error, warning = trt.ILogger.ERROR.value, trt.ILogger.WARNING.value
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -381,7 +381,7 @@ def make_log(trt: Any) -> Any:
 def run_builder(
     trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str], None]
 ) -> Any:
-    """Runs the builder in a separate thread, without the GIL, so that Ctrl-C is noticed.
+    """Run the builder in a separate thread, without the GIL, so that Ctrl-C is noticed.
 
     TensorRT can be cancelled only between two of its steps, the longest of which takes seconds.
 
@@ -425,7 +425,7 @@ def run_builder(
 
 
 def make_monitor(trt: Any, progress: Callable[[str], None]) -> Any:
-    """Creates an IProgressMonitor that reports the innermost phase, and can cancel the build."""
+    """Create an IProgressMonitor that reports the innermost phase, and can cancel the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -460,7 +460,7 @@ def _creation_flags(trt: Any) -> int:
 
 
 def _unknown_net(trt: Any, network: Any, source: Path) -> Sidecar:
-    """Describes an ONNX file that has neither a sidecar nor a description: its shapes."""
+    """Describe an ONNX file that has neither a sidecar nor a description: its shapes."""
     images, logits = network.get_input(0), network.get_output(0)
     shape, out = tuple(images.shape), tuple(logits.shape)
     square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] > 0

@@ -52,7 +52,7 @@ DTYPES = (
 def inspect_engine(
     trt: Any, logger: Any, reason: Callable[[], str], serialized: Any, profiles: int
 ) -> tuple[str, ...]:
-    """Deserializes an engine and describes it with the optimal shapes of each profile.
+    """Deserialize an engine and describe it with the optimal shapes of each profile.
 
     Args:
         trt: The `tensorrt` module.
@@ -88,7 +88,7 @@ def inspect_engine(
 
 
 def read_inspector(texts: Sequence[str], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
-    """Parses the result of `inspect_engine`.
+    """Parse the result of `inspect_engine`.
 
     Args:
         texts: JSON, one text per optimization profile.
@@ -145,7 +145,7 @@ def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> L
 def _computes(
     entry: dict[str, Any], inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...]
 ) -> str:
-    """Returns the type that a kernel multiplies in: the wider of its input's and its weights'.
+    """Return the data type of a kernel's multiplications: the wider of input and weights.
 
     An int8 input alone proves nothing, because a kernel that first converts it has float weights.
     """

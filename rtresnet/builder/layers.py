@@ -67,7 +67,7 @@ class Tensor:
     dtype: str
 
     def bytes(self, batch: int) -> int | None:
-        """Returns its size in bytes at a batch; None if the width of its type is unknown."""
+        """Return its size in bytes at a batch; None if the width of its type is unknown."""
         width = BYTES.get(self.dtype)
         if width is None:
             return None
@@ -133,7 +133,7 @@ class Layers:
 
 
 def read_dump(text: str, nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
-    """Parses the log message that begins with "Layers:"; empty if the text is no such message.
+    """Parse the log message that begins with "Layers:"; empty if the text is no such message.
 
     Args:
         text: The message.
@@ -171,7 +171,7 @@ def raw_layer(
     is_kernel: bool,
     computes: str | None = None,
 ) -> Layer:
-    """Makes a layer from what a log or the inspector says, for `classify`.
+    """Make a layer from what a log or the inspector says, for `classify`.
 
     Args:
         is_kernel: Whether it computes a convolution or a matrix product.
@@ -185,7 +185,7 @@ def raw_layer(
 
 
 def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
-    """Finds role, operation and block of each layer.
+    """Find role, operation and block of each layer.
 
     Args:
         layers: From `raw_layer`, in the order of execution.
@@ -221,7 +221,7 @@ def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer,
 def _with_unnamed(
     layers: list[Layer], nodes: Mapping[str, Node], done: Mapping[int, set[str]]
 ) -> list[Layer]:
-    """Adds the multiply-adds of nodes that no kernel names to the last layer that names them.
+    """Add the multiply-adds of nodes that no kernel names to the last layer that names them.
 
     At batch 1, TensorRT-RTX generates a kernel for a small matrix product.
     """
@@ -237,7 +237,7 @@ def _with_unnamed(
 
 
 def _profiles(lines: list[dict[str, str]]) -> dict[str, int]:
-    """Returns the profile of each compiled graph (`_myl1_` in the names of its layers)."""
+    """Return the profile of each compiled graph (`_myl1_` in the names of its layers)."""
     profiles: dict[str, int] = {}
     for line in lines:
         graph, profile = (
@@ -261,7 +261,7 @@ def _tensors(text: str) -> tuple[Tensor, ...]:
 
 
 def _tokens(name: str) -> list[str]:
-    """Splits `__myl_MulAddRelu_myl0_3` into Mul, Add, Relu: the steps of a generated kernel."""
+    """Split `__myl_MulAddRelu_myl0_3` into Mul, Add, Relu: the steps of a generated kernel."""
     match = re.match(r"__myl_(\w+?)_myl", name)
     return re.findall(r"[A-Z][a-z]*", match[1]) if match else []
 
@@ -321,7 +321,7 @@ def _operation(
 
 
 def _main(own: Sequence[Node], role: str, ran: set[str]) -> Node | None:
-    """Returns the node whose block a layer belongs to: one that it computes, if there is one."""
+    """Return the node whose block a layer belongs to: one that it computes, if there is one."""
     if role not in KERNELS:
         own = [n for n in own if n.operation != "dequantize"] or own
         for node in own:
@@ -334,12 +334,12 @@ def _main(own: Sequence[Node], role: str, ran: set[str]) -> Node | None:
 
 
 def path_for(plan: str | os.PathLike[str]) -> Path:
-    """Returns the layer file of a plan: `engines/resnet50.plan.layers.json`."""
+    """Return the layer file of a plan: `engines/resnet50.plan.layers.json`."""
     return Path(f"{os.fspath(plan)}.layers.json")
 
 
 def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
-    """Reads the layer file of a plan.
+    """Read the layer file of a plan.
 
     Raises:
         InputError: There is none.
@@ -371,7 +371,7 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
 def verify_precision(
     layers: Sequence[Layer], nodes: Mapping[str, Node], activations: Sequence[int] = ()
 ) -> Attestation | None:
-    """Counts the data types of convolutions, and what was not fused.
+    """Count the data types of convolutions, and what was not fused.
 
     Args:
         layers: The engine's layers; empty if the builder described none.
@@ -422,5 +422,5 @@ def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str
 
 
 def widest(dtypes: set[str]) -> str:
-    """Returns the widest of several types; UNKNOWN counts as wider than any."""
+    """Return the widest of several types; UNKNOWN counts as wider than any."""
     return next((dtype for dtype in WIDEST_FIRST if dtype in dtypes), min(dtypes))

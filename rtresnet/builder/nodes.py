@@ -53,7 +53,7 @@ class Node:
 
 
 def read(trt: Any, network: Any) -> dict[str, Node]:
-    """Returns every ONNX node of a parsed network by its name, in the order of the graph."""
+    """Return every ONNX node of a parsed network by its name, in the order of the graph."""
     nodes: dict[str, Node] = {}
     constant: set[str] = set()
     makers: dict[str, str] = {}
@@ -89,7 +89,7 @@ def read(trt: Any, network: Any) -> dict[str, Node]:
 def _operation(
     trt: Any, layer: Any, inputs: Sequence[Any], is_constant: bool, constant: set[str]
 ) -> tuple[str, str]:
-    """Returns the operation and the detail of a layer."""
+    """Return the operation and the detail of a layer."""
     kind = layer.type.name
     if is_constant:
         return "constant" if kind == "CONSTANT" else WEIGHTS, ""
@@ -108,7 +108,7 @@ def _operation(
 def _multiply_adds(
     trt: Any, layer: Any, operation: str, inputs: Sequence[Any], shape: tuple[int, ...]
 ) -> int:
-    """Returns the multiply-adds for one image; `shape` is the output's. The first side is N."""
+    """Return the multiply-adds for one image; `shape` is the output's. The first side is N."""
     if operation == CONVOLUTION:
         each = math.prod(tuple(layer.kernel_size_nd)) * inputs[0].shape[1] // layer.num_groups
     elif operation == MATMUL:

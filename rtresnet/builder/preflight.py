@@ -24,7 +24,7 @@ BOX_FIX = (
 
 
 def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
-    """Parses an ONNX file into a network.
+    """Parse an ONNX file into a network.
 
     Raises:
         ArtifactError: TensorRT cannot parse it, and the message lists every unsupported node; or
@@ -53,7 +53,7 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
 
 
 def _require_buildable(trt: Any, network: Any, source: Path) -> None:
-    """Refuses NonMaxSuppression for TensorRT-RTX, which parses it and then fails in the build.
+    """Refuse NonMaxSuppression for TensorRT-RTX, which parses it and then fails in the build.
 
     Raises:
         ArtifactError: The network has such a layer.
@@ -72,7 +72,7 @@ def _require_buildable(trt: Any, network: Any, source: Path) -> None:
 
 
 def require_fixed_size(source: Path, network: Any, size: int | None) -> None:
-    """Sets the sides of a dynamic input to the size in the file's sidecar.
+    """Set the sides of a dynamic input to the size in the file's sidecar.
 
     Args:
         source: The ONNX file, for the message.
@@ -123,7 +123,7 @@ def _unsupported(trt: Any, maker: Any, log: Any, source: Path, data: bytes) -> A
 
 
 def _describe(error: Any) -> str:
-    """Returns node, operator and reason of a parser's error; the reason may be just `false`."""
+    """Return node, operator and reason of a parser's error; the reason may be just `false`."""
     node = f"{error.node_name() or 'a node'} ({error.node_operator()})"
     where = node if error.node_operator() else "file"
     reason = "" if error.desc() == "false" else f" {error.desc()}"
@@ -131,12 +131,12 @@ def _describe(error: Any) -> str:
 
 
 def is_fp8(nodes: Mapping[str, Node]) -> bool:
-    """Whether a net has FP8 tensors."""
+    """Return whether a net has FP8 tensors."""
     return any(node.dtype == "FP8" for node in nodes.values())
 
 
 def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node]) -> None:
-    """Checks that the targets support the types of a net.
+    """Check that the targets support the types of a net.
 
     Raises:
         InputError: A target does not support a type, or TensorRT-RTX would silently compute in
@@ -169,7 +169,7 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
 
 
 def locate_node(message: str, nodes: Mapping[str, Node]) -> str:
-    """Returns the node that an error message names: " (at node X: conv 3x3 in layer1.0)", or ""."""
+    """Return the node that an error message names: " (at node X: conv 3x3 in layer1.0)", or ""."""
     words = message.replace("'", " ").replace('"', " ").replace("[", " ").replace("]", " ").split()
     named = [nodes[word.strip(".,;:()")] for word in words if word.strip(".,;:()") in nodes]
     if not named:

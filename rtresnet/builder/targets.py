@@ -23,7 +23,7 @@ DEFAULT_BATCH = "1:8:32"
 
 
 def builder(choice: str = "auto") -> Any:
-    """Imports the TensorRT module to build with.
+    """Import the TensorRT module to build with.
 
     Args:
         choice: "rtx", "tensorrt", or "auto": `tensorrt` if it is installed and there is a GPU, else
@@ -51,12 +51,12 @@ def _resolved(choice: str) -> str:
 
 
 def available() -> bool:
-    """Whether `builder("auto")` finds a builder."""
+    """Return whether `builder("auto")` finds a builder."""
     return hardware.installed(BUILDERS[_resolved("auto")])
 
 
 def parse(names: str | Sequence[str] | None, builder: str = "auto") -> tuple[str, ...]:
-    """Translates the values of --target to compute capabilities; empty for the builder's default.
+    """Translate the values of --target to compute capabilities; empty for the builder's default.
 
     Args:
         names: Compute capabilities (sm_86), GPUs ("RTX 4090"), `current` or `all`, separate or with
@@ -139,7 +139,7 @@ def _require_own_gpu(targets: Sequence[str]) -> None:
 
 
 def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
-    """Sets the targets of a builder configuration of TensorRT-RTX.
+    """Set the targets of a builder configuration of TensorRT-RTX.
 
     Raises:
         InputError: The builder builds for its own GPU only, or refuses a target.
@@ -157,7 +157,7 @@ def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
 
 
 def parse_profile(text: str) -> Profile:
-    """Parses MIN:OPT:MAX, or one number for a fixed batch.
+    """Parse MIN:OPT:MAX, or one number for a fixed batch.
 
     Raises:
         InputError: Not whole numbers, below 1, or not in ascending order.
@@ -178,7 +178,7 @@ def parse_profile(text: str) -> Profile:
 
 
 def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
-    """Parses every --batch, without repetitions.
+    """Parse every --batch, without repetitions.
 
     Raises:
         InputError: See `parse_profile`.
@@ -189,7 +189,7 @@ def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
 def profiles_for(
     source: Path, profiles: Sequence[Profile], batch: int | None
 ) -> tuple[Profile, ...]:
-    """Chooses the optimization profiles to build a file with.
+    """Choose the optimization profiles to build a file with.
 
     Args:
         source: The ONNX file, for the message.

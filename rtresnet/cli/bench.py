@@ -134,7 +134,7 @@ def _values(shared: MeasurementConfig) -> dict[str, Any]:
 
 
 def _percent(text: str | None) -> float | None:
-    """Reads `3%` or `3` as 0.03.
+    """Read `3%` or `3` as 0.03.
 
     Raises:
         InputError: Not a percentage of at least 0.
@@ -151,7 +151,7 @@ def _percent(text: str | None) -> float | None:
 
 
 def _read_baseline(path: str, tolerance: float | None, force: bool) -> Baseline:
-    """Reads a file that `bench --json` wrote.
+    """Read a file that `bench --json` wrote.
 
     Raises:
         InputError: The file is not a valid result of `bench`.

@@ -24,7 +24,7 @@ HOW = {
 
 
 def show(result: BenchmarkResult, *, intervals: bool = False, trtexec: bool = False) -> None:
-    """Prints the table, and below it how it was measured and on what."""
+    """Print the table, and below it how it was measured and on what."""
     from rtresnet.reporting import tables
 
     entries = result.results
@@ -83,7 +83,7 @@ def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
 
 
 def _facts(entry: BenchmarkEntry) -> Iterator[str]:
-    """What needs to be said on one result besides its row."""
+    """Yield the remarks on one result that its row cannot show."""
     load, parts, name = entry.measurement.load, entry.measurement.parts, entry.name
     if load.md1_p99_ms is not None:
         yield (
@@ -159,7 +159,7 @@ def _intervals(entries: Iterable[BenchmarkEntry]) -> None:
 
 
 def show_search(result: BenchmarkSearchResult) -> None:
-    """Prints the measurements of each search as a table, and the largest load."""
+    """Print the measurements of each search as a table, and the largest load."""
     from rtresnet.reporting import tables
 
     _notes(entry.artifact.note for entry in result.searches if entry.artifact.note)
@@ -186,7 +186,7 @@ def show_search(result: BenchmarkSearchResult) -> None:
 
 
 def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
-    """Draws the searches as SVG or PNG, by the file's suffix.
+    """Draw the searches as SVG or PNG, by the file's suffix.
 
     Raises:
         UnavailableError: matplotlib is not installed.
@@ -205,7 +205,7 @@ def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
 
 
 def check_plot(target: Path) -> None:
-    """Raises InputError where no plot can be written under this name."""
+    """Raise InputError where no plot can be written under this name."""
     if target.suffix.lower() not in (".svg", ".png"):
         raise InputError(f"--plot {target}: .svg or .png")
 

@@ -55,7 +55,7 @@ def command(
 
 
 def describe(result: BuildResult) -> str:
-    """A line on a plan: targets, size, and what was attested."""
+    """Return one line that describes a plan: targets, size, and what was attested."""
     plan = result.plan
     proof = describe_attested(plan) if plan.attested else "not attested: no record of its layers"
     targets = ", ".join(plan.targets) or "the GPU it was built on"
@@ -66,7 +66,7 @@ def describe(result: BuildResult) -> str:
 
 
 def describe_attested(plan: Plan) -> str:
-    """What the record of the layers shows: data types, and what did not fuse."""
+    """Return what the record of the layers shows: data types, and what did not fuse."""
     attested = plan.attested
     assert attested is not None
     took = ", ".join(f"{count} {_dtype(dtype, plan)}" for dtype, count in attested.dtypes.items())
@@ -91,7 +91,7 @@ def describe_attested(plan: Plan) -> str:
 
 
 def _dtype(dtype: str, plan: Plan) -> str:
-    """What kernels of a type do; the builders' own records say Float for TF32 too."""
+    """Return the arithmetic of a kernel type; the builders' own records say Float for TF32 too."""
     if dtype == "unknown":
         return "are not attested"
     has_tf32 = any(target != "sm_75" for target in plan.targets)

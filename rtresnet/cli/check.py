@@ -106,7 +106,7 @@ def _show_checks(checks: Sequence[Check]) -> None:
 
 
 def show(result: CheckResult) -> None:
-    """Prints the table, and what was compared on which device."""
+    """Print the table, and what was compared on which device."""
     from rtresnet.reporting import tables
 
     _show_checks(result.checks)

@@ -30,7 +30,7 @@ DATA_HELP = (
 
 
 def text_place(context: click.Context, option: click.Parameter, given: Any) -> Any:
-    """An option's callback: a file of text is refused before what will be in it is computed.
+    """Validate a text file's output path before its content is computed (option callback).
 
     Raises:
         InputError: No text can be written there; or it is the name of an image, or of a net's
@@ -96,7 +96,7 @@ def report_option(content: str) -> Callable[[F], F]:
 
 
 def refuse_for_detector(config: Config, *kept: str) -> None:
-    """Raises InputError for an option of a config that detectors do not take.
+    """Raise InputError for an option of a config that detectors do not take.
 
     Args:
         config: What was given.
@@ -138,7 +138,7 @@ def out_console() -> Console:
 
 
 def json_on_stdout() -> bool:
-    """Whether the running command has `--json -`."""
+    """Return whether the running command has `--json -`."""
     context = click.get_current_context(silent=True)
     return context is not None and context.params.get("json_file") == "-"
 
@@ -151,7 +151,7 @@ def err_console() -> Console:
 
 
 def say(line: str) -> None:
-    """Prints a line of the result."""
+    """Print a line of the result."""
     click.echo(escape_cell(line), err=json_on_stdout())
 
 
@@ -162,7 +162,7 @@ def footer(lines: Iterable[str]) -> None:
 
 
 def note(line: str) -> None:
-    """Prints a line on standard error, above a progress bar where there is one."""
+    """Print a line on standard error, above a progress bar where there is one."""
     print(escape_cell(line), file=sys.stderr)
 
 
@@ -174,7 +174,7 @@ def warn_loudly(title: str, body: str) -> None:
 
 
 def write_json(target: str | None, verb: str, result: Any) -> None:
-    """Writes `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
+    """Write `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
     if target is None:
         return
     from rtresnet.core import atomic_io, provenance, serialization

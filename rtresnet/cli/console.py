@@ -38,7 +38,7 @@ class Console(console.Console):
 
 
 def on_terminal() -> bool:
-    """Whether progress can be drawn on standard error; elsewhere it comes in lines."""
+    """Return whether progress can be drawn on standard error; elsewhere it comes in lines."""
     return sys.stderr.isatty()
 
 
@@ -47,7 +47,7 @@ class TerminalReporter:
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
-        """A bar with the time left (a spinner without `total`) on a terminal, lines elsewhere."""
+        """Show a bar with the time left (a spinner without `total`); print lines elsewhere."""
         description = escape_cell(description)
         if not on_terminal():
             self.note(description)
@@ -78,11 +78,11 @@ class TerminalReporter:
             yield update
 
     def note(self, line: str) -> None:
-        """Prints a line, above a progress bar where there is one."""
+        """Print a line, above a progress bar where there is one."""
         print(escape_cell(line), file=sys.stderr)
 
     def warning(self, title: str, body: str) -> None:
-        """Prints a frame that nobody can miss."""
+        """Print a frame that nobody can miss."""
         from rich import box
         from rich.panel import Panel
 

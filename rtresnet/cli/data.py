@@ -78,7 +78,7 @@ def _write_page(
 
 
 def lines(result: DataInspectResult) -> list[str]:
-    """Describes a data set, a line for each fact."""
+    """Describe a data set, a line for each fact."""
     shown = []
     for split in result.splits:
         present = [count for count in split.counts if count]

@@ -40,7 +40,7 @@ def command(models: tuple[str, ...], config: EstimateConfig, json_file: str | No
 
 
 def show(result: EstimateResult) -> None:
-    """Prints bounds by GPU, or by stage for a single GPU."""
+    """Print bounds by GPU, or by stage for a single GPU."""
     from rtresnet.reporting import tables
 
     console = common.out_console()
@@ -101,7 +101,7 @@ def _measured(gpu: GpuEstimate) -> list[str]:
 
 
 def show_advice(result: AdviceResult) -> None:
-    """Prints plans next to each other, and what to expect."""
+    """Print plans next to each other, and what to expect."""
     from rtresnet.reporting import tables
 
     console = common.out_console()

@@ -136,7 +136,7 @@ def _show(result: AccuracyResult, how: str) -> None:
 
 
 def footnotes(result: EvaluateResult) -> list[str]:
-    """What the accuracies assume, and what their reader must know, a line each."""
+    """Return the assumptions and remarks on the accuracies, one line each."""
     return [
         line
         for member in result.members

@@ -71,7 +71,7 @@ def command(path: Path, layers: bool, svg: str | None, json_file: str | None) ->
 
 
 def _with_written_bytes(engine: Layers) -> dict[str, Any]:
-    """The layers as --json writes them, each with the bytes that it writes."""
+    """Return the layers as --json writes them, each with the bytes that it writes."""
     from rtresnet.reporting import engine_layers
 
     record: dict[str, Any] = to_builtins(engine)
@@ -162,7 +162,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
 
 
 def _scales(calibration: Calibration) -> str:
-    """Where its scales are, and whether another calibration has been written there since."""
+    """Return where its scales are, and whether another calibration has been written there since."""
     from rtresnet.core import atomic_io
 
     place = Path(calibration.scales)

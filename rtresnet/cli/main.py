@@ -29,12 +29,12 @@ class Commands(click.Group):
         return list(SUMMARIES)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Lists the commands without importing them."""
+        """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(SUMMARIES.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the command's file.
+        """Import the command's file.
 
         Raises:
             UnknownNameError: There is no such command.
@@ -64,7 +64,7 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+    """Run the command line and return the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
         return _run(given)

@@ -23,7 +23,7 @@ def config_options(
     argument: str = "config",
     leave_out: Collection[str] = (),
 ) -> Callable[[F], F]:
-    """Decorates a command with one option for each field of a config.
+    """Decorate a command with one option for each field of a config.
 
     The command receives the constructed config, so a value that the config refuses is an
     InputError before anything runs.
@@ -50,7 +50,7 @@ def config_options(
 
 
 def click_option(name: str, hint: Any, default: Any, about: Option) -> Callable[[F], F]:
-    """The click option of one field."""
+    """Return the click option of one field."""
     kind, _ = split_optional(hint)
     multiple = typing.get_origin(kind) is tuple and about.parse is None
     names = about.names or (f"--{name.replace('_', '-')}",)
@@ -88,7 +88,7 @@ class _Aliased(click.Option):
 
 
 def default_text(default: Any, about: Option, names: tuple[str, ...]) -> str:
-    """How the help text describes a default: never empty."""
+    """Return how the help text describes a default: never empty."""
     if about.default_text is not None:
         return about.default_text
     if isinstance(default, bool):

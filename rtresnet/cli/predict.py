@@ -190,7 +190,7 @@ def _summarize(result: PredictTableResult) -> None:
 
 
 def _split(arguments: Sequence[str], artifact: str | None) -> tuple[str, Sequence[str]]:
-    """Separates the artifact, which may be the first argument, from the images.
+    """Separate the artifact, which may be the first argument, from the images.
 
     Raises:
         InputError: A model among the images, a model that does not exist, or no model or several

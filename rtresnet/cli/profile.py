@@ -37,7 +37,7 @@ def command(path: str, config: ProfileConfig, layers: int, json_file: str | None
 
 
 def show(result: ProfileResult, layers: int = 5) -> None:
-    """Prints the table, what bounds the slowest blocks, and what it was measured on."""
+    """Print the table, what bounds the slowest blocks, and what it was measured on."""
     from rtresnet.reporting import tables
 
     console = common.out_console()
@@ -62,14 +62,14 @@ def show(result: ProfileResult, layers: int = 5) -> None:
 
 
 def reached(part: Part) -> str | None:
-    """The share of the roof that a part reaches, in percent; None without a roof."""
+    """Return the share of the roof that a part reaches, in percent; None without a roof."""
     if part.compute is None or part.memory is None or not part.ms:
         return None
     return f"{100 * max(part.compute, part.memory) / part.ms:.0f}"
 
 
 def sentences(result: ProfileResult) -> list[str]:
-    """What the figures say, and how reliable they are."""
+    """Return sentences on the figures and their reliability."""
     profile, roof = result.profile, result.roof
     lines = [
         f"{result.path}, batch {result.batch}: layers add up to {profile.total:.3f} ms, the whole "

@@ -50,7 +50,7 @@ def command(out: Path, config: QuickstartConfig, json_file: str | None) -> None:
 
 
 def table(done: QuickstartResult) -> DataTable:
-    """A row for each precision, with what its columns are."""
+    """Return a row for each precision, with what its columns are."""
     from rtresnet.reporting.tables import DataTable
 
     rows = []
@@ -87,7 +87,7 @@ def table(done: QuickstartResult) -> DataTable:
 
 
 def caveat(done: QuickstartResult) -> str | None:
-    """Why INT8 is no faster, where it is not; None where it is."""
+    """Return why INT8 is no faster than FP32; None if it is faster."""
     int8 = [entry for entry in done.bench.results if entry.artifact.precision == "int8"]
     slow = [e.measurement.batch for e in int8 if e.measurement.speed <= 1]
     if not slow:

@@ -13,7 +13,7 @@ from rtresnet.core.reporter import escape
 
 
 def page_path(context: click.Context, option: click.Parameter, value: Any) -> Any:
-    """An option's callback: as `common.text_place`; refuses the name of a result."""
+    """Validate an output path as `common.text_place` does; refuse the name of a result."""
     if value is not None and Path(value).suffix.lower() == ".json":
         raise InputError(f"{value}: the name of a result, not of a page", fix="name it .html")
     return common.text_place(context, option, value)

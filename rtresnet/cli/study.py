@@ -102,7 +102,7 @@ def blocks(model: str, data: str, config: StudyConfig, out: Path, json_file: str
 def _show(
     result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]], json_file: str | None
 ) -> None:
-    """Prints the table, writes figure, page and JSON."""
+    """Print the table; write figure, page and JSON."""
     from rtresnet.reporting import pages, study, tables
 
     figure = None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def out_option(name: str) -> Callable[[Any], Any]:
-    """The option of a study's folder."""
+    """Return the option of a study's folder."""
     return click.option(
         "--out",
         type=click.Path(path_type=Path),
@@ -34,7 +34,7 @@ data_option = click.option("--data", required=True, help=DATA_OPTION)
 
 
 def can_draw() -> bool:
-    """Whether there can be a figure; notes what is missing."""
+    """Return whether a figure can be drawn; if not, print a note on what is missing."""
     from rtresnet.core import hardware
 
     if not hardware.installed("matplotlib"):
@@ -96,7 +96,7 @@ def _show_analysis(
     caption: str,
     json_file: str | None,
 ) -> None:
-    """Prints an analysis' table; writes its figure, page and JSON."""
+    """Print the table of an analysis; write its figure, page and JSON."""
     from rtresnet.core import atomic_io
     from rtresnet.reporting import pages, tables
 

@@ -27,7 +27,7 @@ ONLY_DETECT = ("backbone", "test_data")
 def _read_file(
     context: click.Context, option: click.Parameter, path: str | None
 ) -> tuple[str, ...]:
-    """Makes the options of a file the defaults; returns its settings of the recipe."""
+    """Make the options of a file the defaults; return its recipe settings."""
     if path is None:
         return ()
     from rtresnet.workflows.config_file import changed_options, read_config
@@ -113,7 +113,7 @@ def _resumes_detector(config: TrainConfig) -> bool:
 def _train_detector(
     config: TrainConfig, detector: TrainDetectorConfig, stated: InputConfig, json_file: str | None
 ) -> None:
-    """Trains a detector with the options that both tasks have.
+    """Train a detector with the options that both tasks have.
 
     Raises:
         InputError: An option that detectors do not have.
@@ -159,7 +159,7 @@ def average_precision(measured: DetectionAccuracy | EvaluateDetectorResult) -> s
 
 
 def show(result: TrainResult) -> Path | None:
-    """Prints the accuracy; writes the curves and the page.
+    """Print the accuracy; write the curves and the page.
 
     Returns:
         The page; None where matplotlib is not installed.

@@ -189,7 +189,7 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def wrong_number(names: Sequence[str], side: object, count: int) -> InputError:
-    """The error for --classes with another number of names than the net or the data has."""
+    """Return the error for --classes with another number of names than the net or the data has."""
     return InputError(
         f"--classes has {plural(len(names), 'name')}, but {side} has {plural(count, 'class')}",
         fix="name every class once, in the order of its number",

@@ -94,7 +94,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def from_best(indices: np.ndarray, probabilities: np.ndarray, classes: int) -> np.ndarray:
-    """What the K most probable classes say of all of them, as logits whose softmax they are.
+    """Return logits of all classes whose softmax gives the K most probable classes.
 
     Args:
         indices: int64 [N, K].

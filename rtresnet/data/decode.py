@@ -67,7 +67,7 @@ class FileEnds:
         return cls(len(data), data[: cls.LENGTH], data[-cls.LENGTH :])
 
     def complete(self) -> bool:
-        """Whether the file begins and ends as its format requires; False if that is unknown.
+        """Return whether the file begins and ends as its format requires; False if that is unknown.
 
         Finds files that are empty, truncated or no images. Only decoding finds other damage.
         """

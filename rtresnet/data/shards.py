@@ -112,7 +112,7 @@ class Shards:
         return FileEnds.read(size, lambda length, start: self._read(index, length, start))
 
     def content(self, index: int) -> bytes:
-        """The image's file.
+        """Return the image's file.
 
         Raises:
             DataError: Its shard is no longer there, or was cut short since it was opened.
@@ -120,7 +120,7 @@ class Shards:
         return self._read(index, int(self._length[index]), 0)
 
     def locate(self, index: int) -> str:
-        """The shard, and the file in it."""
+        """Return the shard, and the file in it."""
         name = os.fsdecode(self._named[index])
         return f"{self._paths[int(self._shard[index])]}: {name}"
 
@@ -141,7 +141,7 @@ class Shards:
         return files_fingerprint(names, self._length, self.labels)
 
     def _descriptor(self, shard: int) -> int:
-        """A shard's file, opened when it is first read."""
+        """Return a shard's file, opened when it is first read."""
         found = self._open.get(shard)
         if found is None:
             # No lock: a fork would inherit it held. Of two threads, the first one's is kept.
@@ -194,7 +194,7 @@ def _read_index(folder: Path) -> PackIndex:
 
 
 def _read_table(path: Path, index: PackIndex) -> dict[str, np.ndarray]:
-    """The columns, which fit the index: the sha256 vouches for all but what the index says."""
+    """Return the columns after a check that they match the index and its sha256."""
     try:
         content = path.read_bytes()
     except OSError as error:

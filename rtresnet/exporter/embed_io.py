@@ -41,7 +41,7 @@ TOLERANCE = 1e-5
 def rewrite(
     model: onnx.ModelProto, preprocess: Preprocess, *, pixels: bool, topk: int | None
 ) -> onnx.ModelProto:
-    """Returns the same net with another input or output.
+    """Return the same net with a different input or output.
 
     Args:
         model: Not changed.
@@ -149,7 +149,7 @@ def check(
     n: int = 4,
     seed: int = 0,
 ) -> EmbeddingParity:
-    """Runs both files on the same images, smooth and noisy ones.
+    """Run both files on the same images, smooth and noisy ones.
 
     Args:
         plain: The unchanged file: normalized images to logits.

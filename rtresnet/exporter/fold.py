@@ -21,7 +21,7 @@ from rtresnet.onnxlib import metadata
 
 
 def fold(net: nn.Module, size: int | None = None) -> fx.GraphModule:
-    """Returns a traced copy of a net in evaluation mode without batch norms and dropout.
+    """Return a traced copy of a net in evaluation mode without batch norms and dropout.
 
     Args:
         net: float32, on the CPU. Not changed.
@@ -61,7 +61,7 @@ def fold(net: nn.Module, size: int | None = None) -> fx.GraphModule:
 
 
 def _fit_pooling(traced: fx.GraphModule, side: int) -> None:
-    """Replaces VGG's adaptive pooling to 7x7 for a last map of `side` x `side`.
+    """Replace VGG's adaptive pooling to 7x7 for a last map of `side` x `side`.
 
     A map of 7x7 needs none, a multiple of it an ordinary pooling. A smaller one is not enlarged:
     the first FC layer gets a smaller weight instead.
@@ -90,7 +90,7 @@ def _fit_pooling(traced: fx.GraphModule, side: int) -> None:
 
 
 def fold_pair(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Returns one convolution that computes `norm(convolution(x))` in evaluation mode."""
+    """Return one convolution that computes `norm(convolution(x))` in evaluation mode."""
     weight, bias = nets.folded(convolution, norm)
     folded = nn.Conv2d(
         convolution.in_channels,

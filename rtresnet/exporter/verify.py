@@ -24,12 +24,12 @@ FLOOR = 1e-5
 
 
 def operations(model: onnx.ModelProto) -> Counter[str]:
-    """Counts the nodes of each operator."""
+    """Count the nodes of each operator."""
     return Counter(node.op_type for node in model.graph.node)
 
 
 def check_folded(model: onnx.ModelProto) -> None:
-    """Raises AssertionError if a batch norm or a convolution without bias is left."""
+    """Raise AssertionError if a batch norm or a convolution without bias is left."""
     assert "BatchNormalization" not in operations(model)
     assert all(len(node.input) == 3 for node in model.graph.node if node.op_type == "Conv")
 
@@ -37,7 +37,7 @@ def check_folded(model: onnx.ModelProto) -> None:
 def check_parity(
     net: nn.Module, candidate: metrics.Forward, *, size: int, n: int = 3, seed: int = 0
 ) -> Parity:
-    """Runs the net in float64 and float32 and the candidate on the same random images.
+    """Run the net in float64 and float32 and the candidate on the same random images.
 
     Args:
         net: The torch net, before folding.

@@ -29,7 +29,7 @@ OPSET = 18
 def to_onnx(
     graph: fx.GraphModule, *, size: int, name: str, scales: metadata.TrainedScales | None = None
 ) -> onnx.ModelProto:
-    """Writes a folded net.
+    """Write a folded net.
 
     Args:
         graph: From `fold()`.
@@ -100,7 +100,7 @@ class NodeWriter:
         }
 
     def write(self, name: str, module: nn.Module, inputs: list[str]) -> None:
-        """Adds the nodes of a module, whose output tensor has the module's name.
+        """Add the nodes of a module, whose output tensor has the module's name.
 
         Raises:
             TypeError: The module has no ONNX form.
@@ -110,13 +110,13 @@ class NodeWriter:
         self.writers[type(module)](name, module, inputs)
 
     def node(self, op: str, name: str, inputs: list[str], out: str = "", **attributes: Any) -> None:
-        """Adds a node; its output is called `out`, by default `name`."""
+        """Add a node; its output is called `out`, by default `name`."""
         self.nodes.append(
             helper.make_node(op, inputs, [out or name], name=out or name, **attributes)
         )
 
     def constant(self, name: str, value: Tensor | list[int]) -> str:
-        """Adds a constant and returns its name."""
+        """Add a constant and return its name."""
         if isinstance(value, Tensor):
             tensor = numpy_helper.from_array(value.detach().numpy(), name)
         else:
@@ -125,7 +125,7 @@ class NodeWriter:
         return name
 
     def conv(self, name: str, module: nn.Conv2d, inputs: list[str]) -> None:
-        """Adds a convolution with bias."""
+        """Add a convolution with bias."""
         assert module.bias is not None and isinstance(module.padding, tuple)
         weight = self.constant(f"{name}.weight", module.weight)
         bias = self.constant(f"{name}.bias", module.bias)
@@ -139,20 +139,20 @@ class NodeWriter:
         )
 
     def linear(self, name: str, module: nn.Linear, inputs: list[str]) -> None:
-        """Adds a fully connected layer."""
+        """Add a fully connected layer."""
         weight = self.constant(f"{name}.weight", module.weight)
         bias = self.constant(f"{name}.bias", module.bias)
         self.node("Gemm", name, [*inputs, weight, bias], transB=1)
 
     def mean_image(self, name: str, module: MeanImage, inputs: list[str]) -> None:
-        """Adds the subtraction of a mean image."""
+        """Add the subtraction of a mean image."""
         image = self.constant(f"{name}.image", module.image[None])
         self.node("Sub", name, [*inputs, image])
 
     def pool(
         self, op: str, name: str, module: nn.MaxPool2d | nn.AvgPool2d, inputs: list[str]
     ) -> None:
-        """Adds a pool without ceiling."""
+        """Add a pool without ceiling."""
 
         def pair(value: Any) -> list[int]:
             return [value, value] if isinstance(value, int) else list(value)
@@ -167,7 +167,7 @@ class NodeWriter:
         )
 
     def pad_shortcut(self, name: str, module: PadShortcut, inputs: list[str]) -> None:
-        """Adds option A's shortcut."""
+        """Add option A's shortcut."""
         end = 2**31 - 1  # larger than any image, and in the range that every parser accepts
         slices = [
             self.constant(f"{name}.starts", [0, 0]),
@@ -180,6 +180,6 @@ class NodeWriter:
         self.node("Pad", name, [f"{name}.subsample", pads])
 
     def rename_output(self, tensor: str, name: str) -> None:
-        """Gives a tensor the name of the graph's output."""
+        """Give a tensor the name of the graph's output."""
         (producer,) = (node for node in self.nodes if tensor in node.output)
         producer.output[0] = name

@@ -82,14 +82,14 @@ class Checkpoint:
         return self.state[MEAN_IMAGE].shape[-1] if MEAN_IMAGE in self.state else None
 
     def net(self) -> Net:
-        """The net with these weights, in evaluation mode, on the CPU."""
+        """Return the net with these weights, in evaluation mode, on the CPU."""
         net = zoo.build(self.spec, len(self.model.classes), mean_image=self.mean_image)
         net.load_state_dict(self.state)
         return net.eval()
 
 
 def spec_of(model: Model) -> zoo.Spec:
-    """The zoo entry that a sidecar or checkpoint names.
+    """Return the zoo entry that a sidecar or checkpoint names.
 
     Raises:
         UnknownNameError, InputError: There is no such net.
@@ -99,7 +99,7 @@ def spec_of(model: Model) -> zoo.Spec:
 
 
 def model_of(spec: zoo.Spec, classes: tuple[str, ...] | None = None) -> Model:
-    """The record of a net for sidecars; by default the classes are named by their numbers."""
+    """Return a net's record for sidecars; by default, classes are named by their numbers."""
     return Model(
         architecture=spec.name,
         classes=classes or tuple(str(index) for index in range(spec.num_classes)),
@@ -109,7 +109,7 @@ def model_of(spec: zoo.Spec, classes: tuple[str, ...] | None = None) -> Model:
 
 
 def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
-    """A checkpoint of newly initialized weights, for measuring latency.
+    """Return a checkpoint of newly initialized weights, for measuring latency.
 
     The statistics of batch norm come from one batch of noise. With mean 0 and variance 1, the
     activations of a deep net exceed the range of FP16 (1e8 at the logits of ResNet-152), and
@@ -131,7 +131,7 @@ def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
-    """Writes a checkpoint and its sidecar, atomically.
+    """Write a checkpoint and its sidecar, atomically.
 
     A file in .safetensors holds the weights and what they mean, without the state of training.
 
@@ -182,7 +182,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
 
 
 def _calibration(path: Path, scales: metadata.TrainedScales | None) -> Calibration | None:
-    """The record of trained activation scales, which the checkpoint itself contains."""
+    """Return the record of trained activation scales, which the checkpoint itself contains."""
     if scales is None:
         return None
     return Calibration(
@@ -202,7 +202,7 @@ def load(
     input: Preprocess | None = None,
     detector: bool = False,
 ) -> Checkpoint:
-    """Reads one of our checkpoints, or recognizes and imports a foreign one.
+    """Read one of our checkpoints, or recognizes and import a foreign one.
 
     Args:
         path: A file written by torch.save or safetensors; the latter is always foreign.
@@ -247,7 +247,7 @@ def load(
 
 
 def _as_safetensors(path: str | os.PathLike[str], payload: dict[str, Any]) -> bytes:
-    """The weights with everything but the state of training as the file's metadata."""
+    """Return the weights with everything but the state of training as the file's metadata."""
     try:
         from safetensors.torch import save as serialize
     except ImportError:
@@ -259,7 +259,7 @@ def _as_safetensors(path: str | os.PathLike[str], payload: dict[str, Any]) -> by
 
 
 def _own_payload(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The payload of a safetensors file that `save` wrote."""
+    """Return the payload of a safetensors file that `save` wrote."""
     try:
         meaning = json.loads(content[OWN_KEY])
         return {**meaning, "state": content["state_dict"], "training": {}}
@@ -268,7 +268,7 @@ def _own_payload(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors under "state_dict", and the entries of the file's metadata."""
+    """Return the tensors under "state_dict", and the entries of the file's metadata."""
     try:
         from safetensors import safe_open
     except ImportError:
@@ -367,7 +367,7 @@ def _foreign(
 
 
 def _stated(sidecar: Sidecar | None) -> Naming | None:
-    """What a sidecar next to a foreign file says of its net."""
+    """Return what a sidecar next to a foreign file says of its net."""
     if sidecar is None or sidecar.model.architecture == "unknown":
         return None
     model = sidecar.model
@@ -416,7 +416,7 @@ def _refuse(
     classes: int,
     stated: zoo.Spec | None = None,
 ) -> None:
-    """Raises ArtifactError with the tensors that do not fit, and the net that does.
+    """Raise ArtifactError with the tensors that do not fit, and the net that does.
 
     Args:
         path: The file.

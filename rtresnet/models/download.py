@@ -134,7 +134,7 @@ def _check_etag(path: Path, etag: str) -> None:
 
 
 def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkpoint:
-    """Loads torchvision's published ImageNet weights, downloaded once and checked.
+    """Load torchvision's published ImageNet weights, downloaded once and checked.
 
     Environment: RTRESNET_CACHE is the folder they are kept in (default ~/.cache/rtresnet),
     RTRESNET_WEIGHTS_URL the address of a mirror.
@@ -157,7 +157,7 @@ def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkp
 
 
 def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Path:
-    """Downloads a file whose name has the first eight digits of its sha256.
+    """Download a file whose name has the first eight digits of its sha256.
 
     torch.hub is not used, because it waits forever for a server that stops answering.
 

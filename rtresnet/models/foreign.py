@@ -73,7 +73,7 @@ class Naming:
 
 
 def find_naming(path: Path, payload: Any) -> Naming | None:
-    """Finds the net's name in the file, in the config.json next to it, or in the file's name.
+    """Find the net's name in the file, in the config.json next to it, or in the file's name.
 
     Args:
         path: The file.
@@ -179,7 +179,7 @@ def _declared(record: Any, depth: int = 2) -> Iterator[tuple[str, str]]:
 
 
 def _stride_of_keys(record: Any, depth: int = 2) -> str | None:
-    """What a key such as `stride_in_1x1` states."""
+    """Return what a key such as `stride_in_1x1` states."""
     if not isinstance(record, Mapping) or not depth:
         return None
     for key in _STRIDE_KEYS:
@@ -190,7 +190,7 @@ def _stride_of_keys(record: Any, depth: int = 2) -> str | None:
 
 
 def _stride_in(text: str) -> str | None:
-    """The stride position that a net's name in a text states."""
+    """Return the stride position that a net's name in a text states."""
     text = text.lower()
     if _CAFFE.search(text):
         return "1x1"
@@ -214,7 +214,7 @@ def _names_in(text: str, *, whole: bool) -> tuple[str, ...]:
 
 
 def adopt(payload: Any) -> dict[str, Tensor]:
-    """Finds the tensors in a foreign file and gives them our names."""
+    """Find the tensors in a foreign file and give them our names."""
     for key in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(payload, Mapping) and isinstance(payload.get(key), Mapping):
             payload = payload[key]
@@ -238,7 +238,7 @@ def adopt(payload: Any) -> dict[str, Tensor]:
 
 
 def recognize(state: Mapping[str, Tensor]) -> zoo.Spec | None:
-    """The net of the zoo whose blocks these names describe, or None.
+    """Return the net of the zoo whose blocks these names describe, or None.
 
     A plain net's tensors are those of its residual net with option A, which is returned. Of
     bottlenecks, v1.5 is returned.
@@ -286,7 +286,7 @@ def _recognize_vgg(state: Mapping[str, Tensor]) -> zoo.Spec | None:
 def identify(
     path: Path, naming: Naming | None, recognized: zoo.Spec | None, wanted: str | None
 ) -> tuple[zoo.Spec, tuple[str, ...]]:
-    """Which net a foreign file is: the one it states, the one asked for, or the one that fits.
+    """Return the net of a foreign file: the one it states, the requested one, or one that fits.
 
     Args:
         path: The file.
@@ -335,7 +335,7 @@ def identify(
 
 
 def _stated(path: Path, naming: Naming | None, recognized: zoo.Spec) -> zoo.Spec | None:
-    """The net that a file states; None where it states nothing about nets with these tensors.
+    """Return the net that a file states; None if it states none that has these tensors.
 
     Raises:
         ArtifactError: It states another net.
@@ -366,7 +366,7 @@ def _spec_or_none(name: str) -> zoo.Spec | None:
 
 
 def _alike(spec: zoo.Spec, recognized: zoo.Spec) -> bool:
-    """Whether a net has the tensors of the recognized one, whatever its shortcut and stride."""
+    """Return whether a net has the recognized one's tensors, with any shortcut and stride."""
     same = (spec.family, spec.depth, spec.block, spec.batch_norm) == (
         recognized.family, recognized.depth, recognized.block, recognized.batch_norm,
     )  # fmt: skip

@@ -30,7 +30,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(net: nn.Module) -> fx.GraphModule:
-    """The net as a graph of named modules, in order of execution."""
+    """Return the net as a graph of named modules, in order of execution."""
     return fx.GraphModule(net, _Tracer().trace(net))
 
 
@@ -104,7 +104,7 @@ class TorchBackend:
         self.threads: int | None = None if on_gpu else torch.get_num_threads()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Runs float32 [N, 3, S, S] and waits for the result: float32 logits [N, classes]."""
+        """Run float32 [N, 3, S, S] and wait for the result: float32 logits [N, classes]."""
         with torch.inference_mode():
             logits = self._forward(torch.from_numpy(images).to(self._device))
         return logits.float().cpu().numpy()
@@ -116,11 +116,11 @@ class TorchBackend:
         return logits
 
     def timings(self) -> dict[str, float]:
-        """Returns nothing: only wall time is known."""
+        """Return an empty dict: only wall time is known."""
         return {}
 
     def close(self) -> None:
-        """Does nothing: Python frees the memory."""
+        """Do nothing: Python frees the memory."""
 
 
 class DenseBackend(TorchBackend):

@@ -65,12 +65,12 @@ class MeanImage(nn.Module):
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias, because batch norm follows; at stride 1 it keeps the size."""
+    """Return a convolution without bias (batch norm follows); stride 1 keeps the size."""
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
 def shortcut_module(option: str, c_in: int, c_out: int, stride: int) -> nn.Module | None:
-    """The shortcut's operation; None where it is the identity (section 4.1, options A, B, C)."""
+    """Return the shortcut's operation; None for the identity (section 4.1, options A, B, C)."""
     changes = stride != 1 or c_in != c_out
     if option == "C" or (option == "B" and changes):
         return nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
@@ -105,11 +105,11 @@ class Block(nn.Module):
         self.add = Add() if shortcut else None
 
     def residual(self, x: Tensor) -> Tensor:
-        """The residual function: [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
+        """Return the residual function: [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
         raise NotImplementedError
 
     def activate(self, x: Tensor) -> Tensor:
-        """The ReLU after the addition."""
+        """Return the ReLU after the addition."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class BasicBlock(Block):
         return x
 
     def activate(self, x: Tensor) -> Tensor:
-        """The ReLU after the addition."""
+        """Return the ReLU after the addition."""
         activated: Tensor = getattr(self, f"relu{self.layers}")(x)
         return activated
 
@@ -204,7 +204,7 @@ class Bottleneck(Block):
         return out
 
     def activate(self, x: Tensor) -> Tensor:
-        """The ReLU after the addition."""
+        """Return the ReLU after the addition."""
         activated: Tensor = self.relu3(x)
         return activated
 
@@ -268,7 +268,7 @@ class ResNet(nn.Module):
             self.apply(initialize)
 
     def blocks(self) -> dict[str, Block]:
-        """The blocks by name ("layer1.0"), in order of execution."""
+        """Return the blocks by name ("layer1.0"), in order of execution."""
         return {
             f"{stage}.{name}": block
             for stage in self.stages
@@ -276,7 +276,7 @@ class ResNet(nn.Module):
         }
 
     def leading_parts(self) -> list[list[nn.Module]]:
-        """The stem, then each stage: what `freeze` of a recipe counts."""
+        """Return the stem, then each stage: what `freeze` of a recipe counts."""
         return [[self.conv1, self.bn1], *([getattr(self, name)] for name in self.stages)]
 
     def features(self, x: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ class ResNet(nn.Module):
         return logits
 
     def dense(self, x: Tensor, window: int | None = None) -> Tensor:
-        """The net in its fully convolutional form (section 3.4, testing): FC as a 1x1 convolution.
+        """Return the fully convolutional net (section 3.4, testing): FC as a 1x1 convolution.
 
         Args:
             x: Normalized float images [N, 3, H, W] of any H and W.

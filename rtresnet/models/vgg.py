@@ -71,7 +71,7 @@ class VGG(nn.Module):
         return last
 
     def leading_parts(self) -> list[list[nn.Module]]:
-        """The stages: what `freeze` of a recipe counts."""
+        """Return the stages: what `freeze` of a recipe counts."""
         starts = [0, *self.stage_ends]
         layers = list(self.features)
         return [layers[start:end] for start, end in zip(starts, self.stage_ends, strict=False)]
@@ -83,7 +83,7 @@ class VGG(nn.Module):
         return logits
 
     def dense(self, x: Tensor, window: int | None = None) -> Tensor:
-        """The net in its fully convolutional form: the FC layers as 7x7 and 1x1 convolutions.
+        """Return the fully convolutional net: FC layers as 7x7 and 1x1 convolutions.
 
         Args:
             x: Normalized float images [N, 3, H, W], at least 224 x 224.
@@ -104,7 +104,7 @@ class VGG(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """Initializes as torchvision does: He for convolutions, deviation 0.01 for FC layers."""
+    """Initialize as torchvision does: He for convolutions, deviation 0.01 for FC layers."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
@@ -114,7 +114,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def pooled_by_weight(weight: Tensor, side: int) -> Tensor:
-    """The first FC layer's weight for a map of `side` x `side` that is not pooled to 7x7 first.
+    """Return the first FC layer's weight for a map of `side` x `side` without pooling to 7x7.
 
     Adaptive average pooling is linear, so its matrix is multiplied into the weight.
 

@@ -81,7 +81,7 @@ class Spec:
         return 32 if self.family == "vgg" else 4
 
     def require_size(self, side: int) -> None:
-        """Raises InputError if images of `side` x `side` pixels are too small for the net."""
+        """Raise InputError if images of `side` x `side` pixels are too small for the net."""
         if side < self.min_size:
             raise InputError(
                 f"images of {side} x {side} pixels; {self.name} needs at least {self.min_size}",
@@ -102,7 +102,7 @@ class Spec:
 
 
 def names() -> list[str]:
-    """The nets of the paper, shallow to deep, residual before plain, then VGG.
+    """Return the nets of the paper, shallow to deep, residual before plain, then VGG.
 
     `spec` knows more: other depths of 6n+2, and the suffixes of shortcut options and blocks.
     """
@@ -118,7 +118,7 @@ def names() -> list[str]:
 
 
 def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None) -> Spec:
-    """Looks a net up.
+    """Look a net up.
 
     A depth of 6n+2 that is not an ImageNet net is a CIFAR net: resnet8 and resnet26 work too.
     Suffixes select a variant:
@@ -191,7 +191,7 @@ lookup = spec  # for functions with an argument of that name
 
 
 def matches(name: str, spec: Spec) -> bool:
-    """Whether a name means this net; variants that the name does not state may be any.
+    """Return whether a name means this net; variants that the name does not state may be any.
 
     Raises:
         UnknownNameError, InputError: The name is no net's.
@@ -210,14 +210,14 @@ def matches(name: str, spec: Spec) -> bool:
 
 
 def variant(spec: Spec, *, shortcut: str | None = None, stride_in: str | None = None) -> Spec:
-    """The same net with another shortcut option or stride position."""
+    """Return the same net with another shortcut option or stride position."""
     shortcut, stride_in = shortcut or spec.shortcut, stride_in or spec.stride_in
     name = _full_name("resnet", spec.depth, spec.family, spec.block, shortcut, stride_in)
     return dataclasses.replace(spec, name=name, shortcut=shortcut, stride_in=stride_in)
 
 
 def states_shortcut(name: str) -> bool:
-    """Whether a net's name states its shortcut option."""
+    """Return whether a net's name states its shortcut option."""
     match = _RESNET.fullmatch(name)
     return match is not None and _suffixes(name, match[3])[0] is not None
 
@@ -259,7 +259,7 @@ def _default_shortcut(family: str) -> str:
 def _full_name(
     kind: str, depth: int, family: str, block: str, shortcut: str | None, stride_in: str
 ) -> str:
-    """The name with the suffixes of everything that is not the default."""
+    """Return the name with the suffixes of everything that is not the default."""
     suffixes = ""
     if block == "bottleneck" and stride_in == "1x1":
         suffixes += "-v1"
@@ -301,7 +301,7 @@ class Cost:
 
 
 def cost(spec: Spec) -> Cost:
-    """Counts from the table alone, without torch, what `nets.multiply_adds` counts on a net.
+    """Count from the table alone, without torch, what `nets.multiply_adds` counts on a net.
 
     Args:
         spec: From `spec()`.
@@ -327,7 +327,7 @@ def cost(spec: Spec) -> Cost:
 
 
 def _convolutions(spec: Spec) -> Iterator[tuple[int, int, int, int]]:
-    """Yields input channels, output channels, kernel and output side of every convolution."""
+    """Yield input channels, output channels, kernel and output side of every convolution."""
     channels, side = spec.widths[0], spec.size
     if spec.family == "vgg":
         channels = 3
@@ -363,7 +363,7 @@ def build(
     device: str = "cpu",
     mean_image: int | None = None,
 ) -> Net:
-    """Makes the net with newly initialized weights.
+    """Make the net with newly initialized weights.
 
     Args:
         spec: From `spec()`.

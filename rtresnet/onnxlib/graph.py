@@ -58,25 +58,25 @@ class Node(Protocol):
 
 
 def label(node: onnx.NodeProto) -> str:
-    """Returns a node's name, or its first output's name if it has none."""
+    """Return a node's name, or its first output's name if it has none."""
     return node.name or next(iter(node.output), "") or node.op_type
 
 
 def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    """Returns an integer attribute."""
+    """Return an integer attribute."""
     entry = next((a for a in node.attribute if a.name == name), None)
     return default if entry is None else int(entry.i)
 
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a deep copy of a model."""
+    """Return a deep copy of a model."""
     copy = type(model)()
     copy.CopyFrom(model)
     return copy
 
 
 def with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Raises a model to an opset, if it is older; changes the model where nothing else changed.
+    """Raise a model to an opset, if it is older; change the model where nothing else changed.
 
     From 18 on, the operators of convolutional nets have only gained data types.
     """
@@ -98,14 +98,14 @@ def with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Replaces all nodes of a graph; `nodes` may contain its own."""
+    """Replace all nodes of a graph; `nodes` may contain its own."""
     nodes = list(nodes)
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Checks a changed model and infers its types and shapes again.
+    """Check a changed model and infer its types and shapes again.
 
     Raises:
         onnx.checker.ValidationError: The model is not valid ONNX.
@@ -177,21 +177,21 @@ class GraphIndex:
         return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
     def quantizers(self) -> list[onnx.NodeProto]:
-        """Returns every QuantizeLinear and DequantizeLinear, in graph order."""
+        """Return every QuantizeLinear and DequantizeLinear, in graph order."""
         return [node for node in self.nodes if node.op_type in (QUANTIZE, DEQUANTIZE)]
 
     def operator(self, name: str) -> str:
-        """Returns the operator that makes a tensor; empty for inputs and initializers."""
+        """Return the operator that makes a tensor; empty for inputs and initializers."""
         return self.producers[name].op_type if name in self.producers else ""
 
     def constant(self, name: str) -> np.ndarray | None:
-        """Returns the value of a tensor that is known before the graph runs, else None."""
+        """Return the value of a tensor that is known before the graph runs, else None."""
         if name not in self._arrays:
             self._arrays[name] = self._constant(name)
         return self._arrays[name]
 
     def scalar(self, name: str) -> np.ndarray | None:
-        """Returns a constant of rank 0, else None."""
+        """Return a constant of rank 0, else None."""
         value = self.constant(name)
         return value if value is not None and value.ndim == 0 else None
 
@@ -212,7 +212,7 @@ class GraphIndex:
         return None
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
-        """Adds an initializer and returns its name.
+        """Add an initializer and return its name.
 
         An equal one of that name serves again; a different one is left, and the new one gets the
         next free name.
@@ -231,7 +231,7 @@ class GraphIndex:
         return name
 
     def set_constant(self, name: str, value: np.ndarray) -> None:
-        """Replaces the value of an initializer."""
+        """Replace the value of an initializer."""
         from onnx import numpy_helper
 
         self.initializers[name].CopyFrom(numpy_helper.from_array(value, name))
@@ -244,7 +244,7 @@ class GraphIndex:
         after: Mapping[str, Sequence[onnx.NodeProto]] | None = None,
         removed: Collection[str] = (),
     ) -> None:
-        """Inserts nodes before and after others, named by their first output, and removes some.
+        """Insert nodes before and after others, named by their first output, and remove some.
 
         What stands after a graph's input comes first.
         """
@@ -258,34 +258,34 @@ class GraphIndex:
         replace_nodes(self.graph, ordered)
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """Returns the one node that reads a tensor; None if there are more, or it is an output."""
+        """Return the one node that reads a tensor; None if there are more, or it is an output."""
         readers = self.readers[name]
         return readers[0][0] if len(readers) == 1 and name not in self.outputs else None
 
     def origin(self, name: str, through: Collection[str] = CASTS) -> str:
-        """Follows first inputs backwards through the operators of `through`."""
+        """Follow first inputs backwards through the operators of `through`."""
         while (node := self.producers.get(name)) is not None and node.op_type in through:
             name = node.input[0]
         return name
 
     def maker(self, name: str, through: Collection[str] = CASTS) -> onnx.NodeProto | None:
-        """Returns the node that computes a tensor, before the operators of `through`."""
+        """Return the node that computes a tensor, before the operators of `through`."""
         return self.producers.get(self.origin(name, through))
 
     def dequantized(self, name: str, through: Collection[str] = CASTS) -> onnx.NodeProto | None:
-        """Returns the DequantizeLinear that a tensor comes from, if there is one."""
+        """Return the DequantizeLinear that a tensor comes from, if there is one."""
         node = self.maker(name, through)
         return node if node is not None and node.op_type == DEQUANTIZE else None
 
     def quantizer(self, dequantize: onnx.NodeProto) -> onnx.NodeProto | None:
-        """Returns the QuantizeLinear before a DequantizeLinear; None before a stored constant."""
+        """Return the QuantizeLinear before a DequantizeLinear; None before a stored constant."""
         node = self.producers.get(dequantize.input[0])
         return node if node is not None and node.op_type == QUANTIZE else None
 
     def uses(
         self, name: str, through: Collection[str] = CASTS
     ) -> Iterator[tuple[onnx.NodeProto, int]]:
-        """Yields the inputs that read a tensor, after the operators of `through`."""
+        """Yield the inputs that read a tensor, after the operators of `through`."""
         for node, index in self.readers.get(name, ()):
             if node.op_type in through and index == 0:
                 yield from self.uses(node.output[0], through)
@@ -293,7 +293,7 @@ class GraphIndex:
                 yield node, index
 
     def reaches_output(self, name: str, through: Collection[str] = MOVES) -> bool:
-        """Returns whether a tensor is an output of the graph, after operators of `through`."""
+        """Return whether a tensor is an output of the graph, after operators of `through`."""
         return name in self.outputs or any(
             self.reaches_output(node.output[0], through)
             for node, index in self.readers.get(name, ())
@@ -301,7 +301,7 @@ class GraphIndex:
         )
 
     def blocks(self) -> list[tuple[str, str]]:
-        """Returns the stage and block of each node by `assign_blocks`, with the shapes recorded."""
+        """Return the stage and block of each node by `assign_blocks`, with the shapes recorded."""
         heights = {
             value.name: value.type.tensor_type.shape.dim[2].dim_value
             for value in self.graph.value_info
@@ -321,7 +321,7 @@ class GraphIndex:
 
 
 def branch_depths(producers: Mapping[str, Any], add: Node) -> tuple[int, int] | None:
-    """Counts the convolutions behind both inputs of an Add, back to where the branches part.
+    """Count the convolutions behind both inputs of an Add, back to where the branches part.
 
     The shortcut of a residual block is the input with fewer of them.
 
@@ -348,7 +348,7 @@ def branch_depths(producers: Mapping[str, Any], add: Node) -> tuple[int, int] | 
 
 
 def assign_blocks(nodes: Sequence[tuple[str, str, int]]) -> list[tuple[str, str]]:
-    """Assigns each node of a residual net to a stage and a block.
+    """Assign each node of a residual net to a stage and a block.
 
     Names such as layer1.0.conv1 or stage2_conv3 state both. In a net whose convolutions have no
     such names a block ends at each residual Add, and a stage ends where the output gets smaller.

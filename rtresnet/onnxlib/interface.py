@@ -45,7 +45,7 @@ class Interface:
 
 
 def read_interface(model: onnx.ModelProto, path: Path) -> Interface:
-    """Reads the interface of a model.
+    """Read the interface of a model.
 
     Args:
         model: The file's content.
@@ -86,7 +86,7 @@ def read_interface(model: onnx.ModelProto, path: Path) -> Interface:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """Returns what a model computes in: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown"."""
+    """Return what a model computes in: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown"."""
     from onnx import TensorProto
 
     graph = model.graph
@@ -105,7 +105,7 @@ def precision_of(model: onnx.ModelProto) -> str:
 
 
 def _read_output(model: onnx.ModelProto, unfit: ArtifactError) -> tuple[int | None, int | None]:
-    """The number of classes, and K of a file that returns the K most probable ones."""
+    """Return the number of classes, and K of a file that returns the K most probable ones."""
     from onnx import TensorProto
 
     outputs = {entry.name: entry for entry in model.graph.output}
@@ -124,7 +124,7 @@ def _read_output(model: onnx.ModelProto, unfit: ArtifactError) -> tuple[int | No
 
 
 def _inferred_dims(model: onnx.ModelProto) -> list[int | None]:
-    """Infers the first output's dimensions, which the file does not state."""
+    """Infer the first output's dimensions, which the file does not state."""
     import onnx
 
     try:
@@ -134,7 +134,7 @@ def _inferred_dims(model: onnx.ModelProto) -> list[int | None]:
 
 
 def _require_logits(model: onnx.ModelProto, path: Path) -> None:
-    """Refuses a model that ends in a softmax: its probabilities would be used as logits."""
+    """Refuse a model that ends in a softmax: its probabilities would be used as logits."""
     last = GraphIndex(model).maker(model.graph.output[0].name, PASS_ON)
     if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
         raise ArtifactError(

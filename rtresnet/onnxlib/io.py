@@ -24,7 +24,7 @@ FIX = "export it again: rtresnet export"
 def load(
     path: str | os.PathLike[str], *, checked: bool = False, fix: str | None = FIX
 ) -> onnx.ModelProto:
-    """Reads a model, with weights that are kept in other files.
+    """Read a model, with weights that are kept in other files.
 
     Args:
         path: The ONNX file.
@@ -74,7 +74,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str | bytes]:
 
 
 def _require_sound(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
-    """Refuses a node without outputs or with too few inputs, and absurd windows.
+    """Refuse a node without outputs or with too few inputs, and absurd windows.
 
     Shape inference, onnx's and ONNX Runtime's, ends the process where sizes overflow.
     """

@@ -56,7 +56,7 @@ class Property(Generic[T]):
     fix: str
 
     def decode(self, text: str) -> T:
-        """The value of what `encode` wrote.
+        """Return the value of what `encode` wrote.
 
         Raises:
             ArtifactError: The text is damaged.
@@ -67,7 +67,7 @@ class Property(Generic[T]):
             raise ArtifactError(f"{self.key}: damaged ({error})", fix=self.fix) from None
 
     def read(self, properties: Mapping[str, str]) -> T | None:
-        """The value among a file's properties; None where it is absent.
+        """Return the value among a file's properties; None where it is absent.
 
         Raises:
             ArtifactError: It is damaged.
@@ -75,7 +75,7 @@ class Property(Generic[T]):
         return self.decode(properties[self.key]) if self.key in properties else None
 
     def set(self, model: Any, value: T) -> None:
-        """Writes the value into an onnx.ModelProto, in place of an older one."""
+        """Write the value into an onnx.ModelProto, in place of an older one."""
         for entry in model.metadata_props:
             if entry.key == self.key:
                 entry.value = self.encode(value)
@@ -84,7 +84,7 @@ class Property(Generic[T]):
 
 
 def properties_of(model: Any) -> dict[str, str]:
-    """The metadata properties of an onnx.ModelProto."""
+    """Return the metadata properties of an onnx.ModelProto."""
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
@@ -187,7 +187,7 @@ BRANCH_RANGES: Property[BranchRanges] = Property(
 
 
 def described(path: Path, model: Any) -> Sidecar | None:
-    """What an ONNX file without a sidecar says of itself, with its own hash; None: nothing.
+    """Return what an ONNX file without a sidecar says of itself, with its own hash; None: nothing.
 
     Raises:
         ArtifactError: The description is damaged.
@@ -202,7 +202,7 @@ def described(path: Path, model: Any) -> Sidecar | None:
 def refuse_calibration(
     source: object, trained: TrainedScales | None, calib: str | None, calibrator: str
 ) -> None:
-    """Refuses a calibration that would replace the scales of a training run.
+    """Refuse a calibration that would replace the scales of a training run.
 
     Args:
         source: Whose scales they are, for the message.

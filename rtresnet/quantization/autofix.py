@@ -39,7 +39,7 @@ class Repair:
 
 
 def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Finding]]:
-    """Repairs what can be repaired exactly.
+    """Repair what can be repaired exactly.
 
     Args:
         model: Any ONNX model that ONNX Runtime runs. Not changed.
@@ -63,7 +63,7 @@ def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Fin
 
 
 def bitwise_equal(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
-    """Returns whether two models compute the same bits from random input.
+    """Return whether two models compute the same bits from random input.
 
     The input is drawn from a normal distribution with a fixed seed. False also if ONNX Runtime
     refuses either model.
@@ -210,7 +210,7 @@ STEPS: tuple[Callable[[GraphIndex], list[Repair]], ...] = (
 
 
 def _remove_unread_constants(model: onnx.ModelProto) -> None:
-    """Removes constants that nothing reads any more, and recorded types."""
+    """Remove constants that nothing reads any more, and recorded types."""
     graph = model.graph
     used = {name for node in graph.node for name in node.input}
     used |= {value.name for value in (*graph.input, *graph.output)}

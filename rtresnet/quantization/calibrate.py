@@ -95,7 +95,7 @@ class Calibrated:
     def quantized(
         self, nodes_to_exclude: Collection[str] = (), int8_nodes: Collection[str] = ()
     ) -> onnx.ModelProto:
-        """Returns the quantized model with some nodes left in float, and some of FP8 in INT8."""
+        """Return the quantized model with some nodes left in float, and some of FP8 in INT8."""
         result = qdq.insert(
             self.model, self.scales, (*self.float_nodes, *nodes_to_exclude), self.bias_corrections,
             self.low_bit, self.number_format, int8_nodes,
@@ -130,7 +130,7 @@ class MinMaxObserver:
         self.ranges = dict.fromkeys(names, (0.0, 0.0))
 
     def add(self, values: Sequence[np.ndarray]) -> None:
-        """Adds the results of one batch."""
+        """Add the results of one batch."""
         for index, (name, (low, high)) in enumerate(self.ranges.items()):
             lowest, highest = (float(value) for value in values[2 * index : 2 * index + 2])
             self.ranges[name] = min(low, lowest), max(high, highest)
@@ -142,7 +142,7 @@ def observe(
     batches: Iterable[np.ndarray],
     observer: MinMaxObserver | None = None,
 ) -> dict[str, Histogram]:
-    """Fills a histogram per tensor in one pass.
+    """Fill a histogram per tensor in one pass.
 
     Args:
         model: Folded FP32 model.
@@ -177,11 +177,11 @@ def observe(
 
 
 def ignore_progress(phase: str, done: int, total: int | None) -> None:
-    """Reports nothing."""
+    """Report nothing."""
 
 
 def _counted(batches: Iterable[np.ndarray], phase: str, report: Report) -> Iterator[np.ndarray]:
-    """Reports the images of a pass as they are read."""
+    """Report the images of a pass as they are read."""
     done = 0
     for images in batches:
         yield images
@@ -199,7 +199,7 @@ def calibrate(
     number_format: NumberFormat = INT8,
     float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """Chooses a scale for each tensor from images.
+    """Choose a scale for each tensor from images.
 
     Args:
         model: Folded FP32 model.
@@ -255,7 +255,7 @@ def repeat(
     number_format: NumberFormat = INT8,
     float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """Repeats an earlier calibration of the same model on the same images without its search.
+    """Repeat an earlier calibration of the same model on the same images without its search.
 
     Args:
         model: Folded FP32 model.
@@ -301,7 +301,7 @@ def calibrate_data_free(
     number_format: NumberFormat = INT8,
     float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """Chooses a scale for each tensor without images; biases are corrected.
+    """Choose a scale for each tensor without images; biases are corrected.
 
     Args:
         model: Folded FP32 model that has batch norm statistics (`onnxlib/metadata.py`).
@@ -329,7 +329,7 @@ def calibrate_data_free(
 def scales_by(
     method: str, histograms: Mapping[str, Histogram], number_format: NumberFormat = INT8
 ) -> dict[str, float]:
-    """Returns the scale of every tensor by one method."""
+    """Return the scale of every tensor by one method."""
     limit = calibrators.METHODS[method]
     return {
         name: calibrators.scale(limit(histogram, number_format), number_format)
@@ -338,7 +338,7 @@ def scales_by(
 
 
 def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
-    """Holds out a share of the images until there are enough; the others stream on.
+    """Hold out a share of the images until there are enough; the others stream on.
 
     A batch gives its last images. The list fills while the others are read. A single image serves
     as both.
@@ -368,7 +368,7 @@ def choose(
     number_format: NumberFormat = INT8,
     float_nodes: tuple[str, ...] = (),
 ) -> Calibrated:
-    """Chooses the scales with the least noise in the logits of the held-out images.
+    """Choose the scales with the least noise in the logits of the held-out images.
 
     First every method for the whole net, with and without bias correction; then other scales for
     single tensors, beginning with those that have the most noise themselves.
@@ -427,7 +427,7 @@ def choose(
 def references(
     model: onnx.ModelProto, batches: Iterable[np.ndarray]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the images that `calibrate` holds out, and the float net's logits on them."""
+    """Return the images that `calibrate` holds out, and the float net's logits on them."""
     held_out, others = hold_out(batches)
     for _ in others:
         continue
@@ -437,7 +437,7 @@ def references(
 def _reference(
     model: onnx.ModelProto, held_out: Sequence[np.ndarray], observer: MinMaxObserver | None = None
 ) -> np.ndarray:
-    """Returns the float net's logits; `observer` also sees the images."""
+    """Return the float net's logits; `observer` also sees the images."""
     source, output = model.graph.input[0].name, model.graph.output[0].name
     nodes, ends = (observer.nodes, observer.outputs) if observer else ([], [])
     session, batch = make_session(model, [output, *ends], nodes), fixed_batch(model)
@@ -455,7 +455,7 @@ def _reference(
 def sample_activations(
     model: onnx.ModelProto, tensors: Sequence[str], low: np.ndarray, high: np.ndarray
 ) -> dict[str, Histogram]:
-    """Draws activations from the statistics of batch norm (Nagel et al., 2019, section 4.1).
+    """Draw activations from the statistics of batch norm (Nagel et al., 2019, section 4.1).
 
     Each channel of a convolution's output has the mean and deviation of its batch norm and is
     taken as independent of the others. The distribution is logistic, not normal: outputs of

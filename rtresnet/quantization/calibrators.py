@@ -47,7 +47,7 @@ class Histogram:
         self.n = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Adds the values of one batch, [N, C, ...].
+        """Add the values of one batch, [N, C, ...].
 
         Raises:
             DataError: A value is not finite.
@@ -84,14 +84,14 @@ class Histogram:
 
 
 def largest(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
-    """Returns the largest magnitude."""
+    """Return the largest magnitude."""
     return histogram.largest
 
 
 def percentile(
     histogram: Histogram, number_format: NumberFormat = INT8, *, share: float = PERCENTILE
 ) -> float:
-    """Returns the magnitude that `share` percent of the values do not exceed."""
+    """Return the magnitude that `share` percent of the values do not exceed."""
     total = histogram.counts.sum()
     if total == 0:
         return histogram.largest
@@ -100,7 +100,7 @@ def percentile(
 
 
 def mse(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
-    """Returns the clipping point with the least squared error in a number format."""
+    """Return the clipping point with the least squared error in a number format."""
     counts, centres = histogram.counts, histogram.centres
     if counts.sum() == 0:
         return histogram.largest
@@ -112,7 +112,7 @@ def mse(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
 
 
 def entropy(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
-    """Returns the clipping point with the least Kullback-Leibler divergence.
+    """Return the clipping point with the least Kullback-Leibler divergence.
 
     The first bin is left out: exact zeros (half of what a ReLU makes) say nothing about the range
     and would hide the other values.
@@ -148,7 +148,7 @@ def _divergence(counts: np.ndarray, stop: int) -> float:
 
 
 def noise(histogram: Histogram, scale: float, number_format: NumberFormat = INT8) -> float:
-    """Returns the mean square of the errors over the mean square of the values."""
+    """Return the mean square of the errors over the mean square of the values."""
     counts, centres = histogram.counts, histogram.centres
     power = float((centres**2) @ counts)
     if power == 0:
@@ -166,11 +166,11 @@ METHODS: dict[str, Callable[[Histogram, NumberFormat], float]] = {
 
 
 def methods(number_format: NumberFormat) -> list[str]:
-    """Returns the methods for a number format: entropy compares with levels of equal size."""
+    """Return the methods for a number format: entropy compares with levels of equal size."""
     return [name for name in METHODS if name != "entropy" or number_format is INT8]
 
 
 def scale(limit: float, number_format: NumberFormat = INT8) -> float:
-    """Returns the scale of a clipping point; 1 for a tensor that is zero on every image."""
+    """Return the scale of a clipping point; 1 for a tensor that is zero on every image."""
     step = limit / number_format.largest
     return step if step >= SMALLEST else 1.0

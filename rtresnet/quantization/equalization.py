@@ -44,7 +44,7 @@ class Outlier:
 
 
 def find_outliers(histograms: Mapping[str, Histogram]) -> list[Outlier]:
-    """Returns the tensors whose range a few channels determine."""
+    """Return the tensors whose range a few channels determine."""
     outliers = []
     for name, histogram in histograms.items():
         alive = histogram.channels[histogram.channels > 0]
@@ -108,7 +108,7 @@ def bias_corrections(
     histograms: Mapping[str, Histogram],
     number_format: NumberFormat = INT8,
 ) -> dict[str, np.ndarray]:
-    """Returns what `qdq.insert` subtracts from the bias of each node whose weights it rounds.
+    """Return what `qdq.insert` subtracts from the bias of each node whose weights it rounds.
 
     Args:
         model: Folded FP32 model.

@@ -55,7 +55,7 @@ class NumberFormat:
         return np.dtype(ml_dtypes.float8_e4m3fn)
 
     def round(self, values: np.ndarray) -> np.ndarray:
-        """Rounds half to even to the nearest value of the format, clipped to its range."""
+        """Round half to even to the nearest value of the format, clipped to its range."""
         clipped = np.clip(values, -self.largest, self.largest)
         if self.name == "int8":
             whole: np.ndarray = np.rint(clipped)
@@ -74,7 +74,7 @@ FORMATS = {entry.name: entry for entry in (INT8, FP8)}
 
 
 def weight_scales(weight: np.ndarray, number_format: NumberFormat = INT8) -> np.ndarray:
-    """Returns one float32 scale per output channel (axis 0): largest magnitude over largest value.
+    """Return one float32 scale per output channel (axis 0): largest magnitude over largest value.
 
     A channel of zeros, or with values too small for a float32 scale, gets scale 1 and becomes zero.
     """
@@ -87,38 +87,38 @@ def weight_scales(weight: np.ndarray, number_format: NumberFormat = INT8) -> np.
 def quantize_weight(
     weight: np.ndarray, scales: np.ndarray, number_format: NumberFormat = INT8
 ) -> np.ndarray:
-    """Rounds half to even, as QuantizeLinear does, to int8 in [-127, 127] or to E4M3."""
+    """Round half to even, as QuantizeLinear does, to int8 in [-127, 127] or to E4M3."""
     shape = (-1,) + (1,) * (weight.ndim - 1)
     quantized = number_format.round(weight / scales.reshape(shape))
     return quantized.astype(number_format.dtype)
 
 
 def round_to_bits(pattern: Any, bits: int) -> Any:
-    """Rounds to the nearest number of `bits` significant bits; the larger of two."""
+    """Round to the nearest number of `bits` significant bits; the larger of two."""
     dropped = 1 << (SIGNIFICANT - bits)
     return (pattern + dropped // 2) & -dropped
 
 
 def round_up_to_bits(pattern: Any, bits: int) -> Any:
-    """Rounds up to a number of `bits` significant bits."""
+    """Round up to a number of `bits` significant bits."""
     dropped = 1 << (SIGNIFICANT - bits)
     return (pattern + dropped - 1) & -dropped
 
 
 def low_bit_scale(scale: float) -> float:
-    """Rounds the scale of an activation to the nearest one with which sums are exact."""
+    """Round the scale of an activation to the nearest one with which sums are exact."""
     pattern = round_to_bits(np.array(scale, np.float32).view(np.int32), ACTIVATION_BITS)
     return float(np.array(pattern).view(np.float32))
 
 
 def low_bit_weight_scales(scales: np.ndarray) -> np.ndarray:
-    """Rounds float32 [out channels] scales of weights up, so that nothing more is clipped."""
+    """Round float32 [out channels] scales of weights up, so that nothing more is clipped."""
     rounded: np.ndarray = round_up_to_bits(scales.view(np.int32), WEIGHT_BITS).view(np.float32)
     return rounded
 
 
 def low_bit_bias(bias: np.ndarray, scale: float, scales: np.ndarray) -> np.ndarray:
-    """Rounds a bias to whole units of the sums that it is added to.
+    """Round a bias to whole units of the sums that it is added to.
 
     Args:
         bias: float32 [out channels].

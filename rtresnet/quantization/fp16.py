@@ -24,7 +24,7 @@ LARGEST = float(np.finfo(np.float16).max)  # 65504
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns the same graph in FP16, with float32 input and output.
+    """Return the same graph in FP16, with float32 input and output.
 
     Args:
         model: Folded FP32 model, with Q/DQ pairs or without. Not changed.
@@ -63,7 +63,7 @@ def _cast(source: str, result: str, name: str, to: int) -> onnx.NodeProto:
 
 
 def _with_casts(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Yields the nodes with Casts before each QuantizeLinear and after each DequantizeLinear."""
+    """Yield the nodes with Casts before each QuantizeLinear and after each DequantizeLinear."""
     for node in nodes:
         if node.op_type == QUANTIZE:
             wide = f"{node.output[0]}.float"

@@ -45,7 +45,7 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def lint(model: onnx.ModelProto) -> list[Finding]:
-    """Returns what TensorRT or the accuracy would suffer from.
+    """Return the problems that TensorRT or the accuracy would have.
 
     Args:
         model: Any ONNX model, quantized by any tool. Not changed.
@@ -90,7 +90,7 @@ def _is_fp8(index: GraphIndex) -> bool:
 
 
 def role(index: GraphIndex, node: onnx.NodeProto) -> str:
-    """Returns what a Q or DQ quantizes: "activation", "weight" or "bias"."""
+    """Return what a Q or DQ quantizes: "activation", "weight" or "bias"."""
     if index.constant(index.origin(_source(index, node))) is None:
         return "activation"
     if stored_type(index, node) == TensorProto.INT32:
@@ -100,12 +100,12 @@ def role(index: GraphIndex, node: onnx.NodeProto) -> str:
 
 
 def zero_point(node: onnx.NodeProto) -> str:
-    """Returns the name of the zero point; empty if it is omitted."""
+    """Return the name of the zero point; empty if it is omitted."""
     return node.input[2] if len(node.input) > 2 else ""
 
 
 def stored_type(index: GraphIndex, node: onnx.NodeProto) -> int:
-    """Returns the type that a Q writes or a DQ reads, as ONNX defines it."""
+    """Return the type that a Q writes or a DQ reads, as ONNX defines it."""
     if zero_point(node) in index.types and zero_point(node):
         return index.types[zero_point(node)]
     if node.op_type == QUANTIZE:
@@ -115,18 +115,18 @@ def stored_type(index: GraphIndex, node: onnx.NodeProto) -> int:
 
 
 def _quantize_of(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
-    """The Q of a pair, given either half; a DQ without a Q is returned itself."""
+    """Return the Q of a pair, given either half; a DQ without a Q is returned itself."""
     return (index.quantizer(node) if node.op_type == DEQUANTIZE else node) or node
 
 
 def _source(index: GraphIndex, node: onnx.NodeProto) -> str:
-    """The tensor that a pair quantizes, or that a DQ without a Q reads."""
+    """Return the tensor that a pair quantizes, or that a DQ without a Q reads."""
     name: str = _quantize_of(index, node).input[0]
     return name
 
 
 def _readers(index: GraphIndex, node: onnx.NodeProto) -> Iterator[tuple[onnx.NodeProto, int]]:
-    """The inputs that read the output of a pair, given either half."""
+    """Return the inputs that read the output of a pair, given either half."""
     pairs = [node]
     if node.op_type == QUANTIZE:
         pairs = [user for user, _ in index.uses(node.output[0]) if user.op_type == DEQUANTIZE]
@@ -209,7 +209,7 @@ def _fp8_range(index: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -> It
 
 
 def _tensors_around(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
-    """The float tensors before a Q and after a DQ, also those behind a Cast."""
+    """Return the float tensors before a Q and after a DQ, also those behind a Cast."""
     if node.op_type == QUANTIZE:
         return [node.input[0], index.origin(node.input[0])]
     following = [out for reader, _ in index.readers[node.output[0]] for out in reader.output
@@ -218,7 +218,7 @@ def _tensors_around(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
 
 
 def _zero(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
-    """The zero point; 0 if it is omitted, None if it is not a constant."""
+    """Return the zero point; 0 if it is omitted, None if it is not a constant."""
     return index.constant(zero_point(node)) if zero_point(node) else np.zeros((), np.int8)
 
 
@@ -257,14 +257,14 @@ def _weight_scales(index: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -
 
 
 def _output_axis(node: onnx.NodeProto) -> int:
-    """The axis of the output channels in a node's weight."""
+    """Return the axis of the output channels in a node's weight."""
     if node.op_type == "Gemm":
         return 1 - attribute(node, "transB", 0)
     return 1 if node.op_type == "MatMul" else 0
 
 
 def _placement(index: GraphIndex) -> Iterator[Finding]:
-    """Which nodes read quantized tensors, and where pairs stand."""
+    """Return which nodes read quantized tensors, and where pairs stand."""
     batch = index.graph.input[0].type.tensor_type.shape.dim if index.graph.input else ()
     dynamic = not batch or not batch[0].HasField("dim_value")
     images = {entry.name for entry in index.inputs}
@@ -306,7 +306,7 @@ def _residual(index: GraphIndex, add: onnx.NodeProto) -> Iterator[Finding]:
 
 
 def _kinds(index: GraphIndex, names: Iterable[str]) -> list[str]:
-    """Returns the types that some tensors are quantized to."""
+    """Return the types that some tensors are quantized to."""
     pairs = [index.dequantized(name, MOVES) for name in names]
     kinds = {stored_type(index, pair) for pair in pairs if pair is not None}
     return sorted(TensorProto.DataType.Name(kind).lower() for kind in kinds)
@@ -321,21 +321,21 @@ def _runs_in_float(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 def _pools_int8(index: GraphIndex, pool: onnx.NodeProto) -> bool:
-    """A DQ before it, or a Q as the only reader, which TensorRT moves before it."""
+    """Return a DQ before it, or a Q as the only reader, which TensorRT moves before it."""
     readers = list(index.uses(pool.output[0]))
     only_quantize = len(readers) == 1 and readers[0][0].op_type == QUANTIZE
     return only_quantize or index.dequantized(pool.input[0], MOVES) is not None
 
 
 def _unread(index: GraphIndex, dequantize: onnx.NodeProto) -> bool:
-    """Whether nothing reads a DQ; if it is the only reader of its Q, the Q is reported."""
+    """Return whether nothing reads a DQ; if it is the only reader of its Q, the Q is reported."""
     name, stored = dequantize.output[0], dequantize.input[0]
     pair = index.quantizer(dequantize) is not None and len(index.readers[stored]) == 1
     return not (pair or index.readers[name] or name in index.outputs)
 
 
 def _useless(index: GraphIndex, quantize: onnx.NodeProto) -> Iterator[Finding]:
-    """A pair that nothing reads, that no INT8 kernel reads, or that prevents fusion."""
+    """Return a pair that nothing reads, that no INT8 kernel reads, or that prevents fusion."""
     name, values = label(quantize), quantize.output[0]
     pairs = [node for node, _ in index.uses(values, MOVES) if node.op_type == DEQUANTIZE]
     if index.reaches_output(values) or any(index.reaches_output(p.output[0]) for p in pairs):

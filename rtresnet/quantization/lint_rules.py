@@ -191,7 +191,7 @@ class Finding:
 
 
 def finding(rule: str, node: str, severity: str | None = None, detail: str = "") -> Finding:
-    """Makes a finding in the rule's words; `detail` is appended to the consequence."""
+    """Make a finding in the rule's words; `detail` is appended to the consequence."""
     usual, consequence, fix = RULES[rule]
     return Finding(
         rule=rule,

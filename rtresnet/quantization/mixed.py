@@ -22,7 +22,7 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 def to_half_except(model: onnx.ModelProto, float_nodes: Collection[str]) -> onnx.ModelProto:
-    """Converts all nodes but some to FP16.
+    """Convert all nodes but some to FP16.
 
     Args:
         model: A model in float32. Not changed.

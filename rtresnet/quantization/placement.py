@@ -29,7 +29,7 @@ class Use:
 def place_quantizers(
     nodes: Iterable[N], constants: Collection[str] = (), nodes_to_exclude: Collection[str] = ()
 ) -> dict[str, list[Use]]:
-    """Returns the activations to quantize, in graph order, and the inputs that read them quantized.
+    """Return the activations to quantize, in graph order, and the inputs that read them quantized.
 
     Args:
         nodes: Of a folded net, in order of execution.
@@ -61,7 +61,7 @@ def place_quantizers(
 
 
 def residual_branches(nodes: Iterable[N], constants: Collection[str] = ()) -> list[str]:
-    """Returns the float tensors that are added to a quantized shortcut and that a Conv makes.
+    """Return the float tensors that are added to a quantized shortcut and that a Conv makes.
 
     Args:
         nodes: As for `place_quantizers`.

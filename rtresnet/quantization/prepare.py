@@ -23,7 +23,7 @@ OLDEST = 13  # before it QuantizeLinear has no per-channel scales
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns the model in that form.
+    """Return the model in that form.
 
     Args:
         model: Not changed.
@@ -68,7 +68,7 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
 
 
 def _remove(graph: onnx.GraphProto, *operators: str) -> None:
-    """Removes operators that pass their input on; an output of the graph keeps its name."""
+    """Remove operators that pass their input on; an output of the graph keeps its name."""
     outputs = {entry.name for entry in graph.output}
     renamed: dict[str, str] = {}
     nodes = []
@@ -82,7 +82,7 @@ def _remove(graph: onnx.GraphProto, *operators: str) -> None:
 
 
 def _separate_constants(graph: onnx.GraphProto) -> None:
-    """Copies constants that several nodes share; exporters store equal weights once.
+    """Copy constants that several nodes share; exporters store equal weights once.
 
     Weights are folded, scaled and quantized in place, for one node each.
     """
@@ -99,7 +99,7 @@ def _separate_constants(graph: onnx.GraphProto) -> None:
 
 
 def _fold_batch_norms(model: onnx.ModelProto) -> metadata.NormStatistics:
-    """Folds every batch norm; returns the statistics of the convolutions' outputs."""
+    """Fold every batch norm; return the statistics of the convolutions' outputs."""
     index = GraphIndex(model)
     statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     nodes = []
@@ -128,7 +128,7 @@ def _fold_batch_norms(model: onnx.ModelProto) -> metadata.NormStatistics:
 def _fold(
     index: GraphIndex, conv: onnx.NodeProto, norm: onnx.NodeProto
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Folds one batch norm; returns mean and deviation of its output, float64 [C]."""
+    """Fold one batch norm; return mean and deviation of its output, float64 [C]."""
     gamma, beta, mean, variance = (_float64(index, name) for name in norm.input[1:5])
     epsilon = next((entry.f for entry in norm.attribute if entry.name == "epsilon"), 1e-5)
     factor = gamma / np.sqrt(variance + epsilon)

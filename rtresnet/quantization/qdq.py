@@ -41,7 +41,7 @@ from rtresnet.quantization.placement import WEIGHTED, Use, place_quantizers
 def placement(
     model: onnx.ModelProto, nodes_to_exclude: Collection[str] = ()
 ) -> dict[str, list[Use]]:
-    """Returns the activations to quantize, in graph order, and the inputs that read them quantized.
+    """Return the activations to quantize, in graph order, and the inputs that read them quantized.
 
     Args:
         model: Folded FP32 model.
@@ -63,7 +63,7 @@ def placement(
 
 
 def stem(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Returns the names of the convolutions that read the image, which FP8 leaves in float."""
+    """Return the names of the convolutions that read the image, which FP8 leaves in float."""
     image = GraphIndex(model).inputs[0].name
     return tuple(
         node.name for node in model.graph.node if node.op_type == "Conv" and node.input[0] == image
@@ -79,7 +79,7 @@ def insert(
     number_format: NumberFormat = INT8,
     int8_nodes: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Inserts the Q/DQ pairs.
+    """Insert the Q/DQ pairs.
 
     Args:
         model: Folded FP32 model. Not changed.

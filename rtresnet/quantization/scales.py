@@ -98,7 +98,7 @@ class _File(TypedDict):
 
 
 def write(path: Path, calibrated: Calibrated, origin: ScalesOrigin) -> Path:
-    """Writes scales and what they belong to.
+    """Write scales and what they belong to.
 
     Args:
         path: In calib/, or next to the quantized file.
@@ -125,7 +125,7 @@ def write(path: Path, calibrated: Calibrated, origin: ScalesOrigin) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> SavedScales:
-    """Reads a file that `write` wrote.
+    """Read a file that `write` wrote.
 
     Raises:
         ArtifactError: It is not such a file.
@@ -159,7 +159,7 @@ def read(path: str | os.PathLike[str]) -> SavedScales:
 
 
 def differences(saved: SavedScales, origin: ScalesOrigin) -> list[str]:
-    """Returns in what the scales' origin differs from the one wanted now, in words."""
+    """Return the differences between the scales' origin and the expected one, in words."""
     wanted = dataclasses.asdict(origin)
     present = {"format": "int8"} | dict(saved.origin)  # files from before FP8 do not say it
     return [name for field, name in COMPARED.items() if present.get(field) != wanted[field]]

@@ -42,7 +42,7 @@ class Block:
 
 
 def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Returns the nodes that can be quantized, by block, in graph order."""
+    """Return the nodes that can be quantized, by block, in graph order."""
     by_block: dict[str, list[str]] = {}
     index = GraphIndex(model)
     for node, (_, block) in zip(index.nodes, index.blocks(), strict=True):
@@ -54,7 +54,7 @@ def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
 def sensitivity(
     calibrated: Calibrated, held_out: Sequence[np.ndarray], reference: np.ndarray
 ) -> list[Block]:
-    """Measures every block; returns the most harmful first.
+    """Measure every block; return the most harmful one first.
 
     Args:
         calibrated: From calibration.

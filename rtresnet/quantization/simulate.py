@@ -61,7 +61,7 @@ class Simulation:
         self.session, self.batch = make_session(quantized), fixed_batch(model)
 
     def logits(self, batches: Sequence[np.ndarray], scales: Mapping[str, float]) -> np.ndarray:
-        """Returns float32 [N, classes] of the images of all batches.
+        """Return float32 [N, classes] of the images of all batches.
 
         Args:
             batches: float32 [N, 3, S, S] each.
@@ -80,7 +80,7 @@ class Simulation:
 
 
 def fixed_batch(model: onnx.ModelProto) -> int | None:
-    """Returns the only batch size that a model takes; None if it is open."""
+    """Return the only batch size that a model takes; None if it is open."""
     dims = model.graph.input[0].type.tensor_type.shape.dim
     return dims[0].dim_value or None if dims else None
 
@@ -90,7 +90,7 @@ def make_session(
     outputs: Sequence[str] = (),
     extra_nodes: Sequence[onnx.NodeProto] = (),
 ) -> Any:
-    """Makes an ONNX Runtime session that computes the graph as it is written.
+    """Make an ONNX Runtime session that computes the graph as it is written.
 
     Args:
         model: Any model.
@@ -120,14 +120,14 @@ def make_session(
 
 
 def noise_ratio(reference: np.ndarray, quantized: np.ndarray) -> float:
-    """Returns the signal to quantization noise of logits, in dB."""
+    """Return the signal to quantization noise of logits, in dB."""
     signal = float(np.square(reference, dtype=np.float64).sum())
     noise = float(np.square(reference.astype(np.float64) - quantized).sum())
     return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")
 
 
 def _dequantize_weights(model: onnx.ModelProto) -> None:
-    """Dequantizes weights once instead of in every run."""
+    """Dequantize weights once instead of in every run."""
     index, nodes = GraphIndex(model), []
     for node in index.nodes:
         weight = index.constant(node.input[0]) if node.op_type == DEQUANTIZE else None

@@ -168,7 +168,7 @@ def _detections(results: Results) -> DataTable:
 
 
 def _origin(results: Results) -> DataTable:
-    """What training measured of the checkpoint, and what quantization cost."""
+    """Return what training measured of the checkpoint, and what quantization cost."""
     rows = []
     for artifact in results.artifacts:
         trained, gate = artifact.trained, artifact.gate

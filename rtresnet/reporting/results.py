@@ -364,7 +364,7 @@ def _read_sidecars(known: Artifact) -> None:
 
 
 def _gate(measured: Mapping[str, Any]) -> GateLoss | None:
-    """What a sidecar says of the accuracy gate; None where it says nothing valid."""
+    """Return a sidecar's accuracy gate; None if it has no valid one."""
     drop, gate = measured.get("drop"), measured.get("gate")
     if not isinstance(drop, dict):
         return None
@@ -407,7 +407,7 @@ def _choose_accuracies(known: Sequence[Artifact]) -> None:
 
 
 def _label_notes(record: Accuracy) -> list[str]:
-    """What an accuracy assumes of its labels, and what else a reader must know of them."""
+    """Return the assumptions on the labels of an accuracy, and further remarks."""
     remarks = (record.get("labels") or {}).get("remarks") or []
     assumed = record.get("assumed") or []
     return [*remarks, *(line for line in assumed if not line.startswith("input"))]

@@ -309,7 +309,7 @@ def gradient_table(result: GradientsResult) -> DataTable:
 
 
 def gradient_figure(result: GradientsResult, data: str) -> Figure:
-    """The norms by layer on a logarithmic axis, at initialization and at the end of the run."""
+    """Draw the norms by layer on a logarithmic axis, at initialization and after the run."""
     last = max(point.step for net in result.nets for point in net.points)
     shown = [0, -1] if last else [0]
     drawing, grid = subplots(len(shown), 1, 7.2, 1.2 + 2.8 * len(shown))

@@ -52,7 +52,7 @@ Array = np.ndarray | DeviceArray
 
 
 def check_images(io: IoSpec, images: Any, stream: int) -> Array:
-    """Checks the images of a call and returns them as an array.
+    """Check the images of a call and return them as an array.
 
     Args:
         io: The engine's input and outputs.
@@ -87,7 +87,7 @@ def check_images(io: IoSpec, images: Any, stream: int) -> Array:
 
 
 def make_results(io: IoSpec, out: Any, count: int, stream: int) -> Sequence[Array]:
-    """Returns the arrays for the outputs of a call: new ones, or the caller's `out` after a check.
+    """Return the arrays for the outputs of a call: new ones, or the caller's `out` after a check.
 
     Args:
         io: The engine's input and outputs.
@@ -123,14 +123,14 @@ def make_results(io: IoSpec, out: Any, count: int, stream: int) -> Sequence[Arra
 
 
 def is_on_gpu(array: Any) -> bool:
-    """Whether an object provides memory on a GPU."""
+    """Return whether an object provides memory on a GPU."""
     if hasattr(array, "__dlpack_device__"):
         return int(array.__dlpack_device__()[0]) in ON_GPU
     return hasattr(array, "__cuda_array_interface__")
 
 
 def view(array: Any, stream: int, device: int = 0) -> DeviceArray:
-    """Describes an array on the GPU.
+    """Describe an array on the GPU.
 
     Args:
         array: An object for which `is_on_gpu` is true.
@@ -185,7 +185,7 @@ class _Tensor(ctypes.Structure):
 
 
 def _from_dlpack(capsule: Any) -> DeviceArray:
-    """Reads a capsule without consuming it: the capsule frees the tensor with itself."""
+    """Read a capsule without consuming it: the capsule frees the tensor with itself."""
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     tensor = ctypes.cast(get(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
@@ -205,7 +205,7 @@ def _from_dlpack(capsule: Any) -> DeviceArray:
 
 
 def _require_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """Raises InputError if the array is not C-contiguous; strides count elements."""
+    """Raise InputError if the array is not C-contiguous; strides count elements."""
     expected = 1
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
         if length != 1 and stride != expected and 0 not in shape:

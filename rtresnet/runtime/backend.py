@@ -41,7 +41,7 @@ class Backend(Protocol):
     versions: dict[str, str]
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
-        """Runs a batch of any N from 1.
+        """Run a batch of any N from 1.
 
         Args:
             images: `input_dtype` [N, 3, S, S] or [N, S, S, 3], depending on `layout`.
@@ -55,16 +55,16 @@ class Backend(Protocol):
         ...
 
     def timings(self) -> dict[str, float]:
-        """Returns milliseconds of the last call's parts, measured by events; empty if unknown."""
+        """Return milliseconds of the last call's parts, measured by events; empty if unknown."""
         ...
 
     def close(self) -> None:
-        """Frees memory and handles. Calling it twice is fine."""
+        """Free memory and handles. Calling it twice is fine."""
         ...
 
 
 def logits(outputs: np.ndarray | TopK, path: object) -> np.ndarray:
-    """Returns the logits of what `infer` returned.
+    """Return the logits of what `infer` returned.
 
     Args:
         outputs: What `infer` returned.

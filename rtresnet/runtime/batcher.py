@@ -140,7 +140,7 @@ class Batcher:
         atexit.register(self.close)
 
     def submit(self, image: np.ndarray) -> Answer:
-        """Submits one image.
+        """Submit one image.
 
         Args:
             image: An input of the session without N: float32 [3, S, S], or uint8 [S, S, 3] for a
@@ -183,7 +183,7 @@ class Batcher:
         return call.future
 
     def close(self) -> None:
-        """Refuses further images and waits for those that were submitted. May be called twice."""
+        """Refuse further images and wait for those that were submitted. May be called twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -240,7 +240,7 @@ class Batcher:
             del taken, calls, outcome  # an idle thread must not keep the last images alive
 
     def _gathered(self, calls: list[_Call], memory: np.ndarray) -> np.ndarray:
-        """Copies the images to the start of `memory`, or of new memory if they do not fit."""
+        """Copy the images to the start of `memory`, or of new memory if they do not fit."""
         if calls:
             image = calls[0].image
             if (memory.shape[1:], memory.dtype) != (image.shape, image.dtype):
@@ -249,7 +249,7 @@ class Batcher:
         return memory
 
     def _learn(self, late: float) -> None:
-        """Makes waits end earlier by the seconds that batches which waited for the clock are late.
+        """Make waits end earlier by the seconds that batches which waited for the clock are late.
 
         Increases faster than it decreases, so that most batches are in time instead of half.
         """
@@ -257,7 +257,7 @@ class Batcher:
         self._early += (late - self._early) / (8 if late > self._early else 32)
 
     def _take(self) -> tuple[int, list[_Call], float | None] | None:
-        """Returns the next batch: its number, its calls, and its planned start.
+        """Return the next batch: its number, its calls, and its planned start.
 
         The planned start is None unless the batch waited for the clock. Returns None at the end.
         """
@@ -292,7 +292,7 @@ class Batcher:
             return number, calls, planned
 
     def _settle(self, number: int, calls: list[_Call], outcome: list[Any] | BaseException) -> None:
-        """Delivers results in the order of the batches; one thread at a time, without the lock.
+        """Deliver results in the order of the batches; one thread at a time, without the lock.
 
         The futures' callbacks run inside and may call `submit`.
         """
@@ -319,7 +319,7 @@ class Batcher:
 
 
 def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
-    """Returns shape and type of one image if the session has them; None if anything may fit."""
+    """Return shape and type of one image if the session has them; None if anything may fit."""
     if not isinstance(session, Session) or session.backend.size is None:
         return None
     side, backend = session.backend.size, session.backend
@@ -328,7 +328,7 @@ def _expected(session: object) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
 
 
 def _alike(calls: list[_Call], call: _Call) -> bool:
-    """Whether a call's image has the shape and type of the others."""
+    """Return whether a call's image has the shape and type of the others."""
     if not calls:
         return True
     first = calls[0].image
@@ -336,7 +336,7 @@ def _alike(calls: list[_Call], call: _Call) -> bool:
 
 
 def _rows(result: Any, count: int) -> list[Any]:
-    """Copies the row of each image, because backends may reuse the memory of their outputs."""
+    """Copy the row of each image, because backends may reuse the memory of their outputs."""
     if isinstance(result, tuple):
         return list(zip(*(_rows(part, count) for part in result), strict=True))
     if len(result) != count:
@@ -346,7 +346,7 @@ def _rows(result: Any, count: int) -> list[Any]:
 
 @contextlib.contextmanager
 def short_switch_interval(seconds: float = SWITCH_SECONDS) -> Iterator[None]:
-    """Makes threads release the GIL sooner, for the whole process, until the `with` block ends.
+    """Make threads release the GIL sooner, for the whole process, until the `with` block ends.
 
     A thread that waited for the GPU needs the GIL to continue. Next to a thread that computes in
     Python, it gets the GIL after `sys.getswitchinterval()`.

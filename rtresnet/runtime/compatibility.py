@@ -18,7 +18,7 @@ REBUILD = "build it on this machine: rtresnet build"
 
 
 def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> None:
-    """Compares a plan's sidecar with the GPU and the TensorRT of this machine, in this order.
+    """Compare a plan's sidecar with the GPU and the TensorRT of this machine, in this order.
 
     Args:
         path: The plan.
@@ -54,7 +54,7 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
 
 
 def check_header(trt: Any, runtime: Any, data: bytes, path: Path, errors: ErrorLog) -> None:
-    """Asks TensorRT-RTX whether a plan can run here, which it reads from the plan's first bytes.
+    """Ask TensorRT-RTX whether a plan can run here, which it reads from the plan's first bytes.
 
     Args:
         trt: The TensorRT module.
@@ -95,7 +95,7 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path, errors: ErrorL
 
 
 def rebuild_here(gpu: hardware.Gpu, source: str = "MODEL.onnx") -> str:
-    """Returns the fix for a plan that this GPU does not accept: the command that builds one."""
+    """Return the fix for a plan that this GPU does not accept: the command that builds one."""
     if gpu_targets.served_by_rtx(gpu.target):
         return f"build it for this GPU: rtresnet build {source} --target current"
     return (
@@ -111,7 +111,7 @@ def _source(path: str | os.PathLike[str], sidecar: Sidecar) -> str:
 def plan_needs_gpu(
     path: str | os.PathLike[str], sidecar: Sidecar | None, *, here: bool = False
 ) -> UnavailableError:
-    """Returns the error for a plan that cannot use a GPU.
+    """Return the error for a plan that cannot use a GPU.
 
     Args:
         path: The plan.

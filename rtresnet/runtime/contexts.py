@@ -67,7 +67,7 @@ def configure_contexts(
     kernels: str,
     cache_for: Path | None,
 ) -> ContextConfig:
-    """Decides how the contexts of an engine are created.
+    """Decide how the contexts of an engine are created.
 
     Args:
         trt: The TensorRT module.
@@ -145,7 +145,7 @@ class KernelCache:
             self._stored = blob
 
     def save(self) -> None:
-        """Writes the kernels if the file does not have them. Warns if writing fails."""
+        """Write the kernels if the file does not have them. Warns if writing fails."""
         memory = self.cache.serialize()
         blob = b"" if memory is None else bytes(memory)
         if not blob or blob == self._stored:
@@ -162,7 +162,7 @@ class KernelCache:
 
 
 def cache_path(path: str | os.PathLike[str]) -> Path:
-    """Returns the file for a plan's compiled kernels: `engines/resnet50.plan.cache`."""
+    """Return the file for a plan's compiled kernels: `engines/resnet50.plan.cache`."""
     return Path(f"{os.fspath(path)}.cache")
 
 
@@ -187,7 +187,7 @@ class BoundContext:
         self._bound: tuple[int, tuple[int, ...]] | None = None
 
     def bind(self, run: int, addresses: tuple[int, ...]) -> None:
-        """Sets the batch size and the addresses of input and outputs if they have changed."""
+        """Set the batch size and the addresses of input and outputs if they have changed."""
         if self._bound == (run, addresses):
             return
         self._bound = None  # unknown if a call fails
@@ -205,7 +205,7 @@ class BoundContext:
         self._bound = run, addresses
 
     def execute(self, stream: int) -> None:
-        """Enqueues the engine on a stream."""
+        """Enqueue the engine on a stream."""
         if not self.context.execute_async_v3(stream):
             self._check_call(False, "execute_async_v3")
         self.has_run = True
@@ -260,7 +260,7 @@ class GraphContexts:
         return self.capture is not False or self.built_in is not False
 
     def get(self, key: GraphKey, call: Any) -> BoundContext | None:
-        """Returns the context for a batch size and set of buffers; None if it has no graph.
+        """Return the context for a batch size and set of buffers; None if it has no graph.
 
         Args:
             key: Profile, batch size and index of the buffers.
@@ -283,7 +283,7 @@ class GraphContexts:
         return bound
 
     def settle(self, key: GraphKey, call: Any) -> None:
-        """Finds out whether a batch size that has run can be a graph, and captures it if so."""
+        """Find out whether a batch size that has run can be a graph, and capture it if so."""
         bound = self._contexts[key]
         bound.settled = True
         try:
@@ -306,7 +306,7 @@ class GraphContexts:
             warnings.warn(f"no CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
 
     def capture_engine(self, bound: BoundContext) -> Any:
-        """Captures a graph of the engine without copies."""
+        """Capture a graph of the engine without copies."""
         return self._captured(lambda: bound.execute(self._stream))
 
     def _captured(self, enqueue: Callable[[], None]) -> Any:
@@ -320,12 +320,12 @@ class GraphContexts:
         return self._cuda.end_capture(self._stream)
 
     def clear(self) -> None:
-        """Destroys all graphs and their contexts."""
+        """Destroy all graphs and their contexts."""
         while self._contexts:
             self._destroy_graphs(self._contexts.popitem()[1])
 
     def _destroy_graphs(self, bound: BoundContext) -> None:
-        """Destroys a context's graphs, which has to come before the context."""
+        """Destroy a context's graphs, which has to come before the context."""
         for graph in (bound.whole, bound.engine):
             if graph is not None:
                 self._cuda.destroy_graph(graph)

@@ -89,7 +89,7 @@ def rewrite_for_cpu(
     integer_chains: bool = True,
     preserve_numerics: bool = False,
 ) -> CpuModel:
-    """Rewrites a file for a CPU provider.
+    """Rewrite a file for a CPU provider.
 
     Args:
         path: The ONNX file.
@@ -121,12 +121,12 @@ def rewrite_for_cpu(
 
 
 def is_quantized(path: str | os.PathLike[str]) -> bool:
-    """Whether an ONNX file names QuantizeLinear or DequantizeLinear. Needs no onnx."""
+    """Return whether an ONNX file names QuantizeLinear or DequantizeLinear. Needs no onnx."""
     return b"uantizeLinear" in Path(path).read_bytes()
 
 
 def has_fp8(path: str | os.PathLike[str]) -> bool:
-    """Whether an ONNX file has FP8 tensors; False where the package onnx is not installed."""
+    """Return whether an ONNX file has FP8 tensors; False if the package onnx is missing."""
     if not is_quantized(path) or not hardware.installed("onnx"):
         return False
     from onnx import TensorProto
@@ -249,7 +249,7 @@ def quantize_branches(model: Any) -> int:
 def _branch(
     graph: _CpuIndex, add: Any, ranges: metadata.BranchRanges
 ) -> tuple[int, np.ndarray, np.ndarray] | None:
-    """Which input of a residual addition is the float branch, its scale and its zero point."""
+    """Return the float input of a residual addition, its scale and its zero point."""
     kinds = [graph.operator(name) for name in add.input]
     if add.op_type != "Add" or sorted(kinds) != ["Conv", "DequantizeLinear"]:
         return None
@@ -329,7 +329,7 @@ class _CpuIndex(GraphIndex):
     """An index that knows the pairs of rule 1, taken before anything is moved."""
 
     def dequantized_weight(self, node: Any) -> tuple[int, np.ndarray] | None:
-        """A weight behind a DequantizeLinear: its largest integer and its values.
+        """Return a weight behind a DequantizeLinear: its largest integer and its values.
 
         None if it is not an 8-bit constant.
         """
@@ -356,21 +356,21 @@ class _CpuIndex(GraphIndex):
         return int(np.abs(steps).max(initial=0)), steps.astype(scale.dtype) * scale
 
     def is_int8(self, quantize: Any) -> bool:
-        """Whether it quantizes to int8 with one scale and zero point 0."""
+        """Return whether it quantizes to int8 with one scale and zero point 0."""
         scale, zero = (self.scalar(name) for name in (*quantize.input[1:3], "", "")[:2])
         return scale is not None and zero is not None and zero.dtype == np.int8 and zero == 0
 
     def is_int8_range(self, node: Any) -> bool:
-        """Whether it is half of a pair of rule 1: uint8 that covers the range of int8."""
+        """Return whether it is half of a pair of rule 1: uint8 that covers the range of int8."""
         pair = node.op_type in (QUANTIZE, DEQUANTIZE) and len(node.input) > 2
         return pair and node.input[2] in ZERO_POINTS
 
     def is_clipped(self, node: Any) -> bool:
-        """Whether it is half of a pair of rule 1 with integers from 0 to 127."""
+        """Return whether it is half of a pair of rule 1 with integers from 0 to 127."""
         return self.is_int8_range(node) and node.input[2] == CLIPPED
 
     def never_negative(self, name: str) -> bool:
-        """Whether a ReLU makes a tensor, before operations that keep its sign."""
+        """Return whether a ReLU makes a tensor, before operations that keep its sign."""
         node = self.producers.get(name)
         while node is not None and node.op_type in SIGN_PRESERVING:
             padding = node.input[2] if node.op_type == "Pad" and len(node.input) > 2 else ""
@@ -382,7 +382,7 @@ class _CpuIndex(GraphIndex):
         return node is not None and node.op_type == "Relu"
 
     def ends_in_integers(self, name: str) -> bool:
-        """Whether a kernel that writes integers makes a tensor.
+        """Return whether a kernel that writes integers makes a tensor.
 
         A QuantizeLinear directly behind a float convolution would make ONNX Runtime quantize its
         weights again (its WeightBiasQuantization), with a saturating kernel.

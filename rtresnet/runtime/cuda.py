@@ -41,7 +41,7 @@ class Cuda(Protocol):
     graphs: bool
 
     def active(self) -> AbstractContextManager[None]:
-        """Makes the device current in this thread. Call every other operation inside."""
+        """Make the device current in this thread. Call every other operation inside."""
         ...
 
     def memory(self) -> tuple[int, int]: ...  # bytes free, bytes in all
@@ -70,7 +70,7 @@ class Cuda(Protocol):
 
 
 def open_cuda(device: int = 0) -> Cuda:
-    """Opens a device's primary context with the binding that RTRESNET_CUDA names.
+    """Open a device's primary context with the binding that RTRESNET_CUDA names.
 
     Raises:
         UnknownNameError: There is no such binding.
@@ -89,12 +89,12 @@ def open_cuda(device: int = 0) -> Cuda:
 
 
 def host_view(address: int, size: int) -> np.ndarray:
-    """Returns host memory as an array of bytes, which does not keep it alive."""
+    """Return host memory as an array of bytes, which does not keep it alive."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def pinned(shape: int | Sequence[int], dtype: Any) -> np.ndarray:
-    """Allocates an array in page-locked (pinned) host memory, uninitialized, as `np.empty` does.
+    """Allocate an array in page-locked (pinned) host memory, uninitialized, as `np.empty` does.
 
     A plan copies a batch from pinned memory straight to the GPU; other memory needs one more copy
     on the host. Use it for buffers that many calls reuse: allocating takes milliseconds, and the
@@ -138,7 +138,7 @@ def _free_pinned(cuda: Cuda, address: int) -> None:
 
 
 def allocate_pinned_array(cuda: Cuda, shape: int | Sequence[int], dtype: Any) -> np.ndarray:
-    """Allocates a `pinned` array on an open device."""
+    """Allocate a `pinned` array on an open device."""
     try:
         dtype = np.dtype(dtype)
         lengths = [int(n) for n in (shape if isinstance(shape, Sequence) else (shape,))]
@@ -271,7 +271,7 @@ class CudaPython:
 
 
 def _checked(driver: Any, name: str) -> Callable[..., None]:
-    """Makes a function of the driver raise UnavailableError instead of returning a code."""
+    """Make a function of the driver raise UnavailableError instead of returning a code."""
     function = getattr(driver, name)
 
     def call(*arguments: Any) -> None:
@@ -287,7 +287,7 @@ def _failure(name: str, code: Any) -> UnavailableError:
 
 
 def _translated(binding: type) -> type:
-    """Makes every operation of a class raise UnavailableError instead of pycuda's errors."""
+    """Make every operation of a class raise UnavailableError instead of pycuda's errors."""
 
     def translated(operation: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(operation)

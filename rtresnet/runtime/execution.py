@@ -208,7 +208,7 @@ class ExecutionStream:
         del self._make_context  # refers to the engine, and `graphs` to this object
 
     def _warm_up(self) -> None:
-        """Prepares the usual batch sizes, so that no caller waits for kernels or a capture."""
+        """Prepare the usual batch sizes, so that no caller waits for kernels or a capture."""
         for count in WARMED:
             if not self.graphs.enabled or count > self._io.largest:
                 return
@@ -252,7 +252,7 @@ class ExecutionStream:
         return call
 
     def run(self, images: Array, results: Sequence[Array] | None = None) -> Sequence[Array]:
-        """Computes a batch of any size and waits for it.
+        """Compute a batch of any size and wait for it.
 
         Args:
             images: On the host, or on the GPU, where the engine reads them without a copy.
@@ -312,7 +312,7 @@ class ExecutionStream:
             self._cuda.to_host(*copy)
 
     def enqueue(self, images: Array, results: Sequence[Array]) -> None:
-        """Starts a batch and returns; `finish` waits for it.
+        """Start a batch and returns; `finish` waits for it.
 
         At most two chunks are in progress. If there are two, this waits for the older one first.
 
@@ -329,7 +329,7 @@ class ExecutionStream:
         self._pending.append((images, results))
 
     def finish(self) -> Sequence[Array]:
-        """Waits for the oldest batch that was enqueued, and returns its results."""
+        """Wait for the oldest batch that was enqueued, and return its results."""
         try:
             _, results = self._pending[0]
             self._last = None  # unknown if a later batch has used the buffers already
@@ -345,12 +345,12 @@ class ExecutionStream:
         return self._pending.popleft()[1]
 
     def discard(self) -> None:
-        """Waits for every batch that was enqueued and not finished, and drops its results."""
+        """Wait for every batch that was enqueued and not finished, and drop its results."""
         if self._pending:
             self._drain()
 
     def _run_chunks(self, call: _Call, images: Array, results: Sequence[Array]) -> None:
-        """Computes any batch; one of several chunks uses both streams."""
+        """Compute any batch; one of several chunks uses both streams."""
         copies = self.compute if len(call.chunks) == 1 else self._copies
         self._turn = 0
         self._start(call, images, results, copies)
@@ -361,7 +361,7 @@ class ExecutionStream:
         self._last = last
 
     def _start(self, call: _Call, images: Array, results: Sequence[Array], copies: int) -> None:
-        """Enqueues a batch without the last chunk's copy out, which `_fetch_last` enqueues."""
+        """Enqueue a batch without the last chunk's copy out, which `_fetch_last` enqueues."""
         cuda = self._cuda
         pinned = self._is_pinned(images)
         for array in (images, *results):
@@ -384,13 +384,13 @@ class ExecutionStream:
             self._unfetched = None
 
     def _is_pinned(self, images: Array) -> bool:
-        """Whether the GPU can read the images where they are, without a copy on the host."""
+        """Return whether the GPU can read the images where they are, without a copy on the host."""
         if isinstance(images, DeviceArray) or not images.flags.c_contiguous:
             return False
         return self._cuda.is_pinned(images.ctypes.data)
 
     def _mark(self, event: Any, stream: int) -> None:
-        """Records an event that is used for timing only."""
+        """Record an event that is used for timing only."""
         if event is not None:
             self._cuda.record(event, stream)
 
@@ -497,7 +497,7 @@ class ExecutionStream:
             buffers.spans["d2h"] = (leaving, buffers.done)
 
     def _finish(self, buffers: IOBuffers) -> None:
-        """Waits for the chunk in a set of buffers, if any, and copies its rows to the results."""
+        """Wait for the chunk in a set of buffers, if any, and copy its rows to the results."""
         chunk = buffers.chunk
         if chunk is None:
             return
@@ -513,7 +513,7 @@ class ExecutionStream:
         buffers.chunk, buffers.results = None, ()
 
     def _drain(self) -> None:
-        """Waits until nothing writes to the buffers, and drops the batches in progress."""
+        """Wait until nothing writes to the buffers, and drop the batches in progress."""
         try:
             for stream in (self._copies, self.compute):
                 with contextlib.suppress(UnavailableError):
@@ -525,19 +525,19 @@ class ExecutionStream:
             self._pending.clear()
 
     def watch(self, profiler: Any) -> None:
-        """Makes an IProfiler report the time of every layer."""
+        """Make an IProfiler report the time of every layer."""
         for bound in self._plain:
             bound.context.profiler = profiler
 
     def timings(self) -> dict[str, float]:
-        """Returns milliseconds of the last chunk by events, and of `enqueue` on the host."""
+        """Return milliseconds of the last chunk by events, and of `enqueue` on the host."""
         if self._last is None or not self._timed:
             return {}
         spans = {name: self._cuda.elapsed(*span) for name, span in self._last.spans.items()}
         return {"h2d": 0.0, "compute": 0.0, "d2h": 0.0} | spans | {"enqueue": self._last.enqueue}
 
     def timeline(self, images: Array, results: Sequence[Array]) -> list[dict[str, Span]]:
-        """Runs a batch and returns when each chunk was copied and computed, in milliseconds."""
+        """Run a batch and return when each chunk was copied and computed, in milliseconds."""
         trace: list[dict[str, Span]] = []
         self._trace = trace
         try:
@@ -550,7 +550,7 @@ class ExecutionStream:
 
 
 def allocate(cuda: Cuda, size: int, stack: ExitStack) -> int:
-    """Allocates GPU memory that the stack frees. Returns 0 if `size` is 0."""
+    """Allocate GPU memory that the stack frees. Returns 0 if `size` is 0."""
     if not size:
         return 0
     address = cuda.allocate(size)

@@ -18,7 +18,7 @@ SIZE = 1 << 20  # bytes of each copy
 
 
 def check_cuda(driver: Any = None) -> dict[str, str]:
-    """Checks memory, copies, streams, events and graphs.
+    """Check memory, copies, streams, events and graphs.
 
     Args:
         driver: Module with the functions of `cuda.bindings.driver`, which is the default.
@@ -64,7 +64,7 @@ def _check_memory_info(cuda: Cuda) -> None:
 
 
 def _check_copies(cuda: Cuda, *, pinned: bool) -> None:
-    """Copies host to device, device to device, sets a part to zero, and copies back."""
+    """Copy host to device, device to device, set a part to zero, and copy back."""
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(_made(cuda.stream, cuda.destroy_stream))
         first, second = (
@@ -90,7 +90,7 @@ def _check_copies(cuda: Cuda, *, pinned: bool) -> None:
 
 
 def _check_events(cuda: Cuda) -> None:
-    """Makes one stream wait for another, and measures the time between two events."""
+    """Make one stream wait for another, and measure the time between two events."""
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(_made(cuda.stream, cuda.destroy_stream)) for _ in range(2)
@@ -111,7 +111,7 @@ def _check_events(cuda: Cuda) -> None:
 
 
 def _check_capture(cuda: Cuda) -> None:
-    """Captures copies in and out as a graph, and launches it twice with different bytes."""
+    """Capture copies in and out as a graph, and launch it twice with different bytes."""
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(_made(cuda.stream, cuda.destroy_stream))
         memory = stack.enter_context(_made(cuda.allocate, cuda.free, SIZE))

@@ -84,7 +84,7 @@ class BatchChunk:
 
 
 def padded_size(count: int) -> int:
-    """Returns the batch size for `count` rows where each size costs a context and a graph.
+    """Return the batch size for `count` rows where each size costs a context and a graph.
 
     The sizes are 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32 and every larger one. At most a sixth of a
     batch is padding, where powers of two would compute up to twice as many rows (17 as 32).
@@ -98,7 +98,7 @@ def padded_size(count: int) -> int:
 def split_batch(
     count: int, profiles: tuple[Profile, ...], *, pad: bool = False
 ) -> tuple[BatchChunk, ...]:
-    """Splits a batch into chunks that fit a profile.
+    """Split a batch into chunks that fit a profile.
 
     A chunk is padded if it is smaller than every profile's minimum and, with `pad`, to the next
     `padded_size`. The profile with the nearest optimum runs it; of two that are equally near, the
@@ -122,7 +122,7 @@ def split_batch(
 
 
 def read_io_spec(trt: Any, engine: Any, path: Path) -> IoSpec:
-    """Reads an engine's input, outputs and profiles.
+    """Read an engine's input, outputs and profiles.
 
     Raises:
         ArtifactError: The engine does not have one input of images, or an output has no batch

@@ -181,7 +181,7 @@ class OrtBackend:
         self._extent = next((entry.name for entry in self._session.get_inputs()[1:]), "")
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
-        """Runs a batch of any N from 1. See `runtime.backend.Backend.infer`.
+        """Run a batch of any N from 1. See `runtime.backend.Backend.infer`.
 
         A file with a fixed batch runs as often as needed, the last time with padding.
 
@@ -214,7 +214,7 @@ class OrtBackend:
         return _result([np.concatenate(parts) for parts in zip(*chunks, strict=True)])
 
     def detect(self, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs a detector on one image.
+        """Run a detector on one image.
 
         Args:
             images: float32 [1, 3, H, W], of the file's size.
@@ -254,7 +254,7 @@ class OrtBackend:
         return values
 
     def _accepts(self, images: np.ndarray) -> bool:
-        """Whether type and shape fit the input; a name stands for any length from 1."""
+        """Return whether type and shape fit the input; a name stands for any length from 1."""
         return (
             images.dtype == self.input_dtype
             and len(images.shape) == len(self._shape)
@@ -265,26 +265,26 @@ class OrtBackend:
         )
 
     def timings(self) -> dict[str, float]:
-        """Returns nothing: ONNX Runtime has no events, and only wall time is known."""
+        """Return an empty dict: ONNX Runtime has no events; only wall time is known."""
         return {}
 
     def end_profile(self) -> str:
-        """Ends the profile and returns its path."""
+        """End the profile and return its path."""
         path: str = self._session.end_profiling()
         return path
 
     def close(self) -> None:
-        """Drops the session."""
+        """Drop the session."""
         self._session = None
 
 
 def _result(outputs: Sequence[np.ndarray]) -> np.ndarray | TopK:
-    """Returns logits, or the two outputs of a top-K file."""
+    """Return logits, or the two outputs of a top-K file."""
     return (outputs[0], outputs[1]) if len(outputs) > 1 else outputs[0]
 
 
 def _int8_note(float_layers: Sequence[str]) -> str:
-    """Describes for people what runs in place of sums that would saturate."""
+    """Describe for people what runs in place of sums that would saturate."""
     shown = ", ".join(float_layers[:3]) + (", ..." if len(float_layers) > 3 else "")
     count = f"{len(float_layers)} layer{'s run' if len(float_layers) > 1 else ' runs'}"
     change = f"{count} in float ({shown})" if float_layers else "none of this file's would"
@@ -292,7 +292,7 @@ def _int8_note(float_layers: Sequence[str]) -> str:
 
 
 def check_placement(session: Any, ep: str) -> dict[str, int]:
-    """Checks that an ONNX Runtime session put every node on the requested execution provider.
+    """Check that an ONNX Runtime session put every node on the requested execution provider.
 
     Args:
         session: An InferenceSession that was created with `RECORD` on.
@@ -324,7 +324,7 @@ def check_placement(session: Any, ep: str) -> dict[str, int]:
 def _load_error(
     path: str | os.PathLike[str], about: Provider, error: Exception
 ) -> ArtifactError | UnavailableError:
-    """Returns the error for a file that did not load: the file's or the provider's fault."""
+    """Return the error for a file that did not load: the file's or the provider's fault."""
     reason = _reason(error)
     no_fallback = "fallback to CPU EP" in str(error)
     if no_fallback or type(error).__name__ == "EPFail" or GPU_FAILURE.search(str(error)):
@@ -338,6 +338,6 @@ def _load_error(
 
 
 def _reason(error: Exception) -> str:
-    """Returns the part of ONNX Runtime's message that says what happened."""
+    """Return the part of ONNX Runtime's message that names the cause."""
     failure = GPU_FAILURE.search(str(error))
     return (failure[0] if failure else str(error)).strip()[:200]

@@ -56,7 +56,7 @@ def record_onnx(
     threads: int | None = None,
     on_progress: Callable[[float], None] = lambda elapsed: None,
 ) -> Recorded:
-    """Profiles an ONNX file on ONNX Runtime's CPU provider, the only one that times every node.
+    """Profile an ONNX file on ONNX Runtime's CPU provider, the only one that times every node.
 
     Args:
         path: An ONNX file.
@@ -103,7 +103,7 @@ def record_plan(
     seconds: float,
     on_progress: Callable[[float], None] = lambda elapsed: None,
 ) -> Recorded:
-    """Profiles a plan on this machine's GPU, without its copies.
+    """Profile a plan on this machine's GPU, without its copies.
 
     Args:
         path: A plan.
@@ -147,7 +147,7 @@ def record_plan(
 
 
 def profiler(trt: Any) -> Any:
-    """Creates an IProfiler that collects (layer, "", milliseconds) in `layers`.
+    """Create an IProfiler that collects (layer, "", milliseconds) in `layers`.
 
     TensorRT calls `report_layer_time(layer_name, ms)` for each layer after each enqueue.
     """
@@ -164,7 +164,7 @@ def profiler(trt: Any) -> Any:
 
 
 def converted(images: np.ndarray, dtype: np.dtype[Any], layout: str) -> np.ndarray:
-    """Converts standard normal float32 [N, 3, S, S] to a file's type and layout.
+    """Convert standard normal float32 [N, 3, S, S] to a file's type and layout.
 
     For uint8 they become pixels.
     """
@@ -175,7 +175,7 @@ def converted(images: np.ndarray, dtype: np.dtype[Any], layout: str) -> np.ndarr
 
 
 def parse(events: Iterable[Mapping[str, Any]]) -> list[Run]:
-    """Splits the events of a profile, in order of time, into runs."""
+    """Split the events of a profile, in order of time, into runs."""
     runs: list[Run] = []
     current: Run = []
     for event in events:

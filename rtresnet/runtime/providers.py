@@ -76,7 +76,7 @@ BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 
 
 def start_error(path: str | os.PathLike[str], provider: Provider) -> UnavailableError:
-    """Returns the error for a provider that did not start, with what its library lacks."""
+    """Return the error for a provider that did not start, with what its library lacks."""
     assert provider.library is not None
     reason = "ONNX Runtime gives no reason"
     try:
@@ -90,7 +90,7 @@ def start_error(path: str | os.PathLike[str], provider: Provider) -> Unavailable
 
 
 def _preload_cuda(ort: Any) -> None:
-    """Loads the CUDA libraries that pip installed, which ONNX Runtime does not search itself.
+    """Load the CUDA libraries that pip installed, which ONNX Runtime does not search itself.
 
     Its output is dropped, because a missing library is an error when the session is created.
     """
@@ -99,7 +99,7 @@ def _preload_cuda(ort: Any) -> None:
 
 
 def _require_gpu(provider: Provider) -> None:
-    """Checks that a provider supports this machine's GPU.
+    """Check that a provider supports this machine's GPU.
 
     Raises:
         UnavailableError: There is no GPU, or the provider does not support it.
@@ -120,7 +120,7 @@ def _require_gpu(provider: Provider) -> None:
 
 
 def find_provider(name: str) -> Provider:
-    """Returns the provider with this name.
+    """Return the provider with this name.
 
     Raises:
         InputError: "tensorrt", ONNX Runtime's own TensorRT provider, which is not supported: builds
@@ -138,7 +138,7 @@ def find_provider(name: str) -> Provider:
 
 
 def import_onnxruntime() -> Any:
-    """Imports ONNX Runtime, without telemetry and with errors only in its log.
+    """Import ONNX Runtime, without telemetry and with errors only in its log.
 
     Raises:
         UnavailableError: It is not installed or cannot be imported.
@@ -159,7 +159,7 @@ def import_onnxruntime() -> Any:
 def use_provider(
     ort: Any, options: Any, provider: Provider, threads: int | None, *, tf32: bool = True
 ) -> list[tuple[str, dict[str, str]]]:
-    """Prepares a session to run on a provider.
+    """Prepare a session to run on a provider.
 
     Args:
         ort: The module onnxruntime.
@@ -211,7 +211,7 @@ def use_provider(
 
 
 def openvino() -> Provider | None:
-    """Returns the OpenVINO provider for this CPU: the plugin, else the built-in one, else None.
+    """Return the OpenVINO provider for this CPU: the plugin, else the built-in one, else None.
 
     The plugin (1.8) supports CPUs of Intel only: microsoft/onnxruntime#31981. The build of ONNX
     Runtime that includes OpenVINO runs on others too.
@@ -225,7 +225,7 @@ def openvino() -> Provider | None:
 
 
 def _plugin_device(provider: Provider) -> Any | None:
-    """Returns the first device of the right kind that an installed plugin offers, or None.
+    """Return the first device of the right kind that an installed plugin offers, or None.
 
     Raises:
         UnavailableError: The plugin's library cannot be loaded.

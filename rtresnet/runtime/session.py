@@ -126,7 +126,7 @@ class Session:
         self._classes = classes
 
     def __call__(self, images: np.ndarray) -> np.ndarray | TopK:
-        """Runs a batch of any N from 1.
+        """Run a batch of any N from 1.
 
         Args:
             images: What `prepare` returns: normalized float32 [N, 3, S, S]; for a file that takes
@@ -150,7 +150,7 @@ class Session:
         return self.order.reorder(answer)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Runs a batch, for callers that need logits.
+        """Run a batch, for callers that need logits.
 
         Raises:
             InputError: The file gives the most probable classes only.
@@ -158,7 +158,7 @@ class Session:
         return logits(self(images), self.path)
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """Runs a batch; scores of all classes, also from a top-K file (see `metrics.from_best`).
+        """Run a batch; scores of all classes, also from a top-K file (see `metrics.from_best`).
 
         Raises:
             InputError: A top-K file that does not say how many classes there are.
@@ -169,7 +169,7 @@ class Session:
         return logits(answer, self.path)
 
     def detect(self, image: np.ndarray) -> Detections:
-        """Detects objects in one image.
+        """Detect objects in one image.
 
         Args:
             image: uint8 RGB [H, W, 3] of any size.
@@ -200,7 +200,7 @@ class Session:
         return result
 
     def restated(self, input: Preprocess, assumed: tuple[str, ...]) -> Session:
-        """The same artifact with other preprocessing.
+        """Return the same artifact with different preprocessing.
 
         Args:
             input: Replaces the preprocessing.
@@ -211,7 +211,7 @@ class Session:
     def matched(
         self, reference: Session, names: Sequence[str] | None = None
     ) -> tuple[Session, LabelMap]:
-        """The same artifact with its outputs in the order of another one's classes.
+        """Return the same artifact with its outputs in the order of another one's classes.
 
         Args:
             reference: The other one.
@@ -245,7 +245,7 @@ class Session:
         return self._changed(order=order, _classes=reference.classes), mapping
 
     def with_backend(self, backend: Backend) -> Session:
-        """The same artifact, run by another backend."""
+        """Return the same artifact, run by another backend."""
         return self._changed(backend=backend)
 
     def _changed(self, **changes: Any) -> Session:
@@ -255,7 +255,7 @@ class Session:
         return session
 
     def require_classes(self) -> None:
-        """Raises InputError of a top-K file that does not say how many classes there are."""
+        """Raise InputError of a top-K file that does not say how many classes there are."""
         if not self.classes:
             raise InputError(
                 f"{self.path}: gives the most probable classes, and no sidecar says how many "
@@ -279,7 +279,7 @@ class Session:
         return self._classes
 
     def prepare(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Turns uint8 RGB images into what the file takes.
+        """Turn uint8 RGB images into what the file takes.
 
         Args:
             images: Crops [N, S, S, 3], or images [H, W, 3] of any sizes, which are resized and
@@ -332,7 +332,7 @@ class Session:
         return (side, side, 3) if self.backend.layout == "nhwc" else (3, side, side)
 
     def example(self, count: int, seed: int = 0) -> np.ndarray:
-        """Makes `count` random images of the type and shape the file takes, for timing.
+        """Make `count` random images of the type and shape the file takes, for timing.
 
         Raises:
             InputError: The file leaves the size open.
@@ -397,11 +397,11 @@ class Session:
         )
 
     def describe(self) -> dict[str, object]:
-        """Returns `info` as a dict."""
+        """Return `info` as a dict."""
         return dataclasses.asdict(self.info)
 
     def close(self) -> None:
-        """Frees what the backend holds."""
+        """Free what the backend holds."""
         self.backend.close()
 
     def __enter__(self) -> Session:
@@ -425,7 +425,7 @@ def load(
     blocking: bool = False,
     tf32: bool | None = None,
 ) -> Session:
-    """Loads an ONNX file or a plan.
+    """Load an ONNX file or a plan.
 
     Args:
         path: A .onnx or .plan file.
@@ -512,7 +512,7 @@ def load(
 
 
 def _described(path: Path, backend: OrtBackend) -> Sidecar | None:
-    """What an ONNX file without a sidecar says about itself; None if it says nothing."""
+    """Return what an ONNX file without a sidecar says about itself; None if it says nothing."""
     from rtresnet.onnxlib import metadata
 
     try:

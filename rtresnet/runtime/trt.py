@@ -38,11 +38,11 @@ class ErrorLog:
         self._entries: deque[tuple[int, str]] = deque(maxlen=32)
 
     def add(self, message: str) -> None:
-        """Records an error that a call of this thread logged."""
+        """Record an error that a call of this thread logged."""
         self._entries.append((threading.get_ident(), message.strip()))
 
     def clear(self) -> None:
-        """Drops the errors of earlier calls of this thread."""
+        """Drop the errors of earlier calls of this thread."""
         if not self._entries:  # the usual case, on every call
             return
         thread = threading.get_ident()
@@ -50,7 +50,7 @@ class ErrorLog:
             self._entries.remove(entry)
 
     def take(self) -> str:
-        """Returns and drops the errors of this thread; returns those of all threads if none."""
+        """Return and drop the errors of this thread, or those of all threads if it has none."""
         thread, entries = threading.get_ident(), tuple(self._entries)
         messages = [message for owner, message in entries if owner == thread]
         self.clear()
@@ -60,7 +60,7 @@ class ErrorLog:
 
 
 def logger(trt: Any, errors: ErrorLog) -> Any:
-    """Creates an ILogger that records errors.
+    """Create an ILogger that records errors.
 
     Args:
         trt: The TensorRT module.
@@ -237,7 +237,7 @@ class TrtBackend:
         return "by hand" if captured else "none"
 
     def _forget(self, objects: list[Any]) -> None:
-        """Drops TensorRT's objects in reverse order of creation."""
+        """Drop TensorRT's objects in reverse order of creation."""
         self._engine = self._cache = None
         while objects:
             objects.pop()
@@ -252,14 +252,14 @@ class TrtBackend:
             )
 
     def _check_call(self, returned: object, call: str) -> None:
-        """Raises if a TensorRT call failed. Most calls only log, and return False or None."""
+        """Raise if a TensorRT call failed. Most calls only log, and return False or None."""
         if returned is None or returned is False:
             raise UnavailableError(
                 f"{self.path}: {call} failed on {self.device}: {self._errors.take()}"
             )
 
     def infer(self, images: Any, out: Any = None) -> Any:
-        """Runs a batch of any N from 1. See `runtime.backend.Backend.infer`.
+        """Run a batch of any N from 1. See `runtime.backend.Backend.infer`.
 
         Args:
             images: `input_dtype` [N, 3, S, S] or [N, S, S, 3], depending on `layout`: a NumPy
@@ -294,7 +294,7 @@ class TrtBackend:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _take_stream(self) -> ExecutionStream:
-        """Waits for a free stream. The caller puts it back."""
+        """Wait for a free stream. The caller puts it back."""
         stream = self._free.get()
         if stream is None:
             self._free.put(None)  # for the next caller
@@ -302,7 +302,7 @@ class TrtBackend:
         return stream
 
     def pinned(self, count: int) -> np.ndarray:
-        """Allocates pinned memory for `count` images, which `infer` reads without a copy.
+        """Allocate pinned memory for `count` images, which `infer` reads without a copy.
 
         Raises:
             UnavailableError: There is not enough memory.
@@ -311,7 +311,7 @@ class TrtBackend:
 
     @contextlib.contextmanager
     def pipeline(self) -> Iterator[Pipeline]:
-        """Takes every context to keep several batches in flight.
+        """Take every context to keep several batches in flight.
 
         Other calls wait until the `with` block ends. Results that were not fetched are dropped.
         """
@@ -326,7 +326,7 @@ class TrtBackend:
                         stream.discard()
 
     def timings(self) -> dict[str, float]:
-        """Returns the milliseconds of the last call's last chunk.
+        """Return the milliseconds of the last call's last chunk.
 
         `h2d`, `compute` and `d2h` are measured by events on the GPU, `enqueue` on the host. A
         copy that was not needed took 0. Empty before the first call and without `timings=True`.
@@ -339,7 +339,7 @@ class TrtBackend:
 
     @contextlib.contextmanager
     def _all_streams(self) -> Iterator[None]:
-        """Waits until no call is running, and blocks new calls."""
+        """Wait until no call is running, and block new calls."""
         with self._closing:
             taken = [] if self._closed else self._collect()
             try:
@@ -349,7 +349,7 @@ class TrtBackend:
                     self._free.put(stream)
 
     def _collect(self) -> list[ExecutionStream | None]:
-        """Takes every stream as it becomes free; puts them back if the wait is interrupted."""
+        """Take every stream as it becomes free; put them back if the wait is interrupted."""
         taken: list[ExecutionStream | None] = []
         try:
             while len(taken) < len(self._streams):
@@ -361,7 +361,7 @@ class TrtBackend:
         return taken
 
     def timeline(self, images: np.ndarray) -> list[dict[str, Span]]:
-        """Runs a batch and returns when each chunk was copied and computed.
+        """Run a batch and return when each chunk was copied and computed.
 
         Returns:
             For each chunk "h2d", "compute" and "d2h" as (begin, end) in milliseconds since the
@@ -385,7 +385,7 @@ class TrtBackend:
         return timeline
 
     def watch(self, profiler: Any) -> None:
-        """Makes an IProfiler report the time of every layer. Calls become synchronous.
+        """Make an IProfiler report the time of every layer. Calls become synchronous.
 
         Raises:
             InputError: The backend uses CUDA graphs, inside of which IProfiler reports no layers.
@@ -399,7 +399,7 @@ class TrtBackend:
                 stream.watch(profiler)
 
     def close(self) -> None:
-        """Waits for running calls, saves the compiled kernels, frees everything.
+        """Wait for running calls, save the compiled kernels, free everything.
 
         Calling it twice is fine.
         """
@@ -416,7 +416,7 @@ class TrtBackend:
             self._release(save=has_run)
 
     def _release(self, *, save: bool = False) -> None:
-        """Frees everything, even if the device is lost and every call fails."""
+        """Free everything, even if the device is lost and every call fails."""
         try:
             with self._cuda.active():
                 try:
@@ -449,7 +449,7 @@ class Pipeline:
         self._last: ExecutionStream | None = None
 
     def put(self, images: Any) -> None:
-        """Enqueues a batch.
+        """Enqueue a batch.
 
         Args:
             images: As for `TrtBackend.infer`. In pinned memory or on the GPU, they must not
@@ -473,7 +473,7 @@ class Pipeline:
         self._busy.append(stream)
 
     def get(self) -> Any:
-        """Waits for the oldest batch in flight and returns its result, as `infer` does.
+        """Wait for the oldest batch in flight and return its result, as `infer` does.
 
         Raises:
             InputError: No batch is in flight.
@@ -491,13 +491,13 @@ class Pipeline:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _discard(self) -> None:
-        """Waits for every batch in flight and drops the results."""
+        """Wait for every batch in flight and drop the results."""
         self._busy.clear()
         for stream in self._streams:
             stream.discard()
 
     def timings(self) -> dict[str, float]:
-        """Returns the milliseconds of the last result's parts. See `TrtBackend.timings`.
+        """Return the milliseconds of the last result's parts. See `TrtBackend.timings`.
 
         Also empty if more than `depth` batches were in flight.
         """

@@ -41,7 +41,7 @@ def degradation_nets(depths: Sequence[int]) -> dict[str, Spec]:
 
 
 def shortcut_nets(model: str) -> dict[str, Spec]:
-    """A residual net under each option, and its plain counterpart where the zoo has one.
+    """Return a residual net under each option, and its plain counterpart where the zoo has one.
 
     Raises:
         UnknownNameError: No such net.
@@ -59,7 +59,7 @@ def shortcut_nets(model: str) -> dict[str, Spec]:
 
 
 def block_nets(model: str) -> dict[str, Spec]:
-    """A net with residual functions of one, two and three layers, and with projections everywhere.
+    """Return a net with one-, two- and three-layer blocks, and one with projections everywhere.
 
     The nets have the same layers, so the same parameters; but option C adds its projections
     (section 3.2: a residual function of one layer had no advantage; section 4.1: option C).
@@ -191,7 +191,7 @@ class Net:
         )
 
     def record(self) -> NetRecord:
-        """The net without curves, as results show it."""
+        """Return the net without curves, as results show it."""
         return NetRecord(
             net=self.label,
             shortcut=self.spec.shortcut,
@@ -228,7 +228,7 @@ class SeedRecord:
 
     @classmethod
     def of(cls, outcome: Outcome) -> SeedRecord:
-        """Describes an outcome."""
+        """Describe an outcome."""
         about = cls(seed=outcome.run.seed, folder=outcome.run.job.out, diverged=outcome.diverged)
         if outcome.diverged is not None:
             return about
@@ -263,7 +263,7 @@ class NetRecord:
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[Net]:
-    """The outcomes by net, in the order of their first appearance."""
+    """Return the outcomes by net, in the order of their first appearance."""
     labels = list(dict.fromkeys(outcome.run.label for outcome in outcomes))
     nets = []
     for label in labels:
@@ -299,7 +299,7 @@ class Length:
     paper_batch: int
 
     def words(self, data: str) -> str:
-        """A figure's subtitle: what a reader must know before comparing with the paper's."""
+        """Return a figure's subtitle: the differences from the paper's setting."""
         of = f"{self.steps:,} of the paper's {self.paper_steps:,} steps"
         if self.steps >= self.paper_steps:
             of = f"{self.steps:,} steps (the paper's: {self.paper_steps:,})"

@@ -23,7 +23,7 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4  # of the paper's runs on CIFAR-10 (
 
 
 def measure(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int) -> GradientNorms:
-    """The gradients of a batch; the net is in training mode afterwards, its gradients set.
+    """Return the gradients of a batch; the net is in training mode afterwards, its gradients set.
 
     Args:
         net: With 3x3 convolutions.
@@ -60,7 +60,7 @@ def along_a_run(
     seed: int,
     device: str = "cpu",
 ) -> Iterator[GradientNorms]:
-    """Trains with plain SGD and yields the gradients after the given numbers of steps.
+    """Train with plain SGD and yield the gradients after the given numbers of steps.
 
     The rate is the paper's 0.1, and 0.01 for 110 layers and more, with which the paper starts them.
     Images are not augmented; every measurement is on the batch of the next step.

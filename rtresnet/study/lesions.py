@@ -15,7 +15,7 @@ from rtresnet.models.resnet import ResNet
 
 
 def removable_blocks(net: Net, name: str) -> list[str]:
-    """The blocks that the net works without, in order of execution.
+    """Return the blocks that the net works without, in order of execution.
 
     Args:
         net: The net.
@@ -33,7 +33,7 @@ def removable_blocks(net: Net, name: str) -> list[str]:
 
 @contextlib.contextmanager
 def without(net: Net, block: str) -> Iterator[None]:
-    """Leaves a block out of a net within the `with` block."""
+    """Leave a block out of a net within the `with` block."""
     assert isinstance(net, ResNet)
     module = net.blocks()[block]
     module.dropped = True

@@ -36,7 +36,7 @@ class PartialResults:
         self._results = dict(document.get("results", {}))
 
     def get(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
-        """A result: the recorded one, or a new one, which is recorded.
+        """Return a result: the recorded one, or a new one, which is recorded.
 
         Args:
             name: Of the result.

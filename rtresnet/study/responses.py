@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def layer_responses(net: nn.Module, batches: Iterable[np.ndarray]) -> dict[str, float]:
-    """Runs images through a net and watches its batch norms.
+    """Run images through a net and observe its batch norms.
 
     Args:
         net: In evaluation mode afterwards.

@@ -79,7 +79,7 @@ class Outcome:
 
 
 def found(run: Run) -> Outcome | None:
-    """The outcome of a run that was made before; None where it is still to be made or finished.
+    """Return the outcome of an earlier run; None if the run is missing or unfinished.
 
     Raises:
         InputError: The folder holds a run of another net, recipe or images.
@@ -103,7 +103,7 @@ def make(
     on_step: StepListener = lambda progress: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Trains, or goes on where a run was interrupted.
+    """Train, or goes on where a run was interrupted.
 
     Raises:
         InputError: The folder holds another run.
@@ -129,7 +129,7 @@ def _finished(run: Run, measured: Measurements) -> Outcome:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What makes a run this one and no other, next to its seed."""
+    """Return the settings that, with the seed, identify a run."""
     job = resolve_job(run.job)
     return {
         "recipe": dataclasses.asdict(job.recipe),

@@ -409,7 +409,7 @@ def latest_folder(model: str | None, data: str | None) -> Path:
 
 
 def _numbered(model: str | None, data: str | None) -> Iterator[Path]:
-    """The folders of a net's runs on data, in order, whether they exist or not."""
+    """Return the folders of a net's runs on data, in order, whether they exist or not."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", data or "digits").strip("-")[-40:]
     base = RUNS / f"{model or 'resnet20'}-{words}"
     yield base
@@ -418,7 +418,7 @@ def _numbered(model: str | None, data: str | None) -> Iterator[Path]:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether no run has left anything in a folder."""
+    """Return whether no run has left anything in a folder."""
     try:
         return {entry.name for entry in folder.iterdir()} <= {BROKEN_LIST, locks.FOLDER_LOCK}
     except OSError:  # a file, or not readable

@@ -171,7 +171,7 @@ def _open_store(job: TrainJob, world: World) -> _Store:
 
 
 def _decode_smallest(source: Source) -> Callable[[int], object]:
-    """Decodes at the smallest size, which still finds all damage."""
+    """Decode at the smallest size, which still finds all damage."""
     return lambda index: source.image(index, 1)
 
 

@@ -158,7 +158,7 @@ class TrainLoader:
         return weights
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
-        """The images of an epoch: each once, or each class equally often."""
+        """Return the order of the images of an epoch: each once, or each class equally often."""
         if self.recipe.balance != "sampling":
             return rng.permutation(self.indices)
         shares = self.class_weights()[self.source.labels[self.indices]].astype(np.float64)

@@ -191,7 +191,7 @@ class _Run:
         ).to(job.device)  # fmt: skip
 
     def _fake_quantized(self, net: Net) -> FakeQuantized:
-        """The net with fake quantization; scales from its checkpoint, or from some images."""
+        """Return the net with fake quantization; scales are from its checkpoint or some images."""
         fake, start = FakeQuantized(net).to(self.job.device), self.job.start
         if start is not None and start.learned is not None:
             fake.set_scales(start.learned.scales)
@@ -209,7 +209,7 @@ class _Run:
             yield torch.from_numpy(images).to(self.job.device)
 
     def _mean_image(self) -> torch.Tensor:
-        """The mean of the training images, preprocessed as in evaluation."""
+        """Return the mean of the training images, preprocessed as in evaluation."""
         total, count = torch.zeros(()).double(), 0
         for images, _ in batches(self.source, self.job.preprocess, 256, indices=self.parts.train):
             total = total + torch.from_numpy(images).double().sum(0)

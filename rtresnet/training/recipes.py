@@ -199,6 +199,6 @@ def parse(settings: Iterable[str]) -> dict[str, object]:
 
 
 def _types() -> dict[str, Any]:
-    """The fields that a user may set, with their types."""
+    """Return the fields that a user may set, with their types."""
     hints = typing.get_type_hints(Recipe)
     return {f.name: hints[f.name] for f in dataclasses.fields(Recipe) if f.name != "name"}

@@ -301,7 +301,7 @@ def distillation(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
 
 
 def _groups(net: Net | FakeQuantized, recipe: Recipe) -> list[dict[str, Any]]:
-    """The parameters by weight decay and, below a layer decay of 1, by part of the net."""
+    """Return the parameters by weight decay and, below a layer decay of 1, by part of the net."""
     groups = _decay_groups(net, recipe)
     if recipe.layer_decay == 1:
         return groups

@@ -127,7 +127,7 @@ class GateResult:
     flips: tuple[Flip, ...] = ()
 
     def measured(self) -> Measurements:
-        """What stands in the sidecar's `measured`."""
+        """Return the content of the sidecar's `measured`."""
         return {
             "drop": to_builtins(self.drop),
             "gate": to_builtins(self.gate),
@@ -148,7 +148,7 @@ class AccuracyCheckFailedError(CheckFailedError):
 
 
 def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
-    """Opens the gate's images before the work, which is long.
+    """Open the gate's images before the work, which is long.
 
     Args:
         gate: Names the images.
@@ -191,7 +191,7 @@ def quantize_within(
     finish: Callable[[Any], Any],
     reporter: Reporter,
 ) -> tuple[Any, tuple[str, ...], tuple[str, ...], GateResult]:
-    """Quantizes everything, then leaves the most harmful blocks in float until the gate passes.
+    """Quantize everything, then leave the most harmful blocks in float until the gate passes.
 
     In FP8, blocks that have less noise in INT8 are tried in INT8 before they are left in float.
 
@@ -284,7 +284,7 @@ def quantize_within(
 
 
 def _fallbacks(ranked: Sequence[Block]) -> Iterator[dict[str, str]]:
-    """Yields which blocks run in "float" or "int8" instead, the fewest first.
+    """Yield which blocks run in "float" or "int8" instead, the fewest first.
 
     At least one block stays quantized.
     """
@@ -306,12 +306,12 @@ def _described(fallbacks: Mapping[str, str]) -> str:
 
 
 def passes(drop: Drop, gate: Gate) -> bool:
-    """Whether a measured drop satisfies the gate's rule."""
+    """Return whether a measured drop satisfies the gate's rule."""
     return (drop.high if gate.rule == "upper" else drop.points) <= gate.max_drop
 
 
 def judged(drop: Drop, gate: Gate) -> GateVerdict:
-    """The gate with its verdict on a measured drop."""
+    """Return the gate with its verdict on a measured drop."""
     from rtresnet.core.metrics import images_needed, verdict
 
     return GateVerdict(
@@ -330,7 +330,7 @@ def _answers(
     update: Callable[[int], None],
     gate: Gate,
 ) -> Answers:
-    """A file's answers for every image that can be decoded."""
+    """Return a file's predictions for every image that can be decoded."""
     import numpy as np
 
     from rtresnet.core.metrics import softmax

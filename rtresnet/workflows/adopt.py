@@ -48,7 +48,7 @@ def adopt(
     force: bool = False,
     reporter: Reporter = reporter.DEFAULT,
 ) -> AdoptResult:
-    """States preprocessing and class names of an ONNX file once, for all later steps.
+    """State preprocessing and class names of an ONNX file once, for all later steps.
 
     Args:
         path: The ONNX file.
@@ -107,7 +107,7 @@ def _preprocess(
 
 
 def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Checks class names against a file; without names, returns the classes' numbers.
+    """Check class names against a file; without names, return the classes' numbers.
 
     Args:
         path: The file, for messages.
@@ -157,7 +157,7 @@ def describe(
     topk: int | None = None,
     assumed: tuple[str, ...] = (),
 ) -> Sidecar:
-    """Returns the sidecar of an ONNX file of unknown architecture; reads the file for its hash.
+    """Return the sidecar of an ONNX file of unknown architecture; hash the file.
 
     Args:
         path: The file.

@@ -85,7 +85,7 @@ class AdviceResult:
 def advise(
     plans: Sequence[str | os.PathLike[str]], config: EstimateConfig | None = None
 ) -> AdviceResult:
-    """Compares plans of different precisions by the bytes they move and their minimum latency.
+    """Compare plans of different precisions by the bytes they move and their minimum latency.
 
     Args:
         plans: Plans of one net; also ONNX files and names of nets, which have no advice.
@@ -116,14 +116,14 @@ def advise(
 
 
 def _targets(plans: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The compute capabilities of plans; all of the table if none of them is a plan."""
+    """Return the compute capabilities of plans; all of the table if none of them is a plan."""
     records = [artifacts.read_sidecar(plan) for plan in plans if str(plan).endswith(".plan")]
     targets = [t for record in records if record and record.plan for t in record.plan.targets]
     return list(dict.fromkeys(targets)) or list(REPRESENTATIVE)
 
 
 def gpus_for(names: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
-    """The GPUs of a short table: those that were named, else one for each compute capability.
+    """Return the GPUs of a short table: those requested, else one per compute capability.
 
     Args:
         names: GPUs or compute capabilities as a user named them.
@@ -140,7 +140,7 @@ def gpus_for(names: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def _accuracy(path: str) -> PlanAccuracy:
-    """Reads the latest accuracy of a plan or of the files of its precision that it came from."""
+    """Read the latest accuracy of a plan or of the files of its precision that it came from."""
     for sidecar in _same_precision(path):
         records = [
             record for record in accuracies(sidecar.measured)
@@ -166,7 +166,7 @@ def _accuracy(path: str) -> PlanAccuracy:
 
 
 def _signal_to_noise(sidecar: Sidecar) -> float | None:
-    """Reads what calibration measured, from the file of scales if it is still the same."""
+    """Read what calibration measured, from the file of scales if it is still the same."""
     calibration = sidecar.calibration
     if calibration is None or not Path(calibration.scales).is_file():
         return None
@@ -193,7 +193,7 @@ def _same_precision(path: str) -> Iterator[Sidecar]:
 
 
 def _advice(results: Sequence[EstimateResult]) -> Iterator[str]:
-    """A sentence on each plan of a narrow type, next to the best plan of a wide one."""
+    """Return a sentence on each plan of a narrow type, next to the best plan of a wide one."""
     wide = [r for name in WIDE for r in results if r.precision == name and r.builder]
     for narrow in results:
         if narrow.precision in NARROW and narrow.builder and wide:
@@ -222,7 +222,7 @@ def _sentence(narrow: EstimateResult, wide: EstimateResult) -> str:
 
 
 def _measured(narrow: EstimateResult, wide: EstimateResult) -> Iterator[str]:
-    """A sentence for each GPU that both were measured on; measurements decide, not bounds."""
+    """Yield a sentence for each GPU on which both were measured."""
     others = {result.gpu: result.measured for result in wide.results}
     for result in narrow.results:
         if result.measured and others.get(result.gpu):
@@ -279,7 +279,7 @@ def _common(narrow: EstimateResult, wide: EstimateResult) -> list[int]:
 def _winners(
     narrow: EstimateResult, wide: EstimateResult, batch: int, gpu: GpuSpec
 ) -> tuple[str, str]:
-    """The precisions with the lower bound: with and without the L2 cache; "" if close."""
+    """Return the precisions with the lower bound: with and without the L2 cache; "" if close."""
     from rtresnet.bench import roofline
 
     bounds = []

@@ -101,7 +101,7 @@ class BenchmarkConfig(MeasurementConfig):
         return "single-stream" if self.concurrency is None else "closed"
 
     def workload(self) -> Workload:
-        """The workload; reads the images of `with_preprocess`."""
+        """Return the workload; read the images of `with_preprocess`."""
         scenario = self.resolved_scenario
         return Workload(
             scenario=scenario, batches=self.batch or BATCHES[scenario], seconds=self.seconds,
@@ -176,7 +176,7 @@ class BenchmarkResult:
     regressions: tuple[Judgement, ...] | None = None
 
     def require_no_regression(self) -> None:
-        """Checks the comparison with the baseline.
+        """Check the comparison with the baseline.
 
         Raises:
             CheckFailedError: A result is slower than the baseline.
@@ -225,7 +225,7 @@ class Baseline:
             )
 
     def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
-        """Raises InputError if the planned measurements cannot be compared with the baseline."""
+        """Raise InputError if the planned measurements cannot be compared with the baseline."""
         from rtresnet.bench import compare
 
         if len(self.results) != len(planned):
@@ -244,7 +244,7 @@ class Baseline:
                 )
 
     def judge(self, entries: Sequence[BenchmarkEntry]) -> tuple[Judgement, ...]:
-        """Compares each result with its counterpart."""
+        """Compare each result with its counterpart."""
         from rtresnet.bench import compare
 
         return tuple(
@@ -261,7 +261,7 @@ def benchmark(
     baseline: Baseline | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> BenchmarkResult:
-    """Measures artifacts under one workload and compares them with the first.
+    """Measure artifacts under one workload and compare them with the first.
 
     Without a GPU, and with `device="auto"`, the ONNX file that a plan was built from is measured
     on the CPU instead of the plan; the result says so.
@@ -356,7 +356,7 @@ def benchmark_until_error(
 
 
 def _with_facts(measurement: Measurement, workload: Workload, session: Session) -> Measurement:
-    """Adds the planned load to the load that was measured."""
+    """Add the planned load to the load that was measured."""
     facts = dataclasses.asdict(workload.facts(session))
     known = {name: value for name, value in facts.items() if value is not None}
     return dataclasses.replace(measurement, load=dataclasses.replace(measurement.load, **known))
@@ -365,7 +365,7 @@ def _with_facts(measurement: Measurement, workload: Workload, session: Session) 
 def _planned(
     workload: Workload, sessions: Sequence[Session], measured: Sequence[BenchmarkedArtifact]
 ) -> list[dict[str, Any]]:
-    """What will be measured, as its entries in the result will say it."""
+    """Return the planned measurements, described as in the result."""
     return [
         to_builtins(artifact)
         | {"batch": batch, "scenario": workload.scenario}
@@ -382,7 +382,7 @@ def opened(
     max_batch: int,
     reporter: Reporter,
 ) -> Iterator[tuple[list[Session], list[BenchmarkedArtifact], Watch]]:
-    """Loads artifacts for measuring, and watches the machine.
+    """Load artifacts for measuring, and monitor the machine.
 
     Args:
         paths: Checkpoints, ONNX files and plans.
@@ -443,7 +443,7 @@ def opened(
 
 
 def _emulated(session: Session) -> str | None:
-    """Returns a sentence on a file whose precision is not computed as such."""
+    """Return a sentence on a file whose precision is not computed as such."""
     if session.precision != "fp8" or artifacts.kind_of(session.path) == "plan":
         return None
     return (
@@ -453,7 +453,7 @@ def _emulated(session: Session) -> str | None:
 
 
 def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
-    """Chooses the file to measure for `path`: without a GPU, the ONNX file of a plan.
+    """Choose the file to measure for `path`: without a GPU, the ONNX file of a plan.
 
     Args:
         path: An artifact.

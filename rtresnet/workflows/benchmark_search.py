@@ -102,7 +102,7 @@ class BenchmarkSearchResult:
     searches: tuple[SearchEntry, ...]
 
     def require_success(self) -> None:
-        """Raises CheckFailedError if no load is within the bound."""
+        """Raise CheckFailedError if no load is within the bound."""
         for entry in self.searches:
             what, bound = entry.search.what, entry.search.p99_ms
             if entry.search.best is not None:
@@ -122,7 +122,7 @@ def search_benchmark(
     runtime: RuntimeConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> BenchmarkSearchResult:
-    """Searches for the largest load within a latency bound, for each artifact.
+    """Search for the largest load within a latency bound, for each artifact.
 
     Args:
         paths: Checkpoints, ONNX files and plans that take images of the same size.
@@ -172,7 +172,7 @@ class _Searcher:
         self._seeds = iter(range(workload.seed, workload.seed + 10_000))
 
     def batch(self, largest: int | None) -> SearchResult:
-        """Searches for the largest batch, up to `largest`."""
+        """Search for the largest batch, up to `largest`."""
         from rtresnet.bench import search
 
         largest = largest if largest is not None and largest > 1 else LARGEST_BATCH
@@ -187,7 +187,7 @@ class _Searcher:
         )
 
     def rate(self) -> SearchResult:
-        """Searches for the highest rate, if the bound can be met without a queue at all."""
+        """Search for the highest rate, if the bound can be met without a queue at all."""
         from rtresnet.bench import search
 
         unqueued = [self._calls(1) for _ in range(UNQUEUED)]

@@ -89,7 +89,7 @@ def build(
     embed: EmbedConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> BuildResult:
-    """Compiles an ONNX file into one plan.
+    """Compile an ONNX file into one plan.
 
     Args:
         source: FP32, FP16, INT8 or FP8 ONNX file.
@@ -121,7 +121,7 @@ def build_per_target(
     embed: EmbedConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> tuple[BuildResult, ...]:
-    """Compiles an ONNX file into one plan for each target: OUT-sm_86.plan, ...
+    """Compile an ONNX file into one plan for each target: OUT-sm_86.plan, ...
 
     Args:
         source: As for `build`.
@@ -160,7 +160,7 @@ def _prepared(
     embed: EmbedConfig | None,
     reporter: Reporter,
 ) -> Iterator[tuple[Path, Path, BuildConfig, contextlib.ExitStack]]:
-    """Yields the file to compile, the plan's place, the config, and the stack of locks."""
+    """Yield the file to compile, the plan's place, the config, and the stack of locks."""
     from rtresnet.builder import engine, targets
 
     config, embed = config or BuildConfig(), embed or EmbedConfig()
@@ -179,7 +179,7 @@ def _prepared(
 def build_unlocked(
     source: Path, config: BuildConfig, *, out: Path, reporter: Reporter
 ) -> BuildResult:
-    """Compiles a file while the caller holds the lock on `out`. See `build`."""
+    """Compile a file while the caller holds the lock on `out`. See `build`."""
     from rtresnet.builder import engine, targets
 
     atomic_io.require_file(source, fix="make one with: rtresnet export")
@@ -215,7 +215,7 @@ def build_unlocked(
 
 
 def default_plan(source: Path) -> Path:
-    """Where the plan of an ONNX file goes: next to it, named by `plan_name`."""
+    """Return where the plan of an ONNX file goes: next to it, named by `plan_name`."""
     sidecar = artifacts.read_sidecar(source)
     return source.parent / plan_name(source, sidecar.precision if sidecar else "unknown")
 

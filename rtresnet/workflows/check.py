@@ -89,7 +89,7 @@ def check(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> CheckResult:
-    """Compares an artifact with itself in other batches, and with the FP32 ONNX file it came from.
+    """Compare an artifact with itself in other batches, and with the FP32 ONNX file it came from.
 
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
     other files), at odd batches, after other batches and next to a broken image must get the same
@@ -173,7 +173,7 @@ def _batches(session: Session) -> tuple[int, ...]:
 
 
 def _precision(session: Session) -> str:
-    """The data type of the net; for an ONNX file without a sidecar, by what is in it."""
+    """Return the data type of the net; for an ONNX file without a sidecar, by what is in it."""
     kind = artifacts.kind_of(session.path)
     if session.sidecar is not None or kind != "onnx" or not hardware.installed("onnx"):
         return session.precision
@@ -184,7 +184,7 @@ def _precision(session: Session) -> str:
 
 
 def _bound(session: Session, precision: str) -> str:
-    """The row of the table of tolerances. GPUs multiply FP32 as TF32 unless that is forbidden."""
+    """Return the row of the tolerance table. GPUs multiply FP32 as TF32 unless it is off."""
     if precision not in consistency.BATCHES:
         return consistency.UNKNOWN
     tf32 = session.info.tf32 is not False
@@ -230,7 +230,7 @@ def fp32_ancestor(path: str | os.PathLike[str]) -> tuple[Path | None, str | None
 
 
 def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> Check:
-    """Compares the answers with those of the FP32 file."""
+    """Compare the answers with those of the FP32 file."""
     from rtresnet.runtime.session import load
 
     with load(parent, provider="cpu") as session:

@@ -90,7 +90,7 @@ def compare(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> CompareResult:
-    """Compares top-1 and logits of two artifacts; files that give the best classes by top-1 only.
+    """Compare top-1 and logits of two artifacts; files that give the best classes by top-1 only.
 
     Args:
         reference: Checkpoint, ONNX file or plan.
@@ -159,7 +159,7 @@ def compare(
 def _answers(
     session: Session, source: Source, config: CompareConfig, reporter: Reporter
 ) -> tuple[np.ndarray | TopK, np.ndarray]:
-    """An artifact's answers for every image that can be decoded, and the images' indices."""
+    """Return an artifact's predictions for every decodable image, and the images' indices."""
     from rtresnet.data import loader
 
     preprocess = session.preprocess
@@ -179,7 +179,7 @@ def _answers(
 
 
 def _best(answer: np.ndarray | TopK, indices: np.ndarray) -> Answers:
-    """The most probable class of each image."""
+    """Return the most probable class of each image."""
     shares = answer[1] if isinstance(answer, tuple) else metrics.softmax(answer)
     return Answers(indices=indices, classes=_top1(answer), probabilities=shares.max(axis=1))
 

@@ -132,7 +132,7 @@ def changed_options(config: TrainConfig | InputConfig) -> Mapping[str, Any]:
 
 
 def _setting(value: Any) -> str:
-    """A value as `--set` takes it."""
+    """Return a value as `--set` takes it."""
     if isinstance(value, list):
         return ",".join(
             ":".join(map(_setting, entry)) if isinstance(entry, list) else _setting(entry)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def is_detector(path: str | os.PathLike[str]) -> bool:
-    """Whether an artifact is a detector: as its sidecar says, or the file itself without one."""
+    """Return whether an artifact is a detector, by its sidecar or else by the file itself."""
     try:
         sidecar = artifacts.read_sidecar(path)
     except ArtifactError:  # the step that loads the file reports it
@@ -64,7 +64,7 @@ def _is_detector_checkpoint(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path, device: str) -> Session:
-    """Loads a detector's checkpoint in torch.
+    """Load a detector's checkpoint in torch.
 
     Args:
         path: The file.
@@ -93,7 +93,7 @@ def load_checkpoint(path: Path, device: str) -> Session:
 
 
 def require_detector(session: Session) -> None:
-    """Raises InputError of a classifier."""
+    """Raise InputError of a classifier."""
     if session.detection is None:
         raise InputError(
             f"{session.path}: a classifier, and a detector is needed",
@@ -102,7 +102,7 @@ def require_detector(session: Session) -> None:
 
 
 def require_classifier(path: str | os.PathLike[str], verb: str) -> None:
-    """Raises InputError of a detector, for a command that takes classifiers only."""
+    """Raise InputError of a detector, for a command that takes classifiers only."""
     if is_detector(path):
         raise InputError(
             f"{path}: a detector, and {verb} takes classifiers only", fix=f"rtresnet bench {path}"
@@ -110,7 +110,7 @@ def require_classifier(path: str | os.PathLike[str], verb: str) -> None:
 
 
 def require_no_size(session: Session, stated: InputConfig) -> None:
-    """Raises InputError where the side of the input is stated for a detector."""
+    """Raise InputError where the side of the input is stated for a detector."""
     if session.detection is not None and stated.size is not None:
         raise InputError(
             f"{session.path}: a detector, which takes images of any size", fix="leave out --size"
@@ -165,13 +165,13 @@ class DetectionImages:
         return len(self.indices)
 
     def pixels(self) -> Iterator[np.ndarray]:
-        """The chosen images, uint8 RGB [H, W, 3]."""
+        """Return the chosen images, uint8 RGB [H, W, 3]."""
         from rtresnet.data.loader import prefetch_map
 
         return (image for _, image in prefetch_map(self.read, self.indices))
 
     def detect(self, session: Session, reporter: Reporter) -> list[Detections]:
-        """The detections in each of the chosen images, with progress.
+        """Return the detections in each of the chosen images, with progress.
 
         Raises:
             InputError: The boxes are of other classes than the detector's.
@@ -203,7 +203,7 @@ class DetectionImages:
 
 
 def require_classes(session: Session, classes: tuple[str, ...], data: str) -> None:
-    """Raises InputError where the data's classes are not the detector's."""
+    """Raise InputError where the data's classes are not the detector's."""
     if session.classes != classes:
         missing = [name for name in classes if name not in session.classes]
         raise InputError(

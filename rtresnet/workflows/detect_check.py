@@ -86,7 +86,7 @@ def check_detector(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> CheckDetectorResult:
-    """Checks a detector's detections, and compares them with those of the files it came from.
+    """Check a detector's detections, and compare them with those of the files it came from.
 
     Detections must be valid and repeatable, and non-maximum suppression finished. An FP32 ONNX
     file is compared with its checkpoint in torch, and with a twin that has RoiAlign and
@@ -159,7 +159,7 @@ def _detect(
 
 def _check(name: str, compared: str, n: int, largest: float, tolerance: float, *, moved: int = 0,
            why: str = "") -> Check:  # fmt: skip
-    """A check that fails where `largest` is above the tolerance or not a number."""
+    """Return a check that fails where `largest` is above the tolerance or not a number."""
     failed = not largest <= tolerance
     return Check(
         name=name, compared=compared, n=n, largest=largest, tolerance=tolerance, moved=moved,
@@ -212,7 +212,7 @@ def _settled(found: Sequence[Detections]) -> Check:
 
 
 def _repeated(found: Sequence[Detections], again: Sequence[Detections]) -> Check:
-    """The same image twice, other images in between."""
+    """Compare an image with itself, with other images in between."""
     changed = 0
     for one, other in zip(found, again, strict=True):
         pair = agree(one, other, 0.0)
@@ -267,7 +267,7 @@ def _references(
     stack: contextlib.ExitStack,
     missing: list[str],
 ) -> Iterator[tuple[str, Session]]:
-    """What a file must agree with; appends to `missing` why something of it cannot run."""
+    """Return the references of a file; append to `missing` why one of them cannot run."""
     kind = artifacts.kind_of(path)
     if kind == "checkpoint":
         return
@@ -286,7 +286,7 @@ def _origins(
     path: Path, sidecar: Sidecar, stated: InputConfig, stack: contextlib.ExitStack,
     missing: list[str],
 ) -> Iterator[tuple[str, Session]]:  # fmt: skip
-    """An FP32 file's checkpoint in torch, and its twin with the standard operators."""
+    """Return an FP32 file's checkpoint in torch, and its twin with the standard operators."""
     origin = next((p for p, _, state in artifacts.chain(path) if _is_origin(p, state)), None)
     lacking = [name for name in ("torch", "onnx") if not hardware.installed(name)]
     if origin is None or lacking:

@@ -125,7 +125,7 @@ def compare_detectors(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> CompareDetectorsResult:
-    """Runs two detectors on the same images.
+    """Run two detectors on the same images.
 
     Args:
         reference: A detector: checkpoint, ONNX file or plan.
@@ -218,7 +218,7 @@ def _differing(
 
 
 def pictures(result: CompareDetectorsResult) -> dict[int, np.ndarray]:
-    """The listed images with boxes: of both green, of the reference blue, of the candidate red.
+    """Return the listed images with boxes: green of both, blue of the reference, red of the other.
 
     Returns:
         uint8 [H, W, 3] by index.

@@ -117,7 +117,7 @@ def evaluate_detector(
     details: bool = False,
     reporter: Reporter = reporter.DEFAULT,
 ) -> EvaluateDetectorResult:
-    """Measures average precision by VOC's and COCO's rules.
+    """Measure average precision by VOC's and COCO's rules.
 
     Args:
         path: A detector: checkpoint, ONNX file or plan.

@@ -38,7 +38,7 @@ def write_fp32(
     size: tuple[int, int] | None,
     reporter: Reporter,
 ) -> tuple[Checkpoint, Sidecar]:
-    """Writes the FP32 ONNX file of a detector and compares it with torch and with its twin.
+    """Write the FP32 ONNX file of a detector and compare it with torch and with its twin.
 
     Args:
         weights: The checkpoint.
@@ -83,7 +83,7 @@ def write_fp32(
 def _parity(
     net: Detector, spec: Detection, loaded: Checkpoint, data: bytes, reporter: Reporter
 ) -> Measurements:
-    """Compares the file with torch and with the standard operators, on drawn shapes."""
+    """Compare the file with torch and with the standard operators, on drawn shapes."""
     if not hardware.installed("onnxruntime"):
         reporter.note("parity not checked: pip install onnxruntime")
         return Measurements()

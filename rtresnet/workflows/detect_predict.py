@@ -84,7 +84,7 @@ def detect(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> DetectResult:
-    """Detects objects in image files.
+    """Detect objects in image files.
 
     Args:
         images: Files or folders.
@@ -165,7 +165,7 @@ def with_boxes(
     green: Iterable[DetectedObject],
     red: Iterable[DetectedObject],
 ) -> np.ndarray:
-    """A copy of an image uint8 RGB [H, W, 3] with boxes and class names in three colours."""
+    """Return a copy of an image uint8 RGB [H, W, 3] with boxes and class names in three colours."""
     from rtresnet.detection.drawing import drawn
 
     groups = (("#2563eb", blue), ("#16a34a", green), ("#dc2626", red))
@@ -173,7 +173,7 @@ def with_boxes(
 
 
 def _require_other_folder(folder: Path, files: Sequence[str | os.PathLike[str]]) -> None:
-    """Raises InputError where copies would replace the images themselves."""
+    """Raise InputError where copies would replace the images themselves."""
     if any(Path(file).resolve().parent == folder.resolve() for file in files):
         raise InputError(
             f"{folder}: holds the images, which copies would replace", fix="name another folder"

@@ -41,7 +41,7 @@ def quantize_detector(
     scales_path: Path | None,
     reporter: Reporter,
 ) -> Sidecar:
-    """Writes the FP16, INT8 or FP8 version of a detector's FP32 file.
+    """Write the FP16, INT8 or FP8 version of a detector's FP32 file.
 
     Args:
         source: The FP32 file.

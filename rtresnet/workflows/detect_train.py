@@ -110,7 +110,7 @@ def train_detector(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> TrainDetectorResult:
-    """Trains a Faster R-CNN; the test split is used once, at the end.
+    """Train a Faster R-CNN; the test split is used once, at the end.
 
     Writes best.pt, last.pt and log.jsonl into the run's folder.
 
@@ -250,7 +250,7 @@ def _start(config: TrainDetectorConfig, reporter: Reporter) -> Checkpoint | None
 def _resumed(
     out: Path, config: TrainDetectorConfig, stated: InputConfig, reporter: Reporter
 ) -> DetectionJob:
-    """The run's own net, data and recipe; the options must agree with them."""
+    """Return the run's own net, data and recipe; the options must agree with them."""
     from rtresnet.detection import recipe as recipes
     from rtresnet.detection import training
     from rtresnet.detection.training import DetectionJob
@@ -317,7 +317,7 @@ class _Progress:
         self._stack.close()
 
     def step(self, progress: Progress) -> None:
-        """Moves the bar."""
+        """Move the bar."""
         if self._update is None:
             self._update = self._stack.enter_context(self._reporter.progress("training", total=1.0))
         self._update(

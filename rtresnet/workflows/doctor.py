@@ -76,7 +76,7 @@ class DoctorResult:
 
 
 def doctor() -> DoctorResult:
-    """Looks at the CPU, the GPUs, the packages, and what runs with them.
+    """Look at the CPU, the GPUs, the packages, and what runs with them.
 
     Returns:
         What this machine has and lacks.
@@ -161,7 +161,7 @@ def _builder() -> str:
 
 
 def _plans_run_on() -> str:
-    """The GPU and the library that runs plans on it, or why there is none."""
+    """Return the GPU and the library that runs plans on it, or why there is none."""
     from rtresnet.core import gpu_targets, trt_loading
     from rtresnet.runtime.cuda import open_cuda
 
@@ -195,7 +195,7 @@ def _plans_run_on() -> str:
 
 
 def _conflicts(on_gpu: bool) -> list[str]:
-    """Builds of ONNX Runtime in one folder: they overwrite each other's files."""
+    """Build of ONNX Runtime in one folder: they overwrite each other's files."""
     from importlib import metadata
 
     from rtresnet.runtime.providers import BUILDS
@@ -218,7 +218,7 @@ def _conflicts(on_gpu: bool) -> list[str]:
 
 
 def replacement(wanted: str, *installed: str) -> str:
-    """The command that leaves one build of ONNX Runtime."""
+    """Return the command that leaves one build of ONNX Runtime."""
     extras = "[cuda,cudnn]" if wanted == "onnxruntime-gpu" else ""
     others = " ".join(installed or ("onnxruntime",))
     return f"pip uninstall -y {others} && pip install '{wanted}{extras}'"

@@ -77,7 +77,7 @@ class EngineFacts:
 
 
 def check_driver() -> DriverFacts:
-    """Describes the driver and its devices, with the reason if there is none."""
+    """Describe the driver and its devices, with the reason if there is none."""
     reason = hardware.driver_error()
     kernel = None
     with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ def check_driver() -> DriverFacts:
 
 
 def check_cuda() -> CudaFacts:
-    """Checks every CUDA operation that the runtime needs."""
+    """Check every CUDA operation that the runtime needs."""
     from rtresnet.runtime import gpu_check
 
     operations = gpu_check.check_cuda()
@@ -113,7 +113,7 @@ def check_cuda() -> CudaFacts:
 
 
 def check_engine() -> EngineFacts:
-    """Exports, builds and runs ResNet-8 in FP16, and compares it with ONNX Runtime on the CPU."""
+    """Export, builds and runs ResNet-8 in FP16, and compare it with ONNX Runtime on the CPU."""
     import numpy as np
 
     from rtresnet.builder import targets

@@ -47,7 +47,7 @@ class EmbedConfig(Config):
 
 
 def require_classes(topk: int | None, classes: int, net: str) -> None:
-    """Raises InputError where more classes are asked for than there are."""
+    """Raise InputError where more classes are asked for than there are."""
     if topk is not None and topk > classes:
         raise InputError(f"--topk {topk}: {net} has {plural(classes, 'class')}")
 
@@ -62,7 +62,7 @@ def path_with(source: Path, config: EmbedConfig) -> Path:
 def write(
     source: Path, config: EmbedConfig, *, reporter: Reporter = reporter.DEFAULT
 ) -> tuple[Path, Sidecar]:
-    """Writes the changed file next to `source` after comparing the answers of both.
+    """Write the changed file next to `source` after comparing the answers of both.
 
     Returns:
         The new file and its sidecar.
@@ -108,7 +108,7 @@ def write(
 def _compare(
     source: Path, data: bytes, sidecar: Sidecar, config: EmbedConfig, reporter: Reporter
 ) -> Measurements:
-    """Runs both files on the same images; returns what goes into the sidecar's `measured`."""
+    """Run both files on the same images; returns what goes into the sidecar's `measured`."""
     from rtresnet.exporter import embed_io
     from rtresnet.runtime.session import load
 

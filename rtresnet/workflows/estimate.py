@@ -191,7 +191,7 @@ class Subject:
 
 
 def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None) -> EstimateResult:
-    """Estimates the minimum latency of a net on GPUs.
+    """Estimate the minimum latency of a net on GPUs.
 
     Args:
         model: A plan, an ONNX file, or the name of a net.
@@ -283,7 +283,7 @@ def _onnx_file(path: str, batch: int | None) -> Subject:
 
 
 def _named(name: str, config: EstimateConfig) -> Subject:
-    """Counts a net of the zoo with untrained weights."""
+    """Count a net of the zoo with untrained weights."""
     from rtresnet.models import zoo
 
     spec = zoo.spec(name)
@@ -300,7 +300,7 @@ def _named(name: str, config: EstimateConfig) -> Subject:
 
 
 def read_plan(path: str, batch: int | None) -> Subject:
-    """Reads the kernels that the builder fused, at the profile that runs the batch."""
+    """Read the kernels that the builder fused, at the profile that runs the batch."""
     from rtresnet.builder import layers
     from rtresnet.core.trt_loading import MODULES
     from rtresnet.runtime.io_spec import split_batch
@@ -338,7 +338,7 @@ def read_plan(path: str, batch: int | None) -> Subject:
 
 
 def kernel_of(layer: Layer, batch: int) -> Kernel:
-    """Describes a layer as a kernel.
+    """Describe a layer as a kernel.
 
     Args:
         layer: A layer.
@@ -372,7 +372,7 @@ def kernel_of(layer: Layer, batch: int) -> Kernel:
 def _chosen(
     gpus: Sequence[GpuSpec], subject: Subject, kernels: Iterable[Kernel], *, every_gpu: bool
 ) -> list[GpuSpec]:
-    """The named GPUs, or all that can run the kernels."""
+    """Return the named GPUs, or all that can run the kernels."""
     from rtresnet.bench import roofline
 
     fp8 = any(kernel.dtype == "fp8" for kernel in kernels)
@@ -425,7 +425,7 @@ class _Bench(TypedDict):
 
 
 def _read_measured(path: Path) -> tuple[Path, list[_Entry]]:
-    """The entries of a result of `benchmark`.
+    """Return the entries of a result of `benchmark`.
 
     Raises:
         InputError: No such file, or another one.

@@ -73,7 +73,7 @@ class DataConfig(Config):
     )
 
     def decode_errors(self, source: Source, reporter: Reporter) -> DecodeErrors:
-        """Counts the broken images of a source and refuses too many."""
+        """Count the broken images of a source and refuses too many."""
         from rtresnet.data.loader import DecodeErrors
 
         return DecodeErrors(len(source), reporter.note, tolerated=self.max_broken, fix=ALLOW_BROKEN)
@@ -211,7 +211,7 @@ def evaluate(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> EvaluateResult:
-    """Measures top-1 and top-5 accuracy.
+    """Measure top-1 and top-5 accuracy.
 
     Nothing is written; `record_accuracy` writes the result into the sidecars.
 
@@ -291,7 +291,7 @@ def evaluate(
 def record_accuracy(
     result: EvaluateResult, *, required: bool = False, reporter: Reporter = reporter.DEFAULT
 ) -> None:
-    """Writes each artifact's accuracy into its sidecar.
+    """Write each artifact's accuracy into its sidecar.
 
     An accuracy belongs to the artifact only if it was measured as the sidecar says: with one
     centre crop and the sidecar's preprocessing.
@@ -329,7 +329,7 @@ def record_accuracy(
 
 
 def _require_checkpoint(name: str) -> None:
-    """Raises InputError where an artifact takes images of one size only."""
+    """Raise InputError where an artifact takes images of one size only."""
     path = atomic_io.require_file(name, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return
@@ -342,7 +342,7 @@ def _require_checkpoint(name: str) -> None:
 
 
 def _require_all_probabilities(sessions: Sequence[Session], protocol: str) -> None:
-    """Raises InputError where a mean needs probabilities that a top-K file does not give."""
+    """Raise InputError where a mean needs probabilities that a top-K file does not give."""
     for session in sessions:
         if session.topk is not None and (len(sessions) > 1 or protocol != "center"):
             path, sidecar = session.path, session.sidecar
@@ -357,7 +357,7 @@ def _require_all_probabilities(sessions: Sequence[Session], protocol: str) -> No
 def _in_one_order(
     sessions: Sequence[Session], names: Sequence[str] | None
 ) -> tuple[list[Session], tuple[str, ...]]:
-    """The nets of an ensemble in the order of the first one's classes, and what was assumed.
+    """Return the nets of an ensemble in the order of the first one's classes, and what was assumed.
 
     Raises:
         InputError: They have other classes, or one does not give scores of all classes.
@@ -370,7 +370,7 @@ def _in_one_order(
 
 
 def _shown(session: Session, config: EvaluateConfig) -> Session:
-    """The session as the protocol needs it: with another resize, or as a dense net."""
+    """Return the session as the protocol needs it: with another resize, or as a dense net."""
     preprocess, resize = session.preprocess, config.resize
     if resize is not None and resize < preprocess.size:
         raise InputError(
@@ -395,7 +395,7 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
 def trained_on(
     nets: Iterable[tuple[str | os.PathLike[str], Weights | None]], source: Relabelled, split: str
 ) -> tuple[str, ...]:
-    """A remark where the images include those that a net was trained on; else nothing.
+    """Return a remark where the images include those that a net was trained on; else nothing.
 
     Args:
         nets: Files and the origin of their weights, None if it is unknown.
@@ -437,7 +437,7 @@ def _counts(accuracy: metrics.Accuracy, topk: int | None = None) -> dict[str, An
 
 
 def _described(views: Views, preprocess: Preprocess, pooling: str) -> dict[str, Any]:
-    """How the images were shown, as fields and in words."""
+    """Return how the images were shown, as fields and in words."""
     size, resize, count = preprocess.size, preprocess.resize, views.count(preprocess)
     scales = views.scales_for(preprocess)
     pixels = f"shorter side {', '.join(map(str, scales))}" if scales else f"{size} of {resize}"

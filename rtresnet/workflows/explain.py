@@ -163,7 +163,7 @@ def activation_map(features: np.ndarray, weight: np.ndarray, total: float) -> np
 
 
 def _parts(session: Session) -> tuple[Maps, np.ndarray, np.ndarray]:
-    """A function for maps and logits, and weight and bias of the linear layer."""
+    """Return a function for maps and logits, and weight and bias of the linear layer."""
     kind = artifacts.kind_of(session.path)
     if kind == "checkpoint":
         return _of_net(session)
@@ -233,7 +233,7 @@ def _of_onnx(path: Path) -> tuple[Maps, np.ndarray, np.ndarray]:
 
 
 def _constant(index: Any, name: str, path: Path) -> np.ndarray:
-    """A stored tensor in float, through its DequantizeLinear if it has one."""
+    """Return a stored tensor in float, through its DequantizeLinear if it has one."""
     value = index.constant(index.origin(name))
     node = index.dequantized(name)
     if value is None and node is not None:

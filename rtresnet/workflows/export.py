@@ -132,7 +132,7 @@ def export(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> ExportResult:
-    """Exports a checkpoint to ONNX with batch norm folded, and to plans if the config asks for it.
+    """Export a checkpoint to ONNX with batch norm folded, and to plans if the config asks for it.
 
     Args:
         weights: A checkpoint, "imagenet" for torchvision's published weights, "hf:OWNER/NAME" for a
@@ -251,7 +251,7 @@ class _Export:
         return advisor.advise([entry.path for entry in plans], EstimateConfig(gpus=gpus))
 
     def _resolved(self, weights: str | os.PathLike[str] | None) -> tuple[Checkpoint, Path | None]:
-        """The checkpoint with the stated input. What can be refused early is refused here."""
+        """Return the checkpoint with the stated input. Reject invalid requests early."""
         require_torch("export")
         from rtresnet.builder import targets
         from rtresnet.onnxlib import metadata
@@ -295,7 +295,7 @@ def _detector_name(weights: str | os.PathLike[str]) -> str:
 
 
 def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
-    """The config of one precision.
+    """Return the config of one precision.
 
     Raises:
         InputError: An option of the config is not for this precision.
@@ -309,7 +309,7 @@ def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
 def resolve(
     weights: str | os.PathLike[str] | None, model: str | None, size: int | None, reporter: Reporter
 ) -> tuple[Checkpoint, Path | None]:
-    """The checkpoint that `export` is asked for, and its file where it has one."""
+    """Return the checkpoint that `export` is asked for, and its file where it has one."""
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.models import checkpoint, download, zoo
 
@@ -339,7 +339,7 @@ def resolve(
 
 
 def best_run(architecture: str, reporter: Reporter) -> Path | None:
-    """The checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar.
+    """Return the checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar.
 
     Raises:
         InputError: There are runs of several data sets, whose accuracies cannot be compared.
@@ -365,7 +365,7 @@ def best_run(architecture: str, reporter: Reporter) -> Path | None:
 
 
 def _note_replaced(path: Path, checkpoint: Checkpoint, reporter: Reporter) -> None:
-    """Says so where the file of another run is replaced."""
+    """Say so where the file of another run is replaced."""
     old = None
     with contextlib.suppress(ArtifactError):  # what is replaced may be broken
         old = artifacts.read_sidecar(path) if path.exists() else None
@@ -408,7 +408,7 @@ def _write_fp32(
 
 
 def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter) -> Measurements:
-    """Compares the file with the torch net; returns what goes into the sidecar's `measured`."""
+    """Compare the file with the torch net; returns what goes into the sidecar's `measured`."""
     if not hardware.installed("onnxruntime"):
         reporter.note("parity not checked: pip install onnxruntime")
         return {}

@@ -16,7 +16,7 @@ Channels = tuple[float, float, float]
 
 
 def parse_channels(text: str) -> Channels:
-    """Reads "R,G,B".
+    """Read "R,G,B".
 
     Raises:
         InputError: Not three numbers.
@@ -102,7 +102,7 @@ class InputConfig(Config):
         return dataclasses.replace(base, **changed)
 
     def require_size(self, path: object, fixed: int | None) -> None:
-        """Raises InputError where another side is stated than the file's input has."""
+        """Raise InputError where another side is stated than the file's input has."""
         if fixed is not None and self.size not in (None, fixed):
             raise InputError(
                 f"{path}: takes {fixed}x{fixed} pixels, not {self.size}x{self.size}",
@@ -110,7 +110,7 @@ class InputConfig(Config):
             )
 
     def complete(self, path: object, *, fixed: int | None, pixels: bool = False) -> Preprocess:
-        """The preprocessing of a file without a sidecar.
+        """Return the preprocessing of a file without a sidecar.
 
         Args:
             path: The file, for messages.

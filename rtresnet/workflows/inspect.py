@@ -54,7 +54,7 @@ class InspectResult:
     operations: dict[str, int] | None = None
 
     def require_unchanged(self) -> None:
-        """Raises ArtifactError if a file of the chain changed after the next was made from it."""
+        """Raise ArtifactError if a file of the chain changed after the next was made from it."""
         last = self.chain[-1]
         if last.state == "changed":
             raise ArtifactError(
@@ -83,7 +83,7 @@ class FolderResult:
     artifacts: tuple[ArtifactSummary, ...]
 
     def require_unchanged(self) -> None:
-        """Raises ArtifactError if a file is not the one that its sidecar describes."""
+        """Raise ArtifactError if a file is not the one that its sidecar describes."""
         wrong = [e.path for e in self.artifacts if e.state in ("changed", "broken sidecar")]
         if wrong:
             raise ArtifactError(
@@ -93,7 +93,7 @@ class FolderResult:
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
-    """Reads an artifact's sidecars, header and graph.
+    """Read an artifact's sidecars, header and graph.
 
     Args:
         path: A checkpoint, an ONNX file or a plan.
@@ -143,7 +143,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
 
 
 def inspect_folder(folder: str | os.PathLike[str]) -> FolderResult:
-    """Lists the artifacts in a folder and the folders in it, and checks their hashes.
+    """List the artifacts in a folder and the folders in it, and checks their hashes.
 
     Args:
         folder: The folder.
@@ -171,7 +171,7 @@ def inspect_folder(folder: str | os.PathLike[str]) -> FolderResult:
 
 
 def inspect_layers(path: str | os.PathLike[str]) -> Layers:
-    """Reads the fused layers that were kept next to a plan.
+    """Read the fused layers that were kept next to a plan.
 
     Args:
         path: The plan.

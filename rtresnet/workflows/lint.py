@@ -47,7 +47,7 @@ class LintResult:
         return not self.worse
 
     def require_passed(self) -> None:
-        """Raises CheckFailedError where there is something worse than a note."""
+        """Raise CheckFailedError where there is something worse than a note."""
         if self.worse:
             fixable = self.fixed is None and any("--fix" in entry.fix for entry in self.findings)
             raise CheckFailedError(
@@ -64,7 +64,7 @@ def lint(
     fix: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> LintResult:
-    """Checks where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
+    """Check where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
 
     Needs neither a GPU nor TensorRT.
 
@@ -110,7 +110,7 @@ def lint(
 
 
 def _without_intended(findings: list[Finding], sidecar: Sidecar | None) -> list[Finding]:
-    """What `quantize --eval` left in float on purpose is worth a note only."""
+    """Downgrade findings on blocks that `quantize --eval` left in float to notes."""
     excluded = sidecar.calibration.kept if sidecar and sidecar.calibration else ()
     return [
         dataclasses.replace(entry, severity="note")
@@ -123,7 +123,7 @@ def _without_intended(findings: list[Finding], sidecar: Sidecar | None) -> list[
 def _repair(
     path: Path, out: Path, model: Any, sidecar: Sidecar | None, reporter: Reporter
 ) -> tuple[list[Finding], list[Repair]]:
-    """Writes the repaired file; returns what is left and what was done."""
+    """Write the repaired file; returns what is left and what was done."""
     from rtresnet.quantization.autofix import fix
 
     if sidecar is None and artifacts.sidecar_path(out).exists():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def parse_provider(name: str) -> str:
-    """Checks a provider's name.
+    """Check a provider's name.
 
     Raises:
         InputError: There is no such provider, or it is not supported.
@@ -84,7 +84,7 @@ class RuntimeConfig(Config):
         parse_provider(self.provider)
 
     def for_artifact(self, path: str, paths: Sequence[str]) -> RuntimeConfig:
-        """The options that apply to `path`, one of several artifacts of a command.
+        """Return the options that apply to `path`, one of several artifacts of a command.
 
         `provider`, `threads` and `tf32` apply to the ONNX files among them; if there are none,
         they stay and the plan refuses them. `contexts` and `graphs` apply to the plans.
@@ -126,7 +126,7 @@ def load(
     model: str | None = None,
     stated: InputConfig | None = None,
 ) -> Session:
-    """Loads a checkpoint (in torch), an ONNX file or a plan (in the runtime).
+    """Load a checkpoint (in torch), an ONNX file or a plan (in the runtime).
 
     Args:
         path: A .pt, .onnx or .plan file.
@@ -176,7 +176,7 @@ def load_artifact(
     input_needed: bool = True,
     **options: Any,
 ) -> Session:
-    """Loads a checkpoint (in torch), an ONNX file or a plan (in the runtime).
+    """Load a checkpoint (in torch), an ONNX file or a plan (in the runtime).
 
     Args:
         path: The artifact.
@@ -219,7 +219,7 @@ def load_artifact(
 
 
 def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[str, ...]]:
-    """Returns the preprocessing of an ONNX file or a plan, and which parts of it are assumed.
+    """Return the preprocessing of an ONNX file or a plan, and which parts of it are assumed.
 
     Args:
         session: The loaded file.
@@ -245,7 +245,7 @@ def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[s
 
 
 def states_input(path: str | os.PathLike[str]) -> bool:
-    """Whether an artifact's sidecar says what it takes, so that no option has to."""
+    """Return whether a sidecar states the preprocessing, so that no option has to."""
     sidecar = artifacts.read_sidecar(path)
     return sidecar is not None and sidecar.input_known
 
@@ -281,7 +281,7 @@ def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> S
 
 
 def require_torch(purpose: str) -> None:
-    """Raises UnavailableError where torch is not installed."""
+    """Raise UnavailableError where torch is not installed."""
     if not hardware.installed("torch"):
         raise missing_package("torch", purpose)
 

@@ -33,7 +33,7 @@ class ModelsResult:
 
 
 def list_models() -> ModelsResult:
-    """Counts the parameters and multiply-adds of every net.
+    """Count the parameters and multiply-adds of every net.
 
     Returns:
         Parameters and multiply-adds of each net.

@@ -17,7 +17,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, 
 
 
 def parse_size(text: str) -> int:
-    """Reads a size as in "512MB" or "1GiB", in bytes.
+    """Read a size as in "512MB" or "1GiB", in bytes.
 
     Raises:
         InputError: Not a size.
@@ -75,7 +75,7 @@ def pack(
     *,
     reporter: Reporter = reporter.DEFAULT,
 ) -> PackResult:
-    """Packs a folder with one subfolder for each class, optionally under train/ and test/ or val/.
+    """Pack a folder with one subfolder for each class, optionally under train/ and test/ or val/.
 
     The files' bytes are copied unchanged.
 

@@ -85,7 +85,7 @@ def package(
     root: str | os.PathLike[str],
     config: PackageConfig | None = None,
 ) -> PackageResult:
-    """Writes config.pbtxt, labels, and the file with its sidecar as a version of a model.
+    """Write config.pbtxt, labels, and the file with its sidecar as a version of a model.
 
     Args:
         path: An ONNX file, or a plan by TensorRT next to the ONNX file it was built from.
@@ -151,7 +151,7 @@ def package(
 def _check_plan(
     path: Path, sidecar: Sidecar | None, device: str
 ) -> tuple[tuple[Profile, ...], Path]:
-    """Returns a plan's profiles, and the ONNX file that names its tensors.
+    """Return a plan's profiles, and the ONNX file that names its tensors.
 
     Raises:
         ArtifactError: Triton would not load the plan, or its origin is unknown.
@@ -184,7 +184,7 @@ def _check_plan(
 
 
 def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], bool]:
-    """Reads inputs and outputs of an ONNX file, and whether its batch is fixed.
+    """Read inputs and outputs of an ONNX file, and whether its batch is fixed.
 
     Triton batches requests along a first dimension that is open in all tensors and left out of
     their shapes. Where it is fixed, Triton cannot batch (max_batch_size 0), and shapes are whole.
@@ -224,7 +224,7 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
 
 
 def require_single_file(path: Path) -> Any:
-    """Returns the ModelProto of an ONNX file that contains its weights.
+    """Return the ModelProto of an ONNX file that contains its weights.
 
     Raises:
         ArtifactError: Not a valid ONNX file.
@@ -248,7 +248,7 @@ def require_single_file(path: Path) -> Any:
 def _max_batch(
     path: Path, graph: Path, config: PackageConfig, profiles: tuple[Profile, ...], fixed: bool
 ) -> int:
-    """The largest batch that Triton may form; 0 for a file with a fixed batch."""
+    """Return the largest batch that Triton may form; 0 for a file with a fixed batch."""
     if fixed and config.max_batch is not None:
         raise InputError(
             f"{path}: its batch is fixed, so Triton cannot form batches",
@@ -267,7 +267,7 @@ def _max_batch(
 
 
 def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
-    """What a person at the server wants to know of the model, without its sidecar."""
+    """Return the model's metadata for the server's operator, who does not have the sidecar."""
     if sidecar is None:
         return {"sha256": atomic_io.sha256(path)}
     preprocess = sidecar.input

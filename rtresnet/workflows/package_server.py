@@ -106,7 +106,7 @@ def package_server(
     config: PackageConfig | None = None,
     image: ImageConfig | None = None,
 ) -> ServerPackageResult:
-    """Writes a folder to build an image from, a KServe InferenceService, or both.
+    """Write a folder to build an image from, a KServe InferenceService, or both.
 
     Args:
         path: An ONNX file or a plan, with its sidecar.
@@ -215,7 +215,7 @@ def _server(path: Path, sidecar: Sidecar, config: PackageConfig, image: ImageCon
 
 
 def _versions(sidecar: Sidecar, extra: str) -> tuple[str, ...]:
-    """The versions of this environment's libraries, and of the one that built the plan."""
+    """Return the versions of this environment's libraries, and of the one that built the plan."""
     versions: dict[str, str] = {}
     with contextlib.suppress(metadata.PackageNotFoundError):
         for requirement in metadata.requires("rtresnet") or ():
@@ -231,7 +231,7 @@ def _versions(sidecar: Sidecar, extra: str) -> tuple[str, ...]:
 
 
 def dockerfile(server: _Server) -> str:
-    """The text of the Dockerfile."""
+    """Return the text of the Dockerfile."""
     gpus = " --gpus all" if server.on_gpu else ""
     index = " --extra-index-url https://pypi.nvidia.com" if server.runs_on == "tensorrt" else ""
     requirement = f"rtresnet[{EXTRAS[server.runs_on]},serve]=={__version__}"
@@ -262,7 +262,7 @@ def dockerfile(server: _Server) -> str:
 
 
 def manifest(server: _Server, image: ImageConfig) -> str:
-    """The text of the InferenceService.
+    """Return the text of the InferenceService.
 
     KEDA divides the metric by the number of replicas (its type AverageValue, which KServe does not
     change), so the query multiplies the mean by that number.
@@ -348,7 +348,7 @@ def manifest(server: _Server, image: ImageConfig) -> str:
 
 
 def _write_folder(folder: Path, path: Path, sidecar: Sidecar, server: _Server) -> None:
-    """Writes the folder whole or not at all."""
+    """Write the folder whole or not at all."""
     if folder.exists():
         raise InputError(
             f"{folder}: exists already", fix=f"choose another folder, or: rm -r {folder}"
@@ -367,7 +367,7 @@ def _write_folder(folder: Path, path: Path, sidecar: Sidecar, server: _Server) -
 
 @contextlib.contextmanager
 def _new_folder(final: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `final` that takes its place if the body succeeds."""
+    """Yield a temporary folder next to `final` that takes its place if the body succeeds."""
     atomic_io.make_folder(final.parent)
     temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()

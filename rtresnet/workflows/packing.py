@@ -43,7 +43,7 @@ def pack(
     progress: Callable[[int, int], None] = lambda done, total: None,
     warn: locks.Warn = lambda line: None,
 ) -> PackIndex:
-    """Packs a folder's image files, unchanged and in the folder source's own order.
+    """Pack a folder's image files, unchanged and in the folder source's own order.
 
     Damaged images are packed as they are: whoever reads them counts and names them.
 
@@ -87,7 +87,7 @@ def _write(
     shard_bytes: int,
     progress: Callable[[int, int], None],
 ) -> PackIndex:
-    """Writes the shards, then the table, then the index."""
+    """Write the shards, then the table, then the index."""
     rows, total = _Rows(), sum(map(len, files.values()))
     shards: list[Shard] = []
     try:
@@ -123,7 +123,7 @@ class _Rows:
             self.columns[column].append(value)
 
     def write(self, path: Path) -> str:
-        """Returns the table's sha256."""
+        """Return the table's sha256."""
         arrays = {column: np.array(values, np.int64) for column, values in self.columns.items()}
         names = np.frombuffer(b"\0".join(self.names), np.uint8)
         with atomic_io.atomic_path(path) as temporary:
@@ -164,7 +164,7 @@ def _write_split(
     progress: Callable[[int, int], None],
     total: int,
 ) -> Iterator[Shard]:
-    """Yields each shard's file and size once it is written."""
+    """Yield each shard's file and size once it is written."""
     first = max(rows.columns["shard"], default=-1) + 1
     number, waiting = 0, next(images, None)
     while waiting is not None:
@@ -194,7 +194,7 @@ def _write_split(
 
 
 def _frame(name: str, size: int) -> tuple[bytes, int]:
-    """A tar member's header, and how many zeros follow its bytes. GNU's form takes any name."""
+    """Return a tar member's header and padding. The GNU format takes any name."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
     header = member.tobuf(tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape")
@@ -202,7 +202,7 @@ def _frame(name: str, size: int) -> tuple[bytes, int]:
 
 
 def _make_room(folder: Path, force: bool) -> None:
-    """Removes a pack that may be replaced, or what is left of one, and nothing that is not ours."""
+    """Remove a pack that may be replaced, or what is left of one, and nothing that is not ours."""
     index = folder / INDEX
     finished = index.exists() and FORMAT in index.read_text(encoding="utf-8", errors="replace")
     if finished and not force:

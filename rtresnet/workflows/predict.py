@@ -126,11 +126,11 @@ class BatchPredictor(Protocol):
         ...
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Prediction]]:
-        """Predicts image files in order, `info.batch` at a time."""
+        """Predict image files in order, `info.batch` at a time."""
         ...
 
     def close(self) -> None:
-        """Frees memory."""
+        """Free memory."""
         ...
 
 
@@ -143,7 +143,7 @@ def predict(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> PredictResult:
-    """Predicts the most probable classes of a few images.
+    """Predict the most probable classes of a few images.
 
     Args:
         images: An image file or a folder of them, or several.
@@ -196,7 +196,7 @@ def predict_table(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> PredictTableResult:
-    """Predicts the classes of any number of images into a table with a row for each image.
+    """Predict the classes of any number of images into a table with a row for each image.
 
     Rows are collected in `OUT.part`, which an interrupted run leaves behind for `table.resume`.
 
@@ -301,7 +301,7 @@ def _digest(names: Sequence[str]) -> str:
 def _fill(
     journal: Journal, predictor: BatchPredictor, names: Sequence[str], reporter: Reporter
 ) -> None:
-    """Predicts the images that the journal lacks."""
+    """Predict the images that the journal lacks."""
     total = len(names)
     if journal.done:
         reporter.note(f"resuming at image {journal.done:,} of {total:,}")
@@ -328,7 +328,7 @@ def _fill(
 
 
 def image_files(images: Paths) -> list[str]:
-    """Lists image files: the files as they are named, and all images under the folders.
+    """List image files: the files as they are named, and all images under the folders.
 
     Raises:
         InputError: No such file.
@@ -353,7 +353,7 @@ def image_files(images: Paths) -> list[str]:
 
 
 def find_model() -> Path:
-    """Finds the one artifact under engines/ and runs/ that runs on this machine.
+    """Find the one artifact under engines/ and runs/ that runs on this machine.
 
     Raises:
         InputError: There is none, or there are several.

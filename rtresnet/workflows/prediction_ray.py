@@ -37,7 +37,7 @@ class _Task:
     stated: InputConfig | None
 
     def predictor(self) -> Predictor:
-        """Loads the artifact in this process, after checking that it is the same file."""
+        """Load the artifact in this process, after checking that it is the same file."""
         with contextlib.suppress(OSError):  # names are relative to the folder of the caller
             os.chdir(self.folder)
         if atomic_io.sha256(atomic_io.require_file(self.artifact)) != self.sha256:
@@ -52,7 +52,7 @@ class Actor:
         self.predictor = task.predictor()
 
     def __call__(self, item: dict[str, str]) -> dict[str, str]:
-        """Predicts names; both sides are JSON, as Arrow's strings cannot hold every file name."""
+        """Predict names; both sides are JSON, as Arrow's strings cannot hold every file name."""
         (batch,) = self.predictor.batches(json.loads(item["names"]))
         return {"predictions": json.dumps([dataclasses.asdict(entry) for entry in batch])}
 
@@ -150,7 +150,7 @@ class RayPredictor:
                 yield [serialization.from_json(Prediction, entry) for entry in entries]
 
     def close(self) -> None:
-        """Ends the local cluster, if it was started here."""
+        """End the local cluster, if it was started here."""
         if self._owned:
             self._ray.shutdown()
 
@@ -162,7 +162,7 @@ def _info(task: _Task) -> PredictorInfo:
 
 @contextlib.contextmanager
 def _original_errors() -> Iterator[None]:
-    """Raises a RtresnetError of one of Ray's processes as if it had been raised here."""
+    """Raise a RtresnetError of one of Ray's processes as if it had been raised here."""
     try:
         yield
     except Exception as error:

@@ -34,7 +34,7 @@ CHUNK_ROWS, GROUP_CHUNKS = 1024, 16  # rows as Python objects, which are large; 
 
 
 def check_table_path(out: Path) -> None:
-    """Refuses a table that cannot be written, before anything is computed.
+    """Refuse a table that cannot be written, before anything is computed.
 
     Raises:
         InputError: The suffix is none of FORMS, or there is a folder of that name.
@@ -149,7 +149,7 @@ class Journal:
         self._file.truncate()
 
     def _row(self, line: str) -> Row | None:
-        """Parses a line with the columns of the table; None as in `_parsed`."""
+        """Parse a line with the columns of the table; None as in `_parsed`."""
         row = _parsed(line)
         if row is None or list(row) != columns(self.top):
             return None
@@ -161,7 +161,7 @@ class Journal:
         return row if valid and row["image"] is not None else None
 
     def add(self, rows: Sequence[Prediction]) -> None:
-        """Appends a batch."""
+        """Append a batch."""
         self._write([_flat(row, self.top) for row in rows])
         self.done += len(rows)
         self.broken += sum(row.error is not None for row in rows)
@@ -175,14 +175,14 @@ class Journal:
             raise
 
     def rows(self) -> Iterator[Row]:
-        """Reads every row, with the columns of the table."""
+        """Read every row, with the columns of the table."""
         with open(self.path, encoding="utf-8") as file:
             next(file)
             for line in file:
                 yield json.loads(line)
 
     def finish(self, *, excel_safe: bool = False) -> None:
-        """Makes the table of the journal and removes the journal.
+        """Make the table of the journal and remove the journal.
 
         Args:
             excel_safe: In a CSV file, text that a spreadsheet would run as a formula starts with
@@ -197,12 +197,12 @@ class Journal:
         self.discard()
 
     def discard(self) -> None:
-        """Removes the journal."""
+        """Remove the journal."""
         self.path.unlink()
         self.close()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -230,7 +230,7 @@ def _flat(row: Prediction, top: int) -> Row:
 
 
 def _parsed(line: str) -> Row | None:
-    """Parses a whole line; None at the end of the file, and for what a killed process left."""
+    """Parse a whole line; None at the end of the file, and for what a killed process left."""
     with contextlib.suppress(InputError):
         data = line.encode("utf-8", "surrogateescape")
         record = serialization.parse(data, where="") if line.endswith("\n") else None

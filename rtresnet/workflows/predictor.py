@@ -148,7 +148,7 @@ class Predictor:
         )
 
     def close(self) -> None:
-        """Frees what the session holds."""
+        """Free what the session holds."""
         self.session.close()
 
     def __enter__(self) -> Predictor:
@@ -163,7 +163,7 @@ class Predictor:
         self.close()
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Prediction]]:
-        """Predicts image files in order, a batch at a time, while the next images are decoded.
+        """Predict image files in order, a batch at a time, while the next images are decoded.
 
         The batches do not depend on where a run begins, if that is at a multiple of `batch`: a
         broken image leaves its batch smaller.
@@ -204,7 +204,7 @@ class Predictor:
         return predictions
 
     def _top(self, images: np.ndarray) -> Iterator[tuple[ClassProbability, ...]]:
-        """The best classes of uint8 [N, S, S, 3]; empty where the answer is not finite."""
+        """Return the best classes of uint8 [N, S, S, 3]; empty where the output is not finite."""
         answer = self.session(self.session.prepare(images))
         if isinstance(answer, tuple):  # a top-K file
             indices, probabilities = (part[:, : self.top] for part in answer)
@@ -234,5 +234,5 @@ class Predictor:
 
 
 def printable(text: str) -> str:
-    """Makes UTF-8 of a file's name: Linux allows any bytes in it, and tables do not."""
+    """Make UTF-8 of a file's name: Linux allows any bytes in it, and tables do not."""
     return text.encode("utf-8", "backslashreplace").decode()

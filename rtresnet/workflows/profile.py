@@ -88,7 +88,7 @@ def profile(
     *,
     reporter: Reporter = reporter.DEFAULT,
 ) -> ProfileResult:
-    """Profiles an ONNX file in ONNX Runtime's CPU provider, or a plan on the GPU.
+    """Profile an ONNX file in ONNX Runtime's CPU provider, or a plan on the GPU.
 
     Args:
         path: The artifact. A plan also needs the ONNX file it was built from.
@@ -172,7 +172,7 @@ def profile(
 
 
 def _graph_of(path: str, sidecar: Sidecar | None) -> Path:
-    """The ONNX file with the graph of an artifact: itself, or the parent of a plan."""
+    """Return the ONNX file with the graph of an artifact: itself, or the parent of a plan."""
     if artifacts.kind_of(path) == "onnx":
         return Path(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
@@ -186,7 +186,7 @@ def _graph_of(path: str, sidecar: Sidecar | None) -> Path:
 
 
 def _nodes_of_layers(path: str, sidecar: Sidecar | None) -> dict[str, tuple[str, ...]]:
-    """The ONNX nodes of each layer of a plan; empty if the build recorded no layers."""
+    """Return the ONNX nodes of each layer of a plan; empty if the build recorded no layers."""
     from rtresnet.builder import layers
 
     if sidecar is None or sidecar.plan is None or sidecar.plan.layers is None:

@@ -192,7 +192,7 @@ def quantize(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> QuantizeResult:
-    """Quantizes an FP32 ONNX file of a residual net.
+    """Quantize an FP32 ONNX file of a residual net.
 
     Args:
         source: The file, from rtresnet or another tool.
@@ -235,7 +235,7 @@ def quantize_unlocked(
     reporter: Reporter,
     sidecar: Sidecar | None = None,
 ) -> QuantizeResult:
-    """Quantizes while the caller holds the lock on `out`; `sidecar` if it was just verified."""
+    """Quantize while the caller holds the lock on `out`; `sidecar` if it was just verified."""
     from rtresnet.onnxlib import io, metadata
     from rtresnet.onnxlib.interface import precision_of
 
@@ -306,7 +306,7 @@ def quantize_unlocked(
 
 
 def _scales_path(out: Path, reporter: Reporter) -> Path:
-    """Where the scales of a file go: calib/, or next to it where calib/ is not writable.
+    """Return where the scales of a file go: calib/, or next to it where calib/ is not writable.
 
     Raises:
         InputError: Neither can be written to.
@@ -355,7 +355,7 @@ class _Quantization:
         return qdq.stem(model) if fp8 else ()
 
     def quantize(self, model: Any) -> Quantized:
-        """Calibrates and quantizes by whichever way the file and the config ask for."""
+        """Calibrate and quantizes by whichever way the file and the config ask for."""
         from rtresnet.onnxlib import metadata
         from rtresnet.quantization.prepare import prepare
 
@@ -454,7 +454,7 @@ class _Quantization:
         return self._uncalibrated(calibrated, origin)
 
     def _without_images(self, model: Any) -> Quantized:
-        """Quantizes by what the file says of its batch norms."""
+        """Quantize by what the file says of its batch norms."""
         import numpy as np
 
         from rtresnet.quantization import calibrate, qdq
@@ -474,7 +474,7 @@ class _Quantization:
         return self._uncalibrated(calibrated, origin)
 
     def _uncalibrated(self, calibrated: Calibrated, origin: ScalesOrigin) -> Quantized:
-        """Quantizes with scales that no image was run for."""
+        """Quantize with scales that no image was run for."""
         from rtresnet.quantization import scales
 
         model = _with_float_dtype(calibrated.quantized(), self.config.wide_dtype)
@@ -482,7 +482,7 @@ class _Quantization:
         return model, self._calibration(calibrated, origin, self.scales, ()), None, []
 
     def _contract(self) -> dict[str, Any]:
-        """The fields of `ScalesOrigin` that describe the FP32 file."""
+        """Return the fields of `ScalesOrigin` that describe the FP32 file."""
         contract = serialization.known(dataclasses.asdict(self.sidecar.input))
         return {
             "onnx_sha256": self.sidecar.sha256,
@@ -511,7 +511,7 @@ class _Quantization:
         )
 
     def _saved_scales(self, origin: ScalesOrigin) -> tuple[Path, SavedScales | None]:
-        """Where the scales are or go, and those of an earlier run with the same inputs."""
+        """Return where the scales are or go, and those of an earlier run with the same inputs."""
         default = CALIB / f"{self.out.stem}.json"  # perhaps in a folder that can only be read
         for path in dict.fromkeys((default, self.scales)):
             if (saved := self._read_scales(path, origin)) is not None:
@@ -575,7 +575,7 @@ def _with_float_dtype(model: Any, dtype: str) -> Any:
 def calibration_batches(
     config: QuantizeConfig, preprocess: Preprocess, reporter: Reporter
 ) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
-    """The calibration images as repeatable batches, with their name, hash and number.
+    """Return the calibration images as repeatable batches, with their name, hash and number.
 
     Without a spec, the images in calib/; without those, noise and a warning.
     """
@@ -612,7 +612,7 @@ def calibration_batches(
 
 
 def _settle_size(source: Path, model: Any, size: int | None) -> None:
-    """Gives an input whose side is open the side that was stated; refuses another side."""
+    """Give an input whose side is open the side that was stated; refuses another side."""
     dims = _image_input(model).type.tensor_type.shape.dim
     if len(dims) != 4:
         return
@@ -627,13 +627,13 @@ def _settle_size(source: Path, model: Any, size: int | None) -> None:
 
 
 def _image_input(model: Any) -> Any:
-    """The input of an onnx.ModelProto that takes the images."""
+    """Return the input of an onnx.ModelProto that takes the images."""
     constants = {tensor.name for tensor in model.graph.initializer}
     return next((e for e in model.graph.input if e.name not in constants), model.graph.input[0])
 
 
 def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
-    """Raises InputError where pixels or top-K were embedded before quantization."""
+    """Raise InputError where pixels or top-K were embedded before quantization."""
     import onnx
 
     types = [
@@ -650,7 +650,7 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
 
 
 def _describe(source: Path, model: Any, stated: InputConfig) -> Sidecar:
-    """The record of an ONNX file that another tool made."""
+    """Return the record of an ONNX file that another tool made."""
     side = _image_input(model).type.tensor_type.shape.dim[-1].dim_value
     preprocess = stated.complete(source, fixed=side or None)
     shape = model.graph.output[0].type.tensor_type.shape.dim

@@ -65,7 +65,7 @@ def quickstart(
     *,
     reporter: Reporter = reporter.DEFAULT,
 ) -> QuickstartResult:
-    """Trains ResNet-20 on the digits that scikit-learn ships, and takes it through every step.
+    """Train ResNet-20 on the digits that scikit-learn ships, and take it through every step.
 
     Args:
         out: Folder; an earlier quickstart in it is replaced.

@@ -23,7 +23,7 @@ NEEDED = (
 
 
 def parse_wait(text: str) -> float:
-    """Reads a time as in "2ms", which may be 0; returns milliseconds.
+    """Read a time as in "2ms", which may be 0; returns milliseconds.
 
     Raises:
         InputError: Not a time.
@@ -81,7 +81,7 @@ def serve(
     on_ready: Callable[[list[str]], None] = lambda lines: None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> int:
-    """Serves ONNX files and plans until SIGTERM, Ctrl-C or the loss of the device.
+    """Serve ONNX files and plans until SIGTERM, Ctrl-C or the loss of the device.
 
     Args:
         sources: ONNX files, plans, or folders of a Triton repository.

@@ -105,7 +105,7 @@ def study_degradation(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> StudyResult:
-    """Trains plain and residual nets of growing depth (figures 1, 4 and 6, table 2).
+    """Train plain and residual nets of growing depth (figures 1, 4 and 6, table 2).
 
     Every run is a folder in `out`; finished runs are not repeated.
 
@@ -139,7 +139,7 @@ def study_shortcuts(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> StudyResult:
-    """Trains a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
+    """Train a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
 
     Args:
         data: As for `train`.
@@ -170,7 +170,7 @@ def study_blocks(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> StudyResult:
-    """Trains a net with residual functions of one, two and three layers (section 3.2).
+    """Train a net with residual functions of one, two and three layers (section 3.2).
 
     All have the same layers. A fourth net has projections everywhere (option C).
 
@@ -289,7 +289,7 @@ def _run_all(planned: Sequence[Run], reporter: Reporter) -> list[Outcome]:
 
 
 def _in_words(outcome: Outcome) -> str:
-    """A run's result in a line."""
+    """Return a run's result in a line."""
     if outcome.diverged:
         return f"diverged, {outcome.diverged}"
     val = "" if outcome.val_error is None else f"validation {outcome.val_error:.2f} %, "
@@ -297,7 +297,7 @@ def _in_words(outcome: Outcome) -> str:
 
 
 def short_name(data: str) -> str:
-    """A data set's name for a figure: cifar10 for cifar10:DIR, a folder's or file's own name."""
+    """Return a data set's name for a figure: cifar10 for cifar10:DIR, or the file's name."""
     form, _, argument = data.partition(":")
     named = form if form in ("cifar10", "fashion-mnist", "synthetic", "digits") else ""
     return named or Path(argument or form).stem
@@ -334,7 +334,7 @@ def study_responses(
     *,
     reporter: Reporter = reporter.DEFAULT,
 ) -> ResponsesResult:
-    """Measures the standard deviation of each 3x3 layer's response (figure 7).
+    """Measure the standard deviation of each 3x3 layer's response (figure 7).
 
     Args:
         checkpoints: Of residual or plain nets.

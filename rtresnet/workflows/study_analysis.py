@@ -51,7 +51,7 @@ class CostResult:
 
 
 def study_cost() -> CostResult:
-    """Counts parameters and multiply-adds of every net against VGG-19 (section 3.3, table 1).
+    """Count parameters and multiply-adds of every net against VGG-19 (section 3.3, table 1).
 
     Returns:
         A row for each net, in the order of `rtresnet models`.
@@ -129,7 +129,7 @@ def study_gradients(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> GradientsResult:
-    """Measures the gradient of every 3x3 layer at initialization and along a run (section 4.1).
+    """Measure the gradient of every 3x3 layer at initialization and along a run (section 4.1).
 
     Args:
         data: As for `train`.
@@ -234,7 +234,7 @@ def study_lesions(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> LesionsResult:
-    """Removes one block at a time from a trained net and measures accuracy.
+    """Remove one block at a time from a trained net and measures accuracy.
 
     Next to it stands how much noise the same block alone in INT8 adds to the logits. The test split
     is evaluated, and the INT8 ranges come from training images.

@@ -41,7 +41,7 @@ RECIPE_FIELDS = ("epochs", "batch", "lr", "seed", "patience", "balance", "layer_
 
 
 def recipe_option(name: str) -> Any:
-    """An option for a field of the recipe; None keeps the recipe's value."""
+    """Return an option for a field of the recipe; None keeps the recipe's value."""
     about = {field.name: about for field, _, about in options_of(Recipe)}[name]
     return option(
         None, about.help, minimum=about.minimum, maximum=about.maximum,
@@ -215,10 +215,10 @@ class _Silent(LogReporter):
     """Reports nothing: for all processes but the main one."""
 
     def note(self, line: str) -> None:
-        """Ignores a line."""
+        """Ignore a line."""
 
     def warning(self, title: str, body: str) -> None:
-        """Ignores a warning."""
+        """Ignore a warning."""
 
 
 def train(
@@ -316,7 +316,7 @@ def train(
 
 
 def _recipe_settings(config: TrainConfig) -> dict[str, Any]:
-    """The fields of the recipe that the options set."""
+    """Return the fields of the recipe that the options set."""
     from rtresnet.training import recipes
 
     fields = recipes.parse(config.settings)
@@ -367,7 +367,7 @@ def _folder(config: TrainConfig, world: World, reporter: Reporter) -> Iterator[t
 
 
 def _agree(world: World, decide: Callable[[], T]) -> T:
-    """What the main process decides, in every process; also if that is an error.
+    """Return the main process's result in every process, or raise its error in every process.
 
     Raises:
         InputError: `decide` raised one.
@@ -432,7 +432,7 @@ def new_job(
 
 
 def _start(config: TrainConfig, reporter: Reporter) -> Checkpoint | None:
-    """The weights to start from."""
+    """Return the weights to start from."""
     from rtresnet.models import checkpoint, download
 
     if config.weights is None:
@@ -445,7 +445,7 @@ def _start(config: TrainConfig, reporter: Reporter) -> Checkpoint | None:
 def _resumed(
     folder: Path, config: TrainConfig, stated: InputConfig, reporter: Reporter
 ) -> TrainJob:
-    """The run's own net, data and recipe; the options must agree with them."""
+    """Return the run's own net, data and recipe; the options must agree with them."""
     from rtresnet.data.loader import TOLERATED
     from rtresnet.models import zoo
     from rtresnet.training import checkpointing, recipes
@@ -475,7 +475,7 @@ def _resumed(
 def _teacher(
     name: str | None, recorded: dict[str, Any] | None, reporter: Reporter
 ) -> Checkpoint | None:
-    """The teacher of a run, by name or as its state records it."""
+    """Return the teacher of a run, by name or as its state records it."""
     from rtresnet.models import checkpoint, download
 
     if name is None and recorded is None:

@@ -44,7 +44,7 @@ def classify_test_images(
 
 
 def _test_images(result: TrainResult) -> Source:
-    """The run's test images, without broken ones: the set's own, or those that were set aside."""
+    """Return the run's test images without broken ones: the test split or the held-out part."""
     from rtresnet.data.sources import Subset, open_source
     from rtresnet.models import checkpoint
     from rtresnet.training.loader import split

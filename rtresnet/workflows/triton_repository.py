@@ -97,7 +97,7 @@ class ModelConfig:
 
 
 def config(model: ModelConfig) -> str:
-    """The text of config.pbtxt."""
+    """Return the text of config.pbtxt."""
     lines = _interface(model)
     lines += [f"max_batch_size: {model.max_batch}"]
     if model.max_batch:
@@ -125,7 +125,7 @@ def write(
     sidecar: Sidecar | None,
     version: int | None = None,
 ) -> Path:
-    """Adds a version of a model to a repository, whole or not at all.
+    """Add a version of a model to a repository, whole or not at all.
 
     Args:
         root: The repository's folder.
@@ -176,7 +176,7 @@ def write(
 
 
 def versions(home: str | os.PathLike[str]) -> list[int]:
-    """The versions that Triton would see in a model's folder, ascending."""
+    """Return the versions that Triton would see in a model's folder, ascending."""
     home = Path(home)
     names = [entry.name for entry in home.iterdir() if entry.is_dir()] if home.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch(r"[1-9]\d*", name, re.ASCII))
@@ -210,7 +210,7 @@ def _tensor(tensor: TensorSpec) -> list[str]:
 
 
 def _in_tensorrt(model: ModelConfig) -> list[str]:
-    """Makes ONNX Runtime use TensorRT: its CUDA provider would compute a Q/DQ file in float.
+    """Make ONNX Runtime use TensorRT: its CUDA provider would compute a Q/DQ file in float.
 
     The engine is built when the model is loaded, and only once if all shapes are stated.
     """
@@ -234,7 +234,7 @@ def _kind(model: ModelConfig) -> str:
 
 
 def _text(value: object) -> str:
-    """A quoted string of protobuf's text format."""
+    """Return a quoted string of protobuf's text format."""
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda c: f"\\{ord(c[0]):03o}", escaped) + '"'
 
@@ -279,7 +279,7 @@ def _version(folder: Path, final: Path, source: Path, sidecar: Sidecar | None) -
 
 @contextlib.contextmanager
 def _folder(final: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `final` that takes its place if the body succeeds."""
+    """Yield a temporary folder next to `final` that takes its place if the body succeeds."""
     temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:

@@ -31,7 +31,7 @@ POOL_BYTES, POOL = 64 << 20, 8
 
 
 def parse_milliseconds(text: str) -> float:
-    """Reads `10ms`, `0.5s`, `250us` or `10` (ms).
+    """Read `10ms`, `0.5s`, `250us` or `10` (ms).
 
     Raises:
         InputError: Not a time above 0.
@@ -44,7 +44,7 @@ def parse_milliseconds(text: str) -> float:
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """Reads `1,8`.
+    """Read `1,8`.
 
     Raises:
         InputError: Not whole numbers from 1.
@@ -135,7 +135,7 @@ class Workload:
     images: tuple[tuple[str, bytes], ...] = ()
 
     def facts(self, session: Session) -> LoadFacts:
-        """What is known of the load before anything is measured."""
+        """Return the properties of the load that are known before measuring."""
         from rtresnet.bench.workload import LoadFacts
 
         pipelined = self.pipeline_of(session) is not None
@@ -147,7 +147,7 @@ class Workload:
         )
 
     def pipeline_of(self, session: Session) -> Callable[[], Any] | None:
-        """The session's pipeline of batches in flight; None if batches follow one another."""
+        """Return the session's pipeline of batches in flight; None if batches are sequential."""
         if self.scenario != "offline" or self.images:
             return None
         return getattr(session.backend, "pipeline", None)
@@ -156,7 +156,7 @@ class Workload:
 def for_fixed_batch(
     workload: Workload, sessions: Sequence[Session], *, explicit: bool
 ) -> tuple[Workload, str | None]:
-    """Removes the batches that files with a fixed batch do not compute as one batch.
+    """Remove the batches that files with a fixed batch do not compute as one batch.
 
     Args:
         workload: The workload.
@@ -199,7 +199,7 @@ def for_fixed_batch(
 
 
 def read_images(path: Path | None) -> tuple[tuple[str, bytes], ...]:
-    """Reads an image file, or up to 64 MB of the images in a folder, without decoding them.
+    """Read an image file, or up to 64 MB of the images in a folder, without decoding them.
 
     Raises:
         InputError: There are none.
@@ -222,7 +222,7 @@ def read_images(path: Path | None) -> tuple[tuple[str, bytes], ...]:
 
 
 def candidate(session: Session, workload: Workload, batch: int) -> Candidate:
-    """Prepares requests of `batch` images each for a session."""
+    """Prepare requests of `batch` images each for a session."""
     from rtresnet.bench.workload import Candidate
 
     if workload.images:
@@ -246,7 +246,7 @@ def candidate(session: Session, workload: Workload, batch: int) -> Candidate:
 
 
 def _detector(session: Session, seed: int) -> Candidate:
-    """Prepares images of noise that fill a detector's canvas.
+    """Prepare images of noise that fill a detector's canvas.
 
     Raises:
         InputError: Its backend runs no detectors.
@@ -295,7 +295,7 @@ def measure(
     batch: int,
     on_progress: Callable[[float], None] = lambda elapsed: None,
 ) -> list[Measurement]:
-    """Measures all sessions: in alternating slices, or one by one under server and closed.
+    """Measure all sessions: in alternating slices, or one by one under server and closed.
 
     Args:
         sessions: What to measure.
@@ -331,7 +331,7 @@ def measure_queued(
     fewest: int = 1,
     early_stop: EarlyStop = lambda latencies: False,
 ) -> Measurement:
-    """Measures one session under server or closed, through a batcher if the workload has one.
+    """Measure one session under server or closed, through a batcher if the workload has one.
 
     Without a batcher each client has a thread and calls the session itself: the session decides
     how many calls run at the same time.
