@@ -116,7 +116,7 @@ class Service:
             )
         except (Exception, asyncio.CancelledError) as error:
             cancelled = isinstance(error, asyncio.CancelledError)
-            status = 499 if cancelled else protocol.status_of(error)[0]
+            status = 499 if cancelled else protocol.status_of(error)
             raise
         finally:
             name = request.model_name if status not in (401, 404) else ""
@@ -145,7 +145,9 @@ def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return await call(request, context)
         except RtresnetError as error:
-            await context.abort(grpc.StatusCode[protocol.status_of(error)[1]], str(error))
+            await context.abort(
+                grpc.StatusCode[protocol.GRPC_STATUS[protocol.status_of(error)]], str(error)
+            )
 
     return guarded
 

@@ -27,14 +27,7 @@ from rtresnet.core.metrics import softmax
 from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import (
-    DATATYPES,
-    ClientGoneError,
-    InferRequest,
-    MethodError,
-    NotFoundError,
-    TooLargeError,
-)
+from rtresnet.serving.protocol import DATATYPES, InferRequest, RequestError
 from rtresnet.serving.repository import Answered, Model, Repository, chain
 
 log = logging.getLogger("rtresnet.serve")
@@ -65,10 +58,10 @@ class _Request(Request):
             async for chunk in super().stream():
                 size += len(chunk)
                 if size > self.limit:
-                    raise TooLargeError(f"more than {self.limit} bytes")
+                    raise RequestError(413, f"more than {self.limit} bytes")
                 yield chunk
         except ClientDisconnect:
-            raise ClientGoneError("the client closed the connection") from None
+            raise RequestError(499, "the client closed the connection") from None
 
 
 class Api:
@@ -127,7 +120,7 @@ class Api:
             answer = await answer if inspect.isawaitable(answer) else answer
             response = answer if isinstance(answer, Response) else JSONResponse(answer)
         except Exception as error:
-            status, _ = protocol.status_of(error)
+            status = protocol.status_of(error)
             if status == 500:
                 log.exception("request %s failed", identity)
             text = "internal error" if status == 500 else str(error)
@@ -155,11 +148,11 @@ class Api:
         actions = self._routes.get(request.method, {})
         if name not in actions:
             if any(name in actions for actions in self._routes.values()):
-                raise MethodError(f"{path} does not take {request.method[:20]}")
-            raise NotFoundError(f"{path[:80]}: no such path", fix="see /v2")
+                raise RequestError(405, f"{path} does not take {request.method[:20]}")
+            raise RequestError(404, f"{path[:80]}: no such path", fix="see /v2")
         length, limit = request.headers.get("content-length", "0"), self._options.max_body
         if length.isdecimal() and int(length) > limit:
-            raise TooLargeError(f"{length[:20]} bytes; at most {limit} are possible")
+            raise RequestError(413, f"{length[:20]} bytes; at most {limit} are possible")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise InputError("compressed requests are not supported", fix="send them plain")
         return actions[name]

@@ -24,57 +24,38 @@ DATATYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "object": "B
 MAX_OUTPUTS = 8
 
 
-class NotFoundError(InputError):
-    """A model, version or path that this server does not have."""
+GRPC_STATUS = {
+    400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
+    413: "INVALID_ARGUMENT", 499: "CANCELLED", 500: "INTERNAL", 503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}  # fmt: skip
 
 
-class MethodError(InputError):
-    """A path that takes another method."""
+class RequestError(RtresnetError):
+    """A request that is not answered, with its HTTP status."""
+
+    def __init__(self, status: int, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix)
+        self.status = status
 
 
-class UnauthorizedError(InputError):
-    """No token, or another one."""
-
-
-class TooLargeError(InputError):
-    """A body above the limit."""
-
-
-class ServerBusyError(RtresnetError):
-    """The queue is full; the same request may succeed later."""
-
-
-class DeadlineError(RtresnetError):
-    """The request's time was over before its answer was there."""
-
-
-class ClientGoneError(RtresnetError):
-    """The client closed the connection; nobody waits for the answer."""
-
-
-STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
-    (UnauthorizedError, 401, "UNAUTHENTICATED"), (NotFoundError, 404, "NOT_FOUND"),
-    (MethodError, 405, "UNIMPLEMENTED"), (TooLargeError, 413, "INVALID_ARGUMENT"),
-    (ServerBusyError, 503, "UNAVAILABLE"), (DeadlineError, 504, "DEADLINE_EXCEEDED"),
-    (ClientGoneError, 499, "CANCELLED"),
-    (InputError, 400, "INVALID_ARGUMENT"), (RtresnetError, 503, "UNAVAILABLE"),
-    (BaseException, 500, "INTERNAL"),
-)  # fmt: skip
-
-
-def status_of(error: BaseException) -> tuple[int, str]:
-    """The HTTP status and the name of the gRPC status of an error."""
-    return next((http, grpc) for kind, http, grpc in STATUS if isinstance(error, kind))
+def status_of(error: BaseException) -> int:
+    """The HTTP status of an error; GRPC_STATUS has the name of gRPC's."""
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, InputError):
+        return 400
+    return 503 if isinstance(error, RtresnetError) else 500
 
 
 def authorize(token: str | None, header: str) -> None:
     """Checks the value of an Authorization header.
 
     Raises:
-        UnauthorizedError: It does not carry the token.
+        RequestError: It does not carry the token.
     """
     if token is not None and not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
-        raise UnauthorizedError("a bearer token is needed")
+        raise RequestError(401, "a bearer token is needed")
 
 
 class Tensor(msgspec.Struct):

@@ -34,11 +34,8 @@ from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
 from rtresnet.serving.protocol import (
     DATATYPES,
-    ClientGoneError,
-    DeadlineError,
     InferRequest,
-    NotFoundError,
-    ServerBusyError,
+    RequestError,
     Tensor,
 )
 
@@ -155,9 +152,7 @@ class Model:
 
         Raises:
             InputError: Inputs or outputs are not the model's, or too large.
-            ServerBusyError: The queue is full.
-            DeadlineError: Its time is over.
-            ClientGoneError: Nobody waits for the answer.
+            RequestError: The queue is full, its time is over, or nobody waits for the answer.
             UnavailableError: The device failed.
         """
         wanted = protocol.requested(request, self.outputs)
@@ -185,7 +180,7 @@ class Model:
             rows = [_arrays(_result(answer)) for answer in answers]
             queue = max(answer.queue_seconds for answer in answers)
         except QueueFullError as error:
-            raise ServerBusyError(f"{self.name}: {error.message}") from None
+            raise RequestError(503, f"{self.name}: {error.message}") from None
         finally:
             for answer in answers:
                 answer.cancel()  # does nothing to those that are done
@@ -273,9 +268,9 @@ async def _done(answer: Answer, limit: float, connection: Connection | None) -> 
         connection.on_lost = lambda: finish(False)
     try:
         if not await asyncio.wait_for(done, limit):
-            raise ClientGoneError("the client closed the connection")
+            raise RequestError(499, "the client closed the connection")
     except asyncio.TimeoutError:
-        raise DeadlineError(f"no answer within {limit:g} s", fix="wait longer") from None
+        raise RequestError(504, f"no answer within {limit:g} s", fix="wait longer") from None
     finally:
         if connection is not None:
             connection.on_lost = None
@@ -325,19 +320,21 @@ class Repository:
         """The model of a name; without a name the only one, without a version the newest.
 
         Raises:
-            NotFoundError: There is none.
+            RequestError: There is none.
         """
         models = self._models
         if name is None and len(models) == 1:
             name = next(iter(models))
         if name is None or name not in models:
             what = "name a model" if name is None else f"unknown model {name[:80]!r}"
-            raise NotFoundError(what, fix=f"known: {', '.join(sorted(models))}")
+            raise RequestError(404, what, fix=f"known: {', '.join(sorted(models))}")
         versions = models[name]
         chosen = version or max(versions, key=int)
         if chosen not in versions:
-            raise NotFoundError(
-                f"{name}: unknown version {version[:20]!r}", fix=f"known: {', '.join(versions)}"
+            raise RequestError(
+                404,
+                f"{name}: unknown version {version[:20]!r}",
+                fix=f"known: {', '.join(versions)}",
             )
         return versions[chosen]
 
