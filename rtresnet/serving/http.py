@@ -166,9 +166,8 @@ class Api:
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
         asked = parse(await request.body(), request.headers.get(HEADER_LENGTH))
-        connection = request.state.connection
-        connection.flow.resume_reading()  # otherwise a client that leaves is not noticed
-        return _response(model, asked, await model.infer(asked, self._options.timeout, connection))
+        outputs = await model.infer(asked, self._options.timeout, _connection(request))
+        return _response(model, asked, outputs)
 
     async def _classify(self, request: Request) -> dict[str, object]:
         """Classes of encoded images: a raw body, or several files as multipart/form-data."""
@@ -188,7 +187,8 @@ class Api:
             *(loop.run_in_executor(self._pool, prepare, data) for data in files)
         )
         prepared = time.monotonic()
-        answered = await model.run(np.concatenate(images), self._options.timeout)
+        limit, connection = self._options.timeout, _connection(request)
+        answered = await model.run(np.concatenate(images), limit, connection)
         return {
             "model": model.name,
             "version": model.version,
@@ -226,6 +226,13 @@ class Api:
                 for model in self._repository.all()
             ],
         }  # fmt: skip
+
+
+def _connection(request: Request) -> Any:
+    """The connection of a request whose body was read; it notices that its client leaves."""
+    connection = request.state.connection
+    connection.flow.resume_reading()
+    return connection
 
 
 def _state(**state: bool) -> Response:
