@@ -98,7 +98,7 @@ def command(
         result = dataclasses.replace(result, page=show(result))
         if result.page:
             common.say(f"page: {result.page}")
-        precision = " --int8" if result.recipe.qat else ""
+        precision = f" --{result.recipe.qat_format}" if result.recipe.qat else ""
         weights = shlex.quote(str(result.checkpoint))
         common.say(f"next: rtresnet export --weights {weights}{precision}")
         common.write_json(json_file, "train", result)
@@ -170,7 +170,7 @@ def show(result: TrainResult) -> Path | None:
     held_out = ""
     if measured.val_top1 is not None:
         held_out = f", val {measured.val_top1:.2f} % of {measured.val_n}"
-    rounded = "in INT8, " if result.recipe.qat else ""
+    rounded = f"in {result.recipe.qat_format.upper()}, " if result.recipe.qat else ""
     common.say(
         f"{result.checkpoint}: {rounded}test top-1 {measured.test_top1:.2f} % of "
         f"{measured.test_n} images (epoch {measured.epoch}{held_out})"
@@ -183,7 +183,7 @@ def show(result: TrainResult) -> Path | None:
     from rtresnet.workflows import gallery
     from rtresnet.workflows.train_report import classify_test_images
 
-    if result.recipe.qat:  # tested in INT8, which a checkpoint does not run in
+    if result.recipe.qat:  # tested in INT8 or FP8, which a checkpoint does not run in
         return pages.write_training(result)
     report, source = classify_test_images(result, reporter=REPORTER)
     images = gallery.thumbnails(source, classification.listed(report))

@@ -148,7 +148,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
         "measured": checkpoint.measured,
     }
     if checkpoint.learned is not None:
-        payload["learned"] = dataclasses.asdict(checkpoint.learned)
+        payload["learned"] = checkpoint.learned.record
     if checkpoint.detection is not None:
         payload["detection"] = dataclasses.asdict(checkpoint.detection)
     if checkpoint.assumed:

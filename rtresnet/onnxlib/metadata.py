@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -98,6 +98,7 @@ class TrainedScales:
         images_sha256: Their hash.
         n: Number of training images.
         branches: Range of each residual branch on some of them; empty during a run.
+        format: Number format that they were trained for: "int8" or "fp8".
     """
 
     scales: dict[str, float]
@@ -105,6 +106,15 @@ class TrainedScales:
     images_sha256: str
     n: int
     branches: dict[str, tuple[float, float]] = field(default_factory=dict)
+    format: Literal["int8", "fp8"] = "int8"
+
+    @property
+    def record(self) -> Mapping[str, object]:
+        """The fields for JSON; that of the format is left out for INT8, as in earlier versions."""
+        fields = dataclasses.asdict(self)
+        if self.format == "int8":
+            del fields["format"]
+        return fields
 
     @property
     def sha256(self) -> str:
@@ -174,7 +184,7 @@ NORM_STATISTICS: Property[NormStatistics] = Property(
 )
 TRAINED_SCALES: Property[TrainedScales] = Property(
     key="rtresnet.learned_scales",
-    encode=lambda trained: json.dumps(dataclasses.asdict(trained)),
+    encode=lambda trained: json.dumps(trained.record),
     parse=parse_trained_scales,
     fix="export the net again",
 )
@@ -199,21 +209,42 @@ def described(path: Path, model: Any) -> Sidecar | None:
     return dataclasses.replace(sidecar, file=path.name, sha256=digest, bytes=size)
 
 
-def refuse_calibration(
-    source: object, trained: TrainedScales | None, calib: str | None, calibrator: str
+def require_trained_for(
+    source: object,
+    trained: TrainedScales | None,
+    precision: str,
+    *,
+    calib: str | None,
+    calibrator: str,
+    fp8_stem: bool,
 ) -> None:
-    """Refuse a calibration that would replace the scales of a training run.
+    """Refuse to quantize in another way than the scales of a training run were trained for.
 
     Args:
         source: Whose scales they are, for the message.
         trained: None where there are none.
+        precision: "int8" or "fp8".
         calib: Images that were asked for, if any.
         calibrator: "auto" where none was asked for.
+        fp8_stem: Whether FP8 was asked for in the first convolution.
 
     Raises:
-        InputError: There are trained scales, and calibration was asked for.
+        InputError: There are trained scales, and another precision or calibration was asked for.
     """
-    if trained is not None and (calib is not None or calibrator != "auto"):
+    if trained is None:
+        return
+    if precision != trained.format:
+        raise InputError(
+            f"{source}: its scales were learned for {trained.format.upper()}, not for "
+            f"{precision.upper()}",
+            fix=f"use --{trained.format}, or train without --qat",
+        )
+    if fp8_stem:
+        raise InputError(
+            f"{source}: was trained with its first convolution in float",
+            fix="leave --fp8-stem out",
+        )
+    if calib is not None or calibrator != "auto":
         option = f"--calib {calib}" if calib is not None else f"--calibrator {calibrator}"
         raise InputError(
             f"{source}: its activation scales were learned in training, there is nothing to "

@@ -60,6 +60,23 @@ def place_quantizers(
     return uses
 
 
+def stem(nodes: Iterable[N]) -> tuple[str, ...]:
+    """Return the names of the convolutions that none stands before, which FP8 leaves in float.
+
+    Args:
+        nodes: As for `place_quantizers`.
+    """
+    behind: set[str] = set()
+    first = []
+    for node in nodes:
+        later = not behind.isdisjoint(node.input)
+        if node.op_type == "Conv" and not later:
+            first.append(node.name)
+        if later or node.op_type in WEIGHTED:
+            behind.update(node.output)
+    return tuple(first)
+
+
 def residual_branches(nodes: Iterable[N], constants: Collection[str] = ()) -> list[str]:
     """Return the float tensors that are added to a quantized shortcut and that a Conv makes.
 

@@ -62,14 +62,6 @@ def placement(
     return place_quantizers(nodes, constants, nodes_to_exclude)
 
 
-def stem(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the names of the convolutions that read the image, which FP8 leaves in float."""
-    image = GraphIndex(model).inputs[0].name
-    return tuple(
-        node.name for node in model.graph.node if node.op_type == "Conv" and node.input[0] == image
-    )
-
-
 def insert(
     model: onnx.ModelProto,
     scales: Mapping[str, float],

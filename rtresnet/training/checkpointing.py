@@ -199,6 +199,7 @@ class CheckpointManager:
         if isinstance(net, FakeQuantized):
             learned = TrainedScales(
                 scales=net.named_scales(),
+                format=self.job.recipe.qat_format,
                 images=self.job.source.name,
                 images_sha256=self.fingerprint,
                 n=self.images,

@@ -221,7 +221,10 @@ class Recipe(Config):
         "it, else fp16 on a GPU with tensor cores, else fp32.",
     )  # fmt: skip
     compile: bool = option(False, "Compile the net with torch.compile.")
-    qat: bool = option(False, "Train with the rounding of the INT8 file (quantization-aware).")
+    qat: bool = option(
+        False, "Train with the rounding of the INT8 or FP8 file (quantization-aware)."
+    )
+    qat_format: Literal["int8", "fp8"] = option("int8", "Number format of qat.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,6 +263,11 @@ class Recipe(Config):
             raise InputError(
                 f"precision={self.precision}: quantization-aware training computes in float32",
                 fix="--set precision=fp32",
+            )
+        if self.qat_format != "int8" and not self.qat:
+            raise InputError(
+                f"qat_format={self.qat_format}: nothing is trained with its rounding",
+                fix="--qat, with --weights FILE",
             )
         if self.qat and self.bn_images:
             raise InputError(
@@ -357,6 +365,8 @@ class Recipe(Config):
             unused |= {"layer_decay"}
         if self.balance == "none":
             unused |= {"balance"}
+        if not self.qat:
+            unused |= {"qat_format"}
         entries = [
             f"{field}={text(value)}"
             for field, value in dataclasses.asdict(self).items()

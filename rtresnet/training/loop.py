@@ -192,8 +192,9 @@ class _Run:
 
     def _fake_quantized(self, net: Net) -> FakeQuantized:
         """Return the net with fake quantization; scales are from its checkpoint or some images."""
-        fake, start = FakeQuantized(net).to(self.job.device), self.job.start
-        if start is not None and start.learned is not None:
+        kind, start = self.recipe.qat_format, self.job.start
+        fake = FakeQuantized(net, kind).to(self.job.device)
+        if start is not None and start.learned and start.learned.format == kind:
             fake.set_scales(start.learned.scales)
         elif start is not None:  # else the scales of the resumed run are about to be restored
             qat.calibrate(fake, self._some_images(qat.CALIBRATION_IMAGES))

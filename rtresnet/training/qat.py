@@ -1,11 +1,15 @@
-"""Quantization-aware fine-tuning: training with the rounding of the INT8 file.
+"""Quantization-aware fine-tuning: training with the rounding of the INT8 or FP8 file.
 
 `rtresnet train --weights FILE --qat` uses it. The net computes what `quantization/qdq.py` writes:
-batch norms folded, with frozen statistics; weights rounded to int8 with one scale per output
-channel; activations rounded at the same tensors, which `quantization/placement.py` names for both.
-An activation's scale is a parameter (Esser et al., 2020). Gradients pass through rounding
-unchanged. Scales and biases are rounded too, so that the file's sums are exact everywhere
-(`quantization/formats.py`).
+batch norms folded, with frozen statistics; weights rounded with one scale per output channel;
+activations rounded at the same tensors, which `quantization/placement.py` names for both. An
+activation's scale is a parameter (Esser et al., 2020). Gradients pass through rounding unchanged.
+
+In INT8, scales and biases are rounded too, so that the file's sums are exact everywhere
+(`quantization/formats.py`). In FP8 no scales would do that: E4M3 spans 17 powers of two, so a sum
+of products needs more bits than float32 has. Weights and quantizers are those of the file bit for
+bit, and sums differ in the last bit from one library to another; a value on the border between two
+FP8 values then differs by a step. The first convolution stays in float.
 
 The weights stay those of the net with its batch norms, which are folded again in every step: the
 checkpoint is an ordinary one, which can be exported in float or trained further. Independent of
@@ -29,11 +33,15 @@ from rtresnet.models.resnet import Add
 from rtresnet.quantization.calibrators import Histogram, mse, scale
 from rtresnet.quantization.formats import (
     ACTIVATION_BITS,
+    FORMATS,
+    FP8,
+    INT8,
     WEIGHT_BITS,
+    NumberFormat,
     round_to_bits,
     round_up_to_bits,
 )
-from rtresnet.quantization.placement import place_quantizers, residual_branches
+from rtresnet.quantization.placement import place_quantizers, residual_branches, stem
 
 CALIBRATION_IMAGES = 512  # of the training images, for the initial scales
 TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
@@ -88,22 +96,25 @@ def operations(net: Net) -> list[Operation]:
 
 
 class FakeQuantized(nn.Module):
-    """A net that computes what its INT8 file will compute, and is trained.
+    """A net that computes what its INT8 or FP8 file will compute, and is trained.
 
     Args:
         net: Float32. Its parameters are trained; its batch norms' statistics stay.
+        number_format: "int8", or "fp8" with the first convolution in float.
 
     Attributes:
+        number_format: That of the name.
         places: Names of the activations that are quantized (`quantization/placement.py`).
         scales: Their scales, float32 [places].
         branches: Names of the float tensors that are added to the shortcuts.
     """
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: Net, number_format: str = "int8") -> None:
         super().__init__()
-        self.net = net
+        self.net, self.number_format = net, FORMATS[number_format]
         self.operations = operations(net)
-        found = place_quantizers(self.operations)
+        excluded = stem(self.operations) if self.number_format == FP8 else ()
+        found = place_quantizers(self.operations, nodes_to_exclude=excluded)
         self.places = tuple(found)
         self.scales = nn.Parameter(torch.ones(len(found)))
         self.uses = {(use.node, use.index) for uses in found.values() for use in uses}
@@ -121,11 +132,13 @@ class FakeQuantized(nn.Module):
             images: float32 [N, 3, H, W], normalized, on the net's device.
             observer: Called with the name and the value of every operation's result.
         """
-        scales = dict(zip(self.places, exact_scales(self.scales).unbind(), strict=True))
+        kind = self.number_format
+        rows = exact_scales(self.scales) if kind == INT8 else self.scales
+        scales = dict(zip(self.places, rows.unbind(), strict=True))
         return self._run(
             images,
-            lambda name, values: quantized(values, scales[name]),
-            lambda name, weight, bias: rounded(weight, bias, scales[name]),
+            lambda name, values: quantized(values, scales[name], kind),
+            lambda name, weight, bias: rounded(weight, bias, scales[name], kind),
             observer,
         )
 
@@ -168,8 +181,9 @@ class FakeQuantized(nn.Module):
                 assert isinstance(norm, nn.BatchNorm2d)
                 own = folded(module, norm)
             assert own[1] is not None
-            weight, bias = weights(operation.input[0], own[0], own[1])
-            return functional.conv2d(inputs[0], weight, bias, module.stride, module.padding)
+            if (operation.name, 0) in self.uses:
+                own = weights(operation.input[0], own[0], own[1])
+            return functional.conv2d(inputs[0], *own, module.stride, module.padding)
         if isinstance(module, nn.Linear):
             return functional.linear(
                 inputs[0], *weights(operation.input[0], module.weight, module.bias)
@@ -214,7 +228,8 @@ def calibrate(net: FakeQuantized, batches: Iterable[Tensor]) -> None:
     with torch.inference_mode():
         for images in batches:
             net.observe(images, add)
-    net.set_scales({name: scale(mse(entry)) for name, entry in histograms.items()})
+    kind = net.number_format
+    net.set_scales({name: scale(mse(entry, kind), kind) for name, entry in histograms.items()})
 
 
 def branch_ranges(net: FakeQuantized, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
@@ -237,43 +252,58 @@ def branch_ranges(net: FakeQuantized, batches: Iterable[Tensor]) -> dict[str, tu
     return ranges
 
 
-def quantized(values: Tensor, scale: Tensor) -> Tensor:
-    """Round to int8 and back, as QuantizeLinear and DequantizeLinear with zero point 0 do.
+def quantized(values: Tensor, scale: Tensor, number_format: NumberFormat = INT8) -> Tensor:
+    """Round and back, as QuantizeLinear and DequantizeLinear with zero point 0 do.
 
     Halves are rounded to even. A clipped value has gradient 0; the scale's gradient comes from
-    rounding errors and clipped values, and is divided by sqrt(127 * values per image) so that the
-    scale changes as fast as the weights (Esser et al., 2020, sections 2.1 and 2.2).
+    rounding errors and clipped values, and is divided by sqrt(largest * values per image), with
+    the format's largest value, so that the scale changes as fast as the weights (Esser et al.,
+    2020, sections 2.1 and 2.2).
 
     Args:
         values: float32 [N, ...].
         scale: float32 scalar, positive.
+        number_format: INT8 or FP8.
     """
-    result: Tensor = _Quantized.apply(values, scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _Quantized.apply(values, scale, number_format)  # type: ignore[no-untyped-call]
     return result
 
 
-def rounded(weight: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def rounded(
+    weight: Tensor, bias: Tensor, scale: Tensor, number_format: NumberFormat = INT8
+) -> tuple[Tensor, Tensor]:
     """Round weight and bias as in the file; gradients pass unchanged.
 
-    The weight is rounded to int8 [-127, 127] and back with one scale per output channel, bit for
-    bit as `formats.quantize_weight` stores it with `low_bit_weight_scales`; the bias as in
-    `low_bit_bias`.
+    The weight is rounded and back with one scale per output channel, bit for bit as
+    `formats.quantize_weight` stores it: in INT8 to [-127, 127] with `low_bit_weight_scales`, and
+    the bias as in `low_bit_bias`. In FP8 the bias stays.
 
     Args:
         weight: float32 [out, ...].
         bias: float32 [out].
         scale: Of the activation that the weight multiplies; float32 scalar.
+        number_format: INT8 or FP8.
     """
     with torch.no_grad():
-        steps = weight.abs().amax(tuple(range(1, weight.ndim))).double() / 127
-        fine = torch.where(steps >= SMALLEST, steps, 1).to(weight.dtype)
-        pattern = round_up_to_bits(fine.view(torch.int32), WEIGHT_BITS)
-        scales = pattern.view(torch.float32)
+        peaks = weight.abs().amax(tuple(range(1, weight.ndim))).double()
+        steps = peaks / number_format.largest
+        scales = torch.where(steps >= SMALLEST, steps, 1).to(weight.dtype)
+        if number_format == INT8:
+            pattern = round_up_to_bits(scales.view(torch.int32), WEIGHT_BITS)
+            scales = pattern.view(torch.float32)
         shaped = scales.view((-1,) + (1,) * (weight.ndim - 1))
-        whole = weight.div(shaped).round_().clamp_(-127, 127).mul_(shaped)
+        largest = number_format.largest
+        whole = _round(weight.div(shaped).clamp_(-largest, largest), number_format).mul_(shaped)
         units = scale.double() * scales.double()
         offset = bias.double().div_(units).round_().mul_(units).to(bias.dtype)
-    return _replaced(weight, whole), _replaced(bias, offset)
+    return _replaced(weight, whole), _replaced(bias, offset) if number_format == INT8 else bias
+
+
+def _round(steps: Tensor, number_format: NumberFormat) -> Tensor:
+    """Round half to even what is within the format's range; may change its argument."""
+    if number_format == INT8:
+        return steps.round_()
+    return steps.to(torch.float8_e4m3fn).to(steps.dtype)
 
 
 def exact_scales(scales: Tensor) -> Tensor:
@@ -290,21 +320,22 @@ def _replaced(value: Tensor, by: Tensor) -> Tensor:
 
 class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, scale: Tensor, kind: NumberFormat) -> Tensor:
         ctx.save_for_backward(values, scale)
-        return values.div(scale).round_().clamp_(-128, 127).mul_(scale)
+        ctx.kind, ctx.bounds = kind, (-128 if kind == INT8 else -kind.largest, kind.largest)
+        return _round(values.div(scale).clamp_(*ctx.bounds), kind).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         values, scale = ctx.saved_tensors
         steps = values / scale
-        clipped = steps.clamp(-128, 127)
+        clipped = steps.clamp(*ctx.bounds)
         inside = steps == clipped
         passed = gradient * inside if ctx.needs_input_grad[0] else None
         # d(scale * q)/d(scale): q - steps where the value moves with the scale, q where clipped.
-        errors = clipped.round_().sub_(steps.mul_(inside))
-        share = math.sqrt(127 * values[0].numel())
-        return passed, torch.sum(gradient * errors) / share
+        errors = _round(clipped, ctx.kind).sub_(steps.mul_(inside))
+        share = math.sqrt(ctx.kind.largest * values[0].numel())
+        return passed, torch.sum(gradient * errors) / share, None
 
 
 class _Replaced(torch.autograd.Function):

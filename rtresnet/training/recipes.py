@@ -4,7 +4,7 @@ paper-cifar     section 4.2, as published
 paper-imagenet  section 3.4, as published
 modern          later findings, for long runs on many images
 finetune        from weights to other images
-qat             from weights to the same net in INT8, trained with its rounding
+qat             from weights to the same net in INT8 or FP8, trained with its rounding
 speed           good accuracy in as few passes as possible, on small images
 """
 

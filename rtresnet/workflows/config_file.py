@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("settings", "resume")
 # Options that are fields of the recipe, where the resolved configuration has them.
-IN_RECIPE = (*RECIPE_FIELDS, "flip", "compile", "qat")
+IN_RECIPE = (*RECIPE_FIELDS, "flip", "compile", "qat", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def _int8(
 ) -> tuple[Any, Calibration, Measurements]:
     import json
 
-    from rtresnet.quantization import calibrate, mixed, qdq
+    from rtresnet.quantization import calibrate, mixed, placement, qdq
     from rtresnet.quantization.formats import FORMATS
 
     number_format = FORMATS[config.precision]
@@ -103,7 +103,7 @@ def _int8(
         )
     # TensorRT-RTX has no FP8 kernel for the first convolution.
     fp8 = config.precision == "fp8" and not config.fp8_stem
-    excluded = tuple(qdq.stem(model)) if fp8 else ()
+    excluded = placement.stem(model.graph.node) if fp8 else ()
     keep = float_nodes(model, SCOPES) | set(excluded)
     images = DetectionImages(str(config.calib), config.calib_images)
     tensors = list(qdq.placement(model, keep))

@@ -259,14 +259,17 @@ class _Export:
         targets.parse_profiles(self.build.batch)
         targets.parse(self.build.targets, self.build.builder)
         configs = [_quantization(self.quantize, name) for name in self.config.precisions]
-        calib, int8 = self.quantize.calib, "int8" in self.config.precisions
-        if any(config.calibrated for config in configs) and calib not in (None, "none"):
+        calib, quantized = self.quantize.calib, [c for c in configs if c.calibrated]
+        if quantized and calib not in (None, "none"):
             from rtresnet.data.sources import open_images
 
             open_images(calib)
         checkpoint, origin = resolve(weights, self.config.model, self.stated.size, self.reporter)
-        if int8:
-            metadata.refuse_calibration(origin, checkpoint.learned, calib, self.quantize.calibrator)
+        for config in quantized:
+            metadata.require_trained_for(
+                origin, checkpoint.learned, config.precision, calib=calib,
+                calibrator=config.calibrator, fp8_stem=config.fp8_stem,
+            )  # fmt: skip
         stated = self.stated.applied_to(checkpoint.input)
         checkpoint = dataclasses.replace(
             checkpoint,

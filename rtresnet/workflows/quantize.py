@@ -349,10 +349,10 @@ class _Quantization:
 
     def float_nodes(self, model: Any) -> tuple[str, ...]:
         """Nodes that stay in float whatever they cost: the stem in FP8."""
-        from rtresnet.quantization import qdq
+        from rtresnet.quantization import placement
 
         fp8 = self.config.precision == "fp8" and not self.config.fp8_stem
-        return qdq.stem(model) if fp8 else ()
+        return placement.stem(model.graph.node) if fp8 else ()
 
     def quantize(self, model: Any) -> Quantized:
         """Calibrate and quantizes by whichever way the file and the config ask for."""
@@ -364,17 +364,15 @@ class _Quantization:
         trained = metadata.TRAINED_SCALES.read(
             {entry.key: entry.value for entry in model.metadata_props}
         )
-        metadata.refuse_calibration(self.source, trained, config.calib, config.calibrator)
+        metadata.require_trained_for(
+            self.source, trained, config.precision, calib=config.calib,
+            calibrator=config.calibrator, fp8_stem=config.fp8_stem,
+        )  # fmt: skip
         if trained is not None:
-            if config.precision != "int8":
-                raise InputError(
-                    f"{self.source}: its scales were learned for INT8, not for FP8",
-                    fix="use --int8, or train without --qat",
-                )
             if gate is not None:
                 raise InputError(
                     f"{self.source}: --eval would leave blocks in float, and its scales were "
-                    "learned with all of them in INT8",
+                    f"learned with all of them in {trained.format.upper()}",
                     fix="leave --eval out, and see: rtresnet compare",
                 )
             return self._with_trained_scales(model, trained)
@@ -437,16 +435,19 @@ class _Quantization:
         return quantized, calibration, result, outliers
 
     def _with_trained_scales(self, model: Any, trained: TrainedScales) -> Quantized:
-        """INT8 with the scales that training left in the file."""
+        """INT8 or FP8 with the scales that training left in the file."""
         from rtresnet.onnxlib.metadata import QAT
         from rtresnet.quantization.calibrate import Calibrated
         from rtresnet.quantization.formats import low_bit_scale
         from rtresnet.quantization.scales import ScalesOrigin
 
-        scales = {name: low_bit_scale(scale) for name, scale in trained.scales.items()}
+        scales, low_bit = trained.scales, trained.format == "int8"
+        if low_bit:
+            scales = {name: low_bit_scale(scale) for name, scale in scales.items()}
         calibrated = Calibrated(
-            model=model, scales=scales, method=QAT, low_bit=True, branches=trained.branches
-        )
+            model=model, scales=scales, method=QAT, low_bit=low_bit, branches=trained.branches,
+            number_format=self.number_format, float_nodes=self.float_nodes(model),
+        )  # fmt: skip
         origin = ScalesOrigin(
             **self._contract(), images=trained.images, images_sha256=trained.images_sha256,
             n=trained.n, calibrator=QAT,

@@ -98,7 +98,13 @@ class TrainConfig(Config):
         "or from a Hugging Face repository.",
         metavar="FILE|imagenet|hf:OWNER/NAME",
     )
-    qat: bool = option(False, "Quantization-aware fine-tuning of --weights for INT8.")
+    qat: bool = option(False, "Quantization-aware fine-tuning of --weights for INT8 or FP8.")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8"] | None = option(
+        None,
+        "Precision of forward and backward pass; int8 or fp8 with --qat: the number format to "
+        "train for.",
+        default_text="the recipe's, with --qat int8",
+    )
     flip: bool | None = option(
         None,
         "Mirror images at random.",
@@ -322,6 +328,10 @@ def _recipe_settings(config: TrainConfig) -> dict[str, Any]:
     fields = recipes.parse(config.settings)
     fields |= {n: value for n in RECIPE_FIELDS if (value := getattr(config, n)) is not None}
     fields |= {name: True for name in ("compile", "qat") if getattr(config, name)}
+    if config.precision in ("int8", "fp8"):
+        fields["qat_format"] = config.precision
+    elif config.precision is not None:
+        fields["precision"] = config.precision
     if config.teacher is not None:
         fields.setdefault("distill", DISTILL)
     if config.flip is not None:
@@ -411,7 +421,11 @@ def new_job(
     source, test = _sources(data)
     preprocess = stated.applied_to(start.input if start else Preprocess.for_size(spec.size))
     default = "speed" if preprocess.size <= recipes.SMALL_IMAGE else "modern"
-    default = "qat" if settings.get("qat") else "finetune" if start else default
+    name = config.recipe or ("qat" if settings.get("qat") else "finetune" if start else default)
+    if config.precision in ("int8", "fp8") and not settings.get("qat", recipes.named(name).qat):
+        raise InputError(
+            f"--precision {config.precision} is for quantization-aware training", fix="add --qat"
+        )
     images = len(source) * 9 // 10
     if settings.get("batch", 0) > images:
         raise InputError(
@@ -419,7 +433,7 @@ def new_job(
             fix=f"--batch {min(images, 64)}",
         )
     recipe = recipes.resolve(
-        config.recipe or default,
+        name,
         images=images,
         size=preprocess.size,
         depth=spec.depth,

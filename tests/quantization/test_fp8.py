@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rtresnet.core.errors import UnknownNameError
 from rtresnet.onnxlib.graph import copied
 from rtresnet.onnxlib.interface import precision_of
-from rtresnet.quantization import calibrators, qdq
+from rtresnet.quantization import calibrators, placement, qdq
 from rtresnet.quantization.calibrate import Calibrated, calibrate, hold_out, references
 from rtresnet.quantization.calibrators import Histogram
 from rtresnet.quantization.formats import FP8, INT8, quantize_weight, weight_scales
@@ -29,7 +29,7 @@ Images = Callable[..., np.ndarray]
 @pytest.fixture(scope="module")
 def calibrated(exported: Exported, images: Images) -> Calibrated:
     model = exported("resnet8", 32)
-    stem = qdq.stem(model)
+    stem = placement.stem(model.graph.node)
     return calibrate(
         model, list(qdq.placement(model, stem)), lambda: [images(32, 32)],
         number_format=FP8, float_nodes=stem,

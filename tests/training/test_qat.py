@@ -23,8 +23,9 @@ from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.resnet import ResNet
 from rtresnet.onnxlib import metadata
-from rtresnet.quantization import formats, qdq
+from rtresnet.quantization import formats, placement, qdq
 from rtresnet.quantization.calibrate import MinMaxObserver
+from rtresnet.quantization.formats import FP8, INT8, NumberFormat
 from rtresnet.quantization.simulate import make_session, noise_ratio
 from rtresnet.training import qat
 from rtresnet.training.config import Recipe
@@ -55,8 +56,8 @@ def images(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def fake_of(name: str) -> qat.FakeQuantized:
-    fake = qat.FakeQuantized(net_of(name))
+def fake_of(name: str, number_format: NumberFormat = INT8) -> qat.FakeQuantized:
+    fake = qat.FakeQuantized(net_of(name), number_format.name)
     qat.calibrate(fake, [images(16)])
     return fake
 
@@ -92,6 +93,18 @@ class TestPlaces:
         assert list(fake.places) == list(written)
         assert fake.uses == {(use.node, use.index) for uses in written.values() for use in uses}
 
+    @pytest.mark.parametrize(
+        ("name", "side"), [("resnet20", None), ("resnet18", None), ("resnet8", 32)]
+    )
+    def test_in_fp8_the_first_convolution_stays_in_float(self, name: str, side: int | None) -> None:
+        net = zoo.build(zoo.spec(name), mean_image=side).eval()
+        fake = qat.FakeQuantized(net, "fp8")
+        model = to_onnx(fold(net, side or 64), size=side or 64, name=name)
+        stem = placement.stem(model.graph.node)
+        assert stem == ("conv1",)  # also where the mean image is subtracted before it
+        assert list(fake.places) == list(qdq.placement(model, stem))
+        assert ("conv1", 0) not in fake.uses
+
     def test_the_float_net_is_the_net(self) -> None:
         for name in ("resnet20", "resnet14", "plain8"):
             fake, seen = qat.FakeQuantized(net_of(name)), list[str]()
@@ -106,6 +119,20 @@ class TestPlaces:
 
 
 class TestRounding:
+    @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (10, 64)])
+    def test_fp8_weights_are_the_files_bit_for_bit(self, shape: tuple[int, ...]) -> None:
+        weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        weight[0] = 0
+        weight[1] *= 1e-40
+        weight[2] *= np.float32(10.0) ** np.random.default_rng(1).uniform(-4, 0, weight[2].shape)
+        weight[3].flat[:4] = 448, 17, 19, 0.0009765625  # scale 1, ties
+        scales = formats.weight_scales(weight, FP8)
+        stored = formats.quantize_weight(weight, scales, FP8).astype(np.float32)
+        expected = stored * scales.reshape((-1,) + (1,) * (len(shape) - 1))
+        bias = torch.ones(shape[0])
+        got = qat.rounded(torch.from_numpy(weight), bias, torch.tensor(0.1), FP8)
+        assert np.array_equal(got[0].numpy(), expected) and got[1] is bias
+
     @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (10, 64)])
     def test_weights_are_the_files_bit_for_bit(self, shape: tuple[int, ...]) -> None:
         weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -123,12 +150,15 @@ class TestRounding:
         assert np.array_equal(got[0].numpy(), expected)
         assert np.array_equal(got[1].numpy(), formats.low_bit_bias(bias, float(scale), scales))
 
-    def test_activations_are_onnx_runtimes_bit_for_bit(self) -> None:
+    @pytest.mark.parametrize("number_format", [INT8, FP8], ids=lambda kind: kind.name)
+    def test_activations_are_onnx_runtimes_bit_for_bit(self, number_format: NumberFormat) -> None:
         rng, scale = np.random.default_rng(0), np.float32(0.0373)
-        values = rng.normal(0, 3, (4, 5, 6, 7)).astype(np.float32)
-        ties = (np.arange(-6, 6) + 0.5).astype(np.float32) * scale
+        values = rng.normal(0, 3, (40, 5, 6, 7)).astype(np.float32)
+        values[20:] *= np.float32(10.0) ** rng.uniform(-5, 1, values[20:].shape)  # subnormal in FP8
+        ties = (np.arange(-600, 600) / 2 + 0.5).astype(np.float32) * scale
         values.flat[: len(ties)] = ties
-        assert np.abs(values).max() > 128 * scale
+        assert np.abs(values).max() > number_format.largest * scale
+        zero = np.zeros((), number_format.dtype)
         pair = [
             helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
             helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
@@ -140,12 +170,12 @@ class TestRounding:
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, values.shape)],
             [
                 numpy_helper.from_array(np.array(scale), "scale"),
-                numpy_helper.from_array(np.array(0, np.int8), "zero"),
+                numpy_helper.from_array(zero, "zero"),
             ],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         expected = make_session(model).run(None, {"x": values})[0]
-        got = qat.quantized(torch.from_numpy(values), torch.tensor(scale))
+        got = qat.quantized(torch.from_numpy(values), torch.tensor(scale), number_format)
         assert np.array_equal(got.numpy(), expected)
 
     def test_gradients(self) -> None:
@@ -158,6 +188,14 @@ class TestRounding:
         expected = (-0.2) * 1 + (-0.3) * 2 + (-0.4) * 3 + 127 * 4 - 128 * 5
         assert scale.grad is not None
         assert float(scale.grad) == pytest.approx(expected / (127 * 5) ** 0.5)
+
+        values.grad = scale.grad = None
+        wide = torch.tensor([[0.2, 17.0, -0.6, 500.0, -500.0]], requires_grad=True)
+        (qat.quantized(wide, scale, FP8) * weights).sum().backward()
+        assert wide.grad is not None and wide.grad.tolist() == [[1, 2, 3, 0, 0]]
+        # 0.2 to 0.203125, 17 to 16, 0.6 to 0.625.
+        expected = 0.003125 * 1 + (-1) * 2 + (-0.025) * 3 + 448 * 4 - 448 * 5
+        assert float(scale.grad) == pytest.approx(expected / (448 * 5) ** 0.5)
 
         weight = torch.randn(4, 3, 3, 3, requires_grad=True)
         bias = torch.randn(4, requires_grad=True)
@@ -174,8 +212,11 @@ class TestRounding:
 
 
 class TestLearning:
-    def test_a_step_changes_weights_and_scales_and_no_statistics(self) -> None:
-        fake = fake_of("resnet8")
+    @pytest.mark.parametrize("number_format", [INT8, FP8], ids=lambda kind: kind.name)
+    def test_a_step_changes_weights_and_scales_and_no_statistics(
+        self, number_format: NumberFormat
+    ) -> None:
+        fake = fake_of("resnet8", number_format)
         before = {name: tensor.clone() for name, tensor in fake.state_dict().items()}
         learner = stepper(fake)
         learner.train()
@@ -237,7 +278,7 @@ def tune(trained: Path, data: str, out: Path, *more: str, name: str = "best.pt")
 def of_checkpoint(path: Path) -> qat.FakeQuantized:
     saved = checkpoint.load(path)
     assert saved.learned is not None
-    fake = qat.FakeQuantized(saved.net())
+    fake = qat.FakeQuantized(saved.net(), saved.learned.format)
     fake.set_scales(saved.learned.scales)
     return fake
 
@@ -363,13 +404,133 @@ class TestTheFile:
         assert undescribed(again) == undescribed(first)
 
 
+@pytest.fixture(scope="module")
+def tuned_fp8(tmp_path_factory: pytest.TempPathFactory, trained: Path, tints: str) -> Path:
+    """A folder with runs/tuned, a net fine-tuned for FP8, and engines/, its files."""
+    folder = tmp_path_factory.mktemp("qat-fp8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert tune(trained, tints, folder / "runs/tuned", "--precision", "fp8") == 0
+        weights = ["--weights", "runs/tuned/best.pt"]
+        assert main(["export", *weights, "--fp8", "--no-plan"]) == 0
+        assert main(["quantize", "engines/resnet8.onnx", "--fp8", "--float-dtype", "fp32",
+                     "--out", "wide.onnx"]) == 0  # fmt: skip
+    return folder
+
+
+class TestFp8:
+    def test_the_run_says_what_it_trained_for(self, tuned_fp8: Path) -> None:
+        saved = checkpoint.load(tuned_fp8 / "runs/tuned/best.pt")
+        recipe = saved.training["recipe"]
+        assert (recipe["qat"], recipe["qat_format"], recipe["precision"]) == (True, "fp8", "fp32")
+        assert saved.learned is not None and saved.learned.format == "fp8"
+        assert "images" not in saved.learned.scales  # the first convolution is in float
+        assert saved.measured["test_top1"] > 90
+
+    def test_the_file_has_the_trained_scales_and_weights(self, tuned_fp8: Path) -> None:
+        fake = of_checkpoint(tuned_fp8 / "runs/tuned/best.pt")
+        fp32 = onnx.load(tuned_fp8 / "engines/resnet8.onnx")
+        expected = qdq.insert(fp32, fake.named_scales(), ["conv1"], number_format=FP8)
+        assert undescribed(onnx.load(tuned_fp8 / "wide.onnx")) == undescribed(expected)
+        constants = {t.name: numpy_helper.to_array(t) for t in expected.graph.initializer}
+        for name, scale in fake.named_scales().items():
+            assert constants[f"{name}.scale"] == np.float32(scale)
+        half = onnx.load(tuned_fp8 / "engines/resnet8-fp8.onnx")
+        again = {t.name: numpy_helper.to_array(t) for t in half.graph.initializer}
+        for name, values in constants.items():
+            if name.endswith(".scale") or values.dtype == FP8.dtype:
+                assert again[name].tobytes() == values.tobytes(), name
+        record = read_sidecar(tuned_fp8 / "engines/resnet8-fp8.onnx")
+        assert record and record.calibration and record.calibration.method == "qat"
+        assert record.calibration.kept == ("conv1",)
+
+    @pytest.mark.parametrize(
+        ("file", "least", "agreeing"),
+        [("wide.onnx", 45, 0.99), ("engines/resnet8-fp8.onnx", 30, 0.98)],
+    )
+    def test_the_file_computes_what_was_trained_but_for_borders(
+        self, file: str, least: float, agreeing: float, tuned_fp8: Path
+    ) -> None:
+        """Float32 sums in another order move few values over the border between two of FP8."""
+        fake = of_checkpoint(tuned_fp8 / "runs/tuned/best.pt")
+        pixels, _ = tinted_noise(400, seed=9)
+        batch = checkpoint.load(tuned_fp8 / "runs/tuned/best.pt").input.normalize(pixels)
+        written = make_session(onnx.load(tuned_fp8 / file)).run(None, {"images": batch})[0]
+        with torch.inference_mode():
+            tensor = torch.from_numpy(batch)
+            trained, plain = fake(tensor).numpy(), fake.net.eval()(tensor).numpy()
+        rounding = noise_ratio(plain, trained)
+        assert noise_ratio(trained, written) > max(least, rounding + 10)
+        assert (trained.argmax(1) == written.argmax(1)).mean() >= agreeing
+
+    def test_each_operation_is_the_files_to_the_last_bits(self, tuned_fp8: Path) -> None:
+        """Given the file's own inputs, so that nothing adds up."""
+        fake = of_checkpoint(tuned_fp8 / "runs/tuned/best.pt").eval()
+        model = onnx.load(tuned_fp8 / "wide.onnx")
+        nodes = {node.name: node for node in model.graph.node}
+        convolutions = [op for op in fake.operations if op.op_type == "Conv"]
+        names = [name for op in convolutions for name in (nodes[op.name].input[0], op.name)]
+        inner = [name for name in dict.fromkeys(names) if name != "images"]
+        pixels, _ = tinted_noise(64, seed=9)
+        batch = checkpoint.load(tuned_fp8 / "runs/tuned/best.pt").input.normalize(pixels)
+        found = make_session(model, inner).run(inner, {"images": batch})
+        values = {"images": batch, **dict(zip(inner, found, strict=True))}
+        scales = fake.named_scales()
+        for op in convolutions:
+            source = torch.from_numpy(values[nodes[op.name].input[0]])
+
+            def weights(
+                name: str, weight: torch.Tensor, bias: torch.Tensor
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                return qat.rounded(weight, bias, torch.tensor(scales[name]), FP8)
+
+            with torch.inference_mode():
+                got = fake._operate(op, [source], weights).numpy()
+            scale = np.abs(values[op.name]).max()
+            assert np.abs(got - values[op.name]).max() < 1e-5 * scale, op.name
+
+    @pytest.mark.parametrize(
+        ("verb", "message"),
+        [
+            (["export", "--weights", "runs/tuned/best.pt", "--no-plan", "--int8"], "use --fp8"),
+            (["export", "--weights", "runs/tuned/best.pt", "--no-plan", "--fp8", "--fp8-stem"],
+             "leave --fp8-stem out"),
+            (["export", "--weights", "runs/tuned/best.pt", "--no-plan", "--fp8",
+              "--calibrator", "max"], "leave --calibrator max out"),
+            (["quantize", "engines/resnet8.onnx", "--int8"], "use --fp8"),
+        ],
+    )  # fmt: skip
+    def test_other_rounding_is_refused(
+        self, verb: list[str], message: str, tuned_fp8: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        monkeypatch.chdir(tuned_fp8)
+        assert main([*verb, "--out", "elsewhere/x.onnx"]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(Path("elsewhere").glob("*.onnx"))
+
+    def test_a_run_goes_on_in_the_other_format_from_new_scales(
+        self, tuned_fp8: Path, tints: str, tmp_path: Path
+    ) -> None:
+        slow = ["--lr", "1e-9", "--set", "steps=1"]
+        before = checkpoint.load(tuned_fp8 / "runs/tuned/best.pt").learned
+        assert (
+            tune(tuned_fp8 / "runs/tuned", tints, tmp_path / "a", *slow, "--precision", "fp8") == 0
+        )
+        after = checkpoint.load(tmp_path / "a/best.pt").learned
+        assert before and after and after.scales == pytest.approx(before.scales, rel=1e-5)
+        assert tune(tuned_fp8 / "runs/tuned", tints, tmp_path / "b", *slow) == 0
+        other = checkpoint.load(tmp_path / "b/best.pt").learned
+        assert other is not None and other.format == "int8" and "images" in other.scales
+
+
 class TestTheRun:
-    @pytest.mark.parametrize("ema", ["0.9", "0"])
+    @pytest.mark.parametrize(("ema", "precision"), [("0.9", "int8"), ("0", "int8"), ("0.9", "fp8")])
     def test_an_interrupted_one_comes_to_the_same(
-        self, ema: str, trained: Path, tints: str, tmp_path: Path,
+        self, ema: str, precision: str, trained: Path, tints: str, tmp_path: Path,
         interrupt_in: Callable[[int], None],
     ) -> None:  # fmt: skip
-        options = ["--set", f"ema={ema}", "--set", "steps=4"]
+        options = ["--set", f"ema={ema}", "--set", "steps=4", "--precision", precision]
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         assert tune(trained, tints, whole, *options) == 0
         interrupt_in(2)
@@ -412,6 +573,7 @@ class TestTheRun:
             ([], "name it with --weights FILE"),
             (["--weights", "WEIGHTS", "--set", "precision=bf16"], "--set precision=fp32"),
             (["--weights", "WEIGHTS", "--recipe", "paper-imagenet"], "--set bn_images=0"),
+            (["--weights", "WEIGHTS", "--precision", "bf16"], "--set precision=fp32"),
         ],
     )
     def test_refused(
@@ -422,6 +584,26 @@ class TestTheRun:
         out = tmp_path / "run"
         assert main(["train", "--qat", "--data", tints, "--out", str(out), *given]) == 2
         assert message in capsys.readouterr().err and not out.exists()
+
+    @pytest.mark.parametrize("options", [["--precision", "fp8"], ["--precision", "int8"],
+                                         ["--set", "qat_format=fp8"]])  # fmt: skip
+    def test_a_number_format_without_qat_is_refused(
+        self, options: list[str], trained: Path, tints: str, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        out = tmp_path / "run"
+        command = ["train", "--data", tints, "--weights", str(trained / "best.pt")]
+        assert main([*command, "--out", str(out), *options]) == 2
+        assert "--qat" in capsys.readouterr().err and not out.exists()
+
+    def test_precision_without_qat_is_the_recipes(
+        self, trained: Path, tints: str, tmp_path: Path
+    ) -> None:
+        command = ["train", "--data", tints, "--weights", str(trained / "best.pt")]
+        slow = ["--set", "steps=1", "--out", str(tmp_path / "run"), "--precision", "bf16"]
+        assert main([*command, *slow]) == 0
+        recipe = checkpoint.load(tmp_path / "run/best.pt").training["recipe"]
+        assert (recipe["precision"], recipe["qat"]) == ("bf16", False)
 
 
 class TestRecords:
@@ -443,6 +625,11 @@ class TestRecords:
         record = metadata.TrainedScales(scales={"a": 0.1}, images="x", images_sha256="y", n=3)
         assert metadata.TRAINED_SCALES.read({metadata.TRAINED_SCALES.key: encode(record)}) == record
         assert metadata.TRAINED_SCALES.read({}) is None
+        assert "format" not in json.loads(encode(record))  # as versions without FP8 wrote it
+        other = dataclasses.replace(record, format="fp8")
+        assert decode(encode(other)) == other
+        with pytest.raises(ArtifactError, match="damaged"):
+            decode(encode(other).replace("fp8", "fp4"))
         for text in ("", "[]", "{}", encode(record)[:-9], encode(record) + "}",
                      encode(dataclasses.replace(record, scales={"a": 0.0})),
                      encode(dataclasses.replace(record, branches={"a": (2.0, 1.0)})),
