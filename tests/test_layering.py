@@ -65,6 +65,8 @@ DOORS = {
     "training/checkpointing.py": {"onnxlib", "onnxlib.metadata"},
     "reporting/report.py": {"builder", "builder.layers"},
     "reporting/engine_layers.py": {"builder.layers"},
+    "reporting/checks.py": {"quantization.lint_rules"},
+    "reporting/predictions.py": {"detection.metrics"},
     "reporting/study.py": {"study", "study.compare"},
     "runtime/session.py": {"onnxlib", "onnxlib.metadata"},
     "runtime/cpu_rewrite.py": {"onnxlib", "onnxlib.graph", "onnxlib.io", "onnxlib.metadata"},

@@ -10,11 +10,13 @@ from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.preprocess import UINT8
 from rtresnet.core.reporter import plural
+from rtresnet.reporting.tables import assumed
+from rtresnet.workflows.adopt import adopt
 from rtresnet.workflows.input_spec import InputConfig
 
 
 @click.command("adopt")
-@click.argument("path", metavar="FILE.onnx", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE.onnx", type=common.PATH)
 @click.option(
     "--resize",
     type=click.IntRange(min=1),
@@ -31,17 +33,15 @@ def command(
     classes: tuple[str, ...] | None,
     force: bool,
     stated: InputConfig,
-    json_file: str | None,
 ) -> None:
     """Write the sidecar of an ONNX file that another tool exported.
 
     State once what the file does not say: mean and std (or --preset), the class names, and the
     size where the file leaves it open. After that every command takes the file without them.
     """
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.adopt import adopt
-
-    result = adopt(path, stated, resize=resize, classes=classes, force=force, reporter=REPORTER)
+    result = adopt(
+        path, stated, resize=resize, classes=classes, force=force, reporter=common.REPORTER
+    )
     sidecar, contract = result.sidecar, result.sidecar.input
     takes = "uint8 pixels, normalized inside the file"
     if contract.layout != UINT8:
@@ -54,5 +54,5 @@ def command(
         f"{contract.size} of {contract.resize} px, {takes}{batch}"
     )
     common.say(f"sidecar: {result.file}")
-    common.footer(f"Assumed: {line}." for line in sidecar.assumed)
-    common.write_json(json_file, "adopt", result)
+    common.show(assumed(sidecar.assumed))
+    common.write_json("adopt", result)

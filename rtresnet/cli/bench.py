@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from rtresnet.cli import bench_show, common
+from rtresnet.cli import common
 from rtresnet.cli.options import click_option, config_options
 from rtresnet.core.config import options_of
 from rtresnet.core.errors import InputError
-from rtresnet.workflows.benchmark import Baseline, BenchmarkConfig
-from rtresnet.workflows.benchmark_search import SearchConfig
+from rtresnet.reporting import benchmark
+from rtresnet.workflows.benchmark import Baseline, BenchmarkConfig, benchmark_until_error
+from rtresnet.workflows.benchmark_search import SearchConfig, search_benchmark
 from rtresnet.workflows.loading import RuntimeConfig
 from rtresnet.workflows.workload import MeasurementConfig
 
@@ -37,7 +38,7 @@ P99 = next(entry for entry in options_of(SearchConfig) if entry[0].name == "p99_
 )
 @click_option("p99_ms", P99[1], None, P99[2])
 @click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path),
+    "--plot", metavar="FILE", type=common.PATH,
     help="Draw the measurements of a search as .svg or .png.  [default: none]",
 )  # fmt: skip
 @click.option(
@@ -76,7 +77,6 @@ def command(
     force: bool,
     intervals: bool,
     trtexec: bool,
-    json_file: str | None,
 ) -> None:
     """Measure latency (median, p90, p95, p99) and throughput, one request after another.
 
@@ -84,10 +84,6 @@ def command(
     `--device auto` measures the ONNX file it was built from on the CPU and says so; `--device cuda`
     exits with 3.
     """
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.benchmark import benchmark_until_error
-    from rtresnet.workflows.benchmark_search import search_benchmark
-
     if find_batch or find_qps:
         if find_batch and find_qps:
             raise InputError("--find-batch and --find-qps are two searches", fix="choose one")
@@ -101,13 +97,13 @@ def command(
             if value not in (None, False):
                 raise InputError(f"--{name} and --find-{what} do not go together")
         searched = SearchConfig(what=what, p99_ms=p99_ms, **_values(shared))  # type: ignore[arg-type]
+        if plot is not None and plot.suffix.lower() not in (".svg", ".png"):
+            raise InputError(f"--plot {plot}: .svg or .png")
+        searches = search_benchmark(paths, searched, runtime=runtime, reporter=common.REPORTER)
+        common.show(benchmark.search_lines(searches))
         if plot is not None:
-            bench_show.check_plot(plot)
-        searches = search_benchmark(paths, searched, runtime=runtime, reporter=REPORTER)
-        bench_show.show_search(searches)
-        if plot is not None:
-            bench_show.write_plot(plot, searches)
-        common.write_json(json_file, "bench-find", searches)
+            benchmark.write_plot(plot, searches)
+        common.write_json("bench-find", searches)
         searches.require_success()
         return
     if p99_ms is not None or plot is not None:
@@ -120,10 +116,10 @@ def command(
         dataclasses.replace(config, **_values(shared)),
         runtime=runtime,
         baseline=_read_baseline(baseline, tolerance, force) if baseline is not None else None,
-        reporter=REPORTER,
+        reporter=common.REPORTER,
     )
-    bench_show.show(result, intervals=intervals, trtexec=trtexec)
-    common.write_json(json_file, "bench", result)
+    common.show(benchmark.lines(result, intervals=intervals, trtexec=trtexec))
+    common.write_json("bench", result)
     if error is not None:
         raise error
     result.require_no_regression()

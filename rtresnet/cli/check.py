@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import click
 
-from rtresnet.bench.consistency import Check
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import CheckFailedError
-from rtresnet.workflows.check import CheckConfig, CheckResult, check
+from rtresnet.reporting import checks
+from rtresnet.workflows.check import CheckConfig, check
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 
@@ -30,7 +28,6 @@ def command(
     config: CheckConfig,
     stated: InputConfig,
     runtime: RuntimeConfig,
-    json_file: str | None,
 ) -> None:
     """Compare an artifact with itself, and with the FP32 ONNX file it came from.
 
@@ -41,15 +38,14 @@ def command(
     A detector's detections must be valid, repeatable and those of the file it was made from: on
     --data with or without boxes, by default drawn shapes.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect import is_detector
 
     if is_detector(path):
-        _check_detector(path, data, config, stated, runtime, json_file)
+        _check_detector(path, data, config, stated, runtime)
         return
-    result = check(path, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
-    show(result)
-    common.write_json(json_file, "check", result)
+    result = check(path, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER)
+    common.show(checks.check_lines(result))
+    common.write_json("check", result)
     if result.failed:
         first, *others = result.failed
         more = f", and {len(others)} more" if others else ""
@@ -67,23 +63,14 @@ def _check_detector(
     config: CheckConfig,
     stated: InputConfig,
     runtime: RuntimeConfig,
-    json_file: str | None,
 ) -> None:
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect_check import check_detector
 
-    result = check_detector(path, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
-    _show_checks(result.checks)
-    lines = [f"{result.n} images ({result.images}), {result.detections} detections."]
-    lines += [f"{line[0].upper()}{line[1:]}." for line in result.missing]
-    if any(entry.name == "parity" and not entry.n for entry in result.checks):
-        lines.append(
-            "WEAK: no detection has a score of 50 % or more, and none was compared. Use other "
-            "images: --data SPEC"
-        )
-    common.footer([*lines, str(result.runtime), *result.runtime.notes])
-    common.footer(f"Assumed: {line}." for line in result.assumed)
-    common.write_json(json_file, "check", result)
+    result = check_detector(
+        path, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER
+    )
+    common.show(checks.check_detector_lines(result))
+    common.write_json("check", result)
     if result.failed:
         raise CheckFailedError(
             f"{path}: " + "; ".join(f"{entry.name}: {entry.why}" for entry in result.failed),
@@ -91,37 +78,3 @@ def _check_detector(
             if result.failed[0].name == "parity" and data is None
             else None,
         )
-
-
-def _show_checks(checks: Sequence[Check]) -> None:
-    from rtresnet.reporting import tables
-
-    rows = [
-        (entry.name, entry.compared, entry.n, entry.largest, entry.tolerance,
-         "ok" if entry.ok else "FAILED")
-        for entry in checks
-    ]  # fmt: skip
-    headings = ("check", "compared", "n", "difference", "tolerance", "verdict")
-    tables.show(common.out_console(), headings, rows)
-
-
-def show(result: CheckResult) -> None:
-    """Print the table, and what was compared on which device."""
-    from rtresnet.reporting import tables
-
-    _show_checks(result.checks)
-    unknown = ", as its precision is unknown" if result.precision == "unknown" else ""
-    lines = [
-        f"{result.n} images ({result.images}), compared within what {result.bound} can do"
-        f"{unknown}; answers range over {tables.number(result.range)}."
-    ]
-    if result.parent is None:
-        lines.append(f"Not compared with an FP32 file: {result.no_parent}.")
-    if result.discriminability < 0.5:
-        lines.append(
-            f"WEAK: {100 * (1 - result.discriminability):.0f} % of the pairs of images get the "
-            "same answer within the tolerance, so that exchanged rows would not be noticed. Use "
-            "other images: --data SPEC"
-        )
-    common.footer([*lines, str(result.runtime), *result.runtime.notes])
-    common.footer(f"Assumed: {line}." for line in result.assumed)

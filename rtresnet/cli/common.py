@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
+from rtresnet.cli.console import Console, TerminalReporter
+from rtresnet.core import atomic_io, provenance
+from rtresnet.core.config import Config
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import escape_cell
-
-if TYPE_CHECKING:
-    from rtresnet.cli.console import Console
-    from rtresnet.core.config import Config
-    from rtresnet.core.reporter import Update
+from rtresnet.reporting import tables
 
 SCHEMA = 1  # of what --json writes; see docs/reference/json.md
+JSON_FILE = "rtresnet.json_file"  # where `--json` is kept in the context of click
+REPORTER = TerminalReporter()
+PATH = click.Path(path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
 
 DATA_HELP = (
@@ -37,7 +37,6 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
             sidecar.
     """
     if given is not None and str(given) != "-":
-        from rtresnet.core import atomic_io
         from rtresnet.data.sources import IMAGE_SUFFIXES
 
         place = Path(given)
@@ -53,12 +52,16 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
 
 
 def json_option(function: F) -> F:
-    """`--json FILE`: the result for machines; an unknown is null."""
+    """`--json FILE`: the result for machines, see `write_json`; an unknown is null."""
+
+    def keep(context: click.Context, option: click.Parameter, given: str | None) -> None:
+        context.meta[JSON_FILE] = text_place(context, option, given)
+
     return click.option(
         "--json",
-        "json_file",
         metavar="FILE",
-        callback=text_place,
+        callback=keep,
+        expose_value=False,
         help="Write the result as JSON too; - writes it to stdout and the tables to stderr.  "
         "[default: none]",
     )(function)
@@ -74,7 +77,6 @@ def page_folder(
         UnavailableError: A package that writes pages is not installed.
     """
     if folder is not None:
-        from rtresnet.core import atomic_io
         from rtresnet.reporting import pages
 
         if folder.exists() and not folder.is_dir():
@@ -88,27 +90,11 @@ def report_option(content: str) -> Callable[[F], F]:
     """`--report DIR`: a page with `content`; arrives as a path or None."""
     return click.option(
         "--report",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="DIR",
         callback=page_folder,
         help=f"Write DIR/index.html, a page that works offline: {content}.  [default: none]",
     )
-
-
-def refuse_for_detector(config: Config, *kept: str) -> None:
-    """Raise InputError for an option of a config that detectors do not take.
-
-    Args:
-        config: What was given.
-        *kept: Fields that apply to detectors too.
-    """
-    for field in dataclasses.fields(config):
-        default = field.default
-        if field.name not in kept and getattr(config, field.name) != default:
-            name = field.name.replace("_", "-")
-            raise InputError(f"--{name} does not go with a detector", fix="leave it out")
-    if getattr(config, "split", None) == "all":
-        raise InputError("--split all does not go with a detector", fix="--split train or test")
 
 
 def classes_option(function: F) -> F:
@@ -130,67 +116,70 @@ def _class_names(
     return None if given is None else read_classes(given)
 
 
+def refuse_for_detector(config: Config, *kept: str) -> None:
+    """Refuse options that were given and do not apply to detectors.
+
+    Args:
+        config: What was given.
+        *kept: Fields that apply to detectors too.
+
+    Raises:
+        InputError: Such an option, or `--split all`.
+    """
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.name not in kept and getattr(config, field.name) != default:
+            name = field.name.replace("_", "-")
+            raise InputError(f"--{name} does not go with a detector", fix="leave it out")
+    if getattr(config, "split", None) == "all":
+        raise InputError("--split all does not go with a detector", fix="--split train or test")
+
+
+def json_file() -> str | None:
+    """Return what the running command was given as `--json`."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(JSON_FILE)
+
+
 def out_console() -> Console:
     """Results go to standard output; with `--json -` that is the document's alone."""
-    from rtresnet.cli.console import Console
-
-    return Console(stderr=json_on_stdout())
-
-
-def json_on_stdout() -> bool:
-    """Return whether the running command has `--json -`."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.params.get("json_file") == "-"
-
-
-def err_console() -> Console:
-    """Progress, notes and warnings go to standard error."""
-    from rtresnet.cli.console import Console
-
-    return Console(stderr=True)
+    return Console(stderr=json_file() == "-")
 
 
 def say(line: str) -> None:
     """Print a line of the result."""
-    click.echo(escape_cell(line), err=json_on_stdout())
+    click.echo(escape_cell(line), err=json_file() == "-")
 
 
-def footer(lines: Iterable[str]) -> None:
-    """What a result assumes and what else a reader must know, under it; each line once."""
-    for line in dict.fromkeys(lines):
-        say(line)
+def show(result: Iterable[str | tables.DataTable]) -> None:
+    """Print the lines and tables of a result; see `rtresnet.reporting`."""
+    for part in result:
+        if isinstance(part, tables.DataTable):
+            tables.show(out_console(), part)
+        elif part.startswith("NOTE: "):
+            out_console().print(part, style="bold yellow", soft_wrap=True)
+        else:
+            say(part)
 
 
 def note(line: str) -> None:
     """Print a line on standard error, above a progress bar where there is one."""
-    print(escape_cell(line), file=sys.stderr)
+    REPORTER.note(line)
 
 
-def warn_loudly(title: str, body: str) -> None:
-    """A warning that nobody can miss."""
-    from rtresnet.cli.console import REPORTER
+def write_json(verb: str, result: Any, *, file: Path | None = None) -> None:
+    """Write `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says, and to `file`."""
+    from rtresnet.core import serialization
 
-    REPORTER.warning(title, body)
-
-
-def write_json(target: str | None, verb: str, result: Any) -> None:
-    """Write `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says."""
-    if target is None:
+    targets = [target for target in (file, json_file()) if target is not None]
+    if not targets:
         return
-    from rtresnet.core import atomic_io, provenance, serialization
-
     record = serialization.to_builtins(
         {"schema": SCHEMA, "verb": verb, "made_by": provenance.made_by(), "result": result}
     )
     text = json.dumps(record, indent=1) + "\n"
-    if target == "-":
-        click.echo(text, nl=False)
-    else:
-        atomic_io.write_text(target, text)
-
-
-def progress(description: str, total: float | None = None) -> AbstractContextManager[Update]:
-    """Progress on the terminal; see `console.TerminalReporter`."""
-    from rtresnet.cli.console import REPORTER
-
-    return REPORTER.progress(description, total)
+    for target in targets:
+        if target == "-":
+            click.echo(text, nl=False)
+        else:
+            atomic_io.write_text(target, text)

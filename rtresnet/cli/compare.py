@@ -10,6 +10,8 @@ from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import plural
+from rtresnet.reporting import predictions
+from rtresnet.reporting.tables import assumed
 from rtresnet.workflows.compare import CompareConfig, CompareResult, compare
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
@@ -32,7 +34,6 @@ def command(
     stated: InputConfig,
     runtime: RuntimeConfig,
     report: Path | None,
-    json_file: str | None,
 ) -> None:
     """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
 
@@ -41,7 +42,6 @@ def command(
     detections; on images with boxes (voc:DIR[:SPLIT], coco:JSON:IMAGES, shapes:N) by average
     precision as well.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect import is_detector
 
     detectors = [is_detector(path) for path in (reference, candidate)]
@@ -52,11 +52,10 @@ def command(
                 f"{other}: a classifier, which cannot be compared with a detector",
                 fix="name two detectors",
             )
-        _compare_detectors(reference, candidate, data, config, stated, runtime, report, json_file)
+        _compare_detectors(reference, candidate, data, config, stated, runtime, report)
         return
-
     result = compare(
-        reference, candidate, data, config, runtime=runtime, stated=stated, reporter=REPORTER
+        reference, candidate, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER
     )
     difference = "logits not known"
     if result.largest is not None:
@@ -68,12 +67,11 @@ def command(
     if report is not None:
         common.say(f"page: {_write_page(report, result, config.split)}")
     both = (result.reference, result.candidate)
-    common.footer(sorted(note for entry in both for note in entry.runtime.notes))
-    common.footer(
-        f"Assumed of {entry.artifact}: {line}." for entry in both for line in entry.assumed
-    )
-    common.footer(f"Assumed: {line}." for line in result.assumed)
-    common.write_json(json_file, "compare", result)
+    common.show(sorted({note for entry in both for note in entry.runtime.notes}))
+    for entry in both:
+        common.show(assumed(entry.assumed, of=entry.artifact))
+    common.show(assumed(result.assumed))
+    common.write_json("compare", result)
 
 
 def _compare_detectors(
@@ -84,48 +82,22 @@ def _compare_detectors(
     stated: InputConfig,
     runtime: RuntimeConfig,
     report: Path | None,
-    json_file: str | None,
 ) -> None:
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.cli.train import average_precision
     from rtresnet.workflows import detect_compare
 
     common.refuse_for_detector(config, "split")
     assert config.split != "all"
     result = detect_compare.compare_detectors(
         reference, candidate, data, split=config.split, runtime=runtime, stated=stated,
-        reporter=REPORTER,
+        reporter=common.REPORTER,
     )  # fmt: skip
-    both = (result.reference, result.candidate)
-    for entry in both:
-        if entry.accuracy is not None:
-            common.say(f"{entry.artifact}: {average_precision(entry.accuracy)}")
-    change = "" if result.ap_change is None else f"AP {result.ap_change:+.2f} points, "
-    common.say(
-        f"{candidate} against {reference}: {change}{result.both} detections in both, "
-        f"{result.only_reference} only in the reference, {result.only_candidate} only in the "
-        f"candidate; {result.changed} of {plural(result.n, 'image')} differ; scores of the same "
-        f"detection differ by up to {result.largest_score:.3g}, boxes by {result.largest_box:.3g} "
-        "pixels"
-    )
+    common.show(predictions.detector_comparison_lines(result))
     if report is not None:
         from rtresnet.reporting import detection
 
         page = detection.write_comparison(report, result, detect_compare.pictures(result))
         common.say(f"page: {page}")
-    notes = [note for entry in both for note in entry.runtime.notes]
-    notes += [
-        f"{entry.artifact}: non-maximum suppression was not finished for {entry.unsettled} boxes."
-        for entry in both if entry.unsettled
-    ]  # fmt: skip
-    common.footer(sorted(notes))
-    common.footer(
-        f"Assumed of {entry.artifact}: {line}." for entry in both for line in entry.assumed
-    )
-    common.footer(
-        ["Counted: detections with a score of 50 % or more; the same: one class, IoU 0.5."]
-    )
-    common.write_json(json_file, "compare", result)
+    common.write_json("compare", result)
 
 
 def _write_page(folder: Path, result: CompareResult, split: str) -> Path:

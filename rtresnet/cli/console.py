@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
 
 
 class Console(console.Console):
-    """Prints text without markup, emoji codes and control characters.
+    """Print text without markup, emoji codes and control characters.
 
     A string is one line: its line ends are escaped, so that a name from a file cannot forge a line
     of output. Several lines on purpose are several calls, or a `rich.text.Text`.
@@ -43,7 +43,7 @@ def on_terminal() -> bool:
 
 
 class TerminalReporter:
-    """Draws progress, notes and warnings on standard error; see `core.reporter.Reporter`."""
+    """Draw progress, notes and warnings on standard error; see `core.reporter.Reporter`."""
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float | None = None) -> Iterator[Update]:
@@ -118,6 +118,3 @@ def _lines(reporter: TerminalReporter, description: str, total: float | None) ->
             said = now
 
     return update
-
-
-REPORTER = TerminalReporter()

@@ -10,8 +10,8 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import InputError
+from rtresnet.reporting import predictions
 from rtresnet.workflows.evaluate import (
-    AccuracyResult,
     EvaluateConfig,
     EvaluateResult,
     evaluate,
@@ -44,7 +44,6 @@ def command(
     stated: InputConfig,
     runtime: RuntimeConfig,
     report: Path | None,
-    json_file: str | None,
 ) -> None:
     """Measure top-1 (and top-5 above five classes).
 
@@ -52,27 +51,21 @@ def command(
     detector, average precision is measured on images with boxes: voc:DIR[:SPLIT],
     coco:JSON:IMAGES or shapes:N.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect import is_detector
 
     if any(is_detector(path) for path in paths):
-        _evaluate_detector(paths, data, config, record, stated, runtime, report, json_file)
+        _evaluate_detector(paths, data, config, record, stated, runtime, report)
         return
 
     if report is not None:
         config = dataclasses.replace(config, details=True)
-    result = evaluate(paths, data, config, runtime=runtime, stated=stated, reporter=REPORTER)
-    for member in result.members:
-        _show(member, f"{member.precision}, {member.runtime.provider}; {member.shown}")
-    common.footer(sorted(note for member in result.members for note in member.runtime.notes))
-    if len(result.members) > 1:
-        _show(result, f"mean of probabilities; {result.protocol}")
-    common.footer(footnotes(result))
+    result = evaluate(paths, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER)
+    common.show(predictions.accuracy_lines(result))
     if report is not None:
         common.say(f"page: {_write_page(report, result)}")
-    common.write_json(json_file, "eval", result)
+    common.write_json("eval", result)
     if record is not False:
-        record_accuracy(result, required=bool(record), reporter=REPORTER)
+        record_accuracy(result, required=bool(record), reporter=common.REPORTER)
 
 
 def _evaluate_detector(
@@ -83,10 +76,7 @@ def _evaluate_detector(
     stated: InputConfig,
     runtime: RuntimeConfig,
     report: Path | None,
-    json_file: str | None,
 ) -> None:
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.cli.train import average_precision
     from rtresnet.workflows import detect_evaluate
 
     if len(paths) > 1:
@@ -96,24 +86,15 @@ def _evaluate_detector(
     result = detect_evaluate.evaluate_detector(
         paths[0], data, split=config.split, runtime=runtime, stated=stated,
         record=record is not False, details=config.details or report is not None,
-        reporter=REPORTER,
+        reporter=common.REPORTER,
     )  # fmt: skip
-    common.say(
-        f"{result.artifact}: {average_precision(result)}  [{result.precision}, "
-        f"{result.runtime.provider}]"
-    )
-    notes = list(result.runtime.notes)
-    if result.unsettled:
-        notes.append(f"Non-maximum suppression was not finished for {result.unsettled} boxes.")
-    if result.invalid:
-        notes.append(f"{result.invalid} boxes of the data have no area and were left out.")
-    common.footer(notes)
+    common.show(predictions.detector_lines(result))
     if report is not None:
         from rtresnet.reporting import detection
 
         page = detection.write_detection(report, result, detect_evaluate.pictures(result))
         common.say(f"page: {page}")
-    common.write_json(json_file, "eval", result)
+    common.write_json("eval", result)
 
 
 def _write_page(folder: Path, result: EvaluateResult) -> Path:
@@ -124,24 +105,3 @@ def _write_page(folder: Path, result: EvaluateResult) -> Path:
     listed = classification.listed(result.report)
     images = gallery.from_data(result.data, result.split, listed)
     return pages.write_evaluation(folder, result, images)
-
-
-def _show(result: AccuracyResult, how: str) -> None:
-    top5 = "" if result.top5 is None else f", top-5 {result.top5_percent:.2f} %"
-    skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
-    common.say(
-        f"{result.artifact}: top-1 {result.top1_percent:.2f} % ({result.top1} of {result.n})"
-        f"{top5}{skipped}  [{how}]"
-    )
-
-
-def footnotes(result: EvaluateResult) -> list[str]:
-    """Return the assumptions and remarks on the accuracies, one line each."""
-    return [
-        line
-        for member in result.members
-        for line in (
-            *(f"Assumed: {line}." for line in member.assumed),
-            *(f"Note: {line}." for line in member.labels.remarks),
-        )
-    ]

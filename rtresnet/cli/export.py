@@ -9,12 +9,11 @@ from typing import Literal
 import click
 
 from rtresnet.cli import common
-from rtresnet.cli.build import describe
-from rtresnet.cli.estimate import show_advice
 from rtresnet.cli.options import config_options
+from rtresnet.reporting import artifact
 from rtresnet.workflows.build import BuildConfig
 from rtresnet.workflows.embed_io import EmbedConfig
-from rtresnet.workflows.export import ExportConfig, ExportedFile
+from rtresnet.workflows.export import ExportConfig, export
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.quantize import QuantizeConfig
 
@@ -42,7 +41,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 @config_options(InputConfig, argument="stated")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=common.PATH,
     default="engines",
     help="Folder, or the name of the FP32 file in it.  [default: engines]",
 )
@@ -61,7 +60,6 @@ def command(
     stated: InputConfig,
     out: Path,
     no_plan: bool,
-    json_file: str | None,
 ) -> None:
     """Turn a checkpoint into ONNX files and plans, each with a sidecar.
 
@@ -69,33 +67,13 @@ def command(
     and the plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan, MODEL-fp8.plan. With --input
     or --topk also MODEL-int8-u8-top5.onnx or similar, and the plans from those.
     """
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.export import export
-
-    asked: dict[Literal["fp32", "fp16", "int8", "fp8"], bool] = {
-        "fp32": fp32,
-        "fp16": fp16,
-        "int8": int8,
-        "fp8": fp8,
-    }
+    asked: dict[Literal["fp32", "fp16", "int8", "fp8"], bool]
+    asked = {"fp32": fp32, "fp16": fp16, "int8": int8, "fp8": fp8}
     precisions = tuple(name for name, wanted in asked.items() if wanted) or ("fp16",)
     config = dataclasses.replace(config, precisions=precisions, plan=not no_plan)
     result = export(
         weights, out, config, quantize=quantize, build=build, embed=embed, stated=stated,
-        reporter=REPORTER,
+        reporter=common.REPORTER,
     )  # fmt: skip
-    for file in result.onnx:
-        common.say(f"{file.path}: {file.precision}, {file.bytes / 1e6:.1f} MB{_parity(file)}")
-    for plan in result.plans:
-        common.out_console().print(describe(plan), soft_wrap=True)
-    if result.advice is not None:
-        show_advice(result.advice)
-    common.footer(f"Assumed: {line}." for line in result.assumed)
-    common.write_json(json_file, "export", result)
-
-
-def _parity(file: ExportedFile) -> str:
-    parity = file.measured.get("parity")
-    if not parity:
-        return ""
-    return f", parity with torch {parity['relative']:.1e} relative on {parity['n']} images"
+    common.show(artifact.export_lines(result))
+    common.write_json("export", result)

@@ -22,7 +22,7 @@ NO_READER = 128 + 13  # what a shell gives a process that SIGPIPE ended
 
 
 class Commands(click.Group):
-    """Imports a command's file when the command is named, so that --help is fast."""
+    """Import a command's file when the command is named, so that --help is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the work, not of the alphabet."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import click
 
 from rtresnet.cli import common
+from rtresnet.reporting.tables import DataTable
+from rtresnet.workflows.models import list_models
 
 
 @click.command("models")
 @common.json_option
-def command(json_file: str | None) -> None:
+def command() -> None:
     """List the nets: depth, block, parameters, multiply-adds."""
-    from rtresnet.reporting import tables
-    from rtresnet.workflows.models import list_models
-
     result = list_models()
     rows = [
         (m.model, m.depth, m.block, m.shortcut, f"{m.size}x{m.size}", f"{m.parameters:,}",
@@ -21,6 +20,6 @@ def command(json_file: str | None) -> None:
         for m in result.models
     ]  # fmt: skip
     headings = ("model", "depth", "block", "shortcut", "input", "parameters", "mult-adds")
-    tables.show(common.out_console(), headings, rows)
+    common.show([DataTable(headings=headings, rows=rows)])
     common.note("Any depth of 6n+2 works as a CIFAR net too, for example resnet8 or plain26.")
-    common.write_json(json_file, "models", result)
+    common.write_json("models", result)

@@ -14,24 +14,20 @@ from rtresnet.workflows.pack import PackConfig, pack
 
 @click.command("pack")
 @click.argument("source")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the new files."
-)
+@click.option("--out", type=common.PATH, required=True, help="Folder of the new files.")
 @config_options(PackConfig)
 @common.json_option
-def command(source: str, out: Path, config: PackConfig, json_file: str | None) -> None:
+def command(source: str, out: Path, config: PackConfig) -> None:
     """Put a folder of photographs into a few large tar files, for --data shards:DIR.
 
     SOURCE has one folder for each class, optionally under train/ and test/ or val/. The files'
     bytes are copied unchanged; reading a few large files spares a disk a million small ones.
     """
-    from rtresnet.cli.console import REPORTER
-
-    result = pack(source, out, config, reporter=REPORTER)
+    result = pack(source, out, config, reporter=common.REPORTER)
     counts = ", ".join(f"{split} {count:,}" for split, count in result.splits.items())
     common.say(
         f"{result.out}: {plural(result.images, 'image')} ({counts}) of {result.classes} classes, "
         f"{result.bytes / 1e6:,.1f} MB in {plural(result.shards, 'shard')}, {result.seconds:.1f} s"
     )
     common.say(f"next: rtresnet train --data {result.data}")
-    common.write_json(json_file, "pack", result)
+    common.write_json("pack", result)

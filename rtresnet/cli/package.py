@@ -14,18 +14,18 @@ from rtresnet.workflows.package_server import ImageConfig
 
 
 @click.command("package")
-@click.argument("path", metavar="PLAN|ONNX", type=click.Path(path_type=Path))
+@click.argument("path", metavar="PLAN|ONNX", type=common.PATH)
 @click.option(
-    "--triton", metavar="DIR", type=click.Path(path_type=Path),
+    "--triton", metavar="DIR", type=common.PATH,
     help="Write a version of a model into this Triton model repository.  [default: none]",
 )  # fmt: skip
 @click.option(
-    "--docker", metavar="DIR", type=click.Path(path_type=Path),
+    "--docker", metavar="DIR", type=common.PATH,
     help="Write a Dockerfile and its files into this new folder; the image runs rtresnet serve.  "
     "[default: none]",
 )  # fmt: skip
 @click.option(
-    "--kserve", metavar="FILE", type=click.Path(path_type=Path),
+    "--kserve", metavar="FILE", type=common.PATH,
     help="Write a KServe manifest that runs the image, with probes and autoscaling.  "
     "[default: none]",
 )  # fmt: skip
@@ -39,7 +39,6 @@ def command(
     kserve: Path | None,
     config: PackageConfig,
     image: ImageConfig,
-    json_file: str | None,
 ) -> None:
     """Package a model for a Triton Inference Server, for Docker, or for KServe on Kubernetes.
 
@@ -52,20 +51,21 @@ def command(
             "name one kind of package: --triton DIR, or --docker DIR, --kserve FILE or both"
         )
     if triton is not None:
-        _triton(path, triton, config, json_file)
+        _triton(path, triton, config)
     else:
-        _server(path, docker, kserve, config, image, json_file)
+        _server(path, docker, kserve, config, image)
 
 
-def _triton(path: Path, root: Path, config: PackageConfig, json_file: str | None) -> None:
+def _triton(path: Path, root: Path, config: PackageConfig) -> None:
     from rtresnet.workflows.package import package
 
     result = package(path, root, config)
-    _show_notes(result.notes)
+    for line in result.notes:
+        common.note(f"note: {line}")
     batches = f"batches to {result.max_batch}" if result.max_batch else "a fixed batch"
     common.say(f"{result.folder}: {result.backend}, {batches}, {result.bytes / 1e6:.1f} MB")
     common.say(f"next: tritonserver --model-repository {result.root}")
-    common.write_json(json_file, "package", result)
+    common.write_json("package", result)
 
 
 def _server(
@@ -74,23 +74,16 @@ def _server(
     kserve: Path | None,
     config: PackageConfig,
     image: ImageConfig,
-    json_file: str | None,
 ) -> None:
     from rtresnet.workflows.package_server import package_server
 
     result = package_server(path, docker=docker, kserve=kserve, config=config, image=image)
-    _show_notes(result.notes)
+    for line in result.notes:
+        common.note(f"note: {line}")
     if result.docker is not None:
         common.say(f"{result.docker}: Dockerfile, {result.name} version {result.version}")
         common.say(f"next: docker build -t {result.image} {result.docker}")
     if result.manifest is not None:
         common.say(f"{result.manifest}: KServe InferenceService of {result.image}")
         common.say(f"next: kubectl apply -f {result.manifest}")
-    common.write_json(json_file, "package", result)
-
-
-def _show_notes(notes: tuple[str, ...]) -> None:
-    from rtresnet.cli.console import REPORTER
-
-    for line in notes:
-        REPORTER.note(f"note: {line}")
+    common.write_json("package", result)

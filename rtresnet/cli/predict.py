@@ -12,12 +12,10 @@ from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import DataError, InputError
-from rtresnet.core.reporter import plural
+from rtresnet.reporting import predictions
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig
 from rtresnet.workflows.predict import (
-    PredictResult,
-    PredictTableResult,
     TableConfig,
     find_model,
     image_files,
@@ -78,7 +76,6 @@ def command(
     table: TableConfig,
     stated: InputConfig,
     runtime: RuntimeConfig,
-    json_file: str | None,
 ) -> None:
     """Print the most probable classes of image files, or of every image in a folder.
 
@@ -86,7 +83,6 @@ def command(
     interrupted run with --resume. A broken image becomes a row with an error. Transparent images
     are composited on white. A detector prints the objects in each image.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect import is_detector
 
     if out is None and table != TableConfig():
@@ -97,26 +93,32 @@ def command(
             raise click.UsageError("--explain does not go with --out, or with a detector")
         if config != PredictConfig(model=config.model):
             raise click.UsageError("--top, --batch and --workers do not go with --explain")
-        _explain(names, artifact, explained, config, stated, json_file)
+        _explain(names, artifact, explained, config, stated)
         return
     if is_detector(artifact):
         if out is not None or config != PredictConfig():
             raise click.UsageError("--out and options of its rows do not go with a detector")
-        _detect(names, artifact, draw, least_score, runtime, stated, json_file)
+        _detect(names, artifact, draw, least_score, runtime, stated)
         return
     if draw is not None:
         raise click.UsageError(f"--draw goes with a detector, and {artifact} is a classifier")
     if out is None:
-        result = predict(names, artifact, config, runtime=runtime, stated=stated, reporter=REPORTER)
-        _show(result)
-        common.write_json(json_file, "predict", result)
+        result = predict(
+            names, artifact, config, runtime=runtime, stated=stated, reporter=common.REPORTER
+        )
+        if result.runtime.batch_note:
+            common.note(result.runtime.batch_note)
+        common.show(predictions.prediction_lines(result))
+        common.write_json("predict", result)
     else:
         written = predict_table(
             names, artifact, out, config, table=table, runtime=runtime, stated=stated,
-            reporter=REPORTER,
+            reporter=common.REPORTER,
         )  # fmt: skip
-        _summarize(written)
-        common.write_json(json_file, "predict", written)
+        if written.runtime.batch_note:
+            common.note(written.runtime.batch_note)
+        common.show(predictions.table_lines(written))
+        common.write_json("predict", written)
 
 
 def _explain(
@@ -125,15 +127,14 @@ def _explain(
     out: Path,
     config: PredictConfig,
     stated: InputConfig,
-    json_file: str | None,
 ) -> None:
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.explain import describe, explain
+    from rtresnet.workflows.explain import explain
 
-    result = explain(images, artifact, out, model=config.model, stated=stated, reporter=REPORTER)
-    for line in describe(result):
-        common.say(line)
-    common.write_json(json_file, "explain", result)
+    result = explain(
+        images, artifact, out, model=config.model, stated=stated, reporter=common.REPORTER
+    )
+    common.show(predictions.explain_lines(result))
+    common.write_json("explain", result)
 
 
 def _detect(
@@ -143,50 +144,17 @@ def _detect(
     least_score: float,
     runtime: RuntimeConfig,
     stated: InputConfig,
-    json_file: str | None,
 ) -> None:
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect_predict import detect
 
     result = detect(
         images, artifact, draw=draw, least_score=least_score, runtime=runtime, stated=stated,
-        reporter=REPORTER,
+        reporter=common.REPORTER,
     )  # fmt: skip
-    for entry in result.images:
-        common.say(f"{entry.image}: {plural(len(entry.objects), 'object')}")
-        for item in entry.objects:
-            corners = ", ".join(f"{value:.0f}" for value in item.box)
-            common.say(f"  {item.label} {100 * item.score:.1f} %  [{corners}]")
-    notes = [f"Assumed: {line}." for line in result.assumed]
-    if any(entry.unsettled for entry in result.images):
-        notes.append("Non-maximum suppression was not finished in some images.")
+    common.show(predictions.detection_lines(result))
     if draw is not None:
-        notes.append(f"Images with boxes are in {draw}.")
-    common.footer(notes)
-    common.write_json(json_file, "predict", result)
-
-
-def _show(result: PredictResult) -> None:
-    if result.runtime.batch_note:
-        common.note(result.runtime.batch_note)
-    for entry in result.images:
-        classes = (f"{best.name} ({100 * best.probability:.1f} %)" for best in entry.top)
-        common.say(f"{entry.image}: {'  '.join(classes)}")
-    common.footer(f"Assumed: {line}." for line in result.assumed)
-
-
-def _summarize(result: PredictTableResult) -> None:
-    if result.runtime.batch_note:
-        common.note(result.runtime.batch_note)
-    broken = f", {result.broken:,} broken" if result.broken else ""
-    predicted = result.images - result.resumed_at
-    common.say(
-        f"{result.out}: {plural(result.images, 'image')}{broken}; {predicted:,} in "
-        f"{result.seconds:,.1f} s, {result.images_per_second:,.0f} img/s  "
-        f"[{result.artifact}, batch {result.batch}, {result.runtime.provider}, "
-        f"{result.runtime.device}]"
-    )
-    common.footer(f"Assumed: {line}." for line in result.assumed)
+        common.say(f"Images with boxes are in {draw}.")
+    common.write_json("predict", result)
 
 
 def _split(arguments: Sequence[str], artifact: str | None) -> tuple[str, Sequence[str]]:

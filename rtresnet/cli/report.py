@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from rtresnet.cli import common
+from rtresnet.cli.console import Console
+from rtresnet.core import atomic_io
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import escape
 
@@ -23,7 +25,7 @@ def page_path(context: click.Context, option: click.Parameter, value: Any) -> An
 @click.argument("results", nargs=-1, metavar="[RESULTS.json|ARTIFACT|FOLDER...]")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=common.PATH,
     default="report.html",
     callback=page_path,
     help="HTML file to write.  [default: report.html]",
@@ -40,7 +42,6 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     RESULTS are files that bench, eval, compare, profile, estimate or quickstart wrote with --json;
     artifacts are shown with what their sidecars record. The default is the folder engines/.
     """
-    from rtresnet.core import atomic_io
     from rtresnet.reporting.report import report
 
     if markdown not in (None, "-") and Path(str(markdown)).resolve() == Path(out).resolve():
@@ -50,7 +51,7 @@ def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
         click.echo(escape(result.markdown), nl=False)
     elif markdown:
         atomic_io.write_text(markdown, result.markdown)
-    console = common.err_console() if markdown == "-" else common.out_console()
+    console = Console(stderr=markdown == "-")
     searches = f", {result.searches} searches" if result.searches else ""
     for line in (
         *result.summary,

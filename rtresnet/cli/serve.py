@@ -9,12 +9,12 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.workflows.loading import RuntimeConfig
-from rtresnet.workflows.serve import ServeConfig
+from rtresnet.workflows.serve import ServeConfig, serve
 
 
 @click.command("serve")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT|REPOSITORY...",
-                type=click.Path(path_type=Path))  # fmt: skip
+                type=common.PATH)  # fmt: skip
 @config_options(ServeConfig)
 @config_options(RuntimeConfig, argument="runtime")
 def command(artifacts: tuple[Path, ...], config: ServeConfig, runtime: RuntimeConfig) -> int:
@@ -23,8 +23,6 @@ def command(artifacts: tuple[Path, ...], config: ServeConfig, runtime: RuntimeCo
     POST an image to /v1/classify, or open / in a browser. SIGTERM answers running requests and
     ends. The log goes to standard error as JSON lines.
     """
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.serve import serve
 
     def ready(lines: list[str]) -> None:
         from rtresnet.serving.server import log_to_stderr
@@ -33,4 +31,4 @@ def command(artifacts: tuple[Path, ...], config: ServeConfig, runtime: RuntimeCo
             common.say(line)
         log_to_stderr()
 
-    return serve(artifacts, config, runtime=runtime, on_ready=ready, reporter=REPORTER)
+    return serve(artifacts, config, runtime=runtime, on_ready=ready, reporter=common.REPORTER)

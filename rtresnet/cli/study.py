@@ -40,14 +40,11 @@ def command() -> None:
 @config_options(StudyConfig)
 @out_option("degradation")
 @common.json_option
-def degradation(
-    depths: str, data: str, config: StudyConfig, out: Path, json_file: str | None
-) -> None:
+def degradation(depths: str, data: str, config: StudyConfig, out: Path) -> None:
     """Train plain and residual nets of growing depth (figures 1, 4 and 6, table 2).
 
     Every run is a folder in --out; finished runs are not repeated.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.reporting import study
     from rtresnet.workflows.study import study_degradation
 
@@ -57,8 +54,8 @@ def degradation(
         raise InputError(
             f"--depths {depths}: not numbers with commas between", fix="as in --depths 20,32"
         ) from None
-    result = study_degradation(data, numbers, config, out=out, reporter=REPORTER)
-    _show(result, study.plain_and_residual, json_file)
+    result = study_degradation(data, numbers, config, out=out, reporter=common.REPORTER)
+    _show(result, study.plain_and_residual)
 
 
 @command.command("shortcuts")
@@ -67,17 +64,16 @@ def degradation(
 @config_options(StudyConfig)
 @out_option("shortcuts")
 @common.json_option
-def shortcuts(model: str, data: str, config: StudyConfig, out: Path, json_file: str | None) -> None:
+def shortcuts(model: str, data: str, config: StudyConfig, out: Path) -> None:
     """Train a net with shortcut options A, B and C, and the plain net (section 4.1, table 3).
 
     A pads with zeros, B projects where dimensions change, C projects everywhere.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.reporting import study
     from rtresnet.workflows.study import study_shortcuts
 
-    result = study_shortcuts(data, model, config, out=out, reporter=REPORTER)
-    _show(result, study.training_and_validation, json_file)
+    result = study_shortcuts(data, model, config, out=out, reporter=common.REPORTER)
+    _show(result, study.training_and_validation)
 
 
 @command.command("blocks")
@@ -86,39 +82,35 @@ def shortcuts(model: str, data: str, config: StudyConfig, out: Path, json_file: 
 @config_options(StudyConfig)
 @out_option("blocks")
 @common.json_option
-def blocks(model: str, data: str, config: StudyConfig, out: Path, json_file: str | None) -> None:
+def blocks(model: str, data: str, config: StudyConfig, out: Path) -> None:
     """Train a net with residual functions of one, two and three layers (section 3.2).
 
     All have the same layers. A fourth net has projections everywhere (option C).
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.reporting import study
     from rtresnet.workflows.study import study_blocks
 
-    result = study_blocks(data, model, config, out=out, reporter=REPORTER)
-    _show(result, study.training_and_validation, json_file)
+    result = study_blocks(data, model, config, out=out, reporter=common.REPORTER)
+    _show(result, study.training_and_validation)
 
 
-def _show(
-    result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]], json_file: str | None
-) -> None:
-    """Print the table; write figure, page and JSON."""
-    from rtresnet.reporting import pages, study, tables
+def _show(result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]]) -> None:
+    """Print the table, writes figure, page and JSON."""
+    from rtresnet.reporting import pages, study
 
     figure = None
     if can_draw() and any(net.finished for net in result.nets):
         figure = study.error_curves(panels(result.nets), title=result.title, subtitle=result.note)
     table = study.table(result.nets)
-    tables.show(common.out_console(), table.headings, table.rows)
+    common.show([table])
     common.note(f"{result.note}.")
     common.note(table.about)
     pages.write_study(
         result.out, result.study, title=result.title, figure=figure, caption=CAPTION,
         tables=[table], diverged=result.diverged, recipe=result.recipe,
     )  # fmt: skip
-    common.write_json(str(result.out / f"{result.study}.json"), f"study {result.study}", result)
+    common.write_json(f"study {result.study}", result, file=result.out / f"{result.study}.json")
     common.note(f"page: {result.out / 'index.html'}")
-    common.write_json(json_file, f"study {result.study}", result)
 
 
 for _analysis in (responses, cost, gradients, lesions):

@@ -24,7 +24,7 @@ def out_option(name: str) -> Callable[[Any], Any]:
     """Return the option of a study's folder."""
     return click.option(
         "--out",
-        type=click.Path(path_type=Path),
+        type=common.PATH,
         default=f"runs/study-{name}",
         help=f"Folder of the study.  [default: runs/study-{name}]",
     )
@@ -51,26 +51,21 @@ def can_draw() -> bool:
 )
 @out_option("responses")
 @common.json_option
-def responses(
-    checkpoints: tuple[str, ...], data: str, images: int, out: Path, json_file: str | None
-) -> None:
+def responses(checkpoints: tuple[str, ...], data: str, images: int, out: Path) -> None:
     """Measure the standard deviation of each 3x3 layer's response (figure 7).
 
     After batch norm, before ReLU and addition: how strongly a layer changes its input.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.core import atomic_io, locks
     from rtresnet.reporting import pages, study, tables
     from rtresnet.workflows.study import short_name, study_responses
 
     with locks.hold_folder(out, warn=common.note):
-        result = study_responses(checkpoints, data, images, reporter=REPORTER)
+        result = study_responses(checkpoints, data, images, reporter=common.REPORTER)
         shown = [study.response_table(entry, data) for entry in result.results]
-        for table in shown:
-            tables.show(common.out_console(), table.headings, table.rows, title=table.title)
-        common.footer(
-            f"Assumed of {e.checkpoint}: {line}." for e in result.results for line in e.assumed
-        )
+        common.show(shown)
+        for entry in result.results:
+            common.show(tables.assumed(entry.assumed, of=entry.checkpoint))
         subtitle = f"{plural(result.results[0].n, 'image')} of {short_name(data)}"
         pages.write_study(
             atomic_io.make_folder(out),
@@ -81,9 +76,8 @@ def responses(
             "ReLU and addition.",
             tables=shown,
         )
-        common.write_json(str(out / "responses.json"), "study responses", result)
+        common.write_json("study responses", result, file=out / "responses.json")
     common.note(f"page: {out / 'index.html'}")
-    common.write_json(json_file, "study responses", result)
 
 
 def _show_analysis(
@@ -94,27 +88,25 @@ def _show_analysis(
     table: DataTable,
     draw: Callable[[], Figure],
     caption: str,
-    json_file: str | None,
 ) -> None:
     """Print the table of an analysis; write its figure, page and JSON."""
     from rtresnet.core import atomic_io
-    from rtresnet.reporting import pages, tables
+    from rtresnet.reporting import pages
 
-    tables.show(common.out_console(), table.headings, table.rows)
+    common.show([table])
     common.note(table.about)
     pages.write_study(
         atomic_io.make_folder(out), name, title=title, figure=draw() if can_draw() else None,
         caption=caption, tables=[table],
     )  # fmt: skip
-    common.write_json(str(out / f"{name}.json"), f"study {name}", result)
+    common.write_json(f"study {name}", result, file=out / f"{name}.json")
     common.note(f"page: {out / 'index.html'}")
-    common.write_json(json_file, f"study {name}", result)
 
 
 @click.command("cost")
 @out_option("cost")
 @common.json_option
-def cost(out: Path, json_file: str | None) -> None:
+def cost(out: Path) -> None:
     """Count parameters and multiply-adds of every net against VGG-19 (section 3.3, table 1)."""
     from rtresnet.reporting import study
     from rtresnet.workflows.study_analysis import study_cost
@@ -122,7 +114,7 @@ def cost(out: Path, json_file: str | None) -> None:
     result = study_cost()
     _show_analysis(
         "cost", "Cost of the nets", result, out, study.cost_table(result),
-        lambda: study.cost_figure(result), "Multiply-adds for one image.", json_file,
+        lambda: study.cost_figure(result), "Multiply-adds for one image.",
     )  # fmt: skip
 
 
@@ -131,21 +123,20 @@ def cost(out: Path, json_file: str | None) -> None:
 @config_options(GradientsConfig)
 @out_option("gradients")
 @common.json_option
-def gradients(data: str, config: GradientsConfig, out: Path, json_file: str | None) -> None:
+def gradients(data: str, config: GradientsConfig, out: Path) -> None:
     """Measure the gradient of each 3x3 layer at initialization and along a run (section 4.1).
 
     The run is plain SGD at the paper's rate, on images that are not augmented.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.reporting import study
     from rtresnet.workflows.study import short_name
     from rtresnet.workflows.study_analysis import study_gradients
 
-    result = study_gradients(data, config, out=out, reporter=REPORTER)
+    result = study_gradients(data, config, out=out, reporter=common.REPORTER)
     _show_analysis(
         "gradients", "Gradients by layer", result, out, study.gradient_table(result),
         lambda: study.gradient_figure(result, short_name(data)),
-        "Norm of the loss's gradient for the weights of each 3x3 convolution.", json_file,
+        "Norm of the loss's gradient for the weights of each 3x3 convolution.",
     )  # fmt: skip
 
 
@@ -155,20 +146,17 @@ def gradients(data: str, config: GradientsConfig, out: Path, json_file: str | No
 @click.option("--images", type=click.IntRange(min=1), help="Number of test images.  [default: all]")
 @out_option("lesions")
 @common.json_option
-def lesions(
-    checkpoint: str, data: str, images: int | None, out: Path, json_file: str | None
-) -> None:
+def lesions(checkpoint: str, data: str, images: int | None, out: Path) -> None:
     """Remove one block at a time from a trained net and evaluate, next to its noise in INT8."""
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.reporting import study
+    from rtresnet.reporting import study, tables
     from rtresnet.workflows.study import short_name
     from rtresnet.workflows.study_analysis import study_lesions
 
-    result = study_lesions(checkpoint, data, images, out=out, reporter=REPORTER)
+    result = study_lesions(checkpoint, data, images, out=out, reporter=common.REPORTER)
     _show_analysis(
         "lesions", f"{result.model} without one of its blocks", result, out,
         study.lesion_table(result), lambda: study.lesion_figure(result, short_name(data)),
-        "Accuracy without each block, and the noise of the same block in INT8.", json_file,
+        "Accuracy without each block, and the noise of the same block in INT8.",
     )  # fmt: skip
-    common.footer(f"Assumed of {checkpoint}: {line}." for line in result.assumed)
-    common.footer(f"Note: {line}." for line in result.remarks)
+    common.show(tables.assumed(result.assumed, of=checkpoint))
+    common.show(f"Note: {line}." for line in result.remarks)

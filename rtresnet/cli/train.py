@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.core import hardware
 from rtresnet.core.errors import InputError
+from rtresnet.reporting import predictions
 from rtresnet.workflows.detect_train import TrainDetectorConfig
 from rtresnet.workflows.input_spec import InputConfig
-from rtresnet.workflows.train import TrainConfig, TrainResult
-
-if TYPE_CHECKING:
-    from rtresnet.detection.metrics import DetectionAccuracy
-    from rtresnet.workflows.detect_evaluate import EvaluateDetectorResult
-
+from rtresnet.workflows.train import TrainConfig, TrainResult, train
 
 ONLY_DETECT = ("backbone", "test_data")
 
@@ -69,7 +65,6 @@ def command(
     config: TrainConfig,
     detector: TrainDetectorConfig,
     stated: InputConfig,
-    json_file: str | None,
 ) -> None:
     """Train a net; the test split is used once, at the end.
 
@@ -82,18 +77,15 @@ def command(
     With --task detect, --data is voc:DIR[:SPLIT], coco:JSON:IMAGES or shapes:N, --weights may be
     imagenet, and --set also takes fields of the net, such as anchors.
     """
-    from rtresnet.cli.console import REPORTER
-    from rtresnet.workflows.train import train
-
     if task == "detect" or _resumes_detector(config):
         if click.get_current_context().default_map:
             raise InputError("--config goes with --task classify")
-        _train_detector(config, detector, stated, json_file)
+        _train_detector(config, detector, stated)
         return
     if detector != TrainDetectorConfig():
         raise InputError("--backbone and --test-data go with --task detect")
     config = dataclasses.replace(config, settings=(*from_file, *config.settings))
-    result = train(config, stated=stated, reporter=REPORTER)
+    result = train(config, stated=stated, reporter=common.REPORTER)
     if result.is_main:
         result = dataclasses.replace(result, page=show(result))
         if result.page:
@@ -101,7 +93,7 @@ def command(
         precision = f" --{result.recipe.qat_format}" if result.recipe.qat else ""
         weights = shlex.quote(str(result.checkpoint))
         common.say(f"next: rtresnet export --weights {weights}{precision}")
-        common.write_json(json_file, "train", result)
+        common.write_json("train", result)
 
 
 def _resumes_detector(config: TrainConfig) -> bool:
@@ -111,14 +103,13 @@ def _resumes_detector(config: TrainConfig) -> bool:
 
 
 def _train_detector(
-    config: TrainConfig, detector: TrainDetectorConfig, stated: InputConfig, json_file: str | None
+    config: TrainConfig, detector: TrainDetectorConfig, stated: InputConfig
 ) -> None:
     """Train a detector with the options that both tasks have.
 
     Raises:
         InputError: An option that detectors do not have.
     """
-    from rtresnet.cli.console import REPORTER
     from rtresnet.workflows.detect_train import train_detector
 
     shared = {f.name for f in dataclasses.fields(TrainDetectorConfig)} - set(ONLY_DETECT)
@@ -136,55 +127,32 @@ def _train_detector(
         option = others[0].replace("_", "-")
         raise InputError(f"--{option} does not go with --task detect", fix="leave it out")
     result = train_detector(
-        dataclasses.replace(detector, **changed), stated=stated, reporter=REPORTER
+        dataclasses.replace(detector, **changed), stated=stated, reporter=common.REPORTER
     )
     if result.measured is None:
         common.say(f"{result.checkpoint}: not tested, because there are no test images")
     else:
-        common.say(f"{result.checkpoint}: test {average_precision(result.measured)}")
+        common.say(f"{result.checkpoint}: test {predictions.average_precision(result.measured)}")
     common.say(f"next: rtresnet export --weights {shlex.quote(str(result.checkpoint))}")
-    common.write_json(json_file, "train", result)
-
-
-def average_precision(measured: DetectionAccuracy | EvaluateDetectorResult) -> str:
-    """AP by COCO's and VOC's rules, for people."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f} %"
-
-    return (
-        f"AP50 {percent(measured.ap50)}, AP {percent(measured.ap)}, VOC 2007 "
-        f"{percent(measured.voc07)} of {measured.objects:,} objects in {measured.n:,} images"
-    )
+    common.write_json("train", result)
 
 
 def show(result: TrainResult) -> Path | None:
-    """Print the accuracy; write the curves and the page.
+    """Print the accuracy; writes the curves and the page.
 
     Returns:
         The page; None where matplotlib is not installed.
     """
-    from rtresnet.core import hardware
-
-    measured = result.measured
-    held_out = ""
-    if measured.val_top1 is not None:
-        held_out = f", val {measured.val_top1:.2f} % of {measured.val_n}"
-    rounded = f"in {result.recipe.qat_format.upper()}, " if result.recipe.qat else ""
-    common.say(
-        f"{result.checkpoint}: {rounded}test top-1 {measured.test_top1:.2f} % of "
-        f"{measured.test_n} images (epoch {measured.epoch}{held_out})"
-    )
+    common.say(predictions.train_line(result))
     if not hardware.installed("matplotlib"):
         common.note("no curves and no page: pip install 'rtresnet[report]'")
         return None
-    from rtresnet.cli.console import REPORTER
     from rtresnet.reporting import classification, pages
     from rtresnet.workflows import gallery
     from rtresnet.workflows.train_report import classify_test_images
 
     if result.recipe.qat:  # tested in INT8 or FP8, which a checkpoint does not run in
         return pages.write_training(result)
-    report, source = classify_test_images(result, reporter=REPORTER)
+    report, source = classify_test_images(result, reporter=common.REPORTER)
     images = gallery.thumbnails(source, classification.listed(report))
     return pages.write_training(result, report, images)

@@ -8,6 +8,7 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.core.reporter import plural
+from rtresnet.reporting.tables import assumed
 from rtresnet.workflows.weights import WeightsResult, export_weights, import_weights
 
 MODEL_HELP = "Architecture of weights that do not state it.  [default: as stated, or recognized]"
@@ -20,33 +21,29 @@ def command() -> None:
 
 @command.command("export")
 @click.argument("weights")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A .safetensors file.")
+@click.option("--out", type=common.PATH, required=True, help="A .safetensors file.")
 @click.option("--model", help=MODEL_HELP)
 @common.json_option
-def export(weights: str, out: Path, model: str | None, json_file: str | None) -> None:
+def export(weights: str, out: Path, model: str | None) -> None:
     """Write a checkpoint's weights as a safetensors file, which holds no pickled code."""
-    from rtresnet.cli.console import REPORTER
-
-    _show(export_weights(weights, out, model=model, reporter=REPORTER), json_file)
+    _show(export_weights(weights, out, model=model, reporter=common.REPORTER))
 
 
 @command.command("import")
 @click.argument("weights")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A .pt file.")
+@click.option("--out", type=common.PATH, required=True, help="A .pt file.")
 @click.option("--model", help=MODEL_HELP)
 @common.json_option
-def import_(weights: str, out: Path, model: str | None, json_file: str | None) -> None:
+def import_(weights: str, out: Path, model: str | None) -> None:
     """Write weights from a safetensors file or another tool as a checkpoint."""
-    from rtresnet.cli.console import REPORTER
-
-    _show(import_weights(weights, out, model=model, reporter=REPORTER), json_file)
+    _show(import_weights(weights, out, model=model, reporter=common.REPORTER))
 
 
-def _show(result: WeightsResult, json_file: str | None) -> None:
+def _show(result: WeightsResult) -> None:
     license = f", licence {result.license}" if result.license else ""
     common.say(
         f"{result.path}: {result.model}, {plural(result.classes, 'class')}, "
         f"{result.bytes / 1e6:.1f} MB{license}"
     )
-    common.footer(f"Assumed: {line}." for line in result.assumed)
-    common.write_json(json_file, "weights", result)
+    common.show(assumed(result.assumed))
+    common.write_json("weights", result)

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rtresnet.core.reporter import plural
+from rtresnet.core.serialization import to_builtins
 from rtresnet.reporting import pages
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from rtresnet.builder.layers import Layer, Layers
 
 UNFUSED = (
@@ -156,35 +155,42 @@ def _legend(engine: Layers) -> Iterator[dict[str, object]]:
         x += float(str(look["width"])) + 24 + 6.4 * len(words)
 
 
-def show(console: Console, engine: Layers) -> None:
-    """Print the first profile's layers, in 80 columns."""
+def with_written_bytes(engine: Layers) -> dict[str, object]:
+    """The layers as --json writes them, each with the bytes that it writes."""
+    record: dict[str, Any] = to_builtins(engine)
+    for layer, entry in zip(engine.layers, record["layers"], strict=True):
+        batch = engine.batches[min(layer.profile, len(engine.batches) - 1)]
+        entry["written_bytes"] = written(layer, batch)
+    return record
+
+
+def lines(engine: Layers) -> Iterator[str]:
+    """Return the first profile's layers in 80 columns, and what costs time or accuracy."""
     batch = engine.batches[0]
 
     def megabytes(layers: Sequence[Layer]) -> float:
         return sum(written(layer, batch) for layer in layers) / 1e6
 
-    lines = [f"layers in order, with what they write at batch {batch}, in MB:"]
+    yield f"layers in order, with what they write at batch {batch}, in MB:"
     layers = []
     for stage, members in _stages(engine):
         layers += members
-        lines.append(f"{stage}: {plural(len(members), 'layer')}, {megabytes(members):.1f} MB")
+        yield f"{stage}: {plural(len(members), 'layer')}, {megabytes(members):.1f} MB"
         for layer in members:
             shape = "x".join(map(str, layer.outputs[0].shape[1:] if layer.outputs else ()))
-            lines.append(
+            line = (
                 f"  {layer.block[:9]:<9} {layer.operation.replace(' + ', '+')[:31]:<31} "
                 f"{_types(layer, '>'):<15.15} {shape:>11.11} {megabytes([layer]):6.2f}"
             )
+            yield line.rstrip()
     memory = ""
     if engine.activations:
         memory = f"; activation memory {engine.activations[0] / 1e6:.1f} MB"
-    lines.append(
+    yield (
         f"in all {plural(len(layers), 'layer')}, write {megabytes(layers):.1f} MB{memory} "
         "(largest batch)"
     )
-    for line in lines:
-        console.print(line.rstrip(), markup=False, soft_wrap=True)
-    for line in _problems(engine, layers):
-        console.print(line, markup=False)
+    yield from _problems(engine, layers)
 
 
 def _problems(engine: Layers, layers: Sequence[Layer]) -> Iterator[str]:

@@ -11,9 +11,9 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rtresnet.core import artifacts, atomic_io, hardware, provenance
+from rtresnet.core import atomic_io, hardware, provenance
 from rtresnet.core.errors import missing_package
 from rtresnet.reporting import classification, plots, tables
 from rtresnet.reporting.gallery import Tile, tile
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rtresnet.core.flips import Flip
     from rtresnet.workflows.data import AugmentedBatch, DataInspectResult, DuplicatePair, ImageRef
     from rtresnet.workflows.evaluate import EvaluateResult
-    from rtresnet.workflows.quickstart import QuickstartResult
     from rtresnet.workflows.train import TrainResult
 
 
@@ -352,57 +351,3 @@ def write_study(
     )
     atomic_io.write_text(folder / "index.html", text)
     return folder / "index.html"
-
-
-def write_quickstart(
-    path: Path, result: QuickstartResult, precisions: DataTable, caveat: str | None
-) -> None:
-    """Write the page of a quickstart.
-
-    Args:
-        path: The HTML file.
-        result: All that was measured.
-        precisions: A row for each precision.
-        caveat: Why INT8 is not faster; None where it is.
-
-    Raises:
-        UnavailableError: matplotlib or Jinja2 is not installed.
-    """
-    plans = result.export.plans
-    rows: list[tuple[Any, ...]] = []
-    for built in plans:
-        record = built.plan.attested
-        assert record is not None
-        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in record.dtypes.items())
-        rows.append((built.path.name, record.convolutions, dtypes, record.layers,
-                     round(built.plan.seconds, 2)))  # fmt: skip
-    attested = DataTable(
-        headings=("plan", "convolutions", "input type", "layers", "built in s"),
-        rows=rows,
-        about="Read from TensorRT's own layer dump at build time: the type that the kernel of each "
-        "convolution takes as input.",
-    )
-    origin = DataTable(
-        headings=("artifact", "precision", "sha256", "state"),
-        rows=[
-            (link, record and record.precision, record and record.sha256[:16], state)
-            for link, record, state in artifacts.chain(plans[-1].path)
-        ],
-    )
-    samples = {
-        entry.artifact.precision or "": entry.measurement.samples
-        for entry in result.bench.results
-        if entry.measurement.batch == 1
-    }
-    text = render(
-        "quickstart.html",
-        title=f"{result.model} on {result.data}: FP32, FP16, INT8",
-        result=result,
-        precisions=precisions,
-        caveat=caveat,
-        curve=plots.training_curve(result.log),
-        latency=plots.latency_distribution(samples, "ms a batch of 1"),
-        attested=attested,
-        origin=origin,
-    )
-    atomic_io.write_text(path, text)

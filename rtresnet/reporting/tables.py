@@ -81,13 +81,12 @@ def numeric(cells: Iterable[object]) -> bool:
     return all(re.fullmatch(r"[-+\d.,e]+( ± [\d.]+)?", text(cell)) for cell in cells)
 
 
-def show(
-    console: Console, headings: Sequence[str], rows: Sequence[Row], *, title: str | None = None
-) -> None:
+def show(console: Console, data: DataTable) -> None:
     """Print a table; columns of numbers are aligned right, and only text is wrapped."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
-    right_aligned = DataTable(headings=headings, rows=rows).numeric_columns
-    for heading, right in zip(headings, right_aligned, strict=True):
+    table = Table(
+        box=box.SIMPLE_HEAD, title=data.title or None, title_justify="left", padding=(0, 1, 0, 0)
+    )
+    for heading, right in zip(data.headings, data.numeric_columns, strict=True):
         table.add_column(
             heading,
             justify="right" if right else "left",
@@ -95,9 +94,15 @@ def show(
             min_width=None if right else len(heading),
             no_wrap=right,
         )
-    for row in rows:
+    for row in data.rows:
         table.add_row(*(Text(escape_cell(text(value))) for value in row))
     console.print(table)
+
+
+def assumed(assumptions: Iterable[str], of: str = "") -> list[str]:
+    """Return a sentence for each assumption, once; `of` names the file that it is about."""
+    of = of and f" of {of}"
+    return [f"Assumed{of}: {line}." for line in dict.fromkeys(assumptions)]
 
 
 def measured_lines(measured: Mapping[str, Any]) -> list[str]:

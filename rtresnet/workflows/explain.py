@@ -9,7 +9,7 @@ linear layer; that difference, at most half a step of each feature, is spread ev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,11 +270,3 @@ def _draw(crop: np.ndarray, heat: np.ndarray, path: Path) -> None:
     pixels = np.clip(255 * (0.25 + 0.75 * grey) * colour, 0, 255).astype(np.uint8)
     with atomic_io.atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
-
-
-def describe(result: ExplainResult) -> Sequence[str]:
-    """Describe the maps, a line for each image."""
-    return [
-        f"{entry.image}: {entry.label} ({100 * entry.probability:.1f} %), {entry.overlay}"
-        for entry in result.images
-    ]

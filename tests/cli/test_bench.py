@@ -111,6 +111,7 @@ def test_bench_intervals_and_trtexec_are_printed(
     assert entry["latency"]["intervals"]["p999"] is None  # 10 samples beyond take 10,000
     out = capsys.readouterr().out
     assert "95 % intervals" in out and "percentile(99%) = " in out
+    assert any(line.startswith("Latency: min = ") for line in out.splitlines())
 
 
 def test_bench_with_preprocess_measures_encoded_images(

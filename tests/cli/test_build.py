@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rtresnet.cli.build import describe_attested
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
 from rtresnet.core.sidecar import Attestation, Plan
+from rtresnet.reporting.artifact import describe_attested
 
 pytestmark = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="no TensorRT-RTX")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rtresnet.cli.quickstart import caveat
+from rtresnet.reporting.quickstart import caveat
 
 
 def result(speeds: dict[int, float]) -> Any:

@@ -97,14 +97,14 @@ def test_progress_shows_names_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(console, "on_terminal", lambda: True)
-    with common.progress(f"running {NASTY}", total=2) as update:
+    with common.REPORTER.progress(f"running {NASTY}", total=2) as update:
         update(1)
         common.note(NASTY)
     harmless(capsys)
 
 
 def test_warning_shows_names_as_they_are(capsys: Captured) -> None:
-    common.warn_loudly(NASTY, NASTY)
+    common.REPORTER.warning(NASTY, NASTY)
     assert "[/red]" in harmless(capsys)
 
 
@@ -113,12 +113,13 @@ def test_warning_shows_names_as_they_are(capsys: Captured) -> None:
     [
         common.say,
         common.note,
-        console.REPORTER.note,
         lambda line: console.Console().print(line),
         lambda line: console.Console().print(line, soft_wrap=True, style="bold"),
-        lambda line: tables.show(console.Console(), [line], [[line]], title=line),
+        lambda line: tables.show(
+            console.Console(), tables.DataTable(headings=[line], rows=[[line]], title=line)
+        ),
     ],
-    ids=("say", "note", "reporter", "print", "soft wrap", "table"),
+    ids=("say", "note", "print", "soft wrap", "table"),
 )
 def test_output_line_with_a_line_end_in_a_name_stays_one_line(
     show: Callable[[str], None], capsys: Captured
@@ -128,13 +129,13 @@ def test_output_line_with_a_line_end_in_a_name_stays_one_line(
 
 
 def test_progress_without_a_terminal_keeps_a_description_on_one_line(capsys: Captured) -> None:
-    with common.progress("running net\nforged", total=2):
+    with common.REPORTER.progress("running net\nforged", total=2):
         pass
     assert harmless(capsys).splitlines() == ["running net\\x0aforged"]
 
 
 def test_warning_body_keeps_its_lines(capsys: Captured) -> None:
-    common.warn_loudly("two lines", "first\nsecond")
+    common.REPORTER.warning("two lines", "first\nsecond")
     lines = harmless(capsys).splitlines()
     assert any("first" in line and "second" not in line for line in lines)
     assert any("second" in line and "first" not in line for line in lines)
@@ -233,11 +234,11 @@ def test_commands_in_80_columns_print_whole_tables(
     shown: list[object] = []
     show = tables.show
 
-    def watched(console: Any, headings: Any, rows: Any, **options: Any) -> None:
-        rows = list(rows)
-        numbers = [column for column in zip(*rows, strict=True) if tables.numeric(column)]
-        shown.extend([*headings, *(tables.text(cell) for column in numbers for cell in column)])
-        show(console, headings, rows, **options)
+    def watched(console: Any, data: tables.DataTable) -> None:
+        numbers = [column for column in zip(*data.rows, strict=True) if tables.numeric(column)]
+        cells = (tables.text(cell) for column in numbers for cell in column)
+        shown.extend([*data.headings, *cells])
+        show(console, data)
 
     monkeypatch.setattr(tables, "show", watched)
     files: list[str] = []

@@ -22,9 +22,9 @@ def test_cells_are_readable(value: object, shown: str) -> None:
 
 def test_numbers_are_set_right_and_nothing_is_read_as_markup() -> None:
     out = io.StringIO()
-    tables.show(
-        Console(file=out, width=60), ("name", "ms"), [("a[cpu]", 1.0), ("b", 100.0), ("c", None)]
-    )
+    rows = [("a[cpu]", 1.0), ("b", 100.0), ("c", None)]
+    data = tables.DataTable(headings=("name", "ms"), rows=rows)
+    tables.show(Console(file=out, width=60), data)
     lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
     assert any("a[cpu]" in line for line in lines)
     ends = {len(line) for line in lines if line.strip().startswith(("a[", "b ", "c "))}
@@ -40,6 +40,6 @@ def test_show_many_columns_breaks_names_and_no_number() -> None:
     headings = ("file", "median", "p90", "p95", "p99", "img/s")
     row = ("resnet152-" * 6, *(f"{n}1,234,567.8" for n in range(1, 6)))
     out = io.StringIO()
-    tables.show(Console(file=out, width=80), headings, [row])
+    tables.show(Console(file=out, width=80), tables.DataTable(headings=headings, rows=[row]))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert set(row[1:]) <= set(out.getvalue().split())

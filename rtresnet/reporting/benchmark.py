@@ -6,14 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rtresnet.cli import common
-from rtresnet.core.errors import InputError
+from rtresnet.reporting.tables import DataTable, number
 
 if TYPE_CHECKING:
     from rtresnet.bench.compare import Judgement
-    from rtresnet.bench.environment import EnvironmentReport
-    from rtresnet.runtime.session import RuntimeInfo
-    from rtresnet.workflows.benchmark import BenchmarkEntry, BenchmarkResult
+    from rtresnet.workflows.benchmark import BenchmarkedArtifact, BenchmarkEntry, BenchmarkResult
     from rtresnet.workflows.benchmark_search import BenchmarkSearchResult
 
 HOW = {
@@ -23,15 +20,15 @@ HOW = {
 }
 
 
-def show(result: BenchmarkResult, *, intervals: bool = False, trtexec: bool = False) -> None:
-    """Print the table, and below it how it was measured and on what."""
-    from rtresnet.reporting import tables
-
+def lines(
+    result: BenchmarkResult, *, intervals: bool = False, trtexec: bool = False
+) -> Iterator[str | DataTable]:
+    """Return the table, and below it how it was measured and on what."""
     entries = result.results
     several = len({entry.artifact.asked for entry in entries}) > 1 or any(
         entry.measurement.comparison for entry in entries
     )
-    _notes(result.notes)
+    yield from (f"NOTE: {note}" for note in result.notes)
     headings = ["file", "batch", "median", "p90", "p95", "p99", "img/s", "n"]
     rows: list[tuple[object, ...]] = []
     for entry in entries:
@@ -44,18 +41,16 @@ def show(result: BenchmarkResult, *, intervals: bool = False, trtexec: bool = Fa
                 *((f"{measured.speed:.2f}",) if several else ()),
             )
         )  # fmt: skip
-    console = common.out_console()
-    tables.show(console, [*headings, *(["speed"] if several else [])], rows)
-    _print(_lines(result, several))
-    _remarks(result.environment)
+    yield DataTable(headings=[*headings, *(["speed"] if several else [])], rows=rows)
+    yield from _lines(result, several)
+    yield from (f"NOTE: {remark}" for remark in result.environment.remarks)
     if intervals:
-        _intervals(entries)
+        yield _intervals(entries)
     for entry in entries if trtexec else ():
-        _print([f"In trtexec's format, {entry.name}:", str(entry.measurement.trtexec)])
-    _print(
-        f"{entry.name}, against {judgement.baseline}: {_judgement(judgement)}"
-        for entry, judgement in zip(entries, result.regressions or (), strict=False)
-    )
+        yield f"In trtexec's format, {entry.name}:"
+        yield from str(entry.measurement.trtexec).splitlines()
+    for entry, judgement in zip(entries, result.regressions or (), strict=False):
+        yield f"{entry.name}, against {judgement.baseline}: {_judgement(judgement)}"
 
 
 def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
@@ -75,7 +70,7 @@ def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
         how = "one after the other" if scenario in ("server", "closed") else "in alternating slices"
         yield f"Speed against the first file, measured {how}."
         yield from (_verdict(entry) for entry in entries if entry.measurement.comparison)
-    yield from where_lines(entry.artifact.run for entry in entries)
+    yield from _where(entry.artifact for entry in entries)
     if any(entry.artifact.untrained for entry in entries):
         yield "Untrained weights: latency is meaningful, accuracy is not."
     if not all(entry.measurement.steady for entry in entries):
@@ -137,11 +132,9 @@ def _judgement(judgement: Judgement) -> str:
     )
 
 
-def _intervals(entries: Iterable[BenchmarkEntry]) -> None:
-    from rtresnet.reporting import tables
-
+def _intervals(entries: Iterable[BenchmarkEntry]) -> DataTable:
     def cell(bounds: tuple[float, float] | None) -> str | None:
-        return None if bounds is None else " to ".join(tables.number(bound) for bound in bounds)
+        return None if bounds is None else " to ".join(number(bound) for bound in bounds)
 
     rows = [
         (
@@ -155,14 +148,13 @@ def _intervals(entries: Iterable[BenchmarkEntry]) -> None:
         for entry in entries
     ]
     headings = ["file", "batch", "median", "p99", "p99.9", "img/s"]
-    tables.show(common.out_console(), headings, rows, title="95 % intervals")
+    return DataTable(headings=headings, rows=rows, title="95 % intervals")
 
 
-def show_search(result: BenchmarkSearchResult) -> None:
-    """Print the measurements of each search as a table, and the largest load."""
-    from rtresnet.reporting import tables
-
-    _notes(entry.artifact.note for entry in result.searches if entry.artifact.note)
+def search_lines(result: BenchmarkSearchResult) -> Iterator[str | DataTable]:
+    """Return the measurements of each search as a table, and the largest load."""
+    notes = (entry.artifact.note for entry in result.searches)
+    yield from (f"NOTE: {note}" for note in notes if note)
     for entry in result.searches:
         what, best = entry.search.what, entry.search.best
         rows = [
@@ -172,17 +164,15 @@ def show_search(result: BenchmarkSearchResult) -> None:
             )
             for point in entry.search.points
         ]  # fmt: skip
-        tables.show(common.out_console(), [what, "median", "p99", "img/s", "n", "holds"], rows)
+        yield DataTable(headings=[what, "median", "p99", "img/s", "n", "holds"], rows=rows)
         if best is not None:
             more = ", the largest that was tried" if entry.search.limit else ""
-            _print(
-                [
-                    f"{Path(entry.artifact.measured).name}: {what} {best:g} holds a p99 of "
-                    f"{entry.search.p99_ms:g} ms{more}."
-                ]
+            yield (
+                f"{Path(entry.artifact.measured).name}: {what} {best:g} holds a p99 of "
+                f"{entry.search.p99_ms:g} ms{more}."
             )
-    _print(where_lines(entry.artifact.run for entry in result.searches))
-    _remarks(result.environment)
+    yield from _where(entry.artifact for entry in result.searches)
+    yield from (f"NOTE: {remark}" for remark in result.environment.remarks)
 
 
 def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
@@ -204,33 +194,11 @@ def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
         plots.save_png(figure, target)
 
 
-def check_plot(target: Path) -> None:
-    """Raise InputError where no plot can be written under this name."""
-    if target.suffix.lower() not in (".svg", ".png"):
-        raise InputError(f"--plot {target}: .svg or .png")
-
-
-def where_lines(runs: Iterable[RuntimeInfo]) -> list[str]:
+def _where(artifacts: Iterable[BenchmarkedArtifact]) -> list[str]:
     """Each device with its provider and versions once, then notes on how the files ran."""
-    runs = list(runs)
+    runs = [artifact.run for artifact in artifacts]
     notes = ({run.int8_note for run in runs}, {run.batch_note for run in runs})
     return [
         *sorted({str(run) for run in runs}),
         *(line for group in notes for line in sorted(filter(None, group))),
     ]
-
-
-def _print(lines: Iterable[str]) -> None:
-    console = common.out_console()
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
-
-
-def _notes(notes: Iterable[str]) -> None:
-    console = common.out_console()
-    for note in notes:
-        console.print(f"NOTE: {note}", style="bold yellow", markup=False, soft_wrap=True)
-
-
-def _remarks(environment: EnvironmentReport) -> None:
-    _notes(environment.remarks)

@@ -1,0 +1,196 @@
+"""Results of `rtresnet estimate` and `rtresnet profile` as tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rtresnet.reporting.tables import DataTable, Row, number
+
+if TYPE_CHECKING:
+    from rtresnet.bench.profile import Part
+    from rtresnet.workflows.advisor import AdviceResult, PlanAccuracy
+    from rtresnet.workflows.estimate import EstimateResult, GpuEstimate
+    from rtresnet.workflows.profile import ProfileResult
+
+
+def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
+    """Return bounds by GPU, or by stage for a single GPU."""
+    as_if = " as if quantized" if result.as_if and result.precision == "int8" else ""
+    fused = f"kernels that {result.builder} fused" if result.builder else "fused kernels"
+    yield (
+        f"{result.model}, {result.size} px, {result.precision}{as_if}, batch {result.batch}: "
+        "a bound from published peak rates, not a measurement."
+    )
+    if len(result.results) == 1:
+        (gpu,) = result.results
+        rows: list[Row] = [
+            (part.name, part.compute_ms, part.memory_ms, part.no_faster_than_ms)
+            for part in gpu.stages
+        ]
+        rows.append(("all", gpu.compute_ms, gpu.memory_ms, gpu.no_faster_than_ms))
+        headings = ("stage", "arithmetic ms", "memory ms", "no faster than ms")
+        yield DataTable(headings=headings, rows=rows)
+        yield (
+            f"{gpu.gpu}: no faster than {number(gpu.no_faster_than_ms)} ms a batch, no more "
+            f"than {gpu.no_more_images_per_second:,.0f} images/s, if everything that fits the "
+            f"{gpu.l2 / 2**20:.0f} MB L2 cache stays there; no faster than "
+            f"{number(gpu.through_memory_ms)} ms if every kernel's output goes through memory."
+        )
+        yield f"Rates: {gpu.source}."
+    else:
+        yield DataTable(
+            headings=("GPU", "no faster than ms", "no more img/s", "through memory ms"),
+            rows=[(gpu.gpu, gpu.no_faster_than_ms, f"{gpu.no_more_images_per_second:,.0f}",
+                   gpu.through_memory_ms) for gpu in result.results],
+        )  # fmt: skip
+    yield (
+        f"{result.kernels} {fused}, one after another: {result.multiply_adds / 1e9:.2f} G "
+        f"multiply-adds an image at the peak of dense products, and {result.bytes / 1e6:,.1f} MB "
+        "read and written for the batch. Launches and copies are not included; real engines reach "
+        "a part of this."
+    )
+    for gpu in result.results:
+        yield from _measured(gpu)
+
+
+def _measured(gpu: GpuEstimate) -> Iterator[str]:
+    for entry in gpu.measured:
+        ms = entry.compute_ms if entry.compute_ms is not None else entry.median_ms
+        what = "computation" if entry.compute_ms is not None else "latency"
+        yield (
+            f"Measured on {gpu.gpu}: {number(ms)} ms {what} (median, n {entry.n}, "
+            f"{entry.file}), {ms / gpu.no_faster_than_ms:.1f} times the bound."
+        )
+
+
+def advice_lines(result: AdviceResult) -> Iterator[str | DataTable]:
+    """Return plans next to each other, and what to expect."""
+    gpus = list(dict.fromkeys(gpu.gpu for e in result.plans for gpu in e.estimate.results))
+    precisions = [entry.estimate.precision for entry in result.plans]
+    longest = max(gpu.through_memory_ms for e in result.plans for gpu in e.estimate.results)
+    unit, scale = ("ms", 1.0) if longest >= 0.1 else ("us", 1e3)
+    rows: list[Row] = []
+    lines = []
+    for entry in result.plans:
+        estimate, by_gpu = entry.estimate, {gpu.gpu: gpu for gpu in entry.estimate.results}
+        name = Path(estimate.model).name
+        bounds = [_bounds(by_gpu[gpu], scale) if gpu in by_gpu else None for gpu in gpus]
+        rows.append(
+            (
+                estimate.precision if precisions.count(estimate.precision) == 1 else name,
+                _accuracy(entry.accuracy), estimate.bytes / 1e6, estimate.kernels, *bounds,
+            )
+        )  # fmt: skip
+        lines += [f"{name}: {line}" for gpu in estimate.results for line in _measured(gpu)]
+    yield (
+        f"Bounds at batch {result.batch} in {unit}, from published peak rates; not measurements. "
+        "No faster than the first figure if everything that fits the L2 cache stays there, than "
+        "the second if every kernel's output goes through memory."
+    )
+    headings = ("precision", "accuracy", "MB moved", "kernels", *gpus)
+    yield DataTable(headings=headings, rows=rows)
+    yield from lines
+    if any(entry.accuracy.snr_db is not None for entry in result.plans):
+        yield "dB: signal to noise at the logits against FP32, measured by calibration."
+    yield from result.advice
+
+
+def _bounds(gpu: GpuEstimate, scale: float) -> str:
+    """Two digits each: a bound is coarse, and the table is narrow."""
+    both = (scale * gpu.no_faster_than_ms, scale * gpu.through_memory_ms)
+    return "\u2013".join(f"{time:.0f}" if time >= 10 else f"{time:.2g}" for time in both)
+
+
+def _accuracy(accuracy: PlanAccuracy) -> str | None:
+    parts = []
+    if accuracy.top1_percent is not None:
+        parts.append(f"top-1 {accuracy.top1_percent:.2f} % (n {accuracy.n})")
+    if accuracy.drop_points is not None:
+        parts.append(f"drop {accuracy.drop_points:.2f} points (n {accuracy.drop_n})")
+    if accuracy.snr_db is not None and not parts:
+        parts.append(f"{accuracy.snr_db:.1f} dB")
+    return ", ".join(parts) or None
+
+
+def profile_lines(result: ProfileResult, layers: int = 5) -> Iterator[str | DataTable]:
+    """Return the table, what bounds the slowest blocks, and what it was measured on."""
+    headings = ["block", "ms", "share %", "GFLOP/s", "GB/s", "of roof %", "bound by"]
+    rows = [
+        (
+            part.name, part.ms, f"{100 * part.share:.1f}", part.flops_per_second / 1e9,
+            part.bytes_per_second / 1e9, _reached(part), part.bound,
+        )
+        for part in result.profile.blocks
+    ]  # fmt: skip
+    yield DataTable(headings=headings, rows=rows)
+    yield from _profile_facts(result)
+    threads = f", {result.threads} threads" if result.threads else ""
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    yield f"{result.device}; {result.provider}{threads}; {versions}"
+    if layers:
+        slowest = sorted(result.profile.layers, key=lambda layer: -layer.ms)[:layers]
+        times = ", ".join(f"{layer.name} {number(layer.ms)} ms" for layer in slowest)
+        yield f"Slowest layers: {times}."
+
+
+def _reached(part: Part) -> str | None:
+    """Return the share of the roof that a part reaches, in percent; None without a roof."""
+    if part.compute is None or part.memory is None or not part.ms:
+        return None
+    return f"{100 * max(part.compute, part.memory) / part.ms:.0f}"
+
+
+def _profile_facts(result: ProfileResult) -> Iterator[str]:
+    """Return sentences on the figures and their reliability."""
+    profile, roof = result.profile, result.roof
+    yield (
+        f"{result.path}, batch {result.batch}: layers add up to {profile.total:.3f} ms, the whole "
+        f"takes {profile.whole:.3f} ms (medians of {profile.runs} runs)."
+    )
+    if result.fixed_batch:
+        yield f"The file takes batches of {result.fixed_batch}."
+    if not profile.agrees:
+        yield (
+            "NOTE: these differ by more than 10 %: the profiler's own cost, or another load on "
+            "this machine. Trust shares, not times."
+        )
+    for part in sorted(profile.blocks, key=lambda part: -part.ms)[:3]:
+        if part.bound:
+            yield f"{part.name} ({100 * part.share:.0f} %): {_why(part)}"
+    if profile.int8_products:
+        ran, total = profile.int8_products
+        if ran < total:
+            yield (
+                f"{ran} of {total} INT8 products ran in INT8; {result.provider} computes the "
+                "others in float."
+            )
+    if remarks := result.environment.remarks:
+        yield (f"NOTE: {'; '.join(remarks)}: times are too long, and shares of the roof too small.")
+    if roof is None:
+        return
+    rates = [("FLOP/s fp32", roof.fp32), ("FLOP/s fp16", roof.fp16), ("OP/s int8", roof.int8)]
+    parts = ", ".join(f"{rate / 1e9:,.0f} G{unit}" for unit, rate in rates if rate is not None)
+    yield f"Roof: {parts}, {roof.bandwidth / 1e9:,.1f} GB/s; {roof.source}."
+    if above := [
+        part.name
+        for part in profile.blocks
+        if max(part.compute or 0, part.memory or 0) > 1.05 * part.ms
+    ]:
+        yield (
+            f"NOTE: {', '.join(above)} came out faster than the roof: because of caches, or a roof "
+            "that was measured while the machine was busy (--new-roof)."
+        )
+
+
+def _why(part: Part) -> str:
+    if part.bound == "overhead" and part.other > 0.5:
+        return f"overhead: {100 * part.other:.0f} % of it in conversions and reorders."
+    if part.bound == "overhead":
+        return (
+            f"overhead: {_reached(part)} % of the roof; neither arithmetic nor memory explains it."
+        )
+    if part.bound == "memory":
+        return f"memory: {_reached(part)} % of the peak bandwidth."
+    return f"compute: {_reached(part)} % of the peak rate."
