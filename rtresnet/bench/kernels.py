@@ -78,8 +78,8 @@ class Counted:
     batch: int | None = None
 
 
-def count(source: str | os.PathLike[str] | Any) -> Counted:
-    """Count an ONNX file or a model in memory.
+def count(source: str | os.PathLike[str] | Any, name: str = "model") -> Counted:
+    """Count an ONNX file or a model in memory, which is called `name` in errors.
 
     Raises:
         ArtifactError: Not a valid ONNX file.
@@ -87,7 +87,7 @@ def count(source: str | os.PathLike[str] | Any) -> Counted:
         InputError: Its shapes are not known, or it has no convolution.
     """
     model, batch = _read(source)
-    graph = _Kernels(model, str(source) if isinstance(source, str | os.PathLike) else "model")
+    graph = _Kernels(model, str(source) if isinstance(source, str | os.PathLike) else name)
     blocks = {name: block for name, (_, block) in graph.places.items()}
     return Counted(kernels=graph.kernels(), blocks=blocks, size=graph.size, batch=batch)
 

@@ -269,8 +269,14 @@ def parent_path(path: str | os.PathLike[str], sidecar: Sidecar) -> Path | None:
     return Path(os.path.normpath(Path(path).parent / sidecar.parent.file))
 
 
-def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, str]]:
+def chain(
+    path: str | os.PathLike[str], digest: str | None = None
+) -> Iterator[tuple[Path, Sidecar | None, str]]:
     """Walk from an artifact to its origin.
+
+    Args:
+        path: The artifact.
+        digest: Its sha256, if that was just computed.
 
     Yields:
         (path, sidecar or None, state), where state is ok, missing, changed or no sidecar. The
@@ -284,7 +290,7 @@ def chain(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Sidecar | None, 
         if not current.exists():
             yield current, sidecar, "missing"
             return
-        actual = atomic_io.sha256(current)
+        actual, digest = digest or atomic_io.sha256(current), None
         if (expected and actual != expected) or (sidecar and sidecar.sha256 != actual):
             yield current, sidecar, "changed"
             return

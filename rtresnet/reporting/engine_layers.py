@@ -8,6 +8,7 @@ no plotting library and follows the reader's light or dark mode, alone and in a 
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -190,7 +191,8 @@ def lines(engine: Layers) -> Iterator[str]:
         f"in all {plural(len(layers), 'layer')}, write {megabytes(layers):.1f} MB{memory} "
         "(largest batch)"
     )
-    yield from _problems(engine, layers)
+    for problem in _problems(engine, layers):
+        yield from textwrap.wrap(problem, 80, break_on_hyphens=False)
 
 
 def _problems(engine: Layers, layers: Sequence[Layer]) -> Iterator[str]:

@@ -68,9 +68,9 @@ def accuracy_lines(result: EvaluateResult) -> Iterator[str]:
     yield from sorted({note for member in result.members for note in member.runtime.notes})
     if len(result.members) > 1:
         yield _accuracy(result, f"mean of probabilities; {result.protocol}")
-    for member in result.members:
-        yield from assumed(member.assumed)
-        yield from (f"Note: {line}." for line in member.labels.remarks)
+    yield from assumed(line for member in result.members for line in member.assumed)
+    remarks = dict.fromkeys(line for member in result.members for line in member.labels.remarks)
+    yield from (f"Note: {line}." for line in remarks)
 
 
 def _accuracy(result: AccuracyResult, how: str) -> str:

@@ -40,7 +40,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,6 +48,9 @@ from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import io, metadata
 from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, WEIGHTED, GraphIndex, attribute
+
+if TYPE_CHECKING:
+    import onnx
 
 # Zero points of rule 1, by the name of their constant: of tensors that can be negative, and of
 # those that a Clip keeps in [0, 127].
@@ -74,16 +77,19 @@ class CpuModel:
             saturate (rule 2).
         needs_float: Whether the file is quantized and was not rewritten, because the package onnx
             is not installed: every layer has to run in float.
+        fp8: Whether it has FP8 tensors; unknown, and so no, without the package onnx.
     """
 
     model: str | bytes
     quantized: bool = False
     float_layers: tuple[str, ...] = ()
     needs_float: bool = False
+    fp8: bool = False
 
 
 def rewrite_for_cpu(
     path: str | os.PathLike[str],
+    graph: onnx.ModelProto | None = None,
     *,
     saturates: bool,
     integer_chains: bool = True,
@@ -93,6 +99,7 @@ def rewrite_for_cpu(
 
     Args:
         path: The ONNX file.
+        graph: What is in it, if that has been read; changed by the rules.
         saturates: Whether the CPU's kernels add u8 x s8 products in saturating 16 bits.
         integer_chains: Apply rules 3 and 4, which ONNX Runtime's own provider needs.
         preserve_numerics: Skip rule 3, the one that changes results.
@@ -103,12 +110,13 @@ def rewrite_for_cpu(
     if not hardware.installed("onnx"):
         quantized = is_quantized(path)
         return CpuModel(model=os.fspath(path), quantized=quantized, needs_float=quantized)
-    model = io.load(path)
+    model = io.load(path) if graph is None else graph
+    fp8 = has_fp8(model)
     changed = to_unsigned(model)
     float_layers = dequantize_saturating(model) if saturates else ()
     if not changed and not float_layers:
         quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-        return CpuModel(model=os.fspath(path), quantized=quantized)
+        return CpuModel(model=os.fspath(path), quantized=quantized, fp8=fp8)
     if integer_chains and changed:
         if not preserve_numerics:
             try:
@@ -117,7 +125,7 @@ def rewrite_for_cpu(
                 raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None
         quantize_early(model)
     serialized = bytes(model.SerializeToString())
-    return CpuModel(model=serialized, quantized=True, float_layers=float_layers)
+    return CpuModel(model=serialized, quantized=True, float_layers=float_layers, fp8=fp8)
 
 
 def is_quantized(path: str | os.PathLike[str]) -> bool:
@@ -125,14 +133,19 @@ def is_quantized(path: str | os.PathLike[str]) -> bool:
     return b"uantizeLinear" in Path(path).read_bytes()
 
 
-def has_fp8(path: str | os.PathLike[str]) -> bool:
-    """Return whether an ONNX file has FP8 tensors; False if the package onnx is missing."""
-    if not is_quantized(path) or not hardware.installed("onnx"):
+def read_quantized(path: str | os.PathLike[str]) -> onnx.ModelProto | None:
+    """Return the graph of a quantized file; None of another one, and without the package onnx."""
+    return io.load(path) if is_quantized(path) and hardware.installed("onnx") else None
+
+
+def has_fp8(model: onnx.ModelProto | None) -> bool:
+    """Return whether a graph has FP8 tensors."""
+    if model is None:
         return False
     from onnx import TensorProto
 
     fp8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
-    return any(tensor.data_type in fp8 for tensor in io.load(path).graph.initializer)
+    return any(tensor.data_type in fp8 for tensor in model.graph.initializer)
 
 
 def to_unsigned(model: Any) -> int:

@@ -27,7 +27,13 @@ from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, missing_package
 from rtresnet.core.preprocess import pieces
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
-from rtresnet.runtime.cpu_rewrite import has_fp8, is_quantized, rewrite_for_cpu
+from rtresnet.runtime.cpu_rewrite import (
+    CpuModel,
+    has_fp8,
+    is_quantized,
+    read_quantized,
+    rewrite_for_cpu,
+)
 from rtresnet.runtime.providers import (
     BUILDS,
     ERRORS_ONLY,
@@ -74,6 +80,7 @@ class OrtBackend:
         tf32: Whether the CUDA provider may run FP32 convolutions and matrix products as TF32,
             which rounds inputs to a mantissa of 10 bits, on GPUs from sm_80 on. ONNX Runtime's
             default is yes, as TensorRT's.
+        rewritten: What `rewrite_for_cpu` made of the file, if that has been done.
 
     Attributes:
         placement: Number of nodes on each execution provider, as the session reports it.
@@ -97,13 +104,15 @@ class OrtBackend:
         profile: str | None = None,
         preserve_numerics: bool = False,
         tf32: bool = True,
+        rewritten: CpuModel | None = None,
     ) -> None:
         ort = import_onnxruntime()
         openvino_here = openvino() if provider in ("auto", "openvino") else None
         saturates = hardware.int8_sums_saturate()
         # OpenVINO would saturate, and the file cannot be rewritten.
         unfit = saturates and not hardware.installed("onnx") and is_quantized(path)
-        fp8 = has_fp8(path)
+        graph = read_quantized(path) if rewritten is None else None
+        fp8 = has_fp8(graph) if rewritten is None else rewritten.fp8
         if provider == "auto":  # OpenVINO's FP8 has not been tried
             provider = "openvino" if openvino_here and not unfit and not fp8 else "cpu"
         elif provider == "openvino" and unfit:
@@ -135,8 +144,9 @@ class OrtBackend:
             options.add_session_config_entry(NO_FALLBACK, "1")
         model: str | bytes = os.fspath(path)
         if provider == "cpu" or (provider == "openvino" and saturates):
-            rewritten = rewrite_for_cpu(
+            rewritten = rewritten or rewrite_for_cpu(
                 path,
+                graph,
                 saturates=saturates,
                 integer_chains=provider == "cpu",
                 preserve_numerics=preserve_numerics,

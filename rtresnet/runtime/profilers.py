@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.core import artifacts, trt_loading
+from rtresnet.core import artifacts, hardware, trt_loading
+from rtresnet.runtime.cpu_rewrite import rewrite_for_cpu
 from rtresnet.runtime.ort import OrtBackend
 from rtresnet.runtime.trt import TrtBackend
 
@@ -53,6 +54,7 @@ def record_onnx(
     images: np.ndarray,
     *,
     seconds: float,
+    graph: Any = None,
     threads: int | None = None,
     on_progress: Callable[[float], None] = lambda elapsed: None,
 ) -> Recorded:
@@ -62,6 +64,7 @@ def record_onnx(
         path: An ONNX file.
         images: float32 [N, 3, S, S].
         seconds: Time for both kinds of runs together; there are at least five of each.
+        graph: What is in it, if that has been read; changed as `rewrite_for_cpu` says.
         threads: Intra-op threads; all cores by default.
         on_progress: Called with the elapsed seconds.
 
@@ -71,10 +74,12 @@ def record_onnx(
         InputError: The images have the wrong shape.
     """
     with tempfile.TemporaryDirectory(prefix="rtresnet-profile-") as folder:
-        plain = OrtBackend(path, provider="cpu", threads=threads)
+        rewritten = rewrite_for_cpu(path, graph, saturates=hardware.int8_sums_saturate())
+        plain = OrtBackend(path, provider="cpu", threads=threads, rewritten=rewritten)
         profiled = OrtBackend(
-            path, provider="cpu", threads=threads, profile=str(Path(folder) / "nodes")
-        )
+            path, provider="cpu", threads=threads, profile=str(Path(folder) / "nodes"),
+            rewritten=rewritten,
+        )  # fmt: skip
         images = converted(images, plain.input_dtype, plain.layout)
         whole: list[float] = []
         for _ in range(WARM_UP):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.quantization.calibrate import Calibrated
     from rtresnet.quantization.sensitivity import Block
+    from rtresnet.runtime.cpu_rewrite import CpuModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,10 +220,12 @@ def quantize_within(
     """
     from rtresnet.core.metrics import paired_drop
     from rtresnet.quantization.sensitivity import sensitivity
+    from rtresnet.runtime.cpu_rewrite import CpuModel
 
     images = f"on {plural(len(labelled), 'image')} of {gate.data}"
     with reporter.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
-        base = _answers(source, labelled, preprocess, update, gate)
+        rewritten = CpuModel(model=os.fspath(source))  # float: nothing to rewrite
+        base = _answers(source, labelled, preprocess, update, gate, rewritten)
         correct = base.classes == labelled.labels[base.indices]
     with reporter.progress("measuring the noise of each block"):
         ranked = sensitivity(calibrated, held_out, logits)
@@ -329,6 +333,7 @@ def _answers(
     preprocess: Preprocess,
     update: Callable[[int], None],
     gate: Gate,
+    rewritten: CpuModel | None = None,
 ) -> Answers:
     """Return a file's predictions for every image that can be decoded."""
     import numpy as np
@@ -338,9 +343,8 @@ def _answers(
     from rtresnet.runtime.backend import logits
     from rtresnet.runtime.ort import OrtBackend
 
-    backend = OrtBackend(
-        path, preserve_numerics=True
-    )  # the file is promised, not what a CPU makes of it
+    # The file is promised, not what a CPU makes of it.
+    backend = OrtBackend(path, preserve_numerics=True, rewritten=rewritten)
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
         outputs: list[np.ndarray] = []

@@ -20,7 +20,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Sidecar, accuracies
 from rtresnet.workflows import estimate as estimates
-from rtresnet.workflows.estimate import EstimateConfig, EstimateResult
+from rtresnet.workflows.estimate import EstimateConfig, EstimateResult, OpenedPlans
 
 if TYPE_CHECKING:
     from rtresnet.bench.roofline import GpuSpec
@@ -104,15 +104,20 @@ def advise(
     config = config or EstimateConfig()
     if not config.gpus:
         config = dataclasses.replace(config, gpus=gpus_for((), _targets(plans)))
-    results = [estimates.estimate_possible(plans[0], config, every_gpu=False)]
-    config = dataclasses.replace(config, batch=results[0].batch)
-    results += [estimates.estimate_possible(plan, config, every_gpu=False) for plan in plans[1:]]
+    opened: OpenedPlans = {}
+    results: list[EstimateResult] = []
+    for plan in plans:
+        result = estimates.estimate_possible(plan, config, every_gpu=False, opened=opened)
+        config = dataclasses.replace(config, batch=result.batch)
+        results.append(result)
     if not any(result.results for result in results):
         estimates.estimate(plans[0], config)  # says why
     entries = tuple(
         AdviceEntry(estimate=result, accuracy=_accuracy(result.model)) for result in results
     )
-    return AdviceResult(batch=results[0].batch, plans=entries, advice=tuple(_advice(results)))
+    return AdviceResult(
+        batch=results[0].batch, plans=entries, advice=tuple(_advice(results, opened))
+    )
 
 
 def _targets(plans: Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -192,15 +197,15 @@ def _same_precision(path: str) -> Iterator[Sidecar]:
             return
 
 
-def _advice(results: Sequence[EstimateResult]) -> Iterator[str]:
+def _advice(results: Sequence[EstimateResult], opened: OpenedPlans) -> Iterator[str]:
     """Return a sentence on each plan of a narrow type, next to the best plan of a wide one."""
     wide = [r for name in WIDE for r in results if r.precision == name and r.builder]
     for narrow in results:
         if narrow.precision in NARROW and narrow.builder and wide:
-            yield _sentence(narrow, wide[0])
+            yield _sentence(narrow, wide[0], opened)
 
 
-def _sentence(narrow: EstimateResult, wide: EstimateResult) -> str:
+def _sentence(narrow: EstimateResult, wide: EstimateResult, opened: OpenedPlans) -> str:
     left, right = narrow.precision.upper(), wide.precision.upper()
     builder = str(narrow.builder).partition(" ")[0]
     ratio = narrow.bytes / wide.bytes
@@ -212,7 +217,8 @@ def _sentence(narrow: EstimateResult, wide: EstimateResult) -> str:
     gpus: dict[str, list[str]] = {}
     for result in narrow.results:
         if result.gpu in both:
-            gpus.setdefault(_expected(narrow, wide, result.gpu), []).append(result.gpu)
+            expected = _expected(narrow, wide, result.gpu, opened)
+            gpus.setdefault(expected, []).append(result.gpu)
     for expected, names in gpus.items():
         text += f" {', '.join(names)}: {expected}."
     text += "".join(f" {line}" for line in _measured(narrow, wide))
@@ -239,12 +245,12 @@ def _megabytes(result: EstimateResult) -> str:
     return f"{result.bytes / 1e6:,.{1 if result.bytes < 1e8 else 0}f}"
 
 
-def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str) -> str:
+def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str, opened: OpenedPlans) -> str:
     """As in "expect FP16 to be faster at batch 32; at batch 1 to 16 ... measure"."""
     from rtresnet.bench import roofline
 
     spec, batches = roofline.find_gpu(gpu), _common(narrow, wide)
-    winners = [(batch, _winners(narrow, wide, batch, spec)) for batch in batches]
+    winners = [(batch, _winners(narrow, wide, batch, spec, opened)) for batch in batches]
     parts = []
     for (cached, through), members in groupby(winners, key=lambda entry: entry[1]):
         inside = [batch for batch, _ in members]
@@ -277,14 +283,14 @@ def _common(narrow: EstimateResult, wide: EstimateResult) -> list[int]:
 
 
 def _winners(
-    narrow: EstimateResult, wide: EstimateResult, batch: int, gpu: GpuSpec
+    narrow: EstimateResult, wide: EstimateResult, batch: int, gpu: GpuSpec, opened: OpenedPlans
 ) -> tuple[str, str]:
     """Return the precisions with the lower bound: with and without the L2 cache; "" if close."""
     from rtresnet.bench import roofline
 
     bounds = []
     for result in (narrow, wide):
-        kernels = estimates.read_plan(result.model, batch).kernels
+        kernels = estimates.read_plan(result.model, batch, opened).kernels
         times = roofline.minimum_times(kernels, gpu, batch)
         bounds.append((sum(t.least for t in times), sum(t.through_memory for t in times)))
 

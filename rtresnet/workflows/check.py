@@ -128,7 +128,8 @@ def check(
         single, share = consistency.alone(session, images), consistency.BATCHES[bound]
         checks = consistency.check(session, images, single, sizes=_batches(session), share=share)
         assumed, info = session.assumed, session.info
-    parent, missing = fp32_ancestor(path)
+        digest = session.sidecar.sha256 if session.sidecar else None
+    parent, missing = fp32_ancestor(path, digest)
     if parent is not None and checks[0].name != "alone":
         with reporter.progress(f"running {parent}"):
             checks.append(_against(parent, pixels, single, bound))
@@ -215,9 +216,11 @@ def _noise(count: int, size: int) -> np.ndarray:
     return (tint + grain).astype(np.uint8)
 
 
-def fp32_ancestor(path: str | os.PathLike[str]) -> tuple[Path | None, str | None]:
+def fp32_ancestor(
+    path: str | os.PathLike[str], digest: str | None = None
+) -> tuple[Path | None, str | None]:
     """Return the FP32 ONNX file of an artifact's chain, or why there is none to compare with."""
-    for file, sidecar, state in list(artifacts.chain(path))[1:]:
+    for file, sidecar, state in list(artifacts.chain(path, digest))[1:]:
         if file.suffix.lower() != ".onnx":
             break
         if state == "no sidecar":
@@ -230,10 +233,12 @@ def fp32_ancestor(path: str | os.PathLike[str]) -> tuple[Path | None, str | None
 
 
 def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> Check:
-    """Compare the answers with those of the FP32 file."""
-    from rtresnet.runtime.session import load
+    """Compare the answers with those of the FP32 file, which `fp32_ancestor` has verified."""
+    from rtresnet.runtime.ort import OrtBackend
+    from rtresnet.runtime.session import Session
 
-    with load(parent, provider="cpu") as session:
+    backend = OrtBackend(parent, provider="cpu")
+    with Session(parent, artifacts.read_sidecar(parent), backend) as session:
         expected = consistency.alone(session, session.prepare(pixels))
     if expected.classes is None and single.classes is not None:
         expected = expected.top(single.values.shape[1])

@@ -25,7 +25,7 @@ from rtresnet.workflows.loading import require_torch
 if TYPE_CHECKING:
     from rtresnet.bench.kernels import Kernel
     from rtresnet.bench.roofline import GpuSpec, MinimumTime
-    from rtresnet.builder.layers import Layer, Tensor
+    from rtresnet.builder.layers import Layer, Layers, Tensor
     from rtresnet.core.sidecar import Sidecar
 
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
@@ -190,6 +190,10 @@ class Subject:
     sidecar: Sidecar | None = None
 
 
+OpenedPlans = dict[str, "tuple[Sidecar, Layers]"]
+"""Plans that were read in this command, by path, with their layers."""
+
+
 def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None) -> EstimateResult:
     """Estimate the minimum latency of a net on GPUs.
 
@@ -212,7 +216,11 @@ def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None
 
 
 def estimate_possible(
-    model: str | os.PathLike[str], config: EstimateConfig, *, every_gpu: bool
+    model: str | os.PathLike[str],
+    config: EstimateConfig,
+    *,
+    every_gpu: bool,
+    opened: OpenedPlans | None = None,
 ) -> EstimateResult:
     """As `estimate`.
 
@@ -221,6 +229,7 @@ def estimate_possible(
         config: As for `estimate`.
         every_gpu: Whether a named GPU that the plan cannot run on is an error; otherwise it is
             left out.
+        opened: Plans that were read before; this one is added.
     """
     from rtresnet.bench import kernels, roofline
 
@@ -228,7 +237,7 @@ def estimate_possible(
     # Unknown names are reported before anything that takes time.
     gpus = [roofline.find_gpu(gpu) for gpu in config.gpus]
     measured = [_read_measured(path) for path in config.measured]
-    subject = _subject(name, config)
+    subject = _subject(name, config, {} if opened is None else opened)
     own = subject.own or "fp32"
     precision = config.precision or (subject.own or "fp16")
     if precision != own and (own != "fp32" or subject.builder):
@@ -256,14 +265,14 @@ def estimate_possible(
     )
 
 
-def _subject(name: str, config: EstimateConfig) -> Subject:
+def _subject(name: str, config: EstimateConfig, opened: OpenedPlans) -> Subject:
     kind = artifacts.kind_of(name) if Path(name).suffix.lower() in artifacts.SUFFIXES else None
     if kind is None:
         return _named(name, config)
     if config.size is not None:
         raise InputError(f"--size {config.size}: {name} has its own size", fix="leave it out")
     if kind == "plan":
-        return read_plan(name, config.batch)
+        return read_plan(name, config.batch, opened)
     return _onnx_file(name, config.batch)
 
 
@@ -299,16 +308,20 @@ def _named(name: str, config: EstimateConfig) -> Subject:
     return Subject(name=name, kernels=counted.kernels, batch=config.batch or 1, size=counted.size)
 
 
-def read_plan(path: str, batch: int | None) -> Subject:
+def read_plan(path: str, batch: int | None, opened: OpenedPlans) -> Subject:
     """Read the kernels that the builder fused, at the profile that runs the batch."""
     from rtresnet.builder import layers
     from rtresnet.core.trt_loading import MODULES
     from rtresnet.runtime.io_spec import split_batch
 
-    sidecar = artifacts.verify(path)
-    engine = layers.load(path, sidecar)
-    assert sidecar is not None and sidecar.plan is not None
+    if path not in opened:
+        verified = artifacts.verify(path)
+        engine = layers.load(path, verified)
+        assert verified is not None
+        opened[path] = verified, engine
+    sidecar, engine = opened[path]
     plan = sidecar.plan
+    assert plan is not None
     again = f"build it again: {sidecar.made_by.get('command') or 'rtresnet build MODEL.onnx'}"
     if any(layer.multiply_adds is None for layer in engine.layers):
         raise InputError(

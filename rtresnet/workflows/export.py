@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, hardware, locks, reporter
 from rtresnet.core.config import Config, option
@@ -21,6 +21,7 @@ from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.core.sidecar import Measurements, Sidecar, restated
+from rtresnet.onnxlib import io
 from rtresnet.workflows import advisor, embed_io
 from rtresnet.workflows.advisor import AdviceResult
 from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
@@ -192,13 +193,16 @@ class _Export:
             first = _write_fp32(checkpoint, origin, base, self.reporter)
         net = checkpoint.model
         written, sources = [(base, first)], []
+        model: Any = None  # of the FP32 file, read once
         for precision in self.config.precisions:
             source = base
             if precision != "fp32":
                 source = base.with_name(f"{base.stem}-{precision}.onnx")
                 config = _quantization(self.quantize, precision)
+                if model is None and hardware.installed("onnx"):
+                    model = io.load(base, checked=True)
                 result = quantize_unlocked(
-                    base, config, out=source, reporter=self.reporter, sidecar=first
+                    base, config, out=source, reporter=self.reporter, sidecar=first, model=model
                 )
                 written.append((source, result.sidecar))
             if self.embed.changes_anything:
@@ -417,12 +421,13 @@ def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter)
         return {}
     from rtresnet.exporter import verify
     from rtresnet.runtime.backend import logits
+    from rtresnet.runtime.cpu_rewrite import CpuModel
     from rtresnet.runtime.ort import OrtBackend
 
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / path.name
         trial.write_bytes(data)
-        backend = OrtBackend(trial, provider="cpu")
+        backend = OrtBackend(trial, provider="cpu", rewritten=CpuModel(model=str(trial)))
         parity = verify.check_parity(
             checkpoint.net(),
             lambda images: logits(backend.infer(images), path),

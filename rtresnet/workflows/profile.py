@@ -107,6 +107,7 @@ def profile(
 
     from rtresnet.bench import environment, kernels
     from rtresnet.bench import profile as profiles
+    from rtresnet.onnxlib import io
 
     config = config or ProfileConfig()
     path = str(atomic_io.require_file(path, fix="make one with: rtresnet export"))
@@ -121,7 +122,9 @@ def profile(
         from rtresnet.runtime.compatibility import plan_needs_gpu
 
         raise plan_needs_gpu(path, sidecar)
-    counted = kernels.count(_graph_of(path, sidecar))
+    graph_path = _graph_of(path, sidecar)
+    graph = io.load(graph_path)
+    counted = kernels.count(graph, str(graph_path))
     if config.batch is not None and counted.batch not in (None, config.batch):
         raise InputError(
             f"{path}: takes batches of {counted.batch}, not of {config.batch}",
@@ -144,8 +147,9 @@ def profile(
             )
         else:
             recorded = profilers.record_onnx(
-                path, images, seconds=config.seconds, threads=config.threads, on_progress=update
-            )
+                path, images, graph=graph, seconds=config.seconds, threads=config.threads,
+                on_progress=update,
+            )  # fmt: skip
     roof = _roof(recorded, config, reporter)
     blocks = counted.blocks
     if kind == "plan":

@@ -6,6 +6,7 @@ quantization-aware training left in the file. `accuracy_gate.py` bounds what qua
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -28,6 +29,7 @@ from rtresnet.workflows.input_spec import InputConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
 
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.onnxlib.metadata import TrainedScales
@@ -234,8 +236,12 @@ def quantize_unlocked(
     stated: InputConfig | None = None,
     reporter: Reporter,
     sidecar: Sidecar | None = None,
+    model: onnx.ModelProto | None = None,
 ) -> QuantizeResult:
-    """Quantize while the caller holds the lock on `out`; `sidecar` if it was just verified."""
+    """Quantize while the caller holds the lock on `out`.
+
+    `sidecar` and `model`, which is not changed, are those of `source` if they were just read.
+    """
     from rtresnet.onnxlib import io, metadata
     from rtresnet.onnxlib.interface import precision_of
 
@@ -250,7 +256,7 @@ def quantize_unlocked(
     sidecar = sidecar or artifacts.verify(source)
     if not hardware.installed("onnx"):
         raise missing_package("onnx", "quantizing")
-    model = io.load(source, checked=True)
+    model = io.load(source, checked=True) if model is None else copy.deepcopy(model)
     sidecar = sidecar or metadata.described(source, model)
     if sidecar is not None and sidecar.detection is not None:
         from rtresnet.workflows.detect_quantize import quantize_detector
