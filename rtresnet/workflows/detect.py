@@ -43,7 +43,10 @@ def is_detector(path: str | os.PathLike[str]) -> bool:
     if kind == "plan":
         from rtresnet.core import plan_info
 
-        described = plan_info.described(Path(path))
+        try:
+            described = plan_info.described(Path(path))
+        except ArtifactError:
+            return False
         return described is not None and described.detection is not None
     return _is_detector_checkpoint(Path(path))
 
