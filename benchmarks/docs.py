@@ -189,11 +189,13 @@ def package_page(readme: str) -> str:
 def _rates_table() -> str:
     from rtresnet.bench.roofline import GPUS
 
-    rows = ["| GPU | FP32 | FP16 | INT8 | FP8 | GB/s | L2 MB | source |", "|---" * 8 + "|"]
+    rows = ["| GPU | FP32 | FP16 | BF16 | INT8 | FP8 | GB/s | L2 MB | source | compared with |",
+            "|---" * 10 + "|"]  # fmt: skip
     for gpu in GPUS:
-        figures = (gpu.fp32, gpu.fp16, gpu.int8, gpu.fp8, gpu.bandwidth, gpu.l2)
+        figures = (gpu.fp32, gpu.fp16, gpu.bf16, gpu.int8, gpu.fp8, gpu.bandwidth, gpu.l2)
+        page = f"[page]({gpu.checked})" if gpu.checked else "unverified"
         cells = ["-" if figure is None else f"{figure:,g}" for figure in figures]
-        rows.append(f"| {' | '.join([gpu.name, *cells, gpu.source])} |")
+        rows.append(f"| {' | '.join([gpu.name, *cells, gpu.source, page])} |")
     return "\n".join(rows) + "\n"
 
 

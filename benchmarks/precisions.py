@@ -1,13 +1,13 @@
-"""FP32, FP16, INT8 and FP8 of the same nets: size, accuracy, bytes moved and bounds on four GPUs.
+"""FP32, FP16, BF16, INT8 and FP8 of the same nets: size, accuracy, bytes, bounds on four GPUs.
 
     python benchmarks/precisions.py --data npz:cifar10-test.npz \\
         --weights resnet20=resnet20.th --untrained resnet18 --untrained resnet50
 
 Needs no GPU. Every file is linted, and built with TensorRT-RTX for sm_89 and sm_120, which fails
 unless each convolution runs in the file's precision. Accuracy is measured with ONNX Runtime, which
-computes FP8 files in float32 with the file's rounding. Trained nets pass the accuracy gate (0.5
-points). Untrained nets are calibrated on noise and have no accuracy. Nothing is timed: the bounds
-are those of `rtresnet estimate` at batch 8.
+computes BF16 and FP8 files in float32 with the file's rounding. Trained nets pass the accuracy gate
+(0.5 points). Untrained nets are calibrated on noise and have no accuracy. Nothing is timed: the
+bounds are those of `rtresnet estimate` at batch 8.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rtresnet.core.sidecar import Sidecar
 
 GPUS = ("L4", "L40S", "RTX 4090", "RTX 5090")
 TARGETS = ("sm_89", "sm_120")
-PRECISIONS = ("fp32", "fp16", "int8", "fp8")
-ATTESTED = {"fp32": "Float", "fp16": "Half", "int8": "Int8", "fp8": "FP8"}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+ATTESTED = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16", "int8": "Int8", "fp8": "FP8"}
 HEADINGS = ("net", "precision", "ONNX MB", "plan MB", "top-1 %", "SNR dB", "convolutions",
             "MB moved", *(f"{gpu} us" for gpu in GPUS))  # fmt: skip
 
@@ -35,8 +35,8 @@ def quantized(source: Path, precision: str, data: str | None, images: int) -> Pa
     """The file of a precision, next to the FP32 file."""
     if precision == "fp32":
         return source
-    if precision == "fp16":
-        return rt.quantize(source, rt.QuantizeConfig(precision="fp16")).path
+    if precision in ("fp16", "bf16"):
+        return rt.quantize(source, rt.QuantizeConfig(precision=precision)).path  # type: ignore[arg-type]
     config = rt.QuantizeConfig(
         precision=precision,  # type: ignore[arg-type]
         calib=data or f"synthetic:{images}",

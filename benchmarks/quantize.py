@@ -1,7 +1,7 @@
-"""INT8 against FP32: agreement, accuracy and noise, next to other tools' on the same images.
+"""INT8 or FP8 against FP32: agreement, accuracy and noise, next to other tools' on the same images.
 
     python benchmarks/quantize.py --data folder:cifar10 [--data npz:FILE] --calib folder:cifar10 \\
-        [--modelopt PYTHON] [--nncf PYTHON] WEIGHTS...
+        [--precision fp8 --name quantize-fp8] [--modelopt PYTHON] [--nncf PYTHON] WEIGHTS...
 
 Every file is calibrated on the same 512 training images and compared with the FP32 file on all the
 test images of every `--data`: as it is written, by ONNX Runtime without its optimizer, which is
@@ -12,6 +12,9 @@ pythons `--modelopt` and `--nncf` name: they are no dependencies. Every file goe
 More comparisons: the float rest in FP16; ranges without images next to ranges from noise; and a net
 of the same function in which one channel was made a hundred times larger, by the plain method and
 by ours. What corrected biases and own ranges bring is what `auto` itself measured.
+
+In FP8 the other tool is ModelOpt, whose files keep float32 between the quantized operations, as
+ours do with `--float-dtype fp32`.
 """
 
 from __future__ import annotations
@@ -38,14 +41,19 @@ from rtresnet.quantization import simulate
 from rtresnet.quantization.lint import lint
 
 OURS = ("auto", "max", "percentile", "entropy", "mse")
+OURS_FP8 = tuple(method for method in OURS if method != "entropy")
 IMAGES = 512
+ON_CPU = {
+    "INT8": "what its integer kernels compute",
+    "FP8": "what ONNX Runtime computes with its optimizer, ours through `rtresnet.load`",
+}
 TIMES = 100  # what one channel is multiplied by; the next convolution's weights are divided by it
 
 MODELOPT = """
 import sys, numpy as np
 from modelopt.onnx.quantization import quantize
 source, images, method, out = sys.argv[1:]
-quantize(source, quantize_mode="int8", calibration_data={"images": np.load(images)},
+quantize(source, quantize_mode="PRECISION", calibration_data={"images": np.load(images)},
          calibration_method=method, output_path=out, calibration_eps=["cpu"],
          high_precision_dtype="fp32")
 """
@@ -179,19 +187,59 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     source = folder / exported["onnx"][0]["file"]
     with package.load(str(source), provider="cpu") as session:
         contract = session.preprocess
+    fp8 = options.precision == "fp8"
     calib = open_images(options.calib)
     chosen = loader.sample(calib, IMAGES)
     batches = loader.batches(calib, contract, 128, indices=chosen)
     seen = np.concatenate([batch for batch, _ in batches])
     np.save(folder / "calib.npy", seen)
     files: list[tuple[str, Path, bool]] = []
-    for method in OURS:
-        out = quantized(source, folder / f"{source.stem}-{method}.onnx", options.calib, method)
+    for method in OURS_FP8 if fp8 else OURS:
+        out = folder / f"{source.stem}-{method}.onnx"
+        quantized(source, out, options.calib, method, *(("--fp8", "--rest", "fp32") if fp8 else ()))
         files.append((f"rtresnet, {method}", out, True))
     found = search(source.parent / "calib" / f"{files[0][1].stem}.json")
     half = folder / f"{source.stem}-half.onnx"
-    quantized(source, half, options.calib, "auto", "--rest", "fp16")
+    more = ("--fp8",) if fp8 else ()
+    quantized(source, half, options.calib, "auto", "--rest", "fp16", *more)
     files.append(("rtresnet, auto, rest FP16", half, True))
+    if fp8:
+        files += fp8_files(source, options, folder)
+    else:
+        files += int8_files(source, options, folder, seen, contract)
+    return [
+        {"net": exported["model"], "data": data, "search": found, **entry}
+        for data in options.data
+        for entry in compared(source, files, open_source(data, "test"), contract)
+    ]
+
+
+def fp8_files(
+    source: Path, options: argparse.Namespace, folder: Path
+) -> list[tuple[str, Path, bool]]:
+    files: list[tuple[str, Path, bool]] = []
+    for name, calib, more in (
+        ("auto, with the stem", options.calib, ("--fp8-stem",)), ("no images", "none", ()),
+    ):  # fmt: skip
+        out = folder / f"{source.stem}-{calib == 'none'}.onnx"
+        quantized(source, out, calib, "auto", "--fp8", "--rest", "fp32", *more)
+        files.append((f"rtresnet, {name}", out, True))
+    for method in ("max", "entropy") if options.modelopt else ():
+        out = folder / f"{source.stem}-modelopt-{method}.onnx"
+        script = MODELOPT.replace("PRECISION", "fp8")
+        elsewhere(options.modelopt, script, source, folder / "calib.npy", method, out)
+        files.append((f"ModelOpt, {method}", out, False))
+    return files
+
+
+def int8_files(
+    source: Path,
+    options: argparse.Namespace,
+    folder: Path,
+    seen: np.ndarray,
+    contract: Preprocess,
+) -> list[tuple[str, Path, bool]]:
+    files: list[tuple[str, Path, bool]] = []
     out = quantized(source, folder / f"{source.stem}-none.onnx", "none", "auto")
     files.append(("rtresnet, no images", out, True))
     noise = quantized(source, folder / f"{source.stem}-noise.onnx", f"synthetic:{IMAGES}", "auto")
@@ -208,17 +256,14 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
         files.append((f"ONNX Runtime, {method}", out, False))
     for method in ("max", "entropy") if options.modelopt else ():
         out = folder / f"{source.stem}-modelopt-{method}.onnx"
-        elsewhere(options.modelopt, MODELOPT, source, folder / "calib.npy", method, out)
+        script = MODELOPT.replace("PRECISION", "int8")
+        elsewhere(options.modelopt, script, source, folder / "calib.npy", method, out)
         files.append((f"ModelOpt, {method}", out, False))
     if options.nncf:
         out = folder / f"{source.stem}-nncf.onnx"
         elsewhere(options.nncf, NNCF, source, folder / "calib.npy", "", out)
         files.append(("NNCF", out, False))
-    return [
-        {"net": exported["model"], "data": data, "search": found, **entry}
-        for data in options.data
-        for entry in compared(source, files, open_source(data, "test"), contract)
-    ]
+    return files
 
 
 def compared(
@@ -253,6 +298,7 @@ def main() -> None:
     parser.add_argument("weights", nargs="+")
     parser.add_argument("--data", required=True, action="append")
     parser.add_argument("--calib", required=True)
+    parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
     parser.add_argument("--modelopt", metavar="PYTHON")
     parser.add_argument("--nncf", metavar="PYTHON")
     parser.add_argument("--name", default="quantize")
@@ -262,7 +308,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results += measure(str(Path(weights).resolve()), options, Path(folder))
     names = ("rtresnet", "numpy", "onnx", "onnxruntime")
-    record = {"results": results, "calib": options.calib, "versions": hardware.versions(names)}
+    versions = hardware.versions(names)
+    if options.modelopt:
+        command = "import importlib.metadata as m; print(m.version('nvidia-modelopt'))"
+        versions["nvidia-modelopt"] = subprocess.check_output(
+            [options.modelopt, "-c", command], text=True
+        ).strip()
+    record = {"results": results, "calib": options.calib, "precision": options.precision,
+              "versions": versions}  # fmt: skip
     save(options.name, record, table(record))
 
 
@@ -279,10 +332,10 @@ def in_words(found: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """The first set's rows; what `auto` does on the others in words."""
-    first = record["results"][0]["data"]
+    first, precision = record["results"][0]["data"], record["precision"].upper()
     headings = (
-        "net", "INT8 by", "agreement %", "drop, points", "95 %", "SNR dB", "on a CPU %", "lint",
-        "images",
+        "net", f"{precision} by", "agreement %", "drop, points", "95 %", "SNR dB", "on a CPU %",
+        "lint", "images",
     )  # fmt: skip
     rows = [
         (
@@ -295,7 +348,7 @@ def table(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     auto = [e for e in record["results"] if e["by"] == "rtresnet, auto"]
     others = ", ".join(
-        f"{e['net']} {e['top1']} right of {e['n']} in INT8 and {e['fp32_top1']} in FP32"
+        f"{e['net']} {e['top1']} right of {e['n']} in {precision} and {e['fp32_top1']} in FP32"
         for e in auto
         if e["data"] != first
     )
@@ -303,7 +356,7 @@ def table(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{n} {v}" for n, v in record["versions"].items())
     caption = (
         f"Agreement and drop of the file as it is written, against the FP32 file on the same "
-        f"images; on a CPU: agreement of what its integer kernels compute; calibrated on {IMAGES} "
+        f"images; on a CPU: agreement of {ON_CPU[precision]}; calibrated on {IMAGES} "
         f"training images of {Path(record['calib'].partition(':')[2]).name}; ONNX Runtime CPU on "
         f"{hardware.cpu()}, {versions}."
     )

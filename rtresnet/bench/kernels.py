@@ -26,7 +26,7 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
 KEPT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
 INTEGERS = (6, 7)  # ONNX's INT32 and INT64
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Kernel:
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
         op: Operator of the node that the kernel is named after.
         nodes: Names of all its nodes, and of their output tensors.
-        dtype: Data type of the product: "fp32", "fp16", "int8" or "fp8".
+        dtype: Data type of the product: "fp32", "fp16", "bf16", "int8" or "fp8".
         multiply_adds: Per image; 0 for a pooling.
         weights: Bytes of weights and biases.
         read: Bytes of activations that it reads, one entry per tensor.
@@ -343,4 +343,4 @@ def _size(kind: int) -> int:
 
 
 def _dtype(kind: int) -> str:
-    return {2: "int8", 3: "int8", 10: "fp16", 16: "fp16", 17: "fp8"}.get(kind, "fp32")
+    return {2: "int8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8"}.get(kind, "fp32")

@@ -5,9 +5,12 @@ and a copy in NumPy on all threads, the best of many repetitions. The cache is
 ~/.cache/rtresnet/roofline.json (RTRESNET_CACHE), by processor, threads and version of ONNX Runtime.
 
 Rates of GPUs are those that NVIDIA publishes: dense (without structured sparsity), at the boost
-clock, FP16 and FP8 with FP16 accumulation if that is faster, FP32 as TF32 on GPUs with tensor cores
-for it. A bound from published rates is never a measurement: real kernels reach a part of the peak,
-and launches, copies and synchronization are added.
+clock, FP16 and FP8 with FP16 accumulation if that is faster, BF16 with FP32 accumulation, FP32 as
+TF32 on GPUs with tensor cores for it. The figures were entered from memory of the named documents;
+`checked` names a page that was read and repeats the rates of FP16 and FP8 and the bandwidth, and
+rows without one are called unverified wherever they are shown. A bound from published rates is
+never a measurement: real kernels reach a part of the peak, and launches, copies and synchronization
+are added.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class PeakRates:
     Attributes:
         fp32, int8: Operations per second; a multiply-add counts as two.
         fp16: The same; None on a CPU, which computes FP16 in FP32.
-        fp8: The same; None on a device without FP8.
+        bf16, fp8: The same; None on a device without it, and BF16 on a CPU.
         bandwidth: Bytes per second, read and written together.
         source: Where the rates come from.
     """
@@ -53,23 +56,25 @@ class PeakRates:
     fp32: float
     int8: float
     fp16: float | None = None
+    bf16: float | None = None
     fp8: float | None = None
     bandwidth: float
     source: str = ""
 
     def rate(self, dtype: str) -> float:
-        """Operations per second in "fp32", "fp16", "int8" or "fp8".
+        """Operations per second in "fp32", "fp16", "bf16", "int8" or "fp8".
 
         Raises:
-            InputError: The device has no FP8.
+            InputError: The device has no FP8 or BF16.
         """
         if dtype == "int8":
             return self.int8
-        if dtype == "fp8":
-            if self.fp8 is None:
-                raise InputError(f"no FP8 rate is {self.source or 'known'}")
-            return self.fp8
-        return self.fp16 if dtype == "fp16" and self.fp16 is not None else self.fp32
+        if self.fp16 is None and dtype in ("fp16", "bf16"):  # a CPU
+            return self.fp32
+        rate = {"fp16": self.fp16, "bf16": self.bf16, "fp8": self.fp8}.get(dtype, self.fp32)
+        if rate is None:
+            raise InputError(f"no {dtype.upper()} rate is {self.source or 'known'}")
+        return rate
 
 
 def cache_file() -> Path:
@@ -199,38 +204,57 @@ class GpuSpec:
 
     Attributes:
         fp32, fp16, int8: Peak rate of dense matrix products, in 10^12 operations per second.
-        fp8: The same; None for a GPU without FP8.
+        bf16, fp8: The same; None for a GPU without it.
         bandwidth: Memory bandwidth, in 10^9 bytes per second.
         l2: Size of the L2 cache, in 2^20 bytes (published as MB).
         source: The document with the figures.
+        checked: A page that repeats those of FP16, FP8 and the bandwidth; empty: none was read.
     """
 
     name: str
     fp32: float
     fp16: float
+    bf16: float | None
     int8: float
     fp8: float | None
     bandwidth: float
     l2: float
     source: str
+    checked: str = ""
+
+    @property
+    def described(self) -> str:
+        """The document, and whether the figures were compared with a second one."""
+        if self.checked:
+            return f"{self.source}; compared with {self.checked}"
+        return f"{self.source}; unverified: from memory, not compared with a document"
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """The data types whose products it computes."""
+        optional = {"bf16": self.bf16, "fp8": self.fp8}
+        return frozenset(
+            {"fp32", "fp16", "int8"} | {name for name, rate in optional.items() if rate is not None}
+        )
 
     @property
     def rates(self) -> PeakRates:
         """The published rates."""
         return PeakRates(
             fp32=self.fp32 * 1e12, fp16=self.fp16 * 1e12, int8=self.int8 * 1e12,
+            bf16=None if self.bf16 is None else self.bf16 * 1e12,
             fp8=None if self.fp8 is None else self.fp8 * 1e12,
-            bandwidth=self.bandwidth * 1e9, source=f"published: {self.source}",
+            bandwidth=self.bandwidth * 1e9, source=f"published: {self.described}",
         )  # fmt: skip
 
 
 def _gpu(
-    name: str, fp32: float, fp16: float, int8: float, fp8: float | None, bandwidth: float,
-    l2: float, source: str,
+    name: str, fp32: float, fp16: float, bf16: float | None, int8: float, fp8: float | None,
+    bandwidth: float, l2: float, source: str, checked: str = "",
 ) -> GpuSpec:  # fmt: skip
     return GpuSpec(
-        name=name, fp32=fp32, fp16=fp16, int8=int8, fp8=fp8, bandwidth=bandwidth, l2=l2,
-        source=source,
+        name=name, fp32=fp32, fp16=fp16, bf16=bf16, int8=int8, fp8=fp8, bandwidth=bandwidth, l2=l2,
+        source=source, checked=checked,
     )  # fmt: skip
 
 
@@ -240,20 +264,32 @@ GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper"
 ADA = "NVIDIA Ada GPU Architecture whitepaper"
 BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 HOPPER = "NVIDIA H100 Tensor Core GPU datasheet; L2: H100 Architecture whitepaper"
+# The pages of H100 and RTX 4090 also repeat the L2 cache. Two more were read: an RTX 4090's rate of
+# INT8, and half of its rates for FP16 and FP8 with FP32 accumulation, are in
+# https://waredb.com/processor/nvidia-geforce-rtx-4090; T4's bandwidth and cache are in
+# https://sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4.
+H100_PAGE = "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html"
 GPUS = (
-    _gpu("T4", 8.1, 65, 130, None, 320, 4, TURING),
-    _gpu("A10", 62.5, 125, 250, None, 600, 6, "NVIDIA A10 Tensor Core GPU datasheet"),
-    _gpu("A30", 82, 165, 330, None, 933, 24, "NVIDIA A30 Tensor Core GPU datasheet"),
-    _gpu("A100 40GB", 156, 312, 624, None, 1555, 40, GA100),
-    _gpu("A100 80GB", 156, 312, 624, None, 2039, 40, "NVIDIA A100 80GB datasheet; L2: " + GA100),
-    _gpu("L4", 60, 121, 242, 242, 300, 48, "NVIDIA L4 Tensor Core GPU datasheet; L2: " + ADA),
-    _gpu("L40S", 183, 362, 733, 733, 864, 96, "NVIDIA L40S GPU datasheet; L2: " + ADA),
-    _gpu("RTX 3090", 35.6, 142, 284, None, 936, 6, GA102),
-    _gpu("RTX 4090", 82.6, 330.3, 660.6, 660.6, 1008, 72, ADA),
-    _gpu("RTX 5090", 104.8, 419, 838, 838, 1792, 96, BLACKWELL),
-    _gpu("H100 PCIe", 378, 756, 1513, 1513, 2000, 50, HOPPER),
-    _gpu("H100 SXM", 494, 989, 1979, 1979, 3350, 50, HOPPER),
-    _gpu("H200 SXM", 494, 989, 1979, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet"),
+    _gpu("T4", 8.1, 65, None, 130, None, 320, 4, TURING,
+         "https://hmc-tech.com/gpu/nvidia-a800-40gb-vs-nvidia-t4"),
+    _gpu("A10", 62.5, 125, 125, 250, None, 600, 6, "NVIDIA A10 Tensor Core GPU datasheet"),
+    _gpu("A30", 82, 165, 165, 330, None, 933, 24, "NVIDIA A30 Tensor Core GPU datasheet"),
+    _gpu("A100 40GB", 156, 312, 312, 624, None, 1555, 40, GA100),
+    _gpu("A100 80GB", 156, 312, 312, 624, None, 2039, 40,
+         "NVIDIA A100 80GB datasheet; L2: " + GA100),
+    _gpu("L4", 60, 121, 121, 242, 242, 300, 48, "NVIDIA L4 Tensor Core GPU datasheet; L2: " + ADA,
+         "https://grokipedia.com/page/NVIDIA_L4_vs_L40S"),
+    _gpu("L40S", 183, 362, 362, 733, 733, 864, 96, "NVIDIA L40S GPU datasheet; L2: " + ADA,
+         "https://www.mullet.se/product.html?product_id=355414"),
+    _gpu("RTX 3090", 35.6, 142, 71, 284, None, 936, 6, GA102),
+    _gpu("RTX 4090", 82.6, 330.3, 165.2, 660.6, 660.6, 1008, 72, ADA,
+         "https://holynerdvana.blogspot.com/2022/10/nvidia-geforce-rtx-4090-specifications.html"),
+    _gpu("RTX 5090", 104.8, 419, 209.5, 838, 838, 1792, 96, BLACKWELL,
+         "https://www.spheron.network/blog/nvidia-rtx-5090-specs/"),
+    _gpu("H100 PCIe", 378, 756, 756, 1513, 1513, 2000, 50, HOPPER, H100_PAGE),
+    _gpu("H100 SXM", 494, 989, 989, 1979, 1979, 3350, 50, HOPPER, H100_PAGE),
+    _gpu("H200 SXM", 494, 989, 989, 1979, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet",
+         "https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html"),
 )  # fmt: skip
 # Cards that come in several forms: the form that a name without further words means.
 DEFAULT_FORM = {"a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"}

@@ -153,6 +153,11 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
         )
     if "sm_75" not in targets:
         return
+    if any(node.dtype == "BF16" for node in nodes.values()):
+        raise InputError(
+            f"{source}: sm_75 has no BF16; sm_80 and newer have it",
+            fix="leave sm_75 out, or build a separate plan for it from: rtresnet quantize --fp16",
+        )
     half = "leave sm_75 out, or build a separate plan for it from: rtresnet quantize --fp16"
     if any(n.operation == "quantize" for n in nodes.values()):
         raise InputError(

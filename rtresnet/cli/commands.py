@@ -13,7 +13,7 @@ SUMMARIES = {
     "export": "Turn a checkpoint into ONNX files and plans.",
     "weights": "Move weights between rtresnet and other tools.",
     "adopt": "State the input and classes of an ONNX file from elsewhere.",
-    "quantize": "Write an INT8, FP8 or FP16 version of an FP32 ONNX file.",
+    "quantize": "Write an INT8, FP8, FP16 or BF16 version of an FP32 ONNX file.",
     "lint": "Check quantized ONNX models for TensorRT problems.",
     "build": "Compile an ONNX file into a TensorRT plan.",
     "eval": "Measure top-1 and top-5 accuracy.",

@@ -33,6 +33,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 @click.option(
     "--fp16", is_flag=True, help="Write FP16 and its plan.  [default: on without the others]"
 )
+@click.option("--bf16", is_flag=True, help="Write BF16 and its plan.  [default: off]")
 @click.option("--int8", is_flag=True, help="Write INT8 and its plan.  [default: off]")
 @click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) and its plan.  [default: off]")
 @config_options(QuantizeConfig, argument="quantize", leave_out=GATE)
@@ -52,6 +53,7 @@ def command(
     weights: str | None,
     fp32: bool,
     fp16: bool,
+    bf16: bool,
     int8: bool,
     fp8: bool,
     quantize: QuantizeConfig,
@@ -63,12 +65,13 @@ def command(
 ) -> None:
     """Turn a checkpoint into ONNX files and plans, each with a sidecar.
 
-    Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx, MODEL-int8.onnx or MODEL-fp8.onnx,
-    and the plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan, MODEL-fp8.plan. With --input
-    or --topk also MODEL-int8-u8-top5.onnx or similar, and the plans from those.
+    Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx, MODEL-int8.onnx or similar, and
+    the plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan or similar. BF16 needs a GPU from
+    sm_80 on, FP8 an Ada, Hopper or Blackwell GPU. With --input or --topk also
+    MODEL-int8-u8-top5.onnx or similar, and the plans from those.
     """
-    asked: dict[Literal["fp32", "fp16", "int8", "fp8"], bool]
-    asked = {"fp32": fp32, "fp16": fp16, "int8": int8, "fp8": fp8}
+    asked: dict[Literal["fp32", "fp16", "bf16", "int8", "fp8"], bool]
+    asked = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
     precisions = tuple(name for name, wanted in asked.items() if wanted) or ("fp16",)
     config = dataclasses.replace(config, precisions=precisions, plan=not no_plan)
     result = export(

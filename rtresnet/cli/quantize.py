@@ -1,4 +1,4 @@
-"""`rtresnet quantize`: a folded FP32 ONNX file to FP16, INT8 or FP8."""
+"""`rtresnet quantize`: a folded FP32 ONNX file to FP16, BF16, INT8 or FP8."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rtresnet.workflows.quantize import QuantizeConfig, quantize
 @click.option("--int8", is_flag=True, help="Write INT8.  [default: on]")
 @click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) instead of INT8.  [default: off]")
 @click.option("--fp16", is_flag=True, help="Write FP16 instead of INT8.  [default: off]")
+@click.option("--bf16", is_flag=True, help="Write BF16 instead of INT8.  [default: off]")
 @config_options(QuantizeConfig, leave_out=("precision",))
 @config_options(InputConfig, argument="stated")
 @click.option(
@@ -36,20 +37,23 @@ def command(
     int8: bool,
     fp8: bool,
     fp16: bool,
+    bf16: bool,
     config: QuantizeConfig,
     stated: InputConfig,
     out: Path | None,
     report: Path | None,
 ) -> None:
-    """Write an INT8, FP8 or FP16 version of an FP32 ONNX file.
+    """Write an INT8, FP8, FP16 or BF16 version of an FP32 ONNX file.
 
-    FP8 needs an Ada, Hopper or Blackwell GPU. With --eval, the accuracy of INT8 or FP8 is compared
-    with that of FP32 on the same images. Where the loss is not within --max-drop, the most harmful
-    blocks stay in float (in FP8, they run in INT8 where that has less noise); the exit code is 1
-    where that does not help. The verdict says whether the images are enough to show that the bound
-    holds.
+    FP8 needs an Ada, Hopper or Blackwell GPU, BF16 one from sm_80 on.
+
+    With --eval, the accuracy of INT8 or FP8 is compared with that of FP32 on the same images. Where
+    the loss is not within --max-drop, the most harmful blocks stay in float (in FP8, they run in
+    INT8 where that has less noise); the exit code is 1 where that does not help. The verdict
+    says whether the images are enough to show that the bound holds.
     """
-    flags: dict[Literal["int8", "fp8", "fp16"], bool] = {"int8": int8, "fp8": fp8, "fp16": fp16}
+    flags: dict[Literal["int8", "fp8", "fp16", "bf16"], bool]
+    flags = {"int8": int8, "fp8": fp8, "fp16": fp16, "bf16": bf16}
     asked = [name for name, wanted in flags.items() if wanted]
     if len(asked) > 1:
         named = " and ".join(f"--{name}" for name in asked)

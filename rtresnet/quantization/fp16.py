@@ -1,8 +1,10 @@
-"""Convert to FP16: every float constant and tensor between a Cast after the input and one before
-the output.
+"""Convert to FP16 or BF16: every float constant and tensor between a Cast after the input and one
+before the output.
 
 Batch norm is already folded in FP32 (`exporter/fold.py`), so this rounds once. Input and output
 stay float32: the two Casts cost no layer in the engine, and every artifact keeps one signature.
+
+BF16 has the range of float32 and 8 significant bits. Its convolutions need opset 22.
 
 In a Q/DQ file the tensors between the quantized kernels become FP16. Scales stay float32, and each
 Q/DQ pair stands between a Cast to float32 and one back: TensorRT refuses FP16 data with FP32
@@ -12,27 +14,43 @@ scales, and a scale rounded to FP16 would be another scale.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, GraphIndex, checked, copied, replace_nodes
+from rtresnet.onnxlib.graph import (
+    DEQUANTIZE,
+    QUANTIZE,
+    GraphIndex,
+    checked,
+    copied,
+    replace_nodes,
+    with_opset,
+)
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+BF16_OPSET = 22
+
+
+def to_half(model: onnx.ModelProto, precision: Literal["fp16", "bf16"] = "fp16") -> onnx.ModelProto:
     """Return the same graph in FP16, with float32 input and output.
 
     Args:
-        model: Folded FP32 model, with Q/DQ pairs or without. Not changed.
+        model: Folded FP32 model, for FP16 with Q/DQ pairs or without. Not changed.
+        precision: Type of the new tensors.
 
     Raises:
         ArtifactError: A weight is outside FP16's range; the message names it.
     """
-    half = copied(model)
+    half, kind = copied(model), TensorProto.FLOAT16
+    if precision == "bf16":
+        half, kind = with_opset(half, BF16_OPSET), TensorProto.BFLOAT16
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
     graph, index = half.graph, GraphIndex(half)
     scales = {node.input[1] for node in index.quantizers()}
     for name, tensor in index.initializers.items():
@@ -41,18 +59,18 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         values = index.constant(name)
         assert values is not None
         largest = np.abs(values).max(initial=0)
-        if largest > LARGEST:
+        if precision == "fp16" and largest > LARGEST:
             raise ArtifactError(
                 f"{name} reaches {largest:.3g}, but FP16 ends at {LARGEST:.0f}",
-                fix="keep this net in FP32: --fp32",
+                fix="take BF16, which has the range of FP32 (--bf16), or keep it in FP32 (--fp32)",
             )
-        index.set_constant(name, values.astype(np.float16))
+        index.set_constant(name, values.astype(dtype))
     source, result = graph.input[0].name, graph.output[0].name
     renamed = {name: f"{name}_half" for name in (source, result)}
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
-    first = _cast(source, renamed[source], renamed[source], TensorProto.FLOAT16)
+    first = _cast(source, renamed[source], renamed[source], kind)
     last = _cast(renamed[result], result, f"{result}_float", TensorProto.FLOAT)
     replace_nodes(graph, [first, *_with_casts(graph.node), last])
     return checked(half)

@@ -31,6 +31,9 @@ ONNX Runtime's own provider gets rules 1 to 4, OpenVINO rules 1 and 2 and only w
 saturate. Rules 1, 2 and 4 change no number of the graph (tested without the provider's
 optimizer). ONNX Runtime's integer kernels then round the bias to a step of their own.
 
+A BF16 file is rewritten as well, because ONNX Runtime's CPU provider has no BF16 convolutions:
+its weights become float32, and Cast pairs round every result to BF16 (`emulate_bf16`).
+
 The rewrite needs the package onnx. Where it is not installed, the file stays as it is, and the
 caller keeps the provider from forming integer kernels (`CpuModel.needs_float`).
 """
@@ -47,7 +50,14 @@ import numpy as np
 from rtresnet.core import hardware
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import io, metadata
-from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, WEIGHTED, GraphIndex, attribute
+from rtresnet.onnxlib.graph import (
+    DEQUANTIZE,
+    QUANTIZE,
+    WEIGHTED,
+    GraphIndex,
+    attribute,
+    replace_nodes,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -59,6 +69,8 @@ ZERO_POINTS = {SIGNED: 128, CLIPPED: 0}
 INT8_MAX = 127
 INT16_MAX = 32767
 BRANCH_MARGIN = 1.25  # range of a residual branch, relative to what calibration saw
+# Operations whose results are among their inputs.
+SELECTING = ("Relu", "MaxPool", "Flatten", "Reshape", "Squeeze", "Slice", "Pad", "Transpose")
 # Operations that make no negative number out of numbers that are none, by their first input.
 SIGN_PRESERVING = (
     "QuantizeLinear", "DequantizeLinear", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -78,6 +90,7 @@ class CpuModel:
         needs_float: Whether the file is quantized and was not rewritten, because the package onnx
             is not installed: every layer has to run in float.
         fp8: Whether it has FP8 tensors; unknown, and so no, without the package onnx.
+        emulates_bf16: Whether the file is BF16 and runs in float32 with results rounded to BF16.
     """
 
     model: str | bytes
@@ -85,6 +98,7 @@ class CpuModel:
     float_layers: tuple[str, ...] = ()
     needs_float: bool = False
     fp8: bool = False
+    emulates_bf16: bool = False
 
 
 def rewrite_for_cpu(
@@ -111,6 +125,8 @@ def rewrite_for_cpu(
         quantized = is_quantized(path)
         return CpuModel(model=os.fspath(path), quantized=quantized, needs_float=quantized)
     model = io.load(path) if graph is None else graph
+    if emulated := emulate_bf16(model):
+        return CpuModel(model=bytes(emulated.SerializeToString()), emulates_bf16=True)
     fp8 = has_fp8(model)
     changed = to_unsigned(model)
     float_layers = dequantize_saturating(model) if saturates else ()
@@ -131,6 +147,63 @@ def rewrite_for_cpu(
 def is_quantized(path: str | os.PathLike[str]) -> bool:
     """Return whether an ONNX file names QuantizeLinear or DequantizeLinear. Needs no onnx."""
     return b"uantizeLinear" in Path(path).read_bytes()
+
+
+def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """Return a BF16 model as float32 operations whose results are rounded to BF16.
+
+    Products of BF16 are exact in float32, and sums are float32, as on GPUs. An operation that
+    only moves or selects numbers is not rounded again.
+
+    Args:
+        model: Any model. Not changed.
+
+    Returns:
+        A new model; None if this one has no BF16 constants.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    if all(tensor.data_type != TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+        return None
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    graph = model.graph
+    narrow = {
+        entry.name
+        for entry in (*graph.value_info, *graph.output)
+        if entry.type.tensor_type.elem_type == TensorProto.BFLOAT16
+    }
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type in SELECTING or node.output[0] not in narrow:
+            continue
+        name = node.output[0]
+        if node.op_type == "Cast":  # to BF16
+            node.output[0] = f"{name}.bf16"
+        else:
+            node.output[0] = f"{name}.float"
+            cast = helper.make_node("Cast", [node.output[0]], [f"{name}.bf16"],
+                                    to=TensorProto.BFLOAT16)  # fmt: skip
+            nodes.append(cast)
+        nodes.append(helper.make_node("Cast", [f"{name}.bf16"], [name], to=TensorProto.FLOAT))
+    replace_nodes(graph, nodes)
+    del graph.value_info[:]
+    return model
+
+
+def has_bf16(path: str | os.PathLike[str]) -> bool:
+    """Return whether an ONNX file has BF16 constants; False if the package onnx is missing."""
+    if not hardware.installed("onnx"):
+        return False
+    from onnx import TensorProto
+
+    constants = io.load(path).graph.initializer
+    return any(tensor.data_type == TensorProto.BFLOAT16 for tensor in constants)
 
 
 def read_quantized(path: str | os.PathLike[str]) -> onnx.ModelProto | None:

@@ -5,10 +5,12 @@ where it put every node. ONNX Runtime itself falls back in four places, with a w
 provider that was not built in (`providers.py`), one that does not start, a node that the provider
 has no kernel for, and a run that fails.
 
-Two measures make results correct and fast on a CPU. The file on disk stays as TensorRT needs it:
+Three measures make results correct and fast on a CPU. The file on disk stays as TensorRT needs it:
 
 - A Q/DQ file is rewritten in memory (`cpu_rewrite.py`): always for ONNX Runtime's own CPU provider,
   for OpenVINO if the CPU's integer kernels would saturate.
+- A BF16 file runs in float32 with every result rounded to BF16: the CPU provider has no BF16
+  convolutions.
 - OpenVINO computes FP32 files in BF16 on CPUs that support it (ResNet-50's logits then differ by
   11 % relative, measured). It is set to f32, because the file determines the precision.
 """
@@ -29,6 +31,7 @@ from rtresnet.core.preprocess import pieces
 from rtresnet.runtime.backend import LAYOUTS, TOPK, TopK
 from rtresnet.runtime.cpu_rewrite import (
     CpuModel,
+    has_bf16,
     has_fp8,
     is_quantized,
     read_quantized,
@@ -66,6 +69,12 @@ WITHOUT_ONNX = (
 )
 
 
+BF16_NOTE = (
+    "BF16 runs in float32 with every result rounded to BF16, because ONNX Runtime's CPU provider "
+    "has no BF16 convolutions"
+)
+
+
 class OrtBackend:
     """An ONNX file in ONNX Runtime. See `runtime.backend.Backend`.
 
@@ -85,7 +94,7 @@ class OrtBackend:
     Attributes:
         placement: Number of nodes on each execution provider, as the session reports it.
         int8_note: How an INT8 file runs if the CPU's integer sums would saturate, or if it cannot
-            be rewritten because the package onnx is not installed; else None.
+            be rewritten because the package onnx is not installed; how a BF16 file runs; else None.
         batch: The only batch size that the file takes; None if it takes any. `infer` takes any
             number of images in either case.
         tf32: As the argument for the CUDA provider; None for others.
@@ -113,8 +122,11 @@ class OrtBackend:
         unfit = saturates and not hardware.installed("onnx") and is_quantized(path)
         graph = read_quantized(path) if rewritten is None else None
         fp8 = has_fp8(graph) if rewritten is None else rewritten.fp8
-        if provider == "auto":  # OpenVINO's FP8 has not been tried
-            provider = "openvino" if openvino_here and not unfit and not fp8 else "cpu"
+        if provider == "auto":  # OpenVINO's FP8 and BF16 have not been tried
+            untried = fp8
+            if openvino_here and graph is None:
+                untried = fp8 or (has_bf16(path) if rewritten is None else rewritten.emulates_bf16)
+            provider = "openvino" if openvino_here and not unfit and not untried else "cpu"
         elif provider == "openvino" and unfit:
             raise missing_package("onnx", f"{path}: INT8 in OpenVINO on a CPU without VNNI")
         about = (openvino_here if provider == "openvino" else None) or find_provider(provider)
@@ -152,6 +164,8 @@ class OrtBackend:
                 preserve_numerics=preserve_numerics,
             )
             model = rewritten.model
+            if rewritten.emulates_bf16:
+                self.int8_note = BF16_NOTE
             if rewritten.needs_float:
                 options.add_session_config_entry(*NO_INTEGER_KERNELS)
                 self.int8_note = WITHOUT_ONNX

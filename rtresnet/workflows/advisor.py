@@ -30,7 +30,7 @@ MARGIN = 1.03
 """Bounds with a smaller ratio than this count as equal."""
 MANY_BYTES = 1.1
 """From this ratio on, a narrow type moves more bytes than it should."""
-NARROW, WIDE = ("int8", "fp8"), ("fp16", "fp32")
+NARROW, WIDE = ("int8", "fp8"), ("fp16", "bf16", "fp32")
 REPRESENTATIVE = {
     "sm_75": "T4", "sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090",
     "sm_90": "H100 SXM", "sm_120": "RTX 5090",

@@ -119,7 +119,7 @@ class BenchmarkedArtifact:
         asked: The requested path.
         measured: The path that is measured: without a GPU, the ONNX file of a plan.
         instead_of_plan: Whether the two differ.
-        note: A sentence that says so, or that FP8 is not computed as such.
+        note: A sentence that says so, or that FP8 or BF16 is not computed as such.
         precision: From the sidecar; None without one.
         untrained: Whether the weights are random.
         size: Side of the input, in pixels.
@@ -444,11 +444,12 @@ def opened(
 
 def _emulated(session: Session) -> str | None:
     """Return a sentence on a file whose precision is not computed as such."""
-    if session.precision != "fp8" or artifacts.kind_of(session.path) == "plan":
+    name = session.precision.upper()
+    if name not in ("FP8", "BF16") or artifacts.kind_of(session.path) == "plan":
         return None
     return (
-        f"{session.path}: ONNX Runtime computes FP8 in FP32 after converting it; these times say "
-        "nothing of FP8 on a GPU"
+        f"{session.path}: ONNX Runtime computes {name} in FP32 after converting it; these times "
+        f"say nothing of {name} on a GPU"
     )
 
 

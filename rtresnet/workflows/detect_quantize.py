@@ -66,6 +66,8 @@ def quantize_detector(
         raise InputError(
             f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
         )
+    if config.precision == "bf16":
+        raise InputError(f"{source}: a detector has no BF16 version", fix="use --fp16")
     calibration, measured = None, Measurements()
     if config.precision == "fp16":
         result = mixed.to_half_except(model, float_nodes(model))

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from rtresnet.builder.layers import Layer, Layers, Tensor
     from rtresnet.core.sidecar import Sidecar
 
-PRECISIONS = ("fp32", "fp16", "int8", "fp8")
-DTYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "fp16", "Int8": "int8", "FP8": "fp8"}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+DTYPES = {
+    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"
+}  # fmt: skip
 """TensorRT's names of types to the columns of the table of rates."""
 
 
@@ -52,7 +54,7 @@ class EstimateConfig(Config):
         metavar="NAME",
         default_text="all known GPUs; those that a plan was built for",
     )
-    precision: Literal["fp32", "fp16", "int8", "fp8"] | None = option(
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = option(
         None,
         "Estimate as if the whole net had this precision.",
         default_text="the file's; fp16 for a MODEL",
@@ -120,7 +122,7 @@ class GpuEstimate:
         rates: Peak operations per second by data type.
         bandwidth: Bytes per second.
         l2: Size of the L2 cache in bytes.
-        source: The document with the GPU's rates.
+        source: The document with the GPU's rates, and whether they were compared with a second one.
         stages: The stages of the net.
         measured: Measurements, which no bound exceeds.
     """
@@ -388,7 +390,7 @@ def _chosen(
     """Return the named GPUs, or all that can run the kernels."""
     from rtresnet.bench import roofline
 
-    fp8 = any(kernel.dtype == "fp8" for kernel in kernels)
+    used = {kernel.dtype for kernel in kernels}
     possible = [
         gpu
         for gpu in roofline.GPUS
@@ -405,10 +407,13 @@ def _chosen(
                 if rtx
                 else "build it on that GPU's machine with --builder tensorrt",
             )
-        if every_gpu and fp8 and gpu.fp8 is None:
-            having = ", ".join(gpu.name for gpu in roofline.GPUS if gpu.fp8 is not None)
-            raise InputError(f"--gpu {gpu.name}: it has no FP8", fix=f"GPUs with FP8: {having}")
-    possible = [gpu for gpu in possible if not fp8 or gpu.fp8 is not None]
+        if every_gpu and (lacking := sorted(used - gpu.dtypes)):
+            name = lacking[0].upper()
+            having = ", ".join(gpu.name for gpu in roofline.GPUS if lacking[0] in gpu.dtypes)
+            raise InputError(
+                f"--gpu {gpu.name}: it has no {name}", fix=f"GPUs with {name}: {having}"
+            )
+    possible = [gpu for gpu in possible if used <= gpu.dtypes]
     return [gpu for gpu in gpus if gpu in possible] if gpus else possible
 
 
@@ -500,14 +505,10 @@ def _on_gpu(gpu: GpuSpec, bounds: Sequence[MinimumTime], batch: int) -> GpuEstim
         through_memory_ms=whole.through_memory_ms,
         compute_ms=whole.compute_ms,
         memory_ms=whole.memory_ms,
-        rates={
-            name: gpu.rates.rate(name)
-            for name in PRECISIONS
-            if name != "fp8" or gpu.fp8 is not None
-        },
+        rates={name: gpu.rates.rate(name) for name in PRECISIONS if name in gpu.dtypes},
         bandwidth=gpu.rates.bandwidth,
         l2=gpu.l2 * 2**20,
-        source=gpu.source,
+        source=gpu.described,
         stages=tuple(_sum(name, members, batch) for name, members in stages.items()),
     )
 

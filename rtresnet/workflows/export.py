@@ -67,7 +67,7 @@ class ExportConfig(Config):
         "Architecture, one of those that `rtresnet models` lists.",
         default_text="that of the weights",
     )
-    precisions: tuple[Literal["fp32", "fp16", "int8", "fp8"], ...] = option(
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = option(
         (), "Precisions to write."
     )
     plan: bool = option(False, "Build a plan for each precision.")
@@ -241,6 +241,8 @@ class _Export:
                 f"{weights}: a detector takes no embedded input or output and no stated input",
                 fix="leave these options out",
             )
+        if "bf16" in self.config.precisions:
+            raise InputError(f"{weights}: a detector has no BF16 version", fix="use --fp16")
         return detect_export.write_fp32(
             weights, base, size=self.config.canvas, reporter=self.reporter
         )
@@ -307,8 +309,8 @@ def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
     Raises:
         InputError: An option of the config is not for this precision.
     """
-    if precision in ("fp32", "fp16"):
-        return QuantizeConfig(precision="fp16")
+    if precision in ("fp32", "fp16", "bf16"):
+        return QuantizeConfig(precision="bf16" if precision == "bf16" else "fp16")
     fp8_stem = config.fp8_stem and precision == "fp8"
     return dataclasses.replace(config, precision=precision, fp8_stem=fp8_stem)  # type: ignore[arg-type]
 

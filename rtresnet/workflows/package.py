@@ -114,6 +114,11 @@ def package(
             "removes ReLUs",
             fix="build a plan on the server's GPU with --builder tensorrt, or use package --docker",
         )
+    if kind == "onnx" and sidecar is not None and sidecar.precision == "bf16":
+        raise ArtifactError(
+            f"{path}: BF16, of which Triton's ONNX Runtime has no convolutions",
+            fix="build a plan on the server's GPU with --builder tensorrt, or package FP16",
+        )
     profiles: tuple[Profile, ...] = ()
     graph = path
     if kind == "plan":

@@ -1,4 +1,4 @@
-"""Write an FP16, INT8 or FP8 version of an FP32 ONNX file.
+"""Write an FP16, BF16, INT8 or FP8 version of an FP32 ONNX file.
 
 INT8 and FP8 are calibrated on images, on the statistics of batch norm, or take the scales that
 quantization-aware training left in the file. `accuracy_gate.py` bounds what quantization may cost.
@@ -46,7 +46,7 @@ class QuantizeConfig(Config):
     """How a file is quantized.
 
     Attributes:
-        precision: "int8", "fp8" or "fp16".
+        precision: "int8", "fp8", "fp16" or "bf16".
         calib: Images to calibrate on: any data, a folder of images, a list in a .txt file, or
             "none" for ranges from the statistics of batch norm. None: the images in calib/.
         calibrator: How the range of a tensor is chosen.
@@ -61,7 +61,7 @@ class QuantizeConfig(Config):
         max_broken: Share of broken images that are left out, in [0, 1]; with more it is an error.
     """
 
-    precision: Literal["int8", "fp8", "fp16"] = option("int8", "Precision of the new file.")
+    precision: Literal["int8", "fp8", "fp16", "bf16"] = option("int8", "Precision of the new file.")
     calib: str | None = option(
         None,
         "Images to calibrate on: any data, a folder of images, a list in a .txt file, or none for "
@@ -285,7 +285,8 @@ def quantize_unlocked(
     if scales is None:
         from rtresnet.quantization import fp16
 
-        result = fp16.to_half(model)
+        assert config.precision in ("fp16", "bf16")
+        result = fp16.to_half(model, config.precision)
     else:
         job = _Quantization(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
                             reporter=reporter)  # fmt: skip
