@@ -18,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from rtresnet.core.sidecar import Sidecar
 from rtresnet.models.nets import INPUT, OUTPUT
 from rtresnet.models.resnet import Add, MeanImage, PadShortcut
 from rtresnet.onnxlib import metadata
@@ -27,7 +28,12 @@ OPSET = 18
 
 
 def to_onnx(
-    graph: fx.GraphModule, *, size: int, name: str, scales: metadata.TrainedScales | None = None
+    graph: fx.GraphModule,
+    *,
+    size: int,
+    name: str,
+    scales: metadata.TrainedScales | None = None,
+    description: Sidecar | None = None,
 ) -> onnx.ModelProto:
     """Write a folded net.
 
@@ -36,6 +42,7 @@ def to_onnx(
         size: Side of the input in pixels.
         name: The graph's name, shown by viewers.
         scales: Activation scales that training learned; kept in the file.
+        description: What the file says about itself where it has no sidecar.
 
     Returns:
         A checked model, opset 18, with every shape inferred.
@@ -77,6 +84,8 @@ def to_onnx(
         metadata.NORM_STATISTICS.set(model, graph.meta[metadata.NORM_STATISTICS.key])
     if scales is not None:
         metadata.TRAINED_SCALES.set(model, scales)
+    if description is not None:
+        metadata.DESCRIPTION.set(model, description)
     return checked(model)
 
 

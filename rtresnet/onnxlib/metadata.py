@@ -26,7 +26,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from rtresnet.core import atomic_io
-from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.errors import ArtifactError
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Sidecar, description, from_description
 
@@ -207,47 +207,3 @@ def described(path: Path, model: Any) -> Sidecar | None:
         return None
     digest, size = atomic_io.sha256(path), path.stat().st_size
     return dataclasses.replace(sidecar, file=path.name, sha256=digest, bytes=size)
-
-
-def require_trained_for(
-    source: object,
-    trained: TrainedScales | None,
-    precision: str,
-    *,
-    calib: str | None,
-    calibrator: str,
-    fp8_stem: bool,
-) -> None:
-    """Refuse to quantize in another way than the scales of a training run were trained for.
-
-    Args:
-        source: Whose scales they are, for the message.
-        trained: None where there are none.
-        precision: "int8" or "fp8".
-        calib: Images that were asked for, if any.
-        calibrator: "auto" where none was asked for.
-        fp8_stem: Whether FP8 was asked for in the first convolution.
-
-    Raises:
-        InputError: There are trained scales, and another precision or calibration was asked for.
-    """
-    if trained is None:
-        return
-    if precision != trained.format:
-        raise InputError(
-            f"{source}: its scales were learned for {trained.format.upper()}, not for "
-            f"{precision.upper()}",
-            fix=f"use --{trained.format}, or train without --qat",
-        )
-    if fp8_stem:
-        raise InputError(
-            f"{source}: was trained with its first convolution in float",
-            fix="leave --fp8-stem out",
-        )
-    if calib is not None or calibrator != "auto":
-        option = f"--calib {calib}" if calib is not None else f"--calibrator {calibrator}"
-        raise InputError(
-            f"{source}: its activation scales were learned in training, there is nothing to "
-            "calibrate",
-            fix=f"leave {option} out",
-        )

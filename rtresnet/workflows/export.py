@@ -30,10 +30,11 @@ from rtresnet.workflows.embed_io import EmbedConfig
 from rtresnet.workflows.estimate import EstimateConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
-from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked
+from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked, require_trained_for
 
 if TYPE_CHECKING:
     from rtresnet.models.checkpoint import Checkpoint
+    from rtresnet.models.nets import Net
 
 RUNS = Path("runs")
 
@@ -260,7 +261,6 @@ class _Export:
         """Return the checkpoint with the stated input. Reject invalid requests early."""
         require_torch("export")
         from rtresnet.builder import targets
-        from rtresnet.onnxlib import metadata
 
         targets.parse_profiles(self.build.batch)
         targets.parse(self.build.targets, self.build.builder)
@@ -272,7 +272,7 @@ class _Export:
             open_images(calib)
         checkpoint, origin = resolve(weights, self.config.model, self.stated.size, self.reporter)
         for config in quantized:
-            metadata.require_trained_for(
+            require_trained_for(
                 origin, checkpoint.learned, config.precision, calib=calib,
                 calibrator=config.calibrator, fp8_stem=config.fp8_stem,
             )  # fmt: skip
@@ -390,33 +390,34 @@ def _write_fp32(
         raise missing_package("onnx", "export")
     from rtresnet.exporter import fold, verify
     from rtresnet.exporter.writer import to_onnx
-    from rtresnet.onnxlib import metadata
 
+    record = Sidecar(
+        kind="onnx",
+        file=path.name,
+        model=checkpoint.model,
+        input=checkpoint.input,
+        weights=checkpoint.weights,
+        precision="fp32",
+        assumed=checkpoint.assumed,
+        parent=artifacts.link_to(origin, path) if origin else None,
+    )
+    net, size = checkpoint.net(), checkpoint.input.size
     with reporter.progress(f"exporting {path}"):
         model = to_onnx(
-            fold.fold(checkpoint.net(), checkpoint.input.size),
-            size=checkpoint.input.size,
+            fold.fold(net, size),
+            size=size,
             name=checkpoint.model.architecture,
             scales=checkpoint.learned,
+            description=record,
         )
         verify.check_folded(model)
-        record = Sidecar(
-            kind="onnx",
-            file=path.name,
-            model=checkpoint.model,
-            input=checkpoint.input,
-            weights=checkpoint.weights,
-            precision="fp32",
-            assumed=checkpoint.assumed,
-            parent=artifacts.link_to(origin, path) if origin else None,
-        )
-        metadata.DESCRIPTION.set(model, record)
         data = model.SerializeToString()
-        record = dataclasses.replace(record, measured=_parity(checkpoint, path, data, reporter))
+        measured = _parity(net, size, path, data, reporter)
+    record = dataclasses.replace(record, measured=measured)
     return artifacts.publish(path, lambda temporary: temporary.write_bytes(data), record)
 
 
-def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter) -> Measurements:
+def _parity(net: Net, size: int, path: Path, data: bytes, reporter: Reporter) -> Measurements:
     """Compare the file with the torch net; returns what goes into the sidecar's `measured`."""
     if not hardware.installed("onnxruntime"):
         reporter.note("parity not checked: pip install onnxruntime")
@@ -431,8 +432,6 @@ def _parity(checkpoint: Checkpoint, path: Path, data: bytes, reporter: Reporter)
         trial.write_bytes(data)
         backend = OrtBackend(trial, provider="cpu", rewritten=CpuModel(model=str(trial)))
         parity = verify.check_parity(
-            checkpoint.net(),
-            lambda images: logits(backend.infer(images), path),
-            size=checkpoint.input.size,
+            net, lambda images: logits(backend.infer(images), path), size=size
         )
     return {"parity": {**parity, "with": backend.provider}}

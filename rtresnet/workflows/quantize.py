@@ -328,6 +328,50 @@ def _scales_path(out: Path, reporter: Reporter) -> Path:
     return path
 
 
+def require_trained_for(
+    source: object,
+    trained: TrainedScales | None,
+    precision: str,
+    *,
+    calib: str | None,
+    calibrator: str,
+    fp8_stem: bool,
+) -> None:
+    """Refuse to quantize in another way than the scales of a training run were trained for.
+
+    Args:
+        source: Whose scales they are, for the message.
+        trained: None where there are none.
+        precision: "int8" or "fp8".
+        calib: Images that were asked for, if any.
+        calibrator: "auto" where none was asked for.
+        fp8_stem: Whether FP8 was asked for in the first convolution.
+
+    Raises:
+        InputError: There are trained scales, and another precision or calibration was asked for.
+    """
+    if trained is None:
+        return
+    if precision != trained.format:
+        raise InputError(
+            f"{source}: its scales were learned for {trained.format.upper()}, not for "
+            f"{precision.upper()}",
+            fix=f"use --{trained.format}, or train without --qat",
+        )
+    if fp8_stem:
+        raise InputError(
+            f"{source}: was trained with its first convolution in float",
+            fix="leave --fp8-stem out",
+        )
+    if calib is not None or calibrator != "auto":
+        option = f"--calib {calib}" if calib is not None else f"--calibrator {calibrator}"
+        raise InputError(
+            f"{source}: its activation scales were learned in training, there is nothing to "
+            "calibrate",
+            fix=f"leave {option} out",
+        )
+
+
 Quantized = tuple[Any, Calibration, "GateResult | None", list[OutlierRecord]]
 """The model, how it was calibrated, what the gate measured, and the outlier channels."""
 
@@ -367,14 +411,14 @@ class _Quantization:
         from rtresnet.quantization.prepare import prepare
 
         config, gate = self.config, self.config.accuracy_gate
-        model = prepare(model)
         trained = metadata.TRAINED_SCALES.read(
             {entry.key: entry.value for entry in model.metadata_props}
         )
-        metadata.require_trained_for(
+        require_trained_for(
             self.source, trained, config.precision, calib=config.calib,
             calibrator=config.calibrator, fp8_stem=config.fp8_stem,
         )  # fmt: skip
+        model = prepare(model)
         if trained is not None:
             if gate is not None:
                 raise InputError(
