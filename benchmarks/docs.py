@@ -157,6 +157,7 @@ API_GROUPS = {
     "Inspect and report": ("workflows.inspect", "core.sidecar", "core.artifacts",
                            "workflows.models", "workflows.doctor", "reporting.report"),
     "Studies and quickstart": ("workflows.study", "workflows.study_analysis",
+                               "workflows.study_detection",
                                "workflows.quickstart"),
     "Detection": ("workflows.detect_train", "workflows.detect_evaluate",
                   "workflows.detect_predict", "workflows.detect_compare", "workflows.detect_check"),

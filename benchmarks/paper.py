@@ -1,4 +1,4 @@
-"""The analyses of the paper that take minutes on a CPU: cost, gradients, blocks, lesions.
+"""The analyses of the paper that take minutes on a CPU.
 
     python benchmarks/paper.py --data folder:cifar10 --checkpoint resnet32.th [--images 1000]
 
@@ -89,12 +89,31 @@ def lesions(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]],
     return result, [headings, *rows], about
 
 
-STUDIES = {"cost": cost, "gradients": gradients, "lesions": lesions, "blocks": blocks}
+def detection(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]], str]:
+    backbones = [f"--backbone={name}" for name in ("plain18", "resnet18", "resnet34")]
+    result = rtresnet(
+        "study", "detection", "--data", "shapes:200", *backbones, "--set", "width=0.125",
+        "--epochs", "12", "--pretrain-steps", "60", "--seeds", "2",
+        "--out", str(options.out / "detection"),
+    )  # fmt: skip
+    rows = [
+        (record["backbone"], f"{record['parameters']:,}",
+         *(f"{record[name]['mean']:.1f} ± {record[name]['std']:.1f}"
+           for name in ("ap50", "ap", "voc07")),
+         len(record["runs"]))
+        for record in result["backbones"]
+    ]  # fmt: skip
+    headings = ("backbone", "parameters", "AP50 %", "AP %", "VOC07 %", "n")
+    return result, [headings, *rows], f"{result['note']}; an eighth of the nets' width"
+
+
+STUDIES = {"cost": cost, "gradients": gradients, "lesions": lesions, "blocks": blocks,
+           "detection": detection}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="not needed by cost and detection")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--study", action="append", choices=STUDIES)

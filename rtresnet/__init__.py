@@ -114,6 +114,11 @@ if TYPE_CHECKING:
         study_gradients,
         study_lesions,
     )
+    from rtresnet.workflows.study_detection import (
+        DetectionStudyConfig,
+        DetectionStudyResult,
+        study_detection,
+    )
     from rtresnet.workflows.train import TrainConfig, TrainResult, train
     from rtresnet.workflows.weights import WeightsResult, export_weights, import_weights
 
@@ -173,6 +178,7 @@ _MODULES = {
         "study_cost study_gradients study_lesions GradientsConfig CostResult GradientsResult "
         "LesionsResult"
     ),
+    "workflows.study_detection": "study_detection DetectionStudyConfig DetectionStudyResult",
     "workflows.models": "list_models ModelsResult",
     "workflows.doctor": "doctor DoctorResult",
     "workflows.quickstart": "quickstart QuickstartConfig QuickstartResult",
@@ -203,6 +209,8 @@ __all__ = [
     "DataInspectConfig",
     "DataInspectResult",
     "DetectResult",
+    "DetectionStudyConfig",
+    "DetectionStudyResult",
     "DoctorResult",
     "EmbedConfig",
     "EstimateConfig",
@@ -302,6 +310,7 @@ __all__ = [
     "study_blocks",
     "study_cost",
     "study_degradation",
+    "study_detection",
     "study_gradients",
     "study_lesions",
     "study_responses",

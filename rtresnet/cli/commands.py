@@ -61,6 +61,7 @@ EXAMPLES = {
     "study cost": "rtresnet study cost",
     "study gradients": "rtresnet study gradients --data digits --steps 20",
     "study lesions": "rtresnet study lesions runs/resnet20-digits/best.pt --data digits",
+    "study detection": "rtresnet study detection --data shapes:200 --set width=0.25 --epochs 6",
     "study responses": "rtresnet study responses runs/resnet20-digits/best.pt --data digits",
     "inspect": "rtresnet inspect engines/resnet18-int8.plan --layers",
     "models": "rtresnet models --json models.json",

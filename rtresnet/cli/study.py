@@ -14,6 +14,7 @@ from rtresnet.cli.study_analysis import (
     can_draw,
     cost,
     data_option,
+    detection,
     gradients,
     lesions,
     out_option,
@@ -113,5 +114,5 @@ def _show(result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]]) -
     common.note(f"page: {result.out / 'index.html'}")
 
 
-for _analysis in (responses, cost, gradients, lesions):
+for _analysis in (responses, cost, gradients, lesions, detection):
     command.add_command(_analysis)

@@ -13,6 +13,7 @@ from rtresnet.cli.options import config_options
 from rtresnet.core.reporter import plural
 from rtresnet.workflows.study import DATA_OPTION
 from rtresnet.workflows.study_analysis import GradientsConfig
+from rtresnet.workflows.study_detection import DetectionStudyConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,3 +161,30 @@ def lesions(checkpoint: str, data: str, images: int | None, out: Path) -> None:
     )  # fmt: skip
     common.show(tables.assumed(result.assumed, of=checkpoint))
     common.show(f"Note: {line}." for line in result.remarks)
+
+
+@click.command("detection")
+@click.option(
+    "--data",
+    default="shapes:200",
+    help="Images with boxes: voc:DIR[:SPLIT], coco:JSON:IMAGES or shapes:N.  [default: shapes:200]",
+)
+@config_options(DetectionStudyConfig)
+@out_option("detection")
+@common.json_option
+def detection(data: str, config: DetectionStudyConfig, out: Path) -> None:
+    """Train Faster R-CNN with several backbones, equally pre-trained (section 4.3, table 7).
+
+    Every run is a folder in --out; finished runs are not repeated. Drawn shapes show that a
+    backbone learns; a ranking needs VOC or COCO, ImageNet weights and a GPU.
+    """
+    from rtresnet.reporting import study
+    from rtresnet.workflows.study_detection import study_detection
+
+    result = study_detection(data, config, out=out, reporter=common.REPORTER)
+    common.note(f"{result.note}.")
+    _show_analysis(
+        "detection", "Backbones of Faster R-CNN", result, out, study.detection_table(result),
+        lambda: study.detection_figure(result),
+        "Average precision of each backbone, a dot for each seed, and its training loss.",
+    )  # fmt: skip

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LesionsResult,
         NetGradients,
     )
+    from rtresnet.workflows.study_detection import BackboneRecord, DetectionStudyResult
 
 SETTLED = 0.25  # of a run: what came before does not set the height of the axes
 SMALL = 8.5  # points
@@ -370,3 +371,59 @@ def lesion_figure(result: LesionsResult, data: str) -> Figure:
         axes.set_xticks(range(len(names)), names, fontsize=SMALL if len(names) < 24 else 5,
                         rotation=0 if len(names) < 13 else 90)  # fmt: skip
     return drawing
+
+
+def detection_table(result: DetectionStudyResult) -> DataTable:
+    """Return a row for each backbone."""
+    rows = []
+    for record in result.backbones:
+        lost = sum(run.diverged is not None for run in record.runs)
+        finished = len(record.runs) - lost
+        none = "-" if finished else "diverged"
+        rows.append((
+            record.backbone, f"{record.parameters:,}",
+            *(str(value or none) for value in (record.ap50, record.ap, record.voc07)),
+            f"{finished}" + (f", {lost} diverged" if lost else ""),
+        ))  # fmt: skip
+    return DataTable(
+        headings=("backbone", "parameters", "AP50 %", "AP %", "VOC07 %", "n"),
+        rows=rows,
+        about="Average precision on the test images in %, mean and standard deviation over the "
+        "seeds; parameters of the whole detector.",
+    )
+
+
+def detection_figure(result: DetectionStudyResult) -> Figure:
+    """Average precision by backbone, a dot for each seed, and the training loss against steps."""
+    drawing, (bars, losses) = subplots(1, 2, 9.8, 4.0)
+    _head(drawing, "Backbones of Faster R-CNN under one recipe", result.note)
+    for place, record in enumerate(result.backbones):
+        colour = PALETTE[place % len(PALETTE)]
+        for offset, name, alpha in ((-0.2, "ap50", 1.0), (0.2, "ap", 0.55)):
+            _precision_bar(bars, record, place + offset, name, colour, alpha)
+        curves = [run for run in record.runs if run.loss]
+        for seed, run in enumerate(curves):
+            losses.plot(run.steps, run.loss, color=colour, linewidth=1.4, alpha=0.85,
+                        label="" if seed else record.backbone)  # fmt: skip
+    names = [record.backbone for record in result.backbones]
+    bars.set_xticks(range(len(names)), names, fontsize=SMALL)
+    bars.set(ylabel="%", ylim=(0, 100))
+    bars.set_title("AP50 (dark) and AP (light) on the test images", fontsize=10, loc="left")
+    losses.set(xlabel="steps", ylim=(0, None))
+    losses.set_title("training loss", fontsize=10, loc="left")
+    if any(run.loss for record in result.backbones for run in record.runs):
+        losses.legend(frameon=False, fontsize=SMALL)
+    return drawing
+
+
+def _precision_bar(
+    axes: Any, record: BackboneRecord, x: float, name: str, colour: str, alpha: float
+) -> None:
+    spread = getattr(record, name)
+    if spread is None:
+        return
+    axes.bar(x, spread.mean, width=0.36, color=colour, alpha=alpha)
+    values = [getattr(run.measured, name) for run in record.runs if run.measured is not None]
+    if len(values) > 1:
+        axes.plot([x] * len(values), values, "o", color="black", markersize=3.5)
+    axes.text(x, spread.mean + 2, f"{spread.mean:.1f}", ha="center", fontsize=SMALL)

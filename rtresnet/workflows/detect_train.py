@@ -147,7 +147,7 @@ def train_detector(
         else:
             stack.enter_context(locks.hold_folder(out, warn=reporter.note))
         checkpointing.check_folder(out, config.resume)
-        job = (_resumed if config.resume else _fresh)(out, config, stated, reporter)
+        job = (_resumed if config.resume else detection_job)(out, config, stated, reporter)
         job = dataclasses.replace(job, device=device, save_every=config.save_every)
         _announce(job, reporter)
         with _Progress(reporter) as progress:
@@ -189,9 +189,21 @@ def _sources(
     return source, test
 
 
-def _fresh(
+def detection_job(
     out: Path, config: TrainDetectorConfig, stated: InputConfig, reporter: Reporter
 ) -> DetectionJob:
+    """Return a new run as the options describe it.
+
+    Args:
+        out: Its folder.
+        config: The options.
+        stated: Mean and std in place of the weights' or ImageNet's.
+        reporter: Receives defects of the data.
+
+    Raises:
+        InputError: Unknown names or settings.
+        DataError: Broken annotations or images.
+    """
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.detection import recipe as recipes
     from rtresnet.detection.data import SHAPES_SIDE

@@ -241,3 +241,82 @@ def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(
     monkeypatch.setattr("rtresnet.training.evaluate.evaluate", None)  # nothing is measured again
     assert study("lesions", *arguments) == result
     assert main(["study", "lesions", *map(str, arguments[:3]), "--images", "3", "--out", "l"]) == 2
+
+
+DETECTORS = (
+    "--data", "shapes:4", "--set", "width=0.125", "--set", "shorter=64", "--set", "longer=64",
+    "--set", "anchors=16,32", "--set", "candidates=60", "--set", "regions=12", "--epochs", 2,
+    "--pretrain-steps", 2, "--backbone", "resnet18", "--backbone", "plain18",
+)  # fmt: skip
+
+
+def test_detection_compares_backbones_and_repeats_no_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = study("detection", *DETECTORS, "--seeds", 1)
+    out = here / "runs" / "study-detection"
+    page = check_files(out, "detection")
+    assert "resnet18" in page and "2 steps on objects" in capsys.readouterr().err
+    assert [record["backbone"] for record in result["backbones"]] == ["resnet18", "plain18"]
+    for record in result["backbones"]:
+        (run,) = record["runs"]
+        lines = (Path(run["folder"]) / "log.jsonl").read_text().splitlines()
+        assert run["loss"] == [json.loads(line)["loss"] for line in lines] and len(lines) == 2
+        assert record["ap50"]["mean"] == run["measured"]["ap50"]
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("best.pt")}
+    assert study("detection", *DETECTORS, "--seeds", 1) == result
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("best.pt")} == times
+    other = ["study", "detection", *map(str, DETECTORS), "--seeds", "1", "--set", "lr=0.001"]
+    assert main(other) == 2 and "another recipe" in capsys.readouterr().err
+
+
+def test_detection_interrupted_study_ends_in_the_same_numbers(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtresnet.detection import training
+
+    whole = study("detection", *DETECTORS, "--seeds", 1, "--out", "whole")
+    right, calls = training._Run._update, []
+
+    def interrupted(self: training._Run, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:  # in the second epoch, after its first was saved
+            raise KeyboardInterrupt
+        return right(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training._Run, "_update", interrupted)
+    arguments = ["study", "detection", *map(str, DETECTORS), "--seeds", "1", "--out", "parts"]
+    assert main(arguments) == 130
+    parts = study("detection", *DETECTORS, "--seeds", 1, "--out", "parts")
+    for one, other in zip(whole["backbones"], parts["backbones"], strict=True):
+        assert one["ap"] == other["ap"] and one["runs"][0]["loss"] == other["runs"][0]["loss"]
+
+
+def test_detection_diverged_run_is_a_result(here: Path) -> None:
+    result = study("detection", *DETECTORS, "--seeds", 1, "--set", "lr=10", "--set", "clip=0",
+                   "--set", "warmup=0", "--set", "epochs=8", "--pretrain", "none")  # fmt: skip
+    lost = [run["diverged"] for record in result["backbones"] for run in record["runs"]]
+    assert any(lost)
+    for record, message in zip(result["backbones"], lost, strict=True):
+        assert (record["ap"] is None) == (message is not None)
+
+
+def test_detection_pretraining_learns_the_objects(tmp_path: Path) -> None:
+    from rtresnet.core.preprocess import Preprocess
+    from rtresnet.core.sidecar import Detection
+    from rtresnet.detection import pretrain, recipe, training
+    from rtresnet.detection.data import open_detection
+    from rtresnet.models import zoo
+
+    job = training.DetectionJob(
+        spec=zoo.spec("resnet18"), detection=Detection(pool=7, width=0.125), test=None,
+        source=open_detection("shapes:30"), preprocess=Preprocess.for_size(64),
+        recipe=recipe.SCRATCH, out=tmp_path,
+    )  # fmt: skip
+    losses: list[float] = []
+    terms = pretrain.PretrainRecipe(steps=30, batch=16)
+    start = pretrain.pretrain(job, terms, lambda step, loss: losses.append(loss))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    again = pretrain.pretrain(job, terms, lambda step, loss: losses.append(loss))
+    assert len(losses) == 30 and again.weights.sha256 is not None
+    assert all((again.state[name] == start.state[name]).all() for name in start.state)
