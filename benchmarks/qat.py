@@ -1,11 +1,13 @@
-"""Fine-tuning for INT8: does the exported file compute what was trained?
+"""Fine-tuning for INT8 or FP8: does the exported file compute what was trained?
 
     python benchmarks/qat.py --data folder:cifar10 [--epochs 1] WEIGHTS...
+    python benchmarks/qat.py --data folder:cifar10 --precision fp8 --steps 100 --name qat-fp8 ...
 
 `rtresnet train --qat` on the training images, `export --int8` of what it kept, then the test
-images through four: the net in torch with fake quantization, the INT8 ONNX file as it is written
-(ONNX Runtime without its optimizer), the same in integers (as `rtresnet.load` runs it on a CPU),
-and the FP32 file that training began with.
+images through four: the net in torch with fake quantization, the quantized ONNX file as it is
+written (ONNX Runtime without its optimizer), the same as `rtresnet.load` runs it on a CPU (INT8: in
+integers), and the FP32 file that training began with. In FP8, what is not FP8 is FP16 in the file
+and float32 in training.
 """
 
 from __future__ import annotations
@@ -28,44 +30,60 @@ from rtresnet.models import checkpoint
 from rtresnet.quantization import simulate
 from rtresnet.training import qat
 
-HEADINGS = (
-    "net", "training images", "epochs", "torch and ONNX agree %", "of", "equal logits %",
-    "in integers %", "FP32 before %", "INT8 after %", "drop, points", "95 %",
-)  # fmt: skip
+
+def headings(precision: str) -> tuple[str, ...]:
+    name = precision.upper()
+    ran = "in integers %" if name == "INT8" else "on a CPU %"
+    return (
+        "net", "training images", "epochs", "torch and ONNX agree %", "of", "equal logits %",
+        "noise between them, dB", ran, "FP32 before %", f"{name} before %", f"{name} after %",
+        "drop, points", "95 %",
+    )  # fmt: skip
 
 
 def measure(weights: str, options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    before = rtresnet("export", "--weights", weights, "--fp32", "--no-plan", "--out", "before",
+    flag = f"--{options.precision}"
+    length = ("--set", f"steps={options.steps}") if options.steps else ()
+    calib = ("--calib", options.data, "--calib-images", "512", "--calibrator", "mse")
+    before = rtresnet("export", "--weights", weights, flag, *calib, "--no-plan", "--out", "before",
                       cwd=place)  # fmt: skip
-    rtresnet("train", "--weights", weights, "--data", options.data, "--qat", "--epochs",
-             str(options.epochs), "--out", "run", cwd=place)  # fmt: skip
-    after = rtresnet("export", "--weights", "run/best.pt", "--int8", "--no-plan", "--out", "after",
+    rtresnet("train", "--weights", weights, "--data", options.data, "--qat", "--precision",
+             options.precision, "--epochs", str(options.epochs), *length, "--out", "run",
+             cwd=place)  # fmt: skip
+    after = rtresnet("export", "--weights", "run/best.pt", flag, "--no-plan", "--out", "after",
                      cwd=place)  # fmt: skip
     kept = checkpoint.load(place / "run" / "best.pt")
     assert kept.learned is not None
-    fake = qat.FakeQuantized(kept.net()).eval()
+    fake = qat.FakeQuantized(kept.net(), options.precision).eval()
     fake.set_scales(kept.learned.scales)
-    (written,) = [entry for entry in after["onnx"] if entry["precision"] == "int8"]
-    (plain,) = before["onnx"]
-    files = [place / entry["file"] for entry in (written, plain)]
+    (written,) = [entry for entry in after["onnx"] if entry["precision"] == options.precision]
+    plain, calibrated = before["onnx"]
+    files = [place / entry["file"] for entry in (written, plain, calibrated)]
     sessions = [simulate.make_session(onnx.load(file)) for file in files]
-    integers = package.load(str(files[0]), provider="cpu")
+    as_run = package.load(str(files[0]), provider="cpu")
     found: list[list[np.ndarray]] = []
-    for images, labels in loader.batches(open_source(options.data, "test"), kept.input, 128):
+    test = open_source(options.data, "test")
+    chosen = loader.sample(test, options.images)
+    for images, labels in loader.batches(test, kept.input, 128, indices=chosen):
         with torch.inference_mode():
             trained = fake(torch.from_numpy(images)).numpy()
         runs = [session.run(None, {"images": images})[0] for session in sessions]
-        found.append([trained, *runs, integers(images), labels])
-    integers.close()
-    trained, int8, fp32, ran, labels = (np.concatenate(part) for part in zip(*found, strict=True))
-    drop = metrics.paired_drop(fp32.argmax(1) == labels, int8.argmax(1) == labels)
+        found.append([trained, *runs, as_run(images), labels])
+    as_run.close()
+    trained, quantized, fp32, calibrated, ran, labels = (
+        np.concatenate(part) for part in zip(*found, strict=True)
+    )
+    drop = metrics.paired_drop(fp32.argmax(1) == labels, quantized.argmax(1) == labels)
     return {
         "net": after["model"], "training_images": kept.learned.n, "epochs": options.epochs,
-        "agreement": 100 * metrics.parity(trained, int8).agreement, "n": len(labels),
-        "equal": 100 * float((trained == int8).all(1).mean()),
-        "in_integers": 100 * metrics.parity(trained, ran).agreement,
+        "precision": options.precision, "steps": options.steps,
+        "agreement": 100 * metrics.parity(trained, quantized).agreement, "n": len(labels),
+        "equal": 100 * float((trained == quantized).all(1).mean()),
+        "noise_db": simulate.noise_ratio(trained, quantized),
+        "as_run": 100 * metrics.parity(trained, ran).agreement,
         "fp32_top1": 100 * float((fp32.argmax(1) == labels).mean()),
-        "int8_top1": 100 * float((int8.argmax(1) == labels).mean()),
+        "calibrated_top1": 100 * float((calibrated.argmax(1) == labels).mean()),
+        "top1": 100 * float((quantized.argmax(1) == labels).mean()),
         "drop": drop.points, "low": drop.low, "high": drop.high,
     }  # fmt: skip
 
@@ -74,7 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", nargs="+")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=0, help="in place of epochs")
+    parser.add_argument("--images", type=int, default=10_000, help="test images")
+    parser.add_argument("--name", default="qat")
     options = parser.parse_args()
     results = []
     for weights in options.weights:
@@ -82,9 +104,10 @@ def main() -> None:
             results.append(measure(str(Path(weights).resolve()), options, Path(folder)))
     rows = [
         (
-            e["net"], e["training_images"], e["epochs"], f"{e['agreement']:.2f}", e["n"],
-            f"{e['equal']:.2f}", f"{e['in_integers']:.2f}", f"{e['fp32_top1']:.2f}",
-            f"{e['int8_top1']:.2f}",
+            e["net"], e["training_images"],
+            f"{e['steps']} steps" if e["steps"] else e["epochs"], f"{e['agreement']:.2f}", e["n"],
+            f"{e['equal']:.2f}", f"{e['noise_db']:.1f}", f"{e['as_run']:.2f}",
+            f"{e['fp32_top1']:.2f}", f"{e['calibrated_top1']:.2f}", f"{e['top1']:.2f}",
             f"{e['drop']:.2f}", f"{e['low']:.2f} to {e['high']:.2f}",
         )
         for e in results
@@ -92,13 +115,15 @@ def main() -> None:
     versions = hardware.versions(("rtresnet", "torch", "onnx", "onnxruntime"))
     caption = (
         f"Fine-tuned on {Path(options.data.partition(':')[2]).name}; equal logits: of torch and "
-        f"ONNX, bit for bit; in integers: torch and the file as a CPU runs it agree; "
-        f"drop: INT8 after against FP32 before; CPU, {hardware.cpu()}, "
+        f"ONNX, bit for bit; noise between them: signal to noise of the file's logits against "
+        f"torch's; in integers, on a CPU: torch and the file as a CPU runs it agree; "
+        f"{options.precision.upper()} before: calibrated by mse on 512 training images; "
+        f"drop: {options.precision.upper()} after against FP32 before; CPU, {hardware.cpu()}, "
         + ", ".join(f"{n} {v}" for n, v in versions.items())
         + "."
     )
-    save("qat", {"results": results, "versions": versions},
-         markdown(HEADINGS, rows) + "\n\n" + caption)  # fmt: skip
+    save(options.name, {"results": results, "versions": versions},
+         markdown(headings(options.precision), rows) + "\n\n" + caption)  # fmt: skip
 
 
 if __name__ == "__main__":

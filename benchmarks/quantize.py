@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -37,7 +38,8 @@ from rtresnet.core import hardware, metrics
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import loader
 from rtresnet.data.sources import Source, open_images, open_source
-from rtresnet.quantization import simulate
+from rtresnet.quantization import calibrate, qdq, simulate
+from rtresnet.quantization.formats import FP8
 from rtresnet.quantization.lint import lint
 
 OURS = ("auto", "max", "percentile", "entropy", "mse")
@@ -201,10 +203,12 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     found = search(source.parent / "calib" / f"{files[0][1].stem}.json")
     half = folder / f"{source.stem}-half.onnx"
     more = ("--fp8",) if fp8 else ()
+    saved = source.parent / "calib" / f"{source.stem}-auto.json"
+    shutil.copy(saved, saved.with_name(f"{half.stem}.json"))  # the same search
     quantized(source, half, options.calib, "auto", "--rest", "fp16", *more)
     files.append(("rtresnet, auto, rest FP16", half, True))
     if fp8:
-        files += fp8_files(source, options, folder)
+        files += fp8_files(source, options, folder, seen)
     else:
         files += int8_files(source, options, folder, seen, contract)
     return [
@@ -214,21 +218,45 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     ]
 
 
+def quantized_nodes(model: onnx.ModelProto) -> set[str]:
+    """Convolutions, matrix products and additions that read a quantized activation."""
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "Add")
+        for name in (node.input if node.op_type == "Add" else node.input[:1])
+        if made_by.get(name) == "DequantizeLinear"
+    }
+
+
 def fp8_files(
-    source: Path, options: argparse.Namespace, folder: Path
+    source: Path, options: argparse.Namespace, folder: Path, seen: np.ndarray
 ) -> list[tuple[str, Path, bool]]:
-    files: list[tuple[str, Path, bool]] = []
-    for name, calib, more in (
-        ("auto, with the stem", options.calib, ("--fp8-stem",)), ("no images", "none", ()),
-    ):  # fmt: skip
-        out = folder / f"{source.stem}-{calib == 'none'}.onnx"
-        quantized(source, out, calib, "auto", "--fp8", "--rest", "fp32", *more)
-        files.append((f"rtresnet, {name}", out, True))
+    out = folder / f"{source.stem}-none.onnx"
+    quantized(source, out, "none", "auto", "--fp8", "--rest", "fp32")
+    files = [("rtresnet, no images", out, True)]
     for method in ("max", "entropy") if options.modelopt else ():
         out = folder / f"{source.stem}-modelopt-{method}.onnx"
         script = MODELOPT.replace("PRECISION", "fp8")
         elsewhere(options.modelopt, script, source, folder / "calib.npy", method, out)
         files.append((f"ModelOpt, {method}", out, False))
+    for method in ("auto", "max", "mse") if options.modelopt else ():
+        # ModelOpt leaves convolutions with few channels in float: ours with the same ones.
+        model = onnx.load(source)
+        same = quantized_nodes(onnx.load(folder / f"{source.stem}-modelopt-max.onnx"))
+        kept = tuple(
+            node.name
+            for node in model.graph.node
+            if node.op_type in ("Conv", "Gemm", "Add") and node.name not in same
+        )
+        calibrated = calibrate.calibrate(
+            model, list(qdq.placement(model, kept)), lambda: np.array_split(seen, 4), method,
+            number_format=FP8, float_nodes=kept,
+        )  # fmt: skip
+        out = folder / f"{source.stem}-same-{method}.onnx"
+        onnx.save(calibrated.quantized(), out)
+        files.append((f"rtresnet, {method}, ModelOpt's convolutions", out, True))
     return files
 
 
@@ -273,6 +301,7 @@ def compared(
     images, labels = (np.concatenate([batch[n] for batch in found]) for n in (0, 1))
     reference = ours(source, images)
     right = reference.argmax(1) == labels
+    convolutions = {n.name for n in onnx.load(source).graph.node if n.op_type == "Conv"}
     for name, path, is_ours in files:
         logits = written(path, images)
         ran = (ours if is_ours else plainly)(path, images)
@@ -289,6 +318,9 @@ def compared(
             "high": drop.high,
             "noise_ratio": noise_ratio(reference, logits),
             "lint": linted(path),
+            "quantized_convolutions": len(
+                [name for name in quantized_nodes(onnx.load(path)) if name in convolutions]
+            ),
             "pairs": sum(n.op_type == "QuantizeLinear" for n in onnx.load(path).graph.node),
         }
 
@@ -335,13 +367,14 @@ def table(record: dict[str, Any]) -> str:
     first, precision = record["results"][0]["data"], record["precision"].upper()
     headings = (
         "net", f"{precision} by", "agreement %", "drop, points", "95 %", "SNR dB", "on a CPU %",
-        "lint", "images",
+        "lint", "images", *(("FP8 convolutions",) if precision == "FP8" else ()),
     )  # fmt: skip
     rows = [
         (
             e["net"], e["by"], f"{e['agreement']:.2f}", f"{e['drop']:.2f}",
             f"{e['low']:.2f} to {e['high']:.2f}", f"{e['noise_ratio']:.1f}",
             f"{e['on_cpu']:.2f}", e["lint"], e["n"],
+            *((e["quantized_convolutions"],) if precision == "FP8" else ()),
         )
         for e in record["results"]
         if e["data"] == first

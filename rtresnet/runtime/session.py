@@ -47,7 +47,8 @@ class RuntimeInfo:
         contexts: Execution contexts of a plan.
         graphs: CUDA graphs of a plan: "built in", "by hand" or "none".
         placement: Number of nodes on each of ONNX Runtime's providers; empty for a plan.
-        int8_note: How an INT8 file runs on a CPU whose integer sums would saturate, else None.
+        int8_note: How an INT8 file runs on a CPU whose integer sums would saturate, and how a BF16
+            file runs on a CPU; else None.
         fixed_batch: The only batch size that the file takes; None if it takes several.
         batch_note: What `fixed_batch` means for a call.
         versions: Versions of the libraries.
