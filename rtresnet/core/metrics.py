@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,17 +113,6 @@ def from_best(indices: np.ndarray, probabilities: np.ndarray, classes: int) -> n
     with np.errstate(divide="ignore"):
         np.put_along_axis(logits, indices, np.log(best), axis=1)
     return logits
-
-
-def collect(
-    forward: Forward, batches: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run every batch of (images, labels) and return all logits and all labels."""
-    logits, labels = [], []
-    for images, truth in batches:
-        logits.append(forward(images))
-        labels.append(truth)
-    return np.concatenate(logits), np.concatenate(labels)
 
 
 @dataclass(frozen=True, kw_only=True)

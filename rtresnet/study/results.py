@@ -1,8 +1,20 @@
-"""What the analyses measure, without torch."""
+"""Results of the analyses, without torch: what is measured, and how it is kept.
+
+Results are written as they are made, so that an interrupted study continues.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rtresnet.core import atomic_io, serialization
+from rtresnet.core.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +33,44 @@ class GradientNorms:
     loss: float
     norms: dict[str, float]
     ratio: float
+
+
+class PartialResults:
+    """Named results in a JSON file.
+
+    Args:
+        path: The file; it need not exist.
+        about: What the results depend on. A file of other terms is refused.
+
+    Raises:
+        InputError: The file is not one of these, or has results under other terms.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, object]) -> None:
+        self._path, self._about = path, json.loads(json.dumps(about))
+        self._results: dict[str, object] = {}
+        if not path.exists():
+            return
+        fix = "give the study another --out"
+        document = serialization.load(path, fix=fix)
+        if not isinstance(document, dict) or document.get("about") != self._about:
+            raise InputError(f"{path}: results of other nets, images or settings", fix=fix)
+        self._results = dict(document.get("results", {}))
+
+    def get(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """Return a result: the recorded one, or a new one, which is recorded.
+
+        Args:
+            name: Of the result.
+            kind: Its type, which JSON can hold.
+            make: Makes it.
+        """
+        if name not in self._results:
+            self._results[name] = serialization.to_builtins(make())
+            document = {"about": self._about, "results": self._results}
+            atomic_io.write_text(self._path, json.dumps(document, indent=1) + "\n")
+        found: T = serialization.convert(
+            self._results[name], kind, at=name, where=str(self._path),
+            fix="give the study another --out",
+        )  # fmt: skip
+        return found

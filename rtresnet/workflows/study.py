@@ -352,7 +352,7 @@ def study_responses(
     from rtresnet.data import loader
     from rtresnet.data.sources import open_source
     from rtresnet.models import checkpoint
-    from rtresnet.study.responses import layer_responses
+    from rtresnet.study.analyses import layer_responses
 
     source = open_source(data, "test")
     chosen = loader.sample(source, images)

@@ -148,8 +148,8 @@ def study_gradients(
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import open_source
     from rtresnet.models import zoo
-    from rtresnet.study import gradients
-    from rtresnet.study.partial_results import PartialResults
+    from rtresnet.study import analyses
+    from rtresnet.study.results import PartialResults
 
     config = config or GradientsConfig()
     device = torch_device(config.device)
@@ -166,7 +166,7 @@ def study_gradients(
 
             def run(name: str = name, spec: zoo.Spec = spec) -> tuple[GradientNorms, ...]:
                 preprocess = Preprocess.for_size(config.size or spec.size)
-                run = gradients.along_a_run(
+                run = analyses.along_a_run(
                     spec, source, preprocess, steps=points, batch=config.batch, seed=config.seed,
                     device=device,
                 )  # fmt: skip
@@ -259,15 +259,15 @@ def study_lesions(
     from rtresnet.data.sources import for_model, open_source
     from rtresnet.models import checkpoint as checkpoints
     from rtresnet.models.nets import TorchBackend
-    from rtresnet.study import lesions
-    from rtresnet.study.partial_results import PartialResults
+    from rtresnet.study import analyses
+    from rtresnet.study.results import PartialResults
     from rtresnet.training.evaluate import evaluate
     from rtresnet.workflows.evaluate import trained_on
 
     path = Path(checkpoint)
     loaded, sidecar = checkpoints.load(path), artifacts.read_sidecar(path)
     net = loaded.net().eval()
-    blocks = lesions.removable_blocks(net, loaded.model.architecture)
+    blocks = analyses.removable_blocks(net, loaded.model.architecture)
     classes = loaded.model.classes
     source = for_model(open_source(data, "test"), classes, model_name=str(path))
     chosen = loader.sample(source, images or len(source))
@@ -288,7 +288,7 @@ def study_lesions(
         top1 = {}
         for number, block in enumerate(blocks, 1):
             update(number, block)
-            with lesions.without(net, block):
+            with analyses.without(net, block):
                 top1[block] = partial.get(block, float, accuracy)
         noise = partial.get("int8", dict[str, float], lambda: _int8_noise(loaded, calibrating))
     return LesionsResult(

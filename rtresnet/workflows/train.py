@@ -18,8 +18,13 @@ from rtresnet.training.config import SAVE_SECONDS, Recipe
 from rtresnet.training.data_report import DataReport
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
-from rtresnet.workflows.train_log import Target, open_loggers, parse_targets, require
-from rtresnet.workflows.train_progress import TrainProgress
+from rtresnet.workflows.train_log import (
+    Target,
+    TrainProgress,
+    open_loggers,
+    parse_targets,
+    require,
+)
 
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source

@@ -184,7 +184,7 @@ def test_gradients_are_measured_once_and_explode_in_deep_plain_nets(
     assert [point["step"] for point in result["nets"][0]["points"]] == [0, 1, 2]
     assert len(first["plain44"]["norms"]) == 43
     assert first["plain44"]["ratio"] > 5 * first["resnet44"]["ratio"]
-    monkeypatch.setattr("rtresnet.study.gradients.along_a_run", None)  # it is not run again
+    monkeypatch.setattr("rtresnet.study.analyses.along_a_run", None)  # it is not run again
     assert study("gradients", *arguments) == result
     assert main(["study", "gradients", *map(str, arguments), "--seed", "1"]) == 2
 
@@ -193,12 +193,12 @@ def test_gradients_are_the_losss_derivatives() -> None:
     import torch
 
     from rtresnet.models import zoo
-    from rtresnet.study.gradients import measure
+    from rtresnet.study.analyses import measure_gradients
 
     torch.manual_seed(0)
     net = zoo.build(zoo.spec("resnet8"), 3).double()
     images, labels = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
-    found = measure(net, images, labels, 0)
+    found = measure_gradients(net, images, labels, 0)
     weight = net.layer1[0].conv1.weight
     direction = weight.grad / weight.grad.norm()
     losses = []
@@ -217,7 +217,7 @@ def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(
     import torch
 
     from rtresnet.models import checkpoint
-    from rtresnet.study import lesions
+    from rtresnet.study import analyses
 
     arguments = (trained / "best.pt", "--data", tints, "--out", "l")
     result = study("lesions", *arguments)
@@ -233,7 +233,7 @@ def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         whole = net(images)
-        with lesions.without(net, "layer1.0"):
+        with analyses.without(net, "layer1.0"):
             assert not torch.equal(net(images), whole)
             stem = net.relu(net.bn1(net.conv1(images)))
             assert torch.equal(net.layer1(stem), stem)  # only the shortcut, and ReLU of it

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rtresnet.core import metrics
-from rtresnet.core.metrics import Accuracy, accuracy, collect, parity, softmax
+from rtresnet.core.metrics import Accuracy, accuracy, parity, softmax
 
 NAN = float("nan")
 
@@ -124,16 +124,6 @@ def test_softmax_of_huge_logits_does_not_overflow() -> None:
     with np.errstate(over="raise", invalid="raise"):
         found = softmax(np.array([[1e4, 1e4, -1e4]], np.float32))
     assert found[0] == pytest.approx([0.5, 0.5, 0])
-
-
-def test_collect_keeps_the_order_of_the_batches() -> None:
-    batches = [
-        (np.full((count, 1), start, np.float32), np.arange(start, start + count))
-        for start, count in ((0, 4), (4, 4), (8, 1))
-    ]
-    logits, labels = collect(lambda images: images * 2, batches)
-    assert labels.tolist() == list(range(9))
-    assert logits[:, 0].tolist() == [0] * 4 + [8] * 4 + [16]
 
 
 def test_a_drop_counts_only_the_images_on_which_two_nets_differ() -> None:

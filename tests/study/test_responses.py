@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rtresnet.models import zoo
-from rtresnet.study.responses import layer_responses
+from rtresnet.study.analyses import layer_responses
 
 
 def test_responses_are_the_deviations_after_batch_norm_over_all_batches() -> None:
