@@ -103,6 +103,7 @@ class Api:
         }
         actions: dict[str, Callable[[Request], Any]] = {
             "/v1/classify": self._classify,
+            "/v1/detect": self._detect,
             "/v2/repository/index": self._index,
             "model/infer": self._infer,
         }
@@ -175,24 +176,56 @@ class Api:
         top = request.query_params.get("top", "5")
         if not top.isdecimal() or not 1 <= int(top) <= 1000:
             raise InputError(f"top {top[:20]!r}: a number from 1 to 1000 is needed")
+        if model.detector is not None:
+            raise InputError(f"{model.name}: a detector", fix="POST /v1/detect")
+
+        answered, _, _, record = await self._encoded(
+            request, model, lambda image: model.session.prepare([image])
+        )
+        return record | {"results": most_probable(answered, model.session.classes, int(top))}
+
+    async def _detect(self, request: Request) -> dict[str, object]:
+        """Objects in encoded images, sent as to classify; boxes in pixels of each image."""
+        model = self._model(request)
+        detector, least = model.detector, request.query_params.get("least_score", "0.5")
+        if detector is None:
+            raise InputError(f"{model.name}: a classifier", fix="POST /v1/classify")
+        if not re.fullmatch(r"0?\.\d{1,9}|[01](\.0{1,9})?", least):
+            raise InputError(f"least_score {least[:20]!r}: a number from 0 to 1 is needed")
+        answered, rows, sizes, record = await self._encoded(request, model, detector.prepare)
+        found = [
+            detector.detections(tuple(v[n : n + 1] for v in answered.values), row, *size)
+            for n, (row, size) in enumerate(zip(rows, sizes, strict=True))
+        ]
+        return record | {
+            "results": [detector.objects(entry, float(least)) for entry in found],
+            "sizes": sizes,
+            "unsettled": [entry.unsettled for entry in found],
+        }
+
+    async def _encoded(
+        self, request: Request, model: Model, prepare: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[Answered, list[np.ndarray], list[tuple[int, ...]], dict[str, object]]:
+        """Runs encoded images: answer, inputs, heights and widths, and a record with times."""
         began = time.monotonic()
         files = await _files(request, self._options.max_body)
         received = time.monotonic()
         loop = asyncio.get_running_loop()
 
-        def prepare(data: bytes) -> np.ndarray:
-            return model.session.prepare([self._decode(data)])
+        def one(data: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
+            image = self._decode(data)
+            return prepare(image), image.shape[:2]
 
-        images = await asyncio.gather(
-            *(loop.run_in_executor(self._pool, prepare, data) for data in files)
+        made = await asyncio.gather(
+            *(loop.run_in_executor(self._pool, one, data) for data in files)
         )
+        inputs, sizes = [entry for entry, _ in made], [size for _, size in made]
         prepared = time.monotonic()
         limit, connection = self._options.timeout, _connection(request)
-        answered = await model.run(np.concatenate(images), limit, connection)
-        return {
+        answered = await model.run(np.concatenate(inputs), limit, connection)
+        record: dict[str, object] = {
             "model": model.name,
             "version": model.version,
-            "results": most_probable(answered, model.session.classes, int(top)),
             "assumed": list(model.session.assumed),
             "ms": {
                 "receive": 1000 * (received - began),
@@ -202,6 +235,7 @@ class Api:
                 "total": 1000 * (time.monotonic() - began),
             },
         }
+        return answered, inputs, sizes, record
 
     async def _index(self, request: Request) -> list[dict[str, str]]:
         await request.body()
@@ -219,7 +253,9 @@ class Api:
             "per_second": sum(now - time < 5 for time, _ in recent) / 5,
             "latencies_ms": [round(1000 * seconds, 3) for _, seconds in recent],
             "models": [
-                {"name": model.name, "version": model.version, "classes": model.session.classes[:3],
+                {"name": model.name, "version": model.version,
+                 "task": "classify" if model.detector is None else "detect",
+                 "classes": model.session.classes[:3],
                  "class_count": len(model.session.classes), "precision": model.session.precision,
                  "chain": chain(model.session.path), "assumed": list(model.session.assumed),
                  "describe": model.session.describe(), "statistics": model.statistics()}

@@ -88,18 +88,24 @@ def timeout(request: InferRequest, limit: float) -> float:
     return min(limit, stated / 1e6) if type(stated) is int and stated > 0 else limit
 
 
-def images(request: InferRequest, expected: Tensor, max_batch: int) -> np.ndarray:
-    """The checked input of a request: [N, ...], N from 1 to `max_batch`.
+def inputs(request: InferRequest, expected: list[Tensor], max_batch: int) -> list[np.ndarray]:
+    """The checked inputs of a request, in the model's order: [N, ...], N from 1 to `max_batch`.
 
     Raises:
         InputError: Not what the model takes.
     """
-    if len(request.inputs) != 1:
-        raise InputError(f"{len(request.inputs)} inputs; the model has one, {expected.name}")
-    given = request.inputs[0]
+    given = {tensor.name: tensor for tensor in request.inputs}
+    names = [tensor.name for tensor in expected]
+    if len(request.inputs) != len(names) or len(given) != len(names):
+        raise InputError(f"{len(request.inputs)} inputs; the model has {', '.join(names)}")
+    for name in given:
+        if name not in names:
+            raise InputError(f"unknown input {name[:80]!r}", fix=f"known: {', '.join(names)}")
+    return [_input(given[tensor.name], tensor, max_batch) for tensor in expected]
+
+
+def _input(given: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
     name, shape, data = given.name[:80], given.shape, given.data
-    if given.name != expected.name:
-        raise InputError(f"unknown input {name!r}", fix=f"known: {expected.name}")
     if given.datatype != expected.datatype:
         raise InputError(
             f"input {name} is {given.datatype[:20]}; the model takes {expected.datatype}"

@@ -26,8 +26,10 @@ from rtresnet.core.errors import (
     RtresnetError,
     UnavailableError,
 )
+from rtresnet.runtime import detector_rows
 from rtresnet.runtime.backend import TOPK
 from rtresnet.runtime.batcher import Answer, Batcher
+from rtresnet.runtime.detector_rows import DetectorRows
 from rtresnet.runtime.session import Session
 from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
@@ -97,13 +99,14 @@ class Model:
         self.stamp = stamp(path)
         self.healthy, self._failed_in_a_row, self._metrics = True, 0, metrics
         self.session = load(path)
+        self.detector: DetectorRows | None = None
         try:
             largest = self._check()
         except BaseException:
             self.session.close()
             raise
         self.batcher = Batcher(
-            self.session,
+            self.detector or self.session,
             max_batch=largest,
             max_wait_ms=options.max_wait_ms,
             queue_limit=options.queue,
@@ -113,6 +116,8 @@ class Model:
     def _check(self) -> int:
         """Warms the session up, checks its answers; returns the largest batch it computes."""
         session, fixed = self.session, self.session.batch
+        if session.detection is not None:
+            return self._check_detector()
         largest = fixed if fixed is not None and fixed > 1 else self.max_batch
         images = session.example(largest)
         first, values = _arrays(session(images[:1])), _arrays(session(images))
@@ -125,17 +130,36 @@ class Model:
                 fix=f"rtresnet check {session.path}",
             )
         backend = session.backend
-        self.input = Tensor(
-            getattr(backend, "input_name", "images"),
-            DATATYPES[backend.input_dtype.name],
-            [-1, *session.image_shape],
-        )
+        self.inputs = [
+            Tensor(
+                getattr(backend, "input_name", "images"),
+                DATATYPES[backend.input_dtype.name],
+                [-1, *session.image_shape],
+            )
+        ]
         names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
         self.outputs = [
             Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
             for name, value in zip(names, values, strict=True)
         ]
         return largest
+
+    def _check_detector(self) -> int:
+        """As `_check`, of a detector, which takes one image at a time."""
+        detector = self.detector = DetectorRows(self.session)
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        values = detector(detector.prepare(noise))
+        if not all(np.isfinite(value).all() for value in values):
+            raise CheckFailedError(
+                f"{self.session.path}: answers are not finite", fix="rtresnet check"
+            )
+        shapes = dict(zip(detector_rows.INPUTS, (detector.shape, (2,)), strict=True))
+        self.inputs = [Tensor(name, "FP32", [-1, *shape]) for name, shape in shapes.items()]
+        self.outputs = [
+            Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
+            for name, value in zip(detector_rows.OUTPUTS, values, strict=True)
+        ]
+        return 1
 
     async def infer(
         self, request: InferRequest, limit: float, connection: Connection | None = None
@@ -156,7 +180,11 @@ class Model:
             UnavailableError: The device failed.
         """
         wanted = protocol.requested(request, self.outputs)
-        images = protocol.images(request, self.input, self.max_batch)
+        images, *extent = protocol.inputs(request, self.inputs, self.max_batch)
+        if self.detector is not None:
+            if any(wanted.values()):
+                raise InputError("classification needs logits, and a detector gives none")
+            images = self.detector.pack(images, *extent)
         answered = await self.run(images, protocol.timeout(request, limit), connection)
         values = dict(zip((output.name for output in self.outputs), answered.values, strict=True))
         return {
@@ -215,18 +243,21 @@ class Model:
 
         outputs = list(map(entry, self.outputs))
         return {"name": self.name, "versions": versions, "platform": self.platform,
-                "inputs": [entry(self.input)], "outputs": outputs}  # fmt: skip
+                "inputs": list(map(entry, self.inputs)), "outputs": outputs}  # fmt: skip
 
     def config(self) -> dict[str, object]:
         """Its configuration in Triton's form."""
-        layout = "FORMAT_NHWC" if self.input.datatype == "UINT8" else "FORMAT_NCHW"
+        layouts = {"UINT8": {"format": "FORMAT_NHWC"}, "FP32": {"format": "FORMAT_NCHW"}}
 
         def entry(tensor: Tensor) -> dict[str, object]:
             datatype = f"TYPE_{tensor.datatype}"
             return {"name": tensor.name, "data_type": datatype, "dims": tensor.shape[1:]}
 
         return {"name": self.name, "platform": self.platform, "max_batch_size": self.max_batch,
-                "input": [entry(self.input) | {"format": layout}],
+                "input": [
+                    entry(tensor) | (layouts[tensor.datatype] if len(tensor.shape) == 4 else {})
+                    for tensor in self.inputs
+                ],
                 "output": list(map(entry, self.outputs))}  # fmt: skip
 
     def statistics(self) -> dict[str, object]:
