@@ -43,12 +43,12 @@ def gradients(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]
     models = [f"--model={kind}{depth}" for kind in ("plain", "resnet") for depth in DEPTHS]
     result = rtresnet("study", "gradients", "--data", options.data, *models, "--steps", "100",
                       "--batch", "32", "--out", str(options.out / "gradients"))  # fmt: skip
-    points = [[f"{point['ratio']:,.1f}" for point in net["points"]] for net in result["nets"]]
+    points = [[_digits(point["ratio"]) for point in net["points"]] for net in result["nets"]]
     steps = [f"step {point['step']}" for point in result["nets"][0]["points"]]
     rows = [(net["model"], *ratios) for net, ratios in zip(result["nets"], points, strict=True)]
     about = (
         f"Norm of the gradient of the first 3x3 layer over that of the last; {result['batch']} "
-        f"images a step, n = 1 seed; {options.data}"
+        f"images a step, n = 1 seed; {_name(options.data)}"
     )
     return result, [("net", *steps), *rows], about
 
@@ -85,7 +85,8 @@ def lesions(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]],
         for block in result["blocks"]
     ]
     headings = ("without", "top-1 %", "points lost", "INT8 dB")
-    about = f"{result['model']}, whole: {result['top1']:.2f} %, n = {result['n']} of {options.data}"
+    of = f"n = {result['n']} of {_name(options.data)}"
+    about = f"{result['model']}, whole: {result['top1']:.2f} %, {of}"
     return result, [headings, *rows], about
 
 
@@ -105,6 +106,14 @@ def detection(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]
     ]  # fmt: skip
     headings = ("backbone", "parameters", "AP50 %", "AP %", "VOC07 %", "n")
     return result, [headings, *rows], f"{result['note']}; an eighth of the nets' width"
+
+
+def _name(data: str) -> str:
+    return Path(data.rpartition(":")[2]).name
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 STUDIES = {"cost": cost, "gradients": gradients, "lesions": lesions, "blocks": blocks,
