@@ -34,6 +34,11 @@ MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 STD = (1 / 255, 1 / 255, 1 / 255)
 ANCHORS = {15: (32.0, 64.0, 128.0, 256.0, 512.0), 12: (64.0, 128.0, 256.0, 512.0),
            9: (128.0, 256.0, 512.0)}  # fmt: skip
+# Tensors of torchvision's detectors, with and without a pyramid, and of detectron2's with one.
+OTHERS = (
+    "backbone.fpn.inner_blocks.0.weight", "backbone.fpn.inner_blocks.0.0.weight",
+    "roi_heads.box_head.fc6.weight", "backbone.fpn_lateral2.weight",
+)  # fmt: skip
 IGNORED = ("pixel_mean", "pixel_std")
 PLAIN = {
     "proposal_generator.rpn_head.conv": "rpn.conv",
@@ -70,6 +75,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
         return None
     if isinstance(payload, dict) and isinstance(payload.get("model"), dict):
         payload = payload["model"]
+    if isinstance(payload, dict) and any(name in payload for name in OTHERS):
+        raise InputError(
+            f"{path}: a Faster R-CNN with a feature pyramid (FPN) or a head of fully connected "
+            "layers, as torchvision's; a C4 net has one map of stride 16, and conv5 as its head",
+            fix="start from the backbone's classifier: --weights imagenet",
+        )
     if not isinstance(payload, dict) or MARK not in payload:
         return None
     return {str(name): tensor for name, tensor in payload.items() if isinstance(tensor, Tensor)}

@@ -426,4 +426,4 @@ def _precision_bar(
     values = [getattr(run.measured, name) for run in record.runs if run.measured is not None]
     if len(values) > 1:
         axes.plot([x] * len(values), values, "o", color="black", markersize=3.5)
-    axes.text(x, spread.mean + 2, f"{spread.mean:.1f}", ha="center", fontsize=SMALL)
+    axes.text(x, max(values) + 2.5, f"{spread.mean:.1f}", ha="center", fontsize=SMALL)

@@ -491,8 +491,10 @@ def load(
             compatibility.check_compatible(path, sidecar)
             raise compatibility.plan_needs_gpu(path, sidecar, here=bool(hardware.gpus()))
         from rtresnet.runtime.trt import TrtBackend
+        from rtresnet.runtime.trt_detector import TrtDetector
 
-        backend = TrtBackend(
+        detects = sidecar is not None and sidecar.detection is not None
+        backend = (TrtDetector if detects else TrtBackend)(
             path, sidecar, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache,
             timings=timings, blocking=blocking,
         )  # fmt: skip

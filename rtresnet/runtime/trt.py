@@ -160,10 +160,8 @@ class TrtBackend:
                 self._release()
             raise
 
-    def _load(
-        self, trt: Any, contexts: int, graphs: bool | None, kernels: str, cache: bool
-    ) -> None:
-        cuda = self._cuda
+    def _deserialize(self, trt: Any) -> Any:
+        """Check the plan's header and the free memory, and load the engine."""
         log = logger(trt, self._errors)
         runtime = trt_loading.create(trt, "Runtime", log, self._errors.take)
         data = self.path.read_bytes()
@@ -180,7 +178,13 @@ class TrtBackend:
         self._engine = engine
         # Contexts refer to the engine, the engine to the runtime, the runtime to its logger.
         self._stack.callback(self._forget, [log, runtime, engine])
-        del data, log, runtime
+        return engine
+
+    def _load(
+        self, trt: Any, contexts: int, graphs: bool | None, kernels: str, cache: bool
+    ) -> None:
+        cuda = self._cuda
+        engine = self._deserialize(trt)
         self.io = io = read_io_spec(trt, engine, self.path)
         self._describe(io)
         self._check_memory(

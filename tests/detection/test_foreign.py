@@ -78,10 +78,21 @@ def test_other_files_are_not_taken_for_detectors(tmp_path: Path) -> None:
 
 def test_unknown_tensor_and_pickle_are_refused(net: torch.nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "fpn.pth"
-    torch.save({**theirs(net), "backbone.fpn_lateral2.weight": torch.zeros(1)}, path)
-    with pytest.raises(ArtifactError, match="fpn_lateral2"):
+    torch.save({**theirs(net), "backbone.res6.weight": torch.zeros(1)}, path)
+    with pytest.raises(ArtifactError, match="res6"):
         checkpoint.load(path)
     pickled = tmp_path / "model.pkl"
     pickled.write_bytes(b"")
     with pytest.raises(InputError, match="pickle"):
         checkpoint.load(pickled)
+
+
+@pytest.mark.parametrize(
+    "name", ["backbone.fpn.inner_blocks.0.0.weight", "backbone.fpn_lateral2.weight"]
+)
+def test_detector_with_a_pyramid_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "fpn.pth"
+    torch.save({"model": {name: torch.zeros(1), foreign.MARK: torch.zeros(1)}}, path)
+    with pytest.raises(InputError, match="FPN") as caught:
+        checkpoint.load(path)
+    assert "imagenet" in str(caught.value.fix)
