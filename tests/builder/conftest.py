@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
-import torch
-from torch import nn
 
 from rtresnet.builder import engine
 from rtresnet.builder.nodes import Node
-from rtresnet.core import artifacts
-from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.sidecar import Profile, Sidecar, Weights
-from rtresnet.exporter.fold import fold
-from rtresnet.exporter.writer import to_onnx
-from rtresnet.models import checkpoint, zoo
-from rtresnet.quantization import calibrate, fp16, qdq
+from rtresnet.core.sidecar import Profile, Sidecar
+from tests import published
 
 Publish = Callable[[onnx.ModelProto, Path, str], Sidecar]
-
-
-def publish_file(model: onnx.ModelProto, path: Path, precision: str, size: int = 32) -> Sidecar:
-    """Writes a model with the sidecar of the net that its graph is named after."""
-    spec = zoo.spec(model.graph.name)
-    return artifacts.publish(
-        path,
-        lambda temporary: temporary.write_bytes(model.SerializeToString()),
-        Sidecar(
-            kind="onnx",
-            file=path.name,
-            model=checkpoint.model_of(spec),
-            input=Preprocess.for_size(size),
-            weights=Weights(origin="untrained"),
-            precision=precision,
-            measured={"parity": {"n": 3}},
-        ),
-    )
 
 
 @pytest.fixture(scope="session")
 def publish() -> Publish:
     """publish(model, path, "int8"): an ONNX file and a sidecar that matches it."""
-    return publish_file
+    return published.publish
 
 
 @pytest.fixture(scope="session")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """onnx_file("resnet8", "int8", size=32): a published file. Read only."""
     pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("onnx")
-
-    @functools.cache
-    def make(name: str, precision: str, size: int = 32) -> Path:
-        torch.manual_seed(0)
-        net = zoo.build(zoo.spec(name))
-        with torch.no_grad():
-            for norm in net.modules():
-                if isinstance(norm, nn.BatchNorm2d):
-                    norm.bias.normal_(0, 0.2)
-        model = to_onnx(fold(net.eval()), size=size, name=name)
-        if precision == "fp16":
-            model = fp16.to_half(model)
-        elif precision == "int8":
-            rng = np.random.default_rng(0)
-            images = rng.standard_normal((8, 3, size, size)).astype(np.float32)
-            tensors = list(qdq.placement(model))
-            scales = calibrate.calibrate(model, tensors, lambda: [images], "max").scales
-            model = qdq.insert(model, scales)
-        path = folder / f"{name}-{precision}.onnx"
-        publish_file(model, path, precision, size)
-        return path
-
-    return make
+    return published.maker(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture(scope="session")
