@@ -196,17 +196,19 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     seen = np.concatenate([batch for batch, _ in batches])
     np.save(folder / "calib.npy", seen)
     files: list[tuple[str, Path, bool]] = []
-    for method in OURS_FP8 if fp8 else OURS:
+    methods = options.calibrators or (OURS_FP8 if fp8 else OURS)
+    for method in methods:
         out = folder / f"{source.stem}-{method}.onnx"
         quantized(source, out, options.calib, method, *(("--fp8", "--rest", "fp32") if fp8 else ()))
         files.append((f"rtresnet, {method}", out, True))
-    found = search(source.parent / "calib" / f"{files[0][1].stem}.json")
+    best = methods[0]
+    saved = source.parent / "calib" / f"{source.stem}-{best}.json"
+    found = search(saved) if best == "auto" else None
     half = folder / f"{source.stem}-half.onnx"
     more = ("--fp8",) if fp8 else ()
-    saved = source.parent / "calib" / f"{source.stem}-auto.json"
     shutil.copy(saved, saved.with_name(f"{half.stem}.json"))  # the same search
-    quantized(source, half, options.calib, "auto", "--rest", "fp16", *more)
-    files.append(("rtresnet, auto, rest FP16", half, True))
+    quantized(source, half, options.calib, best, "--rest", "fp16", *more)
+    files.append((f"rtresnet, {best}, rest FP16", half, True))
     if fp8:
         files += fp8_files(source, options, folder, seen)
     else:
@@ -221,6 +223,9 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
 def quantized_nodes(model: onnx.ModelProto) -> set[str]:
     """Convolutions, matrix products and additions that read a quantized activation."""
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type == "Cast":  # between a pair and FP16
+            made_by[node.output[0]] = made_by.get(node.input[0], "")
     return {
         node.name
         for node in model.graph.node
@@ -241,7 +246,7 @@ def fp8_files(
         script = MODELOPT.replace("PRECISION", "fp8")
         elsewhere(options.modelopt, script, source, folder / "calib.npy", method, out)
         files.append((f"ModelOpt, {method}", out, False))
-    for method in ("auto", "max", "mse") if options.modelopt else ():
+    for method in (options.calibrators or ("auto", "max", "mse")) if options.modelopt else ():
         # ModelOpt leaves convolutions with few channels in float: ours with the same ones.
         model = onnx.load(source)
         same = quantized_nodes(onnx.load(folder / f"{source.stem}-modelopt-max.onnx"))
@@ -331,6 +336,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, action="append")
     parser.add_argument("--calib", required=True)
     parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
+    parser.add_argument(
+        "--calibrators", type=lambda text: tuple(text.split(",")), help="ours, separated by commas"
+    )
     parser.add_argument("--modelopt", metavar="PYTHON")
     parser.add_argument("--nncf", metavar="PYTHON")
     parser.add_argument("--name", default="quantize")
@@ -393,7 +401,8 @@ def table(record: dict[str, Any]) -> str:
         f"training images of {Path(record['calib'].partition(':')[2]).name}; ONNX Runtime CPU on "
         f"{hardware.cpu()}, {versions}."
     )
-    caption += f" What auto found, on images held back: {searched}."
+    if auto:
+        caption += f" What auto found, on images held back: {searched}."
     if others:
         caption += f" On the other sets, auto: {others}."
     return markdown(headings, rows) + "\n\n" + caption
