@@ -4,11 +4,13 @@
 
 The twin has RoiAlign and NonMaxSuppression nodes in place of matrix products. Both files run in
 turn in one process, so that a loaded machine slows down both. ResNet-50 v1, untrained, one image.
+ONNX Runtime's profile says what the nodes of each part cost; it is recorded in sessions of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import statistics
 import tempfile
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 
 from rtresnet.core import hardware
@@ -29,6 +32,40 @@ from rtresnet.runtime.ort import OrtBackend
 from rtresnet.workflows.detect_quantize import SCOPES, float_nodes
 
 SPEC = Detection(pool=7, canvas=(608, 800), regions=100)
+
+
+PARTS = ("proposals", "align", "select")
+
+
+def parts(
+    models: dict[str, onnx.ModelProto], feed: dict[str, np.ndarray], runs: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of the nodes of each part, sums of medians; the net is everything else."""
+    sessions, found = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / name)
+            sessions[name] = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        for _ in range(runs):
+            for session in sessions.values():
+                session.run(None, feed)
+        for name, session in sessions.items():
+            events = json.loads(Path(session.end_profiling()).read_text())
+            nodes = collections.defaultdict(list)
+            for event in events:
+                if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                    nodes[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
+            sums = dict.fromkeys((*PARTS, "net"), 0.0)
+            for node, values in nodes.items():
+                part = node.partition(".")[0]
+                sums[part if part in PARTS else "net"] += statistics.median(values)
+            found[name] = sums
+    return found
 
 
 def main() -> None:
@@ -57,12 +94,15 @@ def main() -> None:
                 backend.detect(images, extent)
                 if run:
                     times[name].append(time.perf_counter() - start)
+    feed = {"images": images, "extent": extent}
+    profile = parts({"plain": plain, "twin": twin}, feed, arguments.runs)
     medians = {name: statistics.median(values) for name, values in times.items()}
     result = {
         "what": "one image of 608 x 800 pixels, 100 regions, 1 thread; medians of runs in turn",
         "device": hardware.cpu(), "versions": hardware.versions(("rtresnet", "onnxruntime")),
         "loaded": "other processes ran at the same time: only ratios mean something",
         "n": arguments.runs, "seconds": medians,
+        "node_milliseconds": profile,
         "twin_over_plain": medians["twin"] / medians["plain"],
         "twin_over_plain_int8": medians["twin"] / medians["plain int8"],
     }  # fmt: skip

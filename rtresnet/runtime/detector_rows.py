@@ -32,8 +32,13 @@ class DetectorRows:
 
     def __init__(self, session: Session) -> None:
         spec, run = session.detection, getattr(session.backend, "detect", None)
-        if spec is None or spec.canvas is None or run is None:
+        if spec is None or run is None:
             raise InputError(f"{session.path}: {session.backend.provider} runs no detectors")
+        if spec.canvas is None:
+            raise InputError(
+                f"{session.path}: a detector's checkpoint, which has no canvas of a fixed size",
+                fix=f"make an ONNX file: rtresnet export --weights {session.path}",
+            )
         self.session, self._spec, self._run = session, spec, run
         self.shape = (3, *spec.canvas)
 

@@ -224,3 +224,13 @@ def test_page_draws_boxes(browser: Browser, server: Server, tmp_path: Path) -> N
         assert abs(picture[side] - drawing[side]) < 1
     shot = base64.b64decode(browser.call("Page.captureScreenshot")["data"])
     assert Image.open(BytesIO(shot)).size[0] > 300
+
+
+def test_serve_checkpoint_of_a_detector_says_to_export_it(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rtresnet.cli.main import main
+
+    best = path.parent / "run" / "best.pt"
+    assert main(["serve", str(best), "--port", "0", "--grpc-port", "0"]) == 2
+    assert "rtresnet export --weights" in capsys.readouterr().err
