@@ -155,29 +155,21 @@ def batches(
     """
     chosen = range(len(source)) if indices is None else indices
     tally = tally or DecodeErrors(len(source))
-    images: list[np.ndarray] = []
-    kept: list[int] = []
-    for index, image in indexed(source, chosen, lambda _, im: preprocess.crop(im), tally):
-        images.append(image)
-        kept.append(index)
-        if len(images) == size:
-            yield preprocess.prepare(np.stack(images)), source.labels[kept]
-            images, kept = [], []
-    if images:
-        yield preprocess.prepare(np.stack(images)), source.labels[kept]
+    decoded = indexed(source, chosen, lambda _, image: preprocess.crop(image), tally)
+    while part := list(islice(decoded, size)):
+        images = preprocess.prepare(np.stack([image for _, image in part]))
+        yield images, source.labels[[index for index, _ in part]]
 
 
 def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:
     """Draw `n` indices, balanced over the classes; the same for the same seed."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(source))
+    labels = source.labels[order]
     # Each image's rank within its class: sorting by it takes one of every class in turn.
+    by_class = np.argsort(labels, kind="stable")
     rank = np.empty(len(order), int)
-    counts: dict[int, int] = {}
-    for position, index in enumerate(order):
-        label = int(source.labels[index])
-        rank[position] = counts.get(label, 0)
-        counts[label] = rank[position] + 1
+    rank[by_class] = np.arange(len(order)) - np.searchsorted(labels[by_class], labels[by_class])
     return order[np.argsort(rank, kind="stable")][:n]
 
 

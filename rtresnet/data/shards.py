@@ -95,36 +95,24 @@ class Shards:
             os.close(descriptor)
 
     def image(self, index: int, at_least: int | None = None) -> np.ndarray:
-        """uint8 RGB [H, W, 3]; see `decode`.
-
-        Raises:
-            CorruptImage: It is damaged, as it was when it was packed.
-            DataError: Its shard is no longer there, or was cut short since it was opened.
-        """
         try:
             return decode("", self.content(index), at_least=at_least)
         except CorruptImage as error:
             raise CorruptImage(f"{self.locate(index)}{error}") from None
 
     def ends(self, index: int) -> FileEnds:
-        """Of the image's file."""
         size = int(self._length[index])
         return FileEnds.read(size, lambda length, start: self._read(index, length, start))
 
     def content(self, index: int) -> bytes:
-        """Return the image's file.
-
-        Raises:
-            DataError: Its shard is no longer there, or was cut short since it was opened.
-        """
         return self._read(index, int(self._length[index]), 0)
 
     def locate(self, index: int) -> str:
-        """Return the shard, and the file in it."""
         name = os.fsdecode(self._named[index])
         return f"{self._paths[int(self._shard[index])]}: {name}"
 
     def _read(self, index: int, length: int, start: int) -> bytes:
+        """Raises DataError if the shard is no longer there, or was cut short."""
         shard = int(self._shard[index])
         path = self._paths[shard]
         try:

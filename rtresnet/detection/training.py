@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rtresnet.core import atomic_io, canvas, hardware
 from rtresnet.core.errors import CheckFailedError, DataError, InputError
+from rtresnet.core.interrupts import Stop, defer_signals
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection, Measurements, Weights
 from rtresnet.data.loader import prefetch_map
@@ -38,7 +39,7 @@ from rtresnet.models import checkpoint as files
 from rtresnet.models import zoo
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.training.checkpointing import check_folder, drop_stale_sidecar, state_of
-from rtresnet.training.loop import Progress, Stop, defer_signals
+from rtresnet.training.loop import Progress
 
 ORDER, MIRROR, SAMPLE = range(3)  # purposes of random generators: no two share a stream
 LOSSES = ("rpn_class", "rpn_box", "head_class", "head_box")

@@ -1,4 +1,4 @@
-"""The folder of a run: created, locked, written, resumed.
+"""The folder of a run: written, resumed.
 
     best.pt     the epoch with the highest accuracy on the held-out images, the last of equals
     last.pt     the latest state, with everything that --resume needs
@@ -10,12 +10,9 @@ number of the step: weights, momentum, averages, the step, the epoch's sums so f
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,22 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtresnet.core import artifacts, atomic_io, locks
+from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.labels import LabelMap, match
-from rtresnet.core.locks import LockedError, Warn
 from rtresnet.core.sidecar import Measurements, Model, Weights
 from rtresnet.data.sources import Source
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.onnxlib.metadata import TrainedScales
 from rtresnet.training.config import EpochRecord, Recipe, TrainJob
-from rtresnet.training.dataset import BROKEN_LIST
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.step import Stepper
 
-RUNS = Path("runs")
 FC = tuple(f"{layer}.{part}" for layer in ("fc", "classifier.6") for part in ("weight", "bias"))
 
 
@@ -362,65 +356,3 @@ def _same_classes(start: Checkpoint, source: Source) -> tuple[LabelMap | None, s
     if not mapping.in_order:
         return mapping, "the last layer (fc) is kept, its rows in the order of the data's classes"
     return mapping, None
-
-
-@contextlib.contextmanager
-def new_folder(model: str | None, data: str | None, *, warn: Warn) -> Iterator[Path]:
-    """Create and lock runs/MODEL-DATA, numbered from the second run on.
-
-    Uses the first number without a run. A folder with only the list of broken images belongs to a
-    run that never started, and is used again.
-
-    Args:
-        model: Name of the net; None is the default.
-        data: The data as on the command line; None is the default.
-        warn: See `locks.hold_folder`.
-
-    Raises:
-        InputError: The folder cannot be created or written into.
-    """
-    for folder in _numbered(model, data):
-        exists = folder.exists()
-        if exists and not _is_unused(folder):
-            continue
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locks.hold_folder(folder, warn=warn, exclusive=not exists))
-            except (LockedError, FileExistsError):  # another process was faster
-                continue
-            if _is_unused(folder):  # a run may have finished there since
-                yield folder
-                return
-
-
-def latest_folder(model: str | None, data: str | None) -> Path:
-    """Return the folder of the latest run of a net on data; without either, of all runs.
-
-    If there is none, the folder that the first such run would have.
-    """
-    if model is None and data is None:
-        states = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-        if states:
-            return states[-1].parent
-    folders = _numbered(model, data)
-    latest = next(folders)
-    for folder in itertools.takewhile(Path.exists, folders):
-        latest = folder
-    return latest
-
-
-def _numbered(model: str | None, data: str | None) -> Iterator[Path]:
-    """Return the folders of a net's runs on data, in order, whether they exist or not."""
-    words = re.sub(r"[^A-Za-z0-9]+", "-", data or "digits").strip("-")[-40:]
-    base = RUNS / f"{model or 'resnet20'}-{words}"
-    yield base
-    for number in itertools.count(2):
-        yield base.with_name(f"{base.name}-{number}")
-
-
-def _is_unused(folder: Path) -> bool:
-    """Return whether no run has left anything in a folder."""
-    try:
-        return {entry.name for entry in folder.iterdir()} <= {BROKEN_LIST, locks.FOLDER_LOCK}
-    except OSError:  # a file, or not readable
-        return False

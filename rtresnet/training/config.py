@@ -337,40 +337,28 @@ class Recipe(Config):
 
         A field that an older version did not store had its default's effect.
         """
-        old = dataclasses.asdict(Recipe(epochs=1)) | {"epochs": None} | dict(stored)
-        return [
-            f"{name} {old[name]} -> {value}"
-            for name, value in dataclasses.asdict(self).items()
-            if _as_lists(value) != _as_lists(old[name])
-        ]
+        old, new = (dataclasses.asdict(r) for r in (Recipe(**stored), self))
+        return [f"{name} {old[name]} -> {new[name]}" for name in new if new[name] != old[name]]
 
     def lines(self) -> list[str]:
         """Describe the recipe as lines of `field=value`, without unused fields; 78 columns."""
-        unused = {"name"}
-        if self.schedule != "steps":
-            unused |= {"milestones"}
-        if self.schedule != "plateau":
-            unused |= {"plateau_epochs"}
-        if self.crop != "area":
-            unused |= {"area"}
-        if self.steps:
-            unused |= {"epochs"}
-        if not self.warmup:
-            unused |= {"warmup_shape"}
-            if not self.warmup_until:
-                unused |= {"warmup_from"}
-        if not self.distill:
-            unused |= {"temperature"}
-        if self.layer_decay == 1:
-            unused |= {"layer_decay"}
-        if self.balance == "none":
-            unused |= {"balance"}
-        if not self.qat:
-            unused |= {"qat_format"}
+        used = {
+            "name": False,
+            "epochs": not self.steps,
+            "milestones": self.schedule == "steps",
+            "plateau_epochs": self.schedule == "plateau",
+            "warmup_shape": self.warmup > 0,
+            "warmup_from": self.warmup > 0 or self.warmup_until > 0,
+            "layer_decay": self.layer_decay != 1,
+            "balance": self.balance != "none",
+            "temperature": self.distill > 0,
+            "area": self.crop == "area",
+            "qat_format": self.qat,
+        }
         entries = [
             f"{field}={text(value)}"
             for field, value in dataclasses.asdict(self).items()
-            if field == "seed" or (field not in unused and value not in (0, 0.0, (), False))
+            if field == "seed" or (used.get(field, True) and value not in (0, 0.0, (), False))
         ]
         lines = [f"recipe {self.name}:"]
         for entry in entries:
@@ -385,10 +373,6 @@ def text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "(" + ",".join(text(entry) for entry in value) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,11 +112,6 @@ class World:
 ALONE = World()
 
 
-def launched() -> bool:
-    """Return whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
 @contextlib.contextmanager
 def world(device: str) -> Iterator[tuple[World, str]]:
     """Join torchrun's process group, if there is one.
@@ -126,7 +121,8 @@ def world(device: str) -> Iterator[tuple[World, str]]:
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if not launched() or os.environ.get("WORLD_SIZE") == "1":
+    started = launch or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if not started or os.environ.get("WORLD_SIZE") == "1":
         yield World(restarts=restarts, launch=launch), device
         return
     if device == "cuda":

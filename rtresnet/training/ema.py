@@ -37,11 +37,6 @@ class ModelEma:
         self.updates = updates
 
 
-def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None
-    return norm.running_mean, norm.running_var
-
-
 def _floats(net: nn.Module) -> list[Tensor]:
     return [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
 
@@ -60,25 +55,18 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
         Number of images used.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    sums = [[torch.zeros_like(tensor) for tensor in _statistics(norm)] for norm in norms]
     momenta = [norm.momentum for norm in norms]
     count = 0
     net.eval()
-    for norm in norms:
-        norm.train().momentum = 1.0  # the running statistics become those of the batch
     with torch.no_grad():
         for images in batches:
             if len(images) < 2:
                 continue
-            net(images)
             count += len(images)
-            for norm, total in zip(norms, sums, strict=True):
-                for tensor, statistic in zip(total, _statistics(norm), strict=True):
-                    tensor += len(images) * statistic
-    for norm, momentum, total in zip(norms, momenta, sums, strict=True):
+            for norm in norms:  # the running statistics stay the mean over all images so far
+                norm.train().momentum = len(images) / count
+            net(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        for tensor, statistic in zip(total, _statistics(norm), strict=True):
-            if count:
-                statistic.copy_(tensor / count)
     net.eval()
     return count

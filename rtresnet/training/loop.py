@@ -6,15 +6,11 @@ A run can be killed at any moment: what a step computes follows from its number 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +18,7 @@ import torch
 
 from rtresnet.core import atomic_io, hardware, metrics
 from rtresnet.core.errors import CheckFailedError, InputError
+from rtresnet.core.interrupts import Stop, defer_signals
 from rtresnet.core.sidecar import Measurements
 from rtresnet.data import augment
 from rtresnet.data.loader import DecodeErrors, batches
@@ -141,9 +138,8 @@ def train(
 class _Run:
     def __init__(self, job: TrainJob, data: Dataset, world: World, last: Checkpoint | None) -> None:
         self.job, self.recipe, self.world = job, job.recipe, world
-        self.source, self.test, self.parts, self.tally = (
-            data.source, data.test, data.parts, data.tally,
-        )  # fmt: skip
+        self.source, self.test = data.source, data.test
+        self.parts, self.tally = data.parts, data.tally
         side = mean_image_side(job, last)
         job.spec.require_size(job.preprocess.size)
         net = zoo.build(job.spec, len(self.source.classes), mean_image=side)
@@ -165,10 +161,15 @@ class _Run:
         )  # fmt: skip
         self.total, self.steps_per_epoch = self.loader.total, self.loader.steps_per_epoch
         learner = self._fake_quantized(net) if job.recipe.qat else net
+        weights, teacher = None, None
+        if job.recipe.balance == "loss":
+            weights = torch.from_numpy(self.loader.class_weights()).to(job.device)
+        if job.teacher is not None:
+            classes, named = self.source.classes, self.source.named
+            teacher = Teacher(job.teacher, classes, job.preprocess, named=named).to(job.device)
         self.stepper = Stepper(
-            learner, job.recipe, world, job.device,
-            class_weights=self._class_weights(), teacher=self._teacher(),
-        )  # fmt: skip
+            learner, job.recipe, world, job.device, class_weights=weights, teacher=teacher
+        )
         self.manager = CheckpointManager(
             job, checkpoint.model_of(job.spec, self.source.classes), total=self.total,
             images=len(self.parts.train), data=data.report.record(), world=world,
@@ -176,19 +177,6 @@ class _Run:
         self.state = RunState()
         self.saved_at = self.started_at = time.perf_counter()
         self.first_step = 0
-
-    def _class_weights(self) -> torch.Tensor | None:
-        if self.recipe.balance != "loss":
-            return None
-        return torch.from_numpy(self.loader.class_weights()).to(self.job.device)
-
-    def _teacher(self) -> Teacher | None:
-        job, source = self.job, self.source
-        if job.teacher is None:
-            return None
-        return Teacher(
-            job.teacher, source.classes, job.preprocess, named=source.named
-        ).to(job.device)  # fmt: skip
 
     def _fake_quantized(self, net: Net) -> FakeQuantized:
         """Return the net with fake quantization; scales are from its checkpoint or some images."""
@@ -471,39 +459,3 @@ def accuracy(
         counts += (result.n, result.top1, result.top5 or 0)
     n, top1, top5 = (int(value) for value in world.sums(counts, loader.device))
     return metrics.Accuracy(n=n, top1=top1, top5=top5 if len(source.classes) > 5 else None)
-
-
-class Stop:
-    """Whether the user or the system asked the run to stop."""
-
-    requested = False
-
-
-@contextlib.contextmanager
-def defer_signals(*, alone: bool) -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into `stop.requested`; a second one acts at once.
-
-    A step is completed before the run stops, so that the saved state is whole. No effect outside
-    the main thread, where Python delivers no signals.
-
-    Args:
-        alone: Whether this is the only process. Otherwise SIGTERM comes from torchrun because a
-            process is gone, and a step that waits for it would never end.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    deferred = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
-    before = {name: signal.signal(name, request) for name in deferred}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

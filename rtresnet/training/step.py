@@ -184,7 +184,7 @@ class Stepper:
             Mean loss and number of correct predictions of this process's images, on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("factor", 1.0)
+            group["lr"] = lr * group.get("factor", 1.0)  # older checkpoints have none
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
         with self.depth.drawn(number) if self.depth else contextlib.nullcontext():
@@ -302,38 +302,26 @@ def distillation(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
 
 def _groups(net: Net | FakeQuantized, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the parameters by weight decay and, below a layer decay of 1, by part of the net."""
-    groups = _decay_groups(net, recipe)
-    if recipe.layer_decay == 1:
-        return groups
+    fake = isinstance(net, FakeQuantized)
     parts = (net.net if isinstance(net, FakeQuantized) else net).leading_parts()
-    depth = {
-        id(parameter): number
-        for number, part in enumerate(parts)
-        for module in part
+    part_of = {
+        parameter: number
+        for number, modules in enumerate(parts if recipe.layer_decay != 1 else ())
+        for module in modules
         for parameter in module.parameters()
     }
-    split: list[dict[str, Any]] = []
-    for group in groups:
-        for number in range(len(parts) + 1):
-            own = [p for p in group["params"] if depth.get(id(p), len(parts)) == number]
-            factor = recipe.layer_decay ** (len(parts) - number)
-            if own:
-                split.append({**group, "params": own, "factor": factor})
-    return split
-
-
-def _decay_groups(net: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    scales = (
-        net.scales if isinstance(net, FakeQuantized) else None
-    )  # of activations: no weight decay
-    if recipe.decay_norms and scales is None:
-        return [{"params": trained, "weight_decay": recipe.weight_decay}]
-
-    def decays(parameter: Tensor) -> bool:
-        return parameter is not scales and (parameter.ndim > 1 or recipe.decay_norms)
-
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            scales = fake and name == "scales"  # of activations
+            spared = scales or (parameter.ndim == 1 and not recipe.decay_norms)
+            key = spared, part_of.get(parameter, len(parts))
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for p in trained if decays(p)], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if spared else recipe.weight_decay,
+            "factor": recipe.layer_decay ** (len(parts) - part),
+        }
+        for (spared, part), parameters in sorted(groups.items(), key=lambda entry: entry[0])
     ]

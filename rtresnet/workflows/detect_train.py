@@ -16,6 +16,7 @@ from rtresnet.core.reporter import Reporter, Update, plural
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.detection.recipe import DetectionRecipe
+from rtresnet.workflows import run_folders
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
 
@@ -139,10 +140,10 @@ def train_detector(
     with contextlib.ExitStack() as stack:
         out = config.out
         if out is None and config.resume:
-            out = checkpointing.latest_folder(config.backbone, config.data)
+            out = run_folders.latest_folder(config.backbone, config.data)
         if out is None:
             name = config.backbone or "detector"
-            new = checkpointing.new_folder(name, config.data, warn=reporter.note)
+            new = run_folders.new_folder(name, config.data, warn=reporter.note)
             out = stack.enter_context(new)
         else:
             stack.enter_context(locks.hold_folder(out, warn=reporter.note))

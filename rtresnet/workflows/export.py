@@ -31,12 +31,11 @@ from rtresnet.workflows.estimate import EstimateConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
 from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked, require_trained_for
+from rtresnet.workflows.run_folders import RUNS
 
 if TYPE_CHECKING:
     from rtresnet.models.checkpoint import Checkpoint
     from rtresnet.models.nets import Net
-
-RUNS = Path("runs")
 
 
 def parse_canvas(text: str) -> tuple[int, int]:
