@@ -16,6 +16,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import LogReporter, Reporter
 from rtresnet.training.config import SAVE_SECONDS, Recipe
 from rtresnet.training.data_report import DataReport
+from rtresnet.workflows import run_folders
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
 from rtresnet.workflows.train_log import (
@@ -265,7 +266,8 @@ def train(
     from rtresnet.training import checkpointing, dataset, distributed, loop
     from rtresnet.workflows import config_file
 
-    targets = tuple(dict.fromkeys((*config.log, *("tensorboard",) * config.tensorboard)))
+    extra: tuple[Target, ...] = ("tensorboard",) if config.tensorboard else ()
+    targets = tuple(dict.fromkeys((*config.log, *extra)))
     require(targets)
     _recipe_settings(config)  # refused before there is a folder
     device = torch_device(config.device)
@@ -368,13 +370,13 @@ def _folder(config: TrainConfig, world: World, reporter: Reporter) -> Iterator[t
 
     out, resume = config.out, config.resume
     if world.restarts and not resume:
-        last = out or checkpointing.latest_folder(config.model, config.data)
+        last = out or run_folders.latest_folder(config.model, config.data)
         if checkpointing.launch_of(last) == world.launch:
             out, resume = last, True
     if out is None and resume:
-        out = checkpointing.latest_folder(config.model, config.data)
+        out = run_folders.latest_folder(config.model, config.data)
     if out is None:
-        with checkpointing.new_folder(config.model, config.data, warn=reporter.note) as folder:
+        with run_folders.new_folder(config.model, config.data, warn=reporter.note) as folder:
             yield folder, False
     else:
         with locks.hold_folder(out, warn=reporter.note):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rtresnet.core.errors import InputError, UnknownNameError, missing_package
+from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError, missing_package
 from rtresnet.core.reporter import Reporter, Update, plural
 
 if TYPE_CHECKING:
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 Target = Literal["tensorboard", "mlflow", "wandb"]
 TARGETS: tuple[Target, ...] = ("tensorboard", "mlflow", "wandb")
+FIXES = {
+    "tensorboard": "make the run's folder writable",
+    "mlflow": "set MLFLOW_TRACKING_URI, as in MLFLOW_TRACKING_URI=http://127.0.0.1:5000",
+    "wandb": "wandb login, or set WANDB_MODE=offline",
+}
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -36,18 +41,24 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 class RunLogger(Protocol):
-    """Receives a run's numbers."""
+    """Receives a run's numbers.
+
+    Attributes:
+        name: One of TARGETS.
+    """
+
+    name: Target
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values by name after a step."""
         ...
 
-    def close(self) -> None:
-        """Complete the log."""
+    def close(self, *, failed: bool = False) -> None:
+        """Complete the log of a run that ended, or failed."""
         ...
 
 
-def require(targets: tuple[str, ...]) -> None:
+def require(targets: tuple[Target, ...]) -> None:
     """Check that the packages are installed.
 
     Raises:
@@ -64,7 +75,7 @@ def require(targets: tuple[str, ...]) -> None:
 
 
 def open_loggers(
-    targets: tuple[str, ...], folder: Path, parameters: Mapping[str, Any]
+    targets: tuple[Target, ...], folder: Path, parameters: Mapping[str, Any]
 ) -> list[RunLogger]:
     """Open the loggers of a run.
 
@@ -72,17 +83,37 @@ def open_loggers(
         targets: Some of TARGETS; see `require`.
         folder: Of the run; its name is the run's name.
         parameters: The recipe and what it is applied to.
+
+    Raises:
+        UnavailableError: A package refuses, such as without a server or a key.
     """
-    kinds: dict[str, Callable[[Path, dict[str, Any]], RunLogger]] = {
+    kinds: dict[Target, Callable[[Path, dict[str, Any]], RunLogger]] = {
         "tensorboard": _TensorBoard,
         "mlflow": _MLflow,
         "wandb": _WandB,
     }
-    return [kinds[target](folder, dict(parameters)) for target in targets]
+    opened: list[RunLogger] = []
+    for target in targets:
+        try:
+            opened.append(kinds[target](folder, dict(parameters)))
+        except Exception as error:  # each package has its own
+            for logger in opened:
+                logger.close(failed=True)
+            raise UnavailableError(
+                f"--log {target}: {first_line(error)}", fix=FIXES[target]
+            ) from None
+    return opened
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _TensorBoard:
     """Event files in the run's folder."""
+
+    name: Target = "tensorboard"
 
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -95,12 +126,14 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self._writer.close()
 
 
 class _MLflow:
     """A run of MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where."""
+
+    name: Target = "mlflow"
 
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
         import mlflow
@@ -112,12 +145,14 @@ class _MLflow:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics(dict(values), step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, *, failed: bool = False) -> None:
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 class _WandB:
     """A run of Weights & Biases; WANDB_PROJECT and WANDB_MODE=offline are its own settings."""
+
+    name: Target = "wandb"
 
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
         import wandb
@@ -127,8 +162,8 @@ class _WandB:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class TrainProgress:
@@ -136,11 +171,11 @@ class TrainProgress:
 
     Args:
         reporter: Receives a bar for each stage, and a line for each epoch.
-        loggers: Closed at the end.
+        loggers: Closed at the end; one that fails is left out from then on, with a warning.
     """
 
     def __init__(self, reporter: Reporter, loggers: Sequence[RunLogger]) -> None:
-        self._reporter, self._loggers = reporter, loggers
+        self._reporter, self._loggers = reporter, list(loggers)
         self._is_first = True
         self._stage, self._bar = "", contextlib.ExitStack()
         self._update: Update | None = None
@@ -151,7 +186,7 @@ class TrainProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
         for logger in self._loggers:
-            logger.close()
+            self._with(logger, lambda logger: logger.close(failed=error[0] is not None))
 
     def _show(self, stage: str, done: float, text: str | None = None) -> None:
         """Move the stage's bar, which replaces the bar of the stage before."""
@@ -198,5 +233,18 @@ class TrainProgress:
             self._reporter.note(f"input: {rate}the net waited {waiting:.0f} % of the time for data")
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        for logger in self._loggers:
-            logger.scalars(values, step)
+        for logger in list(self._loggers):
+            if not self._with(logger, lambda logger: logger.scalars(values, step)):
+                self._loggers.remove(logger)
+
+    def _with(self, logger: RunLogger, act: Callable[[RunLogger], None]) -> bool:
+        """Use a logger; a run of hours does not end because its tracking server does."""
+        try:
+            act(logger)
+        except Exception as error:  # each package has its own
+            self._reporter.note(
+                f"warning: --log {logger.name} failed, and the run goes on without it "
+                f"({first_line(error)})"
+            )
+            return False
+        return True

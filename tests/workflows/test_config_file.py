@@ -125,6 +125,73 @@ def test_train_logs_to_tensorboard(tints: str, tmp_path: Path) -> None:
     assert len(events.Scalars("loss")) == 12
 
 
+class Broken(Stub):
+    """A package that fails in one function."""
+
+    def __init__(self, name: str, broken: str) -> None:
+        super().__init__(name)
+        self.broken = broken
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self.__dict__.get("broken"):
+            raise RuntimeError("no route to the server\nsecond line")
+        return super().__getattr__(name)
+
+
+def test_train_logger_that_refuses_ends_the_run_before_its_first_step(
+    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = Stub("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", stub)
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb", "init"))
+    out = tmp_path / "run"
+    assert train("--data", tints, "--log", "mlflow,wandb", "--out", str(out)) == 3
+    told = capsys.readouterr().err
+    assert "--log wandb: no route to the server" in told and "WANDB_MODE=offline" in told
+    assert "second line" not in told and not (out / "last.pt").exists()
+    assert stub.calls[-1] == ("end_run", (("FAILED",), {}))
+
+
+def test_train_goes_on_without_a_logger_that_fails(
+    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = Broken("mlflow", "log_metrics")
+    monkeypatch.setitem(sys.modules, "mlflow", stub)
+    out = tmp_path / "run"
+    assert train("--data", tints, "--epochs", "1", "--log", "mlflow", "--out", str(out)) == 0
+    assert capsys.readouterr().err.count("--log mlflow failed") == 1
+    assert (out / "best.pt").exists()
+
+
+def test_train_logs_to_mlflow(tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path / 'store'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    out = tmp_path / "run"
+    assert train("--data", tints, "--epochs", "2", "--log", "mlflow", "--out", str(out)) == 0
+    client = mlflow.MlflowClient()
+    (found,) = client.search_runs(["0"])
+    assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
+    assert found.data.params["model"] == "resnet8" and found.data.params["epochs"] == "2"
+    history = client.get_metric_history(found.info.run_id, "val_top1")
+    assert [entry.step for entry in history] == [6, 12]
+    assert len(client.get_metric_history(found.info.run_id, "loss")) == 12
+
+
+def test_train_logs_to_wandb_offline(
+    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "run"
+    assert train("--data", tints, "--epochs", "2", "--log", "wandb", "--out", str(out)) == 0
+    (file,) = out.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert content.count(b"val_top1") >= 2 and content.count(b"loss") >= 12
+    assert b"resnet8" in content
+
+
 @pytest.mark.parametrize(
     ("log", "code", "message"),
     [("tensorbord", 2, "did you mean"), (",", 2, "names no logger"), ("mlflow", 3, "mlflow")],
