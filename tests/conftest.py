@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# Threads that spin while they wait take the cores of other processes; read when OpenMP starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core, and so its libraries
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
