@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,26 @@ def rtresnet(*arguments: str, cwd: Path | None = None) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(Path(file.name).read_text())
     result: dict[str, Any] = record["result"]
     return result
+
+
+def spin() -> None:
+    """Keeps a core busy."""
+    while True:
+        pass
+
+
+@contextlib.contextmanager
+def load(processes: int) -> Iterator[None]:
+    """Keeps some cores busy."""
+    busy = [multiprocessing.Process(target=spin, daemon=True) for _ in range(processes)]
+    for process in busy:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.join()
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,27 +1,39 @@
-"""Training speed of the loop next to a plain PyTorch loop; see also train_accuracy.py.
+"""Training speed of the loop next to loops that a user would write; see also train_accuracy.py.
 
     python benchmarks/train.py [--rounds 8]
 
 Same net, uint8 images in memory, batch, threads and augmentation (pad, crop, mirror). Each loop has
-a process of its own; a few steps of each in turn, ratios round by round, the median of them. The
-plain loop is what a careful person writes: images normalized once, crops vectorized, no needless
-copies.
+a process of its own; a few steps of each in turn, ratios round by round, the median of them: on a
+machine that does nothing else, and with a busy process on every second core.
+
+plain loop           what a careful person writes: images normalized once, crops vectorized, no
+                     needless copies
+torchvision's style  as torchvision's reference script: a DataLoader with workers, each image
+                     augmented and normalized by itself, the accuracy of every batch
+timm's style         as timm's documented script: workers collate uint8, normalization on the
+                     batch, channels-last, averaged weights; with --amp in bf16
+
+timm's own train.py is not run, because timm installs torchvision, which this project does not use.
+The three loops are written after the documentation.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, save
-from torch import nn
+from common import load, markdown, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from rtresnet.core import hardware
 from rtresnet.core.preprocess import Preprocess
@@ -35,15 +47,30 @@ from rtresnet.training.step import Stepper
 
 BATCH = {32: 128, 128: 32}
 STEPS = {32: 8, 128: 4}  # a round
+PADDING = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A loop to measure.
+
+    Attributes:
+        kind: A key of KINDS.
+        settings: Its arguments.
+        variables: Environment variables of its process.
+    """
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def plain(model: str, images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[float]:
     """A step's loss, again and again."""
-    torch.manual_seed(0)
     contract = Preprocess.for_size(size)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (contract.mean, contract.std))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
-    padded = nn.functional.pad(pixels, (4, 4, 4, 4))
+    padded = nn.functional.pad(pixels, (PADDING,) * 4)
     truth = torch.from_numpy(labels)
     net = zoo.build(zoo.spec(model), 10).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -54,7 +81,7 @@ def plain(model: str, images: np.ndarray, labels: np.ndarray, size: int) -> Iter
         for chosen in torch.randperm(len(truth)).split(BATCH[size]):
             if len(chosen) < BATCH[size]:
                 continue
-            top, left = torch.randint(0, 9, (2, len(chosen), 1))
+            top, left = torch.randint(0, 2 * PADDING + 1, (2, len(chosen), 1))
             rows, columns = (top + side)[:, None, :, None], (left + side)[:, None, None, :]
             channels = torch.arange(3)[:, None, None]
             inputs = padded[chosen[:, None, None, None], channels, rows, columns]
@@ -68,12 +95,97 @@ def plain(model: str, images: np.ndarray, labels: np.ndarray, size: int) -> Iter
             yield loss.item()
 
 
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Images that are padded, cropped and mirrored one by one.
+
+    Args:
+        images: uint8 [N, S, S, 3].
+        labels: int64 [N].
+        normalized: Whether an image becomes normalized float32, else it stays uint8.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, *, normalized: bool) -> None:
+        self.images, self.labels, self.normalized = torch.from_numpy(images), labels, normalized
+        contract = Preprocess.for_size(images.shape[1])
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (contract.mean, contract.std))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index].permute(2, 0, 1)
+        size = image.shape[1]
+        image = nn.functional.pad(image, (PADDING,) * 4)
+        top, left = torch.randint(0, 2 * PADDING + 1, (2,)).tolist()
+        image = image[:, top : top + size, left : left + size]
+        if torch.rand(()) < 0.5:
+            image = image.flip(2)
+        if self.normalized:
+            image = (image.float() / 255 - self.mean) / self.std
+        return image, int(self.labels[index])
+
+
+def fed(images: np.ndarray, labels: np.ndarray, size: int, *, normalized: bool) -> DataLoader[Any]:
+    """A DataLoader with a worker for each core."""
+    return DataLoader(
+        Augmented(images, labels, normalized=normalized), BATCH[size], shuffle=True, drop_last=True,
+        num_workers=hardware.cores(), persistent_workers=True,
+    )  # fmt: skip
+
+
+def torchvision_style(
+    model: str, images: np.ndarray, labels: np.ndarray, size: int
+) -> Iterator[float]:
+    net = zoo.build(zoo.spec(model), 10).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    loss_of = nn.CrossEntropyLoss()
+    feed = fed(images, labels, size, normalized=True)
+    while True:
+        for inputs, truth in feed:
+            logits = net(inputs)
+            loss = loss_of(logits, truth)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.inference_mode():
+                found = logits.topk(5)[1] == truth[:, None]
+                found[:, :1].sum().item(), found.sum().item()
+            yield loss.item()
+
+
+def timm_style(
+    model: str, images: np.ndarray, labels: np.ndarray, size: int, *, amp: bool = False
+) -> Iterator[float]:
+    contract = Preprocess.for_size(size)
+    mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (contract.mean, contract.std))
+    net = zoo.build(zoo.spec(model), 10).train().to(memory_format=torch.channels_last)
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9998), use_buffers=True
+    )
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    loss_of = nn.CrossEntropyLoss()
+    feed = fed(images, labels, size, normalized=False)
+    while True:
+        for pixels, truth in feed:
+            inputs = pixels.float().sub_(mean).div_(std)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss = loss_of(net(inputs), truth)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            average.update_parameters(net)
+            yield loss.item()
+
+
 def ours(
     model: str, images: np.ndarray, labels: np.ndarray, size: int, **fields: Any
 ) -> Iterator[float]:
-    torch.manual_seed(0)
+    hardware.keep_freed_memory()  # as loop.train does
     spec = zoo.spec(model)
-    settings = {"batch": BATCH[size], "lr": 0.1, "precision": "fp32"} | fields
+    settings = {"batch": BATCH[size], "lr": 0.1, "precision": "fp32", "mean_image": False} | fields
     recipe = resolve("paper-cifar", images=len(images), size=size, depth=20, settings=settings)
     source = Arrays("benchmark", images, labels, [str(index) for index in range(10)])
     net = zoo.build(spec, 10).to(memory_format=torch.channels_last)
@@ -94,77 +206,121 @@ def ours(
         first += feed.steps_per_epoch
 
 
-LOOPS: dict[str, dict[str, Any] | None] = {
-    "plain loop": None,
-    "rtresnet": {},
-    "rtresnet --compile": {"compile": True},
-    "rtresnet, bf16": {"precision": "bf16"},
-    "rtresnet, bf16, --compile": {"precision": "bf16", "compile": True},
+KINDS = {
+    "plain": plain,
+    "torchvision": torchvision_style,
+    "timm": timm_style,
+    "rtresnet": ours,
+}
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as `rtresnet train` sets it
+LOOPS = {
+    "plain loop": Loop(kind="plain"),
+    "torchvision's style": Loop(kind="torchvision"),
+    "timm's style": Loop(kind="timm"),
+    "rtresnet": Loop(kind="rtresnet", variables=PASSIVE),
+    "rtresnet --compile": Loop(kind="rtresnet", settings={"compile": True}, variables=PASSIVE),
+}
+BF16_LOOPS = {
+    "timm's style, bf16": Loop(kind="timm", settings={"amp": True}),
+    "rtresnet, bf16": Loop(kind="rtresnet", settings={"precision": "bf16"}, variables=PASSIVE),
+    "rtresnet, bf16, --compile": Loop(
+        kind="rtresnet", settings={"precision": "bf16", "compile": True}, variables=PASSIVE
+    ),
 }
 
 
-def work(pipe: Connection, name: str, model: str, size: int) -> None:
+def work(pipe: Connection, loop: Loop, model: str, size: int) -> None:
     """One loop in a process of its own; does as many steps as it is told, and says how long."""
     rng = np.random.default_rng(0)
     count = 10_000 if size == 32 else 1_000
     images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, count)
-    fields = LOOPS[name]
-    if fields is None:
-        loop = plain(model, images, labels, size)
-    else:
-        hardware.keep_freed_memory()  # as loop.train does
-        loop = ours(model, images, labels, size, **fields)
+    torch.manual_seed(0)
+    losses = KINDS[loop.kind](model, images, labels, size, **loop.settings)
     while steps := pipe.recv():
         begin = time.perf_counter()
         for _ in range(steps):
-            next(loop)
+            next(losses)
         pipe.send((time.perf_counter() - begin) / steps)
 
 
-def measure(model: str, size: int, rounds: int) -> list[dict[str, object]]:
+def start(loops: Mapping[str, Loop], model: str, size: int) -> dict[str, Connection]:
+    """Start each loop in a process, and let it do its compilation and first allocations."""
     spawn = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    for name in LOOPS:
+    before, pipes = dict(os.environ), dict[str, Connection]()
+    for name, loop in loops.items():
+        for variable in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+            os.environ.pop(variable, None)
+        os.environ.update(loop.variables)
         pipes[name], theirs = spawn.Pipe()
-        spawn.Process(target=work, args=(theirs, name, model, size), daemon=True).start()
+        spawn.Process(target=work, args=(theirs, loop, model, size)).start()
         theirs.close()
-        pipes[name].send(3)  # compilation and the first allocations
+        pipes[name].send(3)
         pipes[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    for number in range(rounds):
-        names = list(pipes)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            pipes[name].send(STEPS[size])
-            seconds[name].append(pipes[name].recv())
+    os.environ.clear()
+    os.environ.update(before)
+    return pipes
+
+
+def stop(pipes: Mapping[str, Connection]) -> None:
+    """End the processes."""
     for pipe in pipes.values():
         pipe.send(0)
-    base = seconds["plain loop"]
-    return [
-        {
-            "net": model,
-            "size": size,
-            "batch": BATCH[size],
-            "loop": name,
-            "images_per_second": BATCH[size] / statistics.median(took),
-            "speed": statistics.median(b / t for b, t in zip(base, took, strict=True)),
-            "low": min(b / t for b, t in zip(base, took, strict=True)),
-            "high": max(b / t for b, t in zip(base, took, strict=True)),
-            "n": rounds * STEPS[size],
-        }
+        pipe.close()
+
+
+def in_turn(
+    pipes: Mapping[str, Connection], rounds: int, steps: int, batch: int, *, base: str
+) -> dict[str, dict[str, float]]:
+    """Measure the loops in turn; returns the speed of each relative to `base`."""
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    names = list(pipes)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            pipes[name].send(steps)
+            seconds[name].append(pipes[name].recv())
+    ratios = {
+        name: [b / t for b, t in zip(seconds[base], took, strict=True)]
         for name, took in seconds.items()
-    ]
+    }
+    return {
+        name: {
+            "images_per_second": batch / statistics.median(seconds[name]),
+            "speed": statistics.median(ratios[name]),
+            "low": min(ratios[name]),
+            "high": max(ratios[name]),
+            "n": rounds * steps,
+        }
+        for name in pipes
+    }
+
+
+def measure(model: str, size: int, rounds: int) -> list[dict[str, object]]:
+    """Measure every loop on a net, without and with other work on the machine."""
+    pipes = start(LOOPS | (BF16_LOOPS if hardware.native_bf16() else {}), model, size)
+    found: list[dict[str, object]] = []
+    try:
+        for busy in (0, max(1, hardware.cores() // 2)):
+            with load(busy):
+                measured = in_turn(pipes, rounds, STEPS[size], BATCH[size], base="plain loop")
+            about = {"net": model, "size": size, "batch": BATCH[size], "busy": busy}
+            found += [{**about, "loop": name, **figures} for name, figures in measured.items()]
+    finally:
+        stop(pipes)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
     rounds = parser.parse_args().rounds
+    before = os.getloadavg()[0]
     found = measure("resnet20", 32, rounds) + measure("resnet18", 128, rounds)
-    headings = ("net", "image", "batch", "loop", "images/s", "speed", "of rounds", "steps")
+    headings = ("net", "image", "batch", "busy", "loop", "images/s", "speed", "of rounds", "steps")
     rows = [
         (
-            entry["net"], entry["size"], entry["batch"], entry["loop"],
+            entry["net"], entry["size"], entry["batch"], entry["busy"], entry["loop"],
             f"{entry['images_per_second']:.0f}", f"{entry['speed']:.2f}",
             f"{entry['low']:.2f} to {entry['high']:.2f}", entry["n"],
         )
@@ -175,13 +331,15 @@ def main() -> None:
     )
     caption = (
         f"Forward, backward, update and augmentation on {hardware.cpu()}, "
-        f"{torch.get_num_threads()} threads, {versions}; a few steps in turn, "
-        f"{rounds} rounds; speed: the median of the "
-        "rounds' ratios to the plain loop."
+        f"{torch.get_num_threads()} threads, {versions}; busy: processes of the script that keep a "
+        f"core busy; load average of other processes before the run: {before:.1f}; a few steps in "
+        f"turn, {rounds} rounds; speed: the median of the rounds' ratios to the plain loop. The "
+        "loops in the style of torchvision and timm are written after their documentation and run "
+        "without these packages."
     )
     save(
         "train",
-        {"results": found, "versions": versions},
+        {"results": found, "versions": versions, "load_average": before},
         markdown(headings, rows) + "\n\n" + caption,
     )
 

@@ -11,43 +11,21 @@ ratios round by round, the median of them. The load is one busy process for ever
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
 import os
-import statistics
-from collections.abc import Iterator
 
-from common import markdown, save
-from train import BATCH, work
+from common import load, markdown, save
+from train import BATCH, Loop, in_turn, start, stop
 
 from rtresnet.core import hardware
 
 STEPS = 4  # a round
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 SETTINGS: dict[str, dict[str, str]] = {
     "active": {"OMP_WAIT_POLICY": "active"},
     "OpenMP's default": {},
-    "passive": {"OMP_WAIT_POLICY": "passive"},
-    "passive, 1 thread": {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"},
+    "passive": PASSIVE,
+    "passive, 1 thread": PASSIVE | {"OMP_NUM_THREADS": "1"},
 }
-
-
-def spin() -> None:
-    """Keep a core busy."""
-    while True:
-        pass
-
-
-@contextlib.contextmanager
-def load(processes: int) -> Iterator[None]:
-    """Keep some cores busy."""
-    busy = [multiprocessing.Process(target=spin, daemon=True) for _ in range(processes)]
-    for process in busy:
-        process.start()
-    try:
-        yield
-    finally:
-        for process in busy:
-            process.kill()
 
 
 def main() -> None:
@@ -56,41 +34,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     rounds = parser.parse_args().rounds
     before = os.getloadavg()[0]
-    spawn = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name, variables in SETTINGS.items():
-        for variable in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
-            os.environ.pop(variable, None)
-        os.environ.update(variables)
-        pipes[name], theirs = spawn.Pipe()
-        spawn.Process(target=work, args=(theirs, "rtresnet", "resnet20", 32), daemon=True).start()
-        theirs.close()
-        pipes[name].send(2)
-        pipes[name].recv()
+    loops = {
+        name: Loop(kind="rtresnet", variables=variables) for name, variables in SETTINGS.items()
+    }
+    pipes = start(loops, "resnet20", 32)
     results = []
-    for busy in (0, max(1, hardware.cores() // 2)):
-        seconds: dict[str, list[float]] = {name: [] for name in pipes}
-        with load(busy):
-            for number in range(rounds):
-                names = list(pipes)
-                for name in names[number % len(names) :] + names[: number % len(names)]:
-                    pipes[name].send(STEPS)
-                    seconds[name].append(pipes[name].recv())
-        base = seconds["OpenMP's default"]
-        results += [
-            {
-                "busy": busy,
-                "setting": name,
-                "images_per_second": BATCH[32] / statistics.median(took),
-                "speed": statistics.median(b / t for b, t in zip(base, took, strict=True)),
-                "low": min(b / t for b, t in zip(base, took, strict=True)),
-                "high": max(b / t for b, t in zip(base, took, strict=True)),
-                "n": rounds * STEPS,
-            }
-            for name, took in seconds.items()
-        ]
-    for pipe in pipes.values():
-        pipe.send(0)
+    try:
+        for busy in (0, max(1, hardware.cores() // 2)):
+            with load(busy):
+                measured = in_turn(pipes, rounds, STEPS, BATCH[32], base="OpenMP's default")
+            results += [
+                {"busy": busy, "setting": name, **figures} for name, figures in measured.items()
+            ]
+    finally:
+        stop(pipes)
     rows = [
         (
             entry["busy"], entry["setting"], f"{entry['images_per_second']:.0f}",

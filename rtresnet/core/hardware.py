@@ -187,6 +187,15 @@ def _flags() -> set[str]:
     return set()
 
 
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the user has decided.
+
+    Threads that spin slow down training on a machine that does other work, and that work. OpenMP
+    reads the setting when it starts: call this before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep freed large blocks instead of returning them to the kernel.
 

@@ -6,7 +6,6 @@ inserted as they are.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from rtresnet.core.flips import Flip
     from rtresnet.workflows.data import AugmentedBatch, DataInspectResult, DuplicatePair, ImageRef
     from rtresnet.workflows.evaluate import EvaluateResult
-    from rtresnet.workflows.train import TrainResult
+    from rtresnet.workflows.train import RunAccuracy, TrainResult
 
 
 def render(template: str, **values: object) -> str:
@@ -122,15 +121,11 @@ def write_training(
         headings=list(columns.values()),
         rows=[[entry[name] for name in columns] for entry in log],
     )
-    kept = ", ".join(
-        f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in dataclasses.asdict(result.measured).items()
-        if value is not None
-    )
     text = render(
         "training.html",
         title=result.title,
-        kept=kept,
+        kept=_kept(result.measured),
+        warnings=result.images.warnings() if result.images else [],
         curve=plots.svg(figure, "training and held-out error against epochs"),
         progress=plots.svg(plots.progress_figure(log), "loss and images per second"),
         view=None if report is None else classification.view(report, images or {}),
@@ -140,6 +135,20 @@ def write_training(
     )
     atomic_io.write_text(folder / "index.html", text)
     return folder / "index.html"
+
+
+def _kept(measured: RunAccuracy) -> str:
+    """Which epoch's weights a run keeps, and how good they are."""
+    accuracies = []
+    if measured.val_top1 is not None:
+        accuracies.append(f"{measured.val_top1:.2f} % of {measured.val_n} held-out images")
+    accuracies.append(f"{measured.test_top1:.2f} % of {measured.test_n} test images")
+    if measured.test_top5 is not None:
+        accuracies[-1] += f" (top-5 {measured.test_top5:.2f} %)"
+    statistics = ""
+    if measured.bn_images:
+        statistics = f" Batch norm's statistics are those of {measured.bn_images:,} images."
+    return f"Epoch {measured.epoch} is kept: top-1 {' and '.join(accuracies)}.{statistics}"
 
 
 def write_evaluation(

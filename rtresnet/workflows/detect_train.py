@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rtresnet.core import reporter
+from rtresnet.core import hardware, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter, Update, plural
@@ -131,6 +131,7 @@ def train_detector(
         LockedError: Another process trains in the folder.
     """
     config, stated = config or TrainDetectorConfig(), stated or InputConfig()
+    hardware.wait_passively()
     require_torch("training")
     from rtresnet.core import locks
     from rtresnet.detection import training

@@ -44,14 +44,15 @@ def new_folder(model: str | None, data: str | None, *, warn: Warn) -> Iterator[P
 
 
 def latest_folder(model: str | None, data: str | None) -> Path:
-    """Return the folder of the latest run of a net on data; without either, of all runs.
+    """Return the folder of the latest run: of a net on data, of any net on data, or of all runs.
 
     If there is none, the folder that the first such run would have.
     """
-    if model is None and data is None:
-        states = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if model is None:
+        name = "*" if data is None else f"*-{_words(data)}"
+        states = [*RUNS.glob(f"{name}/last.pt"), *RUNS.glob(f"{name}-[0-9]*/last.pt")]
         if states:
-            return states[-1].parent
+            return max(states, key=lambda path: path.stat().st_mtime).parent
     folders = _numbered(model, data)
     latest = next(folders)
     for folder in itertools.takewhile(Path.exists, folders):
@@ -59,10 +60,13 @@ def latest_folder(model: str | None, data: str | None) -> Path:
     return latest
 
 
+def _words(data: str | None) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", data or "digits").strip("-")[-40:]
+
+
 def _numbered(model: str | None, data: str | None) -> Iterator[Path]:
     """Return the folders of a net's runs on data, in order, whether they exist or not."""
-    words = re.sub(r"[^A-Za-z0-9]+", "-", data or "digits").strip("-")[-40:]
-    base = RUNS / f"{model or 'resnet20'}-{words}"
+    base = RUNS / f"{model or 'resnet20'}-{_words(data)}"
     yield base
     for number in itertools.count(2):
         yield base.with_name(f"{base.name}-{number}")

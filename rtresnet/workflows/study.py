@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rtresnet.core import locks, provenance, reporter
+from rtresnet.core import hardware, locks, provenance, reporter
 from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
@@ -123,6 +123,7 @@ def study_degradation(
         InputError: Unknown names, or a folder of another study.
         LockedError: Another process runs a study in the folder.
     """
+    hardware.wait_passively()
     require_torch("a study")
     from rtresnet.study import compare
 
@@ -154,6 +155,7 @@ def study_shortcuts(
     Raises:
         InputError: As `study_degradation`.
     """
+    hardware.wait_passively()
     require_torch("a study")
     from rtresnet.study import compare
 
@@ -187,6 +189,7 @@ def study_blocks(
     Raises:
         InputError: As `study_degradation`.
     """
+    hardware.wait_passively()
     require_torch("a study")
     from rtresnet.study import compare
 

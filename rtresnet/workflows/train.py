@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from rtresnet.core import reporter
+from rtresnet.core import hardware, reporter
 from rtresnet.core.config import Config, option, options_of, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import LogReporter, Reporter
@@ -260,8 +259,7 @@ def train(
         LockedError: Another process trains in the folder.
     """
     config, stated = config or TrainConfig(), stated or InputConfig()
-    # Read when OpenMP starts. Threads that spin while they wait slow down a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    hardware.wait_passively()
     require_torch("training")
     from rtresnet.training import checkpointing, dataset, distributed, loop
     from rtresnet.workflows import config_file
@@ -272,11 +270,14 @@ def train(
     _recipe_settings(config)  # refused before there is a folder
     device = torch_device(config.device)
     with contextlib.ExitStack() as stack, distributed.world(device) as (world, place):
-        folder, resume = _agree(
-            world, lambda: stack.enter_context(_folder(config, world, reporter))
-        )
-        if not resume and world.size > 1:  # downloaded once
-            _agree(world, lambda: _start(config, reporter) and None)
+
+        def enter() -> tuple[Path, bool]:
+            """Refuses unusable weights before there is a folder, which is named after their net."""
+            start = None if config.resume else _start(config, reporter)
+            net = start.spec.name if start else config.model
+            return stack.enter_context(_folder(config, net, world, reporter))
+
+        folder, resume = _agree(world, enter)
         checkpointing.check_folder(folder, resume)
         own = reporter if world.is_main else _Silent()
         job = (
@@ -360,7 +361,9 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folder(config: TrainConfig, world: World, reporter: Reporter) -> Iterator[tuple[Path, bool]]:
+def _folder(
+    config: TrainConfig, net: str | None, world: World, reporter: Reporter
+) -> Iterator[tuple[Path, bool]]:
     """Lock the run's folder; yields it, and whether to resume the run in it.
 
     A restart by torchrun resumes without --resume, but only what its own launch saved.
@@ -370,13 +373,13 @@ def _folder(config: TrainConfig, world: World, reporter: Reporter) -> Iterator[t
 
     out, resume = config.out, config.resume
     if world.restarts and not resume:
-        last = out or run_folders.latest_folder(config.model, config.data)
+        last = out or run_folders.latest_folder(net, config.data)
         if checkpointing.launch_of(last) == world.launch:
             out, resume = last, True
     if out is None and resume:
-        out = run_folders.latest_folder(config.model, config.data)
+        out = run_folders.latest_folder(net, config.data)
     if out is None:
-        with run_folders.new_folder(config.model, config.data, warn=reporter.note) as folder:
+        with run_folders.new_folder(net, config.data, warn=reporter.note) as folder:
             yield folder, False
     else:
         with locks.hold_folder(out, warn=reporter.note):

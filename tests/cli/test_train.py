@@ -104,6 +104,32 @@ def test_without_a_folder_the_latest_run_is_resumed(
     assert "runs/new/best.pt" in capsys.readouterr().out
 
 
+def test_the_folder_has_the_name_of_the_weights_net_and_is_found_by_the_data(
+    trained: Path, tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tints.removeprefix("npz:"), "tints.npz")
+    data = ["--data", "npz:tints.npz"]
+    weights = ["--weights", str(trained / "best.pt")]
+    assert main(["train", *weights, *data, "--set", "steps=1"]) == 0
+    (folder,) = Path("runs").iterdir()
+    assert folder.name == "resnet8-npz-tints-npz"
+    page = (folder / "index.html").read_text()
+    assert "Epoch 1 is kept: top-1" in page and "is uncertain by up to" in page
+    capsys.readouterr()
+    assert main(["train", *data, "--resume"]) == 0
+    assert f"{folder}/best.pt" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_used_leave_no_folder(
+    tints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--weights", "none.pt", "--data", tints]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_of_weights_alone_is_no_run(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,93 @@
+"""The loops that benchmarks/train.py measures train, and what it reports is what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from rtresnet.core import hardware
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield importlib.import_module("train")
+        for name in ("train", "common"):
+            del sys.modules[name]
+
+
+def tints(count: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Images of ten brightnesses with noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, count)
+    noise = rng.integers(0, 8, (count, 32, 32, 3))
+    return (25 * labels[:, None, None, None] + noise).astype(np.uint8), labels
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("plain", {}), ("torchvision", {}), ("timm", {}), ("timm", {"amp": True}), ("rtresnet", {})],
+)
+def test_each_loop_lowers_its_loss(
+    kind: str, settings: dict[str, bool], script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "BATCH", {32: 32})
+    monkeypatch.setattr(hardware, "cores", lambda: 1)
+    torch.manual_seed(0)
+    losses = script.KINDS[kind]("resnet8", *tints(), 32, **settings)
+    seen = [next(losses) for _ in range(24)]
+    losses.close()
+    assert np.isfinite(seen).all() and np.mean(seen[-4:]) < 0.9 * np.mean(seen[:4])
+
+
+def test_augmented_images_are_crops_of_the_padded_image(script: ModuleType) -> None:
+    images, labels = tints(4)
+    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    crops = set[bytes]()
+    for top, left in np.ndindex(9, 9):
+        crop = padded[2, top : top + 32, left : left + 32]
+        crops |= {crop.tobytes(), crop[:, ::-1].tobytes()}
+    pixels = script.Augmented(images, labels, normalized=False)
+    drawn = {pixels[2][0].permute(1, 2, 0).numpy().tobytes() for _ in range(20)}
+    assert drawn <= crops and len(drawn) > 10
+
+
+class Pipe:
+    """A loop whose steps take as long as it says."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.sent = iter(seconds), list[int]()
+
+    def send(self, steps: int) -> None:
+        self.sent.append(steps)
+
+    def recv(self) -> float:
+        return next(self.seconds)
+
+
+def test_in_turn_divides_round_by_round(script: ModuleType) -> None:
+    pipes = {"plain": Pipe([2.0, 4.0, 2.0]), "fast": Pipe([1.0, 1.0, 2.0])}
+    found = script.in_turn(pipes, 3, 5, 100, base="plain")
+    assert found["plain"]["speed"] == 1 and found["plain"]["images_per_second"] == 50
+    assert (found["fast"]["low"], found["fast"]["speed"], found["fast"]["high"]) == (1, 2, 4)
+    assert found["fast"]["n"] == 15 and pipes["fast"].sent == [5, 5, 5]
+
+
+def test_load_keeps_cores_busy_and_ends(script: ModuleType) -> None:
+    begin = os.times()
+    with script.load(1):
+        while os.times().elapsed - begin.elapsed < 0.3:
+            pass
+    end = os.times()  # the children are waited for
+    assert end.children_user - begin.children_user > 0.02
