@@ -29,6 +29,7 @@ from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.onnxlib.metadata import TrainedScales
 from rtresnet.training.config import EpochRecord, Recipe, TrainJob
+from rtresnet.training.data_report import DataReport
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.step import Stepper
@@ -86,8 +87,7 @@ class CheckpointManager:
         job: Whose folder.
         model: The net's description for checkpoints.
         total: Steps of the whole run.
-        images: Number of training images.
-        data: The report on its images; see `DataReport.record`.
+        report: On its images.
         world: This process among several.
     """
 
@@ -97,12 +97,11 @@ class CheckpointManager:
         model: Model,
         *,
         total: int,
-        images: int,
-        data: Mapping[str, object],
+        report: DataReport,
         world: World,
     ) -> None:
         self.job, self.model, self.world = job, model, world
-        self.total, self.images, self.data = total, images, data
+        self.total, self.report = total, report
         self.fingerprint = job.source.fingerprint()
         self.license = job.start.weights.license if job.start else None
 
@@ -153,7 +152,8 @@ class CheckpointManager:
                 fix="train into another --out",
             )
         if stepper.average:
-            stepper.average.restore(state_from(last, stepper.average.net), saved["updates"])
+            stepper.average.net.load_state_dict(state_from(last, stepper.average.net))
+            stepper.average.updates = saved["updates"]
         stepper.net.load_state_dict(
             saved["weights"] if stepper.average else state_from(last, stepper.net)
         )
@@ -175,7 +175,7 @@ class CheckpointManager:
             "data": self.job.source.name,
             "fingerprint": self.fingerprint,
             "total": self.total,
-            "images": self.data,
+            "images": {k: v for k, v in vars(self.report).items() if k != "classes"},
             **({"teacher": dataclasses.asdict(teacher.weights)} if teacher else {}),
         }
 
@@ -196,7 +196,7 @@ class CheckpointManager:
                 format=self.job.recipe.qat_format,
                 images=self.job.source.name,
                 images_sha256=self.fingerprint,
-                n=self.images,
+                n=sum(self.report.counts["train"]),
             )
         return Checkpoint(
             model=self.model,
@@ -253,28 +253,6 @@ def saved_run(out: Path) -> Checkpoint:
             fix=f"train from it instead: --weights {out / 'last.pt'} with another --out",
         )
     return last
-
-
-def load_state(job: TrainJob, world: World) -> Checkpoint:
-    """Load the last.pt of a job's run, in every process.
-
-    Raises:
-        InputError: There is none, or its recipe is not the job's.
-    """
-    if world.is_main:  # which drops a stale sidecar before the others read it
-        saved_run(job.out)
-    world.barrier()
-    last = saved_run(job.out)
-    check_same_recipe(job.out, last.training["recipe"], job.recipe)
-    return last
-
-
-def launch_of(out: Path) -> str | None:
-    """Return the torchrun launch that last saved a run's state; None if there is no state."""
-    try:
-        return str(saved_run(out).training.get("launch", ""))
-    except InputError:
-        return None
 
 
 def check_same_recipe(out: Path, stored: Mapping[str, Any], recipe: Recipe) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rtresnet.core.reporter import escape_cell, plural
@@ -47,12 +46,6 @@ class DataReport:
     examples: dict[str, list[tuple[str, str]]]
     transparent: int
     max_broken: float
-
-    def record(self) -> Mapping[str, object]:
-        """Return what checkpoints store; they store the classes elsewhere."""
-        entries = dataclasses.asdict(self)
-        del entries["classes"]
-        return entries
 
     def lines(self) -> list[str]:
         """Describe counts per class and split, how images were checked, and warnings."""

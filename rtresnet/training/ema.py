@@ -31,11 +31,6 @@ class ModelEma:
         self.updates += 1
         torch._foreach_lerp_(_floats(self.net), _floats(net), 1 - decay)
 
-    def restore(self, state: dict[str, Tensor], updates: int) -> None:
-        """Restore the state of an interrupted run."""
-        self.net.load_state_dict(state)
-        self.updates = updates
-
 
 def _floats(net: nn.Module) -> list[Tensor]:
     return [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]

@@ -120,7 +120,13 @@ def train(
     check_compiler(job.recipe, job.device)
     torch.manual_seed(job.recipe.seed)
     hardware.keep_freed_memory()
-    last = checkpointing.load_state(job, world) if resume else None
+    last = None
+    if resume:
+        if world.is_main:  # which drops a stale sidecar before the others read it
+            checkpointing.saved_run(job.out)
+        world.barrier()
+        last = checkpointing.saved_run(job.out)
+        checkpointing.check_same_recipe(job.out, last.training["recipe"], job.recipe)
     report = dataset.saved_report(last) if last else None
     data = dataset.prepare(job, report=report, world=world, progress=on_check, warn=warn)
     run = _Run(job, data, world, last)
@@ -172,7 +178,7 @@ class _Run:
         )
         self.manager = CheckpointManager(
             job, checkpoint.model_of(job.spec, self.source.classes), total=self.total,
-            images=len(self.parts.train), data=data.report.record(), world=world,
+            report=data.report, world=world,
         )  # fmt: skip
         self.state = RunState()
         self.saved_at = self.started_at = time.perf_counter()

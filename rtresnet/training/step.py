@@ -124,7 +124,9 @@ class Stepper:
             nesterov=recipe.nesterov,
             fused=True,
         )
-        self._create_momentum()
+        if recipe.momentum:  # else torch's fused SGD has garbage in it if its first step is skipped
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.average = ModelEma(net, recipe.ema) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(self.kind, enabled=recipe.precision == "fp16")
         self.depth = StochasticDepth(net, recipe) if recipe.stochastic_depth else None
@@ -141,17 +143,6 @@ class Stepper:
         self.net.train()
         for part in self.frozen:
             part.eval()
-
-    def _create_momentum(self) -> None:
-        """Initialize momentum to zero, which gives the same first update as no buffer.
-
-        torch's fused SGD creates uninitialized buffers, and they stay uninitialized if the first
-        step is skipped because of an overflow.
-        """
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group["momentum"] else ():
-                state = self.optimizer.state[parameter]
-                state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def loss_scale(self) -> float | None:
         """Return the loss scale in fp16, None in other precisions. Waits for the GPU.
@@ -189,7 +180,11 @@ class Stepper:
         losses, hits = [], []
         with self.depth.drawn(number) if self.depth else contextlib.nullcontext():
             for part, micro in enumerate(micros):
-                with self._without_averaging(last=part == len(micros) - 1):
+                context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+                is_last = part == len(micros) - 1  # gradients are averaged with the last part
+                if not is_last and isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+                    context = self.wrapped.no_sync()
+                with context:
                     loss, correct = self._backward(micro, len(micros))
                 losses.append(loss)
                 hits.append(correct)
@@ -229,12 +224,6 @@ class Stepper:
             logits, labels, label_smoothing=smoothing, reduction="none"
         )
         return (losses * self.class_weights[labels]).mean()
-
-    def _without_averaging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Average gradients over the processes once per step, with its last part."""
-        if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.wrapped.no_sync()
 
 
 class StochasticDepth:

@@ -374,8 +374,9 @@ def _folder(
     out, resume = config.out, config.resume
     if world.restarts and not resume:
         last = out or run_folders.latest_folder(net, config.data)
-        if checkpointing.launch_of(last) == world.launch:
-            out, resume = last, True
+        with contextlib.suppress(InputError):  # it has no state
+            if checkpointing.saved_run(last).training.get("launch") == world.launch:
+                out, resume = last, True
     if out is None and resume:
         out = run_folders.latest_folder(net, config.data)
     if out is None:
