@@ -205,7 +205,7 @@ def profiles_for(
     other = next((profile for profile in profiles if profile != only), None)
     if other is not None:
         raise InputError(
-            f"{source}: takes batches of {batch}, not --batch {other}",
+            f"{source}: its batch is fixed at {batch}, not --batch {other}",
             fix="leave --batch out, or export it with a dynamic batch (torch.onnx.export: "
             "dynamic_shapes)",
         )

@@ -24,7 +24,7 @@ from rtresnet.workflows.input_spec import InputConfig
     "pixels, else the size]",
 )
 @common.classes_option
-@click.option("--force", is_flag=True, help="Replace a sidecar that exists.  [default: refuse]")
+@click.option("--force", is_flag=True, help="Replace an existing sidecar.  [default: refuse]")
 @config_options(InputConfig, argument="stated")
 @common.json_option
 def command(
@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Write the sidecar of an ONNX file that another tool exported.
 
-    State once what the file does not say: mean and std (or --preset), the class names, and the
-    size where the file leaves it open. After that every command takes the file without them.
+    State what the file does not contain: mean and std (or --preset), the class names, and the
+    size if the file leaves it open. Every command then runs the file without these options.
     """
     result = adopt(
         path, stated, resize=resize, classes=classes, force=force, reporter=common.REPORTER
@@ -47,7 +47,7 @@ def command(
     if contract.layout != UINT8:
         mean, std = (",".join(f"{v:g}" for v in vs) for vs in (contract.mean, contract.std))
         takes = f"mean {mean}, std {std}"
-    named = "named" if result.named else "without names"
+    named = "with names" if result.named else "without class names"
     batch = f", batches of {result.interface.batch}" if result.interface.batch else ""
     common.say(
         f"{path}: {sidecar.precision}, {plural(len(sidecar.model.classes), 'class')} {named}, "

@@ -34,7 +34,7 @@ P99 = next(entry for entry in options_of(SearchConfig) if entry[0].name == "p99_
 @click.option(
     "--find-qps",
     is_flag=True,
-    help="Find the highest rate of arrivals with a p99 within --p99.  [default: off]",
+    help="Find the highest arrival rate whose p99 is within --p99.  [default: off]",
 )
 @click_option("p99_ms", P99[1], None, P99[2])
 @click.option(
@@ -53,13 +53,13 @@ P99 = next(entry for entry in options_of(SearchConfig) if entry[0].name == "p99_
 @click.option(
     "--force",
     is_flag=True,
-    help="Compare with a baseline of another device or version, too.  [default: refuse]",
+    help="Compare also with a baseline of another device or version.  [default: refuse]",
 )
 @click.option(
-    "--intervals", is_flag=True, help="Print 95 % confidence intervals, too.  [default: off]"
+    "--intervals", is_flag=True, help="Also print 95 % confidence intervals.  [default: off]"
 )
 @click.option(
-    "--trtexec", is_flag=True, help="Print the results in trtexec's format, too.  [default: off]"
+    "--trtexec", is_flag=True, help="Also print the results in trtexec's format.  [default: off]"
 )
 @config_options(RuntimeConfig, argument="runtime")
 @common.json_option
@@ -81,12 +81,12 @@ def command(
     """Measure latency (median, p90, p95, p99) and throughput, one request after another.
 
     Several files are measured in alternating slices and compared. A plan needs a GPU. Without one,
-    `--device auto` measures the ONNX file it was built from on the CPU and says so; `--device cuda`
+    `--device auto` measures its ONNX file on the CPU instead and prints a note; `--device cuda`
     exits with 3.
     """
     if find_batch or find_qps:
         if find_batch and find_qps:
-            raise InputError("--find-batch and --find-qps are two searches", fix="choose one")
+            raise InputError("--find-batch and --find-qps cannot be combined", fix="choose one")
         what = "batch" if find_batch else "qps"
         refused = {
             "intervals": intervals, "trtexec": trtexec, "tolerance": tolerance, "force": force,
@@ -95,7 +95,7 @@ def command(
         }  # fmt: skip
         for name, value in refused.items():
             if value not in (None, False):
-                raise InputError(f"--{name} and --find-{what} do not go together")
+                raise InputError(f"--{name} and --find-{what} cannot be combined")
         searched = SearchConfig(what=what, p99_ms=p99_ms, **_values(shared))  # type: ignore[arg-type]
         if plot is not None and plot.suffix.lower() not in (".svg", ".png"):
             raise InputError(f"--plot {plot}: .svg or .png")
@@ -108,7 +108,7 @@ def command(
         return
     if p99_ms is not None or plot is not None:
         name = "plot" if p99_ms is None else "p99"
-        raise InputError(f"--{name} belongs to --find-batch or --find-qps")
+        raise InputError(f"--{name} applies only to --find-batch and --find-qps")
     if tolerance is not None and baseline is None:
         raise InputError("--tolerance has no effect without --baseline")
     result, error = benchmark_until_error(
@@ -142,7 +142,9 @@ def _percent(text: str | None) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 <= value < 1000:
-        raise InputError(f"--tolerance {text}: a percentage is needed", fix="as in --tolerance 3%")
+        raise InputError(
+            f"--tolerance {text}: not a percentage of at least 0", fix="as in --tolerance 3%"
+        )
     return value / 100
 
 
@@ -155,7 +157,7 @@ def _read_baseline(path: str, tolerance: float | None, force: bool) -> Baseline:
     from rtresnet.core import atomic_io
     from rtresnet.reporting import result_files
 
-    fix = f"make one with: rtresnet bench ARTIFACT --json {path}"
+    fix = f"create one with: rtresnet bench ARTIFACT --json {path}"
     atomic_io.require_file(path, fix=fix)
     file = result_files.read(path)
     if file.verb != "bench":

@@ -25,7 +25,7 @@ from rtresnet.workflows.embed_io import EmbedConfig
 @click.option(
     "--per-target",
     is_flag=True,
-    help="Write one plan for each target: MODEL-sm_86.plan, ...  [default: one plan for all]",
+    help="Write one plan for each target, such as MODEL-sm_86.plan.  [default: one plan for all]",
 )
 @common.json_option
 def command(

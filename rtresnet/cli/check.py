@@ -1,4 +1,4 @@
-"""`rtresnet check`: whether an image gets the same answer in every batch."""
+"""`rtresnet check`: whether an image has the same output in every batch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def command(
     """Compare an artifact with itself, and with the FP32 ONNX file it came from.
 
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
-    other files), at odd batches, after other batches and next to a broken image must get the same
-    answer, within what its precision allows. The exit code is 1 where it does not.
+    other files), at odd batches, after other batches and next to a broken image must have the same
+    output, within the tolerance of its precision. The exit code is 1 if it does not.
 
     A detector's detections must be valid, repeatable and those of the file it was made from: on
     --data with or without boxes, by default drawn shapes.
@@ -51,7 +51,7 @@ def command(
         more = f", and {len(others)} more" if others else ""
         raise CheckFailedError(
             f"{path}: {first.name} ({first.compared}): {first.why}{more}",
-            fix="the ranges of an INT8 file do not suit noise: --data SPEC"
+            fix="INT8 ranges do not fit noise; use images: --data SPEC"
             if first.name == "parent" and data is None and result.precision == "int8"
             else None,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 SUMMARIES = {
     "quickstart": "Train, export, build and measure a small net; write a page.",
-    "pack": "Put a folder of photographs into a few large files.",
+    "pack": "Pack a folder of photographs into a few large files.",
     "data": "Show counts, sizes, broken files and duplicates of a data set.",
     "train": "Train a net on labelled images.",
     "export": "Turn a checkpoint into ONNX files and plans.",
@@ -18,18 +18,18 @@ SUMMARIES = {
     "build": "Compile an ONNX file into a TensorRT plan.",
     "eval": "Measure top-1 and top-5 accuracy.",
     "predict": "Print the most probable classes of images.",
-    "compare": "Measure how far two artifacts agree.",
-    "check": "Check that batches do not change an answer.",
+    "compare": "Measure the agreement of two artifacts.",
+    "check": "Check that outputs do not depend on the batch.",
     "package": "Package a model for Triton, Docker or KServe.",
     "serve": "Serve models over HTTP and gRPC.",
     "bench": "Measure latency and throughput.",
-    "profile": "Show where the time goes, block by block.",
+    "profile": "Measure the time of each block of a net.",
     "estimate": "Estimate the minimum latency on a given GPU.",
     "report": "Create an HTML report from results.",
     "study": "Repeat the paper's analyses on any net and any data.",
-    "inspect": "Show an artifact and where it came from.",
+    "inspect": "Show an artifact and its provenance.",
     "models": "List the nets with their cost.",
-    "doctor": "Show what this machine can do, and what it lacks.",
+    "doctor": "Show what this machine supports, and what is missing.",
 }
 EXAMPLES = {
     "quickstart": "rtresnet quickstart",

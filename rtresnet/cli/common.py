@@ -1,4 +1,4 @@
-"""What several commands share: options and output."""
+"""Options and output functions that several commands share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
     """Validate a text file's output path before its content is computed (option callback).
 
     Raises:
-        InputError: No text can be written there; or it is the name of an image, or of a net's
+        InputError: The path is not writable, or it is the name of an image or of a net's
             sidecar.
     """
     if given is not None and str(given) != "-":
@@ -41,10 +41,10 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
 
         place = Path(given)
         if place.suffix.lower() in IMAGE_SUFFIXES:
-            raise InputError(f"{place}: the name of an image", fix="choose another name")
+            raise InputError(f"{place}: has the suffix of an image file", fix="choose another name")
         if place.suffix.lower() == ".json" and place.with_suffix("").suffix in atomic_io.NETS:
             raise InputError(
-                f"{place}: the name of {place.stem}'s sidecar", fix="choose another name"
+                f"{place}: is the name of {place.stem}'s sidecar", fix="choose another name"
             )
         if not place.is_fifo() and not place.is_char_device():
             atomic_io.require_text_place(place)
@@ -87,7 +87,7 @@ def page_folder(
 
 
 def report_option(content: str) -> Callable[[F], F]:
-    """`--report DIR`: a page with `content`; arrives as a path or None."""
+    """Return the option `--report DIR` for a page with `content`; its value is a path or None."""
     return click.option(
         "--report",
         type=PATH,
@@ -98,12 +98,12 @@ def report_option(content: str) -> Callable[[F], F]:
 
 
 def classes_option(function: F) -> F:
-    """`--classes FILE`: names for the side that has none; arrives as a tuple of names."""
+    """Return the option `--classes FILE`; its value is a tuple of names."""
     return click.option(
         "--classes",
         metavar="FILE",
         callback=_class_names,
-        help="Class names in the order of the outputs, one a line or a JSON list.  [default: "
+        help="Class names in the order of the outputs, one per line or a JSON list.  [default: "
         "numbers]",
     )(function)
 

@@ -1,4 +1,4 @@
-"""`rtresnet compare`: how far two artifacts agree on the same images."""
+"""`rtresnet compare`: agreement of two artifacts on the same images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 @config_options(CompareConfig)
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))
-@common.report_option("the images whose class changes, with both answers")
+@common.report_option("the images whose class changes, with both predictions")
 @common.json_option
 def command(
     reference: str,
@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Measure agreement of two artifacts: top-1, largest and relative difference of logits.
 
-    A file that gives the most probable classes only is compared by its top-1. --size, --mean, --std
-    and --preset apply to artifacts without a sidecar. Two detectors are compared by their
+    A file that outputs only the most probable classes is compared by its top-1. --size, --mean,
+    --std and --preset apply to artifacts without a sidecar. Two detectors are compared by their
     detections; on images with boxes (voc:DIR[:SPLIT], coco:JSON:IMAGES, shapes:N) by average
     precision as well.
     """
@@ -57,7 +57,7 @@ def command(
     result = compare(
         reference, candidate, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER
     )
-    difference = "logits not known"
+    difference = "logits unknown"
     if result.largest is not None:
         difference = f"largest difference {result.largest:.3g}, relative {result.relative:.2e}"
     common.say(
@@ -106,11 +106,11 @@ def _write_page(folder: Path, result: CompareResult, split: str) -> Path:
 
     one, other = Path(result.reference.artifact).name, Path(result.candidate.artifact).name
     summary = [
-        f"{other} gives another class than {one} for {result.changed:,} of "
+        f"{other} predicts a different class than {one} for {result.changed:,} of "
         f"{plural(result.n, 'image')} of {result.data}: agreement {100 * result.agreement:.2f} %."
     ]
     if len(result.flips) < result.changed:
-        summary.append(f"{len(result.flips)} of them are shown, the most certain ones first.")
+        summary.append(f"{len(result.flips)} of them are shown, sorted by confidence.")
     images = gallery.from_data(result.data, split, [flip.index for flip in result.flips])
     return pages.write_flips(
         folder, result.flips, images, title=f"{other} against {one}", summary=summary

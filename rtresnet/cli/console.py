@@ -14,21 +14,21 @@ from rich.text import Text
 
 from rtresnet.core.reporter import Update, escape, escape_cell
 
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where no bar can be drawn
+SECONDS_BETWEEN_LINES = 30.0  # between lines of progress, where no bar can be drawn
 
 
 class Console(console.Console):
     """Print text without markup, emoji codes and control characters.
 
     A string is one line: its line ends are escaped, so that a name from a file cannot forge a line
-    of output. Several lines on purpose are several calls, or a `rich.text.Text`.
+    of output. Print several lines with several calls, or as a `rich.text.Text`.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def render_str(self, text: str, *arguments: Any, **options: Any) -> Text:
-        """Escape what rich would drop without a trace, or print as further lines."""
+        """Escape characters that rich would drop, and line ends."""
         return super().render_str(escape_cell(text), *arguments, **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
@@ -82,7 +82,7 @@ class TerminalReporter:
         print(escape_cell(line), file=sys.stderr)
 
     def warning(self, title: str, body: str) -> None:
-        """Print a frame that nobody can miss."""
+        """Print a warning in a frame."""
         from rich import box
         from rich.panel import Panel
 
@@ -93,10 +93,10 @@ class TerminalReporter:
 
 
 def _lines(reporter: TerminalReporter, description: str, total: float | None) -> Update:
-    """Progress where no bar can be drawn: a line now and then, with the time left."""
+    """Report progress in lines with the time left, where no bar can be drawn."""
     said = time.monotonic()
     phase, goal = description, total
-    start: tuple[float, float] | None = None  # of the phase: seconds, and what was done by then
+    start: tuple[float, float] | None = None  # seconds and completed work at the start of the phase
 
     def update(
         completed: float | None = None,

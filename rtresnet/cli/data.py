@@ -1,4 +1,4 @@
-"""`rtresnet data`: what a data set contains, before training."""
+"""`rtresnet data`: the content of a data set, before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ SMALL_IMAGE = 64  # median height, in pixels
     "64 pixels, else resnet18]",
 )
 @click.option(
-    "--recipe", help="Recipe of the augmentation that the page shows.  [default: that of train]"
+    "--recipe",
+    help="Recipe of the augmentation that the page shows.  [default: the recipe of train]",
 )
 @common.report_option("counts, sizes, duplicates, samples and an augmented batch")
 @common.json_option
@@ -38,7 +39,7 @@ def command(
 ) -> None:
     """Decode every image of a data set and show counts, sizes, broken files and duplicates.
 
-    Near-duplicates are copies of a picture at another size, compression or brightness. Duplicates
+    Near-duplicates are copies with a different size, compression or brightness. Duplicates
     in the training and the test split make the test accuracy too high.
     """
     result = inspect_data(source, config, reporter=common.REPORTER)

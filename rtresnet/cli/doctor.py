@@ -1,4 +1,4 @@
-"""`rtresnet doctor`: what this machine can do, and the command for what it lacks."""
+"""`rtresnet doctor`: what this machine supports, and how to install the rest."""
 
 from __future__ import annotations
 

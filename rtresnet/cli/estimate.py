@@ -17,8 +17,8 @@ from rtresnet.workflows.estimate import EstimateConfig, estimate
 def command(models: tuple[str, ...], config: EstimateConfig) -> None:
     """Print the minimum time that a net can take on a GPU, from published peak rates.
 
-    It is a lower bound, never a measurement: no implementation is faster, and real ones are slower.
-    For a plan, the kernels are those that the builder fused. Several plans are compared.
+    The result is a lower bound, not a measurement: real implementations are slower.
+    For a plan, the kernels are the fused ones. Several plans are compared.
     """
     if len(models) > 1:
         from rtresnet.workflows.advisor import advise

@@ -28,7 +28,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 @click.option(
     "--record/--no-record",
     default=None,
-    help="Write the accuracy into the artifact's sidecar.  [default: where that is possible]",
+    help="Write the accuracy into the artifact's sidecar.  [default: if possible]",
 )
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))
@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """Measure top-1 (and top-5 above five classes).
 
-    Several artifacts form an ensemble: their probabilities are averaged, image by image. Of a
-    detector, average precision is measured on images with boxes: voc:DIR[:SPLIT],
+    Several artifacts form an ensemble: their probabilities are averaged, image by image. For a
+    detector, the average precision on images with boxes is measured: voc:DIR[:SPLIT],
     coco:JSON:IMAGES or shapes:N.
     """
     from rtresnet.workflows.detect import is_detector
@@ -80,7 +80,7 @@ def _evaluate_detector(
     from rtresnet.workflows import detect_evaluate
 
     if len(paths) > 1:
-        raise InputError("detectors form no ensemble", fix="evaluate one at a time")
+        raise InputError("detectors cannot form an ensemble", fix="evaluate one at a time")
     common.refuse_for_detector(config, "split", "details")
     assert config.split != "all"
     result = detect_evaluate.evaluate_detector(

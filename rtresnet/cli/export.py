@@ -1,4 +1,4 @@
-"""`rtresnet export`: a checkpoint to folded ONNX, to the asked precision, to a plan."""
+"""`rtresnet export`: from a checkpoint to folded ONNX, quantized ONNX and a plan."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
     metavar="FILE|imagenet|hf:OWNER/NAME|untrained",
     help="A checkpoint, torchvision's published weights, a Hugging Face repository, or random "
     "weights.  [default: the best run "
-    "of --model under runs/, if all are of one data set]",
+    "of --model under runs/, if all used the same data set]",
 )
 @click.option("--fp32", is_flag=True, help="Build a plan in FP32.  [default: off]")
 @click.option(
-    "--fp16", is_flag=True, help="Write FP16 and its plan.  [default: on without the others]"
+    "--fp16",
+    is_flag=True,
+    help="Write FP16 and its plan.  [default: on if no other precision is named]",
 )
 @click.option("--bf16", is_flag=True, help="Write BF16 and its plan.  [default: off]")
 @click.option("--int8", is_flag=True, help="Write INT8 and its plan.  [default: off]")
@@ -44,7 +46,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
     "--out",
     type=common.PATH,
     default="engines",
-    help="Folder, or the name of the FP32 file in it.  [default: engines]",
+    help="Output folder, or path of the FP32 file.  [default: engines]",
 )
 @click.option("--no-plan", is_flag=True, help="Stop at the ONNX files.  [default: build plans]")
 @common.json_option
@@ -63,7 +65,7 @@ def command(
     out: Path,
     no_plan: bool,
 ) -> None:
-    """Turn a checkpoint into ONNX files and plans, each with a sidecar.
+    """Convert a checkpoint to ONNX files and plans, each with a sidecar.
 
     Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx, MODEL-int8.onnx or similar, and
     the plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan or similar. BF16 needs a GPU from

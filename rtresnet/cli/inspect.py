@@ -1,4 +1,4 @@
-"""`rtresnet inspect`: what an artifact is, and where it came from."""
+"""`rtresnet inspect`: an artifact's content and provenance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rtresnet.workflows.inspect import inspect, inspect_folder, inspect_layers
 @click.option(
     "--layers",
     is_flag=True,
-    help="Show a plan's fused layers, and what did not fuse.  [default: off]",
+    help="Show a plan's fused layers, and operators that were not fused.  [default: off]",
 )
 @click.option(
     "--svg",
@@ -31,7 +31,7 @@ from rtresnet.workflows.inspect import inspect, inspect_folder, inspect_layers
 def command(path: Path, layers: bool, svg: str | None) -> None:
     """Show an artifact, its whole chain, and a plan's header. Needs no GPU.
 
-    For a folder, show a table of the artifacts in it.
+    For a folder, the command prints a table of its artifacts.
     """
     if path.is_dir():
         if layers or svg:

@@ -1,4 +1,4 @@
-"""`rtresnet lint`: whether TensorRT runs quantized ONNX files as they say."""
+"""`rtresnet lint`: problems of quantized ONNX files in TensorRT."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from rtresnet.workflows.lint import lint
 def command(paths: tuple[Path, ...], fix: Path | None) -> None:
     """Show where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
 
-    For files made by any tool. Needs neither a GPU nor TensorRT; --fix needs ONNX Runtime. The exit
-    code is 1 where there is anything worse than a note.
+    Works on files of any tool, without a GPU or TensorRT; --fix needs ONNX Runtime. The exit
+    code is 1 if there is any error or warning.
     """
     if fix is not None and len(paths) > 1:
-        raise InputError("--fix writes one file", fix="give the files to lint --fix one by one")
+        raise InputError("--fix accepts only one file", fix="run lint --fix once for each file")
     for path in paths:  # refuse a file that is no ONNX file before checking another
         artifacts.require_onnx(path, "lint")
     results = []
@@ -46,7 +46,5 @@ def command(paths: tuple[Path, ...], fix: Path | None) -> None:
         fixable = any("--fix" in entry.fix for result in failed for entry in result.findings)
         raise CheckFailedError(
             "; ".join(f"{result.file}: {result.worse}" for result in failed),
-            fix="repair what can be repaired: rtresnet lint FILE.onnx --fix OUT.onnx"
-            if fixable
-            else None,
+            fix="repair it with: rtresnet lint FILE.onnx --fix OUT.onnx" if fixable else None,
         )

@@ -1,7 +1,7 @@
 """`rtresnet`: the commands, and the one place where errors become messages and exit codes.
 
-0 done; 1 a check failed; 2 usage or input; 3 the environment lacks something; 130 Ctrl-C;
-141 stdout was closed (SIGPIPE), so that the outcome is unknown.
+0 success; 1 a check failed; 2 usage or input error; 3 missing package, GPU or driver; 130 Ctrl-C;
+141 stdout was closed (SIGPIPE).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rtresnet.core import provenance
 from rtresnet.core.errors import RtresnetError, UnknownNameError
 from rtresnet.core.reporter import escape
 
-NO_READER = 128 + 13  # what a shell gives a process that SIGPIPE ended
+NO_READER = 128 + 13  # exit code that a shell reports for a process ended by SIGPIPE
 
 
 class Commands(click.Group):
     """Import a command's file when the command is named, so that --help is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the work, not of the alphabet."""
+        """Return the commands in the order of the pipeline."""
         return list(SUMMARIES)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -58,7 +58,7 @@ def _add_example(path: str, command: click.Command) -> None:
 def cli() -> None:
     """Residual networks from images to measured TensorRT engines.
 
-    images, train, export, quantize, build, bench: one command for each step, files in between.
+    images, train, export, quantize, build, bench: one command per step, connected by files.
     Start with: rtresnet quickstart
     """
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         pass
     except ImportError as error:
-        # What an extension module makes of a Ctrl-C while it is imported.
+        # An extension module turns a Ctrl-C during its import into this error.
         if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
             raise
     click.echo("interrupted", err=True)
@@ -79,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    token = provenance.command.set(["rtresnet", *given])  # for what is written meanwhile
+    token = provenance.command.set(["rtresnet", *given])  # for the files written by the command
     try:
-        # In standalone mode click would print and exit by itself, in places we do not see.
+        # In standalone mode click would print errors and exit by itself.
         result = cli.main(given, prog_name="rtresnet", standalone_mode=False)
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
     except click.exceptions.Exit as exit_request:
@@ -92,11 +92,11 @@ def _run(given: list[str]) -> int:
     except RtresnetError as error:
         return _fail(str(error), error.exit_code)
     except (BrokenPipeError, SystemExit) as error:
-        # click and rich make a SystemExit(1) of it, which would read as a missed gate; nobody else
-        # here raises one.
+        # click and rich convert it to SystemExit(1), which would look like a failed check. No other
+        # code here raises SystemExit.
         if isinstance(error, SystemExit) and error.code != 1:
             raise
-        # Python would complain once more on its way out.
+        # Otherwise Python would print another error at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except OSError as error:
@@ -108,7 +108,7 @@ def _run(given: list[str]) -> int:
 def _system_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}the disk is full; free some room and run the same command again"
+        return f"{where}the disk is full; free some space, then run the command again"
     return f"{where}{error.strerror or error}"
 
 

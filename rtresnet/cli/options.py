@@ -25,11 +25,11 @@ def config_options(
 ) -> Callable[[F], F]:
     """Decorate a command with one option for each field of a config.
 
-    The command receives the constructed config, so a value that the config refuses is an
-    InputError before anything runs.
+    The command receives the constructed config, so a value that the config rejects raises an
+    InputError before the command runs.
 
     Args:
-        config: Class whose fields are made with `core.config.option`.
+        config: Class whose fields are declared with `core.config.option`.
         argument: Name of the command's parameter that receives the config.
         leave_out: Fields that are not options of this command; they keep their defaults.
     """
@@ -72,14 +72,14 @@ def click_option(name: str, hint: Any, default: Any, about: Option) -> Callable[
 
 
 class _Aliased(click.Option):
-    """An option with older names that work and are not shown."""
+    """An option with hidden aliases."""
 
     def __init__(self, *arguments: Any, hidden_names: Sequence[str], **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.hidden_names = set(hidden_names)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """As click's, without the hidden names."""
+        """Return click's help record without the hidden aliases."""
         shown = copy.copy(self)
         shown.opts = [name for name in self.opts if name not in self.hidden_names]
         record = click.Option.get_help_record(shown, ctx)

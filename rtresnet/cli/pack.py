@@ -21,7 +21,7 @@ def command(source: str, out: Path, config: PackConfig) -> None:
     """Put a folder of photographs into a few large tar files, for --data shards:DIR.
 
     SOURCE has one folder for each class, optionally under train/ and test/ or val/. The files'
-    bytes are copied unchanged; reading a few large files spares a disk a million small ones.
+    bytes are copied unchanged. A few large files are faster to read than a million small ones.
     """
     result = pack(source, out, config, reporter=common.REPORTER)
     counts = ", ".join(f"{split} {count:,}" for split, count in result.splits.items())

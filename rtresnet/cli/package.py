@@ -48,7 +48,8 @@ def command(
     """
     if (triton is None) == (docker is None and kserve is None):
         raise InputError(
-            "name one kind of package: --triton DIR, or --docker DIR, --kserve FILE or both"
+            "no kind of package, or several: use --triton DIR, or --docker DIR, --kserve FILE or "
+            "both"
         )
     if triton is not None:
         _triton(path, triton, config)

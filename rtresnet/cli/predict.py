@@ -51,15 +51,15 @@ from rtresnet.workflows.predictor import PredictConfig
     "--least-score",
     type=click.FloatRange(0, 1),
     default=0.5,
-    help="Smallest score of a detection that a detector lists and draws.  [default: 0.5]",
+    help="Lowest score of the detections that a detector lists and draws.  [default: 0.5]",
 )
 @click.option(
     "--explain",
     "explained",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Write class activation maps of the images into this folder: where a residual net sees "
-    "the class (checkpoints and ONNX files).  [default: none]",
+    help="Write class activation maps of the images into this folder: the regions that support "
+    "the class (residual nets; checkpoints and ONNX files).  [default: none]",
 )
 @config_options(TableConfig, argument="table")
 @config_options(InputConfig, argument="stated")
@@ -79,18 +79,18 @@ def command(
 ) -> None:
     """Print the most probable classes of image files, or of every image in a folder.
 
-    With --out FILE they are written to a table, batch by batch, for any number of images. Resume an
-    interrupted run with --resume. A broken image becomes a row with an error. Transparent images
-    are composited on white. A detector prints the objects in each image.
+    With --out FILE, the classes are written to a table, for any number of images. Resume an
+    interrupted run with --resume. A broken image becomes a row with an error message. Transparent
+    images are composited on white. For a detector, the objects in each image are printed.
     """
     from rtresnet.workflows.detect import is_detector
 
     if out is None and table != TableConfig():
-        raise click.UsageError("--resume, --ray, --actors and --excel-safe go with --out")
+        raise click.UsageError("--resume, --ray, --actors and --excel-safe need --out")
     artifact, names = _split(images, artifact)
     if explained is not None:
         if out is not None or is_detector(artifact):
-            raise click.UsageError("--explain does not go with --out, or with a detector")
+            raise click.UsageError("--explain cannot be combined with --out or a detector")
         if config != PredictConfig(model=config.model):
             raise click.UsageError("--top, --batch and --workers do not go with --explain")
         _explain(names, artifact, explained, config, stated)
@@ -101,7 +101,7 @@ def command(
         _detect(names, artifact, draw, least_score, runtime, stated)
         return
     if draw is not None:
-        raise click.UsageError(f"--draw goes with a detector, and {artifact} is a classifier")
+        raise click.UsageError(f"--draw needs a detector, but {artifact} is a classifier")
     if out is None:
         result = predict(
             names, artifact, config, runtime=runtime, stated=stated, reporter=common.REPORTER
@@ -158,7 +158,7 @@ def _detect(
 
 
 def _split(arguments: Sequence[str], artifact: str | None) -> tuple[str, Sequence[str]]:
-    """Separate the artifact, which may be the first argument, from the images.
+    """Separate the artifact, which can be the first argument, from the images.
 
     Raises:
         InputError: A model among the images, a model that does not exist, or no model or several
@@ -169,7 +169,9 @@ def _split(arguments: Sequence[str], artifact: str | None) -> tuple[str, Sequenc
         artifact, arguments = arguments[0], arguments[1:]
         atomic_io.require_file(artifact)
         if not arguments:
-            raise DataError(f"no images for {artifact}", fix="name image files or a folder")
+            raise DataError(
+                f"no images to predict with {artifact}", fix="name image files or a folder"
+            )
     if models := [name for name in arguments if _is_model(name)]:
         raise _model_among_images(models[0], artifact, arguments)
     if artifact is None:
@@ -186,12 +188,12 @@ def _is_model(name: str) -> bool:
 def _model_among_images(model: str, artifact: str | None, arguments: Sequence[str]) -> InputError:
     if artifact is not None:
         return InputError(
-            f"{model}: a model among the images, and {artifact} is the model already",
+            f"{model}: is a model, not an image; {artifact} is the model to run",
             fix="predict with one model at a time",
         )
     images = [name for name in arguments if not _is_model(name)]
     return InputError(
-        f"{model}: a model among the images",
+        f"{model}: is a model, not an image",
         fix=f"name the model first: rtresnet predict {shlex.join([model, *images[:1]])}"
         + (" ..." if len(images) > 1 else ""),
     )

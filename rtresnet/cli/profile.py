@@ -1,4 +1,4 @@
-"""`rtresnet profile`: where a net's time goes, block by block, and what bounds it."""
+"""`rtresnet profile`: time and bottleneck of each block of a net."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(path: str, config: ProfileConfig, layers: int) -> None:
     """Show where the time goes, and whether arithmetic, memory or overhead bounds it.
 
     An ONNX file runs in ONNX Runtime's CPU provider, a plan on the GPU. Rates are compared with
-    peak rates of this machine, which are measured once, or published ones of the GPU.
+    peak rates: measured once for this machine, or published for the GPU.
     """
     result = profile(path, config, reporter=common.REPORTER)
     common.show(performance.profile_lines(result, layers))

@@ -30,7 +30,7 @@ from rtresnet.workflows.quantize import QuantizeConfig, quantize
     type=common.PATH,
     help="The new file.  [default: MODEL-int8.onnx or similar next to the source]",
 )
-@common.report_option("the images of --eval whose class changes, with both answers")
+@common.report_option("the images of --eval whose class changes, with both predictions")
 @common.json_option
 def command(
     source: Path,
@@ -57,10 +57,10 @@ def command(
     asked = [name for name, wanted in flags.items() if wanted]
     if len(asked) > 1:
         named = " and ".join(f"--{name}" for name in asked)
-        raise InputError(f"{named} are {len(asked)} files", fix="run it once for each")
+        raise InputError(f"{named} cannot be combined", fix="run the command once for each")
     config = dataclasses.replace(config, precision=asked[0] if asked else "int8")
     if report is not None and config.eval_data is None:
-        raise InputError("--report shows the images of --eval", fix="--eval DATA")
+        raise InputError("--report needs --eval, whose images it shows", fix="--eval DATA")
     try:
         result = quantize(source, config, out=out, stated=stated, reporter=common.REPORTER)
     except AccuracyCheckFailedError as failed:

@@ -1,4 +1,4 @@
-"""`rtresnet quickstart`: the whole pipeline once, on real images, on this machine."""
+"""`rtresnet quickstart`: the complete pipeline on a small data set."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rtresnet.workflows.quickstart import QuickstartConfig, quickstart
     "--out",
     type=common.PATH,
     default="runs/quickstart",
-    help="Folder; an earlier quickstart in it is replaced.  [default: runs/quickstart]",
+    help="Output folder; replaces an earlier quickstart.  [default: runs/quickstart]",
 )
 @config_options(QuickstartConfig)
 @common.json_option
 def command(out: Path, config: QuickstartConfig) -> None:
     """Train, export, quantize, build and measure a small net; write a page.
 
-    ResNet-20 on the digits that scikit-learn ships, about a minute on two cores.
+    Trains ResNet-20 on scikit-learn's digits. Takes about a minute on two cores.
     """
     from rtresnet.cli.train import show
 

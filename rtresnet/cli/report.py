@@ -1,4 +1,4 @@
-"""`rtresnet report`: results as one page for people, and Markdown for a pull request."""
+"""`rtresnet report`: results as an HTML page, and as Markdown for pull requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from rtresnet.core.reporter import escape
 def page_path(context: click.Context, option: click.Parameter, value: Any) -> Any:
     """Validate an output path as `common.text_place` does; refuse the name of a result."""
     if value is not None and Path(value).suffix.lower() == ".json":
-        raise InputError(f"{value}: the name of a result, not of a page", fix="name it .html")
+        raise InputError(
+            f"{value}: has a result's suffix, not a page's", fix="use the suffix .html"
+        )
     return common.text_place(context, option, value)
 
 
@@ -34,7 +36,7 @@ def page_path(context: click.Context, option: click.Parameter, value: Any) -> An
     "--markdown",
     metavar="FILE",
     callback=page_path,
-    help="Write the same tables as Markdown too; - writes them to stdout.  [default: none]",
+    help="Also write the tables as Markdown; - writes them to stdout.  [default: none]",
 )
 def command(results: tuple[str, ...], out: Path, markdown: str | None) -> None:
     """Create one self-contained HTML page from results.

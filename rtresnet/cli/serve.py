@@ -20,8 +20,8 @@ from rtresnet.workflows.serve import ServeConfig, serve
 def command(artifacts: tuple[Path, ...], config: ServeConfig, runtime: RuntimeConfig) -> int:
     """Serve ONNX files and plans with the Open Inference Protocol (KServe v2, Triton's clients).
 
-    POST an image to /v1/classify, or open / in a browser. SIGTERM answers running requests and
-    ends. The log goes to standard error as JSON lines.
+    POST an image to /v1/classify, or open / in a browser. After SIGTERM the server answers running
+    requests and exits. The log is written to standard error as JSON lines.
     """
 
     def ready(lines: list[str]) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rtresnet.reporting.study import Panel
     from rtresnet.study.compare import Net
 
-CAPTION = "A band is one standard deviation over the seeds; the first steps may lie above the axes."
+CAPTION = "Bands show one standard deviation over the seeds; the first steps may exceed the axes."
 
 
 @click.group("study")
@@ -53,7 +53,7 @@ def degradation(depths: str, data: str, config: StudyConfig, out: Path) -> None:
         numbers = [int(part) for part in depths.split(",")]
     except ValueError:
         raise InputError(
-            f"--depths {depths}: not numbers with commas between", fix="as in --depths 20,32"
+            f"--depths {depths}: not numbers separated by commas", fix="as in --depths 20,32"
         ) from None
     result = study_degradation(data, numbers, config, out=out, reporter=common.REPORTER)
     _show(result, study.plain_and_residual)

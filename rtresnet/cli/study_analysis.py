@@ -1,4 +1,4 @@
-"""The analyses of `rtresnet study` that train nothing, or a few steps."""
+"""The analyses of `rtresnet study` that train no net, or only a few steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def can_draw() -> bool:
     from rtresnet.core import hardware
 
     if not hardware.installed("matplotlib"):
-        common.note("no figure: pip install 'rtresnet[report]', and run the same command again")
+        common.note(
+            "no figure without matplotlib: pip install 'rtresnet[report]', then run the command "
+            "again"
+        )
         return False
     return True
 
@@ -55,7 +58,7 @@ def can_draw() -> bool:
 def responses(checkpoints: tuple[str, ...], data: str, images: int, out: Path) -> None:
     """Measure the standard deviation of each 3x3 layer's response (figure 7).
 
-    After batch norm, before ReLU and addition: how strongly a layer changes its input.
+    The response is taken after batch norm, before ReLU and addition.
     """
     from rtresnet.core import atomic_io, locks
     from rtresnet.reporting import pages, study, tables
@@ -127,7 +130,7 @@ def cost(out: Path) -> None:
 def gradients(data: str, config: GradientsConfig, out: Path) -> None:
     """Measure the gradient of each 3x3 layer at initialization and along a run (section 4.1).
 
-    The run is plain SGD at the paper's rate, on images that are not augmented.
+    The run uses SGD at the paper's learning rate, on images without augmentation.
     """
     from rtresnet.reporting import study
     from rtresnet.workflows.study import short_name

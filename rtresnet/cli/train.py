@@ -38,7 +38,7 @@ def _read_file(
     "--task",
     type=click.Choice(["classify", "detect"]),
     default="classify",
-    help="What the net is trained for; detect trains a Faster R-CNN.  [default: classify]",
+    help="Task of the net; detect trains a Faster R-CNN.  [default: classify]",
 )
 @click.option(
     "--config",
@@ -66,7 +66,7 @@ def command(
     detector: TrainDetectorConfig,
     stated: InputConfig,
 ) -> None:
-    """Train a net; the test split is used once, at the end.
+    """Train a net. The test split is used once, at the end.
 
     Before the first epoch the images are checked: counts per class, broken files, identical images
     in two splits. All broken files are listed, also in broken.txt in the run's folder.
@@ -83,7 +83,7 @@ def command(
         _train_detector(config, detector, stated)
         return
     if detector != TrainDetectorConfig():
-        raise InputError("--backbone and --test-data go with --task detect")
+        raise InputError("--backbone and --test-data need --task detect")
     config = dataclasses.replace(config, settings=(*from_file, *config.settings))
     result = train(config, stated=stated, reporter=common.REPORTER)
     if result.is_main:
@@ -122,10 +122,12 @@ def _train_detector(
     if changed.pop("flip", None) is not None:
         changed["settings"] = (*config.settings, f"flip={str(config.flip).lower()}")
     if "model" in changed:
-        raise InputError("--model names a classifier", fix=f"--backbone {config.model}")
+        raise InputError(
+            "--model does not apply to --task detect", fix=f"--backbone {config.model}"
+        )
     if others := sorted(set(changed) - shared):
         option = others[0].replace("_", "-")
-        raise InputError(f"--{option} does not go with --task detect", fix="leave it out")
+        raise InputError(f"--{option} does not apply to --task detect", fix="leave it out")
     result = train_detector(
         dataclasses.replace(detector, **changed), stated=stated, reporter=common.REPORTER
     )
@@ -145,7 +147,7 @@ def show(result: TrainResult) -> Path | None:
     """
     common.say(predictions.train_line(result))
     if not hardware.installed("matplotlib"):
-        common.note("no curves and no page: pip install 'rtresnet[report]'")
+        common.note("no curves and no page without matplotlib: pip install 'rtresnet[report]'")
         return None
     from rtresnet.reporting import classification, pages
     from rtresnet.workflows import gallery

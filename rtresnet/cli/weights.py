@@ -1,4 +1,4 @@
-"""`rtresnet weights`: weights for other tools and from them."""
+"""`rtresnet weights`: convert weights from and to other tools."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rtresnet.core.reporter import plural
 from rtresnet.reporting.tables import assumed
 from rtresnet.workflows.weights import WeightsResult, export_weights, import_weights
 
-MODEL_HELP = "Architecture of weights that do not state it.  [default: as stated, or recognized]"
+MODEL_HELP = "Architecture, for weights that do not state it.  [default: as stated, or recognized]"
 
 
 @click.group("weights")
 def command() -> None:
-    """Move weights between rtresnet and other tools."""
+    """Convert weights from and to other tools."""
 
 
 @command.command("export")

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rtresnet.workflows.benchmark_search import BenchmarkSearchResult
 
 HOW = {
-    "single-stream": "Latency in ms a batch, wall time, one request after another.",
-    "multi-stream": "Latency in ms a query of 8 images, one query after another.",
-    "offline": "Time in ms a batch, one batch after another; throughput is the figure.",
+    "single-stream": "Latency in ms per batch, wall time, sequential requests.",
+    "multi-stream": "Latency in ms per query of 8 images, sequential queries.",
+    "offline": "Time in ms per batch, sequential batches; throughput is the relevant figure.",
 }
 
 
@@ -56,25 +56,29 @@ def lines(
 def _lines(result: BenchmarkResult, several: bool) -> Iterator[str]:
     entries, scenario = result.results, result.scenario
     if scenario == "server":
-        yield f"Latency in ms from the scheduled arrival of a request, {result.qps:g} a second."
+        yield f"Latency in ms from the scheduled arrival of a request, {result.qps:g} per second."
     elif scenario == "closed":
         clients = entries[0].measurement.load.concurrency
-        yield f"Latency in ms a request, {clients} of them in flight at any time."
+        yield f"Latency in ms per request, with {clients} requests in flight."
     elif scenario != "offline" or not all(entry.measurement.load.in_flight for entry in entries):
         yield HOW[scenario]
     if result.with_preprocess:
-        yield "From encoded bytes: decoding, cropping and normalizing included."
+        yield "Measured from encoded bytes, including decoding, cropping and normalizing."
     for entry in entries:
         yield from _facts(entry)
     if several:
-        how = "one after the other" if scenario in ("server", "closed") else "in alternating slices"
+        how = (
+            "one file after the other"
+            if scenario in ("server", "closed")
+            else "in alternating slices"
+        )
         yield f"Speed against the first file, measured {how}."
         yield from (_verdict(entry) for entry in entries if entry.measurement.comparison)
     yield from _where(entry.artifact for entry in entries)
     if any(entry.artifact.untrained for entry in entries):
         yield "Untrained weights: latency is meaningful, accuracy is not."
     if not all(entry.measurement.steady for entry in entries):
-        yield "Not steady after 2 s of warm-up: is there another load on this machine?"
+        yield "Latency is not steady after 2 s of warm-up; other processes may load this machine."
 
 
 def _facts(entry: BenchmarkEntry) -> Iterator[str]:
@@ -82,32 +86,32 @@ def _facts(entry: BenchmarkEntry) -> Iterator[str]:
     load, parts, name = entry.measurement.load, entry.measurement.parts, entry.name
     if load.md1_p99_ms is not None:
         yield (
-            f"{name}: expected p99 from queueing theory (M/D/1) at {load.service_ms:.3g} ms a "
+            f"{name}: expected p99 from queueing theory (M/D/1) at {load.service_ms:.3g} ms per "
             f"request: {load.md1_p99_ms:.3g} ms."
         )
     elif load.service_ms is not None:
-        yield f"{name}: overloaded, a request takes {load.service_ms:.3g} ms."
+        yield f"{name}: overloaded; one request takes {load.service_ms:.3g} ms."
     if load.in_flight:
         yield (
-            f"{name}: {load.in_flight} batches in flight; ms from one finished batch to the next, "
-            "throughput is the figure."
+            f"{name}: {load.in_flight} batches in flight; time in ms between finished batches; "
+            "throughput is the relevant figure."
         )
     if load.unanswered:
         arrived = entry.measurement.latency.n + load.unanswered
         yield (
-            f"{name}: {load.unanswered:,} of {arrived:,} requests had no answer when the run was "
+            f"{name}: {load.unanswered:,} of {arrived:,} requests were unanswered when the run was "
             "stopped; all latencies are lower bounds."
         )
     if (load.late_ms or 0) > 1:
         yield f"{name}: requests were sent up to {load.late_ms:.2g} ms late (p99)."
     if load.refused:
-        yield f"{name}: {load.refused} requests were refused, because the queue was full."
+        yield f"{name}: {load.refused} requests were rejected because the queue was full."
     if parts:
         medians = ", ".join(f"{part} {latency.median:.3g}" for part, latency in parts.items())
-        yield f"{name}: medians by CUDA events, in ms: {medians}"
+        yield f"{name}: medians measured with CUDA events, in ms: {medians}"
         enqueue, compute = parts.get("enqueue"), parts.get("compute")
         if enqueue and compute and enqueue.median > 0.8 * compute.median:
-            yield f"{name}: enqueueing takes as long as computing, so the CPU limits the rate."
+            yield f"{name}: enqueueing takes as long as computing; the CPU limits the rate."
 
 
 def _verdict(entry: BenchmarkEntry) -> str:

@@ -377,7 +377,7 @@ class Session:
         if self.batch is None or self.detection is not None:
             return None
         how = "images run one by one" if self.batch == 1 else "a smaller batch is filled up"
-        return f"{self.path}: takes batches of {self.batch}; {how}"
+        return f"{self.path}: its batch is fixed at {self.batch}; {how}"
 
     @property
     def info(self) -> RuntimeInfo:

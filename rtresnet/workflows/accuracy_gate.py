@@ -174,10 +174,10 @@ def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
     if gate.rule == "upper" and len(source) < fewest:
         needed = f"at least {fewest:,.0f}" if math.isfinite(fewest) else "a bound above 0"
         raise DataError(
-            f"{gate.data}: {plural(len(source), 'image')} cannot show that the loss is within "
-            f"{gate.max_drop:g} points, even if both nets answer alike: --gate upper needs "
+            f"{gate.data}: {plural(len(source), 'image')} cannot prove that the loss is within "
+            f"{gate.max_drop:g} points, even if both nets agree on all of them; --gate upper needs "
             f"{needed}",
-            fix="give more images, a larger --max-drop, or --gate point",
+            fix="use more images, a larger --max-drop, or --gate point",
         )
     return for_model(source, classes, names=gate.classes, model_name=str(net))
 
@@ -250,7 +250,7 @@ def quantize_within(
         base, answers, labelled.classes,
         label=lambda index: labelled.classes[labelled.labels[index]], locate=labelled.locate,
     )  # fmt: skip
-    more_images = "give more images, or accept the measured loss with --gate point"
+    more_images = "use more images, or accept the measured loss with --gate point"
     result = GateResult(
         passed=passes(drop, gate),
         drop=GateDrop(
@@ -280,7 +280,7 @@ def quantize_within(
         flips=listed,
         fix=more_images
         if drop.points <= gate.max_drop
-        else "calibrate on more images like those it will see, or keep FP16",
+        else "calibrate on more images of the same kind as in use, or keep FP16",
     )
     if not result.passed:
         raise AccuracyCheckFailedError(result)

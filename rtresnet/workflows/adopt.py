@@ -74,8 +74,8 @@ def adopt(
     place = artifacts.sidecar_path(path)
     if place.exists() and not force:
         raise InputError(
-            f"{path}: has a sidecar, {place}",
-            fix=f"see: rtresnet inspect {path}; replace it with --force",
+            f"{path}: has a sidecar already ({place})",
+            fix=f"show it with: rtresnet inspect {path}; replace it with --force",
         )
     with locks.hold_file(path, warn=reporter.note):
         interface = read_interface(io.load(path, checked=True, fix="export it again"), path)
@@ -99,7 +99,7 @@ def _preprocess(
 ) -> Preprocess:
     if interface.pixels and (stated.mean or stated.std):
         raise InputError(
-            f"{path}: takes uint8 pixels and normalizes inside, so --mean and --std change nothing",
+            f"{path}: the file normalizes uint8 pixels itself, so --mean and --std have no effect",
             fix="leave --mean, --std and --preset out",
         )
     preprocess = stated.complete(path, fixed=interface.size, pixels=interface.pixels)
@@ -123,9 +123,9 @@ def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -
     if names is None:
         if count is None and interface.topk is not None:
             raise InputError(
-                f"{path}: gives the {interface.topk} most probable classes and does not say how "
-                "many there are",
-                fix="name them in the order of their numbers: --classes FILE",
+                f"{path}: outputs the {interface.topk} most probable classes, and does not state "
+                "how many classes exist",
+                fix="list the class names in the order of their numbers: --classes FILE",
             )
         if count is None:
             raise _open_classes(path)
@@ -133,12 +133,12 @@ def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         first, second = [n for n, name in enumerate(names, 1) if name == repeated[0]][:2]
         raise InputError(
-            f"--classes: names {first} and {second} are both {repeated[0]!r}",
-            fix="give each class a name of its own",
+            f"--classes: name {repeated[0]!r} is used twice, for classes {first} and {second}",
+            fix="use a different name for each class",
         )
     if interface.topk is not None and len(names) < interface.topk:
         raise InputError(
-            f"--classes has {plural(len(names), 'name')}, and {path} gives the "
+            f"--classes has {plural(len(names), 'name')}, but {path} outputs the "
             f"{interface.topk} most probable classes"
         )
     if interface.topk is None and count is None:

@@ -100,7 +100,7 @@ def advise(
         RtresnetError: As `estimate`.
     """
     if not plans:
-        raise InputError("nothing to compare", fix="name plans: rtresnet estimate X.plan Y.plan")
+        raise InputError("no plans to compare", fix="name plans: rtresnet estimate X.plan Y.plan")
     config = config or EstimateConfig()
     if not config.gpus:
         config = dataclasses.replace(config, gpus=gpus_for((), _targets(plans)))
@@ -223,7 +223,7 @@ def _sentence(narrow: EstimateResult, wide: EstimateResult, opened: OpenedPlans)
         text += f" {', '.join(names)}: {expected}."
     text += "".join(f" {line}" for line in _measured(narrow, wide))
     if ratio > MANY_BYTES and builder == "TensorRT-RTX":
-        text += f" To move fewer, build {left} on the GPU's machine with --builder tensorrt."
+        text += f" To move fewer bytes, build {left} on the GPU's machine with --builder tensorrt."
     return text
 
 
@@ -256,7 +256,7 @@ def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str, opened: Op
         inside = [batch for batch, _ in members]
         at = f"at batch {inside[0]}" + (f" to {inside[-1]}" if len(inside) > 1 else "")
         if cached == through:
-            which = f"expect {cached} to be faster" if cached else "expect no clear difference"
+            which = f"expect {cached} to be faster" if cached else "no clear difference is expected"
             which += ", by both bounds,"
             parts.append(f"{which} {at}")
         else:

@@ -59,8 +59,8 @@ class BenchmarkConfig(MeasurementConfig):
     )
     qps: float | None = option(
         None,
-        "Send single images as Poisson arrivals at this rate per second, however late the answers "
-        "are (server). Latency counts from the scheduled arrival.",
+        "Send single images as Poisson arrivals at this rate per second, without waiting for "
+        "responses (server). Latency is counted from the scheduled arrival.",
     )
     concurrency: int | None = option(
         None, "Number of requests in flight (closed).", metavar="N", minimum=1
@@ -73,7 +73,7 @@ class BenchmarkConfig(MeasurementConfig):
             ("qps", self.qps, "server"), ("concurrency", self.concurrency, "closed"),
         ):  # fmt: skip
             if value is not None and scenario != owner:
-                raise InputError(f"--{name} belongs to --scenario {owner}, not to {scenario}")
+                raise InputError(f"--{name} applies to --scenario {owner}, not to {scenario}")
             if value is None and scenario == owner:
                 raise InputError(f"--scenario {owner} needs --{name}", fix=f"as in --{name} 50")
         if self.qps is not None and not 0 < self.qps < float("inf"):
@@ -89,7 +89,7 @@ class BenchmarkConfig(MeasurementConfig):
                 "--with-preprocess measures without a batcher", fix="leave --max-batch out"
             )
         if self.batch not in (None, (1,)):
-            raise InputError("--max-batch takes requests of one image", fix="leave --batch out")
+            raise InputError("--max-batch needs requests of one image", fix="leave --batch out")
 
     @property
     def resolved_scenario(self) -> Scenario:
@@ -192,7 +192,7 @@ class BenchmarkResult:
             raise CheckFailedError(f"slower than {judged[0][1].baseline}: {', '.join(slower)}")
         if lacking := sorted({j.figure for _, j in judged if j.comparison is None}):
             raise InputError(
-                f"{judged[0][1].baseline}: too few samples for a {', '.join(lacking)}, so nothing "
+                f"{judged[0][1].baseline}: too few samples for a {', '.join(lacking)}; nothing "
                 "was compared",
                 fix="measure both for longer: --seconds, --queries",
             )
@@ -220,8 +220,8 @@ class Baseline:
     def __post_init__(self) -> None:
         if not self.results or not all(entry.get("samples") for entry in self.results):
             raise InputError(
-                f"{self.path}: has no samples to compare with",
-                fix=f"make one with: rtresnet bench ARTIFACT --json {self.path}",
+                f"{self.path}: contains no samples to compare with",
+                fix=f"create one with: rtresnet bench ARTIFACT --json {self.path}",
             )
 
     def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
@@ -230,7 +230,7 @@ class Baseline:
 
         if len(self.results) != len(planned):
             raise InputError(
-                f"{self.path}: has {len(self.results)} results, and {len(planned)} are to be "
+                f"{self.path}: has {len(self.results)} results, but {len(planned)} will be "
                 "measured",
                 fix="name the same files and batches",
             )
@@ -419,7 +419,7 @@ def opened(
             sessions.append(stack.enter_context(session))
         sizes = {session.size for session in sessions}
         if len(sizes) > 1:
-            raise InputError(f"the files take inputs of different sizes: {sorted(sizes)}")
+            raise InputError(f"the files have different input sizes: {sorted(sizes)}")
         measured = [
             BenchmarkedArtifact(
                 asked=name,
@@ -474,13 +474,13 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     if sidecar is None or parent is None:
         raise UnavailableError(
-            f"{path}: a plan without sidecar and no GPU to run it", fix="name its ONNX file instead"
+            f"{path}: a plan without sidecar and no GPU to run it", fix="use its ONNX file instead"
         )
-    atomic_io.require_file(parent, fix="copy the ONNX file, too, or run on a GPU")
+    atomic_io.require_file(parent, fix="also copy the ONNX file, or run on a GPU")
     if sidecar.parent is not None and atomic_io.sha256(parent) != sidecar.parent.sha256:
         raise InputError(
-            f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
+            f"{parent}: has changed since {path} was built from it", fix=f"rtresnet build {parent}"
         )
     return str(parent), (
-        f"no GPU here: {parent}, which {path} was built from, is measured on the CPU instead"
+        f"this machine has no GPU; measuring {parent}, the ONNX file of {path}, on the CPU instead"
     )

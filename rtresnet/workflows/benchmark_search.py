@@ -48,7 +48,7 @@ class SearchConfig(MeasurementConfig):
     what: Literal["batch", "qps"]
     p99_ms: float | None = option(
         None,
-        "Bound of the p99 latency for --find-batch and --find-qps, as in 10ms.",
+        "Limit of the p99 latency for --find-batch and --find-qps, as in 10ms.",
         names=("--p99",),
         metavar="TIME",
         parse=workloads.parse_milliseconds,
@@ -57,13 +57,13 @@ class SearchConfig(MeasurementConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.what not in ("batch", "qps"):
-            raise InputError(f"what is {self.what!r}: batch or qps is needed")
+            raise InputError(f"what={self.what!r}: must be batch or qps")
         if self.p99_ms is None:
-            raise InputError(f"--find-{self.what} needs a bound", fix="as in --p99 10ms")
+            raise InputError(f"--find-{self.what} needs a limit", fix="as in --p99 10ms")
         if not 0 < self.p99_ms < float("inf"):
-            raise InputError(f"--p99 {self.p99_ms:g}: a time above 0 is needed")
+            raise InputError(f"--p99 {self.p99_ms:g}: must be above 0")
         if self.what == "batch" and (self.queries or FEWEST) < FEWEST:
-            raise InputError(f"--queries {self.queries}: a p99 takes {FEWEST}")
+            raise InputError(f"--queries {self.queries}: a p99 needs at least {FEWEST} queries")
         if self.formed > 1 and self.with_preprocess is not None:
             raise InputError(
                 "--with-preprocess measures without a batcher", fix="leave --max-batch out"
@@ -109,9 +109,11 @@ class BenchmarkSearchResult:
                 continue
             smallest = entry.search.points[0]
             load = f"{what} {smallest.load:g}" if smallest.load else "without a queue"
-            p99 = "most are later" if smallest.p99 is None else f"p99 {smallest.p99:.3g} ms"
+            p99 = (
+                "most requests are later" if smallest.p99 is None else f"p99 {smallest.p99:.3g} ms"
+            )
             raise CheckFailedError(
-                f"{entry.artifact.measured}: no {what} holds a p99 of {bound:g} ms; {load}: {p99}"
+                f"{entry.artifact.measured}: no {what} has a p99 within {bound:g} ms; {load}: {p99}"
             )
 
 
@@ -149,7 +151,8 @@ def search_benchmark(
         for session in sessions:
             if config.what == "batch" and session.batch is not None:
                 raise InputError(
-                    f"{session.path}: takes batches of {session.batch}, so there is none to search",
+                    f"{session.path}: its batch is fixed at {session.batch}, so --find-batch "
+                    "cannot search",
                     fix=f"rtresnet bench {session.path} --batch {session.batch}",
                 )
             if config.what == "qps":
@@ -183,7 +186,7 @@ class _Searcher:
             what="batch",
             bound=self._bound,
             gallop=True,
-            on_point=lambda point: self._note(point, "images a batch"),
+            on_point=lambda point: self._note(point, "images per batch"),
         )
 
     def rate(self) -> SearchResult:
@@ -242,7 +245,7 @@ class _Searcher:
         return measurement.latency.images_per_second
 
     def _note(self, point: Point, unit: str) -> None:
-        p99 = "too many late" if point.p99 is None else f"p99 {point.p99:.3g} ms"
+        p99 = "too many late requests" if point.p99 is None else f"p99 {point.p99:.3g} ms"
         self._reporter.note(f"{point.load:.6g} {unit}: {p99}, n {point.n}")
 
 

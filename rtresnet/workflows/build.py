@@ -49,7 +49,7 @@ class BuildConfig(Config):
         default_text="sm_80 and newer, for FP8 sm_89 and newer",
     )
     builder: Literal["auto", "rtx", "tensorrt"] = option(
-        "auto", "auto takes tensorrt if it and a GPU are present, else rtx."
+        "auto", "Builder; auto chooses tensorrt if it and a GPU are present, else rtx."
     )
     tf32: bool = option(
         True,
@@ -59,7 +59,7 @@ class BuildConfig(Config):
     )
     timing_cache: Path | None = option(
         None,
-        "For tensorrt: file that keeps kernel measurements for the next build.",
+        "File that stores kernel measurements for the next build (tensorrt only).",
         metavar="FILE",
     )
 
@@ -172,7 +172,7 @@ def _prepared(
             changed = embed_io.path_with(path, embed)
             held.enter_context(locks.hold_file(changed, warn=reporter.note))
             path, _ = embed_io.write(path, embed, reporter=reporter)
-            reporter.note(f"{path}: written, to build from")
+            reporter.note(f"{path}: written as the input of the build")
         yield path, Path(out) if out is not None else default_plan(path), config, held
 
 
@@ -204,11 +204,11 @@ def build_unlocked(
     plan = written.plan
     assert plan is not None
     if not config.batch and plan.profiles[0] != targets.parse_profile(targets.DEFAULT_BATCH):
-        reporter.note(f"{source}: takes batches of {plan.profiles[0].max}; so does the plan")
+        reporter.note(f"{source}: its batch is fixed at {plan.profiles[0].max}; so is the plan's")
     if not written.input_known:
         reporter.warning(
             "an ONNX file without sidecar",
-            f"Nothing says what {source} expects of an image or what its classes are. The plan can "
+            f"The preprocessing and the classes of {source} are unknown. The plan can "
             f"be measured; to evaluate or predict, state it once with: rtresnet adopt {source}",
         )
     return BuildResult(path=out, bytes=written.bytes, built_from=source, plan=plan)

@@ -224,12 +224,12 @@ def fp32_ancestor(
         if file.suffix.lower() != ".onnx":
             break
         if state == "no sidecar":
-            return None, f"{file} has no sidecar; write one with: rtresnet adopt {file}"
+            return None, f"{file} has no sidecar; create one with: rtresnet adopt {file}"
         if state != "ok":
             return None, f"{file} is {state}"
         if sidecar is not None and sidecar.precision == "fp32":
             return file, None
-    return None, "no FP32 ONNX file in its chain"
+    return None, "it was not made from an FP32 ONNX file"
 
 
 def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> Check:

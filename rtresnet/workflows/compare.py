@@ -118,7 +118,7 @@ def compare(
     names = [str(reference), str(candidate)]
     if not stated.empty and all(map(states_input, names)):
         raise InputError(
-            "both sidecars say what the artifacts take", fix="leave out --size, --mean and --std"
+            "both sidecars state the preprocessing", fix="leave out --size, --mean and --std"
         )
     source = open_source(data, config.split)
     with contextlib.ExitStack() as stack:

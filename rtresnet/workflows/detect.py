@@ -99,7 +99,7 @@ def require_detector(session: Session) -> None:
     """Raise InputError of a classifier."""
     if session.detection is None:
         raise InputError(
-            f"{session.path}: a classifier, and a detector is needed",
+            f"{session.path}: is a classifier, but this command needs a detector",
             fix="train one with: rtresnet train --task detect",
         )
 

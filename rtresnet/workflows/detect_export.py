@@ -122,6 +122,6 @@ def _require_equal(result: DetectionParity, name: str) -> None:
         )
     if result.unsettled:
         raise CheckFailedError(
-            f"non-maximum suppression was not finished for {result.unsettled} boxes",
+            f"non-maximum suppression did not converge for {result.unsettled} boxes",
             fix="train with more rounds: --set rounds=32",
         )

@@ -176,7 +176,8 @@ def _require_other_folder(folder: Path, files: Sequence[str | os.PathLike[str]])
     """Raise InputError where copies would replace the images themselves."""
     if any(Path(file).resolve().parent == folder.resolve() for file in files):
         raise InputError(
-            f"{folder}: holds the images, which copies would replace", fix="name another folder"
+            f"{folder}: contains the input images, which the copies would overwrite",
+            fix="choose another folder",
         )
 
 

@@ -40,7 +40,7 @@ class TrainDetectorConfig(Config):
 
     backbone: str | None = option(
         None,
-        "Net whose convolutions the detector shares: an ImageNet or VGG net of `rtresnet models`.",
+        "Backbone of the detector: an ImageNet or VGG net of `rtresnet models`.",
         default_text="resnet50, or the weights'",
     )
     data: str = option(
@@ -185,7 +185,7 @@ def _sources(
     if config.test_data is not None:
         test = open_detection(config.test_data, "test")
         if test.classes != source.classes:
-            raise InputError(f"{config.test_data}: has other classes than {data}")
+            raise InputError(f"{config.test_data}: has different classes than {data}")
     elif source.splits:
         test = open_detection(data, "test")
     return source, test
@@ -294,7 +294,7 @@ def _resumed(
     ]
     if differs:
         raise InputError(
-            f"{out}: its run has another {' and '.join(differs)}",
+            f"{out}: its run has a different {' and '.join(differs)}",
             fix="resume with the same options, or train into another --out",
         )
     source, test = _sources(config, saved["data"], reporter)

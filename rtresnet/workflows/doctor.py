@@ -16,17 +16,17 @@ PACKAGES = {
     "onnx": "export, quantize",
     "onnxruntime": "calibrate; run ONNX files",
     "onnxruntime_ep_openvino": "run INT8 faster on an Intel CPU",
-    "tensorrt_rtx": "build plans, GPU or not; run them",
+    "tensorrt_rtx": "build plans without a GPU; run them on one",
     "tensorrt": "build and run plans on this machine's GPU",
     "cuda.bindings": "run plans",
     "pycuda": "run plans, with RTRESNET_CUDA=pycuda",
-    "pynvml": "watch the GPU's clocks while it is measured",
+    "pynvml": "monitor the GPU's clocks during measurements",
     "sklearn": "the data set digits",
     "matplotlib": "plots",
 }
 # Of no use without a GPU, so that a machine without one does not miss them.
 FOR_GPUS = ("onnxruntime-gpu", "tensorrt-cu13", "pycuda", "nvidia-ml-py")
-ON_GPU = "run ONNX files on an NVIDIA GPU, in place of onnxruntime"
+ON_GPU = "run ONNX files on an NVIDIA GPU, instead of onnxruntime"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +144,8 @@ def _providers() -> str:
         found.insert(0, f"{served_by.title} (the default on this CPU)")
     elif hardware.installed("onnxruntime_ep_openvino"):
         found.append(
-            "not the OpenVINO plugin, which offers no device on this processor "
-            "(onnxruntime-openvino in place of onnxruntime would)"
+            "not the OpenVINO plugin, which supports no device of this machine "
+            "(onnxruntime-openvino instead of onnxruntime does)"
         )
     return ", ".join(found)
 
@@ -167,7 +167,7 @@ def _plans_run_on() -> str:
 
     gpus = hardware.gpus()
     if not gpus:
-        return "nothing here: no GPU"
+        return "nothing: no GPU"
     try:
         cuda = open_cuda()
         with cuda.active():
@@ -183,7 +183,7 @@ def _plans_run_on() -> str:
     found, reasons = [], []
     for module, product in trt_loading.MODULES.items():
         if module == "tensorrt_rtx" and not gpu_targets.served_by_rtx(gpus[0].target):
-            reasons.append(f"TensorRT-RTX does not serve {gpus[0].target}")
+            reasons.append(f"TensorRT-RTX does not support {gpus[0].target}")
             continue
         try:
             found.append(f"{product} {trt_loading.load_tensorrt(module).__version__}")

@@ -129,7 +129,7 @@ def check_engine() -> EngineFacts:
     here, targets_here = hardware.gpus()[0].target, tuple[str, ...]()
     if module.__name__ == "tensorrt_rtx":
         if here not in targets.RTX_TARGETS:
-            raise StepSkipped(f"TensorRT-RTX has no target {here}; pip install tensorrt-cu13")
+            raise StepSkipped(f"TensorRT-RTX does not support {here}; pip install tensorrt-cu13")
         targets_here = (here,)
     with tempfile.TemporaryDirectory() as folder:
         exported = export("untrained", folder, ExportConfig(model="resnet8", precisions=("fp16",)))
@@ -177,8 +177,8 @@ def test_gpu() -> list[StepResult]:
             first = results[0]
             if first.status == OK and not first.data["devices"]:
                 raise UnavailableError(
-                    f"no NVIDIA GPU here: {first.data['reason']}",
-                    fix="run it on a machine with one; `rtresnet doctor` shows what works without",
+                    f"no NVIDIA GPU: {first.data['reason']}",
+                    fix="run it on a machine with a GPU, or see: rtresnet doctor",
                 )
     return results
 

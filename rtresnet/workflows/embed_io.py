@@ -25,7 +25,7 @@ class EmbedConfig(Config):
     """
 
     input: Literal["float32-nchw", "uint8-nhwc"] = option(
-        "float32-nchw", "Input of the file; uint8-nhwc takes pixels and normalizes them itself."
+        "float32-nchw", "Input of the file; with uint8-nhwc, the file normalizes pixels itself."
     )
     topk: int | None = option(
         None,
@@ -114,7 +114,7 @@ def _compare(
 
     if not hardware.installed("onnxruntime"):
         reporter.note(
-            "the changed file was not compared with the plain one: pip install onnxruntime"
+            "the changed file was not compared with the original: pip install onnxruntime"
         )
         return {}
     with tempfile.TemporaryDirectory() as folder:

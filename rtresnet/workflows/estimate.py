@@ -56,7 +56,7 @@ class EstimateConfig(Config):
     )
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = option(
         None,
-        "Estimate as if the whole net had this precision.",
+        "Precision to assume for the whole net.",
         default_text="the file's; fp16 for a MODEL",
     )
     batch: int | None = option(
@@ -244,7 +244,8 @@ def estimate_possible(
     precision = config.precision or (subject.own or "fp16")
     if precision != own and (own != "fp32" or subject.builder):
         raise InputError(
-            f"--precision {precision}: {name} is {own}", fix="name its FP32 ONNX file instead"
+            f"--precision {precision}: {name} is {own}",
+            fix="name its FP32 ONNX file instead",
         )
     used = kernels.at(subject.kernels, precision) if precision != own else subject.kernels
     return EstimateResult(
@@ -272,7 +273,7 @@ def _subject(name: str, config: EstimateConfig, opened: OpenedPlans) -> Subject:
     if kind is None:
         return _named(name, config)
     if config.size is not None:
-        raise InputError(f"--size {config.size}: {name} has its own size", fix="leave it out")
+        raise InputError(f"--size {config.size}: {name} has a fixed size", fix="leave --size out")
     if kind == "plan":
         return read_plan(name, config.batch, opened)
     return _onnx_file(name, config.batch)
@@ -285,7 +286,8 @@ def _onnx_file(path: str, batch: int | None) -> Subject:
     require_classifier(path, "estimate")
     if artifacts.kind_of(path) != "onnx":
         raise InputError(
-            f"{path}: takes a plan, an ONNX file or a net's name", fix="rtresnet export"
+            f"{path}: not a plan, an ONNX file or a net's name",
+            fix="list the nets with: rtresnet models",
         )
     artifacts.verify(path)
     counted = kernels.count(path)
@@ -327,13 +329,13 @@ def read_plan(path: str, batch: int | None, opened: OpenedPlans) -> Subject:
     again = f"build it again: {sidecar.made_by.get('command') or 'rtresnet build MODEL.onnx'}"
     if any(layer.multiply_adds is None for layer in engine.layers):
         raise InputError(
-            f"{path}: an earlier version built it, which recorded no multiply-adds", fix=again
+            f"{path}: built by an earlier version, which recorded no multiply-adds", fix=again
         )
     batch = batch or plan.profiles[0].opt
     fitting = [profile for profile in plan.profiles if profile.min <= batch <= profile.max]
     if not fitting:
         profiles = ", ".join(map(str, plan.profiles))
-        raise InputError(f"--batch {batch}: {path} takes batches of {profiles}", fix=again)
+        raise InputError(f"--batch {batch}: {path} accepts batches of {profiles}", fix=again)
     profile = split_batch(batch, plan.profiles)[0].profile
     kernels = [
         kernel_of(layer, plan.profiles[profile].opt)
@@ -448,7 +450,7 @@ def _read_measured(path: Path) -> tuple[Path, list[_Entry]]:
     Raises:
         InputError: No such file, or another one.
     """
-    fix = "write one with: rtresnet bench PLAN --json FILE"
+    fix = "create one with: rtresnet bench PLAN --json FILE"
     atomic_io.require_file(path, fix=fix)
     document = serialization.load(path, fix=fix)
     if not isinstance(document, dict) or document.get("verb") != "bench":

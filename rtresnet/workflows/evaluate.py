@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 MAX_BROKEN = 0.01
-ALLOW_BROKEN = "repair or remove them, or allow them, as in --max-broken 5%"
+ALLOW_BROKEN = "repair or remove them, or allow a share, as in --max-broken 5%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class DataConfig(Config):
     )
     classes: tuple[str, ...] | None = option(
         None,
-        "Class names, one a line or a JSON list: of the model's outputs where it has no names, "
+        "Class names, one per line or a JSON list: of the model's outputs if it has no names, "
         "else of the data's labels.",
         metavar="FILE",
         parse=read_classes,
@@ -64,7 +64,7 @@ class DataConfig(Config):
     )
     max_broken: float = option(
         MAX_BROKEN,
-        "Share of broken images up to which they are left out; with more, nothing is measured.",
+        "Allowed share of broken images, which are ignored; with more, the command fails.",
         metavar="N%",
         parse=parse_percentage,
         default_text="1%",
@@ -95,8 +95,8 @@ class EvaluateConfig(DataConfig):
 
     protocol: Literal["center", "10-crop", "dense"] = option(
         "center",
-        "Views of an image: its centre crop, ten crops, or (checkpoints only) the whole image at "
-        "five scales.",
+        "Views of an image: the centre crop, ten crops, or (checkpoints only) the complete image "
+        "at five scales.",
     )
     resize: int | None = option(
         None,
@@ -106,8 +106,8 @@ class EvaluateConfig(DataConfig):
     )
     dense_pooling: Literal["map", "window"] = option(
         "map",
-        "Pooling of the dense test: the whole map at once, or a window of the net's own size (7x7) "
-        "that slides over it.",
+        "Pooling of the dense test: the complete map at once, or a sliding window of the net's "
+        "size (7x7).",
     )
     model: str | None = option(
         None, "Architecture of a checkpoint from elsewhere.", default_text="recognized"
@@ -122,8 +122,8 @@ class EvaluateConfig(DataConfig):
         super().__post_init__()
         if self.dense_pooling != "map" and self.protocol != "dense":
             raise InputError(
-                f"--dense-pooling {self.dense_pooling}: only the dense test pools a larger map",
-                fix="give --protocol dense as well",
+                f"--dense-pooling {self.dense_pooling}: applies only to --protocol dense",
+                fix="add --protocol dense",
             )
 
 
@@ -312,7 +312,8 @@ def record_accuracy(
             reason = f"{path}: no sidecar to record the accuracy in (see: rtresnet adopt)"
         elif member.protocol != "center" or member.input != sidecar.input:
             reason = (
-                f"{path}: not recorded, as it was measured in another way than its sidecar says"
+                f"{path}: accuracy not recorded, because the preprocessing differs from the "
+                "sidecar's"
             )
         else:
             entries = serialization.to_builtins(member)
@@ -336,8 +337,8 @@ def _require_checkpoint(name: str) -> None:
     origin, _, state = list(artifacts.chain(path))[-1]
     known = state == "ok" and artifacts.kind_of(origin) == "checkpoint"
     raise InputError(
-        f"{path}: takes images of one size, and --protocol dense shows them whole",
-        fix="evaluate the checkpoint it was made from" + (f", {origin}" if known else ""),
+        f"{path}: its input size is fixed, but --protocol dense needs any size",
+        fix="evaluate its checkpoint" + (f", {origin}" if known else ""),
     )
 
 
@@ -348,8 +349,8 @@ def _require_all_probabilities(sessions: Sequence[Session], protocol: str) -> No
             path, sidecar = session.path, session.sidecar
             parent = artifacts.parent_path(path, sidecar) if sidecar else None
             raise InputError(
-                f"{path}: gives the {session.topk} most probable classes; an ensemble or several "
-                "crops are a mean over all of them",
+                f"{path}: outputs only the {session.topk} most probable classes, but an ensemble "
+                "or several crops need the probabilities of all classes",
                 fix=f"use {parent or 'the file it was made from'}",
             )
 
@@ -374,8 +375,8 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
     preprocess, resize = session.preprocess, config.resize
     if resize is not None and resize < preprocess.size:
         raise InputError(
-            f"--resize {resize}: {session.path} takes {preprocess.size} x {preprocess.size} "
-            "pixels, which must fit",
+            f"--resize {resize}: smaller than the input of {session.path}, "
+            f"{preprocess.size} x {preprocess.size} pixels",
             fix=f"--resize {preprocess.size} or more",
         )
     if config.protocol != "dense":
@@ -405,8 +406,8 @@ def trained_on(
     if source.splits and split == "test":
         return ()
     return tuple(
-        f"these images include those that {path} was trained on, so its accuracy is not that of "
-        "new images"
+        f"these images include training images of {path}; its accuracy on new images "
+        "is probably lower"
         for path, weights in nets
         if weights is not None and weights.origin == "trained" and weights.source == source.name
     )

@@ -170,8 +170,8 @@ def _parts(session: Session) -> tuple[Maps, np.ndarray, np.ndarray]:
     if kind == "onnx":
         return _of_onnx(Path(session.path))
     raise InputError(
-        f"{session.path}: a plan does not give its feature maps",
-        fix="explain the checkpoint or the ONNX file that it was made from",
+        f"{session.path}: a plan has no output for its feature maps",
+        fix="explain its checkpoint or ONNX file",
     )
 
 
@@ -250,8 +250,8 @@ def _constant(index: Any, name: str, path: Path) -> np.ndarray:
 
 def _no_pooling(path: object) -> InputError:
     return InputError(
-        f"{path}: does not end in global average pooling and one linear layer, which a class "
-        "activation map needs",
+        f"{path}: does not end in global average pooling and one linear layer, which class "
+        "activation maps need",
         fix="explain a residual net",
     )
 

@@ -238,7 +238,8 @@ class _Export:
 
         if self.embed.changes_anything or not self.stated.empty:
             raise InputError(
-                f"{weights}: a detector takes no embedded input or output and no stated input",
+                f"{weights}: embedded input or output and stated preprocessing do not apply to "
+                "detectors",
                 fix="leave these options out",
             )
         if "bf16" in self.config.precisions:
@@ -322,7 +323,7 @@ def resolve(
     from rtresnet.models import checkpoint, download, zoo
 
     if weights is None and model is None:
-        raise InputError("nothing to export", fix="give --model NAME or --weights FILE")
+        raise InputError("nothing to export", fix="add --model NAME or --weights FILE")
     spec = zoo.spec(model) if model else None
     if weights is None and spec is not None:
         best = best_run(spec.name, reporter)
@@ -331,11 +332,11 @@ def resolve(
             return checkpoint.load(best, model=spec.name), best
     if weights in (None, "untrained"):
         if spec is None:
-            raise InputError("--weights untrained", fix="say of which net: --model NAME")
+            raise InputError("--weights untrained needs a net", fix="--model NAME")
         reporter.warning(
             "untrained weights",
-            f"No checkpoint of {spec.name} was given or found under runs/, so these are "
-            "random weights. Latency is meaningful, accuracy is not.",
+            f"There is no checkpoint of {spec.name} under runs/, and --weights names none. These "
+            "are random weights: latency is meaningful, accuracy is not.",
         )
         spec.require_size(size or spec.size)
         return checkpoint.untrained(spec, Preprocess.for_size(size or spec.size)), None
@@ -357,7 +358,7 @@ def best_run(architecture: str, reporter: Reporter) -> Path | None:
         try:
             sidecar = artifacts.read_sidecar(path)
         except ArtifactError as error:
-            reporter.note(f"passed over: {error}")
+            reporter.note(f"ignored: {error}")
             continue
         if sidecar is not None and sidecar.model.architecture == architecture:
             data = sidecar.weights.source or "unknown data"

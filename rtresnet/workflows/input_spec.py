@@ -24,14 +24,14 @@ def parse_channels(text: str) -> Channels:
     try:
         red, green, blue = (float(part) for part in text.split(","))
     except ValueError:
-        raise InputError("needs three numbers", fix="as in 0.5,0.5,0.5") from None
+        raise InputError("not three numbers", fix="as in 0.5,0.5,0.5") from None
     _require_unit(text, (red, green, blue))
     return red, green, blue
 
 
 def _require_unit(name: str, channels: Channels) -> None:
     if max(channels) > 1:
-        raise InputError("in units of [0, 1]", fix="divide levels by 255")
+        raise InputError("not in units of [0, 1]", fix="divide pixel levels by 255")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,10 @@ class InputConfig(Config):
         super().__post_init__()
         if self.preset is not None:
             if self.mean is not None or self.std is not None:
-                raise InputError("--preset states mean and std", fix="leave out --mean and --std")
+                raise InputError(
+                    "--preset cannot be combined with --mean and --std",
+                    fix="leave out --mean and --std",
+                )
             mean, std = PRESETS[self.preset]
             object.__setattr__(self, "mean", mean)
             object.__setattr__(self, "std", std)
@@ -105,7 +108,7 @@ class InputConfig(Config):
         """Raise InputError where another side is stated than the file's input has."""
         if fixed is not None and self.size not in (None, fixed):
             raise InputError(
-                f"{path}: takes {fixed}x{fixed} pixels, not {self.size}x{self.size}",
+                f"{path}: its input has {fixed}x{fixed} pixels, not {self.size}x{self.size}",
                 fix=f"--size {fixed}",
             )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rtresnet.builder.layers import Layers
 
 
-SELF_DESCRIBED = "no sidecar, described by itself"
+SELF_DESCRIBED = "no sidecar, described by its own metadata"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class InspectResult:
         if last.state == "changed":
             raise ArtifactError(
                 f"{last.path}: changed since {self.chain[0].path} was made from it",
-                fix="make the later files again, with the commands above",
+                fix="run the commands above again for the later files",
             )
 
 
@@ -87,7 +87,7 @@ class FolderResult:
         wrong = [e.path for e in self.artifacts if e.state in ("changed", "broken sidecar")]
         if wrong:
             raise ArtifactError(
-                f"{', '.join(map(str, wrong))}: not the file that its sidecar describes",
+                f"{', '.join(map(str, wrong))}: does not match its sidecar",
                 fix=f"see: rtresnet inspect {wrong[0]}",
             )
 
@@ -106,7 +106,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         ArtifactError: The file is damaged or does not match its sidecar.
         UnavailableError: torch is needed to read a checkpoint without sidecar.
     """
-    path = atomic_io.require_file(path, fix="list what is there with: rtresnet inspect FOLDER")
+    path = atomic_io.require_file(path, fix="list artifacts with: rtresnet inspect FOLDER")
     kind = artifacts.kind_of(path)
     chain = [
         ChainEntry(path=link, state=state, sidecar=record)
@@ -120,7 +120,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     head = plan_info.read_header(path) if kind == "plan" else None
     if kind == "plan" and head is None and sidecar is None:
         raise ArtifactError(
-            f"{path}: neither a sidecar nor a plan of TensorRT-RTX, so its content is unknown"
+            f"{path}: has no sidecar and is no plan of TensorRT-RTX, so its content is unknown"
         )
     operations = None
     if kind == "onnx" and hardware.installed("onnx"):

@@ -52,7 +52,7 @@ class LintResult:
             fixable = self.fixed is None and any("--fix" in entry.fix for entry in self.findings)
             raise CheckFailedError(
                 f"{self.fixed or self.file}: {self.worse}",
-                fix=f"repair what can be repaired: rtresnet lint {self.file} --fix OUT.onnx"
+                fix=f"repair it with: rtresnet lint {self.file} --fix OUT.onnx"
                 if fixable
                 else None,
             )
@@ -127,7 +127,7 @@ def _repair(
     from rtresnet.quantization.autofix import fix
 
     if sidecar is None and artifacts.sidecar_path(out).exists():
-        raise InputError(f"{out}: has a sidecar, of another file", fix="choose another --fix")
+        raise InputError(f"{out}: has the sidecar of another file", fix="choose another --fix")
     with reporter.progress(f"repairing {path}, and comparing outputs"):
         fixed, repaired, left = fix(model)
 

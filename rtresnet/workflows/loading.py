@@ -51,7 +51,7 @@ class RuntimeConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Device to run on.")
     provider: str = option(
         "auto",
-        "Execution provider for ONNX files; auto takes openvino if it is installed and serves "
+        "Execution provider for ONNX files; auto chooses openvino if it is installed and supports "
         "this CPU, else cpu.",
         metavar="[auto|cpu|openvino|cuda|tensorrt-rtx]",
         parse=parse_provider,
@@ -61,7 +61,7 @@ class RuntimeConfig(Config):
     )
     contexts: int | None = option(
         None,
-        "Number of execution contexts of a plan: calls that may run at the same time.",
+        "Number of execution contexts of a plan, which is the number of concurrent calls.",
         minimum=1,
         default_text="1, or 2 when batches are formed",
     )
@@ -73,7 +73,7 @@ class RuntimeConfig(Config):
     )
     tf32: bool | None = option(
         None,
-        "Let provider cuda run FP32 layers as TF32, which rounds inputs to a mantissa of 10 bits, "
+        "Allow TF32 for FP32 layers in provider cuda, which rounds inputs to 10 mantissa bits, "
         "on GPUs from sm_80 on.",
         names=("--tf32/--no-tf32",),
         default_text="allowed",
@@ -233,8 +233,8 @@ def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[s
     pixels = backend.layout == "nhwc"
     if pixels and (stated.mean or stated.std):
         raise InputError(
-            f"{path}: normalizes inside, so --mean and --std change nothing",
-            fix="leave them out, or use the file it was made from",
+            f"{path}: the file normalizes its input itself, so --mean and --std have no effect",
+            fix="leave them out, or use the file without embedded normalization",
         )
     stated.require_size(path, backend.size)
     if sidecar is not None and sidecar.input_known:
@@ -252,9 +252,11 @@ def states_input(path: str | os.PathLike[str]) -> bool:
 
 def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> Session:
     if runtime.provider != "auto":
-        raise InputError(f"{path}: a checkpoint runs in torch and takes no --provider")
+        raise InputError(f"{path}: is a checkpoint, which runs in torch; --provider does not apply")
     if runtime.tf32 is not None:
-        raise InputError(f"{path}: a checkpoint runs in torch and takes no --tf32 or --no-tf32")
+        raise InputError(
+            f"{path}: is a checkpoint, which runs in torch; --tf32 and --no-tf32 do not apply"
+        )
     require_torch("reading a checkpoint")
     import torch
 
@@ -297,5 +299,5 @@ def torch_device(choice: str) -> str:
     if choice == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if choice == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("torch sees no CUDA device", fix="see: rtresnet doctor")
+        raise UnavailableError("torch finds no CUDA device", fix="see: rtresnet doctor")
     return choice

@@ -45,7 +45,7 @@ class PackConfig(Config):
         default_text="512MB",
         minimum=1,
     )
-    force: bool = option(False, "Replace a finished pack.")
+    force: bool = option(False, "Replace a complete pack.")
 
 
 @dataclass(frozen=True, kw_only=True)

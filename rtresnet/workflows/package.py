@@ -43,12 +43,12 @@ class PackageConfig(Config):
         default_text=f"the plan's largest; {LARGEST} for an ONNX file",
     )
     max_delay_us: int = option(
-        500, "Microseconds that a request waits for others to share its batch.", minimum=0
+        500, "Longest time in microseconds that a request waits for a batch to fill.", minimum=0
     )
-    instances: int = option(1, "Copies of the model on each device.", minimum=1)
+    instances: int = option(1, "Number of model instances on each device.", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto",
-        "Device of an ONNX file; auto takes a GPU where Triton has one, and the CPU in an image.",
+        "Device of an ONNX file; auto uses Triton's GPU if it has one, and the CPU in an image.",
     )
 
 
@@ -106,12 +106,12 @@ def package(
     path = atomic_io.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     if kind not in triton.BACKENDS:
-        raise InputError(f"{path}: Triton takes plans and ONNX files", fix="rtresnet export")
+        raise InputError(f"{path}: Triton runs only plans and ONNX files", fix="rtresnet export")
     sidecar = artifacts.verify(path)
     if kind == "onnx" and sidecar is not None and sidecar.precision == "fp8":
         raise ArtifactError(
-            f"{path}: FP8, which Triton's ONNX Runtime computes wrongly, because its optimizer "
-            "removes ReLUs",
+            f"{path}: is an FP8 file. Triton's ONNX Runtime computes FP8 wrongly, because its "
+            "optimizer removes ReLUs",
             fix="build a plan on the server's GPU with --builder tensorrt, or use package --docker",
         )
     if kind == "onnx" and sidecar is not None and sidecar.precision == "bf16":
@@ -165,25 +165,25 @@ def _check_plan(
     plan = sidecar.plan if sidecar else None
     if (plan and plan.builder == "tensorrt_rtx") or plan_info.read_header(path) is not None:
         raise ArtifactError(
-            f"{path}: built by TensorRT-RTX, and Triton's backend loads plans of TensorRT only",
+            f"{path}: was built by TensorRT-RTX, but Triton's backend loads only plans of TensorRT",
             fix=f"package {parent or 'its ONNX file'}, or build with --builder tensorrt on a "
             "machine with the server's GPU and its container's TensorRT",
         )
     if sidecar is None or plan is None:
         raise ArtifactError(
             f"{path}: no sidecar, so its batches and the TensorRT it needs are unknown",
-            fix="copy the sidecar, too, or build the plan again with rtresnet build",
+            fix="also copy the sidecar, or build the plan again with rtresnet build",
         )
     if device == "cpu":
         raise InputError(f"{path}: a plan runs on a GPU only", fix=f"package {parent} for a CPU")
     if parent is None or sidecar.parent is None or not parent.exists():
         raise InputError(
-            f"{path}: {parent or 'its ONNX file'}, which has the names of its tensors, is missing",
-            fix="copy the ONNX file, too",
+            f"{path}: its tensor names are unknown, because {parent or 'its ONNX file'} is missing",
+            fix="also copy the ONNX file",
         )
     if atomic_io.sha256(parent) != sidecar.parent.sha256:
         raise ArtifactError(
-            f"{parent}: no longer the file {path} was built from", fix=f"rtresnet build {parent}"
+            f"{parent}: has changed since {path} was built from it", fix=f"rtresnet build {parent}"
         )
     return plan.profiles, parent
 
@@ -210,7 +210,7 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         shapes[value.name] = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
         if not shapes[value.name]:
             raise InputError(
-                f"{path}: {value.name} has no dimensions, which Triton does not take",
+                f"{path}: {value.name} has no dimensions, which Triton does not support",
                 fix="export it with a batch dimension, as rtresnet export does",
             )
     fixed = any(shape[0] != -1 for shape in shapes.values())
@@ -244,8 +244,8 @@ def require_single_file(path: Path) -> Any:
     model = onnx.load(path, load_external_data=False)
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise InputError(
-            f"{path}: its weights are in another file, which the server would not get",
-            fix="save both as one file: onnx.save(onnx.load(FILE), WHOLE)",
+            f"{path}: its weights are in another file, which is not part of the package",
+            fix="save both as one file: onnx.save(onnx.load(FILE), NEW)",
         )
     return model
 
@@ -257,14 +257,14 @@ def _max_batch(
     if fixed and config.max_batch is not None:
         raise InputError(
             f"{path}: its batch is fixed, so Triton cannot form batches",
-            fix="leave --max-batch out, or export it with a batch left open: rtresnet export",
+            fix="leave --max-batch out, or export it with a dynamic batch: rtresnet export",
         )
     if fixed:
         return 0
     largest = max((profile.max for profile in profiles), default=LARGEST)
     if profiles and config.max_batch is not None and config.max_batch > largest:
         raise InputError(
-            f"--max-batch {config.max_batch}: the plan takes {largest} at most",
+            f"--max-batch {config.max_batch}: the plan accepts at most {largest}",
             fix=f"rtresnet build {graph} "
             f"--batch 1:{max(1, config.max_batch // 2)}:{config.max_batch}",
         )
@@ -304,17 +304,17 @@ def _notes(model: ModelConfig, sidecar: Sidecar | None, fixed: bool) -> list[str
     if fixed:
         (size, *_) = model.inputs[0].dims
         notes.append(
-            f"the file takes batches of {size} only: clients send whole batches, and Triton does "
-            "not form any"
+            f"the file's batch is fixed at {size}: clients send complete batches, and Triton does "
+            "not form batches"
         )
     if model.kind == "plan":
         assert sidecar is not None and sidecar.plan is not None
         targets = f" and a GPU of {', '.join(sidecar.plan.targets)}" if sidecar.plan.targets else ""
         notes.append(f"the container needs TensorRT {sidecar.plan.version}{targets}")
     elif model.precision == "int8" and model.device == "cpu":
-        notes.append("on a CPU, Triton's ONNX Runtime runs an INT8 file slower than the FP32 file")
+        notes.append("on a CPU, Triton's ONNX Runtime runs INT8 files slower than FP32 files")
     elif model.precision == "int8":
         notes.append(
-            "on a GPU, ONNX Runtime builds a TensorRT engine from it whenever it is loaded"
+            "on a GPU, ONNX Runtime builds a TensorRT engine each time the model is loaded"
         )
     return notes

@@ -125,13 +125,15 @@ def package_server(
     config, image = config or PackageConfig(), image or ImageConfig()
     path = atomic_io.require_file(path, fix="make one with: rtresnet export")
     if path.suffix.lower() not in (".onnx", ".plan"):
-        raise InputError(f"{path}: a server runs ONNX files and plans", fix="rtresnet export")
+        raise InputError(
+            f"{path}: the server runs only ONNX files and plans", fix="rtresnet export"
+        )
     if docker is None and kserve is None:
-        raise InputError("neither docker nor kserve is given", fix="name a folder or a file")
+        raise InputError("neither docker nor kserve is set", fix="name a folder or a file")
     sidecar = artifacts.verify(path)
     if sidecar is None or not sidecar.input_known:
         raise InputError(
-            f"{path}: its preprocessing is unknown, which a server needs",
+            f"{path}: the server needs its preprocessing, which is unknown",
             fix=f"rtresnet adopt {path}",
         )
     server = _server(path, sidecar, config, image)
@@ -180,11 +182,11 @@ def _server(path: Path, sidecar: Sidecar, config: PackageConfig, image: ImageCon
         raise InputError(f"--name {name}: letters, digits, underscores, dots and dashes only")
     largest = max((profile.max for profile in plan.profiles), default=LARGEST) if plan else LARGEST
     if plan and (config.max_batch or 0) > largest:
-        raise InputError(f"--max-batch {config.max_batch}: the plan takes {largest} at most")
+        raise InputError(f"--max-batch {config.max_batch}: the plan accepts at most {largest}")
     if config.max_delay_us / 1000 >= image.queue_target_ms:
         raise InputError(
             f"--queue-target {image.queue_target_ms:g}ms: requests wait up to "
-            f"{config.max_delay_us / 1000:g} ms for their batch, so replicas would always be added",
+            f"{config.max_delay_us / 1000:g} ms for their batch, so the target is always exceeded",
             fix="raise --queue-target, or lower --max-delay-us",
         )
     arguments = ["--max-batch", str(config.max_batch or largest)]
@@ -198,8 +200,8 @@ def _server(path: Path, sidecar: Sidecar, config: PackageConfig, image: ImageCon
         require_single_file(path)
         if config.instances > 1:
             raise InputError(
-                f"--instances {config.instances}: a server runs an ONNX file once",
-                fix="leave it out, and use more --max-replicas",
+                f"--instances {config.instances}: the server runs one instance of an ONNX file",
+                fix="leave --instances out, and raise --max-replicas",
             )
         runs_on = "gpu" if config.device == "cuda" else "cpu"
         arguments += ["--provider", "cuda"] if runs_on == "gpu" else []
@@ -289,7 +291,8 @@ def manifest(server: _Server, image: ImageConfig) -> str:
         "metadata:",
         f"  name: {resource}",
         "  annotations:",
-        "    serving.kserve.io/deploymentMode: RawDeployment  # KServe 0.16 calls it Standard, too",
+        "    serving.kserve.io/deploymentMode: RawDeployment  # also called Standard since KServe "
+        "0.16",
         "    serving.kserve.io/autoscalerClass: keda",
         "spec:",
         "  predictor:",
@@ -382,7 +385,9 @@ def _notes(server: _Server, sidecar: Sidecar, image: ImageConfig, kserve: bool) 
     notes = []
     if sidecar.plan is not None:
         targets = ", ".join(sidecar.plan.targets)
-        notes.append(f"the machine needs a GPU of {targets}" if targets else "needs a GPU")
+        notes.append(
+            f"the machine needs a GPU of {targets}" if targets else "the machine needs a GPU"
+        )
     elif server.on_gpu:
         notes.append("the machine needs an NVIDIA GPU")
     if kserve and image.image is None:

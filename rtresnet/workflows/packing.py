@@ -73,7 +73,7 @@ def pack(
     root = Path(source) if plain == source else Path(plain).expanduser()
     if folder.resolve().is_relative_to(root.resolve()):
         raise InputError(
-            f"{folder}: lies in {root}, where it would be a class", fix="choose another --out"
+            f"{folder}: is inside {root}, so it would become a class", fix="choose another --out"
         )
     with locks.hold_folder(folder, warn=warn):
         _make_room(folder, force)
@@ -135,7 +135,10 @@ class _Rows:
 def _files(source: str, split: str) -> Files:
     found = open_source(source, split)
     if not isinstance(found, Files):
-        raise DataError(f"{source}: not a folder of images", fix="only class folders are packed")
+        raise DataError(
+            f"{source}: not a folder of images",
+            fix="pack accepts a folder with one subfolder per class",
+        )
     return found
 
 
@@ -206,11 +209,13 @@ def _make_room(folder: Path, force: bool) -> None:
     index = folder / INDEX
     finished = index.exists() and FORMAT in index.read_text(encoding="utf-8", errors="replace")
     if finished and not force:
-        raise InputError(f"{folder}: holds a pack already", fix="--force replaces it")
+        raise InputError(f"{folder}: contains a pack already", fix="replace it with --force")
     strange = next(_pieces(folder), None)
     if strange is not None and not finished and not (folder / UNFINISHED).exists():
-        raise InputError(f"{strange}: is there, and of no pack", fix="choose another --out")
-    atomic_io.write_text(folder / UNFINISHED, "rtresnet pack is at work here, or was killed\n")
+        raise InputError(
+            f"{strange}: exists and does not belong to a pack", fix="choose another --out"
+        )
+    atomic_io.write_text(folder / UNFINISHED, "rtresnet pack is running here, or was killed\n")
     _sweep(folder)
 
 

@@ -51,9 +51,7 @@ class TableConfig(Config):
         "unknown origin in a spreadsheet.",
     )
     resume: bool = option(False, "Resume an interrupted run with the same --out.")
-    ray: bool = option(
-        False, "Run on Ray Data: in the cluster that RAY_ADDRESS names, or in a local one."
-    )
+    ray: bool = option(False, "Run on Ray Data, in the cluster of RAY_ADDRESS or a local one.")
     actors: int | None = option(
         None,
         "Number of Ray processes.",
@@ -64,7 +62,7 @@ class TableConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.actors and not self.ray:
-            raise InputError("--actors goes with --ray", fix="add --ray, or leave out --actors")
+            raise InputError("--actors needs --ray", fix="add --ray, or leave out --actors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +346,7 @@ def image_files(images: Paths) -> list[str]:
         elif path.is_file():
             names.append(os.fspath(path))
         else:
-            raise InputError(f"{path}: no such image")
+            raise InputError(f"{path}: no such file")
     return names
 
 
@@ -362,9 +360,7 @@ def find_model() -> Path:
     patterns += [("engines", "*.onnx"), ("runs", "**/best.pt")]
     models = [path for folder, pattern in patterns for path in sorted(Path(folder).glob(pattern))]
     if not models:
-        raise InputError(
-            "no model to predict with under engines/ or runs/", fix="name one: --with FILE"
-        )
+        raise InputError("no model under engines/ or runs/", fix="name one: --with FILE")
     if len(models) > 1:
         rest = len(models) - NAMED_MODELS
         more = f" and {rest} more" if rest > 0 else ""

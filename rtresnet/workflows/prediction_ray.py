@@ -41,7 +41,9 @@ class _Task:
         with contextlib.suppress(OSError):  # names are relative to the folder of the caller
             os.chdir(self.folder)
         if atomic_io.sha256(atomic_io.require_file(self.artifact)) != self.sha256:
-            raise InputError(f"{self.artifact}: another file than where predict was started")
+            raise InputError(
+                f"{self.artifact}: differs from the file on the machine where predict was started"
+            )
         return Predictor(self.artifact, self.config, runtime=self.runtime, stated=self.stated)
 
 

@@ -42,15 +42,15 @@ def check_table_path(out: Path) -> None:
     """
     if out.suffix.lower() not in FORMS:
         raise InputError(
-            f"--out {out}: {out.suffix or 'no suffix'} is not a form of table",
+            f"--out {out}: {out.suffix or 'no suffix'} is not a table format",
             fix=f"name it *{', *'.join(FORMS)}",
         )
     if out.is_dir():
-        raise InputError(f"--out {out}: a folder is there", fix="choose another --out")
+        raise InputError(f"--out {out}: is a folder", fix="choose another --out")
     if out.suffix.lower() == ".parquet" and not hardware.installed("pyarrow"):
         raise UnavailableError(
             "Parquet needs the package pyarrow, which is not installed",
-            fix="pip install 'rtresnet[bulk]', or pip install pyarrow; or --out of another form",
+            fix="pip install 'rtresnet[bulk]', or use another format for --out",
         )
 
 
@@ -104,13 +104,13 @@ class Journal:
         exists = self.path.exists() and self.path.stat().st_size > 0
         if exists and not resume:
             raise InputError(
-                f"{self.path}: an interrupted run left predictions there",
+                f"{self.path}: contains predictions of an interrupted run",
                 fix=f"continue it with --resume, or remove {self.path}",
             )
         if resume and not exists and out.exists():
             raise InputError(
-                f"{out}: a finished table, there is nothing to resume",
-                fix="leave out --resume to make it again, or choose another --out",
+                f"{out}: is complete, so there is nothing to resume",
+                fix="leave out --resume to replace it, or choose another --out",
             )
         self._file: TextIO = open(  # noqa: SIM115
             self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="\n"
@@ -135,9 +135,9 @@ class Journal:
         if changed:
             key = changed[0]
             raise InputError(
-                f"{self.path}: made with another {key.replace('_', ' ')} ({_short(head.get(key))} "
-                f"then, {_short(self.head.get(key))} now)",
-                fix=f"use that one, or remove {self.path} to begin again",
+                f"{self.path}: made with a different {key.replace('_', ' ')} "
+                f"({_short(head.get(key))} then, now {_short(self.head.get(key))})",
+                fix=f"use the earlier one, or remove {self.path} to start again",
             )
         end, read, broken = self._file.tell(), 0, 0
         while (row := self._row(self._file.readline())) is not None:

@@ -132,7 +132,7 @@ class Predictor:
         if available is not None and self.top > available:
             self.close()
             raise InputError(
-                f"--top {self.top}: {artifact} gives {plural(available, 'class')}",
+                f"--top {self.top}: {artifact} has {plural(available, 'class')}",
                 fix=f"--top {available} or less",
             )
 
@@ -215,7 +215,7 @@ class Predictor:
             probabilities = np.take_along_axis(shares, indices, axis=1)
         if indices.shape[1] < self.top:
             raise InputError(
-                f"{self.session.path} gives {plural(indices.shape[1], 'class')} an image",
+                f"{self.session.path} returns {plural(indices.shape[1], 'class')} per image",
                 fix=f"--top {indices.shape[1]} or less",
             )
         for row, values in zip(indices, probabilities.astype(np.float32), strict=True):

@@ -37,7 +37,7 @@ class ProfileConfig(Config):
     batch: int | None = option(
         None, "Images per run.", metavar="N", minimum=1, default_text="1, or the file's fixed batch"
     )
-    seconds: float = option(5.0, "Duration of all runs together, in seconds.")
+    seconds: float = option(5.0, "Total duration of the runs, in seconds.")
     threads: int | None = option(
         None, "Number of CPU threads.", minimum=1, default_text="all cores"
     )
@@ -127,7 +127,7 @@ def profile(
     counted = kernels.count(graph, str(graph_path))
     if config.batch is not None and counted.batch not in (None, config.batch):
         raise InputError(
-            f"{path}: takes batches of {counted.batch}, not of {config.batch}",
+            f"{path}: its batch is fixed at {counted.batch}, not {config.batch}",
             fix=f"--batch {counted.batch}",
         )
     batch = config.batch or counted.batch or 1
@@ -182,8 +182,7 @@ def _graph_of(path: str, sidecar: Sidecar | None) -> Path:
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     if parent is None or not parent.exists():
         raise InputError(
-            f"{path}: the ONNX file it was built from, which says what its layers compute, is "
-            "missing",
+            f"{path}: the operations of its layers are unknown, because its ONNX file is missing",
             fix="copy the ONNX file next to the plan",
         )
     return parent

@@ -71,8 +71,8 @@ class QuantizeConfig(Config):
     )
     calibrator: Literal["auto", "max", "percentile", "entropy", "mse"] = option(
         "auto",
-        "Method that chooses the range of a tensor; auto takes what causes least noise at the "
-        "logits. entropy is for INT8 only.",
+        "Method that chooses the range of a tensor; auto chooses the one with the least noise at "
+        "the logits. entropy is for INT8 only.",
     )
     calib_images: int = option(512, "Number of images to calibrate on.", minimum=1)
     float_dtype: Literal["fp32", "fp16"] | None = option(
@@ -83,7 +83,7 @@ class QuantizeConfig(Config):
     )
     fp8_stem: bool = option(
         False,
-        "Quantize the first convolution to FP8 too, for which TensorRT has no kernel.",
+        "Also quantize the first convolution to FP8, for which TensorRT has no kernel.",
         names=("--fp8-stem",),
         default_text="it stays in float",
     )
@@ -95,24 +95,23 @@ class QuantizeConfig(Config):
         default_text="not compared",
     )
     max_drop: float = option(
-        0.5, "Points of top-1 that INT8 or FP8 may lose against FP32, with --eval.", minimum=0
+        0.5, "Largest loss of top-1 against FP32 in percentage points, with --eval.", minimum=0
     )
     gate: Literal["point", "upper"] = option(
         "point",
-        "What must be within --max-drop: the measured loss (point), or the upper limit of its "
-        "95 % interval (upper).",
+        "Figure that must be within --max-drop: the measured loss (point), or the upper limit of "
+        "its 95 % interval (upper).",
     )
     classes: tuple[str, ...] | None = option(
         None,
-        "Class names, one a line or a JSON list, of the model or the --eval data where it has "
-        "none.",
+        "Class names, one per line or a JSON list, of the model or the --eval data if it has none.",
         metavar="FILE",
         parse=read_classes,
         default_text="from the model and the data",
     )
     max_broken: float = option(
         MAX_BROKEN,
-        "Share of broken images up to which they are left out; with more, nothing is written.",
+        "Allowed share of broken images, which are ignored; with more, the command fails.",
         metavar="N%",
         parse=parse_percentage,
         default_text="1%",
@@ -130,17 +129,18 @@ class QuantizeConfig(Config):
         if not self.calibrated:
             if self.eval_data is not None:
                 raise InputError(
-                    "--eval is for INT8 and FP8", fix="see: rtresnet eval, rtresnet compare"
+                    "--eval applies to INT8 and FP8 only",
+                    fix="see: rtresnet eval, rtresnet compare",
                 )
             for name in ("calib", "calibrator", "calib_images", "float_dtype", "max_broken"):
                 if name in changed:
                     raise InputError(
-                        f"--{name.replace('_', '-')} is for INT8 and FP8",
+                        f"--{name.replace('_', '-')} applies to INT8 and FP8 only",
                         fix=f"leave --{self.precision} out",
                     )
         if self.precision == "fp8" and self.calibrator == "entropy":
             raise InputError(
-                "--calibrator entropy is for INT8", fix="use auto, max, percentile or mse"
+                "--calibrator entropy applies to INT8 only", fix="use auto, max, percentile or mse"
             )
         if self.eval_data is None:
             for name in ("max_drop", "gate", "classes"):
@@ -216,7 +216,7 @@ def quantize(
     """
     config = config or QuantizeConfig()
     if config.fp8_stem and config.precision != "fp8":
-        raise InputError("--fp8-stem is for FP8", fix="add --fp8, or leave it out")
+        raise InputError("--fp8-stem applies to FP8 only", fix="add --fp8, or leave --fp8-stem out")
     source = Path(source)
     place = Path(out) if out is not None else default_out(source, config.precision)
     with locks.hold_file(place, warn=reporter.note):
@@ -248,7 +248,7 @@ def quantize_unlocked(
     stated = stated or InputConfig()
     artifacts.require_name(out, "onnx")
     if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"{out}: would replace its own source", fix="choose another --out")
+        raise InputError(f"{out}: would overwrite its source", fix="choose another --out")
     for place in (out, artifacts.sidecar_path(out)):
         atomic_io.require_place(place)
     scales = _scales_path(out, reporter) if config.calibrated else None
@@ -273,8 +273,7 @@ def quantize_unlocked(
         sidecar = _describe(source, model, stated)
     elif stated.applied_to(sidecar.input) != sidecar.input:
         raise InputError(
-            f"{source}: its sidecar says what it takes, and --size, --mean or --std say something "
-            "else",
+            f"{source}: --size, --mean or --std contradict its sidecar",
             fix=f"leave them out; see: rtresnet inspect {source}",
         )
     if sidecar.precision != "fp32":
@@ -429,7 +428,9 @@ class _Quantization:
             return self._with_trained_scales(model, trained)
         if config.calib == "none":
             if gate is not None:
-                raise InputError("--eval needs --calib with images, for the noise of each block")
+                raise InputError(
+                    "--eval needs --calib with images, to measure the noise of each block"
+                )
             return self._without_images(model)
         return self._on_images(model, gate)
 
@@ -446,7 +447,7 @@ class _Quantization:
         tensors = list(qdq.placement(model, float_nodes))
         if (batch := simulate.fixed_batch(model)) is not None:
             how = "image by image" if batch == 1 else f"{batch} images at a time"
-            reporter.note(f"{source}: takes batches of {batch}; calibrated {how}")
+            reporter.note(f"{source}: its batch is fixed at {batch}; calibrated {how}")
         origin = ScalesOrigin(
             **self._contract(), images=name, images_sha256=fingerprint, n=count,
             calibrator=config.calibrator,
@@ -581,9 +582,11 @@ class _Quantization:
             self.reporter.note(f"calibrating again: {error.message}")
             return None
         if other := scales.differences(saved, origin):
-            self.reporter.note(f"calibrating again: {path} was made with other {', '.join(other)}")
+            self.reporter.note(
+                f"calibrating again: {path} was made with different {', '.join(other)}"
+            )
             return None
-        self.reporter.note(f"scales of {path} are used again")
+        self.reporter.note(f"reusing the scales of {path}")
         return saved
 
     def _note_calibration(self, calibrated: Calibrated) -> list[OutlierRecord]:
@@ -593,7 +596,7 @@ class _Quantization:
             tried = [ratio for name, ratio in calibrated.ratios.items() if name != "kept"]
             biases = ", biases corrected" if calibrated.bias_corrections else ""
             count = len(calibrated.overrides)
-            overrides = f", {plural(count, 'tensor')} with a range of their own" if count else ""
+            overrides = f", {plural(count, 'tensor')} with individual ranges" if count else ""
             note(
                 f"ranges by {calibrated.method}{biases}{overrides}: "
                 f"{calibrated.ratios['kept']:.1f} dB signal to noise at the logits "
@@ -605,12 +608,12 @@ class _Quantization:
             if outlier.tensor in equalized:
                 remedy = "scaled down, with the next convolution's weights scaled up"
             elif self.config.calibrator != "auto":
-                remedy = "left as it is: only --calibrator auto changes weights"
+                remedy = "unchanged: only --calibrator auto changes weights"
             else:
-                remedy = "left as it is: it does not go from one convolution to one other alone"
+                remedy = "unchanged: it does not connect exactly two convolutions"
             channels = len(outlier.channels)
             note(
-                f"{outlier.tensor}: {channels} of its channels set the range, up to "
+                f"{outlier.tensor}: {channels} of its channels determine the range, up to "
                 f"{outlier.times:.0f} times the median; {remedy}"
             )
             entries.append({"tensor": outlier.tensor, "channels": channels,
@@ -641,8 +644,8 @@ def calibration_batches(
     if spec is None and not any_images:
         reporter.warning(
             "no calibration images",
-            "calib/ holds none, so the scales come from random noise. "
-            "Latency is meaningful, accuracy is not. Give real images: --calib SPEC",
+            "calib/ contains none, so the scales come from random noise. "
+            "Latency is meaningful, accuracy is not. Use real images: --calib SPEC",
         )
         spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES
         name = "noise"
@@ -673,7 +676,8 @@ def _settle_size(source: Path, model: Any, size: int | None) -> None:
             dim.dim_value = size
         if size is not None and dim.dim_value != size:
             raise InputError(
-                f"{source}: takes {dims[2].dim_value}x{dims[3].dim_value} pixels, not {size}",
+                f"{source}: its input has {dims[2].dim_value}x{dims[3].dim_value} pixels, not "
+                f"{size}",
                 fix=f"--size {dims[2].dim_value}",
             )
 
@@ -694,10 +698,10 @@ def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
     if {onnx.TensorProto.UINT8, onnx.TensorProto.INT64} & set(types):
         parent = artifacts.parent_path(source, sidecar) if sidecar else None
         raise InputError(
-            f"{source}: takes pixels or gives the most probable classes; that comes last",
+            f"{source}: has an embedded input or output, which must be added after quantization",
             fix=f"rtresnet quantize {parent}, then rtresnet build with --input and --topk"
             if parent
-            else "quantize the file it was made from",
+            else "quantize the file without them",
         )
 
 

@@ -45,20 +45,26 @@ class ServeConfig(Config):
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     port: int = option(8000, "Port for HTTP; 0 takes a free one.", minimum=0, maximum=65535)
     grpc_port: int = option(8001, "Port for gRPC; 0 takes a free one.", minimum=0, maximum=65535)
-    grpc: bool = option(True, "Serve no gRPC.", names=(" /--no-grpc",), default_text="gRPC too")
-    max_batch: int = option(32, "Largest batch, and images in a request.", minimum=1, maximum=4096)
+    grpc: bool = option(True, "Turn gRPC off.", names=(" /--no-grpc",), default_text="on")
+    max_batch: int = option(
+        32, "Largest number of images in a batch and in a request.", minimum=1, maximum=4096
+    )
     max_wait_ms: float = option(
         2.0,
-        "Time that the first image of a batch waits for others, as in 2ms.",
+        "Longest time that an image waits for its batch to fill, as in 2ms.",
         names=("--max-wait",),
         metavar="TIME",
         parse=parse_wait,
         default_text="2ms",
     )
-    queue: int = option(1024, "Number of images that may wait; more get status 503.", minimum=1)
-    timeout: float = option(30.0, "Seconds within which a request is answered.", minimum=0.01)
+    queue: int = option(
+        1024, "Length of the queue in images; further requests get status 503.", minimum=1
+    )
+    timeout: float = option(30.0, "Longest time to answer a request, in seconds.", minimum=0.01)
     max_body_mb: int = option(64, "Largest request, in MB.", minimum=1, maximum=4096)
-    grace: float = option(30.0, "Seconds that running requests have after SIGTERM.", minimum=0)
+    grace: float = option(
+        30.0, "Time to finish running requests after SIGTERM, in seconds.", minimum=0
+    )
     token_file: Path | None = option(
         None, "File with a bearer token that every request must carry.", metavar="FILE"
     )
@@ -70,7 +76,7 @@ class ServeConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.certificate is None) != (self.key is None):
-            raise InputError("--certificate and --key go together")
+            raise InputError("--certificate and --key need each other", fix="add the missing one")
 
 
 def serve(
@@ -152,7 +158,11 @@ def _pem(path: Path | None) -> Path | None:
 def _token(path: Path | None) -> str | None:
     if path is None:
         return None
-    token = atomic_io.require_file(path, fix="write a token into it").read_text().strip()
+    token = (
+        atomic_io.require_file(path, fix="create it with a token of at least 16 characters")
+        .read_text()
+        .strip()
+    )
     if len(token) < 16 or not token.isascii() or any(c.isspace() for c in token):
-        raise InputError(f"{path}: a token is one line of at least 16 ASCII characters")
+        raise InputError(f"{path}: not a token of at least 16 ASCII characters on one line")
     return token

@@ -57,7 +57,7 @@ class StudyConfig(Config):
     )
     max_broken: float | None = option(
         None,
-        "Share of broken images up to which training goes on without them.",
+        "Allowed share of broken images, which are ignored; with more, training fails.",
         metavar="N%",
         parse=parse_percentage,
         default_text="0%",
@@ -67,7 +67,7 @@ class StudyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epochs and self.steps:
-            raise InputError("--epochs and --steps both say how long", fix="give one of them")
+            raise InputError("--epochs and --steps cannot be combined", fix="use one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def _terms(data: str, config: StudyConfig, out: Path) -> Terms:
 
     fields = recipes.parse(config.settings)
     if "seed" in fields:
-        raise InputError("--set seed: a study has several", fix="--seeds N takes 0 to N - 1")
+        raise InputError("--set seed: a study uses several seeds", fix="--seeds N takes 0 to N - 1")
     if data in NOT_MIRRORED:
         fields = {"flip": "none"} | fields
     lengths = (("epochs", config.epochs), ("steps", config.steps))
@@ -272,7 +272,7 @@ def _run_all(planned: Sequence[Run], reporter: Reporter) -> list[Outcome]:
             where = f"{run.label}, seed {run.seed} ({number + 1} of {len(planned)})"
             before = runs.found(run)
             if before is not None:
-                reporter.note(f"{where}: {_in_words(before)} (made before)")
+                reporter.note(f"{where}: {_in_words(before)} (from an earlier run)")
                 outcomes.append(before)
                 continue
             started = time.monotonic()
@@ -286,7 +286,7 @@ def _run_all(planned: Sequence[Run], reporter: Reporter) -> list[Outcome]:
             reporter.note(f"{where}: {_in_words(outcomes[-1])} ({spent:,.0f} s)")
     except KeyboardInterrupt:
         command = provenance.command_line()
-        reporter.note(f"saved; go on with the same command: {command}")
+        reporter.note(f"saved; resume with the same command: {command}")
         raise
     return outcomes
 

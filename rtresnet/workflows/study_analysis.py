@@ -86,7 +86,7 @@ class GradientsConfig(Config):
 
     models: tuple[str, ...] = option(
         ("plain20", "plain56", "resnet20", "resnet56"),
-        "A net; repeat it for more.",
+        "Net to measure; repeat it for more.",
         names=("--model",),
         metavar="NET",
         default_text="plain20, plain56, resnet20, resnet56",

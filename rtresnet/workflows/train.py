@@ -67,7 +67,7 @@ class TrainConfig(Config):
     model: str | None = option(
         None,
         "Architecture, one of those that `rtresnet models` lists.",
-        default_text="resnet20; with --weights theirs, or resnet18 for imagenet",
+        default_text="resnet20; with --weights their net, or resnet18 for imagenet",
     )
     data: str | None = option(None, f"Images: {DATA_HELP}", default_text="digits")
     recipe: str | None = option(
@@ -112,7 +112,7 @@ class TrainConfig(Config):
     )
     flip: bool | None = option(
         None,
-        "Mirror images at random.",
+        "Flip images horizontally at random.",
         names=("--flip/--no-flip",),
         default_text="the recipe's; never digits",
     )
@@ -134,7 +134,7 @@ class TrainConfig(Config):
     )
     max_broken: float | None = option(
         None,
-        "Share of broken images up to which training continues without them.",
+        "Allowed share of broken images, which are ignored; with more, training fails.",
         metavar="N%",
         parse=parse_percentage,
         default_text="0%",
@@ -149,16 +149,16 @@ class TrainConfig(Config):
     freeze: int | None = recipe_option("freeze")
     teacher: str | None = option(
         None,
-        "Distill from a trained net with the same classes: half of the loss is its answers (--set "
-        "distill, temperature).",
+        "Distill from a trained net with the same classes; half of the loss uses its outputs "
+        "(--set distill, temperature).",
         metavar="FILE|hf:OWNER/NAME",
     )
     threads: int | None = option(
-        None, "Threads that compute.", minimum=1, maximum=1024, default_text="one per core"
+        None, "Number of compute threads.", minimum=1, maximum=1024, default_text="one per core"
     )
     workers: int | None = option(
         None,
-        "Threads that decode images.",
+        "Number of decoding threads.",
         minimum=1,
         maximum=1024,
         default_text="one per core",
@@ -170,7 +170,7 @@ class TrainConfig(Config):
         parse=parse_targets,
         default_text="none",
     )
-    tensorboard: bool = option(False, "The same as --log tensorboard.")
+    tensorboard: bool = option(False, "Same as --log tensorboard.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,7 +511,7 @@ def _teacher(
         name = f"{hub}{recorded['source']}"
     teacher = download.published(name, None, reporter) or checkpoint.load(name)
     if recorded is not None and teacher.weights.sha256 != recorded["sha256"]:
-        raise InputError(f"{name}: not the teacher that the run started with")
+        raise InputError(f"{name}: differs from the teacher that the run started with")
     return teacher
 
 

@@ -33,7 +33,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise InputError("names no logger", fix="as in tensorboard,mlflow")
+        raise InputError("no logger named", fix="as in tensorboard,mlflow")
     for name in names:
         if name not in TARGETS:
             raise UnknownNameError("logger", name, TARGETS)

@@ -86,12 +86,13 @@ class ModelConfig:
             )
         for tensor in (*self.inputs, *self.outputs):
             if tensor.dtype not in TYPES:
-                raise InputError(f"{tensor.name} is {tensor.dtype}, which Triton has no type for")
+                raise InputError(f"{tensor.name} is {tensor.dtype}, for which Triton has no type")
         for batch in range(1, self.max_batch + 1 if self.profiles else 1):
             if not any(profile.min <= batch <= profile.max for profile in self.profiles):
                 raise InputError(
-                    f"no profile of {', '.join(map(str, self.profiles))} takes a batch of {batch}, "
-                    "and Triton forms every batch up to its largest without filling up",
+                    f"no profile of {', '.join(map(str, self.profiles))} includes a batch of "
+                    f"{batch}, but Triton forms every batch size up to the largest, without "
+                    "padding",
                     fix=f"build the plan with --batch 1:8:{self.max_batch}, or lower --max-batch",
                 )
 
@@ -147,7 +148,7 @@ def write(
     for number in existing:
         earlier = home / str(number) / f"model{source.suffix.lower()}"
         if earlier.is_file() and atomic_io.sha256(earlier) == digest:
-            raise InputError(f"{earlier}: is this file already; nothing was written")
+            raise InputError(f"{earlier}: is the same file already; nothing was written")
     number = version or max(existing, default=0) + 1
     if number in existing:
         raise InputError(

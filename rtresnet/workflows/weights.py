@@ -106,9 +106,9 @@ def _convert(
     from rtresnet.models import checkpoint, download
 
     if out.suffix.lower() != suffix:
-        raise InputError(f"{out}: not a name in {suffix}", fix=f"--out {out.with_suffix(suffix)}")
+        raise InputError(f"{out}: does not end in {suffix}", fix=f"--out {out.with_suffix(suffix)}")
     if Path(weights).resolve() == out.resolve():
-        raise InputError(f"{out}: would overwrite its own source", fix="choose another --out")
+        raise InputError(f"{out}: would overwrite its source", fix="choose another --out")
     published = download.published(str(weights), model, reporter)
     loaded: Checkpoint = published or checkpoint.load(weights, model=model)
     with locks.hold_folder(out.parent, warn=reporter.note):

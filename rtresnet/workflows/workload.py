@@ -39,7 +39,7 @@ def parse_milliseconds(text: str) -> float:
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s|)", text.strip())
     value = float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}[match[2]] if match else 0
     if value <= 0:
-        raise InputError("a time above 0 is needed", fix="as in 10ms")
+        raise InputError("not a time above 0", fix="as in 10ms")
     return value
 
 
@@ -54,7 +54,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     except ValueError:
         batches = (0,)
     if min(batches) < 1:
-        raise InputError("whole numbers from 1 are needed", fix="as in --batch 1,8")
+        raise InputError("not whole numbers of at least 1", fix="as in --batch 1,8")
     return batches
 
 
@@ -87,7 +87,7 @@ class MeasurementConfig(Config):
     )
     max_wait_ms: float | None = option(
         None,
-        "How long an image waits for others to share its batch.",
+        "Longest time that an image waits for its batch to fill.",
         names=("--max-wait",),
         metavar="TIME",
         parse=parse_milliseconds,
@@ -105,7 +105,7 @@ class MeasurementConfig(Config):
         if not 0 < self.seconds < float("inf"):
             raise InputError(f"--seconds {self.seconds:g}: must be above 0")
         if self.max_wait_ms is not None and self.batched == 1:
-            raise InputError("--max-wait needs --max-batch, which forms the batches", fix="add it")
+            raise InputError("--max-wait needs --max-batch", fix="add --max-batch N")
 
     @property
     def batched(self) -> int:
@@ -173,11 +173,13 @@ def for_fixed_batch(
     if not fixed:
         return workload, None
     if len(fixed) > 1:
-        each = ", ".join(f"{entry.path} takes batches of {size}" for size, entry in fixed.items())
-        raise InputError(f"{each}: no batch suits all of them", fix="measure them one by one")
+        each = ", ".join(
+            f"the batch of {entry.path} is fixed at {size}" for size, entry in fixed.items()
+        )
+        raise InputError(f"{each}: they have no common batch", fix="measure them one by one")
     ((size, session),) = fixed.items()
     calls = (workload.max_batch,) if workload.max_batch > 1 else workload.batches
-    takes = f"{session.path}: takes batches of {size}"
+    takes = f"{session.path}: its batch is fixed at {size}"
     if size in calls:
         others = ", ".join(str(count) for count in calls if count != size)
         note = f"{takes}; batch {others} is not measured" if others else None
@@ -195,7 +197,7 @@ def for_fixed_batch(
         fix = "--scenario single-stream"
     else:
         fix = f"--batch {size}"
-    raise InputError(f"{takes}, not of {', '.join(map(str, calls))}", fix=fix)
+    raise InputError(f"{takes}, not at {', '.join(map(str, calls))}", fix=fix)
 
 
 def read_images(path: Path | None) -> tuple[tuple[str, bytes], ...]:
@@ -259,7 +261,7 @@ def _detector(session: Session, seed: int) -> Candidate:
     spec, run = session.detection, getattr(session.backend, "detect", None)
     assert spec is not None
     if run is None:
-        raise InputError(f"{session.path}: {session.backend.provider} runs no detectors yet")
+        raise InputError(f"{session.path}: {session.backend.provider} does not run detectors")
     canvas = spec.canvas or default_canvas(spec)
     rng = np.random.default_rng(seed)
     requests = [

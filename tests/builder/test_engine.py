@@ -519,7 +519,7 @@ def test_build_of_a_fixed_batch_has_that_profile_only(tmp_path: Path, batch: int
     for profiles in ([], [only]):
         sidecar = build(source, tmp_path / "fixed.plan", profiles=profiles)
         assert sidecar.plan is not None and sidecar.plan.profiles == (only,)
-    assert f"takes batches of {batch}" in refused(source, InputError)
+    assert f"batch is fixed at {batch}" in refused(source, InputError)
 
 
 def test_the_sidecar_of_a_plan_is_plain_json(plan: Path) -> None:

@@ -68,12 +68,16 @@ def test_bench_baseline_with_too_few_samples_exits_2(
 @pytest.mark.parametrize(
     ("options", "batch", "words"),
     [
-        (["--scenario", "multi-stream"], 8, "a query of 8 images"),
-        (["--scenario", "offline", "--batch", "4"], 4, "one batch after another"),
-        (["--scenario", "server", "--qps", "300"], 1, "300 a second"),
-        (["--qps", "300", "--max-batch", "4"], 1, "300 a second"),
-        (["--concurrency", "3"], 1, "3 of them in flight"),
-        (["--concurrency", "8", "--max-batch", "4", "--max-wait", "1ms"], 1, "8 of them"),
+        (["--scenario", "multi-stream"], 8, "per query of 8 images"),
+        (["--scenario", "offline", "--batch", "4"], 4, "sequential batches"),
+        (["--scenario", "server", "--qps", "300"], 1, "300 per second"),
+        (["--qps", "300", "--max-batch", "4"], 1, "300 per second"),
+        (["--concurrency", "3"], 1, "with 3 requests in flight"),
+        (
+            ["--concurrency", "8", "--max-batch", "4", "--max-wait", "1ms"],
+            1,
+            "8 requests in flight",
+        ),
     ],
 )
 def test_bench_scenario_is_measured_and_described(
@@ -128,7 +132,7 @@ def test_bench_with_preprocess_measures_encoded_images(
     options = ["--batch", "2", "--queries", "20", "--with-preprocess"]
     result = run([net, *options, str(folder)], tmp_path)
     assert result["with_preprocess"] is True and result["results"][0]["latency"]["n"] == 20
-    assert "From encoded bytes" in capsys.readouterr().out
+    assert "from encoded bytes" in capsys.readouterr().out
     (folder / "0.jpg").write_bytes(b"\xff\xd8\xff")
     assert main(["bench", net, *options, str(folder / "0.jpg")]) == 2
     assert "0.jpg" in capsys.readouterr().err
@@ -145,7 +149,7 @@ def test_bench_find_batch_writes_result_and_plot(
     (found,) = run([net, *options], tmp_path)["searches"]
     assert found["search"]["best"] == 2 and found["search"]["limit"] is True
     assert all(point["n"] >= 100 for point in found["search"]["points"])
-    assert "batch 2 holds a p99 of 10000 ms" in capsys.readouterr().out
+    assert "batch 2 keeps the p99 within 10000 ms" in capsys.readouterr().out
     start = plot.read_bytes()[:8]
     assert start.startswith(b"<svg") if suffix == "svg" else start == b"\x89PNG\r\n\x1a\n"
 
@@ -167,7 +171,7 @@ def test_bench_find_qps_needs_enough_arrivals(
 def test_bench_find_without_success_exits_1(net: str, capsys: Captured, what: str) -> None:
     options = [f"--find-{what}", "--p99", "1us", "--seconds", "0.05"]
     assert main(["bench", net, *options]) == 1
-    assert f"no {what} holds a p99 of 0.001 ms" in capsys.readouterr().err
+    assert f"no {what} has a p99 within 0.001 ms" in capsys.readouterr().err
 
 
 def test_bench_regression_exits_1_and_is_in_the_json(
@@ -250,7 +254,7 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
         (["--p99", "1ms"], "--find-batch"),
         (["--find-batch", "--p99", "1ms", "--intervals"], "--intervals"),
         (["--json", "other.onnx.json"], "other.onnx's sidecar"),
-        (["--json", "photograph.png"], "the name of an image"),
+        (["--json", "photograph.png"], "the suffix of an image file"),
         (["--tolerance", "much"], "--tolerance much"),
         (["--contexts", "2"], "--contexts"),
         (["--graphs"], "--graphs"),

@@ -116,7 +116,7 @@ def test_inspect_without_sidecar_goes_as_far_as_the_plan_says(
     stray.write_bytes((engines / "resnet8-int8.plan").read_bytes())
     assert main(["inspect", str(stray)]) == 0
     said = capsys.readouterr().out
-    assert "header: TensorRT-RTX" in said and "described by itself" in said
+    assert "header: TensorRT-RTX" in said and "described by its own metadata" in said
     assert "plan, resnet8, int8" in said and "input 32x32" in said
     assert main(["inspect", str(stray), "--layers"]) == 2
     assert "it has no sidecar; build it again" in capsys.readouterr().err

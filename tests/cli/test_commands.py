@@ -121,7 +121,7 @@ def test_bench_takes_arrivals_at_a_rate_and_tells_what_the_machine_did(
     out = tmp_path / "bench.json"
     source = next(engines.glob("*.onnx"))
     assert main(["bench", str(source), "--qps", "40", "--seconds", "1", "--json", str(out)]) == 0
-    assert "from the scheduled arrival of a request, 40 a second" in capsys.readouterr().out
+    assert "from the scheduled arrival of a request, 40 per second" in capsys.readouterr().out
     result = json.loads(out.read_text())["result"]
     (entry,) = result["results"]
     assert entry["batch"] == 1 and entry["load"]["qps"] == 40 and entry["latency"]["n"] > 10
@@ -137,7 +137,7 @@ def test_bench_of_a_plan_without_a_gpu_says_first_what_it_measured(
     plan = str(engines / "resnet8.plan")
     result = run(["bench", plan, "--batch", "1", "--seconds", "0.1"], tmp_path)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("NOTE: no GPU here") and "resnet8-fp16.onnx" in first
+    assert first.startswith("NOTE: this machine has no GPU") and "resnet8-fp16.onnx" in first
     assert next(iter(result)) == "notes" and plan in result["notes"][0]
     entry = result["results"][0]
     assert entry["asked"] == plan and entry["instead_of_plan"] is True
@@ -351,7 +351,7 @@ def test_inspect_folder_without_artifacts_is_refused(
 ) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert main(["inspect", str(tmp_path), "--layers"]) == 2
-    assert "for one plan" in capsys.readouterr().err
+    assert "apply to one plan" in capsys.readouterr().err
 
 
 @needs_rtx
@@ -441,7 +441,7 @@ def test_verbs_on_weights_that_name_no_net_say_what_is_assumed_down_to_the_plan(
         assert main(["eval", path, "--data", f"npz:{data}", "--device", "cpu"]) == 0
         assert "Assumed: model: resnet8" in capsys.readouterr().out
     assert main(["study", "responses", "theirs.pt", "--data", f"npz:{data}"]) == 0
-    assert "Assumed of theirs.pt: model: resnet8" in capsys.readouterr().out
+    assert "Assumed about theirs.pt: model: resnet8" in capsys.readouterr().out
     more = ["--epochs", "1", "--out", "run"]
     assert main(["train", "--weights", "theirs.pt", "--data", tints, *more]) == 0
     assert "Assumed about the weights: model: resnet8" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["bench", "nothing.plan"], ["nothing.plan", "rtresnet export"]),
         (["quantize", "nothing.onnx"], ["nothing.onnx"]),
         (["build", "nothing.onnx"], ["nothing.onnx"]),
-        (["predict", "nothing.jpg"], ["nothing.jpg", "no such image"]),
+        (["predict", "nothing.jpg"], ["nothing.jpg", "no such file"]),
         (["inspect", "nothing.plan"], ["nothing.plan"]),
         (["compare", "a.onnx", "b.onnx", "--data", "digits"], ["a.onnx"]),
     ],
@@ -250,7 +250,7 @@ def test_json_for_stdout_is_all_that_goes_there(
     [
         (
             ["quantize", "resnet8.onnx", "--calib", "none", "--out", "resnet8.onnx"],
-            "its own source",
+            "overwrite its source",
         ),
         (["quantize", "resnet8.onnx", "--fp16", "--out", "x.plan"], "of kind plan"),
         (["build", "resnet8.onnx", "--out", "resnet8.onnx"], "of kind onnx"),

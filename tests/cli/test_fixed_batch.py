@@ -73,13 +73,13 @@ def test_eval_and_compare_of_a_fixed_batch_agree_with_the_open_file(
 ) -> None:
     path, plain = fixed(batch), str(engines / "resnet8.onnx")
     found = result(["eval", path, "--data", tints, "--batch", "50", "--provider", "cpu"])
-    assert f"takes batches of {batch}" in capsys.readouterr().out
+    assert f"batch is fixed at {batch}" in capsys.readouterr().out
     expected = result(["eval", plain, "--data", tints, "--provider", "cpu"])
     assert (found["top1"], found["n"]) == (expected["top1"], 240)
     assert found["fixed_batch"] == batch and expected["fixed_batch"] is None
     compared = result(["compare", plain, path, "--data", tints, "--provider", "cpu"])
     assert compared["agreement"] == 1 and compared["relative"] < 1e-5
-    assert f"takes batches of {batch}" in capsys.readouterr().out
+    assert f"batch is fixed at {batch}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -90,15 +90,15 @@ def test_predict_with_a_fixed_batch_answers_every_image(
         Image.new("RGB", (40, 40), (60 * number, 80, 10)).save(tmp_path / f"{number}.png")
     images = [f"{number}.png" for number in range(3)]
     assert len(result(["predict", fixed(batch), *images])["images"]) == 3
-    assert f"takes batches of {batch}" in capsys.readouterr().err
+    assert f"batch is fixed at {batch}" in capsys.readouterr().err
     assert result(["predict", fixed(batch), *images, "--out", "table.csv"])["images"] == 3
-    assert f"takes batches of {batch}" in capsys.readouterr().err
+    assert f"batch is fixed at {batch}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_check_of_a_fixed_batch_passes(fixed: Fixed, batch: int, capsys: Captured) -> None:
     assert main(["check", fixed(batch), "--provider", "cpu"]) == 0
-    assert f"takes batches of {batch}" in capsys.readouterr().out
+    assert f"batch is fixed at {batch}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_bench_measures_the_fixed_batch_alone(
 ) -> None:
     found = result(["bench", fixed(batch), "--queries", "5", *options])
     assert [entry["batch"] for entry in found["results"]] == measured
-    assert f"takes batches of {batch}" in capsys.readouterr().out
+    assert f"batch is fixed at {batch}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_profile_takes_the_fixed_batch(fixed: Fixed, batch: int, capsys: Capture
     path = fixed(batch)
     found = result(["profile", path, "--seconds", "0.01"])
     assert found["batch"] == found["fixed_batch"] == batch
-    assert f"takes batches of {batch}" in capsys.readouterr().out
+    assert f"batch is fixed at {batch}" in capsys.readouterr().out
     assert main(["profile", path, "--batch", "3"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"--batch {batch}")
 
@@ -185,7 +185,7 @@ def test_build_of_a_fixed_batch_makes_a_plan_for_it(
     path = fixed(1, foreign=foreign)
     (profile,) = result(["build", path, "--out", "fixed.plan", "--builder", "rtx"])["profiles"]
     assert set(profile.values()) == {1}
-    assert "takes batches of 1" in capsys.readouterr().err
+    assert "batch is fixed at 1" in capsys.readouterr().err
     assert main(["build", path, "--out", "other.plan", "--batch", "1:8:32"]) == 2
     assert "--batch" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("other.plan").exists()
@@ -199,7 +199,7 @@ def test_quantize_of_a_fixed_batch_finds_the_scales_of_the_open_file(
     path, plain = fixed(batch), str(engines / "resnet8.onnx")
     assert main(["quantize", plain, *options, "--out", "plain.onnx"]) == 0
     assert main(["quantize", path, *options, "--out", "int8.onnx"]) == 0
-    assert f"takes batches of {batch}" in capsys.readouterr().err
+    assert f"batch is fixed at {batch}" in capsys.readouterr().err
     found, expected = (
         json.loads(Path(f"calib/{name}.json").read_text()) for name in ("int8", "plain")
     )

@@ -177,5 +177,5 @@ def test_lint_several_files_what_cannot_be_checked_is_refused_first(
     assert main(["lint", good, str(tmp_path / "nothing.onnx")]) == 2
     assert main(["lint", good, good, "--fix", str(tmp_path / "out.onnx")]) == 2
     captured = capsys.readouterr()
-    assert "one by one" in captured.err
+    assert "once for each file" in captured.err
     assert captured.out == "" and not list(tmp_path.iterdir())

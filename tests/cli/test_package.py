@@ -127,7 +127,7 @@ def test_package_tensorrt_rtx_plan_is_refused_with_fix(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--max-batch", "65"], "the plan takes 64 at most; rtresnet build"),
+        (["--max-batch", "65"], "the plan accepts at most 64; rtresnet build"),
         (["--device", "cpu"], "a plan runs on a GPU only"),
         (["--name", "../net"], "--name ../net"),
     ],
@@ -147,7 +147,7 @@ def test_package_plan_without_sidecar_or_parent_is_refused(
     arguments = ["package", str(tensorrt_plan), "--triton", str(tmp_path / "models")]
     parent = tensorrt_plan.parent / "resnet8-int8.onnx"
     parent.write_bytes(b"another file")
-    assert main(arguments) == 2 and "no longer the file" in capsys.readouterr().err
+    assert main(arguments) == 2 and "has changed since" in capsys.readouterr().err
     parent.unlink()
     assert main(arguments) == 2 and "copy the ONNX file, too" in capsys.readouterr().err
     artifacts.sidecar_path(tensorrt_plan).unlink()
@@ -173,7 +173,7 @@ def test_package_fixed_batch_writes_whole_shapes_and_no_batching(
     assert main(["package", str(path), "--triton", str(root), "--max-batch", "4"]) == 2
     assert "leave --max-batch out" in capsys.readouterr().err and not root.exists()
     assert main(["package", str(path), "--triton", str(root)]) == 0
-    assert f"takes batches of {batch} only" in capsys.readouterr().err
+    assert f"batch is fixed at {batch}" in capsys.readouterr().err
     written = config(root, "fixed")
     assert written.max_batch_size == 0 and not written.HasField("dynamic_batching")
     assert list(written.input[0].dims) == [batch, 3, 32, 32] and written.input[0].format == 0
@@ -219,4 +219,4 @@ def test_package_same_file_twice_is_refused(
     path, root = engines / "resnet8.onnx", tmp_path / "models"
     assert main(["package", str(path), "--triton", str(root)]) == 0
     assert main(["package", str(path), "--triton", str(root)]) == 2
-    assert "is this file already; nothing was written" in capsys.readouterr().err
+    assert "is the same file already; nothing was written" in capsys.readouterr().err

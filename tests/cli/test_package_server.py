@@ -159,8 +159,8 @@ def test_kserve_arguments_are_options_of_serve(plan: Path, engines: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "name one kind of package"),
-        ("--triton a --docker b", "name one kind of package"),
+        ("", "no kind of package, or several"),
+        ("--triton a --docker b", "no kind of package, or several"),
         ("--docker b --name a/b", "--name"),
         ("--kserve b.yaml --name 1", "begins with a letter"),
         ("--docker b --instances 2", "--max-replicas"),

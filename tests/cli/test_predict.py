@@ -287,10 +287,10 @@ def test_predict_full_disk_exits_2_and_resumes(
         ("x.xlsx", [], ["x.xlsx", "*.parquet"]),
         ("x", [], ["no suffix", "*.csv"]),
         ("file/x.csv", [], ["file", "not writable"]),
-        ("there.csv", [], ["there.csv", "a folder is there"]),
+        ("there.csv", [], ["there.csv", "is a folder"]),
         ("x.csv", ["--top", "11"], ["--top 11", "10 classes", "--top 10"]),
-        ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such image"]),
-        ("x.csv", ["--actors", "2"], ["--actors goes with --ray"]),
+        ("x.csv", ["nothing.jpg"], ["nothing.jpg", "no such file"]),
+        ("x.csv", ["--actors", "2"], ["--actors needs --ray"]),
     ],
 )
 def test_predict_mistake_exits_2_before_anything_is_written(
@@ -318,7 +318,7 @@ def test_predict_missing_images_exit_2(
     assert main(["predict", str(net), str(tmp_path / "empty"), *out]) == 2
     assert "no images in this folder" in last_line(capsys)
     assert main(["predict", str(net), *out]) == 2
-    assert "no images for" in last_line(capsys)
+    assert "no images to predict with" in last_line(capsys)
     assert main(["predict", str(net), "--resume", "x.jpg"]) == 2
     assert "go with --out" in last_line(capsys)
     for index in range(3):

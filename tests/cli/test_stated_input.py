@@ -84,7 +84,7 @@ def test_compare_applies_a_stated_input_to_the_file_without_a_sidecar_only(
     result = done("compare", ours, foreign, "--data", tints, "--preset", "unit")
     assert result["relative"] > 0.01
     assert result["reference"]["assumed"] == [] and len(result["candidate"]["assumed"]) == 1
-    assert "Assumed of foreign.onnx" in capsys.readouterr().out
+    assert "Assumed about foreign.onnx" in capsys.readouterr().out
     assert done("compare", ours, foreign, "--data", tints, "--preset", "imagenet")["relative"] == 0
     assert main(["compare", ours, ours, "--data", tints, "--preset", "unit"]) == 2
 

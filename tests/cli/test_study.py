@@ -65,7 +65,7 @@ def test_degradation_makes_every_run_once_and_reports_what_the_logs_say(
     assert len(before) == 4
     assert study("degradation", *arguments) == result
     assert {path: path.stat().st_mtime_ns for path in out.rglob("log.jsonl")} == before
-    assert capsys.readouterr().err.count("made before") == 4
+    assert capsys.readouterr().err.count("from an earlier run") == 4
     assert main(["study", "degradation", *map(str, arguments), "--set", "lr=0.5"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "lr 0.025 -> 0.5" in message and "another --out" in message

@@ -288,14 +288,14 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_is_left(
 
 
 def test_a_pack_within_the_folder_would_be_a_class_of_it(divided: Path) -> None:
-    with pytest.raises(InputError, match="would be a class"):
+    with pytest.raises(InputError, match="would become a class"):
         pack(str(divided), divided / "pack")
     assert not (divided / "pack").exists()
 
 
 def test_a_finished_pack_is_replaced_by_force_alone(divided: Path, packed: Path) -> None:
     before = {path.name: path.read_bytes() for path in packed.iterdir()}
-    with pytest.raises(InputError, match="--force replaces it"):
+    with pytest.raises(InputError, match="replace it with --force"):
         pack(str(divided), packed)
     assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
     (packed / "notes.txt").touch()
@@ -313,7 +313,7 @@ def test_other_peoples_files_are_never_replaced(
 ) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / name).write_text("{}")
-    with pytest.raises(InputError, match=rf"{name}: is there, and of no pack"):
+    with pytest.raises(InputError, match=rf"{name}: exists and does not belong to a pack"):
         pack(str(divided), tmp_path / "theirs", force=force)
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == [name]
 

@@ -52,7 +52,7 @@ def test_bench_offline_plan_keeps_batches_in_flight(
     assert load == {"in_flight": 2 * contexts}
     assert entry["latency"]["n"] == 20 and entry["parts"].keys() >= {"h2d", "compute", "d2h"}
     out = capsys.readouterr().out
-    assert f"{2 * contexts} batches in flight" in out and "one batch after another" not in out
+    assert f"{2 * contexts} batches in flight" in out and "sequential batches" not in out
     assert bench.cuda.is_idle() and bench.cuda.live == []
 
 

@@ -84,11 +84,11 @@ def test_estimate_of_a_plan_grows_with_the_batch_but_not_its_weights(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch": 17}, "takes batches of 1:4:16"),
+        ({"batch": 17}, "accepts batches of 1:4:16"),
         ({"gpus": ("RTX 5090",)}, "not for sm_120; build it again with --target sm_120"),
         ({"gpus": ("H200",)}, "was built for sm_86, sm_89, not for sm_90; .* --builder tensorrt"),
         ({"precision": "fp16"}, "is int8"),
-        ({"size": 64}, "has its own size"),
+        ({"size": 64}, "has a fixed size"),
     ],
 )
 def test_estimate_of_a_plan_refuses_what_it_does_not_do(

@@ -84,7 +84,7 @@ def test_workload_scenario_follows_from_options(
     [
         ({"what": "batch"}, "--p99"),
         ({"what": "size", "p99_ms": 1.0}, "batch or qps"),
-        ({"what": "batch", "p99_ms": 1.0, "queries": 3}, "a p99 takes 100"),
+        ({"what": "batch", "p99_ms": 1.0, "queries": 3}, "a p99 needs at least 100"),
         ({"what": "qps", "p99_ms": -1.0}, "--p99"),
         (
             {"what": "qps", "p99_ms": 1.0, "max_batch": 4, "with_preprocess": "."},
