@@ -43,7 +43,9 @@ THROTTLING = {
     0x40: "thermal, by the hardware",
     0x80: "power brake",
 }
-HOST_NAMESPACE = "pid:[4026531836]"  # of PIDs; the inode is a constant of Linux, PROC_PID_INIT_INO
+HOST_NAMESPACE = (
+    "pid:[4026531836]"  # PID namespace; the inode is Linux's constant PROC_PID_INIT_INO
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,7 +232,10 @@ class _Kernels:
         if node.op_type in VIEWS or node.op_type == "Constant":
             return True
         source = self.index.producers.get(node.input[0])
-        if node.op_type in ("QuantizeLinear", "Cast"):  # of the images, or back to a float type
+        if node.op_type in (
+            "QuantizeLinear",
+            "Cast",
+        ):  # quantizes the images, or casts back to a float type
             return source is None or (node.op_type == "Cast" and self.is_view(source))
         return False
 

@@ -35,7 +35,7 @@ from rtresnet.core.errors import InputError, UnknownNameError, missing_package
 from rtresnet.core.serialization import from_json
 from rtresnet.runtime.ort import OrtBackend
 
-SIDES = (512, 1024)  # of the matrices
+SIDES = (512, 1024)  # sides of the matrices
 COPY = 128 << 20  # bytes: far beyond any cache
 SECONDS = 0.6  # for each measurement
 CACHED = ("fp32", "int8", "bandwidth")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BINS = 15  # of the reliability diagram, as in Guo et al. (2017)
+BINS = 15  # bins of the reliability diagram, as in Guo et al. (2017)
 GALLERY = 24  # images listed as confident mistakes, and as least certain
 
 

@@ -35,7 +35,7 @@ FORMS = (
     "digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "shards:DIR", "npz:FILE",
     "synthetic:N",
 )  # fmt: skip
-MAX_CLASSES = 1_000_000  # of arrays without class names: a larger label is an error in the data
+MAX_CLASSES = 1_000_000  # arrays without class names: a larger label is an error
 SPLITS = ("train", "test", "all")
 
 

@@ -40,9 +40,9 @@ from rtresnet.onnxlib import metadata
 
 FORMAT = 1
 SAFETENSORS = ".safetensors"
-OWN_KEY = "rtresnet"  # of a safetensors file's metadata
+OWN_KEY = "rtresnet"  # key in a safetensors file's metadata
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # next to timm's config.json
-MEAN_IMAGE = "mean_image.image"  # of `resnet.MeanImage`
+MEAN_IMAGE = "mean_image.image"  # name of the buffer of `resnet.MeanImage`
 
 
 @dataclass(frozen=True, kw_only=True)

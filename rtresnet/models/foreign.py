@@ -27,7 +27,10 @@ from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.models import zoo
 
-HEADS = ("fc.weight", "classifier.6.weight")  # of a residual net and of VGG
+HEADS = (
+    "fc.weight",
+    "classifier.6.weight",
+)  # weights of the last layer of a residual net and of VGG
 # Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets call the FC `linear`.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _RENAMED = {

@@ -2,7 +2,7 @@
 
  1. An activation scale of shape [1] gets rank 0, with its zero point.
  2. An omitted zero point is written where its type is known: int8 data, output_dtype. Elsewhere
-    ONNX Runtime reads uint8, and an int8 zero point would give other numbers.
+    ONNX Runtime reads uint8, and an int8 zero point would change the values.
  3. uint8 with zero point 128 becomes int8 with zero point 0: the same steps.
  4. A quantized bias becomes the float constant that its DequantizeLinear computes.
  5. Pairs and halves of pairs that nothing reads are removed.
@@ -31,7 +31,7 @@ BATCH, SIDE = 2, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """What was done to one node, and the rule that it broke before."""
+    """A repair of one node, and the rule that the node violated."""
 
     rule: str
     node: str
@@ -45,7 +45,7 @@ def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Fin
         model: Any ONNX model that ONNX Runtime runs. Not changed.
 
     Returns:
-        The repaired model, the repairs, and the findings that are left.
+        The repaired model, the repairs, and the remaining findings.
 
     Raises:
         UnavailableError: onnxruntime is not installed.
@@ -66,7 +66,7 @@ def bitwise_equal(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
     """Return whether two models compute the same bits from random input.
 
     The input is drawn from a normal distribution with a fixed seed. False also if ONNX Runtime
-    refuses either model.
+    rejects either model.
     """
     feed = _random_input(first)
     if feed is None:
@@ -102,7 +102,7 @@ def _run(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> list[np.ndarray
         raise missing_package("onnxruntime", "repairing a file") from None
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # the rules say why a file is refused
+    options.log_severity_level = 4  # lint rules explain rejected files
     try:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]

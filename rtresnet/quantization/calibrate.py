@@ -65,18 +65,18 @@ class Calibrated:
     """Scales, and how they were chosen.
 
     Attributes:
-        model: The model to quantize: the one given, perhaps with outliers scaled down.
+        model: The model to quantize: the input model, with outliers scaled down if that helped.
         scales: Tensor to scale.
-        method: The method asked for, or the one that "auto" chose.
-        overrides: Tensors with another scale than the method's, with the factor between them.
-        ratios: What was tried, with the signal to noise at the logits in dB.
+        method: The requested method, or the one that "auto" chose.
+        overrides: Tensors whose scale differs from the method's, with the factor.
+        ratios: Signal-to-noise ratio of the logits in dB, for each candidate.
         outliers: Tensors whose range a few channels determine.
         equalized: Those of them that were scaled down.
         bias_corrections: See `qdq.insert`; empty where they did not help.
         low_bit: See `qdq.insert`.
         number_format: INT8 or FP8.
         float_nodes: Nodes that always stay in float: the stem in FP8.
-        branches: Range of what is added to each shortcut (`onnxlib/metadata.py`).
+        branches: Range of the tensor added to each shortcut (`onnxlib/metadata.py`).
     """
 
     model: onnx.ModelProto
@@ -148,7 +148,7 @@ def observe(
         model: Folded FP32 model.
         tensors: From `qdq.placement`.
         batches: float32 [N, 3, S, S] each.
-        observer: Also sees the images.
+        observer: Observer that also receives the images.
 
     Raises:
         DataError: No images, or an activation that is not finite.
@@ -212,7 +212,7 @@ def calibrate(
 
     Raises:
         DataError: No images, or an activation that is not finite.
-        UnknownNameError: No such method, or none for this number format.
+        UnknownNameError: Unknown method, or one that does not support this number format.
     """
     possible = ("auto", *calibrators.methods(number_format))
     if method not in possible:
@@ -232,7 +232,7 @@ def calibrate(
     held_out, others = hold_out(_counted(batches(), OBSERVING, report))
     histograms = observe(model, tensors, others, observer)
     outliers, (changed, equalized) = find_outliers(histograms), equalize(model, histograms)
-    if equalized:  # which does not change the branches
+    if equalized:  # equalization does not change the branches
         _, others = hold_out(_counted(batches(), EQUALIZED, report))
         histograms = observe(changed, tensors, others)
     reference = _reference(model, held_out, observer)
@@ -269,7 +269,7 @@ def repeat(
     equalized, corrections = list[Outlier](), dict[str, np.ndarray]()
     if saved.equalized or saved.biases_corrected:
         _, others = hold_out(_counted(batches(), OBSERVING, report))
-        # With the same outputs: another graph rounds differently, and so would the biases.
+        # Use the same outputs, because another graph rounds differently, which changes the biases.
         histograms = observe(model, tensors, others, MinMaxObserver(model))
         if saved.equalized:
             model, equalized = equalize(model, histograms)
@@ -340,8 +340,8 @@ def scales_by(
 def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
     """Hold out a share of the images until there are enough; the others stream on.
 
-    A batch gives its last images. The list fills while the others are read. A single image serves
-    as both.
+    The last images of each batch are held out, and the others are read first. A single image serves
+    both purposes.
     """
     held_out: list[np.ndarray] = []
 
@@ -458,10 +458,10 @@ def sample_activations(
     """Draw activations from the statistics of batch norm (Nagel et al., 2019, section 4.1).
 
     Each channel of a convolution's output has the mean and deviation of its batch norm and is
-    taken as independent of the others. The distribution is logistic, not normal: outputs of
+    treated as independent of the others. The distribution is logistic, not normal: outputs of
     trained convolutions have longer tails, and ranges from normal values clip too much of them.
-    ReLU cuts a channel off at zero, an addition adds means and variances, and pooling is assumed
-    to change nothing, which errs on the wide side.
+    ReLU clips a channel at zero, an addition adds means and variances, and pooling is assumed
+    to have no effect, which overestimates the range.
 
     Args:
         model: Folded FP32 model.
@@ -477,7 +477,7 @@ def sample_activations(
     if known is None:
         raise ArtifactError(
             f"{model.graph.name}: has no batch norm statistics, so calibration needs images",
-            fix="give images: --calib SPEC",
+            fix="use images: --calib SPEC",
         )
     index, rng = GraphIndex(model), np.random.default_rng(0)
     values = {model.graph.input[0].name: rng.uniform(low, high, (DATA_FREE_SAMPLES, len(low)))}
@@ -503,7 +503,7 @@ def sample_activations(
         else:
             raise ArtifactError(
                 f"{node.name}: {node.op_type} is not an operator of a residual net",
-                fix="give images: --calib SPEC",
+                fix="use images: --calib SPEC",
             )
         values[node.output[0]] = result
     histograms = {name: Histogram(name) for name in tensors}

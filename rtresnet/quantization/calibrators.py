@@ -5,9 +5,9 @@ percentile  the magnitude that 99.99 % of the values do not exceed
 entropy     the least divergence of the histogram in 128 levels (Migacz, GTC 2017); INT8 only
 mse         the least mean square of rounding and clipping errors
 
-A histogram takes a few kB per tensor, whatever the number of images. It is over magnitudes because
-activations are quantized symmetrically. When a larger value comes, its range doubles and two bins
-become one, so one pass over the images is enough.
+A histogram has a few kB per tensor for any number of images. It contains magnitudes because
+activations are quantized symmetrically. When a value exceeds its range, the range doubles and two
+bins are merged, so one pass over the images is enough.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Histogram:
         while self.limit < self.largest:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2)])
             self.limit *= 2
-        # An odd stride does not fall into step with rows or channels.
+        # An odd stride does not align with rows or channels.
         sample = flat[:: max(1, len(flat) // SAMPLE) | 1]
         index = np.abs(sample) * np.float32(BINS / self.limit)
         index = np.minimum(index, BINS - 1).astype(np.int32)
@@ -114,8 +114,8 @@ def mse(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
 def entropy(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
     """Return the clipping point with the least Kullback-Leibler divergence.
 
-    The first bin is left out: exact zeros (half of what a ReLU makes) say nothing about the range
-    and would hide the other values.
+    The first bin is ignored: exact zeros (half of a ReLU's outputs) carry no information on the
+    range and would hide the other values.
     """
     used = int(np.ceil(histogram.largest / histogram.limit * BINS)) if histogram.limit else 0
     counts = histogram.counts[:used].copy()
@@ -143,7 +143,7 @@ def _divergence(counts: np.ndarray, stop: int) -> float:
         return float("inf")
     p, q = reference / reference.sum(), candidate / candidate.sum()
     mass = p > 0
-    # An empty bin of q where p has mass counts as a tiny share.
+    # An empty bin of q where p has mass gets a tiny probability.
     return float(np.sum(p[mass] * np.log(p[mass] / np.maximum(q[mass], 1e-10))))
 
 

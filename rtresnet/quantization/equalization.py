@@ -3,7 +3,7 @@
 Cross-layer equalization (section 4.1): between two convolutions with a ReLU in between, a channel
 can be divided by a factor in the first and multiplied by it in the second. The function stays the
 same but for float rounding. Activations have one scale per tensor, so one channel a hundred times
-larger than the others leaves these one or two steps of 127. With one scale per output channel the
+larger than the others leaves them one or two of 127 steps. With one scale per output channel, the
 weights of the first convolution lose nothing.
 
 Bias correction (section 4.2): rounding a weight shifts the mean output of its channel by
@@ -33,7 +33,7 @@ class Outlier:
     """Channels of one tensor that are far larger than the others.
 
     Attributes:
-        tensor: An activation that is quantized.
+        tensor: A quantized activation.
         channels: Their numbers.
         times: The largest value over that of the median channel.
     """
@@ -61,7 +61,7 @@ def find_outliers(histograms: Mapping[str, Histogram]) -> list[Outlier]:
 def equalize(
     model: onnx.ModelProto, histograms: Mapping[str, Histogram]
 ) -> tuple[onnx.ModelProto, list[Outlier]]:
-    """Scales down the outliers that lie between two convolutions.
+    """Scale down the outliers between two convolutions.
 
     Args:
         model: Folded FP32 model. Not changed.
@@ -97,7 +97,7 @@ def equalize(
 
 def _multiply(index: GraphIndex, name: str, factors: np.ndarray, axis: int) -> None:
     value = index.constant(name)
-    assert value is not None  # prepare() has seen to it
+    assert value is not None  # prepare() guarantees it
     shape = [-1 if dim == axis else 1 for dim in range(value.ndim)]
     scaled = value.astype(np.float64) * factors.reshape(shape)
     index.set_constant(name, scaled.astype(np.float32))
@@ -108,7 +108,7 @@ def bias_corrections(
     histograms: Mapping[str, Histogram],
     number_format: NumberFormat = INT8,
 ) -> dict[str, np.ndarray]:
-    """Return what `qdq.insert` subtracts from the bias of each node whose weights it rounds.
+    """Return the bias corrections for nodes with rounded weights, for `qdq.insert`.
 
     Args:
         model: Folded FP32 model.
@@ -127,7 +127,7 @@ def bias_corrections(
         weight = index.constant(node.input[1])
         assert weight is not None
         means = histograms[node.input[0]].means
-        if len(means) != weight.shape[1]:  # a grouped convolution reads part of the channels
+        if len(means) != weight.shape[1]:  # a grouped convolution reads only some of the channels
             continue
         scales = formats.weight_scales(weight, number_format)
         rounded = formats.quantize_weight(weight, scales, number_format).astype(np.float64)

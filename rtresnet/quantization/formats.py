@@ -5,12 +5,12 @@ largest value 448 (Micikevicius et al., 2022, FP8 Formats for Deep Learning, tab
 
 Scales with few significant bits make the sums of a convolution exact, in any order of addition. An
 int8 value is an integer of at most 7 bits. If the scales of activation and weight have few
-significant bits, every product, and so every partial sum, is an integer times a power of two: exact
+significant bits, every product and every partial sum is an integer times a power of two: exact
 in float32 up to 2**24 such units, and always in int32. With other scales the float32 sums of two
 libraries differ in the last bit, sometimes on the border between two quantized values, and a deep
-net amplifies the difference. The price: the scale of an activation is up to 1/9 from the one asked
-for (3 bits), that of a weight up to 1/8 larger (4 bits). They serve nets that are trained with them
-(`training/qat.py`).
+net amplifies the difference. The cost: the scale of an activation differs by up to 1/9 from the
+requested one (3 bits), that of a weight is up to 1/8 larger (4 bits). Use them for nets trained
+with them (`training/qat.py`).
 
 `round_to_bits` and `round_up_to_bits` work on bit patterns of positive float32 numbers as int32:
 NumPy arrays here, tensors of torch in training.

@@ -7,8 +7,8 @@ stay float32: the two Casts cost no layer in the engine, and every artifact keep
 BF16 has the range of float32 and 8 significant bits. Its convolutions need opset 22.
 
 In a Q/DQ file the tensors between the quantized kernels become FP16. Scales stay float32, and each
-Q/DQ pair stands between a Cast to float32 and one back: TensorRT refuses FP16 data with FP32
-scales, and a scale rounded to FP16 would be another scale.
+Q/DQ pair is placed between a Cast to float32 and one back: TensorRT rejects FP16 data with FP32
+scales, and rounding a scale to FP16 would change it.
 """
 
 from __future__ import annotations

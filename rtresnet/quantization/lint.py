@@ -1,7 +1,7 @@
-"""Check whether TensorRT runs a quantized ONNX file of any tool as the file says.
+"""Check whether TensorRT runs a quantized ONNX file of any tool as the file specifies.
 
-Needs neither a GPU nor TensorRT: what TensorRT does with each form was tried beforehand. The rules
-are in `lint_rules.py`. `rtresnet lint` calls this.
+Needs neither a GPU nor TensorRT: TensorRT's behaviour for each case was tested beforehand. The
+rules are in `lint_rules.py`. `rtresnet lint` calls this.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
         ArtifactError: The types of its tensors contradict each other.
     """
     index, name = GraphIndex(model), model.graph.name or "graph"
-    _ = index.types  # contradicting types are refused in a float file too
+    _ = index.types  # contradicting types are also an error in a float file
     findings = [
         finding("integer-operator", label(node), detail=node.op_type)
         for node in index.nodes
@@ -135,7 +135,7 @@ def _readers(index: GraphIndex, node: onnx.NodeProto) -> Iterator[tuple[onnx.Nod
 
 
 def _numbers(index: GraphIndex) -> Iterator[Finding]:
-    """Scales, zero points and types. A rule that both halves of a pair break is reported once."""
+    """Check scales, zero points and types. A problem of both halves of a pair is reported once."""
     reported: set[tuple[str, str]] = set()  # (output of the Q, rule)
     for node in index.quantizers():
         key = _quantize_of(index, node).output[0]
@@ -187,7 +187,7 @@ def _numbers_of(index: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
 
 
 def _fp8_range(index: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -> Iterator[Finding]:
-    """Values that FP8 clips, and FP8 values that are no finite numbers after dequantization."""
+    """Check for values that FP8 clips, and FP8 values that are not finite after dequantization."""
     reached = float(scale.astype(np.float64).max()) * FP8_LARGEST
     half = TensorProto.FLOAT16 in (
         index.types.get(name, 0) for name in _tensors_around(index, node)
@@ -223,7 +223,7 @@ def _zero(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
 
 
 def _float_types(index: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
-    """FP16 scales, and FP16 next to FP32."""
+    """Check for FP16 scales, and for FP16 mixed with FP32."""
     scale = index.types.get(node.input[1], 0)
     if scale == TensorProto.FLOAT16 and index.opset < 19:
         yield finding("half-scale", label(node), detail=f"opset {index.opset}")
@@ -273,7 +273,7 @@ def _placement(index: GraphIndex) -> Iterator[Finding]:
         if node.op_type == "Add":
             yield from _residual(index, node)
         elif node.op_type == "Conv" and _runs_in_float(index, node):
-            # There is no FP8 kernel for the three channels of an image.
+            # TensorRT has no FP8 kernel for the three channels of an image.
             if not fp8 or index.origin(node.input[0]) not in images:
                 yield finding("float-conv", label(node))
         elif fp8 and node.op_type in WEIGHTED:

@@ -1,4 +1,4 @@
-"""The rules of `lint.py`: what goes wrong in TensorRT, and how to fix it."""
+"""The rules of `lint.py`: problems in TensorRT, and how to fix them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from rtresnet.core.serialization import json_name
 
 SEVERITIES = ("error", "warning", "note")
 
-# Rule: (severity, consequence, fix). An error is refused by TensorRT, gives other numbers than in
-# ONNX Runtime, or silently runs in float. A warning costs speed or accuracy. The first part is
-# about scales, zero points and types, the second about placement, the third about the whole file.
+# Rule: (severity, consequence, fix). An error is rejected by TensorRT, computes different values
+# than in ONNX Runtime, or silently runs in float. A warning costs speed or accuracy. The first part
+# is about scales, zero points and types, the second about placement, the third about the whole
+# file.
 RULES = {
     "unsigned": (
         "error",
         "uint8 with zero point 0: TensorRT has no unsigned INT8, reads it as int8, and computes "
-        "other numbers than ONNX Runtime",
+        "different values than ONNX Runtime",
         "quantize activations to int8 with zero point 0",
     ),
     "zero-point": (
         "error",
-        "a zero point other than 0: TensorRT refuses the file, or ignores the zero point in FP8",
-        "quantize symmetrically to int8; --fix does it where the zero point is uint8 128",
+        "a zero point other than 0: TensorRT rejects the file, or ignores the zero point in FP8",
+        "quantize symmetrically to int8; --fix does it for a uint8 zero point of 128",
     ),
     "no-zero-point": (
         "error",
@@ -46,12 +47,12 @@ RULES = {
     ),
     "weight-type": (
         "error",
-        "weights that are not symmetric int8: TensorRT refuses them or reads other numbers",
+        "weights that are not symmetric int8: TensorRT rejects them or reads different values",
         "quantize weights to int8 with zero point 0",
     ),
     "weight-per-tensor": (
         "warning",
-        "one scale for a whole weight: less accurate than one per output channel, and no faster",
+        "one scale for a complete weight: less accurate than one per output channel, and no faster",
         "quantize weights per channel, on axis 0",
     ),
     "weight-axis": (
@@ -62,7 +63,7 @@ RULES = {
     ),
     "quantized-bias": (
         "error",
-        "a bias behind a DequantizeLinear: TensorRT refuses the file",
+        "a bias behind a DequantizeLinear: TensorRT rejects the file",
         "keep biases float; --fix stores the output of the DequantizeLinear",
     ),
     "half-scale": (
@@ -72,7 +73,7 @@ RULES = {
     ),
     "mixed-half": (
         "error",
-        "FP16 data with an FP32 scale, or the reverse: TensorRT refuses the file",
+        "FP16 data with an FP32 scale, or the reverse: TensorRT rejects the file",
         "Cast to float32 before QuantizeLinear and back after DequantizeLinear",
     ),
     "fp8-type": (
@@ -109,7 +110,7 @@ RULES = {
         "warning",
         "the shortcut's input of a residual Add is float: tensors between blocks stay float, "
         "and INT8 may be slower than FP16",
-        "quantize the shortcut's input too",
+        "also quantize the shortcut's input",
     ),
     "before-relu": (
         "warning",
@@ -133,13 +134,13 @@ RULES = {
     ),
     "quantized-logits": (
         "warning",
-        "a pair before an output: rounding without a gain",
+        "a pair before an output: rounding without a speed-up",
         "leave outputs float",
     ),
     "dangling": (
         "warning",
         "a pair, or half of one, that no INT8 kernel reads",
-        "remove it; --fix removes what nothing reads",
+        "remove it; --fix removes unread pairs",
     ),
     "integer-operator": (
         "error",
@@ -157,10 +158,10 @@ RULES = {
         "an opset below 13, in which Q and DQ have no axis for per-channel weights",
         "export with opset 13 or later",
     ),
-    "invalid": ("error", "the ONNX checker refuses the file", "export or quantize it again"),
+    "invalid": ("error", "the ONNX checker rejects the file", "export or quantize it again"),
     "fp8-targets": (
         "note",
-        "FP8 builds only for GPUs that have it: Ada, Hopper and Blackwell, sm_89 and newer",
+        "FP8 builds only for GPUs that support it: Ada, Hopper and Blackwell, sm_89 and newer",
         "for other GPUs: rtresnet quantize --int8 or --fp16",
     ),
     "float-file": (
@@ -173,14 +174,14 @@ RULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One rule that one node breaks.
+    """A violation of one rule by one node.
 
     Attributes:
         rule: Key of RULES; stays the same in later versions.
         severity: "error", "warning" or "note".
         node: Its name, or its output's; the graph's name if the whole file is meant.
-        consequence: What goes wrong.
-        fix: How to fix it.
+        consequence: Effect of the problem.
+        fix: Instruction that fixes it.
     """
 
     rule: str
@@ -191,7 +192,7 @@ class Finding:
 
 
 def finding(rule: str, node: str, severity: str | None = None, detail: str = "") -> Finding:
-    """Make a finding in the rule's words; `detail` is appended to the consequence."""
+    """Create a finding of a rule; `detail` is appended to the consequence."""
     usual, consequence, fix = RULES[rule]
     return Finding(
         rule=rule,

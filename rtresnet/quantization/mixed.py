@@ -3,7 +3,7 @@
 A detector's boxes and coordinates need float32: FP16 has a step of half a pixel above 512.
 
 Before: a model in float32, with Q/DQ pairs or without. After: the same graph, in which the nodes
-outside `float_nodes` compute in FP16, with Casts on the tensors that cross over. Scales and the
+outside `float_nodes` compute in FP16, with Casts on the tensors between both parts. Scales and the
 data of Q/DQ pairs stay float32, as in `fp16.py`.
 """
 
@@ -40,7 +40,7 @@ def to_half_except(model: onnx.ModelProto, float_nodes: Collection[str]) -> onnx
     constants = {tensor.name: tensor for tensor in graph.initializer}
     types = _float_tensors(model)
     halves: dict[str, str] = {}  # a float32 tensor and its FP16 copy
-    floats: dict[str, str] = {}  # a tensor that a half node makes, and its float32 copy
+    floats: dict[str, str] = {}  # output of an FP16 node, and its float32 copy
     nodes: list[onnx.NodeProto] = []
 
     def cast(tensor: str, to: int, suffix: str) -> str:
@@ -93,7 +93,7 @@ def to_half_except(model: onnx.ModelProto, float_nodes: Collection[str]) -> onnx
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:
-    """Names of all float32 tensors that are computed or given."""
+    """Return the names of all float32 tensors: inputs, constants and results."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     entries = (*inferred.input, *inferred.output, *inferred.value_info)
     return {e.name for e in entries if e.type.tensor_type.elem_type == TensorProto.FLOAT}

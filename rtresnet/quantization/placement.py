@@ -1,7 +1,7 @@
 """Which activations are quantized, and which inputs read them quantized: rules 1 to 3 of `qdq.py`.
 
 Pure Python over names. It takes the nodes of an ONNX graph, and also the operations of a net in
-training (`training/qat.py`), so that fake quantization stands where the file's Q/DQ pairs will.
+training (`training/qat.py`), so that fake quantization matches the Q/DQ pairs of the exported file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def place_quantizers(
     """Return the activations to quantize, in graph order, and the inputs that read them quantized.
 
     Args:
-        nodes: Of a folded net, in order of execution.
-        constants: Tensors that are known before it runs.
+        nodes: Nodes of a folded net, in order of execution.
+        constants: Tensors whose values are known before execution.
         nodes_to_exclude: Names of nodes that stay in float.
 
     Raises:
@@ -78,7 +78,7 @@ def stem(nodes: Iterable[N]) -> tuple[str, ...]:
 
 
 def residual_branches(nodes: Iterable[N], constants: Collection[str] = ()) -> list[str]:
-    """Return the float tensors that are added to a quantized shortcut and that a Conv makes.
+    """Return the float outputs of convolutions that are added to a quantized shortcut.
 
     Args:
         nodes: As for `place_quantizers`.

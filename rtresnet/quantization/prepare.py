@@ -1,9 +1,9 @@
-"""Bring the residual net of any exporter into the folded form that quantization takes.
+"""Convert the residual net of any exporter to the folded form that quantization needs.
 
 Before: an FP32 ONNX file of torchvision, timm, the ONNX zoo, or rtresnet. After: the same function
 with
 
- 1. constants as initializers that are no inputs and have one reader each; no Identity, no Dropout;
+ 1. constants as initializers that are not inputs and have one reader each; no Identity, no Dropout;
  2. every BatchNormalization behind a convolution folded into it, in float64, rounded once;
  3. the FC as a Gemm with weight [classes, features]: a MatMul and the Add behind it become one;
  4. a name for every node; its output's name where it had none.
@@ -19,11 +19,11 @@ from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib import metadata
 from rtresnet.onnxlib.graph import GraphIndex, attribute, checked, copied, label, replace_nodes
 
-OLDEST = 13  # before it QuantizeLinear has no per-channel scales
+OLDEST = 13  # older opsets have no per-channel scales in QuantizeLinear
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model in that form.
+    """Return the model in the folded form.
 
     Args:
         model: Not changed.

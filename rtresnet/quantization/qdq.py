@@ -3,11 +3,11 @@
 Before: a folded FP32 model. After: the same graph with these changes and no others.
 
  1. The data input of every Conv and Gemm is quantized: their kernels then run in INT8.
- 2. Of a residual Add only the shortcut's input is quantized. Nothing then stands between the
-    convolution that ends the other branch, the addition and the ReLU, and a builder may fuse them
+ 2. Only the shortcut's input of a residual Add is quantized. Then there is no pair between the
+    convolution that ends the other branch, the addition and the ReLU, so a builder can fuse them
     (TensorRT-RTX 1.7.1 fuses none in INT8). Quantizing both inputs adds rounding and gains nothing.
- 3. A tensor is quantized once for all that rules 1 and 2 make read it.
- 4. Nothing stands between a convolution or Add and its ReLU, and the logits stay float.
+ 3. A tensor is quantized once for all its readers by rules 1 and 2.
+ 4. There is no pair between a convolution or Add and its ReLU, and the logits stay float.
  5. Activations are symmetric int8 with one scale per tensor. The zero point is written out:
     without it TensorRT reads int8 and ONNX Runtime uint8.
  6. Scales of activations have rank 0. A scale of shape [1] passes every check, and TensorRT then
@@ -16,7 +16,7 @@ Before: a folded FP32 model. After: the same graph with these changes and no oth
     (axis 0 of [out, in, h, w] and of [classes, features]), in [-127, 127].
  8. Biases stay float: TensorRT rejects an int32 bias behind a DequantizeLinear.
 
-In FP8 the same rules hold with FLOAT8E4M3FN in place of int8. Its largest value is 448, the file's
+In FP8 the same rules apply with FLOAT8E4M3FN instead of int8. Its largest value is 448, the file's
 opset is 21 or later, and the first convolution should stay in float: TensorRT has no FP8 kernel for
 three channels.
 
@@ -77,7 +77,7 @@ def insert(
         model: Folded FP32 model. Not changed.
         scales: Activation tensor to scale, for every tensor of `placement`.
         nodes_to_exclude: Names of nodes that stay in float with their weights.
-        bias_corrections: Node to what is subtracted from its bias where its weights are rounded
+        bias_corrections: Correction subtracted from the bias of each node with rounded weights
             (`equalization.bias_corrections`); float64 [out channels].
         low_bit: Whether scales and biases are rounded so that sums are exact (`formats.py`).
         number_format: INT8 or FP8; `scales` belong to it.
@@ -101,7 +101,7 @@ def insert(
     pairs: dict[str, list[onnx.NodeProto]] = {}
     for tensor, uses in placement(model, nodes_to_exclude).items():
         scale = scales.get(tensor)
-        if scale is None or not formats.SMALLEST <= scale <= formats.LARGEST:  # refuses NaN too
+        if scale is None or not formats.SMALLEST <= scale <= formats.LARGEST:  # also rejects NaN
             raise ArtifactError(f"{tensor}: unusable scale {scale}", fix="calibrate again")
         for kind in dict.fromkeys(kind_of(use.node) for use in uses):
             own = scale * number_format.largest / kind.largest
@@ -115,7 +115,7 @@ def insert(
         node.output[0]: _quantize_weight(
             index,
             node,
-            # A correction belongs to the rounding of `number_format`.
+            # Corrections apply to the rounding of `number_format` only.
             None if node.name in int8_nodes else corrections.get(node.name),
             scales if low_bit else None,
             kind_of(node.name),

@@ -1,7 +1,7 @@
-"""Read and write scales as text: calib/NAME.json, a line per tensor, so that a diff shows changes.
+"""Read and write scales as text: calib/NAME.json, one line per tensor, for readable diffs.
 
-The file also records what the scales belong to: hashes of the weights and the images, the number of
-images, their preprocessing, the method. Scales are used again only if all of it is the same.
+The file also records the origin of the scales: hashes of the weights and the images, the number of
+images, their preprocessing, the method. Scales are reused only if all of it is the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIX = "calibrate again"
 
 @dataclass(frozen=True, kw_only=True)
 class ScalesOrigin:
-    """What scales belong to.
+    """Origin of a set of scales.
 
     Attributes:
         onnx_sha256: Hash of the FP32 file.
@@ -40,7 +40,7 @@ class ScalesOrigin:
         images: Name of the images; not compared.
         images_sha256: Their hash.
         n: Their number.
-        calibrator: The method that was asked for.
+        calibrator: The requested method.
         format: Number format: "int8", "fp8", or "fp8-stem" if it includes the first convolution.
     """
 
@@ -85,7 +85,7 @@ class SavedScales:
 
 
 class _File(TypedDict):
-    """What is used; the fields of COMPARED are only compared."""
+    """Fields that are used; the fields of COMPARED are only compared."""
 
     method: str
     biases_corrected: bool
@@ -98,12 +98,12 @@ class _File(TypedDict):
 
 
 def write(path: Path, calibrated: Calibrated, origin: ScalesOrigin) -> Path:
-    """Write scales and what they belong to.
+    """Write scales and their origin.
 
     Args:
         path: In calib/, or next to the quantized file.
         calibrated: From calibration.
-        origin: What the scales belong to.
+        origin: Origin of the scales.
     """
     record = {
         "schema": SCHEMA,
@@ -128,13 +128,13 @@ def read(path: str | os.PathLike[str]) -> SavedScales:
     """Read a file that `write` wrote.
 
     Raises:
-        ArtifactError: It is not such a file.
+        ArtifactError: The file is not a scales file.
     """
     record = serialization.load(atomic_io.require_file(path), fix=FIX, error=ArtifactError)
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise ArtifactError(
-            f"{path}: scales of schema {schema}, this rtresnet reads {SCHEMA}", fix=FIX
+            f"{path}: has schema {schema}, but this version of rtresnet reads {SCHEMA}", fix=FIX
         )
     valid = serialization.convert(record, _File, where=str(path), fix=FIX, error=ArtifactError)
     try:
@@ -144,7 +144,7 @@ def read(path: str | os.PathLike[str]) -> SavedScales:
             for name, (times, *channels) in valid.get("outliers", {}).items()
         ]
     except ValueError as error:
-        raise ArtifactError(f"{path}: not a file of scales ({error})", fix=FIX) from None
+        raise ArtifactError(f"{path}: not a scales file ({error})", fix=FIX) from None
     return SavedScales(
         origin=record,
         scales=valid["scales"],
@@ -161,5 +161,5 @@ def read(path: str | os.PathLike[str]) -> SavedScales:
 def differences(saved: SavedScales, origin: ScalesOrigin) -> list[str]:
     """Return the differences between the scales' origin and the expected one, in words."""
     wanted = dataclasses.asdict(origin)
-    present = {"format": "int8"} | dict(saved.origin)  # files from before FP8 do not say it
+    present = {"format": "int8"} | dict(saved.origin)  # files written before FP8 support lack it
     return [name for field, name in COMPARED.items() if present.get(field) != wanted[field]]

@@ -1,7 +1,7 @@
-"""Measure which blocks of a net suffer from quantization, to choose which to leave in float.
+"""Measure the sensitivity of each block to quantization, to choose blocks to leave in float.
 
-The noise is that of the logits on a few images, against the float net (`simulate.py`). A block is
-what lies between two residual additions, with its shortcut; the stem and the FC are blocks too
+The noise is measured at the logits on a few images, against the float net (`simulate.py`). A block
+is the part between two residual additions, with its shortcut; the stem and the FC are also blocks
 (`onnxlib/graph.py`).
 """
 
@@ -27,7 +27,7 @@ class Block:
     Attributes:
         name: "layer1.0" and so on, "stem", "head".
         nodes: Its convolutions, additions and FC.
-        weights: Share of the net's weights, in [0, 1]: they stay four times as large in float.
+        weights: Share of the net's weights, in [0, 1]; in float they are four times as large.
         alone: Signal to noise with only this block quantized, in dB.
         gain: Signal to noise that leaving only this block in float gains, in dB.
         int8_gain: Signal to noise that only this block in INT8 gains in an FP8 net; None in INT8.

@@ -1,8 +1,8 @@
-"""Compute what a net computes when it is quantized, without writing the file.
+"""Simulate a quantized net without writing the file.
 
 Scales are inputs of the graph that `qdq.insert` makes, run in ONNX Runtime without its optimizer:
-quantized values are integers, sums are float32, as in TensorRT's kernels but for their order. One
-session serves every choice of scales, so that dozens of them can be compared on the same images.
+quantized values are integers, sums are float32, as in TensorRT's kernels except for their order.
+One session runs every choice of scales, so that dozens can be compared on the same images.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Simulation:
 
         Args:
             batches: float32 [N, 3, S, S] each.
-            scales: Of every tensor in `tensors`.
+            scales: Scale of every tensor in `tensors`.
         """
         feed = {
             name: np.array(scales[tensor] * factor, np.float32)
@@ -95,7 +95,7 @@ def make_session(
     Args:
         model: Any model.
         outputs: Tensors to return instead of the model's outputs.
-        extra_nodes: Nodes that compute those that the model does not have.
+        extra_nodes: Nodes that compute outputs that are not in the model.
 
     Raises:
         UnavailableError: The package onnxruntime is not installed.
@@ -112,7 +112,7 @@ def make_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised; the log prints names unescaped
     if any(node.op_type == QUANTIZE for node in model.graph.node):
-        # Otherwise Q/DQ pairs would become integer kernels, which round the bias too.
+        # Otherwise Q/DQ pairs would become integer kernels, which also round the bias.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

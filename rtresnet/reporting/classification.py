@@ -14,7 +14,7 @@ from rtresnet.reporting.tables import DataTable
 
 MATRIX_CLASSES = 20  # up to this number of classes the whole confusion matrix is shown
 LISTED = 30  # rows of the tables; --json has all
-FAINTEST = 0.35  # of a cell's colour, so that a single image can be seen
+FAINTEST = 0.35  # lowest opacity of a cell, so that a single image is visible
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ ROUNDS = (
 COLOURS = {"Int8": "#10b981", "Half": "#3b82f6", "BFloat16": "#8b5cf6", "Float": "#f59e0b"}
 OTHER = "#6b7280"
 WIDTH, MARGIN = 920, 16
-WIDE, NARROW, GAP = 52, 13, 3  # of a box that computes, of another, between boxes
-ROW, TITLE, BAND = 64, 26, 14  # of frames, above a stage, between stages
+WIDE, NARROW, GAP = 52, 13, 3  # widths of a compute box, another box, and the gap between boxes
+ROW, TITLE, BAND = 64, 26, 14  # heights of a frame, a stage's title, and the gap between stages
 
 
 def draw(engine: Layers, title: str) -> str:

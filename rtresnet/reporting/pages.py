@@ -192,7 +192,7 @@ def write_evaluation(
     return folder / "index.html"
 
 
-PAIRS = 24  # of duplicates that the page of a data set shows
+PAIRS = 24  # largest number of duplicates on a data set's page
 
 
 def write_data(

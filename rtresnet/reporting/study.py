@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     )
     from rtresnet.workflows.study_detection import BackboneRecord, DetectionStudyResult
 
-SETTLED = 0.25  # of a run: what came before does not set the height of the axes
+SETTLED = 0.25  # share of a run that does not determine the height of the axes
 SMALL = 8.5  # points
-LABEL_ROOM = 0.045  # of the axes' height that a line of small text takes
-LETTERS_AN_INCH = 15.2  # of small text
+LABEL_ROOM = 0.045  # height of a line of small text, relative to the axes
+LETTERS_AN_INCH = 15.2  # number of letters of small text per inch
 ABOUT = (
     "Errors in %: mean and standard deviation over the seeds. Training: of the last epoch, on the "
     "images as they were augmented; validation and test: of the epoch that was best on the "

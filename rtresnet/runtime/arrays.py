@@ -80,7 +80,7 @@ def check_images(io: IoSpec, images: Any, stream: int) -> Array:
     if dtype != io.input.dtype or shape[1:] != io.input.row or not shape[0]:
         row = ", ".join(map(str, io.input.row))
         raise InputError(
-            f"images are {dtype} {list(shape)}, the plan takes {io.input.dtype} [N, {row}]"
+            f"images are {dtype} {list(shape)}, but the plan needs {io.input.dtype} [N, {row}]"
         )
     assert isinstance(array, np.ndarray | DeviceArray)
     return array
@@ -102,7 +102,9 @@ def make_results(io: IoSpec, out: Any, count: int, stream: int) -> Sequence[Arra
         return [np.empty((count, *o.row), o.returned_dtype) for o in io.outputs]
     arrays = out if isinstance(out, tuple) else (out,)
     if len(arrays) != len(io.outputs):
-        raise InputError(f"out has {len(arrays)} arrays, the plan {len(io.outputs)} outputs")
+        raise InputError(
+            f"out has {len(arrays)} arrays, but the plan has {len(io.outputs)} outputs"
+        )
     results: list[Array] = []
     for array, output in zip(arrays, io.outputs, strict=True):
         result: Array
@@ -116,7 +118,7 @@ def make_results(io: IoSpec, out: Any, count: int, stream: int) -> Sequence[Arra
         if result.dtype != dtype or result.shape != (count, *output.row) or not writable:
             raise InputError(
                 f"out is {'' if writable else 'read-only '}{result.dtype} {list(result.shape)}, "
-                f"{output.name} is {dtype} {[count, *output.row]}"
+                f"but {output.name} is {dtype} {[count, *output.row]}"
             )
         results.append(result)
     return results
@@ -144,7 +146,7 @@ def view(array: Any, stream: int, device: int = 0) -> DeviceArray:
     if hasattr(array, "__dlpack_device__"):
         number = int(array.__dlpack_device__()[1])
         if number != device:
-            raise InputError(f"the array is on GPU {number}, the plan on GPU {device}")
+            raise InputError(f"the array is on GPU {number}, but the plan is on GPU {device}")
         try:
             capsule = array.__dlpack__(stream=stream)
         except (BufferError, RuntimeError, TypeError) as error:

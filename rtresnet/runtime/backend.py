@@ -75,7 +75,7 @@ def logits(outputs: np.ndarray | TopK, path: object) -> np.ndarray:
     """
     if isinstance(outputs, tuple):
         raise InputError(
-            f"{path}: returns the most probable classes, and logits are needed",
-            fix="use the file that it was made from",
+            f"{path}: returns the most probable classes, but this command needs logits",
+            fix="use the file without embedded top-K",
         )
     return outputs

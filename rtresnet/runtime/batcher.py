@@ -60,8 +60,8 @@ class Batcher:
     """Forms batches of the images that many threads submit.
 
     Futures are completed in the order of the calls, with any number of workers. If a batch fails,
-    all its calls fail. An image of the wrong shape is refused by `submit`, or never shares a batch
-    with others, so a batch fails only if the device or the session does.
+    all its calls fail. An image of the wrong shape is rejected by `submit`, or never shares a batch
+    with others, so a batch fails only if the device or the session fails.
 
     For a plan on a GPU:
 
@@ -83,7 +83,7 @@ class Batcher:
         max_batch: Largest number of images in a batch.
         max_wait_ms: Longest time that the first image of a batch waits for others, in
             milliseconds, including the time to wake a thread, which is measured.
-        queue_limit: Number of images that may wait; `submit` refuses more.
+        queue_limit: Largest number of waiting images; `submit` rejects more.
         workers: Number of batches computed at the same time, for a session that several threads
             may call at once. Default: the contexts of a plan, else 1.
         on_batch: Called after every batch, from a thread of the batcher, with its size, the
@@ -159,13 +159,13 @@ class Batcher:
         if self._expected is not None and (image.shape, image.dtype) != self._expected:
             shape, dtype = self._expected
             raise InputError(
-                f"an image of {image.dtype} {list(image.shape)}; the session takes "
+                f"an image of {image.dtype} {list(image.shape)}; the session needs "
                 f"{dtype} {list(shape)}"
             )
         call = _Call(image=image, future=Answer(), arrived=arrived)
         with self._changed:
             if self._closed:
-                raise InputError("submit after close: the batcher takes no more images")
+                raise InputError("submit after close: the batcher is closed")
             if len(self._queue) >= self._limit:  # cancelled calls do not count
                 waiting_calls = [entry for entry in self._queue if not entry.future.cancelled()]
                 self._queue.clear()
@@ -183,7 +183,7 @@ class Batcher:
         return call.future
 
     def close(self) -> None:
-        """Refuse further images and wait for those that were submitted. May be called twice."""
+        """Reject further images and wait for the submitted ones. Can be called twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -234,7 +234,7 @@ class Batcher:
                 if self._queue:
                     self._changed.notify()
                 if planned is not None and not isinstance(outcome, BaseException):
-                    # Late to start and to deliver; its callers wake up as late as this thread.
+                    # The batch started and ended late; its callers also wake up late.
                     self._learn(called - planned + time.monotonic() - returned + woken - planned)
             self._settle(number, calls, outcome)
             del taken, calls, outcome  # an idle thread must not keep the last images alive

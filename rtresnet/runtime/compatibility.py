@@ -1,4 +1,4 @@
-"""Check whether a plan can run here before TensorRT deserializes it: its sidecar and its header."""
+"""Check a plan's sidecar and header before TensorRT deserializes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
     for gpu in hardware.gpus()[:1]:
         if plan.targets and gpu.target not in plan.targets:
             raise ArtifactError(
-                f"{path}: built for {', '.join(plan.targets)}, and this GPU ({gpu.name}) is "
+                f"{path}: built for {', '.join(plan.targets)}, but this GPU ({gpu.name}) is "
                 f"{gpu.target}",
                 fix=rebuild_here(gpu, _source(path, sidecar)),
             )
@@ -49,7 +49,8 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
         ) from error
     if installed != plan.version:
         raise ArtifactError(
-            f"{path}: built by {plan.builder} {plan.version}, installed is {installed}", fix=rebuild
+            f"{path}: built by {plan.builder} {plan.version}, but {installed} is installed",
+            fix=rebuild,
         )
 
 
@@ -88,7 +89,7 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path, errors: ErrorL
             fix=driver_fix or rebuild_here(gpu),
         )
     warnings.warn(
-        f"{path}: will run here slower than it could ({reason}); {REBUILD}",
+        f"{path}: runs slower than possible on this machine ({reason}); {REBUILD}",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -99,7 +100,7 @@ def rebuild_here(gpu: hardware.Gpu, source: str = "MODEL.onnx") -> str:
     if gpu_targets.served_by_rtx(gpu.target):
         return f"build it for this GPU: rtresnet build {source} --target current"
     return (
-        f"build it for this GPU, which TensorRT-RTX does not serve: rtresnet build {source} "
+        f"build it for this GPU, which TensorRT-RTX does not support: rtresnet build {source} "
         f"--builder tensorrt"
     )
 
@@ -120,5 +121,5 @@ def plan_needs_gpu(
     """
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"
-    why = "a plan runs on an NVIDIA GPU" + ("" if here else ", and there is none here")
+    why = "a plan runs on an NVIDIA GPU" + ("" if here else ", but this machine has none")
     return UnavailableError(f"{path}: {why}", fix=fix)

@@ -1,4 +1,4 @@
-"""Execution contexts of an engine: how they are created, what they are bound to, and CUDA graphs.
+"""Execution contexts of an engine: creation, binding, and CUDA graphs.
 
 TensorRT-RTX keeps one graph for each context, and a graph captured here reads the state of its
 context. So each batch size that runs as a graph has a separate context.
@@ -46,7 +46,7 @@ class ContextConfig:
         built_in: Whether TensorRT-RTX captures graphs; None if possible.
         pad: Whether each batch size costs a graph or kernels, so that batches are padded to few
             sizes.
-        cache: The kernels that TensorRT-RTX compiles; None if they are not kept.
+        cache: The kernels that TensorRT-RTX compiles; None if they are not stored.
     """
 
     owned: Any
@@ -78,7 +78,7 @@ def configure_contexts(
         kernels: When TensorRT-RTX compiles the kernels of a new batch size. "eager": in the first
             call, which waits for them. "lazy": in the background, while generic kernels run.
             TensorRT chooses its kernels during the build.
-        cache_for: The plan whose compiled kernels are kept; None keeps none.
+        cache_for: The plan whose compiled kernels are stored; None stores none.
 
     Raises:
         UnknownNameError: `kernels` is neither "eager" nor "lazy".
@@ -89,7 +89,7 @@ def configure_contexts(
     if not hasattr(trt, "IRuntimeCache"):
         if graphs and not binding_has_graphs:
             raise UnavailableError(
-                "CUDA graphs were requested, and this CUDA binding does not support them",
+                "CUDA graphs were requested, but this CUDA binding does not support them",
                 fix="leave RTRESNET_CUDA unset and pip install cuda-python",
             )
         capture = graphs if binding_has_graphs else False
@@ -155,7 +155,7 @@ class KernelCache:
                 temporary.write_bytes(blob)
         except (OSError, InputError) as error:  # the file only saves time at the next load
             warnings.warn(
-                f"{self.path}: the compiled kernels are not kept ({error})",
+                f"{self.path}: the compiled kernels are not stored ({error})",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -167,7 +167,7 @@ def cache_path(path: str | os.PathLike[str]) -> Path:
 
 
 class BoundContext:
-    """An execution context, and the shape and addresses that it was last given.
+    """An execution context, and its current shape and addresses.
 
     Attributes:
         has_run: Whether it has executed. TensorRT's first execution cannot be captured.

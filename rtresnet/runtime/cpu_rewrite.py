@@ -1,13 +1,13 @@
-"""Rewrite a Q/DQ file in memory for integer kernels of CPUs. The file on disk stays TensorRT's.
+"""Rewrite a Q/DQ file in memory for integer kernels of CPUs. The file on disk does not change.
 
-TensorRT wants signed activations that are quantized after the ReLU. CPU kernels want unsigned
+TensorRT needs signed activations that are quantized after the ReLU. CPU kernels need unsigned
 ones, quantized right after the convolution, and on x86 without VNNI their sums must also fit in 16
-bits: `vpmaddubsw` adds two u8 x s8 products and saturates without a word. Before: a Q/DQ file,
+bits: `vpmaddubsw` adds two u8 x s8 products and saturates silently. Before: a Q/DQ file,
 folded, symmetric int8. After:
 
  1. An int8 activation with zero point 0 becomes uint8. One that can be negative gets zero point
     128: q + 128 for every q. One that cannot, because a ReLU makes it, keeps its integers 0 to
-    127 under zero point 0; a Clip at 127 steps in front of the QuantizeLinear stands for the
+    127 with zero point 0; a Clip at 127 steps before the QuantizeLinear replaces the
     range of int8. The rounding, the clipping and the numbers after dequantization stay the same.
     Two products of such an activation add up to 2 * 127 * 127 = 32,258 at most, so that 8-bit
     weights cannot saturate. No rounding of weights to 7 bits is needed.
@@ -17,8 +17,8 @@ folded, symmetric int8. After:
  3. The convolution that ends a residual branch adds into a float tensor, and ONNX Runtime would
     run it in float: a third of a net's work. Its output is quantized as well, to uint8 over
     [-127 shortcut steps, 127 result steps]. What lies below becomes zero in the ReLU, and what
-    lies above is clipped by the result's quantization, whatever the shortcut holds. No image is
-    needed to know this. The sum is rounded twice instead of once and its quantized result
+    lies above is clipped by the result's quantization, for any shortcut. No image is
+    needed for this. The sum is rounded twice instead of once, and its quantized result
     changes by at most one step. Where it could change by more, or nothing is quantized behind
     the addition (the last block; one before an option A shortcut), the branch stays in float.
     Where the file has the branch's range in calibration (`onnxlib/metadata.py`), only that range
@@ -29,7 +29,7 @@ folded, symmetric int8. After:
 
 ONNX Runtime's own provider gets rules 1 to 4, OpenVINO rules 1 and 2 and only where its kernels
 saturate. Rules 1, 2 and 4 change no number of the graph (tested without the provider's
-optimizer). ONNX Runtime's integer kernels then round the bias to a step of their own.
+optimizer). ONNX Runtime's integer kernels then round the bias to their own step.
 
 A BF16 file is rewritten as well, because ONNX Runtime's CPU provider has no BF16 convolutions:
 its weights become float32, and Cast pairs round every result to BF16 (`emulate_bf16`).
@@ -83,8 +83,8 @@ class CpuModel:
     """A model as a CPU provider loads it.
 
     Attributes:
-        model: The serialized model, or the file's path where nothing had to change.
-        quantized: Whether the file holds quantized activations.
+        model: The serialized model, or the file's path if nothing changed.
+        quantized: Whether the file has quantized activations.
         float_layers: Quantized layers that run in float because the CPU's integer sums would
             saturate (rule 2).
         needs_float: Whether the file is quantized and was not rewritten, because the package onnx
@@ -222,10 +222,10 @@ def has_fp8(model: onnx.ModelProto | None) -> bool:
 
 
 def to_unsigned(model: Any) -> int:
-    """Rule 1, in place.
+    """Apply rule 1 in place.
 
     Returns:
-        How many activations became unsigned.
+        Number of activations that became unsigned.
     """
     from onnx import helper
 
@@ -254,12 +254,12 @@ def to_unsigned(model: Any) -> int:
             node.input.append(zero_point)
     if moved:
         graph.insert(before=clips)
-        del model.graph.value_info[:]  # it still calls these tensors int8
+        del model.graph.value_info[:]  # its entries still have type int8
     return moved
 
 
 def dequantize_saturating(model: Any) -> tuple[str, ...]:
-    """Rule 2, in place.
+    """Apply rule 2 in place.
 
     Returns:
         Names of the layers that now run in float.
@@ -302,10 +302,10 @@ def dequantize_saturating(model: Any) -> tuple[str, ...]:
 
 
 def quantize_branches(model: Any) -> int:
-    """Rule 3, in place, on a model that rule 1 has changed.
+    """Apply rule 3 in place, on a model that rule 1 has changed.
 
     Returns:
-        How many branches were quantized.
+        Number of quantized branches.
     """
     from onnx import helper
 
@@ -367,10 +367,10 @@ def _branch(
 
 
 def quantize_early(model: Any) -> int:
-    """Rule 4, in place, on a model that rule 1 has changed; also up to additions of rule 3.
+    """Apply rule 4 in place, after rule 1; also up to additions of rule 3.
 
     Returns:
-        How many QuantizeLinear nodes were moved.
+        Number of moved QuantizeLinear nodes.
     """
     from onnx import helper
 
@@ -412,7 +412,7 @@ def quantize_early(model: Any) -> int:
 
 
 class _CpuIndex(GraphIndex):
-    """An index that knows the pairs of rule 1, taken before anything is moved."""
+    """A graph index with the pairs of rule 1, built before nodes are moved."""
 
     def dequantized_weight(self, node: Any) -> tuple[int, np.ndarray] | None:
         """Return a weight behind a DequantizeLinear: its largest integer and its values.

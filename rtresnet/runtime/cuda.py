@@ -44,11 +44,11 @@ class Cuda(Protocol):
         """Make the device current in this thread. Call every other operation inside."""
         ...
 
-    def memory(self) -> tuple[int, int]: ...  # bytes free, bytes in all
+    def memory(self) -> tuple[int, int]: ...  # free bytes, total bytes
     def stream(self) -> int: ...
     def synchronize(self, stream: int) -> None: ...  # the caller waits
     def destroy_stream(self, stream: int) -> None: ...
-    def event(self, timing: bool, blocking: bool) -> Any: ...  # blocking: who waits sleeps
+    def event(self, timing: bool, blocking: bool) -> Any: ...  # blocking: a waiting thread sleeps
     def record(self, event: Any, stream: int) -> None: ...
     def wait(self, stream: int, event: Any) -> None: ...  # the stream waits, the caller does not
     def join(self, event: Any) -> None: ...  # the caller waits
@@ -197,7 +197,7 @@ class CudaPython:
         return values[0] if len(values) == 1 else values
 
     def active(self) -> CudaPython:
-        return self  # no new object: the driver keeps a stack of contexts for each thread
+        return self  # no new object, because the driver has a stack of contexts for each thread
 
     def __enter__(self) -> None:
         (code,) = self._push(self._context)
@@ -356,7 +356,7 @@ class PyCuda:
         return self._driver.Event(flags)
 
     def record(self, event: Any, stream: int) -> None:
-        if stream not in self._streams:  # of another library; pycuda has no object for it
+        if stream not in self._streams:  # a stream of another library; pycuda has no object for it
             self._context.synchronize()
         event.record(self._streams.get(stream))
 

@@ -96,7 +96,7 @@ class IOBuffers:
         self.enqueue = 0.0
 
     def make_room(self, rows: int, run: int) -> None:
-        """Zeros rows `rows` to `run` of `host_in`; the caller writes the rows before them."""
+        """Set rows `rows` to `run` of `host_in` to zero; the caller writes the rows before them."""
         if rows > self.dirty:
             self.dirty = rows
         elif rows < run and rows < self.dirty:
@@ -106,11 +106,11 @@ class IOBuffers:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """Everything about a batch size that is the same in every call.
+    """The constant part of all calls with one batch size.
 
     Attributes:
         count: Number of rows.
-        chunks: How they are split. The other attributes are for a batch of one chunk.
+        chunks: Chunks of the batch. The other attributes are for a batch of one chunk.
         keys: Keys of its contexts with a graph, for both sets of buffers.
         copy_in: Target, source, size in bytes with padding, and stream.
         copies_out: The same for each output.
@@ -312,7 +312,7 @@ class ExecutionStream:
             self._cuda.to_host(*copy)
 
     def enqueue(self, images: Array, results: Sequence[Array]) -> None:
-        """Start a batch and returns; `finish` waits for it.
+        """Start a batch and return; `finish` waits for it.
 
         At most two chunks are in progress. If there are two, this waits for the older one first.
 
@@ -454,7 +454,7 @@ class ExecutionStream:
             buffers.spans["compute"] = (start, buffers.computed)
 
     def _target(self, buffers: IOBuffers, chunk: BatchChunk, index: int, result: Array) -> int:
-        """Address that the engine writes an output to: the result itself if it is suitable."""
+        """Return the address that the engine writes an output to: the result itself if suitable."""
         if isinstance(result, DeviceArray) and chunk.run == chunk.rows:
             address = result.address + chunk.start * self._io.outputs[index].row_bytes
             if address % ALIGNMENT == 0:

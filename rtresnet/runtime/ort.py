@@ -1,7 +1,7 @@
 """Run ONNX files with ONNX Runtime.
 
 The requested provider runs the whole net, or loading fails: after loading, the session reports
-where it put every node. ONNX Runtime itself falls back in four places, with a warning at most: a
+the provider of every node. ONNX Runtime itself falls back in four cases, with a warning at most: a
 provider that was not built in (`providers.py`), one that does not start, a node that the provider
 has no kernel for, and a run that fails.
 
@@ -201,7 +201,7 @@ class OrtBackend:
         names = [output.name for output in outputs]
         self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
         self.output_names: list[str] = self._outputs
-        self._all_outputs = names  # of a detector, which also takes a second input
+        self._all_outputs = names  # a detector also has a second input
         self._extent = next((entry.name for entry in self._session.get_inputs()[1:]), "")
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
@@ -220,7 +220,7 @@ class OrtBackend:
             raise InputError(f"images are {type(images).__name__}, not a NumPy array")
         if not images.dtype.isnative:  # ONNX Runtime ignores the byte order
             raise InputError(
-                f"images {images.dtype} do not fit: they are in another machine's byte order",
+                f"images {images.dtype}: not in this machine's byte order",
                 fix="images.astype(images.dtype.newbyteorder('='))",
             )
         if self.batch is None or not images.ndim or len(images) in (0, self.batch):
@@ -231,8 +231,9 @@ class OrtBackend:
             if any(len(value) != len(part) for value in values):
                 shapes = ", ".join(str(list(value.shape)) for value in values)
                 raise ArtifactError(
-                    f"takes batches of {self.batch} and gives {shapes}: not one row for each image",
-                    fix=f"call it with {self.batch} images, or export it with an open batch",
+                    f"takes batches of {self.batch} and returns {shapes}: not one row for each "
+                    "image",
+                    fix=f"call it with {self.batch} images, or export it with a dynamic batch",
                 )
             chunks.append([value[:rows] for value in values])
         return _result([np.concatenate(parts) for parts in zip(*chunks, strict=True)])
@@ -248,7 +249,7 @@ class OrtBackend:
             The outputs by name.
 
         Raises:
-            InputError: Another type or shape, or the backend is closed.
+            InputError: Wrong type or shape, or the backend is closed.
             UnavailableError: The provider failed.
         """
         if self._session is None:
@@ -308,15 +309,15 @@ def _result(outputs: Sequence[np.ndarray]) -> np.ndarray | TopK:
 
 
 def _int8_note(float_layers: Sequence[str]) -> str:
-    """Describe for people what runs in place of sums that would saturate."""
+    """Describe how layers run whose sums would saturate."""
     shown = ", ".join(float_layers[:3]) + (", ..." if len(float_layers) > 3 else "")
     count = f"{len(float_layers)} layer{'s run' if len(float_layers) > 1 else ' runs'}"
-    change = f"{count} in float ({shown})" if float_layers else "none of this file's would"
-    return f"no VNNI on this CPU, so INT8 sums of 16 bits could saturate: {change}"
+    change = f"{count} in float ({shown})" if float_layers else "none in this file"
+    return f"this CPU has no VNNI, so 16-bit INT8 sums could saturate: {change}"
 
 
 def check_placement(session: Any, ep: str) -> dict[str, int]:
-    """Check that an ONNX Runtime session put every node on the requested execution provider.
+    """Check that an ONNX Runtime session assigned every node to the requested execution provider.
 
     Args:
         session: An InferenceSession that was created with `RECORD` on.
@@ -338,7 +339,7 @@ def check_placement(session: Any, ep: str) -> dict[str, int]:
     if others:
         examples = ", ".join(f"{name} ({op}) on {other}" for name, op, other in others[:3])
         raise UnavailableError(
-            f"{ep} was requested, and {len(others)} of {len(nodes)} nodes would run on another "
+            f"{ep} was requested, but {len(others)} of {len(nodes)} nodes would run on another "
             f"provider: {examples}{', ...' if len(others) > 3 else ''}",
             fix="see which providers are available: rtresnet doctor",
         )
@@ -353,7 +354,7 @@ def _load_error(
     no_fallback = "fallback to CPU EP" in str(error)
     if no_fallback or type(error).__name__ == "EPFail" or GPU_FAILURE.search(str(error)):
         return UnavailableError(
-            f"{path}: {about.title} was requested and cannot run it ({reason})",
+            f"{path}: {about.title} was requested but cannot run it ({reason})",
             fix=hardware.driver_fix(reason) or "see which providers are available: rtresnet doctor",
         )
     return ArtifactError(

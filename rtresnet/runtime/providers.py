@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime: which there are, and how a session gets one.
+"""Execution providers of ONNX Runtime, and how a session uses one.
 
 ONNX Runtime itself falls back to another provider if the requested one was not built in or does
 not start. Here both are errors.
@@ -19,7 +19,7 @@ from typing import Any
 from rtresnet.core import hardware
 from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError, missing_package
 
-# Severities of ONNX Runtime's log. Errors come as exceptions too.
+# Severities of ONNX Runtime's log. Errors are also raised as exceptions.
 ERRORS_ONLY, SILENT = 3, 4
 
 
@@ -29,7 +29,7 @@ class Provider:
 
     Attributes:
         ep: ONNX Runtime's name for it.
-        title: Its name in output for people.
+        title: Its name in messages.
         package: The package that provides it, as pip knows it.
         plugin: Module of a plugin that is registered at run time; None if it is built in.
         library: Its shared library in ONNX Runtime's package; None if it has none.
@@ -107,13 +107,13 @@ def _require_gpu(provider: Provider) -> None:
     gpus = hardware.gpus()
     if not gpus:
         raise UnavailableError(
-            f"{provider.title} needs an NVIDIA GPU, and this machine has none or no driver",
+            f"{provider.title} needs an NVIDIA GPU, but this machine has none or no driver",
             fix="use --provider cpu",
         )
     gpu = gpus[0]
     if provider.plugin and gpu.capability not in ((8, 6), (8, 9)) and gpu.capability < (12, 0):
         raise UnavailableError(
-            f"the {provider.title} accepts GPUs of sm_86, sm_89 and from sm_120 on, and this one "
+            f"the {provider.title} supports GPUs of sm_86, sm_89 and from sm_120 on, but this one "
             f"({gpu.name}) is {gpu.target}",
             fix="use --provider cuda",
         )
@@ -149,7 +149,7 @@ def import_onnxruntime() -> Any:
         if not hardware.installed("onnxruntime"):
             raise missing_package("onnxruntime", "running an ONNX file") from None
         raise UnavailableError(
-            f"onnxruntime is installed and cannot be imported: {error}", fix="see: rtresnet doctor"
+            f"onnxruntime is installed but cannot be imported: {error}", fix="see: rtresnet doctor"
         ) from error
     onnxruntime.disable_telemetry_events()
     onnxruntime.set_default_logger_severity(ERRORS_ONLY)
@@ -196,13 +196,13 @@ def use_provider(
     device = _plugin_device(provider)
     if device is None and provider.gpu:
         raise UnavailableError(
-            f"the {provider.title} offers no device on this GPU ({hardware.gpus()[0].name})",
+            f"the {provider.title} supports no device on this GPU ({hardware.gpus()[0].name})",
             fix="use --provider cuda",
         )
     if device is None:
         build = OPENVINO_BUILT_IN.package
         raise UnavailableError(
-            f"the {provider.title} offers no device on this processor ({hardware.cpu()}), and this "
+            f"the {provider.title} does not support this processor ({hardware.cpu()}), and this "
             f"onnxruntime was built without OpenVINO",
             fix=f"use --provider cpu, or: pip uninstall -y onnxruntime && pip install {build}",
         )
@@ -214,7 +214,7 @@ def openvino() -> Provider | None:
     """Return the OpenVINO provider for this CPU: the plugin, else the built-in one, else None.
 
     The plugin (1.8) supports CPUs of Intel only: microsoft/onnxruntime#31981. The build of ONNX
-    Runtime that includes OpenVINO runs on others too.
+    Runtime that includes OpenVINO also runs on others.
     """
     plugin = PROVIDERS["openvino"]
     assert plugin.plugin is not None

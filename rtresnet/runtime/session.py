@@ -1,4 +1,4 @@
-"""Run an ONNX file or a plan, with everything its sidecar says about it.
+"""Run an ONNX file or a plan as its sidecar specifies.
 
     with rtresnet.load("engines/resnet50.plan") as session:
         crops = np.stack([session.preprocess.crop(image) for image in images])
@@ -38,11 +38,11 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """Where an artifact ran; belongs with every figure.
+    """Where an artifact ran; reported with every figure.
 
     Attributes:
         device: The CPU's or GPU's name.
-        provider: What ran the net.
+        provider: The provider that ran the net.
         threads: CPU threads; None on a GPU.
         contexts: Execution contexts of a plan.
         graphs: CUDA graphs of a plan: "built in", "by hand" or "none".
@@ -53,7 +53,7 @@ class RuntimeInfo:
         batch_note: What `fixed_batch` means for a call.
         versions: Versions of the libraries.
         tf32: Whether FP32 layers may run as TF32 (a mantissa of 10 bits, on GPUs from sm_80 on):
-            as a plan's sidecar or ONNX Runtime's CUDA provider says; None elsewhere.
+            from a plan's sidecar or ONNX Runtime's CUDA provider; None elsewhere.
     """
 
     device: str
@@ -70,7 +70,7 @@ class RuntimeInfo:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """`int8_note` and `batch_note`, as far as there are any."""
+        """`int8_note` and `batch_note`, without those that are None."""
         return tuple(note for note in (self.int8_note, self.batch_note) if note)
 
     def __str__(self) -> str:
@@ -88,15 +88,15 @@ class Session:
 
     Args:
         path: The file that runs.
-        sidecar: Its record, or None for a file that another tool made.
-        backend: What runs it.
+        sidecar: Its sidecar, or None for a file of another tool.
+        backend: The backend that runs it.
         input: Preprocessing that was stated for the file; by default its sidecar's.
         classes: Class names; by default the sidecar's.
-        precision: Data type of the net; by default what the sidecar says.
+        precision: Data type of the net; by default from the sidecar.
         weights: sha256 of the checkpoint that the weights came from; by default the sidecar's.
-        assumed: What the file does not state and was assumed; by default the sidecar's list.
+        assumed: Assumptions on what the file does not state; by default the sidecar's list.
         order: Maps the file's outputs to `classes`, where these are in another order.
-        detection: Of a detector; by default the sidecar's. None for a classifier.
+        detection: Detection settings; by default the sidecar's. None for a classifier.
     """
 
     def __init__(
@@ -130,18 +130,18 @@ class Session:
         """Run a batch of any N from 1.
 
         Args:
-            images: What `prepare` returns: normalized float32 [N, 3, S, S]; for a file that takes
+            images: Output of `prepare`: normalized float32 [N, 3, S, S]; for a file that takes
                 pixels, uint8 [N, S, S, 3].
 
         Returns:
-            float32 logits [N, classes]; of a top-K file indices int64 [N, K] and probabilities
+            float32 logits [N, classes]; for a top-K file, indices int64 [N, K] and probabilities
             float32 [N, K], the most probable first. Both in the order of `classes`.
 
         Raises:
-            InputError: Images of another type or shape.
+            InputError: Images of the wrong type or shape.
         """
         if self.detection is not None:
-            raise InputError(f"{self.path}: a detector, which gives no logits",
+            raise InputError(f"{self.path}: is a detector, which has no logits",
                              fix="session.detect(image)")  # fmt: skip
         answer = self.backend.infer(images)
         if self.order is None:
@@ -154,7 +154,7 @@ class Session:
         """Run a batch, for callers that need logits.
 
         Raises:
-            InputError: The file gives the most probable classes only.
+            InputError: The file returns only the most probable classes.
         """
         return logits(self(images), self.path)
 
@@ -162,7 +162,7 @@ class Session:
         """Run a batch; scores of all classes, also from a top-K file (see `metrics.from_best`).
 
         Raises:
-            InputError: A top-K file that does not say how many classes there are.
+            InputError: A top-K file with an unknown number of classes.
         """
         answer = self(images)
         if isinstance(answer, tuple) and self.classes:
@@ -177,25 +177,25 @@ class Session:
 
         Returns:
             Boxes in the image's own pixels, scores and classes, from high scores to low ones. A
-            warning is logged where `unsettled` is not 0.
+            warning is logged if `unsettled` is not 0.
 
         Raises:
-            InputError: The artifact is a classifier, or the image has another type or shape.
+            InputError: The artifact is a classifier, or the image has the wrong type or shape.
         """
         spec, run = self.detection, getattr(self.backend, "detect", None)
         if spec is None:
             raise InputError(
-                f"{self.path}: a classifier, which gives no boxes",
+                f"{self.path}: is a classifier, which returns no boxes",
                 fix="session(session.prepare(images)), or: rtresnet train --task detect",
             )
         if run is None:
-            raise InputError(f"{self.path}: {self.backend.provider} runs no detectors yet")
+            raise InputError(f"{self.path}: {self.backend.provider} does not run detectors")
         images, extent = canvas.to_canvas(image, spec, self.preprocess)
         outputs = run(images, extent)
         result = canvas.from_outputs(outputs, image.shape[0], image.shape[1], extent)
         if result.unsettled:
             LOGGER.warning(
-                "%s: non-maximum suppression was not finished for %d boxes; export it again with "
+                "%s: non-maximum suppression did not converge for %d boxes; export it again with "
                 "more rounds", self.path, result.unsettled,
             )  # fmt: skip
         return result
@@ -205,7 +205,7 @@ class Session:
 
         Args:
             input: Replaces the preprocessing.
-            assumed: What of it is assumed.
+            assumed: Assumed parts of the preprocessing.
         """
         return self._changed(_input=input, assumed=assumed)
 
@@ -222,7 +222,7 @@ class Session:
             The artifact, and how its classes were matched with the reference's.
 
         Raises:
-            InputError: They have other classes.
+            InputError: The classes differ.
         """
         for entry in (reference, self):
             entry.require_classes()
@@ -238,9 +238,9 @@ class Session:
         )
         if not mapping.is_permutation:
             raise InputError(
-                f"{self.path} has {len(self.classes)} classes and {reference.path} "
+                f"{self.path} has {len(self.classes)} classes, but {reference.path} has "
                 f"{len(reference.classes)}",
-                fix="use artifacts of the same classes",
+                fix="use artifacts with the same classes",
             )
         order = None if mapping.in_order else mapping
         return self._changed(order=order, _classes=reference.classes), mapping
@@ -256,11 +256,11 @@ class Session:
         return session
 
     def require_classes(self) -> None:
-        """Raise InputError of a top-K file that does not say how many classes there are."""
+        """Raise InputError for a top-K file with an unknown number of classes."""
         if not self.classes:
             raise InputError(
-                f"{self.path}: gives the most probable classes, and no sidecar says how many "
-                "there are",
+                f"{self.path}: returns the most probable classes, but no sidecar states how many "
+                "classes exist",
                 fix="use the file it was made from",
             )
 
@@ -268,7 +268,7 @@ class Session:
     def classes(self) -> tuple[str, ...]:
         """Class names; their numbers if the file has no names.
 
-        Empty for a top-K file that does not say how many there are. One image is run if the
+        Empty for a top-K file with an unknown number of classes. Runs one image if the
         file leaves the number of classes open.
         """
         if self._classes is None and self.sidecar is not None:
@@ -280,7 +280,7 @@ class Session:
         return self._classes
 
     def prepare(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Turn uint8 RGB images into what the file takes.
+        """Convert uint8 RGB images to the file's input.
 
         Args:
             images: Crops [N, S, S, 3], or images [H, W, 3] of any sizes, which are resized and
@@ -306,7 +306,7 @@ class Session:
         """How an image becomes input.
 
         Raises:
-            InputError: The file has no sidecar, or one that does not say it.
+            InputError: The file has no sidecar, or the sidecar does not state it.
         """
         if self._input is not None:
             return self._input
@@ -363,9 +363,9 @@ class Session:
 
     @property
     def batch(self) -> int | None:
-        """The only batch size that the file takes; None if it takes several.
+        """The only batch size that the file accepts; None if it accepts several.
 
-        A call of another number of images is cut into such batches, and the last filled up.
+        A call with another number of images is split into such batches, and the last one is padded.
         """
         profiles = getattr(self.backend, "profiles", ())
         sizes = {size for profile in profiles for size in (profile.min, profile.max)}
@@ -373,10 +373,10 @@ class Session:
 
     @property
     def batch_note(self) -> str | None:
-        """What a fixed batch means for a call, for people; None if any batch is taken."""
+        """Message on how a call runs with a fixed batch; None if any batch size is accepted."""
         if self.batch is None or self.detection is not None:
             return None
-        how = "images run one by one" if self.batch == 1 else "a smaller batch is filled up"
+        how = "images run one by one" if self.batch == 1 else "a smaller batch is padded"
         return f"{self.path}: its batch is fixed at {self.batch}; {how}"
 
     @property
@@ -402,7 +402,7 @@ class Session:
         return dataclasses.asdict(self.info)
 
     def close(self) -> None:
-        """Free what the backend holds."""
+        """Free the backend's memory and handles."""
         self.backend.close()
 
     def __enter__(self) -> Session:
@@ -453,7 +453,7 @@ def load(
     Next to other Python threads that compute, a call waits for the GIL when the GPU is done: up to
     5 ms, the interpreter's default. With a device of 0.5 ms and one such thread a call takes
     6.25 ms (median; p99 15.7) instead of 0.82, and 0.99 ms after `sys.setswitchinterval(1e-4)`.
-    That setting is the process's, so `load` leaves it alone.
+    That setting applies to the process, so `load` does not change it.
 
     Raises:
         InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
@@ -465,7 +465,7 @@ def load(
         raise UnknownNameError("device", device, DEVICES)
     for name, number in (("threads", threads), ("contexts", contexts)):
         if number is not None and number < 1:
-            raise InputError(f"{name} is {number}, at least 1 is needed")
+            raise InputError(f"{name} is {number}, but must be at least 1")
     path = atomic_io.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
@@ -484,8 +484,8 @@ def load(
         sidecar = sidecar or plan_info.described(path)
         if provider != "auto" or threads is not None:
             raise InputError(
-                f"{path}: a plan runs in the TensorRT that built it; --provider and --threads are "
-                "for ONNX files"
+                f"{path}: is a plan, which runs in TensorRT; --provider and --threads apply to "
+                "ONNX files only"
             )
         if not hardware.gpus() or device == "cpu":
             compatibility.check_compatible(path, sidecar)
@@ -510,7 +510,7 @@ def load(
         if sidecar is None:
             sidecar = _described(path, runner)
     else:
-        raise InputError(f"{path}: the runtime takes ONNX files and plans", fix="rtresnet export")
+        raise InputError(f"{path}: not an ONNX file or a plan", fix="rtresnet export")
     return Session(path, sidecar, backend)
 
 

@@ -126,7 +126,7 @@ class TrtBackend:
         blocking: bool = False,
     ) -> None:
         if contexts < 1:
-            raise InputError(f"contexts is {contexts}, at least 1 is needed")
+            raise InputError(f"contexts is {contexts}, but must be at least 1")
         check_compatible(path, sidecar)
         plan = sidecar.plan if sidecar else None
         name = plan.builder if plan else "tensorrt_rtx"
@@ -250,7 +250,7 @@ class TrtBackend:
         free, total = self._cuda.memory()
         if needed > free:
             raise UnavailableError(
-                f"{self.path}: {what} need {needed / 1e6:,.0f} MB on {self.device}, and "
+                f"{self.path}: {what} need {needed / 1e6:,.0f} MB on {self.device}, but only "
                 f"{free / 1e6:,.0f} of {total / 1e6:,.0f} MB are free",
                 fix="use fewer contexts, or build it with a smaller --batch maximum",
             )
@@ -375,7 +375,10 @@ class TrtBackend:
             InputError: The backend was not loaded with `timings=True`.
         """
         if not self._timed:
-            raise InputError("a timeline needs events", fix="load with timings=True")
+            raise InputError(
+                "the backend records no events, which a timeline needs",
+                fix="load with timings=True",
+            )
         stream = self._take_stream()
         try:
             with self._cuda.active():
@@ -403,7 +406,7 @@ class TrtBackend:
                 stream.watch(profiler)
 
     def close(self) -> None:
-        """Wait for running calls, save the compiled kernels, free everything.
+        """Wait for running calls, save the compiled kernels, and free everything.
 
         Calling it twice is fine.
         """
@@ -430,7 +433,7 @@ class TrtBackend:
                 finally:
                     self._stack.close()
         finally:
-            self._stack.close()  # what is left if the device could not be made current
+            self._stack.close()  # frees the rest if the device could not be made current
 
 
 class Pipeline:

@@ -41,7 +41,7 @@ def degradation_nets(depths: Sequence[int]) -> dict[str, Spec]:
 
 
 def shortcut_nets(model: str) -> dict[str, Spec]:
-    """Return a residual net under each option, and its plain counterpart where the zoo has one.
+    """Return a residual net with each option, and its plain counterpart if the zoo has one.
 
     Raises:
         UnknownNameError: No such net.
@@ -61,7 +61,7 @@ def shortcut_nets(model: str) -> dict[str, Spec]:
 def block_nets(model: str) -> dict[str, Spec]:
     """Return a net with one-, two- and three-layer blocks, and one with projections everywhere.
 
-    The nets have the same layers, so the same parameters; but option C adds its projections
+    The nets have the same layers and parameters, except for the projections of option C
     (section 3.2: a residual function of one layer had no advantage; section 4.1: option C).
 
     Raises:
@@ -74,18 +74,18 @@ def block_nets(model: str) -> dict[str, Spec]:
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What the nets of a study have in common.
+    """Settings that all nets of a study share.
 
     Attributes:
         source: Training images.
-        test: The set's own test split, if it came with one.
+        test: The data set's own test split, if it has one.
         recipe: A recipe's name.
-        settings: Its fields that are set.
-        seeds: How many: 0, 1, 2, ...
+        settings: Recipe fields to override.
+        seeds: Number of seeds: 0, 1, 2, ...
         out: Folder of the study.
         device: "cpu" or "cuda".
-        size: Side of the input in pixels; None is the net's customary one.
-        max_broken: The share of images that may be broken, in [0, 1]; they are left out.
+        size: Side of the input in pixels; None for the net's default.
+        max_broken: Allowed share of broken images in [0, 1]; they are ignored.
     """
 
     source: Source
@@ -100,7 +100,7 @@ class Terms:
 
 
 def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
-    """Every net under the first seed, then every net under the second, and so on.
+    """Return the runs of every net with the first seed, then with the second, and so on.
 
     Raises:
         UnknownNameError, InputError: The recipe or a setting.
@@ -128,7 +128,7 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Over seeds: the mean, and the standard deviation of a sample (None of a single one)."""
+    """Mean and sample standard deviation over seeds (None for a single seed)."""
 
     mean: float
     std: float | None
@@ -139,7 +139,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of one value or more."""
+    """Summarize one or more values."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(mean=float(np.mean(values)), std=std, n=len(values))
 
@@ -169,16 +169,16 @@ class Net:
 
     @property
     def finished(self) -> list[Outcome]:
-        """Without the seeds that diverged."""
+        """Outcomes of the seeds that did not diverge."""
         return [outcome for outcome in self.outcomes if outcome.diverged is None]
 
     def error(self, name: str) -> Spread | None:
-        """One of ERRORS over the seeds; None where none finished or nothing was held out."""
+        """Return one of ERRORS over the seeds; None if no run finished or nothing was held out."""
         values = [getattr(outcome, name) for outcome in self.finished]
         return spread(values) if values and None not in values else None
 
     def curve(self, name: CurveName) -> Curve | None:
-        """Of "train_top1" or "val_top1" as an error; None in the same way."""
+        """Return "train_top1" or "val_top1" as an error curve; None as for `error`."""
         logs = [outcome.log for outcome in self.finished]
         hits = [[record[name] for record in log] for log in logs]
         if not hits or any(None in of_seed for of_seed in hits):
@@ -211,9 +211,9 @@ class SeedRecord:
     """A net's run with one seed; errors in percent, None where it diverged.
 
     Attributes:
-        folder: Of the run.
-        diverged: Why there is no result, or None.
-        measured: Of the epoch that was kept.
+        folder: Folder of the run.
+        diverged: Reason why there is no result, or None.
+        measured: Metrics of the selected epoch.
         log: A record for each epoch.
     """
 
@@ -245,8 +245,8 @@ class NetRecord:
     Attributes:
         net: Its label.
         shortcut: "A", "B" or "C"; None for a plain net.
-        multiply_adds: For one image.
-        recipe: Of the first seed.
+        multiply_adds: Multiply-adds for one image.
+        recipe: Recipe of the first seed.
         diverged: Number of seeds.
     """
 
@@ -284,12 +284,12 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Net]:
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """How long a run is and how long the paper's was.
+    """Length of a run next to the paper's.
 
     Attributes:
-        images: Training images, those held out not counted.
-        steps, batch: Of this run.
-        paper_steps, paper_batch: Of the paper's.
+        images: Number of training images without the held-out ones.
+        steps, batch: Length and batch size of this run.
+        paper_steps, paper_batch: Length and batch size of the paper's run.
     """
 
     images: int
@@ -309,7 +309,7 @@ class Length:
 
 
 def length(run: Run) -> Length:
-    """Of a run that need not have begun."""
+    """Return the length of a run, which may not have started yet."""
     job, recipe = run.job, run.job.recipe
     paper: Recipe = recipes.PAPER_CIFAR if job.spec.family == "cifar" else recipes.PAPER_IMAGENET
     images = len(loader.split(job.source, recipe.seed, recipe.holdout).train)

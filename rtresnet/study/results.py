@@ -22,9 +22,9 @@ class GradientNorms:
     """Gradients of one net after some steps.
 
     Attributes:
-        step: Steps done before.
-        loss: Of the batch that they were measured on.
-        norms: L2 norm of the loss's gradient for the weights of each 3x3 convolution, by name, in
+        step: Number of steps so far.
+        loss: Loss of the measured batch.
+        norms: L2 norm of the loss gradient for the weights of each 3x3 convolution, by name, in
             the order of the layers.
         ratio: The first layer's norm over the last one's.
     """

@@ -1,7 +1,8 @@
-"""The runs of a study: each an ordinary run folder, made once, gone on with after a Ctrl-C.
+"""The runs of a study: ordinary run folders, trained once, resumed after a Ctrl-C.
 
-A run that finished under the same net, recipe and images is not made again; one made under
-others is never written over. A run that diverged is a result too, and leaves `diverged.json`.
+A finished run of the same net, recipe and images is not repeated. A run of another
+net, recipe or images is never overwritten. A diverged run is also a result, stored in
+`diverged.json`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ DIVERGED = "diverged.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One net under one seed.
+    """One net with one seed.
 
     Attributes:
-        label: Of the net in figures and tables.
-        job: What to train on what; its recipe has the seed.
-        fingerprint: Of the job's images, which takes a while to compute.
+        label: Label of the net in figures and tables.
+        job: Net, data and recipe; the recipe contains the seed.
+        fingerprint: Hash of the job's images, which is slow to compute.
     """
 
     label: str
@@ -47,13 +48,13 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a run.
+    """Result of a run.
 
     Attributes:
-        run: Which.
-        diverged: Why there is no result, or None.
-        log: A record an epoch, as in log.jsonl.
-        measured: Of the epoch that was kept.
+        run: The run.
+        diverged: Reason why there is no result, or None.
+        log: One record per epoch, as in log.jsonl.
+        measured: Metrics of the selected epoch.
     """
 
     run: Run
@@ -63,18 +64,18 @@ class Outcome:
 
     @property
     def train_error(self) -> float:
-        """Of the last epoch, on the augmented images as they were trained on, in percent."""
+        """Error of the last epoch on the augmented training images, in percent."""
         return 100 - self.log[-1]["train_top1"]
 
     @property
     def val_error(self) -> float | None:
-        """Of the kept epoch, in percent; None where nothing was held out."""
+        """Validation error of the selected epoch in percent; None if nothing was held out."""
         value = self.measured["val_top1"]
         return None if value is None else 100 - value
 
     @property
     def test_error(self) -> float:
-        """Of the kept epoch, in percent."""
+        """Test error of the selected epoch, in percent."""
         return 100 - self.measured["test_top1"]
 
 
@@ -82,7 +83,7 @@ def found(run: Run) -> Outcome | None:
     """Return the outcome of an earlier run; None if the run is missing or unfinished.
 
     Raises:
-        InputError: The folder holds a run of another net, recipe or images.
+        InputError: The folder contains a run of another net, recipe or images.
     """
     out = run.job.out
     if (out / DIVERGED).exists():
@@ -103,10 +104,10 @@ def make(
     on_step: StepListener = lambda progress: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Train, or goes on where a run was interrupted.
+    """Train a net, or resume an interrupted run.
 
     Raises:
-        InputError: The folder holds another run.
+        InputError: The folder contains another run.
         KeyboardInterrupt: Ctrl-C; the state is saved.
     """
     before = found(run)
@@ -144,18 +145,18 @@ def _require_same(run: Run, record: dict[str, Any]) -> None:
     try:
         checkpointing.check_same_recipe(out, record["recipe"], resolve_job(run.job).recipe)
     except InputError as error:
-        raise InputError(error.message, fix="give the study another --out") from None
+        raise InputError(error.message, fix="choose another --out") from None
     for name, what in (("model", "another net"), ("fingerprint", "other images")):
         if json.dumps(record[name]) != json.dumps(own[name]):
             raise InputError(
                 f"{out}: its run has {what} ({record['model']['architecture']} on "
                 f"{record['data']})",
-                fix="give the study another --out",
+                fix="choose another --out",
             )
 
 
 def part(source: Source, images: int | None) -> Source:
-    """`images` of a source, spread evenly over the classes, always the same; None is all."""
+    """Return a fixed subset of a source, evenly spread over the classes; None for all images."""
     if images is None or images >= len(source):
         return source
     chosen = loader.sample(source, images)

@@ -44,7 +44,7 @@ from rtresnet.training.teacher import Teacher
 T = TypeVar("T")
 READ_STEPS = 20  # steps between reading the losses from a GPU, which waits for it
 WARMUP_STEPS = 25  # steps over which the training error is measured that ends a warm-up
-EVALUATION_BATCH = 512  # of small images on the device
+EVALUATION_BATCH = 512  # for small images on the device
 
 
 @dataclass(frozen=True, kw_only=True)

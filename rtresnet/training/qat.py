@@ -43,7 +43,7 @@ from rtresnet.quantization.formats import (
 )
 from rtresnet.quantization.placement import place_quantizers, residual_branches, stem
 
-CALIBRATION_IMAGES = 512  # of the training images, for the initial scales
+CALIBRATION_IMAGES = 512  # number of training images for the initial scales
 TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
 SMALLEST = torch.finfo(torch.float32).tiny
 

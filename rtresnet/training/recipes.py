@@ -77,7 +77,7 @@ RECIPES = {
 EXAMPLES = {"lr": "0.05", "milestones": "0.3,0.6", "progressive": "0:0.5,0.6:1", "area": "0.35,1"}
 
 MIN_BATCH = 32
-FEW_UPDATES = 100  # of the weights, in a whole run
+FEW_UPDATES = 100  # number of weight updates in a run
 HIGH_RATE = 4  # times the recipe's learning rate
 STEPS_PER_EPOCH = 40  # fewer updates than this are too few to learn from
 SMALL_IMAGE = 64  # pixels: up to this size images are padded and cropped as in CIFAR recipes

@@ -247,7 +247,7 @@ def _parity(
 
 
 def _attested(sidecar: Sidecar | None) -> Iterator[Check]:
-    """Of a plan: every convolution has the precision of the file, except for those kept."""
+    """Check that every convolution of a plan has the file's precision, except the float ones."""
     plan = sidecar.plan if sidecar is not None else None
     if sidecar is None or plan is None or plan.attested is None:
         return

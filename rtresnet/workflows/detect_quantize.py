@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BOXES = ("proposals.", "align.grid.", "select.")  # scopes whose nodes stay float32
 SCOPES = ("proposals.", "align.", "select.")
-METHODS = ("mse", "percentile", "max")  # of "auto", in this order
+METHODS = ("mse", "percentile", "max")  # methods that "auto" tries, in this order
 
 
 def float_nodes(model: Any, scopes: tuple[str, ...] = BOXES) -> frozenset[str]:

@@ -30,7 +30,7 @@ PACKAGES = (
 )  # fmt: skip
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 BATCH = 5
-BOUND = 1e-2  # of the norm of the difference to the CPU's logits, relative to their norm
+BOUND = 1e-2  # bound of the relative L2 difference from the CPU's logits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ import numpy as np
 from rtresnet.core.preprocess import resize
 from rtresnet.data.sources import Source
 
-SIDE = 32  # of the grey image that is transformed
+SIDE = 32  # side of the grey image that is transformed
 THUMBNAIL = 8
 MAX_BITS = 7  # below the number of bytes, so that near hashes share at least one byte
 MIN_CORRELATION = 0.97
-MIN_COARSE_CORRELATION = 0.995  # of thumbnails of SIDE x SIDE
+MIN_COARSE_CORRELATION = 0.995  # correlation of SIDE x SIDE thumbnails
 MIN_DETAIL = 0.002  # share of contrast; at least 0.004 in CIFAR-10 and ImageNet, 0.001 in digits
 
 # Orthonormal DCT, [frequency, position].

@@ -12,7 +12,7 @@ from rtresnet.core.preprocess import resize
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source
 
-SIDE = 160  # of a thumbnail's longer side, in pixels
+SIDE = 160  # longer side of a thumbnail, in pixels
 
 
 def thumbnails(source: Source, indices: Iterable[int], side: int = SIDE) -> dict[int, np.ndarray]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EXTRAS = {"cpu": "cpu", "gpu": "gpu", "tensorrt_rtx": "rtx", "tensorrt": "trt"}
 DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
 USER = 10001
-GRACE_SECONDS = 30  # of `rtresnet serve`
+GRACE_SECONDS = 30  # default --grace of `rtresnet serve`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def package_server(
 class _Server:
     """What the image contains and how it is started."""
 
-    file: str  # of the model, in its version's folder
+    file: str  # the model's file in its version folder
     name: str
     version: int
     image: str

@@ -39,7 +39,7 @@ DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
     "synthetic:N. Transparent images are composited on white."
 )
-IMAGENET_DEFAULT = "resnet18"  # of --weights imagenet
+IMAGENET_DEFAULT = "resnet18"  # the net of --weights imagenet
 DISTILL = 0.5  # share of the teacher in the loss
 # Fields of the recipe that are options of their own.
 RECIPE_FIELDS = ("epochs", "batch", "lr", "seed", "patience", "balance", "layer_decay", "freeze")
@@ -303,7 +303,7 @@ def train(
         with TrainProgress(own, loggers) as progress:
 
             def begin(report: DataReport) -> None:
-                """Of a new run, once it is known to be possible."""
+                """Create the folder of a new run after all checks have passed."""
                 if world.is_main:
                     config_file.write_config(folder / config_file.CONFIG_FILE, config, job)
                 progress.data(report)

@@ -48,7 +48,7 @@ def test_scales_are_used_again_where_nothing_has_changed(
     scales = Path("calib/resnet8-int8.json").read_text()
     capsys.readouterr()
     assert quantize(source, *arguments) == 0
-    assert "are used again" in capsys.readouterr().err
+    assert "reusing the scales" in capsys.readouterr().err
     assert Path("resnet8-int8.onnx").read_bytes() == first
     assert Path("calib/resnet8-int8.json").read_text() == scales
 
@@ -485,7 +485,7 @@ def test_outliers_are_told_with_the_remedy_that_was_taken(
     for again in (False, True):
         assert quantize(source, *arguments) == 0
         said = capsys.readouterr().err
-        assert ("are used again" in said) == again
+        assert ("reusing the scales" in said) == again
         assert "layer2.0.relu1: 1 of its channels" in said and remedy in said
         (told,) = json.loads(Path("q.json").read_text())["result"]["measured"]["outliers"]
         assert told["tensor"] == "layer2.0.relu1" and remedy in told["remedy"]
@@ -576,7 +576,7 @@ def test_scales_go_next_to_the_file_where_calib_is_not_writable(
     assert json.loads(Path("out/x.scales.json").read_text())["scales"]
     if calib == "tints":
         assert quantize(source, *arguments, "--out", "out/x.onnx") == 0
-        assert "out/x.scales.json are used again" in capsys.readouterr().err
+        assert "reusing the scales of out/x.scales.json" in capsys.readouterr().err
 
 
 def test_scales_of_a_calib_folder_that_is_read_only_are_used_again(
@@ -589,7 +589,7 @@ def test_scales_of_a_calib_folder_that_is_read_only_are_used_again(
         "os.access", lambda path, mode: Path(path).name != "calib" and access(path, mode)
     )
     assert quantize(source, *arguments) == 0
-    assert "calib/x.json are used again" in capsys.readouterr().err
+    assert "reusing the scales of calib/x.json" in capsys.readouterr().err
     assert not Path("out/x.scales.json").exists()
 
 

@@ -112,7 +112,7 @@ class Kept(WithDlpack):
         (lambda view: WithDlpack(view.astype(np.complex64)), "DLPack code 5"),
         (lambda view: WithInterface(view, typestr="<f8"), "takes float32"),
         (lambda view: WithDlpack(view[0]), "takes float32"),
-        (lambda view: WithDlpack(view, (2, 1)), "on GPU 1, the plan on GPU 0"),
+        (lambda view: WithDlpack(view, (2, 1)), "on GPU 1, but the plan is on GPU 0"),
         (lambda view: Kept(view), "requires grad"),
     ],
 )

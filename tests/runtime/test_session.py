@@ -204,7 +204,7 @@ def test_a_plan_without_a_gpu_names_the_onnx_file(plan: Path, copied: Path, devi
 
 @pytest.mark.parametrize("options", [{"provider": "openvino"}, {"threads": 2}])
 def test_a_plan_takes_no_provider_and_no_threads(plan: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="are for ONNX files"):
+    with pytest.raises(InputError, match="apply to ONNX files"):
         load(plan, **options)
 
 
@@ -234,7 +234,7 @@ def test_a_plan_asked_onto_the_cpu_is_not_told_that_there_is_no_gpu(
     with pytest.raises((UnavailableError, InputError)) as caught:
         load(plan, device="cpu")
     assert str(copied) in str(caught.value)
-    assert "there is none here" not in str(caught.value)
+    assert "this machine has none" not in str(caught.value)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
