@@ -1,1 +1,1 @@
-"""Latency that can be defended: load, statistics, and what machine it was."""
+"""Latency measurement: load, statistics, and the state of the machine."""

@@ -1,8 +1,8 @@
-"""Which of two artifacts is faster, and is one slower than it was in an earlier result?
+"""Decide which of two artifacts is faster, and whether one became slower than an earlier result.
 
-A verdict takes more than an interval without 1 in it: two processes that load the same file differ
-by 1 %, as measured, because of where their memory lies. So the whole interval must lie beyond a
-margin of 2 %; below it no difference is claimed.
+A verdict needs more than an interval without 1: two processes that load the same file differ
+by 1 % as measured, because of their memory layout. So the whole interval must lie beyond a
+margin of 2 %; otherwise no difference is reported.
 
 A comparison with a recorded result requires the same workload of the same file on the same device
 and versions (`config_diff`). Pure NumPy; reads no files.
@@ -34,7 +34,7 @@ FIGURES = {
 of requests in flight divided by their mean latency, so the mean also compares throughputs."""
 LOAD = ("qps", "concurrency", "max_batch", "in_flight")
 PLAN = ("contexts", "graphs")
-"""Compared where both results have them: earlier files do not."""
+"""Compared if both results have them; earlier files do not."""
 ALIKE = ("batch", "device", "provider", "threads", "versions", "precision", "with_preprocess")
 
 
@@ -43,9 +43,9 @@ class Comparison:
     """One artifact compared with another.
 
     Attributes:
-        speed: How many times as fast as the other; above 1 is faster.
+        speed: Speed relative to the other; above 1 is faster.
         low, high: Confidence interval of `speed`; 0 and infinity if there are too few pairs.
-        level: Its confidence, 0.95 shared by all comparisons of one call.
+        level: Confidence of the interval: 0.95, divided among all comparisons of one call.
         n: Pairs of slices; without pairing, the smaller number of samples.
         paired: Whether both were measured in alternating slices.
         verdict: "faster", "slower" or "no difference shown".
@@ -79,8 +79,9 @@ def paired(
 
     Args:
         reference: One latency per round.
-        other: The same, of the artifact that is compared with the reference.
-        comparisons: Number of comparisons with this reference, which share the confidence.
+        other: One latency per round of the compared artifact.
+        comparisons: Number of comparisons with this reference, among which the confidence is
+            divided.
     """
     n = min(len(reference), len(other))
     ratios = np.log(np.divide(reference[:n], other[:n]))
@@ -118,7 +119,7 @@ def compare_unpaired(
 ) -> Comparison | None:
     """Compare samples of two runs that were made one after the other.
 
-    The interval covers the variation within each run, not what changed on the machine between
+    The interval covers the variation within each run, not changes of the machine between
     them.
 
     Args:
@@ -162,7 +163,8 @@ class Judgement:
 
     Attributes:
         figure: The latency figure that was compared: median, mean or p99.
-        comparison: Of the result with the baseline; None if a percentile has too few samples.
+        comparison: Comparison of the result with the baseline; None if a percentile has too few
+            samples.
         regression: Whether the whole interval is slower by more than the tolerance.
         tolerance: Allowed slowdown: 0.03 is 3 %.
         baseline: The file of the baseline.
@@ -182,7 +184,7 @@ def judge(
 
     Args:
         now: An entry of `results`, as `bench --json` writes it.
-        then: The same of the baseline.
+        then: The baseline's entry.
         tolerance: 0.03 allows it to be 3 % slower.
         baseline: Name of the baseline's file.
     """
@@ -196,7 +198,7 @@ def judge(
 
 
 def config_diff(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """Differences of two results that make them incomparable, as "device: A, was B"."""
+    """Return the differences that make two results incomparable, as "device: A, was B"."""
     both = (now, then)
     pairs: dict[str, list[Any]] = {
         "scenario": [scenario(entry) for entry in both],

@@ -1,9 +1,9 @@
-"""Whether a backend gives an image the same answer in every batch.
+"""Check whether a backend returns the same output for an image in every batch.
 
-The part of `rtresnet check` that needs no file: it works on any callable. The answer to an image
-alone is the reference; in a batch, at another position, at another batch size, after other batches
-and next to a broken image the answer must be the same. The tolerance follows from the precision,
-because another batch may use another kernel, which may sum in another order.
+The part of `rtresnet check` that needs no file: it works on any callable. The output for an image
+alone is the reference. In a batch, at another position, at another batch size, after other batches
+and next to a broken image, the output must be the same. The tolerance depends on the precision,
+because another batch size may use another kernel, with a different order of summation.
 
 Independent of what runs the net.
 """
@@ -23,8 +23,8 @@ Infer = Callable[[np.ndarray], "np.ndarray | TopK"]
 """A batch of images to logits [N, classes], or to indices [N, K] and probabilities [N, K]."""
 
 # As shares of the logits' range. Measured with ONNX Runtime on a CPU, ResNet-18, -50 and -20: from
-# one batch to another answers do not differ in FP32 and FP16, and by 2e-7 in INT8, or 5e-4 if a
-# value was rounded in the other direction. GPUs choose a kernel by the batch. Known about them:
+# one batch to another, outputs do not differ in FP32 and FP16, and by 2e-7 in INT8, or 5e-4 if a
+# value was rounded in the other direction. GPUs choose a kernel by the batch size. For GPUs,
 # rounding everything to FP16 twice gives a difference of 9e-4, TF32 rounds in the same way, and
 # answers to different photographs differ by at least 1.5e-2; a tolerance must stay below that, or
 # exchanged rows would go unnoticed.
@@ -39,18 +39,18 @@ PROBABILITIES, WIDEST = 10.0, 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison of many answers.
+    """One comparison of many outputs.
 
     Attributes:
-        name: What must make no difference.
-        compared: What was compared, in a few words.
-        n: Number of answers.
+        name: The condition that must not change the outputs.
+        compared: Short description of the compared outputs.
+        n: Number of outputs.
         largest: Largest difference of a logit (for a top-K file, of a probability); NaN if an
-            answer is not a number.
-        tolerance: Largest difference that is allowed.
+            output is not a number.
+        tolerance: Largest allowed difference.
         moved: Images whose top-1 changed although it led by more than the tolerance.
-        why: What is wrong, as the end of a sentence; None if nothing is.
-        ok: Whether nothing is wrong.
+        why: Description of the failure, or None.
+        ok: Whether the check passed.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A backend's answers to N images.
+    """A backend's outputs for N images.
 
     Attributes:
         values: float64 [N, classes], logits; or [N, K], probabilities in descending order.
@@ -106,7 +106,7 @@ class Answers:
         return share * float(np.ptp(self.values))
 
     def difference(self, other: Answers) -> np.ndarray:
-        """Largest difference of any class, [N]; NaN if an answer contains one."""
+        """Return the largest difference of any class, [N]; NaN if an output contains one."""
         values, others = self.values, other.values
         if self.classes is not None and other.classes is not None:
             classes = np.unique(np.concatenate((self.classes, other.classes), axis=None))
@@ -114,10 +114,10 @@ class Answers:
         return np.asarray(np.abs(values - others).max(axis=1))
 
     def _probabilities(self, classes: np.ndarray) -> np.ndarray:
-        """Probabilities of these classes, [N, len(classes)].
+        """Return the probabilities of these classes, [N, len(classes)].
 
         A class that is not among the K best gets the smallest of their probabilities, so that the
-        difference of two correct answers is never overestimated.
+        difference of two correct outputs is never overestimated.
         """
         assert self.classes is not None
         values = np.repeat(self.values.min(axis=1, keepdims=True), len(classes), axis=1)
@@ -125,7 +125,7 @@ class Answers:
         return values
 
     def top(self, k: int) -> Answers:
-        """Convert logits to the answers of a top-K file."""
+        """Convert logits to the outputs of a top-K file."""
         probabilities = softmax(self.values)
         best = np.argsort(-probabilities, axis=1)[:, :k]
         return Answers(values=np.take_along_axis(probabilities, best, axis=1), classes=best)
@@ -155,22 +155,22 @@ def check(
 
     Args:
         infer: The backend.
-        images: At least two different images, as the backend takes them; batches repeat them.
+        images: At least two different images, as the backend's input; batches repeat them.
         single: `alone(infer, images)`.
         sizes: Batch sizes to try; for a plan the smallest, best and largest of each profile.
-        share: Largest difference that is allowed, as a share of the logits' range.
+        share: Largest allowed difference, as a share of the logits' range.
 
     Returns:
-        One entry for each comparison. All are made, also after one has failed, unless an answer
-        to an image alone is not finite.
+        One entry for each comparison. All run, even after one has failed, unless an output
+        for a single image is not finite.
     """
     many, tolerance = len(images), single.allowed(share)
     usual, largest = max(2, sorted(sizes)[len(sizes) // 2]), max(sizes)
     offset = 0
 
     def batch(size: int) -> np.ndarray:
-        # Two consecutive batches never have the same image at the same position: an answer left
-        # over from the first would be right by chance.
+        # Two consecutive batches never have the same image at the same position: an output left
+        # over from the first would be correct by chance.
         nonlocal offset
         offset += 1
         return (offset + np.arange(size)) % many
@@ -180,7 +180,7 @@ def check(
 
     if not np.isfinite(single.values).all():
         bad = int((~np.isfinite(single.values).all(axis=1)).sum())
-        return [_failed("alone", "each image", many, tolerance, f"{bad} answers are not finite")]
+        return [_failed("alone", "each image", many, tolerance, f"{bad} outputs are not finite")]
     first, second = batch(usual), batch(usual)
     order = np.random.default_rng(0).permutation(usual)
     checks = [
@@ -204,9 +204,9 @@ def check(
 
 
 def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: float) -> Check:
-    """Compare answers to images with the reference answers to the same images."""
+    """Compare outputs with the reference outputs of the same images."""
     if got.values.shape != want.values.shape:
-        shapes = f"{list(got.values.shape)} came back for {list(want.values.shape)}"
+        shapes = f"{list(got.values.shape)} was returned instead of {list(want.values.shape)}"
         return _failed(name, compared, len(want), tolerance, shapes)
     difference = got.difference(want)
     moved = (got.first != want.first) & (want.margin > tolerance)
@@ -214,7 +214,7 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
     why = None
     if wrong.any():
         worst = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
-        why = f"{int(wrong.sum())} of {len(want)} answers differ, most in row {worst}"
+        why = f"{int(wrong.sum())} of {len(want)} outputs differ, most in row {worst}"
     elif moved.any():
         why = f"top-1 of {int(moved.sum())} of {len(want)} images changed"
     return Check(
@@ -229,7 +229,7 @@ def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: fl
 
 
 def discriminability(single: Answers, tolerance: float) -> float:
-    """Share of pairs of images, in [0, 1], that would be noticed if they were exchanged."""
+    """Return the share of image pairs, in [0, 1], whose exchange would be detected."""
     ones, others = np.tril_indices(len(single), -1)
     return float((single[ones].difference(single[others]) > tolerance).mean())
 
@@ -237,12 +237,12 @@ def discriminability(single: Answers, tolerance: float) -> float:
 def _repeated(
     infer: Infer, images: np.ndarray, first: np.ndarray, second: np.ndarray, tolerance: float
 ) -> Check:
-    name, compared = "repeated", f"{len(first)}, others between"
+    name, compared = "repeated", f"{len(first)}, with others in between"
     output = infer(images[first])
     before = answers(output)
     infer(images[second])
     if not np.array_equal(answers(output).values, before.values, equal_nan=True):
-        why = "the array that was returned changed when the next batch ran"
+        why = "the returned array changed when the next batch ran"
         return _failed(name, compared, len(first), tolerance, why)
     return compare(name, compared, answers(infer(images[first])), before, tolerance)
 
@@ -250,7 +250,7 @@ def _repeated(
 def _next_to_broken(
     infer: Infer, images: np.ndarray, single: Answers, rows: np.ndarray, tolerance: float
 ) -> Check:
-    """Run a batch with NaN in one image (white, where pixels are integers), then a sound batch."""
+    """Run a batch with NaN in one image (white, for integer pixels), then a valid batch."""
     floating = np.issubdtype(images.dtype, np.floating)
     broken, at = images[rows], len(rows) // 2
     broken[at] = np.nan if floating else 255
@@ -258,7 +258,9 @@ def _next_to_broken(
     name = f"{'NaN' if floating else 'white'} in one row"
     output = answers(infer(broken))
     if len(output) != len(rows):
-        return _failed(name, "the others", len(rows), tolerance, f"{len(output)} rows came back")
+        return _failed(
+            name, "the others", len(rows), tolerance, f"{len(output)} rows were returned"
+        )
     during = compare(name, "the others", output[others], single[rows[others]], tolerance)
     after = compare(name, "the batch after", answers(infer(images[rows])), single[rows], tolerance)
     return after if during.ok and not after.ok else during

@@ -1,11 +1,12 @@
-"""What the machine did during a measurement, and whether that spoils the result.
+"""State of the machine during a measurement, and remarks if it disturbs the result.
 
     with Watch(gpu=None) as watch:
         ...
     watch.report.remarks     # sentences; empty if nothing disturbed the measurement
 
 Reads the operating system through psutil, and the GPU through NVIDIA's driver (NVML) with
-nvidia-ml-py, which is optional. A background thread samples once a second. What is unknown is None.
+nvidia-ml-py, which is optional. A background thread samples once per second. Unknown values are
+None.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Counters:
         busy: Computing, by any process.
         stolen: Taken by the hypervisor for other machines while a process was ready to run.
         total: All time of all processors.
-        own: Computing, by this process and by children that it has waited for.
+        own: Computing, by this process and its finished children.
         throttled: Time during which a cgroup's CPU quota stopped processes; None if unknown.
     """
 
@@ -142,7 +143,7 @@ class GpuReport:
     """The GPU during a measurement; None if it is unknown.
 
     Attributes:
-        unknown: Why the driver could not be asked.
+        unknown: Reason why the driver could not be queried.
         driver: Version of the driver.
         max_mhz: Highest clock.
         power_limit_w: Power limit in W.
@@ -160,11 +161,11 @@ class GpuReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentReport:
-    """What the machine did during a measurement.
+    """State of the machine during a measurement.
 
     Attributes:
         seconds: Duration.
-        remarks: What spoils the result, in sentences.
+        remarks: Sentences on disturbances of the result.
     """
 
     seconds: float
@@ -177,10 +178,10 @@ class Watch:
     """Observes the machine during a `with` block.
 
     Args:
-        gpu: The GPU that computes; None if none does.
+        gpu: The GPU that computes, or None.
 
     Attributes:
-        report: What was observed; available after the block.
+        report: The observations; available after the block.
     """
 
     report: EnvironmentReport
@@ -236,14 +237,14 @@ def summary(
     clocks: Sequence[float],
     gpu: GpuReport | None,
 ) -> EnvironmentReport:
-    """Summarize what was observed, with remarks on what spoils the result.
+    """Summarize the observations, with remarks on disturbances of the result.
 
     Args:
         seconds: Duration.
         before: Counters at the beginning.
         after: Counters at the end.
         clocks: Mean clock of the processors in MHz, once per second.
-        gpu: What was observed of the GPU.
+        gpu: Observations of the GPU.
     """
     usage: dict[str, Any] = {}
     if seconds >= SHORT and after.total > before.total:
@@ -273,14 +274,14 @@ def _remarks(host: HostReport, gpu: GpuReport | None) -> Iterator[str]:
         yield f"a CPU quota stopped processes for {host.quota_seconds:.1f} s"
     if host.mhz and host.mhz[0] < SLOWED * host.mhz[2]:
         low, _, high = host.mhz
-        yield f"the processor's clock went from {high:.0f} down to {low:.0f} MHz"
+        yield f"the processor's clock fell from {high:.0f} to {low:.0f} MHz"
     samples = gpu.samples if gpu else ()
     slowed = [sample.throttled for sample in samples if sample.throttled]
     if slowed:
         why = ", ".join(sorted({reason for reasons in slowed for reason in reasons}))
         yield f"the GPU throttled in {len(slowed)} of {len(samples)} samples ({why})"
     if others := max((sample.others or 0 for sample in samples), default=0):
-        yield f"{others} other processes had work on the GPU"
+        yield f"{others} other processes used the GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +289,7 @@ class ChainLink:
     """One file of the chain from checkpoint to plan.
 
     Attributes:
-        commit: git's, of the code that made the file.
+        commit: Git commit of the code that made the file.
     """
 
     file: str
@@ -312,9 +313,9 @@ def chain_of(path: str | os.PathLike[str]) -> tuple[ChainLink, ...]:
 
 
 class GpuMonitor:
-    """Asks the driver about one GPU, which is matched by its UUID.
+    """Queries the driver about one GPU, which is matched by its UUID.
 
-    NVML enumerates all GPUs of the machine in its own order, whatever CUDA_VISIBLE_DEVICES says, so
+    NVML enumerates all GPUs of the machine in its own order, regardless of CUDA_VISIBLE_DEVICES, so
     neither an index nor a name identifies the GPU that computes. On a MIG instance, clocks, power,
     temperature and throttling are those of its GPU; processes are those of the instance.
 
@@ -341,7 +342,7 @@ class GpuMonitor:
             raise
 
     def _find(self, gpu: hardware.Gpu) -> tuple[Any, Any]:
-        """Handles of the device that computes and of the GPU it is part of, mostly the same."""
+        """Return the handles of the compute device and of its GPU, which are usually equal."""
         nvml = self._nvml
         if gpu.uuid is None:
             return (self._only_one_named(gpu.name),) * 2
@@ -359,11 +360,13 @@ class GpuMonitor:
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         matching = [handle for handle in handles if _text(nvml.nvmlDeviceGetName(handle)) == name]
         if len(matching) != 1:
-            raise LookupError(f"NVML has {len(matching)} GPUs called {name}, and CUDA no UUID")
+            raise LookupError(
+                f"NVML has {len(matching)} GPUs called {name}, and CUDA reports no UUID"
+            )
         return matching[0]
 
     def _ask(self, function: str, *arguments: object) -> Any:
-        """NVML's answer, or None if the GPU, the driver or nvidia-ml-py cannot give one."""
+        """Return NVML's value, or None if the GPU, the driver or nvidia-ml-py lacks it."""
         nvml = self._nvml
         unable = (nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError))
         with contextlib.suppress(*unable, AttributeError):
@@ -383,7 +386,7 @@ class GpuMonitor:
         )
 
     def sample(self) -> GpuSample:
-        """Clock in MHz, power in W, temperature in degrees, throttling, other processes."""
+        """Read clock in MHz, power in W, temperature in degrees, throttling and other processes."""
         nvml, gpu = self._nvml, self._whole
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", gpu)
         power = self._ask("nvmlDeviceGetPowerUsage", gpu)
@@ -417,8 +420,8 @@ def other_processes(pids: Set[int], proc: Path = Path("/proc")) -> int | None:
         proc: Where the kernel's files are.
 
     Returns:
-        Their number; None if this process is not among them and its PID namespace is not the
-        host's, so that any of them may be this one.
+        The number of other processes; None if this process is not listed and its PID namespace is
+        not the host's, because then any listed process can be this one.
     """
     own = {os.getpid()}
     with contextlib.suppress(OSError, ValueError):

@@ -4,7 +4,7 @@ A kernel is a convolution, a matrix product or a pooling with the elementwise no
 (activation, addition, Q/DQ, casts), as TensorRT fuses them; the tensors inside a kernel are never
 stored. Each kernel reads its inputs and weights once and writes its output once, in the data type
 they are stored in: a tensor between QuantizeLinear and DequantizeLinear takes one byte per element.
-That is the minimum that any implementation moves; nothing is measured here.
+That is the minimum that any implementation moves; this module measures nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Counted:
     """The kernels of a graph, in its order.
 
     Attributes:
-        blocks: The block of every node and of every output tensor: runtimes name fused nodes by
+        blocks: The block of every node and of every output tensor: runtimes name fused nodes after
             either.
         size: Side of the images, in pixels.
         batch: The only batch size that the graph takes; None if it is open.
@@ -84,7 +84,7 @@ def count(source: str | os.PathLike[str] | Any, name: str = "model") -> Counted:
     Raises:
         ArtifactError: Not a valid ONNX file.
         UnavailableError: The package onnx is not installed.
-        InputError: Its shapes are not known, or it has no convolution.
+        InputError: The shapes are unknown, or there is no convolution.
     """
     model, batch = _read(source)
     graph = _Kernels(model, str(source) if isinstance(source, str | os.PathLike) else name)
@@ -151,7 +151,7 @@ def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
 
 
 def _fold_integers(model: Any) -> None:
-    """Replace small integer tensors that are computed from constants by constants.
+    """Replace small integer tensors that are computed from constants with constants.
 
     TorchScript computes the pads of a zero-padded shortcut in the graph (ConstantOfShape, Concat,
     Slice, Transpose), which onnx's shape inference does not follow.
@@ -204,7 +204,7 @@ class _Kernels:
         shape, _ = self.tensors.get(tensor, ((), 0))
         if not shape or min(shape) < 1:
             raise InputError(
-                f"{self.where}: the shape of {tensor} is not known",
+                f"{self.where}: the shape of {tensor} is unknown",
                 fix="export it with a fixed image size",
             )
         return prod(shape) // self.images
@@ -240,7 +240,7 @@ class _Kernels:
         return False
 
     def weights(self, node: Any) -> tuple[int, tuple[int, ...], str]:
-        """Bytes of weights and biases, the weight's shape, and the type it is stored in."""
+        """Return the bytes of weights and biases, the weight's shape, and its stored type."""
         total, first = 0, ((), 0)
         for name in node.input[1:]:
             if not name or not self.is_constant(name):
@@ -280,7 +280,7 @@ class _Kernels:
             for group, members in groups.items()
         ]
         if not any(kernel.multiply_adds for kernel in result):
-            raise InputError(f"{self.where}: no convolution in it")
+            raise InputError(f"{self.where}: has no convolution")
         return result
 
     def _owners(self) -> dict[int, int]:

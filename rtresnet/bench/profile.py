@@ -1,8 +1,8 @@
 """Recorded times of nodes by layer, block and stage, compared with a roofline.
 
-Runtimes rename nodes when they fuse them, and insert reorders and conversions with names of their
-own. A node that is not recognized by its name is counted with the block of the node that ran before
-it.
+Runtimes rename nodes when they fuse them, and insert reorders and conversions with their own
+names. A node that is not recognized by its name is counted with the block of the preceding
+node.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class NetProfile:
         agrees: Whether the two are within 10 % of each other.
         runs: Number of profiled runs.
         unrecognized: Share of the time in nodes that were not recognized by their name.
-        int8_products: How many INT8 products of the file ran in INT8, and how many there are; None
+        int8_products: Number of INT8 products of the file that ran in INT8, and their total; None
             unless the runtime reports it.
     """
 
@@ -128,8 +128,8 @@ def engine_blocks(layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]
         blocks: Maps a node's name to its block.
 
     Returns:
-        Maps a layer's name to the block of most of its nodes; layers without a known node are left
-        out.
+        Maps a layer's name to the block of most of its nodes; layers without a known node are
+        omitted.
     """
     result = {}
     for name, nodes in layers.items():
@@ -216,7 +216,7 @@ def profile(
 def _as_run(
     kernels: Sequence[Kernel], layers: Sequence[Layer], blocks: Mapping[str, str]
 ) -> tuple[list[Kernel], tuple[int, int] | None]:
-    """Kernels in the data type they ran in: ONNX Runtime runs some INT8 convolutions in float."""
+    """Return kernels in their actual type: ONNX Runtime runs some INT8 products in float."""
     integer = {recognize(layer.name, blocks) for layer in layers if layer.op.startswith(INTEGER)}
     if not any(layer.op for layer in layers):  # TensorRT names no operators
         return list(kernels), None

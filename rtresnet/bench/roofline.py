@@ -50,7 +50,7 @@ class PeakRates:
         fp16: The same; None on a CPU, which computes FP16 in FP32.
         bf16, fp8: The same; None on a device without it, and BF16 on a CPU.
         bandwidth: Bytes per second, read and written together.
-        source: Where the rates come from.
+        source: Origin of the rates.
     """
 
     fp32: float
@@ -138,7 +138,7 @@ def measure_roof(threads: int) -> PeakRates:
 
 
 def _best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of many calls."""
+    """Return the seconds of the fastest of many calls."""
     call()
     best, until = float("inf"), time.perf_counter() + SECONDS / 2
     while True:
@@ -291,7 +291,7 @@ GPUS = (
     _gpu("H200 SXM", 494, 989, 989, 1979, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet",
          "https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html"),
 )  # fmt: skip
-# Cards that come in several forms: the form that a name without further words means.
+# Cards with several variants: the default variant of a short name.
 DEFAULT_FORM = {"a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"}
 IGNORED_WORDS = {
     "nvidia", "geforce", "tesla", "tensor", "core", "gpu", "sxm", "sxm4", "sxm5", "pcie",
@@ -337,12 +337,12 @@ class MinimumTime:
 
     @property
     def least(self) -> float:
-        """No implementation is faster."""
+        """Lower bound of any implementation."""
         return max(self.compute, self.beyond_cache)
 
     @property
     def through_memory(self) -> float:
-        """No implementation that writes every kernel's output to memory is faster."""
+        """Lower bound of implementations that write every kernel's output to memory."""
         return max(self.compute, self.memory)
 
 
@@ -350,13 +350,13 @@ def minimum_times(kernels: Sequence[Kernel], gpu: GpuSpec, batch: int) -> list[M
     """Return the minimum time of each kernel, for kernels that run one after another.
 
     Tensors, and the weights of all kernels together, are assumed to stay in the L2 cache as far
-    as they fit; only the rest passes through memory.
+    as they fit; only the rest goes through memory.
 
     Raises:
         InputError: The batch is below 1.
     """
     if batch < 1:
-        raise InputError(f"--batch {batch}: a batch holds at least one image")
+        raise InputError(f"--batch {batch}: a batch has at least one image")
     cache, rates = gpu.l2 * 2**20, gpu.rates
     weights = sum(kernel.weights for kernel in kernels)
     uncached = max(0.0, 1 - cache / weights) if weights else 0.0

@@ -3,17 +3,17 @@
 `measure` serves one request after another. Several artifacts are measured in alternating short
 slices, in an order drawn for every round, so that other load on the machine affects all of
 them; speeds are compared slice by slice. Every request in a slice is a sample. Where requests are
-short, one more is served before each slice and not counted, because it finds the caches as the
-other artifact left them. A candidate with a pipeline (a plan, offline) has batches in flight, as in
+short, one uncounted request is served before each slice, because the caches still hold data of the
+other artifact. A candidate with a pipeline (a plan, offline) has batches in flight, as in
 trtexec: the next batch is enqueued while one is computed, and a sample is the time from one
 finished batch to the next.
 
 `server` is an open loop: arrivals are a Poisson process drawn beforehand, a slow system does not
-slow them down, and a latency counts from the moment a request was scheduled to arrive, whether or
-not anything was free to take it. `closed` keeps a number of requests in flight.
+slow them down, and a latency counts from the scheduled arrival of a request, whether or
+not the system was idle. `closed` keeps a number of requests in flight.
 
 Without a batcher the measuring thread serves requests one at a time, in the order of arrival:
-waiting is then arithmetic on the clock, and no other thread disturbs what is measured. The clock
+waiting is then computed from the clock, and no other thread disturbs the measurement. The clock
 stops while timings are read back and `early_stop` is called, so neither delays a request. With a
 batcher, requests go through `submit`, the batcher's threads serve them, and the timings of single
 requests are not read.
@@ -53,7 +53,7 @@ EarlyStop = Callable[[list[float]], bool]
 
 @dataclass(kw_only=True)
 class _Slices:
-    """What one candidate has shown so far, in order of time."""
+    """Samples of one candidate so far, in order of time."""
 
     slices: list[list[float]] = field(default_factory=list)
     parts: list[Timings] = field(default_factory=list)
@@ -78,7 +78,7 @@ def measure(
     """Serve one request after another, the candidates in alternating slices.
 
     Args:
-        candidates: What to measure.
+        candidates: Candidates to measure.
         batch: Images per request.
         seconds: Spent on each candidate after warm-up, on average, in at least 15 slices.
         queries: Number of requests to each candidate, instead of `seconds`.
@@ -133,8 +133,8 @@ def _slice(
 ) -> None:
     """Serve for `length` seconds: at least three requests if they are short, at most `limit`.
 
-    Only the requests count: reading timings back from a GPU that is idle meanwhile is part of no
-    latency and not of the wall time.
+    Only the requests count: reading timings back from an idle GPU is not part of any
+    latency or of the wall time.
     """
     if limit == 0:
         return
@@ -192,15 +192,15 @@ def server(
     """Serve Poisson arrivals, one image per request; `batch` of the result is 1.
 
     A system that cannot keep up would never finish: the run is stopped when the last arrival has
-    waited as long as all of them took to arrive, and `unanswered` counts the requests left.
+    waited as long as the whole arrival period, and `unanswered` counts the remaining requests.
 
     Args:
-        candidate: What to measure.
+        candidate: Candidate to measure.
         qps: Arrivals per second, on average.
         seconds: Time in which requests arrive.
         queries: Number of arrivals, instead of `seconds`.
         seed: Random seed of the arrivals.
-        submit: A batcher's; it serves in place of `candidate.serve`.
+        submit: A batcher's `submit`, used instead of `candidate.serve`.
         early_stop: Ends a run whose outcome is certain.
         clock: For tests; not with `submit`.
 
@@ -219,7 +219,7 @@ def server(
     else:
         run = _submit_arrivals(candidate, clock, moments, submit, early_stop)
     if not run.latencies.size:
-        raise InputError(f"--qps {qps:g}: the batcher refused every request")
+        raise InputError(f"--qps {qps:g}: the batcher rejected every request")
     service = float(np.median(run.service)) if run.service.size else None
     theory = None
     if service is not None and qps * service / 1e3 < 1:
@@ -238,7 +238,7 @@ def server(
 
 
 def arrivals(qps: float, *, seconds: float, queries: int | None, seed: int) -> np.ndarray:
-    """Moments in seconds of a Poisson process: within `seconds`, at least one, or `queries`."""
+    """Draw arrival times (s) of a Poisson process: within `seconds`, or `queries` of them."""
     rng = np.random.default_rng(seed)
     count = queries or int(qps * seconds + 6 * np.sqrt(qps * seconds) + 10)
     moments = np.cumsum(rng.exponential(1 / qps, count))
@@ -323,7 +323,7 @@ def _submit_arrivals(
         return lambda future: answers.put((number, clock.now(), future))
 
     for number, moment in enumerate(moments.tolist()):
-        # Not exactly: polling the clock would take the processor from what is measured.
+        # Not exactly: polling the clock would take processor time from the measured system.
         clock.sleep_until(moment, exactly=False)
         late.append((clock.now() - moment) * 1e3)
         try:
@@ -359,19 +359,19 @@ def closed(
     early_stop: EarlyStop = lambda latencies: False,
     clock: Clock | None = None,
 ) -> Measurement:
-    """Keep one request of each client in flight; an answer is followed by the next request.
+    """Keep one request per client in flight; each response is followed by the next request.
 
-    The first requests of all clients arrive at the same moment, which never happens again; they
+    The first requests of all clients arrive at the same time, which is not representative; they
     belong to the warm-up.
 
     Args:
-        candidate: What to measure.
+        candidate: Candidate to measure.
         concurrency: Number of clients.
         seconds: Time to measure.
         batch: Images per request.
         queries: Number of requests, instead of `seconds`.
         fewest: Smallest number of requests.
-        submit: A batcher's; it serves in place of `candidate.serve`.
+        submit: A batcher's `submit`, used instead of `candidate.serve`.
         early_stop: Ends a run whose outcome is certain.
         clock: For tests; not with `submit`.
 
@@ -400,7 +400,7 @@ def closed(
         submit(request).add_done_callback(lambda future: answers.put((moment, clock.now(), future)))
 
     def answer() -> tuple[float, float]:
-        """When the request was sent whose answer is next, and when that came."""
+        """Return when the request of the next response was sent, and when the response arrived."""
         if submit is None:
             candidate.serve(requests[(sent - len(waiting)) % len(requests)])
             return waiting.popleft(), clock.now()

@@ -1,8 +1,8 @@
-"""The largest batch, or the highest rate, whose p99 is within a bound.
+"""Search for the largest batch, or the highest rate, whose p99 is within a bound.
 
 Bisection over loads in ascending order, which assumes that more load means more latency. A single
 measurement is noisy, so the loads on both sides of the edge are measured again, and the majority
-decides. Every measurement is kept: together they are the curve.
+decides. All measurements are kept as points of the curve.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Point:
     """One measurement of the curve.
 
     Attributes:
-        load: Images a batch, or requests a second.
+        load: Images per batch, or requests per second.
         p99: Milliseconds; None if the run was stopped because most requests were late, or had
             too few requests.
         holds: Whether the p99 is within the bound.
@@ -42,7 +42,7 @@ class SearchResult:
         what: "batch" or "qps".
         p99_ms: The bound, in milliseconds.
         best: The largest load within the bound; None if no load is.
-        limit: Whether `best` is the largest load that was allowed, so that more may be possible.
+        limit: Whether `best` is the largest load that was tried, so that more may be possible.
         points: In ascending order of load, repeats included.
     """
 
@@ -79,8 +79,8 @@ def largest(
     """Search for the largest load within a bound.
 
     Args:
-        loads: Ascending.
-        measure: Measures one of them.
+        loads: Loads to try, ascending.
+        measure: Function that measures one load.
         what: "batch" or "qps", for the result.
         bound: Bound of the p99, in milliseconds.
         gallop: Whether to begin with the smallest load and double it, which is faster if a
@@ -97,7 +97,10 @@ def largest(
             on_point(measured[-1])
         return 2 * sum(entry.holds for entry in measured) > len(measured)
 
-    low, high = -1, len(loads)  # holds, does not
+    low, high = (
+        -1,
+        len(loads),
+    )  # indices of the last load within the bound, and of the first beyond it
     step = 0
     while high - low > 1:
         index = min(step, high - 1) if gallop and high == len(loads) else (low + high) // 2
@@ -105,7 +108,7 @@ def largest(
             low, step = index, 2 * index + 1
         else:
             high = index
-    # The majority decides where the edge is; it moves until both of its sides agree.
+    # The majority decides the position of the edge; it moves until both sides agree.
     visited: set[int] = set()
     while low not in visited:
         visited.add(low)

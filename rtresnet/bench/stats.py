@@ -22,7 +22,7 @@ Interval = tuple[float, float]
 SHARES = {"p90": 0.90, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 REPLICATES = 1000
 FEWEST_BLOCKS = 5
-"""An interval from fewer independent pieces would be a guess."""
+"""Smallest number of independent blocks for an interval."""
 BEYOND = 10
 """Samples that must be expected beyond a percentile before an interval is given for it."""
 
@@ -76,7 +76,7 @@ def summarize(
     Args:
         milliseconds: At least one, in order of time.
         batch: Images per request.
-        wall_seconds: From the first start to the last finish; None if it means nothing.
+        wall_seconds: From the first start to the last finish; None if it is not meaningful.
         open_loop: Whether requests arrived at scheduled times, so that throughput is the offered
             rate and has no interval.
     """
@@ -129,7 +129,7 @@ def trtexec(
 ) -> str:
     """Format samples as trtexec does, for comparison with its output.
 
-    Throughput is batches per second of host time, whatever the batch. Latency is the sum of copy
+    Throughput is batches per second of host time, for any batch size. Latency is the sum of copy
     in, compute and copy out if these were measured on a GPU, else wall time: trtexec does not run
     on a CPU.
 
@@ -157,7 +157,7 @@ def trtexec(
 
 
 def trtexec_percentile(milliseconds: np.ndarray, percent: float) -> float:
-    """trtexec's rule: sorted[N - 1 - int((1 - p) N)], in float32 as there."""
+    """Return a percentile by trtexec's rule: sorted[N - 1 - int((1 - p) N)], in float32."""
     n = len(milliseconds)
     left_out = int((np.float32(1) - np.float32(percent) / np.float32(100)) * np.float32(n))
     return float(np.sort(milliseconds)[max(n - 1 - left_out, 0)])
@@ -189,7 +189,9 @@ def block_length(series: np.ndarray) -> int:
     quiet = max(5, int(np.ceil(np.sqrt(np.log10(n)))))
     longest = int(np.ceil(np.sqrt(n))) + quiet
     covariance = _autocovariance(centred, min(longest + quiet, n - 1))
-    if covariance[0] <= 1e-12 * float(np.abs(series).max()) ** 2:  # rounding, no variation
+    if (
+        covariance[0] <= 1e-12 * float(np.abs(series).max()) ** 2
+    ):  # only rounding errors, no variation
         return 1
     within = np.abs(covariance / covariance[0]) < 2 * np.sqrt(np.log10(n) / n)
     # The first lag after which `quiet` correlations in a row are no more than chance.
@@ -261,12 +263,12 @@ def interval(values: np.ndarray, level: float = 0.95) -> Interval:
 def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
     """Return the latency that a share of the requests does not exceed in an M/D/1 queue.
 
-    Poisson arrivals, one server, the same service time for all requests: what an undisturbed
-    server shows in the scenario `server`. A higher measured figure comes from the machine, not
-    from the queue.
+    Poisson arrivals, one server, the same service time for all requests: the behaviour of an
+    undisturbed server in the scenario `server`. A higher measured figure is caused by the machine,
+    not by the queue.
 
     Args:
-        share: As 0.99.
+        share: Share of the requests, such as 0.99.
         rate: Requests per second.
         service: Seconds.
 
@@ -278,7 +280,9 @@ def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
     """
     load = rate * service
     if load >= 1:
-        raise InputError(f"{rate:g} requests/s of {service:g} s each: more than one server can do")
+        raise InputError(
+            f"{rate:g} requests/s of {service:g} s each: more than one server can serve"
+        )
     low, high, size = 0.0, 1.0, 64
     lengths = md1_queue_lengths(load, size)
     while md1_waiting_below(high, load=load, lengths=lengths) < share:
@@ -296,10 +300,10 @@ def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
 
 
 def md1_queue_lengths(load: float, count: int) -> np.ndarray:
-    """Stationary probabilities of 0, 1, ... `count` - 1 requests in an M/D/1 system.
+    """Return the stationary probabilities of 0, 1, ... `count` - 1 requests in an M/D/1 system.
 
     Balances the crossings of each level upwards and downwards, so that every term is positive and
-    no precision is lost, whatever the load.
+    no precision is lost at any load.
     """
     events = _poisson(load, count + 60)  # during one service; the rest is below 1e-60
     beyond = np.cumsum(events[::-1])[::-1][1:]  # more than k of them
@@ -312,7 +316,7 @@ def md1_queue_lengths(load: float, count: int) -> np.ndarray:
 
 
 def md1_waiting_below(time: float, *, load: float, lengths: np.ndarray) -> float:
-    """P(wait <= `time`), with time in units of the service time.
+    """Return P(wait <= `time`), with time in units of the service time.
 
     Franx's form of Erlang's and Crommelin's result, a sum of positive terms (Operations Research
     Letters 29, 2001).
@@ -328,7 +332,7 @@ def md1_waiting_below(time: float, *, load: float, lengths: np.ndarray) -> float
 
 
 def _poisson(mean: float, count: int) -> np.ndarray:
-    """Probabilities of 0, 1, ... `count` - 1 events."""
+    """Return the Poisson probabilities of 0, 1, ... `count` - 1 events."""
     terms = [math.exp(-mean)]
     for number in range(1, count):
         terms.append(terms[-1] * mean / number)

@@ -1,7 +1,7 @@
-"""What is measured and how: a candidate and its requests, the clock, warm-up, and a measurement.
+"""Building blocks of a measurement: candidate, requests, clock, warm-up and result.
 
-The scenarios (`scenarios.py`) build on it. Knows no files: what serves a request is a callable, so
-that every scenario can be tested without an engine.
+The scenarios (`scenarios.py`) build on it. It is independent of files: a callable serves requests,
+so that every scenario can be tested without an engine.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rtresnet.core.errors import InputError
 T = TypeVar("T")
 WINDOW_CALLS, WINDOW_SECONDS, STEADY, CAP_SECONDS = 3, 0.05, 0.05, 2.0
 SPIN = 0.0003
-"""Seconds by which a sleep may end late. The end of a wait is spent polling the clock instead."""
+"""Largest delay of a sleep in seconds. The end of a wait polls the clock instead."""
 
 Timings = dict[str, float]
 """Milliseconds of the parts of one request: h2d, compute, d2h, enqueue."""
 
 
 class Clock(Protocol):
-    """A monotonic clock in seconds; tests bring their own."""
+    """A monotonic clock in seconds; tests replace it."""
 
     def now(self) -> float:
         """Seconds since some moment."""
@@ -63,11 +63,11 @@ class WallClock:
 class PausableClock:
     """A clock that stops while the benchmark does its own work.
 
-    Everything scheduled by it is postponed by the time it stood still, so neither latencies nor
+    Everything scheduled by it is postponed by the stopped time, so neither latencies nor
     wall time include that work, even where requests queue.
 
     Args:
-        clock: The clock that it follows otherwise.
+        clock: The underlying clock.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -117,9 +117,9 @@ class Candidate:
 
     Attributes:
         serve: Takes a request and returns when the result is available; usually a `Session`.
-        requests: Prepared before the clock starts; served in turn, over and over.
+        requests: Prepared before the clock starts; served cyclically.
         timings: Timings of the last request; empty where only wall time is known.
-        pipeline: Keeps requests in flight, in place of `serve`; None serves one after another.
+        pipeline: Keeps requests in flight, instead of `serve`; None serves them sequentially.
     """
 
     serve: Callable[[Any], object]
@@ -150,7 +150,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupResult:
-    """How a warm-up ended.
+    """Result of a warm-up.
 
     Attributes:
         steady: Whether latencies became steady before the time limit.
@@ -163,15 +163,15 @@ class WarmupResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFacts:
-    """The load that was offered, and what only its scenario measures; None if it does not apply.
+    """The offered load, and figures that only one scenario measures; None if not applicable.
 
     Attributes:
         qps: Arrivals per second, on average.
         concurrency: Number of clients, each with one request in flight.
-        max_batch: Largest batch that was formed of single requests.
+        max_batch: Largest batch formed of single requests.
         in_flight: Batches in flight in a pipeline.
         late_ms: p99 of how late requests were sent.
-        refused: Requests that a full queue refused.
+        refused: Requests that a full queue rejected.
         unanswered: Requests that had arrived but were not served when the run was stopped.
         service_ms: Median time of serving one request, without waiting.
         md1_p99_ms: p99 from queueing theory (M/D/1) at this rate and service time.
@@ -196,7 +196,7 @@ class Measurement:
         batch: Images per request.
         latency: The summary.
         speed: Speed relative to the first artifact of the same call; above 1 is faster.
-        comparison: What `speed` rests on; None for the first.
+        comparison: The comparison behind `speed`; None for the first.
         steady: Whether latencies became steady during warm-up.
         wall_seconds: Time spent on the samples, without reading timings back.
         parts: Summaries of h2d, compute, d2h and enqueue on a GPU.

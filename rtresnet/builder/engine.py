@@ -1,7 +1,7 @@
 """Compile an ONNX file into a plan: parse, build, check the layers' types, write.
 
-TensorRT reports most failures in its log and returns False or None. The log is kept, and its errors
-become part of the exception, with the ONNX node and the block that they name.
+TensorRT reports most failures in its log and returns False or None. The log is recorded, and its
+errors become part of the exception, with the ONNX node and the block that they name.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def build(
         source: FP32, FP16, BF16 or Q/DQ INT8 or FP8 ONNX file.
         out: The plan.
         profiles: Optimization profiles; by default 1:8:32, or the fixed batch of the file.
-        target: Compute capabilities; empty for the builder's default, of which FP8 files take
+        target: Compute capabilities; empty for the builder's default, from which FP8 files use
             those with FP8.
         builder: See `targets.builder`.
         tf32: Whether FP32 convolutions and matrix products may run as TF32, which rounds inputs to
             a mantissa of 10 bits, on GPUs from sm_80 on.
         timing_cache: For `tensorrt`: file with kernel measurements, which is read and updated.
         progress: Called with the name of each phase.
-        described: For a file without a sidecar: what its metadata says.
+        described: For a file without a sidecar: the record from its own metadata.
 
     Returns:
         The plan's sidecar, with the types of its layers.
@@ -239,7 +239,7 @@ def _add_profiles(
         shapes = [(n, *tuple(tensor.shape)[1:]) for n in (profile.min, profile.opt, profile.max)]
         entry.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(entry) < 0:
-            raise InputError(f"the builder refuses the profile {profile}: {log.reason()}")
+            raise InputError(f"the builder rejects the profile {profile}: {log.reason()}")
 
 
 @contextlib.contextmanager
@@ -297,7 +297,7 @@ def _publish(
                 _require_precision(
                     source, built, attested, layers.kernel_types(engine_layers, graph)
                 )
-            # Only the plan's header says what TensorRT-RTX builds for without --target.
+            # Without --target, only the plan's header has the targets of TensorRT-RTX.
             header = plan_info.parse_header(bytes(data[: plan_info.HEADER_SIZE]))
             plan = dataclasses.replace(
                 built.plan, attested=attested, targets=(header or built.plan).targets
@@ -323,7 +323,7 @@ def _require_precision(
     """Raise CheckFailedError unless every convolution runs in the file's precision.
 
     Convolutions that were left in float on purpose are allowed. An unknown type counts as wrong,
-    unless all are unknown: the builder's format has changed then, which says nothing about the
+    unless all are unknown: then the builder's format has changed, which is no evidence about the
     engine.
     """
     wanted: tuple[str, ...] | None = EXPECTED.get(sidecar.precision)
@@ -337,7 +337,7 @@ def _require_precision(
     counts = {dtype: n for dtype, n in attested.dtypes.items() if dtype in wrong.values()}
     names = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     raise CheckFailedError(
-        f"{source}: {sidecar.precision} was requested, and of {attested.convolutions} convolutions "
+        f"{source}: {sidecar.precision} was requested, but of {attested.convolutions} convolutions "
         + ", ".join(
             f"{count} are in no kernel of a known type"
             if dtype == layers.UNKNOWN
@@ -345,7 +345,7 @@ def _require_precision(
             for dtype, count in counts.items()
         )
         + f" ({names})",
-        fix="make the ONNX file again with: rtresnet quantize",
+        fix="create the ONNX file again with: rtresnet quantize",
     )
 
 
@@ -413,7 +413,7 @@ def run_builder(
             done.wait()
         except KeyboardInterrupt:
             if not monitor.cancelled:
-                progress("cancelling: waits for the builder's current step")
+                progress("cancelling: waiting for the builder's current step")
             monitor.cancelled = True
     thread.join()
     config.progress_monitor = None  # the builder's objects must not outlive it
@@ -453,7 +453,7 @@ def make_monitor(trt: Any, progress: Callable[[str], None]) -> Any:
 
 
 def _creation_flags(trt: Any) -> int:
-    """Flags that make TensorRT 10 strongly typed, as TensorRT 11 and TensorRT-RTX always are."""
+    """Return flags that make TensorRT 10 strongly typed, as TensorRT 11 and TensorRT-RTX are."""
     flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
     strongly_typed = getattr(flags, "STRONGLY_TYPED", None)
     return 1 << int(strongly_typed) if strongly_typed is not None else 0

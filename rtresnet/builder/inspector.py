@@ -57,7 +57,7 @@ def inspect_engine(
     Args:
         trt: The `tensorrt` module.
         logger: An ILogger of this module.
-        reason: Returns what the logger recorded.
+        reason: Returns the logger's errors.
         serialized: The engine, as the builder returned it.
         profiles: Number of its optimization profiles.
 
@@ -77,13 +77,13 @@ def inspect_engine(
     for profile in range(profiles):
         inspector = engine.create_engine_inspector()
         context = engine.create_execution_context()
-        if context is not None:  # None if too little memory is left: names have no types then
+        if context is not None:  # None if there is too little memory; then names have no types
             context.set_optimization_profile_async(profile, 0)
             for name in inputs:
                 context.set_input_shape(name, engine.get_tensor_profile_shape(name, profile)[1])
             inspector.execution_context = context
         texts.append(str(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))
-        del inspector, context  # before the engine, and before the next one takes memory
+        del inspector, context  # freed before the engine, and before the next one is created
     return tuple(texts)
 
 
@@ -147,7 +147,7 @@ def _computes(
 ) -> str:
     """Return the data type of a kernel's multiplications: the wider of input and weights.
 
-    An int8 input alone proves nothing, because a kernel that first converts it has float weights.
+    An int8 input alone is no evidence, because a kernel that first converts it has float weights.
     """
     types = {inputs[0].dtype if inputs else UNKNOWN}
     weights = entry.get("Weights")

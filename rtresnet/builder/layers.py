@@ -1,14 +1,14 @@
 """The fused layers of an engine, and the data types of its convolutions.
 
 TensorRT-RTX logs the layers at VERBOSE while it builds, with or without a GPU; `tensorrt` describes
-them afterwards (`inspector.py`). A plan cannot be opened without a GPU, so the layers are kept in a
-file next to it, `X.plan.layers.json`, whose hash is in the plan's sidecar.
-`rtresnet inspect X.plan --layers` prints them.
+them afterwards (`inspector.py`). A plan cannot be opened without a GPU, so the layers are stored in
+a file next to it, `X.plan.layers.json`, whose hash is in the plan's sidecar. `rtresnet inspect
+X.plan --layers` prints them.
 
 A layer names the ONNX nodes that it was made from, but only kernels compute: other layers that name
 a convolution scale, add or convert around it. A kernel runs in the type of its first input, unless
 the inspector reports wider weights. A convolution that no kernel names, or whose type is not
-recorded, is UNKNOWN. An Add that no kernel names runs in a separate layer, so its inputs went
+recorded, is UNKNOWN. An Add that no kernel names runs in a separate layer, so its inputs go
 through memory.
 """
 
@@ -79,10 +79,10 @@ class Layer:
     """One layer of the engine.
 
     Attributes:
-        kind: TensorRT's word: correlation, gemm, kgen, maxpool, ...
+        kind: TensorRT's layer type: correlation, gemm, kgen, maxpool, ...
         role: conv, matmul, pool, pointwise, requantize (pointwise from a wider type to a
             quantized one), reformat (moves and converts only), idle (moves no data).
-        operation: What it computes, as in "conv 3x3 + add + relu".
+        operation: Its operations, as in "conv 3x3 + add + relu".
         profile: Index of its optimization profile.
         nodes: The ONNX nodes that it was made from.
         rounds: Quantizers among them whose result does not leave the layer: they cost accuracy and
@@ -171,7 +171,7 @@ def raw_layer(
     is_kernel: bool,
     computes: str | None = None,
 ) -> Layer:
-    """Make a layer from what a log or the inspector says, for `classify`.
+    """Create a layer from an entry of a log or the inspector, for `classify`.
 
     Args:
         is_kernel: Whether it computes a convolution or a matrix product.
@@ -342,7 +342,7 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
     """Read the layer file of a plan.
 
     Raises:
-        InputError: There is none.
+        InputError: The plan has no layer file.
         ArtifactError: The file does not belong to this plan, or is damaged.
     """
     command = sidecar.made_by.get("command") if sidecar else None
@@ -358,7 +358,9 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
     data = serialization.load(place, fix=again, error=ArtifactError)
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise ArtifactError(f"{place}: schema {schema}, this rtresnet reads {SCHEMA}", fix=again)
+        raise ArtifactError(
+            f"{place}: has schema {schema}, but this version of rtresnet reads {SCHEMA}", fix=again
+        )
     try:
         layers = from_json(Layers, data)
         if not layers.batches or any(layer.profile < 0 for layer in layers.layers):
@@ -371,7 +373,7 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
 def verify_precision(
     layers: Sequence[Layer], nodes: Mapping[str, Node], activations: Sequence[int] = ()
 ) -> Attestation | None:
-    """Count the data types of convolutions, and what was not fused.
+    """Count the data types of convolutions, and operators that were not fused.
 
     Args:
         layers: The engine's layers; empty if the builder described none.
@@ -408,7 +410,7 @@ def verify_precision(
 
 
 def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str, str]:
-    """Maps each convolution's name to the type of its kernel; the widest of all profiles."""
+    """Map each convolution's name to its kernel's type, the widest of all profiles."""
     types: dict[str, set[str]] = {}
     for layer in layers:
         if layer.role in KERNELS and layer.inputs:

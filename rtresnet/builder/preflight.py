@@ -15,7 +15,7 @@ from rtresnet.core import gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
 
 SHOWN = 5
-# TensorRT-RTX 1.7: the parser refuses the first and the last, and the build fails for the second.
+# TensorRT-RTX 1.7: the parser rejects the first and the last, and the build fails for the second.
 BOX_OPERATORS = ("RoiAlign", "NonMaxSuppression", "NonZero")
 BOX_FIX = (
     "export the detector as plain operations, as rtresnet train --task detect and rtresnet export "
@@ -28,7 +28,7 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
 
     Raises:
         ArtifactError: TensorRT cannot parse it, and the message lists every unsupported node; or
-            TensorRT would compute other numbers than the file says.
+            TensorRT would compute different values than the file specifies.
     """
     data = source.read_bytes()
     parser = trt.OnnxParser(network, log)
@@ -41,19 +41,19 @@ def parse(trt: Any, maker: Any, network: Any, log: Any, source: Path) -> None:
             f"{source}: TensorRT cannot parse it "
             f"({('; '.join(map(_describe, errors)) or log.reason())[:500]})"
         )
-    if not network.num_inputs or not network.num_outputs:  # what it makes of some other files
+    if not network.num_inputs or not network.num_outputs:  # the result for some invalid files
         raise ArtifactError(f"{source}: not an ONNX file, or a graph without input or output")
     _require_buildable(trt, network, source)
     if any("UINT8 zero_point" in warning for warning in log.warnings):
         raise ArtifactError(
             f"{source}: quantized to uint8, which TensorRT reads as int8 with only a warning: it "
-            "would compute other numbers than ONNX Runtime",
+            "would compute different values than ONNX Runtime",
             fix=f"see: rtresnet lint {source}",
         )
 
 
 def _require_buildable(trt: Any, network: Any, source: Path) -> None:
-    """Refuse NonMaxSuppression for TensorRT-RTX, which parses it and then fails in the build.
+    """Reject NonMaxSuppression for TensorRT-RTX, which parses it but fails in the build.
 
     Raises:
         ArtifactError: The network has such a layer.
@@ -65,8 +65,7 @@ def _require_buildable(trt: Any, network: Any, source: Path) -> None:
     names = [layer.name for layer in layers if layer.type == kind]
     if names:
         raise ArtifactError(
-            f"{source}: TensorRT-RTX parses NonMaxSuppression and cannot build it: "
-            f"{', '.join(names[:SHOWN])}",
+            f"{source}: TensorRT-RTX cannot build NonMaxSuppression: {', '.join(names[:SHOWN])}",
             fix=BOX_FIX,
         )
 
@@ -91,7 +90,7 @@ def require_fixed_size(source: Path, network: Any, size: int | None) -> None:
             shape = list(images.shape)
     if min(shape[1:], default=0) < 1:
         raise ArtifactError(
-            f"{source}: takes {shape}, and a plan needs [N, 3, S, S] with a fixed S",
+            f"{source}: its input is {shape}, but a plan needs [N, 3, S, S] with a fixed S",
             fix=f"state its size with: rtresnet adopt {source} --size S",
         )
 
@@ -146,7 +145,7 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
     if lacking and is_fp8(nodes):
         having = {**gpu_targets.SERVED, **gpu_targets.UNSERVED}
         raise InputError(
-            f"{source}: {', '.join(lacking)} has no FP8; targets that have it: "
+            f"{source}: {', '.join(lacking)} does not support FP8; targets that do: "
             + ", ".join(f"{target} ({having[target]})" for target in gpu_targets.FP8),
             fix=f"leave {', '.join(lacking)} out, or build a separate plan for it from: "
             "rtresnet quantize --int8 or --fp16",
@@ -168,7 +167,7 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
     wide = [n.name for n in nodes.values() if n.operation == MATMUL and n.dtype == "FLOAT"]
     if wide:
         raise InputError(
-            f"{source}: TensorRT-RTX has no FP32 matrix product for sm_75, and {wide[0]} is one",
+            f"{source}: TensorRT-RTX has no FP32 matrix product for sm_75, which {wide[0]} needs",
             fix=half,
         )
 

@@ -39,7 +39,7 @@ def builder(choice: str = "auto") -> Any:
     # Without a device, TensorRT ends the process instead of raising.
     if choice == "tensorrt" and hardware.installed("tensorrt") and not hardware.gpus():
         raise UnavailableError(
-            "tensorrt builds for the GPU in the machine, and there is none", fix="use --builder rtx"
+            "tensorrt builds for this machine's GPU, but it has none", fix="use --builder rtx"
         )
     return trt_loading.load_tensorrt(BUILDERS[choice])
 
@@ -89,7 +89,7 @@ def _target(name: str) -> str:
     if name.lower() == CURRENT:
         if not hardware.gpus():
             raise UnavailableError(
-                "--target current: there is no GPU in this machine",
+                "--target current: this machine has no GPU",
                 fix="name the GPU, as in --target sm_89 or --target L4",
             )
         return hardware.gpus()[0].target
@@ -131,7 +131,7 @@ def _require_own_gpu(targets: Sequence[str]) -> None:
     own = [gpu.target for gpu in hardware.gpus()[:1]]
     if targets and list(dict.fromkeys(targets)) != own:
         raise InputError(
-            "tensorrt builds for the GPU in the machine"
+            "tensorrt builds only for this machine's GPU"
             + (f", {own[0]}" if own else "")
             + f", not for {', '.join(dict.fromkeys(targets))}",
             fix="leave --target out, or use --builder rtx",
@@ -142,7 +142,7 @@ def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
     """Set the targets of a builder configuration of TensorRT-RTX.
 
     Raises:
-        InputError: The builder builds for its own GPU only, or refuses a target.
+        InputError: The builder builds for its own GPU only, or rejects a target.
     """
     if not targets:
         return
@@ -153,7 +153,7 @@ def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
     for index, name in enumerate(targets):
         capability = getattr(trt.ComputeCapability, name.replace("_", "").upper())
         if config.set_compute_capability(capability, index) is False:
-            raise InputError(f"the builder refuses the target {name}")
+            raise InputError(f"the builder rejects the target {name}")
 
 
 def parse_profile(text: str) -> Profile:
@@ -171,7 +171,7 @@ def parse_profile(text: str) -> Profile:
         values *= 3
     if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
         raise InputError(
-            f"--batch {text}: needs MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX",
+            f"--batch {text}: not MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX",
             fix=f"as in --batch {DEFAULT_BATCH}",
         )
     return Profile(min=values[0], opt=values[1], max=values[2])
@@ -194,10 +194,10 @@ def profiles_for(
     Args:
         source: The ONNX file, for the message.
         profiles: Requested profiles; if there are none, DEFAULT_BATCH or the file's batch.
-        batch: The only batch size that the file takes; None if it takes any.
+        batch: The only batch size that the file accepts; None if it accepts any.
 
     Raises:
-        InputError: A profile has another batch than the file's.
+        InputError: A profile's batch differs from the file's.
     """
     if batch is None:
         return tuple(profiles) or (parse_profile(DEFAULT_BATCH),)

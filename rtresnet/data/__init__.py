@@ -1,1 +1,1 @@
-"""Where images come from and how they become batches. torch is in augment.py only."""
+"""Data sets, decoding, augmentation and batches. Only augment.py uses torch."""

@@ -23,7 +23,8 @@ Box = tuple[int, int, int, int]
 """Top, left, height, width, in pixels."""
 
 # Largest shorter side of the paper's scale augmentation, relative to the crop. Photographs are
-# decoded for it whatever the crop, so the decoded pixels depend on the image and the size alone.
+# decoded for it regardless of the crop, so the decoded pixels depend only on the image and the
+# size.
 LARGEST_SCALE = 480 / 224
 
 # AlexNet's principal components of the RGB values of ImageNet's training set, in units of [0, 1]
@@ -41,7 +42,7 @@ def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
 
     Args:
         values: Any shape and a dtype that torch knows. On a CPU the result shares its memory.
-        device: Where the result lies.
+        device: Device of the result.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if torch.device(device).type == "cuda":
@@ -76,12 +77,12 @@ def scale_box(
     """Draw a box by the paper's scale augmentation (He et al., 2015, section 3.4).
 
     The paper resizes the shorter side to a random length in [256, 480] and crops 224 pixels. The
-    box is that crop in the original image: cutting first and resizing once gives the same picture
-    for a fraction of the work.
+    box is that crop in the original image: cropping first and resizing once gives the same result
+    at a fraction of the cost.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         size: Side of the crop, in pixels.
         rng: Draws scale and position.
         scales: Bounds of the shorter side, relative to the crop.
@@ -102,11 +103,11 @@ def area_box(
 ) -> Box:
     """Draw a box of random area and aspect ratio (Szegedy et al., 2015, section 6).
 
-    Takes the first of ten random boxes that fits, else the largest centred box of an allowed shape.
+    Uses the first of ten random boxes that fits, else the largest centred box of an allowed shape.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         rng: Draws area, shape and position.
         area: Bounds of the box's share of the image; uniform.
         ratio: Bounds of width over height; log-uniform.
@@ -137,7 +138,7 @@ def crop_and_resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
         uint8 [size, size, 3], contiguous.
     """
     top, left, height, width = box
-    # NumPy's copy is as fast as the one torch would make, and writable, without which torch warns.
+    # NumPy's copy is as fast as torch's, and writable; torch warns about read-only arrays.
     # The batch axis comes before the permutation: only then does torch see channels-last memory,
     # which halves the time.
     part = np.array(image[top : top + height, left : left + width], order="C")
@@ -169,7 +170,7 @@ def gather(
         uint8 [B, 3, H, W], channels-last.
     """
     device, (height, width) = images.device, images.shape[1:3]
-    # One copy to the device; what follows from these numbers is computed there.
+    # One copy to the device; the rest is computed there.
     index, top, left, flipped = to_device(np.stack([chosen, *offsets, mirrored]), device)
     rows = top[:, None] + torch.arange(height, device=device) - padding
     columns = left[:, None] + torch.arange(width, device=device) - padding
@@ -187,7 +188,7 @@ def gather(
 
 
 def _reflected(positions: Tensor, length: int) -> Tensor:
-    """Positions beyond the border reflected at the border pixel, which is not repeated."""
+    """Reflect positions beyond the border at the border pixel, which is not repeated."""
     return (length - 1) - ((length - 1) - positions.abs()).abs()
 
 
@@ -263,7 +264,7 @@ def cutmix(images: Tensor, box: np.ndarray) -> tuple[Tensor, float]:
         box: int [4], the same for the whole batch.
 
     Returns:
-        The images, and the share of each that is still its own.
+        The images, and the unreplaced share of each.
     """
     mask = _mask(images, box[None])
     mixed = torch.where(mask.bool(), images.roll(1, 0), images)
@@ -280,7 +281,7 @@ def cutmix_box(rng: np.random.Generator, side: int, share: float) -> np.ndarray:
 
 
 def _mask(images: Tensor, boxes: np.ndarray) -> Tensor:
-    """1 inside each image's box, 0 outside: [N, 1, H, W], or one mask for all."""
+    """Return masks, 1 inside each image's box and 0 outside: [N, 1, H, W], or one for all."""
     top, left, height, width = to_device(boxes.T, images.device)[:, :, None].unbind()
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)

@@ -1,7 +1,7 @@
 """Decode image files. The only module that calls the decoders, Pillow and simplejpeg.
 
-simplejpeg (the extra `fast`) decodes plain colour JPEGs, faster than Pillow's wheels and to the
-same bits. Unusual and damaged files go to Pillow, which alone decides what is an error.
+simplejpeg (the extra `fast`) decodes plain colour JPEGs, faster than Pillow's wheels, with the
+same pixels. Pillow decodes unusual and damaged files, and decides which are errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ORIENTATION = 0x0112  # the EXIF tag
 FACTORS = (8, 4, 2)  # by which both decoders can shrink a JPEG within its DCT
 
-# What Pillow's decoders raise besides OSError on a damaged header or stream.
+# Exceptions of Pillow's decoders other than OSError for a damaged header or stream.
 DAMAGED = (
     ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, ValueError,
     struct.error, zlib.error,
@@ -113,9 +113,9 @@ def decode(
     arbitrary.
 
     Args:
-        path: The file; only its name in errors if `data` is given.
+        path: The file; with `data`, only used in error messages.
         data: The file's bytes.
-        at_least: Shorter side that is needed, in pixels. A JPEG is decoded at a half, a quarter or
+        at_least: Required shorter side, in pixels. A JPEG is decoded at a half, a quarter or
             an eighth of its size if that leaves the shorter side this long.
 
     Returns:
@@ -205,7 +205,7 @@ def _by_simplejpeg(data: bytes, at_least: int | None) -> np.ndarray | None:
         short = min(height, width)
         factor = next((f for f in FACTORS if at_least and short // at_least >= f), 1)
         shape = -(-height // factor), -(-width // factor), 3
-        # Without lower bounds it would choose any eighth of the size.
+        # Without lower bounds, simplejpeg would choose any eighth of the size.
         bounds = {"min_height": shape[0], "min_width": shape[1], "min_factor": factor}
         pixels: np.ndarray = package.decode_jpeg(data, **bounds if factor > 1 else {})
     except ValueError:  # also for warnings of libjpeg: Pillow decides which of them are errors

@@ -53,16 +53,16 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         if raw[:3] != b"\0\0\x08" or not shape or len(raw) != start + math.prod(shape):
             raise DataError(f"{path}: not an idx file of bytes, or truncated")
         return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-    raise DataError(f"{folder / name}: no such file, nor with .gz")
+    raise DataError(f"{folder / name}: no such file, also not with .gz")
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and nothing else: the Python batches are pickles."""
+    """Unpickles only NumPy arrays, because the Python batches are pickles."""
 
     ALLOWED = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse everything that is not part of an array."""
+        """Reject everything that is not part of an array."""
         if module.split(".")[0] == "numpy" and name in self.ALLOWED:
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):

@@ -26,7 +26,7 @@ from rtresnet.data.sources import Arrays, Source, Subset
 T = TypeVar("T")
 U = TypeVar("U")
 
-TOLERATED = 0.01  # share of broken images above which a data set is refused
+TOLERATED = 0.01  # share of broken images above which a data set is rejected
 PROBES = 48  # images that the size of all decoded images is estimated from
 
 
@@ -36,9 +36,9 @@ class DecodeErrors:
     Args:
         total: Number of images.
         warn: Called with a line for each broken image, as `Reporter.note`.
-        tolerated: Share of broken images that is accepted.
-        known: Number of images that were left out before; they count as broken.
-        fix: What to do if there are too many.
+        tolerated: Allowed share of broken images.
+        known: Number of images that were ignored before; they count as broken.
+        fix: Instruction for the error message.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DecodeErrors:
         broken = self.known + len(self.skipped)
         if broken / self.total > self.tolerated:
             raise DataError(
-                f"{broken} of {self.total} images cannot be decoded, more than "
+                f"{broken} of {self.total} images cannot be decoded, which is more than "
                 f"{100 * self.tolerated:g}%: the last one is {error}",
                 fix=self.fix,
             )
@@ -79,11 +79,11 @@ def indexed(
     transform: Callable[[int, np.ndarray], np.ndarray],
     tally: DecodeErrors,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Decode and transform images in order, a few in advance; leave out broken ones.
+    """Decode and transform images in order, a few in advance; skip broken ones.
 
     Args:
         source: The images.
-        indices: Which images, in which order.
+        indices: Indices of the images, in order.
         transform: Called with an index and its uint8 image [H, W, 3], in a thread.
         tally: Receives the broken images.
 
@@ -147,7 +147,7 @@ def batches(
         source: The images.
         preprocess: The net's input contract.
         size: Images per batch; the last batch may be smaller.
-        indices: Which images, in which order; all of them by default.
+        indices: Indices of the images, in order; all by default.
         tally: Receives the broken images.
 
     Yields:
@@ -181,14 +181,14 @@ def batch_size(preprocess: Preprocess) -> int:
 class Cached(Subset):
     """A source whose images are decoded once, as far as the memory budget allows.
 
-    The pixels are those of the source: they depend on the image and on `at_least` alone. They are
-    shared between threads and therefore read-only. A broken image is not kept: it raises
+    The pixels are those of the source: they depend only on the image and on `at_least`. They are
+    shared between threads and therefore read-only. A broken image is not cached: it raises
     CorruptImage each time.
 
     Args:
         source: The images.
-        at_least: As images will be requested; those requested otherwise are not kept.
-        budget: Bytes of pixels to keep at most.
+        at_least: Value of later requests; images requested with another value are not cached.
+        budget: Largest number of bytes of pixels to cache.
     """
 
     def __init__(self, source: Source, *, at_least: int | None, budget: int) -> None:
@@ -221,8 +221,8 @@ def cached_or_same(source: Source, at_least: int | None, budget: int | None = No
     Decodes a few dozen images, evenly spaced, for the estimate.
 
     Args:
-        source: Any; arrays are in memory already.
-        at_least: As images will be requested.
+        source: Any source; arrays are in memory already.
+        at_least: Value of later requests.
         budget: Bytes of pixels, `default_budget()` by default. Processes on one machine must
             divide it.
     """

@@ -1,9 +1,10 @@
-"""Photographs in a few large files: what a million small ones cost a disk is paid once.
+"""Photographs in a few large files, which are faster to read than a million small ones.
 
 A pack is a folder of plain tar files, which any tar reads, and an index:
 
-    train-00000.tar ...   image files, unchanged, as CLASS/FILE; all-00000.tar for undivided sets
-    index.npz             int64 columns: shard, offset and length in bytes, label; and the names,
+    train-00000.tar ...   image files, unchanged, as CLASS/FILE; all-00000.tar for data sets without
+    splits index.npz             int64 columns: shard, offset and length in bytes, label; and the
+    names,
                           CLASS/FILE, in uint8 with a zero between two
     index.json            classes, splits, each shard's size, the table's sha256; written last
 
@@ -45,7 +46,7 @@ class Shard(TypedDict):
 
 
 class PackIndex(TypedDict):
-    """What index.json says of a pack; images of each split in `splits`."""
+    """Content of a pack's index.json; `splits` has the number of images of each split."""
 
     splits: dict[str, Count]
     classes: list[str]
@@ -54,15 +55,15 @@ class PackIndex(TypedDict):
 
 
 class Shards:
-    """The images of a pack, read where they lie.
+    """The images of a pack, read in place.
 
     Args:
-        name: As the person gave it.
-        folder: Of the pack.
-        split: "train", "test" or "all"; a set that was packed undivided is "all" of it.
+        name: Name of the source, as the user wrote it.
+        folder: Folder of the pack.
+        split: "train", "test" or "all"; a data set without splits has only "all".
 
     Raises:
-        DataError: No pack, an unfinished one, or one whose files are not those of its index.
+        DataError: There is no pack, it is unfinished, or its files do not match its index.
     """
 
     named = True
@@ -124,7 +125,7 @@ class Shards:
         return data
 
     def fingerprint(self) -> str:
-        """That of the folder it was packed from: a run begun on one may go on with the other."""
+        """Fingerprint of the packed folder, so that a run can continue with either of them."""
         names = (b"/".join(name.split(b"/")[-2:]) for name in self._named)
         return files_fingerprint(names, self._length, self.labels)
 
@@ -132,7 +133,8 @@ class Shards:
         """Return a shard's file, opened when it is first read."""
         found = self._open.get(shard)
         if found is None:
-            # No lock: a fork would inherit it held. Of two threads, the first one's is kept.
+            # No lock, because a fork could inherit it locked. If two threads open a file, the first
+            # descriptor is used.
             opened = os.open(self._paths[shard], os.O_RDONLY)
             found = self._open.setdefault(shard, opened)
             if found != opened:
@@ -141,12 +143,12 @@ class Shards:
 
     @cached_property
     def _named(self) -> list[bytes]:
-        """CLASS/FILE of each image. Split when first asked for: there may be a million."""
+        """CLASS/FILE of each image, split on first use, because there may be a million."""
         return self._names.tobytes().split(b"\0")[self._first : self._end]
 
 
 def files_fingerprint(names: Iterable[bytes], sizes: Iterable[int], labels: Iterable[int]) -> str:
-    """sha256 of image files' names (PARENT/FILE), sizes in bytes and labels."""
+    """Return the sha256 of image files' names (PARENT/FILE), sizes in bytes and labels."""
     digest = hashlib.sha256()
     for name, size, label in zip(names, sizes, labels, strict=True):
         digest.update(b"%b\0%d\0%d\n" % (name, size, label))
@@ -163,14 +165,15 @@ def _read_index(folder: Path) -> PackIndex:
                 f"{folder}: packing was interrupted", fix="run the same rtresnet pack again"
             ) from None
         raise DataError(
-            f"{folder}: no {INDEX}, so these are no shards",
-            fix="rtresnet pack FOLDER --out DIR makes them",
+            f"{folder}: has no {INDEX}, so it is not a pack",
+            fix="create one with: rtresnet pack FOLDER --out DIR",
         ) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path}: not an index of shards", fix=PACK_AGAIN)
     if index.get("version") != VERSION:
         raise DataError(
-            f"{path}: version {index.get('version')}, this rtresnet reads {VERSION}",
+            f"{path}: has version {index.get('version')}, but this version of rtresnet reads "
+            f"{VERSION}",
             fix=PACK_AGAIN,
         )
     valid = serialization.convert(
@@ -188,7 +191,7 @@ def _read_table(path: Path, index: PackIndex) -> dict[str, np.ndarray]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", fix=PACK_AGAIN) from None
     if hashlib.sha256(content).hexdigest() != index["table_sha256"]:
-        raise DataError(f"{path}: not the table that {INDEX} describes", fix=PACK_AGAIN)
+        raise DataError(f"{path}: does not match the table in {INDEX}", fix=PACK_AGAIN)
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         table = {column: file[column] for column in file.files}
     labels, shards = table["label"], table["shard"]
@@ -197,7 +200,7 @@ def _read_table(path: Path, index: PackIndex) -> dict[str, np.ndarray]:
         or labels.max(initial=0) >= len(index["classes"])
         or shards.max(initial=0) >= len(index["shards"])
     ):
-        raise DataError(f"{path.with_name(INDEX)}: does not fit {TABLE}", fix=PACK_AGAIN)
+        raise DataError(f"{path.with_name(INDEX)}: does not match {TABLE}", fix=PACK_AGAIN)
     return table
 
 

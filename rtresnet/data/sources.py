@@ -1,4 +1,4 @@
-"""Sets of images by name, the same names for every command.
+"""Data sets by name, the same names for every command.
 
     digits              8x8 scans that scikit-learn ships, resized to 32x32; no network
     fashion-mnist:DIR   idx files, plain or .gz
@@ -45,9 +45,9 @@ class Source(Protocol):
     Attributes:
         name: As the user wrote it.
         classes: Class names, in the order of the labels.
-        labels: int64 [N]; -1 where there are none.
+        labels: int64 [N]; -1 for images without a label.
         splits: Whether the set has its own train and test splits.
-        named: Whether `classes` are names; False where they only count the labels.
+        named: Whether `classes` are names; False if they are numbers.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Source(Protocol):
         """Decode an image to uint8 RGB [H, W, 3].
 
         Args:
-            index: Of the image.
-            at_least: Shorter side that is needed, in pixels; the result may be smaller than the
+            index: Index of the image.
+            at_least: Required shorter side, in pixels; the result may be smaller than the
                 file, but not smaller than this.
 
         Raises:
@@ -173,7 +173,7 @@ class Files:
         return str(self.paths[index])
 
     def fingerprint(self) -> str:
-        """Hash names, sizes and labels: reading ImageNet's contents would take an hour."""
+        """Hash names, sizes and labels, because reading ImageNet's contents takes an hour."""
         names = (os.fsencode(f"{path.parent.name}/{path.name}") for path in self.paths)
         return files_fingerprint(names, map(_size, self.paths), self.labels)
 
@@ -182,7 +182,7 @@ class Subset:
     """Some of a source's images, in a given order. Base of all sources that read another one.
 
     Args:
-        source: The whole set.
+        source: The complete data set.
         chosen: Indices in it; None takes all.
         name: The source's by default.
     """
@@ -263,8 +263,9 @@ def open_source(spec: str, split: str = "all") -> Source:
             see `Source.splits`.
 
     Raises:
-        DataError: Nothing there, an empty class, a single class, or arrays that do not match.
-        UnknownNameError: No such form.
+        DataError: There is no data, a class is empty, there is only one class, or arrays do not
+            match.
+        UnknownNameError: The form is unknown.
     """
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)

@@ -1,4 +1,4 @@
-"""Check the images of a data set: which are broken, identical or transparent.
+"""Check a data set for broken, identical and transparent images.
 
 Every image is read once, in threads. The caller chooses whether it is decoded in full, which finds
 all damage, or only the beginning and end of its file are read, which takes two short reads per
@@ -23,16 +23,17 @@ CHUNK = 64  # images per task
 READERS_PER_CORE = 4  # reading the ends of files waits for the disk
 
 Progress = Callable[[int, int], None]
-"""Called with the number of images done and the number of all images."""
+"""Called with the number of checked images and the total number."""
 
 
 @dataclass(kw_only=True)
 class Scan:
-    """What reading some of a source's images showed.
+    """Result of reading some of a source's images.
 
     Attributes:
-        indices: Which images, int64 [N].
-        keys: uint64 [N], equal for images stored as the same bytes, and almost only for those.
+        indices: Indices of the images, int64 [N].
+        keys: uint64 [N], equal for images with the same bytes, and almost always different for
+            others.
         broken: Index of a broken image to its error, which names the file.
         transparent: Number of images that declare an alpha channel or a transparent colour.
     """
@@ -59,9 +60,9 @@ def scan(
 
     Args:
         source: The images.
-        indices: Which of them, int64 [N].
-        decode: Decodes the image of an index, and may keep the pixels. By default only images
-            whose files look incomplete are decoded, at their smallest.
+        indices: Indices of the images, int64 [N].
+        decode: Decodes the image of an index; can cache the pixels. By default only images
+            whose files look incomplete are decoded, at the smallest size.
         progress: Called after every few images.
     """
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
@@ -118,13 +119,13 @@ def _transparent(source: Source, index: int, ends: FileEnds) -> bool:
 def identical(source: Source, scan: Scan, other: Source, other_scan: Scan) -> list[tuple[int, int]]:
     """Find images of `other` that are stored as the same bytes as one of `source`.
 
-    Does not find the same photograph at another size or compression.
+    Does not find the same photograph at a different size or compression.
 
     Args:
         source: Images.
-        scan: Of the images of `source` to compare.
+        scan: Scan of the images of `source` to compare.
         other: Images to look for; may be the same source.
-        other_scan: Of the images of `other` to compare.
+        other_scan: Scan of the images of `other` to compare.
 
     Returns:
         (index in `source`, index in `other`), one pair for each such image of `other`.

@@ -130,7 +130,7 @@ def test_check_sound_backend_passes() -> None:
         "odd batch: 3 with alone",
         "odd batch: 7 with alone",
         "odd batch: 9 with alone",
-        "repeated: 4, others between",
+        "repeated: 4, with others in between",
         "NaN in one row: the others",
     ]
 
@@ -181,7 +181,7 @@ def test_check_uint8_input_uses_white_in_place_of_nan() -> None:
 
 def test_check_answers_not_finite_are_reported_first() -> None:
     (only,) = checks(lambda images: sound(images) * np.float32(np.nan))
-    assert only.name == "alone" and only.why == "6 answers are not finite"
+    assert only.name == "alone" and only.why == "6 outputs are not finite"
 
 
 def top2(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

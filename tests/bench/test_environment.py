@@ -41,7 +41,7 @@ def test_summary_disturbances_are_remarks() -> None:
     busy, stolen, quota, clock = report.remarks
     assert busy == "other processes used 1.50 of 4 cores"
     assert "hypervisor gave 7%" in stolen and "quota stopped processes for 2.0 s" in quota
-    assert clock == "the processor's clock went from 3000 down to 1500 MHz"
+    assert clock == "the processor's clock fell from 3000 to 1500 MHz"
 
 
 def test_summary_short_time_or_unknown_machine_has_no_remarks() -> None:
@@ -62,7 +62,7 @@ def test_summary_throttling_gpu_is_a_remark() -> None:
     report = summary(1, START, START, [], GpuReport(name="Test GPU", samples=samples))
     assert report.remarks == (
         "the GPU throttled in 1 of 3 samples (power cap)",
-        "2 other processes had work on the GPU",
+        "2 other processes used the GPU",
     )
 
 

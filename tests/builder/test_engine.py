@@ -397,7 +397,7 @@ def test_unsigned_activations_are_refused_with_the_parsers_reason(
 @pytest.mark.parametrize(
     ("precision", "why"),
     [
-        ("fp32", r"no FP32 matrix product for sm_75, and fc is one"),
+        ("fp32", r"no FP32 matrix product for sm_75, which fc needs"),
         ("int8", r"computes INT8 convolutions in FP16 on all of them"),
     ],
 )

@@ -54,7 +54,7 @@ def test_every_convolution_is_attested_fp8(
 def test_targets_without_fp8_are_refused_before_the_build(
     fp8: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
-    with pytest.raises(InputError, match=rf"{targets[0]} has no FP8.*sm_89 \(.*sm_120"):
+    with pytest.raises(InputError, match=rf"{targets[0]} does not support FP8.*sm_89 \(.*sm_120"):
         engine.build(fp8, tmp_path / "net.plan", target=targets, builder="rtx")
     with pytest.raises(InputError, match="no FP8"):
         engine.check(fp8, target=targets, builder="rtx")

@@ -226,5 +226,5 @@ def test_load_of_a_real_plan_without_its_sidecar_checks_its_description(
     assert caught.value.fix is not None and "resnet8-int8.onnx" in caught.value.fix
     trt = pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(trt, "__version__", "9.9")
-    with pytest.raises(ArtifactError, match=r"installed is 9\.9"):
+    with pytest.raises(ArtifactError, match=r"9\.9"):
         rtresnet.load(moved)

@@ -201,7 +201,7 @@ def test_all_and_several_options_are_one_list() -> None:
 
 @pytest.mark.usefixtures("without_gpu")
 def test_current_without_a_gpu_is_a_lack_of_the_environment() -> None:
-    with pytest.raises(UnavailableError, match=r"no GPU in this machine; .*--target") as caught:
+    with pytest.raises(UnavailableError, match=r"this machine has no GPU; .*--target") as caught:
         targets.parse("current")
     assert caught.value.exit_code == 3
 

@@ -85,7 +85,7 @@ def test_current_without_a_gpu_is_exit_code_3(
     engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", str(engines / "resnet8.onnx"), "--target", "current"]) == 3
-    assert "no GPU in this machine" in capsys.readouterr().err
+    assert "this machine has no GPU" in capsys.readouterr().err
 
 
 def test_inspect_shows_and_draws_the_layers(

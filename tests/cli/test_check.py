@@ -123,7 +123,7 @@ def test_check_exchanged_rows_exit_1(
     code, result = checked(engines / "resnet8.onnx", tmp_path, "--provider", "cpu")
     captured = capsys.readouterr()
     assert code == 1 and "FAILED" in captured.out
-    assert "resnet8.onnx: in a batch (8 with alone): 8 of 8 answers differ" in captured.err
+    assert "resnet8.onnx: in a batch (8 with alone): 8 of 8 outputs differ" in captured.err
     assert {entry["name"] for entry in result["checks"] if entry["ok"]} <= {
         "batch size", "odd batch", "repeated",
     }  # fmt: skip
@@ -156,7 +156,7 @@ def test_check_answers_not_finite_exit_1(
 ) -> None:
     broken(lambda images, right: right(images) * np.float32(np.nan))
     code, result = checked(engines / "resnet8-int8.onnx", tmp_path, "--provider", "cpu")
-    assert code == 1 and "6 answers are not finite" in capsys.readouterr().err
+    assert code == 1 and "6 outputs are not finite" in capsys.readouterr().err
     assert result["checks"][0]["largest"] is None  # JSON has no NaN
 
 

@@ -530,7 +530,7 @@ def test_a_side_that_was_open_is_the_one_that_was_said(
     free = as_foreign(reshaped(source, tmp_path / "free.onnx", "n", "side"))
     assert main(["build", str(free), "--out", "free.plan"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "takes [-1, 3, -1, -1]" in error and f"rtresnet adopt {free} --size S" in error
+    assert "its input is [-1, 3, -1, -1]" in error and f"rtresnet adopt {free} --size S" in error
     assert quantize(free, "--calib", tints, "--size", "32", "--preset", "half") == 0
     assert main(["build", "free-int8.onnx"]) == 0
     assert main(["bench", "free-int8.onnx", "--queries", "5"]) == 0

@@ -110,7 +110,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_study_does(here: Path, tints: str) -> 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    assert f"go on with the same command: rtresnet {' '.join(arguments)}" in errors
+    assert f"resume with the same command: rtresnet {' '.join(arguments)}" in errors
     done = len(first.read_text().splitlines())
     assert 1 <= done < 15 and not (here / "s" / "resnet8-seed0").exists()
     kept = json.loads(first.read_text().splitlines()[0])

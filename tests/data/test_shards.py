@@ -199,24 +199,24 @@ def test_a_shard_that_vanishes_before_it_is_read_is_named(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda index: index.update(version=2), "version 2, this rtresnet reads 1"),
+        (lambda index: index.update(version=2), "has version 2, but this version of rtresnet reads 1"),
         (lambda index: index.update(format="webdataset"), "not an index of shards"),
         (lambda index: index.pop("classes"), "`classes`"),
-        (lambda index: index.update(classes=["cats"]), "does not fit"),
+        (lambda index: index.update(classes=["cats"]), "does not match"),
         (lambda index: index.update(classes=[1, 2]), "classes["),
-        (lambda index: index.update(splits={"train": 12, "test": 5}), "does not fit"),
+        (lambda index: index.update(splits={"train": 12, "test": 5}), "does not match"),
         (lambda index: index.update(splits={"test": 4, "train": 12}), "splits are test, train"),
         (
             lambda index: index.update(splits={"train": -1, "test": 17}),
             "splits[",
         ),
-        (lambda index: index["shards"].pop(), "does not fit"),
+        (lambda index: index["shards"].pop(), "does not match"),
         (
             lambda index: index["shards"][0].update(bytes="many"),
             "shards[0].bytes",
         ),
         (lambda index: index["shards"][0].pop("file"), "`file`"),
-        (lambda index: index.update(table_sha256="0"), "not the table"),
+        (lambda index: index.update(table_sha256="0"), "does not match the table"),
         (lambda index: index.pop("table_sha256"), "`table_sha256`"),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_damaged_or_missing_table_is_refused_by_name(packed: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", whole[:-1], whole[:100] + b"x" + whole[101:]):
         path.write_bytes(content)
-        assert f"{path}: not the table" in refusal(packed)
+        assert f"{path}: does not match the table" in refusal(packed)
     path.unlink()
     assert f"{path}: No such file" in refusal(packed)
 

@@ -393,7 +393,9 @@ def test_load_runtime_not_starting_exits_3(bench: Bench, monkeypatch: pytest.Mon
 
 def test_load_slow_plan_warns(bench: Bench) -> None:
     bench.validity = (Validity.SUBOPTIMAL, Diagnostics.UNSUPPORTED_CC)
-    with pytest.warns(RuntimeWarning, match=r"slower than possible on this machine \(unsupported cc\)"):
+    with pytest.warns(
+        RuntimeWarning, match=r"slower than possible on this machine \(unsupported cc\)"
+    ):
         bench.load()
 
 
