@@ -26,13 +26,13 @@ Infer = Callable[[np.ndarray], "np.ndarray | TopK"]
 # one batch to another, outputs do not differ in FP32 and FP16, and by 2e-7 in INT8, or 5e-4 if a
 # value was rounded in the other direction. GPUs choose a kernel by the batch size. For GPUs,
 # rounding everything to FP16 twice gives a difference of 9e-4, TF32 rounds in the same way, and
-# answers to different photographs differ by at least 1.5e-2; a tolerance must stay below that, or
-# exchanged rows would go unnoticed.
+# outputs for different photographs differ by at least 1.5e-2; a tolerance must stay below that, or
+# swapped rows would go undetected.
 BATCHES = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 1e-2, "fp8": 1e-2}
 # Compared with the FP32 file. Measured in the same way: FP16 9e-4, INT8 up to 5.2e-2 on noise and
 # 1.7e-2 on images, FP8 8.1e-2 on noise (ResNet-20). BF16: 8 times FP16, for its three bits fewer.
 PARENT = {"fp32": 1e-4, "tf32": 4e-3, "fp16": 4e-3, "bf16": 3.2e-2, "int8": 1e-1, "fp8": 2e-1}
-UNKNOWN = "int8"  # a file that does not say its precision gets the widest bound
+UNKNOWN = "int8"  # a file with unknown precision gets the widest bound
 # A probability changes by at most half of the change of the logits, which range over about 20.
 PROBABILITIES, WIDEST = 10.0, 0.5
 

@@ -220,7 +220,7 @@ class Measurement:
 def check(*, batch: int = 1, seconds: float, queries: int | None) -> None:
     """Raise InputError if a number is out of range."""
     if batch < 1:
-        raise InputError(f"--batch {batch}: a batch holds at least one image")
+        raise InputError(f"--batch {batch}: a batch has at least one image")
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds {seconds:g}: must be above 0")
     if queries is not None and queries < 1:

@@ -18,7 +18,7 @@ from rtresnet.workflows.embed_io import EmbedConfig
 @click.option(
     "--out",
     type=common.PATH,
-    help="The plan to write  [default: next to the ONNX file]",
+    help="Plan to write.  [default: next to the ONNX file]",
 )
 @config_options(BuildConfig)
 @config_options(EmbedConfig, argument="embed")

@@ -17,7 +17,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import escape_cell
 from rtresnet.reporting import tables
 
-SCHEMA = 1  # of what --json writes; see docs/reference/json.md
+SCHEMA = 1  # version of the --json format; see docs/reference/json.md
 JSON_FILE = "rtresnet.json_file"  # where `--json` is kept in the context of click
 REPORTER = TerminalReporter()
 PATH = click.Path(path_type=Path)
@@ -62,7 +62,7 @@ def json_option(function: F) -> F:
         metavar="FILE",
         callback=keep,
         expose_value=False,
-        help="Write the result as JSON too; - writes it to stdout and the tables to stderr.  "
+        help="Also write the result as JSON; - writes it to stdout and the tables to stderr.  "
         "[default: none]",
     )(function)
 
@@ -130,9 +130,9 @@ def refuse_for_detector(config: Config, *kept: str) -> None:
         default = field.default
         if field.name not in kept and getattr(config, field.name) != default:
             name = field.name.replace("_", "-")
-            raise InputError(f"--{name} does not go with a detector", fix="leave it out")
+            raise InputError(f"--{name} does not apply to detectors", fix="leave it out")
     if getattr(config, "split", None) == "all":
-        raise InputError("--split all does not go with a detector", fix="--split train or test")
+        raise InputError("--split all does not apply to detectors", fix="--split train or test")
 
 
 def json_file() -> str | None:
@@ -142,7 +142,7 @@ def json_file() -> str | None:
 
 
 def out_console() -> Console:
-    """Results go to standard output; with `--json -` that is the document's alone."""
+    """Return the console of results: stdout, or stderr with `--json -`."""
     return Console(stderr=json_file() == "-")
 
 

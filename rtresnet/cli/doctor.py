@@ -13,7 +13,7 @@ from rtresnet.core.isolated import FAILED
 @click.option("--gpu", is_flag=True, help="Test the GPU with small runs on it.  [default: off]")
 @common.json_option
 def command(gpu: bool) -> None:
-    """Show what this machine can do, and the command for each thing missing."""
+    """Show what this machine supports, and the command that installs what is missing."""
     from rtresnet.reporting import checks
 
     if not gpu:

@@ -29,13 +29,13 @@ from rtresnet.workflows.inspect import inspect, inspect_folder, inspect_layers
 )
 @common.json_option
 def command(path: Path, layers: bool, svg: str | None) -> None:
-    """Show an artifact, its whole chain, and a plan's header. Needs no GPU.
+    """Show an artifact, the files it was made from, and a plan's header. Needs no GPU.
 
     For a folder, the command prints a table of its artifacts.
     """
     if path.is_dir():
         if layers or svg:
-            raise InputError(f"{path}: a folder; --layers and --svg are for one plan")
+            raise InputError(f"{path}: is a folder; --layers and --svg apply to one plan")
         listing = inspect_folder(path)
         common.show([artifact.folder_table(path, listing)])
         common.write_json("inspect", listing)

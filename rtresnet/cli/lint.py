@@ -19,12 +19,12 @@ from rtresnet.workflows.lint import lint
     "--fix",
     metavar="OUT.onnx",
     type=common.PATH,
-    help="Write a copy of one file with everything repaired that can be repaired without changing "
-    "a bit of its outputs.  [default: write nothing]",
+    help="Write a copy of one file with all repairs that do not change "
+    "its outputs by a single bit.  [default: write nothing]",
 )
 @common.json_option
 def command(paths: tuple[Path, ...], fix: Path | None) -> None:
-    """Show where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
+    """Report where TensorRT would reject a Q/DQ file, compute different values, or be slow.
 
     Works on files of any tool, without a GPU or TensorRT; --fix needs ONNX Runtime. The exit
     code is 1 if there is any error or warning.

@@ -21,5 +21,5 @@ def command() -> None:
     ]  # fmt: skip
     headings = ("model", "depth", "block", "shortcut", "input", "parameters", "mult-adds")
     common.show([DataTable(headings=headings, rows=rows)])
-    common.note("Any depth of 6n+2 works as a CIFAR net too, for example resnet8 or plain26.")
+    common.note("CIFAR nets exist for every depth 6n+2, for example resnet8 or plain26.")
     common.write_json("models", result)

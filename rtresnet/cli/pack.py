@@ -14,11 +14,11 @@ from rtresnet.workflows.pack import PackConfig, pack
 
 @click.command("pack")
 @click.argument("source")
-@click.option("--out", type=common.PATH, required=True, help="Folder of the new files.")
+@click.option("--out", type=common.PATH, required=True, help="Output folder.")
 @config_options(PackConfig)
 @common.json_option
 def command(source: str, out: Path, config: PackConfig) -> None:
-    """Put a folder of photographs into a few large tar files, for --data shards:DIR.
+    """Pack a folder of photographs into a few large tar files, for --data shards:DIR.
 
     SOURCE has one folder for each class, optionally under train/ and test/ or val/. The files'
     bytes are copied unchanged. A few large files are faster to read than a million small ones.

@@ -92,12 +92,12 @@ def command(
         if out is not None or is_detector(artifact):
             raise click.UsageError("--explain cannot be combined with --out or a detector")
         if config != PredictConfig(model=config.model):
-            raise click.UsageError("--top, --batch and --workers do not go with --explain")
+            raise click.UsageError("--top, --batch and --workers cannot be combined with --explain")
         _explain(names, artifact, explained, config, stated)
         return
     if is_detector(artifact):
         if out is not None or config != PredictConfig():
-            raise click.UsageError("--out and options of its rows do not go with a detector")
+            raise click.UsageError("--out and its options do not apply to detectors")
         _detect(names, artifact, draw, least_score, runtime, stated)
         return
     if draw is not None:

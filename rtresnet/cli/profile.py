@@ -19,7 +19,7 @@ from rtresnet.workflows.profile import ProfileConfig, profile
 )  # fmt: skip
 @common.json_option
 def command(path: str, config: ProfileConfig, layers: int) -> None:
-    """Show where the time goes, and whether arithmetic, memory or overhead bounds it.
+    """Measure the time of each block, and whether arithmetic, memory or overhead limits it.
 
     An ONNX file runs in ONNX Runtime's CPU provider, a plan on the GPU. Rates are compared with
     peak rates: measured once for this machine, or published for the GPU.

@@ -28,7 +28,7 @@ from rtresnet.workflows.quantize import QuantizeConfig, quantize
 @click.option(
     "--out",
     type=common.PATH,
-    help="The new file.  [default: MODEL-int8.onnx or similar next to the source]",
+    help="Output file.  [default: MODEL-int8.onnx or similar next to the source]",
 )
 @common.report_option("the images of --eval whose class changes, with both predictions")
 @common.json_option

@@ -37,5 +37,5 @@ def command(out: Path, config: QuickstartConfig) -> None:
     record = to_builtins(done)
     record["train"]["log"] = record["log"]
     common.write_json("quickstart", record, file=out / "quickstart.json")
-    common.say(f"page: {out / 'index.html'}   ({done.seconds:.0f} s in all)")
+    common.say(f"page: {out / 'index.html'}   ({done.seconds:.0f} s in total)")
     common.say(f"next: rtresnet inspect {out / 'engines' / (done.model + '-int8.plan')}")

@@ -140,7 +140,7 @@ def gradients(data: str, config: GradientsConfig, out: Path) -> None:
     _show_analysis(
         "gradients", "Gradients by layer", result, out, study.gradient_table(result),
         lambda: study.gradient_figure(result, short_name(data)),
-        "Norm of the loss's gradient for the weights of each 3x3 convolution.",
+        "Norm of the loss gradient with respect to the weights of each 3x3 convolution.",
     )  # fmt: skip
 
 

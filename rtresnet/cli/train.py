@@ -79,7 +79,7 @@ def command(
     """
     if task == "detect" or _resumes_detector(config):
         if click.get_current_context().default_map:
-            raise InputError("--config goes with --task classify")
+            raise InputError("--config needs --task classify")
         _train_detector(config, detector, stated)
         return
     if detector != TrainDetectorConfig():

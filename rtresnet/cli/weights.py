@@ -21,17 +21,17 @@ def command() -> None:
 
 @command.command("export")
 @click.argument("weights")
-@click.option("--out", type=common.PATH, required=True, help="A .safetensors file.")
+@click.option("--out", type=common.PATH, required=True, help="Output file, .safetensors.")
 @click.option("--model", help=MODEL_HELP)
 @common.json_option
 def export(weights: str, out: Path, model: str | None) -> None:
-    """Write a checkpoint's weights as a safetensors file, which holds no pickled code."""
+    """Write a checkpoint's weights as a safetensors file, which contains no pickled code."""
     _show(export_weights(weights, out, model=model, reporter=common.REPORTER))
 
 
 @command.command("import")
 @click.argument("weights")
-@click.option("--out", type=common.PATH, required=True, help="A .pt file.")
+@click.option("--out", type=common.PATH, required=True, help="Output file, .pt.")
 @click.option("--model", help=MODEL_HELP)
 @common.json_option
 def import_(weights: str, out: Path, model: str | None) -> None:

@@ -157,7 +157,7 @@ def match(
         raise DataError(
             f"{data_name} has {plural(len(data), 'class')}, but {model_name} has {len(model)}; "
             f"{why}",
-            fix="name them in the order of their numbers: --classes FILE",
+            fix="list the class names in the order of their numbers: --classes FILE",
         )
     return LabelMap(
         indices=tuple(range(len(data))), model_classes=len(model), by="position", why=why
@@ -219,7 +219,7 @@ def _by_name(
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise DataError(
             f"{data_name}: {model_name} has no class {shown}{more}",
-            fix="rename the classes, or name them in the order of their numbers: --classes FILE",
+            fix="rename the classes, or list their names in order: --classes FILE",
         )
     for name in data:
         if counts[name] > 1:

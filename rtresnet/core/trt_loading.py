@@ -51,7 +51,7 @@ def create(module: Any, kind: str, logger: Any, reason: Callable[[], str]) -> An
         module: What `load_tensorrt` returned.
         kind: "Builder" or "Runtime".
         logger: An ILogger of this module.
-        reason: Returns what the logger recorded.
+        reason: Returns the logger's errors.
 
     Raises:
         UnavailableError: TensorRT does not start here; the message has its own reason.

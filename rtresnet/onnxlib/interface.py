@@ -30,7 +30,7 @@ class Interface:
         pixels: Whether the input is uint8 pixels [N, S, S, 3] rather than normalized float32
             planes [N, 3, S, S].
         size: Side of the input in pixels; None if it is dynamic.
-        batch: The only batch size that the file takes; None if it takes any.
+        batch: The only batch size that the file accepts; None if it accepts any.
         classes: Number of classes; None if the file does not state it.
         topk: How many of the most probable classes the file returns; None if it returns logits.
         precision: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown".

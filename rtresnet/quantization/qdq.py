@@ -150,7 +150,7 @@ def _quantize_weight(
 ) -> list[onnx.NodeProto]:
     name = node.input[1]
     weight = index.constant(name)
-    assert weight is not None  # prepare() has seen to it
+    assert weight is not None  # prepare() guarantees it
     scales = formats.weight_scales(weight, kind)
     if low_bit_scales is not None:
         scales = formats.low_bit_weight_scales(scales)

@@ -45,7 +45,7 @@ def quantize_lines(result: QuantizeResult) -> Iterator[str]:
     sidecar = result.sidecar
     line = f"{result.path.as_posix()}: {sidecar.precision}, {sidecar.bytes / 1e6:.1f} MB"
     if calibration := sidecar.calibration:
-        images = "the statistics of batch norm, no images"
+        images = "batch norm statistics, without images"
         if calibration.n:
             images = f"{plural(calibration.n, 'image')} of {calibration.images}"
         line += f", scales by {calibration.method} from {images} in {calibration.scales}"
@@ -64,7 +64,7 @@ def block_table(gate: GateResult) -> DataTable:
     ]  # fmt: skip
     headings = ["block", "SNR alone, dB", "in float, dB gained", "% of weights",
                 "in INT8, dB gained", "runs in"]  # fmt: skip
-    if not any(block.int8_gain_db for block in gate.blocks):  # an INT8 file
+    if not any(block.int8_gain_db for block in gate.blocks):  # for an INT8 file
         rows = [(*row[:4], row[5]) for row in rows]
         del headings[4]
     return DataTable(headings=headings, rows=rows)
@@ -75,16 +75,18 @@ def gate_summary(gate: GateResult) -> list[str]:
     drop = gate.drop.drop
     return [
         *gate.summary,
-        "The quantized net gives another class than FP32 for "
+        "The quantized net predicts a different class than FP32 for "
         f"{plural(gate.changed, 'image')} of {drop.n:,}: "
-        f"{drop.lost} that only FP32 classifies correctly, {drop.won} that only the other does.",
+        f"only FP32 is correct on {drop.lost} of them, only the quantized net on {drop.won}.",
     ]
 
 
 def build_line(result: BuildResult) -> str:
     """Return one line that describes a plan: targets, size, and what was attested."""
     plan = result.plan
-    proof = describe_attested(plan) if plan.attested else "not attested: no record of its layers"
+    proof = (
+        describe_attested(plan) if plan.attested else "not attested: the build recorded no layers"
+    )
     targets = ", ".join(plan.targets) or "the GPU it was built on"
     return (
         f"{result.path}: {result.bytes / 1e6:.1f} MB in {plan.seconds:.1f} s by "
@@ -176,7 +178,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
         size = f"{i.size}x{i.size} (resize {i.resize}, {i.interpolation})"
         if d is not None:
             canvas = f", on {d.canvas[0]}x{d.canvas[1]}" if d.canvas else ""
-            size = f"of a detector, {d.shorter} to {d.longer} pixels{canvas} ({i.interpolation})"
+            size = f"{d.shorter} to {d.longer} pixels{canvas} ({i.interpolation})"
         lines.append(
             f"input {size}, mean {list(i.mean)}, std {list(i.std)}; "
             f"{plural(len(record.model.classes), 'class')}"
@@ -184,9 +186,9 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
         if record.assumed:
             lines.append(f"assumed: {'; '.join(record.assumed)}")
         if i.layout != FLOAT:
-            lines.append(f"takes {i.layout}: mean and std are inside")
+            lines.append(f"input {i.layout}: the file normalizes it with mean and std")
         if record.topk:
-            lines.append(f"gives the {record.topk} most probable classes, no logits")
+            lines.append(f"outputs the {record.topk} most probable classes, no logits")
         source = f" ({record.weights.source})" if record.weights.source else ""
         lines.append(f"weights {record.weights.origin}{source}")
     if c := record.calibration:
@@ -200,7 +202,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
             lines.append(f"{describe_attested(p)}; {plural(p.attested.layers, 'layer')}")
     lines += tables.measured_lines(record.measured)
     if record.made_by:
-        lines.append(f"made by: {record.made_by.get('command')}")
+        lines.append(f"created by: {record.made_by.get('command')}")
     return lines
 
 

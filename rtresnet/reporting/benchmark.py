@@ -47,7 +47,7 @@ def lines(
     if intervals:
         yield _intervals(entries)
     for entry in entries if trtexec else ():
-        yield f"In trtexec's format, {entry.name}:"
+        yield f"{entry.name} in trtexec's format:"
         yield from str(entry.measurement.trtexec).splitlines()
     for entry, judgement in zip(entries, result.regressions or (), strict=False):
         yield f"{entry.name}, against {judgement.baseline}: {_judgement(judgement)}"
@@ -170,9 +170,9 @@ def search_lines(result: BenchmarkSearchResult) -> Iterator[str | DataTable]:
         ]  # fmt: skip
         yield DataTable(headings=[what, "median", "p99", "img/s", "n", "holds"], rows=rows)
         if best is not None:
-            more = ", the largest that was tried" if entry.search.limit else ""
+            more = ", the largest one tried" if entry.search.limit else ""
             yield (
-                f"{Path(entry.artifact.measured).name}: {what} {best:g} holds a p99 of "
+                f"{Path(entry.artifact.measured).name}: {what} {best:g} keeps the p99 within "
                 f"{entry.search.p99_ms:g} ms{more}."
             )
     yield from _where(entry.artifact for entry in result.searches)
@@ -199,7 +199,7 @@ def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
 
 
 def _where(artifacts: Iterable[BenchmarkedArtifact]) -> list[str]:
-    """Each device with its provider and versions once, then notes on how the files ran."""
+    """Return each device with its provider and versions once, then notes on the files."""
     runs = [artifact.run for artifact in artifacts]
     notes = ({run.int8_note for run in runs}, {run.batch_note for run in runs})
     return [

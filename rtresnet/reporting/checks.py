@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rtresnet.workflows.lint import LintResult
 
 WIDTH = 80
-NAMED = 3  # nodes that are named of all that break one rule in one way
+NAMED = 3  # number of nodes to name for each problem
 
 
 def check_lines(result: CheckResult) -> Iterator[str | DataTable]:
@@ -28,15 +28,15 @@ def check_lines(result: CheckResult) -> Iterator[str | DataTable]:
     yield _check_table(result.checks)
     unknown = ", as its precision is unknown" if result.precision == "unknown" else ""
     yield (
-        f"{result.n} images ({result.images}), compared within what {result.bound} can do"
-        f"{unknown}; answers range over {number(result.range)}."
+        f"{result.n} images ({result.images}), compared within the tolerance of {result.bound}"
+        f"{unknown}; logits range over {number(result.range)}."
     )
     if result.parent is None:
         yield f"Not compared with an FP32 file: {result.no_parent}."
     if result.discriminability < 0.5:
         yield (
-            f"WEAK: {100 * (1 - result.discriminability):.0f} % of the pairs of images get the "
-            "same answer within the tolerance, so that exchanged rows would not be noticed. Use "
+            f"WEAK: {100 * (1 - result.discriminability):.0f} % of the image pairs have the "
+            "same output within the tolerance, so swapped rows would go undetected. Use "
             "other images: --data SPEC"
         )
     yield from (str(result.runtime), *result.runtime.notes)
@@ -87,7 +87,7 @@ def lint_lines(result: LintResult) -> Iterator[str]:
 
 
 def _listed(findings: Iterable[Finding]) -> Iterator[str]:
-    """Three lines or so for each way in which a rule is broken, with the first nodes' names."""
+    """Return about three lines for each kind of problem, with the names of the first nodes."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for entry in findings:
         key = (entry.severity, entry.rule, entry.consequence, entry.fix)
@@ -112,7 +112,7 @@ def doctor_lines(result: DoctorResult) -> Iterator[str | DataTable]:
     for gpu in result.gpus:
         yield f"GPU: {gpu.name}, {gpu.target}, {gpu.memory / 2**30:.0f} GiB"
     if not result.gpus:
-        yield "GPU: none, or no driver. Plans can be built here, and run on another machine."
+        yield "GPU: none, or no driver. Plans can be built here and run on a machine with a GPU."
     rows = [(p.package, p.version or "missing", p.purpose) for p in result.packages]
     yield DataTable(headings=("package", "version", "for"), rows=rows)
     missing = result.missing
@@ -120,13 +120,13 @@ def doctor_lines(result: DoctorResult) -> Iterator[str | DataTable]:
         missing.remove("onnxruntime-gpu")
         yield f"To {ON_GPU}: {replacement('onnxruntime-gpu')}"
     if missing:
-        yield "Missing, each with: pip install NAME - " + ", ".join(missing)
+        yield "Missing packages (pip install NAME): " + ", ".join(missing)
     for conflict in result.conflicts:
         yield f"WARNING: {conflict}"
     if result.int8_sums_saturate:
         yield (
-            "INT8: this CPU has no VNNI. Its integer sums of 16 bits could saturate, so INT8 files "
-            "run in a form that cannot. They gain less speed than with VNNI."
+            "INT8: this CPU has no VNNI. Its 16-bit integer sums can saturate, so INT8 files "
+            "are rewritten to prevent that. They gain less speed than with VNNI."
         )
     for name, state in result.runs.items():
         yield f"{name}: {state}"

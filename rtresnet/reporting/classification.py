@@ -151,7 +151,7 @@ def _calibration(report: ClassificationReport) -> str:
     total = sum(entry.n * (entry.confidence or 0.0) for entry in report.bins)
     confidence, accuracy = 100 * total / report.n, report.top1.percent or 0.0
     gap = confidence - accuracy
-    verdict = "about right on average" if abs(gap) < 1 else "too high" if gap > 0 else "too low"
+    verdict = "correct on average" if abs(gap) < 1 else "too high" if gap > 0 else "too low"
     return (
         f"The mean confidence is {confidence:.1f} % and the accuracy {accuracy:.1f} %: the "
         f"confidence is {verdict}. Expected calibration error {100 * report.ece:.2f} points over "

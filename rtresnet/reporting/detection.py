@@ -38,9 +38,9 @@ def write_detection(
     report = result.report
     notes = []
     if result.unsettled:
-        notes.append(f"Non-maximum suppression was not finished for {result.unsettled} boxes.")
+        notes.append(f"Non-maximum suppression did not converge for {result.unsettled} boxes.")
     if result.invalid:
-        notes.append(f"{result.invalid} boxes of the data have no area and were left out.")
+        notes.append(f"{result.invalid} boxes of the data have no area and were ignored.")
     numbers = [
         ("AP50", result.ap50), ("AP", result.ap), ("AP75", result.ap75), ("VOC 2007", result.voc07),
         ("small", result.small), ("medium", result.medium), ("large", result.large),
@@ -90,7 +90,9 @@ def write_comparison(
     if result.ap_change is not None:
         summary.insert(1, f"AP changes by {result.ap_change:+.2f} points.")
     if len(result.images) < result.changed:
-        summary.append(f"{len(result.images)} images are shown, those with most differences first.")
+        summary.append(
+            f"{len(result.images)} images are shown, sorted by the number of differences."
+        )
     text = pages.render(
         "flips.html", title=f"{other} against {one}", summary=summary,
         tiles=[_differing(entry, images) for entry in result.images],

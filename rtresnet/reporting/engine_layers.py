@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from rtresnet.builder.layers import Layer, Layers
 
 UNFUSED = (
-    "Adds in layers of their own: the convolution before each writes its sums to memory in {wide}, "
+    "Adds in separate layers: the convolution before each writes its sums to memory in {wide}, "
     "and this layer reads them again"
 )
 ROUNDS = (
-    "Q/DQ pairs that only round: their int8 leaves no layer, which costs accuracy and gains nothing"
+    "Q/DQ pairs that only round: no layer writes their int8, so they cost accuracy without a "
+    "speed-up"
 )
 COLOURS = {"Int8": "#10b981", "Half": "#3b82f6", "BFloat16": "#8b5cf6", "Float": "#f59e0b"}
 OTHER = "#6b7280"
@@ -148,7 +149,7 @@ def _legend(engine: Layers) -> Iterator[dict[str, object]]:
         look: dict[str, object] = {"width": NARROW, "fill": "none", "unfused": True}
         entries.append(("an Add that did not fuse", look))
     if any(map(_stripe, layers)):
-        entries.append(("stripe: the type it writes", {"height": 5}))
+        entries.append(("stripe: output type", {"height": 5}))
     x = float(MARGIN)
     for words, changes in entries:
         look = {"x": x, "words": words, "width": WIDE // 2, "height": 12, "fill": OTHER} | changes
@@ -157,7 +158,7 @@ def _legend(engine: Layers) -> Iterator[dict[str, object]]:
 
 
 def with_written_bytes(engine: Layers) -> dict[str, object]:
-    """The layers as --json writes them, each with the bytes that it writes."""
+    """Return the layers as --json writes them, each with the bytes that it writes."""
     record: dict[str, Any] = to_builtins(engine)
     for layer, entry in zip(engine.layers, record["layers"], strict=True):
         batch = engine.batches[min(layer.profile, len(engine.batches) - 1)]
@@ -172,7 +173,7 @@ def lines(engine: Layers) -> Iterator[str]:
     def megabytes(layers: Sequence[Layer]) -> float:
         return sum(written(layer, batch) for layer in layers) / 1e6
 
-    yield f"layers in order, with what they write at batch {batch}, in MB:"
+    yield f"layers in order, with the MB that they write at batch {batch}:"
     layers = []
     for stage, members in _stages(engine):
         layers += members
@@ -188,7 +189,7 @@ def lines(engine: Layers) -> Iterator[str]:
     if engine.activations:
         memory = f"; activation memory {engine.activations[0] / 1e6:.1f} MB"
     yield (
-        f"in all {plural(len(layers), 'layer')}, write {megabytes(layers):.1f} MB{memory} "
+        f"total: {plural(len(layers), 'layer')}, write {megabytes(layers):.1f} MB{memory} "
         "(largest batch)"
     )
     for problem in _problems(engine, layers):

@@ -174,12 +174,12 @@ def write_evaluation(
         for member in result.members
     ]
     if len(result.members) > 1:
-        summary.append("An ensemble: the mean of the probabilities.")
+        summary.append("Ensemble: mean of the probabilities.")
     summary.append(f"{result.n:,} images of {result.data}{split}.")
     notes = [f"Note: {line}." for line in result.labels.remarks]
     notes += [f"Assumed: {line}." for line in result.assumed]
     if result.skipped:
-        notes.append(f"{len(result.skipped)} images cannot be decoded and are left out.")
+        notes.append(f"{len(result.skipped)} images cannot be decoded and are ignored.")
     text = render(
         "evaluation.html",
         title=f"Evaluation of {Path(result.artifact).name}",

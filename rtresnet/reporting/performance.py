@@ -21,7 +21,7 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     fused = f"kernels that {result.builder} fused" if result.builder else "fused kernels"
     yield (
         f"{result.model}, {result.size} px, {result.precision}{as_if}, batch {result.batch}: "
-        "a bound from published peak rates, not a measurement."
+        "a lower bound from published peak rates, not a measurement."
     )
     if len(result.results) == 1:
         (gpu,) = result.results
@@ -30,26 +30,26 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
             for part in gpu.stages
         ]
         rows.append(("all", gpu.compute_ms, gpu.memory_ms, gpu.no_faster_than_ms))
-        headings = ("stage", "arithmetic ms", "memory ms", "no faster than ms")
+        headings = ("stage", "arithmetic ms", "memory ms", "minimum ms")
         yield DataTable(headings=headings, rows=rows)
         yield (
-            f"{gpu.gpu}: no faster than {number(gpu.no_faster_than_ms)} ms a batch, no more "
-            f"than {gpu.no_more_images_per_second:,.0f} images/s, if everything that fits the "
-            f"{gpu.l2 / 2**20:.0f} MB L2 cache stays there; no faster than "
-            f"{number(gpu.through_memory_ms)} ms if every kernel's output goes through memory."
+            f"{gpu.gpu}: at least {number(gpu.no_faster_than_ms)} ms per batch, at most "
+            f"{gpu.no_more_images_per_second:,.0f} images/s, if all tensors that fit the "
+            f"{gpu.l2 / 2**20:.0f} MB L2 cache stay there; at least "
+            f"{number(gpu.through_memory_ms)} ms if every kernel writes its output to memory."
         )
         yield f"Rates: {gpu.source}."
     else:
         yield DataTable(
-            headings=("GPU", "no faster than ms", "no more img/s", "through memory ms"),
+            headings=("GPU", "minimum ms", "maximum img/s", "through memory ms"),
             rows=[(gpu.gpu, gpu.no_faster_than_ms, f"{gpu.no_more_images_per_second:,.0f}",
                    gpu.through_memory_ms) for gpu in result.results],
         )  # fmt: skip
     yield (
-        f"{result.kernels} {fused}, one after another: {result.multiply_adds / 1e9:.2f} G "
-        f"multiply-adds an image at the peak of dense products, and {result.bytes / 1e6:,.1f} MB "
-        "read and written for the batch. Launches and copies are not included; real engines reach "
-        "a part of this."
+        f"{result.kernels} {fused}, run in sequence: {result.multiply_adds / 1e9:.2f} G "
+        "multiply-adds per image at the peak rate of dense products, and "
+        f"{result.bytes / 1e6:,.1f} MB read and written per batch. Launches and copies are not "
+        "included; real engines reach a fraction of these rates."
     )
     for gpu in result.results:
         yield from _measured(gpu)
@@ -85,20 +85,20 @@ def advice_lines(result: AdviceResult) -> Iterator[str | DataTable]:
         )  # fmt: skip
         lines += [f"{name}: {line}" for gpu in estimate.results for line in _measured(gpu)]
     yield (
-        f"Bounds at batch {result.batch} in {unit}, from published peak rates; not measurements. "
-        "No faster than the first figure if everything that fits the L2 cache stays there, than "
+        f"Lower bounds at batch {result.batch} in {unit}, from published peak rates; not "
+        "measurements. The first figure applies if all tensors that fit the L2 cache stay there, "
         "the second if every kernel's output goes through memory."
     )
     headings = ("precision", "accuracy", "MB moved", "kernels", *gpus)
     yield DataTable(headings=headings, rows=rows)
     yield from lines
     if any(entry.accuracy.snr_db is not None for entry in result.plans):
-        yield "dB: signal to noise at the logits against FP32, measured by calibration."
+        yield "dB: signal-to-noise ratio of the logits against FP32, measured by calibration."
     yield from result.advice
 
 
 def _bounds(gpu: GpuEstimate, scale: float) -> str:
-    """Two digits each: a bound is coarse, and the table is narrow."""
+    """Format the bounds with two digits, because they are coarse and the table is narrow."""
     both = (scale * gpu.no_faster_than_ms, scale * gpu.through_memory_ms)
     return "\u2013".join(f"{time:.0f}" if time >= 10 else f"{time:.2g}" for time in both)
 
@@ -146,15 +146,15 @@ def _profile_facts(result: ProfileResult) -> Iterator[str]:
     """Return sentences on the figures and their reliability."""
     profile, roof = result.profile, result.roof
     yield (
-        f"{result.path}, batch {result.batch}: layers add up to {profile.total:.3f} ms, the whole "
+        f"{result.path}, batch {result.batch}: layers add up to {profile.total:.3f} ms, the net "
         f"takes {profile.whole:.3f} ms (medians of {profile.runs} runs)."
     )
     if result.fixed_batch:
-        yield f"The file takes batches of {result.fixed_batch}."
+        yield f"The batch is fixed at {result.fixed_batch}."
     if not profile.agrees:
         yield (
-            "NOTE: these differ by more than 10 %: the profiler's own cost, or another load on "
-            "this machine. Trust shares, not times."
+            "NOTE: these differ by more than 10 %, because of the profiler's overhead or another "
+            "load on this machine. The shares are more reliable than the times."
         )
     for part in sorted(profile.blocks, key=lambda part: -part.ms)[:3]:
         if part.bound:
@@ -163,11 +163,11 @@ def _profile_facts(result: ProfileResult) -> Iterator[str]:
         ran, total = profile.int8_products
         if ran < total:
             yield (
-                f"{ran} of {total} INT8 products ran in INT8; {result.provider} computes the "
-                "others in float."
+                f"{ran} of {total} INT8 convolutions and GEMMs ran in INT8; {result.provider} "
+                "computes the others in float."
             )
     if remarks := result.environment.remarks:
-        yield (f"NOTE: {'; '.join(remarks)}: times are too long, and shares of the roof too small.")
+        yield (f"NOTE: {'; '.join(remarks)}: times are overestimated, shares underestimated.")
     if roof is None:
         return
     rates = [("FLOP/s fp32", roof.fp32), ("FLOP/s fp16", roof.fp16), ("OP/s int8", roof.int8)]
@@ -179,14 +179,16 @@ def _profile_facts(result: ProfileResult) -> Iterator[str]:
         if max(part.compute or 0, part.memory or 0) > 1.05 * part.ms
     ]:
         yield (
-            f"NOTE: {', '.join(above)} came out faster than the roof: because of caches, or a roof "
-            "that was measured while the machine was busy (--new-roof)."
+            f"NOTE: {', '.join(above)} exceeded the roof, because of caches or because the roof "
+            "was measured on a busy machine (measure it again with --new-roof)."
         )
 
 
 def _why(part: Part) -> str:
     if part.bound == "overhead" and part.other > 0.5:
-        return f"overhead: {100 * part.other:.0f} % of it in conversions and reorders."
+        return (
+            f"overhead: {100 * part.other:.0f} % of its time is spent in conversions and reorders."
+        )
     if part.bound == "overhead":
         return (
             f"overhead: {_reached(part)} % of the roof; neither arithmetic nor memory explains it."

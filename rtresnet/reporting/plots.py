@@ -170,7 +170,7 @@ def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
         if search["best"] is not None:
             axes.axvline(search["best"], color=colour, linewidth=0.8, alpha=0.6)
     axes.axhline(searches[0][1]["p99_ms"], color="#888888", linewidth=1)
-    what = "images a batch" if searches[0][1]["what"] == "batch" else "requests a second"
+    what = "images per batch" if searches[0][1]["what"] == "batch" else "requests per second"
     axes.set(xlabel=what, ylabel="latency, ms", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return drawing
@@ -244,7 +244,7 @@ def tradeoff(results: Results, batch: int) -> str | None:
     room = max(0.5, 0.6 * (max(values) - min(values)))
     axes.set_ylim(max(0, min(values) - room), min(100.0, max(values)) + room / 2)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
-    return svg(drawing, f"{measure} against median latency, a point for each artifact")
+    return svg(drawing, f"{measure} against median latency, one point per artifact")
 
 
 def precision_recall(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -292,7 +292,7 @@ def tails(results: Results, batch: int) -> str | None:
     most = max(len(samples) for _, _, samples in measured)
     shown = [0.0, *(s for s in SHARES if most * (1 - s) >= 1 - 1e-9)]
     axes.set_xticks([-np.log10(1 - s) for s in shown], [f"{100 * s:g}" for s in shown])
-    axes.set(xlabel="percentile", ylabel=f"latency, ms a batch of {batch}", ylim=(0, None))
+    axes.set(xlabel="percentile", ylabel=f"latency, ms per batch of {batch}", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     return svg(drawing, "latency against percentile")
@@ -315,7 +315,7 @@ def histogram(results: Results, batch: int) -> str | None:
         axes.stairs(share, edges, fill=True, alpha=0.35, color=colour)
         axes.stairs(share, edges, color=colour, linewidth=1.4, label=plain(name),
                     gid=f"histogram-{index}")  # fmt: skip
-    axes.set(xlabel=f"latency, ms a batch of {batch}", ylabel="requests, %")
+    axes.set(xlabel=f"latency, ms per batch of {batch}", ylabel="requests, %")
     axes.legend(frameon=False, fontsize=9)
     return svg(drawing, "histogram of latencies")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rtresnet.workflows.predict import PredictResult, PredictTableResult
     from rtresnet.workflows.train import TrainResult
 
-LISTED = 10  # pairs and files that are printed; --json has all
+LISTED = 10  # number of pairs and files to print; --json has all
 
 
 def prediction_lines(result: PredictResult) -> Iterator[str]:
@@ -52,7 +52,7 @@ def detection_lines(result: DetectResult) -> Iterator[str]:
             yield f"  {item.label} {100 * item.score:.1f} %  [{corners}]"
     yield from assumed(result.assumed)
     if any(entry.unsettled for entry in result.images):
-        yield "Non-maximum suppression was not finished in some images."
+        yield "Non-maximum suppression did not converge in some images."
 
 
 def explain_lines(result: ExplainResult) -> Iterator[str]:
@@ -90,9 +90,9 @@ def detector_lines(result: EvaluateDetectorResult) -> Iterator[str]:
     )
     yield from result.runtime.notes
     if result.unsettled:
-        yield f"Non-maximum suppression was not finished for {result.unsettled} boxes."
+        yield f"Non-maximum suppression did not converge for {result.unsettled} boxes."
     if result.invalid:
-        yield f"{result.invalid} boxes of the data have no area and were left out."
+        yield f"{result.invalid} boxes of the data have no area and were ignored."
 
 
 def detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
@@ -113,7 +113,7 @@ def detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
     for entry in both:
         if entry.unsettled:
             yield (
-                f"{entry.artifact}: non-maximum suppression was not finished for "
+                f"{entry.artifact}: non-maximum suppression did not converge for "
                 f"{entry.unsettled} boxes."
             )
     for entry in both:
@@ -122,7 +122,7 @@ def detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
 
 
 def average_precision(measured: DetectionAccuracy | EvaluateDetectorResult) -> str:
-    """AP by COCO's and VOC's rules, for people."""
+    """Format the average precision by COCO's and VOC's definitions."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} %"

@@ -22,11 +22,11 @@ def lines(done: QuickstartResult) -> Iterator[str | DataTable]:
     if slow := caveat(done):
         yield slow
     if not all(entry.measurement.steady for entry in done.bench.results):
-        yield "Not steady after 2 s of warm-up: another load on this machine?"
+        yield "Latency is not steady after 2 s of warm-up; other processes may load this machine."
     plan = done.export.plans[0].plan
     yield (
         f"Plans by {plan.builder} {plan.version} for {', '.join(plan.targets)}; built without a "
-        "GPU, they run on one."
+        "GPU; running them needs one."
     )
 
 
@@ -75,7 +75,7 @@ def caveat(done: QuickstartResult) -> str | None:
         f"INT8 is not faster than FP32 at {' and '.join(f'batch {b}' for b in slow)} here: "
         f"{done.model} has 16 to 64 channels, too few for the integer kernels of "
         f"{int8[0].artifact.run.provider} to save more than the conversions cost. Wider "
-        "nets gain; the plan is for a GPU."
+        "nets gain; use the plan on a GPU."
     )
 
 
@@ -122,7 +122,7 @@ def write_page(path: Path, result: QuickstartResult) -> None:
         precisions=table(result),
         caveat=caveat(result),
         curve=plots.training_curve(result.log),
-        latency=plots.latency_distribution(samples, "ms a batch of 1"),
+        latency=plots.latency_distribution(samples, "ms per batch of 1"),
         attested=attested,
         origin=origin,
     )

@@ -63,7 +63,7 @@ def report(
     """
     if not files and not Path(DEFAULT).is_dir():
         raise InputError(
-            f"nothing to report: no {DEFAULT}/ here",
+            f"nothing to report: there is no folder {DEFAULT}/",
             fix="write results with: rtresnet bench ARTIFACT... --json bench.json",
         )
     gathered = results.gather([str(file) for file in files] or (DEFAULT,))

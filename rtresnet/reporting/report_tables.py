@@ -48,7 +48,9 @@ def remarks(results: Results) -> list[str]:
     if any(artifact.untrained for artifact in results.artifacts):
         lines.append("Untrained weights: latency is meaningful, accuracy is not shown.")
     elif results.timings and all(a.score is None for a in results.artifacts):
-        lines.append("No accuracy is known: rtresnet eval ARTIFACT --data DATA --json FILE.")
+        lines.append(
+            "Accuracy is unknown. Measure it with: rtresnet eval ARTIFACT --data DATA --json FILE."
+        )
     return lines
 
 
@@ -191,7 +193,7 @@ def _origin(results: Results) -> DataTable:
         headings=("artifact", "checkpoint", "test top-1 %", "test images", "INT8 loss, points",
                   "95 % interval", "images", "bound", "verdict"),
         rows=rows,
-        about=f"INT8 loss: top-1 of FP32 less top-1 of INT8 on the same images of "
+        about=f"INT8 loss: top-1 of FP32 minus top-1 of INT8 on the same images of "
         f"{', '.join(data)}."
         if data
         else "",
@@ -222,7 +224,7 @@ def _latency(results: Results) -> DataTable:
         headings=("artifact", *(("scenario",) if scenarios else ()), "batch", "median ms",
                   *(p.replace("p999", "p99.9") for p in shares), "std", "images/s", "n"),
         rows=rows,
-        about="Milliseconds per batch, wall time, all samples kept. A dash: too few samples.",
+        about="Milliseconds per batch, wall time, all samples kept. A dash means too few samples.",
     )  # fmt: skip
 
 
@@ -242,9 +244,11 @@ def _searches(results: Results) -> DataTable:
             else (None,) * 3
         )
         rows.append((artifact.name, what, search["p99_ms"], search["best"], *at_best))
-    about = "The largest load whose p99 is within the bound in most repeats. A dash: none is."
+    about = (
+        "The largest load whose p99 is within the bound in most repeats; a dash if there is none."
+    )
     if any(search["limit"] for _, search in results.searches):
-        about += " Where it is the largest that was tried, a larger one may be within it as well."
+        about += " If it is the largest load tried, a larger one may also be within the bound."
     return DataTable(
         title="Largest load within a latency bound",
         headings=("artifact", "load", "p99 bound, ms", "largest", "p99, ms", "images/s", "n"),
@@ -264,13 +268,13 @@ def _bounds(results: Results) -> DataTable:
         for bound in estimate["results"]
     ]  # fmt: skip
     about = (
-        "From published peak rates. No faster than: if everything that fits the L2 cache stays "
-        "there. Through memory: if every kernel's output goes through memory. Measured: median of "
+        "From published peak rates. Minimum: if all tensors that fit the L2 cache stay "
+        "there. Through memory: if every kernel writes its output to memory. Measured: median of "
         "the computation, or of the latency if that is unknown, on the same GPU and batch."
     )
     return DataTable(
         title="Lower bounds, not measurements",
-        headings=("artifact", "GPU", "batch", "MB moved", "kernels", "no faster than, ms",
+        headings=("artifact", "GPU", "batch", "MB moved", "kernels", "minimum, ms",
                   "through memory, ms", "measured, ms"),
         rows=list(dict.fromkeys(rows)),
         about=" ".join([about, *dict.fromkeys(results.advice)]),
@@ -313,7 +317,7 @@ def _blocks(results: Results) -> DataTable:
     off = [a.name for a, result in results.profiles if result.get("agrees") is False]
     about = "Sums of the nodes' medians. Bound by: the limit in the roofline model."
     if off:
-        about += f" Sums of {', '.join(off)} differ from the whole by more than 10 %."
+        about += f" Sums of {', '.join(off)} differ from the net's time by more than 10 %."
     return DataTable(
         title="Time of each block",
         headings=("artifact", "batch", "block", "ms", "share %", "GFLOP/s", "GB/s", "bound by"),
@@ -333,8 +337,7 @@ def _chain(results: Results) -> DataTable:
         title="Origin of the artifacts",
         headings=("artifact", "kind", "precision", "sha256", "state"),
         rows=rows,
-        about="An arrow points to what a file was made from. Hashes were checked when this report "
-        "was made.",
+        about="Arrows point to the source file. Hashes were checked when this report was made.",
     )
 
 

@@ -318,7 +318,7 @@ def read(path: str | Path) -> ResultFile:
     Raises:
         InputError: Not JSON, not the result of a command in `RESULTS`, or not valid.
     """
-    return check(path, serialization.load(path, fix="write it again, or leave it out"))
+    return check(path, serialization.load(path, fix="write the file again, or leave it out"))
 
 
 def check(path: str | Path, data: Any) -> ResultFile:
@@ -327,7 +327,7 @@ def check(path: str | Path, data: Any) -> ResultFile:
     if not isinstance(verb, str) or verb not in RESULTS or "result" not in data:
         problem = f"a result of {verb}" if isinstance(verb, str) else "not a result of a command"
         raise InputError(
-            f"{path}: {problem}, expected a result of {', '.join(RESULTS)}", fix="leave it out"
+            f"{path}: {problem}; expected a result of {', '.join(RESULTS)}", fix="leave it out"
         )
     about: dict[str, Any] = {"where": str(path), "fix": f"write it again with rtresnet {verb}"}
     made_by = serialization.convert(data.get("made_by", {}), MadeBy, at="made_by", **about)

@@ -186,7 +186,7 @@ def gather(paths: Iterable[str | Path]) -> Results:
     if not collector.results.artifacts:
         raise InputError(
             "nothing to report: no artifact and no result in " + ", ".join(map(str, paths)),
-            fix="write one with: rtresnet bench engines/*.onnx --json bench.json",
+            fix="create one with: rtresnet bench engines/*.onnx --json bench.json",
         )
     collector.require_known([Path(path) for path in paths])
     return collector.finish()
@@ -234,7 +234,7 @@ class _Collector:
         return known
 
     def read(self, path: Path) -> None:
-        data = serialization.load(path, fix="write it again, or leave it out")
+        data = serialization.load(path, fix="write the file again, or leave it out")
         if isinstance(data, dict) and data.get("kind") in artifacts.KINDS and "sha256" in data:
             self.artifact(str(path.with_suffix("")), required=True)
             return
@@ -311,8 +311,8 @@ class _Collector:
                 continue
             if artifacts.read_sidecar(path) is None:
                 raise InputError(
-                    f"{path}: has no sidecar, and no result here is of it: nothing to report",
-                    fix=f"rtresnet bench {path} --json FILE, and report FILE",
+                    f"{path}: has no sidecar and no result, so there is nothing to report",
+                    fix=f"rtresnet bench {path} --json FILE, then: rtresnet report FILE",
                 )
 
     def finish(self) -> Results:

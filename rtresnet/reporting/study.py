@@ -30,8 +30,8 @@ SMALL = 8.5  # points
 LABEL_ROOM = 0.045  # height of a line of small text, relative to the axes
 LETTERS_AN_INCH = 15.2  # number of letters of small text per inch
 ABOUT = (
-    "Errors in %: mean and standard deviation over the seeds. Training: of the last epoch, on the "
-    "images as they were augmented; validation and test: of the epoch that was best on the "
+    "Errors in %: mean and standard deviation over the seeds. Training error of the last epoch on "
+    "the augmented images; validation and test errors of the epoch that was best on the "
     "held-out images."
 )
 

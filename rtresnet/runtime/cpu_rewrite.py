@@ -68,10 +68,10 @@ SIGNED, CLIPPED = "rtresnet.zero_point_128", "rtresnet.zero_point_0"
 ZERO_POINTS = {SIGNED: 128, CLIPPED: 0}
 INT8_MAX = 127
 INT16_MAX = 32767
-BRANCH_MARGIN = 1.25  # range of a residual branch, relative to what calibration saw
+BRANCH_MARGIN = 1.25  # range of a residual branch, relative to its range in calibration
 # Operations whose results are among their inputs.
 SELECTING = ("Relu", "MaxPool", "Flatten", "Reshape", "Squeeze", "Slice", "Pad", "Transpose")
-# Operations that make no negative number out of numbers that are none, by their first input.
+# Operations whose output is not negative if their first input is not negative.
 SIGN_PRESERVING = (
     "QuantizeLinear", "DequantizeLinear", "MaxPool", "AveragePool", "GlobalAveragePool",
     "ReduceMean", "Flatten", "Reshape", "Squeeze", "Slice", "Pad",

@@ -95,8 +95,8 @@ class OrtBackend:
         placement: Number of nodes on each execution provider, as the session reports it.
         int8_note: How an INT8 file runs if the CPU's integer sums would saturate, or if it cannot
             be rewritten because the package onnx is not installed; how a BF16 file runs; else None.
-        batch: The only batch size that the file takes; None if it takes any. `infer` takes any
-            number of images in either case.
+        batch: The only batch size that the file accepts; None if it accepts any. `infer` accepts
+            any number of images in either case.
         tf32: As the argument for the CUDA provider; None for others.
 
     Raises:

@@ -92,7 +92,7 @@ def check(
     """Compare an artifact with itself in other batches, and with the FP32 ONNX file it came from.
 
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
-    other files), at odd batches, after other batches and next to a broken image must get the same
+    other files), at odd batches, after other batches and next to a broken image must have the same
     answer, within what the precision allows. Differences are returned, not raised.
 
     Args:

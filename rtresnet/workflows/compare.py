@@ -204,7 +204,7 @@ def _measured(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dic
 
 
 def _top1(answer: np.ndarray | TopK) -> np.ndarray:
-    """int64 [N]; -1 where an answer is not a number."""
+    """int64 [N]; -1 where an output is not a number."""
     values = answer[1] if isinstance(answer, tuple) else answer
     best = answer[0][:, 0] if isinstance(answer, tuple) else answer.argmax(axis=1)
     return np.where(np.isnan(values).any(axis=1), -1, best)

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into ONNX files and plans, each with a sidecar.
+"""Convert a checkpoint to ONNX files and plans, each with a sidecar.
 
 In this order: resolve the weights, fold batch norm and write the FP32 file, compare it with torch,
 write the other precisions, embed input and output, build the plans.

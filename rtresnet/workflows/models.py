@@ -12,7 +12,7 @@ class ModelInfo:
     Attributes:
         shortcut: "A", "B" or "C"; None for a plain net.
         size: Side of the input, in pixels.
-        multiply_adds: For one image.
+        multiply_adds: Multiply-adds for one image.
     """
 
     model: str

@@ -238,7 +238,7 @@ def train(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> TrainResult:
-    """Train a net; the test split is used once, at the end.
+    """Train a net. The test split is used once, at the end.
 
     Writes best.pt, last.pt and log.jsonl into the run's folder. Under torchrun, every process calls
     it with the same arguments.
@@ -415,7 +415,7 @@ def new_job(
     """Resolve a config to a new run's net, data and recipe.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         config: What to train.
         stated: Input of the net, in place of the usual one.
         reporter: Receives the progress of downloads.

@@ -96,7 +96,7 @@ def test_inspect_shows_and_draws_the_layers(
     said = capsys.readouterr().out
     table = said[said.index("layers in order") :]
     assert max(map(len, table.splitlines())) <= 80
-    assert "conv 3x3" in table and "Int8>Float" in table and "3 Adds in layers of" in table
+    assert "conv 3x3" in table and "Int8>Float" in table and "3 Adds in separate layers" in table
     record = json.loads(file.read_text())["result"]["engine"]
     assert sum(layer["role"] == "conv" for layer in record["layers"]) == 7
     assert all(layer["written_bytes"] >= 0 for layer in record["layers"])

@@ -320,7 +320,7 @@ def test_predict_missing_images_exit_2(
     assert main(["predict", str(net), *out]) == 2
     assert "no images to predict with" in last_line(capsys)
     assert main(["predict", str(net), "--resume", "x.jpg"]) == 2
-    assert "go with --out" in last_line(capsys)
+    assert "need --out" in last_line(capsys)
     for index in range(3):
         (tmp_path / "empty" / f"{index}.jpg").write_bytes(b"\xff\xd8\xff")
     assert main(["predict", str(net), str(tmp_path / "empty"), *out]) == 2

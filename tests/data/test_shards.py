@@ -199,7 +199,10 @@ def test_a_shard_that_vanishes_before_it_is_read_is_named(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda index: index.update(version=2), "has version 2, but this version of rtresnet reads 1"),
+        (
+            lambda index: index.update(version=2),
+            "has version 2, but this version of rtresnet reads 1",
+        ),
         (lambda index: index.update(format="webdataset"), "not an index of shards"),
         (lambda index: index.pop("classes"), "`classes`"),
         (lambda index: index.update(classes=["cats"]), "does not match"),

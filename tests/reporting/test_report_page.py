@@ -77,7 +77,7 @@ def test_latency_alone_makes_a_page_too(measured: list[Path]) -> None:
     gathered = results.gather(measured[:1])
     text = report.html(gathered)
     assert not marks(text, "artifact") and marks(text, "tail")
-    assert any("No accuracy is known" in line for line in report_tables.remarks(gathered))
+    assert any("Accuracy is unknown" in line for line in report_tables.remarks(gathered))
 
 
 def test_searches_have_their_curve_and_their_answer(
@@ -89,7 +89,7 @@ def test_searches_have_their_curve_and_their_answer(
     gathered = results.gather([*measured, *files])
     text = report.html(gathered)
     assert marks(text, "search") == ["search-0", "search-1"] * 2  # a figure a kind of load
-    assert "images a batch" in text and "requests a second" in text
+    assert "images per batch" in text and "requests per second" in text
     rows = report_tables.tables(gathered)["searches"].rows
     assert rows[0] == ("net-fp32.onnx", "images per batch", 10.0, 4, 8.75, 125.5, 100)
     assert rows[2] == ("net-fp32.onnx", "requests/s", 10.0, None, None, None, None)

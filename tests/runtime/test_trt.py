@@ -514,7 +514,9 @@ def test_kernel_cache_unwritable_folder_warns(
     backend = bench.load()
     backend.infer(images(3))
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.warns(RuntimeWarning, match=r"net\.plan\.cache: the compiled kernels are not kept"):
+    with pytest.warns(
+        RuntimeWarning, match=r"net\.plan\.cache: the compiled kernels are not stored"
+    ):
         backend.close()
     assert bench.cuda.live == [] and not cache_path(bench.path).exists()
 
