@@ -1,11 +1,11 @@
 """The folder of a run: written, resumed.
 
-    best.pt     the epoch with the highest accuracy on the held-out images, the last of equals
-    last.pt     the latest state, with everything that --resume needs
-    log.jsonl   one line per epoch
+    best.pt     the epoch with the highest accuracy on the held-out images; the last one if several
+    are equal last.pt     the latest state, with everything that --resume needs log.jsonl   one line
+    per epoch
 
-Files are replaced atomically, best.pt before last.pt. last.pt holds what does not follow from the
-number of the step: weights, momentum, averages, the step, the epoch's sums so far, the log.
+Files are replaced atomically, best.pt before last.pt. last.pt contains what does not follow from
+the number of the step: weights, momentum, averages, the step, the epoch's sums so far, the log.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunState:
     Attributes:
         step: Steps done.
         best: Best accuracy so far, in %.
-        sums: Of the epoch so far.
+        sums: Sums of the epoch so far.
         log: The epochs' records.
         warmed: First step after a warm-up that the training error ends; None before.
         recent_hits, recent_seen: Sums since the training error was last compared.
@@ -84,7 +84,7 @@ class CheckpointManager:
     """Writes a run's folder; with several processes, the main one does.
 
     Args:
-        job: Whose folder.
+        job: The job of the run.
         model: The net's description for checkpoints.
         total: Steps of the whole run.
         report: On its images.
@@ -148,7 +148,7 @@ class CheckpointManager:
         if last.model != self.model or saved["fingerprint"] != self.fingerprint:
             raise InputError(
                 f"{out}: its run is {last.model.architecture} on {saved['data']}, or "
-                "those images have changed since",
+                "those images have changed",
                 fix="train into another --out",
             )
         if stepper.average:
@@ -228,11 +228,13 @@ def check_folder(out: Path, resume: bool) -> None:
     """Check that a run may start, or resume, in a folder.
 
     Raises:
-        InputError: It holds a run and `resume` is False, or none and `resume` is True.
+        InputError: The folder contains a run and `resume` is False, or no run and `resume` is True.
     """
     exists = (out / "last.pt").exists()
     if exists and not resume:
-        raise InputError(f"{out}: already holds a run", fix="add --resume, or another --out")
+        raise InputError(
+            f"{out}: already contains a run", fix="add --resume, or choose another --out"
+        )
     if resume and not exists:
         raise InputError(f"{out}: no saved state to resume", fix="start without --resume")
 
@@ -241,7 +243,7 @@ def saved_run(out: Path) -> Checkpoint:
     """Load the state of a run from its last.pt.
 
     Raises:
-        InputError: There is none, or the file holds only a net.
+        InputError: There is no such file, or it contains only a net.
     """
     check_folder(out, resume=True)
     for name in ("best.pt", "last.pt"):
@@ -249,7 +251,7 @@ def saved_run(out: Path) -> Checkpoint:
     last = checkpoint.load(out / "last.pt")
     if not {"recipe", "fingerprint", "step", "sums", "optimizer"} <= last.training.keys():
         raise InputError(
-            f"{out / 'last.pt'}: holds no state of a run",
+            f"{out / 'last.pt'}: contains no state of a run",
             fix=f"train from it instead: --weights {out / 'last.pt'} with another --out",
         )
     return last
@@ -264,7 +266,7 @@ def check_same_recipe(out: Path, stored: Mapping[str, Any], recipe: Recipe) -> N
     changed = recipe.changes_from(stored)
     if changed:
         raise InputError(
-            f"{out}: its run has another recipe ({', '.join(changed)})",
+            f"{out}: its run has a different recipe ({', '.join(changed)})",
             fix="resume with the same options, or train into another --out",
         )
 
@@ -285,16 +287,16 @@ def drop_stale_sidecar(path: Path) -> None:
 def load_start(net: nn.Module, start: Checkpoint, source: Source) -> str | None:
     """Load the weights to start from.
 
-    If the classes are the same, the rows of the last layer are kept, in the order of the new data;
-    else the last layer stays untrained.
+    If the classes are the same, the rows of the last layer are reused, in the order of the new
+    data; else the last layer stays untrained.
 
     Args:
-        net: Changed.
+        net: The net; changed in place.
         start: The weights.
         source: The training images.
 
     Returns:
-        A note on the last layer, unless it is kept unchanged.
+        A note on the last layer, unless it is unchanged.
 
     Raises:
         InputError: The checkpoint has another architecture.
@@ -328,9 +330,12 @@ def _same_classes(start: Checkpoint, source: Source) -> tuple[LabelMap | None, s
     except InputError:
         mapping = None
     if mapping is None or not mapping.is_permutation:
-        return None, "the checkpoint has other classes: the last layer (fc) starts untrained"
+        return None, "the checkpoint has different classes: the last layer (fc) starts untrained"
     if mapping.by == "position":
-        return mapping, f"the last layer (fc) is kept; {mapping.assumptions()[0]}"
+        return mapping, f"the last layer (fc) is reused; {mapping.assumptions()[0]}"
     if not mapping.in_order:
-        return mapping, "the last layer (fc) is kept, its rows in the order of the data's classes"
+        return (
+            mapping,
+            "the last layer (fc) is reused, with its rows in the order of the data's classes",
+        )
     return mapping, None

@@ -41,10 +41,10 @@ class EpochRecord(TypedDict):
         side: Side of the training images, in pixels.
         train_top1: On the augmented training images, in %.
         val_top1: On the held-out images, in %; None if nothing is held out.
-        val_n: Their number.
+        val_n: Number of held-out images.
         images_per_second: Training throughput.
         seconds: Training time, without evaluation.
-        skipped: Images left out because they cannot be decoded.
+        skipped: Images ignored because they cannot be decoded.
         waiting: Share of `seconds` in which the net waited for data, in [0, 1].
         decoded_per_core: Photographs that one core decodes and crops per second; None for arrays.
     """
@@ -69,7 +69,7 @@ class EpochRecord(TypedDict):
 class Recipe(Config):
     """Everything that determines a run, except data and net.
 
-    Each field says what it does in `dataclasses.fields(Recipe)[i].metadata["option"].help`.
+    Each field is described in `dataclasses.fields(Recipe)[i].metadata["option"].help`.
 
     Raises:
         InputError: A value is out of bounds or contradicts another one.
@@ -127,7 +127,7 @@ class Recipe(Config):
     nesterov: bool = option(False, "Use Nesterov momentum.")
     weight_decay: float = option(1e-4, "Weight decay of SGD.", minimum=0, maximum=1)
     decay_norms: bool = option(
-        True, "Apply weight decay to batch norms and biases too, as in the paper."
+        True, "Also apply weight decay to batch norms and biases, as in the paper."
     )
     layer_decay: float = option(
         1.0,
@@ -144,14 +144,17 @@ class Recipe(Config):
         "images of each class equally often.",
     )
     distill: float = option(
-        0.0, "Share of the teacher's answers in the loss; needs a teacher.", minimum=0, maximum=1
+        0.0, "Share of the teacher's outputs in the loss; needs a teacher.", minimum=0, maximum=1
     )
     temperature: float = option(
-        4.0, "Temperature that softens the teacher's and the student's answers.",
+        4.0, "Temperature that softens the teacher's and the student's outputs.",
         minimum=0.1, maximum=100,
     )  # fmt: skip
     label_smoothing: float = option(
-        0.0, "Share of the target that is spread over all classes.", minimum=0, maximum=0.9
+        0.0,
+        "Share of the target that is spread over all classes (label smoothing).",
+        minimum=0,
+        maximum=0.9,
     )
     mixup: float = option(
         0.0,
@@ -229,34 +232,38 @@ class Recipe(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch % self.accumulate:
-            raise InputError(f"a batch of {self.batch} has no {self.accumulate} equal parts")
+            raise InputError(
+                f"a batch of {self.batch} cannot be divided into {self.accumulate} equal parts"
+            )
         if self.patience and not self.holdout:
             raise InputError(
                 f"patience={self.patience}: nothing is held out to measure the accuracy on",
                 fix="--set holdout=0.1",
             )
         if list(self.milestones) != sorted(self.milestones):
-            raise InputError(f"milestones={self.milestones}: must rise")
+            raise InputError(f"milestones={self.milestones}: must increase")
         if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
-            raise InputError(f"area={self.area}: needs two shares, the smaller first")
+            raise InputError(f"area={self.area}: must be two shares, the smaller one first")
         if any(not 0 < share <= 1 for _, share in self.progressive):
-            raise InputError(f"progressive={self.progressive}: a share is above 0 and at most 1")
+            raise InputError(
+                f"progressive={self.progressive}: shares must be above 0 and at most 1"
+            )
         if self.warmup and self.warmup_until:
             raise InputError(
-                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g}: a warm-up has one "
-                "length",
+                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g}cannot be combined; "
+                "the warm-up has one length",
                 fix="--set warmup=0 or --set warmup_until=0",
             )
         if self.mean_image and (self.train_scale != 1 or self.progressive):
             raise InputError(
-                "mean_image: a mean image has one size, and the training images have several",
+                "mean_image: needs training images of one size, but they have several",
                 fix="--set mean_image=false",
             )
         if self.stochastic_depth and (self.qat or self.compile):
             other = "qat" if self.qat else "compile"
             raise InputError(
-                f"stochastic_depth={self.stochastic_depth:g}: not with {other}, which fixes the "
-                "order of operations",
+                f"stochastic_depth={self.stochastic_depth:g}: cannot be combined with {other}, "
+                "which fixes the order of operations",
                 fix="--set stochastic_depth=0",
             )
         if self.qat and self.precision in ("bf16", "fp16"):
@@ -266,7 +273,7 @@ class Recipe(Config):
             )
         if self.qat_format != "int8" and not self.qat:
             raise InputError(
-                f"qat_format={self.qat_format}: nothing is trained with its rounding",
+                f"qat_format={self.qat_format}: applies only to quantization-aware training",
                 fix="--qat, with --weights FILE",
             )
         if self.qat and self.bn_images:
@@ -289,7 +296,8 @@ class Recipe(Config):
             step: From 0.
             total: Steps of the run.
             warmed: First step after a warm-up with `warmup_until`; None if it has not ended.
-            divisions: By 10 so far, for the schedule plateau; see `plateau_divisions`.
+            divisions: Number of divisions by 10 so far, for the schedule plateau; see
+                `plateau_divisions`.
         """
         ramp = self.warmup * total
         if self.warmup_until:
@@ -333,7 +341,7 @@ class Recipe(Config):
         return size if share == 1 else min(size, max(least, 4 * round(size * share / 4)))
 
     def changes_from(self, stored: Mapping[str, Any]) -> list[str]:
-        """Compare with a recipe that a checkpoint stores; returns `field old -> new` entries.
+        """Compare with a recipe that a checkpoint stores; return `field old -> new` entries.
 
         A field that an older version did not store had its default's effect.
         """
@@ -377,7 +385,7 @@ def text(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Which net is trained on which images, and where.
+    """Net, images, recipe and folder of a run.
 
     Attributes:
         spec: The net.
@@ -389,8 +397,8 @@ class TrainJob:
         device: "cpu", "cuda" or "cuda:N".
         start: Weights to start from.
         save_every: Seconds between writes of last.pt within an epoch.
-        cached: Whether decoded photographs are kept in memory if they fit.
-        max_broken: Share of images that may be broken, in [0, 1]; they are left out.
+        cached: Whether to keep decoded photographs in memory if they fit.
+        max_broken: Allowed share of broken images in [0, 1]; they are ignored.
         decode_all: Whether every image is decoded before the first epoch even if the decoded
             images do not fit into memory.
         teacher: Net to distill from.

@@ -23,7 +23,7 @@ IMBALANCE = 10  # largest over smallest class
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What is known about a run's images before its first step.
+    """Checks of a run's images before its first step.
 
     Attributes:
         classes: Class names.
@@ -67,13 +67,13 @@ class DataReport:
         lines.append(f"checked: {CHECKS[self.check]}")
         if any(self.broken.values()):
             counts = " and ".join(f"{len(e)} of {name}" for name, e in self.broken.items() if e)
-            lines.append(f"left out, because they cannot be decoded: {counts}")
+            lines.append(f"ignored, because they cannot be decoded: {counts}")
         if self.transparent:
             lines.append(f"composited on white: {plural(self.transparent, 'transparent image')}")
         return lines + [f"warning: {escape_cell(line)}" for line in self.warnings()]
 
     def warnings(self) -> list[str]:
-        """Describe what makes the run's accuracy less certain than it looks, one sentence each."""
+        """Describe causes of uncertainty in the run's accuracy, one sentence each."""
         lines = self._small_split("val") + self._small_split("test") + self._small_classes()
         for name, count in self.identical.items():
             if count:

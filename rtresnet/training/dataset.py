@@ -1,7 +1,7 @@
-"""The images of a run: checked, plural and loaded before its first step.
+"""The images of a run: checked, counted and loaded before its first step.
 
-Small images are cropped into one array; photographs that fit into memory are decoded and kept. So
-the check costs nothing that the first epoch would not cost. If photographs do not fit, only the
+Small images are cropped into one array; photographs that fit into memory are decoded and cached. So
+the check adds no cost to that of the first epoch. If photographs do not fit, only the
 beginning and end of each file are read (`data/validation.py`), unless the job asks for more.
 """
 
@@ -37,7 +37,7 @@ def saved_report(last: Checkpoint) -> DataReport | None:
     """Return the report in a run's checkpoint; None from a version that wrote none.
 
     Raises:
-        InputError: It is not readable.
+        InputError: The report is not readable.
     """
     if "images" not in last.training:
         return None
@@ -57,9 +57,9 @@ class Dataset:
     Attributes:
         source: Training and held-out images, without broken ones.
         test: The set's own test images, or None.
-        parts: Indices of `source`.
+        parts: Indices of `source` by split.
         tally: Receives images that turn out to be broken during the run.
-        report: On the images when the run started.
+        report: Report on the images from the start of the run.
     """
 
     source: Source
@@ -80,9 +80,9 @@ def prepare(
     """Check and load a run's images.
 
     Args:
-        job: Whose images.
-        report: Of the run that is resumed; its photographs are not checked again.
-        world: Over which the work is divided.
+        job: The job of the run.
+        report: Report of the resumed run, whose photographs are not checked again.
+        world: Processes that share the work.
         progress: Called with the number of training images checked, and of all.
         warn: Called with a line for each broken image, up to a limit.
 
@@ -131,12 +131,12 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Store:
-    """Where a run's images are read from.
+    """Storage of a run's images.
 
     Attributes:
         decode: Decodes the image of an index into memory; None if nothing is decoded.
         check: As in `DataReport`.
-        crops: Where `decode` puts small images.
+        crops: Array that `decode` fills with small images.
     """
 
     source: Source
@@ -211,9 +211,9 @@ def _report_broken(
         more = f"; all of them in {listed}" if len(lines) > 1 else ""
         raise DataError(
             f"{len(broken[worst])} of {totals[worst]} {SPLITS[worst]} images cannot be decoded, "
-            f"and {100 * job.max_broken:g} % are allowed ({next(iter(broken[worst].values()))}"
+            f"but only {100 * job.max_broken:g} % are allowed ({next(iter(broken[worst].values()))}"
             f"{more})",
-            fix=f"repair or remove them, or leave them out with --max-broken {sufficient:g}%",
+            fix=f"repair or remove them, or ignore them with --max-broken {sufficient:g}%",
         )
 
 

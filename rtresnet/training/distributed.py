@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together.
+    """This process of a training group.
 
     Attributes:
         rank: From 0; rank 0 is the main process, which writes files and messages.
         size: Number of processes.
-        restarts: How often torchrun has restarted the group.
+        restarts: Number of restarts of the group by torchrun.
         launch: torchrun's identifier of the launch, the same after a restart.
     """
 
@@ -91,9 +91,9 @@ class World:
         """Wrap a net so that its gradients are averaged over the processes.
 
         Args:
-            net: On the device.
-            device: Of this process.
-            some_unused: Whether a step may leave out some parameters.
+            net: The net, on the device.
+            device: Device of this process.
+            some_unused: Whether a step may not use some parameters.
         """
         if self.size == 1:
             return net
@@ -163,7 +163,7 @@ def check_batch(batch: int, accumulate: int, world: World) -> None:
     """Check that a batch can be divided evenly.
 
     Raises:
-        InputError: It cannot; names the nearest batch that can.
+        InputError: It cannot; the message names the nearest batch that can.
     """
     parts = world.size * accumulate
     if batch % parts:

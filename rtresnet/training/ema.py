@@ -12,12 +12,12 @@ from torch import Tensor, nn
 class ModelEma:
     """An exponential moving average of a net's weights and statistics.
 
-    The decay of update t is min(decay, (1 + t) / (10 + t)), so that the average soon forgets the
-    initialization.
+    The decay of update t is min(decay, (1 + t) / (10 + t)), so that the influence of the
+    initialization fades quickly.
 
     Args:
-        net: Copied.
-        decay: Of the average, in [0, 1).
+        net: Net to copy.
+        decay: Decay of the average, in [0, 1).
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
@@ -43,7 +43,7 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
     after training. Batches are weighted by their images.
 
     Args:
-        net: Its statistics are replaced; it is in evaluation mode afterwards.
+        net: The net whose statistics are replaced; left in evaluation mode.
         batches: float32 [N, 3, S, S], normalized as in evaluation.
 
     Returns:

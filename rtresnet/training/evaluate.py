@@ -53,6 +53,6 @@ def count(scores: np.ndarray, labels: np.ndarray, source: Source) -> metrics.Acc
     """
     if labels.max() >= scores.shape[1]:
         raise DataError(
-            f"{source.name}: has label {labels.max()}, and the net has {scores.shape[1]} classes"
+            f"{source.name}: has label {labels.max()}, but the net has {scores.shape[1]} classes"
         )
     return metrics.accuracy(scores, labels)

@@ -1,7 +1,7 @@
 """The batches of each training step: selection, augmentation, normalization.
 
-Everything follows from (seed, step) and (seed, epoch, image): resuming at any step restores
-nothing, and nothing depends on the number of threads or processes.
+Everything is derived from (seed, step) and (seed, epoch, image): resuming at any step restores no
+state, and results do not depend on the number of threads or processes.
 
 Small images are on the device as one uint8 tensor. Photographs are decoded and cropped in threads,
 copied to the device as uint8, and augmented there in batches.
@@ -50,7 +50,7 @@ def split(source: Source, seed: int, holdout: float = 0.1) -> Split:
     if len(source) < 20:
         raise DataError(
             f"{source.name}: {plural(len(source), 'image')}, too few to train on and to hold out",
-            fix="train on 20 images or more",
+            fix="use at least 20 images",
         )
     order = np.random.default_rng((seed, SPLIT)).permutation(len(source))
     held, tenth = round(holdout * len(source)), len(source) // 10
@@ -72,7 +72,7 @@ class MicroBatch:
         inputs: float32 [N, 3, S, S], normalized, channels-last.
         labels: int64 [N].
         others: Labels of the images mixed in, int64 [N].
-        share: Of `labels` in the mix; 1 if nothing is mixed.
+        share: Share of `labels` in the mix; 1 if nothing is mixed.
     """
 
     inputs: Tensor
@@ -90,7 +90,7 @@ class TrainLoader:
         preprocess: The net's input contract.
         recipe: Batch, order and augmentation.
         world: This process among several.
-        device: Where the augmentation runs.
+        device: Device of the augmentation.
         tally: Receives the broken images.
         workers: Threads that decode photographs; one per core by default.
         min_side: Smallest side of an image that the net takes, in pixels.
@@ -245,7 +245,7 @@ class TrainLoader:
     def _augmented(
         self, step: int, own: slice, images: Tensor, labels: Tensor, mirrored: np.ndarray
     ) -> MicroBatch:
-        """Everything after decoding and cropping. Draws for the whole batch, uses its part."""
+        """Augment cropped images. Draws random numbers for the whole batch, and uses its part."""
         recipe, side = self.recipe, self.side(step)
         rng = np.random.default_rng((recipe.seed, STEP, step))
         images = augment.mirror(images, mirrored)

@@ -71,7 +71,7 @@ EpochListener = Callable[[EpochRecord], None]
 
 
 def resolve_job(job: TrainJob) -> TrainJob:
-    """Replace the recipe's "auto" by what it means on the job's device."""
+    """Replace "auto" in the recipe with the value for the job's device."""
     precision = resolve_precision(job.recipe, job.device)
     return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, precision=precision))
 
@@ -196,7 +196,7 @@ class _Run:
         return fake
 
     def _some_images(self, count: int) -> Iterator[torch.Tensor]:
-        """Random training images, preprocessed as in evaluation, on the device."""
+        """Return random training images, preprocessed as in evaluation, on the device."""
         rng = np.random.default_rng((self.recipe.seed, STEP))
         chosen = rng.permutation(self.parts.train)[:count]
         batch = min(self.recipe.batch, 256)
@@ -356,7 +356,7 @@ class _Run:
         return accuracy(self.stepper.kept, source, indices, loader=self.loader, world=self.world)
 
     def finish(self) -> Checkpoint:
-        """Recompute batch norm's statistics if the recipe says so, test once, write best.pt."""
+        """Recompute batch norm's statistics if the recipe requires it, test once, write best.pt."""
         path, net = self.job.out / "best.pt", self.stepper.kept
         self.world.barrier()
         best = checkpoint.load(path)
@@ -402,11 +402,11 @@ def mean_image_side(job: TrainJob, last: Checkpoint | None) -> int | None:
     """Return the side of the mean image that the net of a job subtracts, None without one.
 
     Args:
-        job: Its start may have a mean image, which is kept.
-        last: The state of the run that is resumed.
+        job: The job; the mean image of its start weights is reused.
+        last: The state of the resumed run.
 
     Raises:
-        InputError: The images have another size than the mean image.
+        InputError: The size of the images differs from the mean image's.
     """
     size, before = job.preprocess.size, last or job.start
     side = None if before is None else before.mean_image
@@ -414,8 +414,8 @@ def mean_image_side(job: TrainJob, last: Checkpoint | None) -> int | None:
         return size if job.recipe.mean_image else None
     if side != size or job.recipe.train_scale != 1 or job.recipe.progressive:
         raise InputError(
-            f"the weights subtract a mean image of {side} x {side} pixels, and the training images "
-            "have other sizes",
+            f"the weights subtract a mean image of {side} x {side} pixels, but the training images "
+            "have different sizes",
             fix=f"--size {side} --set train_scale=1 --set progressive=",
         )
     return side
@@ -440,11 +440,11 @@ def accuracy(
     """Measure single-crop accuracy over all processes, each image counted once.
 
     Args:
-        net: Put into evaluation mode.
+        net: The net; left in evaluation mode.
         source: The images.
-        indices: Which of them; all by default.
-        loader: Of the run; images that it has on the device are not loaded again.
-        world: Over which the images are divided.
+        indices: Indices of the images; all by default.
+        loader: Loader of the run, whose images on the device are reused.
+        world: Processes that share the images.
     """
     world.align_buffers(net)
     own = world.shard(np.arange(len(source)) if indices is None else indices)

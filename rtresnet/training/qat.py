@@ -5,8 +5,8 @@ batch norms folded, with frozen statistics; weights rounded with one scale per o
 activations rounded at the same tensors, which `quantization/placement.py` names for both. An
 activation's scale is a parameter (Esser et al., 2020). Gradients pass through rounding unchanged.
 
-In INT8, scales and biases are rounded too, so that the file's sums are exact everywhere
-(`quantization/formats.py`). In FP8 no scales would do that: E4M3 spans 17 powers of two, so a sum
+In INT8, scales and biases are also rounded, so that the file's sums are exact everywhere
+(`quantization/formats.py`). In FP8 that is impossible: E4M3 spans 17 powers of two, so a sum
 of products needs more bits than float32 has. Weights and quantizers are those of the file bit for
 bit, and sums differ in the last bit from one library to another; a value on the border between two
 FP8 values then differs by a step. The first convolution stays in float.
@@ -103,7 +103,7 @@ class FakeQuantized(nn.Module):
         number_format: "int8", or "fp8" with the first convolution in float.
 
     Attributes:
-        number_format: That of the name.
+        number_format: The number format.
         places: Names of the activations that are quantized (`quantization/placement.py`).
         scales: Their scales, float32 [places].
         branches: Names of the float tensors that are added to the shortcuts.
@@ -200,10 +200,10 @@ class FakeQuantized(nn.Module):
         """Set the scales, one for each of `places`.
 
         Raises:
-            ArtifactError: They belong to another net.
+            ArtifactError: The scales belong to another net.
         """
         if scales.keys() != set(self.places):
-            raise ArtifactError("the trained scales belong to other tensors than this net has")
+            raise ArtifactError("the trained scales do not belong to this net's tensors")
         self.scales.copy_(torch.tensor([scales[name] for name in self.places]))
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ def calibrate(net: FakeQuantized, batches: Iterable[Tensor]) -> None:
     """Set the initial scales: those with the least squared error on some images.
 
     Args:
-        net: Its scales are replaced.
+        net: The net whose scales are replaced.
         batches: float32 [N, 3, S, S], normalized, on the net's device.
     """
     histograms = {name: Histogram(name) for name in net.places}
@@ -236,7 +236,7 @@ def branch_ranges(net: FakeQuantized, batches: Iterable[Tensor]) -> dict[str, tu
     """Measure the lowest and highest value of each branch, including 0.
 
     Args:
-        net: In evaluation mode.
+        net: The net, in evaluation mode.
         batches: float32 [N, 3, S, S], normalized, on the net's device.
     """
     ranges = dict.fromkeys(net.branches, (0.0, 0.0))
@@ -281,7 +281,7 @@ def rounded(
     Args:
         weight: float32 [out, ...].
         bias: float32 [out].
-        scale: Of the activation that the weight multiplies; float32 scalar.
+        scale: Scale of the activation that the weight multiplies; float32 scalar.
         number_format: INT8 or FP8.
     """
     with torch.no_grad():
@@ -300,7 +300,7 @@ def rounded(
 
 
 def _round(steps: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round half to even what is within the format's range; may change its argument."""
+    """Round values within the format's range half to even; may change its argument."""
     if number_format == INT8:
         return steps.round_()
     return steps.to(torch.float8_e4m3fn).to(steps.dtype)
@@ -339,7 +339,7 @@ class _Quantized(torch.autograd.Function):
 
 
 class _Replaced(torch.autograd.Function):
-    """Another value with the same gradient (straight-through)."""
+    """Replaces a value without changing its gradient (straight-through)."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, by: Tensor) -> Tensor:

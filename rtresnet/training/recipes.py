@@ -87,7 +87,7 @@ def named(name: str) -> Recipe:
     """Return a recipe by name, as published.
 
     Raises:
-        UnknownNameError: No such recipe.
+        UnknownNameError: The recipe is unknown.
     """
     if name not in RECIPES:
         raise UnknownNameError("recipe", name, RECIPES)
@@ -110,13 +110,13 @@ def resolve(
 
     Args:
         name: One of RECIPES.
-        images: Training images, without those held out.
+        images: Number of training images without the held-out ones.
         size: Side of the images in evaluation, in pixels.
         depth: Layers of the net.
         settings: Fields that override the recipe.
 
     Raises:
-        UnknownNameError: No such recipe or field.
+        UnknownNameError: The recipe or a field is unknown.
         InputError: A value that is out of bounds.
     """
     recipe, settings, changed = named(name), dict(settings or {}), dict[str, Any]()
@@ -145,8 +145,8 @@ def advice(recipe: Recipe, images: int) -> list[str]:
     """Describe what is unlikely to train well, one sentence each.
 
     Args:
-        recipe: As resolved.
-        images: Training images, without those held out.
+        recipe: The resolved recipe.
+        images: Number of training images without the held-out ones.
     """
     lines = []
     updates = recipe.total(max(1, images // recipe.batch))
@@ -172,8 +172,8 @@ def parse(settings: Iterable[str]) -> dict[str, object]:
     Tuples are comma-separated; pairs within them, as in progressive, are `0:0.5,0.6:1`.
 
     Raises:
-        UnknownNameError: No such field; names the nearest.
-        InputError: Not `field=value`, or a value of another type.
+        UnknownNameError: The field is unknown; the message names the nearest one.
+        InputError: Not `field=value`, or a value of the wrong type.
     """
     values: dict[str, object] = {}
     for setting in settings:
@@ -193,7 +193,7 @@ def parse(settings: Iterable[str]) -> dict[str, object]:
         except msgspec.ValidationError:
             example = EXAMPLES.get(field) or config.text(getattr(SPEED, field))
             raise InputError(
-                f"--set {setting}: {field} has another type", fix=f"as in --set {field}={example}"
+                f"--set {setting}: wrong type for {field}", fix=f"as in --set {field}={example}"
             ) from None
     return values
 

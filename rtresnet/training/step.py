@@ -61,12 +61,12 @@ def check_compiler(recipe: Recipe, device: str) -> None:
     """Check that torch.compile has a C++ compiler, which it needs on a CPU.
 
     Raises:
-        UnavailableError: There is none.
+        UnavailableError: There is no compiler.
     """
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     if recipe.compile and device == "cpu" and not any(shutil.which(n) for n in names if n):
         raise UnavailableError(
-            "torch.compile needs a C++ compiler, and none is installed",
+            "torch.compile needs a C++ compiler, but none is installed",
             fix="apt install g++, or leave --compile out",
         )
 
@@ -95,9 +95,9 @@ class Stepper:
 
     Args:
         net: On its device; changed by every step.
-        recipe: With a resolved precision.
-        world: Over which gradients are averaged.
-        device: The net's.
+        recipe: The recipe, with a resolved precision.
+        world: Processes that average their gradients.
+        device: Device of the net.
         class_weights: float32 [classes], on the device, if the recipe balances the loss.
         teacher: Net to distill from, on the device.
     """
@@ -148,7 +148,7 @@ class Stepper:
         """Return the loss scale in fp16, None in other precisions. Waits for the GPU.
 
         Raises:
-            CheckFailedError: It is so small that the gradients of every step overflow.
+            CheckFailedError: The scale is minimal, and the gradients of every step overflow.
         """
         if not self.scaler.is_enabled():
             return None
@@ -169,7 +169,7 @@ class Stepper:
         Args:
             micros: Parts of the batch.
             lr: Learning rate.
-            number: Of the step, from which stochastic depth follows.
+            number: Number of the step, which determines stochastic depth.
 
         Returns:
             Mean loss and number of correct predictions of this process's images, on the device.
@@ -227,9 +227,9 @@ class Stepper:
 
 
 class StochasticDepth:
-    """Leaves out residual functions at random in training (Huang et al., 2016).
+    """Skips residual functions at random in training (Huang et al., 2016).
 
-    The probability of leaving one out rises linearly with its position. Those that stay are divided
+    The probability of skipping one rises linearly with its position. The others are divided
     by their probability of staying, so that evaluation and export need no change.
 
     Raises:
@@ -240,7 +240,7 @@ class StochasticDepth:
         blocks = list(net.blocks().values()) if isinstance(net, ResNet) else []
         if not blocks or any(block.add is None for block in blocks):
             raise InputError(
-                "stochastic_depth: the net has no shortcuts, so its blocks cannot be left out",
+                "stochastic_depth: the net has no shortcuts, so its blocks cannot be skipped",
                 fix="--set stochastic_depth=0",
             )
         self.blocks, self.seed = blocks, recipe.seed
@@ -248,7 +248,7 @@ class StochasticDepth:
 
     @contextlib.contextmanager
     def drawn(self, step: int) -> Iterator[None]:
-        """Leave out the blocks of a step; the same in every process."""
+        """Skip the drawn blocks of a step; the same ones in every process."""
         rng = np.random.default_rng((self.seed, DEPTH, step))
         dropped = rng.random(len(self.blocks)) < self.probabilities
         for block, drop, probability in zip(self.blocks, dropped, self.probabilities, strict=True):
@@ -273,11 +273,11 @@ def freeze(net: Net, parts: int) -> list[nn.Module]:
 def distillation(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
     """Compute the loss of a student against its teacher (Hinton, Vinyals and Dean, 2015).
 
-    The Kullback-Leibler divergence of the softened answers, times the squared temperature, so that
+    The Kullback-Leibler divergence of the softened outputs, times the squared temperature, so that
     its gradients have the size of those of the cross-entropy.
 
     Args:
-        logits: The student's, float32 [N, classes].
+        logits: Logits of the student, float32 [N, classes].
         answers: The teacher's logits, float32 [N, classes].
         temperature: Divides both.
     """

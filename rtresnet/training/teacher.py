@@ -1,6 +1,6 @@
 """A teacher for knowledge distillation (Hinton, Vinyals and Dean, 2015): a trained net, fixed.
 
-The student receives the teacher's soft answers for the images that it is trained on, next to their
+The student receives the teacher's soft outputs for its training images, in addition to their
 labels. `step.py` has the loss.
 """
 
@@ -21,13 +21,13 @@ class Teacher(nn.Module):
     """A trained net whose logits are in the order of the student's classes.
 
     Args:
-        checkpoint: Of a net with the same classes.
+        checkpoint: Checkpoint of a net with the same classes.
         classes: The student's classes.
         preprocess: The student's input contract; mean and std may differ from the teacher's.
         named: Whether `classes` are names, not numbers.
 
     Raises:
-        InputError: It has other classes.
+        InputError: The classes differ.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Teacher(nn.Module):
         )  # fmt: skip
         if not mapping.is_permutation:
             raise InputError(
-                f"the teacher {name} has {len(checkpoint.model.classes)} classes, and the student "
-                f"{len(classes)}",
+                f"the teacher {name} has {len(checkpoint.model.classes)} classes, but the student "
+                f"has {len(classes)}",
                 fix="train the teacher on the same classes",
             )
         self.net = checkpoint.net().requires_grad_(False)

@@ -63,7 +63,7 @@ def test_without_a_name_it_is_speed_and_with_weights_finetune(
         (["--set", "precision=fp16"], "--set precision=bf16"),
         (["--recipe", "moderne"], "did you mean 'modern'?"),
         (["--set", "lr=-1"], "at least 1e-12 is needed"),
-        (["--batch", "30", "--set", "accumulate=4"], "no 4 equal parts"),
+        (["--batch", "30", "--set", "accumulate=4"], "into 4 equal parts"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_and_leaves_nothing(

@@ -34,8 +34,8 @@ def source(classes: tuple[str, ...], named: bool = True) -> Arrays:
     [
         (NAMES, NAMES, True, [0, 1, 2, 3], None),
         (NAMES, ("blue", "green", "grey", "red"), True, [2, 1, 3, 0], "order"),
-        (NAMES, ("cat", "dog", "horse", "zebra"), True, None, "other classes"),
-        (NAMES, ("blue", "green"), True, None, "other classes"),
+        (NAMES, ("cat", "dog", "horse", "zebra"), True, None, "different classes"),
+        (NAMES, ("blue", "green"), True, None, "different classes"),
         (NAMES, ("0", "1", "2", "3"), False, [0, 1, 2, 3], "by position"),
         (("0", "1", "2", "3"), NAMES, True, [0, 1, 2, 3], "by position"),
     ],

@@ -169,7 +169,7 @@ def test_a_folder_that_was_refused_is_not_gone_on_with_by_a_restart(
     command = torchrun("train", "--model", "resnet8", "--data", tints, "--out", str(out),
                        restarts=1)  # fmt: skip
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "already holds a run" in done.stderr
+    assert done.returncode != 0 and "already contains a run" in done.stderr
     assert "recipe speed" not in done.stderr
     assert (out / "last.pt").read_bytes() == before
 
