@@ -1,1 +1,1 @@
-"""What every package uses: errors, artifacts, files, hardware, preprocessing, metrics."""
+"""Shared foundations: errors, artifacts, files, hardware, preprocessing, metrics."""

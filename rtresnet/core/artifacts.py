@@ -1,4 +1,4 @@
-"""Sidecars: JSON files that say where each artifact came from. Together they form a chain.
+"""Sidecars: JSON files that record the provenance of each artifact. Together they form a chain.
 
 Every artifact `X` (checkpoint, ONNX file, plan) has a sidecar `X.json` next to it. It names the
 artifact's sha256 and its parent's, so the chain from plan back to checkpoint can be walked and
@@ -44,7 +44,7 @@ def sidecar_path(path: str | os.PathLike[str]) -> Path:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Return the kind of artifact a file name promises.
+    """Return the kind of artifact by the suffix of a file name.
 
     Raises:
         InputError: The suffix is not one of SUFFIXES.
@@ -63,7 +63,7 @@ def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
 
     Args:
         path: The file that the user named.
-        verb: Command that takes ONNX files only, as in "quantize"; for the message.
+        verb: Command that accepts only ONNX files, such as "quantize"; for the message.
 
     Raises:
         InputError: There is no such file, or it is a checkpoint or a plan; `fix` names the command
@@ -73,7 +73,7 @@ def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
     kind = SUFFIXES.get(path.suffix.lower())
     if kind == "checkpoint":
         raise InputError(
-            f"{path}: is a checkpoint, but {verb} takes an ONNX file",
+            f"{path}: is a checkpoint, but {verb} needs an ONNX file",
             fix=f"create one with: {shlex.join(['rtresnet', 'export', '--weights', str(path)])}",
         )
     if kind == "plan" and verb == "build":
@@ -82,7 +82,7 @@ def require_onnx(path: str | os.PathLike[str], verb: str) -> Path:
         sidecar = read_sidecar(path)
         parent = parent_path(path, sidecar) if sidecar else None
         raise InputError(
-            f"{path}: is a plan, but {verb} takes an ONNX file",
+            f"{path}: is a plan, but {verb} needs an ONNX file",
             fix=f"use the one it was built from{f': rtresnet {verb} {parent}' if parent else ''}",
         )
     return path
@@ -94,7 +94,7 @@ def publish(
     """Write an artifact and its sidecar.
 
     Args:
-        path: Where the artifact goes.
+        path: Path of the artifact.
         write: Called with a temporary path; must leave the artifact's bytes there.
         sidecar: Everything but file name, hash, size and versions, which are filled in here.
 
@@ -102,7 +102,7 @@ def publish(
         The sidecar as written.
 
     Raises:
-        InputError: The name promises another kind of artifact.
+        InputError: The suffix belongs to another kind of artifact.
     """
     require_name(path, sidecar.kind)
     path = Path(path)
@@ -113,7 +113,7 @@ def publish(
 
 
 def require_name(path: str | os.PathLike[str], kind: str) -> None:
-    """Refuse a file name that promises another kind of artifact than `kind`.
+    """Reject a file name whose suffix belongs to another kind of artifact than `kind`.
 
     Raises:
         InputError: The suffix belongs to another kind, or to none.
@@ -121,7 +121,7 @@ def require_name(path: str | os.PathLike[str], kind: str) -> None:
     if kind_of(path) != kind:
         suffixes = [suffix for suffix, its in SUFFIXES.items() if its == kind]
         raise InputError(
-            f"{path}: this name is of kind {kind_of(path)}, but the file would be of kind {kind}",
+            f"{path}: the suffix is that of kind {kind_of(path)}, but the file is of kind {kind}",
             fix=f"choose a name that ends in {' or '.join(suffixes)}",
         )
 
@@ -134,7 +134,7 @@ def publish_bytes(
     Does not wait for the disk. After a power failure the sidecar's hash shows a truncated file.
 
     Args:
-        path: Where the artifact goes.
+        path: Path of the artifact.
         data: Its bytes.
         describe: Returns the sidecar. If it raises, nothing is written.
     """
@@ -188,7 +188,7 @@ def update_measured(path: str | os.PathLike[str], measured: Measurements) -> Non
 
 
 def record_accuracy(path: str | os.PathLike[str], record: AccuracyRecord) -> None:
-    """Add an accuracy to an artifact's sidecar, in place of one on the same images.
+    """Add an accuracy to an artifact's sidecar; replaces one on the same images.
 
     Raises:
         InputError: The sidecar cannot be written.
@@ -211,10 +211,10 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     """Read the sidecar of an artifact without checking the hash.
 
     Args:
-        path: The artifact, which need not exist.
+        path: The artifact, which may not exist.
 
     Returns:
-        The sidecar, or None where there is none.
+        The sidecar, or None if there is none.
 
     Raises:
         ArtifactError: The sidecar is not valid JSON, of another schema, or incomplete.
@@ -239,7 +239,7 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
 
 
 def verify(path: str | os.PathLike[str]) -> Sidecar | None:
-    """Read the sidecar and check that the file is the one it describes.
+    """Read the sidecar and check that it matches the file.
 
     Raises:
         ArtifactError: The hash differs: truncated, replaced, or of another build.
@@ -252,9 +252,9 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
 
 
 def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
-    """Return the error for a file that is not the one its sidecar describes."""
+    """Return the error for a file that does not match its sidecar."""
     size = Path(path).stat().st_size
-    what = "not the file its sidecar describes"
+    what = "does not match its sidecar"
     if size < sidecar.bytes:
         what = f"truncated ({size} of {sidecar.bytes} bytes)"
     return ArtifactError(
@@ -312,8 +312,8 @@ def under(
 
     Yields:
         (path, sidecar or None, state), in the order of their names. The state is ok, changed,
-        no sidecar or broken sidecar; of an artifact whose own state is ok, also what is wrong
-        with the first of its ancestors, as in "resnet8.onnx missing".
+        no sidecar or broken sidecar. For an artifact whose own state is ok, it can also name the
+        problem of its first invalid ancestor, as in "resnet8.onnx missing".
     """
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix.lower() not in SUFFIXES or not path.is_file():

@@ -23,7 +23,7 @@ def require_file(path: str | os.PathLike[str], fix: str | None = None) -> Path:
     """Return the path, if it is a readable, non-empty file.
 
     Raises:
-        InputError: It is not; `fix` says what makes it.
+        InputError: There is no such file; `fix` names the command that creates it.
     """
     path = Path(path)
     if not path.exists():
@@ -107,7 +107,7 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
 
 
 def require_text_place(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that no text file can be written to, before the text is computed.
+    """Reject a path that no text file can be written to, before the text is computed.
 
     Raises:
         InputError: The path has the suffix of a net, is a folder, or is in a folder that is not
@@ -116,14 +116,14 @@ def require_text_place(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix.lower() in NETS:
         raise InputError(
-            f"{path}: has the name of a net, but the output is text",
+            f"{path}: has the suffix of a net, but the output is text",
             fix="choose another name",
         )
     require_place(path)
 
 
 def require_place(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that no file can be written to, before its content is computed.
+    """Reject a path that no file can be written to, before its content is computed.
 
     Raises:
         InputError: The path is a folder, or is in a folder that cannot be created or written.

@@ -24,7 +24,8 @@ class Detections:
         boxes: float32 [N, 4]: x1, y1, x2, y2 in the image's own pixels, continuous.
         scores: float32 [N], from 0 to 1.
         labels: int64 [N], indices of the classes.
-        unsettled: Boxes for which non-maximum suppression may not be finished; 0 proves the result.
+        unsettled: Boxes for which non-maximum suppression may not have converged; 0 proves the
+            result.
     """
 
     boxes: np.ndarray
@@ -55,13 +56,13 @@ def resized_size(height: int, width: int, spec: Detection) -> tuple[int, int]:
 def to_canvas(
     image: np.ndarray, spec: Detection, preprocess: Preprocess, *, flipped: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resize an image, normalizes it and pads it with the mean.
+    """Resize and normalize an image, and pad it with the mean.
 
     Args:
         image: uint8 RGB [H, W, 3].
         spec: Sizes; without a canvas the sides are padded to multiples of 16.
-        preprocess: Mean and std; the rest of it does not apply to detectors.
-        flipped: Whether left and right are exchanged.
+        preprocess: Mean and std; its other fields do not apply to detectors.
+        flipped: Whether to mirror the image.
 
     Returns:
         float32 [1, 3, height, width], and height and width of the image on it, float32 [1, 2].
@@ -95,9 +96,9 @@ def from_outputs(outputs: dict[str, np.ndarray], height: int, width: int, extent
 
     Args:
         outputs: boxes [1, D, 4], scores [1, D], labels [1, D], unsettled [1].
-        height: Of the image.
-        width: Of the image.
-        extent: As `to_canvas` returned it.
+        height: Height of the image.
+        width: Width of the image.
+        extent: Value returned by `to_canvas`.
     """
     valid = outputs["scores"][0] > 0
     return Detections(

@@ -1,4 +1,4 @@
-"""What a classifier gets right and wrong: confusion, precision, recall, calibration.
+"""Metrics of a classifier: confusion, precision, recall, calibration.
 
 `Collector` keeps a few numbers per image, so that a large test set fits into memory. Pure NumPy.
 """
@@ -20,8 +20,8 @@ class Proportion:
     """A share of images with its 95 % interval.
 
     Attributes:
-        count: Images that count.
-        n: Of so many.
+        count: Number of matching images.
+        n: Number of all images.
         percent: None if `n` is 0.
         low: Lower end of Wilson's 95 % interval, in percent; None if `n` is 0.
         high: Upper end.
@@ -55,7 +55,7 @@ class ClassScore:
     """One class.
 
     Attributes:
-        name: Of the class.
+        name: Name of the class.
         precision: Share of the images predicted as the class that belong to it.
         recall: Share of the class's images that are predicted as it.
         f1: Harmonic mean of both, in [0, 1]; None if the class occurs on neither side.
@@ -98,12 +98,12 @@ class ScoredImage:
     """One image and its prediction.
 
     Attributes:
-        index: Of the data set.
+        index: Index in the data set.
         place: Path of the file, or data set and index.
         label: Name of its class.
         predicted: Name of the most probable class.
-        probability: Of that class, in [0, 1].
-        label_probability: Of its own class, in [0, 1].
+        probability: Probability of that class, in [0, 1].
+        label_probability: Probability of its own class, in [0, 1].
     """
 
     index: int
@@ -116,7 +116,7 @@ class ScoredImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationReport:
-    """What a classifier gets right and wrong.
+    """Metrics of a classifier.
 
     Attributes:
         n: Images.
@@ -128,7 +128,7 @@ class ClassificationReport:
             frequent first.
         ece: Expected calibration error in [0, 1]: mean distance of confidence and accuracy over
             the bins, weighted by their images (Guo et al., 2017).
-        bins: Of the reliability diagram.
+        bins: Bins of the reliability diagram.
         mistakes: Wrong predictions, the most confident first.
         uncertain: Images with the least probable predicted class, the least certain first.
     """
@@ -166,7 +166,7 @@ class Collector:
         """Add predictions.
 
         Args:
-            indices: Of the images, int64 [N].
+            indices: Indices of the images, int64 [N].
             labels: Class numbers, int64 [N].
             probabilities: [N, classes], rows sum to 1.
         """

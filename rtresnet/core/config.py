@@ -1,7 +1,7 @@
 """Options of the workflows: declared once, validated at construction.
 
 A config is a frozen dataclass whose fields are made with `option`. The command line derives its
-options from the same fields (`cli/options.py`), so that name, default, bounds and help text stand
+options from the same fields (`cli/options.py`), so that name, default, bounds and help text are
 in one place.
 """
 
@@ -20,16 +20,17 @@ from rtresnet.core.errors import InputError, UnknownNameError
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of a config's field besides its type and default.
+    """Metadata of a config's field, in addition to type and default.
 
     Attributes:
-        help: What the option does, as a sentence.
-        names: On the command line, as in ("--target",); derived from the field's name if empty.
+        help: Sentence on the effect of the option.
+        names: Names on the command line, as in ("--target",); derived from the field's name if
+            empty.
         hidden_names: Older names that keep working.
         metavar: Placeholder of the value in the help text.
         minimum: Smallest value of a number.
         maximum: Largest value of a number.
-        default_text: How the default is described where its value does not say it.
+        default_text: Description of the default, if its value is not clear.
         parse: Turns the command line's string into the field's value; raises InputError.
     """
 
@@ -47,8 +48,8 @@ def option(default: Any, help: str, **details: Any) -> Any:
     """Declare a field of a config.
 
     Args:
-        default: Value where none is given.
-        help: What the option does.
+        default: Default value.
+        help: Sentence on the effect of the option.
         **details: Further fields of `Option`.
     """
     return dataclasses.field(default=default, metadata={"option": Option(help=help, **details)})
@@ -68,11 +69,11 @@ def options_of(config: type[Any]) -> list[tuple[dataclasses.Field[Any], Any, Opt
 class Config:
     """Base of all configs: checks types, choices and bounds at construction.
 
-    Lists become tuples and strings become paths where the field's type says so.
+    Lists become tuples and strings become paths if the field's type requires it.
 
     Raises:
-        InputError: A value has another type or is out of bounds.
-        UnknownNameError: A value is none of the choices.
+        InputError: A value has the wrong type or is out of bounds.
+        UnknownNameError: A value is not one of the choices.
     """
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class Config:
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
-    """`int | None` to (int, True), `int` to (int, False)."""
+    """Convert `int | None` to (int, True), and `int` to (int, False)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         arguments = [entry for entry in typing.get_args(hint) if entry is not type(None)]
         if len(arguments) == 1:
@@ -103,9 +104,9 @@ def _checked(name: str, value: Any, hint: Any, about: Option) -> Any:
     if origin is tuple:
         item, *rest = typing.get_args(kind)
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise InputError(f"{name} is {value!r}: a sequence is needed")
+            raise InputError(f"{name} is {value!r}, but must be a sequence")
         if rest != [...] and len(value) != len(rest) + 1:
-            raise InputError(f"{name} has {len(value)} values: {len(rest) + 1} are needed")
+            raise InputError(f"{name} has {len(value)} values, but needs {len(rest) + 1}")
         return tuple(_checked(name, entry, item, about) for entry in value)
     if kind is Path and isinstance(value, str):
         return Path(value)
@@ -114,12 +115,12 @@ def _checked(name: str, value: Any, hint: Any, about: Option) -> Any:
     if isinstance(kind, type) and (
         not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
     ):
-        raise InputError(f"{name} is {value!r}: {kind.__name__} is needed")
+        raise InputError(f"{name} is {value!r}, but must be of type {kind.__name__}")
     if kind in (int, float):
         if about.minimum is not None and not value >= about.minimum:
-            raise InputError(f"{name} is {value}: at least {about.minimum:g} is needed")
+            raise InputError(f"{name} is {value}, but must be at least {about.minimum:g}")
         if about.maximum is not None and not value <= about.maximum:
-            raise InputError(f"{name} is {value}: at most {about.maximum:g} is possible")
+            raise InputError(f"{name} is {value}, but must be at most {about.maximum:g}")
     return value
 
 

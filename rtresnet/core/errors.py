@@ -7,9 +7,9 @@
     │   └── ArtifactError                   a checkpoint, ONNX file, plan or sidecar is broken
     ├── UnavailableError (3)                this machine lacks a package, a device or a builder
     │   └── QueueFullError                  too many requests are waiting; try again later
-    └── CheckFailedError (1)                everything ran, but the result missed a bound
+    └── CheckFailedError (1)                the command ran, but a check failed
 
-An error says what is wrong and where; `fix` is the command or the option that fixes it.
+An error states the problem and its place; `fix` is the command or the option that fixes it.
 The command line prints both on one line, in one place (`cli/main.py`).
 """
 
@@ -26,8 +26,8 @@ class RtresnetError(Exception):
     """Base of all exceptions that rtresnet raises.
 
     Args:
-        message: What is wrong, naming the file, the tensor or the option.
-        fix: How to fix it, as the end of the sentence.
+        message: The problem, with the name of the file, the tensor or the option.
+        fix: The command or option that fixes it, as the end of the sentence.
     """
 
     exit_code = 2
@@ -43,7 +43,7 @@ class InputError(RtresnetError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the entry of `known` that is most similar to a misspelt name; None if none is."""
+    """Return the entry of `known` that is most similar to a misspelt name, or None."""
 
     def likeness(entry: str) -> tuple[float, int]:
         ratio = difflib.SequenceMatcher(None, name, entry).ratio()
@@ -81,7 +81,7 @@ class ArtifactError(InputError):
 
 
 class UnavailableError(RtresnetError):
-    """The machine lacks something; `fix` says how to get it."""
+    """A package, device or driver is missing; `fix` tells how to install it."""
 
     exit_code = 3
 
@@ -91,7 +91,7 @@ class QueueFullError(UnavailableError):
 
 
 class CheckFailedError(RtresnetError):
-    """The work is done, but the result misses a bound."""
+    """The command ran, but a check failed."""
 
     exit_code = 1
 

@@ -15,9 +15,9 @@ class Answers:
     """The most probable class of each image.
 
     Attributes:
-        indices: Of the images in the data set, int64 [N].
+        indices: Indices of the images in the data set, int64 [N].
         classes: Class numbers, int64 [N]; -1 if the net's output is not a number.
-        probabilities: Of these classes, [N].
+        probabilities: Probabilities of these classes, [N].
     """
 
     indices: np.ndarray
@@ -30,12 +30,12 @@ class Flip:
     """An image whose class changes.
 
     Attributes:
-        index: Of the data set.
+        index: Index in the data set.
         place: Path of the file, or data set and index.
         label: Name of its class; None without labels.
-        reference: Class by the first net.
-        reference_probability: Of that class, in [0, 1].
-        candidate: Class by the second net.
+        reference: Class predicted by the first net.
+        reference_probability: Probability of that class, in [0, 1].
+        candidate: Class predicted by the second net.
         candidate_probability: Of that class, in [0, 1].
     """
 
@@ -63,18 +63,18 @@ def flips(
     label: Callable[[int], str | None] = lambda index: None,
     locate: Callable[[int], str] = str,
 ) -> tuple[int, tuple[Flip, ...]]:
-    """Compare the answers of two nets.
+    """Compare the predictions of two nets.
 
     Args:
-        reference: Of the first net.
-        candidate: Of the second net, on the same images.
+        reference: Predictions of the first net.
+        candidate: Predictions of the second net, on the same images.
         classes: Class names.
         label: Returns the name of an image's class.
         locate: Returns the place of an image.
 
     Returns:
-        The number of images whose class changes, and up to `MOST` of them: those of which the
-        nets are most certain first.
+        The number of images whose class changes, and up to `MOST` of them, sorted by the
+        nets' confidence.
     """
     changed = np.flatnonzero(reference.classes != candidate.classes)
     certain = np.minimum(reference.probabilities[changed], candidate.probabilities[changed])

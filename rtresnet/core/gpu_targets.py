@@ -1,7 +1,7 @@
-"""GPUs by the names people know them by, as targets: "RTX 4090" is sm_89.
+"""Map the usual names of GPUs to targets: "RTX 4090" is sm_89.
 
 Compute capabilities as NVIDIA publishes them (developer.nvidia.com/cuda-gpus). Patterns of names,
-so that the table need not know every board; the first that matches counts.
+so that the table need not list every board; the first match counts.
 """
 
 from __future__ import annotations
@@ -80,5 +80,5 @@ def served_by_rtx(target: str) -> bool:
 
 
 def too_old(target: str) -> bool:
-    """Return whether neither TensorRT-RTX nor TensorRT 11 serves it: below 7.5."""
+    """Return whether neither TensorRT-RTX nor TensorRT 11 supports a target: below 7.5."""
     return int(target.removeprefix("sm_")) < 75

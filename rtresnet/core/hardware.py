@@ -1,6 +1,6 @@
 """Describe this machine: processor, memory, GPUs, driver and versions.
 
-Standard library only. The GPU is asked through the driver (libcuda) by ctypes, because a CUDA
+Standard library only. The GPU is queried through the driver (libcuda) by ctypes, because a CUDA
 binding need not be installed to know that there is no device; everything that *uses* a GPU is in
 `runtime/cuda.py`.
 """
@@ -41,11 +41,11 @@ class Gpu:
     """One CUDA device.
 
     Attributes:
-        name: As the driver calls it.
+        name: Name reported by the driver.
         capability: Its compute capability.
-        memory: Bytes in all.
+        memory: Total bytes.
         uuid: 8-4-4-4-12 hexadecimal digits, the same in CUDA and NVML; of the instance where the
-            GPU is divided by MIG. None where the driver does not tell.
+            GPU is divided by MIG. None if the driver does not report it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Gpu:
 
     @property
     def target(self) -> str:
-        """As builders name it: sm_89."""
+        """Name of the compute capability for builders: sm_89."""
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
@@ -132,11 +132,11 @@ def cuda_version() -> tuple[int, int] | None:
 
 
 def driver_fix(message: str = "") -> str | None:
-    """Return the fix for a driver that is too old for CUDA 13; None where it is not known to be.
+    """Return the fix for a driver that is too old for CUDA 13; None if the age is unknown.
 
     Args:
         message: An error of CUDA, TensorRT or ONNX Runtime that decides it; without one the driver
-            is asked for its version.
+            is queried for its version.
     """
     if message:
         too_old = TOO_OLD_DRIVER.search(message) is not None
@@ -168,7 +168,7 @@ def int8_sums_saturate() -> bool:
 
 
 def native_bf16() -> bool:
-    """Return whether the processor multiplies bfloat16 itself: twice float32's speed, if so."""
+    """Return whether the processor has bfloat16 instructions, twice as fast as float32."""
     return _isa_limit() not in ISAS_WITHOUT_VNNI and bool({"avx512_bf16", "amx_bf16"} & _flags())
 
 

@@ -1,7 +1,7 @@
-"""Run a step in a process of its own, so that a crash or a hang of a native library is a result.
+"""Run a step in a separate process, so that a crash or a hang of a native library is a result.
 
-`run_step` starts the process and waits; `report_step` is called in it. The result travels through a
-file, so that nothing that a library prints can damage it. Needs the standard library only.
+`run_step` starts the process and waits; `report_step` is called in it. The result is passed in a
+file, so that the output of a library cannot damage it. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ TAIL = 4000  # characters of stderr that are kept
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """How a step ended.
+    """Result of a step.
 
     Attributes:
-        name: The step's.
+        name: Name of the step.
         status: "ok", "failed" or "skipped".
-        reason: Why it failed or was skipped; None where it is ok.
+        reason: Reason of a failure or skip; None if the step is ok.
         seconds: Wall time of its process.
-        data: What the step measured, ready for JSON.
-        stderr: The end of what it wrote to stderr, the Python stack of a crash or a hang included.
+        data: Measurements of the step, ready for JSON.
+        stderr: The end of its stderr, with the Python stack of a crash or a hang.
     """
 
     name: str
@@ -51,15 +51,15 @@ class StepResult:
 
 
 class StepSkipped(Exception):
-    """Raised in a step that cannot run here; the message says why."""
+    """Raised in a step that cannot run here; the message is the reason."""
 
 
 class StepFailed(Exception):
-    """Raised in a step that failed but has measured something.
+    """Raised in a failed step that has measurements.
 
     Args:
-        reason: What failed.
-        data: What was measured: a mapping or a dataclass.
+        reason: The failure.
+        data: The measurements, a mapping or a dataclass.
     """
 
     def __init__(self, reason: str, data: object) -> None:
@@ -78,7 +78,7 @@ def run_step(
     """Run a command that calls `report_step`, and wait for it.
 
     Args:
-        name: The step's; its output goes to NAME.stdout.txt and NAME.stderr.txt in `logs`.
+        name: Name of the step; its output goes to NAME.stdout.txt and NAME.stderr.txt in `logs`.
         command: The program and its arguments.
         timeout: Seconds after which it is killed, its children included.
         logs: An existing folder.
@@ -161,7 +161,7 @@ def report_step(step: Callable[[], object]) -> None:
     A crash leaves the Python stack on stderr, and so does a step that takes too long.
 
     Args:
-        step: Returns what it measured, a mapping or a dataclass; or None.
+        step: Returns its measurements as a mapping or a dataclass, or None.
     """
     faulthandler.enable()
     faulthandler.dump_traceback_later(0.9 * float(os.environ[TIMEOUT]))

@@ -23,14 +23,14 @@ SHOWN = 3  # unknown names that an error lists
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMatch:
-    """How the data's labels were matched with a model's classes.
+    """Record of how the data's labels were matched with a model's classes.
 
     Attributes:
-        matched_by: "name", "file" (names that were given) or "position".
-        in_order: Whether the labels are the model's class numbers as they are.
+        matched_by: "name", "file" (names from --classes) or "position".
+        in_order: Whether the labels equal the model's class numbers.
         data_classes: Number of classes of the data.
         model_classes: Number of classes of the model.
-        remarks: What a reader of the result should know.
+        remarks: Remarks for the reader of the result.
     """
 
     matched_by: str
@@ -45,10 +45,10 @@ class LabelMap:
     """The model's class for each label of a data set.
 
     Attributes:
-        indices: Of the model's classes, one for each of the data's.
-        model_classes: How many classes the model has.
+        indices: Index of the model's class for each class of the data.
+        model_classes: Number of classes of the model.
         by: "name", "file" (names from --classes) or "position".
-        why: With "position", which side has no names.
+        why: With "position", the side that has no names.
     """
 
     indices: tuple[int, ...]
@@ -66,7 +66,7 @@ class LabelMap:
 
     @property
     def in_order(self) -> bool:
-        """Whether the data's labels are the model's class numbers as they are."""
+        """Whether the data's labels equal the model's class numbers."""
         return self.indices == tuple(range(len(self.indices)))
 
     @property
@@ -94,10 +94,10 @@ class LabelMap:
         if not self.is_permutation:
             lines.append(
                 f"the data has {len(self.indices)} of the model's {self.model_classes} classes; "
-                f"answers are over all {self.model_classes}"
+                f"predictions are over all {self.model_classes}"
             )
         if self.by != "position" and not self.in_order:
-            lines.append("the data's classes are in another order; matched by name")
+            lines.append("the data's classes are in a different order; matched by name")
         return lines
 
 
@@ -118,17 +118,17 @@ def match(
     """Find the model's class for each label of a data set.
 
     Args:
-        model: The model's class names, in the order of its outputs; their numbers where it has
+        model: The model's class names, in the order of its outputs; their numbers if it has
             none.
         data: The data's class names, in the order of its labels.
-        data_named: Whether `data` are names; False where they only count the labels.
-        names: From --classes: of the model's outputs where it has no names, else of the data's
-            labels. Where neither has names, of both.
+        data_named: Whether `data` are names; False if they are numbers.
+        names: From --classes: names of the model's outputs if it has none, else of the data's
+            labels. If neither has names, names of both.
         model_name: For messages.
         data_name: For messages.
 
     Raises:
-        DataError: A class that the model does not have, or, where a side has no names, another
+        DataError: A class that the model does not have, or, if a side has no names, a different
             number of classes.
     """
     if names is not None:
@@ -189,10 +189,10 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def wrong_number(names: Sequence[str], side: object, count: int) -> InputError:
-    """Return the error for --classes with another number of names than the net or the data has."""
+    """Return the error for --classes with the wrong number of names."""
     return InputError(
         f"--classes has {plural(len(names), 'name')}, but {side} has {plural(count, 'class')}",
-        fix="name every class once, in the order of its number",
+        fix="list every class once, in the order of its number",
     )
 
 

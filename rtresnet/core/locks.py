@@ -1,8 +1,8 @@
 """Locks on output folders and files, so that two processes never write to the same place.
 
 A folder's lock excludes every other writer in it; locks on different files of a folder exclude each
-other only if the file is the same. A lock is a file of its own, locked by the operating
-system: it ends with its process. The file says who holds it and is removed with the lock.
+other only if the file is the same. A lock is a separate file, locked by the operating
+system: it ends with its process. The file names its owner and is removed with the lock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LockedError(InputError):
 def hold_folder(
     path: str | os.PathLike[str], *, warn: Warn, exclusive: bool = False
 ) -> Iterator[Path]:
-    """Create a folder and keep every other process from writing into it.
+    """Create a folder and prevent every other process from writing into it.
 
     On leaving, a folder that was created here and is still empty is removed again.
 
@@ -46,7 +46,7 @@ def hold_folder(
         The folder.
 
     Raises:
-        FileExistsError: `exclusive`, and there is such a folder.
+        FileExistsError: `exclusive` is set, and the folder exists.
         InputError: The folder cannot be created or written into.
         LockedError: Another process writes into it, or a file in it.
     """
@@ -60,7 +60,7 @@ def hold_folder(
 
 @contextlib.contextmanager
 def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
-    """Keep every other process from writing a file, or into all of its folder.
+    """Prevent every other process from writing a file, or into its complete folder.
 
     Args:
         path: The file; its folder is created, and removed again if it stays empty.

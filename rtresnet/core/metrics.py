@@ -15,7 +15,7 @@ Forward = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 and top-5 as counts, so that nothing is lost to rounding.
+    """Top-1 and top-5 as counts, which are not rounded.
 
     Attributes:
         n: Images counted.
@@ -49,7 +49,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
 
 
 def together(counts: Sequence[Accuracy]) -> Accuracy:
-    """Return the counts of several batches (at least one, of one net) as one."""
+    """Add the counts of several batches (at least one) of one net."""
     top5 = None if counts[0].top5 is None else sum(count.top5 or 0 for count in counts)
     return Accuracy(
         n=sum(count.n for count in counts), top1=sum(count.top1 for count in counts), top5=top5
@@ -58,7 +58,7 @@ def together(counts: Sequence[Accuracy]) -> Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far two backends are apart on the same images.
+    """Difference between two backends on the same images.
 
     Attributes:
         n: Images compared.
@@ -99,7 +99,7 @@ def from_best(indices: np.ndarray, probabilities: np.ndarray, classes: int) -> n
     Args:
         indices: int64 [N, K].
         probabilities: [N, K], descending.
-        classes: How many there are; the others share what is left, equally.
+        classes: Number of classes; the others share the remaining probability equally.
 
     Returns:
         float64 [N, classes].
@@ -123,7 +123,7 @@ class Drop:
         n: Images.
         lost: Images that only the first net classifies correctly.
         won: Images that only the second net classifies correctly.
-        points: Top-1 of the first less top-1 of the second; negative where the second is better.
+        points: Top-1 of the first minus top-1 of the second; negative if the second is better.
         low, high: 95 % confidence interval of `points`.
     """
 
@@ -160,11 +160,11 @@ Verdict = Literal["held", "not shown to hold", "missed"]
 
 
 def verdict(drop: Drop, bound: float) -> Verdict:
-    """Say what a measured drop shows about a bound.
+    """Decide what a measured drop shows about a bound.
 
     Args:
         drop: From `paired_drop`.
-        bound: Largest loss that is allowed, in points.
+        bound: Largest allowed loss, in points.
 
     Returns:
         "held": the whole 95 % interval lies within the bound. "missed": the measured loss exceeds
@@ -180,16 +180,16 @@ def images_needed(drop: Drop, bound: float) -> float:
     """Estimate how many images would show that a bound holds.
 
     It is the number at which the upper limit of the interval reaches the bound if the shares of
-    images that are lost and won stay as they were measured, and with them the drop and its paired
-    variance. Other images have other shares: an estimate, not a promise.
+    lost and won images stay as measured, and with them the drop and its paired
+    variance. Other images have other shares, so this is an estimate.
 
     Args:
         drop: From `paired_drop`.
-        bound: Largest loss that is allowed, in points.
+        bound: Largest allowed loss, in points.
 
     Returns:
-        At least `drop.n`; infinity where the measured drop is not below the bound, which no number
-        of images would change.
+        At least `drop.n`; infinity if the measured drop is not below the bound, because then no
+        number of images is enough.
     """
     if drop.high <= bound:
         return drop.n

@@ -1,11 +1,11 @@
-"""What a plan says about itself: its header, and the description in its name field.
+"""Read a plan's own description: its header, and its name field.
 
-Both are readable without TensorRT and without a GPU. They are hints, because nothing vouches for
-them; where a plan has a sidecar, the sidecar decides.
+Both are readable without TensorRT and without a GPU. They are hints, because no hash protects
+them; if a plan has a sidecar, the sidecar decides.
 
 - TensorRT keeps a network's name, at most 4,095 bytes of UTF-8, and TensorRT-RTX writes it into the
   plan as plain text. The builder puts the facts of the sidecar there, so that a plan that is moved
-  without its sidecar evaluates the same. See `name_field` for what does not fit.
+  without its sidecar evaluates the same. See `name_field` for the size limit.
 - The first 64 bytes of a plan of TensorRT-RTX hold its version, targets and size. This was observed
   with version 1.7; NVIDIA does not document it.
 """
@@ -48,7 +48,7 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header | None:
-    """Read the header of a plan; returns None if TensorRT-RTX did not build it.
+    """Read the header of a plan; return None if TensorRT-RTX did not build it.
 
     Raises:
         ArtifactError: The file is empty or truncated.
@@ -67,7 +67,7 @@ def read_header(path: str | os.PathLike[str]) -> Header | None:
 
 
 def parse_header(data: bytes) -> Header | None:
-    """Parse a plan's first 64 bytes; returns None if they are not TensorRT-RTX's."""
+    """Parse a plan's first 64 bytes; return None if they are not TensorRT-RTX's."""
     if len(data) < HEADER_SIZE or data[:4] != MAGIC:
         return None
     size, mask = struct.unpack_from("<Q", data, 16)[0], struct.unpack_from("<Q", data, 32)[0]
@@ -108,12 +108,12 @@ class NameField:
 def name_field(sidecar: Sidecar) -> str:
     """Write the content of a plan's name field.
 
-    What exceeds 4,095 bytes is left out in this order: class names are compressed; calibration and
-    the source of the weights are dropped; class names are dropped, and the classes are numbered;
-    the sidecar's facts are dropped.
+    If it exceeds 4,095 bytes, it is shortened in this order: class names are compressed;
+    calibration and the source of the weights are dropped; class names are dropped, and the classes
+    are numbered; the sidecar's facts are dropped.
 
     Args:
-        sidecar: The plan's, with `plan` and `parent`.
+        sidecar: The plan's sidecar, with `plan` and `parent`.
 
     Raises:
         InputError: Even the shortest form does not fit.
@@ -134,7 +134,8 @@ def name_field(sidecar: Sidecar) -> str:
         if len(text.encode()) <= NAME_LIMIT:
             return text
     raise InputError(
-        f"the plan's name field would be longer than {NAME_LIMIT} bytes", fix="fewer --batch"
+        f"the plan's name field would be longer than {NAME_LIMIT} bytes",
+        fix="use fewer --batch options",
     )
 
 
@@ -153,7 +154,7 @@ def _shorter_and_shorter(sidecar: Sidecar) -> Iterator[dict[str, Any]]:
 
 
 def read_name_field(path: str | os.PathLike[str]) -> NameField | None:
-    """Find the content of the name field in a plan's bytes; returns None if there is none."""
+    """Find the content of the name field in a plan's bytes; return None if there is none."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(KEY)
         if start < 0:

@@ -34,11 +34,11 @@ class Preprocess:
     """The preprocessing of a net's input: how a uint8 RGB image becomes its input tensor.
 
     Attributes:
-        size: Side of the square the net takes, in pixels.
+        size: Side of the net's square input, in pixels.
         resize: The shorter side is resized to this before the centre crop, in pixels.
         mean: Per channel (R, G, B), in units of [0, 1].
-        std: The same.
-        layout: Of the file's input. FLOAT: normalized, planes. UINT8: pixels as they are, and the
+        std: Standard deviation per channel, in units of [0, 1].
+        layout: Layout of the file's input. FLOAT: normalized planes. UINT8: raw pixels; the
             file subtracts the mean and divides by std itself.
         interpolation: Filter of the resize, "bilinear" or "bicubic". Sidecars of versions that
             did not state it mean bilinear.
@@ -59,7 +59,7 @@ class Preprocess:
             )
         if self.layout not in (FLOAT, UINT8):
             raise InputError(
-                f"pixel layout {self.layout!r}; this rtresnet knows {FLOAT!r} and {UINT8!r}"
+                f"unknown pixel layout {self.layout!r}; known: {FLOAT!r} and {UINT8!r}"
             )
         if self.interpolation not in INTERPOLATIONS:
             raise UnknownNameError("interpolation", self.interpolation, INTERPOLATIONS)
@@ -90,7 +90,7 @@ class Preprocess:
         return (f"input: the centre {self.size} of {self.resize} pixels",)
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """Resize the shorter side and cut the centre: uint8 [H, W, 3] to uint8 [size, size, 3].
+        """Resize the shorter side and crop the centre: uint8 [H, W, 3] to uint8 [size, size, 3].
 
         Raises:
             InputError: Anything but uint8 RGB.
@@ -119,7 +119,7 @@ class Preprocess:
         """Normalize uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std.
 
         Raises:
-            InputError: Images of another shape.
+            InputError: Images of the wrong shape.
         """
         if images.ndim != 4 or images.shape[3] != 3:
             raise InputError(f"images are {list(images.shape)}; [N, H, W, 3] is needed")
@@ -152,17 +152,17 @@ def resize(
 
 
 def pieces(images: np.ndarray, batch: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut images into batches of one size; a last one that is not full repeats its last image.
+    """Split images into batches of one size; the last batch is filled by repeating its last image.
 
-    For files that take one batch size only, as torch.onnx.export writes them by default. A net in
-    evaluation mode computes each image by itself, so the repeated images change no other answer.
+    For files with a fixed batch size, as torch.onnx.export writes them by default. A net in
+    evaluation mode computes each image separately, so the repeated images do not affect the others.
 
     Args:
         images: [N, ...], N from 1.
-        batch: The size; None: all images together.
+        batch: Size of a batch; None for all images together.
 
     Yields:
-        A batch [batch, ...], and how many of its first images are those of `images`.
+        A batch [batch, ...], and the number of its images that are not repetitions.
     """
     if batch is None:
         yield images, len(images)

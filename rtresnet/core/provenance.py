@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 PACKAGES = ("rtresnet", "numpy", "torch", "onnx", "onnxruntime")
 command: ContextVar[Sequence[str]] = ContextVar("command", default=())
-"""The command line that is being carried out; empty where Python calls a function."""
+"""The running command line; empty if a Python program calls a function."""
 
 
 def command_line() -> str:

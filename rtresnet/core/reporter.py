@@ -1,4 +1,4 @@
-"""Progress, notes and warnings of work that takes long.
+"""Progress, notes and warnings of long operations.
 
 Every workflow takes a `Reporter`. In Python the default sends them to
 `logging.getLogger("rtresnet")`, which is silent until the application configures it; the command
@@ -28,12 +28,12 @@ class Update(Protocol):
         description: str | None = None,
         total: float | None = None,
     ) -> None:
-        """Set what is given. A new `total` with a new `description` starts a new phase."""
+        """Update the passed values. A new `total` with a new `description` starts a new phase."""
         ...
 
 
 class Reporter(Protocol):
-    """What a workflow tells its caller while it runs."""
+    """Messages of a workflow to its caller."""
 
     def progress(
         self, description: str, total: float | None = None
@@ -42,11 +42,11 @@ class Reporter(Protocol):
         ...
 
     def note(self, line: str) -> None:
-        """Report one line that a reader of the result should know."""
+        """Report a one-line note."""
         ...
 
     def warning(self, title: str, body: str) -> None:
-        """Report something that must not be missed."""
+        """Report an important warning."""
         ...
 
 
@@ -98,7 +98,7 @@ def escape(text: str) -> str:
 
 
 def plural(count: int, what: str) -> str:
-    """As in "1 image", "1,200 images" and "3 classes"."""
+    """Format a number with its noun: "1 image", "1,200 images", "3 classes"."""
     ending = "" if count == 1 else "es" if what.endswith("s") else "s"
     return f"{count:,} {what}{ending}"
 

@@ -3,9 +3,9 @@
 Types for reading are those of msgspec: TypedDict, dataclass, Struct, with bounds as
 `Annotated[float, msgspec.Meta(ge=0)]`. `true` is not a number, NaN and infinity are not figures, a
 name must not occur twice in one object. `convert` drops fields that a TypedDict does not declare;
-`from_json` refuses them.
+`from_json` rejects them.
 
-Independent of what the files mean.
+Independent of the meaning of the files.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def known(value: Any) -> Any:
 
 
 def from_json(cls: type[T], data: object) -> T:
-    """Build a dataclass from parsed JSON, refusing missing and unknown fields.
+    """Build a dataclass from parsed JSON; reject missing and unknown fields.
 
     Raises:
         TypeError: A field is missing, unknown, or not of the declared type.
@@ -102,7 +102,7 @@ def from_json(cls: type[T], data: object) -> T:
 def _first_unknown(data: Any, record: Any) -> str | None:
     """Return the first key of parsed JSON that a dataclass built from it does not declare.
 
-    Does not enter dicts: their keys are free, and what is in them may be nested to any depth.
+    Does not enter dicts, because their keys are free and their values can be nested to any depth.
     """
     pairs: Iterable[tuple[Any, Any]] = ()
     if dataclasses.is_dataclass(record):
@@ -165,7 +165,7 @@ def convert(
     """Check parsed JSON against a type.
 
     Args:
-        value: What `load` returned, or a part of it.
+        value: Result of `load`, or a part of it.
         cls: The declared type.
         where: The file's name, for the error.
         at: Path of `value` within the file, as in `result.results`.
@@ -173,7 +173,7 @@ def convert(
         error: Class of the exception.
 
     Raises:
-        InputError: A field is missing, of another type or out of bounds. Of class `error`; names
+        InputError: A field is missing, of the wrong type or out of bounds. Of class `error`; names
             the file, the path within it and what was expected.
     """
     try:

@@ -30,12 +30,12 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the weights came from.
+    """Origin of the weights.
 
     Attributes:
         origin: untrained, trained, imagenet, huggingface or file.
         source: Data set, file or repository.
-        license: Of published weights, and of those trained from them; None if not stated.
+        license: License of published weights, and of weights trained from them; None if not stated.
     """
 
     origin: str
@@ -54,13 +54,13 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How the activation scales of an INT8 or FP8 file were found.
+    """Origin of the activation scales of an INT8 or FP8 file.
 
     Attributes:
         images: The data's name.
-        kept: Nodes that were left in float: so that the accuracy holds, and in FP8 the stem.
-        rest: What is neither INT8 nor FP8: "fp32" or "fp16".
-        int8: Nodes of an FP8 file that are in INT8, so that the accuracy holds.
+        kept: Nodes left in float to meet the accuracy bound, and in FP8 the stem.
+        rest: Data type of all other nodes: "fp32" or "fp16".
+        int8: Nodes of an FP8 file that are in INT8 to meet the accuracy bound.
     """
 
     method: str
@@ -88,7 +88,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Attestation:
-    """What the builder's layer dump says about the engine. None: not recorded by that version.
+    """Facts on the engine from the builder's layer dump. None: not recorded by that version.
 
     Attributes:
         convolutions: Number of the net's convolutions.
@@ -99,7 +99,7 @@ class Attestation:
         unfused_adds: Names of the Adds that run as separate layers.
         requantizes: Layers that only convert a wider type to int8.
         reformats: Layers that only move or convert.
-        rounds: Quantizers whose int8 leaves no layer: they cost accuracy and gain nothing.
+        rounds: Quantizers whose int8 no layer writes: they cost accuracy without a speed-up.
         activations: Bytes of activation memory for each profile.
     """
 
@@ -117,12 +117,12 @@ class Attestation:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a serialized engine was built for.
+    """Build settings and targets of a serialized engine.
 
     Attributes:
-        layers: The file that keeps the engine's fused layers.
+        layers: The file with the engine's fused layers.
         tf32: Whether the builder may multiply FP32 as TF32, with a mantissa of 10 bits; None in
-            sidecars from before it was recorded, when it always was allowed.
+            older sidecars, which did not record it; it was always allowed then.
     """
 
     builder: str
@@ -137,13 +137,13 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """What makes a net a detector (Faster R-CNN on the maps of `Model.architecture`).
+    """Settings of a detector (Faster R-CNN on the maps of `Model.architecture`).
 
     Attributes:
         shorter: The shorter side of an image is resized to this, in pixels.
         longer: The longer side becomes at most this.
-        canvas: Height and width that a file takes, of which an image fills the upper left part;
-            None for a checkpoint, which takes any.
+        canvas: Height and width of a file's input, whose upper left part an image fills;
+            None for a checkpoint, which accepts any.
         anchors: Square roots of the anchors' areas, in pixels; each has three ratios.
         anchor_offset: Centre of the first anchors, in strides.
         pool: Side of a region's features after RoIAlign; at 7 the last stage of a residual net has
@@ -151,11 +151,11 @@ class Detection:
         width: Factor on the number of channels of every layer.
         candidates: Boxes of the region proposal network before non-maximum suppression.
         regions: Regions after it, which the head classifies.
-        detections: Boxes that come out, at most.
+        detections: Largest number of returned boxes.
         region_iou: IoU above which a region suppresses another one.
         class_iou: The same for detections of one class.
-        least_score: Detections below it are left out.
-        rounds: Of the fixed point that is non-maximum suppression in a file.
+        least_score: Lowest score of returned detections.
+        rounds: Iterations of non-maximum suppression in a file, which is a fixed point.
     """
 
     shorter: int = 600
@@ -215,7 +215,7 @@ class AccuracyRecord(TypedDict, total=False):
 
 
 class DropRecord(TypedDict, total=False):
-    """Accuracy that quantization cost: see `core.metrics.Drop`."""
+    """Accuracy lost by quantization: see `core.metrics.Drop`."""
 
     n: int
     lost: int
@@ -229,7 +229,7 @@ class DropRecord(TypedDict, total=False):
 
 
 class GateRecord(TypedDict, total=False):
-    """The accuracy gate and its verdict; no `images_needed` where no number of images is enough."""
+    """The accuracy gate and its verdict; no `images_needed` if no number of images is enough."""
 
     rule: str
     bound: float
@@ -250,7 +250,7 @@ class BlockRecord(TypedDict, total=False):
 
 
 class OutlierRecord(TypedDict, total=False):
-    """Channels that set the range of a tensor alone, and what was done about it."""
+    """Channels that alone determine the range of a tensor, and the remedy."""
 
     tensor: str
     channels: int
@@ -289,7 +289,7 @@ class DetectionParityRecord(TypedDict, total=False):
 
 
 class Measurements(TypedDict, total=False):
-    """What was measured of an artifact, and of the run that trained its weights."""
+    """Measurements of an artifact, and of the run that trained its weights."""
 
     epoch: int
     val_top1: float | None
@@ -315,11 +315,12 @@ class Sidecar:
 
     Attributes:
         topk: Number of classes that a file outputs, with probabilities; None if it outputs logits.
-        detection: Of a detector; None for a classifier.
+        detection: Settings of a detector; None for a classifier.
         assumed: Facts that the file does not state, but a person or a default did: one entry each,
             as in "input: mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (preset half)". Results print them.
             The bare entries "input" and "model" mean that these are unknown.
-        measured: Not checked when a sidecar is read: files of other versions may hold other things.
+        measured: Not checked when a sidecar is read, because other versions may write other
+            content.
     """
 
     kind: str
@@ -349,7 +350,7 @@ class Sidecar:
 def description(sidecar: Sidecar) -> Mapping[str, object]:
     """Return what an artifact records about itself in its own bytes, ready for JSON.
 
-    Left out are the facts that only the sidecar's file knows: hash, size, measurements and
+    It omits the facts that only the sidecar's file has: hash, size, measurements and
     provenance. The parent is named without its folder, because folder names are private.
     """
     parent = sidecar.parent
@@ -363,13 +364,15 @@ def description(sidecar: Sidecar) -> Mapping[str, object]:
 
 
 def from_description(record: Any) -> Sidecar:
-    """Read what `description` returned.
+    """Read the result of `description`.
 
     Raises:
-        ValueError, TypeError, AttributeError: It is damaged, or has another schema.
+        ValueError, TypeError, AttributeError: The record is damaged, or has another schema.
     """
     if record.get("schema") != SCHEMA:
-        raise ValueError(f"schema {record.get('schema')}, this rtresnet reads {SCHEMA}")
+        raise ValueError(
+            f"schema {record.get('schema')}, but this version of rtresnet reads {SCHEMA}"
+        )
     return parse_sidecar(record)
 
 
@@ -391,7 +394,7 @@ def parse_sidecar(record: Mapping[str, Any]) -> Sidecar:
 def accuracies(measured: Mapping[str, Any]) -> list[AccuracyRecord]:
     """Return the accuracy records in a sidecar's `measured`, the latest last.
 
-    There is one for each data set: n, top1 and the like, data, split, data_sha256, protocol.
+    There is one for each data set: n, top1, data, split, data_sha256, protocol and others.
     Earlier versions kept one only, not in a list and without a hash.
     """
     found = measured.get("accuracy")
@@ -411,7 +414,7 @@ def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def restated(
     assumed: tuple[str, ...], own: Preprocess | None, stated: Preprocess
 ) -> tuple[str, ...]:
-    """`assumed` of an artifact whose input contract `own` is replaced by a stated one."""
+    """Return `assumed` of an artifact whose input contract `own` is replaced by a stated one."""
     if stated == own:
         return assumed
     kept = [entry for entry in assumed if entry.partition(":")[0] != UNKNOWN_INPUT]

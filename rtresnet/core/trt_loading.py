@@ -1,8 +1,8 @@
-"""Import TensorRT or TensorRT-RTX and create its objects, with an error where either fails.
+"""Import TensorRT or TensorRT-RTX and create its objects; report failures as errors.
 
-Both libraries report a failure to start in ways of their own: an ImportError about a shared
+Both libraries report a failure to start in different ways: an ImportError about a shared
 library, or a TypeError about a factory function, with the cause in the log. Here each becomes one
-UnavailableError. The modules are passed on as they are; nothing else of their API is used here.
+UnavailableError. This module uses no other part of their API.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load_tensorrt(module: str) -> Any:
         if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
             raise  # Ctrl-C during the import of an extension module
         raise UnavailableError(
-            f"{module} is installed and cannot be imported: {str(error).splitlines()[0]}",
+            f"{module} is installed but cannot be imported: {str(error).splitlines()[0]}",
             fix=f"pip install --force-reinstall {package}",
         ) from error
 
@@ -48,7 +48,7 @@ def create(module: Any, kind: str, logger: Any, reason: Callable[[], str]) -> An
     """Create a Builder or a Runtime.
 
     Args:
-        module: What `load_tensorrt` returned.
+        module: Module returned by `load_tensorrt`.
         kind: "Builder" or "Runtime".
         logger: An ILogger of this module.
         reason: Returns the logger's errors.

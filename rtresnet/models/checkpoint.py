@@ -51,13 +51,13 @@ class Checkpoint:
 
     Attributes:
         model: Architecture, variants and class names.
-        input: How an image becomes input.
+        input: Preprocessing of an image.
         weights: Origin of the weights.
         state: Parameters and buffers by name.
-        training: What `train` needs to resume; empty in a foreign file.
+        training: State that `train` needs to resume; empty in a foreign file.
         measured: Accuracy and the like, with n; after quantization-aware training, of the INT8 net.
         learned: Activation scales of quantization-aware training.
-        assumed: What a foreign file does not state; see `sidecar.Sidecar`.
+        assumed: Assumptions on a foreign file; see `sidecar.Sidecar`.
         detection: Of a detector, whose net `detection.checkpoint` makes; None for a classifier.
     """
 
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def mean_image(self) -> int | None:
-        """Side of the mean image that the net subtracts, in pixels; None: it subtracts none."""
+        """Side of the mean image that the net subtracts, in pixels, or None."""
         return self.state[MEAN_IMAGE].shape[-1] if MEAN_IMAGE in self.state else None
 
     def net(self) -> Net:
@@ -133,7 +133,7 @@ def untrained(spec: zoo.Spec, input: Preprocess, seed: int = 0) -> Checkpoint:
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Sidecar:
     """Write a checkpoint and its sidecar, atomically.
 
-    A file in .safetensors holds the weights and what they mean, without the state of training.
+    A .safetensors file contains the weights and their metadata, without the state of training.
 
     Raises:
         UnavailableError: A name in .safetensors, and the package is not installed.
@@ -202,11 +202,11 @@ def load(
     input: Preprocess | None = None,
     detector: bool = False,
 ) -> Checkpoint:
-    """Read one of our checkpoints, or recognizes and import a foreign one.
+    """Read one of our checkpoints, or recognize and import a foreign one.
 
     Args:
         path: A file written by torch.save or safetensors; the latter is always foreign.
-        model: Name of the net that it must fit. None takes the net that the file states, else the
+        model: Name of the net that it must fit. None uses the net that the file states, else the
             one that its tensors fit, which `Checkpoint.assumed` then records.
         input: The preprocessing of a foreign file; by default ImageNet's mean and std.
         detector: Whether the file must be one of our detectors; otherwise it must not be one. Its
@@ -219,7 +219,9 @@ def load(
     """
     path = atomic_io.require_file(path, fix="train one with: rtresnet train")
     if path.suffix.lower() in (".onnx", ".plan"):
-        raise ArtifactError(f"{path}: not a checkpoint", fix="name the one that it came from")
+        raise ArtifactError(
+            f"{path}: not a checkpoint", fix="name the checkpoint that it was made from"
+        )
     sidecar = artifacts.verify(path)
     if path.suffix.lower() == SAFETENSORS:
         content = _read_safetensors(path)
@@ -236,7 +238,7 @@ def load(
             ) from error
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:80]
         raise ArtifactError(
-            f"{path}: cannot be read as a checkpoint, truncated or not one of torch's ({reason})",
+            f"{path}: not a valid checkpoint of torch, or truncated ({reason})",
             fix="copy it again, or save it again with torch.save(model.state_dict(), FILE)",
         ) from error
     if isinstance(payload, dict) and "rtresnet" in payload:
@@ -288,7 +290,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: bool) -> Checkpoint:
     if type(payload["rtresnet"]) is not int or payload["rtresnet"] != FORMAT:
         raise ArtifactError(
-            f"{path}: checkpoint format {payload['rtresnet']}; this version reads {FORMAT}",
+            f"{path}: checkpoint format {payload['rtresnet']}, but this version of rtresnet reads "
+            f"{FORMAT}",
             fix="update rtresnet",
         )
     try:
@@ -317,7 +320,7 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: boo
         _refuse(path, checkpoint.state, zoo.spec(wanted), len(checkpoint.model.classes), stated)
     if detector != (checkpoint.detection is not None):
         held, needed = ("classifier", "detector") if detector else ("detector", "classifier")
-        raise ArtifactError(f"{path}: a {held}, and a {needed} is needed")
+        raise ArtifactError(f"{path}: is a {held}, but this command needs a {needed}")
     if checkpoint.detection is None:
         _check(path, checkpoint.state, stated, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
@@ -367,7 +370,7 @@ def _foreign(
 
 
 def _stated(sidecar: Sidecar | None) -> Naming | None:
-    """Return what a sidecar next to a foreign file says of its net."""
+    """Return what a sidecar next to a foreign file states about its net."""
     if sidecar is None or sidecar.model.architecture == "unknown":
         return None
     model = sidecar.model
@@ -416,14 +419,14 @@ def _refuse(
     classes: int,
     stated: zoo.Spec | None = None,
 ) -> None:
-    """Raise ArtifactError with the tensors that do not fit, and the net that does.
+    """Raise ArtifactError with the tensors that do not fit, and the net that fits.
 
     Args:
         path: The file.
         state: Its tensors.
         spec: The net that they do not fit.
         classes: Number of classes.
-        stated: The net that the file states, which counts more than what its tensors fit.
+        stated: The net that the file states, which has precedence over a match of its tensors.
     """
     problems = _differences(state, spec, classes)
     if stated is not None and not problems:

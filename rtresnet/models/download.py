@@ -44,7 +44,7 @@ HUB_FILES = ("config.json", "model.safetensors")  # the config first: it is smal
 def published(
     weights: str, model: str | None, reporter: Reporter = reporter.DEFAULT
 ) -> Checkpoint | None:
-    """Load weights that are named rather than a file.
+    """Load published weights by name.
 
     Args:
         weights: "imagenet" or "hf:OWNER/NAME[@REVISION]".
@@ -55,11 +55,11 @@ def published(
         None if `weights` is neither.
 
     Raises:
-        InputError: Not published, or not reachable.
+        InputError: The weights are not published, or the server is not reachable.
     """
     if weights == "imagenet":
         if model is None:
-            raise InputError("--weights imagenet", fix="name the net: --model NAME")
+            raise InputError("--weights imagenet needs a net", fix="add --model NAME")
         return imagenet(model, reporter)
     return huggingface(weights, model, reporter) if weights.startswith(HUB) else None
 
@@ -125,18 +125,18 @@ def _check_etag(path: Path, etag: str) -> None:
         content = path.read_bytes()
         digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     else:
-        raise InputError(f"{path}: the hub states no hash for it")
+        raise InputError(f"{path}: the hub states no hash for this file")
     if digest != etag:
         raise InputError(
-            f"{path}: its hash is {digest[:16]}..., and the hub states {etag[:16]}...",
-            fix="remove the file, and load it again",
+            f"{path}: its hash is {digest[:16]}..., but the hub states {etag[:16]}...",
+            fix="remove the file and download it again",
         )
 
 
 def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkpoint:
     """Load torchvision's published ImageNet weights, downloaded once and checked.
 
-    Environment: RTRESNET_CACHE is the folder they are kept in (default ~/.cache/rtresnet),
+    Environment: RTRESNET_CACHE is their folder (default ~/.cache/rtresnet),
     RTRESNET_WEIGHTS_URL the address of a mirror.
 
     Raises:
@@ -159,7 +159,7 @@ def imagenet(architecture: str, reporter: Reporter = reporter.DEFAULT) -> Checkp
 def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Path:
     """Download a file whose name has the first eight digits of its sha256.
 
-    torch.hub is not used, because it waits forever for a server that stops answering.
+    torch.hub is not used, because it waits forever for a server that stops responding.
 
     Raises:
         InputError: Unreachable, or the bytes do not match the name.
@@ -187,12 +187,13 @@ def download(url: str, cache: Path, reporter: Reporter = reporter.DEFAULT) -> Pa
                 update(file.tell())
             if not digest.hexdigest().startswith(match[1]):
                 raise InputError(
-                    f"{url}: the download's sha256 begins {digest.hexdigest()[:8]}, not {match[1]}",
-                    fix="try again; a proxy may have answered instead",
+                    f"{url}: the download's sha256 begins with {digest.hexdigest()[:8]}, not "
+                    f"{match[1]}",
+                    fix="try again; a proxy may have replaced the file",
                 )
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise InputError(
             f"{url}: cannot be downloaded ({getattr(error, 'reason', error)})",
-            fix=f"put the file at {path}, or give your own with --weights FILE",
+            fix=f"put the file at {path}, or use your own with --weights FILE",
         ) from None
     return path

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: map their names to ours, and find out which net they are.
+"""Checkpoints of other projects: map their names to ours, and identify the net.
 
 torchvision and timm name a residual net's tensors as we do; the public CIFAR nets call the FC
 `linear`. VGG has torchvision's names.
@@ -6,8 +6,8 @@ torchvision and timm name a residual net's tensors as we do; the public CIFAR ne
 Different nets can have the same tensors. timm's resnetaa50 and resnetblur50 have resnet50's,
 because their pooling has none. A plain net has those of its residual net with option A. A
 bottleneck has the same tensors with the stride in its 1x1 convolution (v1) and in its 3x3 (v1.5).
-So a name decides, where one is stated: in the file, in its sidecar, in the config.json next to it,
-or in its file name. What is not stated is assumed, and recorded.
+So a stated name decides: in the file, in its sidecar, in the config.json next to it,
+or in its file name. Facts that are not stated are assumed, and recorded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Naming:
         names: For example "resnetaa50".
         where: "its key arch", "config.json", "its sidecar", "its file name".
         is_declared: Whether it is a statement about the weights, which a file name is not.
-        stride_in: Stride position that is stated: "1x1" or "3x3"; None where it is not.
+        stride_in: Stated stride position: "1x1" or "3x3", or None.
     """
 
     names: tuple[str, ...]
@@ -83,7 +83,7 @@ def find_naming(path: Path, payload: Any) -> Naming | None:
         payload: The file's content.
 
     Returns:
-        The first of these that names a net with its depth; None where none does.
+        The first of these that names a net with its depth, or None.
     """
     for key, text in _declared(payload):
         if names := _names_in(text, whole=True):
@@ -107,11 +107,11 @@ def find_naming(path: Path, payload: Any) -> Naming | None:
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """What the config.json of a published net states, in timm's form.
+    """Content of a published net's config.json, in timm's format.
 
     Attributes:
         input: The input contract.
-        license: Of the weights, as in "apache-2.0"; None if not stated.
+        license: License of the weights, as in "apache-2.0"; None if not stated.
         classes: Class names; empty if not stated.
     """
 
@@ -146,9 +146,9 @@ def read_hub_config(folder: Path) -> HubConfig | None:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError, InputError) as error:
         raise ArtifactError(
-            f"{path}: states an input that cannot be used ({error!r})"
+            f"{path}: its input cannot be used ({error!r})"
             if isinstance(error, KeyError)
-            else f"{path}: states an input that cannot be used ({error})",
+            else f"{path}: its input cannot be used ({error})",
             fix="correct it, or remove it and state --preset, --size and --interpolation",
         ) from None
     names = record.get("label_names") or about.get("label_names") or ()
@@ -170,7 +170,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _declared(record: Any, depth: int = 2) -> Iterator[tuple[str, str]]:
-    """Key and text of what may be the net's name."""
+    """Yield key and text of possible names of the net."""
     if not isinstance(record, Mapping) or not depth:
         return
     for key in _NAME_KEYS:
@@ -207,7 +207,7 @@ def _stride_in(text: str) -> str | None:
 
 
 def _names_in(text: str, *, whole: bool) -> tuple[str, ...]:
-    """Net names in a text; without `whole`, what surrounds resnet50 in myresnet50v2 is left out."""
+    """Return the net names in a text; without `whole`, also resnet50 in myresnet50v2."""
     names = []
     for match in _NAME.finditer(text.lower()):
         prefix, suffix = (match["prefix"], match["suffix"] or "") if whole else ("", "")
@@ -293,12 +293,12 @@ def identify(
 
     Args:
         path: The file.
-        naming: What is stated somewhere.
-        recognized: What its tensors fit.
-        wanted: The net that is asked for, by name.
+        naming: Stated names.
+        recognized: The net that its tensors fit.
+        wanted: Name of the requested net.
 
     Returns:
-        The net, and entries for `assumed` of what is not stated.
+        The net, and entries for `assumed`.
 
     Raises:
         ArtifactError: No net of the zoo has these tensors, or the file states another one.
@@ -328,11 +328,11 @@ def identify(
     ambiguous = spec.block == "bottleneck"
     if stated is None:
         which = f"{spec.name} (v1.5)" if ambiguous else spec.name
-        return spec, (f"model: {which}, which has these tensors; nothing states the net",)
+        return spec, (f"model: {which}, which has these tensors; the file does not state its net",)
     if ambiguous and naming is not None and naming.stride_in is None:
         return spec, (
             f"model: {spec.name} (v1.5, stride in the 3x3 convolution); {spec.name}-v1 has the "
-            "same tensors, and nothing states which it is",
+            "same tensors, and the file does not state which one it is",
         )
     return spec, ()
 
@@ -355,8 +355,8 @@ def _stated(path: Path, naming: Naming | None, recognized: zoo.Spec) -> zoo.Spec
     if not naming.is_declared and None not in named:
         return None  # a file name with another depth, which the tensors exclude
     raise ArtifactError(
-        f"{path}: {naming.where} states {naming.names[0]}, and its tensors are those of "
-        f"{recognized.name}; a net that computes something else can have the same tensors",
+        f"{path}: {naming.where} states {naming.names[0]}, but its tensors are those of "
+        f"{recognized.name}; different nets can have the same tensors",
         fix=f"use a net of the zoo (rtresnet models), or correct {naming.where} if it is wrong",
     )
 

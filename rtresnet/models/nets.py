@@ -1,4 +1,4 @@
-"""What the other packages do with a net, whichever it is: trace, fold, count, run with NumPy.
+"""Operations on any net: trace, fold, count, run with NumPy.
 
 Export writes the traced graph and quantization-aware training computes it. Both use the same
 arithmetic for batch norm, so that they get the same weights bit for bit.
@@ -22,7 +22,7 @@ POOLED = 7  # side of the last map at 224 pixels, which the paper's net pools
 
 
 class _Tracer(fx.Tracer):
-    """Keeps our own operations whole, as it does with torch's modules."""
+    """Treats our own operations as leaf modules, like torch's."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         ours = isinstance(m, Add | MeanImage | PadShortcut) or getattr(m, "traced_whole", False)
@@ -35,7 +35,7 @@ def trace(net: nn.Module) -> fx.GraphModule:
 
 
 def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one convolution that equals `norm(convolution(x))` in evaluation mode.
+    """Return weight and bias of a convolution equal to `norm(convolution(x))` in evaluation mode.
 
         w' = w * gamma / sqrt(var + eps)        for each output channel
         b' = beta + (b - mean) * gamma / sqrt(var + eps)
@@ -52,9 +52,9 @@ def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor
 
 
 def multiply_adds(net: nn.Module, size: int) -> int:
-    """Multiply-adds of convolutions and FC layers for one image of `size` by `size` pixels.
+    """Count multiply-adds of convolutions and FC layers for one image of `size` by `size` pixels.
 
-    Counts a forward pass, as the paper does: batch norm, ReLU, pooling and additions are left out.
+    Counts a forward pass as the paper does, without batch norm, ReLU, pooling and additions.
     On the meta device nothing is computed.
     """
     total, training = 0, net.training
@@ -87,8 +87,8 @@ class TorchBackend:
     Implements `runtime.backend.Backend`.
 
     Args:
-        net: On the device it runs on; put into evaluation mode.
-        size: Side of its input, in pixels, where it is known.
+        net: The net, on its device; put into evaluation mode.
+        size: Side of its input, in pixels, if known.
     """
 
     provider = "torch"
@@ -126,17 +126,17 @@ class TorchBackend:
 class DenseBackend(TorchBackend):
     """Runs a net in its fully convolutional form (section 3.4, testing).
 
-    `backend(images)` takes float32 [N, 3, H, W] of any H and W and gives float32 maps of logits
+    `backend(images)` converts float32 [N, 3, H, W] of any H and W to float32 maps of logits
     [N, classes, h, w].
 
     Args:
         net: As for `TorchBackend`.
         size: Side of its usual input, in pixels.
         sliding: Whether the average pooling slides over the map with the window that the net has
-            at its usual size, instead of taking the whole map at once.
+            at its usual size, instead of pooling the complete map at once.
 
     Raises:
-        InputError: The net subtracts a mean image, which has one size only.
+        InputError: The net subtracts a mean image, which has a fixed size.
     """
 
     net: Net
@@ -147,7 +147,8 @@ class DenseBackend(TorchBackend):
         if isinstance(net, ResNet):
             if net.mean_image is not None:
                 raise InputError(
-                    "this net subtracts a mean image of one size, and the dense test has several",
+                    "this net subtracts a mean image of one size, but the dense test uses several "
+                    "sizes",
                     fix="evaluate it with --protocol center or 10-crop",
                 )
             if sliding:

@@ -2,8 +2,8 @@
 
 Sections 3.3, 4.1 (ImageNet) and 4.2 (CIFAR-10). Module names follow the public checkpoints
 (`conv1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`), so that their weights load without
-renaming. Every operation, also the addition, is a module: its name appears in the ONNX file, the
-engine and the profile.
+renaming. Every operation, including the addition, is a module: its name appears in the ONNX file,
+the engine and the profile.
 
 Names such as "resnet50" are in `zoo.py`.
 """
@@ -25,11 +25,11 @@ class Add(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """Option A where dimensions change: every stride-th pixel, new channels filled with zeros.
+    """Option A for changing dimensions: every stride-th pixel, new channels filled with zeros.
 
     It has no parameters, so a residual net has exactly as many as its plain net. Half of the zeros
     come before the old channels and half after, as in the public CIFAR checkpoints; the paper does
-    not say.
+    not specify it.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
@@ -81,9 +81,9 @@ class Block(nn.Module):
     """A residual function with its shortcut, or the same layers without one (figure 2).
 
     Attributes:
-        downsample: The shortcut's own operation; None where it is the identity or absent.
+        downsample: The shortcut's operation; None if it is the identity or absent.
         add: The addition; None in a plain net.
-        dropped: Whether the residual function is left out, so that only the shortcut remains:
+        dropped: Whether the residual function is skipped, so that only the shortcut remains:
             set for a step by stochastic depth, and by `study lesions`.
         scale: Factor on the residual function, set for a step by stochastic depth.
     """
@@ -228,7 +228,7 @@ class ResNet(nn.Module):
         shortcut: "A", "B", "C", or None for a plain net.
         stride_in: The convolution of a bottleneck that has the stride: "1x1" or "3x3".
         num_classes: Number of logits.
-        mean_image: Side of a mean image that is subtracted first, in pixels; None: there is none.
+        mean_image: Side of a mean image that is subtracted first, in pixels, or None.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class ResNet(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """He initialization of convolutions (section 3.4, reference 13); the bias of the FC is zero."""
+    """Initialize convolutions by He's method (section 3.4), and the FC bias with zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

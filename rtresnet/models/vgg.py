@@ -65,7 +65,7 @@ class VGG(nn.Module):
 
     @property
     def fc(self) -> nn.Linear:
-        """The layer that gives the logits."""
+        """The layer that computes the logits."""
         last = self.classifier[-1]
         assert isinstance(last, nn.Linear)
         return last
@@ -87,7 +87,7 @@ class VGG(nn.Module):
 
         Args:
             x: Normalized float images [N, 3, H, W], at least 224 x 224.
-            window: Ignored: the first FC layer is a window of 7x7 by itself.
+            window: Ignored, because the first FC layer is a window of 7x7.
 
         Returns:
             A map of logits [N, num_classes, h, w].
@@ -120,7 +120,7 @@ def pooled_by_weight(weight: Tensor, side: int) -> Tensor:
 
     Args:
         weight: [out, channels * 7 * 7].
-        side: Of the last stage's map, in pixels.
+        side: Side of the last stage's map, in pixels.
 
     Returns:
         [out, channels * side * side].

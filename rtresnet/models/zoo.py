@@ -40,7 +40,7 @@ class Spec:
     """One net, except for its number of classes.
 
     Attributes:
-        name: As on the command line, for example "resnet50", "resnet50-v1", "resnet34-C".
+        name: Name on the command line, for example "resnet50", "resnet50-v1", "resnet34-C".
         family: "imagenet", "cifar" or "vgg": the stem, the default input size and classes.
         depth: Number of weighted layers; projection shortcuts are not counted.
         block: "basic" (two 3x3 layers), "bottleneck", "basic1" and "basic3" (one and three 3x3
@@ -104,7 +104,7 @@ class Spec:
 def names() -> list[str]:
     """Return the nets of the paper, shallow to deep, residual before plain, then VGG.
 
-    `spec` knows more: other depths of 6n+2, and the suffixes of shortcut options and blocks.
+    `spec` also accepts other depths of 6n+2, and the suffixes of shortcut options and blocks.
     """
     return [
         *(f"resnet{depth}" for depth in IMAGENET_COUNTS),
@@ -120,7 +120,7 @@ def names() -> list[str]:
 def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None) -> Spec:
     """Look a net up.
 
-    A depth of 6n+2 that is not an ImageNet net is a CIFAR net: resnet8 and resnet26 work too.
+    A depth of 6n+2 that is not an ImageNet net is a CIFAR net, for example resnet8 and resnet26.
     Suffixes select a variant:
 
     - `-A`, `-B`, `-C`: the shortcut option (resnet34-A, resnet20-C).
@@ -140,7 +140,7 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
     vgg = _VGG.fullmatch(name)
     if vgg is not None and int(vgg[1]) in VGG_COUNTS and name == name.lower():
         if shortcut is not None:
-            raise InputError(f"{name} has no shortcuts, so no shortcut option")
+            raise InputError(f"{name} has no shortcuts, so it has no shortcut option")
         return _vgg(int(vgg[1]), batch_norm=vgg[2] is not None)
     match = _RESNET.fullmatch(name)
     if match is None or not name.startswith(("resnet", "plain")):
@@ -170,7 +170,7 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
     if block_layers and block_layers != 2:
         if block != "basic" or any(2 * count % block_layers for count in counts):
             raise InputError(
-                f"{name}: a stage of {kind}{depth} has no whole number of blocks of "
+                f"{name}: a stage of {kind}{depth} cannot be divided into blocks of "
                 f"{block_layers} 3x3 layers",
                 fix="--model resnet20-block3, or another depth of 18n+2",
             )
@@ -194,7 +194,7 @@ def matches(name: str, spec: Spec) -> bool:
     """Return whether a name means this net; variants that the name does not state may be any.
 
     Raises:
-        UnknownNameError, InputError: The name is no net's.
+        UnknownNameError, InputError: The name does not belong to a net.
     """
     named, match = lookup(name), _RESNET.fullmatch(name)
     if match is None or named.shortcut is None:
@@ -223,7 +223,7 @@ def states_shortcut(name: str) -> bool:
 
 
 def _layout(name: str, kind: str, depth: int) -> tuple[str, str, tuple[int, ...]]:
-    """Family, block and counts of a depth."""
+    """Return family, block and counts of a depth."""
     if depth in IMAGENET_COUNTS and (kind == "resnet" or f"plain{depth}" in names()):
         return "imagenet", *IMAGENET_COUNTS[depth]
     if depth % 6 == 2 and depth >= 8 and depth not in IMAGENET_COUNTS:
@@ -232,7 +232,7 @@ def _layout(name: str, kind: str, depth: int) -> tuple[str, str, tuple[int, ...]
 
 
 def _suffixes(name: str, text: str) -> tuple[str | None, str | None, int | None]:
-    """Shortcut option, stride position and layers of a block that a name's suffixes ask for."""
+    """Return shortcut option, stride position and layers of a block by a name's suffixes."""
     shortcut = stride = layers = None
     for suffix in text.split("-")[1:]:
         if suffix.upper() in SHORTCUTS and shortcut is None:
@@ -289,9 +289,9 @@ class Cost:
 
     Attributes:
         parameters: Trainable values: convolutions, batch norm, FC layers.
-        multiply_adds: Of convolutions and FC layers, for one image.
-        fc_parameters: Of these parameters, those of the FC layers.
-        fc_multiply_adds: Of these multiply-adds, those of the FC layers.
+        multiply_adds: Multiply-adds of convolutions and FC layers, for one image.
+        fc_parameters: Parameters of the FC layers.
+        fc_multiply_adds: Multiply-adds of the FC layers.
     """
 
     parameters: int
@@ -301,7 +301,7 @@ class Cost:
 
 
 def cost(spec: Spec) -> Cost:
-    """Count from the table alone, without torch, what `nets.multiply_adds` counts on a net.
+    """Count parameters and multiply-adds from the table, without torch (see `nets.multiply_adds`).
 
     Args:
         spec: From `spec()`.
@@ -368,12 +368,12 @@ def build(
     Args:
         spec: From `spec()`.
         num_classes: Number of logits; by default that of the spec.
-        device: "meta" makes shapes only, at no cost.
+        device: Device; "meta" creates shapes without data.
         mean_image: Side of a per-pixel mean image that the net subtracts first, in pixels; None
             subtracts nothing.
 
     Raises:
-        InputError: A mean image for VGG, which has none here.
+        InputError: A mean image for VGG, which does not support it.
     """
     import torch
 
@@ -384,7 +384,9 @@ def build(
     with torch.device(device):
         if spec.family == "vgg":
             if mean_image is not None:
-                raise InputError(f"{spec.name} takes no mean image", fix="--set mean_image=false")
+                raise InputError(
+                    f"{spec.name} does not support a mean image", fix="--set mean_image=false"
+                )
             return VGG(
                 counts=spec.counts,
                 widths=spec.widths,

@@ -451,7 +451,7 @@ def test_a_file_that_does_not_match_its_sidecar_is_refused(
     data = bytearray(source.read_bytes())
     data[-1] ^= 1
     source.write_bytes(data)
-    assert "not the file its sidecar describes" in refused(source)
+    assert "does not match its sidecar" in refused(source)
     source.write_bytes(data[:-10])
     assert "truncated" in refused(source)
 

@@ -108,7 +108,7 @@ def test_adopt_then_build_writes_a_plan_with_the_stated_input(foreign: str) -> N
         ([], "--preset imagenet|half|unit"),
         (["--size", "32", "--mean", "0.5,0.5,0.5"], "--preset imagenet|half|unit"),
         (["--size", "64", "--preset", "half"], "--size 32"),
-        (["--preset", "half", "--classes", "three.txt"], "name every class once"),
+        (["--preset", "half", "--classes", "three.txt"], "list every class once"),
     ],
 )
 def test_adopt_what_is_not_stated_or_does_not_fit_exits_2(
@@ -235,5 +235,5 @@ def test_check_of_a_child_whose_parent_lost_its_sidecar_names_adopt(
 def test_adopt_refuses_two_classes_of_one_name(foreign: str, capsys: Captured) -> None:
     Path("names.txt").write_text("red\ngreen\nblue\nred")
     assert main([*ADOPT, "--classes", "names.txt"]) == 2
-    assert "names 1 and 4" in capsys.readouterr().err
+    assert "classes 1 and 4" in capsys.readouterr().err
     assert not artifacts.sidecar_path(foreign).exists()

@@ -81,7 +81,7 @@ def test_inspect_says_it_too(files: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["inspect", str(files / "resnet8-u8-top2.onnx")]) == 0
     shown = capsys.readouterr().out
     assert f"input {UINT8}: the file normalizes it with mean and std" in shown
-    assert "gives the 2 most probable classes, no logits" in shown
+    assert "outputs the 2 most probable classes, no logits" in shown
     assert main(["inspect", str(files / "resnet8.onnx")]) == 0
     assert "takes" not in capsys.readouterr().out
 
@@ -206,7 +206,7 @@ def test_mean_and_std_that_are_inside_cannot_be_changed(
 @pytest.mark.parametrize("name", [PIXELS, BEST, BOTH])
 def test_quantizing_comes_first(name: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused("quantize", files / f"{name}.onnx", "--fp16", capsys=capsys)
-    assert "comes last" in said and f"rtresnet quantize {files / PLAIN}.onnx" in said
+    assert "added after quantization" in said and f"rtresnet quantize {files / PLAIN}.onnx" in said
 
 
 def test_ends_are_changed_once(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

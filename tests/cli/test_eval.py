@@ -120,7 +120,7 @@ def test_eval_ensemble_prints_each_net_and_their_mean(
         str(best), str(engines / "resnet8.onnx"), "ensemble of 2",
     ]  # fmt: skip
     assert len(lines) == 5 and "by position" in lines[3]  # neither npz nor net has names
-    assert "was trained on" in lines[4]  # an npz file has no splits
+    assert "include training images" in lines[4]  # an npz file has no splits
     single = evaluate(best, data=tints, out=tmp_path)
     assert [entry["top1"] for entry in result["members"]] == [single["top1"]] * 2
     assert result["top1"] == single["top1"] and result["n"] == 240

@@ -61,7 +61,7 @@ def test_scales_of_int8_are_not_used_for_fp8(
 ) -> None:
     assert main(["quantize", str(source), "--calib", tints, "--out", "net-fp8.onnx"]) == 0
     assert quantize(source, "--calib", tints) == 0
-    assert "with other number format" in capsys.readouterr().err
+    assert "with different number format" in capsys.readouterr().err
     assert quantize(source, "--calib", tints) == 0
     assert "reusing the scales" in capsys.readouterr().err
 
@@ -137,7 +137,7 @@ def test_onnx_runtimes_figures_say_that_fp8_is_converted(
 ) -> None:
     assert quantize(source, "--calib", "none") == 0
     assert main(["bench", "net-fp8.onnx", str(source), "--queries", "5", "--json", "b.json"]) == 0
-    assert "computes FP8 in FP32" in capsys.readouterr().err
+    assert "converts FP8 to FP32" in capsys.readouterr().err
     result = json.loads(Path("b.json").read_text())["result"]
     assert len(result["notes"]) == 1 and "net-fp8.onnx" in result["notes"][0]
 

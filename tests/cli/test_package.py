@@ -149,7 +149,7 @@ def test_package_plan_without_sidecar_or_parent_is_refused(
     parent.write_bytes(b"another file")
     assert main(arguments) == 2 and "has changed since" in capsys.readouterr().err
     parent.unlink()
-    assert main(arguments) == 2 and "copy the ONNX file, too" in capsys.readouterr().err
+    assert main(arguments) == 2 and "also copy the ONNX file" in capsys.readouterr().err
     artifacts.sidecar_path(tensorrt_plan).unlink()
     assert main(arguments) == 2 and "no sidecar" in capsys.readouterr().err
 

@@ -215,10 +215,10 @@ def test_predict_journal_of_other_options_is_refused_and_kept(
     assert predict("x.csv") == 2
     assert "--resume" in last_line(capsys)
     for more, word in (
-        (["--top", "2"], "top (3 then, 2 now)"),
-        (["--batch", "5"], "batch (4 then, 5 now)"),
+        (["--top", "2"], "top (3 then, now 2)"),
+        (["--batch", "5"], "batch (4 then, now 5)"),
         (["--mean", "0.5,0.5,0.5"], "preprocess"),
-        ([str(folder / "a" / "001.png")], "images (50 then, 51 now)"),
+        ([str(folder / "a" / "001.png")], "images (50 then, now 51)"),
     ):
         assert predict("x.csv", "--resume", *more) == 2
         assert word in last_line(capsys)

@@ -62,7 +62,7 @@ def test_without_a_name_it_is_speed_and_with_weights_finetune(
         (["--set", "flip=sideways"], "known: none, random, alternate"),
         (["--set", "precision=fp16"], "--set precision=bf16"),
         (["--recipe", "moderne"], "did you mean 'modern'?"),
-        (["--set", "lr=-1"], "at least 1e-12 is needed"),
+        (["--set", "lr=-1"], "must be at least 1e-12"),
         (["--batch", "30", "--set", "accumulate=4"], "into 4 equal parts"),
     ],
 )

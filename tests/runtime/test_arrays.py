@@ -108,10 +108,10 @@ class Kept(WithDlpack):
     [
         (lambda view: WithDlpack(view[:, :, ::2]), "not contiguous"),
         (lambda view: WithInterface(view, strides=(4, 4, 4, 4)), "not contiguous"),
-        (lambda view: WithDlpack(view.astype(np.float16)), "takes float32"),
+        (lambda view: WithDlpack(view.astype(np.float16)), "needs float32"),
         (lambda view: WithDlpack(view.astype(np.complex64)), "DLPack code 5"),
-        (lambda view: WithInterface(view, typestr="<f8"), "takes float32"),
-        (lambda view: WithDlpack(view[0]), "takes float32"),
+        (lambda view: WithInterface(view, typestr="<f8"), "needs float32"),
+        (lambda view: WithDlpack(view[0]), "needs float32"),
         (lambda view: WithDlpack(view, (2, 1)), "on GPU 1, but the plan is on GPU 0"),
         (lambda view: Kept(view), "requires grad"),
     ],

@@ -301,7 +301,7 @@ def test_infer_of_small_images_does_not_query_the_driver(bench: Bench) -> None:
 def test_infer_of_another_type_or_shape_is_refused(bench: Bench, batch: Any) -> None:
     backend = bench.load()
     bench.cuda.log.clear()
-    with pytest.raises(InputError, match=r"takes float32 \[N, 3, 4, 4\]"):
+    with pytest.raises(InputError, match=r"needs float32 \[N, 3, 4, 4\]"):
         backend.infer(batch)
     assert bench.cuda.log == []
 

@@ -153,7 +153,7 @@ def test_plan_description_names_the_gpu(session: Session) -> None:
 
 
 def test_plan_images_of_another_shape_are_refused(session: Session, images: Images) -> None:
-    with session, pytest.raises(InputError, match="takes float32"):
+    with session, pytest.raises(InputError, match="needs float32"):
         session(images(2, 16))
 
 

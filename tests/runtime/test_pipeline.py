@@ -98,7 +98,7 @@ def test_pipeline_failed_call_loses_what_is_in_flight_and_nothing_else(bench: Be
     backend = bench.load()
     with backend.pipeline() as pipeline:
         pipeline.put(images(8))
-        with pytest.raises(InputError, match="takes float32"):
+        with pytest.raises(InputError, match="needs float32"):
             pipeline.put(images(8)[0])
         close(pipeline.get(), expected(images(8)))
         pipeline.put(images(8))

@@ -240,7 +240,7 @@ def test_advise_ends_with_what_was_measured_of_both(plans: dict[str, Path], tmp_
 
 def test_advise_without_a_narrow_type_has_no_advice(plans: dict[str, Path]) -> None:
     assert advise([plans["fp32"], plans["fp16"]]).advice == ()
-    with pytest.raises(InputError, match="nothing to compare"):
+    with pytest.raises(InputError, match="no plans to compare"):
         advise([])
     with pytest.raises(InputError, match="not for sm_120"):
         advise([plans["fp32"], plans["fp16"]], EstimateConfig(gpus=("RTX 5090",)))
