@@ -96,7 +96,7 @@ def blocks(model: str, data: str, config: StudyConfig, out: Path) -> None:
 
 
 def _show(result: StudyResult, panels: Callable[[Sequence[Net]], list[Panel]]) -> None:
-    """Print the table, writes figure, page and JSON."""
+    """Print the table; write figure, page and JSON."""
     from rtresnet.reporting import pages, study
 
     figure = None

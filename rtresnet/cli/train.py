@@ -140,7 +140,7 @@ def _train_detector(
 
 
 def show(result: TrainResult) -> Path | None:
-    """Print the accuracy; writes the curves and the page.
+    """Print the accuracy; write the curves and the page.
 
     Returns:
         The page; None where matplotlib is not installed.

@@ -36,7 +36,7 @@ class Flip:
         reference: Class predicted by the first net.
         reference_probability: Probability of that class, in [0, 1].
         candidate: Class predicted by the second net.
-        candidate_probability: Of that class, in [0, 1].
+        candidate_probability: Probability of that class, in [0, 1].
     """
 
     index: int

@@ -80,7 +80,7 @@ class DetectionRecipe:
             if not low <= value <= high:
                 raise InputError(f"{field}={value}: must be from {low:g} to {high:g}")
         if list(self.milestones) != sorted(self.milestones):
-            raise InputError(f"milestones={self.milestones}: must rise")
+            raise InputError(f"milestones={self.milestones}: must increase")
         if self.precision not in ("fp32", "bf16"):
             raise UnknownNameError("precision", self.precision, ("fp32", "bf16"))
 

@@ -49,8 +49,8 @@ class RuntimeInfo:
         placement: Number of nodes on each of ONNX Runtime's providers; empty for a plan.
         int8_note: How an INT8 file runs on a CPU whose integer sums would saturate, and how a BF16
             file runs on a CPU; else None.
-        fixed_batch: The only batch size that the file takes; None if it takes several.
-        batch_note: What `fixed_batch` means for a call.
+        fixed_batch: The only batch size that the file accepts; None if it accepts several.
+        batch_note: How a call runs with `fixed_batch`.
         versions: Versions of the libraries.
         tf32: Whether FP32 layers may run as TF32 (a mantissa of 10 bits, on GPUs from sm_80 on):
             from a plan's sidecar or ONNX Runtime's CUDA provider; None elsewhere.

@@ -1,7 +1,7 @@
 """The analyses that train nothing, or a few steps: gradients, layer responses and lesions.
 
 Gradients by layer: section 4.1 says that they do not vanish in plain nets, because of batch norm,
-and that this is not why deep plain nets have higher training errors.
+and that this is not why deep plain nets nets their higher training errors.
 
 Layer responses (section 4.2, figure 7): the standard deviation of what each 3x3 layer puts out,
 after batch norm and before ReLU and addition. Residual nets respond less than plain ones, deeper
@@ -32,16 +32,16 @@ from rtresnet.models.resnet import ResNet
 from rtresnet.models.zoo import Spec
 from rtresnet.study.results import GradientNorms
 
-LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4  # of the paper's runs on CIFAR-10 (section 4.2)
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4  # the paper's values for CIFAR-10 (section 4.2)
 
 
 def measure_gradients(
     net: nn.Module, images: torch.Tensor, labels: torch.Tensor, step: int
 ) -> GradientNorms:
-    """Return the gradients of a batch; the net is in training mode afterwards, its gradients set.
+    """Return the gradients of a batch. Leaves the net in training mode, with gradients set.
 
     Args:
-        net: With 3x3 convolutions.
+        net: A net with 3x3 convolutions.
         images: float32 [N, 3, S, S].
         labels: int64 [N].
         step: Steps done before.
@@ -84,9 +84,9 @@ def along_a_run(
         spec: The net, initialized with `seed`.
         source: Labelled training images.
         preprocess: How an image becomes input.
-        steps: When to measure, ascending; the run ends with the last.
+        steps: Steps at which to measure, ascending; the run ends with the last one.
         batch: Images in a batch.
-        seed: Of the weights and the order of the images.
+        seed: Random seed of the weights and the order of the images.
         device: "cpu" or "cuda".
     """
     torch.manual_seed(seed)
@@ -120,11 +120,11 @@ def layer_responses(net: nn.Module, batches: Iterable[np.ndarray]) -> dict[str, 
     """Run images through a net and observe its batch norms.
 
     Args:
-        net: In evaluation mode afterwards.
+        net: The net; left in evaluation mode.
         batches: float32 [N, 3, S, S].
 
     Returns:
-        3x3 convolution to the standard deviation of its normalized output, in layer order.
+        Standard deviation of the normalized output by 3x3 convolution, in layer order.
     """
     sums: dict[str, Tensor] = {}
     handles = []
@@ -156,11 +156,11 @@ def layer_responses(net: nn.Module, batches: Iterable[np.ndarray]) -> dict[str, 
 
 
 def removable_blocks(net: Net, name: str) -> list[str]:
-    """Return the blocks that the net works without, in order of execution.
+    """Return the blocks that can be removed from a net, in order of execution.
 
     Args:
         net: The net.
-        name: Of it, for the error.
+        name: Name of the net, for error messages.
 
     Raises:
         InputError: It has none.
@@ -168,13 +168,13 @@ def removable_blocks(net: Net, name: str) -> list[str]:
     blocks = net.blocks() if isinstance(net, ResNet) else {}
     found = [block for block, module in blocks.items() if module.removable]
     if not found:
-        raise InputError(f"{name}: a net without removable blocks", fix="give a residual net")
+        raise InputError(f"{name}: has no removable blocks", fix="use a residual net")
     return found
 
 
 @contextlib.contextmanager
 def without(net: Net, block: str) -> Iterator[None]:
-    """Leave a block out of a net within the `with` block."""
+    """Remove a block from a net within the `with` statement."""
     assert isinstance(net, ResNet)
     module = net.blocks()[block]
     module.dropped = True

@@ -39,11 +39,11 @@ class PartialResults:
     """Named results in a JSON file.
 
     Args:
-        path: The file; it need not exist.
-        about: What the results depend on. A file of other terms is refused.
+        path: Path of the file, which may not exist yet.
+        about: Settings that the results depend on. A file with different settings is rejected.
 
     Raises:
-        InputError: The file is not one of these, or has results under other terms.
+        InputError: The file is not a results file, or has different settings.
     """
 
     def __init__(self, path: Path, about: Mapping[str, object]) -> None:
@@ -51,18 +51,20 @@ class PartialResults:
         self._results: dict[str, object] = {}
         if not path.exists():
             return
-        fix = "give the study another --out"
+        fix = "choose another --out"
         document = serialization.load(path, fix=fix)
         if not isinstance(document, dict) or document.get("about") != self._about:
-            raise InputError(f"{path}: results of other nets, images or settings", fix=fix)
+            raise InputError(
+                f"{path}: contains results of different nets, images or settings", fix=fix
+            )
         self._results = dict(document.get("results", {}))
 
     def get(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
-        """Return a result: the recorded one, or a new one, which is recorded.
+        """Return the recorded result, or compute and record it.
 
         Args:
             name: Of the result.
-            kind: Its type, which JSON can hold.
+            kind: Type of the result; must be JSON-serializable.
             make: Makes it.
         """
         if name not in self._results:
@@ -71,6 +73,6 @@ class PartialResults:
             atomic_io.write_text(self._path, json.dumps(document, indent=1) + "\n")
         found: T = serialization.convert(
             self._results[name], kind, at=name, where=str(self._path),
-            fix="give the study another --out",
+            fix="choose another --out",
         )  # fmt: skip
         return found

@@ -73,7 +73,7 @@ class Recipe(Config):
 
     Raises:
         InputError: A value is out of bounds or contradicts another one.
-        UnknownNameError: A value is none of the choices.
+        UnknownNameError: A value is not one of the choices.
     """
 
     name: str = option("custom", "Named recipe that this one was derived from.")

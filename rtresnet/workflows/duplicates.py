@@ -52,7 +52,7 @@ class Hashes:
 
     Attributes:
         source: The images.
-        indices: Of the images, int64 [N].
+        indices: Indices of the images, int64 [N].
         bits: uint8 [N, 8].
         coarse: bool [N].
     """

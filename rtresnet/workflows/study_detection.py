@@ -72,7 +72,9 @@ class DetectionStudyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(setting.partition("=")[0] == "seed" for setting in self.settings):
-            raise InputError("--set seed: a study has several", fix="--seeds N takes 0 to N - 1")
+            raise InputError(
+                "--set seed: a study uses several seeds", fix="--seeds N takes 0 to N - 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class DetectorRun:
     Attributes:
         seed: Random seed.
         folder: Of the run.
-        diverged: Why there is no result, or None.
+        diverged: Reason why there is no result, or None.
         measured: Average precision on the test images; None where the run diverged.
         steps: Steps at the end of each epoch.
         loss: Mean loss of each epoch.
@@ -250,7 +252,7 @@ def _job(
 def _run(
     job: DetectionJob, config: DetectionStudyConfig, where: str, reporter: Reporter
 ) -> DetectorRun:
-    """Makes a run, goes on with it, or reads a finished one."""
+    """Make a run, resume it, or read a finished one."""
     from rtresnet.detection import pretrain, training
 
     seed = job.recipe.seed
@@ -260,7 +262,7 @@ def _run(
         if json.loads(path.read_text(encoding="utf-8")) != identity:
             raise InputError(
                 f"{job.out}: its run has another recipe, net or other images",
-                fix="give the study another --out",
+                fix="choose another --out",
             )
     else:
         atomic_io.make_folder(job.out)
@@ -302,7 +304,7 @@ def _run(
 
 
 def _identity(job: DetectionJob, config: DetectionStudyConfig) -> dict[str, Any]:
-    """What determines a run, as JSON holds it."""
+    """Return the settings that determine a run, for JSON."""
     assert job.test is not None
     identity = {
         "backbone": dataclasses.asdict(job.spec), "net": dataclasses.asdict(job.detection),

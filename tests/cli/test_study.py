@@ -224,7 +224,8 @@ def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(
     check_files(here / "l", "lesions")
     assert [block["block"] for block in result["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
     assert result["calibration_images"] == 240  # all that there are
-    assert "include training images" in result["remarks"][0]  # the data have no test split of their own
+    # the data have no test split of their own
+    assert "include training images" in result["remarks"][0]
     assert 90 < result["top1"] <= 100  # a percentage, not a count of the 24 images
     for block in result["blocks"]:
         assert block["drop"] == pytest.approx(result["top1"] - block["top1"])
