@@ -10,7 +10,7 @@
         logits = session(session.prepare(images))
 
 Every step is a function that takes a frozen config and returns a frozen result. Nothing is imported
-before it is asked for: `load` needs NumPy and one inference library only. Functions print nothing;
+before it is requested: `load` needs NumPy and one inference library only. Functions print nothing;
 progress and notes go to `logging.getLogger("rtresnet")`, or to a `Reporter` that you pass.
 """
 

@@ -118,7 +118,7 @@ class Candidate:
     Attributes:
         serve: Takes a request and returns when the result is available; usually a `Session`.
         requests: Prepared before the clock starts; served cyclically.
-        timings: Timings of the last request; empty where only wall time is known.
+        timings: Timings of the last request; empty if only wall time is known.
         pipeline: Keeps requests in flight, instead of `serve`; None serves them sequentially.
     """
 

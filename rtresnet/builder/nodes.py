@@ -38,7 +38,7 @@ class Node:
         dtype: Type of its output, as TensorRT names it.
         height: Height of its output in pixels; 0 if the output is not an image.
         source: The node that computes its first input.
-        multiply_adds: Of a convolution or a matrix product, for one image.
+        multiply_adds: Multiply-adds of a convolution or a matrix product, for one image.
     """
 
     name: str

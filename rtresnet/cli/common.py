@@ -117,7 +117,7 @@ def _class_names(
 
 
 def refuse_for_detector(config: Config, *kept: str) -> None:
-    """Refuse options that were given and do not apply to detectors.
+    """Reject options that were given and do not apply to detectors.
 
     Args:
         config: What was given.

@@ -143,7 +143,7 @@ def show(result: TrainResult) -> Path | None:
     """Print the accuracy; write the curves and the page.
 
     Returns:
-        The page; None where matplotlib is not installed.
+        The page; None if matplotlib is not installed.
     """
     common.say(predictions.train_line(result))
     if not hardware.installed("matplotlib"):

@@ -154,9 +154,9 @@ def check(
     Args:
         plain: The unchanged file: normalized images to logits.
         changed: The changed file.
-        preprocess: Of the unchanged file.
+        preprocess: Preprocessing of the unchanged file.
         pixels: Whether `changed` takes uint8 images.
-        topk: How many classes it returns; None for logits.
+        topk: Number of classes that it returns; None for logits.
         n: Number of images, run as a batch of one and a batch of the others.
         seed: Random seed of the images.
 

@@ -62,7 +62,7 @@ def check_parity(
     got = np.concatenate([candidate(images[:1]), candidate(images[1:])])
     rounding = metrics.parity(double, single).relative
     error = metrics.parity(double, got).relative
-    within = error <= max(FLOOR, FACTOR * rounding)  # False where either is NaN
+    within = error <= max(FLOOR, FACTOR * rounding)  # False if either is NaN
     if not within or not np.isfinite(rounding):
         raise CheckFailedError(
             f"the ONNX file differs from torch in float64 by {error:.1e} relative, torch's own "

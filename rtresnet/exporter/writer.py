@@ -3,7 +3,7 @@
 `layer1.0.conv1` in the net is the node `layer1.0.conv1` in the file; its output tensor has the same
 name, and its weights are `layer1.0.conv1.weight` and `.bias`. Builders, profilers and calibration
 tables then name stages and blocks instead of `node_Conv_754`. A net with an operation that the
-writer does not know is refused; parity with torch is checked after every export (`verify.py`).
+writer does not know is rejected; parity with torch is checked after every export (`verify.py`).
 
 Input `images` float32 [batch, 3, S, S], output `logits` float32 [batch, classes]; the batch is
 dynamic.

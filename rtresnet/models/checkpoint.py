@@ -58,7 +58,8 @@ class Checkpoint:
         measured: Accuracy and the like, with n; after quantization-aware training, of the INT8 net.
         learned: Activation scales of quantization-aware training.
         assumed: Assumptions on a foreign file; see `sidecar.Sidecar`.
-        detection: Of a detector, whose net `detection.checkpoint` makes; None for a classifier.
+        detection: Settings of a detector, whose net `detection.checkpoint` makes; None for a
+            classifier.
     """
 
     model: Model

@@ -134,7 +134,7 @@ def _inferred_dims(model: onnx.ModelProto) -> list[int | None]:
 
 
 def _require_logits(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse a model that ends in a softmax: its probabilities would be used as logits."""
+    """Reject a model that ends in a softmax: its probabilities would be used as logits."""
     last = GraphIndex(model).maker(model.graph.output[0].name, PASS_ON)
     if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
         raise ArtifactError(

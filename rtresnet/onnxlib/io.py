@@ -1,4 +1,4 @@
-"""Reading ONNX files from anywhere: what cannot be decoded is refused before anyone relies on it.
+"""Reading ONNX files from anywhere: what cannot be decoded is rejected before anyone relies on it.
 
 Imports onnx when called. Independent of what a graph computes.
 """
@@ -74,7 +74,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str | bytes]:
 
 
 def _require_sound(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
-    """Refuse a node without outputs or with too few inputs, and absurd windows.
+    """Reject a node without outputs or with too few inputs, and absurd windows.
 
     Shape inference, onnx's and ONNX Runtime's, ends the process where sizes overflow.
     """

@@ -67,7 +67,7 @@ class Property(Generic[T]):
             raise ArtifactError(f"{self.key}: damaged ({error})", fix=self.fix) from None
 
     def read(self, properties: Mapping[str, str]) -> T | None:
-        """Return the value among a file's properties; None where it is absent.
+        """Return the value among a file's properties; None if it is absent.
 
         Raises:
             ArtifactError: It is damaged.

@@ -72,7 +72,7 @@ class Calibrated:
         ratios: Signal-to-noise ratio of the logits in dB, for each candidate.
         outliers: Tensors whose range a few channels determine.
         equalized: Those of them that were scaled down.
-        bias_corrections: See `qdq.insert`; empty where they did not help.
+        bias_corrections: See `qdq.insert`; empty if they did not help.
         low_bit: See `qdq.insert`.
         number_format: INT8 or FP8.
         float_nodes: Nodes that always stay in float: the stem in FP8.

@@ -113,7 +113,7 @@ def bias_corrections(
     Args:
         model: Folded FP32 model.
         histograms: From calibration. Nodes that read another tensor get no correction.
-        number_format: Of the weights.
+        number_format: Number format of the weights.
 
     Returns:
         Node to float64 [out channels].

@@ -122,8 +122,8 @@ def low_bit_bias(bias: np.ndarray, scale: float, scales: np.ndarray) -> np.ndarr
 
     Args:
         bias: float32 [out channels].
-        scale: Of the activation.
-        scales: Of the weights, float32 [out channels].
+        scale: Scale of the activation.
+        scales: Scales of the weights, float32 [out channels].
     """
     steps = scale * scales.astype(np.float64)
     rounded: np.ndarray = (np.rint(bias / steps) * steps).astype(np.float32)

@@ -23,7 +23,7 @@ class Cell:
 
     Attributes:
         n: Number of images.
-        share: Of the row's images, in [0, 1]; 0 for an empty cell.
+        share: Share of the row's images, in [0, 1]; 0 for an empty cell.
         hint: The cell in words.
     """
 

@@ -71,7 +71,7 @@ def write_comparison(
 
     Args:
         folder: Gets index.html.
-        result: Of the comparison.
+        result: Result of the comparison.
         images: Images with boxes, uint8 [H, W, 3], by index.
 
     Returns:

@@ -98,7 +98,7 @@ def write_training(
     """Write a training run's curves.png and index.html into its folder.
 
     Args:
-        result: Of a run whose folder has log.jsonl.
+        result: Result of a run whose folder has log.jsonl.
         report: On the run's test images; None leaves it out.
         images: Thumbnails, uint8 [H, W, 3], by index; those of `classification.listed`.
 
@@ -289,7 +289,7 @@ def write_flips(
         folder: Gets index.html.
         flips: The images.
         images: Thumbnails, uint8 [H, W, 3], by index.
-        title: Of the page.
+        title: Title of the page.
         summary: Sentences on the comparison.
 
     Returns:
@@ -331,8 +331,8 @@ def write_study(
         folder: The study's folder.
         name: The study's name, for file names.
         title: Title of the page.
-        figure: The figure, or None where matplotlib is not installed.
-        caption: Of the figure.
+        figure: The figure, or None if matplotlib is not installed.
+        caption: Caption of the figure.
         tables: Shown below the figure.
         diverged: A line for each run whose loss was not finite.
         recipe: As text.

@@ -323,7 +323,7 @@ def histogram(results: Results, batch: int) -> str | None:
 def batches(
     results: Results, name: Literal["median", "images_per_second"], label: str
 ) -> str | None:
-    """Return a field of the latency against the batch; None where there is one batch only."""
+    """Return a field of the latency against the batch; None if there is one batch only."""
     if len(results.batches) < 2:
         return None
     drawing, axes = figure(4.4, 3.0)

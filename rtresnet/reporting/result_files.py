@@ -304,7 +304,7 @@ class ResultFile:
     Attributes:
         verb: The command that wrote it.
         command: Its command line, where the file says it.
-        result: Of the type that `RESULTS` has for the verb.
+        result: Result of the type that `RESULTS` has for the verb.
     """
 
     verb: str

@@ -40,7 +40,7 @@ class Artifact:
     Attributes:
         name: The file's name, unique in a report.
         accuracies: One for each data set.
-        accuracy: The one on the data set that most artifacts of the report have; empty where it
+        accuracy: The one on the data set that most artifacts of the report have; empty if it
             was not measured there.
         agreement: With a reference.
         chain: (path, sidecar, state), from the artifact to its origin.

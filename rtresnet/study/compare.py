@@ -208,7 +208,7 @@ class Net:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRecord:
-    """A net's run with one seed; errors in percent, None where it diverged.
+    """A net's run with one seed; errors in percent, None if it diverged.
 
     Attributes:
         folder: Folder of the run.

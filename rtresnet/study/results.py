@@ -63,7 +63,7 @@ class PartialResults:
         """Return the recorded result, or compute and record it.
 
         Args:
-            name: Of the result.
+            name: Name of the result.
             kind: Type of the result; must be JSON-serializable.
             make: Makes it.
         """

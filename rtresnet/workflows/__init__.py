@@ -1,1 +1,1 @@
-"""One module for each step. Combines the other packages; knows no click and no console."""
+"""One module for each step. Combines the other packages; independent of click and the console."""

@@ -36,13 +36,13 @@ class Gate:
     """The bound on the accuracy that quantization may cost, and how it is judged.
 
     Attributes:
-        data: Labelled images, as `--data` takes them.
+        data: Labelled images, as for `--data`.
         max_drop: Points of top-1 that may be lost.
         rule: "point": the measured loss must be within `max_drop`. "upper": the upper limit of
             its 95 % interval must be. "point" is the default because a few hundred images, which
             is what most people have, cannot show half a point even for two equal nets.
         classes: Names from --classes, of the net or the images.
-        max_broken: Share of broken images that are left out; with more it is an error.
+        max_broken: Allowed share of broken images, which are ignored.
     """
 
     data: str
@@ -92,7 +92,7 @@ class GateVerdict:
     """The gate's rule and bound, and what came of them.
 
     Attributes:
-        images_needed: Images that would show whether the bound holds; infinite where none suffice.
+        images_needed: Images that would show whether the bound holds; infinite if none suffice.
     """
 
     rule: str
@@ -112,9 +112,9 @@ class GateResult:
         gate: Rule, bound and verdict.
         blocks: The most harmful first.
         summary: Two sentences on the loss and the verdict.
-        fix: What helps where it did not pass.
-        remarks: What a reader must know of the labels.
-        changed: Number of images of which FP32 and the quantized net give different classes.
+        fix: Instruction if the gate did not pass.
+        remarks: Remarks on the labels.
+        changed: Number of images for which FP32 and the quantized net predict different classes.
         flips: Some of these images; see `core.flips`.
     """
 
@@ -195,7 +195,7 @@ def quantize_within(
 ) -> tuple[Any, tuple[str, ...], tuple[str, ...], GateResult]:
     """Quantize everything, then leave the most harmful blocks in float until the gate passes.
 
-    In FP8, blocks that have less noise in INT8 are tried in INT8 before they are left in float.
+    In FP8, blocks with less noise in INT8 are tried in INT8 before float.
 
     The interval is that of one file on these images. Where several files were tried, the one that
     passes was chosen on the same images, which makes its interval somewhat too favourable.
@@ -208,7 +208,7 @@ def quantize_within(
         held_out: Images for the noise of each block.
         logits: The FP32 net's on them.
         preprocess: The net's input contract.
-        finish: Turns a quantized model into what is written; that is what is measured.
+        finish: Converts a quantized model to the form that is written and measured.
         reporter: Receives progress.
 
     Returns:
@@ -369,7 +369,7 @@ def _measurement(drop: Drop, what: str, gate: Gate) -> str:
 
 
 def _judgement(drop: Drop, gate: Gate) -> str:
-    """As in "Measured loss 0.25 points, upper limit 0.94 ..., bound 0.5: not shown to hold"."""
+    """Return, for example, "Measured loss 0.25 points, upper limit 0.94 ..., bound 0.5: held"."""
     from rtresnet.core.metrics import images_needed, verdict
 
     found = verdict(drop, gate.max_drop)

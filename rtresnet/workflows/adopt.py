@@ -1,6 +1,6 @@
 """Write the sidecar of an ONNX file that another tool exported.
 
-The file says its shapes and precision (`onnxlib/interface.py`); a person states the preprocessing
+The file has its shapes and precision (`onnxlib/interface.py`); the user states the preprocessing
 and the class names.
 """
 
@@ -30,7 +30,7 @@ class AdoptResult:
     Attributes:
         file: The sidecar's path.
         named: Whether class names were stated.
-        interface: What the ONNX file says of itself.
+        interface: Interface of the ONNX file.
     """
 
     file: Path
@@ -52,7 +52,7 @@ def adopt(
 
     Args:
         path: The ONNX file.
-        stated: Size where the file leaves it open; mean and std, or a preset.
+        stated: Size if the file leaves it open; mean and std, or a preset.
         resize: Shorter side before the centre crop, in pixels; 256/224 of the size by default.
         classes: Class names in the order of the outputs; numbers by default.
         force: Whether a sidecar that exists is replaced.
@@ -111,13 +111,13 @@ def class_names(path: Path, interface: Interface, names: Sequence[str] | None) -
 
     Args:
         path: The file, for messages.
-        interface: What the file says.
-        names: In the order of the outputs; None where nobody stated them.
+        interface: Interface of the file.
+        names: Class names in the order of the outputs, or None.
 
     Raises:
-        InputError: A name that occurs twice; another number of names than the file has classes, or
+        InputError: A name occurs twice; the number of names differs from the file's classes, or
             too few for its top-K.
-        ArtifactError: Neither the file nor the names say how many classes there are.
+        ArtifactError: Neither the file nor the names state the number of classes.
     """
     count = interface.classes
     if names is None:

@@ -35,12 +35,12 @@ REPRESENTATIVE = {
     "sm_75": "T4", "sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090",
     "sm_90": "H100 SXM", "sm_120": "RTX 5090",
 }  # fmt: skip
-"""The GPU that stands for a compute capability in a short table."""
+"""The representative GPU of each compute capability in a short table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanAccuracy:
-    """What the sidecars of a plan and of its ONNX file say of its accuracy; None if nothing.
+    """Accuracy in the sidecars of a plan and of its ONNX file, or None.
 
     Attributes:
         top1_percent: On n images of data.
@@ -111,7 +111,7 @@ def advise(
         config = dataclasses.replace(config, batch=result.batch)
         results.append(result)
     if not any(result.results for result in results):
-        estimates.estimate(plans[0], config)  # says why
+        estimates.estimate(plans[0], config)  # raises an error with the reason
     entries = tuple(
         AdviceEntry(estimate=result, accuracy=_accuracy(result.model)) for result in results
     )
@@ -193,7 +193,7 @@ def _same_precision(path: str) -> Iterator[Sidecar]:
         if link is None or parent is None:
             return
         place, sidecar = str(parent), artifacts.read_sidecar(parent)
-        if sidecar is not None and sidecar.sha256 != link.sha256:  # another file by now
+        if sidecar is not None and sidecar.sha256 != link.sha256:  # the file has changed
             return
 
 
@@ -268,7 +268,7 @@ def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str, opened: Op
 
 
 def _common(narrow: EstimateResult, wide: EstimateResult) -> list[int]:
-    """Batch sizes that both plans take."""
+    """Return the batch sizes that both plans accept."""
     profiles = [artifacts.read_sidecar(result.model) for result in (narrow, wide)]
     fitting = []
     for batch in BATCHES:

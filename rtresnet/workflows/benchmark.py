@@ -117,9 +117,9 @@ class BenchmarkedArtifact:
 
     Attributes:
         asked: The requested path.
-        measured: The path that is measured: without a GPU, the ONNX file of a plan.
+        measured: The measured path: without a GPU, the ONNX file of a plan.
         instead_of_plan: Whether the two differ.
-        note: A sentence that says so, or that FP8 or BF16 is not computed as such.
+        note: A sentence on that, or that FP8 or BF16 is not computed as such.
         precision: From the sidecar; None without one.
         untrained: Whether the weights are random.
         size: Side of the input, in pixels.
@@ -158,7 +158,7 @@ class BenchmarkResult:
     """Latencies and throughput of all artifacts.
 
     Attributes:
-        notes: What was not measured as asked.
+        notes: Differences from the requested measurements.
         switch_interval_s: Python's thread switch interval during the measurement, in seconds.
         environment: What the machine did meanwhile.
         results: By batch size, then in the order of the artifacts.
@@ -264,7 +264,7 @@ def benchmark(
     """Measure artifacts under one workload and compare them with the first.
 
     Without a GPU, and with `device="auto"`, the ONNX file that a plan was built from is measured
-    on the CPU instead of the plan; the result says so.
+    on the CPU instead of the plan; the result has a note.
 
     Args:
         paths: Checkpoints, ONNX files and plans that take images of the same size.
@@ -391,7 +391,7 @@ def opened(
         reporter: Receives a note for each plan whose ONNX file is measured.
 
     Yields:
-        Sessions, what is known of each, and the watch, whose report is complete after the block.
+        Sessions, their records, and the watch, whose report is complete after the block.
 
     Raises:
         InputError: Inputs of different sizes.

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from rtresnet.bench.workload import Measurement
     from rtresnet.runtime.session import Session
 
-LARGEST_BATCH = 1024  # unless max_batch says another
+LARGEST_BATCH = 1024  # default of max_batch
 FEWEST = 100
 """Requests that a p99 needs."""
 FEWEST_ARRIVALS = 200
 UNQUEUED = 3
-"""Measurements without a queue: if most of them miss the bound, every rate would."""
+"""Measurements without a queue: if most of them miss the bound, every rate does."""
 STEP = 1.02
 """Ratio of successive rates: the p99 of a few seconds does not resolve smaller steps."""
 
@@ -40,7 +40,7 @@ class SearchConfig(MeasurementConfig):
     """What is searched for, and how each load is measured.
 
     Attributes:
-        what: "batch": images per call, one call after another. "qps": Poisson arrivals of single
+        what: "batch": images per call, sequential calls. "qps": Poisson arrivals of single
             images per second, through a batcher if `max_batch` is above 1.
         p99_ms: Bound of the p99 latency, in milliseconds.
     """
@@ -165,7 +165,7 @@ def search_benchmark(
 
 
 class _Searcher:
-    """Measures one session under one load after another, each with another seed."""
+    """Measures one session under several loads, each with a different seed."""
 
     def __init__(
         self, session: Session, workload: Workload, bound: float, reporter: Reporter
@@ -222,7 +222,7 @@ class _Searcher:
         )
 
     def _calls(self, batch: int) -> Measurement:
-        """One request after another."""
+        """Measure sequential requests."""
         from rtresnet.bench import search
 
         asked = dataclasses.replace(

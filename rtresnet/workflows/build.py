@@ -1,6 +1,6 @@
 """Compile an ONNX file into TensorRT plans.
 
-Precision is what the file says: `workflows.quantize` writes FP16 and INT8 files. TensorRT-RTX
+The file determines the precision: `workflows.quantize` writes FP16 and INT8 files. TensorRT-RTX
 builds without a GPU; TensorRT builds for the GPU that it runs on.
 """
 
@@ -71,7 +71,7 @@ class BuildResult:
     Attributes:
         path: The plan.
         bytes: Its size.
-        plan: Builder, targets, profiles, and what the layer dump attests; as in the sidecar.
+        plan: Builder, targets, profiles, and the attestation of the layers, as in the sidecar.
         built_from: The ONNX file.
     """
 
@@ -99,13 +99,13 @@ def build(
         reporter: Receives progress and warnings.
 
     Returns:
-        The plan, and what its sidecar records.
+        The plan, and the record in its sidecar.
 
     Raises:
         ArtifactError: The file does not parse, or does not build.
-        InputError: A target, a profile or an option that the builder does not take.
+        InputError: A target, a profile or an option that the builder does not support.
         UnavailableError: The builder is not installed or does not start here.
-        CheckFailedError: A convolution does not take the precision that the file promises.
+        CheckFailedError: A convolution does not run in the file's precision.
         LockedError: Another process writes the same plan.
     """
     with _prepared(source, config, out, embed, reporter) as (path, place, config, held):
@@ -134,7 +134,7 @@ def build_per_target(
         A plan for each target.
 
     Raises:
-        RtresnetError: As `build`. If one target is refused, nothing is built.
+        RtresnetError: As `build`. If one target is rejected, nothing is built.
     """
     from rtresnet.builder import engine, targets
 

@@ -1,6 +1,6 @@
-"""Check that an artifact gives an image the same answer in every batch, and as its FP32 file does.
+"""Check that an image has the same output in every batch, and as in the FP32 file.
 
-Works on uint8 images: photographs, or noise where none are named.
+Works on uint8 images: photographs, or noise by default.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class CheckResult:
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The comparisons that do not hold."""
+        """The failed comparisons."""
         return tuple(check for check in self.checks if not check.ok)
 
 
@@ -93,14 +93,14 @@ def check(
 
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
     other files), at odd batches, after other batches and next to a broken image must have the same
-    answer, within what the precision allows. Differences are returned, not raised.
+    output, within the precision's tolerance. Differences are returned, not raised.
 
     Args:
         path: Checkpoint, ONNX file or plan.
         data: Images with or without labels, as in "digits" or "folder:DIR"; noise by default.
         config: Number of images.
         runtime: Where the artifact runs.
-        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
         reporter: Receives progress and notes on broken images.
 
     Returns:
@@ -157,7 +157,7 @@ def _load(
     if known or not stated.empty or artifacts.kind_of(session.path) == "checkpoint":
         return session
     if on_noise and session.backend.layout == "nchw":
-        # Noise has no meaning: any mean and std give values of a usual range.
+        # Any mean and std are suitable for noise, because they result in usual values.
         preprocess = Preprocess.for_size(session.size)
         return session.restated(preprocess, preprocess.assumptions()[:1])
     return session.restated(*input_of(session, stated))
@@ -209,7 +209,7 @@ def _photographs(data: str, count: int, preprocess: Preprocess, reporter: Report
 
 
 def _noise(count: int, size: int) -> np.ndarray:
-    """Noise of many tints and strengths: a net gives the same answer to plain noise of any seed."""
+    """Return noise of many tints and strengths, because plain noise always has the same output."""
     rng = np.random.default_rng(0)
     tint, width = rng.integers(0, 192, (count, 1, 1, 3)), rng.integers(8, 64, (count, 1, 1, 1))
     grain = rng.integers(0, 64, (count, size, size, 3)) * width // 64
@@ -233,7 +233,7 @@ def fp32_ancestor(
 
 
 def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> Check:
-    """Compare the answers with those of the FP32 file, which `fp32_ancestor` has verified."""
+    """Compare the outputs with those of the FP32 file, which `fp32_ancestor` has verified."""
     from rtresnet.runtime.ort import OrtBackend
     from rtresnet.runtime.session import Session
 

@@ -55,7 +55,7 @@ class CompareResult:
 
     Attributes:
         n: Images compared.
-        largest: Largest absolute difference of any logit; None where a file gives no logits.
+        largest: Largest absolute difference of any logit; None if a file gives no logits.
         relative: Norm of the difference over the norm of the reference; None as `largest`.
         agreement: Share of images with the same top-1, in [0, 1].
         data: The images as they were named.
@@ -63,7 +63,7 @@ class CompareResult:
         candidate: The second artifact.
         classes: How the candidate's classes were matched with the reference's.
         assumed: What was assumed of the classes.
-        changed: Number of images of which the nets give different classes.
+        changed: Number of images for which the nets predict different classes.
         flips: Some of these images; see `core.flips`.
     """
 
@@ -90,7 +90,7 @@ def compare(
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> CompareResult:
-    """Compare top-1 and logits of two artifacts; files that give the best classes by top-1 only.
+    """Compare top-1 and logits of two artifacts; top-K files by top-1 only.
 
     Args:
         reference: Checkpoint, ONNX file or plan.
@@ -106,7 +106,7 @@ def compare(
 
     Raises:
         InputError: A file that does not exist or whose preprocessing is unknown, artifacts of
-            other classes, or `stated` where both sidecars say it.
+            different classes, or `stated` although both sidecars state it.
         DataError: The data cannot be read.
         ArtifactError: An artifact does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
@@ -185,7 +185,7 @@ def _best(answer: np.ndarray | TopK, indices: np.ndarray) -> Answers:
 
 
 def _numbers(*answers: np.ndarray | TopK) -> list[str]:
-    """Class numbers as names, for files that do not say how many classes there are."""
+    """Return class numbers as names, for files with an unknown number of classes."""
     return [str(number) for number in range(1 + max(int(_top1(a).max()) for a in answers))]
 
 

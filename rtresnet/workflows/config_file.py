@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("settings", "resume")
-# Options that are fields of the recipe, where the resolved configuration has them.
+# Options that the resolved configuration has as fields of the recipe.
 IN_RECIPE = (*RECIPE_FIELDS, "flip", "compile", "qat", "precision")
 
 
@@ -58,7 +58,7 @@ def read_config(path: str | os.PathLike[str]) -> ConfigFile:
         path: A TOML file; a run's config.toml is one.
 
     Returns:
-        What `train` takes.
+        Config and input of `train`.
 
     Raises:
         InputError: Not readable, not TOML, or a value that is out of bounds.
@@ -97,7 +97,7 @@ def write_config(path: Path, config: TrainConfig, job: TrainJob) -> None:
 
     Args:
         path: The file.
-        config: Of the run.
+        config: Config of the run.
         job: What it was resolved to.
     """
     resolved: dict[str, Any] = {

@@ -43,7 +43,7 @@ class ImageRef:
 
     Attributes:
         split: "train", "test" or "all".
-        index: Of the split.
+        index: Index of the split.
         place: Path of the file, or data set and index.
         label: Name of its class.
     """
@@ -254,7 +254,7 @@ class AugmentedBatch:
         pixels: uint8 [N, S, S, 3], the normalization undone.
         labels: Class name of each image.
         mixed: Class name of the image that is mixed in; the label itself without mixing.
-        share: Of `labels` in the mix, in [0, 1].
+        share: Share of `labels` in the mix, in [0, 1].
         recipe: The recipe as `field=value` lines.
     """
 
@@ -277,8 +277,8 @@ def augmented_batch(
     Args:
         config: As for `train`; its data, net and recipe count.
         images: Number of images.
-        epoch: Another epoch augments the same images in another way.
-        stated: Input of the net, in place of the usual one.
+        epoch: Number of the epoch, which changes the augmentation.
+        stated: Input of the net that replaces the default.
 
     Returns:
         The images with the normalization undone, and their labels.

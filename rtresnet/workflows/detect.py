@@ -105,7 +105,7 @@ def require_detector(session: Session) -> None:
 
 
 def require_classifier(path: str | os.PathLike[str], verb: str) -> None:
-    """Raise InputError of a detector, for a command that takes classifiers only."""
+    """Raise InputError for a detector in a command for classifiers."""
     if is_detector(path):
         raise InputError(
             f"{path}: a detector, and {verb} takes classifiers only", fix=f"rtresnet bench {path}"
@@ -113,7 +113,7 @@ def require_classifier(path: str | os.PathLike[str], verb: str) -> None:
 
 
 def require_no_size(session: Session, stated: InputConfig) -> None:
-    """Raise InputError where the side of the input is stated for a detector."""
+    """Raise InputError if the side of the input is stated for a detector."""
     if session.detection is not None and stated.size is not None:
         raise InputError(
             f"{session.path}: a detector, which takes images of any size", fix="leave out --size"
@@ -198,7 +198,7 @@ class DetectionImages:
         return metrics.evaluate(targets, detections, self.boxes.classes)
 
     def report_invalid(self, reporter: Reporter) -> None:
-        """Notes the boxes of the source that were left out."""
+        """Report the ignored boxes of the source."""
         from rtresnet.detection.data import report_invalid
 
         for line in report_invalid(self.boxes) if self.boxes is not None else ():
@@ -206,7 +206,7 @@ class DetectionImages:
 
 
 def require_classes(session: Session, classes: tuple[str, ...], data: str) -> None:
-    """Raise InputError where the data's classes are not the detector's."""
+    """Raise InputError if the data's classes are not the detector's."""
     if session.classes != classes:
         missing = [name for name in classes if name not in session.classes]
         raise InputError(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rtresnet.core.sidecar import Sidecar
     from rtresnet.runtime.session import Session
 
-IMAGES = "shapes:100"  # where none are named
+IMAGES = "shapes:100"  # default images
 SAME_SCORE, SAME_BOX = 1e-3, 0.1  # between runs of float32 arithmetic: scores, pixels
 # Compared with the FP32 file: share of detections with a score of 0.5 or more that only one of the
 # two has, where scores may move by MARGIN. Measured with the first net of
@@ -73,7 +73,7 @@ class CheckDetectorResult:
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks that do not hold."""
+        """The failed checks."""
         return tuple(check for check in self.checks if not check.ok)
 
 
@@ -98,7 +98,7 @@ def check_detector(
         data: Images with or without boxes; drawn shapes by default.
         config: Number of images.
         runtime: Where the artifact runs.
-        stated: Mean and std in place of what the sidecar says.
+        stated: Mean and std that replace the sidecar's.
         reporter: Receives progress.
 
     Returns:
@@ -187,7 +187,7 @@ def _valid(found: Sequence[Detections], images: Sequence[np.ndarray], session: S
 
 
 def _suppressed(found: Sequence[Detections], session: Session) -> Check:
-    """No two detections of one class overlap by more than the net's threshold."""
+    """Check that no two detections of one class overlap by more than the net's threshold."""
     from rtresnet.detection.metrics import overlaps
 
     assert session.detection is not None

@@ -133,7 +133,7 @@ def compare_detectors(
         data: Images with boxes, for average precision as well; or any images.
         split: Part of the data.
         runtime: Where the artifacts run.
-        stated: Mean and std in place of what the sidecars say.
+        stated: Mean and std that replace the sidecars'.
         reporter: Receives progress and defects of the data.
 
     Returns:

@@ -52,7 +52,7 @@ class ReportedImage:
     Attributes:
         index: In the data.
         place: Its file, or data set and index.
-        found: Right detections.
+        found: Correct detections.
         wrong: Other detections.
         missed: Objects without a detection.
     """
@@ -81,7 +81,7 @@ class DetectionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateDetectorResult(DetectionAccuracy):
-    """Average precision of a detector, with what was measured on what.
+    """Average precision of a detector, with device and data.
 
     Attributes:
         artifact: What was measured.
@@ -90,7 +90,7 @@ class EvaluateDetectorResult(DetectionAccuracy):
         split: The part of them that was used.
         data_sha256: Fingerprint of images and boxes.
         unsettled: Boxes for which non-maximum suppression may not have been finished.
-        invalid: Boxes of the data that have no area and were left out.
+        invalid: Ignored boxes of the data, which have no area.
         report: Curves and images for a page; None without `details`.
         runtime: Where it ran.
     """
@@ -124,13 +124,13 @@ def evaluate_detector(
         data: Images with boxes.
         split: Part of the data; COCO files are one part.
         runtime: Where the artifact runs.
-        stated: Mean and std in place of what the sidecar says.
+        stated: Mean and std that replace the sidecar's.
         record: Whether the sidecar receives the result.
         details: Whether the result has a `report`.
         reporter: Receives progress and defects of the data.
 
     Returns:
-        Average precision, and where it was measured.
+        Average precision, with device and data.
 
     Raises:
         InputError: Not a detector, or data of other classes.

@@ -43,7 +43,7 @@ def write_fp32(
     Args:
         weights: The checkpoint.
         path: The ONNX file.
-        size: Height and width of its input; None takes `default_canvas`.
+        size: Height and width of its input; None for `default_canvas`.
         reporter: Receives progress and notes.
 
     Returns:

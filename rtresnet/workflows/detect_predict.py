@@ -45,7 +45,7 @@ class DetectedImage:
     Attributes:
         image: The file.
         objects: Its detections, the highest score first.
-        drawn: A copy of the image with boxes; None if none was asked for.
+        drawn: A copy of the image with boxes; None if it was not requested.
         unsettled: Boxes for which non-maximum suppression may not have been finished.
     """
 
@@ -90,7 +90,7 @@ def detect(
         images: Files or folders.
         artifact: A detector: checkpoint, ONNX file or plan.
         draw: Folder for copies of the images with boxes.
-        least_score: Detections with lower scores are left out.
+        least_score: Lowest score of returned detections.
         runtime: Where the artifact runs.
         stated: Preprocessing in place of what the sidecar says.
         reporter: Receives progress and broken images.
@@ -173,7 +173,7 @@ def with_boxes(
 
 
 def _require_other_folder(folder: Path, files: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise InputError where copies would replace the images themselves."""
+    """Raise InputError if copies would replace the images themselves."""
     if any(Path(file).resolve().parent == folder.resolve() for file in files):
         raise InputError(
             f"{folder}: contains the input images, which the copies would overwrite",

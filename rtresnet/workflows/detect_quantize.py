@@ -56,7 +56,7 @@ def quantize_detector(
         The new file's sidecar.
 
     Raises:
-        InputError: No calibration images, or an option that detectors do not take.
+        InputError: No calibration images, or an option that does not apply to detectors.
         CheckFailedError: INT8 loses more average precision than `config` allows.
     """
     from rtresnet.onnxlib import metadata

@@ -31,7 +31,7 @@ SAVE_SECONDS = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDetectorConfig(Config):
-    """What detector to train, on what and how. None takes the default in the help text.
+    """Detector, data and settings of a training run. None is the default in the help text.
 
     Attributes:
         settings: Fields of the recipe or of the net, each "FIELD=VALUE".
@@ -117,7 +117,7 @@ def train_detector(
 
     Args:
         config: What to train, on what and how.
-        stated: Mean and std, in place of the weights' or ImageNet's.
+        stated: Mean and std that replace the weights' or ImageNet's.
         reporter: Receives progress and a line for each epoch.
 
     Returns:
@@ -199,7 +199,7 @@ def detection_job(
     Args:
         out: Its folder.
         config: The options.
-        stated: Mean and std in place of the weights' or ImageNet's.
+        stated: Mean and std that replace the weights' or ImageNet's.
         reporter: Receives defects of the data.
 
     Raises:

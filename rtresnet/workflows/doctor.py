@@ -1,4 +1,4 @@
-"""Find out what this machine can do, and the command for what it lacks."""
+"""Detect what this machine supports, and the commands that install what is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rtresnet.core import hardware
 from rtresnet.core.errors import RtresnetError, UnavailableError
 
-# module: what it is for
+# module: purpose
 PACKAGES = {
     "torch": "train, read checkpoints",
     "onnx": "export, quantize",
@@ -24,7 +24,7 @@ PACKAGES = {
     "sklearn": "the data set digits",
     "matplotlib": "plots",
 }
-# Of no use without a GPU, so that a machine without one does not miss them.
+# Only useful with a GPU, so they are not listed as missing without one.
 FOR_GPUS = ("onnxruntime-gpu", "tensorrt-cu13", "pycuda", "nvidia-ml-py")
 ON_GPU = "run ONNX files on an NVIDIA GPU, instead of onnxruntime"
 
@@ -82,7 +82,7 @@ def doctor() -> DoctorResult:
         What this machine has and lacks.
 
     Raises:
-        Nothing: what is missing or broken is part of the result.
+        Nothing: missing and broken packages are part of the result.
     """
     gpus = tuple(
         GpuStatus(name=gpu.name, target=gpu.target, memory=gpu.memory) for gpu in hardware.gpus()
@@ -109,7 +109,7 @@ def _packages() -> list[PackageStatus]:
         version = None
         if hardware.installed(module):
             version = hardware.version(name, module) or "unknown"
-            if module == "onnxruntime":  # several packages bring it, and may overwrite another
+            if module == "onnxruntime":  # several packages provide it, and can overwrite each other
                 try:
                     version = importlib.import_module(module).__version__
                 except ImportError as error:

@@ -62,7 +62,7 @@ class DriverFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CudaFacts:
-    """State of each CUDA operation: "ok" or what is wrong."""
+    """State of each CUDA operation: "ok" or the error."""
 
     operations: Mapping[str, str]
 

@@ -1,4 +1,4 @@
-"""Find near-duplicates: the same picture at another size, compression or brightness.
+"""Find near-duplicates: the same picture at a different size, compression or brightness.
 
 Pairs are proposed by a perceptual hash of 64 bits and confirmed by the correlation of small
 thumbnails. On the 846 first test images of CIFAR-10 the closest two hashes differ in 12 bits; all
@@ -132,7 +132,7 @@ def near_pairs(first: Hashes, second: Hashes | None = None) -> list[tuple[int, i
 
 
 def _candidates(first: np.ndarray, second: np.ndarray, *, within: bool) -> list[tuple[int, int]]:
-    """Pairs of rows whose hashes differ in at most MAX_BITS bits, sorted."""
+    """Return the sorted pairs of rows whose hashes differ in at most MAX_BITS bits."""
     hashes, rows = np.unique(first, axis=0, return_index=True)
     members: dict[bytes, list[int]] = {}
     for row, value in enumerate(second):

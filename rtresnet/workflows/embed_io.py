@@ -17,11 +17,11 @@ from rtresnet.core.sidecar import Measurements, Sidecar
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(Config):
-    """What an exported file takes and gives.
+    """Input and output of an exported file.
 
     Attributes:
         input: "uint8-nhwc": pixels [N, S, S, 3] that the file itself normalizes.
-        topk: The K most probable classes with their probabilities in place of logits.
+        topk: Number K of most probable classes to return with probabilities instead of logits.
     """
 
     input: Literal["float32-nchw", "uint8-nhwc"] = option(
@@ -47,7 +47,7 @@ class EmbedConfig(Config):
 
 
 def require_classes(topk: int | None, classes: int, net: str) -> None:
-    """Raise InputError where more classes are asked for than there are."""
+    """Raise InputError if more classes are asked for than there are."""
     if topk is not None and topk > classes:
         raise InputError(f"--topk {topk}: {net} has {plural(classes, 'class')}")
 
@@ -62,7 +62,7 @@ def path_with(source: Path, config: EmbedConfig) -> Path:
 def write(
     source: Path, config: EmbedConfig, *, reporter: Reporter = reporter.DEFAULT
 ) -> tuple[Path, Sidecar]:
-    """Write the changed file next to `source` after comparing the answers of both.
+    """Write the changed file next to `source` after comparing the outputs of both.
 
     Returns:
         The new file and its sidecar.
@@ -70,7 +70,7 @@ def write(
     Raises:
         InputError: The mean and std that go inside are unknown, or K is too large.
         ArtifactError: Not an ONNX file of a plain net.
-        CheckFailedError: The answers differ.
+        CheckFailedError: The outputs differ.
     """
     from rtresnet.core.preprocess import UINT8
     from rtresnet.exporter import embed_io
@@ -108,7 +108,7 @@ def write(
 def _compare(
     source: Path, data: bytes, sidecar: Sidecar, config: EmbedConfig, reporter: Reporter
 ) -> Measurements:
-    """Run both files on the same images; returns what goes into the sidecar's `measured`."""
+    """Run both files on the same images; return the record for the sidecar's `measured`."""
     from rtresnet.exporter import embed_io
     from rtresnet.runtime.session import load
 

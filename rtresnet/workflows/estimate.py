@@ -101,7 +101,7 @@ class MeasuredLatency:
     """What `benchmark` measured of the same plan on the same GPU at the same batch.
 
     Attributes:
-        file: The result it stands in.
+        file: The result file.
         n: Number of requests.
         median_ms: Latency with the copies to and from the GPU.
         compute_ms: Computation alone, by the GPU's events; None if it was not measured.
@@ -151,7 +151,7 @@ class EstimateResult:
         precision: Precision of the estimate.
         batch: Images per batch.
         size: Side of the images, in pixels.
-        as_if: Whether `precision` is another one than the file's.
+        as_if: Whether `precision` differs from the file's.
         multiply_adds: Per image.
         kernels: Number of fused kernels.
         bytes: Read and written by all kernels for the batch, weights included.
@@ -208,8 +208,8 @@ def estimate(model: str | os.PathLike[str], config: EstimateConfig | None = None
 
     Raises:
         UnknownNameError: No such net or GPU.
-        InputError: A file in another precision than its own, a size for a file, a batch that a plan
-            does not take, a GPU without a type that the kernels need, or a plan whose layers are
+        InputError: A precision that contradicts the file, a size for a file, a batch that a plan
+            does not accept, a GPU without a type that the kernels need, or a plan whose layers are
             not known.
         ArtifactError: Not a valid ONNX file, or a file that does not match its sidecar.
         UnavailableError: The package onnx, or torch for a named net, is not installed.
@@ -236,7 +236,7 @@ def estimate_possible(
     from rtresnet.bench import kernels, roofline
 
     name = os.fspath(model)
-    # Unknown names are reported before anything that takes time.
+    # Report unknown names before slow work.
     gpus = [roofline.find_gpu(gpu) for gpu in config.gpus]
     measured = [_read_measured(path) for path in config.measured]
     subject = _subject(name, config, {} if opened is None else opened)
@@ -448,7 +448,7 @@ def _read_measured(path: Path) -> tuple[Path, list[_Entry]]:
     """Return the entries of a result of `benchmark`.
 
     Raises:
-        InputError: No such file, or another one.
+        InputError: No such file, or not a result of `bench`.
     """
     fix = "create one with: rtresnet bench PLAN --json FILE"
     atomic_io.require_file(path, fix=fix)
@@ -464,7 +464,7 @@ def _read_measured(path: Path) -> tuple[Path, list[_Entry]]:
 def _matching(
     measured: Sequence[tuple[Path, list[_Entry]]], subject: Subject, gpu: GpuSpec
 ) -> Iterable[MeasuredLatency]:
-    """Measurements of the same bytes at the same batch on the same GPU, one call after another."""
+    """Return sequential measurements of the same file at the same batch on the same GPU."""
     if subject.sidecar is None:
         return
     for path, entries in measured:

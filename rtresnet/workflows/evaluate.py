@@ -45,7 +45,7 @@ class DataConfig(Config):
         split: Part of the data.
         batch: Images at a time.
         classes: Class names of the side that has none.
-        max_broken: Share of broken images that are left out, in [0, 1]; with more it is an error.
+        max_broken: Allowed share of broken images in [0, 1], which are ignored.
     """
 
     split: Literal["train", "test", "all"] = option(
@@ -73,7 +73,7 @@ class DataConfig(Config):
     )
 
     def decode_errors(self, source: Source, reporter: Reporter) -> DecodeErrors:
-        """Count the broken images of a source and refuses too many."""
+        """Count the broken images of a source; raise DataError if there are too many."""
         from rtresnet.data.loader import DecodeErrors
 
         return DecodeErrors(len(source), reporter.note, tolerated=self.max_broken, fix=ALLOW_BROKEN)
@@ -84,7 +84,7 @@ class EvaluateConfig(DataConfig):
     """How accuracy is measured.
 
     Attributes:
-        protocol: The paper's way of testing; "dense" takes checkpoints only.
+        protocol: The paper's test protocol; "dense" is for checkpoints only.
         resize: Shorter side before the crop, in pixels; under "dense" the only scale.
         dense_pooling: How "dense" averages the last map. "map" pools it whole. "window" slides
             the net's own pooling of 7x7 over it with stride 1, and then averages the scores:
@@ -192,9 +192,9 @@ class EvaluateResult(AccuracyResult):
     """Accuracy of one artifact or of an ensemble.
 
     Attributes:
-        members: Of each artifact.
+        members: Members of each artifact.
         report: Results for each class and calibration, if the config asks for details.
-        only: The member where there is just one; its fields are written as the result's own.
+        only: The single member, if there is one; its fields are written as the result's own.
     """
 
     members: tuple[MemberResult, ...]
@@ -220,7 +220,7 @@ def evaluate(
         data: Labelled images, as in "digits", "folder:DIR" or "npz:FILE".
         config: Part of the data, protocol and batch.
         runtime: Where the artifacts run.
-        stated: Preprocessing in place of what the sidecars say, or of files without one.
+        stated: Preprocessing that replaces the sidecars', or of files without a sidecar.
         reporter: Receives progress and notes on broken images.
 
     Returns:
@@ -293,13 +293,13 @@ def record_accuracy(
 ) -> None:
     """Write each artifact's accuracy into its sidecar.
 
-    An accuracy belongs to the artifact only if it was measured as the sidecar says: with one
+    An accuracy belongs to the artifact only if it was measured as the sidecar states: with one
     centre crop and the sidecar's preprocessing.
 
     Args:
         result: From `evaluate`.
         required: Whether an accuracy that cannot be recorded is an error.
-        reporter: Receives a note where it is not.
+        reporter: Receives a note if it is not recorded.
 
     Raises:
         InputError: `required`, and there is no sidecar, it cannot be written, or the accuracy is
@@ -330,7 +330,7 @@ def record_accuracy(
 
 
 def _require_checkpoint(name: str) -> None:
-    """Raise InputError where an artifact takes images of one size only."""
+    """Raise InputError if an artifact takes images of one size only."""
     path = atomic_io.require_file(name, fix="make one with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return
@@ -343,7 +343,7 @@ def _require_checkpoint(name: str) -> None:
 
 
 def _require_all_probabilities(sessions: Sequence[Session], protocol: str) -> None:
-    """Raise InputError where a mean needs probabilities that a top-K file does not give."""
+    """Raise InputError if a mean needs probabilities that a top-K file does not give."""
     for session in sessions:
         if session.topk is not None and (len(sessions) > 1 or protocol != "center"):
             path, sidecar = session.path, session.sidecar
@@ -361,7 +361,7 @@ def _in_one_order(
     """Return the nets of an ensemble in the order of the first one's classes, and what was assumed.
 
     Raises:
-        InputError: They have other classes, or one does not give scores of all classes.
+        InputError: The classes differ, or one net does not return scores of all classes.
     """
     first, *others = sessions
     first.require_classes()

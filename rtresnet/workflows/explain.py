@@ -38,9 +38,9 @@ class Explanation:
     Attributes:
         image: The file.
         label: Name of the class.
-        probability: Of the class, in [0, 1].
-        logit: Of the class.
-        bias: Of the class in the linear layer.
+        probability: Probability of the class, in [0, 1].
+        logit: Logit of the class.
+        bias: Bias of the class in the linear layer.
         map: Contribution of each position, rows from the top; the mean is `logit` - `bias`.
         overlay: The written picture: the map on the crop that the net saw, red for the class and
             blue against it.
@@ -90,7 +90,7 @@ def explain(
         artifact: A checkpoint or an ONNX file of a residual net, in any precision.
         out: Folder of the pictures.
         model: Architecture of a checkpoint from elsewhere.
-        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
         reporter: Receives a note on every broken image.
 
     Returns:
@@ -217,7 +217,7 @@ def _of_onnx(path: Path) -> tuple[Maps, np.ndarray, np.ndarray]:
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     options = onnxruntime.SessionOptions()
-    # Q/DQ pairs are computed as they stand: fused INT8 kernels saturate on processors without VNNI.
+    # Q/DQ pairs are computed unfused, because fused INT8 kernels saturate on CPUs without VNNI.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     running: Any = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -144,7 +144,7 @@ def export(
         quantize: Calibration of INT8 and FP8; its precision is ignored.
         build: Profiles, targets and builder of the plans.
         embed: Changed input or output of the files that plans are built from.
-        stated: Preprocessing in place of what the checkpoint says.
+        stated: Preprocessing that replaces the checkpoint's.
         reporter: Receives progress, notes and warnings.
 
     Returns:
@@ -152,7 +152,7 @@ def export(
 
     Raises:
         InputError: Unknown architecture, weights or option.
-        ArtifactError: The checkpoint is broken, or TensorRT refuses a file.
+        ArtifactError: The checkpoint is broken, or TensorRT rejects a file.
         CheckFailedError: The ONNX file differs from torch, or a plan from its precision.
         UnavailableError: torch, onnx or the builder is missing.
         LockedError: Another process writes into the folder.
@@ -318,7 +318,7 @@ def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
 def resolve(
     weights: str | os.PathLike[str] | None, model: str | None, size: int | None, reporter: Reporter
 ) -> tuple[Checkpoint, Path | None]:
-    """Return the checkpoint that `export` is asked for, and its file where it has one."""
+    """Return the checkpoint to export, and its file if it has one."""
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.models import checkpoint, download, zoo
 
@@ -374,9 +374,9 @@ def best_run(architecture: str, reporter: Reporter) -> Path | None:
 
 
 def _note_replaced(path: Path, checkpoint: Checkpoint, reporter: Reporter) -> None:
-    """Say so where the file of another run is replaced."""
+    """Report if the file of another run is replaced."""
     old = None
-    with contextlib.suppress(ArtifactError):  # what is replaced may be broken
+    with contextlib.suppress(ArtifactError):  # the replaced file may be broken
         old = artifacts.read_sidecar(path) if path.exists() else None
     if old is not None and old.weights.sha256 != checkpoint.weights.sha256:
         origin = artifacts.parent_path(path, old) or f"{old.weights.origin} weights"
@@ -418,7 +418,7 @@ def _write_fp32(
 
 
 def _parity(net: Net, size: int, path: Path, data: bytes, reporter: Reporter) -> Measurements:
-    """Compare the file with the torch net; returns what goes into the sidecar's `measured`."""
+    """Compare the file with the torch net; return the record for the sidecar's `measured`."""
     if not hardware.installed("onnxruntime"):
         reporter.note("parity not checked: pip install onnxruntime")
         return {}

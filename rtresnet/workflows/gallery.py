@@ -21,7 +21,7 @@ def thumbnails(source: Source, indices: Iterable[int], side: int = SIDE) -> dict
     Args:
         source: The images.
         indices: Which of them.
-        side: Of the longer side, in pixels.
+        side: Longer side, in pixels.
 
     Returns:
         uint8 [H, W, 3] by index, without images that cannot be decoded.
@@ -54,7 +54,7 @@ def from_data(data: str, split: str, indices: Iterable[int]) -> dict[int, np.nda
     Args:
         data: As in "digits" or "folder:DIR".
         split: "train", "test" or "all".
-        indices: Of the split.
+        indices: Indices of the split.
 
     Returns:
         uint8 [H, W, 3] by index.

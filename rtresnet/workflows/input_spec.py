@@ -36,13 +36,13 @@ def _require_unit(name: str, channels: Channels) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig(Config):
-    """Preprocessing of a file without a sidecar, or in place of what its sidecar says.
+    """Preprocessing of a file without a sidecar, or that replaces the sidecar's.
 
     Attributes:
         size: Side of the input, in pixels.
         mean: For each channel (R, G, B), in units of [0, 1].
         std: As `mean`.
-        preset: "imagenet", "half" (mean and std 0.5) or "unit" (mean 0, std 1) in place of both.
+        preset: "imagenet", "half" (mean and std 0.5) or "unit" (mean 0, std 1) instead of both.
         interpolation: Filter of the resize.
     """
 
@@ -93,7 +93,7 @@ class InputConfig(Config):
         return all(value is None for value in stated)
 
     def applied_to(self, base: Preprocess) -> Preprocess:
-        """`base` with what is stated in its place."""
+        """Return `base` with the stated values."""
         changed: dict[str, Any] = {}
         if self.size is not None and self.size != base.size:
             changed |= {"size": self.size, "resize": Preprocess.for_size(self.size).resize}
@@ -105,7 +105,7 @@ class InputConfig(Config):
         return dataclasses.replace(base, **changed)
 
     def require_size(self, path: object, fixed: int | None) -> None:
-        """Raise InputError where another side is stated than the file's input has."""
+        """Raise InputError if another side is stated than the file's input has."""
         if fixed is not None and self.size not in (None, fixed):
             raise InputError(
                 f"{path}: its input has {fixed}x{fixed} pixels, not {self.size}x{self.size}",
@@ -117,11 +117,11 @@ class InputConfig(Config):
 
         Args:
             path: The file, for messages.
-            fixed: Side of the file's input, in pixels; None where it leaves it open.
-            pixels: Whether the file takes uint8 and normalizes by itself.
+            fixed: Side of the file's input, in pixels; None if it leaves it open.
+            pixels: Whether the file accepts uint8 and normalizes it itself.
 
         Raises:
-            InputError: Something is not stated, or not what the file takes.
+            InputError: A value is not stated, or contradicts the file.
         """
         lacking = {}
         if self.size is None and fixed is None:

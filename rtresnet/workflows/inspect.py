@@ -1,4 +1,4 @@
-"""Show what an artifact is and where it came from, without a GPU."""
+"""Show an artifact and its provenance, without a GPU."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class InspectResult:
 
     Attributes:
         kind: "checkpoint", "onnx" or "plan".
-        chain: The artifact and what it was made from, back to its origin.
-        header: What the header of a TensorRT-RTX plan says.
-        manifest: What a plan says about itself in its name field.
+        chain: The artifact and its ancestors, back to the origin.
+        header: Header of a TensorRT-RTX plan.
+        manifest: Content of a plan's name field.
         operations: Number of nodes of each operator of an ONNX file.
     """
 
@@ -171,13 +171,13 @@ def inspect_folder(folder: str | os.PathLike[str]) -> FolderResult:
 
 
 def inspect_layers(path: str | os.PathLike[str]) -> Layers:
-    """Read the fused layers that were kept next to a plan.
+    """Read the fused layers from the file next to a plan.
 
     Args:
         path: The plan.
 
     Raises:
-        InputError: It is no plan, or its layers were not kept.
+        InputError: The file is not a plan, or it has no layer file.
         ArtifactError: It does not match its sidecar.
     """
     from rtresnet.builder import layers

@@ -27,9 +27,9 @@ class LintResult:
     Attributes:
         file: The file.
         fixed: The repaired copy, where one was written.
-        worse: Counts of what is worse than a note, as in "3 errors, 1 warning"; of the repaired
-            copy, where there is one.
-        findings: In the order of the nodes; what is left after the repair, where there is one.
+        worse: Counts of errors and warnings, as in "3 errors, 1 warning"; of the repaired
+            copy, if there is one.
+        findings: Findings in the order of the nodes; after a repair, the remaining ones.
         repaired: What the repair did.
         before: The findings before the repair.
     """
@@ -47,7 +47,7 @@ class LintResult:
         return not self.worse
 
     def require_passed(self) -> None:
-        """Raise CheckFailedError where there is something worse than a note."""
+        """Raise CheckFailedError if there is an error or a warning."""
         if self.worse:
             fixable = self.fixed is None and any("--fix" in entry.fix for entry in self.findings)
             raise CheckFailedError(
@@ -64,7 +64,7 @@ def lint(
     fix: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> LintResult:
-    """Check where TensorRT would refuse a Q/DQ file, compute other numbers, or be slow.
+    """Check where TensorRT would reject a Q/DQ file, compute different values, or be slow.
 
     Needs neither a GPU nor TensorRT.
 
@@ -75,10 +75,10 @@ def lint(
         reporter: Receives progress.
 
     Returns:
-        The problems that were found, and the file with the fixes.
+        The problems, and the file with the fixes.
 
     Raises:
-        InputError: Not an ONNX file, or `fix` is another file's place.
+        InputError: Not an ONNX file, or `fix` belongs to another file.
         ArtifactError: The file is damaged, or does not match its sidecar.
         UnavailableError: The package onnx is missing.
     """
@@ -89,7 +89,7 @@ def lint(
     from rtresnet.quantization import lint as rules
 
     sidecar = artifacts.verify(path)
-    model = io.load(path, fix=None)  # not checked: the rules say why it is refused
+    model = io.load(path, fix=None)  # not checked: the lint rules explain rejected files
     try:
         findings = _without_intended(rules.lint(model), sidecar)
     except ArtifactError as error:
@@ -123,7 +123,7 @@ def _without_intended(findings: list[Finding], sidecar: Sidecar | None) -> list[
 def _repair(
     path: Path, out: Path, model: Any, sidecar: Sidecar | None, reporter: Reporter
 ) -> tuple[list[Finding], list[Repair]]:
-    """Write the repaired file; returns what is left and what was done."""
+    """Write the repaired file; return the remaining findings and the repairs."""
     from rtresnet.quantization.autofix import fix
 
     if sidecar is None and artifacts.sidecar_path(out).exists():
@@ -145,6 +145,6 @@ def _repair(
 
 
 def severities(findings: Iterable[Finding]) -> str:
-    """As in "3 errors, 1 warning"; empty where there is nothing worse than a note."""
+    """Format the counts, as in "3 errors, 1 warning"; empty if there are only notes."""
     count = Counter(entry.severity for entry in findings)
     return ", ".join(plural(count[s], s) for s in ("error", "warning") if count[s])

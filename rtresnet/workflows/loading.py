@@ -87,7 +87,7 @@ class RuntimeConfig(Config):
         """Return the options that apply to `path`, one of several artifacts of a command.
 
         `provider`, `threads` and `tf32` apply to the ONNX files among them; if there are none,
-        they stay and the plan refuses them. `contexts` and `graphs` apply to the plans.
+        they stay and the plan rejects them. `contexts` and `graphs` apply to the plans.
 
         Raises:
             InputError: `contexts` or `graphs` is given, and no artifact is a plan.
@@ -135,14 +135,14 @@ def load(
         provider: For an ONNX file: see `runtime.session.load`.
         threads: CPU threads; all cores by default.
         contexts: For a plan: calls that may run at the same time.
-        graphs: For a plan: whether calls are CUDA graphs; None where possible.
+        graphs: For a plan: whether calls are CUDA graphs; None if possible.
         kernels: For a plan of TensorRT-RTX: "eager" or "lazy"; see `runtime.session.load`.
         cache: For a plan of TensorRT-RTX: whether compiled kernels are kept in PLAN.cache.
         timings: For a plan: whether copies and computation are timed.
         blocking: For a plan: whether a thread that waits for the GPU sleeps.
         tf32: For provider "cuda": whether FP32 layers may run as TF32; see `runtime.session.load`.
         model: Architecture of a checkpoint from elsewhere; recognized by default.
-        stated: Preprocessing in place of what the sidecar says. A file for which neither says it
+        stated: Preprocessing that replaces the sidecar's. A file for which neither states it
             runs, and `prepare` raises InputError.
 
     Returns:
@@ -181,14 +181,14 @@ def load_artifact(
     Args:
         path: The artifact.
         runtime: Where it runs.
-        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
         model: Architecture of a checkpoint from elsewhere; recognized by default.
         input_needed: Whether unknown preprocessing is an error.
         **options: Further options of `runtime.session.load` for ONNX files and plans; they take
             precedence over `runtime`.
 
     Raises:
-        InputError: No such file; or neither a sidecar nor `stated` says what the file takes.
+        InputError: No such file; or neither a sidecar nor `stated` has the preprocessing.
         ArtifactError: The file does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
     """
@@ -223,10 +223,10 @@ def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[s
 
     Args:
         session: The loaded file.
-        stated: In place of what the sidecar says.
+        stated: Preprocessing that replaces the sidecar's.
 
     Raises:
-        InputError: Neither a sidecar nor `stated` says what the file takes, or `stated` has another
+        InputError: Neither a sidecar nor `stated` has the preprocessing, or `stated` has another
             size than the file.
     """
     path, sidecar, backend = session.path, session.sidecar, session.backend
@@ -283,7 +283,7 @@ def _load_checkpoint(path: Path, runtime: RuntimeConfig, model: str | None) -> S
 
 
 def require_torch(purpose: str) -> None:
-    """Raise UnavailableError where torch is not installed."""
+    """Raise UnavailableError if torch is not installed."""
     if not hardware.installed("torch"):
         raise missing_package("torch", purpose)
 
@@ -292,7 +292,7 @@ def torch_device(choice: str) -> str:
     """ "auto" is the GPU where torch sees one.
 
     Raises:
-        UnavailableError: CUDA was asked for and torch sees none.
+        UnavailableError: CUDA was requested, but torch finds no CUDA device.
     """
     import torch
 

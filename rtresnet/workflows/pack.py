@@ -53,7 +53,7 @@ class PackResult:
     """A pack that was written.
 
     Attributes:
-        data: What --data takes: shards:DIR.
+        data: Value for --data: shards:DIR.
         splits: Number of images of each split.
         seconds: Duration.
     """
@@ -90,7 +90,7 @@ def pack(
 
     Raises:
         DataError: The folder has no images or no classes.
-        InputError: `out` holds a finished pack, or cannot be written.
+        InputError: `out` contains a finished pack, or cannot be written.
     """
     from rtresnet.workflows import packing
 

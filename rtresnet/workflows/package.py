@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rtresnet.core.sidecar import Profile, Sidecar
     from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
 
-LARGEST = 32  # batch of an ONNX file, which has no profile that says it
+LARGEST = 32  # largest batch of an ONNX file, which has no profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class PackageConfig(Config):
         max_batch: Largest batch that Triton forms.
         max_delay_us: How long a request waits for others to share its batch, in microseconds.
         instances: Copies of the model on each device.
-        device: Device of an ONNX file; "auto" takes a GPU where the server has one.
+        device: Device of an ONNX file; "auto" uses a GPU if the server has one.
     """
 
     name: str | None = option(None, "Name of the model.", default_text="the file's name")
@@ -191,7 +191,7 @@ def _check_plan(
 def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], bool]:
     """Read inputs and outputs of an ONNX file, and whether its batch is fixed.
 
-    Triton batches requests along a first dimension that is open in all tensors and left out of
+    Triton batches requests along a first dimension that is dynamic in all tensors and omitted from
     their shapes. Where it is fixed, Triton cannot batch (max_batch_size 0), and shapes are whole.
 
     Raises:

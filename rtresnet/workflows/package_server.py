@@ -84,8 +84,8 @@ class ServerPackageResult:
         name: Name of the model.
         version: Its version.
         image: Name of the image.
-        docker: Folder with the Dockerfile; None if not asked for.
-        manifest: The KServe manifest; None if not asked for.
+        docker: Folder with the Dockerfile; None if not requested.
+        manifest: The KServe manifest; None if not requested.
         notes: What the machine needs.
     """
 

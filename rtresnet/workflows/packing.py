@@ -1,8 +1,8 @@
 """Writes a pack of shards (`shards.py` has the format) from a folder of class folders.
 
-The tar files depend on the images alone: no times, no owners. The index comes last, so that what
-was interrupted can never be taken for a pack; what a killed run left is marked, and replaced by
-the next.
+The tar files depend only on the images: no times, no owners. The index is written last, so that
+what an interrupted run is never mistaken for a pack. The rest of a killed run is marked, and
+replaced by the next.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def pack(
     Damaged images are packed as they are: whoever reads them counts and names them.
 
     Args:
-        source: `folder:DIR` or DIR, as `open_source` takes it.
+        source: `folder:DIR` or DIR, as for `open_source`.
         out: The folder of the pack.
-        shard_bytes: A shard is closed before it would become longer, if it holds an image.
+        shard_bytes: Largest size of a shard with more than one image.
         force: Replaces a finished pack.
         progress: Called with images packed so far and all images.
         warn: See `locks.hold_folder`.
@@ -60,9 +60,10 @@ def pack(
 
     Raises:
         DataError: What the folder source raises, or a file that cannot be read.
-        InputError: `out` holds a finished pack, or files that no run of this has left.
+        InputError: `out` contains a finished pack, or files that do not belong to a pack.
         LockedError: Another process writes into `out`.
-        OSError: The disk is full, among others. No index is written then, and no shard kept.
+        OSError: For example, the disk is full. Then no index is written, and the shards are
+            removed.
     """
     folder, files = Path(out), {"train": _files(source, "train")}
     if files["train"].splits:
@@ -146,7 +147,7 @@ def _images(files: Files, root: Path) -> Iterator[tuple[str, int, bytes]]:
     """CLASS/FILE, label and bytes of each image file, read a few ahead."""
     for index, data in prefetch_map(lambda index: _read(files.paths[index]), range(len(files))):
         parts = files.paths[index].relative_to(root).parts
-        # A class folder lies in the root, or in the one folder between: see `open_source`.
+        # A class folder is in the root, or in the split's folder: see `open_source`.
         parts = parts[1:] if parts[0] in ("train", "test", "val") else parts
         yield "/".join(parts), int(files.labels[index]), data
 
@@ -205,7 +206,7 @@ def _frame(name: str, size: int) -> tuple[bytes, int]:
 
 
 def _make_room(folder: Path, force: bool) -> None:
-    """Remove a pack that may be replaced, or what is left of one, and nothing that is not ours."""
+    """Remove a complete or partial pack that may be replaced, and no other files."""
     index = folder / INDEX
     finished = index.exists() and FORMAT in index.read_text(encoding="utf-8", errors="replace")
     if finished and not force:

@@ -1,7 +1,8 @@
 """Predict the classes of a few images, or of any number of images into a table.
 
-A table is made batch by batch, here or on Ray, and every batch is written at once: memory does not
-grow with the number of images, and an interrupted run can be resumed (`prediction_table.py`).
+A table is computed batch by batch, here or on Ray, and every batch is written immediately: memory
+does not grow with the number of images, and an interrupted run can be resumed
+(`prediction_table.py`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from rtresnet.workflows.predictor import PredictConfig, Prediction, Predictor, P
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 NAMED_ERRORS = 20  # broken images that are reported by name; the table names every one
-NAMED_MODELS = 8  # models that are listed where there are several to choose from
+NAMED_MODELS = 8  # number of models that the message lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig(Config):
-    """How a table of predictions is made.
+    """Settings of a table of predictions.
 
     Attributes:
         excel_safe: Whether names in a CSV are written so that a spreadsheet runs no formula.
@@ -95,7 +96,7 @@ class PredictTableResult:
         broken: Rows with an error.
         resumed_at: Images that an earlier run had predicted.
         seconds: Duration of this run.
-        images_per_second: Of this run.
+        images_per_second: Images per second of this run.
         batch: Images at a time.
         top: Classes for each image.
         assumed: What was assumed of the artifact.
@@ -120,7 +121,7 @@ class BatchPredictor(Protocol):
 
     @property
     def info(self) -> PredictorInfo:
-        """What determines a prediction, and where it is made."""
+        """Settings and device of a prediction."""
         ...
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Prediction]]:
@@ -148,7 +149,7 @@ def predict(
         artifact: Checkpoint, ONNX file or plan.
         config: Number of classes, batch and decoding threads.
         runtime: Where the artifact runs.
-        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
         reporter: Receives a note on every broken image.
 
     Returns:
@@ -205,7 +206,7 @@ def predict_table(
         config: Number of classes, batch and decoding threads.
         table: Resuming, Ray, and the CSV's form.
         runtime: Where the artifact runs.
-        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
         reporter: Receives progress and notes on broken images.
 
     Returns:
@@ -213,7 +214,7 @@ def predict_table(
 
     Raises:
         InputError: As for `predict`; or `out` cannot be written; or an interrupted run is there
-            and is not to be resumed, or was made with other options or images.
+            and `resume` is False, or was made with different options or images.
         LockedError: Another process writes the same table.
         DataError: A folder without images, or no image can be decoded.
         ArtifactError: The artifact does not match its sidecar.
@@ -338,7 +339,7 @@ def image_files(images: Paths) -> list[str]:
     for entry in [images] if isinstance(images, str | os.PathLike) else images:
         path = Path(entry)
         if path.is_dir():
-            # Strings, because a million paths take ten times the memory.
+            # Strings, because a million Path objects need ten times the memory.
             inside = [os.fspath(image) for image in images_under(path)]
             if not inside:
                 raise DataError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")

@@ -1,4 +1,4 @@
-"""Predict on Ray Data, with many `Predictor`s in processes of their own.
+"""Predict on Ray Data, with many `Predictor`s in separate processes.
 
 The cluster is the one that RAY_ADDRESS names, or a local one for the time of the run. Every machine
 needs rtresnet, the artifact and the images under the same names. Batches come back in order and
@@ -54,7 +54,7 @@ class Actor:
         self.predictor = task.predictor()
 
     def __call__(self, item: dict[str, str]) -> dict[str, str]:
-        """Predict names; both sides are JSON, as Arrow's strings cannot hold every file name."""
+        """Predict names; both sides are JSON, because Arrow lacks some file names."""
         (batch,) = self.predictor.batches(json.loads(item["names"]))
         return {"predictions": json.dumps([dataclasses.asdict(entry) for entry in batch])}
 

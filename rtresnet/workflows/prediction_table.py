@@ -1,8 +1,8 @@
-"""Tables of predictions: a journal while they are made, a table when they are complete.
+"""Tables of predictions: a journal during the run, a table at the end.
 
-`OUT.part` holds one line of JSON that says what is predicted, then one line for each image, in
+`OUT.part` has one line of JSON with the settings, then one line for each image, in
 order. It is flushed batch by batch, so that a killed process loses one batch. At the end it becomes
-OUT in one step. Knows nothing about how predictions are made. The columns of every form: image,
+OUT in one step. Independent of how predictions are computed. The columns of every format: image,
 class_1, probability_1, ... to K, error.
 """
 
@@ -34,7 +34,7 @@ CHUNK_ROWS, GROUP_CHUNKS = 1024, 16  # rows as Python objects, which are large; 
 
 
 def check_table_path(out: Path) -> None:
-    """Refuse a table that cannot be written, before anything is computed.
+    """Reject a table that cannot be written, before anything is computed.
 
     Raises:
         InputError: The suffix is none of FORMS, or there is a folder of that name.
@@ -56,7 +56,7 @@ def check_table_path(out: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TableHead:
-    """What a table holds: everything that determines a row, and the images.
+    """Settings that determine the rows of a table, and its images.
 
     Attributes:
         journal: Version of the journal's format.
@@ -84,8 +84,8 @@ class Journal:
 
     Args:
         out: The table that it becomes.
-        head: What the table holds; compared on resuming. Rows are kept in whole batches: one that
-            was cut off is made again.
+        head: Settings of the table; compared on resuming. Rows are stored in complete batches: one
+            that was truncated is computed again.
         resume: Whether an existing journal is continued.
 
     Attributes:
@@ -93,7 +93,7 @@ class Journal:
         broken: Number of rows with an error among them.
 
     Raises:
-        InputError: There is a journal and `resume` is false; or it was made with another model,
+        InputError: There is a journal and `resume` is false; or it was made with a different model,
             other options or other images; or `resume` is true and the table is complete.
     """
 
@@ -230,7 +230,7 @@ def _flat(row: Prediction, top: int) -> Row:
 
 
 def _parsed(line: str) -> Row | None:
-    """Parse a whole line; None at the end of the file, and for what a killed process left."""
+    """Parse a complete line; None at the end of the file, and for a truncated line."""
     with contextlib.suppress(InputError):
         data = line.encode("utf-8", "surrogateescape")
         record = serialization.parse(data, where="") if line.endswith("\n") else None

@@ -1,7 +1,7 @@
 """Predict the most probable classes of image files, batch by batch.
 
 `Predictor` serves a few images on the terminal, a folder written to a table, and an actor of Ray.
-It knows nothing about tables or resuming; see `predict.py`.
+It is independent of tables and resuming; see `predict.py`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Prediction:
 
     Attributes:
         image: The file as it was named; bytes that are not UTF-8 are escaped.
-        top: The most probable class first; empty where there is an error.
+        top: The most probable class first; empty if there is an error.
         error: What is wrong with the image, or None.
     """
 
@@ -80,7 +80,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorInfo:
-    """What determines a prediction besides the artifact's bytes, and where it is made.
+    """Settings and device that determine a prediction, in addition to the artifact.
 
     Attributes:
         preprocess: How an image becomes input.
@@ -104,10 +104,10 @@ class Predictor:
         artifact: Checkpoint, ONNX file or plan.
         config: Number of classes, batch and decoding threads.
         runtime: Where the artifact runs.
-        stated: Preprocessing in place of what the sidecar says, or of a file without one.
+        stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
 
     Raises:
-        InputError: The artifact gives fewer classes than `config.top`.
+        InputError: The artifact returns fewer classes than `config.top`.
         RtresnetError: See `loading.load_artifact`.
     """
 
@@ -138,7 +138,7 @@ class Predictor:
 
     @property
     def info(self) -> PredictorInfo:
-        """What determines a prediction, and where it is made."""
+        """Settings and device of a prediction."""
         return PredictorInfo(
             preprocess=self.preprocess,
             top=self.top,
@@ -148,7 +148,7 @@ class Predictor:
         )
 
     def close(self) -> None:
-        """Free what the session holds."""
+        """Free the session."""
         self.session.close()
 
     def __enter__(self) -> Predictor:
@@ -183,7 +183,7 @@ class Predictor:
             yield self._predict(waiting)
 
     def _read(self, name: str) -> np.ndarray | DataError:
-        """uint8 [S, S, 3], or what is wrong: not an image, damaged, gone, not readable."""
+        """Return uint8 [S, S, 3], or the error: not an image, damaged, missing, not readable."""
         from rtresnet.data.decode import decode
 
         try:
@@ -204,7 +204,7 @@ class Predictor:
         return predictions
 
     def _top(self, images: np.ndarray) -> Iterator[tuple[ClassProbability, ...]]:
-        """Return the best classes of uint8 [N, S, S, 3]; empty where the output is not finite."""
+        """Return the best classes of uint8 [N, S, S, 3]; empty if the output is not finite."""
         answer = self.session(self.session.prepare(images))
         if isinstance(answer, tuple):  # a top-K file
             indices, probabilities = (part[:, : self.top] for part in answer)

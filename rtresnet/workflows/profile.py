@@ -1,4 +1,4 @@
-"""Profile an ONNX file or a plan: where the time goes, block by block, and what bounds it."""
+"""Profile an ONNX file or a plan: time and bottleneck of each block."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class ProfileConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileResult:
-    """Times by layer, block and stage, and what they were measured on.
+    """Times by layer, block and stage, with device and versions.
 
     Attributes:
         path: The artifact.
         precision: From the sidecar, or the data type of most multiply-adds.
         batch: Images per run.
-        fixed_batch: The only batch that the file takes; None if it takes any.
+        fixed_batch: The only batch that the file accepts; None if it accepts any.
         size: Side of the images, in pixels.
         profile: The times.
         roof: Peak rates; None for a GPU whose rates are unknown.

@@ -1,7 +1,7 @@
 """Write an FP16, BF16, INT8 or FP8 version of an FP32 ONNX file.
 
-INT8 and FP8 are calibrated on images, on the statistics of batch norm, or take the scales that
-quantization-aware training left in the file. `accuracy_gate.py` bounds what quantization may cost.
+INT8 and FP8 are calibrated on images, on the statistics of batch norm, or use the scales that
+quantization-aware training stored in the file. `accuracy_gate.py` bounds the loss of accuracy.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class QuantizeConfig(Config):
         max_drop: Points of top-1 that may be lost on them.
         gate: What must be within `max_drop`: the measured loss ("point") or the upper limit of its
             95 % interval ("upper").
-        classes: Class names of the net or the images, where these have none.
-        max_broken: Share of broken images that are left out, in [0, 1]; with more it is an error.
+        classes: Class names of the net or the images, if these have none.
+        max_broken: Allowed share of broken images in [0, 1], which are ignored.
     """
 
     precision: Literal["int8", "fp8", "fp16", "bf16"] = option("int8", "Precision of the new file.")
@@ -156,12 +156,12 @@ class QuantizeConfig(Config):
 
     @property
     def wide_dtype(self) -> Literal["fp32", "fp16"]:
-        """The type of what is neither INT8 nor FP8."""
+        """The data type of tensors that are neither INT8 nor FP8."""
         return self.float_dtype or ("fp16" if self.precision == "fp8" else "fp32")
 
     @property
     def accuracy_gate(self) -> Gate | None:
-        """The bound on the loss of accuracy; None where nothing is compared."""
+        """The bound on the loss of accuracy; None if nothing is compared."""
         if self.eval_data is None:
             return None
         return Gate(
@@ -177,7 +177,7 @@ class QuantizeResult:
     Attributes:
         path: The file.
         sidecar: Its record.
-        gate: What the accuracy gate measured; None where nothing was compared. Its parts are also
+        gate: Measurements of the accuracy gate; None if nothing was compared. Its parts are also
             in the sidecar's `measured`.
     """
 
@@ -336,18 +336,18 @@ def require_trained_for(
     calibrator: str,
     fp8_stem: bool,
 ) -> None:
-    """Refuse to quantize in another way than the scales of a training run were trained for.
+    """Reject a quantization that differs from the one that the scales were trained for.
 
     Args:
         source: Whose scales they are, for the message.
-        trained: None where there are none.
+        trained: None if there are none.
         precision: "int8" or "fp8".
-        calib: Images that were asked for, if any.
-        calibrator: "auto" where none was asked for.
-        fp8_stem: Whether FP8 was asked for in the first convolution.
+        calib: Images that were requested, if any.
+        calibrator: "auto" if none was requested.
+        fp8_stem: Whether FP8 was requested in the first convolution.
 
     Raises:
-        InputError: There are trained scales, and another precision or calibration was asked for.
+        InputError: There are trained scales, and another precision or calibration was requested.
     """
     if trained is None:
         return
@@ -372,7 +372,7 @@ def require_trained_for(
 
 
 Quantized = tuple[Any, Calibration, "GateResult | None", list[OutlierRecord]]
-"""The model, how it was calibrated, what the gate measured, and the outlier channels."""
+"""The model, its calibration, the gate's measurements, and the outlier channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,7 +487,7 @@ class _Quantization:
         return quantized, calibration, result, outliers
 
     def _with_trained_scales(self, model: Any, trained: TrainedScales) -> Quantized:
-        """INT8 or FP8 with the scales that training left in the file."""
+        """Write INT8 or FP8 with the trained scales in the file."""
         from rtresnet.onnxlib.metadata import QAT
         from rtresnet.quantization.calibrate import Calibrated
         from rtresnet.quantization.formats import low_bit_scale
@@ -507,7 +507,7 @@ class _Quantization:
         return self._uncalibrated(calibrated, origin)
 
     def _without_images(self, model: Any) -> Quantized:
-        """Quantize by what the file says of its batch norms."""
+        """Quantize with the batch norm statistics in the file."""
         import numpy as np
 
         from rtresnet.quantization import calibrate, qdq
@@ -590,7 +590,7 @@ class _Quantization:
         return saved
 
     def _note_calibration(self, calibrated: Calibrated) -> list[OutlierRecord]:
-        """Notes what calibration chose; returns the outlier channels with what was done."""
+        """Report the calibration; return the outlier channels with their remedies."""
         note = self.reporter.note
         if calibrated.ratios:
             tried = [ratio for name, ratio in calibrated.ratios.items() if name != "kept"]
@@ -667,7 +667,7 @@ def calibration_batches(
 
 
 def _settle_size(source: Path, model: Any, size: int | None) -> None:
-    """Give an input whose side is open the side that was stated; refuses another side."""
+    """Set an open side of the input to the stated side; reject a different side."""
     dims = _image_input(model).type.tensor_type.shape.dim
     if len(dims) != 4:
         return
@@ -689,7 +689,7 @@ def _image_input(model: Any) -> Any:
 
 
 def _require_plain(source: Path, model: Any, sidecar: Sidecar | None) -> None:
-    """Raise InputError where pixels or top-K were embedded before quantization."""
+    """Raise InputError if pixels or top-K were embedded before quantization."""
     import onnx
 
     types = [
@@ -724,7 +724,7 @@ def _describe(source: Path, model: Any, stated: InputConfig) -> Sidecar:
 def _note_replaced(out: Path, calibration: Calibration, reporter: Reporter) -> None:
     try:
         old = artifacts.read_sidecar(out)
-    except ArtifactError:  # what is replaced may be broken
+    except ArtifactError:  # the replaced file may be broken
         return
     if old and old.calibration and old.calibration.images_sha256 != calibration.images_sha256:
         reporter.note(

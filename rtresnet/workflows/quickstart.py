@@ -1,4 +1,4 @@
-"""Run the whole pipeline once on a small net: train, export, quantize, build, evaluate, measure."""
+"""Run the complete pipeline on a small net: train, export, quantize, build, evaluate, measure."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def quickstart(
     *,
     reporter: Reporter = reporter.DEFAULT,
 ) -> QuickstartResult:
-    """Train ResNet-20 on the digits that scikit-learn ships, and take it through every step.
+    """Train ResNet-20 on scikit-learn's digits, and run every step on it.
 
     Args:
         out: Folder; an earlier quickstart in it is replaced.

@@ -97,7 +97,7 @@ def serve(
         reporter: Receives notes.
 
     Returns:
-        The exit code: 0, or 3 where the device was lost.
+        The exit code: 0, or 3 if the device was lost.
 
     Raises:
         InputError: A file cannot be served, its preprocessing is unknown, or a port is in use.

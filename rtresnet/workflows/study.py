@@ -80,7 +80,7 @@ class StudyResult:
         note: Length, data and seeds in words.
         records: A summary of each net, with every seed.
         nets: The same with curves, for figures.
-        recipe: Of the first net and seed, as text.
+        recipe: Recipe of the first net and seed, as text.
         diverged: A line for each run whose loss was not finite.
         out: The study's folder.
     """
@@ -120,7 +120,7 @@ def study_degradation(
         Errors and curves of each net, over all seeds.
 
     Raises:
-        InputError: Unknown names, or a folder of another study.
+        InputError: Unknown names, or a folder of a different study.
         LockedError: Another process runs a study in the folder.
     """
     hardware.wait_passively()
@@ -213,7 +213,7 @@ def _study(
     with locks.hold_folder(terms.out, warn=reporter.note):
         planned = compare.plan(nets, terms)
         for run in planned:
-            runs.found(run)  # a run that is not this study's is refused before any is made
+            runs.found(run)  # reject runs of other studies before training
         outcomes = _run_all(planned, reporter)
     summary = compare.summarize(outcomes)
     length = compare.length(planned[0])
@@ -340,7 +340,7 @@ def study_responses(
     """Measure the standard deviation of each 3x3 layer's response (figure 7).
 
     Args:
-        checkpoints: Of residual or plain nets.
+        checkpoints: Checkpoints of residual or plain nets.
         data: As for `train`; the test split is used.
         images: Number of images.
         reporter: Receives progress.

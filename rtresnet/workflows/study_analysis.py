@@ -141,7 +141,7 @@ def study_gradients(
         The norms by net and layer.
 
     Raises:
-        InputError: Unknown names, data that cannot be read, or a folder of another study.
+        InputError: Unknown names, data that cannot be read, or a folder of a different study.
         LockedError: Another process runs a study in the folder.
     """
     require_torch("a study")
@@ -240,7 +240,7 @@ def study_lesions(
     is evaluated, and the INT8 ranges come from training images.
 
     Args:
-        checkpoint: Of a residual net.
+        checkpoint: Checkpoint of a residual net.
         data: As for `train`.
         images: Number of test images; None: all.
         out: Folder, where results are kept as they are made; runs/study-lesions by default.
@@ -250,7 +250,7 @@ def study_lesions(
         Accuracy and INT8 noise by block.
 
     Raises:
-        InputError: Not a checkpoint of a residual net, or a folder of another study.
+        InputError: Not a checkpoint of a residual net, or a folder of a different study.
         DataError: No labels, or labels of other classes.
         LockedError: Another process runs a study in the folder.
     """

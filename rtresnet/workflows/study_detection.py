@@ -83,9 +83,9 @@ class DetectorRun:
 
     Attributes:
         seed: Random seed.
-        folder: Of the run.
+        folder: Folder of the run.
         diverged: Reason why there is no result, or None.
-        measured: Average precision on the test images; None where the run diverged.
+        measured: Average precision on the test images; None if the run diverged.
         steps: Steps at the end of each epoch.
         loss: Mean loss of each epoch.
     """
@@ -104,7 +104,7 @@ class BackboneRecord:
 
     Attributes:
         backbone: Its name.
-        parameters: Of the detector.
+        parameters: Parameters of the detector.
         ap50: COCO's AP at an overlap of 0.5.
         ap: COCO's mean over ten overlaps.
         voc07: VOC 2007's mean over 11 recalls.
@@ -167,7 +167,7 @@ def study_detection(
         Average precision and losses of each backbone, over all seeds.
 
     Raises:
-        InputError: Unknown names, no test images, or a folder of another study.
+        InputError: Unknown names, no test images, or a folder of a different study.
         DataError: Broken annotations or images.
         LockedError: Another process runs a study in the folder.
     """

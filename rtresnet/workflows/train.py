@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NOT_MIRRORED = ("digits",)  # a mirrored digit is another digit, or none
+NOT_MIRRORED = ("digits",)  # a mirrored digit is not the same digit
 DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
     "synthetic:N. Transparent images are composited on white."
 )
 IMAGENET_DEFAULT = "resnet18"  # the net of --weights imagenet
 DISTILL = 0.5  # share of the teacher in the loss
-# Fields of the recipe that are options of their own.
+# Fields of the recipe that have their own options.
 RECIPE_FIELDS = ("epochs", "batch", "lr", "seed", "patience", "balance", "layer_decay", "freeze")
 
 
@@ -245,7 +245,7 @@ def train(
 
     Args:
         config: What to train, on what and how.
-        stated: Input of the net, in place of the usual one.
+        stated: Input of the net that replaces the default.
         reporter: Receives progress, a line for each epoch, and warnings.
 
     Returns:
@@ -267,7 +267,7 @@ def train(
     extra: tuple[Target, ...] = ("tensorboard",) if config.tensorboard else ()
     targets = tuple(dict.fromkeys((*config.log, *extra)))
     require(targets)
-    _recipe_settings(config)  # refused before there is a folder
+    _recipe_settings(config)  # reject invalid settings before creating a folder
     device = torch_device(config.device)
     with contextlib.ExitStack() as stack, distributed.world(device) as (world, place):
 
@@ -417,7 +417,7 @@ def new_job(
     Args:
         folder: Folder of the run.
         config: What to train.
-        stated: Input of the net, in place of the usual one.
+        stated: Input of the net that replaces the default.
         reporter: Receives the progress of downloads.
     """
     from rtresnet.core.preprocess import Preprocess
@@ -488,7 +488,7 @@ def _resumed(
             fix="leave these options out, or train into another --out",
         )
     source, test = _sources(config.data or saved.training["data"])
-    # Versions without a report on the images tolerated 1 %.
+    # Versions without a report on the images allowed 1 %.
     max_broken = saved.training.get("images", {"max_broken": TOLERATED})["max_broken"]
     return TrainJob(
         spec=saved.spec, source=source, test=test, preprocess=saved.input, recipe=recipe,

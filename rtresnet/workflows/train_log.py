@@ -81,7 +81,7 @@ def open_loggers(
 
     Args:
         targets: Some of TARGETS; see `require`.
-        folder: Of the run; its name is the run's name.
+        folder: Folder of the run; its name is the run's name.
         parameters: The recipe and what it is applied to.
 
     Raises:
@@ -131,7 +131,7 @@ class _TensorBoard:
 
 
 class _MLflow:
-    """A run of MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
     name: Target = "mlflow"
 

@@ -23,7 +23,7 @@ def classify_test_images(
     """Classify the test images of a run with its best weights, in float32.
 
     Args:
-        result: Of a finished run.
+        result: Result of a finished run.
         reporter: Receives progress.
 
     Returns:

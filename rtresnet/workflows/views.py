@@ -138,7 +138,7 @@ class EnsembleAccuracy:
 
     Attributes:
         members: One accuracy per net.
-        ensemble: Of the mean of their probabilities; with one net, its own.
+        ensemble: Result of the mean of their probabilities; with one net, its own result.
     """
 
     members: tuple[metrics.Accuracy, ...]
@@ -155,7 +155,7 @@ def evaluate_views(
     on_images: Callable[[int], None] = lambda done: None,
     on_scores: Scores = lambda indices, labels, probabilities: None,
 ) -> EnsembleAccuracy:
-    """Measure nets on the same images; an image that cannot be decoded is left out for all.
+    """Measure nets on the same images; an image that cannot be decoded is skipped for all.
 
     Args:
         nets: Nets of the same classes.

@@ -26,8 +26,8 @@ class WeightsResult:
         model: Architecture.
         classes: Number of classes.
         bytes: Size of the file.
-        sha256: Of the file.
-        license: Of the weights; None if not stated.
+        sha256: SHA-256 of the file.
+        license: License of the weights; None if not stated.
         assumed: What was assumed of the source.
     """
 
@@ -59,10 +59,10 @@ def export_weights(
         reporter: Receives progress.
 
     Returns:
-        The file, and what it contains.
+        The file and its content.
 
     Raises:
-        InputError: A name in another suffix, or weights that do not exist.
+        InputError: A wrong suffix, or weights that do not exist.
         ArtifactError: Not a readable checkpoint.
         UnavailableError: torch or safetensors is not installed.
     """
@@ -85,11 +85,11 @@ def import_weights(
         reporter: Receives progress.
 
     Returns:
-        The file, and what it contains.
+        The file and its content.
 
     Raises:
-        InputError: A name in another suffix, or weights that do not exist.
-        ArtifactError: Not weights of a net that rtresnet knows.
+        InputError: A wrong suffix, or weights that do not exist.
+        ArtifactError: Not weights of a supported net.
         UnavailableError: torch or safetensors is not installed.
     """
     return _convert(weights, Path(out), ".pt", model, reporter)

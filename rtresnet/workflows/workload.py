@@ -1,4 +1,4 @@
-"""The workload of a benchmark: which requests sessions are asked to serve, and at what pace."""
+"""The workload of a benchmark: requests and their rate."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class MeasurementConfig(Config):
         max_batch: Above 1, a batcher forms batches of single images. For `find_batch` the largest
             batch to try.
         max_wait_ms: How long an image waits for others to share its batch.
-        with_preprocess: Encoded image, or folder of images, to measure decoding, too.
+        with_preprocess: Encoded image, or folder of images, to include decoding.
     """
 
     seconds: float = option(3.0, "Duration of each measurement in seconds, after warm-up.")
@@ -161,10 +161,10 @@ def for_fixed_batch(
     Args:
         workload: The workload.
         sessions: What is measured.
-        explicit: Whether the user chose the batches; defaults give way to the file's batch.
+        explicit: Whether the user chose the batches; the file's batch replaces defaults.
 
     Returns:
-        The workload, and a sentence on what is not measured.
+        The workload, and a sentence on batches that are not measured.
 
     Raises:
         InputError: Nothing remains to be measured.
