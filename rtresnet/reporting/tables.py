@@ -101,8 +101,8 @@ def show(console: Console, data: DataTable) -> None:
 
 def assumed(assumptions: Iterable[str], of: str = "") -> list[str]:
     """Return a sentence for each assumption, once; `of` names the file that it is about."""
-    of = of and f" of {of}"
-    return [f"Assumed{of}: {line}." for line in dict.fromkeys(assumptions)]
+    about = of and f" about {of}"
+    return [f"Assumed{about}: {line}." for line in dict.fromkeys(assumptions)]
 
 
 def measured_lines(measured: Mapping[str, Any]) -> list[str]:

@@ -448,8 +448,8 @@ def _emulated(session: Session) -> str | None:
     if name not in ("FP8", "BF16") or artifacts.kind_of(session.path) == "plan":
         return None
     return (
-        f"{session.path}: ONNX Runtime computes {name} in FP32 after converting it; these times "
-        f"say nothing of {name} on a GPU"
+        f"{session.path}: ONNX Runtime converts {name} to FP32 and computes in FP32; these times "
+        f"do not indicate the speed of {name} on a GPU"
     )
 
 

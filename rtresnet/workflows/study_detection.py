@@ -261,7 +261,7 @@ def _run(
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != identity:
             raise InputError(
-                f"{job.out}: its run has another recipe, net or other images",
+                f"{job.out}: its run has a different recipe, net or images",
                 fix="choose another --out",
             )
     else:

@@ -226,15 +226,15 @@ def test_predict_journal_of_other_options_is_refused_and_kept(
     shutil.copy(net.with_name("resnet8-fp16.onnx.json"), tmp_path / "other.onnx.json")
     common_part = ["--out", str(tmp_path / "x.csv"), "--batch", str(BATCH), "--resume"]
     assert main(["predict", str(other), str(folder), *common_part]) == 2
-    assert "another model" in last_line(capsys)
+    assert "a different model" in last_line(capsys)
     shutil.copytree(folder, tmp_path / "moved")
     assert main(["predict", str(net), str(tmp_path / "moved"), *common_part]) == 2
-    assert "another list of images" in last_line(capsys)
+    assert "a different list of images" in last_line(capsys)
     changed = folder / "a" / "001.png"
     content, stat = changed.read_bytes(), changed.stat()
     changed.write_bytes(content + b"\0")  # the same name, another image
     assert predict("x.csv", "--resume") == 2
-    assert "another list of images" in last_line(capsys)
+    assert "a different list of images" in last_line(capsys)
     changed.write_bytes(content)
     os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with locks.hold_file(tmp_path / "x.csv", warn=print):

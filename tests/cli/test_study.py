@@ -268,7 +268,7 @@ def test_detection_compares_backbones_and_repeats_no_run(
     assert study("detection", *DETECTORS, "--seeds", 1) == result
     assert {path: path.stat().st_mtime_ns for path in out.rglob("best.pt")} == times
     other = ["study", "detection", *map(str, DETECTORS), "--seeds", "1", "--set", "lr=0.001"]
-    assert main(other) == 2 and "another recipe" in capsys.readouterr().err
+    assert main(other) == 2 and "different recipe" in capsys.readouterr().err
 
 
 def test_detection_interrupted_study_ends_in_the_same_numbers(

@@ -190,7 +190,7 @@ def test_evaluate_class_folders_in_another_order_are_matched_by_name(
     result = evaluate(named, data)
     assert result.top1_percent > 90 and result.n == 48
     assert result.labels.matched_by == "name" and result.assumed == ()
-    assert "another order" in result.labels.remarks[0]
+    assert "different order" in result.labels.remarks[0]
 
 
 def test_evaluate_unknown_class_is_refused_with_the_nearest(named: Path, tmp_path: Path) -> None:
