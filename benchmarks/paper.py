@@ -60,7 +60,8 @@ def blocks(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]], 
     )  # fmt: skip
     rows = [
         (net["net"], f"{net['parameters']:,}",
-         *(f"{net[name]['mean']:.2f}" for name in ("train_error", "val_error", "test_error")),
+         *(f"{net[name]['mean']:.2f} ± {net[name]['std']:.2f}"
+           for name in ("train_error", "val_error", "test_error")),
          len(net["seeds"]))
         for net in result["nets"]
     ]  # fmt: skip

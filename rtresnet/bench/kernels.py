@@ -276,7 +276,7 @@ class _Kernels:
             if makers.get(self.stored(name)[0]) is not None:
                 stored[self.stored(name)[0]] = self.elements(name)
         result = [
-            self._kernel(self.index.nodes[group], members, reads[group], stored, makers)
+            self._kernel(self.index.nodes[group], members, reads[group], stored)
             for group, members in groups.items()
         ]
         if not any(kernel.multiply_adds for kernel in result):
@@ -308,7 +308,6 @@ class _Kernels:
         members: list[Any],
         read: list[tuple[str, int]],
         stored: Mapping[str, int],
-        makers: Mapping[str, int],
     ) -> Kernel:
         weights, shape, dtype = self.weights(node)
         macs = 0

@@ -308,6 +308,7 @@ def _submit_arrivals(
 ) -> _Arrivals:
     answers: queue.SimpleQueue[tuple[int, float, Future[Any]]] = queue.SimpleQueue()
     latencies: dict[int, float] = {}
+    in_order: list[float] = []  # the same latencies, as their answers came
     late: list[float] = []
     sent = refused = 0
     last = 0.0
@@ -317,6 +318,7 @@ def _submit_arrivals(
         number, after, future = answers.get()
         future.result()  # raises what the session raised
         latencies[number] = (after - float(moments[number])) * 1e3
+        in_order.append(latencies[number])
         last = max(last, after)
 
     def answered(number: int) -> Callable[[Future[Any]], None]:
@@ -335,7 +337,7 @@ def _submit_arrivals(
         future.add_done_callback(answered(number))
         while not answers.empty():
             take()
-        if early_stop(list(latencies.values())):
+        if early_stop(in_order):
             break
     while len(latencies) < sent:
         take()

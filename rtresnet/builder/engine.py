@@ -38,6 +38,7 @@ from rtresnet.core.sidecar import Attestation, Link, Model, Plan, Profile, Sidec
 EXPECTED = {
     "int8": ("Int8",), "fp8": ("FP8",), "fp16": ("Half",), "bf16": ("BFloat16",), "fp32": ("Float",)
 }  # fmt: skip
+FLOAT_KERNELS = ("Half", "BFloat16", "Float")  # of convolutions that quantization leaves in float
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for each profile
 
 
@@ -322,9 +323,9 @@ def _require_precision(
 ) -> None:
     """Raise CheckFailedError unless every convolution runs in the file's precision.
 
-    Convolutions that were left in float on purpose are allowed. An unknown type counts as wrong,
-    unless all are unknown: then the builder's format has changed, which is no evidence about the
-    engine.
+    Convolutions that quantization left in float on purpose may run in float. An unknown type
+    counts as wrong, unless all are unknown: then the builder's format has changed, which is no
+    evidence about the engine.
     """
     wanted: tuple[str, ...] | None = EXPECTED.get(sidecar.precision)
     if wanted and sidecar.calibration and sidecar.calibration.int8:
@@ -332,7 +333,13 @@ def _require_precision(
     if wanted is None or set(types.values()) <= {layers.UNKNOWN}:
         return
     wrong = {name: dtype for name, dtype in types.items() if dtype not in wanted}
-    if len(wrong) <= (len(sidecar.calibration.kept) if sidecar.calibration else 0):
+    kept = set(sidecar.calibration.kept) if sidecar.calibration else set()
+    wrong = {
+        name: dtype
+        for name, dtype in wrong.items()
+        if name not in kept or dtype not in FLOAT_KERNELS
+    }
+    if not wrong:
         return
     counts = {dtype: n for dtype, n in attested.dtypes.items() if dtype in wrong.values()}
     names = ", ".join(list(wrong)[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")

@@ -119,10 +119,12 @@ class Preprocess:
         """Normalize uint8 [N, H, W, 3] to contiguous float32 [N, 3, H, W]: (x / 255 - mean) / std.
 
         Raises:
-            InputError: Images of the wrong shape.
+            InputError: Images of the wrong type or shape.
         """
-        if images.ndim != 4 or images.shape[3] != 3:
-            raise InputError(f"images are {list(images.shape)}; [N, H, W, 3] is needed")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise InputError(
+                f"images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 3] is needed"
+            )
         scale, shift = self.factors()
         out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
         np.multiply(images.transpose(0, 3, 1, 2), scale[:, None, None], out=out)

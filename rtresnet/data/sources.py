@@ -297,8 +297,8 @@ def open_source(spec: str, split: str = "all") -> Source:
 def open_images(spec: str) -> Source:
     """Open images that need no labels: a labelled source, a folder of images, or a list.
 
-    A list is a text file with one path per line, relative to the list. Of a folder with a training
-    split only that split is opened, so that calibration never uses test images.
+    A list is a text file with one path per line, relative to the list. If a folder has train/, only
+    that split is opened, so that calibration does not use test images; otherwise all its images.
 
     Raises:
         DataError: No images there.

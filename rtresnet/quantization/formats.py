@@ -50,6 +50,7 @@ class NumberFormat:
         """The NumPy type of the stored values."""
         if self.name == "int8":
             return np.dtype(np.int8)
+        assert self.name == "fp8", self.name
         import ml_dtypes  # a dependency of onnx
 
         return np.dtype(ml_dtypes.float8_e4m3fn)
@@ -60,6 +61,7 @@ class NumberFormat:
         if self.name == "int8":
             whole: np.ndarray = np.rint(clipped)
             return whole
+        assert self.name == "fp8", self.name
         # frexp's mantissa is in [0.5, 1). Below 2**-6 the values are subnormal: equal steps.
         _, exponent = np.frexp(clipped)
         step = np.ldexp(1.0, np.maximum(exponent - 1, FP8_MIN_EXPONENT) - FP8_MANTISSA_BITS)

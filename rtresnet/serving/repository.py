@@ -98,6 +98,7 @@ class Model:
         self.name, self.version, self.max_batch = name, version, options.max_batch
         self.stamp = stamp(path)
         self.healthy, self._failed_in_a_row, self._metrics = True, 0, metrics
+        self._closing = False
         self.session = load(path)
         self.detector: DetectorRows | None = None
         try:
@@ -209,6 +210,11 @@ class Model:
             queue = max(answer.queue_seconds for answer in answers)
         except QueueFullError as error:
             raise RequestError(503, f"{self.name}: {error.message}") from None
+        except InputError:
+            if not self._closing:
+                raise
+            message = f"{self.name}: its file was reloaded during the request"
+            raise RequestError(503, message, fix="send it again") from None
         finally:
             for answer in answers:
                 answer.cancel()  # does nothing to those that are done
@@ -226,6 +232,7 @@ class Model:
 
     def close(self) -> None:
         """Finishes what is queued and gives memory back."""
+        self._closing = True
         self.batcher.close()
         self.session.close()
 

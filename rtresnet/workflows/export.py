@@ -157,11 +157,13 @@ def export(
         UnavailableError: torch, onnx or the builder is missing.
         LockedError: Another process writes into the folder.
     """
+    config, quantize = config or ExportConfig(), quantize or QuantizeConfig()
+    _require_used(quantize, config.precisions)
     place = Path(out)
     folder = place.parent if place.suffix.lower() == ".onnx" else place
     job = _Export(
-        config=config or ExportConfig(),
-        quantize=quantize or QuantizeConfig(),
+        config=config,
+        quantize=quantize,
         build=build or BuildConfig(),
         embed=embed or EmbedConfig(),
         stated=stated or InputConfig(),
@@ -169,6 +171,17 @@ def export(
     )
     with locks.hold_folder(folder, warn=reporter.note):
         return job.write(weights, folder, place if place != folder else None)
+
+
+def _require_used(config: QuantizeConfig, precisions: Sequence[str]) -> None:
+    """Raise InputError if an option applies to none of the precisions."""
+    if config.fp8_stem and "fp8" not in precisions:
+        raise InputError("--fp8-stem applies to FP8 only", fix="add --fp8, or leave it out")
+    if not {"int8", "fp8"} & set(precisions):
+        try:
+            dataclasses.replace(config, precision="fp16", fp8_stem=False)
+        except InputError as error:
+            raise InputError(error.message, fix="add --int8 or --fp8") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +367,7 @@ def best_run(architecture: str, reporter: Reporter) -> Path | None:
         InputError: There are runs of several data sets, whose accuracies cannot be compared.
     """
     candidates: dict[str, tuple[float, Path]] = {}
-    for path in sorted(RUNS.glob("**/best.pt")):
+    for path in sorted(RUNS.glob("*/best.pt")):
         try:
             sidecar = artifacts.read_sidecar(path)
         except ArtifactError as error:

@@ -25,11 +25,11 @@ def parse_channels(text: str) -> Channels:
         red, green, blue = (float(part) for part in text.split(","))
     except ValueError:
         raise InputError("not three numbers", fix="as in 0.5,0.5,0.5") from None
-    _require_unit(text, (red, green, blue))
+    _require_unit((red, green, blue))
     return red, green, blue
 
 
-def _require_unit(name: str, channels: Channels) -> None:
+def _require_unit(channels: Channels) -> None:
     if max(channels) > 1:
         raise InputError("not in units of [0, 1]", fix="divide pixel levels by 255")
 
@@ -84,7 +84,7 @@ class InputConfig(Config):
             object.__setattr__(self, "std", std)
         for channels in (self.mean, self.std):
             if channels is not None:
-                _require_unit("mean or std", channels)
+                _require_unit(channels)
 
     @property
     def empty(self) -> bool:

@@ -143,7 +143,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
 
 
 def inspect_folder(folder: str | os.PathLike[str]) -> FolderResult:
-    """List the artifacts in a folder and the folders in it, and checks their hashes.
+    """List the artifacts in a folder and the folders in it, and check their hashes.
 
     Args:
         folder: The folder.

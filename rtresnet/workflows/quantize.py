@@ -261,6 +261,11 @@ def quantize_unlocked(
     if sidecar is not None and sidecar.detection is not None:
         from rtresnet.workflows.detect_quantize import quantize_detector
 
+        if stated != InputConfig():
+            raise InputError(
+                f"{source}: a detector's preprocessing is that of its training",
+                fix="leave --mean, --std and the like out",
+            )
         record = quantize_detector(
             source, model, sidecar, config, out=out, scales_path=scales, reporter=reporter
         )
@@ -405,7 +410,7 @@ class _Quantization:
         return placement.stem(model.graph.node) if fp8 else ()
 
     def quantize(self, model: Any) -> Quantized:
-        """Calibrate and quantizes by whichever way the file and the config ask for."""
+        """Calibrate and quantize in whichever way the file and the config ask for."""
         from rtresnet.onnxlib import metadata
         from rtresnet.quantization.prepare import prepare
 

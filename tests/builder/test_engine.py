@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -21,7 +23,7 @@ from rtresnet.core import artifacts, atomic_io, hardware, plan_info
 from rtresnet.core.artifacts import read_sidecar, sidecar_path
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError, UnavailableError
 from rtresnet.core.hardware import Gpu
-from rtresnet.core.sidecar import Profile, Sidecar, Weights
+from rtresnet.core.sidecar import Attestation, Profile, Sidecar, Weights
 from rtresnet.quantization import fp16
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -420,7 +422,7 @@ def test_beside_sm_75_int8_is_half_and_the_gate_sees_it(
     source = tmp_path / "half.onnx"
     publish(fp16.to_half(changed(onnx_file("resnet8", "int8"))), source, "int8")
     with pytest.raises(
-        CheckFailedError, match="int8 was requested, and of 7 convolutions 7 run in Half"
+        CheckFailedError, match="int8 was requested, but of 7 convolutions 7 run in Half"
     ):
         build(source, tmp_path / "net.plan", target=("sm_75", "sm_89"))
     build(source, tmp_path / "net.plan", target=("sm_89",))
@@ -590,3 +592,19 @@ def test_build_configures_user_allocation(
     )
     build(onnx_file("resnet8", "fp32"), tmp_path / "net.plan")
     assert configured == [trt]
+
+
+@pytest.mark.parametrize(
+    ("types", "allowed"),
+    [
+        ({"conv1": "Half", "conv2": "Int8"}, True),  # conv1 was left in float
+        ({"conv1": "Int8", "conv2": "Half"}, False),  # as many, but another one
+        ({"conv1": "FP8", "conv2": "Int8"}, False),
+    ],
+)
+def test_convolution_in_float_is_allowed_by_its_name(types: dict[str, str], allowed: bool) -> None:
+    calibration = SimpleNamespace(kept=("conv1", "add1"), int8=())
+    sidecar = cast(Sidecar, SimpleNamespace(precision="int8", calibration=calibration))
+    attested = Attestation(layers=2, convolutions=2, dtypes=Counter(types.values()))
+    with contextlib.nullcontext() if allowed else pytest.raises(CheckFailedError, match="conv"):
+        engine._require_precision(Path("a.onnx"), sidecar, attested, types)

@@ -148,3 +148,19 @@ def test_triton_whose_onnx_runtime_computes_fp8_wrongly_gets_none(
     assert quantize(source, "--calib", "none") == 0
     assert main(["package", "net-fp8.onnx", "--triton", "models"]) == 2
     assert "--builder tensorrt" in capsys.readouterr().err and not Path("models").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        (["--fp16", "--calib", "digits"], "add --int8 or --fp8"),
+        (["--calibrator", "max"], "add --int8 or --fp8"),
+        (["--int8", "--fp8-stem"], "add --fp8"),
+    ],
+)
+def test_export_rejects_an_option_of_a_precision_that_is_not_written(
+    options: list[str], fix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = ["--model", "resnet8", "--weights", "untrained", "--out", str(tmp_path / "a.onnx")]
+    assert main(["export", *net, *options]) == 2
+    assert fix in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -186,7 +186,7 @@ def test_train_resume_with_another_recipe_is_refused(run_folder: Path) -> None:
     other = dataclasses.replace(RECIPE, lr=0.5)
     with pytest.raises(InputError, match="recipe"):
         training.train(job(run_folder, recipe=other), resume=True)
-    with pytest.raises(InputError, match="holds a run"):
+    with pytest.raises(InputError, match="already contains a run"):
         training.train(job(run_folder))
 
 

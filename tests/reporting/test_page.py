@@ -47,7 +47,7 @@ def sample_page(words: str = "plain") -> str:
     return pages.render(
         "training.html", title="Title <1>", kept=words, curve=plots.training_curve(LOG),
         progress=plots.svg(plots.progress_figure(LOG), "loss"), view=None,
-        images=words, recipe=words,
+        images=words, recipe=words, warnings=[words],
         epochs=DataTable(headings=("name", "ms"), rows=[("<b>bold</b>", 1.5), (words, None)]),
     )  # fmt: skip
 

@@ -140,7 +140,7 @@ def test_infer_of_pixels_returns_the_engines_logits(bench: Bench) -> None:
     batch = images(11, dtype="uint8")
     np.testing.assert_allclose(backend.infer(batch), expected(batch), rtol=1e-4)
     assert bench.cuda.copied[0] == ("to_device", 8 * 48), "a quarter of the bytes"
-    with pytest.raises(InputError, match=r"takes uint8 \[N, 4, 4, 3\]"):
+    with pytest.raises(InputError, match=r"needs uint8 \[N, 4, 4, 3\]"):
         backend.infer(images(2))
 
 

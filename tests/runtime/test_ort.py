@@ -544,7 +544,7 @@ def test_backend_nodes_falling_back_raises_their_names(onnx_file: OnnxFile) -> N
     with pytest.raises(UnavailableError) as caught:
         OrtBackend(path, provider="cuda")
     assert caught.value.exit_code == 3
-    assert f"AzureExecutionProvider was requested, and {total} of {total} nodes" in str(
+    assert f"AzureExecutionProvider was requested, but {total} of {total} nodes" in str(
         caught.value
     )
     assert "conv1 (Conv) on CPUExecutionProvider" in str(caught.value)
@@ -975,7 +975,7 @@ def test_infer_failing_provider_does_not_blame_the_images(
     )  # ONNX Runtime reads it as is
     for wrong in (images(2, 16), images(2).astype(np.float64), images(2)[0], images(0),
                   other_way_round):  # fmt: skip
-        with pytest.raises(InputError, match="do not fit"):
+        with pytest.raises(InputError, match=r"do not fit|byte order"):
             backend.infer(wrong)
     for nothing in (None, [[1.0]], "abc"):
         with pytest.raises(InputError, match="not a NumPy array"):
