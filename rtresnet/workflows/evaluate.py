@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
 from rtresnet.core.classification import ClassificationReport, Collector
 from rtresnet.core.config import Config, option, parse_percentage
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.labels import LabelMatch, read_classes
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter, plural
@@ -409,8 +409,18 @@ def trained_on(
         f"these images include training images of {path}; its accuracy on new images "
         "is probably lower"
         for path, weights in nets
-        if weights is not None and weights.origin == "trained" and weights.source == source.name
+        if weights is not None and _training_data(weights) == source.name
     )
+
+
+def _training_data(weights: Weights) -> str | None:
+    """Return the data of a training run, which an ONNX file's weights name by their checkpoint."""
+    if weights.origin != "trained" or weights.source is None:
+        return None
+    with contextlib.suppress(ArtifactError, OSError):
+        if (checkpoint := artifacts.read_sidecar(weights.source)) is not None:
+            return checkpoint.weights.source
+    return weights.source
 
 
 def _about(

@@ -24,7 +24,7 @@ from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Calibration, Measurements, OutlierRecord, Sidecar
 from rtresnet.workflows import adopt
 from rtresnet.workflows.accuracy_gate import Gate, GateResult, open_labelled, quantize_within
-from rtresnet.workflows.evaluate import ALLOW_BROKEN, MAX_BROKEN
+from rtresnet.workflows.evaluate import ALLOW_BROKEN, MAX_BROKEN, trained_on
 from rtresnet.workflows.input_spec import InputConfig
 
 if TYPE_CHECKING:
@@ -448,6 +448,14 @@ class _Quantization:
         batches, name, fingerprint, count = calibration_batches(
             config, self.sidecar.input, reporter
         )
+        if gate is not None and labelled is not None:
+            for remark in trained_on([(source, self.sidecar.weights)], labelled, "test"):
+                reporter.note(remark)
+            if not labelled.splits and name == gate.data:
+                reporter.note(
+                    f"{gate.data}: the ranges are chosen on the images of --eval, so the loss on "
+                    "new images is probably larger"
+                )
         float_nodes = self.float_nodes(model)
         tensors = list(qdq.placement(model, float_nodes))
         if (batch := simulate.fixed_batch(model)) is not None:

@@ -280,8 +280,11 @@ def test_quantize_interval_beyond_the_bound_is_not_called_held(
     arguments = [tints, "--json", "q.json"]
     judged["judge"] = lambda model: np.arange(240) != 0  # one image lost: 0.42 points
     assert gated(source, *arguments) == 0
-    said = capsys.readouterr().out
+    captured = capsys.readouterr()
+    said = captured.out
     assert "not shown to hold" in said and "images would be needed" in said
+    assert "include training images" in captured.err  # of tints, which has no test split
+    assert "chosen on the images of --eval" in captured.err
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None
     found = sidecar.measured["gate"]
