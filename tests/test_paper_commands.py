@@ -21,6 +21,18 @@ SHORTER = {
     "study shortcuts": ("--model", "resnet8", *STUDY),
     "study degradation": ("--depths", "8,14", *STUDY),
     "study gradients": ("--model", "plain8", "--steps", "2", "--batch", "4"),
+    "study detection": (
+        "--backbone",
+        "resnet18",
+        "--pretrain-steps",
+        "2",
+        "--seeds",
+        "1",
+        "--set",
+        "steps=2",
+        "--set",
+        "width=0.25",
+    ),
     "train": STEPS,
 }
 """Options that make a command short."""
