@@ -15,6 +15,10 @@ from rtresnet.core.sidecar import Detection
 
 STRIDE = 16
 
+INPUTS = ("images", "extent")
+OUTPUTS = ("boxes", "scores", "labels", "unsettled")
+"""Names of a detector's inputs and outputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detections:

@@ -26,14 +26,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
+from rtresnet.core.canvas import INPUTS, OUTPUTS
 from rtresnet.detection import boxes
 from rtresnet.detection.net import SAMPLES, STRIDE, Align, Detector, Proposals, Select
 from rtresnet.exporter.fold import fold
 from rtresnet.exporter.writer import OPSET, NodeWriter
 from rtresnet.onnxlib import metadata
-
-INPUTS = ("images", "extent")
-OUTPUTS = ("boxes", "scores", "labels", "unsettled")
 
 
 def to_onnx(net: Detector, *, name: str, standard: bool = False) -> onnx.ModelProto:

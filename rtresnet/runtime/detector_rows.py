@@ -8,12 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from rtresnet.core import canvas
-from rtresnet.core.canvas import Detections
+from rtresnet.core.canvas import OUTPUTS, Detections
 from rtresnet.core.errors import InputError
 from rtresnet.runtime.session import Session
-
-INPUTS = ("images", "extent")
-OUTPUTS = ("boxes", "scores", "labels", "unsettled")
 
 
 class DetectorRows:

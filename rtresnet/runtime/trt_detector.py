@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rtresnet.core.canvas import INPUTS, OUTPUTS
 from rtresnet.core.errors import ArtifactError, InputError, UnavailableError
 from rtresnet.runtime.contexts import configure_contexts
 from rtresnet.runtime.cuda import host_view
 from rtresnet.runtime.execution import allocate
 from rtresnet.runtime.trt import TrtBackend
-
-INPUTS = ("images", "extent")
-OUTPUTS = ("boxes", "scores", "labels", "unsettled")
 
 
 class TrtDetector(TrtBackend):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rtresnet.core import artifacts
+from rtresnet.core import artifacts, canvas
 from rtresnet.core.errors import (
     ArtifactError,
     CheckFailedError,
@@ -26,7 +26,6 @@ from rtresnet.core.errors import (
     RtresnetError,
     UnavailableError,
 )
-from rtresnet.runtime import detector_rows
 from rtresnet.runtime.backend import TOPK
 from rtresnet.runtime.batcher import Answer, Batcher
 from rtresnet.runtime.detector_rows import DetectorRows
@@ -154,11 +153,11 @@ class Model:
             raise CheckFailedError(
                 f"{self.session.path}: answers are not finite", fix="rtresnet check"
             )
-        shapes = dict(zip(detector_rows.INPUTS, (detector.shape, (2,)), strict=True))
+        shapes = dict(zip(canvas.INPUTS, (detector.shape, (2,)), strict=True))
         self.inputs = [Tensor(name, "FP32", [-1, *shape]) for name, shape in shapes.items()]
         self.outputs = [
             Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
-            for name, value in zip(detector_rows.OUTPUTS, values, strict=True)
+            for name, value in zip(canvas.OUTPUTS, values, strict=True)
         ]
         return 1
 

@@ -202,9 +202,9 @@ def _session(model: Any, more: list[str] = []) -> Any:  # noqa: B006 - not chang
 
 def _average_precision(model: Any, sidecar: Sidecar, data: str, reporter: Reporter) -> float:
     """COCO's AP at IoU 0.5 to 0.95, in %, of a model on the test split."""
+    from rtresnet.core.canvas import OUTPUTS
     from rtresnet.detection import evaluate
     from rtresnet.detection.data import open_detection
-    from rtresnet.detection.export import OUTPUTS
 
     assert sidecar.detection is not None
     source = open_detection(data, "test")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rtresnet.core import canvas
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection import export, parity
 from rtresnet.detection import net as detector
@@ -50,8 +51,8 @@ def run(model: Any, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndar
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    values = session.run(list(export.OUTPUTS), {"images": images, "extent": extent})
-    return dict(zip(export.OUTPUTS, values, strict=True))
+    values = session.run(list(canvas.OUTPUTS), {"images": images, "extent": extent})
+    return dict(zip(canvas.OUTPUTS, values, strict=True))
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
