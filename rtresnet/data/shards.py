@@ -2,9 +2,8 @@
 
 A pack is a folder of plain tar files, which any tar reads, and an index:
 
-    train-00000.tar ...   image files, unchanged, as CLASS/FILE; all-00000.tar for data sets without
-    splits index.npz             int64 columns: shard, offset and length in bytes, label; and the
-    names,
+    train-00000.tar ...   image files, unchanged, as CLASS/FILE; all-00000.tar without splits
+    index.npz             int64 columns: shard, offset and length in bytes, label; and the names,
                           CLASS/FILE, in uint8 with a zero between two
     index.json            classes, splits, each shard's size, the table's sha256; written last
 

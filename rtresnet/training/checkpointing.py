@@ -1,8 +1,8 @@
 """The folder of a run: written, resumed.
 
-    best.pt     the epoch with the highest accuracy on the held-out images; the last one if several
-    are equal last.pt     the latest state, with everything that --resume needs log.jsonl   one line
-    per epoch
+    best.pt     the epoch with the highest accuracy on the held-out images; the last of equal ones
+    last.pt     the latest state, with everything that --resume needs
+    log.jsonl   one line per epoch
 
 Files are replaced atomically, best.pt before last.pt. last.pt contains what does not follow from
 the number of the step: weights, momentum, averages, the step, the epoch's sums so far, the log.
@@ -87,7 +87,7 @@ class CheckpointManager:
         job: The job of the run.
         model: The net's description for checkpoints.
         total: Steps of the whole run.
-        report: On its images.
+        report: Counts and problems of its images.
         world: This process among several.
     """
 
