@@ -33,7 +33,7 @@ from rtresnet.core import hardware, trt_loading
 from rtresnet.exporter.fold import fold
 from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import zoo
-from rtresnet.quantization import fp16, qdq
+from rtresnet.quantization import half, qdq
 from rtresnet.workflows.estimate import kernel_of
 
 TARGET, BATCH = "sm_89", 8
@@ -212,7 +212,7 @@ def stages(*names: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
         ]
         tensors = list(qdq.placement(model, keep))
         scales = {name: 0.05 + 0.001 * i for i, name in enumerate(tensors)}
-        return fp16.to_half(qdq.insert(model, scales, keep))
+        return half.to_half(qdq.insert(model, scales, keep))
 
     return make
 
@@ -230,7 +230,7 @@ def only(kernel: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
         ]
         tensors = list(qdq.placement(model, keep))
         scales = {name: 0.05 + 0.001 * i for i, name in enumerate(tensors)}
-        return fp16.to_half(qdq.insert(model, scales, keep))
+        return half.to_half(qdq.insert(model, scales, keep))
 
     return make
 
@@ -323,16 +323,16 @@ def pruned(model: onnx.ModelProto) -> onnx.ModelProto:
 
 REFERENCES = (
     Variant(name="FP32", make=lambda model: model),
-    Variant(name="FP16", make=fp16.to_half),
+    Variant(name="FP16", make=half.to_half),
 )
 VARIANTS = (
     Variant(name="INT8, as `quantize` places it", make=int8),
     Variant(name="the same, rest in FP16 (`--float-dtype fp16`)",
-            make=lambda m: fp16.to_half(int8(m))),
+            make=lambda m: half.to_half(int8(m))),
     Variant(name="FP16 scales, no Cast around Q/DQ", make=fp16_scales),
     Variant(name="no Q/DQ on the shortcut", make=without_shortcut),
     Variant(name="no Q/DQ on the shortcut, rest in FP16",
-            make=lambda m: fp16.to_half(without_shortcut(m))),
+            make=lambda m: half.to_half(without_shortcut(m))),
     Variant(name="Q/DQ on both inputs of the Add", make=both_inputs),
     Variant(name="Q/DQ on the sum instead of the shortcut", make=sum_instead),
     Variant(name="Q/DQ on both inputs and the sum, equal scales", make=equal_scales),

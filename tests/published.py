@@ -17,7 +17,7 @@ from rtresnet.core.sidecar import Sidecar, Weights
 from rtresnet.exporter.fold import fold
 from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import checkpoint, zoo
-from rtresnet.quantization import calibrate, fp16, qdq
+from rtresnet.quantization import calibrate, half, qdq
 
 
 def noise(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
@@ -62,7 +62,7 @@ def maker(folder: Path) -> Callable[..., Path]:
                     norm.bias.normal_(0, 0.2)
         model = to_onnx(fold(net.eval()), size=size, name=name)
         if precision == "fp16":
-            model = fp16.to_half(model)
+            model = half.to_half(model)
         elif precision == "int8":
             tensors = list(qdq.placement(model))
             images = noise(16, size, seed=9)

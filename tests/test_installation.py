@@ -45,7 +45,7 @@ images = np.load(sys.argv[1])
 for path in sys.argv[2:]:
     with rtresnet.load(path, provider="cpu") as session:
         np.save(path + ".npy", session(session.prepare(images)))
-        print(session.info.int8_note)
+        print(session.info.cpu_note)
 """
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rtresnet.core.errors import InputError
+from rtresnet.core.precisions import CALIBRATED, PRECISIONS
 from rtresnet.onnxlib import io
 from rtresnet.onnxlib.graph import WEIGHTED, GraphIndex
 
@@ -26,7 +27,9 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
 KEPT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
 INTEGERS = (6, 7)  # ONNX's INT32 and INT64
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+# By ONNX data type: of weights, and of other tensors (UINT8, INT32, INT64, DOUBLE).
+DTYPES = {spec.onnx: spec.name for spec in PRECISIONS.values()} | {2: "int8"}
+SIZES = {spec.onnx: spec.bytes for spec in PRECISIONS.values()} | {2: 1, 6: 4, 7: 8, 11: 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Kernel:
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
         op: Operator of the node that the kernel is named after.
         nodes: Names of all its nodes, and of their output tensors.
-        dtype: Data type of the product: "fp32", "fp16", "bf16", "int8" or "fp8".
+        dtype: Data type of the product, a name of `core.precisions`.
         multiply_adds: Per image; 0 for a pooling.
         weights: Bytes of weights and biases.
         read: Bytes of activations that it reads, one entry per tensor.
@@ -97,17 +100,20 @@ def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
 
     For INT8 and FP8: weights, and activations between kernels, take a byte; logits stay float32.
     """
-    scale = BYTES[precision]
+
+    def converted(kernel: Kernel, size: int) -> int:
+        return size * PRECISIONS[precision].bytes // PRECISIONS[kernel.dtype].bytes
+
     return [
         replace(
             kernel,
             dtype=precision,
-            weights=kernel.weights * scale // BYTES[kernel.dtype],
+            weights=converted(kernel, kernel.weights),
             read=tuple(
-                size if first and index == 0 else size * scale // BYTES[kernel.dtype]
+                size if first and index == 0 else converted(kernel, size)
                 for index, size in enumerate(kernel.read)
             ),
-            written=kernel.written if last else kernel.written * scale // BYTES[kernel.dtype],
+            written=kernel.written if last else converted(kernel, kernel.written),
         )
         for kernel, first, last in (
             (kernel, place == 0, place == len(kernels) - 1) for place, kernel in enumerate(kernels)
@@ -317,7 +323,7 @@ class _Kernels:
             macs = out * per if node.op_type == "Conv" else per
         if node.op_type in POOLS:
             dtype, weights = _dtype(self.tensors[self.stored(node.input[0])[0]][1]), 0
-        elif dtype in ("int8", "fp8") and not self.is_view(self.index.producers.get(node.input[0])):
+        elif dtype in CALIBRATED and not self.is_view(self.index.producers.get(node.input[0])):
             dtype = "fp32"  # only the weights are quantized
         own = {out for member in members for out in member.output}
         return Kernel(
@@ -341,8 +347,8 @@ def _shape(value: Any) -> tuple[tuple[int, ...], int]:
 
 def _size(kind: int) -> int:
     """Bytes per element of an ONNX type."""
-    return {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2, 17: 1}.get(kind, 4)
+    return SIZES.get(kind, 4)
 
 
 def _dtype(kind: int) -> str:
-    return {2: "int8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8"}.get(kind, "fp32")
+    return DTYPES.get(kind, "fp32")

@@ -32,6 +32,7 @@ import numpy as np
 from rtresnet.bench.kernels import Kernel
 from rtresnet.core import atomic_io, hardware
 from rtresnet.core.errors import InputError, UnknownNameError, missing_package
+from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.serialization import from_json
 from rtresnet.runtime.ort import OrtBackend
 
@@ -62,16 +63,14 @@ class PeakRates:
     source: str = ""
 
     def rate(self, dtype: str) -> float:
-        """Operations per second in "fp32", "fp16", "bf16", "int8" or "fp8".
+        """Return operations per second in a precision of `core.precisions`.
 
         Raises:
-            InputError: The device has no FP8 or BF16.
+            InputError: The device does not have it.
         """
-        if dtype == "int8":
-            return self.int8
         if self.fp16 is None and dtype in ("fp16", "bf16"):  # a CPU
             return self.fp32
-        rate = {"fp16": self.fp16, "bf16": self.bf16, "fp8": self.fp8}.get(dtype, self.fp32)
+        rate: float | None = getattr(self, dtype) if dtype in PRECISIONS else self.fp32
         if rate is None:
             raise InputError(f"no {dtype.upper()} rate is {self.source or 'known'}")
         return rate
@@ -232,20 +231,15 @@ class GpuSpec:
     @property
     def dtypes(self) -> frozenset[str]:
         """The data types whose products it computes."""
-        optional = {"bf16": self.bf16, "fp8": self.fp8}
-        return frozenset(
-            {"fp32", "fp16", "int8"} | {name for name, rate in optional.items() if rate is not None}
-        )
+        return frozenset(name for name in PRECISIONS if getattr(self, name) is not None)
 
     @property
     def rates(self) -> PeakRates:
         """The published rates."""
+        rates = {name: getattr(self, name) * 1e12 for name in self.dtypes}
         return PeakRates(
-            fp32=self.fp32 * 1e12, fp16=self.fp16 * 1e12, int8=self.int8 * 1e12,
-            bf16=None if self.bf16 is None else self.bf16 * 1e12,
-            fp8=None if self.fp8 is None else self.fp8 * 1e12,
-            bandwidth=self.bandwidth * 1e9, source=f"published: {self.described}",
-        )  # fmt: skip
+            **rates, bandwidth=self.bandwidth * 1e9, source=f"published: {self.described}"
+        )
 
 
 def _gpu(

@@ -25,20 +25,17 @@ from rtresnet.builder.nodes import ADD, CONVOLUTION, Node
 from rtresnet.core import (
     artifacts,
     atomic_io,
-    gpu_targets,
     hardware,
     plan_info,
     serialization,
     trt_loading,
 )
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
+from rtresnet.core.precisions import FLOAT, PRECISIONS, unsupported
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Attestation, Link, Model, Plan, Profile, Sidecar, Weights
 
-EXPECTED = {
-    "int8": ("Int8",), "fp8": ("FP8",), "fp16": ("Half",), "bf16": ("BFloat16",), "fp32": ("Float",)
-}  # fmt: skip
-FLOAT_KERNELS = ("Half", "BFloat16", "Float")  # of convolutions that quantization leaves in float
+FLOAT_KERNELS = tuple(PRECISIONS[name].tensorrt for name in FLOAT)
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")  # once for each profile
 
 
@@ -90,9 +87,10 @@ def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, Node]) -> tupl
     """Return the targets of a build; empty for TensorRT-RTX's own default."""
     if target or not hasattr(trt, "ComputeCapability"):
         return tuple(target) or _own_target(trt)
-    if not preflight.is_fp8(graph):
-        return ()
-    return tuple(name for name in targets.DEFAULT if name in gpu_targets.FP8)
+    chosen = list(targets.DEFAULT)
+    for name in preflight.precisions(graph):
+        chosen = [target for target in chosen if target not in unsupported(name, chosen)]
+    return () if len(chosen) == len(targets.DEFAULT) else tuple(chosen)
 
 
 def _create(trt: Any, log: Any, source: Path) -> tuple[Any, Any]:
@@ -327,12 +325,12 @@ def _require_precision(
     counts as wrong, unless all are unknown: then the builder's format has changed, which is no
     evidence about the engine.
     """
-    wanted: tuple[str, ...] | None = EXPECTED.get(sidecar.precision)
-    if wanted and sidecar.calibration and sidecar.calibration.int8:
-        wanted = (*wanted, "Int8")
-    if wanted is None or set(types.values()) <= {layers.UNKNOWN}:
+    if sidecar.precision not in PRECISIONS or set(types.values()) <= {layers.UNKNOWN}:
         return
-    wrong = {name: dtype for name, dtype in types.items() if dtype not in wanted}
+    expected = {PRECISIONS[sidecar.precision].tensorrt}
+    if sidecar.calibration and sidecar.calibration.int8:
+        expected.add(PRECISIONS["int8"].tensorrt)
+    wrong = {name: dtype for name, dtype in types.items() if dtype not in expected}
     kept = set(sidecar.calibration.kept) if sidecar.calibration else set()
     wrong = {
         name: dtype

@@ -25,6 +25,7 @@ from pathlib import Path
 from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, WEIGHTS, Node
 from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Attestation, Sidecar
 from rtresnet.onnxlib.graph import STEM
@@ -36,12 +37,11 @@ MYELIN_KERNELS = ("correlation", "gemm", "runtime_fusion")
 # Synchronization of streams and shapes: they move no data.
 IDLE = ("shape_call", "signal", "wait", "NoOp")
 UNKNOWN = "unknown"
-QUANTIZED = ("Int8", "FP8")
+QUANTIZED = tuple(spec.tensorrt for spec in PRECISIONS.values() if spec.calibrated)
 # The first of several types counts, so that an unknown type is not attested.
 WIDEST_FIRST = (UNKNOWN, "Float", "BFloat16", "Half")
-BYTES = {
-    "Float": 4.0, "Half": 2.0, "BFloat16": 2.0, "Int8": 1.0, "FP8": 1.0, "UInt8": 1.0, "Bool": 1.0,
-    "Int32": 4.0, "Int64": 8.0, "Int4": 0.5, "FP4": 0.5,
+BYTES = {spec.tensorrt: float(spec.bytes) for spec in PRECISIONS.values()} | {
+    "UInt8": 1.0, "Bool": 1.0, "Int32": 4.0, "Int64": 8.0, "Int4": 0.5, "FP4": 0.5
 }  # fmt: skip
 MOVES = {"Cast": "convert", "Tran": "transpose", "Conc": "pad", "Slic": "slice", "Move": "copy"}
 

@@ -13,6 +13,7 @@ from typing import Any
 from rtresnet.builder.nodes import CONVOLUTION, MATMUL, Node
 from rtresnet.core import gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.precisions import PRECISIONS, unsupported
 
 SHOWN = 5
 # TensorRT-RTX 1.7: the parser rejects the first and the last, and the build fails for the second.
@@ -129,9 +130,14 @@ def _describe(error: Any) -> str:
     return f"{where}: {error.code().name}{reason}"
 
 
-def is_fp8(nodes: Mapping[str, Node]) -> bool:
-    """Return whether a net has FP8 tensors."""
-    return any(node.dtype == "FP8" for node in nodes.values())
+def precisions(nodes: Mapping[str, Node]) -> list[str]:
+    """Return the precisions among a net's types that not every GPU has."""
+    types = {node.dtype for node in nodes.values()}
+    return [
+        name
+        for name, spec in PRECISIONS.items()
+        if spec.targets is not None and name.upper() in types
+    ]
 
 
 def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node]) -> None:
@@ -141,22 +147,17 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
         InputError: A target does not support a type, or TensorRT-RTX would silently compute in
             another one. Observed with TensorRT-RTX 1.7.
     """
-    lacking = [target for target in targets if target not in gpu_targets.FP8]
-    if lacking and is_fp8(nodes):
-        having = {**gpu_targets.SERVED, **gpu_targets.UNSERVED}
-        raise InputError(
-            f"{source}: {', '.join(lacking)} does not support FP8; targets that do: "
-            + ", ".join(f"{target} ({having[target]})" for target in gpu_targets.FP8),
-            fix=f"leave {', '.join(lacking)} out, or build a separate plan for it from: "
-            "rtresnet quantize --int8 or --fp16",
-        )
+    for name in precisions(nodes):
+        if lacking := unsupported(name, targets):
+            gpus = {**gpu_targets.SERVED, **gpu_targets.UNSERVED}
+            raise InputError(
+                f"{source}: {', '.join(lacking)} does not support {name.upper()}; targets that do: "
+                + ", ".join(f"{t} ({gpus[t]})" for t in PRECISIONS[name].targets or ()),
+                fix=f"leave {', '.join(lacking)} out, or build a separate plan for it from: "
+                "rtresnet quantize --fp16",
+            )
     if "sm_75" not in targets:
         return
-    if any(node.dtype == "BF16" for node in nodes.values()):
-        raise InputError(
-            f"{source}: sm_75 has no BF16; sm_80 and newer have it",
-            fix="leave sm_75 out, or build a separate plan for it from: rtresnet quantize --fp16",
-        )
     half = "leave sm_75 out, or build a separate plan for it from: rtresnet quantize --fp16"
     if any(n.operation == "quantize" for n in nodes.values()):
         raise InputError(

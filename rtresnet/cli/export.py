@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from rtresnet.cli import common
-from rtresnet.cli.options import config_options
+from rtresnet.cli.options import config_options, precision_flags
+from rtresnet.core.precisions import PRECISIONS, PrecisionName
 from rtresnet.reporting import artifact
 from rtresnet.workflows.build import BuildConfig
 from rtresnet.workflows.embed_io import EmbedConfig
@@ -29,15 +29,12 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
     "weights.  [default: the best run "
     "of --model under runs/, if all used the same data set]",
 )
-@click.option("--fp32", is_flag=True, help="Build a plan in FP32.  [default: off]")
-@click.option(
-    "--fp16",
-    is_flag=True,
-    help="Write FP16 and its plan.  [default: on if no other precision is named]",
+@precision_flags(
+    {name: f"Write {spec.title} and its plan." for name, spec in PRECISIONS.items()}
+    | {"fp32": "Build a plan in FP32."},
+    default="fp16",
+    default_text="on if no other precision is named",
 )
-@click.option("--bf16", is_flag=True, help="Write BF16 and its plan.  [default: off]")
-@click.option("--int8", is_flag=True, help="Write INT8 and its plan.  [default: off]")
-@click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) and its plan.  [default: off]")
 @config_options(QuantizeConfig, argument="quantize", leave_out=GATE)
 @config_options(BuildConfig, argument="build", leave_out=("timing_cache",))
 @config_options(EmbedConfig, argument="embed")
@@ -53,11 +50,7 @@ GATE = ("precision", "eval_data", "max_drop", "gate", "classes")  # options of `
 def command(
     config: ExportConfig,
     weights: str | None,
-    fp32: bool,
-    fp16: bool,
-    bf16: bool,
-    int8: bool,
-    fp8: bool,
+    precisions: tuple[PrecisionName, ...],
     quantize: QuantizeConfig,
     build: BuildConfig,
     embed: EmbedConfig,
@@ -72,9 +65,6 @@ def command(
     sm_80 on, FP8 an Ada, Hopper or Blackwell GPU. With --input or --topk also
     MODEL-int8-u8-top5.onnx or similar, and the plans from those.
     """
-    asked: dict[Literal["fp32", "fp16", "bf16", "int8", "fp8"], bool]
-    asked = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
-    precisions = tuple(name for name, wanted in asked.items() if wanted) or ("fp16",)
     config = dataclasses.replace(config, precisions=precisions, plan=not no_plan)
     result = export(
         weights, out, config, quantize=quantize, build=build, embed=embed, stated=stated,

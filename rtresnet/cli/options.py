@@ -49,6 +49,32 @@ def config_options(
     return decorate
 
 
+def precision_flags(helps: dict[str, str], *, default: str, default_text: str) -> Callable[[F], F]:
+    """Decorate a command with one flag for each precision.
+
+    The command receives the chosen precisions as `precisions`, a tuple in the order of `helps`.
+
+    Args:
+        helps: Precision to help sentence.
+        default: The precision if there is no flag.
+        default_text: Description of that, for its flag.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def command(*args: Any, **values: Any) -> Any:
+            chosen = tuple([name for name in helps if values.pop(name)])
+            return function(*args, precisions=chosen or (default,), **values)
+
+        decorated: Any = command
+        for name, text in reversed(helps.items()):
+            text = f"{text}  [default: {default_text if name == default else 'off'}]"
+            decorated = click.option(f"--{name}", is_flag=True, help=text)(decorated)
+        return typing.cast(F, decorated)
+
+    return decorate
+
+
 def click_option(name: str, hint: Any, default: Any, about: Option) -> Callable[[F], F]:
     """Return the click option of one field."""
     kind, _ = split_optional(hint)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
 from rtresnet.cli import common
-from rtresnet.cli.options import config_options
+from rtresnet.cli.options import config_options, precision_flags
 from rtresnet.core.errors import InputError
+from rtresnet.core.precisions import PRECISIONS, QuantizedName
 from rtresnet.reporting import artifact
 from rtresnet.workflows.accuracy_gate import AccuracyCheckFailedError, GateResult
 from rtresnet.workflows.input_spec import InputConfig
@@ -19,10 +20,12 @@ from rtresnet.workflows.quantize import QuantizeConfig, quantize
 
 @click.command("quantize")
 @click.argument("source", metavar="MODEL.onnx", type=common.PATH)
-@click.option("--int8", is_flag=True, help="Write INT8.  [default: on]")
-@click.option("--fp8", is_flag=True, help="Write FP8 (E4M3) instead of INT8.  [default: off]")
-@click.option("--fp16", is_flag=True, help="Write FP16 instead of INT8.  [default: off]")
-@click.option("--bf16", is_flag=True, help="Write BF16 instead of INT8.  [default: off]")
+@precision_flags(
+    {name: f"Write {PRECISIONS[name].title} instead of INT8." for name in get_args(QuantizedName)}
+    | {"int8": "Write INT8."},
+    default="int8",
+    default_text="on",
+)
 @config_options(QuantizeConfig, leave_out=("precision",))
 @config_options(InputConfig, argument="stated")
 @click.option(
@@ -34,10 +37,7 @@ from rtresnet.workflows.quantize import QuantizeConfig, quantize
 @common.json_option
 def command(
     source: Path,
-    int8: bool,
-    fp8: bool,
-    fp16: bool,
-    bf16: bool,
+    precisions: tuple[QuantizedName, ...],
     config: QuantizeConfig,
     stated: InputConfig,
     out: Path | None,
@@ -52,13 +52,10 @@ def command(
     INT8 where that has less noise); the exit code is 1 where that does not help. The verdict
     says whether the images are enough to show that the bound holds.
     """
-    flags: dict[Literal["int8", "fp8", "fp16", "bf16"], bool]
-    flags = {"int8": int8, "fp8": fp8, "fp16": fp16, "bf16": bf16}
-    asked = [name for name, wanted in flags.items() if wanted]
-    if len(asked) > 1:
-        named = " and ".join(f"--{name}" for name in asked)
-        raise InputError(f"{named} cannot be combined", fix="run the command once for each")
-    config = dataclasses.replace(config, precision=asked[0] if asked else "int8")
+    if len(precisions) > 1:
+        flags = " and ".join(f"--{name}" for name in precisions)
+        raise InputError(f"{flags} cannot be combined", fix="run the command once for each")
+    config = dataclasses.replace(config, precision=precisions[0])
     if report is not None and config.eval_data is None:
         raise InputError("--report needs --eval, whose images it shows", fix="--eval DATA")
     try:

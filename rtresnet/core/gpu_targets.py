@@ -25,8 +25,6 @@ UNSERVED = {
     "sm_103": "B300",
     "sm_110": "Jetson Thor",
 }
-# Those whose tensor cores multiply FP8: Ada, Hopper, Blackwell.
-FP8 = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 OLD = "sm_70 and older: V100, P100, GTX 10"
 
 NAMES = (

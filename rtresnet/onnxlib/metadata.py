@@ -21,12 +21,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import ArtifactError
+from rtresnet.core.precisions import CalibratedName
 from rtresnet.core.serialization import from_json
 from rtresnet.core.sidecar import Sidecar, description, from_description
 
@@ -106,7 +107,7 @@ class TrainedScales:
     images_sha256: str
     n: int
     branches: dict[str, tuple[float, float]] = field(default_factory=dict)
-    format: Literal["int8", "fp8"] = "int8"
+    format: CalibratedName = "int8"
 
     @property
     def record(self) -> Mapping[str, object]:

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from rtresnet.core.precisions import PRECISIONS, CalibratedName
+
 INT8_MAX = 127
 # A scale outside these would be zero, subnormal or infinite in float32.
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -38,12 +40,15 @@ class NumberFormat:
     Attributes:
         name: As in the options: "int8" or "fp8".
         largest: The largest value; a clipping point over it is a scale.
-        opset: The oldest ONNX opset in which TensorRT reads it.
     """
 
-    name: str
+    name: CalibratedName
     largest: float
-    opset: int
+
+    @property
+    def opset(self) -> int:
+        """ONNX opset that a file needs at least."""
+        return PRECISIONS[self.name].opset
 
     @property
     def dtype(self) -> Any:
@@ -70,9 +75,9 @@ class NumberFormat:
 
 
 FP8_MIN_EXPONENT, FP8_MANTISSA_BITS = -6, 3
-INT8 = NumberFormat(name="int8", largest=INT8_MAX, opset=13)
-FP8 = NumberFormat(name="fp8", largest=448, opset=21)
-FORMATS = {entry.name: entry for entry in (INT8, FP8)}
+INT8 = NumberFormat(name="int8", largest=INT8_MAX)
+FP8 = NumberFormat(name="fp8", largest=448)
+FORMATS: dict[str, NumberFormat] = {entry.name: entry for entry in (INT8, FP8)}
 
 
 def weight_scales(weight: np.ndarray, number_format: NumberFormat = INT8) -> np.ndarray:

@@ -4,7 +4,7 @@ A detector's boxes and coordinates need float32: FP16 has a step of half a pixel
 
 Before: a model in float32, with Q/DQ pairs or without. After: the same graph, in which the nodes
 outside `float_nodes` compute in FP16, with Casts on the tensors between both parts. Scales and the
-data of Q/DQ pairs stay float32, as in `fp16.py`.
+data of Q/DQ pairs stay float32, as in `half.py`.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def write_plot(target: Path, result: BenchmarkSearchResult) -> None:
 def _where(artifacts: Iterable[BenchmarkedArtifact]) -> list[str]:
     """Return each device with its provider and versions once, then notes on the files."""
     runs = [artifact.run for artifact in artifacts]
-    notes = ({run.int8_note for run in runs}, {run.batch_note for run in runs})
+    notes = ({run.cpu_note for run in runs}, {run.batch_note for run in runs})
     return [
         *sorted({str(run) for run in runs}),
         *(line for group in notes for line in sorted(filter(None, group))),

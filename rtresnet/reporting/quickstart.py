@@ -52,7 +52,7 @@ def table(done: QuickstartResult) -> DataTable:
             )
         )
     runs = [entry.artifact.run for entry in done.bench.results]
-    notes = sorted({f" INT8: {run.int8_note}." for run in runs if run.int8_note})
+    notes = sorted({f" INT8: {run.cpu_note}." for run in runs if run.cpu_note})
     return DataTable(
         headings=(
             "precision", "ONNX MB", "plan MB", "top-1 %", "agree %", "ms b1", "img/s b8",

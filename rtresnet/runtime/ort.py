@@ -93,7 +93,7 @@ class OrtBackend:
 
     Attributes:
         placement: Number of nodes on each execution provider, as the session reports it.
-        int8_note: How an INT8 file runs if the CPU's integer sums would saturate, or if it cannot
+        cpu_note: How an INT8 file runs if the CPU's integer sums would saturate, or if it cannot
             be rewritten because the package onnx is not installed; how a BF16 file runs; else None.
         batch: The only batch size that the file accepts; None if it accepts any. `infer` accepts
             any number of images in either case.
@@ -138,7 +138,7 @@ class OrtBackend:
         if about.plugin and (plugin_version := hardware.version(about.package)):
             self.versions[about.package] = plugin_version
         self.device = "cpu"
-        self.int8_note: str | None = None
+        self.cpu_note: str | None = None
         self.threads: int | None = None if about.gpu else threads or hardware.cores()
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and the log prints names unescaped
@@ -165,12 +165,12 @@ class OrtBackend:
             )
             model = rewritten.model
             if rewritten.emulates_bf16:
-                self.int8_note = BF16_NOTE
+                self.cpu_note = BF16_NOTE
             if rewritten.needs_float:
                 options.add_session_config_entry(*NO_INTEGER_KERNELS)
-                self.int8_note = WITHOUT_ONNX
+                self.cpu_note = WITHOUT_ONNX
             elif saturates and rewritten.quantized:
-                self.int8_note = _int8_note(rewritten.float_layers)
+                self.cpu_note = _int8_on_cpu(rewritten.float_layers)
         if about.library:  # a missing dependency would go to stderr; `start_error` reports it
             ort.set_default_logger_severity(SILENT)
         try:
@@ -308,7 +308,7 @@ def _result(outputs: Sequence[np.ndarray]) -> np.ndarray | TopK:
     return (outputs[0], outputs[1]) if len(outputs) > 1 else outputs[0]
 
 
-def _int8_note(float_layers: Sequence[str]) -> str:
+def _int8_on_cpu(float_layers: Sequence[str]) -> str:
     """Describe how layers run whose sums would saturate."""
     shown = ", ".join(float_layers[:3]) + (", ..." if len(float_layers) > 3 else "")
     count = f"{len(float_layers)} layer{'s run' if len(float_layers) > 1 else ' runs'}"

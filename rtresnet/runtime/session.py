@@ -12,7 +12,6 @@ deserialized. Imports no torch; `workflows.loading.load` also runs checkpoints.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import LOGGER
+from rtresnet.core.serialization import json_name, to_builtins
 from rtresnet.core.sidecar import Detection, Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
 
@@ -47,7 +47,7 @@ class RuntimeInfo:
         contexts: Execution contexts of a plan.
         graphs: CUDA graphs of a plan: "built in", "by hand" or "none".
         placement: Number of nodes on each of ONNX Runtime's providers; empty for a plan.
-        int8_note: How an INT8 file runs on a CPU whose integer sums would saturate, and how a BF16
+        cpu_note: How an INT8 file runs on a CPU whose integer sums would saturate, and how a BF16
             file runs on a CPU; else None.
         fixed_batch: The only batch size that the file accepts; None if it accepts several.
         batch_note: How a call runs with `fixed_batch`.
@@ -62,7 +62,7 @@ class RuntimeInfo:
     contexts: int | None
     graphs: str | None
     placement: dict[str, int]
-    int8_note: str | None
+    cpu_note: str | None = json_name("int8_note")
     fixed_batch: int | None
     batch_note: str | None
     versions: dict[str, str]
@@ -70,8 +70,8 @@ class RuntimeInfo:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """`int8_note` and `batch_note`, without those that are None."""
-        return tuple(note for note in (self.int8_note, self.batch_note) if note)
+        """`cpu_note` and `batch_note`, without those that are None."""
+        return tuple(note for note in (self.cpu_note, self.batch_note) if note)
 
     def __str__(self) -> str:
         """Device, provider, threads, contexts and versions on one line."""
@@ -390,7 +390,7 @@ class Session:
             contexts=getattr(backend, "contexts", None),
             graphs=getattr(backend, "graphs", None),
             placement=getattr(backend, "placement", {}),
-            int8_note=getattr(backend, "int8_note", None),
+            cpu_note=getattr(backend, "cpu_note", None),
             fixed_batch=self.batch,
             batch_note=self.batch_note,
             versions=hardware.versions(("rtresnet", "numpy")) | dict(backend.versions),
@@ -398,8 +398,9 @@ class Session:
         )
 
     def describe(self) -> dict[str, object]:
-        """Return `info` as a dict."""
-        return dataclasses.asdict(self.info)
+        """Return `info` as a dict, as JSON files contain it."""
+        description: dict[str, object] = to_builtins(self.info)
+        return description
 
     def close(self) -> None:
         """Free the backend's memory and handles."""

@@ -18,6 +18,7 @@ from typing_extensions import NotRequired, TypedDict  # NotRequired is in typing
 
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
+from rtresnet.core.precisions import CalibratedName
 from rtresnet.core.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Recipe(Config):
     qat: bool = option(
         False, "Train with the rounding of the INT8 or FP8 file (quantization-aware)."
     )
-    qat_format: Literal["int8", "fp8"] = option("int8", "Number format of qat.")
+    qat_format: CalibratedName = option("int8", "Number format of qat.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from rtresnet.core import artifacts, atomic_io, serialization
 from rtresnet.core.errors import InputError
+from rtresnet.core.precisions import CALIBRATED, FLOAT, PRECISIONS
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Sidecar, accuracies
 from rtresnet.workflows import estimate as estimates
@@ -30,7 +31,7 @@ MARGIN = 1.03
 """Bounds with a smaller ratio than this count as equal."""
 MANY_BYTES = 1.1
 """From this ratio on, a narrow type moves more bytes than it should."""
-NARROW, WIDE = ("int8", "fp8"), ("fp16", "bf16", "fp32")
+WIDE = sorted(FLOAT, key=lambda name: PRECISIONS[name].bytes)
 REPRESENTATIVE = {
     "sm_75": "T4", "sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090",
     "sm_90": "H100 SXM", "sm_120": "RTX 5090",
@@ -201,7 +202,7 @@ def _advice(results: Sequence[EstimateResult], opened: OpenedPlans) -> Iterator[
     """Return a sentence on each plan of a narrow type, next to the best plan of a wide one."""
     wide = [r for name in WIDE for r in results if r.precision == name and r.builder]
     for narrow in results:
-        if narrow.precision in NARROW and narrow.builder and wide:
+        if narrow.precision in CALIBRATED and narrow.builder and wide:
             yield _sentence(narrow, wide[0], opened)
 
 

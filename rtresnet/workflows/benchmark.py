@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rtresnet.core import artifacts, atomic_io, hardware, reporter
 from rtresnet.core.config import option
 from rtresnet.core.errors import CheckFailedError, InputError, RtresnetError, UnavailableError
+from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, to_builtins
 from rtresnet.runtime.session import RuntimeInfo
@@ -444,8 +445,8 @@ def opened(
 
 def _emulated(session: Session) -> str | None:
     """Return a sentence on a file whose precision is not computed as such."""
-    name = session.precision.upper()
-    if name not in ("FP8", "BF16") or artifacts.kind_of(session.path) == "plan":
+    spec, name = PRECISIONS.get(session.precision), session.precision.upper()
+    if spec is None or spec.targets is None or artifacts.kind_of(session.path) == "plan":
         return None
     return (
         f"{session.path}: ONNX Runtime converts {name} to FP32 and computes in FP32; these times "

@@ -17,6 +17,7 @@ from rtresnet.bench.consistency import UNKNOWN, Check
 from rtresnet.core import artifacts, hardware, reporter
 from rtresnet.core.canvas import Detections
 from rtresnet.core.errors import DataError
+from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
 from rtresnet.detection.agreement import agree
@@ -39,7 +40,6 @@ SAME_SCORE, SAME_BOX = 1e-3, 0.1  # between runs of float32 arithmetic: scores, 
 # benchmarks/detection_shapes.py on its 100 test images: none of 225 (FP16), 233 (INT8), 241 (FP8).
 UNMATCHED = {"fp32": 0.02, "fp16": 0.02, "int8": 0.1, "fp8": 0.15}
 MARGIN = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.15, "fp8": 0.2}
-DTYPES = {"fp32": "Float", "fp16": "Half", "int8": "Int8", "fp8": "FP8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +252,8 @@ def _attested(sidecar: Sidecar | None) -> Iterator[Check]:
     if sidecar is None or plan is None or plan.attested is None:
         return
     total = plan.attested.convolutions
-    other = total - plan.attested.dtypes.get(DTYPES.get(sidecar.precision, ""), 0)
+    expected = PRECISIONS[sidecar.precision].tensorrt if sidecar.precision in PRECISIONS else ""
+    other = total - plan.attested.dtypes.get(expected, 0)
     kept = len(sidecar.calibration.kept) if sidecar.calibration else 0
     yield _check(
         "attested", f"convolutions that the plan does not run in {sidecar.precision}", total, other,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
@@ -19,6 +19,7 @@ from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.
 from rtresnet.core import artifacts, atomic_io, gpu_targets, serialization
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.core.precisions import BY_TENSORRT_TYPE, PRECISIONS, PrecisionName
 from rtresnet.workflows.detect import require_classifier
 from rtresnet.workflows.loading import require_torch
 
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from rtresnet.bench.roofline import GpuSpec, MinimumTime
     from rtresnet.builder.layers import Layer, Layers, Tensor
     from rtresnet.core.sidecar import Sidecar
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-DTYPES = {
-    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"
-}  # fmt: skip
-"""TensorRT's names of types to the columns of the table of rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,7 @@ class EstimateConfig(Config):
         metavar="NAME",
         default_text="all known GPUs; those that a plan was built for",
     )
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = option(
+    precision: PrecisionName | None = option(
         None,
         "Precision to assume for the whole net.",
         default_text="the file's; fp16 for a MODEL",
@@ -378,7 +373,7 @@ def kernel_of(layer: Layer, batch: int) -> Kernel:
         stage=layer.stage,
         op=layer.kind,
         nodes=layer.nodes,
-        dtype=DTYPES.get(layer.dtype, "fp32") if layer.multiply_adds else "fp32",
+        dtype=BY_TENSORRT_TYPE.get(layer.dtype, "fp32") if layer.multiply_adds else "fp32",
         multiply_adds=layer.multiply_adds or 0,
         weights=layer.weights,
         read=tuple(read),

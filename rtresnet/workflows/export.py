@@ -13,11 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 from rtresnet.core import artifacts, hardware, locks, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
+from rtresnet.core.precisions import CALIBRATED, PrecisionName, QuantizedName
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.core.sidecar import Measurements, Sidecar, restated
@@ -67,9 +68,7 @@ class ExportConfig(Config):
         "Architecture, one of those that `rtresnet models` lists.",
         default_text="that of the weights",
     )
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = option(
-        (), "Precisions to write."
-    )
+    precisions: tuple[PrecisionName, ...] = option((), "Precisions to write.")
     plan: bool = option(False, "Build a plan for each precision.")
     canvas: tuple[int, int] | None = option(
         None,
@@ -177,7 +176,7 @@ def _require_used(config: QuantizeConfig, precisions: Sequence[str]) -> None:
     """Raise InputError if an option applies to none of the precisions."""
     if config.fp8_stem and "fp8" not in precisions:
         raise InputError("--fp8-stem applies to FP8 only", fix="add --fp8, or leave it out")
-    if not {"int8", "fp8"} & set(precisions):
+    if not set(CALIBRATED) & set(precisions):
         try:
             dataclasses.replace(config, precision="fp16", fp8_stem=False)
         except InputError as error:
@@ -277,7 +276,9 @@ class _Export:
 
         targets.parse_profiles(self.build.batch)
         targets.parse(self.build.targets, self.build.builder)
-        configs = [_quantization(self.quantize, name) for name in self.config.precisions]
+        configs = [
+            _quantization(self.quantize, name) for name in self.config.precisions if name != "fp32"
+        ]
         calib, quantized = self.quantize.calib, [c for c in configs if c.calibrated]
         if quantized and calib not in (None, "none"):
             from rtresnet.data.sources import open_images
@@ -322,10 +323,10 @@ def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
     Raises:
         InputError: An option of the config is not for this precision.
     """
-    if precision in ("fp32", "fp16", "bf16"):
-        return QuantizeConfig(precision="bf16" if precision == "bf16" else "fp16")
-    fp8_stem = config.fp8_stem and precision == "fp8"
-    return dataclasses.replace(config, precision=precision, fp8_stem=fp8_stem)  # type: ignore[arg-type]
+    name = cast("QuantizedName", precision)
+    if name not in CALIBRATED:
+        return QuantizeConfig(precision=name)
+    return dataclasses.replace(config, precision=name, fp8_stem=config.fp8_stem and name == "fp8")
 
 
 def resolve(

@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter, serialization
 from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.labels import read_classes
+from rtresnet.core.precisions import CALIBRATED, HalfName, QuantizedName
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Calibration, Measurements, OutlierRecord, Sidecar
@@ -61,7 +62,7 @@ class QuantizeConfig(Config):
         max_broken: Allowed share of broken images in [0, 1], which are ignored.
     """
 
-    precision: Literal["int8", "fp8", "fp16", "bf16"] = option("int8", "Precision of the new file.")
+    precision: QuantizedName = option("int8", "Precision of the new file.")
     calib: str | None = option(
         None,
         "Images to calibrate on: any data, a folder of images, a list in a .txt file, or none for "
@@ -152,7 +153,7 @@ class QuantizeConfig(Config):
     @property
     def calibrated(self) -> bool:
         """Whether the precision needs scales."""
-        return self.precision in ("int8", "fp8")
+        return self.precision in CALIBRATED
 
     @property
     def wide_dtype(self) -> Literal["fp32", "fp16"]:
@@ -273,7 +274,7 @@ def quantize_unlocked(
     _require_plain(source, model, sidecar)
     _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
     if sidecar is None:
-        if (precision := precision_of(model)) in ("fp16", "bf16", "int8", "fp8"):
+        if (precision := precision_of(model)) not in ("fp32", "unknown"):
             raise InputError(f"{source}: is {precision} already", fix="start from the FP32 file")
         sidecar = _describe(source, model, stated)
     elif stated.applied_to(sidecar.input) != sidecar.input:
@@ -287,10 +288,9 @@ def quantize_unlocked(
         )
     calibration, gate, outliers = None, None, list[OutlierRecord]()
     if scales is None:
-        from rtresnet.quantization import fp16
+        from rtresnet.quantization import half
 
-        assert config.precision in ("fp16", "bf16")
-        result = fp16.to_half(model, config.precision)
+        result = half.to_half(model, cast("HalfName", config.precision))
     else:
         job = _Quantization(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
                             reporter=reporter)  # fmt: skip
@@ -635,9 +635,9 @@ class _Quantization:
 
 
 def _with_float_dtype(model: Any, dtype: str) -> Any:
-    from rtresnet.quantization import fp16
+    from rtresnet.quantization import half
 
-    return fp16.to_half(model) if dtype == "fp16" else model
+    return half.to_half(model) if dtype == "fp16" else model
 
 
 def calibration_batches(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from rtresnet.core import hardware, reporter
 from rtresnet.core.config import Config, option, options_of, parse_percentage
 from rtresnet.core.errors import InputError
+from rtresnet.core.precisions import CALIBRATED, PrecisionName
 from rtresnet.core.reporter import LogReporter, Reporter
 from rtresnet.training.config import SAVE_SECONDS, Recipe
 from rtresnet.training.data_report import DataReport
@@ -104,7 +105,7 @@ class TrainConfig(Config):
         metavar="FILE|imagenet|hf:OWNER/NAME",
     )
     qat: bool = option(False, "Quantization-aware fine-tuning of --weights for INT8 or FP8.")
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8"] | None = option(
+    precision: Literal["auto", PrecisionName] | None = option(
         None,
         "Precision of forward and backward pass; int8 or fp8 with --qat: the number format to "
         "train for.",
@@ -336,7 +337,7 @@ def _recipe_settings(config: TrainConfig) -> dict[str, Any]:
     fields = recipes.parse(config.settings)
     fields |= {n: value for n in RECIPE_FIELDS if (value := getattr(config, n)) is not None}
     fields |= {name: True for name in ("compile", "qat") if getattr(config, name)}
-    if config.precision in ("int8", "fp8"):
+    if config.precision in CALIBRATED:
         fields["qat_format"] = config.precision
     elif config.precision is not None:
         fields["precision"] = config.precision
@@ -433,7 +434,7 @@ def new_job(
     preprocess = stated.applied_to(start.input if start else Preprocess.for_size(spec.size))
     default = "speed" if preprocess.size <= recipes.SMALL_IMAGE else "modern"
     name = config.recipe or ("qat" if settings.get("qat") else "finetune" if start else default)
-    if config.precision in ("int8", "fp8") and not settings.get("qat", recipes.named(name).qat):
+    if config.precision in CALIBRATED and not settings.get("qat", recipes.named(name).qat):
         raise InputError(
             f"--precision {config.precision} is for quantization-aware training", fix="add --qat"
         )

@@ -13,7 +13,7 @@ import torch
 from rtresnet.exporter.fold import fold
 from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import zoo
-from rtresnet.quantization import calibrate, fp16, qdq
+from rtresnet.quantization import calibrate, half, qdq
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def net_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             fold(zoo.build(zoo.spec(name, shortcut=shortcut)).eval()), size=32, name=name
         )
         if precision == "fp16":
-            model = fp16.to_half(model)
+            model = half.to_half(model)
         elif precision == "int8":
             images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
             found = calibrate.calibrate(

@@ -11,7 +11,7 @@ import pytest
 from rtresnet.builder import engine, layers
 from rtresnet.core.artifacts import read_sidecar
 from rtresnet.core.errors import InputError
-from rtresnet.quantization.fp16 import to_half
+from rtresnet.quantization.half import to_half
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -24,7 +24,7 @@ from rtresnet.core.artifacts import read_sidecar, sidecar_path
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError, UnavailableError
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.sidecar import Attestation, Profile, Sidecar, Weights
-from rtresnet.quantization import fp16
+from rtresnet.quantization import half
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -420,7 +420,7 @@ def test_beside_sm_75_int8_is_half_and_the_gate_sees_it(
     """What the refusal above rests on. If this fails, TensorRT-RTX has learned INT8 for sm_75."""
     monkeypatch.setattr(preflight, "check_targets", lambda *_: None)
     source = tmp_path / "half.onnx"
-    publish(fp16.to_half(changed(onnx_file("resnet8", "int8"))), source, "int8")
+    publish(half.to_half(changed(onnx_file("resnet8", "int8"))), source, "int8")
     with pytest.raises(
         CheckFailedError, match="int8 was requested, but of 7 convolutions 7 run in Half"
     ):

@@ -14,7 +14,7 @@ from rtresnet.core.artifacts import read_sidecar
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.quantization import calibrate, qdq
 from rtresnet.quantization.formats import FP8
-from rtresnet.quantization.fp16 import to_half
+from rtresnet.quantization.half import to_half
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("onnxruntime")

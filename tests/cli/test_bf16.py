@@ -43,7 +43,7 @@ def test_every_command_takes_it_and_says_what_is_measured(
 
 def test_the_backend_says_so(file: str) -> None:
     backend = OrtBackend(file, provider="cpu")
-    assert backend.int8_note is not None and "BF16 runs in float32" in backend.int8_note
+    assert backend.cpu_note is not None and "BF16 runs in float32" in backend.cpu_note
     assert OrtBackend(file).provider == backend.provider  # auto
 
 

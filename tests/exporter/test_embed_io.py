@@ -17,7 +17,7 @@ from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.exporter import embed_io
 from rtresnet.models.resnet import ResNet
-from rtresnet.quantization import calibrate, fp16, qdq
+from rtresnet.quantization import calibrate, half, qdq
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -32,7 +32,7 @@ def models(exported: Exported) -> dict[str, onnx.ModelProto]:
     batch = np.random.default_rng(9).standard_normal((16, 3, 32, 32)).astype(np.float32)
     scales = calibrate.calibrate(plain, list(qdq.placement(plain)), lambda: [batch], "max").scales
     quantized = qdq.insert(plain, scales)
-    made = (plain, fp16.to_half(plain), quantized, fp16.to_half(quantized))
+    made = (plain, half.to_half(plain), quantized, half.to_half(quantized))
     return dict(zip(PRECISIONS, made, strict=True))
 
 

@@ -14,7 +14,7 @@ from rtresnet.core.errors import ArtifactError
 from rtresnet.exporter.fold import fold
 from rtresnet.models import zoo
 from rtresnet.onnxlib.interface import precision_of
-from rtresnet.quantization.fp16 import to_half
+from rtresnet.quantization.half import to_half
 from rtresnet.quantization.lint import lint
 from rtresnet.quantization.simulate import make_session, noise_ratio
 from rtresnet.runtime.cpu_rewrite import emulate_bf16

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet.quantization.fp16 import to_half
+from rtresnet.quantization.half import to_half
 from rtresnet.quantization.lint import Finding, lint
 from rtresnet.quantization.lint_rules import RULES
 

@@ -808,9 +808,9 @@ def test_backend_without_vnni_gives_the_same_answers_and_says_how(
     with_vnni = OrtBackend(path, provider="cpu")
     monkeypatch.setattr(hardware, "int8_sums_saturate", lambda: True)
     without = OrtBackend(path, provider="cpu")
-    assert with_vnni.int8_note is None
-    assert without.int8_note is not None and "conv1" in without.int8_note
-    assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").int8_note is None
+    assert with_vnni.cpu_note is None
+    assert without.cpu_note is not None and "conv1" in without.cpu_note
+    assert OrtBackend(onnx_file("resnet8", "fp32"), provider="cpu").cpu_note is None
     assert relative(without.infer(batch), with_vnni.infer(batch)) < 0.05
 
 
@@ -839,7 +839,7 @@ def test_backend_without_onnx_computes_int8_as_the_file_says(
     request.getfixturevalue("without_onnx")
     backend = OrtBackend(path, provider="auto" if saturates else "cpu")
     assert backend.provider == "ONNX Runtime CPU"
-    assert backend.int8_note is not None and "rtresnet[export]" in backend.int8_note
+    assert backend.cpu_note is not None and "rtresnet[export]" in backend.cpu_note
     assert relative(backend.infer(batch), expected) < 0.01
 
 
@@ -850,7 +850,7 @@ def test_backend_without_onnx_runs_fp32(
     expected = OrtBackend(path, provider="cpu").infer(batch)
     request.getfixturevalue("without_onnx")
     backend = OrtBackend(path, provider="cpu")
-    assert backend.int8_note is None
+    assert backend.cpu_note is None
     assert np.array_equal(backend.infer(batch), expected)
 
 

@@ -28,7 +28,7 @@ RUN = """
 import sys, numpy as np
 from rtresnet.runtime.ort import OrtBackend
 backend = OrtBackend(sys.argv[1], provider=sys.argv[2], preserve_numerics=True)
-print(backend.int8_note)
+print(backend.cpu_note)
 np.save(sys.argv[4], backend.infer(np.load(sys.argv[3])))
 """
 # As if the processor had VNNI: 8-bit weights on all of uint8.

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.quantization.fp16 import to_half
+from rtresnet.quantization.half import to_half
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

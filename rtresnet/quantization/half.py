@@ -14,13 +14,13 @@ scales, and rounding a scale to FP16 would change it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from rtresnet.core.errors import ArtifactError
+from rtresnet.core.precisions import PRECISIONS, HalfName
 from rtresnet.onnxlib.graph import (
     DEQUANTIZE,
     QUANTIZE,
@@ -34,10 +34,7 @@ from rtresnet.onnxlib.graph import (
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 
 
-BF16_OPSET = 22
-
-
-def to_half(model: onnx.ModelProto, precision: Literal["fp16", "bf16"] = "fp16") -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto, precision: HalfName = "fp16") -> onnx.ModelProto:
     """Return the same graph in FP16, with float32 input and output.
 
     Args:
@@ -47,9 +44,8 @@ def to_half(model: onnx.ModelProto, precision: Literal["fp16", "bf16"] = "fp16")
     Raises:
         ArtifactError: A weight is outside FP16's range; the message names it.
     """
-    half, kind = copied(model), TensorProto.FLOAT16
-    if precision == "bf16":
-        half, kind = with_opset(half, BF16_OPSET), TensorProto.BFLOAT16
+    spec = PRECISIONS[precision]
+    half, kind = with_opset(copied(model), spec.opset), spec.onnx
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
     graph, index = half.graph, GraphIndex(half)
     scales = {node.input[1] for node in index.quantizers()}
@@ -62,7 +58,7 @@ def to_half(model: onnx.ModelProto, precision: Literal["fp16", "bf16"] = "fp16")
         if precision == "fp16" and largest > LARGEST:
             raise ArtifactError(
                 f"{name} reaches {largest:.3g}, but FP16 ends at {LARGEST:.0f}",
-                fix="take BF16, which has the range of FP32 (--bf16), or keep it in FP32 (--fp32)",
+                fix="use BF16, which has the range of FP32 (--bf16), or keep it in FP32 (--fp32)",
             )
         index.set_constant(name, values.astype(dtype))
     source, result = graph.input[0].name, graph.output[0].name
