@@ -95,10 +95,8 @@ def declares_transparency(data: bytes) -> bool | None:
     Returns:
         None if Pillow cannot tell from these bytes.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             return image.has_transparency_data
     except Exception:  # Pillow raises almost anything on half a file
         return None
@@ -134,7 +132,7 @@ def decode(
         pixels = _by_simplejpeg(data, at_least)
         return _by_pillow(data, at_least) if pixels is None else pixels
     except (UnidentifiedImageError, *DAMAGED):
-        raise CorruptImage(f"{path}: not an image, or damaged") from None
+        raise CorruptImage(f"{path}: {_unreadable(data or b'')}") from None
     except Image.DecompressionBombError as error:
         raise CorruptImage(f"{path}: {error}") from None
     except OSError as error:
@@ -143,10 +141,48 @@ def decode(
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def _by_pillow(data: bytes, at_least: int | None) -> np.ndarray:
-    from PIL import Image, ImageOps
+def _container(data: bytes) -> str | None:
+    """Return "HEIC" or "AVIF" if the file's header states it, else None."""
+    brands = data[8:64] if data[4:8] == b"ftyp" else b""
+    if b"avif" in brands or b"avis" in brands:
+        return "AVIF"
+    return "HEIC" if any(brand in brands for brand in (b"heic", b"heix", b"mif1")) else None
 
-    with Image.open(io.BytesIO(data)) as image:
+
+@functools.cache
+def _register_heic() -> bool:
+    """Let Pillow read HEIC images; False if the package pillow-heif is not installed."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+def _unreadable(data: bytes) -> str:
+    """Return the reason why Pillow cannot read an image."""
+    from PIL import features
+
+    container = _container(data)
+    if container == "HEIC" and not _register_heic():
+        return "a HEIC image: pip install pillow-heif, or convert it to JPEG"
+    if container == "AVIF" and not features.check("avif"):
+        return "an AVIF image: pip install --upgrade pillow, or convert it to JPEG"
+    return "not an image, or damaged"
+
+
+def _open(data: bytes) -> Image.Image:
+    from PIL import Image
+
+    if _container(data) == "HEIC":
+        _register_heic()
+    return Image.open(io.BytesIO(data))
+
+
+def _by_pillow(data: bytes, at_least: int | None) -> np.ndarray:
+    from PIL import ImageOps
+
+    with _open(data) as image:
         if at_least is not None:
             image.draft(None, (at_least, at_least))  # only JPEG supports it
         ImageOps.exif_transpose(image, in_place=True)

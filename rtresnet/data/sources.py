@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,11 +26,20 @@ import numpy as np
 from rtresnet.core.errors import DataError, InputError, UnknownNameError, missing_package
 from rtresnet.core.labels import LabelMap, match
 from rtresnet.core.preprocess import resize
+from rtresnet.core.reporter import plural
 from rtresnet.data.decode import FileEnds, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.data.shards import Shards, files_fingerprint
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
+    ".avif", ".heic", ".heif",
+)  # fmt: skip
+UNREADABLE_SUFFIXES = (
+    ".jxl", ".jp2", ".tga", ".psd", ".svg", ".pgm", ".pbm", ".pnm", ".dng", ".cr2", ".cr3", ".nef",
+    ".arw", ".raf", ".orf", ".rw2", ".raw",
+)  # fmt: skip
+NAMED_FILES = 3  # ignored files that a note names
 FORMS = (
     "digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "shards:DIR", "npz:FILE",
     "synthetic:N",
@@ -129,7 +138,11 @@ class Arrays:
 
 
 class Files:
-    """Image files, decoded on demand."""
+    """Image files, decoded on demand.
+
+    Attributes:
+        ignored: Reason to the files that look like images and are not read.
+    """
 
     named = True
 
@@ -141,9 +154,10 @@ class Files:
         classes: Sequence[str],
         *,
         splits: bool = False,
+        ignored: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
         self.name, self.paths, self.classes, self.splits = name, list(paths), tuple(classes), splits
-        self.labels = labels.astype(np.int64)
+        self.labels, self.ignored = labels.astype(np.int64), ignored or {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -324,9 +338,19 @@ def open_images(spec: str) -> Source:
     return Files(spec, paths, np.full(len(paths), -1), ())
 
 
-def images_under(folder: Path) -> list[Path]:
+def ignored_files(source: Source) -> list[str]:
+    """Describe the files of a folder that look like images and are not read, by reason."""
+    lines = []
+    for reason, paths in source.ignored.items() if isinstance(source, Files) else ():
+        names = ", ".join(map(str, paths[:NAMED_FILES]))
+        more = ", ..." if len(paths) > NAMED_FILES else ""
+        lines.append(f"{plural(len(paths), 'file')} {reason} ignored: {names}{more}")
+    return lines
+
+
+def images_under(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Return every image file below a folder, sorted; without hidden files and folders."""
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     visible = (p for p in images if not any(part[0] == "." for part in p.relative_to(folder).parts))
     # A dangling link counts, so that it is reported as an image that cannot be read.
     return sorted(p for p in visible if p.is_file() or (p.is_symlink() and not p.exists()))
@@ -421,19 +445,35 @@ def _class_folders(spec: str, root: Path, split: str) -> Source:
         )
     paths: list[Path] = []
     labels: list[int] = []
+    unreadable: list[Path] = []
+    outside: list[Path] = []
     for base in roots:
+        outside += (
+            path
+            for path in base.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and path.name[0] != "."
+        )
         unknown = sorted(set(_class_names(base)).difference(classes))
         if unknown:
             raise DataError(f"{base}: class {unknown[0]!r} is not in {names_from}")
         for label, name in enumerate(classes):
-            images = images_under(base / name) if (base / name).is_dir() else []
+            files = images_under(base / name, (*IMAGE_SUFFIXES, *UNREADABLE_SUFFIXES))
+            images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+            unreadable += (path for path in files if path.suffix.lower() in UNREADABLE_SUFFIXES)
             if not images and base == names_from:
                 raise DataError(f"{base / name}: the class has no images")
             paths += images
             labels += [label] * len(images)
     if not paths:
         raise DataError(f"{roots[0]}: no image in any class")
-    return Files(spec, paths, np.array(labels), classes, splits=bool(train and test))
+    reasons = {
+        "in formats that cannot be read (convert to JPEG or PNG)": unreadable,
+        "outside the class folders": sorted(outside),
+    }
+    ignored = {reason: files for reason, files in reasons.items() if files}
+    return Files(
+        spec, paths, np.array(labels), classes, splits=bool(train and test), ignored=ignored
+    )
 
 
 def _class_names(folder: Path) -> list[str]:

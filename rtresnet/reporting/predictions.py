@@ -170,6 +170,7 @@ def data_lines(result: DataInspectResult) -> list[str]:
         shown += [f"  broken: {escape_cell(line)}" for line in split.broken[:LISTED]]
         if len(split.broken) > LISTED:
             shown.append(f"  broken: {len(split.broken) - LISTED} more (see --json)")
+        shown += [f"  {escape_cell(line)}" for line in split.ignored]
     across = len(result.across())
     shown.append(
         f"{plural(len(result.duplicates), 'duplicate pair')}, {across} of them across splits"

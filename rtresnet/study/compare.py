@@ -312,7 +312,7 @@ def length(run: Run) -> Length:
     """Return the length of a run, which may not have started yet."""
     job, recipe = run.job, run.job.recipe
     paper: Recipe = recipes.PAPER_CIFAR if job.spec.family == "cifar" else recipes.PAPER_IMAGENET
-    images = len(loader.split(job.source, recipe.seed, recipe.holdout).train)
+    images = len(loader.split(job.source, recipe).train)
     return Length(
         images=images,
         steps=recipe.total(max(1, images // recipe.batch)),

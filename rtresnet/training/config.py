@@ -91,6 +91,9 @@ class Recipe(Config):
         0.1, "Share of training images held out to select the epoch; 0 keeps the last epoch.",
         minimum=0, maximum=0.5,
     )  # fmt: skip
+    split: Literal["random", "class"] = option(
+        "random", "Draw held-out images from all images, or the same share from each class."
+    )
     patience: int = option(
         0, "Stop after this many epochs without a better validation accuracy; 0 is off.",
         minimum=0, maximum=1e6,

@@ -114,7 +114,7 @@ def prepare(
             job.source.name, crops, job.source.labels[good], job.source.classes,
             splits=job.source.splits,
         )  # fmt: skip
-    parts = split(source, job.recipe.seed, job.recipe.holdout)
+    parts = split(source, job.recipe)
     if report is None:
         report = _report(job, store.check, scans, left_out, good, parts, world)
     return Dataset(

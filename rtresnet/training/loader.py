@@ -41,8 +41,15 @@ class Split:
     test: np.ndarray | None
 
 
-def split(source: Source, seed: int, holdout: float = 0.1) -> Split:
+def split(source: Source, recipe: Recipe) -> Split:
     """Hold out a share for validation (45k/5k in section 4.2), and a tenth for testing if needed.
+
+    A split by class takes the shares from each class: at least one image for each part, as far as
+    the class has images. Training comes first, then testing.
+
+    Args:
+        source: All images without broken ones.
+        recipe: Its seed, share for validation, and kind of split.
 
     Raises:
         DataError: Fewer than 20 images.
@@ -52,11 +59,27 @@ def split(source: Source, seed: int, holdout: float = 0.1) -> Split:
             f"{source.name}: {plural(len(source), 'image')}, too few to train on and to hold out",
             fix="use at least 20 images",
         )
-    order = np.random.default_rng((seed, SPLIT)).permutation(len(source))
-    held, tenth = round(holdout * len(source)), len(source) // 10
-    if source.splits:
-        return Split(train=order[held:], val=order[:held], test=None)
-    return Split(train=order[held + tenth :], val=order[:held], test=order[held : held + tenth])
+    order = np.random.default_rng((recipe.seed, SPLIT)).permutation(len(source))
+    test_share = 0.0 if source.splits else 0.1
+    if recipe.split == "random":
+        n_val = round(recipe.holdout * len(source))
+        val, test, train = np.split(order, [n_val, n_val + int(test_share * len(source))])
+    else:
+        order = order[np.argsort(source.labels[order], kind="stable")]
+        labels, counts = source.labels[order], np.bincount(source.labels)
+        rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[labels]
+        n_tests = _class_shares(counts, test_share, counts - 1)
+        n_vals = _class_shares(counts, recipe.holdout, counts - 1 - n_tests)
+        is_val = rank < n_vals[labels]
+        is_test = ~is_val & (rank < (n_vals + n_tests)[labels])
+        val, test, train = order[is_val], order[is_test], order[~is_val & ~is_test]
+    return Split(train=train, val=val, test=None if source.splits else test)
+
+
+def _class_shares(counts: np.ndarray, share: float, limits: np.ndarray) -> np.ndarray:
+    """Return the number of images to take from each class, int [classes]."""
+    least = 1 if share else 0
+    return np.round(share * counts).astype(int).clip(least, np.maximum(limits, 0))
 
 
 def decode_size(size: int) -> int:

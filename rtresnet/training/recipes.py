@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.core.reporter import plural
 from rtresnet.training import config
 from rtresnet.training.config import Recipe
 
@@ -26,7 +27,7 @@ from rtresnet.training.config import Recipe
 # also divided by ImageNet's standard deviation of their colour, as in every public net.
 PAPER_CIFAR = Recipe(
     name="paper-cifar", epochs=182, steps=64_000, batch=128, lr=0.1, milestones=(0.5, 0.75),
-    mean_image=True, fc_init="he", precision="fp32",
+    split="class", mean_image=True, fc_init="he", precision="fp32",
 )  # fmt: skip
 
 # From 110 layers on: "0.01 to warm up until the training error is below 80 % (about 400
@@ -38,7 +39,7 @@ DEEP, DEEP_ERROR = 110, 80.0
 PAPER_IMAGENET = Recipe(
     name="paper-imagenet", epochs=120, steps=600_000, batch=256, lr=0.1,
     milestones=(0.25, 0.5, 0.75), holdout=0.0, crop="scale", colour=0.1, bn_images=50_000,
-    fc_init="he", precision="fp32",
+    split="class", fc_init="he", precision="fp32",
 )  # fmt: skip
 
 # torchvision's second recipe for ResNet-50 (80.86 %), for a shorter run and a batch of 256; rate
@@ -47,13 +48,13 @@ MODERN = Recipe(
     name="modern", epochs=100, batch=256, lr=0.125, schedule="cosine", warmup=0.05,
     warmup_from=0.01, weight_decay=2e-5, decay_norms=False, label_smoothing=0.1, mixup=0.2,
     cutmix=1.0, trivial_augment=True, erasing=0.1, crop="area", padding_mode="reflect",
-    train_scale=176 / 224, ema=0.9998,
+    train_scale=176 / 224, ema=0.9998, split="class",
 )  # fmt: skip
 
 FINETUNE = Recipe(
     name="finetune", epochs=10, batch=64, lr=0.01, schedule="cosine", warmup=0.1,
     warmup_from=0.01, nesterov=True, decay_norms=False, label_smoothing=0.1, crop="area",
-    area=(0.35, 1.0), padding_mode="reflect", ema=0.99,
+    area=(0.35, 1.0), padding_mode="reflect", ema=0.99, split="class",
 )  # fmt: skip
 
 # Few passes at a tenth of the rate, with images as in evaluation, because the ranges of the
@@ -68,7 +69,7 @@ SPEED = Recipe(
     name="speed", epochs=10, batch=256, lr=0.8, schedule="linear", warmup=0.2, warmup_from=0.1,
     final_lr=0.0, nesterov=True, weight_decay=5e-4, decay_norms=False, label_smoothing=0.1,
     padding=2, padding_mode="reflect", flip="alternate", crop="area", area=(0.35, 1.0), ema=0.98,
-    progressive=((0.0, 0.625), (0.4, 0.75), (0.7, 1.0)),
+    progressive=((0.0, 0.625), (0.4, 0.75), (0.7, 1.0)), split="class",
 )  # fmt: skip
 
 RECIPES = {
@@ -78,7 +79,9 @@ EXAMPLES = {"lr": "0.05", "milestones": "0.3,0.6", "progressive": "0:0.5,0.6:1",
 
 MIN_BATCH = 32
 FEW_UPDATES = 100  # number of weight updates in a run
-HIGH_RATE = 4  # times the recipe's learning rate
+HIGH_RATE = 2  # times the recipe's learning rate
+# Linear scaling with the batch holds up to this rate, at 8,192 images (Goyal et al., 2017).
+MAX_SCALED_RATE = 3.2
 STEPS_PER_EPOCH = 40  # fewer updates than this are too few to learn from
 SMALL_IMAGE = 64  # pixels: up to this size images are padded and cropped as in CIFAR recipes
 
@@ -105,8 +108,8 @@ def resolve(
     """Adapt a named recipe to a data set and a net.
 
     On a small set the batch is halved until an epoch has enough steps; the learning rate is scaled
-    in proportion. A recipe that counts steps counts epochs if `settings` has epochs; milestones
-    are fractions and scale with the length.
+    with the batch, see `scaled_rate`. A recipe that counts steps counts epochs if `settings` has
+    epochs; milestones are fractions and scale with the length.
 
     Args:
         name: One of RECIPES.
@@ -134,11 +137,16 @@ def resolve(
         while batch > MIN_BATCH and images // batch < STEPS_PER_EPOCH:
             batch //= 2
         batch = max(1, min(batch, images))
-    changed |= {"batch": batch, "lr": recipe.lr * batch / recipe.batch}
+    changed |= {"batch": batch, "lr": scaled_rate(recipe, batch)}
     unknown = sorted(set(settings).difference(_types()))
     if unknown:
         raise UnknownNameError("recipe field", unknown[0], _types())
     return dataclasses.replace(recipe, **(changed | settings))
+
+
+def scaled_rate(recipe: Recipe, batch: int) -> float:
+    """Return a recipe's learning rate for another batch: in proportion, up to MAX_SCALED_RATE."""
+    return min(recipe.lr * batch / recipe.batch, max(recipe.lr, MAX_SCALED_RATE))
 
 
 def advice(recipe: Recipe, images: int) -> list[str]:
@@ -152,15 +160,15 @@ def advice(recipe: Recipe, images: int) -> list[str]:
     updates = recipe.total(max(1, images // recipe.batch))
     if updates < FEW_UPDATES:
         lines.append(
-            f"the weights are updated only {updates} times: train longer (--epochs), or with a "
-            "smaller --batch"
+            f"the run has only {plural(updates, 'weight update')}: train longer (--epochs), or "
+            "with a smaller --batch"
         )
     base = RECIPES.get(recipe.name)
     if base is not None:
-        usual = base.lr * recipe.batch / base.batch
+        usual = scaled_rate(base, recipe.batch)
         if recipe.lr > HIGH_RATE * usual:
             lines.append(
-                f"the learning rate {recipe.lr:g} is {recipe.lr / usual:.0f} times that of the "
+                f"the learning rate {recipe.lr:g} is {recipe.lr / usual:.2g} times that of the "
                 f"recipe for a batch of {recipe.batch} ({usual:g}), and training may diverge"
             )
     return lines

@@ -76,6 +76,7 @@ class SplitSummary:
         images: Number of images, without broken ones.
         counts: For each class, in the order of `DataInspectResult.classes`.
         broken: Error of each image that cannot be decoded; names the file.
+        ignored: Notes on files that look like images and are not read, one for each reason.
         transparent: Number of images with transparency, which are composited on white.
         widths: Smallest, 5 %, median, 95 % and largest width, in pixels.
         heights: As `widths`.
@@ -88,6 +89,7 @@ class SplitSummary:
     images: int
     counts: tuple[int, ...]
     broken: tuple[str, ...]
+    ignored: tuple[str, ...]
     transparent: int
     widths: tuple[int, ...]
     heights: tuple[int, ...]
@@ -218,6 +220,7 @@ def _pairs(splits: list[_Split], number: int, near: bool) -> Iterable[DuplicateP
 
 def _summary(split: _Split, samples: int) -> SplitSummary:
     from rtresnet.data.loader import sample
+    from rtresnet.data.sources import ignored_files
 
     source, broken = split.source, split.scan.broken
     good = np.setdiff1d(np.arange(len(source)), list(broken))
@@ -238,6 +241,7 @@ def _summary(split: _Split, samples: int) -> SplitSummary:
         images=len(good),
         counts=tuple(np.bincount(labels, minlength=len(source.classes)).tolist()),
         broken=tuple(broken.values()),
+        ignored=tuple(ignored_files(source)),
         transparent=split.scan.transparent,
         widths=widths,
         heights=heights,

@@ -28,7 +28,7 @@ from rtresnet.data.shards import (
     PackIndex,
     Shard,
 )
-from rtresnet.data.sources import Files, open_source
+from rtresnet.data.sources import Files, ignored_files, open_source
 
 SHARD_BYTES = 512 << 20
 END = bytes(1024)  # two empty blocks end a tar file
@@ -53,7 +53,7 @@ def pack(
         shard_bytes: Largest size of a shard with more than one image.
         force: Replaces a finished pack.
         progress: Called with images packed so far and all images.
-        warn: See `locks.hold_folder`.
+        warn: Called with a line on files that are not packed, and as in `locks.hold_folder`.
 
     Returns:
         The index, as written: classes, splits, shards.
@@ -76,6 +76,8 @@ def pack(
         raise InputError(
             f"{folder}: is inside {root}, so it would become a class", fix="choose another --out"
         )
+    for line in (line for part in files.values() for line in ignored_files(part)):
+        warn(line)
     with locks.hold_folder(folder, warn=warn):
         _make_room(folder, force)
         return _write(folder, files, root, shard_bytes, progress)

@@ -90,7 +90,7 @@ class TrainConfig(Config):
         "Learning rate, at most 100.",
         minimum=1e-12,
         maximum=100,
-        default_text="the recipe's, in proportion to the batch",
+        default_text="the recipe's, in proportion to the batch up to 3.2",
     )
     settings: tuple[str, ...] = option(
         (),
@@ -526,6 +526,7 @@ def _sources(data: str) -> tuple[Source, Source | None]:
 def _announce(job: TrainJob, world: World, reporter: Reporter) -> None:
     """Note the net, the data and the resolved recipe."""
     from rtresnet.core.reporter import plural
+    from rtresnet.data.sources import ignored_files
     from rtresnet.training import recipes
 
     processes = f", {world.size} processes" if world.size > 1 else ""
@@ -534,6 +535,9 @@ def _announce(job: TrainJob, world: World, reporter: Reporter) -> None:
         f"{plural(len(job.source.classes), 'class')}, {job.preprocess.size} px, "
         f"{job.device}{processes}"
     )
+    for source in (job.source, job.test):
+        for line in ignored_files(source) if source else ():
+            reporter.note(f"warning: {line}")
     for line in job.start.assumed if job.start else ():
         reporter.note(f"Assumed about the weights: {line}.")
     for line in job.recipe.lines():

@@ -59,4 +59,4 @@ def _test_images(result: TrainResult) -> Source:
     if source.splits:
         return readable(open_source(data, "test"), "test")
     source = readable(source, "train")
-    return Subset(source, split(source, result.recipe.seed, result.recipe.holdout).test)
+    return Subset(source, split(source, result.recipe).test)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from rtresnet.data import decode as module
 from rtresnet.data.decode import CorruptImage, decode
@@ -287,3 +287,54 @@ def test_simplejpeg_is_optional(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(24, 32, 3)"
+
+
+def heic(image: Image.Image, **options: object) -> bytes:
+    package = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    package.from_pillow(image).save(out, quality=95, **options)
+    return out.getvalue()
+
+
+def test_decode_heic_with_its_package_shows_the_image() -> None:
+    photo = photograph(160, 96)
+    pixels = decode("a.heic", heic(photo))
+    assert pixels.shape == (96, 160, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - np.asarray(photo)).mean() < 8
+
+
+def test_decode_heic_oriented_by_exif_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = photograph(160, 96)
+    pixels = decode("a.heic", heic(photo, exif=exif.tobytes()))
+    upright = np.rot90(np.asarray(photo), -1)
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).mean() < 8
+
+
+@pytest.mark.parametrize("size", [13, 100, 0.5])
+def test_decode_truncated_heic_is_corrupt(size: float) -> None:
+    data = heic(photograph(160, 96))
+    end = int(size * len(data)) if size < 1 else int(size)
+    with pytest.raises(CorruptImage, match="not an image, or damaged"):
+        decode("a.heic", data[:end])
+
+
+def test_decode_heic_without_its_package_names_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_register_heic", lambda: False)
+    header = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    with pytest.raises(CorruptImage, match="a HEIC image: pip install pillow-heif"):
+        decode("IMG_1.jpg", header)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_decode_avif_shows_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    photograph(160, 96).save(out, "AVIF", quality=90)
+    assert decode("a.avif", out.getvalue()).shape == (96, 160, 3)
+    monkeypatch.setattr(features, "check", lambda name: False)
+    with pytest.raises(CorruptImage, match="an AVIF image: pip install --upgrade pillow"):
+        decode("a.avif", out.getvalue()[:60])

@@ -23,6 +23,7 @@ from rtresnet.data.sources import (
     Arrays,
     Files,
     Source,
+    ignored_files,
     images_under,
     open_images,
     open_source,
@@ -509,6 +510,19 @@ def test_every_image_suffix_counts_whatever_its_case(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "9.txt").touch()
     assert [path.name[0] for path in images_under(tmp_path)] == list("12345678")
+
+
+def test_open_source_names_and_counts_ignored_files(tmp_path: Path) -> None:
+    root = folders(tmp_path, "a/1.png", "b/1.png", "loose.jpg", ".hidden.png")
+    for name in ("a/1.CR2", "a/2.nef", "b/3.jxl", "b/4.svg", "b/._5.cr2", "b/notes.txt"):
+        (root / name).touch()
+    source = open_source(str(root))
+    assert len(source) == 2
+    unreadable, outside = ignored_files(source)
+    assert unreadable.startswith("4 files in formats that cannot be read (convert to JPEG or PNG)")
+    assert f"{root}/a/1.CR2, {root}/a/2.nef, {root}/b/3.jxl, ..." in unreadable
+    assert outside == f"1 file outside the class folders ignored: {root}/loose.jpg"
+    assert ignored_files(open_source("synthetic:4")) == []
 
 
 # --- npz

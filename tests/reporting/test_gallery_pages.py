@@ -31,6 +31,7 @@ def reference(split: str, index: int) -> ImageRef:
 def split(name: str, counts: tuple[int, ...]) -> SplitSummary:
     return SplitSummary(
         name=name, images=sum(counts), counts=counts, broken=(f"{name}/<b>.jpg: truncated",),
+        ignored=("1 file outside the class folders ignored: <i>.jpg",),
         transparent=1, widths=(8, 16, 32, 64, 128), heights=(8, 16, 32, 64, 128), coarse=0,
         samples=tuple(reference(name, index) for index in range(3)),
     )  # fmt: skip

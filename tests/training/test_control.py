@@ -21,7 +21,7 @@ from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE
 from rtresnet.training.loader import MicroBatch, TrainLoader
 from rtresnet.training.loop import stalled
-from rtresnet.training.recipes import advice, resolve
+from rtresnet.training.recipes import RECIPES, advice, resolve
 from rtresnet.training.step import Stepper, distillation
 from rtresnet.training.teacher import Teacher
 from tests.training.test_loop import assert_identical, untimed
@@ -219,8 +219,32 @@ def test_train_resumed_with_another_teacher_is_refused(
 def test_advice_few_updates_and_high_rate() -> None:
     recipe = resolve("speed", images=1080, size=32, depth=20, settings={"batch": 1024, "lr": 16})
     few, high = advice(recipe, 1080)
-    assert "updated only 10 times" in few and "16 is 5 times" in high
-    assert advice(resolve("speed", images=1080, size=32, depth=20), 1080) == []
+    assert "only 10 weight updates" in few and "16 is 5 times" in high
+    one = resolve("speed", images=1080, size=32, depth=20, settings={"steps": 1})
+    assert "only 1 weight update:" in advice(one, 1080)[0]
+
+
+def rate_warnings(name: str, images: int = 45_000, **settings: object) -> list[str]:
+    recipe = resolve(name, images=images, size=32, depth=20, settings=settings)
+    return [line for line in advice(recipe, images) if "learning rate" in line]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_advice_recipes_rates_are_not_too_high(name: str) -> None:
+    for images in (54, 1_080, 45_000, 1_281_167):
+        assert rate_warnings(name, images) == []
+    for batch in (32, 128, 256, 8_192):
+        assert rate_warnings(name, batch=batch) == []
+
+
+def test_advice_paper_rate_at_half_and_at_large_batches_is_not_too_high() -> None:
+    assert rate_warnings("paper-cifar", batch=64, lr=0.1) == []
+    assert rate_warnings("paper-imagenet", 1_281_167, batch=8_192, lr=3.2) == []
+
+
+@pytest.mark.parametrize(("batch", "lr"), [(4096, 12.8), (256, 2.0), (256, 3.0), (1024, 8.0)])
+def test_advice_rate_above_twice_the_usual_one_is_too_high(batch: int, lr: float) -> None:
+    assert rate_warnings("speed", batch=batch, lr=lr)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from rtresnet.data.sources import open_source
 from rtresnet.models import checkpoint
 from rtresnet.models.nets import TorchBackend
 from rtresnet.training import loader
+from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import World, check_batch
 from rtresnet.training.evaluate import evaluate
 
@@ -86,7 +87,7 @@ def test_two_processes_count_every_image_once(tmp_path: Path, tints: str) -> Non
     assert done.returncode == 0, done.stderr
     (record,) = log_of(out)
     source, best = open_source(data), checkpoint.load(out / "best.pt")
-    parts = loader.split(source, 0, 0.121)
+    parts = loader.split(source, Recipe(**best.training["recipe"]))
     assert parts.test is not None and record["val_n"] == 29
     tested = best.measured["test_n"], best.measured["test_top1"]
     for indices, (n, top1) in ((parts.val, (29, record["val_top1"])), (parts.test, tested)):

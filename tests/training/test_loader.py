@@ -106,28 +106,75 @@ def test_images_are_smaller_where_the_recipe_says_so() -> None:
     assert sides == [8, 8, 16, 16]
 
 
-def test_the_splits_are_disjoint_and_whole() -> None:
-    parts = loader.split(numbered(100), seed=0)
+def test_split_random_is_disjoint_and_complete() -> None:
+    parts = loader.split(numbered(100), Recipe(epochs=1))
     assert parts.test is not None
     together = np.concatenate([parts.train, parts.val, parts.test])
     assert sorted(together) == list(range(100))
     assert (len(parts.train), len(parts.val), len(parts.test)) == (80, 10, 10)
 
 
-def test_a_set_with_its_own_test_split_gives_none_of_its_training_images_to_testing() -> None:
-    parts = loader.split(numbered(100, splits=True), seed=0)
+def test_split_with_own_test_images_holds_out_validation_only() -> None:
+    parts = loader.split(numbered(100, splits=True), Recipe(epochs=1))
     assert parts.test is None
     assert (len(parts.train), len(parts.val)) == (90, 10)
 
 
-def test_nothing_need_be_held_out() -> None:
-    parts = loader.split(numbered(100, splits=True), seed=0, holdout=0.0)
+def test_split_without_holdout_trains_on_all_images() -> None:
+    parts = loader.split(numbered(100, splits=True), Recipe(epochs=1, holdout=0.0))
     assert (len(parts.train), len(parts.val)) == (100, 0)
 
 
-def test_too_few_images_are_refused() -> None:
+def test_split_too_few_images_is_refused() -> None:
     with pytest.raises(DataError, match="too few"):
-        loader.split(numbered(19), seed=0)
+        loader.split(numbered(19), Recipe(epochs=1))
+
+
+def test_split_of_older_runs_stays_the_same() -> None:
+    """Runs that stored no kind of split are resumed with the split they started with."""
+    parts = loader.split(numbered(40), Recipe(epochs=1, seed=3))
+    assert parts.val.tolist() == [23, 32, 30, 17]
+    assert parts.test is not None and parts.test.tolist() == [20, 11, 33, 2]
+
+
+def of_classes(*counts: int, splits: bool = False) -> Arrays:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    return Arrays("classes", images, labels, [str(i) for i in range(len(counts))], splits=splits)
+
+
+def by_class(source: Arrays, indices: np.ndarray | None) -> list[int]:
+    assert indices is not None
+    return np.bincount(source.labels[indices], minlength=len(source.classes)).tolist()
+
+
+def test_split_by_class_takes_the_same_share_of_each_class() -> None:
+    source = of_classes(500, 100, 20, 6, 3, 2, 1, 0)
+    for seed in range(3):
+        parts = loader.split(source, Recipe(epochs=1, split="class", seed=seed))
+        assert by_class(source, parts.val) == [50, 10, 2, 1, 1, 0, 0, 0]
+        assert by_class(source, parts.test) == [50, 10, 2, 1, 1, 1, 0, 0]
+        assert by_class(source, parts.train) == [400, 80, 16, 4, 1, 1, 1, 0]
+        assert parts.test is not None
+        together = np.concatenate([parts.train, parts.val, parts.test])
+        assert sorted(together) == list(range(len(source)))
+
+
+def test_split_by_class_with_own_test_images_validates_every_class() -> None:
+    source = of_classes(40, 2, 1, splits=True)
+    parts = loader.split(source, Recipe(epochs=1, split="class", holdout=0.5))
+    assert by_class(source, parts.val) == [20, 1, 0] and parts.test is None
+    nothing = loader.split(source, Recipe(epochs=1, split="class", holdout=0.0))
+    assert len(nothing.val) == 0 and len(nothing.train) == len(source)
+
+
+def test_split_by_class_depends_on_the_seed_alone() -> None:
+    source = of_classes(30, 30)
+    first, again, other = (
+        loader.split(source, Recipe(epochs=1, split="class", seed=seed)) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first.val, again.val) and np.array_equal(first.train, again.train)
+    assert not np.array_equal(first.val, other.val)
 
 
 def photographs(folder: Path, broken: tuple[int, ...] = ()) -> Files:

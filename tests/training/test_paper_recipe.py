@@ -56,7 +56,7 @@ def tints_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_mean_image_is_that_of_the_training_images(with_mean_image: Path, tints_path: str) -> None:
     best = checkpoint.load(with_mean_image / "best.pt")
     source = open_source(tints_path, "train")
-    chosen = split(source, 0, best.training["recipe"]["holdout"]).train
+    chosen = split(source, Recipe(**best.training["recipe"])).train
     images = np.concatenate([x for x, _ in loader.batches(source, best.input, 64, indices=chosen)])
     expected = images.astype(np.float64).mean(0)
     np.testing.assert_allclose(best.state[checkpoint.MEAN_IMAGE].numpy(), expected, atol=1e-6)
