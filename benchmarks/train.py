@@ -3,8 +3,9 @@
     python benchmarks/train.py [--rounds 8]
 
 Same net, uint8 images in memory, batch, threads and augmentation (pad, crop, mirror). Each loop has
-a process of its own; a few steps of each in turn, ratios round by round, the median of them: on a
-machine that does nothing else, and with a busy process on every second core.
+a process of its own, which is suspended while another one is measured; a few steps of each in turn,
+ratios round by round, the median of them: on a machine that does nothing else, and with a busy
+process on every second core.
 
 plain loop           what a careful person writes: images normalized once, crops vectorized, no
                      needless copies
@@ -22,11 +23,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -212,25 +215,25 @@ KINDS = {
     "timm": timm_style,
     "rtresnet": ours,
 }
-PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as `rtresnet train` sets it
+RTRESNET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # as `rtresnet train` sets them
 LOOPS = {
     "plain loop": Loop(kind="plain"),
     "torchvision's style": Loop(kind="torchvision"),
     "timm's style": Loop(kind="timm"),
-    "rtresnet": Loop(kind="rtresnet", variables=PASSIVE),
-    "rtresnet --compile": Loop(kind="rtresnet", settings={"compile": True}, variables=PASSIVE),
+    "rtresnet": Loop(kind="rtresnet", variables=RTRESNET),
+    "rtresnet --compile": Loop(kind="rtresnet", settings={"compile": True}, variables=RTRESNET),
 }
 BF16_LOOPS = {
     "timm's style, bf16": Loop(kind="timm", settings={"amp": True}),
-    "rtresnet, bf16": Loop(kind="rtresnet", settings={"precision": "bf16"}, variables=PASSIVE),
+    "rtresnet, bf16": Loop(kind="rtresnet", settings={"precision": "bf16"}, variables=RTRESNET),
     "rtresnet, bf16, --compile": Loop(
-        kind="rtresnet", settings={"precision": "bf16", "compile": True}, variables=PASSIVE
+        kind="rtresnet", settings={"precision": "bf16", "compile": True}, variables=RTRESNET
     ),
 }
 
 
 def work(pipe: Connection, loop: Loop, model: str, size: int) -> None:
-    """One loop in a process of its own; does as many steps as it is told, and says how long."""
+    """Run one loop in this process: take a number of steps, send the seconds of each, repeat."""
     rng = np.random.default_rng(0)
     count = 10_000 if size == 32 else 1_000
     images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
@@ -238,48 +241,71 @@ def work(pipe: Connection, loop: Loop, model: str, size: int) -> None:
     torch.manual_seed(0)
     losses = KINDS[loop.kind](model, images, labels, size, **loop.settings)
     while steps := pipe.recv():
+        next(losses)  # threads and caches after the suspension
         begin = time.perf_counter()
         for _ in range(steps):
             next(losses)
         pipe.send((time.perf_counter() - begin) / steps)
 
 
-def start(loops: Mapping[str, Loop], model: str, size: int) -> dict[str, Connection]:
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A loop's process. Suspended unless it is measured, because OpenMP's threads may spin."""
+
+    process: SpawnProcess
+    pipe: Connection
+
+    def seconds(self, steps: int) -> float:
+        """Resume the process for some steps; return the seconds of a step."""
+        self.signal(signal.SIGCONT)
+        self.pipe.send(steps)
+        seconds: float = self.pipe.recv()
+        self.signal(signal.SIGSTOP)
+        return seconds
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+
+def start(loops: Mapping[str, Loop], model: str, size: int) -> dict[str, Running]:
     """Start each loop in a process, and let it do its compilation and first allocations."""
     spawn = multiprocessing.get_context("spawn")
-    before, pipes = dict(os.environ), dict[str, Connection]()
+    before, running = dict(os.environ), dict[str, Running]()
     for name, loop in loops.items():
-        for variable in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        for variable in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
             os.environ.pop(variable, None)
         os.environ.update(loop.variables)
-        pipes[name], theirs = spawn.Pipe()
-        spawn.Process(target=work, args=(theirs, loop, model, size)).start()
-        theirs.close()
-        pipes[name].send(3)
-        pipes[name].recv()
+        pipe, remote = spawn.Pipe()
+        process = spawn.Process(target=work, args=(remote, loop, model, size))
+        process.start()
+        remote.close()
+        running[name] = Running(process=process, pipe=pipe)
+        running[name].seconds(3)
     os.environ.clear()
     os.environ.update(before)
-    return pipes
+    return running
 
 
-def stop(pipes: Mapping[str, Connection]) -> None:
+def stop(running: Mapping[str, Running]) -> None:
     """End the processes."""
-    for pipe in pipes.values():
-        pipe.send(0)
-        pipe.close()
+    for loop in running.values():
+        loop.signal(signal.SIGCONT)
+        loop.pipe.send(0)
+        loop.pipe.close()
 
 
 def in_turn(
-    pipes: Mapping[str, Connection], rounds: int, steps: int, batch: int, *, base: str
+    running: Mapping[str, Running], rounds: int, steps: int, batch: int, *, base: str
 ) -> dict[str, dict[str, float]]:
     """Measure the loops in turn; returns the speed of each relative to `base`."""
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    names = list(pipes)
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    names = list(running)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            pipes[name].send(steps)
-            seconds[name].append(pipes[name].recv())
+            seconds[name].append(running[name].seconds(steps))
     ratios = {
         name: [b / t for b, t in zip(seconds[base], took, strict=True)]
         for name, took in seconds.items()
@@ -292,22 +318,22 @@ def in_turn(
             "high": max(ratios[name]),
             "n": rounds * steps,
         }
-        for name in pipes
+        for name in running
     }
 
 
 def measure(model: str, size: int, rounds: int) -> list[dict[str, object]]:
     """Measure every loop on a net, without and with other work on the machine."""
-    pipes = start(LOOPS | (BF16_LOOPS if hardware.native_bf16() else {}), model, size)
+    running = start(LOOPS | (BF16_LOOPS if hardware.native_bf16() else {}), model, size)
     found: list[dict[str, object]] = []
     try:
         for busy in (0, max(1, hardware.cores() // 2)):
             with load(busy):
-                measured = in_turn(pipes, rounds, STEPS[size], BATCH[size], base="plain loop")
+                measured = in_turn(running, rounds, STEPS[size], BATCH[size], base="plain loop")
             about = {"net": model, "size": size, "batch": BATCH[size], "busy": busy}
             found += [{**about, "loop": name, **figures} for name, figures in measured.items()]
     finally:
-        stop(pipes)
+        stop(running)
     return found
 
 

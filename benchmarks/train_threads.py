@@ -3,9 +3,10 @@
     python benchmarks/train_threads.py [--rounds 4]
 
 OpenMP's threads spin while they wait for each other (active waiting), which costs little on a free
-machine and much where other processes need the cores. `rtresnet train` sets OMP_WAIT_POLICY=passive
-unless the user has set it. Each setting has a process of its own; a few steps of each in turn,
-ratios round by round, the median of them. The load is one busy process for every second core.
+machine and much where other processes need the cores. `rtresnet train` lets them sleep after 1,000
+turns, unless the user has set OMP_WAIT_POLICY. Each setting has a process of its own, which is
+suspended while another one is measured; a few steps of each in turn, ratios round by round, the
+median of them. The load is one busy process for every second core.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import argparse
 import os
 
 from common import load, markdown, save
-from train import BATCH, Loop, in_turn, start, stop
+from train import BATCH, RTRESNET, Loop, in_turn, start, stop
 
 from rtresnet.core import hardware
 
-STEPS = 4  # a round
-PASSIVE = {"OMP_WAIT_POLICY": "passive"}
+STEPS = 5  # a round
 SETTINGS: dict[str, dict[str, str]] = {
     "active": {"OMP_WAIT_POLICY": "active"},
     "OpenMP's default": {},
-    "passive": PASSIVE,
-    "passive, 1 thread": PASSIVE | {"OMP_NUM_THREADS": "1"},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "rtresnet's": RTRESNET,
+    "rtresnet's, 1 thread": RTRESNET | {"OMP_NUM_THREADS": "1"},
 }
 
 
@@ -37,17 +38,17 @@ def main() -> None:
     loops = {
         name: Loop(kind="rtresnet", variables=variables) for name, variables in SETTINGS.items()
     }
-    pipes = start(loops, "resnet20", 32)
+    running = start(loops, "resnet20", 32)
     results = []
     try:
         for busy in (0, max(1, hardware.cores() // 2)):
             with load(busy):
-                measured = in_turn(pipes, rounds, STEPS, BATCH[32], base="OpenMP's default")
+                measured = in_turn(running, rounds, STEPS, BATCH[32], base="OpenMP's default")
             results += [
                 {"busy": busy, "setting": name, **figures} for name, figures in measured.items()
             ]
     finally:
-        stop(pipes)
+        stop(running)
     rows = [
         (
             entry["busy"], entry["setting"], f"{entry['images_per_second']:.0f}",

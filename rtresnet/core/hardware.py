@@ -188,12 +188,16 @@ def _flags() -> set[str]:
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait for each other, unless the user has decided.
+    """Let OpenMP's threads sleep soon when they wait for each other, unless the user has decided.
 
-    Threads that spin slow down training on a machine that does other work, and that work. OpenMP
-    reads the setting when it starts: call this before torch is imported.
+    Threads that spin slow down training on a machine that does other work, and that work. GNU's
+    OpenMP spins 1,000 times before it sleeps, which costs next to nothing on an idle machine
+    (benchmarks/train_threads.py). OpenMP reads the settings when it starts: call this before torch
+    is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def keep_freed_memory() -> None:

@@ -233,9 +233,10 @@ def test_train_prints_the_input_pipelines_speed_after_the_first_epoch(
 def test_train_threads_wait_passively_unless_the_user_decides(
     policy: str | None, tints: str, tmp_path: Path
 ) -> None:
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    variables |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    variables = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    variables |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
     command = [sys.executable, "-m", "rtresnet", "train", "--model", "resnet8", "--data", tints,
                "--set", "steps=1", "--threads", "1", "--out", str(tmp_path / "run")]  # fmt: skip
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert f"OMP_WAIT_POLICY = '{policy or 'PASSIVE'}'" in run.stderr
+    assert ("GOMP_SPINCOUNT = '1000'" in run.stderr) == (policy is None)
