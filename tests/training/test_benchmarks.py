@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -63,25 +64,36 @@ def test_augmented_images_are_crops_of_the_padded_image(script: ModuleType) -> N
     assert drawn <= crops and len(drawn) > 10
 
 
-class Pipe:
-    """A loop whose steps take as long as it says."""
+class Timed:
+    """A loop with given seconds of a step, round by round."""
 
     def __init__(self, seconds: list[float]) -> None:
-        self.seconds, self.sent = iter(seconds), list[int]()
+        self.rounds, self.steps = iter(seconds), list[int]()
 
-    def send(self, steps: int) -> None:
-        self.sent.append(steps)
-
-    def recv(self) -> float:
-        return next(self.seconds)
+    def seconds(self, steps: int) -> float:
+        self.steps.append(steps)
+        return next(self.rounds)
 
 
 def test_in_turn_divides_round_by_round(script: ModuleType) -> None:
-    pipes = {"plain": Pipe([2.0, 4.0, 2.0]), "fast": Pipe([1.0, 1.0, 2.0])}
-    found = script.in_turn(pipes, 3, 5, 100, base="plain")
-    assert found["plain"]["speed"] == 1 and found["plain"]["images_per_second"] == 50
-    assert (found["fast"]["low"], found["fast"]["speed"], found["fast"]["high"]) == (1, 2, 4)
-    assert found["fast"]["n"] == 15 and pipes["fast"].sent == [5, 5, 5]
+    loops = {"plain": Timed([2.0, 4.0, 2.0]), "fast": Timed([1.0, 1.0, 2.0])}
+    result = script.in_turn(loops, 3, 5, 100, base="plain")
+    assert result["plain"]["speed"] == 1 and result["plain"]["images_per_second"] == 50
+    assert (result["fast"]["low"], result["fast"]["speed"], result["fast"]["high"]) == (1, 2, 4)
+    assert result["fast"]["n"] == 15 and loops["fast"].steps == [5, 5, 5]
+
+
+def test_a_running_loop_uses_no_processor_while_another_is_measured(script: ModuleType) -> None:
+    loop = script.Loop(kind="plain", variables={"OMP_WAIT_POLICY": "active"})
+    running = script.start({"plain": loop}, "resnet8", 32)["plain"]
+    try:
+        stat = Path(f"/proc/{running.process.pid}/stat")
+        state, before = (stat.read_text().rpartition(")")[2].split()[n] for n in (0, 11))
+        time.sleep(0.2)
+        assert state == "T" and stat.read_text().rpartition(")")[2].split()[11] == before
+        assert running.seconds(1) > 0
+    finally:
+        script.stop({"plain": running})
 
 
 def test_load_keeps_cores_busy_and_ends(script: ModuleType) -> None:
