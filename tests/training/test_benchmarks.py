@@ -88,9 +88,16 @@ def test_a_running_loop_uses_no_processor_while_another_is_measured(script: Modu
     running = script.start({"plain": loop}, "resnet8", 32)["plain"]
     try:
         stat = Path(f"/proc/{running.process.pid}/stat")
-        state, before = (stat.read_text().rpartition(")")[2].split()[n] for n in (0, 11))
+
+        def fields() -> list[str]:  # of proc(5), from the state on
+            return stat.read_text().rpartition(")")[2].split()
+
+        limit = time.monotonic() + 60
+        while fields()[0] != "T" and time.monotonic() < limit:  # the kernel stops every thread
+            time.sleep(0.01)
+        state, before = fields()[0], fields()[11]
         time.sleep(0.2)
-        assert state == "T" and stat.read_text().rpartition(")")[2].split()[11] == before
+        assert state == "T" and fields()[11] == before
         assert running.seconds(1) > 0
     finally:
         script.stop({"plain": running})
