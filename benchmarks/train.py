@@ -294,6 +294,7 @@ def stop(running: Mapping[str, Running]) -> None:
         loop.signal(signal.SIGCONT)
         loop.pipe.send(0)
         loop.pipe.close()
+        loop.process.join()
 
 
 def in_turn(
