@@ -216,16 +216,21 @@ KINDS = {
     "rtresnet": ours,
 }
 RTRESNET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # as `rtresnet train` sets them
+ONE_THREAD = RTRESNET | {"OMP_NUM_THREADS": "1"}  # as --threads 1
 LOOPS = {
     "plain loop": Loop(kind="plain"),
     "torchvision's style": Loop(kind="torchvision"),
     "timm's style": Loop(kind="timm"),
     "rtresnet": Loop(kind="rtresnet", variables=RTRESNET),
+    "rtresnet --threads 1": Loop(kind="rtresnet", variables=ONE_THREAD),
     "rtresnet --compile": Loop(kind="rtresnet", settings={"compile": True}, variables=RTRESNET),
 }
 BF16_LOOPS = {
     "timm's style, bf16": Loop(kind="timm", settings={"amp": True}),
     "rtresnet, bf16": Loop(kind="rtresnet", settings={"precision": "bf16"}, variables=RTRESNET),
+    "rtresnet, bf16, --threads 1": Loop(
+        kind="rtresnet", settings={"precision": "bf16"}, variables=ONE_THREAD
+    ),
     "rtresnet, bf16, --compile": Loop(
         kind="rtresnet", settings={"precision": "bf16", "compile": True}, variables=RTRESNET
     ),

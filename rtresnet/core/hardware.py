@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import re
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -198,6 +199,30 @@ def wait_passively() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def cores_in_use(seconds: float = 0.2) -> float:
+    """Return how many of the cores that this process may use are used by others; 0 if unknown.
+
+    Args:
+        seconds: Duration of the measurement, in which this process sleeps.
+    """
+
+    def busy() -> float:  # seconds since boot, see proc(5), less those of this process
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        with open("/proc/stat", encoding="ascii") as file:
+            lines = [line.split() for line in file if line.partition(" ")[0] in mine]
+        ticks = sum(int(field) for line in lines for field in (*line[1:4], *line[6:9]))
+        own = os.times()
+        return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+    try:
+        before, start = busy(), time.monotonic()
+        time.sleep(seconds)
+        used = (busy() - before) / (time.monotonic() - start)
+    except (OSError, ValueError, AttributeError):  # not Linux
+        return 0.0
+    return min(max(used, 0.0), float(cores()))
 
 
 def keep_freed_memory() -> None:

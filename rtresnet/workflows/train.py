@@ -296,6 +296,8 @@ def train(
             )
         )  # fmt: skip
         _announce(job, world, own)
+        if config.threads is None and place == "cpu" and world.size == 1:
+            _advise_on_threads(own)
         stack.enter_context(_threads(config.threads))
         loggers = []
         if world.is_main:
@@ -346,6 +348,17 @@ def _recipe_settings(config: TrainConfig) -> dict[str, Any]:
     if config.flip is not None:
         fields["flip"] = "random" if config.flip else "none"
     return fields
+
+
+def _advise_on_threads(reporter: Reporter) -> None:
+    """Say if other processes need cores. The default does not depend on them, so that a resumed
+    run has the same number of threads, and so the same bits."""
+    cores, used = hardware.cores(), round(hardware.cores_in_use())
+    if used and cores > 1:
+        reporter.note(
+            f"other processes use {used} of {cores} cores: while they run, "
+            f"--threads {max(1, cores - used)} trains faster"
+        )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -146,3 +147,24 @@ def test_the_commit_is_gits_own(tmp_path: Path) -> None:
     assert commit(tmp_path / "tree") == git("rev-parse", "HEAD", folder=tmp_path / "tree") != head
     git("checkout", "-q", "--detach")
     assert commit() == head
+
+
+def test_cores_in_use_counts_other_processes_and_not_this_one() -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    quiet = min(hardware.cores_in_use() for _ in range(5))
+    with subprocess.Popen(spin) as process:
+        try:
+            time.sleep(0.3)
+            loaded = max(hardware.cores_in_use(0.5) for _ in range(5))
+        finally:
+            process.kill()
+    assert 0 <= quiet <= loaded <= hardware.cores()
+    assert loaded > 0.2  # a machine with other work gives it less than a core
+
+
+def test_cores_in_use_is_zero_where_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object, **options: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", missing)
+    assert hardware.cores_in_use(0.01) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rtresnet.cli.main import main
+from rtresnet.core import hardware
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.models import checkpoint
 from rtresnet.workflows.config_file import read_config
@@ -240,3 +241,17 @@ def test_train_threads_wait_passively_unless_the_user_decides(
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert f"OMP_WAIT_POLICY = '{policy or 'PASSIVE'}'" in run.stderr
     assert ("GOMP_SPINCOUNT = '1000'" in run.stderr) == (policy is None)
+
+
+@pytest.mark.parametrize(("options", "used", "advised"), [
+    ((), 1.0, True), ((), 0.2, False), (("--threads", "1"), 1.0, False),
+])  # fmt: skip
+def test_train_names_a_number_of_threads_if_others_use_cores(
+    options: tuple[str, ...], used: float, advised: bool, tints: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hardware, "cores_in_use", lambda: used)
+    monkeypatch.setattr(hardware, "cores", lambda: 4)
+    options += "--set", "steps=1", "--out", str(tmp_path / "run")
+    assert train("--data", tints, *options) == 0
+    assert ("1 of 4 cores: while they run, --threads 3" in capsys.readouterr().err) == advised
