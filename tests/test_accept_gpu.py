@@ -85,8 +85,8 @@ def test_accept_gpu_one_failing_step_never_hides_the_others(
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
-    found = {step["name"]: step for step in report["steps"]}
-    statuses = {name: step["status"] for name, step in found.items()}
+    results = {step["name"]: step for step in report["steps"]}
+    statuses = {name: step["status"] for name, step in results.items()}
     failed = dict.fromkeys(("crash", "hang", "garbage", "long"), "failed")
     assert statuses == {
         "machine": "ok", **failed, "skip": "skipped", "absent": "skipped", "last": "ok",
@@ -96,8 +96,8 @@ def test_accept_gpu_one_failing_step_never_hides_the_others(
         ("crash", "SIGSEGV"), ("hang", "1.5 s"), ("garbage", "valid"), ("skip", "sm_90"),
         ("absent", "no_such_module"),
     ):  # fmt: skip
-        assert reason in found[name]["reason"], name
-    assert found["last"]["data"] == {"model": "resnet8"}
+        assert reason in results[name]["reason"], name
+    assert results["last"]["data"] == {"model": "resnet8"}
     assert all(step["seconds"] >= 0 and len(step["stderr"]) <= 2000 for step in report["steps"])
     assert (tmp_path / "out" / "logs" / "crash.stderr.txt").exists()
 

@@ -19,10 +19,10 @@ WORKFLOWS = [*sorted((ROOT / ".github" / "workflows").iterdir()), ROOT / "exampl
 def linter(program: str, package: str) -> tuple[Path, dict[str, str]]:
     """A program of `make check` and its environment; skips where it is not installed."""
     folder = ROOT / ".venv" / "lint" / package
-    found = shutil.which(program, path=os.pathsep.join((str(folder / "bin"), os.environ["PATH"])))
-    if not found:
+    path = shutil.which(program, path=os.pathsep.join((str(folder / "bin"), os.environ["PATH"])))
+    if not path:
         pytest.skip(f"{program} is not installed: make check")
-    return Path(found), os.environ | {"PYTHONPATH": str(folder)}
+    return Path(path), os.environ | {"PYTHONPATH": str(folder)}
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.name)

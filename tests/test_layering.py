@@ -91,18 +91,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 def imports(path: Path) -> set[str]:
     """Every imported module, dotted, wherever in the file the import stands."""
-    found: set[str] = set()
+    result: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             if module == "rtresnet" or module.count(".") == 0:
-                found |= {f"{module}.{alias.name}" for alias in node.names}
+                result |= {f"{module}.{alias.name}" for alias in node.names}
             else:
-                found.add(module)
-    return found
+                result.add(module)
+    return result
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

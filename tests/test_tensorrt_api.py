@@ -110,9 +110,9 @@ def folders() -> list[Path]:
 
 def version_in(folder: Path) -> str:
     text = (folder / "tensorrt_bindings" / "__init__.py").read_text()
-    found = re.search(r'^__version__ = "([^"]+)', text, re.MULTILINE)
-    assert found is not None
-    return found[1]
+    match = re.search(r'^__version__ = "([^"]+)', text, re.MULTILINE)
+    assert match is not None
+    return match[1]
 
 
 FOLDERS = {version_in(folder): folder for folder in folders()}
@@ -184,7 +184,7 @@ def api(request: pytest.FixtureRequest) -> Api:
 def overloads(api: Api, path: str) -> list[list[tuple[str, bool]]]:
     """For each signature of a method its arguments: name, and whether it has a default."""
     name = path.rpartition(".")[2]
-    found = []
+    results = []
     for line in api.names[path].splitlines():
         match = re.match(rf"(?:\d+\. )?{name}\((.*)\) -> ", line)
         if match and not match[1].startswith("*args"):
@@ -195,15 +195,15 @@ def overloads(api: Api, path: str) -> list[list[tuple[str, bool]]]:
                     parts.append("")
                 else:
                     parts[-1] += character
-            found.append([(p.partition(":")[0].strip(), " = " in p) for p in parts if p.strip()])
-    return [[a for a in signature if a[0] != "self"] for signature in found]
+            results.append([(p.partition(":")[0].strip(), " = " in p) for p in parts if p.strip()])
+    return [[a for a in signature if a[0] != "self"] for signature in results]
 
 
 def fits(signature: list[tuple[str, bool]], count: int, names: tuple[str, ...]) -> bool:
     rest = signature[count:]
-    known = {name for name, _ in rest}
+    reference = {name for name, _ in rest}
     needed = {name for name, default in rest if not default}
-    return count <= len(signature) and needed <= set(names) <= known
+    return count <= len(signature) and needed <= set(names) <= reference
 
 
 # Classes that the code derives from; SUBCLASS_PROBE checks them. Buffers are passed on as they are.
@@ -233,9 +233,9 @@ class Recorder:
         self.used.add(path)
 
     def check_call(self, path: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        known = overloads(self.api, path)  # none of a class, or of a function in Python
-        if known and not any(fits(each, len(arguments), tuple(named)) for each in known):
-            self.wrong.append(f"{path}({len(arguments)}, {list(named)}): {known}")
+        reference = overloads(self.api, path)  # none of a class, or of a function in Python
+        if reference and not any(fits(each, len(arguments), tuple(named)) for each in reference):
+            self.wrong.append(f"{path}({len(arguments)}, {list(named)}): {reference}")
 
     def wrap(self, value: Any) -> Any:
         """Wraps an object of TensorRT's, or of the fake one; leaves others and enums alone."""

@@ -33,10 +33,10 @@ def net_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model = half.to_half(model)
         elif precision == "int8":
             images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
-            found = calibrate.calibrate(
+            calibration = calibrate.calibrate(
                 model, list(qdq.placement(model)), lambda: [images], "max"
             )  # fmt: skip
-            model = qdq.insert(model, found.scales)
+            model = qdq.insert(model, calibration.scales)
         elif precision == "nameless":
             tensors = [t for n in model.graph.node for t in (*n.input, *n.output)]
             renamed = {tensor: f"t{i}" for i, tensor in enumerate(dict.fromkeys(tensors))}

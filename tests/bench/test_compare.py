@@ -28,7 +28,7 @@ def test_paired_same_twice_shows_no_difference_in_95_of_100() -> None:
 
 def test_paired_difference_of_a_tenth_is_detected() -> None:
     slower = [compare.paired(*rounds(seed, 1.10, count=200)) for seed in range(40)]
-    assert sum(found.verdict == compare.SLOWER for found in slower) >= 38
+    assert sum(result.verdict == compare.SLOWER for result in slower) >= 38
     faster = compare.paired(*rounds(0, 1 / 1.10, count=200))
     assert faster.verdict == compare.FASTER and faster.low > 1
 
@@ -41,10 +41,10 @@ def test_paired_difference_below_the_margin_is_not_claimed() -> None:
 
 
 def test_paired_few_rounds_give_no_verdict() -> None:
-    found = compare.paired([1.0] * 9, [2.0] * 9)
-    assert found.speed == pytest.approx(0.5)
-    assert (found.low, found.high) == (0, float("inf"))
-    assert found.verdict == compare.NO_DIFFERENCE
+    comparison = compare.paired([1.0] * 9, [2.0] * 9)
+    assert comparison.speed == pytest.approx(0.5)
+    assert (comparison.low, comparison.high) == (0, float("inf"))
+    assert comparison.verdict == compare.NO_DIFFERENCE
 
 
 def test_paired_more_comparisons_widen_the_interval() -> None:
@@ -73,12 +73,12 @@ def test_compare_unpaired_uses_the_figure() -> None:
 
 def entry(scale: float = 1.0, n: int = 2000, seed: int = 0, **changed: Any) -> dict[str, Any]:
     samples = scale * (5 + np.random.default_rng(seed).gamma(2, 0.2, n))
-    known = {
+    reference = {
         "scenario": "single-stream", "measured": "engines/net.onnx", "batch": 1, "device": "cpu",
         "provider": "ONNX Runtime CPU", "threads": 2, "versions": {"onnxruntime": "1.32.0"},
         "precision": "fp32", "with_preprocess": False, "load": {}, "samples": samples.tolist(),
     }  # fmt: skip
-    return known | changed
+    return reference | changed
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ def shifted(images: np.ndarray) -> np.ndarray:
 
 
 def swapped_at_the_end(images: np.ndarray) -> np.ndarray:
-    found = sound(images)
-    if len(found) > 4:
-        found[[-1, -2]] = found[[-2, -1]]
-    return found
+    result = sound(images)
+    if len(result) > 4:
+        result[[-1, -2]] = result[[-2, -1]]
+    return result
 
 
 def by_batch_size(images: np.ndarray) -> np.ndarray:
@@ -43,10 +43,10 @@ def normalized_over_the_batch(images: np.ndarray) -> np.ndarray:
 
 
 def wrong_when_odd(images: np.ndarray) -> np.ndarray:
-    found = sound(images)
-    if len(found) == 7:
-        found[-1] = 0
-    return found
+    result = sound(images)
+    if len(result) == 7:
+        result[-1] = 0
+    return result
 
 
 def cut_at_the_largest(images: np.ndarray) -> np.ndarray:
@@ -119,9 +119,9 @@ def checks(backend: Backend, images: np.ndarray = IMAGES, share: float = 1e-4) -
 
 
 def test_check_sound_backend_passes() -> None:
-    found = checks(sound)
-    assert all(check.ok and check.largest == 0 and check.moved == 0 for check in found)
-    assert [f"{check.name}: {check.compared}" for check in found] == [
+    result = checks(sound)
+    assert all(check.ok and check.largest == 0 and check.moved == 0 for check in result)
+    assert [f"{check.name}: {check.compared}" for check in result] == [
         "in a batch: 4 with alone",
         "permuted: 4 with alone",
         "batch size: 1 with alone",
@@ -187,9 +187,9 @@ def test_check_answers_not_finite_are_reported_first() -> None:
 def top2(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from rtresnet.core.metrics import softmax
 
-    found = softmax(sound(images) / 4)
-    order = np.argsort(-found, axis=1)[:, :2].astype(np.int64)
-    return order, np.take_along_axis(found, order, axis=1).astype(np.float32)
+    probabilities = softmax(sound(images) / 4)
+    order = np.argsort(-probabilities, axis=1)[:, :2].astype(np.int64)
+    return order, np.take_along_axis(probabilities, order, axis=1).astype(np.float32)
 
 
 def test_check_topk_compares_probabilities_and_top1() -> None:
@@ -221,8 +221,8 @@ def test_compare_top1_may_change_only_within_the_tolerance() -> None:
     assert consistency.compare("", "", close, want, 0.06).ok
     assert not consistency.compare("", "", close, want, 0.04).ok
     far = consistency.answers(np.array([[1.0, 0.95, 0], [0.74, 0.76, 0]], np.float32))
-    found = consistency.compare("", "", far, want, 0.3)
-    assert found.largest < 0.3 and found.moved == 1 and not found.ok
+    comparison = consistency.compare("", "", far, want, 0.3)
+    assert comparison.largest < 0.3 and comparison.moved == 1 and not comparison.ok
 
 
 def test_allowed_is_a_share_of_the_logits_range() -> None:

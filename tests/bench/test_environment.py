@@ -184,16 +184,16 @@ def test_watch_gpu_report_has_clocks_power_and_throttling(driver: types.ModuleTy
 def test_monitor_gpus_of_one_name_are_identified_by_uuid(
     uuid: str, mhz: int, asked_for_processes: str, driver: types.ModuleType
 ) -> None:
-    asked = []
+    requested = []
 
     def processes(handle: str) -> list[types.SimpleNamespace]:
-        asked.append(handle)
+        requested.append(handle)
         return [types.SimpleNamespace(pid=os.getpid())]
 
     driver.nvmlDeviceGetComputeRunningProcesses = processes  # type: ignore[attr-defined]
     sample = environment.GpuMonitor(visible(uuid)).sample()
     assert sample.mhz == mhz and sample.others == 0
-    assert asked == [asked_for_processes]
+    assert requested == [asked_for_processes]
 
 
 def test_monitor_without_uuid_takes_a_name_only_where_it_is_unique(

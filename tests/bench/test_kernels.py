@@ -27,9 +27,9 @@ def test_count_multiply_adds_equal_the_nets(net_file: Net, precision: str, short
 def test_count_fused_convolution_reads_and_writes_its_tensors(
     net_file: Net, precision: str, size: int
 ) -> None:
-    found = {k.name: k for k in kernels.count(net_file(precision)).kernels}
+    results = {k.name: k for k in kernels.count(net_file(precision)).kernels}
     map_bytes = 16 * 32 * 32 * size
-    first, last = found["layer1.0.conv1"], found["layer1.0.conv2"]
+    first, last = results["layer1.0.conv1"], results["layer1.0.conv2"]
     assert first.dtype == last.dtype == precision
     assert first.read == (map_bytes,) and first.written == map_bytes
     assert sorted(last.read) == [map_bytes, map_bytes]  # its input and the shortcut's

@@ -73,27 +73,27 @@ def test_profile_of_onnx_runtime_adds_up_by_block(net_file: Net, precision: str)
     assert len(recorded.runs) == len(recorded.whole) >= profilers.MIN_RUNS
     counted = kernels.count(path)
     gpu = roofline.find_gpu("T4")
-    found = profile.profile(
+    profiled = profile.profile(
         recorded.runs, recorded.whole, counted.kernels, counted.blocks,
         batch=2, roof=gpu.rates,
     )  # fmt: skip
-    assert [part.name for part in found.blocks] == list(
+    assert [part.name for part in profiled.blocks] == list(
         dict.fromkeys(kernel.block for kernel in counted.kernels)
     )
-    assert all(part.ms > 0 for part in found.blocks)
-    for parts in (found.blocks, found.stages):
-        assert sum(part.ms for part in parts) == pytest.approx(found.total)
+    assert all(part.ms > 0 for part in profiled.blocks)
+    for parts in (profiled.blocks, profiled.stages):
+        assert sum(part.ms for part in parts) == pytest.approx(profiled.total)
         assert sum(part.share for part in parts) == pytest.approx(1)
         assert sum(part.flops for part in parts) == 4 * sum(
             kernel.multiply_adds for kernel in counted.kernels
         )
-    assert found.unrecognized < 0.5
-    assert found.agrees == (abs(found.total - found.whole) <= 0.1 * found.whole)
+    assert profiled.unrecognized < 0.5
+    assert profiled.agrees == (abs(profiled.total - profiled.whole) <= 0.1 * profiled.whole)
     if precision == "int8":
-        ran, of = found.int8_products or (0, 0)
+        ran, of = profiled.int8_products or (0, 0)
         assert of == sum(k.dtype == "int8" for k in counted.kernels) and 0 < ran <= of
     else:
-        assert found.int8_products is None
+        assert profiled.int8_products is None
 
 
 def test_profile_sum_unlike_the_whole_does_not_agree(net_file: Net) -> None:
@@ -101,9 +101,11 @@ def test_profile_sum_unlike_the_whole_does_not_agree(net_file: Net) -> None:
     run = [(kernel.name, kernel.op, 1.0) for kernel in counted.kernels]
     total = float(len(run))
     for whole, agrees in ((total, True), (1.2 * total, False), (0.8 * total, False)):
-        found = profile.profile([run], [whole], counted.kernels, counted.blocks, batch=1, roof=None)
-        assert found.agrees is agrees
-        assert all(part.bound is None for part in found.blocks)
+        profiled = profile.profile(
+            [run], [whole], counted.kernels, counted.blocks, batch=1, roof=None
+        )
+        assert profiled.agrees is agrees
+        assert all(part.bound is None for part in profiled.blocks)
 
 
 def test_profile_command_shows_and_writes_blocks(

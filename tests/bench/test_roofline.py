@@ -73,7 +73,7 @@ def test_measure_roof_gives_plausible_rates(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("text", "result"),
     [
         ("RTX 4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("A100-PCIE-40GB", "A100 40GB"),
@@ -81,8 +81,8 @@ def test_measure_roof_gives_plausible_rates(monkeypatch: pytest.MonkeyPatch) -> 
         ("Tesla T4", "T4"), ("h200", "H200 SXM"),
     ],
 )  # fmt: skip
-def test_find_gpu_by_names_of_people_and_drivers(given: str, found: str) -> None:
-    assert roofline.find_gpu(given).name == found
+def test_find_gpu_by_names_of_people_and_drivers(text: str, result: str) -> None:
+    assert roofline.find_gpu(text).name == result
 
 
 @pytest.mark.parametrize("other", ["A10G", "H100 NVL", "RTX 4090 Laptop", "RTX", "4090", ""])
@@ -118,8 +118,8 @@ def test_minimum_times_equal_a_calculation_by_hand() -> None:
     assert bound.compute == pytest.approx(0.01)
     assert bound.memory == pytest.approx((40e6 + 8e6) / 320e9 * 1e3)
     # 30 MB in, 10 MB out and 8 MB of weights, of each of which the cache holds 4 MiB.
-    held = 4 * 2**20
-    assert bound.beyond_cache == pytest.approx((48e6 - 3 * held) / 320e9 * 1e3)
+    limit = 4 * 2**20
+    assert bound.beyond_cache == pytest.approx((48e6 - 3 * limit) / 320e9 * 1e3)
     assert bound.least == bound.beyond_cache and bound.through_memory == bound.memory
 
 

@@ -26,28 +26,28 @@ def constant(clock: Simulated, seconds: float) -> Candidate:
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7, 0.8])
 def test_server_p99_equals_theory(load: float) -> None:
     clock = Simulated()
-    found = scenarios.server(
+    measured = scenarios.server(
         constant(clock, 0.005), qps=load / 0.005, seconds=1, queries=200_000, clock=clock
     )
-    assert found.latency.p99 == pytest.approx(found.load.md1_p99_ms, rel=0.05)
+    assert measured.latency.p99 == pytest.approx(measured.load.md1_p99_ms, rel=0.05)
 
 
 def test_server_slow_system_does_not_slow_arrivals() -> None:
     clock = Simulated()
-    found = scenarios.server(constant(clock, 0.02), qps=100, seconds=10, clock=clock)
+    measured = scenarios.server(constant(clock, 0.02), qps=100, seconds=10, clock=clock)
     # It serves 50 a second of 100 that come: the last waits for about as long as all the work.
-    assert found.latency.n == pytest.approx(1000, rel=0.15)
-    assert max(found.samples) > 7_000 and found.load.md1_p99_ms is None
+    assert measured.latency.n == pytest.approx(1000, rel=0.15)
+    assert max(measured.samples) > 7_000 and measured.load.md1_p99_ms is None
 
 
 def test_server_overloaded_stops_and_counts_unanswered() -> None:
     clock = Simulated()
     begin = clock.now()
-    found = scenarios.server(constant(clock, 0.01), qps=10_000, seconds=2, clock=clock)
+    measured = scenarios.server(constant(clock, 0.01), qps=10_000, seconds=2, clock=clock)
     # 20,000 come, 100 a second are served; two seconds of arrivals, two of waiting, one more.
     assert clock.now() - begin < 6
-    assert found.latency.n + found.load.unanswered == pytest.approx(20_000, rel=0.05)
-    assert found.latency.n < 600
+    assert measured.latency.n + measured.load.unanswered == pytest.approx(20_000, rel=0.05)
+    assert measured.latency.n < 600
     calm = scenarios.server(constant(clock, 0.01), qps=10, seconds=2, clock=clock)
     assert calm.load.unanswered == 0
 
@@ -71,14 +71,14 @@ def test_server_rate_out_of_range_is_refused(qps: float) -> None:
 @pytest.mark.parametrize("clients", [1, 2, 7])
 def test_closed_clients_wait_for_each_other(clients: int) -> None:
     clock = Simulated()
-    found = scenarios.closed(
+    measured = scenarios.closed(
         constant(clock, 0.005), concurrency=clients, seconds=4, batch=2, clock=clock
     )
     # Little's law: requests in flight = throughput times latency.
-    assert min(found.samples) == pytest.approx(5 * clients)
-    assert max(found.samples) == pytest.approx(5 * clients)
-    assert found.latency.images_per_second == pytest.approx(400)
-    assert 800 <= found.latency.n <= 801 and found.load.concurrency == clients
+    assert min(measured.samples) == pytest.approx(5 * clients)
+    assert max(measured.samples) == pytest.approx(5 * clients)
+    assert measured.latency.images_per_second == pytest.approx(400)
+    assert 800 <= measured.latency.n <= 801 and measured.load.concurrency == clients
 
 
 def test_closed_ends_at_queries_or_early_stop() -> None:
@@ -103,14 +103,18 @@ def test_batcher_serves_server_and_closed() -> None:
         return images
 
     with Batcher(session, 4, 1.0) as batcher:
-        asked = Candidate(
+        requested = Candidate(
             serve=lambda image: batcher.submit(image).result(), requests=[np.zeros(1)]
         )
-        arrived = scenarios.server(asked, qps=2000, seconds=9, queries=60, submit=batcher.submit)
+        arrived = scenarios.server(
+            requested, qps=2000, seconds=9, queries=60, submit=batcher.submit
+        )
         assert arrived.latency.n == 60 and arrived.load.refused == 0
         assert arrived.load.service_ms is None and min(arrived.samples) > 0
         sizes.clear()
-        flown = scenarios.closed(asked, concurrency=8, seconds=9, queries=80, submit=batcher.submit)
+        flown = scenarios.closed(
+            requested, concurrency=8, seconds=9, queries=80, submit=batcher.submit
+        )
         assert flown.latency.n == 80 and max(sizes) == 4
 
 
@@ -119,9 +123,9 @@ def test_server_error_behind_a_batcher_is_raised() -> None:
         raise RuntimeError("out of memory")
 
     with Batcher(session, 4, 1.0) as batcher:
-        asked = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
+        requested = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
         with pytest.raises(RuntimeError, match="out of memory"):
-            scenarios.server(asked, qps=1000, seconds=9, queries=20, submit=batcher.submit)
+            scenarios.server(requested, qps=1000, seconds=9, queries=20, submit=batcher.submit)
 
 
 def test_server_full_queue_counts_refused_requests() -> None:
@@ -141,19 +145,19 @@ def test_server_full_queue_counts_refused_requests() -> None:
                 gate.set()
             return batcher.submit(image)
 
-        asked = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
-        found = scenarios.server(asked, qps=2000, seconds=9, queries=50, submit=submit)
+        requested = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
+        measured = scenarios.server(requested, qps=2000, seconds=9, queries=50, submit=submit)
     # One or two are being served, two wait.
-    assert found.load.refused + found.latency.n == 50 and found.load.refused >= 45
+    assert measured.load.refused + measured.latency.n == 50 and measured.load.refused >= 45
 
 
 def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
-    found = []
+    results = []
     for reading in (0.0, 30e-6):
         clock = Simulated()
         candidate = on_gpu(clock, 300e-6, reading)
-        found.append(scenarios.server(candidate, qps=2500, seconds=4, clock=clock))
-    plain, timed = found
+        results.append(scenarios.server(candidate, qps=2500, seconds=4, clock=clock))
+    plain, timed = results
     assert timed.samples == pytest.approx(plain.samples)
     assert timed.wall_seconds == pytest.approx(plain.wall_seconds)
     assert timed.load.service_ms == pytest.approx(0.3)
@@ -165,9 +169,9 @@ def test_server_timings_are_slow_to_read_queued_latencies_exclude_it() -> None:
 def test_closed_timings_are_slow_to_read_throughput_excludes_it(clients: int) -> None:
     clock = Simulated()
     candidate = on_gpu(clock, 300e-6, 30e-6)
-    found = scenarios.closed(candidate, concurrency=clients, seconds=1, clock=clock)
-    assert found.latency.images_per_second == pytest.approx(1 / 300e-6, rel=0.01)
-    assert max(found.samples) == pytest.approx(0.3 * clients)
+    measured = scenarios.closed(candidate, concurrency=clients, seconds=1, clock=clock)
+    assert measured.latency.images_per_second == pytest.approx(1 / 300e-6, rel=0.01)
+    assert max(measured.samples) == pytest.approx(0.3 * clients)
 
 
 def test_server_early_stop_is_slow_latencies_exclude_it() -> None:
@@ -177,7 +181,7 @@ def test_server_early_stop_is_slow_latencies_exclude_it() -> None:
         clock.time += 0.01
         return False
 
-    found = scenarios.server(
+    measured = scenarios.server(
         on_gpu(clock, 300e-6, 0), qps=100, seconds=1, early_stop=stop, clock=clock
     )
-    assert found.latency.median == pytest.approx(0.3)
+    assert measured.latency.median == pytest.approx(0.3)

@@ -20,9 +20,9 @@ def test_largest_returns_the_largest_load_within_the_bound(edge: int, gallop: bo
         tried.append(count)
         return measured(10.0 if count <= edge else 10.1)
 
-    found = search.largest(range(1, 257), measure, what="batch", bound=10, gallop=gallop)
-    assert found.best == edge and found.limit == (edge == 256)
-    assert [point.load for point in found.points] == sorted(tried)
+    largest = search.largest(range(1, 257), measure, what="batch", bound=10, gallop=gallop)
+    assert largest.best == edge and largest.limit == (edge == 256)
+    assert [point.load for point in largest.points] == sorted(tried)
     assert tried.count(edge) == search.REPEATS
     assert edge == 256 or tried.count(edge + 1) == search.REPEATS
     assert not gallop or max(tried) <= 2 * edge + 1
@@ -30,10 +30,10 @@ def test_largest_returns_the_largest_load_within_the_bound(edge: int, gallop: bo
 
 
 def test_largest_without_any_load_within_the_bound_returns_none() -> None:
-    found = search.largest(
+    largest = search.largest(
         range(1, 9), lambda count: measured(11), what="batch", bound=10, gallop=True
     )
-    assert found.best is None and not any(point.holds for point in found.points)
+    assert largest.best is None and not any(point.holds for point in largest.points)
 
 
 def test_largest_noisy_edge_is_decided_by_majority() -> None:
@@ -49,14 +49,14 @@ def test_largest_noisy_edge_is_decided_by_majority() -> None:
 
 def test_largest_pure_noise_terminates() -> None:
     rng = np.random.default_rng(0)
-    found = search.largest(
+    largest = search.largest(
         range(1, 65),
         lambda count: measured(rng.uniform(5, 15)),
         what="batch",
         bound=10,
         gallop=False,
     )
-    assert len(found.points) < 64 * search.REPEATS
+    assert len(largest.points) < 64 * search.REPEATS
 
 
 def test_early_stop_stops_when_most_of_ten_are_late() -> None:

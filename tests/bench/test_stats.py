@@ -46,10 +46,10 @@ def test_percentile_of_any_n_is_a_sample() -> None:
     for n in range(1, 400):
         samples = np.arange(n, dtype=np.float64)
         for share in (0.9, 0.95, 0.99):
-            found = percentile(samples, share)
-            assert (found is None) == (n < round(1 / (1 - share)))
-            if found is not None:
-                assert (samples <= found).sum() >= share * n - 1e-6
+            value = percentile(samples, share)
+            assert (value is None) == (n < round(1 / (1 - share)))
+            if value is not None:
+                assert (samples <= value).sum() >= share * n - 1e-6
 
 
 def test_percentile_is_never_interpolated() -> None:
@@ -60,12 +60,17 @@ def test_percentile_is_never_interpolated() -> None:
 
 def test_summarize_gives_every_figure() -> None:
     milliseconds = np.arange(1, 101, dtype=np.float32)
-    found = summarize(milliseconds, batch=8, wall_seconds=4.0)
-    assert (found.n, found.median, found.mean, found.images_per_second) == (100, 50.5, 50.5, 200)
-    assert found.std == pytest.approx(np.std(np.arange(1, 101), ddof=1))
-    assert (found.p90, found.p95, found.p99, found.p999) == (90, 95, 99, None)
+    summary = summarize(milliseconds, batch=8, wall_seconds=4.0)
+    assert (summary.n, summary.median, summary.mean, summary.images_per_second) == (
+        100,
+        50.5,
+        50.5,
+        200,
+    )
+    assert summary.std == pytest.approx(np.std(np.arange(1, 101), ddof=1))
+    assert (summary.p90, summary.p95, summary.p99, summary.p999) == (90, 95, 99, None)
     # A ramp is as correlated as can be: there are too few independent pieces for an interval.
-    assert set(found.intervals) >= {"median", "mean", "p99"}
+    assert set(summary.intervals) >= {"median", "mean", "p99"}
 
 
 def test_summarize_intervals_of_correlated_samples_cover_the_mean() -> None:
@@ -93,20 +98,20 @@ def test_trtexec_uses_its_percentile_rule_and_batches_per_second() -> None:
 
 
 def test_summarize_keeps_the_tail() -> None:
-    found = summarize(np.array([1.0] * 99 + [1000.0]), batch=1, wall_seconds=1.099)
-    assert found.median == 1
-    assert found.mean == pytest.approx(10.99)
-    assert found.images_per_second == pytest.approx(100 / 1.099)
-    assert found.p99 == 1
-    assert found.std > 90
+    summary = summarize(np.array([1.0] * 99 + [1000.0]), batch=1, wall_seconds=1.099)
+    assert summary.median == 1
+    assert summary.mean == pytest.approx(10.99)
+    assert summary.images_per_second == pytest.approx(100 / 1.099)
+    assert summary.p99 == 1
+    assert summary.std > 90
 
 
 def test_summarize_single_sample_has_no_percentiles() -> None:
-    found = summarize(np.array([2.5]), batch=4, wall_seconds=0.0025)
-    assert (found.n, found.median, found.mean, found.std) == (1, 2.5, 2.5, 0)
-    assert found.p90 is found.p95 is found.p99 is found.p999 is None
-    assert found.images_per_second == pytest.approx(1600)
-    assert not any(found.intervals.values())
+    summary = summarize(np.array([2.5]), batch=4, wall_seconds=0.0025)
+    assert (summary.n, summary.median, summary.mean, summary.std) == (1, 2.5, 2.5, 0)
+    assert summary.p90 is summary.p95 is summary.p99 is summary.p999 is None
+    assert summary.images_per_second == pytest.approx(1600)
+    assert not any(summary.intervals.values())
 
 
 def test_summarize_does_not_change_its_samples() -> None:
@@ -130,8 +135,8 @@ def erlang(time: float, load: float) -> float:
 @pytest.mark.parametrize("time", [0.0, 0.25, 1.0, 2.5, 7.75])
 def test_md1_waiting_below_equals_erlangs_formula(load: float, time: float) -> None:
     lengths = stats.md1_queue_lengths(load, 32)
-    found = stats.md1_waiting_below(time, load=load, lengths=lengths)
-    assert found == pytest.approx(erlang(time, load), abs=1e-10)
+    result = stats.md1_waiting_below(time, load=load, lengths=lengths)
+    assert result == pytest.approx(erlang(time, load), abs=1e-10)
 
 
 @pytest.mark.parametrize("load", [0.05, 0.5, 0.8, 0.95])

@@ -40,20 +40,20 @@ def test_measure_real_clock_latency_is_at_least_the_service_time() -> None:
         while time.perf_counter() < end:
             pass
 
-    (found,) = measure([Candidate(serve=serve, requests=[0])], batch=4, seconds=0.5)
-    assert min(found.samples) >= 2.0 and found.latency.median < 200
-    assert 0.5 <= found.wall_seconds < 30
-    assert found.latency.images_per_second is not None
-    assert 4 / 0.2 < found.latency.images_per_second <= 4 / 0.002
+    (measured,) = measure([Candidate(serve=serve, requests=[0])], batch=4, seconds=0.5)
+    assert min(measured.samples) >= 2.0 and measured.latency.median < 200
+    assert 0.5 <= measured.wall_seconds < 30
+    assert measured.latency.images_per_second is not None
+    assert 4 / 0.2 < measured.latency.images_per_second <= 4 / 0.002
 
 
 def test_measure_constant_service_gives_its_latency_and_throughput() -> None:
     clock = Simulated()
-    (found,) = measure([takes(clock, 0.002)], batch=4, seconds=2, clock=clock)
-    assert found.latency.median == pytest.approx(2) and found.latency.p99 == pytest.approx(2)
-    assert found.latency.images_per_second == pytest.approx(2000)
-    assert found.latency.n == len(found.samples) >= 900
-    assert found.batch == 4 and found.steady and found.speed == 1
+    (measured,) = measure([takes(clock, 0.002)], batch=4, seconds=2, clock=clock)
+    assert measured.latency.median == pytest.approx(2) and measured.latency.p99 == pytest.approx(2)
+    assert measured.latency.images_per_second == pytest.approx(2000)
+    assert measured.latency.n == len(measured.samples) >= 900
+    assert measured.batch == 4 and measured.steady and measured.speed == 1
 
 
 def test_measure_three_candidates_gives_speed_and_verdict() -> None:
@@ -105,31 +105,31 @@ def test_measure_order_of_each_round_is_random_and_seeded() -> None:
 def test_measure_warms_up_all_candidates_first() -> None:
     clock, calls = Simulated(), list[str]()
     candidates = [takes(clock, 0.02, calls=calls, name=n) for n in "ab"]
-    found = measure(candidates, batch=1, seconds=0.5, clock=clock)
-    counted = sum(len(entry.samples) for entry in found)
-    uncounted = sum(len(found) for _ in range(15))  # one before each slice
+    measured = measure(candidates, batch=1, seconds=0.5, clock=clock)
+    counted = sum(len(entry.samples) for entry in measured)
+    uncounted = sum(len(measured) for _ in range(15))  # one before each slice
     warming = calls[: len(calls) - counted - uncounted]
     assert warming == sorted(warming) and min(map(warming.count, "ab")) >= 9
 
 
 def test_measure_queries_gives_that_many_samples() -> None:
     clock = Simulated()
-    for found in measure(
+    for entry in measure(
         [takes(clock, 0.001), takes(clock, 0.001)], batch=1, seconds=1, queries=100, clock=clock
     ):
-        assert found.latency.n == 100
+        assert entry.latency.n == 100
 
 
 def test_measure_progress_grows_over_all_candidates() -> None:
-    clock, told = Simulated(), list[float]()
+    clock, output = Simulated(), list[float]()
     measure(
         [takes(clock, 0.01), takes(clock, 0.01)],
         batch=1,
         seconds=1,
         clock=clock,
-        on_progress=told.append,
+        on_progress=output.append,
     )
-    assert told == sorted(told) and told[0] > 0 and told[-1] >= 2
+    assert output == sorted(output) and output[0] > 0 and output[-1] >= 2
 
 
 @pytest.mark.parametrize("batch", [0, -1])
@@ -155,8 +155,8 @@ def test_warm_up_erratic_service_ends_at_the_time_limit() -> None:
     erratic = takes(clock, *([0.03] * 3 + [0.06] * 3 + [0.09] * 3))
     assert not warm_up(erratic, clock).steady
     assert workload.CAP_SECONDS <= clock.time < workload.CAP_SECONDS + 0.3
-    (found,) = measure([erratic], batch=1, seconds=1, clock=clock)
-    assert not found.steady
+    (measured,) = measure([erratic], batch=1, seconds=1, clock=clock)
+    assert not measured.steady
 
 
 def test_measure_error_of_a_candidate_is_raised() -> None:
@@ -172,18 +172,22 @@ def test_measure_timings_of_every_request_are_summarized() -> None:
     plain = takes(clock, 0.01)
     parts: Callable[[], dict[str, float]] = lambda: {"h2d": 1.0, "compute": 7.0, "d2h": 1.0}  # noqa: E731
     candidate = Candidate(serve=plain.serve, requests=plain.requests, timings=parts)
-    (found,) = measure([candidate], batch=1, seconds=1, clock=clock)
-    assert found.parts["compute"].median == 7 and set(found.parts) == {"h2d", "compute", "d2h"}
-    assert found.trtexec and "Throughput: 100" in found.trtexec
+    (measured,) = measure([candidate], batch=1, seconds=1, clock=clock)
+    assert measured.parts["compute"].median == 7 and set(measured.parts) == {
+        "h2d",
+        "compute",
+        "d2h",
+    }
+    assert measured.trtexec and "Throughput: 100" in measured.trtexec
 
 
 def test_measure_timings_are_slow_to_read_throughput_excludes_it() -> None:
     clock = Simulated()
-    (found,) = measure([on_gpu(clock, 300e-6, 30e-6)], batch=1, seconds=1, clock=clock)
-    assert found.latency.images_per_second == pytest.approx(1 / 300e-6, rel=0.01)
-    assert found.latency.median == pytest.approx(0.3)
-    assert found.wall_seconds == pytest.approx(300e-6 * len(found.samples))
-    assert found.parts["compute"].n == len(found.samples)
+    (measured,) = measure([on_gpu(clock, 300e-6, 30e-6)], batch=1, seconds=1, clock=clock)
+    assert measured.latency.images_per_second == pytest.approx(1 / 300e-6, rel=0.01)
+    assert measured.latency.median == pytest.approx(0.3)
+    assert measured.wall_seconds == pytest.approx(300e-6 * len(measured.samples))
+    assert measured.parts["compute"].n == len(measured.samples)
 
 
 class InFlight:
@@ -218,17 +222,17 @@ def test_measure_batches_in_flight_rate_is_the_devices() -> None:
     clock = Simulated()
     device = InFlight(clock, 300e-6, 30e-6)
     candidate = Candidate(serve=lambda request: None, requests=["images"], pipeline=device)
-    (found,) = measure([candidate], batch=8, seconds=1, clock=clock)
+    (measured,) = measure([candidate], batch=8, seconds=1, clock=clock)
     assert device.most == 2 and device.opened > 15 and not device.ends
-    assert found.latency.images_per_second == pytest.approx(8 / 300e-6, rel=0.01)
-    assert found.latency.median == pytest.approx(0.3)
-    assert found.wall_seconds == pytest.approx(sum(found.samples) / 1e3, rel=1e-3)
-    assert found.parts["compute"].n == len(found.samples)
+    assert measured.latency.images_per_second == pytest.approx(8 / 300e-6, rel=0.01)
+    assert measured.latency.median == pytest.approx(0.3)
+    assert measured.wall_seconds == pytest.approx(sum(measured.samples) / 1e3, rel=1e-3)
+    assert measured.parts["compute"].n == len(measured.samples)
 
 
 def test_measure_batches_in_flight_queries_are_counted() -> None:
     clock = Simulated()
     device = InFlight(clock, 300e-6, 0)
     candidate = Candidate(serve=lambda request: None, requests=["images"], pipeline=device)
-    (found,) = measure([candidate], batch=8, seconds=1, queries=100, clock=clock)
-    assert found.latency.n == 100 and not device.ends
+    (measured,) = measure([candidate], batch=8, seconds=1, queries=100, clock=clock)
+    assert measured.latency.n == 100 and not device.ends

@@ -76,19 +76,19 @@ def dump(*lines: str) -> str:
 
 def nodes_of(**operations: str) -> dict[str, Node]:
     """nodes_of(layer1_0_conv1="conv"): nodes by name, _ for . and the stage out of the name."""
-    found = {}
+    results = {}
     for key, operation in operations.items():
         name = key.replace("_", ".")
         parts = name.split(".")
         inside = parts[0].startswith("layer")
-        found[name] = Node(
+        results[name] = Node(
             name=name,
             operation=operation,
             stage=parts[0] if inside else "stem",
             block=".".join(parts[:2]) if inside else "stem",
             dtype="FLOAT",
         )
-    return found
+    return results
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ def test_every_convolution_is_attested_bf16(
     assert plan.attested.dtypes == {"BFloat16": plan.attested.convolutions}
     assert plan.attested.unfused_adds == ()
     assert plan.targets == (targets or ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"))
-    found = layers.load(out, read_sidecar(out)).layers
-    assert any(layer.dtype == "BFloat16" for layer in found)
+    result = layers.load(out, read_sidecar(out)).layers
+    assert any(layer.dtype == "BFloat16" for layer in result)
 
 
 def test_sm_75_is_refused_before_the_build(bf16: Path, tmp_path: Path) -> None:

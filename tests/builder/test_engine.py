@@ -134,8 +134,8 @@ def test_the_parent_link_leads_to_the_onnx_file(onnx_file: OnnxFile, tmp_path: P
     sidecar = build(source, out)
     assert sidecar.parent is not None
     assert sidecar.parent.sha256 == atomic_io.sha256(source)
-    found = artifacts.parent_path(out, sidecar)
-    assert found is not None and found.samefile(source)
+    result = artifacts.parent_path(out, sidecar)
+    assert result is not None and result.samefile(source)
     assert [state for _, _, state in artifacts.chain(out)] == ["ok", "ok"]
 
 

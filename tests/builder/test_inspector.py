@@ -62,8 +62,8 @@ def types(fake: SimpleNamespace) -> Callable[..., dict[str, str]]:
     """types(text, ..., conv1="conv"): the type that each convolution is computed in."""
 
     def find(*texts: str, **nodes: str) -> dict[str, str]:
-        known = fake.nodes_of(**nodes)
-        return layers.kernel_types(inspector.read_inspector(texts, known), known)
+        reference = fake.nodes_of(**nodes)
+        return layers.kernel_types(inspector.read_inspector(texts, reference), reference)
 
     return find
 
@@ -129,7 +129,7 @@ def test_read_inspector_without_metadata_takes_the_name(read: Any) -> None:
 
 
 def test_read_inspector_gives_every_layer_its_role(read: Any) -> None:
-    found = read(
+    result = read(
         text(
             kernel("Reformatting CopyNode for Input Tensor 0 to conv1", "Row major linear FP32",
                    kind="Reformat", Outputs=[tensor(INT8)], Metadata=""),
@@ -145,11 +145,11 @@ def test_read_inspector_gives_every_layer_its_role(read: Any) -> None:
         ),
         conv1="conv", relu="relu", maxpool="pool", layer1_0_add="add", fc="matmul",
     )  # fmt: skip
-    roles = [layer.role for layer in found]
+    roles = [layer.role for layer in result]
     assert roles == ["requantize", "conv", "pool", "idle", "requantize", "reformat", "matmul",
                      "pointwise"]  # fmt: skip
-    assert found[1].weights == 2304 + 4 * 16
-    assert layers.verify_precision(found, {}) is not None
+    assert result[1].weights == 2304 + 4 * 16
+    assert layers.verify_precision(result, {}) is not None
 
 
 def test_read_inspector_takes_each_profiles_layers_from_its_own_text(types: Any) -> None:
@@ -168,10 +168,10 @@ def test_read_inspector_takes_each_profiles_layers_from_its_own_text(types: Any)
 
 
 @pytest.mark.parametrize(
-    "said", ["", "no JSON", "[]", '{"Layers": null}', text("conv1", "relu"), text()]
+    "output", ["", "no JSON", "[]", '{"Layers": null}', text("conv1", "relu"), text()]
 )
-def test_read_inspector_of_what_it_cannot_read_is_empty(said: str, read: Any) -> None:
-    assert read(said, conv1="conv") == ()
+def test_read_inspector_of_what_it_cannot_read_is_empty(output: str, read: Any) -> None:
+    assert read(output, conv1="conv") == ()
 
 
 class FakeEngine:
@@ -285,8 +285,8 @@ def described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     def build(source: Path, change: Callable[[dict[str, Any]], None]) -> Sidecar:
         options: dict[str, Any] = {"profiles": [Profile(min=1, opt=4, max=8)]}
         engine.build(source, tmp_path / "rtx.plan", builder="rtx", **options)
-        kept = json.loads(layers.path_for(tmp_path / "rtx.plan").read_text())["layers"]
-        entries = as_inspector(kept)
+        saved = json.loads(layers.path_for(tmp_path / "rtx.plan").read_text())["layers"]
+        entries = as_inspector(saved)
         for entry in entries:
             change(entry)
         with monkeypatch.context() as patch:
@@ -308,12 +308,12 @@ def test_build_with_tensorrt_attests_what_the_inspector_says(
     rtx = artifacts.read_sidecar(tmp_path / "rtx.plan")
     assert sidecar.plan is not None and rtx is not None and rtx.plan is not None
     assert sidecar.plan.attested is not None and sidecar.plan.attested == rtx.plan.attested
-    kept = layers.load(tmp_path / "n.plan", sidecar)
+    saved = layers.load(tmp_path / "n.plan", sidecar)
     theirs = layers.load(tmp_path / "rtx.plan", rtx)
-    assert [layer.block for layer in kept.layers] == [layer.block for layer in theirs.layers]
-    unlike = {"computes": None, "kind": "", "weights": 0, "name": ""}
-    assert [dataclasses.replace(layer, **unlike) for layer in kept.layers] == [  # type: ignore[arg-type]
-        dataclasses.replace(layer, **unlike)  # type: ignore[arg-type]
+    assert [layer.block for layer in saved.layers] == [layer.block for layer in theirs.layers]
+    different = {"computes": None, "kind": "", "weights": 0, "name": ""}
+    assert [dataclasses.replace(layer, **different) for layer in saved.layers] == [  # type: ignore[arg-type]
+        dataclasses.replace(layer, **different)  # type: ignore[arg-type]
         for layer in theirs.layers
     ]
 
@@ -330,13 +330,13 @@ def no_type(entry: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "output"),
     [(float_weights, "1 run in Float"), (no_type, "1 are in no kernel of a known type")],
 )
 def test_build_with_tensorrt_refuses_a_convolution_that_is_not_attested(
-    change: Any, said: str, onnx_file: OnnxFile, described: Callable[..., Sidecar], tmp_path: Path
+    change: Any, output: str, onnx_file: OnnxFile, described: Callable[..., Sidecar], tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckFailedError, match=rf"{said} \(layer2\.0\.conv2\)") as caught:
+    with pytest.raises(CheckFailedError, match=rf"{output} \(layer2\.0\.conv2\)") as caught:
         described(onnx_file("resnet8", "int8"), change)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "n.plan").exists()

@@ -16,7 +16,7 @@ from rtresnet.core.sidecar import Profile, Sidecar
 
 
 def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
-    found = layers.read_dump(
+    result = layers.read_dump(
         fake.dump(
             fake.dumped("kgen", ["Float"], [], "__myl_CastTran_myl0_0"),
             fake.dumped("kgen", ["Float"], ["conv1", "q"], "__myl_MulRoun_myl0_1", out="Int8"),
@@ -30,7 +30,7 @@ def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
             q="quantize", conv1="conv", relu="relu", layer1_0_conv2="conv", layer1_0_add="add"
         ),
     )
-    shown = [(layer.role, layer.operation, layer.block) for layer in found]
+    shown = [(layer.role, layer.operation, layer.block) for layer in result]
     assert shown == [
         ("idle", "shape_call", "stem"),
         ("reformat", "convert + transpose", "stem"),
@@ -39,8 +39,8 @@ def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
         ("pointwise", "scale + relu", "stem"),
         ("conv", "conv + add", "layer1.0"),
     ]
-    assert found[3].weights == 2 * 16 * 16 * 9 + 4 * 16
-    assert found[3].outputs[0].bytes(8) == 4 * 8 * 16 * 32 * 32
+    assert result[3].weights == 2 * 16 * 16 * 9 + 4 * 16
+    assert result[3].outputs[0].bytes(8) == 4 * 8 * 16 * 32 * 32
 
 
 def test_a_type_of_unknown_width_has_no_size() -> None:
@@ -48,10 +48,10 @@ def test_a_type_of_unknown_width_has_no_size() -> None:
 
 
 def test_the_layers_are_kept_beside_the_plan(plan: Path) -> None:
-    kept = layers.load(plan, read_sidecar(plan))
-    assert kept.batches == (4,) and len(kept.convolutions) == 7 and len(kept.adds) == 3
-    assert {layer.stage for layer in kept.layers} == {"stem", "layer1", "layer2", "layer3", "head"}
-    assert sum(layer.role == "conv" for layer in kept.layers) == 7
+    saved = layers.load(plan, read_sidecar(plan))
+    assert saved.batches == (4,) and len(saved.convolutions) == 7 and len(saved.adds) == 3
+    assert {layer.stage for layer in saved.layers} == {"stem", "layer1", "layer2", "layer3", "head"}
+    assert sum(layer.role == "conv" for layer in saved.layers) == 7
 
 
 def test_layers_of_another_build_are_refused(plan: Path, tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_foreign_names_give_the_same_stages(
         torch_like = "{stage}" in names and not block.startswith("layer")
         pattern = "/{op}{i}" if torch_like else names
         node.name = pattern.format(op=node.op_type, i=index, stage=stage, block=number)
-    found = [
+    results = [
         n.block for n in read_nodes(model).values() if n.operation in ("conv", "add", "matmul")
     ]
-    assert found == places
+    assert results == places
 
 
 def test_a_plan_without_a_dump_has_no_layer_file(
@@ -127,10 +127,10 @@ def test_layers_multiply_adds_are_those_of_the_net_in_every_profile(
     source, out = onnx_file("resnet8", precision), tmp_path / "net.plan"
     profiles = [Profile(min=1, opt=1, max=1), Profile(min=2, opt=4, max=8)]
     sidecar = engine.build(source, out, profiles=profiles, builder="rtx")
-    kept = layers.load(out, sidecar).layers
+    saved = layers.load(out, sidecar).layers
     expected = sum(kernel.multiply_adds for kernel in kernels.count(source).kernels)
     for profile in (0, 1):
-        own = [layer for layer in kept if layer.profile == profile]
+        own = [layer for layer in saved if layer.profile == profile]
         assert sum(layer.multiply_adds or 0 for layer in own) == expected
         assert sum(bool(layer.multiply_adds) for layer in own) == 8
 

@@ -57,11 +57,11 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(
     for _ in range(times):
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    said, complaint = process.communicate("go on\n", timeout=60)
+    output, complaint = process.communicate("go on\n", timeout=60)
     # One that comes when Python has already ended is the system's: 130 to a shell, too.
     assert process.returncode in ((130,) if times == 1 else (130, -2)), complaint
     assert complaint.splitlines()[-1] == "interrupted" and "Traceback" not in complaint
-    assert "cancelling" in said
+    assert "cancelling" in output
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
@@ -72,11 +72,11 @@ def test_a_build_that_is_stopped_leaves_the_earlier_plan_and_the_next_one_builds
     options = {"profiles": [Profile(min=1, opt=4, max=8)], "builder": "rtx"}
     before = engine.build(source, out, **options)  # type: ignore[arg-type]
 
-    seen: list[str] = []
+    observed: list[str] = []
 
     def interrupt(phase: str) -> None:
-        seen.append(phase)
-        if seen.count("building engine") == 1 and phase == "building engine":
+        observed.append(phase)
+        if observed.count("building engine") == 1 and phase == "building engine":
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):

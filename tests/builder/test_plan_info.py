@@ -26,31 +26,31 @@ def head(size: int, mask: int, version: bytes = bytes((1, 7, 1, 116))) -> bytes:
 
 def test_read_header_of_a_real_plan_has_version_targets_and_size(plan: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    found = plan_info.read_header(plan)
-    assert found is not None
-    assert found.version == trt.__version__
-    assert found.bytes == plan.stat().st_size
-    assert set(found.targets) <= set(RTX_TARGETS)
-    assert "sm_86" in found.targets
+    header = plan_info.read_header(plan)
+    assert header is not None
+    assert header.version == trt.__version__
+    assert header.bytes == plan.stat().st_size
+    assert set(header.targets) <= set(RTX_TARGETS)
+    assert "sm_86" in header.targets
 
 
 @pytest.mark.parametrize("bit", range(len(RTX_TARGETS)))
 def test_parse_header_each_bit_of_the_mask_is_a_target(bit: int) -> None:
-    found = plan_info.parse_header(head(1000, 1 << bit))
-    assert found == plan_info.Header(version="1.7.1.116", targets=(RTX_TARGETS[bit],), bytes=1000)
+    header = plan_info.parse_header(head(1000, 1 << bit))
+    assert header == plan_info.Header(version="1.7.1.116", targets=(RTX_TARGETS[bit],), bytes=1000)
 
 
 def test_parse_header_several_bits_are_several_targets() -> None:
-    found = plan_info.parse_header(head(64, 0b010100, bytes((1, 2, 3, 4))))
-    assert found is not None
-    assert (found.targets, found.version) == (("sm_86", "sm_120"), "1.2.3.4")
+    header = plan_info.parse_header(head(64, 0b010100, bytes((1, 2, 3, 4))))
+    assert header is not None
+    assert (header.targets, header.version) == (("sm_86", "sm_120"), "1.2.3.4")
 
 
 def test_read_header_of_a_complete_file_succeeds(tmp_path: Path) -> None:
     path = tmp_path / "whole.plan"
     path.write_bytes(head(100, 1) + bytes(36))
-    found = plan_info.read_header(path)
-    assert found is not None and found.bytes == 100
+    header = plan_info.read_header(path)
+    assert header is not None and header.bytes == 100
 
 
 @pytest.mark.parametrize("size", [64, 99, 101])
@@ -143,11 +143,11 @@ def test_name_field_keeps_everything_that_an_evaluation_needs(
     name = in_a_file(text, tmp_path)
     assert (name.model, name.precision, name.input) == ("resnet18", "int8", 224)
     assert (name.batches, name.onnx, name.classes) == (("1:8:32",), "2" * 16, len(classes))
-    found = name.sidecar
-    assert found is not None
-    assert (found.model, found.input, found.plan) == (sidecar.model, sidecar.input, sidecar.plan)
-    assert (found.precision, found.assumed) == ("int8", ())
-    assert found.parent == Link(file="net.onnx", sha256="2" * 64), "folder names stay private"
+    result = name.sidecar
+    assert result is not None
+    assert (result.model, result.input, result.plan) == (sidecar.model, sidecar.input, sidecar.plan)
+    assert (result.precision, result.assumed) == ("int8", ())
+    assert result.parent == Link(file="net.onnx", sha256="2" * 64), "folder names stay private"
 
 
 def test_name_field_numbers_the_classes_whose_names_do_not_fit(tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_name_field_numbers_the_classes_whose_names_do_not_fit(tmp_path: Path) -
     classes = tuple(f"{rng.getrandbits(64):x}" for _ in range(1000))
     text = plan_info.name_field(planned(classes))
     assert len(text.encode()) <= plan_info.NAME_LIMIT
-    found = in_a_file(text, tmp_path).sidecar
-    assert found is not None
-    assert found.model.classes == tuple(map(str, range(1000)))
-    assert found.assumed == (plan_info.NAMES_LEFT_OUT,)
-    assert found.input == planned(classes).input
+    result = in_a_file(text, tmp_path).sidecar
+    assert result is not None
+    assert result.model.classes == tuple(map(str, range(1000)))
+    assert result.assumed == (plan_info.NAMES_LEFT_OUT,)
+    assert result.input == planned(classes).input
 
 
 def test_name_field_of_an_earlier_version_is_read_without_a_sidecar(tmp_path: Path) -> None:
@@ -194,15 +194,15 @@ def test_read_name_field_of_damaged_text_is_none(text: str, tmp_path: Path) -> N
 def test_a_real_plan_without_its_sidecar_describes_itself(plan: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved.plan"
     moved.write_bytes(plan.read_bytes())
-    known, found = artifacts.read_sidecar(plan), plan_info.described(moved)
-    assert known is not None and found is not None and known.plan is not None
+    reference, result = artifacts.read_sidecar(plan), plan_info.described(moved)
+    assert reference is not None and result is not None and reference.plan is not None
     for name in ("kind", "model", "input", "weights", "precision", "topk", "assumed", "sha256"):
-        assert getattr(found, name) == getattr(known, name), name
-    assert found.plan is not None and found.parent is not None and known.parent is not None
+        assert getattr(result, name) == getattr(reference, name), name
+    assert result.plan is not None and result.parent is not None and reference.parent is not None
     for name in ("builder", "version", "targets", "profiles", "tf32"):
-        assert getattr(found.plan, name) == getattr(known.plan, name), name
-    assert found.parent.sha256 == known.parent.sha256
-    assert (found.file, found.bytes) == ("moved.plan", moved.stat().st_size)
+        assert getattr(result.plan, name) == getattr(reference.plan, name), name
+    assert result.parent.sha256 == reference.parent.sha256
+    assert (result.file, result.bytes) == ("moved.plan", moved.stat().st_size)
 
 
 def test_inspect_of_a_real_plan_without_its_sidecar_shows_its_description(

@@ -21,10 +21,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return modules
 
 
-@pytest.mark.parametrize("given", ["", " , ", ("", ",")])
-def test_a_target_that_names_nothing_is_not_the_default(given: str | tuple[str, ...]) -> None:
+@pytest.mark.parametrize("text", ["", " , ", ("", ",")])
+def test_a_target_that_names_nothing_is_not_the_default(text: str | tuple[str, ...]) -> None:
     with pytest.raises(InputError, match="--target is empty"):
-        targets.parse(given)
+        targets.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_a_builder_that_is_not_installed_is_named_with_its_package(
 
 def test_the_names_are_those_of_the_installed_rtx() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    known = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
-    assert {name.replace("_", "").upper() for name in targets.RTX_TARGETS} == known
+    reference = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    assert {name.replace("_", "").upper() for name in targets.RTX_TARGETS} == reference
 
 
 def test_chosen_targets_reach_the_configuration() -> None:

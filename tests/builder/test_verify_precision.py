@@ -49,8 +49,8 @@ def test_convolutions_are_counted_by_the_type_of_their_kernels_input(
         dumped("correlation", ["Half"], ["layer1.0.conv2"]),
         dumped("gemm", ["Int8"], ["fc", "flatten.dq"]),
     )
-    found = read(text, conv1="conv", layer1_0_conv1="conv", layer1_0_conv2="conv", fc="matmul")
-    assert found == Attestation(
+    result = read(text, conv1="conv", layer1_0_conv1="conv", layer1_0_conv2="conv", fc="matmul")
+    assert result == Attestation(
         convolutions=3,
         dtypes={"Int8": 2, "Half": 1},
         layers=6,
@@ -68,31 +68,31 @@ def test_convolutions_are_counted_by_the_type_of_their_kernels_input(
 def test_a_1x1_convolution_may_run_as_a_matrix_product(
     kind: str, dump: Any, dumped: Any, read: Any
 ) -> None:
-    found = read(dump(dumped(kind, ["Half"], ["layer1.0.conv3"])), layer1_0_conv3="conv")
-    assert found is not None and found.dtypes == {"Half": 1}
+    result = read(dump(dumped(kind, ["Half"], ["layer1.0.conv3"])), layer1_0_conv3="conv")
+    assert result is not None and result.dtypes == {"Half": 1}
 
 
 def test_a_layer_around_a_convolution_attests_nothing(dump: Any, dumped: Any, read: Any) -> None:
-    found = read(dump(dumped("kgen", ["Int8"], ["conv1"])), conv1="conv")
-    assert found is not None and found.dtypes == {layers.UNKNOWN: 1}
+    result = read(dump(dumped("kgen", ["Int8"], ["conv1"])), conv1="conv")
+    assert result is not None and result.dtypes == {layers.UNKNOWN: 1}
 
 
 def test_two_convolutions_in_one_kernel_both_count(dump: Any, dumped: Any, read: Any) -> None:
     text = dump(dumped("correlation", ["Half"], ["layer1.conv1", "layer1.down"]))
-    found = read(text, layer1_conv1="conv", layer1_down="conv")
-    assert found is not None and found.dtypes == {"Half": 2}
+    result = read(text, layer1_conv1="conv", layer1_down="conv")
+    assert result is not None and result.dtypes == {"Half": 2}
 
 
 def test_a_name_that_only_begins_alike_is_another_convolution(
     dump: Any, dumped: Any, read: Any
 ) -> None:
-    found = read(dump(dumped("correlation", ["Int8"], ["conv1"])), conv1="conv", conv10="conv")
-    assert found is not None and found.dtypes == {"Int8": 1, layers.UNKNOWN: 1}
+    result = read(dump(dumped("correlation", ["Int8"], ["conv1"])), conv1="conv", conv10="conv")
+    assert result is not None and result.dtypes == {"Int8": 1, layers.UNKNOWN: 1}
 
 
 def test_a_constant_does_not_attest_its_convolution(dump: Any, dumped: Any, read: Any) -> None:
-    found = read(dump(dumped("correlation", [], ["conv1"])), conv1="conv")
-    assert found is not None and found.dtypes == {layers.UNKNOWN: 1}
+    result = read(dump(dumped("correlation", [], ["conv1"])), conv1="conv")
+    assert result is not None and result.dtypes == {layers.UNKNOWN: 1}
 
 
 @pytest.mark.parametrize("text", ["", "Layers:\n", "Layers:\nnothing of the kind\n"])
@@ -108,11 +108,11 @@ def test_an_add_is_fused_where_a_kernel_names_it_in_every_profile(
     second = dumped("kgen", ["Half"], ["layer1.0.add"], "__myl_Add [profile 1]_myl1_2")
     marker = dumped("kgen", ["Half"], [], "__myl_Mean [profile 1]_myl1_3")
     nodes = {"layer1_0_conv2": "conv", "layer1_0_add": "add"}
-    found = read(dump(*both, marker), **nodes)
-    assert found is not None and (found.adds, found.unfused_adds) == (1, ())
+    result = read(dump(*both, marker), **nodes)
+    assert result is not None and (result.adds, result.unfused_adds) == (1, ())
     alone = dumped("correlation", ["Half"], ["layer1.0.conv2"], "c_myl1_1")
-    found = read(dump(both[0], alone, second), **nodes)
-    assert found is not None and found.unfused_adds == ("layer1.0.add",)
+    result = read(dump(both[0], alone, second), **nodes)
+    assert result is not None and result.unfused_adds == ("layer1.0.add",)
 
 
 def test_a_convolution_counts_with_the_widest_type_of_all_profiles(
@@ -122,9 +122,9 @@ def test_a_convolution_counts_with_the_widest_type_of_all_profiles(
         dumped("correlation", ["Int8"], ["conv1"], "c_myl0_1"),
         dumped("correlation", ["Float"], ["conv1"], "c [profile 1]_myl1_1"),
     )
-    found = read(text, conv1="conv")
-    assert found is not None and found.dtypes == {"Float": 1}
-    assert found.layers == 1, "the layers of the first profile"
+    result = read(text, conv1="conv")
+    assert result is not None and result.dtypes == {"Float": 1}
+    assert result.layers == 1, "the layers of the first profile"
 
 
 @pytest.mark.parametrize(
@@ -143,17 +143,17 @@ def test_a_real_engine_is_attested_by_stage(
     source = onnx_file(name, precision, size)
     sidecar = engine.build(source, tmp_path / "n.plan", profiles=[PROFILE], builder="rtx")
     assert sidecar.plan is not None
-    found = sidecar.plan.attested
-    assert found is not None and found.stages is not None
+    result = sidecar.plan.attested
+    assert result is not None and result.stages is not None
     sizes = {"resnet8": [1, 2, 2, 2], "resnet18": [1, 4, 5, 5, 5]}[name]
     stages = ["stem", *(f"layer{n}" for n in range(1, len(sizes)))]
-    assert found.stages == {s: {dtype: n} for s, n in zip(stages, sizes, strict=True)}
-    assert found.adds == {"resnet8": 3, "resnet18": 8}[name]
-    assert found.activations and found.activations[0] > 8 * 3 * size * size
+    assert result.stages == {s: {dtype: n} for s, n in zip(stages, sizes, strict=True)}
+    assert result.adds == {"resnet8": 3, "resnet18": 8}[name]
+    assert result.activations and result.activations[0] > 8 * 3 * size * size
     if name == "resnet18":  # shortcuts are convolutions there, and all Adds fuse
-        assert found.unfused_adds == () and found.requantizes == 0
+        assert result.unfused_adds == () and result.requantizes == 0
     if precision == "int8":
-        assert found.requantizes and found.requantizes >= found.convolutions
+        assert result.requantizes and result.requantizes >= result.convolutions
 
 
 def float_conv(model: onnx.ModelProto) -> None:
@@ -201,14 +201,14 @@ def test_a_quantizer_between_add_and_relu_shows(
                     follower.input[index] = f"{made}.dq"
             for offset, extra in enumerate(pair):
                 bad.graph.node.insert(at + offset, extra)
-    found = {}
+    results = {}
     for name, model in (("good", good), ("bad", bad)):
         publish(model, tmp_path / f"{name}.onnx", "fp16")
         sidecar = engine.build(
             tmp_path / f"{name}.onnx", tmp_path / f"{name}.plan", profiles=[PROFILE], builder="rtx"
         )
         assert sidecar.plan is not None and sidecar.plan.attested is not None
-        found[name] = sidecar.plan.attested
-    assert found["bad"].dtypes == found["good"].dtypes
-    assert found["good"].rounds == ()
-    assert found["bad"].rounds == tuple(f"layer{n}.0.add.out.q" for n in (1, 2, 3))
+        results[name] = sidecar.plan.attested
+    assert results["bad"].dtypes == results["good"].dtypes
+    assert results["good"].rounds == ()
+    assert results["bad"].rounds == tuple(f"layer{n}.0.add.out.q" for n in (1, 2, 3))

@@ -39,8 +39,8 @@ def foreign(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
 
 def result(arguments: list[str]) -> dict[str, Any]:
     assert main([*arguments, "--json", "result.json"]) == 0
-    found: dict[str, Any] = json.loads(Path("result.json").read_text())["result"]
-    return found
+    actual: dict[str, Any] = json.loads(Path("result.json").read_text())["result"]
+    return actual
 
 
 def change(path: str, edit: Callable[[onnx.ModelProto], object]) -> None:
@@ -56,10 +56,10 @@ def test_adopt_then_eval_and_compare_equal_our_own_export(
     written = result(ADOPT)["sidecar"]
     assert (written["precision"], written["weights"]["origin"]) == ("fp32", "file")
     assert written["assumed"] == [] and written["sha256"] == artifacts.atomic_io.sha256(foreign)
-    found = result(["eval", foreign, "--data", tints])
-    assert found["top1"] == result(["eval", ours, "--data", tints, "--no-record"])["top1"]
+    actual = result(["eval", foreign, "--data", tints])
+    assert actual["top1"] == result(["eval", ours, "--data", tints, "--no-record"])["top1"]
     sidecar = artifacts.read_sidecar(foreign)
-    assert sidecar is not None and sidecar.measured["accuracy"][0]["top1"] == found["top1"]
+    assert sidecar is not None and sidecar.measured["accuracy"][0]["top1"] == actual["top1"]
     assert result(["compare", ours, foreign, "--data", tints])["relative"] == 0
 
 

@@ -146,9 +146,9 @@ def test_bench_find_batch_writes_result_and_plot(
     plot = tmp_path / f"curve.{suffix}"
     options = ["--find-batch", "--p99", "10s", "--max-batch", "2", "--seconds", "0.05"]
     options += ["--plot", str(plot)]
-    (found,) = run([net, *options], tmp_path)["searches"]
-    assert found["search"]["best"] == 2 and found["search"]["limit"] is True
-    assert all(point["n"] >= 100 for point in found["search"]["points"])
+    (output,) = run([net, *options], tmp_path)["searches"]
+    assert output["search"]["best"] == 2 and output["search"]["limit"] is True
+    assert all(point["n"] >= 100 for point in output["search"]["points"])
     assert "batch 2 keeps the p99 within 10000 ms" in capsys.readouterr().out
     start = plot.read_bytes()[:8]
     assert start.startswith(b"<svg") if suffix == "svg" else start == b"\x89PNG\r\n\x1a\n"
@@ -162,16 +162,16 @@ def test_bench_find_qps_needs_enough_arrivals(
     # 20 arrivals have no p99, and what is unknown does not hold.
     assert main(["bench", net, *options]) == 1
     options[-1] = "100"
-    (found,) = run([net, *options], tmp_path)["searches"]
-    assert found["search"]["best"] > 0
-    assert all(point["p99"] for point in found["search"]["points"])
+    (output,) = run([net, *options], tmp_path)["searches"]
+    assert output["search"]["best"] > 0
+    assert all(point["p99"] for point in output["search"]["points"])
 
 
-@pytest.mark.parametrize("what", ["batch", "qps"])
-def test_bench_find_without_success_exits_1(net: str, capsys: Captured, what: str) -> None:
-    options = [f"--find-{what}", "--p99", "1us", "--seconds", "0.05"]
+@pytest.mark.parametrize("kind", ["batch", "qps"])
+def test_bench_find_without_success_exits_1(net: str, capsys: Captured, kind: str) -> None:
+    options = [f"--find-{kind}", "--p99", "1us", "--seconds", "0.05"]
     assert main(["bench", net, *options]) == 1
-    assert f"no {what} has a p99 within 0.001 ms" in capsys.readouterr().err
+    assert f"no {kind} has a p99 within 0.001 ms" in capsys.readouterr().err
 
 
 def test_bench_regression_exits_1_and_is_in_the_json(

@@ -34,8 +34,8 @@ def test_one_plan_a_target(
     arguments = ["build", source, "--out", str(out), "--builder", "rtx", "--per-target"]
     assert main([*arguments, "--target", "T4,RTX 4090"]) == 0
     assert {path.name for path in tmp_path.glob("*.plan")} == {"n-sm_75.plan", "n-sm_89.plan"}
-    said = capsys.readouterr().out
-    assert "for sm_75; of 7 convolutions 7 take Half" in said
+    output = capsys.readouterr().out
+    assert "for sm_75; of 7 convolutions 7 take Half" in output
 
 
 def test_per_target_refuses_before_it_builds_any(engines: Path, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_inspect_shows_and_draws_the_layers(
 ) -> None:
     plan, svg, file = engines / "resnet8-int8.plan", tmp_path / "e.svg", tmp_path / "e.json"
     assert main(["inspect", str(plan), "--layers", "--svg", str(svg), "--json", str(file)]) == 0
-    said = capsys.readouterr().out
-    table = said[said.index("layers in order") :]
+    output = capsys.readouterr().out
+    table = output[output.index("layers in order") :]
     assert max(map(len, table.splitlines())) <= 80
     assert "conv 3x3" in table and "Int8>Float" in table and "3 Adds in separate layers" in table
     record = json.loads(file.read_text())["result"]["engine"]
@@ -115,9 +115,9 @@ def test_inspect_without_sidecar_goes_as_far_as_the_plan_says(
     stray = tmp_path / "stray.plan"
     stray.write_bytes((engines / "resnet8-int8.plan").read_bytes())
     assert main(["inspect", str(stray)]) == 0
-    said = capsys.readouterr().out
-    assert "header: TensorRT-RTX" in said and "described by its own metadata" in said
-    assert "plan, resnet8, int8" in said and "input 32x32" in said
+    output = capsys.readouterr().out
+    assert "header: TensorRT-RTX" in output and "described by its own metadata" in output
+    assert "plan, resnet8, int8" in output and "input 32x32" in output
     assert main(["inspect", str(stray), "--layers"]) == 2
     assert "it has no sidecar; build it again" in capsys.readouterr().err
 

@@ -264,9 +264,9 @@ def test_check_plan_uses_the_batches_of_its_profiles(
     assert code == 0 and result["checks"][-1]["compared"] == "resnet8.onnx"
     sidecar = artifacts.read_sidecar(plan)
     assert sidecar is not None and sidecar.plan is not None
-    wanted = {n for p in sidecar.plan.profiles for n in (p.min, p.opt, p.max)}
+    expected = {n for p in sidecar.plan.profiles for n in (p.min, p.opt, p.max)}
     tried = {e["compared"] for e in result["checks"] if e["name"] == "batch size"}
-    assert tried == {f"{n} with alone" for n in wanted}
+    assert tried == {f"{n} with alone" for n in expected}
 
 
 def test_check_impossible_options_exit_2(trained: Path, tmp_path: Path) -> None:

@@ -158,11 +158,11 @@ def test_inspect_shows_a_plans_header_without_its_sidecar(
 
 def test_models_lists_the_papers_nets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(["models"], tmp_path)
-    found = {record["model"]: record for record in result["models"]}
-    assert found["resnet50"]["parameters"] == 25_557_032
-    assert found["resnet110"]["parameters"] == 1_727_962
-    assert found["resnet1202"]["parameters"] == 19_421_274
-    assert found["resnet1202"]["multiply_adds"] == 2_829_238_912
+    results = {record["model"]: record for record in result["models"]}
+    assert results["resnet50"]["parameters"] == 25_557_032
+    assert results["resnet110"]["parameters"] == 1_727_962
+    assert results["resnet1202"]["parameters"] == 19_421_274
+    assert results["resnet1202"]["multiply_adds"] == 2_829_238_912
     assert result["vgg19_multiply_adds"] == 19_632_062_464
     out = capsys.readouterr().out
     assert "vgg19_bn" in out and max(map(len, out.splitlines())) <= 80

@@ -57,8 +57,8 @@ def test_train_into_a_folder_that_another_process_trains_into_is_refused(
         wait_for(out / "last.pt", first)
         for more in ([], ["--resume"]):
             assert main([str(a) for a in training(tints, 2, "--out", out, *more)]) == 2
-            said = capsys.readouterr().err.splitlines()[-1]
-            assert f"process {first.pid}" in said and "--seed 1" in said
+            output = capsys.readouterr().err.splitlines()[-1]
+            assert f"process {first.pid}" in output and "--seed 1" in output
     finally:
         first.terminate()
         first.communicate(timeout=60)
@@ -77,8 +77,8 @@ def test_export_into_a_folder_that_another_process_writes_is_refused_with_its_na
     first = started(*arguments, tmp_path / "1.pt", cwd=tmp_path)
     wait_for(tmp_path / "engines" / locks.FOLDER_LOCK, first)
     assert main([*arguments, str(tmp_path / "2.pt")]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"process {first.pid}" in said and "1.pt" in said
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert f"process {first.pid}" in output and "1.pt" in output
     _, errors = first.communicate(timeout=300)
     assert first.returncode == 0, errors
     chain = list(artifacts.chain(tmp_path / "engines" / "resnet20-fp16.onnx"))
@@ -111,6 +111,6 @@ def test_train_refused_without_out_leaves_no_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(a) for a in training(tints, 0, "--recipe", "moderne")]) == 2
-    said = capsys.readouterr().err
-    assert "did you mean 'modern'?" in said and "known: paper-cifar, paper-imagenet" in said
+    output = capsys.readouterr().err
+    assert "did you mean 'modern'?" in output and "known: paper-cifar, paper-imagenet" in output
     assert list(tmp_path.iterdir()) == []

@@ -66,8 +66,8 @@ def test_doctor_with_a_driver_that_is_too_old_says_which_is_needed(
     opened: SimpleNamespace, tmp_path: Path
 ) -> None:
     opened.error = "cudaGetDevice failed: cudaErrorInsufficientDriver (35)"
-    said = doctor(tmp_path)["runs"]["plans run on"]
-    assert said.startswith("nothing") and "(35)" in said and "r580 or newer" in said
+    output = doctor(tmp_path)["runs"]["plans run on"]
+    assert output.startswith("nothing") and "(35)" in output and "r580 or newer" in output
 
 
 def test_doctor_asks_the_driver_for_its_version_where_cuda_opens_all_the_same(
@@ -76,16 +76,18 @@ def test_doctor_asks_the_driver_for_its_version_where_cuda_opens_all_the_same(
     """The driver API opens on every driver; TensorRT's libraries do not."""
     monkeypatch.setattr(hardware, "cuda_version", lambda: (12, 4))
     monkeypatch.setattr(hardware, "version", lambda *names: "1.7.1.116")
-    said = doctor(tmp_path)["runs"]["plans run on"]
-    assert said.startswith("nothing") and "r580 or newer" in said
+    output = doctor(tmp_path)["runs"]["plans run on"]
+    assert output.startswith("nothing") and "r580 or newer" in output
 
 
 def test_doctor_on_an_h100_with_tensorrt_rtx_only_says_that_plans_do_not_run(
     opened: SimpleNamespace, tmp_path: Path
 ) -> None:
     opened.capability = (9, 0)
-    said = doctor(tmp_path)["runs"]["plans run on"]
-    assert said.startswith("nothing") and "sm_90" in said and "pip install tensorrt-cu13" in said
+    output = doctor(tmp_path)["runs"]["plans run on"]
+    assert (
+        output.startswith("nothing") and "sm_90" in output and "pip install tensorrt-cu13" in output
+    )
 
 
 def test_doctor_lists_what_only_a_gpu_needs_and_asks_for_it_there_only(
@@ -98,14 +100,14 @@ def test_doctor_lists_what_only_a_gpu_needs_and_asks_for_it_there_only(
     monkeypatch.setattr(hardware, "version", lambda *names: None)
     packages = {package["package"] for package in doctor(tmp_path)["packages"]}
     assert {"onnxruntime-gpu", "nvidia-ml-py"} <= packages
-    said = " ".join(capsys.readouterr().out.split())
-    assert "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'" in said
-    assert "nvidia-ml-py" in said[said.index("Missing packages") :]
+    output = " ".join(capsys.readouterr().out.split())
+    assert "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'" in output
+    assert "nvidia-ml-py" in output[output.index("Missing packages") :]
     monkeypatch.setattr(hardware, "gpus", tuple)
     doctor(tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "pip install 'onnxruntime-gpu" not in said
-    assert "nvidia-ml-py" not in said[said.index("Missing packages") :]
+    output = " ".join(capsys.readouterr().out.split())
+    assert "pip install 'onnxruntime-gpu" not in output
+    assert "nvidia-ml-py" not in output[output.index("Missing packages") :]
 
 
 @pytest.mark.parametrize(
@@ -136,15 +138,15 @@ def test_doctor_sees_two_builds_of_onnx_runtime_in_one_folder(
 
     monkeypatch.setattr(metadata, "distribution", distribution)
     conflicts = doctor(tmp_path)["conflicts"]
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     if keep is None:
-        assert conflicts == [] and "WARNING" not in said
+        assert conflicts == [] and "WARNING" not in output
         return
     (conflict,) = conflicts
     assert all(name in conflict for name in folders)
     names = " ".join(folders)
     assert conflict.endswith(f"pip uninstall -y {names} && pip install {keep}")
-    assert "WARNING" in said
+    assert "WARNING" in output
 
 
 def test_doctor_names_an_onnx_runtime_that_cannot_be_imported(

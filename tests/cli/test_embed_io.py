@@ -29,8 +29,8 @@ PLAIN, PIXELS, BEST, BOTH = "resnet8", "resnet8-u8", "resnet8-top2", "resnet8-u8
 def result(*arguments: object, folder: Path) -> dict[str, Any]:
     file = folder / "result.json"
     assert main([*map(str, arguments), "--json", str(file)]) == 0
-    found: dict[str, Any] = json.loads(file.read_text())["result"]
-    return found
+    actual: dict[str, Any] = json.loads(file.read_text())["result"]
+    return actual
 
 
 def refused(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
@@ -164,15 +164,15 @@ def test_compare_says_what_it_knows(
 def test_predict_says_the_same(files: Path, crops: np.ndarray, tmp_path: Path) -> None:
     for index, image in enumerate(crops):
         Image.fromarray(image).save(tmp_path / f"{index}.png")
-    found = [
+    results = [
         result(
             "predict", files / f"{name}.onnx", tmp_path, "--top", 2, "--provider", "cpu",
             folder=tmp_path,
         )["images"]
         for name in (PLAIN, PIXELS, BOTH)
     ]  # fmt: skip
-    assert found[0] == found[1]
-    for plain, both in zip(found[0], found[2], strict=True):
+    assert results[0] == results[1]
+    for plain, both in zip(results[0], results[2], strict=True):
         assert [g["class"] for g in plain["top"]] == [g["class"] for g in both["top"]]
         for one, other in zip(plain["top"], both["top"], strict=True):
             assert one["probability"] == pytest.approx(other["probability"], rel=1e-4)
@@ -192,8 +192,8 @@ def test_an_ensemble_and_several_crops_need_all_probabilities(
 ) -> None:
     best, plain = files / f"{BEST}.onnx", files / f"{PLAIN}.onnx"
     for more in ((plain,), ("--protocol", "10-crop")):
-        said = refused("eval", best, *more, "--data", tints, capsys=capsys)
-        assert "the 2 most probable classes" in said and str(plain) in said
+        output = refused("eval", best, *more, "--data", tints, capsys=capsys)
+        assert "the 2 most probable classes" in output and str(plain) in output
 
 
 def test_mean_and_std_that_are_inside_cannot_be_changed(
@@ -205,14 +205,16 @@ def test_mean_and_std_that_are_inside_cannot_be_changed(
 
 @pytest.mark.parametrize("name", [PIXELS, BEST, BOTH])
 def test_quantizing_comes_first(name: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused("quantize", files / f"{name}.onnx", "--fp16", capsys=capsys)
-    assert "added after quantization" in said and f"rtresnet quantize {files / PLAIN}.onnx" in said
+    output = refused("quantize", files / f"{name}.onnx", "--fp16", capsys=capsys)
+    assert (
+        "added after quantization" in output and f"rtresnet quantize {files / PLAIN}.onnx" in output
+    )
 
 
 def test_ends_are_changed_once(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(files.iterdir())
-    said = refused("build", files / f"{PIXELS}.onnx", "--topk", 2, capsys=capsys)
-    assert "already changed" in said or "no TensorRT builder" in said
+    output = refused("build", files / f"{PIXELS}.onnx", "--topk", 2, capsys=capsys)
+    assert "already changed" in output or "no TensorRT builder" in output
     assert sorted(files.iterdir()) == before
 
 
@@ -230,8 +232,8 @@ def test_too_many_classes_are_refused_before_anything_is_written(
 ) -> None:
     out = tmp_path / "engines"
     weights = ("--weights", trained / "best.pt", "--out", out)
-    said = refused("export", *weights, "--topk", 5, capsys=capsys)
-    assert "--topk 5: resnet8 has 4 classes" in said
+    output = refused("export", *weights, "--topk", 5, capsys=capsys)
+    assert "--topk 5: resnet8 has 4 classes" in output
     assert not list(out.glob("*"))
 
 

@@ -282,10 +282,10 @@ def test_nothing_is_overwritten_and_no_option_dropped_in_passing(
         pytest.importorskip("tensorrt_rtx")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(arguments) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and words in said
-    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert kept == before
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith("error: ") and words in output
+    saved = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert saved == before
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
@@ -343,8 +343,8 @@ def test_a_place_for_text_is_judged_before_the_work(
     option = {"bench": "--json", "report": "--out", "inspect": "--svg"}[verb]
     # The artifact is not there either: what is told first was looked at first.
     assert main([verb, "nothing.onnx", option, place]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("error: ") and place.split("/")[0] in said[0]
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1 and output[0].startswith("error: ") and place.split("/")[0] in output[0]
 
 
 def test_a_name_of_another_kind_is_refused_before_the_work(
@@ -352,8 +352,8 @@ def test_a_name_of_another_kind_is_refused_before_the_work(
 ) -> None:
     net = str(engines / "resnet8.onnx")
     assert main(["quantize", net, "--calib", "digits", "--out", str(tmp_path / "x.plan")]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "of kind plan" in said  # and not a word of calibrating
+    (output,) = capsys.readouterr().err.splitlines()
+    assert "of kind plan" in output  # and not a word of calibrating
 
 
 def test_an_exit_that_no_reader_caused_is_not_taken_for_one(

@@ -63,8 +63,8 @@ def fixed(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fix
 
 def result(arguments: list[str], code: int = 0) -> dict[str, Any]:
     assert main([*arguments, "--json", "result.json"]) == code
-    found: dict[str, Any] = json.loads(Path("result.json").read_text())["result"]
-    return found
+    actual: dict[str, Any] = json.loads(Path("result.json").read_text())["result"]
+    return actual
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -72,11 +72,11 @@ def test_eval_and_compare_of_a_fixed_batch_agree_with_the_open_file(
     fixed: Fixed, engines: Path, tints: str, batch: int, capsys: Captured
 ) -> None:
     path, plain = fixed(batch), str(engines / "resnet8.onnx")
-    found = result(["eval", path, "--data", tints, "--batch", "50", "--provider", "cpu"])
+    actual = result(["eval", path, "--data", tints, "--batch", "50", "--provider", "cpu"])
     assert f"batch is fixed at {batch}" in capsys.readouterr().out
     expected = result(["eval", plain, "--data", tints, "--provider", "cpu"])
-    assert (found["top1"], found["n"]) == (expected["top1"], 240)
-    assert found["fixed_batch"] == batch and expected["fixed_batch"] is None
+    assert (actual["top1"], actual["n"]) == (expected["top1"], 240)
+    assert actual["fixed_batch"] == batch and expected["fixed_batch"] is None
     compared = result(["compare", plain, path, "--data", tints, "--provider", "cpu"])
     assert compared["agreement"] == 1 and compared["relative"] < 1e-5
     assert f"batch is fixed at {batch}" in capsys.readouterr().out
@@ -117,8 +117,8 @@ def test_check_of_a_fixed_batch_passes(fixed: Fixed, batch: int, capsys: Capture
 def test_bench_measures_the_fixed_batch_alone(
     fixed: Fixed, batch: int, options: list[str], measured: list[int], capsys: Captured
 ) -> None:
-    found = result(["bench", fixed(batch), "--queries", "5", *options])
-    assert [entry["batch"] for entry in found["results"]] == measured
+    actual = result(["bench", fixed(batch), "--queries", "5", *options])
+    assert [entry["batch"] for entry in actual["results"]] == measured
     assert f"batch is fixed at {batch}" in capsys.readouterr().out
 
 
@@ -143,8 +143,8 @@ def test_bench_of_another_batch_than_the_fixed_one_is_refused_with_the_way_out(
 
 def test_bench_of_two_fixed_batches_is_refused(fixed: Fixed, engines: Path) -> None:
     assert main(["bench", fixed(1), fixed(8)]) == 2
-    found = result(["bench", fixed(1), str(engines / "resnet8.onnx"), "--queries", "5"])
-    assert [entry["batch"] for entry in found["results"]] == [1, 1]
+    actual = result(["bench", fixed(1), str(engines / "resnet8.onnx"), "--queries", "5"])
+    assert [entry["batch"] for entry in actual["results"]] == [1, 1]
 
 
 def test_bench_that_fails_at_a_batch_keeps_the_finished_ones(
@@ -160,18 +160,18 @@ def test_bench_that_fails_at_a_batch_keeps_the_finished_ones(
 
     monkeypatch.setattr(workload, "measure", fail_at_8)
     path = str(engines / "resnet8.onnx")
-    found = result(["bench", path, "--queries", "5"], code=3)
-    assert [entry["batch"] for entry in found["results"]] == [1]
-    said = capsys.readouterr()
-    assert "img/s" in said.out and "no memory for 8" in said.err
+    actual = result(["bench", path, "--queries", "5"], code=3)
+    assert [entry["batch"] for entry in actual["results"]] == [1]
+    output = capsys.readouterr()
+    assert "img/s" in output.out and "no memory for 8" in output.err
     assert main(["bench", path, "--batch", "8"]) == 3
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_profile_takes_the_fixed_batch(fixed: Fixed, batch: int, capsys: Captured) -> None:
     path = fixed(batch)
-    found = result(["profile", path, "--seconds", "0.01"])
-    assert found["batch"] == found["fixed_batch"] == batch
+    actual = result(["profile", path, "--seconds", "0.01"])
+    assert actual["batch"] == actual["fixed_batch"] == batch
     assert f"batch is fixed at {batch}" in capsys.readouterr().out
     assert main(["profile", path, "--batch", "3"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"--batch {batch}")
@@ -200,12 +200,12 @@ def test_quantize_of_a_fixed_batch_finds_the_scales_of_the_open_file(
     assert main(["quantize", plain, *options, "--out", "plain.onnx"]) == 0
     assert main(["quantize", path, *options, "--out", "int8.onnx"]) == 0
     assert f"batch is fixed at {batch}" in capsys.readouterr().err
-    found, expected = (
+    actual, expected = (
         json.loads(Path(f"calib/{name}.json").read_text()) for name in ("int8", "plain")
     )
-    assert found["scales"] == pytest.approx(expected["scales"], rel=1e-5)
-    assert found["branches"].keys() == expected["branches"].keys()
-    for name, extents in found["branches"].items():
+    assert actual["scales"] == pytest.approx(expected["scales"], rel=1e-5)
+    assert actual["branches"].keys() == expected["branches"].keys()
+    for name, extents in actual["branches"].items():
         assert extents == pytest.approx(expected["branches"][name], rel=1e-5)
     compared = result(["compare", "plain.onnx", "int8.onnx", "--data", tints])
     assert compared["agreement"] > 0.99 and compared["candidate"]["fixed_batch"] == batch
@@ -220,8 +220,8 @@ def test_quantize_of_a_foreign_fixed_batch_is_done(
     fixed: Fixed, tints: str, options: list[str]
 ) -> None:
     path = fixed(1, foreign=True)
-    given = [tints if option == "TINTS" else option for option in options]
-    assert main(["quantize", path, "--preset", "imagenet", *given, "--out", "out.onnx"]) == 0
+    arguments = [tints if option == "TINTS" else option for option in options]
+    assert main(["quantize", path, "--preset", "imagenet", *arguments, "--out", "out.onnx"]) == 0
     model = onnx.load("out.onnx")
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     assert main(["check", "out.onnx", "--provider", "cpu"]) == 0

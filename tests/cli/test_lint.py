@@ -54,14 +54,14 @@ def test_a_flaw_is_told_in_80_columns_with_its_nodes_and_exit_code_1(
 ) -> None:
     path = shifted(engines / "resnet8-int8.onnx", tmp_path / "theirs.onnx", 0)
     assert main(["lint", str(path), "--json", str(tmp_path / "found.json")]) == 1
-    told = capsys.readouterr()
-    assert told.out.splitlines()[:2] == [
+    output = capsys.readouterr()
+    assert output.out.splitlines()[:2] == [
         "error    unsigned, 10 nodes",
         "  nodes   images.q, relu.q, layer1.0.relu1.q and 7 more",
     ]
-    assert all(len(line) <= 80 for line in told.out.splitlines())
+    assert all(len(line) <= 80 for line in output.out.splitlines())
     # --fix could do nothing for this one
-    assert told.err == f"error: {path}: 10 errors\n"
+    assert output.err == f"error: {path}: 10 errors\n"
     result = json.loads((tmp_path / "found.json").read_text())["result"]
     assert len(result["findings"]) == 10 and not result["repaired"]
     assert set(result["findings"][0]) == {"rule", "severity", "node", "consequence", "mend"}
@@ -75,9 +75,9 @@ def test_fix_writes_a_file_that_passes(
     assert "--fix OUT.onnx" in capsys.readouterr().err
     out = tmp_path / "fixed.onnx"
     assert main(["lint", str(path), "--fix", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "repaired  zero-point, 20 nodes: int8 with zero point 0" in told
-    assert f"{out}: same outputs, bit for bit" in told
+    output = capsys.readouterr().out
+    assert "repaired  zero-point, 20 nodes: int8 with zero point 0" in output
+    assert f"{out}: same outputs, bit for bit" in output
     assert main(["lint", str(out)]) == 0
     assert not sidecar_path(out).exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fixed.onnx", "theirs.onnx"]
@@ -89,8 +89,8 @@ def test_fix_exits_by_what_is_left(
     path = shifted(engines / "resnet8-int8.onnx", tmp_path / "theirs.onnx", 0)
     out = tmp_path / "fixed.onnx"
     assert main(["lint", str(path), "--fix", str(out)]) == 1
-    told = capsys.readouterr()
-    assert f"{out}: nothing was repaired" in told.out and f"{out}: 10 errors" in told.err
+    output = capsys.readouterr()
+    assert f"{out}: nothing was repaired" in output.out and f"{out}: 10 errors" in output.err
     assert out.exists()
 
 
@@ -123,10 +123,10 @@ def test_a_file_with_a_sidecar_of_its_own_is_not_replaced_by_a_stranger(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stranger = shifted(copied / "resnet8-int8.onnx", tmp_path / "theirs.onnx", 128)
-    held = (copied / "resnet8.onnx").read_bytes()
+    limit = (copied / "resnet8.onnx").read_bytes()
     assert main(["lint", str(stranger), "--fix", str(copied / "resnet8.onnx")]) == 2
     assert "sidecar" in capsys.readouterr().err
-    assert (copied / "resnet8.onnx").read_bytes() == held
+    assert (copied / "resnet8.onnx").read_bytes() == limit
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a model", b"\x08\x08", b"text\n"])
@@ -159,13 +159,13 @@ def test_lint_several_files_checks_each_and_names_those_with_findings(
 ) -> None:
     good, bad = str(engines / "resnet8-int8.onnx"), str(tmp_path / "theirs.onnx")
     shifted(engines / "resnet8-int8.onnx", Path(bad), 0)
-    found = tmp_path / "found.json"
-    assert main(["lint", good, str(engines / "resnet8.onnx"), "--json", str(found)]) == 0
-    assert main(["lint", bad, good, "--json", str(found)]) == 1
+    result = tmp_path / "found.json"
+    assert main(["lint", good, str(engines / "resnet8.onnx"), "--json", str(result)]) == 0
+    assert main(["lint", bad, good, "--json", str(result)]) == 1
     captured = capsys.readouterr()
     assert captured.err == f"error: {bad}: 10 errors\n"
     assert f"{good}: no problems" in captured.out
-    files = json.loads(found.read_text())["result"]["files"]
+    files = json.loads(result.read_text())["result"]["files"]
     assert [entry["file"] for entry in files] == [bad, good]
     assert [len(entry["findings"]) for entry in files] == [10, 0]
 

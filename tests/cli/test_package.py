@@ -67,11 +67,11 @@ def test_package_onnx_file_has_labels_and_record(
     root, record, source = tmp_path / "models", tmp_path / "out.json", engines / "resnet8-int8.onnx"
     arguments = ["package", str(source), "--triton", str(root), "--json", str(record)]
     assert main(arguments) == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     folder = root / "resnet8-int8" / "1"
-    assert f"{folder}: onnxruntime, batches to 32, " in told.out
-    assert f"next: tritonserver --model-repository {root}" in told.out
-    assert "builds a TensorRT engine" in told.err
+    assert f"{folder}: onnxruntime, batches to 32, " in output.out
+    assert f"next: tritonserver --model-repository {root}" in output.out
+    assert "builds a TensorRT engine" in output.err
     result = json.loads(record.read_text())["result"]
     assert (result["name"], result["version"], result["max_batch"]) == ("resnet8-int8", 1, 32)
     assert (folder / "model.onnx").read_bytes() == source.read_bytes()
@@ -80,14 +80,14 @@ def test_package_onnx_file_has_labels_and_record(
     assert [state for _, _, state in artifacts.chain(folder / "model.onnx")][:3] == ["ok"] * 3
     labels = (root / "resnet8-int8" / "labels.txt").read_text().splitlines()
     assert tuple(labels) == sidecar.model.classes
-    found = config(root, "resnet8-int8")
-    assert (found.name, found.backend) == ("resnet8-int8", "onnxruntime")
-    assert found.input[0].name == onnx.load(source).graph.input[0].name
-    assert list(found.input[0].dims) == [3, 32, 32] and list(found.output[0].dims) == [4]
-    assert found.output[0].label_filename == "labels.txt"
-    assert found.parameters["sha256"].string_value == sidecar.sha256
-    assert found.parameters["parent_sha256"].string_value == sidecar.parent.sha256  # type: ignore[union-attr]
-    assert "mean (0.485, 0.456, 0.406)" in found.parameters["input"].string_value
+    settings = config(root, "resnet8-int8")
+    assert (settings.name, settings.backend) == ("resnet8-int8", "onnxruntime")
+    assert settings.input[0].name == onnx.load(source).graph.input[0].name
+    assert list(settings.input[0].dims) == [3, 32, 32] and list(settings.output[0].dims) == [4]
+    assert settings.output[0].label_filename == "labels.txt"
+    assert settings.parameters["sha256"].string_value == sidecar.sha256
+    assert settings.parameters["parent_sha256"].string_value == sidecar.parent.sha256  # type: ignore[union-attr]
+    assert "mean (0.485, 0.456, 0.406)" in settings.parameters["input"].string_value
 
 
 def test_package_tensorrt_plan_states_its_version(
@@ -96,16 +96,16 @@ def test_package_tensorrt_plan_states_its_version(
     root = tmp_path / "models"
     options = ["--name", "net", "--version", "7", "--max-delay-us", "100", "--instances", "2"]
     assert main(["package", str(tensorrt_plan), "--triton", str(root), *options]) == 0
-    told = capsys.readouterr()
-    assert "the container needs TensorRT 10.14.1.48 and a GPU of sm_90" in told.err
+    output = capsys.readouterr()
+    assert "the container needs TensorRT 10.14.1.48 and a GPU of sm_90" in output.err
     assert (root / "net" / "7" / "model.plan").read_bytes() == tensorrt_plan.read_bytes()
-    found = config(root, "net")
-    assert (found.backend, found.max_batch_size) == ("tensorrt", 64)
-    assert list(found.dynamic_batching.preferred_batch_size) == [1, 16]
-    assert found.dynamic_batching.max_queue_delay_microseconds == 100
-    (group,) = found.instance_group
+    settings = config(root, "net")
+    assert (settings.backend, settings.max_batch_size) == ("tensorrt", 64)
+    assert list(settings.dynamic_batching.preferred_batch_size) == [1, 16]
+    assert settings.dynamic_batching.max_queue_delay_microseconds == 100
+    (group,) = settings.instance_group
     assert (group.count, group.kind, list(group.profile)) == (2, 1, ["0", "1"])
-    assert found.parameters["tensorrt"].string_value == "10.14.1.48"
+    assert settings.parameters["tensorrt"].string_value == "10.14.1.48"
 
 
 def test_package_tensorrt_rtx_plan_is_refused_with_fix(
@@ -125,7 +125,7 @@ def test_package_tensorrt_rtx_plan_is_refused_with_fix(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "output"),
     [
         (["--max-batch", "65"], "the plan accepts at most 64; rtresnet build"),
         (["--device", "cpu"], "a plan runs on a GPU only"),
@@ -133,12 +133,12 @@ def test_package_tensorrt_rtx_plan_is_refused_with_fix(
     ],
 )
 def test_package_plan_with_impossible_options_is_refused(
-    tensorrt_plan: Path, tmp_path: Path, options: list[str], told: str,
+    tensorrt_plan: Path, tmp_path: Path, options: list[str], output: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     root = tmp_path / "models"
     assert main(["package", str(tensorrt_plan), "--triton", str(root), *options]) == 2
-    assert told in capsys.readouterr().err and not root.exists()
+    assert output in capsys.readouterr().err and not root.exists()
 
 
 def test_package_plan_without_sidecar_or_parent_is_refused(
@@ -160,8 +160,8 @@ def test_package_onnx_file_without_sidecar_has_no_labels(copied: Path, tmp_path:
     assert main(["package", str(path), "--triton", str(root), "--device", "cuda"]) == 0
     assert not (root / "resnet8" / "labels.txt").exists()
     assert not artifacts.sidecar_path(root / "resnet8" / "1" / "model.onnx").exists()
-    found = config(root, "resnet8")
-    assert not found.output[0].label_filename and found.instance_group[0].kind == 1
+    settings = config(root, "resnet8")
+    assert not settings.output[0].label_filename and settings.instance_group[0].kind == 1
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -22,9 +22,9 @@ from tests.test_deployment_files import linter
 
 def instruction(dockerfile: Path, name: str) -> Any:
     """The JSON value of an instruction of a Dockerfile."""
-    found = re.search(rf"^{name} (.*)$", dockerfile.read_text(), re.MULTILINE)
-    assert found, name
-    return json.loads(found[1])
+    match = re.search(rf"^{name} (.*)$", dockerfile.read_text(), re.MULTILINE)
+    assert match, name
+    return json.loads(match[1])
 
 
 def container(manifest: Path) -> tuple[dict[str, Any], dict[str, Any]]:

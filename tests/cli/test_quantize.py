@@ -67,8 +67,8 @@ def test_scales_made_for_something_else_are_made_again_and_why_is_said(
     assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
     capsys.readouterr()
     assert quantize(source, "--calib", tints, "--calib-images", "64", *changed) == 0
-    said = capsys.readouterr().err
-    assert "calibrating again" in said and reason in said
+    output = capsys.readouterr().err
+    assert "calibrating again" in output and reason in output
 
 
 def test_scales_of_other_weights_and_another_preprocessing_are_refused_with_the_reason(
@@ -88,8 +88,8 @@ def test_scales_of_other_weights_and_another_preprocessing_are_refused_with_the_
         artifacts.publish(source, lambda path, data=data: path.write_bytes(data), record)
         capsys.readouterr()
         assert quantize(source, *arguments) == 0
-        said = capsys.readouterr().err
-        assert f"was made with different {reason}" in said
+        output = capsys.readouterr().err
+        assert f"was made with different {reason}" in output
 
 
 def test_a_damaged_file_of_scales_is_made_again(
@@ -178,11 +178,11 @@ def test_where_too_much_is_lost_the_worst_blocks_stay_in_float(
     shown = capsys.readouterr().out
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None and sidecar.calibration is not None
-    kept = sidecar.calibration.kept
-    assert kept and "left in float" in shown
-    assert "fc" in kept
+    saved = sidecar.calibration.kept
+    assert saved and "left in float" in shown
+    assert "fc" in saved
     model = onnx.load("resnet8-int8.onnx")
-    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in kept}
+    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in saved}
     assert not any(name.endswith(".dq") for name in inputs.values())
     assert main(["lint", "resnet8-int8.onnx"]) == 0  # what was left in float was meant to be
     assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
@@ -201,21 +201,21 @@ def right_where(right: np.ndarray, answers: Answers, source: Source) -> Answers:
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Hits:
     """The gate sees what `judge` makes of each INT8 file: (model) -> share of images right."""
-    real, found = accuracy_gate._answers, Hits(judge=None, files=[])
+    real, result = accuracy_gate._answers, Hits(judge=None, files=[])
 
     def hits(path: Path, source: Source, *rest: Any) -> Answers:
         answers = real(path, source, *rest)
         model = onnx.load(path)
         if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             return answers
-        found["files"].append(undescribed(onnx.load(path)).SerializeToString())
-        if not found["judge"]:
+        result["files"].append(undescribed(onnx.load(path)).SerializeToString())
+        if not result["judge"]:
             return answers
         right = answers.classes == source.labels[answers.indices]
-        return right_where(right & found["judge"](model), answers, source)
+        return right_where(right & result["judge"](model), answers, source)
 
     monkeypatch.setattr(accuracy_gate, "_answers", hits)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
@@ -262,8 +262,8 @@ def test_where_nothing_brings_it_back_the_exit_code_is_1_and_nothing_is_written(
 ) -> None:
     judged["judge"] = lambda model: False
     assert gated(source, tints) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "bound 0.5: missed" in said and "keep FP16" in said
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert "bound 0.5: missed" in output and "keep FP16" in output
     assert not Path("resnet8-int8.onnx").exists()
     assert len(judged["files"]) == 5  # all but one of stem, three blocks and FC were tried
 
@@ -281,16 +281,16 @@ def test_quantize_interval_beyond_the_bound_is_not_called_held(
     judged["judge"] = lambda model: np.arange(240) != 0  # one image lost: 0.42 points
     assert gated(source, *arguments) == 0
     captured = capsys.readouterr()
-    said = captured.out
-    assert "not shown to hold" in said and "images would be needed" in said
+    output = captured.out
+    assert "not shown to hold" in output and "images would be needed" in output
     assert "include training images" in captured.err  # of tints, which has no test split
     assert "chosen on the images of --eval" in captured.err
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None
-    found = sidecar.measured["gate"]
-    assert found == gate_of("q.json")
-    assert found["verdict"] == "not shown to hold" and found["passed"] is True
-    assert found["rule"] == "point" and found["bound"] == 0.5 and found["images_needed"] > 1000
+    result = sidecar.measured["gate"]
+    assert result == gate_of("q.json")
+    assert result["verdict"] == "not shown to hold" and result["passed"] is True
+    assert result["rule"] == "point" and result["bound"] == 0.5 and result["images_needed"] > 1000
     drop = sidecar.measured["drop"]
     assert drop["points"] <= 0.5 < drop["high"] and drop["n"] == 240 and drop["lost"] == 1
     assert gated(source, *arguments, "--max-drop", "3") == 0
@@ -306,8 +306,8 @@ def test_quantize_gate_upper_fails_where_the_bound_is_not_shown(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "not shown to hold" in error and "--gate point" in error
     assert not Path("resnet8-int8.onnx").exists()
-    found = gate_of("q.json")
-    assert found["verdict"] == "not shown to hold" and found["passed"] is False
+    result = gate_of("q.json")
+    assert result["verdict"] == "not shown to hold" and result["passed"] is False
     assert gated(source, *arguments, "--gate", "point") == 0
     assert gated(source, *arguments, "--gate", "upper", "--max-drop", "2") == 0
     assert gate_of("q.json") == {
@@ -340,9 +340,9 @@ def test_quantize_better_int8_is_told_as_a_gain(
 
     monkeypatch.setattr(accuracy_gate, "_answers", hits)
     assert gated(source, tints, "--json", "q.json") == 0
-    said = capsys.readouterr().out
-    assert "INT8 gains 0.83 points" in said and "Measured gain 0.83 points" in said
-    assert "-0.83" not in said
+    output = capsys.readouterr().out
+    assert "INT8 gains 0.83 points" in output and "Measured gain 0.83 points" in output
+    assert "-0.83" not in output
     assert json.loads(Path("q.json").read_text())["result"]["measured"]["drop"]["points"] < 0
 
 
@@ -355,8 +355,8 @@ def test_the_gate_needs_labels_and_is_for_int8(
     assert quantize(source, "--calib", "none", "--eval", tints) == 2
     assert "the noise of each block" in capsys.readouterr().err
     assert quantize(source, "--calib", tints, "--eval", "nowhere") == 2
-    said = capsys.readouterr().err
-    assert "nowhere" in said and "calibrating" not in said  # before the work, not after it
+    output = capsys.readouterr().err
+    assert "nowhere" in output and "calibrating" not in output  # before the work, not after it
     assert not Path("calib").exists()
 
 
@@ -378,21 +378,21 @@ def test_the_gate_matches_labels_by_name_and_refuses_other_classes(
         np.savez(f"{name}.npz", images=images, labels=moved, classes=classes)
     arguments = ["--calib", tints, "--calib-images", "32", "--max-drop", "5"]
     assert quantize(source, *arguments, "--eval", "npz:other.npz") == 2
-    said = capsys.readouterr().err
-    assert "'gray'" in said and "'grey'" in said and "calibrating" not in said
+    output = capsys.readouterr().err
+    assert "'gray'" in output and "'grey'" in output and "calibrating" not in output
     assert quantize(source, *arguments, "--classes", "names.txt") == 2
-    seen: list[float] = []
+    observed: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
         real = accuracy_gate._answers
 
         def spy(path: Path, images: Source, *rest: Any) -> Answers:
             answers = real(path, images, *rest)
-            seen.append(float((answers.classes == images.labels[answers.indices]).mean()))
+            observed.append(float((answers.classes == images.labels[answers.indices]).mean()))
             return answers
 
         patch.setattr(accuracy_gate, "_answers", spy)
         assert quantize(source, *arguments, "--eval", "npz:order.npz") == 0
-    assert seen[0] > 0.9
+    assert observed[0] > 0.9
     written = artifacts.read_sidecar("resnet8-int8.onnx")
     assert written is not None
     assert written.measured["drop"]["labels"]["matched_by"] == "name"
@@ -487,12 +487,12 @@ def test_outliers_are_told_with_the_remedy_that_was_taken(
     arguments = ["--calib", tints, "--calibrator", calibrator, "--json", "q.json"]
     for again in (False, True):
         assert quantize(source, *arguments) == 0
-        said = capsys.readouterr().err
-        assert ("reusing the scales" in said) == again
-        assert "layer2.0.relu1: 1 of its channels" in said and remedy in said
-        (told,) = json.loads(Path("q.json").read_text())["result"]["measured"]["outliers"]
-        assert told["tensor"] == "layer2.0.relu1" and remedy in told["remedy"]
-        assert told["times"] > 8 and told["channels"] == 1
+        output = capsys.readouterr().err
+        assert ("reusing the scales" in output) == again
+        assert "layer2.0.relu1: 1 of its channels" in output and remedy in output
+        (text,) = json.loads(Path("q.json").read_text())["result"]["measured"]["outliers"]
+        assert text["tensor"] == "layer2.0.relu1" and remedy in text["remedy"]
+        assert text["times"] > 8 and text["channels"] == 1
 
 
 def test_one_outlier_ruins_a_net_and_auto_saves_it(source: Path, tints: str) -> None:
@@ -602,10 +602,10 @@ def test_calibration_tells_how_far_it_is_and_how_long_it_takes(
     monkeypatch.setattr("rtresnet.cli.console.SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr("rtresnet.data.loader.batch_size", lambda preprocess: 16)
     assert quantize(source, "--calib", tints, "--calib-images", "64") == 0
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.endswith("s left")]
-    assert any(line.startswith("observing activations: 50 %") for line in lines), said
-    assert any(line.startswith("comparing ranges") for line in lines), said
+    output = capsys.readouterr().err
+    lines = [line for line in output.splitlines() if line.endswith("s left")]
+    assert any(line.startswith("observing activations: 50 %") for line in lines), output
+    assert any(line.startswith("comparing ranges") for line in lines), output
 
 
 def test_calibration_draws_a_bar_with_the_time_left_on_a_terminal(

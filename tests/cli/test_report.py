@@ -16,8 +16,15 @@ def test_a_page_and_markdown_of_real_artifacts(
     accuracy, out = tmp_path / "e.json", tmp_path / "r.html"
     file = str(engines / "resnet8-int8.onnx")
     assert main(["eval", file, "--data", tints, "--json", str(accuracy)]) == 0
-    given = [str(engines), str(accuracy), "--out", str(out), "--markdown", str(tmp_path / "r.md")]
-    assert main(["report", *given]) == 0
+    arguments = [
+        str(engines),
+        str(accuracy),
+        "--out",
+        str(out),
+        "--markdown",
+        str(tmp_path / "r.md"),
+    ]
+    assert main(["report", *arguments]) == 0
     assert f"page: {out}" in capsys.readouterr().out
     assert "resnet8-int8.onnx" in out.read_text()
     assert "| resnet8-int8.onnx | int8 |" in (tmp_path / "r.md").read_text()

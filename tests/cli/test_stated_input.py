@@ -172,5 +172,5 @@ def test_a_single_image_is_counted_in_the_singular(
     out = tmp_path / "x.csv"
     arguments = ["predict", image, "--with", str(engines / "resnet8.onnx"), "--out", str(out)]
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert "1 image;" in said.out and "1 images" not in said.out + said.err
+    output = capsys.readouterr()
+    assert "1 image;" in output.out and "1 images" not in output.out + output.err

@@ -32,8 +32,8 @@ def study(verb: str, *arguments: object) -> dict:  # type: ignore[type-arg]
 
 
 def check_files(folder: Path, name: str) -> str:
-    wanted = {f"{name}.json", "index.html"} | ({f"{name}.png", f"{name}.svg"} if drawn else set())
-    assert wanted <= {path.name for path in folder.iterdir()}
+    expected = {f"{name}.json", "index.html"} | ({f"{name}.png", f"{name}.svg"} if drawn else set())
+    assert expected <= {path.name for path in folder.iterdir()}
     page = (folder / "index.html").read_text()
     assert page.count("<svg") == drawn and "<script" not in page
     return page
@@ -113,9 +113,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_study_does(here: Path, tints: str) -> 
     assert f"resume with the same command: rtresnet {' '.join(arguments)}" in errors
     done = len(first.read_text().splitlines())
     assert 1 <= done < 15 and not (here / "s" / "resnet8-seed0").exists()
-    kept = json.loads(first.read_text().splitlines()[0])
+    saved = json.loads(first.read_text().splitlines()[0])
     assert main(arguments) == 0
-    assert json.loads(first.read_text().splitlines()[0]) == kept
+    assert json.loads(first.read_text().splitlines()[0]) == saved
     assert len(first.read_text().splitlines()) == 15
 
 
@@ -198,7 +198,7 @@ def test_gradients_are_the_losss_derivatives() -> None:
     torch.manual_seed(0)
     net = zoo.build(zoo.spec("resnet8"), 3).double()
     images, labels = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 0])
-    found = measure_gradients(net, images, labels, 0)
+    result = measure_gradients(net, images, labels, 0)
     weight = net.layer1[0].conv1.weight
     direction = weight.grad / weight.grad.norm()
     losses = []
@@ -208,7 +208,7 @@ def test_gradients_are_the_losss_derivatives() -> None:
             losses.append(torch.nn.functional.cross_entropy(net(images), labels))
             weight -= sign * 1e-5 * direction
     slope = float(losses[0] - losses[1]) / 2e-5
-    assert found.norms["layer1.0.conv1"] == pytest.approx(slope, rel=1e-4)
+    assert result.norms["layer1.0.conv1"] == pytest.approx(slope, rel=1e-4)
 
 
 def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(

@@ -145,9 +145,9 @@ def test_json_on_stdout_is_not_changed(nasty: Path, tmp_path: Path, capsys: Capt
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 40)).save(image)
     assert main(["predict", str(image), "--with", str(nasty), "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)["result"]
-    assert found["artifact"] == str(nasty)
-    assert NASTY in found["images"][0]["top"][0]["class"]
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert result["artifact"] == str(nasty)
+    assert NASTY in result["images"][0]["top"][0]["class"]
 
 
 def test_report_page_escapes_markup_in_names(
@@ -172,8 +172,8 @@ def test_report_page_escapes_markup_in_names(
     }  # fmt: skip
     (tmp_path / "bench.json").write_text(json.dumps(record))
     page, markdown = tmp_path / "r.html", tmp_path / "r.md"
-    given = [str(tmp_path / "bench.json"), "--out", str(page), "--markdown", str(markdown)]
-    assert main(["report", *given]) == 0
+    arguments = [str(tmp_path / "bench.json"), "--out", str(page), "--markdown", str(markdown)]
+    assert main(["report", *arguments]) == 0
     for text in (page.read_text(), markdown.read_text().split("```")[0]):
         assert "<script>alert" not in text and "<img" not in text
 

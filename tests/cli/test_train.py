@@ -309,14 +309,14 @@ def test_train_with_tolerated_broken_images_records_what_was_found(
     printed = capsys.readouterr().err
     assert "cats" in printed and "composited on white: 1 transparent image" in printed
     assert "copy.jpg" in printed and printed.index("copy.jpg") < printed.index("epoch   1")
-    found = checkpoint.load(out / "best.pt").training["images"]
-    assert found == checkpoint.load(out / "last.pt").training["images"]
-    assert json.loads(result.read_text())["result"]["images"]["counts"] == found["counts"]
-    assert {split: sum(counts) for split, counts in found["counts"].items()} == {
+    actual = checkpoint.load(out / "best.pt").training["images"]
+    assert actual == checkpoint.load(out / "last.pt").training["images"]
+    assert json.loads(result.read_text())["result"]["images"]["counts"] == actual["counts"]
+    assert {split: sum(counts) for split, counts in actual["counts"].items()} == {
         "train": 53, "val": 6, "test": 13,
     }  # fmt: skip
-    assert found["broken"] == {"train": [5, 38], "test": []}
-    assert (found["identical"]["test"], found["transparent"]) == (1, 1)
+    assert actual["broken"] == {"train": [5, 38], "test": []}
+    assert (actual["identical"]["test"], actual["transparent"]) == (1, 1)
     assert main(["train", "--out", str(out), "--resume"]) == 0  # knows what was tolerated
     assert "broken: " not in capsys.readouterr().err
 
@@ -335,10 +335,10 @@ def test_train_with_run_of_an_earlier_version_resumes_without_a_record_of_its_im
     assert checkpoint.load(out / "last.pt").training["images"]["check"] == "arrays"
 
 
-@pytest.mark.parametrize("given", ["-1%", "101", "some", "nan", "%"])
+@pytest.mark.parametrize("text", ["-1%", "101", "some", "nan", "%"])
 def test_train_with_impossible_share_of_broken_images_exits_2(
-    given: str, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, tints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tints, tmp_path / "run", "--max-broken", given) == 2
+    assert run(tints, tmp_path / "run", "--max-broken", text) == 2
     assert "as in 1%" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -524,9 +524,9 @@ def test_a_full_disk_under_publish_keeps_the_old_artifact_valid(small_disk: Path
 def test_a_disk_that_fills_up_before_the_sidecar_is_noticed_by_verify(small_disk: Path) -> None:
     wordy = dataclasses.replace(MODEL, classes=tuple(f"class number {i}" for i in range(500)))
     path = make(small_disk / "net.pt", b"old", model=wordy)
-    taken = sum(-(-entry.stat().st_size // 4096) for entry in small_disk.iterdir())
+    durations = sum(-(-entry.stat().st_size // 4096) for entry in small_disk.iterdir())
     with pytest.raises(OSError) as caught:
-        make(path, bytes((16 - taken) * 4096), model=wordy)
+        make(path, bytes((16 - durations) * 4096), model=wordy)
     assert caught.value.errno == errno.ENOSPC
     assert names_in(small_disk) == ["net.pt", "net.pt.json"]
     with pytest.raises(ArtifactError, match="does not match its sidecar"):

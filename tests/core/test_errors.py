@@ -67,11 +67,11 @@ def test_without_a_fix_the_message_stands_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"), [("resnet5", "resnet50"), ("ResNet18", "resnet18"), ("resent34", "34")]
+    ("text", "nearest"), [("resnet5", "resnet50"), ("ResNet18", "resnet18"), ("resent34", "34")]
 )
-def test_an_unknown_name_comes_with_the_nearest_one(given: str, nearest: str) -> None:
-    error = UnknownNameError("model", given, ["resnet18", "resnet34", "resnet50"])
-    assert f"unknown model {given!r}" in str(error)
+def test_an_unknown_name_comes_with_the_nearest_one(text: str, nearest: str) -> None:
+    error = UnknownNameError("model", text, ["resnet18", "resnet34", "resnet50"])
+    assert f"unknown model {text!r}" in str(error)
     assert error.fix is not None
     assert nearest in error.fix
     assert "known: resnet18, resnet34, resnet50" in error.fix

@@ -68,9 +68,9 @@ def test_gpus_uuid_is_the_drivers_or_none(
     calls: tuple[str, ...], first: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(*calls))
-    found = hardware.gpus.__wrapped__()
-    assert len(found) == 2 and found[0].uuid == first
-    assert first is None or found[1].uuid == f"{first[:-1]}1"
+    result = hardware.gpus.__wrapped__()
+    assert len(result) == 2 and result[0].uuid == first
+    assert first is None or result[1].uuid == f"{first[:-1]}1"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
@@ -98,8 +98,8 @@ def test_the_version_is_that_of_the_first_distribution_there_is() -> None:
 
 
 def test_versions_leave_out_what_is_not_installed() -> None:
-    found = hardware.versions(["numpy", "no-such-distribution"])
-    assert found == {"python": platform.python_version(), "numpy": metadata.version("numpy")}
+    versions = hardware.versions(["numpy", "no-such-distribution"])
+    assert versions == {"python": platform.python_version(), "numpy": metadata.version("numpy")}
 
 
 def test_available_memory_is_some_of_what_there_is() -> None:
@@ -130,8 +130,8 @@ def test_the_commit_is_gits_own(tmp_path: Path) -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules["m"] = module  # its dataclass looks itself up
         spec.loader.exec_module(module)
-        found: str | None = module.commit()
-        return found
+        result: str | None = module.commit()
+        return result
 
     assert commit() is None
     git("init", "-q", "-b", "main")

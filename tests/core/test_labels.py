@@ -13,22 +13,22 @@ NUMBERS = ("0", "1", "2", "3")
 
 
 def test_match_same_names_in_another_order_maps_by_name() -> None:
-    found = match(ANIMALS, ("zebra", "cat", "horse", "dog"))
-    assert found.by == "name" and found.indices == (3, 0, 2, 1)
-    assert found.is_permutation and not found.in_order
-    assert found.assumptions() == [] and len(found.remarks()) == 1
-    assert found.apply(np.array([0, 1, 2, 3, -1])).tolist() == [3, 0, 2, 1, -1]
+    matched = match(ANIMALS, ("zebra", "cat", "horse", "dog"))
+    assert matched.by == "name" and matched.indices == (3, 0, 2, 1)
+    assert matched.is_permutation and not matched.in_order
+    assert matched.assumptions() == [] and len(matched.remarks()) == 1
+    assert matched.apply(np.array([0, 1, 2, 3, -1])).tolist() == [3, 0, 2, 1, -1]
     scores = np.array([[10, 11, 12, 13]])  # of zebra, cat, horse, dog
-    assert found.reorder(scores).tolist() == [[11, 13, 12, 10]]
+    assert matched.reorder(scores).tolist() == [[11, 13, 12, 10]]
 
 
 def test_match_subset_is_reported() -> None:
-    found = match(ANIMALS, ("dog", "zebra"))
-    assert found.indices == (1, 3) and not found.is_permutation
-    assert "2 of the model's 4 classes" in found.remarks()[0]
-    assert found.summary() == LabelMatch(
+    matched = match(ANIMALS, ("dog", "zebra"))
+    assert matched.indices == (1, 3) and not matched.is_permutation
+    assert "2 of the model's 4 classes" in matched.remarks()[0]
+    assert matched.summary() == LabelMatch(
         matched_by="name", in_order=False, data_classes=2, model_classes=4,
-        remarks=tuple(found.remarks()),
+        remarks=tuple(matched.remarks()),
     )  # fmt: skip
 
 
@@ -46,8 +46,8 @@ def test_match_unknown_names_are_refused_with_the_nearest() -> None:
 def test_match_a_side_without_names_is_matched_by_position_and_says_so(
     model: tuple[str, ...], data: tuple[str, ...], named: bool
 ) -> None:
-    found = match(model, data, data_named=named)
-    assert found.by == "position" and found.in_order and len(found.assumptions()) == 1
+    matched = match(model, data, data_named=named)
+    assert matched.by == "position" and matched.in_order and len(matched.assumptions()) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ NAN = float("nan")
 
 def test_top1_counts_the_largest_logit() -> None:
     logits = np.array([[0.1, 0.9, 0.0], [5.0, -1.0, 4.0], [0.0, 0.0, 1.0]], np.float32)
-    found = accuracy(logits, np.array([1, 2, 2]))
-    assert (found.n, found.top1) == (3, 2)
-    assert found.top1_percent == pytest.approx(200 / 3)
+    result = accuracy(logits, np.array([1, 2, 2]))
+    assert (result.n, result.top1) == (3, 2)
+    assert result.top1_percent == pytest.approx(200 / 3)
 
 
 def test_top5_counts_labels_among_the_five_largest() -> None:
     logits = np.tile(np.arange(10, dtype=np.float32), (10, 1))  # the five largest: 5 to 9
-    found = accuracy(logits, np.arange(10))
-    assert (found.top1, found.top5) == (1, 5)
-    assert found.top5_percent == 50
+    result = accuracy(logits, np.arange(10))
+    assert (result.top1, result.top5) == (1, 5)
+    assert result.top5_percent == 50
 
 
 @pytest.mark.parametrize("classes", range(6, 30, 7))
@@ -39,10 +39,10 @@ def test_top5_agrees_with_a_full_sort(classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_five_classes_or_fewer_have_no_top5(classes: int) -> None:
-    found = accuracy(np.eye(classes, dtype=np.float32), np.arange(classes))
-    assert found.top1 == classes
-    assert found.top5 is None
-    assert found.top5_percent is None
+    result = accuracy(np.eye(classes, dtype=np.float32), np.arange(classes))
+    assert result.top1 == classes
+    assert result.top5 is None
+    assert result.top5_percent is None
 
 
 def test_six_classes_have_a_top5() -> None:
@@ -52,28 +52,28 @@ def test_six_classes_have_a_top5() -> None:
 def test_an_image_whose_logits_are_nan_is_never_a_hit() -> None:
     logits = np.full((4, 10), NAN, np.float32)
     logits[0] = np.eye(10)[0]
-    found = accuracy(logits, np.zeros(4, int))
-    assert (found.n, found.top1, found.top5) == (4, 1, 1)
+    result = accuracy(logits, np.zeros(4, int))
+    assert (result.n, result.top1, result.top5) == (4, 1, 1)
 
 
 def test_percentages_come_from_counts() -> None:
-    found = Accuracy(n=8, top1=5, top5=8)
-    assert (found.top1_percent, found.top5_percent) == (62.5, 100)
+    result = Accuracy(n=8, top1=5, top5=8)
+    assert (result.top1_percent, result.top5_percent) == (62.5, 100)
 
 
 def test_equal_logits_have_perfect_parity() -> None:
     logits = np.random.default_rng(0).standard_normal((7, 10)).astype(np.float32)
-    found = parity(logits, logits.copy())
-    assert (found.n, found.largest, found.relative, found.agreement) == (7, 0, 0, 1)
+    result = parity(logits, logits.copy())
+    assert (result.n, result.largest, result.relative, result.agreement) == (7, 0, 0, 1)
 
 
 def test_parity_measures_the_largest_and_the_relative_difference() -> None:
     reference = np.array([[3.0, 0.0], [0.0, 4.0]], np.float32)
     candidate = np.array([[3.0, 0.0], [0.0, 3.5]], np.float32)
-    found = parity(reference, candidate)
-    assert found.largest == 0.5
-    assert found.relative == pytest.approx(0.5 / 5)
-    assert found.agreement == 1
+    result = parity(reference, candidate)
+    assert result.largest == 0.5
+    assert result.relative == pytest.approx(0.5 / 5)
+    assert result.agreement == 1
 
 
 def test_parity_takes_its_norm_from_the_reference() -> None:
@@ -94,18 +94,18 @@ def test_half_precision_is_compared_without_overflow() -> None:
 
 
 def test_nothing_is_relative_to_a_reference_of_zeros() -> None:
-    found = parity(np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32))
-    assert found.relative == float("inf")
+    result = parity(np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32))
+    assert result.relative == float("inf")
 
 
 def test_nan_shows_in_every_difference_and_agrees_with_nothing() -> None:
     reference = np.eye(3, dtype=np.float32)
     candidate = reference.copy()
     candidate[0] = NAN
-    found = parity(reference, candidate)
-    assert np.isnan(found.largest)
-    assert np.isnan(found.relative)
-    assert found.agreement == pytest.approx(2 / 3)
+    result = parity(reference, candidate)
+    assert np.isnan(result.largest)
+    assert np.isnan(result.relative)
+    assert result.agreement == pytest.approx(2 / 3)
     assert parity(candidate, candidate).agreement == pytest.approx(2 / 3)
 
 
@@ -122,8 +122,8 @@ def test_softmax_takes_the_last_axis() -> None:
 
 def test_softmax_of_huge_logits_does_not_overflow() -> None:
     with np.errstate(over="raise", invalid="raise"):
-        found = softmax(np.array([[1e4, 1e4, -1e4]], np.float32))
-    assert found[0] == pytest.approx([0.5, 0.5, 0])
+        probabilities = softmax(np.array([[1e4, 1e4, -1e4]], np.float32))
+    assert probabilities[0] == pytest.approx([0.5, 0.5, 0])
 
 
 def test_a_drop_counts_only_the_images_on_which_two_nets_differ() -> None:
@@ -194,8 +194,8 @@ def test_images_needed_same_shares_reach_the_bound_there_and_not_before(
 def test_images_needed_is_infinite_where_no_number_would_help() -> None:
     assert metrics.images_needed(drop_of(400, 2, 0), 0.5) == math.inf  # measured at the bound
     assert metrics.images_needed(drop_of(400, 9, 0), 0.5) == math.inf
-    held = drop_of(10_000, 20, 15)
-    assert metrics.images_needed(held, 0.5) == held.n
+    limit = drop_of(10_000, 20, 15)
+    assert metrics.images_needed(limit, 0.5) == limit.n
     assert metrics.fewest_images(0) == math.inf
 
 
@@ -210,12 +210,14 @@ def test_the_best_classes_say_what_they_can_of_all(k: int) -> None:
     indices = np.argsort(-rows, axis=1)[:, :k]
     best = np.take_along_axis(rows, indices, axis=1).astype(np.float32)
     logits = metrics.from_best(indices, best, 10)
-    found = metrics.softmax(logits)
+    probabilities = metrics.softmax(logits)
     np.testing.assert_array_equal(np.argsort(-logits, axis=1, kind="stable")[:, 0], indices[:, 0])
-    kept = np.take_along_axis(found, indices, axis=1)
-    assert (kept >= best - 1e-6).all() and (kept[:, -1:] >= found.min(axis=1, keepdims=True)).all()
+    saved = np.take_along_axis(probabilities, indices, axis=1)
+    assert (saved >= best - 1e-6).all() and (
+        saved[:, -1:] >= probabilities.min(axis=1, keepdims=True)
+    ).all()
     if k == 10:
-        np.testing.assert_allclose(found, rows, atol=1e-6)
+        np.testing.assert_allclose(probabilities, rows, atol=1e-6)
     certain = metrics.from_best(np.array([[2]]), np.array([[1.0]], np.float32), 4)
     np.testing.assert_allclose(metrics.softmax(certain), [[0, 0, 1, 0]], atol=1e-12)
 

@@ -97,23 +97,23 @@ def test_normalize_is_the_formula() -> None:
     images = np.stack([noise(9, 9, seed) for seed in range(3)])
     contract = Preprocess(size=9, resize=9, mean=(0.1, 0.5, 0.9), std=(0.2, 1.0, 0.05))
     plain = (images / 255 - np.array(contract.mean)) / np.array(contract.std)
-    found = contract.normalize(images)
-    assert np.allclose(found, plain.transpose(0, 3, 1, 2), rtol=0, atol=4e-6)
+    normalized = contract.normalize(images)
+    assert np.allclose(normalized, plain.transpose(0, 3, 1, 2), rtol=0, atol=4e-6)
 
 
 def test_normalize_returns_contiguous_float32_nchw_even_of_a_view() -> None:
     images = noise(16, 20)[None, ::2, ::-1].repeat(2, axis=0)
-    found = Preprocess(size=8, resize=8).normalize(images)
-    assert found.shape == (2, 3, 8, 20)
-    assert found.dtype == np.float32
-    assert found.flags.c_contiguous
+    normalized = Preprocess(size=8, resize=8).normalize(images)
+    assert normalized.shape == (2, 3, 8, 20)
+    assert normalized.dtype == np.float32
+    assert normalized.flags.c_contiguous
 
 
 def test_normalize_of_black_and_white_is_the_range_of_the_channel() -> None:
     contract = Preprocess(size=1, resize=1, mean=(0, 0.5, 1), std=(1, 0.5, 0.25))
-    found = contract.normalize(np.array([[[[0, 0, 0]]], [[[255, 255, 255]]]], np.uint8))
-    assert found[0].ravel() == pytest.approx([0, -1, -4])
-    assert found[1].ravel() == pytest.approx([1, 1, 0])
+    normalized = contract.normalize(np.array([[[[0, 0, 0]]], [[[255, 255, 255]]]], np.uint8))
+    assert normalized[0].ravel() == pytest.approx([0, -1, -4])
+    assert normalized[1].ravel() == pytest.approx([1, 1, 0])
 
 
 def test_prepare_stops_where_the_file_takes_over() -> None:

@@ -31,8 +31,8 @@ def read(text: str | bytes, tmp_path: Path) -> Outer:
 
 
 def test_convert_valid_file_returns_declared_fields(tmp_path: Path) -> None:
-    found = read('{"count": 2, "entries": [{"figure": 1, "x": 1e999}], "y": NaN}', tmp_path)
-    assert found == {"count": 2, "entries": [{"figure": 1.0}]}
+    layers = read('{"count": 2, "entries": [{"figure": 1, "x": 1e999}], "y": NaN}', tmp_path)
+    assert layers == {"count": 2, "entries": [{"figure": 1.0}]}
 
 
 @pytest.mark.parametrize(

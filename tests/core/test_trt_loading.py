@@ -96,11 +96,11 @@ def test_create_returning_nullptr_tells_what_was_logged() -> None:
     trt = factory(TypeError("pybind11::init(): factory function returned nullptr"))
     with pytest.raises(
         UnavailableError, match=r"TensorRT 11\.4\.0 cannot create a Builder"
-    ) as seen:
+    ) as observed:
         trt_loading.create(trt, "Builder", None, lambda: OLD_DRIVER)
-    assert seen.value.exit_code == 3
-    assert OLD_DRIVER in seen.value.message
-    assert seen.value.fix is not None and "r580" in seen.value.fix
+    assert observed.value.exit_code == 3
+    assert OLD_DRIVER in observed.value.message
+    assert observed.value.fix is not None and "r580" in observed.value.fix
 
 
 def test_create_with_another_type_error_raises_it() -> None:

@@ -87,13 +87,13 @@ def test_a_checkpoint_comes_back_to_the_bit(
         measured={"accuracy": {"n": 10, "top1": 9, "top5": None}},
     )
     save(tmp_path / "net.pt", saved)
-    found = load(tmp_path / "net.pt")
-    assert_same(found.state, saved.state)
-    assert torch.equal(found.training.pop("momentum")[0], torch.arange(3.0))
-    assert found.training == {"epoch": 3, "recipe": {"lr": 0.1}}
-    assert (found.model, found.input, found.weights) == (saved.model, saved.input, saved.weights)
-    assert found.measured == saved.measured
-    assert found.spec == zoo.spec(name, **variant)  # type: ignore[arg-type]
+    loaded = load(tmp_path / "net.pt")
+    assert_same(loaded.state, saved.state)
+    assert torch.equal(loaded.training.pop("momentum")[0], torch.arange(3.0))
+    assert loaded.training == {"epoch": 3, "recipe": {"lr": 0.1}}
+    assert (loaded.model, loaded.input, loaded.weights) == (saved.model, saved.input, saved.weights)
+    assert loaded.measured == saved.measured
+    assert loaded.spec == zoo.spec(name, **variant)  # type: ignore[arg-type]
 
 
 def test_the_loaded_net_gives_the_same_logits(tmp_path: Path) -> None:
@@ -124,17 +124,17 @@ def test_class_names_and_input_contract_travel_with_the_file(tmp_path: Path) -> 
     contract = Preprocess(size=48, resize=50, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     state = weights(classes=3)
     save(tmp_path / "net.pt", dataclasses.replace(ours(), model=model, input=contract, state=state))
-    found = load(tmp_path / "net.pt")
-    assert found.model.classes == ("chat", "chien", "猫")
-    assert found.input == contract
-    assert found.net()(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+    loaded = load(tmp_path / "net.pt")
+    assert loaded.model.classes == ("chat", "chien", "猫")
+    assert loaded.input == contract
+    assert loaded.net()(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
 
 
 def test_trained_weights_are_known_by_the_hash_of_their_file(tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     save(path, dataclasses.replace(ours(), weights=Weights(origin="trained")))
-    found = load(path).weights
-    assert found == Weights(origin="trained", sha256=atomic_io.sha256(path), source=str(path))
+    result = load(path).weights
+    assert result == Weights(origin="trained", sha256=atomic_io.sha256(path), source=str(path))
 
 
 def test_a_file_that_is_not_the_one_of_its_sidecar_is_refused(tmp_path: Path) -> None:
@@ -433,15 +433,15 @@ def test_our_names_are_torchvisions(
 def test_torchvisions_file_is_recognized(tmp_path: Path) -> None:
     state = weights("resnet18", 7)
     path = written(tmp_path / "resnet18.pth", state)
-    found = load(path)
-    assert found.spec == zoo.spec("resnet18")
-    assert found.model.classes == tuple("0123456")
-    assert found.input == Preprocess(size=224, resize=256)
-    assert found.input.mean == IMAGENET_MEAN
-    assert found.weights == Weights(
+    loaded = load(path)
+    assert loaded.spec == zoo.spec("resnet18")
+    assert loaded.model.classes == tuple("0123456")
+    assert loaded.input == Preprocess(size=224, resize=256)
+    assert loaded.input.mean == IMAGENET_MEAN
+    assert loaded.weights == Weights(
         origin="file", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), source=str(path)
     )
-    assert_same(found.state, state)
+    assert_same(loaded.state, state)
 
 
 def renamed(state: State, *changes: tuple[str, str], prefix: str = "") -> State:
@@ -490,17 +490,17 @@ def test_a_public_checkpoint_is_recognized_whatever_it_is_wrapped_in(
     tmp_path: Path, name: str, variant: dict[str, str], disguise: Callable[[State], object]
 ) -> None:
     state = weights(name, **variant)
-    found = load(written(tmp_path / "foreign.th", disguise(state)))
-    assert found.spec == zoo.spec(name, **variant)  # type: ignore[arg-type]
-    assert_same(found.state, state)
+    loaded = load(written(tmp_path / "foreign.th", disguise(state)))
+    assert loaded.spec == zoo.spec(name, **variant)  # type: ignore[arg-type]
+    assert_same(loaded.state, state)
 
 
 def test_files_from_before_the_batch_counter_are_read(tmp_path: Path) -> None:
     state = weights()
     old = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(state)
-    found = load(written(tmp_path / "old.th", old))
-    assert_same(found.state, state)
+    loaded = load(written(tmp_path / "old.th", old))
+    assert_same(loaded.state, state)
 
 
 def test_half_precision_weights_become_a_float32_net(tmp_path: Path) -> None:
@@ -600,17 +600,17 @@ def test_load_with_another_nets_name_refuses_resnet50s_tensors(
 def test_load_with_a_name_of_the_zoo_assumes_nothing(
     anonymous: Path, name_it: Callable[[Path, str], Path]
 ) -> None:
-    found = load(name_it(anonymous, "resnet50"))
-    assert found.spec.name == "resnet50" and assumed_nets(found) == []
+    loaded = load(name_it(anonymous, "resnet50"))
+    assert loaded.spec.name == "resnet50" and assumed_nets(loaded) == []
 
 
 def test_load_without_a_name_records_the_assumed_net(anonymous: Path) -> None:
-    found = load(anonymous)
-    (entry,) = assumed_nets(found)
+    loaded = load(anonymous)
+    (entry,) = assumed_nets(loaded)
     assert entry.startswith("model: resnet50")
     copy = anonymous.with_name("copy.pt")
-    assert save(copy, found).assumed == found.assumed
-    assert load(copy).assumed == found.assumed
+    assert save(copy, loaded).assumed == loaded.assumed
+    assert load(copy).assumed == loaded.assumed
     assert assumed_nets(load(anonymous, model="resnet50")) == []  # the caller states it
 
 
@@ -658,8 +658,8 @@ def test_find_naming_reads_the_stride_of_a_config(tmp_path: Path, key: str) -> N
 
 def test_load_with_a_v1_name_gives_v1(anonymous: Path) -> None:
     path = named_by_key(anonymous, "resnet50_caffe")
-    found = load(path)
-    assert found.spec.name == "resnet50-v1" and assumed_nets(found) == []
+    loaded = load(path)
+    assert loaded.spec.name == "resnet50-v1" and assumed_nets(loaded) == []
     assert refusal(path, model="resnet50").endswith("--model resnet50-v1")
 
 
@@ -688,8 +688,8 @@ def test_load_sidecar_of_a_foreign_file_states_v1(anonymous: Path) -> None:
     made = save(anonymous.with_name("x.pt"), load(anonymous, model="resnet50-v1"))
     data = anonymous.read_bytes()
     artifacts.publish(anonymous, lambda path: path.write_bytes(data), made)
-    found = load(anonymous)
-    assert found.spec.name == "resnet50-v1" and assumed_nets(found) == []
+    loaded = load(anonymous)
+    assert loaded.spec.name == "resnet50-v1" and assumed_nets(loaded) == []
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "vgg19"])
@@ -697,8 +697,8 @@ def test_load_torchvisions_vgg(tmp_path: Path, name: str) -> None:
     net = zoo.build(zoo.spec(name), 3, device="meta")
     state = {n: torch.zeros(()).expand(t.shape) for n, t in net.state_dict().items()}
     assert {"features.0.weight", "classifier.0.weight", "classifier.6.bias"} <= set(state)
-    found = load(written(tmp_path / "net.pth", state))
-    assert found.spec == zoo.spec(name) and len(found.model.classes) == 3
+    loaded = load(written(tmp_path / "net.pth", state))
+    assert loaded.spec == zoo.spec(name) and len(loaded.model.classes) == 3
 
 
 def test_load_old_checkpoint_of_option_c_gets_its_new_name(tmp_path: Path) -> None:
@@ -821,8 +821,8 @@ def test_a_cifar_net_of_a_depth_that_imagenet_has_taken_is_no_net_of_the_zoo(blo
             stride_in="3x3",
             num_classes=10,
         )
-    found = recognize(net.state_dict())
-    assert found is None or found.counts == (blocks,) * 3
+    spec = recognize(net.state_dict())
+    assert spec is None or spec.counts == (blocks,) * 3
 
 
 # --- untrained weights
@@ -951,14 +951,14 @@ def test_the_imagenet_weights_come_from_the_mirror_and_then_from_the_cache(
     monkeypatch.setitem(public.IMAGENET_FILES, "resnet18", source.name)
     monkeypatch.setenv("RTRESNET_WEIGHTS_URL", source.parent.as_uri() + "/")
     monkeypatch.setenv("RTRESNET_CACHE", str(tmp_path / "cache"))
-    found = public.imagenet("resnet18")
+    result = public.imagenet("resnet18")
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
-    assert found.spec == zoo.spec("resnet18")
-    assert found.input == Preprocess(size=224, resize=256)
-    assert found.weights == Weights(origin="imagenet", sha256=digest, source=source.name)
-    assert_same(found.state, state)
+    assert result.spec == zoo.spec("resnet18")
+    assert result.input == Preprocess(size=224, resize=256)
+    assert result.weights == Weights(origin="imagenet", sha256=digest, source=source.name)
+    assert_same(result.state, state)
     source.unlink()
-    assert public.imagenet("resnet18").weights == found.weights
+    assert public.imagenet("resnet18").weights == result.weights
 
 
 def test_published_files_carry_their_hash_in_their_name() -> None:

@@ -188,17 +188,17 @@ def test_convolutions_have_no_bias_and_are_followed_by_bn(name: str) -> None:
 def test_stages_have_the_papers_sizes(
     name: str, size: int, expected: list[tuple[int, int]]
 ) -> None:
-    net, seen = meta(name), []
+    net, observed = meta(name), []
     hooks = [
         getattr(net, stage).register_forward_hook(
-            lambda _, __, out: seen.append((out.shape[1], out.shape[2], out.shape[3]))
+            lambda _, __, out: observed.append((out.shape[1], out.shape[2], out.shape[3]))
         )
         for stage in net.stages
     ]
     net(torch.zeros(2, 3, size, size, device="meta"))
     for hook in hooks:
         hook.remove()
-    assert seen == [(channels, side, side) for channels, side in expected]
+    assert observed == [(channels, side, side) for channels, side in expected]
 
 
 @pytest.mark.parametrize(
@@ -345,9 +345,9 @@ def test_the_sum_is_a_module_with_a_name() -> None:
 def test_images_of_a_batch_do_not_see_each_other(shortcut: str | None) -> None:
     net, x = cifar(8, shortcut), torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
-        together, apart = net(x), torch.cat([net(image[None]) for image in x])
+        together, separate = net(x), torch.cat([net(image[None]) for image in x])
     assert together.shape == (3, 10)
-    assert torch.allclose(together, apart, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(together, separate, rtol=1e-4, atol=1e-4)
 
 
 # --- initialization

@@ -65,8 +65,8 @@ def test_vgg_pools_after_each_stage() -> None:
 def test_pooled_by_weight_equals_pooling_then_fc(side: int) -> None:
     weight, maps = torch.randn(6, 4 * 49), torch.randn(3, 4, side, side)
     pooled = nn.functional.adaptive_avg_pool2d(maps, 7).flatten(1)
-    found = maps.flatten(1) @ pooled_by_weight(weight, side).T
-    torch.testing.assert_close(found, pooled @ weight.T, atol=1e-4, rtol=1e-4)
+    result = maps.flatten(1) @ pooled_by_weight(weight, side).T
+    torch.testing.assert_close(result, pooled @ weight.T, atol=1e-4, rtol=1e-4)
 
 
 def test_dense_vgg_at_its_own_size_equals_the_net() -> None:

@@ -64,7 +64,7 @@ def test_other_depths_are_unknown(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"),
+    ("text", "nearest"),
     [
         ("resnet51", "resnet50"),
         ("ResNet18", "resnet18"),
@@ -74,21 +74,21 @@ def test_other_depths_are_unknown(name: str) -> None:
         ("resnet1203", "resnet1202"),
     ],
 )
-def test_a_misspelt_name_comes_with_the_nearest(given: str, nearest: str) -> None:
+def test_a_misspelt_name_comes_with_the_nearest(text: str, nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=f"did you mean '{nearest}'"):
-        zoo.spec(given)
+        zoo.spec(text)
 
 
-@pytest.mark.parametrize("given", ["", "20", "🦊"])
-def test_a_name_from_elsewhere_comes_with_the_table(given: str) -> None:
+@pytest.mark.parametrize("text", ["", "20", "🦊"])
+def test_a_name_from_elsewhere_comes_with_the_table(text: str) -> None:
     with pytest.raises(UnknownNameError, match=r"known: resnet18, .*, vgg19_bn"):
-        zoo.spec(given)
+        zoo.spec(text)
 
 
-@pytest.mark.parametrize("given", ["resnet50 ", "xresnet50", "resnet50d", "resnet-1", "resnet5.0"])
-def test_a_name_is_matched_whole(given: str) -> None:
+@pytest.mark.parametrize("text", ["resnet50 ", "xresnet50", "resnet50d", "resnet-1", "resnet5.0"])
+def test_a_name_is_matched_whole(text: str) -> None:
     with pytest.raises(UnknownNameError):
-        zoo.spec(given)
+        zoo.spec(text)
 
 
 def test_the_shortcut_is_b_for_imagenet_and_a_for_cifar_unless_told() -> None:

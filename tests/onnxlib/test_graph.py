@@ -56,8 +56,8 @@ class TestBlocks:
                ("Conv", 8), ("Relu", 8), ("Conv", 8), ("Add", 8), ("Relu", 8),
                ("Conv", 4), ("Relu", 4), ("Conv", 4), ("Conv", 4), ("Add", 4), ("Relu", 4),
                ("GlobalAveragePool", 1), ("Flatten", 0), ("Gemm", 0)]  # fmt: skip
-        found = blocks(*((f"n{i}", op, height) for i, (op, height) in enumerate(ops)))
-        assert found == ["stem"] * 3 + ["layer1.0"] * 5 + ["layer2.0"] * 6 + ["head"] * 3
+        result = blocks(*((f"n{i}", op, height) for i, (op, height) in enumerate(ops)))
+        assert result == ["stem"] * 3 + ["layer1.0"] * 5 + ["layer2.0"] * 6 + ["head"] * 3
 
     def test_a_net_without_a_convolution_is_stem_and_head(self) -> None:
         assert blocks(("a", "Relu"), ("b", "Relu"), ("c", "Gemm")) == ["stem", "stem", "head"]

@@ -51,15 +51,15 @@ def test_quantize_and_build_take_a_file_without_its_sidecar(
     monkeypatch.chdir(tmp_path)
     source = alone(engines / "resnet8.onnx", tmp_path / "moved")
     result = rtresnet.quantize(source, rtresnet.QuantizeConfig(calib="none"))
-    known = rtresnet.read_sidecar(engines / "resnet8.onnx")
-    assert known is not None
-    assert result.sidecar.input == known.input and result.sidecar.model == known.model
+    reference = rtresnet.read_sidecar(engines / "resnet8.onnx")
+    assert reference is not None
+    assert result.sidecar.input == reference.input and result.sidecar.model == reference.model
     assert not result.sidecar.assumed
-    assert result.sidecar.parent is not None and result.sidecar.parent.sha256 == known.sha256
+    assert result.sidecar.parent is not None and result.sidecar.parent.sha256 == reference.sha256
     pytest.importorskip("tensorrt_rtx")
     plan = rtresnet.build(source, rtresnet.BuildConfig(builder="rtx", targets=("sm_89",)))
     sidecar = rtresnet.read_sidecar(plan.path)
-    assert sidecar is not None and sidecar.input == known.input
+    assert sidecar is not None and sidecar.input == reference.input
 
 
 def test_description_names_no_folder(engines: Path) -> None:

@@ -79,13 +79,13 @@ def searched(what: str, best: float | None) -> dict[str, Any]:
          "holds": p99 is not None and p99 <= 10}
         for load, p99 in ((1.0, 2.5), (4.0, 6.5), (4.0, 8.75), (4.0, 11.0), (8.0, None))
     ]  # fmt: skip
-    found = {"what": what, "p99_ms": 10.0, "best": best, "limit": False, "points": points}
+    results = {"what": what, "p99_ms": 10.0, "best": best, "limit": False, "points": points}
     return {
         "environment": {"remarks": ["other processes used 1.50 of 4 cores"]},
         "searches": [
             {
                 "measured": f"engines/net-{name}.onnx", "precision": name, "untrained": False,
-                "note": None, "search": found,
+                "note": None, "search": results,
             } | WHERE
             for name in ("fp32", "int8")
         ],
@@ -132,10 +132,10 @@ def browser(tmp_path: Path) -> Callable[..., str]:
 
     `browser(page, "--flag")` starts it with more flags. Skips where none is installed.
     """
-    found = next(
+    result = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
     )
-    if not found:
+    if not result:
         pytest.skip("no browser here")
 
     def render(page: str, *more: str) -> str:
@@ -149,7 +149,7 @@ def browser(tmp_path: Path) -> Callable[..., str]:
             "--host-resolver-rules=MAP * ~NOTFOUND",  # no network, whatever the page asks for
         ]  # fmt: skip
         done = subprocess.run(
-            [found, *flags, *more, file.as_uri()],
+            [result, *flags, *more, file.as_uri()],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         assert "CONSOLE" not in done.stderr, done.stderr

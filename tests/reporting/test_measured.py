@@ -22,12 +22,12 @@ def test_lines_and_listings_of_the_gate_hold_no_raw_dicts() -> None:
     outlier = {"tensor": "layer1.0.add", "channels": 3, "times": 11.7, "remedy": "unchanged"}
     drop = {"n": 400, "points": 0.25, "low": -0.44, "high": 0.94, "data": "digits"}
     gate = {"verdict": "not shown to hold", "bound": 0.5, "images_needed": None}
-    told = {"drop": drop, "gate": gate, "blocks": [BLOCK], "outliers": [outlier]}
-    assert tables.measured_lines(told) == [
+    output = {"drop": drop, "gate": gate, "blocks": [BLOCK], "outliers": [outlier]}
+    assert tables.measured_lines(output) == [
         "drop 0.25 points of top-1 (95 %: -0.44 to 0.94) on 400 images of digits",
         "gate verdict not shown to hold, bound 0.5, images_needed None",
     ]
-    blocks, outliers = tables.measured_tables(told)
+    blocks, outliers = tables.measured_tables(output)
     assert blocks.rows == [["layer1.0", "31.2", "0.50", "12.5", "int8"]]
     assert outliers.rows == [["layer1.0.add", 3, "12", "unchanged"]]
     assert all(len(row) == len(t.headings) for t in (blocks, outliers) for row in t.rows)

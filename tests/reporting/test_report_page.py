@@ -211,8 +211,8 @@ def test_the_page_of_a_real_nets_three_precisions_shows_their_numbers(
         assert main(["eval", file, "--data", tints, "--json", str(place)]) == 0
     profile = tmp_path / "profile.json"
     assert main(["profile", files[0], "--seconds", "0.1", "--json", str(profile)]) == 0
-    given = [str(engines), str(bench), *map(str, accuracy), str(profile)]
-    assert main(["report", *given, "--out", str(out)]) == 0
+    arguments = [str(engines), str(bench), *map(str, accuracy), str(profile)]
+    assert main(["report", *arguments, "--out", str(out)]) == 0
     page = out.read_text()
     assert len(page) < 2_000_000
     probe = """<script>
@@ -231,6 +231,6 @@ def test_the_page_of_a_real_nets_three_precisions_shows_their_numbers(
             shown = rows[Path(entry["measured"]).name]["ms, batch 1"]
             assert float(shown) == pytest.approx(entry["latency"]["median"])
     for file, place in zip(files, accuracy, strict=True):
-        known = json.loads(place.read_text())["result"]["top1_percent"]
-        assert float(rows[Path(file).name]["top-1 %"]) == pytest.approx(known)
+        reference = json.loads(place.read_text())["result"]["top1_percent"]
+        assert float(rows[Path(file).name]["top-1 %"]) == pytest.approx(reference)
     assert len(re.findall(r'id="artifact-\d+"', dom)) == 3

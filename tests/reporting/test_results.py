@@ -30,7 +30,7 @@ def test_everything_of_an_artifact_comes_together(measured: list[Path]) -> None:
     assert gathered.batches == [1, 8] and gathered.batch == 1
     assert gathered.baseline is gathered.artifacts[0]
     assert len(gathered.timings) == 8 and len(gathered.profiles) == 2
-    assert {what for what, _ in gathered.environments} == {"latency", "accuracy", "profile"}
+    assert {kind for kind, _ in gathered.environments} == {"latency", "accuracy", "profile"}
 
 
 def test_artifacts_bring_their_chain_and_their_accuracy(engines: Path) -> None:
@@ -299,7 +299,7 @@ def test_bounds_are_shown_next_to_what_was_measured_on_the_same_gpu(write: Write
     }  # fmt: skip
     other = entry | {"measured": "engines/net-fp16.plan", "parts": None, "batch": 16}
     sentence = "INT8 moves 1.9 times the bytes of FP16."
-    found = results.gather(
+    result = results.gather(
         [
             write("bench", {"results": [entry, other]}),
             write("estimate", estimated("int8")),
@@ -307,7 +307,7 @@ def test_bounds_are_shown_next_to_what_was_measured_on_the_same_gpu(write: Write
                              "advice": [sentence]}),
         ]
     )  # fmt: skip
-    table = tables(found)["bounds"]
+    table = tables(result)["bounds"]
     assert "not measurements" in table.title and sentence in table.about
     rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
     assert [(row["artifact"], row["GPU"], row["measured, ms"]) for row in rows] == [

@@ -188,14 +188,14 @@ def operations() -> dict[str, Any]:
     """Every operation of the seam once; what each returned or raised."""
     stub = Stub("tensorrt")
     cuda, driver = stub.cuda, stub.driver
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with cuda.active():
         stream, device, other = cuda.stream(), cuda.allocate(64), cuda.allocate(64)
         pinned = cuda.allocate_pinned(64)
         host = stub.device.at(pinned, 64)
         start, stop = cuda.event(True, False), cuda.event(False, True)
-        found["types"] = [type(value).__name__ for value in (stream, device, pinned)]
-        found["memory"] = cuda.memory()
+        result["types"] = [type(value).__name__ for value in (stream, device, pinned)]
+        result["memory"] = cuda.memory()
         host[:] = np.arange(64)
         cuda.to_device(device, pinned, 64, stream)
         cuda.on_device(other, device, 64, stream)
@@ -207,15 +207,15 @@ def operations() -> dict[str, Any]:
         cuda.wait(stream, start)
         cuda.join(stop)
         cuda.synchronize(stream)
-        found["copied"] = host.tolist()
-        found["elapsed"] = cuda.elapsed(start, stop)
-        found["pinned"] = [cuda.is_pinned(pinned + 1), cuda.is_pinned(np.zeros(8).ctypes.data)]
+        result["copied"] = host.tolist()
+        result["elapsed"] = cuda.elapsed(start, stop)
+        result["pinned"] = [cuda.is_pinned(pinned + 1), cuda.is_pinned(np.zeros(8).ctypes.data)]
         cuda.begin_capture(stream)
         cuda.to_host(pinned, device, 64, stream)
         graph = cuda.end_capture(stream)
         host[:] = 255
         cuda.launch(graph, stream)
-        found["launched"] = host.tolist()
+        result["launched"] = host.tolist()
         calls: dict[str, Callable[[], object]] = {
             "cuMemGetInfo_v2": cuda.memory,
             "cuStreamCreate": cuda.stream,
@@ -240,10 +240,10 @@ def operations() -> dict[str, Any]:
             "cuMemFreeHost": lambda: cuda.free_pinned(pinned),
             "cuCtxPushCurrent_v2": lambda: cuda.active().__enter__(),
         }
-        found["failed"] = {name: failure(driver, name, call) for name, call in calls.items()}
+        result["failed"] = {name: failure(driver, name, call) for name, call in calls.items()}
         for name in ("cuStreamEndCapture", "cuGraphInstantiateWithFlags"):
             cuda.begin_capture(stream)
-            found["failed"][name] = failure(driver, name, lambda: cuda.end_capture(stream))
+            result["failed"][name] = failure(driver, name, lambda: cuda.end_capture(stream))
         cuda.destroy_graph(graph)
         for event in (start, stop):
             cuda.destroy_event(event)
@@ -251,9 +251,9 @@ def operations() -> dict[str, Any]:
             cuda.free(address)
         cuda.free_pinned(pinned)
         cuda.destroy_stream(stream)
-    found["outside"] = failure(driver, "", lambda: cuda.allocate(8))
-    found["left"], found["depth"] = driver.stub_live(), driver.stub_depth()
-    return found
+    result["outside"] = failure(driver, "", lambda: cuda.allocate(8))
+    result["left"], result["depth"] = driver.stub_live(), driver.stub_depth()
+    return result
 
 
 def failure(driver: Any, name: str, call: Callable[[], object]) -> list[Any]:
@@ -293,15 +293,15 @@ def pinned_memory() -> dict[str, Any]:
     array = pinned((2, 3, 4, 4), np.float32)
     array[:] = images(2)
     with stub.cuda.active():
-        known = stub.cuda.is_pinned(array.ctypes.data)
+        reference = stub.cuda.is_pinned(array.ctypes.data)
     during = stub.driver.stub_live() - before
     tail = array[1:]
     del array
-    kept = bool((tail == images(2)[1:]).all()) and stub.driver.stub_live() - before == 1
+    saved = bool((tail == images(2)[1:]).all()) and stub.driver.stub_live() - before == 1
     del tail
     left = stub.driver.stub_live() - before
     failed = failure(stub.driver, "cuMemAllocHost_v2", lambda: pinned(8, np.uint8))
-    return {"pinned": known, "during": during, "kept": kept, "left": left, "failed": failed}
+    return {"pinned": reference, "during": during, "kept": saved, "left": left, "failed": failed}
 
 
 def gathering(seconds: float, side: int = 224, wait_us: int = 5000) -> dict[str, Any]:
@@ -315,27 +315,27 @@ def gathering(seconds: float, side: int = 224, wait_us: int = 5000) -> dict[str,
     stub = Stub("tensorrt", idle=True)
     engine = stub.bench.engine
     engine.side, engine.profiles = side, [(1, count, count)]
-    ways: dict[tuple[str, str], tuple[Batcher, np.ndarray]] = {}
+    variants: dict[tuple[str, str], tuple[Batcher, np.ndarray]] = {}
     for dtype in ("float32", "uint8"):
         engine.dtype = dtype
         image = np.zeros(engine.row, dtype)
         for name, contexts in (("staged", 1), ("pinned", 1), ("pinned, 2 contexts", 2)):
             session = Session(stub.bench.path, None, stub.load(contexts=contexts))
             call = session.backend.infer if name == "staged" else session
-            ways[dtype, name] = Batcher(call, count, 1e9), image
+            variants[dtype, name] = Batcher(call, count, 1e9), image
     stub.driver.stub_wait_us(wait_us)
-    rates: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    rates: dict[tuple[str, str], list[float]] = {way: [] for way in variants}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rates["uint8", "staged"]) < 3:
-        for way, (batcher, image) in ways.items():
+        for way, (batcher, image) in variants.items():
             begin = time.perf_counter()
             for future in [batcher.submit(image) for _ in range(batches * count)]:
                 future.result()
             rates[way].append(batches * count / (time.perf_counter() - begin))
-    for batcher, _ in ways.values():
+    for batcher, _ in variants.values():
         batcher.close()
     # Without the first round, which the operating system's page faults are in.
-    medians = {way: statistics.median(found[1:]) for way, found in rates.items()}
+    medians = {way: statistics.median(entry[1:]) for way, entry in rates.items()}
     return {
         "rows": [
             {
@@ -368,17 +368,17 @@ def gil(calls: int, wait_us: int = 500) -> dict[str, dict[str, float]]:
             pass
 
     batch = images(1)
-    found = {"alone": measured()}
+    result = {"alone": measured()}
     thread = threading.Thread(target=compute)
     thread.start()
     try:
-        found["next to a thread"] = measured()
+        result["next to a thread"] = measured()
         with short_switch_interval():
-            found["next to a thread, 1e-4"] = measured()
+            result["next to a thread, 1e-4"] = measured()
     finally:
         ended.set()
         thread.join()
-    return found
+    return result
 
 
 def call_cost(builder: str, seconds: float) -> dict[str, Any]:
@@ -403,12 +403,15 @@ def call_cost(builder: str, seconds: float) -> dict[str, Any]:
             rounds[name].append((time.perf_counter() - begin) / 200 * 1e6)
     before = stub.driver.stub_calls()
     backend.infer(batch)
-    found: dict[str, Any] = {"driver_calls": stub.driver.stub_calls() - before}
-    for name, taken in rounds.items():
-        found[name] = {"min_us": min(taken), "median_us": sorted(taken)[len(taken) // 2]}
-    found["ratio"] = found["infer"]["min_us"] / found["lean"]["min_us"]
-    found["rounds"] = len(rounds["lean"])
-    return found
+    result: dict[str, Any] = {"driver_calls": stub.driver.stub_calls() - before}
+    for name, durations in rounds.items():
+        result[name] = {
+            "min_us": min(durations),
+            "median_us": sorted(durations)[len(durations) // 2],
+        }
+    result["ratio"] = result["infer"]["min_us"] / result["lean"]["min_us"]
+    result["rounds"] = len(rounds["lean"])
+    return result
 
 
 def lean_sequence(stub: Stub) -> Callable[[Any], Any]:

@@ -37,8 +37,8 @@ def copies(bench: Bench) -> list[str]:
 @pytest.mark.parametrize("count", [3, 20])
 def test_infer_of_gpu_images_copies_nothing(bench: Bench, wrap: Any, count: int) -> None:
     backend = bench.load(timings=True)
-    _, there = bench.on_gpu(images(count))
-    close(backend.infer(wrap(there)), expected(images(count)))
+    _, on_device = bench.on_gpu(images(count))
+    close(backend.infer(wrap(on_device)), expected(images(count)))
     # Rows 8 and 16 begin at multiples of 256 bytes.
     assert set(copies(bench)) == {"to_host"}
     timings = backend.timings()
@@ -47,10 +47,10 @@ def test_infer_of_gpu_images_copies_nothing(bench: Bench, wrap: Any, count: int)
 
 def test_infer_with_gpu_out_copies_nothing(bench: Bench) -> None:
     backend = bench.load()
-    _, there = bench.on_gpu(images(5))
+    _, on_device = bench.on_gpu(images(5))
     _, result = bench.on_gpu(np.zeros((5, CLASSES), np.float32))
     out = WithInterface(result)
-    assert backend.infer(WithDlpack(there), out=out) is out
+    assert backend.infer(WithDlpack(on_device), out=out) is out
     close(result, expected(images(5)))
     assert copies(bench) == []
 
@@ -58,9 +58,9 @@ def test_infer_with_gpu_out_copies_nothing(bench: Bench) -> None:
 def test_infer_with_padding_leaves_other_rows_of_out(bench: Bench) -> None:
     bench.engine.profiles = [(4, 4, 8)]
     backend = bench.load()
-    _, there = bench.on_gpu(images(4))
+    _, on_device = bench.on_gpu(images(4))
     _, result = bench.on_gpu(np.full((4, CLASSES), 7, np.float32))
-    backend.infer(WithDlpack(there[:2]), out=WithDlpack(result[:2]))
+    backend.infer(WithDlpack(on_device[:2]), out=WithDlpack(result[:2]))
     close(result[:2], expected(images(2)))
     assert (result[2:] == 7).all()
     assert not bench.engine.runs[-1][1][2:].any()
@@ -68,9 +68,9 @@ def test_infer_with_padding_leaves_other_rows_of_out(bench: Bench) -> None:
 
 def test_infer_of_unaligned_gpu_arrays_copies_on_the_gpu(bench: Bench) -> None:
     backend = bench.load()
-    _, there = bench.on_gpu(images(19), offset=64)
+    _, on_device = bench.on_gpu(images(19), offset=64)
     _, result = bench.on_gpu(np.zeros((19, CLASSES), np.float32), offset=4)
-    backend.infer(WithDlpack(there), out=WithDlpack(result))
+    backend.infer(WithDlpack(on_device), out=WithDlpack(result))
     close(result, expected(images(19)))
     assert set(copies(bench)) == {"on_device"}
 
@@ -78,12 +78,12 @@ def test_infer_of_unaligned_gpu_arrays_copies_on_the_gpu(bench: Bench) -> None:
 @pytest.mark.parametrize("version", [2, 3])
 def test_infer_of_gpu_images_waits_for_their_stream(bench: Bench, version: int) -> None:
     backend = bench.load()
-    _, there = bench.on_gpu(np.zeros((3, 3, 4, 4), np.float32))
+    _, on_device = bench.on_gpu(np.zeros((3, 3, 4, 4), np.float32))
     with bench.cuda.active():
         theirs = 1 if version == 2 else bench.cuda.stream()
-        bench.cuda.enqueue("theirs", theirs, lambda: np.copyto(there, images(3)))
-    said = {"version": version} | ({"stream": theirs} if version == 3 else {})
-    close(backend.infer(WithInterface(there, **said)), expected(images(3)))
+        bench.cuda.enqueue("theirs", theirs, lambda: np.copyto(on_device, images(3)))
+    output = {"version": version} | ({"stream": theirs} if version == 3 else {})
+    close(backend.infer(WithInterface(on_device, **output)), expected(images(3)))
 
 
 def test_infer_passes_its_stream_to_dlpack(bench: Bench) -> None:
@@ -124,8 +124,8 @@ def test_infer_of_a_wrong_gpu_array_is_refused(bench: Bench, make: Any, message:
 
 
 def test_infer_with_read_only_out_is_refused(bench: Bench) -> None:
-    _, there = bench.on_gpu(np.zeros((2, CLASSES), np.float32))
-    out = WithInterface(there, data=(there.ctypes.data, True))
+    _, on_device = bench.on_gpu(np.zeros((2, CLASSES), np.float32))
+    out = WithInterface(on_device, data=(on_device.ctypes.data, True))
     with pytest.raises(InputError, match="read-only"):
         bench.load().infer(images(2), out=out)
 
@@ -151,14 +151,14 @@ def test_infer_of_a_top_k_plan_returns_indices_and_probabilities(
 ) -> None:
     bench.engine.outputs, bench.engine.index_dtype = order, index_dtype
     backend = bench.load()
-    wanted = np.argsort(-expected(images(11)), axis=1)[:, :TOP]
+    required = np.argsort(-expected(images(11)), axis=1)[:, :TOP]
     indices, probabilities = backend.infer(images(11))
     assert indices.dtype == np.int64 and probabilities.dtype == np.float32
-    np.testing.assert_array_equal(indices, wanted)
-    close(probabilities, np.take_along_axis(expected(images(11)), wanted, 1))
+    np.testing.assert_array_equal(indices, required)
+    close(probabilities, np.take_along_axis(expected(images(11)), required, 1))
     out = (np.zeros((3, TOP), np.int64), np.zeros((3, TOP), np.float32))
     assert backend.infer(images(3), out=out) is out
-    np.testing.assert_array_equal(out[0], wanted[:3])
+    np.testing.assert_array_equal(out[0], required[:3])
 
 
 @pytest.mark.parametrize("rtx_built", [True, False])
@@ -190,12 +190,12 @@ def test_infer_with_a_real_net_returns_what_onnx_runtime_returns(
         for count in (1, 7, 8, 17, 3, 17, 3):
             pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
             batch = reference.prepare(pixels)
-            got, wanted = backend.infer(batch), reference(batch)
+            got, required = backend.infer(batch), reference(batch)
             if topk is None:
-                np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(got, required, rtol=1e-4, atol=1e-5)
                 continue
-            np.testing.assert_array_equal(got[0], wanted[0])
-            np.testing.assert_allclose(got[1], wanted[1], rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(got[0], required[0])
+            np.testing.assert_allclose(got[1], required[1], rtol=1e-4, atol=1e-5)
             assert got[0].dtype == np.int64 and got[0].shape == (count, 3)
         backend.close()
     assert net.cuda.live == []
@@ -205,9 +205,9 @@ def test_infer_with_mixed_outs_writes_both(bench: Bench) -> None:
     bench.engine.outputs = ["indices", "probabilities"]
     backend = bench.load()
     bench.cuda.shuffle = random.Random(1)
-    _, there = bench.on_gpu(np.zeros((21, TOP), np.int64), offset=8)
-    backend.infer(images(21), out=(WithDlpack(there), np.zeros((21, TOP), np.float32)))
-    np.testing.assert_array_equal(there, np.argsort(-expected(images(21)), axis=1)[:, :TOP])
+    _, on_device = bench.on_gpu(np.zeros((21, TOP), np.int64), offset=8)
+    backend.infer(images(21), out=(WithDlpack(on_device), np.zeros((21, TOP), np.float32)))
+    np.testing.assert_array_equal(on_device, np.argsort(-expected(images(21)), axis=1)[:, :TOP])
 
 
 def test_load_engine_without_images_is_refused(bench: Bench) -> None:

@@ -140,16 +140,16 @@ def test_is_pinned_follows_the_drivers_memory_type() -> None:
     ):
         recorder = Recorder(cuPointerGetAttribute=answer)
         assert on(recorder).is_pinned(4096) is pinned
-        asked = ("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 4096)
-        assert recorder.calls == [asked]
+        requested = ("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 4096)
+        assert recorder.calls == [requested]
 
 
 def test_bindings_have_every_operation_of_the_protocol() -> None:
     cuda_python = on(Recorder())
     for name, function in inspect.getmembers(Cuda, inspect.isfunction):
         if name[0] != "_":
-            wanted = list(inspect.signature(function).parameters)
-            assert list(inspect.signature(getattr(PyCuda, name)).parameters) == wanted
+            expected = list(inspect.signature(function).parameters)
+            assert list(inspect.signature(getattr(PyCuda, name)).parameters) == expected
             assert callable(getattr(cuda_python, name))  # `Recorder` checks the arguments
 
 

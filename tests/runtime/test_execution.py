@@ -56,8 +56,8 @@ def test_split_batch_any_count_covers_every_row_once() -> None:
         count = rng.randint(1, 60)
         parts, at = split_batch(count, profiles), 0
         for part in parts:
-            held = profiles[part.profile]
-            assert part.start == at and held.min <= part.run <= held.max and part.rows <= part.run
+            limit = profiles[part.profile]
+            assert part.start == at and limit.min <= part.run <= limit.max and part.rows <= part.run
             # Filled up only where no profile holds as few.
             assert part.run == part.rows or not any(p.min <= part.rows <= p.max for p in profiles)
             at += part.rows
@@ -160,9 +160,9 @@ def test_infer_any_order_of_the_device_returns_the_same(
     for count in (43, 5, 1, 16, 9, 43):
         batch = images(count, seed=count)
         close(backend.infer(batch), expected(batch))
-    _, there = bench.on_gpu(images(21))
+    _, on_device = bench.on_gpu(images(21))
     _, out = bench.on_gpu(np.zeros((21, CLASSES), np.float32))
-    backend.infer(WithDlpack(there), out=WithDlpack(out))
+    backend.infer(WithDlpack(on_device), out=WithDlpack(out))
     close(out, expected(images(21)))
     backend.close()
     assert bench.cuda.live == [entry for entry in bench.cuda.live if entry[0] == "allocate"]
@@ -334,8 +334,8 @@ def test_graphs_alternating_batch_sizes_keep_their_contexts(bench: Bench) -> Non
 def test_graphs_do_not_contain_the_callers_addresses(bench: Bench) -> None:
     backend = bench.load()
     for _ in range(2):
-        _, there = bench.on_gpu(images(3))
-        close(backend.infer(WithDlpack(there)), expected(images(3)))
+        _, on_device = bench.on_gpu(images(3))
+        close(backend.infer(WithDlpack(on_device)), expected(images(3)))
     external, *owned = bench.engine.made_by
     assert external.cuda_graph_strategy == "default" and len(owned) == 4
     for config in owned:
@@ -397,9 +397,9 @@ def test_graphs_unusual_batch_sizes_have_none(bench: Bench) -> None:
     backend = bench.load()
     made = bench.cuda.made["end_capture"]
     assert made == len(execution.WARMED)
-    _, there = bench.on_gpu(images(3))
+    _, on_device = bench.on_gpu(images(3))
     for _ in range(3):
-        backend.infer(WithDlpack(there))
+        backend.infer(WithDlpack(on_device))
         close(backend.infer(images(33)), expected(images(33)))  # launching costs it little
     assert bench.cuda.made["end_capture"] == made
     for _ in range(3):
@@ -415,8 +415,8 @@ def test_graphs_least_recently_used_makes_room(
     backend = bench.load()  # 1, 2, 4, 8
     for count in (1, 3, 3, 2, 2, 1, 8):
         close(backend.infer(images(count)), expected(images(count)))
-    kept = [run for _, run, _ in backend._streams[0].graphs._contexts]
-    assert kept == [3, 2, 1, 8]
+    saved = [run for _, run, _ in backend._streams[0].graphs._contexts]
+    assert saved == [3, 2, 1, 8]
     assert len([entry for entry in bench.cuda.live if entry[0] == "end_capture"]) == 4
     backend.close()
     assert bench.cuda.live == []

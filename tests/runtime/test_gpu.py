@@ -99,13 +99,13 @@ def test_plan_with_embedded_processing_agrees_with_onnx(
     )
     pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
     with load(plan) as session, load(source, provider="cpu") as reference:
-        wanted = reference.logits(reference.prepare(pixels))
+        expected = reference.logits(reference.prepare(pixels))
         got = session(session.prepare(pixels))
     if isinstance(got, tuple):
         assert got[0].shape == got[1].shape == (9, 3) and got[0].dtype == np.int64
-        assert (got[0][:, 0] == wanted.argmax(1)).mean() > 0.8  # near ties may fall the other way
+        assert (got[0][:, 0] == expected.argmax(1)).mean() > 0.8  # near ties may fall the other way
     else:
-        assert np.linalg.norm(got - wanted) < 0.1 * np.linalg.norm(wanted)
+        assert np.linalg.norm(got - expected) < 0.1 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
@@ -114,9 +114,9 @@ def test_plan_agrees_with_onnx_runtime(
 ) -> None:
     batch = images(count)
     with session, load(source, provider="cpu") as reference:
-        wanted, got = reference(batch), session(batch)
-    assert got.shape == wanted.shape and np.isfinite(got).all()
-    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+        expected, got = reference(batch), session(batch)
+    assert got.shape == expected.shape and np.isfinite(got).all()
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
     assert error < BOUNDS[precision]
 
 
@@ -183,38 +183,38 @@ def backend_of(plan: Path, **options: Any) -> TrtBackend:
 
 def test_plan_graphs_do_not_change_logits(plan: Path, images: Images) -> None:
     batches = [images(count, seed=count) for count in (1, 8, 70)]
-    found = []
+    results = []
     for graphs in (False, None):
         backend = backend_of(plan, graphs=graphs)
         for _ in range(3):  # plain, captured, launched
             logits = [backend.infer(batch) for batch in batches]
-        found.append(logits)
+        results.append(logits)
         backend.close()
-    for plain, captured in zip(*found, strict=True):
+    for plain, captured in zip(*results, strict=True):
         np.testing.assert_allclose(captured, plain, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("offset", [0, 64])
 def test_plan_gpu_arrays_are_read_in_place(plan: Path, images: Images, offset: int) -> None:
     backend, batch = backend_of(plan), images(70)
-    wanted, cuda = backend.infer(batch), backend._cuda
+    expected, cuda = backend.infer(batch), backend._cuda
     with cuda.active():
         address = cuda.allocate(batch.nbytes + offset) + offset
-        result = cuda.allocate(wanted.nbytes)
+        result = cuda.allocate(expected.nbytes)
         stream = cuda.stream()
         cuda.to_device(address, batch.ctypes.data, batch.nbytes, stream)
         cuda.synchronize(stream)
-    there = fake_gpu.WithInterface(batch, data=(address, False))
-    out = fake_gpu.WithInterface(wanted, data=(result, False))
-    assert backend.infer(there, out=out) is out
-    got = np.empty_like(wanted)
+    on_device = fake_gpu.WithInterface(batch, data=(address, False))
+    out = fake_gpu.WithInterface(expected, data=(result, False))
+    assert backend.infer(on_device, out=out) is out
+    got = np.empty_like(expected)
     with cuda.active():
         cuda.to_host(got.ctypes.data, result, got.nbytes, stream)
         cuda.synchronize(stream)
         cuda.free(address - offset)
         cuda.free(result)
         cuda.destroy_stream(stream)
-    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
     backend.close()
 
 
@@ -235,9 +235,9 @@ def test_plan_torch_tensors_are_read_in_place(plan: Path, images: Images) -> Non
 def test_plan_several_threads_get_their_own_logits(plan: Path, images: Images) -> None:
     backend = backend_of(plan, contexts=2)
     batches = [images(3 + index, seed=index) for index in range(8)]
-    wanted = [backend.infer(batch) for batch in batches]
+    expected = [backend.infer(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        for got, logits in zip(pool.map(backend.infer, batches * 10), wanted * 10, strict=True):
+        for got, logits in zip(pool.map(backend.infer, batches * 10), expected * 10, strict=True):
             np.testing.assert_allclose(got, logits, rtol=1e-3, atol=1e-3)
     backend.close()
 
@@ -310,7 +310,7 @@ def test_plan_reads_compiled_kernels_again(plan: Path, builder: str, images: Ima
         backend = backend_of(plan)
         backend.infer(images(3))
         backend.close()
-    kept = cache_path(plan).read_bytes()
+    saved = cache_path(plan).read_bytes()
     backend = backend_of(plan)
-    assert backend._cache is not None and backend._cache._kept == kept
+    assert backend._cache is not None and backend._cache._kept == saved
     backend.close()

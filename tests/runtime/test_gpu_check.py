@@ -112,15 +112,15 @@ def test_check_cuda_reports_every_group_next_to_a_broken_call(
     broken: str, groups: set[str]
 ) -> None:
     driver = FakeDriver(broken)
-    found = gpu_check.check_cuda(driver)
-    assert {name for name, state in found.items() if state != "ok"} == groups
-    assert all(broken in found[name] and "999" in found[name] for name in groups)
+    checks = gpu_check.check_cuda(driver)
+    assert {name for name, state in checks.items() if state != "ok"} == groups
+    assert all(broken in checks[name] and "999" in checks[name] for name in groups)
     assert not +driver.live, driver.live
 
 
 def test_check_cuda_finds_a_copy_that_loses_a_byte() -> None:
-    found = gpu_check.check_cuda(FakeDriver(lossy=True))
-    wrong = {name for name, state in found.items() if state != "ok"}
+    checks = gpu_check.check_cuda(FakeDriver(lossy=True))
+    wrong = {name for name, state in checks.items() if state != "ok"}
     assert wrong == {"copies, pageable", "copies, pinned", "capture"}
 
 

@@ -94,15 +94,15 @@ def test_openvino_build_returns_what_onnx_runtime_returns(
         isa=isa,
     )
     assert done.returncode == 0, done.stderr
-    found = np.load(tmp_path / "out.npz")
-    assert found["provider"] == "ONNX Runtime OpenVINO"
-    assert "onnxruntime-openvino" in found["versions"]
-    assert "onnxruntime" not in found["versions"]  # installed too, and not what ran
+    loaded = np.load(tmp_path / "out.npz")
+    assert loaded["provider"] == "ONNX Runtime OpenVINO"
+    assert "onnxruntime-openvino" in loaded["versions"]
+    assert "onnxruntime" not in loaded["versions"]  # installed too, and not what ran
     reference = OrtBackend(path, provider="cpu", preserve_numerics=True).infer(batch)
     # Half precision computes in float32 on either; INT8 may round a tie the other way.
     tolerance = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2}[precision]
     for key, count in (("arr_0", 1), ("arr_1", 3), ("arr_2", 8)):
-        difference = np.abs(found[key] - reference[:count]).max()
+        difference = np.abs(loaded[key] - reference[:count]).max()
         assert difference < tolerance * np.abs(reference).max(), key
 
 
@@ -116,10 +116,10 @@ def test_openvino_build_is_named_by_bench_and_doctor(onnx_file: OnnxFile) -> Non
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["result"]["results"]
     assert result["provider"] == "ONNX Runtime OpenVINO"
-    said = with_build("-c", MAIN, "doctor").stdout
-    assert "ONNX Runtime OpenVINO (the default on this CPU)" in said
+    output = with_build("-c", MAIN, "doctor").stdout
+    assert "ONNX Runtime OpenVINO (the default on this CPU)" in output
     version = next(BUILD.glob("onnxruntime_openvino-*")).name.split("-")[1].removesuffix(".dist")
-    line = next(line for line in said.splitlines() if line.strip().startswith("onnxruntime "))
+    line = next(line for line in output.splitlines() if line.strip().startswith("onnxruntime "))
     assert version in line  # of the module, not of the other package that brings it
 
 

@@ -57,8 +57,8 @@ def run_as_written(
     session = ort.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found: list[np.ndarray] = session.run(None, {"images": batch})
-    return found
+    output: list[np.ndarray] = session.run(None, {"images": batch})
+    return output
 
 
 def relative(got: np.ndarray, reference: np.ndarray) -> float:
@@ -203,8 +203,8 @@ def integers(model: onnx.ModelProto, optimized: bool) -> np.ndarray:
     x, before = np.meshgrid(np.linspace(-7, 7, 300), np.linspace(-9, 9, 301))
     feed = {"x": x, "before": before}
     feed = {name: values.astype(np.float32)[None, None] for name, values in feed.items()}
-    found: np.ndarray = session.run(["result.q"], feed)[0]
-    return found.astype(int)
+    output: np.ndarray = session.run(["result.q"], feed)[0]
+    return output.astype(int)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -234,17 +234,17 @@ def test_a_branch_of_known_extent_is_rounded_finer(
     extent: tuple[float, float], branches: int
 ) -> None:
     """(-900, 900): what the scales say of the range still holds. (0, 0): nothing to round."""
-    plain, known = block(0.03, 0.03, signed=False), block(0.03, 0.03, signed=False)
-    BRANCH_RANGES.set(known, {"branch": extent})
-    assert (quantize_branches(plain), quantize_branches(known)) == (1, branches)
+    plain, reference = block(0.03, 0.03, signed=False), block(0.03, 0.03, signed=False)
+    BRANCH_RANGES.set(reference, {"branch": extent})
+    assert (quantize_branches(plain), quantize_branches(reference)) == (1, branches)
     if not branches:
         return
-    wide, steps = scale_of(plain, "branch.branch_scale"), scale_of(known, "branch.branch_scale")
+    wide, steps = scale_of(plain, "branch.branch_scale"), scale_of(reference, "branch.branch_scale")
     low, high = max(-127 * 0.03, 1.25 * min(0, extent[0])), min(127 * 0.03, 1.25 * extent[1])
     assert steps == pytest.approx((high - low) / 255) and steps <= wide * (1 + 1e-6)
-    quantize_early(known)
+    quantize_early(reference)
     old, x = integers(block(0.03, 0.03, signed=False), False), np.linspace(-7, 7, 300)
-    off = np.abs(integers(known, optimized=True) - old)
+    off = np.abs(integers(reference, optimized=True) - old)
     inside = (np.rint(x / 0.05) * 0.05 >= low) & (np.rint(x / 0.05) * 0.05 <= high)
     assert inside.any() and off[..., inside].max() <= 1
     if extent[1] < 1:
@@ -377,8 +377,8 @@ def test_the_file_on_disk_stays_as_it_is(onnx_file: OnnxFile) -> None:
 def test_a_file_without_quantization_is_not_touched(precision: str, onnx_file: OnnxFile) -> None:
     path = onnx_file("resnet8", precision)
     for saturates in (False, True):
-        kept = rewrite_for_cpu(path, saturates=saturates)
-        assert (kept.model, kept.quantized, kept.float_layers) == (str(path), False, ())
+        saved = rewrite_for_cpu(path, saturates=saturates)
+        assert (saved.model, saved.quantized, saved.float_layers) == (str(path), False, ())
 
 
 def test_a_file_moved_already_is_not_touched(onnx_file: OnnxFile, tmp_path: Path) -> None:
@@ -511,11 +511,11 @@ def test_find_provider_tensorrt_names_the_plan_runtime(onnx_file: OnnxFile, devi
 
 @pytest.mark.parametrize("name", sorted(PROVIDERS))
 def test_providers_are_those_of_onnx_runtime(name: str) -> None:
-    known = {
+    reference = {
         *ort.get_all_providers(),
         "NvTensorRTRTXExecutionProvider",
     }  # that one is a plugin only
-    assert PROVIDERS[name].ep in known
+    assert PROVIDERS[name].ep in reference
 
 
 @says_where
@@ -734,17 +734,17 @@ OLD_DRIVER = (
 
 @pytest.mark.usefixtures("cuda_build")
 @pytest.mark.parametrize(
-    ("said", "reason", "fix"),
+    ("output", "reason", "fix"),
     [
         (OLD_DRIVER, "CUDA failure 35: CUDA driver version is insufficient", "r580"),
         ("[...] CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ;", "CUBLAS failure 3", "doc"),
     ],
 )
 def test_backend_cuda_failing_does_not_blame_the_file(
-    said: str, reason: str, fix: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
+    output: str, reason: str, fix: str, onnx_file: OnnxFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError(said)
+        raise RuntimeError(output)
 
     monkeypatch.setattr(ort, "InferenceSession", fail)
     with pytest.raises(UnavailableError, match=reason) as caught:
@@ -893,18 +893,18 @@ def test_no_product_pair_of_the_saturation_free_form_exceeds_16_bits(
     safe = rewritten(path, dequantize_saturating)
     for rule in (lambda model: None, quantize_branches, quantize_early):
         rule(safe)
-        found = products(safe, batch)
-        assert len(found) >= 7 and max(found.values()) <= 32767
+        output = products(safe, batch)
+        assert len(output) >= 7 and max(output.values()) <= 32767
 
 
 def test_dequantize_saturating_keeps_every_number(onnx_file: OnnxFile, images: Images) -> None:
     path, batch = onnx_file("resnet18", "int8", 64), images(2, 64)
     safe = rewritten(path, dequantize_saturating)
-    (expected,), (found,) = (
+    (expected,), (result,) = (
         run_as_written(onnx.load(path), batch, []),
         run_as_written(safe, batch, []),
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("largest", [64, 65])
@@ -954,8 +954,8 @@ def test_dequantize_saturating_judges_other_tools_weights_by_their_size(
         assert isinstance(safe.model, bytes)
         batch = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
         (expected,) = run_as_written(model, batch, [])
-        (found,) = run_as_written(onnx.load_from_string(safe.model), batch, [])
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        (result,) = run_as_written(onnx.load_from_string(safe.model), batch, [])
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_infer_failing_provider_does_not_blame_the_images(
@@ -991,8 +991,8 @@ def test_infer_of_a_foreign_half_precision_file_runs(tmp_path: Path) -> None:
     opset = helper.make_opsetid("", 18)
     onnx.save(helper.make_model(net, opset_imports=[opset], ir_version=10), tmp_path / "half.onnx")
     images = np.arange(24, dtype=np.float16).reshape(2, 3, 2, 2)
-    found = OrtBackend(tmp_path / "half.onnx", provider="cpu").infer(images)
-    assert isinstance(found, np.ndarray) and (found == images.reshape(2, 12)).all()
+    output = OrtBackend(tmp_path / "half.onnx", provider="cpu").infer(images)
+    assert isinstance(output, np.ndarray) and (output == images.reshape(2, 12)).all()
 
 
 def test_infer_after_close_raises(onnx_file: OnnxFile, images: Images) -> None:
@@ -1014,9 +1014,9 @@ def test_infer_with_a_fixed_batch_splits_and_pads(
     plain = OrtBackend(path, provider="cpu")
     assert fixed.batch == batch and plain.batch is None
     for count in (1, 3, 4, 6, 9):
-        given = images(count)
-        found, expected = fixed.infer(given), plain.infer(given)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        arguments = images(count)
+        result, expected = fixed.infer(arguments), plain.infer(arguments)
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
     for wrong in (images(0), images(2)[:, :, :4], images(2).astype(np.float64)):
         with pytest.raises(InputError):
             fixed.infer(wrong)

@@ -242,8 +242,8 @@ def test_a_plan_of_another_version_names_the_rebuild_command(
     plan: Path, gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    found = (Gpu(name="Test GPU", capability=(8, 9), memory=1),) if gpu else ()
-    monkeypatch.setattr(hardware, "gpus", lambda: found)
+    result = (Gpu(name="Test GPU", capability=(8, 9), memory=1),) if gpu else ()
+    monkeypatch.setattr(hardware, "gpus", lambda: result)
     monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
     rewrite(plan, version="1.2.3.4")
     with pytest.raises(ArtifactError, match=r"built by tensorrt_rtx 1\.2\.3\.4") as caught:

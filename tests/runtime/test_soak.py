@@ -102,24 +102,24 @@ def test_load_and_batcher_under_load_answer_right_and_do_not_grow(
     threads = [threading.Thread(target=clients.run, args=(seed,)) for seed in range(THREADS)]
     for thread in threads:
         thread.start()
-    seen: list[tuple[int, int, int]] = []
+    observed: list[tuple[int, int, int]] = []
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         with rtresnet.load(path, provider="cpu", threads=1) as session:
-            workers = 1 + len(seen) % 2
+            workers = 1 + len(observed) % 2
             with Batcher(session, 16, 1.0, queue_limit=48, workers=workers) as batcher:
                 clients.batcher = batcher
                 time.sleep(ROUND)
             clients.batcher = None
-        seen.append(usage())
+        observed.append(usage())
     clients.ended.set()
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads), "a request was never answered"
     assert not clients.faults, clients.faults[:5]
     assert all(clients.count[kind] for kind in ("answered", "refused", "cancelled", "closed"))
-    print(dict(clients.count), seen)
-    third = max(1, len(seen) // 3)
-    early, late = (np.min(part, axis=0) for part in (seen[:third], seen[-third:]))
-    assert late[0] - early[0] < GROWTH, f"{(late[0] - early[0]) / 2**20:.0f} MiB more: {seen}"
-    assert (late[1:] <= early[1:]).all(), f"more threads or files: {seen}"
+    print(dict(clients.count), observed)
+    third = max(1, len(observed) // 3)
+    early, late = (np.min(part, axis=0) for part in (observed[:third], observed[-third:]))
+    assert late[0] - early[0] < GROWTH, f"{(late[0] - early[0]) / 2**20:.0f} MiB more: {observed}"
+    assert (late[1:] <= early[1:]).all(), f"more threads or files: {observed}"

@@ -80,8 +80,8 @@ def test_load_kernels_selects_the_strategy(bench: Bench) -> None:
         bench.engine.made_by.clear()
         with rtresnet.load(bench.path, kernels=kernels) as session:
             session(images(3))
-            _, there = bench.on_gpu(images(3))
-            session(WithDlpack(there))  # type: ignore[arg-type]  # what plans take too
+            _, on_device = bench.on_gpu(images(3))
+            session(WithDlpack(on_device))  # type: ignore[arg-type]  # what plans take too
         strategies = [c.dynamic_shapes_kernel_specialization_strategy for c in bench.engine.made_by]
         assert set(strategies) == {kernels}
     with pytest.raises(UnknownNameError, match="unknown kernels"):
@@ -149,8 +149,8 @@ def test_close_frees_everything_in_order(bench: Bench, rtx_built: bool) -> None:
     for count in (3, 20, 3, 20):
         backend.infer(images(count))
     bench.cuda.log.clear()
-    for kept in (bench.engine.configs, bench.engine.made_by):
-        kept.clear()
+    for saved in (bench.engine.configs, bench.engine.made_by):
+        saved.clear()
     backend.close()
     assert bench.cuda.live == []
     kinds = [entry.removeprefix("destroy ") for entry in bench.cuda.log]
@@ -221,8 +221,8 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS)
 def test_load_failing_tensorrt_call_raises_the_log(bench: Bench, call: str) -> None:
     bench.engine.fail_at = (call, 1)
-    said = rf"net\.plan: {call}.* failed on Test GPU: Error Code 3: {call} does not like it"
-    with pytest.raises(UnavailableError, match=said if "cache" not in call else call):
+    message = rf"net\.plan: {call}.* failed on Test GPU: Error Code 3: {call} does not like it"
+    with pytest.raises(UnavailableError, match=message if "cache" not in call else call):
         bench.load()
     assert bench.cuda.live == []
 
@@ -236,8 +236,8 @@ def test_infer_failing_tensorrt_call_raises_the_log(
         bench.by_hand()
     backend = bench.load()
     bench.fail(call)
-    said = rf"{call}.* failed on Test GPU: Error Code 3: {call} does not like it$"
-    with pytest.raises(UnavailableError, match=said):
+    message = rf"{call}.* failed on Test GPU: Error Code 3: {call} does not like it$"
+    with pytest.raises(UnavailableError, match=message):
         backend.infer(images(20))
     for _ in range(3):
         close(backend.infer(images(20)), expected(images(20)))
@@ -319,16 +319,16 @@ def test_infer_failure_does_not_report_older_errors(bench: Bench) -> None:
 
 
 def test_error_log_returns_the_threads_own_errors_first() -> None:
-    said = ErrorLog()
-    thread = threading.Thread(target=lambda: said.add("theirs"))
+    log = ErrorLog()
+    thread = threading.Thread(target=lambda: log.add("theirs"))
     thread.start()
     thread.join()
-    said.add("ours")
-    assert said.take() == "ours"
-    assert said.take() == "theirs"  # better than nothing
-    said.add("ours again")
-    said.clear()
-    assert said.take() == "theirs"
+    log.add("ours")
+    assert log.take() == "ours"
+    assert log.take() == "theirs"  # better than nothing
+    log.add("ours again")
+    log.clear()
+    assert log.take() == "theirs"
     assert ErrorLog().take() == "TensorRT gave no reason"
 
 
@@ -343,8 +343,8 @@ def test_infer_after_a_refused_shape_sets_it_again(bench: Bench) -> None:
 
 def test_load_plan_not_accepted_raises_the_reason(bench: Bench) -> None:
     bench.accepts = False
-    said = r"net\.plan.*TensorRT-RTX 1\.7\.1.*Test GPU.*magic tag does not match.*rtresnet build"
-    with pytest.raises(UnavailableError, match=said):
+    message = r"net\.plan.*TensorRT-RTX 1\.7\.1.*Test GPU.*magic tag does not match.*rtresnet build"
+    with pytest.raises(UnavailableError, match=message):
         bench.load()
     assert bench.cuda.live == []
 
@@ -469,27 +469,27 @@ def test_kernels_by_default_are_compiled_eagerly(bench: Bench) -> None:
 
 
 def test_kernel_cache_is_saved_next_to_the_plan(bench: Bench) -> None:
-    kept = cache_path(bench.path)
+    saved = cache_path(bench.path)
     bench.load(graphs=False).close()
-    assert not kept.exists(), "nothing ran"
-    for count, wanted in ((3, b"kernels3"), (5, b"kernels35"), (3, b"kernels35")):
+    assert not saved.exists(), "nothing ran"
+    for count, required in ((3, b"kernels3"), (5, b"kernels35"), (3, b"kernels35")):
         backend = bench.load(graphs=False)
         backend.infer(images(count))
         backend.close()
-        assert kept.read_bytes() == wanted
+        assert saved.read_bytes() == required
     bench.load().close()
-    assert kept.read_bytes() == wanted, "what was prepared at load is in it"
-    assert sorted(path.name for path in kept.parent.iterdir()) == ["net.plan", "net.plan.cache"]
+    assert saved.read_bytes() == required, "what was prepared at load is in it"
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["net.plan", "net.plan.cache"]
 
 
 def test_kernel_cache_unchanged_is_not_written(bench: Bench) -> None:
-    kept = cache_path(bench.path)
-    kept.write_bytes(b"kernels3")
-    before = kept.stat().st_mtime_ns
+    saved = cache_path(bench.path)
+    saved.write_bytes(b"kernels3")
+    before = saved.stat().st_mtime_ns
     backend = bench.load()
     backend.infer(images(3))
     backend.close()
-    assert kept.stat().st_mtime_ns == before
+    assert saved.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("blob", [b"", b"of another GPU"])
@@ -580,20 +580,20 @@ def test_fake_device_has_the_operations_of_the_protocol() -> None:
 def test_real_runtime_without_a_gpu_checks_a_header() -> None:
     """What `compatibility.check_header` calls; `open_cuda` has found a device before that."""
     real = pytest.importorskip("tensorrt_rtx")
-    said = ErrorLog()
-    runtime = real.Runtime(logger(real, said))
+    log = ErrorLog()
+    runtime = real.Runtime(logger(real, log))
     assert runtime.engine_header_size == 64
     validity, bits = runtime.get_engine_validity(b"vtrt" + bytes(60))
     assert validity == real.EngineValidity.INVALID and isinstance(int(bits), int)
     assert runtime.deserialize_cuda_engine(b"vtrt" + bytes(600)) is None
-    assert "gave no reason" not in said.take()  # what TensorRT logs is kept
+    assert "gave no reason" not in log.take()  # what TensorRT logs is kept
 
 
 def test_real_nptype_returns_numpy_types() -> None:
     real = pytest.importorskip("tensorrt_rtx")
-    found = {name: np.dtype(real.nptype(getattr(real.DataType, name))).name
+    results = {name: np.dtype(real.nptype(getattr(real.DataType, name))).name
              for name in ("FLOAT", "HALF", "UINT8", "INT32", "INT64")}  # fmt: skip
-    assert list(found.values()) == ["float32", "float16", "uint8", "int32", "int64"]
+    assert list(results.values()) == ["float32", "float16", "uint8", "int32", "int64"]
 
 
 @pytest.fixture
@@ -615,12 +615,12 @@ def test_benchmark_runtime_gpu_runs_on_the_fake_gpu(
     if not rtx_built:
         bench.by_hand()
     bench.engine.dtype = dtype
-    found = script.measure(bench.path, 8, 0.01, 30)
-    assert set(found["rates"]) == {
+    measured = script.measure(bench.path, 8, 0.01, 30)
+    assert set(measured["rates"]) == {
         "bare engine", "infer, on the GPU", "infer, numpy", "infer, numpy, no graphs",
     }  # fmt: skip
-    assert all(entry["images_per_second"] > 0 for entry in found["rates"].values())
-    assert found["overlap"]["overlapped"] > 0.5 and found["leaked_bytes"] == 0
+    assert all(entry["images_per_second"] > 0 for entry in measured["rates"].values())
+    assert measured["overlap"]["overlapped"] > 0.5 and measured["leaked_bytes"] == 0
     assert bench.cuda.live == []
 
 

@@ -125,19 +125,19 @@ def inputs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_load_plan_of_a_detector_detects(bench: Bench, session: Any) -> None:
     with rtresnet.load(bench.path) as loaded:
         assert isinstance(loaded.backend, TrtDetector)
-        found = loaded.detect(image())
-        assert len(found) > 0 and (found.boxes <= [70, 50, 70, 50]).all()
+        result = loaded.detect(image())
+        assert len(result) > 0 and (result.boxes <= [70, 50, 70, 50]).all()
         assert loaded.classes == CLASSES and loaded.batch == 1
         for seed in range(3):  # nothing of one call is left in the next
-            given = inputs(seed)
-            outputs = loaded.backend.detect(*given)
-            wanted = session.run(None, dict(zip(("images", "extent"), given, strict=True)))
-            for name, values in zip(canvas.OUTPUTS, wanted, strict=True):
+            arguments = inputs(seed)
+            outputs = loaded.backend.detect(*arguments)
+            expected = session.run(None, dict(zip(("images", "extent"), arguments, strict=True)))
+            for name, values in zip(canvas.OUTPUTS, expected, strict=True):
                 assert np.array_equal(outputs[name], values) and outputs[name].dtype == values.dtype
         with pytest.raises(InputError, match="logits"):
-            loaded(given[0])
+            loaded(arguments[0])
     with pytest.raises(InputError, match="after close"):
-        loaded.backend.detect(*given)
+        loaded.backend.detect(*arguments)
 
 
 def test_detect_wrong_inputs_are_refused(bench: Bench) -> None:
