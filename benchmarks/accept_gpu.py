@@ -63,10 +63,10 @@ def report(results: Sequence[StepResult], arguments: Sequence[str]) -> str:
     for tail in TAILS:
         steps: list[dict[str, Any]] = []
         for result in results:
-            kept = tail if result.status == FAILED else min(tail, BRIEF)
+            length = tail if result.status == FAILED else min(tail, BRIEF)
             steps.append(
                 dataclasses.asdict(result)
-                | {"seconds": round(result.seconds, 2), "stderr": result.stderr[-kept:]}
+                | {"seconds": round(result.seconds, 2), "stderr": result.stderr[-length:]}
             )
         text = json.dumps(head | {"steps": steps}, indent=1)
         if len(text) <= LONGEST:
@@ -104,8 +104,8 @@ def main(
         steps: What can be run; one is called "machine".
         script: Calls this function with the same steps; run again for each of them.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(given)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(words)
     context = Context(
         out=options.out.absolute(), model=options.model, calls=options.calls,
         keep_logs=options.keep_logs,
@@ -126,7 +126,7 @@ def main(
     # Without a GPU nothing below can run; asked in a process of its own like everything else.
     first = next(step for step in steps if step.name == "machine")
     chosen = [first, *(step for step in chosen if step is not first)]
-    return run_all(chosen, [script, *given], context)
+    return run_all(chosen, [script, *words], context)
 
 
 def run_all(steps: Sequence[Step], command: Sequence[str], context: Context) -> int:

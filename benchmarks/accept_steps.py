@@ -185,8 +185,8 @@ def build_plan(context: Context, builder: str, precision: str) -> dict[str, Any]
         run_cli(*arguments, *(["--target", target] if target else []))
     result = json.loads(record.read_text())["result"]
     record.unlink()
-    kept = ("bytes", "version", "targets", "seconds", "attested")
-    data = {name: result.get(name) for name in kept} | {"complaints": complaints}
+    fields = ("bytes", "version", "targets", "seconds", "attested")
+    data = {name: result.get(name) for name in fields} | {"complaints": complaints}
     if hasattr(module.Runtime, "get_engine_validity"):
         runtime = module.Runtime(module.Logger(module.Logger.WARNING))
         validity, bits = runtime.get_engine_validity(
@@ -211,16 +211,16 @@ def recorded_log(module: Any, context: Context, name: str) -> Iterator[list[str]
     folder = context.out / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        kept = stack.enter_context(open(folder / f"{name}.tensorrt.txt", "w")) if (
+        stream = stack.enter_context(open(folder / f"{name}.tensorrt.txt", "w")) if (
             context.keep_logs
         ) else None  # fmt: skip
 
         def note(severity: Any, message: str) -> None:
             if severity.name in worst and len(complaints) < 20:
                 complaints.append(f"{severity.name}: {message.strip()[:300]}")
-            if kept:
-                kept.write(f"[{severity.name}] {message}\n")
-                kept.flush()  # what it wrote last before a crash counts
+            if stream:
+                stream.write(f"[{severity.name}] {message}\n")
+                stream.flush()  # what it wrote last before a crash counts
 
         class Recorded(base):  # type: ignore[misc]
             def __init_subclass__(cls, **options: Any) -> None:
@@ -268,16 +268,16 @@ def compare_with_cpu(session: Any, source: Path, precision: str) -> dict[str, An
 
     with load(source, provider="cpu") as reference:
         images = reference.example(max(BATCHES))
-        wanted = reference.logits(images)
+        expected = reference.logits(images)
     errors, problems = {}, []
     for count in BATCHES:
         got = session.logits(images[:count])
-        errors[count] = relative_error(got, wanted[:count])
+        errors[count] = relative_error(got, expected[:count])
         if not errors[count] <= BOUNDS[precision]:
             problems.append(f"batch {count} differs from the CPU by {errors[count]:.2g}")
     for count in ALTERNATING:
         first = max(BATCHES) - count  # other images than before
-        error = relative_error(session.logits(images[first:]), wanted[first:])
+        error = relative_error(session.logits(images[first:]), expected[first:])
         if not error <= BOUNDS[precision]:
             problems.append(f"alternating batches: batch {count} differs by {error:.2g}")
     if not np.array_equal(session.logits(images[:8]), session.logits(images[:8])):
@@ -322,10 +322,10 @@ def run_threads(context: Context, builder: str) -> dict[str, Any]:
     with load(context.existing(context.plan(builder, "fp16")), contexts=2) as session:
         images = session.example(32)
         batches = [images[: 3 + index] for index in range(8)]
-        wanted = [session.logits(batch) for batch in batches]
+        expected = [session.logits(batch) for batch in batches]
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(session.logits, batches * 20))
-        error = max(relative_error(a, b) for a, b in zip(got, wanted * 20, strict=True))
+        error = max(relative_error(a, b) for a, b in zip(got, expected * 20, strict=True))
     if not error <= SAME:
         raise StepFailed(f"logits of threads differ by {error:.2g}", {"error": error})
     return {"calls": len(got), "error": error}
@@ -343,14 +343,14 @@ def run_torch_tensors(context: Context, builder: str) -> dict[str, Any]:
     with load(context.existing(context.plan(builder, "fp16"))) as session:
         images = session.example(max(BATCHES))
         for count in BATCHES:
-            wanted = session.logits(images[:count])
-            tensor = torch.zeros(wanted.shape[:0] + images[:count].shape, device="cuda")
+            expected = session.logits(images[:count])
+            tensor = torch.zeros(expected.shape[:0] + images[:count].shape, device="cuda")
             tensor.copy_(torch.from_numpy(images[:count]))  # still under way in the call
-            out = torch.zeros(wanted.shape, device="cuda")
+            out = torch.zeros(expected.shape, device="cuda")
             returned = session.backend.infer(tensor)
             session.backend.infer(tensor, out=out)
             errors[count] = max(
-                relative_error(returned, wanted), relative_error(out.cpu().numpy(), wanted)
+                relative_error(returned, expected), relative_error(out.cpu().numpy(), expected)
             )
     if not max(errors.values()) <= SAME:
         raise StepFailed("logits of torch tensors differ from those of numpy", {"errors": errors})
@@ -500,9 +500,9 @@ def compare_latency(context: Context, builder: str, precision: str) -> dict[str,
     run_cli("bench", str(plan), "--batch", "1,8,32", "--seconds", "2", "--json", str(record))
     result = json.loads(record.read_text())["result"]
     record.unlink()
-    kept = ("n", "median", "p99", "images_per_second")
+    fields = ("n", "median", "p99", "images_per_second")
     ours = {
-        entry["batch"]: {name: entry["latency"][name] for name in kept}
+        entry["batch"]: {name: entry["latency"][name] for name in fields}
         | {name: part["median"] for name, part in entry["parts"].items()}
         for entry in result["results"]
     }

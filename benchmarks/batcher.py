@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
-    found = [
+    results = [
         measure("sleeps 10 ms", fixed(10), 32, 32, options.seconds, options.rounds),
         measure("sleeps 20 ms", fixed(20), 224, 32, options.seconds, options.rounds),
     ]
@@ -147,7 +147,9 @@ def main() -> None:
         )
         (path,) = Path(folder).rglob("resnet18*.onnx")
         with load(path, provider="cpu") as session:
-            found.append(measure("resnet18 fp32", session, 224, 8, options.seconds, options.rounds))
+            results.append(
+                measure("resnet18 fp32", session, 224, 8, options.seconds, options.rounds)
+            )
             where: dict[str, Any] = session.describe()
     headings = (
         "session", "pixels", "batch", "full batches, images/s", "Batcher, images/s", "share",
@@ -162,16 +164,16 @@ def main() -> None:
             f"{e['waited_p90_ms']:.2f}",
             f"{e['max_wait_ms']:g}",
         )
-        for e in found
+        for e in results
     ]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     caption = (
         f"{THREADS} threads on {hardware.cpu()}, {where['provider']}, {versions}; {options.rounds} "
         f"rounds of {options.seconds:g} s each, in turn; a lone caller's figures are medians of "
-        f"{found[0]['n']} and {found[-1]['n']} calls. The machine was shared: load "
+        f"{results[0]['n']} and {results[-1]['n']} calls. The machine was shared: load "
         f"{load_before:.1f} before the start."
     )
-    record = {"results": found, "load_before": load_before} | where
+    record = {"results": results, "load_before": load_before} | where
     save("batcher", record, markdown(headings, rows) + "\n\n" + caption)
 
 

@@ -85,55 +85,62 @@ def row(
     """A line; `bound` is a share, or milliseconds if `ms`."""
     off = found - expected if ms else found / expected - 1
     words = (f"{off:+.3f} ms", f"{bound:g} ms") if ms else (f"{off:+.1%}", f"{bound:.0%}")
-    held = "yes" if abs(off) <= bound else "NO"
-    return (name, what, f"{expected:.4g}", f"{found:.4g}", *words, held, n)
+    verdict = "yes" if abs(off) <= bound else "NO"
+    return (name, what, f"{expected:.4g}", f"{found:.4g}", *words, verdict, n)
 
 
 def single(options: argparse.Namespace) -> list[Row]:
-    (found,) = scenarios.measure([known()], batch=1, seconds=options.seconds / 2)
-    median = found.latency.median
-    return [row("single", "median, ms", 1e3 * SERVICE, median, 0.1, found.latency.n, ms=True)]
+    (measured,) = scenarios.measure([known()], batch=1, seconds=options.seconds / 2)
+    median = measured.latency.median
+    return [row("single", "median, ms", 1e3 * SERVICE, median, 0.1, measured.latency.n, ms=True)]
 
 
 def offline(options: argparse.Namespace) -> list[Row]:
-    (found,) = scenarios.measure([known()], batch=8, seconds=options.seconds / 2)
-    rate = found.latency.images_per_second or 0
-    return [row("offline", "images/s", 8 / SERVICE, rate, 0.01, found.latency.n)]
+    (measured,) = scenarios.measure([known()], batch=8, seconds=options.seconds / 2)
+    rate = measured.latency.images_per_second or 0
+    return [row("offline", "images/s", 8 / SERVICE, rate, 0.01, measured.latency.n)]
 
 
 def server(options: argparse.Namespace) -> list[Row]:
     rows = []
     for busy, length in ARRIVALS_LAST.items():
         qps, seconds = busy / SERVICE, length * options.seconds
-        found = scenarios.server(known(), qps=qps, seconds=seconds)
+        measured = scenarios.server(known(), qps=qps, seconds=seconds)
         theory = 1e3 * stats.md1_latency_quantile(0.99, rate=qps, service=SERVICE)
-        p99 = found.latency.p99 or 0
+        p99 = measured.latency.p99 or 0
         # The same arrivals, served without a machine: what is left is the machine's.
         moments = scenarios.arrivals(qps, seconds=seconds, queries=None, seed=0)
         exact = float(np.quantile(queued(moments), 0.99)) * 1e3
-        what = f"p99 at load {busy:g}, ms"
-        rows.append(row("server", what, theory, p99, 0.10, found.latency.n))
+        quantity = f"p99 at load {busy:g}, ms"
+        rows.append(row("server", quantity, theory, p99, 0.10, measured.latency.n))
         rows.append(
-            row("server", what + ", these arrivals exactly", exact, p99, 0.10, found.latency.n)
+            row(
+                "server",
+                quantity + ", these arrivals exactly",
+                exact,
+                p99,
+                0.10,
+                measured.latency.n,
+            )
         )
     return rows
 
 
 def queued(moments: np.ndarray) -> np.ndarray:
     """Latencies by Lindley's recursion."""
-    free, found = 0.0, np.empty(len(moments))
+    free, result = 0.0, np.empty(len(moments))
     for index, moment in enumerate(moments):
         free = max(free, moment) + SERVICE
-        found[index] = free - moment
-    return found
+        result[index] = free - moment
+    return result
 
 
 @contextmanager
 def exported(model: str, *precisions: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
-        given = [f"--{precision}" for precision in precisions]
+        arguments = [f"--{precision}" for precision in precisions]
         made = rtresnet(
-            "export", "--model", model, "--weights", "untrained", *given, "--no-plan",
+            "export", "--model", model, "--weights", "untrained", *arguments, "--no-plan",
             cwd=Path(folder),
         )  # fmt: skip
         files = {entry["precision"]: entry["file"] for entry in made["onnx"]}
@@ -160,21 +167,24 @@ def pairs(options: argparse.Namespace, slower: float) -> list[str]:
                         pass
 
                 other = Candidate(serve=handicapped if slower else second, requests=[image])
-                _, found = scenarios.measure(
+                _, measured = scenarios.measure(
                     [plain, other], batch=1, seconds=options.seconds / 2, seed=seed
                 )
-            seen = found.comparison
-            assert seen is not None
-            print(f"  run {seed}: {seen.verdict}, {seen.low:.3f} to {seen.high:.3f}", flush=True)
-            verdicts.append(seen.verdict)
+            observed = measured.comparison
+            assert observed is not None
+            print(
+                f"  run {seed}: {observed.verdict}, {observed.low:.3f} to {observed.high:.3f}",
+                flush=True,
+            )
+            verdicts.append(observed.verdict)
     return verdicts
 
 
 def verdict_row(name: str, what: str, verdicts: list[str], wanted: str) -> list[Row]:
     hits, n = verdicts.count(wanted), len(verdicts)
     enough = -(-19 * n // 20)
-    held = "yes" if hits >= enough else "NO"
-    return [(name, what, wanted, f"{hits} of {n}", "", f"{enough} of {n}", held, n)]
+    verdict = "yes" if hits >= enough else "NO"
+    return [(name, what, wanted, f"{hits} of {n}", "", f"{enough} of {n}", verdict, n)]
 
 
 def same(options: argparse.Namespace) -> list[Row]:
@@ -214,15 +224,15 @@ def another_process() -> Iterator[None]:
 
 
 def same_busy(options: argparse.Namespace) -> list[Row]:
-    what = "net against itself, on a busy machine"
+    quantity = "net against itself, on a busy machine"
     with another_process():
-        return verdict_row("same_busy", what, pairs(options, 0.0), "no difference shown")
+        return verdict_row("same_busy", quantity, pairs(options, 0.0), "no difference shown")
 
 
 def slowdown_busy(options: argparse.Namespace) -> list[Row]:
-    what = "net against itself, 5 % slower, on a busy machine"
+    quantity = "net against itself, 5 % slower, on a busy machine"
     with another_process():
-        return verdict_row("slowdown_busy", what, pairs(options, 0.05), "slower")
+        return verdict_row("slowdown_busy", quantity, pairs(options, 0.05), "slower")
 
 
 def bare(options: argparse.Namespace) -> list[Row]:
@@ -240,13 +250,15 @@ def bare(options: argparse.Namespace) -> list[Row]:
                         session(images)
                         count += 8
                     loops.append(count / (time.perf_counter() - begin))
-                    asked = Candidate(serve=session, requests=[images])
-                    (found,) = scenarios.measure([asked], batch=8, seconds=options.seconds / 4)
-                    benches.append(found.latency.images_per_second)
+                    requested = Candidate(serve=session, requests=[images])
+                    (measured,) = scenarios.measure(
+                        [requested], batch=8, seconds=options.seconds / 4
+                    )
+                    benches.append(measured.latency.images_per_second)
             ratio = statistics.median(b / a for a, b in zip(loops, benches, strict=True))
             loop = statistics.median(loops)
-            what = f"ResNet-50 {precision}, images/s, bare loop"
-            rows.append(row("bare", what, loop, loop * ratio, 0.03, options.rounds))
+            quantity = f"ResNet-50 {precision}, images/s, bare loop"
+            rows.append(row("bare", quantity, loop, loop * ratio, 0.03, options.rounds))
     return rows
 
 
@@ -291,19 +303,19 @@ def openvino(options: argparse.Namespace) -> list[Row]:
                 ).stdout  # fmt: skip
                 rate, version = json.loads(done.splitlines()[-1])
                 ours.append(rate)
-                if (found := by_the_verb(file, options.seconds / 2)) is not None:
+                if (result := by_the_verb(file, options.seconds / 2)) is not None:
                     theirs_handed.append(benchmark_app(options, handed, *OPEN))
-                    verbs.append(found)
+                    verbs.append(result)
             their = f"benchmark_app {version.split('-')[0]}"
-            for who, given, rates in (
+            for who, arguments, rates in (
                 ("our loop", theirs, ours),
                 ("rtresnet bench, batch left open", theirs_handed, verbs),
             ):
                 if rates:
-                    ratio = statistics.median(b / a for a, b in zip(given, rates, strict=True))
-                    what = f"ResNet-50 {precision}, images/s, {their} and {who}"
-                    rate = statistics.median(given)
-                    rows.append(row("openvino", what, rate, rate * ratio, 0.10, options.rounds))
+                    ratio = statistics.median(b / a for a, b in zip(arguments, rates, strict=True))
+                    quantity = f"ResNet-50 {precision}, images/s, {their} and {who}"
+                    rate = statistics.median(arguments)
+                    rows.append(row("openvino", quantity, rate, rate * ratio, 0.10, options.rounds))
     return rows
 
 
@@ -313,14 +325,14 @@ OPEN = ("-shape", "[?,3,224,224]", "-data_shape", "[8,3,224,224]", "-inference_o
 
 def benchmark_app(options: argparse.Namespace, file: str, *shape: str) -> float:
     """Images/s as OpenVINO's own program prints."""
-    said = subprocess.run(
+    output = subprocess.run(
         [str(Path(options.openvino).parent / "benchmark_app"), "-m", file, "-d", "CPU", "-api",
          "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(hardware.cores()), *shape,
          "-infer_precision", "f32", "-t", str(int(options.seconds / 2))],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    match = re.search(r"Throughput:\s+([\d.]+) FPS", said)
-    assert match, said
+    match = re.search(r"Throughput:\s+([\d.]+) FPS", output)
+    assert match, output
     return float(match[1])
 
 

@@ -85,9 +85,9 @@ def main() -> None:
             source = place / entry["file"]
             pairs = []
             for index in range(rounds + 1):  # the first warms the page cache
-                ways = list(WAYS) if index % 2 else list(WAYS)[::-1]
-                taken = {way: timed(way, source, place / f"{way}.plan") for way in ways}
-                pairs.append((taken["bare"], taken["ours"]))
+                variants = list(WAYS) if index % 2 else list(WAYS)[::-1]
+                durations = {way: timed(way, source, place / f"{way}.plan") for way in variants}
+                pairs.append((durations["bare"], durations["ours"]))
             pairs = pairs[1:]
             ratios = [own / plain for plain, own in pairs]
             record[entry["precision"]] = pairs

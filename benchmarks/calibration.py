@@ -54,8 +54,8 @@ def times(source: Path, photos: Path, count: int, rounds: int) -> list[dict[str,
     plain, name = make_session(model), model.graph.input[0].name
 
     def batches() -> Any:
-        found = loader.batches(images, contract, 16, indices=chosen)
-        return (batch for batch, _ in found)
+        loaded = loader.batches(images, contract, 16, indices=chosen)
+        return (batch for batch, _ in loaded)
 
     def one_pass() -> float:
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def times(source: Path, photos: Path, count: int, rounds: int) -> list[dict[str,
         return time.perf_counter() - start
 
     one_pass()
-    taken: dict[str, list[float]] = {method: [] for method in METHODS}
+    durations: dict[str, list[float]] = {method: [] for method in METHODS}
     for _ in range(rounds):
         before = one_pass()
         for method in METHODS:
@@ -72,9 +72,11 @@ def times(source: Path, photos: Path, count: int, rounds: int) -> list[dict[str,
             calibrate.calibrate(model, tensors, batches, method)
             seconds = time.perf_counter() - start
             after = one_pass()
-            taken[method].append(seconds / ((before + after) / 2))
+            durations[method].append(seconds / ((before + after) / 2))
             before = after
-    return [{"method": m, "passes": statistics.median(r), "rounds": r} for m, r in taken.items()]
+    return [
+        {"method": m, "passes": statistics.median(r), "rounds": r} for m, r in durations.items()
+    ]
 
 
 def peak(source: Path, photos: Path, count: int, method: str) -> int:

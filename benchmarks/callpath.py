@@ -86,14 +86,14 @@ def main() -> None:
         sys.exit("this needs gcc and cuda-python (pip install cuda-python)")
     before = os.getloadavg()[0]
     measured = measure(options.seconds)
-    found = measured["calls"]
+    result = measured["calls"]
     rows = [
         (
             builder, f"{entry['infer']['min_us']:.1f}", f"{entry['infer']['median_us']:.1f}",
             f"{entry['lean']['min_us']:.1f}", f"{entry['lean']['median_us']:.1f}",
             f"{entry['ratio']:.2f}", entry["driver_calls"],
         )
-        for builder, entry in found.items()
+        for builder, entry in result.items()
     ]  # fmt: skip
     headings = (
         "plan of", "infer, us", "median", "lean sequence, us", "median", "ratio", "driver calls",
@@ -102,15 +102,15 @@ def main() -> None:
     facts = {"device": hardware.cpu(), "versions": versions, "load_before": before}
     caption = (
         "One image of 192 bytes, an engine that computes nothing, a stub of libcuda; minimum and "
-        f"median over {found['tensorrt']['rounds']} rounds of 200 calls in turn. "
+        f"median over {result['tensorrt']['rounds']} rounds of 200 calls in turn. "
         f"{facts['device']}, {', '.join(f'{n} {v}' for n, v in versions.items())}. Goals: "
         f"{GOAL_US:.0f} us, and for tensorrt a ratio of {GOAL_RATIO}. The machine was "
         f"shared: load {before:.1f} before the start."
     )
-    met = found["tensorrt"]["ratio"] <= GOAL_RATIO and all(
-        entry["infer"]["median_us"] <= GOAL_US for entry in found.values()
+    met = result["tensorrt"]["ratio"] <= GOAL_RATIO and all(
+        entry["infer"]["median_us"] <= GOAL_US for entry in result.values()
     )
-    record = {"results": found, "goal_us": GOAL_US, "goal_ratio": GOAL_RATIO, "held": met} | facts
+    record = {"results": result, "goal_us": GOAL_US, "goal_ratio": GOAL_RATIO, "held": met} | facts
     record |= {name: measured[name] for name in ("batcher", "gil")}
     tables = (
         markdown(headings, rows) + "\n\n" + caption,

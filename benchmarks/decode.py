@@ -82,18 +82,18 @@ def measure(title: str, paths: list[Path], rounds: int) -> list[dict[str, Any]]:
     for index in range(len(paths)):
         cached.image(index, WORK)
     fast = decoding._simplejpeg
-    found = []
+    results = []
     for crop, box, plain in (("area", area_box, plain_area), ("scale", paper_box, plain_scale)):
-        ways: dict[str, tuple[bool, Callable[[int], np.ndarray]]] = {
+        variants: dict[str, tuple[bool, Callable[[int], np.ndarray]]] = {
             "plain Pillow": (False, lambda index, plain=plain: plain(paths[index], index)),
             "rtresnet, Pillow": (False, ours(source, box)),
         }
         if fast() is not None:
-            ways["rtresnet, simplejpeg"] = (True, ours(source, box))
-        ways["rtresnet, from the cache"] = (False, ours(cached, box))
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+            variants["rtresnet, simplejpeg"] = (True, ours(source, box))
+        variants["rtresnet, from the cache"] = (False, ours(cached, box))
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(rounds + 1):
-            for name, (quick, way) in ways.items():
+            for name, (quick, way) in variants.items():
                 decoding._simplejpeg = fast if quick else (lambda: None)  # type: ignore[assignment]
                 begin = time.perf_counter()
                 for index in range(len(paths)):
@@ -103,7 +103,7 @@ def measure(title: str, paths: list[Path], rounds: int) -> list[dict[str, Any]]:
         decoding._simplejpeg = fast
         base = seconds["plain Pillow"]
         for name, took in seconds.items():
-            found.append(
+            results.append(
                 {
                     "photographs": title,
                     "crop": crop,
@@ -113,7 +113,7 @@ def measure(title: str, paths: list[Path], rounds: int) -> list[dict[str, Any]]:
                     "n": len(paths) * rounds,
                 }
             )
-    return found
+    return results
 
 
 def large_photographs(folder: Path) -> list[Path]:
@@ -143,14 +143,14 @@ def main() -> None:
     compare(paths)
     sides = [min(Image.open(path).size) for path in paths]
     title = f"{len(paths)} of ImageNet, median {statistics.median(sides):.0f} px"
-    found = measure(title, paths, options.rounds)
+    measured = measure(title, paths, options.rounds)
     with tempfile.TemporaryDirectory() as name:
-        found += measure("4 of 4000x3000 px", large_photographs(Path(name)), options.rounds)
+        measured += measure("4 of 4000x3000 px", large_photographs(Path(name)), options.rounds)
     headings = ("photographs", "crop", "way", "images/s a core", "speed", "n")
     rows = [
         (e["photographs"], e["crop"], e["way"], f"{e['images_per_second']:,.0f}",
          f"{e['speed']:.2f}", e["n"])
-        for e in found
+        for e in measured
     ]  # fmt: skip
     names = ("rtresnet", "numpy", "torch", "pillow", "simplejpeg")
     versions = ", ".join(f"{n} {v}" for n, v in hardware.versions(names).items())
@@ -160,7 +160,7 @@ def main() -> None:
     )
     save(
         "decode",
-        {"results": found, "versions": versions},
+        {"results": measured, "versions": versions},
         markdown(headings, rows) + "\n\n" + caption,
     )
 

@@ -80,8 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     rows, records = [], {}
     for model in options.models:
-        found, records[model] = measure(model, options.provider, options.seconds)
-        rows += found
+        measured, records[model] = measure(model, options.provider, options.seconds)
+        rows += measured
     first = next(iter(records.values()))
     where, plan = first["bench"]["results"][0], first["export"]["plans"][0]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10000)
     options = parser.parse_args()
     cases = [("resnet8", 32, "parquet"), ("resnet8", 64, "csv")]
-    found = []
+    results = []
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -75,11 +75,11 @@ def main() -> None:
             entry: dict[str, Any] = {"net": model, "pixels": size, "form": form}
             for part in ("tenth", "all"):
                 out = str(root / f"{model}-{part}.{form}")
-                megabytes, said = peak([artifact, str(root / part), "--out", out])
-                entry |= {f"{part}_mb": megabytes, f"{part}_images": said["images"]}
-            entry |= {key: said[key] for key in ("batch", "images_per_second", "provider")}
+                megabytes, output = peak([artifact, str(root / part), "--out", out])
+                entry |= {f"{part}_mb": megabytes, f"{part}_images": output["images"]}
+            entry |= {key: output[key] for key in ("batch", "images_per_second", "provider")}
             entry["ratio"] = entry["all_mb"] / entry["tenth_mb"]
-            found.append(entry)
+            results.append(entry)
     headings = (
         "net", "pixels", "table", "batch", f"MB, {options.images // 10:,} images",
         f"MB, {options.images:,} images", "ratio", "images/s",
@@ -89,17 +89,17 @@ def main() -> None:
             e["net"], e["pixels"], e["form"], e["batch"], f"{e['tenth_mb']:.1f}",
             f"{e['all_mb']:.1f}", f"{e['ratio']:.3f}", f"{e['images_per_second']:,.0f}",
         )
-        for e in found
+        for e in results
     ]  # fmt: skip
     names = ("rtresnet", "numpy", "onnxruntime", "pillow", "simplejpeg", "pyarrow")
     versions = hardware.versions(names)
     caption = (
-        f"Largest resident set of the process on {hardware.cpu()}, {found[0]['provider']}, "
+        f"Largest resident set of the process on {hardware.cpu()}, {results[0]['provider']}, "
         f"{', '.join(f'{n} {v}' for n, v in versions.items())}; JPEGs of 120 to 500 pixels a side; "
         f"{time.perf_counter() - begin:.0f} s in all. The machine was shared, which the images a "
         "second show and the memory does not."
     )
-    record = {"results": found, "versions": versions, "device": hardware.cpu()}
+    record = {"results": results, "versions": versions, "device": hardware.cpu()}
     save("predict-memory", record, markdown(headings, rows) + "\n\n" + caption)
 
 

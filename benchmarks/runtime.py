@@ -85,7 +85,7 @@ def session(seconds: float) -> tuple[dict[str, Any], str]:
     """`Session` against `InferenceSession.run`."""
     import onnxruntime as ort
 
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         options = ("--model", "resnet18", "--weights", "untrained", "--fp32", "--no-plan")
         rtresnet("export", *options, cwd=Path(folder))
@@ -106,7 +106,7 @@ def session(seconds: float) -> tuple[dict[str, Any], str]:
                 )
                 ratios = mine / theirs
                 low, high = resampled(ratios)
-                found.append(
+                results.append(
                     {
                         "batch": batch,
                         "bare_ms": statistics.median(theirs),
@@ -127,7 +127,7 @@ def session(seconds: float) -> tuple[dict[str, Any], str]:
             e["batch"], f"{e['bare_ms']:.2f}", f"{e['session_ms']:.2f}", f"{e['ratio']:.3f}",
             f"{e['low']:.3f} to {e['high']:.3f}", e["n"],
         )
-        for e in found
+        for e in results
     ]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     caption = (
@@ -136,9 +136,9 @@ def session(seconds: float) -> tuple[dict[str, Any], str]:
         f"pairs of neighbouring calls; the goal is {GOAL} at most. With nothing to compute a "
         f"call takes {cost:+.1f} us next to the bare one."
     )
-    held = all(e["ratio"] <= GOAL for e in found)
+    limit = all(e["ratio"] <= GOAL for e in results)
     return (
-        {"results": found, "goal": GOAL, "held": held, "cost_us": cost} | where,
+        {"results": results, "goal": GOAL, "held": limit, "cost_us": cost} | where,
         markdown(headings, rows) + "\n\n" + caption,
     )
 

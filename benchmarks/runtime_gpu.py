@@ -101,7 +101,7 @@ def compare(calls: dict[str, Callable[[], object]], images: int, seconds: float)
 
 def overlap(timeline: Sequence[dict[str, Span]]) -> dict[str, float]:
     """How much of the copying ran while another part was computed, in 0 to 1."""
-    copies = [(i, part[what]) for i, part in enumerate(timeline) for what in ("h2d", "d2h")]
+    copies = [(i, part[kind]) for i, part in enumerate(timeline) for kind in ("h2d", "d2h")]
     covered = whole = 0.0
     for index, (begin, end) in copies:
         whole += end - begin
@@ -140,7 +140,7 @@ def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any
     plain = TrtBackend(path, sidecar, graphs=False)
     timed = TrtBackend(path, sidecar, timings=True)
     row, images = backend.io.input.row, example(backend, PARTS * batch)
-    there = OnGpu(backend._cuda, (PARTS * batch, *row), backend.input_dtype)
+    on_device = OnGpu(backend._cuda, (PARTS * batch, *row), backend.input_dtype)
     results = [OnGpu(backend._cuda, (PARTS * batch, *o.row), o.dtype) for o in backend.io.outputs]
     out = results[0] if len(results) == 1 else tuple(results)
     small = images[:1]
@@ -153,7 +153,7 @@ def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any
             "rates": compare(
                 {
                     "bare engine": bare(plain, batch),
-                    "infer, on the GPU": lambda: backend.infer(there, out=out),
+                    "infer, on the GPU": lambda: backend.infer(on_device, out=out),
                     "infer, numpy": lambda: backend.infer(images),
                     "infer, numpy, no graphs": lambda: plain.infer(images),
                 },
@@ -175,13 +175,13 @@ def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any
     finally:
         for each in (backend, plain, timed):
             each.close()
-        for array in (there, *results):
+        for array in (on_device, *results):
             array.free()
 
 
 def probe(model: str) -> dict[str, Any]:
     """Whether TensorRT-RTX's plans run on this GPU, by what they were built for."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     gpu = hardware.gpus()[0]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -194,11 +194,11 @@ def probe(model: str) -> dict[str, Any]:
                 [sys.executable, __file__, "--probe-one", name, str(source)],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
-            said = done.stdout.strip().splitlines()
-            found[name] = json.loads(said[-1]) if done.returncode == 0 and said else {
+            output = done.stdout.strip().splitlines()
+            results[name] = json.loads(output[-1]) if done.returncode == 0 and output else {
                 "ended_with": done.returncode, "said": done.stderr.strip()[-2000:],
             }  # fmt: skip
-    return {"device": gpu.name, "target": gpu.target, "found": found,
+    return {"device": gpu.name, "target": gpu.target, "found": results,
             "versions": hardware.versions(("tensorrt-rtx-cu13", "cuda-bindings"))}  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def probe_one(target: str, source: Path) -> dict[str, Any]:
     """Builds for a target, asks what TensorRT-RTX thinks of it here, and runs it."""
     import tensorrt_rtx as trt
 
-    said: list[str] = []
+    output: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -214,9 +214,9 @@ def probe_one(target: str, source: Path) -> dict[str, Any]:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.WARNING:
-                said.append(message.strip())
+                output.append(message.strip())
 
-    record: dict[str, Any] = {"target": target, "said": said}
+    record: dict[str, Any] = {"target": target, "said": output}
     log = Log()
     builder = trt.Builder(log)
     network, config = builder.create_network(0), builder.create_builder_config()
@@ -295,16 +295,16 @@ def main() -> None:
                     "build", entry["file"], "--batch", f"1:{options.batch}:{options.batch}",
                     "--input", takes, "--target", "current", "--out", str(plan), cwd=place,
                 )  # fmt: skip
-                found = measure(plan, options.batch, options.seconds, options.calls)
-                records[name] = found
-                rates = found["rates"]
+                measured = measure(plan, options.batch, options.seconds, options.calls)
+                records[name] = measured
+                rates = measured["rates"]
                 rows.append(
                     (
                         name, *(f"{entry['images_per_second']:,.0f}" for entry in rates.values()),
                         f"{rates['infer, on the GPU']['of_the_first']:.3f}",
-                        f"{1 / found['batch 1']['no graphs']['of_the_first']:.2f}",
-                        f"{found['overlap']['overlapped']:.2f}", found["leaked_bytes"],
-                        "yes" if held(found) else "NO",
+                        f"{1 / measured['batch 1']['no graphs']['of_the_first']:.2f}",
+                        f"{measured['overlap']['overlapped']:.2f}", measured["leaked_bytes"],
+                        "yes" if held(measured) else "NO",
                     )
                 )  # fmt: skip
     headings = (

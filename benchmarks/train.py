@@ -151,8 +151,8 @@ def torchvision_style(
             loss.backward()
             optimizer.step()
             with torch.inference_mode():
-                found = logits.topk(5)[1] == truth[:, None]
-                found[:, :1].sum().item(), found.sum().item()
+                result = logits.topk(5)[1] == truth[:, None]
+                result[:, :1].sum().item(), result.sum().item()
             yield loss.item()
 
 
@@ -331,16 +331,16 @@ def in_turn(
 def measure(model: str, size: int, rounds: int) -> list[dict[str, object]]:
     """Measure every loop on a net, without and with other work on the machine."""
     running = start(LOOPS | (BF16_LOOPS if hardware.native_bf16() else {}), model, size)
-    found: list[dict[str, object]] = []
+    results: list[dict[str, object]] = []
     try:
         for busy in (0, max(1, hardware.cores() // 2)):
             with load(busy):
                 measured = in_turn(running, rounds, STEPS[size], BATCH[size], base="plain loop")
             about = {"net": model, "size": size, "batch": BATCH[size], "busy": busy}
-            found += [{**about, "loop": name, **figures} for name, figures in measured.items()]
+            results += [{**about, "loop": name, **figures} for name, figures in measured.items()]
     finally:
         stop(running)
-    return found
+    return results
 
 
 def main() -> None:
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     rounds = parser.parse_args().rounds
     before = os.getloadavg()[0]
-    found = measure("resnet20", 32, rounds) + measure("resnet18", 128, rounds)
+    result = measure("resnet20", 32, rounds) + measure("resnet18", 128, rounds)
     headings = ("net", "image", "batch", "busy", "loop", "images/s", "speed", "of rounds", "steps")
     rows = [
         (
@@ -356,7 +356,7 @@ def main() -> None:
             f"{entry['images_per_second']:.0f}", f"{entry['speed']:.2f}",
             f"{entry['low']:.2f} to {entry['high']:.2f}", entry["n"],
         )
-        for entry in found
+        for entry in result
     ]  # fmt: skip
     versions = ", ".join(
         f"{n} {v}" for n, v in hardware.versions(("rtresnet", "numpy", "torch")).items()
@@ -371,7 +371,7 @@ def main() -> None:
     )
     save(
         "train",
-        {"results": found, "versions": versions, "load_average": before},
+        {"results": result, "versions": versions, "load_average": before},
         markdown(headings, rows) + "\n\n" + caption,
     )
 

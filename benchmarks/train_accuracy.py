@@ -62,19 +62,19 @@ def main() -> None:
                     run(options.data, "speed", quick, seed, folder, "--set", "precision=fp32"),
                 ),
             ]
-        for label, found in runs:
-            took = seconds_to(found["log"], goal) if found is not paper else base
+        for label, entry in runs:
+            took = seconds_to(entry["log"], goal) if entry is not paper else base
             rows.append(
                 (
-                    label, seed, len(found["log"]), f"{found['log'][-1]['val_top1']:.2f}",
-                    f"{found['measured']['test_top1']:.2f}",
-                    f"{sum(record['seconds'] for record in found['log']):.0f}",
+                    label, seed, len(entry["log"]), f"{entry['log'][-1]['val_top1']:.2f}",
+                    f"{entry['measured']['test_top1']:.2f}",
+                    f"{sum(record['seconds'] for record in entry['log']):.0f}",
                     "not reached" if took is None else f"{took:.0f}",
                     "" if took is None else f"{took / base:.2f}",
                 )
             )  # fmt: skip
             records.append(
-                {"recipe": label, "seed": seed, "goal": goal, "seconds_to_goal": took} | found
+                {"recipe": label, "seed": seed, "goal": goal, "seconds_to_goal": took} | entry
             )
     headings = ("recipe", "seed", "epochs", "held out %", "test %", "seconds",
                 "to paper-cifar's accuracy", "ratio")  # fmt: skip

@@ -90,12 +90,12 @@ def main() -> None:
         errors = [100 - entry["test_top1"] for entry in runs]
         deviation = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
         spent = [_seconds_to(entry["log"], goal if label == "speed" else -1.0) for entry in runs]
-        known = [seconds for seconds in spent if seconds is not None]
+        steps = [seconds for seconds in spent if seconds is not None]
         rows.append(
             (
                 f"resnet20, {label}", f"{statistics.mean(errors):.2f}{deviation}",
                 PAPER_ERROR if label == "paper-cifar" else "",
-                f"{statistics.median(known):.0f}" if known else "not reached", len(runs), "",
+                f"{statistics.median(steps):.0f}" if steps else "not reached", len(runs), "",
             )
         )  # fmt: skip
     rate = throughput(options.device, options.batch, 40 if not options.steps else 6, options.size)

@@ -87,7 +87,7 @@ def command(
     if find_batch or find_qps:
         if find_batch and find_qps:
             raise InputError("--find-batch and --find-qps cannot be combined", fix="choose one")
-        what = "batch" if find_batch else "qps"
+        quantity = "batch" if find_batch else "qps"
         refused = {
             "intervals": intervals, "trtexec": trtexec, "tolerance": tolerance, "force": force,
             "baseline": baseline, "scenario": config.scenario, "qps": config.qps,
@@ -95,8 +95,8 @@ def command(
         }  # fmt: skip
         for name, value in refused.items():
             if value not in (None, False):
-                raise InputError(f"--{name} and --find-{what} cannot be combined")
-        searched = SearchConfig(what=what, p99_ms=p99_ms, **_values(shared))  # type: ignore[arg-type]
+                raise InputError(f"--{name} and --find-{quantity} cannot be combined")
+        searched = SearchConfig(what=quantity, p99_ms=p99_ms, **_values(shared))  # type: ignore[arg-type]
         if plot is not None and plot.suffix.lower() not in (".svg", ".png"):
             raise InputError(f"--plot {plot}: .svg or .png")
         searches = search_benchmark(paths, searched, runtime=runtime, reporter=common.REPORTER)

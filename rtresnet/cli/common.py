@@ -29,17 +29,17 @@ DATA_HELP = (
 )
 
 
-def text_place(context: click.Context, option: click.Parameter, given: Any) -> Any:
+def text_place(context: click.Context, option: click.Parameter, value: Any) -> Any:
     """Validate a text file's output path before its content is computed (option callback).
 
     Raises:
         InputError: The path is not writable, or it is the name of an image or of a net's
             sidecar.
     """
-    if given is not None and str(given) != "-":
+    if value is not None and str(value) != "-":
         from rtresnet.data.sources import IMAGE_SUFFIXES
 
-        place = Path(given)
+        place = Path(value)
         if place.suffix.lower() in IMAGE_SUFFIXES:
             raise InputError(f"{place}: has the suffix of an image file", fix="choose another name")
         if place.suffix.lower() == ".json" and place.with_suffix("").suffix in atomic_io.NETS:
@@ -48,14 +48,14 @@ def text_place(context: click.Context, option: click.Parameter, given: Any) -> A
             )
         if not place.is_fifo() and not place.is_char_device():
             atomic_io.require_text_place(place)
-    return given
+    return value
 
 
 def json_option(function: F) -> F:
     """`--json FILE`: the result for machines, see `write_json`; an unknown is null."""
 
-    def keep(context: click.Context, option: click.Parameter, given: str | None) -> None:
-        context.meta[JSON_FILE] = text_place(context, option, given)
+    def keep(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        context.meta[JSON_FILE] = text_place(context, option, value)
 
     return click.option(
         "--json",
@@ -109,14 +109,14 @@ def classes_option(function: F) -> F:
 
 
 def _class_names(
-    context: click.Context, option: click.Parameter, given: str | None
+    context: click.Context, option: click.Parameter, value: str | None
 ) -> tuple[str, ...] | None:
     from rtresnet.core.labels import read_classes
 
-    return None if given is None else read_classes(given)
+    return None if value is None else read_classes(value)
 
 
-def refuse_for_detector(config: Config, *kept: str) -> None:
+def refuse_for_detector(config: Config, *allowed: str) -> None:
     """Reject options that were given and do not apply to detectors.
 
     Args:
@@ -128,7 +128,7 @@ def refuse_for_detector(config: Config, *kept: str) -> None:
     """
     for field in dataclasses.fields(config):
         default = field.default
-        if field.name not in kept and getattr(config, field.name) != default:
+        if field.name not in allowed and getattr(config, field.name) != default:
             name = field.name.replace("_", "-")
             raise InputError(f"--{name} does not apply to detectors", fix="leave it out")
     if getattr(config, "split", None) == "all":

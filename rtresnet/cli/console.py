@@ -94,7 +94,7 @@ class TerminalReporter:
 
 def _lines(reporter: TerminalReporter, description: str, total: float | None) -> Update:
     """Report progress in lines with the time left, where no bar can be drawn."""
-    said = time.monotonic()
+    printed = time.monotonic()
     phase, goal = description, total
     start: tuple[float, float] | None = None  # seconds and completed work at the start of the phase
 
@@ -103,7 +103,7 @@ def _lines(reporter: TerminalReporter, description: str, total: float | None) ->
         description: str | None = None,
         total: float | None = None,
     ) -> None:
-        nonlocal said, phase, goal, start
+        nonlocal printed, phase, goal, start
         now = time.monotonic()
         if total is not None and description not in (None, phase):
             goal, start = total, None
@@ -112,9 +112,9 @@ def _lines(reporter: TerminalReporter, description: str, total: float | None) ->
             return
         start = start or (now, completed)
         began, before = start
-        if before < completed < goal and now - said >= SECONDS_BETWEEN_LINES:
+        if before < completed < goal and now - printed >= SECONDS_BETWEEN_LINES:
             left = (now - began) * (goal - completed) / (completed - before)
             reporter.note(f"{phase}: {100 * completed / goal:.0f} %, about {left:.0f} s left")
-            said = now
+            printed = now
 
     return update

@@ -65,9 +65,9 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        return _run(given)
+        return _run(words)
     except (KeyboardInterrupt, click.Abort):
         pass
     except ImportError as error:
@@ -78,11 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 130
 
 
-def _run(given: list[str]) -> int:
-    token = provenance.command.set(["rtresnet", *given])  # for the files written by the command
+def _run(words: list[str]) -> int:
+    token = provenance.command.set(["rtresnet", *words])  # for the files written by the command
     try:
         # In standalone mode click would print errors and exit by itself.
-        result = cli.main(given, prog_name="rtresnet", standalone_mode=False)
+        result = cli.main(words, prog_name="rtresnet", standalone_mode=False)
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code

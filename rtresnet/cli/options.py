@@ -154,13 +154,13 @@ def _click_type(kind: Any, about: Option) -> Any:
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
-    def callback(context: click.Context, option: click.Parameter, given: Any) -> Any:
+    def callback(context: click.Context, option: click.Parameter, value: Any) -> Any:
         try:
-            return parse(given) if isinstance(given, str) else given
+            return parse(value) if isinstance(value, str) else value
         except InputError as error:
             if error.message.startswith("--"):
                 raise
             name = option.opts[0]
-            raise InputError(f"{name} {given}: {error.message}", fix=error.fix) from None
+            raise InputError(f"{name} {value}: {error.message}", fix=error.fix) from None
 
     return callback

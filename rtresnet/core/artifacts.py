@@ -195,8 +195,8 @@ def record_accuracy(path: str | os.PathLike[str], record: AccuracyRecord) -> Non
     """
     sidecar = read_sidecar(path)
     if sidecar is not None:
-        kept = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
-        update_measured(path, {"accuracy": [*kept, record]})
+        others = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
+        update_measured(path, {"accuracy": [*others, record]})
 
 
 def link_to(
@@ -225,9 +225,9 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     except FileNotFoundError:
         return None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
+        schema = data.get("schema") if isinstance(data, dict) else None
         raise ArtifactError(
-            f"{place}: sidecar schema {found}, but this version of rtresnet reads {SCHEMA}",
+            f"{place}: sidecar schema {schema}, but this version of rtresnet reads {SCHEMA}",
             fix=f"make {path} again: {_command(data)}",
         )
     try:
@@ -254,11 +254,11 @@ def verify(path: str | os.PathLike[str]) -> Sidecar | None:
 def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
     """Return the error for a file that does not match its sidecar."""
     size = Path(path).stat().st_size
-    what = "does not match its sidecar"
+    problem = "does not match its sidecar"
     if size < sidecar.bytes:
-        what = f"truncated ({size} of {sidecar.bytes} bytes)"
+        problem = f"truncated ({size} of {sidecar.bytes} bytes)"
     return ArtifactError(
-        f"{path}: {what}", fix=f"make it again: {sidecar.made_by.get('command', 'unknown')}"
+        f"{path}: {problem}", fix=f"make it again: {sidecar.made_by.get('command', 'unknown')}"
     )
 
 
@@ -284,7 +284,7 @@ def chain(
     """
     current: Path | None = Path(path)
     expected: str | None = None
-    seen: set[Path] = set()
+    visited: set[Path] = set()
     while current is not None:
         sidecar = read_sidecar(current)
         if not current.exists():
@@ -298,10 +298,10 @@ def chain(
             yield current, None, "no sidecar"
             return
         yield current, sidecar, "ok"
-        seen.add(current)
+        visited.add(current)
         expected = sidecar.parent.sha256 if sidecar.parent else None
         current = parent_path(current, sidecar)
-        if current in seen:  # the step replaced its own input by equal bytes
+        if current in visited:  # the step replaced its own input by equal bytes
             return
 
 

@@ -42,7 +42,7 @@ class InputError(RtresnetError, ValueError):
     """A value, an option or a file that cannot be used as given."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the entry of `known` that is most similar to a misspelt name, or None."""
 
     def likeness(entry: str) -> tuple[float, int]:
@@ -50,7 +50,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, entry, strict=False))
         return ratio, len(list(same))
 
-    near = max(known, key=likeness, default="")
+    near = max(names, key=likeness, default="")
     return near if likeness(near)[0] >= 0.5 else None
 
 
@@ -63,13 +63,13 @@ class UnknownNameError(InputError):
         known: Every valid name.
     """
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
-        known = list(known)
-        near = nearest(name, known)
+    def __init__(self, kind: str, name: str, names: Iterable[str]) -> None:
+        names = list(names)
+        near = nearest(name, names)
         guess = [f"did you mean {near!r}?"] if near else []
-        listed = ["known: " + ", ".join(known)] if not near or len(known) <= FEW else []
+        listed = ["known: " + ", ".join(names)] if not near or len(names) <= FEW else []
         fix = " ".join(guess + listed)
-        super().__init__(f"unknown {what} {name!r}", fix=fix)
+        super().__init__(f"unknown {kind} {name!r}", fix=fix)
 
 
 class DataError(InputError):

@@ -65,9 +65,9 @@ def target_of(name: str) -> str | None:
     text = re.sub(r"(?<=[a-z])-(?=\d)", " ", text)
     text = re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", text)
     text = re.sub(r"(?<=\d)(ti|super)\b", r" \1", text)
-    for kept in (text, REST.sub("", text)):
+    for candidate in (text, REST.sub("", text)):
         for pattern, target in NAMES:
-            if re.fullmatch(pattern, kept):
+            if re.fullmatch(pattern, candidate):
                 return target
     return None
 

@@ -74,7 +74,7 @@ def gpus() -> tuple[Gpu, ...]:
     count = ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
-    found = []
+    devices = []
     for index in range(count.value):
         device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
         major, minor = ctypes.c_int(), ctypes.c_int()
@@ -88,13 +88,13 @@ def gpus() -> tuple[Gpu, ...]:
         )
         if not any(calls):
             capability = (major.value, minor.value)
-            found.append(
+            devices.append(
                 Gpu(
                     name=name.value.decode(), capability=capability, memory=memory.value,
                     uuid=_uuid(driver, device),
                 )
             )  # fmt: skip
-    return tuple(found)
+    return tuple(devices)
 
 
 def driver_error() -> str | None:
@@ -113,9 +113,9 @@ def driver_error() -> str | None:
 def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
     """Return the UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
     for function in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):
-        found = (ctypes.c_ubyte * 16)()
-        if hasattr(driver, function) and getattr(driver, function)(found, device) == 0:
-            return str(uuid.UUID(bytes=bytes(found)))
+        digest = (ctypes.c_ubyte * 16)()
+        if hasattr(driver, function) and getattr(driver, function)(digest, device) == 0:
+            return str(uuid.UUID(bytes=bytes(digest)))
     return None
 
 
@@ -126,10 +126,10 @@ def cuda_version() -> tuple[int, int] | None:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    found = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(found)) != 0:
+    value = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(value)) != 0:
         return None
-    return found.value // 1000, found.value % 1000 // 10
+    return value.value // 1000, value.value % 1000 // 10
 
 
 def driver_fix(message: str = "") -> str | None:
@@ -239,14 +239,14 @@ def keep_freed_memory() -> None:
 
 def available_memory() -> int | None:
     """Return the bytes of free memory, within a container's limit; None if unknown."""
-    found = []
+    limits = []
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="utf-8") as file:
-        found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+        limits += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups 2 and 1
         # A limit of "max" is none, and no whole number either.
         with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
-            found.append(int(file.read()))
-    return min(found, default=None)
+            limits.append(int(file.read()))
+    return min(limits, default=None)
 
 
 def cores() -> int:
@@ -292,5 +292,7 @@ def version(*distributions: str) -> str | None:
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """Return the version of each installed distribution, and of Python."""
-    found = {name: version(name) for name in distributions}
-    return {"python": platform.python_version()} | {n: v for n, v in found.items() if v}
+    installed_versions = {name: version(name) for name in distributions}
+    return {"python": platform.python_version()} | {
+        n: v for n, v in installed_versions.items() if v
+    }

@@ -202,8 +202,8 @@ def _first(names: Sequence[str], count: int, data_name: str) -> Sequence[str]:
     return names[:count]
 
 
-def _with_nearest(name: str, known: Sequence[str]) -> str:
-    near = nearest(name, known)
+def _with_nearest(name: str, names: Sequence[str]) -> str:
+    near = nearest(name, names)
     return f"{name!r} (nearest: {near!r})" if near else repr(name)
 
 

@@ -40,11 +40,11 @@ class Accuracy:
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
     """Count hits of logits [N, classes] against labels [N]; a row with a NaN is never one."""
-    top5, known = None, ~np.isnan(logits).any(axis=1)
+    top5, finite = None, ~np.isnan(logits).any(axis=1)
     if logits.shape[1] > 5:
         best = np.argpartition(-logits, 5, axis=1)[:, :5]
-        top5 = int(((best == labels[:, None]).any(axis=1) & known).sum())
-    hits = (logits.argmax(axis=1) == labels) & known
+        top5 = int(((best == labels[:, None]).any(axis=1) & finite).sum())
+    hits = (logits.argmax(axis=1) == labels) & finite
     return Accuracy(n=len(labels), top1=int(hits.sum()), top5=top5)
 
 

@@ -97,10 +97,10 @@ def escape(text: str) -> str:
     return text.translate(_LINES)
 
 
-def plural(count: int, what: str) -> str:
+def plural(count: int, noun: str) -> str:
     """Format a number with its noun: "1 image", "1,200 images", "3 classes"."""
-    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
-    return f"{count:,} {what}{ending}"
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def escape_cell(text: str) -> str:

@@ -397,8 +397,8 @@ def accuracies(measured: Mapping[str, Any]) -> list[AccuracyRecord]:
     There is one for each data set: n, top1, data, split, data_sha256, protocol and others.
     Earlier versions kept one only, not in a list and without a hash.
     """
-    found = measured.get("accuracy")
-    listed = found if isinstance(found, list) else [found]
+    accuracy = measured.get("accuracy")
+    listed = accuracy if isinstance(accuracy, list) else [accuracy]
     return [typing.cast(AccuracyRecord, record) for record in listed if isinstance(record, dict)]
 
 
@@ -417,5 +417,5 @@ def restated(
     """Return `assumed` of an artifact whose input contract `own` is replaced by a stated one."""
     if stated == own:
         return assumed
-    kept = [entry for entry in assumed if entry.partition(":")[0] != UNKNOWN_INPUT]
-    return (*kept, *stated.assumptions())
+    others = [entry for entry in assumed if entry.partition(":")[0] != UNKNOWN_INPUT]
+    return (*others, *stated.assumptions())
