@@ -38,11 +38,6 @@ def command(
     A detector's detections must be valid, repeatable and those of the file it was made from: on
     --data with or without boxes, by default drawn shapes.
     """
-    from rtresnet.workflows.detect import is_detector
-
-    if is_detector(path):
-        _check_detector(path, data, config, stated, runtime)
-        return
     result = check(path, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER)
     common.show(checks.check_lines(result))
     common.write_json("check", result)
@@ -52,29 +47,6 @@ def command(
         raise CheckFailedError(
             f"{path}: {first.name} ({first.compared}): {first.why}{more}",
             fix="INT8 ranges do not fit noise; use images: --data SPEC"
-            if first.name == "parent" and data is None and result.precision == "int8"
-            else None,
-        )
-
-
-def _check_detector(
-    path: str,
-    data: str | None,
-    config: CheckConfig,
-    stated: InputConfig,
-    runtime: RuntimeConfig,
-) -> None:
-    from rtresnet.workflows.detect_check import check_detector
-
-    result = check_detector(
-        path, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER
-    )
-    common.show(checks.check_detector_lines(result))
-    common.write_json("check", result)
-    if result.failed:
-        raise CheckFailedError(
-            f"{path}: " + "; ".join(f"{entry.name}: {entry.why}" for entry in result.failed),
-            fix="the ranges of an INT8 file do not suit other images: --data SPEC"
-            if result.failed[0].name == "parity" and data is None
+            if first.name in ("parent", "parity") and data is None and result.precision == "int8"
             else None,
         )

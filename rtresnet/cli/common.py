@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +11,6 @@ import click
 
 from rtresnet.cli.console import Console, TerminalReporter
 from rtresnet.core import atomic_io, provenance
-from rtresnet.core.config import Config
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import escape_cell
 from rtresnet.reporting import tables
@@ -114,25 +112,6 @@ def _class_names(
     from rtresnet.core.labels import read_classes
 
     return None if value is None else read_classes(value)
-
-
-def refuse_for_detector(config: Config, *allowed: str) -> None:
-    """Reject options that were given and do not apply to detectors.
-
-    Args:
-        config: What was given.
-        *kept: Fields that apply to detectors too.
-
-    Raises:
-        InputError: Such an option, or `--split all`.
-    """
-    for field in dataclasses.fields(config):
-        default = field.default
-        if field.name not in allowed and getattr(config, field.name) != default:
-            name = field.name.replace("_", "-")
-            raise InputError(f"--{name} does not apply to detectors", fix="leave it out")
-    if getattr(config, "split", None) == "all":
-        raise InputError("--split all does not apply to detectors", fix="--split train or test")
 
 
 def json_file() -> str | None:

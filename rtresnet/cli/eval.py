@@ -81,10 +81,8 @@ def _evaluate_detector(
 
     if len(paths) > 1:
         raise InputError("detectors cannot form an ensemble", fix="evaluate one at a time")
-    common.refuse_for_detector(config, "split", "details")
-    assert config.split != "all"
     result = detect_evaluate.evaluate_detector(
-        paths[0], data, split=config.split, runtime=runtime, stated=stated,
+        paths[0], data, split=config.detector_split("details"), runtime=runtime, stated=stated,
         record=record is not False, details=config.details or report is not None,
         reporter=common.REPORTER,
     )  # fmt: skip

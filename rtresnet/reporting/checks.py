@@ -13,7 +13,6 @@ from rtresnet.reporting.tables import DataTable, assumed, number
 from rtresnet.workflows.doctor import ON_GPU, DoctorResult, replacement
 
 if TYPE_CHECKING:
-    from rtresnet.bench.consistency import Check
     from rtresnet.quantization.lint_rules import Finding
     from rtresnet.workflows.check import CheckResult
     from rtresnet.workflows.detect_check import CheckDetectorResult
@@ -23,9 +22,27 @@ WIDTH = 80
 NAMED = 3  # number of nodes to name for each problem
 
 
-def check_lines(result: CheckResult) -> Iterator[str | DataTable]:
+def check_lines(result: CheckResult | CheckDetectorResult) -> Iterator[str | DataTable]:
     """Return the table, and what was compared on which device."""
-    yield _check_table(result.checks)
+    from rtresnet.workflows.check import CheckResult
+
+    yield DataTable(
+        headings=("check", "compared", "n", "difference", "tolerance", "verdict"),
+        rows=[
+            (entry.name, entry.compared, entry.n, entry.largest, entry.tolerance,
+             "ok" if entry.ok else "FAILED")
+            for entry in result.checks
+        ],
+    )  # fmt: skip
+    if isinstance(result, CheckResult):
+        yield from _classifier_lines(result)
+    else:
+        yield from _detector_lines(result)
+    yield from (str(result.runtime), *result.runtime.notes)
+    yield from assumed(result.assumed)
+
+
+def _classifier_lines(result: CheckResult) -> Iterator[str]:
     unknown = ", as its precision is unknown" if result.precision == "unknown" else ""
     yield (
         f"{result.n} images ({result.images}), compared within the tolerance of {result.bound}"
@@ -39,13 +56,9 @@ def check_lines(result: CheckResult) -> Iterator[str | DataTable]:
             "same output within the tolerance, so swapped rows would go undetected. Use "
             "other images: --data SPEC"
         )
-    yield from (str(result.runtime), *result.runtime.notes)
-    yield from assumed(result.assumed)
 
 
-def check_detector_lines(result: CheckDetectorResult) -> Iterator[str | DataTable]:
-    """Return the table, and what was compared on which device."""
-    yield _check_table(result.checks)
+def _detector_lines(result: CheckDetectorResult) -> Iterator[str]:
     yield f"{result.n} images ({result.images}), {result.detections} detections."
     yield from (f"{line[0].upper()}{line[1:]}." for line in result.missing)
     if any(entry.name == "parity" and not entry.n for entry in result.checks):
@@ -53,19 +66,6 @@ def check_detector_lines(result: CheckDetectorResult) -> Iterator[str | DataTabl
             "WEAK: no detection has a score of 50 % or more, and none was compared. Use other "
             "images: --data SPEC"
         )
-    yield from (str(result.runtime), *result.runtime.notes)
-    yield from assumed(result.assumed)
-
-
-def _check_table(checks: Iterable[Check]) -> DataTable:
-    return DataTable(
-        headings=("check", "compared", "n", "difference", "tolerance", "verdict"),
-        rows=[
-            (entry.name, entry.compared, entry.n, entry.largest, entry.tolerance,
-             "ok" if entry.ok else "FAILED")
-            for entry in checks
-        ],
-    )  # fmt: skip
 
 
 def lint_lines(result: LintResult) -> Iterator[str]:

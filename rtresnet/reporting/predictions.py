@@ -10,6 +10,7 @@ from rtresnet.reporting.tables import assumed
 
 if TYPE_CHECKING:
     from rtresnet.detection.metrics import DetectionAccuracy
+    from rtresnet.workflows.compare import CompareResult
     from rtresnet.workflows.data import DataInspectResult
     from rtresnet.workflows.detect_compare import CompareDetectorsResult
     from rtresnet.workflows.detect_evaluate import EvaluateDetectorResult
@@ -95,8 +96,29 @@ def detector_lines(result: EvaluateDetectorResult) -> Iterator[str]:
         yield f"{result.invalid} boxes of the data have no area and were ignored."
 
 
-def detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
-    """Return how far two detectors agree, and on what that was counted."""
+def comparison_lines(result: CompareResult | CompareDetectorsResult) -> Iterator[str]:
+    """Return how far two artifacts agree, and on what that was counted."""
+    from rtresnet.workflows.compare import CompareResult
+
+    both = (result.reference, result.candidate)
+    if isinstance(result, CompareResult):
+        difference = "logits unknown"
+        if result.largest is not None:
+            difference = f"largest difference {result.largest:.3g}, relative {result.relative:.2e}"
+        yield (
+            f"{result.candidate.artifact} against {result.reference.artifact}: agreement "
+            f"{100 * result.agreement:.2f} % of {plural(result.n, 'image')}, {difference}"
+        )
+    else:
+        yield from _detector_comparison_lines(result)
+    yield from sorted({note for entry in both for note in entry.runtime.notes})
+    for entry in both:
+        yield from assumed(entry.assumed, of=entry.artifact)
+    if isinstance(result, CompareResult):
+        yield from assumed(result.assumed)
+
+
+def _detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
     both = (result.reference, result.candidate)
     for entry in both:
         if entry.accuracy is not None:
@@ -109,15 +131,12 @@ def detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
         f"{plural(result.n, 'image')} differ; scores of the same detection differ by up to "
         f"{result.largest_score:.3g}, boxes by {result.largest_box:.3g} pixels"
     )
-    yield from sorted({note for entry in both for note in entry.runtime.notes})
     for entry in both:
         if entry.unsettled:
             yield (
                 f"{entry.artifact}: non-maximum suppression did not converge for "
                 f"{entry.unsettled} boxes."
             )
-    for entry in both:
-        yield from assumed(entry.assumed, of=entry.artifact)
     yield "Counted: detections with a score of 50 % or more; the same: one class, IoU 0.5."
 
 

@@ -21,11 +21,13 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, json_name
 from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, input_of, load_artifact
 
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
+    from rtresnet.workflows.detect_check import CheckDetectorResult
 
 BATCHES = (1, 8, 32)  # batch sizes to try without a profile
 
@@ -42,8 +44,26 @@ class CheckConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckResult:
-    """What the comparisons showed.
+class CheckedArtifact:
+    """An artifact of either task and its checks; for the fields see the classes made from it."""
+
+    artifact: str
+    precision: str
+    images: str
+    assumed: tuple[str, ...]
+    n: int
+    checks: tuple[Check, ...]
+    runtime: RuntimeInfo = flattened()
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The failed checks."""
+        return tuple(check for check in self.checks if not check.ok)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult(CheckedArtifact):
+    """What the checks of a classifier showed.
 
     Attributes:
         artifact: The file.
@@ -61,23 +81,11 @@ class CheckResult:
         runtime: Where it ran.
     """
 
-    artifact: str
-    precision: str
     bound: str
-    images: str
-    assumed: tuple[str, ...]
-    n: int
     range: float
     discriminability: float = json_name("told_apart")
     parent: Path | None
     no_parent: str | None
-    checks: tuple[Check, ...]
-    runtime: RuntimeInfo = flattened()
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        """The failed comparisons."""
-        return tuple(check for check in self.checks if not check.ok)
 
 
 def check(
@@ -88,16 +96,18 @@ def check(
     runtime: RuntimeConfig | None = None,
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
-) -> CheckResult:
+) -> CheckResult | CheckDetectorResult:
     """Compare an artifact with itself in other batches, and with the FP32 ONNX file it came from.
 
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
     other files), at odd batches, after other batches and next to a broken image must have the same
-    output, within the precision's tolerance. Differences are returned, not raised.
+    output, within the precision's tolerance. Differences are returned, not raised. A detector is
+    checked by `check_detector`.
 
     Args:
         path: Checkpoint, ONNX file or plan.
-        data: Images with or without labels, as in "digits" or "folder:DIR"; noise by default.
+        data: Images with or without labels, as in "digits" or "folder:DIR"; noise by default, drawn
+            shapes for a detector.
         config: Number of images.
         runtime: Where the artifact runs.
         stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
@@ -112,6 +122,10 @@ def check(
         ArtifactError: The file does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
     """
+    if is_detector(path):
+        from rtresnet.workflows.detect_check import check_detector
+
+        return check_detector(path, data, config, runtime=runtime, stated=stated, reporter=reporter)
     config, runtime = config or CheckConfig(), runtime or RuntimeConfig()
     place = runtime.for_artifact(str(path), [str(path)])
     with (

@@ -17,6 +17,7 @@ from rtresnet.core.labels import LabelMatch
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
 from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.evaluate import DataConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact, states_input
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rtresnet.data.sources import Source
     from rtresnet.runtime.backend import TopK
     from rtresnet.runtime.session import Session
+    from rtresnet.workflows.detect_compare import CompareDetectorsResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +91,16 @@ def compare(
     runtime: RuntimeConfig | None = None,
     stated: InputConfig | None = None,
     reporter: Reporter = reporter.DEFAULT,
-) -> CompareResult:
+) -> CompareResult | CompareDetectorsResult:
     """Compare top-1 and logits of two artifacts; top-K files by top-1 only.
+
+    Two detectors are compared by `compare_detectors`.
 
     Args:
         reference: Checkpoint, ONNX file or plan.
         candidate: Another one of the same classes.
-        data: Labelled images, as in "digits" or "folder:DIR".
-        config: Part of the data and batch.
+        data: Labelled images, as in "digits" or "folder:DIR"; for detectors images with boxes.
+        config: Part of the data and batch; for detectors only `split` applies.
         runtime: Where the artifacts run.
         stated: Preprocessing of the artifacts without a sidecar.
         reporter: Receives progress and notes on broken images.
@@ -106,7 +110,7 @@ def compare(
 
     Raises:
         InputError: A file that does not exist or whose preprocessing is unknown, artifacts of
-            different classes, or `stated` although both sidecars state it.
+            different classes or tasks, or `stated` although both sidecars state it.
         DataError: The data cannot be read.
         ArtifactError: An artifact does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
@@ -116,6 +120,19 @@ def compare(
     config, runtime = config or CompareConfig(), runtime or RuntimeConfig()
     stated = stated or InputConfig()
     names = [str(reference), str(candidate)]
+    classifiers = [name for name in names if not is_detector(name)]
+    if not classifiers:
+        from rtresnet.workflows.detect_compare import compare_detectors
+
+        return compare_detectors(
+            reference, candidate, data, split=config.detector_split(), runtime=runtime,
+            stated=stated, reporter=reporter,
+        )  # fmt: skip
+    if len(classifiers) == 1:
+        raise InputError(
+            f"{classifiers[0]}: a classifier, which cannot be compared with a detector",
+            fix="name two detectors",
+        )
     if not stated.empty and all(map(states_input, names)):
         raise InputError(
             "both sidecars state the preprocessing", fix="leave out --size, --mean and --std"

@@ -19,10 +19,8 @@ from rtresnet.core.canvas import Detections
 from rtresnet.core.errors import DataError
 from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.reporter import Reporter
-from rtresnet.core.serialization import flattened
 from rtresnet.detection.agreement import agree
-from rtresnet.runtime.session import RuntimeInfo
-from rtresnet.workflows.check import CheckConfig, fp32_ancestor
+from rtresnet.workflows.check import CheckConfig, CheckedArtifact, fp32_ancestor
 from rtresnet.workflows.detect import DetectionImages, require_detector
 from rtresnet.workflows.detect_predict import SHOWN
 from rtresnet.workflows.input_spec import InputConfig
@@ -43,7 +41,7 @@ MARGIN = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.15, "fp8": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDetectorResult:
+class CheckDetectorResult(CheckedArtifact):
     """What the checks of a detector showed.
 
     Attributes:
@@ -60,21 +58,9 @@ class CheckDetectorResult:
         runtime: Where it ran.
     """
 
-    artifact: str
-    precision: str
-    images: str
-    assumed: tuple[str, ...]
-    n: int
     detections: int
     compared: tuple[str, ...]
     missing: tuple[str, ...]
-    checks: tuple[Check, ...]
-    runtime: RuntimeInfo = flattened()
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        """The failed checks."""
-        return tuple(check for check in self.checks if not check.ok)
 
 
 def check_detector(

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from rtresnet.core import reporter
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
-from rtresnet.core.serialization import flattened
 from rtresnet.detection.metrics import DetectionAccuracy
-from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.compare import ComparedArtifact
 from rtresnet.workflows.detect import DetectionImages, require_detector
 from rtresnet.workflows.detect_predict import (
     SHOWN,
@@ -32,7 +31,7 @@ LISTED = 24  # images that a result lists
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedDetector:
+class ComparedDetector(ComparedArtifact):
     """One of two detectors.
 
     Attributes:
@@ -45,13 +44,9 @@ class ComparedDetector:
         runtime: Where it ran.
     """
 
-    artifact: str
-    precision: str
-    assumed: tuple[str, ...]
     detections: int
     unsettled: int
     accuracy: DetectionAccuracy | None
-    runtime: RuntimeInfo = flattened()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import AccuracyRecord, Weights
 from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
@@ -77,6 +78,20 @@ class DataConfig(Config):
         from rtresnet.data.loader import DecodeErrors
 
         return DecodeErrors(len(source), reporter.note, tolerated=self.max_broken, fix=ALLOW_BROKEN)
+
+    def detector_split(self, *allowed: str) -> Literal["train", "test"]:
+        """Return the split to run a detector on; of the other fields only `allowed` apply to it.
+
+        Raises:
+            InputError: Another field is set, or the split is "all".
+        """
+        for field in dataclasses.fields(self):
+            if field.name not in ("split", *allowed) and getattr(self, field.name) != field.default:
+                name = field.name.replace("_", "-")
+                raise InputError(f"--{name} does not apply to detectors", fix="leave it out")
+        if self.split == "all":
+            raise InputError("--split all does not apply to detectors", fix="--split train or test")
+        return self.split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +254,8 @@ def evaluate(
 
     config, runtime, data = config or EvaluateConfig(), runtime or RuntimeConfig(), str(data)
     names = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(path) for path in paths]
+    for name in filter(is_detector, names):
+        raise InputError(f"{name}: is a detector", fix="use evaluate_detector")
     scales = (config.resize,) if config.resize and config.protocol == "dense" else ()
     views = Views(protocol=config.protocol, scales=scales)
     if config.protocol == "dense":

@@ -114,9 +114,9 @@ def _run(out: Path, config: QuickstartConfig, reporter: Reporter, begin: float) 
     for file in exported.onnx:
         evaluations[file.precision] = evaluate(file.path, DATA, reporter=reporter)
         record_accuracy(evaluations[file.precision], reporter=reporter)
-        comparisons[file.precision] = compare(
-            trained.checkpoint, file.path, DATA, reporter=reporter
-        )
+        compared = compare(trained.checkpoint, file.path, DATA, reporter=reporter)
+        assert isinstance(compared, CompareResult)
+        comparisons[file.precision] = compared
     measured = benchmark(
         [file.path for file in exported.onnx],
         BenchmarkConfig(batch=(1, 8), seconds=config.seconds),

@@ -465,3 +465,22 @@ def test_evaluate_detector_takes_stated_mean(
     stated = rtresnet.InputConfig(mean=(0.1, 0.2, 0.3))
     rtresnet.evaluate_detector(exported.path, "shapes:2", stated=stated, record=False)
     assert means == [(0.1, 0.2, 0.3)] * 2
+
+
+def test_check_and_compare_take_detectors(exported: rtresnet.ExportResult, engines: Path) -> None:
+    config = rtresnet.CheckConfig(images=2)
+    checked = rtresnet.check(exported.path, "shapes:2", config)
+    assert checked == rtresnet.check_detector(exported.path, "shapes:2", config)
+    files = (exported.path, exported.onnx[1].path, "shapes:4")
+    compared = rtresnet.compare(*files, rtresnet.CompareConfig(split="train"))
+    assert compared == rtresnet.compare_detectors(*files, split="train")
+    with pytest.raises(rtresnet.InputError, match="batch"):
+        rtresnet.compare(*files, rtresnet.CompareConfig(batch=2))
+    with pytest.raises(rtresnet.InputError, match="resnet8.onnx: a classifier"):
+        rtresnet.compare(exported.path, engines / "resnet8.onnx", "shapes:4")
+
+
+def test_evaluate_of_a_detector_names_the_function_for_it(exported: rtresnet.ExportResult) -> None:
+    with pytest.raises(rtresnet.InputError) as caught:
+        rtresnet.evaluate(exported.path, "shapes:4")
+    assert caught.value.fix == "use evaluate_detector"
