@@ -359,8 +359,10 @@ def benchmark_until_error(
 def _with_facts(measurement: Measurement, workload: Workload, session: Session) -> Measurement:
     """Add the planned load to the load that was measured."""
     facts = dataclasses.asdict(workload.facts(session))
-    known = {name: value for name, value in facts.items() if value is not None}
-    return dataclasses.replace(measurement, load=dataclasses.replace(measurement.load, **known))
+    stated_facts = {name: value for name, value in facts.items() if value is not None}
+    return dataclasses.replace(
+        measurement, load=dataclasses.replace(measurement.load, **stated_facts)
+    )
 
 
 def _planned(
@@ -411,12 +413,12 @@ def opened(
         stack.enter_context(short_switch_interval())
         sessions = []
         for target, note in chosen:
-            own = runtime.for_artifact(target, targets)
+            settings = runtime.for_artifact(target, targets)
             if note:
-                own = dataclasses.replace(own, device="cpu")
-            if artifacts.kind_of(target) == "plan" and own.contexts is None:
-                own = dataclasses.replace(own, contexts=2 if max_batch > 1 else 1)
-            session = load_artifact(target, own, input_needed=False, timings=max_batch == 1)
+                settings = dataclasses.replace(settings, device="cpu")
+            if artifacts.kind_of(target) == "plan" and settings.contexts is None:
+                settings = dataclasses.replace(settings, contexts=2 if max_batch > 1 else 1)
+            session = load_artifact(target, settings, input_needed=False, timings=max_batch == 1)
             sessions.append(stack.enter_context(session))
         sizes = {session.size for session in sessions}
         if len(sizes) > 1:

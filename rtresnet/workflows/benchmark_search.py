@@ -104,16 +104,17 @@ class BenchmarkSearchResult:
     def require_success(self) -> None:
         """Raise CheckFailedError if no load is within the bound."""
         for entry in self.searches:
-            what, bound = entry.search.what, entry.search.p99_ms
+            quantity, bound = entry.search.what, entry.search.p99_ms
             if entry.search.best is not None:
                 continue
             smallest = entry.search.points[0]
-            load = f"{what} {smallest.load:g}" if smallest.load else "without a queue"
+            load = f"{quantity} {smallest.load:g}" if smallest.load else "without a queue"
             p99 = (
                 "most requests are later" if smallest.p99 is None else f"p99 {smallest.p99:.3g} ms"
             )
             raise CheckFailedError(
-                f"{entry.artifact.measured}: no {what} has a p99 within {bound:g} ms; {load}: {p99}"
+                f"{entry.artifact.measured}: no {quantity} has a p99 within {bound:g} ms; "
+                f"{load}: {p99}"
             )
 
 
@@ -204,12 +205,12 @@ class _Searcher:
 
         def at_rate(rate: float) -> Measurement:
             arrivals = max(FEWEST_ARRIVALS, round(self._workload.seconds * rate))
-            asked = dataclasses.replace(
+            workload = dataclasses.replace(
                 self._workload, scenario="server", qps=rate, seed=next(self._seeds),
                 queries=self._workload.queries or arrivals,
             )  # fmt: skip
             return workloads.measure_queued(
-                self._session, requests, asked, early_stop=search.early_stop(self._bound)
+                self._session, requests, workload, early_stop=search.early_stop(self._bound)
             )
 
         return search.largest(
@@ -225,22 +226,22 @@ class _Searcher:
         """Measure sequential requests."""
         from rtresnet.bench import search
 
-        asked = dataclasses.replace(
+        workload = dataclasses.replace(
             self._workload, scenario="closed", concurrency=1, seed=next(self._seeds)
         )
         return workloads.measure_queued(
-            self._session, workloads.candidate(self._session, asked, batch), asked, batch,
+            self._session, workloads.candidate(self._session, workload, batch), workload, batch,
             fewest=FEWEST, early_stop=search.early_stop(self._bound),
         )  # fmt: skip
 
     def _capacity(self) -> float:
         """Images per second with more clients than a batch has room for."""
-        asked = dataclasses.replace(
+        workload = dataclasses.replace(
             self._workload, scenario="closed", concurrency=2 * self._workload.max_batch,
             queries=None, seconds=min(self._workload.seconds, 1.0),
         )  # fmt: skip
         requests = workloads.candidate(self._session, self._workload, 1)
-        measurement = workloads.measure_queued(self._session, requests, asked, fewest=10)
+        measurement = workloads.measure_queued(self._session, requests, workload, fewest=10)
         assert measurement.latency.images_per_second is not None
         return measurement.latency.images_per_second
 

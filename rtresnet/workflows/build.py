@@ -108,8 +108,8 @@ def build(
         CheckFailedError: A convolution does not run in the file's precision.
         LockedError: Another process writes the same plan.
     """
-    with _prepared(source, config, out, embed, reporter) as (path, place, config, held):
-        held.enter_context(locks.hold_file(place, warn=reporter.note))
+    with _prepared(source, config, out, embed, reporter) as (path, place, config, stack):
+        stack.enter_context(locks.hold_file(place, warn=reporter.note))
         return build_unlocked(path, config, out=place, reporter=reporter)
 
 
@@ -138,12 +138,12 @@ def build_per_target(
     """
     from rtresnet.builder import engine, targets
 
-    with _prepared(source, config, out, embed, reporter) as (path, place, config, held):
+    with _prepared(source, config, out, embed, reporter) as (path, place, config, stack):
         chosen = targets.parse(config.targets, config.builder)
         chosen = engine.check(path, target=chosen, builder=config.builder)
         plans = [place.with_stem(f"{place.stem}-{target}") for target in chosen]
         for plan in plans:
-            held.enter_context(locks.hold_file(plan, warn=reporter.note))
+            stack.enter_context(locks.hold_file(plan, warn=reporter.note))
         return tuple(
             build_unlocked(
                 path, dataclasses.replace(config, targets=(target,)), out=plan, reporter=reporter
@@ -165,15 +165,15 @@ def _prepared(
 
     config, embed = config or BuildConfig(), embed or EmbedConfig()
     path = artifacts.require_onnx(source, "build")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if embed.changes_anything:
             chosen = targets.parse(config.targets, config.builder)
             engine.check(path, target=chosen, builder=config.builder)
             changed = embed_io.path_with(path, embed)
-            held.enter_context(locks.hold_file(changed, warn=reporter.note))
+            stack.enter_context(locks.hold_file(changed, warn=reporter.note))
             path, _ = embed_io.write(path, embed, reporter=reporter)
             reporter.note(f"{path}: written as the input of the build")
-        yield path, Path(out) if out is not None else default_plan(path), config, held
+        yield path, Path(out) if out is not None else default_plan(path), config, stack
 
 
 def build_unlocked(

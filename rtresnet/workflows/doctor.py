@@ -135,19 +135,19 @@ def _providers() -> str:
 
     # Azure runs nothing here, and TensorRT's provider is not one of ours.
     others = ("AzureExecutionProvider", "TensorrtExecutionProvider")
-    found = [name for name in onnxruntime.get_available_providers() if name not in others]
+    providers = [name for name in onnxruntime.get_available_providers() if name not in others]
     try:
         served_by = openvino()
     except UnavailableError as error:
         return f"nothing: {error}"
     if served_by is not None:
-        found.insert(0, f"{served_by.title} (the default on this CPU)")
+        providers.insert(0, f"{served_by.title} (the default on this CPU)")
     elif hardware.installed("onnxruntime_ep_openvino"):
-        found.append(
+        providers.append(
             "not the OpenVINO plugin, which supports no device of this machine "
             "(onnxruntime-openvino instead of onnxruntime does)"
         )
-    return ", ".join(found)
+    return ", ".join(providers)
 
 
 def _builder() -> str:
@@ -180,18 +180,18 @@ def _plans_run_on() -> str:
     ]
     if for_cuda_13 and (fix := hardware.driver_fix()):
         return f"nothing: {' and '.join(for_cuda_13)} cannot use this driver; {fix}"
-    found, reasons = [], []
+    versions, reasons = [], []
     for module, product in trt_loading.MODULES.items():
         if module == "tensorrt_rtx" and not gpu_targets.served_by_rtx(gpus[0].target):
             reasons.append(f"TensorRT-RTX does not support {gpus[0].target}")
             continue
         try:
-            found.append(f"{product} {trt_loading.load_tensorrt(module).__version__}")
+            versions.append(f"{product} {trt_loading.load_tensorrt(module).__version__}")
         except RtresnetError as error:
             reasons.append(str(error))
-    if not found:
+    if not versions:
         return "nothing: " + "; ".join(reasons)
-    return f"{gpus[0].name}, by {' or '.join(found)}"
+    return f"{gpus[0].name}, by {' or '.join(versions)}"
 
 
 def _conflicts(on_gpu: bool) -> list[str]:
@@ -217,8 +217,8 @@ def _conflicts(on_gpu: bool) -> list[str]:
     return conflicts
 
 
-def replacement(wanted: str, *installed: str) -> str:
+def replacement(required: str, *installed: str) -> str:
     """Return the command that leaves one build of ONNX Runtime."""
-    extras = "[cuda,cudnn]" if wanted == "onnxruntime-gpu" else ""
+    extras = "[cuda,cudnn]" if required == "onnxruntime-gpu" else ""
     others = " ".join(installed or ("onnxruntime",))
-    return f"pip uninstall -y {others} && pip install '{wanted}{extras}'"
+    return f"pip uninstall -y {others} && pip install '{required}{extras}'"

@@ -137,10 +137,10 @@ def check_engine() -> EngineFacts:
         plan = build(source, BuildConfig(targets=targets_here)).path
         with load(source, provider="cpu") as reference:
             images = reference.example(BATCH)
-            wanted = reference.logits(images)
+            expected = reference.logits(images)
         with load(plan) as session:
             got, info = session.logits(images), session.info
-    difference = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    difference = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
     facts = EngineFacts(relative_error=difference, bound=BOUND, described=info)
     if not difference <= BOUND:
         raise StepFailed(f"logits differ from the CPU's by {difference:.2g}, bound {BOUND}", facts)

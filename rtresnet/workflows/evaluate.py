@@ -352,10 +352,10 @@ def _require_checkpoint(name: str) -> None:
     if artifacts.kind_of(path) == "checkpoint":
         return
     origin, _, state = list(artifacts.chain(path))[-1]
-    known = state == "ok" and artifacts.kind_of(origin) == "checkpoint"
+    verified = state == "ok" and artifacts.kind_of(origin) == "checkpoint"
     raise InputError(
         f"{path}: its input size is fixed, but --protocol dense needs any size",
-        fix="evaluate its checkpoint" + (f", {origin}" if known else ""),
+        fix="evaluate its checkpoint" + (f", {origin}" if verified else ""),
     )
 
 

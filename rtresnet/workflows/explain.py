@@ -213,9 +213,9 @@ def _of_onnx(path: Path) -> tuple[Maps, np.ndarray, np.ndarray]:
     weight, bias = _constant(index, gemm.input[1], path), _constant(index, gemm.input[2], path)
     if not graph.attribute(gemm, "transB", 0):
         weight = weight.T
-    wanted = [pool.input[0], gemm.output[0]]
+    tensors = [pool.input[0], gemm.output[0]]
     del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
     options = onnxruntime.SessionOptions()
     # Q/DQ pairs are computed unfused, because fused INT8 kernels saturate on CPUs without VNNI.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -226,7 +226,7 @@ def _of_onnx(path: Path) -> tuple[Maps, np.ndarray, np.ndarray]:
 
     def maps(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         dtype = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}.get(entry.type)
-        features, logits = running.run(wanted, {entry.name: images.astype(dtype or np.float32)})
+        features, logits = running.run(tensors, {entry.name: images.astype(dtype or np.float32)})
         return features.astype(np.float32), logits.astype(np.float32)
 
     return maps, weight, bias

@@ -136,13 +136,13 @@ class _Rows:
 
 
 def _files(source: str, split: str) -> Files:
-    found = open_source(source, split)
-    if not isinstance(found, Files):
+    opened = open_source(source, split)
+    if not isinstance(opened, Files):
         raise DataError(
             f"{source}: not a folder of images",
             fix="pack accepts a folder with one subfolder per class",
         )
-    return found
+    return opened
 
 
 def _images(files: Files, root: Path) -> Iterator[tuple[str, int, bytes]]:
