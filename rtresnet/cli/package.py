@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from rtresnet.workflows.package_server import ImageConfig
     "[default: none]",
 )  # fmt: skip
 @config_options(PackageConfig)
+@click.option("--max-delay-us", type=click.IntRange(min=0), hidden=True)  # older --max-wait
 @config_options(ImageConfig, argument="image")
 @common.json_option
 def command(
@@ -39,6 +41,7 @@ def command(
     kserve: Path | None,
     config: PackageConfig,
     image: ImageConfig,
+    max_delay_us: int | None,
 ) -> None:
     """Package a model for a Triton Inference Server, for Docker, or for KServe on Kubernetes.
 
@@ -51,6 +54,8 @@ def command(
             "no kind of package, or several: use --triton DIR, or --docker DIR, --kserve FILE or "
             "both"
         )
+    if max_delay_us is not None:
+        config = dataclasses.replace(config, max_wait_ms=max_delay_us / 1000)
     if triton is not None:
         _triton(path, triton, config)
     else:

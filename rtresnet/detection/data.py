@@ -36,6 +36,13 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
+VOC_FIX = (
+    "name a folder with XML files, or with Annotations and JPEGImages, as in voc:VOCdevkit/VOC2007"
+)
+COCO_FIX = (
+    "name the annotations and the folder of their images, as in "
+    "coco:annotations/instances_val2017.json:val2017"
+)
 LISTED = 10  # invalid boxes that an error or a note names
 
 
@@ -223,18 +230,21 @@ def _voc(spec: str, argument: str, split: str) -> DetectionSource:
     root = Path(folder or named).expanduser()
     chosen = named if folder else ""
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: no such folder", fix=VOC_FIX)
     lists = root / "ImageSets" / "Main"
     annotations = root / "Annotations" if (root / "Annotations").is_dir() else root
     files = {path.stem: path for path in sorted(annotations.rglob("*.xml"))}
     if not files:
-        raise DataError(f"{root}: no annotations (*.xml)")
+        raise DataError(f"{root}: no annotations (*.xml)", fix=VOC_FIX)
     has_splits = not chosen and lists.is_dir()
     if has_splits:
         wanted = ("trainval", "train") if split == "train" else ("test", "val")
         chosen = next((name for name in wanted if (lists / f"{name}.txt").is_file()), "")
         if not chosen:
-            raise DataError(f"{lists}: no {' and no '.join(f'{name}.txt' for name in wanted)}")
+            raise DataError(
+                f"{lists}: no {' and no '.join(f'{name}.txt' for name in wanted)}",
+                fix=f"name a list of images, as in voc:{root}:LIST for LIST.txt",
+            )
     stems = list(files)
     if chosen:
         try:
@@ -293,20 +303,23 @@ def _voc_image(root: Path, annotation: Path, stated: str) -> Path:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise DataError(f"{annotation}: there is no image {annotation.stem}.*")
+    raise DataError(
+        f"{annotation}: no image {annotation.stem}.*",
+        fix=f"put the image into {folders[0]} or next to its XML file",
+    )
 
 
 def _coco(spec: str, argument: str) -> DetectionSource:
     file, _, folder = argument.rpartition(":")
     if not file:
-        raise InputError(f"{spec}: needs a file and a folder", fix="as in coco:val.json:val2017")
+        raise InputError(f"{spec}: needs a file and a folder", fix=COCO_FIX)
     path, root = Path(file).expanduser(), Path(folder).expanduser()
     try:
         data = serialization.load(path, error=DataError)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise DataError(f"{path}: {error.strerror}", fix=COCO_FIX) from None
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: no such folder", fix=COCO_FIX)
     try:
         categories = sorted(data["categories"], key=lambda entry: entry["id"])
         numbers = {entry["id"]: index for index, entry in enumerate(categories)}

@@ -309,19 +309,14 @@ class DetectorWriter(NodeWriter):
         )
         down = self.sampling("y", y1, y2, rows, bins)
         along = self.sampling("x", x1, x2, columns, bins)
-        wide = columns >= rows
-        first, second = (along, down) if wide else (down, along)
-        longer, shorter = (columns, rows) if wide else (rows, columns)
-        channels_last = self.op("Transpose", "features", features,
-                                perm=[3, 2, 0, 1] if wide else [2, 3, 0, 1])  # fmt: skip
-        flat = self.op("Reshape", "features.flat", channels_last, [longer, -1])
-        weights = self.op("Reshape", "lines.weights", first, [-1, longer])
+        channels_last = self.op("Transpose", "features", features, perm=[0, 2, 3, 1])
+        flat = self.op("Reshape", "features.flat", channels_last, [rows, -1])
+        weights = self.op("Reshape", "lines.weights", down, [-1, rows])
         lines = self.op("MatMul", "lines", weights, flat)
-        lines = self.op("Reshape", "lines.regions", lines, [self.regions, bins, shorter, -1])
-        weights = self.op("Unsqueeze", "crops.weights", second, [1])
+        lines = self.op("Reshape", "lines.regions", lines, [self.regions, bins, columns, -1])
+        weights = self.op("Unsqueeze", "crops.weights", along, [1])
         crops = self.op("MatMul", "crops", weights, lines)
-        return self.op("Transpose", "crops.planes", crops,
-                       perm=[0, 3, 2, 1] if wide else [0, 3, 1, 2])  # fmt: skip
+        return self.op("Transpose", "crops.planes", crops, perm=[0, 3, 1, 2])
 
     def _select(
         self, module: Select, logits: str, offsets: str, regions: str, extent: str, unsettled: str

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rtresnet.core import artifacts, atomic_io, plan_info
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.workflows.triton_repository import LABELS
+from rtresnet.workflows.workload import parse_wait
 
 if TYPE_CHECKING:
-    from rtresnet.core.sidecar import Profile, Sidecar
+    from rtresnet.core.sidecar import Detection, Profile, Sidecar
     from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
 
 LARGEST = 32  # largest batch of an ONNX file, which has no profile
@@ -26,7 +28,7 @@ class PackageConfig(Config):
         name: Name of the model; None for the file's.
         version: Number of the version; None for the next one.
         max_batch: Largest batch that Triton forms.
-        max_delay_us: How long a request waits for others to share its batch, in microseconds.
+        max_wait_ms: How long a request waits for others to share its batch, in milliseconds.
         instances: Copies of the model on each device.
         device: Device of an ONNX file; "auto" uses a GPU if the server has one.
     """
@@ -42,8 +44,14 @@ class PackageConfig(Config):
         minimum=1,
         default_text=f"the plan's largest; {LARGEST} for an ONNX file",
     )
-    max_delay_us: int = option(
-        500, "Longest time in microseconds that a request waits for a batch to fill.", minimum=0
+    max_wait_ms: float = option(
+        0.5,
+        "Longest time that a request waits for its batch to fill, as in 2ms.",
+        names=("--max-wait",),
+        metavar="TIME",
+        parse=parse_wait,
+        minimum=0,
+        default_text="0.5ms",
     )
     instances: int = option(1, "Number of model instances on each device.", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = option(
@@ -132,9 +140,10 @@ def package(
         inputs=inputs,
         outputs=outputs,
         labels=sidecar.model.classes if sidecar else (),
+        labelled_outputs=sidecar is None or sidecar.detection is None,
         profiles=() if fixed else profiles,
         max_batch=_max_batch(path, graph, config, profiles, fixed),
-        max_delay_us=config.max_delay_us,
+        max_delay_us=round(1000 * config.max_wait_ms),
         instances=config.instances,
         device=config.device,
         parameters=_record(path, sidecar),
@@ -286,10 +295,13 @@ def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
     if sidecar.parent is not None:
         record["parent_sha256"] = sidecar.parent.sha256
     if sidecar.input_known:
+        size = f"{preprocess.size} px of {preprocess.resize} ({preprocess.interpolation})"
+        if sidecar.detection is not None:
+            size = _canvas(sidecar.detection, preprocess.interpolation)
+            record["extent"] = "height and width of the resized image on the canvas, in pixels"
+            record["labels"] = f"lines of {LABELS}, counted from 0; -1 in unused rows"
         record["input"] = (
-            f"{preprocess.layout}, {preprocess.size} px of {preprocess.resize} "
-            f"({preprocess.interpolation}), "
-            f"mean {preprocess.mean}, std {preprocess.std}"
+            f"{preprocess.layout}, {size}, mean {preprocess.mean}, std {preprocess.std}"
         )
     if sidecar.assumed:
         record["assumed"] = "; ".join(sidecar.assumed)
@@ -299,9 +311,25 @@ def _record(path: Path, sidecar: Sidecar | None) -> dict[str, str]:
     return record
 
 
+def _canvas(detection: Detection, interpolation: str) -> str:
+    """Describe how an image is put onto a detector's input."""
+    assert detection.canvas is not None
+    height, width = detection.canvas
+    return (
+        f"one image, shorter side {detection.shorter} px, longer side at most {detection.longer} "
+        f"px ({interpolation}), in the upper left corner of a canvas of {height} x {width} px "
+        "whose remainder is 0"
+    )
+
+
 def _notes(model: ModelConfig, sidecar: Sidecar | None, fixed: bool) -> list[str]:
     notes = []
-    if fixed:
+    if sidecar is not None and sidecar.detection is not None:
+        notes.append(
+            "a request is one image on its canvas and the extent of the image on it; Triton does "
+            "not form batches"
+        )
+    elif fixed:
         (size, *_) = model.inputs[0].dims
         notes.append(
             f"the file's batch is fixed at {size}: clients send complete batches, and Triton does "

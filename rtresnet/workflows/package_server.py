@@ -183,14 +183,14 @@ def _server(path: Path, sidecar: Sidecar, config: PackageConfig, image: ImageCon
     largest = max((profile.max for profile in plan.profiles), default=LARGEST) if plan else LARGEST
     if plan and (config.max_batch or 0) > largest:
         raise InputError(f"--max-batch {config.max_batch}: the plan accepts at most {largest}")
-    if config.max_delay_us / 1000 >= image.queue_target_ms:
+    if config.max_wait_ms >= image.queue_target_ms:
         raise InputError(
             f"--queue-target {image.queue_target_ms:g}ms: requests wait up to "
-            f"{config.max_delay_us / 1000:g} ms for their batch, so the target is always exceeded",
-            fix="raise --queue-target, or lower --max-delay-us",
+            f"{config.max_wait_ms:g} ms for their batch, so the target is always exceeded",
+            fix="raise --queue-target, or lower --max-wait",
         )
     arguments = ["--max-batch", str(config.max_batch or largest)]
-    arguments += ["--max-wait", f"{config.max_delay_us / 1000:g}ms"]
+    arguments += ["--max-wait", f"{config.max_wait_ms:g}ms"]
     if plan is not None:
         if config.device == "cpu":
             raise InputError(f"{path}: a plan runs on a GPU only", fix="package its ONNX file")

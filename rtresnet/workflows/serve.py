@@ -14,21 +14,12 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.reporter import Reporter
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
-from rtresnet.workflows.workload import parse_milliseconds
+from rtresnet.workflows.workload import parse_wait
 
 NEEDED = (
     "starlette", "uvicorn", "uvloop", "httptools", "grpc", "google.protobuf", "prometheus_client",
     "multipart",
 )  # fmt: skip
-
-
-def parse_wait(text: str) -> float:
-    """Read a time as in "2ms", which may be 0; returns milliseconds.
-
-    Raises:
-        InputError: Not a time.
-    """
-    return 0.0 if text.strip() in ("0", "0ms") else parse_milliseconds(text)
 
 
 @dataclass(frozen=True, kw_only=True)

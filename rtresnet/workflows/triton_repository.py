@@ -57,6 +57,8 @@ class ModelConfig:
         precision: From the sidecar; "int8" makes an ONNX file run in TensorRT on a GPU.
         inputs, outputs: In the file's order.
         labels: Class names; empty if unknown.
+        labelled_outputs: Whether an output of as many values as there are labels has a score for
+            each of them. False for a detector, whose scores are those of its boxes.
         profiles: Optimization profiles of a plan, in its order.
         max_batch: Largest batch that Triton may form; 0 if it cannot form any, because the tensors'
             first dimension is not an open batch.
@@ -72,6 +74,7 @@ class ModelConfig:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
+    labelled_outputs: bool = True
     profiles: tuple[Profile, ...] = ()
     max_batch: int
     max_delay_us: int
@@ -195,8 +198,8 @@ def _interface(model: ModelConfig) -> list[str]:
     for tensor in model.outputs:
         lines += ["output {", *_tensor(tensor)]
         # Labels go by position, so they apply to one score for each class, not to the top K.
-        per_class = tensor.dims[-1:] == (len(model.labels),)
-        if model.labels and per_class and tensor.dims[:-1] in ((), (1,)):
+        per_class = bool(model.labels) and tensor.dims[-1:] == (len(model.labels),)
+        if model.labelled_outputs and per_class and tensor.dims[:-1] in ((), (1,)):
             lines += [f"  label_filename: {_text(LABELS)}"]
         lines += ["}"]
     return lines

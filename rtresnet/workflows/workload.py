@@ -43,6 +43,15 @@ def parse_milliseconds(text: str) -> float:
     return value
 
 
+def parse_wait(text: str) -> float:
+    """Read a time as in "2ms", which may be 0; returns milliseconds.
+
+    Raises:
+        InputError: Not a time.
+    """
+    return 0.0 if text.strip() in ("0", "0ms") else parse_milliseconds(text)
+
+
 def parse_batches(text: str) -> tuple[int, ...]:
     """Read `1,8`.
 
@@ -179,10 +188,13 @@ def for_fixed_batch(
         raise InputError(f"{each}: they have no common batch", fix="measure them one by one")
     ((size, session),) = fixed.items()
     calls = (workload.max_batch,) if workload.max_batch > 1 else workload.batches
-    takes = f"{session.path}: its batch is fixed at {size}"
+    detector = session.detection is not None
+    its = "is a detector, whose" if detector else "its"
+    takes = f"{session.path}: {its} batch is fixed at {size}"
     if size in calls:
         others = ", ".join(str(count) for count in calls if count != size)
-        note = f"{takes}; batch {others} is not measured" if others else None
+        noted = others and (explicit or not detector)  # no one expects a detector at batch 8
+        note = f"{takes}; batch {others} is not measured" if noted else None
         if workload.max_batch > 1:
             return workload, note
         return dataclasses.replace(workload, batches=(size,)), note

@@ -94,7 +94,7 @@ def test_package_tensorrt_plan_states_its_version(
     tensorrt_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "models"
-    options = ["--name", "net", "--version", "7", "--max-delay-us", "100", "--instances", "2"]
+    options = ["--name", "net", "--version", "7", "--max-wait", "100us", "--instances", "2"]
     assert main(["package", str(tensorrt_plan), "--triton", str(root), *options]) == 0
     output = capsys.readouterr()
     assert "the container needs TensorRT 10.14.1.48 and a GPU of sm_90" in output.err
@@ -220,3 +220,21 @@ def test_package_same_file_twice_is_refused(
     assert main(["package", str(path), "--triton", str(root)]) == 0
     assert main(["package", str(path), "--triton", str(root)]) == 2
     assert "is the same file already; nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "microseconds"),
+    [
+        (["--max-wait", "2ms"], 2000),
+        (["--max-wait", "0"], 0),
+        (["--max-delay-us", "70"], 70),
+        ([], 500),
+    ],
+)
+def test_package_maximum_wait_in_its_form_and_in_the_older_one(
+    engines: Path, tmp_path: Path, option: list[str], microseconds: int
+) -> None:
+    root = tmp_path / "models"
+    assert main(["package", str(engines / "resnet8.onnx"), "--triton", str(root), *option]) == 0
+    delay = config(root, "resnet8").dynamic_batching.max_queue_delay_microseconds
+    assert delay == microseconds

@@ -164,7 +164,7 @@ def test_kserve_arguments_are_options_of_serve(plan: Path, engines: Path, tmp_pa
         ("--docker b --name a/b", "--name"),
         ("--kserve b.yaml --name 1", "begins with a letter"),
         ("--docker b --instances 2", "--max-replicas"),
-        ("--docker b --max-delay-us 20000", "--queue-target"),
+        ("--docker b --max-wait 20ms", "--queue-target"),
         ("--kserve b.yaml --min-replicas 9", "--max-replicas"),
         ("--kserve b.onnx", "has the suffix of a net"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 import rtresnet
 from rtresnet.builder import targets
 from rtresnet.cli.main import main
+from rtresnet.core import artifacts
 from rtresnet.detection.data import open_detection
 from rtresnet.workflows.detect import is_detector
 
@@ -484,3 +486,88 @@ def test_evaluate_of_a_detector_names_the_function_for_it(exported: rtresnet.Exp
     with pytest.raises(rtresnet.InputError) as caught:
         rtresnet.evaluate(exported.path, "shapes:4")
     assert caught.value.fix == "use evaluate_detector"
+
+
+@pytest.mark.parametrize("entry", [0, 2])
+def test_package_detector_config_states_the_tensors_of_onnx_runtime(
+    exported: rtresnet.ExportResult, tmp_path: Path, entry: int
+) -> None:
+    pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    import onnxruntime
+    from google.protobuf import text_format
+
+    path = exported.onnx[entry].path
+    packaged = rtresnet.package(path, tmp_path / "models")
+    home = packaged.folder.parent
+    config = text_format.Parse((home / "config.pbtxt").read_text(), pb.ModelConfig())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    types = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
+    for written, tensors in (
+        (config.input, session.get_inputs()),
+        (config.output, session.get_outputs()),
+    ):
+        assert [
+            (tensor.name, pb.DataType.Name(tensor.data_type), list(tensor.dims))
+            for tensor in written
+        ] == [(tensor.name, types[tensor.type], tensor.shape) for tensor in tensors]
+    assert [tensor.name for tensor in config.input] == ["images", "extent"]
+    assert config.max_batch_size == packaged.max_batch == 0
+    assert not config.HasField("dynamic_batching")
+    sidecar = rtresnet.read_sidecar(path)
+    assert sidecar is not None
+    assert tuple((home / "labels.txt").read_text().splitlines()) == sidecar.model.classes
+    record = {name: value.string_value for name, value in config.parameters.items()}
+    assert "canvas of 64 x 96 px" in record["input"] and "224 px" not in record["input"]
+    assert "height and width" in record["extent"] and "labels.txt" in record["labels"]
+    assert "one image" in packaged.notes[0]
+
+
+def test_package_detector_scores_are_not_those_of_the_classes(
+    exported: rtresnet.ExportResult, tmp_path: Path
+) -> None:
+    """Even if there are as many detections as classes, as with 20 of VOC's 20 classes."""
+    path = exported.path
+    sidecar = rtresnet.read_sidecar(path)
+    assert sidecar is not None and sidecar.detection is not None
+    count = sidecar.detection.detections
+    model = dataclasses.replace(sidecar.model, classes=tuple(f"class {i}" for i in range(count)))
+    artifacts.publish(
+        tmp_path / "many.onnx",
+        lambda target: shutil.copy(path, target),
+        dataclasses.replace(sidecar, model=model, parent=None),
+    )
+    packaged = rtresnet.package(tmp_path / "many.onnx", tmp_path / "models")
+    config = (packaged.folder.parent / "config.pbtxt").read_text()
+    assert f"dims: [ 1, {count} ]" in config and "label_filename" not in config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "noted"),
+    [([], False), (["--batch", "1,8"], True)],
+)
+def test_bench_notes_a_detectors_batch_only_where_others_were_requested(
+    exported: rtresnet.ExportResult,
+    arguments: list[str],
+    noted: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["bench", str(exported.path), "--seconds", "0.05", *arguments]) == 0
+    assert ("batch 8 is not measured" in capsys.readouterr().err) == noted
+
+
+@pytest.mark.parametrize(
+    "data", ["voc:none", "voc:FOLDER", "voc:SPLITS", "voc:LONELY", "coco:none", "coco:none:FOLDER"]
+)
+def test_missing_detection_data_names_a_fix(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FOLDER").mkdir()
+    Path("SPLITS/ImageSets/Main").mkdir(parents=True)
+    Path("LONELY").mkdir()
+    for folder in ("SPLITS", "LONELY"):
+        Path(folder, "a.xml").write_text("<annotation/>")
+    assert main(["study", "detection", "--data", data]) == 2
+    message = capsys.readouterr().err
+    assert "; " in message and "Traceback" not in message
+    assert not Path("runs/study-detection").exists() or not any(Path("runs").rglob("*.pt"))
