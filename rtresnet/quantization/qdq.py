@@ -18,7 +18,7 @@ Before: a folded FP32 model. After: the same graph with these changes and no oth
 
 In FP8 the same rules apply with FLOAT8E4M3FN instead of int8. Its largest value is 448, the file's
 opset is 21 or later, and the first convolution should stay in float: TensorRT has no FP8 kernel for
-three channels.
+three channels (`fp8_float_nodes`).
 
 Rules 1 to 3 need names only and are in `placement.py`.
 """
@@ -34,6 +34,7 @@ from onnx import helper
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib.graph import GraphIndex, checked, copied, with_opset
 from rtresnet.quantization import formats
+from rtresnet.quantization import placement as placement_rules
 from rtresnet.quantization.formats import INT8, NumberFormat
 from rtresnet.quantization.placement import WEIGHTED, Use, place_quantizers
 
@@ -60,6 +61,34 @@ def placement(
         raise ArtifactError(f"{model.graph.name}: has no convolution")
     constants = {tensor.name for tensor in model.graph.initializer}
     return place_quantizers(nodes, constants, nodes_to_exclude)
+
+
+def fp8_float_nodes(
+    model: onnx.ModelProto, *, stem: bool = False, min_channels: int = 1
+) -> tuple[str, ...]:
+    """Return the nodes that FP8 always leaves in float.
+
+    These are the first convolution, convolutions with few input channels (per group), and the Adds
+    that only such convolutions feed.
+
+    Args:
+        model: Folded FP32 model.
+        stem: Whether the first convolution is quantized.
+        min_channels: Smallest number of input channels of any other quantized convolution.
+    """
+    index = GraphIndex(model)
+    first = placement_rules.stem(index.nodes)
+    excluded = set(() if stem else first)
+    for node in index.nodes:
+        if node.op_type == "Conv" and node.name not in first:
+            if index.initializers[node.input[1]].dims[1] < min_channels:
+                excluded.add(node.name)
+        elif node.op_type == "Add":
+            producers = [index.producers[name] for name in node.input if name in index.producers]
+            convolutions = {producer.name for producer in producers if producer.op_type == "Conv"}
+            if convolutions and convolutions <= excluded:
+                excluded.add(node.name)
+    return tuple(node.name for node in index.nodes if node.name in excluded)
 
 
 def insert(

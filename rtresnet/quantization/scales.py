@@ -41,7 +41,8 @@ class ScalesOrigin:
         images_sha256: Their hash.
         n: Their number.
         calibrator: The requested method.
-        format: Number format: "int8", "fp8", or "fp8-stem" if it includes the first convolution.
+        format: Number format: "int8" or "fp8"; "fp8-stem" if it includes the first convolution,
+            "fp8-32" if convolutions with fewer than 32 input channels stay in float.
     """
 
     onnx_sha256: str

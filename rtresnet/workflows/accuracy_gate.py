@@ -1,4 +1,4 @@
-"""The accuracy gate of `quantize`: what INT8 or FP8 loses, and which blocks stay in float."""
+"""The accuracy gate of `quantize`: the loss of INT8 or FP8, and which blocks stay in float."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rtresnet.core.errors import CheckFailedError, DataError
 from rtresnet.core.flips import Answers, Flip, flips
@@ -23,6 +23,7 @@ from rtresnet.workflows.evaluate import ALLOW_BROKEN
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
 
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import Relabelled, Source
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """The bound on the accuracy that quantization may cost, and how it is judged.
+    """The bound on the loss of accuracy, and how it is judged.
 
     Attributes:
         data: Labelled images, as for `--data`.
@@ -54,14 +55,14 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockNoise:
-    """What quantizing one block costs, and how it runs in the file.
+    """The cost of quantizing one block, and how it runs in the file.
 
     Attributes:
         alone_db: Signal to noise at the logits with only this block quantized.
-        gain_db: What leaving this block in float gains.
+        gain_db: Gain from leaving this block in float.
         weights: Its share of the net's weights.
         runs_in: "int8", "fp8" or "float".
-        int8_gain_db: What INT8 instead of FP8 gains in this block; None in an INT8 file.
+        int8_gain_db: Gain from INT8 instead of FP8 in this block; None in an INT8 file.
     """
 
     name: str
@@ -78,7 +79,7 @@ class GateDrop:
 
     Attributes:
         labels: How the images' labels were matched with the net's classes.
-        assumed: What was assumed of the labels.
+        assumed: Assumptions on the labels.
     """
 
     drop: Drop = flattened()
@@ -89,7 +90,7 @@ class GateDrop:
 
 @dataclass(frozen=True, kw_only=True)
 class GateVerdict:
-    """The gate's rule and bound, and what came of them.
+    """The gate's rule and bound, with the verdict.
 
     Attributes:
         images_needed: Images that would show whether the bound holds; infinite if none suffice.
@@ -104,7 +105,7 @@ class GateVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """What the gate measured.
+    """Measurements of the gate.
 
     Attributes:
         passed: Whether the rule is satisfied.
@@ -141,7 +142,7 @@ class AccuracyCheckFailedError(CheckFailedError):
     """The quantized net lost too much accuracy, or was not shown to lose little enough.
 
     Attributes:
-        result: What was measured of the last net that was tried.
+        result: Measurements of the last net that was tried.
     """
 
     def __init__(self, result: GateResult) -> None:
@@ -182,6 +183,21 @@ def open_labelled(gate: Gate, classes: Sequence[str], net: Path) -> Relabelled:
     return for_model(source, classes, names=gate.classes, model_name=str(net))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedModel:
+    """A quantized model that passes the gate.
+
+    Attributes:
+        float_nodes: Nodes that stay in float for it.
+        int8: Nodes of an FP8 model that are in INT8 for it.
+    """
+
+    model: onnx.ModelProto
+    float_nodes: tuple[str, ...]
+    int8: tuple[str, ...]
+    result: GateResult
+
+
 def quantize_within(
     gate: Gate,
     labelled: Relabelled,
@@ -190,9 +206,9 @@ def quantize_within(
     held_out: Sequence[np.ndarray],
     logits: np.ndarray,
     preprocess: Preprocess,
-    finish: Callable[[Any], Any],
+    finish: Callable[[onnx.ModelProto], onnx.ModelProto],
     reporter: Reporter,
-) -> tuple[Any, tuple[str, ...], tuple[str, ...], GateResult]:
+) -> GatedModel:
     """Quantize everything, then leave the most harmful blocks in float until the gate passes.
 
     In FP8, blocks with less noise in INT8 are tried in INT8 before float.
@@ -211,10 +227,6 @@ def quantize_within(
         finish: Converts a quantized model to the form that is written and measured.
         reporter: Receives progress.
 
-    Returns:
-        The model, the nodes that stay in float, those in INT8 in an FP8 file, and what was
-        measured.
-
     Raises:
         AccuracyCheckFailedError: The gate does not pass even with every block but one in float.
     """
@@ -222,36 +234,66 @@ def quantize_within(
     from rtresnet.quantization.sensitivity import sensitivity
     from rtresnet.runtime.cpu_rewrite import CpuModel
 
-    images = f"on {plural(len(labelled), 'image')} of {gate.data}"
-    with reporter.progress(f"measuring FP32 {images}", total=len(labelled)) as update:
-        rewritten = CpuModel(model=os.fspath(source))  # float: nothing to rewrite
-        base = _answers(source, labelled, preprocess, update, gate, rewritten)
-        correct = base.classes == labelled.labels[base.indices]
+    def measured(name: str, path: Path, rewritten: CpuModel | None = None) -> Answers:
+        doing = f"measuring {name} on {plural(len(labelled), 'image')} of {gate.data}"
+        with reporter.progress(doing, total=len(labelled)) as update:
+            return _answers(path, labelled, preprocess, update, gate, rewritten)
+
+    # The float file needs no rewriting for the CPU.
+    reference = measured("FP32", source, CpuModel(model=os.fspath(source)))
+    correct = reference.classes == labelled.labels[reference.indices]
     with reporter.progress("measuring the noise of each block"):
         ranked = sensitivity(calibrated, held_out, logits)
     precision = calibrated.number_format.name
     for fallbacks in _fallbacks(ranked):
-        excluded, int8 = (
+        float_nodes, int8 = (
             tuple(n for block in ranked for n in block.nodes if fallbacks.get(block.name) == kind)
             for kind in ("float", "int8")
         )
-        model = finish(calibrated.quantized(excluded, int8))
+        model = finish(calibrated.quantized(float_nodes, int8))
+        name = precision.upper() + _described(fallbacks)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{precision}.onnx"
             path.write_bytes(model.SerializeToString())
-            doing = f"measuring {precision.upper()}{_described(fallbacks)} {images}"
-            with reporter.progress(doing, total=len(labelled)) as update:
-                answers = _answers(path, labelled, preprocess, update, gate)
+            answers = measured(name, path)
         drop = paired_drop(correct, answers.classes == labelled.labels[answers.indices])
         if passes(drop, gate):
             break
+    blocks = tuple(
+        BlockNoise(
+            name=block.name,
+            alone_db=block.alone,
+            gain_db=block.gain,
+            weights=block.weights,
+            runs_in=fallbacks.get(block.name, precision),
+            int8_gain_db=block.int8_gain,
+        )
+        for block in ranked
+    )
+    result = _result(gate, labelled, name, drop, blocks, reference, answers)
+    if not result.passed:
+        raise AccuracyCheckFailedError(result)
+    return GatedModel(model=model, float_nodes=float_nodes, int8=int8, result=result)
+
+
+def _result(
+    gate: Gate,
+    labelled: Relabelled,
+    name: str,
+    drop: Drop,
+    blocks: tuple[BlockNoise, ...],
+    reference: Answers,
+    answers: Answers,
+) -> GateResult:
     labels = labelled.mapping
     changed, listed = flips(
-        base, answers, labelled.classes,
+        reference, answers, labelled.classes,
         label=lambda index: labelled.classes[labelled.labels[index]], locate=labelled.locate,
     )  # fmt: skip
-    more_images = "use more images, or accept the measured loss with --gate point"
-    result = GateResult(
+    fix = "calibrate on more images of the same kind as in use, or keep FP16"
+    if drop.points <= gate.max_drop:
+        fix = "use more images, or accept the measured loss with --gate point"
+    return GateResult(
         passed=passes(drop, gate),
         drop=GateDrop(
             drop=drop,
@@ -260,31 +302,13 @@ def quantize_within(
             assumed=tuple(labels.assumptions()),
         ),
         gate=judged(drop, gate),
-        blocks=tuple(
-            BlockNoise(
-                name=block.name,
-                alone_db=block.alone,
-                gain_db=block.gain,
-                weights=block.weights,
-                runs_in=fallbacks.get(block.name, precision),
-                int8_gain_db=block.int8_gain,
-            )
-            for block in ranked
-        ),
-        summary=(
-            _measurement(drop, precision.upper() + _described(fallbacks), gate),
-            _judgement(drop, gate),
-        ),
+        blocks=blocks,
+        summary=(_measurement(drop, name, gate), _judgement(drop, gate)),
         remarks=tuple(labels.remarks()),
         changed=changed,
         flips=listed,
-        fix=more_images
-        if drop.points <= gate.max_drop
-        else "calibrate on more images of the same kind as in use, or keep FP16",
+        fix=fix,
     )
-    if not result.passed:
-        raise AccuracyCheckFailedError(result)
-    return model, excluded, int8, result
 
 
 def _fallbacks(ranked: Sequence[Block]) -> Iterator[dict[str, str]]:
@@ -343,7 +367,7 @@ def _answers(
     from rtresnet.runtime.backend import logits
     from rtresnet.runtime.ort import OrtBackend
 
-    # The file is promised, not what a CPU makes of it.
+    # Measure the file as it is written, not as it is rewritten for a CPU.
     backend = OrtBackend(path, preserve_numerics=True, rewritten=rewritten)
     with contextlib.closing(backend):
         size = loader.batch_size(preprocess)
@@ -360,9 +384,9 @@ def _answers(
     )
 
 
-def _measurement(drop: Drop, what: str, gate: Gate) -> str:
+def _measurement(drop: Drop, name: str, gate: Gate) -> str:
     return (
-        f"{what} {'gains' if drop.points < 0 else 'loses'} {abs(drop.points):.2f} points of "
+        f"{name} {'gains' if drop.points < 0 else 'loses'} {abs(drop.points):.2f} points of "
         f"top-1 on {plural(drop.n, 'image')} of {gate.data} (95 % interval of the loss: "
         f"{drop.low:.2f} to {drop.high:.2f})."
     )
@@ -372,14 +396,14 @@ def _judgement(drop: Drop, gate: Gate) -> str:
     """Return, for example, "Measured loss 0.25 points, upper limit 0.94 ..., bound 0.5: held"."""
     from rtresnet.core.metrics import images_needed, verdict
 
-    found = verdict(drop, gate.max_drop)
+    outcome = verdict(drop, gate.max_drop)
     line = (
         f"Measured {'gain' if drop.points < 0 else 'loss'} {abs(drop.points):.2f} points, upper "
         f"limit of the loss {drop.high:.2f} (95 %, {plural(drop.n, 'image')}), bound "
-        f"{gate.max_drop:g}: {found}"
+        f"{gate.max_drop:g}: {outcome}"
     )
     needed = images_needed(drop, gate.max_drop)
-    if found == "not shown to hold" and math.isfinite(needed):
+    if outcome == "not shown to hold" and math.isfinite(needed):
         line += f"; about {_rounded_up(needed):,} images would be needed"
     return line
 

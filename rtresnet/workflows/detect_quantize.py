@@ -14,6 +14,7 @@ from rtresnet.core import artifacts, atomic_io, canvas
 from rtresnet.core.errors import CheckFailedError, InputError, missing_package
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Calibration, Measurements, Sidecar
+from rtresnet.workflows.calibration import fp8_float_nodes
 from rtresnet.workflows.detect import DetectionImages
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _int8(
 ) -> tuple[Any, Calibration, Measurements]:
     import json
 
-    from rtresnet.quantization import calibrate, mixed, placement, qdq
+    from rtresnet.quantization import calibrate, mixed, qdq
     from rtresnet.quantization.formats import FORMATS
 
     number_format = FORMATS[config.precision]
@@ -103,9 +104,7 @@ def _int8(
             f"{source}: a detector is calibrated on images",
             fix="--calib FOLDER, or voc:DIR, coco:JSON:IMAGES or shapes:N",
         )
-    # TensorRT-RTX has no FP8 kernel for the first convolution.
-    fp8 = config.precision == "fp8" and not config.fp8_stem
-    excluded = placement.stem(model.graph.node) if fp8 else ()
+    excluded = fp8_float_nodes(model, config)
     keep = float_nodes(model, SCOPES) | set(excluded)
     images = DetectionImages(str(config.calib), config.calib_images)
     tensors = list(qdq.placement(model, keep))

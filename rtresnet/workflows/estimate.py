@@ -11,17 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from msgspec import Meta
-from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
-
-from rtresnet.core import artifacts, atomic_io, gpu_targets, serialization
+from rtresnet.core import artifacts, atomic_io, gpu_targets
 from rtresnet.core.config import Config, option
-from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.core.errors import InputError
 from rtresnet.core.precisions import BY_TENSORRT_TYPE, PRECISIONS, PrecisionName
+from rtresnet.workflows import measured_latency
 from rtresnet.workflows.detect import require_classifier
 from rtresnet.workflows.loading import require_torch
+from rtresnet.workflows.measured_latency import MeasuredLatency
 
 if TYPE_CHECKING:
     from rtresnet.bench.kernels import Kernel
@@ -92,23 +91,6 @@ class StageEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredLatency:
-    """What `benchmark` measured of the same plan on the same GPU at the same batch.
-
-    Attributes:
-        file: The result file.
-        n: Number of requests.
-        median_ms: Latency with the copies to and from the GPU.
-        compute_ms: Computation alone, by the GPU's events; None if it was not measured.
-    """
-
-    file: str
-    n: int
-    median_ms: float
-    compute_ms: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class GpuEstimate:
     """Minimum times of a net on one GPU; see `StageEstimate`.
 
@@ -175,6 +157,7 @@ class Subject:
     Attributes:
         own: Precision of the file; None for a net by its name, which has any.
         targets: Compute capabilities of a plan; empty if anything may run it.
+        sha256: Hash of a plan.
     """
 
     name: str
@@ -184,7 +167,7 @@ class Subject:
     own: str | None = None
     builder: str | None = None
     targets: tuple[str, ...] = ()
-    sidecar: Sidecar | None = None
+    sha256: str = ""
 
 
 OpenedPlans = dict[str, "tuple[Sidecar, Layers]"]
@@ -233,7 +216,7 @@ def estimate_possible(
     name = os.fspath(model)
     # Report unknown names before slow work.
     gpus = [roofline.find_gpu(gpu) for gpu in config.gpus]
-    measured = [_read_measured(path) for path in config.measured]
+    benchmarks = [measured_latency.read(path) for path in config.measured]
     subject = _subject(name, config, {} if opened is None else opened)
     own = subject.own or "fp32"
     precision = config.precision or (subject.own or "fp16")
@@ -256,7 +239,9 @@ def estimate_possible(
         results=tuple(
             replace(
                 _on_gpu(gpu, roofline.minimum_times(used, gpu, subject.batch), subject.batch),
-                measured=tuple(_matching(measured, subject, gpu)),
+                measured=tuple(
+                    measured_latency.matching(benchmarks, subject.sha256, subject.batch, gpu)
+                ),
             )
             for gpu in _chosen(gpus, subject, used, every_gpu=every_gpu)
         ),
@@ -345,7 +330,7 @@ def read_plan(path: str, batch: int | None, opened: OpenedPlans) -> Subject:
         own=sidecar.precision,
         builder=f"{MODULES[plan.builder]} {plan.version}",
         targets=plan.targets,
-        sidecar=sidecar,
+        sha256=sidecar.sha256,
     )
 
 
@@ -412,82 +397,6 @@ def _chosen(
             )
     possible = [gpu for gpu in possible if used <= gpu.dtypes]
     return [gpu for gpu in gpus if gpu in possible] if gpus else possible
-
-
-class _Summary(TypedDict):
-    n: int
-    median: Annotated[float, Meta(gt=0)]
-
-
-class _Link(TypedDict):
-    sha256: NotRequired[str | None]
-
-
-class _Entry(TypedDict):
-    """What is read of an entry of a benchmark."""
-
-    device: NotRequired[str | None]
-    batch: int
-    scenario: NotRequired[str | None]
-    with_preprocess: NotRequired[bool | None]
-    latency: _Summary
-    parts: NotRequired[dict[str, _Summary] | None]
-    chain: NotRequired[list[_Link] | None]
-
-
-class _Bench(TypedDict):
-    results: list[_Entry]
-
-
-def _read_measured(path: Path) -> tuple[Path, list[_Entry]]:
-    """Return the entries of a result of `benchmark`.
-
-    Raises:
-        InputError: No such file, or not a result of `bench`.
-    """
-    fix = "create one with: rtresnet bench PLAN --json FILE"
-    atomic_io.require_file(path, fix=fix)
-    document = serialization.load(path, fix=fix)
-    if not isinstance(document, dict) or document.get("verb") != "bench":
-        raise InputError(f"{path}: not a result of rtresnet bench", fix=fix)
-    bench: _Bench = serialization.convert(
-        document.get("result"), _Bench, at="result", where=str(path), fix=fix
-    )
-    return path, bench["results"]
-
-
-def _matching(
-    measured: Sequence[tuple[Path, list[_Entry]]], subject: Subject, gpu: GpuSpec
-) -> Iterable[MeasuredLatency]:
-    """Return sequential measurements of the same file at the same batch on the same GPU."""
-    if subject.sidecar is None:
-        return
-    for path, entries in measured:
-        for entry in entries:
-            links = entry.get("chain") or [_Link()]
-            if (
-                links[0].get("sha256") == subject.sidecar.sha256
-                and entry["batch"] == subject.batch
-                and entry.get("scenario") in (None, "single-stream")
-                and not entry.get("with_preprocess")
-                and _is_gpu(entry.get("device"), gpu)
-            ):
-                computed = (entry.get("parts") or {}).get("compute")
-                yield MeasuredLatency(
-                    file=str(path),
-                    n=entry["latency"]["n"],
-                    median_ms=entry["latency"]["median"],
-                    compute_ms=computed["median"] if computed else None,
-                )
-
-
-def _is_gpu(device: str | None, gpu: GpuSpec) -> bool:
-    from rtresnet.bench import roofline
-
-    try:
-        return roofline.find_gpu(device or "") == gpu
-    except UnknownNameError:
-        return False
 
 
 def _on_gpu(gpu: GpuSpec, bounds: Sequence[MinimumTime], batch: int) -> GpuEstimate:

@@ -26,12 +26,13 @@ from rtresnet.onnxlib import io
 from rtresnet.workflows import advisor, embed_io
 from rtresnet.workflows.advisor import AdviceResult
 from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
+from rtresnet.workflows.calibration import require_trained_for
 from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.embed_io import EmbedConfig
 from rtresnet.workflows.estimate import EstimateConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
-from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked, require_trained_for
+from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked
 from rtresnet.workflows.run_folders import RUNS
 
 if TYPE_CHECKING:
@@ -174,11 +175,13 @@ def export(
 
 def _require_used(config: QuantizeConfig, precisions: Sequence[str]) -> None:
     """Raise InputError if an option applies to none of the precisions."""
-    if config.fp8_stem and "fp8" not in precisions:
-        raise InputError("--fp8-stem applies to FP8 only", fix="add --fp8, or leave it out")
+    if config.fp8_options and "fp8" not in precisions:
+        raise InputError(
+            f"{' and '.join(config.fp8_options)}: for FP8 only", fix="add --fp8, or leave it out"
+        )
     if not set(CALIBRATED) & set(precisions):
         try:
-            dataclasses.replace(config, precision="fp16", fp8_stem=False)
+            config.without_fp8_options("fp16")
         except InputError as error:
             raise InputError(error.message, fix="add --int8 or --fp8") from None
 
@@ -286,10 +289,7 @@ class _Export:
             open_images(calib)
         checkpoint, origin = resolve(weights, self.config.model, self.stated.size, self.reporter)
         for config in quantized:
-            require_trained_for(
-                origin, checkpoint.learned, config.precision, calib=calib,
-                calibrator=config.calibrator, fp8_stem=config.fp8_stem,
-            )  # fmt: skip
+            require_trained_for(origin, checkpoint.learned, config)
         stated = self.stated.applied_to(checkpoint.input)
         checkpoint = dataclasses.replace(
             checkpoint,
@@ -326,7 +326,9 @@ def _quantization(config: QuantizeConfig, precision: str) -> QuantizeConfig:
     name = cast("QuantizedName", precision)
     if name not in CALIBRATED:
         return QuantizeConfig(precision=name)
-    return dataclasses.replace(config, precision=name, fp8_stem=config.fp8_stem and name == "fp8")
+    if name == "fp8":
+        return dataclasses.replace(config, precision=name)
+    return config.without_fp8_options(name)
 
 
 def resolve(

@@ -8,38 +8,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter, serialization
+from rtresnet.core import artifacts, atomic_io, hardware, locks, reporter
 from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import ArtifactError, InputError, missing_package
 from rtresnet.core.labels import read_classes
 from rtresnet.core.precisions import CALIBRATED, HalfName, QuantizedName
-from rtresnet.core.reporter import Reporter, plural
+from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
-from rtresnet.core.sidecar import Calibration, Measurements, OutlierRecord, Sidecar
+from rtresnet.core.sidecar import Calibration, Measurements, Sidecar
 from rtresnet.workflows import adopt
-from rtresnet.workflows.accuracy_gate import Gate, GateResult, open_labelled, quantize_within
-from rtresnet.workflows.evaluate import ALLOW_BROKEN, MAX_BROKEN, trained_on
+from rtresnet.workflows.accuracy_gate import Gate, GateResult
+from rtresnet.workflows.calibration import Quantizer, scales_path
+from rtresnet.workflows.evaluate import MAX_BROKEN
 from rtresnet.workflows.input_spec import InputConfig
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
-
-    from rtresnet.core.preprocess import Preprocess
-    from rtresnet.onnxlib.metadata import TrainedScales
-    from rtresnet.quantization.calibrate import Calibrated
-    from rtresnet.quantization.formats import NumberFormat
-    from rtresnet.quantization.scales import SavedScales, ScalesOrigin
-
-CALIB = Path("calib")
-RANDOM_IMAGES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +43,7 @@ class QuantizeConfig(Config):
         calib_images: Number of images to calibrate on.
         float_dtype: Data type of tensors between INT8 or FP8 kernels, and of what stays in float.
         fp8_stem: Whether FP8 includes the first convolution.
+        fp8_min_channels: Smallest number of input channels of any other convolution in FP8.
         eval_data: Labelled images on which INT8 or FP8 is compared with FP32.
         max_drop: Points of top-1 that may be lost on them.
         gate: What must be within `max_drop`: the measured loss ("point") or the upper limit of its
@@ -87,6 +77,13 @@ class QuantizeConfig(Config):
         "Also quantize the first convolution to FP8, for which TensorRT has no kernel.",
         names=("--fp8-stem",),
         default_text="it stays in float",
+    )
+    fp8_min_channels: int = option(
+        1,
+        "Leave other convolutions with fewer input channels than N in float in FP8.",
+        metavar="N",
+        minimum=1,
+        default_text="1, all are quantized",
     )
     eval_data: str | None = option(
         None,
@@ -156,6 +153,22 @@ class QuantizeConfig(Config):
         return self.precision in CALIBRATED
 
     @property
+    def fp8_options(self) -> list[str]:
+        """The options for FP8 only that were used."""
+        used = {"--fp8-stem": self.fp8_stem, "--fp8-min-channels": self.fp8_min_channels > 1}
+        return [name for name, is_used in used.items() if is_used]
+
+    def without_fp8_options(self, precision: QuantizedName) -> QuantizeConfig:
+        """Return the config for another precision than FP8."""
+        return dataclasses.replace(self, precision=precision, fp8_stem=False, fp8_min_channels=1)
+
+    @property
+    def number_format(self) -> str:
+        """The number format in a file of scales (`ScalesOrigin.format`)."""
+        channels = f"-{self.fp8_min_channels}" if self.fp8_min_channels > 1 else ""
+        return self.precision + ("-stem" if self.fp8_stem else "") + channels
+
+    @property
     def wide_dtype(self) -> Literal["fp32", "fp16"]:
         """The data type of tensors that are neither INT8 nor FP8."""
         return self.float_dtype or ("fp16" if self.precision == "fp8" else "fp32")
@@ -216,8 +229,10 @@ def quantize(
         LockedError: Another process writes the same file.
     """
     config = config or QuantizeConfig()
-    if config.fp8_stem and config.precision != "fp8":
-        raise InputError("--fp8-stem applies to FP8 only", fix="add --fp8, or leave --fp8-stem out")
+    if config.fp8_options and config.precision != "fp8":
+        raise InputError(
+            f"{' and '.join(config.fp8_options)}: for FP8 only", fix="add --fp8, or leave it out"
+        )
     source = Path(source)
     place = Path(out) if out is not None else default_out(source, config.precision)
     with locks.hold_file(place, warn=reporter.note):
@@ -243,22 +258,12 @@ def quantize_unlocked(
 
     `sidecar` and `model`, which is not changed, are those of `source` if they were just read.
     """
-    from rtresnet.onnxlib import io, metadata
-    from rtresnet.onnxlib.interface import precision_of
+    from rtresnet.onnxlib import metadata
 
     stated = stated or InputConfig()
-    artifacts.require_name(out, "onnx")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"{out}: would overwrite its source", fix="choose another --out")
-    for place in (out, artifacts.sidecar_path(out)):
-        atomic_io.require_place(place)
-    scales = _scales_path(out, reporter) if config.calibrated else None
-    artifacts.require_onnx(source, "quantize")
-    sidecar = sidecar or artifacts.verify(source)
-    if not hardware.installed("onnx"):
-        raise missing_package("onnx", "quantizing")
-    model = io.load(source, checked=True) if model is None else copy.deepcopy(model)
-    sidecar = sidecar or metadata.described(source, model)
+    _require_outputs(source, out)
+    scales = scales_path(out, reporter) if config.calibrated else None
+    model, sidecar = _read(source, model, sidecar)
     if sidecar is not None and sidecar.detection is not None:
         from rtresnet.workflows.detect_quantize import quantize_detector
 
@@ -270,35 +275,22 @@ def quantize_unlocked(
         record = quantize_detector(
             source, model, sidecar, config, out=out, scales_path=scales, reporter=reporter
         )
-        return QuantizeResult(path=out, sidecar=record, gate=None)
-    _require_plain(source, model, sidecar)
-    _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
-    if sidecar is None:
-        if (precision := precision_of(model)) not in ("fp32", "unknown"):
-            raise InputError(f"{source}: is {precision} already", fix="start from the FP32 file")
-        sidecar = _describe(source, model, stated)
-    elif stated.applied_to(sidecar.input) != sidecar.input:
-        raise InputError(
-            f"{source}: --size, --mean or --std contradict its sidecar",
-            fix=f"leave them out; see: rtresnet inspect {source}",
-        )
-    if sidecar.precision != "fp32":
-        raise InputError(
-            f"{source}: is {sidecar.precision} already", fix="start from the FP32 file"
-        )
-    calibration, gate, outliers = None, None, list[OutlierRecord]()
+        return QuantizeResult(path=out, sidecar=record)
+    sidecar = _require_fp32(source, model, sidecar, stated)
     if scales is None:
         from rtresnet.quantization import half
 
         result = half.to_half(model, cast("HalfName", config.precision))
+        calibration, gate, measured = None, None, Measurements()
     else:
-        job = _Quantization(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
-                            reporter=reporter)  # fmt: skip
-        result, calibration, gate, outliers = job.quantize(model)
+        job = Quantizer(source=source, sidecar=sidecar, out=out, scales=scales, config=config,
+                        reporter=reporter)  # fmt: skip
+        quantized = job.quantize(model)
+        result, calibration, gate = quantized.model, quantized.calibration, quantized.gate
+        measured = gate.measured() if gate else Measurements()
+        if quantized.outliers:
+            measured["outliers"] = quantized.outliers
         _note_replaced(out, calibration, reporter)
-    measured = gate.measured() if gate else Measurements()
-    if outliers:
-        measured["outliers"] = outliers
     record = dataclasses.replace(
         sidecar,
         kind="onnx",
@@ -316,367 +308,52 @@ def quantize_unlocked(
     return QuantizeResult(path=out, sidecar=written, gate=gate)
 
 
-def _scales_path(out: Path, reporter: Reporter) -> Path:
-    """Return where the scales of a file go: calib/, or next to it where calib/ is not writable.
+def _require_outputs(source: Path, out: Path) -> None:
+    """Raise InputError if `out` is no place for a quantized version of `source`."""
+    artifacts.require_name(out, "onnx")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out}: would overwrite its source", fix="choose another --out")
+    for place in (out, artifacts.sidecar_path(out)):
+        atomic_io.require_place(place)
+
+
+def _read(
+    source: Path, model: onnx.ModelProto | None, sidecar: Sidecar | None
+) -> tuple[onnx.ModelProto, Sidecar | None]:
+    """Return the model, which may be changed, and its record; None for another tool's file."""
+    from rtresnet.onnxlib import io, metadata
+
+    artifacts.require_onnx(source, "quantize")
+    sidecar = sidecar or artifacts.verify(source)
+    if not hardware.installed("onnx"):
+        raise missing_package("onnx", "quantizing")
+    model = io.load(source, checked=True) if model is None else copy.deepcopy(model)
+    return model, sidecar or metadata.described(source, model)
+
+
+def _require_fp32(
+    source: Path, model: onnx.ModelProto, sidecar: Sidecar | None, stated: InputConfig
+) -> Sidecar:
+    """Set an open input size; return the record of the model, which is made for another tool's.
 
     Raises:
-        InputError: Neither can be written to.
+        InputError: The model is not in FP32, or something stated contradicts it.
     """
-    path = CALIB / f"{out.stem}.json"
-    try:
-        atomic_io.require_place(path)
-    except InputError as error:
-        path = out.with_name(f"{out.stem}.scales.json")
-        atomic_io.require_place(path)
-        reporter.note(f"{error.message}: new scales go to {path}")
-    return path
+    from rtresnet.onnxlib.interface import precision_of
 
-
-def require_trained_for(
-    source: object,
-    trained: TrainedScales | None,
-    precision: str,
-    *,
-    calib: str | None,
-    calibrator: str,
-    fp8_stem: bool,
-) -> None:
-    """Reject a quantization that differs from the one that the scales were trained for.
-
-    Args:
-        source: Whose scales they are, for the message.
-        trained: None if there are none.
-        precision: "int8" or "fp8".
-        calib: Images that were requested, if any.
-        calibrator: "auto" if none was requested.
-        fp8_stem: Whether FP8 was requested in the first convolution.
-
-    Raises:
-        InputError: There are trained scales, and another precision or calibration was requested.
-    """
-    if trained is None:
-        return
-    if precision != trained.format:
+    _require_plain(source, model, sidecar)
+    _settle_size(source, model, stated.size or (sidecar.input.size if sidecar else None))
+    precision = sidecar.precision if sidecar else precision_of(model)
+    if precision != "fp32" and (sidecar is not None or precision != "unknown"):
+        raise InputError(f"{source}: is {precision} already", fix="start from the FP32 file")
+    if sidecar is None:
+        return _describe(source, model, stated)
+    if stated.applied_to(sidecar.input) != sidecar.input:
         raise InputError(
-            f"{source}: its scales were learned for {trained.format.upper()}, not for "
-            f"{precision.upper()}",
-            fix=f"use --{trained.format}, or train without --qat",
+            f"{source}: --size, --mean or --std contradict its sidecar",
+            fix=f"leave them out; see: rtresnet inspect {source}",
         )
-    if fp8_stem:
-        raise InputError(
-            f"{source}: was trained with its first convolution in float",
-            fix="leave --fp8-stem out",
-        )
-    if calib is not None or calibrator != "auto":
-        option = f"--calib {calib}" if calib is not None else f"--calibrator {calibrator}"
-        raise InputError(
-            f"{source}: its activation scales were learned in training, there is nothing to "
-            "calibrate",
-            fix=f"leave {option} out",
-        )
-
-
-Quantized = tuple[Any, Calibration, "GateResult | None", list[OutlierRecord]]
-"""The model, its calibration, the gate's measurements, and the outlier channels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Quantization:
-    """The quantization of one file to INT8 or FP8.
-
-    Attributes:
-        sidecar: The FP32 file's record.
-        scales: Where the scales go.
-    """
-
-    source: Path
-    sidecar: Sidecar
-    out: Path
-    scales: Path
-    config: QuantizeConfig
-    reporter: Reporter
-
-    @property
-    def number_format(self) -> NumberFormat:
-        from rtresnet.quantization.formats import FORMATS
-
-        return FORMATS[self.config.precision]
-
-    def float_nodes(self, model: Any) -> tuple[str, ...]:
-        """Nodes that stay in float whatever they cost: the stem in FP8."""
-        from rtresnet.quantization import placement
-
-        fp8 = self.config.precision == "fp8" and not self.config.fp8_stem
-        return placement.stem(model.graph.node) if fp8 else ()
-
-    def quantize(self, model: Any) -> Quantized:
-        """Calibrate and quantize in whichever way the file and the config ask for."""
-        from rtresnet.onnxlib import metadata
-        from rtresnet.quantization.prepare import prepare
-
-        config, gate = self.config, self.config.accuracy_gate
-        trained = metadata.TRAINED_SCALES.read(
-            {entry.key: entry.value for entry in model.metadata_props}
-        )
-        require_trained_for(
-            self.source, trained, config.precision, calib=config.calib,
-            calibrator=config.calibrator, fp8_stem=config.fp8_stem,
-        )  # fmt: skip
-        model = prepare(model)
-        if trained is not None:
-            if gate is not None:
-                raise InputError(
-                    f"{self.source}: --eval would leave blocks in float, and its scales were "
-                    f"learned with all of them in {trained.format.upper()}",
-                    fix="leave --eval out, and see: rtresnet compare",
-                )
-            return self._with_trained_scales(model, trained)
-        if config.calib == "none":
-            if gate is not None:
-                raise InputError(
-                    "--eval needs --calib with images, to measure the noise of each block"
-                )
-            return self._without_images(model)
-        return self._on_images(model, gate)
-
-    def _on_images(self, model: Any, gate: Gate | None) -> Quantized:
-        from rtresnet.quantization import calibrate, qdq, scales, simulate
-        from rtresnet.quantization.scales import ScalesOrigin
-
-        config, reporter, source = self.config, self.reporter, self.source
-        labelled = open_labelled(gate, self.sidecar.model.classes, source) if gate else None
-        batches, name, fingerprint, count = calibration_batches(
-            config, self.sidecar.input, reporter
-        )
-        if gate is not None and labelled is not None:
-            for remark in trained_on([(source, self.sidecar.weights)], labelled, "test"):
-                reporter.note(remark)
-            if not labelled.splits and name == gate.data:
-                reporter.note(
-                    f"{gate.data}: the ranges are chosen on the images of --eval, so the loss on "
-                    "new images is probably larger"
-                )
-        float_nodes = self.float_nodes(model)
-        tensors = list(qdq.placement(model, float_nodes))
-        if (batch := simulate.fixed_batch(model)) is not None:
-            how = "image by image" if batch == 1 else f"{batch} images at a time"
-            reporter.note(f"{source}: its batch is fixed at {batch}; calibrated {how}")
-        origin = ScalesOrigin(
-            **self._contract(), images=name, images_sha256=fingerprint, n=count,
-            calibrator=config.calibrator,
-        )  # fmt: skip
-        path, saved = self._saved_scales(origin)
-        doing = f"calibrating on {plural(count, 'image')} of {name} ({config.calibrator})"
-        with reporter.progress(doing, total=count) as update:
-
-            def report(phase: str, done: int, total: int | None) -> None:
-                update(done, phase, count if total is None else total)
-
-            if saved is not None:
-                calibrated = calibrate.repeat(
-                    model, tensors, batches, saved, report, number_format=self.number_format,
-                    float_nodes=float_nodes,
-                )  # fmt: skip
-            else:
-                calibrated = calibrate.calibrate(
-                    model, tensors, batches, config.calibrator, report,
-                    number_format=self.number_format, float_nodes=float_nodes,
-                )  # fmt: skip
-                scales.write(path, calibrated, origin)
-        outliers = self._note_calibration(calibrated)
-        finish = functools.partial(_with_float_dtype, dtype=config.wide_dtype)
-        excluded: tuple[str, ...] = ()
-        int8: tuple[str, ...] = ()
-        result = None
-        if gate is None or labelled is None:
-            quantized = finish(calibrated.quantized())
-        else:
-            held_out, logits = calibrate.references(model, batches())
-            quantized, excluded, int8, result = quantize_within(
-                gate, labelled, source, calibrated, held_out, logits, self.sidecar.input, finish,
-                reporter,
-            )  # fmt: skip
-        calibration = self._calibration(calibrated, origin, path, excluded, int8)
-        return quantized, calibration, result, outliers
-
-    def _with_trained_scales(self, model: Any, trained: TrainedScales) -> Quantized:
-        """Write INT8 or FP8 with the trained scales in the file."""
-        from rtresnet.onnxlib.metadata import QAT
-        from rtresnet.quantization.calibrate import Calibrated
-        from rtresnet.quantization.formats import low_bit_scale
-        from rtresnet.quantization.scales import ScalesOrigin
-
-        scales, low_bit = trained.scales, trained.format == "int8"
-        if low_bit:
-            scales = {name: low_bit_scale(scale) for name, scale in scales.items()}
-        calibrated = Calibrated(
-            model=model, scales=scales, method=QAT, low_bit=low_bit, branches=trained.branches,
-            number_format=self.number_format, float_nodes=self.float_nodes(model),
-        )  # fmt: skip
-        origin = ScalesOrigin(
-            **self._contract(), images=trained.images, images_sha256=trained.images_sha256,
-            n=trained.n, calibrator=QAT,
-        )  # fmt: skip
-        return self._uncalibrated(calibrated, origin)
-
-    def _without_images(self, model: Any) -> Quantized:
-        """Quantize with the batch norm statistics in the file."""
-        import numpy as np
-
-        from rtresnet.quantization import calibrate, qdq
-        from rtresnet.quantization.scales import ScalesOrigin
-
-        planes = [np.full((1, 1, 1, 3), level, np.uint8) for level in (0, 255)]
-        low, high = (self.sidecar.input.normalize(plane)[0, :, 0, 0] for plane in planes)
-        float_nodes = self.float_nodes(model)
-        tensors = list(qdq.placement(model, float_nodes))
-        calibrated = calibrate.calibrate_data_free(
-            model, tensors, low, high, number_format=self.number_format, float_nodes=float_nodes
-        )
-        origin = ScalesOrigin(
-            **self._contract(), images="none: ranges from the batch norms", images_sha256="", n=0,
-            calibrator="batch norms",
-        )  # fmt: skip
-        return self._uncalibrated(calibrated, origin)
-
-    def _uncalibrated(self, calibrated: Calibrated, origin: ScalesOrigin) -> Quantized:
-        """Quantize with scales that no image was run for."""
-        from rtresnet.quantization import scales
-
-        model = _with_float_dtype(calibrated.quantized(), self.config.wide_dtype)
-        scales.write(self.scales, calibrated, origin)
-        return model, self._calibration(calibrated, origin, self.scales, ()), None, []
-
-    def _contract(self) -> dict[str, Any]:
-        """Return the fields of `ScalesOrigin` that describe the FP32 file."""
-        contract = serialization.known(dataclasses.asdict(self.sidecar.input))
-        return {
-            "onnx_sha256": self.sidecar.sha256,
-            "preprocessing": contract,
-            "format": self.config.precision + ("-stem" if self.config.fp8_stem else ""),
-        }
-
-    def _calibration(
-        self,
-        calibrated: Calibrated,
-        origin: ScalesOrigin,
-        path: Path,
-        excluded: tuple[str, ...],
-        int8: tuple[str, ...] = (),
-    ) -> Calibration:
-        return Calibration(
-            method=calibrated.method,
-            images=origin.images,
-            images_sha256=origin.images_sha256,
-            n=origin.n,
-            scales=path.as_posix(),
-            scales_sha256=atomic_io.sha256(path),
-            kept=(*calibrated.float_nodes, *excluded),
-            int8=int8,
-            rest=self.config.wide_dtype,
-        )
-
-    def _saved_scales(self, origin: ScalesOrigin) -> tuple[Path, SavedScales | None]:
-        """Return where the scales are or go, and those of an earlier run with the same inputs."""
-        default = CALIB / f"{self.out.stem}.json"  # perhaps in a folder that can only be read
-        for path in dict.fromkeys((default, self.scales)):
-            if (saved := self._read_scales(path, origin)) is not None:
-                return path, saved
-        return self.scales, None
-
-    def _read_scales(self, path: Path, origin: ScalesOrigin) -> SavedScales | None:
-        from rtresnet.quantization import scales
-
-        if not path.exists():
-            return None
-        try:
-            saved = scales.read(path)
-        except ArtifactError as error:
-            self.reporter.note(f"calibrating again: {error.message}")
-            return None
-        if other := scales.differences(saved, origin):
-            self.reporter.note(
-                f"calibrating again: {path} was made with different {', '.join(other)}"
-            )
-            return None
-        self.reporter.note(f"reusing the scales of {path}")
-        return saved
-
-    def _note_calibration(self, calibrated: Calibrated) -> list[OutlierRecord]:
-        """Report the calibration; return the outlier channels with their remedies."""
-        note = self.reporter.note
-        if calibrated.ratios:
-            tried = [ratio for name, ratio in calibrated.ratios.items() if name != "kept"]
-            biases = ", biases corrected" if calibrated.bias_corrections else ""
-            count = len(calibrated.overrides)
-            overrides = f", {plural(count, 'tensor')} with individual ranges" if count else ""
-            note(
-                f"ranges by {calibrated.method}{biases}{overrides}: "
-                f"{calibrated.ratios['kept']:.1f} dB signal to noise at the logits "
-                f"(tried: {min(tried):.1f} to {max(tried):.1f})"
-            )
-        equalized = {outlier.tensor for outlier in calibrated.equalized}
-        entries: list[OutlierRecord] = []
-        for outlier in calibrated.outliers:
-            if outlier.tensor in equalized:
-                remedy = "scaled down, with the next convolution's weights scaled up"
-            elif self.config.calibrator != "auto":
-                remedy = "unchanged: only --calibrator auto changes weights"
-            else:
-                remedy = "unchanged: it does not connect exactly two convolutions"
-            channels = len(outlier.channels)
-            note(
-                f"{outlier.tensor}: {channels} of its channels determine the range, up to "
-                f"{outlier.times:.0f} times the median; {remedy}"
-            )
-            entries.append({"tensor": outlier.tensor, "channels": channels,
-                            "times": outlier.times, "remedy": remedy})  # fmt: skip
-        return entries
-
-
-def _with_float_dtype(model: Any, dtype: str) -> Any:
-    from rtresnet.quantization import half
-
-    return half.to_half(model) if dtype == "fp16" else model
-
-
-def calibration_batches(
-    config: QuantizeConfig, preprocess: Preprocess, reporter: Reporter
-) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
-    """Return the calibration images as repeatable batches, with their name, hash and number.
-
-    Without a spec, the images in calib/; without those, noise and a warning.
-    """
-    from rtresnet.data import loader, sources
-
-    spec, images = config.calib, config.calib_images
-    any_images = CALIB.is_dir() and bool(sources.images_under(CALIB))
-    lists = sorted(CALIB.glob("*.txt")) if CALIB.is_dir() else []
-    if spec is None and not any_images and lists:
-        spec = str(lists[0])
-    if spec is None and not any_images:
-        reporter.warning(
-            "no calibration images",
-            "calib/ contains none, so the scales come from random noise. "
-            "Latency is meaningful, accuracy is not. Use real images: --calib SPEC",
-        )
-        spec, images = f"synthetic:{RANDOM_IMAGES}", RANDOM_IMAGES
-        name = "noise"
-    else:
-        spec = spec or str(CALIB)
-        name = spec
-    source = sources.open_images(spec)
-    chosen = loader.sample(source, images)
-    tally = loader.DecodeErrors(
-        len(chosen), reporter.note, tolerated=config.max_broken, fix=ALLOW_BROKEN
-    )
-    size = loader.batch_size(preprocess)
-
-    def batches() -> Iterator[np.ndarray]:
-        for pixels, _ in loader.batches(source, preprocess, size, indices=chosen, tally=tally):
-            yield pixels
-
-    return batches, name, source.fingerprint(), len(chosen)
+    return sidecar
 
 
 def _settle_size(source: Path, model: Any, size: int | None) -> None:

@@ -67,7 +67,13 @@ def test_scales_of_int8_are_not_used_for_fp8(
 
 
 @pytest.mark.parametrize(
-    "more", [["--int8"], ["--fp16"], ["--calibrator", "entropy", "--calib", "none"]]
+    "more",
+    [
+        ["--int8"],
+        ["--fp16"],
+        ["--fp8-min-channels", "0"],
+        ["--calibrator", "entropy", "--calib", "none"],
+    ],
 )
 def test_contradicting_options_exit_2(source: Path, more: list[str]) -> None:
     assert quantize(source, *more) == 2
@@ -86,6 +92,34 @@ def test_fp8_stem_is_quantized_if_asked(source: Path) -> None:
     assert sidecar is not None and sidecar.calibration is not None
     assert sidecar.calibration.kept == ()
     assert QuantizeConfig(precision="fp8").wide_dtype == "fp16"
+
+
+def test_narrow_convolutions_stay_in_float_if_asked(source: Path, tints: str) -> None:
+    assert quantize(source, "--calib", tints, "--fp8-min-channels", "32") == 0
+    sidecar = read_sidecar("net-fp8.onnx")
+    assert sidecar is not None and sidecar.calibration is not None
+    narrow = {"conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"}  # 3 or 16 channels
+    graph = onnx.load("net-fp8.onnx").graph
+    operators = {node.name: node.op_type for node in graph.node}
+    excluded = set(sidecar.calibration.kept)
+    assert {name for name in excluded if operators[name] == "Conv"} == narrow
+    assert [operators[name] for name in excluded - narrow] == ["Add"]  # that of layer1.0
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    in_fp8 = {
+        node.name
+        for node in graph.node
+        if node.op_type == "Conv"
+        and types.get(node.input[1].removesuffix(".dq")) == onnx.TensorProto.FLOAT8E4M3FN
+    }
+    assert in_fp8 == {name for name, op in operators.items() if op == "Conv"} - narrow
+
+
+def test_scales_of_other_convolutions_are_not_reused(
+    source: Path, tints: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(source, "--calib", tints, "--fp8-min-channels", "32") == 0
+    assert quantize(source, "--calib", tints) == 0
+    assert "with different number format" in capsys.readouterr().err
 
 
 def test_the_gate_tries_int8_before_float(
@@ -156,6 +190,7 @@ def test_triton_whose_onnx_runtime_computes_fp8_wrongly_gets_none(
         (["--fp16", "--calib", "digits"], "add --int8 or --fp8"),
         (["--calibrator", "max"], "add --int8 or --fp8"),
         (["--int8", "--fp8-stem"], "add --fp8"),
+        (["--int8", "--fp8-min-channels", "32"], "add --fp8"),
     ],
 )
 def test_export_rejects_an_option_of_a_precision_that_is_not_written(
