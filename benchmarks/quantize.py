@@ -3,18 +3,18 @@
     python benchmarks/quantize.py --data folder:cifar10 [--data npz:FILE] --calib folder:cifar10 \\
         [--precision fp8 --name quantize-fp8] [--modelopt PYTHON] [--nncf PYTHON] WEIGHTS...
 
-Every file is calibrated on the same 512 training images and compared with the FP32 file on all the
-test images of every `--data`: as it is written, by ONNX Runtime without its optimizer, which is
-what a builder is given; and as it runs on a CPU, ours through `rtresnet.load`, the others' as
-anybody would run them. ONNX Runtime's `quantize_static` is given the flags that TensorRT
-needs. NVIDIA ModelOpt and NNCF, this one with its defaults, run in environments of their own, whose
-pythons `--modelopt` and `--nncf` name: they are no dependencies. Every file goes through `lint`.
-More comparisons: the float rest in FP16; ranges without images next to ranges from noise; and a net
-of the same function in which one channel was made a hundred times larger, by the plain method and
-by ours. What corrected biases and own ranges bring is what `auto` itself measured.
+Every file is calibrated on the same 512 training images and compared with the FP32 file on the test
+images of every `--data`: as it is written, by ONNX Runtime without its optimizer, which is what a
+builder reads; and, on the first `--data`, as it runs on a CPU: rtresnet's files through
+`rtresnet.load`, the others with ONNX Runtime's defaults. `quantize_static` of ONNX Runtime gets the
+flags that TensorRT needs. NVIDIA ModelOpt and NNCF, the latter with its defaults, are not
+dependencies: `--modelopt` and `--nncf` name the Python of an environment that has them. `lint`
+checks every file. INT8 also compares ranges without images with ranges from noise, and a net with
+the same function in which one channel is a hundred times larger.
 
 In FP8 the other tool is ModelOpt, whose files keep float32 between the quantized operations, as
-ours do with `--float-dtype fp32`.
+rtresnet's do with `--float-dtype fp32`. ModelOpt leaves convolutions with 16 input channels in
+float. rtresnet is also measured with the same convolutions, and with `--fp8-min-channels 32`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ OURS = ("auto", "max", "percentile", "entropy", "mse")
 OURS_FP8 = tuple(method for method in OURS if method != "entropy")
 IMAGES = 512
 ON_CPU = {
-    "INT8": "what its integer kernels compute",
-    "FP8": "what ONNX Runtime computes with its optimizer, ours through `rtresnet.load`",
+    "INT8": "the file run by integer kernels",
+    "FP8": "the file run with ONNX Runtime's optimizer, rtresnet's through `rtresnet.load`",
 }
+WIDE = 32  # input channels of the convolutions that ModelOpt quantizes to FP8
 TIMES = 100  # what one channel is multiplied by; the next convolution's weights are divided by it
 
 MODELOPT = """
@@ -95,7 +96,7 @@ def onnxruntime_file(source: Path, images: np.ndarray, method: str, out: Path) -
 
 
 def elsewhere(python: str, script: str, source: Path, images: Path, method: str, out: Path) -> Path:
-    """A file that another tool makes in its own environment."""
+    """Run another tool in its own environment; return its file."""
     subprocess.run(
         [python, "-c", script, str(source), str(images), method, str(out)], check=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -104,24 +105,24 @@ def elsewhere(python: str, script: str, source: Path, images: Path, method: str,
 
 
 def linted(path: Path) -> str:
-    """What `rtresnet lint` counts."""
+    """Return the counts of `rtresnet lint`."""
     counts = Counter(entry.severity for entry in lint(onnx.load(path)))
     worse = [f"{n} {name}s" for name, n in sorted(counts.items()) if name != "note"]
     return ", ".join(worse) or "passes"
 
 
 def search(scales: Path) -> dict[str, Any]:
-    """What `auto` tried and kept, as its file of scales says."""
+    """Return the candidates and the choice of `auto`, from its file of scales."""
     saved = json.loads(scales.read_text())
     names = ("method", "biases_corrected", "brought_down", "own_factors", "signal_to_noise_db")
     return {name: saved[name] for name in names}
 
 
 def plainly(path: Path, images: np.ndarray) -> np.ndarray:
-    """Logits by ONNX Runtime's CPU provider as anybody calls it, but for sums that saturate.
+    """Return the logits of ONNX Runtime's CPU provider with its defaults.
 
-    Without VNNI its integer kernels saturate at 16 bits unless told not to, which would be a loss
-    of this processor and not of the file.
+    Without VNNI its integer kernels saturate at 16 bits by default. That is turned off, because it
+    would be a loss of this processor and not of the file.
     """
     import onnxruntime
 
@@ -136,7 +137,7 @@ def plainly(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def written(path: Path, images: np.ndarray) -> np.ndarray:
-    """Logits as the file says, node by node."""
+    """Return the logits of the file as it is written, node by node."""
     session = simulate.make_session(onnx.load(path))
     name = session.get_inputs()[0].name
     batches = np.array_split(images, max(1, len(images) // 128))
@@ -155,7 +156,7 @@ def noise_ratio(reference: np.ndarray, logits: np.ndarray) -> float:
 
 
 def with_an_outlier(source: Path, out: Path) -> Path:
-    """The same function, with one channel inside the middle block a hundred times larger."""
+    """Write the same function with one channel inside the middle block a hundred times larger."""
     model = onnx.load(source)
     readers = {name: node for node in model.graph.node for name in node.input}
     pairs = []
@@ -193,8 +194,8 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
     calib = open_images(options.calib)
     chosen = loader.sample(calib, IMAGES)
     batches = loader.batches(calib, contract, 128, indices=chosen)
-    seen = np.concatenate([batch for batch, _ in batches])
-    np.save(folder / "calib.npy", seen)
+    images = np.concatenate([batch for batch, _ in batches])
+    np.save(folder / "calib.npy", images)
     files: list[tuple[str, Path, bool]] = []
     methods = options.calibrators or (OURS_FP8 if fp8 else OURS)
     for method in methods:
@@ -203,21 +204,24 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
         files.append((f"rtresnet, {method}", out, True))
     best = methods[0]
     saved = source.parent / "calib" / f"{source.stem}-{best}.json"
-    found = search(saved) if best == "auto" else None
+    searched = search(saved) if best == "auto" else None
     half = folder / f"{source.stem}-half.onnx"
     more = ("--fp8",) if fp8 else ()
     shutil.copy(saved, saved.with_name(f"{half.stem}.json"))  # the same search
     quantized(source, half, options.calib, best, "--rest", "fp16", *more)
     files.append((f"rtresnet, {best}, rest FP16", half, True))
     if fp8:
-        files += fp8_files(source, options, folder, seen)
+        files += fp8_files(source, options, folder, images)
     else:
-        files += int8_files(source, options, folder, seen, contract)
+        files += int8_files(source, options, folder, images, contract)
     return [
-        {"net": exported["model"], "data": data, "search": found, **entry}
+        {"net": exported["model"], "data": data, "search": searched, **entry}
         for data in options.data
-        for entry in compared(source, files, open_source(data, "test"), contract)
-    ]
+        for entry in compared(
+            source, files, open_source(data, "test"), contract, options.images,
+            on_cpu=data == options.data[0],
+        )
+    ]  # fmt: skip
 
 
 def quantized_nodes(model: onnx.ModelProto) -> set[str]:
@@ -236,28 +240,34 @@ def quantized_nodes(model: onnx.ModelProto) -> set[str]:
 
 
 def fp8_files(
-    source: Path, options: argparse.Namespace, folder: Path, seen: np.ndarray
+    source: Path, options: argparse.Namespace, folder: Path, images: np.ndarray
 ) -> list[tuple[str, Path, bool]]:
+    methods = options.calibrators or ("auto", "max", "mse")
     out = folder / f"{source.stem}-none.onnx"
     quantized(source, out, "none", "auto", "--fp8", "--rest", "fp32")
-    files = [("rtresnet, no images", out, True)]
+    wide = folder / f"{source.stem}-wide.onnx"
+    quantized(source, wide, options.calib, methods[0], "--fp8", "--rest", "fp32",
+              "--fp8-min-channels", str(WIDE))  # fmt: skip
+    files = [
+        ("rtresnet, no images", out, True),
+        (f"rtresnet, {methods[0]}, from {WIDE} channels", wide, True),
+    ]
     for method in ("max", "entropy") if options.modelopt else ():
         out = folder / f"{source.stem}-modelopt-{method}.onnx"
         script = MODELOPT.replace("PRECISION", "fp8")
         elsewhere(options.modelopt, script, source, folder / "calib.npy", method, out)
         files.append((f"ModelOpt, {method}", out, False))
-    for method in (options.calibrators or ("auto", "max", "mse")) if options.modelopt else ():
-        # ModelOpt leaves convolutions with few channels in float: ours with the same ones.
+    for method in methods if options.modelopt else ():
         model = onnx.load(source)
         same = quantized_nodes(onnx.load(folder / f"{source.stem}-modelopt-max.onnx"))
-        kept = tuple(
+        excluded = tuple(
             node.name
             for node in model.graph.node
             if node.op_type in ("Conv", "Gemm", "Add") and node.name not in same
         )
         calibrated = calibrate.calibrate(
-            model, list(qdq.placement(model, kept)), lambda: np.array_split(seen, 4), method,
-            number_format=FP8, float_nodes=kept,
+            model, list(qdq.placement(model, excluded)), lambda: np.array_split(images, 4), method,
+            number_format=FP8, float_nodes=excluded,
         )  # fmt: skip
         out = folder / f"{source.stem}-same-{method}.onnx"
         onnx.save(calibrated.quantized(), out)
@@ -269,7 +279,7 @@ def int8_files(
     source: Path,
     options: argparse.Namespace,
     folder: Path,
-    seen: np.ndarray,
+    images: np.ndarray,
     contract: Preprocess,
 ) -> list[tuple[str, Path, bool]]:
     files: list[tuple[str, Path, bool]] = []
@@ -279,13 +289,13 @@ def int8_files(
     files.append(("rtresnet, auto, on noise", noise, True))
     larger = with_an_outlier(source, folder / f"{source.stem}-outlier.onnx")
     triples = {n: ",".join(map(str, getattr(contract, n))) for n in ("mean", "std")}
-    said = ("--size", str(contract.size), "--mean", triples["mean"], "--std", triples["std"])
+    stated = ("--size", str(contract.size), "--mean", triples["mean"], "--std", triples["std"])
     for method in ("max", "auto"):
         out = folder / f"{larger.stem}-{method}.onnx"
-        quantized(larger, out, options.calib, method, *said)
+        quantized(larger, out, options.calib, method, *stated)
         files.append((f"rtresnet, {method}, a channel x{TIMES}", out, True))
     for method in ("MinMax", "Percentile", "Entropy"):
-        out = onnxruntime_file(source, seen, method, folder / f"{source.stem}-ort-{method}.onnx")
+        out = onnxruntime_file(source, images, method, folder / f"{source.stem}-ort-{method}.onnx")
         files.append((f"ONNX Runtime, {method}", out, False))
     for method in ("max", "entropy") if options.modelopt else ():
         out = folder / f"{source.stem}-modelopt-{method}.onnx"
@@ -300,16 +310,22 @@ def int8_files(
 
 
 def compared(
-    source: Path, files: list[tuple[str, Path, bool]], test: Source, contract: Preprocess
+    source: Path,
+    files: list[tuple[str, Path, bool]],
+    test: Source,
+    contract: Preprocess,
+    count: int,
+    *,
+    on_cpu: bool,
 ) -> Iterator[dict[str, Any]]:
-    found = list(loader.batches(test, contract, 128))
-    images, labels = (np.concatenate([batch[n] for batch in found]) for n in (0, 1))
+    batches = list(loader.batches(test, contract, 128, indices=loader.sample(test, count)))
+    images, labels = (np.concatenate([batch[n] for batch in batches]) for n in (0, 1))
     reference = ours(source, images)
     right = reference.argmax(1) == labels
     convolutions = {n.name for n in onnx.load(source).graph.node if n.op_type == "Conv"}
     for name, path, is_ours in files:
         logits = written(path, images)
-        ran = (ours if is_ours else plainly)(path, images)
+        ran = (ours if is_ours else plainly)(path, images) if on_cpu else None
         drop = metrics.paired_drop(right, logits.argmax(1) == labels)
         yield {
             "by": name,
@@ -317,7 +333,7 @@ def compared(
             "fp32_top1": int(right.sum()),
             "top1": int((logits.argmax(1) == labels).sum()),
             "agreement": 100 * metrics.parity(reference, logits).agreement,
-            "on_cpu": 100 * metrics.parity(reference, ran).agreement,
+            "on_cpu": None if ran is None else 100 * metrics.parity(reference, ran).agreement,
             "drop": drop.points,
             "low": drop.low,
             "high": drop.high,
@@ -335,6 +351,7 @@ def main() -> None:
     parser.add_argument("weights", nargs="+")
     parser.add_argument("--data", required=True, action="append")
     parser.add_argument("--calib", required=True)
+    parser.add_argument("--images", type=int, default=10_000, help="test images of each --data")
     parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
     parser.add_argument(
         "--calibrators", type=lambda text: tuple(text.split(",")), help="ours, separated by commas"
@@ -359,20 +376,19 @@ def main() -> None:
     save(options.name, record, table(record))
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """What each step of the search brought."""
-    ratios, method = found["signal_to_noise_db"], found["method"]
+def in_words(choice: dict[str, Any]) -> str:
+    """Describe the gain of each step of the search."""
+    ratios, method = choice["signal_to_noise_db"], choice["method"]
     corrected = ratios.get(f"{method}, biases corrected")
     return (
-        f"{method} {ratios[method]:.1f} dB, with biases corrected {corrected:.1f}, with ranges of "
-        f"their own for {len(found['own_factors'])} tensors {ratios['kept']:.1f}, "
-        f"{len(found['brought_down'])} tensors brought down"
+        f"{method} {ratios[method]:.1f} dB, with biases corrected {corrected:.1f}, with individual "
+        f"ranges for {len(choice['own_factors'])} tensors {ratios['kept']:.1f}, "
+        f"{len(choice['brought_down'])} tensors scaled down"
     )
 
 
 def table(record: dict[str, Any]) -> str:
-    """The first set's rows; what `auto` does on the others in words."""
-    first, precision = record["results"][0]["data"], record["precision"].upper()
+    precision = record["precision"].upper()
     headings = (
         "net", f"{precision} by", "agreement %", "drop, points", "95 %", "SNR dB", "on a CPU %",
         "lint", "images", *(("FP8 convolutions",) if precision == "FP8" else ()),
@@ -381,19 +397,13 @@ def table(record: dict[str, Any]) -> str:
         (
             e["net"], e["by"], f"{e['agreement']:.2f}", f"{e['drop']:.2f}",
             f"{e['low']:.2f} to {e['high']:.2f}", f"{e['noise_ratio']:.1f}",
-            f"{e['on_cpu']:.2f}", e["lint"], e["n"],
+            "-" if e["on_cpu"] is None else f"{e['on_cpu']:.2f}", e["lint"], e["n"],
             *((e["quantized_convolutions"],) if precision == "FP8" else ()),
         )
         for e in record["results"]
-        if e["data"] == first
     ]  # fmt: skip
-    auto = [e for e in record["results"] if e["by"] == "rtresnet, auto"]
-    others = ", ".join(
-        f"{e['net']} {e['top1']} right of {e['n']} in {precision} and {e['fp32_top1']} in FP32"
-        for e in auto
-        if e["data"] != first
-    )
-    searched = "; ".join(f"{e['net']} {in_words(e['search'])}" for e in auto if e["data"] == first)
+    searches = {e["net"]: e["search"] for e in record["results"] if e["search"]}
+    searched = "; ".join(f"{net} {in_words(search)}" for net, search in searches.items())
     versions = ", ".join(f"{n} {v}" for n, v in record["versions"].items())
     caption = (
         f"Agreement and drop of the file as it is written, against the FP32 file on the same "
@@ -401,10 +411,8 @@ def table(record: dict[str, Any]) -> str:
         f"training images of {Path(record['calib'].partition(':')[2]).name}; ONNX Runtime CPU on "
         f"{hardware.cpu()}, {versions}."
     )
-    if auto:
-        caption += f" What auto found, on images held back: {searched}."
-    if others:
-        caption += f" On the other sets, auto: {others}."
+    if searches:
+        caption += f" The search of auto, on held-out calibration images: {searched}."
     return markdown(headings, rows) + "\n\n" + caption
 
 
