@@ -50,7 +50,7 @@ ON_CPU = {
     "FP8": "the file run with ONNX Runtime's optimizer, rtresnet's through `rtresnet.load`",
 }
 WIDE = 32  # input channels of the convolutions that ModelOpt quantizes to FP8
-TIMES = 100  # what one channel is multiplied by; the next convolution's weights are divided by it
+TIMES = 100  # factor of one channel; the next convolution's weights are divided by it
 
 MODELOPT = """
 import sys, numpy as np
