@@ -85,6 +85,21 @@ def quantize_detector(
     return artifacts.publish(out, lambda temporary: temporary.write_bytes(data), record)
 
 
+def open_calibration(source: str | Path, config: QuantizeConfig) -> DetectionImages:
+    """Open the images to calibrate a detector on.
+
+    Raises:
+        InputError: None are named.
+        DataError: They cannot be read.
+    """
+    if config.calib in (None, "none"):
+        raise InputError(
+            f"{source}: a detector is calibrated on images",
+            fix="--calib FOLDER, or voc:DIR, coco:JSON:IMAGES or shapes:N",
+        )
+    return DetectionImages(str(config.calib), config.calib_images)
+
+
 def _int8(
     source: Path,
     model: Any,
@@ -99,14 +114,9 @@ def _int8(
     from rtresnet.quantization.formats import FORMATS
 
     number_format = FORMATS[config.precision]
-    if config.calib in (None, "none"):
-        raise InputError(
-            f"{source}: a detector is calibrated on images",
-            fix="--calib FOLDER, or voc:DIR, coco:JSON:IMAGES or shapes:N",
-        )
+    images = open_calibration(source, config)
     excluded = fp8_float_nodes(model, config)
     keep = float_nodes(model, SCOPES) | set(excluded)
-    images = DetectionImages(str(config.calib), config.calib_images)
     tensors = list(qdq.placement(model, keep))
     doing = f"calibrating on {plural(len(images), 'image')} of {config.calib}"
     with reporter.progress(doing, total=len(images)) as update:

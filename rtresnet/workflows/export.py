@@ -249,7 +249,7 @@ class _Export:
         )  # fmt: skip
 
     def _write_detector(self, weights: Path, base: Path) -> tuple[Checkpoint, Sidecar]:
-        from rtresnet.workflows import detect_export
+        from rtresnet.workflows import detect_export, detect_quantize
 
         if self.embed.changes_anything or not self.stated.empty:
             raise InputError(
@@ -259,6 +259,8 @@ class _Export:
             )
         if "bf16" in self.config.precisions:
             raise InputError(f"{weights}: a detector has no BF16 version", fix="use --fp16")
+        if self._require_valid():
+            detect_quantize.open_calibration(weights, self.quantize)
         return detect_export.write_fp32(
             weights, base, size=self.config.canvas, reporter=self.reporter
         )
@@ -272,8 +274,12 @@ class _Export:
             return None
         return advisor.advise([entry.path for entry in plans], EstimateConfig(gpus=gpus))
 
-    def _resolved(self, weights: str | os.PathLike[str] | None) -> tuple[Checkpoint, Path | None]:
-        """Return the checkpoint with the stated input. Reject invalid requests early."""
+    def _require_valid(self) -> list[QuantizeConfig]:
+        """Reject invalid options early; return the configs of INT8 and FP8.
+
+        Raises:
+            InputError: Unknown target, profile or option.
+        """
         require_torch("export")
         from rtresnet.builder import targets
 
@@ -282,11 +288,15 @@ class _Export:
         configs = [
             _quantization(self.quantize, name) for name in self.config.precisions if name != "fp32"
         ]
-        calib, quantized = self.quantize.calib, [c for c in configs if c.calibrated]
-        if quantized and calib not in (None, "none"):
+        return [config for config in configs if config.calibrated]
+
+    def _resolved(self, weights: str | os.PathLike[str] | None) -> tuple[Checkpoint, Path | None]:
+        """Return the checkpoint with the stated input. Reject invalid requests early."""
+        quantized = self._require_valid()
+        if quantized and self.quantize.calib not in (None, "none"):
             from rtresnet.data.sources import open_images
 
-            open_images(calib)
+            open_images(self.quantize.calib)
         checkpoint, origin = resolve(weights, self.config.model, self.stated.size, self.reporter)
         for config in quantized:
             require_trained_for(origin, checkpoint.learned, config)

@@ -155,6 +155,32 @@ def test_export_detector_writes_three_precisions_equal_to_torch(
     assert sidecar.calibration is not None and sidecar.calibration.n == 8
 
 
+@pytest.mark.parametrize(
+    ("precision", "quantize", "build"),
+    [
+        ("fp16", {}, {"targets": ("sm_12345",)}),
+        ("fp16", {}, {"batch": "8:4:2"}),
+        ("int8", {}, {}),
+        ("int8", {"calib": "no/such/folder"}, {}),
+    ],
+    ids=["target", "batch", "no images", "missing images"],
+)
+def test_export_detector_rejects_invalid_options_before_it_writes(
+    run: rtresnet.TrainDetectorResult,
+    tmp_path: Path,
+    precision: Any,
+    quantize: dict[str, Any],
+    build: dict[str, Any],
+) -> None:
+    with pytest.raises(rtresnet.InputError):
+        rtresnet.export(
+            run.checkpoint, tmp_path / "engines",
+            rtresnet.ExportConfig(precisions=(precision,), canvas=(64, 96)),
+            quantize=rtresnet.QuantizeConfig(**quantize), build=rtresnet.BuildConfig(**build),
+        )  # fmt: skip
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
 def test_export_boxes_stay_float32(exported: rtresnet.ExportResult) -> None:
     onnx = pytest.importorskip("onnx")
     for entry in exported.onnx[1:]:
