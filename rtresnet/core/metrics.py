@@ -93,6 +93,22 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
+def most_probable(
+    answer: np.ndarray | tuple[np.ndarray, np.ndarray], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices and probabilities [N, count] of the most probable classes.
+
+    Args:
+        answer: Logits [N, classes], or indices and probabilities [N, K] of a top-K file.
+        count: Largest number of classes per image.
+    """
+    if isinstance(answer, tuple):
+        return answer[0][:, :count], answer[1][:, :count]
+    probabilities = softmax(answer)
+    indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+    return indices, np.take_along_axis(probabilities, indices, axis=1)
+
+
 def from_best(indices: np.ndarray, probabilities: np.ndarray, classes: int) -> np.ndarray:
     """Return logits of all classes whose softmax gives the K most probable classes.
 

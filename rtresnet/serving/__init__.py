@@ -1,1 +1,1 @@
-"""An artifact as somebody else's server takes it."""
+"""An inference server for the Open Inference Protocol."""

@@ -13,70 +13,36 @@ from importlib import resources
 from typing import Any
 
 import grpc
-import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+import msgspec
+from google.protobuf import descriptor_pb2, json_format, message_factory
 
 from rtresnet.core.errors import InputError, RtresnetError
 from rtresnet.serving import protocol
-from rtresnet.serving.metrics import Metrics
-from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import DATATYPES, InferRequest, Tensor
-from rtresnet.serving.repository import Model, Repository
+from rtresnet.serving.protocol import DATATYPES, InferRequest
+from rtresnet.serving.repository import Repository
 
 CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents", "INT64": "int64_contents"}
-
-
-def _messages() -> dict[str, Any]:
-    """Every message class by its name."""
-    data = resources.files("rtresnet.serving").joinpath("open_inference.desc").read_bytes()
-    files = descriptor_pb2.FileDescriptorSet.FromString(data)
-    pool = descriptor_pool.DescriptorPool()  # its own: tritonclient registers the same names
-    for file in files.file:
-        pool.Add(file)
-    names = [f"{file.package}.{m.name}" for file in files.file for m in file.message_type]
-    return {
-        name.rpartition(".")[2]: message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
-        for name in names
-    }
-
-
-MESSAGES = _messages()
+DESCRIPTION = descriptor_pb2.FileDescriptorSet.FromString(
+    resources.files("rtresnet.serving").joinpath("open_inference.desc").read_bytes()
+)
+# Without a pool, a new one is made: tritonclient registers the same names in the default pool.
+MESSAGES: dict[str, Any] = {
+    name.rpartition(".")[2]: message
+    for name, message in message_factory.GetMessages(DESCRIPTION.file).items()
+}
+PUBLIC = ("ServerLive", "ServerReady")  # answered without a token: probes have none
 
 
 class Service:
     """Answers the calls of `inference.GRPCInferenceService`."""
 
-    def __init__(
-        self,
-        repository: Repository,
-        metrics: Metrics,
-        options: ServerOptions,
-        ready: Callable[[], bool],
-    ) -> None:
-        self._repository, self._metrics, self._options = repository, metrics, options
-
-        def model(request: Any) -> Model:
-            return repository.get(request.name, request.version)
-
-        def asked(request: Any) -> list[Model]:
-            return [model(request)] if request.name else repository.all()
-
-        self._reads: dict[str, Callable[[Any], dict[str, Any]]] = {
-            "ServerLive": lambda request: {"live": repository.healthy},
-            "ServerReady": lambda request: {"ready": ready() and repository.healthy},
-            "ModelReady": lambda request: {"ready": ready() and model(request).healthy},
-            "ServerMetadata": lambda request: protocol.server(),
-            "ModelMetadata": lambda request: repository.metadata(model(request)),
-            "ModelConfig": lambda request: {"config": model(request).config()},
-            "ModelStatistics": lambda request: {
-                "model_stats": [entry.statistics() for entry in asked(request)]
-            },
-            "RepositoryIndex": lambda request: {"models": repository.index()},
-        }
+    def __init__(self, repository: Repository) -> None:
+        self._repository, self._options = repository, repository.options
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """What a grpc.aio server dispatches to."""
-        calls = {name: self._read(name) for name in self._reads} | {"ModelInfer": self.infer}
+        """The handlers of all calls, for a grpc.aio server."""
+        calls = {name: self._read(name) for name in self._repository.operations}
+        calls["ModelInfer"] = self.infer
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
                 _guarded(call),
@@ -93,10 +59,13 @@ class Service:
         return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
 
     def _read(self, name: str) -> Callable[..., Any]:
+        operation, response = self._repository.operations[name], MESSAGES[f"{name}Response"]
+
         async def call(request: Any, context: Any) -> Any:
-            if name not in ("ServerLive", "ServerReady"):
+            if name not in PUBLIC:
                 self._authorize(context)
-            return json_format.ParseDict(self._reads[name](request), MESSAGES[f"{name}Response"]())
+            model, version = getattr(request, "name", ""), getattr(request, "version", "")
+            return json_format.ParseDict(operation(model, version), response())
 
         return call
 
@@ -120,7 +89,7 @@ class Service:
             raise
         finally:
             name = request.model_name if status not in (401, 404) else ""
-            self._metrics.request(name, status, time.monotonic() - began)
+            self._repository.metrics.request(name, status, time.monotonic() - began)
         response = MESSAGES["ModelInferResponse"](
             model_name=model.name, model_version=model.version, id=request.id
         )
@@ -157,18 +126,23 @@ def _parse(request: Any) -> InferRequest:
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InputError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs")
-    return InferRequest(
-        id=request.id,
-        inputs=[
-            Tensor(
-                entry.name, entry.datatype, list(entry.shape),
-                raw[number] if raw else _contents(entry),
-            )
-            for number, entry in enumerate(request.inputs)
+    document = {
+        "id": request.id,
+        "inputs": [
+            {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape),
+             "data": raw[number] if raw else _contents(tensor)}
+            for number, tensor in enumerate(request.inputs)
         ],
-        outputs=[Tensor(e.name, parameters=_parameters(e.parameters)) for e in request.outputs],
-        parameters=_parameters(request.parameters),
-    )  # fmt: skip
+        "outputs": [
+            {"name": output.name, "parameters": _parameters(output.parameters)}
+            for output in request.outputs
+        ],
+        "parameters": _parameters(request.parameters),
+    }  # fmt: skip
+    parsed: InferRequest = protocol.validated(
+        "the request", msgspec.convert, document, InferRequest
+    )
+    return parsed
 
 
 def _parameters(parameters: Any) -> dict[str, object]:
@@ -179,9 +153,6 @@ def _parameters(parameters: Any) -> dict[str, object]:
     }
 
 
-def _contents(entry: Any) -> np.ndarray:
-    name = CONTENTS.get(entry.datatype)
-    if name is None:
-        raise InputError(f"input {entry.name[:80]}: datatype {entry.datatype[:20]!r} is unknown")
-    dtype = np.float32 if entry.datatype == "FP32" else np.int64
-    return np.asarray(getattr(entry.contents, name), dtype)
+def _contents(tensor: Any) -> Any:
+    """The numbers of a tensor; None for a datatype that no model takes."""
+    return getattr(tensor.contents, CONTENTS.get(tensor.datatype, ""), None)

@@ -1,19 +1,18 @@
-"""The HTTP interface: Open Inference Protocol with binary tensors, images, page and metrics."""
+"""The HTTP interface: the Open Inference Protocol, encoded images, page and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -23,11 +22,16 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from rtresnet import __version__
 from rtresnet.core.errors import InputError
-from rtresnet.core.metrics import softmax
+from rtresnet.core.metrics import most_probable
 from rtresnet.serving import protocol
-from rtresnet.serving.metrics import Metrics
-from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import DATATYPES, InferRequest, RequestError
+from rtresnet.serving.protocol import (
+    DATATYPES,
+    InferRequest,
+    InferResponse,
+    Parameters,
+    RequestError,
+    Tensor,
+)
 from rtresnet.serving.repository import Answered, Model, Repository, chain
 
 log = logging.getLogger("rtresnet.serve")
@@ -35,6 +39,11 @@ log = logging.getLogger("rtresnet.serve")
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_FILES = 32  # in one request to classify
 PUBLIC = ("/v2/health/live", "/v2/health/ready")  # answered without a token: probes have none
+OPERATIONS = {
+    "/v2": "ServerMetadata", "/v2/health/live": "ServerLive", "/v2/health/ready": "ServerReady",
+    "model": "ModelMetadata", "model/ready": "ModelReady", "model/config": "ModelConfig",
+    "model/stats": "ModelStatistics",
+}  # fmt: skip
 MODEL_PATH = re.compile(
     r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?(?P<action>(/\w+)?)"
 )
@@ -45,6 +54,13 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
 }
 DECODER = msgspec.json.Decoder(InferRequest)
+
+
+class Query(msgspec.Struct):
+    """The query of a request with encoded images."""
+
+    top: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
+    least_score: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
 
 
 class _Request(Request):
@@ -69,48 +85,31 @@ class Api:
 
     Args:
         repository: The models.
-        metrics: Counts requests.
-        options: Limits and token.
         decode: Turns an encoded image into uint8 RGB [H, W, 3].
-        ready: Whether the server takes requests.
     """
 
-    def __init__(
-        self,
-        repository: Repository,
-        metrics: Metrics,
-        options: ServerOptions,
-        decode: Callable[[bytes], np.ndarray],
-        ready: Callable[[], bool],
-    ) -> None:
-        self._repository, self._metrics, self._options = repository, metrics, options
-        self._decode, self._ready = decode, ready
+    def __init__(self, repository: Repository, decode: Callable[[bytes], np.ndarray]) -> None:
+        self._repository, self._options, self._decode = repository, repository.options, decode
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
         page = resources.files("rtresnet.serving").joinpath("page.html").read_text()
         self._started = time.time()
-        model = self._model
+        metrics = repository.metrics
         reads: dict[str, Callable[[Request], Any]] = {
             "/": lambda request: HTMLResponse(page, headers=PAGE_HEADERS),
             "/metrics": lambda request: Response(metrics.text(), media_type="text/plain"),
             "/v1/status": lambda request: self._status(),
-            "/v2": lambda request: protocol.server(),
-            "/v2/health/live": lambda request: _state(live=repository.healthy),
-            "/v2/health/ready": lambda request: _state(ready=ready() and repository.healthy),
-            "model": lambda request: repository.metadata(model(request)),
-            "model/ready": lambda request: _state(ready=ready() and model(request).healthy),
-            "model/config": lambda request: model(request).config(),
-            "model/stats": lambda request: {"model_stats": [model(request).statistics()]},
         }
+        reads |= {path: self._operation(name) for path, name in OPERATIONS.items()}
         actions: dict[str, Callable[[Request], Any]] = {
-            "/v1/classify": self._classify,
-            "/v1/detect": self._detect,
+            "/v1/classify": self._images,
+            "/v1/detect": self._images,
             "/v2/repository/index": self._index,
             "model/infer": self._infer,
         }
         self._routes = {"GET": reads, "HEAD": reads, "POST": actions}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers with what an action returns or raises; counts and logs those of POST."""
+        """Answers with the result or error of an action; counts and logs POST requests."""
         began, request = time.monotonic(), _Request(scope, receive)
         request.limit = self._options.max_body
         identity = request.headers.get("x-request-id", "")
@@ -127,11 +126,11 @@ class Api:
             text = "internal error" if status == 500 else str(error)
             response = JSONResponse({"error": text}, status, headers=HEADERS.get(status))
         response.headers["x-request-id"] = identity
-        if not self._ready():  # stopping: the client's next request goes elsewhere
+        if not self._repository.ready:  # stopping: the client's next request goes elsewhere
             response.headers["connection"] = "close"
         if request.method == "POST":
             seconds, model = time.monotonic() - began, getattr(request.state, "model", "")
-            self._metrics.request(model, response.status_code, seconds)
+            self._repository.metrics.request(model, response.status_code, seconds)
             log.info("request", extra={"fields": {
                 "id": identity, "path": scope["path"][:200], "model": model,
                 "status": response.status_code, "ms": round(1000 * seconds, 3),
@@ -139,7 +138,7 @@ class Api:
         await response(scope, receive, send)
 
     def _action(self, request: Request) -> Callable[[Request], Any]:
-        """What a request asks for; refuses it by its head alone."""
+        """The function that answers a request; rejects it if its head is not valid."""
         path, name = request.scope["path"], request.scope["path"]
         if path not in PUBLIC:
             protocol.authorize(self._options.token, request.headers.get("authorization", ""))
@@ -158,103 +157,89 @@ class Api:
             raise InputError("compressed requests are not supported", fix="send them plain")
         return actions[name]
 
+    def _operation(self, name: str) -> Callable[[Request], Response]:
+        operation = self._repository.operations[name]
+
+        def answer(request: Request) -> Response:
+            model = request.path_params
+            fields = operation(model.get("model"), model.get("version", ""))
+            failed = any(value is False for value in fields.values())
+            return JSONResponse(fields.get("config", fields), 503 if failed else 200)
+
+        return answer
+
+    async def _index(self, request: Request) -> list[dict[str, str]]:
+        await request.body()
+        models: list[dict[str, str]] = self._repository.operations["RepositoryIndex"]()["models"]
+        return models
+
     def _model(self, request: Request) -> Model:
-        where = request.path_params or request.query_params
-        model = self._repository.get(where.get("model"), where.get("version", ""))
+        names = request.path_params or request.query_params
+        model = self._repository.get(names.get("model"), names.get("version", ""))
         request.state.model = model.name
         return model
 
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
-        asked = parse(await request.body(), request.headers.get(HEADER_LENGTH))
-        outputs = await model.infer(asked, self._options.timeout, _connection(request))
-        return _response(model, asked, outputs)
+        parsed = parse(await request.body(), request.headers.get(HEADER_LENGTH))
+        outputs = await model.infer(parsed, self._options.timeout, _connection(request))
+        return _response(model, parsed, outputs)
 
-    async def _classify(self, request: Request) -> dict[str, object]:
-        """Classes of encoded images: a raw body, or several files as multipart/form-data."""
-        model = self._model(request)
-        top = request.query_params.get("top", "5")
-        if not top.isdecimal() or not 1 <= int(top) <= 1000:
-            raise InputError(f"top {top[:20]!r}: a number from 1 to 1000 is needed")
-        if model.detector is not None:
-            raise InputError(f"{model.name}: a detector", fix="POST /v1/detect")
+    async def _images(self, request: Request) -> dict[str, object]:
+        """Classes of encoded images, or objects in them with boxes in pixels of each image.
 
-        answered, _, _, record = await self._encoded(
-            request, model, lambda image: model.session.prepare([image])
-        )
-        return record | {"results": most_probable(answered, model.session.classes, int(top))}
-
-    async def _detect(self, request: Request) -> dict[str, object]:
-        """Objects in encoded images, sent as to classify; boxes in pixels of each image."""
-        model = self._model(request)
-        detector, least = model.detector, request.query_params.get("least_score", "0.5")
-        if detector is None:
-            raise InputError(f"{model.name}: a classifier", fix="POST /v1/classify")
-        if not re.fullmatch(r"0?\.\d{1,9}|[01](\.0{1,9})?", least):
-            raise InputError(f"least_score {least[:20]!r}: a number from 0 to 1 is needed")
-        answered, rows, sizes, record = await self._encoded(request, model, detector.prepare)
-        found = [
-            detector.detections(tuple(v[n : n + 1] for v in answered.values), row, *size)
-            for n, (row, size) in enumerate(zip(rows, sizes, strict=True))
-        ]
-        return record | {
-            "results": [detector.objects(entry, float(least)) for entry in found],
-            "sizes": sizes,
-            "unsettled": [entry.unsettled for entry in found],
-        }
-
-    async def _encoded(
-        self, request: Request, model: Model, prepare: Callable[[np.ndarray], np.ndarray]
-    ) -> tuple[Answered, list[np.ndarray], list[tuple[int, ...]], dict[str, object]]:
-        """Runs encoded images: answer, inputs, heights and widths, and a record with times."""
+        The images are a raw body, or several files as multipart/form-data.
+        """
         began = time.monotonic()
+        model = self._model(request)
+        query = protocol.validated(
+            "the query", msgspec.convert, dict(request.query_params), Query, strict=False
+        )
+        if request.scope["path"] != f"/v1/{model.task}":
+            raise InputError(f"{model.name} is for another task", fix=f"POST /v1/{model.task}")
         files = await _files(request, self._options.max_body)
         received = time.monotonic()
         loop = asyncio.get_running_loop()
 
-        def one(data: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
+        def prepare(data: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
             image = self._decode(data)
-            return prepare(image), image.shape[:2]
+            return model.prepare(image), image.shape[:2]
 
-        made = await asyncio.gather(
-            *(loop.run_in_executor(self._pool, one, data) for data in files)
+        prepared = await asyncio.gather(
+            *(loop.run_in_executor(self._pool, prepare, data) for data in files)
         )
-        inputs, sizes = [entry for entry, _ in made], [size for _, size in made]
-        prepared = time.monotonic()
-        limit, connection = self._options.timeout, _connection(request)
-        answered = await model.run(np.concatenate(inputs), limit, connection)
-        record: dict[str, object] = {
+        rows, sizes = zip(*prepared, strict=True)
+        finished = time.monotonic()
+        answered = await model.run(
+            np.concatenate(rows), self._options.timeout, _connection(request)
+        )
+        return {
             "model": model.name,
             "version": model.version,
             "assumed": list(model.session.assumed),
             "ms": {
                 "receive": 1000 * (received - began),
-                "preprocess": 1000 * (prepared - received),
+                "preprocess": 1000 * (finished - received),
                 "queue": 1000 * answered.queue_seconds,
                 "compute": 1000 * answered.compute_seconds,
                 "total": 1000 * (time.monotonic() - began),
             },
+            **_results(model, answered, rows, sizes, query),
         }
-        return answered, inputs, sizes, record
-
-    async def _index(self, request: Request) -> list[dict[str, str]]:
-        await request.body()
-        return self._repository.index()
 
     def _status(self) -> dict[str, object]:
-        """What the page shows."""
-        now = time.monotonic()
-        recent = [entry for entry in self._metrics.recent if now - entry[0] < 60]
+        """The state that the page shows."""
+        now, metrics = time.monotonic(), self._repository.metrics
+        recent = [entry for entry in metrics.recent if now - entry[0] < 60]
         return {
             "version": __version__,
-            "ready": self._ready(),
+            "ready": self._repository.ready,
             "uptime": time.time() - self._started,
-            "requests": self._metrics.total,
+            "requests": metrics.total,
             "per_second": sum(now - time < 5 for time, _ in recent) / 5,
             "latencies_ms": [round(1000 * seconds, 3) for _, seconds in recent],
             "models": [
-                {"name": model.name, "version": model.version,
-                 "task": "classify" if model.detector is None else "detect",
+                {"name": model.name, "version": model.version, "task": model.task,
                  "classes": model.session.classes[:3],
                  "class_count": len(model.session.classes), "precision": model.session.precision,
                  "chain": chain(model.session.path), "assumed": list(model.session.assumed),
@@ -265,14 +250,42 @@ class Api:
 
 
 def _connection(request: Request) -> Any:
-    """The connection of a request whose body was read; it notices that its client leaves."""
+    """The connection of a request whose body was read; it detects that the client leaves."""
     connection = request.state.connection
     connection.flow.resume_reading()
     return connection
 
 
-def _state(**state: bool) -> Response:
-    return JSONResponse(state, 200 if all(state.values()) else 503)
+def _results(
+    model: Model,
+    answered: Answered,
+    rows: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, ...]],
+    query: Query,
+) -> dict[str, object]:
+    """The results of encoded images: their inputs [1, ...], heights and widths are given."""
+    if model.detector is None:
+        values, classes = answered.values, model.session.classes
+        indices, probabilities = most_probable(
+            (values[0], values[1]) if len(values) > 1 else values[0], query.top
+        )
+        results = [
+            [
+                {"class": classes[i] if i < len(classes) else str(i), "probability": probability}
+                for i, probability in zip(*row, strict=True)
+            ]
+            for row in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        ]
+        return {"results": results}
+    detections = [
+        model.detector.detections(tuple(v[n : n + 1] for v in answered.values), row, *size)
+        for n, (row, size) in enumerate(zip(rows, sizes, strict=True))
+    ]
+    return {
+        "results": [model.detector.objects(entry, query.least_score) for entry in detections],
+        "sizes": sizes,
+        "unsettled": [entry.unsettled for entry in detections],
+    }
 
 
 async def _files(request: Request, limit: int) -> list[bytes]:
@@ -292,27 +305,6 @@ async def _files(request: Request, limit: int) -> list[bytes]:
     return files
 
 
-def most_probable(
-    answered: Answered, classes: tuple[str, ...], count: int
-) -> list[list[dict[str, str | float]]]:
-    """The `count` most probable classes of each image with their probabilities."""
-    if len(answered.values) > 1:
-        indices, probabilities = answered.values
-    else:
-        scores = softmax(answered.values[0])
-        indices = np.argsort(-scores, axis=1, kind="stable")
-        probabilities = np.take_along_axis(scores, indices, axis=1)
-    return [
-        [
-            {"class": classes[i] if i < len(classes) else str(i), "probability": value}
-            for i, value in zip(row, values, strict=True)
-        ]
-        for row, values in zip(
-            indices[:, :count].tolist(), probabilities[:, :count].tolist(), strict=True
-        )
-    ]
-
-
 def parse(body: bytes, header_length: str | None) -> InferRequest:
     """Reads a request: JSON, or a JSON header followed by binary tensors.
 
@@ -328,16 +320,13 @@ def parse(body: bytes, header_length: str | None) -> InferRequest:
         if not header_length.isdecimal() or not 0 < int(header_length) <= len(body):
             raise InputError(f"{HEADER_LENGTH} {header_length[:20]!r} is not within the body")
         size = int(header_length)
-    try:
-        request = DECODER.decode(body[:size])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"the request is not valid JSON of the protocol: {error}") from None
+    request: InferRequest = protocol.validated("the JSON", DECODER.decode, body[:size])
     rest = memoryview(body)[size:]
     for tensor in request.inputs:
-        length = tensor.parameters.get("binary_data_size")
+        length = tensor.parameters.binary_data_size
         if length is None:
             continue
-        if type(length) is not int or not 0 <= length <= len(rest):
+        if length > len(rest):
             raise InputError(
                 f"input {tensor.name[:80]}: binary_data_size {str(length)[:20]} is not within the "
                 f"{len(rest)} bytes that follow"
@@ -349,22 +338,18 @@ def parse(body: bytes, header_length: str | None) -> InferRequest:
 
 
 def _response(model: Model, request: InferRequest, outputs: dict[str, np.ndarray]) -> Response:
-    binary = request.parameters.get("binary_data_output") is True
-    asked = {output.name: output.parameters for output in request.outputs}
-    entries, parts = [], []
+    requested = {output.name: output.parameters.binary_data for output in request.outputs}
+    tensors, parts = [], []
     for name, values in outputs.items():
-        entry: dict[str, Any] = {"name": name, "datatype": DATATYPES[values.dtype.name],
-                                 "shape": values.shape}  # fmt: skip
-        if asked.get(name, {}).get("binary_data", binary) is True:
+        tensor = Tensor(name, DATATYPES[values.dtype.name], list(values.shape))
+        binary = requested.get(name)
+        if request.parameters.binary_data_output if binary is None else binary:
             parts.append(protocol.raw(values))
-            entry["parameters"] = {"binary_data_size": len(parts[-1])}
+            tensor.parameters = Parameters(binary_data_size=len(parts[-1]))
         else:
-            entry["data"] = protocol.flat(values)
-        entries.append(entry)
-    document = {"model_name": model.name, "model_version": model.version, "outputs": entries}
-    if request.id:
-        document["id"] = request.id[:1024]
-    header = json.dumps(document, separators=(",", ":")).encode()
+            tensor.data = protocol.flat(values)
+        tensors.append(tensor)
+    header = msgspec.json.encode(InferResponse(model.name, model.version, tensors, request.id))
     if not parts:
         return Response(header, media_type="application/json")
     return Response(

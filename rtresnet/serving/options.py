@@ -1,4 +1,4 @@
-"""What a server is told: addresses, batching, and what a client may cost."""
+"""Options of a server: addresses, batching, security and limits."""
 
 from __future__ import annotations
 

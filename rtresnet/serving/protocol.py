@@ -1,12 +1,13 @@
-"""The Open Inference Protocol with Triton's extensions: what a request means and its answer.
+"""The Open Inference Protocol with Triton's extensions: requests, tensors, status codes.
 
-https://github.com/kserve/open-inference-protocol. HTTP and gRPC share this; it knows neither.
+https://github.com/kserve/open-inference-protocol. HTTP and gRPC share this module, which imports
+neither.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -21,7 +22,6 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")
 }  # fmt: skip
 DATATYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "object": "BYTES"}
-MAX_OUTPUTS = 8
 
 
 GRPC_STATUS = {
@@ -32,7 +32,7 @@ GRPC_STATUS = {
 
 
 class RequestError(RtresnetError):
-    """A request that is not answered, with its HTTP status."""
+    """A rejected request, with its HTTP status."""
 
     def __init__(self, status: int, message: str, *, fix: str | None = None) -> None:
         super().__init__(message, fix=fix)
@@ -58,57 +58,90 @@ def authorize(token: str | None, header: str) -> None:
         raise RequestError(401, "a bearer token is needed")
 
 
-class Tensor(msgspec.Struct):
-    """An input, an output, or an output that a request names.
+class Parameters(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Parameters of the extensions, of a request or a tensor; unknown ones are ignored.
+
+    Attributes:
+        timeout: Microseconds in which the request must be answered; 0: the server's limit.
+        binary_data_size: Length of the tensor's data, which follow the JSON.
+        binary_data: Whether an output is sent as binary data; default: `binary_data_output`.
+        binary_data_output: Whether all outputs are.
+        classification: Number of classes to return for an output; 0 returns its values.
+    """
+
+    timeout: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    binary_data_size: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    binary_data: bool | None = None
+    binary_data_output: bool = False
+    classification: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+
+
+class Tensor(msgspec.Struct, omit_defaults=True):
+    """An input or output of a model, a request or a response.
 
     Attributes:
         shape: -1 is the batch.
-        data: Of an input: numbers, flat or nested, an array, or the bytes of a binary tensor.
+        data: Numbers, flat or nested, an array, or the bytes of a binary tensor.
     """
 
     name: str
     datatype: str = ""
     shape: list[Annotated[int, msgspec.Meta(ge=-1, le=2**31)]] = []
     data: Any = None
-    parameters: dict[str, object] = {}
+    parameters: Parameters = Parameters()
 
 
 class InferRequest(msgspec.Struct):
-    """A request to infer, in the protocol's fields; `parameters["timeout"]` is in microseconds."""
+    """An inference request, in the protocol's fields."""
 
     inputs: list[Tensor]
+    id: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    outputs: Annotated[list[Tensor], msgspec.Meta(max_length=8)] = []
+    parameters: Parameters = Parameters()
+
+
+class InferResponse(msgspec.Struct, omit_defaults=True):
+    """An inference response, in the protocol's fields."""
+
+    model_name: str
+    model_version: str
+    outputs: list[Tensor]
     id: str = ""
-    outputs: list[Tensor] = []
-    parameters: dict[str, object] = {}
 
 
-def timeout(request: InferRequest, limit: float) -> float:
-    """Seconds within which a request is answered: what it states, `limit` at most."""
-    stated = request.parameters.get("timeout")
-    return min(limit, stated / 1e6) if type(stated) is int and stated > 0 else limit
+def validated(name: str, decode: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a decoder of msgspec.
+
+    Raises:
+        InputError: The data are not valid; `name` says which.
+    """
+    try:
+        return decode(*arguments, **options)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{name} is not valid: {error}") from None
 
 
 def inputs(request: InferRequest, expected: list[Tensor], max_batch: int) -> list[np.ndarray]:
     """The checked inputs of a request, in the model's order: [N, ...], N from 1 to `max_batch`.
 
     Raises:
-        InputError: Not what the model takes.
+        InputError: They do not match the model's inputs.
     """
-    given = {tensor.name: tensor for tensor in request.inputs}
+    tensors = {tensor.name: tensor for tensor in request.inputs}
     names = [tensor.name for tensor in expected]
-    if len(request.inputs) != len(names) or len(given) != len(names):
+    if len(request.inputs) != len(names) or len(tensors) != len(names):
         raise InputError(f"{len(request.inputs)} inputs; the model has {', '.join(names)}")
-    for name in given:
+    for name in tensors:
         if name not in names:
             raise InputError(f"unknown input {name[:80]!r}", fix=f"known: {', '.join(names)}")
-    return [_input(given[tensor.name], tensor, max_batch) for tensor in expected]
+    return [_input(tensors[tensor.name], tensor, max_batch) for tensor in expected]
 
 
-def _input(given: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
-    name, shape, data = given.name[:80], given.shape, given.data
-    if given.datatype != expected.datatype:
+def _input(tensor: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
+    name, shape, data = tensor.name[:80], tensor.shape, tensor.data
+    if tensor.datatype != expected.datatype:
         raise InputError(
-            f"input {name} is {given.datatype[:20]}; the model takes {expected.datatype}"
+            f"input {name} is {tensor.datatype[:20]}; the model takes {expected.datatype}"
         )
     if len(shape) != len(expected.shape) or shape[1:] != expected.shape[1:] or shape[0] < 1:
         raise InputError(f"input {name} has shape {shape[:8]}; the model takes {expected.shape}")
@@ -134,26 +167,21 @@ def _input(given: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
     return values.astype(dtype).reshape(shape)
 
 
-def requested(request: InferRequest, known: Iterable[Tensor]) -> dict[str, int]:
-    """The outputs that a request names, or all, and how many classes each shall be (0: values).
+def requested(request: InferRequest, outputs: list[Tensor]) -> dict[str, int]:
+    """The outputs that a request names, or all, each with its number of classes (0: values).
 
     Raises:
-        InputError: An output that the model does not have, or does not have as classes.
+        InputError: The model does not have an output, or does not return logits.
     """
-    names = [output.name for output in known]
-    if len(request.outputs) > MAX_OUTPUTS:
-        raise InputError(f"{len(request.outputs)} outputs; at most {MAX_OUTPUTS} are possible")
-    wanted = {}
+    names = [output.name for output in outputs]
+    counts = {}
     for output in request.outputs:
         if output.name not in names:
             raise InputError(f"unknown output {output.name[:80]!r}", fix=f"known: {names}")
-        count = output.parameters.get("classification", 0)
-        if type(count) is not int or not 0 <= count <= 1_000_000:
-            raise InputError(f"classification {str(count)[:20]}: a whole number is needed")
-        if count and output.name != names[0]:
-            raise InputError(f"{output.name}: classification needs logits")
-        wanted[output.name] = count
-    return wanted or dict.fromkeys(names, 0)
+        counts[output.name] = output.parameters.classification
+        if counts[output.name] and len(names) > 1:
+            raise InputError("classification needs logits, which this model does not return")
+    return counts or dict.fromkeys(names, 0)
 
 
 def classified(logits: np.ndarray, classes: tuple[str, ...], count: int) -> np.ndarray:
@@ -167,14 +195,14 @@ def classified(logits: np.ndarray, classes: tuple[str, ...], count: int) -> np.n
 
 
 def raw(values: np.ndarray) -> bytes:
-    """Values as the binary extension sends them; text with its length before it."""
+    """Values in the binary extension's format: text is preceded by its length."""
     if values.dtype != object:
         return values.tobytes()
     return b"".join(len(text).to_bytes(4, "little") + text for text in values.ravel())
 
 
 def flat(values: np.ndarray) -> list[Any]:
-    """Values as JSON has them."""
+    """Values as a flat list for JSON."""
     numbers: list[Any] = values.ravel().tolist()
     return [text.decode() for text in numbers] if values.dtype == object else numbers
 

@@ -1,13 +1,12 @@
-"""Models that a server answers for: loading, versions, running, reloading, statistics.
+"""The models of a server: loading, versions, running, reloading, statistics.
 
-A model is an ONNX file or a plan with its sidecar. It can also be a Triton repository's folder,
-NAME/VERSION/model.onnx or model.plan.
+A source of models is an ONNX file or a plan with its sidecar, or the folder of a Triton repository
+with NAME/VERSION/model.onnx or model.plan.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from rtresnet.core import artifacts, canvas
@@ -33,12 +33,7 @@ from rtresnet.runtime.session import Session
 from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import (
-    DATATYPES,
-    InferRequest,
-    RequestError,
-    Tensor,
-)
+from rtresnet.serving.protocol import DATATYPES, InferRequest, RequestError, Tensor
 
 log = logging.getLogger("rtresnet.serve")
 
@@ -54,12 +49,12 @@ class Connection(Protocol):
 
 
 class Answered(NamedTuple):
-    """What a model answered for a batch.
+    """The answer of a model to a batch.
 
     Attributes:
         values: An array [N, ...] for each output of the model.
-        queue_seconds: The longest wait of its images.
-        compute_seconds: The longest call of their batches.
+        queue_seconds: The longest wait of an image.
+        compute_seconds: The longest call of a batch with one of the images.
     """
 
     values: tuple[np.ndarray, ...]
@@ -79,7 +74,9 @@ class Model:
         metrics: Receives every batch.
 
     Attributes:
-        healthy: False once batches fail one after another: the device is lost.
+        healthy: False after several batches in a row failed: the device is lost.
+        detector: Converts images and results of a detector; None for a classifier.
+        inputs, outputs: Names, types and shapes, with -1 for the batch.
 
     Raises:
         CheckFailedError: An answer is not finite, or depends on its batch.
@@ -99,8 +96,8 @@ class Model:
         self.healthy, self._failed_in_a_row, self._metrics = True, 0, metrics
         self._closing = False
         self.session = load(path)
-        self.detector: DetectorRows | None = None
         try:
+            self.detector = DetectorRows(self.session) if self.session.detection else None
             largest = self._check()
         except BaseException:
             self.session.close()
@@ -114,52 +111,46 @@ class Model:
         )
 
     def _check(self) -> int:
-        """Warms the session up, checks its answers; returns the largest batch it computes."""
-        session, fixed = self.session, self.session.batch
-        if session.detection is not None:
-            return self._check_detector()
-        largest = fixed if fixed is not None and fixed > 1 else self.max_batch
-        images = session.example(largest)
-        first, values = _arrays(session(images[:1])), _arrays(session(images))
-        if not np.isfinite(values[-1]).all():
+        """Warms the session up and checks its answers; returns the largest batch it computes."""
+        session, detector, backend = self.session, self.detector, self.session.backend
+        if detector is not None:  # takes one image at a time
+            noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            images = detector.prepare(noise)
+            values = detector(images)
+            shapes = dict(zip(canvas.INPUTS, (detector.shape, (2,)), strict=True))
+            names: Sequence[str] = canvas.OUTPUTS
+        else:
+            fixed = session.batch
+            images = session.example(fixed if fixed is not None and fixed > 1 else self.max_batch)
+            first, values = _arrays(session(images[:1])), _arrays(session(images))
+            spread = max(float(np.ptp(values[-1])), 1e-6)
+            if float(np.abs(first[-1][0] - values[-1][0]).max()) > 0.05 * spread:
+                raise CheckFailedError(
+                    f"{session.path}: an image's answer depends on its batch",
+                    fix=f"rtresnet check {session.path}",
+                )
+            shapes = {getattr(backend, "input_name", "images"): session.image_shape}
+            names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
+        if not all(np.isfinite(value).all() for value in values):
             raise CheckFailedError(f"{session.path}: answers are not finite", fix="rtresnet check")
-        spread = max(float(np.ptp(values[-1])), 1e-6)
-        if float(np.abs(first[-1][0] - values[-1][0]).max()) > 0.05 * spread:
-            raise CheckFailedError(
-                f"{session.path}: an image's answer depends on its batch",
-                fix=f"rtresnet check {session.path}",
-            )
-        backend = session.backend
-        self.inputs = [
-            Tensor(
-                getattr(backend, "input_name", "images"),
-                DATATYPES[backend.input_dtype.name],
-                [-1, *session.image_shape],
-            )
-        ]
-        names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
+        datatype = DATATYPES[backend.input_dtype.name]
+        self.inputs = [Tensor(name, datatype, [-1, *shape]) for name, shape in shapes.items()]
         self.outputs = [
             Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
             for name, value in zip(names, values, strict=True)
         ]
-        return largest
+        return len(images)
 
-    def _check_detector(self) -> int:
-        """As `_check`, of a detector, which takes one image at a time."""
-        detector = self.detector = DetectorRows(self.session)
-        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        values = detector(detector.prepare(noise))
-        if not all(np.isfinite(value).all() for value in values):
-            raise CheckFailedError(
-                f"{self.session.path}: answers are not finite", fix="rtresnet check"
-            )
-        shapes = dict(zip(canvas.INPUTS, (detector.shape, (2,)), strict=True))
-        self.inputs = [Tensor(name, "FP32", [-1, *shape]) for name, shape in shapes.items()]
-        self.outputs = [
-            Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
-            for name, value in zip(canvas.OUTPUTS, values, strict=True)
-        ]
-        return 1
+    @property
+    def task(self) -> str:
+        """What it does with an encoded image: "classify" or "detect"."""
+        return "classify" if self.detector is None else "detect"
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """The input [1, ...] for an image uint8 RGB [H, W, 3] of any size."""
+        if self.detector is not None:
+            return self.detector.prepare(image)
+        return self.session.prepare([image])
 
     async def infer(
         self, request: InferRequest, limit: float, connection: Connection | None = None
@@ -167,31 +158,31 @@ class Model:
         """Answers a request.
 
         Args:
-            request: What it asks for.
-            limit: Seconds within which it is answered at most.
-            connection: Once it is lost, the images are dropped from the queue.
+            request: Inputs, names of outputs, and the client's time limit.
+            limit: Longest time to answer, in seconds.
+            connection: When it is lost, the images are removed from the queue.
 
         Returns:
-            The outputs by name; text where classes were asked for.
+            The requested outputs by name; text for those requested as classes.
 
         Raises:
-            InputError: Inputs or outputs are not the model's, or too large.
-            RequestError: The queue is full, its time is over, or nobody waits for the answer.
+            InputError: The inputs or outputs do not match the model's, or are too large.
+            RequestError: The queue is full, the time is over, or the client is gone.
             UnavailableError: The device failed.
         """
-        wanted = protocol.requested(request, self.outputs)
+        counts = protocol.requested(request, self.outputs)
         images, *extent = protocol.inputs(request, self.inputs, self.max_batch)
         if self.detector is not None:
-            if any(wanted.values()):
-                raise InputError("classification needs logits, and a detector gives none")
             images = self.detector.pack(images, *extent)
-        answered = await self.run(images, protocol.timeout(request, limit), connection)
+        if microseconds := request.parameters.timeout:
+            limit = min(limit, microseconds / 1e6)
+        answered = await self.run(images, limit, connection)
         values = dict(zip((output.name for output in self.outputs), answered.values, strict=True))
         return {
             name: protocol.classified(values[name], self.session.classes, classes)
             if classes
             else values[name]
-            for name, classes in wanted.items()
+            for name, classes in counts.items()
         }
 
     async def run(
@@ -230,26 +221,22 @@ class Model:
             log.error("model %s fails: %s", self.name, failure)
 
     def close(self) -> None:
-        """Finishes what is queued and gives memory back."""
+        """Finishes queued requests and frees the memory."""
         self._closing = True
         self.batcher.close()
         self.session.close()
 
     @property
     def platform(self) -> str:
-        """Triton's name of what runs it."""
+        """Triton's name for the runtime."""
         plan = self.session.path.suffix.lower() == ".plan"
         return "tensorrt_plan" if plan else "onnxruntime_onnx"
 
     def metadata(self, versions: list[str]) -> dict[str, object]:
         """Its metadata in the protocol's form."""
-
-        def entry(tensor: Tensor) -> dict[str, object]:
-            return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-
-        outputs = list(map(entry, self.outputs))
         return {"name": self.name, "versions": versions, "platform": self.platform,
-                "inputs": list(map(entry, self.inputs)), "outputs": outputs}  # fmt: skip
+                "inputs": msgspec.to_builtins(self.inputs),
+                "outputs": msgspec.to_builtins(self.outputs)}  # fmt: skip
 
     def config(self) -> dict[str, object]:
         """Its configuration in Triton's form."""
@@ -279,8 +266,6 @@ def _arrays(answer: Any) -> tuple[np.ndarray, ...]:
 def _result(answer: Answer) -> Any:
     try:
         return answer.result()
-    except concurrent.futures.CancelledError:
-        raise UnavailableError("the server is shutting down") from None
     except (RtresnetError, MemoryError):
         raise
     except Exception as error:
@@ -319,21 +304,42 @@ class Repository:
     Args:
         sources: ONNX files, plans, or folders of a Triton repository.
         load: Opens an artifact and verifies its sidecar.
-        options: Batching and queue.
-        metrics: Receives every batch.
+        options: The options of the server.
+
+    Attributes:
+        ready: Whether the server accepts requests.
+        operations: The protocol's reading operations by their names in gRPC: functions of a model's
+            name and version that return the fields of gRPC's response.
     """
 
     def __init__(
-        self,
-        sources: Sequence[Path],
-        load: Callable[[Path], Session],
-        options: ServerOptions,
-        metrics: Metrics,
+        self, sources: Sequence[Path], load: Callable[[Path], Session], options: ServerOptions
     ) -> None:
-        self._sources, self._load, self._options, self._metrics = sources, load, options, metrics
+        self.options, self.metrics, self.ready = options, Metrics(), False
+        self._sources, self._load = sources, load
         self._models: dict[str, dict[str, Model]] = {}
-        self._seen: dict[Path, Any] = {}
-        self._refused: dict[Path, Any] = {}
+        self._last_stamps: dict[Path, Any] = {}
+        self._rejected_stamps: dict[Path, Any] = {}
+        self.operations: dict[str, Callable[..., dict[str, Any]]] = {
+            "ServerLive": lambda *_: {"live": self.healthy},
+            "ServerReady": lambda *_: {"ready": self.ready and self.healthy},
+            "ServerMetadata": lambda *_: protocol.server(),
+            "ModelReady": lambda *model: {"ready": self.ready and self.get(*model).healthy},
+            "ModelMetadata": self._metadata,
+            "ModelConfig": lambda *model: {"config": self.get(*model).config()},
+            "ModelStatistics": lambda *model: {
+                "model_stats": [
+                    entry.statistics() for entry in ([self.get(*model)] if model[0] else self.all())
+                ]
+            },
+            "RepositoryIndex": lambda *_: {
+                "models": [
+                    {"name": model.name, "version": model.version,
+                     "state": "READY" if model.healthy else "UNAVAILABLE", "reason": ""}
+                    for model in self.all()
+                ]
+            },
+        }  # fmt: skip
 
     def load_all(self) -> None:
         """Loads every model and warms it up.
@@ -347,24 +353,24 @@ class Repository:
                     raise InputError(f"{path}: a second model {name}, version {version}")
                 self._models.setdefault(name, {})[version] = self._open(name, version, path)
         if not self._models:
-            places = ", ".join(map(str, self._sources))
-            raise InputError(f"{places}: no ONNX file or plan to serve", fix="rtresnet export")
+            sources = ", ".join(map(str, self._sources))
+            raise InputError(f"{sources}: no ONNX file or plan to serve", fix="rtresnet export")
 
     def _open(self, name: str, version: str, path: Path) -> Model:
-        return Model(name, version, path, self._load, self._options, self._metrics)
+        return Model(name, version, path, self._load, self.options, self.metrics)
 
     def get(self, name: str | None, version: str = "") -> Model:
-        """The model of a name; without a name the only one, without a version the newest.
+        """A model; without a name the only one, without a version the newest.
 
         Raises:
-            RequestError: There is none.
+            RequestError: The model or the version does not exist.
         """
         models = self._models
         if name is None and len(models) == 1:
             name = next(iter(models))
         if name is None or name not in models:
-            what = "name a model" if name is None else f"unknown model {name[:80]!r}"
-            raise RequestError(404, what, fix=f"known: {', '.join(sorted(models))}")
+            problem = "name a model" if name is None else f"unknown model {name[:80]!r}"
+            raise RequestError(404, problem, fix=f"known: {', '.join(sorted(models))}")
         versions = models[name]
         chosen = version or max(versions, key=int)
         if chosen not in versions:
@@ -375,17 +381,9 @@ class Repository:
             )
         return versions[chosen]
 
-    def metadata(self, model: Model) -> dict[str, object]:
-        """A model's metadata in the protocol's form."""
+    def _metadata(self, name: str | None, version: str) -> dict[str, object]:
+        model = self.get(name, version)
         return model.metadata(sorted(self._models[model.name], key=int))
-
-    def index(self) -> list[dict[str, str]]:
-        """The models in Triton's form."""
-        return [
-            {"name": model.name, "version": model.version,
-             "state": "READY" if model.healthy else "UNAVAILABLE", "reason": ""}
-            for model in self.all()
-        ]  # fmt: skip
 
     def all(self) -> list[Model]:
         """Every version of every model."""
@@ -402,21 +400,21 @@ class Repository:
     async def watch(self) -> None:
         """Reloads files whose content changed, until it is cancelled.
 
-        A file is reloaded once it was the same for two looks, its sidecar was verified and the
-        self-check passed; the old version serves until then, and finishes what it has.
+        A file is reloaded when it did not change between two checks, its sidecar is valid and the
+        self-check passes. The old version serves until then, and finishes its requests.
         """
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for model in self.all():
                 path, now = model.session.path, stamp(model.session.path)
-                settled = self._seen.get(path) == now
-                self._seen[path] = now
-                if now == model.stamp or not settled or self._refused.get(path) == now:
+                settled = self._last_stamps.get(path) == now
+                self._last_stamps[path] = now
+                if now in (model.stamp, self._rejected_stamps.get(path)) or not settled:
                     continue
                 try:
                     new = await asyncio.to_thread(self._open, model.name, model.version, path)
-                except Exception as error:  # the old version keeps serving, whatever it is
-                    self._refused[path] = now
+                except Exception as error:  # the old version keeps serving after any error
+                    self._rejected_stamps[path] = now
                     log.error("not reloaded: %s", error)
                     continue
                 self._models[model.name][model.version] = new
@@ -424,7 +422,7 @@ class Repository:
                 await asyncio.to_thread(model.close)
 
     def close(self) -> None:
-        """Finishes what is queued and gives memory back."""
+        """Finishes queued requests and frees the memory."""
         for model in self.all():
             model.close()
 
@@ -433,32 +431,32 @@ def _files(source: Path) -> list[tuple[str, str, Path]]:
     """(name, version, file) of the models in a file or a Triton repository's folder."""
     if not source.is_dir():
         return [(source.stem, "1", source)]
-    found = sorted(source.glob("*/*/model.*")) or sorted(source.glob("*/model.*"))
+    paths = sorted(source.glob("*/*/model.*")) or sorted(source.glob("*/model.*"))
     return [
         (path.parent.parent.name, path.parent.name, path)
-        for path in found
+        for path in paths
         if path.suffix in SUFFIXES and path.parent.name.isdecimal()
     ]
 
 
 def stamp(path: Path) -> list[Any]:
-    """What changes when a file or its sidecar is replaced."""
-    found = []
+    """A value that changes when a file or its sidecar is replaced."""
+    stamps = []
     for file in (path, artifacts.sidecar_path(path)):
         with contextlib.suppress(OSError):
             status = file.stat()
-            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return found
+            stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return stamps
 
 
 def chain(path: Path) -> list[dict[str, str]]:
-    """The artifacts that a file came from, for the page: file, kind, sha256 and state."""
+    """The artifacts that a file was made from, for the page: file, kind, sha256 and state."""
     try:
         return [
-            {"file": place.name, "kind": artifacts.kind_of(place), "state": state,
+            {"file": file.name, "kind": artifacts.kind_of(file), "state": state,
              "precision": sidecar.precision if sidecar else "unknown",
              "sha256": sidecar.sha256 if sidecar else ""}
-            for place, sidecar, state in artifacts.chain(path)
+            for file, sidecar, state in artifacts.chain(path)
         ]  # fmt: skip
     except ArtifactError:
         return []

@@ -1,4 +1,4 @@
-"""Run the server: HTTP and gRPC, logs, signals, limits on connections, and a clean end."""
+"""Run the server: HTTP and gRPC, logs, signals, limits on connections, shutdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from rtresnet.runtime.batcher import short_switch_interval
 from rtresnet.runtime.session import Session
 from rtresnet.serving.grpc_service import Service
 from rtresnet.serving.http import Api
-from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
 from rtresnet.serving.repository import Repository
 
@@ -39,8 +37,8 @@ BODY_SECONDS = 30.0  # within which its body must arrive
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 CONNECTIONS = 2048
 ACCEPT_SECONDS = 0.1  # for connections that wait in the queue when no new ones are taken
-ACCEPTED_SECONDS = 0.5  # that a connection without a request is kept open at the end
-LEAVE_SECONDS = 0.5  # not ready, and still answering, so that load balancers take notice
+ACCEPTED_SECONDS = 0.5  # that a new connection without a request stays open during shutdown
+LEAVE_SECONDS = 0.5  # of answering although not ready, so that load balancers see the status
 
 
 class _Protocol(HttpToolsProtocol):
@@ -73,7 +71,7 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._in_body:
             self._head += len(data)
-            # The first bytes of a body may come with its head: so much is always allowed.
+            # The head may arrive together with the first bytes of the body: allow for both.
             if self._head > HEADER_BYTES + 256 * 1024:
                 self.send_400_response("Request header too large")
                 return
@@ -104,7 +102,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def shutdown(self) -> None:
-        """As uvicorn's; but a connection that was just accepted may still send its request."""
+        """Close the connection; a new one may still send its first request."""
         self._ending = True
         if self._begun:
             super().shutdown()
@@ -123,7 +121,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the event's fields."""
+    """One JSON object per line: time, level, event, and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Formats a record."""
@@ -139,7 +137,7 @@ class JsonLines(logging.Formatter):
 
 
 class Server:
-    """A server of models until it is told to stop.
+    """A server of models.
 
     Args:
         sources: ONNX files, plans, or folders of a Triton repository.
@@ -156,19 +154,17 @@ class Server:
         options: ServerOptions,
     ) -> None:
         self._options, self._decode = options, decode
-        self._metrics = Metrics()
-        self._repository = Repository(sources, load, options, self._metrics)
+        self._repository = Repository(sources, load, options)
         self._stop = asyncio.Event()
-        self._ready = False
 
     def run(self, on_ready: Callable[[list[str]], None] = lambda lines: None) -> int:
         """Serves until SIGTERM, SIGINT or the loss of a device.
 
         Args:
-            on_ready: Called with one line for each address and model once requests are taken.
+            on_ready: Called with a line for each address and model when requests are accepted.
 
         Returns:
-            0, or 3 where a device was lost.
+            0, or 3 if a device was lost.
 
         Raises:
             InputError: A model cannot be served, or a port is in use.
@@ -183,8 +179,7 @@ class Server:
     async def _serve(self, on_ready: Callable[[list[str]], None]) -> int:
         options, loop = self._options, asyncio.get_running_loop()
         sockets = [_bind(options.host, options.port)]
-        shared = (self._repository, self._metrics, options)
-        api = Api(*shared, self._decode, lambda: self._ready)
+        api = Api(self._repository, self._decode)
         web = _Web(uvicorn.Config(
             api, http=_Protocol, ws="none", lifespan="off", proxy_headers=False,
             log_config=None, access_log=False, server_header=False,
@@ -192,17 +187,17 @@ class Server:
             timeout_graceful_shutdown=int(options.grace) + 1,
             ssl_certfile=options.certificate, ssl_keyfile=options.key,
         ))  # fmt: skip
-        rpc = await self._start_grpc(Service(*shared, lambda: self._ready))
+        rpc = await self._start_grpc()
         serving = asyncio.create_task(web.serve(sockets=sockets))
         watching = asyncio.create_task(self._repository.watch())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         while not web.started and not serving.done():
             await asyncio.sleep(0.01)
-        self._ready = True
+        self._repository.ready = True
         on_ready(self._addresses(sockets[0]))
         lost = await self._until_stopped(serving)
-        self._ready = False
+        self._repository.ready = False
         log.info("stopping", extra={"fields": {"device_lost": lost}})
         watching.cancel()
         await asyncio.sleep(0 if lost else min(LEAVE_SECONDS, options.grace))
@@ -216,7 +211,7 @@ class Server:
         return UnavailableError.exit_code if lost else 0
 
     async def _until_stopped(self, serving: asyncio.Task[None]) -> bool:
-        """Waits; returns whether a device was lost."""
+        """Waits for the end; returns whether a device was lost."""
         while not self._stop.is_set() and not serving.done():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 0.5)
@@ -224,7 +219,7 @@ class Server:
                 return True
         return False
 
-    async def _start_grpc(self, service: Service) -> Any:
+    async def _start_grpc(self) -> Any:
         options = self._options
         if options.grpc_port is None:
             return None
@@ -234,7 +229,7 @@ class Server:
                      ("grpc.max_send_message_length", limit), ("grpc.max_metadata_size", 16384)],
             maximum_concurrent_rpcs=CONNECTIONS,
         )  # fmt: skip
-        server.add_generic_rpc_handlers((service.handlers(),))
+        server.add_generic_rpc_handlers((Service(self._repository).handlers(),))
         address = f"{options.host}:{options.grpc_port}"
         try:
             if options.certificate is not None and options.key is not None:
@@ -263,7 +258,7 @@ class Server:
 
 
 class _Web(uvicorn.Server):
-    """uvicorn without its own signal handlers: the server decides when it ends."""
+    """uvicorn without its own signal handlers."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
@@ -274,7 +269,7 @@ def _bind(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        InputError: The address is in use, or not this machine's.
+        InputError: The address is in use, or not an address of this machine.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -291,7 +286,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _refuse_connections(listener: socket.socket) -> None:
-    """Has the kernel ignore new connections, so that none is waiting when the socket is closed.
+    """Make the kernel ignore new connections, so that none is waiting when the socket is closed.
 
     Closing a socket resets the connections in its queue. A filter that drops every packet stops new
     ones; those in the queue are accepted and answered.
@@ -311,4 +306,3 @@ def log_to_stderr() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.Formatter.converter = time.gmtime

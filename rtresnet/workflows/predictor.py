@@ -206,13 +206,8 @@ class Predictor:
     def _top(self, images: np.ndarray) -> Iterator[tuple[ClassProbability, ...]]:
         """Return the best classes of uint8 [N, S, S, 3]; empty if the output is not finite."""
         answer = self.session(self.session.prepare(images))
-        if isinstance(answer, tuple):  # a top-K file
-            indices, probabilities = (part[:, : self.top] for part in answer)
-        else:
-            with np.errstate(invalid="ignore"):  # an infinity becomes a NaN, and that an error
-                shares = metrics.softmax(answer)
-            indices = np.argsort(-shares, axis=1, kind="stable")[:, : self.top]
-            probabilities = np.take_along_axis(shares, indices, axis=1)
+        with np.errstate(invalid="ignore"):  # an infinity becomes a NaN, and that an error
+            indices, probabilities = metrics.most_probable(answer, self.top)
         if indices.shape[1] < self.top:
             raise InputError(
                 f"{self.session.path} returns {plural(indices.shape[1], 'class')} per image",
