@@ -203,24 +203,28 @@ def check(
     ]
 
 
-def compare(name: str, compared: str, got: Answers, want: Answers, tolerance: float) -> Check:
+def compare(
+    name: str, compared: str, actual: Answers, expected: Answers, tolerance: float
+) -> Check:
     """Compare outputs with the reference outputs of the same images."""
-    if got.values.shape != want.values.shape:
-        shapes = f"{list(got.values.shape)} was returned instead of {list(want.values.shape)}"
-        return _failed(name, compared, len(want), tolerance, shapes)
-    difference = got.difference(want)
-    moved = (got.first != want.first) & (want.margin > tolerance)
+    if actual.values.shape != expected.values.shape:
+        shapes = (
+            f"{list(actual.values.shape)} was returned instead of {list(expected.values.shape)}"
+        )
+        return _failed(name, compared, len(expected), tolerance, shapes)
+    difference = actual.difference(expected)
+    moved = (actual.first != expected.first) & (expected.margin > tolerance)
     wrong = ~(difference <= tolerance)  # also if it is not a number
     why = None
     if wrong.any():
         worst = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
-        why = f"{int(wrong.sum())} of {len(want)} outputs differ, most in row {worst}"
+        why = f"{int(wrong.sum())} of {len(expected)} outputs differ, most in row {worst}"
     elif moved.any():
-        why = f"top-1 of {int(moved.sum())} of {len(want)} images changed"
+        why = f"top-1 of {int(moved.sum())} of {len(expected)} images changed"
     return Check(
         name=name,
         compared=compared,
-        n=len(want),
+        n=len(expected),
         largest=float(difference.max()),
         tolerance=tolerance,
         moved=int(moved.sum()),

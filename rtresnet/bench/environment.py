@@ -70,7 +70,7 @@ class Counters:
 
 def counters() -> Counters:
     """Read the counters of the operating system."""
-    times, own = psutil.cpu_times()._asdict(), os.times()
+    times, process_times = psutil.cpu_times()._asdict(), os.times()
     parts = {name: times.get(name, 0.0) for name in (*COMPUTING, "idle", "iowait", "steal")}
     throttled = None
     with contextlib.suppress(OSError, ValueError):
@@ -81,7 +81,7 @@ def counters() -> Counters:
         busy=sum(parts[name] for name in COMPUTING),
         stolen=parts["steal"],
         total=sum(parts.values()),
-        own=sum(own[:4]),
+        own=sum(process_times[:4]),
         throttled=throttled,
     )
 
@@ -248,10 +248,10 @@ def summary(
     """
     usage: dict[str, Any] = {}
     if seconds >= SHORT and after.total > before.total:
-        own = after.own - before.own
+        process = after.own - before.own
         usage = {
-            "own_cores": own / seconds,
-            "other_cores": max(0.0, after.busy - before.busy - own) / seconds,
+            "own_cores": process / seconds,
+            "other_cores": max(0.0, after.busy - before.busy - process) / seconds,
             "stolen": (after.stolen - before.stolen) / (after.total - before.total),
         }
         if before.throttled is not None and after.throttled is not None:

@@ -25,7 +25,7 @@ from rtresnet.onnxlib.graph import WEIGHTED, GraphIndex
 POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 # The same elements, stored once: a node that reads the output of a view reads its input.
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
-KEPT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
+MAX_CONSTANT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
 INTEGERS = (6, 7)  # ONNX's INT32 and INT64
 # By ONNX data type: of weights, and of other tensors (UINT8, INT32, INT64, DOUBLE).
 DTYPES = {spec.onnx: spec.name for spec in PRECISIONS.values()} | {2: "int8"}
@@ -91,7 +91,7 @@ def count(source: str | os.PathLike[str] | Any, name: str = "model") -> Counted:
     """
     model, batch = _read(source)
     graph = _Kernels(model, str(source) if isinstance(source, str | os.PathLike) else name)
-    blocks = {name: block for name, (_, block) in graph.places.items()}
+    blocks = {name: block for name, (_, block) in graph.block_of.items()}
     return Counted(kernels=graph.kernels(), blocks=blocks, size=graph.size, batch=batch)
 
 
@@ -116,7 +116,8 @@ def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
             written=kernel.written if last else converted(kernel, kernel.written),
         )
         for kernel, first, last in (
-            (kernel, place == 0, place == len(kernels) - 1) for place, kernel in enumerate(kernels)
+            (kernel, position == 0, position == len(kernels) - 1)
+            for position, kernel in enumerate(kernels)
         )
     ]
 
@@ -137,7 +138,7 @@ def _read(source: str | os.PathLike[str] | Any) -> tuple[Any, int | None]:
     small = onnx.ModelProto()
     small.CopyFrom(model)
     for tensor in small.graph.initializer:
-        if prod(tensor.dims) > KEPT:  # shape inference copies the model; it needs no weights
+        if prod(tensor.dims) > MAX_CONSTANT:  # shape inference needs no weights
             for field in ("raw_data", "float_data", "int32_data"):
                 tensor.ClearField(field)
     fixed = None
@@ -168,7 +169,7 @@ def _fold_integers(model: Any) -> None:
     values = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in model.graph.initializer
-        if prod(tensor.dims) <= KEPT and tensor.data_type in INTEGERS
+        if prod(tensor.dims) <= MAX_CONSTANT and tensor.data_type in INTEGERS
     }
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     for node in model.graph.node:
@@ -178,7 +179,7 @@ def _fold_integers(model: Any) -> None:
             continue
         evaluator: Any = ReferenceEvaluator(node, opsets=opsets)
         (value, *others) = evaluator.run(None, {name: values[name] for name in node.input if name})
-        if others or value.dtype not in (np.int32, np.int64) or value.size > KEPT:
+        if others or value.dtype not in (np.int32, np.int64) or value.size > MAX_CONSTANT:
             continue
         values[node.output[0]] = value
         if node.op_type != "Constant":
@@ -202,9 +203,9 @@ class _Kernels:
                 fix="export it with a fixed image size",
             )
         self.images, self.size = shape[0], shape[2]  # [N, 3, S, S] or [N, S, S, 3]
-        self.places: dict[str, tuple[str, str]] = {}
-        for node, place in zip(index.nodes, index.blocks(), strict=True):
-            self.places |= dict.fromkeys((*node.output, node.name), place)
+        self.block_of: dict[str, tuple[str, str]] = {}
+        for node, stage_and_block in zip(index.nodes, index.blocks(), strict=True):
+            self.block_of |= dict.fromkeys((*node.output, node.name), stage_and_block)
 
     def elements(self, tensor: str) -> int:
         shape, _ = self.tensors.get(tensor, ((), 0))
@@ -273,10 +274,10 @@ class _Kernels:
             sizes: dict[str, int] = {}
             for name in (name for node in members for name in node.input):
                 if name and not self.is_constant(name) and makers.get(name) != group:
-                    place, elements = self.stored(name)
-                    if makers.get(place) != group:
-                        sizes[place] = max(sizes.get(place, 0), elements)
-                        stored[place] = self.elements(place)
+                    stored_name, elements = self.stored(name)
+                    if makers.get(stored_name) != group:
+                        sizes[stored_name] = max(sizes.get(stored_name, 0), elements)
+                        stored[stored_name] = self.elements(stored_name)
             reads[group] = list(sizes.items())
         for name in self.index.outputs:
             if makers.get(self.stored(name)[0]) is not None:
@@ -292,7 +293,7 @@ class _Kernels:
     def _owners(self) -> dict[int, int]:
         """Return each node's kernel as the index of the node that names it; views have none."""
         owner: dict[int, int] = {}
-        made: dict[str, int] = {}
+        kernel_of: dict[str, int] = {}
         for index, node in enumerate(self.index.nodes):
             constant = all(map(self.is_constant, node.input))
             if not constant and node.op_type in WEIGHTED + POOLS:
@@ -300,12 +301,12 @@ class _Kernels:
             elif not constant and not self.is_view(node):
                 inputs = [name for name in node.input if name and not self.is_constant(name)]
                 # An addition is fused into the branch whose output it reads directly.
-                direct = [made[name] for name in inputs if name in made]
-                before = [made[p] for p, _ in map(self.stored, inputs) if p in made]
+                direct = [kernel_of[name] for name in inputs if name in kernel_of]
+                before = [kernel_of[p] for p, _ in map(self.stored, inputs) if p in kernel_of]
                 if direct or before:
                     owner[index] = max(direct or before)
             if index in owner:
-                made.update(dict.fromkeys(node.output, owner[index]))
+                kernel_of.update(dict.fromkeys(node.output, owner[index]))
         return owner
 
     def _kernel(
@@ -325,18 +326,18 @@ class _Kernels:
             dtype, weights = _dtype(self.tensors[self.stored(node.input[0])[0]][1]), 0
         elif dtype in CALIBRATED and not self.is_view(self.index.producers.get(node.input[0])):
             dtype = "fp32"  # only the weights are quantized
-        own = {out for member in members for out in member.output}
+        outputs = {out for member in members for out in member.output}
         return Kernel(
             name=node.name,
-            block=self.places[node.name][1],
-            stage=self.places[node.name][0],
+            block=self.block_of[node.name][1],
+            stage=self.block_of[node.name][0],
             op=node.op_type,
             nodes=tuple(dict.fromkeys(name for m in members for name in (m.name, *m.output))),
             dtype=dtype,
             multiply_adds=macs,
             weights=weights,
             read=tuple(elements * _size(self.tensors[name][1]) for name, elements in read),
-            written=sum(stored[t] * _size(self.tensors[t][1]) for t in own if t in stored),
+            written=sum(stored[t] * _size(self.tensors[t][1]) for t in outputs if t in stored),
         )
 
 

@@ -99,16 +99,16 @@ class NetProfile:
     stages: tuple[Part, ...]
 
 
-def recognize(name: str, known: Mapping[str, str]) -> str | None:
+def recognize(name: str, nodes: Mapping[str, str]) -> str | None:
     """Return the node of the file that a name after fusion stands for, or None.
 
     `layer1.0.relu1_nchwc`, `conv1_token_7` (ONNX Runtime), `conv1 + PWN(relu)` (TensorRT),
     `layer1.0.conv1_U4_myl0_4` (TensorRT-RTX).
     """
-    for whole in (name, *SEPARATORS.split(name)):
-        part = whole
+    for candidate in (name, *SEPARATORS.split(name)):
+        part = candidate
         while part:
-            if part in known:
+            if part in nodes:
                 return part
             shorter = ADDED.sub("", part)
             if shorter == part:

@@ -100,23 +100,23 @@ def of_this_machine(
         remeasure: Whether to ignore the cache.
         measure: For tests.
     """
-    place, name = cache_file(), key(threads)
-    cached = _read(place)
+    path, name = cache_file(), key(threads)
+    cached = _read(path)
     if not remeasure and name in cached:
-        return replace(cached[name], source=f"measured earlier, {place}")
+        return replace(cached[name], source=f"measured earlier, {path}")
     rates = (measure or measure_roof)(threads)
     entries = {
         label: {field: getattr(entry, field) for field in CACHED}
         for label, entry in (cached | {name: rates}).items()
     }
     with contextlib.suppress(OSError, ValueError):  # a home that is not writable
-        atomic_io.write_text(place, json.dumps(entries, indent=1) + "\n")
+        atomic_io.write_text(path, json.dumps(entries, indent=1) + "\n")
     return replace(rates, source="measured just now")
 
 
-def _read(place: Path) -> dict[str, PeakRates]:
+def _read(path: Path) -> dict[str, PeakRates]:
     try:
-        data = json.loads(place.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
         rates = {name: from_json(PeakRates, entry) for name, entry in data.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -301,8 +301,8 @@ def find_gpu(name: str) -> GpuSpec:
     """
     words = _words(name)
     for gpu in GPUS:
-        wanted = _words(gpu.name)
-        if wanted <= words and words - wanted <= IGNORED_WORDS:
+        required = _words(gpu.name)
+        if required <= words and words - required <= IGNORED_WORDS:
             return gpu
     for family, form in DEFAULT_FORM.items():
         if family in words and words - {family} <= IGNORED_WORDS:

@@ -94,29 +94,31 @@ def measure(
     clock = clock or WallClock()
     rng = np.random.default_rng(seed)
     warm = [workload.warm_up(candidate, clock) for candidate in candidates]
-    taken = [_Slices() for _ in candidates]
+    recorded = [_Slices() for _ in candidates]
     length = SLICE_SECONDS if queries else min(SLICE_SECONDS, seconds / FEWEST_ROUNDS)
     most = -(-queries // FEWEST_ROUNDS) if queries else None
 
     def done() -> bool:
         if queries:
-            return all(entry.count >= queries for entry in taken)
-        rounds, spent = len(taken[0].slices), sum(entry.wall for entry in taken)
-        return rounds >= FEWEST_ROUNDS and spent >= seconds * len(taken)
+            return all(entry.count >= queries for entry in recorded)
+        rounds, spent = len(recorded[0].slices), sum(entry.wall for entry in recorded)
+        return rounds >= FEWEST_ROUNDS and spent >= seconds * len(recorded)
 
     while not done():
         for index in rng.permutation(len(candidates)):
-            limit = min(most, queries - taken[index].count) if queries and most else None
-            _slice(candidates[index], taken[index], warm[index].seconds, length, limit, clock)
-            on_progress(sum(entry.wall for entry in taken))
+            limit = min(most, queries - recorded[index].count) if queries and most else None
+            _slice(candidates[index], recorded[index], warm[index].seconds, length, limit, clock)
+            on_progress(sum(entry.wall for entry in recorded))
     results = [
         workload.measurement(
             np.concatenate(entry.slices), entry.wall, entry.parts, batch, start.steady
         )
-        for entry, start in zip(taken, warm, strict=True)
+        for entry, start in zip(recorded, warm, strict=True)
     ]
-    medians = [[float(np.median(part)) for part in entry.slices] for entry in taken]
-    compared = [compare.paired(medians[0], other, comparisons=len(taken) - 1) for other in medians]
+    medians = [[float(np.median(part)) for part in entry.slices] for entry in recorded]
+    compared = [
+        compare.paired(medians[0], other, comparisons=len(recorded) - 1) for other in medians
+    ]
     return [results[0]] + [
         dataclasses.replace(entry, speed=comparison.speed, comparison=comparison)
         for entry, comparison in zip(results[1:], compared[1:], strict=True)
@@ -125,7 +127,7 @@ def measure(
 
 def _slice(
     candidate: Candidate,
-    taken: _Slices,
+    recorded: _Slices,
     expected: float,
     length: float,
     limit: int | None,
@@ -142,25 +144,25 @@ def _slice(
     requests = candidate.requests
     with candidate.serving() as (serve, timings):
         if expected < LONG:
-            serve(requests[taken.served % len(requests)])
+            serve(requests[recorded.served % len(requests)])
         samples: list[float] = []
         wall = 0.0
         before = clock.now()
         while wall < length or len(samples) < fewest:
-            serve(requests[taken.served % len(requests)])
+            serve(requests[recorded.served % len(requests)])
             after = clock.now()
             spent = after - before
             wall += spent
             samples.append(spent * 1e3)
-            taken.served += 1
+            recorded.served += 1
             if parts := timings():
-                taken.parts.append(parts)
+                recorded.parts.append(parts)
             if len(samples) == limit:
                 break
             # Batches in flight continue while timings are read, so that time counts as well.
             before = after if candidate.pipeline else clock.now()
-    taken.slices.append(samples)
-    taken.wall += wall
+    recorded.slices.append(samples)
+    recorded.wall += wall
 
 
 def compared(measured: Sequence[Measurement], scenario: str) -> list[Measurement]:

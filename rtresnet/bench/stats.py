@@ -248,8 +248,8 @@ def resample(
         row[0] = drawn @ samples / (blocks * block)
         if len(shares):
             below = drawn[:, order].cumsum(axis=1)
-            for place in range(count):
-                row[1:, place] = ordered[np.searchsorted(below[place], targets)]
+            for column in range(count):
+                row[1:, column] = ordered[np.searchsorted(below[column], targets)]
         rows.append(row)
     return np.concatenate(rows, axis=1)
 

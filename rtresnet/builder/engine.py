@@ -86,7 +86,7 @@ def check(
 def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, Node]) -> tuple[str, ...]:
     """Return the targets of a build; empty for TensorRT-RTX's own default."""
     if target or not hasattr(trt, "ComputeCapability"):
-        return tuple(target) or _own_target(trt)
+        return tuple(target) or _local_target(trt)
     chosen = list(targets.DEFAULT)
     for name in preflight.precisions(graph):
         chosen = [target for target in chosen if target not in unsupported(name, chosen)]
@@ -154,9 +154,9 @@ def build(
         try:
             maker, network = _create(trt, log, source)
         finally:
-            known = verified.result() or described  # a damaged file is reported first
-    preflight.require_fixed_size(source, network, _stated_size(known))
-    parent = known or _unknown_net(trt, network, source)
+            stated = verified.result() or described  # a damaged file is reported first
+    preflight.require_fixed_size(source, network, _stated_size(stated))
+    parent = stated or _unknown_net(trt, network, source)
     batch = int(network.get_input(0).shape[0])
     profiles = targets.profiles_for(source, profiles, batch if batch > 0 else None)
     graph = nodes.read(trt, network)
@@ -220,7 +220,7 @@ def require_user_allocation(trt: Any, config: Any) -> None:
         config.set_flag(flag)
 
 
-def _own_target(trt: Any) -> tuple[str, ...]:
+def _local_target(trt: Any) -> tuple[str, ...]:
     """Return the GPU that `tensorrt` builds for; empty for TensorRT-RTX, which needs none."""
     rtx = hasattr(trt, "ComputeCapability")
     return () if rtx else tuple(gpu.target for gpu in hardware.gpus()[:1])

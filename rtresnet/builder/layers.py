@@ -196,17 +196,17 @@ def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer,
     done: dict[int, set[str]] = {}  # the convolutions that have run, by profile
     for layer in layers:
         known = sorted((n for n in layer.nodes if n in nodes), key=order.__getitem__)
-        own = [nodes[name] for name in known if nodes[name].operation != WEIGHTS]
+        layer_nodes = [nodes[name] for name in known if nodes[name].operation != WEIGHTS]
         ran = done.setdefault(layer.profile, set())
-        role = _role(layer, own)
-        rounds = _rounds(own, layer.outputs)
-        main = _main(own, role, ran)
+        role = _role(layer, layer_nodes)
+        rounds = _rounds(layer_nodes, layer.outputs)
+        main = _main(layer_nodes, role, ran)
         if main is not None:
             place = (main.stage, main.block)
-        operation = _operation(role, layer.kind, layer.name, own, rounds, ran)
+        operation = _operation(role, layer.kind, layer.name, layer_nodes, rounds, ran)
         multiply_adds = 0
         if role in KERNELS:
-            computed = {node.name: node for node in own if node.operation in KERNELS}
+            computed = {node.name: node for node in layer_nodes if node.operation in KERNELS}
             multiply_adds = sum(n.multiply_adds for name, n in computed.items() if name not in ran)
             ran.update(computed)
         classified.append(
@@ -266,8 +266,8 @@ def _tokens(name: str) -> list[str]:
     return re.findall(r"[A-Z][a-z]*", match[1]) if match else []
 
 
-def _role(layer: Layer, own: Sequence[Node]) -> str:
-    operations = {node.operation for node in own}
+def _role(layer: Layer, layer_nodes: Sequence[Node]) -> str:
+    operations = {node.operation for node in layer_nodes}
     if layer.kind in IDLE:
         return "idle"
     if layer.role == MATMUL:
@@ -285,17 +285,22 @@ def _role(layer: Layer, own: Sequence[Node]) -> str:
     return "requantize" if requantizes else "pointwise"
 
 
-def _rounds(own: Sequence[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]:
+def _rounds(layer_nodes: Sequence[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]:
     if any(tensor.dtype == UNKNOWN for tensor in outputs):
         return ()
-    quantizers = {node.name for node in own if node.operation == "quantize"}
+    quantizers = {node.name for node in layer_nodes if node.operation == "quantize"}
     lost = len(quantizers) - sum(tensor.dtype in QUANTIZED for tensor in outputs)
-    back = [n.source for n in own if n.operation == "dequantize" and n.source in quantizers]
+    back = [n.source for n in layer_nodes if n.operation == "dequantize" and n.source in quantizers]
     return tuple(back[: max(lost, 0)])
 
 
 def _operation(
-    role: str, kind: str, name: str, own: Sequence[Node], rounds: tuple[str, ...], ran: set[str]
+    role: str,
+    kind: str,
+    name: str,
+    layer_nodes: Sequence[Node],
+    rounds: tuple[str, ...],
+    ran: set[str],
 ) -> str:
     if role == "idle":
         return kind
@@ -303,7 +308,7 @@ def _operation(
         moves = [MOVES[token] for token in _tokens(name) if token in MOVES]
         return " + ".join(dict.fromkeys(moves)) or "reformat"
     words = []
-    for node in own:
+    for node in layer_nodes:
         word = f"{node.operation} {node.detail}".strip()
         if node.operation in KERNELS and role not in KERNELS:
             # Scale and bias of a kernel that has run, or the input of one that has not.
@@ -320,17 +325,17 @@ def _operation(
     return " + ".join(dict.fromkeys(words)) or " ".join(_tokens(name)).lower() or kind
 
 
-def _main(own: Sequence[Node], role: str, ran: set[str]) -> Node | None:
+def _main(layer_nodes: Sequence[Node], role: str, ran: set[str]) -> Node | None:
     """Return the node whose block a layer belongs to: one that it computes, if there is one."""
     if role not in KERNELS:
-        own = [n for n in own if n.operation != "dequantize"] or own
-        for node in own:
+        layer_nodes = [n for n in layer_nodes if n.operation != "dequantize"] or layer_nodes
+        for node in layer_nodes:
             if node.operation == ADD or node.name in ran:
                 return node
-    for node in own:
+    for node in layer_nodes:
         if node.operation in KERNELS:
             return node
-    return own[0] if own else None
+    return layer_nodes[0] if layer_nodes else None
 
 
 def path_for(plan: str | os.PathLike[str]) -> Path:
@@ -351,22 +356,23 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
     if link is None:
         why = "it has no sidecar" if sidecar is None else "its sidecar names no layer file"
         raise InputError(f"{plan}: its layers are unknown, because {why}", fix=again)
-    place = Path(plan).parent / link.file
-    atomic_io.require_file(place, fix=again)
-    if atomic_io.sha256(place) != link.sha256:
-        raise ArtifactError(f"{place}: does not belong to {plan}", fix=again)
-    data = serialization.load(place, fix=again, error=ArtifactError)
+    layers_path = Path(plan).parent / link.file
+    atomic_io.require_file(layers_path, fix=again)
+    if atomic_io.sha256(layers_path) != link.sha256:
+        raise ArtifactError(f"{layers_path}: does not belong to {plan}", fix=again)
+    data = serialization.load(layers_path, fix=again, error=ArtifactError)
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise ArtifactError(
-            f"{place}: has schema {schema}, but this version of rtresnet reads {SCHEMA}", fix=again
+            f"{layers_path}: has schema {schema}, but this version of rtresnet reads {SCHEMA}",
+            fix=again,
         )
     try:
         layers = from_json(Layers, data)
         if not layers.batches or any(layer.profile < 0 for layer in layers.layers):
             raise TypeError("no batches, or a profile below 0")
     except TypeError as error:
-        raise ArtifactError(f"{place}: damaged ({error})", fix=again) from None
+        raise ArtifactError(f"{layers_path}: damaged ({error})", fix=again) from None
     return layers
 
 

@@ -78,11 +78,11 @@ def read(trt: Any, network: Any) -> dict[str, Node]:
                     height=shape[2] if len(shape) == 4 else 0, source=source,
                     multiply_adds=_multiply_adds(trt, layer, operation, inputs, shape),
                 )  # fmt: skip
-    found = [node for node in nodes.values() if node.operation != "constant"]
-    places = assign_blocks([(node.name, node.operation, node.height) for node in found])
+    operations = [node for node in nodes.values() if node.operation != "constant"]
+    blocks = assign_blocks([(node.name, node.operation, node.height) for node in operations])
     return {
         node.name: replace(node, stage=stage, block=block)
-        for node, (stage, block) in zip(found, places, strict=True)
+        for node, (stage, block) in zip(operations, blocks, strict=True)
     }
 
 

@@ -81,7 +81,7 @@ def parse(names: str | Sequence[str] | None, builder: str = "auto") -> tuple[str
             _require_rtx_target(name, target)
         targets.append(target)
     if _resolved(builder) == "tensorrt":
-        _require_own_gpu(targets)
+        _require_local_gpu(targets)
     return tuple(dict.fromkeys(targets))
 
 
@@ -103,9 +103,9 @@ def _target(name: str) -> str:
 
 
 def _unknown_target(name: str) -> InputError:
-    known = ", ".join(f"{target} ({names})" for target, names in gpu_targets.SERVED.items())
+    targets = ", ".join(f"{target} ({names})" for target, names in gpu_targets.SERVED.items())
     return InputError(
-        f"--target {name}: not a known GPU or compute capability", fix=f"known: {known}"
+        f"--target {name}: not a known GPU or compute capability", fix=f"known: {targets}"
     )
 
 
@@ -127,12 +127,12 @@ def _require_rtx_target(name: str, target: str) -> None:
     )
 
 
-def _require_own_gpu(targets: Sequence[str]) -> None:
-    own = [gpu.target for gpu in hardware.gpus()[:1]]
-    if targets and list(dict.fromkeys(targets)) != own:
+def _require_local_gpu(targets: Sequence[str]) -> None:
+    local = [gpu.target for gpu in hardware.gpus()[:1]]
+    if targets and list(dict.fromkeys(targets)) != local:
         raise InputError(
             "tensorrt builds only for this machine's GPU"
-            + (f", {own[0]}" if own else "")
+            + (f", {local[0]}" if local else "")
             + f", not for {', '.join(dict.fromkeys(targets))}",
             fix="leave --target out, or use --builder rtx",
         )
@@ -147,7 +147,7 @@ def apply(trt: Any, config: Any, targets: Sequence[str]) -> None:
     if not targets:
         return
     if not hasattr(trt, "ComputeCapability"):
-        _require_own_gpu(targets)
+        _require_local_gpu(targets)
         return
     config.num_compute_capabilities = len(targets)
     for index, name in enumerate(targets):

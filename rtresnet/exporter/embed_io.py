@@ -174,13 +174,13 @@ def check(
     if topk is None:
         error = metrics.parity(expected, np.concatenate(results)).relative
     else:
-        indices, found = (np.concatenate(part) for part in zip(*results, strict=True))
+        indices, probabilities = (np.concatenate(part) for part in zip(*results, strict=True))
         rows = metrics.softmax(expected.astype(np.float64))
         largest = -np.sort(-rows, axis=1)[:, :topk]
         # By value as well as by class: two classes of equal probability may come in either order.
         error = max(
-            metrics.parity(largest, found).relative,
-            metrics.parity(np.take_along_axis(rows, indices, axis=1), found).relative,
+            metrics.parity(largest, probabilities).relative,
+            metrics.parity(np.take_along_axis(rows, indices, axis=1), probabilities).relative,
         )
     if not error <= TOLERANCE:
         raise CheckFailedError(

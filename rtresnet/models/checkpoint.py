@@ -40,7 +40,7 @@ from rtresnet.onnxlib import metadata
 
 FORMAT = 1
 SAFETENSORS = ".safetensors"
-OWN_KEY = "rtresnet"  # key in a safetensors file's metadata
+METADATA_KEY = "rtresnet"  # key in a safetensors file's metadata
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # next to timm's config.json
 MEAN_IMAGE = "mean_image.image"  # name of the buffer of `resnet.MeanImage`
 
@@ -226,8 +226,8 @@ def load(
     sidecar = artifacts.verify(path)
     if path.suffix.lower() == SAFETENSORS:
         content = _read_safetensors(path)
-        if OWN_KEY in content:
-            return _ours(path, _own_payload(path, content), model, detector)
+        if METADATA_KEY in content:
+            return _native(path, _saved_payload(path, content), model, detector)
         return _foreign(path, content, model, input, sidecar)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
@@ -243,7 +243,7 @@ def load(
             fix="copy it again, or save it again with torch.save(model.state_dict(), FILE)",
         ) from error
     if isinstance(payload, dict) and "rtresnet" in payload:
-        return _ours(path, payload, model, detector)
+        return _native(path, payload, model, detector)
     if detector:
         raise ArtifactError(f"{path}: not a detector of rtresnet")
     return _foreign(path, payload, model, input, sidecar)
@@ -257,14 +257,14 @@ def _as_safetensors(path: str | os.PathLike[str], payload: dict[str, Any]) -> by
         raise missing_package("safetensors", f"writing {path}") from None
     meaning = {k: v for k, v in payload.items() if k not in ("state", "training")}
     tensors = {name: tensor.contiguous() for name, tensor in payload["state"].items()}
-    data: bytes = serialize(tensors, {"format": "pt", OWN_KEY: json.dumps(meaning)})
+    data: bytes = serialize(tensors, {"format": "pt", METADATA_KEY: json.dumps(meaning)})
     return data
 
 
-def _own_payload(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def _saved_payload(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return the payload of a safetensors file that `save` wrote."""
     try:
-        meaning = json.loads(content[OWN_KEY])
+        meaning = json.loads(content[METADATA_KEY])
         return {**meaning, "state": content["state_dict"], "training": {}}
     except (ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
@@ -288,7 +288,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: bool) -> Checkpoint:
+def _native(
+    path: Path, payload: dict[str, Any], requested: str | None, detector: bool
+) -> Checkpoint:
     if type(payload["rtresnet"]) is not int or payload["rtresnet"] != FORMAT:
         raise ArtifactError(
             f"{path}: checkpoint format {payload['rtresnet']}, but this version of rtresnet reads "
@@ -317,11 +319,11 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: boo
             raise TypeError("state has values that are not tensors")
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path}: broken checkpoint ({error})") from None
-    if wanted and not zoo.matches(wanted, stated):
-        _refuse(path, checkpoint.state, zoo.spec(wanted), len(checkpoint.model.classes), stated)
+    if requested and not zoo.matches(requested, stated):
+        _refuse(path, checkpoint.state, zoo.spec(requested), len(checkpoint.model.classes), stated)
     if detector != (checkpoint.detection is not None):
-        held, needed = ("classifier", "detector") if detector else ("detector", "classifier")
-        raise ArtifactError(f"{path}: is a {held}, but this command needs a {needed}")
+        actual, needed = ("classifier", "detector") if detector else ("detector", "classifier")
+        raise ArtifactError(f"{path}: is a {actual}, but this command needs a {needed}")
     if checkpoint.detection is None:
         _check(path, checkpoint.state, stated, len(checkpoint.model.classes))
     if checkpoint.weights.sha256 is None and checkpoint.weights.origin != "untrained":
@@ -335,22 +337,22 @@ def _ours(path: Path, payload: dict[str, Any], wanted: str | None, detector: boo
 def _foreign(
     path: Path,
     payload: Any,
-    wanted: str | None,
+    requested: str | None,
     input: Preprocess | None,
     sidecar: Sidecar | None,
 ) -> Checkpoint:
     state = adopt(payload)
     head = next((name for name in HEADS if name in state), None)
     if head is None:
-        found = ", ".join(list(state)[:3]) or "no tensors"
+        tensors = ", ".join(list(state)[:3]) or "no tensors"
         raise ArtifactError(
             f"{path}: not a residual net or VGG in the naming of torchvision, timm or the public "
-            f"CIFAR nets (found {found})"
+            f"CIFAR nets (found {tensors})"
         )
     if not state[head].ndim:
         raise ArtifactError(f"{path}: {head} is a single number")
     stated = _stated(sidecar) or find_naming(path, payload)
-    spec, assumed = identify(path, stated, recognize(state), wanted)
+    spec, assumed = identify(path, stated, recognize(state), requested)
     classes = state[head].shape[0]
     _check(path, state, spec, classes)
     hub = read_hub_config(path.parent) if path.name in HUB_FILES else None

@@ -287,7 +287,7 @@ def _recognize_vgg(state: Mapping[str, Tensor]) -> zoo.Spec | None:
 
 
 def identify(
-    path: Path, naming: Naming | None, recognized: zoo.Spec | None, wanted: str | None
+    path: Path, naming: Naming | None, recognized: zoo.Spec | None, requested: str | None
 ) -> tuple[zoo.Spec, tuple[str, ...]]:
     """Return the net of a foreign file: the one it states, the requested one, or one that fits.
 
@@ -304,15 +304,15 @@ def identify(
         ArtifactError: No net of the zoo has these tensors, or the file states another one.
     """
     if recognized is None:
-        if wanted is None:
+        if requested is None:
             raise ArtifactError(
                 f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
             )
-        return zoo.spec(wanted), ()
+        return zoo.spec(requested), ()
     stated = _stated(path, naming, recognized)
-    if wanted is not None:
-        spec = zoo.spec(wanted)
-        if spec.shortcut is not None and not zoo.states_shortcut(wanted):
+    if requested is not None:
+        spec = zoo.spec(requested)
+        if spec.shortcut is not None and not zoo.states_shortcut(requested):
             spec = zoo.variant(spec, shortcut=recognized.shortcut)
         if naming is None or stated is None or not _alike(spec, recognized):
             return spec, ()

@@ -25,8 +25,8 @@ class _Tracer(fx.Tracer):
     """Treats our own operations as leaf modules, like torch's."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        ours = isinstance(m, Add | MeanImage | PadShortcut) or getattr(m, "traced_whole", False)
-        return ours or super().is_leaf_module(m, qualified_name)
+        is_leaf = isinstance(m, Add | MeanImage | PadShortcut) or getattr(m, "traced_whole", False)
+        return is_leaf or super().is_leaf_module(m, qualified_name)
 
 
 def trace(net: nn.Module) -> fx.GraphModule:

@@ -146,9 +146,9 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
     if match is None or not name.startswith(("resnet", "plain")):
         raise UnknownNameError("model", name, names())
     kind, depth = match[1], int(match[2])
-    asked_shortcut, asked_stride, block_layers = _suffixes(name, match[3])
+    named_shortcut, named_stride, block_layers = _suffixes(name, match[3])
     family, block, counts = _layout(name, kind, depth)
-    shortcut = _one("shortcut option", name, asked_shortcut, shortcut)
+    shortcut = _one("shortcut option", name, named_shortcut, shortcut)
     if kind == "plain":
         if shortcut is not None or block_layers:
             raise InputError(
@@ -159,10 +159,10 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
         shortcut = shortcut or _default_shortcut(family)
         if shortcut not in SHORTCUTS:
             raise UnknownNameError("shortcut option", shortcut, SHORTCUTS)
-    stride_in = _one("stride position", name, asked_stride, stride_in) or "3x3"
+    stride_in = _one("stride position", name, named_stride, stride_in) or "3x3"
     if stride_in not in STRIDES_IN:
         raise UnknownNameError("stride position", stride_in, STRIDES_IN)
-    if asked_stride and block != "bottleneck":
+    if named_stride and block != "bottleneck":
         raise InputError(
             f"{name}: v1 and v1.5 are variants of bottlenecks, which {kind}{depth} does not have",
             fix=f"--model {kind}{depth}",
@@ -246,9 +246,9 @@ def _suffixes(name: str, text: str) -> tuple[str | None, str | None, int | None]
     return shortcut, stride, layers
 
 
-def _one(what: str, name: str, suffix: str | None, argument: str | None) -> str | None:
+def _one(option: str, name: str, suffix: str | None, argument: str | None) -> str | None:
     if suffix and argument and suffix != argument:
-        raise InputError(f"{name}: the name and the {what} {argument} contradict each other")
+        raise InputError(f"{name}: the name and the {option} {argument} contradict each other")
     return suffix or argument
 
 

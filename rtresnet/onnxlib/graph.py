@@ -219,12 +219,12 @@ class GraphIndex:
         """
         from onnx import numpy_helper
 
-        wanted, count = name, 1
+        base, count = name, 1
         while name in self.initializers:
             present = numpy_helper.to_array(self.initializers[name])
             if present.dtype == value.dtype and np.array_equal(present, value):
                 return name
-            name, count = f"{wanted}.{count}", count + 1
+            name, count = f"{base}.{count}", count + 1
         self.graph.initializer.append(numpy_helper.from_array(value, name))
         self.initializers[name] = self.graph.initializer[-1]
         self._arrays.pop(name, None)

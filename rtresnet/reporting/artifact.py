@@ -132,10 +132,10 @@ def inspect_lines(result: InspectResult, layers: Iterable[str] = ()) -> Iterator
     """Return an artifact's chain, its header, and what was read from the file itself."""
     for index, entry in enumerate(result.chain):
         indent, record = "  " * index, entry.sidecar
-        what = ""
+        summary = ""
         if record:
-            what = f": {record.kind}, {record.model.architecture}, {record.precision}"
-        yield f"{indent}{'<- ' if index else ''}{entry.path}{what}  ({entry.state})"
+            summary = f": {record.kind}, {record.model.architecture}, {record.precision}"
+        yield f"{indent}{'<- ' if index else ''}{entry.path}{summary}  ({entry.state})"
         for line in _details(entry, first=index == 0):
             yield f"{indent}   {line}"
         yield from tables.measured_tables(record.measured if record else {})
@@ -208,7 +208,7 @@ def _details(entry: ChainEntry, *, first: bool) -> list[str]:
 
 def _scales(calibration: Calibration) -> str:
     """Return where its scales are, and whether another calibration has been written there since."""
-    place = Path(calibration.scales)
-    known = place.suffix == ".json" and place.is_file()  # learned ones are in their checkpoint
-    changed = known and atomic_io.sha256(place) != calibration.scales_sha256
-    return f"{place.as_posix()}{' (changed since)' if changed else ''}"
+    path = Path(calibration.scales)
+    readable = path.suffix == ".json" and path.is_file()  # learned ones are in their checkpoint
+    changed = readable and atomic_io.sha256(path) != calibration.scales_sha256
+    return f"{path.as_posix()}{' (changed since)' if changed else ''}"

@@ -160,7 +160,7 @@ def search_lines(result: BenchmarkSearchResult) -> Iterator[str | DataTable]:
     notes = (entry.artifact.note for entry in result.searches)
     yield from (f"NOTE: {note}" for note in notes if note)
     for entry in result.searches:
-        what, best = entry.search.what, entry.search.best
+        variable, best = entry.search.what, entry.search.best
         rows = [
             (
                 f"{point.load:g}", point.median, point.p99, point.images_per_second, point.n,
@@ -168,11 +168,11 @@ def search_lines(result: BenchmarkSearchResult) -> Iterator[str | DataTable]:
             )
             for point in entry.search.points
         ]  # fmt: skip
-        yield DataTable(headings=[what, "median", "p99", "img/s", "n", "holds"], rows=rows)
+        yield DataTable(headings=[variable, "median", "p99", "img/s", "n", "holds"], rows=rows)
         if best is not None:
             more = ", the largest one tried" if entry.search.limit else ""
             yield (
-                f"{Path(entry.artifact.measured).name}: {what} {best:g} keeps the p99 within "
+                f"{Path(entry.artifact.measured).name}: {variable} {best:g} keeps the p99 within "
                 f"{entry.search.p99_ms:g} ms{more}."
             )
     yield from _where(entry.artifact for entry in result.searches)

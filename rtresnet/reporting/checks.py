@@ -73,8 +73,8 @@ def lint_lines(result: LintResult) -> Iterator[str]:
     yield from _listed(result.before)
     if result.fixed is not None:
         repairs = Counter((entry.rule, entry.what) for entry in result.repaired)
-        for (rule, what), count in repairs.items():
-            yield f"repaired  {rule}, {plural(count, 'node')}: {what}"
+        for (rule, fix), count in repairs.items():
+            yield f"repaired  {rule}, {plural(count, 'node')}: {fix}"
         same = "same outputs, bit for bit" if repairs else "nothing was repaired"
         yield f"{result.fixed}: {same}"
         if repairs and result.findings:

@@ -95,14 +95,14 @@ def percent(share: Proportion) -> str:
 
 
 def _classes(report: ClassificationReport) -> DataTable:
-    known = [score for score in report.classes if score.recall.n]
-    known.sort(key=lambda score: score.recall.percent or 0.0)
+    scored = [score for score in report.classes if score.recall.n]
+    scored.sort(key=lambda score: score.recall.percent or 0.0)
     rows = [
         (score.name, score.recall.n, percent(score.recall), percent(score.precision),
          score.f1)
-        for score in known[:LISTED]
+        for score in scored[:LISTED]
     ]  # fmt: skip
-    more = f" The {LISTED} with the lowest recall of {len(known)}." if len(known) > LISTED else ""
+    more = f" The {LISTED} with the lowest recall of {len(scored)}." if len(scored) > LISTED else ""
     return DataTable(
         headings=("class", "images", "recall, 95 % interval", "precision, 95 % interval", "F1"),
         rows=rows,

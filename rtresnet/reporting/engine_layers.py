@@ -118,13 +118,13 @@ def _frames(engine: Layers, members: Sequence[Layer], y: float) -> Iterator[dict
         width = sum(_width(layer) + GAP for layer in layers) - GAP + 12
         if x > MARGIN and x + width > WIDTH - MARGIN:
             x, y = float(MARGIN), y + ROW
-        boxes, place = [], x + 6
+        boxes, offset = [], x + 6
         for layer in layers:
             first, *rest = layer.operation.split(" + ")
             lines = [first.replace("matmul", "product"), *(["+".join(rest)] if rest else [])]
             boxes.append(
                 {
-                    "x": place, "width": _width(layer), "unfused": _unfused(layer, engine),
+                    "x": offset, "width": _width(layer), "unfused": _unfused(layer, engine),
                     "fill": COLOURS.get(_precision(layer), OTHER),
                     "stripe": COLOURS.get(_stripe(layer), OTHER) if _stripe(layer) else "",
                     "lines": lines if _computes(layer) else [],
@@ -132,7 +132,7 @@ def _frames(engine: Layers, members: Sequence[Layer], y: float) -> Iterator[dict
                     f"{written(layer, engine.batches[0]):,} bytes\n" + ", ".join(layer.nodes),
                 }
             )  # fmt: skip
-            place += _width(layer) + GAP
+            offset += _width(layer) + GAP
         yield {"block": block, "x": x, "y": y, "width": width, "boxes": boxes}
         x += width + 6
 

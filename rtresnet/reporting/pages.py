@@ -124,7 +124,7 @@ def write_training(
     text = render(
         "training.html",
         title=result.title,
-        kept=_kept(result.measured),
+        kept=_kept_weights(result.measured),
         warnings=result.images.warnings() if result.images else [],
         curve=plots.svg(figure, "training and held-out error against epochs"),
         progress=plots.svg(plots.progress_figure(log), "loss and images per second"),
@@ -137,7 +137,7 @@ def write_training(
     return folder / "index.html"
 
 
-def _kept(measured: RunAccuracy) -> str:
+def _kept_weights(measured: RunAccuracy) -> str:
     """Which epoch's weights a run keeps, and how good they are."""
     accuracies = []
     if measured.val_top1 is not None:

@@ -58,9 +58,9 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
 def _measured(gpu: GpuEstimate) -> Iterator[str]:
     for entry in gpu.measured:
         ms = entry.compute_ms if entry.compute_ms is not None else entry.median_ms
-        what = "computation" if entry.compute_ms is not None else "latency"
+        quantity = "computation" if entry.compute_ms is not None else "latency"
         yield (
-            f"Measured on {gpu.gpu}: {number(ms)} ms {what} (median, n {entry.n}, "
+            f"Measured on {gpu.gpu}: {number(ms)} ms {quantity} (median, n {entry.n}, "
             f"{entry.file}), {ms / gpu.no_faster_than_ms:.1f} times the bound."
         )
 

@@ -170,8 +170,8 @@ def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
         if search["best"] is not None:
             axes.axvline(search["best"], color=colour, linewidth=0.8, alpha=0.6)
     axes.axhline(searches[0][1]["p99_ms"], color="#888888", linewidth=1)
-    what = "images per batch" if searches[0][1]["what"] == "batch" else "requests per second"
-    axes.set(xlabel=what, ylabel="latency, ms", ylim=(0, None))
+    load = "images per batch" if searches[0][1]["what"] == "batch" else "requests per second"
+    axes.set(xlabel=load, ylabel="latency, ms", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return drawing
 
@@ -221,11 +221,11 @@ def colours(results: Results) -> dict[str, str]:
 
 def tradeoff(results: Results, batch: int) -> str | None:
     """Top-1 or AP against median latency, with the Pareto front; None without accuracy."""
-    known = [(a, e) for a, e in results.streams(batch) if a.score is not None]
-    if not known:
+    scored = [(a, e) for a, e in results.streams(batch) if a.score is not None]
+    if not scored:
         return None
-    measure = known[0][0].measure
-    streams = [(a, e) for a, e in known if a.measure == measure]
+    measure = scored[0][0].measure
+    streams = [(a, e) for a, e in scored if a.measure == measure]
     points = [(entry["latency"]["median"], artifact.score or 0.0) for artifact, entry in streams]
     front = [points[index] for index in pareto(points)]
     drawing, axes = figure(4.6, 3.2)
@@ -355,15 +355,15 @@ def stages(profiles: Sequence[tuple[str, Profile]]) -> str:
     for row, (_, result) in enumerate(profiles):
         left = 0.0
         for stage in result["stages"]:
-            place = names.index(stage["name"])
-            axes.barh(row, stage["ms"], left=left, height=0.62, gid=f"stage-{row}-{place}",
-                      color=PALETTE[place % len(PALETTE)])  # fmt: skip
+            index = names.index(stage["name"])
+            axes.barh(row, stage["ms"], left=left, height=0.62, gid=f"stage-{row}-{index}",
+                      color=PALETTE[index % len(PALETTE)])  # fmt: skip
             if stage["ms"] > 0.09 * widest:
                 axes.text(left + stage["ms"] / 2, row, f"{100 * stage['share']:.0f} %",
                           color="white", ha="center", va="center", fontsize=9)  # fmt: skip
             left += stage["ms"]
-    for place, name in enumerate(names):
-        axes.barh(0, 0, color=PALETTE[place % len(PALETTE)], label=plain(name))
+    for index, name in enumerate(names):
+        axes.barh(0, 0, color=PALETTE[index % len(PALETTE)], label=plain(name))
     axes.set_yticks(range(len(profiles)), [plain(label) for label, _ in profiles])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

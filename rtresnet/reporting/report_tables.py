@@ -108,12 +108,12 @@ def _artifacts(results: Results) -> DataTable:
             )
             data.setdefault(artifact.measure, {})[place] = None
         if artifact.agreement:
-            what = "top-1" if artifact.agreement.get("both") is None else "detections"
+            label = "top-1" if artifact.agreement.get("both") is None else "detections"
             name = PurePath(artifact.agreement["reference"]["artifact"]).name
-            references.setdefault(what, {})[name] = None
+            references.setdefault(label, {})[name] = None
     about = [
         *(f"{measure[0].upper()}{measure[1:]} on {'; '.join(on)}." for measure, on in data.items()),
-        *(f"Agreement: same {what} as {', '.join(on)}." for what, on in references.items()),
+        *(f"Agreement: same {label} as {', '.join(on)}." for label, on in references.items()),
         *([f"Speed against {base.name}."] if base else []),
     ]
     return DataTable(
@@ -202,8 +202,8 @@ def _origin(results: Results) -> DataTable:
 
 def _short(data: str | None) -> str:
     """Return a data set's name without the folders of the machine that measured."""
-    kind, colon, place = (data or "unknown").partition(":")
-    return f"{kind}{colon}{PurePath(place).name}" if colon else PurePath(kind).name
+    kind, colon, location = (data or "unknown").partition(":")
+    return f"{kind}{colon}{PurePath(location).name}" if colon else PurePath(kind).name
 
 
 def _latency(results: Results) -> DataTable:
@@ -237,13 +237,13 @@ def _searches(results: Results) -> DataTable:
             key=lambda p: float("inf") if p["p99"] is None else p["p99"],
         )
         middle = repeats[(len(repeats) - 1) // 2] if repeats else None
-        what = "images per batch" if search["what"] == "batch" else "requests/s"
+        label = "images per batch" if search["what"] == "batch" else "requests/s"
         at_best = (
             (middle["p99"], middle.get("images_per_second"), middle.get("n"))
             if middle
             else (None,) * 3
         )
-        rows.append((artifact.name, what, search["p99_ms"], search["best"], *at_best))
+        rows.append((artifact.name, label, search["p99_ms"], search["best"], *at_best))
     about = (
         "The largest load whose p99 is within the bound in most repeats; a dash if there is none."
     )
@@ -344,10 +344,10 @@ def _chain(results: Results) -> DataTable:
 def _environment(results: Results) -> DataTable:
     rows = [
         (
-            what, where.get("device"), where.get("provider"), where.get("threads"),
+            label, where.get("device"), where.get("provider"), where.get("threads"),
             ", ".join(map(" ".join, (where.get("versions") or {}).items())),
         )
-        for what, where in results.environments
+        for label, where in results.environments
     ]  # fmt: skip
     return DataTable(
         title="Environment",

@@ -188,7 +188,7 @@ def gather(paths: Iterable[str | Path]) -> Results:
             "nothing to report: no artifact and no result in " + ", ".join(map(str, paths)),
             fix="create one with: rtresnet bench engines/*.onnx --json bench.json",
         )
-    collector.require_known([Path(path) for path in paths])
+    collector.require_measured([Path(path) for path in paths])
     return collector.finish()
 
 
@@ -215,23 +215,25 @@ def _is_result(file: Path) -> bool:
 class _Collector:
     def __init__(self) -> None:
         self.results = Results()
-        self.known: dict[Path, Artifact] = {}
+        self.artifact_by_path: dict[Path, Artifact] = {}
 
     def artifact(
         self, path: str, precision: str | None = None, *, required: bool = False
     ) -> Artifact:
-        place = Path(path).absolute()
-        known = self.known.get(place)
-        if known is None:
-            known = self.known[place] = Artifact(path=Path(path), name=Path(path).name)
-            self.results.artifacts.append(known)
+        absolute = Path(path).absolute()
+        artifact = self.artifact_by_path.get(absolute)
+        if artifact is None:
+            artifact = self.artifact_by_path[absolute] = Artifact(
+                path=Path(path), name=Path(path).name
+            )
+            self.results.artifacts.append(artifact)
             try:
-                _read_sidecars(known)
+                _read_sidecars(artifact)
             except ArtifactError:
                 if required:  # a result stays true after its artifact is gone
                     raise
-        known.precision = known.precision or precision
-        return known
+        artifact.precision = artifact.precision or precision
+        return artifact
 
     def read(self, path: Path) -> None:
         data = serialization.load(path, fix="write the file again, or leave it out")
@@ -259,10 +261,10 @@ class _Collector:
                 self.results.notes.append(note)
         self.results.notes += _remarks(result.get("environment"))
 
-    def _measured(self, entry: Entry | result_files.SearchEntry, what: str) -> Artifact:
+    def _measured(self, entry: Entry | result_files.SearchEntry, label: str) -> Artifact:
         artifact = self.artifact(entry["measured"], entry.get("precision"))
         artifact.untrained |= bool(entry.get("untrained"))
-        self.results.environments.append((what, entry))
+        self.results.environments.append((label, entry))
         return artifact
 
     def _eval(self, result: result_files.Eval) -> None:
@@ -300,14 +302,19 @@ class _Collector:
         for compared in result["compare"].values():
             self._compare(compared)
 
-    def require_known(self, paths: Sequence[Path]) -> None:
+    def require_measured(self, paths: Sequence[Path]) -> None:
         """Raise InputError for an artifact in `paths` without any measurement."""
         results = self.results
         measured = {id(a) for a, _ in (*results.profiles, *results.searches, *results.timings)}
         measured |= {id(artifact) for artifact, _ in results.bounds}
         for path in paths:
-            known = self.known.get(path.absolute())
-            if known is None or id(known) in measured or known.accuracies or known.agreement:
+            artifact = self.artifact_by_path.get(path.absolute())
+            if (
+                artifact is None
+                or id(artifact) in measured
+                or artifact.accuracies
+                or artifact.agreement
+            ):
                 continue
             if artifacts.read_sidecar(path) is None:
                 raise InputError(
@@ -337,29 +344,29 @@ class _Collector:
         return results
 
 
-def _read_sidecars(known: Artifact) -> None:
+def _read_sidecars(artifact: Artifact) -> None:
     """Add what the sidecars of an artifact and of its chain say."""
-    if not known.path.exists():
+    if not artifact.path.exists():
         return
-    known.bytes = known.path.stat().st_size
-    known.chain = list(artifacts.chain(known.path))
-    for path, sidecar, state in known.chain:
+    artifact.bytes = artifact.path.stat().st_size
+    artifact.chain = list(artifacts.chain(artifact.path))
+    for path, sidecar, state in artifact.chain:
         if sidecar is None or state != "ok":
             continue
-        known.gate = known.gate or _gate(sidecar.measured)
-        if sidecar.kind == "checkpoint" and known.trained is None:
+        artifact.gate = artifact.gate or _gate(sidecar.measured)
+        if sidecar.kind == "checkpoint" and artifact.trained is None:
             with contextlib.suppress(msgspec.ValidationError):
-                known.trained = msgspec.convert({**sidecar.measured, "name": path.name}, Trained)
-    sidecar = artifacts.read_sidecar(known.path)
+                artifact.trained = msgspec.convert({**sidecar.measured, "name": path.name}, Trained)
+    sidecar = artifacts.read_sidecar(artifact.path)
     if sidecar is not None:
-        known.precision, known.model = sidecar.precision, sidecar.model.architecture
-        known.untrained = sidecar.weights.origin == "untrained"
-        known.assumed = sidecar.assumed
-        if known.chain[0][2] == "ok":
-            known.accuracies = [
+        artifact.precision, artifact.model = sidecar.precision, sidecar.model.architecture
+        artifact.untrained = sidecar.weights.origin == "untrained"
+        artifact.assumed = sidecar.assumed
+        if artifact.chain[0][2] == "ok":
+            artifact.accuracies = [
                 record
                 for name in ("accuracy", "average_precision")
-                for record in _recorded(known.path, name, sidecar.measured.get(name))
+                for record in _recorded(artifact.path, name, sidecar.measured.get(name))
             ]
 
 
@@ -393,10 +400,10 @@ def _recorded(path: Path, name: str, recorded: Any) -> list[Accuracy]:
     ]  # fmt: skip
 
 
-def _choose_accuracies(known: Sequence[Artifact]) -> None:
+def _choose_accuracies(measured: Sequence[Artifact]) -> None:
     """Compare artifacts on one data set: the one that most of them were evaluated on."""
     sets: list[list[tuple[Artifact, Accuracy]]] = []
-    for artifact in known:
+    for artifact in measured:
         for record in artifact.accuracies:
             group = next((g for g in sets if same_data(g[0][1], record)), None)
             if group is None:

@@ -119,11 +119,11 @@ def _name_ends(axes: Any, lines: Sequence[Line], top: float) -> None:
     ends = sorted((line for line in lines if line.label), key=lambda line: line.y[-1])
     room = LABEL_ROOM * top
     up, down = [min(line.y[-1], top) for line in ends], [min(line.y[-1], top) for line in ends]
-    for place in range(1, len(ends)):
-        up[place] = max(up[place], up[place - 1] + room)
-        down[-1 - place] = min(down[-1 - place], down[-place] - room)
-    for place, line in enumerate(ends):
-        height = max((up[place] + down[place]) / 2, place * room)  # none below the axes
+    for position in range(1, len(ends)):
+        up[position] = max(up[position], up[position - 1] + room)
+        down[-1 - position] = min(down[-1 - position], down[-position] - room)
+    for position, line in enumerate(ends):
+        height = max((up[position] + down[position]) / 2, position * room)  # none below the axes
         axes.annotate(
             line.label,
             (1.0, height / top), xycoords="axes fraction", xytext=(5, 0),
@@ -278,11 +278,11 @@ def cost_figure(result: CostResult) -> Figure:
     nets = [net for net in result.nets if net.size == 224 and not net.model.endswith("_bn")]
     drawing, (axes,) = subplots(1, 1, 7.2, 0.6 + 0.32 * len(nets))
     _head(drawing, "Multiply-adds of an image of 224x224", "with each net's share of VGG-19's")
-    for place, net in enumerate(nets):
+    for position, net in enumerate(nets):
         total = net.multiply_adds / 1e9
         colour = PALETTE[0] if net.model.startswith("resnet") else GREY
-        axes.barh(place, total, color=colour, height=0.7)
-        axes.text(total, place, f"  {total:.2f} G, {100 * net.of_vgg19:.1f} %", va="center",
+        axes.barh(position, total, color=colour, height=0.7)
+        axes.text(total, position, f"  {total:.2f} G, {100 * net.of_vgg19:.1f} %", va="center",
                   fontsize=SMALL)  # fmt: skip
     axes.set_yticks(range(len(nets)), [net.model for net in nets], fontsize=SMALL)
     axes.invert_yaxis()
@@ -317,19 +317,19 @@ def gradient_figure(result: GradientsResult, data: str) -> Figure:
     _head(drawing, "Gradients by layer",
           f"L2 norm for the weights of each 3x3 convolution; batch of {result.batch} images of "
           f"{data}, seed {result.seed}; plain nets dashed")  # fmt: skip
-    for axes, place in zip(grid, shown, strict=True):
+    for axes, position in zip(grid, shown, strict=True):
         for colour, net in enumerate(result.nets):
-            _gradient_line(axes, net, place, colour)
+            _gradient_line(axes, net, position, colour)
         axes.set(yscale="log", ylabel="norm")
-        title = "at initialization" if place == 0 else f"after {last} steps"
+        title = "at initialization" if position == 0 else f"after {last} steps"
         axes.set_title(title, fontsize=10, loc="left")
     grid[-1].set_xlabel("depth of the layer, 0 first, 1 last")
     grid[0].legend(frameon=False, fontsize=SMALL, ncols=2)
     return drawing
 
 
-def _gradient_line(axes: Any, net: NetGradients, place: int, colour: int) -> None:
-    values = list(net.points[place].norms.values())
+def _gradient_line(axes: Any, net: NetGradients, position: int, colour: int) -> None:
+    values = list(net.points[position].norms.values())
     x = [index / max(len(values) - 1, 1) for index in range(len(values))]
     style = "--" if net.model.startswith("plain") else "-"
     axes.plot(x, values, style, color=PALETTE[colour % len(PALETTE)], label=net.model,
@@ -397,10 +397,10 @@ def detection_figure(result: DetectionStudyResult) -> Figure:
     """Average precision by backbone, a dot for each seed, and the training loss against steps."""
     drawing, (bars, losses) = subplots(1, 2, 9.8, 4.0)
     _head(drawing, "Backbones of Faster R-CNN under one recipe", result.note)
-    for place, record in enumerate(result.backbones):
-        colour = PALETTE[place % len(PALETTE)]
+    for position, record in enumerate(result.backbones):
+        colour = PALETTE[position % len(PALETTE)]
         for offset, name, alpha in ((-0.2, "ap50", 1.0), (0.2, "ap", 0.55)):
-            _precision_bar(bars, record, place + offset, name, colour, alpha)
+            _precision_bar(bars, record, position + offset, name, colour, alpha)
         curves = [run for run in record.runs if run.loss]
         for seed, run in enumerate(curves):
             losses.plot(run.steps, run.loss, color=colour, linewidth=1.4, alpha=0.85,

@@ -48,10 +48,10 @@ class DataTable:
     def without_empty_columns(self) -> DataTable:
         """Return the same without columns in which every cell is None."""
         columns = range(len(self.headings))
-        kept = [index for index in columns if any(row[index] is not None for row in self.rows)]
+        filled = [index for index in columns if any(row[index] is not None for row in self.rows)]
         return DataTable(
-            headings=[self.headings[index] for index in kept],
-            rows=[[row[index] for index in kept] for row in self.rows],
+            headings=[self.headings[index] for index in filled],
+            rows=[[row[index] for index in filled] for row in self.rows],
             title=self.title,
             about=self.about,
         )

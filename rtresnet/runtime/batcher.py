@@ -199,8 +199,8 @@ class Batcher:
         self.close()
 
     def _work(self, memory: np.ndarray) -> None:
-        while (taken := self._take()) is not None:
-            number, calls, planned = taken
+        while (batch := self._take()) is not None:
+            number, calls, planned = batch
             woken = time.monotonic()
             outcome: list[Any] | BaseException = []
             try:
@@ -237,7 +237,7 @@ class Batcher:
                     # The batch started and ended late; its callers also wake up late.
                     self._learn(called - planned + time.monotonic() - returned + woken - planned)
             self._settle(number, calls, outcome)
-            del taken, calls, outcome  # an idle thread must not keep the last images alive
+            del batch, calls, outcome  # an idle thread must not keep the last images alive
 
     def _gathered(self, calls: list[_Call], memory: np.ndarray) -> np.ndarray:
         """Copy the images to the start of `memory`, or of new memory if they do not fit."""

@@ -39,7 +39,7 @@ def check_compatible(path: str | os.PathLike[str], sidecar: Sidecar | None) -> N
             raise ArtifactError(
                 f"{path}: built for {', '.join(plan.targets)}, but this GPU ({gpu.name}) is "
                 f"{gpu.target}",
-                fix=rebuild_here(gpu, _source(path, sidecar)),
+                fix=rebuild_fix(gpu, _source(path, sidecar)),
             )
     try:
         installed = trt_loading.load_tensorrt(plan.builder).__version__
@@ -86,7 +86,7 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path, errors: ErrorL
         raise UnavailableError(
             f"{path}: TensorRT-RTX {trt.__version__} does not accept this plan on {gpu.name}: "
             f"{reason}",
-            fix=driver_fix or rebuild_here(gpu),
+            fix=driver_fix or rebuild_fix(gpu),
         )
     warnings.warn(
         f"{path}: runs slower than possible on this machine ({reason}); {REBUILD}",
@@ -95,7 +95,7 @@ def check_header(trt: Any, runtime: Any, data: bytes, path: Path, errors: ErrorL
     )
 
 
-def rebuild_here(gpu: hardware.Gpu, source: str = "MODEL.onnx") -> str:
+def rebuild_fix(gpu: hardware.Gpu, source: str = "MODEL.onnx") -> str:
     """Return the fix for a plan that this GPU does not accept: the command that builds one."""
     if gpu_targets.served_by_rtx(gpu.target):
         return f"build it for this GPU: rtresnet build {source} --target current"
@@ -110,7 +110,7 @@ def _source(path: str | os.PathLike[str], sidecar: Sidecar) -> str:
 
 
 def plan_needs_gpu(
-    path: str | os.PathLike[str], sidecar: Sidecar | None, *, here: bool = False
+    path: str | os.PathLike[str], sidecar: Sidecar | None, *, has_gpu: bool = False
 ) -> UnavailableError:
     """Return the error for a plan that cannot use a GPU.
 
@@ -121,5 +121,5 @@ def plan_needs_gpu(
     """
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"
-    why = "a plan runs on an NVIDIA GPU" + ("" if here else ", but this machine has none")
+    why = "a plan runs on an NVIDIA GPU" + ("" if has_gpu else ", but this machine has none")
     return UnavailableError(f"{path}: {why}", fix=fix)

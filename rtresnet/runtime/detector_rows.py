@@ -77,12 +77,15 @@ class DetectorRows:
         named = dict(zip(OUTPUTS, outputs, strict=True))
         return canvas.from_outputs(named, height, width, row.ravel()[-2:])
 
-    def objects(self, found: Detections, least_score: float) -> list[dict[str, object]]:
+    def objects(self, detections: Detections, least_score: float) -> list[dict[str, object]]:
         """Return the detections with at least a score as JSON has them: box, label and score."""
         return [
             {"box": box, "label": self.session.classes[label], "score": score}
             for box, label, score in zip(
-                found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+                detections.boxes.tolist(),
+                detections.labels.tolist(),
+                detections.scores.tolist(),
+                strict=True,
             )
             if score >= least_score
         ]

@@ -49,7 +49,9 @@ def check_cuda(driver: Any = None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _made(create: Callable[..., Any], destroy: Callable[[Any], None], *args: Any) -> Iterator[Any]:
+def _handle(
+    create: Callable[..., Any], destroy: Callable[[Any], None], *args: Any
+) -> Iterator[Any]:
     handle = create(*args)
     try:
         yield handle
@@ -66,12 +68,12 @@ def _check_memory_info(cuda: Cuda) -> None:
 def _check_copies(cuda: Cuda, *, pinned: bool) -> None:
     """Copy host to device, device to device, set a part to zero, and copy back."""
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_made(cuda.stream, cuda.destroy_stream))
+        stream = stack.enter_context(_handle(cuda.stream, cuda.destroy_stream))
         first, second = (
-            stack.enter_context(_made(cuda.allocate, cuda.free, SIZE)) for _ in range(2)
+            stack.enter_context(_handle(cuda.allocate, cuda.free, SIZE)) for _ in range(2)
         )
         if pinned:
-            address = stack.enter_context(_made(cuda.allocate_pinned, cuda.free_pinned, SIZE))
+            address = stack.enter_context(_handle(cuda.allocate_pinned, cuda.free_pinned, SIZE))
             if not cuda.is_pinned(address):
                 raise UnavailableError("cuPointerGetAttribute: pinned memory is not recognized")
         else:
@@ -93,13 +95,13 @@ def _check_events(cuda: Cuda) -> None:
     """Make one stream wait for another, and measure the time between two events."""
     with contextlib.ExitStack() as stack:
         first, second = (
-            stack.enter_context(_made(cuda.stream, cuda.destroy_stream)) for _ in range(2)
+            stack.enter_context(_handle(cuda.stream, cuda.destroy_stream)) for _ in range(2)
         )
         begin, end = (
-            stack.enter_context(_made(cuda.event, cuda.destroy_event, True, False))
+            stack.enter_context(_handle(cuda.event, cuda.destroy_event, True, False))
             for _ in range(2)
         )
-        memory = stack.enter_context(_made(cuda.allocate, cuda.free, SIZE))
+        memory = stack.enter_context(_handle(cuda.allocate, cuda.free, SIZE))
         cuda.record(begin, first)
         cuda.zero(memory, SIZE, first)
         cuda.record(end, first)
@@ -113,10 +115,10 @@ def _check_events(cuda: Cuda) -> None:
 def _check_capture(cuda: Cuda) -> None:
     """Capture copies in and out as a graph, and launch it twice with different bytes."""
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_made(cuda.stream, cuda.destroy_stream))
-        memory = stack.enter_context(_made(cuda.allocate, cuda.free, SIZE))
+        stream = stack.enter_context(_handle(cuda.stream, cuda.destroy_stream))
+        memory = stack.enter_context(_handle(cuda.allocate, cuda.free, SIZE))
         source, target = (
-            stack.enter_context(_made(cuda.allocate_pinned, cuda.free_pinned, SIZE))
+            stack.enter_context(_handle(cuda.allocate_pinned, cuda.free_pinned, SIZE))
             for _ in range(2)
         )
         cuda.begin_capture(stream)

@@ -116,7 +116,7 @@ class OrtBackend:
         rewritten: CpuModel | None = None,
     ) -> None:
         ort = import_onnxruntime()
-        openvino_here = openvino() if provider in ("auto", "openvino") else None
+        openvino_provider = openvino() if provider in ("auto", "openvino") else None
         saturates = hardware.int8_sums_saturate()
         # OpenVINO would saturate, and the file cannot be rewritten.
         unfit = saturates and not hardware.installed("onnx") and is_quantized(path)
@@ -124,12 +124,12 @@ class OrtBackend:
         fp8 = has_fp8(graph) if rewritten is None else rewritten.fp8
         if provider == "auto":  # OpenVINO's FP8 and BF16 have not been tried
             untried = fp8
-            if openvino_here and graph is None:
+            if openvino_provider and graph is None:
                 untried = fp8 or (has_bf16(path) if rewritten is None else rewritten.emulates_bf16)
-            provider = "openvino" if openvino_here and not unfit and not untried else "cpu"
+            provider = "openvino" if openvino_provider and not unfit and not untried else "cpu"
         elif provider == "openvino" and unfit:
             raise missing_package("onnx", f"{path}: INT8 in OpenVINO on a CPU without VNNI")
-        about = (openvino_here if provider == "openvino" else None) or find_provider(provider)
+        about = (openvino_provider if provider == "openvino" else None) or find_provider(provider)
         self.provider = about.title
         self.tf32 = tf32 if provider == "cuda" else None
         # Two builds may be installed on top of each other; the module belongs to one of them.

@@ -121,8 +121,8 @@ class Session:
         self.weights = weights or (sidecar.weights.sha256 if sidecar else None)
         self.order = order
         self.detection = detection or (sidecar.detection if sidecar else None)
-        known = sidecar.assumed if sidecar else ()
-        self.assumed = known if assumed is None else assumed
+        stated = sidecar.assumed if sidecar else ()
+        self.assumed = stated if assumed is None else assumed
         self._input = input
         self._classes = classes
 
@@ -490,7 +490,7 @@ def load(
             )
         if not hardware.gpus() or device == "cpu":
             compatibility.check_compatible(path, sidecar)
-            raise compatibility.plan_needs_gpu(path, sidecar, here=bool(hardware.gpus()))
+            raise compatibility.plan_needs_gpu(path, sidecar, has_gpu=bool(hardware.gpus()))
         from rtresnet.runtime.trt import TrtBackend
         from rtresnet.runtime.trt_detector import TrtDetector
 

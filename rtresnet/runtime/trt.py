@@ -246,11 +246,11 @@ class TrtBackend:
         while objects:
             objects.pop()
 
-    def _check_memory(self, needed: int, what: str) -> None:
+    def _check_memory(self, needed: int, buffers: str) -> None:
         free, total = self._cuda.memory()
         if needed > free:
             raise UnavailableError(
-                f"{self.path}: {what} need {needed / 1e6:,.0f} MB on {self.device}, but only "
+                f"{self.path}: {buffers} need {needed / 1e6:,.0f} MB on {self.device}, but only "
                 f"{free / 1e6:,.0f} of {total / 1e6:,.0f} MB are free",
                 fix="use fewer contexts, or build it with a smaller --batch maximum",
             )
@@ -345,24 +345,24 @@ class TrtBackend:
     def _all_streams(self) -> Iterator[None]:
         """Wait until no call is running, and block new calls."""
         with self._closing:
-            taken = [] if self._closed else self._collect()
+            streams = [] if self._closed else self._collect()
             try:
                 yield
             finally:
-                for stream in taken:
+                for stream in streams:
                     self._free.put(stream)
 
     def _collect(self) -> list[ExecutionStream | None]:
         """Take every stream as it becomes free; put them back if the wait is interrupted."""
-        taken: list[ExecutionStream | None] = []
+        streams: list[ExecutionStream | None] = []
         try:
-            while len(taken) < len(self._streams):
-                taken.append(self._free.get())
+            while len(streams) < len(self._streams):
+                streams.append(self._free.get())
         except BaseException:
-            for stream in taken:
+            for stream in streams:
                 self._free.put(stream)
             raise
-        return taken
+        return streams
 
     def timeline(self, images: np.ndarray) -> list[dict[str, Span]]:
         """Run a batch and return when each chunk was copied and computed.

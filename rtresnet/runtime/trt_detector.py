@@ -111,8 +111,8 @@ class TrtDetector(TrtBackend):
             InputError: Another type or shape, or the backend is closed.
             UnavailableError: A call of CUDA or TensorRT failed; the message names it.
         """
-        given = {"images": images, "extent": extent}
-        for name, values in given.items():
+        inputs = {"images": images, "extent": extent}
+        for name, values in inputs.items():
             shape, dtype = self._shapes[name]
             if values.shape != shape or values.dtype != dtype:
                 raise InputError(
@@ -126,7 +126,7 @@ class TrtDetector(TrtBackend):
             with cuda.active():
                 self._errors.clear()
                 try:
-                    for name, values in given.items():
+                    for name, values in inputs.items():
                         address, view = self._host[name]
                         view[...] = values
                         cuda.to_device(self._device[name], address, view.nbytes, self._stream)
