@@ -60,7 +60,7 @@ class Kernel:
     written: int
 
     def moved(self, batch: int) -> int:
-        """Bytes read and written for a batch, weights included."""
+        """Return the bytes read and written for a batch, weights included."""
         return batch * (sum(self.read) + self.written) + self.weights
 
 
@@ -347,7 +347,7 @@ def _shape(value: Any) -> tuple[tuple[int, ...], int]:
 
 
 def _size(kind: int) -> int:
-    """Bytes per element of an ONNX type."""
+    """Return the bytes per element of an ONNX type."""
     return SIZES.get(kind, 4)
 
 

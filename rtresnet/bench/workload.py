@@ -107,7 +107,7 @@ class Pipeline(Protocol):
         ...
 
     def timings(self) -> Timings:
-        """Timings of the request that `get` returned last."""
+        """Return the timings of the request that `get` returned last."""
         ...
 
 

@@ -65,7 +65,7 @@ def _releases_frames(function: Callable[P, T]) -> Callable[P, T]:
 def check(
     source: str | os.PathLike[str], *, target: Sequence[str] = (), builder: str = "auto"
 ) -> tuple[str, ...]:
-    """Check, without building it, that a file can be built for some targets.
+    """Check that a file can be built for some targets, without building it.
 
     Returns:
         The targets; TensorRT-RTX's defaults that support the file's types if there are none.

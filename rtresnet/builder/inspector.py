@@ -3,7 +3,7 @@
 TensorRT-RTX logs the layers while it builds (`layers.read_dump`), `tensorrt` does not. The
 inspector describes a deserialized engine, which needs the GPU that `tensorrt` builds on anyway. An
 engine with dynamic shapes has formats and types only in a context whose input shapes are set;
-otherwise the inspector says "N/A due to dynamic shapes".
+otherwise the inspector returns "N/A due to dynamic shapes".
 """
 
 from __future__ import annotations

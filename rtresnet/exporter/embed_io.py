@@ -1,7 +1,7 @@
 """Embed preprocessing and top-K in an ONNX file: the last step after export and quantization.
 
 Before: an FP32, FP16 or Q/DQ file from normalized float32 [batch, 3, S, S] to logits
-[batch, classes]. After, as asked for:
+[batch, classes]. After, as requested:
 
  1. `images` is uint8 [batch, S, S, 3]. It is cast, transposed to planes, multiplied and shifted
     as `Preprocess.normalize` does it, in the same order and type: bit for bit the same numbers,
@@ -10,7 +10,7 @@ Before: an FP32, FP16 or Q/DQ file from normalized float32 [batch, 3, S, S] to l
  2. The outputs are `indices` int64 and `probabilities` float32 [batch, K] instead of `logits`:
     softmax, then the K largest, the largest first.
 
-The rest of the graph stays as it is, with its precision, scales and placement. `check` runs both
+The rest of the graph is not changed, nor its precision, scales and placement. `check` runs both
 files on the same images. The options --input and --topk of `rtresnet export` and `rtresnet build`
 call this. Imports no torch.
 """
@@ -192,7 +192,7 @@ def check(
 
 
 def _images(n: int, size: int, seed: int) -> np.ndarray:
-    """uint8 [n, size, size, 3]: every second one smooth like a photograph, the others noise."""
+    """Make uint8 [n, size, size, 3]: every second image is smooth, the others are noise."""
     rng = np.random.default_rng(seed)
     small = min(8, size)
     smooth = [rng.integers(0, 256, (small, small, 3), dtype=np.uint8) for _ in range(n)]

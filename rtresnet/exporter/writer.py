@@ -41,14 +41,14 @@ def to_onnx(
         graph: From `fold()`.
         size: Side of the input in pixels.
         name: The graph's name, shown by viewers.
-        scales: Activation scales that training learned; kept in the file.
-        description: What the file says about itself where it has no sidecar.
+        scales: Activation scales from training; stored in the file.
+        description: Description stored in the file, for use without a sidecar.
 
     Returns:
         A checked model, opset 18, with every shape inferred.
 
     Raises:
-        TypeError: The net has an operation that the writer does not know.
+        TypeError: The net has an operation that the writer does not support.
     """
     writer = NodeWriter()
     modules = dict(graph.named_modules())

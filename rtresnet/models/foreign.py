@@ -295,7 +295,7 @@ def identify(
         path: The file.
         naming: Stated names.
         recognized: The net that its tensors fit.
-        wanted: Name of the requested net.
+        requested: Name of the requested net.
 
     Returns:
         The net, and entries for `assumed`.

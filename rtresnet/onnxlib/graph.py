@@ -334,7 +334,7 @@ def branch_depths(producers: Mapping[str, Any], add: Node) -> tuple[int, int] | 
     """
 
     def path(tensor: str) -> dict[str, int]:
-        """Tensors behind `tensor` along first inputs, with the convolutions passed on the way."""
+        """Follow first inputs back from `tensor`; counts the convolutions before each tensor."""
         depths, convolutions = {tensor: 0}, 0
         while (node := producers.get(tensor)) is not None and node.input:
             convolutions += node.op_type == "Conv"

@@ -66,7 +66,7 @@ def load(
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str | bytes]:
-    """Names and operations; protobuf gives those that are not UTF-8 as bytes."""
+    """Yield names and operations; protobuf returns those that are not UTF-8 as bytes."""
     for node in graph.node:
         yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
     for entry in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
@@ -81,7 +81,7 @@ def _require_sound(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
     import onnx
 
     least = 0
-    with contextlib.suppress(onnx.defs.SchemaError):  # an operator that onnx does not know
+    with contextlib.suppress(onnx.defs.SchemaError):  # an operator that onnx does not define
         least = onnx.defs.get_schema(
             node.op_type, opsets.get(node.domain, 1), node.domain
         ).min_input

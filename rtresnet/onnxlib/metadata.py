@@ -76,7 +76,7 @@ class Property(Generic[T]):
         return self.decode(properties[self.key]) if self.key in properties else None
 
     def set(self, model: Any, value: T) -> None:
-        """Write the value into an onnx.ModelProto, in place of an older one."""
+        """Write the value into an onnx.ModelProto; replaces an older one."""
         for entry in model.metadata_props:
             if entry.key == self.key:
                 entry.value = self.encode(value)
@@ -198,7 +198,7 @@ BRANCH_RANGES: Property[BranchRanges] = Property(
 
 
 def described(path: Path, model: Any) -> Sidecar | None:
-    """Return what an ONNX file without a sidecar says of itself, with its own hash; None: nothing.
+    """Return the description in an ONNX file without a sidecar, with the file's hash, or None.
 
     Raises:
         ArtifactError: The description is damaged.

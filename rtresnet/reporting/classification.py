@@ -88,7 +88,7 @@ def listed(report: ClassificationReport) -> list[int]:
 
 
 def percent(share: Proportion) -> str:
-    """As in "93.10 % (89.02 to 95.80)", with the 95 % interval; a dash without images."""
+    """Format a share as "93.10 % (89.02 to 95.80)", with the 95 % interval; "-" without images."""
     if share.percent is None:
         return "-"
     return f"{share.percent:.2f} % ({share.low:.2f} to {share.high:.2f})"

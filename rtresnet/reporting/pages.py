@@ -45,7 +45,7 @@ def render(template: str, **values: object) -> str:
 
 
 def require_packages() -> None:
-    """Check, before the work, that pages with figures can be written.
+    """Check that pages with figures can be written, before the work starts.
 
     Raises:
         UnavailableError: matplotlib or Jinja2 is not installed.
@@ -138,7 +138,7 @@ def write_training(
 
 
 def _kept_weights(measured: RunAccuracy) -> str:
-    """Which epoch's weights a run keeps, and how good they are."""
+    """Describe the weights that a run keeps: their epoch and accuracy."""
     accuracies = []
     if measured.val_top1 is not None:
         accuracies.append(f"{measured.val_top1:.2f} % of {measured.val_n} held-out images")
@@ -270,7 +270,7 @@ def data_images(result: DataInspectResult) -> dict[str, list[int]]:
 
 
 def _shown_pairs(result: DataInspectResult) -> list[DuplicatePair]:
-    """Duplicates across splits first."""
+    """Return pairs of duplicates, those across splits first."""
     ordered = sorted(result.duplicates, key=lambda pair: pair.first.split == pair.second.split)
     return ordered[:PAIRS]
 

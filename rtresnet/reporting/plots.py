@@ -38,7 +38,7 @@ def subplots(
     """Return a figure and its axes, row by row, on matplotlib's file-only backend.
 
     Args:
-        rows, columns: Of axes.
+        rows, columns: Number of rows and columns of axes.
         width, height: In inches.
         share_y: Whether all axes have the same range of y.
 
@@ -84,7 +84,7 @@ def svg(drawing: Figure, label: str) -> str:
     text = text.replace("#000000", "currentColor")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # Text without a colour of its own is black whatever the page says.
+    # Text without a colour is black, whatever the page's style is.
     text = text.replace("<text ", '<text fill="currentColor" ')
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
@@ -121,7 +121,7 @@ def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def progress_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, and images/s, against epochs."""
+    """Draw loss and images/s against epochs."""
     drawing, (loss, speed) = subplots(1, 2, 6.4, 2.6)
     epochs = [entry["epoch"] for entry in log]
     dots = {"marker": "o", "markersize": 3.5} if len(log) <= 40 else {}
@@ -153,7 +153,7 @@ def reliability(report: ClassificationReport) -> str:
 
 
 def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
-    """p99 and median against the load, of searches of one kind with one bound.
+    """Draw p99 and median against the load, for searches of one kind with one bound.
 
     Args:
         searches: (name of the artifact, its search).
@@ -177,19 +177,19 @@ def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
 
 
 def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
-    """`training_figure` for a page."""
+    """Return `training_figure` as an SVG."""
     return svg(training_figure(log), "training and held-out error against epochs")
 
 
 def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Share of requests answered within a latency, a curve an artifact, up to p99.5.
+    """Draw the share of requests answered within a latency, a curve per artifact, up to p99.5.
 
     The axis is logarithmic where a long tail would leave no room for most requests.
     """
     import numpy as np
 
-    drawing, axes = figure()
-    from matplotlib.ticker import LogLocator, NullLocator  # after `figure`, which says if missing
+    drawing, axes = figure()  # raises if matplotlib is not installed
+    from matplotlib.ticker import LogLocator, NullLocator
 
     for colour, (name, values) in zip(COLOURS, samples.items(), strict=False):
         ordered = np.sort(values)
@@ -220,7 +220,7 @@ def colours(results: Results) -> dict[str, str]:
 
 
 def tradeoff(results: Results, batch: int) -> str | None:
-    """Top-1 or AP against median latency, with the Pareto front; None without accuracy."""
+    """Draw top-1 or AP against median latency with the Pareto front; None without accuracy."""
     scored = [(a, e) for a, e in results.streams(batch) if a.score is not None]
     if not scored:
         return None
@@ -266,7 +266,7 @@ def precision_recall(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 
 def _samples(results: Results, batch: int) -> list[tuple[str, str, np.ndarray]]:
-    """(name, colour, sorted milliseconds) of the artifacts whose samples were kept."""
+    """Return (name, colour, sorted milliseconds) of the artifacts with stored samples."""
     import numpy as np
 
     return [
@@ -299,7 +299,7 @@ def tails(results: Results, batch: int) -> str | None:
 
 
 def histogram(results: Results, batch: int) -> str | None:
-    """Share of requests by latency; the last bin also counts all that are slower."""
+    """Draw the share of requests by latency; the last bin includes all slower ones."""
     import numpy as np
 
     measured = _samples(results, batch)
@@ -348,7 +348,7 @@ def batches(
 
 
 def stages(profiles: Sequence[tuple[str, Profile]]) -> str:
-    """Return a bar a profile, cut into stages, in milliseconds."""
+    """Draw a bar per profile, divided into stages, in milliseconds."""
     drawing, axes = figure(6.4, 1.1 + 0.52 * len(profiles))
     names = list(dict.fromkeys(s["name"] for _, result in profiles for s in result["stages"]))
     widest = max(sum(s["ms"] for s in result["stages"]) for _, result in profiles)

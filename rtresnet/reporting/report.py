@@ -134,7 +134,7 @@ def _text(gathered: Results) -> dict[str, object]:
 
 
 def _search_figures(gathered: Results) -> list[tuple[str, str]]:
-    """(SVG, bound) for each kind of load and each bound, in which artifacts are compared."""
+    """Return (SVG, bound) for each kind of load and each bound; a figure compares artifacts."""
     kinds: dict[tuple[str, float], list[tuple[str, Search]]] = {}
     for artifact, search in gathered.searches:
         kinds.setdefault((search["what"], search["p99_ms"]), []).append((artifact.name, search))

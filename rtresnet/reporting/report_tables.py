@@ -43,7 +43,7 @@ def summary(results: Results) -> list[str]:
 
 
 def remarks(results: Results) -> list[str]:
-    """Notes, with those that follow from the data."""
+    """Return the notes of the results, and those that follow from the data."""
     lines = list(results.notes)
     if any(artifact.untrained for artifact in results.artifacts):
         lines.append("Untrained weights: latency is meaningful, accuracy is not shown.")

@@ -103,7 +103,7 @@ class Point(TypedDict):
 
 
 class Search(TypedDict):
-    """A search for the largest load that holds a bound."""
+    """A search for the largest load within a bound."""
 
     what: Literal["batch", "qps"]
     p99_ms: Positive
@@ -303,7 +303,7 @@ class ResultFile:
 
     Attributes:
         verb: The command that wrote it.
-        command: Its command line, where the file says it.
+        command: Its command line, if the file contains it.
         result: Result of the type that `RESULTS` has for the verb.
     """
 

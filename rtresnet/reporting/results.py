@@ -1,6 +1,6 @@
 """Collect measurements from the commands' JSON files and from artifacts' sidecars.
 
-What a file may contain is declared in `result_files`. Knows no page; see `report_tables`.
+The content of a file is declared in `result_files`; tables are in `report_tables`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Artifact:
     gate: GateLoss | None = None
 
     def add_accuracy(self, record: Accuracy) -> None:
-        """Add one, in place of what is known of the same images."""
+        """Add a record; replaces an older one of the same images."""
         others = [other for other in self.accuracies if not same_data(other, record)]
         self.accuracies = [*others, record]
 
@@ -93,7 +93,7 @@ class Results:
         advice: What to expect of each precision, by the bounds.
         environments: (what was measured, where).
         commands: Command lines that the files say they came from.
-        notes: What a reader must know: stand-ins, untrained weights, busy machines.
+        notes: Warnings: generated data, untrained weights, busy machines.
     """
 
     artifacts: list[Artifact] = field(default_factory=list)
@@ -120,7 +120,7 @@ class Results:
         ]  # fmt: skip
 
     def throughputs(self, artifact: Artifact) -> list[float]:
-        """Images/s of an artifact at each batch and load where it is known."""
+        """Return the images/s of an artifact by batch and load."""
         rates = (e["latency"].get("images_per_second") for a, e in self.timings if a is artifact)
         return [rate for rate in rates if rate]
 
@@ -345,7 +345,7 @@ class _Collector:
 
 
 def _read_sidecars(artifact: Artifact) -> None:
-    """Add what the sidecars of an artifact and of its chain say."""
+    """Add the content of the sidecars of an artifact and of its chain."""
     if not artifact.path.exists():
         return
     artifact.bytes = artifact.path.stat().st_size

@@ -65,7 +65,7 @@ class Panel:
 
 
 def _head(drawing: Figure, title: str, subtitle: str) -> None:
-    """Title and, smaller, as many lines of subtitle as it needs; room is made for both."""
+    """Add a title and a smaller subtitle of as many lines as needed, and the space for both."""
     width, height = drawing.get_size_inches()
     lines = textwrap.wrap(subtitle, int(LETTERS_AN_INCH * width))
     drawing.suptitle(title + "\n" * len(lines), fontsize=12, x=0.1 / width, ha="left", va="top")
@@ -76,7 +76,7 @@ def _head(drawing: Figure, title: str, subtitle: str) -> None:
 
 
 def error_curves(panels: Sequence[Panel], *, title: str, subtitle: str) -> Figure:
-    """Errors in percent against steps, training dashed and validation solid (as figure 6).
+    """Draw errors in percent against steps: training dashed, validation solid (as figure 6).
 
     The nets are named at the ends of their solid lines. The first quarter of a run may run out
     of the axes at the top, as in the paper: what counts is where the lines end.
@@ -115,7 +115,7 @@ def _height(lines: Sequence[Line]) -> float:
 
 
 def _name_ends(axes: Any, lines: Sequence[Line], top: float) -> None:
-    """Labels right of the lines' ends, moved apart where they would lie on each other."""
+    """Label the lines at their right ends; labels that would overlap are moved."""
     ends = sorted((line for line in lines if line.label), key=lambda line: line.y[-1])
     room = LABEL_ROOM * top
     up, down = [min(line.y[-1], top) for line in ends], [min(line.y[-1], top) for line in ends]
@@ -274,7 +274,7 @@ def cost_table(result: CostResult) -> DataTable:
 
 
 def cost_figure(result: CostResult) -> Figure:
-    """Multiply-adds of the ImageNet nets, the share of their FC layers in another colour."""
+    """Draw the multiply-adds of the ImageNet nets, the share of FC layers in another colour."""
     nets = [net for net in result.nets if net.size == 224 and not net.model.endswith("_bn")]
     drawing, (axes,) = subplots(1, 1, 7.2, 0.6 + 0.32 * len(nets))
     _head(drawing, "Multiply-adds of an image of 224x224", "with each net's share of VGG-19's")

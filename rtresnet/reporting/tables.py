@@ -108,7 +108,7 @@ def assumed(assumptions: Iterable[str], of: str = "") -> list[str]:
 def measured_lines(measured: Mapping[str, Any]) -> list[str]:
     """Return a sidecar's `measured` as lines, without what `measured_tables` has.
 
-    What has another form than this version writes is shown as it is.
+    A value in another format than this version writes is shown without changes.
     """
     lines = []
     for name, value in measured.items():
@@ -160,7 +160,7 @@ def one_line(value: Any) -> str:
 
 
 def _accuracy(record: Mapping[str, Any]) -> str:
-    """As in "accuracy top-1 99.72 % (358 of 359), digits, test"."""
+    """Format an accuracy as "accuracy top-1 99.72 % (358 of 359), digits, test"."""
     if not _has_numbers(record, ("top1", "n")) or not record["n"]:
         return f"accuracy {one_line(dict(record))}"
     labels = record.get("labels")

@@ -6,8 +6,8 @@
 A batch starts when it is full, or when its first image has waited `max_wait_ms`. While one batch is
 computed, the next one is gathered, and the results of the previous one are delivered. Under load,
 batches are full and follow each other immediately. For a plan, images are gathered in pinned
-memory, which the GPU reads without another copy on the host. The batcher does not know where images
-come from or what the rows mean.
+memory, which the GPU reads without another copy on the host. The batcher does not interpret images
+or results.
 """
 
 from __future__ import annotations

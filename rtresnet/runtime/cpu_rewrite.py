@@ -34,7 +34,7 @@ optimizer). ONNX Runtime's integer kernels then round the bias to their own step
 A BF16 file is rewritten as well, because ONNX Runtime's CPU provider has no BF16 convolutions:
 its weights become float32, and Cast pairs round every result to BF16 (`emulate_bf16`).
 
-The rewrite needs the package onnx. Where it is not installed, the file stays as it is, and the
+The rewrite needs the package onnx. If it is not installed, the file is not changed, and the
 caller keeps the provider from forming integer kernels (`CpuModel.needs_float`).
 """
 

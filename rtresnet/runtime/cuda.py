@@ -6,7 +6,7 @@ names the call and its code.
 
 Device addresses, host addresses and stream handles are plain integers, as TensorRT takes them.
 Streams do not synchronize with the legacy default stream. Memory that is shared with another
-library has to be ordered with an event.
+library must be ordered with an event.
 """
 
 from __future__ import annotations

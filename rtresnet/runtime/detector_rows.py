@@ -14,23 +14,23 @@ from rtresnet.runtime.session import Session
 
 
 class DetectorRows:
-    """Runs rows one by one.
+    """Runs a detector on rows, one by one.
 
     Args:
-        session: A detector's file or plan.
+        session: The session of a detector's file or plan.
 
     Attributes:
-        session: The same.
-        shape: Of an image on its canvas: (3, H, W).
+        session: The session.
+        shape: Shape of an image on its canvas: (3, H, W).
 
     Raises:
-        InputError: What runs the file runs no detectors.
+        InputError: The provider does not run detectors, or the file is a checkpoint.
     """
 
     def __init__(self, session: Session) -> None:
         spec, run = session.detection, getattr(session.backend, "detect", None)
         if spec is None or run is None:
-            raise InputError(f"{session.path}: {session.backend.provider} runs no detectors")
+            raise InputError(f"{session.path}: {session.backend.provider} does not run detectors")
         if spec.canvas is None:
             raise InputError(
                 f"{session.path}: a detector's checkpoint, which has no canvas of a fixed size",
@@ -40,7 +40,7 @@ class DetectorRows:
         self.shape = (3, *spec.canvas)
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Detects in rows [N, 3 * H * W + 2]: arrays [N, ...] in the order of `OUTPUTS`."""
+        """Run rows [N, 3 * H * W + 2]; returns arrays [N, ...] in the order of `OUTPUTS`."""
         answers = [
             self._run(row[:-2].reshape(1, *self.shape), row[-2:].reshape(1, 2)) for row in rows
         ]
@@ -70,15 +70,15 @@ class DetectorRows:
         """Return one image's detections in its own coordinates.
 
         Args:
-            outputs: Its arrays, [1, ...] in the order of `OUTPUTS`.
-            row: As `prepare` returned it.
-            height, width: Of the image, in pixels.
+            outputs: The image's outputs, [1, ...] in the order of `OUTPUTS`.
+            row: The row that `prepare` returned.
+            height, width: Size of the image in pixels.
         """
         named = dict(zip(OUTPUTS, outputs, strict=True))
         return canvas.from_outputs(named, height, width, row.ravel()[-2:])
 
     def objects(self, detections: Detections, least_score: float) -> list[dict[str, object]]:
-        """Return the detections with at least a score as JSON has them: box, label and score."""
+        """Return detections with at least a score as dicts for JSON: box, label and score."""
         return [
             {"box": box, "label": self.session.classes[label], "score": score}
             for box, label, score in zip(

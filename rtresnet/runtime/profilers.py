@@ -64,7 +64,7 @@ def record_onnx(
         path: An ONNX file.
         images: float32 [N, 3, S, S].
         seconds: Time for both kinds of runs together; there are at least five of each.
-        graph: What is in it, if that has been read; changed as `rewrite_for_cpu` says.
+        graph: Its content, if it has been read; `rewrite_for_cpu` changes it.
         threads: Intra-op threads; all cores by default.
         on_progress: Called with the elapsed seconds.
 

@@ -30,7 +30,7 @@ class Provider:
     Attributes:
         ep: ONNX Runtime's name for it.
         title: Its name in messages.
-        package: The package that provides it, as pip knows it.
+        package: Name of the package that contains it, for pip.
         plugin: Module of a plugin that is registered at run time; None if it is built in.
         library: Its shared library in ONNX Runtime's package; None if it has none.
         gpu: Whether it needs an NVIDIA GPU.

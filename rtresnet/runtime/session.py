@@ -516,7 +516,7 @@ def load(
 
 
 def _described(path: Path, backend: OrtBackend) -> Sidecar | None:
-    """Return what an ONNX file without a sidecar says about itself; None if it says nothing."""
+    """Return the description in the metadata of an ONNX file without a sidecar, or None."""
     from rtresnet.onnxlib import metadata
 
     try:

@@ -103,7 +103,7 @@ class TrtBackend:
         graphs: "built in", "by hand" or "none".
         contexts: Number of calls that may run at the same time.
         in_flight: Number of batches that `pipeline` keeps in flight: two for each context.
-        tf32: Whether FP32 layers may run as TF32, as the sidecar says; None if it does not.
+        tf32: Whether FP32 layers may run as TF32, from the sidecar; None if it is unknown there.
 
     Raises:
         UnavailableError: There is no GPU, no TensorRT or too little memory, or TensorRT does not

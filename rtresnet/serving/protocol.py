@@ -113,7 +113,7 @@ def validated(name: str, decode: Callable[..., Any], *arguments: Any, **options:
     """Call a decoder of msgspec.
 
     Raises:
-        InputError: The data are not valid; `name` says which.
+        InputError: The data are not valid; the message starts with `name`.
     """
     try:
         return decode(*arguments, **options)

@@ -38,7 +38,7 @@ TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length
 CONNECTIONS = 2048
 ACCEPT_SECONDS = 0.1  # for connections that wait in the queue when no new ones are taken
 ACCEPTED_SECONDS = 0.5  # that a new connection without a request stays open during shutdown
-LEAVE_SECONDS = 0.5  # of answering although not ready, so that load balancers see the status
+LEAVE_SECONDS = 0.5  # of answering while not ready, so that load balancers notice it
 
 
 class _Protocol(HttpToolsProtocol):
