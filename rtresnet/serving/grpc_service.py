@@ -40,7 +40,7 @@ class Service:
         self._repository, self._options = repository, repository.options
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The handlers of all calls, for a grpc.aio server."""
+        """Return the handlers of all calls, for a grpc.aio server."""
         calls = {name: self._read(name) for name in self._repository.operations}
         calls["ModelInfer"] = self.infer
         handlers = {
@@ -74,7 +74,7 @@ class Service:
         protocol.authorize(self._options.token, metadata.get("authorization", ""))
 
     async def infer(self, request: Any, context: Any) -> Any:
-        """Answers a batch. A client that cancels its call cancels this task."""
+        """Answer a batch. A client that cancels its call cancels this task."""
         began, status = time.monotonic(), 200
         try:
             self._authorize(context)
@@ -100,7 +100,7 @@ class Service:
         return response
 
     async def stream_infer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
-        """Answers requests of a stream in their order; an error ends only its own request."""
+        """Answer the requests of a stream in order; an error ends only its own request."""
         response = MESSAGES["ModelStreamInferResponse"]
         async for request in requests:
             try:
@@ -122,7 +122,7 @@ def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parse(request: Any) -> InferRequest:
-    """The request in the protocol's JSON fields."""
+    """Return the request in the protocol's JSON fields."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InputError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs")
@@ -154,5 +154,5 @@ def _parameters(parameters: Any) -> dict[str, object]:
 
 
 def _contents(tensor: Any) -> Any:
-    """The numbers of a tensor; None for a datatype that no model takes."""
+    """Return the numbers of a tensor; None for a datatype that no model takes."""
     return getattr(tensor.contents, CONTENTS.get(tensor.datatype, ""), None)

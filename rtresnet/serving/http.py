@@ -109,7 +109,7 @@ class Api:
         self._routes = {"GET": reads, "HEAD": reads, "POST": actions}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers with the result or error of an action; counts and logs POST requests."""
+        """Send the result or error of an action; count and log POST requests."""
         began, request = time.monotonic(), _Request(scope, receive)
         request.limit = self._options.max_body
         identity = request.headers.get("x-request-id", "")
@@ -138,7 +138,7 @@ class Api:
         await response(scope, receive, send)
 
     def _action(self, request: Request) -> Callable[[Request], Any]:
-        """The function that answers a request; rejects it if its head is not valid."""
+        """Return the function that answers a request; reject it if its head is not valid."""
         path, name = request.scope["path"], request.scope["path"]
         if path not in PUBLIC:
             protocol.authorize(self._options.token, request.headers.get("authorization", ""))
@@ -186,7 +186,7 @@ class Api:
         return _response(model, parsed, outputs)
 
     async def _images(self, request: Request) -> dict[str, object]:
-        """Classes of encoded images, or objects in them with boxes in pixels of each image.
+        """Return classes of encoded images, or objects with boxes in pixels of each image.
 
         The images are a raw body, or several files as multipart/form-data.
         """
@@ -228,7 +228,7 @@ class Api:
         }
 
     def _status(self) -> dict[str, object]:
-        """The state that the page shows."""
+        """Return the state that the page shows."""
         now, metrics = time.monotonic(), self._repository.metrics
         recent = [entry for entry in metrics.recent if now - entry[0] < 60]
         return {
@@ -250,7 +250,7 @@ class Api:
 
 
 def _connection(request: Request) -> Any:
-    """The connection of a request whose body was read; it detects that the client leaves."""
+    """Return the connection of a request whose body was read; it detects that the client leaves."""
     connection = request.state.connection
     connection.flow.resume_reading()
     return connection
@@ -263,7 +263,7 @@ def _results(
     sizes: Sequence[tuple[int, ...]],
     query: Query,
 ) -> dict[str, object]:
-    """The results of encoded images: their inputs [1, ...], heights and widths are given."""
+    """Return the results of encoded images, from their inputs [1, ...], heights and widths."""
     if model.detector is None:
         values, classes = answered.values, model.session.classes
         indices, probabilities = most_probable(
@@ -306,7 +306,7 @@ async def _files(request: Request, limit: int) -> list[bytes]:
 
 
 def parse(body: bytes, header_length: str | None) -> InferRequest:
-    """Reads a request: JSON, or a JSON header followed by binary tensors.
+    """Read a request: JSON, or a JSON header followed by binary tensors.
 
     Args:
         body: The request's bytes.

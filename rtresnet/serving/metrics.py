@@ -45,25 +45,25 @@ class Metrics:
             gauge.set_function(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
 
     def request(self, model: str, status: int, seconds: float) -> None:
-        """Counts an answered request."""
+        """Count an answered request."""
         self.total += 1
         self._requests.labels(model, str(status)).inc()
         self._latency.labels(model).observe(seconds)
 
     def run(self, model: str, version: str, seconds: float, queue: float | None) -> None:
-        """Counts an inference: its seconds, and those in the queue (None: it failed)."""
+        """Count an inference: its seconds, and those in the queue (None: it failed)."""
         self._runs.labels(model, version, OUTCOMES[queue is None]).observe(seconds)
         if queue is not None:
             self._queue.labels(model, version).observe(queue)
             self.recent.append((time.monotonic(), seconds))
 
     def batch(self, model: str, version: str, size: int, seconds: float) -> None:
-        """Counts a batch."""
+        """Count a batch."""
         self._batch.labels(model, version).observe(size)
         self._compute.labels(model, version).observe(seconds)
 
     def statistics(self, model: str, version: str) -> dict[str, object]:
-        """A model's counts and times in Triton's form."""
+        """Return a model's counts and times in Triton's format."""
 
         def sample(name: str, **labels: str) -> float:
             labels |= {"model": model, "version": version}
@@ -87,5 +87,5 @@ class Metrics:
         }
 
     def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -40,7 +40,7 @@ class RequestError(RtresnetError):
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status of an error; GRPC_STATUS has the name of gRPC's."""
+    """Return the HTTP status of an error; GRPC_STATUS has the name of gRPC's."""
     if isinstance(error, RequestError):
         return error.status
     if isinstance(error, InputError):
@@ -49,10 +49,10 @@ def status_of(error: BaseException) -> int:
 
 
 def authorize(token: str | None, header: str) -> None:
-    """Checks the value of an Authorization header.
+    """Check the value of an Authorization header.
 
     Raises:
-        RequestError: It does not carry the token.
+        RequestError: It does not contain the token.
     """
     if token is not None and not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
         raise RequestError(401, "a bearer token is needed")
@@ -122,7 +122,7 @@ def validated(name: str, decode: Callable[..., Any], *arguments: Any, **options:
 
 
 def inputs(request: InferRequest, expected: list[Tensor], max_batch: int) -> list[np.ndarray]:
-    """The checked inputs of a request, in the model's order: [N, ...], N from 1 to `max_batch`.
+    """Return the checked inputs of a request in the model's order, [N, ...] with N <= `max_batch`.
 
     Raises:
         InputError: They do not match the model's inputs.
@@ -168,7 +168,7 @@ def _input(tensor: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
 
 
 def requested(request: InferRequest, outputs: list[Tensor]) -> dict[str, int]:
-    """The outputs that a request names, or all, each with its number of classes (0: values).
+    """Return the requested outputs, or all, each with its number of classes (0: values).
 
     Raises:
         InputError: The model does not have an output, or does not return logits.
@@ -185,7 +185,7 @@ def requested(request: InferRequest, outputs: list[Tensor]) -> dict[str, int]:
 
 
 def classified(logits: np.ndarray, classes: tuple[str, ...], count: int) -> np.ndarray:
-    """Triton's classification extension: bytes [N, count], "value:index:label", largest first."""
+    """Return bytes [N, count], "value:index:label", largest first: Triton's classification."""
     order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
     rows = [
         [f"{row[index]:f}:{index}:{classes[index]}".encode() for index in best]
@@ -195,18 +195,18 @@ def classified(logits: np.ndarray, classes: tuple[str, ...], count: int) -> np.n
 
 
 def raw(values: np.ndarray) -> bytes:
-    """Values in the binary extension's format: text is preceded by its length."""
+    """Return values in the binary extension's format: text is preceded by its length."""
     if values.dtype != object:
         return values.tobytes()
     return b"".join(len(text).to_bytes(4, "little") + text for text in values.ravel())
 
 
 def flat(values: np.ndarray) -> list[Any]:
-    """Values as a flat list for JSON."""
+    """Return values as a flat list for JSON."""
     numbers: list[Any] = values.ravel().tolist()
     return [text.decode() for text in numbers] if values.dtype == object else numbers
 
 
 def server() -> dict[str, object]:
-    """Metadata of this server."""
+    """Return the metadata of this server."""
     return {"name": "rtresnet", "version": __version__, "extensions": list(EXTENSIONS)}

@@ -111,7 +111,7 @@ class Model:
         )
 
     def _check(self) -> int:
-        """Warms the session up and checks its answers; returns the largest batch it computes."""
+        """Warm the session up and check its answers; returns the largest batch it computes."""
         session, detector, backend = self.session, self.detector, self.session.backend
         if detector is not None:  # takes one image at a time
             noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -147,7 +147,7 @@ class Model:
         return "classify" if self.detector is None else "detect"
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """The input [1, ...] for an image uint8 RGB [H, W, 3] of any size."""
+        """Return the input [1, ...] for an image uint8 RGB [H, W, 3] of any size."""
         if self.detector is not None:
             return self.detector.prepare(image)
         return self.session.prepare([image])
@@ -155,7 +155,7 @@ class Model:
     async def infer(
         self, request: InferRequest, limit: float, connection: Connection | None = None
     ) -> dict[str, np.ndarray]:
-        """Answers a request.
+        """Answer a request.
 
         Args:
             request: Inputs, names of outputs, and the client's time limit.
@@ -188,7 +188,7 @@ class Model:
     async def run(
         self, images: np.ndarray, limit: float, connection: Connection | None = None
     ) -> Answered:
-        """Runs a batch of inputs [N, ...]; arguments and errors are those of `infer`."""
+        """Run a batch of inputs [N, ...]; arguments and errors are those of `infer`."""
         began = time.monotonic()
         answers: list[Answer] = []
         queue = None
@@ -221,7 +221,7 @@ class Model:
             log.error("model %s fails: %s", self.name, failure)
 
     def close(self) -> None:
-        """Finishes queued requests and frees the memory."""
+        """Finish queued requests and free the memory."""
         self._closing = True
         self.batcher.close()
         self.session.close()
@@ -233,13 +233,13 @@ class Model:
         return "tensorrt_plan" if plan else "onnxruntime_onnx"
 
     def metadata(self, versions: list[str]) -> dict[str, object]:
-        """Its metadata in the protocol's form."""
+        """Return its metadata in the protocol's format."""
         return {"name": self.name, "versions": versions, "platform": self.platform,
                 "inputs": msgspec.to_builtins(self.inputs),
                 "outputs": msgspec.to_builtins(self.outputs)}  # fmt: skip
 
     def config(self) -> dict[str, object]:
-        """Its configuration in Triton's form."""
+        """Return its configuration in Triton's format."""
         layouts = {"UINT8": {"format": "FORMAT_NHWC"}, "FP32": {"format": "FORMAT_NCHW"}}
 
         def entry(tensor: Tensor) -> dict[str, object]:
@@ -254,12 +254,12 @@ class Model:
                 "output": list(map(entry, self.outputs))}  # fmt: skip
 
     def statistics(self) -> dict[str, object]:
-        """Its statistics in Triton's form."""
+        """Return its statistics in Triton's format."""
         return self._metrics.statistics(self.name, self.version)
 
 
 def _arrays(answer: Any) -> tuple[np.ndarray, ...]:
-    """Logits, or indices and probabilities, as a tuple."""
+    """Return logits, or indices and probabilities, as a tuple."""
     return answer if isinstance(answer, tuple) else (np.asarray(answer),)
 
 
@@ -273,7 +273,7 @@ def _result(answer: Answer) -> Any:
 
 
 async def _done(answer: Answer, limit: float, connection: Connection | None) -> None:
-    """Waits for an answer, or until the client is gone."""
+    """Wait for an answer, or until the client is gone."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[bool] = loop.create_future()
 
@@ -342,7 +342,7 @@ class Repository:
         }  # fmt: skip
 
     def load_all(self) -> None:
-        """Loads every model and warms it up.
+        """Load and warm up all models.
 
         Raises:
             InputError: Nothing to serve, or two models of one name and version.
@@ -360,7 +360,7 @@ class Repository:
         return Model(name, version, path, self._load, self.options, self.metrics)
 
     def get(self, name: str | None, version: str = "") -> Model:
-        """A model; without a name the only one, without a version the newest.
+        """Return a model; without a name the only one, without a version the newest.
 
         Raises:
             RequestError: The model or the version does not exist.
@@ -386,7 +386,7 @@ class Repository:
         return model.metadata(sorted(self._models[model.name], key=int))
 
     def all(self) -> list[Model]:
-        """Every version of every model."""
+        """Return every version of every model."""
         return [
             versions[v] for _, versions in sorted(self._models.items())
             for v in sorted(versions, key=int)
@@ -398,7 +398,7 @@ class Repository:
         return all(model.healthy for model in self.all())
 
     async def watch(self) -> None:
-        """Reloads files whose content changed, until it is cancelled.
+        """Reload files whose content changed, until it is cancelled.
 
         A file is reloaded when it did not change between two checks, its sidecar is valid and the
         self-check passes. The old version serves until then, and finishes its requests.
@@ -422,13 +422,13 @@ class Repository:
                 await asyncio.to_thread(model.close)
 
     def close(self) -> None:
-        """Finishes queued requests and frees the memory."""
+        """Finish queued requests and free the memory."""
         for model in self.all():
             model.close()
 
 
 def _files(source: Path) -> list[tuple[str, str, Path]]:
-    """(name, version, file) of the models in a file or a Triton repository's folder."""
+    """Return (name, version, file) of the models in a file or a Triton repository's folder."""
     if not source.is_dir():
         return [(source.stem, "1", source)]
     paths = sorted(source.glob("*/*/model.*")) or sorted(source.glob("*/model.*"))
@@ -440,7 +440,7 @@ def _files(source: Path) -> list[tuple[str, str, Path]]:
 
 
 def stamp(path: Path) -> list[Any]:
-    """A value that changes when a file or its sidecar is replaced."""
+    """Return a value that changes when a file or its sidecar is replaced."""
     stamps = []
     for file in (path, artifacts.sidecar_path(path)):
         with contextlib.suppress(OSError):
@@ -450,7 +450,7 @@ def stamp(path: Path) -> list[Any]:
 
 
 def chain(path: Path) -> list[dict[str, str]]:
-    """The artifacts that a file was made from, for the page: file, kind, sha256 and state."""
+    """Return the artifacts that a file was made from: file, kind, sha256 and state."""
     try:
         return [
             {"file": file.name, "kind": artifacts.kind_of(file), "state": state,

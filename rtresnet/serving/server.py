@@ -124,7 +124,7 @@ class JsonLines(logging.Formatter):
     """One JSON object per line: time, level, event, and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Formats a record."""
+        """Format a record."""
         entry = {
             "time": round(record.created, 6),
             "level": record.levelname.lower(),
@@ -158,7 +158,7 @@ class Server:
         self._stop = asyncio.Event()
 
     def run(self, on_ready: Callable[[list[str]], None] = lambda lines: None) -> int:
-        """Serves until SIGTERM, SIGINT or the loss of a device.
+        """Serve until SIGTERM, SIGINT or the loss of a device.
 
         Args:
             on_ready: Called with a line for each address and model when requests are accepted.
@@ -211,7 +211,7 @@ class Server:
         return UnavailableError.exit_code if lost else 0
 
     async def _until_stopped(self, serving: asyncio.Task[None]) -> bool:
-        """Waits for the end; returns whether a device was lost."""
+        """Wait for the end; returns whether a device was lost."""
         while not self._stop.is_set() and not serving.done():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 0.5)
@@ -266,7 +266,7 @@ class _Web(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Return a listening socket.
 
     Raises:
         InputError: The address is in use, or not an address of this machine.
@@ -300,7 +300,7 @@ def _refuse_connections(listener: socket.socket) -> None:
 
 
 def log_to_stderr() -> None:
-    """Sends the server's log to standard error, as JSON lines."""
+    """Send the server's log to standard error, as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     log.addHandler(handler)
