@@ -109,11 +109,16 @@ def measure(
             limit = min(most, queries - recorded[index].count) if queries and most else None
             _slice(candidates[index], recorded[index], warm[index].seconds, length, limit, clock)
             on_progress(sum(entry.wall for entry in recorded))
+    return _paired(recorded, [result.steady for result in warm], batch)
+
+
+def _paired(recorded: Sequence[_Slices], steady: Sequence[bool], batch: int) -> list[Measurement]:
+    """Return the measurements of all candidates, each compared with the first slice by slice."""
     results = [
         workload.measurement(
-            np.concatenate(entry.slices), entry.wall, entry.parts, batch, start.steady
+            np.concatenate(entry.slices), entry.wall, entry.parts, batch, is_steady
         )
-        for entry, start in zip(recorded, warm, strict=True)
+        for entry, is_steady in zip(recorded, steady, strict=True)
     ]
     medians = [[float(np.median(part)) for part in entry.slices] for entry in recorded]
     compared = [

@@ -174,13 +174,8 @@ def build(
         made_by={},
     )  # fmt: skip
     network.name = plan_info.name_field(planned)
-    config = maker.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    require_user_allocation(trt, config)
-    if not tf32:  # on by default in both builders
-        config.clear_flag(trt.BuilderFlag.TF32)
-    targets.apply(trt, config, target)
-    _add_profiles(maker, config, network.get_input(0), profiles, log)
+    assert planned.plan is not None
+    config = _configure(trt, maker, network.get_input(0), planned.plan, log)
     progress("build")
     started = time.perf_counter()
     with _timing_cache(config, timing_cache):
@@ -192,7 +187,6 @@ def build(
             f"{source}: the build failed{preflight.locate_node(reason, graph)}: {reason}"
         )
     progress("check layers")
-    assert planned.plan is not None
     built = dataclasses.replace(planned, plan=dataclasses.replace(planned.plan, seconds=seconds))
     return _publish(
         memoryview(serialized), out, source, built, graph,
@@ -230,15 +224,21 @@ def _stated_size(sidecar: Sidecar | None) -> int | None:
     return sidecar.input.size if sidecar is not None and sidecar.input_known else None
 
 
-def _add_profiles(
-    builder: Any, config: Any, tensor: Any, profiles: tuple[Profile, ...], log: Any
-) -> None:
-    for profile in profiles:
+def _configure(trt: Any, builder: Any, tensor: Any, plan: Plan, log: Any) -> Any:
+    """Create the builder's configuration for a plan whose input is `tensor`."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    require_user_allocation(trt, config)
+    if not plan.tf32:  # on by default in both builders
+        config.clear_flag(trt.BuilderFlag.TF32)
+    targets.apply(trt, config, plan.targets)
+    for profile in plan.profiles:
         entry = builder.create_optimization_profile()
         shapes = [(n, *tuple(tensor.shape)[1:]) for n in (profile.min, profile.opt, profile.max)]
         entry.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(entry) < 0:
             raise InputError(f"the builder rejects the profile {profile}: {log.reason()}")
+    return config
 
 
 @contextlib.contextmanager

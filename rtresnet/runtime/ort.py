@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -116,20 +116,16 @@ class OrtBackend:
         rewritten: CpuModel | None = None,
     ) -> None:
         ort = import_onnxruntime()
-        openvino_provider = openvino() if provider in ("auto", "openvino") else None
         saturates = hardware.int8_sums_saturate()
-        # OpenVINO would saturate, and the file cannot be rewritten.
-        unfit = saturates and not hardware.installed("onnx") and is_quantized(path)
         graph = read_quantized(path) if rewritten is None else None
         fp8 = has_fp8(graph) if rewritten is None else rewritten.fp8
-        if provider == "auto":  # OpenVINO's FP8 and BF16 have not been tried
-            untried = fp8
-            if openvino_provider and graph is None:
-                untried = fp8 or (has_bf16(path) if rewritten is None else rewritten.emulates_bf16)
-            provider = "openvino" if openvino_provider and not unfit and not untried else "cpu"
-        elif provider == "openvino" and unfit:
-            raise missing_package("onnx", f"{path}: INT8 in OpenVINO on a CPU without VNNI")
-        about = (openvino_provider if provider == "openvino" else None) or find_provider(provider)
+
+        def has_untested_type() -> bool:  # OpenVINO's FP8 and BF16 are not tested
+            if fp8 or graph is not None:
+                return fp8
+            return has_bf16(path) if rewritten is None else rewritten.emulates_bf16
+
+        provider, about = _choose_provider(path, provider, saturates, has_untested_type)
         self.provider = about.title
         self.tf32 = tf32 if provider == "cuda" else None
         # Two builds may be installed on top of each other; the module belongs to one of them.
@@ -301,6 +297,24 @@ class OrtBackend:
     def close(self) -> None:
         """Drop the session."""
         self._session = None
+
+
+def _choose_provider(
+    path: str | os.PathLike[str], name: str, saturates: bool, has_untested_type: Callable[[], bool]
+) -> tuple[str, Provider]:
+    """Return the name and description of a provider; "auto" is OpenVINO or the CPU provider."""
+    if name not in ("auto", "openvino"):
+        return name, find_provider(name)
+    available = openvino()
+    # OpenVINO would saturate, and the file cannot be rewritten.
+    unfit = saturates and not hardware.installed("onnx") and is_quantized(path)
+    if name == "openvino":
+        if unfit:
+            raise missing_package("onnx", f"{path}: INT8 in OpenVINO on a CPU without VNNI")
+        return name, available or find_provider(name)
+    if available is None or unfit or has_untested_type():
+        return "cpu", find_provider("cpu")
+    return "openvino", available
 
 
 def _result(outputs: Sequence[np.ndarray]) -> np.ndarray | TopK:

@@ -470,7 +470,6 @@ def load(
     path = atomic_io.require_file(path, fix="make one with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
-    backend: Backend
     if device == "cuda" and provider == "auto" and kind == "onnx":
         provider = "cuda"
     if tf32 is not None and provider != "cuda":
@@ -479,39 +478,40 @@ def load(
             fix="leave it out; for a plan: rtresnet build --no-tf32",
         )
     if kind == "plan":
-        from rtresnet.core import plan_info
-        from rtresnet.runtime import compatibility
-
-        sidecar = sidecar or plan_info.described(path)
         if provider != "auto" or threads is not None:
             raise InputError(
                 f"{path}: is a plan, which runs in TensorRT; --provider and --threads apply to "
                 "ONNX files only"
             )
-        if not hardware.gpus() or device == "cpu":
-            compatibility.check_compatible(path, sidecar)
-            raise compatibility.plan_needs_gpu(path, sidecar, has_gpu=bool(hardware.gpus()))
-        from rtresnet.runtime.trt import TrtBackend
-        from rtresnet.runtime.trt_detector import TrtDetector
-
-        detects = sidecar is not None and sidecar.detection is not None
-        backend = (TrtDetector if detects else TrtBackend)(
-            path, sidecar, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache,
+        return _load_plan(
+            path, sidecar, device, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache,
             timings=timings, blocking=blocking,
         )  # fmt: skip
-    elif kind == "onnx":
-        from rtresnet.runtime.ort import OrtBackend
-        from rtresnet.runtime.providers import find_provider
-
-        on_gpu = provider != "auto" and find_provider(provider).gpu
-        if device != "auto" and (device == "cuda") != on_gpu:
-            raise InputError(f"--device {device} and --provider {provider} contradict each other")
-        runner = OrtBackend(path, provider=provider, threads=threads, tf32=tf32 is not False)
-        backend = runner
-        if sidecar is None:
-            sidecar = _described(path, runner)
-    else:
+    if kind != "onnx":
         raise InputError(f"{path}: not an ONNX file or a plan", fix="rtresnet export")
+    from rtresnet.runtime.ort import OrtBackend
+    from rtresnet.runtime.providers import find_provider
+
+    on_gpu = provider != "auto" and find_provider(provider).gpu
+    if device != "auto" and (device == "cuda") != on_gpu:
+        raise InputError(f"--device {device} and --provider {provider} contradict each other")
+    backend = OrtBackend(path, provider=provider, threads=threads, tf32=tf32 is not False)
+    return Session(path, sidecar or _described(path, backend), backend)
+
+
+def _load_plan(path: Path, sidecar: Sidecar | None, device: str, **options: Any) -> Session:
+    from rtresnet.core import plan_info
+    from rtresnet.runtime import compatibility
+
+    sidecar = sidecar or plan_info.described(path)
+    if not hardware.gpus() or device == "cpu":
+        compatibility.check_compatible(path, sidecar)
+        raise compatibility.plan_needs_gpu(path, sidecar, has_gpu=bool(hardware.gpus()))
+    from rtresnet.runtime.trt import TrtBackend
+    from rtresnet.runtime.trt_detector import TrtDetector
+
+    detects = sidecar is not None and sidecar.detection is not None
+    backend: Backend = (TrtDetector if detects else TrtBackend)(path, sidecar, **options)
     return Session(path, sidecar, backend)
 
 
