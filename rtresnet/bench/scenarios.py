@@ -356,6 +356,38 @@ def _submit_arrivals(
     )
 
 
+class _Clients:
+    """Requests in flight; `answer` returns them in the order of their responses."""
+
+    def __init__(self, candidate: Candidate, submit: Submit | None, clock: Clock) -> None:
+        self._candidate, self._submit, self._clock = candidate, submit, clock
+        self._answers: queue.SimpleQueue[tuple[float, float, Future[Any]]] = queue.SimpleQueue()
+        self._waiting: deque[float] = deque()
+        self._sent = 0
+
+    def send(self) -> None:
+        """Send the next request."""
+        clock, requests = self._clock, self._candidate.requests
+        request, moment = requests[self._sent % len(requests)], clock.now()
+        self._sent += 1
+        if self._submit is None:
+            self._waiting.append(moment)
+            return
+        self._submit(request).add_done_callback(
+            lambda future: self._answers.put((moment, clock.now(), future))
+        )
+
+    def answer(self) -> tuple[float, float]:
+        """Return when the request of the next response was sent, and when the response arrived."""
+        if self._submit is None:
+            requests = self._candidate.requests
+            self._candidate.serve(requests[(self._sent - len(self._waiting)) % len(requests)])
+            return self._waiting.popleft(), self._clock.now()
+        moment, after, future = self._answers.get()
+        future.result()
+        return moment, after
+
+
 def closed(
     candidate: Candidate,
     *,
@@ -392,30 +424,9 @@ def closed(
         raise InputError(f"--concurrency {concurrency}: must be at least 1")
     clock = PausableClock(clock or WallClock())
     warm = workload.warm_up(candidate, clock)
-    requests = candidate.requests
+    clients = _Clients(candidate, submit, clock)
     parts: list[Timings] = []
     latencies: list[float] = []
-    answers: queue.SimpleQueue[tuple[float, float, Future[Any]]] = queue.SimpleQueue()
-    waiting: deque[float] = deque()
-    sent = 0
-
-    def send() -> None:
-        nonlocal sent
-        request, moment = requests[sent % len(requests)], clock.now()
-        sent += 1
-        if submit is None:
-            waiting.append(moment)
-            return
-        submit(request).add_done_callback(lambda future: answers.put((moment, clock.now(), future)))
-
-    def answer() -> tuple[float, float]:
-        """Return when the request of the next response was sent, and when the response arrived."""
-        if submit is None:
-            candidate.serve(requests[(sent - len(waiting)) % len(requests)])
-            return waiting.popleft(), clock.now()
-        moment, after, future = answers.get()
-        future.result()
-        return moment, after
 
     def after_request() -> bool:
         if timings := candidate.timings():
@@ -423,22 +434,22 @@ def closed(
         return early_stop(latencies)
 
     for _ in range(concurrency):
-        send()
+        clients.send()
     begin = after = clock.now()
     for _ in range(concurrency if concurrency > 1 else 0):
-        _, begin = answer()
-        send()
+        _, begin = clients.answer()
+        clients.send()
     after = begin
     while True:
-        moment, after = answer()
+        moment, after = clients.answer()
         latencies.append((after - moment) * 1e3)
         stop = early_stop(latencies) if submit else clock.exclude(after_request)
         enough = len(latencies) >= queries if queries else after - begin >= seconds
         if (enough and len(latencies) >= fewest) or stop:
             break
-        send()
+        clients.send()
     for _ in range(concurrency - 1 if submit else 0):
-        answer()  # not measured; leaves the batcher empty
+        clients.answer()  # not measured; leaves the batcher empty
     return workload.measurement(
         np.asarray(latencies), after - begin, parts, batch, warm.steady,
         load=LoadFacts(concurrency=concurrency),
