@@ -3,11 +3,11 @@
     python benchmarks/qat.py --data folder:cifar10 [--epochs 1] WEIGHTS...
     python benchmarks/qat.py --data folder:cifar10 --precision fp8 --steps 100 --name qat-fp8 ...
 
-`rtresnet train --qat` on the training images, `export --int8` of what it kept, then the test
-images through four: the net in torch with fake quantization, the quantized ONNX file as it is
-written (ONNX Runtime without its optimizer), the same as `rtresnet.load` runs it on a CPU (INT8: in
-integers), and the FP32 file that training began with. In FP8, what is not FP8 is FP16 in the file
-and float32 in training.
+`rtresnet train --qat` on the training images, then `export` of its best checkpoint. The test images
+run through the net in torch with fake quantization, the quantized ONNX file as it is written (ONNX
+Runtime without its optimizer), the same file as `rtresnet.load` runs it on a CPU (INT8: with
+integer kernels), the FP32 file of the weights before training, and their file calibrated with
+`mse`. In FP8, tensors that are not FP8 are FP16 in the file and float32 in training.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ def headings(precision: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def measure(weights: str, options: argparse.Namespace, place: Path) -> dict[str, Any]:
+def measure(weights: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     flag = f"--{options.precision}"
     length = ("--set", f"steps={options.steps}") if options.steps else ()
     calib = ("--calib", options.data, "--calib-images", "512", "--calibrator", "mse")
     before = rtresnet("export", "--weights", weights, flag, *calib, "--no-plan", "--out", "before",
-                      cwd=place)  # fmt: skip
+                      cwd=folder)  # fmt: skip
     rtresnet("train", "--weights", weights, "--data", options.data, "--qat", "--precision",
              options.precision, "--epochs", str(options.epochs), *length, "--out", "run",
-             cwd=place)  # fmt: skip
+             cwd=folder)  # fmt: skip
     after = rtresnet("export", "--weights", "run/best.pt", flag, "--no-plan", "--out", "after",
-                     cwd=place)  # fmt: skip
-    kept = checkpoint.load(place / "run" / "best.pt")
-    assert kept.learned is not None
-    fake = qat.FakeQuantized(kept.net(), options.precision).eval()
-    fake.set_scales(kept.learned.scales)
+                     cwd=folder)  # fmt: skip
+    best = checkpoint.load(folder / "run" / "best.pt")
+    assert best.learned is not None
+    fake = qat.FakeQuantized(best.net(), options.precision).eval()
+    fake.set_scales(best.learned.scales)
     (written,) = [entry for entry in after["onnx"] if entry["precision"] == options.precision]
     plain, calibrated = before["onnx"]
-    files = [place / entry["file"] for entry in (written, plain, calibrated)]
+    files = [folder / entry["file"] for entry in (written, plain, calibrated)]
     sessions = [simulate.make_session(onnx.load(file)) for file in files]
     as_run = package.load(str(files[0]), provider="cpu")
-    found: list[list[np.ndarray]] = []
+    outputs: list[list[np.ndarray]] = []
     test = open_source(options.data, "test")
     chosen = loader.sample(test, options.images)
-    for images, labels in loader.batches(test, kept.input, 128, indices=chosen):
+    for images, labels in loader.batches(test, best.input, 128, indices=chosen):
         with torch.inference_mode():
             trained = fake(torch.from_numpy(images)).numpy()
         runs = [session.run(None, {"images": images})[0] for session in sessions]
-        found.append([trained, *runs, as_run(images), labels])
+        outputs.append([trained, *runs, as_run(images), labels])
     as_run.close()
     trained, quantized, fp32, calibrated, ran, labels = (
-        np.concatenate(part) for part in zip(*found, strict=True)
+        np.concatenate(part) for part in zip(*outputs, strict=True)
     )
     drop = metrics.paired_drop(fp32.argmax(1) == labels, quantized.argmax(1) == labels)
     return {
-        "net": after["model"], "training_images": kept.learned.n, "epochs": options.epochs,
+        "net": after["model"], "training_images": best.learned.n, "epochs": options.epochs,
         "precision": options.precision, "steps": options.steps,
         "agreement": 100 * metrics.parity(trained, quantized).agreement, "n": len(labels),
         "equal": 100 * float((trained == quantized).all(1).mean()),
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=0, help="in place of epochs")
+    parser.add_argument("--steps", type=int, default=0, help="instead of epochs")
     parser.add_argument("--images", type=int, default=10_000, help="test images")
     parser.add_argument("--name", default="qat")
     options = parser.parse_args()
