@@ -44,7 +44,7 @@ HEADINGS = ("variant", "kernels", "INT8", "read MB", "written MB", "moved MB", "
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a variant is built."""
+    """Build settings of a variant."""
 
     fixed_batch: bool = False
     level: int | None = None
@@ -202,35 +202,35 @@ def per_tensor(*, bias: bool) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
 
 
 def stages(*names: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """Only convolutions of these stages are INT8, the rest FP16."""
+    """Only convolutions of these stages are INT8, the the others FP16."""
 
     def make(model: onnx.ModelProto) -> onnx.ModelProto:
-        keep = [
+        excluded = [
             node.name
             for node in model.graph.node
             if node.op_type in ("Conv", "Gemm", "Add") and not node.name.startswith(names)
         ]
-        tensors = list(qdq.placement(model, keep))
+        tensors = list(qdq.placement(model, excluded))
         scales = {name: 0.05 + 0.001 * i for i, name in enumerate(tensors)}
-        return half.to_half(qdq.insert(model, scales, keep))
+        return half.to_half(qdq.insert(model, scales, excluded))
 
     return make
 
 
 def only(kernel: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """Only convolutions with this kernel are INT8, the rest FP16."""
+    """Only convolutions with this kernel are INT8, the the others FP16."""
 
     def make(model: onnx.ModelProto) -> onnx.ModelProto:
         sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
-        keep = [
+        excluded = [
             node.name
             for node in model.graph.node
             if node.op_type == "Add"
             or (node.op_type in ("Conv", "Gemm") and sizes[node.input[1]][-1] != kernel)
         ]
-        tensors = list(qdq.placement(model, keep))
+        tensors = list(qdq.placement(model, excluded))
         scales = {name: 0.05 + 0.001 * i for i, name in enumerate(tensors)}
-        return half.to_half(qdq.insert(model, scales, keep))
+        return half.to_half(qdq.insert(model, scales, excluded))
 
     return make
 
@@ -429,7 +429,7 @@ def main() -> None:
             copy.CopyFrom(model)
             try:
                 own.append(row(variant.name, built(variant.make(copy), variant.settings), net))
-            except Exception as error:  # what TensorRT refuses is a result, too
+            except Exception as error:  # a rejected variant is a result, too
                 own.append({"net": net, "variant": variant.name, "error": str(error)[:200]})
             print(own[-1], flush=True)
         fp16_bytes = next(entry["moved"] for entry in own if entry["variant"] == "FP16")

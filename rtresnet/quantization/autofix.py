@@ -1,4 +1,4 @@
-"""Repair what `lint.py` found where the outputs stay the same, bit for bit.
+"""Repair findings of `lint.py` where the outputs stay the same, bit for bit.
 
  1. An activation scale of shape [1] gets rank 0, with its zero point.
  2. An omitted zero point is written where its type is known: int8 data, output_dtype. Elsewhere
@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from rtresnet.core.errors import missing_package
+from rtresnet.core.serialization import json_name
 from rtresnet.onnxlib.graph import DEQUANTIZE, GraphIndex, copied, label
 from rtresnet.quantization.lint import lint, role, stored_type, zero_point
 from rtresnet.quantization.lint_rules import Finding
@@ -35,11 +36,11 @@ class Repair:
 
     rule: str
     node: str
-    what: str
+    change: str = json_name("what")
 
 
 def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Repair], list[Finding]]:
-    """Repair what can be repaired exactly.
+    """Repair the findings that have an exact repair.
 
     Args:
         model: Any ONNX model that ONNX Runtime runs. Not changed.
@@ -123,7 +124,7 @@ def _make_scales_scalar(index: GraphIndex) -> list[Repair]:
         zero = index.constant(zero_point(node))
         if zero is not None:
             node.input[2] = index.add_constant(f"{node.input[2]}.scalar", zero.reshape(()))
-        repairs.append(Repair(rule="scale-shape", node=label(node), what="scale of rank 0"))
+        repairs.append(Repair(rule="scale-shape", node=label(node), change="scale of rank 0"))
     return repairs
 
 
@@ -135,7 +136,7 @@ def _write_zero_points(index: GraphIndex) -> list[Repair]:
             continue
         name = index.add_constant(f"{label(node)}.zero_point", np.zeros(scale.shape, np.int8))
         node.input[:] = [*node.input[:2], name]
-        repairs.append(Repair(rule="no-zero-point", node=label(node), what="int8 zero point 0"))
+        repairs.append(Repair(rule="no-zero-point", node=label(node), change="int8 zero point 0"))
     return repairs
 
 
@@ -150,7 +151,7 @@ def _make_signed(index: GraphIndex) -> list[Repair]:
         zero = index.constant(zero_point(node))
         assert zero is not None  # has_zero_point_128
         node.input[2] = index.add_constant(f"{node.input[2]}.int8", np.zeros(zero.shape, np.int8))
-        repairs.append(Repair(rule="zero-point", node=label(node), what="int8 with zero point 0"))
+        repairs.append(Repair(rule="zero-point", node=label(node), change="int8 with zero point 0"))
 
     for node in index.quantizers():
         if node.op_type == DEQUANTIZE:
@@ -188,7 +189,7 @@ def _make_biases_float(index: GraphIndex) -> list[Repair]:
         for reader, position in index.readers[node.output[0]]:
             reader.input[position] = name
         index.graph.node.remove(node)
-        repairs.append(Repair(rule="quantized-bias", node=label(node), what="a float constant"))
+        repairs.append(Repair(rule="quantized-bias", node=label(node), change="a float constant"))
     return repairs
 
 
@@ -198,7 +199,7 @@ def _remove_unread(index: GraphIndex) -> list[Repair]:
         for node in index.quantizers()
         if not index.readers[node.output[0]] and node.output[0] not in index.outputs
     ]
-    repairs = [Repair(rule="dangling", node=label(node), what="removed") for node in unread]
+    repairs = [Repair(rule="dangling", node=label(node), change="removed") for node in unread]
     for node in unread:
         index.graph.node.remove(node)
     return repairs + _remove_unread(GraphIndex(index.model)) if repairs else []

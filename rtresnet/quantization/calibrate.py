@@ -348,12 +348,12 @@ def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[
     def others() -> Iterable[np.ndarray]:
         for number, images in enumerate(batches):
             most = SMALL_HELD_OUT if images.shape[-1] <= SMALL else MAX_HELD_OUT
-            wanted = min(math.ceil(len(images) * HELD_OUT), most - sum(map(len, held_out)))
-            kept = len(images) - max(0, wanted)
-            if wanted > 0:
-                held_out.append(images[kept:])
-            if kept or number == 0:
-                yield images[:kept] if kept else images
+            count = min(math.ceil(len(images) * HELD_OUT), most - sum(map(len, held_out)))
+            split = len(images) - max(0, count)
+            if split < len(images):
+                held_out.append(images[split:])
+            if split or number == 0:
+                yield images[:split] if split else images
 
     return held_out, others()
 
@@ -437,7 +437,7 @@ def references(
 def _reference(
     model: onnx.ModelProto, held_out: Sequence[np.ndarray], observer: MinMaxObserver | None = None
 ) -> np.ndarray:
-    """Return the float net's logits; `observer` also sees the images."""
+    """Return the float net's logits; `observer` also receives the images."""
     source, output = model.graph.input[0].name, model.graph.output[0].name
     nodes, ends = (observer.nodes, observer.outputs) if observer else ([], [])
     session, batch = make_session(model, [output, *ends], nodes), fixed_batch(model)
@@ -473,8 +473,8 @@ def sample_activations(
         ArtifactError: The file has no batch norm statistics, or an operator that is not one of a
             residual net.
     """
-    known = metadata.NORM_STATISTICS.read(metadata.properties_of(model))
-    if known is None:
+    statistics = metadata.NORM_STATISTICS.read(metadata.properties_of(model))
+    if statistics is None:
         raise ArtifactError(
             f"{model.graph.name}: has no batch norm statistics, so calibration needs images",
             fix="use images: --calib SPEC",
@@ -484,7 +484,7 @@ def sample_activations(
     for node in index.nodes:
         inputs = [values[name] for name in node.input if name in values]
         if node.op_type == "Conv":
-            mean, std = known[node.name]
+            mean, std = statistics[node.name]
             size = (DATA_FREE_SAMPLES, len(mean))
             result = mean + std * rng.logistic(scale=LOGISTIC_UNIT, size=size)
         elif node.op_type == "Relu":

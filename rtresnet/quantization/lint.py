@@ -90,7 +90,7 @@ def _is_fp8(index: GraphIndex) -> bool:
 
 
 def role(index: GraphIndex, node: onnx.NodeProto) -> str:
-    """Return what a Q or DQ quantizes: "activation", "weight" or "bias"."""
+    """Return the kind of tensor that a Q or DQ is for: "activation", "weight" or "bias"."""
     if index.constant(index.origin(_source(index, node))) is None:
         return "activation"
     if stored_type(index, node) == TensorProto.INT32:
@@ -164,9 +164,9 @@ def _numbers_of(index: GraphIndex, node: onnx.NodeProto) -> Iterator[Finding]:
         yield finding("other-type", name, "error" if stored in WIDE else None, type_name.lower())
         return
     if not zero_point(node):
-        known = stored != TensorProto.UINT8
-        detail = f"the type is {'FP8' if stored == FP8 else 'int8'} in both" if known else ""
-        yield finding("no-zero-point", name, "note" if known else None, detail)
+        is_safe = stored != TensorProto.UINT8
+        detail = f"the type is {'FP8' if stored == FP8 else 'int8'} in both" if is_safe else ""
+        yield finding("no-zero-point", name, "note" if is_safe else None, detail)
     unsigned = stored == TensorProto.UINT8 and zero_point(node)
     asymmetric = zero is None or zero.astype(np.float32).any()
     if stored == FP8:
@@ -194,8 +194,9 @@ def _fp8_range(index: GraphIndex, node: onnx.NodeProto, scale: np.ndarray) -> It
     )
     largest = float(np.finfo(np.float16 if half else np.float32).max)
     if reached > largest:
-        what = f"448 times the scale is {reached:.3g}, and {'FP16' if half else 'FP32'} ends at"
-        yield finding("fp8-overflow", label(node), detail=f"{what} {largest:.3g}")
+        dtype = "FP16" if half else "FP32"
+        detail = f"448 times the scale is {reached:.3g}, and {dtype} ends at {largest:.3g}"
+        yield finding("fp8-overflow", label(node), detail=detail)
     values = index.constant(_source(index, node)) if node.op_type == QUANTIZE else None
     if values is None:
         return

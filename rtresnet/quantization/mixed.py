@@ -1,4 +1,4 @@
-"""FP16 for a part of a graph: the rest, inputs and outputs stay float32.
+"""FP16 for a part of a graph; the other nodes, inputs and outputs stay float32.
 
 A detector's boxes and coordinates need float32: FP16 has a step of half a pixel above 512.
 
@@ -78,15 +78,15 @@ def to_half_except(model: onnx.ModelProto, float_nodes: Collection[str]) -> onnx
                         helper.make_node("Cast", [f"{name}.half"], [name], name=f"{name}.float",
                                          to=TensorProto.FLOAT)
                     )  # fmt: skip
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    used = {name for node in kept for name in node.input}
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    used = {name for node in copies for name in node.input}
     initializers = [
         onnx.TensorProto.FromString(tensor.SerializeToString())
         for tensor in graph.initializer
         if tensor.name in used
     ]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(kept)
+    graph.node.extend(copies)
     graph.initializer.extend(initializers)
     onnx.checker.check_model(half, full_check=True)
     return onnx.shape_inference.infer_shapes(half, strict_mode=True, data_prop=True)

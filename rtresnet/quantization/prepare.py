@@ -86,16 +86,16 @@ def _separate_constants(graph: onnx.GraphProto) -> None:
 
     Weights are folded, scaled and quantized in place, for one node each.
     """
-    constants, taken = {tensor.name: tensor for tensor in graph.initializer}, set[str]()
+    constants, used = {tensor.name: tensor for tensor in graph.initializer}, set[str]()
     for node in graph.node:
         for index, name in enumerate(node.input):
             if name not in constants:
                 continue
-            if name in taken:
+            if name in used:
                 copy = graph.initializer.add()
                 copy.CopyFrom(constants[name])
                 copy.name = node.input[index] = f"{name}.of.{node.output[0]}.{index}"
-            taken.add(name)
+            used.add(name)
 
 
 def _fold_batch_norms(model: onnx.ModelProto) -> metadata.NormStatistics:

@@ -161,6 +161,7 @@ def read(path: str | os.PathLike[str]) -> SavedScales:
 
 def differences(saved: SavedScales, origin: ScalesOrigin) -> list[str]:
     """Return the differences between the scales' origin and the expected one, in words."""
-    wanted = dataclasses.asdict(origin)
-    present = {"format": "int8"} | dict(saved.origin)  # files written before FP8 support lack it
-    return [name for field, name in COMPARED.items() if present.get(field) != wanted[field]]
+    expected = dataclasses.asdict(origin)
+    # Files written before FP8 support have no format.
+    fields = {"format": "int8"} | dict(saved.origin)
+    return [name for field, name in COMPARED.items() if fields.get(field) != expected[field]]

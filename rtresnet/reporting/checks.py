@@ -72,9 +72,9 @@ def lint_lines(result: LintResult) -> Iterator[str]:
     """Return what breaks a rule, what was repaired, and what is left."""
     yield from _listed(result.before)
     if result.fixed is not None:
-        repairs = Counter((entry.rule, entry.what) for entry in result.repaired)
-        for (rule, fix), count in repairs.items():
-            yield f"repaired  {rule}, {plural(count, 'node')}: {fix}"
+        repairs = Counter((entry.rule, entry.change) for entry in result.repaired)
+        for (rule, change), count in repairs.items():
+            yield f"repaired  {rule}, {plural(count, 'node')}: {change}"
         same = "same outputs, bit for bit" if repairs else "nothing was repaired"
         yield f"{result.fixed}: {same}"
         if repairs and result.findings:

@@ -1,4 +1,4 @@
-"""Which precision to expect most of: several plans of one net, compared by their bounds.
+"""Compare several plans of one net by their bounds, to advise on the precision.
 
 A bound is not a measurement. Two bounds of each plan are compared: one for tensors that stay in the
 GPU's L2 cache as far as they fit, one for tensors that all go through memory. The plan that both
@@ -30,7 +30,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MARGIN = 1.03
 """Bounds with a smaller ratio than this count as equal."""
 MANY_BYTES = 1.1
-"""From this ratio on, a narrow type moves more bytes than it should."""
+"""From this ratio on, a narrow type moves too many bytes."""
 WIDE = sorted(FLOAT, key=lambda name: PRECISIONS[name].bytes)
 REPRESENTATIVE = {
     "sm_75": "T4", "sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090",
@@ -74,7 +74,7 @@ class AdviceResult:
         what: "bound".
         batch: Images per batch.
         plans: In the order of the arguments.
-        advice: What to expect, a sentence each.
+        advice: A sentence on each quantized plan.
     """
 
     what: str = "bound"
@@ -137,10 +137,10 @@ def gpus_for(names: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
     """
     from rtresnet.bench import roofline
 
-    known = [gpu.name for gpu in roofline.GPUS]
+    names_in_table = [gpu.name for gpu in roofline.GPUS]
     named = []
     for text in names:
-        named += [gpu for gpu in known if gpu.lower() == text.strip().lower()]
+        named += [gpu for gpu in names_in_table if gpu.lower() == text.strip().lower()]
     chosen = [REPRESENTATIVE[target] for target in targets if target in REPRESENTATIVE]
     return tuple(dict.fromkeys(named or chosen))
 
@@ -153,11 +153,10 @@ def _accuracy(path: str) -> PlanAccuracy:
             if record.get("n") and isinstance(record.get("top1"), int)
         ]  # fmt: skip
         drop = sidecar.measured.get("drop")
-        known = isinstance(drop, dict) and {"points", "n"} <= drop.keys()
+        lost = drop if isinstance(drop, dict) and {"points", "n"} <= drop.keys() else {}
         snr = _signal_to_noise(sidecar)
-        if sidecar.weights.origin == "untrained" or not (records or known or snr is not None):
+        if sidecar.weights.origin == "untrained" or not (records or lost or snr is not None):
             continue
-        lost = drop if known and isinstance(drop, dict) else {}
         best = records[-1] if records else {}
         return PlanAccuracy(
             top1_percent=100 * best["top1"] / best["n"] if best else None,
@@ -172,7 +171,7 @@ def _accuracy(path: str) -> PlanAccuracy:
 
 
 def _signal_to_noise(sidecar: Sidecar) -> float | None:
-    """Read what calibration measured, from the file of scales if it is still the same."""
+    """Return the ratio that calibration measured, if the file of scales is unchanged."""
     calibration = sidecar.calibration
     if calibration is None or not Path(calibration.scales).is_file():
         return None

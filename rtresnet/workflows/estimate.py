@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig(Config):
-    """What is estimated.
+    """Options of an estimate.
 
     Attributes:
         gpus: Names of GPUs; by default all known ones, of a plan those that it was built for.
@@ -132,7 +132,7 @@ class EstimateResult:
         multiply_adds: Per image.
         kernels: Number of fused kernels.
         bytes: Read and written by all kernels for the batch, weights included.
-        builder: What built a plan, as in "TensorRT-RTX 1.7"; None if the kernels are those that an
+        builder: Builder of a plan, as in "TensorRT-RTX 1.7"; None if the kernels are those that an
             ideal builder would fuse.
         results: One for each GPU.
     """
@@ -152,7 +152,7 @@ class EstimateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is estimated: the kernels at one batch size.
+    """The kernels to estimate, at one batch size.
 
     Attributes:
         own: Precision of the file; None for a net by its name, which has any.

@@ -55,7 +55,7 @@ def parse_canvas(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Config):
-    """What is exported.
+    """Options of an export.
 
     Attributes:
         model: Architecture; by default that of the weights.
@@ -97,12 +97,12 @@ class ExportedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
         model: Architecture.
         weights: Origin of the weights: untrained, trained, imagenet or file.
-        assumed: What nothing stated and was assumed.
+        assumed: Assumptions on unstated properties.
         onnx: The files, the FP32 one first.
         plans: One for each precision.
         advice: The plans compared by the bytes they move and their minimum latency; None with
@@ -367,9 +367,9 @@ def resolve(
         spec.require_size(size or spec.size)
         return checkpoint.untrained(spec, Preprocess.for_size(size or spec.size)), None
     assert weights is not None
-    found = download.published(str(weights), model, reporter)
-    if found is not None:
-        return found, None
+    published = download.published(str(weights), model, reporter)
+    if published is not None:
+        return published, None
     return checkpoint.load(weights, model=model), Path(weights)
 
 

@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(Config):
-    """How a file is quantized.
+    """Options of a quantization.
 
     Attributes:
         precision: "int8", "fp8", "fp16" or "bf16".
         calib: Images to calibrate on: any data, a folder of images, a list in a .txt file, or
             "none" for ranges from the statistics of batch norm. None: the images in calib/.
-        calibrator: How the range of a tensor is chosen.
+        calibrator: Method that chooses the range of a tensor.
         calib_images: Number of images to calibrate on.
-        float_dtype: Data type of tensors between INT8 or FP8 kernels, and of what stays in float.
+        float_dtype: Data type of tensors between INT8 or FP8 kernels, and of nodes left in float.
         fp8_stem: Whether FP8 includes the first convolution.
         fp8_min_channels: Smallest number of input channels of any other convolution in FP8.
         eval_data: Labelled images on which INT8 or FP8 is compared with FP32.
         max_drop: Points of top-1 that may be lost on them.
-        gate: What must be within `max_drop`: the measured loss ("point") or the upper limit of its
-            95 % interval ("upper").
+        gate: Figure that must be within `max_drop`: the measured loss ("point") or the upper limit
+            of its 95 % interval ("upper").
         classes: Class names of the net or the images, if these have none.
         max_broken: Allowed share of broken images in [0, 1], which are ignored.
     """

@@ -203,7 +203,7 @@ def test_a_repair_that_changes_a_bit_is_not_done(
 ) -> None:
     def careless(candidate: onnx.ModelProto) -> list[Repair]:
         store(candidate, "fc.bias", array(candidate, "fc.bias") + np.float32(1e-3))
-        return [Repair(rule="quantized-bias", node="fc", what="rounded")]
+        return [Repair(rule="quantized-bias", node="fc", change="rounded")]
 
     monkeypatch.setattr(autofix, "STEPS", (careless, *autofix.STEPS))
     unread(model)
