@@ -70,9 +70,12 @@ def start_from(net: Detector, start: Checkpoint) -> None:
     needed = [name for name in own if not name.startswith(("rpn.", "score.", "offset."))]
     missing = [name for name in needed if name not in fits]
     if missing:
+        width = start.detection.width if start.detection else 1.0
         raise InputError(
-            f"the weights are of {start.model.architecture} and do not fit the backbone "
-            f"({missing[0]})",
-            fix=f"--backbone {start.model.architecture}",
+            f"the weights are of {start.model.architecture} with width={width:g} and do not fit "
+            f"the backbone with width={net.spec.width:g} ({missing[0]})",
+            fix=f"--set width={width:g}"
+            if net.spec.width != width
+            else f"--backbone {start.model.architecture}",
         )
     net.load_state_dict(own | fits)

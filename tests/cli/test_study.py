@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import signal
 import subprocess
@@ -10,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rtresnet.cli.main import main
 from rtresnet.core import hardware
+from rtresnet.detection import checkpoint
+from rtresnet.models import download, zoo
 
 drawn = hardware.installed("matplotlib")
 
@@ -291,6 +296,58 @@ def test_detection_interrupted_study_ends_in_the_same_numbers(
     parts = study("detection", *DETECTORS, "--seeds", 1, "--out", "parts")
     for one, other in zip(whole["backbones"], parts["backbones"], strict=True):
         assert one["ap"] == other["ap"] and one["runs"][0]["loss"] == other["runs"][0]["loss"]
+
+
+@pytest.mark.slow
+def test_detection_default_backbone_and_a_deep_one_run_to_the_end(here: Path) -> None:
+    small = DETECTORS[: DETECTORS.index("--backbone")]
+    result = study("detection", *small, "--seeds", 1, "--backbone", "vgg16_bn",
+                   "--backbone", "resnet101")  # fmt: skip
+    assert [record["backbone"] for record in result["backbones"]] == ["vgg16_bn", "resnet101"]
+    for record in result["backbones"]:
+        (run,) = record["runs"]
+        assert run["diverged"] is None and len(run["loss"]) == 2
+        assert run["measured"]["n"] == 4 and record["ap50"]["n"] == 1
+        assert (Path(run["folder"]) / "pretrain.pt").exists()
+    assert "resnet101" in check_files(here / "runs" / "study-detection", "detection")
+
+
+@pytest.mark.slow
+def test_detection_imagenet_pretraining_starts_from_the_published_weights(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of the published layout, with random weights, stand for torchvision's."""
+    backbones = ("resnet18", "resnet34")
+    for name in backbones:
+        torch.manual_seed(0)
+        content = io.BytesIO()
+        torch.save(zoo.build(zoo.spec(name)).state_dict(), content)
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        file = here / "mirror" / f"{name}-{digest[:8]}.pth"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content.getvalue())
+        monkeypatch.setitem(download.IMAGENET_FILES, name, file.name)
+    monkeypatch.setenv("RTRESNET_WEIGHTS_URL", (here / "mirror").as_uri())
+    monkeypatch.setenv("RTRESNET_CACHE", str(here / "cache"))
+    arguments = ["--data", "shapes:4", "--pretrain", "imagenet", "--epochs", 1, "--seeds", 1]
+    arguments += [part for name in backbones for part in ("--backbone", name)]
+    result = study("detection", *arguments)
+    assert "pre-training: ImageNet" in capsys.readouterr().err
+    assert result["recipe"][0].startswith("recipe paper-detection")
+    for record in result["backbones"]:
+        (run,) = record["runs"]
+        assert run["diverged"] is None and run["measured"]["n"] == 4
+        # the recipe does not train the stem and the first stage: they are the published ones
+        before = torch.load(
+            here / "cache" / download.IMAGENET_FILES[record["backbone"]], weights_only=True
+        )
+        after = checkpoint.load(Path(run["folder"]) / "best.pt").state
+        same = {name: torch.equal(before[name], after[name]) for name in before if name in after}
+        assert same["conv1.weight"] and same["layer1.0.conv1.weight"]
+        assert not same["layer2.0.conv1.weight"] and not same["layer4.0.conv1.weight"]
+    narrow = ["study", "detection", *map(str, arguments), "--out", "n", "--set", "width=0.5"]
+    assert main(narrow) == 2
+    assert "width=1" in capsys.readouterr().err
 
 
 def test_detection_diverged_run_is_a_result(here: Path) -> None:
