@@ -44,9 +44,12 @@ def command(
     if result.failed:
         first, *others = result.failed
         more = f", and {len(others)} more" if others else ""
+        fix = None
+        if first.name in ("parent", "parity") and data is None and result.precision == "int8":
+            fix = f"INT8 ranges do not fit {result.images}; use images of the data: --data SPEC"
+        elif first.name == "settled":
+            fix = "export it again with more --nms-rounds (default 16)"
         raise CheckFailedError(
             f"{path}: {first.name} ({first.compared}): {first.why}{more}",
-            fix="INT8 ranges do not fit noise; use images: --data SPEC"
-            if first.name in ("parent", "parity") and data is None and result.precision == "int8"
-            else None,
+            fix=fix,
         )

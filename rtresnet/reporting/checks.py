@@ -63,8 +63,8 @@ def _detector_lines(result: CheckDetectorResult) -> Iterator[str]:
     yield from (f"{line[0].upper()}{line[1:]}." for line in result.missing)
     if any(entry.name == "parity" and not entry.n for entry in result.checks):
         yield (
-            "WEAK: no detection has a score of 50 % or more, and none was compared. Use other "
-            "images: --data SPEC"
+            "WEAK: no detection has a score of 50 % or more, and none was compared. Use images "
+            "with its objects (--data SPEC), or train the net longer."
         )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rtresnet.workflows.predict import PredictResult, PredictTableResult
     from rtresnet.workflows.train import TrainResult
 
+MORE = "Export it again with more --nms-rounds (default 16)."
 LISTED = 10  # number of pairs and files to print; --json has all
 
 
@@ -52,8 +53,11 @@ def detection_lines(result: DetectResult) -> Iterator[str]:
             corners = ", ".join(f"{value:.0f}" for value in item.box)
             yield f"  {item.label} {100 * item.score:.1f} %  [{corners}]"
     yield from assumed(result.assumed)
-    if any(entry.unsettled for entry in result.images):
-        yield "Non-maximum suppression did not converge in some images."
+    if not any(entry.objects for entry in result.images):
+        yield "No detections; --least-score 0.1 also lists those with low scores."
+    unsettled = sum(entry.unsettled > 0 for entry in result.images)
+    if unsettled:
+        yield f"Non-maximum suppression did not converge in {plural(unsettled, 'image')}. {MORE}"
 
 
 def explain_lines(result: ExplainResult) -> Iterator[str]:
@@ -91,7 +95,7 @@ def detector_lines(result: EvaluateDetectorResult) -> Iterator[str]:
     )
     yield from result.runtime.notes
     if result.unsettled:
-        yield f"Non-maximum suppression did not converge for {result.unsettled} boxes."
+        yield f"Non-maximum suppression did not converge for {result.unsettled} boxes. {MORE}"
     if result.invalid:
         yield f"{result.invalid} boxes of the data have no area and were ignored."
 
@@ -124,18 +128,20 @@ def _detector_comparison_lines(result: CompareDetectorsResult) -> Iterator[str]:
         if entry.accuracy is not None:
             yield f"{entry.artifact}: {average_precision(entry.accuracy)}"
     change = "" if result.ap_change is None else f"AP {result.ap_change:+.2f} points, "
-    yield (
-        f"{result.candidate.artifact} against {result.reference.artifact}: {change}{result.both} "
-        f"detections in both, {result.only_reference} only in the reference, "
+    counts = (
+        f"{result.both} detections in both, {result.only_reference} only in the reference, "
         f"{result.only_candidate} only in the candidate; {result.changed} of "
         f"{plural(result.n, 'image')} differ; scores of the same detection differ by up to "
         f"{result.largest_score:.3g}, boxes by {result.largest_box:.3g} pixels"
     )
+    if not result.both + result.only_reference + result.only_candidate:
+        counts = f"neither has a detection to compare in {plural(result.n, 'image')}"
+    yield f"{result.candidate.artifact} against {result.reference.artifact}: {change}{counts}"
     for entry in both:
         if entry.unsettled:
             yield (
                 f"{entry.artifact}: non-maximum suppression did not converge for "
-                f"{entry.unsettled} boxes."
+                f"{entry.unsettled} boxes. {MORE}"
             )
     yield "Counted: detections with a score of 50 % or more; the same: one class, IoU 0.5."
 

@@ -196,7 +196,7 @@ class Session:
         if result.unsettled:
             LOGGER.warning(
                 "%s: non-maximum suppression did not converge for %d boxes; export it again with "
-                "more rounds", self.path, result.unsettled,
+                "--nms-rounds %d", self.path, result.unsettled, 2 * spec.rounds,
             )  # fmt: skip
         return result
 

@@ -36,6 +36,7 @@ def write_fp32(
     path: Path,
     *,
     size: tuple[int, int] | None,
+    rounds: int | None,
     reporter: Reporter,
 ) -> tuple[Checkpoint, Sidecar]:
     """Write the FP32 ONNX file of a detector and compare it with torch and with its twin.
@@ -44,6 +45,7 @@ def write_fp32(
         weights: The checkpoint.
         path: The ONNX file.
         size: Height and width of its input; None for `default_canvas`.
+        rounds: Repetitions of non-maximum suppression; None for the checkpoint's.
         reporter: Receives progress and notes.
 
     Returns:
@@ -65,6 +67,7 @@ def write_fp32(
     loaded = checkpoint.load(weights)
     assert loaded.detection is not None
     spec = on_canvas(loaded.detection, size or default_canvas(loaded.detection))
+    spec = dataclasses.replace(spec, rounds=rounds or spec.rounds)
     net = checkpoint.build(dataclasses.replace(loaded, detection=spec))
     with reporter.progress(f"exporting {path}"):
         model = export.to_onnx(net, name=loaded.model.architecture)
@@ -107,11 +110,11 @@ def _parity(
             total += parity.compare(torch_run(images, extent), outputs, spec.least_score)
             own += parity.compare(runs[1].detect(images, extent), outputs, spec.least_score)
     for name, entry in (("torch", total), ("RoiAlign and NonMaxSuppression nodes", own)):
-        _require_equal(entry, name)
+        _require_equal(entry, name, spec.rounds)
     return Measurements(detection_parity=total.record())
 
 
-def _require_equal(result: DetectionParity, name: str) -> None:
+def _require_equal(result: DetectionParity, name: str, rounds: int) -> None:
     allowed = max(1, UNMATCHED * result.detections)
     if result.unmatched > allowed or result.score > SCORE or result.box > BOX:
         raise CheckFailedError(
@@ -123,5 +126,5 @@ def _require_equal(result: DetectionParity, name: str) -> None:
     if result.unsettled:
         raise CheckFailedError(
             f"non-maximum suppression did not converge for {result.unsettled} boxes",
-            fix="train with more rounds: --set rounds=32",
+            fix=f"--nms-rounds {2 * rounds}",
         )

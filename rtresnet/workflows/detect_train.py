@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rtresnet.training.loop import Progress
 
 SAVE_SECONDS = 300.0
+FEW_STEPS = 600  # fewer leave untrained weights with hardly any detections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def train_detector(
         checkpointing.check_folder(out, config.resume)
         job = (_resumed if config.resume else detection_job)(out, config, stated, reporter)
         job = dataclasses.replace(job, device=device, save_every=config.save_every)
-        _announce(job, reporter)
+        _announce(job, reporter, fresh=not config.resume)
         with _Progress(reporter) as progress:
             try:
                 best = training.train(
@@ -304,7 +305,7 @@ def _resumed(
     )  # fmt: skip
 
 
-def _announce(job: DetectionJob, reporter: Reporter) -> None:
+def _announce(job: DetectionJob, reporter: Reporter, *, fresh: bool) -> None:
     from rtresnet.detection.recipe import describe
 
     boxes = sum(len(targets.boxes) for targets in job.source.targets)
@@ -315,6 +316,14 @@ def _announce(job: DetectionJob, reporter: Reporter) -> None:
     )
     for line in describe(job.recipe, job.detection):
         reporter.note(line)
+    images = sum(bool((~targets.ignored).any()) for targets in job.source.targets)
+    steps = job.recipe.total(images)
+    if fresh and job.start is None and steps < FEW_STEPS:
+        epochs = -(-FEW_STEPS // job.recipe.steps_an_epoch(max(images, 1)))
+        reporter.note(
+            f"NOTE: {plural(steps, 'step')} may be too few for untrained weights; start from --weights imagenet, "
+            f"or train longer, as in --epochs {epochs}"
+        )
 
 
 class _Progress:

@@ -62,6 +62,7 @@ class ExportConfig(Config):
         precisions: Precisions of the files after the FP32 one, and of the plans.
         plan: Whether a plan is built for each precision, where a builder is installed.
         canvas: Height and width of a detector's input, in pixels.
+        nms_rounds: Repetitions of non-maximum suppression in a detector's file.
     """
 
     model: str | None = option(
@@ -77,6 +78,14 @@ class ExportConfig(Config):
         metavar="HxW",
         parse=parse_canvas,
         default_text="from its training, 608x1008 for 600 and 1000 pixels",
+    )
+    nms_rounds: int | None = option(
+        None,
+        "Repetitions of non-maximum suppression in a detector's file; more are needed where it "
+        "does not converge.",
+        minimum=1,
+        maximum=1000,
+        default_text="from its training, 16",
     )
 
 
@@ -262,8 +271,9 @@ class _Export:
         if self._require_valid():
             detect_quantize.open_calibration(weights, self.quantize)
         return detect_export.write_fp32(
-            weights, base, size=self.config.canvas, reporter=self.reporter
-        )
+            weights, base, size=self.config.canvas, rounds=self.config.nms_rounds,
+            reporter=self.reporter,
+        )  # fmt: skip
 
     def _advice(self, plans: Sequence[BuildResult]) -> AdviceResult | None:
         if len(plans) < 2 or any(entry.plan.layers is None for entry in plans):

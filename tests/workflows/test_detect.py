@@ -597,3 +597,51 @@ def test_missing_detection_data_names_a_fix(
     message = capsys.readouterr().err
     assert "; " in message and "Traceback" not in message
     assert not Path("runs/study-detection").exists() or not any(Path("runs").rglob("*.pt"))
+
+
+def test_export_nms_rounds_are_those_of_the_file(
+    run: rtresnet.TrainDetectorResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnx
+
+    arguments = ["export", "--weights", str(run.checkpoint), "--canvas", "64x96", "--no-plan"]
+    arguments += ["--fp32", "--out", str(tmp_path)]
+    assert main([*arguments, "--nms-rounds", "21"]) == 0
+    path = tmp_path / "resnet18-detector.onnx"
+    sidecar = rtresnet.read_sidecar(path)
+    assert sidecar is not None and sidecar.detection is not None
+    assert sidecar.detection.rounds == 21
+    names = [node.name for node in onnx.load(path).graph.node]
+    assert sum(name.endswith(".hits") for name in names) == 2 * 21  # proposals and detections
+
+
+def test_commands_say_what_a_weak_or_unsettled_detector_needs(
+    exported: rtresnet.ExportResult,
+    images: Path,
+    changed: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unsettled(outputs: dict[str, np.ndarray]) -> None:
+        outputs["unsettled"] += 1
+
+    changed("resnet18-detector.onnx", unsettled)
+    path = str(exported.path)
+    assert main(["predict", path, str(images)]) == 0
+    output = capsys.readouterr().out
+    assert "--least-score" in output and "--nms-rounds" in output
+    assert main(["compare", path, path, "--data", "shapes:2"]) == 0
+    output = capsys.readouterr().out
+    assert "neither has a detection" in output and "up to" not in output
+    assert main(["check", path, "--data", "shapes:2"]) == 1
+    assert "--nms-rounds" in capsys.readouterr().err
+
+
+def test_train_detector_notes_too_few_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--task", "detect", "--backbone", "resnet18", "--data", "shapes:4"]
+    arguments += ["--epochs", "1", "--out", str(tmp_path / "run")]
+    for setting in ("width=0.125", "shorter=64", "longer=64", "anchors=16,32"):
+        arguments += ["--set", setting]
+    assert main(arguments) == 0
+    assert "1 step may be too few" in capsys.readouterr().err
