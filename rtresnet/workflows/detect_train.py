@@ -321,8 +321,8 @@ def _announce(job: DetectionJob, reporter: Reporter, *, fresh: bool) -> None:
     if fresh and job.start is None and steps < FEW_STEPS:
         epochs = -(-FEW_STEPS // job.recipe.steps_an_epoch(max(images, 1)))
         reporter.note(
-            f"NOTE: {plural(steps, 'step')} may be too few for untrained weights; start from --weights imagenet, "
-            f"or train longer, as in --epochs {epochs}"
+            f"NOTE: {plural(steps, 'step')} may be too few for untrained weights; start from "
+            f"--weights imagenet, or train longer, as in --epochs {epochs}"
         )
 
 
