@@ -67,7 +67,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
+class Outputs:
     """A backend's outputs for N images.
 
     Attributes:
@@ -81,9 +81,9 @@ class Answers:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: np.ndarray) -> Answers:
+    def __getitem__(self, index: np.ndarray) -> Outputs:
         classes = None if self.classes is None else self.classes[index]
-        return Answers(values=self.values[index], classes=classes)
+        return Outputs(values=self.values[index], classes=classes)
 
     @property
     def first(self) -> np.ndarray:
@@ -105,7 +105,7 @@ class Answers:
             return min(share * PROBABILITIES, WIDEST)
         return share * float(np.ptp(self.values))
 
-    def difference(self, other: Answers) -> np.ndarray:
+    def difference(self, other: Outputs) -> np.ndarray:
         """Return the largest difference of any class, [N]; NaN if an output contains one."""
         values, others = self.values, other.values
         if self.classes is not None and other.classes is not None:
@@ -124,32 +124,32 @@ class Answers:
         np.put_along_axis(values, np.searchsorted(classes, self.classes), self.values, axis=1)
         return values
 
-    def top(self, k: int) -> Answers:
+    def top(self, k: int) -> Outputs:
         """Convert logits to the outputs of a top-K file."""
         probabilities = softmax(self.values)
         best = np.argsort(-probabilities, axis=1)[:, :k]
-        return Answers(values=np.take_along_axis(probabilities, best, axis=1), classes=best)
+        return Outputs(values=np.take_along_axis(probabilities, best, axis=1), classes=best)
 
 
-def answers(output: np.ndarray | TopK) -> Answers:
+def answers(output: np.ndarray | TopK) -> Outputs:
     """Copy what a backend returned."""
     if isinstance(output, tuple):
-        return Answers(values=np.array(output[1], np.float64), classes=np.array(output[0]))
-    return Answers(values=np.array(output, np.float64))
+        return Outputs(values=np.array(output[1], np.float64), classes=np.array(output[0]))
+    return Outputs(values=np.array(output, np.float64))
 
 
-def alone(infer: Infer, images: np.ndarray) -> Answers:
+def alone(infer: Infer, images: np.ndarray) -> Outputs:
     """Run every image in a separate batch: the reference of all comparisons."""
     rows = [answers(infer(images[index : index + 1])) for index in range(len(images))]
     classes = [row.classes for row in rows if row.classes is not None]
-    return Answers(
+    return Outputs(
         values=np.concatenate([row.values for row in rows]),
         classes=np.concatenate(classes) if classes else None,
     )
 
 
 def check(
-    infer: Infer, images: np.ndarray, single: Answers, *, sizes: Sequence[int], share: float
+    infer: Infer, images: np.ndarray, single: Outputs, *, sizes: Sequence[int], share: float
 ) -> list[Check]:
     """Compare batches of every kind with the same images alone.
 
@@ -204,7 +204,7 @@ def check(
 
 
 def compare(
-    name: str, compared: str, actual: Answers, expected: Answers, tolerance: float
+    name: str, compared: str, actual: Outputs, expected: Outputs, tolerance: float
 ) -> Check:
     """Compare outputs with the reference outputs of the same images."""
     if actual.values.shape != expected.values.shape:
@@ -232,7 +232,7 @@ def compare(
     )
 
 
-def discriminability(single: Answers, tolerance: float) -> float:
+def discriminability(single: Outputs, tolerance: float) -> float:
     """Return the share of image pairs, in [0, 1], whose exchange would be detected."""
     ones, others = np.tril_indices(len(single), -1)
     return float((single[ones].difference(single[others]) > tolerance).mean())
@@ -256,7 +256,7 @@ def _repeated(
 
 
 def _next_to_broken(
-    infer: Infer, images: np.ndarray, single: Answers, rows: np.ndarray, tolerance: float
+    infer: Infer, images: np.ndarray, single: Outputs, rows: np.ndarray, tolerance: float
 ) -> Check:
     """Run a batch with NaN in one image (white, for integer pixels), then a valid batch."""
     floating = np.issubdtype(images.dtype, np.floating)

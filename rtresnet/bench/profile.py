@@ -29,7 +29,7 @@ WORK = ("Conv", "Gemm", "MatMul", "Pool", "ReduceMean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class ProfiledLayer:
     """One node as it ran.
 
     Attributes:
@@ -94,7 +94,7 @@ class NetProfile:
     runs: int
     unrecognized: float
     int8_products: tuple[int, int] | None
-    layers: tuple[Layer, ...]
+    layers: tuple[ProfiledLayer, ...]
     blocks: tuple[Part, ...]
     stages: tuple[Part, ...]
 
@@ -141,7 +141,7 @@ def engine_blocks(layers: Mapping[str, Sequence[str]], blocks: Mapping[str, str]
 
 def layers_of(
     runs: Sequence[Sequence[tuple[str, str, float]]], blocks: Mapping[str, str]
-) -> list[Layer]:
+) -> list[ProfiledLayer]:
     """Take medians over the runs with the usual number of nodes.
 
     Args:
@@ -158,7 +158,9 @@ def layers_of(
     for (name, op, _), node, ms in zip(same[0], recognized, times, strict=True):
         current = blocks[node] if node else current
         layers.append(
-            Layer(name=name, op=op, block=current, recognized=node is not None, ms=float(ms))
+            ProfiledLayer(
+                name=name, op=op, block=current, recognized=node is not None, ms=float(ms)
+            )
         )
     return layers
 
@@ -214,7 +216,7 @@ def profile(
 
 
 def _as_run(
-    kernels: Sequence[Kernel], layers: Sequence[Layer], blocks: Mapping[str, str]
+    kernels: Sequence[Kernel], layers: Sequence[ProfiledLayer], blocks: Mapping[str, str]
 ) -> tuple[list[Kernel], tuple[int, int] | None]:
     """Return kernels in their actual type: ONNX Runtime runs some INT8 products in float."""
     integer = {recognize(layer.name, blocks) for layer in layers if layer.op.startswith(INTEGER)}
@@ -232,7 +234,7 @@ def _as_run(
 def _part(
     name: str,
     stage: str,
-    layers: Sequence[Layer],
+    layers: Sequence[ProfiledLayer],
     kernels: Sequence[Kernel],
     total: float,
     *,

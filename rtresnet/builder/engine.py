@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from rtresnet.builder import inspector, layers, nodes, preflight, targets
 from rtresnet.builder.layers import Layer, Layers
-from rtresnet.builder.nodes import ADD, CONVOLUTION, Node
+from rtresnet.builder.nodes import ADD, CONVOLUTION, NetworkNode
 from rtresnet.core import (
     artifacts,
     atomic_io,
@@ -83,7 +83,7 @@ def check(
     return chosen or targets.DEFAULT
 
 
-def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, Node]) -> tuple[str, ...]:
+def _targets(trt: Any, target: Sequence[str], graph: Mapping[str, NetworkNode]) -> tuple[str, ...]:
     """Return the targets of a build; empty for TensorRT-RTX's own default."""
     if target or not hasattr(trt, "ComputeCapability"):
         return tuple(target) or _local_target(trt)
@@ -195,7 +195,7 @@ def build(
 
 
 def _layers(
-    trt: Any, log: Any, serialized: Any, profiles: int, graph: Mapping[str, Node]
+    trt: Any, log: Any, serialized: Any, profiles: int, graph: Mapping[str, NetworkNode]
 ) -> tuple[Layer, ...]:
     """Return the fused layers, from TensorRT-RTX's log or TensorRT's inspector."""
     if hasattr(trt, "ComputeCapability"):
@@ -260,7 +260,9 @@ def _timing_cache(config: Any, path: str | os.PathLike[str] | None) -> Iterator[
         temporary.write_bytes(data)
 
 
-def _layer_file(engine_layers: Sequence[Layer], graph: Mapping[str, Node], plan: Plan) -> str:
+def _layer_file(
+    engine_layers: Sequence[Layer], graph: Mapping[str, NetworkNode], plan: Plan
+) -> str:
     names = {
         word: tuple(node.name for node in graph.values() if node.operation == word)
         for word in (CONVOLUTION, ADD)
@@ -281,7 +283,7 @@ def _publish(
     out: Path,
     source: Path,
     built: Sidecar,
-    graph: Mapping[str, Node],
+    graph: Mapping[str, NetworkNode],
     engine_layers: tuple[Layer, ...],
     activations: Sequence[int],
 ) -> Sidecar:
@@ -331,11 +333,11 @@ def _require_precision(
     if sidecar.calibration and sidecar.calibration.int8:
         expected.add(PRECISIONS["int8"].tensorrt)
     wrong = {name: dtype for name, dtype in types.items() if dtype not in expected}
-    kept = set(sidecar.calibration.kept) if sidecar.calibration else set()
+    float_nodes = set(sidecar.calibration.kept) if sidecar.calibration else set()
     wrong = {
         name: dtype
         for name, dtype in wrong.items()
-        if name not in kept or dtype not in FLOAT_KERNELS
+        if name not in float_nodes or dtype not in FLOAT_KERNELS
     }
     if not wrong:
         return

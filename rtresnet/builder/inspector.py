@@ -20,12 +20,12 @@ from rtresnet.builder.layers import (
     PROFILE,
     UNKNOWN,
     Layer,
-    Tensor,
+    LayerTensor,
     classify,
     raw_layer,
     widest,
 )
-from rtresnet.builder.nodes import ORIGIN, Node
+from rtresnet.builder.nodes import ORIGIN, NetworkNode
 from rtresnet.core import trt_loading
 
 # CaskConvolution, CaskGemmConvolution, CaskJitConv, CaskGemmMatrixMultiply, ...
@@ -87,7 +87,7 @@ def inspect_engine(
     return tuple(texts)
 
 
-def read_inspector(texts: Sequence[str], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
+def read_inspector(texts: Sequence[str], nodes: Mapping[str, NetworkNode]) -> tuple[Layer, ...]:
     """Parse the result of `inspect_engine`.
 
     Args:
@@ -118,7 +118,7 @@ def _entries(text: str) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> Layer:
+def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, NetworkNode]) -> Layer:
     name, kind = str(entry.get("Name", "")), str(entry.get("LayerType", ""))
     tactic = str(entry.get("TacticName", ""))
     inputs = _tensors(entry.get("Inputs"))
@@ -143,7 +143,7 @@ def _record(entry: dict[str, Any], profile: int, nodes: Mapping[str, Node]) -> L
 
 
 def _computes(
-    entry: dict[str, Any], inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...]
+    entry: dict[str, Any], inputs: tuple[LayerTensor, ...], constants: tuple[LayerTensor, ...]
 ) -> str:
     """Return the data type of a kernel's multiplications: the wider of input and weights.
 
@@ -158,9 +158,9 @@ def _computes(
     return widest(types)
 
 
-def _tensors(listed: Any) -> tuple[Tensor, ...]:
+def _tensors(listed: Any) -> tuple[LayerTensor, ...]:
     return tuple(
-        Tensor(
+        LayerTensor(
             name=str(entry.get("Name", "")),
             shape=tuple(int(side) for side in entry.get("Dimensions") or ()),
             dtype=_dtype(entry.get("Format/Datatype") or entry.get("Datatype")),

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, WEIGHTS, Node
+from rtresnet.builder.nodes import ADD, CONVOLUTION, MATMUL, ORIGIN, WEIGHTS, NetworkNode
 from rtresnet.core import atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.precisions import PRECISIONS
@@ -59,7 +59,7 @@ PROFILE = re.compile(r"\[profile (\d+)\]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensor:
+class LayerTensor:
     """A tensor that a layer reads or writes; -1 in its shape is the batch."""
 
     name: str
@@ -101,8 +101,8 @@ class Layer:
     profile: int
     nodes: tuple[str, ...]
     rounds: tuple[str, ...]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[LayerTensor, ...]
+    outputs: tuple[LayerTensor, ...]
     weights: int
     computes: str | None = None
     multiply_adds: int | None = None
@@ -132,7 +132,7 @@ class Layers:
     schema: int = SCHEMA
 
 
-def read_dump(text: str, nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
+def read_dump(text: str, nodes: Mapping[str, NetworkNode]) -> tuple[Layer, ...]:
     """Parse the log message that begins with "Layers:"; empty if the text is no such message.
 
     Args:
@@ -165,8 +165,8 @@ def raw_layer(
     kind: str,
     profile: int,
     nodes: tuple[str, ...],
-    inputs: tuple[Tensor, ...],
-    outputs: tuple[Tensor, ...],
+    inputs: tuple[LayerTensor, ...],
+    outputs: tuple[LayerTensor, ...],
     weights: int,
     is_kernel: bool,
     computes: str | None = None,
@@ -184,25 +184,25 @@ def raw_layer(
     )  # fmt: skip
 
 
-def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer, ...]:
+def classify(layers: Sequence[Layer], nodes: Mapping[str, NetworkNode]) -> tuple[Layer, ...]:
     """Find role, operation and block of each layer.
 
     Args:
         layers: From `raw_layer`, in the order of execution.
         nodes: The nodes of the parsed network by name.
     """
-    place, classified = (STEM, STEM), []
+    stage, block, classified = STEM, STEM, []
     order = {name: index for index, name in enumerate(nodes)}
     done: dict[int, set[str]] = {}  # the convolutions that have run, by profile
     for layer in layers:
-        known = sorted((n for n in layer.nodes if n in nodes), key=order.__getitem__)
-        layer_nodes = [nodes[name] for name in known if nodes[name].operation != WEIGHTS]
+        names = sorted((n for n in layer.nodes if n in nodes), key=order.__getitem__)
+        layer_nodes = [nodes[name] for name in names if nodes[name].operation != WEIGHTS]
         ran = done.setdefault(layer.profile, set())
         role = _role(layer, layer_nodes)
         rounds = _rounds(layer_nodes, layer.outputs)
         main = _main(layer_nodes, role, ran)
         if main is not None:
-            place = (main.stage, main.block)
+            stage, block = main.stage, main.block
         operation = _operation(role, layer.kind, layer.name, layer_nodes, rounds, ran)
         multiply_adds = 0
         if role in KERNELS:
@@ -211,7 +211,7 @@ def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer,
             ran.update(computed)
         classified.append(
             replace(
-                layer, role=role, operation=operation, stage=place[0], block=place[1],
+                layer, role=role, operation=operation, stage=stage, block=block,
                 rounds=rounds, multiply_adds=multiply_adds,
             )
         )  # fmt: skip
@@ -219,7 +219,7 @@ def classify(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> tuple[Layer,
 
 
 def _with_unnamed(
-    layers: list[Layer], nodes: Mapping[str, Node], done: Mapping[int, set[str]]
+    layers: list[Layer], nodes: Mapping[str, NetworkNode], done: Mapping[int, set[str]]
 ) -> list[Layer]:
     """Add the multiply-adds of nodes that no kernel names to the last layer that names them.
 
@@ -249,9 +249,9 @@ def _profiles(lines: list[dict[str, str]]) -> dict[str, int]:
     return profiles
 
 
-def _tensors(text: str) -> tuple[Tensor, ...]:
+def _tensors(text: str) -> tuple[LayerTensor, ...]:
     return tuple(
-        Tensor(
+        LayerTensor(
             name=match["name"],
             shape=tuple(int(side) for side in match["shape"].split(",") if side),
             dtype=match["dtype"],
@@ -266,7 +266,7 @@ def _tokens(name: str) -> list[str]:
     return re.findall(r"[A-Z][a-z]*", match[1]) if match else []
 
 
-def _role(layer: Layer, layer_nodes: Sequence[Node]) -> str:
+def _role(layer: Layer, layer_nodes: Sequence[NetworkNode]) -> str:
     operations = {node.operation for node in layer_nodes}
     if layer.kind in IDLE:
         return "idle"
@@ -285,7 +285,9 @@ def _role(layer: Layer, layer_nodes: Sequence[Node]) -> str:
     return "requantize" if requantizes else "pointwise"
 
 
-def _rounds(layer_nodes: Sequence[Node], outputs: tuple[Tensor, ...]) -> tuple[str, ...]:
+def _rounds(
+    layer_nodes: Sequence[NetworkNode], outputs: tuple[LayerTensor, ...]
+) -> tuple[str, ...]:
     if any(tensor.dtype == UNKNOWN for tensor in outputs):
         return ()
     quantizers = {node.name for node in layer_nodes if node.operation == "quantize"}
@@ -298,7 +300,7 @@ def _operation(
     role: str,
     kind: str,
     name: str,
-    layer_nodes: Sequence[Node],
+    layer_nodes: Sequence[NetworkNode],
     rounds: tuple[str, ...],
     ran: set[str],
 ) -> str:
@@ -325,7 +327,7 @@ def _operation(
     return " + ".join(dict.fromkeys(words)) or " ".join(_tokens(name)).lower() or kind
 
 
-def _main(layer_nodes: Sequence[Node], role: str, ran: set[str]) -> Node | None:
+def _main(layer_nodes: Sequence[NetworkNode], role: str, ran: set[str]) -> NetworkNode | None:
     """Return the node whose block a layer belongs to: one that it computes, if there is one."""
     if role not in KERNELS:
         layer_nodes = [n for n in layer_nodes if n.operation != "dequantize"] or layer_nodes
@@ -377,7 +379,7 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
 
 
 def verify_precision(
-    layers: Sequence[Layer], nodes: Mapping[str, Node], activations: Sequence[int] = ()
+    layers: Sequence[Layer], nodes: Mapping[str, NetworkNode], activations: Sequence[int] = ()
 ) -> Attestation | None:
     """Count the data types of convolutions, and operators that were not fused.
 
@@ -415,7 +417,7 @@ def verify_precision(
     )
 
 
-def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, Node]) -> dict[str, str]:
+def kernel_types(layers: Sequence[Layer], nodes: Mapping[str, NetworkNode]) -> dict[str, str]:
     """Map each convolution's name to its kernel's type, the widest of all profiles."""
     types: dict[str, set[str]] = {}
     for layer in layers:

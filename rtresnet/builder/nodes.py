@@ -26,7 +26,7 @@ WORDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class NetworkNode:
     """One ONNX node.
 
     Attributes:
@@ -52,9 +52,9 @@ class Node:
     multiply_adds: int = 0
 
 
-def read(trt: Any, network: Any) -> dict[str, Node]:
+def read(trt: Any, network: Any) -> dict[str, NetworkNode]:
     """Return every ONNX node of a parsed network by its name, in the order of the graph."""
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, NetworkNode] = {}
     constant: set[str] = set()
     makers: dict[str, str] = {}
     for index in range(network.num_layers):
@@ -73,7 +73,7 @@ def read(trt: Any, network: Any) -> dict[str, Node]:
             if name not in nodes:
                 operation, detail = _operation(trt, layer, inputs, is_constant, constant)
                 shape = tuple(out.shape)
-                nodes[name] = Node(
+                nodes[name] = NetworkNode(
                     name=name, operation=operation, detail=detail, dtype=out.dtype.name,
                     height=shape[2] if len(shape) == 4 else 0, source=source,
                     multiply_adds=_multiply_adds(trt, layer, operation, inputs, shape),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtresnet.builder.nodes import CONVOLUTION, MATMUL, Node
+from rtresnet.builder.nodes import CONVOLUTION, MATMUL, NetworkNode
 from rtresnet.core import gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.precisions import PRECISIONS, unsupported
@@ -130,7 +130,7 @@ def _describe(error: Any) -> str:
     return f"{where}: {error.code().name}{reason}"
 
 
-def precisions(nodes: Mapping[str, Node]) -> list[str]:
+def precisions(nodes: Mapping[str, NetworkNode]) -> list[str]:
     """Return the precisions among a net's types that not every GPU has."""
     types = {node.dtype for node in nodes.values()}
     return [
@@ -140,7 +140,7 @@ def precisions(nodes: Mapping[str, Node]) -> list[str]:
     ]
 
 
-def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node]) -> None:
+def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, NetworkNode]) -> None:
     """Check that the targets support the types of a net.
 
     Raises:
@@ -173,7 +173,7 @@ def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, Node
         )
 
 
-def locate_node(message: str, nodes: Mapping[str, Node]) -> str:
+def locate_node(message: str, nodes: Mapping[str, NetworkNode]) -> str:
     """Return the node that an error message names: " (at node X: conv 3x3 in layer1.0)", or ""."""
     words = message.replace("'", " ").replace('"', " ").replace("[", " ").replace("]", " ").split()
     named = [nodes[word.strip(".,;:()")] for word in words if word.strip(".,;:()") in nodes]
@@ -181,5 +181,5 @@ def locate_node(message: str, nodes: Mapping[str, Node]) -> str:
         return ""
     kernels = [node for node in named if node.operation in (CONVOLUTION, MATMUL)]
     node = (kernels or named)[0]
-    what = f"{node.operation} {node.detail}".strip()
-    return f" (at node {node.name}: {what} in {node.block})"
+    description = f"{node.operation} {node.detail}".strip()
+    return f" (at node {node.name}: {description} in {node.block})"

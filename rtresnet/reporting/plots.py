@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rtresnet.core.classification import ClassificationReport
-    from rtresnet.reporting.result_files import Profile, Search
+    from rtresnet.reporting.result_files import ProfileRecord, Search
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#6b7280")
 GREY = COLOURS[5]
@@ -347,7 +347,7 @@ def batches(
     return svg(drawing, f"{label} against batch")
 
 
-def stages(profiles: Sequence[tuple[str, Profile]]) -> str:
+def stages(profiles: Sequence[tuple[str, ProfileRecord]]) -> str:
     """Draw a bar per profile, divided into stages, in milliseconds."""
     drawing, axes = figure(6.4, 1.1 + 0.52 * len(profiles))
     names = list(dict.fromkeys(s["name"] for _, result in profiles for s in result["stages"]))

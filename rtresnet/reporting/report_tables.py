@@ -103,10 +103,10 @@ def _artifacts(results: Results) -> DataTable:
     references: dict[str, dict[str, None]] = {}
     for artifact in results.artifacts:
         if artifact.score is not None and artifact.accuracy.get("data"):
-            place = (
+            data_split = (
                 f"{_short(artifact.accuracy['data'])}, {artifact.accuracy.get('split') or 'all'}"
             )
-            data.setdefault(artifact.measure, {})[place] = None
+            data.setdefault(artifact.measure, {})[data_split] = None
         if artifact.agreement:
             label = "top-1" if artifact.agreement.get("both") is None else "detections"
             name = PurePath(artifact.agreement["reference"]["artifact"]).name

@@ -43,7 +43,7 @@ class Environment(TypedDict):
     remarks: NotRequired[list[str] | None]
 
 
-class Latency(TypedDict):
+class LatencyRecord(TypedDict):
     """A summary in milliseconds; None: too few samples."""
 
     n: NotRequired[Count | None]
@@ -77,8 +77,8 @@ class Entry(Where):
     ]
     with_preprocess: NotRequired[bool | None]
     load: NotRequired[Load | None]
-    latency: Latency
-    parts: NotRequired[dict[str, Latency] | None]
+    latency: LatencyRecord
+    parts: NotRequired[dict[str, LatencyRecord] | None]
     speed: NotRequired[Positive | None]
     steady: NotRequired[bool | None]
     samples: NotRequired[list[Positive] | None]
@@ -92,7 +92,7 @@ class Bench(TypedDict):
     results: list[Entry]
 
 
-class Point(TypedDict):
+class PointRecord(TypedDict):
     """One measurement of a search."""
 
     load: Figure
@@ -109,10 +109,10 @@ class Search(TypedDict):
     p99_ms: Positive
     best: Positive | None
     limit: bool
-    points: list[Point]
+    points: list[PointRecord]
 
 
-class SearchEntry(Where):
+class SearchRecord(Where):
     """A search of one artifact."""
 
     measured: str
@@ -126,7 +126,7 @@ class BenchFind(TypedDict):
     """`bench --find-batch --json` and `bench --find-qps --json`."""
 
     environment: NotRequired[Environment | None]
-    searches: list[SearchEntry]
+    searches: list[SearchRecord]
 
 
 class Labels(TypedDict):
@@ -135,7 +135,7 @@ class Labels(TypedDict):
     remarks: NotRequired[list[str] | None]
 
 
-class Accuracy(TypedDict):
+class AccuracyRecord(TypedDict):
     """Accuracy, in a result of `eval` and in a sidecar; of a detector average precision."""
 
     ap: NotRequired[Percent | None]
@@ -159,7 +159,7 @@ class Accuracy(TypedDict):
     assumed: NotRequired[list[str] | None]
 
 
-class Curve(TypedDict):
+class PrecisionCurve(TypedDict):
     """Precision of one class at recalls 0, 0.01, ... 1."""
 
     name: str
@@ -169,17 +169,17 @@ class Curve(TypedDict):
 class Details(TypedDict):
     """What `eval` adds for a page; the curves of a detector."""
 
-    curves: NotRequired[list[Curve]]
+    curves: NotRequired[list[PrecisionCurve]]
 
 
-class Artifact(TypedDict):
+class ArtifactRecord(TypedDict):
     """An artifact and its precision."""
 
     artifact: str
     precision: NotRequired[str | None]
 
 
-class Member(Artifact, Accuracy, Where):
+class Member(ArtifactRecord, AccuracyRecord, Where):
     """One artifact's accuracy."""
 
 
@@ -213,8 +213,8 @@ class GateLoss(TypedDict):
 class Compare(TypedDict):
     """`compare --json`."""
 
-    reference: Artifact
-    candidate: Artifact
+    reference: ArtifactRecord
+    candidate: ArtifactRecord
     agreement: Share
     n: Count
     both: NotRequired[Count | None]
@@ -224,7 +224,7 @@ class Compare(TypedDict):
     ap_change: NotRequired[Points | None]
 
 
-class Part(TypedDict):
+class PartRecord(TypedDict):
     """A block or a stage."""
 
     name: str
@@ -235,13 +235,13 @@ class Part(TypedDict):
     bound: NotRequired[str | None]
 
 
-class Profile(Artifact, Where):
+class ProfileRecord(ArtifactRecord, Where):
     """`profile --json`."""
 
     batch: NotRequired[Batch]
     agrees: NotRequired[bool | None]
-    stages: list[Part]
-    blocks: list[Part]
+    stages: list[PartRecord]
+    blocks: list[PartRecord]
     environment: NotRequired[Environment | None]
 
 
@@ -290,7 +290,7 @@ RESULTS: Mapping[str, Any] = {
     "bench-find": BenchFind,
     "eval": Eval,
     "compare": Compare,
-    "profile": Profile,
+    "profile": ProfileRecord,
     "estimate": Estimate,
     "advise": Advice,
     "quickstart": Quickstart,

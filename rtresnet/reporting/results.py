@@ -18,13 +18,13 @@ from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.sidecar import Sidecar, same_data
 from rtresnet.reporting import result_files
 from rtresnet.reporting.result_files import (
-    Accuracy,
+    AccuracyRecord,
     Compare,
-    Curve,
     Entry,
     Estimate,
     GateLoss,
-    Profile,
+    PrecisionCurve,
+    ProfileRecord,
     Search,
     Trained,
     Where,
@@ -54,15 +54,15 @@ class Artifact:
     model: str | None = None
     bytes: int | None = None
     untrained: bool = False
-    accuracies: list[Accuracy] = field(default_factory=list)
-    accuracy: Accuracy = field(default_factory=Accuracy)
+    accuracies: list[AccuracyRecord] = field(default_factory=list)
+    accuracy: AccuracyRecord = field(default_factory=AccuracyRecord)
     assumed: tuple[str, ...] = ()
     agreement: Compare | None = None
     chain: list[tuple[Path, Sidecar | None, str]] = field(default_factory=list)
     trained: Trained | None = None
     gate: GateLoss | None = None
 
-    def add_accuracy(self, record: Accuracy) -> None:
+    def add_accuracy(self, record: AccuracyRecord) -> None:
         """Add a record; replaces an older one of the same images."""
         others = [other for other in self.accuracies if not same_data(other, record)]
         self.accuracies = [*others, record]
@@ -98,9 +98,9 @@ class Results:
 
     artifacts: list[Artifact] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
-    profiles: list[tuple[Artifact, Profile]] = field(default_factory=list)
+    profiles: list[tuple[Artifact, ProfileRecord]] = field(default_factory=list)
     searches: list[tuple[Artifact, Search]] = field(default_factory=list)
-    curves: list[tuple[Artifact, list[Curve]]] = field(default_factory=list)
+    curves: list[tuple[Artifact, list[PrecisionCurve]]] = field(default_factory=list)
     bounds: list[tuple[Artifact, Estimate]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     environments: list[tuple[str, Where]] = field(default_factory=list)
@@ -261,7 +261,7 @@ class _Collector:
                 self.results.notes.append(note)
         self.results.notes += _remarks(result.get("environment"))
 
-    def _measured(self, entry: Entry | result_files.SearchEntry, label: str) -> Artifact:
+    def _measured(self, entry: Entry | result_files.SearchRecord, label: str) -> Artifact:
         artifact = self.artifact(entry["measured"], entry.get("precision"))
         artifact.untrained |= bool(entry.get("untrained"))
         self.results.environments.append((label, entry))
@@ -270,7 +270,7 @@ class _Collector:
     def _eval(self, result: result_files.Eval) -> None:
         for entry in result.get("members") or [result]:
             artifact = self.artifact(entry["artifact"], entry.get("precision"))
-            artifact.add_accuracy(msgspec.convert(entry, Accuracy))
+            artifact.add_accuracy(msgspec.convert(entry, AccuracyRecord))
             self.results.environments.append(("accuracy", entry))
         if curves := (result.get("report") or {}).get("curves"):
             self.results.curves.append((self.artifact(result["artifact"]), curves))
@@ -279,7 +279,7 @@ class _Collector:
         candidate = result["candidate"]
         self.artifact(candidate["artifact"], candidate.get("precision")).agreement = result
 
-    def _profile(self, result: Profile) -> None:
+    def _profile(self, result: ProfileRecord) -> None:
         artifact = self.artifact(result["artifact"], result.get("precision"))
         self.results.profiles.append((artifact, result))
         self.results.environments.append(("profile", result))
@@ -383,7 +383,7 @@ def _gate(measured: Mapping[str, Any]) -> GateLoss | None:
     return None
 
 
-def _recorded(path: Path, name: str, recorded: Any) -> list[Accuracy]:
+def _recorded(path: Path, name: str, recorded: Any) -> list[AccuracyRecord]:
     """Return the accuracies under a name in a sidecar's `measured`, of any version.
 
     Raises:
@@ -392,7 +392,7 @@ def _recorded(path: Path, name: str, recorded: Any) -> list[Accuracy]:
     listed = recorded if isinstance(recorded, list) else [] if recorded is None else [recorded]
     return [
         serialization.convert(
-            record, Accuracy, error=ArtifactError,
+            record, AccuracyRecord, error=ArtifactError,
             at=f"measured.{name}" + (f"[{index}]" if listed is recorded else ""),
             where=str(artifacts.sidecar_path(path)), fix="measure it again with: rtresnet eval",
         )
@@ -402,7 +402,7 @@ def _recorded(path: Path, name: str, recorded: Any) -> list[Accuracy]:
 
 def _choose_accuracies(measured: Sequence[Artifact]) -> None:
     """Compare artifacts on one data set: the one that most of them were evaluated on."""
-    sets: list[list[tuple[Artifact, Accuracy]]] = []
+    sets: list[list[tuple[Artifact, AccuracyRecord]]] = []
     for artifact in measured:
         for record in artifact.accuracies:
             group = next((g for g in sets if same_data(g[0][1], record)), None)
@@ -413,7 +413,7 @@ def _choose_accuracies(measured: Sequence[Artifact]) -> None:
         artifact.accuracy = record
 
 
-def _label_notes(record: Accuracy) -> list[str]:
+def _label_notes(record: AccuracyRecord) -> list[str]:
     """Return the assumptions on the labels of an accuracy, and further remarks."""
     remarks = (record.get("labels") or {}).get("remarks") or []
     assumed = record.get("assumed") or []

@@ -105,7 +105,7 @@ class IOBuffers:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class _CallTemplate:
     """The constant part of all calls with one batch size.
 
     Attributes:
@@ -181,7 +181,7 @@ class ExecutionStream:
         self._unfetched: IOBuffers | None = None  # enqueued without its copy out
         # Batches in progress; keeps the images alive, because the GPU may still read them.
         self._pending: deque[tuple[Array, Sequence[Array]]] = deque()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _CallTemplate] = {}
         self.graphs = GraphContexts(
             cuda, io, self.compute, functools.partial(self._context, owned=True),
             self._enqueue_staged, capture=capture, built_in=built_in, engine_only=timed,
@@ -220,14 +220,14 @@ class ExecutionStream:
                 self._cuda.synchronize(self.compute)
                 self.graphs.settle(call.keys[0], call)
 
-    def _call(self, count: int) -> _Call:
+    def _call(self, count: int) -> _CallTemplate:
         call = self._calls.get(count)
         if call is None:
             chunks = split_batch(count, self._io.profiles, pad=self._pad)
             buffers, run, rows = self.buffers[0], chunks[0].run, chunks[0].rows
             outputs = self._io.outputs
             host_out = tuple(view[:rows] for view in buffers.host_out)
-            call = self._calls[count] = _Call(
+            call = self._calls[count] = _CallTemplate(
                 count=count,
                 chunks=chunks,
                 keys=((chunks[0].profile, run, 0), (chunks[0].profile, run, 1)),
@@ -275,7 +275,9 @@ class ExecutionStream:
             raise
         return results
 
-    def _is_short(self, call: _Call, images: np.ndarray, results: Sequence[Array] | None) -> bool:
+    def _is_short(
+        self, call: _CallTemplate, images: np.ndarray, results: Sequence[Array] | None
+    ) -> bool:
         if self._timed or len(call.chunks) > 1:
             return False
         if results is not None and any(isinstance(result, DeviceArray) for result in results):
@@ -283,7 +285,7 @@ class ExecutionStream:
         return images.nbytes < PINNED_FROM or not self._is_pinned(images)
 
     def _run_short(
-        self, call: _Call, images: np.ndarray, results: Sequence[Array] | None
+        self, call: _CallTemplate, images: np.ndarray, results: Sequence[Array] | None
     ) -> Sequence[Array]:
         if self.buffers[0].dirty != call.count:
             self.buffers[0].make_room(call.count, call.chunks[0].run)
@@ -304,7 +306,7 @@ class ExecutionStream:
             result[...] = view  # type: ignore[index]  # none is on the GPU
         return results
 
-    def _enqueue_staged(self, call: _Call, bound: BoundContext) -> None:
+    def _enqueue_staged(self, call: _CallTemplate, bound: BoundContext) -> None:
         bound.bind(call.chunks[0].run, self.buffers[0].addresses)
         self._cuda.to_device(*call.copy_in)
         bound.execute(self.compute)
@@ -349,7 +351,7 @@ class ExecutionStream:
         if self._pending:
             self._drain()
 
-    def _run_chunks(self, call: _Call, images: Array, results: Sequence[Array]) -> None:
+    def _run_chunks(self, call: _CallTemplate, images: Array, results: Sequence[Array]) -> None:
         """Compute any batch; one of several chunks uses both streams."""
         copies = self.compute if len(call.chunks) == 1 else self._copies
         self._turn = 0
@@ -360,7 +362,9 @@ class ExecutionStream:
             self._finish(buffers)
         self._last = last
 
-    def _start(self, call: _Call, images: Array, results: Sequence[Array], copies: int) -> None:
+    def _start(
+        self, call: _CallTemplate, images: Array, results: Sequence[Array], copies: int
+    ) -> None:
         """Enqueue a batch without the last chunk's copy out, which `_fetch_last` enqueues."""
         cuda = self._cuda
         pinned = self._is_pinned(images)
@@ -429,7 +433,7 @@ class ExecutionStream:
             buffers.spans["h2d"] = (buffers.begin, buffers.fed)
 
     def _execute(
-        self, buffers: IOBuffers, call: _Call, results: Sequence[Array], copies: int
+        self, buffers: IOBuffers, call: _CallTemplate, results: Sequence[Array], copies: int
     ) -> None:
         cuda, chunk = self._cuda, buffers.chunk
         assert chunk is not None
@@ -461,7 +465,7 @@ class ExecutionStream:
                 return address
         return buffers.device_out[index]
 
-    def _enqueue(self, buffers: IOBuffers, call: _Call, addresses: tuple[int, ...]) -> None:
+    def _enqueue(self, buffers: IOBuffers, call: _CallTemplate, addresses: tuple[int, ...]) -> None:
         chunk, bound = buffers.chunk, None
         assert chunk is not None
         if len(call.chunks) == 1 and addresses == buffers.addresses:

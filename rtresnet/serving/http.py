@@ -28,11 +28,11 @@ from rtresnet.serving.protocol import (
     DATATYPES,
     InferRequest,
     InferResponse,
+    InferTensor,
     Parameters,
     RequestError,
-    Tensor,
 )
-from rtresnet.serving.repository import Answered, Model, Repository, chain
+from rtresnet.serving.repository import Answered, Repository, ServedModel, chain
 
 log = logging.getLogger("rtresnet.serve")
 
@@ -173,7 +173,7 @@ class Api:
         models: list[dict[str, str]] = self._repository.operations["RepositoryIndex"]()["models"]
         return models
 
-    def _model(self, request: Request) -> Model:
+    def _model(self, request: Request) -> ServedModel:
         names = request.path_params or request.query_params
         model = self._repository.get(names.get("model"), names.get("version", ""))
         request.state.model = model.name
@@ -257,7 +257,7 @@ def _connection(request: Request) -> Any:
 
 
 def _results(
-    model: Model,
+    model: ServedModel,
     answered: Answered,
     rows: Sequence[np.ndarray],
     sizes: Sequence[tuple[int, ...]],
@@ -337,11 +337,13 @@ def parse(body: bytes, header_length: str | None) -> InferRequest:
     return request
 
 
-def _response(model: Model, request: InferRequest, outputs: dict[str, np.ndarray]) -> Response:
+def _response(
+    model: ServedModel, request: InferRequest, outputs: dict[str, np.ndarray]
+) -> Response:
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     tensors, parts = [], []
     for name, values in outputs.items():
-        tensor = Tensor(name, DATATYPES[values.dtype.name], list(values.shape))
+        tensor = InferTensor(name, DATATYPES[values.dtype.name], list(values.shape))
         binary = requested.get(name)
         if request.parameters.binary_data_output if binary is None else binary:
             parts.append(protocol.raw(values))

@@ -76,7 +76,7 @@ class Parameters(msgspec.Struct, frozen=True, omit_defaults=True):
     classification: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
 
 
-class Tensor(msgspec.Struct, omit_defaults=True):
+class InferTensor(msgspec.Struct, omit_defaults=True):
     """An input or output of a model, a request or a response.
 
     Attributes:
@@ -94,9 +94,9 @@ class Tensor(msgspec.Struct, omit_defaults=True):
 class InferRequest(msgspec.Struct):
     """An inference request, in the protocol's fields."""
 
-    inputs: list[Tensor]
+    inputs: list[InferTensor]
     id: Annotated[str, msgspec.Meta(max_length=1024)] = ""
-    outputs: Annotated[list[Tensor], msgspec.Meta(max_length=8)] = []
+    outputs: Annotated[list[InferTensor], msgspec.Meta(max_length=8)] = []
     parameters: Parameters = Parameters()
 
 
@@ -105,7 +105,7 @@ class InferResponse(msgspec.Struct, omit_defaults=True):
 
     model_name: str
     model_version: str
-    outputs: list[Tensor]
+    outputs: list[InferTensor]
     id: str = ""
 
 
@@ -121,7 +121,7 @@ def validated(name: str, decode: Callable[..., Any], *arguments: Any, **options:
         raise InputError(f"{name} is not valid: {error}") from None
 
 
-def inputs(request: InferRequest, expected: list[Tensor], max_batch: int) -> list[np.ndarray]:
+def inputs(request: InferRequest, expected: list[InferTensor], max_batch: int) -> list[np.ndarray]:
     """Return the checked inputs of a request in the model's order, [N, ...] with N <= `max_batch`.
 
     Raises:
@@ -137,7 +137,7 @@ def inputs(request: InferRequest, expected: list[Tensor], max_batch: int) -> lis
     return [_input(tensors[tensor.name], tensor, max_batch) for tensor in expected]
 
 
-def _input(tensor: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
+def _input(tensor: InferTensor, expected: InferTensor, max_batch: int) -> np.ndarray:
     name, shape, data = tensor.name[:80], tensor.shape, tensor.data
     if tensor.datatype != expected.datatype:
         raise InputError(
@@ -167,7 +167,7 @@ def _input(tensor: Tensor, expected: Tensor, max_batch: int) -> np.ndarray:
     return values.astype(dtype).reshape(shape)
 
 
-def requested(request: InferRequest, outputs: list[Tensor]) -> dict[str, int]:
+def requested(request: InferRequest, outputs: list[InferTensor]) -> dict[str, int]:
     """Return the requested outputs, or all, each with its number of classes (0: values).
 
     Raises:

@@ -33,7 +33,7 @@ from rtresnet.runtime.session import Session
 from rtresnet.serving import protocol
 from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
-from rtresnet.serving.protocol import DATATYPES, InferRequest, RequestError, Tensor
+from rtresnet.serving.protocol import DATATYPES, InferRequest, InferTensor, RequestError
 
 log = logging.getLogger("rtresnet.serve")
 
@@ -62,7 +62,7 @@ class Answered(NamedTuple):
     compute_seconds: float
 
 
-class Model:
+class ServedModel:
     """One version of a model, loaded, checked and warm.
 
     Args:
@@ -134,9 +134,9 @@ class Model:
         if not all(np.isfinite(value).all() for value in values):
             raise CheckFailedError(f"{session.path}: answers are not finite", fix="rtresnet check")
         datatype = DATATYPES[backend.input_dtype.name]
-        self.inputs = [Tensor(name, datatype, [-1, *shape]) for name, shape in shapes.items()]
+        self.inputs = [InferTensor(name, datatype, [-1, *shape]) for name, shape in shapes.items()]
         self.outputs = [
-            Tensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
+            InferTensor(name, DATATYPES[value.dtype.name], [-1, *value.shape[1:]])
             for name, value in zip(names, values, strict=True)
         ]
         return len(images)
@@ -242,7 +242,7 @@ class Model:
         """Return its configuration in Triton's format."""
         layouts = {"UINT8": {"format": "FORMAT_NHWC"}, "FP32": {"format": "FORMAT_NCHW"}}
 
-        def entry(tensor: Tensor) -> dict[str, object]:
+        def entry(tensor: InferTensor) -> dict[str, object]:
             datatype = f"TYPE_{tensor.datatype}"
             return {"name": tensor.name, "data_type": datatype, "dims": tensor.shape[1:]}
 
@@ -317,7 +317,7 @@ class Repository:
     ) -> None:
         self.options, self.metrics, self.ready = options, Metrics(), False
         self._sources, self._load = sources, load
-        self._models: dict[str, dict[str, Model]] = {}
+        self._models: dict[str, dict[str, ServedModel]] = {}
         self._last_stamps: dict[Path, Any] = {}
         self._rejected_stamps: dict[Path, Any] = {}
         self.operations: dict[str, Callable[..., dict[str, Any]]] = {
@@ -356,10 +356,10 @@ class Repository:
             sources = ", ".join(map(str, self._sources))
             raise InputError(f"{sources}: no ONNX file or plan to serve", fix="rtresnet export")
 
-    def _open(self, name: str, version: str, path: Path) -> Model:
-        return Model(name, version, path, self._load, self.options, self.metrics)
+    def _open(self, name: str, version: str, path: Path) -> ServedModel:
+        return ServedModel(name, version, path, self._load, self.options, self.metrics)
 
-    def get(self, name: str | None, version: str = "") -> Model:
+    def get(self, name: str | None, version: str = "") -> ServedModel:
         """Return a model; without a name the only one, without a version the newest.
 
         Raises:
@@ -385,7 +385,7 @@ class Repository:
         model = self.get(name, version)
         return model.metadata(sorted(self._models[model.name], key=int))
 
-    def all(self) -> list[Model]:
+    def all(self) -> list[ServedModel]:
         """Return every version of every model."""
         return [
             versions[v] for _, versions in sorted(self._models.items())

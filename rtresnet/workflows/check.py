@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rtresnet.bench import consistency
-from rtresnet.bench.consistency import Answers, Check
+from rtresnet.bench.consistency import Check, Outputs
 from rtresnet.core import artifacts, hardware, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import DataError
@@ -246,7 +246,7 @@ def fp32_ancestor(
     return None, "it was not made from an FP32 ONNX file"
 
 
-def _against(parent: Path, pixels: np.ndarray, single: Answers, bound: str) -> Check:
+def _against(parent: Path, pixels: np.ndarray, single: Outputs, bound: str) -> Check:
     """Compare the outputs with those of the FP32 file, which `fp32_ancestor` has verified."""
     from rtresnet.runtime.ort import OrtBackend
     from rtresnet.runtime.session import Session

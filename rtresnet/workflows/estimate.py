@@ -25,7 +25,7 @@ from rtresnet.workflows.measured_latency import MeasuredLatency
 if TYPE_CHECKING:
     from rtresnet.bench.kernels import Kernel
     from rtresnet.bench.roofline import GpuSpec, MinimumTime
-    from rtresnet.builder.layers import Layer, Layers, Tensor
+    from rtresnet.builder.layers import Layer, Layers, LayerTensor
     from rtresnet.core.sidecar import Sidecar
 
 
@@ -343,7 +343,7 @@ def kernel_of(layer: Layer, batch: int) -> Kernel:
     """
     from rtresnet.bench.kernels import Kernel
 
-    def per_image(tensor: Tensor) -> int:
+    def per_image(tensor: LayerTensor) -> int:
         size = tensor.bytes(1) or 0  # 0 if the width of its type is unknown: still a bound
         return size if -1 in tensor.shape else size // batch
 

@@ -205,7 +205,7 @@ def test_check_topk_compares_probabilities_and_top1() -> None:
 
 
 def test_difference_topk_ignores_the_order_of_classes() -> None:
-    def best(classes: list[int], shares: list[float]) -> consistency.Answers:
+    def best(classes: list[int], shares: list[float]) -> consistency.Outputs:
         return consistency.answers((np.array([classes]), np.array([shares], np.float32)))
 
     reference = best([3, 1, 7], [0.5, 0.4, 0.02])

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from rtresnet.builder import engine
-from rtresnet.builder.nodes import Node
+from rtresnet.builder.nodes import NetworkNode
 from rtresnet.core.sidecar import Profile, Sidecar
 from tests import published
 
@@ -74,14 +74,14 @@ def dump(*lines: str) -> str:
     )
 
 
-def nodes_of(**operations: str) -> dict[str, Node]:
+def nodes_of(**operations: str) -> dict[str, NetworkNode]:
     """nodes_of(layer1_0_conv1="conv"): nodes by name, _ for . and the stage out of the name."""
     results = {}
     for key, operation in operations.items():
         name = key.replace("_", ".")
         parts = name.split(".")
         inside = parts[0].startswith("layer")
-        results[name] = Node(
+        results[name] = NetworkNode(
             name=name,
             operation=operation,
             stage=parts[0] if inside else "stem",

@@ -44,7 +44,7 @@ def test_layers_say_what_they_do_and_where(fake: SimpleNamespace) -> None:
 
 
 def test_a_type_of_unknown_width_has_no_size() -> None:
-    assert layers.Tensor(name="t", shape=(-1, 3), dtype="Odd").bytes(8) is None
+    assert layers.LayerTensor(name="t", shape=(-1, 3), dtype="Odd").bytes(8) is None
 
 
 def test_the_layers_are_kept_beside_the_plan(plan: Path) -> None:
@@ -69,7 +69,7 @@ def test_layers_of_another_build_are_refused(plan: Path, tmp_path: Path) -> None
         layers.load(copy, None)
 
 
-def read_nodes(model: onnx.ModelProto) -> dict[str, nodes.Node]:
+def read_nodes(model: onnx.ModelProto) -> dict[str, nodes.NetworkNode]:
     trt = pytest.importorskip("tensorrt_rtx")
     log = engine.make_log(trt)
     maker = trt.Builder(log)

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from rtresnet.builder import engine, layers
-from rtresnet.builder.nodes import Node
+from rtresnet.builder.nodes import NetworkNode
 from rtresnet.core.errors import CheckFailedError
 from rtresnet.core.sidecar import Attestation, Profile, Sidecar
 
@@ -34,7 +34,7 @@ def read(fake: SimpleNamespace) -> Callable[..., Attestation | None]:
     return lambda text, **operations: read_with(text, fake.nodes_of(**operations))
 
 
-def read_with(text: str, nodes: dict[str, Node]) -> Attestation | None:
+def read_with(text: str, nodes: dict[str, NetworkNode]) -> Attestation | None:
     return layers.verify_precision(layers.read_dump(text, nodes), nodes)
 
 

@@ -138,7 +138,7 @@ def test_check_disagreement_with_fp32_file_fails_only_parent(
 
     real, calls = consistency.alone, []
 
-    def alone(infer: Infer, images: np.ndarray) -> consistency.Answers:
+    def alone(infer: Infer, images: np.ndarray) -> consistency.Outputs:
         calls.append(infer)
         answers = real(infer, images)
         return answers[np.arange(len(images))[::-1]] if len(calls) > 1 else answers

@@ -78,7 +78,7 @@ def _plan(chain: Path, parent: Sidecar | None) -> None:
     data[:4] = b"vtrt"
     struct.pack_into("<QBBBBxxxxQ", data, 16, len(data), 1, 7, 1, 116, 0b10100)
     data[1000:1030] = b'{"rtresnet":"0.1","input":32} '
-    tensor = layers.Tensor(name="t", shape=(-1, 16, 32, 32), dtype="Half")
+    tensor = layers.LayerTensor(name="t", shape=(-1, 16, 32, 32), dtype="Half")
     layer = layers.Layer(
         name="a", kind="correlation", role="conv", operation="conv 3x3 + add", stage="layer1",
         block="layer1.0", profile=0, nodes=("layer1.0.conv1", "layer1.0.add"), rounds=("q",),

@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 
 import rtresnet
+from rtresnet.core.errors import InputError
+from rtresnet.serving.protocol import InferRequest, InferTensor, Parameters, requested
 from tests.serving.conftest import Server, wait_for
 
 INFER = "/v2/models/resnet8/infer"
@@ -182,6 +184,9 @@ def bad_requests(images: np.ndarray) -> dict[str, tuple[str, bytes, dict[str, st
             request_of(images, outputs=[{"name": "logits", "parameters": {"classification": "a"}}]),
             {}, 400,
         ),
+        "timeout": (INFER, request_of(images, parameters={"timeout": "soon"}), {}, 400),
+        "huge timeout": (INFER, request_of(images, parameters={"timeout": 10**400}), {}, 400),
+        "many outputs": (INFER, request_of(images, outputs=[{"name": "logits"}] * 9), {}, 400),
         "unknown model": ("/v2/models/none/infer", request_of(images), {}, 404),
         "unknown version": ("/v2/models/resnet8/versions/9/infer", request_of(images), {}, 404),
         "path": ("/v2/models/..%2f..%2fetc/infer", request_of(images), {}, 404),
@@ -218,6 +223,13 @@ def test_bad_request_is_refused_with_one_message(
     assert status == expected, answer
     message = json.loads(answer)["error"]
     assert message and len(message) < 500 and "Traceback" not in message
+
+
+def test_requested_classes_of_a_model_without_logits_are_rejected() -> None:
+    tensors = [InferTensor("indices"), InferTensor("probabilities")]
+    classes = InferTensor("indices", parameters=Parameters(classification=2))
+    with pytest.raises(InputError, match="logits"):
+        requested(InferRequest(inputs=[], outputs=[classes]), tensors)
 
 
 def test_decompression_bomb_is_refused(server: Server) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from rtresnet.bench import roofline
 from rtresnet.builder import layers
-from rtresnet.builder.layers import Layer, Tensor
+from rtresnet.builder.layers import Layer, LayerTensor
 from rtresnet.core import artifacts, atomic_io, gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.sidecar import Link
@@ -158,8 +158,8 @@ def layer_of(**fields: Any) -> Layer:
     return Layer(**(given | fields))
 
 
-def tensor(*shape: int, dtype: str = "Half") -> Tensor:
-    return Tensor(name="t", shape=shape, dtype=dtype)
+def tensor(*shape: int, dtype: str = "Half") -> LayerTensor:
+    return LayerTensor(name="t", shape=shape, dtype=dtype)
 
 
 def test_kernel_of_a_layer_is_per_image() -> None:
