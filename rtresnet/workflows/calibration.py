@@ -7,7 +7,7 @@ quantization-aware training, which stores them in the file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Calibration, OutlierRecord, Sidecar
-from rtresnet.workflows.accuracy_gate import GateResult, open_labelled, quantize_within
+from rtresnet.workflows.accuracy_gate import GatedModel, GateResult, open_labelled, quantize_within
 from rtresnet.workflows.evaluate import ALLOW_BROKEN, trained_on
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ class Quantized:
 
     model: onnx.ModelProto
     calibration: Calibration
-    gate: GateResult | None = None
-    outliers: list[OutlierRecord] = dataclasses.field(default_factory=list)
+    gate: GateResult | None
+    outliers: list[OutlierRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +187,15 @@ class Quantizer:
         trained = metadata.TRAINED_SCALES.read(metadata.properties_of(model))
         require_trained_for(self.source, trained, self.config)
         model = prepare(model)
-        if trained is not None:
-            return self._with_trained_scales(model, trained)
-        if self.config.calib != "none":
+        if trained is None and self.config.calib != "none":
             return self._with_images(model)
         if self.config.eval_data is not None:
             raise InputError("--eval needs --calib with images, to measure the noise of each block")
-        return self._without_images(model)
+        if trained is not None:
+            calibrated, origin = self._from_training(model, trained)
+        else:
+            calibrated, origin = self._from_statistics(model)
+        return self._finished(calibrated, origin)
 
     def _with_images(self, model: onnx.ModelProto) -> Quantized:
         from rtresnet.quantization import calibrate, simulate
@@ -217,21 +219,14 @@ class Quantizer:
         origin = self._origin(name, fingerprint, count, self.config.calibrator)
         calibrated, path = self._calibrate(model, batches, origin)
         outliers = self._note_calibration(calibrated)
-        if gate is None or labelled is None:
-            quantized = with_float_dtype(calibrated.quantized(), self.config.wide_dtype)
-            record = self._record(calibrated, origin, path)
-            return Quantized(model=quantized, calibration=record, outliers=outliers)
-        held_out, logits = calibrate.references(model, batches())
-        chosen = quantize_within(
-            gate, labelled, source, calibrated, held_out, logits, self.sidecar.input,
-            lambda model: with_float_dtype(model, self.config.wide_dtype), self.reporter,
-        )  # fmt: skip
-        return Quantized(
-            model=chosen.model,
-            calibration=self._record(calibrated, origin, path, chosen.float_nodes, chosen.int8),
-            gate=chosen.result,
-            outliers=outliers,
-        )
+        gated = None
+        if gate is not None and labelled is not None:
+            held_out, logits = calibrate.references(model, batches())
+            gated = quantize_within(
+                gate, labelled, source, calibrated, held_out, logits, self.sidecar.input,
+                self._with_float_dtype, self.reporter,
+            )  # fmt: skip
+        return self._finished(calibrated, origin, path, gated, outliers)
 
     def _calibrate(
         self,
@@ -259,24 +254,24 @@ class Quantizer:
         scales.write(path, calibrated, origin)
         return calibrated, path
 
-    def _with_trained_scales(self, model: onnx.ModelProto, trained: TrainedScales) -> Quantized:
+    def _from_training(
+        self, model: onnx.ModelProto, trained: TrainedScales
+    ) -> tuple[Calibrated, ScalesOrigin]:
         from rtresnet.onnxlib.metadata import QAT
         from rtresnet.quantization.calibrate import Calibrated
         from rtresnet.quantization.formats import low_bit_scale
 
-        values, low_bit = trained.scales, trained.format == "int8"
+        scales, low_bit = trained.scales, trained.format == "int8"
         if low_bit:
-            values = {name: low_bit_scale(scale) for name, scale in values.items()}
+            scales = {name: low_bit_scale(scale) for name, scale in scales.items()}
         calibrated = Calibrated(
-            model=model, scales=values, method=QAT, low_bit=low_bit, branches=trained.branches,
+            model=model, scales=scales, method=QAT, low_bit=low_bit, branches=trained.branches,
             **self._number_format(model),
         )  # fmt: skip
-        return self._without_search(
-            calibrated, self._origin(trained.images, trained.images_sha256, trained.n, QAT)
-        )
+        return calibrated, self._origin(trained.images, trained.images_sha256, trained.n, QAT)
 
-    def _without_images(self, model: onnx.ModelProto) -> Quantized:
-        """Quantize with the batch norm statistics in the file."""
+    def _from_statistics(self, model: onnx.ModelProto) -> tuple[Calibrated, ScalesOrigin]:
+        """Calibrate with the batch norm statistics in the file."""
         import numpy as np
 
         from rtresnet.quantization import calibrate
@@ -286,16 +281,40 @@ class Quantizer:
         calibrated = calibrate.calibrate_data_free(
             model, self._tensors(model), low, high, **self._number_format(model)
         )
-        return self._without_search(
-            calibrated, self._origin("none: ranges from the batch norms", "", 0, "batch norms")
-        )
+        return calibrated, self._origin("none: ranges from the batch norms", "", 0, "batch norms")
 
-    def _without_search(self, calibrated: Calibrated, origin: ScalesOrigin) -> Quantized:
+    def _finished(
+        self,
+        calibrated: Calibrated,
+        origin: ScalesOrigin,
+        path: Path | None = None,
+        gated: GatedModel | None = None,
+        outliers: Sequence[OutlierRecord] = (),
+    ) -> Quantized:
+        """Quantize unless the gate did, and write the scales unless they are in `path`."""
         from rtresnet.quantization import scales
 
-        model = with_float_dtype(calibrated.quantized(), self.config.wide_dtype)
-        scales.write(self.scales, calibrated, origin)
-        return Quantized(model=model, calibration=self._record(calibrated, origin, self.scales))
+        model = gated.model if gated else self._with_float_dtype(calibrated.quantized())
+        path = path or scales.write(self.scales, calibrated, origin)
+        calibration = Calibration(
+            method=calibrated.method,
+            images=origin.images,
+            images_sha256=origin.images_sha256,
+            n=origin.n,
+            scales=path.as_posix(),
+            scales_sha256=atomic_io.sha256(path),
+            kept=(*calibrated.float_nodes, *(gated.float_nodes if gated else ())),
+            int8=gated.int8 if gated else (),
+            rest=self.config.wide_dtype,
+        )
+        result = gated.result if gated else None
+        return Quantized(model=model, calibration=calibration, gate=result, outliers=list(outliers))
+
+    def _with_float_dtype(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Convert the tensors that are not quantized, if they are to be FP16."""
+        from rtresnet.quantization import half
+
+        return half.to_half(model) if self.config.wide_dtype == "fp16" else model
 
     def _tensors(self, model: onnx.ModelProto) -> list[str]:
         from rtresnet.quantization import qdq
@@ -322,26 +341,6 @@ class Quantizer:
             images_sha256=sha256,
             n=n,
             calibrator=calibrator,
-        )
-
-    def _record(
-        self,
-        calibrated: Calibrated,
-        origin: ScalesOrigin,
-        path: Path,
-        float_nodes: tuple[str, ...] = (),
-        int8: tuple[str, ...] = (),
-    ) -> Calibration:
-        return Calibration(
-            method=calibrated.method,
-            images=origin.images,
-            images_sha256=origin.images_sha256,
-            n=origin.n,
-            scales=path.as_posix(),
-            scales_sha256=atomic_io.sha256(path),
-            kept=(*calibrated.float_nodes, *float_nodes),
-            int8=int8,
-            rest=self.config.wide_dtype,
         )
 
     def _saved_scales(self, origin: ScalesOrigin) -> tuple[Path, SavedScales | None]:
@@ -400,10 +399,3 @@ class Quantizer:
             entries.append({"tensor": outlier.tensor, "channels": channels,
                             "times": outlier.times, "remedy": remedy})  # fmt: skip
         return entries
-
-
-def with_float_dtype(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
-    """Convert the tensors that are not quantized, if they are to be FP16."""
-    from rtresnet.quantization import half
-
-    return half.to_half(model) if dtype == "fp16" else model
