@@ -46,9 +46,9 @@ def load(
     try:
         model = onnx.load(os.fspath(path))
         if not (model.graph.node and model.graph.input and model.graph.output):
-            raise ValueError("it holds no graph")
+            raise ValueError("it has no graph")
         if not any(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
-            raise ValueError("it names no opset")
+            raise ValueError("it has no opset")
         if not all(isinstance(name, str) for name in _names(model.graph)):
             raise ValueError("a name is not UTF-8")
         for node in model.graph.node:

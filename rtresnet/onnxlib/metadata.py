@@ -151,7 +151,7 @@ def parse_branch_ranges(record: Any) -> dict[str, tuple[float, float]]:
     """
     ranges = {name: (float(low), float(high)) for name, (low, high) in record.items()}
     if not all(low <= high and math.isfinite(high - low) for low, high in ranges.values()):
-        raise ValueError("a range that is none")
+        raise ValueError("a range is not valid")
     return ranges
 
 

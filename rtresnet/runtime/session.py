@@ -488,7 +488,7 @@ def load(
             timings=timings, blocking=blocking,
         )  # fmt: skip
     if kind != "onnx":
-        raise InputError(f"{path}: not an ONNX file or a plan", fix="rtresnet export")
+        raise InputError(f"{path}: not an ONNX file or a plan", fix="create one: rtresnet export")
     from rtresnet.runtime.ort import OrtBackend
     from rtresnet.runtime.providers import find_provider
 

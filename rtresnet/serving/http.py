@@ -148,13 +148,15 @@ class Api:
         actions = self._routes.get(request.method, {})
         if name not in actions:
             if any(name in actions for actions in self._routes.values()):
-                raise RequestError(405, f"{path} does not take {request.method[:20]}")
+                raise RequestError(405, f"{path} does not support {request.method[:20]}")
             raise RequestError(404, f"{path[:80]}: no such path", fix="see /v2")
         length, limit = request.headers.get("content-length", "0"), self._options.max_body
         if length.isdecimal() and int(length) > limit:
             raise RequestError(413, f"{length[:20]} bytes; at most {limit} are possible")
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise InputError("compressed requests are not supported", fix="send them plain")
+            raise InputError(
+                "compressed requests are not supported", fix="send them without Content-Encoding"
+            )
         return actions[name]
 
     def _operation(self, name: str) -> Callable[[Request], Response]:
@@ -196,7 +198,10 @@ class Api:
             "the query", msgspec.convert, dict(request.query_params), Query, strict=False
         )
         if request.scope["path"] != f"/v1/{model.task}":
-            raise InputError(f"{model.name} is for another task", fix=f"POST /v1/{model.task}")
+            raise InputError(
+                f"{model.name} does not support {request.scope['path']}",
+                fix=f"POST /v1/{model.task}",
+            )
         files = await _files(request, self._options.max_body)
         received = time.monotonic()
         loop = asyncio.get_running_loop()
@@ -292,7 +297,7 @@ async def _files(request: Request, limit: int) -> list[bytes]:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         body = await request.body()
         if not body:
-            raise InputError("no image", fix="curl --data-binary @cat.jpg")
+            raise InputError("the body is empty", fix="send an image: curl --data-binary @cat.jpg")
         return [body]
     try:
         async with request.form(max_files=MAX_FILES, max_fields=8, max_part_size=limit) as form:
@@ -301,7 +306,7 @@ async def _files(request: Request, limit: int) -> list[bytes]:
         problem = getattr(error, "message", error)
         raise InputError(f"not valid multipart/form-data: {problem}") from None
     if not files:
-        raise InputError("no image in the form", fix="curl -F file=@cat.jpg")
+        raise InputError("no image in the form", fix="send files: curl -F file=@cat.jpg")
     return files
 
 

@@ -113,6 +113,7 @@ class ServedModel:
     def _check(self) -> int:
         """Warm the session up and check its answers; returns the largest batch it computes."""
         session, detector, backend = self.session, self.detector, self.session.backend
+        check = f"find the cause with: rtresnet check {session.path}"
         if detector is not None:  # takes one image at a time
             noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
             images = detector.prepare(noise)
@@ -127,12 +128,12 @@ class ServedModel:
             if float(np.abs(first[-1][0] - values[-1][0]).max()) > 0.05 * spread:
                 raise CheckFailedError(
                     f"{session.path}: an image's answer depends on its batch",
-                    fix=f"rtresnet check {session.path}",
+                    fix=check,
                 )
             shapes = {getattr(backend, "input_name", "images"): session.image_shape}
             names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
         if not all(np.isfinite(value).all() for value in values):
-            raise CheckFailedError(f"{session.path}: answers are not finite", fix="rtresnet check")
+            raise CheckFailedError(f"{session.path}: answers are not finite", fix=check)
         datatype = DATATYPES[backend.input_dtype.name]
         self.inputs = [InferTensor(name, datatype, [-1, *shape]) for name, shape in shapes.items()]
         self.outputs = [
@@ -292,7 +293,9 @@ async def _done(answer: Answer, limit: float, connection: Connection | None) -> 
         if not await asyncio.wait_for(done, limit):
             raise RequestError(499, "the client closed the connection")
     except asyncio.TimeoutError:
-        raise RequestError(504, f"no answer within {limit:g} s", fix="wait longer") from None
+        raise RequestError(
+            504, f"no answer within {limit:g} s", fix="send a longer timeout"
+        ) from None
     finally:
         if connection is not None:
             connection.on_lost = None
@@ -354,7 +357,9 @@ class Repository:
                 self._models.setdefault(name, {})[version] = self._open(name, version, path)
         if not self._models:
             sources = ", ".join(map(str, self._sources))
-            raise InputError(f"{sources}: no ONNX file or plan to serve", fix="rtresnet export")
+            raise InputError(
+                f"{sources}: no ONNX file or plan to serve", fix="create one: rtresnet export"
+            )
 
     def _open(self, name: str, version: str, path: Path) -> ServedModel:
         return ServedModel(name, version, path, self._load, self.options, self.metrics)
