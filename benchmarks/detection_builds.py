@@ -3,7 +3,7 @@
     python benchmarks/detection_builds.py [--only resnet50 vgg16 resnet101]
 
 Untrained weights at 608 x 1008 pixels, 1,000 boxes before and 300 regions after non-maximum
-suppression; INT8 with one scale for all tensors, because what is counted does not depend on it.
+suppression; INT8 with one scale for all tensors, because the counts do not depend on it.
 Needs no GPU; the plans are not run.
 """
 

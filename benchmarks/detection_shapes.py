@@ -1,7 +1,7 @@
 """Trains small detectors on drawn shapes, three seeds, and measures average precision.
 
     python benchmarks/detection_shapes.py [--seeds 0 1 2] [--keep DIR]
-    python benchmarks/detection_shapes.py --precisions DIR    # FP32, FP16 and INT8 of kept nets
+    python benchmarks/detection_shapes.py --precisions DIR    # FP32, FP16, INT8 of --keep DIR
 
 Shows that the machinery learns; it says nothing about the paper's comparison of backbones. A
 quarter-width ResNet-18 from untrained weights, 400 images of 128 pixels, 1,200 steps of 8 images,
@@ -87,17 +87,19 @@ def parity_of(best: Path, exported: rtresnet.ExportResult) -> DetectionParityRec
     return total.record()
 
 
-def precisions(kept: Path, seeds: list[int]) -> None:
+def precisions(runs_folder: Path, seeds: list[int]) -> None:
     """Average precision of the exported files on the test images, in ONNX Runtime."""
     rows, parities = [], []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             exported = rtresnet.export(
-                kept / f"seed{seed}" / "best.pt", folder,
+                runs_folder / f"seed{seed}" / "best.pt", folder,
                 rtresnet.ExportConfig(precisions=("fp32", "fp16", "int8")),
                 quantize=rtresnet.QuantizeConfig(calib="shapes:64", calib_images=64),
             )  # fmt: skip
-            parities.append({"seed": seed} | parity_of(kept / f"seed{seed}" / "best.pt", exported))
+            parities.append(
+                {"seed": seed} | parity_of(runs_folder / f"seed{seed}" / "best.pt", exported)
+            )
             for entry in exported.onnx:
                 runtime = rtresnet.RuntimeConfig(provider="cpu", threads=1)
                 result = rtresnet.evaluate_detector(entry.path, "shapes:400", runtime=runtime)

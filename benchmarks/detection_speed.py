@@ -2,9 +2,9 @@
 
     python benchmarks/detection_speed.py [--runs 5]
 
-The twin has RoiAlign and NonMaxSuppression nodes in place of matrix products. Both files run in
+The twin has RoiAlign and NonMaxSuppression nodes instead of matrix products. Both files run in
 turn in one process, so that a loaded machine slows down both. ResNet-50 v1, untrained, one image.
-ONNX Runtime's profile says what the nodes of each part cost; it is recorded in sessions of its own.
+The cost of the nodes of each part is from ONNX Runtime's profile, recorded in other sessions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parts(
     models: dict[str, onnx.ModelProto], feed: dict[str, np.ndarray], runs: int
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of the nodes of each part, sums of medians; the net is everything else."""
-    sessions, found = {}, {}
+    sessions, milliseconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             options = onnxruntime.SessionOptions()
@@ -64,8 +64,8 @@ def parts(
             for node, values in nodes.items():
                 part = node.partition(".")[0]
                 sums[part if part in PARTS else "net"] += statistics.median(values)
-            found[name] = sums
-    return found
+            milliseconds[name] = sums
+    return milliseconds
 
 
 def main() -> None:

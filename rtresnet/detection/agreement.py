@@ -32,20 +32,20 @@ class Agreement:
 
     @property
     def different(self) -> int:
-        """Number of detections that only one of the two has."""
+        """Return the number of detections that only one of the two has."""
         return len(self.first) + len(self.second)
 
 
 def agree(
     first: Detections, second: Detections, least: float = 0.5, margin: float = 0.0
 ) -> Agreement:
-    """Pairs the detections of one image: the same class, and an IoU of `OVERLAP` or more.
+    """Pair the detections of one image: the same class, and an IoU of `OVERLAP` or more.
 
     The highest scores choose first, each the free detection that it overlaps most.
 
     Args:
         first: Detections of one detector, sorted by score.
-        second: Of the other one.
+        second: Detections of the other one, sorted by score.
         least: Detections with lower scores need no partner, but may be one within `margin`.
         margin: How far a score may be from `least` and still count as on its other side.
     """

@@ -33,7 +33,7 @@ class TorchDetector:
         self.threads: int | None = None if on_gpu else torch.get_num_threads()
 
     def detect(self, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one image float32 [1, 3, H, W] of `extent` [1, 2]; the outputs by name."""
+        """Run one image float32 [1, 3, H, W] of `extent` [1, 2]; the outputs by name."""
         return detect(
             self.net,
             torch.from_numpy(images).to(self._device),
@@ -41,12 +41,12 @@ class TorchDetector:
         )
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Raises InputError: a detector gives no logits."""
-        raise InputError("a detector gives no logits", fix="call detect(image)")
+        """Raise InputError: a detector has no logits."""
+        raise InputError("a detector has no logits", fix="call detect(image)")
 
     def timings(self) -> dict[str, float]:
-        """Returns nothing: only wall time is known."""
+        """Return None: only wall time is measured."""
         return {}
 
     def close(self) -> None:
-        """Does nothing: Python frees the memory."""
+        """Do nothing: Python frees the memory."""

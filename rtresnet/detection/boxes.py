@@ -18,13 +18,13 @@ REGION_STD = (0.1, 0.1, 0.2, 0.2)  # of the head's targets, Fast R-CNN section 2
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Areas [...] of boxes [..., 4]; 0 where a box is inverted."""
+    """Return the areas [...] of boxes [..., 4]; 0 where a box is inverted."""
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     return sides[..., 0] * sides[..., 1]
 
 
 def intersection(first: Tensor, second: Tensor) -> Tensor:
-    """Areas [..., N, M] that boxes [..., N, 4] and [..., M, 4] share."""
+    """Return the areas [..., N, M] that boxes [..., N, 4] and [..., M, 4] share."""
     low = torch.maximum(first[..., :, None, :2], second[..., None, :, :2])
     high = torch.minimum(first[..., :, None, 2:], second[..., None, :, 2:])
     sides = (high - low).clamp(min=0)
@@ -39,7 +39,7 @@ def iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def encode(boxes: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
-    """Offsets [N, 4] that `decode` turns into `boxes`: R-CNN's parametrization.
+    """Return the offsets [N, 4] that `decode` turns into `boxes`: R-CNN's parametrization.
 
     Args:
         boxes: Targets [N, 4] with positive sides.
@@ -52,7 +52,7 @@ def encode(boxes: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) 
 
 
 def decode(offsets: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
-    """Boxes [..., 4] of offsets [..., 4] from anchors of a shape that broadcasts."""
+    """Return boxes [..., 4] of offsets [..., 4] from anchors of a shape that broadcasts."""
     offsets = offsets * offsets.new_tensor(std)
     base = anchors[..., 2:] - anchors[..., :2]
     centre = (anchors[..., :2] + base / 2) + offsets[..., :2] * base
@@ -61,7 +61,7 @@ def decode(offsets: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)
 
 
 def clip(boxes: Tensor, extent: Tensor) -> Tensor:
-    """Boxes [..., 4] cut to an image of `extent` (height, width) [2]."""
+    """Return boxes [..., 4] cut to an image of `extent` (height, width) [2]."""
     limits = extent[[1, 0, 1, 0]]
     return torch.minimum(boxes.clamp(min=0), limits)
 
@@ -69,7 +69,7 @@ def clip(boxes: Tensor, extent: Tensor) -> Tensor:
 def anchors(
     height: int, width: int, stride: int, sizes: Sequence[float], offset: float = 0.5
 ) -> Tensor:
-    """Anchors [height * width * 3 * sizes, 4] of a map, position by position.
+    """Return the anchors [height * width * 3 * sizes, 4] of a map, position by position.
 
     Each position has every size with the ratios 1:2, 1:1 and 2:1 (height to width) and the same
     area, by default centred on the middle of the position's stride x stride pixels.
@@ -112,7 +112,7 @@ def nms(boxes: Tensor, threshold: float, rounds: int | None = None) -> tuple[Ten
     Args:
         boxes: Sorted by score, the highest first [..., N, 4].
         threshold: See `suppression`.
-        rounds: At most so many; None: until nothing changes.
+        rounds: Largest number of repetitions; None repeats until nothing changes.
 
     Returns:
         Which boxes stay, float 0 or 1 [..., N], and how many boxes the last round changed [...].
@@ -132,7 +132,7 @@ def nms(boxes: Tensor, threshold: float, rounds: int | None = None) -> tuple[Ten
 
 
 def sampling(low: Tensor, high: Tensor, length: int, bins: int, samples: int) -> Tensor:
-    """Weights [R, bins, length] with which RoIAlign reads one axis of a map.
+    """Return the weights [R, bins, length] with which RoIAlign reads one axis of a map.
 
     Bilinear sampling is separable, and reading a position is a hat function around it: each bin's
     row is the mean of its samples' hats. Positions up to one pixel outside are read at the border,
@@ -159,7 +159,7 @@ def sampling(low: Tensor, high: Tensor, length: int, bins: int, samples: int) ->
 def roi_align(features: Tensor, regions: Tensor, scale: float, bins: int, samples: int) -> Tensor:
     """RoIAlign (He et al. 2017) of one image as two matrix products.
 
-    In place of the paper's RoI pooling, which rounds regions to the map's pixels.
+    Replaces the paper's RoI pooling, which rounds regions to the pixels of the map.
 
     Args:
         features: The map [C, H, W].
@@ -175,8 +175,15 @@ def roi_align(features: Tensor, regions: Tensor, scale: float, bins: int, sample
     ends = regions * scale - 0.5
     rows = sampling(ends[:, 1], ends[:, 3], height, bins, samples)
     columns = sampling(ends[:, 0], ends[:, 2], width, bins, samples)
-    # Rows first: columns first would need slower transpositions before and after the products.
-    flat = features.permute(1, 2, 0).reshape(height, width * channels)
-    lines = torch.matmul(rows.reshape(-1, height), flat)
-    crops = torch.matmul(columns[:, None], lines.reshape(len(regions), bins, width, channels))
-    return crops.permute(0, 3, 1, 2)
+    # The longer axis first: the tensor between the two products is smallest then. Its shorter axis
+    # comes last, so that every transposition moves one axis only.
+    if width >= height:
+        first, second, order = columns, rows, (2, 0, 1)
+    else:
+        first, second, order = rows, columns, (1, 0, 2)
+    longer, shorter = max(width, height), min(width, height)
+    flat = features.permute(order).reshape(longer, channels * shorter)
+    lines = torch.matmul(first.reshape(-1, longer), flat)
+    lines = lines.reshape(len(regions), bins, channels, shorter)
+    crops = torch.matmul(lines, second.transpose(1, 2)[:, None])
+    return crops.permute(0, 2, 3, 1) if width >= height else crops.permute(0, 2, 1, 3)

@@ -13,7 +13,7 @@ from rtresnet.models.checkpoint import Checkpoint
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a detector that `rtresnet train --task detect` wrote, or one of detectron2 (C4).
+    """Read a detector that `rtresnet train --task detect` wrote, or one of detectron2 (C4).
 
     Raises:
         ArtifactError: Not one, broken, or not matching its sidecar.
@@ -28,11 +28,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def build(loaded: Checkpoint, *, name: str = "checkpoint") -> Detector:
-    """The net of a checkpoint with its weights, in evaluation mode, on the CPU.
+    """Return the net of a checkpoint with its weights, in evaluation mode, on the CPU.
 
     Args:
         loaded: A detector's checkpoint.
-        name: Of its file, for the message.
+        name: Name of its file, for the message.
 
     Raises:
         ArtifactError: The weights do not fit the net.
@@ -54,12 +54,12 @@ def build(loaded: Checkpoint, *, name: str = "checkpoint") -> Detector:
 
 
 def start_from(net: Detector, start: Checkpoint) -> None:
-    """Loads pre-trained weights: of the same detector, or of the classifier that is its backbone.
+    """Load pre-trained weights: of the same detector, or of the classifier that is its backbone.
 
-    The head's last layers start new where the classes are others.
+    The last layers of the head are initialized if the classes differ.
 
     Raises:
-        InputError: The weights are of another net.
+        InputError: The weights are of a different net.
     """
     own = net.state_dict()
     fits = {

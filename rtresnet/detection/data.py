@@ -66,7 +66,7 @@ class Targets:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Sequence[float], int, bool, bool, float | None]]) -> Targets:
-        """From (box, label, ignored, crowd, area or None) for each object."""
+        """Build it from (box, label, ignored, crowd, area or None) for each object."""
         boxes = np.array([row[0] for row in rows], np.float32).reshape(-1, 4)
         sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
         areas = [
@@ -86,14 +86,14 @@ class DetectionSource:
     """Images with boxes.
 
     Attributes:
-        name: As on the command line.
+        name: Name as on the command line.
         classes: Class names in the order of the labels.
         targets: The boxes of each image.
         read: The pixels of an image by its index, uint8 RGB [H, W, 3].
         origins: Where each image is, for messages.
         invalid: What is wrong with the boxes that were left out, a line each.
-        splits: Whether a test split exists apart from the training images.
-        digest: sha256 of what the images are made of.
+        splits: Whether the data has a test split.
+        digest: sha256 of the sizes of the image files, or of the way shapes are drawn.
     """
 
     name: str
@@ -117,13 +117,13 @@ class DetectionSource:
         return digest.hexdigest()
 
     def counts(self) -> dict[str, int]:
-        """Number of boxes of each class."""
+        """Return the number of boxes of each class."""
         counts = Counter(int(label) for t in self.targets for label in t.labels)
         return {name: counts[index] for index, name in enumerate(self.classes)}
 
 
 def open_detection(spec: str, split: str = "train") -> DetectionSource:
-    """Opens images with boxes.
+    """Open images with boxes.
 
     Args:
         spec: One of FORMS, or several joined with commas.
@@ -183,7 +183,7 @@ def _shapes(spec: str, argument: str, split: str) -> DetectionSource:
 
 @functools.lru_cache(maxsize=4096)
 def _drawing(split: str, index: int) -> tuple[np.ndarray, Targets]:
-    """One to four shapes on noise; a later one may cover a part of an earlier one, not most."""
+    """Draw one to four shapes on noise; a later one covers at most 40 % of an earlier one."""
     rng = np.random.default_rng([index, split == "train"])
     side = SHAPES_SIDE
     y, x = np.mgrid[0:side, 0:side] + 0.5
@@ -218,7 +218,7 @@ def _drawing(split: str, index: int) -> tuple[np.ndarray, Targets]:
 
 
 def _usable(box: Sequence[float], where: str, invalid: list[str]) -> bool:
-    """Whether a box is finite and has an area; appends a line to `invalid` otherwise."""
+    """Return whether a box is finite and has an area; appends a line to `invalid` otherwise."""
     if all(map(math.isfinite, box)) and box[2] > box[0] and box[3] > box[1]:
         return True
     invalid.append(f"{where}: box {', '.join(f'{value:g}' for value in box)} has no area")
@@ -238,11 +238,11 @@ def _voc(spec: str, argument: str, split: str) -> DetectionSource:
         raise DataError(f"{root}: no annotations (*.xml)", fix=VOC_FIX)
     has_splits = not chosen and lists.is_dir()
     if has_splits:
-        wanted = ("trainval", "train") if split == "train" else ("test", "val")
-        chosen = next((name for name in wanted if (lists / f"{name}.txt").is_file()), "")
+        list_names = ("trainval", "train") if split == "train" else ("test", "val")
+        chosen = next((name for name in list_names if (lists / f"{name}.txt").is_file()), "")
         if not chosen:
             raise DataError(
-                f"{lists}: no {' and no '.join(f'{name}.txt' for name in wanted)}",
+                f"{lists}: no {' and no '.join(f'{name}.txt' for name in list_names)}",
                 fix=f"name a list of images, as in voc:{root}:LIST for LIST.txt",
             )
     stems = list(files)
@@ -275,7 +275,7 @@ def _voc(spec: str, argument: str, split: str) -> DetectionSource:
 
 
 def _voc_objects(path: Path) -> tuple[str, list[tuple[str, bool, tuple[float, ...]]]]:
-    """An annotation's file name, and name, difficult flag and box of each object."""
+    """Return an annotation's file name, and name, difficult flag and box of each object."""
     try:
         tree = ElementTree.parse(path).getroot()
         objects: list[tuple[str, bool, tuple[float, ...]]] = []
@@ -295,7 +295,7 @@ def _voc_objects(path: Path) -> tuple[str, list[tuple[str, bool, tuple[float, ..
 
 
 def _voc_image(root: Path, annotation: Path, stated: str) -> Path:
-    """The image of an annotation: by its stem, or by the name that it states."""
+    """Return the image of an annotation: by its stem, or by the name that it states."""
     folders = (root / "JPEGImages", annotation.parent)
     names = [f"{annotation.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
     names.append(Path(stated).name or names[0])
@@ -361,7 +361,7 @@ def _from_files(
 
 
 def report_invalid(source: DetectionSource) -> Iterator[str]:
-    """Lines that list the first invalid boxes and count the others."""
+    """Return lines that list the first invalid boxes and count the others."""
     yield from source.invalid[:LISTED]
     if len(source.invalid) > LISTED:
         yield f"and {len(source.invalid) - LISTED} more boxes without an area; they are left out"

@@ -22,7 +22,7 @@ def draw_boxes(
     objects: Sequence[tuple[tuple[float, float, float, float], str, float | None]],
     path: Path,
 ) -> None:
-    """Writes a JPEG with boxes, class names and scores.
+    """Write a JPEG with boxes, class names and scores.
 
     Args:
         image: uint8 RGB [H, W, 3].
@@ -35,7 +35,7 @@ def draw_boxes(
 
 
 def drawn(image: np.ndarray, objects: Sequence[Drawn]) -> np.ndarray:
-    """A copy of an image uint8 RGB [H, W, 3] with boxes, names and scores."""
+    """Return a copy of an image uint8 RGB [H, W, 3] with boxes, names and scores."""
     picture = Image.fromarray(image)
     pen = ImageDraw.Draw(picture)
     size = max(10, min(image.shape[:2]) // 30)

@@ -21,7 +21,7 @@ Run = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 def torch_run(detector: Detector) -> Run:
-    """Runs a net in torch, on the device of its weights."""
+    """Return a function that runs a net in torch, on the device of its weights."""
     import torch
 
     device = next(detector.parameters()).device
@@ -41,7 +41,7 @@ def detect_all(
     preprocess: Preprocess,
     indices: Iterable[int] | None = None,
 ) -> Iterator[Detections]:
-    """Detections of each image, in the image's own coordinates.
+    """Return the detections of each image, in the image's own coordinates.
 
     Args:
         run: What runs the detector.

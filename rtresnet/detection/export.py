@@ -35,7 +35,7 @@ from rtresnet.onnxlib import metadata
 
 
 def to_onnx(net: Detector, *, name: str, standard: bool = False) -> onnx.ModelProto:
-    """Writes a detector whose `spec` has a canvas.
+    """Write a detector whose `spec` has a canvas.
 
     Args:
         net: float32, on the CPU.
@@ -117,7 +117,7 @@ class DetectorWriter(NodeWriter):
         self.scope = ""
 
     def write_boxes(self, name: str, module: nn.Module, inputs: Sequence[str]) -> Any:
-        """Adds the nodes of `Proposals`, `Align` or `Select`; returns their output tensors."""
+        """Add the nodes of `Proposals`, `Align` or `Select`; returns their output tensors."""
         self.scope = name
         if isinstance(module, Proposals):
             return self._proposals(module, *inputs)
@@ -127,7 +127,7 @@ class DetectorWriter(NodeWriter):
         return self._select(module, *inputs)
 
     def op(self, op: str, name: str, *inputs: Any, **attributes: Any) -> str:
-        """Adds a node SCOPE.NAME; inputs that are not names become constants.
+        """Add a node SCOPE.NAME; inputs that are not names become constants.
 
         Returns:
             Its output tensor.
@@ -141,18 +141,18 @@ class DetectorWriter(NodeWriter):
         return full
 
     def value(self, name: str, value: Any) -> str:
-        """Adds a constant: floats as float32, whole numbers as int64."""
+        """Add a constant: floats as float32, whole numbers as int64."""
         array = np.asarray(value)
         array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
 
     def cut(self, name: str, tensor: str, start: int, end: int, axis: int) -> str:
-        """Slices one axis."""
+        """Slice one axis."""
         return self.op("Slice", name, tensor, [start], [end], [axis])
 
     def cast(self, name: str, tensor: str) -> str:
-        """Converts to float32."""
+        """Convert to float32."""
         return self.op("Cast", name, tensor, to=TensorProto.FLOAT)
 
     def decode(
@@ -257,14 +257,14 @@ class DetectorWriter(NodeWriter):
         rank = self.op("Mul", "rank", keep, np.arange(count, 0, -1, dtype=np.float32))
         regions = min(spec.regions, count)
         values, order = self.topk("first", rank, regions, axis=0)
-        kept = self.op("Gather", "regions.any", candidates, order, axis=0)
+        chosen = self.op("Gather", "regions.any", candidates, order, axis=0)
         used = self.cast("used.float", self.op("Greater", "used", values, np.float32(0)))
         used = self.op("Reshape", "used.column", used, [regions, 1])
         self.regions = regions
-        return [self.op("Mul", "regions", kept, used), unsettled]
+        return [self.op("Mul", "regions", chosen, used), unsettled]
 
     def topk(self, name: str, values: str, count: int, axis: int) -> tuple[str, str]:
-        """The `count` largest along an axis, from high to low, and their int64 indices."""
+        """Return the `count` largest along an axis, from high to low, and their int64 indices."""
         full = f"{self.scope}.{name}"
         size = self.value(f"{full}.count", [count])
         outputs = [f"{full}.values", f"{full}.indices"]
@@ -309,14 +309,20 @@ class DetectorWriter(NodeWriter):
         )
         down = self.sampling("y", y1, y2, rows, bins)
         along = self.sampling("x", x1, x2, columns, bins)
-        channels_last = self.op("Transpose", "features", features, perm=[0, 2, 3, 1])
-        flat = self.op("Reshape", "features.flat", channels_last, [rows, -1])
-        weights = self.op("Reshape", "lines.weights", down, [-1, rows])
+        wide = columns >= rows
+        first, second = (along, down) if wide else (down, along)
+        longer, shorter = (columns, rows) if wide else (rows, columns)
+        longer_first = self.op("Transpose", "features", features,
+                               perm=[3, 0, 1, 2] if wide else [2, 0, 1, 3])  # fmt: skip
+        flat = self.op("Reshape", "features.flat", longer_first, [longer, -1])
+        weights = self.op("Reshape", "lines.weights", first, [-1, longer])
         lines = self.op("MatMul", "lines", weights, flat)
-        lines = self.op("Reshape", "lines.regions", lines, [self.regions, bins, columns, -1])
-        weights = self.op("Unsqueeze", "crops.weights", along, [1])
-        crops = self.op("MatMul", "crops", weights, lines)
-        return self.op("Transpose", "crops.planes", crops, perm=[0, 3, 1, 2])
+        lines = self.op("Reshape", "lines.regions", lines, [self.regions, bins, -1, shorter])
+        weights = self.op("Transpose", "crops.weights.across", second, perm=[0, 2, 1])
+        weights = self.op("Unsqueeze", "crops.weights", weights, [1])
+        crops = self.op("MatMul", "crops", lines, weights)
+        return self.op("Transpose", "crops.planes", crops,
+                       perm=[0, 2, 3, 1] if wide else [0, 2, 1, 3])  # fmt: skip
 
     def _select(
         self, module: Select, logits: str, offsets: str, regions: str, extent: str, unsettled: str

@@ -53,7 +53,7 @@ BLOCK = re.compile(r"(?:backbone|roi_heads)\.res([2-5])\.(\d+)\.(conv[123]|short
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
-    """The tensors of a detectron2 C4 detector; None of any other file.
+    """Return the tensors of a detectron2 C4 detector; None of any other file.
 
     Raises:
         InputError: A .pkl file.
@@ -87,7 +87,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint | None:
-    """Imports a detectron2 C4 detector; None of any other file.
+    """Import a detectron2 C4 detector; None of any other file.
 
     Raises:
         ArtifactError: Tensors that no net of the zoo has.

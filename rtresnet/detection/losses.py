@@ -36,7 +36,7 @@ class Truth:
 
 
 def _inside(rows: Tensor, areas: Tensor) -> Tensor:
-    """Whether more than half of each box [N, 4] lies in one of `areas` [M, 4]: bool [N]."""
+    """Return whether more than half of each box [N, 4] lies in one of `areas` [M, 4]: bool [N]."""
     if not len(areas):
         return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     shares = boxes.intersection(rows, areas) / boxes.area(rows)[:, None].clamp(min=1e-9)
@@ -55,7 +55,7 @@ def _sample(candidates: Tensor, count: int, generator: torch.Generator) -> Tenso
 def sample_anchors(
     anchors: Tensor, truth: Truth, recipe: DetectionRecipe, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The anchors of one image that the region proposal network learns from.
+    """Return the anchors of one image that the region proposal network learns from.
 
     Positive are anchors with an IoU of `rpn_high` and the best ones of each object; negative
     those below `rpn_low` with all objects. Anchors that cross the image's border are left out.
@@ -91,7 +91,7 @@ def sample_anchors(
 def sample_regions(
     regions: Tensor, truth: Truth, recipe: DetectionRecipe, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The regions of one image that the head learns from.
+    """Return the regions of one image that the head learns from.
 
     The objects themselves are candidates as well, so that there are positives from the first step.
 

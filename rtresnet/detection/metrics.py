@@ -40,8 +40,8 @@ class DetectionAccuracy:
         ap50: COCO's at overlap 0.5.
         ap75: COCO's at overlap 0.75.
         small: COCO's `ap` of objects below 32 x 32 pixels.
-        medium: Of those below 96 x 96 pixels.
-        large: Of the others.
+        medium: COCO's `ap` of larger objects below 96 x 96 pixels.
+        large: COCO's `ap` of the other objects.
         classes: `ap50` of each class.
     """
 
@@ -58,20 +58,20 @@ class DetectionAccuracy:
     classes: dict[str, float | None]
 
     def record(self, data: str, split: str, data_sha256: str) -> AveragePrecisionRecord:
-        """As a sidecar has it, with the images on which it was measured."""
+        """Return the record for a sidecar, with the images on which it was measured."""
         where = {"data": data, "split": split, "data_sha256": data_sha256}
         return cast(AveragePrecisionRecord, dataclasses.asdict(self) | where)
 
     @classmethod
     def of(cls, record: AveragePrecisionRecord) -> DetectionAccuracy:
-        """From what `record` returned."""
+        """Read the record of a sidecar."""
         return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})  # type: ignore[literal-required]
 
 
 def evaluate(
     targets: Sequence[Targets], detections: Sequence[Detections], classes: Sequence[str]
 ) -> DetectionAccuracy:
-    """Compares detections with the objects of the same images.
+    """Compare detections with the objects of the same images.
 
     Args:
         targets: Objects of each image.
@@ -150,7 +150,7 @@ def coco(
 def _match(
     targets: Targets, detections: Detections, label: int, limits: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """One image and class: scores [D], hit and counted [10, D], and how many objects count."""
+    """Return an image and class's scores [D], hit and counted [10, D], and number of objects."""
     own = targets.labels == label
     boxes, crowd, areas = targets.boxes[own], targets.crowd[own], targets.areas[own]
     ignored = targets.ignored[own] | crowd | (areas < limits[0]) | (areas > limits[1])
@@ -225,13 +225,13 @@ def voc_curve(
         chosen = np.flatnonzero(detected.labels == label)
         chosen = chosen[np.argsort(-detected.scores[chosen], kind="stable")]
         shared = overlaps(detected.boxes[chosen], entry.boxes[own], np.zeros(own.sum(), bool))
-        taken = np.zeros(own.sum(), bool)
+        matched = np.zeros(own.sum(), bool)
         verdict = np.zeros(len(chosen), int)
         for d in range(len(chosen) if own.any() else 0):
             best = int(shared[d].argmax())
             if shared[d, best] >= threshold:
-                verdict[d] = -1 if ignored[best] else not taken[best]
-                taken[best] = True
+                verdict[d] = -1 if ignored[best] else not matched[best]
+                matched[best] = True
         scores.append(detected.scores[chosen])
         verdicts.append(verdict)
     order = np.argsort(-np.concatenate(scores), kind="stable")

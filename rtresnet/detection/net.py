@@ -3,7 +3,8 @@
 The layers of stride 16 (conv1 to conv4; VGG-16's 13 convolutions without the last pooling) are
 shared by a region proposal network and by the head: RoIAlign, conv5 and global pooling (VGG: fc6
 and fc7), then K + 1 scores and 4K offsets. Modules keep the classifier's names, so that its weights
-load as they are; `proposals`, `align` and `select` are modules too, which the ONNX writer knows.
+load as they are. `proposals`, `align` and `select` are modules too; the ONNX writer has its own
+code for them.
 
 One image at a time goes through: an ONNX file has a fixed batch of 1. Training is in `training.py`.
 """
@@ -34,11 +35,11 @@ class Proposals(nn.Module):
     """Regions from the scores and offsets of the anchors.
 
     Decodes, cuts to the image, keeps the `candidates` with the highest scores, suppresses, keeps
-    the first `regions` of what is left. Boxes without an area rank last and are never detections.
+    the first `regions` that remain. Boxes without an area rank last and are never detections.
 
     Args:
         spec: Numbers of boxes and thresholds.
-        rounds: Of `boxes.nms`; None: as many as it takes.
+        rounds: Repetitions of `boxes.nms`; None repeats until nothing changes.
     """
 
     traced_whole = True
@@ -48,7 +49,7 @@ class Proposals(nn.Module):
         self.spec, self.rounds = spec, rounds
 
     def forward(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-        """One image's regions.
+        """Return the regions of one image.
 
         Args:
             scores: Logits of the anchors [1, A, h, w].
@@ -67,7 +68,7 @@ class Proposals(nn.Module):
         return first_kept(candidates, keep, min(spec.regions, count)), changed
 
     def decoded(self, scores: Tensor, offsets: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [N] and boxes [N, 4] of all anchors, position by position."""
+        """Return scores [N] and boxes [N, 4] of all anchors, position by position."""
         flat, steps = flattened(scores, offsets)
         base = boxes.anchors(
             scores.shape[2], scores.shape[3], STRIDE, self.spec.anchors, self.spec.anchor_offset
@@ -84,7 +85,7 @@ def flattened(scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_kept(candidates: Tensor, keep: Tensor, count: int) -> Tensor:
-    """The first `count` of the kept rows [N, 4], in their order; zeros where there are fewer."""
+    """Return the first `count` of the kept rows [N, 4] in their order, then zeros."""
     total = len(candidates)
     # Distinct whole numbers, so that no two runtimes can order equal ones differently.
     rank = keep * torch.arange(total, 0, -1, dtype=keep.dtype, device=keep.device)
@@ -118,13 +119,13 @@ class Select(nn.Module):
     def forward(
         self, scores: Tensor, offsets: Tensor, regions: Tensor, extent: Tensor, unsettled: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One image's detections.
+        """Return the detections of one image.
 
         Args:
             scores: Logits [R, classes + 1], the background first.
             offsets: [R, 4 * classes].
             regions: [R, 4].
-            extent: As for `Proposals`.
+            extent: As in `Proposals`.
             unsettled: From `Proposals`, [].
 
         Returns:
@@ -231,7 +232,7 @@ class Detector(nn.Module):
         return x
 
     def leading_parts(self) -> list[list[nn.Module]]:
-        """The shared parts, as the backbone counts them: what `freeze` of a recipe counts."""
+        """Return the shared parts, which `freeze` of a recipe counts."""
         return self._parts
 
     def head(self, crops: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,11 +243,11 @@ class Detector(nn.Module):
         return self.score(x), self.offset(x)
 
     def forward(self, images: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Detections of one image.
+        """Return the detections of one image.
 
         Args:
             images: Normalized float32 [1, 3, H, W], sides divisible by 16.
-            extent: Height and width of what the image fills [1, 2], in pixels.
+            extent: Height and width of the image on the canvas [1, 2], in pixels.
 
         Returns:
             Boxes [1, D, 4], scores [1, D], classes [1, D], unsettled boxes [1]; see `Select`.
@@ -268,14 +269,14 @@ def _channels(net: nn.Module, stage: str) -> int:
 
 
 def _without_stride(block: BasicBlock | Bottleneck) -> None:
-    """The last stage on crops of 7x7 instead of every second position of 14x14."""
+    """Make the last stage work on crops of 7x7 instead of every second position of 14x14."""
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
 
 
 def build(spec: zoo.Spec, detection: Detection, classes: int, *, device: str = "cpu") -> Detector:
-    """Makes a detector with freshly initialized weights.
+    """Build a detector with freshly initialized weights.
 
     Args:
         spec: The backbone, an ImageNet or a VGG net.
@@ -307,7 +308,7 @@ def build(spec: zoo.Spec, detection: Detection, classes: int, *, device: str = "
 
 
 def on_canvas(spec: Detection, canvas: tuple[int, int]) -> Detection:
-    """The same detector for files that take `canvas` (height, width).
+    """Return the same detector for files that take `canvas` (height, width).
 
     Raises:
         InputError: The canvas is not made of whole strides.
@@ -322,7 +323,7 @@ def on_canvas(spec: Detection, canvas: tuple[int, int]) -> Detection:
 
 
 def detect(net: Detector, image: Tensor, extent: Tensor) -> dict[str, np.ndarray]:
-    """One image's detections as NumPy arrays, under the names of the ONNX file's outputs."""
+    """Return one image's detections as NumPy arrays, under the names of the ONNX file's outputs."""
     with torch.inference_mode():
         outputs = net(image, extent)
     names = ("boxes", "scores", "labels", "unsettled")

@@ -36,7 +36,7 @@ class DetectionParity:
     unsettled: int = 0
 
     def __add__(self, other: DetectionParity) -> DetectionParity:
-        """Of the images of both."""
+        """Add the results on other images."""
         return DetectionParity(
             n=self.n + other.n,
             detections=self.detections + other.detections,
@@ -47,14 +47,14 @@ class DetectionParity:
         )
 
     def record(self) -> DetectionParityRecord:
-        """As a sidecar has it."""
+        """Return the record for a sidecar."""
         return cast(DetectionParityRecord, dataclasses.asdict(self))
 
 
 def compare(
     reference: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], least: float = 0.0
 ) -> DetectionParity:
-    """Compares the outputs of two runs on one image.
+    """Compare the outputs of two runs on one image.
 
     Args:
         reference: boxes [1, D, 4], scores [1, D], labels [1, D], unsettled [1].

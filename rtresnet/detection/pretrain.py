@@ -37,8 +37,8 @@ class PretrainRecipe:
         steps: Length of the run.
         batch: Crops in a step.
         lr: Highest learning rate.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
         clip: Largest norm of the gradient.
     """
 
@@ -61,8 +61,8 @@ def pretrain(
 
     Args:
         job: The detector's run; its net, images, seed, device and folder are used.
-        recipe: How.
-        on_step: Gets each step's number from 1 and its loss.
+        recipe: Length, batch and rate.
+        on_step: Receives the number of each step, from 1, and its loss.
 
     Returns:
         The weights to start from.
@@ -141,7 +141,7 @@ def crop(
     source: DetectionSource, image: int, row: int, side: int, preprocess: Preprocess, *,
     flipped: bool,
 ) -> np.ndarray:  # fmt: skip
-    """One object with some context, resized and normalized: float32 [3, side, side]."""
+    """Return one object with some context, resized and normalized: float32 [3, side, side]."""
     pixels = source.read(image)
     height, width = pixels.shape[:2]
     x1, y1, x2, y2 = source.targets[image].boxes[row]

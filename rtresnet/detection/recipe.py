@@ -30,8 +30,8 @@ class DetectionRecipe:
         lr: Learning rate.
         milestones: Fractions of the run at which the rate is divided by 10.
         warmup: Fraction of the run in which the rate rises linearly from a tenth.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
         clip: Largest norm of the gradient; 0 is off.
         flip: Whether images are mirrored at random.
         freeze: Number of leading parts that are not trained: 1 the stem, 2 also the first stage.
@@ -40,13 +40,13 @@ class DetectionRecipe:
         candidates: Boxes before non-maximum suppression, in training.
         regions: Regions after it, in training.
         rpn_batch: Anchors of an image in the loss of the region proposal network.
-        rpn_positives: Largest share of them that are objects.
+        rpn_positives: Largest share of objects among these anchors.
         rpn_high: IoU from which an anchor is an object.
         rpn_low: IoU below which it is background.
         head_batch: Regions of an image in the loss of the head.
-        head_positives: Largest share of them that are objects.
+        head_positives: Largest share of objects among these regions.
         head_iou: IoU from which a region is an object; below it is background.
-        precision: Of the convolutions: "fp32" or "bf16".
+        precision: Data type of the convolutions: "fp32" or "bf16".
     """
 
     name: str = "custom"
@@ -85,15 +85,15 @@ class DetectionRecipe:
             raise UnknownNameError("precision", self.precision, ("fp32", "bf16"))
 
     def total(self, images: int) -> int:
-        """Number of steps of the run on `images` images."""
+        """Return the number of steps of the run on `images` images."""
         return self.steps or self.epochs * self.steps_an_epoch(images)
 
     def steps_an_epoch(self, images: int) -> int:
-        """Number of steps in which each image is used once."""
+        """Return the number of steps in which each image is used once."""
         return -(-images // self.batch)
 
     def lr_at(self, step: int, total: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         ramp = self.warmup * total
         if step < ramp:
             return self.lr * (0.1 + 0.9 * step / ramp)
@@ -123,7 +123,7 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, SCRATCH)}
 
 
 def named(name: str) -> DetectionRecipe:
-    """Returns a recipe by name.
+    """Return a recipe by name.
 
     Raises:
         UnknownNameError: There is no such recipe.
@@ -139,7 +139,7 @@ T = typing.TypeVar("T", DetectionRecipe, Detection)
 def changed(
     recipe: DetectionRecipe, spec: Detection, settings: typing.Iterable[str]
 ) -> tuple[DetectionRecipe, Detection]:
-    """Sets fields of the recipe or of the net from texts such as "lr=0.01" or "anchors=32,64".
+    """Set fields of the recipe or of the net from texts such as "lr=0.01" or "anchors=32,64".
 
     Raises:
         UnknownNameError: Neither has such a field.
@@ -177,7 +177,7 @@ def _replaced(record: T, field: str, text: str) -> T:
 
 
 def describe(recipe: DetectionRecipe, spec: Detection) -> list[str]:
-    """The recipe and the net's sizes as lines of `field=value`, at most 78 columns wide."""
+    """Return the recipe and the net's sizes as lines of `field=value`, at most 78 columns wide."""
     entries = [(k, v) for k, v in dataclasses.asdict(recipe).items() if k != "name"]
     entries += [(k, v) for k, v in dataclasses.asdict(spec).items() if v is not None]
     lines = [f"recipe {recipe.name}:"]

@@ -1,7 +1,7 @@
 """Trains a detector: proposals and head jointly, batch norm fixed, resumable after any kill.
 
 What a step computes follows from its number: the images and their mirroring, the sampled anchors
-and regions, the learning rate. last.pt holds everything else, and best.pt is the trained net.
+and regions, the learning rate. last.pt has everything else, and best.pt is the trained net.
 
     best.pt     the net at the end of the latest epoch, with its test accuracy after the last one
     last.pt     the latest state, with all that --resume needs
@@ -49,7 +49,7 @@ Listener = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionJob:
-    """What to train on what.
+    """Net, data and recipe of a run.
 
     Attributes:
         spec: The backbone.
@@ -57,7 +57,7 @@ class DetectionJob:
         source: Training images.
         test: Images that the trained net is tested on once; None: it is not tested.
         preprocess: Mean and std.
-        recipe: How.
+        recipe: How it is trained.
         out: The run's folder.
         device: "cpu", "cuda" or "cuda:N".
         start: Pre-trained weights.
@@ -77,7 +77,7 @@ class DetectionJob:
 
 
 def saved_run(out: Path) -> Checkpoint:
-    """The state of a run, from its last.pt.
+    """Return the state of a run, from its last.pt.
 
     Raises:
         InputError: There is none.
@@ -88,7 +88,7 @@ def saved_run(out: Path) -> Checkpoint:
     last = checkpoint.load(out / "last.pt")
     if not {"recipe", "step", "optimizer"} <= last.training.keys():
         raise InputError(
-            f"{out / 'last.pt'}: holds no state of a run", fix="train into another --out"
+            f"{out / 'last.pt'}: has no state of a run", fix="train into another --out"
         )
     return last
 
@@ -103,10 +103,10 @@ def train(
     """Trains, and tests the trained net once.
 
     Args:
-        job: What to train on what.
-        resume: Go on from `job.out / "last.pt"`.
-        on_step: For a progress line.
-        on_epoch: Gets each log record.
+        job: The run.
+        resume: Continue from `job.out / "last.pt"`.
+        on_step: Receives the progress after each step.
+        on_epoch: Receives each log record.
 
     Returns:
         The trained net with its test accuracy, as written to best.pt.
@@ -114,8 +114,8 @@ def train(
     Raises:
         DataError: No image has an object, or an image cannot be decoded.
         CheckFailedError: The loss is no longer finite.
-        InputError: The folder holds a run already, or another one; or batch norm would be fixed at
-            its untrained statistics.
+        InputError: The folder has a run already, or a different one; or batch norm would be fixed
+            at its untrained statistics.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved.
     """
     check_folder(job.out, resume)
@@ -219,7 +219,7 @@ class _Run:
                 self._save()
 
     def _examples(self, step: int) -> list[tuple[np.ndarray, np.ndarray, int, bool]]:
-        """The step's images on their canvases, their extents, indices and mirroring."""
+        """Return the step's images on their canvases, their extents, indices and mirroring."""
         examples = []
         first = step * self.recipe.batch
         for position in range(first, first + self.recipe.batch):
@@ -237,7 +237,7 @@ class _Run:
         return examples
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The images in the order of an epoch."""
+        """Return the images in the order of an epoch."""
         if self.order[0] != epoch:
             rng = np.random.default_rng((self.recipe.seed, ORDER, epoch))
             self.order = (epoch, rng.permutation(self.images))
@@ -259,7 +259,7 @@ class _Run:
         )
 
     def _update(self, step: int, examples: list[Any], lr: float) -> np.ndarray:
-        """One step; the four losses."""
+        """Take one step and return the four losses."""
         self._set_modes(step)
         height, width = (max(e[0].shape[axis] for e in examples) for axis in (2, 3))
         images = torch.zeros(len(examples), 3, height, width)
@@ -293,7 +293,7 @@ class _Run:
                 module.requires_grad_(False)
 
     def _losses(self, images: Tensor, truths: list[Truth], step: int) -> Tensor:
-        """The losses [4] of a batch, means over its images."""
+        """Return the losses [4] of a batch, means over its images."""
         device_type = "cuda" if self.job.device.startswith("cuda") else "cpu"
         cast = self.recipe.precision == "bf16"
         with torch.autocast(device_type, torch.bfloat16, enabled=cast):
@@ -316,8 +316,8 @@ class _Run:
             generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
             one, steps = scores[row : row + 1], offsets[row : row + 1]
             flat, flat_steps = net.flattened(one, steps)
-            chosen, others, wanted = losses.sample_anchors(base, truth, self.recipe, generator)
-            rpn = losses.rpn_losses(flat, flat_steps, chosen, others, wanted)
+            chosen, others, goals = losses.sample_anchors(base, truth, self.recipe, generator)
+            rpn = losses.rpn_losses(flat, flat_steps, chosen, others, goals)
             rpn_total = rpn_total + torch.stack(rpn)
             with torch.no_grad():
                 regions, _ = self.proposals(one, steps, truth.extent[None])
@@ -381,7 +381,7 @@ class _Run:
         files.save(self.job.out / "last.pt", self._checkpoint(state))
 
     def restore(self, last: Checkpoint) -> None:
-        """Takes up the state of last.pt.
+        """Restore the state of last.pt.
 
         Raises:
             InputError: It is of another run.
@@ -396,7 +396,7 @@ class _Run:
             differences.append("net")
         if differences:
             raise InputError(
-                f"{self.job.out}: its run has another {' and '.join(differences)}",
+                f"{self.job.out}: its run has a different {' and '.join(differences)}",
                 fix="resume with the same options, or train into another --out",
             )
         self.net.load_state_dict(last.state)
@@ -406,7 +406,7 @@ class _Run:
         self.counted, self.seconds = saved["counted"], saved["seconds"]
 
     def finish(self) -> Checkpoint:
-        """Tests the trained net once, and keeps the result in best.pt."""
+        """Test the trained net once and store the result in best.pt."""
         path = self.job.out / "best.pt"
         best = checkpoint.load(path)
         if best.measured or self.job.test is None:
@@ -427,11 +427,11 @@ class _Run:
 
 
 def accuracy_of(best: Checkpoint) -> DetectionAccuracy | None:
-    """The test accuracy in the checkpoint of a finished run; None if it was not tested."""
+    """Return the test accuracy in the checkpoint of a finished run; None if it was not tested."""
     record = best.measured.get("average_precision")
     return None if record is None else DetectionAccuracy.of(record)
 
 
 def _same(saved: Any, own: Any) -> bool:
-    """Whether two values are equal after lists have become tuples."""
+    """Return whether two values are equal after lists have become tuples."""
     return json.dumps(saved) == json.dumps(own)

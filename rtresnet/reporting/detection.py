@@ -125,4 +125,4 @@ def _classes(result: EvaluateDetectorResult) -> DataTable:
 
 def _tile(entry: ReportedImage, images: Mapping[int, np.ndarray]) -> Tile:
     lines = [f"{len(entry.wrong)} wrong, {len(entry.missed)} missed"]
-    return tile(images.get(entry.index), f"{len(entry.found)} right", lines, entry.place)
+    return tile(images.get(entry.index), f"{len(entry.correct)} right", lines, entry.place)

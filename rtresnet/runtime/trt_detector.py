@@ -147,8 +147,8 @@ class TrtDetector(TrtBackend):
     _used = False
 
     def infer(self, images: Any, out: Any = None) -> Any:
-        """Raise InputError: a detector gives no logits."""
-        raise InputError("a detector gives no logits", fix="call detect(image)")
+        """Raise InputError: a detector has no logits."""
+        raise InputError("a detector has no logits", fix="call detect(image)")
 
     def close(self) -> None:
         """Wait for a running call, save the compiled kernels, free everything."""

@@ -76,7 +76,7 @@ class CheckResult(CheckedArtifact):
         discriminability: Share of pairs of images, in [0, 1], that would be noticed if they
             changed places.
         parent: FP32 ONNX file that it was compared with.
-        no_parent: Why there is none.
+        no_parent: Reason why there is no such file.
         checks: The comparisons.
         runtime: Where it ran.
     """
@@ -167,8 +167,8 @@ def _load(
     path: str | os.PathLike[str], runtime: RuntimeConfig, stated: InputConfig, *, on_noise: bool
 ) -> Session:
     session = load_artifact(path, runtime, stated=stated, input_needed=False)
-    known = session.sidecar is not None and session.sidecar.input_known
-    if known or not stated.empty or artifacts.kind_of(session.path) == "checkpoint":
+    has_input = session.sidecar is not None and session.sidecar.input_known
+    if has_input or not stated.empty or artifacts.kind_of(session.path) == "checkpoint":
         return session
     if on_noise and session.backend.layout == "nchw":
         # Any mean and std are suitable for noise, because they result in usual values.

@@ -188,11 +188,11 @@ def _answers(
         answers = [session(images) for images, _ in batches]
     if not answers:
         raise DataError(f"{source.name}: no image could be decoded")
-    kept = np.setdiff1d(np.arange(len(source)), list(tally.skipped))
+    decoded = np.setdiff1d(np.arange(len(source)), list(tally.skipped))
     if isinstance(answers[0], tuple):
         indices, probabilities = (np.concatenate(part) for part in zip(*answers, strict=True))
-        return (indices, probabilities), kept
-    return np.concatenate(answers), kept
+        return (indices, probabilities), decoded
+    return np.concatenate(answers), decoded
 
 
 def _best(answer: np.ndarray | TopK, indices: np.ndarray) -> Answers:

@@ -124,8 +124,8 @@ class DetectionImages:
     """Images for a detector by a source's name: with boxes, or any images.
 
     Args:
-        spec: As on the command line.
-        count: At most so many, evenly chosen; all by default.
+        spec: Images as on the command line.
+        count: Largest number of images, evenly chosen; all by default.
         split: Part of a source with boxes.
         need_boxes: Whether a source without boxes is an error.
 

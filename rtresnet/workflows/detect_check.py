@@ -108,14 +108,16 @@ def check_detector(
         reporter.progress(f"checking {path}", total=2 * len(images)) as update,
     ):
         require_detector(session)
-        found = _detect(session, images, update)
+        detections = _detect(session, images, update)
         again = _detect(session, images[::-1], update, done=len(images))[::-1]
         assumed, info, precision = session.assumed, session.info, session.precision
         sidecar = session.sidecar
         checks = [
-            _valid(found, images, session), _suppressed(found, session), _settled(found),
-            _repeated(found, again),
-        ]  # fmt: skip
+            _valid(detections, images, session),
+            _suppressed(detections, session),
+            _settled(detections),
+            _repeated(detections, again),
+        ]
         checks += _attested(sidecar)
     compared: list[str] = []
     missing: list[str] = []
@@ -123,11 +125,11 @@ def check_detector(
         for name, other in _references(path, sidecar, stated, stack, missing):
             with reporter.progress(f"running {name}"):
                 expected = _detect(other, images)
-            checks.append(_parity(name, expected, found, precision))
+            checks.append(_parity(name, expected, detections, precision))
             compared.append(name)
     return CheckDetectorResult(
         artifact=os.fspath(path), precision=precision, images=data or IMAGES, assumed=assumed,
-        n=len(images), detections=sum(map(len, found)), compared=tuple(compared),
+        n=len(images), detections=sum(map(len, detections)), compared=tuple(compared),
         missing=tuple(missing), checks=tuple(checks), runtime=info,
     )  # fmt: skip
 
@@ -135,12 +137,12 @@ def check_detector(
 def _detect(
     session: Session, images: Sequence[np.ndarray], update: Update | None = None, done: int = 0
 ) -> list[Detections]:
-    found = []
+    detections = []
     for image in images:
-        found.append(session.detect(image))
+        detections.append(session.detect(image))
         if update is not None:
-            update(completed=done + len(found))
-    return found
+            update(completed=done + len(detections))
+    return detections
 
 
 def _check(name: str, compared: str, n: int, largest: float, tolerance: float, *, moved: int = 0,
@@ -153,11 +155,13 @@ def _check(name: str, compared: str, n: int, largest: float, tolerance: float, *
     )  # fmt: skip
 
 
-def _valid(found: Sequence[Detections], images: Sequence[np.ndarray], session: Session) -> Check:
-    """Boxes with an area within the image, falling scores from 0 to 1, known classes."""
+def _valid(
+    detections: Sequence[Detections], images: Sequence[np.ndarray], session: Session
+) -> Check:
+    """Check for boxes with an area within the image, falling scores from 0 to 1, known classes."""
     spec, wrong, total = session.detection, 0, 0
     assert spec is not None
-    for entry, image in zip(found, images, strict=True):
+    for entry, image in zip(detections, images, strict=True):
         height, width = image.shape[:2]
         x1, y1, x2, y2 = entry.boxes.astype(np.float64).T
         right = (x1 >= 0) & (y1 >= 0) & (x2 <= width + 1e-2) & (y2 <= height + 1e-2)
@@ -172,60 +176,60 @@ def _valid(found: Sequence[Detections], images: Sequence[np.ndarray], session: S
     )  # fmt: skip
 
 
-def _suppressed(found: Sequence[Detections], session: Session) -> Check:
+def _suppressed(detections: Sequence[Detections], session: Session) -> Check:
     """Check that no two detections of one class overlap by more than the net's threshold."""
     from rtresnet.detection.metrics import overlaps
 
     assert session.detection is not None
     largest = 0.0
-    for entry in found:
+    for entry in detections:
         shared = overlaps(entry.boxes, entry.boxes, np.zeros(len(entry), bool))
         shared[entry.labels[:, None] != entry.labels[None]] = 0
         largest = max(largest, float(np.triu(shared, 1).max(initial=0)))
     return _check(
-        "suppressed", "largest IoU of two detections of one class", sum(map(len, found)), largest,
-        session.detection.class_iou + 1e-3,
+        "suppressed", "largest IoU of two detections of one class", sum(map(len, detections)),
+        largest, session.detection.class_iou + 1e-3,
         why=f"two detections of one class have an IoU of {largest:.3f}",
     )  # fmt: skip
 
 
-def _settled(found: Sequence[Detections]) -> Check:
-    unsettled = sum(entry.unsettled for entry in found)
+def _settled(detections: Sequence[Detections]) -> Check:
+    unsettled = sum(entry.unsettled for entry in detections)
     return _check(
-        "settled", "boxes that non-maximum suppression left open", len(found), unsettled, 0,
+        "settled", "boxes that non-maximum suppression left open", len(detections), unsettled, 0,
         moved=unsettled, why=f"non-maximum suppression was not finished for {unsettled} boxes",
     )  # fmt: skip
 
 
-def _repeated(found: Sequence[Detections], again: Sequence[Detections]) -> Check:
+def _repeated(detections: Sequence[Detections], again: Sequence[Detections]) -> Check:
     """Compare an image with itself, with other images in between."""
     changed = 0
-    for one, other in zip(found, again, strict=True):
+    for one, other in zip(detections, again, strict=True):
         pair = agree(one, other, 0.0)
         off = pair.score > SAME_SCORE or pair.box > SAME_BOX
         changed += pair.different + (len(pair.both) if off else 0)
     return _check(
-        "repeated", "each image again, after others", len(found), changed, 0, moved=changed,
+        "repeated", "each image again, after others", len(detections), changed, 0, moved=changed,
         why=f"{changed} detections differ when the images are run again",
     )  # fmt: skip
 
 
 def _parity(
-    name: str, expected: Sequence[Detections], found: Sequence[Detections], precision: str
+    name: str, expected: Sequence[Detections], detections: Sequence[Detections], precision: str
 ) -> Check:
     """Share of the detections with a score of 0.5 or more that one of the two lacks."""
     margin = MARGIN.get(precision, MARGIN[UNKNOWN])
-    pairs = [agree(e, f, SHOWN, margin) for e, f in zip(expected, found, strict=True)]
+    pairs = [agree(e, d, SHOWN, margin) for e, d in zip(expected, detections, strict=True)]
     lost = sum(pair.different for pair in pairs)
     total = lost + sum(len(pair.both) for pair in pairs)
     why = f"{lost} of {total} detections differ from those of {name}"
     exact = precision == "fp32"
-    for what, largest, allowed in (
+    for quantity, largest, allowed in (
         ("scores", max(pair.score for pair in pairs), SAME_SCORE),
         ("boxes", max(pair.box for pair in pairs), SAME_BOX),
     ):
         if exact and largest > allowed and not lost:
-            lost, why = total, f"{what} differ from those of {name} by up to {largest:.2g}"
+            lost, why = total, f"{quantity} differ from those of {name} by up to {largest:.2g}"
     return _check(
         "parity", f"share that differs from {name}", total,
         lost / max(total, 1), UNMATCHED.get(precision, UNMATCHED[UNKNOWN]), moved=lost, why=why,
@@ -240,10 +244,10 @@ def _attested(sidecar: Sidecar | None) -> Iterator[Check]:
     total = plan.attested.convolutions
     expected = PRECISIONS[sidecar.precision].tensorrt if sidecar.precision in PRECISIONS else ""
     other = total - plan.attested.dtypes.get(expected, 0)
-    kept = len(sidecar.calibration.kept) if sidecar.calibration else 0
+    in_float = len(sidecar.calibration.kept) if sidecar.calibration else 0
     yield _check(
         "attested", f"convolutions that the plan does not run in {sidecar.precision}", total, other,
-        kept, why=f"{other} of {total} convolutions do not run in {sidecar.precision}",
+        in_float, why=f"{other} of {total} convolutions do not run in {sidecar.precision}",
     )  # fmt: skip
 
 

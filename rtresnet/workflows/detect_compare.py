@@ -54,7 +54,7 @@ class DifferingImage:
     """An image in which the detections differ.
 
     Attributes:
-        index: In the data.
+        index: Index in the data.
         place: Its file, or data set and index.
         both: Detections of both, as the reference has them.
         only_reference: Detections that the candidate lacks.
@@ -83,7 +83,7 @@ class CompareDetectorsResult:
         both: Detections that both have.
         only_reference: Detections that the candidate lacks.
         only_candidate: Detections that the reference lacks.
-        agreement: `both` as a share of all, in [0, 1]; 1 where there are no detections.
+        agreement: `both` as a share of all, in [0, 1]; 1 without detections.
         changed: Images in which detections differ.
         largest_score: Largest difference of the scores of `both`.
         largest_box: Largest difference of the coordinates of `both`, in pixels of the image.
@@ -146,7 +146,7 @@ def compare_detectors(
     names = [os.fspath(reference), os.fspath(candidate)]
     images = DetectionImages(data, split=split)
     images.report_invalid(reporter)
-    about, found = [], []
+    about, results = [], []
     classes: tuple[str, ...] = ()
     for name in names:
         place = runtime.for_artifact(name, names)
@@ -156,7 +156,7 @@ def compare_detectors(
             if session.classes != classes:
                 raise InputError(f"{name}: has other classes than {names[0]}")
             detections = images.detect(session, reporter)
-            found.append(detections)
+            results.append(detections)
             about.append(
                 ComparedDetector(
                     artifact=name, precision=session.precision, assumed=session.assumed,
@@ -165,7 +165,7 @@ def compare_detectors(
                     accuracy=images.accuracy(detections), runtime=session.info,
                 )
             )  # fmt: skip
-    pairs = [agree(one, other) for one, other in zip(*found, strict=True)]
+    pairs = [agree(one, other) for one, other in zip(*results, strict=True)]
     both, first, second = (
         sum(len(getattr(pair, field)) for pair in pairs) for field in ("both", "first", "second")
     )
@@ -182,7 +182,7 @@ def compare_detectors(
         ap_change=_change(*(entry.accuracy for entry in about)),
         reference=about[0], candidate=about[1],
         images=tuple(
-            _differing(images, index, pairs[index], found[0][index], found[1][index], classes)
+            _differing(images, index, pairs[index], results[0][index], results[1][index], classes)
             for index in listed[:LISTED]
         ),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from rtresnet.core import artifacts, reporter
 from rtresnet.core.canvas import Detections
 from rtresnet.core.reporter import Reporter
-from rtresnet.core.serialization import flattened
+from rtresnet.core.serialization import flattened, json_name
 from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.detect import DetectionImages, require_detector
@@ -50,23 +50,23 @@ class ReportedImage:
     """Right and wrong detections with a score of 0.5 or more in one image.
 
     Attributes:
-        index: In the data.
+        index: Index in the data.
         place: Its file, or data set and index.
-        found: Correct detections.
+        correct: Correct detections.
         wrong: Other detections.
         missed: Objects without a detection.
     """
 
     index: int
     place: str
-    found: tuple[DetectedObject, ...]
+    correct: tuple[DetectedObject, ...] = json_name("found")
     wrong: tuple[DetectedObject, ...]
     missed: tuple[DetectedObject, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionReport:
-    """What a page shows besides average precision.
+    """Curves and images for a page.
 
     Attributes:
         curves: A curve for each class with objects.
@@ -193,14 +193,14 @@ def _reported(
     return ReportedImage(
         index=index,
         place=source.origins[index],
-        found=detected_objects(detections, source.classes, right),
+        correct=detected_objects(detections, source.classes, right),
         wrong=detected_objects(detections, source.classes, wrong),
         missed=detected_objects(truth, source.classes, missed),
     )
 
 
 def pictures(result: EvaluateDetectorResult) -> dict[int, np.ndarray]:
-    """Images of a result's report with boxes: right ones green, wrong ones red, missed ones blue.
+    """Return the images of a report with boxes: correct green, wrong red, missed blue.
 
     Returns:
         uint8 [H, W, 3] by index.
@@ -211,7 +211,7 @@ def pictures(result: EvaluateDetectorResult) -> dict[int, np.ndarray]:
     source = open_detection(result.data, result.split)
     return {
         entry.index: with_boxes(
-            source.read(entry.index), blue=entry.missed, green=entry.found, red=entry.wrong
+            source.read(entry.index), blue=entry.missed, green=entry.correct, red=entry.wrong
         )
         for entry in (*result.report.samples, *result.report.worst)
     }

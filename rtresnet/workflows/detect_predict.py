@@ -92,7 +92,7 @@ def detect(
         draw: Folder for copies of the images with boxes.
         least_score: Lowest score of returned detections.
         runtime: Where the artifact runs.
-        stated: Preprocessing in place of what the sidecar says.
+        stated: Preprocessing that replaces the sidecar's.
         reporter: Receives progress and broken images.
 
     Returns:
@@ -123,9 +123,9 @@ def detect(
                     skipped.append(str(error))
                     reporter.note(f"skipped {error}")
                     continue
-                found = session.detect(pixels)
-                rows = np.flatnonzero(found.scores >= least_score)
-                objects = detected_objects(found, session.classes, rows)
+                detections = session.detect(pixels)
+                rows = np.flatnonzero(detections.scores >= least_score)
+                objects = detected_objects(detections, session.classes, rows)
                 drawn = None
                 if folder is not None:
                     drawn = folder / _free_name(Path(file), names)
@@ -133,7 +133,7 @@ def detect(
                 results.append(
                     DetectedImage(
                         image=os.fspath(file), objects=objects, drawn=drawn,
-                        unsettled=found.unsettled,
+                        unsettled=detections.unsettled,
                     )
                 )  # fmt: skip
                 update(completed=done)

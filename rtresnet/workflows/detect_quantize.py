@@ -28,7 +28,7 @@ METHODS = ("mse", "percentile", "max")  # methods that "auto" tries, in this ord
 
 
 def float_nodes(model: Any, scopes: tuple[str, ...] = BOXES) -> frozenset[str]:
-    """Nodes of an onnx.ModelProto that compute boxes or coordinates."""
+    """Return the nodes of an onnx.ModelProto that compute boxes or coordinates."""
     return frozenset(node.name for node in model.graph.node if node.name.startswith(scopes))
 
 

@@ -93,7 +93,7 @@ class TrainDetectorResult:
 
     Attributes:
         checkpoint: The trained detector.
-        recipe: As it was used.
+        recipe: Recipe of the run.
         detection: Sizes and numbers of boxes.
         measured: Average precision on the test images in %; None without test images.
         log: A JSON object for each epoch.
@@ -117,7 +117,7 @@ def train_detector(
     Writes best.pt, last.pt and log.jsonl into the run's folder.
 
     Args:
-        config: What to train, on what and how.
+        config: Net, data and recipe.
         stated: Mean and std that replace the weights' or ImageNet's.
         reporter: Receives progress and a line for each epoch.
 
@@ -350,7 +350,7 @@ class _Progress:
         )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Notes an epoch."""
+        """Report an epoch."""
         self._reporter.note(
             f"epoch {record['epoch']:3d}  step {record['step']:,}  loss {record['loss']:.4f} "
             f"(proposals {record['rpn_class']:.4f} + {record['rpn_box']:.4f}, regions "

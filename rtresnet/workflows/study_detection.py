@@ -191,7 +191,7 @@ def study_detection(
                 where = f"{name}, seed {seed} ({number} of {len(jobs)})"
                 runs.setdefault(name, []).append(_run(job, config, where, reporter))
         except KeyboardInterrupt:
-            reporter.note(f"saved; go on with the same command: {provenance.command_line()}")
+            reporter.note(f"saved; resume with the same command: {provenance.command_line()}")
             raise
     first = jobs[0][2]
     assert first.test is not None
