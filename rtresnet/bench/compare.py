@@ -117,7 +117,7 @@ def median_bounds(samples: np.ndarray, level: float) -> stats.Interval:
 def compare_unpaired(
     reference: Sequence[float], other: Sequence[float], *, figure: str, comparisons: int = 1
 ) -> Comparison | None:
-    """Compare samples of two runs that were made one after the other.
+    """Compare samples of two runs that ran one after the other.
 
     The interval covers the variation within each run, not changes of the machine between
     them.
@@ -198,7 +198,7 @@ def judge(
 
 
 def config_diff(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """Return the differences that make two results incomparable, as "device: A, was B"."""
+    """Return the differences that prevent a comparison, as "device: A, was B"."""
     both = (now, then)
     pairs: dict[str, list[Any]] = {
         "scenario": [scenario(entry) for entry in both],

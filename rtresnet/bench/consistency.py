@@ -5,7 +5,7 @@ alone is the reference. In a batch, at another position, at another batch size, 
 and next to a broken image, the output must be the same. The tolerance depends on the precision,
 because another batch size may use another kernel, with a different order of summation.
 
-Independent of what runs the net.
+Independent of the backend.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Outputs:
 
 
 def answers(output: np.ndarray | TopK) -> Outputs:
-    """Copy what a backend returned."""
+    """Copy the outputs of a backend."""
     if isinstance(output, tuple):
         return Outputs(values=np.array(output[1], np.float64), classes=np.array(output[0]))
     return Outputs(values=np.array(output, np.float64))

@@ -320,7 +320,7 @@ class GpuMonitor:
     temperature and throttling are those of its GPU; processes are those of the instance.
 
     Args:
-        gpu: As CUDA shows it.
+        gpu: The GPU as CUDA reports it.
 
     Raises:
         LookupError: nvidia-ml-py or the driver's library is missing, or NVML has no such GPU.
@@ -416,7 +416,7 @@ def other_processes(pids: Set[int], proc: Path = Path("/proc")) -> int | None:
     with its own.
 
     Args:
-        pids: As NVML reports them, in any PID namespace.
+        pids: Process ids as NVML reports them, in any PID namespace.
         proc: Where the kernel's files are.
 
     Returns:

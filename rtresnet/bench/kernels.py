@@ -27,7 +27,7 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
 MAX_CONSTANT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
 INTEGERS = (6, 7)  # ONNX's INT32 and INT64
-# By ONNX data type: of weights, and of other tensors (UINT8, INT32, INT64, DOUBLE).
+# Names and sizes by ONNX data type, of weights and other tensors (UINT8, INT32, INT64, DOUBLE).
 DTYPES = {spec.onnx: spec.name for spec in PRECISIONS.values()} | {2: "int8"}
 SIZES = {spec.onnx: spec.bytes for spec in PRECISIONS.values()} | {2: 1, 6: 4, 7: 8, 11: 8}
 

@@ -179,8 +179,8 @@ def profile(
     Args:
         runs: See `layers_of`.
         whole: Milliseconds of runs without a profiler.
-        kernels: From `kernels.count`.
-        blocks: From `kernels.count`.
+        kernels: Kernels of the file, from `kernels.count`.
+        blocks: Block of each node, from `kernels.count`.
         batch: Images per run.
         roof: Peak rates; None if unknown.
     """
@@ -262,7 +262,7 @@ def _part(
 
 
 def bound_by(ms: float, other: float, compute: float, memory: float) -> str:
-    """Return what bounds a part: compute, memory, or overhead where neither explains its time."""
+    """Return a part's limit: compute, memory, or overhead if neither explains its time."""
     if other > ms / 2 or max(compute, memory) < IDLE * ms:
         return "overhead"
     return "compute" if compute >= memory else "memory"

@@ -77,13 +77,13 @@ class PeakRates:
 
 
 def cache_file() -> Path:
-    """Return the file that keeps the measured peak rates."""
+    """Return the file that stores the measured peak rates."""
     folder = os.environ.get("RTRESNET_CACHE", Path.home() / ".cache" / "rtresnet")
     return Path(folder) / "roofline.json"
 
 
 def key(threads: int) -> str:
-    """Return what the peak rates depend on: processor, threads and version of ONNX Runtime."""
+    """Return the cache key of the peak rates: processor, threads and version of ONNX Runtime."""
     version = hardware.version("onnxruntime", "onnxruntime-gpu")
     return f"{hardware.cpu()}; {threads} threads; onnxruntime {version}"
 
@@ -98,7 +98,7 @@ def of_this_machine(
     Args:
         threads: CPU threads.
         remeasure: Whether to ignore the cache.
-        measure: For tests.
+        measure: Replaces `measure_roof` in tests.
     """
     path, name = cache_file(), key(threads)
     cached = _read(path)

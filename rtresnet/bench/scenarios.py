@@ -83,7 +83,7 @@ def measure(
         seconds: Spent on each candidate after warm-up, on average, in at least 15 slices.
         queries: Number of requests to each candidate, instead of `seconds`.
         seed: Random seed of the order.
-        clock: For tests.
+        clock: Replaces the wall clock in tests.
         on_progress: Called between slices with the seconds spent on measuring, all candidates
             together.
 
@@ -171,7 +171,7 @@ def _slice(
 
 
 def compared(measured: Sequence[Measurement], scenario: str) -> list[Measurement]:
-    """Return the measurements, each compared with the first, for runs made in sequence."""
+    """Return the measurements, each compared with the first, for runs in sequence."""
     first, *others = measured
     result = [first]
     for other in others:
@@ -209,7 +209,7 @@ def server(
         seed: Random seed of the arrivals.
         submit: A batcher's `submit`, used instead of `candidate.serve`.
         early_stop: Ends a run whose outcome is certain.
-        clock: For tests; not with `submit`.
+        clock: Replaces the wall clock in tests; not with `submit`.
 
     Raises:
         InputError: A rate, a time or a number out of range.
@@ -323,7 +323,7 @@ def _submit_arrivals(
     def take() -> None:
         nonlocal last
         number, after, future = answers.get()
-        future.result()  # raises what the session raised
+        future.result()  # raises the session's exception
         latencies[number] = (after - float(moments[number])) * 1e3
         in_order.append(latencies[number])
         last = max(last, after)
@@ -332,7 +332,7 @@ def _submit_arrivals(
         return lambda future: answers.put((number, clock.now(), future))
 
     for number, moment in enumerate(moments.tolist()):
-        # Not exactly: polling the clock would take processor time from the measured system.
+        # Polling the clock for an exact start would take processor time from the measured system.
         clock.sleep_until(moment, exactly=False)
         late.append((clock.now() - moment) * 1e3)
         try:
@@ -414,7 +414,7 @@ def closed(
         fewest: Smallest number of requests.
         submit: A batcher's `submit`, used instead of `candidate.serve`.
         early_stop: Ends a run whose outcome is certain.
-        clock: For tests; not with `submit`.
+        clock: Replaces the wall clock in tests; not with `submit`.
 
     Raises:
         InputError: A number out of range.

@@ -76,7 +76,7 @@ def summarize(
     Args:
         milliseconds: At least one, in order of time.
         batch: Images per request.
-        wall_seconds: From the first start to the last finish; None if it is not meaningful.
+        wall_seconds: Time from the first start to the last finish; None if it is not meaningful.
         open_loop: Whether requests arrived at scheduled times, so that throughput is the offered
             rate and has no interval.
     """
@@ -135,7 +135,7 @@ def trtexec(
 
     Args:
         milliseconds: Wall time of each request.
-        wall_seconds: From the first start to the last finish.
+        wall_seconds: Time from the first start to the last finish.
         parts: Milliseconds of h2d, compute, d2h and enqueue of each request.
     """
     parts = parts or {}

@@ -38,7 +38,7 @@ class Clock(Protocol):
         """Wait until `moment`; return at once if it has passed.
 
         Args:
-            moment: As `now` counts.
+            moment: Time in the units of `now`.
             exactly: Whether the end of the wait may be spent polling the clock.
         """
         ...
@@ -244,7 +244,7 @@ def measurement(
         wall: Seconds.
         parts: Timings of the requests; ignored if a request has none.
         batch: Images per request.
-        steady: From the warm-up.
+        steady: Whether latencies became steady during warm-up.
         open_loop: See `stats.summarize`.
         load: The load.
     """

@@ -125,9 +125,9 @@ def build(
         builder: See `targets.builder`.
         tf32: Whether FP32 convolutions and matrix products may run as TF32, which rounds inputs to
             a mantissa of 10 bits, on GPUs from sm_80 on.
-        timing_cache: For `tensorrt`: file with kernel measurements, which is read and updated.
+        timing_cache: File with kernel measurements of `tensorrt`, which is read and updated.
         progress: Called with the name of each phase.
-        described: For a file without a sidecar: the record from its own metadata.
+        described: Record from the file's metadata, used if it has no sidecar.
 
     Returns:
         The plan's sidecar, with the types of its layers.
@@ -357,7 +357,7 @@ def _require_precision(
 
 
 def make_log(trt: Any) -> Any:
-    """Create an ILogger that keeps errors, warnings and the layer dump."""
+    """Create an ILogger that stores errors, warnings and the layer dump."""
     error, warning = trt.ILogger.ERROR.value, trt.ILogger.WARNING.value
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -411,7 +411,7 @@ def run_builder(
         finally:
             done.set()
 
-    # Not Thread.join: before Python 3.13, an interrupted join marks the thread as ended.
+    # Thread.join is not used: before Python 3.13, an interrupted join marks the thread as ended.
     done = threading.Event()
     thread = threading.Thread(target=work, name="build")
     thread.start()

@@ -89,7 +89,7 @@ class Layer:
             save nothing.
         weights: Bytes of its constants.
         computes: Type that a kernel multiplies in; None if it is the type of its first input.
-        multiply_adds: For one image; None in files of versions that did not record it.
+        multiply_adds: Multiply-adds for one image; None in files of older versions.
     """
 
     name: str
@@ -188,7 +188,7 @@ def classify(layers: Sequence[Layer], nodes: Mapping[str, NetworkNode]) -> tuple
     """Find role, operation and block of each layer.
 
     Args:
-        layers: From `raw_layer`, in the order of execution.
+        layers: Results of `raw_layer`, in the order of execution.
         nodes: The nodes of the parsed network by name.
     """
     stage, block, classified = STEM, STEM, []

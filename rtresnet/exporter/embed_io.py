@@ -44,7 +44,7 @@ def rewrite(
     """Return the same net with a different input or output.
 
     Args:
-        model: Not changed.
+        model: The model, which is not changed.
         preprocess: Mean and std of its input.
         pixels: Whether to apply rule 1.
         topk: K of rule 2; None leaves the logits.
@@ -177,7 +177,7 @@ def check(
         indices, probabilities = (np.concatenate(part) for part in zip(*results, strict=True))
         rows = metrics.softmax(expected.astype(np.float64))
         largest = -np.sort(-rows, axis=1)[:, :topk]
-        # By value as well as by class: two classes of equal probability may come in either order.
+        # Compares values and classes: two classes of equal probability may come in either order.
         error = max(
             metrics.parity(largest, probabilities).relative,
             metrics.parity(np.take_along_axis(rows, indices, axis=1), probabilities).relative,

@@ -1,4 +1,4 @@
-"""Fold batch norm into the convolution before it, and leave out what inference does not need.
+"""Fold batch norm into the convolution before it, and remove modules that inference does not need.
 
 Folding is computed in float64 and rounded once to float32 (`models/nets.py`), before any change
 of precision: folding a half-precision net has 1.6 times the error (measured on the logits of

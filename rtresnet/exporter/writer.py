@@ -38,7 +38,7 @@ def to_onnx(
     """Write a folded net.
 
     Args:
-        graph: From `fold()`.
+        graph: The result of `fold()`.
         size: Side of the input in pixels.
         name: The graph's name, shown by viewers.
         scales: Activation scales from training; stored in the file.

@@ -373,7 +373,7 @@ def _foreign(
 
 
 def _stated(sidecar: Sidecar | None) -> Naming | None:
-    """Return what a sidecar next to a foreign file states about its net."""
+    """Return the net that a sidecar next to a foreign file states."""
     if sidecar is None or sidecar.model.architecture == "unknown":
         return None
     model = sidecar.model
@@ -426,7 +426,7 @@ def _refuse(
 
     Args:
         path: The file.
-        state: Its tensors.
+        state: The file's tensors.
         spec: The net that they do not fit.
         classes: Number of classes.
         stated: The net that the file states, which has precedence over a match of its tensors.

@@ -45,7 +45,7 @@ _STRIDE_KEYS = ("stride_in_1x1", "downsample_in_bottleneck")
 CONFIG = "config.json"
 _CONFIG_BYTES = 1 << 20  # a larger file is not a model's config
 # "resnet50", "resnetaa50", "seresnet50d"; "resnet_50" and "resnet-50" where the number ends there,
-# because what follows an underscore may be a hash.
+# because the text after an underscore may be a hash.
 _NAME = re.compile(
     r"(?P<prefix>[a-z]*)(?P<kind>resnet[a-z]*|(?<![a-z])plain)"
     r"(?:(?P<depth>\d{1,4})(?P<suffix>[a-z0-9]*)|[-_](?P<apart>\d{1,4})(?![0-9a-z]))"
@@ -182,7 +182,7 @@ def _declared(record: Any, depth: int = 2) -> Iterator[tuple[str, str]]:
 
 
 def _stride_of_keys(record: Any, depth: int = 2) -> str | None:
-    """Return what a key such as `stride_in_1x1` states."""
+    """Parse a key such as `stride_in_1x1`."""
     if not isinstance(record, Mapping) or not depth:
         return None
     for key in _STRIDE_KEYS:
@@ -217,7 +217,7 @@ def _names_in(text: str, *, whole: bool) -> tuple[str, ...]:
 
 
 def adopt(payload: Any) -> dict[str, Tensor]:
-    """Find the tensors in a foreign file and give them our names."""
+    """Find the tensors in a foreign file and rename them to our names."""
     for key in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(payload, Mapping) and isinstance(payload.get(key), Mapping):
             payload = payload[key]

@@ -174,7 +174,7 @@ class ThreeLayerBlock(BasicBlock):
 class Bottleneck(Block):
     """1x1, 3x3 and 1x1, with four times the width at the end (figure 5, right).
 
-    `stride_in` "1x1" is the paper's (v1); "3x3" is what public weights use (v1.5).
+    `stride_in` "1x1" is the paper's (v1); public weights use "3x3" (v1.5).
     """
 
     expansion = 4
@@ -276,7 +276,7 @@ class ResNet(nn.Module):
         }
 
     def leading_parts(self) -> list[list[nn.Module]]:
-        """Return the stem, then each stage: what `freeze` of a recipe counts."""
+        """Return the stem and the stages, which `freeze` of a recipe counts."""
         return [[self.conv1, self.bn1], *([getattr(self, name)] for name in self.stages)]
 
     def features(self, x: Tensor) -> Tensor:

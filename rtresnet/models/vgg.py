@@ -71,7 +71,7 @@ class VGG(nn.Module):
         return last
 
     def leading_parts(self) -> list[list[nn.Module]]:
-        """Return the stages: what `freeze` of a recipe counts."""
+        """Return the stages, which `freeze` of a recipe counts."""
         starts = [0, *self.stage_ends]
         layers = list(self.features)
         return [layers[start:end] for start, end in zip(starts, self.stage_ends, strict=False)]

@@ -304,7 +304,7 @@ def cost(spec: Spec) -> Cost:
     """Count parameters and multiply-adds from the table, without torch (see `nets.multiply_adds`).
 
     Args:
-        spec: From `spec()`.
+        spec: The result of `spec()`.
     """
     parameters = multiply_adds = 0
     for c_in, c_out, kernel, side in _convolutions(spec):
@@ -366,7 +366,7 @@ def build(
     """Make the net with newly initialized weights.
 
     Args:
-        spec: From `spec()`.
+        spec: The result of `spec()`.
         num_classes: Number of logits; by default that of the spec.
         device: Device; "meta" creates shapes without data.
         mean_image: Side of a per-pixel mean image that the net subtracts first, in pixels; None

@@ -1,1 +1,1 @@
-"""ONNX files: loading, graph queries, block names, and what is kept in metadata_props."""
+"""ONNX files: loading, graph queries, block names, and metadata_props."""

@@ -1,9 +1,9 @@
-"""Index of an ONNX graph: who makes a tensor, who reads it, constants, shortcuts, blocks.
+"""Index of an ONNX graph: producers and consumers of tensors, constants, shortcuts, blocks.
 
-Serves files of any tool: constants may be initializers or Constant nodes, names may be missing, and
-a Cast may stand anywhere. Imports onnx when it is needed, so that `branch_depths` and
-`assign_blocks`, which need names only, also serve packages without it. Independent of what a
-quantized graph should look like.
+Works on files of any tool: constants may be initializers or Constant nodes, names may be missing,
+and a Cast may be anywhere. Imports onnx when it is needed, so that `branch_depths` and
+`assign_blocks`, which need names only, also work without it. Contains no rules for quantized
+graphs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AFTER_ADD = ("relu", "quantize", "dequantize", "quantizelinear", "dequantizeline
 
 
 class Node(Protocol):
-    """An operation with the names of what it reads and makes, as onnx.NodeProto has them."""
+    """An operation with the names of its inputs and outputs, like onnx.NodeProto."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Node(Protocol):
 
     @property
     def output(self) -> Sequence[str]:
-        """Tensors that it makes."""
+        """Names of its outputs."""
 
 
 def label(node: onnx.NodeProto) -> str:
@@ -181,7 +181,7 @@ class GraphIndex:
         return [node for node in self.nodes if node.op_type in (QUANTIZE, DEQUANTIZE)]
 
     def operator(self, name: str) -> str:
-        """Return the operator that makes a tensor; empty for inputs and initializers."""
+        """Return the operator that produces a tensor; empty for inputs and initializers."""
         return self.producers[name].op_type if name in self.producers else ""
 
     def constant(self, name: str) -> np.ndarray | None:
@@ -214,8 +214,7 @@ class GraphIndex:
     def add_constant(self, name: str, value: np.ndarray) -> str:
         """Add an initializer and return its name.
 
-        An equal one of that name serves again; a different one is left, and the new one gets the
-        next free name.
+        An equal one of that name is used again; if it differs, the new one gets the next free name.
         """
         from onnx import numpy_helper
 
@@ -246,7 +245,7 @@ class GraphIndex:
     ) -> None:
         """Insert nodes before and after others, named by their first output, and remove some.
 
-        What stands after a graph's input comes first.
+        Nodes after a graph's input come first.
         """
         before, after = before or {}, after or {}
         ordered = [node for entry in self.graph.input for node in after.get(entry.name, ())]
@@ -273,7 +272,7 @@ class GraphIndex:
         return self.producers.get(self.origin(name, through))
 
     def dequantized(self, name: str, through: Collection[str] = CASTS) -> onnx.NodeProto | None:
-        """Return the DequantizeLinear that a tensor comes from, if there is one."""
+        """Return the DequantizeLinear that produces a tensor, if there is one."""
         node = self.maker(name, through)
         return node if node is not None and node.op_type == DEQUANTIZE else None
 

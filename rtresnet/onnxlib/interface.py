@@ -49,7 +49,7 @@ def read_interface(model: onnx.ModelProto, path: Path) -> Interface:
 
     Args:
         model: The file's content.
-        path: For messages.
+        path: The file's path, for messages.
 
     Raises:
         ArtifactError: Not an image classifier with one input of float32 [N, 3, S, S] or
@@ -86,7 +86,7 @@ def read_interface(model: onnx.ModelProto, path: Path) -> Interface:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """Return what a model computes in: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown"."""
+    """Return a model's precision: "fp32", "fp16", "bf16", "int8", "fp8" or "unknown"."""
     from onnx import TensorProto
 
     graph = model.graph

@@ -1,6 +1,6 @@
-"""Reading ONNX files from anywhere: what cannot be decoded is rejected before anyone relies on it.
+"""Read ONNX files from any source: a file that cannot be decoded is rejected at once.
 
-Imports onnx when called. Independent of what a graph computes.
+Imports onnx when called. Does not interpret graphs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What rtresnet keeps in an ONNX file's metadata properties, which runtimes and builders ignore.
+"""Metadata properties of rtresnet in ONNX files, which runtimes and builders ignore.
 
 - `rtresnet.model`: the sidecar's facts (architecture, classes, input, precision), written by every
   step, so that a file without its sidecar evaluates the same.
@@ -48,7 +48,7 @@ class Property(Generic[T]):
         key: Its name in the file.
         encode: The value as text.
         parse: The value of parsed JSON; raises ValueError, TypeError or AttributeError.
-        fix: What makes a damaged one again.
+        fix: How to replace a damaged value.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Property(Generic[T]):
     fix: str
 
     def decode(self, text: str) -> T:
-        """Return the value of what `encode` wrote.
+        """Decode a value that `encode` wrote.
 
         Raises:
             ArtifactError: The text is damaged.

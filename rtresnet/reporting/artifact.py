@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def export_lines(result: ExportResult) -> Iterator[str | DataTable]:
-    """Return a line for each file and plan, what to expect of the plans, and what was assumed."""
+    """Return a line for each file and plan, the expected results, and the assumptions."""
     for file in result.onnx:
         yield f"{file.path}: {file.precision}, {file.bytes / 1e6:.1f} MB{_parity(file)}"
     yield from map(build_line, result.plans)
@@ -41,7 +41,7 @@ def _parity(file: ExportedFile) -> str:
 
 
 def quantize_lines(result: QuantizeResult) -> Iterator[str]:
-    """Return what was written, from which scales, and what was assumed."""
+    """Return the written files, their scales, and the assumptions."""
     sidecar = result.sidecar
     line = f"{result.path.as_posix()}: {sidecar.precision}, {sidecar.bytes / 1e6:.1f} MB"
     if calibration := sidecar.calibration:
@@ -56,7 +56,7 @@ def quantize_lines(result: QuantizeResult) -> Iterator[str]:
 
 
 def block_table(gate: GateResult) -> DataTable:
-    """Return what each block costs in accuracy, and what it runs in."""
+    """Return each block's loss of accuracy and its precision."""
     rows: list[tuple[str, ...]] = [
         (block.name, f"{block.alone_db:.1f}", f"{block.gain_db:.2f}", f"{100 * block.weights:.1f}",
          "" if block.int8_gain_db is None else f"{block.int8_gain_db:.2f}", block.runs_in)
@@ -82,7 +82,7 @@ def gate_summary(gate: GateResult) -> list[str]:
 
 
 def build_line(result: BuildResult) -> str:
-    """Return one line that describes a plan: targets, size, and what was attested."""
+    """Return one line that describes a plan: targets, size, and attested precisions."""
     plan = result.plan
     proof = (
         describe_attested(plan) if plan.attested else "not attested: the build recorded no layers"
@@ -95,7 +95,7 @@ def build_line(result: BuildResult) -> str:
 
 
 def describe_attested(plan: Plan) -> str:
-    """Return what the record of the layers shows: data types, and what did not fuse."""
+    """Summarize the record of the layers: data types, and operations that did not fuse."""
     attested = plan.attested
     assert attested is not None
     took = ", ".join(f"{count} {_dtype(dtype, plan)}" for dtype, count in attested.dtypes.items())
@@ -129,7 +129,7 @@ def _dtype(dtype: str, plan: Plan) -> str:
 
 
 def inspect_lines(result: InspectResult, layers: Iterable[str] = ()) -> Iterator[str | DataTable]:
-    """Return an artifact's chain, its header, and what was read from the file itself."""
+    """Return an artifact's chain, its header, and the content of the file."""
     for index, entry in enumerate(result.chain):
         indent, record = "  " * index, entry.sidecar
         summary = ""

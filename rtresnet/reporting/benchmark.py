@@ -23,7 +23,7 @@ HOW = {
 def lines(
     result: BenchmarkResult, *, intervals: bool = False, trtexec: bool = False
 ) -> Iterator[str | DataTable]:
-    """Return the table, and below it how it was measured and on what."""
+    """Return the table, followed by how and where it was measured."""
     entries = result.results
     several = len({entry.artifact.asked for entry in entries}) > 1 or any(
         entry.measurement.comparison for entry in entries

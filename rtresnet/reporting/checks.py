@@ -23,7 +23,7 @@ NAMED = 3  # number of nodes to name for each problem
 
 
 def check_lines(result: CheckResult | CheckDetectorResult) -> Iterator[str | DataTable]:
-    """Return the table, and what was compared on which device."""
+    """Return the table, and the devices that were compared."""
     from rtresnet.workflows.check import CheckResult
 
     yield DataTable(
@@ -69,7 +69,7 @@ def _detector_lines(result: CheckDetectorResult) -> Iterator[str]:
 
 
 def lint_lines(result: LintResult) -> Iterator[str]:
-    """Return what breaks a rule, what was repaired, and what is left."""
+    """Return the findings, the repairs, and the remaining findings."""
     yield from _listed(result.before)
     if result.fixed is not None:
         repairs = Counter((entry.rule, entry.change) for entry in result.repaired)

@@ -1,4 +1,4 @@
-"""What a page shows of a classifier's results: figures, tables and galleries."""
+"""Figures, tables and galleries of a classifier's results for pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationView:
-    """What the templates show of a `ClassificationReport`.
+    """Values of a `ClassificationReport` for the templates.
 
     Attributes:
         report: The report.
@@ -61,11 +61,11 @@ def view(report: ClassificationReport, images: Mapping[int, np.ndarray]) -> Clas
     """Prepare a report for a page.
 
     Args:
-        report: From `evaluate`.
+        report: The report of `evaluate`.
         images: Thumbnails, uint8 [H, W, 3], by the index of the image; see `listed`.
 
     Returns:
-        What the templates show.
+        The values for the templates.
 
     Raises:
         UnavailableError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""An engine's layers by stage, as SVG and as a table: precisions, and what did not fuse.
+"""An engine's layers by stage, as SVG and as a table: precisions, and unfused operations.
 
 The figure has one band for each stage, one frame for each block and one box for each layer, in the
 order of execution. A wide box computes (a convolution, a matrix product); a narrow one only moves,
@@ -167,7 +167,7 @@ def with_written_bytes(engine: Layers) -> dict[str, object]:
 
 
 def lines(engine: Layers) -> Iterator[str]:
-    """Return the first profile's layers in 80 columns, and what costs time or accuracy."""
+    """Return the first profile's layers in 80 columns, and the causes of lost time or accuracy."""
     batch = engine.batches[0]
 
     def megabytes(layers: Sequence[Layer]) -> float:

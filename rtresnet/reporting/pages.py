@@ -35,7 +35,7 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: Its name, as in "report.html".
-        **values: What it names; a missing one is an error.
+        **values: Its variables; a missing one is an error.
 
     Raises:
         UnavailableError: Jinja2 is not installed.
@@ -84,7 +84,7 @@ def markdown(table: DataTable) -> str:
 
 
 def _plain(words: str) -> str:
-    """Escape what Markdown would read as markup."""
+    """Escape characters that Markdown would read as markup."""
     for mark in ("\\", "|", "<", "`", "*", "_"):
         words = words.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
     return words.replace("\n", " ")
@@ -205,7 +205,7 @@ def write_data(
 
     Args:
         folder: Gets index.html.
-        result: From `inspect_data`.
+        result: The result of `inspect_data`.
         images: Thumbnails, uint8 [H, W, 3], by split and index; those of `data_images`.
         augmented: Training images as the net receives them; None leaves them out.
 
@@ -335,7 +335,7 @@ def write_study(
         caption: Caption of the figure.
         tables: Shown below the figure.
         diverged: A line for each run whose loss was not finite.
-        recipe: As text.
+        recipe: The recipe as text.
 
     Returns:
         The page.

@@ -66,7 +66,7 @@ def _measured(gpu: GpuEstimate) -> Iterator[str]:
 
 
 def advice_lines(result: AdviceResult) -> Iterator[str | DataTable]:
-    """Return plans next to each other, and what to expect."""
+    """Return a comparison of plans, and expected results."""
     gpus = list(dict.fromkeys(gpu.gpu for e in result.plans for gpu in e.estimate.results))
     precisions = [entry.estimate.precision for entry in result.plans]
     longest = max(gpu.through_memory_ms for e in result.plans for gpu in e.estimate.results)
@@ -115,7 +115,7 @@ def _accuracy(accuracy: PlanAccuracy) -> str | None:
 
 
 def profile_lines(result: ProfileResult, layers: int = 5) -> Iterator[str | DataTable]:
-    """Return the table, what bounds the slowest blocks, and what it was measured on."""
+    """Return the table, the limits of the slowest blocks, and the device."""
     headings = ["block", "ms", "share %", "GFLOP/s", "GB/s", "of roof %", "bound by"]
     rows = [
         (

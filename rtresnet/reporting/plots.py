@@ -1,7 +1,7 @@
-"""Figures of pages as SVG: text stays text, and black becomes the page's own colour.
+"""Figures of pages as SVG: text stays text, and black becomes the page's text colour.
 
-Figures of the report are small with large text, so that they can be read on a phone. What stands
-for a datum has an id (`artifact-0`, `tail-0`, `stage-0-1`), which tests count.
+Figures of the report are small with large text, so that they can be read on a phone. Elements that
+show data have an id (`artifact-0`, `tail-0`, `stage-0-1`), which tests count.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def svg(drawing: Figure, label: str) -> str:
     # A fixed salt: the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtresnet"}):
         drawing.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    # matplotlib's own metadata names addresses outside the page, which a page has no use for.
+    # matplotlib's own metadata contains addresses outside the page, which a page does not need.
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :]
     text = text.replace("#000000", "currentColor")
@@ -90,7 +90,7 @@ def svg(drawing: Figure, label: str) -> str:
 
 
 def plain(name: str) -> str:
-    """Return a name as a label shows it: matplotlib would read what stands between two $ as TeX."""
+    """Escape a name for a label: matplotlib would read text between two $ as TeX."""
     return name.replace("$", r"\$")
 
 
@@ -277,7 +277,7 @@ def _samples(results: Results, batch: int) -> list[tuple[str, str, np.ndarray]]:
 
 
 def tails(results: Results, batch: int) -> str | None:
-    """Latency against percentile, on a scale that gives the tail its room; None without samples."""
+    """Draw latency against percentile on a scale that shows the tail; None without samples."""
     import numpy as np
 
     measured = _samples(results, batch)

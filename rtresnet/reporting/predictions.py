@@ -67,7 +67,7 @@ def explain_lines(result: ExplainResult) -> Iterator[str]:
 
 
 def accuracy_lines(result: EvaluateResult) -> Iterator[str]:
-    """Return the accuracy of each artifact and of their ensemble, and what it assumes."""
+    """Return the accuracy of each artifact and of their ensemble, and its assumptions."""
     for member in result.members:
         yield _accuracy(member, f"{member.precision}, {member.runtime.provider}; {member.shown}")
     yield from sorted({note for member in result.members for note in member.runtime.notes})
@@ -88,7 +88,7 @@ def _accuracy(result: AccuracyResult, how: str) -> str:
 
 
 def detector_lines(result: EvaluateDetectorResult) -> Iterator[str]:
-    """Return a detector's average precision, and what was left out."""
+    """Return a detector's average precision, and the excluded images."""
     yield (
         f"{result.artifact}: {average_precision(result)}  [{result.precision}, "
         f"{result.runtime.provider}]"
@@ -101,7 +101,7 @@ def detector_lines(result: EvaluateDetectorResult) -> Iterator[str]:
 
 
 def comparison_lines(result: CompareResult | CompareDetectorsResult) -> Iterator[str]:
-    """Return how far two artifacts agree, and on what that was counted."""
+    """Return the agreement of two artifacts, and the images it was counted on."""
     from rtresnet.workflows.compare import CompareResult
 
     both = (result.reference, result.candidate)

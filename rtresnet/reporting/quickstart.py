@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def lines(done: QuickstartResult) -> Iterator[str | DataTable]:
-    """Return the table, and what its figures depend on."""
+    """Return the table and the conditions of its figures."""
     shown = table(done)
     yield shown
     yield shown.about
@@ -31,7 +31,7 @@ def lines(done: QuickstartResult) -> Iterator[str | DataTable]:
 
 
 def table(done: QuickstartResult) -> DataTable:
-    """Return a row for each precision, with what its columns are."""
+    """Return a row for each precision, with the headings."""
     rows = []
     for file, plan in zip(done.export.onnx, done.export.plans, strict=True):
         timings = {

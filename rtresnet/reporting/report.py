@@ -28,8 +28,8 @@ class ReportResult:
         latencies: Number of artifacts and batches with a latency.
         profiles: Number of profiles.
         searches: Number of searches for the largest load.
-        summary: What it shows, a sentence each.
-        markdown: The same as Markdown.
+        summary: Summary of its content, as sentences.
+        markdown: The report as Markdown.
     """
 
     page: Path
@@ -85,7 +85,7 @@ def html(gathered: Results, engines: Sequence[tuple[str, str]] = ()) -> str:
     """Render the page.
 
     Args:
-        gathered: What it shows.
+        gathered: The results to show.
         engines: Figures of the engines' layers, as (caption, SVG).
 
     Raises:

@@ -170,7 +170,7 @@ def _detections(results: Results) -> DataTable:
 
 
 def _origin(results: Results) -> DataTable:
-    """Return what training measured of the checkpoint, and what quantization cost."""
+    """Return the accuracy of the checkpoint in training, and the loss through quantization."""
     rows = []
     for artifact in results.artifacts:
         trained, gate = artifact.trained, artifact.gate

@@ -167,7 +167,7 @@ class PrecisionCurve(TypedDict):
 
 
 class Details(TypedDict):
-    """What `eval` adds for a page; the curves of a detector."""
+    """Additional values of `eval` for a page: the curves of a detector."""
 
     curves: NotRequired[list[PrecisionCurve]]
 
@@ -191,7 +191,7 @@ class Eval(Member):
 
 
 class Trained(TypedDict):
-    """What training measured of a checkpoint, in its sidecar; accuracies in percent."""
+    """Measurements of training in a checkpoint's sidecar; accuracies in percent."""
 
     name: str
     test_top1: Percent
@@ -199,7 +199,7 @@ class Trained(TypedDict):
 
 
 class GateLoss(TypedDict):
-    """What the accuracy gate measured, in a sidecar: top-1 lost, in points of a hundred."""
+    """Result of the accuracy gate in a sidecar: top-1 lost, in percentage points."""
 
     points: Points
     low: Points

@@ -35,7 +35,7 @@ Timing = tuple["Artifact", Entry]
 
 @dataclass(kw_only=True)
 class Artifact:
-    """One artifact, and what is known of it.
+    """One artifact and its results.
 
     Attributes:
         name: The file's name, unique in a report.
@@ -44,8 +44,8 @@ class Artifact:
             was not measured there.
         agreement: With a reference.
         chain: (path, sidecar, state), from the artifact to its origin.
-        trained: What training measured of the checkpoint that the weights came from.
-        gate: What the accuracy gate measured when the weights were quantized.
+        trained: Accuracy that training measured on the checkpoint of the weights.
+        gate: Result of the accuracy gate when the weights were quantized.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Artifact:
 
     @property
     def measure(self) -> str:
-        """What `score` is: "top-1", or "AP" of a detector."""
+        """Name of `score`: "top-1", or "AP" for a detector."""
         return "AP" if "objects" in self.accuracy else "top-1"
 
 
@@ -90,8 +90,8 @@ class Results:
         curves: Precision-recall curves of detectors.
         searches: Results of `bench --find-batch` and `--find-qps`.
         bounds: Results of `estimate`: lower bounds, not measurements.
-        advice: What to expect of each precision, by the bounds.
-        environments: (what was measured, where).
+        advice: Expected results of each precision, from the bounds.
+        environments: (kind of measurement, its environment).
         commands: Command lines that the files say they came from.
         notes: Warnings: generated data, untrained weights, busy machines.
     """
@@ -132,7 +132,7 @@ class Results:
 
     @property
     def baseline(self) -> Artifact | None:
-        """What others are compared with: the first FP32 artifact that was measured."""
+        """The reference for comparisons: the first FP32 artifact that was measured."""
         measured = [artifact for artifact, _ in self.streams(self.batch)]
         plain = [artifact for artifact in measured if artifact.precision == "fp32"]
         return next(iter(plain or measured), None)

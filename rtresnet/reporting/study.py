@@ -79,7 +79,7 @@ def error_curves(panels: Sequence[Panel], *, title: str, subtitle: str) -> Figur
     """Draw errors in percent against steps: training dashed, validation solid (as figure 6).
 
     The nets are named at the ends of their solid lines. The first quarter of a run may run out
-    of the axes at the top, as in the paper: what counts is where the lines end.
+    of the axes at the top, as in the paper, because the ends of the lines matter.
     """
     drawing, grid = subplots(1, len(panels), 4.9 * len(panels), 4.3, share_y=True)
     _head(drawing, title, subtitle)
@@ -133,7 +133,7 @@ def _name_ends(axes: Any, lines: Sequence[Line], top: float) -> None:
 
 
 def _styles(axes: Any) -> None:
-    """Return a legend of what dashed and solid mean."""
+    """Return a legend of dashed and solid lines."""
     from matplotlib.lines import Line2D
 
     handles = [

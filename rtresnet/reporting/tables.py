@@ -106,7 +106,7 @@ def assumed(assumptions: Iterable[str], of: str = "") -> list[str]:
 
 
 def measured_lines(measured: Mapping[str, Any]) -> list[str]:
-    """Return a sidecar's `measured` as lines, without what `measured_tables` has.
+    """Return a sidecar's `measured` as lines, without the values in `measured_tables`.
 
     A value in another format than this version writes is shown without changes.
     """

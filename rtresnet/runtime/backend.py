@@ -23,7 +23,7 @@ class Backend(Protocol):
     """One loaded artifact on one device.
 
     Attributes:
-        provider: Name of what runs the net, for output next to every figure.
+        provider: Name of the provider or library, for output next to every figure.
         device: "cpu" or the GPU's name.
         size: Side of the input in pixels; None if the file leaves it open.
         input_dtype: float32 for normalized images, or uint8 for pixels.
@@ -64,10 +64,10 @@ class Backend(Protocol):
 
 
 def logits(outputs: np.ndarray | TopK, path: object) -> np.ndarray:
-    """Return the logits of what `infer` returned.
+    """Return the logits in a result of `infer`.
 
     Args:
-        outputs: What `infer` returned.
+        outputs: The result of `infer`.
         path: The file, for the message.
 
     Raises:

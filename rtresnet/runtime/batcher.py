@@ -115,7 +115,7 @@ class Batcher:
             )
         self._session, self._max_batch, self._limit = session, max_batch, queue_limit
         self._wait = max_wait_ms / 1000
-        self._early = 0.0  # seconds by which waits end early, to make up for waking up late
+        self._early = 0.0  # seconds by which waits end early, because threads wake up late
         self._expected = _expected(session)
         self._queue: deque[_Call] = deque()
         lock = threading.Lock()

@@ -229,8 +229,8 @@ class GraphContexts:
             buffers.
 
     Attributes:
-        capture: As the argument; False once a capture has failed.
-        built_in: As the argument; False once a context has turned out not to be capturable.
+        capture: The argument; False after a failed capture.
+        built_in: The argument; False after a context that cannot be captured.
     """
 
     def __init__(

@@ -16,8 +16,8 @@ folded, symmetric int8. After:
     numbers. Only on CPUs whose kernels saturate.
  3. The convolution that ends a residual branch adds into a float tensor, and ONNX Runtime would
     run it in float: a third of a net's work. Its output is quantized as well, to uint8 over
-    [-127 shortcut steps, 127 result steps]. What lies below becomes zero in the ReLU, and what
-    lies above is clipped by the result's quantization, for any shortcut. No image is
+    [-127 shortcut steps, 127 result steps]. Lower values become zero in the ReLU, and higher
+    values are clipped by the result's quantization, for any shortcut. No image is
     needed for this. The sum is rounded twice instead of once, and its quantized result
     changes by at most one step. Where it could change by more, or nothing is quantized behind
     the addition (the last block; one before an option A shortcut), the branch stays in float.
@@ -113,7 +113,7 @@ def rewrite_for_cpu(
 
     Args:
         path: The ONNX file.
-        graph: What is in it, if that has been read; changed by the rules.
+        graph: Its content, if it has been read; the rules change it.
         saturates: Whether the CPU's kernels add u8 x s8 products in saturating 16 bits.
         integer_chains: Apply rules 3 and 4, which ONNX Runtime's own provider needs.
         preserve_numerics: Skip rule 3, the one that changes results.
@@ -282,7 +282,7 @@ def dequantize_saturating(model: Any) -> tuple[str, ...]:
         if 2 * (INT8_MAX if graph.is_clipped(activation) else 255) * largest > INT16_MAX:
             node.input[1] = f"{weight.output[0]}.float"
             graph.add_constant(node.input[1], values)
-            # Not a DequantizeLinear: behind one, ONNX Runtime quantizes float weights again, with
+            # No DequantizeLinear: behind one, ONNX Runtime quantizes float weights again, with
             # one scale for all channels (its WeightBiasQuantization).
             name, (integers, scale, *zero_point) = f"{node.output[0]}.input", activation.input
             to = helper.np_dtype_to_tensor_dtype(values.dtype)
@@ -456,7 +456,7 @@ class _CpuIndex(GraphIndex):
         return self.is_int8_range(node) and node.input[2] == CLIPPED
 
     def never_negative(self, name: str) -> bool:
-        """Return whether a ReLU makes a tensor, before operations that keep its sign."""
+        """Return whether a ReLU produces a tensor, before operations that keep its sign."""
         node = self.producers.get(name)
         while node is not None and node.op_type in SIGN_PRESERVING:
             padding = node.input[2] if node.op_type == "Pad" and len(node.input) > 2 else ""
@@ -468,7 +468,7 @@ class _CpuIndex(GraphIndex):
         return node is not None and node.op_type == "Relu"
 
     def ends_in_integers(self, name: str) -> bool:
-        """Return whether a kernel that writes integers makes a tensor.
+        """Return whether a kernel that writes integers produces a tensor.
 
         A QuantizeLinear directly behind a float convolution would make ONNX Runtime quantize its
         weights again (its WeightBiasQuantization), with a saturating kernel.

@@ -128,7 +128,7 @@ class _PinnedMemory:
         self.__array_interface__ = {
             "version": 3, "shape": (size,), "typestr": "|u1", "data": (address, False),
         }  # fmt: skip
-        # Not at exit, when arrays may still be in use; the driver frees it with the process.
+        # At exit arrays may still be in use; the driver frees the memory with the process.
         weakref.finalize(self, _free_pinned, cuda, address).atexit = False
 
 

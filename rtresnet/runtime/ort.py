@@ -89,7 +89,7 @@ class OrtBackend:
         tf32: Whether the CUDA provider may run FP32 convolutions and matrix products as TF32,
             which rounds inputs to a mantissa of 10 bits, on GPUs from sm_80 on. ONNX Runtime's
             default is yes, as TensorRT's.
-        rewritten: What `rewrite_for_cpu` made of the file, if that has been done.
+        rewritten: The result of `rewrite_for_cpu`, if it has been called.
 
     Attributes:
         placement: Number of nodes on each execution provider, as the session reports it.

@@ -37,7 +37,7 @@ class Recorded:
         whole: Milliseconds of each run without it: wall time on a CPU, computation on a GPU.
         device: The GPU's name, or "cpu".
         provider: Name of the provider or library.
-        threads: None on a GPU.
+        threads: CPU threads; None on a GPU.
         versions: Name and version of each library that ran the net.
     """
 

@@ -76,7 +76,7 @@ BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
 
 
 def start_error(path: str | os.PathLike[str], provider: Provider) -> UnavailableError:
-    """Return the error for a provider that did not start, with what its library lacks."""
+    """Return the error for a provider that did not start, with the missing libraries."""
     assert provider.library is not None
     reason = "ONNX Runtime gives no reason"
     try:

@@ -25,7 +25,7 @@ CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents", "INT64": "int64_c
 DESCRIPTION = descriptor_pb2.FileDescriptorSet.FromString(
     resources.files("rtresnet.serving").joinpath("open_inference.desc").read_bytes()
 )
-# Without a pool, a new one is made: tritonclient registers the same names in the default pool.
+# GetMessages creates a pool: tritonclient registers the same names in the default pool.
 MESSAGES: dict[str, type[Any]] = {
     name.rpartition(".")[2]: message
     for name, message in message_factory.GetMessages(DESCRIPTION.file).items()

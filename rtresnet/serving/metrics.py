@@ -16,7 +16,7 @@ OUTCOMES = ("success", "failure")
 
 
 class Metrics:
-    """Counts requests and batches; `text` is what a scraper reads."""
+    """Counts requests and batches; `text` is for a scraper."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()

@@ -144,7 +144,7 @@ class ServedModel:
 
     @property
     def task(self) -> str:
-        """What it does with an encoded image: "classify" or "detect"."""
+        """The operation for encoded images: "classify" or "detect"."""
         return "classify" if self.detector is None else "detect"
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
