@@ -7,13 +7,14 @@
 run through the net in torch with fake quantization, the quantized ONNX file as it is written (ONNX
 Runtime without its optimizer), the same file as `rtresnet.load` runs it on a CPU (INT8: with
 integer kernels), the FP32 file of the weights before training, and their file calibrated with
-`mse`. In FP8, tensors that are not FP8 are FP16 in the file and float32 in training.
+`mse`. In FP8, training computes tensors that are not FP8 in float32; the file has FP32 or FP16.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ def headings(precision: str) -> tuple[str, ...]:
     name = precision.upper()
     ran = "in integers %" if name == "INT8" else "on a CPU %"
     return (
-        "net", "training images", "epochs", "torch and ONNX agree %", "of", "equal logits %",
-        "noise between them, dB", ran, "FP32 before %", f"{name} before %", f"{name} after %",
-        "drop, points", "95 %",
+        "net", "other tensors", "training images", "epochs", "torch and ONNX agree %", "of",
+        "equal logits %", "noise between them, dB", ran, "FP32 before %", f"{name} before %",
+        f"{name} after %", "drop, points", "95 %",
     )  # fmt: skip
 
 
-def measure(weights: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(weights: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Train once; yield the measurements of the file for each data type of its other tensors."""
     flag = f"--{options.precision}"
     length = ("--set", f"steps={options.steps}") if options.steps else ()
     calib = ("--calib", options.data, "--calib-images", "512", "--calibrator", "mse")
@@ -50,8 +52,15 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> dict[str
     rtresnet("train", "--weights", weights, "--data", options.data, "--qat", "--precision",
              options.precision, "--epochs", str(options.epochs), *length, "--out", "run",
              cwd=folder)  # fmt: skip
-    after = rtresnet("export", "--weights", "run/best.pt", flag, "--no-plan", "--out", "after",
-                     cwd=folder)  # fmt: skip
+    for dtype in ("fp32", "fp16") if options.precision == "fp8" else ("fp32",):
+        after = rtresnet("export", "--weights", "run/best.pt", flag, "--float-dtype", dtype,
+                         "--no-plan", "--out", f"after-{dtype}", cwd=folder)  # fmt: skip
+        yield compared(before, after, options, folder) | {"other_tensors": dtype}
+
+
+def compared(
+    before: dict[str, Any], after: dict[str, Any], options: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
     best = checkpoint.load(folder / "run" / "best.pt")
     assert best.learned is not None
     fake = qat.FakeQuantized(best.net(), options.precision).eval()
@@ -101,10 +110,10 @@ def main() -> None:
     results = []
     for weights in options.weights:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(str(Path(weights).resolve()), options, Path(folder)))
+            results += measure(str(Path(weights).resolve()), options, Path(folder))
     rows = [
         (
-            e["net"], e["training_images"],
+            e["net"], e["other_tensors"].upper(), e["training_images"],
             f"{e['steps']} steps" if e["steps"] else e["epochs"], f"{e['agreement']:.2f}", e["n"],
             f"{e['equal']:.2f}", f"{e['noise_db']:.1f}", f"{e['as_run']:.2f}",
             f"{e['fp32_top1']:.2f}", f"{e['calibrated_top1']:.2f}", f"{e['top1']:.2f}",
