@@ -303,6 +303,11 @@ def open_source(spec: str, split: str = "all") -> Source:
         return _class_folders(spec, _folder(argument), split)
     if spec and Path(spec).is_dir():
         return _class_folders(spec, Path(spec), split)
+    if form in ("voc", "coco", "shapes") and argument:
+        raise InputError(
+            f"{spec}: images with boxes, which only detectors take",
+            fix="train one with: rtresnet train --task detect --data " + spec,
+        )
     if os.sep in spec or (form == spec and Path(spec).suffix):
         raise DataError(f"{spec}: no such folder", fix="data is one of " + ", ".join(FORMS))
     raise UnknownNameError("data", spec, FORMS)

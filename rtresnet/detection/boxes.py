@@ -116,7 +116,7 @@ def nms(boxes: Tensor, threshold: float, rounds: int | None = None) -> tuple[Ten
 
     Returns:
         Which boxes stay, float 0 or 1 [..., N], and how many boxes the last round changed [...].
-        Where that is 0 the answer is proven to be the greedy one.
+        0 proves that the result is that of the greedy algorithm.
     """
     matrix = suppression(boxes, threshold)
     keep = torch.ones_like(boxes[..., 0])

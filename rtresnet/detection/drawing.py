@@ -44,7 +44,8 @@ def drawn(image: np.ndarray, objects: Sequence[Drawn]) -> np.ndarray:
         colour = colour or COLOURS[sum(map(ord, label)) % len(COLOURS)]
         pen.rectangle(box, outline=colour, width=max(2, size // 6))
         text = label if score is None else f"{label} {100 * score:.0f} %"
-        x, y = box[0], max(0.0, box[1] - size - 2)
+        x = max(0.0, min(box[0], image.shape[1] - pen.textlength(text, font=font)))
+        y = max(0.0, box[1] - size - 2)
         pen.rectangle(pen.textbbox((x, y), text, font=font), fill=colour)
         pen.text((x, y), text, fill="white", font=font)
     return np.asarray(picture)

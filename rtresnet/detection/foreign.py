@@ -6,8 +6,8 @@
     proposal_generator.rpn_head                rpn
     roi_heads.box_predictor                    score, offset
 
-Its C4 nets take BGR pixels and have the background as the last class; both become ours here. Read
-from .pth and .safetensors only: the .pkl files of its model zoo are pickles, which can run code.
+Its C4 nets take BGR pixels and have the background as the last class; both are converted. Only .pth
+and .safetensors files are read: the .pkl files of its model zoo are pickles, which can run code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What anchors and regions are trained to be, which of them are sampled, and the four losses.
+"""Targets of anchors and regions, their sampling, and the four losses.
 
 Section 3.1.2 and 3.1.3 of the Faster R-CNN paper, section 2.3 of Fast R-CNN.
 """

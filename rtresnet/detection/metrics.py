@@ -1,9 +1,10 @@
 """Average precision: VOC's (11 points of 2007, and the area of later years) and COCO's.
 
-VOC (Everingham et al. 2010): a detection belongs to the object that it overlaps most; a second one
-of the same object is wrong. COCO: to the object that it overlaps most of those that are still
-free, at ten overlaps from 0.5 to 0.95, for objects of all sizes and of three ranges, with at most
-100 detections an image. Difficult objects and crowds neither count nor punish.
+VOC (Everingham et al. 2010): a detection is matched with the object that it overlaps most; a second
+detection of the same object is wrong. COCO: a detection is matched with the unmatched object that
+it overlaps most, at ten overlaps from 0.5 to 0.95, for objects of all sizes and of three ranges,
+with at most 100 detections per image. Difficult objects and crowds are not counted, and detections
+of them are not wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MOST = 100  # detections of an image
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionAccuracy:
-    """Average precision in %, the mean over classes; None where there is no object.
+    """Average precision in %, the mean over classes; None without objects.
 
     Attributes:
         n: Number of images.

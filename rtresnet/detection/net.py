@@ -6,7 +6,7 @@ and fc7), then K + 1 scores and 4K offsets. Modules keep the classifier's names,
 load as they are. `proposals`, `align` and `select` are modules too; the ONNX writer has its own
 code for them.
 
-One image at a time goes through: an ONNX file has a fixed batch of 1. Training is in `training.py`.
+The net takes one image at a time: an ONNX file has a fixed batch of 1. `training.py` trains it.
 """
 
 from __future__ import annotations

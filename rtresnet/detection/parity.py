@@ -1,4 +1,4 @@
-"""Whether two runs of a detector give the same detections."""
+"""Compare the detections of two runs of a detector."""
 
 from __future__ import annotations
 

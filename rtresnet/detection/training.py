@@ -1,7 +1,7 @@
-"""Trains a detector: proposals and head jointly, batch norm fixed, resumable after any kill.
+"""Train a detector: proposals and head jointly, batch norm fixed, resumable after any kill.
 
-What a step computes follows from its number: the images and their mirroring, the sampled anchors
-and regions, the learning rate. last.pt has everything else, and best.pt is the trained net.
+The number of a step determines its images and their mirroring, the sampled anchors and regions,
+and the learning rate. last.pt has everything else, and best.pt is the trained net.
 
     best.pt     the net at the end of the latest epoch, with its test accuracy after the last one
     last.pt     the latest state, with all that --resume needs

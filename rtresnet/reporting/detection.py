@@ -96,7 +96,8 @@ def write_comparison(
     text = pages.render(
         "flips.html", title=f"{other} against {one}", summary=summary,
         tiles=[_differing(entry, images) for entry in result.images],
-        nothing="The detections are the same in every image.", command=provenance.command_line(),
+        nothing="The detections are the same in every image.", large=True,
+        command=provenance.command_line(),
     )  # fmt: skip
     atomic_io.write_text(folder / "index.html", text)
     return folder / "index.html"

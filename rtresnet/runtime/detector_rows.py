@@ -50,7 +50,7 @@ class DetectorRows:
         """Return the rows of images float32 [N, 3, H, W] and their extents [N, 2].
 
         Raises:
-            InputError: As many extents as images are needed, within the canvas.
+            InputError: The number of extents is not that of the images, or one exceeds the canvas.
         """
         limits = np.array(self.shape[1:])
         if len(extent) != len(images) or not ((extent >= 1) & (extent <= limits)).all():

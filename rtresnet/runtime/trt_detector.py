@@ -17,13 +17,13 @@ from rtresnet.runtime.trt import TrtBackend
 
 
 class TrtDetector(TrtBackend):
-    """A detector's plan on a GPU. Calls from several threads wait for one another.
+    """A detector's plan on a GPU. Calls from several threads run one after another.
 
     It is loaded as `TrtBackend` is; `contexts` is always 1, and there are no CUDA graphs.
 
     Raises:
-        UnavailableError: As `TrtBackend`.
-        ArtifactError: As `TrtBackend`, or the engine is not a detector.
+        UnavailableError: See `TrtBackend`.
+        ArtifactError: See `TrtBackend`, or the engine is not a detector.
     """
 
     batch = 1

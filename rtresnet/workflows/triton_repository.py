@@ -64,7 +64,7 @@ class ModelConfig:
             first dimension is not an open batch.
         max_delay_us: Microseconds that a request may wait for others.
         instances: Copies on each device.
-        device: "cuda", "cpu", or "auto": a GPU where there is one.
+        device: "cuda", "cpu", or "auto": a GPU if the server has one.
         parameters: Further text for the record.
     """
 

@@ -645,3 +645,26 @@ def test_train_detector_notes_too_few_steps(
         arguments += ["--set", setting]
     assert main(arguments) == 0
     assert "1 step may be too few" in capsys.readouterr().err
+
+
+def test_drawn_label_of_a_box_at_the_right_edge_stays_in_the_image() -> None:
+    from rtresnet.detection.drawing import drawn
+
+    image = np.zeros((100, 200, 3), np.uint8)
+    picture = drawn(image, [((190, 50, 199, 80), "something", 0.5, "#ff0000")])
+    label = picture[38:50]  # above the box
+    columns = np.flatnonzero((label[..., 0] > 200).any(0))
+    complete = drawn(image, [((20, 50, 199, 80), "something", 0.5, "#ff0000")])[38:50]
+    width = len(np.flatnonzero((complete[..., 0] > 200).any(0)))
+    assert abs(len(columns) - width) <= 1 and columns[-1] == 199
+
+
+@pytest.mark.parametrize(
+    "command", [["data"], ["train", "--data"], ["eval", "CLASSIFIER", "--data"]]
+)
+def test_commands_for_classifiers_name_what_takes_images_with_boxes(
+    command: list[str], engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(engines / "resnet8.onnx") if a == "CLASSIFIER" else a for a in command]
+    assert main([*arguments, "shapes:8"]) == 2
+    assert "--task detect" in capsys.readouterr().err
