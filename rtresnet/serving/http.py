@@ -24,14 +24,7 @@ from rtresnet import __version__
 from rtresnet.core.errors import InputError
 from rtresnet.core.metrics import most_probable
 from rtresnet.serving import protocol
-from rtresnet.serving.protocol import (
-    DATATYPES,
-    InferRequest,
-    InferResponse,
-    InferTensor,
-    Parameters,
-    RequestError,
-)
+from rtresnet.serving.protocol import InferRequest, InferTensor, RequestError
 from rtresnet.serving.repository import Answered, Repository, ServedModel, chain
 
 log = logging.getLogger("rtresnet.serve")
@@ -348,15 +341,17 @@ def _response(
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     tensors, parts = [], []
     for name, values in outputs.items():
-        tensor = InferTensor(name, DATATYPES[values.dtype.name], list(values.shape))
+        tensor = InferTensor(name, protocol.DATATYPES[values.dtype.name], list(values.shape))
         binary = requested.get(name)
         if request.parameters.binary_data_output if binary is None else binary:
             parts.append(protocol.raw(values))
-            tensor.parameters = Parameters(binary_data_size=len(parts[-1]))
+            tensor.parameters = protocol.Parameters(binary_data_size=len(parts[-1]))
         else:
             tensor.data = protocol.flat(values)
         tensors.append(tensor)
-    header = msgspec.json.encode(InferResponse(model.name, model.version, tensors, request.id))
+    header = msgspec.json.encode(
+        protocol.InferResponse(model.name, model.version, tensors, request.id)
+    )
     if not parts:
         return Response(header, media_type="application/json")
     return Response(

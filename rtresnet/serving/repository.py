@@ -126,10 +126,8 @@ class ServedModel:
             first, values = _arrays(session(images[:1])), _arrays(session(images))
             spread = max(float(np.ptp(values[-1])), 1e-6)
             if float(np.abs(first[-1][0] - values[-1][0]).max()) > 0.05 * spread:
-                raise CheckFailedError(
-                    f"{session.path}: an image's answer depends on its batch",
-                    fix=check,
-                )
+                problem = "an image's answer depends on its batch"
+                raise CheckFailedError(f"{session.path}: {problem}", fix=check)
             shapes = {getattr(backend, "input_name", "images"): session.image_shape}
             names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
         if not all(np.isfinite(value).all() for value in values):

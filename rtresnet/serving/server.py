@@ -249,12 +249,11 @@ class Server:
         lines = [f"{scheme}://{host}:{port}"]
         if self._options.grpc_port is not None:
             lines.append(f"grpc://{self._grpc_address}")
-        for model in self._repository.all():
-            lines.append(
-                f"{model.name} version {model.version}: {model.session.precision}, "
-                f"{model.session.describe()['provider']}"
-            )
-        return lines
+        return lines + [
+            f"{model.name} version {model.version}: {model.session.precision}, "
+            f"{model.session.info.provider}"
+            for model in self._repository.all()
+        ]
 
 
 class _Web(uvicorn.Server):
