@@ -23,7 +23,6 @@ from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import AccuracyRecord, Weights
 from rtresnet.runtime.session import RuntimeInfo
-from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
@@ -254,8 +253,6 @@ def evaluate(
 
     config, runtime, data = config or EvaluateConfig(), runtime or RuntimeConfig(), str(data)
     names = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(path) for path in paths]
-    for name in filter(is_detector, names):
-        raise InputError(f"{name}: is a detector", fix="use evaluate_detector")
     scales = (config.resize,) if config.resize and config.protocol == "dense" else ()
     views = Views(protocol=config.protocol, scales=scales)
     if config.protocol == "dense":
@@ -268,6 +265,8 @@ def evaluate(
             session = load_artifact(name, place, stated=stated, model=config.model)
             sessions.append(session)
             stack.callback(session.close)
+            if session.detection is not None:
+                raise InputError(f"{name}: is a detector", fix="use evaluate_detector")
         _require_all_probabilities(sessions, config.protocol)
         sessions, assumed = _in_one_order(sessions, config.classes)
         sessions = [_shown(session, config) for session in sessions]
