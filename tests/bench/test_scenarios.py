@@ -90,7 +90,11 @@ def test_closed_ends_at_queries_or_early_stop() -> None:
     few = scenarios.closed(serve, concurrency=1, seconds=0.001, fewest=100, clock=clock)
     assert few.latency.n == 100
     given_up = scenarios.closed(
-        serve, concurrency=1, seconds=9, early_stop=lambda taken: len(taken) == 12, clock=clock
+        serve,
+        concurrency=1,
+        seconds=9,
+        early_stop=lambda latencies: len(latencies) == 12,
+        clock=clock,
     )
     assert given_up.latency.n == 12
 

@@ -246,7 +246,7 @@ def test_inspect_engine_that_does_not_open_says_nothing() -> None:
 # Whole builds: TensorRT-RTX builds, and an inspector describes what it built.
 
 
-def as_inspector(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def as_inspector(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The layers of a layer file in the inspector's form."""
     kinds = {"correlation": "CaskConvolution", "maxpool": "CaskPooling"}
 
@@ -265,7 +265,7 @@ def as_inspector(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "Outputs": tensors(layer["outputs"]),
             "Metadata": "\x1e".join(f"[ONNX Layer: {node}]" for node in layer["nodes"]),
         }
-        for layer in found
+        for layer in layers
     ]
 
 

@@ -46,8 +46,8 @@ def run(model: onnx.ModelProto, images: np.ndarray, *also: str) -> list[np.ndarr
     session = ort.InferenceSession(
         watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found: list[np.ndarray] = session.run(None, {"images": images})
-    return found
+    output: list[np.ndarray] = session.run(None, {"images": images})
+    return output
 
 
 def forward(model: onnx.ModelProto) -> metrics.Forward:
@@ -112,8 +112,8 @@ def test_the_first_quantizer_stays_on_the_normalized_input(
     assert len(before) == len(after)
     assert (before[0].input[0], after[0].input[0]) == ("images", "normalized")
     assert before[0].input[1:] == after[0].input[1:] and before[0].output == after[0].output
-    kept = {tensor.name: tensor for tensor in changed.graph.initializer}
-    assert all(kept[tensor.name] == tensor for tensor in plain.graph.initializer)
+    saved = {tensor.name: tensor for tensor in changed.graph.initializer}
+    assert all(saved[tensor.name] == tensor for tensor in plain.graph.initializer)
 
 
 def test_the_file_given_is_not_changed(models: dict[str, onnx.ModelProto]) -> None:
@@ -173,7 +173,7 @@ def test_both_files_are_held_against_each_other(
     changed = embed_io.rewrite(plain, CONTRACT, **options)  # type: ignore[arg-type]
 
     def through(model: onnx.ModelProto) -> Callable[[np.ndarray], object]:
-        return lambda images: found if len(found := run(model, images)) > 1 else found[0]
+        return lambda images: result if len(result := run(model, images)) > 1 else result[0]
 
     assert embed_io.check(forward(plain), through(changed), CONTRACT, **options)["relative"] < 1e-6  # type: ignore[arg-type]
     if takes:

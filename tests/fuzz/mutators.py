@@ -164,9 +164,9 @@ def onnx_graph(data: bytes, rng: random.Random) -> bytes:
                 members = value if hasattr(value, "append") else [value]
                 pending += [m for m in members if hasattr(m, "ListFields")]
         names = sorted({f"{type(m).__name__}.{name}" for m, name, _ in fields})
-        wanted = rng.choice(names)  # or most changes would hit the many nodes' names
+        chosen = rng.choice(names)  # or most changes would hit the many nodes' names
         message, name, value = rng.choice(
-            [f for f in fields if f"{type(f[0]).__name__}.{f[1]}" == wanted]
+            [f for f in fields if f"{type(f[0]).__name__}.{f[1]}" == chosen]
         )
         if hasattr(value, "append"):
             at, other = rng.randrange(len(value)), rng.randrange(len(value))
@@ -203,18 +203,18 @@ def arrays(data: bytes, rng: random.Random) -> bytes:
     """An npz file with arrays of other shapes, types or names, or damaged."""
     if rng.randrange(2):
         return damaged(data, rng)
-    held = dict(np.load(io.BytesIO(data)))
-    name = rng.choice(list(held))
-    value = held.pop(name)
+    entries = dict(np.load(io.BytesIO(data)))
+    name = rng.choice(list(entries))
+    value = entries.pop(name)
     with contextlib.suppress(ValueError, TypeError):
-        held[rng.choice((name, name, name, "other"))] = rng.choice((
+        entries[rng.choice((name, name, name, "other"))] = rng.choice((
             value[:0], value[:1], value[None], value[..., None], value.astype(np.float32),
             value.astype("U3"), value.astype(bool), np.array(7), value.astype(np.int8) - 100,
             np.full(value.shape, 2**62), np.array([{}], object), np.zeros((2, 0, 5, 3), np.uint8),
             value.astype(">u2"),
         ))  # fmt: skip
     buffer = io.BytesIO()
-    np.savez(buffer, **held)
+    np.savez(buffer, **entries)
     return buffer.getvalue()
 
 

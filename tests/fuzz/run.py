@@ -131,15 +131,15 @@ def _fuzz(target: Target, corpus: Path, out: Path, seconds: float, seed: int) ->
 
 
 def _processes(
-    target: Target, folder: str, given: argparse.Namespace, every: int
+    target: Target, folder: str, options: argparse.Namespace, every: int
 ) -> tuple[Counter[str], Counter[str]]:
     """Fuzzes one target in a process, and in another with the next seed where one crashes."""
     counts: Counter[str] = Counter(cases=0)
     places: Counter[str] = Counter()
-    seed, until = given.seed, time.monotonic() + given.minutes * 60 / every
+    seed, until = options.seed, time.monotonic() + options.minutes * 60 / every
     while (left := until - time.monotonic()) > 0:
         command = [sys.executable, "-m", "tests.fuzz.run", "--child", folder, "--seed", str(seed)]
-        command += ["--minutes", str(left / 60), "--target", target.name, "--out", str(given.out)]
+        command += ["--minutes", str(left / 60), "--target", target.name, "--out", str(options.out)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             result = json.loads(done.stdout.splitlines()[-1])
@@ -148,9 +148,9 @@ def _processes(
             break
         counts["crash"] += 1
         places[f"process ended with {done.returncode}"] += 1
-        current = given.out / f"{target.name}-current"
+        current = options.out / f"{target.name}-current"
         if current.exists():
-            current.replace(given.out / f"{target.name}-{seed}-crash")
+            current.replace(options.out / f"{target.name}-{seed}-crash")
         seed += 1
     return counts, places
 
@@ -163,19 +163,21 @@ def main() -> int:
     options.add_argument("--target", action="append", choices=[t.name for t in TARGETS])
     options.add_argument("--out", type=Path, default=Path("fuzz-reproducers"))
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    given = options.parse_args()
-    chosen = [t for t in TARGETS if not given.target or t.name in given.target]
-    given.out.mkdir(parents=True, exist_ok=True)
-    if given.child:
-        found = _fuzz(chosen[0], given.child, given.out, given.minutes * 60, given.seed)
-        print(json.dumps(found))
+    arguments = options.parse_args()
+    chosen = [t for t in TARGETS if not arguments.target or t.name in arguments.target]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.child:
+        result = _fuzz(
+            chosen[0], arguments.child, arguments.out, arguments.minutes * 60, arguments.seed
+        )
+        print(json.dumps(result))
         return 0
     print(f"{'target':<22} {'cases':>7}  " + "  ".join(KINDS))
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         corpora.make(Path(folder))
         for target in chosen:
-            counts, places = _processes(target, folder, given, len(chosen))
+            counts, places = _processes(target, folder, arguments, len(chosen))
             total.update(counts)
             _row(target.name, counts)
             for place, count in places.items():

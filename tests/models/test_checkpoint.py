@@ -59,11 +59,11 @@ def refusal(path: Path, **kwargs: Any) -> str:
     return message
 
 
-def assert_same(found: State, expected: State) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: State, expected: State) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
 
 
 # --- save and load
