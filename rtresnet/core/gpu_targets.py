@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-# What TensorRT-RTX 1.7 lists, in the order of the bits of a plan's header.
+# The targets of TensorRT-RTX 1.7, in the order of the bits of a plan's header.
 SERVED = {
     "sm_75": "RTX 20, T4",
     "sm_80": "A100, A30",
@@ -17,7 +17,7 @@ SERVED = {
     "sm_120": "RTX 50",
     "sm_121": "GB10",
 }
-# What it does not, and what people call it.
+# Targets that it does not have, and names of GPUs.
 UNSERVED = {
     "sm_87": "Jetson Orin",
     "sm_90": "H100, H200",
@@ -48,7 +48,7 @@ NAMES = (
     (r"v100s?|titan v|volta", "sm_70"),
     (r"p100|p40?|p6|gtx 10\d0|titan xp?|pascal", "sm_61"),
 )
-# What stands around the name: NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090 Laptop GPU.
+# Text before and after the name: NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090 Laptop GPU.
 VENDOR = re.compile(r"^(nvidia|tesla|geforce|graphics|nvidia corporation)\s+", re.IGNORECASE)
 REST = re.compile(
     r"[\s-]*((laptop|mobile|max-q|gpu|ti|super|pcie|sxm\d?|nvl?|generation|workstation|server|edition"

@@ -20,7 +20,7 @@ from rtresnet.core import atomic_io, provenance
 from rtresnet.core.errors import InputError
 
 FOLDER_LOCK = ".rtresnet.lock"
-# What flock says where the file system has no locks, as some network file systems.
+# Errors of flock on file systems without locks, such as some network file systems.
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 Warn = Callable[[str], None]
 

@@ -19,7 +19,7 @@ from rtresnet.core.errors import InputError, UnknownNameError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What nets are commonly trained with; (x / 255 - mean) / std is in [-1, 1] with "half".
+# Common normalizations; (x / 255 - mean) / std is in [-1, 1] with "half".
 PRESETS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),

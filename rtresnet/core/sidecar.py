@@ -189,7 +189,7 @@ EmbeddingParity = TypedDict(
 
 
 class LabelRecord(TypedDict, total=False):
-    """How the labels of a data set were matched with a model's classes: see `core.labels`."""
+    """Match of a data set's labels with a model's classes: see `core.labels`."""
 
     matched_by: str
     in_order: bool

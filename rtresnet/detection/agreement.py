@@ -14,7 +14,7 @@ OVERLAP = 0.5  # IoU from which two detections of one class can be the same
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How the detections of two detectors in one image belong together.
+    """Matches between the detections of two detectors in one image.
 
     Attributes:
         both: Rows of the first and of the second detector's detections that are the same.

@@ -183,7 +183,7 @@ def _match(
 def errors(
     targets: Targets, detections: Detections, threshold: float = 0.5, least: float = 0.5
 ) -> tuple[list[int], list[int]]:
-    """What is wrong in one image, for people: missed objects and wrong detections.
+    """Errors in one image, for people: missed objects and wrong detections.
 
     Args:
         targets: Its objects.

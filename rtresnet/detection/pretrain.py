@@ -31,7 +31,7 @@ CONTEXT = 0.15  # of an object's sides, shown around it
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe:
-    """How objects are classified: SGD with a linear warm-up, then a cosine down to 0.
+    """Recipe of the classification of objects: SGD with a linear warm-up, then a cosine down to 0.
 
     Attributes:
         steps: Length of the run.

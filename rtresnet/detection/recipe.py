@@ -1,4 +1,4 @@
-"""How a detector is trained: one frozen record, stored in checkpoints and compared on resume.
+"""Recipe of a detector's training: one frozen record, stored in checkpoints and compared on resume.
 
 Sources: the Faster R-CNN paper (Ren et al. 2015) for batches, rates and sampling, Fast R-CNN for
 the layers that stay as they are, and appendix A of the ResNet paper for the fixed batch norm. Both

@@ -26,7 +26,7 @@ from rtresnet.quantization.equalization import Outlier
 
 SCHEMA = 2
 NUMBER_LIST = re.compile(r"\[[-\d.eE+,\s]+\]")  # written on one line
-NO_NOISE = 999.0  # dB, in place of infinity
+NO_NOISE = 999.0  # dB; stands for infinity
 FIX = "calibrate again"
 
 

@@ -130,7 +130,7 @@ class BenchFind(TypedDict):
 
 
 class Labels(TypedDict):
-    """How the labels were matched with the model's classes."""
+    """Match of the labels with the model's classes."""
 
     remarks: NotRequired[list[str] | None]
 
@@ -280,7 +280,7 @@ class Quickstart(TypedDict):
 
 
 class MadeBy(TypedDict):
-    """Where a file came from."""
+    """Origin of a file."""
 
     command: NotRequired[str | None]
 

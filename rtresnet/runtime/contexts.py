@@ -36,7 +36,7 @@ GraphKey = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    """How execution contexts are created, and who captures CUDA graphs.
+    """Settings of execution contexts, and who captures CUDA graphs.
 
     Attributes:
         owned: Argument of `create_execution_context` for contexts that are only ever bound to the
@@ -256,7 +256,7 @@ class GraphContexts:
 
     @property
     def enabled(self) -> bool:
-        """Whether batches run as CUDA graphs, whoever captures them."""
+        """Whether batches run as CUDA graphs, captured by either library."""
         return self.capture is not False or self.built_in is not False
 
     def get(self, key: GraphKey, call: Any) -> BoundContext | None:

@@ -38,7 +38,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """Where an artifact ran; reported with every figure.
+    """Device and library that ran an artifact; reported with every figure.
 
     Attributes:
         device: The CPU's or GPU's name.
@@ -303,7 +303,7 @@ class Session:
 
     @property
     def preprocess(self) -> Preprocess:
-        """How an image becomes input.
+        """Preprocessing of an image.
 
         Raises:
             InputError: The file has no sidecar, or the sidecar does not state it.

@@ -37,7 +37,7 @@ STEP = 1.02
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(MeasurementConfig):
-    """What is searched for, and how each load is measured.
+    """Options of the search for the highest load.
 
     Attributes:
         what: "batch": images per call, sequential calls. "qps": Poisson arrivals of single

@@ -25,7 +25,7 @@ from rtresnet.workflows.embed_io import EmbedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(Config):
-    """How an ONNX file is compiled.
+    """Options of `build`.
 
     Attributes:
         batch: Optimization profiles, each MIN:OPT:MAX or one number.

@@ -34,7 +34,7 @@ BATCHES = (1, 8, 32)  # batch sizes to try without a profile
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(Config):
-    """How an artifact is checked.
+    """Options of `check`.
 
     Attributes:
         images: Number of images.

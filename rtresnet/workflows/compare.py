@@ -53,7 +53,7 @@ class ComparedArtifact:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareResult:
-    """How far two artifacts agree.
+    """Result of `compare`: the agreement of two artifacts.
 
     Attributes:
         n: Images compared.

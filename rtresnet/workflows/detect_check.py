@@ -42,7 +42,7 @@ MARGIN = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.15, "fp8": 0.2}
 
 @dataclass(frozen=True, kw_only=True)
 class CheckDetectorResult(CheckedArtifact):
-    """What the checks of a detector showed.
+    """Result of `check` for a detector.
 
     Attributes:
         artifact: The file.

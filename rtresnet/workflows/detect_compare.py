@@ -70,7 +70,7 @@ class DifferingImage:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareDetectorsResult:
-    """How far two detectors agree.
+    """Result of `compare` for detectors: their agreement.
 
     Two detections are the same if they have one class and an IoU of 0.5 or more. Those with a
     score of 0.5 or more are counted.

@@ -49,7 +49,7 @@ class GpuStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorResult:
-    """What this machine can do.
+    """Result of `doctor`: the capabilities of this machine.
 
     Attributes:
         int8_sums_saturate: Whether the CPU has no VNNI.

@@ -95,7 +95,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataConfig):
-    """How accuracy is measured.
+    """Options of `eval`.
 
     Attributes:
         protocol: The paper's test protocol; "dense" is for checkpoints only.

@@ -37,7 +37,7 @@ class ChainEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectResult:
-    """What is known of an artifact.
+    """Result of `inspect`: everything known about an artifact.
 
     Attributes:
         kind: "checkpoint", "onnx" or "plan".

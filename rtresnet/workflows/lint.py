@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LintResult:
-    """What is wrong with a file.
+    """Result of `lint`: the problems of a file.
 
     Attributes:
         file: The file.

@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(Config):
-    """How a folder is packed.
+    """Options of `pack`.
 
     Attributes:
         shard_size: Bytes of each file.

@@ -161,7 +161,7 @@ def package_server(
 
 @dataclass(frozen=True, kw_only=True)
 class _Server:
-    """What the image contains and how it is started."""
+    """Contents of the image, and its start command."""
 
     file: str  # the model's file in its version folder
     name: str

@@ -45,7 +45,7 @@ def pack(
 ) -> PackIndex:
     """Pack a folder's image files, unchanged and in the folder source's own order.
 
-    Damaged images are packed as they are: whoever reads them counts and names them.
+    Damaged images are packed as they are: their readers count and name them.
 
     Args:
         source: `folder:DIR` or DIR, as for `open_source`.

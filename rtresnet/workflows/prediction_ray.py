@@ -27,7 +27,7 @@ BLOCKS = 512  # Ray's units of work; results come back a block at a time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What every process needs to make the same predictor."""
+    """Settings from which every process makes the same predictor."""
 
     folder: str
     artifact: str

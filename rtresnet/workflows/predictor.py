@@ -29,7 +29,7 @@ GPU_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(Config):
-    """How images are classified.
+    """Options of prediction.
 
     Attributes:
         top: Number of classes for each image.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig(Config):
-    """How a file is profiled.
+    """Options of `profile`.
 
     Attributes:
         batch: Images per run.

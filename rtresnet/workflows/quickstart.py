@@ -29,7 +29,7 @@ NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig(Config):
-    """How long the quickstart trains and measures."""
+    """Options of `quickstart`: the duration of training and measurement."""
 
     epochs: int = option(10, "Epochs of training.", minimum=1)
     seconds: float = option(

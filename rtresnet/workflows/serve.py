@@ -24,7 +24,7 @@ NEEDED = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(Config):
-    """How models are served.
+    """Options of `serve`.
 
     Attributes:
         max_wait_ms: Milliseconds that the first image of a batch waits for others.

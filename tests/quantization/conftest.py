@@ -59,7 +59,7 @@ def quantized(exported: Exported, images: Images) -> Exported:
     def quantize(name: str, size: int, **options: str) -> onnx.ModelProto:
         model = exported(name, size, **options)
         tensors = list(qdq.placement(model))
-        found = calibrate.calibrate(model, tensors, lambda: [images(8, size)], "max")
-        return qdq.insert(model, found.scales)
+        calibration = calibrate.calibrate(model, tensors, lambda: [images(8, size)], "max")
+        return qdq.insert(model, calibration.scales)
 
     return quantize

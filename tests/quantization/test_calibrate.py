@@ -56,14 +56,14 @@ def activations(model: onnx.ModelProto, names: list[str], batch: np.ndarray) -> 
     session = onnxruntime.InferenceSession(
         watched.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    found = dict(
+    result = dict(
         zip(
             [output.name for output in watched.graph.output],
             session.run(None, {"images": batch}),
             strict=True,
         )
     )
-    return [batch if name == "images" else found[name] for name in names]
+    return [batch if name == "images" else result[name] for name in names]
 
 
 def test_max_is_the_largest_magnitude_over_all_batches(
@@ -71,9 +71,9 @@ def test_max_is_the_largest_magnitude_over_all_batches(
 ) -> None:
     scales = calibrate(model, tensors, lambda: batches, "max").scales
     assert list(scales) == tensors
-    seen = [activations(model, tensors, batch) for batch in batches]
+    observed = [activations(model, tensors, batch) for batch in batches]
     for index, name in enumerate(tensors):
-        largest = max(float(np.abs(values[index]).max()) for values in seen)
+        largest = max(float(np.abs(values[index]).max()) for values in observed)
         assert scales[name] == pytest.approx(largest / 127, rel=1e-5)
 
 
@@ -87,8 +87,8 @@ def test_one_pass_over_the_images_is_enough(
         calls.append(1)
         yield from batches
 
-    found = calibrate(model, tensors, stream, method)
-    assert len(calls) == 1 and found.method == method
+    calibration = calibrate(model, tensors, stream, method)
+    assert len(calls) == 1 and calibration.method == method
 
 
 def test_auto_passes_once_too_and_keeps_the_method_of_least_noise(
@@ -100,25 +100,27 @@ def test_auto_passes_once_too_and_keeps_the_method_of_least_noise(
         calls.append(1)
         yield from batches
 
-    found = calibrate(model, tensors, stream)
+    calibration = calibrate(model, tensors, stream)
     assert len(calls) == 1
-    tried = {name: ratio for name, ratio in found.ratios.items() if name != "kept"}
+    tried = {name: ratio for name, ratio in calibration.ratios.items() if name != "kept"}
     assert len(tried) == 2 * len(METHODS)
     best = max(tried, key=lambda name: tried[name])
-    assert best.startswith(found.method) and ("biases" in best) == bool(found.bias_corrections)
-    assert found.ratios["kept"] >= tried[best]
+    assert best.startswith(calibration.method) and ("biases" in best) == bool(
+        calibration.bias_corrections
+    )
+    assert calibration.ratios["kept"] >= tried[best]
 
 
 def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
     model: onnx.ModelProto, tensors: list[str], images: Images
 ) -> None:
     batch = images(64, 32)
-    found = calibrate(model, tensors, lambda: [batch])
-    held, others = hold_out([batch])
+    calibration = calibrate(model, tensors, lambda: [batch])
+    limit, others = hold_out([batch])
     list(others)
-    reference = make_session(model).run(None, {"images": held[0]})[0]
-    logits = make_session(found.quantized()).run(None, {"images": held[0]})[0]
-    assert noise_ratio(reference, logits) == pytest.approx(found.ratios["kept"], abs=0.05)
+    reference = make_session(model).run(None, {"images": limit[0]})[0]
+    logits = make_session(calibration.quantized()).run(None, {"images": limit[0]})[0]
+    assert noise_ratio(reference, logits) == pytest.approx(calibration.ratios["kept"], abs=0.05)
 
 
 @pytest.mark.parametrize("method", ["auto", "max"])
@@ -137,13 +139,13 @@ def test_every_method_tells_how_far_each_branch_went(
     batch[5] *= 20  # one that is not held back
     batch[20] *= 10  # and one that is
     batches = [batch[:12], batch[12:]]
-    found = calibrate(model, list(qdq.placement(model)), lambda: batches, method)
-    assert list(found.branches) == expected
-    for tensor, seen in zip(expected, activations(model, expected, batch), strict=True):
-        low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
-        assert found.branches[tensor] == pytest.approx((low, high), rel=1e-5)
-    written = {entry.key: entry.value for entry in found.quantized().metadata_props}
-    assert (BRANCH_RANGES.read(written) or {}) == found.branches
+    calibration = calibrate(model, list(qdq.placement(model)), lambda: batches, method)
+    assert list(calibration.branches) == expected
+    for tensor, observed in zip(expected, activations(model, expected, batch), strict=True):
+        low, high = min(0.0, float(observed.min())), max(0.0, float(observed.max()))
+        assert calibration.branches[tensor] == pytest.approx((low, high), rel=1e-5)
+    written = {entry.key: entry.value for entry in calibration.quantized().metadata_props}
+    assert (BRANCH_RANGES.read(written) or {}) == calibration.branches
 
 
 @pytest.mark.parametrize("method", ["max", "auto"])
@@ -192,19 +194,19 @@ def test_images_held_back_are_not_calibrated_on_and_none_is_lost(
     images: Images, size: int, most: int
 ) -> None:
     batches = [images(16, size, seed) for seed in range(40)]
-    held, others = hold_out(batches)
+    limit, others = hold_out(batches)
     rest = list(others)
-    assert sum(map(len, held)) == most
+    assert sum(map(len, limit)) == most
     assert sum(map(len, rest)) == 640 - most
-    seen = {image.tobytes() for part in rest for image in part}
-    assert not any(image.tobytes() in seen for part in held for image in part)
+    observed = {image.tobytes() for part in rest for image in part}
+    assert not any(image.tobytes() in observed for part in limit for image in part)
 
 
 def test_a_single_image_serves_for_both(
     model: onnx.ModelProto, tensors: list[str], images: Images
 ) -> None:
-    found = calibrate(model, tensors, lambda: [images(1, 32)])
-    assert set(found.scales) == set(tensors)
+    calibration = calibrate(model, tensors, lambda: [images(1, 32)])
+    assert set(calibration.scales) == set(tensors)
 
 
 def test_the_input_of_the_graph_is_calibrated(
@@ -244,9 +246,9 @@ def test_a_dead_tensor_gets_scale_1(
     method: str, model: onnx.ModelProto, tensors: list[str], batches: list[np.ndarray]
 ) -> None:
     dead = with_constant(model, "layer2.0.conv1.bias", lambda bias: np.full_like(bias, -1e6))
-    found = calibrate(dead, tensors, lambda: batches, method)
-    assert found.scales["layer2.0.relu1"] == 1
-    found.quantized()
+    calibration = calibrate(dead, tensors, lambda: batches, method)
+    assert calibration.scales["layer2.0.relu1"] == 1
+    calibration.quantized()
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
@@ -260,9 +262,9 @@ def test_a_constant_image_and_a_dead_channel_give_usable_scales(
 
     dead = with_constant(model, "layer1.0.conv1.bias", kill)
     grey = np.full((4, 3, 32, 32), 0.5, np.float32)
-    found = calibrate(dead, tensors, lambda: [grey], method)
-    assert all(np.isfinite(scale) and scale > 0 for scale in found.scales.values())
-    found.quantized()
+    calibration = calibrate(dead, tensors, lambda: [grey], method)
+    assert all(np.isfinite(scale) and scale > 0 for scale in calibration.scales.values())
+    calibration.quantized()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -325,14 +327,16 @@ def test_a_channel_a_hundred_times_larger_is_brought_down_and_costs_nothing(
     same = make_session(outlying).run(None, {"images": fresh})[0]
     assert np.allclose(reference, same, atol=1e-4)
     ratio = {}
-    for name, given, method in (
+    for name, arguments, method in (
         ("whole", model, "auto"), ("naive", outlying, "max"), ("ours", outlying, "auto")
     ):  # fmt: skip
-        found = calibrate(given, tensors, lambda: [batch], method)
-        logits = Simulation(found.model, (), found.bias_corrections).logits([fresh], found.scales)
+        calibration = calibrate(arguments, tensors, lambda: [batch], method)
+        logits = Simulation(calibration.model, (), calibration.bias_corrections).logits(
+            [fresh], calibration.scales
+        )
         ratio[name] = noise_ratio(reference, logits)
-        seen = [outlier.tensor for outlier in found.outliers]
-        assert ("layer2.0.relu1" in seen) == (name != "whole")
+        observed = [outlier.tensor for outlier in calibration.outliers]
+        assert ("layer2.0.relu1" in observed) == (name != "whole")
     assert ratio["naive"] < ratio["whole"] - 6
     assert ratio["ours"] > ratio["whole"] - 1
 
@@ -343,8 +347,8 @@ def test_equalizing_leaves_the_function_as_it_is(
     from rtresnet.quantization.equalization import equalize
 
     outlying, batch = rescaled(model, 100), images(16, 32)
-    found = observe(outlying, tensors, [batch])
-    equal, mended = equalize(outlying, found)
+    ranges = observe(outlying, tensors, [batch])
+    equal, mended = equalize(outlying, ranges)
     assert [outlier.tensor for outlier in mended] == ["layer2.0.relu1"]
     assert mended[0].channels == (5,) and mended[0].times > OUTLIER
     first, second = (make_session(m).run(None, {"images": batch})[0] for m in (outlying, equal))
@@ -359,13 +363,13 @@ def test_shifted_biases_take_the_mean_error_off_every_channel(
     from rtresnet.quantization.equalization import bias_corrections
 
     batch = images(64, 32) + 1  # with a mean, or there is nothing to correct
-    found = observe(model, tensors, [batch])
+    ranges = observe(model, tensors, [batch])
     # Of the first convolution: exact input, rounded weights.
     name, scales = "conv1", {"images": 1e-4}
     rest = [node.name for node in model.graph.node if node.name != name]
     exact = make_session(model, [name]).run(None, {"images": batch})[0].mean((0, 2, 3))
     errors = []
-    for shifts in ({}, bias_corrections(model, found)):
+    for shifts in ({}, bias_corrections(model, ranges)):
         written = qdq.insert(model, scales, rest, shifts)
         for node in written.graph.node:  # its input in float: only the weights are at issue
             if node.name == name:
@@ -378,12 +382,12 @@ def test_shifted_biases_take_the_mean_error_off_every_channel(
 def test_a_node_that_stays_in_float_keeps_its_bias(
     model: onnx.ModelProto, tensors: list[str], images: Images
 ) -> None:
-    found = calibrate(model, tensors, lambda: [images(64, 32) + 1])
+    calibration = calibrate(model, tensors, lambda: [images(64, 32) + 1])
     shifts = {node.name: np.ones(node_channels(model, node)) for node in model.graph.node
               if node.op_type == "Conv"}  # fmt: skip
-    kept = dataclasses.replace(found, bias_corrections=shifts).quantized(["layer1.0.conv1"])
-    biases = {t.name: numpy_helper.to_array(t) for t in kept.graph.initializer}
-    before = {t.name: numpy_helper.to_array(t) for t in found.model.graph.initializer}
+    saved = dataclasses.replace(calibration, bias_corrections=shifts).quantized(["layer1.0.conv1"])
+    biases = {t.name: numpy_helper.to_array(t) for t in saved.graph.initializer}
+    before = {t.name: numpy_helper.to_array(t) for t in calibration.model.graph.initializer}
     for name, moved in (("layer1.0.conv1", 0), ("layer1.0.conv2", 1)):
         assert np.allclose(before[f"{name}.bias"] - biases[f"{name}.bias"], moved, atol=1e-5)
 

@@ -9,10 +9,10 @@ from rtresnet.quantization.calibrators import BINS, SAMPLE, Histogram
 
 
 def histogram(samples: np.ndarray, batches: int = 1) -> Histogram:
-    found = Histogram("tensor")
+    result = Histogram("tensor")
     for part in np.array_split(samples.astype(np.float32).reshape(-1, 1), batches):
-        found.add(part)
-    return found
+        result.add(part)
+    return result
 
 
 def normal(count: int = 60_000) -> np.ndarray:
@@ -22,9 +22,9 @@ def normal(count: int = 60_000) -> np.ndarray:
 def test_the_largest_value_sees_every_value_and_the_histogram_a_sample() -> None:
     samples = normal(4 * SAMPLE)
     samples[12345] = -50
-    found = histogram(samples)
-    assert found.largest == 50
-    assert SAMPLE / 2 <= found.counts.sum() <= 2 * SAMPLE
+    result = histogram(samples)
+    assert result.largest == 50
+    assert SAMPLE / 2 <= result.counts.sum() <= 2 * SAMPLE
 
 
 def test_a_range_that_grows_loses_no_count_and_shifts_none() -> None:
@@ -32,7 +32,7 @@ def test_a_range_that_grows_loses_no_count_and_shifts_none() -> None:
     grown, whole = histogram(rising, 3), histogram(rising)
     assert grown.largest == whole.largest and grown.counts.sum() == pytest.approx(180_000)
     for share in (50.0, 90.0, 99.0):
-        first, second = (calibrators.percentile(found, share=share) for found in (grown, whole))
+        first, second = (calibrators.percentile(entry, share=share) for entry in (grown, whole))
         assert first == pytest.approx(second, rel=0.02, abs=2 * grown.limit / BINS)
 
 
@@ -41,12 +41,12 @@ def test_channels_and_means_are_kept() -> None:
     values = (
         rng.standard_normal((12, 5, 4, 4)).astype(np.float32) + np.arange(5)[None, :, None, None]
     )
-    found = Histogram("tensor")
+    result = Histogram("tensor")
     for part in (values[:3], values[3:10], values[10:]):
-        found.add(part)
-    assert found.channels == pytest.approx(np.abs(values).max((0, 2, 3)))
-    assert found.means == pytest.approx(values.mean((0, 2, 3)), abs=1e-5)
-    assert found.n == 12
+        result.add(part)
+    assert result.channels == pytest.approx(np.abs(values).max((0, 2, 3)))
+    assert result.means == pytest.approx(values.mean((0, 2, 3)), abs=1e-5)
+    assert result.n == 12
 
 
 @pytest.mark.parametrize("method", calibrators.METHODS)
@@ -58,8 +58,8 @@ def test_no_limit_exceeds_the_largest_and_none_is_zero(method: str) -> None:
         np.array([1e-30] * 10),
         normal() * 1e20,
     ):
-        found = histogram(samples)
-        assert 0 < calibrators.METHODS[method](found) <= found.largest
+        result = histogram(samples)
+        assert 0 < calibrators.METHODS[method](result) <= result.largest
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])
@@ -100,10 +100,10 @@ def test_entropy_does_not_look_at_exact_zeros() -> None:
 
 
 def test_zeros_alone_have_no_range_and_a_harmless_scale() -> None:
-    found = histogram(np.zeros(100))
+    result = histogram(np.zeros(100))
     for method in calibrators.METHODS.values():
-        assert method(found) == 0
-    assert calibrators.scale(0.0) == 1 and calibrators.noise(found, 1.0) == 0
+        assert method(result) == 0
+    assert calibrators.scale(0.0) == 1 and calibrators.noise(result, 1.0) == 0
 
 
 def test_noise_is_the_share_of_the_squared_error() -> None:

@@ -20,16 +20,16 @@ LOW, HIGH = np.full(3, -2.0), np.full(3, 2.0)
 def test_every_tensor_gets_a_scale(exported: Exported, options: dict[str, str]) -> None:
     model = exported("resnet8", 32, **options)
     tensors = list(qdq.placement(model))
-    found = calibrate_data_free(model, tensors, LOW, HIGH)
-    assert set(found.scales) == set(tensors)
-    assert all(np.isfinite(scale) and scale > 0 for scale in found.scales.values())
-    found.quantized()
+    calibration = calibrate_data_free(model, tensors, LOW, HIGH)
+    assert set(calibration.scales) == set(tensors)
+    assert all(np.isfinite(scale) and scale > 0 for scale in calibration.scales.values())
+    calibration.quantized()
 
 
 def test_the_input_has_the_range_of_its_pixels(exported: Exported) -> None:
     model = exported("resnet8", 32)
-    found = sample_activations(model, ["images"], np.array([-2.0, -1, 0]), np.array([2.0, 1, 2.5]))
-    assert found["images"].largest == pytest.approx(2.5, abs=0.01)
+    result = sample_activations(model, ["images"], np.array([-2.0, -1, 0]), np.array([2.0, 1, 2.5]))
+    assert result["images"].largest == pytest.approx(2.5, abs=0.01)
 
 
 def test_ranges_match_those_of_images_if_the_statistics_are_theirs(
@@ -50,12 +50,15 @@ def test_ranges_match_those_of_images_if_the_statistics_are_theirs(
     net.train()(torch.from_numpy(batch))  # the statistics become those of the batch
     model = to_onnx(fold(net.eval()), size=32, name="resnet8")
     tensors = [name for name in qdq.placement(model) if name != "images"]
-    guessed, seen = sample_activations(model, tensors, LOW, HIGH), observe(model, tensors, [batch])
+    guessed, observed = (
+        sample_activations(model, tensors, LOW, HIGH),
+        observe(model, tensors, [batch]),
+    )
     for name in tensors:
         if "flatten" in name:  # pooling is assumed to change nothing: on the wide side
-            assert calibrators.mse(guessed[name]) > calibrators.mse(seen[name])
+            assert calibrators.mse(guessed[name]) > calibrators.mse(observed[name])
             continue
-        ratio = calibrators.mse(guessed[name]) / calibrators.mse(seen[name])
+        ratio = calibrators.mse(guessed[name]) / calibrators.mse(observed[name])
         assert 0.6 < ratio < 1.7, (name, ratio)
 
 
@@ -68,9 +71,9 @@ def test_a_file_without_batch_norm_statistics_needs_images(exported: Exported) -
 
 
 def test_statistics_survive_encoding_and_damage_is_an_error() -> None:
-    given = {"conv1": (np.arange(4, dtype=np.float32), np.ones(4, np.float32))}
-    back = metadata.NORM_STATISTICS.decode(metadata.NORM_STATISTICS.encode(given))
-    assert np.array_equal(back["conv1"], given["conv1"])
+    arguments = {"conv1": (np.arange(4, dtype=np.float32), np.ones(4, np.float32))}
+    back = metadata.NORM_STATISTICS.decode(metadata.NORM_STATISTICS.encode(arguments))
+    assert np.array_equal(back["conv1"], arguments["conv1"])
     for text in ("", "{", "[]", '{"a": 3}', '{"a": "!!!"}', '{"a": "AAAA"}'):
         with pytest.raises(ArtifactError, match="damaged"):
             metadata.NORM_STATISTICS.decode(text)

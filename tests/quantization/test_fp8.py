@@ -195,9 +195,9 @@ class TestLint:
         return model
 
     def rules(self, model: onnx.ModelProto) -> set[tuple[str, str]]:
-        found = {(entry.severity, entry.rule) for entry in lint(model)}
-        assert ("note", "fp8-targets") in found
-        return found - {("note", "fp8-targets")}
+        results = {(entry.severity, entry.rule) for entry in lint(model)}
+        assert ("note", "fp8-targets") in results
+        return results - {("note", "fp8-targets")}
 
     @pytest.mark.parametrize("half", [False, True])
     def test_our_own_file_gets_only_the_note_on_targets(

@@ -37,28 +37,28 @@ def significant_bits(numbers: np.ndarray) -> int:
 class TestFewBits:
     def test_nearest(self, bits: int) -> None:
         numbers = some()
-        found = formats.round_to_bits(numbers.view(np.int32), bits).view(np.float32)
-        assert significant_bits(found) == bits
+        result = formats.round_to_bits(numbers.view(np.int32), bits).view(np.float32)
+        assert significant_bits(result) == bits
         spacing = np.ldexp(1.0, np.frexp(numbers)[1] - bits)
-        assert (np.abs(found - numbers.astype(np.float64)) <= spacing / 2).all()
+        assert (np.abs(result - numbers.astype(np.float64)) <= spacing / 2).all()
 
     def test_at_least(self, bits: int) -> None:
         numbers = some()
-        found = formats.round_up_to_bits(numbers.view(np.int32), bits).view(np.float32)
-        assert significant_bits(found) == bits
-        assert (found >= numbers).all()
+        result = formats.round_up_to_bits(numbers.view(np.int32), bits).view(np.float32)
+        assert significant_bits(result) == bits
+        assert (result >= numbers).all()
         spacing = np.ldexp(1.0, np.frexp(numbers)[1] - bits)
-        assert (found - numbers.astype(np.float64) < spacing).all()
+        assert (result - numbers.astype(np.float64) < spacing).all()
 
     @pytest.mark.parametrize("rounding", [formats.round_to_bits, formats.round_up_to_bits])
     def test_once_is_enough_and_torch_does_the_same(
         self, rounding: Callable[..., np.ndarray], bits: int
     ) -> None:
         pattern = some().view(np.int32)
-        found = rounding(pattern, bits)
-        assert np.array_equal(rounding(found, bits), found)
+        result = rounding(pattern, bits)
+        assert np.array_equal(rounding(result, bits), result)
         by_torch = rounding(torch.from_numpy(pattern.copy()), bits)
-        assert np.array_equal(np.asarray(by_torch), found)
+        assert np.array_equal(np.asarray(by_torch), result)
 
 
 def in_another_order(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -93,12 +93,12 @@ def test_sums_are_the_same_in_any_order_and_are_exact() -> None:
     model, scale = convolution(64), 0.0391
     images = np.random.default_rng(2).normal(0, 2, (4, 64, 8, 8)).astype(np.float32)
     turned = np.ascontiguousarray(images[:, ::-1])
-    found = {}
+    results = {}
     for low_bit in (False, True):
         written = qdq.insert(model, {"images": scale}, low_bit=low_bit)
         (straight,) = make_session(written).run(None, {"images": images})
         (other,) = make_session(in_another_order(written)).run(None, {"images": turned})
-        found[low_bit] = np.array_equal(straight, other)
+        results[low_bit] = np.array_equal(straight, other)
         if low_bit:
             constants = {t.name: numpy_helper.to_array(t) for t in written.graph.initializer}
             steps = np.clip(np.rint(images / constants["images.scale"]), -128, 127)
@@ -108,7 +108,7 @@ def test_sums_are_the_same_in_any_order_and_are_exact() -> None:
             sums = np.einsum("nchwij,ocij->nohw", windows, constants["w"].astype(np.float64))
             expected = sums * units[..., None] + constants["b"].astype(np.float64)[:, None, None]
             assert np.array_equal(straight, expected)  # float64 holds all of it
-    assert found == {False: False, True: True}
+    assert results == {False: False, True: True}
 
 
 def test_what_is_written(exported: Exported) -> None:
@@ -117,10 +117,12 @@ def test_what_is_written(exported: Exported) -> None:
     written = qdq.insert(model, scales, low_bit=True)
     constants = {t.name: numpy_helper.to_array(t) for t in written.graph.initializer}
     floats = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    for name, asked in scales.items():
+    for name, requested in scales.items():
         scale = constants[f"{name}.scale"]
-        assert significant_bits(scale) <= 3 and abs(scale / asked - 1) <= 1 / 9
-        assert float(scale) == formats.low_bit_scale(asked) == formats.low_bit_scale(float(scale))
+        assert significant_bits(scale) <= 3 and abs(scale / requested - 1) <= 1 / 9
+        assert (
+            float(scale) == formats.low_bit_scale(requested) == formats.low_bit_scale(float(scale))
+        )
     weighted = [node for node in written.graph.node if node.op_type in ("Conv", "Gemm")]
     assert len(weighted) == 8
     for node in weighted:

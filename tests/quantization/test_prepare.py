@@ -158,11 +158,11 @@ def test_blocks_are_found_without_names(exported: Exported) -> None:
 def test_what_batch_norm_knew_is_kept_while_folding(exported: Exported) -> None:
     foreign = strange(exported("resnet8", 32))
     properties = {entry.key: entry.value for entry in prepare(foreign).metadata_props}
-    known = metadata.NORM_STATISTICS.decode(properties[metadata.NORM_STATISTICS.key])
+    reference = metadata.NORM_STATISTICS.decode(properties[metadata.NORM_STATISTICS.key])
     beta = next(t for t in foreign.graph.initializer if t.name == "0.beta")
-    mean, _ = next(iter(known.values()))
+    mean, _ = next(iter(reference.values()))
     assert mean == pytest.approx(numpy_helper.to_array(beta), abs=2e-3)
-    assert len(known) == 7
+    assert len(reference) == 7
 
 
 def test_our_own_file_stays_as_it_is(exported: Exported) -> None:

@@ -21,9 +21,9 @@ Images = Callable[..., np.ndarray]
 def test_every_node_that_can_be_quantized_lies_in_one_block(exported: Exported) -> None:
     for name, size, count in (("resnet8", 32, 5), ("resnet18", 64, 10), ("resnet50", 64, 18)):
         model = exported(name, size)
-        found = [node for nodes in blocks(model).values() for node in nodes]
-        wanted = [n.name for n in model.graph.node if n.op_type in ("Conv", "Gemm", "Add")]
-        assert sorted(found) == sorted(wanted) and len(blocks(model)) == count
+        results = [node for nodes in blocks(model).values() for node in nodes]
+        expected = [n.name for n in model.graph.node if n.op_type in ("Conv", "Gemm", "Add")]
+        assert sorted(results) == sorted(expected) and len(blocks(model)) == count
 
 
 def test_the_block_with_a_bad_range_is_found_first_and_leaving_it_in_float_helps(
@@ -31,11 +31,11 @@ def test_the_block_with_a_bad_range_is_found_first_and_leaving_it_in_float_helps
 ) -> None:
     model = exported("resnet8", 32)
     tensors = list(qdq.placement(model))
-    found = calibrate(model, tensors, lambda: [images(32, 32)], "max")
-    scales = found.scales | {"layer2.0.relu1": found.scales["layer2.0.relu1"] * 60}
-    found = dataclasses.replace(found, scales=scales)
-    held, reference = references(model, [images(32, 32)])
-    ranked = sensitivity(found, held, reference)
+    calibration = calibrate(model, tensors, lambda: [images(32, 32)], "max")
+    scales = calibration.scales | {"layer2.0.relu1": calibration.scales["layer2.0.relu1"] * 60}
+    calibration = dataclasses.replace(calibration, scales=scales)
+    limit, reference = references(model, [images(32, 32)])
+    ranked = sensitivity(calibration, limit, reference)
     assert ranked[0].name == "layer2.0" and ranked[0].gain > 3
     assert ranked[0].alone == min(block.alone for block in ranked)
     assert sum(block.weights for block in ranked) == pytest.approx(1)
@@ -56,23 +56,25 @@ def test_nodes_that_are_kept_are_in_float_weights_and_all(
 
 def test_the_simulation_is_the_file_that_is_written(exported: Exported, images: Images) -> None:
     model, batch = exported("resnet8", 32), images(8, 32)
-    found = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
+    calibration = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
     keep = blocks(model)["layer1.0"]
-    simulated = Simulation(model, keep).logits([batch], found.scales)
-    written = make_session(qdq.insert(model, found.scales, keep)).run(None, {"images": batch})[0]
+    simulated = Simulation(model, keep).logits([batch], calibration.scales)
+    written = make_session(qdq.insert(model, calibration.scales, keep)).run(
+        None, {"images": batch}
+    )[0]
     assert noise_ratio(written, simulated) > 60
 
 
 def test_a_block_left_in_float_keeps_its_own_biases(exported: Exported, images: Images) -> None:
     # A bias that makes up for rounded weights would be wrong where they are not rounded.
     model, batch = exported("resnet8", 32), images(96, 32) + 1
-    found = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
-    shifts = bias_corrections(model, observe(model, [*found.scales], [batch]))
-    found = dataclasses.replace(found, bias_corrections=shifts)
+    calibration = calibrate(model, list(qdq.placement(model)), lambda: [batch], "max")
+    shifts = bias_corrections(model, observe(model, [*calibration.scales], [batch]))
+    calibration = dataclasses.replace(calibration, bias_corrections=shifts)
     keep = blocks(model)["layer1.0"]
     before, after = (
         {tensor.name: numpy_helper.to_array(tensor) for tensor in m.graph.initializer}
-        for m in (model, found.quantized(keep))
+        for m in (model, calibration.quantized(keep))
     )
     for node in model.graph.node:
         if node.op_type in qdq.WEIGHTED:

@@ -72,10 +72,10 @@ def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, d
 
 def expected(path: Path, pixels: np.ndarray, least: float) -> list[dict[str, Any]]:
     with rtresnet.load(path, provider="cpu") as session:
-        found = session.detect(pixels)
+        result = session.detect(pixels)
         return [
             {"box": box.tolist(), "label": session.classes[label], "score": float(score)}
-            for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True)
+            for box, label, score in zip(result.boxes, result.labels, result.scores, strict=True)
             if score >= least
         ]
 
@@ -86,9 +86,9 @@ def test_detect_gives_boxes_in_pixels_of_the_image(server: Server, path: Path) -
     assert status == 200 and answer["model"] == NAME and answer["unsettled"] == [0]
     assert answer["sizes"] == [[88, 128]]
     (objects,) = answer["results"]
-    wanted = expected(path, pixels, 0.5)
-    assert len(objects) == len(wanted) > 0
-    for one, other in zip(objects, wanted, strict=True):
+    required = expected(path, pixels, 0.5)
+    assert len(objects) == len(required) > 0
+    for one, other in zip(objects, required, strict=True):
         assert one["label"] == other["label"]
         assert one["box"] == pytest.approx(other["box"], abs=1e-2)
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
@@ -164,8 +164,8 @@ def test_infer_over_grpc_gives_the_same(server: Server, tensors: Any) -> None:
         response = call(message)
     for entry, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         values = stacked[entry.name]
-        found = np.frombuffer(raw, values.dtype).reshape(values.shape)
-        assert np.allclose(found, values, atol=1e-3)
+        result = np.frombuffer(raw, values.dtype).reshape(values.shape)
+        assert np.allclose(result, values, atol=1e-3)
 
 
 def test_metadata_names_both_inputs_and_the_task(server: Server) -> None:

@@ -352,9 +352,9 @@ def test_mutated_heads_are_refused_or_answered(server: Server, images: np.ndarra
 
     statuses = []
     for request, answer in zip(requests, asyncio.run(all_sent()), strict=True):
-        found = re.findall(rb"HTTP/1\.1 (\d)\d\d", answer)
-        assert b"5" not in found, (request[:300], answer[:200])
-        statuses += found
+        matches = re.findall(rb"HTTP/1\.1 (\d)\d\d", answer)
+        assert b"5" not in matches, (request[:300], answer[:200])
+        statuses += matches
     assert statuses.count(b"2") > 20 and statuses.count(b"4") > 100
     assert ask(server, INFER, body, header)[0] == 200
 

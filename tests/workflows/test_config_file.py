@@ -149,9 +149,9 @@ def test_train_logger_that_refuses_ends_the_run_before_its_first_step(
     monkeypatch.setitem(sys.modules, "wandb", Broken("wandb", "init"))
     out = tmp_path / "run"
     assert train("--data", tints, "--log", "mlflow,wandb", "--out", str(out)) == 3
-    told = capsys.readouterr().err
-    assert "--log wandb: no route to the server" in told and "WANDB_MODE=offline" in told
-    assert "second line" not in told and not (out / "last.pt").exists()
+    output = capsys.readouterr().err
+    assert "--log wandb: no route to the server" in output and "WANDB_MODE=offline" in output
+    assert "second line" not in output and not (out / "last.pt").exists()
     assert stub.calls[-1] == ("end_run", (("FAILED",), {}))
 
 
@@ -173,12 +173,12 @@ def test_train_logs_to_mlflow(tints: str, tmp_path: Path, monkeypatch: pytest.Mo
     out = tmp_path / "run"
     assert train("--data", tints, "--epochs", "2", "--log", "mlflow", "--out", str(out)) == 0
     client = mlflow.MlflowClient()
-    (found,) = client.search_runs(["0"])
-    assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
-    assert found.data.params["model"] == "resnet8" and found.data.params["epochs"] == "2"
-    history = client.get_metric_history(found.info.run_id, "val_top1")
+    (result,) = client.search_runs(["0"])
+    assert (result.info.run_name, result.info.status) == ("run", "FINISHED")
+    assert result.data.params["model"] == "resnet8" and result.data.params["epochs"] == "2"
+    history = client.get_metric_history(result.info.run_id, "val_top1")
     assert [entry.step for entry in history] == [6, 12]
-    assert len(client.get_metric_history(found.info.run_id, "loss")) == 12
+    assert len(client.get_metric_history(result.info.run_id, "loss")) == 12
 
 
 def test_train_logs_to_wandb_offline(

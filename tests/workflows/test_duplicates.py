@@ -126,5 +126,5 @@ def test_near_pairs_a_small_copy_of_a_detailed_image_is_found() -> None:
 def test_near_pairs_digits_without_copies() -> None:
     pytest.importorskip("sklearn")
     digits = open_source("digits")
-    found = Hashes.of(digits, {n: fingerprint(digits.image(n)) for n in range(len(digits))})
-    assert near_pairs(found) == []
+    result = Hashes.of(digits, {n: fingerprint(digits.image(n)) for n in range(len(digits))})
+    assert near_pairs(result) == []

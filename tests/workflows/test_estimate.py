@@ -150,12 +150,12 @@ def test_estimate_of_fp8_kernels_uses_fp8_rates_and_needs_a_gpu_with_fp8(
 
 
 def layer_of(**fields: Any) -> Layer:
-    given = {
+    arguments = {
         "name": "k", "kind": "correlation", "role": "conv", "operation": "conv 3x3",
         "stage": "layer1", "block": "layer1.0", "profile": 0, "nodes": (), "rounds": (),
         "inputs": (), "outputs": (), "weights": 0, "multiply_adds": 1,
     }  # fmt: skip
-    return Layer(**(given | fields))
+    return Layer(**(arguments | fields))
 
 
 def tensor(*shape: int, dtype: str = "Half") -> LayerTensor:
@@ -197,8 +197,8 @@ def test_estimate_shows_measurements_of_the_same_plan_gpu_and_batch(
 ) -> None:
     file = bench_file(tmp_path / "bench.json", plans["fp16"], **fields)
     result = estimate(plans["fp16"], EstimateConfig(gpus=("RTX 4090",), measured=(file,)))
-    found = [(m.file, m.n, m.median_ms, m.compute_ms) for m in result.results[0].measured]
-    assert found == ([(str(file), 100, 0.5, 0.25)] if shown else [])
+    results = [(m.file, m.n, m.median_ms, m.compute_ms) for m in result.results[0].measured]
+    assert results == ([(str(file), 100, 0.5, 0.25)] if shown else [])
 
 
 @pytest.mark.parametrize(

@@ -47,41 +47,41 @@ def parsed(text: str) -> Any:
 
 
 def test_config_onnx_file_matches_tritons_schema() -> None:
-    found = parsed(triton.config(model()))
-    assert (found.name, found.backend, found.max_batch_size) == ("net", "onnxruntime", 32)
-    (image,), (logits,) = found.input, found.output
+    config = parsed(triton.config(model()))
+    assert (config.name, config.backend, config.max_batch_size) == ("net", "onnxruntime", 32)
+    (image,), (logits,) = config.input, config.output
     assert (image.name, image.data_type, list(image.dims), image.format) == (
         "images", 11, [3, 32, 32], 2,
     )  # fmt: skip
     assert (logits.name, list(logits.dims), logits.label_filename) == ("logits", [10], "labels.txt")
-    assert found.dynamic_batching.max_queue_delay_microseconds == 500
-    assert not found.dynamic_batching.preferred_batch_size
-    (group,) = found.instance_group
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    assert not config.dynamic_batching.preferred_batch_size
+    (group,) = config.instance_group
     assert (group.count, group.kind) == (1, 0)  # KIND_AUTO
-    assert found.version_policy.latest.num_versions == 1
-    assert found.parameters["sha256"].string_value == "abc"
-    assert not found.optimization.execution_accelerators.gpu_execution_accelerator
+    assert config.version_policy.latest.num_versions == 1
+    assert config.parameters["sha256"].string_value == "abc"
+    assert not config.optimization.execution_accelerators.gpu_execution_accelerator
 
 
 def test_config_plan_prefers_its_best_batches_and_names_all_profiles() -> None:
-    found = parsed(triton.config(plan((1, 1, 4), (4, 16, 32), instances=2)))
-    assert found.backend == "tensorrt"
-    assert list(found.dynamic_batching.preferred_batch_size) == [1, 16]
-    (group,) = found.instance_group
+    config = parsed(triton.config(plan((1, 1, 4), (4, 16, 32), instances=2)))
+    assert config.backend == "tensorrt"
+    assert list(config.dynamic_batching.preferred_batch_size) == [1, 16]
+    (group,) = config.instance_group
     assert (group.count, group.kind, list(group.profile)) == (2, 1, ["0", "1"])
     assert not parsed(triton.config(plan((1, 8, 32)))).instance_group[0].profile
 
 
 def test_config_prefers_no_batch_above_the_largest() -> None:
-    found = parsed(triton.config(plan((1, 8, 32), max_batch=4)))
-    assert found.max_batch_size == 4 and not found.dynamic_batching.preferred_batch_size
+    config = parsed(triton.config(plan((1, 8, 32), max_batch=4)))
+    assert config.max_batch_size == 4 and not config.dynamic_batching.preferred_batch_size
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cuda", 1), ("cpu", 2), ("auto", 0)])
 def test_config_int8_onnx_file_uses_tensorrt_on_gpus(device: str, kind: int) -> None:
-    found = parsed(triton.config(model(precision="int8", device=device)))
-    assert found.instance_group[0].kind == kind
-    accelerators = found.optimization.execution_accelerators.gpu_execution_accelerator
+    config = parsed(triton.config(model(precision="int8", device=device)))
+    assert config.instance_group[0].kind == kind
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [entry.name for entry in accelerators] == ([] if device == "cpu" else ["tensorrt"])
     if accelerators:
         assert dict(accelerators[0].parameters) == {
@@ -98,11 +98,11 @@ def test_config_pixels_and_topk_have_their_shapes() -> None:
         TensorSpec(name="indices", dtype="int64", dims=(5,)),
         TensorSpec(name="probabilities", dtype="float32", dims=(5,)),
     )
-    found = parsed(triton.config(model(inputs=(pixels,), outputs=best)))
-    assert (found.input[0].data_type, found.input[0].format) == (2, 1)  # UINT8, NHWC
-    assert [output.data_type for output in found.output] == [9, 11]
+    config = parsed(triton.config(model(inputs=(pixels,), outputs=best)))
+    assert (config.input[0].data_type, config.input[0].format) == (2, 1)  # UINT8, NHWC
+    assert [output.data_type for output in config.output] == [9, 11]
     # a label goes by position, and the first of the K best is not class 0
-    assert not any(output.label_filename for output in found.output)
+    assert not any(output.label_filename for output in config.output)
 
 
 def test_config_text_is_quoted_losslessly() -> None:
@@ -166,8 +166,8 @@ def test_write_copies_the_file_and_a_sidecar_with_its_parent(
         "net/config.pbtxt", "net/labels.txt", "net/1/model.plan", "net/1/model.plan.json",
     }  # fmt: skip
     assert (root / "net" / "labels.txt").read_text().splitlines() == list(CLASSES)
-    held = artifacts.verify(folder / "model.plan")
-    assert held is not None and held.made_by["command"] == "rtresnet build net.onnx"
+    limit = artifacts.verify(folder / "model.plan")
+    assert limit is not None and limit.made_by["command"] == "rtresnet build net.onnx"
     assert [state for _, _, state in artifacts.chain(folder / "model.plan")] == ["ok", "no sidecar"]
 
 
@@ -184,16 +184,16 @@ def test_write_second_version_keeps_the_first(tmp_path: Path, source: tuple[Path
 
 def test_write_existing_version_is_refused(tmp_path: Path, source: tuple[Path, Sidecar]) -> None:
     path, sidecar = source
-    root, wanted = tmp_path / "models", plan((1, 8, 32))
-    triton.write(root, wanted, path, sidecar, 3)
+    root, expected = tmp_path / "models", plan((1, 8, 32))
+    triton.write(root, expected, path, sidecar, 3)
     before = {name: (root / name).read_bytes() for name in files(root)}
     with pytest.raises(InputError, match="the same file already"):
-        triton.write(root, wanted, path, sidecar)
+        triton.write(root, expected, path, sidecar)
     path.write_bytes(b"another plan")
     with pytest.raises(InputError, match=r"another file.*for 4"):
-        triton.write(root, wanted, path, None, 3)
+        triton.write(root, expected, path, None, 3)
     with pytest.raises(InputError, match="Triton serves the latest"):
-        triton.write(root, wanted, path, None, 2)
+        triton.write(root, expected, path, None, 2)
     pixels = TensorSpec(name="images", dtype="uint8", dims=(32, 32, 3))
     for other in (plan((1, 8, 32), inputs=(pixels,)), model(kind="onnx")):
         with pytest.raises(InputError, match="choose another --name"):

@@ -17,7 +17,7 @@ from rtresnet.workflows.workload import Workload, parse_milliseconds
 
 
 def test_measure_queued_clients_without_batcher_call_at_the_same_time() -> None:
-    inside, most, lock, taken = 0, 0, threading.Lock(), list[float]()
+    inside, most, lock, durations = 0, 0, threading.Lock(), list[float]()
 
     def serve(request: object) -> None:
         nonlocal inside, most
@@ -27,14 +27,14 @@ def test_measure_queued_clients_without_batcher_call_at_the_same_time() -> None:
         time.sleep(0.01)
         with lock:
             inside -= 1
-        taken.append(1e3 * (time.perf_counter() - begin))
+        durations.append(1e3 * (time.perf_counter() - begin))
 
     session: Any = None
-    asked = Workload(scenario="closed", seconds=3, queries=40, concurrency=4)
-    measured = workload.measure_queued(session, Candidate(serve=serve, requests=[0]), asked)
+    requested = Workload(scenario="closed", seconds=3, queries=40, concurrency=4)
+    measured = workload.measure_queued(session, Candidate(serve=serve, requests=[0]), requested)
     assert most == 4 and measured.latency.n == 40 and inside == 0
     # If they waited for each other, four would take four times as long as one.
-    assert measured.latency.median < 2.5 * np.median(taken)
+    assert measured.latency.median < 2.5 * np.median(durations)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_benchmark_config_contradicting_options_are_refused(
 def test_workload_scenario_follows_from_options(
     options: dict[str, Any], scenario: str, batches: tuple[int, ...]
 ) -> None:
-    asked = BenchmarkConfig(**options).workload()
-    assert (asked.scenario, asked.batches) == (scenario, batches)
+    requested = BenchmarkConfig(**options).workload()
+    assert (requested.scenario, requested.batches) == (scenario, batches)
 
 
 @pytest.mark.parametrize(
