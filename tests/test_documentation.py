@@ -212,12 +212,13 @@ def test_names_say_what_a_value_is() -> None:
     problems = []
     for folder in ("rtresnet", "tests", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                fields = {  # of files and results, whose names stay
-                    id(entry.target)
-                    for entry in (node.body if isinstance(node, ast.ClassDef) else ())
-                    if isinstance(entry, ast.AnnAssign)
-                }
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            fields = {  # of files and results: their names stay
+                id(entry.target)
+                for node in nodes if isinstance(node, ast.ClassDef)
+                for entry in node.body if isinstance(entry, ast.AnnAssign)
+            }  # fmt: skip
+            for node in nodes:
                 name = (
                     node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
                     else node.arg if isinstance(node, ast.arg)

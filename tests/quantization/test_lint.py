@@ -81,10 +81,10 @@ def good(quantized: Exported) -> Editor:
     return Editor(quantized("resnet8", 32))
 
 
-Found = list[tuple[str, str, str]]
+Findings = list[tuple[str, str, str]]
 
 
-def found(model: onnx.ModelProto) -> Found:
+def findings_of(model: onnx.ModelProto) -> Findings:
     return [(entry.severity, entry.rule, entry.node) for entry in lint(model)]
 
 
@@ -96,7 +96,7 @@ def test_our_own_files_are_flawless(quantized: Exported, name: str, size: int, r
 
 
 def test_a_float_file_gets_a_note(exported: Exported) -> None:
-    assert found(exported("resnet8", 32)) == [("note", "float-file", "resnet8")]
+    assert findings_of(exported("resnet8", 32)) == [("note", "float-file", "resnet8")]
 
 
 def unsigned(e: Editor) -> None:
@@ -336,7 +336,7 @@ def test_one_flaw_is_one_finding(
     good: Editor, damage: Callable[[Editor], None], expected: Found
 ) -> None:
     damage(good)
-    assert found(good.model) == expected
+    assert findings_of(good.model) == expected
 
 
 def test_every_rule_is_tried_here() -> None:
@@ -350,7 +350,7 @@ def test_half_data_with_float_scales_and_no_cast_is_an_error(quantized: Exported
     e = Editor(to_half(quantized("resnet8", 32)))
     e.node("relu.q").input[0] = "relu"
     e.remove("relu.q.float")
-    assert found(e.model) == [("error", "mixed-half", "relu.q")]
+    assert findings_of(e.model) == [("error", "mixed-half", "relu.q")]
 
 
 def test_a_max_pool_is_int8_where_only_a_q_reads_it(quantized: Exported) -> None:
@@ -360,7 +360,7 @@ def test_a_max_pool_is_int8_where_only_a_q_reads_it(quantized: Exported) -> None
         node = e.node(name)
         node.input[:] = ["maxpool" if x == "maxpool.dq" else x for x in node.input]
     e.remove("maxpool.q", "maxpool.dq")
-    assert [rule for _, rule, _ in found(e.model)] == [
+    assert [rule for _, rule, _ in findings_of(e.model)] == [
         "float-conv", "float-shortcut", "float-pool",
     ]  # fmt: skip
 
@@ -374,7 +374,7 @@ def test_constant_nodes_and_nodes_without_names_are_read_alike(good: Editor) -> 
             good.graph.node.insert(0, constant)
     for node in good.graph.node:
         node.name = ""
-    assert found(good.model) == [("error", "unsigned", "relu.q")]
+    assert findings_of(good.model) == [("error", "unsigned", "relu.q")]
 
 
 def test_q_and_dq_on_float_weights_are_as_good_as_stored_int8(good: Editor) -> None:
@@ -414,7 +414,7 @@ def test_what_onnx_runtime_quantizes_by_default_does_not_pass(
     onnx.save(exported("resnet8", 32), source)
     kind = quantization.QuantType.QInt8 if signed else quantization.QuantType.QUInt8
     quantization.quantize_static(source, out, Noise(), activation_type=kind)
-    rules = {rule for severity, rule, _ in found(onnx.load(out)) if severity == "error"}
+    rules = {rule for severity, rule, _ in findings_of(onnx.load(out)) if severity == "error"}
     assert {"quantized-bias", "zero-point"} <= rules
 
 
@@ -424,7 +424,7 @@ def test_integer_operators_of_onnx_runtime_are_errors(exported: Exported, tmp_pa
     quantization.quantize_static(
         source, out, Noise(), quant_format=quantization.QuantFormat.QOperator
     )
-    assert ("error", "integer-operator") in {entry[:2] for entry in found(onnx.load(out))}
+    assert ("error", "integer-operator") in {entry[:2] for entry in findings_of(onnx.load(out))}
 
 
 def test_the_model_is_not_changed(good: Editor) -> None:
@@ -438,4 +438,4 @@ def test_types_are_stated_by_output_dtype_too(good: Editor) -> None:
     without_zero_point(good)
     attribute = helper.make_attribute("output_dtype", TensorProto.INT8)
     good.node("relu.q").attribute.append(attribute)
-    assert found(good.model) == [("note", "no-zero-point", "relu.q")]
+    assert findings_of(good.model) == [("note", "no-zero-point", "relu.q")]

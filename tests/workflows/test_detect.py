@@ -330,7 +330,7 @@ def test_compare_detectors_differing_image_has_three_groups() -> None:
     from rtresnet.core.canvas import Detections
     from rtresnet.detection.agreement import agree
 
-    def found(*rows: tuple[float, float, int]) -> Detections:
+    def detected(*rows: tuple[float, float, int]) -> Detections:
         boxes = np.array([[x, 0, x + 10, 10] for x, _, _ in rows], np.float32)
         return Detections(
             boxes=boxes.reshape(-1, 4),
@@ -338,15 +338,15 @@ def test_compare_detectors_differing_image_has_three_groups() -> None:
             labels=np.array([label for *_, label in rows], np.int64),
         )
 
-    one = found((0, 0.9, 0), (40, 0.8, 1), (80, 0.51, 0))
-    other = found((1, 0.85, 0), (40, 0.8, 2), (80, 0.49, 0), (81, 0.2, 0))
+    one = detected((0, 0.9, 0), (40, 0.8, 1), (80, 0.51, 0))
+    other = detected((1, 0.85, 0), (40, 0.8, 2), (80, 0.49, 0), (81, 0.2, 0))
     pair = agree(one, other)
     assert (pair.both, pair.first, pair.second) == (((0, 0),), (1, 2), (1,))
     assert pair.score == pytest.approx(0.05) and pair.box == 1
     near = agree(one, other, margin=0.05)
     assert (near.both, near.first, near.second) == (((0, 0), (2, 2)), (1,), (1,))
-    assert agree(found(), found()).different == 0
-    assert agree(found(), other).second == (0, 1)
+    assert agree(detected(), detected()).different == 0
+    assert agree(detected(), other).second == (0, 1)
 
 
 def test_check_detector_own_files_pass(
