@@ -286,7 +286,7 @@ def unknown_operator(e: Editor) -> None:
     e.node("avgpool").op_type = "GlobalAveragePoll"
 
 
-CASES: list[tuple[Callable[[Editor], None], Found]] = [
+CASES: list[tuple[Callable[[Editor], None], Findings]] = [
     (unsigned, [("error", "unsigned", "relu.q")]),
     (uint8_128, [("error", "zero-point", "relu.q")]),
     (int8_5, [("error", "zero-point", "relu.q")]),
@@ -333,7 +333,7 @@ CASES: list[tuple[Callable[[Editor], None], Found]] = [
 @pytest.mark.parametrize(("damage", "expected"), CASES, ids=lambda case: getattr(
     case, "__name__", ""))  # fmt: skip
 def test_one_flaw_is_one_finding(
-    good: Editor, damage: Callable[[Editor], None], expected: Found
+    good: Editor, damage: Callable[[Editor], None], expected: Findings
 ) -> None:
     damage(good)
     assert findings_of(good.model) == expected
