@@ -307,7 +307,7 @@ def write_flips(
         title_of = flip.reference if flip.label is None else f"{flip.label}: {flip.outcome}"
         tiles.append(tile(images.get(flip.index), title_of, answers, flip.place))
     text = render(
-        "flips.html", title=title, summary=summary, tiles=tiles,
+        "flips.html", title=title, summary=summary, tiles=tiles, large=False,
         nothing="No image changes its class.", command=provenance.command_line(),
     )  # fmt: skip
     atomic_io.write_text(folder / "index.html", text)
