@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
-    "synthetic:N. Transparent images are composited on white."
+    "synthetic:N, run:DIR (images that a run held out). Transparent images are composited on white."
 )
 
 

@@ -22,10 +22,11 @@ from rtresnet.core.preprocess import Preprocess
 Box = tuple[int, int, int, int]
 """Top, left, height, width, in pixels."""
 
-# Largest shorter side of the paper's scale augmentation, relative to the crop. Photographs are
-# decoded for it regardless of the crop, so the decoded pixels depend only on the image and the
+# Shorter side of the paper's scale augmentation, relative to the crop. Photographs are decoded for
+# the largest one regardless of the crop, so the decoded pixels depend only on the image and the
 # size.
-LARGEST_SCALE = 480 / 224
+SMALLEST_SCALE, LARGEST_SCALE = 256 / 224, 480 / 224
+LARGEST_RATIO = 4 / 3  # of a box's sides
 
 # AlexNet's principal components of the RGB values of ImageNet's training set, in units of [0, 1]
 # (Krizhevsky, Sutskever and Hinton, 2012, section 4.1; the numbers are fb.resnet.torch's).
@@ -67,13 +68,7 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device)
 
 
-def scale_box(
-    height: int,
-    width: int,
-    size: int,
-    rng: np.random.Generator,
-    scales: tuple[float, float] = (256 / 224, LARGEST_SCALE),
-) -> Box:
+def scale_box(height: int, width: int, size: int, rng: np.random.Generator) -> Box:
     """Draw a box by the paper's scale augmentation (He et al., 2015, section 3.4).
 
     The paper resizes the shorter side to a random length in [256, 480] and crops 224 pixels. The
@@ -85,10 +80,9 @@ def scale_box(
         width: Width of the image, in pixels.
         size: Side of the crop, in pixels.
         rng: Draws scale and position.
-        scales: Bounds of the shorter side, relative to the crop.
     """
     short = min(height, width)
-    drawn = rng.integers(round(scales[0] * size), round(scales[1] * size) + 1)
+    drawn = rng.integers(round(SMALLEST_SCALE * size), round(LARGEST_SCALE * size) + 1)
     side = min(short, max(1, round(short * size / drawn)))
     top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
     return int(top), int(left), side, side
@@ -99,9 +93,8 @@ def area_box(
     width: int,
     rng: np.random.Generator,
     area: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """Draw a box of random area and aspect ratio (Szegedy et al., 2015, section 6).
+    """Draw a box of random area and aspect ratio, 3:4 to 4:3 (Szegedy et al., 2015, section 6).
 
     Uses the first of ten random boxes that fits, else the largest centred box of an allowed shape.
 
@@ -110,19 +103,18 @@ def area_box(
         width: Width of the image, in pixels.
         rng: Draws area, shape and position.
         area: Bounds of the box's share of the image; uniform.
-        ratio: Bounds of width over height; log-uniform.
     """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    largest = math.log(LARGEST_RATIO)
     for _ in range(10):
         pixels = height * width * rng.uniform(*area)
-        shape = math.exp(rng.uniform(low, high))
+        shape = math.exp(rng.uniform(-largest, largest))
         box_height, box_width = round(math.sqrt(pixels / shape)), round(math.sqrt(pixels * shape))
         if 0 < box_height <= height and 0 < box_width <= width:
             top = rng.integers(0, height - box_height + 1)
             left = rng.integers(0, width - box_width + 1)
             return int(top), int(left), box_height, box_width
-    box_height = min(height, max(1, round(width / ratio[0])))
-    box_width = min(width, max(1, round(height * ratio[1])))
+    box_height = min(height, max(1, round(width * LARGEST_RATIO)))
+    box_width = min(width, max(1, round(height * LARGEST_RATIO)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 

@@ -161,10 +161,9 @@ def batches(
         yield images, source.labels[[index for index, _ in part]]
 
 
-def sample(source: Source, n: int, seed: int = 0) -> np.ndarray:
-    """Draw `n` indices, balanced over the classes; the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(source))
+def sample(source: Source, n: int) -> np.ndarray:
+    """Draw `n` indices at random, balanced over the classes; every time the same ones."""
+    order = np.random.default_rng(0).permutation(len(source))
     labels = source.labels[order]
     # Each image's rank within its class: sorting by it takes one of every class in turn.
     by_class = np.argsort(labels, kind="stable")
@@ -215,7 +214,7 @@ class Cached(Subset):
         return self.source.fingerprint()
 
 
-def cached_or_same(source: Source, at_least: int | None, budget: int | None = None) -> Source:
+def cached_or_same(source: Source, at_least: int | None, budget: int) -> Source:
     """Put a cache before a source if all its images are estimated to fit, else return it.
 
     Decodes a few dozen images, evenly spaced, for the estimate.
@@ -223,12 +222,10 @@ def cached_or_same(source: Source, at_least: int | None, budget: int | None = No
     Args:
         source: Any source; arrays are in memory already.
         at_least: Value of later requests.
-        budget: Bytes of pixels, `default_budget()` by default. Processes on one machine must
-            divide it.
+        budget: Bytes of pixels, such as `default_budget()`, divided by the machine's processes.
     """
     if isinstance(source, Arrays):
         return source
-    budget = default_budget() if budget is None else budget
     cached = Cached(source, at_least=at_least, budget=budget)
     sizes = []
     for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)):

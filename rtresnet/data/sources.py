@@ -6,6 +6,7 @@
     folder:DIR          one folder per class, optionally under train/ and test/ or val/
     DIR                 the same
     shards:DIR          a folder that `rtresnet pack` wrote
+    run:DIR             the test images that a run held out of a data set without test images
     npz:FILE            arrays `images` uint8 [N, H, W, 3] or [N, H, W], `labels` [N]
     synthetic:N         N random images, for measurements without data
 
@@ -29,6 +30,7 @@ from rtresnet.core.preprocess import resize
 from rtresnet.core.reporter import plural
 from rtresnet.data.decode import FileEnds, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
+from rtresnet.data.held_out import SPLIT_FILE, read_held_out
 from rtresnet.data.shards import Shards, files_fingerprint
 
 IMAGE_SUFFIXES = (
@@ -42,7 +44,7 @@ UNREADABLE_SUFFIXES = (
 NAMED_FILES = 3  # ignored files that a note names
 FORMS = (
     "digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "shards:DIR", "npz:FILE",
-    "synthetic:N",
+    "synthetic:N", "run:DIR",
 )  # fmt: skip
 MAX_CLASSES = 1_000_000  # arrays without class names: a larger label is an error
 SPLITS = ("train", "test", "all")
@@ -168,12 +170,9 @@ class Files:
     def ends(self, index: int) -> FileEnds:
         try:
             with open(self.paths[index], "rb", buffering=0) as file:
-
-                def read(length: int, start: int) -> bytes:
-                    file.seek(start)
-                    return file.read(length)
-
-                return FileEnds.read(os.fstat(file.fileno()).st_size, read)
+                descriptor = file.fileno()
+                size = os.fstat(descriptor).st_size
+                return FileEnds.read(size, lambda n, start: os.pread(descriptor, n, start))
         except OSError as error:
             raise DataError(f"{self.paths[index]}: {error.strerror}") from None
 
@@ -299,6 +298,8 @@ def open_source(spec: str, split: str = "all") -> Source:
         return _synthetic(spec, argument)
     if form == "shards" and argument:
         return Shards(spec, _folder(argument), split)
+    if form == "run" and argument:
+        return _held_out(spec, _folder(argument), split)
     if form == "folder" and argument:
         return _class_folders(spec, _folder(argument), split)
     if spec and Path(spec).is_dir():
@@ -390,6 +391,23 @@ def _digits(split: str) -> Source:
     chosen = {"train": order[cut:], "test": order[:cut], "all": np.arange(len(images))}[split]
     names = [str(digit) for digit in range(10)]
     return Arrays("digits", images[chosen], data.target[chosen], names, splits=True)
+
+
+def _held_out(spec: str, folder: Path, split: str) -> Source:
+    record = read_held_out(folder)
+    if record is None:
+        raise DataError(
+            f"{folder}: has no {SPLIT_FILE}, because it is no run, or its data set has test images",
+            fix="name the data set itself",
+        )
+    source = open_source(record.data)
+    if source.fingerprint() != record.fingerprint:
+        raise DataError(f"{spec}: the images of {record.data} have changed since the run")
+    every, test = np.arange(len(source)), np.array(record.test, np.int64)
+    chosen = {"train": np.setdiff1d(every, test), "test": test, "all": every}[split]
+    part = Subset(source, chosen, spec)
+    part.splits = True
+    return part
 
 
 def _synthetic(spec: str, argument: str) -> Source:

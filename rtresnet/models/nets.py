@@ -6,6 +6,8 @@ arithmetic for batch norm, so that they get the same weights bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from rtresnet.models.vgg import VGG
 
 Net = ResNet | VGG
 INPUT, OUTPUT = "images", "logits"
+TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
 POOLED = 7  # side of the last map at 224 pixels, which the paper's net pools
 
 
@@ -32,6 +35,45 @@ class _Tracer(fx.Tracer):
 def trace(net: nn.Module) -> fx.GraphModule:
     """Return the net as a graph of named modules, in order of execution."""
     return fx.GraphModule(net, _Tracer().trace(net))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """A module of the net with its input and output tensors, named as in the ONNX file.
+
+    Attributes:
+        norm: The batch norm that is folded into it; empty if there is none.
+    """
+
+    name: str
+    op_type: str
+    input: tuple[str, ...]
+    output: tuple[str, ...]
+    norm: str = ""
+
+
+def operations(net: Net) -> list[Operation]:
+    """List the operations of the folded net, in order of execution."""
+    traced = trace(net)
+    modules = dict(traced.named_modules())
+    by_name: dict[str, Operation] = {}
+    tensors: dict[Any, str] = {}
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            tensors[node] = INPUT
+        elif node.op == "call_module":
+            name, module = str(node.target), modules[node.target]
+            reads = tuple(tensors[argument] for argument in node.all_input_nodes)
+            if isinstance(module, nn.BatchNorm2d):
+                by_name[reads[0]] = dataclasses.replace(by_name[reads[0]], norm=name)
+                tensors[node] = reads[0]
+            elif isinstance(module, nn.Dropout):  # only active in training
+                tensors[node] = reads[0]
+            else:
+                kind = TYPES.get(type(module), type(module).__name__)
+                by_name[name] = Operation(name=name, op_type=kind, input=reads, output=(name,))
+                tensors[node] = name
+    return list(by_name.values())
 
 
 def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

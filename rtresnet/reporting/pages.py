@@ -17,6 +17,7 @@ from rtresnet.core.errors import missing_package
 from rtresnet.reporting import classification, plots, tables
 from rtresnet.reporting.gallery import Tile, tile
 from rtresnet.reporting.tables import DataTable
+from rtresnet.workflows.train_text import data_lines, data_warnings, recipe_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,12 +126,12 @@ def write_training(
         "training.html",
         title=result.title,
         kept=_kept_weights(result.measured),
-        warnings=result.images.warnings() if result.images else [],
+        warnings=data_warnings(result.images) if result.images else [],
         curve=plots.svg(figure, "training and held-out error against epochs"),
         progress=plots.svg(plots.progress_figure(log), "loss and images per second"),
         view=None if report is None else classification.view(report, images or {}),
-        images="\n".join(result.images.lines()) if result.images else None,
-        recipe="\n".join(result.recipe.lines()),
+        images="\n".join(data_lines(result.images)) if result.images else None,
+        recipe="\n".join(recipe_lines(result.recipe)),
         epochs=epochs,
     )
     atomic_io.write_text(folder / "index.html", text)

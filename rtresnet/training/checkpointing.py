@@ -3,6 +3,7 @@
     best.pt     the epoch with the highest accuracy on the held-out images; the last of equal ones
     last.pt     the latest state, with everything that --resume needs
     log.jsonl   one line per epoch
+    split.json  the held-out images, if the data set has no test images (`data/held_out.py`)
 
 Files are replaced atomically, best.pt before last.pt. last.pt contains what does not follow from
 the number of the step: weights, momentum, averages, the step, the epoch's sums so far, the log.
@@ -24,12 +25,14 @@ from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.labels import LabelMap, match
 from rtresnet.core.sidecar import Measurements, Model, Weights
+from rtresnet.data.held_out import HeldOut
 from rtresnet.data.sources import Source
 from rtresnet.models import checkpoint
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.onnxlib.metadata import TrainedScales
 from rtresnet.training.config import EpochRecord, Recipe, TrainJob
 from rtresnet.training.data_report import DataReport
+from rtresnet.training.dataset import Dataset
 from rtresnet.training.distributed import World
 from rtresnet.training.qat import FakeQuantized
 from rtresnet.training.step import Stepper
@@ -137,6 +140,15 @@ class CheckpointManager:
         if self.world.is_main:
             lines = "".join(json.dumps(entry) + "\n" for entry in state.log)
             atomic_io.write_text(self.job.out / "log.jsonl", lines)
+
+    def write_split(self, data: Dataset) -> None:
+        """Write split.json, if the data set has no test images."""
+        parts, indices = data.parts, data.indices
+        if self.world.is_main and parts.test is not None:
+            HeldOut(
+                data=self.job.source.name, fingerprint=self.fingerprint, train=len(parts.train),
+                val=indices[parts.val].tolist(), test=indices[parts.test].tolist(),
+            ).write(self.job.out)  # fmt: skip
 
     def restore(self, stepper: Stepper, last: Checkpoint) -> RunState:
         """Restore the state of last.pt.
@@ -331,11 +343,9 @@ def _same_classes(start: Checkpoint, source: Source) -> tuple[LabelMap | None, s
         mapping = None
     if mapping is None or not mapping.is_permutation:
         return None, "the checkpoint has different classes: the last layer (fc) starts untrained"
+    note = None
     if mapping.by == "position":
-        return mapping, f"the last layer (fc) is reused; {mapping.assumptions()[0]}"
-    if not mapping.in_order:
-        return (
-            mapping,
-            "the last layer (fc) is reused, with its rows in the order of the data's classes",
-        )
-    return mapping, None
+        note = f"the last layer (fc) is reused; {mapping.assumptions()[0]}"
+    elif not mapping.in_order:
+        note = "the last layer (fc) is reused, with its rows in the order of the data's classes"
+    return mapping, note

@@ -134,12 +134,10 @@ class Recipe(Config):
         True, "Also apply weight decay to batch norms and biases, as in the paper."
     )
     layer_decay: float = option(
-        1.0,
-        "Factor on the learning rate for each part of the net (stem, stages) from the last layer "
-        "down; below 1, early layers learn more slowly.",
-        minimum=0.01,
-        maximum=1,
-    )
+        1.0, "Factor on the learning rate for each part of the net (stem, stages) from the last "
+        "layer down; below 1, early layers learn more slowly.",
+        minimum=0.01, maximum=1,
+    )  # fmt: skip
     clip: float = option(0.0, "Largest norm of the gradient; 0 is off.", minimum=0, maximum=1e9)
 
     balance: Literal["none", "loss", "sampling"] = option(
@@ -155,18 +153,14 @@ class Recipe(Config):
         minimum=0.1, maximum=100,
     )  # fmt: skip
     label_smoothing: float = option(
-        0.0,
-        "Share of the target that is spread over all classes (label smoothing).",
-        minimum=0,
-        maximum=0.9,
-    )
+        0.0, "Share of the target that is spread over all classes (label smoothing).",
+        minimum=0, maximum=0.9,
+    )  # fmt: skip
     mixup: float = option(
-        0.0,
-        "Alpha of mixup's beta distribution; 0 is off. With cutmix, each batch takes one of the "
-        "two at random.",
-        minimum=0,
-        maximum=10,
-    )
+        0.0, "Alpha of mixup's beta distribution; 0 is off. With cutmix, each batch takes one of "
+        "the two at random.",
+        minimum=0, maximum=10,
+    )  # fmt: skip
     cutmix: float = option(0.0, "Alpha of cutmix's beta distribution; 0 is off.",
                            minimum=0, maximum=10)  # fmt: skip
     padding: int = option(
@@ -254,8 +248,8 @@ class Recipe(Config):
             )
         if self.warmup and self.warmup_until:
             raise InputError(
-                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g}cannot be combined; "
-                "the warm-up has one length",
+                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g} cannot be combined, "
+                "because the warm-up has one length",
                 fix="--set warmup=0 or --set warmup_until=0",
             )
         if self.mean_image and (self.train_scale != 1 or self.progressive):
@@ -351,33 +345,6 @@ class Recipe(Config):
         """
         old, new = (dataclasses.asdict(r) for r in (Recipe(**stored), self))
         return [f"{name} {old[name]} -> {new[name]}" for name in new if new[name] != old[name]]
-
-    def lines(self) -> list[str]:
-        """Describe the recipe as lines of `field=value`, without unused fields; 78 columns."""
-        used = {
-            "name": False,
-            "epochs": not self.steps,
-            "milestones": self.schedule == "steps",
-            "plateau_epochs": self.schedule == "plateau",
-            "warmup_shape": self.warmup > 0,
-            "warmup_from": self.warmup > 0 or self.warmup_until > 0,
-            "layer_decay": self.layer_decay != 1,
-            "balance": self.balance != "none",
-            "temperature": self.distill > 0,
-            "area": self.crop == "area",
-            "qat_format": self.qat,
-        }
-        entries = [
-            f"{field}={text(value)}"
-            for field, value in dataclasses.asdict(self).items()
-            if field == "seed" or (used.get(field, True) and value not in (0, 0.0, (), False))
-        ]
-        lines = [f"recipe {self.name}:"]
-        for entry in entries:
-            if len(lines[-1]) + 1 + len(entry) > 78:
-                lines.append(" ")
-            lines[-1] += " " + entry
-        return lines
 
 
 def text(value: Any) -> str:

@@ -60,6 +60,7 @@ class Dataset:
         parts: Indices of `source` by split.
         tally: Receives images that turn out to be broken during the run.
         report: Report on the images from the start of the run.
+        indices: Index in the job's source of each image of `source`.
     """
 
     source: Source
@@ -67,6 +68,7 @@ class Dataset:
     parts: Split
     tally: DecodeErrors
     report: DataReport
+    indices: np.ndarray
 
 
 def prepare(
@@ -126,6 +128,7 @@ def prepare(
             fix="repair or remove them, or --resume with a larger --max-broken",
         ),
         report=dataclasses.replace(report, max_broken=job.max_broken),
+        indices=good,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ def evaluate(
     source: Source,
     preprocess: Preprocess,
     *,
-    batch: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     tally: loader.DecodeErrors | None = None,
 ) -> metrics.Accuracy:
@@ -28,10 +27,9 @@ def evaluate(
         DataError: No labels, no decodable image, or more broken images than `tally` tolerates.
     """
     require_labels(source)
-    batches = loader.batches(
-        source, preprocess, batch or loader.batch_size(preprocess), indices=indices, tally=tally
-    )
-    counts = [count(forward(images), labels, source) for images, labels in batches]
+    size = loader.batch_size(preprocess)
+    batches = loader.batches(source, preprocess, size, indices=indices, tally=tally)
+    counts = [metrics.accuracy(forward(images), labels) for images, labels in batches]
     if not counts:
         raise DataError(f"{source.name}: no image could be decoded")
     return metrics.together(counts)
@@ -43,16 +41,3 @@ def require_labels(source: Source) -> None:
         raise DataError(
             f"{source.name}: has no labels", fix="sort the images into one folder per class"
         )
-
-
-def count(scores: np.ndarray, labels: np.ndarray, source: Source) -> metrics.Accuracy:
-    """Compare scores [N, classes] with labels [N] of `source`.
-
-    Raises:
-        DataError: A label exceeds the number of classes.
-    """
-    if labels.max() >= scores.shape[1]:
-        raise DataError(
-            f"{source.name}: has label {labels.max()}, but the net has {scores.shape[1]} classes"
-        )
-    return metrics.accuracy(scores, labels)

@@ -197,25 +197,19 @@ class TrainLoader:
         for step, own, chosen in parts:
             rng = np.random.default_rng((recipe.seed, CROP, step))
             offsets = rng.integers(0, 2 * recipe.padding + 1, (2, self.batch))[:, own]
+            mirrored = self._mirrored(step, own, chosen)
             images = augment.gather(
-                self.pixels,
-                chosen,
-                offsets=offsets,
-                mirrored=self._mirrored(step, own, chosen),
-                padding=recipe.padding,
-                mode=recipe.padding_mode,
-            )
-            yield (
-                images,
-                self.labels[augment.to_device(chosen, self.device)],
-                np.zeros(len(chosen), bool),
-            )
+                self.pixels, chosen, offsets=offsets, mirrored=mirrored,
+                padding=recipe.padding, mode=recipe.padding_mode,
+            )  # fmt: skip
+            labels = self.labels[augment.to_device(chosen, self.device)]
+            yield images, labels, np.zeros(len(chosen), bool)
 
     def _decoded(
         self, parts: list[Part], epoch: int
     ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         sides = {step: self.side(step) for step, _, _ in parts}
-        wanted = ((int(index), sides[step]) for step, _, chosen in parts for index in chosen)
+        items = ((int(index), sides[step]) for step, _, chosen in parts for index in chosen)
 
         def work(item: tuple[int, int]) -> np.ndarray | CorruptImage:
             started = time.thread_time()
@@ -228,7 +222,7 @@ class TrainLoader:
                     self.decoded += 1
                     self.decode_seconds += time.thread_time() - started
 
-        results = loader.prefetch_map(work, wanted, self.workers)
+        results = loader.prefetch_map(work, items, self.workers)
         for step, own, chosen in parts:
             crops = [next(results) for _ in chosen]
             for (index, _), result in crops:

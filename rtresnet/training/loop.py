@@ -136,6 +136,7 @@ def train(
         on_data(data.report)
     del last  # as large as the net and its momentum
     atomic_io.make_folder(job.out)  # fails now, not after the first epoch, if it is not writable
+    run.manager.write_split(data)
     with cudnn_benchmark(job.device), defer_signals(alone=world.size == 1) as stop:
         run.train(stop, on_step, on_epoch)
         return run.finish()
@@ -212,11 +213,10 @@ class _Run:
         return total / count
 
     def _lr(self, step: int) -> float:
-        log = self.state.log
-        validated = [record["val_top1"] for record in log if record["val_top1"] is not None]
-        scores = (
-            validated if len(validated) == len(log) else [record["train_top1"] for record in log]
-        )
+        scores = [
+            record["train_top1"] if record["val_top1"] is None else record["val_top1"]
+            for record in self.state.log
+        ]
         return self.recipe.lr_at(
             step, self.total, warmed=self.state.warmed,
             divisions=self.recipe.plateau_divisions(scores),
@@ -459,8 +459,8 @@ def accuracy(
             result = metrics.accuracy(logits, source.labels[chosen])
             counts += (result.n, result.top1, result.top5 or 0)
     elif len(own):
-        known = loader.tally
-        tally = DecodeErrors(len(source), known.warn, tolerated=known.tolerated, fix=known.fix)
+        run = loader.tally
+        tally = DecodeErrors(len(source), run.warn, tolerated=run.tolerated, fix=run.fix)
         result = evaluate(TorchBackend(net), source, loader.preprocess, indices=own, tally=tally)
         counts += (result.n, result.top1, result.top5 or 0)
     n, top1, top5 = (int(value) for value in world.sums(counts, loader.device))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.models.nets import INPUT, Net, folded, trace
-from rtresnet.models.resnet import Add
+from rtresnet.models.nets import INPUT, Net, Operation, folded, operations
 from rtresnet.quantization.calibrators import Histogram, mse, scale
 from rtresnet.quantization.formats import (
     ACTIVATION_BITS,
@@ -44,7 +42,6 @@ from rtresnet.quantization.formats import (
 from rtresnet.quantization.placement import place_quantizers, residual_branches, stem
 
 CALIBRATION_IMAGES = 512  # number of training images for the initial scales
-TYPES: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.Linear: "Gemm", Add: "Add"}
 SMALLEST = torch.finfo(torch.float32).tiny
 
 ActivationHook = Callable[[str, Tensor], Tensor]
@@ -54,45 +51,6 @@ Observer = Callable[[str, Tensor], None]
 
 WeightHook = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Replaces weight and bias of an operation that reads the named activation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """A module of the net with its input and output tensors, named as in the ONNX file.
-
-    Attributes:
-        norm: The batch norm that is folded into it; empty if there is none.
-    """
-
-    name: str
-    op_type: str
-    input: tuple[str, ...]
-    output: tuple[str, ...]
-    norm: str = ""
-
-
-def operations(net: Net) -> list[Operation]:
-    """List the operations of the folded net, in order of execution."""
-    traced = trace(net)
-    modules = dict(traced.named_modules())
-    found: dict[str, Operation] = {}
-    tensors: dict[Any, str] = {}
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            tensors[node] = INPUT
-        elif node.op == "call_module":
-            name, module = str(node.target), modules[node.target]
-            reads = tuple(tensors[argument] for argument in node.all_input_nodes)
-            if isinstance(module, nn.BatchNorm2d):
-                found[reads[0]] = replace(found[reads[0]], norm=name)
-                tensors[node] = reads[0]
-            elif isinstance(module, nn.Dropout):  # the INT8 file has none
-                tensors[node] = reads[0]
-            else:
-                kind = TYPES.get(type(module), type(module).__name__)
-                found[name] = Operation(name=name, op_type=kind, input=reads, output=(name,))
-                tensors[node] = name
-    return list(found.values())
 
 
 class FakeQuantized(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from rtresnet.core.config import options_of
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.reporter import plural
 from rtresnet.training import config
@@ -208,5 +209,4 @@ def parse(settings: Iterable[str]) -> dict[str, object]:
 
 def _types() -> dict[str, Any]:
     """Return the fields that a user may set, with their types."""
-    hints = typing.get_type_hints(Recipe)
-    return {f.name: hints[f.name] for f in dataclasses.fields(Recipe) if f.name != "name"}
+    return {field.name: kind for field, kind, _ in options_of(Recipe) if field.name != "name"}

@@ -16,6 +16,7 @@ from rtresnet.core.reporter import Reporter
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
 from rtresnet.workflows.train import TrainConfig, new_job
+from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source
@@ -317,5 +318,5 @@ def augmented_batch(
         labels=tuple(classes[label] for label in batch.labels.tolist()),
         mixed=tuple(classes[label] for label in batch.others.tolist()),
         share=batch.share,
-        recipe=tuple(job.recipe.lines()),
+        recipe=tuple(recipe_lines(job.recipe)),
     )

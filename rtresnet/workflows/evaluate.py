@@ -11,6 +11,7 @@ import os
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
@@ -27,6 +28,7 @@ from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
 if TYPE_CHECKING:
+    from rtresnet.data.held_out import HeldOut
     from rtresnet.data.loader import DecodeErrors
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.runtime.session import Session
@@ -412,7 +414,7 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
 def trained_on(
     nets: Iterable[tuple[str | os.PathLike[str], Weights | None]], source: Relabelled, split: str
 ) -> tuple[str, ...]:
-    """Return a remark where the images include those that a net was trained on; else nothing.
+    """Return a remark for each net that was trained on some of the images.
 
     Args:
         nets: Files and the origin of their weights, None if it is unknown.
@@ -421,12 +423,40 @@ def trained_on(
     """
     if source.splits and split == "test":
         return ()
-    return tuple(
-        f"these images include training images of {path}; its accuracy on new images "
-        "is probably lower"
-        for path, weights in nets
-        if weights is not None and _training_data(weights) == source.name
-    )
+    remarks = []
+    for path, weights in nets:
+        folder, held_out = _held_out(path, weights, source)
+        if held_out is not None:
+            remarks.append(
+                f"{held_out.train:,} of these {plural(len(source), 'image')} are training images "
+                f"of {path}, so the accuracy is too high; evaluate the "
+                f"{plural(len(held_out.test), 'image')} that its run held out: --data run:{folder}"
+            )
+        elif weights is not None and _training_data(weights) == source.name:
+            remarks.append(
+                f"these images include training images of {path}; its accuracy on new images is "
+                "probably lower"
+            )
+    return tuple(remarks)
+
+
+def _held_out(
+    path: str | os.PathLike[str], weights: Weights | None, source: Relabelled
+) -> tuple[Path, HeldOut | None]:
+    """Return the folder of the run that a net is from, and its split if it is one of `source`.
+
+    A checkpoint is in that folder; the weights of a file that was exported from it name it.
+    """
+    from rtresnet.data.held_out import read_held_out
+
+    folder = Path(path).parent
+    source_file = weights.source if weights is not None and weights.origin == "trained" else None
+    if source_file is not None and artifacts.sidecar_path(source_file).is_file():
+        folder = Path(source_file).parent
+    held_out = read_held_out(folder)
+    if held_out is not None and held_out.fingerprint != source.fingerprint():
+        held_out = None
+    return folder, held_out
 
 
 def _training_data(weights: Weights) -> str | None:

@@ -17,6 +17,7 @@ from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.workflows.loading import require_torch, torch_device
 from rtresnet.workflows.train import DATA_HELP, NOT_MIRRORED
+from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:
     from rtresnet.models.zoo import Spec
@@ -226,7 +227,7 @@ def _study(
         records=tuple(net.record() for net in summary),
         nets=tuple(summary),
         title=title,
-        recipe="\n".join(planned[0].job.recipe.lines()),
+        recipe="\n".join(recipe_lines(planned[0].job.recipe)),
         diverged=tuple(
             f"{outcome.run.label}, seed {outcome.run.seed}: {outcome.diverged}"
             for net in summary

@@ -26,6 +26,7 @@ from rtresnet.workflows.train_log import (
     parse_targets,
     require,
 )
+from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:
     from rtresnet.data.sources import Source
@@ -38,7 +39,7 @@ T = TypeVar("T")
 NOT_MIRRORED = ("digits",)  # a mirrored digit is not the same digit
 DATA_HELP = (
     "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
-    "synthetic:N. Transparent images are composited on white."
+    "synthetic:N, run:DIR (images that a run held out). Transparent images are composited on white."
 )
 IMAGENET_DEFAULT = "resnet18"  # the net of --weights imagenet
 DISTILL = 0.5  # share of the teacher in the loss
@@ -553,7 +554,7 @@ def _announce(job: TrainJob, world: World, reporter: Reporter) -> None:
             reporter.note(f"warning: {line}")
     for line in job.start.assumed if job.start else ():
         reporter.note(f"Assumed about the weights: {line}.")
-    for line in job.recipe.lines():
+    for line in recipe_lines(job.recipe):
         reporter.note(line)
     for line in recipes.advice(job.recipe, len(job.source) * 9 // 10):
         reporter.note(f"warning: {line}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError, missing_package
 from rtresnet.core.reporter import Reporter, Update, plural
+from rtresnet.workflows.train_text import data_lines
 
 if TYPE_CHECKING:
     from rtresnet.training.config import EpochRecord
@@ -202,7 +203,7 @@ class TrainProgress:
 
     def data(self, report: DataReport) -> None:
         """Note what the check of the images found."""
-        for line in report.lines():
+        for line in data_lines(report):
             self._reporter.note(line)
 
     def step(self, progress: Progress) -> None:

@@ -47,16 +47,10 @@ def _test_images(result: TrainResult) -> Source:
     """Return the run's test images without broken ones: the test split or the held-out part."""
     from rtresnet.data.sources import Subset, open_source
     from rtresnet.models import checkpoint
-    from rtresnet.training.loader import split
 
     data = checkpoint.load(result.checkpoint).training["data"]
-    broken = result.images.broken if result.images else {}
-
-    def readable(source: Source, part: str) -> Subset:
-        return Subset(source, np.setdiff1d(np.arange(len(source)), broken.get(part, [])))
-
-    source = open_source(data, "train")
-    if source.splits:
-        return readable(open_source(data, "test"), "test")
-    source = readable(source, "train")
-    return Subset(source, split(source, result.recipe).test)
+    source = open_source(data, "test")
+    if not source.splits:
+        return open_source(f"run:{result.checkpoint.parent}", "test")
+    broken = result.images.broken.get("test", []) if result.images else []
+    return Subset(source, np.setdiff1d(np.arange(len(source)), broken))

@@ -26,7 +26,7 @@ from rtresnet.core.preprocess import Preprocess, resize_shorter
 from rtresnet.data import loader
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Source
-from rtresnet.training.evaluate import count, require_labels
+from rtresnet.training.evaluate import require_labels
 
 ProtocolName = Literal["center", "10-crop", "dense"]
 Scores = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -192,7 +192,7 @@ def evaluate_views(
             for position, net in enumerate(nets)
         ]
         scores.append(np.mean(scores, axis=0))
-        counts.append([count(entry, labels, source) for entry in scores])
+        counts.append([metrics.accuracy(entry, labels) for entry in scores])
         on_scores(indices, labels, scores[-1])
         ready.clear()
 

@@ -73,7 +73,6 @@ def test_only_what_fits_is_kept(photographs: Counting) -> None:
     needed = 40 * 120 * 160 * 3
     assert isinstance(cached_or_same(photographs, 100, budget=needed), Cached)
     assert cached_or_same(photographs, 100, budget=needed - 1) is photographs
-    assert isinstance(cached_or_same(photographs, 100), Cached)
 
 
 def test_a_budget_that_was_estimated_too_low_is_held(photographs: Counting) -> None:
@@ -100,21 +99,16 @@ def test_nobody_can_change_what_others_will_see(photographs: Counting) -> None:
             image[0] = 0
 
 
-def test_without_a_budget_a_share_of_the_free_memory_is_taken(
-    photographs: Counting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = 40 * 120 * 160 * 3
-    monkeypatch.setattr(hardware, "available_memory", lambda: 4 * needed)
-    assert isinstance(cached_or_same(photographs, 100), Cached)
-    monkeypatch.setattr(hardware, "available_memory", lambda: 4 * needed - 4)
-    assert cached_or_same(photographs, 100) is photographs
+def test_default_budget_is_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "available_memory", lambda: 4_000)
+    assert default_budget() == 1_000
     monkeypatch.setattr(hardware, "available_memory", lambda: None)
     assert default_budget() == 10**9
 
 
 def test_what_is_in_memory_already_is_not_kept_twice() -> None:
     arrays = Arrays("a", np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), ["a", "b", "c"])
-    assert cached_or_same(arrays, 8) is arrays
+    assert cached_or_same(arrays, 8, budget=0) is arrays
 
 
 def test_broken_probes_are_left_to_the_run(photographs: Counting) -> None:

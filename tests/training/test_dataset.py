@@ -19,6 +19,7 @@ from rtresnet.models import zoo
 from rtresnet.training import dataset
 from rtresnet.training.config import Recipe, TrainJob
 from rtresnet.training.dataset import DataReport, prepare
+from rtresnet.workflows.train_text import data_warnings
 
 Folder = Callable[..., Path]
 
@@ -193,7 +194,7 @@ def test_prepare_with_identical_images_in_two_splits_reports_both_names(
     ((trained, tested),) = report.examples["test"]
     assert trained.endswith("a/01.jpg") and tested.endswith("b/copy.jpg")
     assert report.identical["val"]
-    assert len([line for line in report.warnings() if "too high" in line]) == 2
+    assert len([line for line in data_warnings(report) if "too high" in line]) == 2
     assert report.identical["test"] == 1
 
 
@@ -231,7 +232,7 @@ def report(train: list[int], val: list[int], test: list[int]) -> DataReport:
 def test_warnings_name_what_is_doubtful_and_nothing_else(
     counts: tuple[list[int], list[int], list[int]], words: tuple[str, ...]
 ) -> None:
-    found = report(*counts).warnings()
+    found = data_warnings(report(*counts))
     assert bool(found) == bool(words)
     for word in words:
         assert any(word in line for line in found), found

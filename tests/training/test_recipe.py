@@ -8,6 +8,7 @@ import pytest
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.training.config import Recipe
 from rtresnet.training.recipes import RECIPES, named, parse, resolve
+from rtresnet.workflows.train_text import recipe_lines
 
 
 def cifar(name: str = "paper-cifar", depth: int = 20, **settings: object) -> Recipe:
@@ -174,7 +175,7 @@ def test_differences_name_the_fields() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_described_within_80_columns_by_its_fields(name: str) -> None:
-    lines = named(name).lines()
+    lines = recipe_lines(named(name))
     assert max(map(len, lines)) < 80
     text = " ".join(lines)
     assert name in text and f"lr={named(name).lr:g}" in text and "seed=0" in text

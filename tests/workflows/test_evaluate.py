@@ -273,7 +273,7 @@ def test_broken_images_above_the_bound_stop_the_work_and_max_broken_allows_them(
         assert counted_with(0.03) == 97
 
 
-def test_evaluate_data_that_the_net_was_trained_on_is_remarked(
+def test_evaluate_images_of_the_training_names_and_counts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder without splits is read in full, training images included."""
@@ -290,8 +290,24 @@ def test_evaluate_data_that_the_net_was_trained_on_is_remarked(
             pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
     run = rtresnet.train(rtresnet.TrainConfig(model="resnet8", data="photos", epochs=1))
-    same = rtresnet.evaluate(run.checkpoint, "photos")
-    assert any("include training images" in line for line in same.labels.remarks)
+    exported = rtresnet.export(run.checkpoint, "engines/net.onnx").path
+    for net in (run.checkpoint, exported):
+        for data in ("photos", "folder:./photos"):
+            (remark,) = rtresnet.evaluate(net, data).labels.remarks
+            assert remark == (
+                f"48 of these 60 images are training images of {net}, so the accuracy is too high; "
+                "evaluate the 6 images that its run held out: --data run:runs/resnet8-photos"
+            )
+    held_out = rtresnet.evaluate(run.checkpoint, "run:runs/resnet8-photos")
+    assert (held_out.n, held_out.labels.remarks) == (6, ())
+    assert held_out.top1_percent == run.measured.test_top1
+    train = EvaluateConfig(split="train")
+    assert rtresnet.evaluate(run.checkpoint, "run:runs/resnet8-photos", train).n == 54
+    (tmp_path / "photos" / "b" / "3.png").unlink()
+    assert rtresnet.evaluate(run.checkpoint, "photos").labels.remarks != (remark,)
+    with pytest.raises(DataError, match="photos have changed since the run"):
+        rtresnet.evaluate(run.checkpoint, "run:runs/resnet8-photos")
+    with pytest.raises(DataError, match="has no split"):
+        rtresnet.evaluate(run.checkpoint, "run:engines")
     (tmp_path / "photos").rename("others")
-    other = rtresnet.evaluate(run.checkpoint, "others")
-    assert not any("include training images" in line for line in other.labels.remarks)
+    assert rtresnet.evaluate(run.checkpoint, "others").labels.remarks == ()
