@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from rtresnet.core.errors import DataError
+
 Forward = Callable[[np.ndarray], np.ndarray]
 """float32 images [N, 3, S, S] to float32 logits [N, classes]."""
 
@@ -39,7 +41,17 @@ class Accuracy:
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
-    """Count hits of logits [N, classes] against labels [N]; a row with a NaN is never one."""
+    """Count hits of logits [N, classes] against labels [N]; a row with a NaN is never one.
+
+    Raises:
+        DataError: A label exceeds the number of classes.
+    """
+    if len(labels) and labels.max() >= logits.shape[1]:
+        raise DataError(
+            f"label {labels.max()} of the data, but the net has {logits.shape[1]} classes (0 to "
+            f"{logits.shape[1] - 1})",
+            fix="evaluate on data with the net's classes",
+        )
     top5, finite = None, ~np.isnan(logits).any(axis=1)
     if logits.shape[1] > 5:
         best = np.argpartition(-logits, 5, axis=1)[:, :5]

@@ -248,8 +248,7 @@ class Recipe(Config):
             )
         if self.warmup and self.warmup_until:
             raise InputError(
-                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g} cannot be combined, "
-                "because the warm-up has one length",
+                f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g} exclude each other",
                 fix="--set warmup=0 or --set warmup_until=0",
             )
         if self.mean_image and (self.train_scale != 1 or self.progressive):

@@ -28,7 +28,7 @@ PERCENTILES = (0, 5, 50, 95, 100)
 
 @dataclass(frozen=True, kw_only=True)
 class DataInspectConfig(Config):
-    """What is searched for."""
+    """Options of the search for duplicates."""
 
     near: bool = option(
         True,
@@ -100,7 +100,7 @@ class SplitSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class DataInspectResult:
-    """What a data set contains.
+    """Result of `data`: the contents of a data set.
 
     Attributes:
         data: The data set as it was named.

@@ -34,7 +34,7 @@ _ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What an image is compared by.
+    """Features by which images are compared.
 
     Attributes:
         bits: Perceptual hash, uint8 [8]: which of the 64 lowest frequencies are above their

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(Config):
-    """How the nets of a study are trained.
+    """Options of a study: how its nets are trained.
 
     Attributes:
         settings: Fields of the recipe, each "FIELD=VALUE".
@@ -309,7 +309,7 @@ def short_name(data: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResponses:
-    """How strongly the layers of one checkpoint respond.
+    """Result of `study responses`: standard deviations of a checkpoint's layer outputs.
 
     Attributes:
         n: Number of images.

@@ -58,7 +58,7 @@ def recipe_option(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """What to train, on what and how. None uses the default in the help text.
+    """Options of `train`. None uses the default in the help text.
 
     Attributes:
         settings: Fields of the recipe, each "FIELD=VALUE".
@@ -364,7 +364,7 @@ def _advise_on_threads(reporter: Reporter) -> None:
 
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Compute in so many threads."""
+    """Compute in `count` threads."""
     import torch
 
     before = torch.get_num_threads()

@@ -87,9 +87,9 @@ def test_a_budget_that_was_estimated_too_low_is_held(photographs: Counting) -> N
 def test_threads_that_ask_at_once_get_the_same_array(photographs: Counting) -> None:
     cached = Cached(photographs, at_least=100, budget=10**9)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: cached.image(5, 100), range(64)))
-    assert len({id(image) for image in found}) == 1
-    assert cached.used == found[0].nbytes
+        result = list(pool.map(lambda _: cached.image(5, 100), range(64)))
+    assert len({id(image) for image in result}) == 1
+    assert cached.used == result[0].nbytes
 
 
 def test_nobody_can_change_what_others_will_see(photographs: Counting) -> None:

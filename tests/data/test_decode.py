@@ -126,23 +126,23 @@ def test_decode_of_hidden_colour_below_zero_alpha_gives_white(form: str, mode: s
     image = Image.fromarray(pixels)
     image = image.quantize(8) if mode == "P" else image.convert(mode)
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
-    found = decode(f"a.{form}", encoded(image, form, **options))
+    decoded = decode(f"a.{form}", encoded(image, form, **options))
     opaque = image.convert("RGB").getpixel((0, 0))
-    assert (found[:, :4] == opaque).all() and opaque != (255, 255, 255)
-    assert (found[:, 4:] == 255).all()
+    assert (decoded[:, :4] == opaque).all() and opaque != (255, 255, 255)
+    assert (decoded[:, 4:] == 255).all()
 
 
 def test_decode_of_half_transparent_pixel_mixes_it_with_white() -> None:
     image = Image.new("RGBA", (4, 4), (100, 0, 50, 51))  # a fifth of the colour
-    found = decode("a.png", encoded(image, "PNG"))
-    assert np.abs(found.astype(int) - (224, 204, 214)).max() <= 1
+    decoded = decode("a.png", encoded(image, "PNG"))
+    assert np.abs(decoded.astype(int) - (224, 204, 214)).max() <= 1
 
 
 def test_decode_of_opaque_alpha_channel_keeps_every_bit() -> None:
     image = photograph(64, 48)
     image.putalpha(255)
-    found = decode("a.png", encoded(image, "PNG"))
-    assert np.array_equal(found, np.asarray(photograph(64, 48)))
+    decoded = decode("a.png", encoded(image, "PNG"))
+    assert np.array_equal(decoded, np.asarray(photograph(64, 48)))
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_decode_of_transparent_image_turns_it_as_its_exif_says() -> None:
     exif[0x0112] = 6  # the left column is the top row
     pixels = np.full((6, 4, 4), (200, 0, 0, 255), np.uint8)
     pixels[:, 0, 3] = 0
-    found = decode("a.png", encoded(Image.fromarray(pixels), "PNG", exif=exif))
-    assert found.shape == (4, 6, 3)
-    assert (found[0] == 255).all() and (found[1:] == (200, 0, 0)).all()
+    decoded = decode("a.png", encoded(Image.fromarray(pixels), "PNG", exif=exif))
+    assert decoded.shape == (4, 6, 3)
+    assert (decoded[0] == 255).all() and (decoded[1:] == (200, 0, 0)).all()
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
@@ -216,16 +216,16 @@ def test_both_decoders_give_the_same_bits(
 
 def by_both(data: bytes, at_least: int | None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What each decoder makes of it: bytes and shape, or the error's text."""
-    found: list[object] = []
+    results: list[object] = []
     for way in (lambda: __import__("simplejpeg"), lambda: None):
         with monkeypatch.context() as patch:
             patch.setattr(module, "_simplejpeg", way)
             try:
                 pixels = decode("a.jpg", data, at_least=at_least)
-                found.append((pixels.shape, pixels.tobytes()))
+                results.append((pixels.shape, pixels.tobytes()))
             except CorruptImage as error:
-                found.append(str(error))
-    return found
+                results.append(str(error))
+    return results
 
 
 @pytest.mark.parametrize("where", ["exif", "xmp"])
@@ -236,10 +236,10 @@ def test_both_decoders_turn_an_image_the_same_way(
     pytest.importorskip("simplejpeg")
     exif = Image.Exif()
     exif[0x0112] = orientation
-    said = {"exif": exif} if where == "exif" else {
+    output = {"exif": exif} if where == "exif" else {
         "xmp": f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
     }  # fmt: skip
-    data = jpeg(photograph(100, 60), **said)
+    data = jpeg(photograph(100, 60), **output)
     upright = decode("a.jpg", jpeg(photograph(100, 60)))
     assert (orientation == 1) == np.array_equal(decode("a.jpg", data), upright)
     for at_least in (None, 30):

@@ -41,11 +41,11 @@ def files(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Files:
 @pytest.mark.parametrize("size", [1, 7, 64, 300, 1000])
 def test_batches_keep_the_order_and_end_with_a_partial_one(size: int) -> None:
     source = arrays(300)
-    found = list(batches(source, EIGHT, size))
+    loaded = list(batches(source, EIGHT, size))
     full, rest = divmod(300, size)
-    assert [len(images) for images, _ in found] == [size] * full + [rest] * bool(rest)
-    assert np.concatenate([labels for _, labels in found]).tolist() == source.labels.tolist()
-    images = np.concatenate([images for images, _ in found])
+    assert [len(images) for images, _ in loaded] == [size] * full + [rest] * bool(rest)
+    assert np.concatenate([labels for _, labels in loaded]).tolist() == source.labels.tolist()
+    images = np.concatenate([images for images, _ in loaded])
     assert np.array_equal(images, EIGHT.normalize(source.images))
 
 
@@ -86,11 +86,11 @@ def test_no_images_are_no_batches() -> None:
 
 
 def test_a_reader_may_stop_early() -> None:
-    found = batches(arrays(200), EIGHT, 4)
-    images, _ = next(found)
-    found.close()
+    loaded = batches(arrays(200), EIGHT, 4)
+    images, _ = next(loaded)
+    loaded.close()
     assert len(images) == 4
-    assert list(found) == []
+    assert list(loaded) == []
 
 
 def test_an_error_that_is_not_about_one_image_stops_everything(tmp_path: Path) -> None:
@@ -106,17 +106,17 @@ def test_an_error_that_is_not_about_one_image_stops_everything(tmp_path: Path) -
 
 def test_broken_images_are_left_out_named_and_counted(tmp_path: Path) -> None:
     source = files(tmp_path, 200, broken=(5, 117))
-    said: list[str] = []
-    tally = DecodeErrors(200, said.append)
-    found = list(batches(source, EIGHT, 64, tally=tally))
-    assert [len(images) for images, _ in found] == [64, 64, 64, 6]
-    kept = [index for index in range(200) if index not in (5, 117)]
-    values = np.rint(np.concatenate([images for images, _ in found])[:, 0, 0, 0] * 255)
-    assert values.tolist() == kept
-    labels = np.concatenate([labels for _, labels in found])
-    assert labels.tolist() == [index % 2 for index in kept]
+    output: list[str] = []
+    tally = DecodeErrors(200, output.append)
+    loaded = list(batches(source, EIGHT, 64, tally=tally))
+    assert [len(images) for images, _ in loaded] == [64, 64, 64, 6]
+    saved = [index for index in range(200) if index not in (5, 117)]
+    values = np.rint(np.concatenate([images for images, _ in loaded])[:, 0, 0, 0] * 255)
+    assert values.tolist() == saved
+    labels = np.concatenate([labels for _, labels in loaded])
+    assert labels.tolist() == [index % 2 for index in saved]
     assert sorted(tally.skipped) == [5, 117]
-    assert [line.split(":")[0] for line in said] == [
+    assert [line.split(":")[0] for line in output] == [
         f"skipped {source.paths[5]}",
         f"skipped {source.paths[117]}",
     ]
@@ -124,11 +124,11 @@ def test_broken_images_are_left_out_named_and_counted(tmp_path: Path) -> None:
 
 def test_a_broken_image_is_counted_once_however_often_it_is_met(tmp_path: Path) -> None:
     source = files(tmp_path, 100, broken=(5,))
-    said: list[str] = []
-    tally = DecodeErrors(100, said.append)
+    output: list[str] = []
+    tally = DecodeErrors(100, output.append)
     for _ in range(3):
         assert sum(len(images) for images, _ in batches(source, EIGHT, 32, tally=tally)) == 99
-    assert len(said) == len(tally.skipped) == 1
+    assert len(output) == len(tally.skipped) == 1
 
 
 def test_more_than_one_percent_broken_is_refused_with_the_count(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_indexed_hands_every_image_with_its_number_to_the_transform() -> None:
         assert image[0, 0, 0] == index
         return np.full((2, 2, 3), index, np.uint8)
 
-    found = list(indexed(source, order, stamp, DecodeErrors(100)))
-    assert [index for index, _ in found] == order.tolist()
-    assert all((image == index).all() for index, image in found)
+    result = list(indexed(source, order, stamp, DecodeErrors(100)))
+    assert [index for index, _ in result] == order.tolist()
+    assert all((image == index).all() for index, image in result)
 
 
 # --- sample

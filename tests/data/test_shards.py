@@ -117,13 +117,13 @@ def test_any_name_that_a_file_can_have_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_same_images_make_the_same_shards(divided: Path, tmp_path: Path) -> None:
-    found = []
+    results = []
     for out in (tmp_path / "one", tmp_path / "two"):
         pack(str(divided), out, shard_bytes=8000)
-        found.append([path.read_bytes() for path in sorted(out.glob("*.tar"))])
-        found[-1].append((out / "index.npz").read_bytes())
+        results.append([path.read_bytes() for path in sorted(out.glob("*.tar"))])
+        results[-1].append((out / "index.npz").read_bytes())
         os.utime(divided / "train" / "cats" / "0.jpg", (0, 0))
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 def test_a_shard_holds_as_much_as_it_may_and_at_least_one_image(
@@ -136,9 +136,9 @@ def test_a_shard_holds_as_much_as_it_may_and_at_least_one_image(
 
 
 def test_progress_reaches_the_end(divided: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    pack(str(divided), tmp_path / "pack", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 16) for done in range(1, 17)]
+    observed: list[tuple[int, int]] = []
+    pack(str(divided), tmp_path / "pack", progress=lambda done, total: observed.append((done, total)))
+    assert observed == [(done, 16) for done in range(1, 17)]
 
 
 def test_threads_and_forks_read_what_one_reads(packed: Path) -> None:
@@ -279,9 +279,9 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_is_left(
     divided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = divided / "val" / "dogs" / "1.jpg"
-    found = open_source(str(divided), "test")
+    source = open_source(str(divided), "test")
     monkeypatch.setattr(
-        packing, "open_source", lambda spec, split: found if split == "test" else train
+        packing, "open_source", lambda spec, split: source if split == "test" else train
     )
     train = open_source(str(divided), "train")
     gone.unlink()

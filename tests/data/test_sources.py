@@ -75,7 +75,7 @@ def check(source: Source) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"),
+    ("text", "nearest"),
     [
         ("digit", "digits"),
         ("cifar10", "cifar10:DIR"),
@@ -84,9 +84,9 @@ def check(source: Source) -> None:
         ("npz:", "npz:FILE"),
     ],
 )
-def test_an_unknown_form_comes_with_the_nearest(given: str, nearest: str) -> None:
+def test_an_unknown_form_comes_with_the_nearest(text: str, nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=f"did you mean '{nearest}'"):
-        open_source(given)
+        open_source(text)
 
 
 def test_a_form_like_none_comes_with_all_of_them() -> None:
@@ -658,14 +658,14 @@ def test_images_are_upright_as_their_exif_says(
 
 def test_grey_becomes_rgb(tmp_path: Path) -> None:
     pixels = noise(5, 6)
-    found = decode(picture(tmp_path / "a.png", pixels))
-    assert np.array_equal(found, np.repeat(pixels[..., None], 3, axis=2))
+    decoded = decode(picture(tmp_path / "a.png", pixels))
+    assert np.array_equal(decoded, np.repeat(pixels[..., None], 3, axis=2))
 
 
 def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
     pixels = noise(5, 6) > 127
-    found = decode(picture(tmp_path / "a.png", pixels))
-    assert np.array_equal(found[..., 1], pixels * np.uint8(255))
+    decoded = decode(picture(tmp_path / "a.png", pixels))
+    assert np.array_equal(decoded[..., 1], pixels * np.uint8(255))
 
 
 @pytest.mark.parametrize(
@@ -686,11 +686,11 @@ def test_decode_of_palette_with_transparency_composites_on_white(
         assert "transparency" in saved.info
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decode(tmp_path / "a.png")
-    assert found.dtype == np.uint8
+        decoded = decode(tmp_path / "a.png")
+    assert decoded.dtype == np.uint8
     share = np.array(alpha)[:, None] / 255
     expected = (colours * share + 255 * (1 - share))[indices]
-    assert np.abs(found - expected).max() <= 1
+    assert np.abs(decoded - expected).max() <= 1
 
 
 def test_decode_of_alpha_channel_composites_on_white(tmp_path: Path) -> None:
@@ -702,11 +702,11 @@ def test_decode_of_alpha_channel_composites_on_white(tmp_path: Path) -> None:
 
 def test_a_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
     Image.new("CMYK", (16, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
-    found = decode(tmp_path / "a.jpg")
-    assert found.shape == (8, 16, 3)
-    assert found.dtype == np.uint8
-    assert found[..., 0].min() > 220
-    assert found[..., 1:].max() < 40
+    decoded = decode(tmp_path / "a.jpg")
+    assert decoded.shape == (8, 16, 3)
+    assert decoded.dtype == np.uint8
+    assert decoded[..., 0].min() > 220
+    assert decoded[..., 1:].max() < 40
 
 
 def png16(pixels: np.ndarray) -> bytes:
@@ -726,19 +726,19 @@ def png16(pixels: np.ndarray) -> bytes:
 @pytest.mark.parametrize("shape", [(9, 13), (9, 13, 3)], ids=["grey", "rgb"])
 def test_sixteen_bits_are_scaled_to_eight(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 1 << 16, shape, dtype=np.uint16)
-    found = decode("a.png", png16(pixels))
-    assert found.shape == (9, 13, 3)
-    assert found.dtype == np.uint8
+    decoded = decode("a.png", png16(pixels))
+    assert decoded.shape == (9, 13, 3)
+    assert decoded.dtype == np.uint8
     expected = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-    assert np.abs(found - expected / 257).max() <= 1
+    assert np.abs(decoded - expected / 257).max() <= 1
 
 
 def test_the_first_frame_of_an_animation_is_the_image(tmp_path: Path) -> None:
     red, blue = (Image.new("RGB", (5, 4), colour) for colour in ("red", "blue"))
     red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
-    found = decode(tmp_path / "a.gif")
-    assert found.shape == (4, 5, 3)
-    assert (found == [255, 0, 0]).all()
+    decoded = decode(tmp_path / "a.gif")
+    assert decoded.shape == (4, 5, 3)
+    assert (decoded == [255, 0, 0]).all()
 
 
 def encoded(format: str) -> bytes:
@@ -864,14 +864,14 @@ def test_a_fingerprint_changes_with_a_pixel_or_a_label() -> None:
     pixel, label = images.copy(), labels.copy()
     pixel[3, 4, 4, 2] ^= 1
     label[0] = 1
-    found = {
+    results = {
         fingerprint(images, labels),
         fingerprint(pixel, labels),
         fingerprint(images, label),
         fingerprint(images[::-1], labels),
         fingerprint(images[:3], labels[:3]),
     }
-    assert len(found) == 5
+    assert len(results) == 5
     assert fingerprint(images.copy(), labels.astype(np.uint8)) == fingerprint(images, labels)
 
 
@@ -885,16 +885,16 @@ def test_a_fingerprint_does_not_depend_on_the_layout_in_memory() -> None:
 
 def test_a_folders_fingerprint_changes_with_names_sizes_and_labels(tmp_path: Path) -> None:
     root = folders(tmp_path / "one", "a/1.png", "a/2.png", "b/1.png")
-    found = [open_source(str(root)).fingerprint()]
+    results = [open_source(str(root)).fingerprint()]
     picture(root / "a" / "1.png", noise(40, 40, 3))
-    found.append(open_source(str(root)).fingerprint())
+    results.append(open_source(str(root)).fingerprint())
     (root / "a" / "2.png").rename(root / "b" / "2.png")
-    found.append(open_source(str(root)).fingerprint())
+    results.append(open_source(str(root)).fingerprint())
     (root / "b" / "2.png").rename(root / "b" / "3.png")
-    found.append(open_source(str(root)).fingerprint())
+    results.append(open_source(str(root)).fingerprint())
     (root / "b" / "3.png").unlink()
-    found.append(open_source(str(root)).fingerprint())
-    assert len(set(found)) == len(found)
+    results.append(open_source(str(root)).fingerprint())
+    assert len(set(results)) == len(results)
 
 
 def test_a_folders_fingerprint_stays_when_the_folder_is_moved(tmp_path: Path) -> None:
@@ -906,8 +906,8 @@ def test_a_folders_fingerprint_stays_when_the_folder_is_moved(tmp_path: Path) ->
 
 def test_a_label_of_a_file_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     path = picture(tmp_path / "1.png")
-    found = {Files("f", [path], np.array([label]), "ab").fingerprint() for label in (0, 1)}
-    assert len(found) == 2
+    results = {Files("f", [path], np.array([label]), "ab").fingerprint() for label in (0, 1)}
+    assert len(results) == 2
 
 
 def test_a_divided_folder_gives_its_training_images_to_calibration_and_no_others(
@@ -916,9 +916,9 @@ def test_a_divided_folder_gives_its_training_images_to_calibration_and_no_others
     for split in ("train", "test"):
         for label in ("a", "b"):
             picture(tmp_path / split / label / f"{split}.png")
-    found = open_images(str(tmp_path))
-    assert isinstance(found, Files)
-    assert {path.name for path in found.paths} == {"train.png"} and len(found) == 2
+    result = open_images(str(tmp_path))
+    assert isinstance(result, Files)
+    assert {path.name for path in result.paths} == {"train.png"} and len(result) == 2
 
 
 def test_no_name_is_not_the_current_folder() -> None:

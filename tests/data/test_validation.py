@@ -37,8 +37,8 @@ def test_scan_of_cut_file_names_it_and_passes_the_whole_one(
     noise(0).save(whole)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
     source = files_of(whole, cut)
-    found = scan(source, decode=(lambda index: source.image(index, 1)) if decode else None)
-    assert list(found.broken) == [1] and str(cut) in found.broken[1]
+    result = scan(source, decode=(lambda index: source.image(index, 1)) if decode else None)
+    assert list(result.broken) == [1] and str(cut) in result.broken[1]
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -49,8 +49,8 @@ def test_scan_names_empty_missing_and_mislabelled_files(tmp_path: Path, decode: 
     page.write_text("<html>404</html>")
     dangling.symlink_to(tmp_path / "nowhere")
     source = files_of(good, empty, page, dangling)
-    found = scan(source, decode=(lambda index: source.image(index, 1)) if decode else None)
-    assert [text.partition(":")[0] for text in found.broken.values()] == [
+    result = scan(source, decode=(lambda index: source.image(index, 1)) if decode else None)
+    assert [text.partition(":")[0] for text in result.broken.values()] == [
         str(path) for path in (empty, page, dangling)
     ]
 

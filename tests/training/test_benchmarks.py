@@ -47,9 +47,9 @@ def test_each_loop_lowers_its_loss(
     monkeypatch.setattr(hardware, "cores", lambda: 1)
     torch.manual_seed(0)
     losses = script.KINDS[kind]("resnet8", *tints(), 32, **settings)
-    seen = [next(losses) for _ in range(24)]
+    observed = [next(losses) for _ in range(24)]
     losses.close()
-    assert np.isfinite(seen).all() and np.mean(seen[-4:]) < 0.9 * np.mean(seen[:4])
+    assert np.isfinite(observed).all() and np.mean(observed[-4:]) < 0.9 * np.mean(observed[:4])
 
 
 def test_augmented_images_are_crops_of_the_padded_image(script: ModuleType) -> None:

@@ -43,14 +43,14 @@ def source(classes: tuple[str, ...], named: bool = True) -> Arrays:
 def test_adopt_weights_moves_the_last_layers_rows_with_their_classes(
     of: tuple[str, ...], to: tuple[str, ...], named: bool, rows: list[int] | None, says: str | None
 ) -> None:
-    given, net = start(of), zoo.build(zoo.spec("resnet8"), len(to))
+    arguments, net = start(of), zoo.build(zoo.spec("resnet8"), len(to))
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    told = load_start(net, given, source(to, named))
-    assert told is None if says is None else says in (told or "")
+    output = load_start(net, arguments, source(to, named))
+    assert output is None if says is None else says in (output or "")
     for name in ("fc.weight", "fc.bias"):
-        expected = own[name] if rows is None else given.state[name][rows]
+        expected = own[name] if rows is None else arguments.state[name][rows]
         assert torch.equal(net.state_dict()[name], expected)
-    assert torch.equal(net.state_dict()["conv1.weight"], given.state["conv1.weight"])
+    assert torch.equal(net.state_dict()["conv1.weight"], arguments.state["conv1.weight"])
 
 
 def test_train_from_weights_of_the_same_classes_in_another_order_keeps_the_accuracy(
@@ -69,5 +69,5 @@ def test_train_from_weights_of_the_same_classes_in_another_order_keeps_the_accur
     out = tmp_path / "run"
     assert main(["train", *arguments, "--epochs", "1", "--lr", "1e-9", "--out", str(out)]) == 0
     assert "order of the data's classes" in capsys.readouterr().err
-    kept = checkpoint.load(out / "best.pt")
-    assert kept.model.classes == tuple(order) and kept.measured["test_top1"] > 80
+    saved = checkpoint.load(out / "best.pt")
+    assert saved.model.classes == tuple(order) and saved.measured["test_top1"] > 80

@@ -103,14 +103,14 @@ def test_prepare_with_enough_tolerance_leaves_the_broken_images_out(
     with pytest.raises(DataError) as caught:
         prepare(proposed)
     assert caught.value.fix is not None and "--max-broken 16.67%" in caught.value.fix
-    found = prepare(job(root, tmp_path, max_broken=0.1667, **WAYS[way]))  # type: ignore[arg-type]
-    assert len(found.source) == 28 and found.test is not None and len(found.test) == 5
-    assert found.report.broken == {"train": [3, 15], "test": [4]}
-    assert {split: sum(counts) for split, counts in found.report.counts.items()} == {
+    prepared = prepare(job(root, tmp_path, max_broken=0.1667, **WAYS[way]))  # type: ignore[arg-type]
+    assert len(prepared.source) == 28 and prepared.test is not None and len(prepared.test) == 5
+    assert prepared.report.broken == {"train": [3, 15], "test": [4]}
+    assert {split: sum(counts) for split, counts in prepared.report.counts.items()} == {
         "train": 25, "val": 3, "test": 5,
     }  # fmt: skip
     for index in range(28):
-        found.source.image(index)
+        prepared.source.image(index)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -143,9 +143,9 @@ def test_prepare_of_a_resumed_run_with_an_image_broken_since_is_refused(
 def test_prepare_records_how_the_images_were_checked(
     way: str, check: str, folder: Folder, tmp_path: Path
 ) -> None:
-    found = prepare(job(folder(), tmp_path, **WAYS[way]))  # type: ignore[arg-type]
-    assert found.report.check == check
-    assert isinstance(found.source, loader.Cached) == (way == "cached")
+    prepared = prepare(job(folder(), tmp_path, **WAYS[way]))  # type: ignore[arg-type]
+    assert prepared.report.check == check
+    assert isinstance(prepared.source, loader.Cached) == (way == "cached")
 
 
 def test_prepare_of_photographs_that_fit_decodes_each_once(
@@ -160,9 +160,9 @@ def test_prepare_of_photographs_that_fit_decodes_each_once(
         return original(index, at_least)
 
     monkeypatch.setattr(made.source, "image", image)
-    found = prepare(made)
+    prepared = prepare(made)
     for index in range(30):  # as the first epoch asks for them
-        found.source.image(index, found.source.at_least)  # type: ignore[attr-defined]
+        prepared.source.image(index, prepared.source.at_least)  # type: ignore[attr-defined]
     assert decoded == 30
 
 
@@ -170,17 +170,17 @@ def test_prepare_of_small_files_crops_them_as_evaluation_does(
     folder: Folder, tmp_path: Path
 ) -> None:
     made = job(folder(), tmp_path)
-    found = prepare(made)
-    assert isinstance(found.source, Arrays)
+    prepared = prepare(made)
+    assert isinstance(prepared.source, Arrays)
     for index in (0, 7, 29):
         expected = made.preprocess.crop(made.source.image(index))
-        assert np.array_equal(found.source.images[index], expected)
+        assert np.array_equal(prepared.source.images[index], expected)
 
 
 def test_prepare_keeps_arrays_of_the_nets_size_as_they_are(tints: str, tmp_path: Path) -> None:
     made = job(tints, tmp_path)
-    found = prepare(made)
-    assert found.source is made.source and found.report.check == "arrays"
+    prepared = prepare(made)
+    assert prepared.source is made.source and prepared.report.check == "arrays"
 
 
 def test_prepare_with_identical_images_in_two_splits_reports_both_names(
@@ -232,7 +232,7 @@ def report(train: list[int], val: list[int], test: list[int]) -> DataReport:
 def test_warnings_name_what_is_doubtful_and_nothing_else(
     counts: tuple[list[int], list[int], list[int]], words: tuple[str, ...]
 ) -> None:
-    found = data_warnings(report(*counts))
-    assert bool(found) == bool(words)
+    result = data_warnings(report(*counts))
+    assert bool(result) == bool(words)
     for word in words:
-        assert any(word in line for line in found), found
+        assert any(word in line for line in result), result

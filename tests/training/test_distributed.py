@@ -203,7 +203,7 @@ def wait_for(path: Path) -> None:
 
 def workers(parent: int) -> list[int]:
     """Processes that torchrun started, by rank."""
-    found = []
+    results = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
@@ -214,8 +214,8 @@ def workers(parent: int) -> list[int]:
             continue
         ranks = [int(v.partition(b"=")[2]) for v in variables if v.startswith(b"RANK=")]
         if int(fields[1]) == parent and ranks:
-            found.append((ranks[0], int(entry.name)))
-    return [pid for _, pid in sorted(found)]
+            results.append((ranks[0], int(entry.name)))
+    return [pid for _, pid in sorted(results)]
 
 
 def test_a_batch_that_cannot_be_shared_names_the_nearest_that_can() -> None:

@@ -87,22 +87,22 @@ def test_processes_and_parts_share_the_very_same_batch(size: int, accumulate: in
 
 
 def test_a_last_partial_batch_is_left_out() -> None:
-    found = fed(batch=30)
-    assert (found.steps_per_epoch, found.total) == (3, 9)
-    assert len(labels(found, 0, 3)) == 90
+    feed = fed(batch=30)
+    assert (feed.steps_per_epoch, feed.total) == (3, 9)
+    assert len(labels(feed, 0, 3)) == 90
 
 
 def test_mirroring_in_alternate_epochs_shows_each_image_both_ways() -> None:
-    found = fed(flip="alternate")
-    flipped = [found._mirrored(step, slice(0, 10), np.arange(100)) for step in (0, 10, 20)]
+    feed = fed(flip="alternate")
+    flipped = [feed._mirrored(step, slice(0, 10), np.arange(100)) for step in (0, 10, 20)]
     assert (flipped[0] != flipped[1]).all() and (flipped[0] == flipped[2]).all()
     assert 30 < flipped[0].sum() < 70
 
 
 def test_images_are_smaller_where_the_recipe_says_so() -> None:
-    found = fed(size=16, progressive=((0.0, 0.5), (0.5, 1.0)))
+    feed = fed(size=16, progressive=((0.0, 0.5), (0.5, 1.0)))
     sides = [micros[0].inputs.shape[2] for step in (0, 14, 15, 29)
-             for _, micros in found.steps(step, step + 1)]  # fmt: skip
+             for _, micros in feed.steps(step, step + 1)]  # fmt: skip
     assert sides == [8, 8, 16, 16]
 
 
@@ -213,18 +213,18 @@ def test_a_broken_photograph_leaves_every_other_step_as_it_was(tmp_path: Path) -
     for (_, (first,)), (_, (second,)) in zip(whole.steps(0, 10), broken.steps(0, 10), strict=True):
         if 7 in first.labels:
             met += 1
-            kept = next(int(label) for label in first.labels if label != 7)
-            assert second.labels.tolist() == [kept, kept]
+            saved = next(int(label) for label in first.labels if label != 7)
+            assert second.labels.tolist() == [saved, saved]
         else:
             assert torch.equal(first.inputs, second.inputs)
     assert met == 1 and list(broken.tally.skipped) == [7]
 
 
 def test_a_batch_without_any_readable_image_stops_the_run(tmp_path: Path) -> None:
-    found = photo_feed(photographs(tmp_path, broken=tuple(range(20))))
-    found.tally.total = 10_000
+    feed = photo_feed(photographs(tmp_path, broken=tuple(range(20))))
+    feed.tally.total = 10_000
     with pytest.raises(DataError, match="no image of step 0"):
-        list(found.steps(0, 2))
+        list(feed.steps(0, 2))
 
 
 def test_what_goes_wrong_in_a_thread_comes_out(tmp_path: Path) -> None:
@@ -261,17 +261,17 @@ def test_feed_indexes_with_tensors_on_its_own_device(tmp_path: Path, photos: boo
     source = photographs(tmp_path) if photos else numbered(20)
     contract = Preprocess.for_size(72 if photos else 8)
     # "meta" computes shapes only, and keeps apart what lies on the device and what does not.
-    found = loader.TrainLoader(
+    feed = loader.TrainLoader(
         source, np.arange(20), contract, recipe, device="meta", tally=DecodeErrors(20)
     )
     with Calls() as calls:
-        assert len(list(found.steps(0, 2))) == 2
+        assert len(list(feed.steps(0, 2))) == 2
     assert set(calls.indices) == {"meta"}
 
 
 def test_feed_creates_no_constants_after_the_first_step() -> None:
-    found = fed(trivial_augment=True, **AUGMENTED)
-    list(found.steps(0, 10))  # all operations come up
+    feed = fed(trivial_augment=True, **AUGMENTED)
+    list(feed.steps(0, 10))  # all operations come up
     with Calls() as calls:
-        list(found.steps(0, 10))
+        list(feed.steps(0, 10))
     assert calls.created == 0

@@ -307,12 +307,12 @@ class TestTheFile:
         assert list(saved.learned.branches) == list(ends.ranges) == list(fake.branches)
         assert all(low < 0 < high for low, high in saved.learned.branches.values())
         batch = images(16)
-        found = qat.branch_ranges(fake, [batch[:7], batch[7:]])
+        result = qat.branch_ranges(fake, [batch[:7], batch[7:]])
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
         running = make_session(model, ends.outputs, ends.nodes)
         ends.add(running.run(None, {"images": batch.numpy()}))
         for name, pair in ends.ranges.items():
-            assert found[name] == pytest.approx(pair, rel=1e-5)
+            assert result[name] == pytest.approx(pair, rel=1e-5)
 
     def test_its_weights_are_those_that_were_trained(self, tuned: Path) -> None:
         model = onnx.load(tuned / "engines/resnet8-int8.onnx")
@@ -473,8 +473,8 @@ class TestFp8:
         inner = [name for name in dict.fromkeys(names) if name != "images"]
         pixels, _ = tinted_noise(64, seed=9)
         batch = checkpoint.load(tuned_fp8 / "runs/tuned/best.pt").input.normalize(pixels)
-        found = make_session(model, inner).run(inner, {"images": batch})
-        values = {"images": batch, **dict(zip(inner, found, strict=True))}
+        output = make_session(model, inner).run(inner, {"images": batch})
+        values = {"images": batch, **dict(zip(inner, output, strict=True))}
         scales = fake.named_scales()
         for op in convolutions:
             source = torch.from_numpy(values[nodes[op.name].input[0]])
@@ -580,9 +580,9 @@ class TestTheRun:
         self, options: list[str], message: str, trained: Path, tints: str, tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        given = [str(trained / "best.pt") if option == "WEIGHTS" else option for option in options]
+        arguments = [str(trained / "best.pt") if option == "WEIGHTS" else option for option in options]
         out = tmp_path / "run"
-        assert main(["train", "--qat", "--data", tints, "--out", str(out), *given]) == 2
+        assert main(["train", "--qat", "--data", tints, "--out", str(out), *arguments]) == 2
         assert message in capsys.readouterr().err and not out.exists()
 
     @pytest.mark.parametrize("options", [["--precision", "fp8"], ["--precision", "int8"],

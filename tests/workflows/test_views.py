@@ -273,6 +273,12 @@ def test_evaluate_indices_select_the_images() -> None:
     assert (result.n, result.top1) == (3, 2)
 
 
+def test_evaluate_label_beyond_the_classes_is_refused() -> None:
+    forward, preprocess = oracle(4)
+    with pytest.raises(DataError, match="label 9"):
+        evaluate(forward, numbered(10, 10), preprocess)
+
+
 def test_evaluate_images_without_labels_are_refused() -> None:
     forward, preprocess = oracle(4)
     unlabelled = Arrays("u", np.zeros((3, 8, 8, 3), np.uint8), np.full(3, -1), ())
