@@ -130,15 +130,15 @@ class Shards:
 
     def _descriptor(self, shard: int) -> int:
         """Return a shard's file, opened when it is first read."""
-        found = self._open.get(shard)
-        if found is None:
+        descriptor = self._open.get(shard)
+        if descriptor is None:
             # No lock, because a fork could inherit it locked. If two threads open a file, the first
             # descriptor is used.
             opened = os.open(self._paths[shard], os.O_RDONLY)
-            found = self._open.setdefault(shard, opened)
-            if found != opened:
+            descriptor = self._open.setdefault(shard, opened)
+            if descriptor != opened:
                 os.close(opened)
-        return found
+        return descriptor
 
     @cached_property
     def _named(self) -> list[bytes]:
@@ -205,9 +205,9 @@ def _read_table(path: Path, index: PackIndex) -> dict[str, np.ndarray]:
 
 def _check_size(path: Path, size: int) -> None:
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", fix=PACK_AGAIN) from None
-    if found != size:
-        what = "truncated" if found < size else "replaced"
-        raise DataError(f"{path}: {what} ({found} of {size} bytes)", fix=PACK_AGAIN)
+    if actual != size:
+        what = "truncated" if actual < size else "replaced"
+        raise DataError(f"{path}: {what} ({actual} of {size} bytes)", fix=PACK_AGAIN)

@@ -93,10 +93,10 @@ def along_a_run(
     net = zoo.build(spec, len(source.classes)).to(device)
     rate = LR / 10 if spec.depth >= 110 else LR
     optimizer = torch.optim.SGD(net.parameters(), rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    wanted = set(steps)
+    required = set(steps)
     for step, (images, labels) in enumerate(_batches(source, preprocess, batch, seed)):
         batch_on_device = images.to(device), labels.to(device)
-        if step in wanted:
+        if step in required:
             yield measure_gradients(net, *batch_on_device, step)
         else:
             _backward(net, *batch_on_device)
@@ -166,10 +166,10 @@ def removable_blocks(net: Net, name: str) -> list[str]:
         InputError: It has none.
     """
     blocks = net.blocks() if isinstance(net, ResNet) else {}
-    found = [block for block, module in blocks.items() if module.removable]
-    if not found:
+    removable = [block for block, module in blocks.items() if module.removable]
+    if not removable:
         raise InputError(f"{name}: has no removable blocks", fix="use a residual net")
-    return found
+    return removable
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ class PartialResults:
             self._results[name] = serialization.to_builtins(make())
             document = {"about": self._about, "results": self._results}
             atomic_io.write_text(self._path, json.dumps(document, indent=1) + "\n")
-        found: T = serialization.convert(
+        result: T = serialization.convert(
             self._results[name], kind, at=name, where=str(self._path),
             fix="choose another --out",
         )  # fmt: skip
-        return found
+        return result

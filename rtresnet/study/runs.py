@@ -79,7 +79,7 @@ class Outcome:
         return 100 - self.measured["test_top1"]
 
 
-def found(run: Run) -> Outcome | None:
+def finished(run: Run) -> Outcome | None:
     """Return the outcome of an earlier run; None if the run is missing or unfinished.
 
     Raises:
@@ -110,7 +110,7 @@ def make(
         InputError: The folder contains another run.
         KeyboardInterrupt: Ctrl-C; the state is saved.
     """
-    before = found(run)
+    before = finished(run)
     if before is not None:
         return before
     resume = (run.job.out / "last.pt").exists()

@@ -72,11 +72,11 @@ class RunState:
     recent_hits: float = 0.0
     recent_seen: int = 0
 
-    def note_error(self, hits: float, seen: int, *, least: int, until: float) -> None:
+    def note_error(self, hits: float, count: int, *, least: int, until: float) -> None:
         """End the warm-up if the training error of at least `least` images is below `until` %."""
         if not until or self.warmed is not None:
             return
-        self.recent_hits, self.recent_seen = self.recent_hits + hits, self.recent_seen + seen
+        self.recent_hits, self.recent_seen = self.recent_hits + hits, self.recent_seen + count
         if self.recent_seen >= least:
             if 100 * (1 - self.recent_hits / self.recent_seen) < until:
                 self.warmed = self.step
@@ -174,10 +174,10 @@ class CheckpointManager:
         torch.set_rng_state(saved["random"])
         self.license = last.weights.license
         sums = EpochStats(**saved["sums"])
-        warmed, hits, seen = saved.get("warmup", (None, 0.0, 0))
+        warmed, hits, count = saved.get("warmup", (None, 0.0, 0))
         return RunState(
             step=saved["step"], best=saved["best"], log=saved["log"], sums=sums,
-            warmed=warmed, recent_hits=hits, recent_seen=seen,
+            warmed=warmed, recent_hits=hits, recent_seen=count,
         )  # fmt: skip
 
     def _run_record(self) -> dict[str, Any]:

@@ -72,10 +72,10 @@ class FakeQuantized(nn.Module):
         self.net, self.number_format = net, FORMATS[number_format]
         self.operations = operations(net)
         excluded = stem(self.operations) if self.number_format == FP8 else ()
-        found = place_quantizers(self.operations, nodes_to_exclude=excluded)
-        self.places = tuple(found)
-        self.scales = nn.Parameter(torch.ones(len(found)))
-        self.uses = {(use.node, use.index) for uses in found.values() for use in uses}
+        quantizers = place_quantizers(self.operations, nodes_to_exclude=excluded)
+        self.places = tuple(quantizers)
+        self.scales = nn.Parameter(torch.ones(len(quantizers)))
+        self.uses = {(use.node, use.index) for uses in quantizers.values() for use in uses}
         self.branches = tuple(residual_branches(self.operations))
         # Tensors to free after each operation, so that memory use is that of the net itself.
         last = {name: number for number, op in enumerate(self.operations) for name in op.input}

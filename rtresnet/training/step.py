@@ -1,7 +1,6 @@
 """One optimizer step: forward and backward pass over a batch's parts, then SGD.
 
-Has the numerics: autocast, loss scaling, compilation, gradient clipping. Independent of images
-and files.
+Contains autocast, loss scaling, compilation and gradient clipping. Knows no images and no files.
 """
 
 from __future__ import annotations

@@ -63,10 +63,10 @@ class Hashes:
     coarse: np.ndarray
 
     @classmethod
-    def of(cls, source: Source, found: Mapping[int, Fingerprint]) -> Hashes:
+    def of(cls, source: Source, fingerprints: Mapping[int, Fingerprint]) -> Hashes:
         """Collect the fingerprints of some images, by index."""
-        indices = np.array(sorted(found), np.int64)
-        own = [found[index] for index in indices.tolist()]
+        indices = np.array(sorted(fingerprints), np.int64)
+        own = [fingerprints[index] for index in indices.tolist()]
         bits = np.array([entry.bits for entry in own], np.uint8).reshape(-1, 8)
         coarse = np.array([entry.coarse for entry in own], bool)
         return cls(source=source, indices=indices, bits=bits, coarse=coarse)
@@ -147,6 +147,6 @@ def _candidates(first: np.ndarray, second: np.ndarray, *, within: bool) -> list[
                 distance = _ONES[hashes[own] ^ others[near]].sum(axis=1)
                 for hit in near[distance <= MAX_BITS]:
                     same = distance[near == hit][0] == 0
-                    found = lists[hit] if same or not within else lists[hit][:1]
-                    pairs.update((int(rows[own]), row) for row in found)
+                    candidates = lists[hit] if same or not within else lists[hit][:1]
+                    pairs.update((int(rows[own]), row) for row in candidates)
     return sorted((a, b) for a, b in pairs if not within or a < b)

@@ -214,7 +214,7 @@ def _study(
     with locks.hold_folder(terms.out, warn=reporter.note):
         planned = compare.plan(nets, terms)
         for run in planned:
-            runs.found(run)  # reject runs of other studies before training
+            runs.finished(run)  # reject runs of other studies before training
         outcomes = _run_all(planned, reporter)
     summary = compare.summarize(outcomes)
     length = compare.length(planned[0])
@@ -271,7 +271,7 @@ def _run_all(planned: Sequence[Run], reporter: Reporter) -> list[Outcome]:
     try:
         for number, run in enumerate(planned):
             where = f"{run.label}, seed {run.seed} ({number + 1} of {len(planned)})"
-            before = runs.found(run)
+            before = runs.finished(run)
             if before is not None:
                 reporter.note(f"{where}: {_in_words(before)} (from an earlier run)")
                 outcomes.append(before)

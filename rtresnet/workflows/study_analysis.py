@@ -171,11 +171,11 @@ def study_gradients(
                     device=device,
                 )  # fmt: skip
                 with reporter.progress(f"gradients of {name}", total=config.steps) as update:
-                    found = []
+                    results = []
                     for point in run:
-                        found.append(point)
+                        results.append(point)
                         update(point.step)
-                return tuple(found)
+                return tuple(results)
 
             points_of_net = partial.get(name, tuple[GradientNorms, ...], run)
             nets.append(NetGradients(model=name, points=points_of_net))
@@ -320,5 +320,5 @@ def _int8_noise(loaded: Checkpoint, source: Source) -> dict[str, float]:
         return [x for x, _ in loader.batches(source, loaded.input, per_batch, indices=chosen)]
 
     calibrated = calibrate.calibrate(model, list(qdq.placement(model)), batches)
-    held, logits = calibrate.references(model, batches())
-    return {block.name: block.alone for block in sensitivity(calibrated, held, logits)}
+    held_out, logits = calibrate.references(model, batches())
+    return {block.name: block.alone for block in sensitivity(calibrated, held_out, logits)}

@@ -9,7 +9,7 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import augment
 
 
-def held(count: int, height: int = 8, width: int = 8) -> Tensor:
+def uint8_images(count: int, height: int = 8, width: int = 8) -> Tensor:
     """uint8 [N, H, W, 3] without a zero, as a whole set lies on the device."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, 256, (count, height, width, 3), generator=generator).to(torch.uint8)
@@ -31,7 +31,7 @@ def gathered(
 def test_a_crop_is_that_window_of_its_padded_image(
     height: int, width: int, padding: int, mode: str, numpys: str
 ) -> None:
-    images = held(30, height, width)
+    images = uint8_images(30, height, width)
     rng = np.random.default_rng(0)
     offsets = rng.integers(0, 2 * padding + 1, (2, 30))
     mirrored = rng.random(30) < 0.5
@@ -48,7 +48,7 @@ def test_a_crop_is_that_window_of_its_padded_image(
 
 
 def test_the_images_chosen_come_in_their_order_and_stay_as_they_are() -> None:
-    images = held(10)
+    images = uint8_images(10)
     before = images.clone()
     picked = gathered(images, 0, np.zeros((2, 3), int), chosen=np.array([7, 0, 7]))
     assert torch.equal(picked.permute(0, 2, 3, 1), images[[7, 0, 7]])
@@ -57,7 +57,7 @@ def test_the_images_chosen_come_in_their_order_and_stay_as_they_are() -> None:
 
 
 def test_only_the_images_named_are_mirrored() -> None:
-    images = held(4, 4, 6).permute(0, 3, 1, 2)
+    images = uint8_images(4, 4, 6).permute(0, 3, 1, 2)
     named = np.array([True, False, False, True])
     result = augment.mirror(images, named)
     for index, flag in enumerate(named):

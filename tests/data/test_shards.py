@@ -137,7 +137,9 @@ def test_a_shard_holds_as_much_as_it_may_and_at_least_one_image(
 
 def test_progress_reaches_the_end(divided: Path, tmp_path: Path) -> None:
     observed: list[tuple[int, int]] = []
-    pack(str(divided), tmp_path / "pack", progress=lambda done, total: observed.append((done, total)))
+    pack(
+        str(divided), tmp_path / "pack", progress=lambda done, total: observed.append((done, total))
+    )
     assert observed == [(done, 16) for done in range(1, 17)]
 
 

@@ -110,8 +110,8 @@ def test_sample_regions_positives_first_and_objects_included() -> None:
     assert (classes[:count] > 0).all() and (classes[count:] == 0).all()
     assert count == 2 and len(sampled) == 3  # a quarter of 8; the empty region is left out
     decoded = boxes.decode(offsets, sampled[:count], boxes.REGION_STD)
-    wanted = torch.tensor([[0.0, 0, 10, 12], [30, 30, 40, 40]])[classes[:count] - 1]
-    assert torch.allclose(decoded, wanted, atol=1e-4)
+    expected = torch.tensor([[0.0, 0, 10, 12], [30, 30, 40, 40]])[classes[:count] - 1]
+    assert torch.allclose(decoded, expected, atol=1e-4)
 
 
 def test_head_losses_use_the_offsets_of_the_own_class() -> None:

@@ -37,7 +37,7 @@ def planned(out: Path, images: int = 0, **settings: object) -> Run:
 
 def test_a_finished_run_is_found_and_not_made_again(tmp_path: Path) -> None:
     run = planned(tmp_path)
-    assert runs.found(run) is None
+    assert runs.finished(run) is None
     made = runs.make(run)
     log = run.job.out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -58,7 +58,7 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_weights(tmp_path: Path) 
     run = planned(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         runs.make(run, on_step=interrupt)
-    assert runs.found(run) is None
+    assert runs.finished(run) is None
     steps: list[int] = []
     runs.make(run, on_step=lambda progress: steps.append(progress.step))
     assert steps == [6]  # what came during step 4 was heard by all processes after step 5
@@ -71,9 +71,9 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_weights(tmp_path: Path) 
 def test_a_run_under_another_recipe_or_on_other_images_is_refused(tmp_path: Path) -> None:
     runs.make(planned(tmp_path))
     with pytest.raises(InputError, match=r"epochs 2 -> 3.*another --out"):
-        runs.found(planned(tmp_path, epochs=3))
+        runs.finished(planned(tmp_path, epochs=3))
     with pytest.raises(InputError, match=r"other images.*another --out"):
-        runs.found(planned(tmp_path, images=1))
+        runs.finished(planned(tmp_path, images=1))
 
 
 def test_a_run_that_diverges_is_a_result_that_is_kept(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_run_that_diverges_is_a_result_that_is_kept(tmp_path: Path) -> None:
     again = runs.make(planned(tmp_path, **wild), on_step=lambda p: steps.append(p.step))
     assert again.diverged == made.diverged and not steps
     with pytest.raises(InputError, match=r"lr 99\.0 -> 0\.1"):
-        runs.found(planned(tmp_path, **(wild | {"lr": 0.1})))
+        runs.finished(planned(tmp_path, **(wild | {"lr": 0.1})))
 
 
 class Lazy:

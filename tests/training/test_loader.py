@@ -42,8 +42,8 @@ def fed(
     )  # fmt: skip
 
 
-def labels(found: loader.TrainLoader, first: int, end: int) -> list[int]:
-    steps = found.steps(first, end)
+def labels(feed: loader.TrainLoader, first: int, end: int) -> list[int]:
+    steps = feed.steps(first, end)
     return [int(label) for _, micros in steps for micro in micros for label in micro.labels]
 
 

@@ -107,15 +107,17 @@ class TestPlaces:
 
     def test_the_float_net_is_the_net(self) -> None:
         for name in ("resnet20", "resnet14", "plain8"):
-            fake, seen = qat.FakeQuantized(net_of(name)), list[str]()
+            fake, tensors = qat.FakeQuantized(net_of(name)), list[str]()
 
-            def look(tensor: str, values: torch.Tensor, seen: list[str] = seen) -> torch.Tensor:
-                seen.append(tensor)
+            def look(
+                tensor: str, values: torch.Tensor, tensors: list[str] = tensors
+            ) -> torch.Tensor:
+                tensors.append(tensor)
                 return values
 
             with torch.no_grad():
                 torch.testing.assert_close(fake.observe(images(4), look), fake.net(images(4)))
-            assert seen == list(fake.places)  # each once, whoever reads it
+            assert tensors == list(fake.places)  # each once, whoever reads it
 
 
 class TestRounding:
@@ -580,7 +582,9 @@ class TestTheRun:
         self, options: list[str], message: str, trained: Path, tints: str, tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        arguments = [str(trained / "best.pt") if option == "WEIGHTS" else option for option in options]
+        arguments = [
+            str(trained / "best.pt") if option == "WEIGHTS" else option for option in options
+        ]
         out = tmp_path / "run"
         assert main(["train", "--qat", "--data", tints, "--out", str(out), *arguments]) == 2
         assert message in capsys.readouterr().err and not out.exists()
