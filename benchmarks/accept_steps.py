@@ -247,11 +247,11 @@ def fixtures(context: Context) -> Path:
     return folder
 
 
-def relative_error(got: Any, wanted: Any) -> float:
+def relative_error(got: Any, expected: Any) -> float:
     """Norm of the difference over the norm of the reference."""
     import numpy as np
 
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def compare_with_cpu(session: Any, source: Path, precision: str) -> dict[str, Any]:

@@ -76,17 +76,17 @@ def row(
     name: str,
     what: str,
     expected: float,
-    found: float,
+    measured: float,
     bound: float,
     n: object,
     *,
     ms: bool = False,
 ) -> Row:
     """A line; `bound` is a share, or milliseconds if `ms`."""
-    off = found - expected if ms else found / expected - 1
+    off = measured - expected if ms else measured / expected - 1
     words = (f"{off:+.3f} ms", f"{bound:g} ms") if ms else (f"{off:+.1%}", f"{bound:.0%}")
     verdict = "yes" if abs(off) <= bound else "NO"
-    return (name, what, f"{expected:.4g}", f"{found:.4g}", *words, verdict, n)
+    return (name, what, f"{expected:.4g}", f"{measured:.4g}", *words, verdict, n)
 
 
 def single(options: argparse.Namespace) -> list[Row]:
@@ -180,11 +180,11 @@ def pairs(options: argparse.Namespace, slower: float) -> list[str]:
     return verdicts
 
 
-def verdict_row(name: str, what: str, verdicts: list[str], wanted: str) -> list[Row]:
-    hits, n = verdicts.count(wanted), len(verdicts)
+def verdict_row(name: str, what: str, verdicts: list[str], required: str) -> list[Row]:
+    hits, n = verdicts.count(required), len(verdicts)
     enough = -(-19 * n // 20)
     verdict = "yes" if hits >= enough else "NO"
-    return [(name, what, wanted, f"{hits} of {n}", "", f"{enough} of {n}", verdict, n)]
+    return [(name, what, required, f"{hits} of {n}", "", f"{enough} of {n}", verdict, n)]
 
 
 def same(options: argparse.Namespace) -> list[Row]:

@@ -51,27 +51,27 @@ def measure(seconds: float) -> dict[str, Any]:
         }
 
 
-def batcher_table(found: dict[str, Any]) -> str:
+def batcher_table(results: dict[str, Any]) -> str:
     """Images/s through `Batcher`, and how busy the device was."""
     rows = [
         (
             row["dtype"], row["way"], f"{row['images_per_second']:,.0f}",
             f"{100 * row['device_busy']:.0f} %",
         )
-        for row in found["rows"]
+        for row in results["rows"]
     ]  # fmt: skip
     return markdown(("images", "gathered in memory that is", "images/s", "device busy"), rows) + (
-        f"\n\n`Batcher`, 32 images of {found['side']} pixels a batch, a device that takes "
-        f"{found['wait_us'] / 1e3:g} ms a batch; median of {found['rounds']} rounds of 20 batches "
+        f"\n\n`Batcher`, 32 images of {results['side']} pixels a batch, a device that takes "
+        f"{results['wait_us'] / 1e3:g} ms a batch; median of {results['rounds']} rounds of 20 batches "
         "in turn. staged: a session that takes any array, one context."
     )
 
 
-def gil_table(found: dict[str, Any]) -> str:
+def gil_table(results: dict[str, Any]) -> str:
     """A call next to a thread that computes."""
     rows = [
         (name, f"{entry['median_ms']:.2f}", f"{entry['p99_ms']:.2f}")
-        for name, entry in found.items()
+        for name, entry in results.items()
     ]
     return markdown(("`infer`", "median, ms", "p99, ms"), rows) + (
         "\n\nA device of 0.5 ms; the thread is a loop in Python; 1e-4: `sys.setswitchinterval`."

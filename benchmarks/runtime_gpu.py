@@ -251,10 +251,10 @@ def probe_one(target: str, source: Path) -> dict[str, Any]:
     return record
 
 
-def held(found: dict[str, Any]) -> bool:
+def holds(results: dict[str, Any]) -> bool:
     """What was promised of the runtime."""
-    rate = found["rates"]["infer, on the GPU"]["of_the_first"]
-    return rate >= RATE and found["overlap"]["overlapped"] > 0 and found["leaked_bytes"] < LEAK
+    rate = results["rates"]["infer, on the GPU"]["of_the_first"]
+    return rate >= RATE and results["overlap"]["overlapped"] > 0 and results["leaked_bytes"] < LEAK
 
 
 def main() -> None:
@@ -304,7 +304,7 @@ def main() -> None:
                         f"{rates['infer, on the GPU']['of_the_first']:.3f}",
                         f"{1 / measured['batch 1']['no graphs']['of_the_first']:.2f}",
                         f"{measured['overlap']['overlapped']:.2f}", measured["leaked_bytes"],
-                        "yes" if held(measured) else "NO",
+                        "yes" if holds(measured) else "NO",
                     )
                 )  # fmt: skip
     headings = (

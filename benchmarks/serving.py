@@ -239,11 +239,11 @@ def main() -> None:
             client.close()
             for name in NAMES:
                 with server(name, large, large_images, large_logits, options.peers, log) as client:
-                    found = highest_rate(
+                    highest = highest_rate(
                         client, capacities[0], options.p99, options.seconds, 1000 * number
                     )
-                    found["throughput"] = client.closed_loop(CALLERS, options.seconds).rate
-                rates[name].append(found)
+                    highest["throughput"] = client.closed_loop(CALLERS, options.seconds).rate
+                rates[name].append(highest)
                 with server(name, small, small_images, small_logits, options.peers, log) as client:
                     client.closed_loop(CALLERS, 1)
                     before = cpu_seconds(client)
@@ -254,16 +254,16 @@ def main() -> None:
                     "rate": result.rate, "p50_ms": result.quantile_ms(0.5), "failed": result.failed,
                     "n": len(result.latencies),
                 })  # fmt: skip
-                print(name, round(found["rate"], 1), round(result.rate), file=sys.stderr)
-    held = {name: statistics.median(entry["rate"] for entry in rates[name]) for name in NAMES}
+                print(name, round(highest["rate"], 1), round(result.rate), file=sys.stderr)
+    best_rates = {name: statistics.median(entry["rate"] for entry in rates[name]) for name in NAMES}
     reached = {name: statistics.median(entry["rate"] for entry in busy[name]) for name in NAMES}
     most = {name: statistics.median(entry["throughput"] for entry in rates[name]) for name in NAMES}
     cpu = {name: statistics.median(entry["cpu_us"] for entry in busy[name]) for name in NAMES}
-    best = max(held[name] for name in NAMES[2:])
+    best = max(best_rates[name] for name in NAMES[2:])
     bare, ours, lit, _ = NAMES
     goals = {
-        "of_batcher": held[ours] / held[bare] if held[bare] else None,
-        "of_better_peer": held[ours] / best if best else None,
+        "of_batcher": best_rates[ours] / best_rates[bare] if best_rates[bare] else None,
+        "of_better_peer": best_rates[ours] / best if best else None,
         "throughput_of_batcher": most[ours] / most[bare],
         "throughput_of_better_peer": most[ours] / max(most[name] for name in NAMES[2:]),
         "of_litserve": reached[ours] / reached[lit],
@@ -277,7 +277,7 @@ def main() -> None:
     )  # fmt: skip
     rows = [
         (
-            name, f"{held[name]:.1f}", f"{held[name] / held[bare]:.2f}" if held[bare] else "-",
+            name, f"{best_rates[name]:.1f}", f"{best_rates[name] / best_rates[bare]:.2f}" if best_rates[bare] else "-",
             f"{most[name]:.1f}", f"{most[name] / most[bare]:.2f}",
             f"{reached[name]:,.0f}", f"{reached[name] / reached[lit]:.2f}",
             f"{cpu[name]:,.0f}",
