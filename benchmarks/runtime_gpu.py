@@ -316,7 +316,7 @@ def main() -> None:
     caption = f"{options.model}, batch {options.batch}, {first['device']}, {first['provider']}"
     caption += f"; held: at least {RATE} of the engine's rate, copies overlap, nothing leaks"
     save("runtime-gpu", records, markdown(headings, rows) + "\n\n" + caption)
-    sys.exit(0 if all(map(held, records.values())) else 1)
+    sys.exit(0 if all(map(holds, records.values())) else 1)
 
 
 if __name__ == "__main__":
