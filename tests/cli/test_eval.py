@@ -121,7 +121,7 @@ def test_eval_ensemble_prints_each_net_and_their_mean(
     ]  # fmt: skip
     assert "by position" in lines[3]  # neither npz nor net has names
     assert all("training images" in line for line in lines[4:6])  # of both files
-    assert "include training images" in lines[4]  # an npz file has no splits
+    assert "training images of" in lines[4]  # an npz file has no splits
     single = evaluate(best, data=tints, out=tmp_path)
     assert [entry["top1"] for entry in result["members"]] == [single["top1"]] * 2
     assert result["top1"] == single["top1"] and result["n"] == 240

@@ -283,7 +283,7 @@ def test_quantize_interval_beyond_the_bound_is_not_called_held(
     captured = capsys.readouterr()
     output = captured.out
     assert "not shown to hold" in output and "images would be needed" in output
-    assert "include training images" in captured.err  # of tints, which has no test split
+    assert "training images of" in captured.err  # of tints, which has no test split
     assert "chosen on the images of --eval" in captured.err
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None

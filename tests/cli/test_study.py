@@ -53,7 +53,7 @@ def test_degradation_makes_every_run_once_and_reports_what_the_logs_say(
     page = check_files(out, "degradation")
     printed = capsys.readouterr()
     assert "of the paper's 64,000 steps" in printed.err
-    assert "80 training images of tints; mean ± std of 2 seeds" in printed.err
+    assert "84 training images of tints; mean ± std of 2 seeds" in printed.err
     assert [net["net"] for net in result["nets"]] == ["plain8", "resnet8"]
     assert result["nets"][0]["parameters"] == result["nets"][1]["parameters"]
     for net in result["nets"]:
@@ -230,7 +230,7 @@ def test_lesions_leave_one_block_out_and_stand_next_to_its_int8_noise(
     assert [block["block"] for block in result["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
     assert result["calibration_images"] == 240  # all that there are
     # the data have no test split of their own
-    assert "include training images" in result["remarks"][0]
+    assert "training images of" in result["remarks"][0]
     assert 90 < result["top1"] <= 100  # a percentage, not a count of the 24 images
     for block in result["blocks"]:
         assert block["drop"] == pytest.approx(result["top1"] - block["top1"])
