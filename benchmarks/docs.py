@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,6 +211,11 @@ def _lint_page() -> str:
     return "\n".join([*LINT_HEAD.splitlines(), *rows]) + "\n"
 
 
+def as_in_a_terminal(line: str) -> str:
+    """Wrap a line of text at 80 columns."""
+    return "\n".join(textwrap.wrap(line, 80)) if len(line) > 80 else line
+
+
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
     """Takes a picture of a page with Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -247,7 +253,8 @@ def main() -> None:
                 if "```console" in text:
                     page.write_text(with_output(text, folder))
             shown = run("rtresnet quickstart", folder)
-            table = "```text\n" + shown[shown.index(" precision  ONNX") :] + "\n```\n"
+            shown = shown[shown.index(" precision  ONNX") :]
+            table = "```text\n" + "\n".join(map(as_in_a_terminal, shown.splitlines())) + "\n```\n"
             readme = between(readme, "quickstart table", table)
             (DOCS / "generated").mkdir(exist_ok=True)
             (DOCS / "generated" / "quickstart.md").write_text(table)
