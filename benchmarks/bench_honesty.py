@@ -170,13 +170,10 @@ def pairs(options: argparse.Namespace, slower: float) -> list[str]:
                 _, measured = scenarios.measure(
                     [plain, other], batch=1, seconds=options.seconds / 2, seed=seed
                 )
-            observed = measured.comparison
-            assert observed is not None
-            print(
-                f"  run {seed}: {observed.verdict}, {observed.low:.3f} to {observed.high:.3f}",
-                flush=True,
-            )
-            verdicts.append(observed.verdict)
+            pair = measured.comparison
+            assert pair is not None
+            print(f"  run {seed}: {pair.verdict}, {pair.low:.3f} to {pair.high:.3f}", flush=True)
+            verdicts.append(pair.verdict)
     return verdicts
 
 
@@ -250,9 +247,9 @@ def bare(options: argparse.Namespace) -> list[Row]:
                         session(images)
                         count += 8
                     loops.append(count / (time.perf_counter() - begin))
-                    requested = Candidate(serve=session, requests=[images])
+                    candidate = Candidate(serve=session, requests=[images])
                     (measured,) = scenarios.measure(
-                        [requested], batch=8, seconds=options.seconds / 4
+                        [candidate], batch=8, seconds=options.seconds / 4
                     )
                     benches.append(measured.latency.images_per_second)
             ratio = statistics.median(b / a for a, b in zip(loops, benches, strict=True))
@@ -307,14 +304,14 @@ def openvino(options: argparse.Namespace) -> list[Row]:
                     theirs_handed.append(benchmark_app(options, handed, *OPEN))
                     verbs.append(result)
             their = f"benchmark_app {version.split('-')[0]}"
-            for who, arguments, rates in (
+            for who, baseline, rates in (
                 ("our loop", theirs, ours),
                 ("rtresnet bench, batch left open", theirs_handed, verbs),
             ):
                 if rates:
-                    ratio = statistics.median(b / a for a, b in zip(arguments, rates, strict=True))
+                    ratio = statistics.median(b / a for a, b in zip(baseline, rates, strict=True))
                     quantity = f"ResNet-50 {precision}, images/s, {their} and {who}"
-                    rate = statistics.median(arguments)
+                    rate = statistics.median(baseline)
                     rows.append(row("openvino", quantity, rate, rate * ratio, 0.10, options.rounds))
     return rows
 

@@ -62,8 +62,8 @@ def batcher_table(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     return markdown(("images", "gathered in memory that is", "images/s", "device busy"), rows) + (
         f"\n\n`Batcher`, 32 images of {results['side']} pixels a batch, a device that takes "
-        f"{results['wait_us'] / 1e3:g} ms a batch; median of {results['rounds']} rounds of 20 batches "  # noqa: E501
-        "in turn. staged: a session that takes any array, one context."
+        f"{results['wait_us'] / 1e3:g} ms a batch; median of {results['rounds']} rounds of "
+        "20 batches in turn. staged: a session that takes any array, one context."
     )
 
 

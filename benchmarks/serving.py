@@ -277,7 +277,8 @@ def main() -> None:
     )  # fmt: skip
     rows = [
         (
-            name, f"{best_rates[name]:.1f}", f"{best_rates[name] / best_rates[bare]:.2f}" if best_rates[bare] else "-",  # noqa: E501
+            name, f"{best_rates[name]:.1f}",
+            f"{best_rates[name] / best_rates[bare]:.2f}" if best_rates[bare] else "-",
             f"{most[name]:.1f}", f"{most[name] / most[bare]:.2f}",
             f"{reached[name]:,.0f}", f"{reached[name] / reached[lit]:.2f}",
             f"{cpu[name]:,.0f}",

@@ -151,8 +151,8 @@ def torchvision_style(
             loss.backward()
             optimizer.step()
             with torch.inference_mode():
-                result = logits.topk(5)[1] == truth[:, None]
-                result[:, :1].sum().item(), result.sum().item()
+                correct = logits.topk(5)[1] == truth[:, None]
+                correct[:, :1].sum().item(), correct.sum().item()
             yield loss.item()
 
 

@@ -183,7 +183,7 @@ def as_foreign(path: str | Path) -> Path:
 
 def undescribed(model: Any) -> Any:
     """A model without the description that every step writes into it."""
-    saved = [entry for entry in model.metadata_props if entry.key != "rtresnet.model"]
+    others = [entry for entry in model.metadata_props if entry.key != "rtresnet.model"]
     del model.metadata_props[:]
-    model.metadata_props.extend(saved)
+    model.metadata_props.extend(others)
     return model

@@ -201,9 +201,9 @@ def overloads(api: Api, path: str) -> list[list[tuple[str, bool]]]:
 
 def fits(signature: list[tuple[str, bool]], count: int, names: tuple[str, ...]) -> bool:
     rest = signature[count:]
-    reference = {name for name, _ in rest}
+    keywords = {name for name, _ in rest}
     needed = {name for name, default in rest if not default}
-    return count <= len(signature) and needed <= set(names) <= reference
+    return count <= len(signature) and needed <= set(names) <= keywords
 
 
 # Classes that the code derives from; SUBCLASS_PROBE checks them. Buffers are passed on as they are.
@@ -233,9 +233,9 @@ class Recorder:
         self.used.add(path)
 
     def check_call(self, path: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        reference = overloads(self.api, path)  # none of a class, or of a function in Python
-        if reference and not any(fits(each, len(arguments), tuple(named)) for each in reference):
-            self.wrong.append(f"{path}({len(arguments)}, {list(named)}): {reference}")
+        signatures = overloads(self.api, path)  # none of a class, or of a function in Python
+        if signatures and not any(fits(each, len(arguments), tuple(named)) for each in signatures):
+            self.wrong.append(f"{path}({len(arguments)}, {list(named)}): {signatures}")
 
     def wrap(self, value: Any) -> Any:
         """Wraps an object of TensorRT's, or of the fake one; leaves others and enums alone."""

@@ -7,6 +7,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import CheckFailedError
+from rtresnet.data import DATA_HELP
 from rtresnet.reporting import checks
 from rtresnet.workflows.check import CheckConfig, check
 from rtresnet.workflows.input_spec import InputConfig
@@ -16,7 +17,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 @click.command("check")
 @click.argument("path")
 @click.option(
-    "--data", metavar="SPEC", help=f"Images, labelled or not: {common.DATA_HELP}  [default: noise]"
+    "--data", metavar="SPEC", help=f"Images, labelled or not: {DATA_HELP}  [default: noise]"
 )
 @config_options(CheckConfig)
 @config_options(InputConfig, argument="stated")

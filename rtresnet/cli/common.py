@@ -21,11 +21,6 @@ REPORTER = TerminalReporter()
 PATH = click.Path(path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
 
-DATA_HELP = (
-    "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
-    "synthetic:N, run:DIR (images that a run held out). Transparent images are composited on white."
-)
-
 
 def text_place(context: click.Context, option: click.Parameter, value: Any) -> Any:
     """Validate a text file's output path before its content is computed (option callback).

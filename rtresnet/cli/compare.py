@@ -10,6 +10,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.reporter import plural
+from rtresnet.data import DATA_HELP
 from rtresnet.reporting import predictions
 from rtresnet.workflows.compare import CompareConfig, CompareResult, compare
 from rtresnet.workflows.input_spec import InputConfig
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @click.command("compare")
 @click.argument("reference")
 @click.argument("candidate")
-@click.option("--data", required=True, help=f"Images to run: {common.DATA_HELP}")
+@click.option("--data", required=True, help=f"Images to run: {DATA_HELP}")
 @config_options(CompareConfig)
 @config_options(InputConfig, argument="stated")
 @config_options(RuntimeConfig, argument="runtime", leave_out=("contexts", "graphs"))

@@ -10,6 +10,7 @@ import click
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.core.errors import InputError
+from rtresnet.data import DATA_HELP
 from rtresnet.reporting import predictions
 from rtresnet.workflows.evaluate import (
     EvaluateConfig,
@@ -23,7 +24,7 @@ from rtresnet.workflows.loading import RuntimeConfig
 
 @click.command("eval")
 @click.argument("paths", nargs=-1, required=True, metavar="ARTIFACT...")
-@click.option("--data", required=True, help=f"Labelled images: {common.DATA_HELP}")
+@click.option("--data", required=True, help=f"Labelled images: {DATA_HELP}")
 @config_options(EvaluateConfig)
 @click.option(
     "--record/--no-record",

@@ -43,7 +43,7 @@ class InputError(RtresnetError, ValueError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the entry of `known` that is most similar to a misspelt name, or None."""
+    """Return the one of `names` that is most similar to a misspelt name, or None."""
 
     def likeness(entry: str) -> tuple[float, int]:
         ratio = difflib.SequenceMatcher(None, name, entry).ratio()
@@ -58,9 +58,9 @@ class UnknownNameError(InputError):
     """A name that is not in its table.
 
     Args:
-        what: The kind of thing, as in "model".
+        kind: The kind of thing, as in "model".
         name: The unknown name.
-        known: Every valid name.
+        names: Every valid name.
     """
 
     def __init__(self, kind: str, name: str, names: Iterable[str]) -> None:

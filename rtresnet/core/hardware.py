@@ -113,9 +113,9 @@ def driver_error() -> str | None:
 def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str | None:
     """Return the UUID of a device; from driver r470 on that of a MIG instance, not of its GPU."""
     for function in ("cuDeviceGetUuid_v2", "cuDeviceGetUuid"):
-        digest = (ctypes.c_ubyte * 16)()
-        if hasattr(driver, function) and getattr(driver, function)(digest, device) == 0:
-            return str(uuid.UUID(bytes=bytes(digest)))
+        identifier = (ctypes.c_ubyte * 16)()
+        if hasattr(driver, function) and getattr(driver, function)(identifier, device) == 0:
+            return str(uuid.UUID(bytes=bytes(identifier)))
     return None
 
 
@@ -292,7 +292,5 @@ def version(*distributions: str) -> str | None:
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """Return the version of each installed distribution, and of Python."""
-    installed_versions = {name: version(name) for name in distributions}
-    return {"python": platform.python_version()} | {
-        n: v for n, v in installed_versions.items() if v
-    }
+    result = {"python": platform.python_version()}
+    return result | {name: text for name in distributions if (text := version(name))}

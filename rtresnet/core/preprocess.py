@@ -75,13 +75,13 @@ class Preprocess:
 
     def assumptions(self) -> tuple[str, ...]:
         """This contract as entries of a sidecar's `assumed`, for a file that does not state one."""
-        problems = []
+        entries = []
         if self.layout == FLOAT:
             preset = [name for name, values in PRESETS.items() if values == (self.mean, self.std)]
             mean, std = (",".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
             named = f" (preset {preset[0]})" if preset else ""
-            problems.append(f"input: mean {mean} and std {std}{named}")
-        return (*problems, *self.crop_assumption())
+            entries.append(f"input: mean {mean} and std {std}{named}")
+        return (*entries, *self.crop_assumption())
 
     def crop_assumption(self) -> tuple[str, ...]:
         """Return the entry of `assumptions` for the crop's margin; empty without a margin."""

@@ -216,59 +216,56 @@ def json_schema(result: type[Any]) -> Mapping[str, Any]:
     return msgspec.json.schema(_written(result, {}))
 
 
-def _written(kind: Any, parameters: dict[Any, Any]) -> Any:
+def _written(kind: Any, defined: dict[Any, Any]) -> Any:
     """Return the type as JSON has it: fields renamed, flattened and hidden, paths as strings."""
     if kind is Path:
         return str
     if dataclasses.is_dataclass(kind):
-        if kind not in parameters:
-            parameters[kind] = Any  # a type that contains itself
-            fields = _fields(typing.cast(Any, kind), parameters)
-            parameters[kind] = msgspec.defstruct(
+        if kind not in defined:
+            defined[kind] = Any  # a type that contains itself
+            fields = _fields(typing.cast(Any, kind), defined)
+            defined[kind] = msgspec.defstruct(
                 typing.cast(type, kind).__name__,
                 [(name, hint) for name, hint in fields.items() if name.isidentifier()],
                 kw_only=True,
             )
-        return parameters[kind]
+        return defined[kind]
     if typing.is_typeddict(kind):
-        if kind not in parameters:
+        if kind not in defined:
             hints = typing.get_type_hints(kind)
-            parameters[kind] = typing.TypedDict(  # type: ignore[operator]
+            defined[kind] = typing.TypedDict(  # type: ignore[operator]
                 kind.__name__,
-                {
-                    name: _optional_number(_written(hint, parameters))
-                    for name, hint in hints.items()
-                },
+                {name: _optional_number(_written(hint, defined)) for name, hint in hints.items()},
                 total=kind.__total__,
             )
-        return parameters[kind]
+        return defined[kind]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        options = [_written(argument, parameters) for argument in arguments]
+        options = [_written(argument, defined) for argument in arguments]
         if Any in options or sum(isinstance(o, type) and issubclass(o, msgspec.Struct)
                                  for o in options) > 1:  # fmt: skip
             return Any
         return typing.Union[tuple(options)]  # noqa: UP007
     if origin in (tuple, list) and arguments:
-        return list[_written(arguments[0], parameters)]  # type: ignore[misc]
+        return list[_written(arguments[0], defined)]  # type: ignore[misc]
     if origin is dict and len(arguments) == 2:
-        return dict[str, _written(arguments[1], parameters)]  # type: ignore[misc]
+        return dict[str, _written(arguments[1], defined)]  # type: ignore[misc]
     if origin is typing.Literal or kind in (str, int, float, bool, type(None)):
         return kind
     return Any
 
 
-def _fields(kind: type[Any], parameters: dict[Any, Any]) -> dict[str, Any]:
+def _fields(kind: type[Any], defined: dict[Any, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if field.metadata.get("hidden"):
             continue
         hint = _resolved(kind, field)
         if field.metadata.get("flatten") and dataclasses.is_dataclass(hint):
-            fields |= _fields(typing.cast(Any, hint), parameters)
+            fields |= _fields(typing.cast(Any, hint), defined)
         else:
             name = field.metadata.get("json", field.name)
-            fields[name] = _optional_number(_written(hint, parameters))
+            fields[name] = _optional_number(_written(hint, defined))
     return fields
 
 

@@ -89,10 +89,7 @@ def scale_box(height: int, width: int, size: int, rng: np.random.Generator) -> B
 
 
 def area_box(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    area: tuple[float, float] = (0.08, 1.0),
+    height: int, width: int, rng: np.random.Generator, area: tuple[float, float] = (0.08, 1.0)
 ) -> Box:
     """Draw a box of random area and aspect ratio, 3:4 to 4:3 (Szegedy et al., 2015, section 6).
 

@@ -28,6 +28,7 @@ from rtresnet.core.errors import DataError, InputError, UnknownNameError, missin
 from rtresnet.core.labels import LabelMap, match
 from rtresnet.core.preprocess import resize
 from rtresnet.core.reporter import plural
+from rtresnet.data import FORMS
 from rtresnet.data.decode import FileEnds, decode
 from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
 from rtresnet.data.held_out import SPLIT_FILE, read_held_out
@@ -42,10 +43,6 @@ UNREADABLE_SUFFIXES = (
     ".arw", ".raf", ".orf", ".rw2", ".raw",
 )  # fmt: skip
 NAMED_FILES = 3  # ignored files that a note names
-FORMS = (
-    "digits", "fashion-mnist:DIR", "cifar10:DIR", "folder:DIR", "shards:DIR", "npz:FILE",
-    "synthetic:N", "run:DIR",
-)  # fmt: skip
 MAX_CLASSES = 1_000_000  # arrays without class names: a larger label is an error
 SPLITS = ("train", "test", "all")
 
@@ -402,7 +399,10 @@ def _held_out(spec: str, folder: Path, split: str) -> Source:
         )
     source = open_source(record.data)
     if source.fingerprint() != record.fingerprint:
-        raise DataError(f"{spec}: the images of {record.data} have changed since the run")
+        raise DataError(
+            f"{spec}: the images of {record.data} have changed since the run",
+            fix="restore them, or name the data set itself",
+        )
     every, test = np.arange(len(source)), np.array(record.test, np.int64)
     chosen = {"train": np.setdiff1d(every, test), "test": test, "all": every}[split]
     part = Subset(source, chosen, spec)

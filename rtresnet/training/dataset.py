@@ -179,10 +179,7 @@ def _decode_smallest(source: Source) -> Callable[[int], object]:
 
 
 def _scan(
-    source: Source,
-    store: _Store,
-    world: World,
-    progress: Progress = lambda done, total: None,
+    source: Source, store: _Store, world: World, progress: Progress = lambda done, total: None
 ) -> Scan:
     """Check all images, divided over the processes unless each needs all the pixels."""
     every = np.arange(len(source))

@@ -459,8 +459,8 @@ def accuracy(
             result = metrics.accuracy(logits, source.labels[chosen])
             counts += (result.n, result.top1, result.top5 or 0)
     elif len(own):
-        run = loader.tally
-        tally = DecodeErrors(len(source), run.warn, tolerated=run.tolerated, fix=run.fix)
+        outer = loader.tally
+        tally = DecodeErrors(len(source), outer.warn, tolerated=outer.tolerated, fix=outer.fix)
         result = evaluate(TorchBackend(net), source, loader.preprocess, indices=own, tally=tally)
         counts += (result.n, result.top1, result.top5 or 0)
     n, top1, top5 = (int(value) for value in world.sums(counts, loader.device))

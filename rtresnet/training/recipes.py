@@ -99,12 +99,7 @@ def named(name: str) -> Recipe:
 
 
 def resolve(
-    name: str,
-    *,
-    images: int,
-    size: int,
-    depth: int,
-    settings: Mapping[str, Any] | None = None,
+    name: str, *, images: int, size: int, depth: int, settings: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Adapt a named recipe to a data set and a net.
 

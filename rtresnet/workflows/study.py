@@ -15,8 +15,9 @@ from rtresnet.core.config import Config, option, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
+from rtresnet.data import DATA_HELP
 from rtresnet.workflows.loading import require_torch, torch_device
-from rtresnet.workflows.train import DATA_HELP, NOT_MIRRORED
+from rtresnet.workflows.train import NOT_MIRRORED
 from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from rtresnet.core.config import Config, option, options_of, parse_percentage
 from rtresnet.core.errors import InputError
 from rtresnet.core.precisions import CALIBRATED, PrecisionName
 from rtresnet.core.reporter import LogReporter, Reporter
+from rtresnet.data import DATA_HELP
 from rtresnet.training.config import SAVE_SECONDS, Recipe
 from rtresnet.training.data_report import DataReport
 from rtresnet.workflows import run_folders
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NOT_MIRRORED = ("digits",)  # a mirrored digit is not the same digit
-DATA_HELP = (
-    "digits, fashion-mnist:DIR, cifar10:DIR, folder:DIR (or DIR), shards:DIR, npz:FILE, "
-    "synthetic:N, run:DIR (images that a run held out). Transparent images are composited on white."
-)
 IMAGENET_DEFAULT = "resnet18"  # the net of --weights imagenet
 DISTILL = 0.5  # share of the teacher in the loss
 # Fields of the recipe that have their own options.
@@ -352,13 +349,15 @@ def _recipe_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _advise_on_threads(reporter: Reporter) -> None:
-    """Say if other processes need cores. The default does not depend on them, so that a resumed
-    run has the same number of threads, and so the same bits."""
+    """Note that other processes use cores, and a number of threads to try.
+
+    The default does not depend on them, so that a resumed run has the same threads and bits.
+    """
     cores, used = hardware.cores(), round(hardware.cores_in_use())
     if used and cores > 1:
         reporter.note(
             f"other processes use {used} of {cores} cores: while they run, "
-            f"--threads {max(1, cores - used)} trains faster"
+            f"--threads {max(1, cores - used)} may train faster"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a training run prints about its recipe and its images. Imports no torch."""
+"""Text about a run's recipe and its images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKS = {
     "decoded": "every image was decoded",
     "files": "the beginning and the end of every file was read; --decode-all decodes every image",
 }
-TABLE_CLASSES = 20  # up to so many classes have a row each
+TABLE_CLASSES = 20  # with up to this many classes, each has a row
 NAMED = 3  # classes that a warning names
 SMALL_SPLIT = 100  # images; below this the 95 % interval of an accuracy is at least 10 points wide
 SMALL_CLASS = 10  # training images

@@ -118,8 +118,8 @@ def test_minimum_times_equal_a_calculation_by_hand() -> None:
     assert bound.compute == pytest.approx(0.01)
     assert bound.memory == pytest.approx((40e6 + 8e6) / 320e9 * 1e3)
     # 30 MB in, 10 MB out and 8 MB of weights, of each of which the cache holds 4 MiB.
-    limit = 4 * 2**20
-    assert bound.beyond_cache == pytest.approx((48e6 - 3 * limit) / 320e9 * 1e3)
+    cached = 4 * 2**20
+    assert bound.beyond_cache == pytest.approx((48e6 - 3 * cached) / 320e9 * 1e3)
     assert bound.least == bound.beyond_cache and bound.through_memory == bound.memory
 
 

@@ -107,17 +107,17 @@ def test_batcher_serves_server_and_closed() -> None:
         return images
 
     with Batcher(session, 4, 1.0) as batcher:
-        requested = Candidate(
+        candidate = Candidate(
             serve=lambda image: batcher.submit(image).result(), requests=[np.zeros(1)]
         )
         arrived = scenarios.server(
-            requested, qps=2000, seconds=9, queries=60, submit=batcher.submit
+            candidate, qps=2000, seconds=9, queries=60, submit=batcher.submit
         )
         assert arrived.latency.n == 60 and arrived.load.refused == 0
         assert arrived.load.service_ms is None and min(arrived.samples) > 0
         sizes.clear()
         flown = scenarios.closed(
-            requested, concurrency=8, seconds=9, queries=80, submit=batcher.submit
+            candidate, concurrency=8, seconds=9, queries=80, submit=batcher.submit
         )
         assert flown.latency.n == 80 and max(sizes) == 4
 
@@ -127,9 +127,9 @@ def test_server_error_behind_a_batcher_is_raised() -> None:
         raise RuntimeError("out of memory")
 
     with Batcher(session, 4, 1.0) as batcher:
-        requested = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
+        candidate = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
         with pytest.raises(RuntimeError, match="out of memory"):
-            scenarios.server(requested, qps=1000, seconds=9, queries=20, submit=batcher.submit)
+            scenarios.server(candidate, qps=1000, seconds=9, queries=20, submit=batcher.submit)
 
 
 def test_server_full_queue_counts_refused_requests() -> None:
@@ -149,8 +149,8 @@ def test_server_full_queue_counts_refused_requests() -> None:
                 gate.set()
             return batcher.submit(image)
 
-        requested = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
-        measured = scenarios.server(requested, qps=2000, seconds=9, queries=50, submit=submit)
+        candidate = Candidate(serve=lambda image: None, requests=[np.zeros(1)])
+        measured = scenarios.server(candidate, qps=2000, seconds=9, queries=50, submit=submit)
     # One or two are being served, two wait.
     assert measured.load.refused + measured.latency.n == 50 and measured.load.refused >= 45
 

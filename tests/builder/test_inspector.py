@@ -308,11 +308,11 @@ def test_build_with_tensorrt_attests_what_the_inspector_says(
     rtx = artifacts.read_sidecar(tmp_path / "rtx.plan")
     assert sidecar.plan is not None and rtx is not None and rtx.plan is not None
     assert sidecar.plan.attested is not None and sidecar.plan.attested == rtx.plan.attested
-    saved = layers.load(tmp_path / "n.plan", sidecar)
+    loaded = layers.load(tmp_path / "n.plan", sidecar)
     theirs = layers.load(tmp_path / "rtx.plan", rtx)
-    assert [layer.block for layer in saved.layers] == [layer.block for layer in theirs.layers]
+    assert [layer.block for layer in loaded.layers] == [layer.block for layer in theirs.layers]
     different = {"computes": None, "kind": "", "weights": 0, "name": ""}
-    assert [dataclasses.replace(layer, **different) for layer in saved.layers] == [  # type: ignore[arg-type]
+    assert [dataclasses.replace(layer, **different) for layer in loaded.layers] == [  # type: ignore[arg-type]
         dataclasses.replace(layer, **different)  # type: ignore[arg-type]
         for layer in theirs.layers
     ]

@@ -48,10 +48,16 @@ def test_a_type_of_unknown_width_has_no_size() -> None:
 
 
 def test_the_layers_are_kept_beside_the_plan(plan: Path) -> None:
-    saved = layers.load(plan, read_sidecar(plan))
-    assert saved.batches == (4,) and len(saved.convolutions) == 7 and len(saved.adds) == 3
-    assert {layer.stage for layer in saved.layers} == {"stem", "layer1", "layer2", "layer3", "head"}
-    assert sum(layer.role == "conv" for layer in saved.layers) == 7
+    loaded = layers.load(plan, read_sidecar(plan))
+    assert loaded.batches == (4,) and len(loaded.convolutions) == 7 and len(loaded.adds) == 3
+    assert {layer.stage for layer in loaded.layers} == {
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+        "head",
+    }
+    assert sum(layer.role == "conv" for layer in loaded.layers) == 7
 
 
 def test_layers_of_another_build_are_refused(plan: Path, tmp_path: Path) -> None:
@@ -127,10 +133,10 @@ def test_layers_multiply_adds_are_those_of_the_net_in_every_profile(
     source, out = onnx_file("resnet8", precision), tmp_path / "net.plan"
     profiles = [Profile(min=1, opt=1, max=1), Profile(min=2, opt=4, max=8)]
     sidecar = engine.build(source, out, profiles=profiles, builder="rtx")
-    saved = layers.load(out, sidecar).layers
+    loaded = layers.load(out, sidecar).layers
     expected = sum(kernel.multiply_adds for kernel in kernels.count(source).kernels)
     for profile in (0, 1):
-        own = [layer for layer in saved if layer.profile == profile]
+        own = [layer for layer in loaded if layer.profile == profile]
         assert sum(layer.multiply_adds or 0 for layer in own) == expected
         assert sum(bool(layer.multiply_adds) for layer in own) == 8
 

@@ -111,8 +111,8 @@ def test_a_builder_that_is_not_installed_is_named_with_its_package(
 
 def test_the_names_are_those_of_the_installed_rtx() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    reference = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
-    assert {name.replace("_", "").upper() for name in targets.RTX_TARGETS} == reference
+    names = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    assert {name.replace("_", "").upper() for name in targets.RTX_TARGETS} == names
 
 
 def test_chosen_targets_reach_the_configuration() -> None:

@@ -50,8 +50,8 @@ def test_estimate_file_is_listed_by_gpu(engines: Path, capsys: pytest.CaptureFix
 def test_estimate_impossible_request_exits_2(
     arguments: list[str], words: str, engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    value = [part.replace("{engines}", str(engines)) for part in arguments]
-    assert main(["estimate", *value]) == 2
+    command = [part.replace("{engines}", str(engines)) for part in arguments]
+    assert main(["estimate", *command]) == 2
     assert words in capsys.readouterr().err
 
 

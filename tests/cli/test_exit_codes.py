@@ -284,8 +284,8 @@ def test_nothing_is_overwritten_and_no_option_dropped_in_passing(
     assert main(arguments) == 2
     output = capsys.readouterr().err.splitlines()[-1]
     assert output.startswith("error: ") and words in output
-    saved = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert saved == before
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert content == before
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(

@@ -123,10 +123,10 @@ def test_a_file_with_a_sidecar_of_its_own_is_not_replaced_by_a_stranger(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stranger = shifted(copied / "resnet8-int8.onnx", tmp_path / "theirs.onnx", 128)
-    limit = (copied / "resnet8.onnx").read_bytes()
+    content = (copied / "resnet8.onnx").read_bytes()
     assert main(["lint", str(stranger), "--fix", str(copied / "resnet8.onnx")]) == 2
     assert "sidecar" in capsys.readouterr().err
-    assert (copied / "resnet8.onnx").read_bytes() == limit
+    assert (copied / "resnet8.onnx").read_bytes() == content
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a model", b"\x08\x08", b"text\n"])

@@ -110,10 +110,10 @@ def test_predict_parquet_keeps_types_and_provenance(
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.schema.field("probability_1").type == "float"
     json_rows = rows(tmp_path / "x.jsonl")
-    for arguments, row in zip(table.to_pylist(), json_rows, strict=True):
+    for record, row in zip(table.to_pylist(), json_rows, strict=True):
         for name, value in row.items():
             expected = np.float32(value) if isinstance(value, float) else value
-            assert arguments[name] == expected
+            assert record[name] == expected
     head = json.loads(table.schema.metadata[b"rtresnet"])
     assert head["images"] == COUNT and len(head["model"]) == 64 and head["top"] == 3
 
@@ -406,8 +406,8 @@ def test_predict_non_utf8_name_and_deleted_file_are_rows(
     monkeypatch.setattr(Predictor, "_read", late)
     for form in ("csv", "jsonl", *(["parquet"] if hardware.installed("pyarrow") else [])):
         Path("gone.png").touch()
-        arguments = [strange.decode(errors="surrogateescape"), "gone.png"]
-        assert main(["predict", str(net), *arguments, "--out", f"x.{form}"]) == 0
+        names = [strange.decode(errors="surrogateescape"), "gone.png"]
+        assert main(["predict", str(net), *names, "--out", f"x.{form}"]) == 0
     first, second = rows(Path("x.jsonl"))
     assert first["image"] == r"caf\udce9.png" and first["class_1"]
     assert "gone.png: No such file" in second["error"]

@@ -178,11 +178,11 @@ def test_where_too_much_is_lost_the_worst_blocks_stay_in_float(
     shown = capsys.readouterr().out
     sidecar = artifacts.read_sidecar("resnet8-int8.onnx")
     assert sidecar is not None and sidecar.calibration is not None
-    saved = sidecar.calibration.kept
-    assert saved and "left in float" in shown
-    assert "fc" in saved
+    float_nodes = sidecar.calibration.kept
+    assert float_nodes and "left in float" in shown
+    assert "fc" in float_nodes
     model = onnx.load("resnet8-int8.onnx")
-    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in saved}
+    inputs = {node.name: node.input[0] for node in model.graph.node if node.name in float_nodes}
     assert not any(name.endswith(".dq") for name in inputs.values())
     assert main(["lint", "resnet8-int8.onnx"]) == 0  # what was left in float was meant to be
     assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)

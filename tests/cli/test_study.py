@@ -118,9 +118,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_study_does(here: Path, tints: str) -> 
     assert f"resume with the same command: rtresnet {' '.join(arguments)}" in errors
     done = len(first.read_text().splitlines())
     assert 1 <= done < 15 and not (here / "s" / "resnet8-seed0").exists()
-    saved = json.loads(first.read_text().splitlines()[0])
+    record = json.loads(first.read_text().splitlines()[0])
     assert main(arguments) == 0
-    assert json.loads(first.read_text().splitlines()[0]) == saved
+    assert json.loads(first.read_text().splitlines()[0]) == record
     assert len(first.read_text().splitlines()) == 15
 
 

@@ -309,14 +309,14 @@ def test_train_with_tolerated_broken_images_records_what_was_found(
     printed = capsys.readouterr().err
     assert "cats" in printed and "composited on white: 1 transparent image" in printed
     assert "copy.jpg" in printed and printed.index("copy.jpg") < printed.index("epoch   1")
-    actual = checkpoint.load(out / "best.pt").training["images"]
-    assert actual == checkpoint.load(out / "last.pt").training["images"]
-    assert json.loads(result.read_text())["result"]["images"]["counts"] == actual["counts"]
-    assert {split: sum(counts) for split, counts in actual["counts"].items()} == {
+    images = checkpoint.load(out / "best.pt").training["images"]
+    assert images == checkpoint.load(out / "last.pt").training["images"]
+    assert json.loads(result.read_text())["result"]["images"]["counts"] == images["counts"]
+    assert {split: sum(counts) for split, counts in images["counts"].items()} == {
         "train": 53, "val": 6, "test": 13,
     }  # fmt: skip
-    assert actual["broken"] == {"train": [5, 38], "test": []}
-    assert (actual["identical"]["test"], actual["transparent"]) == (1, 1)
+    assert images["broken"] == {"train": [5, 38], "test": []}
+    assert (images["identical"]["test"], images["transparent"]) == (1, 1)
     assert main(["train", "--out", str(out), "--resume"]) == 0  # knows what was tolerated
     assert "broken: " not in capsys.readouterr().err
 

@@ -194,8 +194,8 @@ def test_images_needed_same_shares_reach_the_bound_there_and_not_before(
 def test_images_needed_is_infinite_where_no_number_would_help() -> None:
     assert metrics.images_needed(drop_of(400, 2, 0), 0.5) == math.inf  # measured at the bound
     assert metrics.images_needed(drop_of(400, 9, 0), 0.5) == math.inf
-    limit = drop_of(10_000, 20, 15)
-    assert metrics.images_needed(limit, 0.5) == limit.n
+    drop = drop_of(10_000, 20, 15)
+    assert metrics.images_needed(drop, 0.5) == drop.n
     assert metrics.fewest_images(0) == math.inf
 
 
@@ -212,9 +212,9 @@ def test_the_best_classes_say_what_they_can_of_all(k: int) -> None:
     logits = metrics.from_best(indices, best, 10)
     probabilities = metrics.softmax(logits)
     np.testing.assert_array_equal(np.argsort(-logits, axis=1, kind="stable")[:, 0], indices[:, 0])
-    saved = np.take_along_axis(probabilities, indices, axis=1)
-    assert (saved >= best - 1e-6).all() and (
-        saved[:, -1:] >= probabilities.min(axis=1, keepdims=True)
+    chosen = np.take_along_axis(probabilities, indices, axis=1)
+    assert (chosen >= best - 1e-6).all() and (
+        chosen[:, -1:] >= probabilities.min(axis=1, keepdims=True)
     ).all()
     if k == 10:
         np.testing.assert_allclose(probabilities, rows, atol=1e-6)

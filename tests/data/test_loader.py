@@ -110,11 +110,11 @@ def test_broken_images_are_left_out_named_and_counted(tmp_path: Path) -> None:
     tally = DecodeErrors(200, output.append)
     loaded = list(batches(source, EIGHT, 64, tally=tally))
     assert [len(images) for images, _ in loaded] == [64, 64, 64, 6]
-    saved = [index for index in range(200) if index not in (5, 117)]
+    good = [index for index in range(200) if index not in (5, 117)]
     values = np.rint(np.concatenate([images for images, _ in loaded])[:, 0, 0, 0] * 255)
-    assert values.tolist() == saved
+    assert values.tolist() == good
     labels = np.concatenate([labels for _, labels in loaded])
-    assert labels.tolist() == [index % 2 for index in saved]
+    assert labels.tolist() == [index % 2 for index in good]
     assert sorted(tally.skipped) == [5, 117]
     assert [line.split(":")[0] for line in output] == [
         f"skipped {source.paths[5]}",

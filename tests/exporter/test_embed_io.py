@@ -112,8 +112,8 @@ def test_the_first_quantizer_stays_on_the_normalized_input(
     assert len(before) == len(after)
     assert (before[0].input[0], after[0].input[0]) == ("images", "normalized")
     assert before[0].input[1:] == after[0].input[1:] and before[0].output == after[0].output
-    saved = {tensor.name: tensor for tensor in changed.graph.initializer}
-    assert all(saved[tensor.name] == tensor for tensor in plain.graph.initializer)
+    tensors = {tensor.name: tensor for tensor in changed.graph.initializer}
+    assert all(tensors[tensor.name] == tensor for tensor in plain.graph.initializer)
 
 
 def test_the_file_given_is_not_changed(models: dict[str, onnx.ModelProto]) -> None:

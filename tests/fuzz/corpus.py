@@ -84,13 +84,13 @@ def _plan(chain: Path, parent: Sidecar | None) -> None:
         block="layer1.0", profile=0, nodes=("layer1.0.conv1", "layer1.0.add"), rounds=("q",),
         inputs=(tensor,), outputs=(tensor,), weights=4608,
     )  # fmt: skip
-    saved = layers.Layers(
+    record = layers.Layers(
         batches=(4,), activations=(65536,), convolutions=("layer1.0.conv1",),
         adds=("layer1.0.add",), layers=(layer, layer),
     )  # fmt: skip
     path = chain / "net.plan"
     place = layers.path_for(path)
-    place.write_text(json.dumps(dataclasses.asdict(saved), indent=1))
+    place.write_text(json.dumps(dataclasses.asdict(record), indent=1))
     plan = Plan(
         builder="tensorrt_rtx", version="1.7.1.116", targets=("sm_89",), seconds=1.5,
         profiles=(Profile(min=1, opt=4, max=8),),

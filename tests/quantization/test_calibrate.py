@@ -116,10 +116,10 @@ def test_the_noise_that_auto_reports_is_that_of_the_file_it_leads_to(
 ) -> None:
     batch = images(64, 32)
     calibration = calibrate(model, tensors, lambda: [batch])
-    limit, others = hold_out([batch])
+    held_out, others = hold_out([batch])
     list(others)
-    reference = make_session(model).run(None, {"images": limit[0]})[0]
-    logits = make_session(calibration.quantized()).run(None, {"images": limit[0]})[0]
+    reference = make_session(model).run(None, {"images": held_out[0]})[0]
+    logits = make_session(calibration.quantized()).run(None, {"images": held_out[0]})[0]
     assert noise_ratio(reference, logits) == pytest.approx(calibration.ratios["kept"], abs=0.05)
 
 
@@ -194,12 +194,12 @@ def test_images_held_back_are_not_calibrated_on_and_none_is_lost(
     images: Images, size: int, most: int
 ) -> None:
     batches = [images(16, size, seed) for seed in range(40)]
-    limit, others = hold_out(batches)
+    held_out, others = hold_out(batches)
     rest = list(others)
-    assert sum(map(len, limit)) == most
+    assert sum(map(len, held_out)) == most
     assert sum(map(len, rest)) == 640 - most
     observed = {image.tobytes() for part in rest for image in part}
-    assert not any(image.tobytes() in observed for part in limit for image in part)
+    assert not any(image.tobytes() in observed for part in held_out for image in part)
 
 
 def test_a_single_image_serves_for_both(
@@ -327,10 +327,10 @@ def test_a_channel_a_hundred_times_larger_is_brought_down_and_costs_nothing(
     same = make_session(outlying).run(None, {"images": fresh})[0]
     assert np.allclose(reference, same, atol=1e-4)
     ratio = {}
-    for name, arguments, method in (
+    for name, candidate, method in (
         ("whole", model, "auto"), ("naive", outlying, "max"), ("ours", outlying, "auto")
     ):  # fmt: skip
-        calibration = calibrate(arguments, tensors, lambda: [batch], method)
+        calibration = calibrate(candidate, tensors, lambda: [batch], method)
         logits = Simulation(calibration.model, (), calibration.bias_corrections).logits(
             [fresh], calibration.scales
         )
@@ -385,8 +385,10 @@ def test_a_node_that_stays_in_float_keeps_its_bias(
     calibration = calibrate(model, tensors, lambda: [images(64, 32) + 1])
     shifts = {node.name: np.ones(node_channels(model, node)) for node in model.graph.node
               if node.op_type == "Conv"}  # fmt: skip
-    saved = dataclasses.replace(calibration, bias_corrections=shifts).quantized(["layer1.0.conv1"])
-    biases = {t.name: numpy_helper.to_array(t) for t in saved.graph.initializer}
+    quantized = dataclasses.replace(calibration, bias_corrections=shifts).quantized(
+        ["layer1.0.conv1"]
+    )
+    biases = {t.name: numpy_helper.to_array(t) for t in quantized.graph.initializer}
     before = {t.name: numpy_helper.to_array(t) for t in calibration.model.graph.initializer}
     for name, moved in (("layer1.0.conv1", 0), ("layer1.0.conv2", 1)):
         assert np.allclose(before[f"{name}.bias"] - biases[f"{name}.bias"], moved, atol=1e-5)

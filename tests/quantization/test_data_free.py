@@ -71,9 +71,9 @@ def test_a_file_without_batch_norm_statistics_needs_images(exported: Exported) -
 
 
 def test_statistics_survive_encoding_and_damage_is_an_error() -> None:
-    arguments = {"conv1": (np.arange(4, dtype=np.float32), np.ones(4, np.float32))}
-    back = metadata.NORM_STATISTICS.decode(metadata.NORM_STATISTICS.encode(arguments))
-    assert np.array_equal(back["conv1"], arguments["conv1"])
+    statistics = {"conv1": (np.arange(4, dtype=np.float32), np.ones(4, np.float32))}
+    back = metadata.NORM_STATISTICS.decode(metadata.NORM_STATISTICS.encode(statistics))
+    assert np.array_equal(back["conv1"], statistics["conv1"])
     for text in ("", "{", "[]", '{"a": 3}', '{"a": "!!!"}', '{"a": "AAAA"}'):
         with pytest.raises(ArtifactError, match="damaged"):
             metadata.NORM_STATISTICS.decode(text)

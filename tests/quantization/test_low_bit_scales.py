@@ -117,11 +117,11 @@ def test_what_is_written(exported: Exported) -> None:
     written = qdq.insert(model, scales, low_bit=True)
     constants = {t.name: numpy_helper.to_array(t) for t in written.graph.initializer}
     floats = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    for name, requested in scales.items():
+    for name, calibrated in scales.items():
         scale = constants[f"{name}.scale"]
-        assert significant_bits(scale) <= 3 and abs(scale / requested - 1) <= 1 / 9
+        assert significant_bits(scale) <= 3 and abs(scale / calibrated - 1) <= 1 / 9
         assert (
-            float(scale) == formats.low_bit_scale(requested) == formats.low_bit_scale(float(scale))
+            float(scale) == formats.low_bit_scale(calibrated) == formats.low_bit_scale(float(scale))
         )
     weighted = [node for node in written.graph.node if node.op_type in ("Conv", "Gemm")]
     assert len(weighted) == 8

@@ -34,8 +34,8 @@ def test_the_block_with_a_bad_range_is_found_first_and_leaving_it_in_float_helps
     calibration = calibrate(model, tensors, lambda: [images(32, 32)], "max")
     scales = calibration.scales | {"layer2.0.relu1": calibration.scales["layer2.0.relu1"] * 60}
     calibration = dataclasses.replace(calibration, scales=scales)
-    limit, reference = references(model, [images(32, 32)])
-    ranked = sensitivity(calibration, limit, reference)
+    held_out, reference = references(model, [images(32, 32)])
+    ranked = sensitivity(calibration, held_out, reference)
     assert ranked[0].name == "layer2.0" and ranked[0].gain > 3
     assert ranked[0].alone == min(block.alone for block in ranked)
     assert sum(block.weights for block in ranked) == pytest.approx(1)

@@ -142,8 +142,8 @@ class FakeCuda:
 
     def at(self, address: int, size: int) -> np.ndarray:
         """Bytes of device memory that is allocated."""
-        limit = any(a <= address and address + size <= a + n for a, n in self._sizes.items())
-        assert limit, "memory that was not allocated, or was given back"
+        allocated = any(a <= address and address + size <= a + n for a, n in self._sizes.items())
+        assert allocated, "memory that was not allocated, or was given back"
         start = address - self._arena.ctypes.data
         return self._arena[start : start + size]
 
@@ -360,8 +360,8 @@ class FakeContext:
         def work() -> None:
             device.at(self.scratch, engine.device_memory_size_v2)
             row = engine.row
-            arguments = device.at(addresses["images"], count * int(np.prod(row)) * dtype.itemsize)
-            batch = arguments.view(dtype).reshape(count, -1).copy()
+            pixels = device.at(addresses["images"], count * int(np.prod(row)) * dtype.itemsize)
+            batch = pixels.view(dtype).reshape(count, -1).copy()
             engine.runs.append((self.profile, batch))
             for name, values in zip(engine.outputs, engine.compute(batch), strict=True):
                 device.at(addresses[name], values.nbytes)[:] = values.reshape(-1).view(np.uint8)

@@ -293,15 +293,21 @@ def pinned_memory() -> dict[str, Any]:
     array = pinned((2, 3, 4, 4), np.float32)
     array[:] = images(2)
     with stub.cuda.active():
-        reference = stub.cuda.is_pinned(array.ctypes.data)
+        is_pinned = stub.cuda.is_pinned(array.ctypes.data)
     during = stub.driver.stub_live() - before
     tail = array[1:]
     del array
-    saved = bool((tail == images(2)[1:]).all()) and stub.driver.stub_live() - before == 1
+    unchanged = bool((tail == images(2)[1:]).all()) and stub.driver.stub_live() - before == 1
     del tail
     left = stub.driver.stub_live() - before
     failed = failure(stub.driver, "cuMemAllocHost_v2", lambda: pinned(8, np.uint8))
-    return {"pinned": reference, "during": during, "kept": saved, "left": left, "failed": failed}
+    return {
+        "pinned": is_pinned,
+        "during": during,
+        "kept": unchanged,
+        "left": left,
+        "failed": failed,
+    }
 
 
 def gathering(seconds: float, side: int = 224, wait_us: int = 5000) -> dict[str, Any]:

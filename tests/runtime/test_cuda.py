@@ -140,8 +140,8 @@ def test_is_pinned_follows_the_drivers_memory_type() -> None:
     ):
         recorder = Recorder(cuPointerGetAttribute=answer)
         assert on(recorder).is_pinned(4096) is pinned
-        requested = ("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 4096)
-        assert recorder.calls == [requested]
+        query = ("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 4096)
+        assert recorder.calls == [query]
 
 
 def test_bindings_have_every_operation_of_the_protocol() -> None:

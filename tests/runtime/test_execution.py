@@ -56,8 +56,9 @@ def test_split_batch_any_count_covers_every_row_once() -> None:
         count = rng.randint(1, 60)
         parts, at = split_batch(count, profiles), 0
         for part in parts:
-            limit = profiles[part.profile]
-            assert part.start == at and limit.min <= part.run <= limit.max and part.rows <= part.run
+            profile = profiles[part.profile]
+            assert part.start == at and profile.min <= part.run <= profile.max
+            assert part.rows <= part.run
             # Filled up only where no profile holds as few.
             assert part.run == part.rows or not any(p.min <= part.rows <= p.max for p in profiles)
             at += part.rows
@@ -415,8 +416,8 @@ def test_graphs_least_recently_used_makes_room(
     backend = bench.load()  # 1, 2, 4, 8
     for count in (1, 3, 3, 2, 2, 1, 8):
         close(backend.infer(images(count)), expected(images(count)))
-    saved = [run for _, run, _ in backend._streams[0].graphs._contexts]
-    assert saved == [3, 2, 1, 8]
+    cached = [run for _, run, _ in backend._streams[0].graphs._contexts]
+    assert cached == [3, 2, 1, 8]
     assert len([entry for entry in bench.cuda.live if entry[0] == "end_capture"]) == 4
     backend.close()
     assert bench.cuda.live == []

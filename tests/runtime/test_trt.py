@@ -149,8 +149,8 @@ def test_close_frees_everything_in_order(bench: Bench, rtx_built: bool) -> None:
     for count in (3, 20, 3, 20):
         backend.infer(images(count))
     bench.cuda.log.clear()
-    for saved in (bench.engine.configs, bench.engine.made_by):
-        saved.clear()
+    for record in (bench.engine.configs, bench.engine.made_by):
+        record.clear()
     backend.close()
     assert bench.cuda.live == []
     kinds = [entry.removeprefix("destroy ") for entry in bench.cuda.log]

@@ -129,15 +129,15 @@ def test_load_plan_of_a_detector_detects(bench: Bench, session: Any) -> None:
         assert len(result) > 0 and (result.boxes <= [70, 50, 70, 50]).all()
         assert loaded.classes == CLASSES and loaded.batch == 1
         for seed in range(3):  # nothing of one call is left in the next
-            arguments = inputs(seed)
-            outputs = loaded.backend.detect(*arguments)
-            expected = session.run(None, dict(zip(("images", "extent"), arguments, strict=True)))
+            feed = inputs(seed)
+            outputs = loaded.backend.detect(*feed)
+            expected = session.run(None, dict(zip(("images", "extent"), feed, strict=True)))
             for name, values in zip(canvas.OUTPUTS, expected, strict=True):
                 assert np.array_equal(outputs[name], values) and outputs[name].dtype == values.dtype
         with pytest.raises(InputError, match="logits"):
-            loaded(arguments[0])
+            loaded(feed[0])
     with pytest.raises(InputError, match="after close"):
-        loaded.backend.detect(*arguments)
+        loaded.backend.detect(*feed)
 
 
 def test_detect_wrong_inputs_are_refused(bench: Bench) -> None:

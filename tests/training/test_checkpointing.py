@@ -43,14 +43,14 @@ def source(classes: tuple[str, ...], named: bool = True) -> Arrays:
 def test_adopt_weights_moves_the_last_layers_rows_with_their_classes(
     of: tuple[str, ...], to: tuple[str, ...], named: bool, rows: list[int] | None, says: str | None
 ) -> None:
-    arguments, net = start(of), zoo.build(zoo.spec("resnet8"), len(to))
+    beginning, net = start(of), zoo.build(zoo.spec("resnet8"), len(to))
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    output = load_start(net, arguments, source(to, named))
-    assert output is None if says is None else says in (output or "")
+    remarks = load_start(net, beginning, source(to, named))
+    assert remarks is None if says is None else says in (remarks or "")
     for name in ("fc.weight", "fc.bias"):
-        expected = own[name] if rows is None else arguments.state[name][rows]
+        expected = own[name] if rows is None else beginning.state[name][rows]
         assert torch.equal(net.state_dict()[name], expected)
-    assert torch.equal(net.state_dict()["conv1.weight"], arguments.state["conv1.weight"])
+    assert torch.equal(net.state_dict()["conv1.weight"], beginning.state["conv1.weight"])
 
 
 def test_train_from_weights_of_the_same_classes_in_another_order_keeps_the_accuracy(

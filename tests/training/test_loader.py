@@ -213,8 +213,8 @@ def test_a_broken_photograph_leaves_every_other_step_as_it_was(tmp_path: Path) -
     for (_, (first,)), (_, (second,)) in zip(whole.steps(0, 10), broken.steps(0, 10), strict=True):
         if 7 in first.labels:
             met += 1
-            saved = next(int(label) for label in first.labels if label != 7)
-            assert second.labels.tolist() == [saved, saved]
+            label = next(int(label) for label in first.labels if label != 7)
+            assert second.labels.tolist() == [label, label]
         else:
             assert torch.equal(first.inputs, second.inputs)
     assert met == 1 and list(broken.tally.skipped) == [7]

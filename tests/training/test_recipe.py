@@ -91,8 +91,8 @@ def test_a_small_set_gets_a_smaller_batch_and_rate_in_proportion() -> None:
     recipe = resolve("paper-cifar", images=1300, size=32, depth=20)
     assert recipe.batch == 32
     assert recipe.lr == pytest.approx(0.1 * 32 / 128)
-    arguments = resolve("paper-cifar", images=1300, size=32, depth=20, settings={"batch": 64})
-    assert (arguments.batch, arguments.lr) == (64, pytest.approx(0.05))
+    recipe = resolve("paper-cifar", images=1300, size=32, depth=20, settings={"batch": 64})
+    assert (recipe.batch, recipe.lr) == (64, pytest.approx(0.05))
 
 
 def test_no_batch_is_larger_than_the_set() -> None:
@@ -113,15 +113,15 @@ def test_the_size_of_training_images_grows_with_the_run() -> None:
 
 
 def test_fields_are_set_in_their_own_types() -> None:
-    arguments = parse(
+    settings = parse(
         ["lr=0.05", "epochs=3", "nesterov=true", "milestones=0.3,0.6", "progressive=0:0.5,0.6:1",
          "flip=none", "steps=10"]
     )  # fmt: skip
-    assert arguments == {
+    assert settings == {
         "lr": 0.05, "epochs": 3, "nesterov": True, "milestones": (0.3, 0.6),
         "progressive": ((0.0, 0.5), (0.6, 1.0)), "flip": "none", "steps": 10,
     }  # fmt: skip
-    recipe = cifar(**arguments)
+    recipe = cifar(**settings)
     assert (recipe.lr, recipe.steps, recipe.flip) == (0.05, 10, "none")
 
 

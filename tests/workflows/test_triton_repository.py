@@ -166,8 +166,8 @@ def test_write_copies_the_file_and_a_sidecar_with_its_parent(
         "net/config.pbtxt", "net/labels.txt", "net/1/model.plan", "net/1/model.plan.json",
     }  # fmt: skip
     assert (root / "net" / "labels.txt").read_text().splitlines() == list(CLASSES)
-    limit = artifacts.verify(folder / "model.plan")
-    assert limit is not None and limit.made_by["command"] == "rtresnet build net.onnx"
+    copied = artifacts.verify(folder / "model.plan")
+    assert copied is not None and copied.made_by["command"] == "rtresnet build net.onnx"
     assert [state for _, _, state in artifacts.chain(folder / "model.plan")] == ["ok", "no sidecar"]
 
 
