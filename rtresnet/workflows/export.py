@@ -386,10 +386,14 @@ def resolve(
 def best_run(architecture: str, reporter: Reporter) -> Path | None:
     """Return the checkpoint under runs/ of this net with the highest held-out accuracy, by sidecar.
 
+    Runs of quantization-aware training count only if there are no others: their accuracy is that of
+    the rounded net, and their weights are for one precision.
+
     Raises:
         InputError: There are runs of several data sets, whose accuracies cannot be compared.
     """
-    candidates: dict[str, tuple[float, Path]] = {}
+    candidates: dict[str, tuple[bool, float, Path]] = {}
+    rounded: list[Path] = []
     for path in sorted(RUNS.glob("*/best.pt")):
         try:
             sidecar = artifacts.read_sidecar(path)
@@ -398,15 +402,23 @@ def best_run(architecture: str, reporter: Reporter) -> Path | None:
             continue
         if sidecar is not None and sidecar.model.architecture == architecture:
             data = sidecar.weights.source or "unknown data"
-            entry = (sidecar.measured.get("val_top1") or 0.0, path)
+            is_float = sidecar.calibration is None
+            if not is_float:
+                rounded.append(path)
+            entry = (is_float, sidecar.measured.get("val_top1") or 0.0, path)
             candidates[data] = max(candidates.get(data, entry), entry)
     if len(candidates) > 1:
-        each = ", ".join(f"{data} ({path})" for data, (_, path) in candidates.items())
+        each = ", ".join(f"{data} ({path})" for data, (*_, path) in candidates.items())
         raise InputError(
             f"{RUNS}: {architecture} was trained on several data sets: {each}",
-            fix=f"choose one, as in --weights {next(iter(candidates.values()))[1]}",
+            fix=f"choose one, as in --weights {next(iter(candidates.values()))[-1]}",
         )
-    return next(iter(candidates.values()))[1] if candidates else None
+    if not candidates:
+        return None
+    ((is_float, _, best),) = candidates.values()
+    for path in rounded if is_float else ():
+        reporter.note(f"not used: {path} of quantization-aware training; choose it with --weights")
+    return best
 
 
 def _note_replaced(path: Path, checkpoint: Checkpoint, reporter: Reporter) -> None:

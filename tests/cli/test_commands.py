@@ -202,6 +202,28 @@ def test_export_without_weights_takes_the_best_run_of_that_net(
     assert "runs/mine/best.pt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_export_without_weights_prefers_runs_without_quantization_aware_training(
+    others: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name in ("float", "rounded") if others else ("rounded",):
+        shutil.copytree(trained, tmp_path / "runs" / name)
+    sidecar = tmp_path / "runs" / "rounded" / "best.pt.json"
+    record = json.loads(sidecar.read_text())
+    record["measured"]["val_top1"] = 101  # the highest
+    record["calibration"] = {
+        "method": "qat", "images": "tints", "images_sha256": "", "n": 1, "scales": "best.pt",
+        "scales_sha256": "",
+    }  # fmt: skip
+    sidecar.write_text(json.dumps(record))
+    assert main(["export", "--model", "resnet8", "--fp32", "--no-plan"]) == 0
+    printed = capsys.readouterr().err
+    assert f"weights: runs/{'float' if others else 'rounded'}/best.pt" in printed
+    assert ("not used: runs/rounded/best.pt" in printed) == others
+
+
 def test_export_without_weights_asks_which_of_several_data_sets(
     trained: Path,
     tmp_path: Path,
