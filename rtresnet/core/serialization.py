@@ -70,17 +70,17 @@ def to_builtins(value: Any) -> Any:
 
 def to_json(record: Any) -> str:
     """Return a dataclass as indented JSON; lists of scalars stay on one line."""
-    text = json.dumps(known(dataclasses.asdict(record)), indent=1, ensure_ascii=False)
+    text = json.dumps(nonfinite_to_none(dataclasses.asdict(record)), indent=1, ensure_ascii=False)
     flat = re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)
     return flat + "\n"
 
 
-def known(value: Any) -> Any:
+def nonfinite_to_none(value: Any) -> Any:
     """Replace every float that is not finite by None, because JSON cannot express it."""
     if isinstance(value, dict):
-        return {key: known(entry) for key, entry in value.items()}
+        return {key: nonfinite_to_none(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [known(entry) for entry in value]
+        return [nonfinite_to_none(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from rtresnet.core.preprocess import Preprocess
-from rtresnet.core.serialization import from_json, known
+from rtresnet.core.serialization import from_json, nonfinite_to_none
 
 SCHEMA = 1
 UNKNOWN_INPUT = "input"  # in `assumed`: `input` has the size, but mean and std are unknown
@@ -359,7 +359,7 @@ def description(sidecar: Sidecar) -> Mapping[str, object]:
     facts = dataclasses.replace(
         sidecar, parent=parent, measured=Measurements(), made_by={}, sha256="", bytes=0
     )
-    described: Mapping[str, object] = known(dataclasses.asdict(facts))
+    described: Mapping[str, object] = nonfinite_to_none(dataclasses.asdict(facts))
     return described
 
 

@@ -335,7 +335,7 @@ class Quantizer:
 
         return ScalesOrigin(
             onnx_sha256=self.sidecar.sha256,
-            preprocessing=serialization.known(dataclasses.asdict(self.sidecar.input)),
+            preprocessing=serialization.nonfinite_to_none(dataclasses.asdict(self.sidecar.input)),
             format=self.config.number_format,
             images=images,
             images_sha256=sha256,
