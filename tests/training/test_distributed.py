@@ -62,7 +62,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, tints: str) -> Path:
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(together: Path, tints: str, tmp_path: Path) -> None:
     # Batch norm takes a process's part of the batch; so does one process in two parts.
-    assert main(arguments(tints, tmp_path / "run", "--set", "accumulate=2")) == 0
+    assert main(arguments(tints, tmp_path / "run", "--threads", "1", "--set", "accumulate=2")) == 0
     ours, alone = log_of(together), log_of(tmp_path / "run")
     assert len(ours) == len(alone) == 3
     for two, one in zip(ours, alone, strict=True):
