@@ -370,7 +370,7 @@ def _size(path: Path) -> int:
 def _folder(argument: str) -> Path:
     folder = Path(argument).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: no such folder", fix="check the path")
     return folder
 
 
@@ -449,6 +449,7 @@ def _arrays(
 def _class_folders(spec: str, root: Path, split: str) -> Source:
     train = root / "train" if (root / "train").is_dir() else None
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    unused = images_under(root / "val") if test == root / "test" else []
     if train and test:
         roots = {"train": [train], "test": [test], "all": [train, test]}[split]
     else:
@@ -492,6 +493,7 @@ def _class_folders(spec: str, root: Path, split: str) -> Source:
     reasons = {
         "in formats that cannot be read (convert to JPEG or PNG)": unreadable,
         "outside the class folders": sorted(outside),
+        "in val/, because test/ has the test images": unused,
     }
     ignored = {reason: files for reason, files in reasons.items() if files}
     return Files(

@@ -21,7 +21,7 @@ from rtresnet.quantization.simulate import Simulation, noise_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class BlockSensitivity:
     """The effect of quantizing one block.
 
     Attributes:
@@ -53,7 +53,7 @@ def blocks(model: onnx.ModelProto) -> dict[str, list[str]]:
 
 def sensitivity(
     calibrated: Calibrated, held_out: Sequence[np.ndarray], reference: np.ndarray
-) -> list[Block]:
+) -> list[BlockSensitivity]:
     """Measure every block; return the most harmful one first.
 
     Args:
@@ -83,7 +83,7 @@ def sensitivity(
         if node.op_type in WEIGHTED
     }
     ranked = [
-        Block(
+        BlockSensitivity(
             name=name,
             nodes=tuple(nodes),
             weights=sum(sizes.get(node, 0) for node in nodes) / sum(sizes.values()),

@@ -38,6 +38,10 @@ class TrtDetector(TrtBackend):
             raise InputError(
                 f"{self.path}: a detector's plan runs without CUDA graphs", fix="leave out --graphs"
             )
+        if contexts > 1:
+            raise InputError(
+                f"{self.path}: a detector's plan runs in one context", fix="leave out --contexts"
+            )
         self._lock = threading.Lock()
         self.contexts = self.in_flight = 1
         self.profiles = ()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rtresnet.core.preprocess import Preprocess
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.quantization.calibrate import Calibrated
-    from rtresnet.quantization.sensitivity import Block
+    from rtresnet.quantization.sensitivity import BlockSensitivity
     from rtresnet.runtime.cpu_rewrite import CpuModel
 
 
@@ -311,7 +311,7 @@ def _result(
     )
 
 
-def _fallbacks(ranked: Sequence[Block]) -> Iterator[dict[str, str]]:
+def _fallbacks(ranked: Sequence[BlockSensitivity]) -> Iterator[dict[str, str]]:
     """Yield which blocks run in "float" or "int8" instead, the fewest first.
 
     At least one block stays quantized.

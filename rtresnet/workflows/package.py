@@ -15,7 +15,7 @@ from rtresnet.workflows.workload import parse_wait
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Detection, Profile, Sidecar
-    from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
+    from rtresnet.workflows.triton_repository import ModelConfig, TritonTensor
 
 LARGEST = 32  # largest batch of an ONNX file, which has no profile
 
@@ -197,7 +197,7 @@ def _check_plan(
     return plan.profiles, parent
 
 
-def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], bool]:
+def _tensors(path: Path) -> tuple[tuple[TritonTensor, ...], tuple[TritonTensor, ...], bool]:
     """Read inputs and outputs of an ONNX file, and whether its batch is fixed.
 
     Triton batches requests along a first dimension that is dynamic in all tensors and omitted from
@@ -207,7 +207,7 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
         ArtifactError: Not a valid ONNX file.
         InputError: Its weights are in another file.
     """
-    from rtresnet.workflows.triton_repository import TensorSpec
+    from rtresnet.workflows.triton_repository import TritonTensor
 
     graph = require_single_file(path).graph
     import onnx
@@ -224,9 +224,9 @@ def _tensors(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]
             )
     fixed = any(shape[0] != -1 for shape in shapes.values())
 
-    def tensors(values: Any) -> tuple[TensorSpec, ...]:
+    def tensors(values: Any) -> tuple[TritonTensor, ...]:
         return tuple(
-            TensorSpec(
+            TritonTensor(
                 name=value.name,
                 dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
                 dims=tuple(shapes[value.name][0 if fixed else 1 :]),

@@ -35,7 +35,7 @@ LABELS = "labels.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorSpec:
+class TritonTensor:
     """An input or output.
 
     Attributes:
@@ -71,8 +71,8 @@ class ModelConfig:
     name: str
     kind: str
     precision: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[TritonTensor, ...]
+    outputs: tuple[TritonTensor, ...]
     labels: tuple[str, ...] = ()
     labelled_outputs: bool = True
     profiles: tuple[Profile, ...] = ()
@@ -205,7 +205,7 @@ def _interface(model: ModelConfig) -> list[str]:
     return lines
 
 
-def _tensor(tensor: TensorSpec) -> list[str]:
+def _tensor(tensor: TritonTensor) -> list[str]:
     return [
         f"  name: {_text(tensor.name)}",
         f"  data_type: {TYPES[tensor.dtype]}",

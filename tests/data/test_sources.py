@@ -525,6 +525,18 @@ def test_open_source_names_and_counts_ignored_files(tmp_path: Path) -> None:
     assert ignored_files(open_source("synthetic:4")) == []
 
 
+def test_open_source_with_test_and_val_folders_names_the_unused_images(tmp_path: Path) -> None:
+    root = folders(
+        tmp_path, *(f"{part}/{c}/1.png" for part in ("train", "test", "val") for c in "ab")
+    )
+    source = open_source(str(root), "test")
+    assert len(source) == 2
+    (ignored,) = ignored_files(source)
+    assert ignored.startswith("2 files in val/") and f"{root}/val/a/1.png" in ignored
+    (root / "test").rename(root / "unused")
+    assert ignored_files(open_source(str(root), "test")) == []
+
+
 # --- npz
 
 

@@ -190,6 +190,12 @@ def test_load_graphs_are_refused(bench: Bench) -> None:
         rtresnet.load(bench.path, graphs=True)
 
 
+def test_load_with_several_contexts_is_refused(bench: Bench) -> None:
+    with pytest.raises(InputError) as caught:
+        rtresnet.load(bench.path, contexts=2)
+    assert caught.value.fix and "--contexts" in caught.value.fix
+
+
 def test_detect_from_several_threads_and_close_twice(bench: Bench) -> None:
     with rtresnet.load(bench.path) as loaded:
         backend: Any = loaded.backend

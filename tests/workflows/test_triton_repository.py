@@ -17,10 +17,10 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Link, Plan, Profile, Sidecar, Weights
 from rtresnet.models import checkpoint, zoo
 from rtresnet.workflows import triton_repository as triton
-from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
+from rtresnet.workflows.triton_repository import ModelConfig, TritonTensor
 
-IMAGES = TensorSpec(name="images", dtype="float32", dims=(3, 32, 32))
-LOGITS = TensorSpec(name="logits", dtype="float32", dims=(10,))
+IMAGES = TritonTensor(name="images", dtype="float32", dims=(3, 32, 32))
+LOGITS = TritonTensor(name="logits", dtype="float32", dims=(10,))
 CLASSES = tuple(f"class {index}" for index in range(10))
 
 
@@ -93,10 +93,10 @@ def test_config_int8_onnx_file_uses_tensorrt_on_gpus(device: str, kind: int) -> 
 
 
 def test_config_pixels_and_topk_have_their_shapes() -> None:
-    pixels = TensorSpec(name="images", dtype="uint8", dims=(32, 32, 3))
+    pixels = TritonTensor(name="images", dtype="uint8", dims=(32, 32, 3))
     best = (
-        TensorSpec(name="indices", dtype="int64", dims=(5,)),
-        TensorSpec(name="probabilities", dtype="float32", dims=(5,)),
+        TritonTensor(name="indices", dtype="int64", dims=(5,)),
+        TritonTensor(name="probabilities", dtype="float32", dims=(5,)),
     )
     config = parsed(triton.config(model(inputs=(pixels,), outputs=best)))
     assert (config.input[0].data_type, config.input[0].format) == (2, 1)  # UINT8, NHWC
@@ -194,7 +194,7 @@ def test_write_existing_version_is_refused(tmp_path: Path, source: tuple[Path, S
         triton.write(root, expected, path, None, 3)
     with pytest.raises(InputError, match="Triton serves the latest"):
         triton.write(root, expected, path, None, 2)
-    pixels = TensorSpec(name="images", dtype="uint8", dims=(32, 32, 3))
+    pixels = TritonTensor(name="images", dtype="uint8", dims=(32, 32, 3))
     for other in (plan((1, 8, 32), inputs=(pixels,)), model(kind="onnx")):
         with pytest.raises(InputError, match="choose another --name"):
             triton.write(root, other, path, None)
@@ -244,7 +244,7 @@ if {last!r} == "copyfile":
     triton.shutil.copyfile = die
 else:
     triton.Path.rename = die
-from rtresnet.workflows.triton_repository import ModelConfig, TensorSpec
+from rtresnet.workflows.triton_repository import ModelConfig, TritonTensor
 triton.write({str(root)!r}, triton.{plan((1, 8, 32))!r}, {str(path)!r}, None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
