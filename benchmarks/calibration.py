@@ -31,7 +31,7 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import loader
 from rtresnet.data.sources import open_images
 from rtresnet.quantization import calibrate, qdq
-from rtresnet.quantization.prepare import prepare
+from rtresnet.quantization.canonicalize import canonicalize
 from rtresnet.quantization.simulate import make_session
 
 FEW, MANY = 128, 1024
@@ -46,7 +46,7 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def times(source: Path, photos: Path, count: int, rounds: int) -> list[dict[str, Any]]:
-    model = prepare(onnx.load(source))
+    model = canonicalize(onnx.load(source))
     tensors = list(qdq.placement(model))
     contract = Preprocess.for_size(model.graph.input[0].type.tensor_type.shape.dim[3].dim_value)
     images = open_images(str(photos))

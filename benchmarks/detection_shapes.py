@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import rtresnet
-from rtresnet.core import canvas, hardware
+from rtresnet.core import detector_preprocess, hardware
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection, DetectionParityRecord
 from rtresnet.detection import checkpoint, evaluate, parity, training
@@ -81,7 +81,9 @@ def parity_of(best: Path, exported: rtresnet.ExportResult) -> DetectionParityRec
     source, total = open_detection("shapes:400", "test"), parity.DetectionParity()
     with rtresnet.load(exported.path, provider="cpu", threads=1) as session:
         for index in range(len(source)):
-            images, extent = canvas.to_canvas(source.read(index), sidecar.detection, sidecar.input)
+            images, extent = detector_preprocess.to_canvas(
+                source.read(index), sidecar.detection, sidecar.input
+            )
             outputs = session.backend.detect(images, extent)
             total += parity.compare(run(images, extent), outputs, 0.05)
     return total.record()

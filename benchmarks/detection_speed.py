@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -87,6 +88,7 @@ def main() -> None:
             path = Path(folder) / f"{name}.onnx"
             onnx.save(model, path)
             backends[name] = OrtBackend(path, provider="cpu", threads=1)
+        load_before = os.getloadavg()[0]
         times: dict[str, list[float]] = {name: [] for name in backends}
         for run in range(arguments.runs + 1):
             for name, backend in backends.items():
@@ -100,7 +102,7 @@ def main() -> None:
     result = {
         "what": "one image of 608 x 800 pixels, 100 regions, 1 thread; medians of runs in turn",
         "device": hardware.cpu(), "versions": hardware.versions(("rtresnet", "onnxruntime")),
-        "loaded": "other processes ran at the same time: only ratios mean something",
+        "load_before": load_before,
         "n": arguments.runs, "seconds": medians,
         "node_milliseconds": profile,
         "twin_over_plain": medians["twin"] / medians["plain"],

@@ -148,7 +148,7 @@ API_GROUPS = {
                      "core.preprocess", "workflows.input_spec"),
     "Train": ("workflows.data", "workflows.pack", "workflows.train", "workflows.weights"),
     "Export and quantize": ("workflows.export", "workflows.adopt", "workflows.quantize",
-                            "workflows.lint", "workflows.embed_io"),
+                            "workflows.lint", "workflows.embedded"),
     "Build": ("workflows.build",),
     "Evaluate": ("workflows.evaluate", "workflows.compare", "workflows.check"),
     "Predict": ("workflows.predict", "workflows.predictor", "workflows.explain"),

@@ -39,8 +39,8 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.data import loader
 from rtresnet.data.sources import Source, open_images, open_source
 from rtresnet.quantization import calibrate, qdq, simulate
-from rtresnet.quantization.formats import FP8
 from rtresnet.quantization.lint import lint
+from rtresnet.quantization.number_formats import FP8
 
 OURS = ("auto", "max", "percentile", "entropy", "mse")
 OURS_FP8 = tuple(method for method in OURS if method != "entropy")

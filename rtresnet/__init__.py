@@ -66,7 +66,7 @@ if TYPE_CHECKING:
         train_detector,
     )
     from rtresnet.workflows.doctor import DoctorResult, doctor
-    from rtresnet.workflows.embed_io import EmbedConfig
+    from rtresnet.workflows.embedded import EmbedConfig
     from rtresnet.workflows.estimate import EstimateConfig, EstimateResult, estimate
     from rtresnet.workflows.evaluate import (
         EvaluateConfig,
@@ -154,7 +154,7 @@ _MODULES = {
     "workflows.adopt": "adopt AdoptResult",
     "workflows.quantize": "quantize QuantizeConfig QuantizeResult",
     "workflows.lint": "lint LintResult",
-    "workflows.embed_io": "EmbedConfig",
+    "workflows.embedded": "EmbedConfig",
     "workflows.build": "build build_per_target BuildConfig BuildResult",
     "workflows.evaluate": "evaluate record_accuracy EvaluateConfig EvaluateResult",
     "workflows.compare": "compare CompareConfig CompareResult",

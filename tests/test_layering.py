@@ -58,7 +58,7 @@ DOORS = {
     "training/qat.py": {
         "quantization.placement",
         "quantization.calibrators",
-        "quantization.formats",
+        "quantization.number_formats",
     },
     # Pure Python: what export writes into metadata_props is known to these three.
     "models/checkpoint.py": {"onnxlib", "onnxlib.metadata"},
@@ -66,8 +66,8 @@ DOORS = {
     "reporting/report.py": {"builder", "builder.layers"},
     "reporting/engine_layers.py": {"builder.layers"},
     "reporting/checks.py": {"quantization.lint_rules"},
-    "reporting/predictions.py": {"detection.metrics"},
-    "reporting/study.py": {"study", "study.compare"},
+    "reporting/predictions.py": {"detection.average_precision"},
+    "reporting/study.py": {"study", "study.ablations"},
     "runtime/session.py": {"onnxlib", "onnxlib.metadata"},
     "runtime/cpu_rewrite.py": {"onnxlib", "onnxlib.graph", "onnxlib.io", "onnxlib.metadata"},
     "builder/nodes.py": {"onnxlib.graph"},  # the block namer, pure Python

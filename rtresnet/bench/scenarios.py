@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.bench import compare, stats, workload
+from rtresnet.bench import stats, verdict, workload
 from rtresnet.bench.workload import (
     Candidate,
     Clock,
@@ -122,7 +122,7 @@ def _paired(recorded: Sequence[_Slices], steady: Sequence[bool], batch: int) -> 
     ]
     medians = [[float(np.median(part)) for part in entry.slices] for entry in recorded]
     compared = [
-        compare.paired(medians[0], other, comparisons=len(recorded) - 1) for other in medians
+        verdict.paired(medians[0], other, comparisons=len(recorded) - 1) for other in medians
     ]
     return [results[0]] + [
         dataclasses.replace(entry, speed=comparison.speed, comparison=comparison)
@@ -175,8 +175,8 @@ def compared(measured: Sequence[Measurement], scenario: str) -> list[Measurement
     first, *others = measured
     result = [first]
     for other in others:
-        comparison = compare.compare_unpaired(
-            first.samples, other.samples, figure=compare.FIGURES[scenario],
+        comparison = verdict.compare_unpaired(
+            first.samples, other.samples, figure=verdict.FIGURES[scenario],
             comparisons=len(others),
         )  # fmt: skip
         medians = first.latency.median / other.latency.median

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from rtresnet.bench import compare, stats
+from rtresnet.bench import stats, verdict
 from rtresnet.core.errors import InputError
 
 T = TypeVar("T")
@@ -208,7 +208,7 @@ class Measurement:
     batch: int
     latency: stats.Latency
     speed: float
-    comparison: compare.Comparison | None = None
+    comparison: verdict.Comparison | None = None
     steady: bool
     wall_seconds: float
     parts: dict[str, stats.Latency] = field(default_factory=dict)

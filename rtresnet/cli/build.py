@@ -10,7 +10,7 @@ from rtresnet.cli import common
 from rtresnet.cli.options import config_options
 from rtresnet.reporting import artifact
 from rtresnet.workflows.build import BuildConfig, build, build_per_target
-from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows.embedded import EmbedConfig
 
 
 @click.command("build")

@@ -12,7 +12,7 @@ from rtresnet.cli.options import config_options, precision_flags
 from rtresnet.core.precisions import PRECISIONS, PrecisionName
 from rtresnet.reporting import artifact
 from rtresnet.workflows.build import BuildConfig
-from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows.embedded import EmbedConfig
 from rtresnet.workflows.export import ExportConfig, export
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.quantize import QuantizeConfig

@@ -25,7 +25,7 @@ from rtresnet.workflows.study import StudyConfig, StudyResult
 
 if TYPE_CHECKING:
     from rtresnet.reporting.study import Panel
-    from rtresnet.study.compare import Net
+    from rtresnet.study.ablations import Net
 
 CAPTION = "Bands show one standard deviation over the seeds; the first steps may exceed the axes."
 

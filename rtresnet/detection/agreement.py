@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rtresnet.core.canvas import Detections
-from rtresnet.detection.metrics import overlaps
+from rtresnet.core.detector_preprocess import Detections
+from rtresnet.detection.average_precision import overlaps
 
 OVERLAP = 0.5  # IoU from which two detections of one class can be the same
 

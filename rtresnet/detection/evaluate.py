@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from rtresnet.core import canvas
-from rtresnet.core.canvas import Detections
+from rtresnet.core import detector_preprocess
+from rtresnet.core.detector_preprocess import Detections
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection
 from rtresnet.data.loader import prefetch_map
-from rtresnet.detection import metrics, net
+from rtresnet.detection import average_precision, net
+from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.detection.data import DetectionSource
-from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.detection.net import Detector
 
 Run = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
@@ -53,11 +53,13 @@ def detect_all(
 
     def prepare(index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
         image = source.read(index)
-        return (image.shape[0], image.shape[1]), *canvas.to_canvas(image, spec, preprocess)
+        return (image.shape[0], image.shape[1]), *detector_preprocess.to_canvas(
+            image, spec, preprocess
+        )
 
     chosen = range(len(source)) if indices is None else indices
     for _, (size, images, extent) in prefetch_map(prepare, chosen):
-        yield canvas.from_outputs(run(images, extent), *size, extent)
+        yield detector_preprocess.from_outputs(run(images, extent), *size, extent)
 
 
 def accuracy(
@@ -80,4 +82,4 @@ def accuracy(
     for done, entry in enumerate(detect_all(run, source, spec, preprocess), 1):
         detections.append(entry)
         progress(done)
-    return metrics.evaluate(source.targets, detections, source.classes)
+    return average_precision.evaluate(source.targets, detections, source.classes)

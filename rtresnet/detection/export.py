@@ -26,7 +26,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
-from rtresnet.core.canvas import INPUTS, OUTPUTS
+from rtresnet.core.detector_preprocess import INPUTS, OUTPUTS
 from rtresnet.detection import boxes
 from rtresnet.detection.net import SAMPLES, STRIDE, Align, Detector, Proposals, Select
 from rtresnet.exporter.fold import fold

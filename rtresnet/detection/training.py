@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rtresnet.core import atomic_io, canvas, hardware
+from rtresnet.core import atomic_io, detector_preprocess, hardware
 from rtresnet.core.errors import CheckFailedError, DataError, InputError
 from rtresnet.core.interrupts import Stop, defer_signals
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection, Measurements, Weights
 from rtresnet.data.loader import prefetch_map
 from rtresnet.detection import boxes, checkpoint, evaluate, losses, net
+from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.detection.data import DetectionSource
 from rtresnet.detection.losses import Truth
-from rtresnet.detection.metrics import DetectionAccuracy
 from rtresnet.detection.net import STRIDE
 from rtresnet.detection.recipe import DetectionRecipe
 from rtresnet.models import checkpoint as files
@@ -229,10 +229,10 @@ class _Run:
             ).integers(2)
             index = int(self._order(epoch)[offset])
             image = self.job.source.read(index)
-            batch, extent = canvas.to_canvas(
+            batch, extent = detector_preprocess.to_canvas(
                 image, self.job.detection, self.job.preprocess, flipped=bool(flip)
             )
-            scale = canvas.box_scale(image.shape[0], image.shape[1], extent)
+            scale = detector_preprocess.box_scale(image.shape[0], image.shape[1], extent)
             examples.append((batch, np.concatenate([extent[0], scale]), index, bool(flip)))
         return examples
 

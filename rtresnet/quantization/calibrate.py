@@ -30,7 +30,7 @@ from rtresnet.quantization.equalization import (
     equalize,
     find_outliers,
 )
-from rtresnet.quantization.formats import INT8, NumberFormat
+from rtresnet.quantization.number_formats import INT8, NumberFormat
 from rtresnet.quantization.placement import residual_branches
 from rtresnet.quantization.simulate import Simulation, fixed_batch, make_session, noise_ratio
 

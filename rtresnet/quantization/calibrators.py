@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rtresnet.core.errors import DataError
-from rtresnet.quantization.formats import INT8, SMALLEST, NumberFormat
+from rtresnet.quantization.number_formats import INT8, SMALLEST, NumberFormat
 
 BINS = 8192
 SAMPLE = 1 << 16  # values per batch that enter the histogram, evenly spread

@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 
 from rtresnet.onnxlib.graph import GraphIndex, copied
-from rtresnet.quantization import formats
+from rtresnet.quantization import number_formats
 from rtresnet.quantization.calibrators import Histogram
-from rtresnet.quantization.formats import INT8, NumberFormat
+from rtresnet.quantization.number_formats import INT8, NumberFormat
 from rtresnet.quantization.placement import WEIGHTED
 
 OUTLIER = 8.0  # times the largest value of the median channel
@@ -97,7 +97,7 @@ def equalize(
 
 def _multiply(index: GraphIndex, name: str, factors: np.ndarray, axis: int) -> None:
     value = index.constant(name)
-    assert value is not None  # prepare() guarantees it
+    assert value is not None  # canonicalize() guarantees it
     shape = [-1 if dim == axis else 1 for dim in range(value.ndim)]
     scaled = value.astype(np.float64) * factors.reshape(shape)
     index.set_constant(name, scaled.astype(np.float32))
@@ -129,8 +129,8 @@ def bias_corrections(
         means = histograms[node.input[0]].means
         if len(means) != weight.shape[1]:  # a grouped convolution reads only some of the channels
             continue
-        scales = formats.weight_scales(weight, number_format)
-        rounded = formats.quantize_weight(weight, scales, number_format).astype(np.float64)
+        scales = number_formats.weight_scales(weight, number_format)
+        rounded = number_formats.quantize_weight(weight, scales, number_format).astype(np.float64)
         error = rounded * scales.reshape((-1,) + (1,) * (weight.ndim - 1)) - weight
         corrections[node.name] = error.reshape(*weight.shape[:2], -1).sum(2) @ means
     return corrections

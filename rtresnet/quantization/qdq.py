@@ -33,9 +33,9 @@ from onnx import helper
 
 from rtresnet.core.errors import ArtifactError
 from rtresnet.onnxlib.graph import GraphIndex, checked, copied, with_opset
-from rtresnet.quantization import formats
+from rtresnet.quantization import number_formats
 from rtresnet.quantization import placement as placement_rules
-from rtresnet.quantization.formats import INT8, NumberFormat
+from rtresnet.quantization.number_formats import INT8, NumberFormat
 from rtresnet.quantization.placement import WEIGHTED, Use, place_quantizers
 
 
@@ -108,7 +108,7 @@ def insert(
         nodes_to_exclude: Names of nodes that stay in float with their weights.
         bias_corrections: Correction subtracted from the bias of each node with rounded weights
             (`equalization.bias_corrections`); float64 [out channels].
-        low_bit: Whether scales and biases are rounded so that sums are exact (`formats.py`).
+        low_bit: Whether scales and biases are rounded so that sums are exact (`number_formats.py`).
         number_format: INT8 or FP8; `scales` belong to it.
         int8_nodes: Names of nodes that are INT8 in an FP8 file, with the same clipping points.
 
@@ -126,11 +126,13 @@ def insert(
         return INT8 if node in int8_nodes else number_format
 
     if low_bit:
-        scales = {name: formats.low_bit_scale(scale) for name, scale in scales.items()}
+        scales = {name: number_formats.low_bit_scale(scale) for name, scale in scales.items()}
     pairs: dict[str, list[onnx.NodeProto]] = {}
     for tensor, uses in placement(model, nodes_to_exclude).items():
         scale = scales.get(tensor)
-        if scale is None or not formats.SMALLEST <= scale <= formats.LARGEST:  # also rejects NaN
+        if (
+            scale is None or not number_formats.SMALLEST <= scale <= number_formats.LARGEST
+        ):  # also rejects NaN
             raise ArtifactError(f"{tensor}: unusable scale {scale}", fix="calibrate again")
         for kind in dict.fromkeys(kind_of(use.node) for use in uses):
             own = scale * number_format.largest / kind.largest
@@ -179,19 +181,19 @@ def _quantize_weight(
 ) -> list[onnx.NodeProto]:
     name = node.input[1]
     weight = index.constant(name)
-    assert weight is not None  # prepare() guarantees it
-    scales = formats.weight_scales(weight, kind)
+    assert weight is not None  # canonicalize() guarantees it
+    scales = number_formats.weight_scales(weight, kind)
     if low_bit_scales is not None:
-        scales = formats.low_bit_weight_scales(scales)
+        scales = number_formats.low_bit_weight_scales(scales)
     if len(node.input) > 2 and (correction is not None or low_bit_scales is not None):
         bias = index.constant(node.input[2])
         assert bias is not None
         values = bias - (0 if correction is None else correction)
         if low_bit_scales is not None:
             source = node.input[0].removesuffix(".dq")
-            values = formats.low_bit_bias(values, low_bit_scales[source], scales)
+            values = number_formats.low_bit_bias(values, low_bit_scales[source], scales)
         index.set_constant(node.input[2], values.astype(np.float32))
-    index.set_constant(name, formats.quantize_weight(weight, scales, kind))
+    index.set_constant(name, number_formats.quantize_weight(weight, scales, kind))
     inputs = [
         name,
         index.add_constant(f"{name}.scale", scales),

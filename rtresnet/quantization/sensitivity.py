@@ -15,7 +15,7 @@ import onnx
 
 from rtresnet.onnxlib.graph import GraphIndex
 from rtresnet.quantization.calibrate import Calibrated
-from rtresnet.quantization.formats import INT8
+from rtresnet.quantization.number_formats import INT8
 from rtresnet.quantization.placement import WEIGHTED
 from rtresnet.quantization.simulate import Simulation, noise_ratio
 

@@ -18,7 +18,7 @@ from rtresnet.core.errors import missing_package
 from rtresnet.core.preprocess import pieces
 from rtresnet.onnxlib.graph import DEQUANTIZE, QUANTIZE, GraphIndex, copied, replace_nodes
 from rtresnet.quantization import qdq
-from rtresnet.quantization.formats import INT8, NumberFormat
+from rtresnet.quantization.number_formats import INT8, NumberFormat
 
 
 class Simulation:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rtresnet.reporting.tables import DataTable, number
 
 if TYPE_CHECKING:
-    from rtresnet.bench.compare import Judgement
+    from rtresnet.bench.verdict import Judgement
     from rtresnet.workflows.benchmark import BenchmarkedArtifact, BenchmarkEntry, BenchmarkResult
     from rtresnet.workflows.benchmark_search import BenchmarkSearchResult
 

@@ -9,7 +9,7 @@ from rtresnet.core.reporter import escape_cell, plural
 from rtresnet.reporting.tables import assumed
 
 if TYPE_CHECKING:
-    from rtresnet.detection.metrics import DetectionAccuracy
+    from rtresnet.detection.average_precision import DetectionAccuracy
     from rtresnet.workflows.compare import CompareResult
     from rtresnet.workflows.data import DataInspectResult
     from rtresnet.workflows.detect_compare import CompareDetectorsResult

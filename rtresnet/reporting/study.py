@@ -15,7 +15,7 @@ from rtresnet.reporting.tables import DataTable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from rtresnet.study.compare import CurveName, Net
+    from rtresnet.study.ablations import CurveName, Net
     from rtresnet.workflows.study import LayerResponses
     from rtresnet.workflows.study_analysis import (
         CostResult,
@@ -173,7 +173,7 @@ def response_curves(lines: Sequence[Line], *, subtitle: str) -> Figure:
 
 def table(nets: Sequence[Net]) -> DataTable:
     """Return a row for each net; multiply-adds only where nets of one depth differ in them."""
-    from rtresnet.study.compare import ERRORS
+    from rtresnet.study.ablations import ERRORS
 
     costs = len({net.multiply_adds for net in nets}) > len({net.spec.depth for net in nets})
     headings = ["net", "parameters", "training", "validation", "test", "n"]

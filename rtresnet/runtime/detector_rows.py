@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rtresnet.core import canvas
-from rtresnet.core.canvas import OUTPUTS, Detections
+from rtresnet.core import detector_preprocess
+from rtresnet.core.detector_preprocess import OUTPUTS, Detections
 from rtresnet.core.errors import InputError
 from rtresnet.runtime.session import Session
 
@@ -62,7 +62,7 @@ class DetectorRows:
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """Return the row [1, ...] of an image uint8 RGB [H, W, 3] of any size."""
-        return self.pack(*canvas.to_canvas(image, self._spec, self.session.preprocess))
+        return self.pack(*detector_preprocess.to_canvas(image, self._spec, self.session.preprocess))
 
     def detections(
         self, outputs: tuple[np.ndarray, ...], row: np.ndarray, height: int, width: int
@@ -75,7 +75,7 @@ class DetectorRows:
             height, width: Size of the image in pixels.
         """
         named = dict(zip(OUTPUTS, outputs, strict=True))
-        return canvas.from_outputs(named, height, width, row.ravel()[-2:])
+        return detector_preprocess.from_outputs(named, height, width, row.ravel()[-2:])
 
     def objects(self, detections: Detections, least_score: float) -> list[dict[str, object]]:
         """Return detections with at least a score as dicts for JSON: box, label and score."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rtresnet.core import artifacts, atomic_io, canvas, hardware, labels, metrics
-from rtresnet.core.canvas import Detections
+from rtresnet.core import artifacts, atomic_io, detector_preprocess, hardware, labels, metrics
+from rtresnet.core.detector_preprocess import Detections
 from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
@@ -190,9 +190,9 @@ class Session:
             )
         if run is None:
             raise InputError(f"{self.path}: {self.backend.provider} does not run detectors")
-        images, extent = canvas.to_canvas(image, spec, self.preprocess)
+        images, extent = detector_preprocess.to_canvas(image, spec, self.preprocess)
         outputs = run(images, extent)
-        result = canvas.from_outputs(outputs, image.shape[0], image.shape[1], extent)
+        result = detector_preprocess.from_outputs(outputs, image.shape[0], image.shape[1], extent)
         if result.unsettled:
             LOGGER.warning(
                 "%s: non-maximum suppression did not converge for %d boxes; export it again with "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtresnet.core.canvas import INPUTS, OUTPUTS
+from rtresnet.core.detector_preprocess import INPUTS, OUTPUTS
 from rtresnet.core.errors import ArtifactError, InputError, UnavailableError
 from rtresnet.runtime.contexts import configure_contexts
 from rtresnet.runtime.cuda import host_view

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from rtresnet.core import artifacts, canvas
+from rtresnet.core import artifacts, detector_preprocess
 from rtresnet.core.errors import (
     ArtifactError,
     CheckFailedError,
@@ -31,8 +31,8 @@ from rtresnet.runtime.batcher import Answer, Batcher
 from rtresnet.runtime.detector_rows import DetectorRows
 from rtresnet.runtime.session import Session
 from rtresnet.serving import protocol
-from rtresnet.serving.metrics import Metrics
 from rtresnet.serving.options import ServerOptions
+from rtresnet.serving.prometheus import Metrics
 from rtresnet.serving.protocol import DATATYPES, InferRequest, InferTensor, RequestError
 
 log = logging.getLogger("rtresnet.serve")
@@ -118,8 +118,8 @@ class ServedModel:
             noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
             images = detector.prepare(noise)
             values = detector(images)
-            shapes = dict(zip(canvas.INPUTS, (detector.shape, (2,)), strict=True))
-            names: Sequence[str] = canvas.OUTPUTS
+            shapes = dict(zip(detector_preprocess.INPUTS, (detector.shape, (2,)), strict=True))
+            names: Sequence[str] = detector_preprocess.OUTPUTS
         else:
             fixed = session.batch
             images = session.example(fixed if fixed is not None and fixed > 1 else self.max_batch)

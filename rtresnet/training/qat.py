@@ -6,7 +6,7 @@ activations rounded at the same tensors, which `quantization/placement.py` names
 activation's scale is a parameter (Esser et al., 2020). Gradients pass through rounding unchanged.
 
 In INT8, scales and biases are also rounded, so that the file's sums are exact everywhere
-(`quantization/formats.py`). In FP8 that is impossible: E4M3 spans 17 powers of two, so a sum
+(`quantization/number_formats.py`). In FP8 that is impossible: E4M3 spans 17 powers of two, so a sum
 of products needs more bits than float32 has. Weights and quantizers are those of the file bit for
 bit, and sums differ in the last bit from one library to another; a value on the border between two
 FP8 values then differs by a step. The first convolution stays in float.
@@ -29,7 +29,7 @@ from torch.nn import functional
 from rtresnet.core.errors import ArtifactError
 from rtresnet.models.nets import INPUT, Net, Operation, folded, operations
 from rtresnet.quantization.calibrators import Histogram, mse, scale
-from rtresnet.quantization.formats import (
+from rtresnet.quantization.number_formats import (
     ACTIVATION_BITS,
     FORMATS,
     FP8,

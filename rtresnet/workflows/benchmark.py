@@ -27,8 +27,8 @@ from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 from rtresnet.workflows.workload import BATCHES, MAX_WAIT_MS, MeasurementConfig, Scenario, Workload
 
 if TYPE_CHECKING:
-    from rtresnet.bench.compare import Judgement
     from rtresnet.bench.environment import ChainLink, EnvironmentReport, Watch
+    from rtresnet.bench.verdict import Judgement
     from rtresnet.bench.workload import Measurement
     from rtresnet.runtime.session import Session
 
@@ -227,7 +227,7 @@ class Baseline:
 
     def require_alike(self, planned: Sequence[Mapping[str, Any]]) -> None:
         """Raise InputError if the planned measurements cannot be compared with the baseline."""
-        from rtresnet.bench import compare
+        from rtresnet.bench import verdict
 
         if len(self.results) != len(planned):
             raise InputError(
@@ -236,8 +236,8 @@ class Baseline:
                 fix="name the same files and batches",
             )
         for now, then in zip(planned, self.results, strict=True):
-            differences = compare.config_diff(now, then)
-            if compare.scenario(now) != compare.scenario(then):
+            differences = verdict.config_diff(now, then)
+            if verdict.scenario(now) != verdict.scenario(then):
                 raise InputError(f"{self.path}: {'; '.join(differences)}")
             if differences and not self.force:
                 raise InputError(
@@ -246,10 +246,10 @@ class Baseline:
 
     def judge(self, entries: Sequence[BenchmarkEntry]) -> tuple[Judgement, ...]:
         """Compare each result with its counterpart."""
-        from rtresnet.bench import compare
+        from rtresnet.bench import verdict
 
         return tuple(
-            compare.judge(to_builtins(now), then, tolerance=self.tolerance, baseline=self.path)
+            verdict.judge(to_builtins(now), then, tolerance=self.tolerance, baseline=self.path)
             for now, then in zip(entries, self.results, strict=True)
         )
 

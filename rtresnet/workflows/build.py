@@ -19,8 +19,8 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, json_name
 from rtresnet.core.sidecar import Plan
-from rtresnet.workflows import embed_io
-from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows import embedded
+from rtresnet.workflows.embedded import EmbedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +169,9 @@ def _prepared(
         if embed.changes_anything:
             chosen = targets.parse(config.targets, config.builder)
             engine.check(path, target=chosen, builder=config.builder)
-            changed = embed_io.path_with(path, embed)
+            changed = embedded.path_with(path, embed)
             stack.enter_context(locks.hold_file(changed, warn=reporter.note))
-            path, _ = embed_io.write(path, embed, reporter=reporter)
+            path, _ = embedded.write(path, embed, reporter=reporter)
             reporter.note(f"{path}: written as the input of the build")
         yield path, Path(out) if out is not None else default_plan(path), config, stack
 

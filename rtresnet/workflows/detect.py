@@ -13,10 +13,10 @@ from rtresnet.core.errors import ArtifactError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.core.canvas import Detections
+    from rtresnet.core.detector_preprocess import Detections
     from rtresnet.core.reporter import Reporter
+    from rtresnet.detection.average_precision import DetectionAccuracy
     from rtresnet.detection.data import DetectionSource
-    from rtresnet.detection.metrics import DetectionAccuracy
     from rtresnet.runtime.session import Session
     from rtresnet.workflows.input_spec import InputConfig
 
@@ -190,12 +190,12 @@ class DetectionImages:
 
     def accuracy(self, detections: Sequence[Detections]) -> DetectionAccuracy | None:
         """Average precision of the detections in the chosen images; None without boxes."""
-        from rtresnet.detection import metrics
+        from rtresnet.detection import average_precision
 
         if self.boxes is None:
             return None
         targets = [self.boxes.targets[index] for index in self.indices]
-        return metrics.evaluate(targets, detections, self.boxes.classes)
+        return average_precision.evaluate(targets, detections, self.boxes.classes)
 
     def report_invalid(self, reporter: Reporter) -> None:
         """Report the ignored boxes of the source."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from rtresnet.bench.consistency import UNKNOWN, Check
 from rtresnet.core import artifacts, hardware, reporter
-from rtresnet.core.canvas import Detections
+from rtresnet.core.detector_preprocess import Detections
 from rtresnet.core.errors import DataError
 from rtresnet.core.precisions import PRECISIONS
 from rtresnet.core.reporter import Reporter
@@ -178,7 +178,7 @@ def _valid(
 
 def _suppressed(detections: Sequence[Detections], session: Session) -> Check:
     """Check that no two detections of one class overlap by more than the net's threshold."""
-    from rtresnet.detection.metrics import overlaps
+    from rtresnet.detection.average_precision import overlaps
 
     assert session.detection is not None
     largest = 0.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from rtresnet.core import reporter
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
-from rtresnet.detection.metrics import DetectionAccuracy
+from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.workflows.compare import ComparedArtifact
 from rtresnet.workflows.detect import DetectionImages, require_detector
 from rtresnet.workflows.detect_predict import (
@@ -24,7 +24,7 @@ from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 if TYPE_CHECKING:
     import numpy as np
 
-    from rtresnet.core.canvas import Detections
+    from rtresnet.core.detector_preprocess import Detections
     from rtresnet.detection.agreement import Agreement
 
 LISTED = 24  # images that a result lists

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rtresnet.core import artifacts, reporter
-from rtresnet.core.canvas import Detections
+from rtresnet.core.detector_preprocess import Detections
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, json_name
-from rtresnet.detection.metrics import DetectionAccuracy
+from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.detect import DetectionImages, require_detector
 from rtresnet.workflows.detect_predict import (
@@ -160,13 +160,13 @@ def evaluate_detector(
 
 
 def _report(source: DetectionSource, detections: list[Detections]) -> DetectionReport:
-    from rtresnet.detection import metrics
+    from rtresnet.detection import average_precision
 
     curves = []
     for label, name in enumerate(source.classes):
-        recall, precision, objects = metrics.voc_curve(source.targets, detections, label)
+        recall, precision, objects = average_precision.voc_curve(source.targets, detections, label)
         if objects:
-            values = tuple(float(value) for value in metrics.envelope(recall, precision))
+            values = tuple(float(value) for value in average_precision.envelope(recall, precision))
             curves.append(PrecisionRecallCurve(name=name, objects=objects, precision=values))
     images = [
         _reported(source, index, targets, entry)
@@ -182,9 +182,9 @@ def _report(source: DetectionSource, detections: list[Detections]) -> DetectionR
 def _reported(
     source: DetectionSource, index: int, targets: Targets, detections: Detections
 ) -> ReportedImage:
-    from rtresnet.detection import metrics
+    from rtresnet.detection import average_precision
 
-    missed, wrong = metrics.errors(targets, detections)
+    missed, wrong = average_precision.errors(targets, detections)
     count = int((detections.scores >= SHOWN).sum())  # sorted by score
     right = [row for row in range(count) if row not in wrong]
     truth = Detections(

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.core import artifacts, canvas, hardware
+from rtresnet.core import artifacts, detector_preprocess, hardware
 from rtresnet.core.errors import CheckFailedError, missing_package
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.sidecar import Detection, Measurements, Sidecar
@@ -105,7 +105,7 @@ def _parity(
             trial.write_bytes(content)
             runs.append(OrtBackend(trial, provider="cpu"))
         for index in range(len(source)):
-            images, extent = canvas.to_canvas(source.read(index), spec, loaded.input)
+            images, extent = detector_preprocess.to_canvas(source.read(index), spec, loaded.input)
             outputs: dict[str, np.ndarray] = runs[0].detect(images, extent)
             total += parity.compare(torch_run(images, extent), outputs, spec.least_score)
             own += parity.compare(runs[1].detect(images, extent), outputs, spec.least_score)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rtresnet.core import reporter
-from rtresnet.core.canvas import Detections
+from rtresnet.core.detector_preprocess import Detections
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.core import artifacts, atomic_io, canvas
+from rtresnet.core import artifacts, atomic_io, detector_preprocess
 from rtresnet.core.errors import CheckFailedError, InputError, missing_package
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Calibration, Measurements, Sidecar
-from rtresnet.workflows.calibration import fp8_float_nodes
 from rtresnet.workflows.detect import DetectionImages
+from rtresnet.workflows.quantizer import fp8_float_nodes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +111,7 @@ def _int8(
     import json
 
     from rtresnet.quantization import calibrate, mixed, qdq
-    from rtresnet.quantization.formats import FORMATS
+    from rtresnet.quantization.number_formats import FORMATS
 
     number_format = FORMATS[config.precision]
     images = open_calibration(source, config)
@@ -167,7 +167,7 @@ def _int8(
 def _inputs(images: DetectionImages, sidecar: Sidecar) -> Iterator[dict[str, np.ndarray]]:
     assert sidecar.detection is not None
     for image in images.pixels():
-        batch, extent = canvas.to_canvas(image, sidecar.detection, sidecar.input)
+        batch, extent = detector_preprocess.to_canvas(image, sidecar.detection, sidecar.input)
         yield {"images": batch, "extent": extent}
 
 
@@ -211,7 +211,7 @@ def _session(model: Any, more: list[str] = []) -> Any:  # noqa: B006 - not chang
 
 def _average_precision(model: Any, sidecar: Sidecar, data: str, reporter: Reporter) -> float:
     """COCO's AP at IoU 0.5 to 0.95, in %, of a model on the test split."""
-    from rtresnet.core.canvas import OUTPUTS
+    from rtresnet.core.detector_preprocess import OUTPUTS
     from rtresnet.detection import evaluate
     from rtresnet.detection.data import open_detection
 

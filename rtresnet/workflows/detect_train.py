@@ -14,7 +14,7 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
 from rtresnet.core.reporter import Reporter, Update, plural
 from rtresnet.core.sidecar import Detection
-from rtresnet.detection.metrics import DetectionAccuracy
+from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.detection.recipe import DetectionRecipe
 from rtresnet.workflows import run_folders
 from rtresnet.workflows.input_spec import InputConfig

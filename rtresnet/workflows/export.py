@@ -23,16 +23,16 @@ from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.core.sidecar import Measurements, Sidecar, restated
 from rtresnet.onnxlib import io
-from rtresnet.workflows import advisor, embed_io
+from rtresnet.workflows import advisor, embedded
 from rtresnet.workflows.advisor import AdviceResult
 from rtresnet.workflows.build import BuildConfig, BuildResult, build_unlocked, plan_name
-from rtresnet.workflows.calibration import require_trained_for
 from rtresnet.workflows.detect import is_detector
-from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows.embedded import EmbedConfig
 from rtresnet.workflows.estimate import EstimateConfig
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
 from rtresnet.workflows.quantize import QuantizeConfig, quantize_unlocked
+from rtresnet.workflows.quantizer import require_trained_for
 from rtresnet.workflows.run_folders import RUNS
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class _Export:
                 )
                 written.append((source, result.sidecar))
             if self.embed.changes_anything:
-                source, changed = embed_io.write(source, self.embed, reporter=self.reporter)
+                source, changed = embedded.write(source, self.embed, reporter=self.reporter)
                 written.append((source, changed))
             sources.append((source, precision))
         plans: list[BuildResult] = []
@@ -317,7 +317,7 @@ class _Export:
             assumed=restated(checkpoint.assumed, checkpoint.input, stated),
         )
         net = checkpoint.model
-        embed_io.require_classes(self.embed.topk, len(net.classes), net.architecture)
+        embedded.require_classes(self.embed.topk, len(net.classes), net.architecture)
         return checkpoint, origin
 
     def _builder_installed(self) -> bool:

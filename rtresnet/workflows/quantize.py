@@ -23,9 +23,9 @@ from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Calibration, Measurements, Sidecar
 from rtresnet.workflows import adopt
 from rtresnet.workflows.accuracy_gate import Gate, GateResult
-from rtresnet.workflows.calibration import Quantizer, scales_path
 from rtresnet.workflows.evaluate import MAX_BROKEN
 from rtresnet.workflows.input_spec import InputConfig
+from rtresnet.workflows.quantizer import Quantizer, scales_path
 
 if TYPE_CHECKING:
     import onnx

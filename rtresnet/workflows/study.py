@@ -22,7 +22,7 @@ from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:
     from rtresnet.models.zoo import Spec
-    from rtresnet.study.compare import Length, Net, NetRecord, Terms
+    from rtresnet.study.ablations import Length, Net, NetRecord, Terms
     from rtresnet.study.runs import Outcome, Run
     from rtresnet.training.loop import Progress
 
@@ -127,10 +127,10 @@ def study_degradation(
     """
     hardware.wait_passively()
     require_torch("a study")
-    from rtresnet.study import compare
+    from rtresnet.study import ablations
 
     title = "Degradation: plain and residual nets of growing depth"
-    nets = compare.degradation_nets(list(depths))
+    nets = ablations.degradation_nets(list(depths))
     return _study("degradation", title, nets, data, config or StudyConfig(), out, reporter)
 
 
@@ -159,9 +159,9 @@ def study_shortcuts(
     """
     hardware.wait_passively()
     require_torch("a study")
-    from rtresnet.study import compare
+    from rtresnet.study import ablations
 
-    nets = compare.shortcut_nets(model)
+    nets = ablations.shortcut_nets(model)
     title = f"Shortcut options of {model}"
     return _study("shortcuts", title, nets, data, config or StudyConfig(), out, reporter)
 
@@ -193,10 +193,10 @@ def study_blocks(
     """
     hardware.wait_passively()
     require_torch("a study")
-    from rtresnet.study import compare
+    from rtresnet.study import ablations
 
     title = f"Residual functions of one, two and three layers in {model}"
-    nets = compare.block_nets(model)
+    nets = ablations.block_nets(model)
     return _study("blocks", title, nets, data, config or StudyConfig(), out, reporter)
 
 
@@ -209,16 +209,16 @@ def _study(
     out: str | os.PathLike[str] | None,
     reporter: Reporter,
 ) -> StudyResult:
-    from rtresnet.study import compare, runs
+    from rtresnet.study import ablations, runs
 
     terms = _terms(data, config, Path(out or f"runs/study-{name}"))
     with locks.hold_folder(terms.out, warn=reporter.note):
-        planned = compare.plan(nets, terms)
+        planned = ablations.plan(nets, terms)
         for run in planned:
             runs.finished(run)  # reject runs of other studies before training
         outcomes = _run_all(planned, reporter)
-    summary = compare.summarize(outcomes)
-    length = compare.length(planned[0])
+    summary = ablations.summarize(outcomes)
+    length = ablations.length(planned[0])
     seeds = "1 seed" if config.seeds == 1 else f"mean ± std of {config.seeds} seeds"
     return StudyResult(
         study=name,
@@ -242,7 +242,7 @@ def _study(
 def _terms(data: str, config: StudyConfig, out: Path) -> Terms:
     from rtresnet.data.sources import open_source
     from rtresnet.study import runs
-    from rtresnet.study.compare import Terms
+    from rtresnet.study.ablations import Terms
     from rtresnet.training import recipes
 
     fields = recipes.parse(config.settings)

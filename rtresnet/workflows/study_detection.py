@@ -13,14 +13,14 @@ from rtresnet.core import atomic_io, locks, provenance, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.core.reporter import Reporter
-from rtresnet.detection.metrics import DetectionAccuracy
+from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.workflows.detect_train import TrainDetectorConfig, detection_job
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
 
 if TYPE_CHECKING:
     from rtresnet.detection.training import DetectionJob
-    from rtresnet.study.compare import Spread
+    from rtresnet.study.ablations import Spread
     from rtresnet.training.loop import Progress
 
 DIVERGED = "diverged.json"
@@ -174,7 +174,7 @@ def study_detection(
     require_torch("a study")
     from rtresnet.detection import net
     from rtresnet.detection.recipe import describe
-    from rtresnet.study.compare import spread
+    from rtresnet.study.ablations import spread
 
     config = config or DetectionStudyConfig()
     folder = Path(out or "runs/study-detection")

@@ -13,8 +13,8 @@ from rtresnet.builder import engine, layers
 from rtresnet.core.artifacts import read_sidecar
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.quantization import calibrate, qdq
-from rtresnet.quantization.formats import FP8
 from rtresnet.quantization.half import to_half
+from rtresnet.quantization.number_formats import FP8
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("onnxruntime")

@@ -17,8 +17,8 @@ from rtresnet.cli.main import main
 from rtresnet.core import artifacts, metrics
 from rtresnet.core.artifacts import read_sidecar, sidecar_path
 from rtresnet.core.preprocess import UINT8
-from rtresnet.workflows import embed_io
-from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows import embedded
+from rtresnet.workflows.embedded import EmbedConfig
 from tests.conftest import as_foreign
 
 pytest.importorskip("onnxruntime")
@@ -58,7 +58,7 @@ def files(engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             EmbedConfig(topk=2),
             EmbedConfig(input="uint8-nhwc", topk=2),
         ):
-            embed_io.write(folder / name, config)
+            embedded.write(folder / name, config)
     return folder
 
 

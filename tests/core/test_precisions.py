@@ -20,7 +20,7 @@ from rtresnet.core.precisions import (
     QuantizedName,
     unsupported,
 )
-from rtresnet.quantization.formats import FORMATS
+from rtresnet.quantization.number_formats import FORMATS
 
 
 def test_names_of_the_types_are_the_names_in_the_table() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtresnet.core import canvas
+from rtresnet.core import detector_preprocess
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection.data import open_detection
@@ -55,8 +55,8 @@ def test_every_box_lies_in_its_image_and_survives_the_canvas(annotated: Path) ->
         height, width = image.shape[:2]
         assert (targets.boxes >= 0).all()
         assert (targets.boxes <= np.array([width, height, width, height]) + 1).all()
-        batch, extent = canvas.to_canvas(image, spec, Preprocess.for_size(224))
-        scale = canvas.box_scale(height, width, extent)
+        batch, extent = detector_preprocess.to_canvas(image, spec, Preprocess.for_size(224))
+        scale = detector_preprocess.box_scale(height, width, extent)
         on_canvas = targets.boxes * scale
         assert (on_canvas[:, 2] <= batch.shape[3] + 1).all()
         assert (on_canvas[:, 3] <= batch.shape[2] + 1).all()

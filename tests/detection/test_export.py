@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rtresnet.core import canvas
+from rtresnet.core import detector_preprocess
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection import export, parity
 from rtresnet.detection import net as detector
@@ -51,8 +51,8 @@ def run(model: Any, images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndar
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    values = session.run(list(canvas.OUTPUTS), {"images": images, "extent": extent})
-    return dict(zip(canvas.OUTPUTS, values, strict=True))
+    values = session.run(list(detector_preprocess.OUTPUTS), {"images": images, "extent": extent})
+    return dict(zip(detector_preprocess.OUTPUTS, values, strict=True))
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:

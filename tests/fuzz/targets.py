@@ -118,11 +118,11 @@ def _report(path: Path) -> int:
 
 
 def _baseline(path: Path) -> None:
-    from rtresnet.bench import compare
+    from rtresnet.bench import verdict
     from rtresnet.cli import bench
 
     for entry in bench._read_baseline(str(path), None, False).results:
-        compare.judge(entry, entry, tolerance=0.03)
+        verdict.judge(entry, entry, tolerance=0.03)
 
 
 def _journal(path: Path) -> None:

@@ -34,12 +34,12 @@ def test_file_without_its_sidecar_evaluates_the_same(
 
 
 def test_embedded_input_and_topk_are_described(engines: Path, tmp_path: Path) -> None:
-    from rtresnet.workflows import embed_io
+    from rtresnet.workflows import embedded
 
     plain = tmp_path / "net.onnx"
     for suffix in ("", ".json"):
         shutil.copy(f"{engines / 'resnet8.onnx'}{suffix}", f"{plain}{suffix}")
-    changed, _ = embed_io.write(plain, rtresnet.EmbedConfig(input="uint8-nhwc", topk=2))
+    changed, _ = embedded.write(plain, rtresnet.EmbedConfig(input="uint8-nhwc", topk=2))
     with rtresnet.load(alone(changed, tmp_path / "moved")) as session:
         assert session.topk == 2 and session.backend.layout == "nhwc"
         assert session.preprocess.layout == "NHWC RGB uint8"

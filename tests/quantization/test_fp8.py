@@ -16,9 +16,9 @@ from rtresnet.onnxlib.interface import precision_of
 from rtresnet.quantization import calibrators, placement, qdq
 from rtresnet.quantization.calibrate import Calibrated, calibrate, hold_out, references
 from rtresnet.quantization.calibrators import Histogram
-from rtresnet.quantization.formats import FP8, INT8, quantize_weight, weight_scales
 from rtresnet.quantization.half import to_half
 from rtresnet.quantization.lint import lint
+from rtresnet.quantization.number_formats import FP8, INT8, quantize_weight, weight_scales
 from rtresnet.quantization.sensitivity import sensitivity
 from rtresnet.quantization.simulate import Simulation, make_session, noise_ratio
 

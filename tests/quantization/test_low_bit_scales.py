@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet.quantization import formats, qdq
+from rtresnet.quantization import number_formats, qdq
 from rtresnet.quantization.simulate import make_session
 
 pytest.importorskip("onnxruntime")
@@ -37,20 +37,22 @@ def significant_bits(numbers: np.ndarray) -> int:
 class TestFewBits:
     def test_nearest(self, bits: int) -> None:
         numbers = some()
-        result = formats.round_to_bits(numbers.view(np.int32), bits).view(np.float32)
+        result = number_formats.round_to_bits(numbers.view(np.int32), bits).view(np.float32)
         assert significant_bits(result) == bits
         spacing = np.ldexp(1.0, np.frexp(numbers)[1] - bits)
         assert (np.abs(result - numbers.astype(np.float64)) <= spacing / 2).all()
 
     def test_at_least(self, bits: int) -> None:
         numbers = some()
-        result = formats.round_up_to_bits(numbers.view(np.int32), bits).view(np.float32)
+        result = number_formats.round_up_to_bits(numbers.view(np.int32), bits).view(np.float32)
         assert significant_bits(result) == bits
         assert (result >= numbers).all()
         spacing = np.ldexp(1.0, np.frexp(numbers)[1] - bits)
         assert (result - numbers.astype(np.float64) < spacing).all()
 
-    @pytest.mark.parametrize("rounding", [formats.round_to_bits, formats.round_up_to_bits])
+    @pytest.mark.parametrize(
+        "rounding", [number_formats.round_to_bits, number_formats.round_up_to_bits]
+    )
     def test_once_is_enough_and_torch_does_the_same(
         self, rounding: Callable[..., np.ndarray], bits: int
     ) -> None:
@@ -121,7 +123,9 @@ def test_what_is_written(exported: Exported) -> None:
         scale = constants[f"{name}.scale"]
         assert significant_bits(scale) <= 3 and abs(scale / calibrated - 1) <= 1 / 9
         assert (
-            float(scale) == formats.low_bit_scale(calibrated) == formats.low_bit_scale(float(scale))
+            float(scale)
+            == number_formats.low_bit_scale(calibrated)
+            == number_formats.low_bit_scale(float(scale))
         )
     weighted = [node for node in written.graph.node if node.op_type in ("Conv", "Gemm")]
     assert len(weighted) == 8

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rtresnet.core.errors import ArtifactError
-from rtresnet.quantization.formats import quantize_weight, weight_scales
+from rtresnet.quantization.number_formats import quantize_weight, weight_scales
 from rtresnet.quantization.qdq import Use, insert, placement
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -23,8 +23,8 @@ from fake_gpu import (
 
 import rtresnet
 from rtresnet.core.errors import ArtifactError, InputError
-from rtresnet.workflows import embed_io
-from rtresnet.workflows.embed_io import EmbedConfig
+from rtresnet.workflows import embedded
+from rtresnet.workflows.embedded import EmbedConfig
 
 # Arrays on the GPU.
 
@@ -178,7 +178,7 @@ def test_infer_with_a_real_net_returns_what_onnx_runtime_returns(
     for suffix in ("", ".json"):
         shutil.copy(f"{onnx_file('resnet8', 'fp32')}{suffix}", f"{plain}{suffix}")
     embed = EmbedConfig(input=takes, topk=topk)  # type: ignore[arg-type]
-    source = embed_io.write(plain, embed)[0] if embed.pixels else plain
+    source = embedded.write(plain, embed)[0] if embed.pixels else plain
     net = Bench(monkeypatch, tmp_path, engine=fake_gpu.OnnxEngine(fake_gpu.FakeCuda(), source))
     if not rtx_built:
         net.by_hand()

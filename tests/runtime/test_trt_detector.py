@@ -13,7 +13,7 @@ import torch
 from fake_gpu import Bench, FakeContext, FakeCuda, FakeEngine
 
 import rtresnet
-from rtresnet.core import artifacts, canvas
+from rtresnet.core import artifacts, detector_preprocess
 from rtresnet.core.errors import ArtifactError, InputError, UnavailableError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection, Plan, Profile, Sidecar, Weights
@@ -132,7 +132,7 @@ def test_load_plan_of_a_detector_detects(bench: Bench, session: Any) -> None:
             feed = inputs(seed)
             outputs = loaded.backend.detect(*feed)
             expected = session.run(None, dict(zip(("images", "extent"), feed, strict=True)))
-            for name, values in zip(canvas.OUTPUTS, expected, strict=True):
+            for name, values in zip(detector_preprocess.OUTPUTS, expected, strict=True):
                 assert np.array_equal(outputs[name], values) and outputs[name].dtype == values.dtype
         with pytest.raises(InputError, match="logits"):
             loaded(feed[0])

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import rtresnet
-from rtresnet.core import canvas
+from rtresnet.core import detector_preprocess
 from rtresnet.detection import checkpoint
 from rtresnet.detection.data import open_detection
 from rtresnet.models import checkpoint as files
@@ -116,7 +116,8 @@ def tensors(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     with rtresnet.load(path, provider="cpu") as session:
         assert session.detection is not None
         made = [
-            canvas.to_canvas(image(n)[0], session.detection, session.preprocess) for n in (0, 1)
+            detector_preprocess.to_canvas(image(n)[0], session.detection, session.preprocess)
+            for n in (0, 1)
         ]
         backend: Any = session.backend
         answers = [backend.detect(*entry) for entry in made]

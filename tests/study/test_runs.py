@@ -12,8 +12,8 @@ import torch
 from rtresnet.core.errors import InputError
 from rtresnet.data.sources import Arrays
 from rtresnet.models import checkpoint
-from rtresnet.study import compare, runs
-from rtresnet.study.compare import Terms
+from rtresnet.study import ablations, runs
+from rtresnet.study.ablations import Terms
 from rtresnet.study.runs import Run
 from rtresnet.training.loop import Progress
 
@@ -32,7 +32,7 @@ def planned(out: Path, images: int = 0, **settings: object) -> Run:
         source=source(images), test=None, recipe="paper-cifar",
         settings={"epochs": 2, "batch": 32} | settings, seeds=1, out=out, device="cpu",
     )  # fmt: skip
-    return compare.plan(compare.degradation_nets([8]), terms)[1]
+    return ablations.plan(ablations.degradation_nets([8]), terms)[1]
 
 
 def test_a_finished_run_is_found_and_not_made_again(tmp_path: Path) -> None:

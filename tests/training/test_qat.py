@@ -23,9 +23,9 @@ from rtresnet.exporter.writer import to_onnx
 from rtresnet.models import checkpoint, zoo
 from rtresnet.models.resnet import ResNet
 from rtresnet.onnxlib import metadata
-from rtresnet.quantization import formats, placement, qdq
+from rtresnet.quantization import number_formats, placement, qdq
 from rtresnet.quantization.calibrate import MinMaxObserver
-from rtresnet.quantization.formats import FP8, INT8, NumberFormat
+from rtresnet.quantization.number_formats import FP8, INT8, NumberFormat
 from rtresnet.quantization.simulate import make_session, noise_ratio
 from rtresnet.training import qat
 from rtresnet.training.config import Recipe
@@ -128,8 +128,8 @@ class TestRounding:
         weight[1] *= 1e-40
         weight[2] *= np.float32(10.0) ** np.random.default_rng(1).uniform(-4, 0, weight[2].shape)
         weight[3].flat[:4] = 448, 17, 19, 0.0009765625  # scale 1, ties
-        scales = formats.weight_scales(weight, FP8)
-        stored = formats.quantize_weight(weight, scales, FP8).astype(np.float32)
+        scales = number_formats.weight_scales(weight, FP8)
+        stored = number_formats.quantize_weight(weight, scales, FP8).astype(np.float32)
         expected = stored * scales.reshape((-1,) + (1,) * (len(shape) - 1))
         bias = torch.ones(shape[0])
         got = qat.rounded(torch.from_numpy(weight), bias, torch.tensor(0.1), FP8)
@@ -143,14 +143,16 @@ class TestRounding:
         weight[2].flat[:3] = 127, 0.5, 1.5  # scale 1, and ties
         bias = np.random.default_rng(1).standard_normal(shape[0]).astype(np.float32)
         scales, scale = (
-            formats.low_bit_weight_scales(formats.weight_scales(weight)),
+            number_formats.low_bit_weight_scales(number_formats.weight_scales(weight)),
             np.float32(0.0391),
         )
-        stored = formats.quantize_weight(weight, scales).astype(np.float32)
+        stored = number_formats.quantize_weight(weight, scales).astype(np.float32)
         expected = stored * scales.reshape((-1,) + (1,) * (len(shape) - 1))
         got = qat.rounded(*map(torch.from_numpy, (weight, bias)), torch.tensor(scale))
         assert np.array_equal(got[0].numpy(), expected)
-        assert np.array_equal(got[1].numpy(), formats.low_bit_bias(bias, float(scale), scales))
+        assert np.array_equal(
+            got[1].numpy(), number_formats.low_bit_bias(bias, float(scale), scales)
+        )
 
     @pytest.mark.parametrize("number_format", [INT8, FP8], ids=lambda kind: kind.name)
     def test_activations_are_onnx_runtimes_bit_for_bit(self, number_format: NumberFormat) -> None:
@@ -297,7 +299,7 @@ class TestTheFile:
         assert undescribed(onnx.load(tuned / "engines/resnet8-int8.onnx")) == undescribed(expected)
         constants = {t.name: numpy_helper.to_array(t) for t in expected.graph.initializer}
         for name, scale in of_checkpoint(tuned / "runs/tuned/best.pt").named_scales().items():
-            assert float(constants[f"{name}.scale"]) == formats.low_bit_scale(scale)
+            assert float(constants[f"{name}.scale"]) == number_formats.low_bit_scale(scale)
 
     def test_it_says_how_far_its_branches_went(self, tuned: Path) -> None:
         """As the file itself computes them, on the images that the run took for it."""
@@ -364,7 +366,8 @@ class TestTheFile:
         assert plain.calibration is None
         written = json.loads((tuned / result.calibration.scales).read_text())
         assert written["scales"] == {
-            name: formats.low_bit_scale(scale) for name, scale in saved.learned.scales.items()
+            name: number_formats.low_bit_scale(scale)
+            for name, scale in saved.learned.scales.items()
         }
 
     def test_without_int8_it_is_the_float_net(self, tuned: Path) -> None:

@@ -327,7 +327,7 @@ def test_compare_detectors_counts_and_lists_what_differs(
 
 
 def test_compare_detectors_differing_image_has_three_groups() -> None:
-    from rtresnet.core.canvas import Detections
+    from rtresnet.core.detector_preprocess import Detections
     from rtresnet.detection.agreement import agree
 
     def detected(*rows: tuple[float, float, int]) -> Detections:

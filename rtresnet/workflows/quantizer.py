@@ -182,11 +182,11 @@ class Quantizer:
             AccuracyCheckFailedError: See `quantize_within`.
         """
         from rtresnet.onnxlib import metadata
-        from rtresnet.quantization.prepare import prepare
+        from rtresnet.quantization.canonicalize import canonicalize
 
         trained = metadata.TRAINED_SCALES.read(metadata.properties_of(model))
         require_trained_for(self.source, trained, self.config)
-        model = prepare(model)
+        model = canonicalize(model)
         if trained is None and self.config.calib != "none":
             return self._with_images(model)
         if self.config.eval_data is not None:
@@ -259,7 +259,7 @@ class Quantizer:
     ) -> tuple[Calibrated, ScalesOrigin]:
         from rtresnet.onnxlib.metadata import QAT
         from rtresnet.quantization.calibrate import Calibrated
-        from rtresnet.quantization.formats import low_bit_scale
+        from rtresnet.quantization.number_formats import low_bit_scale
 
         scales, low_bit = trained.scales, trained.format == "int8"
         if low_bit:
@@ -323,7 +323,7 @@ class Quantizer:
 
     def _number_format(self, model: onnx.ModelProto) -> dict[str, Any]:
         """Return the arguments of calibrations that describe the quantized file."""
-        from rtresnet.quantization.formats import FORMATS
+        from rtresnet.quantization.number_formats import FORMATS
 
         return {
             "number_format": FORMATS[self.config.precision],

@@ -22,7 +22,7 @@ from rtresnet.onnxlib.graph import GraphIndex, attribute, checked, copied, label
 OLDEST = 13  # older opsets have no per-channel scales in QuantizeLinear
 
 
-def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+def canonicalize(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model in the folded form.
 
     Args:

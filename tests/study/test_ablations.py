@@ -7,8 +7,8 @@ import pytest
 
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.data.sources import Arrays
-from rtresnet.study import compare
-from rtresnet.study.compare import Curve, Net, Terms
+from rtresnet.study import ablations
+from rtresnet.study.ablations import Curve, Net, Terms
 from rtresnet.study.runs import Outcome, Run
 
 
@@ -30,46 +30,50 @@ def outcome(run: Run, train: list[float], val: list[float | None], test: float) 
 
 
 def net(*outcomes: Outcome) -> Net:
-    (made,) = compare.summarize(outcomes)
+    (made,) = ablations.summarize(outcomes)
     return made
 
 
 @pytest.fixture
 def two() -> list[Run]:
     """One net under two seeds."""
-    return compare.plan({"resnet8": compare.degradation_nets([8])["resnet8"]}, terms(epochs=2))
+    return ablations.plan({"resnet8": ablations.degradation_nets([8])["resnet8"]}, terms(epochs=2))
 
 
 def test_plain_and_residual_nets_of_a_depth_have_the_same_parameters() -> None:
     for depth, name in ((8, "resnet8"), (18, "resnet18-A")):
-        runs = compare.plan(compare.degradation_nets([depth]), terms(epochs=1))
-        plain, residual = compare.summarize([Outcome(run=run) for run in runs])
+        runs = ablations.plan(ablations.degradation_nets([depth]), terms(epochs=1))
+        plain, residual = ablations.summarize([Outcome(run=run) for run in runs])
         assert (plain.label, residual.label) == (f"plain{depth}", name)
         assert plain.parameters == residual.parameters
 
 
 def test_shortcut_options_grow_from_a_to_c_beside_the_plain_net() -> None:
-    nets = compare.shortcut_nets("resnet8")
+    nets = ablations.shortcut_nets("resnet8")
     assert list(nets) == ["plain8", "resnet8-A", "resnet8-B", "resnet8-C"]
-    runs = compare.plan(nets, terms(epochs=1))
-    plain, a, b, c = compare.summarize([Outcome(run=run) for run in runs])
+    runs = ablations.plan(nets, terms(epochs=1))
+    plain, a, b, c = ablations.summarize([Outcome(run=run) for run in runs])
     assert plain.parameters == a.parameters < b.parameters < c.parameters
     assert a.multiply_adds < b.multiply_adds < c.multiply_adds
 
 
 def test_a_net_of_bottlenecks_has_no_plain_counterpart() -> None:
-    assert list(compare.shortcut_nets("resnet50")) == ["resnet50-A", "resnet50-B", "resnet50-C"]
+    assert list(ablations.shortcut_nets("resnet50")) == [
+        "resnet50-A",
+        "resnet50-B",
+        "resnet50-C",
+    ]
 
 
 def test_a_plain_net_has_no_shortcuts_to_compare() -> None:
     with pytest.raises(InputError, match="--model resnet20"):
-        compare.shortcut_nets("plain20")
+        ablations.shortcut_nets("plain20")
     with pytest.raises(UnknownNameError):
-        compare.degradation_nets([21])
+        ablations.degradation_nets([21])
 
 
 def test_every_net_comes_under_the_first_seed_before_any_under_the_second() -> None:
-    runs = compare.plan(compare.degradation_nets([8, 14]), terms(epochs=2))
+    runs = ablations.plan(ablations.degradation_nets([8, 14]), terms(epochs=2))
     labels = ["plain8", "plain14", "resnet8", "resnet14"]
     assert [run.job.out.name for run in runs] == [f"{n}-seed{s}" for s in (0, 1) for n in labels]
     assert [run.seed for run in runs] == [0] * 4 + [1] * 4
@@ -80,7 +84,7 @@ def test_errors_are_means_and_sample_deviations_over_seeds(two: list[Run]) -> No
     made = net(
         outcome(two[0], [50, 90], [40, 80], test=85), outcome(two[1], [60, 94], [44, 84], test=88)
     )
-    assert made.error("train_error") == compare.Spread(mean=8, std=pytest.approx(8**0.5), n=2)
+    assert made.error("train_error") == ablations.Spread(mean=8, std=pytest.approx(8**0.5), n=2)
     assert str(made.error("val_error")) == "18.00 ± 2.83"
     assert str(made.error("test_error")) == "13.50 ± 2.12"
     assert made.curve("train_top1") == Curve(
@@ -112,8 +116,8 @@ def test_nothing_held_out_means_no_validation_error(two: list[Run]) -> None:
 
 def test_the_length_of_a_run_is_set_beside_the_papers() -> None:
     def words(**settings: object) -> str:
-        nets = compare.degradation_nets([8])
-        return compare.length(compare.plan(nets, terms(**settings))[0]).words("digits")  # type: ignore[arg-type]
+        nets = ablations.degradation_nets([8])
+        return ablations.length(ablations.plan(nets, terms(**settings))[0]).words("digits")  # type: ignore[arg-type]
 
     assert words(steps=2000, batch=128) == (
         "2,000 of the paper's 64,000 steps; 320 training images of digits"

@@ -8,8 +8,8 @@ import io
 import numpy as np
 import pytest
 
-from rtresnet.core.canvas import Detections
-from rtresnet.detection import metrics
+from rtresnet.core.detector_preprocess import Detections
+from rtresnet.detection import average_precision
 from rtresnet.detection.data import Targets
 
 CLASSES = ("a", "b", "c", "never")
@@ -106,7 +106,7 @@ def coco_oracle(objects: list[Targets], detected: list[Detections]) -> list[floa
 @pytest.mark.parametrize("seed", range(4))
 def test_coco_random_sets_equal_pycocotools(seed: int, ties: bool) -> None:
     objects, detected = random_set(seed, ties=ties)
-    result = metrics.evaluate(objects, detected, CLASSES)
+    result = average_precision.evaluate(objects, detected, CLASSES)
     own = (result.ap, result.ap50, result.ap75, result.small, result.medium, result.large)
     expected = coco_oracle(objects, detected)
     assert [-100.0 if value is None else value for value in own] == pytest.approx(
@@ -121,7 +121,7 @@ def test_evaluate_perfect_detections_is_100() -> None:
         detections(((0, 0, 40, 40), 0, 0.9), ((50, 50, 90, 70), 1, 0.8)),
         detections(((5, 5, 20, 20), 0, 0.7)),
     ]
-    result = metrics.evaluate(objects, detected, ("a", "b"))
+    result = average_precision.evaluate(objects, detected, ("a", "b"))
     assert result.voc07 == pytest.approx(100) and result.voc == pytest.approx(100)
     assert result.ap == pytest.approx(100) and result.large is None
     assert (result.n, result.objects) == (2, 3)
@@ -129,9 +129,9 @@ def test_evaluate_perfect_detections_is_100() -> None:
 
 def test_evaluate_without_detections_is_0_and_without_objects_none() -> None:
     none = detections()
-    result = metrics.evaluate([targets(((0, 0, 9, 9), 0))], [none], ("a", "b"))
+    result = average_precision.evaluate([targets(((0, 0, 9, 9), 0))], [none], ("a", "b"))
     assert result.voc07 == result.voc == result.ap == 0
-    result = metrics.evaluate([targets()], [none], ("a", "b"))
+    result = average_precision.evaluate([targets()], [none], ("a", "b"))
     assert result.voc07 is None and result.ap is None and result.objects == 0
 
 
@@ -140,12 +140,12 @@ def test_voc_curve_second_detection_of_an_object_is_wrong() -> None:
     detected = [
         detections(((0, 0, 10, 10), 0, 0.9), ((0, 0, 10, 9), 0, 0.8), ((50, 50, 60, 60), 0, 0.7))
     ]
-    recall, precision, count = metrics.voc_curve(objects, detected, 0)
+    recall, precision, count = average_precision.voc_curve(objects, detected, 0)
     assert count == 2
     assert recall.tolist() == [0.5, 0.5, 1]
     assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
     # 11 points: 6 recalls up to 0.5 at precision 1, 5 above at 2/3; the area: half and half.
-    result = metrics.evaluate(objects, detected, ("a",))
+    result = average_precision.evaluate(objects, detected, ("a",))
     assert result.voc07 == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
     assert result.voc == pytest.approx(100 * (0.5 + 0.5 * 2 / 3))
 
@@ -157,7 +157,7 @@ def test_voc_difficult_objects_neither_count_nor_punish() -> None:
         )
     ]
     detected = [detections(((50, 50, 60, 60), 0, 0.9), ((0, 0, 10, 10), 0, 0.8))]
-    result = metrics.evaluate(objects, detected, ("a",))
+    result = average_precision.evaluate(objects, detected, ("a",))
     assert result.objects == 1
     assert result.voc07 == pytest.approx(100) and result.ap50 == pytest.approx(100)
 
@@ -168,5 +168,5 @@ def test_errors_names_missed_objects_and_wrong_detections() -> None:
         ((0, 0, 10, 9), 0, 0.9), ((0, 0, 10, 10), 0, 0.8), ((50, 50, 60, 60), 0, 0.7),
         ((50, 50, 60, 60), 1, 0.2),
     )  # fmt: skip
-    assert metrics.errors(objects, detected) == ([1], [1, 2])
-    assert metrics.errors(objects, detected, least=0.1) == ([], [1, 2])
+    assert average_precision.errors(objects, detected) == ([1], [1, 2])
+    assert average_precision.errors(objects, detected, least=0.1) == ([], [1, 2])

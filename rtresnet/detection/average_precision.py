@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from rtresnet.core.canvas import Detections
+from rtresnet.core.detector_preprocess import Detections
 from rtresnet.core.sidecar import AveragePrecisionRecord
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from rtresnet.core.errors import ArtifactError
 from rtresnet.models import zoo
 from rtresnet.onnxlib import metadata
 from rtresnet.quantization import qdq
+from rtresnet.quantization.canonicalize import canonicalize
 from rtresnet.quantization.lint import lint
-from rtresnet.quantization.prepare import prepare
 from rtresnet.quantization.sensitivity import blocks
 from rtresnet.quantization.simulate import make_session
 
@@ -65,7 +65,7 @@ def test_a_foreign_net_becomes_a_folded_one_of_the_same_function(
     exported: Exported, images: Images, name: str, size: int
 ) -> None:
     foreign = strange(exported(name, size))
-    prepared, batch = prepare(foreign), images(2, size)
+    prepared, batch = canonicalize(foreign), images(2, size)
     kinds = {node.op_type for node in prepared.graph.node}
     assert not kinds & {"BatchNormalization", "Identity", "Constant", "MatMul"} and "Gemm" in kinds
     assert all(node.name for node in prepared.graph.node) and len(prepared.graph.input) == 1
@@ -101,7 +101,7 @@ def test_what_torch_exports_without_us_becomes_one_too(
     foreign = onnx.load(path)
     norms_there = any(node.op_type == "BatchNormalization" for node in foreign.graph.node)
     assert norms_there != folded
-    prepared = prepare(foreign)
+    prepared = canonicalize(foreign)
     first, second = (make_session(m).run(None, {"images": batch})[0] for m in (foreign, prepared))
     assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
     places = qdq.placement(prepared)
@@ -140,7 +140,7 @@ def test_weights_that_several_nodes_share_are_changed_for_each_alone(images: Ima
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
-    prepared, batch = prepare(model), images(2, 8)
+    prepared, batch = canonicalize(model), images(2, 8)
     assert [node.op_type for node in prepared.graph.node][-1] == "Gemm"
     first, second = (make_session(m).run(None, {"images": batch})[0] for m in (model, prepared))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
@@ -150,14 +150,14 @@ def test_weights_that_several_nodes_share_are_changed_for_each_alone(images: Ima
 def test_blocks_are_found_without_names(exported: Exported) -> None:
     named = blocks(exported("resnet8", 32))
     assert list(named) == ["stem", "layer1.0", "layer2.0", "layer3.0", "head"]
-    nameless = blocks(prepare(strange(exported("resnet8", 32))))
+    nameless = blocks(canonicalize(strange(exported("resnet8", 32))))
     assert [len(nodes) for nodes in nameless.values()] == [len(nodes) for nodes in named.values()]
     assert list(nameless) == ["stem", "layer1.0", "layer2.0", "layer3.0", "head"]
 
 
 def test_what_batch_norm_knew_is_kept_while_folding(exported: Exported) -> None:
     foreign = strange(exported("resnet8", 32))
-    properties = {entry.key: entry.value for entry in prepare(foreign).metadata_props}
+    properties = {entry.key: entry.value for entry in canonicalize(foreign).metadata_props}
     reference = metadata.NORM_STATISTICS.decode(properties[metadata.NORM_STATISTICS.key])
     beta = next(t for t in foreign.graph.initializer if t.name == "0.beta")
     mean, _ = next(iter(reference.values()))
@@ -167,7 +167,7 @@ def test_what_batch_norm_knew_is_kept_while_folding(exported: Exported) -> None:
 
 def test_our_own_file_stays_as_it_is(exported: Exported) -> None:
     model = exported("resnet8", 32)
-    prepared = prepare(model)
+    prepared = canonicalize(model)
     assert [n.SerializeToString() for n in prepared.graph.node] == [
         n.SerializeToString() for n in model.graph.node
     ]
@@ -176,7 +176,7 @@ def test_our_own_file_stays_as_it_is(exported: Exported) -> None:
 def test_the_model_given_is_not_changed(exported: Exported) -> None:
     foreign = strange(exported("resnet8", 32))
     before = foreign.SerializeToString(deterministic=True)
-    prepare(foreign)
+    canonicalize(foreign)
     assert foreign.SerializeToString(deterministic=True) == before
 
 
@@ -185,12 +185,12 @@ def test_old_opsets_and_stray_batch_norms_are_refused(exported: Exported) -> Non
     old.CopyFrom(exported("resnet8", 32))
     old.opset_import[0].version = 11
     with pytest.raises(ArtifactError, match="opset 11"):
-        prepare(old)
+        canonicalize(old)
     stray = strange(exported("resnet8", 32))
     norm = next(node for node in stray.graph.node if node.op_type == "BatchNormalization")
     norm.input[0] = "images"
     with pytest.raises(ArtifactError, match="cannot be folded"):
-        prepare(stray)
+        canonicalize(stray)
 
 
 def test_batch_norm_in_training_mode_is_refused(exported: Exported) -> None:
@@ -198,5 +198,5 @@ def test_batch_norm_in_training_mode_is_refused(exported: Exported) -> None:
     norm = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
     norm.attribute.append(onnx.helper.make_attribute("training_mode", 1))
     with pytest.raises(ArtifactError, match="training mode") as caught:
-        prepare(model)
+        canonicalize(model)
     assert "net.eval()" in str(caught.value.fix)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtresnet.bench import compare
+from rtresnet.bench import verdict
 
 
 def rounds(
@@ -22,40 +22,40 @@ def rounds(
 
 
 def test_paired_same_twice_shows_no_difference_in_95_of_100() -> None:
-    verdicts = [compare.paired(*rounds(seed, 1.0)).verdict for seed in range(100)]
-    assert verdicts.count(compare.NO_DIFFERENCE) >= 95
+    verdicts = [verdict.paired(*rounds(seed, 1.0)).verdict for seed in range(100)]
+    assert verdicts.count(verdict.NO_DIFFERENCE) >= 95
 
 
 def test_paired_difference_of_a_tenth_is_detected() -> None:
-    slower = [compare.paired(*rounds(seed, 1.10, count=200)) for seed in range(40)]
-    assert sum(result.verdict == compare.SLOWER for result in slower) >= 38
-    faster = compare.paired(*rounds(0, 1 / 1.10, count=200))
-    assert faster.verdict == compare.FASTER and faster.low > 1
+    slower = [verdict.paired(*rounds(seed, 1.10, count=200)) for seed in range(40)]
+    assert sum(result.verdict == verdict.SLOWER for result in slower) >= 38
+    faster = verdict.paired(*rounds(0, 1 / 1.10, count=200))
+    assert faster.verdict == verdict.FASTER and faster.low > 1
 
 
 def test_paired_difference_below_the_margin_is_not_claimed() -> None:
     reference = np.full(500, 5.0)
-    within = compare.paired(reference, reference * 1.019)
-    assert within.high < 1 and within.verdict == compare.NO_DIFFERENCE
-    assert compare.paired(reference, reference * 1.03).verdict == compare.SLOWER
+    within = verdict.paired(reference, reference * 1.019)
+    assert within.high < 1 and within.verdict == verdict.NO_DIFFERENCE
+    assert verdict.paired(reference, reference * 1.03).verdict == verdict.SLOWER
 
 
 def test_paired_few_rounds_give_no_verdict() -> None:
-    comparison = compare.paired([1.0] * 9, [2.0] * 9)
+    comparison = verdict.paired([1.0] * 9, [2.0] * 9)
     assert comparison.speed == pytest.approx(0.5)
     assert (comparison.low, comparison.high) == (0, float("inf"))
-    assert comparison.verdict == compare.NO_DIFFERENCE
+    assert comparison.verdict == verdict.NO_DIFFERENCE
 
 
 def test_paired_more_comparisons_widen_the_interval() -> None:
-    one, four = (compare.paired(*rounds(3, 1.0), comparisons=count) for count in (1, 4))
+    one, four = (verdict.paired(*rounds(3, 1.0), comparisons=count) for count in (1, 4))
     assert one.level == 0.95 and four.level == pytest.approx(0.9875)
     assert four.high - four.low > one.high - one.low
 
 
 @pytest.mark.parametrize(("n", "left_out"), [(10, 1), (15, 3), (20, 5), (100, 39)])
 def test_median_bounds_equal_tabled_sign_test(n: int, left_out: int) -> None:
-    low, high = compare.median_bounds(np.arange(n, dtype=np.float64), 0.95)
+    low, high = verdict.median_bounds(np.arange(n, dtype=np.float64), 0.95)
     assert (low, high) == (left_out, n - 1 - left_out)
 
 
@@ -64,11 +64,11 @@ def test_compare_unpaired_uses_the_figure() -> None:
     now, then = rng.gamma(4, size=(2, 2000)) + 5
     heavy = then.copy()
     heavy[::50] += 100  # one request in fifty: not the median, the mean and the p99
-    assert compare.compare_unpaired(now, heavy, figure="median").verdict == compare.NO_DIFFERENCE
-    assert compare.compare_unpaired(now, heavy, figure="p99").verdict == compare.SLOWER
-    assert compare.compare_unpaired(now, heavy, figure="mean").verdict == compare.SLOWER
-    assert compare.compare_unpaired(now[:50], heavy, figure="p99") is None
-    assert not compare.compare_unpaired(now, heavy, figure="mean").paired
+    assert verdict.compare_unpaired(now, heavy, figure="median").verdict == verdict.NO_DIFFERENCE
+    assert verdict.compare_unpaired(now, heavy, figure="p99").verdict == verdict.SLOWER
+    assert verdict.compare_unpaired(now, heavy, figure="mean").verdict == verdict.SLOWER
+    assert verdict.compare_unpaired(now[:50], heavy, figure="p99") is None
+    assert not verdict.compare_unpaired(now, heavy, figure="mean").paired
 
 
 def entry(scale: float = 1.0, n: int = 2000, seed: int = 0, **changed: Any) -> dict[str, Any]:
@@ -88,13 +88,13 @@ def entry(scale: float = 1.0, n: int = 2000, seed: int = 0, **changed: Any) -> d
 def test_judge_regression_only_beyond_the_tolerance(
     slower: float, tolerance: float, regression: bool
 ) -> None:
-    judged = compare.judge(entry(slower, seed=1), entry(), tolerance=tolerance)
+    judged = verdict.judge(entry(slower, seed=1), entry(), tolerance=tolerance)
     assert judged.regression == regression
     assert judged.comparison and judged.comparison.speed == pytest.approx(1 / slower, rel=0.01)
 
 
 def test_judge_few_samples_are_no_regression() -> None:
-    judged = compare.judge(entry(1.05, n=12), entry(n=12, seed=1), tolerance=0.03)
+    judged = verdict.judge(entry(1.05, n=12), entry(n=12, seed=1), tolerance=0.03)
     assert not judged.regression
 
 
@@ -103,18 +103,18 @@ def test_judge_uses_the_figure_of_the_scenario() -> None:
     tail[::60] += 50
     for scenario, regression in (("single-stream", False), ("offline", True), ("server", True)):
         now = entry(scenario=scenario, samples=tail.tolist())
-        judged = compare.judge(now, entry(scenario=scenario), tolerance=0.03)
+        judged = verdict.judge(now, entry(scenario=scenario), tolerance=0.03)
         assert judged.regression == regression, scenario
 
 
 def test_config_diff_names_what_differs() -> None:
-    assert compare.config_diff(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
+    assert verdict.config_diff(entry(), entry(seed=5, measured="elsewhere/net.onnx")) == []
     old = entry()
     del old["scenario"], old["with_preprocess"]
-    assert compare.config_diff(entry(with_preprocess=None), old) == []
+    assert verdict.config_diff(entry(with_preprocess=None), old) == []
     for name, value in (
         ("batch", 8), ("device", "H100"), ("threads", 1), ("measured", "other.onnx"),
         ("versions", {"onnxruntime": "1.31.0"}), ("load", {"qps": 5}), ("scenario", "offline"),
     ):  # fmt: skip
-        (words,) = compare.config_diff(entry(**{name: value}), entry())
+        (words,) = verdict.config_diff(entry(**{name: value}), entry())
         assert ", was " in words
