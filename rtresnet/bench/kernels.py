@@ -27,9 +27,13 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 VIEWS = ("DequantizeLinear", "Flatten", "Reshape", "Identity", "Squeeze", "Slice", "Pad")
 MAX_CONSTANT = 1024  # elements: shapes and axes are smaller; values of weights are not needed
 INTEGERS = (6, 7)  # ONNX's INT32 and INT64
-# Names and sizes by ONNX data type, of weights and other tensors (UINT8, INT32, INT64, DOUBLE).
-DTYPES = {spec.onnx: spec.name for spec in PRECISIONS.values()} | {2: "int8"}
-SIZES = {spec.onnx: spec.bytes for spec in PRECISIONS.values()} | {2: 1, 6: 4, 7: 8, 11: 8}
+UNKNOWN = "unknown"  # data type of a product, which may run at the device's fastest rate
+# Names and bits of a value by ONNX data type, a value of TensorProto.DataType.
+DTYPES = {spec.onnx: spec.name for spec in PRECISIONS.values()} | {2: "int8", 11: "fp32"}
+BITS = {spec.onnx: 8 * spec.bytes for spec in PRECISIONS.values()} | {
+    2: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 11: 64, 12: 32, 13: 64,  # integers, BOOL, DOUBLE
+    18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4,  # other formats of FP8, UINT4, INT4, FP4 (E2M1)
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class Kernel:
         stage: "stem", "layer1" and so on, "head": blocks with one output size.
         op: Operator of the node that the kernel is named after.
         nodes: Names of all its nodes, and of their output tensors.
-        dtype: Data type of the product, a name of `core.precisions`.
+        dtype: Data type of the product, a name of `core.precisions`, or UNKNOWN.
         multiply_adds: Per image; 0 for a pooling.
         weights: Bytes of weights and biases.
         read: Bytes of activations that it reads, one entry per tensor.
@@ -102,7 +106,8 @@ def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
     """
 
     def converted(kernel: Kernel, size: int) -> int:
-        return size * PRECISIONS[precision].bytes // PRECISIONS[kernel.dtype].bytes
+        stored = PRECISIONS.get(kernel.dtype, PRECISIONS["fp32"])
+        return size * PRECISIONS[precision].bytes // stored.bytes
 
     return [
         replace(
@@ -239,10 +244,8 @@ class _Kernels:
         if node.op_type in VIEWS or node.op_type == "Constant":
             return True
         source = self.index.producers.get(node.input[0])
-        if node.op_type in (
-            "QuantizeLinear",
-            "Cast",
-        ):  # quantizes the images, or casts back to a float type
+        # Quantizes the images, or casts back to a float type.
+        if node.op_type in ("QuantizeLinear", "Cast"):
             return source is None or (node.op_type == "Cast" and self.is_view(source))
         return False
 
@@ -256,7 +259,7 @@ class _Kernels:
                 name = self.index.producers[name].input[0]
             shape, kind = self.constants.get(name, ((), 0))
             first = first if first[0] else (shape, kind)
-            total += prod(shape) * _size(kind)
+            total += _bytes(prod(shape), kind)
         return total, first[0], _dtype(first[1])
 
     def kernels(self) -> list[Kernel]:
@@ -336,8 +339,8 @@ class _Kernels:
             dtype=dtype,
             multiply_adds=macs,
             weights=weights,
-            read=tuple(elements * _size(self.tensors[name][1]) for name, elements in read),
-            written=sum(stored[t] * _size(self.tensors[t][1]) for t in outputs if t in stored),
+            read=tuple(_bytes(elements, self.tensors[name][1]) for name, elements in read),
+            written=sum(_bytes(stored[t], self.tensors[t][1]) for t in outputs if t in stored),
         )
 
 
@@ -346,10 +349,10 @@ def _shape(value: Any) -> tuple[tuple[int, ...], int]:
     return tuple(dim.dim_value for dim in tensor.shape.dim), tensor.elem_type
 
 
-def _size(kind: int) -> int:
-    """Return the bytes per element of an ONNX type."""
-    return SIZES.get(kind, 4)
+def _bytes(elements: int, kind: int) -> int:
+    """Return the bytes of elements of an ONNX type; 0 if its width is unknown: still a bound."""
+    return -(-elements * BITS.get(kind, 0) // 8)
 
 
 def _dtype(kind: int) -> str:
-    return DTYPES.get(kind, "fp32")
+    return DTYPES.get(kind, UNKNOWN)

@@ -65,12 +65,18 @@ class PeakRates:
     def rate(self, dtype: str) -> float:
         """Return operations per second in a precision of `core.precisions`.
 
+        The rate of another type, such as `kernels.UNKNOWN`, is the fastest: a time that follows
+        from it is still a lower bound.
+
         Raises:
             InputError: The device does not have it.
         """
+        if dtype not in PRECISIONS:
+            rates = (getattr(self, name) for name in PRECISIONS)
+            return max(rate for rate in rates if rate is not None)
         if self.fp16 is None and dtype in ("fp16", "bf16"):  # a CPU
             return self.fp32
-        rate: float | None = getattr(self, dtype) if dtype in PRECISIONS else self.fp32
+        rate: float | None = getattr(self, dtype)
         if rate is None:
             raise InputError(f"no {dtype.upper()} rate is {self.source or 'known'}")
         return rate

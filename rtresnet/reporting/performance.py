@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rtresnet.core.precisions import CALIBRATED
 from rtresnet.reporting.tables import DataTable, Row, number
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     """Return bounds by GPU, or by stage for a single GPU."""
-    as_if = " as if quantized" if result.as_if and result.precision == "int8" else ""
+    how = "quantized" if result.precision in CALIBRATED else "converted"
+    as_if = f" as if {how}" if result.as_if else ""
     fused = f"kernels that {result.builder} fused" if result.builder else "fused kernels"
     yield (
         f"{result.model}, {result.size} px, {result.precision}{as_if}, batch {result.batch}: "
@@ -26,11 +28,12 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     if len(result.results) == 1:
         (gpu,) = result.results
         rows: list[Row] = [
-            (part.name, part.compute_ms, part.memory_ms, part.no_faster_than_ms)
-            for part in gpu.stages
+            (name, part.compute_ms, part.memory_ms, part.no_faster_than_ms, part.through_memory_ms)
+            for name, part in (*((stage.name, stage) for stage in gpu.stages), ("all", gpu))
         ]
-        rows.append(("all", gpu.compute_ms, gpu.memory_ms, gpu.no_faster_than_ms))
-        headings = ("stage", "arithmetic ms", "memory ms", "minimum ms")
+        headings = (
+            "stage", "arithmetic ms", "memory ms", "minimum ms (L2)", "minimum ms (memory)"
+        )  # fmt: skip
         yield DataTable(headings=headings, rows=rows)
         yield (
             f"{gpu.gpu}: at least {number(gpu.no_faster_than_ms)} ms per batch, at most "
@@ -41,7 +44,7 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
         yield f"Rates: {gpu.source}."
     else:
         yield DataTable(
-            headings=("GPU", "minimum ms", "maximum img/s", "through memory ms"),
+            headings=("GPU", "minimum ms (L2)", "maximum img/s", "minimum ms (memory)"),
             rows=[(gpu.gpu, gpu.no_faster_than_ms, f"{gpu.no_more_images_per_second:,.0f}",
                    gpu.through_memory_ms) for gpu in result.results],
         )  # fmt: skip
@@ -51,6 +54,11 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
         f"{result.bytes / 1e6:,.1f} MB read and written per batch. Launches and copies are not "
         "included; real engines reach a fraction of these rates."
     )
+    if result.unknown_types:
+        yield (
+            f"NOTE: the data type of {result.unknown_types} of {result.kernels} kernels is "
+            "unknown; the bound assumes the GPU's fastest rate for them."
+        )
     for gpu in result.results:
         yield from _measured(gpu)
 

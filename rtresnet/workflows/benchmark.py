@@ -24,7 +24,7 @@ from rtresnet.core.serialization import flattened, to_builtins
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows import workload as workloads
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
-from rtresnet.workflows.workload import BATCHES, MAX_WAIT_MS, MeasurementConfig, Scenario, Workload
+from rtresnet.workflows.workload import BATCHES, MeasurementConfig, Scenario, Workload
 
 if TYPE_CHECKING:
     from rtresnet.bench.environment import ChainLink, EnvironmentReport, Watch
@@ -107,7 +107,7 @@ class BenchmarkConfig(MeasurementConfig):
         return Workload(
             scenario=scenario, batches=self.batch or BATCHES[scenario], seconds=self.seconds,
             queries=self.queries, seed=self.seed, qps=self.qps, concurrency=self.concurrency,
-            max_batch=self.batched, max_wait_ms=self.max_wait_ms or MAX_WAIT_MS,
+            max_batch=self.batched, max_wait_ms=self.wait_ms,
             images=workloads.read_images(self.with_preprocess),
         )  # fmt: skip
 

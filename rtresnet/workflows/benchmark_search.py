@@ -17,7 +17,7 @@ from rtresnet.workflows import benchmark
 from rtresnet.workflows import workload as workloads
 from rtresnet.workflows.benchmark import BenchmarkedArtifact
 from rtresnet.workflows.loading import RuntimeConfig
-from rtresnet.workflows.workload import MAX_WAIT_MS, MeasurementConfig, Workload
+from rtresnet.workflows.workload import MeasurementConfig, Workload
 
 if TYPE_CHECKING:
     from rtresnet.bench.environment import EnvironmentReport
@@ -144,7 +144,7 @@ def search_benchmark(
     workload = Workload(
         scenario="server" if config.what == "qps" else "closed", seconds=config.seconds,
         queries=config.queries, seed=config.seed, max_batch=config.formed,
-        max_wait_ms=config.max_wait_ms or MAX_WAIT_MS,
+        max_wait_ms=config.wait_ms,
         images=workloads.read_images(config.with_preprocess),
     )  # fmt: skip
     searches = []
@@ -194,7 +194,9 @@ class _Searcher:
         """Search for the highest rate, if the bound can be met without a queue at all."""
         from rtresnet.bench import search
 
-        unqueued = [self._calls(1) for _ in range(UNQUEUED)]
+        # A single client would wait in vain for others to share its batch; at a high rate the
+        # batch is full before.
+        unqueued = [self._calls(1, max_wait_ms=0.0) for _ in range(UNQUEUED)]
         late = sum((entry.latency.p99 or self._bound + 1) > self._bound for entry in unqueued)
         if late > UNQUEUED / 2:
             point = search.point(0.0, unqueued[0], self._bound)
@@ -213,7 +215,7 @@ class _Searcher:
                 self._session, requests, workload, early_stop=search.early_stop(self._bound)
             )
 
-        return search.largest(
+        result = search.largest(
             rates_below(1.1 * self._capacity()),
             at_rate,
             what="qps",
@@ -221,13 +223,19 @@ class _Searcher:
             gallop=False,
             on_point=lambda point: self._note(point, "requests/s"),
         )
+        if result.best is None and self._workload.max_batch > 1 and self._workload.max_wait_ms:
+            self._reporter.note(
+                f"each request waits up to {self._workload.max_wait_ms:g} ms for others to share "
+                "its batch; a smaller --max-wait may meet the bound"
+            )
+        return result
 
-    def _calls(self, batch: int) -> Measurement:
-        """Measure sequential requests."""
+    def _calls(self, batch: int, **changes: float) -> Measurement:
+        """Measure sequential requests under the workload with some of its fields changed."""
         from rtresnet.bench import search
 
         workload = dataclasses.replace(
-            self._workload, scenario="closed", concurrency=1, seed=next(self._seeds)
+            self._workload, scenario="closed", concurrency=1, seed=next(self._seeds), **changes
         )
         return workloads.measure_queued(
             self._session, workloads.candidate(self._session, workload, batch), workload, batch,

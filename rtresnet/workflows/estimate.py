@@ -131,6 +131,8 @@ class EstimateResult:
         as_if: Whether `precision` differs from the file's.
         multiply_adds: Per image.
         kernels: Number of fused kernels.
+        unknown_types: Number of kernels whose data type is unknown; their bound assumes the GPU's
+            fastest rate.
         bytes: Read and written by all kernels for the batch, weights included.
         builder: Builder of a plan, as in "TensorRT-RTX 1.7"; None if the kernels are those that an
             ideal builder would fuse.
@@ -145,6 +147,7 @@ class EstimateResult:
     as_if: bool
     multiply_adds: int
     kernels: int
+    unknown_types: int = 0
     bytes: int
     builder: str | None
     results: tuple[GpuEstimate, ...]
@@ -234,6 +237,7 @@ def estimate_possible(
         as_if=precision != own,
         multiply_adds=sum(kernel.multiply_adds for kernel in used),
         kernels=len(used),
+        unknown_types=sum(kernel.dtype == kernels.UNKNOWN for kernel in used),
         bytes=sum(kernel.moved(subject.batch) for kernel in used),
         builder=subject.builder,
         results=tuple(
@@ -341,7 +345,7 @@ def kernel_of(layer: Layer, batch: int) -> Kernel:
         layer: A layer.
         batch: The optimal batch of its profile, which shapes without an open side are for.
     """
-    from rtresnet.bench.kernels import Kernel
+    from rtresnet.bench.kernels import UNKNOWN, Kernel
 
     def per_image(tensor: LayerTensor) -> int:
         size = tensor.bytes(1) or 0  # 0 if the width of its type is unknown: still a bound
@@ -358,7 +362,7 @@ def kernel_of(layer: Layer, batch: int) -> Kernel:
         stage=layer.stage,
         op=layer.kind,
         nodes=layer.nodes,
-        dtype=BY_TENSORRT_TYPE.get(layer.dtype, "fp32") if layer.multiply_adds else "fp32",
+        dtype=BY_TENSORRT_TYPE.get(layer.dtype, UNKNOWN) if layer.multiply_adds else "fp32",
         multiply_adds=layer.multiply_adds or 0,
         weights=layer.weights,
         read=tuple(read),
@@ -372,7 +376,7 @@ def _chosen(
     """Return the named GPUs, or all that can run the kernels."""
     from rtresnet.bench import roofline
 
-    used = {kernel.dtype for kernel in kernels}
+    used = {kernel.dtype for kernel in kernels if kernel.dtype in PRECISIONS}
     possible = [
         gpu
         for gpu in roofline.GPUS

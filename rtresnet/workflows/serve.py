@@ -46,6 +46,7 @@ class ServeConfig(Config):
         names=("--max-wait",),
         metavar="TIME",
         parse=parse_wait,
+        minimum=0,
         default_text="2ms",
     )
     queue: int = option(

@@ -30,26 +30,28 @@ POOL_BYTES, POOL = 64 << 20, 8
 """Different requests are prepared up to this size and this number."""
 
 
-def parse_milliseconds(text: str) -> float:
-    """Read `10ms`, `0.5s`, `250us` or `10` (ms).
-
-    Raises:
-        InputError: Not a time above 0.
-    """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s|)", text.strip())
-    value = float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}[match[2]] if match else 0
-    if value <= 0:
-        raise InputError("not a time above 0", fix="as in 10ms")
-    return value
-
-
 def parse_wait(text: str) -> float:
-    """Read a time as in "2ms", which may be 0; returns milliseconds.
+    """Read `10ms`, `0.5s`, `250us`, `10` (ms) or 0; returns milliseconds.
 
     Raises:
         InputError: Not a time.
     """
-    return 0.0 if text.strip() in ("0", "0ms") else parse_milliseconds(text)
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s|)", text.strip())
+    if match is None:
+        raise InputError("not a time", fix="as in 10ms")
+    return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}[match[2]]
+
+
+def parse_milliseconds(text: str) -> float:
+    """Read a time as `parse_wait` does, but not 0; returns milliseconds.
+
+    Raises:
+        InputError: Not a time above 0.
+    """
+    value = parse_wait(text)
+    if value <= 0:
+        raise InputError("not a time above 0", fix="as in 10ms")
+    return value
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -99,7 +101,8 @@ class MeasurementConfig(Config):
         "Longest time that an image waits for its batch to fill.",
         names=("--max-wait",),
         metavar="TIME",
-        parse=parse_milliseconds,
+        parse=parse_wait,
+        minimum=0,
         default_text="2ms",
     )
     with_preprocess: Path | None = option(
@@ -120,6 +123,11 @@ class MeasurementConfig(Config):
     def batched(self) -> int:
         """Largest batch that is formed; 1 for none."""
         return self.max_batch or 1
+
+    @property
+    def wait_ms(self) -> float:
+        """`max_wait_ms` or its default, in milliseconds."""
+        return MAX_WAIT_MS if self.max_wait_ms is None else self.max_wait_ms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -92,3 +93,21 @@ def test_count_broken_file_or_open_size_is_refused(net_file: Net, tmp_path: Path
         dim.dim_param = "side"
     with pytest.raises(InputError, match="fixed"):
         kernels.count(open_size)
+
+
+def test_count_int4_weights_have_half_a_byte_and_an_unknown_product(tmp_path: Path) -> None:
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.INT4, [4, 3, 3, 3], [1] * 108)
+    scale = onnx.numpy_helper.from_array(np.float32(0.5), "scale")
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "scale"], ["weight"]),
+        onnx.helper.make_node("Conv", ["x", "weight"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    tensors = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, channels, 8, 8])
+        for name, channels in (("x", 3), ("y", 4))
+    )
+    graph = onnx.helper.make_graph(nodes, "g", *([entry] for entry in tensors), [weight, scale])
+    (kernel,) = kernels.count(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    ).kernels
+    assert (kernel.weights, kernel.dtype) == (54, kernels.UNKNOWN)

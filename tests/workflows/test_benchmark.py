@@ -104,6 +104,12 @@ def test_search_benchmark_of_an_impossible_bound_has_no_best(net: str) -> None:
         result.require_success()
 
 
+def test_search_benchmark_of_a_wait_beyond_the_bound_still_tries_full_batches(net: str) -> None:
+    config = SearchConfig(what="qps", p99_ms=60, max_batch=2, max_wait_ms=61, queries=200)
+    (entry,) = search_benchmark([net], config).searches
+    assert entry.search.best is not None
+
+
 def test_profile_is_read_by_report(net: str) -> None:
     result = profile(net, ProfileConfig(seconds=0.05))
     assert result.profile.blocks[0].name == "stem"

@@ -15,6 +15,7 @@ from rtresnet.builder.layers import Layer, LayerTensor
 from rtresnet.core import artifacts, atomic_io, gpu_targets
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.sidecar import Link
+from rtresnet.reporting import performance
 from rtresnet.workflows import advisor
 from rtresnet.workflows import estimate as estimates
 from rtresnet.workflows.advisor import advise
@@ -171,6 +172,28 @@ def test_kernel_of_a_layer_is_per_image() -> None:
     assert estimates.kernel_of(fixed, 32) == kernel
     strided = dataclasses.replace(opened, operation="conv 1x1 + relu")
     assert estimates.kernel_of(strided, 32).read == (2 * 8 * 4,)
+
+
+def test_kernel_of_an_unknown_data_type_is_bounded_by_the_fastest_rate() -> None:
+    """A lower bound must not assume that an unlisted type computes slowly."""
+    gpu = roofline.find_gpu("RTX 4090")
+    layer = layer_of(inputs=(tensor(-1, 8, 4, 4, dtype="FP4"),), multiply_adds=10**9)
+    (bound,) = roofline.minimum_times([estimates.kernel_of(layer, 1)], gpu, 1)
+    assert bound.compute == pytest.approx(2e3 * 1e9 / (660.6 * 1e12))
+
+
+def test_estimate_counts_kernels_of_unknown_types(plans: dict[str, Path], tmp_path: Path) -> None:
+    def as_fp4(data: dict[str, Any]) -> None:
+        for layer in data["layers"]:
+            for tensor in (*layer["inputs"], *layer["outputs"]):
+                tensor["dtype"] = "FP4" if tensor["dtype"] == "Int8" else tensor["dtype"]
+
+    known, unknown = estimate(plans["int8"]), estimate(copied(plans["int8"], tmp_path, as_fp4))
+    assert known.unknown_types == 0 < unknown.unknown_types
+    for before, after in zip(known.results, unknown.results, strict=True):
+        assert after.compute_ms == pytest.approx(before.compute_ms)
+    text = " ".join(map(str, performance.estimate_lines(unknown)))
+    assert f"{unknown.unknown_types} of {unknown.kernels} kernels" in text
 
 
 def bench_file(path: Path, plan: Path, **fields: Any) -> Path:

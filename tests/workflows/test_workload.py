@@ -13,7 +13,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.workflows import workload
 from rtresnet.workflows.benchmark import BenchmarkConfig
 from rtresnet.workflows.benchmark_search import SearchConfig
-from rtresnet.workflows.workload import Workload, parse_milliseconds
+from rtresnet.workflows.workload import Workload, parse_milliseconds, parse_wait
 
 
 def test_measure_queued_clients_without_batcher_call_at_the_same_time() -> None:
@@ -48,6 +48,7 @@ def test_measure_queued_clients_without_batcher_call_at_the_same_time() -> None:
         ({"max_batch": 4}, "--max-batch"),
         ({"qps": 5, "max_batch": 4, "with_preprocess": "."}, "--max-batch"),
         ({"max_wait_ms": 1.0}, "--max-wait"),
+        ({"qps": 5, "max_batch": 4, "max_wait_ms": -1.0}, "max_wait_ms"),
         ({"seconds": 0}, "--seconds"),
         ({"seconds": float("nan")}, "--seconds"),
         ({"batch": (0,)}, "batch"),
@@ -79,6 +80,12 @@ def test_workload_scenario_follows_from_options(
     assert (requested.scenario, requested.batches) == (scenario, batches)
 
 
+@pytest.mark.parametrize(("wait", "expected"), [(None, 2.0), (0.0, 0.0), (5.0, 5.0)])
+def test_workload_max_wait_of_0_is_not_the_default(wait: float | None, expected: float) -> None:
+    config = BenchmarkConfig(qps=5, max_batch=4, max_wait_ms=wait)
+    assert config.workload().max_wait_ms == config.wait_ms == expected
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -106,9 +113,14 @@ def test_parse_milliseconds_of_a_time(text: str, expected: float) -> None:
     assert parse_milliseconds(text) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("text", ["0", "0ms", "0s", "0.0"])
+def test_parse_wait_takes_0(text: str) -> None:
+    assert parse_wait(text) == 0
+
+
 @pytest.mark.parametrize("text", ["", "0", "-1ms", "ms", "1e3", "1 h", "0ms"])
 def test_parse_milliseconds_of_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="a time above 0"):
+    with pytest.raises(InputError, match="not a time"):
         parse_milliseconds(text)
 
 
