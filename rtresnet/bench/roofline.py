@@ -72,7 +72,7 @@ class PeakRates:
             InputError: The device does not have it.
         """
         if dtype not in PRECISIONS:
-            rates = (getattr(self, name) for name in PRECISIONS)
+            rates: list[float | None] = [getattr(self, name) for name in PRECISIONS]
             return max(rate for rate in rates if rate is not None)
         if self.fp16 is None and dtype in ("fp16", "bf16"):  # a CPU
             return self.fp32

@@ -16,10 +16,11 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+CGROUPS = Path("/sys/fs/cgroup")
 # Where a module's name is not that of the package that brings it.
 DISTRIBUTIONS = {
     "tensorrt_rtx": "tensorrt-rtx-cu13",
@@ -238,15 +239,42 @@ def keep_freed_memory() -> None:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of free memory, within a container's limit; None if unknown."""
+    """Return the bytes of free memory, within the limit of a container; None if unknown."""
     limits = []
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="utf-8") as file:
         limits += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups 2 and 1
-        # A limit of "max" is none, and no whole number either.
-        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
-            limits.append(int(file.read()))
+    with contextlib.suppress(OSError):
+        limits += _free_in_groups(CGROUPS, Path("/proc/self/cgroup").read_text())
     return min(limits, default=None)
+
+
+def _free_in_groups(root: Path, membership: str) -> Iterator[int]:
+    """Yield the bytes that are left in each control group of a process with a limit of memory.
+
+    Args:
+        root: Where the groups are mounted. In a container that is often its own group, so that
+            the path in `membership` does not exist below it.
+        membership: Content of /proc/PID/cgroup, see cgroups(7): version 2 has no controllers.
+    """
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        limit, used, cached = names
+        group = top / path.lstrip("/")
+        while group != top.parent:
+            # A limit of "max" is none, and no whole number either.
+            with contextlib.suppress(OSError, ValueError):
+                free = int((group / limit).read_text()) - int((group / used).read_text())
+                stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+                # The kernel drops files that were read and not used since before it runs out.
+                yield max(0, free + int(stat.get(cached, 0)))
+            group = group.parent
 
 
 def cores() -> int:

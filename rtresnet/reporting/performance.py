@@ -12,7 +12,7 @@ from rtresnet.reporting.tables import DataTable, Row, number
 if TYPE_CHECKING:
     from rtresnet.bench.profile import Part
     from rtresnet.workflows.advisor import AdviceResult, PlanAccuracy
-    from rtresnet.workflows.estimate import EstimateResult, GpuEstimate
+    from rtresnet.workflows.estimate import EstimateResult, GpuEstimate, StageEstimate
     from rtresnet.workflows.profile import ProfileResult
 
 
@@ -27,9 +27,12 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     )
     if len(result.results) == 1:
         (gpu,) = result.results
+        parts: list[tuple[str, StageEstimate | GpuEstimate]] = [
+            *((stage.name, stage) for stage in gpu.stages), ("all", gpu)
+        ]  # fmt: skip
         rows: list[Row] = [
             (name, part.compute_ms, part.memory_ms, part.no_faster_than_ms, part.through_memory_ms)
-            for name, part in (*((stage.name, stage) for stage in gpu.stages), ("all", gpu))
+            for name, part in parts
         ]
         headings = (
             "stage", "arithmetic ms", "memory ms", "minimum ms (L2)", "minimum ms (memory)"

@@ -196,7 +196,7 @@ class _Searcher:
 
         # A single client would wait in vain for others to share its batch; at a high rate the
         # batch is full before.
-        unqueued = [self._calls(1, max_wait_ms=0.0) for _ in range(UNQUEUED)]
+        unqueued = [self._calls(1, wait=False) for _ in range(UNQUEUED)]
         late = sum((entry.latency.p99 or self._bound + 1) > self._bound for entry in unqueued)
         if late > UNQUEUED / 2:
             point = search.point(0.0, unqueued[0], self._bound)
@@ -230,12 +230,16 @@ class _Searcher:
             )
         return result
 
-    def _calls(self, batch: int, **changes: float) -> Measurement:
-        """Measure sequential requests under the workload with some of its fields changed."""
+    def _calls(self, batch: int, *, wait: bool = True) -> Measurement:
+        """Measure sequential requests; without `wait`, a batch does not wait to fill."""
         from rtresnet.bench import search
 
         workload = dataclasses.replace(
-            self._workload, scenario="closed", concurrency=1, seed=next(self._seeds), **changes
+            self._workload,
+            scenario="closed",
+            concurrency=1,
+            seed=next(self._seeds),
+            max_wait_ms=self._workload.max_wait_ms if wait else 0.0,
         )
         return workloads.measure_queued(
             self._session, workloads.candidate(self._session, workload, batch), workload, batch,

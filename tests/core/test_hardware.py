@@ -108,6 +108,39 @@ def test_available_memory_is_some_of_what_there_is() -> None:
         assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def write_group(folder: Path, version: int, limit: object, used: int, cached: int) -> None:
+    """Write the files of a control group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    limit_file, used_file, field = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    (folder / limit_file).write_text(f"{limit}\n")
+    (folder / used_file).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{field} {cached}\n")
+
+
+@pytest.mark.parametrize("inside", ["", "app"])  # the mount is the container's group, or above it
+@pytest.mark.parametrize("version", [1, 2])
+def test_available_memory_is_what_the_control_groups_have_left(
+    version: int, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    write_group(top, version, 10_000, 9_000, 500)
+    write_group(top / inside, version, 5_000, 4_000, 200)
+    membership = {1: "5:cpu:/\n4:memory:/app\n", 2: "0::/app\n"}[version]
+    own, *others = hardware._free_in_groups(tmp_path, membership)
+    assert own == 1_200 and others == ([1_500] if inside else [])
+    write_group(top / inside, version, "max", 4_000, 200)
+    assert 1_200 not in hardware._free_in_groups(tmp_path, membership)
+    write_group(top / inside, version, 5_000, 5_100, 0)
+    assert next(hardware._free_in_groups(tmp_path, membership)) == 0
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    used = list(hardware._free_in_groups(tmp_path, Path("/proc/self/cgroup").read_text()))
+    if used:  # this process is in a group of that version
+        assert hardware.available_memory() == min(used)
+
+
 def test_the_commit_is_gits_own(tmp_path: Path) -> None:
     """Of a branch, packed or not, of a detached head, of a worktree; None without git."""
     if shutil.which("git") is None:
