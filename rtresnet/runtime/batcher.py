@@ -87,7 +87,8 @@ class Batcher:
         workers: Number of batches computed at the same time, for a session that several threads
             may call at once. Default: the contexts of a plan, else 1.
         on_batch: Called after every batch, from a thread of the batcher, with its size, the
-            seconds of its call, and the exception that it raised or None.
+            seconds of its call, and the exception that it raised or None. What `on_batch`
+            itself raises is logged.
 
     Raises:
         InputError: A limit is out of range.
@@ -227,7 +228,10 @@ class Batcher:
                 call.future.batch_size = len(calls)
             if self._on_batch is not None and calls:
                 failure = outcome if isinstance(outcome, BaseException) else None
-                self._on_batch(len(calls), returned - called, failure)
+                try:
+                    self._on_batch(len(calls), returned - called, failure)
+                except BaseException:  # the batch must be counted and its calls answered
+                    log.exception("on_batch raised")
             with self._changed:
                 self._computed += 1
                 self._turn.notify_all()

@@ -63,6 +63,9 @@ NO_INTEGER_KERNELS = ("session.disable_quant_qdq", "1")
 # Removes a ReLU before a QuantizeLinear with zero point 0. Only unsigned types replace it: an FP8
 # ResNet-20 then has a signal to noise of 0 dB instead of 28 (ONNX Runtime 1.32).
 WRONG_IN_FP8 = ["ReluQuantRewrite"]
+TENSOR_TYPES = {
+    "float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)",
+}  # fmt: skip
 WITHOUT_ONNX = (
     "INT8 layers run in float, with the file's rounding, because the package onnx is not "
     "installed; for integer kernels: pip install 'rtresnet[export]'"
@@ -184,8 +187,9 @@ class OrtBackend:
         self._read_io()
 
     def _read_io(self) -> None:
-        tensor, outputs = self._session.get_inputs()[0], self._session.get_outputs()
-        self._input, self._shape = tensor.name, tensor.shape
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._inputs = {entry.name: (entry.type, entry.shape) for entry in inputs}
+        tensor = inputs[0]
         self.input_name: str = tensor.name
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         kind = "uint8" if tensor.type == "tensor(uint8)" else "float32"
@@ -197,8 +201,8 @@ class OrtBackend:
         names = [output.name for output in outputs]
         self._outputs = list(TOPK) if set(TOPK) <= set(names) else names[:1]
         self.output_names: list[str] = self._outputs
-        self._all_outputs = names  # a detector also has a second input
-        self._extent = next((entry.name for entry in self._session.get_inputs()[1:]), "")
+        self._all_outputs = names
+        self._extent = inputs[1].name if len(inputs) > 1 else ""  # of a detector
 
     def infer(self, images: np.ndarray) -> np.ndarray | TopK:
         """Run a batch of any N from 1. See `runtime.backend.Backend.infer`.
@@ -212,18 +216,12 @@ class OrtBackend:
         """
         if self._session is None:
             raise InputError("infer after close")
-        if not isinstance(images, np.ndarray):
-            raise InputError(f"images are {type(images).__name__}, not a NumPy array")
-        if not images.dtype.isnative:  # ONNX Runtime ignores the byte order
-            raise InputError(
-                f"images {images.dtype}: not in this machine's byte order",
-                fix="images.astype(images.dtype.newbyteorder('='))",
-            )
+        _require_native_array("images", images)
         if self.batch is None or not images.ndim or len(images) in (0, self.batch):
-            return _result(self._run(images))
+            return _result(self._run({self.input_name: images}))
         chunks = []
         for part, rows in pieces(images, self.batch):
-            values = self._run(part)
+            values = self._run({self.input_name: part})
             if any(len(value) != len(part) for value in values):
                 shapes = ", ".join(str(list(value.shape)) for value in values)
                 raise ArtifactError(
@@ -250,40 +248,28 @@ class OrtBackend:
         """
         if self._session is None:
             raise InputError("detect after close")
-        values = self._run(images, {self._extent: extent}, self._all_outputs)
-        return dict(zip(self._all_outputs, values, strict=True))
+        _require_native_array("images", images)
+        _require_native_array("extent", extent)
+        feeds = {self.input_name: images, self._extent: extent}
+        return dict(zip(self._all_outputs, self._run(feeds, self._all_outputs), strict=True))
 
     def _run(
-        self,
-        images: np.ndarray,
-        others: dict[str, np.ndarray] | None = None,
-        outputs: list[str] | None = None,
+        self, feeds: dict[str, np.ndarray], outputs: list[str] | None = None
     ) -> list[np.ndarray]:
         try:
-            values: list[np.ndarray] = self._session.run(
-                outputs or self._outputs, {self._input: images, **(others or {})}
-            )
+            values: list[np.ndarray] = self._session.run(outputs or self._outputs, feeds)
         except Exception as error:  # ONNX Runtime raises its own types, for both kinds
-            if self._accepts(images):
-                reason = _reason(error)
-                raise UnavailableError(
-                    f"{self.provider} failed: {reason}", fix=hardware.driver_fix(reason)
-                ) from error
-            raise InputError(
-                f"images {images.dtype} {list(images.shape)} do not fit: {str(error)[:200]}"
+            for name, entry in feeds.items():
+                if not _fits(entry, *self._inputs[name]):
+                    raise InputError(
+                        f"{name}: {entry.dtype} {list(entry.shape)} does not fit: "
+                        f"{str(error)[:200]}"
+                    ) from error
+            reason = _reason(error)
+            raise UnavailableError(
+                f"{self.provider} failed: {reason}", fix=hardware.driver_fix(reason)
             ) from error
         return values
-
-    def _accepts(self, images: np.ndarray) -> bool:
-        """Return whether type and shape fit the input; a name stands for any length from 1."""
-        return (
-            images.dtype == self.input_dtype
-            and len(images.shape) == len(self._shape)
-            and all(
-                length == expected if isinstance(expected, int) else length > 0
-                for length, expected in zip(images.shape, self._shape, strict=True)
-            )
-        )
 
     def timings(self) -> dict[str, float]:
         """Return an empty dict: ONNX Runtime has no events; only wall time is known."""
@@ -297,6 +283,29 @@ class OrtBackend:
     def close(self) -> None:
         """Drop the session."""
         self._session = None
+
+
+def _require_native_array(name: str, values: object) -> None:
+    """Raise InputError unless `values` is a NumPy array in this machine's byte order."""
+    if not isinstance(values, np.ndarray):
+        raise InputError(f"{name}: {type(values).__name__}, not a NumPy array")
+    if not values.dtype.isnative:  # ONNX Runtime ignores the byte order
+        raise InputError(
+            f"{name}: {values.dtype}, which is not in this machine's byte order",
+            fix=f"{name}.astype({name}.dtype.newbyteorder('='))",
+        )
+
+
+def _fits(values: np.ndarray, kind: str, shape: Sequence[int | str | None]) -> bool:
+    """Return whether an array fits an input; a name in its shape stands for any length from 1."""
+    return (
+        kind == TENSOR_TYPES.get(values.dtype.name)
+        and len(values.shape) == len(shape)
+        and all(
+            length == expected if isinstance(expected, int) else length > 0
+            for length, expected in zip(values.shape, shape, strict=True)
+        )
+    )
 
 
 def _choose_provider(

@@ -97,7 +97,7 @@ def test_a_session_takes_crops_whatever_the_file_does_itself(
         assert (session.image_shape, session.example(2).dtype) == ((32, 32, 3), np.uint8)
         assert session.prepare(crops) is crops
         np.testing.assert_array_equal(session(crops), logits)
-        with pytest.raises(rtresnet.InputError, match="do not fit"):
+        with pytest.raises(rtresnet.InputError, match="does not fit"):
             session(session.preprocess.normalize(crops))
     with rtresnet.load(files / f"{BOTH}.onnx", provider="cpu") as session:
         indices, probabilities = session(session.prepare(crops))

@@ -97,6 +97,25 @@ def test_batcher_raising_callback_stops_no_other(
     assert "from a callback" in caplog.text
 
 
+@pytest.mark.parametrize("kind", [SystemExit, ValueError])
+def test_batcher_raising_on_batch_is_logged_and_stops_no_call(
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_batch(size: int, seconds: float, failure: BaseException | None) -> None:
+        raise kind("from on_batch")
+
+    batcher = Batcher(lambda images: images, max_batch=1, on_batch=on_batch)
+    futures = [batcher.submit(image(value)) for value in range(4)]
+    assert [first(future) for future in futures] == [0, 1, 2, 3]
+    closing = threading.Thread(target=batcher.close, daemon=True)
+    closing.start()
+    closing.join(LONG)
+    assert not closing.is_alive()
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == (
+        ["from on_batch"] * 4
+    )
+
+
 def test_batcher_full_batches_do_not_change_the_wake_up_time() -> None:
     with Batcher(lambda images: images, max_batch=1, max_wait_ms=5) as batcher:
         for value in range(20):

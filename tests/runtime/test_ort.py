@@ -976,7 +976,7 @@ def test_infer_failing_provider_does_not_blame_the_images(
     )  # ONNX Runtime reads it as is
     for wrong in (images(2, 16), images(2).astype(np.float64), images(2)[0], images(0),
                   other_way_round):  # fmt: skip
-        with pytest.raises(InputError, match=r"do not fit|byte order"):
+        with pytest.raises(InputError, match=r"does not fit|byte order"):
             backend.infer(wrong)
     for nothing in (None, [[1.0]], "abc"):
         with pytest.raises(InputError, match="not a NumPy array"):
@@ -994,6 +994,37 @@ def test_infer_of_a_foreign_half_precision_file_runs(tmp_path: Path) -> None:
     images = np.arange(24, dtype=np.float16).reshape(2, 3, 2, 2)
     output = OrtBackend(tmp_path / "half.onnx", provider="cpu").infer(images)
     assert isinstance(output, np.ndarray) and (output == images.reshape(2, 12)).all()
+
+
+@pytest.fixture
+def two_inputs(tmp_path: Path) -> OrtBackend:
+    """A file with the inputs of a detector."""
+    value, canvas = helper.make_tensor_value_info, [1, 3, 4, 6]
+    net = helper.make_graph(
+        [helper.make_node("Identity", ["extent"], ["boxes"]),
+         helper.make_node("Identity", ["images"], ["scores"])], "net",
+        [value("images", TensorProto.FLOAT, canvas), value("extent", TensorProto.FLOAT, [1, 2])],
+        [value("boxes", TensorProto.FLOAT, [1, 2]), value("scores", TensorProto.FLOAT, canvas)],
+    )  # fmt: skip
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(net, opset_imports=[opset], ir_version=10), tmp_path / "two.onnx")
+    return OrtBackend(tmp_path / "two.onnx", provider="cpu")
+
+
+@pytest.mark.parametrize("wrong", ["images", "extent"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[0], lambda x: x[..., :1], lambda x: x.astype(np.float64),
+     lambda x: x.astype(x.dtype.newbyteorder()), lambda x: x.tolist()],
+    ids=["rank", "shape", "type", "byte order", "list"],
+)  # fmt: skip
+def test_detect_with_a_wrong_input_names_it_as_the_callers_fault(
+    two_inputs: OrtBackend, wrong: str, change: Callable[[np.ndarray], Any]
+) -> None:
+    feeds = {"images": np.ones((1, 3, 4, 6), np.float32), "extent": np.ones((1, 2), np.float32)}
+    with pytest.raises(InputError, match=wrong):
+        two_inputs.detect(**feeds | {wrong: change(feeds[wrong])})
+    assert two_inputs.detect(**feeds)["boxes"].tolist() == [[1, 1]]
 
 
 def test_infer_after_close_raises(onnx_file: OnnxFile, images: Images) -> None:
