@@ -1,5 +1,5 @@
-# make quickstart   set up .venv and see the whole way once: train, export, build, measure
-# make test         set up .venv and run the tests, but for the slow ones
+# make quickstart   set up .venv and run the whole pipeline: train, export, build, measure
+# make test         set up .venv and run the fast tests
 # make test-slow    run the tests that start real processes: kill and resume, torchrun, Ray, README
 # make test-all     run every test
 # make check        ruff, mypy, and linters of the Dockerfiles and workflows
@@ -13,7 +13,7 @@ EXTRAS := all-cpu,ray,triton,test
 BIN := .venv/bin
 # Always with the tested versions: a plain "torch" is a CUDA build of several GB.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# One worker per core; each takes its half of the tests, and then what others have not begun.
+# One worker per core; idle workers take tests that others have not started.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 quickstart: .venv/.ready

@@ -3,7 +3,7 @@
     python benchmarks/batcher.py [--seconds 3] [--rounds 5]
 
 Under load several threads keep twice a batch under way; the ideal is the same session called with
-ready batches, one after another. Both are measured in turn, a slice each, round after round; the
+ready batches, one after another. Both are measured alternately, round after round; the
 ratio is the median of the rounds'. A lone caller asks for one image at a time; what it waits beyond
 its own service time must not exceed the maximum wait, as a median; p90 says what the machine adds.
 The first two sessions sleep, so that their service time is known; the third is ResNet-18 in FP32,
@@ -77,7 +77,7 @@ def batched(session: Session, image: np.ndarray, batch: int, batches: int) -> fl
 
 
 def lone(session: Session, image: np.ndarray, batch: int, calls: int) -> tuple[list[float], float]:
-    """Milliseconds of each call of a lone caller, and the median without a batcher, in turn."""
+    """Milliseconds of each call of a lone caller, and the median without a batcher, alternately."""
     took, alone = [], []
     with Batcher(session, batch, WAIT_MS) as batcher:
         for _ in range(calls):
@@ -153,7 +153,7 @@ def main() -> None:
             where: dict[str, Any] = session.describe()
     headings = (
         "session", "pixels", "batch", "full batches, images/s", "Batcher, images/s", "share",
-        "of rounds", "lone call, ms", "its service, ms", "so it waited, ms", "p90",
+        "of rounds", "single call, ms", "compute, ms", "wait, ms", "p90",
         "maximum wait, ms",
     )  # fmt: skip
     rows = [
@@ -169,7 +169,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     caption = (
         f"{THREADS} threads on {hardware.cpu()}, {where['provider']}, {versions}; {options.rounds} "
-        f"rounds of {options.seconds:g} s each, in turn; a lone caller's figures are medians of "
+        f"rounds of {options.seconds:g} s each, alternately; single-call figures are medians of "
         f"{results[0]['n']} and {results[-1]['n']} calls. The machine was shared: load "
         f"{load_before:.1f} before the start."
     )

@@ -241,7 +241,7 @@ def bare(options: argparse.Namespace) -> list[Row]:
             with load_session(file) as session:
                 images = session.example(8)
                 loops, benches = [], []
-                for _ in range(options.rounds):  # in turn: a busy machine meets both
+                for _ in range(options.rounds):  # alternately: a busy machine meets both
                     count, begin = 0, time.perf_counter()
                     while time.perf_counter() - begin < options.seconds / 4:
                         session(images)
@@ -417,7 +417,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
         for name, section in record.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    caption = f"{hardware.cpu()}, {versions}. The machine meanwhile: {'. '.join(notes)}."
+    caption = f"{hardware.cpu()}, {versions}. Load during the measurement: {'. '.join(notes)}."
     path.with_suffix(".md").write_text(f"{table}\n\n{caption}\n")
     print(table, flush=True)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/build.py [rounds]
 
-Weights are untrained: build time does not depend on them. Both ways in turn, each build in a
+Weights are untrained: build time does not depend on them. Both ways alternately, each build in a
 process of its own, as people build: in one process the second finds the first one's memory. The
 clock starts with the modules imported; from the file on the disk to the plan on the disk. Ours also
 hashes, reads the layer dump, attests and writes the sidecar and the layers.
@@ -104,7 +104,7 @@ def main() -> None:
             )
     versions = hardware.versions(("rtresnet", "tensorrt-rtx-cu13"))
     caption = (
-        f"ONNX file to plan on the disk, in turn, medians and the median of the rounds' ratios; "
+        f"ONNX file to plan on disk, alternately; medians, and the median of the rounds' ratios; "
         f"{hardware.cpu()}, {', '.join(f'{k} {v}' for k, v in versions.items())}."
     )
     record = {"seconds": record, "device": hardware.cpu(), "versions": versions}

@@ -4,10 +4,9 @@
 
 Needs gcc and cuda-python. The stub does every operation at once with malloc and memcpy, and the
 engine computes nothing: what is left is Python, the bindings, and what the runtime adds to them.
-The same run times, in turn, the calls that no inference can do without: copy into pinned memory,
-copy in, graph launch,
-copy out, wait, copy the result. Goals: at most 20 us, and 2.5 times the lean sequence
-for `tensorrt`, whose copies are in its graph (TensorRT-RTX captures the engine alone).
+The same run alternates with the calls that no inference can do without: copy into pinned memory,
+copy in, graph launch, copy out, wait, copy the result. Goals: at most 20 us,
+and 2.5 times the minimal sequence for `tensorrt`, whose copies are in its graph (TensorRT-RTX captures the engine alone).
 
 Two more tables: `Batcher` on a device of 5 ms a batch, with and without pinned memory and a second
 context; and a call on a device of 0.5 ms next to a Python thread that computes, with Python's
@@ -60,10 +59,10 @@ def batcher_table(results: dict[str, Any]) -> str:
         )
         for row in results["rows"]
     ]  # fmt: skip
-    return markdown(("images", "gathered in memory that is", "images/s", "device busy"), rows) + (
+    return markdown(("images", "batch memory", "images/s", "device busy"), rows) + (
         f"\n\n`Batcher`, 32 images of {results['side']} pixels a batch, a device that takes "
         f"{results['wait_us'] / 1e3:g} ms a batch; median of {results['rounds']} rounds of "
-        "20 batches in turn. staged: a session that takes any array, one context."
+        "20 batches alternately. staged: a session that takes any array, one context."
     )
 
 
@@ -96,13 +95,13 @@ def main() -> None:
         for builder, entry in result.items()
     ]  # fmt: skip
     headings = (
-        "plan of", "infer, us", "median", "lean sequence, us", "median", "ratio", "driver calls",
+        "plan of", "infer, us", "median", "minimal sequence, us", "median", "ratio", "driver calls",
     )  # fmt: skip
     versions = hardware.versions(("cuda-bindings", "numpy"))
     facts = {"device": hardware.cpu(), "versions": versions, "load_before": before}
     caption = (
         "One image of 192 bytes, an engine that computes nothing, a stub of libcuda; minimum and "
-        f"median over {result['tensorrt']['rounds']} rounds of 200 calls in turn. "
+        f"median over {result['tensorrt']['rounds']} rounds of 200 calls alternately. "
         f"{facts['device']}, {', '.join(f'{n} {v}' for n, v in versions.items())}. Goals: "
         f"{GOAL_US:.0f} us, and for tensorrt a ratio of {GOAL_RATIO}. The machine was "
         f"shared: load {before:.1f} before the start."

@@ -5,7 +5,7 @@
 
 The plain loop is the customary one: open, convert, crop, resize for the "area" crop; for the
 paper's "scale" crop open, convert, resize to a drawn shorter side, cut. Files are in the page
-cache for both. Each way decodes and crops every photograph once a round, in turn; the ratio is the
+cache for both. Each way decodes and crops every photograph once a round; the ratio is the
 median of the rounds'. Before anything is timed the pixels are compared.
 """
 
@@ -155,7 +155,7 @@ def main() -> None:
     names = ("rtresnet", "numpy", "torch", "pillow", "simplejpeg")
     versions = ", ".join(f"{n} {v}" for n, v in hardware.versions(names).items())
     caption = (
-        f"One thread on {hardware.cpu()}, {versions}; each way in turn, {options.rounds} rounds; "
+        f"One thread on {hardware.cpu()}, {versions}; alternating ways, {options.rounds} rounds; "
         "speed: the median of the rounds' ratios to the plain loop."
     )
     save(

@@ -100,7 +100,7 @@ def main() -> None:
     profile = parts({"plain": plain, "twin": twin}, feed, arguments.runs)
     medians = {name: statistics.median(values) for name, values in times.items()}
     result = {
-        "what": "one image of 608 x 800 pixels, 100 regions, 1 thread; medians of runs in turn",
+        "what": "one image of 608 x 800 pixels, 100 regions, 1 thread; medians of alternating runs",
         "device": hardware.cpu(), "versions": hardware.versions(("rtresnet", "onnxruntime")),
         "load_before": load_before,
         "n": arguments.runs, "seconds": medians,

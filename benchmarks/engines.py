@@ -3,7 +3,7 @@
     python benchmarks/engines.py resnet18 resnet50 resnet152
 
 Weights are untrained: sizes, build times and speed do not depend on them. The three ONNX files of a
-net are measured in turn, in one process, at batch 1 and 8.
+net are measured alternately, in one process, at batch 1 and 8.
 
 The results say whether the processor has VNNI, and go into a file for each kind. To see the kernels
 of the other kind (gcc, objdump and Linux on x86-64):
@@ -92,7 +92,7 @@ def main() -> None:
     caption = (
         f"Plans by {plan['builder']} {plan['version']} for {', '.join(plan['targets'])}. Speed of "
         f"the ONNX files on {where['device']}, {kind}, {where['provider']}, "
-        f"{where['threads']} threads, {versions}; {options.seconds:g} s each, in turn; "
+        f"{where['threads']} threads, {versions}; {options.seconds:g} s each, alternately; "
         "speed against FP32; n batches of 8."
     )
     name = "engines" if options.provider == "cpu" else f"engines-{options.provider}"

@@ -190,7 +190,7 @@ class Client:
         return self._run(self._open(rate, seconds, seed))
 
     def closed_loop(self, callers: int, seconds: float) -> LoadResult:
-        """`callers` requests under way at any time."""
+        """`callers` requests in flight at any time."""
         return self._run(self._closed(callers, seconds))
 
     def _run(self, work: Any) -> LoadResult:

@@ -87,7 +87,7 @@ def lesions(options: argparse.Namespace) -> tuple[Any, list[tuple[object, ...]],
     ]
     headings = ("without", "top-1 %", "points lost", "INT8 dB")
     of = f"n = {result['n']} of {_name(options.data)}"
-    about = f"{result['model']}, whole: {result['top1']:.2f} %, {of}"
+    about = f"{result['model']}, all blocks: {result['top1']:.2f} %, {of}"
     return result, [headings, *rows], about
 
 

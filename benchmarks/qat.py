@@ -32,12 +32,15 @@ from rtresnet.quantization import simulate
 from rtresnet.training import qat
 
 
+def ran_heading(precision: str) -> str:
+    return "in integers %" if precision == "int8" else "on a CPU %"
+
+
 def headings(precision: str) -> tuple[str, ...]:
     name = precision.upper()
-    ran = "in integers %" if name == "INT8" else "on a CPU %"
     return (
         "net", "other tensors", "training images", "epochs", "torch and ONNX agree %", "of",
-        "equal logits %", "noise between them, dB", ran, "FP32 before %", f"{name} before %",
+        "equal logits %", "SNR, dB", ran_heading(precision), "FP32 before %", f"{name} before %",
         f"{name} after %", "drop, points", "95 %",
     )  # fmt: skip
 
@@ -124,8 +127,9 @@ def main() -> None:
     versions = hardware.versions(("rtresnet", "torch", "onnx", "onnxruntime"))
     caption = (
         f"Fine-tuned on {Path(options.data.partition(':')[2]).name}; equal logits: of torch and "
-        f"ONNX, bit for bit; noise between them: signal to noise of the file's logits against "
-        f"torch's; in integers, on a CPU: torch and the file as a CPU runs it agree; "
+        f"ONNX, bit for bit; SNR: signal-to-noise ratio of the file's logits against "
+        f"torch's; {ran_heading(options.precision).removesuffix(' %')}: agreement of torch with "
+        f"the file as ONNX Runtime runs it; "
         f"{options.precision.upper()} before: calibrated by mse on 512 training images; "
         f"drop: {options.precision.upper()} after against FP32 before; CPU, {hardware.cpu()}, "
         + ", ".join(f"{n} {v}" for n, v in versions.items())

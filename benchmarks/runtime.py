@@ -1,4 +1,4 @@
-"""The runtime next to what it stands on, in one run and in turn. A function a section.
+"""The runtime compared with the bare libraries, measured alternately. One function per section.
 
     python benchmarks/runtime.py [SECTION ...] [--seconds 10]
 
@@ -132,9 +132,9 @@ def session(seconds: float) -> tuple[dict[str, Any], str]:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     caption = (
         f"resnet18 in FP32, untrained, on {where['device']}, {where['provider']}, "
-        f"{where['threads']} threads, {versions}; calls in turn, medians; time: the median over n "
-        f"pairs of neighbouring calls; the goal is {GOAL} at most. With nothing to compute a "
-        f"call takes {cost:+.1f} us next to the bare one."
+        f"{where['threads']} threads, {versions}; alternating calls, medians; time: the median "
+        f"over n pairs of neighbouring calls; the goal is {GOAL} at most. With an empty "
+        f"model, a call takes {cost:+.1f} us compared with the bare call."
     )
     met = all(e["ratio"] <= GOAL for e in results)
     return (

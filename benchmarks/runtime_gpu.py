@@ -4,7 +4,7 @@
     python benchmarks/runtime_gpu.py --probe
 
 The engine's own rate is that of bare `execute_async_v3` calls, one after another, waited for once
-at the end. Next to it, in turn, `infer` on images and results that lie on the GPU, on numpy images,
+at the end. It alternates with `infer` on images and results that lie on the GPU, on numpy images,
 and without CUDA graphs. `--probe` finds out whether plans of TensorRT-RTX run on this GPU at all,
 for each target they can be built for, each in a process of its own; it is how sm_90 is asked.
 """
@@ -85,7 +85,7 @@ def bare(backend: TrtBackend, batch: int) -> Callable[[], object]:
 
 
 def compare(calls: dict[str, Callable[[], object]], images: int, seconds: float) -> dict[str, Any]:
-    """Rates in turn, ROUNDS times; the ratio is the median of the rounds' to the first."""
+    """Rates alternately, ROUNDS times; the ratio is the median of the rounds' to the first."""
     rounds = [
         {n: rate(c, images, seconds / ROUNDS) for n, c in calls.items()} for _ in range(ROUNDS)
     ]

@@ -14,11 +14,11 @@ own process. LitServe and Ray Serve are configured as their documentation recomm
   from the intended arrival, by bisection in steps of 5 % of `Batcher`'s throughput. Goals: 0.9 of
   `Batcher`'s rate, 1.3 times the better peer's. A machine with other work cannot hold 50 ms at any
   rate: `--p99` sets another limit.
-- ResNet-20, 32 px, FP32: requests a second with 32 requests under way. Goal: 3 times LitServe. CPU
+- ResNet-20, 32 px, FP32: requests a second with 32 requests in flight. Goal: 3 times LitServe. CPU
   per request is the time of all of the server's processes (of the client and the session for
   `Batcher`): other work on the machine changes it less than it changes the rate.
 
-The servers are measured in turn, round after round; the table has medians of the rounds.
+The servers are measured alternately, round after round; the table has medians of the rounds.
 """
 
 from __future__ import annotations
@@ -296,8 +296,8 @@ def main() -> None:
     caption = (
         f"{hardware.cpu()}, {where['provider']}, 1 thread, {versions}, LitServe {litserve}, Ray "
         f"{ray}; batches to {MAX_BATCH}, wait {MAX_WAIT_MS:g} ms; medians of {options.rounds} "
-        f"rounds in turn, {options.seconds:g} s each; {CALLERS} requests under way at 32 px. "
-        "Client and server share the machine's cores, and so did other work: load "
+        f"rounds alternately, {options.seconds:g} s each; {CALLERS} requests in flight at 32 px. "
+        "Client and server share the machine's cores, with other processes: load "
         f"{load_before:.1f} before the start."
     )
     record = {

@@ -239,7 +239,7 @@ def main() -> None:
         f"{growth['last_mb']:.1f}", f"{growth['requests_between']:,}",
     )]  # fmt: skip
     headings = (
-        "s", "answers checked", "hostile clients", "lost, wrong or twice", "errors in the log",
+        "s", "answers checked", "hostile clients", "lost, wrong or duplicate", "errors in the log",
         "exit code", "memory after a tenth, MB", "at the end, MB", "requests between",
     )  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())

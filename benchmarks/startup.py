@@ -67,12 +67,12 @@ def main() -> None:
     versions = hardware.versions(("rtresnet", "click"))
     load = os.getloadavg()[0]
     caption = (
-        f"Medians of {rounds} processes each, in turn, in ms; {hardware.cpu()}, "
+        f"Medians of {rounds} processes each, alternately, in ms; {hardware.cpu()}, "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; load average "
         f"{load:.1f} of {hardware.cores()} cores."
-        + (" Other work ran: compare processor times." if load > hardware.cores() / 2 else "")
+        + (" The machine was busy: compare CPU times only." if load > hardware.cores() / 2 else "")
     )
-    headings = ("command", "wall", "processor", "processor, above an empty process")
+    headings = ("command", "wall ms", "CPU ms", "CPU ms above an empty process")
     record = {"medians_ms": medians, "rounds": rounds, "load": load, "versions": versions,
               "device": hardware.cpu()}  # fmt: skip
     save("startup", record, markdown(headings, rows) + "\n\n" + caption)

@@ -3,7 +3,7 @@
     python benchmarks/train.py [--rounds 8]
 
 Same net, uint8 images in memory, batch, threads and augmentation (pad, crop, mirror). Each loop has
-a process of its own, which is suspended while another one is measured; a few steps of each in turn,
+a process of its own, which is suspended while another one is measured; a few steps of each,
 ratios round by round, the median of them: on a machine that does nothing else, and with a busy
 process on every second core.
 
@@ -305,7 +305,7 @@ def stop(running: Mapping[str, Running]) -> None:
 def in_turn(
     running: Mapping[str, Running], rounds: int, steps: int, batch: int, *, base: str
 ) -> dict[str, dict[str, float]]:
-    """Measure the loops in turn; returns the speed of each relative to `base`."""
+    """Measure the loops alternately; returns the speed of each relative to `base`."""
     seconds: dict[str, list[float]] = {name: [] for name in running}
     names = list(running)
     for number in range(rounds):

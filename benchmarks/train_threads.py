@@ -5,7 +5,7 @@
 OpenMP's threads spin while they wait for each other (active waiting), which costs little on a free
 machine and much where other processes need the cores. `rtresnet train` lets them sleep after 1,000
 turns, unless the user has set OMP_WAIT_POLICY. Each setting has a process of its own, which is
-suspended while another one is measured; a few steps of each in turn, ratios round by round, the
+suspended while another one is measured; a few steps of each alternately, ratios round by round, the
 median of them. The load is one busy process for every second core.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
         f"{name} {version}" for name, version in hardware.versions(("rtresnet", "torch")).items()
     )
     caption = (
-        f"ResNet-20 in fp32, batch {BATCH[32]}, on {hardware.cpu()}, {hardware.cores()} cores, "
+        f"ResNet-20 in fp32, batch {BATCH[32]}, on {hardware.cpu()}, "
         f"{versions}; load average of other processes before the run: {before:.1f}; speed: "
         "the median of the rounds' ratios to OpenMP's default."
     )

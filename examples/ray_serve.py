@@ -37,7 +37,7 @@ class Classifier:
         return self.session.prepare([np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))])[0]
 
     async def __call__(self, request: Request) -> JSONResponse:
-        """Answers a request."""
+        """Answer a request."""
         try:
             image = await asyncio.to_thread(self._prepare, await request.body())
         except (OSError, ValueError, Image.DecompressionBombError):
@@ -51,7 +51,7 @@ class Classifier:
 
 
 def main() -> None:
-    """Deploys the model, asks it once, and ends, or serves until Ctrl-C with --wait."""
+    """Deploy the model and send one request; with --wait, serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="engines/resnet20-int8.onnx")
     parser.add_argument("--replicas", type=int, default=1)
