@@ -6,7 +6,8 @@ Needs gcc and cuda-python. The stub does every operation at once with malloc and
 engine computes nothing: what is left is Python, the bindings, and what the runtime adds to them.
 The same run alternates with the calls that no inference can do without: copy into pinned memory,
 copy in, graph launch, copy out, wait, copy the result. Goals: at most 20 us,
-and 2.5 times the minimal sequence for `tensorrt`, whose copies are in its graph (TensorRT-RTX captures the engine alone).
+and 2.5 times the minimal sequence for `tensorrt`, whose copies are in its graph (TensorRT-RTX
+captures the engine alone).
 
 Two more tables: `Batcher` on a device of 5 ms a batch, with and without pinned memory and a second
 context; and a call on a device of 0.5 ms next to a Python thread that computes, with Python's
