@@ -146,7 +146,8 @@ def reference_pages() -> dict[Path, str]:
 API_GROUPS = {
     "Load and run": ("runtime.session", "workflows.loading", "runtime.batcher", "runtime.cuda",
                      "core.preprocess", "workflows.input_spec"),
-    "Train": ("workflows.data", "workflows.pack", "workflows.train", "workflows.weights"),
+    "Train": ("workflows.data", "workflows.pack", "workflows.train",
+              "workflows.train_job", "workflows.weights"),
     "Export and quantize": ("workflows.export", "workflows.adopt", "workflows.quantize",
                             "workflows.lint", "workflows.embedded"),
     "Build": ("workflows.build",),

@@ -119,7 +119,8 @@ if TYPE_CHECKING:
         DetectionStudyResult,
         study_detection,
     )
-    from rtresnet.workflows.train import TrainConfig, TrainResult, train
+    from rtresnet.workflows.train import TrainResult, train
+    from rtresnet.workflows.train_job import TrainConfig
     from rtresnet.workflows.weights import WeightsResult, export_weights, import_weights
 
 __version__ = "0.1.0"
@@ -138,7 +139,8 @@ _MODULES = {
     "runtime.session": "Session",
     "workflows.loading": "load RuntimeConfig",
     "workflows.input_spec": "InputConfig",
-    "workflows.train": "train TrainConfig TrainResult",
+    "workflows.train": "train TrainResult",
+    "workflows.train_job": "TrainConfig",
     "workflows.detect_train": "train_detector TrainDetectorConfig TrainDetectorResult",
     "workflows.detect_evaluate": "evaluate_detector EvaluateDetectorResult",
     "workflows.detect_predict": "detect DetectResult",

@@ -13,16 +13,13 @@ from rtresnet.cli.options import config_options
 from rtresnet.reporting import predictions
 from rtresnet.workflows.data import DataInspectConfig, DataInspectResult, inspect_data
 
-SMALL_IMAGE = 64  # median height, in pixels
-
 
 @click.command("data")
 @click.argument("source")
 @config_options(DataInspectConfig)
 @click.option(
     "--model",
-    help="Net whose augmented training images the page shows.  [default: resnet20 for images up to "
-    "64 pixels, else resnet18]",
+    help="Net whose augmented training images the page shows.  [default: the net of train]",
 )
 @click.option(
     "--recipe",
@@ -55,14 +52,9 @@ def _write_page(
     from rtresnet.reporting import pages
     from rtresnet.workflows import gallery
     from rtresnet.workflows.data import augmented_batch
-    from rtresnet.workflows.train import TrainConfig
+    from rtresnet.workflows.train_job import TrainConfig
 
-    heights = result.splits[0].heights
-    small = not heights or heights[2] <= SMALL_IMAGE
-    config = TrainConfig(
-        data=result.data, model=model or ("resnet20" if small else "resnet18"), recipe=recipe
-    )
-    batch = augmented_batch(config)
+    batch = augmented_batch(TrainConfig(data=result.data, model=model, recipe=recipe))
     images = {
         (split, index): image
         for split, indices in pages.data_images(result).items()

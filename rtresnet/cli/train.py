@@ -15,7 +15,8 @@ from rtresnet.core.errors import InputError
 from rtresnet.reporting import predictions
 from rtresnet.workflows.detect_train import TrainDetectorConfig
 from rtresnet.workflows.input_spec import InputConfig
-from rtresnet.workflows.train import TrainConfig, TrainResult, train
+from rtresnet.workflows.train import TrainResult, train
+from rtresnet.workflows.train_job import TrainConfig
 
 ONLY_DETECT = ("backbone", "test_data")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -64,11 +64,24 @@ class DecodeErrors:
             return
         self.skipped[index] = str(error)
         self.warn(f"skipped {error}")
+        self._require_tolerated()
+
+    def merge(self, others: Iterable[Mapping[int, str]]) -> None:
+        """Also count the images that other processes found broken, given as `skipped`.
+
+        Raises:
+            DataError: More images are broken than tolerated.
+        """
+        for skipped in others:
+            self.skipped |= skipped
+        self._require_tolerated()
+
+    def _require_tolerated(self) -> None:
         broken = self.known + len(self.skipped)
-        if broken / self.total > self.tolerated:
+        if self.skipped and broken / self.total > self.tolerated:
             raise DataError(
                 f"{broken} of {self.total} images cannot be decoded, which is more than "
-                f"{100 * self.tolerated:g}%: the last one is {error}",
+                f"{100 * self.tolerated:g}%: the last one is {[*self.skipped.values()][-1]}",
                 fix=self.fix,
             )
 

@@ -110,9 +110,9 @@ def plan(nets: Mapping[str, Spec], terms: Terms) -> list[Run]:
     for seed in range(terms.seeds):
         for label, spec in nets.items():
             preprocess = Preprocess.for_size(terms.size or spec.size)
-            recipe = recipes.resolve(
+            recipe = loader.resolve_recipe(
                 terms.recipe,
-                images=len(terms.source) * 9 // 10,
+                terms.source,
                 size=preprocess.size,
                 depth=spec.depth,
                 settings={**terms.settings, "seed": seed},

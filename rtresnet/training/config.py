@@ -47,7 +47,8 @@ class EpochRecord(TypedDict):
         seconds: Training time, without evaluation.
         skipped: Images ignored because they cannot be decoded.
         waiting: Share of `seconds` in which the net waited for data, in [0, 1].
-        decoded_per_core: Photographs that one core decodes and crops per second; None for arrays.
+        decoded_per_core: Photographs that one core decoded and cropped per second in this epoch;
+            None for arrays.
     """
 
     epoch: int

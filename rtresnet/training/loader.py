@@ -9,22 +9,25 @@ copied to the device as uint8, and augmented there in batches.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rtresnet.core.errors import DataError
+from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import plural
 from rtresnet.data import augment, loader, trivial
 from rtresnet.data.decode import CorruptImage
 from rtresnet.data.sources import Arrays, Source
+from rtresnet.training import recipes
 from rtresnet.training.config import Recipe
 from rtresnet.training.distributed import ALONE, World
 
@@ -59,6 +62,35 @@ def split(source: Source, recipe: Recipe) -> Split:
             f"{source.name}: {plural(len(source), 'image')}, too few to train on and to hold out",
             fix="use at least 20 images",
         )
+    return _divided(source, recipe)
+
+
+def training_images(source: Source, recipe: Recipe) -> int:
+    """Return the number of images that `split` leaves to train on, also of a set too small."""
+    return len(_divided(source, recipe).train)
+
+
+def resolve_recipe(
+    name: str, source: Source, *, size: int, depth: int, settings: Mapping[str, Any]
+) -> Recipe:
+    """Adapt a named recipe to the training images of a set; see `recipes.resolve`.
+
+    Raises:
+        UnknownNameError: The recipe or a field is unknown.
+        InputError: A value that is out of bounds, or a batch of more than the training images.
+    """
+    shares = {key: settings[key] for key in ("holdout", "split", "seed") if key in settings}
+    divided = dataclasses.replace(recipes.named(name), **shares)
+    images = training_images(source, divided)
+    if settings.get("batch", 0) > images:
+        raise InputError(
+            f"a batch of {settings['batch']} images: {source.name} has {images} training images",
+            fix=f"--batch {min(images, 64)}",
+        )
+    return recipes.resolve(name, images=images, size=size, depth=depth, settings=settings)
+
+
+def _divided(source: Source, recipe: Recipe) -> Split:
     order = np.random.default_rng((recipe.seed, SPLIT)).permutation(len(source))
     test_share = 0.0 if source.splits else 0.1
     if recipe.split == "random":
@@ -145,6 +177,13 @@ class TrainLoader:
             self.pixels = torch.from_numpy(np.ascontiguousarray(source.images)).to(device)
         self.labels = torch.from_numpy(source.labels).to(device)
         self.flips = np.random.default_rng((recipe.seed, FLIP)).random(len(source)) < 0.5
+
+    def decode_rate(self) -> float | None:
+        """Return the photographs that a core decoded per second since the last call, if any."""
+        with self._lock:
+            decoded, seconds = self.decoded, self.decode_seconds
+            self.decoded, self.decode_seconds = 0, 0.0
+        return decoded / seconds if seconds else None
 
     def steps(self, first: int, end: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Make the batches of steps `first` to `end` - 1 of the run, all in one epoch.

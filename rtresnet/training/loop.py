@@ -315,6 +315,7 @@ class _Run:
 
     def _evaluate_epoch(self) -> EpochRecord:
         val = None
+        self.tally.merge(self.world.gather(self.tally.skipped))
         if len(self.parts.val):
             val = self._accuracy(self.source, self.parts.val)
         sums, last = self.state.sums, self.state.step - 1
@@ -332,9 +333,7 @@ class _Run:
             seconds=sums.seconds,
             skipped=len(self.tally.skipped),
             waiting=min(1.0, sums.waited / sums.seconds),
-            decoded_per_core=self.loader.decoded / self.loader.decode_seconds
-            if self.loader.decode_seconds
-            else None,
+            decoded_per_core=self.loader.decode_rate(),
         )
 
     def _complete_epoch(self, record: EpochRecord) -> None:

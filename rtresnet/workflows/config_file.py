@@ -22,7 +22,7 @@ from rtresnet.core import atomic_io
 from rtresnet.core.config import options_of
 from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.workflows.input_spec import InputConfig
-from rtresnet.workflows.train import RECIPE_FIELDS, TrainConfig
+from rtresnet.workflows.train_job import RECIPE_FIELDS, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,7 +15,7 @@ from rtresnet.core.config import Config, option
 from rtresnet.core.reporter import Reporter
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch
-from rtresnet.workflows.train import TrainConfig, new_job
+from rtresnet.workflows.train_job import TrainConfig, new_job
 from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:

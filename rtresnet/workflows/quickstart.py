@@ -21,7 +21,8 @@ from rtresnet.workflows.compare import CompareResult, compare
 from rtresnet.workflows.evaluate import EvaluateResult, evaluate, record_accuracy
 from rtresnet.workflows.export import ExportConfig, ExportResult, export
 from rtresnet.workflows.quantize import QuantizeConfig
-from rtresnet.workflows.train import TrainConfig, TrainResult, train
+from rtresnet.workflows.train import TrainResult, train
+from rtresnet.workflows.train_job import TrainConfig
 
 MODEL, DATA = "resnet20", "digits"
 NEEDED = ("torch", "onnx", "onnxruntime", "tensorrt_rtx", "sklearn", "matplotlib")

@@ -17,7 +17,7 @@ from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import json_name
 from rtresnet.data import DATA_HELP
 from rtresnet.workflows.loading import require_torch, torch_device
-from rtresnet.workflows.train import NOT_MIRRORED
+from rtresnet.workflows.train_job import NOT_MIRRORED
 from rtresnet.workflows.train_text import recipe_lines
 
 if TYPE_CHECKING:

@@ -214,3 +214,18 @@ def test_images_without_labels_are_sampled_too() -> None:
 @pytest.mark.parametrize(("side", "expected"), [(8, 128), (32, 128), (64, 32), (224, 4), (480, 4)])
 def test_the_batch_shrinks_as_images_grow(side: int, expected: int) -> None:
     assert batch_size(Preprocess(size=side, resize=side)) == expected
+
+
+def test_decode_errors_of_several_processes_count_together() -> None:
+    """Each process meets other broken images; together they are more than tolerated."""
+    first, second = (DecodeErrors(100, tolerated=0.02) for _ in range(2))
+    for tally, indices in ((first, (1, 2)), (second, (2, 3))):
+        for index in indices:
+            tally.skip(index, CorruptImage(f"{index}.jpg"))
+    shared = [dict(tally.skipped) for tally in (first, second)]
+    with pytest.raises(DataError, match="3 of 100 images"):
+        first.merge(shared)
+    tolerant = DecodeErrors(100, tolerated=0.03)
+    tolerant.merge(shared)
+    assert sorted(tolerant.skipped) == [1, 2, 3]
+    DecodeErrors(100, tolerated=0, known=3).merge([{}])  # those were tolerated before

@@ -275,3 +275,13 @@ def test_feed_creates_no_constants_after_the_first_step() -> None:
     with Calls() as calls:
         list(feed.steps(0, 10))
     assert calls.created == 0
+
+
+def test_decode_rate_counts_the_photographs_since_the_last_call(tmp_path: Path) -> None:
+    feed = photo_feed(photographs(tmp_path))
+    assert feed.decode_rate() is None
+    list(feed.steps(0, 2))
+    assert feed.decoded == 20 and feed.decode_seconds > 0
+    rate = feed.decode_rate()
+    assert rate is not None and rate > 0
+    assert feed.decode_rate() is None

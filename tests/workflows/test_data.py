@@ -14,7 +14,7 @@ from rtresnet.cli.main import main
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.workflows.data import DataInspectConfig, augmented_batch, inspect_data
 from rtresnet.workflows.evaluate import EvaluateConfig, evaluate
-from rtresnet.workflows.train import TrainConfig
+from rtresnet.workflows.train_job import TrainConfig
 from tests.workflows.test_duplicates import scenes
 
 
