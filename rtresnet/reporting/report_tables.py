@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Literal
 
+from rtresnet.bench.verdict import NO_DIFFERENCE
 from rtresnet.core.errors import UnknownNameError
 from rtresnet.reporting.result_files import Entry, Estimate
 from rtresnet.reporting.results import Artifact, Results, latest, scenario
@@ -32,7 +33,7 @@ def summary(results: Results) -> list[str]:
             continue
         line = (
             f"{artifact.name} takes {number(entry['latency']['median'])} ms for a batch of "
-            f"{batch}, {speed(entry, reference):.2f} times as fast as {base.name}"
+            f"{batch}, {_compared(entry, reference, base.name)}"
         )
         if artifact.score is not None and base.score is not None:
             points, measure = artifact.score - base.score, base.measure
@@ -54,10 +55,27 @@ def remarks(results: Results) -> list[str]:
     return lines
 
 
+def _compared(entry: Entry, reference: Entry, name: str) -> str:
+    """Compare speeds in words, with the verdict of `bench` where it compared these two."""
+    comparison = entry.get("comparison") if _paired(entry, reference) else None
+    if comparison and comparison["verdict"] == NO_DIFFERENCE:
+        return f"{NO_DIFFERENCE} from {name}"
+    return f"{speed(entry, reference):.2f} times as fast as {name}"
+
+
+def _paired(entry: Entry, reference: Entry) -> bool:
+    """Return whether `bench` measured both in one call, in turn."""
+    return (
+        bool(entry.get("speed"))
+        and reference.get("speed") == 1
+        and entry.get("versions") == reference.get("versions")
+    )
+
+
 def speed(entry: Entry, reference: Entry) -> float:
     """Paired where `bench` measured both in one call, in turn; else the ratio of medians."""
-    paired = entry.get("speed") if reference.get("speed") == 1 else None
-    if paired and entry.get("versions") == reference.get("versions"):
+    paired = entry.get("speed") if _paired(entry, reference) else None
+    if paired:
         return paired
     return reference["latency"]["median"] / entry["latency"]["median"]
 
@@ -268,14 +286,14 @@ def _bounds(results: Results) -> DataTable:
         for bound in estimate["results"]
     ]  # fmt: skip
     about = (
-        "From published peak rates. Minimum: if all tensors that fit the L2 cache stay "
-        "there. Through memory: if every kernel writes its output to memory. Measured: median of "
+        "From published peak rates. Minimum (L2): if all tensors that fit the L2 cache stay "
+        "there. Minimum (memory): if every kernel writes its output to memory. Measured: median of "
         "the computation, or of the latency if that is unknown, on the same GPU and batch."
     )
     return DataTable(
         title="Lower bounds, not measurements",
-        headings=("artifact", "GPU", "batch", "MB moved", "kernels", "minimum, ms",
-                  "through memory, ms", "measured, ms"),
+        headings=("artifact", "GPU", "batch", "MB moved", "kernels", "minimum (L2), ms",
+                  "minimum (memory), ms", "measured, ms"),
         rows=list(dict.fromkeys(rows)),
         about=" ".join([about, *dict.fromkeys(results.advice)]),
     ).without_empty_columns()  # fmt: skip

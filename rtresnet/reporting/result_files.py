@@ -65,6 +65,12 @@ class Load(TypedDict):
     in_flight: NotRequired[Count | None]
 
 
+class ComparisonRecord(TypedDict):
+    """A speed compared with that of the first artifact of the same call; see `bench.verdict`."""
+
+    verdict: Literal["faster", "slower", "no difference shown"]
+
+
 class Entry(Where):
     """One artifact at one batch, under one load."""
 
@@ -80,6 +86,7 @@ class Entry(Where):
     latency: LatencyRecord
     parts: NotRequired[dict[str, LatencyRecord] | None]
     speed: NotRequired[Positive | None]
+    comparison: NotRequired[ComparisonRecord | None]
     steady: NotRequired[bool | None]
     samples: NotRequired[list[Positive] | None]
     environment: NotRequired[Environment | None]

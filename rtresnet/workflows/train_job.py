@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -162,7 +163,7 @@ class TrainConfig(Config):
     tensorboard: bool = option(False, "Same as --log tensorboard.")
 
 
-def recipe_settings(config: TrainConfig) -> dict[str, Any]:
+def recipe_settings(config: TrainConfig) -> Mapping[str, Any]:
     """Return the fields of the recipe that the options set."""
     from rtresnet.training import recipes
 
@@ -220,7 +221,7 @@ def new_job(
         source,
         size=preprocess.size,
         depth=spec.depth,
-        settings=({"flip": "none"} if data in NOT_MIRRORED else {}) | settings,
+        settings={**({"flip": "none"} if data in NOT_MIRRORED else {}), **settings},
     )
     return TrainJob(
         spec=spec, source=source, test=test, preprocess=preprocess, recipe=recipe, out=folder,
@@ -278,7 +279,7 @@ def resumed_job(
     saved = checkpointing.saved_run(folder)
     name = {"name": recipes.named(config.recipe).name} if config.recipe else {}
     recipe = Recipe(**saved.training["recipe"])
-    options = dataclasses.replace(recipe, **(name | recipe_settings(config)))
+    options = dataclasses.replace(recipe, **{**name, **recipe_settings(config)})
     checkpointing.check_same_recipe(folder, saved.training["recipe"], options)
     spec = zoo.spec(config.model) if config.model else saved.spec
     if spec.name != saved.spec.name or stated.applied_to(saved.input) != saved.input:

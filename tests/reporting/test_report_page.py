@@ -54,6 +54,24 @@ def test_the_summary_says_what_is_gained_and_lost(measured: list[Path]) -> None:
     assert "2.67 times as fast as net-fp32.onnx, with -1.50 points of top-1" in lines[1]
 
 
+def test_summary_calls_a_difference_only_what_bench_calls_one(
+    measured: list[Path], tmp_path: Path
+) -> None:
+    """A ratio of 1.02 within the noise is no gain; bench and the page must agree on that."""
+    for path in measured:
+        document = json.loads(path.read_text())
+        if document["verb"] != "bench":
+            continue
+        for entry in document["result"]["results"]:
+            verdict = "no difference shown" if "fp16" in entry["measured"] else "faster"
+            entry["comparison"] = {"verdict": verdict, "low": 0.99, "high": 1.02}
+            entry["speed"] = 1.0 if "fp32" in entry["measured"] else entry["speed"]
+        path.write_text(json.dumps(document))
+    lines = report_tables.summary(results.gather(measured))
+    assert "no difference shown from net-fp32.onnx" in lines[0]
+    assert "times as fast" not in lines[0] and "times as fast" in lines[1]
+
+
 def test_it_is_small_self_contained_and_escaped(text: str) -> None:
     assert len(text) < 2_000_000
     assert set(re.findall(r'(?:src|href)="([^"#]*)"', text)) <= {"data:,"}

@@ -314,7 +314,7 @@ def test_bounds_are_shown_next_to_what_was_measured_on_the_same_gpu(write: Write
         ("net-int8.plan", "L4", 0.75), ("net-int8.plan", "RTX 4090", None),
         ("net-fp16.plan", "L4", None), ("net-fp16.plan", "RTX 4090", None),
     ]  # fmt: skip
-    assert rows[0]["MB moved"] == 12.5 and rows[0]["minimum, ms"] == 0.25
+    assert rows[0]["MB moved"] == 12.5 and rows[0]["minimum (L2), ms"] == 0.25
 
 
 def test_bounds_of_a_plan_alone_make_a_report_and_broken_ones_do_not(write: Write) -> None:
