@@ -112,17 +112,22 @@ def static(text: str) -> str:
 
 API_HEAD = """# Python API
 
-Everything here is imported from `rtresnet`, for example `rtresnet.build`. `import rtresnet` loads
-nothing else; each name is loaded on first use. Configs and results are frozen dataclasses; a config
-that is not valid raises `InputError` where it is made.
+Import everything from `rtresnet`: `rtresnet.build`, for example. The headings below show the modules
+that define the names; these can change. `import rtresnet` loads no other module; each name is loaded
+on first use. Configs and results are frozen dataclasses. An invalid config raises `InputError` when
+it is created.
 """
 LINT_HEAD = """# Lint rules
 
 `rtresnet lint FILE.onnx` checks a quantized ONNX file from any tool for problems in TensorRT. It
-needs neither a GPU nor TensorRT. An error is refused by TensorRT, computed differently than in ONNX
-Runtime, or runs in float where the file says INT8. A warning costs speed or accuracy. The exit code
-is 1 where there is an error or a warning. `--fix OUT.onnx` repairs what can be repaired without
-changing one bit of the outputs.
+needs neither a GPU nor TensorRT.
+
+- Error: TensorRT rejects the file, computes different values than ONNX Runtime, or runs a layer in
+  float although the file specifies INT8.
+- Warning: the file loses speed or accuracy.
+
+The exit code is 1 if there is an error or a warning. `--fix OUT.onnx` repairs what can be repaired
+without changing one bit of the outputs.
 
 | rule | severity | problem | fix |
 |---|---|---|---|"""
@@ -134,6 +139,7 @@ def reference_pages() -> dict[Path, str]:
         DOCS / "reference" / "api.md": _api_page(),
         DOCS / "reference" / "lint.md": _lint_page(),
         DOCS / "generated" / "gpu-rates.md": _rates_table(),
+        DOCS / "generated" / "fp8-modelopt.md": _fp8_table(),
         DOCS / "generated" / "package.md": package_page(README.read_text()),
     }
     for name in rtresnet.__all__:
@@ -199,6 +205,24 @@ def _rates_table() -> str:
         page = f"[page]({gpu.checked})" if gpu.checked else "unverified"
         cells = ["-" if figure is None else f"{figure:,g}" for figure in figures]
         rows.append(f"| {' | '.join([gpu.name, *cells, gpu.source, page])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _fp8_table() -> str:
+    """Return the agreement of FP8 files by rtresnet and by ModelOpt, per net and images."""
+    columns = {
+        "rtresnet, auto": "rtresnet, all but the first",
+        "rtresnet, auto, from 32 channels": "rtresnet, `--fp8-min-channels 32`",
+        "ModelOpt, max": "ModelOpt, `max`",
+        "ModelOpt, entropy": "ModelOpt, `entropy`",
+    }
+    agreement: dict[tuple[str, int], dict[str, float]] = {}
+    for entry in json.loads((RESULTS / "quantize-fp8.json").read_text())["results"]:
+        agreement.setdefault((entry["net"], entry["n"]), {})[entry["by"]] = entry["agreement"]
+    rows = [f"| net | images | {' | '.join(columns.values())} |", "|---" * 6 + "|"]
+    for (net, n), values in agreement.items():
+        cells = " | ".join(f"{values[by]:.2f} %" for by in columns)
+        rows.append(f"| {net} | {n:,} | {cells} |")
     return "\n".join(rows) + "\n"
 
 
