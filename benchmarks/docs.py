@@ -112,10 +112,10 @@ def static(text: str) -> str:
 
 API_HEAD = """# Python API
 
-Import everything from `rtresnet`: `rtresnet.build`, for example. The headings below show the modules
-that define the names; these can change. `import rtresnet` loads no other module; each name is loaded
-on first use. Configs and results are frozen dataclasses. An invalid config raises `InputError` when
-it is created.
+Import everything from `rtresnet`, for example `rtresnet.build`. The headings below show the modules
+that define the names; these can change. `import rtresnet` loads no other module; each name is
+loaded on first use. Configs and results are frozen dataclasses. An invalid config raises
+`InputError` when it is created.
 """
 LINT_HEAD = """# Lint rules
 
