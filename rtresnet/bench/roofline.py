@@ -6,24 +6,26 @@ and a copy in NumPy on all threads, the best of many repetitions. The cache is
 
 Rates of GPUs are those that NVIDIA publishes: dense (without structured sparsity), at the boost
 clock, FP16 and FP8 with FP16 accumulation if that is faster, BF16 with FP32 accumulation, FP32 as
-TF32 on GPUs with tensor cores for it. The figures were entered from memory of the named documents;
-`checked` names a page that was read and repeats the rates of FP16 and FP8 and the bandwidth, and
-rows without one are called unverified wherever they are shown. A bound from published rates is
-never a measurement: real kernels reach a part of the peak, and launches, copies and synchronization
-are added.
+TF32 on GPUs with tensor cores for it. The figures were entered from memory of the named documents,
+so each row also states what they follow from: streaming multiprocessors, operations per clock and
+clock, and width and data rate of the memory. A row whose FP16 rate and bandwidth do not follow is
+called unverified wherever it is shown. Sizes of L2 caches follow from nothing else. A bound from
+published rates is never a measurement: real kernels reach a part of the peak, and launches, copies
+and synchronization are added.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class PeakRates:
         fp32, int8: Operations per second; a multiply-add counts as two.
         fp16: The same; None on a CPU, which computes FP16 in FP32.
         bf16, fp8: The same; None on a device without it, and BF16 on a CPU.
+        fastest: The same, of any other type; None if the types above are the fastest.
         bandwidth: Bytes per second, read and written together.
         source: Origin of the rates.
     """
@@ -59,6 +62,7 @@ class PeakRates:
     fp16: float | None = None
     bf16: float | None = None
     fp8: float | None = None
+    fastest: float | None = None
     bandwidth: float
     source: str = ""
 
@@ -72,7 +76,10 @@ class PeakRates:
             InputError: The device does not have it.
         """
         if dtype not in PRECISIONS:
-            rates: list[float | None] = [getattr(self, name) for name in PRECISIONS]
+            rates: list[float | None] = [
+                self.fastest,
+                *(getattr(self, name) for name in PRECISIONS),
+            ]
             return max(rate for rate in rates if rate is not None)
         if self.fp16 is None and dtype in ("fp16", "bf16"):  # a CPU
             return self.fp32
@@ -204,6 +211,41 @@ def _copy(threads: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Multiprocessors:
+    """What a GPU's rates and bandwidth follow from.
+
+    Attributes:
+        count: Number of streaming multiprocessors.
+        operations: FP16 operations of one of them per clock, in dense matrix products.
+        ghz: Boost clock of the tensor cores.
+        bits: Width of the memory interface.
+        gbps: Data rate of one of its bits, in 10^9 per second.
+    """
+
+    count: int
+    operations: int
+    ghz: float
+    bits: int
+    gbps: float
+
+    @property
+    def fp16(self) -> float:
+        """Rate of FP16, in 10^12 operations per second."""
+        return self.count * self.operations * self.ghz / 1e3
+
+    @property
+    def bandwidth(self) -> float:
+        """Memory bandwidth, in 10^9 bytes per second."""
+        return self.bits * self.gbps / 8
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} SMs x {self.operations:,} x {self.ghz:g} GHz, {self.bits:,} bits x "
+            f"{self.gbps:g} Gbit/s"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuSpec:
     """Published figures of a GPU.
 
@@ -213,7 +255,7 @@ class GpuSpec:
         bandwidth: Memory bandwidth, in 10^9 bytes per second.
         l2: Size of the L2 cache, in 2^20 bytes (published as MB).
         source: The document with the figures.
-        checked: A page that repeats those of FP16, FP8 and the bandwidth; empty: none was read.
+        parts: What they follow from.
     """
 
     name: str
@@ -225,14 +267,20 @@ class GpuSpec:
     bandwidth: float
     l2: float
     source: str
-    checked: str = ""
+    parts: Multiprocessors
+
+    @property
+    def verified(self) -> bool:
+        """Whether the rate of FP16 and the bandwidth follow from the parts, within 1 %."""
+        pairs = ((self.fp16, self.parts.fp16), (self.bandwidth, self.parts.bandwidth))
+        return all(math.isclose(stated, result, rel_tol=0.01) for stated, result in pairs)
 
     @property
     def described(self) -> str:
-        """The document, and whether the figures were compared with a second one."""
-        if self.checked:
-            return f"{self.source}; compared with {self.checked}"
-        return f"{self.source}; unverified: from memory, not compared with a document"
+        """The document, and whether the figures were verified."""
+        if self.verified:
+            return f"{self.source}; FP16 and bandwidth follow from {self.parts}; L2 unverified"
+        return f"{self.source}; unverified: entered from memory"
 
     @property
     def dtypes(self) -> frozenset[str]:
@@ -244,53 +292,57 @@ class GpuSpec:
         """The published rates."""
         rates = {name: getattr(self, name) * 1e12 for name in self.dtypes}
         return PeakRates(
-            **rates, bandwidth=self.bandwidth * 1e9, source=f"published: {self.described}"
+            **rates,
+            # INT4 (T4 to Ada) and FP4 (RTX 50) have twice the rate of INT8; Hopper has neither.
+            fastest=2e12 * self.int8,
+            bandwidth=self.bandwidth * 1e9,
+            source=f"published: {self.described}",
         )
 
 
-def _gpu(
-    name: str, fp32: float, fp16: float, bf16: float | None, int8: float, fp8: float | None,
-    bandwidth: float, l2: float, source: str, checked: str = "",
-) -> GpuSpec:  # fmt: skip
-    return GpuSpec(
-        name=name, fp32=fp32, fp16=fp16, bf16=bf16, int8=int8, fp8=fp8, bandwidth=bandwidth, l2=l2,
-        source=source, checked=checked,
-    )  # fmt: skip
+def _gpus(table: Sequence[tuple[Any, ...]]) -> tuple[GpuSpec, ...]:
+    """Return the rows of the table; its columns are in the order of `GpuSpec`'s fields."""
+    names = [field.name for field in fields(GpuSpec)][:-1]
+    parts = [field.name for field in fields(Multiprocessors)]
+    return tuple(
+        GpuSpec(
+            **dict(zip(names, row[: len(names)], strict=True)),
+            parts=Multiprocessors(**dict(zip(parts, row[len(names) :], strict=True))),
+        )
+        for row in table
+    )
 
 
-TURING = "NVIDIA Turing GPU Architecture whitepaper, WP-09183-001"
-GA100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper"
+DATASHEET = "NVIDIA {} Tensor Core GPU datasheet, Specifications"
 GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper"
 ADA = "NVIDIA Ada GPU Architecture whitepaper"
 BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
-HOPPER = "NVIDIA H100 Tensor Core GPU datasheet; L2: H100 Architecture whitepaper"
-# The pages of H100 and RTX 4090 also repeat the L2 cache. Two more were read: an RTX 4090's rate of
-# INT8, and half of its rates for FP16 and FP8 with FP32 accumulation, are in
-# https://waredb.com/processor/nvidia-geforce-rtx-4090; T4's bandwidth and cache are in
-# https://sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4.
-H100_PAGE = "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html"
-GPUS = (
-    _gpu("T4", 8.1, 65, None, 130, None, 320, 4, TURING,
-         "https://hmc-tech.com/gpu/nvidia-a800-40gb-vs-nvidia-t4"),
-    _gpu("A10", 62.5, 125, 125, 250, None, 600, 6, "NVIDIA A10 Tensor Core GPU datasheet"),
-    _gpu("A30", 82, 165, 165, 330, None, 933, 24, "NVIDIA A30 Tensor Core GPU datasheet"),
-    _gpu("A100 40GB", 156, 312, 312, 624, None, 1555, 40, GA100),
-    _gpu("A100 80GB", 156, 312, 312, 624, None, 2039, 40,
-         "NVIDIA A100 80GB datasheet; L2: " + GA100),
-    _gpu("L4", 60, 121, 121, 242, 242, 300, 48, "NVIDIA L4 Tensor Core GPU datasheet; L2: " + ADA,
-         "https://grokipedia.com/page/NVIDIA_L4_vs_L40S"),
-    _gpu("L40S", 183, 362, 362, 733, 733, 864, 96, "NVIDIA L40S GPU datasheet; L2: " + ADA,
-         "https://www.mullet.se/product.html?product_id=355414"),
-    _gpu("RTX 3090", 35.6, 142, 71, 284, None, 936, 6, GA102),
-    _gpu("RTX 4090", 82.6, 330.3, 165.2, 660.6, 660.6, 1008, 72, ADA,
-         "https://holynerdvana.blogspot.com/2022/10/nvidia-geforce-rtx-4090-specifications.html"),
-    _gpu("RTX 5090", 104.8, 419, 209.5, 838, 838, 1792, 96, BLACKWELL,
-         "https://www.spheron.network/blog/nvidia-rtx-5090-specs/"),
-    _gpu("H100 PCIe", 378, 756, 756, 1513, 1513, 2000, 50, HOPPER, H100_PAGE),
-    _gpu("H100 SXM", 494, 989, 989, 1979, 1979, 3350, 50, HOPPER, H100_PAGE),
-    _gpu("H200 SXM", 494, 989, 989, 1979, 1979, 4800, 50, "NVIDIA H200 Tensor Core GPU datasheet",
-         "https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html"),
-)  # fmt: skip
+HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper"
+# The datasheet of L40S has 362 for FP16, but 733 for FP8 and 183 for TF32, whose half and double
+# are 366: a bound takes the higher rate.
+GPUS = _gpus((
+    # name, FP32, FP16, BF16, INT8, FP8, GB/s, L2, source, SMs, operations, GHz, bits, Gbit/s
+    ("T4", 8.1, 65, None, 130, None, 320, 4, DATASHEET.format("T4"), 40, 1024, 1.59, 256, 10),
+    ("A10", 62.5, 125, 125, 250, None, 600, 6, DATASHEET.format("A10"),
+     72, 1024, 1.695, 384, 12.5),
+    ("A30", 82, 165, 165, 330, None, 933, 24, DATASHEET.format("A30"),
+     56, 2048, 1.44, 3072, 2.43),
+    ("A100 40GB", 156, 312, 312, 624, None, 1555, 40, DATASHEET.format("A100"),
+     108, 2048, 1.41, 5120, 2.43),
+    ("A100 80GB", 156, 312, 312, 624, None, 2039, 40, DATASHEET.format("A100"),
+     108, 2048, 1.41, 5120, 3.186),
+    ("L4", 60, 121, 121, 242, 242, 300, 48, DATASHEET.format("L4"), 58, 1024, 2.04, 192, 12.5),
+    ("L40S", 183, 366, 366, 733, 733, 864, 96, "NVIDIA L40S GPU datasheet, Specifications",
+     142, 1024, 2.52, 384, 18),
+    ("RTX 3090", 35.6, 142, 71, 284, None, 936, 6, GA102, 82, 1024, 1.695, 384, 19.5),
+    ("RTX 4090", 82.6, 330.3, 165.2, 660.6, 660.6, 1008, 72, ADA, 128, 1024, 2.52, 384, 21),
+    ("RTX 5090", 104.8, 419, 209.5, 838, 838, 1792, 96, BLACKWELL, 170, 1024, 2.407, 512, 28),
+    ("H100 PCIe", 378, 756, 756, 1513, 1513, 2039, 50, HOPPER, 114, 4096, 1.62, 5120, 3.186),
+    ("H100 SXM", 494.7, 989.4, 989.4, 1978.9, 1978.9, 3352, 50, HOPPER,
+     132, 4096, 1.83, 5120, 5.238),
+    ("H200 SXM", 494.7, 989.4, 989.4, 1978.9, 1978.9, 4800, 50, DATASHEET.format("H200"),
+     132, 4096, 1.83, 6144, 6.25),
+))  # fmt: skip
 # Cards with several variants: the default variant of a short name.
 DEFAULT_FORM = {"a100": "A100 80GB", "h100": "H100 SXM", "h200": "H200 SXM"}
 IGNORED_WORDS = {

@@ -48,8 +48,13 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     else:
         yield DataTable(
             headings=("GPU", "minimum ms (L2)", "maximum img/s", "minimum ms (memory)"),
-            rows=[(gpu.gpu, gpu.no_faster_than_ms, f"{gpu.no_more_images_per_second:,.0f}",
-                   gpu.through_memory_ms) for gpu in result.results],
+            rows=[
+                (
+                    gpu.gpu if gpu.verified else f"{gpu.gpu} (unverified)", gpu.no_faster_than_ms,
+                    f"{gpu.no_more_images_per_second:,.0f}", gpu.through_memory_ms,
+                )
+                for gpu in result.results
+            ],
         )  # fmt: skip
     yield (
         f"{result.kernels} {fused}, run in sequence: {result.multiply_adds / 1e9:.2f} G "
@@ -60,7 +65,7 @@ def estimate_lines(result: EstimateResult) -> Iterator[str | DataTable]:
     if result.unknown_types:
         yield (
             f"NOTE: the data type of {result.unknown_types} of {result.kernels} kernels is "
-            "unknown; the bound assumes the GPU's fastest rate for them."
+            "unknown; the bound assumes the GPU's fastest rate, that of 4-bit types."
         )
     for gpu in result.results:
         yield from _measured(gpu)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,21 @@ def test_gpus_rates_are_consistent() -> None:
         newer = int(target.removeprefix("sm_")) >= 89
         assert gpu.fp8 == (pytest.approx(gpu.int8) if newer else None), gpu.name
         assert roofline.find_gpu(gpu.name) is gpu
+
+
+def test_gpus_rates_follow_from_their_parts() -> None:
+    """The figures of a row are independent of each other, so that a wrong one is found."""
+    for gpu in roofline.GPUS:
+        assert gpu.verified and str(gpu.parts) in gpu.described, gpu.name
+        target = gpu_targets.target_of(gpu.name) or ""
+        geforce = gpu.name.startswith("RTX")
+        # FP32 runs as TF32 from Ampere on: at half the rate of FP16 with FP32 accumulation.
+        tf32 = {"sm_75": 1 / 8}.get(target, 1 / 4 if geforce else 1 / 2)
+        assert gpu.fp32 == pytest.approx(tf32 * gpu.fp16, rel=0.01), gpu.name
+        bf16 = None if target == "sm_75" else pytest.approx(gpu.fp16 / (2 if geforce else 1), 0.01)
+        assert gpu.bf16 == bf16, gpu.name
+    wrong = dataclasses.replace(roofline.GPUS[0], fp16=70)
+    assert not wrong.verified and "unverified" in wrong.described
 
 
 def kernel(macs: int, read: int, written: int, weights: int) -> Kernel:

@@ -179,7 +179,7 @@ def test_kernel_of_an_unknown_data_type_is_bounded_by_the_fastest_rate() -> None
     gpu = roofline.find_gpu("RTX 4090")
     layer = layer_of(inputs=(tensor(-1, 8, 4, 4, dtype="FP4"),), multiply_adds=10**9)
     (bound,) = roofline.minimum_times([estimates.kernel_of(layer, 1)], gpu, 1)
-    assert bound.compute == pytest.approx(2e3 * 1e9 / (660.6 * 1e12))
+    assert bound.compute == pytest.approx(2e3 * 1e9 / (2 * 660.6 * 1e12))  # as INT4
 
 
 def test_estimate_counts_kernels_of_unknown_types(plans: dict[str, Path], tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_estimate_counts_kernels_of_unknown_types(plans: dict[str, Path], tmp_pa
     known, unknown = estimate(plans["int8"]), estimate(copied(plans["int8"], tmp_path, as_fp4))
     assert known.unknown_types == 0 < unknown.unknown_types
     for before, after in zip(known.results, unknown.results, strict=True):
-        assert after.compute_ms == pytest.approx(before.compute_ms)
+        assert 0.4 < after.compute_ms / before.compute_ms < 1
     text = " ".join(map(str, performance.estimate_lines(unknown)))
     assert f"{unknown.unknown_types} of {unknown.kernels} kernels" in text
 
