@@ -84,7 +84,7 @@ def _evaluate_detector(
         raise InputError("detectors cannot form an ensemble", fix="evaluate one at a time")
     result = detect_evaluate.evaluate_detector(
         paths[0], data, split=config.detector_split("details"), runtime=runtime, stated=stated,
-        record=record is not False, details=config.details or report is not None,
+        record=False, details=config.details or report is not None,
         reporter=common.REPORTER,
     )  # fmt: skip
     common.show(predictions.detector_lines(result))
@@ -94,6 +94,10 @@ def _evaluate_detector(
         page = detection.write_detection(report, result, detect_evaluate.pictures(result))
         common.say(f"page: {page}")
     common.write_json("eval", result)
+    if record is not False:
+        detect_evaluate.record_average_precision(
+            result, required=bool(record), reporter=common.REPORTER
+        )
 
 
 def _write_page(folder: Path, result: EvaluateResult) -> Path:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rtresnet.core import atomic_io, provenance, serialization
+from rtresnet.core import atomic_io, locks, provenance, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.serialization import to_json
 from rtresnet.core.sidecar import (
@@ -33,6 +33,7 @@ from rtresnet.core.sidecar import (
     same_data,
 )
 
+UPDATE_WAIT = 10.0  # seconds; longer than another measurement takes to be recorded
 KINDS = ("checkpoint", "onnx", "plan")
 SUFFIXES = {".onnx": "onnx", ".plan": "plan"}
 SUFFIXES |= dict.fromkeys((".pt", ".pth", ".th", ".safetensors"), "checkpoint")
@@ -179,24 +180,53 @@ def record(path: str | os.PathLike[str], sidecar: Sidecar) -> Sidecar:
     return _write_sidecar(path, sidecar, path.stat().st_size, sidecar.sha256)
 
 
-def update_measured(path: str | os.PathLike[str], measured: Measurements) -> None:
-    """Add measurements (accuracy, parity, with their n) to an artifact's sidecar."""
-    sidecar = read_sidecar(path)
-    if sidecar is not None:
-        merged = dataclasses.replace(sidecar, measured=sidecar.measured | measured)
-        atomic_io.write_text(sidecar_path(path), to_json(merged))
+def update_measured(
+    path: str | os.PathLike[str], measured: Measurements, *, sha256: str | None = None
+) -> None:
+    """Add measurements (accuracy, parity, with their n) to an artifact's sidecar, if it has one.
 
-
-def record_accuracy(path: str | os.PathLike[str], record: AccuracyRecord) -> None:
-    """Add an accuracy to an artifact's sidecar; replaces one on the same images.
+    Args:
+        path: The artifact.
+        measured: Entries to add or to replace.
+        sha256: Hash of the file that was measured; None if it cannot have changed.
 
     Raises:
+        ArtifactError: The file is not the one that was measured, or does not match its sidecar.
         InputError: The sidecar cannot be written.
+        LockedError: Another process is writing the artifact.
     """
-    sidecar = read_sidecar(path)
-    if sidecar is not None:
-        others = [other for other in accuracies(sidecar.measured) if not same_data(other, record)]
-        update_measured(path, {"accuracy": [*others, record]})
+    _change_measured(path, lambda old: old | measured, sha256)
+
+
+def record_accuracy(
+    path: str | os.PathLike[str], record: AccuracyRecord, *, sha256: str | None = None
+) -> None:
+    """Add an accuracy to an artifact's sidecar; replaces one on the same images.
+
+    Args and errors: see `update_measured`.
+    """
+
+    def change(old: Measurements) -> Measurements:
+        others = [other for other in accuracies(old) if not same_data(other, record)]
+        return old | {"accuracy": [*others, record]}
+
+    _change_measured(path, change, sha256)
+
+
+def _change_measured(
+    path: str | os.PathLike[str], change: Callable[[Measurements], Measurements], sha256: str | None
+) -> None:
+    """Replace `measured` in a sidecar while no other process writes the artifact or its sidecar."""
+    if not sidecar_path(path).exists():
+        return
+    with locks.hold_file(path, warn=lambda line: None, wait=UPDATE_WAIT):
+        sidecar = verify(path)
+        if sidecar is None:
+            return
+        if sha256 is not None and sidecar.sha256 != sha256:
+            raise ArtifactError(f"{path}: was replaced after it was measured", fix="measure again")
+        changed = dataclasses.replace(sidecar, measured=change(sidecar.measured))
+        atomic_io.write_text(sidecar_path(path), to_json(changed))
 
 
 def link_to(

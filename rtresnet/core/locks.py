@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from rtresnet.core.errors import InputError
 FOLDER_LOCK = ".rtresnet.lock"
 # Errors of flock on file systems without locks, such as some network file systems.
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_RETRY = 0.05  # seconds
 Warn = Callable[[str], None]
 
 
@@ -59,12 +61,13 @@ def hold_folder(
 
 
 @contextlib.contextmanager
-def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
+def hold_file(path: str | os.PathLike[str], *, warn: Warn, wait: float = 0.0) -> Iterator[Path]:
     """Prevent every other process from writing a file, or into its complete folder.
 
     Args:
         path: The file; its folder is created, and removed again if it stays empty.
         warn: As in `hold_folder`.
+        wait: Seconds to wait for another process that writes there.
 
     Yields:
         The file.
@@ -77,10 +80,25 @@ def hold_file(path: str | os.PathLike[str], *, warn: Warn) -> Iterator[Path]:
     atomic_io.require_place(path)
     # A link's file is what is replaced; see `atomic_io.atomic_path`.
     file = path.resolve() if path.is_symlink() else path
-    with _hold(file.with_name(f".{file.name}.lock"), path, warn):
-        # Both take their own lock before they check the other's, so at most one continues.
-        _refuse_if_held(file.with_name(FOLDER_LOCK), path.parent)
+    deadline = time.monotonic() + wait
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(_hold_beside_folder(file, path, warn))
+                break
+            except LockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_RETRY)
         yield path
+
+
+@contextlib.contextmanager
+def _hold_beside_folder(file: Path, place: Path, warn: Warn) -> Iterator[None]:
+    with _hold(file.with_name(f".{file.name}.lock"), place, warn):
+        # Both take their own lock before they check the other's, so at most one continues.
+        _refuse_if_held(file.with_name(FOLDER_LOCK), place.parent)
+        yield
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from rtresnet.core import artifacts, reporter
 from rtresnet.core.detector_preprocess import Detections
+from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened, json_name
 from rtresnet.detection.average_precision import DetectionAccuracy
@@ -21,6 +22,7 @@ from rtresnet.workflows.detect_predict import (
     detected_objects,
     with_boxes,
 )
+from rtresnet.workflows.evaluate import OTHER_PREPROCESSING, write_measured
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 
@@ -85,7 +87,9 @@ class EvaluateDetectorResult(DetectionAccuracy):
 
     Attributes:
         artifact: What was measured.
+        artifact_sha256: Hash of the file; None without a sidecar.
         precision: Its data type.
+        input: Preprocessing that was used.
         data: The images as they were named.
         split: The part of them that was used.
         data_sha256: Fingerprint of images and boxes.
@@ -96,7 +100,9 @@ class EvaluateDetectorResult(DetectionAccuracy):
     """
 
     artifact: str
+    artifact_sha256: str | None
     precision: str
+    input: Preprocess
     data: str
     split: str
     data_sha256: str
@@ -113,7 +119,7 @@ def evaluate_detector(
     split: Literal["train", "test"] = "test",
     runtime: RuntimeConfig | None = None,
     stated: InputConfig | None = None,
-    record: bool = True,
+    record: bool | None = None,
     details: bool = False,
     reporter: Reporter = reporter.DEFAULT,
 ) -> EvaluateDetectorResult:
@@ -125,7 +131,8 @@ def evaluate_detector(
         split: Part of the data; COCO files are one part.
         runtime: Where the artifact runs.
         stated: Mean and std that replace the sidecar's.
-        record: Whether the sidecar receives the result.
+        record: Whether the sidecar receives the result, which belongs to the artifact only with
+            the sidecar's preprocessing. None: if possible, else a note says why not.
         details: Whether the result has a `report`.
         reporter: Receives progress and defects of the data.
 
@@ -133,7 +140,8 @@ def evaluate_detector(
         Average precision, with device and data.
 
     Raises:
-        InputError: Not a detector, or data of other classes.
+        InputError: Not a detector, or data of other classes; `record` is True, and the result
+            cannot be recorded.
         DataError: Broken annotations or images.
         ArtifactError: The file does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
@@ -148,15 +156,47 @@ def evaluate_detector(
         accuracy = images.accuracy(detections)
         assert accuracy is not None
         result = EvaluateDetectorResult(
-            artifact=os.fspath(path), precision=session.precision, data=data, split=split,
+            artifact=os.fspath(path),
+            artifact_sha256=session.sidecar.sha256 if session.sidecar else None,
+            precision=session.precision, input=session.preprocess, data=data, split=split,
             data_sha256=source.fingerprint(), **vars(accuracy),
             unsettled=sum(entry.unsettled for entry in detections), invalid=len(source.invalid),
             report=_report(source, detections) if details else None, runtime=session.info,
         )  # fmt: skip
-    if record and artifacts.sidecar_path(path).exists():
-        measured = accuracy.record(data, split, result.data_sha256)
-        artifacts.update_measured(path, {"average_precision": measured})
+    if record is not False:
+        record_average_precision(result, required=record is True, reporter=reporter)
     return result
+
+
+def record_average_precision(
+    result: EvaluateDetectorResult,
+    *,
+    required: bool = False,
+    reporter: Reporter = reporter.DEFAULT,
+) -> None:
+    """Write a detector's average precision into its sidecar, or note why it is not written.
+
+    Args:
+        result: From `evaluate_detector`.
+        required: Whether a result that cannot be recorded is an error.
+        reporter: Receives the note.
+
+    Raises:
+        InputError: `required`, and there is no sidecar, it cannot be written, or another
+            preprocessing than the sidecar's was used.
+    """
+    path, sidecar = result.artifact, artifacts.read_sidecar(result.artifact)
+    own = sidecar is None or result.input == sidecar.input
+    measured = result.record(result.data, result.split, result.data_sha256)
+    write_measured(
+        path,
+        None if own else OTHER_PREPROCESSING,
+        lambda: artifacts.update_measured(
+            path, {"average_precision": measured}, sha256=result.artifact_sha256
+        ),
+        required=required,
+        reporter=reporter,
+    )
 
 
 def _report(source: DetectionSource, detections: list[Detections]) -> DetectionReport:

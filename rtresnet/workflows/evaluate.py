@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 MAX_BROKEN = 0.01
+OTHER_PREPROCESSING = "the preprocessing differs from the sidecar's"
 ALLOW_BROKEN = "repair or remove them, or allow a share, as in --max-broken 5%"
 
 
@@ -183,6 +185,7 @@ class MemberResult(AccuracyResult):
     """Accuracy of one artifact.
 
     Attributes:
+        artifact_sha256: Hash of the file; None without a sidecar.
         precision: Data type of the net.
         input: Preprocessing that was used.
         size: Side of the input, in pixels.
@@ -193,6 +196,7 @@ class MemberResult(AccuracyResult):
         runtime: Where it ran.
     """
 
+    artifact_sha256: str | None
     precision: str
     input: Preprocess
     size: int
@@ -255,6 +259,8 @@ def evaluate(
 
     config, runtime, data = config or EvaluateConfig(), runtime or RuntimeConfig(), str(data)
     names = [str(paths)] if isinstance(paths, str | os.PathLike) else [str(path) for path in paths]
+    if not names:
+        raise InputError("no artifact to evaluate", fix="name a checkpoint, ONNX file or plan")
     scales = (config.resize,) if config.resize and config.protocol == "dense" else ()
     views = Views(protocol=config.protocol, scales=scales)
     if config.protocol == "dense":
@@ -288,6 +294,7 @@ def evaluate(
         members = tuple(
             MemberResult(
                 artifact=name, assumed=(*session.assumed, *assumed), precision=session.precision,
+                artifact_sha256=session.sidecar.sha256 if session.sidecar else None,
                 runtime=session.info, **_counts(accuracy, session.topk), **about,
                 **_described(views, session.preprocess, config.dense_pooling),
             )
@@ -309,7 +316,7 @@ def evaluate(
 def record_accuracy(
     result: EvaluateResult, *, required: bool = False, reporter: Reporter = reporter.DEFAULT
 ) -> None:
-    """Write each artifact's accuracy into its sidecar.
+    """Write each artifact's accuracy into its sidecar, or note why it is not written.
 
     An accuracy belongs to the artifact only if it was measured as the sidecar states: with one
     centre crop and the sidecar's preprocessing.
@@ -324,27 +331,58 @@ def record_accuracy(
             not the artifact's own.
     """
     for member in result.members:
-        path = member.artifact
+        path, reason = member.artifact, None
         sidecar = artifacts.read_sidecar(path)
-        if sidecar is None:
-            reason = f"{path}: no sidecar to record the accuracy in (see: rtresnet adopt)"
-        elif member.protocol != "center" or member.input != sidecar.input:
-            reason = (
-                f"{path}: accuracy not recorded, because the preprocessing differs from the "
-                "sidecar's"
-            )
-        else:
-            entries = serialization.to_builtins(member)
-            entry = {name: entries[name] for name in AccuracyRecord.__annotations__}
-            try:
-                artifacts.record_accuracy(path, typing.cast(AccuracyRecord, entry))
-                continue
-            except (InputError, OSError) as error:
-                reason = f"accuracy not recorded: {error}"
-                if not required:
-                    reporter.note(reason)
-        if required:
-            raise InputError(reason, fix="leave out --record")
+        if member.protocol != "center":
+            reason = f"the accuracy of protocol {member.protocol} is not that of one centre crop"
+        elif sidecar is not None and member.input != sidecar.input:
+            reason = OTHER_PREPROCESSING
+        entries = serialization.to_builtins(member)
+        entry = {name: entries[name] for name in AccuracyRecord.__annotations__}
+        write_measured(
+            path,
+            reason,
+            functools.partial(
+                artifacts.record_accuracy, path, typing.cast(AccuracyRecord, entry),
+                sha256=member.artifact_sha256,
+            ),
+            required=required,
+            reporter=reporter,
+        )  # fmt: skip
+
+
+def write_measured(
+    path: str | os.PathLike[str],
+    reason: str | None,
+    write: Callable[[], None],
+    *,
+    required: bool,
+    reporter: Reporter,
+) -> None:
+    """Write a measurement into an artifact's sidecar, or say why it is not written.
+
+    Args:
+        path: The artifact.
+        reason: Why the measurement is not the artifact's own; None if it is.
+        write: Writes it.
+        required: Whether a measurement that cannot be written is an error.
+        reporter: Receives the reason otherwise.
+
+    Raises:
+        InputError: `required`, and it cannot be written.
+    """
+    fix = "leave out --record"
+    if reason is None and not artifacts.sidecar_path(path).exists():
+        reason, fix = "there is no sidecar", f"rtresnet adopt {path}, or leave out --record"
+    if reason is None:
+        try:
+            write()
+            return
+        except (InputError, ArtifactError, OSError) as error:
+            reason = str(error)
+    if required:
+        raise InputError(f"{path}: accuracy not recorded: {reason}", fix=fix)
+    reporter.note(f"{path}: accuracy not recorded: {reason}")
 
 
 def _require_checkpoint(name: str) -> None:

@@ -61,7 +61,9 @@ def test_eval_ten_crops_are_printed_and_not_recorded(
     result = evaluate(best, "--protocol", "10-crop", "--resize", 40, data=tints, out=tmp_path)
     assert (result["views"], result["size"], result["resize"], result["n"]) == (10, 32, 40, 240)
     assert result["top1_percent"] > 90
-    assert "10-crop, 32 of 40 px, 10 views]" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "10-crop, 32 of 40 px, 10 views]" in captured.out
+    assert "not recorded" in captured.err and "preprocessing" not in captured.err
     assert read_sidecar(best) == before
 
 
@@ -71,7 +73,7 @@ def test_eval_prints_its_result_where_the_sidecar_cannot_be_written(
 ) -> None:  # fmt: skip
     before = read_sidecar(best)
 
-    def refuse(path: object, record: object) -> None:
+    def refuse(path: object, record: object, *, sha256: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(artifacts, "record_accuracy", refuse)

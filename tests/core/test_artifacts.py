@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rtresnet.core import artifacts, provenance
+from rtresnet.core import artifacts, locks, provenance
 from rtresnet.core.artifacts import (
     chain,
     link_to,
@@ -262,6 +263,65 @@ def test_measuring_an_artifact_without_a_sidecar_makes_none(tmp_path: Path) -> N
     path.write_bytes(b"x")
     update_measured(path, {"accuracy": 1})
     assert names_in(tmp_path) == ["foreign.onnx"]
+
+
+RECORDER = """
+import sys
+from rtresnet.core import artifacts
+path, name = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+for index in range(20):
+    artifacts.record_accuracy(path, {"n": 1, "top1": 1, "data": f"{name}{index}"})
+"""
+
+
+def test_record_accuracy_from_two_processes_keeps_both_records(tmp_path: Path) -> None:
+    path = make(tmp_path / "net.pt")
+    recorders = [
+        subprocess.Popen(
+            [sys.executable, "-c", RECORDER, str(path), name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for name in "ab"
+    ]  # fmt: skip
+    for recorder in recorders:
+        assert recorder.stdout is not None and recorder.stdout.readline() == "ready\n"
+    for recorder in recorders:
+        assert recorder.stdin is not None
+        recorder.stdin.write("\n")
+        recorder.stdin.flush()
+    for recorder in recorders:
+        recorder.communicate(timeout=120)
+        assert recorder.returncode == 0
+    sidecar = verify(path)
+    assert sidecar is not None
+    assert {entry["data"] for entry in accuracies(sidecar.measured)} == {
+        f"{name}{index}" for name in "ab" for index in range(20)
+    }
+
+
+def test_update_measured_of_a_file_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "net.pt")
+    measured = read_sidecar(path)
+    assert measured is not None
+    make(path, b"another net")
+    before = read_sidecar(path)
+    with pytest.raises(ArtifactError) as caught:
+        update_measured(path, {"parity": 1}, sha256=measured.sha256)
+    assert caught.value.fix and read_sidecar(path) == before
+    path.write_bytes(b"without its new sidecar")
+    with pytest.raises(ArtifactError):
+        update_measured(path, {"parity": 1})
+
+
+def test_update_measured_of_a_file_that_is_being_written_waits_and_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "UPDATE_WAIT", 0.1)
+    path = make(tmp_path / "net.pt")
+    with locks.hold_folder(tmp_path, warn=print), pytest.raises(locks.LockedError):
+        update_measured(path, {"parity": 1})
 
 
 def broken(path: Path, change: dict[str, Any], drop: str | None = None) -> ArtifactError:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,3 +142,13 @@ def test_folder_that_cannot_be_written_into_is_refused(
         pass
     assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hold_file_with_wait_takes_the_lock_once_its_holder_ended(tmp_path: Path) -> None:
+    holder = Holder("folder", tmp_path)
+    with pytest.raises(LockedError), locks.hold_file(tmp_path / "a", warn=refuse, wait=0.1):
+        pass
+    stopping = threading.Timer(0.2, holder.stop)
+    stopping.start()
+    with locks.hold_file(tmp_path / "a", warn=refuse, wait=60):
+        stopping.join()

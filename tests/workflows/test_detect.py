@@ -495,6 +495,26 @@ def test_evaluate_detector_takes_stated_mean(
     assert means == [(0.1, 0.2, 0.3)] * 2
 
 
+def test_evaluate_detector_with_stated_mean_is_not_recorded(
+    exported: rtresnet.ExportResult, tmp_path: Path
+) -> None:
+    net = shutil.copy(exported.path, tmp_path / "net.onnx")
+    command = ["eval", str(net), "--data", "shapes:2"]
+    assert main([*command, "--no-record"]) == main(command) == 0
+    assert main([*command, "--record", "--json", str(tmp_path / "result.json")]) == 2
+    assert (tmp_path / "result.json").exists()  # without a sidecar
+    shutil.copy(f"{exported.path}.json", f"{net}.json")
+    before = rtresnet.read_sidecar(net)
+    stated = rtresnet.InputConfig(mean=(0.1, 0.2, 0.3))
+    rtresnet.evaluate_detector(net, "shapes:2", stated=stated)
+    assert rtresnet.read_sidecar(net) == before
+    with pytest.raises(rtresnet.InputError):
+        rtresnet.evaluate_detector(net, "shapes:2", stated=stated, record=True)
+    rtresnet.evaluate_detector(net, "shapes:2", record=True)
+    after = rtresnet.read_sidecar(net)
+    assert after is not None and "average_precision" in after.measured
+
+
 def test_check_and_compare_take_detectors(exported: rtresnet.ExportResult, engines: Path) -> None:
     config = rtresnet.CheckConfig(images=2)
     checked = rtresnet.check(exported.path, "shapes:2", config)

@@ -107,12 +107,42 @@ def test_record_accuracy_of_other_preprocessing_is_refused_only_if_required(
 ) -> None:
     path = copied / "resnet8.onnx"
     result = evaluate(path, tints, EvaluateConfig(resize=40))
-    before = artifacts.read_sidecar(path)
-    record_accuracy(result)
-    assert artifacts.read_sidecar(path) == before
+    before, reporter = artifacts.read_sidecar(path), Recorder()
+    record_accuracy(result, reporter=reporter)
+    assert artifacts.read_sidecar(path) == before and len(reporter.notes) == 1
     with pytest.raises(InputError) as error:
         record_accuracy(result, required=True)
     assert error.value.fix == "leave out --record"
+
+
+def test_record_accuracy_without_a_sidecar_is_noted_or_refused(copied: Path, tints: str) -> None:
+    path, reporter = copied / "resnet8.onnx", Recorder()
+    artifacts.sidecar_path(path).unlink()
+    result = evaluate(path, tints)
+    record_accuracy(result, reporter=reporter)
+    assert len(reporter.notes) == 1 and str(path) in reporter.notes[0]
+    with pytest.raises(InputError) as error:
+        record_accuracy(result, required=True)
+    assert f"rtresnet adopt {path}" in (error.value.fix or "")
+
+
+def test_record_accuracy_of_a_file_that_was_replaced_is_refused(
+    copied: Path, tints: str, tmp_path: Path
+) -> None:
+    path = copied / "resnet8.onnx"
+    result = evaluate(path, tints)
+    for suffix in ("", ".json"):
+        shutil.copy(f"{copied}/resnet8-int8.onnx{suffix}", f"{path}{suffix}")
+    before = artifacts.read_sidecar(path)
+    with pytest.raises(InputError, match="replaced"):
+        record_accuracy(result, required=True)
+    assert artifacts.read_sidecar(path) == before
+
+
+def test_evaluate_of_no_artifact_is_refused(tints: str) -> None:
+    with pytest.raises(InputError) as error:
+        evaluate([], tints)
+    assert error.value.fix
 
 
 def test_evaluate_config_unknown_protocol_is_refused_at_construction() -> None:
