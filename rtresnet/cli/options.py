@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from rtresnet.core.config import Config, Option, options_of, split_optional
 from rtresnet.core.errors import InputError
@@ -39,6 +40,12 @@ def config_options(
         @functools.wraps(function)
         def command(*args: Any, **values: Any) -> Any:
             chosen = {field.name: values.pop(field.name) for field, _, _ in fields}
+            source = click.get_current_context().get_parameter_source
+            for field, _, about in fields:
+                if source(field.name) is ParameterSource.COMMANDLINE:
+                    for other in about.replaces:
+                        if source(other) is ParameterSource.DEFAULT_MAP:
+                            chosen[other] = None
             return function(*args, **{argument: config(**chosen)}, **values)
 
         decorated: Any = command

@@ -32,6 +32,7 @@ class Option:
         maximum: Largest value of a number.
         default_text: Description of the default, if its value is not clear.
         parse: Turns the command line's string into the field's value; raises InputError.
+        replaces: Fields of a configuration file that the option overrides on the command line.
     """
 
     help: str
@@ -42,6 +43,7 @@ class Option:
     maximum: float | None = None
     default_text: str | None = None
     parse: Callable[[str], Any] | None = None
+    replaces: tuple[str, ...] = ()
 
 
 def option(default: Any, help: str, **details: Any) -> Any:

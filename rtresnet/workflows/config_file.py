@@ -123,11 +123,14 @@ def write_config(path: Path, config: TrainConfig, job: TrainJob) -> None:
 
 
 def changed_options(config: TrainConfig | InputConfig) -> Mapping[str, Any]:
-    """Return the options of a config that differ from their defaults, but `settings`."""
+    """Return the options of a config that differ from their defaults.
+
+    Without `settings`, and without `preset`, whose values are those of mean and std.
+    """
     return {
         field.name: getattr(config, field.name)
         for field, _, _ in options_of(type(config))
-        if field.name != "settings" and getattr(config, field.name) != field.default
+        if field.name not in ("settings", "preset") and getattr(config, field.name) != field.default
     }
 
 

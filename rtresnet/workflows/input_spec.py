@@ -66,6 +66,7 @@ class InputConfig(Config):
     preset: Literal["imagenet", "half", "unit"] | None = option(
         None,
         "Mean and std by name: imagenet, half (0.5 and 0.5) or unit (0 and 1).",
+        replaces=("mean", "std"),
     )
     interpolation: Literal["bilinear", "bicubic"] | None = option(
         None, "Filter of the resize.", default_text="from the sidecar, or bilinear"

@@ -53,6 +53,28 @@ def test_train_command_line_overrides_the_file(tints: str, tmp_path: Path) -> No
     assert "save_every = 7" in (out / "config.toml").read_text()
 
 
+def test_train_preset_of_the_file_is_used_and_overridden(tints: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    common = f'model = "resnet8"\ndata = "{tints}"\n[recipe]\nepochs = 1\n'
+    file.write_text(f'preset = "half"\n{common}')
+
+    def trained(name: str, file: Path, *options: str) -> tuple[object, object]:
+        out = str(tmp_path / name)
+        assert main(["train", "--config", str(file), *options, "--out", out]) == 0
+        loaded = checkpoint.load(tmp_path / name / "last.pt")
+        return loaded.input.mean, loaded.input.std
+
+    half, unit = ((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1.0,) * 3)
+    assert trained("half", file) == half
+    resolved = tmp_path / "half" / "config.toml"
+    for source in (file, resolved):
+        assert trained(f"unit-{source.stem}", source, "--preset", "unit") == unit
+    mean = trained("mean", file, "--mean", "0.1,0.2,0.3")
+    assert mean == ((0.1, 0.2, 0.3), (0.5,) * 3)
+    both = ["--preset", "half", "--mean", "0,0,0"]
+    assert main(["train", "--config", str(file), *both, "--out", str(tmp_path / "both")]) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
