@@ -161,7 +161,7 @@ API_GROUPS = {
     "Predict": ("workflows.predict", "workflows.predictor", "workflows.explain"),
     "Benchmark": ("workflows.benchmark", "workflows.benchmark_search", "workflows.profile",
                   "workflows.estimate", "workflows.advisor"),
-    "Deploy": ("workflows.serve", "workflows.package", "workflows.package_server"),
+    "Deploy": ("workflows.serve", "serving.config", "workflows.package", "workflows.package_server"),
     "Inspect and report": ("workflows.inspect", "core.sidecar", "core.artifacts",
                            "workflows.models", "workflows.doctor", "reporting.report"),
     "Studies and quickstart": ("workflows.study", "workflows.study_analysis",

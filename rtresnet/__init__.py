@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rtresnet.runtime.batcher import Batcher
     from rtresnet.runtime.cuda import pinned
     from rtresnet.runtime.session import Session
+    from rtresnet.serving.config import ServeConfig
     from rtresnet.workflows.adopt import AdoptResult, adopt
     from rtresnet.workflows.advisor import AdviceResult, advise
     from rtresnet.workflows.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
@@ -95,7 +96,7 @@ if TYPE_CHECKING:
     from rtresnet.workflows.profile import ProfileConfig, ProfileResult, profile
     from rtresnet.workflows.quantize import QuantizeConfig, QuantizeResult, quantize
     from rtresnet.workflows.quickstart import QuickstartConfig, QuickstartResult, quickstart
-    from rtresnet.workflows.serve import ServeConfig, serve
+    from rtresnet.workflows.serve import serve
     from rtresnet.workflows.study import (
         ResponsesResult,
         StudyConfig,
@@ -137,6 +138,7 @@ _MODULES = {
     "runtime.batcher": "Batcher",
     "runtime.cuda": "pinned",
     "runtime.session": "Session",
+    "serving.config": "ServeConfig",
     "workflows.loading": "load RuntimeConfig",
     "workflows.input_spec": "InputConfig",
     "workflows.train": "train TrainResult",
@@ -170,7 +172,7 @@ _MODULES = {
     "workflows.estimate": "estimate EstimateConfig EstimateResult",
     "workflows.package": "package PackageConfig PackageResult",
     "workflows.package_server": "package_server ImageConfig ServerPackageResult",
-    "workflows.serve": "serve ServeConfig",
+    "workflows.serve": "serve",
     "workflows.inspect": "inspect inspect_folder InspectResult FolderResult",
     "workflows.study": (
         "study_blocks study_degradation study_shortcuts study_responses StudyConfig StudyResult "

@@ -8,8 +8,9 @@ import click
 
 from rtresnet.cli import common
 from rtresnet.cli.options import config_options
+from rtresnet.serving.config import ServeConfig
 from rtresnet.workflows.loading import RuntimeConfig
-from rtresnet.workflows.serve import ServeConfig, serve
+from rtresnet.workflows.serve import serve
 
 
 @click.command("serve")

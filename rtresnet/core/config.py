@@ -8,6 +8,7 @@ in one place.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -139,3 +140,27 @@ def parse_percentage(text: str) -> float:
     if not 0 <= share <= 1:
         raise InputError("not a percentage from 0 to 100", fix="as in 1%")
     return share
+
+
+def parse_wait(text: str) -> float:
+    """Read `10ms`, `0.5s`, `250us`, `10` (ms) or 0; returns milliseconds.
+
+    Raises:
+        InputError: Not a time.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s|)", text.strip())
+    if match is None:
+        raise InputError("not a time", fix="as in 10ms")
+    return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}[match[2]]
+
+
+def parse_milliseconds(text: str) -> float:
+    """Read a time as `parse_wait` does, but not 0; returns milliseconds.
+
+    Raises:
+        InputError: Not a time above 0.
+    """
+    value = parse_wait(text)
+    if value <= 0:
+        raise InputError("not a time above 0", fix="as in 10ms")
+    return value

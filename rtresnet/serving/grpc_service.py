@@ -36,8 +36,8 @@ PUBLIC = ("ServerLive", "ServerReady")  # answered without a token: probes have 
 class Service:
     """Answers the calls of `inference.GRPCInferenceService`."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository, self._options = repository, repository.options
+    def __init__(self, repository: Repository, token: str | None) -> None:
+        self._repository, self._token = repository, token
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the handlers of all calls, for a grpc.aio server."""
@@ -71,7 +71,7 @@ class Service:
 
     def _authorize(self, context: Any) -> None:
         metadata = dict(context.invocation_metadata())
-        protocol.authorize(self._options.token, metadata.get("authorization", ""))
+        protocol.authorize(self._token, metadata.get("authorization", ""))
 
     async def infer(self, request: Any, context: Any) -> Any:
         """Answer a batch. A client that cancels its call cancels this task."""
@@ -79,7 +79,7 @@ class Service:
         try:
             self._authorize(context)
             model = self._repository.get(request.model_name, request.model_version)
-            left, limit = context.time_remaining(), self._options.timeout
+            left, limit = context.time_remaining(), self._repository.config.timeout
             outputs = await model.infer(
                 _parse(request), min(limit, limit if left is None else left)
             )

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from rtresnet import __version__
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import InputError, RtresnetError
 from rtresnet.core.metrics import most_probable
 from rtresnet.serving import protocol
 from rtresnet.serving.protocol import InferRequest, InferTensor, RequestError
@@ -79,10 +79,14 @@ class Api:
     Args:
         repository: The models.
         decode: Turns an encoded image into uint8 RGB [H, W, 3].
+        token: The bearer token of every request; None if none is needed.
     """
 
-    def __init__(self, repository: Repository, decode: Callable[[bytes], np.ndarray]) -> None:
-        self._repository, self._options, self._decode = repository, repository.options, decode
+    def __init__(
+        self, repository: Repository, decode: Callable[[bytes], np.ndarray], token: str | None
+    ) -> None:
+        self._repository, self._config, self._decode = repository, repository.config, decode
+        self._token = token
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
         page = resources.files("rtresnet.serving").joinpath("page.html").read_text()
         self._started = time.time()
@@ -104,7 +108,7 @@ class Api:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the result or error of an action; count and log POST requests."""
         began, request = time.monotonic(), _Request(scope, receive)
-        request.limit = self._options.max_body
+        request.limit = self._config.max_body
         identity = request.headers.get("x-request-id", "")
         if not SAFE_ID.fullmatch(identity):
             identity = uuid.uuid4().hex[:16]
@@ -116,7 +120,7 @@ class Api:
             status = protocol.status_of(error)
             if status == 500:
                 log.exception("request %s failed", identity)
-            text = "internal error" if status == 500 else str(error)
+            text = str(error) if isinstance(error, RtresnetError) else "internal error"
             response = JSONResponse({"error": text}, status, headers=HEADERS.get(status))
         response.headers["x-request-id"] = identity
         if not self._repository.ready:  # stopping: the client's next request goes elsewhere
@@ -134,7 +138,7 @@ class Api:
         """Return the function that answers a request; reject it if its head is not valid."""
         path, name = request.scope["path"], request.scope["path"]
         if path not in PUBLIC:
-            protocol.authorize(self._options.token, request.headers.get("authorization", ""))
+            protocol.authorize(self._token, request.headers.get("authorization", ""))
         if match := MODEL_PATH.fullmatch(path):
             request.scope["path_params"] = match.groupdict("")
             name = "model" + match["action"]
@@ -143,7 +147,7 @@ class Api:
             if any(name in actions for actions in self._routes.values()):
                 raise RequestError(405, f"{path} does not support {request.method[:20]}")
             raise RequestError(404, f"{path[:80]}: no such path", fix="see /v2")
-        length, limit = request.headers.get("content-length", "0"), self._options.max_body
+        length, limit = request.headers.get("content-length", "0"), self._config.max_body
         if length.isdecimal() and int(length) > limit:
             raise RequestError(413, f"{length[:20]} bytes; at most {limit} are possible")
         if request.headers.get("content-encoding", "identity") != "identity":
@@ -177,7 +181,7 @@ class Api:
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
         parsed = parse(await request.body(), request.headers.get(HEADER_LENGTH))
-        outputs = await model.infer(parsed, self._options.timeout, _connection(request))
+        outputs = await model.infer(parsed, self._config.timeout, _connection(request))
         return _response(model, parsed, outputs)
 
     async def _images(self, request: Request) -> dict[str, object]:
@@ -195,7 +199,7 @@ class Api:
                 f"{model.name} does not support {request.scope['path']}",
                 fix=f"POST /v1/{model.task}",
             )
-        files = await _files(request, self._options.max_body)
+        files = await _files(request, self._config.max_body)
         received = time.monotonic()
         loop = asyncio.get_running_loop()
 
@@ -208,9 +212,7 @@ class Api:
         )
         rows, sizes = zip(*prepared, strict=True)
         finished = time.monotonic()
-        answered = await model.run(
-            np.concatenate(rows), self._options.timeout, _connection(request)
-        )
+        answered = await model.run(np.concatenate(rows), self._config.timeout, _connection(request))
         return {
             "model": model.name,
             "version": model.version,
@@ -234,7 +236,7 @@ class Api:
             "ready": self._repository.ready,
             "uptime": time.time() - self._started,
             "requests": metrics.total,
-            "per_second": sum(now - time < 5 for time, _ in recent) / 5,
+            "per_second": metrics.per_second(),
             "latencies_ms": [round(1000 * seconds, 3) for _, seconds in recent],
             "models": [
                 {"name": model.name, "version": model.version, "task": model.task,

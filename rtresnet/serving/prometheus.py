@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RECENT = 2048  # requests that the page's histogram shows
+RATE_SECONDS = 5  # over which the page's rate is a mean
 OUTCOMES = ("success", "failure")
 
 
@@ -22,6 +23,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
         self.total = 0
+        self._each_second: deque[list[int]] = deque(maxlen=RATE_SECONDS + 1)  # [second, requests]
         self._requests = Counter("rtresnet_requests", "Requests by status", ["model", "status"],
                                  registry=registry)  # fmt: skip
 
@@ -55,7 +57,17 @@ class Metrics:
         self._runs.labels(model, version, OUTCOMES[queue is None]).observe(seconds)
         if queue is not None:
             self._queue.labels(model, version).observe(queue)
-            self.recent.append((time.monotonic(), seconds))
+            now = time.monotonic()
+            self.recent.append((now, seconds))
+            if not self._each_second or self._each_second[-1][0] != int(now):
+                self._each_second.append([int(now), 0])
+            self._each_second[-1][1] += 1
+
+    def per_second(self) -> float:
+        """Return the mean number of successful requests in each of the last whole seconds."""
+        now = int(time.monotonic())
+        requests = [n for second, n in self._each_second if now - RATE_SECONDS <= second < now]
+        return sum(requests) / RATE_SECONDS
 
     def batch(self, model: str, version: str, size: int, seconds: float) -> None:
         """Count a batch."""

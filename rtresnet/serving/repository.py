@@ -31,7 +31,7 @@ from rtresnet.runtime.batcher import Answer, Batcher
 from rtresnet.runtime.detector_rows import DetectorRows
 from rtresnet.runtime.session import Session
 from rtresnet.serving import protocol
-from rtresnet.serving.options import ServerOptions
+from rtresnet.serving.config import ServeConfig
 from rtresnet.serving.prometheus import Metrics
 from rtresnet.serving.protocol import DATATYPES, InferRequest, InferTensor, RequestError
 
@@ -70,7 +70,7 @@ class ServedModel:
         version: Its number, as text.
         path: An ONNX file or a plan.
         load: Opens an artifact and verifies its sidecar.
-        options: Batching and queue.
+        config: Batching and queue.
         metrics: Receives every batch.
 
     Attributes:
@@ -88,27 +88,26 @@ class ServedModel:
         version: str,
         path: Path,
         load: Callable[[Path], Session],
-        options: ServerOptions,
+        config: ServeConfig,
         metrics: Metrics,
     ) -> None:
-        self.name, self.version, self.max_batch = name, version, options.max_batch
+        self.name, self.version, self.max_batch = name, version, config.max_batch
         self.stamp = stamp(path)
         self.healthy, self._failed_in_a_row, self._metrics = True, 0, metrics
         self._closing = False
         self.session = load(path)
         try:
             self.detector = DetectorRows(self.session) if self.session.detection else None
-            largest = self._check()
+            self.batcher = Batcher(
+                self.detector or self.session,
+                max_batch=self._check(),
+                max_wait_ms=config.max_wait_ms,
+                queue_limit=config.queue,
+                on_batch=self._on_batch,
+            )
         except BaseException:
             self.session.close()
             raise
-        self.batcher = Batcher(
-            self.detector or self.session,
-            max_batch=largest,
-            max_wait_ms=options.max_wait_ms,
-            queue_limit=options.queue,
-            on_batch=self._on_batch,
-        )
 
     def _check(self) -> int:
         """Warm the session up and check its answers; returns the largest batch it computes."""
@@ -166,7 +165,8 @@ class ServedModel:
 
         Raises:
             InputError: The inputs or outputs do not match the model's, or are too large.
-            RequestError: The queue is full, the time is over, or the client is gone.
+            RequestError: The queue is full, the time is over, the client is gone, or an output is
+                not finite.
             UnavailableError: The device failed.
         """
         counts = protocol.requested(request, self.outputs)
@@ -196,6 +196,8 @@ class ServedModel:
                 answers.append(self.batcher.submit(image))
             await _done(answers[-1], limit, connection)  # answers come in their order
             rows = [_arrays(_result(answer)) for answer in answers]
+            values = tuple(np.stack(column) for column in zip(*rows, strict=True))
+            self._require_finite(images, values)
             queue = max(answer.queue_seconds for answer in answers)
         except QueueFullError as error:
             raise RequestError(503, f"{self.name}: {error.message}") from None
@@ -208,8 +210,25 @@ class ServedModel:
             for answer in answers:
                 answer.cancel()  # does nothing to those that are done
             self._metrics.run(self.name, self.version, time.monotonic() - began, queue)
-        values = tuple(np.stack(column) for column in zip(*rows, strict=True))
         return Answered(values, queue, max(answer.compute_seconds for answer in answers))
+
+    def _require_finite(self, images: np.ndarray, values: tuple[np.ndarray, ...]) -> None:
+        """Raise if an output is not finite: JSON has no such numbers, and no client expects them.
+
+        Raises:
+            InputError: Neither are the inputs.
+            RequestError: The model computes it from finite inputs.
+        """
+        for output, array in zip(self.outputs, values, strict=True):
+            if not np.isfinite(array).all():
+                if not np.isfinite(images).all():
+                    names = ", ".join(tensor.name for tensor in self.inputs)
+                    raise InputError(f"{self.name}: NaN or infinity in {names}")
+                raise RequestError(
+                    500,
+                    f"{self.name}: NaN or infinity in output {output.name}",
+                    fix="find the cause with: rtresnet check",
+                )
 
     def _on_batch(self, size: int, seconds: float, failure: BaseException | None) -> None:
         self._metrics.batch(self.name, self.version, size, seconds)
@@ -222,8 +241,10 @@ class ServedModel:
     def close(self) -> None:
         """Finish queued requests and free the memory."""
         self._closing = True
-        self.batcher.close()
-        self.session.close()
+        try:
+            self.batcher.close()
+        finally:
+            self.session.close()
 
     @property
     def platform(self) -> str:
@@ -305,7 +326,7 @@ class Repository:
     Args:
         sources: ONNX files, plans, or folders of a Triton repository.
         load: Opens an artifact and verifies its sidecar.
-        options: The options of the server.
+        config: The options of the server.
 
     Attributes:
         ready: Whether the server accepts requests.
@@ -314,9 +335,9 @@ class Repository:
     """
 
     def __init__(
-        self, sources: Sequence[Path], load: Callable[[Path], Session], options: ServerOptions
+        self, sources: Sequence[Path], load: Callable[[Path], Session], config: ServeConfig
     ) -> None:
-        self.options, self.metrics, self.ready = options, Metrics(), False
+        self.config, self.metrics, self.ready = config, Metrics(), False
         self._sources, self._load = sources, load
         self._models: dict[str, dict[str, ServedModel]] = {}
         self._last_stamps: dict[Path, Any] = {}
@@ -343,16 +364,20 @@ class Repository:
         }  # fmt: skip
 
     def load_all(self) -> None:
-        """Load and warm up all models.
+        """Load and warm up all models; if one fails, the others are closed.
 
         Raises:
             InputError: Nothing to serve, or two models of one name and version.
         """
-        for source in self._sources:
-            for name, version, path in _files(source):
-                if version in self._models.get(name, {}):
-                    raise InputError(f"{path}: a second model {name}, version {version}")
-                self._models.setdefault(name, {})[version] = self._open(name, version, path)
+        try:
+            for source in self._sources:
+                for name, version, path in model_files(source):
+                    if version in self._models.get(name, {}):
+                        raise InputError(f"{path}: a second model {name}, version {version}")
+                    self._models.setdefault(name, {})[version] = self._open(name, version, path)
+        except BaseException:
+            self.close()
+            raise
         if not self._models:
             sources = ", ".join(map(str, self._sources))
             raise InputError(
@@ -360,7 +385,7 @@ class Repository:
             )
 
     def _open(self, name: str, version: str, path: Path) -> ServedModel:
-        return ServedModel(name, version, path, self._load, self.options, self.metrics)
+        return ServedModel(name, version, path, self._load, self.config, self.metrics)
 
     def get(self, name: str | None, version: str = "") -> ServedModel:
         """Return a model; without a name the only one, without a version the newest.
@@ -409,28 +434,35 @@ class Repository:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for model in self.all():
-                path, now = model.session.path, stamp(model.session.path)
-                settled = self._last_stamps.get(path) == now
-                self._last_stamps[path] = now
-                if now in (model.stamp, self._rejected_stamps.get(path)) or not settled:
-                    continue
                 try:
-                    new = await asyncio.to_thread(self._open, model.name, model.version, path)
-                except Exception as error:  # the old version keeps serving after any error
-                    self._rejected_stamps[path] = now
-                    log.error("not reloaded: %s", error)
-                    continue
-                self._models[model.name][model.version] = new
-                log.info("reloaded %s version %s", model.name, model.version)
-                await asyncio.to_thread(model.close)
+                    await self._reload_if_changed(model)
+                except Exception:  # other files must still be watched
+                    log.exception("reloading %s failed", model.name)
+
+    async def _reload_if_changed(self, model: ServedModel) -> None:
+        path, now = model.session.path, stamp(model.session.path)
+        settled = self._last_stamps.get(path) == now
+        self._last_stamps[path] = now
+        if now in (model.stamp, self._rejected_stamps.get(path)) or not settled:
+            return
+        try:
+            new = await asyncio.to_thread(self._open, model.name, model.version, path)
+        except Exception as error:  # the old version keeps serving after any error
+            self._rejected_stamps[path] = now
+            log.error("not reloaded: %s", error)
+            return
+        self._models[model.name][model.version] = new
+        log.info("reloaded %s version %s", model.name, model.version)
+        await asyncio.to_thread(model.close)
 
     def close(self) -> None:
-        """Finish queued requests and free the memory."""
-        for model in self.all():
-            model.close()
+        """Finish queued requests and free the memory of every model, also if one fails to close."""
+        with contextlib.ExitStack() as stack:
+            for model in self.all():
+                stack.callback(model.close)
 
 
-def _files(source: Path) -> list[tuple[str, str, Path]]:
+def model_files(source: Path) -> list[tuple[str, str, Path]]:
     """Return (name, version, file) of the models in a file or a Triton repository's folder."""
     if not source.is_dir():
         return [(source.stem, "1", source)]

@@ -24,9 +24,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.runtime.batcher import short_switch_interval
 from rtresnet.runtime.session import Session
+from rtresnet.serving.config import ServeConfig, check_tls, read_token
 from rtresnet.serving.grpc_service import Service
 from rtresnet.serving.http import Api
-from rtresnet.serving.options import ServerOptions
 from rtresnet.serving.repository import Repository
 
 log = logging.getLogger("rtresnet.serve")
@@ -143,7 +143,10 @@ class Server:
         sources: ONNX files, plans, or folders of a Triton repository.
         load: Opens an artifact and verifies its sidecar.
         decode: Turns an encoded image into uint8 RGB [H, W, 3].
-        options: Addresses, security, batching and limits.
+        config: Addresses, security, batching and limits.
+
+    Raises:
+        InputError: The token or the TLS files are not usable.
     """
 
     def __init__(
@@ -151,11 +154,23 @@ class Server:
         sources: list[Path],
         load: Callable[[Path], Session],
         decode: Callable[[bytes], np.ndarray],
-        options: ServerOptions,
+        config: ServeConfig,
     ) -> None:
-        self._options, self._decode = options, decode
-        self._repository = Repository(sources, load, options)
+        self._config, self._decode = config, decode
+        self._token = read_token(config.token_file)
+        if config.certificate is not None and config.key is not None:
+            check_tls(config.certificate, config.key)
+        self._repository = Repository(sources, load, config)
         self._stop = asyncio.Event()
+
+    def load(self) -> None:
+        """Load, check and warm up the models. Call it before `run`.
+
+        Raises:
+            InputError: A model cannot be served.
+            CheckFailedError: A model's self-check fails.
+        """
+        self._repository.load_all()
 
     def run(self, on_ready: Callable[[list[str]], None] = lambda lines: None) -> int:
         """Serve until SIGTERM, SIGINT or the loss of a device.
@@ -167,9 +182,8 @@ class Server:
             0, or 3 if a device was lost.
 
         Raises:
-            InputError: A model cannot be served, or a port is in use.
+            InputError: A port is in use.
         """
-        self._repository.load_all()
         with short_switch_interval():
             try:
                 return uvloop.run(self._serve(on_ready))
@@ -177,15 +191,15 @@ class Server:
                 self._repository.close()
 
     async def _serve(self, on_ready: Callable[[list[str]], None]) -> int:
-        options, loop = self._options, asyncio.get_running_loop()
-        sockets = [_bind(options.host, options.port)]
-        api = Api(self._repository, self._decode)
+        config, loop = self._config, asyncio.get_running_loop()
+        sockets = [_bind(config.host, config.port)]
+        api = Api(self._repository, self._decode, self._token)
         web = _Web(uvicorn.Config(
             api, http=_Protocol, ws="none", lifespan="off", proxy_headers=False,
             log_config=None, access_log=False, server_header=False,
             limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=int(options.grace) + 1,
-            ssl_certfile=options.certificate, ssl_keyfile=options.key,
+            timeout_graceful_shutdown=int(config.grace) + 1,
+            ssl_certfile=config.certificate, ssl_keyfile=config.key,
         ))  # fmt: skip
         rpc = await self._start_grpc()
         serving = asyncio.create_task(web.serve(sockets=sockets))
@@ -194,20 +208,23 @@ class Server:
             loop.add_signal_handler(number, self._stop.set)
         while not web.started and not serving.done():
             await asyncio.sleep(0.01)
-        self._repository.ready = True
-        on_ready(self._addresses(sockets[0]))
-        lost = await self._until_stopped(serving)
-        self._repository.ready = False
-        log.info("stopping", extra={"fields": {"device_lost": lost}})
+        lost = False
+        if not serving.done():  # else it raises below
+            self._repository.ready = True
+            on_ready(self._addresses(sockets[0]))
+            lost = await self._until_stopped(serving)
+            self._repository.ready = False
+            log.info("stopping", extra={"fields": {"device_lost": lost}})
         watching.cancel()
-        await asyncio.sleep(0 if lost else min(LEAVE_SECONDS, options.grace))
-        _refuse_connections(sockets[0])
-        await asyncio.sleep(0 if lost else ACCEPT_SECONDS)
+        if not serving.done():
+            await asyncio.sleep(0 if lost else min(LEAVE_SECONDS, config.grace))
+            _refuse_connections(sockets[0])
+            await asyncio.sleep(0 if lost else ACCEPT_SECONDS)
         web.should_exit = True
         if rpc is not None:
-            await rpc.stop(0 if lost else options.grace)
+            await rpc.stop(0 if lost or serving.done() else config.grace)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(serving, options.grace + 2)
+            await asyncio.wait_for(serving, config.grace + 2)
         return UnavailableError.exit_code if lost else 0
 
     async def _until_stopped(self, serving: asyncio.Task[None]) -> bool:
@@ -220,34 +237,39 @@ class Server:
         return False
 
     async def _start_grpc(self) -> Any:
-        options = self._options
-        if options.grpc_port is None:
+        config = self._config
+        if not config.grpc:
             return None
-        limit = options.max_body
+        limit = config.max_body
         server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0),
                      ("grpc.max_send_message_length", limit), ("grpc.max_metadata_size", 16384)],
             maximum_concurrent_rpcs=CONNECTIONS,
         )  # fmt: skip
-        server.add_generic_rpc_handlers((Service(self._repository).handlers(),))
-        address = f"{options.host}:{options.grpc_port}"
+        service = Service(self._repository, self._token)
+        server.add_generic_rpc_handlers((service.handlers(),))
+        address = f"{config.host}:{config.grpc_port}"
+        credentials = None
+        if config.certificate is not None and config.key is not None:
+            pair = (config.key.read_bytes(), config.certificate.read_bytes())
+            credentials = grpc.ssl_server_credentials([pair])
         try:
-            if options.certificate is not None and options.key is not None:
-                pair = (options.key.read_bytes(), options.certificate.read_bytes())
-                port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-            else:
-                port = server.add_insecure_port(address)
+            port = (
+                server.add_secure_port(address, credentials)
+                if credentials
+                else server.add_insecure_port(address)
+            )
         except RuntimeError:
             raise InputError(f"{address}: in use", fix="choose another --grpc-port") from None
-        self._grpc_address = f"{options.host}:{port}"
+        self._grpc_address = f"{config.host}:{port}"
         await server.start()
         return server
 
     def _addresses(self, web: socket.socket) -> list[str]:
-        scheme = "https" if self._options.certificate else "http"
+        scheme = "https" if self._config.certificate else "http"
         host, port = web.getsockname()[:2]
         lines = [f"{scheme}://{host}:{port}"]
-        if self._options.grpc_port is not None:
+        if self._config.grpc:
             lines.append(f"grpc://{self._grpc_address}")
         return lines + [
             f"{model.name} version {model.version}: {model.session.precision}, "

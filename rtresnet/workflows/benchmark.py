@@ -413,11 +413,9 @@ def opened(
         stack.enter_context(short_switch_interval())
         sessions = []
         for target, note in chosen:
-            settings = runtime.for_artifact(target, targets)
+            settings = runtime.for_artifact(target, targets, batches=max_batch > 1)
             if note:
                 settings = dataclasses.replace(settings, device="cpu")
-            if artifacts.kind_of(target) == "plan" and settings.contexts is None:
-                settings = dataclasses.replace(settings, contexts=2 if max_batch > 1 else 1)
             session = load_artifact(target, settings, input_needed=False, timings=max_batch == 1)
             sessions.append(stack.enter_context(session))
         sizes = {session.size for session in sessions}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rtresnet.core import reporter
-from rtresnet.core.config import option
+from rtresnet.core.config import option, parse_milliseconds
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
@@ -51,7 +51,7 @@ class SearchConfig(MeasurementConfig):
         "Limit of the p99 latency for --find-batch and --find-qps, as in 10ms.",
         names=("--p99",),
         metavar="TIME",
-        parse=workloads.parse_milliseconds,
+        parse=parse_milliseconds,
     )
 
     def __post_init__(self) -> None:

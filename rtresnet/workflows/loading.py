@@ -83,11 +83,19 @@ class RuntimeConfig(Config):
         super().__post_init__()
         parse_provider(self.provider)
 
-    def for_artifact(self, path: str, paths: Sequence[str]) -> RuntimeConfig:
+    def for_artifact(
+        self, path: str, paths: Sequence[str], *, batches: bool = False
+    ) -> RuntimeConfig:
         """Return the options that apply to `path`, one of several artifacts of a command.
 
         `provider`, `threads` and `tf32` apply to the ONNX files among them; if there are none,
         they stay and the plan rejects them. `contexts` and `graphs` apply to the plans.
+
+        Args:
+            path: The artifact.
+            paths: All artifacts of the command.
+            batches: Whether the command forms batches. A plan of a classifier then has two contexts
+                by default, so that the GPU computes one batch while another is copied.
 
         Raises:
             InputError: `contexts` or `graphs` is given, and no artifact is a plan.
@@ -98,11 +106,13 @@ class RuntimeConfig(Config):
         if plan_options and "plan" not in kinds:
             raise InputError(
                 f"{path}: not a plan; --{plan_options[0]} applies to plans only",
-                fix="leave it out, or measure a plan: rtresnet build",
+                fix="leave it out, or use a plan: rtresnet build",
             )
         changes: dict[str, Any] = {}
         if kind != "plan":
             changes |= {"contexts": None, "graphs": None}
+        elif batches and self.contexts is None and not detect.is_detector(path):
+            changes |= {"contexts": 2}
         if kind != "onnx" and "onnx" in kinds:
             changes |= {"provider": "auto", "tf32": None}
             if kind == "plan":

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, plan_info
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_wait
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.workflows.triton_repository import LABELS
-from rtresnet.workflows.workload import parse_wait
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Detection, Profile, Sidecar

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 
 from rtresnet import __version__
 from rtresnet.core import artifacts, atomic_io, provenance
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_milliseconds
 from rtresnet.core.errors import InputError
 from rtresnet.workflows.package import LARGEST, PackageConfig, require_single_file
-from rtresnet.workflows.workload import parse_milliseconds
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Sidecar

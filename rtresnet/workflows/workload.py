@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rtresnet.core.config import Config, option
+from rtresnet.core.config import Config, option, parse_wait
 from rtresnet.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,30 +27,6 @@ BATCHES: dict[Scenario, tuple[int, ...]] = {
 MAX_WAIT_MS = 2.0
 POOL_BYTES, POOL = 64 << 20, 8
 """Different requests are prepared up to this size and this number."""
-
-
-def parse_wait(text: str) -> float:
-    """Read `10ms`, `0.5s`, `250us`, `10` (ms) or 0; returns milliseconds.
-
-    Raises:
-        InputError: Not a time.
-    """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s|)", text.strip())
-    if match is None:
-        raise InputError("not a time", fix="as in 10ms")
-    return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}[match[2]]
-
-
-def parse_milliseconds(text: str) -> float:
-    """Read a time as `parse_wait` does, but not 0; returns milliseconds.
-
-    Raises:
-        InputError: Not a time above 0.
-    """
-    value = parse_wait(text)
-    if value <= 0:
-        raise InputError("not a time above 0", fix="as in 10ms")
-    return value
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

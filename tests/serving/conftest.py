@@ -8,11 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
+
+import rtresnet
+
+T = TypeVar("T")
 
 for package in ("starlette", "uvicorn", "grpc", "prometheus_client", "onnxruntime"):
     pytest.importorskip(package)
@@ -92,6 +98,31 @@ def photo() -> bytes:
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def served(
+    sources: list[Path],
+    ask: Callable[[list[str]], T],
+    config: rtresnet.ServeConfig,
+    runtime: rtresnet.RuntimeConfig | None = None,
+) -> T:
+    """Serve in this process until `ask` has returned; returns what it returned.
+
+    Args:
+        sources: What is served.
+        ask: A client, which gets the lines of `on_ready`. It runs in a thread.
+        config: Options of the server.
+        runtime: Where the models run.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        answers: list[Future[T]] = []
+
+        def on_ready(lines: list[str]) -> None:
+            answers.append(pool.submit(ask, lines))
+            answers[0].add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+        assert rtresnet.serve(sources, config, runtime=runtime, on_ready=on_ready) == 0
+    return answers[0].result()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:

@@ -414,20 +414,6 @@ def test_metrics_and_status_count_what_was_asked(server: Server, images: np.ndar
     assert model["statistics"]["inference_count"] > 0
 
 
-def test_full_queue_is_503_and_an_expired_request_is_not_computed(
-    models: Path, images: np.ndarray, start: Callable[..., Server]
-) -> None:
-    server = start(models / "resnet8.onnx", "--queue", 2, "--max-wait", "500ms", "--max-batch", 8)
-    status, fields, _ = ask(server, INFER, request_of(images))
-    assert status == 503 and fields["retry-after"]
-    begin = time.monotonic()
-    status, _, _ = ask(server, INFER, request_of(images[:1], parameters={"timeout": 50_000}))
-    assert status == 504 and time.monotonic() - begin < 0.4
-    time.sleep(0.6)
-    stats = json.loads(ask(server, "/v2/models/resnet8/stats")[2])["model_stats"][0]
-    assert stats["inference_count"] == 0 and stats["inference_stats"]["fail"]["count"] == 2
-
-
 def test_client_that_disconnects_is_dropped_from_the_batch(
     models: Path, images: np.ndarray, start: Callable[..., Server]
 ) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from rtresnet.bench.workload import Candidate
+from rtresnet.core.config import parse_milliseconds, parse_wait
 from rtresnet.core.errors import InputError
 from rtresnet.workflows import workload
 from rtresnet.workflows.benchmark import BenchmarkConfig
 from rtresnet.workflows.benchmark_search import SearchConfig
-from rtresnet.workflows.workload import Workload, parse_milliseconds, parse_wait
+from rtresnet.workflows.workload import Workload
 
 
 def test_measure_queued_clients_without_batcher_call_at_the_same_time() -> None:
