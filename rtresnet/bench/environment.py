@@ -366,7 +366,7 @@ class GpuMonitor:
         return matching[0]
 
     def _ask(self, function: str, *arguments: object) -> Any:
-        """Return NVML's value, or None if the GPU, the driver or nvidia-ml-py lacks it."""
+        """Return NVML's value, or None if GPU, driver or nvidia-ml-py do not support it."""
         nvml = self._nvml
         unable = (nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError))
         with contextlib.suppress(*unable, AttributeError):

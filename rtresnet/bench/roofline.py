@@ -85,7 +85,7 @@ class PeakRates:
             return self.fp32
         rate: float | None = getattr(self, dtype)
         if rate is None:
-            raise InputError(f"no {dtype.upper()} rate is {self.source or 'known'}")
+            raise InputError(f"this device has no {dtype.upper()} rate (source: {self.source})")
         return rate
 
 

@@ -281,7 +281,7 @@ def md1_latency_quantile(share: float, *, rate: float, service: float) -> float:
     load = rate * service
     if load >= 1:
         raise InputError(
-            f"{rate:g} requests/s of {service:g} s each: more than one server can serve"
+            f"{rate:g} requests/s of {service:g} s each: more than the capacity of one server"
         )
     low, high, size = 0.0, 1.0, 64
     lengths = md1_queue_lengths(load, size)

@@ -31,7 +31,7 @@ class Clock(Protocol):
     """A monotonic clock in seconds; tests replace it."""
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Return the time in seconds since an arbitrary moment."""
         ...
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:
@@ -48,7 +48,7 @@ class WallClock:
     """The machine's clock."""
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Return the time in seconds since an arbitrary moment."""
         return time.perf_counter()
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:

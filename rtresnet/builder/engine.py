@@ -474,8 +474,8 @@ def _unknown_net(trt: Any, network: Any, source: Path) -> Sidecar:
     floats = images.dtype == logits.dtype == trt.float32
     if not square or not floats or len(out) != 2 or out[1] < 1:
         raise ArtifactError(
-            f"{source}: {images.dtype.name} {list(shape)} to {logits.dtype.name} {list(out)}: not "
-            "a net from float32 [N, 3, S, S] to float32 [N, classes]"
+            f"{source}: {images.dtype.name} {list(shape)} to {logits.dtype.name} {list(out)}; "
+            "expected a net from float32 [N, 3, S, S] to float32 [N, classes]"
         )
     digest = atomic_io.sha256(source)
     return Sidecar(

@@ -357,7 +357,7 @@ def load(plan: str | os.PathLike[str], sidecar: Sidecar | None) -> Layers:
     link = sidecar.plan.layers if sidecar and sidecar.plan else None
     if link is None:
         why = "it has no sidecar" if sidecar is None else "its sidecar names no layer file"
-        raise InputError(f"{plan}: its layers are unknown, because {why}", fix=again)
+        raise InputError(f"{plan}: its layer record is not available: {why}", fix=again)
     layers_path = Path(plan).parent / link.file
     atomic_io.require_file(layers_path, fix=again)
     if atomic_io.sha256(layers_path) != link.sha256:

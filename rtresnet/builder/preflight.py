@@ -1,7 +1,7 @@
 """Checks before a build: nodes that the parser does not support, and targets that lack a type.
 
-The parser stops at the first node that it does not support. Asked whether it supports the whole
-file, it lists all of them.
+The parser stops at the first node that it does not support. When it is asked about the whole file,
+it lists all of them.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def builder(choice: str = "auto") -> Any:
     # Without a device, TensorRT ends the process instead of raising.
     if choice == "tensorrt" and hardware.installed("tensorrt") and not hardware.gpus():
         raise UnavailableError(
-            "tensorrt builds for this machine's GPU, but it has none", fix="use --builder rtx"
+            "tensorrt needs a GPU to build for, but this machine has none", fix="use --builder rtx"
         )
     return trt_loading.load_tensorrt(BUILDERS[choice])
 

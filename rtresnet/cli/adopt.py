@@ -25,7 +25,16 @@ from rtresnet.workflows.input_spec import InputConfig
 )
 @common.classes_option
 @click.option("--force", is_flag=True, help="Replace an existing sidecar.  [default: refuse]")
-@config_options(InputConfig, argument="stated")
+@config_options(
+    InputConfig,
+    argument="stated",
+    default_texts={
+        "size": "from the file",
+        "mean": "none; required unless the file takes uint8 pixels",
+        "std": "none; required unless the file takes uint8 pixels",
+        "interpolation": "bilinear",
+    },
+)
 @common.json_option
 def command(
     path: Path,
@@ -36,8 +45,8 @@ def command(
 ) -> None:
     """Write the sidecar of an ONNX file that another tool exported.
 
-    State what the file does not contain: mean and std (or --preset), the class names, and the
-    size if the file leaves it open. Every command then runs the file without these options.
+    State what the file does not contain: mean and std (or --preset), the class names, and the size
+    if the file does not fix it. Every command then runs the file without these options.
     """
     result = adopt(
         path, stated, resize=resize, classes=classes, force=force, reporter=common.REPORTER

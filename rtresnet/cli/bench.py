@@ -78,7 +78,7 @@ def command(
     intervals: bool,
     trtexec: bool,
 ) -> None:
-    """Measure latency (median, p90, p95, p99) and throughput, one request after another.
+    """Measure latency (median, p90, p95, p99) and throughput.
 
     Several files are measured in alternating slices and compared. A plan needs a GPU. Without one,
     `--device auto` measures its ONNX file on the CPU instead and prints a note; `--device cuda`
@@ -98,7 +98,7 @@ def command(
                 raise InputError(f"--{name} and --find-{quantity} cannot be combined")
         searched = SearchConfig(what=quantity, p99_ms=p99_ms, **_values(shared))  # type: ignore[arg-type]
         if plot is not None and plot.suffix.lower() not in (".svg", ".png"):
-            raise InputError(f"--plot {plot}: .svg or .png")
+            raise InputError(f"--plot {plot}: must end in .svg or .png")
         searches = search_benchmark(paths, searched, runtime=runtime, reporter=common.REPORTER)
         common.show(benchmark.search_lines(searches))
         if plot is not None:

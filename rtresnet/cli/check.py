@@ -30,14 +30,14 @@ def command(
     stated: InputConfig,
     runtime: RuntimeConfig,
 ) -> None:
-    """Compare an artifact with itself, and with the FP32 ONNX file it came from.
+    """Check that an output does not depend on the batch, and compare it with the FP32 ONNX file.
 
     An image alone, in a batch, permuted, at every batch of the plan's profiles (1, 8 and 32 for
     other files), at odd batches, after other batches and next to a broken image must have the same
     output, within the tolerance of its precision. The exit code is 1 if it does not.
 
-    A detector's detections must be valid, repeatable and those of the file it was made from: on
-    --data with or without boxes, by default drawn shapes.
+    For a detector: detections must be valid, repeatable and equal to those of its source file.
+    --data needs no boxes [default: drawn shapes].
     """
     result = check(path, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER)
     common.show(checks.check_lines(result))

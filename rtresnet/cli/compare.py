@@ -42,8 +42,8 @@ def command(
 
     A file that outputs only the most probable classes is compared by its top-1. --size, --mean,
     --std and --preset apply to artifacts without a sidecar. Two detectors are compared by their
-    detections; on images with boxes (voc:DIR[:SPLIT], coco:JSON:IMAGES, shapes:N) by average
-    precision as well.
+    detections; images with boxes (voc:DIR[:SPLIT], coco:JSON:IMAGES, shapes:N) also give the
+    average precision of both.
     """
     result = compare(
         reference, candidate, data, config, runtime=runtime, stated=stated, reporter=common.REPORTER

@@ -10,7 +10,7 @@ from rtresnet.core.isolated import FAILED
 
 
 @click.command("doctor")
-@click.option("--gpu", is_flag=True, help="Test the GPU with small runs on it.  [default: off]")
+@click.option("--gpu", is_flag=True, help="Run a short self-test of the GPU.  [default: off]")
 @common.json_option
 def command(gpu: bool) -> None:
     """Show what this machine supports, and the command that installs what is missing."""

@@ -46,7 +46,7 @@ def command(
     runtime: RuntimeConfig,
     report: Path | None,
 ) -> None:
-    """Measure top-1 (and top-5 above five classes).
+    """Measure top-1 accuracy, and top-5 for more than five classes.
 
     Several artifacts form an ensemble: their probabilities are averaged, image by image. For a
     detector, the average precision on images with boxes is measured: voc:DIR[:SPLIT],

@@ -62,8 +62,8 @@ def command(
 
     Writes MODEL.onnx (FP32, batch norm folded), MODEL-fp16.onnx, MODEL-int8.onnx or similar, and
     the plans MODEL-fp32.plan, MODEL.plan (FP16), MODEL-int8.plan or similar. BF16 needs a GPU from
-    sm_80 on, FP8 an Ada, Hopper or Blackwell GPU. With --input or --topk also
-    MODEL-int8-u8-top5.onnx or similar, and the plans from those.
+    sm_80 on, FP8 an Ada, Hopper or Blackwell GPU. With --input or --topk, also writes
+    MODEL-int8-u8-top5.onnx or similar, and builds the plans from these.
     """
     config = dataclasses.replace(config, precisions=precisions, plan=not no_plan)
     result = export(

@@ -24,7 +24,7 @@ from rtresnet.workflows.lint import lint
 )
 @common.json_option
 def command(paths: tuple[Path, ...], fix: Path | None) -> None:
-    """Report where TensorRT would reject a Q/DQ file, compute different values, or be slow.
+    """Report nodes that TensorRT would reject, compute differently or run slowly.
 
     Works on files of any tool, without a GPU or TensorRT; --fix needs ONNX Runtime. The exit
     code is 1 if there is any error or warning.

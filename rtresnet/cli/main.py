@@ -56,9 +56,10 @@ def _add_example(path: str, command: click.Command) -> None:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rtresnet", prog_name="rtresnet")
 def cli() -> None:
-    """Residual networks from images to measured TensorRT engines.
+    """Train residual networks and compile them into TensorRT engines.
 
-    images, train, export, quantize, build, bench: one command per step, connected by files.
+    Each step of the pipeline (train, export, quantize, build, bench) is one command that writes
+    files for the next.
     Start with: rtresnet quickstart
     """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ def config_options(
     *,
     argument: str = "config",
     leave_out: Collection[str] = (),
+    default_texts: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Decorate a command with one option for each field of a config.
 
@@ -33,7 +35,9 @@ def config_options(
         config: Class whose fields are declared with `core.config.option`.
         argument: Name of the command's parameter that receives the config.
         leave_out: Fields that are not options of this command; they keep their defaults.
+        default_texts: Field to description of its default that replaces the config's.
     """
+    texts = default_texts or {}
     fields = [entry for entry in options_of(config) if entry[0].name not in leave_out]
 
     def decorate(function: F) -> F:
@@ -50,6 +54,8 @@ def config_options(
 
         decorated: Any = command
         for field, hint, about in reversed(fields):
+            if field.name in texts:
+                about = replace(about, default_text=texts[field.name])
             decorated = click_option(field.name, hint, field.default, about)(decorated)
         return typing.cast(F, decorated)
 

@@ -50,10 +50,7 @@ def command(
     no GPU, no Docker, no Triton and no Kubernetes.
     """
     if (triton is None) == (docker is None and kserve is None):
-        raise InputError(
-            "no kind of package, or several: use --triton DIR, or --docker DIR, --kserve FILE or "
-            "both"
-        )
+        raise InputError("choose --triton DIR, or --docker DIR and/or --kserve FILE")
     if max_delay_us is not None:
         config = dataclasses.replace(config, max_wait_ms=max_delay_us / 1000)
     if triton is not None:

@@ -47,17 +47,19 @@ def command(
 
     FP8 needs an Ada, Hopper or Blackwell GPU, BF16 one from sm_80 on.
 
-    With --eval, the accuracy of INT8 or FP8 is compared with that of FP32 on the same images. Where
-    the loss is not within --max-drop, the most harmful blocks stay in float (in FP8, they run in
-    INT8 where that has less noise); the exit code is 1 where that does not help. The verdict
-    says whether the images are enough to show that the bound holds.
+    With --eval, the accuracy of INT8 or FP8 is compared with that of FP32 on the same images. If
+    the loss is not within --max-drop, the most harmful blocks stay in float (in FP8 files they use
+    INT8 if that has less noise). The exit code is 1 if the bound cannot be met. The verdict says
+    whether the images are enough to show that the bound holds.
     """
     if len(precisions) > 1:
         flags = " and ".join(f"--{name}" for name in precisions)
         raise InputError(f"{flags} cannot be combined", fix="run the command once for each")
     config = dataclasses.replace(config, precision=precisions[0])
     if report is not None and config.eval_data is None:
-        raise InputError("--report needs --eval, whose images it shows", fix="--eval DATA")
+        raise InputError(
+            "--report shows the images of --eval, which is missing", fix="add --eval DATA"
+        )
     try:
         result = quantize(source, config, out=out, stated=stated, reporter=common.REPORTER)
     except AccuracyCheckFailedError as failed:

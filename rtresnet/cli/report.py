@@ -15,11 +15,9 @@ from rtresnet.core.reporter import escape
 
 
 def page_path(context: click.Context, option: click.Parameter, value: Any) -> Any:
-    """Validate an output path as `common.text_place` does; refuse the name of a result."""
+    """Validate an output path as `common.text_place` does; reject the name of a result file."""
     if value is not None and Path(value).suffix.lower() == ".json":
-        raise InputError(
-            f"{value}: has a result's suffix, not a page's", fix="use the suffix .html"
-        )
+        raise InputError(f"{value}: must end in .html", fix="use the suffix .html")
     return common.text_place(context, option, value)
 
 

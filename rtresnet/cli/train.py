@@ -58,7 +58,16 @@ def _read_file(
         f.name for f in dataclasses.fields(TrainDetectorConfig) if f.name not in ONLY_DETECT
     ],
 )
-@config_options(InputConfig, argument="stated")
+@config_options(
+    InputConfig,
+    argument="stated",
+    default_texts={
+        "size": "from --weights, or the net's",
+        "mean": "from --weights, or ImageNet's",
+        "std": "from --weights, or ImageNet's",
+        "interpolation": "from --weights, or bilinear",
+    },
+)
 @common.json_option
 def command(
     from_file: tuple[str, ...],
@@ -67,7 +76,7 @@ def command(
     detector: TrainDetectorConfig,
     stated: InputConfig,
 ) -> None:
-    """Train a net. The test split is used once, at the end.
+    """Train a net, and evaluate it on the test split once, at the end.
 
     Before the first epoch the images are checked: counts per class, broken files, identical images
     in two splits. All broken files are listed, also in broken.txt in the run's folder.
@@ -124,7 +133,7 @@ def _train_detector(
         changed["settings"] = (*config.settings, f"flip={str(config.flip).lower()}")
     if "model" in changed:
         raise InputError(
-            "--model does not apply to --task detect", fix=f"--backbone {config.model}"
+            "--model does not apply to --task detect", fix=f"use --backbone {config.model}"
         )
     if others := sorted(set(changed) - shared):
         option = others[0].replace("_", "-")

@@ -130,7 +130,7 @@ def require_name(path: str | os.PathLike[str], kind: str) -> None:
 def publish_bytes(
     path: str | os.PathLike[str], data: memoryview, describe: Callable[[], Sidecar]
 ) -> Sidecar:
-    """Write an artifact that is in memory, and its sidecar, which `describe` returns meanwhile.
+    """Write an artifact from memory, and the sidecar that `describe` returns.
 
     Does not wait for the disk. After a power failure the sidecar's hash shows a truncated file.
 
@@ -251,20 +251,20 @@ def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:
     """
     place = sidecar_path(path)
     try:
-        data = serialization.load(place, fix=f"make {path} again", error=ArtifactError)
+        data = serialization.load(place, fix=f"create {path} again", error=ArtifactError)
     except FileNotFoundError:
         return None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         schema = data.get("schema") if isinstance(data, dict) else None
         raise ArtifactError(
             f"{place}: sidecar schema {schema}, but this version of rtresnet reads {SCHEMA}",
-            fix=f"make {path} again: {_command(data)}",
+            fix=f"create {path} again with: {_command(data)}",
         )
     try:
         return parse_sidecar(data)
     except (KeyError, TypeError, InputError) as error:
         raise ArtifactError(
-            f"{place}: broken sidecar ({error})", fix=f"make {path} again: {_command(data)}"
+            f"{place}: broken sidecar ({error})", fix=f"create {path} again with: {_command(data)}"
         ) from None
 
 
@@ -288,7 +288,8 @@ def mismatch(path: str | os.PathLike[str], sidecar: Sidecar) -> ArtifactError:
     if size < sidecar.bytes:
         problem = f"truncated ({size} of {sidecar.bytes} bytes)"
     return ArtifactError(
-        f"{path}: {problem}", fix=f"make it again: {sidecar.made_by.get('command', 'unknown')}"
+        f"{path}: {problem}",
+        fix=f"create it again with: {sidecar.made_by.get('command', 'unknown')}",
     )
 
 

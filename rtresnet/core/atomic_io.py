@@ -116,7 +116,7 @@ def require_text_place(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix.lower() in NETS:
         raise InputError(
-            f"{path}: has the suffix of a net, but the output is text",
+            f"{path}: has the suffix of a model file, but the output is text",
             fix="choose another name",
         )
     require_place(path)

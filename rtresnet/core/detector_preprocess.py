@@ -76,7 +76,7 @@ def to_canvas(
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InputError(
-            f"an image is {image.dtype} {list(image.shape)}; uint8 RGB [H, W, 3] is needed"
+            f"image is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3]"
         )
     height, width = resized_size(image.shape[0], image.shape[1], spec)
     small = resize(image, height, width, preprocess.interpolation)

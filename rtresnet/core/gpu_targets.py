@@ -58,7 +58,7 @@ REST = re.compile(
 
 
 def target_of(name: str) -> str | None:
-    """Return the compute capability of a GPU, as in sm_89; None for a name that the table lacks."""
+    """Return the compute capability of a GPU, as in sm_89; None if the name is not in the table."""
     text = " ".join(name.replace("_", " ").split()).lower()
     while (shorter := VENDOR.sub("", text)) != text:
         text = shorter

@@ -190,12 +190,11 @@ def _flags() -> set[str]:
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep soon when they wait for each other, unless the user has decided.
+    """Let OpenMP's threads sleep soon when they wait for each other, unless the user has set this.
 
-    Threads that spin slow down training on a machine that does other work, and that work. GNU's
-    OpenMP spins 1,000 times before it sleeps, which costs next to nothing on an idle machine
-    (benchmarks/train_threads.py). OpenMP reads the settings when it starts: call this before torch
-    is imported.
+    Spinning threads slow down training and other processes. GNU's OpenMP spins 1,000 times before
+    it sleeps, which costs next to nothing on an idle machine (benchmarks/train_threads.py). OpenMP
+    reads the settings when it starts: call this before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"

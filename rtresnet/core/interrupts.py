@@ -19,7 +19,7 @@ class Stop:
 def defer_signals(*, alone: bool) -> Iterator[Stop]:
     """Turn the first SIGINT or SIGTERM into `stop.requested`; a second one acts at once.
 
-    A step is completed before the run stops, so that the saved state is whole. No effect outside
+    A step is completed before the run stops, so that the saved state is complete. No effect outside
     the main thread, where Python delivers no signals.
 
     Args:

@@ -48,7 +48,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
     """
     if len(labels) and labels.max() >= logits.shape[1]:
         raise DataError(
-            f"label {labels.max()} of the data, but the net has {logits.shape[1]} classes (0 to "
+            f"the data has label {labels.max()}, but the net has {logits.shape[1]} classes (0 to "
             f"{logits.shape[1] - 1})",
             fix="evaluate on data with the net's classes",
         )

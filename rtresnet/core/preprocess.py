@@ -97,9 +97,9 @@ class Preprocess:
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise InputError(
-                f"an image is {image.dtype} {list(image.shape)}; uint8 RGB [H, W, 3] is needed",
-                fix="rtresnet.data.decode.decode(FILE) reads any image file so, and composites "
-                "transparent images on white",
+                f"image is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3]",
+                fix="rtresnet.data.decode.decode(FILE) reads image files in this format and "
+                "composites transparent images on white",
             )
         image = resize_shorter(image, self.resize, self.interpolation)
         top = round((image.shape[0] - self.size) / 2)
@@ -123,7 +123,7 @@ class Preprocess:
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise InputError(
-                f"images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 3] is needed"
+                f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, 3]"
             )
         scale, shift = self.factors()
         out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)

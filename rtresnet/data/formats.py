@@ -53,7 +53,7 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         if raw[:3] != b"\0\0\x08" or not shape or len(raw) != start + math.prod(shape):
             raise DataError(f"{path}: not an idx file of bytes, or truncated")
         return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-    raise DataError(f"{folder / name}: no such file, also not with .gz")
+    raise DataError(f"{folder / name}: not found, with or without .gz")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -100,7 +100,10 @@ def read_npz(path: Path) -> Raw:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except KeyError as error:
-        raise DataError(f"{path}: {error.args[0]}", fix="save `images` and `labels`") from None
+        raise DataError(
+            f"{path}: {error.args[0]}",
+            fix="save the arrays `images` and `labels` with numpy.savez",
+        ) from None
     except Exception as error:  # a damaged file raises almost anything: zip, tokenizer, type
         raise DataError(
             f"{path}: not an npz file of plain arrays, or truncated ({error})"

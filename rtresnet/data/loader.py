@@ -175,7 +175,7 @@ def batches(
 
 
 def sample(source: Source, n: int) -> np.ndarray:
-    """Draw `n` indices at random, balanced over the classes; every time the same ones."""
+    """Draw `n` indices at random, balanced over the classes; the same ones in every call."""
     order = np.random.default_rng(0).permutation(len(source))
     labels = source.labels[order]
     # Each image's rank within its class: sorting by it takes one of every class in turn.

@@ -112,7 +112,7 @@ class Shards:
         return f"{self._paths[int(self._shard[index])]}: {name}"
 
     def _read(self, index: int, length: int, start: int) -> bytes:
-        """Raises DataError if the shard is no longer there, or was cut short."""
+        """Read bytes of a shard. Raises DataError if the shard is missing or truncated."""
         shard = int(self._shard[index])
         path = self._paths[shard]
         try:

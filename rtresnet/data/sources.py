@@ -303,7 +303,7 @@ def open_source(spec: str, split: str = "all") -> Source:
         return _class_folders(spec, Path(spec), split)
     if form in ("voc", "coco", "shapes") and argument:
         raise InputError(
-            f"{spec}: images with boxes, which only detectors take",
+            f"{spec}: a detection data set, but this command needs a classification data set",
             fix="train one with: rtresnet train --task detect --data " + spec,
         )
     if os.sep in spec or (form == spec and Path(spec).suffix):
@@ -394,7 +394,8 @@ def _held_out(spec: str, folder: Path, split: str) -> Source:
     record = read_held_out(folder)
     if record is None:
         raise DataError(
-            f"{folder}: has no {SPLIT_FILE}, because it is no run, or its data set has test images",
+            f"{folder}: has no {SPLIT_FILE}, because it is not a run, or its data set "
+            "has its own test images",
             fix="name the data set itself",
         )
     source = open_source(record.data)

@@ -103,7 +103,7 @@ def evaluate(
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """In %, over what is a number."""
+    """Return the mean in %, ignoring NaN."""
     values = np.atleast_1d(values)
     values = values[~np.isnan(values)]
     return 100 * float(values.mean()) if values.size else None
@@ -183,7 +183,7 @@ def _match(
 def errors(
     targets: Targets, detections: Detections, threshold: float = 0.5, least: float = 0.5
 ) -> tuple[list[int], list[int]]:
-    """Errors in one image, for people: missed objects and wrong detections.
+    """Return the errors in one image: missed objects and wrong detections.
 
     Args:
         targets: Its objects.

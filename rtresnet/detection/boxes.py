@@ -91,7 +91,7 @@ def anchors(
 
 
 def suppression(boxes: Tensor, threshold: float) -> Tensor:
-    """Which box suppresses which: float [..., N, N], strictly upper triangular.
+    """Return which boxes suppress which: float [..., N, N], strictly upper triangular.
 
     Args:
         boxes: Sorted by score, the highest first [..., N, 4].
@@ -104,10 +104,10 @@ def suppression(boxes: Tensor, threshold: float) -> Tensor:
 def nms(boxes: Tensor, threshold: float, rounds: int | None = None) -> tuple[Tensor, Tensor]:
     """Greedy non-maximum suppression as a fixed point.
 
-    Repeats `keep = (keep @ suppression == 0)` from "keep all". Box 0 is right after one round, and
-    a box is right one round after all that could suppress it: the fixed point is unique and is
-    the answer of the greedy algorithm. It takes as many rounds as the longest chain of boxes that
-    suppress one another, usually a handful.
+    Repeats `keep = (keep @ suppression == 0)` from "keep all". Box 0 is final after one round,
+    and every other box one round after all boxes that can suppress it. So the fixed point is
+    unique and equals the result of the greedy algorithm. It takes as many rounds as the longest
+    chain of boxes that suppress one another, usually a handful.
 
     Args:
         boxes: Sorted by score, the highest first [..., N, 4].

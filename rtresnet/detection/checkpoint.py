@@ -74,7 +74,7 @@ def start_from(net: Detector, start: Checkpoint) -> None:
         raise InputError(
             f"the weights are of {start.model.architecture} with width={width:g} and do not fit "
             f"the backbone with width={net.spec.width:g} ({missing[0]})",
-            fix=f"--set width={width:g}"
+            fix=f"add --set width={width:g}"
             if net.spec.width != width
             else f"--backbone {start.model.architecture}",
         )

@@ -381,7 +381,7 @@ class StandardWriter(DetectorWriter):
     def nms(
         self, rows: str, count: int, groups: int, threshold: float, rounds: int
     ) -> tuple[str, str]:
-        """See `DetectorWriter.nms`; always settled."""
+        """See `DetectorWriter.nms`; always converged."""
         scores = np.broadcast_to(
             np.arange(count, 0, -1, dtype=np.float32), (groups, 1, count)
         ).copy()

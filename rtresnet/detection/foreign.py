@@ -61,8 +61,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
     path = Path(path)
     if path.suffix.lower() == ".pkl":
         raise InputError(
-            f"{path}: a pickle, which can run code and is not loaded",
-            fix="convert it to .pth where you trust it: torch.save(state_dict, FILE)",
+            f"{path}: is a pickle, which can run code, so it is not loaded",
+            fix="if you trust it, convert it to .pth: torch.save(state_dict, FILE)",
         )
     try:
         if path.suffix.lower() == ".safetensors":
@@ -78,7 +78,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
     if isinstance(payload, dict) and any(name in payload for name in OTHERS):
         raise InputError(
             f"{path}: a Faster R-CNN with a feature pyramid (FPN) or a head of fully connected "
-            "layers, as torchvision's; a C4 net has one map of stride 16, and conv5 as its head",
+            "layers, as in torchvision; only C4 nets are supported",
             fix="start from the backbone's classifier: --weights imagenet",
         )
     if not isinstance(payload, dict) or MARK not in payload:
@@ -102,7 +102,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint | None:
     spec = zoo.spec(f"resnet{depth}", stride_in="1x1")
     kinds = len(state["proposal_generator.rpn_head.objectness_logits.weight"])
     if kinds not in ANCHORS:
-        raise ArtifactError(f"{path}: {kinds} anchors a position; 9, 12 or 15 are known")
+        raise ArtifactError(f"{path}: {kinds} anchors per position, expected 9, 12 or 15")
     classes = len(state["roi_heads.box_predictor.bbox_pred.bias"]) // 4
     return Checkpoint(
         model=checkpoint.model_of(spec, tuple(str(index) for index in range(classes))),

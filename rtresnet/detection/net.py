@@ -34,8 +34,8 @@ HIDDEN = 512  # channels of the region proposal network's convolution
 class Proposals(nn.Module):
     """Regions from the scores and offsets of the anchors.
 
-    Decodes, cuts to the image, keeps the `candidates` with the highest scores, suppresses, keeps
-    the first `regions` that remain. Boxes without an area rank last and are never detections.
+    Decodes boxes, clips them to the image, keeps the `candidates` with the highest scores, applies
+    NMS, and keeps the first `regions`. Boxes without an area rank last and are never detections.
 
     Args:
         spec: Numbers of boxes and thresholds.
@@ -183,8 +183,8 @@ class Detector(nn.Module):
         sizes = (7,) if isinstance(backbone, VGG) else (7, 14)
         if spec.pool not in sizes:
             raise InputError(
-                f"pool={spec.pool}: {' or '.join(map(str, sizes))} is possible",
-                fix=f"--set pool={sizes[0]}",
+                f"pool={spec.pool}: must be {' or '.join(map(str, sizes))}",
+                fix=f"add --set pool={sizes[0]}",
             )
         if isinstance(backbone, VGG):
             # The 13 convolutions without the last pooling; fc6 and fc7.
@@ -311,7 +311,7 @@ def on_canvas(spec: Detection, canvas: tuple[int, int]) -> Detection:
     """Return the same detector for files that take `canvas` (height, width).
 
     Raises:
-        InputError: The canvas is not made of whole strides.
+        InputError: A side of the canvas is not a multiple of the stride.
     """
     if any(side < 2 * STRIDE or side % STRIDE for side in canvas):
         raise InputError(

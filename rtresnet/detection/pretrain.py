@@ -1,4 +1,4 @@
-"""Equal pre-training for detectors: classify the objects of the training images, cut out.
+"""Equal pre-training for detectors: classify crops of the objects in the training images.
 
 The crops run through the detector's own shared layers and head, so every weight but those of the
 region proposal network is trained. All backbones see the same crops in the same order.

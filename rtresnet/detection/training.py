@@ -88,7 +88,7 @@ def saved_run(out: Path) -> Checkpoint:
     last = checkpoint.load(out / "last.pt")
     if not {"recipe", "step", "optimizer"} <= last.training.keys():
         raise InputError(
-            f"{out / 'last.pt'}: has no state of a run", fix="train into another --out"
+            f"{out / 'last.pt'}: contains no training state", fix="train into another --out"
         )
     return last
 
@@ -100,7 +100,7 @@ def train(
     on_step: Listener = lambda progress: None,
     on_epoch: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Checkpoint:
-    """Trains, and tests the trained net once.
+    """Train a detector, and test it once.
 
     Args:
         job: The run.
@@ -122,7 +122,7 @@ def train(
     if not resume and job.start is None and job.recipe.norm_fraction == 0 and _has_norms(job):
         raise InputError(
             f"recipe {job.recipe.name} fixes batch norm and so needs pre-trained weights",
-            fix="--weights imagenet, --weights FILE, or --recipe scratch-detection",
+            fix="add --weights imagenet, --weights FILE, or --recipe scratch-detection",
         )
     last = saved_run(job.out) if resume else None
     hardware.keep_freed_memory()

@@ -1,1 +1,1 @@
-"""Checkpoint in, folded FP32 ONNX file out."""
+"""Export checkpoints to FP32 ONNX files with batch norm folded."""

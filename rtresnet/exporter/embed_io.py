@@ -71,14 +71,14 @@ def _require_plain(index: GraphIndex) -> None:
     stated = ", ".join(f"{entry.name} {_type(entry)}" for entry in entries)
     if any(t.elem_type == TensorProto.UINT8 for t in tensors) or len(index.graph.output) > 1:
         raise ArtifactError(
-            f"{name}: its input or output is already changed ({stated})",
+            f"{name}: already has an embedded input or output ({stated})",
             fix="start from the file it was made from",
         )
     square = len(index.inputs) == 1 and [d.dim_value for d in tensors[0].shape.dim][1:2] == [3]
     flat = len(tensors) == 2 and len(tensors[1].shape.dim) == 2
     classes = flat and tensors[1].shape.dim[1].dim_value > 0
     if not square or not classes or {t.elem_type for t in tensors} != {TensorProto.FLOAT}:
-        raise ArtifactError(f"{name}: not a net from float32 images to logits: {stated}")
+        raise ArtifactError(f"{name}: expected a net from float32 images to logits, got: {stated}")
     if index.opset < OLDEST:
         raise ArtifactError(
             f"{name}: opset {index.opset}, but --input and --topk need {OLDEST} or later",

@@ -306,7 +306,7 @@ def identify(
     if recognized is None:
         if requested is None:
             raise ArtifactError(
-                f"{path}: no net of the zoo has these blocks", fix="see: rtresnet models"
+                f"{path}: no supported architecture has these blocks", fix="see: rtresnet models"
             )
         return zoo.spec(requested), ()
     stated = _stated(path, naming, recognized)
@@ -321,7 +321,7 @@ def identify(
         if spec != stated:
             raise ArtifactError(
                 f"{path}: {naming.where} states {stated.name}, not {spec.name}",
-                fix=f"--model {stated.name}",
+                fix=f"use --model {stated.name}",
             )
         return spec, ()
     spec = stated or recognized

@@ -84,8 +84,9 @@ class Spec:
         """Raise InputError if images of `side` x `side` pixels are too small for the net."""
         if side < self.min_size:
             raise InputError(
-                f"images of {side} x {side} pixels; {self.name} needs at least {self.min_size}",
-                fix=f"--size {self.min_size}, or more",
+                f"{self.name} needs images of at least {self.min_size} x {self.min_size} "
+                f"pixels, got {side} x {side}",
+                fix=f"use --size {self.min_size} or more",
             )
 
     @property
@@ -153,7 +154,7 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
         if shortcut is not None or block_layers:
             raise InputError(
                 f"{name} is a plain net: it has no shortcut options and no residual blocks",
-                fix=f"--model resnet{depth}{match[3]}",
+                fix=f"use --model resnet{depth}{match[3]}",
             )
     else:
         shortcut = shortcut or _default_shortcut(family)
@@ -165,14 +166,14 @@ def spec(name: str, *, shortcut: str | None = None, stride_in: str | None = None
     if named_stride and block != "bottleneck":
         raise InputError(
             f"{name}: v1 and v1.5 are variants of bottlenecks, which {kind}{depth} does not have",
-            fix=f"--model {kind}{depth}",
+            fix=f"use --model {kind}{depth}",
         )
     if block_layers and block_layers != 2:
         if block != "basic" or any(2 * count % block_layers for count in counts):
             raise InputError(
                 f"{name}: a stage of {kind}{depth} cannot be divided into blocks of "
                 f"{block_layers} 3x3 layers",
-                fix="--model resnet20-block3, or another depth of 18n+2",
+                fix="use --model resnet20-block3, or another depth of 18n+2",
             )
         block = f"basic{block_layers}"
         counts = tuple(2 * count // block_layers for count in counts)
@@ -385,7 +386,7 @@ def build(
         if spec.family == "vgg":
             if mean_image is not None:
                 raise InputError(
-                    f"{spec.name} does not support a mean image", fix="--set mean_image=false"
+                    f"{spec.name} does not support a mean image", fix="add --set mean_image=false"
                 )
             return VGG(
                 counts=spec.counts,

@@ -1,7 +1,7 @@
 """Input, output and precision of an ONNX file, read from the file alone.
 
-Decides whether the other commands can use a file that another tool exported. Knows neither
-sidecars nor preprocessing. Imports onnx when called.
+Decides whether the other commands can use a file that another tool exported. Does not read sidecars
+or preprocessing. Imports onnx when called.
 """
 
 from __future__ import annotations

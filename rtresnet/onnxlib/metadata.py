@@ -91,7 +91,7 @@ def properties_of(model: Any) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedScales:
-    """Activation scales that quantization-aware training left.
+    """Activation scales from quantization-aware training.
 
     Attributes:
         scales: Activation tensor to float32 units of a step, under the ONNX file's names.
@@ -147,7 +147,7 @@ def parse_branch_ranges(record: Any) -> dict[str, tuple[float, float]]:
     """Branch ranges of parsed JSON.
 
     Raises:
-        ValueError, TypeError, AttributeError: They are none.
+        ValueError, TypeError, AttributeError: Not valid scales.
     """
     ranges = {name: (float(low), float(high)) for name, (low, high) in record.items()}
     if not all(low <= high and math.isfinite(high - low) for low, high in ranges.values()):
@@ -159,7 +159,7 @@ def parse_trained_scales(record: Any) -> TrainedScales:
     """Trained scales of parsed JSON.
 
     Raises:
-        ValueError, TypeError, AttributeError: They are none.
+        ValueError, TypeError, AttributeError: Not valid scales.
     """
     trained = from_json(TrainedScales, record)
     trained = dataclasses.replace(trained, branches=parse_branch_ranges(trained.branches))

@@ -338,7 +338,7 @@ def scales_by(
 
 
 def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[np.ndarray]]:
-    """Hold out a share of the images until there are enough; the others stream on.
+    """Hold out a share of the images until there are enough; yield the others.
 
     The last images of each batch are held out, and the others are read first. A single image serves
     both purposes.

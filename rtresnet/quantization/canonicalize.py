@@ -116,8 +116,8 @@ def _fold_batch_norms(model: onnx.ModelProto) -> metadata.NormStatistics:
         conv = index.producers.get(norm.input[0])
         if conv is None or conv.op_type != "Conv" or len(index.readers[norm.input[0]]) != 1:
             raise ArtifactError(
-                f"{label(norm)}: a batch norm that cannot be folded, because no convolution feeds "
-                "it alone"
+                f"{label(norm)}: cannot fold this batch norm, because its input is not the output "
+                "of one convolution only"
             )
         mean, deviation = _fold(index, conv, norm)
         statistics[conv.name] = (mean.astype(np.float32), deviation.astype(np.float32))

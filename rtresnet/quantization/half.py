@@ -57,7 +57,7 @@ def to_half(model: onnx.ModelProto, precision: HalfName = "fp16") -> onnx.ModelP
         largest = np.abs(values).max(initial=0)
         if precision == "fp16" and largest > LARGEST:
             raise ArtifactError(
-                f"{name} reaches {largest:.3g}, but FP16 ends at {LARGEST:.0f}",
+                f"{name} reaches {largest:.3g}, but the largest FP16 value is {LARGEST:.0f}",
                 fix="use BF16, which has the range of FP32 (--bf16), or keep it in FP32 (--fp32)",
             )
         index.set_constant(name, values.astype(dtype))

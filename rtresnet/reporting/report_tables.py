@@ -64,7 +64,7 @@ def _compared(entry: Entry, reference: Entry, name: str) -> str:
 
 
 def _paired(entry: Entry, reference: Entry) -> bool:
-    """Return whether `bench` measured both in one call, in turn."""
+    """Return whether `bench` measured both in one call, alternately."""
     return (
         bool(entry.get("speed"))
         and reference.get("speed") == 1
@@ -73,7 +73,7 @@ def _paired(entry: Entry, reference: Entry) -> bool:
 
 
 def speed(entry: Entry, reference: Entry) -> float:
-    """Paired where `bench` measured both in one call, in turn; else the ratio of medians."""
+    """Return the paired speed if one `bench` call measured both, else the ratio of medians."""
     paired = entry.get("speed") if _paired(entry, reference) else None
     if paired:
         return paired

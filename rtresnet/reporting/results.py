@@ -109,7 +109,7 @@ class Results:
 
     @property
     def batches(self) -> list[int]:
-        """Those of single-stream latency, smallest first."""
+        """Return the batch sizes with single-stream latencies, ascending."""
         return sorted({entry["batch"] for _, entry in self.streams()})
 
     def streams(self, batch: int | None = None) -> list[Timing]:

@@ -201,7 +201,7 @@ def _line(net: Net, name: CurveName, colour: int, label: str, dashed: bool = Fal
 
 
 def plain_and_residual(nets: Sequence[Net]) -> list[Panel]:
-    """Plain nets left, residual nets right; a colour a depth, training errors dashed."""
+    """Draw plain nets on the left, residual nets on the right; training errors are dashed."""
     depths = list(dict.fromkeys(net.spec.depth for net in nets))
     panels = []
     for title, plain in (("plain nets", True), ("residual nets", False)):
@@ -218,7 +218,7 @@ def plain_and_residual(nets: Sequence[Net]) -> list[Panel]:
 
 
 def training_and_validation(nets: Sequence[Net]) -> list[Panel]:
-    """Training errors left, validation errors right; a colour a net."""
+    """Draw training errors on the left, validation errors on the right, one colour per net."""
     panels = []
     curves: tuple[tuple[str, CurveName], ...] = (
         ("training error", "train_top1"), ("validation error", "val_top1")
@@ -352,7 +352,7 @@ def lesion_table(result: LesionsResult) -> DataTable:
 
 
 def lesion_figure(result: LesionsResult, data: str) -> Figure:
-    """Accuracy without each block, and below the INT8 noise of the same block."""
+    """Draw the accuracy without each block, and below it the INT8 noise of that block."""
     drawing, (accuracy, noise) = subplots(2, 1, 7.2, 5.6)
     _head(drawing, f"{result.model} without one of its blocks",
           f"{result.n:,} images of {data}; line: the whole net, {result.top1:.2f} %")  # fmt: skip

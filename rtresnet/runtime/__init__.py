@@ -1,1 +1,1 @@
-"""Running artifacts: ONNX files and plans behind one call. Never imports torch."""
+"""Run ONNX files and plans through one interface. Never imports torch."""

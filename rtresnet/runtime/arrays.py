@@ -192,7 +192,7 @@ def _from_dlpack(capsule: Any) -> DeviceArray:
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     tensor = ctypes.cast(get(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
     if tensor.code not in KINDS or tensor.lanes != 1:
-        raise InputError(f"NumPy has no type like the array's (DLPack code {tensor.code})")
+        raise InputError(f"NumPy has no equivalent of the array's type (DLPack code {tensor.code})")
     shape = tuple(tensor.shape[: tensor.ndim])
     if tensor.strides:
         _require_contiguous(shape, tuple(tensor.strides[: tensor.ndim]))

@@ -160,13 +160,13 @@ class Batcher:
         if self._expected is not None and (image.shape, image.dtype) != self._expected:
             shape, dtype = self._expected
             raise InputError(
-                f"an image of {image.dtype} {list(image.shape)}; the session needs "
+                f"an image of {image.dtype} {list(image.shape)}; the session expects "
                 f"{dtype} {list(shape)}"
             )
         call = _Call(image=image, future=Answer(), arrived=arrived)
         with self._changed:
             if self._closed:
-                raise InputError("submit after close: the batcher is closed")
+                raise InputError("the batcher is closed")
             if len(self._queue) >= self._limit:  # cancelled calls do not count
                 waiting_calls = [entry for entry in self._queue if not entry.future.cancelled()]
                 self._queue.clear()

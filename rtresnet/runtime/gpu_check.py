@@ -109,7 +109,7 @@ def _check_events(cuda: Cuda) -> None:
         cuda.synchronize(second)
         cuda.join(end)
         if not cuda.elapsed(begin, end) >= 0:
-            raise UnavailableError("cuEventElapsedTime: a negative time")
+            raise UnavailableError("cuEventElapsedTime: returned a negative time")
 
 
 def _check_capture(cuda: Cuda) -> None:
@@ -136,4 +136,4 @@ def _check_capture(cuda: Cuda) -> None:
 
 def _compare(address: int, expected: bytes) -> None:
     if ctypes.string_at(address, SIZE) != expected:
-        raise UnavailableError("a copy changed bytes")
+        raise UnavailableError("cuMemcpy: the copied bytes differ")

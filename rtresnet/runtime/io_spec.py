@@ -138,7 +138,9 @@ def read_io_spec(trt: Any, engine: Any, path: Path) -> IoSpec:
     fixed = all(shape and min(shape[1:], default=1) > 0 for shape in shapes.values())
     if len(inputs) != 1 or not images or not outputs or not fixed:
         tensors_text = ", ".join(f"{n} {list(shapes[n])}" for n in names)
-        raise ArtifactError(f"{path}: not a net from a batch of images to logits: {tensors_text}")
+        raise ArtifactError(
+            f"{path}: expected a net from a batch of images to logits, got: {tensors_text}"
+        )
     profiles = []
     for index in range(engine.num_optimization_profiles):
         low, best, high = engine.get_tensor_profile_shape(inputs[0], index)
@@ -147,7 +149,7 @@ def read_io_spec(trt: Any, engine: Any, path: Path) -> IoSpec:
         dtypes = {n: np.dtype(trt.nptype(engine.get_tensor_dtype(n))) for n in names}
     except TypeError as error:  # bfloat16, for one
         raise ArtifactError(
-            f"{path}: an input or output has a type that NumPy lacks: {error}"
+            f"{path}: an input or output has a type that NumPy does not support: {error}"
         ) from error
     tensors = {n: TensorSpec(name=n, dtype=dtypes[n], row=rows[n]) for n in names}
     outputs.sort(key=lambda n: dtypes[n].kind == "f")  # a top-K plan's indices come first

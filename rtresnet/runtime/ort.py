@@ -215,7 +215,7 @@ class OrtBackend:
             UnavailableError: The provider failed.
         """
         if self._session is None:
-            raise InputError("infer after close")
+            raise InputError("infer: the session is closed")
         _require_native_array("images", images)
         if self.batch is None or not images.ndim or len(images) in (0, self.batch):
             return _result(self._run({self.input_name: images}))
@@ -225,8 +225,8 @@ class OrtBackend:
             if any(len(value) != len(part) for value in values):
                 shapes = ", ".join(str(list(value.shape)) for value in values)
                 raise ArtifactError(
-                    f"takes batches of {self.batch} and returns {shapes}: not one row for each "
-                    "image",
+                    f"takes batches of {self.batch} and returns {shapes}, expected one row for "
+                    "each image",
                     fix=f"call it with {self.batch} images, or export it with a dynamic batch",
                 )
             chunks.append([value[:rows] for value in values])
@@ -247,7 +247,7 @@ class OrtBackend:
             UnavailableError: The provider failed.
         """
         if self._session is None:
-            raise InputError("detect after close")
+            raise InputError("detect: the session is closed")
         _require_native_array("images", images)
         _require_native_array("extent", extent)
         feeds = {self.input_name: images, self._extent: extent}

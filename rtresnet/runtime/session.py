@@ -467,7 +467,7 @@ def load(
     for name, number in (("threads", threads), ("contexts", contexts)):
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}, but must be at least 1")
-    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(path, fix="create it with: rtresnet export")
     kind = artifacts.kind_of(path)
     sidecar = artifacts.verify(path)
     if device == "cuda" and provider == "auto" and kind == "onnx":

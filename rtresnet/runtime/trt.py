@@ -302,7 +302,7 @@ class TrtBackend:
         stream = self._free.get()
         if stream is None:
             self._free.put(None)  # for the next caller
-            raise InputError(f"{self.path}: infer after close")
+            raise InputError(f"{self.path}: infer: the session is closed")
         return stream
 
     def pinned(self, count: int) -> np.ndarray:
@@ -321,7 +321,7 @@ class TrtBackend:
         """
         with self._all_streams():
             if self._closed:
-                raise InputError(f"{self.path}: infer after close")
+                raise InputError(f"{self.path}: infer: the session is closed")
             try:
                 yield Pipeline(self._cuda, self.io, self._streams, self._errors)
             finally:

@@ -126,7 +126,7 @@ class TrtDetector(TrtBackend):
         cuda = self._cuda
         with self._lock:
             if self._closed:
-                raise InputError(f"{self.path}: detect after close")
+                raise InputError(f"{self.path}: detect: the session is closed")
             with cuda.active():
                 self._errors.clear()
                 try:

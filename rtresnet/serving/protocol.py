@@ -147,7 +147,7 @@ def _input(tensor: InferTensor, expected: InferTensor, max_batch: int) -> np.nda
         raise InputError(f"input {name} has shape {shape[:8]}; the model takes {expected.shape}")
     if shape[0] > max_batch:
         raise InputError(
-            f"{shape[0]} images; a request may have {max_batch}", fix="send several requests"
+            f"{shape[0]} images; at most {max_batch} per request", fix="send several requests"
         )
     count, dtype = int(np.prod(shape)), NUMPY[expected.datatype]
     if isinstance(data, bytes | memoryview):
@@ -161,9 +161,9 @@ def _input(tensor: InferTensor, expected: InferTensor, max_batch: int) -> np.nda
     except (ValueError, TypeError, OverflowError):
         values = np.empty(0)
     if values.size != count or values.dtype.kind not in "iuf":
-        raise InputError(f"input {name}: {count} numbers are needed")
+        raise InputError(f"input {name}: {count} values expected")
     if dtype.kind == "u" and (values.dtype.kind == "f" or values.min() < 0 or values.max() > 255):
-        raise InputError(f"input {name}: whole numbers from 0 to 255 are needed")
+        raise InputError(f"input {name}: expected integers from 0 to 255")
     return values.astype(dtype).reshape(shape)
 
 

@@ -130,7 +130,7 @@ class ServedModel:
             shapes = {getattr(backend, "input_name", "images"): session.image_shape}
             names = TOPK if len(values) > 1 else getattr(backend, "output_names", ["logits"])
         if not all(np.isfinite(value).all() for value in values):
-            raise CheckFailedError(f"{session.path}: answers are not finite", fix=check)
+            raise CheckFailedError(f"{session.path}: outputs are not finite", fix=check)
         datatype = DATATYPES[backend.input_dtype.name]
         self.inputs = [InferTensor(name, datatype, [-1, *shape]) for name, shape in shapes.items()]
         self.outputs = [
@@ -373,7 +373,7 @@ class Repository:
             for source in self._sources:
                 for name, version, path in model_files(source):
                     if version in self._models.get(name, {}):
-                        raise InputError(f"{path}: a second model {name}, version {version}")
+                        raise InputError(f"{path}: duplicate model {name}, version {version}")
                     self._models.setdefault(name, {})[version] = self._open(name, version, path)
         except BaseException:
             self.close()

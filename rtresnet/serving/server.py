@@ -102,7 +102,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def shutdown(self) -> None:
-        """Close the connection; a new one may still send its first request."""
+        """Close the connection; a new connection may still send its first request."""
         self._ending = True
         if self._begun:
             super().shutdown()

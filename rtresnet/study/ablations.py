@@ -49,7 +49,7 @@ def shortcut_nets(model: str) -> dict[str, Spec]:
     """
     if zoo.spec(model).shortcut is None:
         residual = model.replace("plain", "resnet")
-        raise InputError(f"{model} has no shortcuts", fix=f"--model {residual}")
+        raise InputError(f"{model} has no shortcuts", fix=f"use --model {residual}")
     plain = model.replace("resnet", "plain")
     try:
         counterpart = {plain: zoo.spec(plain)}

@@ -1,14 +1,14 @@
 """The analyses that train nothing, or a few steps: gradients, layer responses and lesions.
 
 Gradients by layer: section 4.1 says that they do not vanish in plain nets, because of batch norm,
-and that this is not why deep plain nets nets their higher training errors.
+and that this is not why deep plain nets have higher training errors.
 
-Layer responses (section 4.2, figure 7): the standard deviation of what each 3x3 layer puts out,
-after batch norm and before ReLU and addition. Residual nets respond less than plain ones, deeper
-ones less still: evidence that the residual functions are near zero.
+Layer responses (section 4.2, figure 7): the standard deviation of each 3x3 layer's output,
+after batch norm and before ReLU and addition. Residual nets respond less than plain ones, and
+deeper ones less. This is evidence that the residual functions are near zero.
 
-Lesions: how a trained net does without one of its blocks (Veit, Wilber, Belongie, 2016). Only the
-shortcut of the block remains. A plain net has no shortcuts; there, only a block whose input and
+Lesions: accuracy of a trained net without one of its blocks (Veit, Wilber, Belongie, 2016). Only
+the shortcut of the block remains. A plain net has no shortcuts; there, only a block whose input and
 output have the same shape can be left out.
 """
 

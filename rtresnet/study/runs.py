@@ -146,7 +146,7 @@ def _require_same(run: Run, record: dict[str, Any]) -> None:
         checkpointing.check_same_recipe(out, record["recipe"], resolve_job(run.job).recipe)
     except InputError as error:
         raise InputError(error.message, fix="choose another --out") from None
-    for name, what in (("model", "another net"), ("fingerprint", "other images")):
+    for name, what in (("model", "a different net"), ("fingerprint", "different images")):
         if json.dumps(record[name]) != json.dumps(own[name]):
             raise InputError(
                 f"{out}: its run has {what} ({record['model']['architecture']} on "

@@ -263,7 +263,7 @@ def saved_run(out: Path) -> Checkpoint:
     last = checkpoint.load(out / "last.pt")
     if not {"recipe", "fingerprint", "step", "sums", "optimizer"} <= last.training.keys():
         raise InputError(
-            f"{out / 'last.pt'}: contains no state of a run",
+            f"{out / 'last.pt'}: contains no training state",
             fix=f"train from it instead: --weights {out / 'last.pt'} with another --out",
         )
     return last
@@ -326,7 +326,7 @@ def load_start(net: nn.Module, start: Checkpoint, source: Source) -> str | None:
     if any(name not in state or state[name].shape != own[name].shape for name in own):
         raise InputError(
             f"the weights are those of {start.model.architecture}",
-            fix=f"--model {start.model.architecture}",
+            fix=f"use --model {start.model.architecture}",
         )
     net.load_state_dict(state)
     return note

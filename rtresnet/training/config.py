@@ -237,7 +237,7 @@ class Recipe(Config):
         if self.patience and not self.holdout:
             raise InputError(
                 f"patience={self.patience}: nothing is held out to measure the accuracy on",
-                fix="--set holdout=0.1",
+                fix="add --set holdout=0.1",
             )
         if list(self.milestones) != sorted(self.milestones):
             raise InputError(f"milestones={self.milestones}: must increase")
@@ -250,35 +250,35 @@ class Recipe(Config):
         if self.warmup and self.warmup_until:
             raise InputError(
                 f"warmup={self.warmup:g} and warmup_until={self.warmup_until:g} exclude each other",
-                fix="--set warmup=0 or --set warmup_until=0",
+                fix="add --set warmup=0 or --set warmup_until=0",
             )
         if self.mean_image and (self.train_scale != 1 or self.progressive):
             raise InputError(
                 "mean_image: needs training images of one size, but they have several",
-                fix="--set mean_image=false",
+                fix="add --set mean_image=false",
             )
         if self.stochastic_depth and (self.qat or self.compile):
             other = "qat" if self.qat else "compile"
             raise InputError(
                 f"stochastic_depth={self.stochastic_depth:g}: cannot be combined with {other}, "
                 "which fixes the order of operations",
-                fix="--set stochastic_depth=0",
+                fix="add --set stochastic_depth=0",
             )
         if self.qat and self.precision in ("bf16", "fp16"):
             raise InputError(
                 f"precision={self.precision}: quantization-aware training computes in float32",
-                fix="--set precision=fp32",
+                fix="add --set precision=fp32",
             )
         if self.qat_format != "int8" and not self.qat:
             raise InputError(
                 f"qat_format={self.qat_format}: applies only to quantization-aware training",
-                fix="--qat, with --weights FILE",
+                fix="use --qat with --weights FILE",
             )
         if self.qat and self.bn_images:
             raise InputError(
                 f"bn_images={self.bn_images}: quantization-aware training folds batch norm and "
                 "keeps its statistics",
-                fix="--set bn_images=0",
+                fix="add --set bn_images=0",
             )
 
     def total(self, steps_per_epoch: int) -> int:

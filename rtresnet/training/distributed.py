@@ -170,5 +170,5 @@ def check_batch(batch: int, accumulate: int, world: World) -> None:
         nearest = max(1, round(batch / parts)) * parts
         raise InputError(
             f"a batch of {batch} cannot be divided: {world.size} processes x {accumulate} parts",
-            fix=f"--batch {nearest}",
+            fix=f"use --batch {nearest}",
         )

@@ -59,7 +59,7 @@ def split(source: Source, recipe: Recipe) -> Split:
     """
     if len(source) < 20:
         raise DataError(
-            f"{source.name}: {plural(len(source), 'image')}, too few to train on and to hold out",
+            f"{source.name}: {plural(len(source), 'image')}, too few for training and validation",
             fix="use at least 20 images",
         )
     return _divided(source, recipe)

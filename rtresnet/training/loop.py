@@ -415,7 +415,7 @@ def mean_image_side(job: TrainJob, last: Checkpoint | None) -> int | None:
         raise InputError(
             f"the weights subtract a mean image of {side} x {side} pixels, but the training images "
             "have different sizes",
-            fix=f"--size {side} --set train_scale=1 --set progressive=",
+            fix=f"use --size {side} --set train_scale=1 --set progressive=",
         )
     return side
 

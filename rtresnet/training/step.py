@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward pass over a batch's parts, then SGD.
 
-Contains autocast, loss scaling, compilation and gradient clipping. Knows no images and no files.
+Contains autocast, loss scaling, compilation and gradient clipping. Does not read images or files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def resolve_precision(recipe: Recipe, device: str) -> Precision:
     if recipe.precision == "auto":
         return "bf16" if hardware.native_bf16() else "fp32"
     if recipe.precision == "fp16" and not on_gpu:
-        raise InputError("precision=fp16 needs a GPU", fix="--set precision=bf16")
+        raise InputError("precision=fp16 needs a GPU", fix="add --set precision=bf16")
     return recipe.precision
 
 
@@ -240,7 +240,7 @@ class StochasticDepth:
         if not blocks or any(block.add is None for block in blocks):
             raise InputError(
                 "stochastic_depth: the net has no shortcuts, so its blocks cannot be skipped",
-                fix="--set stochastic_depth=0",
+                fix="add --set stochastic_depth=0",
             )
         self.blocks, self.seed = blocks, recipe.seed
         self.probabilities = recipe.stochastic_depth * np.arange(1, len(blocks) + 1) / len(blocks)

@@ -409,6 +409,6 @@ def _judgement(drop: Drop, gate: Gate) -> str:
 
 
 def _rounded_up(number: float) -> int:
-    """To two digits: an estimate has no more."""
+    """Round up to two significant digits."""
     unit: int = 10 ** max(0, math.floor(math.log10(number)) - 1)
     return math.ceil(number / unit) * unit

@@ -262,7 +262,7 @@ def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str, opened: Op
         else:
             parts.append(
                 f"{at} {cached or 'neither'} if tensors stay in the L2 cache, "
-                f"{through or 'neither'} if they go through memory: measure"
+                f"{through or 'neither'} if they go through memory; measure to decide"
             )
     return "; ".join(parts)
 

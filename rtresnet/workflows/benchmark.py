@@ -161,7 +161,7 @@ class BenchmarkResult:
     Attributes:
         notes: Differences from the requested measurements.
         switch_interval_s: Python's thread switch interval during the measurement, in seconds.
-        environment: What the machine did meanwhile.
+        environment: State of the machine during the measurement.
         results: By batch size, then in the order of the artifacts.
         regressions: Each result compared with the baseline; None without one.
     """
@@ -241,7 +241,8 @@ class Baseline:
                 raise InputError(f"{self.path}: {'; '.join(differences)}")
             if differences and not self.force:
                 raise InputError(
-                    f"{self.path}: {'; '.join(differences)}", fix="--force compares them anyway"
+                    f"{self.path}: {'; '.join(differences)}",
+                    fix="add --force to compare them anyway",
                 )
 
     def judge(self, entries: Sequence[BenchmarkEntry]) -> tuple[Judgement, ...]:
@@ -468,14 +469,15 @@ def stand_in_for(path: str, device: str) -> tuple[str, str | None]:
         InputError: No such file, or the ONNX file has changed since the plan was built.
         UnavailableError: The plan has no sidecar that names its ONNX file.
     """
-    atomic_io.require_file(path, fix="make one with: rtresnet export")
+    atomic_io.require_file(path, fix="create it with: rtresnet export")
     if artifacts.kind_of(path) != "plan" or hardware.gpus() or device == "cuda":
         return path, None
     sidecar = artifacts.verify(path)
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     if sidecar is None or parent is None:
         raise UnavailableError(
-            f"{path}: a plan without sidecar and no GPU to run it", fix="use its ONNX file instead"
+            f"{path}: this machine has no GPU to run the plan, and no sidecar names its ONNX file",
+            fix="use its ONNX file instead",
         )
     atomic_io.require_file(parent, fix="also copy the ONNX file, or run on a GPU")
     if sidecar.parent is not None and atomic_io.sha256(parent) != sidecar.parent.sha256:

@@ -94,7 +94,7 @@ class BenchmarkSearchResult:
     """The searches, in the order of the artifacts.
 
     Attributes:
-        environment: What the machine did meanwhile.
+        environment: State of the machine during the measurement.
         searches: One for each artifact.
     """
 
@@ -247,7 +247,7 @@ class _Searcher:
         )  # fmt: skip
 
     def _capacity(self) -> float:
-        """Images per second with more clients than a batch has room for."""
+        """Return images/s with more clients than fit into one batch."""
         workload = dataclasses.replace(
             self._workload, scenario="closed", concurrency=2 * self._workload.max_batch,
             queries=None, seconds=min(self._workload.seconds, 1.0),

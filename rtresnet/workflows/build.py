@@ -182,7 +182,7 @@ def build_unlocked(
     """Compile a file while the caller holds the lock on `out`. See `build`."""
     from rtresnet.builder import engine, targets
 
-    atomic_io.require_file(source, fix="make one with: rtresnet export")
+    atomic_io.require_file(source, fix="create it with: rtresnet export")
     chosen = targets.parse(config.targets, config.builder)
     described = None
     if artifacts.read_sidecar(source) is None and hardware.installed("onnx"):

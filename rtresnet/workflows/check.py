@@ -63,7 +63,7 @@ class CheckedArtifact:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult(CheckedArtifact):
-    """What the checks of a classifier showed.
+    """Results of the checks of a classifier.
 
     Attributes:
         artifact: The file.
@@ -178,7 +178,7 @@ def _load(
 
 
 def _batches(session: Session) -> tuple[int, ...]:
-    """Batch sizes that matter to an artifact."""
+    """Return the batch sizes to check for an artifact."""
     if session.batch:
         return (session.batch,)
     plan = session.sidecar.plan if session.sidecar else None

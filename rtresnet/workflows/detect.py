@@ -108,7 +108,7 @@ def require_classifier(path: str | os.PathLike[str], verb: str) -> None:
     """Raise InputError for a detector in a command for classifiers."""
     if is_detector(path):
         raise InputError(
-            f"{path}: a detector, and {verb} takes classifiers only", fix=f"rtresnet bench {path}"
+            f"{path}: is a detector, but {verb} needs a classifier", fix=f"rtresnet bench {path}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Check that a detector's detections are valid, and those of the files it came from."""
+"""Check that detections are valid, and equal to those of the detector's source files."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def compare_detectors(
             require_detector(session)
             classes = classes or session.classes
             if session.classes != classes:
-                raise InputError(f"{name}: has other classes than {names[0]}")
+                raise InputError(f"{name}: has different classes than {names[0]}")
             detections = images.detect(session, reporter)
             results.append(detections)
             about.append(

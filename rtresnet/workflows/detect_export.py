@@ -126,5 +126,5 @@ def _require_equal(result: DetectionParity, name: str, rounds: int) -> None:
     if result.unsettled:
         raise CheckFailedError(
             f"non-maximum suppression did not converge for {result.unsettled} boxes",
-            fix=f"--nms-rounds {2 * rounds}",
+            fix=f"use --nms-rounds {2 * rounds}",
         )

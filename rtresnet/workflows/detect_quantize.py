@@ -95,7 +95,7 @@ def open_calibration(source: str | Path, config: QuantizeConfig) -> DetectionIma
     if config.calib in (None, "none"):
         raise InputError(
             f"{source}: a detector is calibrated on images",
-            fix="--calib FOLDER, or voc:DIR, coco:JSON:IMAGES or shapes:N",
+            fix="use --calib FOLDER, or voc:DIR, coco:JSON:IMAGES or shapes:N",
         )
     return DetectionImages(str(config.calib), config.calib_images)
 

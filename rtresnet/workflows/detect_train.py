@@ -64,7 +64,7 @@ class TrainDetectorConfig(Config):
     lr: float | None = option(None, "Learning rate.", default_text="the recipe's")
     settings: tuple[str, ...] = option(
         (),
-        "Set a field of the recipe or the net, as in anchors=32,64,128; repeat it for more.",
+        "Set a field of the recipe or the net, as in anchors=32,64,128; may be repeated.",
         names=("--set",),
         metavar="FIELD=VALUE",
     )

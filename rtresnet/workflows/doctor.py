@@ -76,10 +76,10 @@ class DoctorResult:
 
 
 def doctor() -> DoctorResult:
-    """Look at the CPU, the GPUs, the packages, and what runs with them.
+    """Report the CPU, the GPUs, the packages, and what they support.
 
     Returns:
-        What this machine has and lacks.
+        What this machine supports and what is missing.
 
     Raises:
         Nothing: missing and broken packages are part of the result.

@@ -113,7 +113,7 @@ def check_cuda() -> CudaFacts:
 
 
 def check_engine() -> EngineFacts:
-    """Export, builds and runs ResNet-8 in FP16, and compare it with ONNX Runtime on the CPU."""
+    """Export, build and run ResNet-8 in FP16, and compare it with ONNX Runtime on the CPU."""
     import numpy as np
 
     from rtresnet.builder import targets

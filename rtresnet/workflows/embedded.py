@@ -76,7 +76,7 @@ def write(
     from rtresnet.exporter import embed_io
     from rtresnet.onnxlib import io, metadata
 
-    path = atomic_io.require_file(source, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(source, fix="create it with: rtresnet export")
     sidecar, out = artifacts.verify(path), path_with(source, config)
     if not hardware.installed("onnx"):
         raise missing_package("onnx", "--input and --topk")

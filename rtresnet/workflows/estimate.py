@@ -46,7 +46,7 @@ class EstimateConfig(Config):
         "GPU, as in 'RTX 4090'; may be repeated.",
         names=("--gpu",),
         metavar="NAME",
-        default_text="all known GPUs; those that a plan was built for",
+        default_text="all known GPUs; for a plan, its targets",
     )
     precision: PrecisionName | None = option(
         None,
@@ -207,7 +207,7 @@ def estimate_possible(
     every_gpu: bool,
     opened: OpenedPlans | None = None,
 ) -> EstimateResult:
-    """As `estimate`.
+    """Estimate the bounds of one model as `estimate` does, for many models in one call.
 
     Args:
         model: As for `estimate`.
@@ -268,7 +268,7 @@ def _subject(name: str, config: EstimateConfig, opened: OpenedPlans) -> Subject:
 def _onnx_file(path: str, batch: int | None) -> Subject:
     from rtresnet.bench import kernels
 
-    atomic_io.require_file(path, fix="make one with: rtresnet export")
+    atomic_io.require_file(path, fix="create it with: rtresnet export")
     require_classifier(path, "estimate")
     if artifacts.kind_of(path) != "onnx":
         raise InputError(
@@ -399,7 +399,8 @@ def _chosen(
             name = lacking[0].upper()
             having = ", ".join(gpu.name for gpu in roofline.GPUS if lacking[0] in gpu.dtypes)
             raise InputError(
-                f"--gpu {gpu.name}: it has no {name}", fix=f"GPUs with {name}: {having}"
+                f"--gpu {gpu.name}: the GPU does not support {name}",
+                fix=f"use a GPU with {name}: {having}",
             )
     possible = [gpu for gpu in possible if used <= gpu.dtypes]
     return [gpu for gpu in gpus if gpu in possible] if gpus else possible

@@ -93,7 +93,9 @@ class DataConfig(Config):
                 name = field.name.replace("_", "-")
                 raise InputError(f"--{name} does not apply to detectors", fix="leave it out")
         if self.split == "all":
-            raise InputError("--split all does not apply to detectors", fix="--split train or test")
+            raise InputError(
+                "--split all does not apply to detectors", fix="use --split train or test"
+            )
         return self.split
 
 
@@ -387,7 +389,7 @@ def write_measured(
 
 def _require_checkpoint(name: str) -> None:
     """Raise InputError if an artifact takes images of one size only."""
-    path = atomic_io.require_file(name, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(name, fix="create it with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         return
     origin, _, state = list(artifacts.chain(path))[-1]
@@ -433,7 +435,7 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
         raise InputError(
             f"--resize {resize}: smaller than the input of {session.path}, "
             f"{preprocess.size} x {preprocess.size} pixels",
-            fix=f"--resize {preprocess.size} or more",
+            fix=f"use --resize {preprocess.size} or more",
         )
     if config.protocol != "dense":
         preprocess = dataclasses.replace(preprocess, resize=resize or preprocess.resize)

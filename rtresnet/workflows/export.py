@@ -368,7 +368,7 @@ def resolve(
             return checkpoint.load(best, model=spec.name), best
     if weights in (None, "untrained"):
         if spec is None:
-            raise InputError("--weights untrained needs a net", fix="--model NAME")
+            raise InputError("--weights untrained needs a net", fix="use --model NAME")
         reporter.warning(
             "untrained weights",
             f"There is no checkpoint of {spec.name} under runs/, and --weights names none. These "

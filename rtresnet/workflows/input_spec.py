@@ -110,7 +110,7 @@ class InputConfig(Config):
         if fixed is not None and self.size not in (None, fixed):
             raise InputError(
                 f"{path}: its input has {fixed}x{fixed} pixels, not {self.size}x{self.size}",
-                fix=f"--size {fixed}",
+                fix=f"use --size {fixed}",
             )
 
     def complete(self, path: object, *, fixed: int | None, pixels: bool = False) -> Preprocess:

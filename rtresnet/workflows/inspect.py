@@ -120,7 +120,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     head = plan_info.read_header(path) if kind == "plan" else None
     if kind == "plan" and head is None and sidecar is None:
         raise ArtifactError(
-            f"{path}: has no sidecar and is no plan of TensorRT-RTX, so its content is unknown"
+            f"{path}: has no sidecar and is not a TensorRT-RTX plan, so its content is unknown"
         )
     operations = None
     if kind == "onnx" and hardware.installed("onnx"):

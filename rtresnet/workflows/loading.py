@@ -73,8 +73,8 @@ class RuntimeConfig(Config):
     )
     tf32: bool | None = option(
         None,
-        "Allow TF32 for FP32 layers in provider cuda, which rounds inputs to 10 mantissa bits, "
-        "on GPUs from sm_80 on.",
+        "Let the CUDA provider compute FP32 layers in TF32 (10 mantissa bits), on GPUs from sm_80 "
+        "on.",
         names=("--tf32/--no-tf32",),
         default_text="allowed",
     )
@@ -203,7 +203,7 @@ def load_artifact(
         UnavailableError: The device, the provider or a package is not available.
     """
     runtime, stated = runtime or RuntimeConfig(), stated or InputConfig()
-    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(path, fix="create it with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         session = _load_checkpoint(path, runtime, model)
         detect.require_no_size(session, stated)

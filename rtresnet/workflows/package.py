@@ -110,7 +110,7 @@ def package(
     from rtresnet.workflows import triton_repository as triton
 
     config, root = config or PackageConfig(), Path(root)
-    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(path, fix="create it with: rtresnet export")
     kind = artifacts.kind_of(path)
     if kind not in triton.BACKENDS:
         raise InputError(f"{path}: Triton runs only plans and ONNX files", fix="rtresnet export")
@@ -123,7 +123,7 @@ def package(
         )
     if kind == "onnx" and sidecar is not None and sidecar.precision == "bf16":
         raise ArtifactError(
-            f"{path}: BF16, of which Triton's ONNX Runtime has no convolutions",
+            f"{path}: BF16, which Triton's ONNX Runtime cannot run (it has no BF16 convolutions)",
             fix="build a plan on the server's GPU with --builder tensorrt, or package FP16",
         )
     profiles: tuple[Profile, ...] = ()

@@ -122,7 +122,7 @@ def package_server(
         ArtifactError: The file does not have the hash that its sidecar states.
     """
     config, image = config or PackageConfig(), image or ImageConfig()
-    path = atomic_io.require_file(path, fix="make one with: rtresnet export")
+    path = atomic_io.require_file(path, fix="create it with: rtresnet export")
     if path.suffix.lower() not in (".onnx", ".plan"):
         raise InputError(
             f"{path}: the server runs only ONNX files and plans", fix="rtresnet export"
@@ -350,7 +350,7 @@ def manifest(server: _Server, image: ImageConfig) -> str:
 
 
 def _write_folder(folder: Path, path: Path, sidecar: Sidecar, server: _Server) -> None:
-    """Write the folder whole or not at all."""
+    """Write the folder atomically."""
     if folder.exists():
         raise InputError(
             f"{folder}: exists already", fix=f"choose another folder, or: rm -r {folder}"

@@ -228,7 +228,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _pieces(folder: Path) -> Iterator[Path]:
-    """Every file of a pack, the index first, and what a killed run had half-written."""
+    """Yield every file of a pack, the index first, and incomplete files of an interrupted run."""
     for name in (INDEX, TABLE, *(f"{split}-[0-9]*.tar" for split in ("train", "test", "all"))):
         yield from folder.glob(name)
         yield from folder.glob(f".{name}.*.tmp")

@@ -300,7 +300,7 @@ def _digest(names: Sequence[str]) -> str:
 def _fill(
     journal: Journal, predictor: BatchPredictor, names: Sequence[str], reporter: Reporter
 ) -> None:
-    """Predict the images that the journal lacks."""
+    """Predict the images that are not in the journal."""
     total = len(names)
     if journal.done:
         reporter.note(f"resuming at image {journal.done:,} of {total:,}")

@@ -54,7 +54,7 @@ class Actor:
         self.predictor = task.predictor()
 
     def __call__(self, item: dict[str, str]) -> dict[str, str]:
-        """Predict names; both sides are JSON, because Arrow lacks some file names."""
+        """Predict names; both sides are JSON, because Arrow cannot store every file name."""
         (batch,) = self.predictor.batches(json.loads(item["names"]))
         return {"predictions": json.dumps([dataclasses.asdict(entry) for entry in batch])}
 

@@ -133,7 +133,7 @@ class Predictor:
             self.close()
             raise InputError(
                 f"--top {self.top}: {artifact} has {plural(available, 'class')}",
-                fix=f"--top {available} or less",
+                fix=f"use --top {available} or less",
             )
 
     @property
@@ -211,7 +211,7 @@ class Predictor:
         if indices.shape[1] < self.top:
             raise InputError(
                 f"{self.session.path} returns {plural(indices.shape[1], 'class')} per image",
-                fix=f"--top {indices.shape[1]} or less",
+                fix=f"use --top {indices.shape[1]} or less",
             )
         for row, values in zip(indices, probabilities.astype(np.float32), strict=True):
             if not np.isfinite(values).all():
@@ -229,5 +229,5 @@ class Predictor:
 
 
 def printable(text: str) -> str:
-    """Make UTF-8 of a file's name: Linux allows any bytes in it, and tables do not."""
+    """Convert a file name to UTF-8. Linux allows any bytes in names; tables do not."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -110,7 +110,7 @@ def profile(
     from rtresnet.onnxlib import io
 
     config = config or ProfileConfig()
-    path = str(atomic_io.require_file(path, fix="make one with: rtresnet export"))
+    path = str(atomic_io.require_file(path, fix="create it with: rtresnet export"))
     kind = artifacts.kind_of(path)
     require_classifier(path, "profile")
     if kind == "checkpoint":
@@ -128,7 +128,7 @@ def profile(
     if config.batch is not None and counted.batch not in (None, config.batch):
         raise InputError(
             f"{path}: its batch is fixed at {counted.batch}, not {config.batch}",
-            fix=f"--batch {counted.batch}",
+            fix=f"use --batch {counted.batch}",
         )
     batch = config.batch or counted.batch or 1
     rng = np.random.default_rng(0)

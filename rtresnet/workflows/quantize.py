@@ -368,7 +368,7 @@ def _settle_size(source: Path, model: Any, size: int | None) -> None:
             raise InputError(
                 f"{source}: its input has {dims[2].dim_value}x{dims[3].dim_value} pixels, not "
                 f"{size}",
-                fix=f"--size {dims[2].dim_value}",
+                fix=f"use --size {dims[2].dim_value}",
             )
 
 

@@ -56,7 +56,7 @@ def require_trained_for(
         )
     if options := config.fp8_options:
         raise InputError(
-            f"{source}: was trained with all convolutions but the first in FP8",
+            f"{source}: all convolutions except the first were trained in FP8",
             fix=f"leave {' and '.join(options)} out",
         )
     if config.calib is not None or config.calibrator != "auto":
@@ -64,8 +64,8 @@ def require_trained_for(
         if config.calib is not None:
             option = f"--calib {config.calib}"
         raise InputError(
-            f"{source}: its activation scales were learned in training, there is nothing to "
-            "calibrate",
+            f"{source}: its activation scales were learned in training, so calibration does not "
+            "apply",
             fix=f"leave {option} out",
         )
     if config.eval_data is not None:

@@ -34,7 +34,7 @@ class QuickstartConfig(Config):
 
     epochs: int = option(10, "Epochs of training.", minimum=1)
     seconds: float = option(
-        2.0, "Seconds of measuring each file and batch size.", minimum=0.01, maximum=3600
+        2.0, "Duration of each measurement, in seconds.", minimum=0.01, maximum=3600
     )
 
 
@@ -46,7 +46,7 @@ class QuickstartResult:
         log: A record for each epoch.
         evaluations: By precision.
         comparisons: With the checkpoint, by precision.
-        seconds: Duration of everything.
+        seconds: Total duration.
     """
 
     model: str

@@ -59,7 +59,9 @@ def serve(
     from rtresnet.serving.server import Server
 
     paths = [
-        path if path.is_dir() else atomic_io.require_file(path, fix="rtresnet export makes one")
+        path
+        if path.is_dir()
+        else atomic_io.require_file(path, fix="create it with: rtresnet export")
         for path in map(Path, sources)
     ]
     files = [os.fspath(file) for path in paths for _, _, file in model_files(path)]

@@ -51,7 +51,7 @@ class StudyConfig(Config):
         None, "Length of each run in steps.", minimum=1, default_text="the recipe's"
     )
     settings: tuple[str, ...] = option(
-        (), "Set a field of the recipe; repeat it for more.", names=("--set",),
+        (), "Set a field of the recipe; may be repeated.", names=("--set",),
         metavar="FIELD=VALUE",
     )  # fmt: skip
     size: int | None = option(
@@ -247,7 +247,10 @@ def _terms(data: str, config: StudyConfig, out: Path) -> Terms:
 
     fields = recipes.parse(config.settings)
     if "seed" in fields:
-        raise InputError("--set seed: a study uses several seeds", fix="--seeds N takes 0 to N - 1")
+        raise InputError(
+            "--set seed: a study uses several seeds",
+            fix="choose their number with --seeds N, for seeds 0 to N - 1",
+        )
     if data in NOT_MIRRORED:
         fields = {"flip": "none"} | fields
     lengths = (("epochs", config.epochs), ("steps", config.steps))

@@ -86,7 +86,7 @@ class GradientsConfig(Config):
 
     models: tuple[str, ...] = option(
         ("plain20", "plain56", "resnet20", "resnet56"),
-        "Net to measure; repeat it for more.",
+        "Net to measure; may be repeated.",
         names=("--model",),
         metavar="NET",
         default_text="plain20, plain56, resnet20, resnet56",

@@ -36,7 +36,7 @@ class DetectionStudyConfig(Config):
 
     backbones: tuple[str, ...] = option(
         ("vgg16_bn", "resnet18", "resnet34"),
-        "A backbone; repeat it for more.",
+        "A backbone; may be repeated.",
         names=("--backbone",),
         metavar="NET",
         default_text="vgg16_bn, resnet18, resnet34",
@@ -63,7 +63,7 @@ class DetectionStudyConfig(Config):
     seeds: int = option(3, "Number of runs of each backbone, with seeds from 0.", minimum=1)
     settings: tuple[str, ...] = option(
         (),
-        "Set a field of the recipe or the net, as in width=0.25; repeat it for more.",
+        "Set a field of the recipe or the net, as in width=0.25; may be repeated.",
         names=("--set",),
         metavar="FIELD=VALUE",
     )
@@ -73,7 +73,8 @@ class DetectionStudyConfig(Config):
         super().__post_init__()
         if any(setting.partition("=")[0] == "seed" for setting in self.settings):
             raise InputError(
-                "--set seed: a study uses several seeds", fix="--seeds N takes 0 to N - 1"
+                "--set seed: a study uses several seeds",
+                fix="choose their number with --seeds N, for seeds 0 to N - 1",
             )
 
 

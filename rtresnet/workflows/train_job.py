@@ -70,7 +70,7 @@ class TrainConfig(Config):
     )
     batch: int | None = option(
         None,
-        "Images in a step, at most the number of training images.",
+        "Batch size, at most the number of training images.",
         minimum=2,
         default_text="the recipe's; fewer on small sets",
     )
@@ -83,7 +83,7 @@ class TrainConfig(Config):
     )
     settings: tuple[str, ...] = option(
         (),
-        "Set a field of the recipe; repeat it for more.",
+        "Set a field of the recipe; may be repeated.",
         names=("--set",),
         metavar="FIELD=VALUE",
     )
@@ -104,7 +104,7 @@ class TrainConfig(Config):
         None,
         "Flip images horizontally at random.",
         names=("--flip/--no-flip",),
-        default_text="the recipe's; never digits",
+        default_text="the recipe's; off for digits",
     )
     seed: int | None = option(None, "Random seed.", minimum=0, default_text="0")
     out: Path | None = option(

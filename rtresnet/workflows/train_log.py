@@ -86,7 +86,7 @@ def open_loggers(
         parameters: The recipe and what it is applied to.
 
     Raises:
-        UnavailableError: A package refuses, such as without a server or a key.
+        UnavailableError: A logger cannot start, for example without a server or a key.
     """
     kinds: dict[Target, Callable[[Path, dict[str, Any]], RunLogger]] = {
         "tensorboard": _TensorBoard,
@@ -231,7 +231,9 @@ class TrainProgress:
             decoded = record.get("decoded_per_core")
             rate = "" if decoded is None else f"{decoded:,.0f} images/s decoded per core; "
             waiting = 100 * record.get("waiting", 0)
-            self._reporter.note(f"input: {rate}the net waited {waiting:.0f} % of the time for data")
+            self._reporter.note(
+                f"input: {rate}training waited for data {waiting:.0f} % of the time"
+            )
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in list(self._loggers):
@@ -239,7 +241,7 @@ class TrainProgress:
                 self._loggers.remove(logger)
 
     def _with(self, logger: RunLogger, act: Callable[[RunLogger], None]) -> bool:
-        """Use a logger; a run of hours does not end because its tracking server does."""
+        """Call a logger; if it fails, warn and continue the run without it."""
         try:
             act(logger)
         except Exception as error:  # each package has its own

@@ -11,7 +11,7 @@ from rtresnet.training.config import Recipe, text
 from rtresnet.training.data_report import SPLITS, DataReport
 
 CHECKS = {
-    "arrays": "the images are arrays, which cannot be broken",
+    "arrays": "the images are arrays in memory, nothing to decode",
     "decoded": "every image was decoded",
     "files": "the beginning and the end of every file was read; --decode-all decodes every image",
 }

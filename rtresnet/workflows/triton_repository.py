@@ -129,7 +129,7 @@ def write(
     sidecar: Sidecar | None,
     version: int | None = None,
 ) -> Path:
-    """Add a version of a model to a repository, whole or not at all.
+    """Add a version of a model to a repository atomically.
 
     Args:
         root: The repository's folder.
@@ -151,7 +151,7 @@ def write(
     for number in existing:
         earlier = home / str(number) / f"model{source.suffix.lower()}"
         if earlier.is_file() and atomic_io.sha256(earlier) == digest:
-            raise InputError(f"{earlier}: is the same file already; nothing was written")
+            raise InputError(f"{earlier}: is already the same file; nothing was written")
     number = version or max(existing, default=0) + 1
     if number in existing:
         raise InputError(

@@ -106,7 +106,9 @@ def _convert(
     from rtresnet.models import checkpoint, download
 
     if out.suffix.lower() != suffix:
-        raise InputError(f"{out}: does not end in {suffix}", fix=f"--out {out.with_suffix(suffix)}")
+        raise InputError(
+            f"{out}: does not end in {suffix}", fix=f"use --out {out.with_suffix(suffix)}"
+        )
     if Path(weights).resolve() == out.resolve():
         raise InputError(f"{out}: would overwrite its source", fix="choose another --out")
     published = download.published(str(weights), model, reporter)

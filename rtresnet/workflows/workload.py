@@ -168,7 +168,7 @@ def for_fixed_batch(
         each = ", ".join(
             f"the batch of {entry.path} is fixed at {size}" for size, entry in fixed.items()
         )
-        raise InputError(f"{each}: they have no common batch", fix="measure them one by one")
+        raise InputError(f"{each}: the fixed batches differ", fix="measure them one by one")
     ((size, session),) = fixed.items()
     calls = (workload.max_batch,) if workload.max_batch > 1 else workload.batches
     detector = session.detection is not None

@@ -152,5 +152,5 @@ def test_md1_latency_quantile_of_few_arrivals_is_the_service_time() -> None:
 
 
 def test_md1_latency_quantile_of_an_overload_is_refused() -> None:
-    with pytest.raises(InputError, match="more than one server"):
+    with pytest.raises(InputError, match="200 requests/s"):
         stats.md1_latency_quantile(0.99, rate=200, service=0.005)

@@ -159,8 +159,8 @@ def test_kserve_arguments_are_options_of_serve(plan: Path, engines: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "no kind of package, or several"),
-        ("--triton a --docker b", "no kind of package, or several"),
+        ("", "--docker DIR and/or --kserve FILE"),
+        ("--triton a --docker b", "--docker DIR and/or --kserve FILE"),
         ("--docker b --name a/b", "--name"),
         ("--kserve b.yaml --name 1", "begins with a letter"),
         ("--docker b --instances 2", "--max-replicas"),

@@ -166,15 +166,15 @@ def test_a_contract_no_net_can_have_is_refused(change: dict[str, object], names:
     ],
 )
 def test_what_is_no_rgb_image_is_said(image: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"uint8 RGB \[H, W, 3\] is needed") as caught:
+    with pytest.raises(InputError, match=r"uint8 RGB \[H, W, 3\]") as caught:
         Preprocess.for_size(32).crop(image)
     # The way out must not drop an alpha channel, as Pillow's convert("RGB") does.
     assert caught.value.fix is not None and "rtresnet.data.decode.decode" in caught.value.fix
-    with pytest.raises(InputError, match=r"\[N, H, W, 3\] is needed"):
+    with pytest.raises(InputError, match=r"\[N, H, W, 3\]"):
         Preprocess.for_size(32).normalize(image)
 
 
 def test_normalize_of_float_images_is_refused() -> None:
     images = np.ones((1, 4, 4, 3), np.float32)  # already divided by 255
-    with pytest.raises(InputError, match=r"float32 \[1, 4, 4, 3\]; uint8"):
+    with pytest.raises(InputError, match=r"float32 \[1, 4, 4, 3\].*uint8"):
         Preprocess.for_size(4).normalize(images)

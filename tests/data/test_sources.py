@@ -604,7 +604,7 @@ def test_an_npz_file_without_one_of_the_arrays_is_refused(tmp_path: Path, missin
     del arrays[missing]
     message = refusal(npz(tmp_path / "a.npz", **arrays))
     assert missing in message
-    assert "save `images` and `labels`" in message
+    assert "`images` and `labels`" in message
 
 
 def test_class_names_that_are_no_list_are_refused(tmp_path: Path) -> None:

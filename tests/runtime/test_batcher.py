@@ -270,7 +270,7 @@ def test_close_computes_waiting_calls_and_refuses_new_ones() -> None:
     assert not closing.is_alive()
     assert [future.result(0)[0] for future in futures] == [0, 2, 4, 6, 8, 10, 12]
     assert gate.batches == [[0, 1], [2, 3], [4, 5], [6]]  # the rest does not wait to be full
-    with pytest.raises(InputError, match="after close"):
+    with pytest.raises(InputError, match="closed"):
         batcher.submit(image(0))
     batcher.close()
 

@@ -72,7 +72,7 @@ def test_a_run_under_another_recipe_or_on_other_images_is_refused(tmp_path: Path
     runs.make(planned(tmp_path))
     with pytest.raises(InputError, match=r"epochs 2 -> 3.*another --out"):
         runs.finished(planned(tmp_path, epochs=3))
-    with pytest.raises(InputError, match=r"other images.*another --out"):
+    with pytest.raises(InputError, match=r"different images.*another --out"):
         runs.finished(planned(tmp_path, images=1))
 
 

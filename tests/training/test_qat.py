@@ -382,7 +382,7 @@ class TestTheFile:
         ("verb", "more", "message"),
         [
             (["export", "--weights", "runs/tuned/best.pt", "--no-plan"], ["--calib", "DATA"],
-             "nothing to calibrate"),
+             "learned in training"),
             (["export", "--weights", "runs/tuned/best.pt", "--no-plan"], ["--calibrator", "max"],
              "leave --calibrator max out"),
             (["quantize", "engines/resnet8.onnx"], ["--calib", "none"], "leave --calib none out"),

@@ -248,7 +248,7 @@ def test_train_prints_the_input_pipelines_speed_after_the_first_epoch(
 ) -> None:
     assert train("--data", tints, "--epochs", "2", "--out", str(tmp_path / "run")) == 0
     lines = capsys.readouterr().err.splitlines()
-    (place,) = [n for n, line in enumerate(lines) if "% of the time for data" in line]
+    (place,) = [n for n, line in enumerate(lines) if "waited for data" in line]
     assert lines[place - 1].startswith("epoch   1")
 
 
