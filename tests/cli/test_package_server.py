@@ -166,7 +166,7 @@ def test_kserve_arguments_are_options_of_serve(plan: Path, engines: Path, tmp_pa
         ("--docker b --instances 2", "--max-replicas"),
         ("--docker b --max-wait 20ms", "--queue-target"),
         ("--kserve b.yaml --min-replicas 9", "--max-replicas"),
-        ("--kserve b.onnx", "has the suffix of a net"),
+        ("--kserve b.onnx", "the suffix of a model"),
     ],
 )
 def test_wrong_options_are_refused_and_nothing_is_written(

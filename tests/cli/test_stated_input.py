@@ -163,7 +163,7 @@ def test_another_size_than_the_file_takes_is_refused(
     net = str(engines / "resnet8.onnx")
     images = [image, "--with", net] if command == "predict" else [net, "--data", tints]
     assert main([command, *images, "--size", "64"]) == 2
-    assert capsys.readouterr().err.rstrip().endswith("; --size 32")
+    assert capsys.readouterr().err.rstrip().endswith("use --size 32")
 
 
 def test_a_single_image_is_counted_in_the_singular(

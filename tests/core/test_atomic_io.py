@@ -130,6 +130,6 @@ def test_a_device_is_never_replaced() -> None:
 @pytest.mark.parametrize("name", ["net.onnx", "NET.ONNX", "net.plan", "best.pt", "a.pth", "b.th"])
 def test_text_never_takes_the_place_of_a_net(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(InputError, match="the suffix of a net"):
+    with pytest.raises(InputError, match="the suffix of a model"):
         atomic_io.write_text(tmp_path / name, "{}")
     assert (tmp_path / name).read_bytes() == b"weights"

@@ -119,7 +119,7 @@ def test_tensorrt_without_a_device_is_refused_before_it_is_imported(
 
     monkeypatch.setattr(hardware, "installed", lambda module: True)
     monkeypatch.setattr(trt_loading, "load_tensorrt", untouched)
-    with pytest.raises(UnavailableError, match="it has none"):
+    with pytest.raises(UnavailableError, match="this machine has none"):
         targets.builder("tensorrt")
     with pytest.raises(UnavailableError, match="no CUDA device"):
         TrtBackend(Path("net.plan"), None)

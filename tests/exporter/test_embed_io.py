@@ -153,9 +153,9 @@ def odd(shape: list[object], out: list[object], opset: int = 18) -> onnx.ModelPr
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (odd(["n", 1, 8, 8], ["n", 64]), "not a net"),
-        (odd(["n", 3, 8, 8], ["n", 192, 1, 1]), "not a net"),
-        (odd(["n", 3, 8, 8], ["n", "classes"]), "not a net"),
+        (odd(["n", 1, 8, 8], ["n", 64]), "expected a net"),
+        (odd(["n", 3, 8, 8], ["n", 192, 1, 1]), "expected a net"),
+        (odd(["n", 3, 8, 8], ["n", "classes"]), "expected a net"),
         (odd(["n", 3, 8, 8], ["n", 192], opset=11), "opset 11"),
     ],
 )

@@ -210,7 +210,7 @@ def test_evaluate_ten_crops_of_an_onnx_file_equal_its_checkpoint(
 def test_evaluate_resize_below_the_size_is_refused(best: Path, tints: str) -> None:
     with pytest.raises(InputError) as error:
         evaluate(best, tints, EvaluateConfig(resize=20))
-    assert error.value.fix == "--resize 32 or more"
+    assert error.value.fix == "use --resize 32 or more"
 
 
 def test_evaluate_class_folders_in_another_order_are_matched_by_name(

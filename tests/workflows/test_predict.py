@@ -92,7 +92,7 @@ def test_predictor_uint8_top2_file_gives_its_two_classes(
     assert images.dtype == np.uint8 and images.shape == (1, 32, 32, 3)
     with pytest.raises(InputError) as error:
         list(Predictor("x.onnx", PredictConfig(top=3)).batches(names))
-    assert error.value.fix == "--top 2 or less"
+    assert error.value.fix == "use --top 2 or less"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -123,7 +123,7 @@ def test_predict_folder_gives_the_classes_and_skips_the_broken_image(
         predict(folder / "broken.png", engines / "resnet8.onnx")
     with pytest.raises(InputError) as error:
         predict(folder, engines / "resnet8.onnx", PredictConfig(top=5))
-    assert error.value.fix == "--top 4 or less"
+    assert error.value.fix == "use --top 4 or less"
 
 
 def test_image_files_lists_files_and_folders(folder: Path, tmp_path: Path) -> None:
