@@ -52,7 +52,7 @@ def test_estimate_has_its_rate_and_refuses_gpus_without_it(
 ) -> None:
     assert main(["estimate", file, "--gpu", "RTX 4090", "--json", "a.json"]) == 0
     (gpu,) = json.loads(Path("a.json").read_text())["result"]["results"]
-    assert gpu["rates"]["bf16"] == pytest.approx(165.2e12) and "compared with" in gpu["source"]
+    assert gpu["rates"]["bf16"] == pytest.approx(165.2e12) and "whitepaper" in gpu["source"]
     assert main(["estimate", file, "--gpu", "RTX 3090"]) == 0
     assert "unverified" in capsys.readouterr().out
     assert main(["estimate", file, "--gpu", "T4"]) == 2

@@ -394,7 +394,7 @@ def test_garbage_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
     sidecar_path(path).write_bytes(text)
     with pytest.raises(ArtifactError, match=r"net\.pt\.json: not valid JSON") as caught:
         read_sidecar(path)
-    assert f"make {path} again" in str(caught.value)
+    assert f"create {path} again" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", '"schema"', '[{"schema": 1}]'])
