@@ -61,7 +61,9 @@ class ServeConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.certificate is None) != (self.key is None):
-            raise InputError("--certificate and --key must be used together", fix="add the missing one")
+            raise InputError(
+                "--certificate and --key must be used together", fix="add the missing one"
+            )
         if self.queue < self.max_batch:
             raise InputError(
                 f"--queue {self.queue}: a full batch of {self.max_batch} never fits",
