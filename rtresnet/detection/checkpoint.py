@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from rtresnet.core import artifacts
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.detection import foreign
 from rtresnet.detection import net as nets
@@ -19,8 +20,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         ArtifactError: Not one, broken, or not matching its sidecar.
         InputError: A .pkl file.
     """
-    imported = foreign.load(path)
-    if imported is not None:
+    # Only files of other tools have no sidecar; `checkpoint.load` checks it before it reads.
+    if artifacts.read_sidecar(path) is None and (imported := foreign.load(path)) is not None:
         return imported
     loaded = checkpoint.load(path, detector=True)
     build(loaded, name=os.fspath(path))

@@ -10,6 +10,7 @@ Several are joined with commas. Boxes are (x1, y1, x2, y2) in continuous pixels:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -68,9 +69,8 @@ class Targets:
     def of(cls, rows: Sequence[tuple[Sequence[float], int, bool, bool, float | None]]) -> Targets:
         """Build it from (box, label, ignored, crowd, area or None) for each object."""
         boxes = np.array([row[0] for row in rows], np.float32).reshape(-1, 4)
-        sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
         areas = [
-            a if row[4] is None else row[4] for row, a in zip(rows, sides.prod(1), strict=True)
+            a if row[4] is None else row[4] for row, a in zip(rows, box_areas(boxes), strict=True)
         ]
         return cls(
             boxes=boxes,
@@ -79,6 +79,12 @@ class Targets:
             crowd=np.array([row[3] for row in rows], bool),
             areas=np.array(areas, np.float64),
         )
+
+
+def box_areas(boxes: np.ndarray) -> np.ndarray:
+    """Return the areas of boxes [N, 4] in square pixels: float64 [N]."""
+    areas: np.ndarray = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64).prod(1)
+    return areas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +115,19 @@ class DetectionSource:
         return len(self.targets)
 
     def fingerprint(self) -> str:
-        """sha256 of the images' names and of all boxes."""
+        """Return a sha256 of names and sizes of the image files, and of all boxes.
+
+        Flags and areas count only where they are not the default, so that data without them keeps
+        the hash that earlier versions recorded.
+        """
         digest = hashlib.sha256(json.dumps([self.classes, self.digest]).encode())
         for origin, targets in zip(self.origins, self.targets, strict=True):
             digest.update(origin.rpartition("/")[2].encode())
             digest.update(targets.boxes.tobytes() + targets.labels.tobytes())
+            if targets.ignored.any() or targets.crowd.any():
+                digest.update(targets.ignored.tobytes() + targets.crowd.tobytes())
+            if not np.array_equal(targets.areas, box_areas(targets.boxes)):
+                digest.update(targets.areas.tobytes())
         return digest.hexdigest()
 
     def counts(self) -> dict[str, int]:
@@ -255,7 +269,11 @@ def _voc(spec: str, argument: str, split: str) -> DetectionSource:
         missing = [stem for stem in stems if stem not in files]
         if missing:
             raise DataError(f"{annotations}: {missing[0]}.xml is listed but missing")
-    parsed = {stem: _voc_objects(files[stem]) for stem in files}
+    # The classes are those of all splits, so that they do not depend on the split.
+    parsed = {stem: _voc_objects(files[stem]) for stem in stems}
+    for stem in files.keys() - parsed.keys():
+        with contextlib.suppress(DataError):  # reported where its own split is opened
+            parsed[stem] = _voc_objects(files[stem])
     names = {name for _, objects in parsed.values() for name, *_ in objects}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
     numbers = {name: index for index, name in enumerate(classes)}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rtresnet.core.errors import CheckFailedError
+from rtresnet.core.errors import CheckFailedError, DataError
 from rtresnet.core.preprocess import Preprocess, resize
 from rtresnet.core.sidecar import Weights
 from rtresnet.detection import checkpoint, net
@@ -69,6 +69,7 @@ def pretrain(
 
     Raises:
         CheckFailedError: The loss is not finite.
+        DataError: The images have no objects.
     """
     path = job.out / "pretrain.pt"
     about = {
@@ -92,6 +93,11 @@ def pretrain(
         for image, targets in enumerate(job.source.targets)
         for row in np.flatnonzero(~targets.ignored)
     ]
+    if not objects:
+        raise DataError(
+            f"{job.source.name}: no object to pre-train on; all boxes are difficult or crowds",
+            fix="add images with objects",
+        )
     side = job.detection.pool * STRIDE
     rng = np.random.default_rng((job.recipe.seed, len(objects)))
     for step in range(recipe.steps):

@@ -98,6 +98,8 @@ def fold_pair(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
         convolution.kernel_size,  # type: ignore[arg-type]  # torch types it as a longer tuple
         convolution.stride,  # type: ignore[arg-type]
         convolution.padding,  # type: ignore[arg-type]
+        convolution.dilation,  # type: ignore[arg-type]
+        convolution.groups,
     )
     with torch.no_grad():
         folded.weight.copy_(weight)

@@ -29,9 +29,15 @@ def operations(model: onnx.ModelProto) -> Counter[str]:
 
 
 def check_folded(model: onnx.ModelProto) -> None:
-    """Raise AssertionError if a batch norm or a convolution without bias is left."""
-    assert "BatchNormalization" not in operations(model)
-    assert all(len(node.input) == 3 for node in model.graph.node if node.op_type == "Conv")
+    """Raise CheckFailedError if a batch norm or a convolution without bias is left."""
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization" or (
+            node.op_type == "Conv" and len(node.input) != 3
+        ):
+            raise CheckFailedError(
+                f"{node.name}: a {node.op_type} whose batch norm was not folded",
+                fix="please report it with the checkpoint",
+            )
 
 
 def check_parity(

@@ -136,6 +136,12 @@ class NodeWriter:
     def conv(self, name: str, module: nn.Conv2d, inputs: list[str]) -> None:
         """Add a convolution with bias."""
         assert module.bias is not None and isinstance(module.padding, tuple)
+        assert module.padding_mode == "zeros"
+        attributes: dict[str, Any] = {}  # without those that have ONNX's default
+        if module.groups > 1:
+            attributes["group"] = module.groups
+        if set(module.dilation) != {1}:
+            attributes["dilations"] = module.dilation
         weight = self.constant(f"{name}.weight", module.weight)
         bias = self.constant(f"{name}.bias", module.bias)
         self.node(
@@ -145,6 +151,7 @@ class NodeWriter:
             kernel_shape=module.kernel_size,
             strides=module.stride,
             pads=module.padding * 2,
+            **attributes,
         )
 
     def linear(self, name: str, module: nn.Linear, inputs: list[str]) -> None:

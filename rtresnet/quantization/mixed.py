@@ -55,9 +55,9 @@ def to_half_except(model: onnx.ModelProto, float_nodes: Collection[str]) -> onnx
         for index, name in enumerate(node.input):
             if name in constants:
                 if not is_float and constants[name].data_type == TensorProto.FLOAT:
-                    node.input[index] = halves.setdefault(
-                        name, _half_constant(graph, constants[name])
-                    )
+                    if name not in halves:
+                        halves[name] = _half_constant(graph, constants[name])
+                    node.input[index] = halves[name]
             elif is_float and name in made_half:
                 if name not in floats:
                     floats[name] = cast(name, TensorProto.FLOAT, "float")

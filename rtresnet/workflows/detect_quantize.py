@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtresnet.core import artifacts, atomic_io, detector_preprocess
-from rtresnet.core.errors import CheckFailedError, InputError, missing_package
+from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Calibration, Measurements, Sidecar
 from rtresnet.workflows.detect import DetectionImages
-from rtresnet.workflows.quantizer import fp8_float_nodes
+from rtresnet.workflows.quantizer import fp8_float_nodes, write_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +69,7 @@ def quantize_detector(
         )
     if config.precision == "bf16":
         raise InputError(f"{source}: a detector has no BF16 version", fix="use --fp16")
+    require_options(config)
     calibration, measured = None, Measurements()
     if config.precision == "fp16":
         result = mixed.to_half_except(model, float_nodes(model))
@@ -83,6 +84,19 @@ def quantize_detector(
     metadata.DESCRIPTION.set(result, record)
     data = result.SerializeToString()
     return artifacts.publish(out, lambda temporary: temporary.write_bytes(data), record)
+
+
+def require_options(config: QuantizeConfig) -> None:
+    """Reject options that apply to classifiers only.
+
+    Raises:
+        InputError: --gate upper, --classes or --max-broken.
+    """
+    for field in dataclasses.fields(config):
+        applies = field.name not in ("gate", "classes", "max_broken")
+        if not applies and getattr(config, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise InputError(f"--{name} does not apply to detectors", fix="leave it out")
 
 
 def open_calibration(source: str | Path, config: QuantizeConfig) -> DetectionImages:
@@ -122,13 +136,13 @@ def _int8(
     with reporter.progress(doing, total=len(images)) as update:
         histograms = _observe(model, tensors, _inputs(images, sidecar), update)
     methods: tuple[str, ...] = METHODS if config.calibrator == "auto" else (config.calibrator,)
-    if config.eval_data is None:
+    if config.eval_data is None and len(methods) > 1:
         methods = methods[:1]
-    measured = Measurements()
-    tried: list[tuple[float, str, Any, dict[str, float]]] = []
+        reporter.note(f"ranges by {methods[0]}; with --eval, auto compares methods by AP")
+    tried: list[tuple[float, str, Any, dict[str, float], Measurements]] = []
     reference = None
     if config.eval_data is not None:
-        reference = _average_precision(model, sidecar, config.eval_data, reporter)
+        reference, _ = _average_precision(model, sidecar, config.eval_data, reporter)
     for method in methods:
         scales = {
             name: float(s)
@@ -137,14 +151,14 @@ def _int8(
         quantized = qdq.insert(model, scales, keep, number_format=number_format)
         if config.wide_dtype == "fp16":
             quantized = mixed.to_half_except(quantized, float_nodes(quantized))
-        score = 0.0
+        score, measured = 0.0, Measurements()
         if config.eval_data is not None:
-            score = _average_precision(quantized, sidecar, config.eval_data, reporter)
+            score, measured = _average_precision(quantized, sidecar, config.eval_data, reporter)
             reporter.note(f"ranges by {method}: AP {score:.2f}, FP32 {reference:.2f}")
-        tried.append((score, method, quantized, scales))
+        tried.append((score, method, quantized, scales, measured))
         if reference is not None and reference - score <= config.max_drop:
             break
-    score, method, quantized, scales = max(tried, key=lambda entry: entry[0])
+    score, method, quantized, scales, measured = max(tried, key=lambda entry: entry[0])
     if reference is not None and reference - score > config.max_drop:
         raise CheckFailedError(
             f"{source}: {config.precision.upper()} loses {reference - score:.2f} points of average "
@@ -155,10 +169,11 @@ def _int8(
         "onnx_sha256": sidecar.sha256, "images": config.calib, "n": len(images),
         "images_sha256": images.fingerprint, "method": method, "scales": scales,
     }  # fmt: skip
-    atomic_io.write_text(scales_path, json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1) + "\n"
+    file = write_scales(scales_path, lambda: atomic_io.write_text(scales_path, text), reporter)
     calibration = Calibration(
         method=method, images=str(config.calib), images_sha256=images.fingerprint, n=len(images),
-        scales=scales_path.as_posix(), scales_sha256=atomic_io.sha256(scales_path),
+        scales=file.path.as_posix(), scales_sha256=file.sha256,
         kept=excluded, rest=config.wide_dtype,
     )  # fmt: skip
     return quantized, calibration, measured
@@ -176,11 +191,12 @@ def _observe(
 ) -> dict[str, Any]:
     """Histograms of the tensors' values over whole images."""
     from rtresnet.quantization.calibrators import Histogram
+    from rtresnet.quantization.simulate import make_session
 
-    session = _session(model, [name for name in tensors if name != "images"])
+    names = [name for name in tensors if name != "images"]
+    session = make_session(model, names)
     histograms = {name: Histogram(name) for name in tensors}
     for done, feed in enumerate(inputs, 1):
-        names = [name for name in tensors if name != "images"]
         for name, values in zip(names, session.run(names, feed), strict=True):
             histograms[name].add(values)
         if "images" in histograms:
@@ -189,35 +205,18 @@ def _observe(
     return histograms
 
 
-def _session(model: Any, more: list[str] = []) -> Any:  # noqa: B006 - not changed
-    try:
-        import onnxruntime
-    except ImportError:
-        raise missing_package("onnxruntime", "calibration") from None
-    import onnx
-
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in more)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        # As written: integer kernels would round biases and, without VNNI, saturate.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _average_precision(model: Any, sidecar: Sidecar, data: str, reporter: Reporter) -> float:
-    """COCO's AP at IoU 0.5 to 0.95, in %, of a model on the test split."""
+def _average_precision(
+    model: Any, sidecar: Sidecar, data: str, reporter: Reporter
+) -> tuple[float, Measurements]:
+    """Return COCO's AP at IoU 0.5 to 0.95, in %, of a model on the test split, and the record."""
     from rtresnet.core.detector_preprocess import OUTPUTS
     from rtresnet.detection import evaluate
     from rtresnet.detection.data import open_detection
+    from rtresnet.quantization.simulate import make_session
 
     assert sidecar.detection is not None
     source = open_detection(data, "test")
-    session = _session(model)
+    session = make_session(model)
 
     def run(images: np.ndarray, extent: np.ndarray) -> dict[str, np.ndarray]:
         values = session.run(list(OUTPUTS), {"images": images, "extent": extent})
@@ -229,4 +228,5 @@ def _average_precision(model: Any, sidecar: Sidecar, data: str, reporter: Report
         )
     if result.ap is None:
         raise InputError(f"{data}: no objects to measure average precision on")
-    return result.ap
+    record = result.record(data, "test", source.fingerprint())
+    return result.ap, Measurements(average_precision=record)

@@ -197,12 +197,12 @@ def _of_onnx(path: Path) -> tuple[Maps, np.ndarray, np.ndarray]:
     for package in ("onnx", "onnxruntime"):
         if not hardware.installed(package):
             raise missing_package(package, "a class activation map")
-    import onnx
-    import onnxruntime
-
     from rtresnet.onnxlib import graph, io
+    from rtresnet.quantization.simulate import make_session
+    from rtresnet.runtime.cpu_rewrite import emulate_bf16
 
     model = io.load(path)
+    model = emulate_bf16(model) or model
     index = graph.GraphIndex(model)
     gemms = [node for node in index.nodes if node.op_type == "Gemm"]
     through = (*graph.MOVES, graph.QUANTIZE, graph.DEQUANTIZE)
@@ -210,18 +210,15 @@ def _of_onnx(path: Path) -> tuple[Maps, np.ndarray, np.ndarray]:
     if pool is None or pool.op_type not in ("GlobalAveragePool", "ReduceMean"):
         raise _no_pooling(path)
     (gemm,) = gemms
-    weight, bias = _constant(index, gemm.input[1], path), _constant(index, gemm.input[2], path)
+    weight = _constant(index, gemm.input[1], path)
     if not graph.attribute(gemm, "transB", 0):
         weight = weight.T
+    bias = np.zeros(len(weight))
+    if len(gemm.input) > 2 and gemm.input[2]:
+        bias = _constant(index, gemm.input[2], path)
     tensors = [pool.input[0], gemm.output[0]]
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    options = onnxruntime.SessionOptions()
     # Q/DQ pairs are computed unfused, because fused INT8 kernels saturate on CPUs without VNNI.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    running: Any = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    running = make_session(model, tensors)
     (entry,) = running.get_inputs()
 
     def maps(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

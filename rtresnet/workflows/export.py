@@ -269,6 +269,7 @@ class _Export:
         if "bf16" in self.config.precisions:
             raise InputError(f"{weights}: a detector has no BF16 version", fix="use --fp16")
         if self._require_valid():
+            detect_quantize.require_options(self.quantize)
             detect_quantize.open_calibration(weights, self.quantize)
         return detect_export.write_fp32(
             weights, base, size=self.config.canvas, rounds=self.config.nms_rounds,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtresnet.core import atomic_io, serialization
+from rtresnet.core import artifacts, atomic_io, locks, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter, plural
@@ -90,6 +90,34 @@ def scales_path(out: Path, reporter: Reporter) -> Path:
         atomic_io.require_place(path)
         reporter.note(f"{error.message}: new scales go to {path}")
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalesFile:
+    """A file of scales, and the hash of its content when it was written or read."""
+
+    path: Path
+    sha256: str
+
+
+def write_scales(path: Path, write: Callable[[], object], reporter: Reporter) -> ScalesFile:
+    """Write a file of scales.
+
+    Nets of one name share a file in calib/, also those of concurrent runs: the hash is that of the
+    scales that were written here, even if another run replaces them next.
+
+    Args:
+        path: The file.
+        write: Writes it.
+        reporter: Receives a note where the file system has no locks.
+
+    Raises:
+        InputError: It cannot be written.
+        LockedError: Another process has been writing it for longer than that takes.
+    """
+    with locks.hold_file(path, warn=reporter.note, wait=artifacts.UPDATE_WAIT):
+        write()
+        return ScalesFile(path=path, sha256=atomic_io.sha256(path))
 
 
 def calibration_batches(
@@ -217,7 +245,7 @@ class Quantizer:
             how = "image by image" if batch == 1 else f"{batch} images at a time"
             self.reporter.note(f"{source}: its batch is fixed at {batch}; calibrated {how}")
         origin = self._origin(name, fingerprint, count, self.config.calibrator)
-        calibrated, path = self._calibrate(model, batches, origin)
+        calibrated, saved = self._calibrate(model, batches, origin)
         outliers = self._note_calibration(calibrated)
         gated = None
         if gate is not None and labelled is not None:
@@ -226,18 +254,18 @@ class Quantizer:
                 gate, labelled, source, calibrated, held_out, logits, self.sidecar.input,
                 self._with_float_dtype, self.reporter,
             )  # fmt: skip
-        return self._finished(calibrated, origin, path, gated, outliers)
+        return self._finished(calibrated, origin, saved, gated, outliers)
 
     def _calibrate(
         self,
         model: onnx.ModelProto,
         batches: Callable[[], Iterator[np.ndarray]],
         origin: ScalesOrigin,
-    ) -> tuple[Calibrated, Path]:
-        """Calibrate on images, or repeat an earlier calibration; return the file of scales too."""
-        from rtresnet.quantization import calibrate, scales
+    ) -> tuple[Calibrated, ScalesFile | None]:
+        """Calibrate on images, or repeat an earlier calibration and return its file too."""
+        from rtresnet.quantization import calibrate
 
-        path, saved = self._saved_scales(origin)
+        file, saved = self._saved_scales(origin)
         count, kinds = origin.n, self._number_format(model)
         doing = f"calibrating on {plural(count, 'image')} of {origin.images} ({origin.calibrator})"
         tensors = self._tensors(model)
@@ -247,12 +275,11 @@ class Quantizer:
                 update(done, phase, count if total is None else total)
 
             if saved is not None:
-                return calibrate.repeat(model, tensors, batches, saved, report, **kinds), path
+                return calibrate.repeat(model, tensors, batches, saved, report, **kinds), file
             calibrated = calibrate.calibrate(
                 model, tensors, batches, origin.calibrator, report, **kinds
             )
-        scales.write(path, calibrated, origin)
-        return calibrated, path
+        return calibrated, None
 
     def _from_training(
         self, model: onnx.ModelProto, trained: TrainedScales
@@ -287,22 +314,24 @@ class Quantizer:
         self,
         calibrated: Calibrated,
         origin: ScalesOrigin,
-        path: Path | None = None,
+        saved: ScalesFile | None = None,
         gated: GatedModel | None = None,
         outliers: Sequence[OutlierRecord] = (),
     ) -> Quantized:
-        """Quantize unless the gate did, and write the scales unless they are in `path`."""
+        """Quantize unless the gate did, and write the scales unless they are in `saved`."""
         from rtresnet.quantization import scales
 
         model = gated.model if gated else self._with_float_dtype(calibrated.quantized())
-        path = path or scales.write(self.scales, calibrated, origin)
+        file = saved or write_scales(
+            self.scales, lambda: scales.write(self.scales, calibrated, origin), self.reporter
+        )
         calibration = Calibration(
             method=calibrated.method,
             images=origin.images,
             images_sha256=origin.images_sha256,
             n=origin.n,
-            scales=path.as_posix(),
-            scales_sha256=atomic_io.sha256(path),
+            scales=file.path.as_posix(),
+            scales_sha256=file.sha256,
             kept=(*calibrated.float_nodes, *(gated.float_nodes if gated else ())),
             int8=gated.int8 if gated else (),
             rest=self.config.wide_dtype,
@@ -343,13 +372,13 @@ class Quantizer:
             calibrator=calibrator,
         )
 
-    def _saved_scales(self, origin: ScalesOrigin) -> tuple[Path, SavedScales | None]:
-        """Return where the scales are or go, and those of an earlier run with the same inputs."""
+    def _saved_scales(self, origin: ScalesOrigin) -> tuple[ScalesFile | None, SavedScales | None]:
+        """Return the scales of an earlier run with the same inputs, and their file."""
         default = CALIB / f"{self.out.stem}.json"  # perhaps in a folder that can only be read
         for path in dict.fromkeys((default, self.scales)):
             if (saved := self._read_scales(path, origin)) is not None:
-                return path, saved
-        return self.scales, None
+                return ScalesFile(path=path, sha256=atomic_io.sha256(path)), saved
+        return None, None
 
     def _read_scales(self, path: Path, origin: ScalesOrigin) -> SavedScales | None:
         from rtresnet.quantization import scales

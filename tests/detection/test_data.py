@@ -146,3 +146,23 @@ def test_joined_sources_need_the_same_classes(tmp_path: Path) -> None:
     assert len(both) == 5 and np.array_equal(both.read(3), open_detection("shapes:2").read(0))
     with pytest.raises(DataError):
         open_detection(f"shapes:3,voc:{voc_folder(tmp_path)}")
+
+
+def test_fingerprint_changes_with_flags_and_areas(tmp_path: Path) -> None:
+    root = voc_folder(tmp_path / "voc")
+    before = open_detection(f"voc:{root}").fingerprint()
+    file = root / "Annotations" / "000001.xml"
+    file.write_text(file.read_text().replace("<difficult>1", "<difficult>0"))
+    assert open_detection(f"voc:{root}").fingerprint() != before
+    path, folder = coco_file(tmp_path)
+    before = open_detection(f"coco:{path}:{folder}").fingerprint()
+    path.write_text(path.read_text().replace("77.5", "78.5"))
+    assert open_detection(f"coco:{path}:{folder}").fingerprint() != before
+
+
+def test_voc_annotation_broken_in_another_split_is_reported_there_only(tmp_path: Path) -> None:
+    root = voc_folder(tmp_path)
+    (root / "Annotations" / "000002.xml").write_text("<annotation>")
+    assert len(open_detection(f"voc:{root}")) == 1
+    with pytest.raises(DataError, match=r"000002\.xml"):
+        open_detection(f"voc:{root}", "test")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from rtresnet.core.errors import CheckFailedError, InputError, UnknownNameError
+from rtresnet.core.errors import CheckFailedError, DataError, InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.sidecar import Detection
-from rtresnet.detection import boxes, checkpoint, losses, recipe, training
+from rtresnet.detection import boxes, checkpoint, losses, pretrain, recipe, training
 from rtresnet.detection.data import open_detection
 from rtresnet.detection.losses import Truth
 from rtresnet.models import zoo
@@ -249,3 +249,14 @@ def test_train_killed_process_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert start(tmp_path / "killed").wait(timeout=120) == 0
     one, other = (checkpoint.load(tmp_path / name / "best.pt") for name in ("whole", "killed"))
     assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
+
+
+def test_pretrain_without_a_countable_object_is_refused(tmp_path: Path) -> None:
+    source = open_detection("shapes:2")
+    targets = tuple(
+        dataclasses.replace(entry, ignored=np.ones_like(entry.ignored)) for entry in source.targets
+    )
+    difficult = dataclasses.replace(source, targets=targets)
+    with pytest.raises(DataError) as caught:
+        pretrain.pretrain(job(tmp_path, source=difficult), pretrain.PretrainRecipe(steps=1))
+    assert caught.value.fix and not (tmp_path / "pretrain.pt").exists()

@@ -191,3 +191,26 @@ def test_an_unknown_function_is_refused_by_name() -> None:
 
     with pytest.raises(TypeError, match="tanh"):
         to_onnx(fold(Doubled()), size=4, name="odd")
+
+
+def test_groups_and_dilation_of_a_convolution_are_folded_and_written() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=2, dilation=2, groups=3, bias=False)
+            self.bn = nn.BatchNorm2d(6)
+            self.flatten = nn.Flatten()
+            self.fc = nn.Linear(6 * 64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.flatten(self.bn(self.conv(x))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net = Grouped().eval()
+    net.bn.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 8, 8)
+    model = to_onnx(fold(net), size=8, name="grouped")
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.inference_mode():
+        assert np.allclose(logits, net(images).numpy(), atol=1e-5)

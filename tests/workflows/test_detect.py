@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -241,13 +242,62 @@ def test_quantize_detector_to_fp8_builds_all_but_the_first_convolution(
     assert sum(plan.attested.dtypes.values()) == 23 and plan.attested.dtypes["Half"] == 1
 
 
+def own_detections(net: Path, folder: Path) -> str:
+    """Images with a detector's own detections as their boxes: its average precision is 100."""
+    source, images, annotations = open_detection("shapes:4", "test"), [], []
+    (folder / "own").mkdir()
+    with rtresnet.load(net) as session:
+        for index in range(4):
+            pixels = source.read(index)
+            Image.fromarray(pixels).save(folder / "own" / f"{index}.png")
+            images.append({"id": index, "file_name": f"{index}.png"})
+            entry = session.detect(pixels)
+            for box, label in zip(entry.boxes.tolist(), entry.labels.tolist(), strict=True):
+                x1, y1, x2, y2 = box
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": index,
+                        "area": 1.0,
+                        "category_id": label,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    }
+                )
+    categories = [{"id": index, "name": name} for index, name in enumerate(source.classes)]
+    record = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "own.json").write_text(json.dumps(record))
+    return f"coco:{folder}/own.json:{folder}/own"
+
+
+@pytest.mark.parametrize(
+    "options", [{"gate": "upper"}, {"classes": ("a", "b")}, {"max_broken": 0.5}]
+)
+def test_quantize_detector_option_of_classifiers_is_refused(
+    exported: rtresnet.ExportResult, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = rtresnet.QuantizeConfig(calib="shapes:4", eval_data="shapes:4", **options)
+    with pytest.raises(rtresnet.InputError, match=f"--{next(iter(options)).replace('_', '-')}"):
+        rtresnet.quantize(exported.path, config, out=tmp_path / "a.onnx")
+
+
 def test_quantize_detector_gate_compares_average_precision(
     exported: rtresnet.ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = rtresnet.QuantizeConfig(calib="shapes:4", eval_data="shapes:4", max_drop=100.0)
+    data = own_detections(exported.path, tmp_path)
+    config = rtresnet.QuantizeConfig(calib="shapes:4", eval_data=data, max_drop=100.0)
     result = rtresnet.quantize(exported.path, config, out="a.onnx")
-    assert result.sidecar.precision == "int8"
+    recorded = result.sidecar.measured["average_precision"]
+    measured = rtresnet.evaluate_detector(exported.path, data, record=False)
+    assert result.sidecar.precision == "int8" and recorded["data"] == data
+    assert measured.ap is not None and measured.ap > 99 > recorded["ap"] > 0
+    scales = Path("calib/a.json").read_text()
+    strict = dataclasses.replace(config, max_drop=0.0)
+    with pytest.raises(rtresnet.CheckFailedError) as caught:
+        rtresnet.quantize(exported.path, strict, out="strict.onnx")
+    assert caught.value.exit_code == 1 and caught.value.fix
+    assert [path.name for path in Path("calib").iterdir()] == ["a.json"]
+    assert not Path("strict.onnx").exists() and Path("calib/a.json").read_text() == scales
     with pytest.raises(rtresnet.InputError, match="calibrated on images"):
         rtresnet.quantize(exported.path, rtresnet.QuantizeConfig(), out="b.onnx")
     assert not (tmp_path / "b.onnx").exists()

@@ -16,6 +16,7 @@ from rtresnet.models import checkpoint
 from rtresnet.workflows.explain import activation_map, explain
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import load
+from rtresnet.workflows.quantize import QuantizeConfig, quantize
 from tests.conftest import tinted_noise
 
 
@@ -49,6 +50,29 @@ def test_explain_map_averages_to_the_logit_minus_the_bias(
         # The logits are those of the artifact as it runs, up to its own kernels' rounding.
         assert entry.logit == pytest.approx(float(logits[number].max()), abs=0.15)
         assert Image.open(entry.overlay).size == (224, 224)
+
+
+def test_explain_bf16_file_has_the_map_of_the_fp32_file(
+    engines: Path, images: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "bf16.onnx"
+    quantize(engines / "resnet8.onnx", QuantizeConfig(precision="bf16"), out=path)
+    wide = explain(images, engines / "resnet8.onnx", tmp_path / "out")
+    for entry, other in zip(explain(images, path, tmp_path / "o").images, wide.images, strict=True):
+        assert entry.label == other.label and entry.logit == pytest.approx(other.logit, abs=0.1)
+        assert np.array(entry.map).mean() == pytest.approx(entry.logit - entry.bias, abs=1e-6)
+        assert np.corrcoef(np.ravel(entry.map), np.ravel(other.map))[0, 1] > 0.99
+
+
+def test_explain_linear_layer_without_a_bias_has_bias_0(
+    engines: Path, images: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(engines / "resnet8.onnx")
+    (gemm,) = [node for node in model.graph.node if node.op_type == "Gemm"]
+    del gemm.input[2:]
+    onnx.save(model, tmp_path / "net.onnx")
+    result = explain(images, tmp_path / "net.onnx", tmp_path / "out")
+    assert {entry.bias for entry in result.images} == {0.0}
 
 
 def test_explain_raw_map_of_a_float_net_is_exact_without_the_correction(
