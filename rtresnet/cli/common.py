@@ -142,15 +142,21 @@ def note(line: str) -> None:
 
 
 def write_json(verb: str, result: Any, *, file: Path | None = None) -> None:
-    """Write `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says, and to `file`."""
+    """Write `{"verb": ..., "made_by": ..., "result": ...}` where `--json` says, and to `file`.
+
+    The command is also under "command"; "verb" is its name in files of the first version.
+    """
     from rtresnet.core import serialization
 
     targets = [target for target in (file, json_file()) if target is not None]
     if not targets:
         return
     record = serialization.to_builtins(
-        {"schema": SCHEMA, "verb": verb, "made_by": provenance.made_by(), "result": result}
-    )
+        {
+            "schema": SCHEMA, "verb": verb, "command": verb, "made_by": provenance.made_by(),
+            "result": result,
+        }
+    )  # fmt: skip
     text = json.dumps(record, indent=1) + "\n"
     for target in targets:
         if target == "-":

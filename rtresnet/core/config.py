@@ -127,8 +127,8 @@ def _checked(name: str, value: Any, hint: Any, about: Option) -> Any:
     return value
 
 
-def parse_percentage(text: str) -> float:
-    """Read "2", "2%" or "0.5 %" as a share in [0, 1].
+def parse_percentage(text: str, largest: float = 1) -> float:
+    """Read "2", "2%" or "0.5 %" as a share in [0, `largest`].
 
     Raises:
         InputError: Not a percentage.
@@ -137,8 +137,8 @@ def parse_percentage(text: str) -> float:
         share = float(text.strip().removesuffix("%")) / 100
     except ValueError:
         share = -1.0
-    if not 0 <= share <= 1:
-        raise InputError("not a percentage from 0 to 100", fix="as in 1%")
+    if not 0 <= share <= largest:
+        raise InputError(f"not a percentage from 0 to {100 * largest:g}", fix="as in 1%")
     return share
 
 

@@ -347,8 +347,8 @@ def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[
 
     def others() -> Iterable[np.ndarray]:
         for number, images in enumerate(batches):
-            most = SMALL_HELD_OUT if images.shape[-1] <= SMALL else MAX_HELD_OUT
-            count = min(math.ceil(len(images) * HELD_OUT), most - sum(map(len, held_out)))
+            left = _most_held_out(images) - sum(map(len, held_out))
+            count = min(math.ceil(len(images) * HELD_OUT), left)
             split = len(images) - max(0, count)
             if split < len(images):
                 held_out.append(images[split:])
@@ -356,6 +356,10 @@ def hold_out(batches: Iterable[np.ndarray]) -> tuple[list[np.ndarray], Iterable[
                 yield images[:split] if split else images
 
     return held_out, others()
+
+
+def _most_held_out(images: np.ndarray) -> int:
+    return SMALL_HELD_OUT if images.shape[-1] <= SMALL else MAX_HELD_OUT
 
 
 def choose(
@@ -429,8 +433,9 @@ def references(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the images that `calibrate` holds out, and the float net's logits on them."""
     held_out, others = hold_out(batches)
-    for _ in others:
-        continue
+    for images in others:  # reads no more images than it needs
+        if sum(map(len, held_out)) >= _most_held_out(images):
+            break
     return held_out, _reference(model, held_out)
 
 

@@ -176,11 +176,6 @@ def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
     return drawing
 
 
-def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
-    """Return `training_figure` as an SVG."""
-    return svg(training_figure(log), "training and held-out error against epochs")
-
-
 def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> str:
     """Draw the share of requests answered within a latency, a curve per artifact, up to p99.5.
 
@@ -191,10 +186,11 @@ def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> s
     drawing, axes = figure()  # raises if matplotlib is not installed
     from matplotlib.ticker import LogLocator, NullLocator
 
-    for colour, (name, values) in zip(COLOURS, samples.items(), strict=False):
+    for index, (name, values) in enumerate(samples.items()):
         ordered = np.sort(values)
         share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
-        axes.plot(ordered, share, color=colour, linewidth=1.8, label=f"{name} (n={len(ordered)})")
+        axes.plot(ordered, share, color=COLOURS[index % len(COLOURS)], linewidth=1.8,
+                  label=f"{plain(name)} (n={len(ordered)})")  # fmt: skip
     right = max(np.quantile(values, 0.995) for values in samples.values())
     axes.set(xlabel=f"latency, {unit}", ylabel="requests answered, %", ylim=(0, 100.5))
     axes.set_xlim(0, right * 1.03)

@@ -121,7 +121,9 @@ def write_page(path: Path, result: QuickstartResult) -> None:
         result=result,
         precisions=table(result),
         caveat=caveat(result),
-        curve=plots.training_curve(result.log),
+        curve=plots.svg(
+            plots.training_figure(result.log), "training and held-out error against epochs"
+        ),
         latency=plots.latency_distribution(samples, "ms per batch of 1"),
         attested=attested,
         origin=origin,

@@ -212,10 +212,11 @@ def _pairs(splits: list[_Split], number: int, near: bool) -> Iterable[DuplicateP
             for a, b in identical(one.source, good, other.source, others)
             if other is not one or a != b
         ]
+        exact = set(same)
         for a, b in same:
             yield DuplicatePair(first=one.image(a), second=other.image(b), exact=True)
         for a, b in near_pairs(one.hashes, None if other is one else other.hashes) if near else ():
-            if (a, b) not in set(same):
+            if (a, b) not in exact:
                 yield DuplicatePair(first=one.image(a), second=other.image(b), exact=False)
 
 

@@ -364,6 +364,7 @@ def _settle_size(source: Path, model: Any, size: int | None) -> None:
     for dim in dims[2:]:
         if size is not None and not dim.dim_value:
             dim.dim_value = size
+    for dim in dims[2:]:
         if size is not None and dim.dim_value != size:
             raise InputError(
                 f"{source}: its input has {dims[2].dim_value}x{dims[3].dim_value} pixels, not "

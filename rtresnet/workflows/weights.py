@@ -113,7 +113,7 @@ def _convert(
         raise InputError(f"{out}: would overwrite its source", fix="choose another --out")
     published = download.published(str(weights), model, reporter)
     loaded: Checkpoint = published or checkpoint.load(weights, model=model)
-    with locks.hold_folder(out.parent, warn=reporter.note):
+    with locks.hold_file(out, warn=reporter.note):
         sidecar = checkpoint.save(out, dataclasses.replace(loaded, training={}))
     return WeightsResult(
         path=out,

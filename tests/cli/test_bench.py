@@ -256,6 +256,8 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
         (["--json", "other.onnx.json"], "other.onnx's sidecar"),
         (["--json", "photograph.png"], "the suffix of an image file"),
         (["--tolerance", "much"], "--tolerance much"),
+        (["--tolerance", "3%"], "--baseline"),
+        (["--force"], "--baseline"),
         (["--contexts", "2"], "--contexts"),
         (["--graphs"], "--graphs"),
         (["--no-graphs", "--find-batch", "--p99", "1ms"], "--graphs"),

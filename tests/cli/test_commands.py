@@ -25,7 +25,7 @@ def run(arguments: list[str], tmp_path: Path) -> dict:  # type: ignore[type-arg]
     file = tmp_path / "result.json"
     assert main([*arguments, "--json", str(file)]) == 0
     record = json.loads(file.read_text())
-    assert record["verb"] == arguments[0]
+    assert record["verb"] == record["command"] == arguments[0]
     assert record["made_by"]["rtresnet"]
     result: dict = record["result"]  # type: ignore[type-arg]
     return result

@@ -19,6 +19,7 @@ from rtresnet.quantization.calibrate import (
     calibrate,
     hold_out,
     observe,
+    references,
 )
 from rtresnet.quantization.equalization import OUTLIER
 from rtresnet.quantization.simulate import Simulation, make_session, noise_ratio
@@ -200,6 +201,23 @@ def test_images_held_back_are_not_calibrated_on_and_none_is_lost(
     assert sum(map(len, rest)) == 640 - most
     observed = {image.tobytes() for part in rest for image in part}
     assert not any(image.tobytes() in observed for part in held_out for image in part)
+
+
+def test_references_reads_no_more_images_than_it_holds_out(
+    model: onnx.ModelProto, images: Images
+) -> None:
+    read = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for seed in range(1000):
+            read.append(seed)
+            yield images(16, 32, seed)
+
+    held_out, logits = references(model, batches())
+    complete, others = hold_out([images(16, 32, seed) for seed in range(60)])
+    assert [*others] and all(map(np.array_equal, held_out, complete))
+    assert len(logits) == sum(map(len, held_out)) == SMALL_HELD_OUT
+    assert len(read) < 60
 
 
 def test_a_single_image_serves_for_both(

@@ -45,7 +45,8 @@ def sample_page(words: str = "plain") -> str:
     from rtresnet.reporting import plots
 
     return pages.render(
-        "training.html", title="Title <1>", kept=words, curve=plots.training_curve(LOG),
+        "training.html", title="Title <1>", kept=words,
+        curve=plots.svg(plots.training_figure(LOG), "errors"),
         progress=plots.svg(plots.progress_figure(LOG), "loss"), view=None,
         images=words, recipe=words, warnings=[words],
         epochs=DataTable(headings=("name", "ms"), rows=[("<b>bold</b>", 1.5), (words, None)]),
@@ -108,3 +109,12 @@ def test_latency_distribution_with_a_long_tail_has_a_logarithmic_axis() -> None:
     text = plots.latency_distribution({"fp32": tail}, "ms")
     assert "latency, ms, logarithmic" in text and ">0.5</text>" in text and ">10</text>" in text
     assert "logarithmic" not in plots.latency_distribution({"fp32": [1.0, 2.0, 3.0]}, "ms")
+
+
+def test_latency_distribution_draws_every_artifact_and_no_formula() -> None:
+    pytest.importorskip("matplotlib")
+    from rtresnet.reporting import plots
+
+    text = plots.latency_distribution({f"${n}$": [1.0, 2.0] for n in range(8)}, "ms")
+    for number in range(8):
+        assert f">${number}$ (n=2)<" in text

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from rtresnet.core.errors import InputError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.workflows.input_spec import InputConfig
 
@@ -22,3 +27,15 @@ def test_complete_without_a_sidecar_is_bilinear_by_default() -> None:
     assert InputConfig(preset="half").complete("a.onnx", fixed=32).interpolation == "bilinear"
     stated = InputConfig(preset="half", interpolation="bicubic")
     assert stated.complete("a.onnx", fixed=32).interpolation == "bicubic"
+
+
+def test_settle_size_of_a_half_open_input_names_a_size_that_exists() -> None:
+    from onnx import TensorProto, helper
+
+    from rtresnet.workflows import quantize
+
+    images = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 224, "w"])
+    model = helper.make_model(helper.make_graph([], "g", [images], []))
+    with pytest.raises(InputError) as caught:
+        quantize._settle_size(Path("net.onnx"), model, 192)
+    assert "224x0" not in caught.value.message and caught.value.fix == "--size 224"

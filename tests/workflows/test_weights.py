@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from rtresnet.cli.main import main
+from rtresnet.core import locks
 from rtresnet.core.errors import ArtifactError, InputError
+from rtresnet.core.locks import LockedError
 from rtresnet.models import checkpoint
 from rtresnet.workflows.evaluate import evaluate
 from rtresnet.workflows.weights import export_weights, import_weights
@@ -83,3 +85,13 @@ def test_export_weights_other_suffix_is_refused(out: str, trained: Path, tmp_pat
     with pytest.raises(InputError, match=r"\.safetensors"):
         export_weights(trained / "best.pt", tmp_path / out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_next_to_other_work_in_the_folder_is_not_refused(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Only the file is locked: another conversion may write next to it."""
+    with locks.hold_file(tmp_path / "other.safetensors", warn=print):
+        export_weights(trained / "best.pt", tmp_path / "net.safetensors")
+    with locks.hold_file(tmp_path / "net.safetensors", warn=print), pytest.raises(LockedError):
+        export_weights(trained / "best.pt", tmp_path / "net.safetensors")
