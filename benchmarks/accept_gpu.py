@@ -41,7 +41,7 @@ BRIEF = 300  # of any other step's
 
 
 def missing(step: Step) -> str | None:
-    """Why a step cannot run, if packages are missing."""
+    """Return why a step cannot run if packages are missing."""
     absent = [module for module in step.needs if not hardware.installed(module)]
     if not absent:
         return None
@@ -50,7 +50,7 @@ def missing(step: Step) -> str | None:
 
 
 def report(results: Sequence[StepResult], arguments: Sequence[str]) -> str:
-    """The JSON block."""
+    """Return the report's JSON block."""
     counts = {status: sum(r.status == status for r in results) for status in (OK, FAILED, SKIPPED)}
     head = {
         "accept_gpu": SCHEMA,

@@ -60,16 +60,16 @@ class Context:
     keep_logs: bool
 
     def onnx(self, precision: str) -> Path:
-        """Where `export` writes."""
+        """Return the path that `export` writes."""
         suffix = "" if precision == "fp32" else f"-{precision}"
         return self.out / "engines" / f"{self.model}{suffix}.onnx"
 
     def plan(self, builder: str, precision: str) -> Path:
-        """Where `build` writes."""
+        """Return the path that `build` writes."""
         return self.out / "engines" / f"{self.model}-{precision}-{builder}.plan"
 
     def existing(self, path: Path) -> Path:
-        """The path, or StepSkipped."""
+        """Return the path, or StepSkipped."""
         if not path.exists():
             raise StepSkipped(f"{path.name} is missing: an earlier step writes it")
         return path
@@ -79,7 +79,7 @@ class Context:
 
 
 def describe_machine(context: Context) -> dict[str, Any]:
-    """Driver, GPUs, packages, environment."""
+    """Return driver, GPUs, packages and environment."""
     from rtresnet.workflows import doctor_gpu
 
     names = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "RTRESNET_CUDA")
@@ -92,7 +92,7 @@ def describe_machine(context: Context) -> dict[str, Any]:
 
 
 def import_library(context: Context, module: str) -> dict[str, Any]:
-    """Version and loaded shared libraries."""
+    """Return version and loaded shared libraries."""
     loaded = importlib.import_module(module)
     data: dict[str, Any] = {"version": getattr(loaded, "__version__", None)}
     if module == "onnxruntime":
@@ -109,7 +109,7 @@ def import_library(context: Context, module: str) -> dict[str, Any]:
 
 
 def check_cuda(context: Context) -> dict[str, Any]:
-    """Every CUDA operation there and back."""
+    """Test every CUDA operation."""
     from rtresnet.workflows import doctor_gpu
 
     return doctor_gpu.check_cuda()
@@ -119,7 +119,7 @@ def check_cuda(context: Context) -> dict[str, Any]:
 
 
 def train_on_gpu(context: Context, compiled: bool) -> dict[str, Any]:
-    """Training speed of ResNet-50 at 224 pixels in bf16."""
+    """Measure the training speed of ResNet-50 at 224 pixels in bf16."""
     import torch
     from train_gpu import throughput
 
@@ -139,7 +139,7 @@ def run_cli(*arguments: str) -> None:
 
 
 def export(context: Context) -> dict[str, Any]:
-    """ONNX files in three precisions."""
+    """Export ONNX files in three precisions."""
     os.chdir(context.out)  # engines/ and calib/ are relative
     run_cli("export", "--model", context.model, "--weights", "untrained", "--fp32", "--fp16",
             "--int8", "--calib", "synthetic:64", "--no-plan")  # fmt: skip
@@ -147,7 +147,7 @@ def export(context: Context) -> dict[str, Any]:
 
 
 def run_onnx_on_gpu(context: Context, precision: str) -> dict[str, Any]:
-    """ONNX Runtime's CUDA provider against its CPU provider."""
+    """Compare ONNX Runtime's CUDA provider with its CPU provider."""
     import onnxruntime
 
     from rtresnet import load
@@ -163,7 +163,7 @@ def run_onnx_on_gpu(context: Context, precision: str) -> dict[str, Any]:
 
 
 def target_of(builder: str) -> str | None:
-    """What --target gets; StepSkipped where TensorRT-RTX does not serve this GPU."""
+    """Return the value for --target; StepSkipped if TensorRT-RTX does not support this GPU."""
     from rtresnet.builder.targets import RTX_TARGETS
 
     if builder != "rtx":
@@ -175,7 +175,7 @@ def target_of(builder: str) -> str | None:
 
 
 def build_plan(context: Context, builder: str, precision: str) -> dict[str, Any]:
-    """One plan, its attestation, and what TensorRT says of its header."""
+    """Build one plan; return its attestation and what TensorRT reads from its header."""
     source, plan = context.existing(context.onnx(precision)), context.plan(builder, precision)
     target, record = target_of(builder), context.out / "build.json"
     arguments = ["build", str(source), "--builder", builder, "--batch", "1:8:32", "--out",
@@ -201,7 +201,7 @@ def build_plan(context: Context, builder: str, precision: str) -> dict[str, Any]
 
 @contextlib.contextmanager
 def recorded_log(module: Any, context: Context, name: str) -> Iterator[list[str]]:
-    """Warnings and errors that every logger derived from the module's ILogger receives.
+    """Collect warnings and errors of every logger derived from the module's ILogger.
 
     The verbose log goes to logs/NAME.tensorrt.txt where it is kept.
     """
@@ -241,21 +241,21 @@ def recorded_log(module: Any, context: Context, name: str) -> Iterator[list[str]
 
 
 def fixtures(context: Context) -> Path:
-    """The folder of what later tests on a CPU read."""
+    """Return the folder of files that later tests on a CPU read."""
     folder = context.out / "fixtures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def relative_error(got: Any, expected: Any) -> float:
-    """Norm of the difference over the norm of the reference."""
+    """Return norm of the difference over the norm of the reference."""
     import numpy as np
 
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def compare_with_cpu(session: Any, source: Path, precision: str) -> dict[str, Any]:
-    """Logits of several batches against ONNX Runtime's CPU provider; StepFailed where they differ.
+    """Compare logits of batches with ONNX Runtime's CPU provider; StepFailed if they differ.
 
     Args:
         session: What is checked.
@@ -289,7 +289,7 @@ def compare_with_cpu(session: Any, source: Path, precision: str) -> dict[str, An
 
 
 def run_plan(context: Context, builder: str, precision: str) -> dict[str, Any]:
-    """A plan against the CPU, with and without graphs."""
+    """Compare a plan with the CPU, with and without graphs."""
     from rtresnet import load
 
     plan = context.existing(context.plan(builder, precision))
@@ -314,7 +314,7 @@ def run_plan(context: Context, builder: str, precision: str) -> dict[str, Any]:
 
 
 def run_threads(context: Context, builder: str) -> dict[str, Any]:
-    """Several threads on two contexts get their own logits."""
+    """Test that threads on two contexts get their own logits."""
     from concurrent.futures import ThreadPoolExecutor
 
     from rtresnet import load
@@ -332,7 +332,7 @@ def run_threads(context: Context, builder: str) -> dict[str, Any]:
 
 
 def run_torch_tensors(context: Context, builder: str) -> dict[str, Any]:
-    """torch tensors in and out on the GPU."""
+    """Test torch tensors in and out on the GPU."""
     import torch
 
     from rtresnet import load
@@ -367,7 +367,7 @@ def free_memory() -> int:
 
 
 def run_close(context: Context, builder: str) -> dict[str, Any]:
-    """Closing twice is fine, a call after it an error, and the memory comes back."""
+    """Test that closing twice works, a later call is an error, and memory is freed."""
     from rtresnet import InputError, load
 
     plan, free = context.existing(context.plan(builder, "fp16")), []
@@ -388,7 +388,7 @@ def run_close(context: Context, builder: str) -> dict[str, Any]:
 
 
 def run_many_calls(context: Context, builder: str) -> dict[str, Any]:
-    """Memory after thousands of calls of changing sizes."""
+    """Measure memory after thousands of calls of changing sizes."""
     from rtresnet import load
 
     with load(context.existing(context.plan(builder, "fp16"))) as session:
@@ -406,7 +406,7 @@ def run_many_calls(context: Context, builder: str) -> dict[str, Any]:
 
 
 def record_layers(context: Context, builder: str, precision: str) -> dict[str, Any]:
-    """Saves what the inspector and IProfiler report, by TensorRT alone."""
+    """Save what the inspector and IProfiler report, by TensorRT alone."""
     plan = context.existing(context.plan(builder, precision))
     trt = importlib.import_module(BUILDERS[builder])
     with recorded_log(trt, context, plan.stem + "-layers") as complaints:
@@ -424,7 +424,7 @@ def _record_layers(trt: Any, plan: Path, folder: Path) -> dict[str, Any]:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Nothing: `recorded_log` keeps it."""
+            """Do nothing: `recorded_log` keeps the message."""
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -485,7 +485,7 @@ def _record_layers(trt: Any, plan: Path, folder: Path) -> dict[str, Any]:
 
 
 def made(returned: Any, what: str) -> Any:
-    """What a call of TensorRT returned; StepFailed for None and False."""
+    """Return the result of a TensorRT call; StepFailed for None and False."""
     if returned is None or returned is False:
         raise StepFailed(f"TensorRT returned {returned} for {what}", {})
     return returned
@@ -495,7 +495,7 @@ TRTEXEC = re.compile(r"(Latency|GPU Compute Time): .*?median = ([\d.]+) ms")
 
 
 def compare_latency(context: Context, builder: str, precision: str) -> dict[str, Any]:
-    """Our latency next to trtexec's, where that is present."""
+    """Compare our latency with trtexec's if that is installed."""
     plan, record = context.existing(context.plan(builder, precision)), context.out / "bench.json"
     run_cli("bench", str(plan), "--batch", "1,8,32", "--seconds", "2", "--json", str(record))
     result = json.loads(record.read_text())["result"]
@@ -515,7 +515,7 @@ def compare_latency(context: Context, builder: str, precision: str) -> dict[str,
 
 
 def run_trtexec(program: str, plan: Path, batch: int) -> dict[str, float]:
-    """Median milliseconds, by name."""
+    """Return median milliseconds, by name."""
     from rtresnet import load
 
     with load(plan) as session:
@@ -529,7 +529,7 @@ def run_trtexec(program: str, plan: Path, batch: int) -> dict[str, float]:
 
 
 def run_tests(context: Context) -> dict[str, Any]:
-    """`pytest -m gpu`, its output in logs/pytest.txt."""
+    """Run `pytest -m gpu` with its output in logs/pytest.txt."""
     if not (ROOT / "tests").is_dir():
         raise StepSkipped("the tests are not here: run it from a checkout")
     log = context.out / "logs" / "pytest.txt"

@@ -36,7 +36,7 @@ WAIT_MS = 5.0
 
 
 def fixed(milliseconds: float) -> Session:
-    """Whatever the batch, it takes this long, and needs no processor: as a GPU would."""
+    """Sleep for this long whatever the batch, without a processor, as a GPU would."""
 
     def session(images: np.ndarray) -> np.ndarray:
         time.sleep(milliseconds / 1000)
@@ -46,7 +46,7 @@ def fixed(milliseconds: float) -> Session:
 
 
 def ideal(session: Session, image: np.ndarray, batch: int, batches: int) -> float:
-    """Images a second in ready, full batches."""
+    """Return images/s in full batches."""
     images = np.stack([image] * batch)
     begin = time.perf_counter()
     for _ in range(batches):
@@ -55,7 +55,7 @@ def ideal(session: Session, image: np.ndarray, batch: int, batches: int) -> floa
 
 
 def batched(session: Session, image: np.ndarray, batch: int, batches: int) -> float:
-    """Images a second by THREADS threads that keep two batches under way between them."""
+    """Return images/s by THREADS threads that keep two batches in flight between them."""
 
     def caller() -> None:
         mine: deque[Future[Any]] = deque()
@@ -77,7 +77,7 @@ def batched(session: Session, image: np.ndarray, batch: int, batches: int) -> fl
 
 
 def lone(session: Session, image: np.ndarray, batch: int, calls: int) -> tuple[list[float], float]:
-    """Milliseconds of each call of a lone caller, and the median without a batcher, alternately."""
+    """Return the milliseconds of a lone caller's calls, and the median without a batcher."""
     took, alone = [], []
     with Batcher(session, batch, WAIT_MS) as batcher:
         for _ in range(calls):

@@ -82,7 +82,7 @@ def row(
     *,
     ms: bool = False,
 ) -> Row:
-    """A line; `bound` is a share, or milliseconds if `ms`."""
+    """Return a line; `bound` is a share, or milliseconds if `ms`."""
     off = measured - expected if ms else measured / expected - 1
     words = (f"{off:+.3f} ms", f"{bound:g} ms") if ms else (f"{off:+.1%}", f"{bound:.0%}")
     verdict = "yes" if abs(off) <= bound else "NO"
@@ -127,7 +127,7 @@ def server(options: argparse.Namespace) -> list[Row]:
 
 
 def queued(moments: np.ndarray) -> np.ndarray:
-    """Latencies by Lindley's recursion."""
+    """Return latencies by Lindley's recursion."""
     free, result = 0.0, np.empty(len(moments))
     for index, moment in enumerate(moments):
         free = max(free, moment) + SERVICE
@@ -148,7 +148,7 @@ def exported(model: str, *precisions: str) -> Iterator[list[str]]:
 
 
 def pairs(options: argparse.Namespace, slower: float) -> list[str]:
-    """Verdicts of runs in which a net, loaded twice, meets itself, the second slowed down."""
+    """Return verdicts of runs of a net, loaded twice, with itself; the second is slowed down."""
     from rtresnet.runtime.session import load as load_session
 
     verdicts = []
@@ -206,7 +206,7 @@ while asleep:
 
 @contextmanager
 def another_process() -> Iterator[None]:
-    """Half of the time it wants a core, in bursts of 0.3 s on average; ends with its stdin.
+    """Use a core half of the time, in bursts of 0.3 s on average; end with stdin.
 
     A shell that is gone starts it: the work of a child would count as this process's own.
     """
@@ -321,7 +321,7 @@ OPEN = ("-shape", "[?,3,224,224]", "-data_shape", "[8,3,224,224]", "-inference_o
 
 
 def benchmark_app(options: argparse.Namespace, file: str, *shape: str) -> float:
-    """Images/s as OpenVINO's own program prints."""
+    """Return images/s as OpenVINO's own program prints."""
     output = subprocess.run(
         [str(Path(options.openvino).parent / "benchmark_app"), "-m", file, "-d", "CPU", "-api",
          "sync", "-hint", "none", "-nstreams", "1", "-nthreads", str(hardware.cores()), *shape,
@@ -334,7 +334,7 @@ def benchmark_app(options: argparse.Namespace, file: str, *shape: str) -> float:
 
 
 def handed_over(file: str) -> str:
-    """The file as ONNX Runtime hands it to OpenVINO: quantized before the max pool, not behind it.
+    """Return the file that ONNX Runtime passes to OpenVINO: quantized before the max pool.
 
     The same numbers in a quarter of the bytes. It also leaves the batch open, with which OpenVINO
     is another 5 % faster in INT8 than with a batch of 8 compiled in.
@@ -349,7 +349,7 @@ def handed_over(file: str) -> str:
 
 
 def by_the_verb(file: str, seconds: float) -> float | None:
-    """Images/s as `rtresnet bench --provider openvino` prints; None without that build."""
+    """Return images/s as `rtresnet bench --provider openvino` prints; None without that build."""
     build = ROOT / ".venv" / "openvino"
     if not build.is_dir():
         return None
@@ -399,14 +399,14 @@ def main() -> None:
 
 
 def priority() -> str | None:
-    """How this process was put before others; None where it was not."""
+    """Return how this process was given priority; None if it was not."""
     if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
         return "run with real-time priority"
     return f"run at nice {os.nice(0)}" if os.nice(0) else None
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """The record, and the table with what disturbed each section."""
+    """Write the record, and the table with the disturbances of each section."""
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     table = markdown(HEADINGS, [entry for section in record.values() for entry in section["rows"]])

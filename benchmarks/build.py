@@ -53,7 +53,7 @@ WAYS = {"bare": bare, "ours": ours}
 
 
 def timed(way: str, source: Path, out: Path) -> float:
-    """Seconds of one build in a process of its own."""
+    """Return seconds of one build in a process of its own."""
     out.unlink(missing_ok=True)  # what replacing an old file costs is the file system's
     command = [sys.executable, __file__, way, str(source), str(out)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

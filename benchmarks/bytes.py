@@ -65,7 +65,7 @@ class Variant:
 
 
 def int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The project's placement, with a scale of its own for each tensor."""
+    """Return the project's placement, with a scale of its own for each tensor."""
     tensors = list(qdq.placement(model))
     return qdq.insert(model, {name: 0.05 + 0.001 * i for i, name in enumerate(tensors)})
 
@@ -85,7 +85,7 @@ def adds(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 def add_pair(
     model: onnx.ModelProto, tensor: str, uses: Iterable[tuple[onnx.NodeProto, int]], scale: float
 ) -> None:
-    """Makes some inputs read a tensor through a Q/DQ pair of its own."""
+    """Make some inputs read a tensor through a Q/DQ pair of its own."""
     name = next(f"{tensor}.p{i}" for i in itertools.count()
                 if f"{tensor}.p{i}.q" not in producers(model))  # fmt: skip
     graph = model.graph
@@ -107,7 +107,7 @@ def add_pair(
 
 
 def without_shortcut(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Only inputs of convolutions are quantized."""
+    """Quantize only inputs of convolutions."""
     model = int8(model)
     for add in adds(model):
         for index, name in enumerate(add.input):
@@ -118,7 +118,7 @@ def without_shortcut(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def both_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Both inputs of every Add are quantized."""
+    """Quantize both inputs of every Add."""
     model = int8(model)
     for number, add in enumerate(adds(model)):
         for index, name in enumerate(add.input):
@@ -128,7 +128,7 @@ def both_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def sum_instead(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The sum is quantized in front of its ReLU, and the shortcut is not."""
+    """Quantize the sum in front of its ReLU, and not the shortcut."""
     model = without_shortcut(model)
     for number, add in enumerate(adds(model)):
         add_pair(model, add.output[0], consumers(model, add.output[0]), 0.03 + 0.001 * number)
@@ -136,7 +136,7 @@ def sum_instead(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def equal_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Both inputs of every Add and its sum are quantized with one scale."""
+    """Quantize both inputs of every Add and its sum with one scale."""
     model = both_inputs(model)
     for add in adds(model):
         add_pair(model, add.output[0], consumers(model, add.output[0]), 0.04)
@@ -147,7 +147,7 @@ def equal_scales(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def before_relu(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every convolution's output is quantized in front of its ReLU, too."""
+    """Also quantize every convolution's output in front of its ReLU."""
     model = int8(model)
     for number, node in enumerate(list(model.graph.node)):
         readers = consumers(model, node.output[0]) if node.op_type == "Conv" else []
@@ -157,7 +157,7 @@ def before_relu(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def pool_input(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The input of the average pooling is quantized, too."""
+    """Also quantize the input of the average pooling."""
     model = int8(model)
     for node in list(model.graph.node):
         if node.op_type in ("GlobalAveragePool", "ReduceMean"):
@@ -166,7 +166,7 @@ def pool_input(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def weights_only(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights are INT8, activations stay FP16."""
+    """Quantize weights to INT8; activations stay FP16."""
     model = int8(model)
     for node in model.graph.node:
         for index, name in enumerate(node.input):
@@ -180,7 +180,7 @@ def weights_only(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def per_tensor(*, bias: bool) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """One weight scale for each layer instead of one for each channel; perhaps without biases."""
+    """Use one weight scale for each layer instead of one for each channel."""
 
     def make(model: onnx.ModelProto) -> onnx.ModelProto:
         model = int8(model)
@@ -202,7 +202,7 @@ def per_tensor(*, bias: bool) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
 
 
 def stages(*names: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """Only convolutions of these stages are INT8, the the others FP16."""
+    """Quantize only convolutions of these stages to INT8; the others are FP16."""
 
     def make(model: onnx.ModelProto) -> onnx.ModelProto:
         excluded = [
@@ -218,7 +218,7 @@ def stages(*names: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
 
 
 def only(kernel: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """Only convolutions with this kernel are INT8, the the others FP16."""
+    """Quantize only convolutions with this kernel to INT8; the others are FP16."""
 
     def make(model: onnx.ModelProto) -> onnx.ModelProto:
         sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
@@ -236,7 +236,7 @@ def only(kernel: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
 
 
 def fp16_scales(model: onnx.ModelProto, *, weights: bool = False) -> onnx.ModelProto:
-    """Data, scales and biases are FP16, and no Cast stands around Q/DQ."""
+    """Use FP16 for data, scales and biases, without Cast around Q/DQ."""
     model = model if weights else int8(model)
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
@@ -247,7 +247,7 @@ def fp16_scales(model: onnx.ModelProto, *, weights: bool = False) -> onnx.ModelP
 
 
 def with_float_ends(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Input and output stay float32, with a Cast inside."""
+    """Keep input and output in float32, with a Cast inside."""
     graph = model.graph
     images, logits = graph.input[0].name, graph.output[0].name
     for node in graph.node:
@@ -263,7 +263,7 @@ def with_float_ends(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fp8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The project's placement with FP8 (E4M3) in place of INT8."""
+    """Return the project's placement with FP8 (E4M3) in place of INT8."""
     model = int8(model)
     kind = TensorProto.FLOAT8E4M3FN
     for tensor in model.graph.initializer:
@@ -279,7 +279,7 @@ def fp8(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def padded(multiple: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """Channels are padded with zeros to a multiple of this number, and then quantized."""
+    """Pad channels with zeros to a multiple of this number, and then quantize."""
 
     def make(model: onnx.ModelProto) -> onnx.ModelProto:
         padded_model = onnx.ModelProto()
@@ -310,7 +310,7 @@ def padded(multiple: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
 
 
 def pruned(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Removes nodes that nothing reads."""
+    """Remove nodes that nothing reads."""
     graph = model.graph
     while True:
         read = {name for node in graph.node for name in node.input} | {graph.output[0].name}
@@ -354,7 +354,7 @@ VARIANTS = (
 
 
 def built(model: onnx.ModelProto, settings: Settings) -> tuple[layers.Layer, ...]:
-    """The layers that TensorRT-RTX fuses.
+    """Return the layers that TensorRT-RTX fuses.
 
     Raises:
         ArtifactError: It does not parse or build; the message has TensorRT's reason.
@@ -388,7 +388,7 @@ def built(model: onnx.ModelProto, settings: Settings) -> tuple[layers.Layer, ...
 
 
 def row(name: str, made: tuple[layers.Layer, ...], net: str) -> dict[str, Any]:
-    """The bytes and bounds of one variant."""
+    """Return the bytes and bounds of one variant."""
     kernels = [kernel_of(layer, BATCH) for layer in made if layer.role != "idle"]
     bounds = {}
     for gpu in GPUS:

@@ -80,7 +80,7 @@ def times(source: Path, photos: Path, count: int, rounds: int) -> list[dict[str,
 
 
 def peak(source: Path, photos: Path, count: int, method: str) -> int:
-    """Bytes."""
+    """Return a size in bytes."""
     shutil.rmtree(source.parent / "calib", ignore_errors=True)  # or its scales are used again
     command = [sys.executable, "-m", "rtresnet", "quantize", str(source), "--calib", str(photos),
                "--calib-images", str(count), "--calibrator", method]  # fmt: skip

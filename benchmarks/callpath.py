@@ -35,7 +35,7 @@ GOAL_US, GOAL_RATIO = 20.0, 2.5
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """Cost of a call by the module that built the plan; `Batcher`; next to another thread."""
+    """Measure a call by the module that built the plan, by `Batcher`, and next to a thread."""
     sys.path.insert(0, str(TESTS))
     import stub_gpu
 
@@ -52,7 +52,7 @@ def measure(seconds: float) -> dict[str, Any]:
 
 
 def batcher_table(results: dict[str, Any]) -> str:
-    """Images/s through `Batcher`, and how busy the device was."""
+    """Return images/s through `Batcher`, and how busy the device was."""
     rows = [
         (
             row["dtype"], row["way"], f"{row['images_per_second']:,.0f}",
@@ -68,7 +68,7 @@ def batcher_table(results: dict[str, Any]) -> str:
 
 
 def gil_table(results: dict[str, Any]) -> str:
-    """A call next to a thread that computes."""
+    """Measure a call next to a thread that computes."""
     rows = [
         (name, f"{entry['median_ms']:.2f}", f"{entry['p99_ms']:.2f}")
         for name, entry in results.items()

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def rtresnet(*arguments: str, cwd: Path | None = None) -> dict[str, Any]:
-    """Runs a verb in a process of its own and returns what it wrote with --json."""
+    """Run a command in a process of its own and return what it wrote with --json."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "rtresnet", *arguments, "--json", file.name]
         subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
@@ -26,14 +26,14 @@ def rtresnet(*arguments: str, cwd: Path | None = None) -> dict[str, Any]:
 
 
 def spin() -> None:
-    """Keeps a core busy."""
+    """Keep a core busy."""
     while True:
         pass
 
 
 @contextlib.contextmanager
 def load(processes: int) -> Iterator[None]:
-    """Keeps some cores busy."""
+    """Keep some cores busy."""
     busy = [multiprocessing.Process(target=spin, daemon=True) for _ in range(processes)]
     for process in busy:
         process.start()
@@ -52,7 +52,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save(name: str, record: dict[str, Any], table: str) -> None:
-    """Writes results/NAME.json and .md, and prints the table."""
+    """Write results/NAME.json and .md, and print the table."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(table + "\n")

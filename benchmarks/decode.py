@@ -65,7 +65,7 @@ def ours(source: Any, box: Callable[..., Box]) -> Callable[[int], np.ndarray]:
 
 
 def compare(paths: list[Path]) -> None:
-    """The same boxes must show the same: a level apart on average, from another rounding."""
+    """Test that the same boxes show the same: a level apart on average, from another rounding."""
     for index, path in enumerate(paths):
         if min(Image.open(path).size) // 2 >= WORK:
             continue  # ours is decoded smaller, and its boxes are others
@@ -117,7 +117,7 @@ def measure(title: str, paths: list[Path], rounds: int) -> list[dict[str, Any]]:
 
 
 def large_photographs(folder: Path) -> list[Path]:
-    """Four of 12 megapixels, smooth with a little noise, as a camera makes them."""
+    """Return four photographs of 12 megapixels, smooth with a little noise."""
     paths = []
     for seed in range(4):
         rng = np.random.default_rng(seed)

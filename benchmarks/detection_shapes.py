@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def parity_of(best: Path, exported: rtresnet.ExportResult) -> DetectionParityRecord:
-    """Detections of the FP32 file against those of torch, on the 100 test images."""
+    """Compare detections of the FP32 file with those of torch, on the 100 test images."""
     sidecar = rtresnet.read_sidecar(exported.path)
     assert sidecar is not None and sidecar.detection is not None
     run = evaluate.torch_run(checkpoint.build(checkpoint.load(best)))

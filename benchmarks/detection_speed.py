@@ -41,7 +41,7 @@ PARTS = ("proposals", "align", "select")
 def parts(
     models: dict[str, onnx.ModelProto], feed: dict[str, np.ndarray], runs: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of the nodes of each part, sums of medians; the net is everything else."""
+    """Return milliseconds of the nodes of each part, sums of medians; the rest is the net."""
     sessions, milliseconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():

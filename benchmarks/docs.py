@@ -45,13 +45,13 @@ SCREENSHOTS = {
 
 
 def pages() -> list[Path]:
-    """The documentation's pages in the order of the navigation."""
+    """Return the documentation's pages in the order of the navigation."""
     names = re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     return [DOCS / name for name in names]
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
-    """(command, what it prints) of every console block."""
+    """Return (command, what it prints) of every console block."""
     for _, block in BLOCK.findall(text):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")
@@ -59,7 +59,7 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 
 
 def run(command: str, folder: Path) -> str:
-    """Runs `rtresnet ...`; returns both streams as a terminal shows them.
+    """Run `rtresnet ...`; return both streams as a terminal shows them.
 
     Raises:
         RuntimeError: The exit code is not 0.
@@ -74,14 +74,14 @@ def run(command: str, folder: Path) -> str:
 
 
 def save_scans(folder: Path) -> None:
-    """Writes what the session's `predict` reads: 20 of scikit-learn's scans as image files."""
+    """Write what the session's `predict` reads: 20 of scikit-learn's scans as image files."""
     folder.mkdir()
     for number, scan in enumerate(load_digits().images[:20]):
         Image.fromarray((scan * 15.9).astype("uint8")).save(folder / f"{number:02d}.png")
 
 
 def with_output(text: str, folder: Path) -> str:
-    """The text with every console block's commands run in `folder`, and their output."""
+    """Return the text with every console block's commands run in `folder`, and their output."""
 
     def replace(block: re.Match[str]) -> str:
         parts = []
@@ -94,14 +94,14 @@ def with_output(text: str, folder: Path) -> str:
 
 
 def between(text: str, marker: str, content: str) -> str:
-    """Replaces what stands between `<!-- marker -->` and `<!-- end marker -->`."""
+    """Replace what stands between `<!-- marker -->` and `<!-- end marker -->`."""
     begin, end = f"<!-- {marker} -->", f"<!-- end {marker} -->"
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{content.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def static(text: str) -> str:
-    """The README with the tables of benchmarks/results and the examples."""
+    """Return the README with the tables of benchmarks/results and the examples."""
     for marker, file in TABLES.items():
         text = between(text, marker, (RESULTS / f"{file}.md").read_text())
     for name in EXAMPLES:
@@ -134,7 +134,7 @@ without changing one bit of the outputs.
 
 
 def reference_pages() -> dict[Path, str]:
-    """Pages and schemas that are made from the code, by path."""
+    """Return pages and schemas that are made from the code, by path."""
     files = {
         DOCS / "reference" / "api.md": _api_page(),
         DOCS / "reference" / "lint.md": _lint_page(),
@@ -185,7 +185,7 @@ def _api_page() -> str:
 
 
 def package_page(readme: str) -> str:
-    """The README for a package index, which has neither the pictures nor the pages it links to.
+    """Return the README for a package index, without pictures and links into the repository.
 
     Leaves out pictures, markers, and lines that are only a link; of a link to a file of the
     repository it keeps the text.
@@ -243,7 +243,7 @@ def as_in_a_terminal(line: str) -> str:
 
 
 def screenshot(page: Path, target: Path, width: int, height: int) -> None:
-    """Takes a picture of a page with Chromium."""
+    """Take a picture of a page with Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("chromium is not installed: apt-get install chromium")
@@ -258,7 +258,7 @@ def screenshot(page: Path, target: Path, width: int, height: int) -> None:
 
 
 def take_screenshots(folder: Path) -> None:
-    """Takes the documentation's pictures of the pages in a session's folder."""
+    """Take the documentation's pictures of the pages in a session's folder."""
     for name, (page, width, height) in SCREENSHOTS.items():
         screenshot(folder / page, DOCS / "assets" / f"{name}.png", width, height)
 

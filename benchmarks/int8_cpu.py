@@ -50,7 +50,7 @@ HEADINGS = ("net", "CPU", "provider", "top-1", "of", "agreement with FP32 %", "S
 
 
 def hidden(folder: Path) -> dict[str, str] | None:
-    """Environment variables that hide VNNI from a process; None where that is not possible."""
+    """Return environment variables that hide VNNI from a process; None if impossible."""
     try:
         return hide_vnni.environment(folder)
     except hide_vnni.CannotHideError as error:
@@ -61,7 +61,7 @@ def hidden(folder: Path) -> dict[str, str] | None:
 def run(
     path: Path, provider: str, folder: Path, env: dict[str, str], unaware: bool = False
 ) -> tuple[np.ndarray, str]:
-    """Logits of `folder`/images.npy in a process of its own, and the provider's name."""
+    """Return logits of `folder`/images.npy in a process of its own, and the provider's name."""
     out = folder / "logits.npy"
     arguments = [str(path), provider, str(folder / "images.npy"), str(out), str(unaware)]
     done = subprocess.run(

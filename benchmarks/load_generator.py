@@ -38,7 +38,7 @@ class LoadResult:
     cpu_seconds: float = 0.0
 
     def quantile_ms(self, share: float) -> float:
-        """A quantile of the latencies in milliseconds."""
+        """Return a quantile of the latencies in milliseconds."""
         return float(np.quantile(self.latencies, share)) * 1000 if self.latencies else np.inf
 
     @property
@@ -50,7 +50,7 @@ class LoadResult:
 def binary_request(
     path: str, image: np.ndarray, identity: str = "", parameters: dict[str, int] | None = None
 ) -> bytes:
-    """A whole HTTP request of the Open Inference Protocol: one image, binary in both directions."""
+    """Return an HTTP request of the Open Inference Protocol: one image, binary both ways."""
     header = {
         "id": identity,
         "parameters": parameters or {},
@@ -63,7 +63,7 @@ def binary_request(
 
 
 def post(path: str, body: bytes, fields: str = "") -> bytes:
-    """A whole HTTP request."""
+    """Return a whole HTTP request."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}Content-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
         self.transport = transport
 
     def ask(self, request: bytes) -> asyncio.Future[tuple[int, bytes]]:
-        """Sends a request; the future has the status and the body."""
+        """Send a request; the future has the status and the body."""
         self._parser, self._body = httptools.HttpResponseParser(self), bytearray()
         self._answer = asyncio.get_running_loop().create_future()
         self.transport.write(request)
@@ -186,11 +186,11 @@ class Client:
         return measured
 
     def open_loop(self, rate: float, seconds: float, seed: int) -> LoadResult:
-        """Poisson arrivals at `rate` requests/s."""
+        """Send requests with Poisson arrivals at `rate` requests/s."""
         return self._run(self._open(rate, seconds, seed))
 
     def closed_loop(self, callers: int, seconds: float) -> LoadResult:
-        """`callers` requests in flight at any time."""
+        """Keep `callers` requests in flight at any time."""
         return self._run(self._closed(callers, seconds))
 
     def _run(self, work: Any) -> LoadResult:

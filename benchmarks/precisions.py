@@ -32,7 +32,7 @@ HEADINGS = ("net", "precision", "ONNX MB", "plan MB", "top-1 %", "SNR dB", "conv
 
 
 def quantized(source: Path, precision: str, data: str | None, images: int) -> Path:
-    """The file of a precision, next to the FP32 file."""
+    """Return the file of a precision, next to the FP32 file."""
     if precision == "fp32":
         return source
     if precision in ("fp16", "bf16"):

@@ -27,7 +27,7 @@ from rtresnet.core import hardware
 
 
 def photographs(folder: Path, count: int) -> None:
-    """`count` JPEGs of 64 different pictures, 120 to 500 pixels a side."""
+    """Return `count` JPEGs of 64 different pictures, 120 to 500 pixels a side."""
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(64):
@@ -44,7 +44,7 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def peak(arguments: list[str]) -> tuple[float, dict[str, Any]]:
-    """MB of the largest resident set of `rtresnet predict`, and what it says of itself."""
+    """Return MB of the largest resident set of `rtresnet predict`, and its output."""
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
         command = [sys.executable, "-m", "rtresnet", "predict", *arguments, "--json", result.name]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -225,7 +225,7 @@ def measure(weights: str, options: argparse.Namespace, folder: Path) -> list[dic
 
 
 def quantized_nodes(model: onnx.ModelProto) -> set[str]:
-    """Convolutions, matrix products and additions that read a quantized activation."""
+    """Return convolutions, matrix products and additions that read a quantized activation."""
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type == "Cast":  # between a pair and FP16

@@ -33,7 +33,7 @@ GOAL = 1.03
 def in_turn(
     first: Callable[[], Any], second: Callable[[], Any], seconds: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds of each call of both, [n] each, called alternately for `seconds` in all."""
+    """Return the milliseconds of each call of both, [n] each, called alternately for `seconds`."""
     took: tuple[list[float], list[float]] = ([], [])
     calls = (first, second)
     for call in calls * 5:
@@ -49,7 +49,7 @@ def in_turn(
 
 
 def resampled(ratios: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """A 95 % interval of the median, by resampling pairs."""
+    """Return a 95 % interval of the median, by resampling pairs."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (draws, len(ratios))), axis=1)
     low, high = np.quantile(medians, [0.025, 0.975])
@@ -57,7 +57,7 @@ def resampled(ratios: np.ndarray, draws: int = 2000) -> tuple[float, float]:
 
 
 def cost_of_a_call(folder: Path, seconds: float) -> float:
-    """Microseconds a call takes longer than the bare one, with nothing to compute."""
+    """Return the microseconds by which a call exceeds the bare one, with nothing to compute."""
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper
@@ -82,7 +82,7 @@ def cost_of_a_call(folder: Path, seconds: float) -> float:
 
 
 def session(seconds: float) -> tuple[dict[str, Any], str]:
-    """`Session` against `InferenceSession.run`."""
+    """Compare `Session` with `InferenceSession.run`."""
     import onnxruntime as ort
 
     results = []

@@ -58,7 +58,7 @@ class OnGpu:
 
 
 def rate(call: Callable[[], object], images: int, seconds: float) -> float:
-    """Images a second of calls one after another."""
+    """Return images/s of calls one after another."""
     call()
     begin, done = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds or not done:
@@ -68,7 +68,7 @@ def rate(call: Callable[[], object], images: int, seconds: float) -> float:
 
 
 def bare(backend: TrtBackend, batch: int) -> Callable[[], object]:
-    """PARTS runs of the bare engine, waited for once, on buffers of the backend's own."""
+    """Run the bare engine PARTS times, wait once, on the backend's own buffers."""
     stream, cuda = backend._streams[0], backend._cuda
     profile = split_batch(batch, backend.profiles)[0].profile
     with cuda.active():
@@ -85,7 +85,7 @@ def bare(backend: TrtBackend, batch: int) -> Callable[[], object]:
 
 
 def compare(calls: dict[str, Callable[[], object]], images: int, seconds: float) -> dict[str, Any]:
-    """Rates alternately, ROUNDS times; the ratio is the median of the rounds' to the first."""
+    """Measure rates alternately, ROUNDS times; the ratio to the first is the rounds' median."""
     rounds = [
         {n: rate(c, images, seconds / ROUNDS) for n, c in calls.items()} for _ in range(ROUNDS)
     ]
@@ -100,7 +100,7 @@ def compare(calls: dict[str, Callable[[], object]], images: int, seconds: float)
 
 
 def overlap(timeline: Sequence[dict[str, Span]]) -> dict[str, float]:
-    """How much of the copying ran while another part was computed, in 0 to 1."""
+    """Return the share of the copying that ran while another part was computed."""
     copies = [(i, part[kind]) for i, part in enumerate(timeline) for kind in ("h2d", "d2h")]
     covered = whole = 0.0
     for index, (begin, end) in copies:
@@ -113,7 +113,7 @@ def overlap(timeline: Sequence[dict[str, Span]]) -> dict[str, float]:
 
 
 def leak(backend: TrtBackend, images: np.ndarray, calls: int) -> int:
-    """Bytes of GPU memory that are gone after so many calls of changing sizes."""
+    """Return the bytes of GPU memory that calls of changing sizes did not free."""
     sizes = sorted({1, max(1, len(images) // 2), len(images)})
     for _ in range(3):
         for size in sizes:
@@ -134,7 +134,7 @@ def example(backend: TrtBackend, count: int) -> np.ndarray:
 
 
 def measure(path: Path, batch: int, seconds: float, calls: int) -> dict[str, Any]:
-    """Everything that is known of one plan."""
+    """Return everything that is known of one plan."""
     sidecar = artifacts.verify(path)
     backend = TrtBackend(path, sidecar)
     plain = TrtBackend(path, sidecar, graphs=False)
@@ -203,7 +203,7 @@ def probe(model: str) -> dict[str, Any]:
 
 
 def probe_one(target: str, source: Path) -> dict[str, Any]:
-    """Builds for a target, asks what TensorRT-RTX thinks of it here, and runs it."""
+    """Build for a target, ask TensorRT-RTX whether it runs here, and run it."""
     import tensorrt_rtx as trt
 
     output: list[str] = []
@@ -252,7 +252,7 @@ def probe_one(target: str, source: Path) -> dict[str, Any]:
 
 
 def holds(results: dict[str, Any]) -> bool:
-    """What was promised of the runtime."""
+    """Return the promised properties of the runtime."""
     rate = results["rates"]["infer, on the GPU"]["of_the_first"]
     return rate >= RATE and results["overlap"]["overlapped"] > 0 and results["leaked_bytes"] < LEAK
 

@@ -111,7 +111,7 @@ class InProcess:
 def server(
     name: str, model: Path, images: np.ndarray, expected: np.ndarray, peers: str, log: Path
 ) -> Iterator[Any]:
-    """Starts one of NAMES and yields its client once it answers."""
+    """Start one of NAMES and yield its client once it answers."""
     if name == NAMES[0]:
         client = InProcess(model, images, expected)
         yield client
@@ -158,7 +158,7 @@ def server(
 
 
 def cpu_seconds(client: Any) -> float:
-    """CPU seconds of a server and its processes; of this process if there is no server."""
+    """Return CPU seconds of a server and its processes; of this process if there is no server."""
     if isinstance(client, InProcess):
         return time.process_time()
     total = 0.0
@@ -178,7 +178,7 @@ def _answers(client: Any) -> bool:
 def highest_rate(
     client: Any, capacity: float, limit_ms: float, seconds: float, seed: int
 ) -> dict[str, Any]:
-    """The highest rate that holds a p99 of `limit_ms`, by bisection in steps of STEP."""
+    """Return the highest rate that holds a p99 of `limit_ms`, by bisection in steps of STEP."""
     low, high, probes = 0, round(1.2 / STEP), []
     while high - low > 1:
         middle = (low + high) // 2
@@ -195,7 +195,7 @@ def highest_rate(
 
 
 def export(folder: Path, net: str, *options: str) -> Path:
-    """An ONNX file of untrained weights."""
+    """Return an ONNX file of untrained weights."""
     rtresnet("export", "--model", net, "--weights", "untrained", *options, "--no-plan", cwd=folder)
     (path,) = folder.glob(
         f"engines/{net}-int8.onnx" if "--int8" in options else f"engines/{net}.onnx"
@@ -204,7 +204,7 @@ def export(folder: Path, net: str, *options: str) -> Path:
 
 
 def answers(model: Path, side: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """16 images, their logits, and what ran them."""
+    """Return 16 images, their logits, and what ran them."""
     images = np.random.default_rng(0).standard_normal((16, 3, side, side), dtype=np.float32)
     with load(model, provider="cpu", threads=1) as session:
         return (

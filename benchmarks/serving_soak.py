@@ -53,7 +53,7 @@ class Soak:
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def next_request(self, **parameters: int) -> tuple[str, int, bytes]:
-        """(id, index of the image, whole HTTP request)."""
+        """Return (id, index of the image, whole HTTP request)."""
         self._number += 1
         index = self._number % len(self.images)
         return (
@@ -68,7 +68,7 @@ class Soak:
         return connection
 
     async def good(self) -> None:
-        """One kept-alive connection with a request at a time."""
+        """Send one request at a time on a kept-alive connection."""
         connection = await self._open()
         while not self.stop:
             identity, index, request = self.next_request()
@@ -90,7 +90,7 @@ class Soak:
         connection.transport.close()
 
     async def good_grpc(self) -> None:
-        """The same over gRPC, with tritonclient."""
+        """Send requests over gRPC, with tritonclient."""
         import tritonclient.grpc.aio as triton
 
         client = triton.InferenceServerClient(self.grpc)
@@ -106,7 +106,7 @@ class Soak:
         await client.close()
 
     async def hostile(self, seed: int) -> None:
-        """One misbehaviour after another."""
+        """Send one kind of bad request after another."""
         rng = random.Random(seed)
         actions = (self._disconnect, self._garbage, self._broken, self._expired, self._slow)
         while not self.stop:
@@ -159,7 +159,7 @@ class Soak:
         connection.transport.close()
 
     async def run(self, process: psutil.Process, seconds: float, requests: int) -> dict[str, Any]:
-        """Runs all clients; samples the server's memory at least every few seconds."""
+        """Run all clients, and sample the server's memory at least every few seconds."""
         begin, memory = time.monotonic(), []
         clients = [self.good() for _ in range(4)] + [self.hostile(seed) for seed in range(4)]
         if hardware.installed("tritonclient"):
@@ -179,7 +179,7 @@ class Soak:
 
 
 def memory_growth(memory: list[tuple[float, int, int]], requests: int) -> dict[str, float]:
-    """Megabytes of the server: after the first tenth, at the end, and the growth between."""
+    """Return megabytes of the server: after the first tenth, at the end, and the growth between."""
     settled = next(entry for entry in memory if entry[1] >= requests / 10)
     return {
         "first_mb": settled[2] / MB,

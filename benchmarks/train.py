@@ -69,7 +69,7 @@ class Loop:
 
 
 def plain(model: str, images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[float]:
-    """A step's loss, again and again."""
+    """Yield the loss of each step."""
     contract = Preprocess.for_size(size)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (contract.mean, contract.std))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -129,7 +129,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 
 
 def fed(images: np.ndarray, labels: np.ndarray, size: int, *, normalized: bool) -> DataLoader[Any]:
-    """A DataLoader with a worker for each core."""
+    """Return a DataLoader with a worker for each core."""
     return DataLoader(
         Augmented(images, labels, normalized=normalized), BATCH[size], shuffle=True, drop_last=True,
         num_workers=hardware.cores(), persistent_workers=True,

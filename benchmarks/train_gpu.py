@@ -46,7 +46,7 @@ def run(folder: Path, recipe: str, seed: int, options: argparse.Namespace, *more
 
 
 def throughput(device: str, batch: int, steps: int, size: int, *, compiled: bool = True) -> float:
-    """ResNet-50's training images a second, augmentation included."""
+    """Return ResNet-50's training images/s, augmentation included."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * batch, size, size, 3), dtype=np.uint8)
     source = Arrays("noise", images, np.arange(2 * batch) % 10, [str(i) for i in range(10)])
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _seconds_to(log: list[dict[str, Any]], accuracy: float) -> float | None:
-    """Until the accuracy is reached; the whole run for -1."""
+    """Train until the accuracy is reached; the whole run for -1."""
     spent = 0.0
     for record in log:
         spent += record["seconds"]

@@ -32,7 +32,7 @@ SLOW = 10  # seconds from which a test needs the marker
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Lists the tests that took long and are not marked as slow."""
+    """List the tests that took long and are not marked as slow."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
     late = [r for r in reports if r.duration > SLOW and "slow" not in r.keywords]
     if late:
@@ -54,7 +54,7 @@ def _gpu_alone(
 
 
 def tinted_noise(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a tint: red, green, blue or grey, which a small net learns in a few steps."""
+    """Return noise with a tint (red, green, blue, grey), which a small net learns quickly."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 120, (count, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(count) % 4
@@ -172,7 +172,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def as_foreign(path: str | Path) -> Path:
-    """Removes what an ONNX file of ours says of itself: as if another tool had written it."""
+    """Remove what an ONNX file of ours says of itself: as if another tool had written it."""
     import onnx
 
     path = Path(path)
@@ -182,7 +182,7 @@ def as_foreign(path: str | Path) -> Path:
 
 
 def undescribed(model: Any) -> Any:
-    """A model without the description that every step writes into it."""
+    """Return a model without the description that every step writes into it."""
     others = [entry for entry in model.metadata_props if entry.key != "rtresnet.model"]
     del model.metadata_props[:]
     model.metadata_props.extend(others)

@@ -21,7 +21,7 @@ from rtresnet.quantization import calibrate, half, qdq
 
 
 def noise(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
-    """Standard normal float32 [count, 3, size, size]."""
+    """Return standard normal float32 [count, 3, size, size]."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal((count, 3, size, size)).astype(np.float32)
 
@@ -33,7 +33,7 @@ def publish(
     size: int = 32,
     shortcut: str | None = None,
 ) -> Sidecar:
-    """Writes a model with the sidecar of the net that its graph is named after."""
+    """Write a model with the sidecar of the net that its graph is named after."""
     return artifacts.publish(
         path,
         lambda temporary: temporary.write_bytes(model.SerializeToString()),
@@ -50,7 +50,7 @@ def publish(
 
 
 def maker(folder: Path) -> Callable[..., Path]:
-    """make("resnet8", "int8", size=32): a file in the folder, written once. Read only."""
+    """Return a function that writes a file once, as in make("resnet8", "int8", size=32)."""
 
     @cache
     def make(name: str, precision: str, size: int = 32, shortcut: str | None = None) -> Path:

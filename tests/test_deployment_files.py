@@ -17,7 +17,7 @@ WORKFLOWS = [*sorted((ROOT / ".github" / "workflows").iterdir()), ROOT / "exampl
 
 
 def linter(program: str, package: str) -> tuple[Path, dict[str, str]]:
-    """A program of `make check` and its environment; skips where it is not installed."""
+    """Return a program of `make check` and its environment; skip if it is not installed."""
     folder = ROOT / ".venv" / "lint" / package
     path = shutil.which(program, path=os.pathsep.join((str(folder / "bin"), os.environ["PATH"])))
     if not path:

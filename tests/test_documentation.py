@@ -54,7 +54,7 @@ def docs() -> object:
 
 
 def first_words(text: str) -> set[str]:
-    """The word each line begins with: what a line is about, whatever its figures are.
+    """Return the first word of each line, which does not depend on its figures.
 
     Rules of tables are left out, because their length depends on the figures, and lines that begin
     with the name of a processor.
@@ -191,7 +191,7 @@ def test_public_names_are_documented(name: str) -> None:
 
 
 def readable() -> list[Path]:
-    """Every file of ours that a person reads."""
+    """Return every file of this project that a person reads."""
     folders = ("rtresnet", "tests", "benchmarks", "docs", "examples")
     files = [p for f in folders for s in ("py", "md", "yml") for p in (ROOT / f).rglob(f"*.{s}")]
     return [*files, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]

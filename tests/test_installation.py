@@ -52,7 +52,7 @@ for path in sys.argv[2:]:
 def run(
     *command: str | Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command outside the checkout, without its PYTHONPATH."""
+    """Run a command outside the checkout, without its PYTHONPATH."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         list(map(str, command)), cwd="/", env=clean | (env or {}), capture_output=True, text=True,
@@ -186,7 +186,7 @@ MACHINES = {
 
 
 def requirements(extra: str, environment: dict[str, str]) -> list[str]:
-    """What an extra asks for on another machine. pip takes the markers of the one it runs on."""
+    """Return an extra's requirements on another machine; pip takes the markers of its own."""
     entries = map(Requirement, PROJECT["optional-dependencies"][extra])
     return [
         str(entry).partition(";")[0]

@@ -90,7 +90,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    """Every imported module, dotted, wherever in the file the import stands."""
+    """Return every imported module, dotted, wherever in the file the import stands."""
     result: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -139,7 +139,7 @@ for name in {BLOCKED!r}:
 
 
 def bare(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs code where none of the heavy packages can be imported."""
+    """Run code where none of the heavy packages can be imported."""
     return subprocess.run(
         [sys.executable, "-c", BARE + code], capture_output=True, text=True, check=False
     )
@@ -219,7 +219,7 @@ def test_a_missing_package_is_one_line_and_exit_code_3() -> None:
 
 
 def public_annotations(node: ast.AST) -> Iterator[ast.expr]:
-    """Annotations of public functions, methods and fields, and of constants."""
+    """Return annotations of public functions, methods and fields, and of constants."""
     for item in getattr(node, "body", []):
         if isinstance(item, ast.AnnAssign):
             name = getattr(item.target, "id", "_")

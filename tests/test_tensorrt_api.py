@@ -99,7 +99,7 @@ LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 
 
 def folders() -> list[Path]:
-    """Returns the folders with bindings of `tensorrt`."""
+    """Return the folders with bindings of `tensorrt`."""
     named = os.environ.get("RTRESNET_TENSORRT_BINDINGS", "")
     places = [Path(name) for name in named.split(os.pathsep) if name] or sorted(BINDINGS.glob("*"))
     spec = importlib.util.find_spec("tensorrt_bindings")
@@ -182,7 +182,7 @@ def api(request: pytest.FixtureRequest) -> Api:
 
 
 def overloads(api: Api, path: str) -> list[list[tuple[str, bool]]]:
-    """For each signature of a method its arguments: name, and whether it has a default."""
+    """Return for each signature of a method its arguments: name, and whether optional."""
     name = path.rpartition(".")[2]
     results = []
     for line in api.names[path].splitlines():
@@ -238,7 +238,7 @@ class Recorder:
             self.wrong.append(f"{path}({len(arguments)}, {list(named)}): {signatures}")
 
     def wrap(self, value: Any) -> Any:
-        """Wraps an object of TensorRT's, or of the fake one; leaves others and enums alone."""
+        """Wrap an object of TensorRT or of the fake one; leave others and enums alone."""
         kind = type(value).__name__
         real = type(value).__module__.startswith("tensorrt_rtx")
         if kind in UNWRAPPED or kind == "Dims" or hasattr(type(value), "__members__"):
@@ -329,7 +329,7 @@ def recorder(api: Api, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def residual_net(path: Path, extra: str = "Relu") -> Path:
-    """An ONNX file with a convolution, an addition and a classifier; `extra` is an operator."""
+    """Write an ONNX file with a convolution, an addition and a classifier, and `extra`."""
     value = helper.make_tensor_value_info
     weights = {"w": np.zeros((3, 3, 3, 3), np.float32), "fc": np.zeros((3, 5), np.float32)}
     nodes = [

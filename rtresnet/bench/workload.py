@@ -74,7 +74,7 @@ class PausableClock:
         self._clock, self._stopped = clock, 0.0
 
     def now(self) -> float:
-        """Seconds since some moment, without those spent in `exclude`."""
+        """Return the time in seconds since some moment, without the time spent in `exclude`."""
         return self._clock.now() - self._stopped
 
     def sleep_until(self, moment: float, *, exactly: bool) -> None:

@@ -45,7 +45,7 @@ def text_place(context: click.Context, option: click.Parameter, value: Any) -> A
 
 
 def json_option(function: F) -> F:
-    """`--json FILE`: the result for machines, see `write_json`; an unknown is null."""
+    """Add `--json FILE`, which writes the result as JSON; see `write_json`."""
 
     def keep(context: click.Context, option: click.Parameter, value: str | None) -> None:
         context.meta[JSON_FILE] = text_place(context, option, value)

@@ -40,7 +40,7 @@ SUFFIXES |= dict.fromkeys((".pt", ".pth", ".th", ".safetensors"), "checkpoint")
 
 
 def sidecar_path(path: str | os.PathLike[str]) -> Path:
-    """`engines/resnet50.plan` to `engines/resnet50.plan.json`."""
+    """Return the path of a sidecar: `engines/resnet50.plan.json` for `engines/resnet50.plan`."""
     return Path(f"{os.fspath(path)}.json")
 
 

@@ -175,7 +175,7 @@ def native_bf16() -> bool:
 
 
 def _isa_limit() -> str:
-    """Instruction set that oneDNN is limited to; empty without a limit."""
+    """Return the instruction set that oneDNN is limited to; empty without a limit."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return limit.upper()
 

@@ -119,7 +119,7 @@ def run_step(
 def _outcome(
     code: int | None, result: Path, timeout: float
 ) -> tuple[str, str | None, dict[str, Any]]:
-    """Status, reason and data of a process that has ended."""
+    """Return status, reason and data of a process that has ended."""
     written: Any = None
     with contextlib.suppress(OSError, ValueError):
         written = json.loads(result.read_text())

@@ -74,7 +74,7 @@ class Preprocess:
         return cls(size=size, resize=round(size * 256 / 224) if size > 64 else size, **kwargs)
 
     def assumptions(self) -> tuple[str, ...]:
-        """This contract as entries of a sidecar's `assumed`, for a file that does not state one."""
+        """Return this contract as entries of `assumed` in the sidecar of a file without one."""
         entries = []
         if self.layout == FLOAT:
             preset = [name for name, values in PRESETS.items() if values == (self.mean, self.std)]
@@ -144,7 +144,7 @@ def resize_shorter(image: np.ndarray, side: int, interpolation: str = "bilinear"
 def resize(
     image: np.ndarray, height: int, width: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """Antialiased resize of a uint8 image [H, W, 3] to uint8 [height, width, 3]."""
+    """Resize a uint8 image [H, W, 3] to uint8 [height, width, 3], with antialiasing."""
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
     from PIL import Image

@@ -67,7 +67,7 @@ class DecodeErrors:
         self._require_tolerated()
 
     def merge(self, others: Iterable[Mapping[int, str]]) -> None:
-        """Also count the images that other processes found broken, given as `skipped`.
+        """Add the images that other processes could not read, given as `skipped`.
 
         Raises:
             DataError: More images are broken than tolerated.

@@ -124,7 +124,7 @@ class Shards:
         return data
 
     def fingerprint(self) -> str:
-        """Fingerprint of the packed folder, so that a run can continue with either of them."""
+        """Return the fingerprint of the packed folder: a run can continue with either of them."""
         names = (b"/".join(name.split(b"/")[-2:]) for name in self._named)
         return files_fingerprint(names, self._length, self.labels)
 

@@ -360,7 +360,7 @@ def images_under(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 if it cannot be read, such as a dangling link."""
+    """Return the bytes of a file; 0 if it cannot be read, such as a dangling link."""
     try:
         return path.stat().st_size
     except OSError:

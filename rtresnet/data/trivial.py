@@ -94,7 +94,7 @@ def _translate_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _largest_shift(images: Tensor) -> float:
-    """Largest translation: 32 pixels, on small images at most a third of the width."""
+    """Return the largest translation: 32 pixels, at most a third of the width of small images."""
     return min(32.0, images.shape[3] / 3)
 
 

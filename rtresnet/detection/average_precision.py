@@ -110,7 +110,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def overlaps(first: np.ndarray, second: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU [D, G] of boxes; of a crowd, the share of the detection that lies in it."""
+    """Return the IoU [D, G] of boxes; for a crowd, the share of the detection inside it."""
     first, second = first.astype(np.float64), second.astype(np.float64)
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
@@ -126,7 +126,7 @@ def coco(
     classes: int,
     limits: tuple[float, float] = AREAS["all"],
 ) -> np.ndarray:
-    """COCO's average precision [classes, 10 overlaps]; NaN for a class without objects."""
+    """Return COCO's average precision [classes, 10 overlaps]; NaN for a class without objects."""
     table = np.full((classes, len(THRESHOLDS)), np.nan)
     for k in range(classes):
         parts = [_match(t, d, k, limits) for t, d in zip(targets, detections, strict=True)]
@@ -208,14 +208,14 @@ def errors(
 
 
 def envelope(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """Largest precision at each of COCO's 101 recalls or a higher one; 0 if not reached."""
+    """Return the largest precision at each of COCO's 101 recalls or above; 0 if not reached."""
     return np.array([precision[recall >= point].max(initial=0) for point in RECALLS])
 
 
 def voc_curve(
     targets: Sequence[Targets], detections: Sequence[Detections], label: int, threshold: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Recall and precision after each detection of a class, by score, and its number of objects."""
+    """Return recall and precision after each detection of a class, and its number of objects."""
     scores: list[np.ndarray] = []
     verdicts: list[np.ndarray] = []  # 1 right, 0 wrong, -1 of a difficult object
     objects = 0

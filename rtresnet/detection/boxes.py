@@ -32,7 +32,10 @@ def intersection(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union [..., N, M] of boxes [..., N, 4] and [..., M, 4]; 0 if empty."""
+    """Return the intersection over union [..., N, M] of boxes [..., N, 4] and [..., M, 4].
+
+    An empty box has an IoU of 0.
+    """
     shared = intersection(first, second)
     union = area(first)[..., :, None] + area(second)[..., None, :] - shared
     return shared / union.clamp(min=1e-9)
@@ -102,7 +105,7 @@ def suppression(boxes: Tensor, threshold: float) -> Tensor:
 
 
 def nms(boxes: Tensor, threshold: float, rounds: int | None = None) -> tuple[Tensor, Tensor]:
-    """Greedy non-maximum suppression as a fixed point.
+    """Apply greedy non-maximum suppression, computed as a fixed point.
 
     Repeats `keep = (keep @ suppression == 0)` from "keep all". Box 0 is final after one round,
     and every other box one round after all boxes that can suppress it. So the fixed point is
@@ -157,7 +160,7 @@ def sampling(low: Tensor, high: Tensor, length: int, bins: int, samples: int) ->
 
 
 def roi_align(features: Tensor, regions: Tensor, scale: float, bins: int, samples: int) -> Tensor:
-    """RoIAlign (He et al. 2017) of one image as two matrix products.
+    """Compute RoIAlign (He et al. 2017) of one image as two matrix products.
 
     Replaces the paper's RoI pooling, which rounds regions to the pixels of the map.
 

@@ -158,7 +158,7 @@ class DetectorWriter(NodeWriter):
     def decode(
         self, offsets: str, centre: Any, size: Any, extent: str, std: Sequence[float]
     ) -> str:
-        """`boxes.decode` and `boxes.clip`: offsets [..., 4] to boxes [..., 4].
+        """Write `boxes.decode` and `boxes.clip`: offsets [..., 4] to boxes [..., 4].
 
         Args:
             offsets: Tensor.
@@ -183,7 +183,7 @@ class DetectorWriter(NodeWriter):
         return self.op("Min", "clipped", positive, limits)
 
     def sides(self, name: str, rows: str) -> tuple[str, str, str, str, str]:
-        """x1, y1, x2, y2 and the area of boxes, each [..., 1]."""
+        """Return x1, y1, x2, y2 and the area of boxes, each [..., 1]."""
         x1, y1, x2, y2 = (
             self.cut(f"{name}.{side}", rows, index, index + 1, -1)
             for index, side in enumerate(("x1", "y1", "x2", "y2"))
@@ -195,10 +195,10 @@ class DetectorWriter(NodeWriter):
     def nms(
         self, rows: str, count: int, groups: int, threshold: float, rounds: int
     ) -> tuple[str, str]:
-        """`boxes.nms` of sorted boxes [groups, count, 4].
+        """Write `boxes.nms` of sorted boxes [groups, count, 4].
 
         Returns:
-            Which stay, float32 [groups, 1, count], and how many are not settled [].
+            Mask of the boxes that stay, float32 [groups, 1, count], and how many are open [].
         """
         x1, y1, x2, y2, area = self.sides("nms", rows)
         across = {
@@ -276,7 +276,7 @@ class DetectorWriter(NodeWriter):
         return outputs[0], outputs[1]
 
     def sampling(self, axis: str, low: str, high: str, length: int, bins: int) -> str:
-        """`boxes.sampling`: weights [R, bins, length] of one axis from its ends [R, 1]."""
+        """Write `boxes.sampling`: weights [R, bins, length] of one axis from its ends [R, 1]."""
         count = bins * SAMPLES
         steps = (torch.arange(count) + 0.5) / count
         reach = self.op("Sub", f"grid.{axis}.reach", high, low)
@@ -381,7 +381,7 @@ class StandardWriter(DetectorWriter):
     def nms(
         self, rows: str, count: int, groups: int, threshold: float, rounds: int
     ) -> tuple[str, str]:
-        """See `DetectorWriter.nms`; always converged."""
+        """Write the standard operator; see `DetectorWriter.nms`. It always converges."""
         scores = np.broadcast_to(
             np.arange(count, 0, -1, dtype=np.float32), (groups, 1, count)
         ).copy()

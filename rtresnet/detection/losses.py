@@ -44,7 +44,7 @@ def _inside(rows: Tensor, areas: Tensor) -> Tensor:
 
 
 def _sample(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` indices where bool [N] is true, at random."""
+    """Draw at most `count` indices at which bool [N] is true."""
     indices = torch.nonzero(candidates)[:, 0]
     if len(indices) <= count:
         return indices
@@ -117,14 +117,14 @@ def sample_regions(
 def rpn_losses(
     scores: Tensor, offsets: Tensor, positive: Tensor, negative: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Classification and regression loss of the anchors of one image, means over the sample.
+    """Return classification and regression loss of one image's anchors, means over the sample.
 
     Args:
         scores: Logits of all anchors [A].
-        offsets: [A, 4].
-        positive: See `sample_anchors`.
-        negative: The same.
-        targets: The same.
+        offsets: Predicted offsets of all anchors [A, 4].
+        positive: int64 indices of the sampled anchors on objects [P].
+        negative: int64 indices of the sampled anchors on background [Q].
+        targets: Offsets that the positive anchors should have [P, 4].
     """
     chosen = torch.cat([positive, negative])
     labels = torch.zeros(len(chosen), device=scores.device)
@@ -140,14 +140,14 @@ def rpn_losses(
 def head_losses(
     logits: Tensor, offsets: Tensor, classes: Tensor, targets: Tensor, positives: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Classification and regression loss of regions, means over all of them.
+    """Return classification and regression loss of regions, means over all of them.
 
     Args:
-        logits: [R, K + 1].
-        offsets: [R, 4K].
-        classes: 0 for background [R].
-        targets: Offsets of the positive regions [P, 4].
-        positives: Their indices [P].
+        logits: Logits of K classes and background (0) [R, K + 1].
+        offsets: Predicted offsets for each class [R, 4K].
+        classes: int64 classes, 0 for background [R].
+        targets: Offsets that the positive regions should have [P, 4].
+        positives: int64 indices of the positive regions [P].
     """
     count = max(len(classes), 1)
     classification = functional.cross_entropy(logits, classes, reduction="sum")

@@ -78,7 +78,7 @@ class Proposals(nn.Module):
 
 
 def flattened(scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """[1, A, h, w] and [1, 4 * A, h, w] to [N] and [N, 4], in the order of `boxes.anchors`."""
+    """Flatten [1, A, h, w] and [1, 4 * A, h, w] to [N] and [N, 4], ordered as `boxes.anchors`."""
     _, kinds, height, width = scores.shape
     flat = scores[0].permute(1, 2, 0).reshape(-1)
     return flat, offsets[0].reshape(kinds, 4, height, width).permute(2, 3, 0, 1).reshape(-1, 4)
@@ -103,7 +103,7 @@ class Align(nn.Module):
         self.bins = bins
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
-        """[1, C, h, w] and [R, 4] to [R, C, bins, bins]."""
+        """Map [1, C, h, w] and [R, 4] to [R, C, bins, bins]."""
         return boxes.roi_align(features[0], regions, 1 / STRIDE, self.bins, SAMPLES)
 
 
@@ -160,7 +160,7 @@ class RegionProposalNet(nn.Module):
         self.offset = nn.Conv2d(hidden, 4 * kinds, 1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, C, h, w] to scores [1, A, h, w] and offsets [1, 4 * A, h, w]."""
+        """Map [1, C, h, w] to scores [1, A, h, w] and offsets [1, 4 * A, h, w]."""
         hidden = self.relu(self.conv(features))
         return self.score(hidden), self.offset(hidden)
 
@@ -225,7 +225,7 @@ class Detector(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def shared(self, images: Tensor) -> Tensor:
-        """Normalized images [N, 3, H, W] to the map of stride 16 [N, C, H / 16, W / 16]."""
+        """Compute the map of stride 16 [N, C, H / 16, W / 16] of normalized images [N, 3, H, W]."""
         x = images
         for name in self.shared_names:
             x = self.get_submodule(name)(x)
@@ -236,7 +236,7 @@ class Detector(nn.Module):
         return self._parts
 
     def head(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of regions [R, C, pool, pool] to logits [R, K + 1] and offsets [R, 4K]."""
+        """Compute logits [R, K + 1] and offsets [R, 4K] of region features [R, C, pool, pool]."""
         x = crops
         for name in self.head_names:
             x = self.get_submodule(name)(x)

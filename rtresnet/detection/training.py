@@ -284,7 +284,7 @@ class _Run:
         return values
 
     def _set_modes(self, step: int) -> None:
-        """Batch norm is trained in the run's first part only, and never in frozen layers."""
+        """Train batch norm in the run's first part only, and never in frozen layers."""
         self.net.train()
         learns = step < self.recipe.norm_fraction * self.total
         for module in self.net.modules():

@@ -20,7 +20,7 @@ class Add(nn.Module):
     """Element-wise sum of the residual branch (first) and the shortcut (second)."""
 
     def forward(self, residual: Tensor, shortcut: Tensor) -> Tensor:
-        """Both [N, C, H, W]."""
+        """Add the branches, both [N, C, H, W]."""
         return residual + shortcut
 
 
@@ -39,7 +39,7 @@ class PadShortcut(nn.Module):
         self.after = c_out - c_in - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] to [N, c_out, ceil(H / stride), ceil(W / stride)]."""
+        """Map [N, c_in, H, W] to [N, c_out, ceil(H / stride), ceil(W / stride)]."""
         x = x[:, :, :: self.stride, :: self.stride]
         return nn.functional.pad(x, (0, 0, 0, 0, self.before, self.after))
 
@@ -60,7 +60,7 @@ class MeanImage(nn.Module):
         self.register_buffer("image", torch.zeros(3, size, size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, size, size]."""
+        """Subtract the mean image from [N, 3, size, size]."""
         return x - self.image
 
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
+        """Map [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
         if self.dropped:
             return self.activate(x if self.downsample is None else self.downsample(x))
         out = self.residual(x)
@@ -146,7 +146,7 @@ class BasicBlock(Block):
         self.add_module(f"relu{self.layers}", nn.ReLU())
 
     def residual(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] to [N, width, H / stride, W / stride]."""
+        """Map [N, c_in, H, W] to [N, width, H / stride, W / stride]."""
         for number in range(1, self.layers + 1):
             x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x))
             if number < self.layers:
@@ -197,7 +197,7 @@ class Bottleneck(Block):
         self.relu3 = nn.ReLU()
 
     def residual(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] to [N, 4 * width, H / stride, W / stride]."""
+        """Map [N, c_in, H, W] to [N, 4 * width, H / stride, W / stride]."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         out: Tensor = self.bn3(self.conv3(x))
@@ -280,7 +280,7 @@ class ResNet(nn.Module):
         return [[self.conv1, self.bn1], *([getattr(self, name)] for name in self.stages)]
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalized float images [N, 3, H, W] to the map of the last stage [N, C, h, w]."""
+        """Compute the map of the last stage [N, C, h, w] of normalized images [N, 3, H, W]."""
         if self.mean_image is not None:
             x = self.mean_image(x)
         x = self.relu(self.bn1(self.conv1(x)))
@@ -291,7 +291,7 @@ class ResNet(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized float images [N, 3, H, W] to logits [N, num_classes]."""
+        """Compute logits [N, num_classes] of normalized float images [N, 3, H, W]."""
         logits: Tensor = self.fc(self.flatten(self.avgpool(self.features(x))))
         return logits
 

@@ -77,7 +77,7 @@ class VGG(nn.Module):
         return [layers[start:end] for start, end in zip(starts, self.stage_ends, strict=False)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized float images [N, 3, H, W], at least 32 x 32, to logits [N, num_classes]."""
+        """Compute logits [N, num_classes] of normalized images [N, 3, H, W], at least 32 x 32."""
         maps = self.avgpool(self.features(x))
         logits: Tensor = self.classifier(self.flatten(maps))
         return logits

@@ -144,7 +144,7 @@ def _parse_statistics(record: Any) -> NormStatistics:
 
 
 def parse_branch_ranges(record: Any) -> dict[str, tuple[float, float]]:
-    """Branch ranges of parsed JSON.
+    """Convert parsed JSON to branch ranges.
 
     Raises:
         ValueError, TypeError, AttributeError: Not valid scales.
@@ -156,7 +156,7 @@ def parse_branch_ranges(record: Any) -> dict[str, tuple[float, float]]:
 
 
 def parse_trained_scales(record: Any) -> TrainedScales:
-    """Trained scales of parsed JSON.
+    """Convert parsed JSON to trained scales.
 
     Raises:
         ValueError, TypeError, AttributeError: Not valid scales.

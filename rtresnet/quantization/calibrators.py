@@ -131,7 +131,7 @@ def entropy(histogram: Histogram, number_format: NumberFormat = INT8) -> float:
 
 
 def _divergence(counts: np.ndarray, stop: int) -> float:
-    """Divergence between the values clipped at bin `stop` and the same values in 128 levels."""
+    """Return the divergence of values clipped at bin `stop` from the same values in 128 levels."""
     inside = counts[:stop]
     reference = inside.copy()
     reference[-1] += counts[stop:].sum()

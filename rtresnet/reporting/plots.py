@@ -95,7 +95,7 @@ def plain(name: str) -> str:
 
 
 def training_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training and held-out error, and the learning rate, against epochs (as figure 6)."""
+    """Draw training and held-out error, and the learning rate, against epochs (as figure 6)."""
     drawing, axes = figure()
     epochs = [entry["epoch"] for entry in log]
     for name, label, style in (("train_top1", "training", "--"), ("val_top1", "held out", "-")):
@@ -136,7 +136,7 @@ def progress_figure(log: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def reliability(report: ClassificationReport) -> str:
-    """Reliability diagram: accuracy against confidence, and the number of images in each bin."""
+    """Draw accuracy against confidence, and the number of images in each bin."""
     drawing, (diagram, counts) = subplots(1, 2, 6.4, 3.0)
     for index, entry in enumerate(report.bins):
         width, middle = entry.high - entry.low, (entry.low + entry.high) / 2
@@ -244,7 +244,7 @@ def tradeoff(results: Results, batch: int) -> str | None:
 
 
 def precision_recall(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Precision against recall, a line for each of up to 20 classes.
+    """Draw precision against recall, a line for each of up to 20 classes.
 
     Args:
         curves: Class, and precision at recalls 0, 0.01, ... 1.

@@ -144,7 +144,7 @@ def _styles(axes: Any) -> None:
 
 
 def response_curves(lines: Sequence[Line], *, subtitle: str) -> Figure:
-    """Standard deviations of 3x3 layers (figure 7): in layer order, and below sorted."""
+    """Draw standard deviations of 3x3 layers (figure 7): in layer order, and sorted below."""
     drawing, (order, magnitude) = subplots(2, 1, 7.2, 6.4)
     _head(drawing, "Layer responses", subtitle)
     for line in lines:
@@ -240,7 +240,7 @@ def response_table(entry: LayerResponses, data: str) -> DataTable:
 
 
 def response_figure(results: Sequence[LayerResponses], images: str) -> Figure:
-    """Figure 7: a line for each checkpoint."""
+    """Draw figure 7 with a line for each checkpoint."""
     names = [entry.model for entry in results]
     lines = []
     for colour, entry in enumerate(results):

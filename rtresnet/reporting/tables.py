@@ -67,7 +67,7 @@ def text(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """0.1234, 1.234, 12.34, 123.4, 1,234."""
+    """Format a number with four digits: 0.1234, 1.234, 12.34, 123.4, 1,234."""
     if value == 0 or not abs(value) < 1e15:
         return str(value)
     if abs(value) < 1e-3:

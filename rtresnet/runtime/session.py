@@ -74,7 +74,7 @@ class RuntimeInfo:
         return tuple(note for note in (self.cpu_note, self.batch_note) if note)
 
     def __str__(self) -> str:
-        """Device, provider, threads, contexts and versions on one line."""
+        """Return device, provider, threads, contexts and versions on one line."""
         threads = f", {self.threads} threads" if self.threads else ""
         if self.contexts:
             plural = "s" if self.contexts > 1 else ""

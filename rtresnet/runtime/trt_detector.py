@@ -88,7 +88,7 @@ class TrtDetector(TrtBackend):
     def _read_tensors(
         self, trt: Any, engine: Any
     ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and type of each input and output, inputs first."""
+        """Return shape and type of each input and output, inputs first."""
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}

@@ -30,7 +30,7 @@ ERRORS = ("train_error", "val_error", "test_error")
 
 
 def degradation_nets(depths: Sequence[int]) -> dict[str, Spec]:
-    """Plain and residual nets; option A, so that both have the same parameters (section 4.1).
+    """Return plain and residual nets with equal parameters: option A (section 4.1).
 
     Raises:
         UnknownNameError: No nets of such a depth.

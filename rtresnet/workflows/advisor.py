@@ -246,7 +246,7 @@ def _megabytes(result: EstimateResult) -> str:
 
 
 def _expected(narrow: EstimateResult, wide: EstimateResult, gpu: str, opened: OpenedPlans) -> str:
-    """As in "expect FP16 to be faster at batch 32; at batch 1 to 16 ... measure"."""
+    """Return a sentence such as "expect FP16 to be faster at batch 32; ... measure"."""
     from rtresnet.bench import roofline
 
     spec, batches = roofline.find_gpu(gpu), _common(narrow, wide)

@@ -299,7 +299,7 @@ def benchmark_until_error(
     baseline: Baseline | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> tuple[BenchmarkResult, RtresnetError | None]:
-    """As `benchmark`, but an error after the first batch size keeps the finished measurements.
+    """Run `benchmark`, but keep finished measurements if a later batch size fails.
 
     Returns:
         The result, and the error that ended the benchmark before its last batch size.

@@ -263,7 +263,7 @@ class _Searcher:
 
 
 def rates_below(highest: float) -> list[float]:
-    """Rates from a fiftieth of `highest` up to it, 2 % apart, with three digits."""
+    """Return rates from a fiftieth of `highest` up to it, 2 % apart, with three digits."""
     rates: list[float] = []
     rate = highest / 50
     while rate < highest:

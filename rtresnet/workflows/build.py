@@ -221,6 +221,6 @@ def default_plan(source: Path) -> Path:
 
 
 def plan_name(source: Path, precision: str) -> str:
-    """resnet50-fp16.onnx to resnet50.plan (FP16 is the default), resnet50.onnx to -fp32.plan."""
+    """Return a plan's name: resnet50.plan for resnet50-fp16.onnx, else with the precision."""
     stem = source.stem.removesuffix("-fp16")
     return f"{stem}-fp32.plan" if precision == "fp32" else f"{stem}.plan"

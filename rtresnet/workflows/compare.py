@@ -212,7 +212,7 @@ def _label(source: Source, index: int) -> str | None:
 
 
 def _measured(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dict[str, Any]:
-    """Fields of the result: n, largest, relative, agreement."""
+    """Return fields of the result: n, largest, relative, agreement."""
     if not isinstance(reference, tuple) and not isinstance(candidate, tuple):
         return dataclasses.asdict(metrics.parity(reference, candidate))
     first, second = _top1(reference), _top1(candidate)
@@ -221,7 +221,7 @@ def _measured(reference: np.ndarray | TopK, candidate: np.ndarray | TopK) -> dic
 
 
 def _top1(answer: np.ndarray | TopK) -> np.ndarray:
-    """int64 [N]; -1 where an output is not a number."""
+    """Return the best class of each row, int64 [N]; -1 if an output is not a number."""
     values = answer[1] if isinstance(answer, tuple) else answer
     best = answer[0][:, 0] if isinstance(answer, tuple) else answer.argmax(axis=1)
     return np.where(np.isnan(values).any(axis=1), -1, best)

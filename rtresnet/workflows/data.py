@@ -199,7 +199,7 @@ def _read(name: str, source: Source, config: DataInspectConfig, reporter: Report
 
 
 def _pairs(splits: list[_Split], number: int, near: bool) -> Iterable[DuplicatePair]:
-    """Pairs of a split's images, and of its images with those of later splits."""
+    """Return pairs of a split's images, and of its images with those of later splits."""
     from rtresnet.data.validation import identical
     from rtresnet.workflows.duplicates import near_pairs
 

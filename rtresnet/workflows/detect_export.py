@@ -26,7 +26,7 @@ SCORE, BOX, UNMATCHED = 1e-3, 0.1, 0.02  # largest differences: scores, pixels, 
 
 
 def default_canvas(spec: Detection) -> tuple[int, int]:
-    """Height and width that fit a landscape image: 608 x 1008 for 600 and 1000 pixels."""
+    """Return height and width for a landscape image: 608 x 1008 for 600 and 1000 pixels."""
     height, width = (-(-round(side) // STRIDE) * STRIDE for side in (spec.shorter, spec.longer))
     return height, width
 

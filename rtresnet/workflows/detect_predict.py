@@ -146,7 +146,7 @@ def detect(
 def detected_objects(
     detections: Detections, classes: Sequence[str], rows: Iterable[int]
 ) -> tuple[DetectedObject, ...]:
-    """Some rows of an image's detections, for results."""
+    """Return some rows of an image's detections, for results."""
     return tuple(
         DetectedObject(
             box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
@@ -182,7 +182,7 @@ def _require_other_folder(folder: Path, files: Sequence[str | os.PathLike[str]])
 
 
 def _free_name(file: Path, names: set[str]) -> str:
-    """STEM.jpg, numbered where images of several folders have one name."""
+    """Return STEM.jpg, with a number if images of several folders have one name."""
     name, number = f"{file.stem}.jpg", 1
     while name in names:
         number += 1

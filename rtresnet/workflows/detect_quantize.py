@@ -189,7 +189,7 @@ def _inputs(images: DetectionImages, sidecar: Sidecar) -> Iterator[dict[str, np.
 def _observe(
     model: Any, tensors: list[str], inputs: Iterator[dict[str, np.ndarray]], update: Any
 ) -> dict[str, Any]:
-    """Histograms of the tensors' values over whole images."""
+    """Return histograms of the tensors' values over whole images."""
     from rtresnet.quantization.calibrators import Histogram
     from rtresnet.quantization.simulate import make_session
 

@@ -53,7 +53,7 @@ def require_classes(topk: int | None, classes: int, net: str) -> None:
 
 
 def path_with(source: Path, config: EmbedConfig) -> Path:
-    """resnet50-int8.onnx to resnet50-int8-u8-top5.onnx."""
+    """Return a file's name with its embedded ends, such as resnet50-int8-u8-top5.onnx."""
     pixels = "-u8" if config.pixels else ""
     best = f"-top{config.topk}" if config.topk is not None else ""
     return source.with_name(f"{source.stem}{pixels}{best}{source.suffix}")

@@ -299,7 +299,7 @@ def require_torch(purpose: str) -> None:
 
 
 def torch_device(choice: str) -> str:
-    """ "auto" is the GPU where torch sees one.
+    """Return the torch device; "auto" is the GPU if torch sees one.
 
     Raises:
         UnavailableError: CUDA was requested, but torch finds no CUDA device.

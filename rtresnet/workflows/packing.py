@@ -146,7 +146,7 @@ def _files(source: str, split: str) -> Files:
 
 
 def _images(files: Files, root: Path) -> Iterator[tuple[str, int, bytes]]:
-    """CLASS/FILE, label and bytes of each image file, read a few ahead."""
+    """Yield CLASS/FILE, label and bytes of each image file, read a few ahead."""
     for index, data in prefetch_map(lambda index: _read(files.paths[index]), range(len(files))):
         parts = files.paths[index].relative_to(root).parts
         # A class folder is in the root, or in the split's folder: see `open_source`.

@@ -284,7 +284,7 @@ def _all_broken(names: Sequence[str]) -> DataError:
 
 
 def _digest(names: Sequence[str]) -> str:
-    """sha256 of the images' names and of what changes with their contents: size and time."""
+    """Return the sha256 of the images' names, sizes and times, which change with contents."""
 
     def version(name: str) -> str:
         try:

@@ -218,7 +218,7 @@ class Journal:
 
 
 def columns(top: int) -> list[str]:
-    """Columns of a table with the `top` best classes."""
+    """Return the columns of a table with the `top` best classes."""
     best = [f"{name}_{n}" for n in range(1, top + 1) for name in ("class", "probability")]
     return ["image", *best, "error"]
 
@@ -269,7 +269,7 @@ class _LineFeeds:
 
 
 def _no_formula(value: Any) -> Any:
-    """Text that a spreadsheet shows and does not run; see OWASP on CSV injection."""
+    """Escape text so that a spreadsheet does not run it; see OWASP on CSV injection."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 

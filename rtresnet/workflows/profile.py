@@ -198,7 +198,7 @@ def _nodes_of_layers(path: str, sidecar: Sidecar | None) -> dict[str, tuple[str,
 
 
 def _roof(recorded: Any, config: ProfileConfig, reporter: Reporter) -> PeakRates | None:
-    """Measured rates of this CPU, or published ones of the GPU; None if these are unknown."""
+    """Return measured rates of this CPU, or published ones of the GPU; None if unknown."""
     from rtresnet.bench import roofline
 
     if recorded.device != "cpu":

@@ -240,7 +240,7 @@ def quantize(
 
 
 def default_out(source: Path, precision: str) -> Path:
-    """resnet50.onnx to resnet50-int8.onnx."""
+    """Return the default output: resnet50-int8.onnx for resnet50.onnx."""
     return source.with_name(f"{source.stem}-{precision}.onnx")
 
 

@@ -304,7 +304,7 @@ def study_lesions(
 
 
 def _int8_noise(loaded: Checkpoint, source: Source) -> dict[str, float]:
-    """Signal-to-noise at the logits with each block alone in INT8, in dB."""
+    """Return the signal-to-noise at the logits with each block alone in INT8, in dB."""
     from rtresnet.data import loader
     from rtresnet.exporter.fold import fold
     from rtresnet.exporter.writer import to_onnx

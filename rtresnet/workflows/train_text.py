@@ -131,7 +131,7 @@ def _small_classes(report: DataReport) -> list[str]:
 
 
 def _named(names: Sequence[str]) -> str:
-    """ "class a", "3 classes (a, b, c)", "9 classes (a, b, c, ...)"."""
+    """Return "class a", "3 classes (a, b, c)" or "9 classes (a, b, c, ...)"."""
     if len(names) == 1:
         return f"class {names[0]}"
     more = ", ..." if len(names) > NAMED else ""

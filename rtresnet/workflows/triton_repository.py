@@ -187,7 +187,7 @@ def versions(home: str | os.PathLike[str]) -> list[int]:
 
 
 def _interface(model: ModelConfig) -> list[str]:
-    """Names, types and shapes, which clients rely on: the same for every version of a model."""
+    """Return names, types and shapes, equal for every version because clients rely on them."""
     lines = [f"name: {_text(model.name)}", f"backend: {_text(BACKENDS[model.kind])}"]
     for tensor in model.inputs:
         lines += ["input {", *_tensor(tensor)]

@@ -17,7 +17,7 @@ class Simulated:
 
 
 def on_gpu(clock: Simulated, service: float, reading: float) -> Candidate:
-    """Serves in `service` seconds; reading the timings of a request back takes `reading` more."""
+    """Serve in `service` seconds; reading a request's timings back takes `reading` more."""
 
     def serve(request: object) -> None:
         clock.time += service

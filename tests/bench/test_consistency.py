@@ -18,7 +18,7 @@ Backend = Callable[[np.ndarray], Any]
 
 
 def sound(images: np.ndarray) -> np.ndarray:
-    """A net of one layer. Row by row: a matrix product would sum in an order of its own."""
+    """Return a net of one layer. Row by row: a matrix product would sum in an order of its own."""
     rows = [row.reshape(-1).astype(np.float32) @ WEIGHTS for row in images]
     return np.stack(rows) / (255 if images.dtype == np.uint8 else 1)
 
@@ -54,7 +54,7 @@ def cut_at_the_largest(images: np.ndarray) -> np.ndarray:
 
 
 def sorting(images: np.ndarray) -> np.ndarray:
-    """Right for images in one order only: rows come back by their first pixel."""
+    """Return answers that are right for one order of images only."""
     return sound(images[np.argsort(images[:, 0, 0, 0])])
 
 
@@ -93,7 +93,7 @@ class OneBuffer:
 
 
 def leaking(images: np.ndarray) -> np.ndarray:
-    """A NaN spreads by a sum over the batch that is worth nothing otherwise."""
+    """Spread a NaN over the batch by a sum that has no effect otherwise."""
     return sound(images) + 0 * images.sum(dtype=np.float32)
 
 

@@ -121,7 +121,7 @@ HANDLES = {f"GPU-{FIRST}": "gpu0", f"GPU-{SECOND}": "gpu1", f"MIG-{INSTANCE}": "
 
 
 def visible(uuid: str | None) -> Gpu:
-    """What CUDA shows of a machine with two GPUs of the same name, one of them divided by MIG."""
+    """Return what CUDA shows of two GPUs of the same name, one of them divided by MIG."""
     return Gpu(name="Test GPU", capability=(9, 0), memory=1 << 36, uuid=uuid)
 
 

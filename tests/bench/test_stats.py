@@ -121,7 +121,7 @@ def test_summarize_does_not_change_its_samples() -> None:
 
 
 def erlang(time: float, load: float) -> float:
-    """Erlang's own formula of 1909, an alternating sum: exact in fractions, useless in floats."""
+    """Return Erlang's formula of 1909, an alternating sum: exact in fractions only."""
     total = Fraction(0)
     rho, t = Fraction(load), Fraction(time)
     for k in range(int(time) + 1):

@@ -11,7 +11,7 @@ from rtresnet.bench import verdict
 def rounds(
     seed: int, slowdown: float, count: int = 60, noise: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latencies a round under a load that comes and goes, which both meet."""
+    """Return the latencies of a round under a load that comes and goes for both."""
     rng = np.random.default_rng(seed)
     machine = np.zeros(count)
     for index in range(1, count):

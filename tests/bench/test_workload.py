@@ -19,7 +19,7 @@ from tests.bench.simulated import Simulated, on_gpu
 def takes(
     clock: Simulated, *seconds: float, calls: list[str] | None = None, name: str = ""
 ) -> Candidate:
-    """Serves in these times, over and over."""
+    """Serve in these times, repeatedly."""
     served = 0
 
     def serve(request: object) -> None:

@@ -51,7 +51,7 @@ def _tensor(name: str, dtype: str, shape: str = "-1,16,32,32") -> str:
 def dumped(
     kind: str, dtypes: list[str], origins: list[str], name: str = "l_myl0_1", out: str = "Float"
 ) -> str:
-    """One line as TensorRT-RTX 1.7.1 writes it."""
+    """Return one line as TensorRT-RTX 1.7.1 writes it."""
     inputs = ", ".join(_tensor(f"__mye{i}_myl0", dtype) for i, dtype in enumerate(dtypes))
     metadata = "".join(f"[ONNX Layer: {origin}]" for origin in origins)
     return (
@@ -63,7 +63,7 @@ def dumped(
 
 
 def dump(*lines: str) -> str:
-    """The log message around such lines."""
+    """Return the log message around such lines."""
     return (
         "Layers:\nName: __mye1421_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], "
         "Outputs: [], TacticName: , StreamId: 0, Metadata: \n"
@@ -75,7 +75,7 @@ def dump(*lines: str) -> str:
 
 
 def nodes_of(**operations: str) -> dict[str, NetworkNode]:
-    """nodes_of(layer1_0_conv1="conv"): nodes by name, _ for . and the stage out of the name."""
+    """Return nodes by name, with _ for . and without the stage: layer1_0_conv1="conv"."""
     results = {}
     for key, operation in operations.items():
         name = key.replace("_", ".")

@@ -42,7 +42,7 @@ def build(source: Path, out: Path, **options: object) -> Sidecar:
 
 
 def refused(source: Path, error: type[Exception] = ArtifactError) -> str:
-    """Builds what must not build; returns the message. Nothing may be left behind."""
+    """Build a file that must be rejected; return the message. No file may be left behind."""
     out = source.parent / "plans" / "refused.plan"
     with pytest.raises(error) as caught:
         build(source, out)
@@ -61,7 +61,7 @@ def foreign(
     classes: list[int | str],
     dtype: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
-    """A file of another maker, with weights for a convolution of 3 to 4 channels."""
+    """Return another tool's file with a convolution of 3 to 4 channels."""
     weight = np.ones((4, 3, 3, 3), helper.tensor_dtype_to_np_dtype(dtype)) / 27
     graph = helper.make_graph(
         nodes,

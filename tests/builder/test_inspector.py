@@ -33,7 +33,7 @@ def tensor(format_: str, name: str = "t") -> dict[str, Any]:
 def kernel(
     name: str, format_: str = INT8, kind: str = "CaskConvolution", **more: Any
 ) -> dict[str, Any]:
-    """An entry as TensorRT 10 writes it of a convolution."""
+    """Return an entry as TensorRT 10 writes it of a convolution."""
     return {
         "Name": name,
         "LayerType": kind,
@@ -247,7 +247,7 @@ def test_inspect_engine_that_does_not_open_says_nothing() -> None:
 
 
 def as_inspector(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The layers of a layer file in the inspector's form."""
+    """Return the layers of a layer file in the inspector's form."""
     kinds = {"correlation": "CaskConvolution", "maxpool": "CaskPooling"}
 
     def tensors(listed: list[dict[str, Any]]) -> list[dict[str, Any]]:

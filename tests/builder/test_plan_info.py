@@ -15,7 +15,7 @@ from rtresnet.core.sidecar import Link, Model, Plan, Profile, Sidecar, Weights
 
 
 def head(size: int, mask: int, version: bytes = bytes((1, 7, 1, 116))) -> bytes:
-    """64 bytes as TensorRT-RTX 1.7 writes them."""
+    """Return 64 bytes as TensorRT-RTX 1.7 writes them."""
     data = bytearray(64)
     data[:4] = b"vtrt"
     struct.pack_into("<Q", data, 16, size)
@@ -100,7 +100,7 @@ def test_read_header_of_an_empty_file_is_an_artifact_error(tmp_path: Path) -> No
 
 
 def planned(classes: tuple[str, ...], **changes: object) -> Sidecar:
-    """A plan's sidecar as the builder has it before the build."""
+    """Return a plan's sidecar as the builder has it before the build."""
     return Sidecar(
         kind="plan",
         file="net.plan",

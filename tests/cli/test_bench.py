@@ -29,7 +29,7 @@ def run(arguments: list[str], tmp_path: Path, code: int = 0) -> dict[str, Any]:
 
 
 def recorded(net: str, tmp_path: Path, scale: float = 1.0, **changed: Any) -> str:
-    """A baseline in which everything took `scale` times as long as it does now."""
+    """Return a baseline in which everything took `scale` times as long as it does now."""
     result = run([net, "--batch", "1", "--queries", "200"], tmp_path)
     for entry in result["results"]:
         entry["samples"] = [scale * sample for sample in entry["samples"]]

@@ -181,7 +181,7 @@ def test_check_fp32_file_missing_or_changed_is_printed(
 
 
 def pixels_in_best_out(source: Path, path: Path, k: int) -> Path:
-    """The file with its preprocessing inside, and the k most probable classes out."""
+    """Return the file with its preprocessing inside, and the k most probable classes out."""
     sidecar = artifacts.read_sidecar(source)
     assert sidecar is not None
     model = onnx.load(source)

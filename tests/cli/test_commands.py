@@ -21,7 +21,7 @@ needs_rtx = pytest.mark.skipif(not hardware.installed("tensorrt_rtx"), reason="n
 
 
 def run(arguments: list[str], tmp_path: Path) -> dict:  # type: ignore[type-arg]
-    """Runs a verb and returns what it wrote with --json."""
+    """Run a command and return what it wrote with --json."""
     file = tmp_path / "result.json"
     assert main([*arguments, "--json", str(file)]) == 0
     record = json.loads(file.read_text())

@@ -20,7 +20,7 @@ DRIVER = {
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **results: dict[str, Any]) -> None:
-    """Steps end as given, and ok where nothing is."""
+    """Return steps with the given outcomes, and ok otherwise."""
 
     def run_step(name: str, command: Any, **options: Any) -> StepResult:
         data = DRIVER if name == "driver" else {}

@@ -25,7 +25,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def with_fixed_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """The same net for one batch size, which a Reshape in it holds to."""
+    """Return the same net for one batch size, which a Reshape in it holds to."""
     graph = model.graph
     for entry in (graph.input[0], graph.output[0]):
         entry.type.tensor_type.shape.dim[0].dim_value = batch

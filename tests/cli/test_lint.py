@@ -24,7 +24,7 @@ def copied(engines: Path, tmp_path: Path) -> Path:
 
 
 def shifted(source: Path, target: Path, zero: int) -> Path:
-    """The file with uint8 activations and this zero point, without a sidecar."""
+    """Return the file with uint8 activations and this zero point, without a sidecar."""
     model = onnx.load(source)
     activations = {n.input[2] for n in model.graph.node if n.op_type == "QuantizeLinear"}
     for tensor in model.graph.initializer:

@@ -23,7 +23,7 @@ def copied(engines: Path, tmp_path: Path) -> Path:
 
 
 def publish_plan(source: Path, path: Path, profiles: tuple[Profile, ...]) -> Path:
-    """A file with the sidecar of a plan by TensorRT; nothing here reads its bytes."""
+    """Return a file with the sidecar of a plan by TensorRT; nothing here reads its bytes."""
     sidecar = artifacts.read_sidecar(source)
     assert sidecar is not None
     plan = Plan(
@@ -43,7 +43,7 @@ def tensorrt_plan(copied: Path) -> Path:
 
 
 def publish_fixed(folder: Path, batch: int) -> Path:
-    """The net with a fixed batch, with a sidecar."""
+    """Return the net with a fixed batch, with a sidecar."""
     source, path = folder / "resnet8-int8.onnx", folder / "fixed.onnx"
     model = onnx.load(source)
     for value in (model.graph.input[0], model.graph.output[0]):

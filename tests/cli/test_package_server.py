@@ -21,14 +21,14 @@ from tests.test_deployment_files import linter
 
 
 def instruction(dockerfile: Path, name: str) -> Any:
-    """The JSON value of an instruction of a Dockerfile."""
+    """Return the JSON value of an instruction of a Dockerfile."""
     match = re.search(rf"^{name} (.*)$", dockerfile.read_text(), re.MULTILINE)
     assert match, name
     return json.loads(match[1])
 
 
 def container(manifest: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The manifest's predictor and its container."""
+    """Return the manifest's predictor and its container."""
     yaml = pytest.importorskip("yaml")
     document = yaml.safe_load(manifest.read_text())
     assert (document["apiVersion"], document["kind"]) == (

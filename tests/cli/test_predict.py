@@ -139,7 +139,7 @@ sys.exit(main(sys.argv[1:]))
 def stopped(
     arguments: Sequence[str], part: Path, at: int, number: signal.Signals, go: Path
 ) -> tuple[int, str]:
-    """A process of its own that gets a signal when it has made what comes before image `at`."""
+    """Run a process that gets a signal after the images before `at`."""
     code = STOPS_AT.format(stop=f"{at:03}.png", go=str(go))
     process = subprocess.Popen(
         [sys.executable, "-c", code, "predict", *arguments], stderr=subprocess.PIPE, text=True

@@ -35,7 +35,7 @@ def quantize(source: Path, *more: str) -> int:
 
 
 def gated(source: Path, tints: str, *more: str) -> int:
-    """With the loss measured on the images it is calibrated on, by the quickest method."""
+    """Quantize with the loss measured on the calibration images, by the quickest method."""
     return quantize(source, "--calib", tints, "--calibrator", "max", "--eval", tints, *more)
 
 
@@ -148,7 +148,7 @@ def test_the_gate_measures_and_records_what_is_lost(
 
 
 def harmed(source: Path) -> None:
-    """The same function, with channels of the last block a thousand times larger for the FC.
+    """Return the same function, with channels of the last block a thousand times larger for the FC.
 
     They are the first ones, which the shortcut fills with zeros. An addition lies before them, so
     they cannot be brought down.
@@ -192,7 +192,7 @@ Hits = dict[str, Any]
 
 
 def right_where(right: np.ndarray, answers: Answers, source: Source) -> Answers:
-    """Answers that are right only for these images."""
+    """Return answers that are right only for these images."""
     labels = source.labels[answers.indices]
     wrong = (labels + 1) % len(source.classes)
     return dataclasses.replace(answers, classes=np.where(right, labels, wrong))
@@ -227,7 +227,7 @@ def test_what_the_gate_measures_is_what_is_written(
 
 
 def floats(model: onnx.ModelProto) -> set[str]:
-    """Names of the convolutions and the FC that read a float activation."""
+    """Return names of the convolutions and the FC that read a float activation."""
     return {
         node.name for node in model.graph.node
         if node.op_type in ("Conv", "Gemm") and not node.input[0].endswith(".dq")
@@ -459,7 +459,7 @@ def test_nets_of_one_name_share_a_file_of_scales_and_inspect_says_so(
 
 
 def with_an_outlier(source: Path) -> None:
-    """The same function, one channel inside a block a hundred times larger."""
+    """Return the same function, one channel inside a block a hundred times larger."""
     from onnx import numpy_helper
 
     model = onnx.load(source)
@@ -512,7 +512,7 @@ def test_one_outlier_ruins_a_net_and_auto_saves_it(source: Path, tints: str) -> 
 
 
 def reshaped(source: Path, out: Path, batch: int | str, side: int | str) -> Path:
-    """The file as somebody else's, its input with another shape."""
+    """Return the file as somebody else's, its input with another shape."""
     model = onnx.load(source)
     dims = model.graph.input[0].type.tensor_type.shape.dim
     for dim, value in zip((dims[0], *dims[2:]), (batch, side, side), strict=True):

@@ -37,7 +37,7 @@ def image(tmp_path: Path) -> str:
 
 
 def done(*arguments: object) -> dict[str, Any]:
-    """The result of a command that succeeds."""
+    """Return the result of a command that succeeds."""
     assert main([*map(str, arguments), "--json", "result.json"]) == 0
     result: dict[str, Any] = json.loads(Path("result.json").read_text())["result"]
     return result

@@ -271,7 +271,7 @@ def test_training_images_of_other_shapes_than_the_nets_are_cropped_to_it(tmp_pat
 
 
 def photographs(root: Path) -> Path:
-    """60 images of two classes and 12 test images; two of the former are no images."""
+    """Return 60 images of two classes and 12 test images; two of the former are no images."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 30), ("test", 6)):
         for label in ("cats", "dogs"):

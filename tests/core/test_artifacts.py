@@ -101,7 +101,7 @@ KINDS = {"checkpoint": MINIMAL, "onnx": ONNX, "plan": FULL}
 
 
 def make(path: Path, content: bytes = b"content", **changes: Any) -> Path:
-    """An artifact with a sidecar that says how it was made."""
+    """Return an artifact with a sidecar that says how it was made."""
     sidecar = dataclasses.replace(
         MINIMAL, made_by={"command": f"rtresnet make {path.name}"}, **changes
     )
@@ -325,7 +325,7 @@ def test_update_measured_of_a_file_that_is_being_written_waits_and_is_refused(
 
 
 def broken(path: Path, change: dict[str, Any], drop: str | None = None) -> ArtifactError:
-    """The error that reading an artifact's sidecar raises after a change of its JSON."""
+    """Return the error that reading an artifact's sidecar raises after a change of its JSON."""
     make(path)
     data = json.loads(sidecar_path(path).read_text()) | change
     if drop:

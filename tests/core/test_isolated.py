@@ -20,7 +20,7 @@ report_step(step)
 
 
 def ran(code: str, folder: Path, timeout: float = 20.0, after: str = "") -> StepResult:
-    """The result of a step with this body, and of code that follows it in its process."""
+    """Return the result of a step with this body, and of code that follows it in its process."""
     command = [sys.executable, "-c", PREFACE.format(code) + after]
     root = str(Path(isolated.__file__).parents[1])
     return run_step("x", command, timeout=timeout, logs=folder, environment={"PYTHONPATH": root})

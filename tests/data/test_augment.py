@@ -10,7 +10,7 @@ from rtresnet.data import augment
 
 
 def uint8_images(count: int, height: int = 8, width: int = 8) -> Tensor:
-    """uint8 [N, H, W, 3] without a zero, as a whole set lies on the device."""
+    """Return uint8 [N, H, W, 3] without a zero, as a whole set lies on the device."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, 256, (count, height, width, 3), generator=generator).to(torch.uint8)
 

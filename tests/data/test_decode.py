@@ -95,7 +95,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def png_of_16_bits(colour: tuple[int, int, int], transparent: tuple[int, int, int]) -> bytes:
-    """A PNG of 4x4 pixels of one colour, which Pillow can read and not write."""
+    """Return a PNG of 4x4 pixels of one colour, which Pillow can read and not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + data))
@@ -215,7 +215,7 @@ def test_both_decoders_give_the_same_bits(
 
 
 def by_both(data: bytes, at_least: int | None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What each decoder makes of it: bytes and shape, or the error's text."""
+    """Return each decoder's result: bytes and shape, or the error's text."""
     results: list[object] = []
     for way in (lambda: __import__("simplejpeg"), lambda: None):
         with monkeypatch.context() as patch:

@@ -17,14 +17,14 @@ EIGHT = Preprocess(size=8, resize=8, **IDENTITY)  # type: ignore[arg-type]
 
 
 def arrays(count: int, side: int = 8, classes: int = 3) -> Arrays:
-    """Noise, each image with its number in the first pixel."""
+    """Return noise, each image with its number in the first pixel."""
     images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(count) % 256, np.arange(count) // 256
     return Arrays("a", images, np.arange(count) % classes, [str(i) for i in range(classes)])
 
 
 def files(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Files:
-    """PNG files of 8 by 8 pixels in the grey of their number, some of them cut short."""
+    """Return PNG files of 8 by 8 pixels in the grey of their number, some of them cut short."""
     paths = []
     for index in range(count):
         path = folder / f"{index:04}.png"

@@ -35,21 +35,21 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def picture(path: Path, pixels: np.ndarray | None = None, **options: Any) -> Path:
-    """Writes an image file in the format of its suffix."""
+    """Write an image file in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise(6, 8, 3) if pixels is None else pixels).save(path, **options)
     return path
 
 
 def folders(root: Path, *names: str) -> Path:
-    """One PNG file for each name such as `cats/1.png`, each with an image of its own."""
+    """Write one PNG file for each name such as `cats/1.png`, each with an image of its own."""
     for seed, name in enumerate(names):
         picture(root / name, noise(4, 4, 3, seed=seed))
     return root
 
 
 def refusal(spec: str, split: str = "all") -> str:
-    """The one line with which data is refused."""
+    """Return the error message with which data is rejected."""
     with pytest.raises(DataError) as caught:
         open_source(spec, split)
     assert "\n" not in str(caught.value)
@@ -57,7 +57,7 @@ def refusal(spec: str, split: str = "all") -> str:
 
 
 def check(source: Source) -> None:
-    """What holds for every source."""
+    """Check the properties of every source."""
     assert len(source) == len(source.labels) > 0
     assert source.labels.dtype == np.int64
     assert source.labels.min() >= 0
@@ -163,7 +163,7 @@ def test_synthetic_needs_a_number(count: str) -> None:
 
 
 def idx(array: np.ndarray) -> bytes:
-    """The idx format: two zero bytes, the type (8: bytes), the rank, the sizes, the data."""
+    """Encode idx: two zero bytes, the type (8: bytes), the rank, the sizes, the data."""
     return (
         bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + bytes(array)
     )
@@ -259,7 +259,7 @@ def test_images_and_labels_that_changed_places_are_refused(tmp_path: Path) -> No
 
 
 def write_cifar(folder: Path, name: str, count: int, seed: int = 0, protocol: int = 2) -> None:
-    """A python batch: rows of 3072 bytes, all red first, then green, then blue."""
+    """Write a Python batch: rows of 3072 bytes, all red first, then green, then blue."""
     folder.mkdir(exist_ok=True, parents=True)
     batch = {
         b"batch_label": b"testing batch",
@@ -722,7 +722,7 @@ def test_a_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
 
 
 def png16(pixels: np.ndarray) -> bytes:
-    """A 16-bit PNG, grey [H, W] or RGB [H, W, 3], written by hand."""
+    """Return a 16-bit PNG, grey [H, W] or RGB [H, W, 3], written by hand."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         body = name + data

@@ -30,7 +30,7 @@ def detections(*rows: tuple[tuple[float, ...], int, float]) -> Detections:
 def random_set(
     seed: int, *, ties: bool, images: int = 12
 ) -> tuple[list[Targets], list[Detections]]:
-    """Objects of all sizes with crowds, and detections near them and anywhere."""
+    """Return objects of all sizes with crowds, and detections near them and anywhere."""
     rng = np.random.default_rng(seed)
     objects, detected = [], []
     for _ in range(images):
@@ -66,7 +66,7 @@ def random_set(
 
 
 def coco_oracle(objects: list[Targets], detected: list[Detections]) -> list[float]:
-    """The first six numbers of COCOeval's summary, in %."""
+    """Return the first six numbers of COCOeval's summary, in %."""
     pycocotools = pytest.importorskip("pycocotools.coco")
     evaluation = pytest.importorskip("pycocotools.cocoeval")
 

@@ -17,7 +17,7 @@ def random_boxes(count: int, seed: int = 0, side: float = 100) -> torch.Tensor:
 
 
 def greedy(rows: torch.Tensor, threshold: float) -> list[int]:
-    """Textbook non-maximum suppression of sorted boxes."""
+    """Apply textbook non-maximum suppression to sorted boxes."""
     kept: list[int] = []
     for i in range(len(rows)):
         if all(boxes.iou(rows[i : i + 1], rows[j : j + 1]).item() <= threshold for j in kept):

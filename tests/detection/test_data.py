@@ -14,7 +14,7 @@ from rtresnet.detection.data import open_detection, report_invalid
 
 
 def voc_folder(root: Path, *, lists: bool = True) -> Path:
-    """Two images: one with a valid, a difficult and an empty box, one without objects."""
+    """Return two images: one with a valid, a difficult and an empty box, one without objects."""
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     objects = [
@@ -38,7 +38,7 @@ def voc_folder(root: Path, *, lists: bool = True) -> Path:
 
 
 def coco_file(root: Path) -> tuple[Path, Path]:
-    """One image, category numbers with a gap, a crowd and a box without an area."""
+    """Return one image, category numbers with a gap, a crowd and a box without an area."""
     folder = root / "images"
     folder.mkdir()
     Image.new("RGB", (50, 40)).save(folder / "a.png")

@@ -24,7 +24,7 @@ REFUSED = {"RoiAlign", "NonMaxSuppression", "NonZero", "Compress", "MaxRoiPool",
 
 
 def random_net(name: str = "resnet18", spec: Detection = SPEC, classes: int = 4) -> Any:
-    """An untrained net with batch norm adapted, and outputs scaled so that classes differ."""
+    """Return an untrained net with adapted batch norm and scaled outputs, so classes differ."""
     torch.manual_seed(0)
     net = detector.build(zoo.spec(name), spec, classes)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from rtresnet.workflows.detect import is_detector
 
 
 def theirs(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A detector of ours under detectron2's names, with its order of channels and classes."""
+    """Return a detector under detectron2's names, with its order of channels and classes."""
     state = {}
     for name, tensor in net.state_dict().items():
         if name.endswith("num_batches_tracked"):

@@ -20,7 +20,7 @@ Exported = Callable[..., tuple[ResNet, onnx.ModelProto]]
 
 
 def net_with_statistics(name: str, seed: int = 0, **options: str | None) -> ResNet:
-    """A net of the zoo in evaluation mode; scales of batch norm may be negative."""
+    """Return a net of the zoo in evaluation mode; scales of batch norm may be negative."""
     torch.manual_seed(seed)
     net = zoo.build(zoo.spec(name, **options))
     with torch.no_grad():

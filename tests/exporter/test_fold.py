@@ -30,7 +30,7 @@ def images(count: int, size: int) -> Tensor:
 
 
 def logits(net: nn.Module, images: Tensor) -> Tensor:
-    """In float64, so that only the rounding of the weights is seen."""
+    """Compute logits in float64, so that only the rounding of the weights is measured."""
     with torch.inference_mode():
         return copy.deepcopy(net).double()(images)
 

@@ -32,7 +32,7 @@ JOURNAL = TableHead(
 
 
 def make(folder: Path) -> None:
-    """Writes the corpus: a folder for each target or group of targets."""
+    """Write the corpus: a folder for each target or group of targets."""
     rng = np.random.default_rng(0)
     chain = folder / "chain"
     chain.mkdir()
@@ -72,7 +72,7 @@ def _run(*arguments: object) -> None:
 
 
 def _plan(chain: Path, parent: Sidecar | None) -> None:
-    """A plan's header, and what is kept with a plan; the engine itself is TensorRT's to read."""
+    """Write a plan's header and the files next to a plan; only TensorRT reads the engine."""
     assert parent is not None
     data = bytearray(2000)
     data[:4] = b"vtrt"

@@ -28,7 +28,7 @@ Mutator = Callable[[bytes, random.Random], bytes]
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Bytes truncated, flipped, spliced, overwritten, emptied or with a wrong beginning."""
+    """Return bytes truncated, flipped, spliced, overwritten, emptied or with a wrong beginning."""
     place = rng.randrange(len(data) + 1)
     if rng.randrange(2):  # headers are where the meaning is
         place = min(place, rng.randrange(128))
@@ -57,7 +57,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def changed(tree: Any, rng: random.Random) -> Any:
-    """Nested dicts and lists with values replaced, swapped, removed, repeated or renamed."""
+    """Return nested dicts and lists with values replaced, swapped, removed, repeated or renamed."""
     tree = copy.deepcopy(tree)
     for _ in range(1 + rng.randrange(2)):
         places = list(_places(tree))
@@ -94,7 +94,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def json_text(data: bytes, rng: random.Random) -> bytes:
-    """JSON with another meaning, with repeated names, huge numbers or depth, or damaged."""
+    """Return JSON with another meaning, with repeated names, huge numbers or depth, or damaged."""
     kind = rng.randrange(10)
     text = data.decode()
     if kind == 0:
@@ -123,7 +123,7 @@ def json_text(data: bytes, rng: random.Random) -> bytes:
 
 
 def checkpoint(data: bytes, rng: random.Random) -> bytes:
-    """A torch file with other values or tensors of other shapes and types, or damaged."""
+    """Return a torch file with other values or tensors of other shapes and types, or damaged."""
     import torch
 
     if rng.randrange(2):
@@ -149,7 +149,7 @@ def checkpoint(data: bytes, rng: random.Random) -> bytes:
 
 
 def onnx_graph(data: bytes, rng: random.Random) -> bytes:
-    """An ONNX file whose fields are cleared, repeated, swapped or replaced, or damaged."""
+    """Return an ONNX file whose fields are cleared, repeated, swapped or replaced, or damaged."""
     import onnx
 
     if rng.randrange(3) == 0:
@@ -200,7 +200,7 @@ def _scalar(value: Any, rng: random.Random) -> Any:
 
 
 def arrays(data: bytes, rng: random.Random) -> bytes:
-    """An npz file with arrays of other shapes, types or names, or damaged."""
+    """Return an npz file with arrays of other shapes, types or names, or damaged."""
     if rng.randrange(2):
         return damaged(data, rng)
     entries = dict(np.load(io.BytesIO(data)))
@@ -219,14 +219,14 @@ def arrays(data: bytes, rng: random.Random) -> bytes:
 
 
 def cifar_batch(data: bytes, rng: random.Random) -> bytes:
-    """A pickle with other values, or damaged."""
+    """Return a pickle with other values, or damaged."""
     if rng.randrange(2):
         return damaged(data, rng)
     return pickle.dumps(changed(pickle.loads(data), rng))
 
 
 def idx(data: bytes, rng: random.Random) -> bytes:
-    """An idx file with another type, rank or sizes, or damaged."""
+    """Return an idx file with another type, rank or sizes, or damaged."""
     if rng.randrange(2):
         return damaged(data, rng)
     head = [0, 0, rng.choice((8, 8, 9, 13)), rng.choice((0, 1, 2, 3, 4, 255))]
@@ -235,6 +235,6 @@ def idx(data: bytes, rng: random.Random) -> bytes:
 
 
 def text_lines(data: bytes, rng: random.Random) -> bytes:
-    """A list with odd lines, or damaged."""
+    """Return a list with odd lines, or damaged."""
     odd = (b"", b".", b"..", b"/dev/null", b"\0", b"a\0b.png", b"\xff\xfe", b"x" * 5000, b"\x1b[2J")
     return damaged(data, rng) if rng.randrange(2) else data + rng.choice(odd) + b"\n"

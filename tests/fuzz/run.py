@@ -56,7 +56,7 @@ class _Hang(BaseException):
 
 
 def attempt(target: Target, data: bytes, corpus: Path, work: Path) -> Fault | None:
-    """Reads `data` in place of the target's file, in a fresh copy of its folder under `work`."""
+    """Read `data` in place of the target's file, in a fresh copy of its folder under `work`."""
     source = corpus / target.file
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(source.parent, work)
@@ -108,7 +108,7 @@ def attempt(target: Target, data: bytes, corpus: Path, work: Path) -> Fault | No
 
 
 def _fuzz(target: Target, corpus: Path, out: Path, seconds: float, seed: int) -> dict[str, Any]:
-    """Runs cases of one target until the time is up; saves one reproducer for each place."""
+    """Run cases of one target until the time is up; save one reproducer for each place."""
     counts: Counter[str] = Counter()
     places: Counter[str] = Counter()
     until, n = time.monotonic() + seconds, 0
@@ -133,7 +133,7 @@ def _fuzz(target: Target, corpus: Path, out: Path, seconds: float, seed: int) ->
 def _processes(
     target: Target, folder: str, options: argparse.Namespace, every: int
 ) -> tuple[Counter[str], Counter[str]]:
-    """Fuzzes one target in a process, and in another with the next seed where one crashes."""
+    """Fuzz one target in a process, and in a new one with the next seed after a crash."""
     counts: Counter[str] = Counter(cases=0)
     places: Counter[str] = Counter()
     seed, until = options.seed, time.monotonic() + options.minutes * 60 / every
@@ -156,7 +156,7 @@ def _processes(
 
 
 def main() -> int:
-    """Runs every target in a process of its own and prints the table; 1 where anything failed."""
+    """Run every target in a process of its own and print the table; 1 if anything failed."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--minutes", type=float, default=1)
     options.add_argument("--seed", type=int, default=0)

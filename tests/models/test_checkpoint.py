@@ -37,7 +37,7 @@ def ours(name: str = "resnet8", **variant: str) -> Checkpoint:
 
 
 def weights(name: str = "resnet8", classes: int = 10, **variant: str) -> State:
-    """A net's tensors under our names, which are torchvision's."""
+    """Return a net's tensors under our names, which are torchvision's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         spec = zoo.spec(name, **variant)  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def written(path: Path, payload: object) -> Path:
 
 
 def refusal(path: Path, **kwargs: Any) -> str:
-    """The one line with which a file is refused; it names the file."""
+    """Return the error message with which a file is rejected; it names the file."""
     with pytest.raises(ArtifactError) as caught:
         load(path, **kwargs)
     message = str(caught.value)
@@ -398,7 +398,7 @@ def test_a_checkpoint_with_a_net_this_version_does_not_know_is_refused_by_its_fi
 
 
 def torchvision_names(counts: tuple[int, ...], convolutions: int, projected: set[int]) -> set[str]:
-    """The names in torchvision's files, written out from its documentation."""
+    """Return the names in torchvision's files, written out from its documentation."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{part}" for part in norm}
     for stage, count in enumerate(counts, 1):
@@ -553,7 +553,7 @@ def anonymous(tmp_path: Path) -> Path:
 
 
 def assumed_nets(loaded: Checkpoint) -> list[str]:
-    """What is assumed of the net, not of its input."""
+    """Return assumptions about the net, not about its input."""
     return [entry for entry in loaded.assumed if entry.startswith("model: ")]
 
 
@@ -852,7 +852,7 @@ def test_untrained_weights_say_so_and_follow_from_the_seed() -> None:
 
 
 def hashed(folder: Path, stem: str, content: bytes) -> Path:
-    """A file whose name carries its hash, as the published ones."""
+    """Return a file whose name carries its hash, as the published ones."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     path.write_bytes(content)

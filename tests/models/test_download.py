@@ -30,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def files(architecture: str = "resnet18", **changes: Any) -> dict[str, bytes]:
-    """The two files of a repository in timm's form, with a net of ten classes."""
+    """Return the two files of a repository in timm's form, with a net of ten classes."""
     torch.manual_seed(3)
     net = zoo.build(zoo.spec("resnet18" if "18" in architecture else "resnet50"), 10)
     config = {"architecture": architecture, "num_classes": 10, "pretrained_cfg": CFG | changes}

@@ -53,7 +53,7 @@ MULTIPLY_ADDS = [
 
 @functools.cache
 def meta(name: str, shortcut: str | None = None, stride_in: str | None = None) -> ResNet:
-    """The net's shapes, at no cost."""
+    """Return the net without memory for its parameters."""
     return zoo.build(zoo.spec(name, shortcut=shortcut, stride_in=stride_in), device="meta")
 
 
@@ -62,7 +62,7 @@ def parameters(net: nn.Module) -> int:
 
 
 def cifar(depth: int, shortcut: str | None = "A") -> ResNet:
-    """A CIFAR net with weights, the same ones each time."""
+    """Return a CIFAR net with weights, the same ones each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind = "resnet" if shortcut else "plain"
@@ -290,7 +290,7 @@ def test_option_a_has_no_parameters_and_no_buffers() -> None:
 
 
 def silent(block: nn.Module) -> nn.Module:
-    """The block with a residual branch that gives zero: what is left is the shortcut."""
+    """Return the block with a residual branch that gives zero: what is left is the shortcut."""
     last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
     nn.init.zeros_(last.weight)  # type: ignore[arg-type, union-attr]
     return block.eval()

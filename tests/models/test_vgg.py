@@ -15,7 +15,7 @@ from rtresnet.training import recipes
 
 
 def narrow(batch_norm: bool = True) -> VGG:
-    """VGG-16's layout with few channels."""
+    """Return VGG-16's layout with few channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         counts = zoo.VGG_COUNTS[16]

@@ -14,7 +14,7 @@ from rtresnet.onnxlib import metadata
 
 
 def alone(source: Path, folder: Path) -> Path:
-    """A file moved to another folder without its sidecar."""
+    """Return a file moved to another folder without its sidecar."""
     folder.mkdir(exist_ok=True)
     return Path(shutil.copy(source, folder))
 

@@ -49,7 +49,7 @@ def batches(images: Images) -> list[np.ndarray]:
 
 
 def activations(model: onnx.ModelProto, names: list[str], batch: np.ndarray) -> list[np.ndarray]:
-    """The tensors themselves, by another way than the module's: one run with all as outputs."""
+    """Return the tensors by another way than the module's: one run with all as outputs."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     types = {value.name: value for value in model.graph.value_info}
@@ -319,7 +319,7 @@ def test_the_model_is_not_changed(
 
 
 def rescaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
-    """The same function with one channel inside of a block larger by `factor`."""
+    """Return the same function with one channel inside of a block larger by `factor`."""
 
     def larger(values: np.ndarray) -> np.ndarray:
         values = values.copy()

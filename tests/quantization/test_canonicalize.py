@@ -24,7 +24,7 @@ Images = Callable[..., np.ndarray]
 
 
 def strange(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
-    """The same net as others write it: batch norms, Constant nodes, no names, MatMul and Add."""
+    """Return the net as others write it: batch norms, Constant nodes, no names, MatMul and Add."""
     rng = np.random.default_rng(seed)
     foreign = onnx.ModelProto()
     foreign.CopyFrom(model)

@@ -42,7 +42,7 @@ class Editor:
         return name
 
     def retype(self, tensor: str, zero: np.ndarray) -> None:
-        """Another zero point, with its type, for the pair on an activation."""
+        """Return another zero point, with its type, for the pair on an activation."""
         self.store(f"{tensor}.zero_point", zero)
 
     def before(self, name: str, *nodes: onnx.NodeProto) -> None:
@@ -70,7 +70,7 @@ class Editor:
         node.input[index] = f"{name}.dq"
 
     def bypass(self, pair: str) -> None:
-        """All that read a pair read what is in front of it; the pair goes."""
+        """Remove a Q/DQ pair: its readers read its input."""
         for node in self.graph.node:
             node.input[:] = [pair if name == f"{pair}.dq" else name for name in node.input]
         self.remove(f"{pair}.q", f"{pair}.dq")

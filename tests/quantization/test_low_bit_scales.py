@@ -20,7 +20,7 @@ Images = Callable[..., np.ndarray]
 
 
 def some() -> np.ndarray:
-    """Positive float32 of many magnitudes, and those on and next to the borders."""
+    """Return positive float32 of many magnitudes, and those on and next to the borders."""
     rng = np.random.default_rng(0)
     drawn = np.exp(rng.uniform(-30, 30, 5000)).astype(np.float32)
     whole = np.array([1, 1.125, 1.25, 1.5, 1.75, 1.875, 2, 2**-20, 7, 7.5, 15, 15.5], np.float32)
@@ -64,7 +64,7 @@ class TestFewBits:
 
 
 def in_another_order(model: onnx.ModelProto) -> onnx.ModelProto:
-    """One convolution with its input channels turned round, here and in the weights."""
+    """Return one convolution with its input channels turned round, here and in the weights."""
     turned = onnx.ModelProto()
     turned.CopyFrom(model)
     for tensor in turned.graph.initializer:

@@ -50,7 +50,7 @@ class Graph:
         return tensor in self.inputs or self.producers[tensor].op_type != "DequantizeLinear"
 
     def origin(self, tensor: str) -> str:
-        """The float tensor behind a Q/DQ pair."""
+        """Return the float tensor behind a Q/DQ pair."""
         dequantize = self.producers[tensor]
         assert dequantize.op_type == "DequantizeLinear", tensor
         quantize = self.producers[dequantize.input[0]]
@@ -94,7 +94,7 @@ def test_rule_1_the_data_of_every_convolution_and_gemm_is_quantized(
 
 
 def shortcut_of(add: str, before: Graph) -> str:
-    """The tensor that the name of an Add says is its shortcut."""
+    """Return the shortcut of an Add, according to its name."""
     block = add.removesuffix(".add")
     for projection in (f"{block}.downsample.0", f"{block}.downsample"):
         if projection in before.producers:

@@ -73,7 +73,7 @@ def profiled(name: str) -> dict[str, Any]:
 
 
 def searched(what: str, best: float | None) -> dict[str, Any]:
-    """As `bench --find-batch` (what: "batch") and `--find-qps` ("qps") write it."""
+    """Return a result of `bench --find-batch` (what: "batch") or `--find-qps` ("qps")."""
     points = [
         {"load": load, "n": 100, "median": load, "p99": p99, "images_per_second": 125.5,
          "holds": p99 is not None and p99 <= 10}

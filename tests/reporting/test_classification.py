@@ -17,7 +17,7 @@ HOSTILE = '<img src=x onerror=alert(1)> "cat" & $x$'
 
 
 def evaluated(classes: int = 3, n: int = 60, wrong: int = 9) -> ClassificationReport:
-    """Of `n` images `wrong` are predicted as the next class; confidence rises with the index."""
+    """Return `n` images, `wrong` predicted as the next class; confidence rises with the index."""
     names = [HOSTILE, *(f"class {index}" for index in range(1, classes))]
     collector = Collector(names)
     labels = np.arange(n) % classes
@@ -30,7 +30,7 @@ def evaluated(classes: int = 3, n: int = 60, wrong: int = 9) -> ClassificationRe
 
 
 def attributes(dom: str, name: str) -> list[str]:
-    """Values of an attribute in a page, of any element."""
+    """Return values of an attribute in a page, of any element."""
     values: list[str] = []
 
     class Reader(HTMLParser):

@@ -280,7 +280,7 @@ def test_the_front_by_hand() -> None:
 
 
 def estimated(name: str, gpus: tuple[str, ...] = ("L4", "RTX 4090")) -> dict[str, Any]:
-    """As `estimate --json` writes it."""
+    """Return a result of `estimate --json`."""
     return {
         "what": "bound", "model": f"engines/net-{name}.plan", "precision": name, "batch": 8,
         "kernels": 58, "bytes": 12_500_000, "builder": "TensorRT-RTX 1.7", "as_if": False,

@@ -11,7 +11,7 @@ from rtresnet.reporting.study import Line, Panel, error_curves, response_curves
 
 
 def ends(axes: object) -> list[tuple[str, float]]:
-    """The labels next to the lines' ends and their heights, as a share of the axes'."""
+    """Return the labels next to the lines' ends and their heights, as a share of the axes'."""
     return [(text.get_text(), text.xy[1]) for text in axes.texts]  # type: ignore[attr-defined]
 
 

@@ -136,12 +136,12 @@ class FakeCuda:
         return op
 
     def enqueue(self, name: str, stream: int, work: Callable[[], None]) -> None:
-        """For the engine."""
+        """Enqueue a call for the engine."""
         self._call(name)
         self._put(name, stream, work)
 
     def at(self, address: int, size: int) -> np.ndarray:
-        """Bytes of device memory that is allocated."""
+        """Return bytes of device memory that is allocated."""
         allocated = any(a <= address and address + size <= a + n for a, n in self._sizes.items())
         assert allocated, "memory that was not allocated, or was given back"
         start = address - self._arena.ctypes.data
@@ -169,7 +169,7 @@ class FakeCuda:
         return stream
 
     def host(self, address: int, size: int) -> np.ndarray:
-        """Bytes of pinned memory."""
+        """Return bytes of pinned memory."""
         for start, buffer in self._pinned.items():
             if start <= address and address + size <= start + len(buffer):
                 return buffer[address - start :][:size]
@@ -611,12 +611,12 @@ class Bench:
         monkeypatch.setattr(module, "open_cuda", lambda: self.cuda)
 
     def by_hand(self) -> None:
-        """From now on this is `tensorrt`: no kernel cache, no graphs of its own, no validity."""
+        """Become `tensorrt`: no kernel cache, no graphs of its own, no validity."""
         del self.trt.IRuntimeCache
         del self.runtime.get_engine_validity  # type: ignore[attr-defined]
 
     def load(self, **options: Any) -> TrtBackend:
-        """Loads the plan, and forgets what preparing batch sizes has run and copied."""
+        """Load the plan, and forget what preparing batch sizes has run and copied."""
         backend = TrtBackend(self.path, None, **options)
         self.engine.runs.clear()
         if isinstance(self.cuda, FakeCuda):
@@ -624,15 +624,15 @@ class Bench:
         return backend
 
     def fail(self, call: str, later: int = 1) -> None:
-        """Has the next call of this name fail, or a later one."""
+        """Make the next call of this name fail, or a later one."""
         self.engine.fail_at = (call, self.engine.calls[call] + later)
 
     def sizes(self) -> list[int]:
-        """Batches that were executed."""
+        """Return batches that were executed."""
         return [len(batch) for _, batch in self.engine.runs]
 
     def on_gpu(self, array: np.ndarray, offset: int = 0) -> tuple[int, np.ndarray]:
-        """A copy in device memory, and the view of it."""
+        """Copy to device memory; return the copy and a view of it."""
         with self.cuda.active():
             start = self.cuda.allocate(array.nbytes + offset) + offset
         view = self.cuda.at(start, array.nbytes).view(array.dtype).reshape(array.shape)
@@ -676,5 +676,5 @@ def expected(batch: np.ndarray) -> np.ndarray:
 
 
 def close(got: Any, reference: np.ndarray) -> None:
-    """Asserts that results are those expected, up to rounding."""
+    """Assert that results are those expected, up to rounding."""
     np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)

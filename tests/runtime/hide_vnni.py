@@ -32,7 +32,7 @@ class CannotHideError(Exception):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Prepares environment variables for processes that see no AVX-512, VNNI and AMX.
+    """Prepare environment variables for processes that see no AVX-512, VNNI and AMX.
 
     Args:
         folder: Existing folder for the compiled library and the copy of ONNX Runtime, which the
@@ -57,7 +57,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _patched_onnxruntime(folder: Path) -> Path:
-    """Creates a folder to import a patched onnxruntime from: links, and copies of its libraries."""
+    """Create a folder to import a patched onnxruntime from: links, and copies of its libraries."""
     spec = importlib.util.find_spec("onnxruntime")
     if spec is None or spec.origin is None:
         raise CannotHideError("onnxruntime is not installed")
@@ -75,7 +75,7 @@ def _patched_onnxruntime(folder: Path) -> Path:
 
 
 def _patch(library: Path) -> None:
-    """Replaces the CPUID instructions in the code of a shared library by UD2."""
+    """Replace the CPUID instructions in the code of a shared library by UD2."""
     with library.open("r+b") as file:
         for offset in _cpuid_offsets(library):
             file.seek(offset)
@@ -86,7 +86,7 @@ def _patch(library: Path) -> None:
 
 
 def _cpuid_offsets(library: Path) -> list[int]:
-    """Positions of the CPUID instructions of .text in the file."""
+    """Return positions of the CPUID instructions of .text in the file."""
     header = re.search(
         r"\.text +[0-9a-f]+ +([0-9a-f]+) +[0-9a-f]+ +([0-9a-f]+)",
         _run("objdump", "-h", "-j", ".text", str(library)),

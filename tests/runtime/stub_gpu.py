@@ -41,7 +41,7 @@ COMPILER = "gcc"
 
 
 def compile_stub(folder: Path) -> Path:
-    """Compiles `stub_libcuda.c` to folder/libcuda.so.1."""
+    """Compile `stub_libcuda.c` to folder/libcuda.so.1."""
     library = folder / "libcuda.so.1"
     subprocess.run(
         [COMPILER, "-O1", "-shared", "-fPIC", "-o", library, FOLDER / "stub_libcuda.c"], check=True
@@ -50,7 +50,7 @@ def compile_stub(folder: Path) -> Path:
 
 
 def run(library: Path, function: str, *arguments: Any) -> Any:
-    """Calls a function of this file in a process whose libcuda is the stub."""
+    """Call a function of this file in a process whose libcuda is the stub."""
     root = FOLDER.parents[1]
     done = subprocess.run(
         [sys.executable, __file__, function, json.dumps(arguments)],
@@ -110,7 +110,7 @@ class HostDevice:
         self.live.remove((kind, handle))
 
     def forget(self) -> None:
-        """Drops the functions of graphs that are gone, and what they refer to."""
+        """Drop the functions of graphs that are gone, and what they refer to."""
         self._callbacks.clear()
 
     def at(self, address: int, size: int) -> np.ndarray:
@@ -148,7 +148,7 @@ class IdleEngine(FakeEngine):
 
 
 def results(builder: str, graphs: bool | None) -> dict[str, Any]:
-    """Batches of every kind of size, three times each, held against NumPy; and what is left."""
+    """Run batches of every kind of size three times, compare with NumPy, and return leaks."""
     stub = Stub(builder)
     before = stub.driver.stub_live()
     wrong = []
@@ -185,7 +185,7 @@ def results(builder: str, graphs: bool | None) -> dict[str, Any]:
 
 
 def operations() -> dict[str, Any]:
-    """Every operation of the seam once; what each returned or raised."""
+    """Call every CUDA operation once; return what each returned or raised."""
     stub = Stub("tensorrt")
     cuda, driver = stub.cuda, stub.driver
     result: dict[str, Any] = {}
@@ -257,7 +257,7 @@ def operations() -> dict[str, Any]:
 
 
 def failure(driver: Any, name: str, call: Callable[[], object]) -> list[Any]:
-    """Exception class, message and exit code of a call in which one function of CUDA fails."""
+    """Return exception class, message and exit code of a call in which a CUDA function fails."""
     driver.stub_fail(name.encode())
     try:
         call()
@@ -267,7 +267,7 @@ def failure(driver: Any, name: str, call: Callable[[], object]) -> list[Any]:
 
 
 def waiting(blocking: bool) -> dict[str, Any]:
-    """How far another Python thread comes while `infer` waits for a device of 300 ms."""
+    """Return the progress of another Python thread while `infer` waits 300 ms for a device."""
     stub = Stub("tensorrt")
     backend = stub.load(blocking=blocking)
     stub.driver.stub_wait_us(300_000)
@@ -287,7 +287,7 @@ def waiting(blocking: bool) -> dict[str, Any]:
 
 
 def pinned_memory() -> dict[str, Any]:
-    """What `rtresnet.pinned` allocates, and what is left of it."""
+    """Return what `rtresnet.pinned` allocates, and what it did not free."""
     stub = Stub("tensorrt")
     before = stub.driver.stub_live()
     array = pinned((2, 3, 4, 4), np.float32)
@@ -311,7 +311,7 @@ def pinned_memory() -> dict[str, Any]:
 
 
 def gathering(seconds: float, side: int = 224, wait_us: int = 5000) -> dict[str, Any]:
-    """`Batcher` with batches of 32 images on a device of `wait_us` a batch, in turn.
+    """Measure `Batcher` with batches of 32 images on a device of `wait_us` per batch.
 
     For float32 and uint8: a session that gets any array, as before `Batcher` knew of pinned memory;
     a plan with one context; a plan with two. Median images/s over rounds of 20 batches, and the
@@ -355,7 +355,7 @@ def gathering(seconds: float, side: int = 224, wait_us: int = 5000) -> dict[str,
 
 
 def gil(calls: int, wait_us: int = 500) -> dict[str, dict[str, float]]:
-    """Milliseconds of `infer` on a device of `wait_us`, alone and next to a busy thread."""
+    """Return milliseconds of `infer` on a device of `wait_us`, alone and next to a busy thread."""
     stub = Stub("tensorrt", idle=True)
     backend = stub.load()
     stub.driver.stub_wait_us(wait_us)
@@ -388,7 +388,7 @@ def gil(calls: int, wait_us: int = 500) -> dict[str, dict[str, float]]:
 
 
 def call_cost(builder: str, seconds: float) -> dict[str, Any]:
-    """Microseconds of `infer` and of the same work without a runtime, in turn.
+    """Return microseconds of `infer` and of the same work without a runtime, alternately.
 
     The work: copy into pinned memory, copy in, graph launch, copy out, wait, copy out of pinned
     memory, each return code checked. One image of 192 bytes, five classes, an engine that computes
@@ -421,7 +421,7 @@ def call_cost(builder: str, seconds: float) -> dict[str, Any]:
 
 
 def lean_sequence(stub: Stub) -> Callable[[Any], Any]:
-    """The calls that one inference cannot do without, written out."""
+    """Return the calls that one inference cannot do without, written out."""
     cuda, driver = stub.cuda, stub.bindings
     cuda.active().__enter__()  # current in this thread, for good
     stream = cuda.stream()

@@ -16,7 +16,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def run(bench: Bench, tmp_path: Path, *options: str) -> dict[str, Any]:
-    """The first result of `bench --json`."""
+    """Return the first result of `bench --json`."""
     file = tmp_path / "result.json"
     arguments = ["bench", str(bench.path), "--queries", "20", *options, "--json", str(file)]
     assert main(arguments) == 0

@@ -64,7 +64,7 @@ def on(recorder: Recorder) -> CudaPython:
 
 
 def operations(cuda: Cuda) -> None:
-    """Calls every operation of the protocol but those of graphs."""
+    """Call every operation of the protocol but those of graphs."""
     stream, begin, end = cuda.stream(), cuda.event(True, False), cuda.event(False, True)
     device, host = cuda.allocate(64), cuda.allocate_pinned(64)
     cuda.to_device(device, host, 64, stream)

@@ -114,7 +114,7 @@ def test_infer_with_several_profiles_shares_one_stream(bench: Bench) -> None:
 
 
 def calls_of(bench: Bench, *batches: np.ndarray) -> Counter[str]:
-    """Loads a plan, runs the batches once, and counts the driver calls of running them again."""
+    """Load a plan, run the batches once, and count the driver calls of running them again."""
     backend = bench.load()
     for batch in batches:
         backend.infer(batch)

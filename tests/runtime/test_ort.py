@@ -48,7 +48,7 @@ Images = Callable[..., np.ndarray]
 def run_as_written(
     model: onnx.ModelProto, batch: np.ndarray, also: list[str], dtype: int = TensorProto.FLOAT
 ) -> list[np.ndarray]:
-    """Logits and other tensors with every optimization off: node by node as the file says."""
+    """Return logits and other tensors without optimization: node by node."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(helper.make_tensor_value_info(n, dtype, None) for n in also)
@@ -66,7 +66,7 @@ def relative(got: np.ndarray, reference: np.ndarray) -> float:
 
 
 def rewritten(path: Path, *rules: Callable[[onnx.ModelProto], object]) -> onnx.ModelProto:
-    """The file after rule 1 and others."""
+    """Return the file after rule 1 and others."""
     model = onnx.load(path)
     assert to_unsigned(model) > 0
     for rule in rules:
@@ -76,7 +76,7 @@ def rewritten(path: Path, *rules: Callable[[onnx.ModelProto], object]) -> onnx.M
 
 
 def zero_points(model: onnx.ModelProto) -> dict[str, int]:
-    """Quantized activation to its zero point."""
+    """Return the zero point of each quantized activation."""
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     return {
         node.output[0]: int(values[node.input[2]])
@@ -144,7 +144,7 @@ def test_the_cpu_provider_then_runs_those_convolutions_in_integers(
 
 
 def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
-    """A residual block's end, after rule 1: 1x1 convolution, addition, ReLU, all in Q/DQ.
+    """Return a residual block's end, after rule 1: 1x1 convolution, addition, ReLU, all in Q/DQ.
 
     The outputs are the block's result and, so that the second Q/DQ pair stays, its integers.
     """
@@ -188,7 +188,7 @@ def block(result: float, shortcut: float, signed: bool) -> onnx.ModelProto:
 
 
 def integers(model: onnx.ModelProto, optimized: bool) -> np.ndarray:
-    """The block's quantized result over a grid that goes far beyond every range."""
+    """Return the block's quantized result over a grid that goes far beyond every range."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.append(helper.make_tensor_value_info("result.q", TensorProto.UINT8, None))
@@ -867,7 +867,7 @@ def test_openvino_without_onnx_and_vnni_refuses_int8(
 
 
 def products(model: onnx.ModelProto, batch: np.ndarray) -> dict[str, int]:
-    """Layer to a bound on the sum of two u8 x s8 products that its kernel could meet on `batch`."""
+    """Return for each layer a bound on the sum of two u8 x s8 products on `batch`."""
     nodes = {node.output[0]: node for node in model.graph.node}
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     layers = {

@@ -42,7 +42,7 @@ def publish(path: Path, **fields: Any) -> Path:
 def runtimes(
     sources: list[Path], runtime: RuntimeConfig | None = None, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """What /v1/status says of each model's runtime."""
+    """Return each model's runtime according to /v1/status."""
 
     def ask(lines: list[str]) -> Any:
         with urllib.request.urlopen(f"{lines[0]}/v1/status", timeout=30) as response:

@@ -62,7 +62,7 @@ def plan(copied: Path) -> Path:
 
 
 def rewrite(path: Path, **changes: object) -> None:
-    """Changes fields of the plan's part of a sidecar, as another machine would have written."""
+    """Change fields of the plan's part of a sidecar, as another machine would have written."""
     sidecar = artifacts.read_sidecar(path)
     assert sidecar is not None and sidecar.plan is not None
     changed = dataclasses.replace(

@@ -81,7 +81,7 @@ class Clients:
 
 
 def usage() -> tuple[int, int, int]:
-    """Resident bytes, threads and open files of this process."""
+    """Return resident bytes, threads and open files of this process."""
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what 64 threads freed
         ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

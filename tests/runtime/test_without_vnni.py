@@ -44,7 +44,7 @@ hardware.int8_sums_saturate = lambda: False
 def run(
     code: str, model: Path, provider: str, batch: np.ndarray, folder: Path, env: dict[str, str]
 ) -> tuple[np.ndarray, str]:
-    """Logits and standard output of a process with these environment variables."""
+    """Return logits and standard output of a process with these environment variables."""
     np.save(folder / "images.npy", batch)
     out = folder / "logits.npy"
     command = [
@@ -64,7 +64,7 @@ def run(
 
 
 def extreme(path: Path) -> Path:
-    """A net whose activations and weights are as large as INT8 allows: logits are 1 for ones."""
+    """Return a net with the largest activations and weights of INT8: logits are 1 for ones."""
     channels = 32
     first = np.full((channels, 3, 1, 1), 1 / 3, np.float32)
     rest = {f"w{n}": np.full((channels, channels, 1, 1), 1 / channels, np.float32) for n in "bc"}

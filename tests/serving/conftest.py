@@ -126,7 +126,7 @@ def served(
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Waits until a condition holds."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -22,7 +22,7 @@ if shutil.which("openssl") is None:
 
 
 def make_pair(folder: Path, kind: str = "rsa:2048") -> tuple[Path, Path]:
-    """A self-signed certificate and its key."""
+    """Return a self-signed certificate and its key."""
     folder.mkdir()
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     algorithm = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]

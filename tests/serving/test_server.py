@@ -47,7 +47,7 @@ def ask(
     headers: dict[str, str] | None = None,
     method: str | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request on a connection of its own: status, headers (lower case), body."""
+    """Send one request on its own connection; return status, headers (lower case), body."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
         method = method or ("GET" if body is None else "POST")
@@ -66,7 +66,7 @@ def request_of(images: np.ndarray, **more: Any) -> bytes:
 
 
 def binary(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
-    """A request with a binary tensor, and its header."""
+    """Return a request with a binary tensor, and its header."""
     entry = {"name": "images", "datatype": "FP32", "shape": list(images.shape),
              "parameters": {"binary_data_size": images.nbytes}}  # fmt: skip
     head = json.dumps({"inputs": [entry]}).encode()
@@ -249,7 +249,7 @@ def test_decompression_bomb_is_refused(server: Server) -> None:
 
 
 def raw(server: Server, data: bytes, seconds: float = 10) -> bytes:
-    """What the server answers to bytes on a socket, until it closes or is silent."""
+    """Return what the server answers to bytes on a socket, until it closes or is silent."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
         connection.sendall(data)
         parts = []
@@ -286,7 +286,7 @@ def test_malformed_http_is_refused_and_its_connection_closed(head: bytes, server
 
 
 def mutated(data: bytes, rng: random.Random, within: int) -> bytes:
-    """Bytes with up to four changes, deletions, repetitions or a truncation near the beginning."""
+    """Return bytes with up to four changes, deletions, repetitions or a truncation."""
     body = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         place, length = rng.randrange(min(len(body), within) or 1), rng.randint(1, 40)
@@ -337,7 +337,7 @@ def test_mutated_heads_are_refused_or_answered(server: Server, images: np.ndarra
         requests.append(start + (body if number % 2 == 0 else b""))
 
     async def sent(data: bytes) -> bytes:
-        """What comes within a second: of some, the server waits for the rest."""
+        """Return the response within a second; the server waits for the rest of some requests."""
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         answer = b""
         with contextlib.suppress(OSError, TimeoutError, asyncio.TimeoutError):

@@ -19,7 +19,7 @@ from rtresnet.training.loop import Progress
 
 
 def source(seed: int = 0) -> Arrays:
-    """Noise with a tint, a class a tint."""
+    """Return noise with a tint for each class."""
     images = np.random.default_rng(seed).integers(0, 120, (120, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(120) % 3
     for image, label in zip(images, labels, strict=True):

@@ -29,7 +29,7 @@ def script() -> Iterator[ModuleType]:
 
 
 def tints(count: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Images of ten brightnesses with noise."""
+    """Return images of ten brightnesses with noise."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, count)
     noise = rng.integers(0, 8, (count, 32, 32, 3))
@@ -84,7 +84,7 @@ def test_in_turn_divides_round_by_round(script: ModuleType) -> None:
 
 
 def status(pid: int | None) -> list[str]:
-    """The fields of /proc/PID/stat from the state on, see proc(5)."""
+    """Return the fields of /proc/PID/stat from the state on, see proc(5)."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

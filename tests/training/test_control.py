@@ -65,7 +65,7 @@ def test_train_patience_stops_early_and_tests_the_best_epoch(
 
 
 def skewed() -> Arrays:
-    """90 images of class a, 10 of class b, none of class c."""
+    """Return 90 images of class a, 10 of class b, none of class c."""
     labels = np.array([0] * 90 + [1] * 10)
     return Arrays("skewed", np.zeros((100, 8, 8, 3), np.uint8), labels, ("a", "b", "c"))
 

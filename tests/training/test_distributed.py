@@ -202,7 +202,7 @@ def wait_for(path: Path) -> None:
 
 
 def workers(parent: int) -> list[int]:
-    """Processes that torchrun started, by rank."""
+    """Return processes that torchrun started, by rank."""
     results = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():

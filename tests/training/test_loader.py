@@ -20,7 +20,7 @@ PLAIN = {"epochs": 3, "batch": 10, "padding": 0, "flip": "none"}
 
 
 def numbered(count: int, *, splits: bool = False, size: int = 8) -> Arrays:
-    """Images whose pixels are their own number."""
+    """Return images whose pixels are their own number."""
     numbers = np.arange(count, dtype=np.uint8)[:, None, None, None]
     images = numbers * np.ones((1, size, size, 3), np.uint8)
     return Arrays(

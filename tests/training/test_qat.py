@@ -38,7 +38,7 @@ pytest.importorskip("onnxruntime")
 
 
 def net_of(name: str, **options: str | None) -> ResNet:
-    """With batch norms that do something; scales may be negative."""
+    """Return a net with active batch norms; scales may be negative."""
     torch.manual_seed(0)
     net = zoo.build(zoo.spec(name, **options))
     with torch.no_grad():

@@ -15,7 +15,7 @@ TINTS = ("red", "green", "blue", "grey")  # of the labels of `tints`
 
 
 def with_classes(path: Path, names: tuple[str, ...], out: Path, order: Sequence[int] = ()) -> Path:
-    """Writes a checkpoint with other class names, of its first classes or in another order."""
+    """Write a checkpoint with other class names, of its first classes or in another order."""
     loaded = checkpoint.load(path)
     state = dict(loaded.state)
     for name in ("fc.weight", "fc.bias"):
@@ -26,7 +26,7 @@ def with_classes(path: Path, names: tuple[str, ...], out: Path, order: Sequence[
 
 
 def folders(root: Path, names: dict[str, int], count: int = 12) -> str:
-    """A data set of class folders, each with images of one of the four tints."""
+    """Return a data set of class folders, each with images of one of the four tints."""
     images, labels = tinted_noise(4 * count, seed=3)
     for name, label in names.items():
         (root / name).mkdir(parents=True)

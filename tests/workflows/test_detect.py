@@ -350,7 +350,7 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def confident(outputs: dict[str, np.ndarray]) -> None:
-    """Raises all scores, so that an untrained net shows its detections."""
+    """Raise all scores, so that an untrained net shows its detections."""
     outputs["scores"][outputs["scores"] > 0] += 0.5
 
 

@@ -92,7 +92,7 @@ def test_near_pairs_copies_of_copies_name_the_first() -> None:
 
 
 def scans(count: int, seed: int = 0) -> np.ndarray:
-    """Strokes of one shape in 8x8 pixels of 17 levels, enlarged: alike, but no copies."""
+    """Return strokes of one shape in 8x8 pixels of 17 levels, enlarged: alike, but no copies."""
     rng = np.random.default_rng(seed)
     stroke = np.zeros((8, 8))
     stroke[1:7, 3:5] = stroke[1:3, 2:6] = 14

@@ -40,7 +40,7 @@ def plans(engines: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def bytes_of(plan: Path, batch: int) -> int:
-    """All bytes of a plan's layers, straight from the file next to it."""
+    """Return all bytes of a plan's layers, straight from the file next to it."""
     widths = {"Float": 4, "Half": 2, "Int8": 1}
     total = 0
     for layer in json.loads(layers.path_for(plan).read_text())["layers"]:
@@ -100,7 +100,7 @@ def test_estimate_of_a_plan_refuses_what_it_does_not_do(
 
 
 def copied(plan: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a plan with a changed layer file that its sidecar agrees with."""
+    """Return a copy of a plan with a changed layer file that its sidecar agrees with."""
     for file in (plan, Path(f"{plan}.json"), layers.path_for(plan)):
         shutil.copy(file, folder / file.name)
     copy = folder / plan.name

@@ -165,7 +165,7 @@ def named(best: Path, tmp_path: Path) -> Path:
 
 
 def recorded(path: Path) -> list[tuple[object, object]]:
-    """Data and n of the accuracies in a sidecar."""
+    """Return data and n of the accuracies in a sidecar."""
     sidecar = artifacts.read_sidecar(path)
     assert sidecar is not None
     return [(entry["data"], entry["n"]) for entry in accuracies(sidecar.measured)]

@@ -39,7 +39,7 @@ def plan(*profiles: tuple[int, int, int], **changed: Any) -> ModelConfig:
 
 
 def parsed(text: str) -> Any:
-    """The text as Triton's ModelConfig; an unknown field or a wrong type raises."""
+    """Return the text as Triton's ModelConfig; an unknown field or a wrong type raises."""
     pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
 

@@ -51,7 +51,7 @@ def noise(count: int, height: int = 32, width: int = 32, classes: int = 7) -> Ar
 
 
 def painted() -> np.ndarray:
-    """60 x 100, a spot of its own value in every corner and in the centre; red on the left."""
+    """Return 60 x 100 pixels, a spot of its own value in every corner and in the centre."""
     image = np.zeros((60, 100, 3), np.uint8)
     for name, (top, left) in {
         "top left": (0, 0), "top right": (0, 99), "bottom left": (59, 0),
@@ -165,7 +165,7 @@ def test_evaluate_views_center_equals_evaluate(net: ResNet) -> None:
 
 
 def forward_of(table: np.ndarray) -> metrics.Forward:
-    """A net that knows each image by the number painted into it and answers from a table."""
+    """Return a net that knows each image by the number painted into it and answers from a table."""
 
     def forward(images: np.ndarray) -> np.ndarray:
         numbers = np.rint(images[:, 0, 0, 0] * 255).astype(int)
@@ -241,7 +241,7 @@ def numbered(count: int, classes: int) -> Arrays:
 
 
 def oracle(classes: int, wrong: set[int] = frozenset()):  # type: ignore[no-untyped-def, assignment]
-    """Reads the number painted into the first pixel, so that it can be right or wrong at will."""
+    """Read the number painted into the first pixel, so that it can be right or wrong at will."""
     preprocess = Preprocess.for_size(8, mean=(0, 0, 0), std=(1, 1, 1))
 
     def forward(images: np.ndarray) -> np.ndarray:
