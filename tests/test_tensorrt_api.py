@@ -503,7 +503,7 @@ SUBCLASS_PROBE = """
 import importlib, inspect, json, sys
 from rtresnet.builder import engine
 from rtresnet.runtime import profilers
-from rtresnet.runtime.trt import ErrorLog, logger
+from rtresnet.runtime.trt_plan import ErrorLog, logger
 trt = importlib.import_module(sys.argv[1])
 made = {
     "ILogger": [logger(trt, ErrorLog()), engine.make_log(trt)],
@@ -542,7 +542,7 @@ import importlib, sys
 from rtresnet.core import trt_loading
 from rtresnet.builder import engine
 from rtresnet.core.errors import UnavailableError
-from rtresnet.runtime.trt import ErrorLog, logger
+from rtresnet.runtime.trt_plan import ErrorLog, logger
 trt = trt_loading.load_tensorrt(sys.argv[1])
 errors = ErrorLog()
 log = engine.make_log(trt)

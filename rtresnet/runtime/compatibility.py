@@ -12,7 +12,7 @@ from rtresnet.core.errors import ArtifactError, UnavailableError
 from rtresnet.core.sidecar import Sidecar
 
 if TYPE_CHECKING:
-    from rtresnet.runtime.trt import ErrorLog
+    from rtresnet.runtime.trt_plan import ErrorLog
 
 REBUILD = "build it on this machine: rtresnet build"
 
@@ -117,7 +117,7 @@ def plan_needs_gpu(
     Args:
         path: The plan.
         sidecar: Its sidecar, or its own description.
-        here: Whether this machine has a GPU, and the plan was requested to run on the CPU.
+        has_gpu: Whether this machine has a GPU, and the plan was requested to run on the CPU.
     """
     parent = artifacts.parent_path(path, sidecar) if sidecar else None
     fix = f"on a CPU use {parent}" if parent else "on a CPU use its ONNX file"

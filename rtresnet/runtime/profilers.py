@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,12 @@ def record_plan(
     """
     sidecar = artifacts.verify(path)
     name = sidecar.plan.builder if sidecar and sidecar.plan else "tensorrt_rtx"
-    # IProfiler reports no layers inside CUDA graphs. Both run without graphs, to be comparable.
-    plain = TrtBackend(path, sidecar, graphs=False, timings=True)
-    profiled = TrtBackend(path, sidecar, graphs=False)
-    try:
+    with ExitStack() as stack:
+        # IProfiler reports no layers inside CUDA graphs. Both run without graphs, to be comparable.
+        plain = TrtBackend(path, sidecar, graphs=False, timings=True)
+        stack.callback(plain.close)
+        profiled = TrtBackend(path, sidecar, graphs=False)
+        stack.callback(profiled.close)
         images = converted(images, plain.input_dtype, plain.layout)
         collector = profiler(trt_loading.load_tensorrt(name))
         profiled.watch(collector)
@@ -146,9 +149,6 @@ def record_plan(
             runs=runs, whole=whole, device=plain.device, provider=plain.provider,
             threads=None, versions=plain.versions,
         )  # fmt: skip
-    finally:
-        profiled.close()
-        plain.close()
 
 
 def profiler(trt: Any) -> Any:

@@ -13,17 +13,18 @@ from rtresnet.core.errors import ArtifactError, InputError, UnavailableError
 from rtresnet.runtime.contexts import configure_contexts
 from rtresnet.runtime.cuda import host_view
 from rtresnet.runtime.execution import allocate
-from rtresnet.runtime.trt import TrtBackend
+from rtresnet.runtime.trt_plan import PlanBackend
 
 
-class TrtDetector(TrtBackend):
+class TrtDetector(PlanBackend):
     """A detector's plan on a GPU. Calls from several threads run one after another.
 
-    It is loaded as `TrtBackend` is; `contexts` is always 1, and there are no CUDA graphs.
+    `contexts` is always 1, there are no CUDA graphs and no timings.
 
     Raises:
-        UnavailableError: See `TrtBackend`.
-        ArtifactError: See `TrtBackend`, or the engine is not a detector.
+        InputError: Several contexts or CUDA graphs are requested.
+        UnavailableError: See `PlanBackend`.
+        ArtifactError: See `PlanBackend`, or the engine is not a detector.
     """
 
     batch = 1
@@ -43,8 +44,6 @@ class TrtDetector(TrtBackend):
                 f"{self.path}: a detector's plan runs in one context", fix="leave out --contexts"
             )
         self._lock = threading.Lock()
-        self.contexts = self.in_flight = 1
-        self.profiles = ()
         engine = self._deserialize(trt)
         self._shapes = self._read_tensors(trt, engine)
         sizes = {

@@ -23,7 +23,12 @@ from rtresnet.core.serialization import flattened, json_name
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.detect import is_detector
 from rtresnet.workflows.input_spec import InputConfig
-from rtresnet.workflows.loading import RuntimeConfig, input_of, load_artifact
+from rtresnet.workflows.loading import (
+    RuntimeConfig,
+    close_on_error,
+    input_of,
+    load_artifact,
+)
 
 if TYPE_CHECKING:
     from rtresnet.runtime.session import Session
@@ -170,11 +175,12 @@ def _load(
     has_input = session.sidecar is not None and session.sidecar.input_known
     if has_input or not stated.empty or artifacts.kind_of(session.path) == "checkpoint":
         return session
-    if on_noise and session.backend.layout == "nchw":
-        # Any mean and std are suitable for noise, because they result in usual values.
-        preprocess = Preprocess.for_size(session.size)
-        return session.restated(preprocess, preprocess.assumptions()[:1])
-    return session.restated(*input_of(session, stated))
+    with close_on_error(session):
+        if on_noise and session.backend.layout == "nchw":
+            # Any mean and std are suitable for noise, because they result in usual values.
+            preprocess = Preprocess.for_size(session.size)
+            return session.restated(preprocess, preprocess.assumptions()[:1])
+        return session.restated(*input_of(session, stated))
 
 
 def _batches(session: Session) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -98,12 +99,12 @@ def _parity(
     source = open_detection(f"shapes:{PARITY_IMAGES}", "test")
     total, own = parity.DetectionParity(), parity.DetectionParity()
     torch_run = evaluate.torch_run(net)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs: list[Any] = []
         for name, content in (("file.onnx", data), ("twin.onnx", twin)):
             trial = Path(folder) / name
             trial.write_bytes(content)
-            runs.append(OrtBackend(trial, provider="cpu"))
+            runs.append(stack.enter_context(contextlib.closing(OrtBackend(trial, provider="cpu"))))
         for index in range(len(source)):
             images, extent = detector_preprocess.to_canvas(source.read(index), spec, loaded.input)
             outputs: dict[str, np.ndarray] = runs[0].detect(images, extent)

@@ -11,14 +11,14 @@ import numpy as np
 
 from rtresnet.core import reporter
 from rtresnet.core.detector_preprocess import Detections
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.reporter import Reporter
 from rtresnet.core.serialization import flattened
-from rtresnet.runtime.session import RuntimeInfo
+from rtresnet.runtime.session import RuntimeInfo, Session
 from rtresnet.workflows.detect import require_detector
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
-from rtresnet.workflows.predict import image_files
+from rtresnet.workflows.predict import all_broken, image_files
 
 SHOWN = 0.5  # score from which a detection is listed and drawn
 
@@ -100,47 +100,53 @@ def detect(
 
     Raises:
         InputError: Not a detector.
-        DataError: No images.
+        DataError: No images, or none that can be decoded.
         ArtifactError: The file does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
     """
-    from rtresnet.data.decode import CorruptImage, decode
-    from rtresnet.detection.drawing import draw_boxes
+    from rtresnet.data.decode import decode
 
     files = image_files(images)
     folder = None if draw is None else Path(draw)
     if folder is not None:
         _require_other_folder(folder, files)
         folder.mkdir(parents=True, exist_ok=True)
-    results, skipped, names = [], [], set[str]()
+    results: list[DetectedImage] = []
+    skipped: list[str] = []
+    names: set[str] = set()
     with load_artifact(artifact, runtime, stated=stated) as session:
         require_detector(session)
         with reporter.progress("detecting", total=len(files)) as update:
             for done, file in enumerate(files, 1):
                 try:
                     pixels = decode(Path(file))
-                except CorruptImage as error:
+                except DataError as error:  # not an image, damaged, or not readable
                     skipped.append(str(error))
                     reporter.note(f"skipped {error}")
-                    continue
-                detections = session.detect(pixels)
-                rows = np.flatnonzero(detections.scores >= least_score)
-                objects = detected_objects(detections, session.classes, rows)
-                drawn = None
-                if folder is not None:
-                    drawn = folder / _free_name(Path(file), names)
-                    draw_boxes(pixels, [(o.box, o.label, o.score) for o in objects], drawn)
-                results.append(
-                    DetectedImage(
-                        image=os.fspath(file), objects=objects, drawn=drawn,
-                        unsettled=detections.unsettled,
-                    )
-                )  # fmt: skip
+                else:
+                    copy = None if folder is None else folder / _free_name(Path(file), names)
+                    results.append(_detected(session, file, pixels, copy, least_score))
                 update(completed=done)
+        if not results:
+            raise all_broken(files)
         return DetectResult(
             artifact=os.fspath(artifact), images=tuple(results), skipped=tuple(skipped),
             assumed=session.assumed, runtime=session.info,
         )  # fmt: skip
+
+
+def _detected(
+    session: Session, file: str, pixels: np.ndarray, copy: Path | None, least_score: float
+) -> DetectedImage:
+    """Detect objects in the image uint8 RGB [H, W, 3] of a file, and draw them on `copy`."""
+    from rtresnet.detection.drawing import draw_boxes
+
+    detections = session.detect(pixels)
+    rows = np.flatnonzero(detections.scores >= least_score)
+    objects = detected_objects(detections, session.classes, rows)
+    if copy is not None:
+        draw_boxes(pixels, [(o.box, o.label, o.score) for o in objects], copy)
+    return DetectedImage(image=file, objects=objects, drawn=copy, unsettled=detections.unsettled)
 
 
 def detected_objects(

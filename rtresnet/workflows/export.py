@@ -480,7 +480,8 @@ def _parity(net: Net, size: int, path: Path, data: bytes, reporter: Reporter) ->
         trial = Path(folder) / path.name
         trial.write_bytes(data)
         backend = OrtBackend(trial, provider="cpu", rewritten=CpuModel(model=str(trial)))
-        parity = verify.check_parity(
-            net, lambda images: logits(backend.infer(images), path), size=size
-        )
+        with contextlib.closing(backend):
+            parity = verify.check_parity(
+                net, lambda images: logits(backend.infer(images), path), size=size
+            )
     return {"parity": {**parity, "with": backend.provider}}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -206,11 +207,12 @@ def load_artifact(
     path = atomic_io.require_file(path, fix="create it with: rtresnet export")
     if artifacts.kind_of(path) == "checkpoint":
         session = _load_checkpoint(path, runtime, model)
-        detect.require_no_size(session, stated)
-        preprocess = stated.applied_to(session.preprocess)
-        return session.restated(
-            preprocess, restated(session.assumed, session.preprocess, preprocess)
-        )
+        with close_on_error(session):
+            detect.require_no_size(session, stated)
+            preprocess = stated.applied_to(session.preprocess)
+            return session.restated(
+                preprocess, restated(session.assumed, session.preprocess, preprocess)
+            )
     from rtresnet.runtime.session import load as session_load
 
     settings: dict[str, Any] = {
@@ -222,10 +224,21 @@ def load_artifact(
         "tf32": runtime.tf32,
     }
     session = session_load(path, **(settings | options))
-    detect.require_no_size(session, stated)
-    if not input_needed and stated.empty:
-        return session
-    return session.restated(*input_of(session, stated))
+    with close_on_error(session):
+        detect.require_no_size(session, stated)
+        if not input_needed and stated.empty:
+            return session
+        return session.restated(*input_of(session, stated))
+
+
+@contextlib.contextmanager
+def close_on_error(session: Session) -> Iterator[None]:
+    """Close a session if the block raises: its caller does not receive it."""
+    try:
+        yield
+    except BaseException:
+        session.close()
+        raise
 
 
 def input_of(session: Session, stated: InputConfig) -> tuple[Preprocess, tuple[str, ...]]:

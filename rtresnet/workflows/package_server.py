@@ -12,6 +12,7 @@ import re
 import secrets
 import shlex
 import shutil
+import string
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,66 @@ EXTRAS = {"cpu": "cpu", "gpu": "gpu", "tensorrt_rtx": "rtx", "tensorrt": "trt"}
 DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
 USER = 10001
 GRACE_SECONDS = 30  # default --grace of `rtresnet serve`
+MANIFEST = string.Template("""\
+# kubectl apply -f FILE. Needs KServe, KEDA, Prometheus and the image $name.
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: $resource
+  annotations:
+    serving.kserve.io/deploymentMode: RawDeployment  # also called Standard since KServe 0.16
+    serving.kserve.io/autoscalerClass: keda
+spec:
+  predictor:
+    annotations:
+      prometheus.io/scrape: "true"
+      prometheus.io/port: "8000"
+      prometheus.io/path: /metrics
+    minReplicas: $min_replicas
+    maxReplicas: $max_replicas
+    autoScaling:
+      metrics:
+        - type: External
+          external:
+            metric:
+              backend: prometheus
+              serverAddress: $prometheus
+              # mean milliseconds in the queue, times replicas
+              query: $query
+            target:
+              type: Value
+              value: "$target"
+    terminationGracePeriodSeconds: $termination
+    containers:
+      - name: kserve-container
+        image: $image
+        args: $arguments
+        ports:
+          - {name: http, containerPort: 8000, protocol: TCP}
+          - {name: grpc, containerPort: 8001, protocol: TCP}
+        startupProbe:
+          httpGet: {path: /v2/health/ready, port: 8000}
+          periodSeconds: 2
+          failureThreshold: 150
+        readinessProbe:
+          httpGet: {path: /v2/health/ready, port: 8000}
+          periodSeconds: 2
+          failureThreshold: 1
+        livenessProbe:
+          httpGet: {path: /v2/health/live, port: 8000}
+          periodSeconds: 10
+          timeoutSeconds: 5
+        resources:
+          requests:
+            cpu: "$cpus"$gpu
+          limits:
+            cpu: "$cpus"$gpu
+        securityContext:
+          runAsNonRoot: true
+          runAsUser: $user
+          allowPrivilegeEscalation: false
+          capabilities: {drop: [ALL]}
+""")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +196,12 @@ def package_server(
             f"{path}: the server needs its preprocessing, which is unknown",
             fix=f"rtresnet adopt {path}",
         )
+    if kserve is not None and config.max_wait_ms >= image.queue_target_ms:
+        raise InputError(
+            f"--queue-target {image.queue_target_ms:g}ms: requests wait up to "
+            f"{config.max_wait_ms:g} ms for their batch, so the target is always exceeded",
+            fix="raise --queue-target, or lower --max-wait",
+        )
     server = _server(path, sidecar, config, image)
     notes = _notes(server, sidecar, image, kserve is not None)
     docker = None if docker is None else Path(docker)
@@ -182,12 +249,6 @@ def _server(path: Path, sidecar: Sidecar, config: PackageConfig, image: ImageCon
     largest = max((profile.max for profile in plan.profiles), default=LARGEST) if plan else LARGEST
     if plan and (config.max_batch or 0) > largest:
         raise InputError(f"--max-batch {config.max_batch}: the plan accepts at most {largest}")
-    if config.max_wait_ms >= image.queue_target_ms:
-        raise InputError(
-            f"--queue-target {image.queue_target_ms:g}ms: requests wait up to "
-            f"{config.max_wait_ms:g} ms for their batch, so the target is always exceeded",
-            fix="raise --queue-target, or lower --max-wait",
-        )
     arguments = ["--max-batch", str(config.max_batch or largest)]
     arguments += ["--max-wait", f"{config.max_wait_ms:g}ms"]
     if plan is not None:
@@ -281,72 +342,21 @@ def manifest(server: _Server, image: ImageConfig) -> str:
         f"1000 * sum(rate({total}[1m])) / clamp_min(sum(rate({count}[1m])), 0.001) * count({count})"
     )
     threads = () if server.on_gpu else ("--threads", str(image.cpus))
-    arguments = [*server.arguments, *threads, "--grace", str(GRACE_SECONDS)]
-    gpu = ["            nvidia.com/gpu: 1"] if server.on_gpu else []
-    return "\n".join([
-        f"# kubectl apply -f FILE. Needs KServe, KEDA, Prometheus and the image {server.image}.",
-        "apiVersion: serving.kserve.io/v1beta1",
-        "kind: InferenceService",
-        "metadata:",
-        f"  name: {resource}",
-        "  annotations:",
-        "    serving.kserve.io/deploymentMode: RawDeployment  # also called Standard since KServe "
-        "0.16",
-        "    serving.kserve.io/autoscalerClass: keda",
-        "spec:",
-        "  predictor:",
-        "    annotations:",
-        '      prometheus.io/scrape: "true"',
-        '      prometheus.io/port: "8000"',
-        "      prometheus.io/path: /metrics",
-        f"    minReplicas: {image.min_replicas}",
-        f"    maxReplicas: {image.max_replicas}",
-        "    autoScaling:",
-        "      metrics:",
-        "        - type: External",
-        "          external:",
-        "            metric:",
-        "              backend: prometheus",
-        f"              serverAddress: {json.dumps(image.prometheus)}",
-        "              # mean milliseconds in the queue, times replicas",
-        f"              query: {json.dumps(query)}",
-        "            target:",
-        "              type: Value",
-        f'              value: "{image.queue_target_ms:g}"',
-        f"    terminationGracePeriodSeconds: {GRACE_SECONDS + 15}",
-        "    containers:",
-        "      - name: kserve-container",
-        f"        image: {json.dumps(server.image)}",
-        f"        args: {json.dumps(arguments)}",
-        "        ports:",
-        "          - {name: http, containerPort: 8000, protocol: TCP}",
-        "          - {name: grpc, containerPort: 8001, protocol: TCP}",
-        "        startupProbe:",
-        "          httpGet: {path: /v2/health/ready, port: 8000}",
-        "          periodSeconds: 2",
-        "          failureThreshold: 150",
-        "        readinessProbe:",
-        "          httpGet: {path: /v2/health/ready, port: 8000}",
-        "          periodSeconds: 2",
-        "          failureThreshold: 1",
-        "        livenessProbe:",
-        "          httpGet: {path: /v2/health/live, port: 8000}",
-        "          periodSeconds: 10",
-        "          timeoutSeconds: 5",
-        "        resources:",
-        "          requests:",
-        f'            cpu: "{image.cpus}"',
-        *gpu,
-        "          limits:",
-        f'            cpu: "{image.cpus}"',
-        *gpu,
-        "        securityContext:",
-        "          runAsNonRoot: true",
-        f"          runAsUser: {USER}",
-        "          allowPrivilegeEscalation: false",
-        "          capabilities: {drop: [ALL]}",
-        "",
-    ])  # fmt: skip
+    return MANIFEST.substitute(
+        name=server.image,
+        resource=resource,
+        min_replicas=image.min_replicas,
+        max_replicas=image.max_replicas,
+        prometheus=json.dumps(image.prometheus),
+        query=json.dumps(query),
+        target=f"{image.queue_target_ms:g}",
+        termination=GRACE_SECONDS + 15,
+        image=json.dumps(server.image),
+        arguments=json.dumps([*server.arguments, *threads, "--grace", str(GRACE_SECONDS)]),
+        cpus=image.cpus,
+        gpu="\n            nvidia.com/gpu: 1" if server.on_gpu else "",
+        user=USER,
+    )
 
 
 def _write_folder(folder: Path, path: Path, sidecar: Sidecar, server: _Server) -> None:

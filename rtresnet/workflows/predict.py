@@ -174,7 +174,7 @@ def predict(
                     reporter.note(f"skipped {prediction.error}")
         info = predictor.info
     if not predictions:
-        raise _all_broken(names)
+        raise all_broken(names)
     return PredictResult(
         artifact=str(artifact),
         images=tuple(predictions),
@@ -245,7 +245,7 @@ def predict_table(
         _fill(journal, predictor, names, reporter)
         if journal.broken == len(names):
             journal.discard()
-            raise _all_broken(names)
+            raise all_broken(names)
         journal.finish(excel_safe=table.excel_safe)
     seconds = time.perf_counter() - begin
     return PredictTableResult(
@@ -277,7 +277,8 @@ def _predictor(
     return RayPredictor(artifact, config, actors=table.actors, runtime=runtime, stated=stated)
 
 
-def _all_broken(names: Sequence[str]) -> DataError:
+def all_broken(names: Sequence[str]) -> DataError:
+    """Return the error for images none of which can be decoded."""
     if len(names) == 1:
         return DataError(f"{names[0]}: cannot be decoded")
     return DataError(f"none of the {len(names):,} images could be decoded")

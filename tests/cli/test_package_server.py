@@ -164,7 +164,7 @@ def test_kserve_arguments_are_options_of_serve(plan: Path, engines: Path, tmp_pa
         ("--docker b --name a/b", "--name"),
         ("--kserve b.yaml --name 1", "begins with a letter"),
         ("--docker b --instances 2", "--max-replicas"),
-        ("--docker b --max-wait 20ms", "--queue-target"),
+        ("--kserve b.yaml --max-wait 20ms", "--queue-target"),
         ("--kserve b.yaml --min-replicas 9", "--max-replicas"),
         ("--kserve b.onnx", "the suffix of a model"),
     ],
@@ -177,6 +177,14 @@ def test_wrong_options_are_refused_and_nothing_is_written(
     assert main(["package", str(engines / "resnet8.onnx"), *shlex.split(options)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_docker_takes_a_wait_above_the_queue_target_of_kserve(
+    engines: Path, tmp_path: Path
+) -> None:
+    source, folder = str(engines / "resnet8.onnx"), tmp_path / "image"
+    assert main(["package", source, "--docker", str(folder), "--max-wait", "20ms"]) == 0
+    assert "20ms" in instruction(folder / "Dockerfile", "CMD")
 
 
 def test_file_without_a_sidecar_is_refused(

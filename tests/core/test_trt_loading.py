@@ -74,7 +74,7 @@ def test_builder_and_backend_without_a_library_are_a_lack_of_the_environment(
 ) -> None:
     package("tensorrt", f"raise ImportError({MISSING!r})")
     package("tensorrt_rtx", f"raise ImportError({MISSING!r})")
-    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", lambda: None)
+    monkeypatch.setattr("rtresnet.runtime.trt_plan.open_cuda", lambda: None)
     for call in (
         lambda: targets.builder("tensorrt"),
         lambda: targets.builder("rtx"),

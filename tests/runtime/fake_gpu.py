@@ -25,7 +25,7 @@ import numpy as np
 from rtresnet.core import hardware
 from rtresnet.core.errors import UnavailableError
 from rtresnet.core.hardware import Gpu
-from rtresnet.runtime import trt as module
+from rtresnet.runtime import trt_plan as module
 from rtresnet.runtime.trt import TrtBackend
 
 CLASSES, TOP = 5, 2

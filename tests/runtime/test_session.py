@@ -141,7 +141,7 @@ def test_a_file_that_does_not_match_is_refused_before_anything_is_loaded(
 def test_a_plan_that_does_not_match_is_refused_before_anything_is_loaded(
     plan: Path, with_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    monkeypatch.setattr("rtresnet.runtime.trt_plan.open_cuda", untouched)
     plan.write_bytes(b"quite another plan")
     with pytest.raises(ArtifactError, match="does not match its sidecar"):
         load(plan)
@@ -244,7 +244,7 @@ def test_a_plan_of_another_version_names_the_rebuild_command(
     trt = pytest.importorskip("tensorrt_rtx")
     result = (Gpu(name="Test GPU", capability=(8, 9), memory=1),) if gpu else ()
     monkeypatch.setattr(hardware, "gpus", lambda: result)
-    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    monkeypatch.setattr("rtresnet.runtime.trt_plan.open_cuda", untouched)
     rewrite(plan, version="1.2.3.4")
     with pytest.raises(ArtifactError, match=r"built by tensorrt_rtx 1\.2\.3\.4") as caught:
         load(plan)
@@ -258,7 +258,7 @@ def test_a_plan_for_another_gpu_names_both(
 ) -> None:
     gpu = Gpu(name="Test GPU", capability=(12, 0), memory=1)
     monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
-    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    monkeypatch.setattr("rtresnet.runtime.trt_plan.open_cuda", untouched)
     with pytest.raises(ArtifactError, match=r"sm_86, sm_89.*Test GPU.*sm_120") as caught:
         load(plan)
     assert caught.value.fix is not None
@@ -270,7 +270,7 @@ def test_load_rtx_plan_on_an_h100_says_builder_tensorrt(
 ) -> None:
     gpu = Gpu(name="NVIDIA H100 80GB HBM3", capability=(9, 0), memory=1)
     monkeypatch.setattr(hardware, "gpus", lambda: (gpu,))
-    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    monkeypatch.setattr("rtresnet.runtime.trt_plan.open_cuda", untouched)
     with pytest.raises(ArtifactError, match="H100") as caught:
         load(plan)
     assert caught.value.fix is not None
@@ -281,7 +281,7 @@ def test_load_tensorrt_plan_of_another_gpu_is_refused_before_tensorrt_is_importe
     plan: Path, with_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rtresnet.core.trt_loading.load_tensorrt", untouched)
-    monkeypatch.setattr("rtresnet.runtime.trt.open_cuda", untouched)
+    monkeypatch.setattr("rtresnet.runtime.trt_plan.open_cuda", untouched)
     rewrite(plan, builder="tensorrt", targets=("sm_90",))
     with pytest.raises(ArtifactError, match=r"built for sm_90.*sm_89"):
         load(plan)

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError
 from rtresnet.core.sidecar import Plan, Profile
 from rtresnet.runtime.contexts import cache_path
 from rtresnet.runtime.cuda import Cuda
-from rtresnet.runtime.trt import ErrorLog, TrtBackend, logger
+from rtresnet.runtime.trt import TrtBackend
+from rtresnet.runtime.trt_plan import ErrorLog, logger
 
 LONG = 30  # seconds after which a test has failed
 
@@ -629,3 +631,30 @@ def test_benchmark_overlap_is_the_share_of_overlapped_copies(script: Any) -> Non
     two = {"h2d": (3.0, 5.0), "compute": (6.0, 9.0), "d2h": (9.0, 10.0)}
     assert script.overlap([one, two]) == {"copy_ms": 6.0, "overlapped": 0.5}
     assert script.overlap([one])["overlapped"] == 0
+
+
+def test_timings_during_close_read_no_destroyed_event(bench: Bench) -> None:
+    backend = bench.load(timings=True)
+    backend.infer(images(2))
+    assert backend.timings()
+    stream = backend._free.get()  # a call that is running
+    closing = threading.Thread(target=backend.close)
+    closing.start()
+    while not backend._closing.locked():
+        time.sleep(0.001)
+    results: list[object] = []
+
+    def read() -> None:
+        try:
+            results.append(backend.timings())
+        except Exception as error:
+            results.append(error)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    reading.join(0.1)  # it waits for the lock that close has
+    backend._free.put(stream)
+    for thread in (closing, reading):
+        thread.join(LONG)
+    assert results == [{}]
+    assert backend.timings() == {}

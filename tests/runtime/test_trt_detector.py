@@ -225,3 +225,13 @@ def test_kernels_are_kept_after_a_call(bench: Bench) -> None:
     with rtresnet.load(bench.path) as loaded:
         loaded.detect(image())
     assert cache.read_bytes().startswith(b"kernels")
+
+
+def test_batcher_of_a_detectors_session_fails_its_calls_only(bench: Bench) -> None:
+    with rtresnet.load(bench.path) as loaded:
+        with rtresnet.Batcher(loaded, max_batch=1) as batcher:
+            error = batcher.submit(inputs()[0][0]).exception(30)
+        assert isinstance(error, InputError) and "detector" in str(error)
+        assert loaded.backend.timings() == {}
+        for name in ("pinned", "pipeline", "timeline", "watch"):
+            assert not hasattr(loaded.backend, name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import rtresnet
 from rtresnet.builder import targets
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts
+from rtresnet.core.reporter import LogReporter
 from rtresnet.detection.data import open_detection
 from rtresnet.workflows.detect import is_detector
 
@@ -95,6 +97,34 @@ def test_detect_draws_boxes(
         assert (changed > 60) == bool(entry.objects)
     with pytest.raises(rtresnet.InputError):
         rtresnet.detect(images, run.checkpoint, draw=images)
+
+
+class Progress(LogReporter):
+    """Keeps the numbers of completed files."""
+
+    def __init__(self) -> None:
+        self.completed: list[float | None] = []
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: float | None = None) -> Iterator[Any]:
+        yield lambda completed=None, **_: self.completed.append(completed)
+
+
+def test_detect_skips_images_that_cannot_be_decoded_or_read(
+    run: rtresnet.TrainDetectorResult, images: Path, tmp_path: Path
+) -> None:
+    good = sorted(images.iterdir())[0]
+    damaged, unreadable = tmp_path / "damaged.png", Path("/proc/self/mem")  # an I/O error
+    damaged.write_bytes(b"no image")
+    reporter = Progress()
+    files = [damaged, unreadable, good]
+    result = rtresnet.detect(files, run.checkpoint, reporter=reporter)
+    assert [entry.image for entry in result.images] == [str(good)]
+    assert len(result.skipped) == 2
+    assert str(damaged) in result.skipped[0] and str(unreadable) in result.skipped[1]
+    assert reporter.completed == [1, 2, 3]
+    with pytest.raises(rtresnet.DataError):
+        rtresnet.detect([damaged, unreadable], run.checkpoint)
 
 
 def test_commands_of_a_detector(
