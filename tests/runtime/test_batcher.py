@@ -412,7 +412,7 @@ def test_submit_wrong_image_for_the_session_is_refused(onnx_file: Callable[..., 
         one = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
         with Batcher(session, max_batch=4, max_wait_ms=1) as batcher:
             for wrong in (one[:2], one.astype(np.float64), one[None], (one * 255).astype(np.uint8)):
-                with pytest.raises(InputError, match=r"the session needs float32 \[3, 32, 32\]"):
+                with pytest.raises(InputError, match=r"the session expects float32 \[3, 32, 32\]"):
                     batcher.submit(wrong)
             row = batcher.submit(one).result(LONG)
         np.testing.assert_allclose(row, session(one[None])[0], rtol=1e-5, atol=1e-5)
