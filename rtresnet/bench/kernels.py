@@ -30,7 +30,7 @@ INTEGERS = (6, 7)  # ONNX's INT32 and INT64
 UNKNOWN = "unknown"  # data type of a product, which may run at the device's fastest rate
 # Names and bits of a value by ONNX data type, a value of TensorProto.DataType.
 DTYPES = {spec.onnx: spec.name for spec in PRECISIONS.values()} | {2: "int8", 11: "fp32"}
-BITS = {spec.onnx: 8 * spec.bytes for spec in PRECISIONS.values()} | {
+BITS = {spec.onnx: spec.bits for spec in PRECISIONS.values()} | {
     2: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 11: 64, 12: 32, 13: 64,  # integers, BOOL, DOUBLE
     18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4,  # other formats of FP8, UINT4, INT4, FP4 (E2M1)
 }  # fmt: skip
@@ -107,7 +107,7 @@ def at(kernels: list[Kernel], precision: str) -> list[Kernel]:
 
     def converted(kernel: Kernel, size: int) -> int:
         stored = PRECISIONS.get(kernel.dtype, PRECISIONS["fp32"])
-        return size * PRECISIONS[precision].bytes // stored.bytes
+        return size * PRECISIONS[precision].bits // stored.bits
 
     return [
         replace(

@@ -40,7 +40,7 @@ UNKNOWN = "unknown"
 QUANTIZED = tuple(spec.tensorrt for spec in PRECISIONS.values() if spec.calibrated)
 # The first of several types counts, so that an unknown type is not attested.
 WIDEST_FIRST = (UNKNOWN, "Float", "BFloat16", "Half")
-BYTES = {spec.tensorrt: float(spec.bytes) for spec in PRECISIONS.values()} | {
+BYTES = {spec.tensorrt: spec.bits / 8 for spec in PRECISIONS.values()} | {
     "UInt8": 1.0, "Bool": 1.0, "Int32": 4.0, "Int64": 8.0, "Int4": 0.5, "FP4": 0.5
 }  # fmt: skip
 MOVES = {"Cast": "convert", "Tran": "transpose", "Conc": "pad", "Slic": "slice", "Move": "copy"}

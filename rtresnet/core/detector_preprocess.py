@@ -13,7 +13,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.core.preprocess import Preprocess, resize
 from rtresnet.core.sidecar import Detection
 
-STRIDE = 16
+STRIDE = 16  # pixels between positions of the map that the regions are cut from
 
 INPUTS = ("images", "extent")
 OUTPUTS = ("boxes", "scores", "labels", "unsettled")

@@ -25,7 +25,7 @@ class PrecisionSpec:
         title: Name for help texts.
         onnx: ONNX data type of the weights, a value of TensorProto.DataType.
         tensorrt: TensorRT's name of the data type in lists of layers.
-        bytes: Bytes of a value.
+        bits: Bits of a value.
         opset: ONNX opset that a file needs at least.
         calibrated: Whether values need scales.
         targets: Compute capabilities that have it; None: all.
@@ -35,7 +35,7 @@ class PrecisionSpec:
     title: str
     onnx: int
     tensorrt: str
-    bytes: int
+    bits: int
     opset: int
     calibrated: bool = False
     targets: tuple[str, ...] | None = None
@@ -49,17 +49,17 @@ _ADA_ON = _AMPERE_ON[3:]
 PRECISIONS: dict[str, PrecisionSpec] = {
     spec.name: spec
     for spec in (
-        PrecisionSpec(name="fp32", title="FP32", onnx=1, tensorrt="Float", bytes=4, opset=1),
-        PrecisionSpec(name="fp16", title="FP16", onnx=10, tensorrt="Half", bytes=2, opset=1),
+        PrecisionSpec(name="fp32", title="FP32", onnx=1, tensorrt="Float", bits=32, opset=1),
+        PrecisionSpec(name="fp16", title="FP16", onnx=10, tensorrt="Half", bits=16, opset=1),
         PrecisionSpec(
-            name="bf16", title="BF16", onnx=16, tensorrt="BFloat16", bytes=2, opset=22,
+            name="bf16", title="BF16", onnx=16, tensorrt="BFloat16", bits=16, opset=22,
             targets=_AMPERE_ON,
         ),
         PrecisionSpec(
-            name="int8", title="INT8", onnx=3, tensorrt="Int8", bytes=1, opset=13, calibrated=True
+            name="int8", title="INT8", onnx=3, tensorrt="Int8", bits=8, opset=13, calibrated=True
         ),
         PrecisionSpec(
-            name="fp8", title="FP8 (E4M3)", onnx=17, tensorrt="FP8", bytes=1, opset=21,
+            name="fp8", title="FP8 (E4M3)", onnx=17, tensorrt="FP8", bits=8, opset=21,
             calibrated=True, targets=_ADA_ON,
         ),
     )

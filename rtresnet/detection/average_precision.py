@@ -181,14 +181,13 @@ def _match(
 
 
 def errors(
-    targets: Targets, detections: Detections, threshold: float = 0.5, least: float = 0.5
+    targets: Targets, detections: Detections, least: float = 0.5
 ) -> tuple[list[int], list[int]]:
-    """Return the errors in one image: missed objects and wrong detections.
+    """Return the errors in one image at IoU 0.5: missed objects and wrong detections.
 
     Args:
         targets: Its objects.
         detections: Its detections.
-        threshold: IoU from which a detection of the same class is right.
         least: Score from which a detection counts.
 
     Returns:
@@ -198,7 +197,7 @@ def errors(
     free = np.ones(len(targets.labels), bool)
     wrong = []
     for row in np.flatnonzero(detections.scores >= least):
-        same = (targets.labels == detections.labels[row]) & (shared[row] >= threshold)
+        same = (targets.labels == detections.labels[row]) & (shared[row] >= 0.5)
         usable = np.flatnonzero(same & (free | targets.ignored))
         if len(usable):
             free[usable[int(shared[row][usable].argmax())]] = False
@@ -213,9 +212,12 @@ def envelope(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
 
 
 def voc_curve(
-    targets: Sequence[Targets], detections: Sequence[Detections], label: int, threshold: float = 0.5
+    targets: Sequence[Targets], detections: Sequence[Detections], label: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return recall and precision after each detection of a class, and its number of objects."""
+    """Return recall and precision at IoU 0.5 after each detection of a class, and its objects.
+
+    The detections are in the order of their scores; the last value is the number of objects.
+    """
     scores: list[np.ndarray] = []
     verdicts: list[np.ndarray] = []  # 1 right, 0 wrong, -1 of a difficult object
     objects = 0
@@ -230,7 +232,7 @@ def voc_curve(
         verdict = np.zeros(len(chosen), int)
         for d in range(len(chosen) if own.any() else 0):
             best = int(shared[d].argmax())
-            if shared[d, best] >= threshold:
+            if shared[d, best] >= 0.5:
                 verdict[d] = -1 if ignored[best] else not matched[best]
                 matched[best] = True
         scores.append(detected.scores[chosen])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -39,7 +39,6 @@ def detect_all(
     source: DetectionSource,
     spec: Detection,
     preprocess: Preprocess,
-    indices: Iterable[int] | None = None,
 ) -> Iterator[Detections]:
     """Return the detections of each image, in the image's own coordinates.
 
@@ -48,7 +47,6 @@ def detect_all(
         source: The images.
         spec: Their sizes on the canvas.
         preprocess: Mean and std.
-        indices: Which images; all by default.
     """
 
     def prepare(index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
@@ -57,8 +55,7 @@ def detect_all(
             image, spec, preprocess
         )
 
-    chosen = range(len(source)) if indices is None else indices
-    for _, (size, images, extent) in prefetch_map(prepare, chosen):
+    for _, (size, images, extent) in prefetch_map(prepare, range(len(source))):
         yield detector_preprocess.from_outputs(run(images, extent), *size, extent)
 
 

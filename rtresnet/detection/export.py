@@ -26,9 +26,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
-from rtresnet.core.detector_preprocess import INPUTS, OUTPUTS
+from rtresnet.core.detector_preprocess import INPUTS, OUTPUTS, STRIDE
 from rtresnet.detection import boxes
-from rtresnet.detection.net import SAMPLES, STRIDE, Align, Detector, Proposals, Select
+from rtresnet.detection.net import SAMPLES, Align, Detector, Proposals, Select
 from rtresnet.exporter.fold import fold
 from rtresnet.exporter.writer import OPSET, NodeWriter
 from rtresnet.onnxlib import metadata

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rtresnet.core.detector_preprocess import STRIDE
 from rtresnet.core.errors import InputError
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection import boxes
@@ -26,7 +27,6 @@ from rtresnet.models.resnet import BLOCKS, BasicBlock, Bottleneck, ResNet
 from rtresnet.models.vgg import VGG
 from rtresnet.models.zoo import VGG_HIDDEN
 
-STRIDE = 16
 SAMPLES = 2  # of RoIAlign, along each axis of a bin
 HIDDEN = 512  # channels of the region proposal network's convolution
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rtresnet.core.detector_preprocess import STRIDE
 from rtresnet.core.errors import CheckFailedError, DataError
 from rtresnet.core.preprocess import Preprocess, resize
 from rtresnet.core.sidecar import Weights
 from rtresnet.detection import checkpoint, net
 from rtresnet.detection.data import DetectionSource
-from rtresnet.detection.net import STRIDE
 from rtresnet.detection.training import DetectionJob
 from rtresnet.models import checkpoint as files
 from rtresnet.models.checkpoint import Checkpoint

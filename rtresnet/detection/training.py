@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rtresnet.core import atomic_io, detector_preprocess, hardware
+from rtresnet.core.detector_preprocess import STRIDE
 from rtresnet.core.errors import CheckFailedError, DataError, InputError
 from rtresnet.core.interrupts import Stop, defer_signals
 from rtresnet.core.preprocess import Preprocess
@@ -33,17 +34,16 @@ from rtresnet.detection import boxes, checkpoint, evaluate, losses, net
 from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.detection.data import DetectionSource
 from rtresnet.detection.losses import Truth
-from rtresnet.detection.net import STRIDE
 from rtresnet.detection.recipe import DetectionRecipe
 from rtresnet.models import checkpoint as files
 from rtresnet.models import zoo
 from rtresnet.models.checkpoint import Checkpoint
 from rtresnet.training.checkpointing import check_folder, drop_stale_sidecar, state_of
+from rtresnet.training.config import SAVE_SECONDS
 from rtresnet.training.loop import Progress
 
 ORDER, MIRROR, SAMPLE = range(3)  # purposes of random generators: no two share a stream
 LOSSES = ("rpn_class", "rpn_box", "head_class", "head_box")
-SAVE_SECONDS = 300.0
 Listener = Callable[[Progress], None]
 
 

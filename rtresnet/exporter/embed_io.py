@@ -30,6 +30,7 @@ from rtresnet.core.preprocess import Preprocess, resize
 from rtresnet.core.sidecar import EmbeddingParity
 from rtresnet.onnxlib.graph import GraphIndex, checked, copied
 
+IMAGES = 4  # of `check`
 OLDEST = 13  # Softmax along one axis
 NORMALIZED, LOGITS = "normalized", "logits"
 INDICES, PROBABILITIES = "indices", "probabilities"
@@ -146,10 +147,8 @@ def check(
     *,
     pixels: bool,
     topk: int | None,
-    n: int = 4,
-    seed: int = 0,
 ) -> EmbeddingParity:
-    """Run both files on the same images, smooth and noisy ones.
+    """Run both files on the same images, smooth and noisy ones: one, then a batch of the others.
 
     Args:
         plain: The unchanged file: normalized images to logits.
@@ -157,8 +156,6 @@ def check(
         preprocess: Preprocessing of the unchanged file.
         pixels: Whether `changed` takes uint8 images.
         topk: Number of classes that it returns; None for logits.
-        n: Number of images, run as a batch of one and a batch of the others.
-        seed: Random seed of the images.
 
     Returns:
         n and the relative difference of logits or probabilities, for the sidecar.
@@ -166,7 +163,7 @@ def check(
     Raises:
         CheckFailedError: They differ by more than 1e-5 relative, or in the classes.
     """
-    images = _images(n, preprocess.size, seed)
+    images = _images(preprocess.size)
     normalized = preprocess.normalize(images)
     inputs = images if pixels else normalized
     expected = np.concatenate([plain(normalized[:1]), plain(normalized[1:])])
@@ -188,13 +185,15 @@ def check(
             "original",
             fix="please report it with the file",
         )
-    return {"n": n, "relative": error}
+    return {"n": IMAGES, "relative": error}
 
 
-def _images(n: int, size: int, seed: int) -> np.ndarray:
-    """Make uint8 [n, size, size, 3]: every second image is smooth, the others are noise."""
-    rng = np.random.default_rng(seed)
+def _images(size: int) -> np.ndarray:
+    """Make uint8 [IMAGES, size, size, 3]: every second image is smooth, the others are noise."""
+    rng = np.random.default_rng(0)
     small = min(8, size)
-    smooth = [rng.integers(0, 256, (small, small, 3), dtype=np.uint8) for _ in range(n)]
-    noisy = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-    return np.stack([resize(smooth[i], size, size) if i % 2 == 0 else noisy[i] for i in range(n)])
+    smooth = [rng.integers(0, 256, (small, small, 3), dtype=np.uint8) for _ in range(IMAGES)]
+    noisy = rng.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+    return np.stack(
+        [resize(smooth[i], size, size) if i % 2 == 0 else noisy[i] for i in range(IMAGES)]
+    )

@@ -40,9 +40,7 @@ def check_folded(model: onnx.ModelProto) -> None:
             )
 
 
-def check_parity(
-    net: nn.Module, candidate: metrics.Forward, *, size: int, n: int = 3, seed: int = 0
-) -> Parity:
+def check_parity(net: nn.Module, candidate: metrics.Forward, *, size: int, n: int = 3) -> Parity:
     """Run the net in float64 and float32 and the candidate on the same random images.
 
     Args:
@@ -51,7 +49,6 @@ def check_parity(
         size: Side of the input in pixels.
         n: Number of images, run as a batch of one and a batch of the others: this detects a batch
             size that is fixed in the file.
-        seed: Random seed of the images.
 
     Returns:
         n, the largest and the relative difference from the float32 net, and the relative difference
@@ -61,7 +58,7 @@ def check_parity(
         CheckFailedError: The difference is above 1e-5 relative and ten times the rounding, or
             a logit is not finite.
     """
-    images = np.random.default_rng(seed).standard_normal((n, 3, size, size)).astype(np.float32)
+    images = np.random.default_rng(0).standard_normal((n, 3, size, size)).astype(np.float32)
     with torch.inference_mode():
         single = net.eval()(torch.from_numpy(images)).numpy()
         double = copy.deepcopy(net).double()(torch.from_numpy(images).double()).numpy()

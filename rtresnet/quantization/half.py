@@ -54,12 +54,11 @@ def to_half(model: onnx.ModelProto, precision: HalfName = "fp16") -> onnx.ModelP
             continue
         values = index.constant(name)
         assert values is not None
-        largest = np.abs(values).max(initial=0)
-        if precision == "fp16" and largest > LARGEST:
-            raise ArtifactError(
-                f"{name} reaches {largest:.3g}, but the largest FP16 value is {LARGEST:.0f}",
+        if precision == "fp16":
+            require_fp16(
+                name, values,
                 fix="use BF16, which has the range of FP32 (--bf16), or keep it in FP32 (--fp32)",
-            )
+            )  # fmt: skip
         index.set_constant(name, values.astype(dtype))
     source, result = graph.input[0].name, graph.output[0].name
     renamed = {name: f"{name}_half" for name in (source, result)}
@@ -70,6 +69,15 @@ def to_half(model: onnx.ModelProto, precision: HalfName = "fp16") -> onnx.ModelP
     last = _cast(renamed[result], result, f"{result}_float", TensorProto.FLOAT)
     replace_nodes(graph, [first, *_with_casts(graph.node), last])
     return checked(half)
+
+
+def require_fp16(name: str, values: np.ndarray, *, fix: str) -> None:
+    """Raise ArtifactError with `fix` if values of a tensor are outside FP16's range."""
+    largest = np.abs(values).max(initial=0)
+    if largest > LARGEST:
+        raise ArtifactError(
+            f"{name} reaches {largest:.3g}, but the largest FP16 value is {LARGEST:.0f}", fix=fix
+        )
 
 
 def _cast(source: str, result: str, name: str, to: int) -> onnx.NodeProto:

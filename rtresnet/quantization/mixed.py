@@ -15,10 +15,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rtresnet.core.errors import ArtifactError
+from rtresnet.quantization.half import require_fp16
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
-LARGEST = float(np.finfo(np.float16).max)
 
 
 def to_half_except(model: onnx.ModelProto, float_nodes: Collection[str]) -> onnx.ModelProto:
@@ -101,12 +100,7 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
 
 def _half_constant(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> str:
     values = numpy_helper.to_array(tensor)
-    largest = float(np.abs(values).max(initial=0))
-    if largest > LARGEST:
-        raise ArtifactError(
-            f"{tensor.name} reaches {largest:.3g}, beyond FP16's {LARGEST:.0f}",
-            fix="keep this net in FP32: --fp32",
-        )
+    require_fp16(tensor.name, values, fix="keep this net in FP32: --fp32")
     name = f"{tensor.name}.half"
     graph.initializer.append(numpy_helper.from_array(values.astype(np.float16), name))
     return name

@@ -31,7 +31,7 @@ MARGIN = 1.03
 """Bounds with a smaller ratio than this count as equal."""
 MANY_BYTES = 1.1
 """From this ratio on, a narrow type moves too many bytes."""
-WIDE = sorted(FLOAT, key=lambda name: PRECISIONS[name].bytes)
+WIDE = sorted(FLOAT, key=lambda name: PRECISIONS[name].bits)
 REPRESENTATIVE = {
     "sm_75": "T4", "sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090",
     "sm_90": "H100 SXM", "sm_120": "RTX 5090",

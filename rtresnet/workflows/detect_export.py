@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from rtresnet.detection.parity import DetectionParity
     from rtresnet.models.checkpoint import Checkpoint
 
-STRIDE = 16
 PARITY_IMAGES = 3
 SCORE, BOX, UNMATCHED = 1e-3, 0.1, 0.02  # largest differences: scores, pixels, share without match
 
 
 def default_canvas(spec: Detection) -> tuple[int, int]:
     """Return height and width for a landscape image: 608 x 1008 for 600 and 1000 pixels."""
-    height, width = (-(-round(side) // STRIDE) * STRIDE for side in (spec.shorter, spec.longer))
+    stride = detector_preprocess.STRIDE
+    height, width = (-(-round(side) // stride) * stride for side in (spec.shorter, spec.longer))
     return height, width
 
 

@@ -16,6 +16,7 @@ from rtresnet.core.reporter import Reporter, Update, plural
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.detection.recipe import DetectionRecipe
+from rtresnet.training.config import SAVE_SECONDS
 from rtresnet.workflows import run_folders
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from rtresnet.models.checkpoint import Checkpoint
     from rtresnet.training.loop import Progress
 
-SAVE_SECONDS = 300.0
 FEW_STEPS = 600  # fewer leave untrained weights with hardly any detections
 
 

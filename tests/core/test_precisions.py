@@ -21,6 +21,7 @@ from rtresnet.core.precisions import (
     unsupported,
 )
 from rtresnet.quantization.number_formats import FORMATS
+from rtresnet.workflows import detect_check
 
 
 def test_names_of_the_types_are_the_names_in_the_table() -> None:
@@ -32,18 +33,20 @@ def test_names_of_the_types_are_the_names_in_the_table() -> None:
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_precision_is_in_every_table(name: str) -> None:
     spec = PRECISIONS[name]
-    assert {consistency.BATCHES[name], consistency.PARENT[name]}
+    assert consistency.BATCHES[name] > 0 and consistency.PARENT[name] > 0
+    if name != "bf16":  # a detector has no BF16 version
+        assert 0 < detect_check.UNMATCHED[name] < 1 and 0 < detect_check.MARGIN[name] < 1
     assert name in {field.name for field in dataclasses.fields(roofline.GpuSpec)}
     assert name in {field.name for field in dataclasses.fields(roofline.PeakRates)}
-    assert layers.BYTES[spec.tensorrt] == spec.bytes
+    assert layers.BYTES[spec.tensorrt] == spec.bits / 8
     assert spec.tensorrt in {dtype for _, dtype in inspector.DTYPES}
     assert kernels.DTYPES[spec.onnx] == name
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_onnx_type_has_the_bytes_of_the_table(name: str) -> None:
+def test_onnx_type_has_the_bits_of_the_table(name: str) -> None:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(PRECISIONS[name].onnx)
-    assert dtype.itemsize == PRECISIONS[name].bytes
+    assert 8 * dtype.itemsize == PRECISIONS[name].bits
 
 
 def test_quantized_types_are_the_calibrated_ones() -> None:

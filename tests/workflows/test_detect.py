@@ -29,12 +29,19 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> rtresnet.TrainDetectorResult:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> rtresnet.TrainDetectorResult:
     config = rtresnet.TrainDetectorConfig(
         backbone="resnet18", data="shapes:8", epochs=1, batch=4, settings=TINY,
         out=tmp_path_factory.mktemp("run") / "run",
     )  # fmt: skip
     return rtresnet.train_detector(config)
+
+
+@pytest.fixture
+def run(finished_run: rtresnet.TrainDetectorResult, tmp_path: Path) -> rtresnet.TrainDetectorResult:
+    """A run that a test may change."""
+    folder = shutil.copytree(finished_run.checkpoint.parent, tmp_path / "run")
+    return dataclasses.replace(finished_run, checkpoint=folder / finished_run.checkpoint.name)
 
 
 @pytest.fixture
@@ -51,11 +58,8 @@ def test_train_detector_result_has_average_precision(run: rtresnet.TrainDetector
     assert run.measured is not None and run.measured.n == 8
     assert run.detection.width == 0.125 and run.recipe.name == "scratch-detection"
     assert is_detector(run.checkpoint)
-    Path(f"{run.checkpoint}.json").rename(f"{run.checkpoint}.away")
-    try:
-        assert is_detector(run.checkpoint)
-    finally:
-        Path(f"{run.checkpoint}.away").rename(f"{run.checkpoint}.json")
+    Path(f"{run.checkpoint}.json").unlink()
+    assert is_detector(run.checkpoint)
 
 
 def test_load_detector_detects_in_the_images_own_coordinates(
@@ -161,13 +165,13 @@ def test_train_detector_wrong_options_are_refused(
 
 @pytest.fixture(scope="module")
 def exported(
-    run: rtresnet.TrainDetectorResult, tmp_path_factory: pytest.TempPathFactory
+    finished_run: rtresnet.TrainDetectorResult, tmp_path_factory: pytest.TempPathFactory
 ) -> rtresnet.ExportResult:
     folder = tmp_path_factory.mktemp("engines")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return rtresnet.export(
-            run.checkpoint, folder,
+            finished_run.checkpoint, folder,
             rtresnet.ExportConfig(precisions=("fp32", "fp16", "int8"), canvas=(64, 96)),
             quantize=rtresnet.QuantizeConfig(calib="shapes:8"),
         )  # fmt: skip
