@@ -97,10 +97,7 @@ def largest(
             on_point(measured[-1])
         return 2 * sum(entry.holds for entry in measured) > len(measured)
 
-    low, high = (
-        -1,
-        len(loads),
-    )  # indices of the last load within the bound, and of the first beyond it
+    low, high = -1, len(loads)  # indices of the last load within the bound, the first beyond it
     step = 0
     while high - low > 1:
         index = min(step, high - 1) if gallop and high == len(loads) else (low + high) // 2

@@ -189,9 +189,8 @@ def block_length(series: np.ndarray) -> int:
     quiet = max(5, int(np.ceil(np.sqrt(np.log10(n)))))
     longest = int(np.ceil(np.sqrt(n))) + quiet
     covariance = _autocovariance(centred, min(longest + quiet, n - 1))
-    if (
-        covariance[0] <= 1e-12 * float(np.abs(series).max()) ** 2
-    ):  # only rounding errors, no variation
+    rounding = 1e-12 * float(np.abs(series).max()) ** 2
+    if covariance[0] <= rounding:
         return 1
     within = np.abs(covariance / covariance[0]) < 2 * np.sqrt(np.log10(n) / n)
     # The first lag after which `quiet` correlations in a row are no more than chance.

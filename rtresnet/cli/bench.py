@@ -78,7 +78,7 @@ class BaselineOptions(Config):
             InputError: The file is not a valid result of `bench`, or an option without --baseline.
         """
         from rtresnet.core import atomic_io
-        from rtresnet.reporting import result_files
+        from rtresnet.workflows import result_files
 
         path = self.baseline
         if path is None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,23 @@ def require_text_place(path: str | os.PathLike[str]) -> None:
             fix="choose another name",
         )
     require_place(path)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `final` that takes its place if the body succeeds.
+
+    Raises:
+        InputError: The parent folder cannot be created.
+    """
+    make_folder(final.parent)
+    temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_place(path: str | os.PathLike[str]) -> None:

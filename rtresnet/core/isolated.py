@@ -1,16 +1,14 @@
 """Run a step in a separate process, so that a crash or a hang of a native library is a result.
 
 `run_step` starts the process and waits; `report_step` is called in it. The result is passed in a
-file, so that the output of a library cannot damage it. Needs only the standard library.
+file, so that the output of a library cannot damage it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import json
-import math
 import os
 import signal
 import subprocess
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.core.errors import RtresnetError
+from rtresnet.core.serialization import to_builtins
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 RESULT, TIMEOUT = "RTRESNET_STEP_RESULT", "RTRESNET_STEP_TIMEOUT"  # environment of the process
@@ -177,24 +176,9 @@ def report_step(step: Callable[[], object]) -> None:
         kind = "" if isinstance(error, RtresnetError) else f"{type(error).__name__}: "
         status, reason = FAILED, f"{kind}{error}"
     faulthandler.cancel_dump_traceback_later()
-    record = {"status": status, "reason": reason, "data": _plain(data or {})}
+    record = {"status": status, "reason": reason, "data": to_builtins(data or {})}
     target = Path(os.environ[RESULT])
     part = target.with_suffix(".part")
-    part.write_text(json.dumps(record))
+    part.write_text(json.dumps(record, default=str))
     part.replace(target)
     sys.stdout.flush()
-
-
-def _plain(value: Any) -> Any:
-    """Convert to JSON's types: NumPy's scalars to numbers, NaN to None, paths to text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(entry) for entry in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | None) else str(value)

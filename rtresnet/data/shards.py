@@ -7,7 +7,7 @@ A pack is a folder of plain tar files, which any tar reads, and an index:
                           CLASS/FILE, in uint8 with a zero between two
     index.json            classes, splits, each shard's size, the table's sha256; written last
 
-`rtresnet pack` writes it (`workflows/packing.py`). An image is one read at an offset, from any
+`rtresnet pack` writes it (`workflows/pack.py`). An image is one read at an offset, from any
 thread, and the bits are those of the folder that was packed.
 """
 

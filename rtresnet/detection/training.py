@@ -100,7 +100,7 @@ def train(
     on_step: Listener = lambda progress: None,
     on_epoch: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Checkpoint:
-    """Train a detector, and test it once.
+    """Train a detector, and test it once on its test images, if it has any.
 
     Args:
         job: The run.

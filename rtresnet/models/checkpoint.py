@@ -206,7 +206,7 @@ def load(
     """Read one of our checkpoints, or recognize and import a foreign one.
 
     Args:
-        path: A file written by torch.save or safetensors; the latter is always foreign.
+        path: A file written by torch.save or safetensors.
         model: Name of the net that it must fit. None uses the net that the file states, else the
             one that its tensors fit, which `Checkpoint.assumed` then records.
         input: The preprocessing of a foreign file; by default ImageNet's mean and std.

@@ -27,10 +27,8 @@ from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.models import zoo
 
-HEADS = (
-    "fc.weight",
-    "classifier.6.weight",
-)  # weights of the last layer of a residual net and of VGG
+# Weights of the last layer of a residual net and of VGG.
+HEADS = ("fc.weight", "classifier.6.weight")
 # Wrappers (DataParallel, torch.compile) prefix every name; some CIFAR nets call the FC `linear`.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _RENAMED = {

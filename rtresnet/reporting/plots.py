@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rtresnet.core.classification import ClassificationReport
-    from rtresnet.reporting.result_files import ProfileRecord, Search
+    from rtresnet.workflows.result_files import ProfileRecord, Search
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#6b7280")
 GREY = COLOURS[5]

@@ -10,9 +10,9 @@ from pathlib import Path
 from rtresnet.core import atomic_io
 from rtresnet.core.errors import InputError
 from rtresnet.reporting import pages, plots, report_tables, results
-from rtresnet.reporting.result_files import Search
 from rtresnet.reporting.results import Results
 from rtresnet.reporting.tables import number
+from rtresnet.workflows.result_files import Search
 
 DEFAULT = "engines"
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from rtresnet.bench.verdict import NO_DIFFERENCE
 from rtresnet.core.errors import UnknownNameError
-from rtresnet.reporting.result_files import Entry, Estimate
 from rtresnet.reporting.results import Artifact, Results, latest, scenario
 from rtresnet.reporting.tables import DataTable, number
+from rtresnet.workflows.result_files import Entry, Estimate
 
 PERCENTILES: tuple[Literal["p90", "p95", "p99", "p999"], ...] = ("p90", "p95", "p99", "p999")
 

@@ -16,8 +16,8 @@ import msgspec
 from rtresnet.core import artifacts, atomic_io, serialization
 from rtresnet.core.errors import ArtifactError, InputError
 from rtresnet.core.sidecar import Sidecar, same_data
-from rtresnet.reporting import result_files
-from rtresnet.reporting.result_files import (
+from rtresnet.workflows import result_files
+from rtresnet.workflows.result_files import (
     AccuracyRecord,
     Compare,
     Entry,

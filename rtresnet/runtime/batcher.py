@@ -349,18 +349,14 @@ def _rows(result: Any, count: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def short_switch_interval(seconds: float = SWITCH_SECONDS) -> Iterator[None]:
+def short_switch_interval() -> Iterator[None]:
     """Make threads release the GIL sooner, for the whole process, until the `with` block ends.
 
     A thread that waited for the GPU needs the GIL to continue. Next to a thread that computes in
-    Python, it gets the GIL after `sys.getswitchinterval()`.
-
-    Args:
-        seconds: The longest time that a thread keeps the GIL while others wait. A shorter interval
-            that is already set stays.
+    Python, it gets the GIL after `sys.getswitchinterval()`, here SWITCH_SECONDS at most.
     """
     previous = sys.getswitchinterval()
-    sys.setswitchinterval(min(seconds, previous))
+    sys.setswitchinterval(min(SWITCH_SECONDS, previous))
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ and that this is not why deep plain nets have higher training errors.
 
 Layer responses (section 4.2, figure 7): the standard deviation of each 3x3 layer's output,
 after batch norm and before ReLU and addition. Residual nets respond less than plain ones, and
-deeper ones less. This is evidence that the residual functions are near zero.
+deeper nets less than shallow ones. This is evidence that the residual functions are near zero.
 
 Lesions: accuracy of a trained net without one of its blocks (Veit, Wilber, Belongie, 2016). Only
 the shortcut of the block remains. A plain net has no shortcuts; there, only a block whose input and

@@ -7,6 +7,7 @@ favour is expected to be faster; if they disagree, only a measurement decides.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtresnet.core import artifacts, atomic_io, serialization
-from rtresnet.core.errors import InputError
+from rtresnet.core.errors import InputError, UnknownNameError
 from rtresnet.core.precisions import CALIBRATED, FLOAT, PRECISIONS
 from rtresnet.core.serialization import flattened
 from rtresnet.core.sidecar import Sidecar, accuracies
@@ -137,10 +138,10 @@ def gpus_for(names: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
     """
     from rtresnet.bench import roofline
 
-    names_in_table = [gpu.name for gpu in roofline.GPUS]
     named = []
     for text in names:
-        named += [gpu for gpu in names_in_table if gpu.lower() == text.strip().lower()]
+        with contextlib.suppress(UnknownNameError):  # a compute capability, or not in the table
+            named.append(roofline.find_gpu(text).name)
     chosen = [REPRESENTATIVE[target] for target in targets if target in REPRESENTATIVE]
     return tuple(dict.fromkeys(named or chosen))
 

@@ -79,10 +79,7 @@ def doctor() -> DoctorResult:
     """Report the CPU, the GPUs, the packages, and what they support.
 
     Returns:
-        What this machine supports and what is missing.
-
-    Raises:
-        Nothing: missing and broken packages are part of the result.
+        What this machine supports and what is missing; broken packages are part of it.
     """
     gpus = tuple(
         GpuStatus(name=gpu.name, target=gpu.target, memory=gpu.memory) for gpu in hardware.gpus()
@@ -195,7 +192,7 @@ def _plans_run_on() -> str:
 
 
 def _conflicts(on_gpu: bool) -> list[str]:
-    """Build of ONNX Runtime in one folder: they overwrite each other's files."""
+    """Describe builds of ONNX Runtime in one folder, which overwrite each other's files."""
     from importlib import metadata
 
     from rtresnet.runtime.providers import BUILDS

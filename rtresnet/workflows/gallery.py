@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 SIDE = 160  # longer side of a thumbnail, in pixels
 
 
-def thumbnails(source: Source, indices: Iterable[int], side: int = SIDE) -> dict[int, np.ndarray]:
+def thumbnails(source: Source, indices: Iterable[int]) -> dict[int, np.ndarray]:
     """Decode images and shrink them; smaller ones keep their size.
 
     Args:
         source: The images.
         indices: Which of them.
-        side: Longer side, in pixels.
 
     Returns:
         uint8 [H, W, 3] by index, without images that cannot be decoded.
@@ -31,7 +30,7 @@ def thumbnails(source: Source, indices: Iterable[int], side: int = SIDE) -> dict
 
     def read(index: int) -> np.ndarray | None:
         try:
-            return shrink(source.image(index, side), side)
+            return shrink(source.image(index, SIDE))
         except CorruptImage:
             return None
 
@@ -39,12 +38,12 @@ def thumbnails(source: Source, indices: Iterable[int], side: int = SIDE) -> dict
     return {index: image for index, image in images if image is not None}
 
 
-def shrink(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Resize a uint8 image [H, W, 3] so that its longer side has at most `side` pixels."""
+def shrink(image: np.ndarray) -> np.ndarray:
+    """Resize a uint8 image [H, W, 3] so that its longer side has at most SIDE pixels."""
     height, width = image.shape[:2]
-    if max(height, width) <= side:
+    if max(height, width) <= SIDE:
         return image
-    factor = side / max(height, width)
+    factor = SIDE / max(height, width)
     return resize(image, max(1, round(height * factor)), max(1, round(width * factor)))
 
 

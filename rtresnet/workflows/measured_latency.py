@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from msgspec import Meta
-from typing_extensions import NotRequired, TypedDict  # in typing from Python 3.11
-
-from rtresnet.core import atomic_io, serialization
+from rtresnet.core import atomic_io
 from rtresnet.core.errors import InputError, UnknownNameError
+from rtresnet.workflows import result_files
+from rtresnet.workflows.result_files import ChainRecord, Entry
 
 if TYPE_CHECKING:
     from rtresnet.bench.roofline import GpuSpec
@@ -34,32 +33,7 @@ class MeasuredLatency:
     compute_ms: float | None
 
 
-class _Summary(TypedDict):
-    n: int
-    median: Annotated[float, Meta(gt=0)]
-
-
-class _Link(TypedDict):
-    sha256: NotRequired[str | None]
-
-
-class _Entry(TypedDict):
-    """Fields of an entry of a benchmark that are read."""
-
-    device: NotRequired[str | None]
-    batch: int
-    scenario: NotRequired[str | None]
-    with_preprocess: NotRequired[bool | None]
-    latency: _Summary
-    parts: NotRequired[dict[str, _Summary] | None]
-    chain: NotRequired[list[_Link] | None]
-
-
-class _Bench(TypedDict):
-    results: list[_Entry]
-
-
-Benchmark = tuple[Path, list[_Entry]]
+Benchmark = tuple[Path, list[Entry]]
 
 
 def read(path: Path) -> Benchmark:
@@ -70,13 +44,10 @@ def read(path: Path) -> Benchmark:
     """
     fix = "create one with: rtresnet bench PLAN --json FILE"
     atomic_io.require_file(path, fix=fix)
-    document = serialization.load(path, fix=fix)
-    if not isinstance(document, dict) or document.get("verb") != "bench":
+    file = result_files.read(str(path))
+    if file.verb != "bench":
         raise InputError(f"{path}: not a result of rtresnet bench", fix=fix)
-    bench: _Bench = serialization.convert(
-        document.get("result"), _Bench, at="result", where=str(path), fix=fix
-    )
-    return path, bench["results"]
+    return path, file.result["results"]
 
 
 def matching(
@@ -85,7 +56,7 @@ def matching(
     """Yield the sequential measurements of a file at a batch size on a GPU."""
     for path, entries in benchmarks:
         for entry in entries:
-            links = entry.get("chain") or [_Link()]
+            links = entry.get("chain") or [ChainRecord()]
             if (
                 sha256
                 and links[0].get("sha256") == sha256
@@ -97,7 +68,7 @@ def matching(
                 computed = (entry.get("parts") or {}).get("compute")
                 yield MeasuredLatency(
                     file=str(path),
-                    n=entry["latency"]["n"],
+                    n=entry["latency"].get("n") or 0,
                     median_ms=entry["latency"]["median"],
                     compute_ms=computed["median"] if computed else None,
                 )

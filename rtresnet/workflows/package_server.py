@@ -9,29 +9,27 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import string
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtresnet import __version__
-from rtresnet.core import artifacts, atomic_io, provenance
+from rtresnet.core import artifacts, atomic_io, hardware, provenance
 from rtresnet.core.config import Config, option, parse_milliseconds
 from rtresnet.core.errors import InputError
 from rtresnet.workflows.package import LARGEST, PackageConfig, require_single_file
+from rtresnet.workflows.triton_repository import require_model_name
 
 if TYPE_CHECKING:
     from rtresnet.core.sidecar import Sidecar
 
 # The extra that each kind of artifact needs, and the distribution of a plan's builder.
 EXTRAS = {"cpu": "cpu", "gpu": "gpu", "tensorrt_rtx": "rtx", "tensorrt": "trt"}
-DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
 USER = 10001
 GRACE_SECONDS = 30  # default --grace of `rtresnet serve`
 MANIFEST = string.Template("""\
@@ -244,8 +242,7 @@ class _Server:
 
 def _server(path: Path, sidecar: Sidecar, config: PackageConfig, image: ImageConfig) -> _Server:
     name, version, plan = config.name or path.stem, config.version or 1, sidecar.plan
-    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise InputError(f"--name {name}: letters, digits, underscores, dots and dashes only")
+    require_model_name(name)
     largest = max((profile.max for profile in plan.profiles), default=LARGEST) if plan else LARGEST
     if plan and (config.max_batch or 0) > largest:
         raise InputError(f"--max-batch {config.max_batch}: the plan accepts at most {largest}")
@@ -288,7 +285,7 @@ def _versions(sidecar: Sidecar, extra: str) -> tuple[str, ...]:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name).partition("+")[0]
     if sidecar.plan is not None:
-        versions[DISTRIBUTIONS[sidecar.plan.builder]] = sidecar.plan.version
+        versions[hardware.DISTRIBUTIONS[sidecar.plan.builder]] = sidecar.plan.version
     return tuple(f"{name}=={version}" for name, version in sorted(versions.items()))
 
 
@@ -365,7 +362,7 @@ def _write_folder(folder: Path, path: Path, sidecar: Sidecar, server: _Server) -
         raise InputError(
             f"{folder}: exists already", fix=f"choose another folder, or: rm -r {folder}"
         )
-    with _new_folder(folder) as temporary:
+    with atomic_io.new_folder(folder) as temporary:
         atomic_io.write_text(temporary / "Dockerfile", dockerfile(server))
         atomic_io.write_text(temporary / "constraints.txt", "\n".join(server.versions) + "\n")
         version = temporary / "models" / server.name / str(server.version)
@@ -375,19 +372,6 @@ def _write_folder(folder: Path, path: Path, sidecar: Sidecar, server: _Server) -
         )
         for file in [version, *version.iterdir()]:  # the image's user reads them
             file.chmod(0o755 if file.is_dir() else 0o644)
-
-
-@contextlib.contextmanager
-def _new_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `final` that takes its place if the body succeeds."""
-    atomic_io.make_folder(final.parent)
-    temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _notes(server: _Server, sidecar: Sidecar, image: ImageConfig, kserve: bool) -> tuple[str, ...]:

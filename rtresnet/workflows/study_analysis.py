@@ -55,9 +55,6 @@ def study_cost() -> CostResult:
 
     Returns:
         A row for each net, in the order of `rtresnet models`.
-
-    Raises:
-        Nothing: the counts need no file and no package.
     """
     from rtresnet.models import zoo
 
@@ -234,10 +231,10 @@ def study_lesions(
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> LesionsResult:
-    """Remove one block at a time from a trained net and measures accuracy.
+    """Measure the accuracy of a trained net without each of its blocks.
 
-    Next to it stands how much noise the same block alone in INT8 adds to the logits. The test split
-    is evaluated, and the INT8 ranges come from training images.
+    Also measures how much noise the same block, alone in INT8, adds to the logits. The test split
+    is evaluated; the INT8 ranges come from training images.
 
     Args:
         checkpoint: Checkpoint of a residual net.

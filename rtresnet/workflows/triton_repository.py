@@ -12,9 +12,8 @@ import contextlib
 import dataclasses
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +31,12 @@ TYPES = {
 BACKENDS = {"plan": "tensorrt", "onnx": "onnxruntime"}
 KINDS = {"auto": "KIND_AUTO", "cuda": "KIND_GPU", "cpu": "KIND_CPU"}
 LABELS = "labels.txt"
+
+
+def require_model_name(name: str) -> None:
+    """Raise InputError if a model cannot have this name, which is a folder and part of URLs."""
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise InputError(f"--name {name}: letters, digits, underscores, dots and dashes only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +88,7 @@ class ModelConfig:
     parameters: dict[str, str]
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
-            raise InputError(
-                f"--name {self.name}: letters, digits, underscores, dots and dashes only"
-            )
+        require_model_name(self.name)
         for tensor in (*self.inputs, *self.outputs):
             if tensor.dtype not in TYPES:
                 raise InputError(f"{tensor.name} is {tensor.dtype}, for which Triton has no type")
@@ -166,14 +168,14 @@ def write(
     labels = "".join(f"{' '.join(label.split())}\n" for label in model.labels)
     atomic_io.make_folder(root)
     if not home.exists():
-        with _folder(home) as temporary:
+        with atomic_io.new_folder(home) as temporary:
             _texts(temporary, model, labels)
             _version(temporary / str(number), home / str(number), source, sidecar)
         return home / str(number)
     _require_same_interface(home, model, labels)
     # Triton ignores folders whose names are no numbers. The configuration is written first: if the
     # process is killed between the two, the same command can be run again.
-    with _folder(home / str(number)) as temporary:
+    with atomic_io.new_folder(home / str(number)) as temporary:
         _version(temporary, home / str(number), source, sidecar)
         _texts(home, model, labels)
     return home / str(number)
@@ -279,15 +281,3 @@ def _version(folder: Path, final: Path, source: Path, sidecar: Sidecar | None) -
             sidecar, parent=dataclasses.replace(sidecar.parent, file=file)
         )
     artifacts.publish(target, lambda path: shutil.copyfile(source, path), sidecar)
-
-
-@contextlib.contextmanager
-def _folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `final` that takes its place if the body succeeds."""
-    temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

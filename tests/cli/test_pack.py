@@ -85,7 +85,7 @@ def test_a_killed_pack_is_told_and_begun_anew(
     # A pipe is no file, and would not be found: it takes the file's place once it was.
     code = (
         "import os, sys\n"
-        "from rtresnet.workflows import packing\n"
+        "from rtresnet.workflows import pack as packing\n"
         "real = packing._images\n"
         "def images(files, root):\n"
         f"    if os.path.isfile({str(last)!r}):\n"

@@ -19,12 +19,28 @@ from rtresnet.core.errors import DataError, InputError
 from rtresnet.core.preprocess import UINT8, Preprocess
 from rtresnet.data import loader, shards
 from rtresnet.data.decode import CorruptImage
+from rtresnet.data.shards import PackIndex
 from rtresnet.data.sources import Source, open_source
-from rtresnet.workflows import packing
-from rtresnet.workflows.packing import pack
+from rtresnet.workflows import pack as packing
+from rtresnet.workflows.pack import PackConfig
 
 STRANGE = ("dogs/new\nline.jpg", "dogs/" + os.fsdecode(b"caf\xe9.png"), f"cats/{'long' * 60}.jpg",
            "cats/deep/er/ünï.jpg")  # fmt: skip
+
+
+def pack(
+    source: str,
+    out: Path,
+    *,
+    shard_bytes: int = 512 << 20,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> PackIndex:
+    """Pack a folder and return the index."""
+    return packing._pack(
+        source, out, PackConfig(shard_size=shard_bytes, force=force), progress, warn
+    )
 
 
 def photographs(root: Path, *names: str) -> Path:

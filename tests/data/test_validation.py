@@ -12,7 +12,7 @@ from PIL import Image
 from rtresnet.data import sources, validation
 from rtresnet.data.decode import FileEnds
 from rtresnet.data.sources import Arrays, Files, Source, Subset, open_source
-from rtresnet.workflows.packing import pack
+from rtresnet.workflows.pack import pack
 
 
 def noise(seed: int, channels: int = 3) -> Image.Image:

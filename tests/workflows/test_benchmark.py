@@ -8,7 +8,7 @@ import pytest
 
 from rtresnet.core.errors import CheckFailedError, InputError
 from rtresnet.core.serialization import to_builtins
-from rtresnet.reporting import result_files
+from rtresnet.workflows import result_files
 from rtresnet.workflows.benchmark import Baseline, BenchmarkConfig, benchmark
 from rtresnet.workflows.benchmark_search import SearchConfig, search_benchmark
 from rtresnet.workflows.estimate import EstimateConfig, estimate

@@ -71,6 +71,12 @@ class ComparisonRecord(TypedDict):
     verdict: Literal["faster", "slower", "no difference shown"]
 
 
+class ChainRecord(TypedDict):
+    """An artifact or one of its ancestors, the artifact first."""
+
+    sha256: NotRequired[str | None]
+
+
 class Entry(Where):
     """One artifact at one batch, under one load."""
 
@@ -90,6 +96,7 @@ class Entry(Where):
     steady: NotRequired[bool | None]
     samples: NotRequired[list[Positive] | None]
     environment: NotRequired[Environment | None]
+    chain: NotRequired[list[ChainRecord] | None]
 
 
 class Bench(TypedDict):
