@@ -451,10 +451,9 @@ def load(
             mantissa of 10 bits, on GPUs from sm_80 on. ONNX Runtime allows it by default. For a
             plan this is decided when it is built.
 
-    Next to other Python threads that compute, a call waits for the GIL when the GPU is done: up to
-    5 ms, the interpreter's default. With a device of 0.5 ms and one such thread a call takes
-    6.25 ms (median; p99 15.7) instead of 0.82, and 0.99 ms after `sys.setswitchinterval(1e-4)`.
-    That setting applies to the process, so `load` does not change it.
+    Next to other Python threads that compute, a call waits up to 5 ms for the GIL when the GPU is
+    done: see `Batcher` and `sys.setswitchinterval`. That setting applies to the process, so `load`
+    does not change it.
 
     Raises:
         InputError: No such file, or not an ONNX file or a plan; or an argument out of range.

@@ -24,8 +24,9 @@ from rtresnet import __version__
 from rtresnet.core.errors import InputError, RtresnetError
 from rtresnet.core.metrics import most_probable
 from rtresnet.serving import protocol
+from rtresnet.serving.model import Answered, ServedModel
 from rtresnet.serving.protocol import InferRequest, InferTensor, RequestError
-from rtresnet.serving.repository import Answered, Repository, ServedModel, chain
+from rtresnet.serving.repository import Repository, chain
 
 log = logging.getLogger("rtresnet.serve")
 

@@ -9,7 +9,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,8 +117,8 @@ def test_page_classifies_an_image_and_fits_a_phone(
     wait_for(lambda: "%" in (browser.evaluate(shown) or ""))
     split = browser.evaluate("document.querySelector('#split').innerText")
     assert "wait for a batch" in split and "compute" in split
-    time.sleep(1.2)  # the page asks for the status every second
-    assert int(browser.evaluate("document.querySelector('#total').innerText")) >= 1
+    total = "document.querySelector('#total').innerText"  # from the status, asked for every second
+    wait_for(lambda: (browser.evaluate(total) or "").isdecimal() and browser.evaluate(total) != "0")
     assert browser.evaluate("document.querySelectorAll('#histogram rect').length") >= 1
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     assert "resnet8.onnx" in browser.evaluate("document.querySelector('#chain').innerText")

@@ -15,8 +15,10 @@ import pytest
 import rtresnet
 from rtresnet.core.errors import InputError
 from rtresnet.runtime.session import Session
+from rtresnet.serving import model as model_module
 from rtresnet.serving import protocol
 from rtresnet.serving import repository as module
+from rtresnet.serving.model import ServedModel
 from rtresnet.serving.protocol import InferRequest, InferTensor, RequestError
 from rtresnet.serving.repository import Repository
 
@@ -66,7 +68,7 @@ def test_served_model_without_a_batcher_is_closed(
     def no_memory(*_: object, **__: object) -> None:
         raise rtresnet.UnavailableError("not enough pinned memory")
 
-    monkeypatch.setattr(module, "Batcher", no_memory)
+    monkeypatch.setattr(model_module, "Batcher", no_memory)
     with pytest.raises(rtresnet.UnavailableError, match="pinned"):
         Repository([models / "resnet8.onnx"], opened.load, CONFIG).load_all()
     assert opened.open == 0
@@ -123,7 +125,7 @@ def test_close_closes_every_model_and_reports_the_failure(
     repository.load_all()
     for model in repository.all():
 
-        def failing(model: module.ServedModel = model) -> None:
+        def failing(model: ServedModel = model) -> None:
             type(model.batcher).close(model.batcher)
             raise RuntimeError(model.name)
 
@@ -167,7 +169,7 @@ def test_infer_with_a_full_queue_is_503_and_an_expired_request_is_not_computed(
         session.backend.infer = gated  # type: ignore[method-assign]
         return session
 
-    async def run(model: module.ServedModel) -> None:
+    async def run(model: ServedModel) -> None:
         queue = model.batcher._queue
         computed = asyncio.create_task(model.infer(request_of(4), 30))
         await until(lambda: sizes == [4])
