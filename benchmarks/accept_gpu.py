@@ -6,7 +6,7 @@ Each step runs in a process of its own, with a timeout: one that fails, hangs or
 stop the others. stdout gets one JSON block to paste into an issue; OUT gets it as report.json,
 replaced after each step, with the steps' output in logs/ and, in fixtures/, what tests on a CPU can
 use later: inspector JSON, IProfiler names, layer files. Starts with Python's standard library
-alone; a step whose packages are missing is skipped and says so.
+alone; a step whose packages are missing is reported as skipped.
 
 Exit code: 0 all steps ok or skipped; 1 some failed; 2 usage; 3 no GPU.
 """

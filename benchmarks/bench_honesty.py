@@ -17,7 +17,7 @@
 `single`, `offline` and `server` take a service that looks at the clock until its time is over. A
 section that is run alone replaces its own part of the results. On a machine with other work,
 `chrt -f 10` before the command keeps `single` and `server` from waiting for their processor, so
-that they say what the tool does and not what the machine did; the result says so.
+that they say what the tool does and not what the machine did; the result states it.
 
 `openvino` needs a Python with the package openvino, which brings benchmark_app; there the same
 compiled model is run by this tool's loop and by benchmark_app, so that what is compared is how they

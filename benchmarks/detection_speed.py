@@ -1,9 +1,10 @@
-"""Compares the speed of a detector's file with a twin of standard operators, in ONNX Runtime.
+"""Compare a detector's file with one of standard operators: speed in ONNX Runtime.
 
     python benchmarks/detection_speed.py [--runs 5]
 
-The twin has RoiAlign and NonMaxSuppression nodes instead of matrix products. Both files run in
-turn in one process, so that a loaded machine slows down both. ResNet-50 v1, untrained, one image.
+The reference file has RoiAlign and NonMaxSuppression nodes instead of matrix products. Both files
+run alternately in one process, so that a loaded machine slows down both. ResNet-50 v1, untrained,
+one image.
 The cost of the nodes of each part is from ONNX Runtime's profile, recorded in other sessions.
 """
 

@@ -24,7 +24,7 @@ from rtresnet.workflows.input_spec import InputConfig
     "pixels, else the size]",
 )
 @common.classes_option
-@click.option("--force", is_flag=True, help="Replace an existing sidecar.  [default: refuse]")
+@click.option("--force", is_flag=True, help="Replace an existing sidecar.  [default: error]")
 @config_options(
     InputConfig,
     argument="stated",

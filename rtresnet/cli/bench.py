@@ -68,7 +68,7 @@ class BaselineOptions(Config):
     force: bool = option(
         False,
         "Compare also with a baseline of another device or version.",
-        default_text="refuse",
+        default_text="error",
     )
 
     def read(self) -> Baseline | None:

@@ -137,7 +137,7 @@ def show(result: Iterable[str | tables.DataTable]) -> None:
 
 
 def note(line: str) -> None:
-    """Print a line on standard error, above a progress bar where there is one."""
+    """Print a line on standard error, above a progress bar if there is one."""
     REPORTER.note(line)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rtresnet.core.reporter import Update, escape, escape_cell
 
-SECONDS_BETWEEN_LINES = 30.0  # between lines of progress, where no bar can be drawn
+SECONDS_BETWEEN_LINES = 30.0  # between lines of progress, if no bar can be drawn
 
 
 class Console(console.Console):
@@ -78,7 +78,7 @@ class TerminalReporter:
             yield update
 
     def note(self, line: str) -> None:
-        """Print a line, above a progress bar where there is one."""
+        """Print a line, above a progress bar if there is one."""
         print(escape_cell(line), file=sys.stderr)
 
     def warning(self, title: str, body: str) -> None:
@@ -93,7 +93,7 @@ class TerminalReporter:
 
 
 def _lines(reporter: TerminalReporter, description: str, total: float | None) -> Update:
-    """Report progress in lines with the time left, where no bar can be drawn."""
+    """Report progress in lines with the time left, if no bar can be drawn."""
     printed = time.monotonic()
     phase, goal = description, total
     start: tuple[float, float] | None = None  # seconds and completed work at the start of the phase

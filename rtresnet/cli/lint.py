@@ -31,7 +31,7 @@ def command(paths: tuple[Path, ...], fix: Path | None) -> None:
     """
     if fix is not None and len(paths) > 1:
         raise InputError("--fix accepts only one file", fix="run lint --fix once for each file")
-    for path in paths:  # refuse a file that is no ONNX file before checking another
+    for path in paths:  # reject a file that is no ONNX file before checking another
         artifacts.require_onnx(path, "lint")
     results = []
     for path in paths:

@@ -106,11 +106,11 @@ def click_option(name: str, hint: Any, default: Any, about: Option) -> Callable[
     else:
         keywords |= {"type": _click_type(kind, about), "multiple": multiple}
     return click.option(
-        *names, *about.hidden_names, name, cls=_Aliased, hidden_names=about.hidden_names, **keywords
+        *names, *about.hidden_names, name, cls=Aliased, hidden_names=about.hidden_names, **keywords
     )
 
 
-class _Aliased(click.Option):
+class Aliased(click.Option):
     """An option with hidden aliases."""
 
     def __init__(self, *arguments: Any, hidden_names: Sequence[str], **keywords: Any) -> None:

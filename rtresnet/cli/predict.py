@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from rtresnet.cli import common
-from rtresnet.cli.options import config_options
+from rtresnet.cli.options import Aliased, config_options
 from rtresnet.core import artifacts, atomic_io
 from rtresnet.core.errors import DataError, InputError
 from rtresnet.reporting import predictions
@@ -48,7 +48,11 @@ from rtresnet.workflows.predictor import PredictConfig
     help="Write copies of the images with a detector's boxes into this folder.  [default: none]",
 )
 @click.option(
+    "--min-score",
     "--least-score",
+    "least_score",
+    cls=Aliased,
+    hidden_names=("--least-score",),
     type=click.FloatRange(0, 1),
     default=0.5,
     help="Lowest score of the detections that a detector lists and draws.  [default: 0.5]",

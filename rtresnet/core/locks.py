@@ -129,7 +129,7 @@ def _hold(lock: Path, place: Path, warn: Warn, *, exclusive: bool = False) -> It
 
 
 def _acquire(lock: Path, place: Path) -> int | None:
-    """Return the descriptor that holds the lock; None where the file system has no locks."""
+    """Return the descriptor that holds the lock; None if the file system has no locks."""
     from filelock import lock_descriptor
 
     while True:

@@ -178,7 +178,7 @@ def sample(source: Source, n: int) -> np.ndarray:
     """Draw `n` indices at random, balanced over the classes; the same ones in every call."""
     order = np.random.default_rng(0).permutation(len(source))
     labels = source.labels[order]
-    # Each image's rank within its class: sorting by it takes one of every class in turn.
+    # Each image's rank within its class: sorting by it takes the classes alternately.
     by_class = np.argsort(labels, kind="stable")
     rank = np.empty(len(order), int)
     rank[by_class] = np.arange(len(order)) - np.searchsorted(labels[by_class], labels[by_class])

@@ -2,7 +2,7 @@
 
 A box is (x1, y1, x2, y2) in pixels with continuous coordinates: its width is x2 - x1. Everything
 here is built from operations that TensorRT-RTX also has, because RoiAlign, NonMaxSuppression and
-NonZero are refused there. `export.py` writes the same arithmetic as ONNX nodes.
+NonZero are rejected there. `export.py` writes the same arithmetic as ONNX nodes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REGION_STD = (0.1, 0.1, 0.2, 0.2)  # of the head's targets, Fast R-CNN section 2
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Return the areas [...] of boxes [..., 4]; 0 where a box is inverted."""
+    """Return the areas [...] of boxes [..., 4]; 0 if a box is inverted."""
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     return sides[..., 0] * sides[..., 1]
 

@@ -10,8 +10,8 @@ Inputs: `images` float32 [1, 3, H, W], normalized, and `extent` float32 [1, 2], 
 the image on that canvas. Outputs: `boxes` [1, D, 4] on the canvas, `scores` [1, D], `labels` int64
 [1, D] (-1 in unused rows) and `unsettled` [1].
 
-`to_onnx(standard=True)` writes the same net with RoiAlign and NonMaxSuppression nodes: a twin that
-ONNX Runtime runs, with which the file is compared.
+`to_onnx(standard=True)` writes the same net with RoiAlign and NonMaxSuppression nodes: a reference
+that ONNX Runtime runs, with which the file is compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Repair findings of `lint.py` where the outputs stay the same, bit for bit.
+"""Repair findings of `lint.py` if the outputs stay bitwise equal.
 
  1. An activation scale of shape [1] gets rank 0, with its zero point.
  2. An omitted zero point is written where its type is known: int8 data, output_dtype. Elsewhere

@@ -6,7 +6,7 @@ with
  1. constants as initializers that are not inputs and have one reader each; no Identity, no Dropout;
  2. every BatchNormalization behind a convolution folded into it, in float64, rounded once;
  3. the FC as a Gemm with weight [classes, features]: a MatMul and the Add behind it become one;
- 4. a name for every node; its output's name where it had none.
+ 4. a name for every node; its output's name if it had none.
 """
 
 from __future__ import annotations

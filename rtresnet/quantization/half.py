@@ -1,5 +1,6 @@
-"""Convert to FP16 or BF16: every float constant and tensor between a Cast after the input and one
-before the output.
+"""Convert the float tensors of a model to FP16 or BF16, between two Casts.
+
+A Cast follows the input, and another precedes the output.
 
 Batch norm is already folded in FP32 (`exporter/fold.py`), so this rounds once. Input and output
 stay float32: the two Casts cost no layer in the engine, and every artifact keeps one signature.

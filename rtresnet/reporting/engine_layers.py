@@ -2,7 +2,7 @@
 
 The figure has one band for each stage, one frame for each block and one box for each layer, in the
 order of execution. A wide box computes (a convolution, a matrix product); a narrow one only moves,
-converts, adds or rounds. A stripe below it is the type that it writes, where that differs. It needs
+converts, adds or rounds. A stripe below it is the type that it writes, if that differs. It needs
 no plotting library and follows the reader's light or dark mode, alone and in a page.
 """
 
@@ -82,7 +82,7 @@ def _precision(layer: Layer) -> str:
 
 
 def _stripe(layer: Layer) -> str:
-    """Return the type that a kernel writes, where it differs from the one it computes in."""
+    """Return the type that a kernel writes, if it differs from the one it computes in."""
     if not _computes(layer) or not layer.outputs:
         return ""
     return layer.outputs[0].dtype if layer.outputs[0].dtype != _precision(layer) else ""

@@ -196,7 +196,7 @@ def _profile_facts(result: ProfileResult) -> Iterator[str]:
     ]:
         yield (
             f"NOTE: {', '.join(above)} exceeded the roof, because of caches or because the roof "
-            "was measured on a busy machine (measure it again with --new-roof)."
+            "was measured on a busy machine (measure it again with --remeasure-peak)."
         )
 
 

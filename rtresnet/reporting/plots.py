@@ -179,7 +179,7 @@ def search_figure(searches: Sequence[tuple[str, Search]]) -> Figure:
 def latency_distribution(samples: Mapping[str, Sequence[float]], unit: str) -> str:
     """Draw the share of requests answered within a latency, a curve per artifact, up to p99.5.
 
-    The axis is logarithmic where a long tail would leave no room for most requests.
+    The axis is logarithmic if a long tail would leave no room for most requests.
     """
     import numpy as np
 

@@ -54,7 +54,7 @@ def detection_lines(result: DetectResult) -> Iterator[str]:
             yield f"  {item.label} {100 * item.score:.1f} %  [{corners}]"
     yield from assumed(result.assumed)
     if not any(entry.objects for entry in result.images):
-        yield "No detections; --least-score 0.1 also lists those with low scores."
+        yield "No detections; --min-score 0.1 also lists those with low scores."
     unsettled = sum(entry.unsettled > 0 for entry in result.images)
     if unsettled:
         yield f"Non-maximum suppression did not converge in {plural(unsettled, 'image')}. {MORE}"

@@ -56,7 +56,7 @@ def remarks(results: Results) -> list[str]:
 
 
 def _compared(entry: Entry, reference: Entry, name: str) -> str:
-    """Compare speeds in words, with the verdict of `bench` where it compared these two."""
+    """Compare speeds in words, with the verdict of `bench` if it compared these two."""
     comparison = entry.get("comparison") if _paired(entry, reference) else None
     if comparison and comparison["verdict"] == NO_DIFFERENCE:
         return f"{NO_DIFFERENCE} from {name}"
@@ -144,7 +144,7 @@ def _artifacts(results: Results) -> DataTable:
 
 
 def _accuracy(results: Results) -> DataTable:
-    """Return every accuracy, where there are some that the first table has no room for."""
+    """Return every accuracy, if there are some that the first table has no room for."""
     rows = [
         (
             artifact.name, _short(record.get("data")), record.get("split") or "all",

@@ -151,7 +151,7 @@ class OrtBackend:
         reports_placement = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
         if reports_placement:
             options.add_session_config_entry(RECORD, "1")
-        elif provider != "cpu":  # ONNX Runtime before 1.24 cannot report it, but can refuse
+        elif provider != "cpu":  # ONNX Runtime before 1.24 cannot report it, but can reject
             options.add_session_config_entry(NO_FALLBACK, "1")
         model: str | bytes = os.fspath(path)
         if provider == "cpu" or (provider == "openvino" and saturates):

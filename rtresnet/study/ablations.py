@@ -284,7 +284,7 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Net]:
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """Length of a run next to the paper's.
+    """Length of a run compared with the paper's.
 
     Attributes:
         images: Number of training images without the held-out ones.

@@ -199,7 +199,7 @@ def _same_precision(path: str) -> Iterator[Sidecar]:
 
 
 def _advice(results: Sequence[EstimateResult], opened: OpenedPlans) -> Iterator[str]:
-    """Return a sentence on each plan of a narrow type, next to the best plan of a wide one."""
+    """Return a sentence on each plan of a narrow type compared to the best plan of a wide one."""
     wide = [r for name in WIDE for r in results if r.precision == name and r.builder]
     for narrow in results:
         if narrow.precision in CALIBRATED and narrow.builder and wide:

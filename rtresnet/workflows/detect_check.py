@@ -75,7 +75,7 @@ def check_detector(
     """Check a detector's detections, and compare them with those of the files it came from.
 
     Detections must be valid and repeatable, and non-maximum suppression finished. An FP32 ONNX
-    file is compared with its checkpoint in torch, and with a twin that has RoiAlign and
+    file is compared with its checkpoint in torch, and with a reference file with RoiAlign and
     NonMaxSuppression nodes; files and plans made from it are compared with it. Of a plan, every
     convolution must have the precision of the file. Differences are returned, not raised.
 
@@ -277,7 +277,7 @@ def _origins(
     path: Path, sidecar: Sidecar, stated: InputConfig, stack: contextlib.ExitStack,
     missing: list[str],
 ) -> Iterator[tuple[str, Session]]:  # fmt: skip
-    """Return an FP32 file's checkpoint in torch, and its twin with the standard operators."""
+    """Return an FP32 file's checkpoint in torch, and a reference file of standard operators."""
     origin = next((p for p, _, state in artifacts.chain(path) if _is_origin(p, state)), None)
     lacking = [name for name in ("torch", "onnx") if not hardware.installed(name)]
     if origin is None or lacking:
@@ -291,12 +291,12 @@ def _origins(
 
     loaded = checkpoint.load(origin)
     net = checkpoint.build(dataclasses.replace(loaded, detection=sidecar.detection))
-    twin = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "twin.onnx"
-    model = export.to_onnx(net, name="twin", standard=True)
-    twin.write_bytes(model.SerializeToString())
+    reference = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "reference.onnx"
+    model = export.to_onnx(net, name="reference", standard=True)
+    reference.write_bytes(model.SerializeToString())
     for name, backend in (
         (f"{origin.name} in torch", TorchDetector(net)),
-        ("RoiAlign and NonMaxSuppression", OrtBackend(twin, provider="cpu")),
+        ("RoiAlign and NonMaxSuppression", OrtBackend(reference, provider="cpu")),
     ):
         session = Session(
             path, None, backend, input=stated.applied_to(sidecar.input),

@@ -40,7 +40,7 @@ def write_fp32(
     rounds: int | None,
     reporter: Reporter,
 ) -> tuple[Checkpoint, Sidecar]:
-    """Write the FP32 ONNX file of a detector and compare it with torch and with its twin.
+    """Write the FP32 ONNX file of a detector and compare it with torch and with a reference file.
 
     Args:
         weights: The checkpoint.
@@ -95,13 +95,13 @@ def _parity(
     from rtresnet.detection.data import open_detection
     from rtresnet.runtime.ort import OrtBackend
 
-    twin = export.to_onnx(net, name="twin", standard=True).SerializeToString()
+    reference = export.to_onnx(net, name="reference", standard=True).SerializeToString()
     source = open_detection(f"shapes:{PARITY_IMAGES}", "test")
     total, own = parity.DetectionParity(), parity.DetectionParity()
     torch_run = evaluate.torch_run(net)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs: list[Any] = []
-        for name, content in (("file.onnx", data), ("twin.onnx", twin)):
+        for name, content in (("file.onnx", data), ("reference.onnx", reference)):
             trial = Path(folder) / name
             trial.write_bytes(content)
             runs.append(stack.enter_context(contextlib.closing(OrtBackend(trial, provider="cpu"))))

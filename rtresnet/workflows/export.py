@@ -60,7 +60,7 @@ class ExportConfig(Config):
     Attributes:
         model: Architecture; by default that of the weights.
         precisions: Precisions of the files after the FP32 one, and of the plans.
-        plan: Whether a plan is built for each precision, where a builder is installed.
+        plan: Whether a plan is built for each precision, if a builder is installed.
         canvas: Height and width of a detector's input, in pixels.
         nms_rounds: Repetitions of non-maximum suppression in a detector's file.
     """
@@ -81,7 +81,7 @@ class ExportConfig(Config):
     )
     nms_rounds: int | None = option(
         None,
-        "Repetitions of non-maximum suppression in a detector's file; more are needed where it "
+        "Repetitions of non-maximum suppression in a detector's file; more are needed if it "
         "does not converge.",
         minimum=1,
         maximum=1000,

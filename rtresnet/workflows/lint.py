@@ -26,7 +26,7 @@ class LintResult:
 
     Attributes:
         file: The file.
-        fixed: The repaired copy, where one was written.
+        fixed: The repaired copy, if one was written.
         worse: Counts of errors and warnings, as in "3 errors, 1 warning"; of the repaired
             copy, if there is one.
         findings: Findings in the order of the nodes; after a repair, the remaining ones.
@@ -64,7 +64,7 @@ def lint(
     fix: str | os.PathLike[str] | None = None,
     reporter: Reporter = reporter.DEFAULT,
 ) -> LintResult:
-    """Check where TensorRT would reject a Q/DQ file, compute different values, or be slow.
+    """Find nodes that TensorRT would reject, compute differently or run slowly.
 
     Needs neither a GPU nor TensorRT.
 

@@ -42,7 +42,10 @@ class ProfileConfig(Config):
         None, "Number of CPU threads.", minimum=1, default_text="all cores"
     )
     remeasure_roof: bool = option(
-        False, "Measure the peak rates of this machine again.", names=("--new-roof",)
+        False,
+        "Measure the peak rates of this machine again.",
+        names=("--remeasure-peak",),
+        hidden_names=("--new-roof",),
     )
 
     def __post_init__(self) -> None:

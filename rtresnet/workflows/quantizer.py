@@ -77,7 +77,7 @@ def require_trained_for(
 
 
 def scales_path(out: Path, reporter: Reporter) -> Path:
-    """Return where the scales of a file go: calib/, or next to it where calib/ is not writable.
+    """Return where the scales of a file go: calib/, or next to it if calib/ is not writable.
 
     Raises:
         InputError: Neither can be written to.
@@ -109,7 +109,7 @@ def write_scales(path: Path, write: Callable[[], object], reporter: Reporter) ->
     Args:
         path: The file.
         write: Writes it.
-        reporter: Receives a note where the file system has no locks.
+        reporter: Receives a note if the file system has no locks.
 
     Raises:
         InputError: It cannot be written.

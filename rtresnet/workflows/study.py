@@ -78,7 +78,7 @@ class StudyResult:
 
     Attributes:
         study: "degradation", "shortcuts" or "blocks".
-        length: How long each run was, next to the paper's.
+        length: Length of each run compared with the paper's.
         note: Length, data and seeds in words.
         records: A summary of each net, with every seed.
         nets: The same with curves, for figures.

@@ -1,4 +1,4 @@
-"""The ONNX file of a detector: equal to torch, and to a twin with the standard operators."""
+"""The ONNX file of a detector: equal to torch, and to a reference file of standard operators."""
 
 from __future__ import annotations
 
@@ -72,15 +72,18 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
         ("vgg16", {"width": 0.125}),
     ],
 )
-def test_file_gives_the_detections_of_torch_and_of_the_twin(
+def test_file_gives_the_detections_of_torch_and_of_the_reference_file(
     name: str, changes: dict[str, Any]
 ) -> None:
     spec = dataclasses.replace(SPEC, **changes)
     net = random_net(name, spec)
     model = export.to_onnx(net, name=name)
     assert not {node.op_type for node in model.graph.node} & REFUSED
-    twin = export.to_onnx(net, name=name, standard=True)
-    assert {node.op_type for node in twin.graph.node} & REFUSED == {"RoiAlign", "NonMaxSuppression"}
+    reference = export.to_onnx(net, name=name, standard=True)
+    assert {node.op_type for node in reference.graph.node} & REFUSED == {
+        "RoiAlign",
+        "NonMaxSuppression",
+    }
     rng = np.random.default_rng(1)
     assert spec.canvas is not None
     for _ in range(3):
@@ -90,7 +93,7 @@ def test_file_gives_the_detections_of_torch_and_of_the_twin(
         own = run(model, images, extent)
         expected = detector.detect(net, torch.from_numpy(images), torch.from_numpy(extent))
         assert_same(own, expected)
-        assert_same(own, run(twin, images, extent))
+        assert_same(own, run(reference, images, extent))
 
 
 def test_file_with_too_few_rounds_says_so() -> None:

@@ -1,4 +1,4 @@
-"""The numbered rules of `quantize/qdq.py`, a test or more for each."""
+"""Each numbered rule of `rtresnet/quantization/qdq.py`: where Q/DQ pairs are inserted."""
 
 from __future__ import annotations
 

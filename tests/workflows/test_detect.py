@@ -732,7 +732,7 @@ def test_commands_say_what_a_weak_or_unsettled_detector_needs(
     path = str(exported.path)
     assert main(["predict", path, str(images)]) == 0
     output = capsys.readouterr().out
-    assert "--least-score" in output and "--nms-rounds" in output
+    assert "--min-score" in output and "--nms-rounds" in output
     assert main(["compare", path, path, "--data", "shapes:2"]) == 0
     output = capsys.readouterr().out
     assert "neither has a detection" in output and "up to" not in output
