@@ -22,14 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 from rtresnet.builder import inspector, layers, nodes, preflight, targets
 from rtresnet.builder.layers import Layer, Layers
 from rtresnet.builder.nodes import ADD, CONVOLUTION, NetworkNode
-from rtresnet.core import (
-    artifacts,
-    atomic_io,
-    hardware,
-    plan_info,
-    serialization,
-    trt_loading,
-)
+from rtresnet.core import artifacts, atomic_io, hardware, plan_info, serialization, trt_loading
 from rtresnet.core.errors import ArtifactError, CheckFailedError, InputError
 from rtresnet.core.precisions import FLOAT, PRECISIONS, unsupported
 from rtresnet.core.preprocess import Preprocess
@@ -142,21 +135,10 @@ def build(
     source, out = Path(source), Path(out)
     artifacts.require_name(out, "plan")
     trt = targets.builder(builder)
-    if timing_cache is not None and hasattr(trt, "ComputeCapability"):
-        raise InputError(
-            "--timing-cache: TensorRT-RTX does not measure kernels during the build",
-            fix="leave it out, or use --builder tensorrt",
-        )
+    preflight.check_timing_cache(trt, timing_cache)
     log = make_log(trt)
     progress("parse")
-    with ThreadPoolExecutor(1) as pool:  # hashing takes about as long as parsing
-        verified = pool.submit(artifacts.verify, source)
-        try:
-            maker, network = _create(trt, log, source)
-        finally:
-            stated = verified.result() or described  # a damaged file is reported first
-    preflight.require_fixed_size(source, network, _stated_size(stated))
-    parent = stated or _unknown_net(trt, network, source)
+    maker, network, parent = _parsed(trt, log, source, described)
     batch = int(network.get_input(0).shape[0])
     profiles = targets.profiles_for(source, profiles, batch if batch > 0 else None)
     graph = nodes.read(trt, network)
@@ -192,6 +174,24 @@ def build(
         memoryview(serialized), out, source, built, graph,
         _layers(trt, log, serialized, len(profiles), graph), log.activations,
     )  # fmt: skip
+
+
+def _parsed(
+    trt: Any, log: Any, source: Path, described: Sidecar | None
+) -> tuple[Any, Any, Sidecar]:
+    """Parse and verify a file at the same time; hashing takes about as long as parsing.
+
+    Returns:
+        The builder, the network, and the file's record.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(artifacts.verify, source)
+        try:
+            maker, network = _create(trt, log, source)
+        finally:
+            stated = verified.result() or described  # a damaged file is reported first
+    preflight.require_fixed_size(source, network, _stated_size(stated))
+    return maker, network, stated or _unknown_net(trt, network, source)
 
 
 def _layers(

@@ -6,6 +6,7 @@ it lists all of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,15 @@ def precisions(nodes: Mapping[str, NetworkNode]) -> list[str]:
         for name, spec in PRECISIONS.items()
         if spec.targets is not None and name.upper() in types
     ]
+
+
+def check_timing_cache(trt: Any, path: str | os.PathLike[str] | None) -> None:
+    """Raise InputError if a timing cache is named for TensorRT-RTX, which fills none."""
+    if path is not None and hasattr(trt, "ComputeCapability"):
+        raise InputError(
+            "--timing-cache: TensorRT-RTX does not measure kernels during the build",
+            fix="leave it out, or use --builder tensorrt",
+        )
 
 
 def check_targets(source: Path, targets: Sequence[str], nodes: Mapping[str, NetworkNode]) -> None:

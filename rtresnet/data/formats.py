@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from rtresnet.core.errors import DataError
+from rtresnet.core.errors import DataError, missing_package
+from rtresnet.core.preprocess import resize
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FASHION = [
@@ -27,6 +28,26 @@ FASHION = [
 
 Raw = tuple[np.ndarray, np.ndarray, Sequence[str]]
 """Images, labels, class names."""
+
+
+def read_digits(split: str) -> Raw:
+    """Read the 8x8 scans of digits that scikit-learn ships, resized to 32x32.
+
+    Raises:
+        UnavailableError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise missing_package("scikit-learn", "the data set 'digits'") from None
+    data = load_digits()
+    small = (data.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([resize(np.repeat(image[..., None], 3, 2), 32, 32) for image in small])
+    # scikit-learn's set has no splits: a fifth, with a fixed seed, is the test split.
+    order = np.random.default_rng(0).permutation(len(images))
+    cut = len(images) // 5
+    chosen = {"train": order[cut:], "test": order[:cut], "all": np.arange(len(images))}[split]
+    return images[chosen], data.target[chosen], [str(digit) for digit in range(10)]
 
 
 def read_fashion_mnist(folder: Path, split: str) -> Raw:

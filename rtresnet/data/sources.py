@@ -24,13 +24,12 @@ from typing import Protocol
 
 import numpy as np
 
-from rtresnet.core.errors import DataError, InputError, UnknownNameError, missing_package
+from rtresnet.core.errors import DataError, InputError, UnknownNameError
 from rtresnet.core.labels import LabelMap, match
-from rtresnet.core.preprocess import resize
 from rtresnet.core.reporter import plural
 from rtresnet.data import FORMS
 from rtresnet.data.decode import FileEnds, decode
-from rtresnet.data.formats import read_cifar10, read_fashion_mnist, read_npz
+from rtresnet.data.formats import read_cifar10, read_digits, read_fashion_mnist, read_npz
 from rtresnet.data.held_out import SPLIT_FILE, read_held_out
 from rtresnet.data.shards import Shards, files_fingerprint
 
@@ -281,7 +280,7 @@ def open_source(spec: str, split: str = "all") -> Source:
         raise UnknownNameError("split", split, SPLITS)
     form, _, argument = spec.partition(":")
     if spec == "digits":
-        return _digits(split)
+        return _arrays(spec, *read_digits(split), splits=True)
     if form == "fashion-mnist" and argument:
         return _arrays(spec, *read_fashion_mnist(_folder(argument), split), splits=True)
     if form == "cifar10" and argument:
@@ -372,22 +371,6 @@ def _folder(argument: str) -> Path:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder", fix="check the path")
     return folder
-
-
-def _digits(split: str) -> Source:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise missing_package("scikit-learn", "the data set 'digits'") from None
-    data = load_digits()
-    small = (data.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([resize(np.repeat(image[..., None], 3, 2), 32, 32) for image in small])
-    # scikit-learn's set has no splits: a fifth, with a fixed seed, is the test split.
-    order = np.random.default_rng(0).permutation(len(images))
-    cut = len(images) // 5
-    chosen = {"train": order[cut:], "test": order[:cut], "all": np.arange(len(images))}[split]
-    names = [str(digit) for digit in range(10)]
-    return Arrays("digits", images[chosen], data.target[chosen], names, splits=True)
 
 
 def _held_out(spec: str, folder: Path, split: str) -> Source:

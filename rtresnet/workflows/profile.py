@@ -114,17 +114,7 @@ def profile(
 
     config = config or ProfileConfig()
     path = str(atomic_io.require_file(path, fix="create it with: rtresnet export"))
-    kind = artifacts.kind_of(path)
-    require_classifier(path, "profile")
-    if kind == "checkpoint":
-        raise InputError(
-            f"{path}: only ONNX files and plans can be profiled", fix="rtresnet export"
-        )
-    sidecar = artifacts.verify(path)
-    if kind == "plan" and not hardware.gpus():
-        from rtresnet.runtime.compatibility import plan_needs_gpu
-
-        raise plan_needs_gpu(path, sidecar)
+    sidecar = _verify(path)
     graph_path = _graph_of(path, sidecar)
     graph = io.load(graph_path)
     counted = kernels.count(graph, str(graph_path))
@@ -136,26 +126,24 @@ def profile(
     batch = config.batch or counted.batch or 1
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, 3, counted.size, counted.size)).astype(np.float32)
-    gpu = hardware.gpus()[0] if kind == "plan" else None
+    is_plan = artifacts.kind_of(path) == "plan"
     with (
-        environment.Watch(gpu) as watch,
+        environment.Watch(hardware.gpus()[0] if is_plan else None) as watch,
         reporter.progress(f"profiling {path} at batch {batch}", total=config.seconds) as update,
     ):
         from rtresnet.runtime import profilers
 
+        shared: dict[str, Any] = {"seconds": config.seconds, "on_progress": update}
         recorded: Any
-        if kind == "plan":
-            recorded = profilers.record_plan(
-                path, images, seconds=config.seconds, on_progress=update
-            )
+        if is_plan:
+            recorded = profilers.record_plan(path, images, **shared)
         else:
             recorded = profilers.record_onnx(
-                path, images, graph=graph, seconds=config.seconds, threads=config.threads,
-                on_progress=update,
-            )  # fmt: skip
+                path, images, graph=graph, threads=config.threads, **shared
+            )
     roof = _roof(recorded, config, reporter)
     blocks = counted.blocks
-    if kind == "plan":
+    if is_plan:
         blocks = blocks | profiles.engine_blocks(_nodes_of_layers(path, sidecar), blocks)
     result = profiles.profile(
         recorded.runs, recorded.whole, counted.kernels, blocks,
@@ -176,6 +164,22 @@ def profile(
         threads=recorded.threads,
         versions=hardware.versions(("rtresnet", "numpy")) | dict(recorded.versions),
     )
+
+
+def _verify(path: str) -> Sidecar | None:
+    """Check that a file can be profiled here, and return its sidecar."""
+    kind = artifacts.kind_of(path)
+    require_classifier(path, "profile")
+    if kind == "checkpoint":
+        raise InputError(
+            f"{path}: only ONNX files and plans can be profiled", fix="rtresnet export"
+        )
+    sidecar = artifacts.verify(path)
+    if kind == "plan" and not hardware.gpus():
+        from rtresnet.runtime.compatibility import plan_needs_gpu
+
+        raise plan_needs_gpu(path, sidecar)
+    return sidecar
 
 
 def _graph_of(path: str, sidecar: Sidecar | None) -> Path:

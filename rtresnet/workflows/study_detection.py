@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,9 +174,7 @@ def study_detection(
         LockedError: Another process runs a study in the folder.
     """
     require_torch("a study")
-    from rtresnet.detection import net
     from rtresnet.detection.recipe import describe
-    from rtresnet.study.ablations import spread
 
     config = config or DetectionStudyConfig()
     folder = Path(out or "runs/study-detection")
@@ -196,22 +195,6 @@ def study_detection(
             raise
     first = jobs[0][2]
     assert first.test is not None
-    records = []
-    for name, own in runs.items():
-        job = next(job for other, _, job in jobs if other == name)
-        built = net.build(job.spec, job.detection, len(job.source.classes), device="meta")
-        measured = [run.measured for run in own if run.measured is not None]
-        values = {
-            field: [v for m in measured if (v := getattr(m, field)) is not None]
-            for field in ("ap50", "ap", "voc07")
-        }
-        records.append(
-            BackboneRecord(
-                backbone=name, parameters=sum(p.numel() for p in built.parameters()),
-                **{field: spread(v) if v else None for field, v in values.items()},
-                runs=tuple(own),
-            )
-        )  # fmt: skip
     seeds = "1 seed" if config.seeds == 1 else f"mean ± std of {config.seeds} seeds"
     before = {
         "objects": f"{config.pretrain_steps:,} steps on objects",
@@ -226,7 +209,28 @@ def study_detection(
         note=f"{total:,} steps of {first.recipe.batch} of {len(first.source):,} images of {data} "
         f"(the paper's: 80,000 of 1 on VOC); pre-training: {before}; {len(first.test):,} test "
         f"images; {seeds}",
-        backbones=tuple(records), out=folder,
+        backbones=tuple(
+            _record(name, next(job for other, _, job in jobs if other == name), own)
+            for name, own in runs.items()
+        ),
+        out=folder,
+    )  # fmt: skip
+
+
+def _record(name: str, job: DetectionJob, runs: Sequence[DetectorRun]) -> BackboneRecord:
+    """Summarize the runs of a backbone, one of whose jobs is given."""
+    from rtresnet.detection import net
+    from rtresnet.study.ablations import spread
+
+    built = net.build(job.spec, job.detection, len(job.source.classes), device="meta")
+    measured = [run.measured for run in runs if run.measured is not None]
+    values = {
+        field: [v for m in measured if (v := getattr(m, field)) is not None]
+        for field in ("ap50", "ap", "voc07")
+    }
+    return BackboneRecord(
+        backbone=name, parameters=sum(p.numel() for p in built.parameters()),
+        **{field: spread(v) if v else None for field, v in values.items()}, runs=tuple(runs),
     )  # fmt: skip
 
 
