@@ -149,7 +149,7 @@ def exported(model: str, *precisions: str) -> Iterator[list[str]]:
 
 def pairs(options: argparse.Namespace, slower: float) -> list[str]:
     """Return verdicts of runs of a net, loaded twice, with itself; the second is slowed down."""
-    from rtresnet.runtime.session import load as load_session
+    from rtresnet.runtime.loading import load as load_session
 
     verdicts = []
     with exported("resnet20", "fp32") as (file,):
@@ -233,7 +233,7 @@ def slowdown_busy(options: argparse.Namespace) -> list[Row]:
 
 
 def bare(options: argparse.Namespace) -> list[Row]:
-    from rtresnet.runtime.session import load as load_session
+    from rtresnet.runtime.loading import load as load_session
 
     rows = []
     with exported("resnet50", "fp32", "int8") as files:

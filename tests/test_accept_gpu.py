@@ -15,7 +15,7 @@ import pytest
 
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.isolated import StepFailed, StepResult, StepSkipped
-from rtresnet.runtime.session import load
+from rtresnet.runtime.loading import load
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 FAKE = """

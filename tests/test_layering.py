@@ -68,7 +68,7 @@ DOORS = {
     "reporting/checks.py": {"quantization.lint_rules"},
     "reporting/predictions.py": {"detection.average_precision"},
     "reporting/study.py": {"study", "study.ablations"},
-    "runtime/session.py": {"onnxlib", "onnxlib.metadata"},
+    "runtime/loading.py": {"onnxlib", "onnxlib.metadata"},
     "runtime/cpu_rewrite.py": {"onnxlib", "onnxlib.graph", "onnxlib.io", "onnxlib.metadata"},
     "builder/nodes.py": {"onnxlib.graph"},  # the block namer, pure Python
     "builder/layers.py": {"onnxlib.graph"},
@@ -182,7 +182,7 @@ for name in rtresnet.__all__:
 for room in ("runtime", "bench", "builder", "reporting", "training.evaluate", "data.loader",
              "workflows.views"):
     importlib.import_module(f"rtresnet.{room}")
-for name in ("runtime.session", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.workload",
+for name in ("runtime.loading", "runtime.ort", "runtime.trt", "runtime.cuda", "bench.workload",
              "builder.engine", "reporting.pages", "reporting.plots", "models.zoo"):
     importlib.import_module(f"rtresnet.{name}")
 """

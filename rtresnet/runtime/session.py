@@ -5,35 +5,28 @@
         logits = session(session.prepare(crops))          # float32 [N, classes]
 
 A file takes normalized float32 planes or uint8 pixels, and returns logits or the K most probable
-classes: `prepare` makes its input from any uint8 images. The sidecar is checked before anything is
-deserialized. Imports no torch; `workflows.loading.load` also runs checkpoints.
+classes: `prepare` makes its input from any uint8 images. Imports no torch.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rtresnet.core import artifacts, atomic_io, detector_preprocess, hardware, labels, metrics
+from rtresnet.core import artifacts, detector_preprocess, hardware, labels, metrics
 from rtresnet.core.detector_preprocess import Detections
-from rtresnet.core.errors import ArtifactError, InputError, UnknownNameError
+from rtresnet.core.errors import InputError
 from rtresnet.core.labels import LabelMap
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import LOGGER
 from rtresnet.core.serialization import json_name, to_builtins
 from rtresnet.core.sidecar import Detection, Sidecar
 from rtresnet.runtime.backend import Backend, TopK, logits
-
-if TYPE_CHECKING:
-    from rtresnet.runtime.ort import OrtBackend
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,115 +404,3 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    provider: str = "auto",
-    threads: int | None = None,
-    contexts: int = 1,
-    graphs: bool | None = None,
-    kernels: str = "eager",
-    cache: bool = True,
-    timings: bool = False,
-    blocking: bool = False,
-    tf32: bool | None = None,
-) -> Session:
-    """Load an ONNX file or a plan.
-
-    Args:
-        path: A .onnx or .plan file.
-        device: "cpu", "cuda", or "auto": a plan on the GPU, an ONNX file on the CPU.
-        provider: For an ONNX file: "auto", "cpu", "openvino", "cuda" or "tensorrt-rtx". A named
-            provider runs the whole net, or loading fails.
-        threads: Intra-op threads on a CPU; every core by default.
-        contexts: For a plan: calls that may run at the same time, each with its own buffers;
-            further calls wait. An ONNX file takes any number of calls.
-        graphs: For a plan: whether calls are CUDA graphs; None if possible, True or an error.
-        kernels: For a plan of TensorRT-RTX, which compiles kernels for each batch size on this
-            machine. "eager": the first call waits for them. "lazy": generic kernels serve the
-            calls until they are compiled, which suits servers and not measurements.
-        cache: For a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
-            kept next to it, in PLAN.cache.
-        timings: For a plan: whether `session.backend.timings()` has the times of copies and
-            computation; recording them costs every call some microseconds.
-        blocking: For a plan: whether a thread that waits for the GPU sleeps. It then wakes up some
-            tens of microseconds late, where spinning keeps a processor busy.
-        tf32: For provider "cuda": whether FP32 layers may run as TF32, which rounds inputs to a
-            mantissa of 10 bits, on GPUs from sm_80 on. ONNX Runtime allows it by default. For a
-            plan this is decided when it is built.
-
-    Next to other Python threads that compute, a call waits up to 5 ms for the GIL when the GPU is
-    done: see `Batcher` and `sys.setswitchinterval`. That setting applies to the process, so `load`
-    does not change it.
-
-    Raises:
-        InputError: No such file, or not an ONNX file or a plan; or an argument out of range.
-        ArtifactError: The file does not match its sidecar, or another version or GPU.
-        UnavailableError: The device, the provider or a package is missing, or the provider would
-            leave part of the net to another one.
-    """
-    if device not in DEVICES:
-        raise UnknownNameError("device", device, DEVICES)
-    for name, number in (("threads", threads), ("contexts", contexts)):
-        if number is not None and number < 1:
-            raise InputError(f"{name} is {number}, but must be at least 1")
-    path = atomic_io.require_file(path, fix="create it with: rtresnet export")
-    kind = artifacts.kind_of(path)
-    sidecar = artifacts.verify(path)
-    if device == "cuda" and provider == "auto" and kind == "onnx":
-        provider = "cuda"
-    if tf32 is not None and provider != "cuda":
-        raise InputError(
-            f"{path}: tf32 applies to ONNX Runtime's CUDA provider only",
-            fix="leave it out; for a plan: rtresnet build --no-tf32",
-        )
-    if kind == "plan":
-        if provider != "auto" or threads is not None:
-            raise InputError(
-                f"{path}: is a plan, which runs in TensorRT; --provider and --threads apply to "
-                "ONNX files only"
-            )
-        return _load_plan(
-            path, sidecar, device, contexts=contexts, graphs=graphs, kernels=kernels, cache=cache,
-            timings=timings, blocking=blocking,
-        )  # fmt: skip
-    if kind != "onnx":
-        raise InputError(f"{path}: not an ONNX file or a plan", fix="create one: rtresnet export")
-    from rtresnet.runtime.ort import OrtBackend
-    from rtresnet.runtime.providers import find_provider
-
-    on_gpu = provider != "auto" and find_provider(provider).gpu
-    if device != "auto" and (device == "cuda") != on_gpu:
-        raise InputError(f"--device {device} and --provider {provider} contradict each other")
-    backend = OrtBackend(path, provider=provider, threads=threads, tf32=tf32 is not False)
-    return Session(path, sidecar or _described(path, backend), backend)
-
-
-def _load_plan(path: Path, sidecar: Sidecar | None, device: str, **options: Any) -> Session:
-    from rtresnet.core import plan_info
-    from rtresnet.runtime import compatibility
-
-    sidecar = sidecar or plan_info.described(path)
-    if not hardware.gpus() or device == "cpu":
-        compatibility.check_compatible(path, sidecar)
-        raise compatibility.plan_needs_gpu(path, sidecar, has_gpu=bool(hardware.gpus()))
-    from rtresnet.runtime.trt import TrtBackend
-    from rtresnet.runtime.trt_detector import TrtDetector
-
-    detects = sidecar is not None and sidecar.detection is not None
-    backend: Backend = (TrtDetector if detects else TrtBackend)(path, sidecar, **options)
-    return Session(path, sidecar, backend)
-
-
-def _described(path: Path, backend: OrtBackend) -> Sidecar | None:
-    """Return the description in the metadata of an ONNX file without a sidecar, or None."""
-    from rtresnet.onnxlib import metadata
-
-    try:
-        return metadata.DESCRIPTION.read(backend.metadata)
-    except ArtifactError as error:
-        backend.close()
-        raise ArtifactError(f"{path}: {error.message}", fix=error.fix) from None

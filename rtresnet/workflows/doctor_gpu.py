@@ -118,7 +118,7 @@ def check_engine() -> EngineFacts:
 
     from rtresnet.builder import targets
     from rtresnet.core.errors import UnavailableError
-    from rtresnet.runtime.session import load
+    from rtresnet.runtime.loading import load
     from rtresnet.workflows.build import BuildConfig, build
     from rtresnet.workflows.export import ExportConfig, export
 

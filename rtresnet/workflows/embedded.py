@@ -110,7 +110,7 @@ def _compare(
 ) -> Measurements:
     """Run both files on the same images; return the record for the sidecar's `measured`."""
     from rtresnet.exporter import embed_io
-    from rtresnet.runtime.session import load
+    from rtresnet.runtime.loading import load
 
     if not hardware.installed("onnxruntime"):
         reporter.note(

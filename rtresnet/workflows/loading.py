@@ -143,18 +143,31 @@ def load(
         path: A .pt, .onnx or .plan file.
         device: "cpu", "cuda", or "auto": a plan runs on the GPU, an ONNX file on the CPU, and a
             checkpoint on the GPU if torch has one.
-        provider: For an ONNX file: see `runtime.session.load`.
+        provider: For an ONNX file: "auto", "cpu", "openvino", "cuda" or "tensorrt-rtx". A named
+            provider runs the whole net, or loading fails.
         threads: CPU threads; all cores by default.
-        contexts: For a plan: calls that may run at the same time.
-        graphs: For a plan: whether calls are CUDA graphs; None if possible.
-        kernels: For a plan of TensorRT-RTX: "eager" or "lazy"; see `runtime.session.load`.
-        cache: For a plan of TensorRT-RTX: whether compiled kernels are kept in PLAN.cache.
-        timings: For a plan: whether copies and computation are timed.
-        blocking: For a plan: whether a thread that waits for the GPU sleeps.
-        tf32: For provider "cuda": whether FP32 layers may run as TF32; see `runtime.session.load`.
+        contexts: For a plan: calls that may run at the same time, each with its own buffers;
+            further calls wait. An ONNX file takes any number of calls.
+        graphs: For a plan: whether calls are CUDA graphs; None if possible, True or an error.
+        kernels: For a plan of TensorRT-RTX, which compiles kernels for each batch size on this
+            machine. "eager": the first call waits for them. "lazy": generic kernels serve the
+            calls until they are compiled, which suits servers and not measurements.
+        cache: For a plan of TensorRT-RTX: whether the kernels that it compiles on first use are
+            kept next to it, in PLAN.cache.
+        timings: For a plan: whether `session.backend.timings()` has the times of copies and
+            computation; recording them costs every call some microseconds.
+        blocking: For a plan: whether a thread that waits for the GPU sleeps. It then wakes up some
+            tens of microseconds late, where spinning keeps a processor busy.
+        tf32: For provider "cuda": whether FP32 layers may run as TF32, which rounds inputs to a
+            mantissa of 10 bits, on GPUs from sm_80 on. ONNX Runtime allows it by default. For a
+            plan this is decided when it is built.
         model: Architecture of a checkpoint from elsewhere; recognized by default.
         stated: Preprocessing that replaces the sidecar's. A file for which neither states it
             runs, and `prepare` raises InputError.
+
+    Next to other Python threads that compute, a call waits up to 5 ms for the GIL when the GPU is
+    done: see `Batcher` and `sys.setswitchinterval`. That setting applies to the process, so `load`
+    does not change it.
 
     Returns:
         A session, which is also a context manager.
@@ -195,7 +208,7 @@ def load_artifact(
         stated: Preprocessing that replaces the sidecar's, or of a file without a sidecar.
         model: Architecture of a checkpoint from elsewhere; recognized by default.
         input_needed: Whether unknown preprocessing is an error.
-        **options: Further options of `runtime.session.load` for ONNX files and plans; they take
+        **options: Further options of `runtime.loading.load` for ONNX files and plans; they take
             precedence over `runtime`.
 
     Raises:
@@ -213,7 +226,7 @@ def load_artifact(
             return session.restated(
                 preprocess, restated(session.assumed, session.preprocess, preprocess)
             )
-    from rtresnet.runtime.session import load as session_load
+    from rtresnet.runtime.loading import load as load_file
 
     settings: dict[str, Any] = {
         "device": runtime.device,
@@ -223,7 +236,7 @@ def load_artifact(
         "graphs": runtime.graphs,
         "tf32": runtime.tf32,
     }
-    session = session_load(path, **(settings | options))
+    session = load_file(path, **(settings | options))
     with close_on_error(session):
         detect.require_no_size(session, stated)
         if not input_needed and stated.empty:

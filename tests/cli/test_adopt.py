@@ -17,7 +17,7 @@ from PIL import Image
 from rtresnet.cli.main import main
 from rtresnet.core import artifacts, hardware
 from rtresnet.core.errors import InputError
-from rtresnet.runtime.session import load
+from rtresnet.runtime.loading import load
 from tests.conftest import as_foreign, tinted_noise
 
 pytest.importorskip("onnxruntime")

@@ -250,16 +250,16 @@ def test_check_plan_uses_the_batches_of_its_profiles(
     plan, source = engines / "resnet8-int8.plan", engines / "resnet8-int8.onnx"
     if not plan.exists():
         pytest.skip("no TensorRT-RTX here")
-    from rtresnet.runtime import session
+    from rtresnet.runtime import loading
 
-    real = session.load
+    real = loading.load
 
     def load(path: Any, **options: Any) -> Session:
         if Path(path) != plan:
             return real(path, **options)
         return Session(Path(path), artifacts.verify(path), OrtBackend(source, provider="cpu"))
 
-    monkeypatch.setattr(session, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     code, result = checked(plan, tmp_path)
     assert code == 0 and result["checks"][-1]["compared"] == "resnet8.onnx"
     sidecar = artifacts.read_sidecar(plan)

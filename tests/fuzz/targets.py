@@ -57,7 +57,7 @@ def _lint(path: Path) -> int:
 
 
 def _session(path: Path) -> None:
-    from rtresnet.runtime.session import load
+    from rtresnet.runtime.loading import load
 
     with load(path, provider="cpu", threads=1) as session:
         session(np.zeros((2, 3, 32, 32), np.float32))

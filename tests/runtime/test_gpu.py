@@ -20,7 +20,8 @@ from rtresnet.core.errors import InputError, UnavailableError
 from rtresnet.core.sidecar import Profile
 from rtresnet.runtime.contexts import cache_path
 from rtresnet.runtime.cuda import host_view, open_cuda
-from rtresnet.runtime.session import Session, load
+from rtresnet.runtime.loading import load
+from rtresnet.runtime.session import Session
 from rtresnet.runtime.trt import TrtBackend
 
 pytestmark = [

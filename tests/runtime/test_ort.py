@@ -27,13 +27,13 @@ from rtresnet.runtime.cpu_rewrite import (
     rewrite_for_cpu,
     to_unsigned,
 )
+from rtresnet.runtime.loading import load
 from rtresnet.runtime.ort import (
     RECORD,
     OrtBackend,
     check_placement,
 )
 from rtresnet.runtime.providers import PROVIDERS, Provider, openvino
-from rtresnet.runtime.session import load
 
 ort = pytest.importorskip("onnxruntime")
 says_where = pytest.mark.skipif(

@@ -19,7 +19,8 @@ from rtresnet.core.errors import ArtifactError, InputError, UnavailableError, Un
 from rtresnet.core.hardware import Gpu
 from rtresnet.core.serialization import to_json
 from rtresnet.core.sidecar import Link, Plan, Profile, Sidecar
-from rtresnet.runtime.session import Session, load
+from rtresnet.runtime.loading import load
+from rtresnet.runtime.session import Session
 
 OnnxFile = Callable[..., Path]
 Images = Callable[..., np.ndarray]
