@@ -75,6 +75,17 @@ def to_onnx(net: Detector, *, name: str, standard: bool = False) -> onnx.ModelPr
                 writer.rename_output(tensor, output)
         else:
             raise TypeError(f"no ONNX form for {node.op} {node.target}")
+    model = _model(net, writer, name)
+    if graph.meta.get(metadata.NORM_STATISTICS.key):
+        metadata.NORM_STATISTICS.set(model, graph.meta[metadata.NORM_STATISTICS.key])
+    onnx.checker.check_model(model, full_check=True)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=not standard, data_prop=True)
+
+
+def _model(net: Detector, writer: DetectorWriter, name: str) -> onnx.ModelProto:
+    """Return the model of the nodes that were written, with its inputs and outputs."""
+    spec = net.spec
+    assert spec.canvas is not None
     height, width = spec.canvas
     count = min(spec.detections, net.classes * min(spec.regions, spec.candidates))
     shapes: dict[str, tuple[int, list[int]]] = {
@@ -83,7 +94,7 @@ def to_onnx(net: Detector, *, name: str, standard: bool = False) -> onnx.ModelPr
         "labels": (TensorProto.INT64, [1, count]),
         "unsettled": (TensorProto.FLOAT, [1]),
     }
-    model = helper.make_model(
+    return helper.make_model(
         helper.make_graph(
             writer.nodes,
             name,
@@ -98,10 +109,6 @@ def to_onnx(net: Detector, *, name: str, standard: bool = False) -> onnx.ModelPr
         ir_version=8,
         producer_name="rtresnet",
     )
-    if graph.meta.get(metadata.NORM_STATISTICS.key):
-        metadata.NORM_STATISTICS.set(model, graph.meta[metadata.NORM_STATISTICS.key])
-    onnx.checker.check_model(model, full_check=True)
-    return onnx.shape_inference.infer_shapes(model, strict_mode=not standard, data_prop=True)
 
 
 class DetectorWriter(NodeWriter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,8 +116,6 @@ def compare(
         ArtifactError: An artifact does not match its sidecar.
         UnavailableError: The device, the provider or a package is not available.
     """
-    from rtresnet.data.sources import open_source
-
     config, runtime = config or CompareConfig(), runtime or RuntimeConfig()
     stated = stated or InputConfig()
     names = [str(reference), str(candidate)]
@@ -133,6 +132,19 @@ def compare(
             f"{classifiers[0]}: a classifier, which cannot be compared with a detector",
             fix="name two detectors",
         )
+    return _compare_classifiers(names, data, config, runtime, stated, reporter)
+
+
+def _compare_classifiers(
+    names: Sequence[str],
+    data: str,
+    config: CompareConfig,
+    runtime: RuntimeConfig,
+    stated: InputConfig,
+    reporter: Reporter,
+) -> CompareResult:
+    from rtresnet.data.sources import open_source
+
     if not stated.empty and all(map(states_input, names)):
         raise InputError(
             "both sidecars state the preprocessing", fix="leave out --size, --mean and --std"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rtresnet.core import hardware, reporter
 from rtresnet.core.config import Config, option
 from rtresnet.core.errors import InputError
-from rtresnet.core.reporter import Reporter, Update, plural
+from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Detection
 from rtresnet.detection.average_precision import DetectionAccuracy
 from rtresnet.detection.recipe import DetectionRecipe
@@ -20,12 +20,12 @@ from rtresnet.training.config import SAVE_SECONDS
 from rtresnet.workflows import run_folders
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import require_torch, torch_device
+from rtresnet.workflows.train_log import TrainProgress
 
 if TYPE_CHECKING:
     from rtresnet.detection.data import DetectionSource
     from rtresnet.detection.training import DetectionJob
     from rtresnet.models.checkpoint import Checkpoint
-    from rtresnet.training.loop import Progress
 
 FEW_STEPS = 600  # fewer leave untrained weights with hardly any detections
 
@@ -153,7 +153,7 @@ def train_detector(
         job = (_resumed if config.resume else detection_job)(out, config, stated, reporter)
         job = dataclasses.replace(job, device=device, save_every=config.save_every)
         _announce(job, reporter, fresh=not config.resume)
-        with _Progress(reporter) as progress:
+        with _Progress(reporter, ()) as progress:
             try:
                 best = training.train(
                     job, resume=config.resume, on_step=progress.step, on_epoch=progress.epoch
@@ -233,19 +233,24 @@ def detection_job(
         detection = dataclasses.replace(detection, pool=7)
     default = recipes.SCRATCH if start is None else recipes.PAPER
     recipe = recipes.named(config.recipe) if config.recipe else default
-    settings = [
-        f"{name}={value}"
-        for name in ("epochs", "batch", "lr", "seed")
-        if (value := getattr(config, name)) is not None
-    ]
     if config.epochs is not None:
         recipe = dataclasses.replace(recipe, steps=0)
-    recipe, detection = recipes.changed(recipe, detection, [*settings, *config.settings])
+    recipe, detection = recipes.changed(recipe, detection, _settings(config))
     preprocess = start.input if start else Preprocess.for_size(spec.size)
     return DetectionJob(
         spec=spec, detection=detection, source=source, test=test,
         preprocess=stated.applied_to(preprocess), recipe=recipe, out=out, start=start,
     )  # fmt: skip
+
+
+def _settings(config: TrainDetectorConfig) -> list[str]:
+    """Return the fields of recipe and net that the options set, as `--set` takes them."""
+    settings = [
+        f"{name}={value}"
+        for name in ("epochs", "batch", "lr", "seed")
+        if (value := getattr(config, name)) is not None
+    ]
+    return [*settings, *config.settings]
 
 
 def _start(config: TrainDetectorConfig, reporter: Reporter) -> Checkpoint | None:
@@ -277,12 +282,7 @@ def _resumed(
         k: tuple(v) if isinstance(v, list) else v for k, v in saved["recipe"].items()
     }
     own = recipes.DetectionRecipe(**values)
-    settings = [
-        f"{name}={value}"
-        for name in ("epochs", "batch", "lr", "seed")
-        if (value := getattr(config, name)) is not None
-    ]
-    stated_recipe, detection = recipes.changed(own, last.detection, [*settings, *config.settings])
+    stated_recipe, detection = recipes.changed(own, last.detection, _settings(config))
     defaults = TrainDetectorConfig()
     differs = [
         name
@@ -326,28 +326,10 @@ def _announce(job: DetectionJob, reporter: Reporter, *, fresh: bool) -> None:
         )
 
 
-class _Progress:
+class _Progress(TrainProgress):
     """Shows a run through the reporter."""
 
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter, self._stack = reporter, contextlib.ExitStack()
-        self._update: Update | None = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def step(self, progress: Progress) -> None:
-        """Move the bar."""
-        if self._update is None:
-            self._update = self._stack.enter_context(self._reporter.progress("training", total=1.0))
-        self._update(
-            completed=progress.step / progress.total,
-            description=f"epoch {progress.epoch + 1}  loss {progress.loss:.3f}  "
-            f"lr {progress.lr:.2g}  {progress.images_per_second:,.1f} img/s",
-        )
+    rate = ",.1f"
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Report an epoch."""

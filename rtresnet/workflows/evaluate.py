@@ -10,9 +10,8 @@ import dataclasses
 import functools
 import os
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from rtresnet.core import artifacts, atomic_io, metrics, reporter, serialization
@@ -23,13 +22,13 @@ from rtresnet.core.labels import LabelMatch, read_classes
 from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.serialization import flattened
-from rtresnet.core.sidecar import AccuracyRecord, Weights
+from rtresnet.core.sidecar import AccuracyRecord
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
 from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+from rtresnet.workflows.training_overlap import trained_on
 
 if TYPE_CHECKING:
-    from rtresnet.data.held_out import HeldOut
     from rtresnet.data.loader import DecodeErrors
     from rtresnet.data.sources import Relabelled, Source
     from rtresnet.runtime.session import Session
@@ -265,21 +264,8 @@ def evaluate(
         raise InputError("no artifact to evaluate", fix="name a checkpoint, ONNX file or plan")
     scales = (config.resize,) if config.resize and config.protocol == "dense" else ()
     views = Views(protocol=config.protocol, scales=scales)
-    if config.protocol == "dense":
-        for name in names:
-            _require_checkpoint(name)
     with contextlib.ExitStack() as stack:
-        sessions = []
-        for name in names:
-            place = runtime.for_artifact(name, names)
-            session = load_artifact(name, place, stated=stated, model=config.model)
-            sessions.append(session)
-            stack.callback(session.close)
-            if session.detection is not None:
-                raise InputError(f"{name}: is a detector", fix="use evaluate_detector")
-        _require_all_probabilities(sessions, config.protocol)
-        sessions, assumed = _in_one_order(sessions, config.classes)
-        sessions = [_shown(session, config) for session in sessions]
+        sessions, assumed = _opened(names, config, runtime, stated, stack)
         source = sources.for_model(
             sources.open_source(data, config.split), sessions[0].classes, names=config.classes,
             model_name=names[0],
@@ -304,15 +290,41 @@ def evaluate(
         )  # fmt: skip
     report = collector.report(source.locate) if collector else None
     if len(members) == 1:
-        shared = {
-            field.name: getattr(members[0], field.name)
-            for field in dataclasses.fields(AccuracyResult)
-        }
-        return EvaluateResult(**shared, members=members, report=report, only=members[0])
+        (only,) = members
+        shared = {field.name: getattr(only, field.name) for field in fields(AccuracyResult)}
+        return EvaluateResult(**shared, members=members, report=report, only=only)
     return EvaluateResult(
         artifact=f"ensemble of {len(members)}", assumed=assumed, members=members, report=report,
         **_counts(measured.ensemble), **about,
     )  # fmt: skip
+
+
+def _opened(
+    names: Sequence[str],
+    config: EvaluateConfig,
+    runtime: RuntimeConfig,
+    stated: InputConfig | None,
+    stack: contextlib.ExitStack,
+) -> tuple[list[Session], tuple[str, ...]]:
+    """Return the artifacts as the protocol needs them, with classes in one order.
+
+    Returns:
+        The sessions, which `stack` closes, and what was assumed of their classes.
+    """
+    if config.protocol == "dense":
+        for name in names:
+            _require_checkpoint(name)
+    sessions = []
+    for name in names:
+        place = runtime.for_artifact(name, names)
+        session = load_artifact(name, place, stated=stated, model=config.model)
+        sessions.append(session)
+        stack.callback(session.close)
+        if session.detection is not None:
+            raise InputError(f"{name}: is a detector", fix="use evaluate_detector")
+    _require_all_probabilities(sessions, config.protocol)
+    sessions, assumed = _in_one_order(sessions, config.classes)
+    return [_shown(session, config) for session in sessions], assumed
 
 
 def record_accuracy(
@@ -341,16 +353,11 @@ def record_accuracy(
             reason = OTHER_PREPROCESSING
         entries = serialization.to_builtins(member)
         entry = {name: entries[name] for name in AccuracyRecord.__annotations__}
-        write_measured(
-            path,
-            reason,
-            functools.partial(
-                artifacts.record_accuracy, path, typing.cast(AccuracyRecord, entry),
-                sha256=member.artifact_sha256,
-            ),
-            required=required,
-            reporter=reporter,
+        record = functools.partial(
+            artifacts.record_accuracy, path, typing.cast(AccuracyRecord, entry),
+            sha256=member.artifact_sha256,
         )  # fmt: skip
+        write_measured(path, reason, record, required=required, reporter=reporter)
 
 
 def write_measured(
@@ -449,64 +456,6 @@ def _shown(session: Session, config: EvaluateConfig) -> Session:
             session.backend.net, session.preprocess.size, sliding=config.dense_pooling == "window"
         )
     )
-
-
-def trained_on(
-    nets: Iterable[tuple[str | os.PathLike[str], Weights | None]], source: Relabelled, split: str
-) -> tuple[str, ...]:
-    """Return a remark for each net that was trained on some of the images.
-
-    Args:
-        nets: Files and the origin of their weights, None if it is unknown.
-        source: The images.
-        split: The part of them that is used.
-    """
-    if source.splits and split == "test":
-        return ()
-    remarks = []
-    for path, weights in nets:
-        folder, held_out = _held_out(path, weights, source)
-        if held_out is not None:
-            remarks.append(
-                f"{held_out.train:,} of these {plural(len(source), 'image')} are training images "
-                f"of {path}, so the accuracy is too high; evaluate the "
-                f"{plural(len(held_out.test), 'image')} that its run held out: --data run:{folder}"
-            )
-        elif weights is not None and _training_data(weights) == source.name:
-            remarks.append(
-                f"these images include training images of {path}; its accuracy on new images is "
-                "probably lower"
-            )
-    return tuple(remarks)
-
-
-def _held_out(
-    path: str | os.PathLike[str], weights: Weights | None, source: Relabelled
-) -> tuple[Path, HeldOut | None]:
-    """Return the folder of the run that a net is from, and its split if it is one of `source`.
-
-    A checkpoint is in that folder; the weights of a file that was exported from it name it.
-    """
-    from rtresnet.data.held_out import read_held_out
-
-    folder = Path(path).parent
-    source_file = weights.source if weights is not None and weights.origin == "trained" else None
-    if source_file is not None and artifacts.sidecar_path(source_file).is_file():
-        folder = Path(source_file).parent
-    held_out = read_held_out(folder)
-    if held_out is not None and held_out.fingerprint != source.fingerprint():
-        held_out = None
-    return folder, held_out
-
-
-def _training_data(weights: Weights) -> str | None:
-    """Return the data of a training run, which an ONNX file's weights name by their checkpoint."""
-    if weights.origin != "trained" or weights.source is None:
-        return None
-    with contextlib.suppress(ArtifactError, OSError):
-        if (checkpoint := artifacts.read_sidecar(weights.source)) is not None:
-            return checkpoint.weights.source
-    return weights.source
 
 
 def _about(

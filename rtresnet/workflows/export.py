@@ -184,10 +184,7 @@ def export(
 
 def _require_used(config: QuantizeConfig, precisions: Sequence[str]) -> None:
     """Raise InputError if an option applies to none of the precisions."""
-    if config.fp8_options and "fp8" not in precisions:
-        raise InputError(
-            f"{' and '.join(config.fp8_options)}: for FP8 only", fix="add --fp8, or leave it out"
-        )
+    config.require_fp8_options_used(precisions)
     if not set(CALIBRATED) & set(precisions):
         try:
             config.without_fp8_options("fp16")

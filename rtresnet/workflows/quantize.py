@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -158,6 +159,13 @@ class QuantizeConfig(Config):
         used = {"--fp8-stem": self.fp8_stem, "--fp8-min-channels": self.fp8_min_channels > 1}
         return [name for name, is_used in used.items() if is_used]
 
+    def require_fp8_options_used(self, precisions: Collection[str]) -> None:
+        """Raise InputError if there are options for FP8 only, which is not among `precisions`."""
+        if self.fp8_options and "fp8" not in precisions:
+            raise InputError(
+                f"{' and '.join(self.fp8_options)}: for FP8 only", fix="add --fp8, or leave it out"
+            )
+
     def without_fp8_options(self, precision: QuantizedName) -> QuantizeConfig:
         """Return the config for another precision than FP8."""
         return dataclasses.replace(self, precision=precision, fp8_stem=False, fp8_min_channels=1)
@@ -229,10 +237,7 @@ def quantize(
         LockedError: Another process writes the same file.
     """
     config = config or QuantizeConfig()
-    if config.fp8_options and config.precision != "fp8":
-        raise InputError(
-            f"{' and '.join(config.fp8_options)}: for FP8 only", fix="add --fp8, or leave it out"
-        )
+    config.require_fp8_options_used((config.precision,))
     source = Path(source)
     place = Path(out) if out is not None else default_out(source, config.precision)
     with locks.hold_file(place, warn=reporter.note):

@@ -18,7 +18,8 @@ from rtresnet.core.preprocess import Preprocess
 from rtresnet.core.reporter import Reporter, plural
 from rtresnet.core.sidecar import Calibration, OutlierRecord, Sidecar
 from rtresnet.workflows.accuracy_gate import GatedModel, GateResult, open_labelled, quantize_within
-from rtresnet.workflows.evaluate import ALLOW_BROKEN, trained_on
+from rtresnet.workflows.evaluate import ALLOW_BROKEN
+from rtresnet.workflows.training_overlap import trained_on
 
 if TYPE_CHECKING:
     import numpy as np

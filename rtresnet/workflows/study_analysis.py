@@ -259,7 +259,7 @@ def study_lesions(
     from rtresnet.study import analyses
     from rtresnet.study.results import PartialResults
     from rtresnet.training.evaluate import evaluate
-    from rtresnet.workflows.evaluate import trained_on
+    from rtresnet.workflows.training_overlap import trained_on
 
     path = Path(checkpoint)
     loaded, sidecar = checkpoints.load(path), artifacts.read_sidecar(path)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from typing_extensions import Self
+
 from rtresnet.core.errors import InputError, UnavailableError, UnknownNameError, missing_package
 from rtresnet.core.reporter import Reporter, Update, plural
 from rtresnet.workflows.train_text import data_lines
@@ -175,13 +177,15 @@ class TrainProgress:
         loggers: Closed at the end; one that fails is left out from then on, with a warning.
     """
 
+    rate = ",.0f"  # format of images/s
+
     def __init__(self, reporter: Reporter, loggers: Sequence[RunLogger]) -> None:
         self._reporter, self._loggers = reporter, list(loggers)
         self._is_first = True
         self._stage, self._bar = "", contextlib.ExitStack()
         self._update: Update | None = None
 
-    def __enter__(self) -> TrainProgress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -210,7 +214,7 @@ class TrainProgress:
         """Show a step."""
         text = (
             f"epoch {progress.epoch + 1}  loss {progress.loss:.3f}  lr {progress.lr:.2g}  "
-            f"{progress.images_per_second:,.0f} img/s"
+            f"{progress.images_per_second:{self.rate}} img/s"
         )
         self._show("training", progress.step / progress.total, text)
         self._log({"loss": progress.loss, "lr": progress.lr}, progress.step)
