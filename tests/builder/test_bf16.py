@@ -42,8 +42,8 @@ def test_every_convolution_is_attested_bf16(
 
 def test_sm_75_is_refused_before_the_build(bf16: Path, tmp_path: Path) -> None:
     for target in (("sm_75",), ("sm_75", "sm_80")):
-        with pytest.raises(InputError, match="sm_75 does not support BF16"):
+        with pytest.raises(InputError, match=r"sm_75.*BF16"):
             engine.build(bf16, tmp_path / "net.plan", target=target, builder="rtx")
-        with pytest.raises(InputError, match="sm_75 does not support BF16"):
+        with pytest.raises(InputError, match=r"sm_75.*BF16"):
             engine.check(bf16, target=target, builder="rtx")
     assert not list(tmp_path.iterdir())

@@ -66,7 +66,7 @@ def test_layers_of_another_build_are_refused(plan: Path, tmp_path: Path) -> None
         (tmp_path / path.name).write_bytes(path.read_bytes())
     place = layers.path_for(copy)
     place.write_text(place.read_text().replace("Int8", "Half", 1))
-    with pytest.raises(ArtifactError, match=r"does not belong to .*; build it again"):
+    with pytest.raises(ArtifactError, match=r"belong to .*; build it again"):
         layers.load(copy, read_sidecar(copy))
     place.unlink()
     with pytest.raises(InputError, match="no such file; build it again"):

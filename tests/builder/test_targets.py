@@ -46,7 +46,7 @@ def test_targets_are_read(text: str | tuple[()] | None, expected: tuple[str, ...
 
 @pytest.mark.parametrize("text", ["sm_90", "sm90", "SM_90", "sm_86,sm_90"])
 def test_sm_90_is_refused_with_the_reason_and_the_way_out(text: str) -> None:
-    with pytest.raises(InputError, match="TensorRT-RTX does not support sm_90") as caught:
+    with pytest.raises(InputError, match=r"TensorRT-RTX.*sm_90") as caught:
         targets.parse(text)
     assert "H100" in str(caught.value) and "--builder tensorrt" in str(caught.value)
 
@@ -183,14 +183,14 @@ def test_gpus_are_known_by_name(name: str, target: str) -> None:
     ],
 )
 def test_a_gpu_that_rtx_does_not_serve_says_what_does(name: str, words: str) -> None:
-    with pytest.raises(InputError, match="build on that machine with --builder tensorrt") as caught:
+    with pytest.raises(InputError, match="--builder tensorrt") as caught:
         targets.parse(["L4", name], "rtx")
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["V100", "Tesla P100-PCIE-16GB", "GTX 1080 Ti", "sm_61"])
 def test_a_gpu_that_is_too_old_for_either_says_so(name: str) -> None:
-    with pytest.raises(InputError, match="neither TensorRT-RTX nor TensorRT 11"):
+    with pytest.raises(InputError, match=r"TensorRT-RTX.*TensorRT 11"):
         targets.parse(name, "rtx")
 
 
@@ -201,7 +201,7 @@ def test_all_and_several_options_are_one_list() -> None:
 
 @pytest.mark.usefixtures("without_gpu")
 def test_current_without_a_gpu_is_a_lack_of_the_environment() -> None:
-    with pytest.raises(UnavailableError, match=r"this machine has no GPU; .*--target") as caught:
+    with pytest.raises(UnavailableError, match=r"no GPU; .*--target") as caught:
         targets.parse("current")
     assert caught.value.exit_code == 3
 

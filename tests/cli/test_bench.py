@@ -254,7 +254,7 @@ def test_bench_invalid_baseline_exits_2_and_names_the_field(
         (["--p99", "1ms"], "--find-batch"),
         (["--find-batch", "--p99", "1ms", "--intervals"], "--intervals"),
         (["--json", "other.onnx.json"], "other.onnx's sidecar"),
-        (["--json", "photograph.png"], "the suffix of an image file"),
+        (["--json", "photograph.png"], "suffix of an image"),
         (["--tolerance", "much"], "--tolerance much"),
         (["--tolerance", "3%"], "--baseline"),
         (["--force"], "--baseline"),

@@ -63,7 +63,7 @@ def test_check_own_files_pass_and_agree_with_the_fp32_file(
     }  # fmt: skip
     last = result["checks"][-1]
     if name == "resnet8.onnx":
-        assert result["parent"] is None and "not made from an FP32 ONNX file" in captured.out
+        assert result["parent"] is None and "FP32 ONNX file" in captured.out
     else:
         assert last["name"] == "parent" and last["compared"] == "resnet8.onnx" and last["n"] == 6
         assert 0 < last["largest"] < last["tolerance"]
@@ -111,9 +111,7 @@ def test_check_unknown_precision_gets_the_widest_bound(
     monkeypatch.setattr(hardware, "installed", lambda name: name != "onnx" and installed(name))
     code, result = checked(path, tmp_path, "--provider", "cpu")
     assert (code, result["precision"], result["bound"]) == (0, "unknown", "int8")
-    assert "the tolerance of int8, as its precision is unknown" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "tolerance of int8" in " ".join(capsys.readouterr().out.split())
 
 
 def test_check_exchanged_rows_exit_1(
@@ -166,7 +164,7 @@ def test_check_equal_answers_print_weak(
     broken(lambda images, right: np.repeat(np.eye(1, 4, dtype=np.float32), len(images), axis=0))
     code, result = checked(engines / "resnet8.onnx", tmp_path, "--provider", "cpu")
     assert code == 0 and result["told_apart"] == 0
-    assert "WEAK: 100 % of the image pairs have the same output" in capsys.readouterr().out
+    assert "WEAK: 100 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("state", ["missing", "changed"])

@@ -121,7 +121,7 @@ def test_bench_takes_arrivals_at_a_rate_and_tells_what_the_machine_did(
     out = tmp_path / "bench.json"
     source = next(engines.glob("*.onnx"))
     assert main(["bench", str(source), "--qps", "40", "--seconds", "1", "--json", str(out)]) == 0
-    assert "from the scheduled arrival of a request, 40 per second" in capsys.readouterr().out
+    assert "40 per second" in capsys.readouterr().out
     result = json.loads(out.read_text())["result"]
     (entry,) = result["results"]
     assert entry["batch"] == 1 and entry["load"]["qps"] == 40 and entry["latency"]["n"] > 10

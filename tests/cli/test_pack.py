@@ -70,7 +70,7 @@ def test_a_second_pack_needs_force(
     arguments = ["pack", str(folder), "--out", str(tmp_path / "pack")]
     assert main(arguments) == 0
     assert main(arguments) == 2
-    assert "contains a pack already; replace it with --force" in capsys.readouterr().err
+    assert "a pack already; replace it with --force" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 0
 
 

@@ -128,7 +128,7 @@ def test_package_tensorrt_rtx_plan_is_refused_with_fix(
     ("options", "output"),
     [
         (["--max-batch", "65"], "the plan accepts at most 64; rtresnet build"),
-        (["--device", "cpu"], "a plan runs on a GPU only"),
+        (["--device", "cpu"], "on a GPU only"),
         (["--name", "../net"], "--name ../net"),
     ],
 )

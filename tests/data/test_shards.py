@@ -334,7 +334,7 @@ def test_other_peoples_files_are_never_replaced(
 ) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / name).write_text("{}")
-    with pytest.raises(InputError, match=rf"{name}: exists and does not belong to a pack"):
+    with pytest.raises(InputError, match=rf"{name}: .*belong to a pack"):
         pack(str(divided), tmp_path / "theirs", force=force)
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == [name]
 

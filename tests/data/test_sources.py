@@ -237,7 +237,7 @@ def test_an_idx_file_of_another_type_is_refused(tmp_path: Path) -> None:
     write_idx(tmp_path, "t10k", 3)
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(b"\0\0\x0d" + path.read_bytes()[3:])
-    assert "not an idx file of bytes" in refusal(f"fashion-mnist:{tmp_path}", "test")
+    assert "not an idx file" in refusal(f"fashion-mnist:{tmp_path}", "test")
 
 
 def test_more_labels_than_images_are_refused(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_batch_with_code_in_it_is_refused_and_does_not_run(
     (tmp_path / "test_batch").write_bytes(content)
     message = refusal(f"cifar10:{tmp_path}", "test")
     assert "test_batch: not a CIFAR-10 batch" in message
-    assert "is not allowed in an image batch" in message
+    assert "not allowed" in message
     assert [entry.name for entry in tmp_path.iterdir()] == ["test_batch"]
 
 
@@ -472,7 +472,7 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_class_folders_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "1.png")
-    assert "one folder for each class" in refusal(str(tmp_path))
+    assert "folder for each class" in refusal(str(tmp_path))
 
 
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_huggingface_input_that_cannot_be_used_is_refused(
 def test_huggingface_unknown_repository_says_what_to_do(mirror: Hub, name: str) -> None:
     if "@" in name:
         mirror.content = {}
-    with pytest.raises(InputError, match=r"without a connection put config\.json"):
+    with pytest.raises(InputError, match=r"put config\.json"):
         download.huggingface(name)
 
 

@@ -138,7 +138,7 @@ def test_what_is_not_a_result_is_said(write: Write, tmp_path: Path) -> None:
 def test_an_artifact_of_which_nothing_is_known_is_said(write: Write, tmp_path: Path) -> None:
     file = tmp_path / "a.onnx"
     file.write_bytes(b"anything")
-    with pytest.raises(InputError, match="has no sidecar and no result"):
+    with pytest.raises(InputError, match="no sidecar and no result"):
         results.gather([file])
     result = {"searches": searched("batch", 4)["searches"][:1]}
     result["searches"][0]["measured"] = str(file)

@@ -227,9 +227,7 @@ def test_submit_above_the_limit_is_refused() -> None:
         futures = [batcher.submit(image(0))]
         gate.wait()  # that one is being computed, and waits no more
         futures += [batcher.submit(image(value)) for value in (1, 2)]
-        with pytest.raises(
-            QueueFullError, match=r"2 images are already waiting .* try again later"
-        ):
+        with pytest.raises(QueueFullError, match=r"2 images .*waiting .*try again later"):
             batcher.submit(image(3))
         gate.let_go(4)
         assert [first(future) for future in futures] == [0, 2, 4]

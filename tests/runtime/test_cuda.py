@@ -233,9 +233,7 @@ def test_graphs_of_pycuda_raise() -> None:
     cuda = PyCuda.__new__(PyCuda)
     assert not cuda.graphs and CudaPython.graphs
     for call in (cuda.begin_capture, cuda.end_capture, cuda.destroy_graph):
-        with pytest.raises(
-            UnavailableError, match="pycuda has no CUDA graphs; leave RTRESNET_CUDA"
-        ):
+        with pytest.raises(UnavailableError, match=r"pycuda .*CUDA graphs; .*RTRESNET_CUDA"):
             call(1)
     with pytest.raises(UnavailableError, match="no CUDA graphs"):
         cuda.launch(1, 1)

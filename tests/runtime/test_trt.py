@@ -395,24 +395,18 @@ def test_load_runtime_not_starting_exits_3(bench: Bench, monkeypatch: pytest.Mon
 
 def test_load_slow_plan_warns(bench: Bench) -> None:
     bench.validity = (Validity.SUBOPTIMAL, Diagnostics.UNSUPPORTED_CC)
-    with pytest.warns(
-        RuntimeWarning, match=r"slower than possible on this machine \(unsupported cc\)"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"slower .*\(unsupported cc\)"):
         bench.load()
 
 
 def test_load_without_enough_memory_raises(bench: Bench) -> None:
     bench.cuda.room = 199
-    with pytest.raises(
-        UnavailableError, match=r"its weights need 0 MB.*are free; use fewer contexts"
-    ):
+    with pytest.raises(UnavailableError, match=r"weights need 0 MB.*fewer contexts"):
         bench.load()
     one = 2 * 8 * (192 + 4 * CLASSES) + 512
     bench.cuda.room = one
     bench.load().close()
-    with pytest.raises(
-        UnavailableError, match="2 x activations and buffers for batches of up to 8"
-    ):
+    with pytest.raises(UnavailableError, match="2 x activations .*up to 8"):
         bench.load(contexts=2)
     assert bench.cuda.live == []
 
@@ -516,9 +510,7 @@ def test_kernel_cache_unwritable_folder_warns(
     backend = bench.load()
     backend.infer(images(3))
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.warns(
-        RuntimeWarning, match=r"net\.plan\.cache: the compiled kernels are not stored"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"net\.plan\.cache: .*kernels"):
         backend.close()
     assert bench.cuda.live == [] and not cache_path(bench.path).exists()
 

@@ -335,7 +335,7 @@ def test_evaluate_images_of_the_training_names_and_counts_them(
     assert rtresnet.evaluate(run.checkpoint, "run:runs/resnet8-photos", train).n == 54
     (tmp_path / "photos" / "b" / "3.png").unlink()
     assert rtresnet.evaluate(run.checkpoint, "photos").labels.remarks != (remark,)
-    with pytest.raises(DataError, match="photos have changed since the run"):
+    with pytest.raises(DataError, match=r"photos .*changed"):
         rtresnet.evaluate(run.checkpoint, "run:runs/resnet8-photos")
     with pytest.raises(DataError, match="has no split"):
         rtresnet.evaluate(run.checkpoint, "run:engines")
