@@ -406,7 +406,7 @@ def test_load_without_enough_memory_raises(bench: Bench) -> None:
     one = 2 * 8 * (192 + 4 * CLASSES) + 512
     bench.cuda.room = one
     bench.load().close()
-    with pytest.raises(UnavailableError, match="2 x activations .*up to 8"):
+    with pytest.raises(UnavailableError, match=r"2 x activations .*up to 8"):
         bench.load(contexts=2)
     assert bench.cuda.live == []
 
