@@ -260,7 +260,10 @@ class Server:
                 else server.add_insecure_port(address)
             )
         except RuntimeError:
-            raise InputError(f"{address}: in use", fix="choose another --grpc-port") from None
+            raise InputError(
+                f"{address}: gRPC cannot listen there (in use, or not permitted)",
+                fix="choose another --grpc-port",
+            ) from None
         self._grpc_address = f"{config.host}:{port}"
         await server.start()
         return server

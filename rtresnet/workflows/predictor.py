@@ -21,7 +21,7 @@ from rtresnet.core.reporter import plural
 from rtresnet.core.serialization import json_name
 from rtresnet.runtime.session import RuntimeInfo
 from rtresnet.workflows.input_spec import InputConfig
-from rtresnet.workflows.loading import RuntimeConfig, load_artifact
+from rtresnet.workflows.loading import RuntimeConfig, close_on_error, load_artifact
 
 TOP = 3
 GPU_BATCH = 64
@@ -124,17 +124,18 @@ class Predictor:
         config, runtime = config or PredictConfig(), runtime or RuntimeConfig()
         place = runtime.for_artifact(str(artifact), [str(artifact)])
         self.session = load_artifact(artifact, place, stated=stated, model=config.model)
-        self.preprocess, self.workers = self.session.preprocess, config.workers
-        on_gpu = self.session.backend.threads is None
-        self.batch = config.batch or (GPU_BATCH if on_gpu else loader.batch_size(self.preprocess))
-        available = self.session.topk or len(self.session.classes) or None
-        self.top = config.top or min(TOP, available or TOP)
-        if available is not None and self.top > available:
-            self.close()
-            raise InputError(
-                f"--top {self.top}: {artifact} has {plural(available, 'class')}",
-                fix=f"use --top {available} or less",
-            )
+        with close_on_error(self.session):
+            self.preprocess, self.workers = self.session.preprocess, config.workers
+            on_gpu = self.session.backend.threads is None
+            default = GPU_BATCH if on_gpu else loader.batch_size(self.preprocess)
+            self.batch = config.batch or default
+            available = self.session.topk or len(self.session.classes) or None
+            self.top = config.top or min(TOP, available or TOP)
+            if available is not None and self.top > available:
+                raise InputError(
+                    f"--top {self.top}: {artifact} has {plural(available, 'class')}",
+                    fix=f"use --top {available} or less",
+                )
 
     @property
     def info(self) -> PredictorInfo:

@@ -31,3 +31,11 @@ def test_record_plan_second_backend_that_fails_closes_the_first(bench: Bench) ->
     with pytest.raises(UnavailableError):
         profilers.record_plan(bench.path, images(2), seconds=0)
     assert bench.cuda.live == []
+
+
+def test_predictor_of_a_net_that_fails_closes_it(bench: Bench) -> None:
+    stated = rtresnet.InputConfig(size=4, preset="half")
+    bench.fail("execute_async_v3")
+    with pytest.raises(UnavailableError):  # counts the classes with one image
+        rtresnet.Predictor(bench.path, runtime=rtresnet.RuntimeConfig(graphs=False), stated=stated)
+    assert bench.cuda.live == []

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import rtresnet
+from rtresnet.cli.main import main
 from rtresnet.core.errors import InputError
 from rtresnet.serving.protocol import InferRequest, InferTensor, Parameters, requested
 from tests.serving.conftest import Server, wait_for
@@ -573,15 +574,15 @@ def test_head_is_answered_without_a_body(server: Server) -> None:
     assert status == 200 and int(fields["content-length"]) > 0 and not body
 
 
-def test_port_in_use_is_exit_code_2(models: Path, server: Server, tmp_path: Path) -> None:
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-m", "rtresnet", "serve", str(models / "resnet8.onnx"), "--port",
-         str(server.port), "--no-grpc"],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2 and "--port" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_port_in_use_is_exit_code_2(
+    option: str, models: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = {"--port": "0", "--grpc-port": "0"}
+    ports[option] = str(server.port) if option == "--port" else server.grpc.rpartition(":")[2]
+    arguments = [text for pair in ports.items() for text in pair]
+    assert main(["serve", str(models / "resnet8.onnx"), *arguments]) == 2
+    assert option in capsys.readouterr().err
 
 
 def test_page_needs_no_network(server: Server) -> None:
