@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rtresnet.core import atomic_io, provenance
 from rtresnet.reporting import pages, plots
 from rtresnet.reporting.gallery import Tile, tile
 from rtresnet.reporting.tables import DataTable
@@ -45,7 +44,8 @@ def write_detection(
         ("AP50", result.ap50), ("AP", result.ap), ("AP75", result.ap75), ("VOC 2007", result.voc07),
         ("small", result.small), ("medium", result.medium), ("large", result.large),
     ]  # fmt: skip
-    text = pages.render(
+    return pages.write_page(
+        folder,
         "detection.html",
         title=f"Evaluation of {Path(result.artifact).name}",
         summary=[
@@ -58,10 +58,7 @@ def write_detection(
         curves=plots.precision_recall([(c.name, c.precision) for c in report.curves]),
         samples=[_tile(entry, images) for entry in report.samples],
         worst=[_tile(entry, images) for entry in report.worst],
-        command=provenance.command_line(),
     )
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
 
 
 def write_comparison(
@@ -93,14 +90,11 @@ def write_comparison(
         summary.append(
             f"{len(result.images)} images are shown, sorted by the number of differences."
         )
-    text = pages.render(
-        "flips.html", title=f"{other} against {one}", summary=summary,
+    return pages.write_page(
+        folder, "flips.html", title=f"{other} against {one}", summary=summary,
         tiles=[_differing(entry, images) for entry in result.images],
         nothing="The detections are the same in every image.", large=True,
-        command=provenance.command_line(),
     )  # fmt: skip
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
 
 
 def _differing(entry: DifferingImage, images: Mapping[int, np.ndarray]) -> Tile:

@@ -91,6 +91,17 @@ def _plain(words: str) -> str:
     return words.replace("\n", " ")
 
 
+def write_page(folder: Path, template: str, **values: object) -> Path:
+    """Render a template as index.html in a folder, with the command that makes it.
+
+    Returns:
+        The page.
+    """
+    page = folder / "index.html"
+    atomic_io.write_text(page, render(template, command=provenance.command_line(), **values))
+    return page
+
+
 def write_training(
     result: TrainResult,
     report: ClassificationReport | None = None,
@@ -122,7 +133,8 @@ def write_training(
         headings=list(columns.values()),
         rows=[[entry[name] for name in columns] for entry in log],
     )
-    text = render(
+    return write_page(
+        folder,
         "training.html",
         title=result.title,
         kept=_kept_weights(result.measured),
@@ -134,8 +146,6 @@ def write_training(
         recipe="\n".join(recipe_lines(result.recipe)),
         epochs=epochs,
     )
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
 
 
 def _kept_weights(measured: RunAccuracy) -> str:
@@ -181,16 +191,14 @@ def write_evaluation(
     notes += [f"Assumed: {line}." for line in result.assumed]
     if result.skipped:
         notes.append(f"{len(result.skipped)} images cannot be decoded and are ignored.")
-    text = render(
+    return write_page(
+        folder,
         "evaluation.html",
         title=f"Evaluation of {Path(result.artifact).name}",
         summary=summary,
         notes=notes,
         view=classification.view(result.report, images),
-        command=provenance.command_line(),
     )
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
 
 
 PAIRS = 24  # largest number of duplicates on a data set's page
@@ -241,7 +249,8 @@ def write_data(
             augmented.pixels, augmented.labels, augmented.mixed, strict=True
         )
     ]  # fmt: skip
-    text = render(
+    return write_page(
+        folder,
         "data.html",
         title=f"Images of {result.data}",
         result=result,
@@ -254,10 +263,7 @@ def write_data(
         ],
         batch=batch,
         augmented=augmented,
-        command=provenance.command_line(),
     )
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
 
 
 def data_images(result: DataInspectResult) -> dict[str, list[int]]:
@@ -307,12 +313,10 @@ def write_flips(
         )
         title_of = flip.reference if flip.label is None else f"{flip.label}: {flip.outcome}"
         tiles.append(tile(images.get(flip.index), title_of, answers, flip.place))
-    text = render(
-        "flips.html", title=title, summary=summary, tiles=tiles, large=False,
-        nothing="No image changes its class.", command=provenance.command_line(),
+    return write_page(
+        folder, "flips.html", title=title, summary=summary, tiles=tiles, large=False,
+        nothing="No image changes its class.",
     )  # fmt: skip
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
 
 
 def write_study(
@@ -349,7 +353,8 @@ def write_study(
         plots.save_png(figure, folder / f"{name}.png")
         svg = plots.svg(figure, title)
         atomic_io.write_text(folder / f"{name}.svg", svg.replace("currentColor", "#1b1f24"))
-    text = render(
+    return write_page(
+        folder,
         "study.html",
         title=title,
         figure=svg,
@@ -357,7 +362,4 @@ def write_study(
         tables=tables,
         diverged=[f"Diverged: {line}" for line in diverged],
         recipe=recipe,
-        command=provenance.command_line(),
     )
-    atomic_io.write_text(folder / "index.html", text)
-    return folder / "index.html"
