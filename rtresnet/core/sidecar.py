@@ -58,6 +58,7 @@ class Calibration:
 
     Attributes:
         images: The data's name.
+        n: Number of images that were decoded.
         kept: Nodes left in float to meet the accuracy bound, and in FP8 the stem.
         rest: Data type of all other nodes: "fp32" or "fp16".
         int8: Nodes of an FP8 file that are in INT8 to meet the accuracy bound.

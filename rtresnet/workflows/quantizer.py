@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from rtresnet.data.loader import DecodeErrors
     from rtresnet.onnxlib.metadata import TrainedScales
     from rtresnet.quantization.calibrate import Calibrated
     from rtresnet.quantization.scales import SavedScales, ScalesOrigin
@@ -121,10 +122,29 @@ def write_scales(path: Path, write: Callable[[], object], reporter: Reporter) ->
         return ScalesFile(path=path, sha256=atomic_io.sha256(path))
 
 
-def calibration_batches(
+@dataclass(frozen=True, kw_only=True)
+class CalibrationImages:
+    """The images of a calibration.
+
+    Attributes:
+        batches: Returns their batches, float32 [N, 3, S, S], each time from the first one.
+        name: The data's name.
+        fingerprint: Their hash.
+        requested: Their number, including broken ones.
+        tally: Receives those that cannot be decoded, as they are read.
+    """
+
+    batches: Callable[[], Iterator[np.ndarray]]
+    name: str
+    fingerprint: str
+    requested: int
+    tally: DecodeErrors
+
+
+def open_calibration(
     config: QuantizeConfig, preprocess: Preprocess, reporter: Reporter
-) -> tuple[Callable[[], Iterator[np.ndarray]], str, str, int]:
-    """Return the calibration images as repeatable batches, with their name, hash and number.
+) -> CalibrationImages:
+    """Open the calibration images.
 
     Without a spec, the images in calib/; without those, noise and a warning.
     """
@@ -156,7 +176,10 @@ def calibration_batches(
         for pixels, _ in loader.batches(source, preprocess, size, indices=indices, tally=tally):
             yield pixels
 
-    return batches, name, source.fingerprint(), len(indices)
+    return CalibrationImages(
+        batches=batches, name=name, fingerprint=source.fingerprint(), requested=len(indices),
+        tally=tally,
+    )  # fmt: skip
 
 
 def fp8_float_nodes(model: onnx.ModelProto, config: QuantizeConfig) -> tuple[str, ...]:
@@ -231,13 +254,11 @@ class Quantizer:
 
         source, gate = self.source, self.config.accuracy_gate
         labelled = open_labelled(gate, self.sidecar.model.classes, source) if gate else None
-        batches, name, fingerprint, count = calibration_batches(
-            self.config, self.sidecar.input, self.reporter
-        )
+        images = open_calibration(self.config, self.sidecar.input, self.reporter)
         if gate is not None and labelled is not None:
             for remark in trained_on([(source, self.sidecar.weights)], labelled, "test"):
                 self.reporter.note(remark)
-            if not labelled.splits and name == gate.data:
+            if not labelled.splits and images.name == gate.data:
                 self.reporter.note(
                     f"{gate.data}: the ranges are chosen on the images of --eval, so the loss on "
                     "new images is probably larger"
@@ -245,17 +266,20 @@ class Quantizer:
         if (batch := simulate.fixed_batch(model)) is not None:
             how = "image by image" if batch == 1 else f"{batch} images at a time"
             self.reporter.note(f"{source}: its batch is fixed at {batch}; calibrated {how}")
-        origin = self._origin(name, fingerprint, count, self.config.calibrator)
-        calibrated, saved = self._calibrate(model, batches, origin)
+        origin = self._origin(
+            images.name, images.fingerprint, images.requested, self.config.calibrator
+        )
+        calibrated, saved = self._calibrate(model, images.batches, origin)
         outliers = self._note_calibration(calibrated)
         gated = None
         if gate is not None and labelled is not None:
-            held_out, logits = calibrate.references(model, batches())
+            held_out, logits = calibrate.references(model, images.batches())
             gated = quantize_within(
                 gate, labelled, source, calibrated, held_out, logits, self.sidecar.input,
                 self._with_float_dtype, self.reporter,
             )  # fmt: skip
-        return self._finished(calibrated, origin, saved, gated, outliers)
+        broken = len(images.tally.skipped)
+        return self._finished(calibrated, origin, saved, gated, outliers, broken=broken)
 
     def _calibrate(
         self,
@@ -318,6 +342,8 @@ class Quantizer:
         saved: ScalesFile | None = None,
         gated: GatedModel | None = None,
         outliers: Sequence[OutlierRecord] = (),
+        *,
+        broken: int = 0,
     ) -> Quantized:
         """Quantize unless the gate did, and write the scales unless they are in `saved`."""
         from rtresnet.quantization import scales
@@ -330,7 +356,7 @@ class Quantizer:
             method=calibrated.method,
             images=origin.images,
             images_sha256=origin.images_sha256,
-            n=origin.n,
+            n=origin.n - broken,
             scales=file.path.as_posix(),
             scales_sha256=file.sha256,
             kept=(*calibrated.float_nodes, *(gated.float_nodes if gated else ())),

@@ -289,8 +289,9 @@ def test_broken_images_above_the_bound_stop_the_work_and_max_broken_allows_them(
         config = QuantizeConfig(
             calib=data, eval_data=data, calibrator="max", max_drop=100, max_broken=max_broken
         )
-        drop = quantize(net, config).sidecar.measured["drop"]
-        return drop["n"]
+        sidecar = quantize(net, config).sidecar
+        assert sidecar.calibration is not None
+        return max(sidecar.measured["drop"]["n"], sidecar.calibration.n)
 
     for counted_with in (
         lambda share: evaluate(net, data, EvaluateConfig(max_broken=share)).n,
