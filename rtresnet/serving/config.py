@@ -10,6 +10,7 @@ from rtresnet.core import atomic_io
 from rtresnet.core.config import Config, option, parse_wait
 from rtresnet.core.errors import InputError
 
+QUEUE = 1024  # images
 # Reasons of OpenSSL: another key, and keys of two algorithms.
 MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
@@ -21,6 +22,7 @@ class ServeConfig(Config):
     Attributes:
         max_wait_ms: Milliseconds that the first image of a batch waits for others.
         queue: Images that may wait, at least `max_batch`; a request beyond it is answered with 503.
+            None: `queue_limit` has the default.
         grpc_port: 0 takes a free port, as `port`.
         grace: Seconds that running requests have after SIGTERM.
     """
@@ -40,10 +42,11 @@ class ServeConfig(Config):
         parse=parse_wait,
         default_text="2ms",
     )
-    queue: int = option(
-        1024,
+    queue: int | None = option(
+        None,
         "Length of the queue in images, at least --max-batch; further requests get status 503.",
         minimum=1,
+        default_text=f"{QUEUE}, or --max-batch if that is larger",
     )
     timeout: float = option(30.0, "Longest time to answer a request, in seconds.", minimum=0.01)
     max_body_mb: int = option(64, "Largest request, in MB.", minimum=1, maximum=4096)
@@ -64,11 +67,16 @@ class ServeConfig(Config):
             raise InputError(
                 "--certificate and --key must be used together", fix="add the missing one"
             )
-        if self.queue < self.max_batch:
+        if self.queue_limit < self.max_batch:
             raise InputError(
                 f"--queue {self.queue}: a full batch of {self.max_batch} never fits",
                 fix=f"--queue {self.max_batch}, or --max-batch {self.queue}",
             )
+
+    @property
+    def queue_limit(self) -> int:
+        """Number of images that may wait."""
+        return self.queue or max(QUEUE, self.max_batch)
 
     @property
     def max_body(self) -> int:

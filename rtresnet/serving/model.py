@@ -95,7 +95,7 @@ class ServedModel:
                 self.detector or self.session,
                 max_batch=self._check(),
                 max_wait_ms=config.max_wait_ms,
-                queue_limit=config.queue,
+                queue_limit=config.queue_limit,
                 on_batch=self._on_batch,
             )
         except BaseException:

@@ -139,7 +139,9 @@ def test_serve_config_queue_below_the_batch_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         rtresnet.ServeConfig(queue=8)
     assert caught.value.fix is not None and "--queue 32" in caught.value.fix
-    assert rtresnet.ServeConfig(queue=8, max_batch=8).queue == 8
+    assert rtresnet.ServeConfig(queue=8, max_batch=8).queue_limit == 8
+    assert rtresnet.ServeConfig().queue_limit == 1024
+    assert rtresnet.ServeConfig(max_batch=4096).queue_limit == 4096
 
 
 def request_of(count: int) -> InferRequest:
