@@ -169,6 +169,7 @@ class LoadFacts:
         qps: Arrivals per second, on average.
         concurrency: Number of clients, each with one request in flight.
         max_batch: Largest batch formed of single requests.
+        max_wait_ms: How long a request waits for others to share its batch; None without batches.
         in_flight: Batches in flight in a pipeline.
         late_ms: p99 of how late requests were sent.
         refused: Requests that a full queue rejected.
@@ -180,6 +181,7 @@ class LoadFacts:
     qps: float | None = None
     concurrency: int | None = None
     max_batch: int | None = None
+    max_wait_ms: float | None = None
     in_flight: int | None = None
     late_ms: float | None = None
     refused: int | None = None

@@ -62,6 +62,7 @@ class Load(TypedDict):
     qps: NotRequired[Positive | None]
     concurrency: NotRequired[Count | None]
     max_batch: NotRequired[Count | None]
+    max_wait_ms: NotRequired[Figure | None]
     in_flight: NotRequired[Count | None]
 
 

@@ -135,6 +135,7 @@ class Workload:
             qps=self.qps,
             concurrency=self.concurrency,
             max_batch=self.max_batch if self.scenario in ("server", "closed") else None,
+            max_wait_ms=self.max_wait_ms if self.max_batch > 1 else None,
             in_flight=getattr(session.backend, "in_flight", None) if pipelined else None,
         )
 

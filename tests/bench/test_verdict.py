@@ -118,3 +118,11 @@ def test_config_diff_names_what_differs() -> None:
     ):  # fmt: skip
         (words,) = verdict.config_diff(entry(**{name: value}), entry())
         assert ", was " in words
+
+
+def test_config_diff_compares_the_wait_of_batches_where_both_state_it() -> None:
+    waits = [entry(load={"max_batch": 4, "max_wait_ms": wait}) for wait in (0, 2)]
+    (words,) = verdict.config_diff(*waits)
+    assert words == "max_wait_ms: 0, was 2"
+    earlier = entry(load={"max_batch": 4})
+    assert verdict.config_diff(waits[0], earlier) == []

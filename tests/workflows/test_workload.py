@@ -14,6 +14,7 @@ from rtresnet.core.errors import InputError
 from rtresnet.workflows import workload
 from rtresnet.workflows.benchmark import BenchmarkConfig
 from rtresnet.workflows.benchmark_search import SearchConfig
+from rtresnet.workflows.loading import RuntimeConfig, load_artifact
 from rtresnet.workflows.workload import Workload
 
 
@@ -129,3 +130,15 @@ def test_read_images_of_an_empty_folder_is_refused(tmp_path: Path) -> None:
     assert workload.read_images(None) == ()
     with pytest.raises(InputError, match="no images"):
         workload.read_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "wait"),
+    [({"qps": 5, "max_batch": 4, "max_wait_ms": 0}, 0), ({"qps": 5, "max_batch": 4}, 2),
+     ({"qps": 5}, None), ({}, None)],
+)  # fmt: skip
+def test_facts_state_how_long_a_batch_waits(
+    options: dict[str, Any], wait: float | None, engines: Path
+) -> None:
+    with load_artifact(str(engines / "resnet8.onnx"), RuntimeConfig()) as session:
+        assert BenchmarkConfig(**options).workload().facts(session).max_wait_ms == wait
