@@ -1,7 +1,8 @@
 """Run a step in a separate process, so that a crash or a hang of a native library is a result.
 
 `run_step` starts the process and waits; `report_step` is called in it. The result is passed in a
-file, so that the output of a library cannot damage it.
+file, so that the output of a library cannot damage it. Importing it and `run_step` need only the
+standard library.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from rtresnet.core.errors import RtresnetError
-from rtresnet.core.serialization import to_builtins
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 RESULT, TIMEOUT = "RTRESNET_STEP_RESULT", "RTRESNET_STEP_TIMEOUT"  # environment of the process
@@ -176,6 +176,8 @@ def report_step(step: Callable[[], object]) -> None:
         kind = "" if isinstance(error, RtresnetError) else f"{type(error).__name__}: "
         status, reason = FAILED, f"{kind}{error}"
     faulthandler.cancel_dump_traceback_later()
+    from rtresnet.core.serialization import to_builtins
+
     record = {"status": status, "reason": reason, "data": to_builtins(data or {})}
     target = Path(os.environ[RESULT])
     part = target.with_suffix(".part")
